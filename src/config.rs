@@ -1,0 +1,307 @@
+//! Every setting, parsed once into types; after this no string means a duration or a URL. No I/O: the environment
+//! comes in as a function, so that a test passes a table.
+
+pub mod base_url;
+pub mod cli;
+pub mod duration;
+pub mod reader;
+pub mod settings;
+
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::path::PathBuf;
+use std::time::Duration;
+
+use crate::config::base_url::BaseUrl;
+use crate::config::reader::{Mistake, Reader};
+
+/// Settings of `gateway serve`.
+#[derive(Clone, Debug)]
+pub struct Serve {
+    /// `listen_address`, `port`: what callers use.
+    pub listen: SocketAddr,
+    /// `listen_address`, `metrics_port`.
+    pub metrics: SocketAddr,
+    /// `threads`: how many threads carry calls; 0: one for each core.
+    pub threads: usize,
+    /// `functions_provider_url`
+    pub provider: BaseUrl,
+    /// `logs_provider_url`
+    pub logs_provider: BaseUrl,
+    /// `function_namespace`
+    pub namespace: String,
+    /// `direct_functions`, and its suffix.
+    pub direct_functions: Option<String>,
+    /// `scale_from_zero`
+    pub scale_from_zero: bool,
+    /// `faas_prometheus_host`, `faas_prometheus_port`; `None`: counts come from this process's own metrics.
+    pub prometheus: Option<BaseUrl>,
+    pub timeouts: Timeouts,
+    pub limits: Limits,
+    pub auth: Auth,
+    pub shutdown: Shutdown,
+}
+
+/// Limits on one exchange with a caller.
+#[derive(Clone, Copy, Debug)]
+pub struct Timeouts {
+    /// `read_timeout`: the most time a caller may take to send its request.
+    pub read: Duration,
+    /// `write_timeout`: the longest time a caller may take nothing of its answer.
+    pub write: Duration,
+    /// `upstream_timeout`: from the first byte sent to a function until its last byte back.
+    pub upstream: Duration,
+    /// `idle_timeout`: how long a connection may stay open without a call.
+    pub idle: Duration,
+}
+
+/// Bounds on what this process holds open.
+#[derive(Clone, Copy, Debug)]
+pub struct Limits {
+    /// `max_idle_conns`
+    pub idle: usize,
+    /// `max_idle_conns_per_host`
+    pub idle_per_host: usize,
+    /// `max_calls`
+    pub calls: usize,
+    /// `max_connections`
+    pub connections: usize,
+}
+
+/// Who may use the API.
+#[derive(Clone, Debug)]
+pub struct Auth {
+    /// `basic_auth`: the directory that holds the credentials' files.
+    pub secrets: Option<PathBuf>,
+    /// `auth_proxy_url`
+    pub proxy: Option<BaseUrl>,
+    /// `auth_proxy_pass_body`
+    pub proxy_pass_body: bool,
+}
+
+/// How the process ends.
+#[derive(Clone, Copy, Debug)]
+pub struct Shutdown {
+    /// `shutdown_delay`
+    pub delay: Duration,
+    /// `shutdown_grace`
+    pub grace: Duration,
+}
+
+/// Settings of `gateway provider process`.
+#[derive(Clone, Debug)]
+pub struct Provider {
+    /// `provider_address`, `provider_port`
+    pub listen: SocketAddr,
+    /// `state_dir`
+    pub state_dir: PathBuf,
+    /// `basic_auth`: the directory that holds the credentials' files.
+    pub secrets: Option<PathBuf>,
+    /// `shutdown_grace`
+    pub grace: Duration,
+}
+
+/// Settings of `gateway up`.
+#[derive(Clone, Debug)]
+pub struct Up {
+    pub serve: Serve,
+    pub provider: Provider,
+    /// The stack file to deploy, if one was named.
+    pub stack: Option<PathBuf>,
+}
+
+/// How the process logs; every role has these.
+#[derive(Clone, Debug)]
+pub struct Log {
+    /// `log_level`: a filter as `tracing_subscriber::EnvFilter` takes it.
+    pub filter: String,
+    /// `log_format`
+    pub json: bool,
+}
+
+impl Serve {
+    pub fn parse(mut from: Reader<'_>) -> Result<Self, Vec<Mistake>> {
+        let provider = from.url("functions_provider_url");
+        if provider.is_none() && from.text("functions_provider_url").is_empty() {
+            from.mistake("functions_provider_url", None, base_url::EXPECTED);
+        }
+        let address = from.address("listen_address");
+        let prometheus = prometheus(&mut from);
+        let direct = from.boolean("direct_functions");
+        let direct_functions = direct.then(|| from.text("direct_functions_suffix"));
+        let provider = provider.unwrap_or_else(nowhere);
+        let mut serve = Self::common(&mut from, address, provider);
+        serve.logs_provider = from.url("logs_provider_url").unwrap_or(serve.logs_provider);
+        serve.prometheus = prometheus;
+        serve.direct_functions = direct_functions;
+        serve.scale_from_zero = from.boolean("scale_from_zero");
+        from.finish(serve)
+    }
+
+    /// What `serve` and `up` have in common.
+    fn common(from: &mut Reader<'_>, address: IpAddr, provider: BaseUrl) -> Self {
+        Self {
+            listen: SocketAddr::new(address, from.port("port")),
+            metrics: SocketAddr::new(address, from.port("metrics_port")),
+            threads: from.count("threads", 0..=1024),
+            logs_provider: provider.clone(),
+            provider,
+            namespace: from.text("function_namespace"),
+            direct_functions: None,
+            scale_from_zero: false,
+            prometheus: None,
+            timeouts: Timeouts {
+                read: from.positive_duration("read_timeout"),
+                write: from.positive_duration("write_timeout"),
+                upstream: from.positive_duration("upstream_timeout"),
+                idle: from.positive_duration("idle_timeout"),
+            },
+            limits: Limits {
+                idle: from.count("max_idle_conns", 0..=1_000_000),
+                idle_per_host: from.count("max_idle_conns_per_host", 0..=1_000_000),
+                calls: from.count("max_calls", 1..=10_000_000),
+                connections: from.count("max_connections", 1..=10_000_000),
+            },
+            auth: Auth {
+                secrets: basic_auth(from),
+                proxy: from.url("auth_proxy_url"),
+                proxy_pass_body: from.boolean("auth_proxy_pass_body"),
+            },
+            shutdown: Shutdown {
+                delay: from.duration("shutdown_delay"),
+                grace: from.duration("shutdown_grace"),
+            },
+        }
+    }
+}
+
+impl Provider {
+    pub fn parse(mut from: Reader<'_>) -> Result<Self, Vec<Mistake>> {
+        let address = from.address("provider_address");
+        let provider = Self::common(&mut from, address);
+        if !address.is_loopback() && provider.secrets.is_none() {
+            from.mistake(
+                "provider_address",
+                Some(address.to_string()),
+                "a loopback address, while basic_auth is false: whoever reaches the provider can run commands as \
+                 its user",
+            );
+        }
+        from.finish(provider)
+    }
+
+    fn common(from: &mut Reader<'_>, address: IpAddr) -> Self {
+        Self {
+            listen: SocketAddr::new(address, from.port("provider_port")),
+            state_dir: PathBuf::from(from.text("state_dir")),
+            secrets: basic_auth(from),
+            grace: from.duration("shutdown_grace"),
+        }
+    }
+}
+
+impl Up {
+    /// Everything on loopback: a bare machine has nothing in front of it that would keep strangers out.
+    pub fn parse(mut from: Reader<'_>, stack: Option<PathBuf>) -> Result<Self, Vec<Mistake>> {
+        let loopback = IpAddr::V4(Ipv4Addr::LOCALHOST);
+        let provider = Provider::common(&mut from, loopback);
+        let serve = Serve::common(&mut from, loopback, nowhere());
+        from.finish(Self { serve, provider, stack })
+    }
+}
+
+impl Log {
+    pub fn parse(mut from: Reader<'_>) -> Result<Self, Vec<Mistake>> {
+        let json = from.parsed("log_format", "text or json", |text| match text {
+            "text" => Some(false),
+            "json" => Some(true),
+            _ => None,
+        });
+        let expected = "a level or filter such as info, debug or gateway=debug,info";
+        let filter = from.parsed("log_level", expected, |text| {
+            text.parse::<tracing_subscriber::filter::Targets>().ok().map(|_| text.to_owned())
+        });
+        from.finish(Self { filter: filter.unwrap_or_default(), json: json.unwrap_or_default() })
+    }
+}
+
+/// The directory of the credentials' files, if they are asked for.
+fn basic_auth(from: &mut Reader<'_>) -> Option<PathBuf> {
+    from.boolean("basic_auth").then(|| PathBuf::from(from.text("secret_mount_path")))
+}
+
+fn prometheus(from: &mut Reader<'_>) -> Option<BaseUrl> {
+    let port = from.port("faas_prometheus_port");
+    from.parsed("faas_prometheus_host", "a host name or IP address", |host| {
+        BaseUrl::parse(&format!("http://{host}:{port}"))
+    })
+}
+
+/// Stands in where a URL is missing, and a mistake on the list or a later step says so.
+fn nowhere() -> BaseUrl {
+    BaseUrl {
+        tls: false,
+        authority: http::uri::Authority::from_static("127.0.0.1"),
+        path: String::new(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn serve(vars: &[(&str, &str)]) -> Result<Serve, Vec<String>> {
+        let var = |name: &str| vars.iter().find(|(n, _)| *n == name).map(|(_, v)| (*v).to_owned());
+        Serve::parse(Reader::new(&|_| None, &var))
+            .map_err(|mistakes| mistakes.iter().map(ToString::to_string).collect())
+    }
+
+    #[test]
+    fn defaults_are_those_of_the_table() {
+        let config = serve(&[("functions_provider_url", "http://p:8081/")]).unwrap();
+        assert_eq!(config.listen.to_string(), "0.0.0.0:8080");
+        assert_eq!(config.metrics.to_string(), "0.0.0.0:8082");
+        assert_eq!(config.timeouts.upstream, Duration::from_secs(60));
+        assert_eq!(config.provider.to_string(), "http://p:8081");
+        assert_eq!(config.logs_provider, config.provider);
+        assert_eq!(config.limits.calls, 10_000);
+        assert_eq!(config.prometheus.unwrap().to_string(), "http://prometheus:9090");
+        assert!(config.auth.secrets.is_none() && config.direct_functions.is_none());
+    }
+
+    #[test]
+    fn every_mistake_is_reported_in_one_start() {
+        let mistakes = serve(&[
+            ("read_timeout", "ten"),
+            ("port", "70000"),
+            ("basic_auth", "maybe"),
+            ("upstream_timeout", "0"),
+        ])
+        .unwrap_err();
+        assert_eq!(mistakes.len(), 5, "{mistakes:#?}");
+        assert!(mistakes[0].starts_with("functions_provider_url is not set"));
+        assert!(mistakes.iter().any(|m| m.starts_with("read_timeout: \"ten\" is not a duration")));
+        assert!(
+            mistakes.iter().any(|m| m.starts_with("basic_auth: \"maybe\" is not true or false"))
+        );
+    }
+
+    #[test]
+    fn a_flag_wins_over_a_variable_and_an_empty_value_is_none() {
+        let flag = |name: &str| (name == "port").then(|| "1".to_owned());
+        let var = |name: &str| match name {
+            "port" => Some("2".to_owned()),
+            "metrics_port" => Some(String::new()),
+            "functions_provider_url" => Some("http://p".to_owned()),
+            _ => None,
+        };
+        let config = Serve::parse(Reader::new(&flag, &var)).unwrap();
+        assert_eq!((config.listen.port(), config.metrics.port()), (1, 8082));
+    }
+
+    #[test]
+    fn a_provider_off_loopback_needs_credentials() {
+        let var = |name: &str| (name == "provider_address").then(|| "0.0.0.0".to_owned());
+        let mistakes = Provider::parse(Reader::new(&|_| None, &var)).unwrap_err();
+        assert!(mistakes[0].to_string().contains("loopback"), "{}", mistakes[0]);
+    }
+}

@@ -1,0 +1,84 @@
+//! The address of a peer: scheme, authority and a path to put before every target. No I/O.
+
+use std::fmt;
+
+use http::uri::{Authority, Scheme, Uri};
+
+/// What [`BaseUrl::parse`] takes, for messages.
+pub const EXPECTED: &str = "an http(s) URL such as http://127.0.0.1:8081";
+
+/// An `http://` or `https://` URL without credentials, query or fragment; a slash at its end counts for nothing.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct BaseUrl {
+    /// Whether the peer is spoken to over TLS.
+    pub tls: bool,
+    /// `host` or `host:port`, as it goes into `Host`.
+    pub authority: Authority,
+    /// The path in front of every target, without its last slash; mostly empty.
+    pub path: String,
+}
+
+impl BaseUrl {
+    /// `None` for anything but an absolute http(s) URL.
+    pub fn parse(text: &str) -> Option<Self> {
+        let uri: Uri = text.trim().parse().ok()?;
+        let scheme = uri.scheme()?;
+        let tls = *scheme == Scheme::HTTPS;
+        if !tls && *scheme != Scheme::HTTP {
+            return None;
+        }
+        let authority = uri.authority()?.clone();
+        if authority.as_str().contains('@') || authority.host().is_empty() || uri.query().is_some()
+        {
+            return None;
+        }
+        Some(Self { tls, authority, path: uri.path().trim_end_matches('/').to_owned() })
+    }
+
+    /// The host alone, brackets of an IPv6 address taken off.
+    pub fn host(&self) -> &str {
+        self.authority.host().trim_start_matches('[').trim_end_matches(']')
+    }
+
+    /// The port, or the scheme's own.
+    pub fn port(&self) -> u16 {
+        self.authority.port_u16().unwrap_or(if self.tls { 443 } else { 80 })
+    }
+}
+
+impl fmt::Display for BaseUrl {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let scheme = if self.tls { "https" } else { "http" };
+        write!(f, "{scheme}://{}{}", self.authority, self.path)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[track_caller]
+    fn check(text: &str, expect: Option<(&str, u16, &str)>) {
+        let got = BaseUrl::parse(text);
+        let got = got.as_ref().map(|url| (url.host(), url.port(), url.path.as_str()));
+        assert_eq!(got, expect, "{text:?}");
+    }
+
+    #[test]
+    fn absolute_http_urls_are_taken() {
+        check("http://127.0.0.1:8081/", Some(("127.0.0.1", 8081, "")));
+        check("http://provider", Some(("provider", 80, "")));
+        check("https://provider/base/", Some(("provider", 443, "/base")));
+        check("http://[::1]:8081", Some(("::1", 8081, "")));
+        check(" http://a:1 ", Some(("a", 1, "")));
+    }
+
+    #[test]
+    fn anything_else_is_refused() {
+        for text in
+            ["", "provider:8080", "/path", "ftp://a", "http://", "http://a?b", "http://u:p@a"]
+        {
+            check(text, None);
+        }
+    }
+}

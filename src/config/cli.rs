@@ -1,0 +1,161 @@
+//! The command line: roles, flags and `--help`, all made from the table of settings. No I/O.
+
+use std::ffi::OsString;
+use std::path::PathBuf;
+
+use clap::{Arg, ArgMatches, Command};
+
+use crate::config::settings::{Role, SETTINGS, Setting};
+
+/// What the command line asks for; settings given as flags are in `flags`.
+#[derive(Debug)]
+pub enum Asked {
+    Serve,
+    Provider,
+    Up {
+        stack: Option<PathBuf>,
+    },
+    /// `gateway healthcheck [URL]`
+    Healthcheck {
+        url: String,
+    },
+}
+
+/// A parsed command line.
+#[derive(Debug)]
+pub struct CommandLine {
+    pub asked: Asked,
+    matches: ArgMatches,
+}
+
+impl CommandLine {
+    /// Reads `args`, the program's name first. The error renders help, version or a usage line.
+    pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Self, clap::Error> {
+        let matches = command().try_get_matches_from(args)?;
+        Ok(match matches.subcommand() {
+            None => Self { asked: Asked::Serve, matches },
+            Some(("serve", sub)) => Self { asked: Asked::Serve, matches: sub.clone() },
+            Some(("up", sub)) => Self {
+                asked: Asked::Up { stack: sub.get_one::<PathBuf>("STACK").cloned() },
+                matches: sub.clone(),
+            },
+            Some(("provider", sub)) => {
+                let (_, process) = sub.subcommand().unwrap_or_else(|| unreachable!("required"));
+                Self { asked: Asked::Provider, matches: process.clone() }
+            }
+            Some((_, sub)) => Self {
+                asked: Asked::Healthcheck {
+                    url: sub.get_one::<String>("URL").cloned().unwrap_or_default(),
+                },
+                matches: sub.clone(),
+            },
+        })
+    }
+
+    /// The value of a setting's flag, by the setting's name.
+    pub fn flag(&self, name: &str) -> Option<String> {
+        self.matches.try_get_one::<String>(name).ok().flatten().cloned()
+    }
+}
+
+fn command() -> Command {
+    Command::new("gateway")
+        .version(env!("CARGO_PKG_VERSION"))
+        .about("An API gateway for functions. Without a command it serves.")
+        .after_help(
+            "Every setting can be given as a flag or as the environment variable that its line names; the flag \
+             wins. Durations are Go's (1m30s, 700ms) or whole seconds.",
+        )
+        .args_conflicts_with_subcommands(true)
+        .args(flags(Role::Serve))
+        .subcommand(
+            Command::new("serve").about("Serve calls, in front of a provider").args(flags(Role::Serve)),
+        )
+        .subcommand(
+            Command::new("up")
+                .about("Gateway and provider in one process, on loopback, with the functions of a stack file")
+                .arg(
+                    Arg::new("STACK")
+                        .value_parser(clap::value_parser!(PathBuf))
+                        .help("An OpenFaaS stack file (YAML), whose functions are deployed"),
+                )
+                .args(flags(Role::Up)),
+        )
+        .subcommand(
+            Command::new("provider")
+                .about("Run functions, behind the provider API")
+                .subcommand_required(true)
+                .subcommand(
+                    Command::new("process")
+                        .about("Functions as local processes")
+                        .args(flags(Role::Provider)),
+                ),
+        )
+        .subcommand(
+            Command::new("healthcheck")
+                .about("Ask a URL for its health: exit status 0 for 2xx, 1 otherwise")
+                .arg(
+                    Arg::new("URL")
+                        .default_value("http://127.0.0.1:8080/_/healthz")
+                        .help("The http URL to ask"),
+                ),
+        )
+}
+
+fn flags(role: Role) -> impl Iterator<Item = Arg> {
+    SETTINGS.iter().filter(move |setting| setting.roles.contains(&role)).map(flag)
+}
+
+fn flag(setting: &'static Setting) -> Arg {
+    let mut help = format!("{} [variable: {}]", setting.about, setting.name);
+    if !setting.default.is_empty() {
+        help.push_str(&format!(" [default: {}]", setting.default));
+    }
+    Arg::new(setting.name)
+        .long(setting.name.replace('_', "-"))
+        .value_name(setting.value)
+        .allow_hyphen_values(true)
+        .help(help)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(line: &str) -> Result<CommandLine, clap::Error> {
+        CommandLine::parse(line.split_whitespace().map(OsString::from))
+    }
+
+    #[test]
+    fn the_command_tree_is_sound() {
+        command().debug_assert();
+    }
+
+    #[test]
+    fn no_command_means_serve() {
+        let line = parse("gateway --port 9 --function-namespace x").unwrap();
+        assert!(matches!(line.asked, Asked::Serve));
+        assert_eq!(line.flag("port").as_deref(), Some("9"));
+        assert_eq!(line.flag("metrics_port"), None);
+    }
+
+    #[test]
+    fn roles_take_their_own_flags_only() {
+        let line = parse("gateway provider process --provider-port 1").unwrap();
+        assert!(matches!(line.asked, Asked::Provider));
+        assert!(parse("gateway provider process --port 1").is_err());
+        assert!(parse("gateway provider").is_err());
+        let Asked::Up { stack } = parse("gateway up a.yaml --port 1").unwrap().asked else {
+            panic!("not up")
+        };
+        assert_eq!(stack, Some(PathBuf::from("a.yaml")));
+    }
+
+    #[test]
+    fn help_names_every_setting_of_its_role() {
+        let help = command().find_subcommand_mut("serve").unwrap().render_help().to_string();
+        for setting in SETTINGS.iter().filter(|s| s.roles.contains(&Role::Serve)) {
+            assert!(help.contains(&format!("[variable: {}]", setting.name)), "{}", setting.name);
+        }
+    }
+}

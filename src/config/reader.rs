@@ -1,0 +1,121 @@
+//! Reads settings from flags and variables, and gathers every mistake on the way. No I/O.
+
+use std::fmt;
+use std::net::IpAddr;
+use std::time::Duration;
+
+use crate::config::base_url::{self, BaseUrl};
+use crate::config::{duration, settings};
+
+/// A value that cannot be used.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Mistake {
+    name: &'static str,
+    value: Option<String>,
+    expected: String,
+}
+
+impl fmt::Display for Mistake {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.value {
+            Some(value) => write!(f, "{}: {value:?} is not {}", self.name, self.expected),
+            None => write!(f, "{} is not set: expected {}", self.name, self.expected),
+        }
+    }
+}
+
+/// Looks values up: a flag wins over a variable, a variable over the default. An empty value counts as none.
+pub struct Reader<'a> {
+    flag: &'a dyn Fn(&str) -> Option<String>,
+    var: &'a dyn Fn(&str) -> Option<String>,
+    mistakes: Vec<Mistake>,
+}
+
+impl<'a> Reader<'a> {
+    /// Reads from `flag` and `var`, both asked by a setting's name.
+    pub fn new(
+        flag: &'a dyn Fn(&str) -> Option<String>,
+        var: &'a dyn Fn(&str) -> Option<String>,
+    ) -> Self {
+        Self { flag, var, mistakes: Vec::new() }
+    }
+
+    /// `value` if nothing was wrong on the way to it, else every mistake.
+    pub fn finish<T>(self, value: T) -> Result<T, Vec<Mistake>> {
+        if self.mistakes.is_empty() { Ok(value) } else { Err(self.mistakes) }
+    }
+
+    /// The value as text; empty if there is none.
+    pub fn text(&self, name: &str) -> String {
+        let setting = settings::find(name);
+        (self.flag)(name)
+            .filter(|v| !v.trim().is_empty())
+            .or_else(|| (self.var)(name).filter(|v| !v.trim().is_empty()))
+            .map_or_else(|| setting.default.to_owned(), |v| v.trim().to_owned())
+    }
+
+    pub fn boolean(&mut self, name: &str) -> bool {
+        self.parsed(name, "true or false", |text| match text.to_ascii_lowercase().as_str() {
+            "true" | "1" => Some(true),
+            "false" | "0" => Some(false),
+            _ => None,
+        })
+        .unwrap_or_default()
+    }
+
+    pub fn duration(&mut self, name: &str) -> Duration {
+        self.parsed(name, duration::EXPECTED, duration::parse).unwrap_or_default()
+    }
+
+    /// A duration that would make no sense at zero.
+    pub fn positive_duration(&mut self, name: &str) -> Duration {
+        let expected = format!("{}, above zero", duration::EXPECTED);
+        self.parsed(name, &expected, |text| duration::parse(text).filter(|d| !d.is_zero()))
+            .unwrap_or_default()
+    }
+
+    /// A whole number within `range`.
+    pub fn count(&mut self, name: &str, range: std::ops::RangeInclusive<usize>) -> usize {
+        let expected = format!("a whole number from {} to {}", range.start(), range.end());
+        self.parsed(name, &expected, |text| text.parse().ok().filter(|n| range.contains(n)))
+            .unwrap_or_default()
+    }
+
+    pub fn port(&mut self, name: &str) -> u16 {
+        self.parsed(name, "a port from 0 to 65535 (0: any free one)", |text| text.parse().ok())
+            .unwrap_or_default()
+    }
+
+    pub fn address(&mut self, name: &str) -> IpAddr {
+        self.parsed(name, "an IP address such as 0.0.0.0 or ::", |text| text.parse().ok())
+            .unwrap_or(IpAddr::from([127, 0, 0, 1]))
+    }
+
+    pub fn url(&mut self, name: &str) -> Option<BaseUrl> {
+        if self.text(name).is_empty() {
+            return None;
+        }
+        self.parsed(name, base_url::EXPECTED, BaseUrl::parse)
+    }
+
+    /// A value that `parse` takes; `None`, and a mistake on the list, for one that it does not.
+    pub fn parsed<T>(
+        &mut self,
+        name: &str,
+        expected: &str,
+        parse: impl FnOnce(&str) -> Option<T>,
+    ) -> Option<T> {
+        let text = self.text(name);
+        let parsed = parse(&text);
+        if parsed.is_none() {
+            self.mistake(name, (!text.is_empty()).then_some(text), expected);
+        }
+        parsed
+    }
+
+    /// Puts a mistake on the list.
+    pub fn mistake(&mut self, name: &str, value: Option<String>, expected: &str) {
+        let name = settings::find(name).name;
+        self.mistakes.push(Mistake { name, value, expected: expected.to_owned() });
+    }
+}

@@ -1,0 +1,113 @@
+//! Every setting there is: name, default, meaning. `--help`, the parser and the README's table all come from here.
+//! A setting's name is its environment variable; its flag is the same with dashes.
+
+/// The roles a setting belongs to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Role {
+    /// `gateway serve`
+    Serve,
+    /// `gateway provider process`
+    Provider,
+    /// `gateway up`
+    Up,
+}
+
+/// One setting.
+#[derive(Debug)]
+pub struct Setting {
+    /// The variable's name, as operators of OpenFaaS know it where they do.
+    pub name: &'static str,
+    /// The kind of value, for `--help`.
+    pub value: &'static str,
+    /// What holds when it is not set; empty for none.
+    pub default: &'static str,
+    /// What it does, in one or two sentences.
+    pub about: &'static str,
+    /// Who reads it.
+    pub roles: &'static [Role],
+}
+
+const S: &[Role] = &[Role::Serve];
+const P: &[Role] = &[Role::Provider];
+const PU: &[Role] = &[Role::Provider, Role::Up];
+const SU: &[Role] = &[Role::Serve, Role::Up];
+const ALL: &[Role] = &[Role::Serve, Role::Provider, Role::Up];
+
+macro_rules! settings {
+    ($($name:ident $value:ident $default:literal $roles:ident $about:literal)*) => {
+        /// All settings, in the order in which `--help` shows them.
+        pub const SETTINGS: &[Setting] = &[$(Setting {
+            name: stringify!($name), value: stringify!($value), default: $default, about: $about, roles: $roles,
+        }),*];
+    };
+}
+
+settings! {
+    functions_provider_url URL "" S
+        "The provider that runs the functions. Required."
+    logs_provider_url URL "" S
+        "Where /system/logs is asked for. Default: the provider."
+    function_namespace NAME "" SU
+        "Namespace of a function that is called without one."
+    listen_address ADDRESS "0.0.0.0" S
+        "Address that callers and the metrics port are served on (`up` always takes 127.0.0.1)."
+    port PORT "8080" SU
+        "Port for everything callers use."
+    metrics_port PORT "8082" SU
+        "Port for GET /metrics and GET /healthz; not to be exposed."
+    threads COUNT "0" SU
+        "Threads that carry calls, each with its own listener and connections; 0: one for each core."
+    read_timeout DURATION "60s" SU
+        "The most time a caller may take to send its request, head and body."
+    write_timeout DURATION "60s" SU
+        "The longest time a caller may take nothing of its answer before it is cut off."
+    upstream_timeout DURATION "60s" SU
+        "From the first byte sent to a function until its last byte back; for streams (server-sent events, NDJSON, gRPC, upgrades) until the first byte, and then between two."
+    idle_timeout DURATION "2m" SU
+        "How long a caller's connection may stay open without a call."
+    max_idle_conns COUNT "1024" SU
+        "Idle connections to providers and functions kept open in all."
+    max_idle_conns_per_host COUNT "1024" SU
+        "Idle connections kept open to one host."
+    max_calls COUNT "10000" SU
+        "Calls in flight; beyond it new ones are answered 503 and /_/ready turns 503."
+    max_connections COUNT "20000" SU
+        "Connections of callers; beyond it further ones wait to be accepted. Bounded by the limit on open files."
+    shutdown_delay DURATION "0s" SU
+        "After SIGTERM, how long new connections are still taken, while /_/ready already says 503."
+    shutdown_grace DURATION "30s" ALL
+        "After shutdown_delay, how long calls in flight may take to finish."
+    basic_auth BOOLEAN "false" ALL
+        "Ask for the credentials in the files basic-auth-user and basic-auth-password on /system/* and /ui/, and give them to the provider."
+    secret_mount_path DIRECTORY "/run/secrets/" ALL
+        "Where the files of basic_auth are; they are read again when they change."
+    auth_proxy_url URL "" SU
+        "Ask this URL about calls of /system/* and /ui/ instead: 2xx lets them pass, any other status is the answer."
+    auth_proxy_pass_body BOOLEAN "false" SU
+        "Send the call's body (at most 1 MiB) to auth_proxy_url, too."
+    direct_functions BOOLEAN "false" S
+        "Call functions at http://NAME.SUFFIX:8080 instead of through the provider."
+    direct_functions_suffix NAME "" S
+        "The SUFFIX of direct_functions, such as openfaas-fn.svc.cluster.local."
+    scale_from_zero BOOLEAN "false" S
+        "Accepted for compatibility; this version does not wake functions yet, and says so at start."
+    faas_prometheus_host HOST "prometheus" S
+        "Prometheus, asked for invocationCount in GET /system/functions; while it is away the list comes without."
+    faas_prometheus_port PORT "9090" S
+        "Prometheus's port."
+    provider_address ADDRESS "127.0.0.1" P
+        "Address of the provider. Whoever reaches it can run commands here, so another than loopback also needs basic_auth=true."
+    provider_port PORT "8081" PU
+        "Port of the provider."
+    state_dir DIRECTORY ".gateway" PU
+        "Where functions, secrets and namespaces are kept."
+    log_level FILTER "info" ALL
+        "error, warn, info, debug or trace; also as target=level, separated by commas."
+    log_format FORMAT "text" ALL
+        "text or json."
+}
+
+/// The setting called `name`. Every name used in the code is in the table; a test sees to it.
+pub fn find(name: &str) -> &'static Setting {
+    SETTINGS.iter().find(|s| s.name == name).unwrap_or_else(|| unreachable!("no setting {name}"))
+}

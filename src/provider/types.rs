@@ -1,0 +1,152 @@
+//! The JSON that a provider speaks: functions, scale requests, secrets, namespaces, log lines. No I/O.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+
+/// A function as the provider reports it.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct FunctionStatus {
+    pub name: String,
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub namespace: String,
+    pub image: String,
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub env_process: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub env_vars: Option<BTreeMap<String, String>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub constraints: Option<Vec<String>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub secrets: Option<Vec<String>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub labels: Option<BTreeMap<String, String>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub annotations: Option<BTreeMap<String, String>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub limits: Option<Resources>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub requests: Option<Resources>,
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub read_only_root_filesystem: bool,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub invocation_count: Option<f64>,
+    /// How many replicas are wanted.
+    pub replicas: u64,
+    /// How many of them can be called.
+    pub available_replicas: u64,
+    /// RFC 3339.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub created_at: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub usage: Option<Usage>,
+}
+
+/// A function as it is to be deployed.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct FunctionDeployment {
+    pub service: String,
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub namespace: String,
+    pub image: String,
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub env_process: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub env_vars: Option<BTreeMap<String, String>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub constraints: Option<Vec<String>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub secrets: Option<Vec<String>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub labels: Option<BTreeMap<String, String>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub annotations: Option<BTreeMap<String, String>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub limits: Option<Resources>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub requests: Option<Resources>,
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub read_only_root_filesystem: bool,
+}
+
+/// Memory and CPU, as Kubernetes writes them (`128Mi`, `100m`).
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Resources {
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub memory: String,
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub cpu: String,
+}
+
+/// What a function's processes use.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct Usage {
+    /// Millicores.
+    pub cpu: f64,
+    pub total_memory_bytes: f64,
+}
+
+/// Body of `DELETE /system/functions`.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct DeleteFunction {
+    pub function_name: String,
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub namespace: String,
+}
+
+/// Body of `POST /system/scale-function/NAME`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct ScaleRequest {
+    #[serde(default)]
+    pub service_name: String,
+    pub replicas: u64,
+}
+
+/// A secret. Never printed with its value.
+#[derive(Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct Secret {
+    pub name: String,
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub namespace: String,
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub value: String,
+    /// Base64, for a value that is no text.
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub raw_value: String,
+}
+
+/// Body of the `/system/namespace/NAME` calls.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Namespace {
+    pub name: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub labels: Option<BTreeMap<String, String>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub annotations: Option<BTreeMap<String, String>>,
+}
+
+/// One line of `GET /system/logs`, as NDJSON.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct LogLine {
+    pub name: String,
+    pub namespace: String,
+    /// Which replica wrote it.
+    pub instance: String,
+    /// RFC 3339, with nanoseconds.
+    pub timestamp: String,
+    pub text: String,
+}
+
+impl std::fmt::Debug for Secret {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Secret").field("name", &self.name).finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,131 @@
+//! Accepts connections and carries them to their end: limits, deadlines, drain.
+//! What is answered on them is the service's business.
+
+pub mod caller;
+mod connection;
+pub mod listener;
+
+use std::convert::Infallible;
+use std::error::Error;
+use std::io;
+use std::net::TcpListener;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use hyper::body::{Body, Incoming};
+use hyper::service::Service;
+use hyper::{Request, Response};
+use tokio::net::TcpStream;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio_util::task::TaskTracker;
+
+use crate::config::Timeouts;
+use crate::serve::caller::{Caller, CallerStream};
+use crate::serve::connection::Connection;
+use crate::shutdown::Stages;
+use crate::watch::Watch;
+
+/// How long to wait before accepting again when the process is out of files or memory.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+
+/// What all listeners of one port share.
+#[derive(Clone)]
+pub struct Server {
+    pub timeouts: Timeouts,
+    /// One permit for each open connection.
+    pub connections: Arc<Semaphore>,
+    pub stages: Stages,
+}
+
+impl Server {
+    /// A server that holds at most `max_connections` open at a time.
+    pub fn new(timeouts: Timeouts, max_connections: usize, stages: Stages) -> Self {
+        let permits = max_connections.min(Semaphore::MAX_PERMITS);
+        Self { timeouts, connections: Arc::new(Semaphore::new(permits)), stages }
+    }
+
+    /// Serves `listener` until `stages.closing`, then waits for the open connections to end, or for `stages.cut`.
+    ///
+    /// `service` makes the service of one connection. Connections run as tasks of the current runtime.
+    ///
+    /// # Errors
+    /// Only when the listener cannot be registered with the runtime.
+    pub async fn run<S, B>(
+        self,
+        listener: TcpListener,
+        service: impl Fn(Caller) -> S,
+    ) -> io::Result<()>
+    where
+        S: Service<Request<Incoming>, Response = Response<B>, Error = Infallible> + Send + 'static,
+        S::Future: Send,
+        B: Body + Send + 'static,
+        B::Data: Send,
+        B::Error: Into<Box<dyn Error + Send + Sync>>,
+    {
+        let listener = tokio::net::TcpListener::from_std(listener)?;
+        let builder = connection::builder();
+        let connections = TaskTracker::new();
+        // A token of this thread's own: looking at it must not touch what other threads write.
+        let closing = self.stages.closing.child_token();
+        while let Some((tcp, permit)) = self.accept(&listener).await {
+            let Ok(address) = tcp.peer_addr() else { continue };
+            let _ = tcp.set_nodelay(true);
+            let watch = Arc::new(Watch::new());
+            watch.call_ended(Instant::now(), self.timeouts.idle.min(self.timeouts.read));
+            let stream = CallerStream::new(tcp, Arc::clone(&watch), self.timeouts);
+            let caller = Caller { address, watch };
+            let service = service(caller.clone());
+            let connection = Connection::new(&builder, stream, caller, service, closing.clone());
+            connections.spawn(async move {
+                connection.await;
+                drop(permit);
+            });
+        }
+        drop(listener);
+        connections.close();
+        // Both branches are cancel-safe. What still runs after the cut ends with the runtime.
+        tokio::select! {
+            () = connections.wait() => {}
+            () = self.stages.cut.cancelled() => {
+                tracing::warn!(connections = connections.len(), "Connections cut at the end of shutdown_grace");
+            }
+        }
+        Ok(())
+    }
+
+    /// The next connection, once there is room for it; `None` when no more are taken.
+    async fn accept(
+        &self,
+        listener: &tokio::net::TcpListener,
+    ) -> Option<(TcpStream, OwnedSemaphorePermit)> {
+        let next = async {
+            let permit = Arc::clone(&self.connections).acquire_owned().await.ok()?;
+            loop {
+                match listener.accept().await {
+                    Ok((tcp, _)) => return Some((tcp, permit)),
+                    // The peer has gone already.
+                    Err(e) if e.kind() == io::ErrorKind::ConnectionAborted => {}
+                    Err(error) => {
+                        tracing::warn!(%error, "Cannot accept connections");
+                        tokio::time::sleep(ACCEPT_PAUSE).await;
+                    }
+                }
+            }
+        };
+        // Both branches are cancel-safe: a connection is only taken when it is returned.
+        tokio::select! {
+            () = self.stages.closing.cancelled() => None,
+            next = next => next,
+        }
+    }
+}
+
+/// Raises the limit on open files as far as it goes, and returns it.
+pub fn raise_file_limit() -> usize {
+    use rustix::process::{Resource, getrlimit, setrlimit};
+    let mut limit = getrlimit(Resource::Nofile);
+    limit.current = limit.maximum;
+    let _ = setrlimit(Resource::Nofile, limit);
+    let limit = getrlimit(Resource::Nofile).current;
+    limit.map_or(usize::MAX, |files| usize::try_from(files).unwrap_or(usize::MAX))
+}

@@ -1,0 +1,89 @@
+//! The caller's side of a connection: its socket, watched for beginning heads and stalled writes.
+
+use std::io;
+use std::net::SocketAddr;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::net::TcpStream;
+
+use crate::config::Timeouts;
+use crate::watch::{Stage, Watch};
+
+/// Who calls, and the watch over its connection. Handed to the service once for each connection.
+#[derive(Clone, Debug)]
+pub struct Caller {
+    pub address: SocketAddr,
+    pub watch: Arc<Watch>,
+}
+
+/// A caller's socket that tells the watch what it sees.
+#[derive(Debug)]
+pub struct CallerStream {
+    tcp: TcpStream,
+    watch: Arc<Watch>,
+    timeouts: Timeouts,
+}
+
+impl CallerStream {
+    pub fn new(tcp: TcpStream, watch: Arc<Watch>, timeouts: Timeouts) -> Self {
+        Self { tcp, watch, timeouts }
+    }
+
+    fn wrote(&self, result: Poll<io::Result<usize>>) -> Poll<io::Result<usize>> {
+        match result {
+            Poll::Pending => self.watch.write_stalls(self.timeouts.write),
+            Poll::Ready(_) => self.watch.write_goes_on(),
+        }
+        result
+    }
+}
+
+impl AsyncRead for CallerStream {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        let before = buf.filled().len();
+        let result = Pin::new(&mut self.tcp).poll_read(cx, buf);
+        if buf.filled().len() > before && self.watch.stage() == Stage::Idle {
+            self.watch.head_begins(self.timeouts.read);
+        }
+        result
+    }
+}
+
+impl AsyncWrite for CallerStream {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        let result = Pin::new(&mut self.tcp).poll_write(cx, buf);
+        self.wrote(result)
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bufs: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        let result = Pin::new(&mut self.tcp).poll_write_vectored(cx, bufs);
+        self.wrote(result)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        true
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.tcp).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.tcp).poll_shutdown(cx)
+    }
+}

@@ -1,0 +1,142 @@
+//! One connection of a caller: hyper drives HTTP, this drives hyper, the connection's timer and its end.
+
+use std::error::Error;
+use std::future::Future;
+use std::pin::Pin;
+use std::task::{Context, Poll};
+use std::time::Instant;
+
+use hyper::body::{Body, Incoming};
+use hyper::server::conn::http1::{Builder, UpgradeableConnection};
+use hyper::service::HttpService;
+use hyper_util::rt::TokioIo;
+use tokio::time::Sleep;
+use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
+
+use crate::serve::caller::{Caller, CallerStream};
+use crate::watch::Overdue;
+
+/// The largest head of a request.
+const MAX_HEAD: usize = 1 << 20;
+/// Room for the largest head, and for as much of a body as is passed on at once.
+const MAX_BUFFER: usize = MAX_HEAD + (64 << 10);
+/// The most headers of a request.
+const MAX_HEADERS: usize = 256;
+
+/// How hyper serves connections of callers.
+pub(super) fn builder() -> Builder {
+    let mut builder = Builder::new();
+    builder.max_header_size(MAX_HEAD).max_buf_size(MAX_BUFFER).max_headers(MAX_HEADERS);
+    builder
+}
+
+/// A future that ends when the connection does.
+pub(super) struct Connection<S: HttpService<Incoming>> {
+    http: Pin<Box<UpgradeableConnection<TokioIo<CallerStream>, S>>>,
+    caller: Caller,
+    /// Armed at or before the watch's earliest deadline.
+    timer: Pin<Box<Sleep>>,
+    armed: Option<Instant>,
+    closing: CancellationToken,
+    until_closing: Pin<Box<WaitForCancellationFutureOwned>>,
+    /// Whether `until_closing` knows this task, so that it need not be polled again.
+    registered: bool,
+    told_to_close: bool,
+}
+
+impl<S, B> Connection<S>
+where
+    S: HttpService<Incoming, ResBody = B>,
+    S::Error: Into<Box<dyn Error + Send + Sync>>,
+    B: Body + 'static,
+    B::Error: Into<Box<dyn Error + Send + Sync>>,
+{
+    pub(super) fn new(
+        builder: &Builder,
+        stream: CallerStream,
+        caller: Caller,
+        service: S,
+        closing: CancellationToken,
+    ) -> Self {
+        Self {
+            http: Box::pin(builder.serve_connection(TokioIo::new(stream), service).with_upgrades()),
+            caller,
+            // Never polled before it is armed.
+            timer: Box::pin(tokio::time::sleep(std::time::Duration::ZERO)),
+            armed: None,
+            until_closing: Box::pin(closing.clone().cancelled_owned()),
+            closing,
+            registered: false,
+            told_to_close: false,
+        }
+    }
+
+    fn close_if_asked(&mut self, cx: &mut Context<'_>) {
+        if self.told_to_close {
+            return;
+        }
+        if !self.registered {
+            self.registered = self.until_closing.as_mut().poll(cx).is_pending();
+        }
+        if self.closing.is_cancelled() {
+            self.told_to_close = true;
+            self.http.as_mut().graceful_shutdown();
+        }
+    }
+
+    /// Sees to the timer; `Some` if a deadline has passed.
+    fn poll_overdue(&mut self, cx: &mut Context<'_>) -> Option<Overdue> {
+        loop {
+            let due = self.caller.watch.due();
+            let fired = self.armed.is_some() && self.timer.is_elapsed();
+            if fired {
+                self.armed = None;
+                let now = Instant::now();
+                if due.is_some_and(|due| due <= now) {
+                    if let Some(overdue) = self.caller.watch.expire(now) {
+                        return Some(overdue);
+                    }
+                }
+            }
+            let due = self.caller.watch.due()?;
+            if self.armed.is_some_and(|armed| armed <= due) {
+                return None;
+            }
+            self.timer.as_mut().reset(due.into());
+            self.armed = Some(due);
+            if self.timer.as_mut().poll(cx).is_pending() {
+                return None;
+            }
+        }
+    }
+}
+
+impl<S, B> Future for Connection<S>
+where
+    S: HttpService<Incoming, ResBody = B>,
+    S::Error: Into<Box<dyn Error + Send + Sync>>,
+    B: Body + 'static,
+    B::Error: Into<Box<dyn Error + Send + Sync>>,
+{
+    type Output = ();
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
+        loop {
+            self.close_if_asked(cx);
+            match self.http.as_mut().poll(cx) {
+                Poll::Ready(Ok(())) => return Poll::Ready(()),
+                Poll::Ready(Err(error)) => {
+                    tracing::debug!(caller = %self.caller.address, %error, "Connection ended");
+                    return Poll::Ready(());
+                }
+                Poll::Pending => {}
+            }
+            match self.poll_overdue(cx) {
+                None => return Poll::Pending,
+                Some(Overdue::Connection) => return Poll::Ready(()),
+                // The party that waits learns of it when hyper polls it.
+                Some(Overdue::Party) => {}
+            }
+        }
+    }
+}

@@ -1,0 +1,105 @@
+//! How the process ends: the signals that ask for it, the stages it goes through, and the background tasks that
+//! are waited for.
+//! Connections are not tasks of this room; `serve` owns and drains them.
+
+use std::future::Future;
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::time::error::Elapsed;
+use tokio::time::timeout;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+/// SIGTERM and SIGINT, whichever comes.
+pub struct Signals {
+    terminate: Signal,
+    interrupt: Signal,
+}
+
+impl Signals {
+    /// Takes the signals over; from here on they no longer end the process by themselves.
+    pub fn listen() -> io::Result<Self> {
+        Ok(Self {
+            terminate: signal(SignalKind::terminate())?,
+            interrupt: signal(SignalKind::interrupt())?,
+        })
+    }
+
+    /// Waits for the next signal and names it.
+    pub async fn next(&mut self) -> &'static str {
+        // Both branches are cancel-safe: a signal that is not returned stays pending.
+        tokio::select! {
+            _ = self.terminate.recv() => "SIGTERM",
+            _ = self.interrupt.recv() => "SIGINT",
+        }
+    }
+}
+
+/// The stages of a stop, each visible to everyone who holds a clone.
+#[derive(Clone, Default)]
+pub struct Stages {
+    leaving: Arc<AtomicBool>,
+    /// No more connections are accepted; open ones end with the call they carry.
+    pub closing: CancellationToken,
+    /// The grace is over: what still runs is cut.
+    pub cut: CancellationToken,
+}
+
+impl Stages {
+    /// Announces the stop: `/_/ready` turns, answers say `Connection: close`; calls are still taken.
+    pub fn leave(&self) {
+        self.leaving.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether a stop has been announced.
+    pub fn is_leaving(&self) -> bool {
+        self.leaving.load(Ordering::Relaxed)
+    }
+}
+
+/// The process's background tasks and the one signal that ends them.
+#[derive(Clone, Default)]
+pub struct Tasks {
+    tracker: TaskTracker,
+    stopping: CancellationToken,
+}
+
+impl Tasks {
+    /// Spawns `task` on the runtime of the caller, handing it the token it must watch.
+    pub fn spawn<F>(&self, task: impl FnOnce(CancellationToken) -> F)
+    where
+        F: Future<Output = ()> + Send + 'static,
+    {
+        self.tracker.spawn(task(self.stopping.child_token()));
+    }
+
+    /// Asks every task to stop; `Err` if some are still running after `grace`.
+    pub async fn stop(&self, grace: Duration) -> Result<(), Elapsed> {
+        self.stopping.cancel();
+        self.tracker.close();
+        timeout(grace, self.tracker.wait()).await
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn waits_for_a_task_that_ends() {
+        let tasks = Tasks::default();
+        tasks.spawn(|stopping| async move { stopping.cancelled().await });
+        assert!(tasks.stop(Duration::from_secs(10)).await.is_ok());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn gives_up_on_a_stuck_task() {
+        let tasks = Tasks::default();
+        tasks.spawn(|_stopping| std::future::pending());
+        assert!(tasks.stop(Duration::from_secs(10)).await.is_err());
+    }
+}

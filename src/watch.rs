@@ -1,0 +1,245 @@
+//! What one exchange waits for, and until when.
+//!
+//! A connection has several deadlines but one timer: each party notes its deadline here, the connection's task keeps
+//! the timer at the earliest of them and arms it again only when it fires or an earlier one is noted. So a call
+//! costs a few stores, and the timer wheel is touched about once a minute.
+//! The task that owns the timer notices what is overdue; the parties learn of it from here when they are polled next.
+
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering::Relaxed};
+use std::time::{Duration, Instant};
+
+const NEVER: u64 = u64::MAX;
+
+/// What a connection is doing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Stage {
+    /// Between two requests.
+    Idle = 0,
+    /// Some of a request's head has come.
+    Head = 1,
+    /// A request is being answered.
+    Call = 2,
+}
+
+/// Which deadline has passed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Overdue {
+    /// Nothing can be said to the peer any more: its connection is to be closed.
+    Connection,
+    /// The party that is waiting has been told, through its flag.
+    Party,
+}
+
+/// The deadlines of one exchange. All parties run in one task; the atomics are there to make this `Sync`, not to
+/// order anything.
+#[derive(Debug)]
+pub struct Watch {
+    base: Instant,
+    stage: AtomicU8,
+    /// While idle or reading a head: the connection's own deadline. During a call: the call's.
+    until: AtomicU64,
+    /// The caller's body must have come whole.
+    body_until: AtomicU64,
+    /// The caller must take some of its answer.
+    stalled_until: AtomicU64,
+    /// When the first byte of the head came.
+    head_at: AtomicU64,
+    call_expired: AtomicBool,
+    body_expired: AtomicBool,
+}
+
+impl Watch {
+    /// A watch that waits for nothing yet.
+    pub fn new() -> Self {
+        Self {
+            base: Instant::now(),
+            stage: AtomicU8::new(Stage::Idle as u8),
+            until: AtomicU64::new(NEVER),
+            body_until: AtomicU64::new(NEVER),
+            stalled_until: AtomicU64::new(NEVER),
+            head_at: AtomicU64::new(0),
+            call_expired: AtomicBool::new(false),
+            body_expired: AtomicBool::new(false),
+        }
+    }
+
+    pub fn stage(&self) -> Stage {
+        match self.stage.load(Relaxed) {
+            0 => Stage::Idle,
+            1 => Stage::Head,
+            _ => Stage::Call,
+        }
+    }
+
+    /// Bytes have come while the connection was idle: the head must be whole by `read` from now.
+    pub fn head_begins(&self, read: Duration) {
+        let now = self.base.elapsed();
+        self.head_at.store(nanos(now), Relaxed);
+        self.stage.store(Stage::Head as u8, Relaxed);
+        self.until.store(nanos(now + read), Relaxed);
+    }
+
+    /// A whole head has come. Returns when its first byte did, so that the call need not read the clock again.
+    pub fn call_begins(&self) -> Instant {
+        let head_at = match self.stage() {
+            Stage::Head => Duration::from_nanos(self.head_at.load(Relaxed)),
+            // A pipelined request: it was read together with the one before.
+            Stage::Idle | Stage::Call => self.base.elapsed(),
+        };
+        self.stage.store(Stage::Call as u8, Relaxed);
+        self.until.store(NEVER, Relaxed);
+        self.base + head_at
+    }
+
+    /// The call must be over, or have gone on, by `at`.
+    pub fn call_until(&self, at: Instant) {
+        self.until.store(self.since_base(at), Relaxed);
+    }
+
+    /// The caller's body must have come whole by `at`.
+    pub fn body_until(&self, at: Instant) {
+        self.body_until.store(self.since_base(at), Relaxed);
+    }
+
+    /// The caller's body has come whole, or is no longer wanted.
+    pub fn body_ended(&self) {
+        self.body_until.store(NEVER, Relaxed);
+    }
+
+    /// The call has ended; the connection waits for another until `idle` from `now`.
+    pub fn call_ended(&self, now: Instant, idle: Duration) {
+        self.stage.store(Stage::Idle as u8, Relaxed);
+        self.until.store(self.since_base(now + idle), Relaxed);
+        self.body_until.store(NEVER, Relaxed);
+        self.call_expired.store(false, Relaxed);
+        self.body_expired.store(false, Relaxed);
+    }
+
+    /// The caller took nothing of what was written; it has until `write` from now to take some.
+    pub fn write_stalls(&self, write: Duration) {
+        if self.stalled_until.load(Relaxed) == NEVER {
+            self.stalled_until.store(nanos(self.base.elapsed() + write), Relaxed);
+        }
+    }
+
+    /// The caller has taken some.
+    pub fn write_goes_on(&self) {
+        if self.stalled_until.load(Relaxed) != NEVER {
+            self.stalled_until.store(NEVER, Relaxed);
+        }
+    }
+
+    /// Whether the call's deadline has passed.
+    pub fn call_expired(&self) -> bool {
+        self.call_expired.load(Relaxed)
+    }
+
+    /// Whether the deadline for the caller's body has passed.
+    pub fn body_expired(&self) -> bool {
+        self.body_expired.load(Relaxed)
+    }
+
+    /// The earliest deadline, if there is any.
+    pub fn due(&self) -> Option<Instant> {
+        let due = self
+            .until
+            .load(Relaxed)
+            .min(self.body_until.load(Relaxed))
+            .min(self.stalled_until.load(Relaxed));
+        (due != NEVER).then(|| self.base + Duration::from_nanos(due))
+    }
+
+    /// Tells the parties whose deadlines have passed by `now`; `None` if there are none.
+    pub fn expire(&self, now: Instant) -> Option<Overdue> {
+        let now = self.since_base(now);
+        if self.stalled_until.load(Relaxed) <= now {
+            return Some(Overdue::Connection);
+        }
+        let mut overdue = None;
+        if self.body_until.load(Relaxed) <= now {
+            self.body_until.store(NEVER, Relaxed);
+            self.body_expired.store(true, Relaxed);
+            overdue = Some(Overdue::Party);
+        }
+        if self.until.load(Relaxed) <= now {
+            if self.stage() != Stage::Call || self.call_expired() {
+                return Some(Overdue::Connection);
+            }
+            self.call_expired.store(true, Relaxed);
+            // The party gets a moment to say what happened; then the connection is closed.
+            self.until.store(now.saturating_add(nanos(LAST_WORDS)), Relaxed);
+            overdue = Some(Overdue::Party);
+        }
+        overdue
+    }
+
+    fn since_base(&self, at: Instant) -> u64 {
+        nanos(at.saturating_duration_since(self.base))
+    }
+}
+
+impl Default for Watch {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+/// How long a call may take to answer that it is out of time.
+const LAST_WORDS: Duration = Duration::from_secs(5);
+
+fn nanos(duration: Duration) -> u64 {
+    u64::try_from(duration.as_nanos()).unwrap_or(NEVER - 1)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SECOND: Duration = Duration::from_secs(1);
+
+    #[test]
+    fn the_earliest_deadline_counts() {
+        let watch = Watch::new();
+        assert_eq!(watch.due(), None);
+        let start = watch.call_begins();
+        watch.call_until(start + 3 * SECOND);
+        watch.body_until(start + 2 * SECOND);
+        assert_eq!(watch.due(), Some(start + 2 * SECOND));
+        watch.body_ended();
+        assert_eq!(watch.due(), Some(start + 3 * SECOND));
+    }
+
+    #[test]
+    fn an_overdue_call_is_told_first_and_cut_later() {
+        let watch = Watch::new();
+        let start = watch.call_begins();
+        watch.call_until(start + SECOND);
+        assert_eq!(watch.expire(start), None);
+        assert_eq!(watch.expire(start + SECOND), Some(Overdue::Party));
+        assert!(watch.call_expired() && !watch.body_expired());
+        assert_eq!(watch.expire(start + 2 * SECOND), None);
+        assert_eq!(watch.expire(start + 7 * SECOND), Some(Overdue::Connection));
+    }
+
+    #[test]
+    fn an_idle_connection_and_a_slow_head_are_closed() {
+        let watch = Watch::new();
+        let now = Instant::now();
+        watch.call_ended(now, SECOND);
+        assert_eq!(watch.expire(now + 2 * SECOND), Some(Overdue::Connection));
+        watch.head_begins(SECOND);
+        assert_eq!(watch.stage(), Stage::Head);
+        assert_eq!(watch.expire(Instant::now() + 2 * SECOND), Some(Overdue::Connection));
+    }
+
+    #[test]
+    fn a_caller_that_takes_nothing_is_cut_and_one_that_takes_some_is_not() {
+        let watch = Watch::new();
+        watch.write_stalls(SECOND);
+        watch.write_goes_on();
+        assert_eq!(watch.expire(Instant::now() + 2 * SECOND), None);
+        watch.write_stalls(SECOND);
+        assert_eq!(watch.expire(Instant::now() + 2 * SECOND), Some(Overdue::Connection));
+    }
+}
