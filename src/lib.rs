@@ -1,16 +1,35 @@
 //! An API gateway for functions.
 //!
-//! The map of the house, in reading order. ARCHITECTURE.md says who may know whom.
+//! The map of the house, in reading order: down from what everybody may know to where the rooms are introduced to
+//! each other. ARCHITECTURE.md says who may know whom.
 
 // What every room may know.
+pub mod call_id;
 pub mod config;
+pub mod error;
 pub mod function;
+pub mod limit;
+pub mod metrics;
 pub mod shutdown;
 pub mod telemetry;
 pub mod watch;
 
 // The provider, and the way to it.
+pub mod auth;
 pub mod provider;
+pub mod proxy;
 
-// The doors.
+// What is done with a request.
+pub mod alerts;
+pub mod answer;
+pub mod health;
+pub mod invoke;
+pub mod logs;
+pub mod system;
+pub mod ui;
+
+// The doors, and the house.
+pub mod app;
+pub mod healthcheck;
+pub mod routes;
 pub mod serve;

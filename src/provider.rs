@@ -1,3 +1,174 @@
 //! A client of the provider's REST API, and the types it speaks.
 
 pub mod types;
+
+use std::error::Error as StdError;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use http::header::{AUTHORIZATION, CONTENT_TYPE, HOST};
+use http::{HeaderMap, HeaderValue, Method, Request, Response, StatusCode};
+use http_body_util::{BodyExt, LengthLimitError, Limited};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
+use crate::auth::Credentials;
+use crate::error::Error;
+use crate::function::Function;
+use crate::provider::types::{FunctionStatus, ScaleRequest};
+use crate::proxy::body::RequestBody;
+use crate::proxy::client::{Client, Origin};
+use crate::proxy::upstream_body::{BodyFailure, UpstreamBody};
+use crate::watch::Watch;
+
+/// The largest answer that is read whole: some 10 000 functions with long labels.
+const MAX_ANSWER: usize = 32 << 20;
+
+/// The provider, as its own client sees it.
+#[derive(Clone)]
+pub struct Provider {
+    pub client: Arc<Client>,
+    pub origin: Origin,
+    pub credentials: Option<Arc<Credentials>>,
+    /// For a whole question and answer.
+    pub timeout: Duration,
+}
+
+impl Provider {
+    /// `GET /system/namespaces`
+    pub async fn namespaces(&self) -> Result<Vec<String>, Error> {
+        self.get("/system/namespaces").await
+    }
+
+    /// `GET /system/functions`, of one namespace if `namespace` is not empty.
+    pub async fn functions(&self, namespace: &str) -> Result<Vec<FunctionStatus>, Error> {
+        if namespace.is_empty() {
+            return self.get("/system/functions").await;
+        }
+        self.get(&format!("/system/functions?namespace={namespace}")).await
+    }
+
+    /// `GET /system/function/NAME`
+    ///
+    /// # Errors
+    /// `NoSuchFunction` when the provider does not know it.
+    pub async fn status(&self, function: &Function) -> Result<FunctionStatus, Error> {
+        let target = format!("/system/function/{}{}&usage=false", function.name, query(function));
+        let (status, body) = self.call(Method::GET, &target, Bytes::new()).await?;
+        match status {
+            StatusCode::NOT_FOUND => Err(Error::NoSuchFunction(function.clone())),
+            status if status.is_success() => parse(&body),
+            status => Err(refused(status)),
+        }
+    }
+
+    /// `POST /system/scale-function/NAME`
+    pub async fn scale(&self, function: &Function, replicas: u64) -> Result<(), Error> {
+        let target = format!("/system/scale-function/{}{}", function.name, query(function));
+        let body = json(&ScaleRequest { service_name: function.name.clone(), replicas });
+        match self.call(Method::POST, &target, body).await? {
+            (status, _) if status.is_success() => Ok(()),
+            (status, _) => Err(refused(status)),
+        }
+    }
+
+    async fn get<T: DeserializeOwned>(&self, target: &str) -> Result<T, Error> {
+        match self.call(Method::GET, target, Bytes::new()).await? {
+            (status, body) if status.is_success() => parse(&body),
+            (status, _) => Err(refused(status)),
+        }
+    }
+
+    async fn call(
+        &self,
+        method: Method,
+        target: &str,
+        body: Bytes,
+    ) -> Result<(StatusCode, Bytes), Error> {
+        let mut headers = HeaderMap::new();
+        if let Some(credentials) = &self.credentials {
+            headers.insert(AUTHORIZATION, credentials.header());
+        }
+        if !body.is_empty() {
+            headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
+        }
+        let question = question(method, &self.origin, target, headers, body)?;
+        ask(&self.client, &self.origin, question, self.timeout).await
+    }
+}
+
+/// Asks `origin`, and reads the whole answer, in at most `timeout`.
+pub async fn ask(
+    client: &Arc<Client>,
+    origin: &Origin,
+    question: Request<RequestBody>,
+    timeout: Duration,
+) -> Result<(StatusCode, Bytes), Error> {
+    let watch = Arc::new(Watch::new());
+    watch.call_until(Instant::now() + timeout);
+    let answered = async {
+        let (status, _, body) = collect(client.send(origin, question, &watch).await?).await?;
+        Ok((status, body))
+    };
+    match tokio::time::timeout(timeout, answered).await {
+        Ok(answered) => answered,
+        Err(_) => Err(Error::Upstream(crate::proxy::client::Error::Timeout)),
+    }
+}
+
+/// A request of the gateway's own.
+pub fn question(
+    method: Method,
+    origin: &Origin,
+    target: &str,
+    headers: HeaderMap,
+    body: Bytes,
+) -> Result<Request<RequestBody>, Error> {
+    let mut request = Request::new(RequestBody::Full(Some(body).filter(|body| !body.is_empty())));
+    *request.method_mut() = method;
+    *request.headers_mut() = headers;
+    request.headers_mut().insert(HOST, origin.host.clone());
+    request.headers_mut().insert(http::header::USER_AGENT, crate::call_id::PRODUCT);
+    let uri = target.parse().map_err(|_| Error::BadRequest(format!("no such path: {target}")))?;
+    *request.uri_mut() = origin.target(&uri).map_err(crate::proxy::client::Error::Target)?;
+    Ok(request)
+}
+
+/// Reads an answer whole, up to a limit.
+pub async fn collect(
+    answer: Response<UpstreamBody>,
+) -> Result<(StatusCode, HeaderMap, Bytes), Error> {
+    let (parts, body) = answer.into_parts();
+    match Limited::new(body, MAX_ANSWER).collect().await {
+        Ok(collected) => Ok((parts.status, parts.headers, collected.to_bytes())),
+        Err(error) => Err(match error.downcast::<BodyFailure>() {
+            Ok(failure) => Error::Answer(*failure),
+            Err(error) => {
+                debug_assert!(error.is::<LengthLimitError>());
+                Error::Provider(format!("the provider's answer exceeds {MAX_ANSWER} bytes"))
+            }
+        }),
+    }
+}
+
+/// Parses what the provider said.
+pub fn parse<T: DeserializeOwned>(body: &[u8]) -> Result<T, Error> {
+    serde_json::from_slice(body).map_err(|error| {
+        tracing::debug!(error = &error as &dyn StdError, "The provider's JSON is not as expected");
+        Error::Provider("the provider's answer is not the JSON that was expected".to_owned())
+    })
+}
+
+fn refused(status: StatusCode) -> Error {
+    Error::Provider(format!("the provider answered {status}"))
+}
+
+fn query(function: &Function) -> String {
+    format!("?namespace={}", function.namespace)
+}
+
+fn json(value: &impl Serialize) -> Bytes {
+    // The types serialized here have no map with keys that are no strings.
+    serde_json::to_vec(value).unwrap_or_default().into()
+}

@@ -23,7 +23,6 @@ use crate::config::Timeouts;
 use crate::serve::caller::{Caller, CallerStream};
 use crate::serve::connection::Connection;
 use crate::shutdown::Stages;
-use crate::watch::Watch;
 
 /// How long to wait before accepting again when the process is out of files or memory.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
@@ -70,10 +69,11 @@ impl Server {
         while let Some((tcp, permit)) = self.accept(&listener).await {
             let Ok(address) = tcp.peer_addr() else { continue };
             let _ = tcp.set_nodelay(true);
-            let watch = Arc::new(Watch::new());
-            watch.call_ended(Instant::now(), self.timeouts.idle.min(self.timeouts.read));
-            let stream = CallerStream::new(tcp, Arc::clone(&watch), self.timeouts);
-            let caller = Caller { address, watch };
+            let caller = Caller::new(address, connections.clone());
+            // Whoever connects is expected to say something soon.
+            let first = self.timeouts.idle.min(self.timeouts.read);
+            caller.watch.call_ended(Instant::now(), first);
+            let stream = CallerStream::new(tcp, Arc::clone(&caller.watch), self.timeouts);
             let service = service(caller.clone());
             let connection = Connection::new(&builder, stream, caller, service, closing.clone());
             connections.spawn(async move {

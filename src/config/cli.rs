@@ -154,6 +154,7 @@ mod tests {
     #[test]
     fn help_names_every_setting_of_its_role() {
         let help = command().find_subcommand_mut("serve").unwrap().render_help().to_string();
+        let help = help.split_whitespace().collect::<Vec<_>>().join(" ");
         for setting in SETTINGS.iter().filter(|s| s.roles.contains(&Role::Serve)) {
             assert!(help.contains(&format!("[variable: {}]", setting.name)), "{}", setting.name);
         }

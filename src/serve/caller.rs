@@ -6,8 +6,10 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
 
+use http::HeaderValue;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
+use tokio_util::task::TaskTracker;
 
 use crate::config::Timeouts;
 use crate::watch::{Stage, Watch};
@@ -16,7 +18,26 @@ use crate::watch::{Stage, Watch};
 #[derive(Clone, Debug)]
 pub struct Caller {
     pub address: SocketAddr,
+    /// The address without its port, for `X-Forwarded-For`.
+    pub forwarded_for: HeaderValue,
     pub watch: Arc<Watch>,
+    connections: TaskTracker,
+}
+
+impl Caller {
+    pub(super) fn new(address: SocketAddr, connections: TaskTracker) -> Self {
+        // A caller over IPv4 is one, whatever kind of socket listens.
+        let ip = address.ip().to_canonical();
+        let forwarded_for = HeaderValue::from_str(&ip.to_string())
+            .unwrap_or_else(|_| HeaderValue::from_static("unknown"));
+        Self { address, forwarded_for, watch: Arc::new(Watch::new()), connections }
+    }
+
+    /// Runs what outlives the request on the connection, such as a changed protocol. It is waited for, and cut, as
+    /// connections are.
+    pub fn spawn(&self, task: impl Future<Output = ()> + Send + 'static) {
+        self.connections.spawn(task);
+    }
 }
 
 /// A caller's socket that tells the watch what it sees.

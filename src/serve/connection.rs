@@ -92,10 +92,10 @@ where
             if fired {
                 self.armed = None;
                 let now = Instant::now();
-                if due.is_some_and(|due| due <= now) {
-                    if let Some(overdue) = self.caller.watch.expire(now) {
-                        return Some(overdue);
-                    }
+                if due.is_some_and(|due| due <= now)
+                    && let Some(overdue) = self.caller.watch.expire(now)
+                {
+                    return Some(overdue);
                 }
             }
             let due = self.caller.watch.due()?;

@@ -1,0 +1,93 @@
+//! What an alert does to a function's replicas. No I/O.
+
+use std::collections::BTreeMap;
+
+/// Whether an alert has begun or is over.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Alarm {
+    Firing,
+    Resolved,
+}
+
+/// A function's own bounds, from its labels.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Bounds {
+    /// `com.openfaas.scale.min`
+    pub min: u64,
+    /// `com.openfaas.scale.max`
+    pub max: u64,
+    /// `com.openfaas.scale.factor`: percent of `max` added for each alert; 0: never scaled by alerts.
+    pub factor: u64,
+}
+
+impl Bounds {
+    /// A label that is absent or no number counts as its default.
+    pub fn from_labels(labels: &BTreeMap<String, String>) -> Self {
+        let label = |name: &str, default| {
+            labels.get(name).and_then(|text| text.trim().parse().ok()).unwrap_or(default)
+        };
+        Self {
+            min: label("com.openfaas.scale.min", 1),
+            max: label("com.openfaas.scale.max", 20),
+            factor: label("com.openfaas.scale.factor", 10).min(100),
+        }
+    }
+}
+
+/// The replicas wanted after `alarm`; `None` if it changes nothing.
+pub(super) fn replicas_after(alarm: Alarm, replicas: u64, bounds: Bounds) -> Option<u64> {
+    if bounds.factor == 0 {
+        return None;
+    }
+    let wanted = match alarm {
+        Alarm::Firing => {
+            let step = bounds.max.saturating_mul(bounds.factor).div_ceil(100);
+            replicas.saturating_add(step).min(bounds.max)
+        }
+        Alarm::Resolved => bounds.min,
+    };
+    (wanted != replicas).then_some(wanted)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[track_caller]
+    fn check(alarm: Alarm, replicas: u64, min: u64, max: u64, factor: u64, expect: Option<u64>) {
+        assert_eq!(replicas_after(alarm, replicas, Bounds { min, max, factor }), expect);
+    }
+
+    #[test]
+    fn a_firing_alert_adds_a_step_up_to_max() {
+        check(Alarm::Firing, 1, 1, 5, 40, Some(3));
+        check(Alarm::Firing, 4, 1, 5, 100, Some(5));
+        check(Alarm::Firing, 1, 1, 20, 10, Some(3));
+        check(Alarm::Firing, 1, 1, 4, 10, Some(2));
+        check(Alarm::Firing, 5, 1, 5, 40, None);
+        check(Alarm::Firing, 9, 1, 5, 40, Some(5));
+        check(Alarm::Firing, 0, 0, u64::MAX, 100, Some(u64::MAX.div_ceil(100)));
+    }
+
+    #[test]
+    fn a_resolved_alert_goes_back_to_min() {
+        check(Alarm::Resolved, 4, 2, 20, 10, Some(2));
+        check(Alarm::Resolved, 1, 1, 20, 10, None);
+    }
+
+    #[test]
+    fn factor_zero_switches_alerts_off() {
+        check(Alarm::Firing, 1, 1, 5, 0, None);
+        check(Alarm::Resolved, 4, 1, 5, 0, None);
+    }
+
+    #[test]
+    fn labels_that_are_no_numbers_count_as_absent() {
+        let labels = BTreeMap::from([
+            ("com.openfaas.scale.min".to_owned(), "two".to_owned()),
+            ("com.openfaas.scale.max".to_owned(), " 7 ".to_owned()),
+            ("com.openfaas.scale.factor".to_owned(), "900".to_owned()),
+        ]);
+        assert_eq!(Bounds::from_labels(&labels), Bounds { min: 1, max: 7, factor: 100 });
+    }
+}

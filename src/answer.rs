@@ -1,0 +1,120 @@
+//! The body of an answer on its way to the caller. It sees to what must happen when it ends: the call is counted,
+//! the link goes back to its pool, the connection waits for the next request.
+
+use std::error::Error;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use http_body::{Body, Frame, SizeHint};
+
+use crate::limit::Place;
+use crate::metrics::calls::{Call, End};
+use crate::proxy::upstream_body::{BodyFailure, UpstreamBody};
+use crate::watch::Watch;
+
+type BoxError = Box<dyn Error + Send + Sync>;
+
+/// What an answer says.
+pub enum Content {
+    /// What a function says, as it comes.
+    Upstream(UpstreamBody),
+    /// What is at hand.
+    Full(Option<Bytes>),
+    /// What the API's router made.
+    Api(axum::body::Body),
+}
+
+/// A call that ends with its answer.
+pub struct InFlight {
+    pub call: Call,
+    pub place: Place,
+}
+
+/// An answer's body, observed to its end.
+pub struct Answer {
+    content: Content,
+    in_flight: Option<InFlight>,
+    watch: Arc<Watch>,
+    /// How long the connection may wait for another request.
+    idle: Duration,
+    end: End,
+}
+
+impl Answer {
+    pub fn new(
+        content: Content,
+        in_flight: Option<InFlight>,
+        watch: Arc<Watch>,
+        idle: Duration,
+    ) -> Self {
+        Self { content, in_flight, watch, idle, end: End::Left }
+    }
+}
+
+impl Body for Answer {
+    type Data = Bytes;
+    type Error = BoxError;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, BoxError>>> {
+        let polled = match &mut self.content {
+            Content::Upstream(body) => match Pin::new(body).poll_frame(cx) {
+                Poll::Ready(Some(Err(failure))) => {
+                    self.end = match failure {
+                        BodyFailure::Broken(_) => End::Broken,
+                        BodyFailure::Timeout => End::TimedOut,
+                    };
+                    Poll::Ready(Some(Err(failure.into())))
+                }
+                polled => polled.map_err(Into::into),
+            },
+            Content::Full(bytes) => Poll::Ready(bytes.take().map(|bytes| Ok(Frame::data(bytes)))),
+            Content::Api(body) => Pin::new(body).poll_frame(cx).map_err(Into::into),
+        };
+        if matches!(polled, Poll::Ready(None)) {
+            self.end = End::Whole;
+        }
+        polled
+    }
+
+    fn is_end_stream(&self) -> bool {
+        match &self.content {
+            Content::Upstream(body) => body.is_end_stream(),
+            Content::Full(bytes) => bytes.is_none(),
+            Content::Api(body) => body.is_end_stream(),
+        }
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        match &self.content {
+            Content::Upstream(body) => body.size_hint(),
+            Content::Full(bytes) => {
+                SizeHint::with_exact(bytes.as_ref().map_or(0, Bytes::len) as u64)
+            }
+            Content::Api(body) => body.size_hint(),
+        }
+    }
+}
+
+impl Drop for Answer {
+    /// hyper drops a body as soon as it has taken the last frame, or when the connection is gone.
+    fn drop(&mut self) {
+        let now = Instant::now();
+        if self.end == End::Left && self.is_end_stream() {
+            self.end = End::Whole;
+        }
+        if let Content::Upstream(body) = &mut self.content {
+            body.release(now);
+        }
+        if let Some(InFlight { call, place }) = self.in_flight.take() {
+            call.ended(self.end, now);
+            drop(place);
+        }
+        self.watch.call_ended(now, self.idle);
+    }
+}

@@ -1,0 +1,116 @@
+//! Where the rooms are introduced to each other: one builder for each role, and the way from a command line to an
+//! exit status.
+
+pub mod gateway;
+
+use std::process::ExitCode;
+use std::time::Duration;
+
+use anyhow::{Context, bail};
+
+use crate::app::gateway::Gateway;
+use crate::config::cli::{Asked, CommandLine};
+use crate::config::reader::{Mistake, Reader};
+use crate::config::{self, Log, Shutdown};
+use crate::shutdown::{Signals, Stages, Tasks};
+use crate::{healthcheck, telemetry};
+
+/// The command line or a setting cannot be used (EX_USAGE).
+pub const USAGE: u8 = 64;
+
+/// What background tasks get to end once the calls have.
+const TASKS_GRACE: Duration = Duration::from_secs(2);
+
+/// Runs what `line` asks for, with settings from its flags and from `var`.
+pub fn run(line: &CommandLine, var: &dyn Fn(&str) -> Option<String>) -> ExitCode {
+    if let Asked::Healthcheck { url } = &line.asked {
+        return exit(healthcheck::run(url));
+    }
+    let flag = |name: &str| line.flag(name);
+    let read = || Reader::new(&flag, var);
+    let log = Log::parse(read());
+    if let Ok(log) = &log {
+        telemetry::init(log);
+    }
+    let log = log.map(|_| ());
+    match &line.asked {
+        Asked::Serve => start(log, config::Serve::parse(read()), serve),
+        Asked::Provider | Asked::Up { .. } | Asked::Healthcheck { .. } => ExitCode::from(USAGE),
+    }
+}
+
+/// Reports every mistake, or runs `role`.
+fn start<C>(
+    log: Result<(), Vec<Mistake>>,
+    config: Result<C, Vec<Mistake>>,
+    role: impl FnOnce(C) -> anyhow::Result<()>,
+) -> ExitCode {
+    match (log, config) {
+        (Ok(()), Ok(config)) => exit(role(config)),
+        (log, config) => {
+            let mistakes = config.err().into_iter().chain(log.err()).flatten();
+            mistakes.for_each(|mistake| eprintln!("gateway: {mistake}"));
+            ExitCode::from(USAGE)
+        }
+    }
+}
+
+fn exit(result: anyhow::Result<()>) -> ExitCode {
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("gateway: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// `gateway serve`
+fn serve(config: config::Serve) -> anyhow::Result<()> {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .context("cannot start the runtime")?;
+    runtime.block_on(async {
+        let signals = Signals::listen().context("cannot listen for signals")?;
+        let (stages, tasks) = (Stages::default(), Tasks::default());
+        let shutdown = config.shutdown;
+        let gateway = Gateway::start(config, &stages, &tasks)?;
+        tracing::info!(address = %gateway.address, metrics = %gateway.metrics_address, "Serving");
+        until_stopped(gateway, signals, stages, tasks, shutdown).await
+    })
+}
+
+/// Serves until a signal asks for the end, then leads the gateway through the stages of a stop.
+async fn until_stopped(
+    mut gateway: Gateway,
+    mut signals: Signals,
+    stages: Stages,
+    tasks: Tasks,
+    shutdown: Shutdown,
+) -> anyhow::Result<()> {
+    let signal = tokio::select! {
+        signal = signals.next() => signal,
+        () = gateway.ended() => bail!("no thread carries calls any more"),
+    };
+    tracing::info!(signal, "Stopping: calls in flight may finish");
+    stages.leave();
+    let drained = async {
+        tokio::time::sleep(shutdown.delay).await;
+        stages.closing.cancel();
+        if tokio::time::timeout(shutdown.grace, gateway.ended()).await.is_err() {
+            stages.cut.cancel();
+            gateway.ended().await;
+        }
+    };
+    tokio::select! {
+        () = drained => {}
+        signal = signals.next() => bail!("ended at once by a second signal, {signal}"),
+    }
+    gateway.join();
+    if tasks.stop(TASKS_GRACE).await.is_err() {
+        tracing::warn!("Background work did not end in time");
+    }
+    tracing::info!("Stopped");
+    Ok(())
+}

@@ -1,0 +1,263 @@
+//! The gateway role, put together: threads that carry calls, background work, the end.
+
+use std::net::{SocketAddr, TcpListener};
+use std::sync::Arc;
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use anyhow::Context;
+use hyper::Request;
+use hyper::body::Incoming;
+use hyper::service::service_fn;
+use tokio::sync::mpsc;
+use tokio_rustls::rustls::ClientConfig;
+use tokio_util::sync::CancellationToken;
+
+use crate::auth::Credentials;
+use crate::config::Serve;
+use crate::health::Health;
+use crate::invoke::{Invoker, Route};
+use crate::limit::CallLimit;
+use crate::metrics::Metrics;
+use crate::metrics::query::Counts;
+use crate::metrics::replicas::Poll;
+use crate::provider::Provider;
+use crate::proxy::client::{Client, Origin, tls_config};
+use crate::routes::{self, Door};
+use crate::serve::listener::bind;
+use crate::serve::{Server, raise_file_limit};
+use crate::shutdown::{Stages, Tasks};
+use crate::system::{Api, AuthProxy};
+
+/// Files that are neither a caller's nor an upstream's connection.
+const OTHER_FILES: usize = 128;
+/// How often a thread looks after its idle links.
+const SWEEP_EVERY: Duration = Duration::from_secs(5);
+
+/// A running gateway.
+pub struct Gateway {
+    pub address: SocketAddr,
+    pub metrics_address: SocketAddr,
+    threads: Vec<JoinHandle<()>>,
+    /// Ends when the last thread has ended.
+    ended: mpsc::Receiver<()>,
+}
+
+/// What the threads are made from.
+struct Parts {
+    config: Serve,
+    provider: Origin,
+    credentials: Option<Arc<Credentials>>,
+    limit: Arc<CallLimit>,
+    metrics: Arc<Metrics>,
+    health: Arc<Health>,
+    counts: Arc<Counts>,
+    namespace: Arc<str>,
+    tls: Arc<ClientConfig>,
+    stages: Stages,
+}
+
+impl Gateway {
+    /// Binds, and starts to serve. Background work runs on the current runtime.
+    pub fn start(config: Serve, stages: &Stages, tasks: &Tasks) -> anyhow::Result<Self> {
+        let threads = match config.threads {
+            0 => std::thread::available_parallelism().map_or(1, usize::from),
+            threads => threads,
+        };
+        let listeners = bind(config.listen, threads)?;
+        let metrics_listener = bind(config.metrics, 1)?.remove(0);
+        let address = listeners[0].local_addr()?;
+        let metrics_address = metrics_listener.local_addr()?;
+        if config.scale_from_zero {
+            tracing::warn!(
+                "scale_from_zero is set, but this version does not wake functions at zero replicas"
+            );
+        }
+        let parts = Arc::new(Parts::new(config, threads, stages)?);
+        parts.start_background(metrics_listener, tasks);
+        let server = parts.server();
+        let (alive, ended) = mpsc::channel(1);
+        let threads = listeners
+            .into_iter()
+            .enumerate()
+            .map(|(number, listener)| {
+                let (parts, server, alive) = (Arc::clone(&parts), server.clone(), alive.clone());
+                std::thread::Builder::new().name(format!("calls-{number}")).spawn(move || {
+                    carry_calls(&parts, number, server, listener);
+                    drop(alive);
+                })
+            })
+            .collect::<Result<_, _>>()
+            .context("cannot start a thread")?;
+        Ok(Self { address, metrics_address, threads, ended })
+    }
+
+    /// Waits until every thread has ended, which happens at a stop only, or when something is very wrong.
+    pub async fn ended(&mut self) {
+        self.ended.recv().await;
+    }
+
+    /// Takes the threads back; they must have ended.
+    pub fn join(self) {
+        for thread in self.threads {
+            if thread.join().is_err() {
+                tracing::error!("A thread that carries calls panicked");
+            }
+        }
+    }
+}
+
+/// Runs one thread: its own runtime, listener, links and numbers.
+fn carry_calls(parts: &Parts, number: usize, server: Server, listener: TcpListener) {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    let served = runtime.and_then(|runtime| {
+        runtime.block_on(async {
+            let client = Client::new(parts.config.limits, Arc::clone(&parts.tls));
+            let door = Arc::new(parts.door(number, &client));
+            let serving = server.run(listener, |caller| {
+                let door = Arc::clone(&door);
+                service_fn(move |request: Request<Incoming>| {
+                    let (door, caller) = (Arc::clone(&door), caller.clone());
+                    async move { door.answer(&caller, request).await }
+                })
+            });
+            // The sweep holds nothing over an await.
+            tokio::select! {
+                served = serving => served,
+                () = sweep(&client) => Ok(()),
+            }
+        })
+    });
+    if let Err(error) = served {
+        tracing::error!(%error, "A thread that carries calls cannot go on");
+    }
+}
+
+async fn sweep(client: &Client) {
+    loop {
+        tokio::time::sleep(SWEEP_EVERY).await;
+        client.sweep();
+    }
+}
+
+impl Parts {
+    fn new(config: Serve, threads: usize, stages: &Stages) -> anyhow::Result<Self> {
+        let credentials = match &config.auth.secrets {
+            Some(directory) => Some(Credentials::read(directory)?),
+            None => None,
+        };
+        let namespace: Arc<str> = config.namespace.as_str().into();
+        let limit = CallLimit::new(config.limits.calls, threads);
+        Ok(Self {
+            provider: Origin::new(config.provider.clone()),
+            credentials,
+            metrics: Metrics::new(threads, &namespace)?,
+            health: Health::new(stages.clone(), Arc::clone(&limit)),
+            counts: Counts::new(config.prometheus.clone().map(Origin::new)),
+            limit,
+            namespace,
+            tls: tls_config(),
+            stages: stages.clone(),
+            config,
+        })
+    }
+
+    fn server(&self) -> Server {
+        let files = raise_file_limit();
+        // Each call needs a connection on either side.
+        let most = files.saturating_sub(OTHER_FILES) / 2;
+        let connections = self.config.limits.connections.min(most.max(1));
+        if connections < self.config.limits.connections {
+            tracing::info!(
+                connections,
+                files,
+                "max_connections is bounded by the limit on open files"
+            );
+        }
+        Server::new(self.config.timeouts, connections, self.stages.clone())
+    }
+
+    fn start_background(self: &Arc<Self>, metrics_listener: TcpListener, tasks: &Tasks) {
+        let client = Client::new(self.config.limits, Arc::clone(&self.tls));
+        let poll = Poll {
+            provider: self.provider(&client),
+            default_namespace: Arc::clone(&self.namespace),
+            metrics: Arc::clone(&self.metrics),
+            health: Arc::clone(&self.health),
+        };
+        tasks.spawn(|stopping| poll.run(stopping));
+        tasks.spawn(|stopping| until(stopping, async move { sweep(&client).await }));
+        if let Some(credentials) = self.credentials.clone() {
+            tasks.spawn(|stopping| credentials.follow(stopping));
+        }
+        let router = routes::internal(Arc::clone(&self.metrics));
+        let idle = self.config.timeouts.idle;
+        // The metrics port stays open while calls are drained.
+        let server = Server::new(self.config.timeouts, MAX_SCRAPERS, Stages::default());
+        let serving = async move {
+            let served =
+                server.run(metrics_listener, |caller| routes::plain(&router, caller, idle)).await;
+            if let Err(error) = served {
+                tracing::error!(%error, "The metrics port cannot be served");
+            }
+        };
+        tasks.spawn(|stopping| until(stopping, serving));
+    }
+
+    fn provider(&self, client: &Arc<Client>) -> Provider {
+        Provider {
+            client: Arc::clone(client),
+            origin: self.provider.clone(),
+            credentials: self.credentials.clone(),
+            timeout: self.config.timeouts.upstream,
+        }
+    }
+
+    fn door(&self, thread: usize, client: &Arc<Client>) -> Door {
+        let provider = self.provider(client);
+        let route = match &self.config.direct_functions {
+            Some(suffix) => Route::Direct {
+                suffix: suffix.clone(),
+                default_namespace: Arc::clone(&self.namespace),
+            },
+            None => Route::Provider(self.provider.clone()),
+        };
+        let invoker = Invoker {
+            client: Arc::clone(client),
+            calls: self.metrics.shard(thread),
+            limit: Arc::clone(&self.limit),
+            share: self.limit.share(thread),
+            timeouts: self.config.timeouts,
+            route,
+            provider: provider.clone(),
+        };
+        let auth = &self.config.auth;
+        let api = Api {
+            client: Arc::clone(client),
+            provider,
+            logs: Origin::new(self.config.logs_provider.clone()),
+            credentials: self.credentials.clone(),
+            auth_proxy: auth
+                .proxy
+                .clone()
+                .map(|url| AuthProxy { origin: Origin::new(url), pass_body: auth.proxy_pass_body }),
+            timeouts: self.config.timeouts,
+            default_namespace: Arc::clone(&self.namespace),
+            metrics: Arc::clone(&self.metrics),
+            health: Arc::clone(&self.health),
+            counts: Arc::clone(&self.counts),
+        };
+        Door { invoker, api: routes::api(Arc::new(api)), stages: self.stages.clone() }
+    }
+}
+
+/// Connections to the metrics port.
+const MAX_SCRAPERS: usize = 256;
+
+async fn until(stopping: CancellationToken, work: impl Future<Output = ()>) {
+    // Work that is cut here holds nothing that must be settled.
+    tokio::select! {
+        () = stopping.cancelled() => {}
+        () = work => {}
+    }
+}

@@ -1,0 +1,229 @@
+//! Who may use the API: credentials from mounted files, checked on the way in and put on the way out; or a service
+//! that is asked.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use arc_swap::ArcSwap;
+use axum::body::Body;
+use axum::extract::{Request, State};
+use axum::middleware::Next;
+use axum::response::{IntoResponse, Response};
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
+use http::header::{AUTHORIZATION, WWW_AUTHENTICATE};
+use http::{HeaderMap, HeaderValue, StatusCode};
+use http_body_util::BodyExt;
+use subtle::ConstantTimeEq;
+use tokio_util::sync::CancellationToken;
+
+use crate::error::Error;
+use crate::provider::collect;
+use crate::proxy::body::RequestBody;
+use crate::proxy::{Errand, forward};
+use crate::serve::caller::Caller;
+use crate::system::Api;
+
+/// How often the credentials' files are read again.
+const REREAD_EVERY: Duration = Duration::from_secs(2);
+/// The most of a body that `auth_proxy_pass_body` passes on.
+const MAX_PASSED_BODY: usize = 1 << 20;
+
+/// Why credentials cannot be had.
+#[derive(Debug, thiserror::Error)]
+pub enum CredentialsError {
+    #[error("basic_auth: cannot read {0}")]
+    Unreadable(PathBuf, #[source] std::io::Error),
+    #[error("basic_auth: {0} is empty, or holds what no header can")]
+    Unusable(PathBuf),
+}
+
+/// User and password from `basic-auth-user` and `basic-auth-password`.
+pub struct Credentials {
+    directory: PathBuf,
+    current: ArcSwap<Pair>,
+}
+
+#[derive(PartialEq, Eq)]
+struct Pair {
+    /// `user:password`
+    plain: String,
+    header: HeaderValue,
+}
+
+impl Credentials {
+    /// Reads the files in `directory`.
+    pub fn read(directory: &Path) -> Result<Arc<Self>, CredentialsError> {
+        let current = ArcSwap::from_pointee(Pair::read(directory)?);
+        Ok(Arc::new(Self { directory: directory.to_owned(), current }))
+    }
+
+    /// Whether `headers` carry these credentials. Takes the same time for any that are wrong.
+    pub fn admit(&self, headers: &HeaderMap) -> bool {
+        let Some(given) = headers.get(AUTHORIZATION).and_then(basic) else { return false };
+        bool::from(given.ct_eq(self.current.load().plain.as_bytes()))
+    }
+
+    /// What `Authorization` says to the provider.
+    pub fn header(&self) -> HeaderValue {
+        self.current.load().header.clone()
+    }
+
+    /// Follows changes of the files until `stopping`.
+    pub async fn follow(self: Arc<Self>, stopping: CancellationToken) {
+        let mut was_readable = true;
+        loop {
+            // Both branches are cancel-safe.
+            tokio::select! {
+                () = stopping.cancelled() => return,
+                () = tokio::time::sleep(REREAD_EVERY) => {}
+            }
+            match Pair::read(&self.directory) {
+                Ok(pair) if pair == **self.current.load() => was_readable = true,
+                Ok(pair) => {
+                    was_readable = true;
+                    self.current.store(Arc::new(pair));
+                    tracing::info!("Credentials changed");
+                }
+                Err(error) if was_readable => {
+                    was_readable = false;
+                    let error = &error as &dyn std::error::Error;
+                    tracing::warn!(error, "Credentials cannot be read again; the last ones hold");
+                }
+                Err(_) => {}
+            }
+        }
+    }
+}
+
+impl Pair {
+    fn read(directory: &Path) -> Result<Self, CredentialsError> {
+        let read = |name: &str| {
+            let path = directory.join(name);
+            match std::fs::read_to_string(&path) {
+                Ok(text) if text.trim().is_empty() => Err(CredentialsError::Unusable(path)),
+                Ok(text) => Ok(text.trim().to_owned()),
+                Err(error) => Err(CredentialsError::Unreadable(path, error)),
+            }
+        };
+        let plain = format!("{}:{}", read("basic-auth-user")?, read("basic-auth-password")?);
+        let mut header = HeaderValue::from_str(&format!("Basic {}", STANDARD.encode(&plain)))
+            .map_err(|_| CredentialsError::Unusable(directory.to_owned()))?;
+        header.set_sensitive(true);
+        Ok(Self { plain, header })
+    }
+}
+
+/// `user:password` of a basic `Authorization`.
+fn basic(value: &HeaderValue) -> Option<Vec<u8>> {
+    let (scheme, encoded) = value.to_str().ok()?.trim().split_once(' ')?;
+    if !scheme.eq_ignore_ascii_case("basic") {
+        return None;
+    }
+    STANDARD.decode(encoded.trim()).ok()
+}
+
+/// Lets a call of the API pass if it may.
+pub async fn guard(State(api): State<Arc<Api>>, request: Request, next: Next) -> Response {
+    if api.auth_proxy.is_some() {
+        return match ask_proxy(&api, request).await {
+            Ok(Ok(request)) => next.run(request).await,
+            Ok(Err(refusal)) => refusal,
+            Err(error) => error.into_response(),
+        };
+    }
+    match &api.credentials {
+        Some(credentials) if !credentials.admit(request.headers()) => {
+            Error::Unauthorized.into_response()
+        }
+        _ => next.run(request).await,
+    }
+}
+
+/// Asks `auth_proxy_url` about `request`: the request itself if it may pass, else the answer to it.
+async fn ask_proxy(api: &Api, request: Request) -> Result<Result<Request, Response>, Error> {
+    let Some(proxy) = &api.auth_proxy else { return Ok(Ok(request)) };
+    let (parts, body) = request.into_parts();
+    let caller = parts.extensions.get::<Caller>().cloned().ok_or(Error::NoSuchPath)?;
+    let (asked, body) = if proxy.pass_body {
+        let bytes = collect_body(body).await?;
+        (RequestBody::Full(Some(bytes.clone()).filter(|b| !b.is_empty())), Body::from(bytes))
+    } else {
+        (RequestBody::empty(), body)
+    };
+    let mut question = http::Request::new(asked);
+    *question.method_mut() = parts.method.clone();
+    *question.headers_mut() = parts.headers.clone();
+    question.headers_mut().remove(http::header::CONTENT_LENGTH);
+    let errand = Errand {
+        peer: &caller.forwarded_for,
+        watch: &caller.watch,
+        began: std::time::Instant::now(),
+        timeout: api.timeouts.upstream,
+    };
+    let answer = forward(&api.client, &proxy.origin, question, errand).await?.answer;
+    if answer.status().is_success() {
+        return Ok(Ok(Request::from_parts(parts, body)));
+    }
+    let (status, headers, text) = collect(answer).await?;
+    let mut refusal = (status, text).into_response();
+    if let Some(challenge) = headers.get(WWW_AUTHENTICATE) {
+        refusal.headers_mut().insert(WWW_AUTHENTICATE, challenge.clone());
+    }
+    if status.is_redirection()
+        && let Some(location) = headers.get(http::header::LOCATION)
+    {
+        refusal.headers_mut().insert(http::header::LOCATION, location.clone());
+    }
+    debug_assert_ne!(refusal.status(), StatusCode::OK);
+    Ok(Err(refusal))
+}
+
+async fn collect_body(body: Body) -> Result<bytes::Bytes, Error> {
+    match http_body_util::Limited::new(body, MAX_PASSED_BODY).collect().await {
+        Ok(collected) => Ok(collected.to_bytes()),
+        Err(error) => Err(too_large_or_broken(&*error, MAX_PASSED_BODY)),
+    }
+}
+
+/// Why a limited body could not be collected.
+pub fn too_large_or_broken(error: &(dyn std::error::Error + 'static), limit: usize) -> Error {
+    if error.is::<http_body_util::LengthLimitError>() {
+        return Error::TooLarge(limit);
+    }
+    use crate::proxy::body::BodyError;
+    Error::Body(BodyError::among(error).unwrap_or(BodyError::Broken))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn credentials() -> Credentials {
+        let pair = Pair { plain: "admin:s3cret".to_owned(), header: HeaderValue::from_static("x") };
+        Credentials { directory: PathBuf::new(), current: ArcSwap::from_pointee(pair) }
+    }
+
+    #[track_caller]
+    fn check(authorization: &str, expect: bool) {
+        let mut headers = HeaderMap::new();
+        headers.insert(AUTHORIZATION, HeaderValue::from_str(authorization).unwrap());
+        assert_eq!(credentials().admit(&headers), expect, "{authorization:?}");
+    }
+
+    #[test]
+    fn only_the_right_pair_is_let_in() {
+        let good = STANDARD.encode("admin:s3cret");
+        check(&format!("Basic {good}"), true);
+        check(&format!("basic  {good} "), true);
+        check(&format!("Bearer {good}"), false);
+        check(&format!("Basic {}", STANDARD.encode("admin:s3cre")), false);
+        check(&format!("Basic {}", STANDARD.encode("admin:s3cret:")), false);
+        check(&format!("Basic {}", STANDARD.encode("")), false);
+        check("Basic !!!", false);
+        check("Basic", false);
+        check("", false);
+        assert!(!credentials().admit(&HeaderMap::new()));
+    }
+}

@@ -1,0 +1,104 @@
+//! The one place where a failure becomes a status, and words for the caller.
+
+use http::header::{CONTENT_TYPE, RETRY_AFTER};
+use http::{HeaderMap, HeaderValue, Response, StatusCode};
+
+use crate::function::Function;
+use crate::proxy::body::BodyError;
+use crate::proxy::client;
+use crate::proxy::upstream_body::BodyFailure;
+
+/// Why a request is not answered as its caller wished. What it says holds no address and no secret.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    #[error("{0}")]
+    BadRequest(String),
+    #[error("no such path")]
+    NoSuchPath,
+    #[error("function {0} not found")]
+    NoSuchFunction(Function),
+    #[error("too many calls in flight")]
+    Overloaded,
+    #[error("{0}")]
+    Provider(String),
+    #[error("credentials are missing or wrong")]
+    Unauthorized,
+    #[error("{0}")]
+    NotImplemented(String),
+    #[error("the body exceeds {0} bytes")]
+    TooLarge(usize),
+    #[error(transparent)]
+    Upstream(#[from] client::Error),
+    #[error(transparent)]
+    Answer(#[from] BodyFailure),
+    #[error(transparent)]
+    Body(#[from] BodyError),
+}
+
+impl Error {
+    pub fn status(&self) -> StatusCode {
+        match self {
+            Self::BadRequest(_) | Self::Body(BodyError::Broken) => StatusCode::BAD_REQUEST,
+            Self::NoSuchPath | Self::NoSuchFunction(_) => StatusCode::NOT_FOUND,
+            Self::Unauthorized => StatusCode::UNAUTHORIZED,
+            Self::Overloaded => StatusCode::SERVICE_UNAVAILABLE,
+            Self::Provider(_) => StatusCode::INTERNAL_SERVER_ERROR,
+            Self::NotImplemented(_) => StatusCode::NOT_IMPLEMENTED,
+            Self::TooLarge(_) => StatusCode::PAYLOAD_TOO_LARGE,
+            Self::Body(BodyError::Slow) => StatusCode::REQUEST_TIMEOUT,
+            Self::Upstream(error) => upstream_status(error),
+            Self::Answer(BodyFailure::Broken(_)) => StatusCode::BAD_GATEWAY,
+            Self::Answer(BodyFailure::Timeout) => StatusCode::GATEWAY_TIMEOUT,
+        }
+    }
+
+    /// Headers that belong to the status.
+    fn headers(&self) -> HeaderMap {
+        let mut headers = HeaderMap::new();
+        headers.insert(CONTENT_TYPE, HeaderValue::from_static("text/plain; charset=utf-8"));
+        match self {
+            Self::Overloaded => {
+                headers.insert(RETRY_AFTER, HeaderValue::from_static("1"));
+            }
+            Self::Unauthorized => {
+                let realm = HeaderValue::from_static("Basic realm=\"Restricted\"");
+                headers.insert(http::header::WWW_AUTHENTICATE, realm);
+            }
+            _ => {}
+        }
+        headers
+    }
+
+    /// The answer; `call_id` is named where there is one.
+    pub fn answer(&self, call_id: Option<&HeaderValue>) -> Response<String> {
+        let status = self.status();
+        tracing::debug!(%status, error = self as &dyn std::error::Error, "Request failed");
+        let text = match call_id.and_then(|id| id.to_str().ok()) {
+            Some(id) => format!("{self} (call {id})\n"),
+            None => format!("{self}\n"),
+        };
+        let mut answer = Response::new(text);
+        *answer.status_mut() = status;
+        *answer.headers_mut() = self.headers();
+        answer
+    }
+}
+
+fn upstream_status(error: &client::Error) -> StatusCode {
+    match error {
+        client::Error::Timeout => StatusCode::GATEWAY_TIMEOUT,
+        client::Error::Body(BodyError::Broken) => StatusCode::BAD_REQUEST,
+        client::Error::Body(BodyError::Slow) => StatusCode::REQUEST_TIMEOUT,
+        client::Error::Target(_) => StatusCode::URI_TOO_LONG,
+        client::Error::Connect(_)
+        | client::Error::Closed(_)
+        | client::Error::Invalid(_)
+        | client::Error::Unasked => StatusCode::BAD_GATEWAY,
+    }
+}
+
+impl axum::response::IntoResponse for Error {
+    fn into_response(self) -> axum::response::Response {
+        self.answer(None).map(axum::body::Body::from)
+    }
+}

@@ -1,0 +1,102 @@
+//! Liveness of this process, and its readiness with reasons.
+
+use std::sync::{Arc, Mutex, PoisonError};
+
+use axum::Json;
+use axum::extract::{Extension, Request, State};
+use axum::response::{IntoResponse, Response};
+use http::StatusCode;
+use http::header::RETRY_AFTER;
+use serde::Serialize;
+
+use crate::limit::CallLimit;
+use crate::serve::caller::Caller;
+use crate::shutdown::Stages;
+use crate::system::{Api, stream};
+
+/// What readiness is made of.
+pub struct Health {
+    pub stages: Stages,
+    pub limit: Arc<CallLimit>,
+    provider: Mutex<ProviderState>,
+}
+
+/// How the provider was when it was asked last.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum ProviderState {
+    NotAskedYet,
+    Answers,
+    Away(String),
+}
+
+/// The answer of `/_/ready`.
+#[derive(Debug, Serialize)]
+struct Readiness {
+    ready: bool,
+    reasons: Vec<String>,
+    degraded: Vec<&'static str>,
+}
+
+impl Health {
+    pub fn new(stages: Stages, limit: Arc<CallLimit>) -> Arc<Self> {
+        Arc::new(Self { stages, limit, provider: Mutex::new(ProviderState::NotAskedYet) })
+    }
+
+    /// Notes how the provider is, and says so once when that has changed.
+    pub fn provider_is(&self, state: ProviderState) {
+        let mut last = self.provider.lock().unwrap_or_else(PoisonError::into_inner);
+        if *last == state {
+            return;
+        }
+        match &state {
+            ProviderState::Away(reason) => {
+                tracing::warn!(reason, "The provider does not answer: {reason}");
+            }
+            _ => tracing::info!("The provider answers"),
+        }
+        *last = state;
+    }
+
+    fn readiness(&self) -> Readiness {
+        let mut reasons = Vec::new();
+        if self.stages.is_leaving() {
+            reasons.push("this process is stopping".to_owned());
+        }
+        if self.limit.is_exhausted() {
+            reasons.push("as many calls are in flight as max_calls allows".to_owned());
+        }
+        match &*self.provider.lock().unwrap_or_else(PoisonError::into_inner) {
+            ProviderState::Answers => {}
+            ProviderState::NotAskedYet => {
+                reasons.push("starting: the provider has not been asked yet".to_owned());
+            }
+            ProviderState::Away(reason) => {
+                reasons.push(format!("the provider does not answer: {reason}"));
+            }
+        }
+        Readiness { ready: reasons.is_empty(), reasons, degraded: Vec::new() }
+    }
+}
+
+/// `GET /_/healthz`: this process alone.
+pub async fn live() -> &'static str {
+    "OK"
+}
+
+/// `GET /_/ready`
+pub async fn ready(State(api): State<Arc<Api>>) -> Response {
+    let readiness = api.health.readiness();
+    if readiness.ready {
+        return Json(readiness).into_response();
+    }
+    (StatusCode::SERVICE_UNAVAILABLE, [(RETRY_AFTER, "1")], Json(readiness)).into_response()
+}
+
+/// `GET /healthz`: the provider's health.
+pub async fn provider(
+    State(api): State<Arc<Api>>,
+    Extension(caller): Extension<Caller>,
+    request: Request,
+) -> Response {
+    api.send(&caller, &api.provider.origin, request).await.map(stream).into_response()
+}

@@ -1,0 +1,231 @@
+//! The corridor of a call: ready → forward → measure. One for each thread that carries calls.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use http::uri::PathAndQuery;
+use http::{HeaderName, HeaderValue, Request, Response, StatusCode, Uri};
+use hyper::body::{Body, Incoming};
+
+use crate::answer::{Answer, Content, InFlight};
+use crate::call_id::Stamps;
+use crate::config::Timeouts;
+use crate::config::base_url::BaseUrl;
+use crate::error::Error;
+use crate::function::Function;
+use crate::limit::{CallLimit, Share};
+use crate::metrics::calls::{Call, End, Shard};
+use crate::provider::Provider;
+use crate::proxy::body::{CallerBody, RequestBody};
+use crate::proxy::client::{Client, Origin};
+use crate::proxy::tunnel::Tunnel;
+use crate::proxy::upstream_body::UpstreamBody;
+use crate::proxy::{self, Errand, Forwarded};
+use crate::serve::caller::Caller;
+
+/// In an answer: the provider made this error itself.
+const X_OPENFAAS_INTERNAL: HeaderName = HeaderName::from_static("x-openfaas-internal");
+/// Where functions listen when they are called directly.
+const DIRECT_PORT: u16 = 8080;
+
+/// What a thread needs to carry calls.
+pub struct Invoker {
+    pub client: Arc<Client>,
+    pub calls: Arc<Shard>,
+    pub limit: Arc<CallLimit>,
+    pub share: Arc<Share>,
+    pub timeouts: Timeouts,
+    /// Where functions are called: through the provider, or each by itself.
+    pub route: Route,
+    /// Vouches for functions that are called directly.
+    pub provider: Provider,
+}
+
+/// The way to a function.
+pub enum Route {
+    /// At the provider, under the caller's own path.
+    Provider(Origin),
+    /// At `http://NAME.SUFFIX:8080`, under what stands behind the name.
+    Direct { suffix: String, default_namespace: Arc<str> },
+}
+
+impl Invoker {
+    /// Calls the function that the path names, and answers with what it says.
+    pub async fn invoke(
+        &self,
+        caller: &Caller,
+        mut request: Request<Incoming>,
+        began: Instant,
+    ) -> Response<Answer> {
+        let Some(call) = self.calls.begin(segment(request.uri().path()), began) else {
+            return self.refuse(caller, &Error::NoSuchPath, None);
+        };
+        let Some(place) = self.limit.enter(&self.share) else {
+            return self.refuse(caller, &Error::Overloaded, Some((call, request)));
+        };
+        let stamps = Stamps::put_on(request.headers_mut());
+        let mut in_flight = InFlight { call, place };
+        let forwarded = self.forward(caller, &mut in_flight.call, request, began).await;
+        let (mut answer, tunnel) = match forwarded {
+            Ok(Forwarded { answer, tunnel }) => (answer.map(Content::Upstream), tunnel),
+            Err(error) => (text(&error, Some(&stamps.call_id)), None),
+        };
+        in_flight.call.answered(answer.status());
+        stamps.put_on_answer(answer.headers_mut());
+        if let Some(tunnel) = tunnel {
+            caller.spawn(keep_open(tunnel, in_flight));
+            return answer.map(|content| self.answer(caller, content, None));
+        }
+        answer.map(|content| self.answer(caller, content, Some(in_flight)))
+    }
+
+    async fn forward(
+        &self,
+        caller: &Caller,
+        call: &mut Call,
+        request: Request<Incoming>,
+        began: Instant,
+    ) -> Result<Forwarded, Error> {
+        let mut request = request.map(|body| caller_body(body, caller));
+        let errand = Errand {
+            peer: &caller.forwarded_for,
+            watch: &caller.watch,
+            began,
+            timeout: self.timeouts.upstream,
+        };
+        let forwarded = match &self.route {
+            Route::Provider(origin) => {
+                proxy::forward(&self.client, origin, request, errand).await?
+            }
+            Route::Direct { suffix, default_namespace } => {
+                if call.is_stranger() {
+                    // Without this, a name could lead to any host.
+                    self.provider.status(call.function()).await?;
+                    call.vouched_for(&self.calls);
+                }
+                let origin = direct_origin(call.function(), suffix, default_namespace)?;
+                let rest = behind_name(request.uri());
+                *request.uri_mut() = rest;
+                proxy::forward(&self.client, &origin, request, errand).await?
+            }
+        };
+        if call.is_stranger() && vouches(&forwarded.answer) {
+            call.vouched_for(&self.calls);
+        }
+        Ok(forwarded)
+    }
+
+    /// An answer of the gateway's own.
+    fn refuse(
+        &self,
+        caller: &Caller,
+        error: &Error,
+        refused: Option<(Call, Request<Incoming>)>,
+    ) -> Response<Answer> {
+        let Some((mut call, mut request)) = refused else {
+            return text(error, None).map(|content| self.answer(caller, content, None));
+        };
+        let stamps = Stamps::put_on(request.headers_mut());
+        let mut answer = text(error, Some(&stamps.call_id));
+        stamps.put_on_answer(answer.headers_mut());
+        call.answered(answer.status());
+        call.ended(End::Whole, Instant::now());
+        answer.map(|content| self.answer(caller, content, None))
+    }
+
+    fn answer(&self, caller: &Caller, content: Content, in_flight: Option<InFlight>) -> Answer {
+        Answer::new(content, in_flight, Arc::clone(&caller.watch), self.timeouts.idle)
+    }
+}
+
+/// A changed protocol is a call in flight until it ends.
+async fn keep_open(tunnel: Tunnel, in_flight: InFlight) {
+    tunnel.run().await;
+    in_flight.call.ended(End::Whole, Instant::now());
+}
+
+fn text(error: &Error, call_id: Option<&HeaderValue>) -> Response<Content> {
+    error.answer(call_id).map(|text| Content::Full(Some(text.into())))
+}
+
+/// Whether an answer shows that its function exists.
+fn vouches(answer: &Response<UpstreamBody>) -> bool {
+    answer.status() != StatusCode::NOT_FOUND && !answer.headers().contains_key(X_OPENFAAS_INTERNAL)
+}
+
+/// What stands between `/function/` and the next slash.
+fn segment(path: &str) -> &str {
+    let rest = path.strip_prefix("/function/").unwrap_or_default();
+    rest.split_once('/').map_or(rest, |(segment, _)| segment)
+}
+
+/// Path and query as the function itself should see them.
+fn behind_name(uri: &Uri) -> Uri {
+    let whole = uri.path_and_query().map_or("/", PathAndQuery::as_str);
+    let rest = &whole["/function/".len() + segment(uri.path()).len()..];
+    let rest = if rest.starts_with('/') { rest.to_owned() } else { format!("/{rest}") };
+    // A part of a valid path is one.
+    rest.parse().unwrap_or_default()
+}
+
+fn caller_body(body: Incoming, caller: &Caller) -> RequestBody {
+    if body.is_end_stream() {
+        RequestBody::empty()
+    } else {
+        RequestBody::Caller(CallerBody::new(body, Arc::clone(&caller.watch)))
+    }
+}
+
+/// `http://NAME.SUFFIX:8080`. A suffix that begins with the default namespace is one inside of it: a function of
+/// another namespace is found under its own.
+fn direct_origin(
+    function: &Function,
+    suffix: &str,
+    default_namespace: &str,
+) -> Result<Origin, Error> {
+    let host = match suffix.strip_prefix(default_namespace) {
+        _ if suffix.is_empty() => function.name.clone(),
+        Some(rest)
+            if !default_namespace.is_empty() && (rest.is_empty() || rest.starts_with('.')) =>
+        {
+            format!("{}.{}{rest}", function.name, function.namespace)
+        }
+        _ => format!("{}.{suffix}", function.name),
+    };
+    BaseUrl::parse(&format!("http://{host}:{DIRECT_PORT}"))
+        .map(Origin::new)
+        .ok_or_else(|| Error::NoSuchFunction(function.clone()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_name_is_what_stands_before_the_next_slash() {
+        assert_eq!(segment("/function/echo"), "echo");
+        assert_eq!(segment("/function/echo.dev/a/b"), "echo.dev");
+        assert_eq!(segment("/function/"), "");
+        assert_eq!(segment("/function//x"), "");
+    }
+
+    #[test]
+    fn a_direct_call_sees_what_stands_behind_the_name() {
+        let rest = |uri: &str| behind_name(&uri.parse().unwrap()).to_string();
+        assert_eq!(rest("/function/echo"), "/");
+        assert_eq!(rest("/function/echo?q=1"), "/?q=1");
+        assert_eq!(rest("/function/echo/a%2Fb//c?q"), "/a%2Fb//c?q");
+    }
+
+    #[test]
+    fn a_direct_function_is_found_in_its_own_namespace() {
+        let host = |name: &str, suffix: &str| {
+            let function = Function::parse(name, "fn").unwrap();
+            direct_origin(&function, suffix, "fn").unwrap().url.to_string()
+        };
+        assert_eq!(host("echo", ""), "http://echo:8080");
+        assert_eq!(host("echo", "fn.svc.cluster.local"), "http://echo.fn.svc.cluster.local:8080");
+        assert_eq!(host("echo.dev", "fn.svc"), "http://echo.dev.svc:8080");
+        assert_eq!(host("echo.dev", "fnord.svc"), "http://echo.fnord.svc:8080");
+    }
+}

@@ -1,0 +1,151 @@
+//! Every metric there is, by its name; the only room that knows the names. Methods are named for events.
+
+pub mod calls;
+mod families;
+pub mod known;
+pub mod query;
+pub mod replicas;
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use arc_swap::ArcSwap;
+use axum::extract::{MatchedPath, Request, State};
+use axum::middleware::Next;
+use axum::response::Response;
+use http::{Method, StatusCode};
+use prometheus::{HistogramOpts, HistogramVec, IntCounterVec, Opts, Registry, TextEncoder};
+
+pub use families::Replicas;
+
+use crate::metrics::calls::Shard;
+use crate::metrics::families::Functions;
+use crate::metrics::known::{FORGOTTEN_AFTER, Known};
+
+/// What a scrape shows.
+pub struct Metrics {
+    registry: Registry,
+    functions: Functions,
+    shards: Vec<Arc<Shard>>,
+    replicas: Arc<ArcSwap<Vec<Replicas>>>,
+    pub known: Arc<Known>,
+    /// `http_requests_total`: requests of the API.
+    requests: IntCounterVec,
+    /// `http_request_duration_seconds`: the time until the head of their answer.
+    request_seconds: HistogramVec,
+}
+
+impl Metrics {
+    /// Metrics for `threads` threads that carry calls.
+    pub fn new(
+        threads: usize,
+        default_namespace: &Arc<str>,
+    ) -> Result<Arc<Self>, prometheus::Error> {
+        let known = Arc::new(Known::default());
+        let shards: Vec<_> = (0..threads)
+            .map(|_| Arc::new(Shard::new(Arc::clone(&known), Arc::clone(default_namespace))))
+            .collect();
+        let replicas = Arc::new(ArcSwap::default());
+        let functions = Functions::new(shards.clone(), Arc::clone(&replicas));
+        let labels = ["method", "path", "status"];
+        let requests = IntCounterVec::new(
+            Opts::new("http_requests_total", "Requests of /system and /async-function."),
+            &labels,
+        )?;
+        let request_seconds = HistogramVec::new(
+            HistogramOpts::new(
+                "http_request_duration_seconds",
+                "Time until the head of the answer to a request of /system or /async-function.",
+            )
+            .buckets(calls::BUCKETS.to_vec()),
+            &labels,
+        )?;
+        let registry = Registry::new();
+        registry.register(Box::new(functions.clone()))?;
+        registry.register(Box::new(requests.clone()))?;
+        registry.register(Box::new(request_seconds.clone()))?;
+        Ok(Arc::new(Self {
+            registry,
+            functions,
+            shards,
+            replicas,
+            known,
+            requests,
+            request_seconds,
+        }))
+    }
+
+    /// The part of thread number `thread`.
+    pub fn shard(&self, thread: usize) -> Arc<Shard> {
+        Arc::clone(&self.shards[thread % self.shards.len()])
+    }
+
+    /// The provider has reported all its functions.
+    pub fn replicas_reported(&self, replicas: Vec<Replicas>) {
+        self.replicas.store(Arc::new(replicas));
+    }
+
+    /// Lets go of functions that were deleted long ago.
+    pub fn forget_deleted(&self, now: Instant) {
+        let Some(active) = now.checked_sub(FORGOTTEN_AFTER) else { return };
+        for shard in &self.shards {
+            shard.forget(active);
+        }
+    }
+
+    /// Calls that have ended, by function.
+    pub fn invocations(&self) -> HashMap<String, u64> {
+        let calls = self.functions.calls();
+        calls
+            .iter()
+            .map(|(label, numbers)| {
+                (label.to_string(), numbers.by_code.iter().map(|(_, d)| d.count()).sum())
+            })
+            .collect()
+    }
+
+    /// The text that Prometheus reads.
+    ///
+    /// # Errors
+    /// When the text cannot be made; nothing known leads there.
+    pub fn render(&self) -> Result<String, prometheus::Error> {
+        TextEncoder::new().encode_to_string(&self.registry.gather())
+    }
+
+    fn request_answered(&self, method: &Method, path: &str, status: StatusCode, took: Duration) {
+        let labels = [method_label(method), path, status.as_str()];
+        self.requests.with_label_values(&labels).inc();
+        self.request_seconds.with_label_values(&labels).observe(took.as_secs_f64());
+    }
+}
+
+/// Counts requests of the API under their route, never under their raw path.
+pub async fn count_request(
+    State(metrics): State<Arc<Metrics>>,
+    request: Request,
+    next: Next,
+) -> Response {
+    let began = Instant::now();
+    let method = request.method().clone();
+    let path = request.extensions().get::<MatchedPath>().cloned();
+    let answer = next.run(request).await;
+    if let Some(path) = path {
+        metrics.request_answered(&method, path.as_str(), answer.status(), began.elapsed());
+    }
+    answer
+}
+
+/// Any token can be a method; only those that a route may have become labels.
+fn method_label(method: &Method) -> &'static str {
+    match *method {
+        Method::GET => "GET",
+        Method::HEAD => "HEAD",
+        Method::POST => "POST",
+        Method::PUT => "PUT",
+        Method::DELETE => "DELETE",
+        Method::OPTIONS => "OPTIONS",
+        Method::PATCH => "PATCH",
+        _ => "other",
+    }
+}

@@ -1,0 +1,177 @@
+//! What a scrape says of functions: the shards' calls, added up, and the replicas that the provider reported last.
+
+use std::collections::{BTreeMap, HashSet};
+use std::sync::Arc;
+
+use arc_swap::ArcSwap;
+use prometheus::core::{Collector, Desc};
+use prometheus::proto::{
+    Bucket, Counter, Gauge, Histogram, LabelPair, Metric, MetricFamily, MetricType,
+};
+
+use crate::metrics::calls::{BUCKETS, Durations, Numbers, Shard};
+
+/// Calls of each function, and its replicas.
+#[derive(Clone)]
+pub(super) struct Functions {
+    shards: Arc<[Arc<Shard>]>,
+    replicas: Arc<ArcSwap<Vec<Replicas>>>,
+    descriptions: Arc<[Desc]>,
+}
+
+/// A function's replicas and bounds, as the provider reports them.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Replicas {
+    /// `function_name`
+    pub label: String,
+    pub wanted: u64,
+    pub ready: u64,
+    pub min: u64,
+    /// `com.openfaas.scale.type`
+    pub scaling_type: String,
+    /// `com.openfaas.scale.target`
+    pub target: f64,
+}
+
+const INVOCATIONS: (&str, &str) = ("gateway_function_invocation_total", "Function metrics");
+const STARTED: (&str, &str) =
+    ("gateway_function_invocation_started", "The total number of function HTTP requests started.");
+const SECONDS: (&str, &str) = ("gateway_functions_seconds", "Function time taken");
+const IN_FLIGHT: (&str, &str) =
+    ("gateway_function_invocation_inflight", "Calls of the function in flight.");
+const WANTED: (&str, &str) = ("gateway_service_count", "Replicas of the function that are wanted.");
+const READY: (&str, &str) =
+    ("gateway_service_ready_count", "Replicas of the function that can be called.");
+const MIN: (&str, &str) = ("gateway_service_min", "The fewest replicas the function is scaled to.");
+const TARGET: (&str, &str) =
+    ("gateway_service_target_load", "Load for each replica that scaling aims at.");
+
+impl Functions {
+    pub(super) fn new(shards: Vec<Arc<Shard>>, replicas: Arc<ArcSwap<Vec<Replicas>>>) -> Self {
+        let descriptions = [INVOCATIONS, STARTED, SECONDS, IN_FLIGHT, WANTED, READY, MIN, TARGET]
+            .into_iter()
+            .filter_map(|(name, help)| {
+                let labels = vec!["function_name".to_owned()];
+                Desc::new(name.to_owned(), help.to_owned(), labels, Default::default()).ok()
+            })
+            .collect();
+        Self { shards: shards.into(), replicas, descriptions }
+    }
+
+    /// Every function's numbers over all threads, by label.
+    pub(super) fn calls(&self) -> BTreeMap<Arc<str>, Numbers> {
+        let mut sums: BTreeMap<Arc<str>, Numbers> = BTreeMap::new();
+        for series in self.shards.iter().flat_map(|shard| shard.series()) {
+            let numbers = series.numbers().clone();
+            let sum = sums.entry(Arc::clone(&series.label)).or_default();
+            sum.started += numbers.started;
+            sum.in_flight += numbers.in_flight;
+            for (code, durations) in numbers.by_code {
+                match sum.by_code.iter_mut().find(|(c, _)| *c == code) {
+                    Some((_, mine)) => mine.add(&durations),
+                    None => sum.by_code.push((code, durations)),
+                }
+            }
+        }
+        sums
+    }
+}
+
+impl Collector for Functions {
+    fn desc(&self) -> Vec<&Desc> {
+        self.descriptions.iter().collect()
+    }
+
+    fn collect(&self) -> Vec<MetricFamily> {
+        let calls = self.calls();
+        let replicas = self.replicas.load();
+        // One that is neither deployed nor called has no calls in flight worth a line.
+        let listed: HashSet<&str> = replicas.iter().map(|r| r.label.as_str()).collect();
+        let in_flight = calls
+            .iter()
+            .filter(|(name, numbers)| numbers.in_flight != 0 || listed.contains(&***name))
+            .map(|(name, numbers)| gauge(&[("function_name", name)], numbers.in_flight as f64));
+        let by_code = |make: fn(&[(&str, &str)], &Durations) -> Metric| {
+            calls
+                .iter()
+                .flat_map(|(name, numbers)| numbers.by_code.iter().map(move |by| (name, by)))
+                .map(|(name, (code, durations))| {
+                    make(&[("code", &code.to_string()), ("function_name", name)], durations)
+                })
+                .collect::<Vec<_>>()
+        };
+        let started = calls
+            .iter()
+            .filter(|(_, numbers)| numbers.started > 0)
+            .map(|(name, numbers)| counter(&[("function_name", name)], numbers.started));
+        let of_replicas = |value: fn(&Replicas) -> f64| {
+            replicas.iter().map(|r| gauge(&[("function_name", &r.label)], value(r))).collect()
+        };
+        let target = |r: &Replicas| {
+            gauge(&[("function_name", &r.label), ("scaling_type", &r.scaling_type)], r.target)
+        };
+        vec![
+            family(STARTED, MetricType::COUNTER, started.collect()),
+            family(IN_FLIGHT, MetricType::GAUGE, in_flight.collect()),
+            family(INVOCATIONS, MetricType::COUNTER, by_code(|l, d| counter(l, d.count()))),
+            family(SECONDS, MetricType::HISTOGRAM, by_code(histogram)),
+            family(WANTED, MetricType::GAUGE, of_replicas(|r| r.wanted as f64)),
+            family(READY, MetricType::GAUGE, of_replicas(|r| r.ready as f64)),
+            family(MIN, MetricType::GAUGE, of_replicas(|r| r.min as f64)),
+            family(TARGET, MetricType::GAUGE, replicas.iter().map(target).collect()),
+        ]
+    }
+}
+
+fn family((name, help): (&str, &str), kind: MetricType, metrics: Vec<Metric>) -> MetricFamily {
+    let mut family = MetricFamily::default();
+    family.set_name(name.to_owned());
+    family.set_help(help.to_owned());
+    family.set_field_type(kind);
+    family.set_metric(metrics);
+    family
+}
+
+fn metric(labels: &[(&str, &str)]) -> Metric {
+    let labels = labels.iter().map(|(name, value)| {
+        let mut pair = LabelPair::default();
+        pair.set_name((*name).to_owned());
+        pair.set_value((*value).to_owned());
+        pair
+    });
+    Metric::from_label(labels.collect())
+}
+
+fn counter(labels: &[(&str, &str)], value: u64) -> Metric {
+    let mut counter = Counter::default();
+    counter.set_value(value as f64);
+    let mut metric = metric(labels);
+    metric.set_counter(counter);
+    metric
+}
+
+fn gauge(labels: &[(&str, &str)], value: f64) -> Metric {
+    let mut gauge = Gauge::default();
+    gauge.set_value(value);
+    let mut metric = metric(labels);
+    metric.set_gauge(gauge);
+    metric
+}
+
+fn histogram(labels: &[(&str, &str)], durations: &Durations) -> Metric {
+    let mut below = 0;
+    let buckets = BUCKETS.iter().zip(durations.buckets).map(|(bound, count)| {
+        below += count;
+        let mut bucket = Bucket::default();
+        bucket.set_upper_bound(*bound);
+        bucket.set_cumulative_count(below);
+        bucket
+    });
+    let mut histogram = Histogram::default();
+    histogram.set_bucket(buckets.collect());
+    histogram.set_sample_count(durations.count());
+    histogram.set_sample_sum(durations.nanos as f64 / 1e9);
+    let mut metric = metric(labels);
+    metric.set_histogram(histogram);
+    metric
+}

@@ -1,0 +1,77 @@
+//! Which functions there are: those that the provider lists, and those it has answered for.
+//! Whatever is not here is counted as `unknown`, so that strangers cannot grow the metrics.
+
+use std::collections::{HashMap, HashSet};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use crate::function::Function;
+
+/// A function's series go this long after it was last listed or answered for.
+pub const FORGOTTEN_AFTER: Duration = Duration::from_secs(3600);
+/// Names learnt from answers alone: no provider should have more, whatever it answers.
+const MAX_LEARNT: usize = 100_000;
+
+/// The functions that exist, as far as this process knows.
+#[derive(Debug, Default)]
+pub struct Known {
+    last_seen: Mutex<HashMap<Function, Instant>>,
+}
+
+impl Known {
+    pub fn contains(&self, function: &Function) -> bool {
+        self.functions().contains_key(function)
+    }
+
+    /// The provider has answered for `function`.
+    pub fn learn(&self, function: &Function) {
+        let mut functions = self.functions();
+        if functions.len() < MAX_LEARNT || functions.contains_key(function) {
+            functions.insert(function.clone(), Instant::now());
+        }
+    }
+
+    /// The provider lists `functions` at `now`.
+    pub fn listed(&self, functions: &HashSet<Function>, now: Instant) {
+        let mut last_seen = self.functions();
+        for function in functions {
+            match last_seen.get_mut(function) {
+                Some(seen) => *seen = now,
+                None => {
+                    last_seen.insert(function.clone(), now);
+                }
+            }
+        }
+        last_seen.retain(|_, seen| now.saturating_duration_since(*seen) < FORGOTTEN_AFTER);
+    }
+
+    fn functions(&self) -> MutexGuard<'_, HashMap<Function, Instant>> {
+        self.last_seen.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_deleted_function_is_forgotten_after_an_hour() {
+        let known = Known::default();
+        let echo = Function::parse("echo", "fn").unwrap();
+        let start = Instant::now();
+        known.listed(&HashSet::from([echo.clone()]), start);
+        known.listed(&HashSet::new(), start + Duration::from_secs(3500));
+        assert!(known.contains(&echo));
+        known.listed(&HashSet::new(), start + Duration::from_secs(3700));
+        assert!(!known.contains(&echo));
+    }
+
+    #[test]
+    fn an_answer_makes_a_function_known() {
+        let known = Known::default();
+        let echo = Function::parse("echo", "fn").unwrap();
+        assert!(!known.contains(&echo));
+        known.learn(&echo);
+        assert!(known.contains(&echo));
+    }
+}

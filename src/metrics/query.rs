@@ -1,0 +1,112 @@
+//! How often each function has been called: asked of Prometheus, which remembers more than this process does.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use http::{HeaderMap, Method};
+use serde::Deserialize;
+
+use crate::error::Error;
+use crate::metrics::Metrics;
+use crate::provider::{ask, parse, question};
+use crate::proxy::client::{Client, Origin};
+
+const TARGET: &str =
+    "/api/v1/query?query=sum%20by%20(function_name)%20(gateway_function_invocation_total)";
+/// The list does not wait longer for what is nice to have.
+const TIMEOUT: Duration = Duration::from_secs(2);
+/// After a failure Prometheus is left alone for a while: a name that does not resolve can take seconds to say so.
+const LEFT_ALONE: Duration = Duration::from_secs(10);
+
+/// Where counts come from.
+pub struct Counts {
+    prometheus: Option<Origin>,
+    failed_at: Mutex<Option<Instant>>,
+}
+
+#[derive(Deserialize)]
+struct Answer {
+    data: Data,
+}
+
+#[derive(Deserialize)]
+struct Data {
+    result: Vec<Sample>,
+}
+
+#[derive(Deserialize)]
+struct Sample {
+    metric: HashMap<String, String>,
+    /// Time, and the value as text.
+    value: (f64, String),
+}
+
+impl Counts {
+    /// Counts from `prometheus`, or from this process's own metrics.
+    pub fn new(prometheus: Option<Origin>) -> Arc<Self> {
+        Arc::new(Self { prometheus, failed_at: Mutex::default() })
+    }
+
+    /// Calls by `name.namespace`; empty while Prometheus is away.
+    pub async fn by_function(
+        &self,
+        client: &Arc<Client>,
+        metrics: &Metrics,
+    ) -> HashMap<String, u64> {
+        let Some(prometheus) = &self.prometheus else { return metrics.invocations() };
+        if self.failed_at().is_some_and(|at| at.elapsed() < LEFT_ALONE) {
+            return HashMap::new();
+        }
+        let answered = query(client, prometheus).await;
+        self.note(answered.is_err().then(Instant::now));
+        answered.unwrap_or_else(|error| {
+            tracing::debug!(%error, "Prometheus does not answer; functions are listed without counts");
+            HashMap::new()
+        })
+    }
+
+    fn failed_at(&self) -> Option<Instant> {
+        *self.failed_at.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn note(&self, failed_at: Option<Instant>) {
+        *self.failed_at.lock().unwrap_or_else(PoisonError::into_inner) = failed_at;
+    }
+}
+
+async fn query(client: &Arc<Client>, prometheus: &Origin) -> Result<HashMap<String, u64>, Error> {
+    let question =
+        question(Method::GET, prometheus, TARGET, HeaderMap::new(), bytes::Bytes::new())?;
+    let (_, body) = ask(client, prometheus, question, TIMEOUT).await?;
+    Ok(counts(parse(&body)?))
+}
+
+fn counts(answer: Answer) -> HashMap<String, u64> {
+    answer
+        .data
+        .result
+        .into_iter()
+        .filter_map(|mut sample| {
+            let count: f64 = sample.value.1.parse().ok()?;
+            Some((sample.metric.remove("function_name")?, count as u64))
+        })
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_answer_of_prometheus_is_read() {
+        let answer = parse(
+            br#"{"status":"success","data":{"resultType":"vector","result":[
+                {"metric":{"function_name":"echo.fn"},"value":[1700000000.1,"42"]},
+                {"metric":{},"value":[1,"1"]},
+                {"metric":{"function_name":"odd.fn"},"value":[1,"many"]}]}}"#,
+        )
+        .unwrap();
+        assert_eq!(counts(answer), HashMap::from([("echo.fn".to_owned(), 42)]));
+    }
+}

@@ -1,0 +1,121 @@
+//! Asks the provider for all its functions, again and again: the replica gauges, the names that exist, and whether
+//! the provider answers at all come from here.
+
+use std::collections::HashSet;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use tokio_util::sync::CancellationToken;
+
+use crate::alerts::Bounds;
+use crate::error::Error;
+use crate::function::Function;
+use crate::health::{Health, ProviderState};
+use crate::metrics::{Metrics, Replicas};
+use crate::provider::Provider;
+use crate::provider::types::FunctionStatus;
+
+const ASK_EVERY: Duration = Duration::from_secs(5);
+/// While the provider is away, so that its return is seen soon.
+const ASK_AGAIN: Duration = Duration::from_secs(1);
+
+/// What the poll needs.
+pub struct Poll {
+    pub provider: Provider,
+    pub default_namespace: Arc<str>,
+    pub metrics: Arc<Metrics>,
+    pub health: Arc<Health>,
+}
+
+impl Poll {
+    /// Polls until `stopping`.
+    pub async fn run(self, stopping: CancellationToken) {
+        loop {
+            // Both branches are cancel-safe: a poll that is cut short has changed nothing.
+            let pause = tokio::select! {
+                () = stopping.cancelled() => return,
+                pause = self.poll() => pause,
+            };
+            tokio::select! {
+                () = stopping.cancelled() => return,
+                () = tokio::time::sleep(pause) => {}
+            }
+        }
+    }
+
+    /// Asks once; returns how long to wait until the next time.
+    async fn poll(&self) -> Duration {
+        match self.functions().await {
+            Ok(functions) => {
+                self.health.provider_is(ProviderState::Answers);
+                self.report(&functions);
+                ASK_EVERY
+            }
+            Err(error) => {
+                self.health.provider_is(ProviderState::Away(error.to_string()));
+                ASK_AGAIN
+            }
+        }
+    }
+
+    /// The functions of every namespace that the provider lists.
+    async fn functions(&self) -> Result<Vec<FunctionStatus>, Error> {
+        let namespaces = match self.provider.namespaces().await {
+            Ok(namespaces) => namespaces,
+            // A provider need not have namespaces, but it must be there.
+            Err(Error::Provider(_)) => Vec::new(),
+            Err(error) => return Err(error),
+        };
+        if namespaces.is_empty() {
+            return self.provider.functions("").await;
+        }
+        let mut all = Vec::new();
+        for namespace in namespaces {
+            let mut functions = self.provider.functions(&namespace).await?;
+            for function in &mut functions {
+                if function.namespace.is_empty() {
+                    function.namespace.clone_from(&namespace);
+                }
+            }
+            all.append(&mut functions);
+        }
+        Ok(all)
+    }
+
+    fn report(&self, functions: &[FunctionStatus]) {
+        let now = Instant::now();
+        let named: Vec<_> = functions.iter().filter_map(|f| Some((self.name(f)?, f))).collect();
+        let names: HashSet<Function> = named.iter().map(|(name, _)| name.clone()).collect();
+        self.metrics.known.listed(&names, now);
+        self.metrics.forget_deleted(now);
+        self.metrics.replicas_reported(named.iter().map(|(name, f)| replicas(name, f)).collect());
+    }
+
+    fn name(&self, status: &FunctionStatus) -> Option<Function> {
+        let namespace = if status.namespace.is_empty() {
+            self.default_namespace.to_string()
+        } else {
+            status.namespace.clone()
+        };
+        // The name alone: a dot in it divides nothing here.
+        let valid = |text: &str| text.bytes().all(crate::function::is_name_byte);
+        (!status.name.is_empty() && valid(&status.name) && valid(&namespace))
+            .then(|| Function { name: status.name.clone(), namespace })
+    }
+}
+
+fn replicas(name: &Function, status: &FunctionStatus) -> Replicas {
+    let labels = status.labels.clone().unwrap_or_default();
+    let label = |name: &str| labels.get(name).map(String::as_str);
+    Replicas {
+        label: name.to_string(),
+        wanted: status.replicas,
+        ready: status.available_replicas,
+        min: Bounds::from_labels(&labels).min,
+        scaling_type: match label("com.openfaas.scale.type") {
+            Some(kind @ ("capacity" | "cpu")) => kind.to_owned(),
+            _ => "rps".to_owned(),
+        },
+        target: label("com.openfaas.scale.target").and_then(|t| t.parse().ok()).unwrap_or(50.0),
+    }
+}

@@ -1,0 +1,113 @@
+//! A caller's request, made one to an upstream; the upstream's answer, made one to the caller. Nothing is collected.
+
+pub mod body;
+pub mod client;
+pub mod headers;
+mod link;
+pub mod tunnel;
+pub mod upstream_body;
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use http::header::CONTENT_TYPE;
+use http::{HeaderMap, HeaderValue, Request, Response, StatusCode, Version};
+
+use crate::proxy::body::RequestBody;
+use crate::proxy::client::{Client, Error, Origin};
+use crate::proxy::tunnel::Tunnel;
+use crate::proxy::upstream_body::UpstreamBody;
+use crate::watch::Watch;
+
+/// What answers for as long as it has something to say: its deadline is one for each pause.
+const STREAMS: [&str; 5] = [
+    "text/event-stream",
+    "application/x-ndjson",
+    "application/ndjson",
+    "application/stream+json",
+    "application/grpc",
+];
+
+/// On whose behalf a request is made, and how long it may take.
+pub struct Errand<'a> {
+    /// The caller's address, for `X-Forwarded-For`.
+    pub peer: &'a HeaderValue,
+    pub watch: &'a Arc<Watch>,
+    pub began: Instant,
+    /// From `began` to the last byte; for a stream the longest pause.
+    pub timeout: Duration,
+}
+
+/// An answer on its way to the caller; with a tunnel if both sides change protocols.
+pub struct Forwarded {
+    pub answer: Response<UpstreamBody>,
+    pub tunnel: Option<Tunnel>,
+}
+
+/// Sends `request` on to `origin`, at the same path and query, and returns with the head of the answer.
+///
+/// # Errors
+/// `client::Error` when there is none; its text can be shown to the caller.
+pub async fn forward(
+    client: &Arc<Client>,
+    origin: &Origin,
+    mut request: Request<RequestBody>,
+    errand: Errand<'_>,
+) -> Result<Forwarded, Error> {
+    errand.watch.call_until(errand.began + errand.timeout);
+    let wanted = headers::to_upstream(request.headers_mut(), &origin.host, errand.peer);
+    let caller = wanted.is_some().then(|| hyper::upgrade::on(&mut request));
+    *request.uri_mut() = origin.target(request.uri())?;
+    let mut answer = client.send(origin, request, errand.watch).await?;
+    *answer.version_mut() = Version::HTTP_11;
+    let switches = answer.status() == StatusCode::SWITCHING_PROTOCOLS;
+    headers::to_caller(answer.headers_mut(), switches);
+    let tunnel = match caller {
+        Some(caller) if switches => Some(Tunnel {
+            caller,
+            upstream: hyper::upgrade::on(&mut answer),
+            link: answer.body_mut().take_link(),
+            idle: errand.timeout,
+        }),
+        _ if switches => return Err(Error::Unasked),
+        _ => None,
+    };
+    if is_stream(answer.headers()) {
+        answer.body_mut().bound_pauses(errand.timeout);
+    }
+    Ok(Forwarded { answer, tunnel })
+}
+
+fn is_stream(headers: &HeaderMap) -> bool {
+    let Some(content_type) = headers.get(CONTENT_TYPE) else { return false };
+    let content_type = content_type.as_bytes();
+    STREAMS.iter().any(|stream| {
+        content_type.get(..stream.len()).is_some_and(|start| {
+            start.eq_ignore_ascii_case(stream.as_bytes())
+                && matches!(content_type.get(stream.len()), None | Some(b';' | b' ' | b'+' | b'-'))
+        })
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[track_caller]
+    fn check(content_type: &'static str, expect: bool) {
+        let headers =
+            HeaderMap::from_iter([(CONTENT_TYPE, HeaderValue::from_static(content_type))]);
+        assert_eq!(is_stream(&headers), expect, "{content_type}");
+    }
+
+    #[test]
+    fn streams_are_known_by_their_content_type() {
+        check("text/event-stream", true);
+        check("Text/Event-Stream; charset=utf-8", true);
+        check("application/x-ndjson", true);
+        check("application/grpc+proto", true);
+        check("application/json", false);
+        check("text/event-streams", false);
+        assert!(!is_stream(&HeaderMap::new()));
+    }
+}

@@ -1,0 +1,128 @@
+//! Bodies on their way to an upstream.
+
+use std::error::Error;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+
+use bytes::Bytes;
+use http_body::{Body, Frame, SizeHint};
+use hyper::body::Incoming;
+
+use crate::watch::Watch;
+
+/// The body of a request to an upstream.
+pub enum RequestBody {
+    /// A caller's, as it comes in.
+    Caller(CallerBody),
+    /// What is at hand already, mostly nothing.
+    Full(Option<Bytes>),
+    /// One that has come through the API's router.
+    Api(axum::body::Body),
+}
+
+impl RequestBody {
+    pub fn empty() -> Self {
+        Self::Full(None)
+    }
+}
+
+impl Body for RequestBody {
+    type Data = Bytes;
+    type Error = BodyError;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
+        match &mut *self {
+            Self::Caller(body) => Pin::new(body).poll_frame(cx),
+            Self::Full(bytes) => Poll::Ready(bytes.take().map(|bytes| Ok(Frame::data(bytes)))),
+            Self::Api(body) => Pin::new(body)
+                .poll_frame(cx)
+                .map_err(|error| BodyError::among(&error).unwrap_or(BodyError::Broken)),
+        }
+    }
+
+    fn is_end_stream(&self) -> bool {
+        match self {
+            Self::Caller(body) => body.is_end_stream(),
+            Self::Full(bytes) => bytes.is_none(),
+            Self::Api(body) => body.is_end_stream(),
+        }
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        match self {
+            Self::Caller(body) => body.size_hint(),
+            Self::Full(bytes) => SizeHint::with_exact(bytes.as_ref().map_or(0, Bytes::len) as u64),
+            Self::Api(body) => body.size_hint(),
+        }
+    }
+}
+
+/// Why a caller's body could not be read to its end. It travels through hyper's errors as their source.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum BodyError {
+    #[error("the request's body broke off or is malformed")]
+    Broken,
+    #[error("the request's body did not come within read_timeout")]
+    Slow,
+}
+
+impl BodyError {
+    /// Finds one among the causes of `error`.
+    pub fn among(error: &(dyn Error + 'static)) -> Option<Self> {
+        let mut cause = Some(error);
+        while let Some(error) = cause {
+            if let Some(found) = error.downcast_ref::<Self>() {
+                return Some(*found);
+            }
+            cause = error.source();
+        }
+        None
+    }
+}
+
+/// A caller's body: it must come whole in the time that the watch allows.
+#[derive(Debug)]
+pub struct CallerBody {
+    inner: Incoming,
+    watch: Arc<Watch>,
+}
+
+impl CallerBody {
+    pub fn new(inner: Incoming, watch: Arc<Watch>) -> Self {
+        Self { inner, watch }
+    }
+}
+
+impl Body for CallerBody {
+    type Data = Bytes;
+    type Error = BodyError;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
+        if self.watch.body_expired() {
+            return Poll::Ready(Some(Err(BodyError::Slow)));
+        }
+        let polled = Pin::new(&mut self.inner).poll_frame(cx);
+        if let Poll::Ready(Some(Err(error))) = &polled {
+            tracing::debug!(%error, "A caller's body broke off");
+        }
+        if matches!(polled, Poll::Ready(None)) || self.inner.is_end_stream() {
+            self.watch.body_ended();
+        }
+        polled.map_err(|_| BodyError::Broken)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.inner.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.inner.size_hint()
+    }
+}

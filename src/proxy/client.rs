@@ -1,0 +1,294 @@
+//! Connections to upstreams: a pool of idle links, one pool for each thread that carries calls.
+
+use std::collections::HashMap;
+use std::io;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use foldhash::fast::RandomState;
+use http::header::UPGRADE;
+use http::{HeaderValue, Method, Request, Response, Uri, Version};
+use http_body::Body;
+use hyper::body::Incoming;
+use tokio::net::TcpStream;
+use tokio_rustls::TlsConnector;
+use tokio_rustls::rustls::crypto::ring;
+use tokio_rustls::rustls::pki_types::ServerName;
+use tokio_rustls::rustls::{ClientConfig, RootCertStore};
+
+use crate::config::Limits;
+use crate::config::base_url::BaseUrl;
+use crate::proxy::body::{BodyError, RequestBody};
+use crate::proxy::link::{Failure, Link, UpstreamStream};
+use crate::proxy::upstream_body::UpstreamBody;
+use crate::watch::Watch;
+
+/// An idle link is dropped after this time. Most servers close theirs after 60 s or more.
+const MAX_IDLE: Duration = Duration::from_secs(50);
+/// A peer that does not even accept a connection in this time is away.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// An upstream, with what every request to it needs.
+#[derive(Clone, Debug)]
+pub struct Origin {
+    pub url: Arc<BaseUrl>,
+    /// What `Host` says.
+    pub host: HeaderValue,
+}
+
+impl Origin {
+    pub fn new(url: BaseUrl) -> Self {
+        let host = HeaderValue::from_str(url.authority.as_str())
+            .unwrap_or_else(|_| HeaderValue::from_static("upstream"));
+        Self { url: Arc::new(url), host }
+    }
+
+    /// `target` (path and query) behind the origin's own path.
+    ///
+    /// # Errors
+    /// When the two together are no URI, for length mostly.
+    pub fn target(&self, target: &Uri) -> Result<Uri, http::Error> {
+        let path = target.path_and_query().map_or("/", |path| path.as_str());
+        match (self.url.path.as_str(), target.path_and_query()) {
+            // As sent, byte for byte.
+            ("", Some(path)) => Ok(Uri::from(path.clone())),
+            (prefix, _) => Uri::builder().path_and_query(format!("{prefix}{path}")).build(),
+        }
+    }
+}
+
+/// Why an upstream gave no answer. Says nothing about where it is.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    #[error("cannot connect to the upstream: {}", brief(.0))]
+    Connect(#[source] io::Error),
+    #[error("the upstream closed the connection without an answer")]
+    Closed(#[source] hyper::Error),
+    #[error("the upstream's answer is not valid HTTP")]
+    Invalid(#[source] hyper::Error),
+    #[error("the upstream changed protocols unasked")]
+    Unasked,
+    #[error("the upstream did not answer in time")]
+    Timeout,
+    #[error("the path is too long")]
+    Target(#[from] http::Error),
+    #[error(transparent)]
+    Body(BodyError),
+}
+
+impl Error {
+    /// Whether the request cannot have reached anyone.
+    pub fn is_connect(&self) -> bool {
+        matches!(self, Self::Connect(_))
+    }
+}
+
+/// What went wrong, in words that hold no address.
+fn brief(error: &io::Error) -> &'static str {
+    match error.kind() {
+        io::ErrorKind::ConnectionRefused => "connection refused",
+        io::ErrorKind::ConnectionReset => "connection reset",
+        io::ErrorKind::HostUnreachable | io::ErrorKind::NetworkUnreachable => "no route to it",
+        io::ErrorKind::TimedOut => "no reply to the connection attempt",
+        io::ErrorKind::InvalidData => "TLS failed",
+        // What the resolver reports has no number of the system's.
+        _ if error.raw_os_error().is_none() => "its name cannot be resolved",
+        _ => "network error",
+    }
+}
+
+/// Sends requests over pooled links. One for each thread that carries calls.
+pub struct Client {
+    pool: Mutex<Pool>,
+    limits: Limits,
+    tls: TlsConnector,
+}
+
+#[derive(Default)]
+struct Pool {
+    idle: HashMap<Arc<BaseUrl>, Vec<IdleLink>, RandomState>,
+    count: usize,
+}
+
+struct IdleLink {
+    link: Box<Link>,
+    since: Instant,
+}
+
+impl Client {
+    /// A client whose pool keeps to `limits`.
+    pub fn new(limits: Limits, tls: Arc<ClientConfig>) -> Arc<Self> {
+        Arc::new(Self { pool: Mutex::default(), limits, tls: TlsConnector::from(tls) })
+    }
+
+    /// Sends `request`, whose headers are ready for the wire, to `origin`; returns as soon as the head of the answer
+    /// is there. `watch` bounds all of it, the answer's body included.
+    ///
+    /// A link that turns out to have been closed while it idled is replaced, if nothing of the request was sent or if
+    /// sending it twice does no harm.
+    pub async fn send(
+        self: &Arc<Self>,
+        origin: &Origin,
+        request: Request<RequestBody>,
+        watch: &Arc<Watch>,
+    ) -> Result<Response<UpstreamBody>, Error> {
+        let mut request = request;
+        *request.version_mut() = Version::HTTP_11;
+        let upgrades = request.headers().contains_key(UPGRADE);
+        while let Some(mut link) = self.checkout(&origin.url) {
+            if upgrades {
+                link.allow_upgrade();
+            }
+            let spare = spare(&request);
+            match (link.exchange(request, watch).await, spare) {
+                (Ok(answer), _) => return Ok(self.answer(origin, link, answer, watch)),
+                (Err(Failure::Unsent(unsent)), _) => request = *unsent,
+                (Err(Failure::Http(error)), Some(spare)) if was_closed(&error) => {
+                    request = spare;
+                    break;
+                }
+                (Err(failure), _) => return Err(failure.into()),
+            }
+        }
+        let mut link = self.connect(origin, watch).await?;
+        if upgrades {
+            link.allow_upgrade();
+        }
+        match link.exchange(request, watch).await {
+            Ok(answer) => Ok(self.answer(origin, link, answer, watch)),
+            Err(failure) => Err(failure.into()),
+        }
+    }
+
+    fn answer(
+        self: &Arc<Self>,
+        origin: &Origin,
+        link: Box<Link>,
+        answer: Response<Incoming>,
+        watch: &Arc<Watch>,
+    ) -> Response<UpstreamBody> {
+        let (client, url, watch) = (Arc::clone(self), Arc::clone(&origin.url), Arc::clone(watch));
+        answer.map(|body| UpstreamBody::new(body, link, client, url, watch))
+    }
+
+    async fn connect(&self, origin: &Origin, watch: &Watch) -> Result<Box<Link>, Error> {
+        let connect = tokio::time::timeout(CONNECT_TIMEOUT, self.open(&origin.url));
+        let mut connect = std::pin::pin!(connect);
+        let stream = std::future::poll_fn(|cx| {
+            if watch.call_expired() {
+                return std::task::Poll::Ready(Err(Error::Timeout));
+            }
+            connect.as_mut().poll(cx).map(|opened| match opened {
+                Ok(opened) => opened.map_err(Error::Connect),
+                Err(_) => Err(Error::Connect(io::ErrorKind::TimedOut.into())),
+            })
+        })
+        .await?;
+        let link = Link::handshake(stream).await.map_err(Error::Invalid)?;
+        Ok(Box::new(link))
+    }
+
+    async fn open(&self, url: &BaseUrl) -> io::Result<UpstreamStream> {
+        let tcp = TcpStream::connect((url.host(), url.port())).await?;
+        tcp.set_nodelay(true)?;
+        // A peer that vanishes without a word is noticed even by a stream without deadline.
+        socket2::SockRef::from(&tcp).set_keepalive(true)?;
+        if !url.tls {
+            return Ok(UpstreamStream::Plain(tcp));
+        }
+        let name = ServerName::try_from(url.host().to_owned()).map_err(io::Error::other)?;
+        Ok(UpstreamStream::Tls(Box::new(self.tls.connect(name, tcp).await?)))
+    }
+
+    fn checkout(&self, url: &Arc<BaseUrl>) -> Option<Box<Link>> {
+        let mut pool = self.pool.lock().unwrap_or_else(PoisonError::into_inner);
+        let link = pool.idle.get_mut(url)?.pop()?.link;
+        pool.count -= 1;
+        Some(link)
+    }
+
+    /// Takes a link back after its answer's end, if it can be used again.
+    pub(super) fn give_back(&self, url: &Arc<BaseUrl>, mut link: Box<Link>, now: Instant) {
+        if !link.settle() {
+            return;
+        }
+        let mut pool = self.pool.lock().unwrap_or_else(PoisonError::into_inner);
+        if pool.count >= self.limits.idle {
+            return;
+        }
+        let idle = match pool.idle.get_mut(url) {
+            Some(idle) => idle,
+            None => pool.idle.entry(Arc::clone(url)).or_default(),
+        };
+        if idle.len() < self.limits.idle_per_host {
+            idle.push(IdleLink { link, since: now });
+            pool.count += 1;
+        }
+    }
+
+    /// Drops links that were closed or have been idle for long. To be called every few seconds.
+    pub fn sweep(&self) {
+        let mut pool = self.pool.lock().unwrap_or_else(PoisonError::into_inner);
+        let Pool { idle, count } = &mut *pool;
+        let now = Instant::now();
+        idle.retain(|_, links| {
+            links
+                .retain_mut(|idle| now.duration_since(idle.since) < MAX_IDLE && idle.link.settle());
+            !links.is_empty()
+        });
+        *count = idle.values().map(Vec::len).sum();
+    }
+}
+
+/// A copy of `request`, if it may be sent twice: it has no body, and its method promises that twice is as once.
+fn spare(request: &Request<RequestBody>) -> Option<Request<RequestBody>> {
+    let harmless = matches!(
+        *request.method(),
+        Method::GET | Method::HEAD | Method::OPTIONS | Method::TRACE | Method::PUT | Method::DELETE
+    );
+    if !harmless || !request.body().is_end_stream() {
+        return None;
+    }
+    let mut spare = Request::new(RequestBody::empty());
+    *spare.method_mut() = request.method().clone();
+    *spare.uri_mut() = request.uri().clone();
+    *spare.headers_mut() = request.headers().clone();
+    Some(spare)
+}
+
+/// Whether the peer had closed the link, as opposed to having answered nonsense.
+fn was_closed(error: &hyper::Error) -> bool {
+    error.is_incomplete_message() || error.is_closed() || error.is_canceled() || is_io(error)
+}
+
+fn is_io(error: &hyper::Error) -> bool {
+    std::error::Error::source(error).is_some_and(|source| source.is::<io::Error>())
+}
+
+impl From<Failure> for Error {
+    fn from(failure: Failure) -> Self {
+        match failure {
+            Failure::Expired => Self::Timeout,
+            // A link that was opened for this request alone.
+            Failure::Unsent(_) => Self::Connect(io::ErrorKind::ConnectionReset.into()),
+            Failure::Http(error) => match BodyError::among(&error) {
+                Some(body) => Self::Body(body),
+                None if was_closed(&error) => Self::Closed(error),
+                None => Self::Invalid(error),
+            },
+        }
+    }
+}
+
+/// The system's certificates, for upstreams with https. Without any, https is refused and http goes on.
+pub fn tls_config() -> Arc<ClientConfig> {
+    let mut roots = RootCertStore::empty();
+    roots.add_parsable_certificates(rustls_native_certs::load_native_certs().certs);
+    let provider = Arc::new(ring::default_provider());
+    let config = ClientConfig::builder_with_provider(provider)
+        .with_safe_default_protocol_versions()
+        .unwrap_or_else(|_| unreachable!("ring has the default protocol versions"))
+        .with_root_certificates(roots)
+        .with_no_client_auth();
+    Arc::new(config)
+}

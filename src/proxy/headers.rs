@@ -1,0 +1,208 @@
+//! Which headers cross the gateway, and which are added. The only place that knows hop-by-hop headers. No I/O.
+
+use bytes::{BufMut, BytesMut};
+use http::header::{
+    CONNECTION, EXPECT, HOST, PROXY_AUTHENTICATE, PROXY_AUTHORIZATION, TE, TRAILER,
+    TRANSFER_ENCODING, UPGRADE, USER_AGENT,
+};
+use http::{HeaderMap, HeaderName, HeaderValue};
+
+use crate::call_id::PRODUCT;
+
+const KEEP_ALIVE: HeaderName = HeaderName::from_static("keep-alive");
+const PROXY_CONNECTION: HeaderName = HeaderName::from_static("proxy-connection");
+const X_FORWARDED_FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
+const X_FORWARDED_HOST: HeaderName = HeaderName::from_static("x-forwarded-host");
+
+/// Makes a caller's headers those of a request to `host`, on behalf of `peer`.
+///
+/// Returns the protocol that the caller wants to change to, if any: an upgrade is the one hop-by-hop matter that
+/// is passed on.
+pub fn to_upstream(
+    headers: &mut HeaderMap,
+    host: &HeaderValue,
+    peer: &HeaderValue,
+) -> Option<HeaderValue> {
+    let upgrade = take_hop_by_hop(headers);
+    // hyper has answered 100-continue by the time the body is read.
+    headers.remove(EXPECT);
+    if let Some(caller_host) = headers.insert(HOST, host.clone())
+        && !headers.contains_key(X_FORWARDED_HOST)
+    {
+        headers.insert(X_FORWARDED_HOST, caller_host);
+    }
+    append_forwarded_for(headers, peer);
+    if !headers.contains_key(USER_AGENT) {
+        headers.insert(USER_AGENT, PRODUCT);
+    }
+    if let Some(protocol) = &upgrade {
+        announce_upgrade(headers, protocol);
+    }
+    upgrade
+}
+
+/// Makes an upstream's headers those of an answer to the caller; `upgraded`: it has agreed to change protocols.
+pub fn to_caller(headers: &mut HeaderMap, upgraded: bool) {
+    let upgrade = take_hop_by_hop(headers);
+    if upgraded && let Some(protocol) = upgrade {
+        announce_upgrade(headers, &protocol);
+    }
+}
+
+/// Takes out what concerns one connection alone, the announcement of trailers apart: hyper passes on just those
+/// trailers that are announced. Returns what `Upgrade` said, if `Connection` names it.
+fn take_hop_by_hop(headers: &mut HeaderMap) -> Option<HeaderValue> {
+    // Most heads have none of these; one walk is cheaper than looking for each.
+    if !headers.keys().any(is_hop_by_hop) {
+        return None;
+    }
+    let named: Vec<HeaderName> = headers
+        .get_all(CONNECTION)
+        .iter()
+        .filter_map(|value| value.to_str().ok())
+        .flat_map(|value| value.split(','))
+        .filter_map(|name| HeaderName::from_bytes(name.trim().as_bytes()).ok())
+        .collect();
+    let upgrade = headers.remove(UPGRADE).filter(|_| named.contains(&UPGRADE));
+    for name in named.iter().filter(|name| **name != HOST && **name != TRAILER) {
+        headers.remove(name);
+    }
+    for name in [
+        CONNECTION,
+        KEEP_ALIVE,
+        PROXY_CONNECTION,
+        PROXY_AUTHENTICATE,
+        PROXY_AUTHORIZATION,
+        TE,
+        TRANSFER_ENCODING,
+    ] {
+        headers.remove(name);
+    }
+    upgrade
+}
+
+fn is_hop_by_hop(name: &HeaderName) -> bool {
+    *name == CONNECTION
+        || *name == TRANSFER_ENCODING
+        || *name == TE
+        || *name == UPGRADE
+        || *name == PROXY_AUTHORIZATION
+        || *name == PROXY_AUTHENTICATE
+        || *name == KEEP_ALIVE
+        || *name == PROXY_CONNECTION
+}
+
+fn announce_upgrade(headers: &mut HeaderMap, protocol: &HeaderValue) {
+    headers.insert(CONNECTION, HeaderValue::from_static("upgrade"));
+    headers.insert(UPGRADE, protocol.clone());
+}
+
+/// Appends the peer to the list of those that passed the request on, one header whatever came.
+fn append_forwarded_for(headers: &mut HeaderMap, peer: &HeaderValue) {
+    let mut list = BytesMut::new();
+    for value in headers.get_all(X_FORWARDED_FOR) {
+        list.put_slice(value.as_bytes());
+        list.put_slice(b", ");
+    }
+    let value = if list.is_empty() {
+        peer.clone()
+    } else {
+        list.put_slice(peer.as_bytes());
+        HeaderValue::from_maybe_shared(list.freeze()).unwrap_or_else(|_| peer.clone())
+    };
+    headers.insert(X_FORWARDED_FOR, value);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn map(pairs: &[(&'static str, &'static str)]) -> HeaderMap {
+        let mut headers = HeaderMap::new();
+        for (name, value) in pairs {
+            headers.append(HeaderName::from_static(name), HeaderValue::from_static(value));
+        }
+        headers
+    }
+
+    #[track_caller]
+    fn check(sent: &[(&'static str, &'static str)], expect: &[(&'static str, &'static str)]) {
+        let mut headers = map(sent);
+        to_upstream(
+            &mut headers,
+            &HeaderValue::from_static("provider:8081"),
+            &HeaderValue::from_static("10.0.0.9"),
+        );
+        headers.remove(USER_AGENT);
+        assert_eq!(headers, map(expect));
+    }
+
+    #[test]
+    fn the_callers_host_and_address_are_told() {
+        check(
+            &[("host", "gateway.test")],
+            &[
+                ("host", "provider:8081"),
+                ("x-forwarded-host", "gateway.test"),
+                ("x-forwarded-for", "10.0.0.9"),
+            ],
+        );
+    }
+
+    #[test]
+    fn a_chain_of_proxies_is_kept_in_one_header() {
+        check(
+            &[
+                ("host", "g"),
+                ("x-forwarded-host", "public.example"),
+                ("x-forwarded-for", "203.0.113.9"),
+                ("x-forwarded-for", "198.51.100.1, 198.51.100.2"),
+            ],
+            &[
+                ("host", "provider:8081"),
+                ("x-forwarded-host", "public.example"),
+                ("x-forwarded-for", "203.0.113.9, 198.51.100.1, 198.51.100.2, 10.0.0.9"),
+            ],
+        );
+    }
+
+    #[test]
+    fn what_concerns_the_connection_stays_here() {
+        check(
+            &[
+                ("host", "g"),
+                ("connection", "keep-alive, X-Secret, host"),
+                ("x-secret", "1"),
+                ("keep-alive", "timeout=5"),
+                ("te", "trailers"),
+                ("proxy-authorization", "Basic eDp5"),
+                ("proxy-connection", "keep-alive"),
+                ("transfer-encoding", "chunked"),
+                ("upgrade", "h2c"),
+                ("expect", "100-continue"),
+                ("x-kept", "yes"),
+            ],
+            &[
+                ("host", "provider:8081"),
+                ("x-forwarded-host", "g"),
+                ("x-forwarded-for", "10.0.0.9"),
+                ("x-kept", "yes"),
+            ],
+        );
+    }
+
+    #[test]
+    fn an_upgrade_is_passed_on_and_so_is_its_acceptance() {
+        let mut headers =
+            map(&[("host", "g"), ("connection", "Upgrade"), ("upgrade", "websocket")]);
+        let host = HeaderValue::from_static("p");
+        let wanted = to_upstream(&mut headers, &host, &host);
+        assert_eq!(wanted, Some(HeaderValue::from_static("websocket")));
+        assert_eq!(headers[CONNECTION], "upgrade");
+        let mut answer = map(&[("connection", "upgrade"), ("upgrade", "websocket")]);
+        to_caller(&mut answer, true);
+        assert_eq!(answer[UPGRADE], "websocket");
+        to_caller(&mut answer, false);
+        assert!(answer.is_empty());
+    }
+}

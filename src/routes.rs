@@ -1,0 +1,250 @@
+//! Both URL tables. Read top to bottom: this is the API reference.
+
+use std::convert::Infallible;
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::Router;
+use axum::extract::State;
+use axum::middleware::{from_fn_with_state, map_response};
+use axum::response::{IntoResponse, Response};
+use axum::routing::{get, post};
+use http::header::{CONNECTION, HOST};
+use http::{HeaderMap, HeaderValue, Request, StatusCode, Version};
+use hyper::body::{Body, Incoming};
+use hyper::service::{Service, service_fn};
+use tower::ServiceExt;
+
+use crate::answer::{Answer, Content};
+use crate::error::Error;
+use crate::invoke::Invoker;
+use crate::metrics::Metrics;
+use crate::proxy::body::CallerBody;
+use crate::serve::caller::Caller;
+use crate::shutdown::Stages;
+use crate::system::{self, Api};
+use crate::{alerts, auth, health, logs, metrics, ui};
+
+/// The public port, functions apart: those are matched before, in [`Door::answer`].
+pub fn api(api: Arc<Api>) -> Router {
+    let system = Router::new()
+        .route(
+            "/system/functions",
+            get(system::list).post(system::pass).put(system::pass).delete(system::pass),
+        )
+        .route("/system/function/{name}", get(system::pass_named))
+        .route("/system/scale-function/{name}", post(system::scale))
+        .route(
+            "/system/secrets",
+            get(system::pass).post(system::pass).put(system::pass).delete(system::pass),
+        )
+        .route("/system/namespaces", get(system::pass))
+        .route(
+            "/system/namespace/{name}",
+            get(system::pass_named)
+                .post(system::pass_named)
+                .put(system::pass_named)
+                .delete(system::pass_named),
+        )
+        .route("/system/info", get(system::info))
+        .route("/system/telemetry", get(system::pass))
+        .route("/system/logs", get(logs::logs))
+        .route("/system/alert", post(alerts::alert))
+        .route_layer(from_fn_with_state(Arc::clone(&api), auth::guard))
+        .route_layer(from_fn_with_state(Arc::clone(&api.metrics), metrics::count_request));
+    let page = Router::new()
+        .route("/ui/", get(ui::page))
+        .route("/ui/app.js", get(ui::script))
+        .route("/ui/style.css", get(ui::style))
+        .route_layer(from_fn_with_state(Arc::clone(&api), auth::guard));
+    let open = Router::new()
+        .route("/", get(ui::redirect))
+        .route("/ui", get(ui::redirect))
+        .route("/healthz", get(health::provider))
+        .route("/_/healthz", get(health::live))
+        .route("/_/ready", get(health::ready));
+    Router::new()
+        .merge(system)
+        .merge(page)
+        .merge(open)
+        .fallback(|| async { Error::NoSuchPath })
+        .layer(map_response(explain_405))
+        .with_state(api)
+}
+
+/// The internal port.
+pub fn internal(metrics: Arc<Metrics>) -> Router {
+    Router::new()
+        .route("/metrics", get(scrape))
+        .route("/healthz", get(|| async { "OK" }))
+        .fallback(|| async { Error::NoSuchPath })
+        .layer(map_response(explain_405))
+        .with_state(metrics)
+}
+
+async fn scrape(State(metrics): State<Arc<Metrics>>) -> Response {
+    const TEXT: &str = "text/plain; version=0.0.4; charset=utf-8";
+    match metrics.render() {
+        Ok(text) => ([(http::header::CONTENT_TYPE, TEXT)], text).into_response(),
+        Err(error) => Error::Provider(format!("no metrics: {error}")).into_response(),
+    }
+}
+
+/// The router's own 405 names the methods in `Allow` and says nothing else.
+async fn explain_405(answer: Response) -> Response {
+    if answer.status() != StatusCode::METHOD_NOT_ALLOWED {
+        return answer;
+    }
+    (answer.status(), answer.headers().clone(), "method not allowed here\n").into_response()
+}
+
+/// What stands behind the public port. One for each thread that carries calls.
+pub struct Door {
+    pub invoker: Invoker,
+    pub api: Router,
+    pub stages: Stages,
+}
+
+impl Door {
+    /// Answers one request, whatever it is.
+    pub async fn answer(
+        &self,
+        caller: &Caller,
+        request: Request<Incoming>,
+    ) -> Result<http::Response<Answer>, Infallible> {
+        let began = caller.watch.call_begins();
+        if !request.body().is_end_stream() {
+            caller.watch.body_until(began + self.invoker.timeouts.read);
+        }
+        let mut answer = match check(&request) {
+            Err(error) => self.wrap(caller, error.into_response()),
+            Ok(()) if request.uri().path().starts_with("/function/") => {
+                self.invoker.invoke(caller, request, began).await
+            }
+            Ok(()) => self.wrap(caller, self.route(caller, request).await),
+        };
+        if self.stages.is_leaving() {
+            answer.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
+        }
+        Ok(answer)
+    }
+
+    async fn route(&self, caller: &Caller, request: Request<Incoming>) -> Response {
+        let watch = &caller.watch;
+        let mut request =
+            request.map(|body| axum::body::Body::new(CallerBody::new(body, Arc::clone(watch))));
+        request.extensions_mut().insert(caller.clone());
+        self.api.clone().oneshot(request).await.unwrap_or_else(|never| match never {})
+    }
+
+    fn wrap(&self, caller: &Caller, answer: Response) -> http::Response<Answer> {
+        let (watch, idle) = (&caller.watch, self.invoker.timeouts.idle);
+        answer.map(|body| Answer::new(Content::Api(body), None, Arc::clone(watch), idle))
+    }
+}
+
+/// A service that answers every request of a connection by `router` alone.
+pub fn plain(
+    router: &Router,
+    caller: Caller,
+    idle: Duration,
+) -> impl Service<Request<Incoming>, Response = http::Response<Answer>, Error = Infallible, Future: Send>
++ Send
++ use<> {
+    let router = router.clone();
+    service_fn(move |request: Request<Incoming>| {
+        caller.watch.call_begins();
+        let (router, watch) = (router.clone(), Arc::clone(&caller.watch));
+        async move {
+            let request = request
+                .map(|body| axum::body::Body::new(CallerBody::new(body, Arc::clone(&watch))));
+            let answer = router.oneshot(request).await.unwrap_or_else(|never| match never {});
+            Ok(answer.map(|body| Answer::new(Content::Api(body), None, watch, idle)))
+        }
+    })
+}
+
+/// Refuses what a function, or the way to it, could take for something else.
+fn check(request: &Request<Incoming>) -> Result<(), Error> {
+    let bad = |what: &str| Err(Error::BadRequest(what.to_owned()));
+    if !has_one_good_host(request.headers(), request.version()) {
+        return bad("the Host header is missing, repeated or malformed");
+    }
+    if has_dot_segment(request.uri().path()) {
+        return bad("the path has a dot segment");
+    }
+    Ok(())
+}
+
+fn has_one_good_host(headers: &HeaderMap, version: Version) -> bool {
+    let mut hosts = headers.get_all(HOST).iter();
+    match (hosts.next(), hosts.next()) {
+        (None, _) => version < Version::HTTP_11,
+        (Some(host), None) => host.as_bytes().iter().all(is_host_byte),
+        (Some(_), Some(_)) => false,
+    }
+}
+
+fn is_host_byte(byte: &u8) -> bool {
+    byte.is_ascii_alphanumeric() || b"-._~!$&'()*+,;=:[]%".contains(byte)
+}
+
+/// Whether a segment of `path` is `.` or `..`, encoded or not: it could lead out of `/function/NAME`.
+fn has_dot_segment(path: &str) -> bool {
+    // Dots are rare behind a slash; most paths are done with one walk.
+    let bytes = path.as_bytes();
+    let suspicious = bytes.windows(2).any(|two| matches!(two, b"/." | b"/%" | b"\\." | b"\\%"));
+    suspicious && path.split(['/', '\\']).any(is_dot_segment)
+}
+
+fn is_dot_segment(segment: &str) -> bool {
+    let mut rest = segment;
+    let mut dots = 0;
+    while !rest.is_empty() {
+        let encoded = rest.get(..3).is_some_and(|start| start.eq_ignore_ascii_case("%2e"));
+        rest = match rest.strip_prefix('.') {
+            Some(rest) => rest,
+            None if encoded => &rest[3..],
+            None => return false,
+        };
+        dots += 1;
+    }
+    dots == 1 || dots == 2
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn dot_segments_are_seen_however_they_are_written() {
+        for path in
+            ["/function/a/..", "/a/../b", "/a/./b", "/a/%2e%2E/b", "/a/.%2e", "/..", "/a/..\\b"]
+        {
+            assert!(has_dot_segment(path), "{path}");
+        }
+        for path in
+            ["/", "/function/a.b/c.json", "/a/...", "/a/..b", "/a/.well-known", "/a//b", "/a/%2f"]
+        {
+            assert!(!has_dot_segment(path), "{path}");
+        }
+    }
+
+    #[test]
+    fn a_host_is_one_and_well_formed() {
+        let check = |hosts: &[&'static str], version| {
+            let hosts = hosts.iter().map(|host| (HOST, HeaderValue::from_static(host)));
+            let mut headers = HeaderMap::new();
+            hosts.for_each(|(name, value)| {
+                headers.append(name, value);
+            });
+            has_one_good_host(&headers, version)
+        };
+        assert!(check(&["gateway.test:8080"], Version::HTTP_11));
+        assert!(check(&["[::1]:8080"], Version::HTTP_11));
+        assert!(check(&[], Version::HTTP_10));
+        assert!(!check(&[], Version::HTTP_11));
+        assert!(!check(&["a", "b"], Version::HTTP_11));
+        assert!(!check(&["a b/c"], Version::HTTP_11));
+    }
+}

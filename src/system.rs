@@ -1,0 +1,160 @@
+//! `/system/*`: passed on to the provider, or enriched on the way.
+
+mod list;
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use axum::body::Body;
+use axum::extract::{Extension, Path, Request, State};
+use axum::response::{IntoResponse, Response};
+use http::StatusCode;
+use http::header::{AUTHORIZATION, CONTENT_TYPE};
+use http_body_util::{BodyExt, Limited};
+use serde_json::{Value, json};
+
+use crate::auth::{Credentials, too_large_or_broken};
+use crate::config::Timeouts;
+use crate::error::Error;
+use crate::function::Function;
+use crate::health::Health;
+use crate::metrics::Metrics;
+use crate::metrics::query::Counts;
+use crate::provider::types::ScaleRequest;
+use crate::provider::{Provider, collect, parse};
+use crate::proxy::body::RequestBody;
+use crate::proxy::client::{Client, Origin};
+use crate::proxy::upstream_body::UpstreamBody;
+use crate::proxy::{Errand, forward};
+use crate::serve::caller::Caller;
+
+pub use list::list;
+
+/// The largest body of an alert or a scale request.
+pub const MAX_BODY: usize = 1 << 20;
+
+/// What the API's handlers need. One for each thread that carries calls.
+pub struct Api {
+    pub client: Arc<Client>,
+    pub provider: Provider,
+    pub logs: Origin,
+    pub credentials: Option<Arc<Credentials>>,
+    pub auth_proxy: Option<AuthProxy>,
+    pub timeouts: Timeouts,
+    pub default_namespace: Arc<str>,
+    pub metrics: Arc<Metrics>,
+    pub health: Arc<Health>,
+    pub counts: Arc<Counts>,
+}
+
+/// `auth_proxy_url`, and whether it is sent bodies.
+#[derive(Clone)]
+pub struct AuthProxy {
+    pub origin: Origin,
+    pub pass_body: bool,
+}
+
+/// Passes a request on as it is.
+pub async fn pass(
+    State(api): State<Arc<Api>>,
+    Extension(caller): Extension<Caller>,
+    request: Request,
+) -> Response {
+    api.send(&caller, &api.provider.origin, request).await.map(stream).into_response()
+}
+
+/// Passes on a request whose path names a function or namespace.
+pub async fn pass_named(
+    state: State<Arc<Api>>,
+    caller: Extension<Caller>,
+    Path(name): Path<String>,
+    request: Request,
+) -> Response {
+    if !name.bytes().all(crate::function::is_name_byte) {
+        return Error::NoSuchPath.into_response();
+    }
+    pass(state, caller, request).await
+}
+
+/// `POST /system/scale-function/NAME`: only what can be understood is passed on.
+pub async fn scale(
+    State(api): State<Arc<Api>>,
+    Extension(caller): Extension<Caller>,
+    Path(name): Path<String>,
+    request: Request,
+) -> Result<Response, Error> {
+    Function::parse(&name, &api.default_namespace).ok_or(Error::NoSuchPath)?;
+    let (parts, body) = request.into_parts();
+    let bytes = read(body, MAX_BODY).await?;
+    serde_json::from_slice::<ScaleRequest>(&bytes).map_err(|error| {
+        Error::BadRequest(format!(
+            "the body is not {{\"serviceName\":NAME,\"replicas\":COUNT}}: {error}"
+        ))
+    })?;
+    let request = Request::from_parts(parts, Body::from(bytes));
+    api.send(&caller, &api.provider.origin, request).await.map(stream)
+}
+
+/// `GET /system/info`: the provider's, and this gateway's.
+pub async fn info(
+    State(api): State<Arc<Api>>,
+    Extension(caller): Extension<Caller>,
+    request: Request,
+) -> Result<Response, Error> {
+    let answer = api.send(&caller, &api.provider.origin, request).await?;
+    let (status, _, body) = collect(answer).await?;
+    if !status.is_success() {
+        return Ok((status, body).into_response());
+    }
+    let provider: Value = parse(&body)?;
+    Ok(axum::Json(json!({
+        "provider": provider,
+        "version": {
+            "release": env!("CARGO_PKG_VERSION"),
+            "sha": option_env!("GATEWAY_COMMIT").unwrap_or_default(),
+            "commit_message": option_env!("GATEWAY_COMMIT_MESSAGE").unwrap_or_default(),
+        },
+        "arch": std::env::consts::ARCH,
+    }))
+    .into_response())
+}
+
+impl Api {
+    /// Sends a caller's request on to `origin`, with this gateway's credentials.
+    pub async fn send(
+        &self,
+        caller: &Caller,
+        origin: &Origin,
+        request: Request,
+    ) -> Result<http::Response<UpstreamBody>, Error> {
+        let mut request = request.map(RequestBody::Api);
+        if let Some(credentials) = &self.credentials {
+            request.headers_mut().insert(AUTHORIZATION, credentials.header());
+        }
+        let errand = Errand {
+            peer: &caller.forwarded_for,
+            watch: &caller.watch,
+            began: Instant::now(),
+            timeout: self.timeouts.upstream,
+        };
+        Ok(forward(&self.client, origin, request, errand).await?.answer)
+    }
+}
+
+/// An upstream's answer as the router's own.
+pub fn stream(answer: http::Response<UpstreamBody>) -> Response {
+    answer.map(Body::new)
+}
+
+/// An answer of `body`, JSON.
+pub fn json_answer(body: Vec<u8>) -> Response {
+    (StatusCode::OK, [(CONTENT_TYPE, "application/json")], body).into_response()
+}
+
+/// Reads a body whole, up to `limit`.
+pub async fn read(body: Body, limit: usize) -> Result<bytes::Bytes, Error> {
+    match Limited::new(body, limit).collect().await {
+        Ok(collected) => Ok(collected.to_bytes()),
+        Err(error) => Err(too_large_or_broken(&*error, limit)),
+    }
+}

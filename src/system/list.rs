@@ -1,0 +1,77 @@
+//! `GET /system/functions`: the provider's list, with the number of calls of each function.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use axum::extract::{Extension, Request, State};
+use axum::response::{IntoResponse, Response};
+use serde_json::{Map, Value};
+
+use crate::error::Error;
+use crate::provider::{collect, parse};
+use crate::serve::caller::Caller;
+use crate::system::{Api, json_answer};
+
+/// The list. Without numbers when they cannot be had: it is worth more than they are.
+pub async fn list(
+    State(api): State<Arc<Api>>,
+    Extension(caller): Extension<Caller>,
+    request: Request,
+) -> Result<Response, Error> {
+    let answer = api.send(&caller, &api.provider.origin, request).await?;
+    let (status, headers, body) = collect(answer).await?;
+    if !status.is_success() {
+        let mut answer = (status, body).into_response();
+        if let Some(kind) = headers.get(http::header::CONTENT_TYPE) {
+            answer.headers_mut().insert(http::header::CONTENT_TYPE, kind.clone());
+        }
+        return Ok(answer);
+    }
+    let mut functions: Vec<Map<String, Value>> = parse(&body)?;
+    if !functions.is_empty() {
+        let counts = api.counts.by_function(&api.client, &api.metrics).await;
+        mix_in(&mut functions, &counts, &api.default_namespace);
+    }
+    let body = serde_json::to_vec(&functions)
+        .map_err(|error| Error::Provider(format!("the list cannot be written: {error}")))?;
+    Ok(json_answer(body))
+}
+
+/// Sets `invocationCount` where a count is known; nothing else is touched.
+fn mix_in(
+    functions: &mut [Map<String, Value>],
+    counts: &HashMap<String, u64>,
+    default_namespace: &str,
+) {
+    for function in functions {
+        let Some(name) = function.get("name").and_then(Value::as_str) else { continue };
+        let namespace = match function.get("namespace").and_then(Value::as_str) {
+            Some(namespace) if !namespace.is_empty() => namespace,
+            _ => default_namespace,
+        };
+        let label =
+            if namespace.is_empty() { name.to_owned() } else { format!("{name}.{namespace}") };
+        if let Some(count) = counts.get(&label) {
+            function.insert("invocationCount".to_owned(), Value::from(*count));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn counts_are_found_by_name_and_namespace() {
+        let mut functions: Vec<Map<String, Value>> = serde_json::from_str(
+            r#"[{"name":"a","namespace":"dev","x":1},{"name":"b"},{"name":"c"},{"odd":true}]"#,
+        )
+        .unwrap();
+        let counts = HashMap::from([("a.dev".to_owned(), 3), ("b.fn".to_owned(), 0)]);
+        mix_in(&mut functions, &counts, "fn");
+        assert_eq!(
+            serde_json::to_string(&functions).unwrap(),
+            r#"[{"name":"a","namespace":"dev","x":1,"invocationCount":3},{"name":"b","invocationCount":0},{"name":"c"},{"odd":true}]"#
+        );
+    }
+}
