@@ -33,3 +33,4 @@ pub mod app;
 pub mod healthcheck;
 pub mod routes;
 pub mod serve;
+pub mod stack;

@@ -10,7 +10,6 @@ use hyper::Request;
 use hyper::body::Incoming;
 use hyper::service::service_fn;
 use tokio::sync::mpsc;
-use tokio_rustls::rustls::ClientConfig;
 use tokio_util::sync::CancellationToken;
 
 use crate::auth::Credentials;
@@ -22,7 +21,7 @@ use crate::metrics::Metrics;
 use crate::metrics::query::Counts;
 use crate::metrics::replicas::Poll;
 use crate::provider::Provider;
-use crate::proxy::client::{Client, Origin, tls_config};
+use crate::proxy::client::{Client, Origin, Tls};
 use crate::routes::{self, Door};
 use crate::serve::listener::bind;
 use crate::serve::{Server, raise_file_limit};
@@ -53,7 +52,7 @@ struct Parts {
     health: Arc<Health>,
     counts: Arc<Counts>,
     namespace: Arc<str>,
-    tls: Arc<ClientConfig>,
+    tls: Tls,
     stages: Stages,
 }
 
@@ -112,7 +111,7 @@ fn carry_calls(parts: &Parts, number: usize, server: Server, listener: TcpListen
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     let served = runtime.and_then(|runtime| {
         runtime.block_on(async {
-            let client = Client::new(parts.config.limits, Arc::clone(&parts.tls));
+            let client = Client::new(parts.config.limits, parts.tls.clone());
             let door = Arc::new(parts.door(number, &client));
             let serving = server.run(listener, |caller| {
                 let door = Arc::clone(&door);
@@ -156,7 +155,7 @@ impl Parts {
             counts: Counts::new(config.prometheus.clone().map(Origin::new)),
             limit,
             namespace,
-            tls: tls_config(),
+            tls: Tls::default(),
             stages: stages.clone(),
             config,
         })
@@ -178,7 +177,7 @@ impl Parts {
     }
 
     fn start_background(self: &Arc<Self>, metrics_listener: TcpListener, tasks: &Tasks) {
-        let client = Client::new(self.config.limits, Arc::clone(&self.tls));
+        let client = Client::new(self.config.limits, self.tls.clone());
         let poll = Poll {
             provider: self.provider(&client),
             default_namespace: Arc::clone(&self.namespace),

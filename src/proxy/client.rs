@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 use std::io;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use foldhash::fast::RandomState;
@@ -101,7 +101,7 @@ fn brief(error: &io::Error) -> &'static str {
 pub struct Client {
     pool: Mutex<Pool>,
     limits: Limits,
-    tls: TlsConnector,
+    tls: Tls,
 }
 
 #[derive(Default)]
@@ -117,8 +117,8 @@ struct IdleLink {
 
 impl Client {
     /// A client whose pool keeps to `limits`.
-    pub fn new(limits: Limits, tls: Arc<ClientConfig>) -> Arc<Self> {
-        Arc::new(Self { pool: Mutex::default(), limits, tls: TlsConnector::from(tls) })
+    pub fn new(limits: Limits, tls: Tls) -> Arc<Self> {
+        Arc::new(Self { pool: Mutex::default(), limits, tls })
     }
 
     /// Sends `request`, whose headers are ready for the wire, to `origin`; returns as soon as the head of the answer
@@ -197,7 +197,7 @@ impl Client {
             return Ok(UpstreamStream::Plain(tcp));
         }
         let name = ServerName::try_from(url.host().to_owned()).map_err(io::Error::other)?;
-        Ok(UpstreamStream::Tls(Box::new(self.tls.connect(name, tcp).await?)))
+        Ok(UpstreamStream::Tls(Box::new(self.tls.connector().connect(name, tcp).await?)))
     }
 
     fn checkout(&self, url: &Arc<BaseUrl>) -> Option<Box<Link>> {
@@ -280,15 +280,24 @@ impl From<Failure> for Error {
     }
 }
 
-/// The system's certificates, for upstreams with https. Without any, https is refused and http goes on.
-pub fn tls_config() -> Arc<ClientConfig> {
-    let mut roots = RootCertStore::empty();
-    roots.add_parsable_certificates(rustls_native_certs::load_native_certs().certs);
-    let provider = Arc::new(ring::default_provider());
-    let config = ClientConfig::builder_with_provider(provider)
-        .with_safe_default_protocol_versions()
-        .unwrap_or_else(|_| unreachable!("ring has the default protocol versions"))
-        .with_root_certificates(roots)
-        .with_no_client_auth();
-    Arc::new(config)
+/// TLS to upstreams. The system's certificates are read when the first upstream with https is called: most have none.
+#[derive(Clone, Default)]
+pub struct Tls(Arc<OnceLock<TlsConnector>>);
+
+impl Tls {
+    fn connector(&self) -> &TlsConnector {
+        self.0.get_or_init(|| {
+            let mut roots = RootCertStore::empty();
+            roots.add_parsable_certificates(rustls_native_certs::load_native_certs().certs);
+            if roots.is_empty() {
+                tracing::warn!("The system has no certificates: calls over https will fail");
+            }
+            let config = ClientConfig::builder_with_provider(Arc::new(ring::default_provider()))
+                .with_safe_default_protocol_versions()
+                .unwrap_or_else(|_| unreachable!("ring has the default protocol versions"))
+                .with_root_certificates(roots)
+                .with_no_client_auth();
+            TlsConnector::from(Arc::new(config))
+        })
+    }
 }
