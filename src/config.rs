@@ -98,6 +98,8 @@ pub struct Provider {
     pub secrets: Option<PathBuf>,
     /// `shutdown_grace`
     pub grace: Duration,
+    /// What functions inherit of this process's environment. All else stays out: it may hold secrets.
+    pub environment: Vec<(String, String)>,
 }
 
 /// Settings of `gateway up`.
@@ -117,6 +119,9 @@ pub struct Log {
     /// `log_format`
     pub json: bool,
 }
+
+/// The variables of this process that functions on it get to see.
+const INHERITED: [&str; 5] = ["PATH", "HOME", "LANG", "TZ", "TMPDIR"];
 
 impl Serve {
     pub fn parse(mut from: Reader<'_>) -> Result<Self, Vec<Mistake>> {
@@ -195,6 +200,10 @@ impl Provider {
             state_dir: PathBuf::from(from.text("state_dir")),
             secrets: basic_auth(from),
             grace: from.duration("shutdown_grace"),
+            environment: INHERITED
+                .iter()
+                .filter_map(|name| Some(((*name).to_owned(), from.inherited(name)?)))
+                .collect(),
         }
     }
 }

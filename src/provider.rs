@@ -1,5 +1,6 @@
-//! A client of the provider's REST API, and the types it speaks.
+//! A client of the provider's REST API, the types it speaks, and a provider of our own.
 
+pub mod process;
 pub mod types;
 
 use std::error::Error as StdError;

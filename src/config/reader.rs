@@ -54,6 +54,11 @@ impl<'a> Reader<'a> {
             .map_or_else(|| setting.default.to_owned(), |v| v.trim().to_owned())
     }
 
+    /// A variable of the environment that is no setting.
+    pub fn inherited(&self, name: &str) -> Option<String> {
+        (self.var)(name)
+    }
+
     pub fn boolean(&mut self, name: &str) -> bool {
         self.parsed(name, "true or false", |text| match text.to_ascii_lowercase().as_str() {
             "true" | "1" => Some(true),

@@ -1,0 +1,97 @@
+//! Files that are there whole or not at all, whatever kills the process or the machine.
+
+use std::fs::{self, DirBuilder, File, OpenOptions};
+use std::io::{self, Write};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::path::Path;
+
+/// What a file is called until it is whole. Nothing that is kept begins with a dot.
+const UNFINISHED: &str = ".unfinished-";
+
+/// Replaces `path` by a file with `bytes`, which only this user may read. On disk when it returns.
+pub(super) fn replace(path: &Path, bytes: &[u8]) -> io::Result<()> {
+    let (Some(directory), Some(name)) = (path.parent(), path.file_name().and_then(|n| n.to_str()))
+    else {
+        return Err(io::ErrorKind::InvalidInput.into());
+    };
+    create_private_directory(directory)?;
+    let unfinished = directory.join(format!("{UNFINISHED}{name}"));
+    let mut file =
+        OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&unfinished)?;
+    file.write_all(bytes)?;
+    file.sync_all()?;
+    fs::rename(&unfinished, path)?;
+    sync(directory)
+}
+
+/// Removes `path`. Gone from the disk when it returns.
+pub(super) fn remove(path: &Path) -> io::Result<()> {
+    fs::remove_file(path)?;
+    path.parent().map_or(Ok(()), sync)
+}
+
+/// Creates a directory, and those above it, that only this user may look into.
+pub(super) fn create_private_directory(path: &Path) -> io::Result<()> {
+    if path.is_dir() {
+        return Ok(());
+    }
+    DirBuilder::new().recursive(true).mode(0o700).create(path)?;
+    path.parent().map_or(Ok(()), sync)
+}
+
+/// The names of what is in a directory, in order; none if it is not there. What was never finished is removed.
+pub(super) fn names(directory: &Path) -> io::Result<Vec<String>> {
+    let entries = match fs::read_dir(directory) {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(error) => return Err(error),
+    };
+    let mut names = Vec::new();
+    for entry in entries {
+        let entry = entry?;
+        match entry.file_name().into_string() {
+            Ok(name) if name.starts_with(UNFINISHED) => fs::remove_file(entry.path())?,
+            Ok(name) if !name.starts_with('.') => names.push(name),
+            // Not ours.
+            Ok(_) | Err(_) => {}
+        }
+    }
+    names.sort();
+    Ok(names)
+}
+
+fn sync(directory: &Path) -> io::Result<()> {
+    File::open(directory)?.sync_all()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt;
+
+    use super::*;
+
+    #[test]
+    fn a_file_is_replaced_whole_and_is_private() {
+        let root = tempfile::tempdir().unwrap();
+        let path = root.path().join("a/b/file");
+        replace(&path, b"one").unwrap();
+        replace(&path, b"two").unwrap();
+        assert_eq!(fs::read(&path).unwrap(), b"two");
+        let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode() & 0o777;
+        assert_eq!(mode(&path), 0o600);
+        assert_eq!(mode(path.parent().unwrap()), 0o700);
+        remove(&path).unwrap();
+        assert!(!path.exists());
+    }
+
+    #[test]
+    fn what_was_never_finished_is_cleared_away() {
+        let root = tempfile::tempdir().unwrap();
+        replace(&root.path().join("kept"), b"").unwrap();
+        let unfinished = root.path().join(".unfinished-kept");
+        fs::write(&unfinished, b"torn").unwrap();
+        assert_eq!(names(root.path()).unwrap(), ["kept"]);
+        assert!(!unfinished.exists());
+        assert!(names(&root.path().join("missing")).unwrap().is_empty());
+    }
+}

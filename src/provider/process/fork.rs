@@ -1,0 +1,169 @@
+//! Fork mode: one process for each call, with the request on its standard input and the answer on its output.
+//!
+//! A process that fails is answered 500, and whether it fails is only known when it ends. So output is held back until
+//! then, up to `HELD_BACK`. Beyond that the answer begins with 200, and breaks off if the process fails after all.
+
+use std::io;
+use std::process::{ExitStatus, Stdio};
+use std::sync::Arc;
+
+use axum::body::Body;
+use axum::http::header::CONTENT_TYPE;
+use axum::http::{HeaderValue, StatusCode};
+use axum::response::{IntoResponse, Response};
+use bytes::{Bytes, BytesMut};
+use http_body::Body as _;
+use tokio::net::unix::pipe;
+use tokio::process::ChildStderr;
+use tokio::sync::oneshot;
+use tokio_util::sync::CancellationToken;
+
+use crate::provider::process::call::{Call, CallError, note_duration};
+use crate::provider::process::cgi;
+use crate::provider::process::drive::{Driver, Outcome};
+use crate::provider::process::group::Group;
+use crate::provider::process::input::Input;
+use crate::provider::process::runner::Runner;
+use crate::provider::process::spec::Fork;
+use crate::provider::process::stream::{self, Next, Stream};
+use crate::provider::process::workload::Workload;
+
+/// How much output may wait for the process to end.
+const HELD_BACK: usize = 1 << 20;
+
+/// Runs the function's command for `call`, unless `limit` of them run already.
+///
+/// The process belongs to a task of its own, so that its deadline holds even while nobody reads the answer. The task
+/// ends it when the caller leaves, which is when this future or the answer's body is dropped.
+pub(super) async fn call(
+    runner: &Runner,
+    workload: &Arc<Workload>,
+    fork: &Fork,
+    limit: u64,
+    call: Call,
+) -> Result<Response, CallError> {
+    let function = &workload.function;
+    let permit = workload.activity.begin_call(limit);
+    let permit = permit.ok_or_else(|| CallError::Busy(function.clone(), limit))?;
+    let (mut group, output, errors) =
+        start(runner, workload, fork, &call).map_err(|e| CallError::Start(function.clone(), e))?;
+    let content_type =
+        fork.content_type.clone().or_else(|| call.head.headers.get(CONTENT_TYPE).cloned());
+    let (writer, stream) = stream::channel();
+    let (report, outcome) = oneshot::channel();
+    let left = CancellationToken::new();
+    let driver = Driver {
+        workload: Arc::clone(workload),
+        instance: format!("{}-{}", function.name, group.id()).into(),
+        input: Input::new(group.stdin(), call.body),
+        group,
+        output,
+        errors,
+        log_output: fork.write_debug,
+        started: call.started,
+        left: left.clone(),
+    };
+    let tasks = runner.tasks.clone();
+    runner.tasks.spawn(async move {
+        driver.run(writer, report, &tasks).await;
+        drop(permit);
+    });
+    let mut response = answer(workload, stream, outcome, left, content_type).await?;
+    note_duration(&mut response, call.started.elapsed());
+    Ok(response)
+}
+
+fn start(
+    runner: &Runner,
+    workload: &Workload,
+    fork: &Fork,
+    call: &Call,
+) -> io::Result<(Group, pipe::Receiver, Option<ChildStderr>)> {
+    let mut command = runner.command(workload);
+    if fork.cgi_headers {
+        command.envs(cgi::variables(&call.head, &call.path, call.body.size_hint().exact()));
+    }
+    let (reader, writer) = io::pipe()?;
+    if fork.combine_output {
+        // One pipe for both, so that the answer has them in the order in which they were written.
+        command.stderr(writer.try_clone()?);
+    }
+    command.stdin(Stdio::piped()).stdout(writer);
+    let mut group = Group::start(&mut command, &workload.activity, &runner.orphans)?;
+    // The command still holds the pipe's other end; while it does, the output would never end.
+    drop(command);
+    let errors = group.stderr();
+    Ok((group, pipe::Receiver::from_owned_fd(reader.into())?, errors))
+}
+
+/// Waits for as much output as decides the status.
+async fn answer(
+    workload: &Workload,
+    mut stream: Stream<()>,
+    outcome: oneshot::Receiver<Outcome>,
+    left: CancellationToken,
+    content_type: Option<HeaderValue>,
+) -> Result<Response, CallError> {
+    let guard = left.drop_guard();
+    let mut held = Vec::new();
+    let mut size = 0;
+    while size <= HELD_BACK {
+        match stream.next().await {
+            Next::Data(data) => {
+                size += data.len();
+                held.push(data);
+            }
+            Next::End | Next::BrokenOff => {
+                let status = settle(workload, outcome.await)?;
+                // The process has ended; the task may still be reading what it left of the request.
+                guard.disarm();
+                return Ok(whole(status, &held, content_type));
+            }
+        }
+    }
+    let content_type = content_type.unwrap_or_else(|| guess(&held[0]));
+    let mut response = Body::new(stream.behind(held, guard)).into_response();
+    response.headers_mut().insert(CONTENT_TYPE, content_type);
+    Ok(response)
+}
+
+fn settle(
+    workload: &Workload,
+    outcome: Result<Outcome, oneshot::error::RecvError>,
+) -> Result<ExitStatus, CallError> {
+    let function = workload.function.clone();
+    match outcome {
+        Ok(Outcome::Ended(status)) => Ok(status),
+        Ok(Outcome::Failed(error)) => Err(CallError::Start(function, error)),
+        Ok(Outcome::Timeout(limit)) => Err(CallError::Timeout(function, limit)),
+        Ok(Outcome::RequestBroken | Outcome::CallerLeft) => Err(CallError::Request(function)),
+        // Without a word, the task was ended with its runtime.
+        Ok(Outcome::Stopped) | Err(_) => Err(CallError::Stopped(function)),
+    }
+}
+
+/// The answer of a process that has ended.
+fn whole(status: ExitStatus, held: &[Bytes], content_type: Option<HeaderValue>) -> Response {
+    let mut body = BytesMut::with_capacity(held.iter().map(Bytes::len).sum());
+    held.iter().for_each(|data| body.extend_from_slice(data));
+    let mut body = body.freeze();
+    let mut code = StatusCode::OK;
+    if !status.success() {
+        code = StatusCode::INTERNAL_SERVER_ERROR;
+        if body.is_empty() {
+            body = format!("{status}\n").into();
+        }
+    }
+    let content_type = content_type.unwrap_or_else(|| guess(&body));
+    (code, [(CONTENT_TYPE, content_type)], body).into_response()
+}
+
+/// What callers of a classic watchdog get when nobody has said what the output is.
+fn guess(output: &[u8]) -> HeaderValue {
+    // A character may be cut at the end of what has been read so far.
+    let text = std::str::from_utf8(output).map_or_else(|e| e.error_len().is_none(), |_| true);
+    HeaderValue::from_static(match text && !output.contains(&0) {
+        true => "text/plain; charset=utf-8",
+        false => "application/octet-stream",
+    })
+}

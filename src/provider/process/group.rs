@@ -1,0 +1,131 @@
+//! A process and all it has started: one process group, which ends as a whole.
+
+use std::io;
+use std::process::ExitStatus;
+use std::sync::Arc;
+use std::time::Duration;
+
+use rustix::process::{Pid, Signal};
+use tokio::process::{Child, ChildStderr, ChildStdin, ChildStdout, Command};
+use tokio::time::timeout;
+use tokio_util::sync::CancellationToken;
+
+use crate::provider::process::activity::Activity;
+use crate::provider::process::orphans::{Orphans, Record};
+
+/// How long a killed process may take to be gone; it can hang in the kernel.
+const KILLED: Duration = Duration::from_secs(5);
+
+/// How often to look for what the leader has left behind: the kernel tells only of the leader's end.
+const LOOK_AGAIN: Duration = Duration::from_millis(20);
+
+/// A running process group. Dropped, it is killed.
+#[derive(Debug)]
+pub(super) struct Group {
+    child: Child,
+    pid: Pid,
+    /// Whether there is anything left to kill: beyond that, the id may be somebody else's.
+    live: bool,
+    activity: Arc<Activity>,
+    _record: Record,
+}
+
+impl Group {
+    /// Starts `command` as the leader of a group of its own.
+    pub(super) fn start(
+        command: &mut Command,
+        activity: &Arc<Activity>,
+        orphans: &Orphans,
+    ) -> io::Result<Self> {
+        let child = command.process_group(0).kill_on_drop(true).spawn()?;
+        let pid = child.id().and_then(|id| Pid::from_raw(i32::try_from(id).ok()?));
+        let pid = pid.ok_or_else(|| io::Error::other("the process has no id"))?;
+        activity.group_started(raw(pid));
+        let record = orphans.record(pid);
+        Ok(Self { child, pid, live: true, activity: Arc::clone(activity), _record: record })
+    }
+
+    /// The id of the leader, which is the group's.
+    pub(super) fn id(&self) -> i32 {
+        raw(self.pid)
+    }
+
+    pub(super) fn stdin(&mut self) -> Option<ChildStdin> {
+        self.child.stdin.take()
+    }
+
+    pub(super) fn stdout(&mut self) -> Option<ChildStdout> {
+        self.child.stdout.take()
+    }
+
+    pub(super) fn stderr(&mut self) -> Option<ChildStderr> {
+        self.child.stderr.take()
+    }
+
+    /// Waits for the leader to end. Cancel-safe.
+    pub(super) async fn leader_ended(&mut self) -> io::Result<ExitStatus> {
+        let status = self.child.wait().await?;
+        // The leader's id stays taken while others are in the group. If there are none, it may be given away from
+        // here on, and must not be used.
+        self.live = rustix::process::test_kill_process_group(self.pid).is_ok();
+        Ok(status)
+    }
+
+    /// Whether there are processes in the group, or were when its leader ended.
+    pub(super) fn is_live(&self) -> bool {
+        self.live
+    }
+
+    /// Kills all of the group at once.
+    pub(super) fn kill(&mut self) {
+        self.signal(Signal::KILL);
+        self.live = false;
+    }
+
+    /// Ends the group: asks it to, and kills it after `patience` or once `cut` says so.
+    pub(super) async fn end(mut self, patience: Duration, cut: &CancellationToken) {
+        self.signal(Signal::TERM);
+        // Both branches are cancel-safe.
+        tokio::select! {
+            _ = timeout(patience, self.all_ended()) => {}
+            () = cut.cancelled() => {}
+        }
+        self.reap().await;
+    }
+
+    /// Waits for the leader, and for the others too: a shell often ends before what it has started.
+    async fn all_ended(&mut self) -> io::Result<()> {
+        self.leader_ended().await?;
+        while self.live {
+            tokio::time::sleep(LOOK_AGAIN).await;
+            self.live = rustix::process::test_kill_process_group(self.pid).is_ok();
+        }
+        Ok(())
+    }
+
+    /// Kills what is left of the group and waits until its leader is gone.
+    pub(super) async fn reap(mut self) {
+        self.kill();
+        if timeout(KILLED, self.child.wait()).await.is_err() {
+            tracing::warn!(pid = self.id(), "A killed process does not end");
+        }
+    }
+
+    fn signal(&self, signal: Signal) {
+        if self.live {
+            // It may have ended since; that is as good.
+            let _ = rustix::process::kill_process_group(self.pid, signal);
+        }
+    }
+}
+
+impl Drop for Group {
+    fn drop(&mut self) {
+        self.kill();
+        self.activity.group_ended(self.id());
+    }
+}
+
+fn raw(pid: Pid) -> i32 {
+    pid.as_raw_nonzero().get()
+}

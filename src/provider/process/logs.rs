@@ -1,0 +1,152 @@
+//! What functions have written lately, and what they write now. Kept in memory, within bounds: a provider that starts
+//! anew starts with empty logs.
+
+use std::collections::VecDeque;
+use std::sync::{Arc, Mutex};
+
+use jiff::Timestamp;
+use tokio::io::{AsyncRead, AsyncReadExt};
+use tokio::sync::broadcast;
+
+use crate::function::Function;
+use crate::provider::process::lines::Lines;
+use crate::provider::process::log_query::LogQuery;
+use crate::provider::process::sync::lock;
+use crate::provider::types::LogLine;
+
+/// How many lines of a function are kept, and of how many bytes in all.
+const MAX_LINES: usize = 4000;
+const MAX_BYTES: usize = 1 << 20;
+/// How far a reader may fall behind before it misses lines.
+const BACKLOG: usize = 512;
+/// How much of a process's output is read at once.
+const CHUNK: usize = 8 << 10;
+
+/// One line, of a function that is known from the context.
+#[derive(Debug)]
+pub(super) struct Line {
+    pub(super) at: Timestamp,
+    pub(super) instance: Arc<str>,
+    pub(super) text: String,
+}
+
+/// The logs of one function.
+#[derive(Debug)]
+pub(super) struct Logs {
+    function: Function,
+    kept: Mutex<Kept>,
+    live: broadcast::Sender<Arc<Line>>,
+}
+
+#[derive(Debug, Default)]
+struct Kept {
+    lines: VecDeque<Arc<Line>>,
+    bytes: usize,
+}
+
+impl Logs {
+    pub(super) fn new(function: Function) -> Self {
+        Self { function, kept: Mutex::default(), live: broadcast::Sender::new(BACKLOG) }
+    }
+
+    /// Adds a line that `instance` has written.
+    pub(super) fn write(&self, instance: &Arc<str>, text: impl Into<String>) {
+        let line = Line { at: Timestamp::now(), instance: Arc::clone(instance), text: text.into() };
+        let line = Arc::new(line);
+        let mut kept = lock(&self.kept);
+        kept.push(Arc::clone(&line));
+        // Sent while locked, so that a follower gets each line either from the kept ones or from here.
+        let _ = self.live.send(line);
+    }
+
+    /// Adds whatever comes from `source`, line by line, until it ends.
+    pub(super) async fn write_all(&self, instance: Arc<str>, mut source: impl AsyncRead + Unpin) {
+        let mut lines = Lines::default();
+        let mut buffer = [0; CHUNK];
+        while let Ok(count @ 1..) = source.read(&mut buffer).await {
+            lines.push(&buffer[..count], |line| self.write(&instance, line));
+        }
+        lines.finish(|line| self.write(&instance, line));
+    }
+
+    /// The lines that `query` asks for, and those to come.
+    pub(super) fn read(
+        &self,
+        query: &LogQuery,
+    ) -> (Vec<Arc<Line>>, broadcast::Receiver<Arc<Line>>) {
+        let kept = lock(&self.kept);
+        (query.select(&kept.lines), self.live.subscribe())
+    }
+
+    /// A line as the API gives it out.
+    pub(super) fn shown(&self, line: &Line) -> LogLine {
+        LogLine {
+            name: self.function.name.clone(),
+            namespace: self.function.namespace.clone(),
+            instance: line.instance.to_string(),
+            timestamp: line.at.to_string(),
+            text: line.text.clone(),
+        }
+    }
+}
+
+impl Kept {
+    fn push(&mut self, line: Arc<Line>) {
+        self.bytes += line.text.len();
+        self.lines.push_back(line);
+        while self.lines.len() > MAX_LINES || self.bytes > MAX_BYTES {
+            let Some(oldest) = self.lines.pop_front() else { break };
+            self.bytes -= oldest.text.len();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn logs() -> Logs {
+        Logs::new(Function { name: "f".to_owned(), namespace: "ns".to_owned() })
+    }
+
+    #[test]
+    fn the_oldest_lines_make_room() {
+        let logs = logs();
+        let instance: Arc<str> = "f-1".into();
+        for i in 0..MAX_LINES + 10 {
+            logs.write(&instance, format!("line {i}"));
+        }
+        let lines = logs.read(&LogQuery::default()).0;
+        assert_eq!((lines.len(), lines[0].text.as_str()), (MAX_LINES, "line 10"));
+        for _ in 0..20 {
+            logs.write(&instance, "x".repeat(MAX_BYTES / 10));
+        }
+        let lines = logs.read(&LogQuery::default()).0;
+        assert!(lines.iter().map(|line| line.text.len()).sum::<usize>() <= MAX_BYTES);
+        assert_eq!(lines.len(), 10);
+    }
+
+    #[tokio::test]
+    async fn a_follower_misses_no_line_and_sees_none_twice() {
+        let logs = logs();
+        let instance: Arc<str> = "f-1".into();
+        logs.write(&instance, "before");
+        let (lines, mut live) = logs.read(&LogQuery::default());
+        logs.write(&instance, "after");
+        assert_eq!(lines.iter().map(|line| line.text.as_str()).collect::<Vec<_>>(), ["before"]);
+        assert_eq!(live.recv().await.unwrap().text, "after");
+        assert!(live.try_recv().is_err());
+    }
+
+    #[tokio::test]
+    async fn output_is_taken_line_by_line() {
+        let logs = logs();
+        logs.write_all("f-1".into(), &b"one\ntwo\r\n\nthree"[..]).await;
+        let lines = logs.read(&LogQuery::default()).0;
+        let texts: Vec<_> = lines.iter().map(|line| line.text.as_str()).collect();
+        assert_eq!(texts, ["one", "two", "", "three"]);
+        let shown = logs.shown(&lines[0]);
+        assert_eq!((shown.name.as_str(), shown.instance.as_str()), ("f", "f-1"));
+        assert!(shown.timestamp.ends_with('Z'), "{}", shown.timestamp);
+    }
+}

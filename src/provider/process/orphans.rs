@@ -1,0 +1,103 @@
+//! Remembers on disk which processes run, so that those that outlive a killed provider are found by the next one.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use rustix::process::{Pid, Signal};
+
+use crate::provider::process::{files, procfs};
+
+/// A directory with one file for each process group that runs, named by its id.
+#[derive(Debug)]
+pub(super) struct Orphans {
+    directory: PathBuf,
+    boot_id: Option<String>,
+}
+
+/// A process that is remembered until this is dropped.
+#[derive(Debug)]
+pub(super) struct Record(Option<PathBuf>);
+
+impl Orphans {
+    pub(super) fn open(directory: PathBuf) -> std::io::Result<Self> {
+        files::create_private_directory(&directory)?;
+        Ok(Self { directory, boot_id: procfs::boot_id() })
+    }
+
+    /// Kills what an earlier provider has left behind; returns how many groups that were.
+    pub(super) fn kill_all(&self) -> std::io::Result<usize> {
+        let mut killed = 0;
+        for entry in fs::read_dir(&self.directory)? {
+            let path = entry?.path();
+            if let Some(pid) = self.still_runs(&path) {
+                killed += 1;
+                // It may have ended since; that is as good.
+                let _ = rustix::process::kill_process_group(pid, Signal::KILL);
+            }
+            fs::remove_file(&path)?;
+        }
+        Ok(killed)
+    }
+
+    /// Remembers a process that has just been started as the leader of a group.
+    ///
+    /// Not synced to disk: a crash of the machine ends its processes too. A failure is not worth a failed call.
+    pub(super) fn record(&self, pid: Pid) -> Record {
+        let pid = pid.as_raw_nonzero().get();
+        let path = self.directory.join(pid.to_string());
+        let (Some(boot_id), Some(stat)) = (&self.boot_id, procfs::stat(pid)) else {
+            return Record(None);
+        };
+        if let Err(error) = fs::write(&path, format!("{boot_id} {}", stat.started)) {
+            tracing::warn!(%error, pid, "Cannot remember a process in the state directory");
+        }
+        Record(Some(path))
+    }
+
+    /// The process that was recorded in `path`, unless it has ended. An id alone proves nothing: the kernel gives
+    /// it away again.
+    fn still_runs(&self, path: &Path) -> Option<Pid> {
+        let pid: i32 = path.file_name()?.to_str()?.parse().ok()?;
+        let text = fs::read_to_string(path).ok()?;
+        let (boot_id, started) = text.split_once(' ')?;
+        let same_boot = self.boot_id.as_deref() == Some(boot_id);
+        let stat = procfs::stat(pid)?;
+        let same = same_boot && started.parse() == Ok(stat.started) && stat.group == pid;
+        same.then(|| Pid::from_raw(pid)).flatten()
+    }
+}
+
+impl Drop for Record {
+    fn drop(&mut self) {
+        if let Some(path) = &self.0 {
+            let _ = fs::remove_file(path);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::process::{CommandExt, ExitStatusExt};
+    use std::process::Command;
+
+    use super::*;
+
+    #[test]
+    fn a_recorded_process_is_killed_and_one_that_only_has_its_id_is_not() {
+        let directory = tempfile::tempdir().unwrap();
+        let orphans = Orphans::open(directory.path().join("running")).unwrap();
+        let mut child = Command::new("sleep").arg("1000").process_group(0).spawn().unwrap();
+        let pid = Pid::from_child(&child);
+
+        std::mem::forget(orphans.record(pid));
+        let path = orphans.directory.join(child.id().to_string());
+        let recorded = fs::read_to_string(&path).unwrap();
+        fs::write(&path, format!("{recorded}0")).unwrap();
+        assert_eq!(orphans.kill_all().unwrap(), 0);
+        assert!(!path.exists());
+
+        std::mem::forget(orphans.record(pid));
+        assert_eq!(orphans.kill_all().unwrap(), 1);
+        assert_eq!(child.wait().unwrap().signal(), Some(9));
+    }
+}

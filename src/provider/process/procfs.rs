@@ -1,0 +1,77 @@
+//! What the kernel tells of processes, from /proc. On a system without it, nothing is told.
+
+use std::fs;
+
+/// The fields of `/proc/PID/stat` that are used here.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Stat {
+    pub(super) pid: i32,
+    pub(super) group: i32,
+    /// Clock ticks of CPU time, user and system.
+    pub(super) ticks: u64,
+    /// Clock ticks from boot to the process's start: with the id it names a process for good.
+    pub(super) started: u64,
+    /// Pages in memory.
+    pub(super) pages: u64,
+}
+
+/// The process with this id.
+pub(super) fn stat(pid: i32) -> Option<Stat> {
+    parse(&fs::read_to_string(format!("/proc/{pid}/stat")).ok()?)
+}
+
+/// All processes that can be seen.
+pub(super) fn all() -> Vec<Stat> {
+    let Ok(entries) = fs::read_dir("/proc") else { return Vec::new() };
+    entries
+        .flatten()
+        .filter_map(|entry| entry.file_name().to_str()?.parse().ok())
+        .filter_map(stat)
+        .collect()
+}
+
+/// Differs from one boot of the machine to the next.
+pub(super) fn boot_id() -> Option<String> {
+    let id = fs::read_to_string("/proc/sys/kernel/random/boot_id").ok()?;
+    Some(id.trim().to_owned())
+}
+
+fn parse(text: &str) -> Option<Stat> {
+    // The second field is the program's name in parentheses; it may itself hold blanks and parentheses.
+    let (pid, rest) = text.split_once(" (")?;
+    let (_name, rest) = rest.rsplit_once(") ")?;
+    let fields: Vec<&str> = rest.split(' ').collect();
+    // proc(5) counts from 1, and these begin at its field 3.
+    let field = |number: usize| fields.get(number - 3);
+    let ticks: u64 = field(14)?.parse().ok()?;
+    Some(Stat {
+        pid: pid.parse().ok()?,
+        group: field(5)?.parse().ok()?,
+        ticks: ticks + field(15)?.parse::<u64>().ok()?,
+        started: field(22)?.parse().ok()?,
+        pages: field(24)?.parse().ok()?,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_name_with_blanks_and_parentheses_does_not_shift_the_fields() {
+        let text =
+            "42 (a) (b c)) S 1 40 40 0 -1 4194304 83 0 0 0 7 5 0 0 20 0 1 0 1234 3096576 567 18 1";
+        let expect = Stat { pid: 42, group: 40, ticks: 12, started: 1234, pages: 567 };
+        assert_eq!(parse(text), Some(expect));
+        assert_eq!(parse("42 (cut off"), None);
+        assert_eq!(parse("42 (short) S 1 2"), None);
+    }
+
+    #[test]
+    fn this_process_is_found() {
+        let pid = i32::try_from(std::process::id()).unwrap();
+        assert_eq!(stat(pid).unwrap().pid, pid);
+        assert!(all().iter().any(|stat| stat.pid == pid));
+        assert!(boot_id().is_some());
+    }
+}

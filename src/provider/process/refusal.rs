@@ -1,0 +1,57 @@
+//! Why the provider does not do what its API was asked for.
+
+use axum::http::StatusCode;
+use axum::response::{IntoResponse, Response};
+
+/// A refusal. Its text is the answer's body, so it says what to change.
+#[derive(Debug, thiserror::Error)]
+pub enum Refusal {
+    #[error("{0}")]
+    Invalid(String),
+    #[error("{0}")]
+    NotFound(String),
+    #[error("{0}")]
+    Conflict(String),
+    #[error("the body is larger than {0} bytes")]
+    TooLarge(usize),
+    #[error("the body did not come in time")]
+    TooSlow,
+    #[error("{0:#}")]
+    Internal(#[from] anyhow::Error),
+}
+
+impl Refusal {
+    /// The namespace that was named is not there.
+    pub(super) fn no_namespace(namespace: &str) -> Self {
+        Self::NotFound(format!("namespace {namespace} does not exist"))
+    }
+
+    fn status(&self) -> StatusCode {
+        match self {
+            Self::Invalid(_) => StatusCode::BAD_REQUEST,
+            Self::NotFound(_) => StatusCode::NOT_FOUND,
+            Self::Conflict(_) => StatusCode::CONFLICT,
+            Self::TooLarge(_) => StatusCode::PAYLOAD_TOO_LARGE,
+            Self::TooSlow => StatusCode::REQUEST_TIMEOUT,
+            Self::Internal(_) => StatusCode::INTERNAL_SERVER_ERROR,
+        }
+    }
+}
+
+impl From<std::io::Error> for Refusal {
+    fn from(error: std::io::Error) -> Self {
+        Self::Internal(error.into())
+    }
+}
+
+impl IntoResponse for Refusal {
+    fn into_response(self) -> Response {
+        match &self {
+            Self::Internal(error) => {
+                tracing::error!(error = format!("{error:#}"), "Request failed")
+            }
+            refusal => tracing::debug!(%refusal, "Request refused"),
+        }
+        (self.status(), format!("{self}\n")).into_response()
+    }
+}

@@ -1,0 +1,268 @@
+//! One replica of a function in HTTP mode: a process that is started, watched, started again when it dies, and in the
+//! end drained and stopped.
+
+use std::net::SocketAddr;
+use std::process::ExitStatus;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use axum::body::Body;
+use axum::http::{Request, StatusCode};
+use tokio::io::AsyncRead;
+use tokio::sync::Notify;
+use tokio::time::timeout;
+use tokio_util::sync::CancellationToken;
+
+use crate::provider::process::group::Group;
+use crate::provider::process::logs::Logs;
+use crate::provider::process::pool::Pool;
+use crate::provider::process::replica_client;
+use crate::provider::process::runner::{RunnerTasks, TERMINATION};
+use crate::provider::process::sync::lock;
+
+/// How long a replica may take until it can be called, before it is started anew.
+const START: Duration = Duration::from_secs(300);
+/// How often it is looked at until then, and how long it may take to answer.
+const LOOK: Duration = Duration::from_millis(50);
+const LOOK_TIMEOUT: Duration = Duration::from_secs(2);
+/// How long calls in flight may go on in a replica that is no longer wanted.
+const DRAIN: Duration = Duration::from_secs(60);
+/// A replica that has run for so long did not fail at its start.
+const STABLE: Duration = Duration::from_secs(60);
+/// The pauses between starts.
+const SHORTEST_PAUSE: Duration = Duration::from_millis(100);
+const LONGEST_PAUSE: Duration = Duration::from_secs(30);
+
+#[derive(Debug)]
+pub(super) struct Replica {
+    state: Mutex<State>,
+    /// Told whenever the last call in flight ends.
+    idle: Notify,
+    /// Cancelled when it is no longer wanted.
+    pub(super) retire: CancellationToken,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    /// Where it can be called, while it can be.
+    ready: Option<SocketAddr>,
+    calls: u64,
+}
+
+/// A call in flight in a replica, until this is dropped.
+#[derive(Debug)]
+pub(super) struct Seat {
+    pub(super) address: SocketAddr,
+    replica: Arc<Replica>,
+}
+
+/// Why a replica's process is no more.
+enum End {
+    Died(String),
+    Retired,
+}
+
+impl Replica {
+    pub(super) fn new() -> Self {
+        let retire = CancellationToken::new();
+        Self { state: Mutex::default(), idle: Notify::new(), retire }
+    }
+
+    /// Calls in flight; `None` if it is not ready.
+    pub(super) fn load(&self) -> Option<u64> {
+        let state = lock(&self.state);
+        state.ready.map(|_| state.calls)
+    }
+
+    /// Counts a call in; `None` if it is not ready.
+    pub(super) fn seat(self: &Arc<Self>) -> Option<Seat> {
+        let mut state = lock(&self.state);
+        let address = state.ready?;
+        state.calls += 1;
+        Some(Seat { address, replica: Arc::clone(self) })
+    }
+
+    /// Keeps a process running until the replica is not wanted any more, or the provider stops.
+    pub(super) async fn supervise(self: Arc<Self>, pool: Arc<Pool>) {
+        let function = &pool.workload.function;
+        let tasks = &pool.runner.tasks;
+        let mut failures = 0;
+        loop {
+            let began = Instant::now();
+            let end = self.run(&pool).await;
+            self.set_ready(None, &pool);
+            let End::Died(reason) = end else { return };
+            failures = if began.elapsed() >= STABLE { 1 } else { failures + 1 };
+            let pause = pause_after(failures);
+            tracing::warn!(function.name = %function, reason, ?pause, "A replica of {function} died");
+            let name = function.name.as_str().into();
+            pool.workload
+                .logs
+                .write(&name, format!("Replica died: {reason}; next try in {pause:?}"));
+            // All branches are cancel-safe.
+            tokio::select! {
+                () = tokio::time::sleep(pause) => {}
+                () = self.retire.cancelled() => return,
+                () = tasks.stopping.cancelled() => return,
+            }
+        }
+    }
+
+    /// One life of the process.
+    async fn run(&self, pool: &Arc<Pool>) -> End {
+        // Kept until the process is gone, so that no other replica gets the same.
+        let port = match pool.runner.free_port() {
+            Ok(port) => port,
+            Err(error) => return End::Died(format!("no free port: {error}")),
+        };
+        let mut group = match start(pool, port.number) {
+            Ok(group) => group,
+            Err(error) => return End::Died(format!("cannot be started: {error}")),
+        };
+        let tasks = &pool.runner.tasks;
+        // All branches are cancel-safe: the group is ended by whichever comes.
+        let draining = tokio::select! {
+            reason = self.live(&mut group, port.address(), pool) => {
+                group.reap().await;
+                return End::Died(reason);
+            }
+            () = self.retire.cancelled() => true,
+            // Nobody calls any more.
+            () = tasks.stopping.cancelled() => false,
+        };
+        self.set_ready(None, pool);
+        if draining {
+            self.drain(tasks).await;
+        }
+        group.end(TERMINATION, &tasks.cut).await;
+        End::Retired
+    }
+
+    /// Waits for the process to be ready, and then to die; says why it did.
+    async fn live(&self, group: &mut Group, address: SocketAddr, pool: &Arc<Pool>) -> String {
+        let path = pool.ready_path();
+        // Both branches are cancel-safe: looking changes nothing.
+        tokio::select! {
+            status = group.leader_ended() => return died(status),
+            ready = timeout(START, until_ready(&pool.runner.tasks, address, path)) => {
+                if ready.is_err() {
+                    return format!("not ready within {START:?}");
+                }
+            }
+        }
+        self.set_ready(Some(address), pool);
+        died(group.leader_ended().await)
+    }
+
+    /// Waits for the calls in flight, within bounds.
+    async fn drain(&self, tasks: &RunnerTasks) {
+        let idle = async {
+            while lock(&self.state).calls > 0 {
+                self.idle.notified().await;
+            }
+        };
+        // All branches are cancel-safe: the count is looked at again.
+        tokio::select! {
+            _ = timeout(DRAIN, idle) => {}
+            () = tasks.stopping.cancelled() => {}
+        }
+    }
+
+    fn set_ready(&self, ready: Option<SocketAddr>, pool: &Pool) {
+        lock(&self.state).ready = ready;
+        pool.readiness_changed();
+    }
+}
+
+impl Drop for Seat {
+    fn drop(&mut self) {
+        let mut state = lock(&self.replica.state);
+        state.calls -= 1;
+        if state.calls == 0 {
+            self.replica.idle.notify_one();
+        }
+    }
+}
+
+/// Starts the process, with its output going to the logs.
+fn start(pool: &Pool, port: u16) -> std::io::Result<Group> {
+    let workload = &pool.workload;
+    let mut command = pool.runner.command(workload);
+    let port = port.to_string();
+    command.env("PORT", &port).env("port", &port);
+    let mut group = Group::start(&mut command, &workload.activity, &pool.runner.orphans)?;
+    let instance: Arc<str> = format!("{}-{}", workload.function.name, group.id()).into();
+    let tasks = &pool.runner.tasks;
+    let (logs, cut) = (&workload.logs, &tasks.cut);
+    if let Some(stdout) = group.stdout() {
+        tasks.spawn(log(Arc::clone(logs), Arc::clone(&instance), stdout, cut.clone()));
+    }
+    if let Some(stderr) = group.stderr() {
+        tasks.spawn(log(Arc::clone(logs), instance, stderr, cut.clone()));
+    }
+    Ok(group)
+}
+
+/// Logs what a process writes, until everyone who could write has ended.
+async fn log<O: AsyncRead + Unpin>(
+    logs: Arc<Logs>,
+    instance: Arc<str>,
+    output: O,
+    cut: CancellationToken,
+) {
+    // Both branches are cancel-safe: what is cut is lost on purpose.
+    tokio::select! {
+        () = logs.write_all(instance, output) => {}
+        () = cut.cancelled() => {}
+    }
+}
+
+async fn until_ready(tasks: &RunnerTasks, address: SocketAddr, path: Option<&str>) {
+    while !timeout(LOOK_TIMEOUT, is_ready(tasks, address, path)).await.unwrap_or(false) {
+        tokio::time::sleep(LOOK).await;
+    }
+}
+
+async fn is_ready(tasks: &RunnerTasks, address: SocketAddr, path: Option<&str>) -> bool {
+    let Some(path) = path else {
+        return replica_client::connect(address).await.is_ok();
+    };
+    let request = Request::get(path).header("host", address.to_string()).body(Body::empty());
+    let Ok(request) = request else { return false };
+    let response = replica_client::send(tasks, address, request).await;
+    response.is_ok_and(|response| response.status() == StatusCode::OK)
+}
+
+fn died(status: std::io::Result<ExitStatus>) -> String {
+    status.map_or_else(|error| error.to_string(), |status| status.to_string())
+}
+
+/// How long to wait before the next start, after so many failures in a row: doubled each time, up to a bound.
+fn pause_after(failures: u32) -> Duration {
+    let doubled = 2_u32.saturating_pow(failures.saturating_sub(1));
+    SHORTEST_PAUSE.saturating_mul(doubled).min(LONGEST_PAUSE)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pauses_double_up_to_a_bound() {
+        let pauses = [(1, 100), (2, 200), (3, 400), (9, 25_600), (10, 30_000), (u32::MAX, 30_000)];
+        for (failures, milliseconds) in pauses {
+            assert_eq!(pause_after(failures), Duration::from_millis(milliseconds), "{failures}");
+        }
+    }
+
+    #[test]
+    fn a_replica_that_is_not_ready_takes_no_calls() {
+        let replica = Arc::new(Replica::new());
+        assert!(replica.seat().is_none() && replica.load().is_none());
+        lock(&replica.state).ready = Some(([127, 0, 0, 1], 1).into());
+        let seat = replica.seat().unwrap();
+        assert_eq!(replica.load(), Some(1));
+        drop(seat);
+        assert_eq!(replica.load(), Some(0));
+    }
+}

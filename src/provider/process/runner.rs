@@ -1,0 +1,173 @@
+//! What it takes to run processes: the base of their environment, their secrets, and the way they all end.
+
+use std::collections::BTreeSet;
+use std::io;
+use std::net::{Ipv4Addr, SocketAddr, TcpListener};
+use std::process::Stdio;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use tokio::process::Command;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use crate::provider::process::command::DEFAULT_PATH;
+use crate::provider::process::mounts::{Mounts, SECRETS};
+use crate::provider::process::orphans::Orphans;
+use crate::provider::process::secrets::Secrets;
+use crate::provider::process::spec::Spec;
+use crate::provider::process::sync::lock;
+use crate::provider::process::workload::Workload;
+use crate::shutdown::Tasks;
+
+/// How long a process that was asked to end may take.
+pub(super) const TERMINATION: Duration = Duration::from_secs(10);
+/// How long killed processes may take to be gone when the provider stops.
+const CUT: Duration = Duration::from_secs(6);
+
+/// Shared by all functions.
+#[derive(Debug)]
+pub(super) struct Runner {
+    pub(super) tasks: RunnerTasks,
+    pub(super) orphans: Orphans,
+    pub(super) secrets: Secrets,
+    /// `None`: secrets stay in the function's directory, which `secrets_path` names.
+    mounts: Option<Mounts>,
+    environment: Vec<(String, String)>,
+    ports: Arc<Mutex<BTreeSet<u16>>>,
+}
+
+/// The tasks that own processes, and the two signals that end them.
+#[derive(Clone)]
+pub(super) struct RunnerTasks {
+    tasks: Tasks,
+    running: TaskTracker,
+    /// Processes are to end.
+    pub(super) stopping: CancellationToken,
+    /// Those that have not are to be killed.
+    pub(super) cut: CancellationToken,
+}
+
+/// A port of this machine that no other replica is given, until this is dropped.
+#[derive(Debug)]
+pub(super) struct Port {
+    pub(super) number: u16,
+    given: Arc<Mutex<BTreeSet<u16>>>,
+}
+
+impl Runner {
+    pub(super) fn new(
+        tasks: &Tasks,
+        orphans: Orphans,
+        secrets: Secrets,
+        mounts: Option<Mounts>,
+        environment: Vec<(String, String)>,
+    ) -> Self {
+        let tasks = RunnerTasks::new(tasks.clone());
+        Self { tasks, orphans, secrets, mounts, environment, ports: Arc::default() }
+    }
+
+    /// A command that runs a function, with its environment and secrets, and nothing of this process's own.
+    pub(super) fn command(&self, workload: &Workload) -> Command {
+        let Workload { function, spec, .. } = workload;
+        let view = self.secrets.view(function);
+        let mounts = self.mounts.as_ref().filter(|_| !spec.secrets.is_empty());
+        let mut command = match mounts {
+            Some(mounts) => mounts.wrap(&view, &spec.words),
+            None => {
+                let mut command = Command::new(&spec.words[0]);
+                command.args(&spec.words[1..]);
+                command
+            }
+        };
+        command.env_clear().env("PATH", DEFAULT_PATH);
+        command.envs(self.environment.iter().map(|(name, value)| (name, value)));
+        command.envs(&spec.env);
+        match self.mounts {
+            Some(_) => command.env("secrets_path", SECRETS),
+            None => command.env("secrets_path", view),
+        };
+        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        command
+    }
+
+    /// The PATH that a function's command is looked up in.
+    pub(super) fn path<'a>(&'a self, spec: &'a Spec) -> &'a str {
+        let inherited = || self.environment.iter().find(|(name, _)| name == "PATH").map(|(_, v)| v);
+        spec.env.get("PATH").or_else(inherited).map_or(DEFAULT_PATH, String::as_str)
+    }
+
+    /// A port that is free now. Another program may still take it first; then the replica fails and gets another.
+    pub(super) fn free_port(&self) -> io::Result<Port> {
+        // Held until one is found that no replica has been given: the kernel would offer the same again.
+        let mut held = Vec::new();
+        loop {
+            let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
+            let number = listener.local_addr()?.port();
+            if lock(&self.ports).insert(number) {
+                return Ok(Port { number, given: Arc::clone(&self.ports) });
+            }
+            held.push(listener);
+        }
+    }
+}
+
+impl RunnerTasks {
+    fn new(tasks: Tasks) -> Self {
+        let stopping = CancellationToken::new();
+        let stop_all = stopping.clone();
+        // Whoever stops the process's tasks means ours too.
+        tasks.spawn(|asked| async move {
+            // Both branches are cancel-safe.
+            tokio::select! {
+                () = asked.cancelled() => stop_all.cancel(),
+                () = stop_all.cancelled() => {}
+            }
+        });
+        Self { tasks, running: TaskTracker::new(), stopping, cut: CancellationToken::new() }
+    }
+
+    /// Spawns a task that watches `stopping` and `cut` by itself.
+    pub(super) fn spawn(&self, task: impl Future<Output = ()> + Send + 'static) {
+        let running = self.running.token();
+        self.tasks.spawn(|_| async move {
+            task.await;
+            drop(running);
+        });
+    }
+
+    /// Ends all processes: asks them to, and kills those that are still there after `grace`.
+    pub(super) async fn stop(&self, grace: Duration) {
+        self.stopping.cancel();
+        self.running.close();
+        if tokio::time::timeout(grace, self.running.wait()).await.is_ok() {
+            return;
+        }
+        tracing::warn!(
+            tasks = self.running.len(),
+            "Processes killed at the end of the grace period"
+        );
+        self.cut.cancel();
+        if tokio::time::timeout(CUT, self.running.wait()).await.is_err() {
+            tracing::error!(tasks = self.running.len(), "Killed processes do not end");
+        }
+    }
+}
+
+impl std::fmt::Debug for RunnerTasks {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("RunnerTasks").field("running", &self.running.len()).finish_non_exhaustive()
+    }
+}
+
+impl Port {
+    pub(super) fn address(&self) -> SocketAddr {
+        (Ipv4Addr::LOCALHOST, self.number).into()
+    }
+}
+
+impl Drop for Port {
+    fn drop(&mut self) {
+        lock(&self.given).remove(&self.number);
+    }
+}

@@ -1,0 +1,150 @@
+//! Secrets: files that only this user may read, and for each function a directory that holds its own.
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD;
+
+use crate::function::Function;
+use crate::provider::process::files;
+use crate::provider::process::refusal::Refusal;
+use crate::provider::types::Secret;
+
+/// All secrets, below one directory: `store/NAMESPACE/SECRET`, and copies in `views/NAMESPACE/FUNCTION/SECRET`.
+#[derive(Debug)]
+pub(super) struct Secrets {
+    pub(super) root: PathBuf,
+}
+
+impl Secrets {
+    pub(super) fn open(root: PathBuf) -> io::Result<Self> {
+        files::create_private_directory(&root)?;
+        Ok(Self { root })
+    }
+
+    /// Names of the secrets in `namespace`.
+    pub(super) fn names(&self, namespace: &str) -> io::Result<Vec<String>> {
+        files::names(&self.store(namespace))
+    }
+
+    pub(super) fn has(&self, namespace: &str, name: &str) -> bool {
+        is_secret_name(name) && self.store(namespace).join(name).is_file()
+    }
+
+    pub(super) fn put(&self, namespace: &str, name: &str, value: &[u8]) -> io::Result<()> {
+        files::replace(&self.store(namespace).join(name), value)
+    }
+
+    pub(super) fn remove(&self, namespace: &str, name: &str) -> io::Result<()> {
+        files::remove(&self.store(namespace).join(name))
+    }
+
+    /// The directory that `function` finds its secrets in.
+    pub(super) fn view(&self, function: &Function) -> PathBuf {
+        self.root.join("views").join(&function.namespace).join(&function.name)
+    }
+
+    /// Brings the function's directory in line with the secrets it names; those that are not there are left out.
+    ///
+    /// Copies, since the store is covered up where the function runs; written in place of the old ones one by one,
+    /// so that a process that runs sees the new value at the old path.
+    pub(super) fn refresh_view(&self, function: &Function, wanted: &[String]) -> io::Result<()> {
+        let view = self.view(function);
+        files::create_private_directory(&view)?;
+        for name in files::names(&view)? {
+            if !(wanted.contains(&name) && self.has(&function.namespace, &name)) {
+                files::remove(&view.join(name))?;
+            }
+        }
+        for name in wanted.iter().filter(|name| self.has(&function.namespace, name)) {
+            let value = fs::read(self.store(&function.namespace).join(name))?;
+            let copy = view.join(name);
+            if !fs::read(&copy).is_ok_and(|old| old == value) {
+                files::replace(&copy, &value)?;
+            }
+        }
+        Ok(())
+    }
+
+    pub(super) fn remove_view(&self, function: &Function) -> io::Result<()> {
+        match fs::remove_dir_all(self.view(function)) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+            Ok(()) | Err(_) => Ok(()),
+        }
+    }
+
+    fn store(&self, namespace: &str) -> PathBuf {
+        let store: &Path = self.root.as_ref();
+        store.join("store").join(namespace)
+    }
+}
+
+/// Whether `name` can be a file's name here, and a key of a Kubernetes secret elsewhere.
+pub(super) fn is_secret_name(name: &str) -> bool {
+    let plain = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b'.');
+    (1..=200).contains(&name.len()) && name.bytes().all(plain) && !name.starts_with('.')
+}
+
+/// The bytes of a secret as it was sent.
+pub(super) fn value(secret: &Secret) -> Result<Vec<u8>, Refusal> {
+    if secret.raw_value.is_empty() {
+        return Ok(secret.value.as_bytes().to_vec());
+    }
+    if !secret.value.is_empty() {
+        return Err(Refusal::Invalid("give value or rawValue, not both".to_owned()));
+    }
+    STANDARD
+        .decode(&secret.raw_value)
+        .map_err(|error| Refusal::Invalid(format!("rawValue is not base64: {error}")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_view_follows_the_store_and_holds_only_what_is_named() {
+        let root = tempfile::tempdir().unwrap();
+        let secrets = Secrets::open(root.path().join("secrets")).unwrap();
+        let function = Function { name: "f".to_owned(), namespace: "ns".to_owned() };
+        let wanted = ["a".to_owned(), "b".to_owned(), "missing".to_owned()];
+        for (name, value) in [("a", "1"), ("b", "2"), ("c", "3")] {
+            secrets.put("ns", name, value.as_bytes()).unwrap();
+        }
+        let view = secrets.view(&function);
+        secrets.refresh_view(&function, &wanted).unwrap();
+        assert_eq!(files::names(&view).unwrap(), ["a", "b"]);
+        secrets.put("ns", "a", b"new").unwrap();
+        secrets.remove("ns", "b").unwrap();
+        secrets.refresh_view(&function, &wanted).unwrap();
+        assert_eq!(files::names(&view).unwrap(), ["a"]);
+        assert_eq!(fs::read(view.join("a")).unwrap(), b"new");
+        assert_eq!(secrets.names("ns").unwrap(), ["a", "c"]);
+        secrets.remove_view(&function).unwrap();
+        secrets.remove_view(&function).unwrap();
+        assert!(!view.exists());
+    }
+
+    #[test]
+    fn a_value_is_text_or_base64() {
+        let secret = |value: &str, raw_value: &str| Secret {
+            value: value.to_owned(),
+            raw_value: raw_value.to_owned(),
+            ..Secret::default()
+        };
+        assert_eq!(value(&secret("text", "")).unwrap(), b"text");
+        assert_eq!(value(&secret("", "AP8=")).unwrap(), b"\x00\xff");
+        assert!(value(&secret("", "%")).unwrap_err().to_string().contains("base64"));
+        assert!(value(&secret("a", "AP8=")).is_err());
+    }
+
+    #[test]
+    fn a_name_cannot_lead_out_of_the_directory() {
+        assert!(is_secret_name("db-password") && is_secret_name("tls.crt"));
+        for name in ["", ".", "..", ".hidden", "a/b", "../a", "a\0", "ä"] {
+            assert!(!is_secret_name(name), "{name:?}");
+        }
+    }
+}

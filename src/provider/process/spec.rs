@@ -1,0 +1,252 @@
+//! What a deployment means to this provider: its command, its mode, its limits. No I/O.
+
+use std::collections::BTreeMap;
+use std::str::FromStr;
+use std::time::Duration;
+
+use axum::http::HeaderValue;
+
+use crate::config::duration;
+use crate::provider::process::words;
+use crate::provider::types::FunctionDeployment;
+
+/// How long a call may take when its function does not say. The gateway before us mostly gives up sooner; this is for
+/// callers without a deadline of their own.
+const EXEC_TIMEOUT: Duration = Duration::from_secs(600);
+
+/// A function, ready to be run.
+#[derive(Debug, PartialEq)]
+pub(super) struct Spec {
+    /// The program and its arguments; never empty.
+    pub(super) words: Vec<String>,
+    pub(super) env: BTreeMap<String, String>,
+    pub(super) secrets: Vec<String>,
+    /// `exec_timeout`; `None` (written as 0): for as long as the caller waits.
+    pub(super) exec_timeout: Option<Duration>,
+    /// `max_inflight`: calls at once for each replica; 0: no limit.
+    pub(super) max_inflight: u64,
+    pub(super) mode: Mode,
+}
+
+#[derive(Debug, PartialEq)]
+pub(super) enum Mode {
+    /// One process for each call.
+    Fork(Fork),
+    /// Processes that listen on a port.
+    Http {
+        /// `ready_path`: answered 200 by a replica that can be called; `None`: whoever accepts can be.
+        ready_path: Option<String>,
+    },
+}
+
+#[derive(Debug, PartialEq)]
+pub(super) struct Fork {
+    /// `content_type` of every answer.
+    pub(super) content_type: Option<HeaderValue>,
+    /// `combine_output`: whether standard error belongs to the answer.
+    pub(super) combine_output: bool,
+    /// `cgi_headers`: whether the request is told in the environment.
+    pub(super) cgi_headers: bool,
+    /// `write_debug`: whether the output is logged too.
+    pub(super) write_debug: bool,
+}
+
+impl Spec {
+    /// Reads a deployment; an error says what is wrong with it, for its sender.
+    pub(super) fn parse(deployment: &FunctionDeployment) -> Result<Self, String> {
+        let env = deployment.env_vars.clone().unwrap_or_default();
+        check_environment(&env)?;
+        let words = command(&deployment.env_process, &env)?;
+        let mode = match env.get("mode").map_or("fork", |mode| mode.trim()) {
+            // `streaming` and `serializing` are watchdogs' names for ways of forking.
+            "" | "fork" | "streaming" | "serializing" => Mode::Fork(Fork {
+                content_type: value(&env, "content_type", "a header's value", |text| {
+                    HeaderValue::from_str(text).ok()
+                })?,
+                combine_output: boolean(&env, "combine_output", true)?,
+                cgi_headers: boolean(&env, "cgi_headers", true)?,
+                write_debug: boolean(&env, "write_debug", false)?,
+            }),
+            "http" => Mode::Http {
+                ready_path: value(&env, "ready_path", "a path such as /_/ready", ready_path)?,
+            },
+            other => return Err(format!("envVars: mode: {other:?} is not fork or http")),
+        };
+        let exec_timeout = value(&env, "exec_timeout", duration::EXPECTED, duration::parse)?;
+        let max_inflight = value(&env, "max_inflight", "a whole number", from_str)?;
+        Ok(Self {
+            words,
+            secrets: deployment.secrets.clone().unwrap_or_default(),
+            exec_timeout: Some(exec_timeout.unwrap_or(EXEC_TIMEOUT)).filter(|d| !d.is_zero()),
+            max_inflight: max_inflight.unwrap_or_default(),
+            mode,
+            env,
+        })
+    }
+}
+
+/// How many replicas a new function begins with.
+pub(super) fn initial_replicas(deployment: &FunctionDeployment) -> Result<u64, String> {
+    const LABEL: &str = "com.openfaas.scale.min";
+    match deployment.labels.as_ref().and_then(|labels| labels.get(LABEL)) {
+        None => Ok(1),
+        Some(text) => {
+            let parsed = from_str::<u64>(text);
+            parsed.map(|n| n.max(1)).ok_or_else(|| wrong("label", LABEL, text, "a whole number"))
+        }
+    }
+}
+
+/// Whether `name` may name a function or a namespace: a DNS label, as Kubernetes would have it.
+pub(super) fn is_label(name: &str) -> bool {
+    let inner = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-';
+    (1..=63).contains(&name.len())
+        && name.bytes().all(inner)
+        && !name.starts_with('-')
+        && !name.ends_with('-')
+}
+
+fn command(env_process: &str, env: &BTreeMap<String, String>) -> Result<Vec<String>, String> {
+    let line = match env_process.trim() {
+        "" => env.get("fprocess").map_or("", |line| line.trim()),
+        line => line,
+    };
+    if line.contains('\0') {
+        return Err("envProcess: a command cannot hold a NUL character".to_owned());
+    }
+    let words = words::split(line).map_err(|error| format!("envProcess: {line:?}: {error}"))?;
+    if words.first().is_none_or(String::is_empty) {
+        return Err(
+            "envProcess is missing: this provider runs commands, not images, so a function needs \
+                    envProcess (fprocess in a stack file) with the command to run"
+                .to_owned(),
+        );
+    }
+    Ok(words)
+}
+
+fn check_environment(env: &BTreeMap<String, String>) -> Result<(), String> {
+    let wrong_name = |name: &str| name.is_empty() || name.contains(['=', '\0']);
+    match env.iter().find(|(name, value)| wrong_name(name) || value.contains('\0')) {
+        Some((name, _)) => Err(format!("envVars: {name:?} cannot be an environment variable")),
+        None => Ok(()),
+    }
+}
+
+fn boolean(env: &BTreeMap<String, String>, name: &str, default: bool) -> Result<bool, String> {
+    let parsed = value(env, name, "true or false", |text| match text {
+        "true" | "1" => Some(true),
+        "false" | "0" => Some(false),
+        _ => None,
+    })?;
+    Ok(parsed.unwrap_or(default))
+}
+
+/// The variable `name`, if it is there and not empty.
+fn value<T>(
+    env: &BTreeMap<String, String>,
+    name: &str,
+    expected: &str,
+    parse: impl FnOnce(&str) -> Option<T>,
+) -> Result<Option<T>, String> {
+    match env.get(name).map(|text| text.trim()) {
+        None | Some("") => Ok(None),
+        Some(text) => parse(text).map(Some).ok_or_else(|| wrong("envVars", name, text, expected)),
+    }
+}
+
+fn wrong(place: &str, name: &str, text: &str, expected: &str) -> String {
+    format!("{place}: {name}: {text:?} is not {expected}")
+}
+
+fn from_str<T: FromStr>(text: &str) -> Option<T> {
+    text.parse().ok()
+}
+
+fn ready_path(text: &str) -> Option<String> {
+    let valid = text.starts_with('/') && text.parse::<http::Uri>().is_ok();
+    valid.then(|| text.to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn deployment(env_process: &str, env: &[(&str, &str)]) -> FunctionDeployment {
+        let env = env.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned()));
+        FunctionDeployment {
+            env_process: env_process.to_owned(),
+            env_vars: Some(env.collect()),
+            ..FunctionDeployment::default()
+        }
+    }
+
+    #[track_caller]
+    fn refused(env_process: &str, env: &[(&str, &str)], expect: &str) {
+        let reason = Spec::parse(&deployment(env_process, env)).unwrap_err();
+        assert!(reason.contains(expect), "{reason}");
+    }
+
+    #[test]
+    fn a_command_alone_is_forked_with_the_defaults_of_a_classic_watchdog() {
+        let spec = Spec::parse(&deployment("cat -n", &[])).unwrap();
+        assert_eq!(spec.words, ["cat", "-n"]);
+        assert_eq!(spec.exec_timeout, Some(EXEC_TIMEOUT));
+        assert_eq!(spec.max_inflight, 0);
+        let Mode::Fork(fork) = spec.mode else { panic!("{:?}", spec.mode) };
+        assert!(fork.combine_output && fork.cgi_headers && !fork.write_debug);
+    }
+
+    #[test]
+    fn variables_of_the_watchdogs_are_honoured() {
+        let env = [
+            ("fprocess", "node index.js"),
+            ("mode", "http"),
+            ("exec_timeout", "1m30s"),
+            ("max_inflight", "7"),
+            ("ready_path", "/ready"),
+        ];
+        let spec = Spec::parse(&deployment("", &env)).unwrap();
+        assert_eq!(spec.words, ["node", "index.js"]);
+        assert_eq!(spec.exec_timeout, Some(Duration::from_secs(90)));
+        assert_eq!(spec.max_inflight, 7);
+        assert_eq!(spec.mode, Mode::Http { ready_path: Some("/ready".to_owned()) });
+        let unbounded = Spec::parse(&deployment("cat", &[("exec_timeout", "0")])).unwrap();
+        assert_eq!(unbounded.exec_timeout, None);
+    }
+
+    #[test]
+    fn what_cannot_be_run_is_refused_with_a_reason() {
+        refused("", &[], "runs commands, not images");
+        refused("''", &[], "runs commands, not images");
+        refused("sh -c 'x", &[], "a single quote");
+        refused("cat", &[("exec_timeout", "soon")], "exec_timeout: \"soon\" is not a duration");
+        refused("cat", &[("max_inflight", "-1")], "max_inflight: \"-1\" is not a whole number");
+        refused("cat", &[("combine_output", "maybe")], "combine_output");
+        refused("cat", &[("mode", "wasm")], "mode: \"wasm\" is not fork or http");
+        refused("cat", &[("mode", "http"), ("ready_path", "ready")], "ready_path");
+        refused("cat", &[("a=b", "c")], "\"a=b\"");
+    }
+
+    #[test]
+    fn replicas_begin_at_the_label_or_at_one() {
+        let mut deployment = deployment("cat", &[]);
+        assert_eq!(initial_replicas(&deployment), Ok(1));
+        let label =
+            |value: &str| Some([("com.openfaas.scale.min".to_owned(), value.to_owned())].into());
+        deployment.labels = label("3");
+        assert_eq!(initial_replicas(&deployment), Ok(3));
+        deployment.labels = label("many");
+        assert!(initial_replicas(&deployment).unwrap_err().contains("com.openfaas.scale.min"));
+    }
+
+    #[test]
+    fn names_are_dns_labels() {
+        for name in ["a", "figlet", "a-1", "0", &"x".repeat(63)] {
+            assert!(is_label(name), "{name}");
+        }
+        for name in ["", "-a", "a-", "A", "a_b", "a.b", "..", "a/b", "ä", &"x".repeat(64)] {
+            assert!(!is_label(name), "{name}");
+        }
+    }
+}

@@ -1,0 +1,86 @@
+//! Splits a command line into words, as a shell would, but without a shell: nothing is expanded. No I/O.
+
+/// A quote that is not closed, or a backslash at the very end.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{0} without its counterpart")]
+pub(super) struct Unbalanced(&'static str);
+
+/// The words of `line`. Quotes group, a backslash takes the next character as it is, except between single quotes.
+pub(super) fn split(line: &str) -> Result<Vec<String>, Unbalanced> {
+    let mut words = Vec::new();
+    // `None` between words: `''` is a word, although it is empty.
+    let mut word: Option<String> = None;
+    let mut chars = line.chars();
+    while let Some(c) = chars.next() {
+        match c {
+            c if c.is_whitespace() => words.extend(word.take()),
+            '\'' => quoted(&mut chars, word.get_or_insert_default())?,
+            '"' => double_quoted(&mut chars, word.get_or_insert_default())?,
+            '\\' => {
+                let next = chars.next().ok_or(Unbalanced("a backslash"))?;
+                word.get_or_insert_default().push(next);
+            }
+            c => word.get_or_insert_default().push(c),
+        }
+    }
+    words.extend(word);
+    Ok(words)
+}
+
+fn quoted(chars: &mut std::str::Chars<'_>, word: &mut String) -> Result<(), Unbalanced> {
+    for c in chars {
+        if c == '\'' {
+            return Ok(());
+        }
+        word.push(c);
+    }
+    Err(Unbalanced("a single quote"))
+}
+
+/// Between double quotes a backslash is special only before what it could be needed for, as POSIX has it.
+fn double_quoted(chars: &mut std::str::Chars<'_>, word: &mut String) -> Result<(), Unbalanced> {
+    let unbalanced = Unbalanced("a double quote");
+    while let Some(c) = chars.next() {
+        match c {
+            '"' => return Ok(()),
+            '\\' => match chars.next() {
+                Some(next @ ('"' | '\\' | '$' | '`')) => word.push(next),
+                Some(next) => word.extend(['\\', next]),
+                None => return Err(unbalanced),
+            },
+            c => word.push(c),
+        }
+    }
+    Err(unbalanced)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[track_caller]
+    fn check(line: &str, expect: &[&str]) {
+        assert_eq!(split(line).unwrap(), expect, "{line:?}");
+    }
+
+    #[test]
+    fn words_are_split_as_a_shell_splits_them() {
+        check("", &[]);
+        check("  cat  ", &["cat"]);
+        check("a\tb\nc", &["a", "b", "c"]);
+        check("sh -c 'echo \"hi\" $x'", &["sh", "-c", "echo \"hi\" $x"]);
+        check(r#"say "a 'b' \"c\" \\ \n""#, &["say", r#"a 'b' "c" \ \n"#]);
+        check(r"a\ b c\'d", &["a b", "c'd"]);
+        check("pre'fix'\"ed\"", &["prefixed"]);
+        check("a '' \"\"", &["a", "", ""]);
+        check("$HOME `id` *", &["$HOME", "`id`", "*"]);
+        check("grüße 'schöne neue'", &["grüße", "schöne neue"]);
+    }
+
+    #[test]
+    fn an_open_quote_is_refused() {
+        for line in ["'", "\"", "a 'b", "a \"b", "\"\\", "a\\"] {
+            assert!(split(line).is_err(), "{line:?}");
+        }
+    }
+}

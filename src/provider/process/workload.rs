@@ -1,0 +1,16 @@
+//! What the processes of a function have in common, in whichever mode they run.
+
+use std::sync::Arc;
+
+use crate::function::Function;
+use crate::provider::process::activity::Activity;
+use crate::provider::process::logs::Logs;
+use crate::provider::process::spec::Spec;
+
+#[derive(Debug)]
+pub(super) struct Workload {
+    pub(super) function: Function,
+    pub(super) spec: Spec,
+    pub(super) logs: Arc<Logs>,
+    pub(super) activity: Arc<Activity>,
+}
