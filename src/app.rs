@@ -2,6 +2,8 @@
 //! exit status.
 
 pub mod gateway;
+mod provider;
+mod up;
 
 use std::process::ExitCode;
 use std::time::Duration;
@@ -23,9 +25,6 @@ const TASKS_GRACE: Duration = Duration::from_secs(2);
 
 /// Runs what `line` asks for, with settings from its flags and from `var`.
 pub fn run(line: &CommandLine, var: &dyn Fn(&str) -> Option<String>) -> ExitCode {
-    if let Asked::Healthcheck { url } = &line.asked {
-        return exit(healthcheck::run(url));
-    }
     let flag = |name: &str| line.flag(name);
     let read = || Reader::new(&flag, var);
     let log = Log::parse(read());
@@ -35,7 +34,9 @@ pub fn run(line: &CommandLine, var: &dyn Fn(&str) -> Option<String>) -> ExitCode
     let log = log.map(|_| ());
     match &line.asked {
         Asked::Serve => start(log, config::Serve::parse(read()), serve),
-        Asked::Provider | Asked::Up { .. } | Asked::Healthcheck { .. } => ExitCode::from(USAGE),
+        Asked::Provider => start(log, config::Provider::parse(read()), provider::run),
+        Asked::Up { stack } => start(log, config::Up::parse(read(), stack.clone()), up::run),
+        Asked::Healthcheck { url } => exit(healthcheck::run(url)),
     }
 }
 
@@ -94,23 +95,25 @@ async fn until_stopped(
         () = gateway.ended() => bail!("no thread carries calls any more"),
     };
     tracing::info!(signal, "Stopping: calls in flight may finish");
-    stages.leave();
-    let drained = async {
-        tokio::time::sleep(shutdown.delay).await;
-        stages.closing.cancel();
-        if tokio::time::timeout(shutdown.grace, gateway.ended()).await.is_err() {
-            stages.cut.cancel();
-            gateway.ended().await;
-        }
-    };
     tokio::select! {
-        () = drained => {}
+        () = drain(gateway, &stages, shutdown) => {}
         signal = signals.next() => bail!("ended at once by a second signal, {signal}"),
     }
-    gateway.join();
     if tasks.stop(TASKS_GRACE).await.is_err() {
         tracing::warn!("Background work did not end in time");
     }
     tracing::info!("Stopped");
     Ok(())
+}
+
+/// Announces the stop, lets calls finish, and cuts what is left when the grace is over.
+async fn drain(mut gateway: Gateway, stages: &Stages, shutdown: Shutdown) {
+    stages.leave();
+    tokio::time::sleep(shutdown.delay).await;
+    stages.closing.cancel();
+    if tokio::time::timeout(shutdown.grace, gateway.ended()).await.is_err() {
+        stages.cut.cancel();
+        gateway.ended().await;
+    }
+    gateway.join();
 }

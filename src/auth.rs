@@ -141,6 +141,23 @@ pub async fn guard(State(api): State<Arc<Api>>, request: Request, next: Next) ->
     }
 }
 
+/// The provider's own guard: `/system/*` is for whoever has the credentials, functions are open.
+pub async fn guard_provider(
+    State(credentials): State<Option<Arc<Credentials>>>,
+    request: Request,
+    next: Next,
+) -> Response {
+    match &credentials {
+        Some(credentials)
+            if request.uri().path().starts_with("/system/")
+                && !credentials.admit(request.headers()) =>
+        {
+            Error::Unauthorized.into_response()
+        }
+        _ => next.run(request).await,
+    }
+}
+
 /// Asks `auth_proxy_url` about `request`: the request itself if it may pass, else the answer to it.
 async fn ask_proxy(api: &Api, request: Request) -> Result<Result<Request, Response>, Error> {
     let Some(proxy) = &api.auth_proxy else { return Ok(Ok(request)) };

@@ -1,0 +1,109 @@
+//! The role of the process provider: its API on a port of its own.
+
+use std::net::{SocketAddr, TcpListener};
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context, bail};
+use axum::middleware::from_fn_with_state;
+
+use crate::auth::{self, Credentials};
+use crate::config::{self, Timeouts};
+use crate::provider::process::{self, Process};
+use crate::routes;
+use crate::serve::listener::bind;
+use crate::serve::{Server, raise_file_limit};
+use crate::shutdown::{Signals, Stages, Tasks};
+
+/// What the provider holds its callers to: they are gateways, which have deadlines of their own.
+const TIMEOUTS: Timeouts = Timeouts {
+    read: Duration::from_secs(24 * 3600),
+    write: Duration::from_secs(300),
+    upstream: Duration::from_secs(24 * 3600),
+    idle: Duration::from_secs(300),
+};
+const MAX_CONNECTIONS: usize = 10_000;
+
+/// A running process provider.
+pub(super) struct Provider {
+    pub(super) address: SocketAddr,
+    pub(super) process: Arc<Process>,
+    listener: Option<TcpListener>,
+    credentials: Option<Arc<Credentials>>,
+    grace: Duration,
+    stages: Stages,
+}
+
+/// `gateway provider process`
+pub(super) fn run(config: config::Provider) -> anyhow::Result<()> {
+    runtime()?.block_on(async {
+        let mut signals = Signals::listen().context("cannot listen for signals")?;
+        let tasks = Tasks::default();
+        let mut provider = Provider::open(&config, &tasks).await?;
+        provider.serve(&tasks);
+        tracing::info!(address = %provider.address, state = %config.state_dir.display(), "Serving");
+        tracing::info!("Stopping on {}", signals.next().await);
+        tokio::select! {
+            () = provider.stop(&tasks) => Ok(()),
+            signal = signals.next() => bail!("ended at once by a second signal, {signal}"),
+        }
+    })
+}
+
+/// Processes are started, fed and read by many tasks at a time.
+pub(super) fn runtime() -> anyhow::Result<tokio::runtime::Runtime> {
+    tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()
+        .context("cannot start the runtime")
+}
+
+impl Provider {
+    /// Takes the port and the state directory; serves nothing yet.
+    pub(super) async fn open(config: &config::Provider, tasks: &Tasks) -> anyhow::Result<Self> {
+        let listener = bind(config.listen, 1)?.remove(0);
+        let credentials = match &config.secrets {
+            Some(directory) => Some(Credentials::read(directory)?),
+            None => None,
+        };
+        raise_file_limit();
+        let process = Process::open(config, tasks).await?;
+        Ok(Self {
+            address: listener.local_addr()?,
+            process,
+            listener: Some(listener),
+            credentials,
+            grace: config.grace,
+            stages: Stages::default(),
+        })
+    }
+
+    pub(super) fn serve(&mut self, tasks: &Tasks) {
+        let Some(listener) = self.listener.take() else { return };
+        let router = process::router(Arc::clone(&self.process)).layer(from_fn_with_state(
+            self.credentials.clone(),
+            auth::guard_provider,
+        ));
+        if let Some(credentials) = self.credentials.clone() {
+            tasks.spawn(|stopping| credentials.follow(stopping));
+        }
+        let server = Server::new(TIMEOUTS, MAX_CONNECTIONS, self.stages.clone());
+        tasks.spawn(|_stopping| async move {
+            let service = |caller| routes::plain(&router, caller, TIMEOUTS.idle);
+            if let Err(error) = server.run(listener, service).await {
+                tracing::error!(%error, "The provider's port cannot be served");
+            }
+        });
+    }
+
+    /// Takes no more calls, lets those in flight finish, and stops every process.
+    pub(super) async fn stop(self, tasks: &Tasks) {
+        self.stages.closing.cancel();
+        self.process.stop(self.grace).await;
+        self.stages.cut.cancel();
+        if tasks.stop(super::TASKS_GRACE).await.is_err() {
+            tracing::warn!("Background work did not end in time");
+        }
+    }
+}

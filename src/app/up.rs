@@ -1,0 +1,104 @@
+//! `gateway up`: gateway and process provider in one process, on loopback, with the functions of a stack file.
+
+use std::path::Path;
+
+use anyhow::{Context, bail};
+use tokio::task::block_in_place;
+
+use crate::app::gateway::Gateway;
+use crate::app::provider::{Provider, runtime};
+use crate::config::Up;
+use crate::config::base_url::BaseUrl;
+use crate::provider::types::FunctionDeployment;
+use crate::shutdown::{Signals, Stages, Tasks};
+use crate::stack;
+
+/// Where functions live when nobody says otherwise.
+const NAMESPACE: &str = "openfaas-fn";
+
+pub(super) fn run(config: Up) -> anyhow::Result<()> {
+    let functions = match &config.stack {
+        Some(path) => read_stack(path)?,
+        None => Vec::new(),
+    };
+    runtime()?.block_on(up(config, functions))
+}
+
+async fn up(mut config: Up, functions: Vec<FunctionDeployment>) -> anyhow::Result<()> {
+    let mut signals = Signals::listen().context("cannot listen for signals")?;
+    let (tasks, provider_tasks, stages) = (Tasks::default(), Tasks::default(), Stages::default());
+    let mut provider = Provider::open(&config.provider, &provider_tasks).await?;
+    let shutdown = config.serve.shutdown;
+    let started = async {
+        for function in &functions {
+            let name = &function.service;
+            let deployed = provider.process.deploy(function.clone()).await;
+            deployed.with_context(|| format!("function {name}"))?;
+        }
+        provider.serve(&provider_tasks);
+        let url = format!("http://{}", provider.address);
+        let Some(url) = BaseUrl::parse(&url) else { bail!("{url} is no URL") };
+        (config.serve.provider, config.serve.logs_provider) = (url.clone(), url);
+        if config.serve.namespace.is_empty() {
+            NAMESPACE.clone_into(&mut config.serve.namespace);
+        }
+        Gateway::start(config.serve, &stages, &tasks)
+    };
+    let mut gateway = match started.await {
+        Ok(gateway) => gateway,
+        Err(error) => {
+            provider.stop(&provider_tasks).await;
+            return Err(error);
+        }
+    };
+    block_in_place(|| announce(&gateway, &provider, &config.provider.state_dir, &functions));
+    let signal = tokio::select! {
+        signal = signals.next() => signal,
+        () = gateway.ended() => bail!("no thread carries calls any more"),
+    };
+    tracing::info!(signal, "Stopping: calls in flight may finish");
+    let stop = async {
+        super::drain(gateway, &stages, shutdown).await;
+        provider.stop(&provider_tasks).await;
+        let _ = tasks.stop(super::TASKS_GRACE).await;
+    };
+    tokio::select! {
+        () = stop => Ok(()),
+        signal = signals.next() => bail!("ended at once by a second signal, {signal}"),
+    }
+}
+
+fn read_stack(path: &Path) -> anyhow::Result<Vec<FunctionDeployment>> {
+    let text = std::fs::read_to_string(path)
+        .with_context(|| format!("cannot read the stack file {}", path.display()))?;
+    stack::parse(&text).with_context(|| format!("stack file {}", path.display()))
+}
+
+/// Says where things are, in lines that can be pasted.
+fn announce(gateway: &Gateway, provider: &Provider, state: &Path, functions: &[FunctionDeployment]) {
+    let base = format!("http://{}", gateway.address);
+    println!("Gateway    {base}        (page: {base}/ui/)");
+    println!("Metrics    http://{}/metrics", gateway.metrics_address);
+    println!("Provider   http://{}        (state: {})", provider.address, state.display());
+    println!();
+    match functions.first() {
+        Some(first) => {
+            println!("Call a function:");
+            println!("  curl {base}/function/{} -d 'hello'", first.service);
+        }
+        None => {
+            println!("Deploy a function, and call it:");
+            println!(
+                "  curl {base}/system/functions -H 'Content-Type: application/json' \
+                 -d '{{\"service\":\"echo\",\"envProcess\":\"cat\"}}'"
+            );
+            println!("  curl {base}/function/echo -d 'hello'");
+        }
+    }
+    println!("List functions, and follow a log:");
+    println!("  curl {base}/system/functions");
+    let name = functions.first().map_or("echo", |first| first.service.as_str());
+    println!("  curl '{base}/system/logs?name={name}&tail=10'");
+    println!();
+    println!("Ctrl-C stops it.");
+}
