@@ -81,10 +81,8 @@ impl Provider {
 
     pub(super) fn serve(&mut self, tasks: &Tasks) {
         let Some(listener) = self.listener.take() else { return };
-        let router = process::router(Arc::clone(&self.process)).layer(from_fn_with_state(
-            self.credentials.clone(),
-            auth::guard_provider,
-        ));
+        let router = process::router(Arc::clone(&self.process))
+            .layer(from_fn_with_state(self.credentials.clone(), auth::guard_provider));
         if let Some(credentials) = self.credentials.clone() {
             tasks.spawn(|stopping| credentials.follow(stopping));
         }

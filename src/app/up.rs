@@ -75,7 +75,12 @@ fn read_stack(path: &Path) -> anyhow::Result<Vec<FunctionDeployment>> {
 }
 
 /// Says where things are, in lines that can be pasted.
-fn announce(gateway: &Gateway, provider: &Provider, state: &Path, functions: &[FunctionDeployment]) {
+fn announce(
+    gateway: &Gateway,
+    provider: &Provider,
+    state: &Path,
+    functions: &[FunctionDeployment],
+) {
     let base = format!("http://{}", gateway.address);
     println!("Gateway    {base}        (page: {base}/ui/)");
     println!("Metrics    http://{}/metrics", gateway.metrics_address);

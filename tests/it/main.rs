@@ -1,1 +1,4 @@
-fn main() {}
+//! All integration tests, one binary: the real gateway, real sockets, real processes.
+
+mod conformance;
+mod house;
