@@ -41,15 +41,9 @@ fn no_source_file_is_too_long() {
 fn every_setting_is_in_the_readme_with_its_default() {
     let readme = fs::read_to_string(root().join("README.md")).unwrap();
     for setting in SETTINGS {
-        let row = readme
-            .lines()
-            .find(|line| line.starts_with('|') && line.contains(&format!("`{}`", setting.name)));
-        let row = row.unwrap_or_else(|| panic!("{} is not in README.md", setting.name));
-        assert!(
-            row.contains(setting.default),
-            "{}: the default is {}",
-            setting.name,
-            setting.default
-        );
+        let told = readme.lines().filter(|line| line.starts_with('|')).any(|row| {
+            row.contains(&format!("`{}`", setting.name)) && row.contains(setting.default)
+        });
+        assert!(told, "README.md has no row with {} and {:?}", setting.name, setting.default);
     }
 }

@@ -1,4 +1,6 @@
 //! All integration tests, one binary: the real gateway, real sockets, real processes.
 
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
+
 mod conformance;
 mod house;
