@@ -57,7 +57,7 @@ impl Error {
         let mut headers = HeaderMap::new();
         headers.insert(CONTENT_TYPE, HeaderValue::from_static("text/plain; charset=utf-8"));
         match self {
-            Self::Overloaded => {
+            Self::Overloaded | Self::Upstream(client::Error::Exhausted(_)) => {
                 headers.insert(RETRY_AFTER, HeaderValue::from_static("1"));
             }
             Self::Unauthorized => {
@@ -90,6 +90,7 @@ fn upstream_status(error: &client::Error) -> StatusCode {
         client::Error::Body(BodyError::Broken) => StatusCode::BAD_REQUEST,
         client::Error::Body(BodyError::Slow) => StatusCode::REQUEST_TIMEOUT,
         client::Error::Target(_) => StatusCode::URI_TOO_LONG,
+        client::Error::Exhausted(_) => StatusCode::SERVICE_UNAVAILABLE,
         client::Error::Connect(_)
         | client::Error::Closed(_)
         | client::Error::Invalid(_)

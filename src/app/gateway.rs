@@ -163,8 +163,9 @@ impl Parts {
 
     fn server(&self) -> Server {
         let files = raise_file_limit();
-        // Each call needs a connection on either side.
-        let most = files.saturating_sub(OTHER_FILES) / 2;
+        // A call needs a connection on either side, but most callers' connections are idle at any time.
+        let upstream = self.config.limits.calls.min(files / 3);
+        let most = files.saturating_sub(OTHER_FILES + upstream);
         let connections = self.config.limits.connections.min(most.max(1));
         if connections < self.config.limits.connections {
             tracing::info!(

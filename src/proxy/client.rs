@@ -62,6 +62,8 @@ impl Origin {
 pub enum Error {
     #[error("cannot connect to the upstream: {}", brief(.0))]
     Connect(#[source] io::Error),
+    #[error("no more connections can be opened")]
+    Exhausted(#[source] io::Error),
     #[error("the upstream closed the connection without an answer")]
     Closed(#[source] hyper::Error),
     #[error("the upstream's answer is not valid HTTP")]
@@ -81,6 +83,17 @@ impl Error {
     pub fn is_connect(&self) -> bool {
         matches!(self, Self::Connect(_))
     }
+}
+
+/// The fault is the upstream's, unless this process is out of what a connection needs.
+fn connect_error(error: io::Error) -> Error {
+    use rustix::io::Errno;
+    let out_of = [Errno::MFILE, Errno::NFILE, Errno::NOBUFS, Errno::ADDRNOTAVAIL];
+    if Errno::from_io_error(&error).is_some_and(|errno| out_of.contains(&errno)) {
+        tracing::warn!(%error, "No more connections can be opened");
+        return Error::Exhausted(error);
+    }
+    Error::Connect(error)
 }
 
 /// What went wrong, in words that hold no address.
@@ -179,7 +192,7 @@ impl Client {
                 return std::task::Poll::Ready(Err(Error::Timeout));
             }
             connect.as_mut().poll(cx).map(|opened| match opened {
-                Ok(opened) => opened.map_err(Error::Connect),
+                Ok(opened) => opened.map_err(connect_error),
                 Err(_) => Err(Error::Connect(io::ErrorKind::TimedOut.into())),
             })
         })

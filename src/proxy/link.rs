@@ -22,7 +22,7 @@ use crate::proxy::body::RequestBody;
 use crate::watch::Watch;
 
 /// The most headers of an answer.
-const MAX_HEADERS: usize = 256;
+const MAX_HEADERS: usize = 250;
 /// Room for the largest head of an answer, and for as much of a body as is passed on at once.
 const MAX_BUFFER: usize = 1 << 20;
 

@@ -21,7 +21,7 @@ const MAX_HEAD: usize = 1 << 20;
 /// Room for the largest head, and for as much of a body as is passed on at once.
 const MAX_BUFFER: usize = MAX_HEAD + (64 << 10);
 /// The most headers of a request.
-const MAX_HEADERS: usize = 256;
+const MAX_HEADERS: usize = 250;
 
 /// How hyper serves connections of callers.
 pub(super) fn builder() -> Builder {
