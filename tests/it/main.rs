@@ -1,1 +1,3 @@
-fn main() {}
+//! All integration tests, in one binary: real sockets, real processes.
+
+mod process_provider;
