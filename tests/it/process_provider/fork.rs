@@ -67,6 +67,11 @@ async fn a_call_is_described_in_a_clean_environment() {
     assert!(!lines.iter().any(|line| line.starts_with("CARGO")), "{lines:?}");
     let answer = provider.get("/function/env").await;
     assert!(answer.text().contains("Http_Path=/\n"), "{}", answer.text());
+    let (sender, body) = Channel::<Bytes, Infallible>::new(1);
+    drop(sender);
+    let answer = provider.post("/function/env/", Body::new(body)).await;
+    assert!(answer.text().contains("Http_ContentLength=-1\n"), "{}", answer.text());
+    assert!(answer.text().contains("Http_Transfer_Encoding=chunked\n"), "{}", answer.text());
 
     provider.deploy("env", "env", json!({ "cgi_headers": "false" })).await;
     let answer = provider.get("/function/env").await;
