@@ -216,6 +216,18 @@ async fn a_caller_who_leaves_ends_the_process() {
 }
 
 #[tokio::test]
+async fn a_caller_who_reads_nothing_does_not_stretch_the_deadline() {
+    let provider = Provider::start().await;
+    let path = provider.path("pid");
+    let script = format!("sh -c 'echo $$ > {}; exec yes'", path.display());
+    provider.deploy("f", &script, json!({ "exec_timeout": "300ms" })).await;
+    let answer = provider.send(request(Method::GET, "/function/f", Body::empty())).await;
+    until_gone(pid_in(&path).await).await;
+    assert!(answer.into_body().collect().await.is_err());
+    provider.stop().await;
+}
+
+#[tokio::test]
 async fn a_process_that_fails_behind_the_held_back_output_breaks_the_answer_off() {
     let provider = Provider::start().await;
     provider.deploy("late", "sh -c 'head -c 2000000 /dev/zero; exit 3'", json!({})).await;

@@ -201,3 +201,22 @@ async fn no_process_is_left_when_the_provider_has_stopped_or_the_function_is_del
     provider.stop().await;
     assert!(running.iter().all(|pid| !is_running(*pid)));
 }
+
+#[tokio::test]
+async fn a_replica_sees_a_secret_change_while_it_runs() {
+    let provider = Provider::start().await;
+    let secret = |value: &str| json!({ "name": "mine", "value": value });
+    provider.api(Method::POST, "/system/secrets", secret("one")).await;
+    let deployment = json!({
+        "service": "f",
+        "envProcess": REPLICA,
+        "envVars": { "mode": "http" },
+        "secrets": ["mine"],
+    });
+    provider.api(Method::POST, "/system/functions", deployment).await;
+    provider.until_available("f", 1).await;
+    assert_eq!(provider.get("/function/f/secret").await.text(), "one");
+    provider.api(Method::PUT, "/system/secrets", secret("two")).await;
+    assert_eq!(provider.get("/function/f/secret").await.text(), "two");
+    provider.stop().await;
+}

@@ -37,6 +37,9 @@ class Handler(BaseHTTPRequestHandler):
             self.answer(json.dumps(seen).encode())
         elif path == "/ready":
             self.answer(b"", 200 if os.path.exists(os.environ["gate"]) else 503)
+        elif path == "/secret":
+            with open(os.environ["secrets_path"] + "/mine", "rb") as secret:
+                self.answer(secret.read())
         elif path == "/spin":
             until = time.time() + 0.3
             while time.time() < until:

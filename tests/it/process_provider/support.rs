@@ -59,9 +59,13 @@ impl Provider {
 
     /// A provider on the state of an earlier one.
     pub async fn start_in(directory: Arc<TempDir>) -> Self {
+        let config = config(&directory.path().join("state"));
+        Self::start_with(directory, config).await
+    }
+
+    pub async fn start_with(directory: Arc<TempDir>, config: config::Provider) -> Self {
         let tasks = Tasks::default();
-        let process = Process::open(&config(&directory.path().join("state")), &tasks).await;
-        let process = process.unwrap();
+        let process = Process::open(&config, &tasks).await.unwrap();
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let router = router(Arc::clone(&process));
