@@ -266,6 +266,16 @@ async fn calls_beyond_max_inflight_are_answered_429_until_there_are_more_replica
 }
 
 #[tokio::test]
+async fn one_call_after_another_never_meets_max_inflight() {
+    let provider = Provider::start().await;
+    provider.deploy("cat", "cat", json!({ "max_inflight": "1" })).await;
+    for _ in 0..50 {
+        assert_eq!(provider.post("/function/cat", "x").await.text(), "x");
+    }
+    provider.stop().await;
+}
+
+#[tokio::test]
 async fn a_function_without_replicas_is_not_called() {
     let provider = Provider::start().await;
     provider.deploy("cat", "cat", json!({})).await;
