@@ -276,10 +276,8 @@ impl Process {
         let workload = Arc::new(Workload {
             function: function.clone(),
             spec,
-            logs: before.map_or_else(
-                || Arc::new(Logs::new(function.clone())),
-                |before| Arc::clone(&before.workload.logs),
-            ),
+            logs: before
+                .map_or_else(|| Arc::new(Logs::new()), |before| Arc::clone(&before.workload.logs)),
             activity: before
                 .map_or_else(Arc::default, |before| Arc::clone(&before.workload.activity)),
         });

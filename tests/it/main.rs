@@ -4,3 +4,4 @@
 
 mod conformance;
 mod house;
+mod process_provider;

@@ -44,20 +44,22 @@ impl Activity {
         let earlier = match earlier {
             Some(sample) if sample.at.elapsed() >= SHORTEST => sample,
             Some(_) | None => {
-                let sample = self.sample();
+                let sample = self.sample().await;
                 tokio::time::sleep(SHORTEST).await;
                 sample
             }
         };
-        let now = self.sample();
+        let now = self.sample().await;
         let usage = now.since(&earlier);
         *lock(&self.sample) = Some(now);
         usage
     }
 
-    fn sample(&self) -> Sample {
+    async fn sample(&self) -> Sample {
         let groups = lock(&self.groups).clone();
-        Sample::take(&groups)
+        // There may be thousands of processes to look at.
+        let sampling = tokio::task::spawn_blocking(move || Sample::take(&groups));
+        sampling.await.unwrap_or_else(|_| Sample::none())
     }
 }
 

@@ -14,6 +14,7 @@ use tokio::sync::oneshot;
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
+use crate::provider::process::activity;
 use crate::provider::process::group::Group;
 use crate::provider::process::input::{Broken, Input};
 use crate::provider::process::lines::Lines;
@@ -48,6 +49,7 @@ pub(super) struct Driver {
     pub(super) errors: Option<ChildStderr>,
     pub(super) log_output: bool,
     pub(super) started: Instant,
+    pub(super) permit: activity::Call,
     /// Cancelled when the caller is gone.
     pub(super) left: CancellationToken,
 }
@@ -60,31 +62,17 @@ impl Driver {
         report: oneshot::Sender<Outcome>,
         tasks: &RunnerTasks,
     ) {
-        let logs = Arc::clone(&self.workload.logs);
-        logs.write(&self.instance, "Forking fprocess.");
+        self.log("Forking fprocess.".to_owned());
         let mut written = 0;
         let outcome = self.outcome(&writer, &mut written, tasks).await;
+        self.log_end(&outcome, written);
         match &outcome {
             Outcome::Stopped => self.group.end(TERMINATION, &tasks.cut).await,
             // Nothing outlives its call.
             _ => self.group.reap().await,
         }
-        let seconds = self.started.elapsed().as_secs_f64();
-        match &outcome {
-            Outcome::Ended(status) if status.success() => {}
-            Outcome::Ended(status) => logs.write(&self.instance, format!("Failed: {status}")),
-            Outcome::CallerLeft => logs.write(&self.instance, "Killed: the caller has left"),
-            Outcome::Failed(error) => logs.write(&self.instance, format!("Killed: {error}")),
-            Outcome::RequestBroken => logs.write(&self.instance, "Killed: the request broke off"),
-            Outcome::Stopped => logs.write(&self.instance, "Ended: the provider stops"),
-            Outcome::Timeout(limit) => {
-                logs.write(&self.instance, format!("Killed: exec_timeout of {limit:?} reached"));
-            }
-        }
-        logs.write(
-            &self.instance,
-            format!("Wrote {written} Bytes - Duration: {seconds:.6} seconds"),
-        );
+        // Before the caller learns of it: its next call must find room.
+        drop(self.permit);
         let success = matches!(&outcome, Outcome::Ended(status) if status.success());
         // Said first: whoever finds the output at its end, or broken off, asks why.
         let _ = report.send(outcome);
@@ -182,5 +170,25 @@ impl Driver {
             outputs.await?;
         }
         Ok(Ok(status))
+    }
+
+    fn log_end(&self, outcome: &Outcome, written: usize) {
+        match outcome {
+            Outcome::CallerLeft => self.log("Killed: the caller has left".to_owned()),
+            Outcome::Ended(status) if status.success() => {}
+            Outcome::Ended(status) => self.log(format!("Failed: {status}")),
+            Outcome::Failed(error) => self.log(format!("Killed: {error}")),
+            Outcome::RequestBroken => self.log("Killed: the request broke off".to_owned()),
+            Outcome::Stopped => self.log("Ended: the provider stops".to_owned()),
+            Outcome::Timeout(limit) => {
+                self.log(format!("Killed: exec_timeout of {limit:?} reached"))
+            }
+        }
+        let seconds = self.started.elapsed().as_secs_f64();
+        self.log(format!("Wrote {written} Bytes - Duration: {seconds:.6} seconds"));
+    }
+
+    fn log(&self, line: String) {
+        self.workload.logs.write(&self.instance, line);
     }
 }

@@ -61,13 +61,11 @@ pub(super) async fn call(
         errors,
         log_output: fork.write_debug,
         started: call.started,
+        permit,
         left: left.clone(),
     };
     let tasks = runner.tasks.clone();
-    runner.tasks.spawn(async move {
-        driver.run(writer, report, &tasks).await;
-        drop(permit);
-    });
+    runner.tasks.spawn(async move { driver.run(writer, report, &tasks).await });
     let mut response = answer(workload, stream, outcome, left, content_type).await?;
     note_duration(&mut response, call.started.elapsed());
     Ok(response)
@@ -105,24 +103,21 @@ async fn answer(
     content_type: Option<HeaderValue>,
 ) -> Result<Response, CallError> {
     let guard = left.drop_guard();
-    let mut held = Vec::new();
-    let mut size = 0;
-    while size <= HELD_BACK {
+    // Copied together: chunks may be small, and each would keep the whole of its buffer.
+    let mut held = BytesMut::new();
+    while held.len() <= HELD_BACK {
         match stream.next().await {
-            Next::Data(data) => {
-                size += data.len();
-                held.push(data);
-            }
+            Next::Data(data) => held.extend_from_slice(&data),
             Next::End | Next::BrokenOff => {
                 let status = settle(workload, outcome.await)?;
                 // The process has ended; the task may still be reading what it left of the request.
                 guard.disarm();
-                return Ok(whole(status, &held, content_type));
+                return Ok(whole(status, held.freeze(), content_type));
             }
         }
     }
-    let content_type = content_type.unwrap_or_else(|| guess(&held[0]));
-    let mut response = Body::new(stream.behind(held, guard)).into_response();
+    let content_type = content_type.unwrap_or_else(|| guess(&held));
+    let mut response = Body::new(stream.behind(held.freeze(), guard)).into_response();
     response.headers_mut().insert(CONTENT_TYPE, content_type);
     Ok(response)
 }
@@ -143,10 +138,7 @@ fn settle(
 }
 
 /// The answer of a process that has ended.
-fn whole(status: ExitStatus, held: &[Bytes], content_type: Option<HeaderValue>) -> Response {
-    let mut body = BytesMut::with_capacity(held.iter().map(Bytes::len).sum());
-    held.iter().for_each(|data| body.extend_from_slice(data));
-    let mut body = body.freeze();
+fn whole(status: ExitStatus, mut body: Bytes, content_type: Option<HeaderValue>) -> Response {
     let mut code = StatusCode::OK;
     if !status.success() {
         code = StatusCode::INTERNAL_SERVER_ERROR;

@@ -40,7 +40,7 @@ pub(super) async fn call(
     let response = sending.map_err(|_| CallError::Timeout(function.clone(), patience))?;
     let mut response = response.map_err(invalid)?.map(|body| {
         let silence = Box::pin(tokio::time::sleep(patience));
-        Body::new(Seated { body, silence, patience, _seat: seat })
+        Body::new(Seated { body, silence, patience, seat: Some(seat) })
     });
     note_duration(&mut response, started.elapsed());
     Ok(response)
@@ -61,12 +61,12 @@ fn request(call: Call, seat: &Seat) -> Result<Request<Body>, http::Error> {
     Ok(request)
 }
 
-/// An answer's body. Its replica is busy with it until it is dropped.
+/// An answer's body. Its replica is busy with it until it has ended or is dropped.
 struct Seated {
     body: Body,
     silence: Pin<Box<Sleep>>,
     patience: Duration,
-    _seat: Seat,
+    seat: Option<Seat>,
 }
 
 impl http_body::Body for Seated {
@@ -79,6 +79,10 @@ impl http_body::Body for Seated {
     ) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
         match Pin::new(&mut self.body).poll_frame(cx) {
             Poll::Ready(frame) => {
+                // Before the caller learns of the end: its next call must find room.
+                if !matches!(frame, Some(Ok(_))) || self.body.is_end_stream() {
+                    self.seat = None;
+                }
                 let next = Instant::now() + self.patience;
                 self.silence.as_mut().reset(next);
                 Poll::Ready(frame)

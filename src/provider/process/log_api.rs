@@ -13,8 +13,9 @@ use tokio::sync::broadcast::Receiver;
 use tokio::sync::broadcast::error::RecvError;
 use tokio::time::timeout;
 
+use crate::function::Function;
 use crate::provider::process::log_query::{LogQuery, RawLogQuery};
-use crate::provider::process::logs::{Line, Logs};
+use crate::provider::process::logs::Line;
 use crate::provider::process::requests::{Query, function};
 use crate::provider::process::stream::{self, Abandoned, Writer};
 use crate::provider::process::{Process, Refusal};
@@ -31,13 +32,15 @@ pub(super) async fn read(
     }
     let entry = process.entry(&function(&query.name, &query.namespace)?)?;
     let query = query.parse(Timestamp::now()).map_err(Refusal::Invalid)?;
-    let logs = Arc::clone(&entry.workload.logs);
+    let function = entry.workload.function.clone();
+    // Of the logs themselves nothing is kept, so that a reader who follows them learns when the function is deleted.
+    let (lines, live) = entry.workload.logs.read(&query);
     let (writer, stream) = stream::channel();
     let stopping = process.runner.tasks.stopping.clone();
     process.runner.tasks.spawn(async move {
         // All branches are cancel-safe: nothing is owed to a reader who has left, or whose provider stops.
         tokio::select! {
-            _ = write(&writer, &logs, &query) => {}
+            _ = write(&writer, &function, lines, live, &query) => {}
             () = writer.abandoned() => return,
             () = stopping.cancelled() => {}
         }
@@ -46,37 +49,49 @@ pub(super) async fn read(
     Ok(([(CONTENT_TYPE, "application/x-ndjson")], Body::new(stream)).into_response())
 }
 
-async fn write(writer: &Writer, logs: &Logs, query: &LogQuery) -> Result<(), Abandoned> {
-    let (lines, mut live) = logs.read(query);
+async fn write(
+    writer: &Writer,
+    function: &Function,
+    lines: Vec<Arc<Line>>,
+    mut live: Receiver<Arc<Line>>,
+    query: &LogQuery,
+) -> Result<(), Abandoned> {
     for line in lines {
-        writer.data(ndjson(logs, &line)).await?;
+        writer.data(ndjson(function, &line)).await?;
     }
-    if query.follow {
-        while let Some(line) = next(&mut live).await {
-            if query.wants(&line) {
-                writer.data(ndjson(logs, &line)).await?;
-            }
-        }
+    while query.follow
+        && let Some(line) = next(&mut live, query).await
+    {
+        writer.data(ndjson(function, &line)).await?;
     }
     Ok(())
 }
 
-/// The next line; where lines were lost on this reader, one that says so. `None` when there will be no more.
-async fn next(live: &mut Receiver<Arc<Line>>) -> Option<Arc<Line>> {
-    match live.recv().await {
-        Ok(line) => Some(line),
-        Err(RecvError::Lagged(count)) => {
-            let text = format!("{count} lines are missing: they came faster than they were read");
-            Some(Arc::new(Line { at: Timestamp::now(), instance: "gateway".into(), text }))
+/// The next line that is asked for; where lines were lost on this reader, one that says so. `None` when there will be
+/// no more.
+async fn next(live: &mut Receiver<Arc<Line>>, query: &LogQuery) -> Option<Arc<Line>> {
+    loop {
+        match live.recv().await {
+            Ok(line) if query.wants(&line) => return Some(line),
+            Ok(_) => {}
+            Err(RecvError::Lagged(count)) => {
+                let text =
+                    format!("{count} lines are missing: they came faster than they were read");
+                return Some(Arc::new(Line {
+                    at: Timestamp::now(),
+                    instance: "gateway".into(),
+                    text,
+                }));
+            }
+            Err(RecvError::Closed) => return None,
         }
-        Err(RecvError::Closed) => None,
     }
 }
 
-fn ndjson(logs: &Logs, line: &Line) -> Bytes {
+fn ndjson(function: &Function, line: &Line) -> Bytes {
     let mut bytes = BytesMut::new().writer();
     // Texts only: there is nothing in it that could fail.
-    let _ = serde_json::to_writer(&mut bytes, &logs.shown(line));
+    let _ = serde_json::to_writer(&mut bytes, &line.shown(function));
     let mut bytes = bytes.into_inner();
     bytes.put_u8(b'\n');
     bytes.freeze()

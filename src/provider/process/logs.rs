@@ -33,7 +33,6 @@ pub(super) struct Line {
 /// The logs of one function.
 #[derive(Debug)]
 pub(super) struct Logs {
-    function: Function,
     kept: Mutex<Kept>,
     live: broadcast::Sender<Arc<Line>>,
 }
@@ -45,8 +44,8 @@ struct Kept {
 }
 
 impl Logs {
-    pub(super) fn new(function: Function) -> Self {
-        Self { function, kept: Mutex::default(), live: broadcast::Sender::new(BACKLOG) }
+    pub(super) fn new() -> Self {
+        Self { kept: Mutex::default(), live: broadcast::Sender::new(BACKLOG) }
     }
 
     /// Adds a line that `instance` has written.
@@ -77,15 +76,17 @@ impl Logs {
         let kept = lock(&self.kept);
         (query.select(&kept.lines), self.live.subscribe())
     }
+}
 
-    /// A line as the API gives it out.
-    pub(super) fn shown(&self, line: &Line) -> LogLine {
+impl Line {
+    /// This line as the API gives it out.
+    pub(super) fn shown(&self, function: &Function) -> LogLine {
         LogLine {
-            name: self.function.name.clone(),
-            namespace: self.function.namespace.clone(),
-            instance: line.instance.to_string(),
-            timestamp: line.at.to_string(),
-            text: line.text.clone(),
+            name: function.name.clone(),
+            namespace: function.namespace.clone(),
+            instance: self.instance.to_string(),
+            timestamp: self.at.to_string(),
+            text: self.text.clone(),
         }
     }
 }
@@ -105,13 +106,9 @@ impl Kept {
 mod tests {
     use super::*;
 
-    fn logs() -> Logs {
-        Logs::new(Function { name: "f".to_owned(), namespace: "ns".to_owned() })
-    }
-
     #[test]
     fn the_oldest_lines_make_room() {
-        let logs = logs();
+        let logs = Logs::new();
         let instance: Arc<str> = "f-1".into();
         for i in 0..MAX_LINES + 10 {
             logs.write(&instance, format!("line {i}"));
@@ -128,7 +125,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_follower_misses_no_line_and_sees_none_twice() {
-        let logs = logs();
+        let logs = Logs::new();
         let instance: Arc<str> = "f-1".into();
         logs.write(&instance, "before");
         let (lines, mut live) = logs.read(&LogQuery::default());
@@ -140,12 +137,13 @@ mod tests {
 
     #[tokio::test]
     async fn output_is_taken_line_by_line() {
-        let logs = logs();
+        let logs = Logs::new();
         logs.write_all("f-1".into(), &b"one\ntwo\r\n\nthree"[..]).await;
         let lines = logs.read(&LogQuery::default()).0;
         let texts: Vec<_> = lines.iter().map(|line| line.text.as_str()).collect();
         assert_eq!(texts, ["one", "two", "", "three"]);
-        let shown = logs.shown(&lines[0]);
+        let function = Function { name: "f".to_owned(), namespace: "ns".to_owned() };
+        let shown = lines[0].shown(&function);
         assert_eq!((shown.name.as_str(), shown.instance.as_str()), ("f", "f-1"));
         assert!(shown.timestamp.ends_with('Z'), "{}", shown.timestamp);
     }

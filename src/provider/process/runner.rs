@@ -11,7 +11,7 @@ use tokio::process::Command;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use crate::provider::process::command::DEFAULT_PATH;
+use crate::provider::process::command::{DEFAULT_PATH, find};
 use crate::provider::process::mounts::{Mounts, SECRETS};
 use crate::provider::process::orphans::Orphans;
 use crate::provider::process::secrets::Secrets;
@@ -75,8 +75,11 @@ impl Runner {
         let mut command = match mounts {
             Some(mounts) => mounts.wrap(&view, &spec.words),
             None => {
-                let mut command = Command::new(&spec.words[0]);
-                command.args(&spec.words[1..]);
+                let name = &spec.words[0];
+                // By its path: to look a name up in the child's PATH, the whole process would be forked for it.
+                let program = find(name, self.path(spec)).unwrap_or_else(|| name.into());
+                let mut command = Command::new(program);
+                command.arg0(name).args(&spec.words[1..]);
                 command
             }
         };

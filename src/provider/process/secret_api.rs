@@ -96,7 +96,8 @@ async fn read(body: Body, query: &NamespaceQuery) -> Result<Secret, Refusal> {
 impl Process {
     fn require(&self, secret: &Secret) -> Result<(), Refusal> {
         let Secret { name, namespace, .. } = secret;
-        if self.runner.secrets.has(namespace, name) {
+        // The namespace becomes part of a path, so it has to be a known one first.
+        if self.table.has_namespace(namespace) && self.runner.secrets.has(namespace, name) {
             return Ok(());
         }
         Err(Refusal::NotFound(format!("secret {name} does not exist in namespace {namespace}")))

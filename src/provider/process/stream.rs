@@ -1,6 +1,5 @@
 //! A body that comes through a channel of a few chunks, and whose end has to be said.
 
-use std::collections::VecDeque;
 use std::io;
 use std::pin::Pin;
 use std::task::{Context, Poll, ready};
@@ -29,7 +28,7 @@ pub(super) struct Abandoned;
 /// The body. Whatever `guard` does when dropped happens when the body is.
 #[derive(Debug)]
 pub(super) struct Stream<G> {
-    first: VecDeque<Bytes>,
+    first: Option<Bytes>,
     parts: mpsc::Receiver<Part>,
     ended: bool,
     _guard: G,
@@ -38,7 +37,7 @@ pub(super) struct Stream<G> {
 /// A body, and the way to write it.
 pub(super) fn channel() -> (Writer, Stream<()>) {
     let (writer, parts) = mpsc::channel(BOUND);
-    (Writer(writer), Stream { first: VecDeque::new(), parts, ended: false, _guard: () })
+    (Writer(writer), Stream { first: None, parts, ended: false, _guard: () })
 }
 
 impl Writer {
@@ -73,12 +72,12 @@ impl<G> Stream<G> {
     }
 
     /// The rest of this body behind `first`, which has been read before; `guard` lives as long as it does.
-    pub(super) fn behind<H>(self, first: Vec<Bytes>, guard: H) -> Stream<H> {
-        Stream { first: first.into(), parts: self.parts, ended: self.ended, _guard: guard }
+    pub(super) fn behind<H>(self, first: Bytes, guard: H) -> Stream<H> {
+        Stream { first: Some(first), parts: self.parts, ended: self.ended, _guard: guard }
     }
 
     fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Next> {
-        if let Some(data) = self.first.pop_front() {
+        if let Some(data) = self.first.take() {
             return Poll::Ready(Next::Data(data));
         }
         if self.ended {
@@ -111,7 +110,7 @@ impl<G: Unpin> Body for Stream<G> {
     }
 
     fn is_end_stream(&self) -> bool {
-        self.ended && self.first.is_empty()
+        self.ended && self.first.is_none()
     }
 }
 
@@ -126,7 +125,7 @@ mod tests {
         let (writer, stream) = channel();
         writer.data("b".into()).await.unwrap();
         writer.end().await.unwrap();
-        let whole = stream.behind(vec!["a".into()], ()).collect().await.unwrap();
+        let whole = stream.behind("a".into(), ()).collect().await.unwrap();
         assert_eq!(whole.to_bytes(), "ab");
 
         let (writer, stream) = channel();

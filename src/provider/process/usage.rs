@@ -24,6 +24,11 @@ impl Sample {
         Self { at: Instant::now(), processes }
     }
 
+    /// A look that could not be had.
+    pub(super) fn none() -> Self {
+        Self { at: Instant::now(), processes: Vec::new() }
+    }
+
     /// What was used between `earlier` and this.
     pub(super) fn since(&self, earlier: &Self) -> Usage {
         let seconds = self.at.duration_since(earlier.at).max(SHORTEST).as_secs_f64();

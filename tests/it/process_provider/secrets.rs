@@ -1,0 +1,106 @@
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
+use std::sync::Arc;
+
+use http::{Method, StatusCode};
+use serde_json::{Value, json};
+
+use super::support::{Provider, config};
+
+async fn secret(provider: &Provider, method: Method, body: Value) -> u16 {
+    provider.api(method, "/system/secrets", body).await.status.as_u16()
+}
+
+#[tokio::test]
+async fn secrets_are_created_listed_without_values_updated_and_deleted() {
+    let provider = Provider::start().await;
+    let body = json!({ "name": "key", "value": "hush" });
+    assert_eq!(secret(&provider, Method::PUT, body.clone()).await, 404);
+    assert_eq!(secret(&provider, Method::POST, body.clone()).await, 201);
+    assert_eq!(secret(&provider, Method::POST, body.clone()).await, 409);
+    assert_eq!(secret(&provider, Method::PUT, body).await, 202);
+    assert_eq!(secret(&provider, Method::POST, json!({ "name": "../x" })).await, 400);
+    assert_eq!(secret(&provider, Method::POST, json!({ "value": "x" })).await, 400);
+    let raw = json!({ "name": "raw", "rawValue": "not base64" });
+    assert_eq!(secret(&provider, Method::POST, raw).await, 400);
+    let elsewhere = json!({ "name": "key", "namespace": "dev", "value": "x" });
+    assert_eq!(secret(&provider, Method::POST, elsewhere).await, 404);
+    let outside = json!({ "name": "lock", "namespace": "../..", "value": "x" });
+    for method in [Method::POST, Method::PUT, Method::DELETE] {
+        assert_eq!(secret(&provider, method, outside.clone()).await, 404);
+    }
+    let list = provider.get("/system/secrets?namespace=openfaas-fn").await;
+    assert_eq!(list.json(), json!([{ "name": "key", "namespace": "openfaas-fn" }]));
+    assert_eq!(secret(&provider, Method::DELETE, json!({ "name": "key" })).await, 202);
+    assert_eq!(secret(&provider, Method::DELETE, json!({ "name": "key" })).await, 404);
+    assert_eq!(provider.get("/system/secrets").await.json(), json!([]));
+    provider.stop().await;
+}
+
+#[tokio::test]
+async fn a_function_sees_its_own_secrets_as_they_are_now() {
+    let provider = Provider::start().await;
+    for (name, value) in [("mine", "one"), ("other", "two")] {
+        let body = json!({ "name": name, "value": value });
+        assert_eq!(secret(&provider, Method::POST, body).await, 201);
+    }
+    let script = r#"sh -c 'ls "$secrets_path"; cat "$secrets_path/mine"; [ "$PWD" ]'"#;
+    let deployment = json!({ "service": "f", "envProcess": script, "secrets": ["mine"] });
+    let answer = provider.api(Method::POST, "/system/functions", deployment).await;
+    assert_eq!(answer.status, StatusCode::ACCEPTED, "{}", answer.text());
+    let answer = provider.get("/function/f").await;
+    assert_eq!((answer.status.as_u16(), answer.text()), (200, "mine\none"));
+    let body = json!({ "name": "mine", "rawValue": "dGhyZWU=" });
+    assert_eq!(secret(&provider, Method::PUT, body).await, 202);
+    assert_eq!(provider.get("/function/f").await.text(), "mine\nthree");
+
+    // The values are in files that only this user may read.
+    let store = provider.path("state/secrets/store/openfaas-fn");
+    let mode = |path: &Path| path.metadata().unwrap().permissions().mode() & 0o777;
+    assert_eq!((mode(&store), mode(&store.join("mine"))), (0o700, 0o600));
+    provider.stop().await;
+}
+
+/// Where mounting is possible, `/var/openfaas/secrets` holds the secrets, and nobody else's can be found.
+#[tokio::test]
+async fn where_mounts_are_allowed_the_secrets_of_others_are_covered_up() {
+    let provider = Provider::start().await;
+    for name in ["mine", "other"] {
+        let body = json!({ "name": name, "value": name });
+        assert_eq!(secret(&provider, Method::POST, body).await, 201);
+    }
+    let store = provider.path("state/secrets/store/openfaas-fn");
+    let script = format!("sh -c 'echo $secrets_path; ls {}; ls $secrets_path'", store.display());
+    let deployment = json!({ "service": "f", "envProcess": script, "secrets": ["mine"] });
+    provider.api(Method::POST, "/system/functions", deployment).await;
+    let answer = provider.get("/function/f").await;
+    let lines: Vec<_> = answer.text().lines().collect();
+    match lines[0] {
+        "/var/openfaas/secrets" => {
+            assert!(!lines.contains(&"other"), "{lines:?}");
+            assert_eq!(lines.last(), Some(&"mine"));
+            // What was mounted for the function is not to be seen outside.
+            assert!(!Path::new("/var/openfaas/secrets/mine").exists());
+        }
+        view => assert!(view.ends_with("state/secrets/views/openfaas-fn/f"), "{lines:?}"),
+    }
+    provider.stop().await;
+}
+
+#[tokio::test]
+async fn without_mounts_secrets_path_leads_to_the_secrets() {
+    let directory = Arc::new(tempfile::tempdir().unwrap());
+    let mut config = config(&directory.path().join("state"));
+    // Nothing to mount with is found here.
+    config.environment = vec![("PATH".to_owned(), "/nowhere".to_owned())];
+    let provider = Provider::start_with(directory, config).await;
+    let body = json!({ "name": "mine", "value": "one" });
+    assert_eq!(secret(&provider, Method::POST, body).await, 201);
+    let script = r#"/bin/sh -c 'echo $secrets_path; read x < "$secrets_path/mine" || echo "$x"'"#;
+    let deployment = json!({ "service": "f", "envProcess": script, "secrets": ["mine"] });
+    let answer = provider.api(Method::POST, "/system/functions", deployment).await;
+    assert_eq!(answer.status, StatusCode::ACCEPTED, "{}", answer.text());
+    let view = provider.path("state/secrets/views/openfaas-fn/f").canonicalize().unwrap();
+    assert_eq!(provider.get("/function/f").await.text(), format!("{}\none\n", view.display()));
+    provider.stop().await;
+}

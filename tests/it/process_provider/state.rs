@@ -1,0 +1,104 @@
+use std::path::PathBuf;
+use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
+use std::time::Duration;
+
+use gateway::provider::process::Process;
+use gateway::provider::types::FunctionDeployment;
+use gateway::shutdown::Tasks;
+use http::Method;
+use serde_json::json;
+
+use super::support::{Provider, config, is_running, pid_in, until_gone};
+
+/// Tells the helper below where to work.
+const CHILD: &str = "GATEWAY_TEST_STATE_DIR";
+
+#[tokio::test]
+async fn functions_secrets_and_namespaces_are_there_after_a_restart() {
+    let provider = Provider::start().await;
+    provider.api(Method::POST, "/system/namespace/dev", json!({})).await;
+    let secret = json!({ "name": "key", "namespace": "dev", "value": "hush" });
+    provider.api(Method::POST, "/system/secrets", secret).await;
+    let script = r#"sh -c 'cat "$secrets_path/key"'"#;
+    let deployment =
+        json!({ "service": "f", "namespace": "dev", "envProcess": script, "secrets": ["key"] });
+    provider.api(Method::POST, "/system/functions", deployment).await;
+    provider.scale("f.dev", 4).await;
+    let before = provider.status("f.dev").await;
+
+    let provider = Provider::start_in(provider.stop().await).await;
+    assert_eq!(provider.status("f.dev").await, before);
+    assert_eq!(before["replicas"], 4);
+    assert_eq!(provider.get("/function/f.dev").await.text(), "hush");
+    assert_eq!(provider.get("/system/namespaces").await.json(), json!(["dev", "openfaas-fn"]));
+    provider.stop().await;
+}
+
+/// Not a test of its own: what the next one runs in a process that it can kill.
+#[tokio::test]
+async fn helper_a_provider_that_runs_until_it_is_killed() {
+    let Some(root) = std::env::var_os(CHILD).map(PathBuf::from) else { return };
+    let tasks = Tasks::default();
+    let process = Process::open(&config(&root.join("state")), &tasks).await.unwrap();
+    let pid = root.join("pid");
+    let script = format!("sh -c 'echo $$ > {}; sleep 1000; true'", pid.display());
+    let deployment = FunctionDeployment {
+        service: "replica".to_owned(),
+        env_process: script,
+        env_vars: Some([("mode".to_owned(), "http".to_owned())].into()),
+        ..FunctionDeployment::default()
+    };
+    process.deploy(deployment).await.unwrap();
+    std::future::pending().await
+}
+
+struct Killed(Child);
+
+impl Drop for Killed {
+    fn drop(&mut self) {
+        self.0.kill().unwrap();
+        self.0.wait().unwrap();
+    }
+}
+
+#[tokio::test]
+async fn what_a_killed_provider_leaves_behind_is_ended_and_its_state_is_whole() {
+    let directory = Arc::new(tempfile::tempdir().unwrap());
+    let child = Command::new(std::env::current_exe().unwrap())
+        .args(["helper_a_provider_that_runs_until_it_is_killed", "--nocapture"])
+        .env(CHILD, directory.path())
+        .stdout(Stdio::null())
+        .spawn()
+        .unwrap();
+    let child = Killed(child);
+    let pid_file = directory.path().join("pid");
+    let orphan = pid_in(&pid_file).await;
+
+    let error = Process::open(&config(&directory.path().join("state")), &Tasks::default()).await;
+    let error = format!("{:#}", error.unwrap_err());
+    assert!(error.contains("in use by another provider"), "{error}");
+
+    drop(child);
+    assert!(is_running(orphan));
+    std::fs::remove_file(&pid_file).unwrap();
+    let provider = Provider::start_in(directory).await;
+    until_gone(orphan).await;
+    assert_eq!(provider.status("replica").await["replicas"], 1);
+    let successor = pid_in(&pid_file).await;
+    provider.stop().await;
+    assert!(!is_running(successor));
+}
+
+#[tokio::test]
+async fn a_damaged_state_stops_the_start_and_is_named() {
+    let provider = Provider::start().await;
+    provider.deploy("f", "cat", json!({})).await;
+    let file = provider.path("state/functions/openfaas-fn/f.json");
+    let directory = provider.stop().await;
+    std::fs::write(&file, b"{").unwrap();
+    let tasks = Tasks::default();
+    let error = Process::open(&config(&directory.path().join("state")), &tasks).await.unwrap_err();
+    assert!(format!("{error:#}").contains("openfaas-fn/f.json is damaged"), "{error:#}");
+    tasks.stop(Duration::from_secs(5)).await.unwrap();
+}
