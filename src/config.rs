@@ -57,14 +57,20 @@ pub struct Timeouts {
 /// Bounds on what this process holds open.
 #[derive(Clone, Copy, Debug)]
 pub struct Limits {
-    /// `max_idle_conns`
-    pub idle: usize,
-    /// `max_idle_conns_per_host`
-    pub idle_per_host: usize,
+    pub idle: Idle,
     /// `max_calls`
     pub calls: usize,
     /// `max_connections`
     pub connections: usize,
+}
+
+/// Bounds on idle connections to upstreams.
+#[derive(Clone, Copy, Debug)]
+pub struct Idle {
+    /// `max_idle_conns`
+    pub all: usize,
+    /// `max_idle_conns_per_host`
+    pub per_host: usize,
 }
 
 /// Who may use the API.
@@ -161,8 +167,10 @@ impl Serve {
                 idle: from.positive_duration("idle_timeout"),
             },
             limits: Limits {
-                idle: from.count("max_idle_conns", 0..=1_000_000),
-                idle_per_host: from.count("max_idle_conns_per_host", 0..=1_000_000),
+                idle: Idle {
+                    all: from.count("max_idle_conns", 0..=1_000_000),
+                    per_host: from.count("max_idle_conns_per_host", 0..=1_000_000),
+                },
                 calls: from.count("max_calls", 1..=10_000_000),
                 connections: from.count("max_connections", 1..=10_000_000),
             },

@@ -63,12 +63,7 @@ pub async fn forward(
     let switches = answer.status() == StatusCode::SWITCHING_PROTOCOLS;
     headers::to_caller(answer.headers_mut(), switches);
     let tunnel = match caller {
-        Some(caller) if switches => Some(Tunnel {
-            caller,
-            upstream: hyper::upgrade::on(&mut answer),
-            link: answer.body_mut().take_link(),
-            idle: errand.timeout,
-        }),
+        Some(caller) if switches => Some(Tunnel::new(caller, &mut answer, errand.timeout)),
         _ if switches => return Err(Error::Unasked),
         _ => None,
     };

@@ -3,7 +3,6 @@
 use std::net::{SocketAddr, TcpListener};
 use std::sync::Arc;
 use std::thread::JoinHandle;
-use std::time::Duration;
 
 use anyhow::Context;
 use hyper::Request;
@@ -30,8 +29,6 @@ use crate::system::{Api, AuthProxy};
 
 /// Files that are neither a caller's nor an upstream's connection.
 const OTHER_FILES: usize = 128;
-/// How often a thread looks after its idle links.
-const SWEEP_EVERY: Duration = Duration::from_secs(5);
 
 /// A running gateway.
 pub struct Gateway {
@@ -111,7 +108,7 @@ fn carry_calls(parts: &Parts, number: usize, server: Server, listener: TcpListen
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     let served = runtime.and_then(|runtime| {
         runtime.block_on(async {
-            let client = Client::new(parts.config.limits, parts.tls.clone());
+            let client = Client::new(parts.config.limits.idle, parts.tls.clone());
             let door = Arc::new(parts.door(number, &client));
             let serving = server.run(listener, |caller| {
                 let door = Arc::clone(&door);
@@ -123,19 +120,12 @@ fn carry_calls(parts: &Parts, number: usize, server: Server, listener: TcpListen
             // The sweep holds nothing over an await.
             tokio::select! {
                 served = serving => served,
-                () = sweep(&client) => Ok(()),
+                () = client.keep_swept() => Ok(()),
             }
         })
     });
     if let Err(error) = served {
         tracing::error!(%error, "A thread that carries calls cannot go on");
-    }
-}
-
-async fn sweep(client: &Client) {
-    loop {
-        tokio::time::sleep(SWEEP_EVERY).await;
-        client.sweep();
     }
 }
 
@@ -178,7 +168,7 @@ impl Parts {
     }
 
     fn start_background(self: &Arc<Self>, metrics_listener: TcpListener, tasks: &Tasks) {
-        let client = Client::new(self.config.limits, self.tls.clone());
+        let client = Client::new(self.config.limits.idle, self.tls.clone());
         let poll = Poll {
             provider: self.provider(&client),
             default_namespace: Arc::clone(&self.namespace),
@@ -186,7 +176,7 @@ impl Parts {
             health: Arc::clone(&self.health),
         };
         tasks.spawn(|stopping| poll.run(stopping));
-        tasks.spawn(|stopping| until(stopping, async move { sweep(&client).await }));
+        tasks.spawn(|stopping| until(stopping, async move { client.keep_swept().await }));
         if let Some(credentials) = self.credentials.clone() {
             tasks.spawn(|stopping| credentials.follow(stopping));
         }

@@ -16,7 +16,7 @@ use tokio_rustls::rustls::crypto::ring;
 use tokio_rustls::rustls::pki_types::ServerName;
 use tokio_rustls::rustls::{ClientConfig, RootCertStore};
 
-use crate::config::Limits;
+use crate::config::Idle;
 use crate::config::base_url::BaseUrl;
 use crate::proxy::body::{BodyError, RequestBody};
 use crate::proxy::link::{Failure, Link, UpstreamStream};
@@ -25,6 +25,8 @@ use crate::watch::Watch;
 
 /// An idle link is dropped after this time. Most servers close theirs after 60 s or more.
 const MAX_IDLE: Duration = Duration::from_secs(50);
+/// How often the pool is looked through.
+const SWEEP_EVERY: Duration = Duration::from_secs(5);
 /// A peer that does not even accept a connection in this time is away.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 
@@ -113,7 +115,7 @@ fn brief(error: &io::Error) -> &'static str {
 /// Sends requests over pooled links. One for each thread that carries calls.
 pub struct Client {
     pool: Mutex<Pool>,
-    limits: Limits,
+    limits: Idle,
     tls: Tls,
 }
 
@@ -130,7 +132,7 @@ struct IdleLink {
 
 impl Client {
     /// A client whose pool keeps to `limits`.
-    pub fn new(limits: Limits, tls: Tls) -> Arc<Self> {
+    pub fn new(limits: Idle, tls: Tls) -> Arc<Self> {
         Arc::new(Self { pool: Mutex::default(), limits, tls })
     }
 
@@ -203,6 +205,11 @@ impl Client {
 
     async fn open(&self, url: &BaseUrl) -> io::Result<UpstreamStream> {
         let tcp = TcpStream::connect((url.host(), url.port())).await?;
+        // While nobody listens on a port of this machine, the kernel may pick that very port as the caller's own, and
+        // connect it with itself.
+        if tcp.local_addr()? == tcp.peer_addr()? {
+            return Err(io::ErrorKind::ConnectionRefused.into());
+        }
         tcp.set_nodelay(true)?;
         // A peer that vanishes without a word is noticed even by a stream without deadline.
         socket2::SockRef::from(&tcp).set_keepalive(true)?;
@@ -226,21 +233,28 @@ impl Client {
             return;
         }
         let mut pool = self.pool.lock().unwrap_or_else(PoisonError::into_inner);
-        if pool.count >= self.limits.idle {
+        if pool.count >= self.limits.all {
             return;
         }
         let idle = match pool.idle.get_mut(url) {
             Some(idle) => idle,
             None => pool.idle.entry(Arc::clone(url)).or_default(),
         };
-        if idle.len() < self.limits.idle_per_host {
+        if idle.len() < self.limits.per_host {
             idle.push(IdleLink { link, since: now });
             pool.count += 1;
         }
     }
 
-    /// Drops links that were closed or have been idle for long. To be called every few seconds.
-    pub fn sweep(&self) {
+    /// Drops links that were closed or have been idle for long, every few seconds. Does not end.
+    pub async fn keep_swept(&self) {
+        loop {
+            tokio::time::sleep(SWEEP_EVERY).await;
+            self.sweep();
+        }
+    }
+
+    fn sweep(&self) {
         let mut pool = self.pool.lock().unwrap_or_else(PoisonError::into_inner);
         let Pool { idle, count } = &mut *pool;
         let now = Instant::now();

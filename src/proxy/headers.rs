@@ -23,9 +23,7 @@ pub fn to_upstream(
     host: &HeaderValue,
     peer: &HeaderValue,
 ) -> Option<HeaderValue> {
-    let upgrade = take_hop_by_hop(headers);
-    // hyper has answered 100-continue by the time the body is read.
-    headers.remove(EXPECT);
+    let upgrade = end_to_end(headers);
     if let Some(caller_host) = headers.insert(HOST, host.clone())
         && !headers.contains_key(X_FORWARDED_HOST)
     {
@@ -35,6 +33,15 @@ pub fn to_upstream(
     if !headers.contains_key(USER_AGENT) {
         headers.insert(USER_AGENT, PRODUCT);
     }
+    upgrade
+}
+
+/// Leaves a request's headers that are meant for its destination, and the wish to change protocols, which is
+/// returned.
+pub fn end_to_end(headers: &mut HeaderMap) -> Option<HeaderValue> {
+    let upgrade = take_hop_by_hop(headers);
+    // hyper has answered 100-continue by the time the body is read.
+    headers.remove(EXPECT);
     if let Some(protocol) = &upgrade {
         announce_upgrade(headers, protocol);
     }

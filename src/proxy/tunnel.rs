@@ -7,23 +7,31 @@ use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
+use http::Response;
 use hyper::upgrade::{OnUpgrade, Upgraded};
 use hyper_util::rt::TokioIo;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf, copy_bidirectional};
 
 use crate::proxy::link::Link;
+use crate::proxy::upstream_body::UpstreamBody;
 
 /// A connection to the caller and one to the function, both about to change protocols.
 pub struct Tunnel {
-    pub(super) caller: OnUpgrade,
-    pub(super) upstream: OnUpgrade,
+    caller: OnUpgrade,
+    upstream: OnUpgrade,
     /// Carries `upstream` to the change.
-    pub(super) link: Option<Box<Link>>,
+    link: Option<Box<Link>>,
     /// Both sides silent for so long: the end.
-    pub(super) idle: Duration,
+    idle: Duration,
 }
 
 impl Tunnel {
+    /// Joins `caller` with the upstream that agreed to change protocols in `answer`.
+    pub fn new(caller: OnUpgrade, answer: &mut Response<UpstreamBody>, idle: Duration) -> Self {
+        let upstream = hyper::upgrade::on(&mut *answer);
+        Self { caller, upstream, link: answer.body_mut().take_link(), idle }
+    }
+
     /// Runs until the tunnel ends.
     pub async fn run(self) {
         if let Some(link) = self.link {

@@ -30,6 +30,8 @@ pub struct UpstreamBody {
     link: Option<Box<Link>>,
     /// The last frame has been handed out.
     ended: bool,
+    /// Why there will be no more frames. Told one poll later, so that what came before is flushed to the caller.
+    failure: Option<BodyFailure>,
     client: Arc<Client>,
     url: Arc<BaseUrl>,
     watch: Arc<Watch>,
@@ -45,7 +47,16 @@ impl UpstreamBody {
         url: Arc<BaseUrl>,
         watch: Arc<Watch>,
     ) -> Self {
-        Self { incoming, link: Some(link), ended: false, client, url, watch, pause: None }
+        Self {
+            incoming,
+            link: Some(link),
+            ended: false,
+            failure: None,
+            client,
+            url,
+            watch,
+            pause: None,
+        }
     }
 
     /// From here on the deadline is no longer one for the whole, but one for each pause.
@@ -92,6 +103,9 @@ impl Body for UpstreamBody {
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, BodyFailure>>> {
+        if let Some(failure) = self.failure.take() {
+            return Poll::Ready(Some(Err(failure)));
+        }
         if self.watch.call_expired() {
             self.link = None;
             return Poll::Ready(Some(Err(BodyFailure::Timeout)));
@@ -105,7 +119,9 @@ impl Body for UpstreamBody {
             }
             Some(Err(error)) => {
                 self.link = None;
-                Poll::Ready(Some(Err(BodyFailure::Broken(error))))
+                self.failure = Some(BodyFailure::Broken(error));
+                cx.waker().wake_by_ref();
+                Poll::Pending
             }
             None => {
                 self.ended = true;

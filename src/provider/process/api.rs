@@ -122,7 +122,7 @@ async fn scale(
 }
 
 async fn info() -> impl IntoResponse {
-    let sha = option_env!("GIT_COMMIT").unwrap_or_default();
+    let sha = option_env!("GATEWAY_COMMIT").unwrap_or_default();
     let version = json!({ "release": env!("CARGO_PKG_VERSION"), "sha": sha });
     Json(json!({ "provider": "process", "version": version, "orchestration": "process" }))
 }

@@ -11,6 +11,7 @@ use tokio::process::Command;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+use crate::config::Idle;
 use crate::provider::process::command::{DEFAULT_PATH, find};
 use crate::provider::process::mounts::{Mounts, SECRETS};
 use crate::provider::process::orphans::Orphans;
@@ -18,10 +19,13 @@ use crate::provider::process::secrets::Secrets;
 use crate::provider::process::spec::Spec;
 use crate::provider::process::sync::lock;
 use crate::provider::process::workload::Workload;
+use crate::proxy::client::{Client, Tls};
 use crate::shutdown::Tasks;
 
 /// How long a process that was asked to end may take.
 pub(super) const TERMINATION: Duration = Duration::from_secs(10);
+/// Connections to replicas that are kept open.
+const IDLE_LINKS: Idle = Idle { all: 1024, per_host: 64 };
 /// How long killed processes may take to be gone when the provider stops.
 const CUT: Duration = Duration::from_secs(6);
 
@@ -46,6 +50,8 @@ pub(super) struct RunnerTasks {
     pub(super) stopping: CancellationToken,
     /// Those that have not are to be killed.
     pub(super) cut: CancellationToken,
+    /// Calls replicas.
+    pub(super) client: Arc<Client>,
 }
 
 /// A port of this machine that no other replica is given, until this is dropped.
@@ -127,7 +133,16 @@ impl RunnerTasks {
                 () = stop_all.cancelled() => {}
             }
         });
-        Self { tasks, running: TaskTracker::new(), stopping, cut: CancellationToken::new() }
+        let client = Client::new(IDLE_LINKS, Tls::default());
+        let swept = Arc::clone(&client);
+        tasks.spawn(|asked| async move {
+            // The sweep holds nothing over an await.
+            tokio::select! {
+                () = asked.cancelled() => {}
+                () = swept.keep_swept() => {}
+            }
+        });
+        Self { tasks, running: TaskTracker::new(), stopping, cut: CancellationToken::new(), client }
     }
 
     /// Spawns a task that watches `stopping` and `cut` by itself.

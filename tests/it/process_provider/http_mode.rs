@@ -196,11 +196,13 @@ async fn no_process_is_left_when_the_provider_has_stopped_or_the_function_is_del
     let deleted = pid(&provider, "deleted").await;
     provider.api(Method::DELETE, "/system/functions", json!({ "functionName": "deleted" })).await;
     until_gone(deleted).await;
-    let running = std::fs::read_dir(provider.path("state/running")).unwrap();
-    let running: BTreeSet<u32> = running
-        .map(|entry| entry.unwrap().file_name().to_str().unwrap().parse().unwrap())
-        .collect();
-    assert_eq!(running.len(), 2);
+    let recorded = || -> BTreeSet<u32> {
+        let records = std::fs::read_dir(provider.path("state/running")).unwrap();
+        records.map(|entry| entry.unwrap().file_name().to_str().unwrap().parse().unwrap()).collect()
+    };
+    // A record goes right after its process.
+    eventually(async || recorded().len() == 2).await;
+    let running = recorded();
     provider.stop().await;
     assert!(running.iter().all(|pid| !is_running(*pid)));
 }
