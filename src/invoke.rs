@@ -87,32 +87,42 @@ impl Invoker {
         began: Instant,
     ) -> Result<Forwarded, Error> {
         let mut request = request.map(|body| caller_body(body, caller));
+        let direct;
+        let origin = match &self.route {
+            Route::Provider(origin) => origin,
+            Route::Direct { suffix, default_namespace } => {
+                // Boxed, lest its size be carried along by every call.
+                direct = Box::pin(self.direct(call, suffix, default_namespace)).await?;
+                *request.uri_mut() = behind_name(request.uri());
+                &direct
+            }
+        };
         let errand = Errand {
             peer: &caller.forwarded_for,
             watch: &caller.watch,
             began,
             timeout: self.timeouts.upstream,
         };
-        let forwarded = match &self.route {
-            Route::Provider(origin) => {
-                proxy::forward(&self.client, origin, request, errand).await?
-            }
-            Route::Direct { suffix, default_namespace } => {
-                if call.is_stranger() {
-                    // Without this, a name could lead to any host.
-                    self.provider.status(call.function()).await?;
-                    call.vouched_for(&self.calls);
-                }
-                let origin = direct_origin(call.function(), suffix, default_namespace)?;
-                let rest = behind_name(request.uri());
-                *request.uri_mut() = rest;
-                proxy::forward(&self.client, &origin, request, errand).await?
-            }
-        };
+        let forwarded = proxy::forward(&self.client, origin, request, errand).await?;
         if call.is_stranger() && vouches(&forwarded.answer) {
             call.vouched_for(&self.calls);
         }
         Ok(forwarded)
+    }
+
+    /// Where the function of `call` itself is found.
+    async fn direct(
+        &self,
+        call: &mut Call,
+        suffix: &str,
+        default_namespace: &str,
+    ) -> Result<Origin, Error> {
+        if call.is_stranger() {
+            // Without this, a name could lead to any host.
+            self.provider.status(call.function()).await?;
+            call.vouched_for(&self.calls);
+        }
+        direct_origin(call.function(), suffix, default_namespace)
     }
 
     /// An answer of the gateway's own.

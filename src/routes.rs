@@ -121,7 +121,8 @@ impl Door {
             Ok(()) if request.uri().path().starts_with("/function/") => {
                 self.invoker.invoke(caller, request, began).await
             }
-            Ok(()) => self.wrap(caller, self.route(caller, request).await),
+            // Boxed, lest its size be carried along by every call.
+            Ok(()) => self.wrap(caller, Box::pin(self.route(caller, request)).await),
         };
         if self.stages.is_leaving() {
             answer.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));

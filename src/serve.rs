@@ -55,7 +55,10 @@ impl Server {
         service: impl Fn(Caller) -> S,
     ) -> io::Result<()>
     where
-        S: Service<Request<Incoming>, Response = Response<B>, Error = Infallible> + Send + 'static,
+        S: Service<Request<Incoming>, Response = Response<B>, Error = Infallible>
+            + Send
+            + Unpin
+            + 'static,
         S::Future: Send,
         B: Body + Send + 'static,
         B::Data: Send,
@@ -75,7 +78,8 @@ impl Server {
             caller.watch.call_ended(Instant::now(), first);
             let stream = CallerStream::new(tcp, Arc::clone(&caller.watch), self.timeouts);
             let service = service(caller.clone());
-            let connection = Connection::new(&builder, stream, caller, service, closing.clone());
+            let connection =
+                Connection::new(builder.clone(), stream, caller, service, closing.clone());
             connections.spawn(async move {
                 connection.await;
                 drop(permit);

@@ -2,7 +2,7 @@
 //!
 //! A connection has several deadlines but one timer: each party notes its deadline here, the connection's task keeps
 //! the timer at the earliest of them and arms it again only when it fires or an earlier one is noted. So a call
-//! costs a few stores, and the timer wheel is touched about once a minute.
+//! costs a few stores, and the timer wheel is touched every few seconds.
 //! The task that owns the timer notices what is overdue; the parties learn of it from here when they are polled next.
 
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering::Relaxed};
@@ -27,6 +27,8 @@ pub enum Stage {
 pub enum Overdue {
     /// Nothing can be said to the peer any more: its connection is to be closed.
     Connection,
+    /// The connection has been idle for a while, and may be for longer: it should hold as little as it can.
+    Rest,
     /// The party that is waiting has been told, through its flag.
     Party,
 }
@@ -39,6 +41,8 @@ pub struct Watch {
     stage: AtomicU8,
     /// While idle or reading a head: the connection's own deadline. During a call: the call's.
     until: AtomicU64,
+    /// When an idle connection is closed.
+    close_at: AtomicU64,
     /// The caller's body must have come whole.
     body_until: AtomicU64,
     /// The caller must take some of its answer.
@@ -56,6 +60,7 @@ impl Watch {
             base: Instant::now(),
             stage: AtomicU8::new(Stage::Idle as u8),
             until: AtomicU64::new(NEVER),
+            close_at: AtomicU64::new(NEVER),
             body_until: AtomicU64::new(NEVER),
             stalled_until: AtomicU64::new(NEVER),
             head_at: AtomicU64::new(0),
@@ -110,7 +115,8 @@ impl Watch {
     /// The call has ended; the connection waits for another until `idle` from `now`.
     pub fn call_ended(&self, now: Instant, idle: Duration) {
         self.stage.store(Stage::Idle as u8, Relaxed);
-        self.until.store(self.since_base(now + idle), Relaxed);
+        self.until.store(self.since_base(now + idle.min(REST_AFTER)), Relaxed);
+        self.close_at.store(self.since_base(now + idle), Relaxed);
         self.body_until.store(NEVER, Relaxed);
         self.call_expired.store(false, Relaxed);
         self.body_expired.store(false, Relaxed);
@@ -163,6 +169,11 @@ impl Watch {
             overdue = Some(Overdue::Party);
         }
         if self.until.load(Relaxed) <= now {
+            let close_at = self.close_at.load(Relaxed);
+            if self.stage() == Stage::Idle && now < close_at {
+                self.until.store(close_at, Relaxed);
+                return Some(Overdue::Rest);
+            }
             if self.stage() != Stage::Call || self.call_expired() {
                 return Some(Overdue::Connection);
             }
@@ -185,6 +196,8 @@ impl Default for Watch {
     }
 }
 
+/// Long enough that a busy connection is never put to rest, short enough that idle ones do not pile up.
+const REST_AFTER: Duration = Duration::from_secs(2);
 /// How long a call may take to answer that it is out of time.
 const LAST_WORDS: Duration = Duration::from_secs(5);
 
@@ -228,6 +241,10 @@ mod tests {
         let now = Instant::now();
         watch.call_ended(now, SECOND);
         assert_eq!(watch.expire(now + 2 * SECOND), Some(Overdue::Connection));
+        watch.call_ended(now, 60 * SECOND);
+        assert_eq!(watch.expire(now + 3 * SECOND), Some(Overdue::Rest));
+        assert_eq!(watch.expire(now + 4 * SECOND), None);
+        assert_eq!(watch.expire(now + 60 * SECOND), Some(Overdue::Connection));
         watch.head_begins(SECOND);
         assert_eq!(watch.stage(), Stage::Head);
         assert_eq!(watch.expire(Instant::now() + 2 * SECOND), Some(Overdue::Connection));

@@ -165,7 +165,8 @@ impl Client {
                 (Err(failure), _) => return Err(failure.into()),
             }
         }
-        let mut link = self.connect(origin, watch).await?;
+        // Boxed, lest its size be carried along by every call.
+        let mut link = Box::pin(self.connect(origin, watch)).await?;
         if upgrades {
             link.allow_upgrade();
         }

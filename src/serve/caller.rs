@@ -6,6 +6,7 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
 
+use bytes::Bytes;
 use http::HeaderValue;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
@@ -44,13 +45,30 @@ impl Caller {
 #[derive(Debug)]
 pub struct CallerStream {
     tcp: TcpStream,
+    /// What was read before, and is to be read again.
+    unread: Bytes,
     watch: Arc<Watch>,
     timeouts: Timeouts,
 }
 
 impl CallerStream {
     pub fn new(tcp: TcpStream, watch: Arc<Watch>, timeouts: Timeouts) -> Self {
-        Self { tcp, watch, timeouts }
+        Self { tcp, unread: Bytes::new(), watch, timeouts }
+    }
+
+    /// Has `bytes` come once more, before all others.
+    pub(super) fn read_again(&mut self, bytes: Bytes) {
+        self.unread = bytes;
+    }
+
+    /// Waits until there is something to read, the end among it.
+    pub(super) fn poll_readable(&self, cx: &mut Context<'_>) -> Poll<()> {
+        if !self.unread.is_empty() {
+            return Poll::Ready(());
+        }
+        // Readiness alone is not enough: a fresh socket counts as ready until it has been tried.
+        let mut byte = [0];
+        self.tcp.poll_peek(cx, &mut ReadBuf::new(&mut byte)).map(|_| ())
     }
 
     fn wrote(&self, result: Poll<io::Result<usize>>) -> Poll<io::Result<usize>> {
@@ -68,6 +86,11 @@ impl AsyncRead for CallerStream {
         cx: &mut Context<'_>,
         buf: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
+        if !self.unread.is_empty() {
+            let count = self.unread.len().min(buf.remaining());
+            buf.put_slice(&self.unread.split_to(count));
+            return Poll::Ready(Ok(()));
+        }
         let before = buf.filled().len();
         let result = Pin::new(&mut self.tcp).poll_read(cx, buf);
         if buf.filled().len() > before && self.watch.stage() == Stage::Idle {

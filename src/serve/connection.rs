@@ -3,8 +3,8 @@
 use std::error::Error;
 use std::future::Future;
 use std::pin::Pin;
-use std::task::{Context, Poll};
-use std::time::Instant;
+use std::task::{Context, Poll, ready};
+use std::time::{Duration, Instant};
 
 use hyper::body::{Body, Incoming};
 use hyper::server::conn::http1::{Builder, UpgradeableConnection};
@@ -32,7 +32,8 @@ pub(super) fn builder() -> Builder {
 
 /// A future that ends when the connection does.
 pub(super) struct Connection<S: HttpService<Incoming>> {
-    http: Pin<Box<UpgradeableConnection<TokioIo<CallerStream>, S>>>,
+    http: Http<S>,
+    builder: Builder,
     caller: Caller,
     /// Armed at or before the watch's earliest deadline.
     timer: Pin<Box<Sleep>>,
@@ -44,30 +45,70 @@ pub(super) struct Connection<S: HttpService<Incoming>> {
     told_to_close: bool,
 }
 
+enum Http<S: HttpService<Incoming>> {
+    Awake(Box<UpgradeableConnection<TokioIo<CallerStream>, S>>),
+    /// Nothing is under way: hyper's state and buffers are not needed until something can be read.
+    Resting(CallerStream, S),
+    Over,
+}
+
 impl<S, B> Connection<S>
 where
-    S: HttpService<Incoming, ResBody = B>,
+    S: HttpService<Incoming, ResBody = B> + Unpin,
     S::Error: Into<Box<dyn Error + Send + Sync>>,
     B: Body + 'static,
     B::Error: Into<Box<dyn Error + Send + Sync>>,
 {
     pub(super) fn new(
-        builder: &Builder,
+        builder: Builder,
         stream: CallerStream,
         caller: Caller,
         service: S,
         closing: CancellationToken,
     ) -> Self {
         Self {
-            http: Box::pin(builder.serve_connection(TokioIo::new(stream), service).with_upgrades()),
+            http: Http::Resting(stream, service),
+            builder,
             caller,
             // Never polled before it is armed.
-            timer: Box::pin(tokio::time::sleep(std::time::Duration::ZERO)),
+            timer: Box::pin(tokio::time::sleep(Duration::ZERO)),
             armed: None,
             until_closing: Box::pin(closing.clone().cancelled_owned()),
             closing,
             registered: false,
             told_to_close: false,
+        }
+    }
+
+    fn poll_http(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        if let Http::Resting(stream, _) = &self.http {
+            ready!(stream.poll_readable(cx));
+            self.wake();
+        }
+        let Http::Awake(http) = &mut self.http else { return Poll::Ready(()) };
+        ready!(Pin::new(&mut **http).poll(cx)).unwrap_or_else(|error| {
+            tracing::debug!(caller = %self.caller.address, %error, "Connection ended");
+        });
+        Poll::Ready(())
+    }
+
+    fn wake(&mut self) {
+        if let Http::Resting(stream, service) = std::mem::replace(&mut self.http, Http::Over) {
+            let http = self.builder.serve_connection(TokioIo::new(stream), service);
+            self.http = Http::Awake(Box::new(http.with_upgrades()));
+        }
+    }
+
+    fn rest(&mut self) {
+        match std::mem::replace(&mut self.http, Http::Over) {
+            Http::Awake(http) => {
+                if let Some(parts) = http.into_parts() {
+                    let mut stream = parts.io.into_inner();
+                    stream.read_again(parts.read_buf);
+                    self.http = Http::Resting(stream, parts.service);
+                }
+            }
+            other => self.http = other,
         }
     }
 
@@ -80,7 +121,10 @@ where
         }
         if self.closing.is_cancelled() {
             self.told_to_close = true;
-            self.http.as_mut().graceful_shutdown();
+            match &mut self.http {
+                Http::Awake(http) => Pin::new(&mut **http).graceful_shutdown(),
+                _ => self.http = Http::Over,
+            }
         }
     }
 
@@ -113,7 +157,7 @@ where
 
 impl<S, B> Future for Connection<S>
 where
-    S: HttpService<Incoming, ResBody = B>,
+    S: HttpService<Incoming, ResBody = B> + Unpin,
     S::Error: Into<Box<dyn Error + Send + Sync>>,
     B: Body + 'static,
     B::Error: Into<Box<dyn Error + Send + Sync>>,
@@ -123,17 +167,13 @@ where
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
         loop {
             self.close_if_asked(cx);
-            match self.http.as_mut().poll(cx) {
-                Poll::Ready(Ok(())) => return Poll::Ready(()),
-                Poll::Ready(Err(error)) => {
-                    tracing::debug!(caller = %self.caller.address, %error, "Connection ended");
-                    return Poll::Ready(());
-                }
-                Poll::Pending => {}
+            if self.poll_http(cx).is_ready() {
+                return Poll::Ready(());
             }
             match self.poll_overdue(cx) {
                 None => return Poll::Pending,
                 Some(Overdue::Connection) => return Poll::Ready(()),
+                Some(Overdue::Rest) => self.rest(),
                 // The party that waits learns of it when hyper polls it.
                 Some(Overdue::Party) => {}
             }
