@@ -58,7 +58,8 @@ impl CallerStream {
 
     /// Has `bytes` come once more, before all others.
     pub(super) fn read_again(&mut self, bytes: Bytes) {
-        self.unread = bytes;
+        // Even an empty one can hold on to its buffer.
+        self.unread = if bytes.is_empty() { Bytes::new() } else { bytes };
     }
 
     /// Waits until there is something to read, the end among it.
