@@ -99,3 +99,20 @@ async fn a_list_that_breaks_off_is_a_bad_gateway() {
     assert_eq!(answer.status(), 502, "{answer}");
     assert!(!gateway.is_ready().await);
 }
+
+#[tokio::test]
+async fn an_error_in_answer_to_head_is_counted_as_what_it_is() {
+    let provider = Provider::by_hand();
+    let address = provider.address;
+    drop(provider);
+    let gateway =
+        Gateway::builder().var("functions_provider_url", format!("http://{address}")).start().await;
+    let mut caller = gateway.connect().await;
+    caller.send("HEAD /function/echo HTTP/1.1\r\nHost: g\r\n\r\n").await;
+    assert_eq!(caller.head().await.status(), 502);
+    gateway.metrics_show("it is counted", |m| m.len() > 0 && m.text.contains("code=\"")).await;
+    let metrics = gateway.metrics().await;
+    assert_eq!((metrics.calls("unknown", "502"), metrics.calls("unknown", "499")), (1, 0));
+    // The connection goes on.
+    assert_eq!(caller.get("/_/healthz").await.status(), 200);
+}
