@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use foldhash::fast::RandomState;
 use http::StatusCode;
 
+use crate::error::client_left;
 use crate::function::Function;
 use crate::metrics::known::Known;
 
@@ -276,9 +277,4 @@ impl Drop for Call {
             self.count(End::Left, Instant::now());
         }
     }
-}
-
-/// 499, as nginx made it known: the caller closed the connection before its answer was there.
-fn client_left() -> StatusCode {
-    StatusCode::from_u16(499).unwrap_or(StatusCode::BAD_REQUEST)
 }

@@ -91,3 +91,29 @@ async fn places_of_those_who_left_are_free_again() {
         crate::support::eventually("ready again", async || gateway.is_ready().await).await;
     }
 }
+
+#[tokio::test]
+async fn a_caller_who_leaves_inside_the_request_ends_the_call() {
+    let (mut provider, gateway) = start().await;
+    let mut caller = gateway.connect().await;
+    caller.send("POST /function/slow HTTP/1.1\r\nHost: g\r\nContent-Length: 10\r\n\r\nfirst").await;
+    let mut call = provider.call().await;
+    call.wire.until("first").await;
+    drop(caller);
+    call.wire.closed().await;
+    is_counted_as_left(&gateway).await;
+}
+
+#[tokio::test]
+async fn a_request_that_is_malformed_is_not_one_whose_caller_left() {
+    let (mut provider, gateway) = start().await;
+    let mut caller = gateway.connect().await;
+    caller
+        .send("POST /function/slow HTTP/1.1\r\nHost: g\r\nTransfer-Encoding: chunked\r\n\r\n")
+        .await;
+    caller.send_chunk("first").await;
+    let mut call = provider.call().await;
+    call.wire.until("first\r\n").await;
+    assert_eq!(caller.ask("nonsense\r\n").await.status(), 400);
+    gateway.metrics_show("counted as bad", |m| m.calls("slow.fn", "400") == 1).await;
+}
