@@ -123,11 +123,24 @@ impl Watch {
         }
     }
 
-    /// The caller has taken some.
-    pub fn write_goes_on(&self) {
-        if self.stalled_until.load(Relaxed) != NEVER {
+    /// The caller has taken some. If that was of an answer that has ended already, the connection idles from now.
+    pub fn write_goes_on(&self, idle: Duration) {
+        if self.is_stalled() {
             self.stalled_until.store(NEVER, Relaxed);
+            if self.stage() == Stage::Idle {
+                self.until.store(nanos(self.base.elapsed() + idle), Relaxed);
+            }
         }
+    }
+
+    fn is_stalled(&self) -> bool {
+        self.stalled_until.load(Relaxed) != NEVER
+    }
+
+    /// The deadline of what the connection is doing. One whose caller still takes its last answer is not idle.
+    fn until(&self) -> u64 {
+        let answering = self.stage() == Stage::Idle && self.is_stalled();
+        if answering { NEVER } else { self.until.load(Relaxed) }
     }
 
     /// Whether the call's deadline has passed.
@@ -142,11 +155,8 @@ impl Watch {
 
     /// The earliest deadline, if there is any.
     pub fn due(&self) -> Option<Instant> {
-        let due = self
-            .until
-            .load(Relaxed)
-            .min(self.body_until.load(Relaxed))
-            .min(self.stalled_until.load(Relaxed));
+        let due =
+            self.until().min(self.body_until.load(Relaxed)).min(self.stalled_until.load(Relaxed));
         (due != NEVER).then(|| self.base + Duration::from_nanos(due))
     }
 
@@ -162,7 +172,7 @@ impl Watch {
             self.body_expired.store(true, Relaxed);
             overdue = Some(Overdue::Party);
         }
-        if self.until.load(Relaxed) <= now {
+        if self.until() <= now {
             if self.stage() != Stage::Call || self.call_expired() {
                 return Some(Overdue::Connection);
             }
@@ -237,9 +247,21 @@ mod tests {
     fn a_caller_that_takes_nothing_is_cut_and_one_that_takes_some_is_not() {
         let watch = Watch::new();
         watch.write_stalls(SECOND);
-        watch.write_goes_on();
-        assert_eq!(watch.expire(Instant::now() + 2 * SECOND), None);
+        watch.write_goes_on(SECOND);
+        assert_eq!(watch.expire(Instant::now()), None);
         watch.write_stalls(SECOND);
         assert_eq!(watch.expire(Instant::now() + 2 * SECOND), Some(Overdue::Connection));
+    }
+    #[test]
+    fn a_caller_that_takes_its_answer_slowly_is_not_idle() {
+        let watch = Watch::new();
+        watch.call_begins();
+        watch.write_stalls(10 * SECOND);
+        let ended = Instant::now();
+        watch.call_ended(ended, SECOND);
+        assert_eq!(watch.expire(ended + 5 * SECOND), None);
+        watch.write_goes_on(SECOND);
+        assert_eq!(watch.expire(ended), None);
+        assert_eq!(watch.expire(ended + 5 * SECOND), Some(Overdue::Connection));
     }
 }

@@ -56,7 +56,7 @@ impl CallerStream {
     fn wrote(&self, result: Poll<io::Result<usize>>) -> Poll<io::Result<usize>> {
         match result {
             Poll::Pending => self.watch.write_stalls(self.timeouts.write),
-            Poll::Ready(_) => self.watch.write_goes_on(),
+            Poll::Ready(_) => self.watch.write_goes_on(self.timeouts.idle),
         }
         result
     }

@@ -169,3 +169,24 @@ async fn a_connection_idles_from_the_end_of_its_last_call() {
         tokio::time::sleep(Duration::from_millis(300)).await;
     }
 }
+
+#[tokio::test]
+async fn a_caller_that_takes_its_answer_slowly_gets_it_whole() {
+    // More than sockets hold: some of it is in the gateway's hands while the caller still reads.
+    const LENGTH: usize = 6 << 20;
+    let provider = Provider::builder()
+        .answering(async |mut call| {
+            call.answer(200, &"x".repeat(LENGTH)).await;
+            Some(call.wire)
+        })
+        .start();
+    let gateway = Gateway::builder().provider(&provider).var("idle_timeout", "300ms").start().await;
+    let mut caller = reads_little(&gateway).await;
+    caller.send(get("/function/large")).await;
+    let head = caller.head().await;
+    assert_eq!(head.header("content-length"), Some(LENGTH.to_string().as_str()));
+    for _ in 0..48 {
+        tokio::time::sleep(Duration::from_millis(80)).await;
+        caller.skip(LENGTH / 48).await;
+    }
+}
