@@ -99,10 +99,13 @@ impl Server {
         listener: &tokio::net::TcpListener,
     ) -> Option<(TcpStream, OwnedSemaphorePermit)> {
         let next = async {
-            let permit = Arc::clone(&self.connections).acquire_owned().await.ok()?;
             loop {
                 match listener.accept().await {
-                    Ok((tcp, _)) => return Some((tcp, permit)),
+                    // The place comes second: a thread that waits for callers must not keep one from the others.
+                    Ok((tcp, _)) => {
+                        let permit = Arc::clone(&self.connections).acquire_owned().await.ok()?;
+                        return Some((tcp, permit));
+                    }
                     // The peer has gone already.
                     Err(e) if e.kind() == io::ErrorKind::ConnectionAborted => {}
                     Err(error) => {
@@ -112,7 +115,7 @@ impl Server {
                 }
             }
         };
-        // Both branches are cancel-safe: a connection is only taken when it is returned.
+        // Both branches are cancel-safe: a connection without a place ends as those do that were not accepted yet.
         tokio::select! {
             () = self.stages.closing.cancelled() => None,
             next = next => next,

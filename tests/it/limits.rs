@@ -190,3 +190,19 @@ async fn a_target_that_is_no_path_is_refused() {
     }
     assert_eq!(provider.calls(), 0);
 }
+
+#[tokio::test]
+async fn the_last_place_for_a_connection_can_be_taken_on_any_thread() {
+    let provider = Provider::saying("hello");
+    let gateway = Gateway::builder()
+        .provider(&provider)
+        .var("max_connections", "2")
+        .var("threads", "4")
+        .start()
+        .await;
+    for _ in 0..20 {
+        let (mut first, mut second) = (gateway.connect().await, gateway.connect().await);
+        assert_eq!(first.get("/_/healthz").await.status(), 200);
+        assert_eq!(second.get("/_/healthz").await.status(), 200);
+    }
+}
