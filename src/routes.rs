@@ -123,7 +123,8 @@ impl Door {
             }
             Ok(()) => self.wrap(caller, self.route(caller, request).await),
         };
-        if self.stages.is_leaving() {
+        // After a change of protocols, `Connection` is what names the change.
+        if self.stages.is_leaving() && answer.status() != StatusCode::SWITCHING_PROTOCOLS {
             answer.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
         }
         Ok(answer)

@@ -155,3 +155,31 @@ async fn nobody_who_got_in_is_turned_away_while_it_says_so() {
     let before = provider.calls();
     assert!(calling.await.unwrap() > before, "none was answered after the signal");
 }
+
+#[tokio::test]
+async fn a_change_of_protocols_succeeds_while_it_says_so_and_is_cut_in_the_end() {
+    let mut provider = Provider::by_hand();
+    let mut gateway = Gateway::builder()
+        .provider(&provider)
+        .var("shutdown_delay", "2s")
+        .var("shutdown_grace", "300ms")
+        .start()
+        .await;
+    gateway.signal(Signal::TERM);
+    gateway.logs("Stopping").await;
+    let mut caller = gateway.connect().await;
+    caller
+        .send("GET /function/chat HTTP/1.1\r\nHost: g\r\nConnection: Upgrade\r\nUpgrade: chat\r\n\r\n")
+        .await;
+    let mut call = provider.call().await;
+    call.wire.send("HTTP/1.1 101 Switching\r\nConnection: Upgrade\r\nUpgrade: chat\r\n\r\n").await;
+    let head = caller.head().await;
+    assert_eq!(head.status(), 101);
+    let connection = head.header("connection").unwrap_or_default().to_ascii_lowercase();
+    assert_eq!(connection, "upgrade", "{head:?}");
+    caller.send("ping").await;
+    call.wire.until("ping").await;
+    assert!(gateway.ended().await.success());
+    caller.closed().await;
+    call.wire.closed().await;
+}
