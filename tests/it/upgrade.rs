@@ -115,3 +115,20 @@ async fn a_function_that_does_not_agree_just_answers() {
     provider.call().await.answer(200, "plain").await;
     assert_eq!(caller.answer().await.text(), "plain");
 }
+
+#[tokio::test]
+async fn the_api_changes_no_protocols() {
+    let provider = Provider::by_hand();
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let url = format!("http://{}", listener.local_addr().unwrap());
+    let gateway =
+        Gateway::builder().provider(&provider).var("logs_provider_url", url).start().await;
+    let mut caller = gateway.connect().await;
+    caller.send(ASK.replace("/function/chat", "/system/logs?name=echo")).await;
+    let (tcp, _) = listener.accept().await.unwrap();
+    let mut logs = Wire::new(tcp);
+    let head = logs.head().await;
+    assert_eq!((head.header("upgrade"), head.header("connection")), (None, None));
+    logs.send(AGREE).await;
+    assert_eq!(caller.head().await.status(), 502);
+}
