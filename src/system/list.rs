@@ -27,7 +27,7 @@ pub async fn list(
         }
         return Ok(answer);
     }
-    let mut functions: Vec<Map<String, Value>> = parse(&body)?;
+    let mut functions = parse::<Option<Vec<Map<String, Value>>>>(&body)?.unwrap_or_default();
     if !functions.is_empty() {
         let counts = api.counts.by_function(&api.client, &api.metrics).await;
         mix_in(&mut functions, &counts, &api.default_namespace);

@@ -153,3 +153,15 @@ async fn a_provider_that_was_never_there_is_waited_for() {
     let _provider = Provider::builder().at(address).start();
     eventually("ready", async || gateway.is_ready().await).await;
 }
+
+#[tokio::test]
+async fn a_provider_that_lists_null_has_no_functions() {
+    // What a Go program makes of a slice that it never put anything into.
+    let provider = Provider::builder()
+        .lists("null")
+        .api(|head, _| (head.target() == "/system/namespaces").then(|| (200, "null".to_owned())))
+        .start();
+    let gateway = Gateway::before(&provider).await;
+    assert_eq!(list(&gateway).await, json!([]));
+    eventually("ready", async || gateway.is_ready().await).await;
+}
