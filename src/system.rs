@@ -8,8 +8,11 @@ use std::time::Instant;
 use axum::body::Body;
 use axum::extract::{Extension, Path, Request, State};
 use axum::response::{IntoResponse, Response};
-use http::StatusCode;
-use http::header::{AUTHORIZATION, CONTENT_TYPE};
+use bytes::Bytes;
+use http::header::{
+    ACCEPT_ENCODING, AUTHORIZATION, CONTENT_TYPE, IF_MODIFIED_SINCE, IF_NONE_MATCH, IF_RANGE, RANGE,
+};
+use http::{HeaderMap, Method, StatusCode};
 use http_body_util::{BodyExt, Limited};
 use serde_json::{Value, json};
 
@@ -101,8 +104,7 @@ pub async fn info(
     Extension(caller): Extension<Caller>,
     request: Request,
 ) -> Result<Response, Error> {
-    let answer = api.send(&caller, &api.provider.origin, request).await?;
-    let (status, _, body) = collect(answer).await?;
+    let (status, _, body) = api.fetch(&caller, request).await?;
     if !status.is_success() {
         return Ok((status, body).into_response());
     }
@@ -139,6 +141,20 @@ impl Api {
         };
         Ok(forward(&self.client, origin, request, errand).await?.answer)
     }
+
+    /// Asks the provider for JSON that is read here: whole and not compressed, whatever the caller would take. HEAD
+    /// gets the head of what GET would.
+    async fn fetch(
+        &self,
+        caller: &Caller,
+        mut request: Request,
+    ) -> Result<(StatusCode, HeaderMap, Bytes), Error> {
+        *request.method_mut() = Method::GET;
+        for name in [ACCEPT_ENCODING, IF_MODIFIED_SINCE, IF_NONE_MATCH, IF_RANGE, RANGE] {
+            request.headers_mut().remove(name);
+        }
+        collect(self.send(caller, &self.provider.origin, request).await?).await
+    }
 }
 
 /// An upstream's answer as the router's own.
@@ -152,7 +168,7 @@ pub fn json_answer(body: Vec<u8>) -> Response {
 }
 
 /// Reads a body whole, up to `limit`.
-pub async fn read(body: Body, limit: usize) -> Result<bytes::Bytes, Error> {
+pub async fn read(body: Body, limit: usize) -> Result<Bytes, Error> {
     match Limited::new(body, limit).collect().await {
         Ok(collected) => Ok(collected.to_bytes()),
         Err(error) => Err(too_large_or_broken(&*error, limit)),

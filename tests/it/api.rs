@@ -165,3 +165,31 @@ async fn a_provider_that_lists_null_has_no_functions() {
     assert_eq!(list(&gateway).await, json!([]));
     eventually("ready", async || gateway.is_ready().await).await;
 }
+
+#[tokio::test]
+async fn the_list_is_asked_for_in_plain_json() {
+    let provider = Provider::builder().lists(LISTED).start();
+    let gateway = Gateway::before(&provider).await;
+    for target in ["/system/functions", "/system/info"] {
+        let request = format!(
+            "GET {target} HTTP/1.1\r\nHost: g\r\nAccept-Encoding: gzip\r\nIf-None-Match: \"x\"\r\n\
+             Range: bytes=0-1\r\n\r\n"
+        );
+        gateway.connect().await.ask(request).await;
+        let (head, _) = provider.asked().pop().unwrap();
+        assert_eq!(head.target(), target);
+        for name in ["accept-encoding", "if-none-match", "range"] {
+            assert_eq!(head.header(name), None, "{target}");
+        }
+    }
+}
+
+#[tokio::test]
+async fn the_head_of_the_list_can_be_had_alone() {
+    let provider = Provider::builder().lists(LISTED).start();
+    let gateway = Gateway::before(&provider).await;
+    let mut caller = gateway.connect().await;
+    caller.send("HEAD /system/functions HTTP/1.1\r\nHost: g\r\n\r\n").await;
+    let status = caller.head().await.status();
+    assert!(matches!(status, 200 | 405), "{status}");
+}
