@@ -171,6 +171,7 @@ async fn ask_proxy(api: &Api, request: Request) -> Result<Result<Request, Respon
     };
     let mut question = http::Request::new(asked);
     *question.method_mut() = parts.method.clone();
+    *question.uri_mut() = proxy.target.clone();
     *question.headers_mut() = parts.headers.clone();
     question.headers_mut().remove(http::header::CONTENT_LENGTH);
     let errand = Errand {

@@ -12,12 +12,13 @@ use bytes::Bytes;
 use http::header::{
     ACCEPT_ENCODING, AUTHORIZATION, CONTENT_TYPE, IF_MODIFIED_SINCE, IF_NONE_MATCH, IF_RANGE, RANGE,
 };
-use http::{HeaderMap, Method, StatusCode};
+use http::{HeaderMap, Method, StatusCode, Uri};
 use http_body_util::{BodyExt, Limited};
 use serde_json::{Value, json};
 
 use crate::auth::{Credentials, too_large_or_broken};
 use crate::config::Timeouts;
+use crate::config::base_url::BaseUrl;
 use crate::error::Error;
 use crate::function::Function;
 use crate::health::Health;
@@ -53,8 +54,18 @@ pub struct Api {
 /// `auth_proxy_url`, and whether it is sent bodies.
 #[derive(Clone)]
 pub struct AuthProxy {
+    /// The URL without its path.
     pub origin: Origin,
+    /// Its path, which is asked for as it is.
+    pub target: Uri,
     pub pass_body: bool,
+}
+
+impl AuthProxy {
+    pub fn new(mut url: BaseUrl, pass_body: bool) -> Self {
+        let target = std::mem::take(&mut url.path).parse().unwrap_or_default();
+        Self { origin: Origin::new(url), target, pass_body }
+    }
 }
 
 /// Passes a request on as it is.

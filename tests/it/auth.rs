@@ -184,3 +184,22 @@ async fn without_the_service_nobody_is_let_in() {
     }
     assert_eq!(provider.asked().len(), before);
 }
+
+#[tokio::test]
+async fn a_service_that_agrees_lets_calls_of_the_api_pass() {
+    let (provider, judge, gateway) = asking(204, "", "/validate").await;
+    let gateway = gateway.start().await;
+    let answer = gateway.post("/system/functions?x=1", "{\"service\":\"echo\"}").await;
+    assert_eq!(answer.status(), 200, "{answer}");
+    let asked = judge.asked();
+    assert_eq!(asked.len(), 1);
+    let (question, body) = &asked[0];
+    // At the very URL that was set: a server may tell it from one with a slash behind it.
+    assert_eq!((question.method(), question.target()), ("POST", "/validate"));
+    assert!(body.is_empty());
+    let passed = provider.asked();
+    assert_eq!(passed.last().unwrap().0.target(), "/system/functions?x=1");
+    assert_eq!(passed.last().unwrap().1, b"{\"service\":\"echo\"}");
+    assert_eq!(gateway.get("/_/healthz").await.status(), 200);
+    assert_eq!(judge.asked().len(), 1);
+}
