@@ -159,12 +159,13 @@ async fn a_service_that_refuses_is_heard() {
     judge
         .send(
             "HTTP/1.1 401 X\r\nWWW-Authenticate: Bearer realm=\"x\"\r\nX-Internal: secret\r\n\
-             Content-Length: 4\r\n\r\nwho?",
+             Content-Type: text/html\r\nContent-Length: 4\r\n\r\nwho?",
         )
         .await;
     let answer = caller.answer().await;
     assert_eq!((answer.status(), answer.text()), (401, "who?"));
     assert_eq!(answer.header("www-authenticate"), Some("Bearer realm=\"x\""));
+    assert_eq!(answer.header("content-type"), Some("text/html"));
     assert_eq!(answer.header("x-internal"), None);
     assert!(provider.asked().is_empty());
 }
