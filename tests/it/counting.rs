@@ -3,7 +3,7 @@
 use std::fmt::Write as _;
 
 use crate::support::gateway::Gateway;
-use crate::support::provider::Provider;
+use crate::support::provider::{Provider, always};
 use crate::support::wire::{get, post};
 
 const LISTED: &str = r#"[
@@ -159,4 +159,34 @@ async fn a_call_is_observed_when_its_body_has_ended() {
     assert!(metrics.get("gateway_functions_seconds_sum", &labels).unwrap() >= paused);
     let fast = [("function_name", "echo.fn"), ("le", "0.25")];
     assert_eq!(metrics.get("gateway_functions_seconds_bucket", &fast), Some(0.0));
+}
+
+#[tokio::test]
+async fn listed_functions_are_shown_as_the_provider_reports_them() {
+    let provider =
+        Provider::builder().lists(LISTED).answering(|call| always(call, "hello")).start();
+    let gateway = Gateway::before(&provider).await;
+    gateway.metrics_show("listed", |m| m.text.contains("gateway_service_count{")).await;
+    let metrics = gateway.metrics().await;
+    let of = |name: &str, function: &str| metrics.get(name, &[("function_name", function)]);
+    assert_eq!(of("gateway_service_count", "echo.fn"), Some(3.0));
+    assert_eq!(of("gateway_service_ready_count", "echo.fn"), Some(2.0));
+    assert_eq!(of("gateway_service_min", "echo.fn"), Some(2.0));
+    let target = [("function_name", "echo.fn"), ("scaling_type", "capacity")];
+    assert_eq!(metrics.get("gateway_service_target_load", &target), Some(25.0));
+    assert_eq!(of("gateway_service_count", "plain.fn"), Some(1.0));
+    assert_eq!(of("gateway_service_min", "plain.fn"), Some(1.0));
+    let target = [("function_name", "plain.fn"), ("scaling_type", "rps")];
+    assert_eq!(metrics.get("gateway_service_target_load", &target), Some(50.0));
+    for function in ["echo.fn", "plain.fn"] {
+        assert_eq!(of("gateway_function_invocation_inflight", function), Some(0.0));
+        assert_eq!(of("gateway_function_invocation_total", function), None);
+    }
+
+    provider.lists(r#"[{"name":"echo","namespace":"fn","replicas":5,"availableReplicas":5}]"#);
+    let count = |m: &crate::support::metrics::Metrics, function| {
+        m.get("gateway_service_count", &[("function_name", function)])
+    };
+    gateway.metrics_show("scaled", |m| count(m, "echo.fn") == Some(5.0)).await;
+    assert_eq!(count(&gateway.metrics().await, "plain.fn"), None);
 }
