@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::task::{Context, Poll};
 
 use http::HeaderValue;
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, ReadBuf, Take};
 use tokio::net::TcpStream;
 use tokio_util::task::TaskTracker;
 
@@ -43,14 +43,19 @@ impl Caller {
 /// A caller's socket that tells the watch what it sees.
 #[derive(Debug)]
 pub struct CallerStream {
-    tcp: TcpStream,
+    tcp: Take<TcpStream>,
     watch: Arc<Watch>,
     timeouts: Timeouts,
 }
 
+/// The most that is read at once. hyper reads into ever larger buffers while a peer fills them, and up to sixteen such
+/// reads, each keeping the whole of its buffer, may wait to be written: this bounds what a fast peer before a slow one
+/// costs, to 2 MiB or so.
+const READ_AT_ONCE: u64 = 64 << 10;
+
 impl CallerStream {
     pub fn new(tcp: TcpStream, watch: Arc<Watch>, timeouts: Timeouts) -> Self {
-        Self { tcp, watch, timeouts }
+        Self { tcp: tcp.take(READ_AT_ONCE), watch, timeouts }
     }
 
     fn wrote(&self, result: Poll<io::Result<usize>>) -> Poll<io::Result<usize>> {
@@ -69,6 +74,7 @@ impl AsyncRead for CallerStream {
         buf: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
         let before = buf.filled().len();
+        self.tcp.set_limit(READ_AT_ONCE);
         let result = Pin::new(&mut self.tcp).poll_read(cx, buf);
         if buf.filled().len() > before && self.watch.stage() == Stage::Idle {
             self.watch.head_begins(self.timeouts.read);
@@ -83,7 +89,7 @@ impl AsyncWrite for CallerStream {
         cx: &mut Context<'_>,
         buf: &[u8],
     ) -> Poll<io::Result<usize>> {
-        let result = Pin::new(&mut self.tcp).poll_write(cx, buf);
+        let result = Pin::new(self.tcp.get_mut()).poll_write(cx, buf);
         self.wrote(result)
     }
 
@@ -92,7 +98,7 @@ impl AsyncWrite for CallerStream {
         cx: &mut Context<'_>,
         bufs: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        let result = Pin::new(&mut self.tcp).poll_write_vectored(cx, bufs);
+        let result = Pin::new(self.tcp.get_mut()).poll_write_vectored(cx, bufs);
         self.wrote(result)
     }
 
@@ -101,10 +107,10 @@ impl AsyncWrite for CallerStream {
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.tcp).poll_flush(cx)
+        Pin::new(self.tcp.get_mut()).poll_flush(cx)
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.tcp).poll_shutdown(cx)
+        Pin::new(self.tcp.get_mut()).poll_shutdown(cx)
     }
 }

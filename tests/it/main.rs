@@ -16,6 +16,7 @@ mod counting;
 mod deadlines;
 mod leaving;
 mod limits;
+mod memory;
 mod pool;
 mod start;
 mod stop;
