@@ -132,3 +132,24 @@ async fn the_api_changes_no_protocols() {
     logs.send(AGREE).await;
     assert_eq!(caller.head().await.status(), 502);
 }
+
+#[tokio::test]
+async fn nobody_is_changed_to_another_http() {
+    let mut provider = Provider::by_hand();
+    let gateway = Gateway::before(&provider).await;
+    // Such a connection would reach whatever the provider has, past this gateway's rules.
+    for protocol in ["h2c", "H2C", "websocket, h2c", "TLS/1.0", "HTTP/2.0"] {
+        let mut caller = gateway.connect().await;
+        caller
+            .send(format!(
+                "GET /function/chat HTTP/1.1\r\nHost: g\r\nConnection: Upgrade, HTTP2-Settings\r\n\
+                 Upgrade: {protocol}\r\nHTTP2-Settings: AAMAAABkAARAAAAAAAIAAAAA\r\n\r\n"
+            ))
+            .await;
+        let mut call = provider.call().await;
+        assert_eq!(call.head.header("upgrade"), None, "{protocol}");
+        assert_eq!(call.head.header("http2-settings"), None);
+        call.answer(200, "plain").await;
+        assert_eq!(caller.answer().await.text(), "plain");
+    }
+}
