@@ -2,6 +2,8 @@
 
 use std::time::{Duration, Instant};
 
+use tokio::net::{TcpListener, TcpSocket, TcpStream};
+
 use crate::support::gateway::Gateway;
 use crate::support::provider::{Provider, always};
 use crate::support::wire::{get, post};
@@ -121,6 +123,48 @@ async fn a_head_that_comes_byte_by_byte_gains_no_time() {
 }
 
 #[tokio::test]
+async fn the_next_head_on_a_connection_may_not_dawdle_either() {
+    let provider = Provider::saying("hello");
+    let gateway = Gateway::builder().provider(&provider).var("read_timeout", "500ms").start().await;
+    let mut caller = gateway.connect().await;
+    assert_eq!(caller.get("/function/echo").await.text(), "hello");
+    caller.send("GET /function/echo HTTP/1.1\r\nHost:").await;
+    caller.closed().await;
+    assert_eq!(provider.calls(), 1);
+}
+
+/// A port whose queue of connections is full: what more comes gets no reply.
+async fn full() -> (TcpListener, Vec<TcpStream>) {
+    let socket = TcpSocket::new_v4().unwrap();
+    socket.bind("127.0.0.1:0".parse().unwrap()).unwrap();
+    let listener = socket.listen(1).unwrap();
+    let mut waiting = Vec::new();
+    let address = listener.local_addr().unwrap();
+    let patience = Duration::from_millis(300);
+    while let Ok(connected) = tokio::time::timeout(patience, TcpStream::connect(address)).await {
+        waiting.push(connected.unwrap());
+    }
+    (listener, waiting)
+}
+
+#[tokio::test]
+async fn an_upstream_that_takes_no_connection_is_a_gateway_timeout() {
+    let (listener, _waiting) = full().await;
+    let gateway = Gateway::builder()
+        .var("functions_provider_url", format!("http://{}", listener.local_addr().unwrap()))
+        .var("upstream_timeout", "500ms")
+        .start()
+        .await;
+    let start = Instant::now();
+    let answer = gateway.get("/function/echo").await;
+    assert_eq!(answer.status(), 504, "{answer}");
+    assert!(start.elapsed() >= Duration::from_millis(500));
+    assert_eq!(gateway.get("/system/functions").await.status(), 504);
+    let ready = gateway.get("/_/ready").await;
+    assert_eq!(ready.status(), 503, "{ready}");
+}
+
+#[tokio::test]
 async fn an_idle_connection_is_closed_before_its_first_call_and_after_it() {
     let provider = Provider::saying("hello");
     let gateway = Gateway::builder().provider(&provider).var("idle_timeout", "300ms").start().await;
@@ -134,7 +178,7 @@ async fn an_idle_connection_is_closed_before_its_first_call_and_after_it() {
 
 /// A socket with small buffers, so that few bytes are between the gateway and what its caller reads.
 async fn reads_little(gateway: &Gateway) -> crate::support::wire::Wire {
-    let socket = tokio::net::TcpSocket::new_v4().unwrap();
+    let socket = TcpSocket::new_v4().unwrap();
     socket.set_recv_buffer_size(16 << 10).unwrap();
     crate::support::wire::Wire::new(socket.connect(gateway.address).await.unwrap())
 }

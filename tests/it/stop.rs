@@ -183,3 +183,38 @@ async fn a_change_of_protocols_succeeds_while_it_says_so_and_is_cut_in_the_end()
     caller.closed().await;
     call.wire.closed().await;
 }
+
+#[tokio::test]
+async fn an_answer_begun_before_the_signal_is_finished_and_closes_its_connection() {
+    let mut provider = Provider::by_hand();
+    let mut gateway = Gateway::before(&provider).await;
+    let mut caller = gateway.connect().await;
+    caller.send(get("/function/slow")).await;
+    let mut call = provider.call().await;
+    call.wire.send("HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n").await;
+    call.wire.send_chunk("first").await;
+    caller.until("first").await;
+    gateway.signal(Signal::TERM);
+    eventually("nobody is let in", async || refuses_connections(&gateway).await).await;
+    call.wire.send_chunk("second").await;
+    caller.until("second").await;
+    call.wire.send("0\r\n\r\n").await;
+    caller.until("\r\n0\r\n\r\n").await;
+    assert!(caller.closed().await.is_empty());
+    assert!(gateway.ended().await.success());
+}
+
+#[tokio::test]
+async fn a_request_that_is_coming_in_at_the_signal_is_answered() {
+    let provider = Provider::saying("hello");
+    let mut gateway = Gateway::before(&provider).await;
+    let mut caller = gateway.connect().await;
+    assert_eq!(caller.get("/function/echo").await.text(), "hello");
+    caller.send("POST /function/echo HTTP/1.1\r\nHost: g\r\nContent-Length: 4\r\n\r\n").await;
+    eventually("it has begun", async || provider.calls() == 2).await;
+    gateway.signal(Signal::TERM);
+    eventually("nobody is let in", async || refuses_connections(&gateway).await).await;
+    caller.send("body").await;
+    assert_eq!(caller.answer().await.text(), "hello");
+    assert!(gateway.ended().await.success());
+}

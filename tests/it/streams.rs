@@ -110,3 +110,37 @@ async fn an_answer_that_ends_with_its_connection_is_passed_on_whole() {
     drop(call);
     caller.until("of it\r\n0\r\n\r\n").await;
 }
+
+#[tokio::test]
+async fn a_caller_in_the_middle_of_writing_hears_an_early_answer() {
+    let mut provider = Provider::by_hand();
+    let gateway = Gateway::before(&provider).await;
+    let mut caller = gateway.connect().await;
+    let head = "POST /function/picky HTTP/1.1\r\nHost: g\r\nContent-Length: 100000000\r\n\r\n";
+    caller.send(head).await;
+    let mut call = provider.call().await;
+    call.wire.send("HTTP/1.1 413 X\r\nContent-Length: 5\r\nConnection: close\r\n\r\nlarge").await;
+    drop(call);
+    // The caller goes on until it is told to stop, as most do, and only then looks what was said.
+    let piece = vec![b'x'; 64 << 10];
+    while caller.try_send(&piece).await.is_ok() {}
+    let answer = caller.answer().await;
+    assert_eq!((answer.status(), answer.text()), (413, "large"));
+}
+
+#[tokio::test]
+async fn interim_answers_are_not_taken_for_the_answer() {
+    let mut provider = Provider::by_hand();
+    let gateway = Gateway::before(&provider).await;
+    let mut caller = gateway.connect().await;
+    caller.send(get("/function/hints")).await;
+    let mut call = provider.call().await;
+    call.wire.send("HTTP/1.1 100 Continue\r\n\r\n").await;
+    call.wire.send("HTTP/1.1 103 Early Hints\r\nLink: </x>; rel=preload\r\n\r\n").await;
+    call.answer(200, "final").await;
+    let mut answer = caller.answer().await;
+    while answer.status() < 200 {
+        answer = caller.answer().await;
+    }
+    assert_eq!((answer.status(), answer.text()), (200, "final"));
+}
