@@ -229,11 +229,11 @@ impl Call {
         self.status = status;
     }
 
-    /// The provider has answered for the function: it exists.
+    /// The provider has answered for the function: it exists. One too many to be known stays a stranger.
     pub fn vouched_for(&mut self, shard: &Shard) {
-        if let Some(stranger) = self.stranger.take() {
+        let vouched = self.stranger.take_if(|stranger| shard.known.learn(&stranger.1));
+        if let Some(stranger) = vouched {
             let (segment, function) = *stranger;
-            shard.known.learn(&function);
             self.series = shard.insert(&segment, function);
             self.series.numbers().begin(self.began);
         }
