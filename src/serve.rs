@@ -66,8 +66,8 @@ impl Server {
         let connections = TaskTracker::new();
         // A token of this thread's own: looking at it must not touch what other threads write.
         let closing = self.stages.closing.child_token();
-        while let Some((tcp, permit)) = self.accept(&listener).await {
-            let Ok(address) = tcp.peer_addr() else { continue };
+        let carry = |tcp: TcpStream, permit| {
+            let Ok(address) = tcp.peer_addr() else { return };
             let _ = tcp.set_nodelay(true);
             let caller = Caller::new(address, connections.clone());
             // Whoever connects is expected to say something soon.
@@ -80,8 +80,14 @@ impl Server {
                 connection.await;
                 drop(permit);
             });
+        };
+        while let Some((tcp, permit)) = self.accept(&listener).await {
+            carry(tcp, permit);
         }
-        drop(listener);
+        for tcp in queued(listener) {
+            let Ok(permit) = Arc::clone(&self.connections).try_acquire_owned() else { break };
+            carry(tcp, permit);
+        }
         connections.close();
         // Both branches are cancel-safe. What still runs after the cut ends with the runtime.
         tokio::select! {
@@ -121,6 +127,18 @@ impl Server {
             next = next => next,
         }
     }
+}
+
+/// Closes `listener`, and returns who the kernel has let in already: they may have sent a call.
+fn queued(listener: tokio::net::TcpListener) -> Vec<TcpStream> {
+    let Ok(listener) = listener.into_std() else { return Vec::new() };
+    let accepted = std::iter::from_fn(|| listener.accept().ok());
+    accepted
+        .filter_map(|(tcp, _)| {
+            tcp.set_nonblocking(true).ok()?;
+            TcpStream::from_std(tcp).ok()
+        })
+        .collect()
 }
 
 /// Raises the limit on open files as far as it goes, and returns it.

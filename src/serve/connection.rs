@@ -4,7 +4,7 @@ use std::error::Error;
 use std::future::Future;
 use std::pin::Pin;
 use std::task::{Context, Poll};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use hyper::body::{Body, Incoming};
 use hyper::server::conn::http1::{Builder, UpgradeableConnection};
@@ -14,7 +14,7 @@ use tokio::time::Sleep;
 use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
 
 use crate::serve::caller::{Caller, CallerStream};
-use crate::watch::Overdue;
+use crate::watch::{Overdue, Stage};
 
 /// The largest head of a request.
 const MAX_HEAD: usize = 1 << 20;
@@ -22,6 +22,8 @@ const MAX_HEAD: usize = 1 << 20;
 const MAX_BUFFER: usize = MAX_HEAD + (64 << 10);
 /// The most headers of a request.
 const MAX_HEADERS: usize = 250;
+/// The first request on a connection younger than this may still be on its way.
+const YOUNG: Duration = Duration::from_secs(1);
 
 /// How hyper serves connections of callers.
 pub(super) fn builder() -> Builder {
@@ -34,6 +36,7 @@ pub(super) fn builder() -> Builder {
 pub(super) struct Connection<S: HttpService<Incoming>> {
     http: Pin<Box<UpgradeableConnection<TokioIo<CallerStream>, S>>>,
     caller: Caller,
+    accepted: Instant,
     /// Armed at or before the watch's earliest deadline.
     timer: Pin<Box<Sleep>>,
     armed: Option<Instant>,
@@ -61,8 +64,9 @@ where
         Self {
             http: Box::pin(builder.serve_connection(TokioIo::new(stream), service).with_upgrades()),
             caller,
+            accepted: Instant::now(),
             // Never polled before it is armed.
-            timer: Box::pin(tokio::time::sleep(std::time::Duration::ZERO)),
+            timer: Box::pin(tokio::time::sleep(Duration::ZERO)),
             armed: None,
             until_closing: Box::pin(closing.clone().cancelled_owned()),
             closing,
@@ -71,17 +75,27 @@ where
         }
     }
 
-    fn close_if_asked(&mut self, cx: &mut Context<'_>) {
+    /// Whether this was the moment: then hyper is to be polled again.
+    fn close_if_asked(&mut self, cx: &mut Context<'_>) -> bool {
         if self.told_to_close {
-            return;
+            return false;
         }
         if !self.registered {
             self.registered = self.until_closing.as_mut().poll(cx).is_pending();
         }
-        if self.closing.is_cancelled() {
-            self.told_to_close = true;
-            self.http.as_mut().graceful_shutdown();
+        if !self.closing.is_cancelled() {
+            return false;
         }
+        let watch = &self.caller.watch;
+        if watch.stage() == Stage::Idle
+            && let Some(left) = YOUNG.checked_sub(self.accepted.elapsed())
+        {
+            watch.call_ended(Instant::now(), left);
+            return false;
+        }
+        self.told_to_close = true;
+        self.http.as_mut().graceful_shutdown();
+        true
     }
 
     /// Sees to the timer; `Some` if a deadline has passed.
@@ -122,7 +136,6 @@ where
 
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
         loop {
-            self.close_if_asked(cx);
             match self.http.as_mut().poll(cx) {
                 Poll::Ready(Ok(())) => return Poll::Ready(()),
                 Poll::Ready(Err(error)) => {
@@ -130,6 +143,9 @@ where
                     return Poll::Ready(());
                 }
                 Poll::Pending => {}
+            }
+            if self.close_if_asked(cx) {
+                continue;
             }
             match self.poll_overdue(cx) {
                 None => return Poll::Pending,
