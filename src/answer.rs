@@ -105,7 +105,9 @@ impl Drop for Answer {
     /// hyper drops a body as soon as it has taken the last frame, or when the connection is gone.
     fn drop(&mut self) {
         let now = Instant::now();
-        if self.end == End::Left && self.is_end_stream() {
+        // In answer to HEAD nobody asks for the text that is at hand.
+        let nothing_missing = self.is_end_stream() || matches!(self.content, Content::Full(_));
+        if self.end == End::Left && nothing_missing {
             self.end = End::Whole;
         }
         if let Content::Upstream(body) = &mut self.content {

@@ -12,7 +12,7 @@ use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
-use http::header::{AUTHORIZATION, WWW_AUTHENTICATE};
+use http::header::{AUTHORIZATION, CONTENT_TYPE, WWW_AUTHENTICATE};
 use http::{HeaderMap, HeaderValue, StatusCode};
 use http_body_util::BodyExt;
 use subtle::ConstantTimeEq;
@@ -171,6 +171,7 @@ async fn ask_proxy(api: &Api, request: Request) -> Result<Result<Request, Respon
     };
     let mut question = http::Request::new(asked);
     *question.method_mut() = parts.method.clone();
+    *question.uri_mut() = proxy.target.clone();
     *question.headers_mut() = parts.headers.clone();
     question.headers_mut().remove(http::header::CONTENT_LENGTH);
     let errand = Errand {
@@ -185,8 +186,10 @@ async fn ask_proxy(api: &Api, request: Request) -> Result<Result<Request, Respon
     }
     let (status, headers, text) = collect(answer).await?;
     let mut refusal = (status, text).into_response();
-    if let Some(challenge) = headers.get(WWW_AUTHENTICATE) {
-        refusal.headers_mut().insert(WWW_AUTHENTICATE, challenge.clone());
+    for name in [CONTENT_TYPE, WWW_AUTHENTICATE] {
+        if let Some(value) = headers.get(&name) {
+            refusal.headers_mut().insert(name, value.clone());
+        }
     }
     if status.is_redirection()
         && let Some(location) = headers.get(http::header::LOCATION)

@@ -46,6 +46,7 @@ impl Error {
             Self::NotImplemented(_) => StatusCode::NOT_IMPLEMENTED,
             Self::TooLarge(_) => StatusCode::PAYLOAD_TOO_LARGE,
             Self::Body(BodyError::Slow) => StatusCode::REQUEST_TIMEOUT,
+            Self::Body(BodyError::Left) => client_left(),
             Self::Upstream(error) => upstream_status(error),
             Self::Answer(BodyFailure::Broken(_)) => StatusCode::BAD_GATEWAY,
             Self::Answer(BodyFailure::Timeout) => StatusCode::GATEWAY_TIMEOUT,
@@ -84,11 +85,17 @@ impl Error {
     }
 }
 
+/// 499, as nginx made it known: the caller closed the connection before its answer was there.
+pub fn client_left() -> StatusCode {
+    StatusCode::from_u16(499).unwrap_or(StatusCode::BAD_REQUEST)
+}
+
 fn upstream_status(error: &client::Error) -> StatusCode {
     match error {
         client::Error::Timeout => StatusCode::GATEWAY_TIMEOUT,
         client::Error::Body(BodyError::Broken) => StatusCode::BAD_REQUEST,
         client::Error::Body(BodyError::Slow) => StatusCode::REQUEST_TIMEOUT,
+        client::Error::Body(BodyError::Left) => client_left(),
         client::Error::Target(_) => StatusCode::URI_TOO_LONG,
         client::Error::Exhausted(_) => StatusCode::SERVICE_UNAVAILABLE,
         client::Error::Connect(_)

@@ -39,15 +39,15 @@ pub struct Provider {
 impl Provider {
     /// `GET /system/namespaces`
     pub async fn namespaces(&self) -> Result<Vec<String>, Error> {
-        self.get("/system/namespaces").await
+        self.list("/system/namespaces").await
     }
 
     /// `GET /system/functions`, of one namespace if `namespace` is not empty.
     pub async fn functions(&self, namespace: &str) -> Result<Vec<FunctionStatus>, Error> {
         if namespace.is_empty() {
-            return self.get("/system/functions").await;
+            return self.list("/system/functions").await;
         }
-        self.get(&format!("/system/functions?namespace={namespace}")).await
+        self.list(&format!("/system/functions?namespace={namespace}")).await
     }
 
     /// `GET /system/function/NAME`
@@ -74,9 +74,12 @@ impl Provider {
         }
     }
 
-    async fn get<T: DeserializeOwned>(&self, target: &str) -> Result<T, Error> {
+    /// A list; `null`, which is how Go writes one that nothing was ever put into, is an empty one.
+    async fn list<T: DeserializeOwned>(&self, target: &str) -> Result<Vec<T>, Error> {
         match self.call(Method::GET, target, Bytes::new()).await? {
-            (status, body) if status.is_success() => parse(&body),
+            (status, body) if status.is_success() => {
+                parse::<Option<Vec<T>>>(&body).map(Option::unwrap_or_default)
+            }
             (status, _) => Err(refused(status)),
         }
     }

@@ -9,7 +9,7 @@ use axum::extract::State;
 use axum::middleware::{from_fn_with_state, map_response};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
-use http::header::{CONNECTION, HOST};
+use http::header::{CONNECTION, HOST, UPGRADE};
 use http::{HeaderMap, HeaderValue, Request, StatusCode, Version};
 use hyper::body::{Body, Incoming};
 use hyper::service::{Service, service_fn};
@@ -124,7 +124,8 @@ impl Door {
             // Boxed, lest its size be carried along by every call.
             Ok(()) => self.wrap(caller, Box::pin(self.route(caller, request)).await),
         };
-        if self.stages.is_leaving() {
+        // After a change of protocols, `Connection` is what names the change.
+        if self.stages.is_leaving() && answer.status() != StatusCode::SWITCHING_PROTOCOLS {
             answer.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
         }
         Ok(answer)
@@ -135,6 +136,8 @@ impl Door {
         let mut request =
             request.map(|body| axum::body::Body::new(CallerBody::new(body, Arc::clone(watch))));
         request.extensions_mut().insert(caller.clone());
+        // Behind the API nobody would carry another protocol.
+        request.headers_mut().remove(UPGRADE);
         self.api.clone().oneshot(request).await.unwrap_or_else(|never| match never {})
     }
 

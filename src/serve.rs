@@ -69,8 +69,8 @@ impl Server {
         let connections = TaskTracker::new();
         // A token of this thread's own: looking at it must not touch what other threads write.
         let closing = self.stages.closing.child_token();
-        while let Some((tcp, permit)) = self.accept(&listener).await {
-            let Ok(address) = tcp.peer_addr() else { continue };
+        let carry = |tcp: TcpStream, permit| {
+            let Ok(address) = tcp.peer_addr() else { return };
             let _ = tcp.set_nodelay(true);
             let caller = Caller::new(address, connections.clone());
             // Whoever connects is expected to say something soon.
@@ -84,8 +84,14 @@ impl Server {
                 connection.await;
                 drop(permit);
             });
+        };
+        while let Some((tcp, permit)) = self.accept(&listener).await {
+            carry(tcp, permit);
         }
-        drop(listener);
+        for tcp in queued(listener) {
+            let Ok(permit) = Arc::clone(&self.connections).try_acquire_owned() else { break };
+            carry(tcp, permit);
+        }
         connections.close();
         // Both branches are cancel-safe. What still runs after the cut ends with the runtime.
         tokio::select! {
@@ -103,10 +109,13 @@ impl Server {
         listener: &tokio::net::TcpListener,
     ) -> Option<(TcpStream, OwnedSemaphorePermit)> {
         let next = async {
-            let permit = Arc::clone(&self.connections).acquire_owned().await.ok()?;
             loop {
                 match listener.accept().await {
-                    Ok((tcp, _)) => return Some((tcp, permit)),
+                    // The place comes second: a thread that waits for callers must not keep one from the others.
+                    Ok((tcp, _)) => {
+                        let permit = Arc::clone(&self.connections).acquire_owned().await.ok()?;
+                        return Some((tcp, permit));
+                    }
                     // The peer has gone already.
                     Err(e) if e.kind() == io::ErrorKind::ConnectionAborted => {}
                     Err(error) => {
@@ -116,12 +125,24 @@ impl Server {
                 }
             }
         };
-        // Both branches are cancel-safe: a connection is only taken when it is returned.
+        // Both branches are cancel-safe: a connection without a place ends as those do that were not accepted yet.
         tokio::select! {
             () = self.stages.closing.cancelled() => None,
             next = next => next,
         }
     }
+}
+
+/// Closes `listener`, and returns who the kernel has let in already: they may have sent a call.
+fn queued(listener: tokio::net::TcpListener) -> Vec<TcpStream> {
+    let Ok(listener) = listener.into_std() else { return Vec::new() };
+    let accepted = std::iter::from_fn(|| listener.accept().ok());
+    accepted
+        .filter_map(|(tcp, _)| {
+            tcp.set_nonblocking(true).ok()?;
+            TcpStream::from_std(tcp).ok()
+        })
+        .collect()
 }
 
 /// Raises the limit on open files as far as it goes, and returns it.

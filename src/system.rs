@@ -8,13 +8,17 @@ use std::time::Instant;
 use axum::body::Body;
 use axum::extract::{Extension, Path, Request, State};
 use axum::response::{IntoResponse, Response};
-use http::StatusCode;
-use http::header::{AUTHORIZATION, CONTENT_TYPE};
+use bytes::Bytes;
+use http::header::{
+    ACCEPT_ENCODING, AUTHORIZATION, CONTENT_TYPE, IF_MODIFIED_SINCE, IF_NONE_MATCH, IF_RANGE, RANGE,
+};
+use http::{HeaderMap, Method, StatusCode, Uri};
 use http_body_util::{BodyExt, Limited};
 use serde_json::{Value, json};
 
 use crate::auth::{Credentials, too_large_or_broken};
 use crate::config::Timeouts;
+use crate::config::base_url::BaseUrl;
 use crate::error::Error;
 use crate::function::Function;
 use crate::health::Health;
@@ -50,8 +54,18 @@ pub struct Api {
 /// `auth_proxy_url`, and whether it is sent bodies.
 #[derive(Clone)]
 pub struct AuthProxy {
+    /// The URL without its path.
     pub origin: Origin,
+    /// Its path, which is asked for as it is.
+    pub target: Uri,
     pub pass_body: bool,
+}
+
+impl AuthProxy {
+    pub fn new(mut url: BaseUrl, pass_body: bool) -> Self {
+        let target = std::mem::take(&mut url.path).parse().unwrap_or_default();
+        Self { origin: Origin::new(url), target, pass_body }
+    }
 }
 
 /// Passes a request on as it is.
@@ -101,8 +115,7 @@ pub async fn info(
     Extension(caller): Extension<Caller>,
     request: Request,
 ) -> Result<Response, Error> {
-    let answer = api.send(&caller, &api.provider.origin, request).await?;
-    let (status, _, body) = collect(answer).await?;
+    let (status, _, body) = api.fetch(&caller, request).await?;
     if !status.is_success() {
         return Ok((status, body).into_response());
     }
@@ -139,6 +152,20 @@ impl Api {
         };
         Ok(forward(&self.client, origin, request, errand).await?.answer)
     }
+
+    /// Asks the provider for JSON that is read here: whole and not compressed, whatever the caller would take. HEAD
+    /// gets the head of what GET would.
+    async fn fetch(
+        &self,
+        caller: &Caller,
+        mut request: Request,
+    ) -> Result<(StatusCode, HeaderMap, Bytes), Error> {
+        *request.method_mut() = Method::GET;
+        for name in [ACCEPT_ENCODING, IF_MODIFIED_SINCE, IF_NONE_MATCH, IF_RANGE, RANGE] {
+            request.headers_mut().remove(name);
+        }
+        collect(self.send(caller, &self.provider.origin, request).await?).await
+    }
 }
 
 /// An upstream's answer as the router's own.
@@ -152,7 +179,7 @@ pub fn json_answer(body: Vec<u8>) -> Response {
 }
 
 /// Reads a body whole, up to `limit`.
-pub async fn read(body: Body, limit: usize) -> Result<bytes::Bytes, Error> {
+pub async fn read(body: Body, limit: usize) -> Result<Bytes, Error> {
     match Limited::new(body, limit).collect().await {
         Ok(collected) => Ok(collected.to_bytes()),
         Err(error) => Err(too_large_or_broken(&*error, limit)),

@@ -47,6 +47,8 @@ pub struct Watch {
     body_until: AtomicU64,
     /// The caller must take some of its answer.
     stalled_until: AtomicU64,
+    /// Whether nothing of a request is left to be read.
+    may_rest: AtomicBool,
     /// When the first byte of the head came.
     head_at: AtomicU64,
     call_expired: AtomicBool,
@@ -63,6 +65,7 @@ impl Watch {
             close_at: AtomicU64::new(NEVER),
             body_until: AtomicU64::new(NEVER),
             stalled_until: AtomicU64::new(NEVER),
+            may_rest: AtomicBool::new(true),
             head_at: AtomicU64::new(0),
             call_expired: AtomicBool::new(false),
             body_expired: AtomicBool::new(false),
@@ -115,11 +118,20 @@ impl Watch {
     /// The call has ended; the connection waits for another until `idle` from `now`.
     pub fn call_ended(&self, now: Instant, idle: Duration) {
         self.stage.store(Stage::Idle as u8, Relaxed);
-        self.until.store(self.since_base(now + idle.min(REST_AFTER)), Relaxed);
-        self.close_at.store(self.since_base(now + idle), Relaxed);
+        self.idles(now.saturating_duration_since(self.base), idle);
+        // hyper closes a connection whose last request has not come whole; what is left of it must not be taken for
+        // another, so such a one never rests.
+        let unread = self.body_until.load(Relaxed) != NEVER || self.body_expired();
+        self.may_rest.store(!unread, Relaxed);
         self.body_until.store(NEVER, Relaxed);
         self.call_expired.store(false, Relaxed);
         self.body_expired.store(false, Relaxed);
+    }
+
+    /// Since `now` (from the base on) nothing is under way.
+    fn idles(&self, now: Duration, idle: Duration) {
+        self.until.store(nanos(now + idle.min(REST_AFTER)), Relaxed);
+        self.close_at.store(nanos(now + idle), Relaxed);
     }
 
     /// The caller took nothing of what was written; it has until `write` from now to take some.
@@ -129,11 +141,24 @@ impl Watch {
         }
     }
 
-    /// The caller has taken some.
-    pub fn write_goes_on(&self) {
-        if self.stalled_until.load(Relaxed) != NEVER {
+    /// The caller has taken some. If that was of an answer that has ended already, the connection idles from now.
+    pub fn write_goes_on(&self, idle: Duration) {
+        if self.is_stalled() {
             self.stalled_until.store(NEVER, Relaxed);
+            if self.stage() == Stage::Idle {
+                self.idles(self.base.elapsed(), idle);
+            }
         }
+    }
+
+    fn is_stalled(&self) -> bool {
+        self.stalled_until.load(Relaxed) != NEVER
+    }
+
+    /// The deadline of what the connection is doing. One whose caller still takes its last answer is not idle.
+    fn until(&self) -> u64 {
+        let answering = self.stage() == Stage::Idle && self.is_stalled();
+        if answering { NEVER } else { self.until.load(Relaxed) }
     }
 
     /// Whether the call's deadline has passed.
@@ -148,11 +173,8 @@ impl Watch {
 
     /// The earliest deadline, if there is any.
     pub fn due(&self) -> Option<Instant> {
-        let due = self
-            .until
-            .load(Relaxed)
-            .min(self.body_until.load(Relaxed))
-            .min(self.stalled_until.load(Relaxed));
+        let due =
+            self.until().min(self.body_until.load(Relaxed)).min(self.stalled_until.load(Relaxed));
         (due != NEVER).then(|| self.base + Duration::from_nanos(due))
     }
 
@@ -168,11 +190,11 @@ impl Watch {
             self.body_expired.store(true, Relaxed);
             overdue = Some(Overdue::Party);
         }
-        if self.until.load(Relaxed) <= now {
+        if self.until() <= now {
             let close_at = self.close_at.load(Relaxed);
             if self.stage() == Stage::Idle && now < close_at {
                 self.until.store(close_at, Relaxed);
-                return Some(Overdue::Rest);
+                return self.may_rest.load(Relaxed).then_some(Overdue::Rest);
             }
             if self.stage() != Stage::Call || self.call_expired() {
                 return Some(Overdue::Connection);
@@ -254,9 +276,34 @@ mod tests {
     fn a_caller_that_takes_nothing_is_cut_and_one_that_takes_some_is_not() {
         let watch = Watch::new();
         watch.write_stalls(SECOND);
-        watch.write_goes_on();
-        assert_eq!(watch.expire(Instant::now() + 2 * SECOND), None);
+        watch.write_goes_on(SECOND);
+        assert_eq!(watch.expire(Instant::now()), None);
         watch.write_stalls(SECOND);
         assert_eq!(watch.expire(Instant::now() + 2 * SECOND), Some(Overdue::Connection));
+    }
+
+    #[test]
+    fn a_connection_rests_only_when_its_request_has_come_whole() {
+        let watch = Watch::new();
+        let start = watch.call_begins();
+        watch.body_until(start + SECOND);
+        watch.call_ended(start, 60 * SECOND);
+        assert_eq!(watch.expire(start + 3 * SECOND), None);
+        watch.call_begins();
+        watch.call_ended(start, 60 * SECOND);
+        assert_eq!(watch.expire(start + 3 * SECOND), Some(Overdue::Rest));
+    }
+
+    #[test]
+    fn a_caller_that_takes_its_answer_slowly_is_not_idle() {
+        let watch = Watch::new();
+        watch.call_begins();
+        watch.write_stalls(10 * SECOND);
+        let ended = Instant::now();
+        watch.call_ended(ended, SECOND);
+        assert_eq!(watch.expire(ended + 5 * SECOND), None);
+        watch.write_goes_on(SECOND);
+        assert_eq!(watch.expire(ended), None);
+        assert_eq!(watch.expire(ended + 5 * SECOND), Some(Overdue::Connection));
     }
 }

@@ -227,10 +227,7 @@ impl Parts {
             provider,
             logs: Origin::new(self.config.logs_provider.clone()),
             credentials: self.credentials.clone(),
-            auth_proxy: auth
-                .proxy
-                .clone()
-                .map(|url| AuthProxy { origin: Origin::new(url), pass_body: auth.proxy_pass_body }),
+            auth_proxy: auth.proxy.clone().map(|url| AuthProxy::new(url, auth.proxy_pass_body)),
             timeouts: self.config.timeouts,
             default_namespace: Arc::clone(&self.namespace),
             metrics: Arc::clone(&self.metrics),

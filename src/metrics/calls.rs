@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use foldhash::fast::RandomState;
 use http::StatusCode;
 
+use crate::error::client_left;
 use crate::function::Function;
 use crate::metrics::known::Known;
 
@@ -228,11 +229,11 @@ impl Call {
         self.status = status;
     }
 
-    /// The provider has answered for the function: it exists.
+    /// The provider has answered for the function: it exists. One too many to be known stays a stranger.
     pub fn vouched_for(&mut self, shard: &Shard) {
-        if let Some(stranger) = self.stranger.take() {
+        let vouched = self.stranger.take_if(|stranger| shard.known.learn(&stranger.1));
+        if let Some(stranger) = vouched {
             let (segment, function) = *stranger;
-            shard.known.learn(&function);
             self.series = shard.insert(&segment, function);
             self.series.numbers().begin(self.began);
         }
@@ -276,9 +277,4 @@ impl Drop for Call {
             self.count(End::Left, Instant::now());
         }
     }
-}
-
-/// 499, as nginx made it known: the caller closed the connection before its answer was there.
-fn client_left() -> StatusCode {
-    StatusCode::from_u16(499).unwrap_or(StatusCode::BAD_REQUEST)
 }

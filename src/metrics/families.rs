@@ -1,6 +1,6 @@
 //! What a scrape says of functions: the shards' calls, added up, and the replicas that the provider reported last.
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use arc_swap::ArcSwap;
@@ -85,12 +85,16 @@ impl Collector for Functions {
     fn collect(&self) -> Vec<MetricFamily> {
         let calls = self.calls();
         let replicas = self.replicas.load();
-        // One that is neither deployed nor called has no calls in flight worth a line.
-        let listed: HashSet<&str> = replicas.iter().map(|r| r.label.as_str()).collect();
-        let in_flight = calls
-            .iter()
-            .filter(|(name, numbers)| numbers.in_flight != 0 || listed.contains(&***name))
-            .map(|(name, numbers)| gauge(&[("function_name", name)], numbers.in_flight as f64));
+        // Whatever is deployed has a line, called or not; of the rest only what is being called.
+        let mut in_flight: BTreeMap<&str, i64> =
+            replicas.iter().map(|r| (r.label.as_str(), 0)).collect();
+        for (name, numbers) in &calls {
+            if numbers.in_flight != 0 {
+                in_flight.insert(name, numbers.in_flight);
+            }
+        }
+        let in_flight =
+            in_flight.iter().map(|(name, count)| gauge(&[("function_name", name)], *count as f64));
         let by_code = |make: fn(&[(&str, &str)], &Durations) -> Metric| {
             calls
                 .iter()

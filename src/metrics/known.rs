@@ -23,12 +23,14 @@ impl Known {
         self.functions().contains_key(function)
     }
 
-    /// The provider has answered for `function`.
-    pub fn learn(&self, function: &Function) {
+    /// The provider has answered for `function`. Whether it is known from now on.
+    pub fn learn(&self, function: &Function) -> bool {
         let mut functions = self.functions();
-        if functions.len() < MAX_LEARNT || functions.contains_key(function) {
+        let has_room = functions.len() < MAX_LEARNT || functions.contains_key(function);
+        if has_room {
             functions.insert(function.clone(), Instant::now());
         }
+        has_room
     }
 
     /// The provider lists `functions` at `now`.
@@ -71,7 +73,17 @@ mod tests {
         let known = Known::default();
         let echo = Function::parse("echo", "fn").unwrap();
         assert!(!known.contains(&echo));
-        known.learn(&echo);
+        assert!(known.learn(&echo));
         assert!(known.contains(&echo));
+    }
+
+    #[test]
+    fn a_provider_that_answers_for_anything_is_believed_so_often_only() {
+        let known = Known::default();
+        let function = |number: usize| Function::parse(&format!("f{number}"), "fn").unwrap();
+        assert!((0..MAX_LEARNT).all(|number| known.learn(&function(number))));
+        assert!(!known.learn(&function(MAX_LEARNT)));
+        assert!(!known.contains(&function(MAX_LEARNT)));
+        assert!(known.learn(&function(0)));
     }
 }

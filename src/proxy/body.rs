@@ -64,13 +64,25 @@ impl Body for RequestBody {
 /// Why a caller's body could not be read to its end. It travels through hyper's errors as their source.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum BodyError {
-    #[error("the request's body broke off or is malformed")]
+    #[error("the request's body is malformed")]
     Broken,
+    #[error("the caller left before its request had come whole")]
+    Left,
     #[error("the request's body did not come within read_timeout")]
     Slow,
 }
 
 impl BodyError {
+    /// What hyper's `error` on a caller's body means.
+    fn of(error: &hyper::Error) -> Self {
+        use std::io::ErrorKind::{BrokenPipe, ConnectionReset, UnexpectedEof};
+        let io = error.source().and_then(|source| source.downcast_ref::<std::io::Error>());
+        match io.map(std::io::Error::kind) {
+            Some(UnexpectedEof | ConnectionReset | BrokenPipe) => Self::Left,
+            _ => Self::Broken,
+        }
+    }
+
     /// Finds one among the causes of `error`.
     pub fn among(error: &(dyn Error + 'static)) -> Option<Self> {
         let mut cause = Some(error);
@@ -115,7 +127,7 @@ impl Body for CallerBody {
         if matches!(polled, Poll::Ready(None)) || self.inner.is_end_stream() {
             self.watch.body_ended();
         }
-        polled.map_err(|_| BodyError::Broken)
+        polled.map_err(|error| BodyError::of(&error))
     }
 
     fn is_end_stream(&self) -> bool {

@@ -215,7 +215,7 @@ impl Client {
         // A peer that vanishes without a word is noticed even by a stream without deadline.
         socket2::SockRef::from(&tcp).set_keepalive(true)?;
         if !url.tls {
-            return Ok(UpstreamStream::Plain(tcp));
+            return Ok(UpstreamStream::plain(tcp));
         }
         let name = ServerName::try_from(url.host().to_owned()).map_err(io::Error::other)?;
         Ok(UpstreamStream::Tls(Box::new(self.tls.connector().connect(name, tcp).await?)))

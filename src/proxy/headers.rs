@@ -39,13 +39,26 @@ pub fn to_upstream(
 /// Leaves a request's headers that are meant for its destination, and the wish to change protocols, which is
 /// returned.
 pub fn end_to_end(headers: &mut HeaderMap) -> Option<HeaderValue> {
-    let upgrade = take_hop_by_hop(headers);
+    let upgrade = take_hop_by_hop(headers).filter(is_harmless);
     // hyper has answered 100-continue by the time the body is read.
     headers.remove(EXPECT);
     if let Some(protocol) = &upgrade {
         announce_upgrade(headers, protocol);
     }
     upgrade
+}
+
+/// Whether a change to `protocol` keeps what the connection can reach to what was asked for. One to another HTTP or
+/// to TLS opens all of the upstream, past every check that is made here.
+fn is_harmless(protocol: &HeaderValue) -> bool {
+    let starts_with = |name: &[u8], start: &str| {
+        name.get(..start.len()).is_some_and(|n| n.eq_ignore_ascii_case(start.as_bytes()))
+    };
+    protocol
+        .as_bytes()
+        .split(|byte| *byte == b',')
+        .map(<[u8]>::trim_ascii)
+        .all(|name| !["h2", "http", "tls"].iter().any(|start| starts_with(name, start)))
 }
 
 /// Makes an upstream's headers those of an answer to the caller; `upgraded`: it has agreed to change protocols.

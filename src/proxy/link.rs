@@ -14,7 +14,7 @@ use hyper::body::Incoming;
 use hyper::client::conn::TrySendError;
 use hyper::client::conn::http1::{self, SendRequest};
 use hyper_util::rt::TokioIo;
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, ReadBuf, Take};
 use tokio::net::TcpStream;
 use tokio_rustls::client::TlsStream;
 
@@ -25,6 +25,9 @@ use crate::watch::Watch;
 const MAX_HEADERS: usize = 250;
 /// Room for the largest head of an answer, and for as much of a body as is passed on at once.
 const MAX_BUFFER: usize = 1 << 20;
+/// The most that is read at once: what waits to be written to a slow caller stays within some 2 MiB, as on its side.
+/// TLS hands out less by itself.
+const READ_AT_ONCE: u64 = 64 << 10;
 
 /// A connection to an upstream; at most one call at a time.
 pub(super) struct Link {
@@ -124,8 +127,14 @@ impl From<TrySendError<Request<RequestBody>>> for Failure {
 /// A socket to an upstream, with or without TLS.
 #[derive(Debug)]
 pub(super) enum UpstreamStream {
-    Plain(TcpStream),
+    Plain(Take<TcpStream>),
     Tls(Box<TlsStream<TcpStream>>),
+}
+
+impl UpstreamStream {
+    pub(super) fn plain(tcp: TcpStream) -> Self {
+        Self::Plain(tcp.take(READ_AT_ONCE))
+    }
 }
 
 impl AsyncRead for UpstreamStream {
@@ -135,7 +144,10 @@ impl AsyncRead for UpstreamStream {
         buf: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
         match &mut *self {
-            Self::Plain(tcp) => Pin::new(tcp).poll_read(cx, buf),
+            Self::Plain(tcp) => {
+                tcp.set_limit(READ_AT_ONCE);
+                Pin::new(tcp).poll_read(cx, buf)
+            }
             Self::Tls(tls) => Pin::new(tls).poll_read(cx, buf),
         }
     }
@@ -148,7 +160,7 @@ impl AsyncWrite for UpstreamStream {
         buf: &[u8],
     ) -> Poll<io::Result<usize>> {
         match &mut *self {
-            Self::Plain(tcp) => Pin::new(tcp).poll_write(cx, buf),
+            Self::Plain(tcp) => Pin::new(tcp.get_mut()).poll_write(cx, buf),
             Self::Tls(tls) => Pin::new(tls).poll_write(cx, buf),
         }
     }
@@ -159,7 +171,7 @@ impl AsyncWrite for UpstreamStream {
         bufs: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
         match &mut *self {
-            Self::Plain(tcp) => Pin::new(tcp).poll_write_vectored(cx, bufs),
+            Self::Plain(tcp) => Pin::new(tcp.get_mut()).poll_write_vectored(cx, bufs),
             Self::Tls(tls) => Pin::new(tls).poll_write_vectored(cx, bufs),
         }
     }
@@ -170,14 +182,14 @@ impl AsyncWrite for UpstreamStream {
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         match &mut *self {
-            Self::Plain(tcp) => Pin::new(tcp).poll_flush(cx),
+            Self::Plain(tcp) => Pin::new(tcp.get_mut()).poll_flush(cx),
             Self::Tls(tls) => Pin::new(tls).poll_flush(cx),
         }
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         match &mut *self {
-            Self::Plain(tcp) => Pin::new(tcp).poll_shutdown(cx),
+            Self::Plain(tcp) => Pin::new(tcp.get_mut()).poll_shutdown(cx),
             Self::Tls(tls) => Pin::new(tls).poll_shutdown(cx),
         }
     }

@@ -8,7 +8,7 @@ use std::task::{Context, Poll};
 
 use bytes::Bytes;
 use http::HeaderValue;
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, ReadBuf, Take};
 use tokio::net::TcpStream;
 use tokio_util::task::TaskTracker;
 
@@ -44,16 +44,21 @@ impl Caller {
 /// A caller's socket that tells the watch what it sees.
 #[derive(Debug)]
 pub struct CallerStream {
-    tcp: TcpStream,
+    tcp: Take<TcpStream>,
     /// What was read before, and is to be read again.
     unread: Bytes,
     watch: Arc<Watch>,
     timeouts: Timeouts,
 }
 
+/// The most that is read at once. hyper reads into ever larger buffers while a peer fills them, and up to sixteen such
+/// reads, each keeping the whole of its buffer, may wait to be written: this bounds what a fast peer before a slow one
+/// costs, to 2 MiB or so.
+const READ_AT_ONCE: u64 = 64 << 10;
+
 impl CallerStream {
     pub fn new(tcp: TcpStream, watch: Arc<Watch>, timeouts: Timeouts) -> Self {
-        Self { tcp, unread: Bytes::new(), watch, timeouts }
+        Self { tcp: tcp.take(READ_AT_ONCE), unread: Bytes::new(), watch, timeouts }
     }
 
     /// Has `bytes` come once more, before all others.
@@ -69,13 +74,13 @@ impl CallerStream {
         }
         // Readiness alone is not enough: a fresh socket counts as ready until it has been tried.
         let mut byte = [0];
-        self.tcp.poll_peek(cx, &mut ReadBuf::new(&mut byte)).map(|_| ())
+        self.tcp.get_ref().poll_peek(cx, &mut ReadBuf::new(&mut byte)).map(|_| ())
     }
 
     fn wrote(&self, result: Poll<io::Result<usize>>) -> Poll<io::Result<usize>> {
         match result {
             Poll::Pending => self.watch.write_stalls(self.timeouts.write),
-            Poll::Ready(_) => self.watch.write_goes_on(),
+            Poll::Ready(_) => self.watch.write_goes_on(self.timeouts.idle),
         }
         result
     }
@@ -93,6 +98,7 @@ impl AsyncRead for CallerStream {
             return Poll::Ready(Ok(()));
         }
         let before = buf.filled().len();
+        self.tcp.set_limit(READ_AT_ONCE);
         let result = Pin::new(&mut self.tcp).poll_read(cx, buf);
         if buf.filled().len() > before && self.watch.stage() == Stage::Idle {
             self.watch.head_begins(self.timeouts.read);
@@ -107,7 +113,7 @@ impl AsyncWrite for CallerStream {
         cx: &mut Context<'_>,
         buf: &[u8],
     ) -> Poll<io::Result<usize>> {
-        let result = Pin::new(&mut self.tcp).poll_write(cx, buf);
+        let result = Pin::new(self.tcp.get_mut()).poll_write(cx, buf);
         self.wrote(result)
     }
 
@@ -116,7 +122,7 @@ impl AsyncWrite for CallerStream {
         cx: &mut Context<'_>,
         bufs: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        let result = Pin::new(&mut self.tcp).poll_write_vectored(cx, bufs);
+        let result = Pin::new(self.tcp.get_mut()).poll_write_vectored(cx, bufs);
         self.wrote(result)
     }
 
@@ -125,10 +131,10 @@ impl AsyncWrite for CallerStream {
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.tcp).poll_flush(cx)
+        Pin::new(self.tcp.get_mut()).poll_flush(cx)
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.tcp).poll_shutdown(cx)
+        Pin::new(self.tcp.get_mut()).poll_shutdown(cx)
     }
 }

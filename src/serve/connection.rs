@@ -14,7 +14,7 @@ use tokio::time::Sleep;
 use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
 
 use crate::serve::caller::{Caller, CallerStream};
-use crate::watch::Overdue;
+use crate::watch::{Overdue, Stage};
 
 /// The largest head of a request.
 const MAX_HEAD: usize = 1 << 20;
@@ -22,6 +22,8 @@ const MAX_HEAD: usize = 1 << 20;
 const MAX_BUFFER: usize = MAX_HEAD + (64 << 10);
 /// The most headers of a request.
 const MAX_HEADERS: usize = 250;
+/// The first request on a connection younger than this may still be on its way.
+const YOUNG: Duration = Duration::from_secs(1);
 
 /// How hyper serves connections of callers.
 pub(super) fn builder() -> Builder {
@@ -35,6 +37,7 @@ pub(super) struct Connection<S: HttpService<Incoming>> {
     http: Http<S>,
     builder: Builder,
     caller: Caller,
+    accepted: Instant,
     /// Armed at or before the watch's earliest deadline.
     timer: Pin<Box<Sleep>>,
     armed: Option<Instant>,
@@ -70,6 +73,7 @@ where
             http: Http::Resting(stream, service),
             builder,
             caller,
+            accepted: Instant::now(),
             // Never polled before it is armed.
             timer: Box::pin(tokio::time::sleep(Duration::ZERO)),
             armed: None,
@@ -112,20 +116,30 @@ where
         }
     }
 
-    fn close_if_asked(&mut self, cx: &mut Context<'_>) {
+    /// Whether this was the moment: then hyper is to be polled again.
+    fn close_if_asked(&mut self, cx: &mut Context<'_>) -> bool {
         if self.told_to_close {
-            return;
+            return false;
         }
         if !self.registered {
             self.registered = self.until_closing.as_mut().poll(cx).is_pending();
         }
-        if self.closing.is_cancelled() {
-            self.told_to_close = true;
-            match &mut self.http {
-                Http::Awake(http) => Pin::new(&mut **http).graceful_shutdown(),
-                _ => self.http = Http::Over,
-            }
+        if !self.closing.is_cancelled() {
+            return false;
         }
+        let watch = &self.caller.watch;
+        if watch.stage() == Stage::Idle
+            && let Some(left) = YOUNG.checked_sub(self.accepted.elapsed())
+        {
+            watch.call_ended(Instant::now(), left);
+            return false;
+        }
+        self.told_to_close = true;
+        match &mut self.http {
+            Http::Awake(http) => Pin::new(&mut **http).graceful_shutdown(),
+            Http::Resting(..) | Http::Over => self.http = Http::Over,
+        }
+        true
     }
 
     /// Sees to the timer; `Some` if a deadline has passed.
@@ -166,9 +180,11 @@ where
 
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
         loop {
-            self.close_if_asked(cx);
             if self.poll_http(cx).is_ready() {
                 return Poll::Ready(());
+            }
+            if self.close_if_asked(cx) {
+                continue;
             }
             match self.poll_overdue(cx) {
                 None => return Poll::Pending,

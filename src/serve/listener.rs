@@ -27,20 +27,29 @@ pub fn bind(address: SocketAddr, count: usize) -> Result<Vec<TcpListener>, BindE
 
 fn bind_all(address: SocketAddr, count: usize) -> io::Result<Vec<TcpListener>> {
     // SO_REUSEPORT lets any process of this user join in. A first socket without it finds out whether the port is
-    // free: two gateways that silently share one would be a riddle.
-    let probe = socket(address)?;
-    probe.bind(&address.into())?;
-    let address = local_address(&probe)?;
-    drop(probe);
-    (0..count.max(1))
-        .map(|_| {
-            let socket = socket(address)?;
-            socket.set_reuse_port(true)?;
-            socket.bind(&address.into())?;
+    // free: two gateways that silently share one would be a riddle. A port that the kernel picks is nobody else's.
+    if address.port() != 0 {
+        socket(address)?.bind(&address.into())?;
+    }
+    let first = shared(address)?;
+    let address = local_address(&first)?;
+    let others = (1..count).map(|_| shared(address));
+    std::iter::once(Ok(first))
+        .chain(others)
+        .map(|socket| {
+            let socket = socket?;
             socket.listen(BACKLOG)?;
             Ok(socket.into())
         })
         .collect()
+}
+
+/// A socket that shares `address` with others of its kind.
+fn shared(address: SocketAddr) -> io::Result<Socket> {
+    let socket = socket(address)?;
+    socket.set_reuse_port(true)?;
+    socket.bind(&address.into())?;
+    Ok(socket)
 }
 
 fn socket(address: SocketAddr) -> io::Result<Socket> {

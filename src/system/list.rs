@@ -8,7 +8,7 @@ use axum::response::{IntoResponse, Response};
 use serde_json::{Map, Value};
 
 use crate::error::Error;
-use crate::provider::{collect, parse};
+use crate::provider::parse;
 use crate::serve::caller::Caller;
 use crate::system::{Api, json_answer};
 
@@ -18,8 +18,7 @@ pub async fn list(
     Extension(caller): Extension<Caller>,
     request: Request,
 ) -> Result<Response, Error> {
-    let answer = api.send(&caller, &api.provider.origin, request).await?;
-    let (status, headers, body) = collect(answer).await?;
+    let (status, headers, body) = api.fetch(&caller, request).await?;
     if !status.is_success() {
         let mut answer = (status, body).into_response();
         if let Some(kind) = headers.get(http::header::CONTENT_TYPE) {
@@ -27,7 +26,7 @@ pub async fn list(
         }
         return Ok(answer);
     }
-    let mut functions: Vec<Map<String, Value>> = parse(&body)?;
+    let mut functions = parse::<Option<Vec<Map<String, Value>>>>(&body)?.unwrap_or_default();
     if !functions.is_empty() {
         let counts = api.counts.by_function(&api.client, &api.metrics).await;
         mix_in(&mut functions, &counts, &api.default_namespace);

@@ -1,7 +1,26 @@
 //! All integration tests, one binary: the real gateway, real sockets, real processes.
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
+#![expect(clippy::disallowed_methods, reason = "tests spawn what they drop")]
+
+mod support;
 
 mod conformance;
 mod house;
 mod process_provider;
+
+mod api;
+mod auth;
+mod broken;
+mod chaos;
+mod counting;
+mod deadlines;
+mod leaving;
+mod limits;
+mod memory;
+mod pool;
+mod start;
+mod stop;
+mod streams;
+mod trailers;
+mod upgrade;

@@ -1,0 +1,139 @@
+//! The start of the process: settings that cannot be used are all named at once, in words, with a status for each
+//! kind of failure. And the probe that asks whether it went well.
+
+use std::process::Output;
+
+use crate::support::gateway::{Gateway, command};
+use crate::support::provider::Provider;
+use crate::support::within;
+
+async fn run(arguments: &[&str]) -> Output {
+    let output = command().args(arguments).kill_on_drop(true).output();
+    within("a run that ends", output).await.unwrap()
+}
+
+fn stderr(output: &Output) -> String {
+    String::from_utf8_lossy(&output.stderr).into_owned()
+}
+
+#[tokio::test]
+async fn every_mistake_is_named_in_one_start() {
+    let output = Gateway::builder()
+        .var("functions_provider_url", "provider:8080")
+        .var("read_timeout", "ten")
+        .var("max_calls", "0")
+        .var("basic_auth", "perhaps")
+        .var("log_format", "xml")
+        .var("listen_address", "localhost")
+        .output(&["--idle-timeout", "-1s"])
+        .await;
+    let said = stderr(&output);
+    assert_eq!(output.status.code(), Some(64), "{said}");
+    for (name, value, expected) in [
+        ("functions_provider_url", "provider:8080", "http"),
+        ("read_timeout", "ten", "duration"),
+        ("max_calls", "0", "from 1"),
+        ("basic_auth", "perhaps", "true or false"),
+        ("log_format", "xml", "json"),
+        ("listen_address", "localhost", "IP address"),
+        ("idle_timeout", "-1s", "duration"),
+    ] {
+        let lines = said.lines().filter(|line| line.contains(name)).collect::<Vec<_>>();
+        assert_eq!(lines.len(), 1, "{name}: {said}");
+        assert!(lines[0].contains(&format!("{value:?}")), "{said}");
+        assert!(lines[0].contains(expected), "{said}");
+    }
+    assert_eq!(said.lines().count(), 7, "{said}");
+}
+
+#[tokio::test]
+async fn a_start_without_a_provider_says_what_is_missing() {
+    let output = run(&[]).await;
+    let said = stderr(&output);
+    assert_eq!(output.status.code(), Some(64), "{said}");
+    assert!(said.contains("functions_provider_url is not set"), "{said}");
+    assert_eq!(said.lines().count(), 1, "{said}");
+}
+
+#[tokio::test]
+async fn a_command_line_that_cannot_be_read_is_a_usage_error() {
+    for arguments in [["--no-such-flag"], ["no-such-role"], ["--port"]] {
+        let output = run(&arguments).await;
+        assert_eq!(output.status.code(), Some(64), "{arguments:?}: {}", stderr(&output));
+        assert!(stderr(&output).contains("--help"), "{}", stderr(&output));
+        assert!(output.stdout.is_empty());
+    }
+}
+
+#[tokio::test]
+async fn help_and_version_are_no_failures() {
+    for arguments in [["--help"], ["--version"]] {
+        let output = run(&arguments).await;
+        assert_eq!(output.status.code(), Some(0), "{arguments:?}");
+        assert!(output.stderr.is_empty());
+        assert!(String::from_utf8(output.stdout).unwrap().contains("gateway"));
+    }
+}
+
+/// A second process on the port of the first.
+async fn is_refused(builder: crate::support::gateway::Builder, taken: std::net::SocketAddr) {
+    let output = builder.var("log_level", "error").output(&[]).await;
+    let said = stderr(&output);
+    assert_eq!(output.status.code(), Some(1), "{said}");
+    assert_eq!(said.lines().count(), 1, "{said}");
+    assert!(said.contains(&format!("cannot listen on {taken}")), "{said}");
+}
+
+#[tokio::test]
+async fn a_port_that_another_process_has_is_named() {
+    let other = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let taken = other.local_addr().unwrap();
+    let provider = Provider::by_hand();
+    let builder = || Gateway::builder().provider(&provider);
+    is_refused(builder().var("port", taken.port()), taken).await;
+    is_refused(builder().var("metrics_port", taken.port()), taken).await;
+}
+
+#[tokio::test]
+async fn two_gateways_never_share_a_port() {
+    let provider = Provider::by_hand();
+    let first = Gateway::before(&provider).await;
+    let second = Gateway::builder().provider(&provider).var("port", first.address.port());
+    is_refused(second, first.address).await;
+    assert_eq!(first.get("/_/healthz").await.status(), 200);
+}
+
+#[tokio::test]
+async fn a_gateway_can_be_started_again_on_the_port_it_had() {
+    let provider = Provider::saying("hello");
+    let first = Gateway::before(&provider).await;
+    let port = first.address.port();
+    let mut caller = first.connect().await;
+    assert_eq!(caller.get("/function/echo").await.text(), "hello");
+    // It closes first, so its side of the connection lingers.
+    assert!(first.terminate().await.success());
+    let second = Gateway::builder().provider(&provider).var("port", port).start().await;
+    assert_eq!(second.get("/function/echo").await.text(), "hello");
+}
+
+#[tokio::test]
+async fn the_probe_says_how_a_url_is() {
+    let provider = Provider::builder()
+        .api(|head, _| (head.target() == "/sick").then(|| (500, String::new())))
+        .start();
+    let gateway = Gateway::before(&provider).await;
+    let probe = async |url: String| {
+        let output = run(&["healthcheck", &url]).await;
+        (output.status.code(), stderr(&output))
+    };
+    let (code, said) = probe(format!("http://{}/_/healthz", gateway.address)).await;
+    assert_eq!((code, said.as_str()), (Some(0), ""));
+    let (code, said) = probe(format!("{}/sick", provider.url())).await;
+    assert_eq!((code, said.contains("500")), (Some(1), true), "{said}");
+    let address = gateway.address;
+    assert!(gateway.terminate().await.success());
+    let (code, said) = probe(format!("http://{address}/_/healthz")).await;
+    assert_eq!((code, said.lines().count()), (Some(1), 1), "{said}");
+    let (code, said) = probe("no url".to_owned()).await;
+    assert_eq!((code, said.lines().count()), (Some(1), 1), "{said}");
+}

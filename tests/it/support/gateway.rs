@@ -1,0 +1,183 @@
+//! The gateway under test: the binary itself, with the environment that the test gives it and no other.
+
+use std::net::SocketAddr;
+use std::process::{ExitStatus, Output, Stdio};
+use std::sync::{Arc, Mutex};
+
+use rustix::process::{Pid, Signal, kill_process};
+use tokio::io::{AsyncBufReadExt, BufReader};
+use tokio::process::{Child, Command};
+
+use crate::support::metrics::Metrics;
+use crate::support::provider::Provider;
+use crate::support::wire::{self, Answer, Wire};
+use crate::support::{eventually, within};
+
+/// A running gateway. Killed when dropped.
+pub(crate) struct Gateway {
+    pub(crate) address: SocketAddr,
+    metrics_address: SocketAddr,
+    child: Child,
+    log: Arc<Mutex<Vec<String>>>,
+}
+
+/// How a gateway is to be started.
+pub(crate) struct Builder {
+    vars: Vec<(String, String)>,
+}
+
+impl Builder {
+    pub(crate) fn provider(self, provider: &Provider) -> Self {
+        self.var("functions_provider_url", provider.url())
+    }
+
+    /// One of its settings, by its variable.
+    pub(crate) fn var(mut self, name: &str, value: impl ToString) -> Self {
+        self.vars.push((name.to_owned(), value.to_string()));
+        self
+    }
+
+    /// Starts it, and returns once it serves.
+    pub(crate) async fn start(self) -> Gateway {
+        let mut child =
+            command().envs(self.vars).stderr(Stdio::piped()).kill_on_drop(true).spawn().unwrap();
+        let log: Arc<Mutex<Vec<String>>> = Arc::default();
+        let mut lines = BufReader::new(child.stderr.take().unwrap()).lines();
+        let collected = Arc::clone(&log);
+        tokio::spawn(async move {
+            while let Ok(Some(line)) = lines.next_line().await {
+                collected.lock().unwrap().push(line);
+            }
+        });
+        let serving = || log.lock().unwrap().iter().find_map(|line| addresses(line));
+        eventually("the gateway serves", async || {
+            let ended = child.try_wait().unwrap();
+            assert!(ended.is_none(), "ended with {ended:?}: {:?}", log.lock().unwrap());
+            serving().is_some()
+        })
+        .await;
+        let (address, metrics_address) = serving().unwrap();
+        Gateway { address, metrics_address, child, log }
+    }
+
+    /// Starts one that is expected to end by itself, and returns how it did.
+    pub(crate) async fn output(self, arguments: &[&str]) -> Output {
+        let output = command().envs(self.vars).args(arguments).kill_on_drop(true).output();
+        within("a start that fails", output).await.unwrap()
+    }
+}
+
+impl Gateway {
+    /// A gateway with every default but for its ports.
+    pub(crate) fn builder() -> Builder {
+        let builder = Builder { vars: Vec::new() };
+        builder
+            .var("listen_address", "127.0.0.1")
+            .var("port", "0")
+            .var("metrics_port", "0")
+            .var("log_format", "json")
+            .var("threads", "2")
+            // Nothing listens there: counts are left out at once.
+            .var("faas_prometheus_host", "127.0.0.1")
+            .var("faas_prometheus_port", "1")
+            .var("function_namespace", "fn")
+    }
+
+    /// One before `provider`, with every default.
+    pub(crate) async fn before(provider: &Provider) -> Self {
+        Self::builder().provider(provider).start().await
+    }
+
+    pub(crate) async fn connect(&self) -> Wire {
+        Wire::connect(self.address).await
+    }
+
+    /// `GET target` on a connection of its own.
+    pub(crate) async fn get(&self, target: &str) -> Answer {
+        self.connect().await.get(target).await
+    }
+
+    /// `POST target` on a connection of its own.
+    pub(crate) async fn post(&self, target: &str, body: &str) -> Answer {
+        self.connect().await.ask(wire::post(target, body)).await
+    }
+
+    /// Whether `/_/ready` says 200.
+    pub(crate) async fn is_ready(&self) -> bool {
+        self.get("/_/ready").await.status() == 200
+    }
+
+    pub(crate) async fn metrics(&self) -> Metrics {
+        let answer = Wire::connect(self.metrics_address).await.get("/metrics").await;
+        Metrics { text: answer.text().to_owned() }
+    }
+
+    /// Waits until the metrics are as `holds` wants them.
+    #[track_caller]
+    pub(crate) fn metrics_show(
+        &self,
+        what: &str,
+        holds: impl Fn(&Metrics) -> bool,
+    ) -> impl Future<Output = ()> {
+        eventually(what, async move || holds(&self.metrics().await))
+    }
+
+    /// What it has logged so far.
+    pub(crate) fn log(&self) -> Vec<String> {
+        self.log.lock().unwrap().clone()
+    }
+
+    /// Waits until a line of the log has `text`.
+    pub(crate) async fn logs(&self, text: &str) {
+        eventually(text, async || self.log().iter().any(|line| line.contains(text))).await;
+    }
+
+    pub(crate) fn signal(&self, signal: Signal) {
+        kill_process(self.pid(), signal).unwrap();
+    }
+
+    /// Waits for its end.
+    pub(crate) async fn ended(&mut self) -> ExitStatus {
+        within("the end of the gateway", self.child.wait()).await.unwrap()
+    }
+
+    /// Sends SIGTERM and waits for the end.
+    pub(crate) async fn terminate(mut self) -> ExitStatus {
+        self.signal(Signal::TERM);
+        self.ended().await
+    }
+
+    /// The most memory it has used so far, in bytes.
+    pub(crate) fn peak_memory(&self) -> u64 {
+        let path = format!("/proc/{}/status", self.pid().as_raw_nonzero());
+        let status = std::fs::read_to_string(path).unwrap();
+        let peak = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).unwrap();
+        peak.trim().trim_end_matches(" kB").parse::<u64>().unwrap() * 1024
+    }
+
+    /// How many files and sockets it has open.
+    pub(crate) fn open_files(&self) -> usize {
+        let path = format!("/proc/{}/fd", self.pid().as_raw_nonzero());
+        std::fs::read_dir(path).unwrap().count()
+    }
+
+    fn pid(&self) -> Pid {
+        let id = self.child.id().expect("it runs");
+        Pid::from_raw(id.try_into().unwrap()).unwrap()
+    }
+}
+
+/// The binary, with an environment that is empty.
+pub(crate) fn command() -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_gateway"));
+    command.env_clear();
+    command
+}
+
+/// The addresses in the log line that says where it serves.
+fn addresses(line: &str) -> Option<(SocketAddr, SocketAddr)> {
+    let line: serde_json::Value = serde_json::from_str(line).ok()?;
+    let fields = line.get("fields").filter(|fields| fields["message"] == "Serving")?;
+    let address = |name: &str| fields[name].as_str()?.parse().ok();
+    Some((address("address")?, address("metrics")?))
+}

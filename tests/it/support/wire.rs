@@ -1,0 +1,317 @@
+//! HTTP/1.1 by hand: one end of a connection, for tests that care about framing and about when bytes come.
+
+use std::fmt;
+use std::io;
+use std::net::SocketAddr;
+
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
+
+use crate::support::within;
+
+/// One end of a connection.
+pub(crate) struct Wire {
+    tcp: TcpStream,
+    /// Read and not yet consumed.
+    buffer: Vec<u8>,
+}
+
+/// The head of a request or an answer.
+#[derive(Clone, Debug)]
+pub(crate) struct Head {
+    pub(crate) start: String,
+    pub(crate) headers: Vec<(String, String)>,
+}
+
+/// An answer read to its end.
+#[derive(Clone, Debug)]
+pub(crate) struct Answer {
+    pub(crate) head: Head,
+    pub(crate) body: Vec<u8>,
+}
+
+/// The peer broke off inside a message; with what had come of its body.
+#[derive(Debug)]
+pub(crate) struct BrokenOff(pub(crate) Vec<u8>);
+
+impl Head {
+    fn parse(text: &str) -> Self {
+        let mut lines = text.split("\r\n");
+        let start = lines.next().unwrap_or_default().to_owned();
+        let headers = lines
+            .filter_map(|line| line.split_once(':'))
+            .map(|(name, value)| (name.to_ascii_lowercase(), value.trim().to_owned()))
+            .collect();
+        Self { start, headers }
+    }
+
+    /// The first header called `name`, which is in lower case.
+    pub(crate) fn header(&self, name: &str) -> Option<&str> {
+        self.headers.iter().find(|(n, _)| n == name).map(|(_, value)| value.as_str())
+    }
+
+    /// An answer's status.
+    pub(crate) fn status(&self) -> u16 {
+        let status = self.start.split(' ').nth(1).and_then(|status| status.parse().ok());
+        status.unwrap_or_else(|| panic!("no status line: {}", self.start))
+    }
+
+    /// A request's method.
+    pub(crate) fn method(&self) -> &str {
+        self.start.split(' ').next().unwrap_or_default()
+    }
+
+    /// A request's target.
+    pub(crate) fn target(&self) -> &str {
+        self.start.split(' ').nth(1).unwrap_or_default()
+    }
+
+    /// How the body after this head is framed.
+    fn framing(&self) -> Framing {
+        if self.header("transfer-encoding").is_some_and(|te| te.contains("chunked")) {
+            return Framing::Chunked;
+        }
+        match self.header("content-length") {
+            Some(length) => Framing::Length(length.parse().unwrap()),
+            None if !self.start.starts_with("HTTP/") => Framing::Length(0),
+            None if matches!(self.status(), 100..200 | 204 | 304) => Framing::Length(0),
+            None => Framing::UntilClosed,
+        }
+    }
+}
+
+enum Framing {
+    Chunked,
+    Length(usize),
+    UntilClosed,
+}
+
+impl Answer {
+    pub(crate) fn status(&self) -> u16 {
+        self.head.status()
+    }
+
+    pub(crate) fn header(&self, name: &str) -> Option<&str> {
+        self.head.header(name)
+    }
+
+    pub(crate) fn text(&self) -> &str {
+        std::str::from_utf8(&self.body).unwrap()
+    }
+
+    pub(crate) fn json(&self) -> serde_json::Value {
+        serde_json::from_slice(&self.body).unwrap_or_else(|e| panic!("{e}: {self}"))
+    }
+}
+
+impl fmt::Display for Answer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:?} {:?}", self.head, String::from_utf8_lossy(&self.body))
+    }
+}
+
+impl Wire {
+    pub(crate) fn new(tcp: TcpStream) -> Self {
+        tcp.set_nodelay(true).unwrap();
+        Self { tcp, buffer: Vec::new() }
+    }
+
+    pub(crate) async fn connect(address: SocketAddr) -> Self {
+        Self::new(TcpStream::connect(address).await.unwrap())
+    }
+
+    /// Writes all of `bytes`.
+    pub(crate) async fn send(&mut self, bytes: impl AsRef<[u8]>) {
+        self.try_send(bytes).await.unwrap();
+    }
+
+    /// Writes `bytes`; an error if the peer has closed.
+    pub(crate) async fn try_send(&mut self, bytes: impl AsRef<[u8]>) -> io::Result<()> {
+        within("writing", self.tcp.write_all(bytes.as_ref())).await
+    }
+
+    /// Writes one chunk.
+    pub(crate) async fn send_chunk(&mut self, text: &str) {
+        self.send(format!("{:x}\r\n{text}\r\n", text.len())).await;
+    }
+
+    /// Reads some more; `false` when the peer has closed or reset the connection.
+    async fn fill(&mut self) -> bool {
+        let mut piece = [0; 16 << 10];
+        match within("reading", self.tcp.read(&mut piece)).await {
+            Ok(0) | Err(_) => false,
+            Ok(n) => {
+                self.buffer.extend_from_slice(&piece[..n]);
+                true
+            }
+        }
+    }
+
+    /// The next head; `None` if the peer closes the connection instead.
+    pub(crate) async fn try_head(&mut self) -> Option<Head> {
+        let mut searched = 0_usize;
+        loop {
+            let from = searched.saturating_sub(3);
+            if let Some(at) = self.buffer[from..].windows(4).position(|w| w == b"\r\n\r\n") {
+                let head: Vec<u8> = self.buffer.drain(..from + at + 4).collect();
+                return Some(Head::parse(std::str::from_utf8(&head[..head.len() - 4]).unwrap()));
+            }
+            searched = self.buffer.len();
+            if !self.fill().await {
+                return None;
+            }
+        }
+    }
+
+    /// The next head.
+    pub(crate) async fn head(&mut self) -> Head {
+        self.try_head().await.expect("the connection was closed before a head came")
+    }
+
+    /// The body that follows `head`.
+    pub(crate) async fn body(&mut self, head: &Head) -> Result<Vec<u8>, BrokenOff> {
+        let mut body = Vec::new();
+        match head.framing() {
+            Framing::Length(length) => {
+                while self.buffer.len() < length {
+                    if !self.fill().await {
+                        return Err(BrokenOff(std::mem::take(&mut self.buffer)));
+                    }
+                }
+                body.extend(self.buffer.drain(..length));
+            }
+            Framing::Chunked => loop {
+                match self.chunk().await {
+                    Some(chunk) if chunk.is_empty() => {
+                        self.trailers().await.ok_or_else(|| BrokenOff(body.clone()))?;
+                        break;
+                    }
+                    Some(chunk) => body.extend(chunk),
+                    None => return Err(BrokenOff(body)),
+                }
+            },
+            Framing::UntilClosed => {
+                while self.fill().await {}
+                body.append(&mut self.buffer);
+            }
+        }
+        Ok(body)
+    }
+
+    /// The next chunk, empty at the end of the body; `None` if the connection ends before.
+    pub(crate) async fn chunk(&mut self) -> Option<Vec<u8>> {
+        let size = self.line().await?;
+        let size = usize::from_str_radix(size.split(';').next()?, 16).expect("no chunk");
+        if size == 0 {
+            return Some(Vec::new());
+        }
+        while self.buffer.len() < size + 2 {
+            if !self.fill().await {
+                return None;
+            }
+        }
+        let chunk = self.buffer.drain(..size).collect();
+        self.buffer.drain(..2);
+        Some(chunk)
+    }
+
+    /// The trailers behind the last chunk.
+    pub(crate) async fn trailers(&mut self) -> Option<Vec<String>> {
+        let mut trailers = Vec::new();
+        loop {
+            match self.line().await? {
+                line if line.is_empty() => return Some(trailers),
+                line => trailers.push(line.to_ascii_lowercase()),
+            }
+        }
+    }
+
+    async fn line(&mut self) -> Option<String> {
+        loop {
+            if let Some(end) = self.buffer.windows(2).position(|w| w == b"\r\n") {
+                let line: Vec<u8> = self.buffer.drain(..end + 2).collect();
+                return Some(String::from_utf8(line[..end].to_vec()).unwrap());
+            }
+            if !self.fill().await {
+                return None;
+            }
+        }
+    }
+
+    /// Reads on until `text` has come, and consumes all up to its end.
+    pub(crate) async fn until(&mut self, text: &str) {
+        loop {
+            if let Some(at) = self.buffer.windows(text.len()).position(|w| w == text.as_bytes()) {
+                self.buffer.drain(..at + text.len());
+                return;
+            }
+            let came = self.fill().await;
+            assert!(came, "closed before {text:?}: {:?}", String::from_utf8_lossy(&self.buffer));
+        }
+    }
+
+    /// Reads the whole answer to a request other than HEAD.
+    pub(crate) async fn answer(&mut self) -> Answer {
+        let head = self.head().await;
+        let body = self.body(&head).await.expect("the answer broke off");
+        Answer { head, body }
+    }
+
+    /// Sends `request` and reads its answer.
+    pub(crate) async fn ask(&mut self, request: impl AsRef<[u8]>) -> Answer {
+        self.send(request).await;
+        self.answer().await
+    }
+
+    /// `GET target` on this connection.
+    pub(crate) async fn get(&mut self, target: &str) -> Answer {
+        self.ask(get(target)).await
+    }
+
+    /// Waits for the peer to close; returns what it said before.
+    pub(crate) async fn closed(&mut self) -> Vec<u8> {
+        while self.fill().await {}
+        std::mem::take(&mut self.buffer)
+    }
+
+    /// Reads `length` bytes and forgets them.
+    pub(crate) async fn skip(&mut self, length: usize) {
+        let mut missing = length.saturating_sub(self.buffer.len());
+        self.buffer.drain(..length.min(self.buffer.len()));
+        let mut piece = vec![0; 64 << 10];
+        while missing > 0 {
+            let most = missing.min(piece.len());
+            let read = within("reading", self.tcp.read(&mut piece[..most])).await.unwrap();
+            assert!(read > 0, "closed with {missing} bytes missing");
+            missing -= read;
+        }
+    }
+
+    /// Says that nothing more will be sent; what comes can still be read.
+    pub(crate) async fn finish(&mut self) {
+        self.tcp.shutdown().await.unwrap();
+    }
+
+    /// Closes the connection by a reset, as a process does that dies.
+    pub(crate) fn reset(self) {
+        socket2::SockRef::from(&self.tcp).set_linger(Some(std::time::Duration::ZERO)).unwrap();
+    }
+
+    /// Waits, for as long as it takes, until there is something to read; `false` when there never will be.
+    pub(crate) async fn readable(&self) -> bool {
+        !self.buffer.is_empty() || self.tcp.peek(&mut [0]).await.is_ok_and(|n| n > 0)
+    }
+}
+
+/// A `GET` as a caller writes it.
+pub(crate) fn get(target: &str) -> String {
+    format!("GET {target} HTTP/1.1\r\nHost: gateway.test\r\n\r\n")
+}
+
+/// A `POST` as a caller writes it.
+pub(crate) fn post(target: &str, body: &str) -> String {
+    let length = body.len();
+    format!(
+        "POST {target} HTTP/1.1\r\nHost: gateway.test\r\nContent-Length: {length}\r\n\r\n{body}"
+    )
+}
