@@ -300,7 +300,8 @@ mod tests {
         watch.call_begins();
         watch.write_stalls(10 * SECOND);
         let ended = Instant::now();
-        watch.call_ended(ended, SECOND);
+        watch.call_ended(ended, 4 * SECOND);
+        assert_eq!(watch.expire(ended + 3 * SECOND), None, "put to rest with an answer in hand");
         assert_eq!(watch.expire(ended + 5 * SECOND), None);
         watch.write_goes_on(SECOND);
         assert_eq!(watch.expire(ended), None);

@@ -234,3 +234,26 @@ async fn a_caller_that_takes_its_answer_slowly_gets_it_whole() {
         caller.skip(LENGTH / 48).await;
     }
 }
+
+#[tokio::test]
+async fn a_connection_that_has_rested_goes_on_where_it_was() {
+    let provider = Provider::saying("hello");
+    let gateway = Gateway::before(&provider).await;
+    let next = post("/function/echo", "body");
+    let (begun, rest) = next.split_at(next.len() / 2);
+    let mut plain = gateway.connect().await;
+    assert_eq!(plain.get("/function/echo").await.text(), "hello");
+    let mut half = gateway.connect().await;
+    assert_eq!(half.ask(get("/function/echo") + begun).await.text(), "hello");
+    let mut silent = gateway.connect().await;
+    // Long enough for connections to be put to rest.
+    tokio::time::sleep(Duration::from_millis(2500)).await;
+    assert_eq!(plain.ask(&next).await.text(), "hello");
+    assert_eq!(half.ask(rest).await.text(), "hello");
+    assert_eq!(silent.ask(&next).await.text(), "hello");
+    tokio::time::sleep(Duration::from_millis(2500)).await;
+    assert!(gateway.terminate().await.success());
+    for caller in [&mut plain, &mut half, &mut silent] {
+        assert!(caller.closed().await.is_empty());
+    }
+}
