@@ -7,7 +7,7 @@ use http::{HeaderMap, HeaderName, HeaderValue};
 use uuid::Uuid;
 
 pub const X_CALL_ID: HeaderName = HeaderName::from_static("x-call-id");
-const X_START_TIME: HeaderName = HeaderName::from_static("x-start-time");
+pub const X_START_TIME: HeaderName = HeaderName::from_static("x-start-time");
 const X_SERVED_BY: HeaderName = HeaderName::from_static("x-served-by");
 
 /// `<product>/<version>`

@@ -17,7 +17,7 @@ use serde::de::DeserializeOwned;
 use crate::auth::Credentials;
 use crate::error::Error;
 use crate::function::Function;
-use crate::provider::types::{FunctionStatus, ScaleRequest};
+use crate::provider::types::{FunctionSummary, ScaleRequest};
 use crate::proxy::body::RequestBody;
 use crate::proxy::client::{Client, Origin};
 use crate::proxy::upstream_body::{BodyFailure, UpstreamBody};
@@ -43,7 +43,7 @@ impl Provider {
     }
 
     /// `GET /system/functions`, of one namespace if `namespace` is not empty.
-    pub async fn functions(&self, namespace: &str) -> Result<Vec<FunctionStatus>, Error> {
+    pub async fn functions(&self, namespace: &str) -> Result<Vec<FunctionSummary>, Error> {
         if namespace.is_empty() {
             return self.list("/system/functions").await;
         }
@@ -54,7 +54,7 @@ impl Provider {
     ///
     /// # Errors
     /// `NoSuchFunction` when the provider does not know it.
-    pub async fn status(&self, function: &Function) -> Result<FunctionStatus, Error> {
+    pub async fn status(&self, function: &Function) -> Result<FunctionSummary, Error> {
         let target = format!("/system/function/{}{}&usage=false", function.name, query(function));
         let (status, body) = self.call(Method::GET, &target, Bytes::new()).await?;
         match status {

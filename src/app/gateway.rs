@@ -3,6 +3,7 @@
 use std::net::{SocketAddr, TcpListener};
 use std::sync::Arc;
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use anyhow::Context;
 use hyper::Request;
@@ -29,6 +30,9 @@ use crate::system::{Api, AuthProxy};
 
 /// Files that are neither a caller's nor an upstream's connection.
 const OTHER_FILES: usize = 128;
+
+/// A provider that has not said within this time what functions there are is away.
+const LONGEST_POLL: Duration = Duration::from_secs(5);
 
 /// A running gateway.
 pub struct Gateway {
@@ -169,8 +173,10 @@ impl Parts {
 
     fn start_background(self: &Arc<Self>, metrics_listener: TcpListener, tasks: &Tasks) {
         let client = Client::new(self.config.limits.idle, self.tls.clone());
+        // Readiness hangs on it, so it does not wait for as long as a call may take.
+        let timeout = self.config.timeouts.upstream.min(LONGEST_POLL);
         let poll = Poll {
-            provider: self.provider(&client),
+            provider: Provider { timeout, ..self.provider(&client) },
             default_namespace: Arc::clone(&self.namespace),
             metrics: Arc::clone(&self.metrics),
             health: Arc::clone(&self.health),

@@ -13,7 +13,7 @@ use crate::function::Function;
 use crate::health::{Health, ProviderState};
 use crate::metrics::{Metrics, Replicas};
 use crate::provider::Provider;
-use crate::provider::types::FunctionStatus;
+use crate::provider::types::FunctionSummary;
 
 const ASK_EVERY: Duration = Duration::from_secs(5);
 /// While the provider is away, so that its return is seen soon.
@@ -59,7 +59,7 @@ impl Poll {
     }
 
     /// The functions of every namespace that the provider lists.
-    async fn functions(&self) -> Result<Vec<FunctionStatus>, Error> {
+    async fn functions(&self) -> Result<Vec<FunctionSummary>, Error> {
         let namespaces = match self.provider.namespaces().await {
             Ok(namespaces) => namespaces,
             // A provider need not have namespaces, but it must be there.
@@ -73,16 +73,14 @@ impl Poll {
         for namespace in namespaces {
             let mut functions = self.provider.functions(&namespace).await?;
             for function in &mut functions {
-                if function.namespace.is_empty() {
-                    function.namespace.clone_from(&namespace);
-                }
+                function.namespace.get_or_insert_with(|| namespace.clone());
             }
             all.append(&mut functions);
         }
         Ok(all)
     }
 
-    fn report(&self, functions: &[FunctionStatus]) {
+    fn report(&self, functions: &[FunctionSummary]) {
         let now = Instant::now();
         let named: Vec<_> = functions.iter().filter_map(|f| Some((self.name(f)?, f))).collect();
         let names: HashSet<Function> = named.iter().map(|(name, _)| name.clone()).collect();
@@ -91,11 +89,10 @@ impl Poll {
         self.metrics.replicas_reported(named.iter().map(|(name, f)| replicas(name, f)).collect());
     }
 
-    fn name(&self, status: &FunctionStatus) -> Option<Function> {
-        let namespace = if status.namespace.is_empty() {
-            self.default_namespace.to_string()
-        } else {
-            status.namespace.clone()
+    fn name(&self, status: &FunctionSummary) -> Option<Function> {
+        let namespace = match status.namespace.as_deref() {
+            None | Some("") => self.default_namespace.to_string(),
+            Some(namespace) => namespace.to_owned(),
         };
         // The name alone: a dot in it divides nothing here.
         let valid = |text: &str| text.bytes().all(crate::function::is_name_byte);
@@ -104,7 +101,7 @@ impl Poll {
     }
 }
 
-fn replicas(name: &Function, status: &FunctionStatus) -> Replicas {
+fn replicas(name: &Function, status: &FunctionSummary) -> Replicas {
     let labels = status.labels.clone().unwrap_or_default();
     let label = |name: &str| labels.get(name).map(String::as_str);
     Replicas {

@@ -43,6 +43,18 @@ pub struct FunctionStatus {
     pub usage: Option<Usage>,
 }
 
+/// What the gateway itself needs of a function's status. The rest is passed on, not understood: an odd value there is
+/// none of the gateway's business.
+#[derive(Clone, Debug, Default, PartialEq, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct FunctionSummary {
+    pub name: String,
+    pub namespace: Option<String>,
+    pub labels: Option<BTreeMap<String, String>>,
+    pub replicas: u64,
+    pub available_replicas: u64,
+}
+
 /// A function as it is to be deployed.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", default)]

@@ -2,17 +2,20 @@
 
 use bytes::{BufMut, BytesMut};
 use http::header::{
-    CONNECTION, EXPECT, HOST, PROXY_AUTHENTICATE, PROXY_AUTHORIZATION, TE, TRAILER,
+    AUTHORIZATION, CONNECTION, EXPECT, HOST, PROXY_AUTHENTICATE, PROXY_AUTHORIZATION, TE, TRAILER,
     TRANSFER_ENCODING, UPGRADE, USER_AGENT,
 };
 use http::{HeaderMap, HeaderName, HeaderValue};
 
-use crate::call_id::PRODUCT;
+use crate::call_id::{PRODUCT, X_CALL_ID, X_START_TIME};
 
 const KEEP_ALIVE: HeaderName = HeaderName::from_static("keep-alive");
 const PROXY_CONNECTION: HeaderName = HeaderName::from_static("proxy-connection");
 const X_FORWARDED_FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
 const X_FORWARDED_HOST: HeaderName = HeaderName::from_static("x-forwarded-host");
+
+/// What `Connection` cannot take away: these were put there by the gateway, or it sees to them itself.
+const OURS: [HeaderName; 5] = [AUTHORIZATION, HOST, TRAILER, X_CALL_ID, X_START_TIME];
 
 /// Makes a caller's headers those of a request to `host`, on behalf of `peer`.
 ///
@@ -84,7 +87,7 @@ fn take_hop_by_hop(headers: &mut HeaderMap) -> Option<HeaderValue> {
         .filter_map(|name| HeaderName::from_bytes(name.trim().as_bytes()).ok())
         .collect();
     let upgrade = headers.remove(UPGRADE).filter(|_| named.contains(&UPGRADE));
-    for name in named.iter().filter(|name| **name != HOST && **name != TRAILER) {
+    for name in named.iter().filter(|name| !OURS.contains(*name)) {
         headers.remove(name);
     }
     for name in [
@@ -191,7 +194,8 @@ mod tests {
         check(
             &[
                 ("host", "g"),
-                ("connection", "keep-alive, X-Secret, host"),
+                ("connection", "keep-alive, X-Secret, host, x-call-id"),
+                ("x-call-id", "1"),
                 ("x-secret", "1"),
                 ("keep-alive", "timeout=5"),
                 ("te", "trailers"),
@@ -206,6 +210,7 @@ mod tests {
                 ("host", "provider:8081"),
                 ("x-forwarded-host", "g"),
                 ("x-forwarded-for", "10.0.0.9"),
+                ("x-call-id", "1"),
                 ("x-kept", "yes"),
             ],
         );
