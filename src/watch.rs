@@ -53,6 +53,8 @@ pub struct Watch {
     head_at: AtomicU64,
     call_expired: AtomicBool,
     body_expired: AtomicBool,
+    /// The head that is being read has more headers than hyper has room for.
+    wants_room: AtomicBool,
 }
 
 impl Watch {
@@ -69,6 +71,7 @@ impl Watch {
             head_at: AtomicU64::new(0),
             call_expired: AtomicBool::new(false),
             body_expired: AtomicBool::new(false),
+            wants_room: AtomicBool::new(false),
         }
     }
 
@@ -159,6 +162,16 @@ impl Watch {
     fn until(&self) -> u64 {
         let answering = self.stage() == Stage::Idle && self.is_stalled();
         if answering { NEVER } else { self.until.load(Relaxed) }
+    }
+
+    /// The head that is being read has many headers.
+    pub fn ask_for_room(&self) {
+        self.wants_room.store(true, Relaxed);
+    }
+
+    /// Whether room has been asked for, once for each time.
+    pub fn takes_room(&self) -> bool {
+        self.wants_room.load(Relaxed) && self.wants_room.swap(false, Relaxed)
     }
 
     /// Whether the call's deadline has passed.

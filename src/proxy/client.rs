@@ -34,6 +34,8 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 #[derive(Clone, Debug)]
 pub struct Origin {
     pub url: Arc<BaseUrl>,
+    /// The URL as text, under which its idle links are kept.
+    pub(super) key: Arc<str>,
     /// What `Host` says.
     pub host: HeaderValue,
 }
@@ -42,7 +44,7 @@ impl Origin {
     pub fn new(url: BaseUrl) -> Self {
         let host = HeaderValue::from_str(url.authority.as_str())
             .unwrap_or_else(|_| HeaderValue::from_static("upstream"));
-        Self { url: Arc::new(url), host }
+        Self { key: url.to_string().into(), url: Arc::new(url), host }
     }
 
     /// `target` (path and query) behind the origin's own path.
@@ -70,6 +72,8 @@ pub enum Error {
     Closed(#[source] hyper::Error),
     #[error("the upstream's answer is not valid HTTP")]
     Invalid(#[source] hyper::Error),
+    #[error("the upstream's answer has a head beyond 1 MiB, or more than 100 headers")]
+    HeadTooLarge(#[source] hyper::Error),
     #[error("the upstream changed protocols unasked")]
     Unasked,
     #[error("the upstream did not answer in time")]
@@ -121,7 +125,7 @@ pub struct Client {
 
 #[derive(Default)]
 struct Pool {
-    idle: HashMap<Arc<BaseUrl>, Vec<IdleLink>, RandomState>,
+    idle: HashMap<Arc<str>, Vec<IdleLink>, RandomState>,
     count: usize,
 }
 
@@ -150,7 +154,7 @@ impl Client {
         let mut request = request;
         *request.version_mut() = Version::HTTP_11;
         let upgrades = request.headers().contains_key(UPGRADE);
-        while let Some(mut link) = self.checkout(&origin.url) {
+        while let Some(mut link) = self.checkout(&origin.key) {
             if upgrades {
                 link.allow_upgrade();
             }
@@ -183,8 +187,8 @@ impl Client {
         answer: Response<Incoming>,
         watch: &Arc<Watch>,
     ) -> Response<UpstreamBody> {
-        let (client, url, watch) = (Arc::clone(self), Arc::clone(&origin.url), Arc::clone(watch));
-        answer.map(|body| UpstreamBody::new(body, link, client, url, watch))
+        let (client, key, watch) = (Arc::clone(self), Arc::clone(&origin.key), Arc::clone(watch));
+        answer.map(|body| UpstreamBody::new(body, link, client, key, watch))
     }
 
     async fn connect(&self, origin: &Origin, watch: &Watch) -> Result<Box<Link>, Error> {
@@ -221,15 +225,15 @@ impl Client {
         Ok(UpstreamStream::Tls(Box::new(self.tls.connector().connect(name, tcp).await?)))
     }
 
-    fn checkout(&self, url: &Arc<BaseUrl>) -> Option<Box<Link>> {
+    fn checkout(&self, key: &str) -> Option<Box<Link>> {
         let mut pool = self.pool.lock().unwrap_or_else(PoisonError::into_inner);
-        let link = pool.idle.get_mut(url)?.pop()?.link;
+        let link = pool.idle.get_mut(key)?.pop()?.link;
         pool.count -= 1;
         Some(link)
     }
 
     /// Takes a link back after its answer's end, if it can be used again.
-    pub(super) fn give_back(&self, url: &Arc<BaseUrl>, mut link: Box<Link>, now: Instant) {
+    pub(super) fn give_back(&self, key: &Arc<str>, mut link: Box<Link>, now: Instant) {
         if !link.settle() {
             return;
         }
@@ -237,9 +241,9 @@ impl Client {
         if pool.count >= self.limits.all {
             return;
         }
-        let idle = match pool.idle.get_mut(url) {
+        let idle = match pool.idle.get_mut(&**key) {
             Some(idle) => idle,
-            None => pool.idle.entry(Arc::clone(url)).or_default(),
+            None => pool.idle.entry(Arc::clone(key)).or_default(),
         };
         if idle.len() < self.limits.per_host {
             idle.push(IdleLink { link, since: now });
@@ -301,6 +305,7 @@ impl From<Failure> for Error {
             Failure::Unsent(_) => Self::Connect(io::ErrorKind::ConnectionReset.into()),
             Failure::Http(error) => match BodyError::among(&error) {
                 Some(body) => Self::Body(body),
+                None if error.is_parse_too_large() => Self::HeadTooLarge(error),
                 None if was_closed(&error) => Self::Closed(error),
                 None => Self::Invalid(error),
             },

@@ -72,47 +72,55 @@ pub fn to_caller(headers: &mut HeaderMap, upgraded: bool) {
     }
 }
 
+/// Headers that concern one connection alone.
+const HOP_BY_HOP: [HeaderName; 8] = [
+    CONNECTION,
+    UPGRADE,
+    TRANSFER_ENCODING,
+    TE,
+    KEEP_ALIVE,
+    PROXY_CONNECTION,
+    PROXY_AUTHENTICATE,
+    PROXY_AUTHORIZATION,
+];
+
 /// Takes out what concerns one connection alone, the announcement of trailers apart: hyper passes on just those
 /// trailers that are announced. Returns what `Upgrade` said, if `Connection` names it.
 fn take_hop_by_hop(headers: &mut HeaderMap) -> Option<HeaderValue> {
-    // Most heads have none of these; one walk is cheaper than looking for each.
-    if !headers.keys().any(is_hop_by_hop) {
-        return None;
+    // One walk is cheaper than looking for each: most heads have none of them, or one.
+    let mut present = HOP_BY_HOP.map(|_| false);
+    for name in headers.keys() {
+        if let Some(at) = HOP_BY_HOP.iter().position(|hop| hop == name) {
+            present[at] = true;
+        }
     }
-    let named: Vec<HeaderName> = headers
+    let named = if present[0] { named_by_connection(headers) } else { Vec::new() };
+    for name in named.iter().filter(|name| !OURS.contains(*name) && **name != UPGRADE) {
+        headers.remove(name);
+    }
+    let mut upgrade = None;
+    for (name, _) in HOP_BY_HOP.iter().zip(present).filter(|(_, present)| *present) {
+        let value = headers.remove(name);
+        if *name == UPGRADE {
+            upgrade = value;
+        }
+    }
+    upgrade.filter(|_| named.contains(&UPGRADE))
+}
+
+/// The headers that `Connection` names; what it says of the connection itself is no header.
+fn named_by_connection(headers: &HeaderMap) -> Vec<HeaderName> {
+    headers
         .get_all(CONNECTION)
         .iter()
         .filter_map(|value| value.to_str().ok())
         .flat_map(|value| value.split(','))
-        .filter_map(|name| HeaderName::from_bytes(name.trim().as_bytes()).ok())
-        .collect();
-    let upgrade = headers.remove(UPGRADE).filter(|_| named.contains(&UPGRADE));
-    for name in named.iter().filter(|name| !OURS.contains(*name)) {
-        headers.remove(name);
-    }
-    for name in [
-        CONNECTION,
-        KEEP_ALIVE,
-        PROXY_CONNECTION,
-        PROXY_AUTHENTICATE,
-        PROXY_AUTHORIZATION,
-        TE,
-        TRANSFER_ENCODING,
-    ] {
-        headers.remove(name);
-    }
-    upgrade
-}
-
-fn is_hop_by_hop(name: &HeaderName) -> bool {
-    *name == CONNECTION
-        || *name == TRANSFER_ENCODING
-        || *name == TE
-        || *name == UPGRADE
-        || *name == PROXY_AUTHORIZATION
-        || *name == PROXY_AUTHENTICATE
-        || *name == KEEP_ALIVE
-        || *name == PROXY_CONNECTION
+        .map(str::trim)
+        .filter(|name| {
+            !name.eq_ignore_ascii_case("keep-alive") && !name.eq_ignore_ascii_case("close")
+        })
+        .filter_map(|name| HeaderName::from_bytes(name.as_bytes()).ok())
+        .collect()
 }
 
 fn announce_upgrade(headers: &mut HeaderMap, protocol: &HeaderValue) {

@@ -21,8 +21,6 @@ use tokio_rustls::client::TlsStream;
 use crate::proxy::body::RequestBody;
 use crate::watch::Watch;
 
-/// The most headers of an answer.
-const MAX_HEADERS: usize = 250;
 /// Room for the largest head of an answer, and for as much of a body as is passed on at once.
 const MAX_BUFFER: usize = 1 << 20;
 /// The most that is read at once: what waits to be written to a slow caller stays within some 2 MiB, as on its side.
@@ -54,11 +52,8 @@ pub(super) enum Failure {
 
 impl Link {
     pub(super) async fn handshake(stream: UpstreamStream) -> Result<Self, hyper::Error> {
-        let (sender, connection) = http1::Builder::new()
-            .max_headers(MAX_HEADERS)
-            .max_buf_size(MAX_BUFFER)
-            .handshake(TokioIo::new(stream))
-            .await?;
+        let (sender, connection) =
+            http1::Builder::new().max_buf_size(MAX_BUFFER).handshake(TokioIo::new(stream)).await?;
         Ok(Self { sender, connection: Connection::Open(connection) })
     }
 

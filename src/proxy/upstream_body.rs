@@ -9,7 +9,6 @@ use bytes::Bytes;
 use http_body::{Body, Frame, SizeHint};
 use hyper::body::Incoming;
 
-use crate::config::base_url::BaseUrl;
 use crate::proxy::client::Client;
 use crate::proxy::link::Link;
 use crate::watch::Watch;
@@ -33,7 +32,8 @@ pub struct UpstreamBody {
     /// Why there will be no more frames. Told one poll later, so that what came before is flushed to the caller.
     failure: Option<BodyFailure>,
     client: Arc<Client>,
-    url: Arc<BaseUrl>,
+    /// Where the link is given back.
+    key: Arc<str>,
     watch: Arc<Watch>,
     /// For a stream: the longest pause between two frames.
     pause: Option<Duration>,
@@ -44,7 +44,7 @@ impl UpstreamBody {
         incoming: Incoming,
         link: Box<Link>,
         client: Arc<Client>,
-        url: Arc<BaseUrl>,
+        key: Arc<str>,
         watch: Arc<Watch>,
     ) -> Self {
         Self {
@@ -53,7 +53,7 @@ impl UpstreamBody {
             ended: false,
             failure: None,
             client,
-            url,
+            key,
             watch,
             pause: None,
         }
@@ -70,7 +70,7 @@ impl UpstreamBody {
         if let Some(link) = self.link.take()
             && self.is_end_stream()
         {
-            self.client.give_back(&self.url, link, now);
+            self.client.give_back(&self.key, link, now);
         }
     }
 

@@ -47,6 +47,10 @@ pub struct CallerStream {
     tcp: Take<TcpStream>,
     /// What was read before, and is to be read again.
     unread: Bytes,
+    /// Lines of the head that is being read, so far.
+    lines: usize,
+    /// Whether hyper has been given room for as many headers as are allowed.
+    roomy: bool,
     watch: Arc<Watch>,
     timeouts: Timeouts,
 }
@@ -56,15 +60,46 @@ pub struct CallerStream {
 /// costs, to 2 MiB or so.
 const READ_AT_ONCE: u64 = 64 << 10;
 
+/// Heads with fewer lines fit the room that hyper has on its stack. To make room for more costs every head an eighth
+/// of what its whole call does, so it is made when it is needed.
+const FEW_LINES: usize = 100;
+
 impl CallerStream {
     pub fn new(tcp: TcpStream, watch: Arc<Watch>, timeouts: Timeouts) -> Self {
-        Self { tcp: tcp.take(READ_AT_ONCE), unread: Bytes::new(), watch, timeouts }
+        Self {
+            tcp: tcp.take(READ_AT_ONCE),
+            unread: Bytes::new(),
+            lines: 0,
+            roomy: false,
+            watch,
+            timeouts,
+        }
     }
 
     /// Has `bytes` come once more, before all others.
-    pub(super) fn read_again(&mut self, bytes: Bytes) {
-        // Even an empty one can hold on to its buffer.
-        self.unread = if bytes.is_empty() { Bytes::new() } else { bytes };
+    pub(super) fn read_again(&mut self, bytes: &Bytes) {
+        // A copy, even of nothing: the original holds on to its buffer.
+        self.unread = Bytes::from([bytes, &self.unread[..]].concat());
+    }
+
+    /// hyper has room for as many headers as are allowed.
+    pub(super) fn has_room(&mut self) {
+        self.roomy = true;
+    }
+
+    /// Sees to what has just been read, between two calls or in a head. Whether hyper may have it.
+    fn admit(&mut self, read: &[u8]) -> bool {
+        if self.watch.stage() == Stage::Idle {
+            self.watch.head_begins(self.timeouts.read);
+            self.lines = 0;
+        }
+        self.lines += read.iter().filter(|byte| **byte == b'\n').count();
+        if self.roomy || self.lines <= FEW_LINES {
+            return true;
+        }
+        self.unread = Bytes::copy_from_slice(read);
+        self.watch.ask_for_room();
+        false
     }
 
     /// Waits until there is something to read, the end among it.
@@ -100,8 +135,13 @@ impl AsyncRead for CallerStream {
         let before = buf.filled().len();
         self.tcp.set_limit(READ_AT_ONCE);
         let result = Pin::new(&mut self.tcp).poll_read(cx, buf);
-        if buf.filled().len() > before && self.watch.stage() == Stage::Idle {
-            self.watch.head_begins(self.timeouts.read);
+        if buf.filled().len() > before
+            && self.watch.stage() != Stage::Call
+            && !self.admit(&buf.filled()[before..])
+        {
+            buf.set_filled(before);
+            cx.waker().wake_by_ref();
+            return Poll::Pending;
         }
         result
     }

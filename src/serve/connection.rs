@@ -21,14 +21,14 @@ const MAX_HEAD: usize = 1 << 20;
 /// Room for the largest head, and for as much of a body as is passed on at once.
 const MAX_BUFFER: usize = MAX_HEAD + (64 << 10);
 /// The most headers of a request.
-const MAX_HEADERS: usize = 250;
+const MAX_HEADERS: usize = 256;
 /// The first request on a connection younger than this may still be on its way.
 const YOUNG: Duration = Duration::from_secs(1);
 
 /// How hyper serves connections of callers.
 pub(super) fn builder() -> Builder {
     let mut builder = Builder::new();
-    builder.max_header_size(MAX_HEAD).max_buf_size(MAX_BUFFER).max_headers(MAX_HEADERS);
+    builder.max_header_size(MAX_HEAD).max_buf_size(MAX_BUFFER);
     builder
 }
 
@@ -108,11 +108,20 @@ where
             Http::Awake(http) => {
                 if let Some(parts) = http.into_parts() {
                     let mut stream = parts.io.into_inner();
-                    stream.read_again(parts.read_buf);
+                    stream.read_again(&parts.read_buf);
                     self.http = Http::Resting(stream, parts.service);
                 }
             }
             other => self.http = other,
+        }
+    }
+
+    /// Starts hyper anew, with room for more headers, on a head that turns out to have many.
+    fn make_room(&mut self) {
+        self.rest();
+        self.builder.max_headers(MAX_HEADERS);
+        if let Http::Resting(stream, _) = &mut self.http {
+            stream.has_room();
         }
     }
 
@@ -182,6 +191,10 @@ where
         loop {
             if self.poll_http(cx).is_ready() {
                 return Poll::Ready(());
+            }
+            if self.caller.watch.takes_room() {
+                self.make_room();
+                continue;
             }
             if self.close_if_asked(cx) {
                 continue;

@@ -97,23 +97,49 @@ async fn an_answer_with_a_large_head_passes() {
     assert_eq!((answer.text(), answer.header("x-pad").map(str::len)), ("ok", Some(500_000)));
 }
 
-#[tokio::test]
-async fn many_headers_pass_both_ways() {
-    let mut provider = Provider::by_hand();
-    let gateway = Gateway::before(&provider).await;
-    let many = (0..249).fold(String::new(), |mut many, number| {
+fn many_headers(count: usize) -> String {
+    (0..count).fold(String::new(), |mut many, number| {
         let _ = write!(many, "X-Many-{number}: {number}\r\n");
         many
-    });
+    })
+}
+
+fn count_many(headers: &[(String, String)]) -> usize {
+    headers.iter().filter(|(name, _)| name.starts_with("x-many-")).count()
+}
+
+#[tokio::test]
+async fn many_headers_pass_at_once_and_in_pieces_and_on_a_connection_that_had_few() {
+    let mut provider = Provider::by_hand();
+    let gateway = Gateway::before(&provider).await;
     let mut caller = gateway.connect().await;
+    for (headers, pieces) in [(3, 1), (255, 1), (255, 7), (3, 1)] {
+        let many = many_headers(headers);
+        let head = format!("GET /function/echo HTTP/1.1\r\nHost: g\r\n{many}\r\n");
+        for piece in head.as_bytes().chunks(head.len().div_ceil(pieces)) {
+            caller.send(piece).await;
+        }
+        let mut call = provider.call().await;
+        assert_eq!(count_many(&call.head.headers), headers);
+        let some = many_headers(90);
+        call.wire.send(format!("HTTP/1.1 200 OK\r\n{some}Content-Length: 2\r\n\r\nok")).await;
+        assert_eq!(count_many(&caller.answer().await.head.headers), 90);
+    }
+}
+
+#[tokio::test]
+async fn too_many_headers_are_refused_on_either_side() {
+    let mut provider = Provider::by_hand();
+    let gateway = Gateway::before(&provider).await;
+    let mut caller = gateway.connect().await;
+    let many = many_headers(300);
     caller.send(format!("GET /function/echo HTTP/1.1\r\nHost: g\r\n{many}\r\n")).await;
+    assert_eq!(caller.answer().await.head.status(), 431);
+    let mut caller = gateway.connect().await;
+    caller.send("GET /function/echo HTTP/1.1\r\nHost: g\r\n\r\n").await;
     let mut call = provider.call().await;
-    let count = |headers: &[(String, String)]| {
-        headers.iter().filter(|(name, _)| name.starts_with("x-many-")).count()
-    };
-    assert_eq!(count(&call.head.headers), 249);
     call.wire.send(format!("HTTP/1.1 200 OK\r\n{many}Content-Length: 2\r\n\r\nok")).await;
-    assert_eq!(count(&caller.answer().await.head.headers), 249);
+    assert_eq!(caller.answer().await.head.status(), 502);
 }
 
 #[tokio::test]
