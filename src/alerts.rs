@@ -11,6 +11,7 @@ use serde::Deserialize;
 
 use crate::error::Error;
 use crate::function::Function;
+use crate::proxy::client;
 use crate::system::{Api, MAX_BODY, read};
 
 pub use step::Bounds;
@@ -42,18 +43,26 @@ pub async fn alert(State(api): State<Arc<Api>>, request: Request) -> Result<Stat
     let body = read(request.into_body(), MAX_BODY).await?;
     let notification: Notification = serde_json::from_slice(&body)
         .map_err(|error| Error::BadRequest(format!("the body is no alert: {error}")))?;
+    // One deadline for all of them, however many there are.
+    let carried_out =
+        tokio::time::timeout(api.timeouts.upstream, carry_out_all(&api, notification));
+    match carried_out.await.map_err(|_| Error::Upstream(client::Error::Timeout))? {
+        None => Ok(StatusCode::OK),
+        Some(error) => Err(Error::Provider(error.to_string())),
+    }
+}
+
+/// Returns the last failure.
+async fn carry_out_all(api: &Api, notification: Notification) -> Option<Error> {
     let mut failure = None;
     for alert in notification.alerts {
-        if let Err(error) = carry_out(&api, &alert).await {
+        if let Err(error) = carry_out(api, &alert).await {
             let name = &alert.labels.function_name;
             tracing::warn!(function.name = name, error = %error, "An alert did not scale {name}");
             failure = Some(error);
         }
     }
-    match failure {
-        None => Ok(StatusCode::OK),
-        Some(error) => Err(Error::Provider(error.to_string())),
-    }
+    failure
 }
 
 async fn carry_out(api: &Api, alert: &Alert) -> Result<(), Error> {

@@ -9,6 +9,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::{Context, bail};
+use tokio::runtime::Runtime;
 
 use crate::app::gateway::Gateway;
 use crate::config::cli::{Asked, CommandLine};
@@ -72,7 +73,7 @@ fn serve(config: config::Serve) -> anyhow::Result<()> {
         .enable_all()
         .build()
         .context("cannot start the runtime")?;
-    runtime.block_on(async {
+    block_on(runtime, async {
         let signals = Signals::listen().context("cannot listen for signals")?;
         let (stages, tasks) = (Stages::default(), Tasks::default());
         let shutdown = config.shutdown;
@@ -80,6 +81,14 @@ fn serve(config: config::Serve) -> anyhow::Result<()> {
         tracing::info!(address = %gateway.address, metrics = %gateway.metrics_address, "Serving");
         until_stopped(gateway, signals, stages, tasks, shutdown).await
     })
+}
+
+/// Runs `role` to its end. What is left on the runtime's blocking threads, such as a name that is being resolved, is
+/// not waited for.
+fn block_on<T>(runtime: Runtime, role: impl Future<Output = T>) -> T {
+    let result = runtime.block_on(role);
+    runtime.shutdown_background();
+    result
 }
 
 /// Serves until a signal asks for the end, then leads the gateway through the stages of a stop.

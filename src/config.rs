@@ -38,6 +38,8 @@ pub struct Serve {
     pub timeouts: Timeouts,
     pub limits: Limits,
     pub auth: Auth,
+    /// Whether the API is for this machine alone.
+    pub local_only: bool,
     pub shutdown: Shutdown,
 }
 
@@ -179,6 +181,7 @@ impl Serve {
                 proxy: from.url("auth_proxy_url"),
                 proxy_pass_body: from.boolean("auth_proxy_pass_body"),
             },
+            local_only: false,
             shutdown: Shutdown {
                 delay: from.duration("shutdown_delay"),
                 grace: from.duration("shutdown_grace"),
@@ -221,7 +224,8 @@ impl Up {
     pub fn parse(mut from: Reader<'_>, stack: Option<PathBuf>) -> Result<Self, Vec<Mistake>> {
         let loopback = IpAddr::V4(Ipv4Addr::LOCALHOST);
         let provider = Provider::common(&mut from, loopback);
-        let serve = Serve::common(&mut from, loopback, nowhere());
+        let mut serve = Serve::common(&mut from, loopback, nowhere());
+        serve.local_only = serve.auth.secrets.is_none() && serve.auth.proxy.is_none();
         from.finish(Self { serve, provider, stack })
     }
 }

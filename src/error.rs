@@ -21,6 +21,8 @@ pub enum Error {
     Overloaded,
     #[error("{0}")]
     Provider(String),
+    #[error("{0}")]
+    Forbidden(&'static str),
     #[error("credentials are missing or wrong")]
     Unauthorized,
     #[error("{0}")]
@@ -41,6 +43,7 @@ impl Error {
             Self::BadRequest(_) | Self::Body(BodyError::Broken) => StatusCode::BAD_REQUEST,
             Self::NoSuchPath | Self::NoSuchFunction(_) => StatusCode::NOT_FOUND,
             Self::Unauthorized => StatusCode::UNAUTHORIZED,
+            Self::Forbidden(_) => StatusCode::FORBIDDEN,
             Self::Overloaded => StatusCode::SERVICE_UNAVAILABLE,
             Self::Provider(_) => StatusCode::INTERNAL_SERVER_ERROR,
             Self::NotImplemented(_) => StatusCode::NOT_IMPLEMENTED,

@@ -57,11 +57,13 @@ impl Invoker {
         mut request: Request<Incoming>,
         began: Instant,
     ) -> Response<Answer> {
-        let Some(call) = self.calls.begin(segment(request.uri().path()), began) else {
-            return self.refuse(caller, &Error::NoSuchPath, None);
+        let Some(mut call) = self.calls.begin(segment(request.uri().path()), began) else {
+            return self.refuse(caller, &Error::NoSuchPath, request);
         };
         let Some(place) = self.limit.enter(&self.share) else {
-            return self.refuse(caller, &Error::Overloaded, Some((call, request)));
+            call.answered(Error::Overloaded.status());
+            call.ended(End::Whole, Instant::now());
+            return self.refuse(caller, &Error::Overloaded, request);
         };
         let stamps = Stamps::put_on(request.headers_mut());
         let mut in_flight = InFlight { call, place };
@@ -125,21 +127,16 @@ impl Invoker {
         direct_origin(call.function(), suffix, default_namespace)
     }
 
-    /// An answer of the gateway's own.
-    fn refuse(
+    /// Answers a call that is not made, and says why.
+    pub fn refuse(
         &self,
         caller: &Caller,
         error: &Error,
-        refused: Option<(Call, Request<Incoming>)>,
+        mut request: Request<Incoming>,
     ) -> Response<Answer> {
-        let Some((mut call, mut request)) = refused else {
-            return text(error, None).map(|content| self.answer(caller, content, None));
-        };
         let stamps = Stamps::put_on(request.headers_mut());
         let mut answer = text(error, Some(&stamps.call_id));
         stamps.put_on_answer(answer.headers_mut());
-        call.answered(answer.status());
-        call.ended(End::Whole, Instant::now());
         answer.map(|content| self.answer(caller, content, None))
     }
 

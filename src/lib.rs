@@ -32,5 +32,6 @@ pub mod ui;
 pub mod app;
 pub mod healthcheck;
 pub mod routes;
+pub mod same_origin;
 pub mod serve;
 pub mod stack;

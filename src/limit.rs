@@ -52,8 +52,10 @@ impl CallLimit {
         self.shares.iter().map(|share| share.used.load(Relaxed)).sum()
     }
 
+    /// Whether a thread would have to refuse a call now.
     pub fn is_exhausted(&self) -> bool {
-        self.in_flight() >= self.max
+        self.free.load(Relaxed) == 0
+            && self.shares.iter().any(|share| share.spare.load(Relaxed) == 0)
     }
 
     fn chunk(&self) -> usize {
@@ -109,6 +111,7 @@ mod tests {
         drop(limit.enter(&b));
         let places: Vec<_> = std::iter::from_fn(|| limit.enter(&a)).collect();
         assert!(places.len() > 9_600 && places.len() <= 10_000, "{}", places.len());
+        assert!(limit.is_exhausted());
         drop(places);
         assert_eq!(limit.in_flight(), 0);
     }

@@ -14,7 +14,10 @@ static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 #[expect(clippy::disallowed_methods, reason = "the one place that reads the environment")]
 fn main() -> ExitCode {
     match CommandLine::parse(std::env::args_os()) {
-        Ok(line) => app::run(&line, &|name| std::env::var(name).ok()),
+        // What is no text is no valid value either, and is refused as such.
+        Ok(line) => app::run(&line, &|name| {
+            std::env::var_os(name).map(|value| value.to_string_lossy().into_owned())
+        }),
         Err(help) => {
             // Nothing can be done about a closed standard output.
             let _ = help.print();

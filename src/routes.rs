@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use axum::Router;
 use axum::extract::State;
-use axum::middleware::{from_fn_with_state, map_response};
+use axum::middleware::from_fn_with_state;
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use http::header::{CONNECTION, HOST, UPGRADE};
@@ -23,7 +23,7 @@ use crate::proxy::body::CallerBody;
 use crate::serve::caller::Caller;
 use crate::shutdown::Stages;
 use crate::system::{self, Api};
-use crate::{alerts, auth, health, logs, metrics, ui};
+use crate::{alerts, auth, health, logs, metrics, same_origin, ui};
 
 /// The public port, functions apart: those are matched before, in [`Door::answer`].
 pub fn api(api: Arc<Api>) -> Router {
@@ -51,6 +51,7 @@ pub fn api(api: Arc<Api>) -> Router {
         .route("/system/logs", get(logs::logs))
         .route("/system/alert", post(alerts::alert))
         .route_layer(from_fn_with_state(Arc::clone(&api), auth::guard))
+        .route_layer(from_fn_with_state(api.names, same_origin::guard))
         .route_layer(from_fn_with_state(Arc::clone(&api.metrics), metrics::count_request));
     let page = Router::new()
         .route("/ui/", get(ui::page))
@@ -68,7 +69,7 @@ pub fn api(api: Arc<Api>) -> Router {
         .merge(page)
         .merge(open)
         .fallback(|| async { Error::NoSuchPath })
-        .layer(map_response(explain_405))
+        .method_not_allowed_fallback(method_not_allowed)
         .with_state(api)
 }
 
@@ -78,7 +79,7 @@ pub fn internal(metrics: Arc<Metrics>) -> Router {
         .route("/metrics", get(scrape))
         .route("/healthz", get(|| async { "OK" }))
         .fallback(|| async { Error::NoSuchPath })
-        .layer(map_response(explain_405))
+        .method_not_allowed_fallback(method_not_allowed)
         .with_state(metrics)
 }
 
@@ -90,12 +91,9 @@ async fn scrape(State(metrics): State<Arc<Metrics>>) -> Response {
     }
 }
 
-/// The router's own 405 names the methods in `Allow` and says nothing else.
-async fn explain_405(answer: Response) -> Response {
-    if answer.status() != StatusCode::METHOD_NOT_ALLOWED {
-        return answer;
-    }
-    (answer.status(), answer.headers().clone(), "method not allowed here\n").into_response()
+/// The router adds the methods that are, in `Allow`.
+async fn method_not_allowed() -> (StatusCode, &'static str) {
+    (StatusCode::METHOD_NOT_ALLOWED, "method not allowed here\n")
 }
 
 /// What stands behind the public port. One for each thread that carries calls.
@@ -116,11 +114,11 @@ impl Door {
         if !request.body().is_end_stream() {
             caller.watch.body_until(began + self.invoker.timeouts.read);
         }
+        let is_call = request.uri().path().starts_with("/function/");
         let mut answer = match check(&request) {
+            Err(error) if is_call => self.invoker.refuse(caller, &error, request),
             Err(error) => self.wrap(caller, error.into_response()),
-            Ok(()) if request.uri().path().starts_with("/function/") => {
-                self.invoker.invoke(caller, request, began).await
-            }
+            Ok(()) if is_call => self.invoker.invoke(caller, request, began).await,
             // Boxed, lest its size be carried along by every call.
             Ok(()) => self.wrap(caller, Box::pin(self.route(caller, request)).await),
         };
@@ -193,27 +191,22 @@ fn is_host_byte(byte: &u8) -> bool {
     byte.is_ascii_alphanumeric() || b"-._~!$&'()*+,;=:[]%".contains(byte)
 }
 
-/// Whether a segment of `path` is `.` or `..`, encoded or not: it could lead out of `/function/NAME`.
+/// Whether a segment of `path` is `.` or `..`, however dots and slashes are written: it could lead out of
+/// `/function/NAME` once somebody further on decodes it.
 fn has_dot_segment(path: &str) -> bool {
-    // Dots are rare behind a slash; most paths are done with one walk.
+    // Most paths have neither; they are done with one walk.
     let bytes = path.as_bytes();
-    let suspicious = bytes.windows(2).any(|two| matches!(two, b"/." | b"/%" | b"\\." | b"\\%"));
-    suspicious && path.split(['/', '\\']).any(is_dot_segment)
+    let odd = bytes.windows(2).any(|two| two == b"/.") || bytes.iter().any(|b| b"%\\".contains(b));
+    odd && decoded(path).split(['/', '\\']).any(|segment| segment == "." || segment == "..")
 }
 
-fn is_dot_segment(segment: &str) -> bool {
-    let mut rest = segment;
-    let mut dots = 0;
-    while !rest.is_empty() {
-        let encoded = rest.get(..3).is_some_and(|start| start.eq_ignore_ascii_case("%2e"));
-        rest = match rest.strip_prefix('.') {
-            Some(rest) => rest,
-            None if encoded => &rest[3..],
-            None => return false,
-        };
-        dots += 1;
+/// `path` with dots and slashes decoded, and nothing else.
+fn decoded(path: &str) -> String {
+    let mut decoded = path.to_ascii_lowercase();
+    for (code, character) in [("%2e", "."), ("%2f", "/"), ("%5c", "\\")] {
+        decoded = decoded.replace(code, character);
     }
-    dots == 1 || dots == 2
+    decoded
 }
 
 #[cfg(test)]
@@ -222,9 +215,17 @@ mod tests {
 
     #[test]
     fn dot_segments_are_seen_however_they_are_written() {
-        for path in
-            ["/function/a/..", "/a/../b", "/a/./b", "/a/%2e%2E/b", "/a/.%2e", "/..", "/a/..\\b"]
-        {
+        for path in [
+            "/function/a/..",
+            "/a/../b",
+            "/a/./b",
+            "/a/%2e%2E/b",
+            "/a/.%2e",
+            "/..",
+            "/a/..\\b",
+            "/a/..%2f..%2Fb",
+            "/a%5C..%5cb",
+        ] {
             assert!(has_dot_segment(path), "{path}");
         }
         for path in

@@ -72,7 +72,7 @@ impl Server {
         let carry = |tcp: TcpStream, permit| {
             let Ok(address) = tcp.peer_addr() else { return };
             let _ = tcp.set_nodelay(true);
-            let caller = Caller::new(address, connections.clone());
+            let caller = Caller::new(address, connections.clone(), permit);
             // Whoever connects is expected to say something soon.
             let first = self.timeouts.idle.min(self.timeouts.read);
             caller.watch.call_ended(Instant::now(), first);
@@ -80,10 +80,7 @@ impl Server {
             let service = service(caller.clone());
             let connection =
                 Connection::new(builder.clone(), stream, caller, service, closing.clone());
-            connections.spawn(async move {
-                connection.await;
-                drop(permit);
-            });
+            connections.spawn(connection);
         };
         while let Some((tcp, permit)) = self.accept(&listener).await {
             carry(tcp, permit);

@@ -30,6 +30,7 @@ use crate::proxy::body::RequestBody;
 use crate::proxy::client::{Client, Origin};
 use crate::proxy::upstream_body::UpstreamBody;
 use crate::proxy::{Errand, forward};
+use crate::same_origin::Names;
 use crate::serve::caller::Caller;
 
 pub use list::list;
@@ -44,6 +45,8 @@ pub struct Api {
     pub logs: Origin,
     pub credentials: Option<Arc<Credentials>>,
     pub auth_proxy: Option<AuthProxy>,
+    /// By which names it may be called.
+    pub names: Names,
     pub timeouts: Timeouts,
     pub default_namespace: Arc<str>,
     pub metrics: Arc<Metrics>,

@@ -47,8 +47,9 @@ pub struct Watch {
     body_until: AtomicU64,
     /// The caller must take some of its answer.
     stalled_until: AtomicU64,
-    /// Whether nothing of a request is left to be read.
-    may_rest: AtomicBool,
+    /// The body of the last request has not been read to its end. What is left of it must not be taken for another
+    /// request.
+    body_outstanding: AtomicBool,
     /// When the first byte of the head came.
     head_at: AtomicU64,
     call_expired: AtomicBool,
@@ -67,7 +68,7 @@ impl Watch {
             close_at: AtomicU64::new(NEVER),
             body_until: AtomicU64::new(NEVER),
             stalled_until: AtomicU64::new(NEVER),
-            may_rest: AtomicBool::new(true),
+            body_outstanding: AtomicBool::new(false),
             head_at: AtomicU64::new(0),
             call_expired: AtomicBool::new(false),
             body_expired: AtomicBool::new(false),
@@ -100,6 +101,8 @@ impl Watch {
         };
         self.stage.store(Stage::Call as u8, Relaxed);
         self.until.store(NEVER, Relaxed);
+        // hyper reads a head only behind the end of the body before it.
+        self.body_outstanding.store(false, Relaxed);
         self.base + head_at
     }
 
@@ -108,24 +111,36 @@ impl Watch {
         self.until.store(self.since_base(at), Relaxed);
     }
 
+    /// The deadline of what the call did so far concerns it no longer.
+    pub fn call_goes_on(&self) {
+        self.until.store(NEVER, Relaxed);
+    }
+
     /// The caller's body must have come whole by `at`.
     pub fn body_until(&self, at: Instant) {
         self.body_until.store(self.since_base(at), Relaxed);
     }
 
-    /// The caller's body has come whole, or is no longer wanted.
+    /// The request has a body, which somebody is about to read.
+    pub fn body_begins(&self) {
+        self.body_outstanding.store(true, Relaxed);
+    }
+
+    /// The caller's body has been read to its end.
     pub fn body_ended(&self) {
         self.body_until.store(NEVER, Relaxed);
+        self.body_outstanding.store(false, Relaxed);
+    }
+
+    /// Whether some of the last request is still to be read, or never will be.
+    pub fn body_outstanding(&self) -> bool {
+        self.body_outstanding.load(Relaxed)
     }
 
     /// The call has ended; the connection waits for another until `idle` from `now`.
     pub fn call_ended(&self, now: Instant, idle: Duration) {
         self.stage.store(Stage::Idle as u8, Relaxed);
         self.idles(now.saturating_duration_since(self.base), idle);
-        // hyper closes a connection whose last request has not come whole; what is left of it must not be taken for
-        // another, so such a one never rests.
-        let unread = self.body_until.load(Relaxed) != NEVER || self.body_expired();
-        self.may_rest.store(!unread, Relaxed);
         self.body_until.store(NEVER, Relaxed);
         self.call_expired.store(false, Relaxed);
         self.body_expired.store(false, Relaxed);
@@ -207,7 +222,7 @@ impl Watch {
             let close_at = self.close_at.load(Relaxed);
             if self.stage() == Stage::Idle && now < close_at {
                 self.until.store(close_at, Relaxed);
-                return self.may_rest.load(Relaxed).then_some(Overdue::Rest);
+                return (!self.body_outstanding()).then_some(Overdue::Rest);
             }
             if self.stage() != Stage::Call || self.call_expired() {
                 return Some(Overdue::Connection);
@@ -299,9 +314,12 @@ mod tests {
     fn a_connection_rests_only_when_its_request_has_come_whole() {
         let watch = Watch::new();
         let start = watch.call_begins();
-        watch.body_until(start + SECOND);
+        watch.body_begins();
         watch.call_ended(start, 60 * SECOND);
         assert_eq!(watch.expire(start + 3 * SECOND), None);
+        watch.body_ended();
+        watch.call_ended(start, 60 * SECOND);
+        assert_eq!(watch.expire(start + 3 * SECOND), Some(Overdue::Rest));
         watch.call_begins();
         watch.call_ended(start, 60 * SECOND);
         assert_eq!(watch.expire(start + 3 * SECOND), Some(Overdue::Rest));

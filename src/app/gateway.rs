@@ -23,6 +23,7 @@ use crate::metrics::replicas::Poll;
 use crate::provider::Provider;
 use crate::proxy::client::{Client, Origin, Tls};
 use crate::routes::{self, Door};
+use crate::same_origin::Names;
 use crate::serve::listener::bind;
 use crate::serve::{Server, raise_file_limit};
 use crate::shutdown::{Stages, Tasks};
@@ -111,7 +112,7 @@ impl Gateway {
 fn carry_calls(parts: &Parts, number: usize, server: Server, listener: TcpListener) {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     let served = runtime.and_then(|runtime| {
-        runtime.block_on(async {
+        let served = runtime.block_on(async {
             let client = Client::new(parts.config.limits.idle, parts.tls.clone());
             let door = Arc::new(parts.door(number, &client));
             let serving = server.run(listener, |caller| {
@@ -126,7 +127,10 @@ fn carry_calls(parts: &Parts, number: usize, server: Server, listener: TcpListen
                 served = serving => served,
                 () = client.keep_swept() => Ok(()),
             }
-        })
+        });
+        // A name that is still being resolved is not waited for.
+        runtime.shutdown_background();
+        served
     });
     if let Err(error) = served {
         tracing::error!(%error, "A thread that carries calls cannot go on");
@@ -234,6 +238,7 @@ impl Parts {
             logs: Origin::new(self.config.logs_provider.clone()),
             credentials: self.credentials.clone(),
             auth_proxy: auth.proxy.clone().map(|url| AuthProxy::new(url, auth.proxy_pass_body)),
+            names: if self.config.local_only { Names::Local } else { Names::Any },
             timeouts: self.config.timeouts,
             default_namespace: Arc::clone(&self.namespace),
             metrics: Arc::clone(&self.metrics),

@@ -6,22 +6,27 @@ use std::time::Duration;
 
 use anyhow::{Context, bail};
 use axum::middleware::from_fn_with_state;
+use tokio_util::sync::CancellationToken;
 
 use crate::auth::{self, Credentials};
 use crate::config::{self, Timeouts};
 use crate::provider::process::{self, Process};
 use crate::routes;
+use crate::same_origin::{self, Names};
 use crate::serve::listener::bind;
 use crate::serve::{Server, raise_file_limit};
 use crate::shutdown::{Signals, Stages, Tasks};
 
 /// What the provider holds its callers to: they are gateways, which have deadlines of their own.
 const TIMEOUTS: Timeouts = Timeouts {
-    read: Duration::from_secs(24 * 3600),
+    read: Duration::from_secs(60),
     write: Duration::from_secs(300),
-    upstream: Duration::from_secs(24 * 3600),
+    // Not used: how long a function may take is the function's own setting.
+    upstream: Duration::MAX,
     idle: Duration::from_secs(300),
 };
+/// What processes get to end by themselves once no call needs them.
+const PROCESSES_GRACE: Duration = Duration::from_secs(5);
 const MAX_CONNECTIONS: usize = 10_000;
 
 /// A running process provider.
@@ -32,11 +37,13 @@ pub(super) struct Provider {
     credentials: Option<Arc<Credentials>>,
     grace: Duration,
     stages: Stages,
+    /// No connection is open any more.
+    drained: CancellationToken,
 }
 
 /// `gateway provider process`
 pub(super) fn run(config: config::Provider) -> anyhow::Result<()> {
-    runtime()?.block_on(async {
+    super::block_on(runtime()?, async {
         let mut signals = Signals::listen().context("cannot listen for signals")?;
         let tasks = Tasks::default();
         let mut provider = Provider::open(&config, &tasks).await?;
@@ -76,18 +83,24 @@ impl Provider {
             credentials,
             grace: config.grace,
             stages: Stages::default(),
+            drained: CancellationToken::new(),
         })
     }
 
     pub(super) fn serve(&mut self, tasks: &Tasks) {
         let Some(listener) = self.listener.take() else { return };
+        let local_only = self.address.ip().is_loopback() && self.credentials.is_none();
+        let names = if local_only { Names::Local } else { Names::Any };
         let router = process::router(Arc::clone(&self.process))
-            .layer(from_fn_with_state(self.credentials.clone(), auth::guard_provider));
+            .layer(from_fn_with_state(self.credentials.clone(), auth::guard_provider))
+            .layer(from_fn_with_state(names, same_origin::guard));
         if let Some(credentials) = self.credentials.clone() {
             tasks.spawn(|stopping| credentials.follow(stopping));
         }
         let server = Server::new(TIMEOUTS, MAX_CONNECTIONS, self.stages.clone());
+        let drained = self.drained.clone();
         tasks.spawn(|_stopping| async move {
+            let _drained = drained.drop_guard();
             let service = |caller| routes::plain(&router, caller, TIMEOUTS.idle);
             if let Err(error) = server.run(listener, service).await {
                 tracing::error!(%error, "The provider's port cannot be served");
@@ -98,7 +111,12 @@ impl Provider {
     /// Takes no more calls, lets those in flight finish, and stops every process.
     pub(super) async fn stop(self, tasks: &Tasks) {
         self.stages.closing.cancel();
-        self.process.stop(self.grace).await;
+        let serves = self.listener.is_none();
+        let drained = tokio::time::timeout(self.grace, self.drained.cancelled());
+        if serves && drained.await.is_err() {
+            tracing::warn!("Calls cut at the end of shutdown_grace");
+        }
+        self.process.stop(PROCESSES_GRACE).await;
         self.stages.cut.cancel();
         if tasks.stop(super::TASKS_GRACE).await.is_err() {
             tracing::warn!("Background work did not end in time");

@@ -21,7 +21,7 @@ pub(super) fn run(config: Up) -> anyhow::Result<()> {
         Some(path) => read_stack(path)?,
         None => Vec::new(),
     };
-    runtime()?.block_on(up(config, functions))
+    super::block_on(runtime()?, up(config, functions))
 }
 
 async fn up(mut config: Up, functions: Vec<FunctionDeployment>) -> anyhow::Result<()> {

@@ -10,7 +10,7 @@ use crate::function::Function;
 /// A function's series go this long after it was last listed or answered for.
 pub const FORGOTTEN_AFTER: Duration = Duration::from_secs(3600);
 /// Names learnt from answers alone: no provider should have more, whatever it answers.
-const MAX_LEARNT: usize = 100_000;
+const MAX_LEARNT: usize = 5_000;
 
 /// The functions that exist, as far as this process knows.
 #[derive(Debug, Default)]

@@ -1,7 +1,7 @@
 //! Asks the provider for all its functions, again and again: the replica gauges, the names that exist, and whether
 //! the provider answers at all come from here.
 
-use std::collections::HashSet;
+use std::collections::{BTreeMap, HashSet};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -70,20 +70,35 @@ impl Poll {
             return self.provider.functions("").await;
         }
         let mut all = Vec::new();
-        for namespace in namespaces {
-            let mut functions = self.provider.functions(&namespace).await?;
-            for function in &mut functions {
-                function.namespace.get_or_insert_with(|| namespace.clone());
+        let mut refusal = None;
+        for namespace in &namespaces {
+            match self.provider.functions(namespace).await {
+                Ok(mut functions) => {
+                    for function in &mut functions {
+                        function.namespace.get_or_insert_with(|| namespace.clone());
+                    }
+                    all.append(&mut functions);
+                }
+                // It did answer: one namespace that is closed to us says nothing about the others.
+                Err(error @ Error::Provider(_)) => {
+                    tracing::debug!(namespace, %error, "The functions of {namespace} cannot be listed");
+                    refusal = Some(error);
+                }
+                Err(error) => return Err(error),
             }
-            all.append(&mut functions);
         }
-        Ok(all)
+        match refusal {
+            Some(error) if all.is_empty() && namespaces.len() == 1 => Err(error),
+            _ => Ok(all),
+        }
     }
 
     fn report(&self, functions: &[FunctionSummary]) {
         let now = Instant::now();
-        let named: Vec<_> = functions.iter().filter_map(|f| Some((self.name(f)?, f))).collect();
-        let names: HashSet<Function> = named.iter().map(|(name, _)| name.clone()).collect();
+        // A provider that knows no namespaces lists the same functions for each.
+        let named: BTreeMap<Function, &FunctionSummary> =
+            functions.iter().filter_map(|f| Some((self.name(f)?, f))).collect();
+        let names: HashSet<Function> = named.keys().cloned().collect();
         self.metrics.known.listed(&names, now);
         self.metrics.forget_deleted(now);
         self.metrics.replicas_reported(named.iter().map(|(name, f)| replicas(name, f)).collect());

@@ -105,6 +105,9 @@ pub struct CallerBody {
 
 impl CallerBody {
     pub fn new(inner: Incoming, watch: Arc<Watch>) -> Self {
+        if !inner.is_end_stream() {
+            watch.body_begins();
+        }
         Self { inner, watch }
     }
 }

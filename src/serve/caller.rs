@@ -10,6 +10,7 @@ use bytes::Bytes;
 use http::HeaderValue;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, ReadBuf, Take};
 use tokio::net::TcpStream;
+use tokio::sync::OwnedSemaphorePermit;
 use tokio_util::task::TaskTracker;
 
 use crate::config::Timeouts;
@@ -23,21 +24,32 @@ pub struct Caller {
     pub forwarded_for: HeaderValue,
     pub watch: Arc<Watch>,
     connections: TaskTracker,
+    /// Its place among the connections that may be open.
+    place: Arc<OwnedSemaphorePermit>,
 }
 
 impl Caller {
-    pub(super) fn new(address: SocketAddr, connections: TaskTracker) -> Self {
+    pub(super) fn new(
+        address: SocketAddr,
+        connections: TaskTracker,
+        place: OwnedSemaphorePermit,
+    ) -> Self {
         // A caller over IPv4 is one, whatever kind of socket listens.
         let ip = address.ip().to_canonical();
         let forwarded_for = HeaderValue::from_str(&ip.to_string())
             .unwrap_or_else(|_| HeaderValue::from_static("unknown"));
-        Self { address, forwarded_for, watch: Arc::new(Watch::new()), connections }
+        let (watch, place) = (Arc::new(Watch::new()), Arc::new(place));
+        Self { address, forwarded_for, watch, connections, place }
     }
 
-    /// Runs what outlives the request on the connection, such as a changed protocol. It is waited for, and cut, as
-    /// connections are.
+    /// Runs what outlives the request on the connection, such as a changed protocol. It is waited for, cut and
+    /// counted as connections are.
     pub fn spawn(&self, task: impl Future<Output = ()> + Send + 'static) {
-        self.connections.spawn(task);
+        let place = Arc::clone(&self.place);
+        self.connections.spawn(async move {
+            task.await;
+            drop(place);
+        });
     }
 }
 
@@ -128,6 +140,9 @@ impl AsyncRead for CallerStream {
         buf: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
         if !self.unread.is_empty() {
+            if self.watch.stage() == Stage::Idle {
+                self.watch.head_begins(self.timeouts.read);
+            }
             let count = self.unread.len().min(buf.remaining());
             buf.put_slice(&self.unread.split_to(count));
             return Poll::Ready(Ok(()));
@@ -137,6 +152,7 @@ impl AsyncRead for CallerStream {
         let result = Pin::new(&mut self.tcp).poll_read(cx, buf);
         if buf.filled().len() > before
             && self.watch.stage() != Stage::Call
+            && !self.watch.body_outstanding()
             && !self.admit(&buf.filled()[before..])
         {
             buf.set_filled(before);
