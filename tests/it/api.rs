@@ -193,3 +193,21 @@ async fn the_head_of_the_list_can_be_had_alone() {
     let status = caller.head().await.status();
     assert!(matches!(status, 200 | 405), "{status}");
 }
+
+#[tokio::test]
+async fn a_refusal_of_the_providers_own_is_passed_on_to_the_letter() {
+    let provider = Provider::builder()
+        .api(|head, _| (head.method() == "PUT").then(|| (405, "no updates here".to_owned())))
+        .start();
+    let gateway = Gateway::before(&provider).await;
+    let mut caller = gateway.connect().await;
+    let put = "PUT /system/functions HTTP/1.1\r\nHost: g\r\nContent-Length: 2\r\n\r\n{}";
+    for _ in 0..2 {
+        let answer = caller.ask(put).await;
+        assert_eq!((answer.status(), answer.text()), (405, "no updates here"));
+    }
+    // The gateway's own says what is allowed.
+    let answer = caller.ask("PATCH /system/functions HTTP/1.1\r\nHost: g\r\n\r\n").await;
+    assert_eq!((answer.status(), answer.header("allow")), (405, Some("GET,HEAD,POST,PUT,DELETE")));
+    assert_eq!(caller.get("/_/healthz").await.text(), "OK");
+}

@@ -23,4 +23,5 @@ mod start;
 mod stop;
 mod streams;
 mod trailers;
+mod up;
 mod upgrade;

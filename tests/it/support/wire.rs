@@ -274,6 +274,18 @@ impl Wire {
         std::mem::take(&mut self.buffer)
     }
 
+    /// What still comes until the peer closes the connection, or has said nothing for a second.
+    pub(crate) async fn closed_or_silent(&mut self) -> Vec<u8> {
+        let mut told = std::mem::take(&mut self.buffer);
+        let mut piece = [0; 4096];
+        let second = std::time::Duration::from_secs(1);
+        while let Ok(Ok(read @ 1..)) = tokio::time::timeout(second, self.tcp.read(&mut piece)).await
+        {
+            told.extend_from_slice(&piece[..read]);
+        }
+        told
+    }
+
     /// Reads `length` bytes and forgets them.
     pub(crate) async fn skip(&mut self, length: usize) {
         let mut missing = length.saturating_sub(self.buffer.len());

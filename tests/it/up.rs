@@ -1,0 +1,159 @@
+//! `gateway up` and `gateway provider process` as they are run: the binary, with real functions.
+
+use std::net::SocketAddr;
+use std::process::{ExitStatus, Stdio};
+use std::time::Duration;
+
+use rustix::process::{Pid, Signal, kill_process};
+use tempfile::TempDir;
+use tokio::io::{AsyncBufReadExt, BufReader};
+use tokio::process::{Child, ChildStdout};
+
+use crate::support::gateway::command;
+use crate::support::wire::{Wire, post};
+use crate::support::within;
+
+/// A running `gateway up`. Killed when dropped.
+struct Up {
+    gateway: SocketAddr,
+    provider: SocketAddr,
+    child: Child,
+    _stdout: BufReader<ChildStdout>,
+    _state: TempDir,
+}
+
+impl Up {
+    /// Starts it with the functions of `stack`.
+    async fn start(stack: &str) -> Self {
+        let state = TempDir::new().unwrap();
+        let file = state.path().join("stack.yaml");
+        std::fs::write(&file, stack).unwrap();
+        let mut child = command()
+            .arg("up")
+            .arg(&file)
+            .envs([("port", "0"), ("metrics_port", "0"), ("provider_port", "0")])
+            .env("state_dir", state.path().join("state"))
+            .env("PATH", "/usr/local/bin:/usr/bin:/bin")
+            .current_dir(env!("CARGO_MANIFEST_DIR"))
+            .stdout(Stdio::piped())
+            .stderr(Stdio::null())
+            .kill_on_drop(true)
+            .spawn()
+            .unwrap();
+        let mut stdout = BufReader::new(child.stdout.take().unwrap());
+        let (mut gateway, mut provider) = (None, None);
+        while gateway.is_none() || provider.is_none() {
+            let mut line = String::new();
+            let read = within("it says where it is", stdout.read_line(&mut line)).await.unwrap();
+            assert!(read > 0, "it ended");
+            let address = |name: &str| {
+                let url = line.strip_prefix(name)?.split_whitespace().next()?;
+                url.strip_prefix("http://")?.parse().ok()
+            };
+            gateway = gateway.or_else(|| address("Gateway"));
+            provider = provider.or_else(|| address("Provider"));
+        }
+        let (gateway, provider) = (gateway.unwrap(), provider.unwrap());
+        Self { gateway, provider, child, _stdout: stdout, _state: state }
+    }
+
+    /// Asks it to end; its exit status.
+    async fn terminated(&mut self) -> ExitStatus {
+        self.terminate();
+        within("it ends", self.child.wait()).await.unwrap()
+    }
+
+    fn terminate(&self) {
+        let id = self.child.id().expect("it runs");
+        kill_process(Pid::from_raw(id.try_into().unwrap()).unwrap(), Signal::TERM).unwrap();
+    }
+}
+
+/// The API is open to this machine's own names alone.
+fn get(target: &str) -> String {
+    format!("GET {target} HTTP/1.1\r\nHost: localhost\r\n\r\n")
+}
+
+#[tokio::test]
+async fn the_example_stack_can_be_called_at_once() {
+    let stack = std::fs::read_to_string("examples/stack.yaml").unwrap();
+    let mut up = Up::start(&stack).await;
+    let mut caller = Wire::connect(up.gateway).await;
+    assert_eq!(caller.ask(post("/function/echo", "hello")).await.text(), "hello");
+    assert!(caller.ask(get("/function/env")).await.text().contains("Http_Method=GET\n"));
+    let sum = caller.ask(post("/function/sha512", "hello")).await;
+    assert!(sum.text().starts_with("9b71d224bd62f378"), "{sum}");
+    // A server needs a moment to listen.
+    crate::support::eventually("hello answers", async || {
+        let answer = Wire::connect(up.gateway).await.ask(post("/function/hello/x", "me")).await;
+        answer.text().contains("POST /x, you said: me")
+    })
+    .await;
+    let listed = caller.ask(get("/system/functions")).await.json();
+    assert_eq!(listed.as_array().unwrap().len(), 4);
+    let echo = listed.as_array().unwrap().iter().find(|f| f["name"] == "echo").unwrap();
+    assert_eq!(echo["invocationCount"], 1);
+    let logs = caller.ask(get("/system/logs?name=echo&tail=10")).await;
+    assert!(logs.text().contains("Forking fprocess."), "{logs}");
+    assert!(up.terminated().await.success());
+}
+
+#[tokio::test]
+async fn a_call_in_flight_is_answered_when_it_stops() {
+    let mut up = Up::start("functions: {slow: {fprocess: sh -c 'sleep 1; echo done'}}").await;
+    let mut caller = Wire::connect(up.gateway).await;
+    caller.send(post("/function/slow", "")).await;
+    let mut watcher = Wire::connect(up.provider).await;
+    crate::support::eventually("the function runs", async || {
+        let logs = watcher.ask(get("/system/logs?name=slow")).await;
+        logs.text().contains("Forking fprocess.")
+    })
+    .await;
+    up.terminate();
+    assert_eq!(caller.answer().await.text(), "done\n");
+    assert!(within("it ends", up.child.wait()).await.unwrap().success());
+}
+
+#[tokio::test]
+async fn the_rest_of_a_body_is_not_taken_for_a_request() {
+    let up = Up::start("functions: {quick: {fprocess: 'true'}}").await;
+    for address in [up.provider, up.gateway] {
+        let mut caller = Wire::connect(address).await;
+        let head = "POST /function/quick HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100000\r\n";
+        caller.send(format!("{head}\r\nabc")).await;
+        assert_eq!(caller.head().await.status(), 200);
+        // Longer than a connection waits before it goes to rest: only then could it forget where it was.
+        tokio::time::sleep(Duration::from_millis(2500)).await;
+        let hidden = "GET /system/namespaces HTTP/1.1\r\nHost: localhost\r\n\r\n";
+        // The connection may be gone already, which is as good.
+        let _ = caller.try_send(hidden).await;
+        let _ = caller.try_send(vec![b'x'; 100_000 - 3 - hidden.len()]).await;
+        let told = String::from_utf8_lossy(&caller.closed_or_silent().await).into_owned();
+        assert!(!told.contains("openfaas-fn"), "{address}: {told}");
+    }
+}
+
+#[tokio::test]
+async fn pages_of_others_reach_functions_but_not_the_api() {
+    let up = Up::start("functions: {echo: {fprocess: cat}}").await;
+    let body = r#"{"service":"evil","envProcess":"id"}"#;
+    for address in [up.gateway, up.provider] {
+        let mut caller = Wire::connect(address).await;
+        for (header, status) in [
+            ("Host: localhost\r\nOrigin: https://evil.example", 403),
+            ("Host: localhost\r\nSec-Fetch-Site: cross-site", 403),
+            ("Host: rebind.evil\r\nSec-Fetch-Site: same-origin", 403),
+            ("Host: localhost\r\nOrigin: http://localhost", 202),
+        ] {
+            let length = body.len();
+            let request = format!(
+                "POST /system/functions HTTP/1.1\r\n{header}\r\nContent-Type: text/plain\r\n\
+                 Content-Length: {length}\r\n\r\n{body}"
+            );
+            assert_eq!(caller.ask(request).await.status(), status, "{header}");
+        }
+        let request =
+            "GET /function/echo HTTP/1.1\r\nHost: rebind.evil\r\nOrigin: https://a.b\r\n\r\n";
+        assert_eq!(caller.ask(request).await.status(), 200);
+    }
+}
