@@ -255,6 +255,8 @@ impl Process {
             created_at: before.as_ref().map_or_else(now, |before| before.created_at.clone()),
         };
         let spec = Spec::parse(&saved.deployment).map_err(Refusal::Invalid)?;
+        // Replicas cost nothing in fork mode, so there may be more of them than there may be processes.
+        check_replicas(&spec, saved.replicas)?;
         self.runner.secrets.refresh_view(function, &spec.secrets)?;
         self.store.save_function(function, &saved)?;
         self.start(function, spec, saved, before.as_deref());
@@ -263,9 +265,17 @@ impl Process {
     }
 
     /// Starts a function of an earlier provider. What it refers to may have gone since: then its calls fail and say so.
-    fn restore(&self, function: Function, saved: SavedFunction) -> anyhow::Result<()> {
+    fn restore(&self, function: Function, mut saved: SavedFunction) -> anyhow::Result<()> {
         let spec = Spec::parse(&saved.deployment).map_err(anyhow::Error::msg);
         let spec = spec.with_context(|| format!("the state of function {function} is damaged"))?;
+        if let Err(refusal) = check_replicas(&spec, saved.replicas) {
+            tracing::warn!(
+                function.name = %function,
+                replicas = saved.replicas,
+                "Starting {function} with {MAX_PROCESSES} replicas: {refusal}"
+            );
+            saved.replicas = MAX_PROCESSES;
+        }
         self.runner.secrets.refresh_view(&function, &spec.secrets)?;
         self.start(&function, spec, saved, None);
         Ok(())
