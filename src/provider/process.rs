@@ -23,6 +23,7 @@ mod mounts;
 mod namespaces;
 mod orphans;
 mod pick;
+mod places;
 mod pool;
 mod procfs;
 mod refusal;
