@@ -1,7 +1,7 @@
 //! A provider of our own: functions as processes of this machine.
 //!
 //! It speaks the same REST contract as any other provider. What is not in here: authentication, listening, and any
-//! isolation beyond the environment and the secrets; functions run as the user of the provider.
+//! isolation; functions run as the user of the provider, and only those that have secrets are kept from others'.
 
 mod activity;
 mod api;
@@ -325,7 +325,10 @@ async fn probe_mounts(secrets: &Secrets, config: &config::Provider) -> Option<Mo
     let path = path.map_or(DEFAULT_PATH, |(_, path)| path.as_str());
     match Mounts::probe(&secrets.root, path).await {
         Ok(mounts) => {
-            tracing::info!("Functions find their secrets in {SECRETS}, mounted for each");
+            tracing::info!(
+                can_be_undone = !mounts.stay(),
+                "Functions find their secrets in {SECRETS}, mounted for each that asks for some"
+            );
             Some(mounts)
         }
         Err(error) => {
