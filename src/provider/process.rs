@@ -1,7 +1,7 @@
 //! A provider of our own: functions as processes of this machine.
 //!
 //! It speaks the same REST contract as any other provider. What is not in here: authentication, listening, and any
-//! isolation beyond the environment and the secrets; functions run as the user of the provider.
+//! isolation; functions run as the user of the provider, and only those that have secrets are kept from others'.
 
 mod activity;
 mod api;
@@ -23,6 +23,7 @@ mod mounts;
 mod namespaces;
 mod orphans;
 mod pick;
+mod places;
 mod pool;
 mod procfs;
 mod refusal;
@@ -255,6 +256,8 @@ impl Process {
             created_at: before.as_ref().map_or_else(now, |before| before.created_at.clone()),
         };
         let spec = Spec::parse(&saved.deployment).map_err(Refusal::Invalid)?;
+        // Replicas cost nothing in fork mode, so there may be more of them than there may be processes.
+        check_replicas(&spec, saved.replicas)?;
         self.runner.secrets.refresh_view(function, &spec.secrets)?;
         self.store.save_function(function, &saved)?;
         self.start(function, spec, saved, before.as_deref());
@@ -263,9 +266,17 @@ impl Process {
     }
 
     /// Starts a function of an earlier provider. What it refers to may have gone since: then its calls fail and say so.
-    fn restore(&self, function: Function, saved: SavedFunction) -> anyhow::Result<()> {
+    fn restore(&self, function: Function, mut saved: SavedFunction) -> anyhow::Result<()> {
         let spec = Spec::parse(&saved.deployment).map_err(anyhow::Error::msg);
         let spec = spec.with_context(|| format!("the state of function {function} is damaged"))?;
+        if let Err(refusal) = check_replicas(&spec, saved.replicas) {
+            tracing::warn!(
+                function.name = %function,
+                replicas = saved.replicas,
+                "Starting {function} with {MAX_PROCESSES} replicas: {refusal}"
+            );
+            saved.replicas = MAX_PROCESSES;
+        }
         self.runner.secrets.refresh_view(&function, &spec.secrets)?;
         self.start(&function, spec, saved, None);
         Ok(())
@@ -314,7 +325,10 @@ async fn probe_mounts(secrets: &Secrets, config: &config::Provider) -> Option<Mo
     let path = path.map_or(DEFAULT_PATH, |(_, path)| path.as_str());
     match Mounts::probe(&secrets.root, path).await {
         Ok(mounts) => {
-            tracing::info!("Functions find their secrets in {SECRETS}, mounted for each");
+            tracing::info!(
+                can_be_undone = !mounts.stay(),
+                "Functions find their secrets in {SECRETS}, mounted for each that asks for some"
+            );
             Some(mounts)
         }
         Err(error) => {

@@ -35,6 +35,10 @@ pub(super) enum CallError {
     NotReady(Function),
     #[error("function {0} has {1} calls in flight, which is all that max_inflight allows")]
     Busy(Function, u64),
+    #[error(
+        "function {0} cannot be started: {1} calls run here already, which is all that the provider allows"
+    )]
+    Full(Function, usize),
     #[error("function {0} cannot be started: {1}")]
     Start(Function, #[source] io::Error),
     #[error("function {0} was not done within its exec_timeout of {1:?}")]
@@ -51,7 +55,7 @@ impl CallError {
     fn status(&self) -> StatusCode {
         match self {
             Self::NotFound(_) => StatusCode::NOT_FOUND,
-            Self::ScaledToZero(_) | Self::NotReady(_) | Self::Stopped(_) => {
+            Self::Full(..) | Self::ScaledToZero(_) | Self::NotReady(_) | Self::Stopped(_) => {
                 StatusCode::SERVICE_UNAVAILABLE
             }
             Self::Busy(..) => StatusCode::TOO_MANY_REQUESTS,

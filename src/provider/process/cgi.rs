@@ -7,6 +7,9 @@ use axum::http::header::{COOKIE, HOST, TRANSFER_ENCODING};
 use axum::http::request::Parts;
 use axum::http::{HeaderMap, HeaderName};
 
+/// A header that is not passed on: its variable is, but for case, the one that tells HTTP clients which proxy to use.
+const PROXY: HeaderName = HeaderName::from_static("proxy");
+
 /// The variables of a request whose path behind the function's name is `path`.
 ///
 /// Those that describe the request itself come last, so that a header such as `Method` cannot pose as one.
@@ -18,6 +21,7 @@ pub(super) fn variables(
     let mut variables: Vec<_> = parts
         .headers
         .keys()
+        .filter(|name| **name != PROXY)
         .map(|name| (variable(name.as_str()).into(), joined(&parts.headers, name)))
         .collect();
     let mut set =
@@ -94,6 +98,8 @@ mod tests {
             .header("accept", "b;q=0.1")
             .header("cookie", "x=1")
             .header("cookie", "y=2,3")
+            .header("Proxy", "http://elsewhere")
+            .header("x-proxy", "kept")
             .body(())
             .unwrap();
         let (parts, ()) = request.into_parts();
@@ -111,5 +117,8 @@ mod tests {
         assert_eq!(get("Http_ContentLength"), Some("3"));
         assert_eq!(get("Http_Content_Length"), Some("3"));
         assert_eq!(get("Http_Transfer_Encoding"), None);
+        assert_eq!(get("Http_X_Proxy"), Some("kept"));
+        let is_proxy = |name: &OsString| name.to_str().unwrap().eq_ignore_ascii_case("http_proxy");
+        assert!(!variables.iter().any(|(name, _)| is_proxy(name)));
     }
 }

@@ -18,6 +18,7 @@ use crate::provider::process::activity;
 use crate::provider::process::group::Group;
 use crate::provider::process::input::{Broken, Input};
 use crate::provider::process::lines::Lines;
+use crate::provider::process::places::Place;
 use crate::provider::process::runner::{RunnerTasks, TERMINATION};
 use crate::provider::process::stream::Writer;
 use crate::provider::process::workload::Workload;
@@ -50,6 +51,7 @@ pub(super) struct Driver {
     pub(super) log_output: bool,
     pub(super) started: Instant,
     pub(super) permit: activity::Call,
+    pub(super) place: Place,
     /// Cancelled when the caller is gone.
     pub(super) left: CancellationToken,
 }
@@ -72,7 +74,7 @@ impl Driver {
             _ => self.group.reap().await,
         }
         // Before the caller learns of it: its next call must find room.
-        drop(self.permit);
+        drop((self.permit, self.place));
         let success = matches!(&outcome, Outcome::Ended(status) if status.success());
         // Said first: whoever finds the output at its end, or broken off, asks why.
         let _ = report.send(outcome);

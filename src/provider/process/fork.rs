@@ -31,7 +31,7 @@ use crate::provider::process::workload::Workload;
 /// How much output may wait for the process to end.
 const HELD_BACK: usize = 1 << 20;
 
-/// Runs the function's command for `call`, unless `limit` of them run already.
+/// Runs the function's command for `call`, unless `limit` of them run already, or all places are taken.
 ///
 /// The process belongs to a task of its own, so that its deadline holds even while nobody reads the answer. The task
 /// ends it when the caller leaves, which is when this future or the answer's body is dropped.
@@ -45,6 +45,8 @@ pub(super) async fn call(
     let function = &workload.function;
     let permit = workload.activity.begin_call(limit);
     let permit = permit.ok_or_else(|| CallError::Busy(function.clone(), limit))?;
+    let places = &runner.places;
+    let place = places.take().ok_or_else(|| CallError::Full(function.clone(), places.all))?;
     let (mut group, output, errors) =
         start(runner, workload, fork, &call).map_err(|e| CallError::Start(function.clone(), e))?;
     let content_type =
@@ -62,6 +64,7 @@ pub(super) async fn call(
         log_output: fork.write_debug,
         started: call.started,
         permit,
+        place,
         left: left.clone(),
     };
     let tasks = runner.tasks.clone();
@@ -158,4 +161,71 @@ fn guess(output: &[u8]) -> HeaderValue {
         true => "text/plain; charset=utf-8",
         false => "application/octet-stream",
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::{Duration, Instant};
+
+    use axum::http::Request;
+    use axum::http::header::RETRY_AFTER;
+
+    use super::*;
+    use crate::function::Function;
+    use crate::provider::process::logs::Logs;
+    use crate::provider::process::orphans::Orphans;
+    use crate::provider::process::places::Places;
+    use crate::provider::process::secrets::Secrets;
+    use crate::provider::process::spec::{Mode, Spec};
+    use crate::provider::types::FunctionDeployment;
+    use crate::shutdown::Tasks;
+
+    fn workload(env_process: &str) -> Arc<Workload> {
+        let deployment = FunctionDeployment {
+            service: "f".to_owned(),
+            env_process: env_process.to_owned(),
+            ..FunctionDeployment::default()
+        };
+        Arc::new(Workload {
+            function: Function { name: "f".to_owned(), namespace: "ns".to_owned() },
+            spec: Spec::parse(&deployment).unwrap(),
+            logs: Arc::new(Logs::new()),
+            activity: Arc::default(),
+        })
+    }
+
+    async fn run(runner: &Runner, workload: &Arc<Workload>) -> Response {
+        let Mode::Fork(fork) = &workload.spec.mode else { panic!("not in fork mode") };
+        let (head, body) = Request::new(Body::empty()).into_parts();
+        let call = Call { head, body, path: "/".to_owned(), started: Instant::now() };
+        super::call(runner, workload, fork, u64::MAX, call).await.into_response()
+    }
+
+    #[tokio::test]
+    async fn calls_beyond_the_places_of_all_functions_are_answered_503() {
+        let root = tempfile::tempdir().unwrap();
+        let orphans = Orphans::open(root.path().join("running")).unwrap();
+        let secrets = Secrets::open(root.path().join("secrets")).unwrap();
+        let mut runner = Runner::new(&Tasks::default(), orphans, secrets, None, Vec::new());
+        runner.places = Places::new(1);
+        let gate = root.path().join("gate");
+        let slow = format!("sh -c 'until [ -e {} ]; do sleep 0.02; done'", gate.display());
+        let (slow, quick) = (workload(&slow), workload("true"));
+        let meanwhile = async {
+            while runner.places.take().is_some() {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+            let refused = run(&runner, &quick).await;
+            std::fs::write(&gate, "").unwrap();
+            refused
+        };
+        let (first, refused) = tokio::join!(run(&runner, &slow), meanwhile);
+        assert_eq!(first.status(), StatusCode::OK);
+        assert_eq!(refused.status(), StatusCode::SERVICE_UNAVAILABLE);
+        assert!(refused.headers().contains_key(RETRY_AFTER));
+        assert_eq!(refused.headers()["x-openfaas-internal"], "proxy");
+        // Another finds the place free again.
+        assert_eq!(run(&runner, &quick).await.status(), StatusCode::OK);
+        runner.tasks.stop(Duration::from_secs(5)).await;
+    }
 }

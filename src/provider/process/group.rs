@@ -5,7 +5,7 @@ use std::process::ExitStatus;
 use std::sync::Arc;
 use std::time::Duration;
 
-use rustix::process::{Pid, Signal};
+use rustix::process::{Pid, Resource, Rlimit, Signal, getrlimit, prlimit};
 use tokio::process::{Child, ChildStderr, ChildStdin, ChildStdout, Command};
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
@@ -18,6 +18,10 @@ const KILLED: Duration = Duration::from_secs(5);
 
 /// How often to look for what the leader has left behind: the kernel tells only of the leader's end.
 const LOOK_AGAIN: Duration = Duration::from_millis(20);
+
+/// Open files that a process may have until it asks for more. This process has raised its own limit, but some programs
+/// go through all numbers up to theirs, or cannot use those beyond.
+const OPEN_FILES: u64 = 1024;
 
 /// A running process group. Dropped, it is killed.
 #[derive(Debug)]
@@ -40,6 +44,7 @@ impl Group {
         let child = command.process_group(0).kill_on_drop(true).spawn()?;
         let pid = child.id().and_then(|id| Pid::from_raw(i32::try_from(id).ok()?));
         let pid = pid.ok_or_else(|| io::Error::other("the process has no id"))?;
+        limit_files(pid);
         activity.group_started(raw(pid));
         let record = orphans.record(pid);
         Ok(Self { child, pid, live: true, activity: Arc::clone(activity), _record: record })
@@ -124,6 +129,15 @@ impl Drop for Group {
         self.kill();
         self.activity.group_ended(self.id());
     }
+}
+
+/// Lowers the limit that was inherited. The process runs already, if only just: it is set from here since to do so
+/// between fork and exec is `unsafe`.
+fn limit_files(pid: Pid) {
+    let inherited = getrlimit(Resource::Nofile);
+    let current = inherited.current.map_or(OPEN_FILES, |current| current.min(OPEN_FILES));
+    // A process that has ended, or may not be touched, keeps what it has.
+    let _ = prlimit(Some(pid), Resource::Nofile, Rlimit { current: Some(current), ..inherited });
 }
 
 fn raw(pid: Pid) -> i32 {

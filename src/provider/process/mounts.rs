@@ -24,6 +24,9 @@ const SCRIPT: &str = r#"set -e
 shift 4
 exec "$@""#;
 
+/// Arguments of setpriv(1) that take from a command what it would need to undo the mounts, even if it runs as root.
+const WITHOUT_PRIVILEGES: [&str; 3] = ["--bounding-set=-all", "--inh-caps=-all", "--no-new-privs"];
+
 /// As root the namespace comes with no strings; else it takes a user namespace, in which the function is root in name.
 const WAYS: [&[&str]; 2] = [&["--mount"], &["--user", "--map-root-user", "--mount"]];
 
@@ -37,6 +40,8 @@ pub(super) struct Mounts {
     flags: &'static [&'static str],
     shell: PathBuf,
     mount: PathBuf,
+    /// Where it works: a command cannot unmount what covers up everyone's secrets.
+    setpriv: Option<PathBuf>,
     /// The directory that holds everyone's secrets, covered up in the namespace.
     all: PathBuf,
 }
@@ -50,13 +55,18 @@ impl Mounts {
         let _ = std::fs::create_dir_all(SECRETS);
         let view = all.join(".probe");
         files::replace(&view.join("probe"), b"seen")?;
+        let setpriv = find("setpriv", path);
+        // The safer first.
+        let tools = setpriv.map(Some).into_iter().chain([None]);
+        let ways = tools.flat_map(|setpriv| WAYS.map(|flags| (setpriv.clone(), flags)));
         let mut error = None;
-        for flags in WAYS {
+        for (setpriv, flags) in ways {
             let mounts = Self {
                 unshare: unshare.clone(),
                 flags,
                 shell: shell.clone(),
                 mount: mount.clone(),
+                setpriv,
                 all: all.to_owned(),
             };
             match mounts.attempt(&view, path).await {
@@ -71,8 +81,17 @@ impl Mounts {
     pub(super) fn wrap(&self, view: &Path, words: &[String]) -> Command {
         let mut command = Command::new(&self.unshare);
         command.args(self.flags).arg(&self.shell).args(["-c", SCRIPT, "sh"]);
-        command.arg(&self.mount).arg(view).arg(SECRETS).arg(&self.all).args(words);
+        command.arg(&self.mount).arg(view).arg(SECRETS).arg(&self.all);
+        if let Some(setpriv) = &self.setpriv {
+            command.arg(setpriv).args(WITHOUT_PRIVILEGES).arg("--");
+        }
+        command.args(words);
         command
+    }
+
+    /// Whether a command is kept from undoing the mounts.
+    pub(super) fn stay(&self) -> bool {
+        self.setpriv.is_some()
     }
 
     async fn attempt(&self, view: &Path, path: &str) -> anyhow::Result<()> {

@@ -15,6 +15,7 @@ use crate::config::Idle;
 use crate::provider::process::command::{DEFAULT_PATH, find};
 use crate::provider::process::mounts::{Mounts, SECRETS};
 use crate::provider::process::orphans::Orphans;
+use crate::provider::process::places::Places;
 use crate::provider::process::secrets::Secrets;
 use crate::provider::process::spec::Spec;
 use crate::provider::process::sync::lock;
@@ -29,12 +30,17 @@ const IDLE_LINKS: Idle = Idle { all: 1024, per_host: 64 };
 /// How long killed processes may take to be gone when the provider stops.
 const CUT: Duration = Duration::from_secs(6);
 
+/// Calls that may be forked at once, by all functions together. A few pipes and some memory each, before what the
+/// function itself needs.
+const MAX_FORKED: usize = 1000;
+
 /// Shared by all functions.
 #[derive(Debug)]
 pub(super) struct Runner {
     pub(super) tasks: RunnerTasks,
     pub(super) orphans: Orphans,
     pub(super) secrets: Secrets,
+    pub(super) places: Places,
     /// `None`: secrets stay in the function's directory, which `secrets_path` names.
     mounts: Option<Mounts>,
     environment: Vec<(String, String)>,
@@ -70,7 +76,8 @@ impl Runner {
         environment: Vec<(String, String)>,
     ) -> Self {
         let tasks = RunnerTasks::new(tasks.clone());
-        Self { tasks, orphans, secrets, mounts, environment, ports: Arc::default() }
+        let places = Places::new(MAX_FORKED);
+        Self { tasks, orphans, secrets, places, mounts, environment, ports: Arc::default() }
     }
 
     /// A command that runs a function, with its environment and secrets, and nothing of this process's own.

@@ -80,6 +80,20 @@ async fn a_call_is_described_in_a_clean_environment() {
 }
 
 #[tokio::test]
+async fn open_files_are_limited_as_usual_whatever_the_provider_has_for_itself() {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    let own = getrlimit(Resource::Nofile);
+    setrlimit(Resource::Nofile, Rlimit { current: own.maximum, ..own }).unwrap();
+    let provider = Provider::start().await;
+    // A moment later, since the limit is set on the process that runs.
+    provider.deploy("f", "sh -c 'sleep 0.2; ulimit -Sn; ulimit -Hn'", json!({})).await;
+    let maximum = own.maximum.map_or_else(|| "unlimited".to_owned(), |n| n.to_string());
+    let soft = own.maximum.map_or(1024, |n| n.min(1024));
+    assert_eq!(provider.get("/function/f").await.text(), format!("{soft}\n{maximum}\n"));
+    provider.stop().await;
+}
+
+#[tokio::test]
 async fn the_content_type_is_the_functions_or_the_requests_or_a_guess() {
     let provider = Provider::start().await;
     provider.deploy("cat", "cat", json!({})).await;

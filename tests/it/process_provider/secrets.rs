@@ -1,5 +1,6 @@
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
+use std::process::Command;
 use std::sync::Arc;
 
 use http::{Method, StatusCode};
@@ -61,12 +62,27 @@ async fn a_function_sees_its_own_secrets_as_they_are_now() {
     provider.stop().await;
 }
 
-/// Where mounting is possible, `/var/openfaas/secrets` holds the secrets, and nobody else's can be found.
+/// Which of unshare(1)'s flags make a namespace that can be mounted in, without asking the provider.
+fn flags_that_mount() -> Option<&'static [&'static str]> {
+    // As the provider does; only root can.
+    let _ = std::fs::create_dir_all("/var/openfaas/secrets");
+    let ways: [&[&str]; 2] = [&["--mount"], &["--user", "--map-root-user", "--mount"]];
+    let mount = ["mount", "-t", "tmpfs", "none", "/var/openfaas"];
+    ways.into_iter().find(|flags| succeeds("unshare", &[*flags, &mount].concat()))
+}
+
+fn succeeds(program: &str, arguments: &[&str]) -> bool {
+    Command::new(program).args(arguments).output().is_ok_and(|output| output.status.success())
+}
+
+/// Where mounting is possible, `/var/openfaas/secrets` holds the secrets, and a function that has some finds nobody
+/// else's; where setpriv(1) works too, not even if it tries to unmount.
 #[tokio::test]
 async fn where_mounts_are_allowed_the_secrets_of_others_are_covered_up() {
+    let flags = flags_that_mount();
     let provider = Provider::start().await;
     for name in ["mine", "other"] {
-        let body = json!({ "name": name, "value": name });
+        let body = json!({ "name": name, "value": format!("value of {name}") });
         assert_eq!(secret(&provider, Method::POST, body).await, 201);
     }
     let store = provider.path("state/secrets/store/openfaas-fn");
@@ -75,14 +91,30 @@ async fn where_mounts_are_allowed_the_secrets_of_others_are_covered_up() {
     provider.api(Method::POST, "/system/functions", deployment).await;
     let answer = provider.get("/function/f").await;
     let lines: Vec<_> = answer.text().lines().collect();
-    match lines[0] {
-        "/var/openfaas/secrets" => {
-            assert!(!lines.contains(&"other"), "{lines:?}");
-            assert_eq!(lines.last(), Some(&"mine"));
-            // What was mounted for the function is not to be seen outside.
-            assert!(!Path::new("/var/openfaas/secrets/mine").exists());
-        }
-        view => assert!(view.ends_with("state/secrets/views/openfaas-fn/f"), "{lines:?}"),
+    let Some(flags) = flags else {
+        assert!(lines[0].ends_with("state/secrets/views/openfaas-fn/f"), "{lines:?}");
+        provider.stop().await;
+        return;
+    };
+    assert_eq!((lines[0], lines.last()), ("/var/openfaas/secrets", Some(&"mine")));
+    assert!(!lines.contains(&"other"), "{lines:?}");
+    // What was mounted for the function is not to be seen outside.
+    assert!(!Path::new("/var/openfaas/secrets/mine").exists());
+
+    let setpriv = ["setpriv", "--bounding-set=-all", "--inh-caps=-all", "--no-new-privs", "true"];
+    if succeeds("unshare", &[flags, &setpriv].concat()) {
+        let all = provider.path("state/secrets").canonicalize().unwrap();
+        let (all, store) = (all.display(), store.display());
+        let undo = format!("umount {all}; umount -l {all}; cat {store}/other");
+        let script = format!(
+            "sh -c '({undo}; unshare --user --map-root-user --mount sh -c \"{undo}\") 2>&1; true'"
+        );
+        let deployment = json!({ "service": "f", "envProcess": script, "secrets": ["mine"] });
+        provider.api(Method::PUT, "/system/functions", deployment).await;
+        let answer = provider.get("/function/f").await;
+        assert_eq!(answer.status, StatusCode::OK, "{}", answer.text());
+        assert!(answer.text().contains("/other: No such file"), "{}", answer.text());
+        assert!(!answer.text().contains("value of other"), "{}", answer.text());
     }
     provider.stop().await;
 }

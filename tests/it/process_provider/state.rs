@@ -7,7 +7,7 @@ use gateway::provider::process::Process;
 use gateway::provider::types::FunctionDeployment;
 use gateway::shutdown::Tasks;
 use http::Method;
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::support::{Provider, config, is_running, pid_in, until_gone};
 
@@ -32,6 +32,30 @@ async fn functions_secrets_and_namespaces_are_there_after_a_restart() {
     assert_eq!(before["replicas"], 4);
     assert_eq!(provider.get("/function/f.dev").await.text(), "hush");
     assert_eq!(provider.get("/system/namespaces").await.json(), json!(["dev", "openfaas-fn"]));
+    provider.stop().await;
+}
+
+/// The processes themselves cannot be started: what counts is how many there would be.
+#[tokio::test]
+async fn no_more_processes_are_started_than_a_function_may_have() {
+    let provider = Provider::start().await;
+    provider.deploy("f", "cat", json!({})).await;
+    provider.scale("f", 1_000_000_000).await;
+    let http = json!({ "service": "f", "envProcess": "cat", "envVars": { "mode": "http" } });
+    let answer = provider.api(Method::PUT, "/system/functions", http).await;
+    assert_eq!(answer.status.as_u16(), 400, "{}", answer.text());
+    assert!(answer.text().contains("more than the 1000 processes"), "{}", answer.text());
+    let status = provider.status("f").await;
+    assert_eq!((&status["replicas"], &status["envVars"]), (&json!(1_000_000_000), &json!({})));
+
+    let file = provider.path("state/functions/openfaas-fn/f.json");
+    let directory = provider.stop().await;
+    let mut saved: Value = serde_json::from_slice(&std::fs::read(&file).unwrap()).unwrap();
+    saved["deployment"]["envVars"] = json!({ "mode": "http" });
+    saved["deployment"]["envProcess"] = json!("/nowhere");
+    std::fs::write(&file, saved.to_string()).unwrap();
+    let provider = Provider::start_in(directory).await;
+    assert_eq!(provider.status("f").await["replicas"], 1000);
     provider.stop().await;
 }
 
