@@ -105,7 +105,10 @@ impl Invoker {
             began,
             timeout: self.timeouts.upstream,
         };
-        let forwarded = proxy::forward(&self.client, origin, request, errand).await?;
+        let mut forwarded = proxy::forward(&self.client, origin, request, errand).await?;
+        if caller.watch.body_outstanding() && forwarded.tunnel.is_none() {
+            caller.while_blocked(forwarded.answer.body_mut().share_link());
+        }
         if call.is_stranger() && vouches(&forwarded.answer) {
             call.vouched_for(&self.calls);
         }

@@ -169,7 +169,8 @@ impl Watch {
         }
     }
 
-    fn is_stalled(&self) -> bool {
+    /// Whether the caller takes nothing of what has been written.
+    pub fn is_stalled(&self) -> bool {
         self.stalled_until.load(Relaxed) != NEVER
     }
 

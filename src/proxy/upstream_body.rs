@@ -1,7 +1,7 @@
 //! The body of an upstream's answer: it drives the link that it comes in on, and gives it back at its end.
 
 use std::pin::Pin;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll, Waker};
 use std::time::{Duration, Instant};
 
@@ -25,8 +25,7 @@ pub enum BodyFailure {
 /// An answer's body.
 pub struct UpstreamBody {
     incoming: Incoming,
-    /// Gone once the body has failed, or has been released.
-    link: Option<Box<Link>>,
+    link: Hold,
     /// The last frame has been handed out.
     ended: bool,
     /// Why there will be no more frames. Told one poll later, so that what came before is flushed to the caller.
@@ -39,6 +38,36 @@ pub struct UpstreamBody {
     pause: Option<Duration>,
 }
 
+/// The link that a body comes in on. Gone once the body has failed, or has been released.
+enum Hold {
+    Own(Option<Box<Link>>),
+    /// Somebody else drives it, too.
+    Shared(Arc<Mutex<Option<Box<Link>>>>),
+}
+
+impl Hold {
+    fn take(&mut self) -> Option<Box<Link>> {
+        match self {
+            Self::Own(link) => link.take(),
+            Self::Shared(link) => link.lock().unwrap_or_else(PoisonError::into_inner).take(),
+        }
+    }
+
+    fn drive(&mut self, cx: &mut Context<'_>) {
+        match self {
+            Self::Own(Some(link)) => link.drive(cx),
+            Self::Own(None) => {}
+            Self::Shared(link) => drive_shared(link, cx),
+        }
+    }
+}
+
+fn drive_shared(link: &Mutex<Option<Box<Link>>>, cx: &mut Context<'_>) {
+    if let Some(link) = &mut *link.lock().unwrap_or_else(PoisonError::into_inner) {
+        link.drive(cx);
+    }
+}
+
 impl UpstreamBody {
     pub(super) fn new(
         incoming: Incoming,
@@ -49,7 +78,7 @@ impl UpstreamBody {
     ) -> Self {
         Self {
             incoming,
-            link: Some(link),
+            link: Hold::Own(Some(link)),
             ended: false,
             failure: None,
             client,
@@ -74,6 +103,13 @@ impl UpstreamBody {
         }
     }
 
+    /// A way to drive the link while nobody asks for this body: the rest of the request goes on by it.
+    pub fn share_link(&mut self) -> impl FnMut(&mut Context<'_>) + Send + use<> {
+        let shared = Arc::new(Mutex::new(self.link.take()));
+        self.link = Hold::Shared(Arc::clone(&shared));
+        move |cx| drive_shared(&shared, cx)
+    }
+
     /// Takes the link out of an answer that changed protocols.
     pub(super) fn take_link(&mut self) -> Option<Box<Link>> {
         self.link.take()
@@ -88,9 +124,7 @@ impl UpstreamBody {
         if let ready @ Poll::Ready(_) = Pin::new(&mut self.incoming).poll_frame(&mut nobody) {
             return ready;
         }
-        if let Some(link) = &mut self.link {
-            link.drive(cx);
-        }
+        self.link.drive(cx);
         Pin::new(&mut self.incoming).poll_frame(&mut nobody)
     }
 }
@@ -107,7 +141,7 @@ impl Body for UpstreamBody {
             return Poll::Ready(Some(Err(failure)));
         }
         if self.watch.call_expired() {
-            self.link = None;
+            self.link.take();
             return Poll::Ready(Some(Err(BodyFailure::Timeout)));
         }
         match std::task::ready!(self.poll_incoming(cx)) {
@@ -118,7 +152,7 @@ impl Body for UpstreamBody {
                 Poll::Ready(Some(Ok(frame)))
             }
             Some(Err(error)) => {
-                self.link = None;
+                self.link.take();
                 self.failure = Some(BodyFailure::Broken(error));
                 cx.waker().wake_by_ref();
                 Poll::Pending
@@ -142,8 +176,6 @@ impl Body for UpstreamBody {
 impl Drop for UpstreamBody {
     /// For answers whose end nobody announces by `release`.
     fn drop(&mut self) {
-        if self.link.is_some() {
-            self.release(Instant::now());
-        }
+        self.release(Instant::now());
     }
 }

@@ -3,7 +3,7 @@
 use std::io;
 use std::net::SocketAddr;
 use std::pin::Pin;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll};
 
 use bytes::Bytes;
@@ -26,6 +26,16 @@ pub struct Caller {
     connections: TaskTracker,
     /// Its place among the connections that may be open.
     place: Arc<OwnedSemaphorePermit>,
+    while_blocked: Arc<Mutex<Option<WhileBlocked>>>,
+}
+
+/// What goes on while the caller takes nothing of its answer.
+struct WhileBlocked(Box<dyn FnMut(&mut Context<'_>) + Send>);
+
+impl std::fmt::Debug for WhileBlocked {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("WhileBlocked")
+    }
 }
 
 impl Caller {
@@ -39,7 +49,21 @@ impl Caller {
         let forwarded_for = HeaderValue::from_str(&ip.to_string())
             .unwrap_or_else(|_| HeaderValue::from_static("unknown"));
         let (watch, place) = (Arc::new(Watch::new()), Arc::new(place));
-        Self { address, forwarded_for, watch, connections, place }
+        Self { address, forwarded_for, watch, connections, place, while_blocked: Arc::default() }
+    }
+
+    /// Has `drive` polled by the connection's task whenever the caller takes nothing of its answer: hyper asks for
+    /// no more of the answer then, but the rest of the request must go on.
+    pub fn while_blocked(&self, drive: impl FnMut(&mut Context<'_>) + Send + 'static) {
+        let mut slot = self.while_blocked.lock().unwrap_or_else(PoisonError::into_inner);
+        *slot = Some(WhileBlocked(Box::new(drive)));
+    }
+
+    pub(super) fn drive_blocked(&self, cx: &mut Context<'_>) {
+        let mut slot = self.while_blocked.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(WhileBlocked(drive)) = &mut *slot {
+            drive(cx);
+        }
     }
 
     /// Runs what outlives the request on the connection, such as a changed protocol. It is waited for, cut and

@@ -192,6 +192,9 @@ where
             if self.poll_http(cx).is_ready() {
                 return Poll::Ready(());
             }
+            if self.caller.watch.is_stalled() {
+                self.caller.drive_blocked(cx);
+            }
             if self.caller.watch.takes_room() {
                 self.make_room();
                 continue;

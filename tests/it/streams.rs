@@ -1,8 +1,11 @@
 //! Bodies pass as they come, in both directions; one that breaks off never looks whole.
 
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+
 use crate::support::gateway::Gateway;
 use crate::support::provider::Provider;
 use crate::support::wire::get;
+use crate::support::within;
 
 /// Each chunk is sent only after the caller has seen the one before.
 async fn passes_chunk_by_chunk(content_type: &str) {
@@ -143,4 +146,36 @@ async fn interim_answers_are_not_taken_for_the_answer() {
         answer = caller.answer().await;
     }
     assert_eq!((answer.status(), answer.text()), (200, "final"));
+}
+
+#[tokio::test]
+async fn a_request_goes_on_while_its_caller_reads_nothing_of_the_answer() {
+    const SIZE: usize = 24 << 20;
+    let provider = Provider::builder()
+        .answering(|call| async move {
+            // Answers on its own, whatever is read.
+            let head = format!("HTTP/1.1 200 OK\r\nContent-Length: {SIZE}\r\n\r\n");
+            let (mut read, mut write) = call.wire.into_halves();
+            let answer = async {
+                write.write_all(head.as_bytes()).await.unwrap();
+                write.write_all(&vec![b'a'; SIZE]).await.unwrap();
+            };
+            let body = async {
+                let mut left = SIZE;
+                let mut piece = vec![0; 64 << 10];
+                while left > 0 {
+                    left -= read.read(&mut piece).await.unwrap();
+                }
+            };
+            tokio::join!(answer, body);
+            None
+        })
+        .start();
+    let gateway = Gateway::before(&provider).await;
+    let mut caller = gateway.connect().await;
+    let head = "POST /function/both HTTP/1.1\r\nHost: g\r\n";
+    caller.send(format!("{head}Content-Length: {SIZE}\r\n\r\n")).await;
+    // All of it before anything is read.
+    within("the request is taken", caller.send(vec![b'q'; SIZE])).await;
+    assert_eq!(caller.answer().await.body.len(), SIZE);
 }

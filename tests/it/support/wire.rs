@@ -4,8 +4,9 @@ use std::fmt;
 use std::io;
 use std::net::SocketAddr;
 
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
+use tokio::net::tcp::OwnedWriteHalf;
 
 use crate::support::within;
 
@@ -272,6 +273,12 @@ impl Wire {
     pub(crate) async fn closed(&mut self) -> Vec<u8> {
         while self.fill().await {}
         std::mem::take(&mut self.buffer)
+    }
+
+    /// Its two directions, to be used at the same time.
+    pub(crate) fn into_halves(self) -> (impl AsyncRead + Unpin + Send, OwnedWriteHalf) {
+        let (read, write) = self.tcp.into_split();
+        (io::Cursor::new(self.buffer).chain(read), write)
     }
 
     /// What still comes until the peer closes the connection, or has said nothing for a second.
