@@ -28,13 +28,15 @@ impl Up {
         let state = TempDir::new().unwrap();
         let file = state.path().join("stack.yaml");
         std::fs::write(&file, stack).unwrap();
+        let examples = concat!(env!("CARGO_MANIFEST_DIR"), "/examples");
+        std::os::unix::fs::symlink(examples, state.path().join("examples")).unwrap();
         let mut child = command()
             .arg("up")
             .arg(&file)
             .envs([("port", "0"), ("metrics_port", "0"), ("provider_port", "0")])
-            .env("state_dir", state.path().join("state"))
             .env("PATH", "/usr/local/bin:/usr/bin:/bin")
-            .current_dir(env!("CARGO_MANIFEST_DIR"))
+            // State goes where it goes by default: into the current directory.
+            .current_dir(state.path())
             .stdout(Stdio::piped())
             .stderr(Stdio::null())
             .kill_on_drop(true)

@@ -35,7 +35,9 @@ impl Store {
     /// Opens `directory`, creating it if need be.
     pub(super) fn open(directory: &Path) -> anyhow::Result<Self> {
         let shown = directory.display();
-        files::create_private_directory(directory)
+        // A relative path of one part has an empty parent, which cannot be opened.
+        std::path::absolute(directory)
+            .and_then(|directory| files::create_private_directory(&directory))
             .with_context(|| format!("cannot create the state directory {shown}"))?;
         // Functions get to see paths below it, wherever they run.
         let root = directory
