@@ -14,7 +14,6 @@ use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use http::header::{AUTHORIZATION, CONTENT_TYPE, WWW_AUTHENTICATE};
 use http::{HeaderMap, HeaderValue};
-use http_body_util::BodyExt;
 use subtle::ConstantTimeEq;
 use tokio_util::sync::CancellationToken;
 
@@ -23,7 +22,7 @@ use crate::provider::collect;
 use crate::proxy::body::RequestBody;
 use crate::proxy::{Errand, forward};
 use crate::serve::caller::Caller;
-use crate::system::Api;
+use crate::system::{Api, read};
 
 /// How often the credentials' files are read again.
 const REREAD_EVERY: Duration = Duration::from_secs(2);
@@ -164,7 +163,7 @@ async fn ask_proxy(api: &Api, request: Request) -> Result<Result<Request, Respon
     let (parts, body) = request.into_parts();
     let caller = parts.extensions.get::<Caller>().cloned().ok_or(Error::NoSuchPath)?;
     let (asked, body) = if proxy.pass_body {
-        let bytes = collect_body(body).await?;
+        let bytes = read(body, MAX_PASSED_BODY).await?;
         (RequestBody::Full(Some(bytes.clone()).filter(|b| !b.is_empty())), Body::from(bytes))
     } else {
         (RequestBody::empty(), body)
@@ -198,13 +197,6 @@ async fn ask_proxy(api: &Api, request: Request) -> Result<Result<Request, Respon
         refusal.headers_mut().insert(http::header::LOCATION, location.clone());
     }
     Ok(Err(refusal))
-}
-
-async fn collect_body(body: Body) -> Result<bytes::Bytes, Error> {
-    match http_body_util::Limited::new(body, MAX_PASSED_BODY).collect().await {
-        Ok(collected) => Ok(collected.to_bytes()),
-        Err(error) => Err(too_large_or_broken(&*error, MAX_PASSED_BODY)),
-    }
 }
 
 /// Why a limited body could not be collected.

@@ -62,7 +62,7 @@ impl CallError {
             Self::Start(_, error) => match error.kind() {
                 // All headers are given to the process in its environment, which the kernel limits.
                 io::ErrorKind::ArgumentListTooLong => StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE,
-                // The limit on processes, for now.
+                // The limit on processes is reached at the moment.
                 io::ErrorKind::WouldBlock => StatusCode::SERVICE_UNAVAILABLE,
                 _ => StatusCode::INTERNAL_SERVER_ERROR,
             },
