@@ -103,7 +103,7 @@ fn upstream_status(error: &client::Error) -> StatusCode {
         client::Error::Exhausted(_) => StatusCode::SERVICE_UNAVAILABLE,
         client::Error::Connect(_)
         | client::Error::Closed(_)
-        | client::Error::HeadTooLarge(_)
+        | client::Error::HeadTooLarge
         | client::Error::Invalid(_)
         | client::Error::Unasked => StatusCode::BAD_GATEWAY,
     }

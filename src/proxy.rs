@@ -4,8 +4,11 @@ pub mod body;
 pub mod client;
 pub mod headers;
 mod link;
+mod stream;
 pub mod tunnel;
+mod upload;
 pub mod upstream_body;
+mod wire;
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};

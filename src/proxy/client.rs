@@ -6,10 +6,8 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use foldhash::fast::RandomState;
-use http::header::UPGRADE;
-use http::{HeaderValue, Method, Request, Response, Uri, Version};
+use http::{HeaderValue, Request, Response, Uri};
 use http_body::Body;
-use hyper::body::Incoming;
 use tokio::net::TcpStream;
 use tokio_rustls::TlsConnector;
 use tokio_rustls::rustls::crypto::ring;
@@ -19,8 +17,11 @@ use tokio_rustls::rustls::{ClientConfig, RootCertStore};
 use crate::config::Idle;
 use crate::config::base_url::BaseUrl;
 use crate::proxy::body::{BodyError, RequestBody};
-use crate::proxy::link::{Failure, Link, UpstreamStream};
+use crate::proxy::link::{Failure, Link};
+use crate::proxy::stream::UpstreamStream;
 use crate::proxy::upstream_body::UpstreamBody;
+use crate::proxy::wire::Malformed;
+use crate::proxy::wire::answer::Head;
 use crate::watch::Watch;
 
 /// An idle link is dropped after this time. Most servers close theirs after 60 s or more.
@@ -69,11 +70,11 @@ pub enum Error {
     #[error("no more connections can be opened")]
     Exhausted(#[source] io::Error),
     #[error("the upstream closed the connection without an answer")]
-    Closed(#[source] hyper::Error),
+    Closed(#[source] io::Error),
     #[error("the upstream's answer is not valid HTTP")]
-    Invalid(#[source] hyper::Error),
+    Invalid(#[source] Malformed),
     #[error("the upstream's answer has a head beyond 1 MiB, or more than 100 headers")]
-    HeadTooLarge(#[source] hyper::Error),
+    HeadTooLarge,
     #[error("the upstream changed protocols unasked")]
     Unasked,
     #[error("the upstream did not answer in time")]
@@ -151,44 +152,35 @@ impl Client {
         request: Request<RequestBody>,
         watch: &Arc<Watch>,
     ) -> Result<Response<UpstreamBody>, Error> {
-        let mut request = request;
-        *request.version_mut() = Version::HTTP_11;
-        let upgrades = request.headers().contains_key(UPGRADE);
+        let (head, mut body) = request.into_parts();
+        let repeatable = body.is_end_stream() && head.method.is_idempotent();
         while let Some(mut link) = self.checkout(&origin.key) {
-            if upgrades {
-                link.allow_upgrade();
-            }
-            let spare = spare(&request);
-            match (link.exchange(request, watch).await, spare) {
-                (Ok(answer), _) => return Ok(self.answer(origin, link, answer, watch)),
-                (Err(Failure::Unsent(unsent)), _) => request = *unsent,
-                (Err(Failure::Http(error)), Some(spare)) if was_closed(&error) => {
-                    request = spare;
+            match link.exchange(&head, body, watch).await {
+                Ok(answer) => return Ok(self.answer(origin, link, answer, watch)),
+                Err(Failure::Unsent(unsent)) => body = unsent,
+                Err(Failure::Closed(error)) if repeatable => {
+                    tracing::debug!(%error, "An idle connection was closed: trying a new one");
+                    body = RequestBody::empty();
                     break;
                 }
-                (Err(failure), _) => return Err(failure.into()),
+                Err(failure) => return Err(failure.into()),
             }
         }
         // Boxed, lest its size be carried along by every call.
         let mut link = Box::pin(self.connect(origin, watch)).await?;
-        if upgrades {
-            link.allow_upgrade();
-        }
-        match link.exchange(request, watch).await {
-            Ok(answer) => Ok(self.answer(origin, link, answer, watch)),
-            Err(failure) => Err(failure.into()),
-        }
+        let answer = link.exchange(&head, body, watch).await?;
+        Ok(self.answer(origin, link, answer, watch))
     }
 
     fn answer(
         self: &Arc<Self>,
         origin: &Origin,
         link: Box<Link>,
-        answer: Response<Incoming>,
+        head: Head,
         watch: &Arc<Watch>,
     ) -> Response<UpstreamBody> {
         let (client, key, watch) = (Arc::clone(self), Arc::clone(&origin.key), Arc::clone(watch));
-        answer.map(|body| UpstreamBody::new(body, link, client, key, watch))
+        head.answer.map(|()| UpstreamBody::new(head.body, link, client, key, watch))
     }
 
     async fn connect(&self, origin: &Origin, watch: &Watch) -> Result<Box<Link>, Error> {
@@ -204,8 +196,7 @@ impl Client {
             })
         })
         .await?;
-        let link = Link::handshake(stream).await.map_err(Error::Invalid)?;
-        Ok(Box::new(link))
+        Ok(Box::new(Link::new(stream)))
     }
 
     async fn open(&self, url: &BaseUrl) -> io::Result<UpstreamStream> {
@@ -219,7 +210,7 @@ impl Client {
         // A peer that vanishes without a word is noticed even by a stream without deadline.
         socket2::SockRef::from(&tcp).set_keepalive(true)?;
         if !url.tls {
-            return Ok(UpstreamStream::plain(tcp));
+            return Ok(UpstreamStream::Plain(tcp));
         }
         let name = ServerName::try_from(url.host().to_owned()).map_err(io::Error::other)?;
         Ok(UpstreamStream::Tls(Box::new(self.tls.connector().connect(name, tcp).await?)))
@@ -233,8 +224,8 @@ impl Client {
     }
 
     /// Takes a link back after its answer's end, if it can be used again.
-    pub(super) fn give_back(&self, key: &Arc<str>, mut link: Box<Link>, now: Instant) {
-        if !link.settle() {
+    pub(super) fn give_back(&self, key: &Arc<str>, link: Box<Link>, now: Instant) {
+        if !link.is_reusable() {
             return;
         }
         let mut pool = self.pool.lock().unwrap_or_else(PoisonError::into_inner);
@@ -272,43 +263,16 @@ impl Client {
     }
 }
 
-/// A copy of `request`, if it may be sent twice: it has no body, and its method promises that twice is as once.
-fn spare(request: &Request<RequestBody>) -> Option<Request<RequestBody>> {
-    let harmless = matches!(
-        *request.method(),
-        Method::GET | Method::HEAD | Method::OPTIONS | Method::TRACE | Method::PUT | Method::DELETE
-    );
-    if !harmless || !request.body().is_end_stream() {
-        return None;
-    }
-    let mut spare = Request::new(RequestBody::empty());
-    *spare.method_mut() = request.method().clone();
-    *spare.uri_mut() = request.uri().clone();
-    *spare.headers_mut() = request.headers().clone();
-    Some(spare)
-}
-
-/// Whether the peer had closed the link, as opposed to having answered nonsense.
-fn was_closed(error: &hyper::Error) -> bool {
-    error.is_incomplete_message() || error.is_closed() || error.is_canceled() || is_io(error)
-}
-
-fn is_io(error: &hyper::Error) -> bool {
-    std::error::Error::source(error).is_some_and(|source| source.is::<io::Error>())
-}
-
 impl From<Failure> for Error {
     fn from(failure: Failure) -> Self {
         match failure {
             Failure::Expired => Self::Timeout,
             // A link that was opened for this request alone.
             Failure::Unsent(_) => Self::Connect(io::ErrorKind::ConnectionReset.into()),
-            Failure::Http(error) => match BodyError::among(&error) {
-                Some(body) => Self::Body(body),
-                None if error.is_parse_too_large() => Self::HeadTooLarge(error),
-                None if was_closed(&error) => Self::Closed(error),
-                None => Self::Invalid(error),
-            },
+            Failure::Closed(error) => Self::Closed(error),
+            Failure::Malformed(malformed) => Self::Invalid(malformed),
+            Failure::HeadTooLarge => Self::HeadTooLarge,
+            Failure::Body(error) => Self::Body(error),
         }
     }
 }

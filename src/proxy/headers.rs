@@ -2,8 +2,9 @@
 
 use bytes::{BufMut, BytesMut};
 use http::header::{
-    AUTHORIZATION, CONNECTION, EXPECT, HOST, PROXY_AUTHENTICATE, PROXY_AUTHORIZATION, TE, TRAILER,
-    TRANSFER_ENCODING, UPGRADE, USER_AGENT,
+    AUTHORIZATION, CONNECTION, CONTENT_LENGTH, CONTENT_TYPE, COOKIE, EXPECT, HOST,
+    PROXY_AUTHENTICATE, PROXY_AUTHORIZATION, SET_COOKIE, TE, TRAILER, TRANSFER_ENCODING, UPGRADE,
+    USER_AGENT,
 };
 use http::{HeaderMap, HeaderName, HeaderValue};
 
@@ -70,6 +71,14 @@ pub fn to_caller(headers: &mut HeaderMap, upgraded: bool) {
     if upgraded && let Some(protocol) = upgrade {
         announce_upgrade(headers, &protocol);
     }
+}
+
+/// Whether a field may follow a body. One that frames, routes or vouches comes too late there, and is not to be taken for
+/// a header by those who join the two.
+pub(super) fn may_trail(name: &HeaderName) -> bool {
+    const TOO_LATE: [HeaderName; 8] =
+        [AUTHORIZATION, CONTENT_LENGTH, CONTENT_TYPE, COOKIE, HOST, SET_COOKIE, TRAILER, X_CALL_ID];
+    !HOP_BY_HOP.contains(name) && !TOO_LATE.contains(name)
 }
 
 /// Headers that concern one connection alone.

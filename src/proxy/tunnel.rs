@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
+use bytes::Bytes;
 use http::Response;
 use hyper::upgrade::{OnUpgrade, Upgraded};
 use hyper_util::rt::TokioIo;
@@ -18,9 +19,7 @@ use crate::proxy::upstream_body::UpstreamBody;
 /// A connection to the caller and one to the function, both about to change protocols.
 pub struct Tunnel {
     caller: OnUpgrade,
-    upstream: OnUpgrade,
-    /// Carries `upstream` to the change.
-    link: Option<Box<Link>>,
+    upstream: Option<Box<Link>>,
     /// Both sides silent for so long: the end.
     idle: Duration,
 }
@@ -28,31 +27,25 @@ pub struct Tunnel {
 impl Tunnel {
     /// Joins `caller` with the upstream that agreed to change protocols in `answer`.
     pub fn new(caller: OnUpgrade, answer: &mut Response<UpstreamBody>, idle: Duration) -> Self {
-        let upstream = hyper::upgrade::on(&mut *answer);
-        Self { caller, upstream, link: answer.body_mut().take_link(), idle }
+        Self { caller, upstream: answer.body_mut().take_link(), idle }
     }
 
     /// Runs until the tunnel ends.
     pub async fn run(self) {
-        if let Some(link) = self.link {
-            link.finish().await;
-        }
-        let joined = async {
-            let (caller, upstream) = (self.caller.await?, self.upstream.await?);
-            Ok::<_, hyper::Error>((caller, upstream))
-        };
-        match tokio::time::timeout(self.idle, joined).await {
-            Ok(Ok((caller, upstream))) => relay(caller, upstream, self.idle).await,
+        let Some(upstream) = self.upstream else { return };
+        match tokio::time::timeout(self.idle, self.caller).await {
+            Ok(Ok(caller)) => relay(caller, *upstream, self.idle).await,
             Ok(Err(error)) => tracing::debug!(%error, "A change of protocols failed"),
             Err(_) => tracing::debug!("A change of protocols took too long"),
         }
     }
 }
 
-async fn relay(caller: Upgraded, upstream: Upgraded, idle: Duration) {
+async fn relay(caller: Upgraded, upstream: Link, idle: Duration) {
     let active = Arc::new(AtomicBool::new(true));
-    let mut caller = Active { inner: TokioIo::new(caller), active: Arc::clone(&active) };
-    let mut upstream = Active { inner: TokioIo::new(upstream), active: Arc::clone(&active) };
+    let (upstream, unread) = upstream.into_parts();
+    let mut caller = Active::new(TokioIo::new(caller), Bytes::new(), &active);
+    let mut upstream = Active::new(upstream, unread, &active);
     let silence = async {
         while active.swap(false, Relaxed) {
             tokio::time::sleep(idle).await;
@@ -70,17 +63,30 @@ async fn relay(caller: Upgraded, upstream: Upgraded, idle: Duration) {
 }
 
 /// A stream that notes when bytes come in.
-struct Active {
-    inner: TokioIo<Upgraded>,
+struct Active<S> {
+    inner: S,
+    /// What had been read before the change, and comes first.
+    unread: Bytes,
     active: Arc<AtomicBool>,
 }
 
-impl AsyncRead for Active {
+impl<S> Active<S> {
+    fn new(inner: S, unread: Bytes, active: &Arc<AtomicBool>) -> Self {
+        Self { inner, unread, active: Arc::clone(active) }
+    }
+}
+
+impl<S: AsyncRead + Unpin> AsyncRead for Active<S> {
     fn poll_read(
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
         buf: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
+        if !self.unread.is_empty() {
+            let count = self.unread.len().min(buf.remaining());
+            buf.put_slice(&self.unread.split_to(count));
+            return Poll::Ready(Ok(()));
+        }
         let polled = Pin::new(&mut self.inner).poll_read(cx, buf);
         if polled.is_ready() {
             self.active.store(true, Relaxed);
@@ -89,7 +95,7 @@ impl AsyncRead for Active {
     }
 }
 
-impl AsyncWrite for Active {
+impl<S: AsyncWrite + Unpin> AsyncWrite for Active<S> {
     fn poll_write(
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,

@@ -2,32 +2,30 @@
 
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::task::{Context, Poll, Waker};
+use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use http_body::{Body, Frame, SizeHint};
-use hyper::body::Incoming;
 
 use crate::proxy::client::Client;
-use crate::proxy::link::Link;
+use crate::proxy::link::{Broken, Link};
+use crate::proxy::wire::decoder::Decoder;
 use crate::watch::Watch;
 
 /// Why an answer's body ended before its end.
 #[derive(Debug, thiserror::Error)]
 pub enum BodyFailure {
     #[error("the upstream broke off inside its answer")]
-    Broken(#[source] hyper::Error),
+    Broken(#[source] Broken),
     #[error("the upstream did not finish its answer in time")]
     Timeout,
 }
 
 /// An answer's body.
 pub struct UpstreamBody {
-    incoming: Incoming,
+    decoder: Decoder,
     link: Hold,
-    /// The last frame has been handed out.
-    ended: bool,
     /// Why there will be no more frames. Told one poll later, so that what came before is flushed to the caller.
     failure: Option<BodyFailure>,
     client: Arc<Client>,
@@ -53,33 +51,34 @@ impl Hold {
         }
     }
 
-    fn drive(&mut self, cx: &mut Context<'_>) {
-        match self {
-            Self::Own(Some(link)) => link.drive(cx),
-            Self::Own(None) => {}
-            Self::Shared(link) => drive_shared(link, cx),
-        }
-    }
-}
-
-fn drive_shared(link: &Mutex<Option<Box<Link>>>, cx: &mut Context<'_>) {
-    if let Some(link) = &mut *link.lock().unwrap_or_else(PoisonError::into_inner) {
-        link.drive(cx);
+    fn poll_frame(
+        &mut self,
+        cx: &mut Context<'_>,
+        decoder: &mut Decoder,
+    ) -> Poll<Option<Result<Frame<Bytes>, Broken>>> {
+        let mut shared;
+        let link = match self {
+            Self::Own(link) => link,
+            Self::Shared(link) => {
+                shared = link.lock().unwrap_or_else(PoisonError::into_inner);
+                &mut *shared
+            }
+        };
+        link.as_mut().map_or(Poll::Ready(None), |link| link.poll_frame(cx, decoder))
     }
 }
 
 impl UpstreamBody {
     pub(super) fn new(
-        incoming: Incoming,
+        decoder: Decoder,
         link: Box<Link>,
         client: Arc<Client>,
         key: Arc<str>,
         watch: Arc<Watch>,
     ) -> Self {
         Self {
-            incoming,
+            decoder,
             link: Hold::Own(Some(link)),
-            ended: false,
             failure: None,
             client,
             key,
@@ -103,29 +102,21 @@ impl UpstreamBody {
         }
     }
 
-    /// A way to drive the link while nobody asks for this body: the rest of the request goes on by it.
+    /// A way for the rest of the request to go on while nobody asks for this body.
     pub fn share_link(&mut self) -> impl FnMut(&mut Context<'_>) + Send + use<> {
         let shared = Arc::new(Mutex::new(self.link.take()));
         self.link = Hold::Shared(Arc::clone(&shared));
-        move |cx| drive_shared(&shared, cx)
+        move |cx| {
+            if let Some(link) = &mut *shared.lock().unwrap_or_else(PoisonError::into_inner) {
+                // What is wrong with the request is told when this body is asked for.
+                let _ = link.poll_upload(cx);
+            }
+        }
     }
 
     /// Takes the link out of an answer that changed protocols.
     pub(super) fn take_link(&mut self) -> Option<Box<Link>> {
         self.link.take()
-    }
-
-    fn poll_incoming(
-        &mut self,
-        cx: &mut Context<'_>,
-    ) -> Poll<Option<Result<Frame<Bytes>, hyper::Error>>> {
-        // What comes, comes out of `drive`, so nobody need be woken for it.
-        let mut nobody = Context::from_waker(Waker::noop());
-        if let ready @ Poll::Ready(_) = Pin::new(&mut self.incoming).poll_frame(&mut nobody) {
-            return ready;
-        }
-        self.link.drive(cx);
-        Pin::new(&mut self.incoming).poll_frame(&mut nobody)
     }
 }
 
@@ -144,7 +135,8 @@ impl Body for UpstreamBody {
             self.link.take();
             return Poll::Ready(Some(Err(BodyFailure::Timeout)));
         }
-        match std::task::ready!(self.poll_incoming(cx)) {
+        let this = &mut *self;
+        match std::task::ready!(this.link.poll_frame(cx, &mut this.decoder)) {
             Some(Ok(frame)) => {
                 if let Some(pause) = self.pause {
                     self.watch.call_until(Instant::now() + pause);
@@ -157,19 +149,16 @@ impl Body for UpstreamBody {
                 cx.waker().wake_by_ref();
                 Poll::Pending
             }
-            None => {
-                self.ended = true;
-                Poll::Ready(None)
-            }
+            None => Poll::Ready(None),
         }
     }
 
     fn is_end_stream(&self) -> bool {
-        self.ended || self.incoming.is_end_stream()
+        self.decoder.is_done()
     }
 
     fn size_hint(&self) -> SizeHint {
-        self.incoming.size_hint()
+        self.decoder.size_hint()
     }
 }
 

@@ -1,0 +1,252 @@
+//! The head of an answer.
+
+use std::mem::MaybeUninit;
+
+use bytes::{Buf, Bytes, BytesMut};
+use http::header::{CONNECTION, CONTENT_LENGTH, TRANSFER_ENCODING};
+use http::{HeaderMap, HeaderName, HeaderValue, Method, Response, StatusCode};
+use httparse::Status;
+use hyper::ext::ReasonPhrase;
+
+use crate::proxy::wire::Malformed;
+use crate::proxy::wire::decoder::Decoder;
+
+/// The most headers of an answer.
+const MAX_HEADERS: usize = 100;
+
+/// The head of an answer, and what follows from it.
+#[derive(Debug)]
+pub(in crate::proxy) struct Head {
+    pub(in crate::proxy) answer: Response<()>,
+    pub(in crate::proxy) body: Decoder,
+    /// The connection can carry another request when this answer has ended.
+    pub(in crate::proxy) keep_alive: bool,
+}
+
+/// Takes the head of an answer to `method` from the front of `input`; `None` while it is not there as a whole.
+/// Interim answers are skipped.
+pub(in crate::proxy) fn take_head(
+    input: &mut BytesMut,
+    method: &Method,
+) -> Result<Option<Head>, Malformed> {
+    while !input.is_empty() {
+        let mut room = [const { MaybeUninit::uninit() }; MAX_HEADERS];
+        let mut parsed = httparse::Response::new(&mut []);
+        let parser = httparse::ParserConfig::default();
+        let status = parser.parse_response_with_uninit_headers(&mut parsed, input, &mut room)?;
+        let Status::Complete(length) = status else { return Ok(None) };
+        let head = assemble(&parsed, &input[..length], method)?;
+        input.advance(length);
+        if head.answer.status() == StatusCode::SWITCHING_PROTOCOLS
+            || !head.answer.status().is_informational()
+        {
+            return Ok(Some(head));
+        }
+    }
+    Ok(None)
+}
+
+fn assemble(
+    parsed: &httparse::Response<'_, '_>,
+    text: &[u8],
+    method: &Method,
+) -> Result<Head, Malformed> {
+    let mut answer = Response::new(());
+    *answer.status_mut() =
+        parsed.code.and_then(|code| StatusCode::from_u16(code).ok()).ok_or(Malformed::Status)?;
+    keep_reason(&mut answer, parsed.reason.unwrap_or_default());
+    // One copy that all values share, so that the buffer is free for what comes next.
+    let shared = Bytes::copy_from_slice(text);
+    let headers = answer.headers_mut();
+    // Some more are added on the way.
+    headers.reserve(parsed.headers.len() + 4);
+    for header in &*parsed.headers {
+        let name = HeaderName::from_bytes(header.name.as_bytes()).map_err(|_| Malformed::Header)?;
+        let start = header.value.as_ptr().addr() - text.as_ptr().addr();
+        let value = shared.slice(start..start + header.value.len());
+        let value = HeaderValue::from_maybe_shared(value).map_err(|_| Malformed::Header)?;
+        headers.append(name, value);
+    }
+    let is_1_0 = parsed.version == Some(0);
+    let body = framing(answer.status(), answer.headers_mut(), method, is_1_0)?;
+    let keep_alive = keeps_alive(answer.headers(), is_1_0)
+        && body != Decoder::UntilClose
+        && answer.status() != StatusCode::SWITCHING_PROTOCOLS;
+    Ok(Head { answer, body, keep_alive })
+}
+
+/// Keeps a reason phrase that is not the usual one.
+fn keep_reason(answer: &mut Response<()>, reason: &str) {
+    if Some(reason) != answer.status().canonical_reason()
+        && let Ok(reason) = ReasonPhrase::try_from(reason.as_bytes())
+    {
+        answer.extensions_mut().insert(reason);
+    }
+}
+
+/// How the body is framed (RFC 9112, 6.3). Leaves no header that says otherwise.
+fn framing(
+    status: StatusCode,
+    headers: &mut HeaderMap,
+    method: &Method,
+    is_1_0: bool,
+) -> Result<Decoder, Malformed> {
+    let bodiless = status.is_informational()
+        || matches!(status, StatusCode::NO_CONTENT | StatusCode::NOT_MODIFIED)
+        || *method == Method::HEAD;
+    if headers.contains_key(TRANSFER_ENCODING) {
+        // A coding that is taken off here, but not undone, would spoil the body.
+        let mut codings = headers.get_all(TRANSFER_ENCODING).iter();
+        let chunked = codings.all(|coding| coding.as_bytes().eq_ignore_ascii_case(b"chunked"));
+        if is_1_0 || !chunked {
+            return Err(Malformed::TransferEncoding);
+        }
+        headers.remove(CONTENT_LENGTH);
+        return Ok(if bodiless { Decoder::Done } else { Decoder::chunked() });
+    }
+    let length = content_length(headers)?;
+    Ok(match length {
+        _ if bodiless => Decoder::Done,
+        Some(length) => Decoder::length(length),
+        None => Decoder::UntilClose,
+    })
+}
+
+/// The one length that all headers agree on.
+fn content_length(headers: &mut HeaderMap) -> Result<Option<u64>, Malformed> {
+    let mut values = headers.get_all(CONTENT_LENGTH).iter();
+    let Some(first) = values.next() else { return Ok(None) };
+    let (mut several, mut length) = (false, None);
+    for value in std::iter::once(first).chain(values) {
+        for text in value.as_bytes().split(|byte| *byte == b',') {
+            let number = parse_length(text.trim_ascii()).ok_or(Malformed::Length)?;
+            several = length.is_some();
+            if length.is_some_and(|length| length != number) {
+                return Err(Malformed::Length);
+            }
+            length = Some(number);
+        }
+    }
+    if several && let Some(length) = length {
+        headers.insert(CONTENT_LENGTH, HeaderValue::from(length));
+    }
+    Ok(length)
+}
+
+fn parse_length(text: &[u8]) -> Option<u64> {
+    // `parse` would take a sign.
+    let digits = !text.is_empty() && text.iter().all(u8::is_ascii_digit);
+    std::str::from_utf8(text).ok().filter(|_| digits)?.parse().ok()
+}
+
+/// Whether the peer goes on after this answer.
+fn keeps_alive(headers: &HeaderMap, is_1_0: bool) -> bool {
+    let says = |what: &str| {
+        headers.get_all(CONNECTION).iter().any(|value| {
+            let mut options = value.as_bytes().split(|byte| *byte == b',');
+            options.any(|option| option.trim_ascii().eq_ignore_ascii_case(what.as_bytes()))
+        })
+    };
+    if is_1_0 { says("keep-alive") && !says("close") } else { !says("close") }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn take(text: &str) -> Result<Option<Head>, Malformed> {
+        take_head(&mut BytesMut::from(text), &Method::GET)
+    }
+
+    #[track_caller]
+    fn check(text: &str, body: Decoder, keep_alive: bool) {
+        let head = take(text).unwrap().unwrap();
+        assert_eq!((&head.body, head.keep_alive), (&body, keep_alive), "{text}");
+    }
+
+    #[track_caller]
+    fn refuses(text: &str, expect: Malformed) {
+        assert_eq!(take(text).unwrap_err(), expect, "{text}");
+    }
+
+    #[test]
+    fn a_body_ends_where_its_head_says() {
+        check("HTTP/1.1 200 OK\r\nContent-Length: 7\r\n\r\n", Decoder::length(7), true);
+        check("HTTP/1.1 200 OK\r\nContent-Length: 7, 7\r\n\r\n", Decoder::length(7), true);
+        check("HTTP/1.1 200 OK\r\nTransfer-Encoding: Chunked\r\n\r\n", Decoder::chunked(), true);
+        check("HTTP/1.1 200 OK\r\n\r\n", Decoder::UntilClose, false);
+        check("HTTP/1.1 204 No\r\nContent-Length: 7\r\n\r\n", Decoder::Done, true);
+        check("HTTP/1.1 304 No\r\n\r\n", Decoder::Done, true);
+        check("HTTP/1.1 101 Go\r\n\r\n", Decoder::Done, false);
+    }
+
+    #[test]
+    fn a_peer_says_whether_it_goes_on() {
+        let sized = |version: &str, connection: &str| {
+            format!("HTTP/{version} 200 OK\r\nContent-Length: 7\r\n{connection}\r\n")
+        };
+        check(&sized("1.0", ""), Decoder::length(7), false);
+        check(&sized("1.0", "Connection: Keep-Alive\r\n"), Decoder::length(7), true);
+        check(&sized("1.1", "Connection: x, Close\r\n"), Decoder::length(7), false);
+        check(&sized("1.1", "Connection: close\r\nConnection: x\r\n"), Decoder::length(7), false);
+    }
+
+    #[test]
+    fn what_can_be_read_in_two_ways_is_refused() {
+        refuses("HTTP/1.1 200 OK\r\nContent-Length: 7, 8\r\n\r\n", Malformed::Length);
+        refuses(
+            "HTTP/1.1 200 OK\r\nContent-Length: 7\r\nContent-Length: 8\r\n\r\n",
+            Malformed::Length,
+        );
+        refuses("HTTP/1.1 200 OK\r\nContent-Length: +7\r\n\r\n", Malformed::Length);
+        refuses("HTTP/1.1 200 OK\r\nContent-Length:\r\n\r\n", Malformed::Length);
+        refuses(
+            "HTTP/1.1 200 OK\r\nContent-Length: 99999999999999999999\r\n\r\n",
+            Malformed::Length,
+        );
+        for coding in ["gzip, chunked", "identity", "chunked, chunked", "xchunked"] {
+            let head = format!("HTTP/1.1 200 OK\r\nTransfer-Encoding: {coding}\r\n\r\n");
+            refuses(&head, Malformed::TransferEncoding);
+        }
+        refuses(
+            "HTTP/1.0 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n",
+            Malformed::TransferEncoding,
+        );
+        refuses("HTTP/1.1 200 OK\r\nA : b\r\n\r\n", httparse::Error::HeaderName.into());
+        refuses("SSH-2.0-x\r\n", httparse::Error::Version.into());
+    }
+
+    #[test]
+    fn chunks_outrank_a_length() {
+        let head =
+            take("HTTP/1.1 200 OK\r\nContent-Length: 7\r\nTransfer-Encoding: chunked\r\n\r\n");
+        let head = head.unwrap().unwrap();
+        assert_eq!(head.body, Decoder::chunked());
+        assert!(!head.answer.headers().contains_key(CONTENT_LENGTH));
+    }
+
+    #[test]
+    fn interim_answers_are_skipped_and_what_follows_stays() {
+        let text = "HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 103 X\r\nA: b\r\n\r\n\
+                    HTTP/1.1 200 Fine\r\nX-A: 1\r\nx-a: 2\r\n\r\nbody";
+        for end in 0..text.len() - "body".len() {
+            let mut input = BytesMut::from(&text[..end]);
+            assert!(take_head(&mut input, &Method::GET).unwrap().is_none(), "{end}");
+        }
+        let mut input = BytesMut::from(text);
+        let head = take_head(&mut input, &Method::GET).unwrap().unwrap();
+        assert_eq!(input, "body");
+        let values: Vec<_> = head.answer.headers().get_all("x-a").iter().collect();
+        assert_eq!(values, ["1", "2"]);
+        let reason = head.answer.extensions().get::<ReasonPhrase>().unwrap();
+        assert_eq!(reason.as_bytes(), b"Fine");
+    }
+
+    #[test]
+    fn an_answer_to_head_has_no_body() {
+        let mut input = BytesMut::from("HTTP/1.1 200 OK\r\nContent-Length: 7\r\n\r\n");
+        let head = take_head(&mut input, &Method::HEAD).unwrap().unwrap();
+        assert_eq!(head.body, Decoder::Done);
+        assert_eq!(head.answer.headers()[CONTENT_LENGTH], "7");
+    }
+}

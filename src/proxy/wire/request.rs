@@ -1,0 +1,155 @@
+//! The head of a request, and how its body is framed.
+
+use std::io::Write;
+
+use http::header::{CONTENT_LENGTH, TRANSFER_ENCODING};
+use http::request::Parts;
+use http::{HeaderMap, Method};
+use http_body::Body;
+
+use crate::proxy::headers::may_trail;
+
+/// How an upstream is told where a body ends.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(in crate::proxy) enum Framing {
+    /// There is no body.
+    #[default]
+    Bare,
+    /// Bytes that are still to come.
+    Length(u64),
+    Chunked,
+}
+
+impl Framing {
+    /// How `body` is sent. A caller's own length is that of its body: it came framed by it.
+    pub(in crate::proxy) fn of(head: &Parts, body: &impl Body) -> Self {
+        match body.size_hint().exact() {
+            // Some servers want to hear of a body that could be there but is not.
+            Some(0) | None if body.is_end_stream() => {
+                let says = matches!(head.method, Method::POST | Method::PUT | Method::PATCH)
+                    || head.headers.contains_key(CONTENT_LENGTH);
+                if says { Self::Length(0) } else { Self::Bare }
+            }
+            Some(length) => Self::Length(length),
+            None => Self::Chunked,
+        }
+    }
+}
+
+/// Writes the head of a request for HTTP/1.1. Its URI has the path as it is to be sent.
+pub(in crate::proxy) fn write_head(out: &mut Vec<u8>, head: &Parts, framing: Framing) {
+    let target = head.uri.path_and_query().map_or("/", |target| target.as_str());
+    for part in [head.method.as_str(), " ", target, " HTTP/1.1\r\n"] {
+        out.extend_from_slice(part.as_bytes());
+    }
+    for (name, value) in &head.headers {
+        // The framing is that of this connection.
+        if *name != CONTENT_LENGTH && *name != TRANSFER_ENCODING {
+            write_header(out, name.as_str(), value.as_bytes());
+        }
+    }
+    match framing {
+        Framing::Bare => {}
+        Framing::Length(length) => {
+            let mut digits = itoa::Buffer::new();
+            write_header(out, "content-length", digits.format(length).as_bytes());
+        }
+        Framing::Chunked => write_header(out, "transfer-encoding", b"chunked"),
+    }
+    out.extend_from_slice(b"\r\n");
+}
+
+/// Writes what precedes `length` bytes of a chunk.
+pub(in crate::proxy) fn write_chunk_size(out: &mut Vec<u8>, length: usize) {
+    // Writing to memory does not fail.
+    let _ = write!(out, "{length:x}\r\n");
+}
+
+/// Writes the end of a chunked body.
+pub(in crate::proxy) fn write_last_chunk(out: &mut Vec<u8>, trailers: &HeaderMap) {
+    out.extend_from_slice(b"0\r\n");
+    for (name, value) in trailers.iter().filter(|(name, _)| may_trail(name)) {
+        write_header(out, name.as_str(), value.as_bytes());
+    }
+    out.extend_from_slice(b"\r\n");
+}
+
+fn write_header(out: &mut Vec<u8>, name: &str, value: &[u8]) {
+    for part in [name.as_bytes(), b": ", value, b"\r\n"] {
+        out.extend_from_slice(part);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use bytes::Bytes;
+    use http::{HeaderValue, Request};
+    use http_body_util::channel::Channel;
+    use http_body_util::{Empty, Full};
+
+    use super::*;
+
+    fn request(method: Method) -> Request<()> {
+        let mut request = Request::new(());
+        *request.method_mut() = method;
+        *request.uri_mut() = "/function/echo?q=%20".parse().unwrap();
+        request
+    }
+
+    #[track_caller]
+    fn check(request: Request<()>, body: impl Body, expect: &str) {
+        let (head, ()) = request.into_parts();
+        let mut out = Vec::new();
+        write_head(&mut out, &head, Framing::of(&head, &body));
+        assert_eq!(String::from_utf8(out).unwrap(), expect);
+    }
+
+    #[test]
+    fn a_request_without_body_says_nothing_of_one() {
+        check(
+            request(Method::GET),
+            Empty::<Bytes>::new(),
+            "GET /function/echo?q=%20 HTTP/1.1\r\n\r\n",
+        );
+    }
+
+    #[test]
+    fn a_method_that_expects_a_body_says_that_there_is_none() {
+        check(
+            request(Method::POST),
+            Empty::<Bytes>::new(),
+            "POST /function/echo?q=%20 HTTP/1.1\r\ncontent-length: 0\r\n\r\n",
+        );
+    }
+
+    #[test]
+    fn the_framing_is_our_own() {
+        let mut sized = request(Method::PUT);
+        sized.headers_mut().insert(CONTENT_LENGTH, HeaderValue::from_static("5"));
+        sized.headers_mut().insert("x-kept", HeaderValue::from_static("a b"));
+        check(
+            sized,
+            Full::new(Bytes::from_static(b"12345")),
+            "PUT /function/echo?q=%20 HTTP/1.1\r\nx-kept: a b\r\ncontent-length: 5\r\n\r\n",
+        );
+        let mut streamed = request(Method::GET);
+        streamed.headers_mut().insert(TRANSFER_ENCODING, HeaderValue::from_static("gzip"));
+        check(
+            streamed,
+            Channel::<Bytes>::new(1).1,
+            "GET /function/echo?q=%20 HTTP/1.1\r\ntransfer-encoding: chunked\r\n\r\n",
+        );
+    }
+
+    #[test]
+    fn trailers_that_frame_or_route_stay_here() {
+        let trailers = HeaderMap::from_iter([
+            (CONTENT_LENGTH, HeaderValue::from_static("5")),
+            (http::header::HOST, HeaderValue::from_static("else.where")),
+            (http::HeaderName::from_static("x-checksum"), HeaderValue::from_static("42")),
+        ]);
+        let mut out = Vec::new();
+        write_last_chunk(&mut out, &trailers);
+        assert_eq!(out, b"0\r\nx-checksum: 42\r\n\r\n");
+    }
+}
