@@ -1,4 +1,4 @@
-//! The corridor of a call: ready → forward → measure. One for each thread that carries calls.
+//! The corridor of a call: prepare → forward → measure. One for each thread that carries calls.
 
 use std::sync::Arc;
 use std::time::Instant;
@@ -49,26 +49,58 @@ pub enum Route {
     Direct { suffix: String, default_namespace: Arc<str> },
 }
 
+/// A call that is about to be made.
+pub struct Prepared {
+    way: Way,
+    stamps: Stamps,
+    in_flight: InFlight,
+}
+
+/// How a call gets to its function.
+enum Way {
+    Provider(proxy::Prepared),
+    /// Where that is must be found out first.
+    Direct(Box<Request<RequestBody>>),
+    /// It does not get there.
+    Failed(Error),
+}
+
 impl Invoker {
-    /// Calls the function that the path names, and answers with what it says.
-    pub async fn invoke(
+    /// Makes a call to the function that the path names out of `request`.
+    ///
+    /// All that can be done at once is done here, and the request is gone when it is: what waits for the answer holds
+    /// little, and a thousand calls in flight fit the processor's cache.
+    ///
+    /// # Errors
+    /// The answer to a call that is not made.
+    pub fn prepare(
         &self,
         caller: &Caller,
         mut request: Request<Incoming>,
         began: Instant,
-    ) -> Response<Answer> {
+    ) -> Result<Prepared, Box<Response<Answer>>> {
         let Some(mut call) = self.calls.begin(segment(request.uri().path()), began) else {
-            return self.refuse(caller, &Error::NoSuchPath, request);
+            return Err(self.refuse(caller, &Error::NoSuchPath, request));
         };
         let Some(place) = self.limit.enter(&self.share) else {
             call.answered(Error::Overloaded.status());
             call.ended(End::Whole, Instant::now());
-            return self.refuse(caller, &Error::Overloaded, request);
+            return Err(self.refuse(caller, &Error::Overloaded, request));
         };
         let stamps = Stamps::put_on(request.headers_mut());
-        let mut in_flight = InFlight { call, place };
-        let forwarded = self.forward(caller, &mut in_flight.call, request, began).await;
-        let (mut answer, tunnel) = match forwarded {
+        let request = request.map(|body| caller_body(body, caller));
+        let way = match &self.route {
+            Route::Provider(origin) => proxy::prepare(origin, request, self.errand(caller, began))
+                .map_or_else(|error| Way::Failed(error.into()), Way::Provider),
+            Route::Direct { .. } => Way::Direct(Box::new(request)),
+        };
+        Ok(Prepared { way, stamps, in_flight: InFlight { call, place } })
+    }
+
+    /// Makes the call, and answers with what its function says.
+    pub async fn carry(&self, caller: &Caller, prepared: Prepared) -> Response<Answer> {
+        let Prepared { way, stamps, mut in_flight } = prepared;
+        let (mut answer, tunnel) = match self.forward(caller, &mut in_flight.call, way).await {
             Ok(Forwarded { answer, tunnel }) => (answer.map(Content::Upstream), tunnel),
             Err(error) => (text(&error, Some(&stamps.call_id)), None),
         };
@@ -85,27 +117,21 @@ impl Invoker {
         &self,
         caller: &Caller,
         call: &mut Call,
-        request: Request<Incoming>,
-        began: Instant,
+        way: Way,
     ) -> Result<Forwarded, Error> {
-        let mut request = request.map(|body| caller_body(body, caller));
-        let direct;
-        let origin = match &self.route {
-            Route::Provider(origin) => origin,
-            Route::Direct { suffix, default_namespace } => {
-                // Boxed, lest its size be carried along by every call.
-                direct = Box::pin(self.direct(call, suffix, default_namespace)).await?;
-                *request.uri_mut() = behind_name(request.uri());
-                &direct
+        let errand = self.errand(caller, call.began);
+        let mut forwarded = match (way, &self.route) {
+            (Way::Provider(prepared), Route::Provider(origin)) => {
+                proxy::send(&self.client, origin, prepared, errand).await?
             }
+            (Way::Direct(request), Route::Direct { suffix, default_namespace }) => {
+                // Boxed, lest its size be carried along by every call.
+                Box::pin(self.forward_directly(call, suffix, default_namespace, *request, errand))
+                    .await?
+            }
+            (Way::Failed(error), _) => return Err(error),
+            (Way::Provider(_) | Way::Direct(_), _) => unreachable!("there is one route"),
         };
-        let errand = Errand {
-            peer: &caller.forwarded_for,
-            watch: &caller.watch,
-            began,
-            timeout: self.timeouts.upstream,
-        };
-        let mut forwarded = proxy::forward(&self.client, origin, request, errand).await?;
         if caller.watch.body_outstanding() && forwarded.tunnel.is_none() {
             caller.while_blocked(forwarded.answer.body_mut().share_link());
         }
@@ -113,6 +139,24 @@ impl Invoker {
             call.vouched_for(&self.calls);
         }
         Ok(forwarded)
+    }
+
+    async fn forward_directly(
+        &self,
+        call: &mut Call,
+        suffix: &str,
+        default_namespace: &str,
+        mut request: Request<RequestBody>,
+        errand: Errand<'_>,
+    ) -> Result<Forwarded, Error> {
+        let origin = self.direct(call, suffix, default_namespace).await?;
+        *request.uri_mut() = behind_name(request.uri());
+        Ok(proxy::forward(&self.client, &origin, request, errand).await?)
+    }
+
+    fn errand<'a>(&self, caller: &'a Caller, began: Instant) -> Errand<'a> {
+        let timeout = self.timeouts.upstream;
+        Errand { peer: &caller.forwarded_for, watch: &caller.watch, began, timeout }
     }
 
     /// Where the function of `call` itself is found.
@@ -136,11 +180,11 @@ impl Invoker {
         caller: &Caller,
         error: &Error,
         mut request: Request<Incoming>,
-    ) -> Response<Answer> {
+    ) -> Box<Response<Answer>> {
         let stamps = Stamps::put_on(request.headers_mut());
         let mut answer = text(error, Some(&stamps.call_id));
         stamps.put_on_answer(answer.headers_mut());
-        answer.map(|content| self.answer(caller, content, None))
+        Box::new(answer.map(|content| self.answer(caller, content, None)))
     }
 
     fn answer(&self, caller: &Caller, content: Content, in_flight: Option<InFlight>) -> Answer {

@@ -14,11 +14,13 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use http::header::CONTENT_TYPE;
-use http::{HeaderMap, HeaderValue, Request, Response, StatusCode, Version};
+use http::{HeaderMap, HeaderValue, Request, Response, StatusCode};
+use hyper::upgrade::OnUpgrade;
 
 use crate::proxy::body::RequestBody;
 use crate::proxy::client::{Client, Error, Origin};
 use crate::proxy::tunnel::Tunnel;
+use crate::proxy::upload::Upload;
 use crate::proxy::upstream_body::UpstreamBody;
 use crate::watch::Watch;
 
@@ -32,6 +34,7 @@ const STREAMS: [&str; 5] = [
 ];
 
 /// On whose behalf a request is made, and how long it may take.
+#[derive(Clone, Copy)]
 pub struct Errand<'a> {
     /// The caller's address, for `X-Forwarded-For`.
     pub peer: &'a HeaderValue,
@@ -41,32 +44,55 @@ pub struct Errand<'a> {
     pub timeout: Duration,
 }
 
+/// A caller's request as it will be sent.
+pub struct Prepared {
+    upload: Upload,
+    /// The caller's connection, if it wants to change protocols.
+    upgrade: Option<OnUpgrade>,
+}
+
 /// An answer on its way to the caller; with a tunnel if both sides change protocols.
 pub struct Forwarded {
     pub answer: Response<UpstreamBody>,
     pub tunnel: Option<Tunnel>,
 }
 
-/// Sends `request` on to `origin`, at the same path and query, and returns with the head of the answer.
+/// Makes `request` one to `origin`, at the same path and query. Its time runs from now on.
 ///
 /// # Errors
-/// `client::Error` when there is none; its text can be shown to the caller.
-pub async fn forward(
-    client: &Arc<Client>,
+/// `client::Error::Target` when the path is too long.
+pub fn prepare(
     origin: &Origin,
     mut request: Request<RequestBody>,
     errand: Errand<'_>,
-) -> Result<Forwarded, Error> {
+) -> Result<Prepared, Error> {
     errand.watch.call_until(errand.began + errand.timeout);
     let wanted = headers::to_upstream(request.headers_mut(), &origin.host, errand.peer);
-    let caller = wanted.is_some().then(|| hyper::upgrade::on(&mut request));
+    let upgrade = wanted.is_some().then(|| hyper::upgrade::on(&mut request));
     *request.uri_mut() = origin.target(request.uri())?;
-    let mut answer = client.send(origin, request, errand.watch).await?;
-    *answer.version_mut() = Version::HTTP_11;
+    let (head, body) = request.into_parts();
+    Ok(Prepared { upload: Upload::new(&head, body), upgrade })
+}
+
+/// Sends what was prepared to `origin`, and returns with the head of the answer.
+///
+/// # Errors
+/// `client::Error` when there is none; its text can be shown to the caller.
+pub async fn send(
+    client: &Arc<Client>,
+    origin: &Origin,
+    prepared: Prepared,
+    errand: Errand<'_>,
+) -> Result<Forwarded, Error> {
+    let Prepared { upload, upgrade } = prepared;
+    let mut answer = client.carry(origin, upload, errand.watch).await?;
     let switches = answer.status() == StatusCode::SWITCHING_PROTOCOLS;
     headers::to_caller(answer.headers_mut(), switches);
-    let tunnel = match caller {
-        Some(caller) if switches => Some(Tunnel::new(caller, &mut answer, errand.timeout)),
+    let tunnel = match upgrade {
+        // One that changes in the middle of the request would take its rest for the new protocol.
+        Some(caller) if switches && answer.body().is_request_sent() => {
+            Some(Tunnel::new(caller, &mut answer, errand.timeout))
+        }
         _ if switches => return Err(Error::Unasked),
         _ => None,
     };
@@ -74,6 +100,19 @@ pub async fn forward(
         answer.body_mut().bound_pauses(errand.timeout);
     }
     Ok(Forwarded { answer, tunnel })
+}
+
+/// Prepares `request` and sends it.
+///
+/// # Errors
+/// Those of both.
+pub async fn forward(
+    client: &Arc<Client>,
+    origin: &Origin,
+    request: Request<RequestBody>,
+    errand: Errand<'_>,
+) -> Result<Forwarded, Error> {
+    send(client, origin, prepare(origin, request, errand)?, errand).await
 }
 
 fn is_stream(headers: &HeaderMap) -> bool {

@@ -17,7 +17,7 @@ use tower::ServiceExt;
 
 use crate::answer::{Answer, Content};
 use crate::error::Error;
-use crate::invoke::Invoker;
+use crate::invoke::{self, Invoker};
 use crate::metrics::Metrics;
 use crate::proxy::body::CallerBody;
 use crate::serve::caller::Caller;
@@ -25,7 +25,7 @@ use crate::shutdown::Stages;
 use crate::system::{self, Api};
 use crate::{alerts, auth, health, logs, metrics, same_origin, ui};
 
-/// The public port, functions apart: those are matched before, in [`Door::answer`].
+/// The public port, functions apart: those are matched before, in [`Door::enter`].
 pub fn api(api: Arc<Api>) -> Router {
     let system = Router::new()
         .route(
@@ -103,24 +103,47 @@ pub struct Door {
     pub stages: Stages,
 }
 
+/// A request that has been looked at, and is about to be answered.
+#[expect(clippy::large_enum_variant, reason = "most are calls, and none is kept")]
+pub enum Entered {
+    Call(invoke::Prepared),
+    /// One to the API, with nothing left to be said of its head here.
+    Api(Box<Request<Incoming>>),
+    Refused(Box<http::Response<Answer>>),
+}
+
 impl Door {
-    /// Answers one request, whatever it is.
-    pub async fn answer(
-        &self,
-        caller: &Caller,
-        request: Request<Incoming>,
-    ) -> Result<http::Response<Answer>, Infallible> {
+    /// Looks at a request, whatever it is.
+    pub fn enter(&self, caller: &Caller, request: Request<Incoming>) -> Entered {
         let began = caller.watch.call_begins();
         if !request.body().is_end_stream() {
             caller.watch.body_until(began + self.invoker.timeouts.read);
         }
         let is_call = request.uri().path().starts_with("/function/");
-        let mut answer = match check(&request) {
-            Err(error) if is_call => self.invoker.refuse(caller, &error, request),
-            Err(error) => self.wrap(caller, error.into_response()),
-            Ok(()) if is_call => self.invoker.invoke(caller, request, began).await,
+        match check(&request) {
+            Err(error) if is_call => Entered::Refused(self.invoker.refuse(caller, &error, request)),
+            Err(error) => Entered::Refused(Box::new(self.wrap(caller, error.into_response()))),
+            Ok(()) if is_call => self
+                .invoker
+                .prepare(caller, request, began)
+                .map_or_else(Entered::Refused, Entered::Call),
+            Ok(()) => Entered::Api(Box::new(request)),
+        }
+    }
+
+    /// Answers it.
+    pub async fn answer(
+        &self,
+        caller: &Caller,
+        entered: Entered,
+    ) -> Result<http::Response<Answer>, Infallible> {
+        let mut answer = match entered {
+            Entered::Call(prepared) => self.invoker.carry(caller, prepared).await,
             // Boxed, lest its size be carried along by every call.
-            Ok(()) => self.wrap(caller, Box::pin(self.route(caller, request)).await),
+            Entered::Api(request) => {
+                self.wrap(caller, Box::pin(self.route(caller, *request)).await)
+            }
+            Entered::Refused(answer) => *answer,
         };
         // After a change of protocols, `Connection` is what names the change.
         if self.stages.is_leaving() && answer.status() != StatusCode::SWITCHING_PROTOCOLS {

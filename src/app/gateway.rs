@@ -116,10 +116,11 @@ fn carry_calls(parts: &Parts, number: usize, server: Server, listener: TcpListen
             let client = Client::new(parts.config.limits.idle, parts.tls.clone());
             let door = Arc::new(parts.door(number, &client));
             let serving = server.run(listener, |caller| {
-                let door = Arc::clone(&door);
+                let both = Arc::new((Arc::clone(&door), caller));
                 service_fn(move |request: Request<Incoming>| {
-                    let (door, caller) = (Arc::clone(&door), caller.clone());
-                    async move { door.answer(&caller, request).await }
+                    let both = Arc::clone(&both);
+                    let entered = both.0.enter(&both.1, request);
+                    async move { both.0.answer(&both.1, entered).await }
                 })
             });
             // The sweep holds nothing over an await.

@@ -7,7 +7,6 @@ use std::time::{Duration, Instant};
 
 use foldhash::fast::RandomState;
 use http::{HeaderValue, Request, Response, Uri};
-use http_body::Body;
 use tokio::net::TcpStream;
 use tokio_rustls::TlsConnector;
 use tokio_rustls::rustls::crypto::ring;
@@ -19,6 +18,7 @@ use crate::config::base_url::BaseUrl;
 use crate::proxy::body::{BodyError, RequestBody};
 use crate::proxy::link::{Failure, Link};
 use crate::proxy::stream::UpstreamStream;
+use crate::proxy::upload::Upload;
 use crate::proxy::upstream_body::UpstreamBody;
 use crate::proxy::wire::Malformed;
 use crate::proxy::wire::answer::Head;
@@ -141,26 +141,37 @@ impl Client {
         Arc::new(Self { pool: Mutex::default(), limits, tls })
     }
 
-    /// Sends `request`, whose headers are ready for the wire, to `origin`; returns as soon as the head of the answer
-    /// is there. `watch` bounds all of it, the answer's body included.
-    ///
-    /// A link that turns out to have been closed while it idled is replaced, if nothing of the request was sent or if
-    /// sending it twice does no harm.
+    /// Sends `request`, whose headers are ready for the wire; see [`Self::carry`].
     pub async fn send(
         self: &Arc<Self>,
         origin: &Origin,
         request: Request<RequestBody>,
         watch: &Arc<Watch>,
     ) -> Result<Response<UpstreamBody>, Error> {
-        let (head, mut body) = request.into_parts();
-        let repeatable = body.is_end_stream() && head.method.is_idempotent();
+        let (head, body) = request.into_parts();
+        self.carry(origin, Upload::new(&head, body), watch).await
+    }
+
+    /// Carries a request to `origin`; returns as soon as the head of the answer is there. `watch` bounds all of it, the
+    /// answer's body included.
+    ///
+    /// A link that turns out to have been closed while it idled is replaced, if nothing of the request was sent or if
+    /// sending it twice does no harm.
+    pub(super) async fn carry(
+        self: &Arc<Self>,
+        origin: &Origin,
+        upload: Upload,
+        watch: &Arc<Watch>,
+    ) -> Result<Response<UpstreamBody>, Error> {
+        let mut upload = upload;
+        let repeatable = upload.is_repeatable();
         while let Some(mut link) = self.checkout(&origin.key) {
-            match link.exchange(&head, body, watch).await {
+            match link.exchange(upload, watch).await {
                 Ok(answer) => return Ok(self.answer(origin, link, answer, watch)),
-                Err(Failure::Unsent(unsent)) => body = unsent,
+                Err(Failure::Unsent(unsent)) => upload = unsent,
                 Err(Failure::Closed(error)) if repeatable => {
                     tracing::debug!(%error, "An idle connection was closed: trying a new one");
-                    body = RequestBody::empty();
+                    upload = link.into_upload();
                     break;
                 }
                 Err(failure) => return Err(failure.into()),
@@ -168,7 +179,7 @@ impl Client {
         }
         // Boxed, lest its size be carried along by every call.
         let mut link = Box::pin(self.connect(origin, watch)).await?;
-        let answer = link.exchange(&head, body, watch).await?;
+        let answer = link.exchange(upload, watch).await?;
         Ok(self.answer(origin, link, answer, watch))
     }
 
@@ -246,7 +257,8 @@ impl Client {
     pub async fn keep_swept(&self) {
         loop {
             tokio::time::sleep(SWEEP_EVERY).await;
-            self.sweep();
+            // Unconstrained, since beyond its budget the runtime says of each link that there is nothing to read.
+            tokio::task::unconstrained(async { self.sweep() }).await;
         }
     }
 

@@ -2,9 +2,10 @@
 
 use bytes::{BufMut, BytesMut};
 use http::header::{
-    AUTHORIZATION, CONNECTION, CONTENT_LENGTH, CONTENT_TYPE, COOKIE, EXPECT, HOST,
-    PROXY_AUTHENTICATE, PROXY_AUTHORIZATION, SET_COOKIE, TE, TRAILER, TRANSFER_ENCODING, UPGRADE,
-    USER_AGENT,
+    AUTHORIZATION, CACHE_CONTROL, CONNECTION, CONTENT_ENCODING, CONTENT_LENGTH, CONTENT_RANGE,
+    CONTENT_TYPE, COOKIE, EXPECT, FORWARDED, HOST, LOCATION, MAX_FORWARDS, PROXY_AUTHENTICATE,
+    PROXY_AUTHORIZATION, RANGE, SET_COOKIE, TE, TRAILER, TRANSFER_ENCODING, UPGRADE, USER_AGENT,
+    WWW_AUTHENTICATE,
 };
 use http::{HeaderMap, HeaderName, HeaderValue};
 
@@ -76,8 +77,28 @@ pub fn to_caller(headers: &mut HeaderMap, upgraded: bool) {
 /// Whether a field may follow a body. One that frames, routes or vouches comes too late there, and is not to be taken for
 /// a header by those who join the two.
 pub(super) fn may_trail(name: &HeaderName) -> bool {
-    const TOO_LATE: [HeaderName; 8] =
-        [AUTHORIZATION, CONTENT_LENGTH, CONTENT_TYPE, COOKIE, HOST, SET_COOKIE, TRAILER, X_CALL_ID];
+    const TOO_LATE: [HeaderName; 20] = [
+        AUTHORIZATION,
+        CACHE_CONTROL,
+        CONTENT_ENCODING,
+        CONTENT_LENGTH,
+        CONTENT_RANGE,
+        CONTENT_TYPE,
+        COOKIE,
+        EXPECT,
+        FORWARDED,
+        HOST,
+        LOCATION,
+        MAX_FORWARDS,
+        RANGE,
+        SET_COOKIE,
+        TRAILER,
+        WWW_AUTHENTICATE,
+        X_CALL_ID,
+        X_FORWARDED_FOR,
+        X_FORWARDED_HOST,
+        X_START_TIME,
+    ];
     !HOP_BY_HOP.contains(name) && !TOO_LATE.contains(name)
 }
 
@@ -93,15 +114,31 @@ const HOP_BY_HOP: [HeaderName; 8] = [
     PROXY_AUTHORIZATION,
 ];
 
-/// Takes out what concerns one connection alone, the announcement of trailers apart: hyper passes on just those
-/// trailers that are announced. Returns what `Upgrade` said, if `Connection` names it.
+/// The place of `name` in `HOP_BY_HOP`. Compared as text, which costs a tenth of comparing names with each.
+fn hop_by_hop(name: &HeaderName) -> Option<usize> {
+    match name.as_str() {
+        "connection" => Some(0),
+        "upgrade" => Some(1),
+        "transfer-encoding" => Some(2),
+        "te" => Some(3),
+        "keep-alive" => Some(4),
+        "proxy-connection" => Some(5),
+        "proxy-authenticate" => Some(6),
+        "proxy-authorization" => Some(7),
+        _ => None,
+    }
+}
+
+/// Takes out what concerns one connection alone, the announcement of trailers apart: hyper passes on to callers just
+/// those trailers that are announced. Returns what `Upgrade` said, if `Connection` names it.
 fn take_hop_by_hop(headers: &mut HeaderMap) -> Option<HeaderValue> {
     // One walk is cheaper than looking for each: most heads have none of them, or one.
     let mut present = HOP_BY_HOP.map(|_| false);
-    for name in headers.keys() {
-        if let Some(at) = HOP_BY_HOP.iter().position(|hop| hop == name) {
-            present[at] = true;
-        }
+    for place in headers.keys().filter_map(hop_by_hop) {
+        present[place] = true;
+    }
+    if !present.contains(&true) {
+        return None;
     }
     let named = if present[0] { named_by_connection(headers) } else { Vec::new() };
     for name in named.iter().filter(|name| !OURS.contains(*name) && **name != UPGRADE) {

@@ -9,12 +9,10 @@ use std::pin::Pin;
 use std::task::{Context, Poll, Waker, ready};
 
 use bytes::{Bytes, BytesMut};
-use http::Method;
-use http::request::Parts;
 use http_body::Frame;
 use tokio_util::io::poll_read_buf;
 
-use crate::proxy::body::{BodyError, RequestBody};
+use crate::proxy::body::BodyError;
 use crate::proxy::stream::UpstreamStream;
 use crate::proxy::upload::{self, Upload};
 use crate::proxy::wire::Malformed;
@@ -37,6 +35,8 @@ pub(super) struct Link {
     input: BytesMut,
     /// How much to read next.
     read_size: usize,
+    /// So much of `input` is known to hold no whole head.
+    looked_at: usize,
     /// The upstream takes no more of the request.
     deaf: bool,
     /// The upstream goes on after its answer.
@@ -48,7 +48,7 @@ pub(super) enum Failure {
     /// The call's deadline passed.
     Expired,
     /// The connection was closed before any of the request was written: it can go another way.
-    Unsent(RequestBody),
+    Unsent(Upload),
     /// The connection was closed, or broke, without an answer.
     Closed(io::Error),
     Malformed(Malformed),
@@ -74,62 +74,67 @@ impl Link {
             upload: Upload::default(),
             input: BytesMut::new(),
             read_size: LEAST_READ,
+            looked_at: 0,
             deaf: false,
             keep_alive: true,
         }
     }
 
-    /// Sends `body` behind `head`, and waits for the head of the answer.
+    /// Sends `upload`, and waits for the head of the answer.
     pub(super) async fn exchange(
         &mut self,
-        head: &Parts,
-        body: RequestBody,
+        upload: Upload,
         watch: &Watch,
     ) -> Result<Head, Failure> {
-        self.upload.begin(head, body);
+        self.upload = upload;
         std::future::poll_fn(|cx| {
             if watch.call_expired() {
                 return Poll::Ready(Err(Failure::Expired));
             }
-            self.poll_exchange(cx, &head.method)
+            self.poll_exchange(cx)
         })
         .await
     }
 
-    fn poll_exchange(
-        &mut self,
-        cx: &mut Context<'_>,
-        method: &Method,
-    ) -> Poll<Result<Head, Failure>> {
-        // Before anything is written, since a connection that was closed while it idled shows it here.
-        if let Poll::Ready(answered) = self.poll_head(cx, method) {
-            return Poll::Ready(if self.upload.has_begun() {
-                answered
-            } else {
-                Err(Failure::Unsent(self.upload.abandon()))
-            });
+    fn poll_exchange(&mut self, cx: &mut Context<'_>) -> Poll<Result<Head, Failure>> {
+        if self.upload.has_begun() {
+            if let Poll::Ready(answered) = self.poll_head(cx) {
+                return Poll::Ready(answered);
+            }
+        } else if self.poll_fill(cx, 0).is_ready() {
+            // It was closed while it idled, or speaks unasked: nothing that it says is an answer to this request.
+            return Poll::Ready(Err(Failure::Unsent(self.upload.start_over())));
         }
-        match self.poll_upload(cx) {
-            Err(error) => Poll::Ready(Err(Failure::Body(error))),
-            Ok(()) => Poll::Pending,
+        if let Err(error) = self.poll_upload(cx) {
+            return Poll::Ready(Err(Failure::Body(error)));
         }
+        if self.deaf && !self.upload.has_begun() {
+            return Poll::Ready(Err(Failure::Unsent(self.upload.start_over())));
+        }
+        Poll::Pending
     }
 
-    fn poll_head(&mut self, cx: &mut Context<'_>, method: &Method) -> Poll<Result<Head, Failure>> {
+    fn poll_head(&mut self, cx: &mut Context<'_>) -> Poll<Result<Head, Failure>> {
         loop {
-            if !self.input.is_empty() {
-                match take_head(&mut self.input, method) {
+            if may_be_whole(&self.input, self.looked_at) {
+                let taken = take_head(&mut self.input, self.upload.is_head());
+                // Interim answers may have been taken.
+                self.looked_at = self.input.len();
+                match taken {
                     Ok(Some(head)) => {
-                        self.keep_alive = head.keep_alive;
+                        self.begin_body(&head);
                         return Poll::Ready(Ok(head));
                     }
-                    Ok(None) if self.input.len() < MAX_HEAD => {}
-                    Ok(None) => return Poll::Ready(Err(Failure::HeadTooLarge)),
+                    Ok(None) => {}
                     Err(malformed) if malformed.is_too_large() => {
                         return Poll::Ready(Err(Failure::HeadTooLarge));
                     }
                     Err(malformed) => return Poll::Ready(Err(Failure::Malformed(malformed))),
                 }
+            }
+            self.looked_at = self.input.len();
+            if self.input.len() >= MAX_HEAD {
+                return Poll::Ready(Err(Failure::HeadTooLarge));
             }
             match ready!(self.poll_fill(cx, 0)) {
                 Ok(0) => {
@@ -139,6 +144,28 @@ impl Link {
                 Err(error) => return Poll::Ready(Err(Failure::Closed(error))),
             }
         }
+    }
+
+    fn begin_body(&mut self, head: &Head) {
+        self.keep_alive = head.keep_alive;
+        self.looked_at = 0;
+        if self.is_sent() {
+            self.upload = Upload::default();
+        }
+        // The room of a huge head is not kept for as long as its body takes.
+        if self.input.capacity() > 4 * MOST_READ {
+            self.input = BytesMut::from(&self.input[..]);
+        }
+    }
+
+    /// Whether the upstream has been sent all of the request.
+    pub(super) fn is_sent(&self) -> bool {
+        !self.deaf && self.upload.is_whole()
+    }
+
+    /// The request, to be sent over another connection.
+    pub(super) fn into_upload(mut self) -> Upload {
+        self.upload.start_over()
     }
 
     /// The next frame of the answer's body, as `decoder` finds it. The rest of the request goes on meanwhile.
@@ -172,6 +199,10 @@ impl Link {
         if self.deaf || self.upload.is_whole() {
             return Ok(());
         }
+        if self.stream.is_tls() {
+            // Its failed write may have sent something all the same.
+            self.upload.begin();
+        }
         match self.upload.poll(&mut self.stream, cx) {
             Poll::Pending | Poll::Ready(Ok(())) => Ok(()),
             Poll::Ready(Err(upload::Failure::Body(error))) => Err(error),
@@ -179,7 +210,9 @@ impl Link {
                 // Reading tells whether it has answered, or is gone.
                 tracing::debug!(%error, "An upstream takes no more of a request");
                 self.deaf = true;
-                self.upload.abandon();
+                if self.upload.has_begun() {
+                    self.upload.drop_body();
+                }
                 Ok(())
             }
         }
@@ -203,12 +236,11 @@ impl Link {
 
     /// Whether the link can take another call, now that its answer has ended.
     pub(super) fn is_reusable(&self) -> bool {
-        self.keep_alive && !self.deaf && self.upload.is_whole() && self.input.is_empty()
+        self.keep_alive && self.is_sent() && self.input.is_empty()
     }
 
     /// Lets go of what an idle link does not need. Whether it is still open.
     pub(super) fn settle(&mut self) -> bool {
-        self.upload.shrink();
         self.read_size = LEAST_READ;
         self.input = BytesMut::with_capacity(1);
         let read = poll_read_buf(
@@ -224,5 +256,32 @@ impl Link {
     /// The connection itself, and what has been read ahead on it.
     pub(super) fn into_parts(self) -> (UpstreamStream, Bytes) {
         (self.stream, self.input.freeze())
+    }
+}
+
+/// Whether `input` may hold a whole head, of which `looked_at` bytes did not. Without this, a head that comes byte by
+/// byte would be parsed as often.
+fn may_be_whole(input: &[u8], looked_at: usize) -> bool {
+    if looked_at == 0 {
+        return !input.is_empty();
+    }
+    let news = &input[looked_at.saturating_sub(3)..];
+    news.windows(2).any(|two| two == b"\n\n") || news.windows(3).any(|three| three == b"\n\r\n")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_head_is_parsed_when_its_end_may_have_come() {
+        let head = b"HTTP/1.1 200 OK\r\nA: b\r\n\r\n";
+        assert!(!may_be_whole(b"", 0));
+        assert!(may_be_whole(&head[..1], 0));
+        for end in 2..head.len() {
+            assert!(!may_be_whole(&head[..end], end - 1), "{end}");
+        }
+        assert!(may_be_whole(head, head.len() - 1));
+        assert!(may_be_whole(b"HTTP/1.1 200 OK\n\n", 16));
     }
 }

@@ -15,6 +15,12 @@ pub(super) enum UpstreamStream {
     Tls(Box<TlsStream<TcpStream>>),
 }
 
+impl UpstreamStream {
+    pub(super) fn is_tls(&self) -> bool {
+        matches!(self, Self::Tls(_))
+    }
+}
+
 impl AsyncRead for UpstreamStream {
     fn poll_read(
         mut self: Pin<&mut Self>,

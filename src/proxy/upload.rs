@@ -5,8 +5,8 @@ use std::pin::Pin;
 use std::task::{Context, Poll, ready};
 
 use bytes::{Buf, Bytes};
-use http::HeaderMap;
 use http::request::Parts;
+use http::{HeaderMap, Method};
 use http_body::{Body, Frame};
 use tokio::io::AsyncWrite;
 
@@ -15,8 +15,8 @@ use crate::proxy::wire::request::{Framing, write_chunk_size, write_head, write_l
 
 /// So much is gathered before it is written. Larger frames are written where they are.
 const ENOUGH: usize = 8 << 10;
-/// An idle link keeps a buffer of at most this size.
-const SMALL: usize = 2 << 10;
+/// Room for most heads.
+const USUAL_HEAD: usize = 512;
 
 /// Why a request cannot be sent on.
 #[derive(Debug)]
@@ -26,7 +26,7 @@ pub(super) enum Failure {
     Body(BodyError),
 }
 
-/// A request, as far as it has not been written.
+/// A request on its way: its head as bytes, its body as it comes. The default is one that is out.
 #[derive(Default)]
 pub(super) struct Upload {
     /// What can be written, from `written` on.
@@ -41,24 +41,55 @@ pub(super) struct Upload {
     framing: Framing,
     /// Something was written and may be held up inside the stream.
     unflushed: bool,
+    /// Some of the request may have reached the upstream.
     begun: bool,
+    /// The body broke off. Told as often as it is asked for, lest a part be taken for the whole.
+    failed: Option<BodyError>,
+    is_head: bool,
+    repeatable: bool,
 }
 
 impl Upload {
-    /// Starts over with another request.
-    pub(super) fn begin(&mut self, head: &Parts, body: RequestBody) {
-        self.begun = false;
-        self.framing = Framing::of(head, &body);
-        write_head(&mut self.ready, head, self.framing);
-        let bodiless = matches!(self.framing, Framing::Bare | Framing::Length(0));
-        self.body = (!bodiless).then_some(body);
+    /// The request that `head` and `body` make. `head` is as it is to be sent.
+    pub(super) fn new(head: &Parts, body: RequestBody) -> Self {
+        let framing = Framing::of(head, &body);
+        let bodiless = matches!(framing, Framing::Bare | Framing::Length(0));
+        let mut ready = Vec::with_capacity(USUAL_HEAD);
+        write_head(&mut ready, head, framing);
+        Self {
+            ready,
+            body: (!bodiless).then_some(body),
+            framing,
+            is_head: head.method == Method::HEAD,
+            repeatable: bodiless && head.method.is_idempotent(),
+            ..Self::default()
+        }
     }
 
-    /// Gives up; returns what is left of the body.
-    pub(super) fn abandon(&mut self) -> RequestBody {
-        let rest = self.body.take();
-        *self = Self { begun: self.begun, ..Self::default() };
-        rest.unwrap_or_else(RequestBody::empty)
+    /// Whether the answer will have no body, whatever it says.
+    pub(super) fn is_head(&self) -> bool {
+        self.is_head
+    }
+
+    /// Whether the request can be sent once more: it has no body, and its method promises that twice is as once.
+    pub(super) fn is_repeatable(&self) -> bool {
+        self.repeatable
+    }
+
+    /// Takes the request out, to be sent from its beginning. Only for one that is repeatable, or has not begun.
+    pub(super) fn start_over(&mut self) -> Self {
+        let upload = std::mem::take(self);
+        Self { written: 0, begun: false, unflushed: false, ..upload }
+    }
+
+    /// Sends no more of the body.
+    pub(super) fn drop_body(&mut self) {
+        self.body = None;
+    }
+
+    /// Notes that some of the request may reach the upstream from now on.
+    pub(super) fn begin(&mut self) {
+        self.begun = true;
     }
 
     /// Whether any of the request may have reached the upstream.
@@ -68,14 +99,7 @@ impl Upload {
 
     /// Whether all of the request is out.
     pub(super) fn is_whole(&self) -> bool {
-        self.body.is_none() && !self.has_unwritten() && !self.unflushed
-    }
-
-    /// Lets go of a buffer that has grown large.
-    pub(super) fn shrink(&mut self) {
-        if self.ready.capacity() > SMALL {
-            self.ready = Vec::new();
-        }
+        self.failed.is_none() && self.body.is_none() && !self.has_unwritten() && !self.unflushed
     }
 
     /// Writes what can be written; ready when all of it is.
@@ -84,11 +108,18 @@ impl Upload {
         stream: &mut S,
         cx: &mut Context<'_>,
     ) -> Poll<Result<(), Failure>> {
+        if let Some(error) = self.failed {
+            return Poll::Ready(Err(Failure::Body(error)));
+        }
         let mut body_waits = false;
         loop {
             if self.body.is_some() && !body_waits && self.frame.is_empty() && self.has_room() {
                 match self.poll_body(cx) {
-                    Poll::Ready(polled) => polled.map_err(Failure::Body)?,
+                    Poll::Ready(Ok(())) => {}
+                    Poll::Ready(Err(error)) => {
+                        (self.body, self.failed) = (None, Some(error));
+                        return Poll::Ready(Err(Failure::Body(error)));
+                    }
                     Poll::Pending => body_waits = true,
                 }
             } else if self.has_unwritten() {
@@ -131,8 +162,11 @@ impl Upload {
         let of_ready = written.min(ready.len());
         self.written += of_ready;
         self.frame.advance(written - of_ready);
-        if !self.has_unwritten() {
+        // What may have to be sent once more is kept.
+        if !self.has_unwritten() && !self.repeatable {
             self.ready.clear();
+            // The room of a huge head is not kept for as long as its body takes.
+            self.ready.shrink_to(2 * ENOUGH);
             self.written = 0;
             self.frame = Bytes::new();
             if std::mem::take(&mut self.in_chunk) {
@@ -194,7 +228,7 @@ mod tests {
     use std::future::poll_fn;
 
     use axum::body::Body as ApiBody;
-    use http::{HeaderName, HeaderValue, Method, Request};
+    use http::{HeaderName, HeaderValue, Request};
     use http_body_util::channel::{Channel, Sender};
     use tokio::io::{AsyncReadExt, DuplexStream, duplex};
 
@@ -220,8 +254,7 @@ mod tests {
     /// Sends `body` through a pipe that takes `room` bytes at once; what arrives behind the head.
     async fn sent(body: RequestBody, room: usize) -> String {
         let (mut ours, theirs) = duplex(room);
-        let mut upload = Upload::default();
-        upload.begin(&post(), body);
+        let mut upload = Upload::new(&post(), body);
         let sends = async move {
             poll_fn(|cx| upload.poll(&mut ours, cx)).await.unwrap();
             assert!(upload.is_whole() && upload.has_begun());
@@ -262,8 +295,7 @@ mod tests {
     async fn what_there_is_goes_out_while_more_is_awaited() {
         let (mut sender, body) = channel();
         let (mut ours, mut theirs) = duplex(1 << 20);
-        let mut upload = Upload::default();
-        upload.begin(&post(), body);
+        let mut upload = Upload::new(&post(), body);
         sender.send_data(Bytes::from_static(b"first")).await.unwrap();
         poll_fn(|cx| Poll::Ready(upload.poll(&mut ours, cx).is_pending())).await;
         let mut seen = Vec::new();
@@ -278,18 +310,20 @@ mod tests {
         let (sender, body) = channel();
         sender.abort(io::Error::other("gone"));
         let (mut ours, _theirs) = duplex(1 << 20);
-        let mut upload = Upload::default();
-        upload.begin(&post(), body);
+        let mut upload = Upload::new(&post(), body);
         let failure = poll_fn(|cx| upload.poll(&mut ours, cx)).await.unwrap_err();
         assert!(matches!(failure, Failure::Body(BodyError::Broken)), "{failure:?}");
+        // Nor is it later, when the body says nothing more.
+        assert!(poll_fn(|cx| upload.poll(&mut ours, cx)).await.is_err());
+        assert!(!upload.is_whole());
     }
 
     #[tokio::test]
     async fn a_peer_that_is_gone_is_an_error_and_the_rest_can_be_had() {
         let (mut ours, theirs) = duplex(1 << 20);
         drop(theirs);
-        let mut upload = Upload::default();
-        upload.begin(&post(), RequestBody::Full(Some(Bytes::from("x".repeat(3 * ENOUGH)))));
+        let mut upload =
+            Upload::new(&post(), RequestBody::Full(Some(Bytes::from("x".repeat(3 * ENOUGH)))));
         let failure = poll_fn(|cx| upload.poll(&mut ours, cx)).await.unwrap_err();
         assert!(matches!(failure, Failure::Io(_)), "{failure:?}");
         assert!(!upload.has_begun());

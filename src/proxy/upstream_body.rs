@@ -114,6 +114,11 @@ impl UpstreamBody {
         }
     }
 
+    /// Whether the upstream has been sent all of the request.
+    pub(super) fn is_request_sent(&self) -> bool {
+        matches!(&self.link, Hold::Own(Some(link)) if link.is_sent())
+    }
+
     /// Takes the link out of an answer that changed protocols.
     pub(super) fn take_link(&mut self) -> Option<Box<Link>> {
         self.link.take()

@@ -220,3 +220,59 @@ async fn a_request_left_half_sent_spoils_no_connection() {
     call.answer(200, "fine").await;
     assert_eq!(other.answer().await.text(), "fine");
 }
+
+#[tokio::test]
+async fn a_call_that_meets_many_dead_connections_arrives_whole() {
+    const DEAD: usize = 300;
+    let all = Arc::new(tokio::sync::Barrier::new(DEAD));
+    let provider = Provider::builder()
+        .answering(move |mut call| {
+            let all = Arc::clone(&all);
+            async move {
+                let body = call.body().await.ok()?;
+                if body == b"warm" {
+                    // So that each has a connection of its own; closed behind the answer.
+                    all.wait().await;
+                    call.answer_with(200, &body).await;
+                    return None;
+                }
+                call.answer_with(200, &body).await;
+                Some(call.wire)
+            }
+        })
+        .start();
+    let gateway = start(&provider).await;
+    let mut callers = Vec::new();
+    for _ in 0..DEAD {
+        let mut caller = gateway.connect().await;
+        caller.send(post("/function/echo", "warm")).await;
+        callers.push(caller);
+    }
+    for caller in &mut callers {
+        assert_eq!(caller.answer().await.text(), "warm");
+    }
+    for caller in callers.iter_mut().take(3) {
+        let answer = caller.ask(post("/function/echo", "precious")).await;
+        assert_eq!((answer.status(), answer.text()), (200, "precious"));
+    }
+}
+
+#[tokio::test]
+async fn what_is_said_unasked_is_nobodys_answer() {
+    let mut provider = Provider::by_hand();
+    let gateway = start(&provider).await;
+    // Half an answer, and one that would be skipped.
+    for stray in ["HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r", "HTTP/1.1 100 Continue\r\n\r\n"] {
+        let mut caller = gateway.connect().await;
+        caller.send(get("/function/echo")).await;
+        let mut call = provider.call().await;
+        call.answer(200, "first").await;
+        assert_eq!(caller.answer().await.text(), "first");
+        call.wire.send(stray).await;
+        caller.send(get("/function/echo")).await;
+        // It comes on another connection.
+        provider.call().await.answer(200, "second").await;
+        assert_eq!(caller.answer().await.text(), "second");
+        call.wire.closed().await;
+    }
+}

@@ -11,7 +11,8 @@ async fn those_of_a_request_reach_the_function() {
     caller
         .send(
             "POST /function/sum HTTP/1.1\r\nHost: g\r\nTransfer-Encoding: chunked\r\n\
-             Trailer: X-Checksum\r\n\r\n4\r\ndata\r\n0\r\nX-Checksum: 42\r\n\r\n",
+             Trailer: X-Checksum\r\n\r\n4\r\ndata\r\n0\r\nX-Checksum: 42\r\n\
+             Content-Length: 9\r\nX-Forwarded-For: 127.0.0.1\r\nHost: else.where\r\n\r\n",
         )
         .await;
     let mut call = provider.call().await;

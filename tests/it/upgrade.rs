@@ -89,6 +89,19 @@ async fn nobody_is_changed_unasked() {
 }
 
 #[tokio::test]
+async fn nobody_is_changed_in_the_middle_of_a_request() {
+    let mut provider = Provider::by_hand();
+    let gateway = Gateway::before(&provider).await;
+    let mut caller = gateway.connect().await;
+    let ask = ASK.replace("GET", "POST").replace("\r\n\r\n", "\r\nContent-Length: 10\r\n\r\nfirst");
+    caller.send(ask).await;
+    let mut call = provider.call().await;
+    call.wire.until("first").await;
+    call.wire.send(AGREE).await;
+    assert_eq!(caller.head().await.status(), 502);
+}
+
+#[tokio::test]
 async fn a_header_that_connection_does_not_name_asks_for_nothing() {
     let mut provider = Provider::by_hand();
     let gateway = Gateway::before(&provider).await;

@@ -4,7 +4,7 @@ use std::mem::MaybeUninit;
 
 use bytes::{Buf, Bytes, BytesMut};
 use http::header::{CONNECTION, CONTENT_LENGTH, TRANSFER_ENCODING};
-use http::{HeaderMap, HeaderName, HeaderValue, Method, Response, StatusCode};
+use http::{HeaderMap, HeaderName, HeaderValue, Response, StatusCode};
 use httparse::Status;
 use hyper::ext::ReasonPhrase;
 
@@ -23,11 +23,11 @@ pub(in crate::proxy) struct Head {
     pub(in crate::proxy) keep_alive: bool,
 }
 
-/// Takes the head of an answer to `method` from the front of `input`; `None` while it is not there as a whole.
+/// Takes the head of an answer (`to_head`: to HEAD) from the front of `input`; `None` while it is not there as a whole.
 /// Interim answers are skipped.
 pub(in crate::proxy) fn take_head(
     input: &mut BytesMut,
-    method: &Method,
+    to_head: bool,
 ) -> Result<Option<Head>, Malformed> {
     while !input.is_empty() {
         let mut room = [const { MaybeUninit::uninit() }; MAX_HEADERS];
@@ -35,7 +35,7 @@ pub(in crate::proxy) fn take_head(
         let parser = httparse::ParserConfig::default();
         let status = parser.parse_response_with_uninit_headers(&mut parsed, input, &mut room)?;
         let Status::Complete(length) = status else { return Ok(None) };
-        let head = assemble(&parsed, &input[..length], method)?;
+        let head = assemble(&parsed, &input[..length], to_head)?;
         input.advance(length);
         if head.answer.status() == StatusCode::SWITCHING_PROTOCOLS
             || !head.answer.status().is_informational()
@@ -49,7 +49,7 @@ pub(in crate::proxy) fn take_head(
 fn assemble(
     parsed: &httparse::Response<'_, '_>,
     text: &[u8],
-    method: &Method,
+    to_head: bool,
 ) -> Result<Head, Malformed> {
     let mut answer = Response::new(());
     *answer.status_mut() =
@@ -68,8 +68,11 @@ fn assemble(
         headers.append(name, value);
     }
     let is_1_0 = parsed.version == Some(0);
-    let body = framing(answer.status(), answer.headers_mut(), method, is_1_0)?;
+    let body = framing(answer.status(), answer.headers_mut(), to_head, is_1_0)?;
+    // Whoever gives both may mean another end than the one that is seen here (RFC 9112, 6.3).
+    let ambiguous = take_length_beside_coding(answer.headers_mut());
     let keep_alive = keeps_alive(answer.headers(), is_1_0)
+        && !ambiguous
         && body != Decoder::UntilClose
         && answer.status() != StatusCode::SWITCHING_PROTOCOLS;
     Ok(Head { answer, body, keep_alive })
@@ -88,20 +91,20 @@ fn keep_reason(answer: &mut Response<()>, reason: &str) {
 fn framing(
     status: StatusCode,
     headers: &mut HeaderMap,
-    method: &Method,
+    to_head: bool,
     is_1_0: bool,
 ) -> Result<Decoder, Malformed> {
     let bodiless = status.is_informational()
         || matches!(status, StatusCode::NO_CONTENT | StatusCode::NOT_MODIFIED)
-        || *method == Method::HEAD;
+        || to_head;
     if headers.contains_key(TRANSFER_ENCODING) {
         // A coding that is taken off here, but not undone, would spoil the body.
         let mut codings = headers.get_all(TRANSFER_ENCODING).iter();
-        let chunked = codings.all(|coding| coding.as_bytes().eq_ignore_ascii_case(b"chunked"));
-        if is_1_0 || !chunked {
+        let chunked =
+            codings.next().is_some_and(|coding| coding.as_bytes().eq_ignore_ascii_case(b"chunked"));
+        if is_1_0 || !chunked || codings.next().is_some() {
             return Err(Malformed::TransferEncoding);
         }
-        headers.remove(CONTENT_LENGTH);
         return Ok(if bodiless { Decoder::Done } else { Decoder::chunked() });
     }
     let length = content_length(headers)?;
@@ -110,6 +113,11 @@ fn framing(
         Some(length) => Decoder::length(length),
         None => Decoder::UntilClose,
     })
+}
+
+/// Drops a length beside a coding; whether there was one.
+fn take_length_beside_coding(headers: &mut HeaderMap) -> bool {
+    headers.contains_key(TRANSFER_ENCODING) && headers.remove(CONTENT_LENGTH).is_some()
 }
 
 /// The one length that all headers agree on.
@@ -155,7 +163,7 @@ mod tests {
     use super::*;
 
     fn take(text: &str) -> Result<Option<Head>, Malformed> {
-        take_head(&mut BytesMut::from(text), &Method::GET)
+        take_head(&mut BytesMut::from(text), false)
     }
 
     #[track_caller]
@@ -209,6 +217,10 @@ mod tests {
             refuses(&head, Malformed::TransferEncoding);
         }
         refuses(
+            "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\nTransfer-Encoding: chunked\r\n\r\n",
+            Malformed::TransferEncoding,
+        );
+        refuses(
             "HTTP/1.0 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n",
             Malformed::TransferEncoding,
         );
@@ -221,7 +233,7 @@ mod tests {
         let head =
             take("HTTP/1.1 200 OK\r\nContent-Length: 7\r\nTransfer-Encoding: chunked\r\n\r\n");
         let head = head.unwrap().unwrap();
-        assert_eq!(head.body, Decoder::chunked());
+        assert_eq!((head.body, head.keep_alive), (Decoder::chunked(), false));
         assert!(!head.answer.headers().contains_key(CONTENT_LENGTH));
     }
 
@@ -231,10 +243,10 @@ mod tests {
                     HTTP/1.1 200 Fine\r\nX-A: 1\r\nx-a: 2\r\n\r\nbody";
         for end in 0..text.len() - "body".len() {
             let mut input = BytesMut::from(&text[..end]);
-            assert!(take_head(&mut input, &Method::GET).unwrap().is_none(), "{end}");
+            assert!(take_head(&mut input, false).unwrap().is_none(), "{end}");
         }
         let mut input = BytesMut::from(text);
-        let head = take_head(&mut input, &Method::GET).unwrap().unwrap();
+        let head = take_head(&mut input, false).unwrap().unwrap();
         assert_eq!(input, "body");
         let values: Vec<_> = head.answer.headers().get_all("x-a").iter().collect();
         assert_eq!(values, ["1", "2"]);
@@ -245,7 +257,7 @@ mod tests {
     #[test]
     fn an_answer_to_head_has_no_body() {
         let mut input = BytesMut::from("HTTP/1.1 200 OK\r\nContent-Length: 7\r\n\r\n");
-        let head = take_head(&mut input, &Method::HEAD).unwrap().unwrap();
+        let head = take_head(&mut input, true).unwrap().unwrap();
         assert_eq!(head.body, Decoder::Done);
         assert_eq!(head.answer.headers()[CONTENT_LENGTH], "7");
     }

@@ -32,10 +32,14 @@ impl Call {
     /// Reads the request to its end, and answers it with a body of known length.
     pub(crate) async fn answer(&mut self, status: u16, body: &str) {
         self.body().await.unwrap();
+        self.answer_with(status, body.as_bytes()).await;
+    }
+
+    /// Answers a request that has been read.
+    pub(crate) async fn answer_with(&mut self, status: u16, body: &[u8]) {
         let length = body.len();
-        self.wire
-            .send(format!("HTTP/1.1 {status} X\r\nContent-Length: {length}\r\n\r\n{body}"))
-            .await;
+        let head = format!("HTTP/1.1 {status} X\r\nContent-Length: {length}\r\n\r\n");
+        self.wire.send([head.as_bytes(), body].concat()).await;
     }
 }
 
