@@ -25,15 +25,18 @@ pub struct Stamps {
 impl Stamps {
     /// Stamps a request: an id that the caller chose is kept, the time is ours.
     pub fn put_on(headers: &mut HeaderMap) -> Self {
-        let call_id = match headers.get(&X_CALL_ID) {
-            Some(id) if !id.is_empty() => id.clone(),
-            _ => {
-                let id = fresh_id();
-                headers.insert(X_CALL_ID, id.clone());
-                id
-            }
-        };
-        let start_time = start_time();
+        // Both are parts of one text, which the request and the answer share.
+        let mut text = [0; ID_LENGTH + TIME_LENGTH];
+        let chosen = headers.get(&X_CALL_ID).filter(|id| !id.is_empty()).cloned();
+        let id_length = if chosen.is_some() { 0 } else { write_fresh_id(&mut text) };
+        let length = id_length + write_start_time(&mut text[id_length..]);
+        let text = Bytes::copy_from_slice(&text[..length]);
+        let call_id = chosen.unwrap_or_else(|| {
+            let id = header_value(text.slice(..id_length));
+            headers.insert(X_CALL_ID, id.clone());
+            id
+        });
+        let start_time = header_value(text.slice(id_length..));
         headers.insert(X_START_TIME, start_time.clone());
         Self { call_id, start_time }
     }
@@ -46,23 +49,26 @@ impl Stamps {
     }
 }
 
-/// A UUID of version 4: nobody guesses it.
-fn fresh_id() -> HeaderValue {
-    let mut text = [0; uuid::fmt::Hyphenated::LENGTH];
-    let text = Uuid::new_v4().hyphenated().encode_lower(&mut text);
-    header_value(text.as_bytes())
+const ID_LENGTH: usize = uuid::fmt::Hyphenated::LENGTH;
+/// The most digits of a number of 64 bits.
+const TIME_LENGTH: usize = 20;
+
+/// Writes a UUID of version 4, which nobody guesses; returns its length.
+fn write_fresh_id(out: &mut [u8]) -> usize {
+    Uuid::new_v4().hyphenated().encode_lower(out).len()
 }
 
-fn start_time() -> HeaderValue {
+/// Writes the time in nanoseconds since 1970; returns its length.
+fn write_start_time(out: &mut [u8]) -> usize {
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    let nanos = u64::try_from(now.as_nanos()).unwrap_or(u64::MAX);
-    header_value(itoa::Buffer::new().format(nanos).as_bytes())
+    let mut digits = itoa::Buffer::new();
+    let digits = digits.format(u64::try_from(now.as_nanos()).unwrap_or(u64::MAX)).as_bytes();
+    out[..digits.len()].copy_from_slice(digits);
+    digits.len()
 }
 
-/// A value that is cloned into the request and the answer alike.
-fn header_value(text: &[u8]) -> HeaderValue {
-    HeaderValue::from_maybe_shared(Bytes::copy_from_slice(text))
-        .unwrap_or_else(|_| HeaderValue::from_static(""))
+fn header_value(text: Bytes) -> HeaderValue {
+    HeaderValue::from_maybe_shared(text).unwrap_or_else(|_| HeaderValue::from_static(""))
 }
 
 #[cfg(test)]
@@ -83,7 +89,8 @@ mod tests {
 
     #[test]
     fn fresh_ids_are_uuids_and_differ() {
-        let (a, b) = (fresh_id(), fresh_id());
+        let id = || Stamps::put_on(&mut HeaderMap::new()).call_id;
+        let (a, b) = (id(), id());
         assert_ne!(a, b);
         let id = Uuid::parse_str(a.to_str().unwrap()).unwrap();
         assert_eq!(id.get_version_num(), 4);
@@ -91,6 +98,6 @@ mod tests {
 
     #[test]
     fn a_start_time_is_nanoseconds_since_1970() {
-        assert_eq!(start_time().len(), 19);
+        assert_eq!(Stamps::put_on(&mut HeaderMap::new()).start_time.len(), 19);
     }
 }

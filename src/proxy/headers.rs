@@ -1,6 +1,7 @@
 //! Which headers cross the gateway, and which are added. The only place that knows hop-by-hop headers. No I/O.
 
 use bytes::{BufMut, BytesMut};
+use http::header::Entry;
 use http::header::{
     AUTHORIZATION, CACHE_CONTROL, CONNECTION, CONTENT_ENCODING, CONTENT_LENGTH, CONTENT_RANGE,
     CONTENT_TYPE, COOKIE, EXPECT, FORWARDED, HOST, LOCATION, MAX_FORWARDS, PROXY_AUTHENTICATE,
@@ -29,15 +30,11 @@ pub fn to_upstream(
     peer: &HeaderValue,
 ) -> Option<HeaderValue> {
     let upgrade = end_to_end(headers);
-    if let Some(caller_host) = headers.insert(HOST, host.clone())
-        && !headers.contains_key(X_FORWARDED_HOST)
-    {
-        headers.insert(X_FORWARDED_HOST, caller_host);
+    if let Some(caller_host) = headers.insert(HOST, host.clone()) {
+        headers.entry(X_FORWARDED_HOST).or_insert(caller_host);
     }
     append_forwarded_for(headers, peer);
-    if !headers.contains_key(USER_AGENT) {
-        headers.insert(USER_AGENT, PRODUCT);
-    }
+    headers.entry(USER_AGENT).or_insert(PRODUCT);
     upgrade
 }
 
@@ -176,18 +173,21 @@ fn announce_upgrade(headers: &mut HeaderMap, protocol: &HeaderValue) {
 
 /// Appends the peer to the list of those that passed the request on, one header whatever came.
 fn append_forwarded_for(headers: &mut HeaderMap, peer: &HeaderValue) {
+    let mut entry = match headers.entry(X_FORWARDED_FOR) {
+        Entry::Vacant(entry) => {
+            entry.insert(peer.clone());
+            return;
+        }
+        Entry::Occupied(entry) => entry,
+    };
     let mut list = BytesMut::new();
-    for value in headers.get_all(X_FORWARDED_FOR) {
+    for value in entry.iter() {
         list.put_slice(value.as_bytes());
         list.put_slice(b", ");
     }
-    let value = if list.is_empty() {
-        peer.clone()
-    } else {
-        list.put_slice(peer.as_bytes());
-        HeaderValue::from_maybe_shared(list.freeze()).unwrap_or_else(|_| peer.clone())
-    };
-    headers.insert(X_FORWARDED_FOR, value);
+    list.put_slice(peer.as_bytes());
+    let list = HeaderValue::from_maybe_shared(list.freeze()).unwrap_or_else(|_| peer.clone());
+    entry.insert(list);
 }
 
 #[cfg(test)]

@@ -54,7 +54,12 @@ impl Upload {
     pub(super) fn new(head: &Parts, body: RequestBody) -> Self {
         let framing = Framing::of(head, &body);
         let bodiless = matches!(framing, Framing::Bare | Framing::Length(0));
-        let mut ready = Vec::with_capacity(USUAL_HEAD);
+        let short = match framing {
+            Framing::Length(length) => usize::try_from(length).unwrap_or(0),
+            Framing::Bare | Framing::Chunked => 0,
+        };
+        let gathered = if short <= ENOUGH { short } else { 0 };
+        let mut ready = Vec::with_capacity(USUAL_HEAD + gathered);
         write_head(&mut ready, head, framing);
         Self {
             ready,
