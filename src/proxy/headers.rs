@@ -18,7 +18,7 @@ const X_FORWARDED_FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
 const X_FORWARDED_HOST: HeaderName = HeaderName::from_static("x-forwarded-host");
 
 /// What `Connection` cannot take away: these were put there by the gateway, or it sees to them itself.
-const OURS: [HeaderName; 5] = [AUTHORIZATION, HOST, TRAILER, X_CALL_ID, X_START_TIME];
+static OURS: [HeaderName; 5] = [AUTHORIZATION, HOST, TRAILER, X_CALL_ID, X_START_TIME];
 
 /// Makes a caller's headers those of a request to `host`, on behalf of `peer`.
 ///
@@ -74,7 +74,7 @@ pub fn to_caller(headers: &mut HeaderMap, upgraded: bool) {
 /// Whether a field may follow a body. One that frames, routes or vouches comes too late there, and is not to be taken for
 /// a header by those who join the two.
 pub(super) fn may_trail(name: &HeaderName) -> bool {
-    const TOO_LATE: [HeaderName; 20] = [
+    static TOO_LATE: [HeaderName; 20] = [
         AUTHORIZATION,
         CACHE_CONTROL,
         CONTENT_ENCODING,
@@ -100,7 +100,7 @@ pub(super) fn may_trail(name: &HeaderName) -> bool {
 }
 
 /// Headers that concern one connection alone.
-const HOP_BY_HOP: [HeaderName; 8] = [
+static HOP_BY_HOP: [HeaderName; 8] = [
     CONNECTION,
     UPGRADE,
     TRANSFER_ENCODING,
@@ -130,7 +130,7 @@ fn hop_by_hop(name: &HeaderName) -> Option<usize> {
 /// those trailers that are announced. Returns what `Upgrade` said, if `Connection` names it.
 fn take_hop_by_hop(headers: &mut HeaderMap) -> Option<HeaderValue> {
     // One walk is cheaper than looking for each: most heads have none of them, or one.
-    let mut present = HOP_BY_HOP.map(|_| false);
+    let mut present = [false; 8];
     for place in headers.keys().filter_map(hop_by_hop) {
         present[place] = true;
     }
