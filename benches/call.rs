@@ -1,0 +1,99 @@
+//! The parts of a call that can be timed alone: `cargo bench`. What a call costs as a whole is measured beside nginx
+//! (docs/PERFORMANCE.md); these say which part a change has touched.
+
+use std::hint::black_box;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use gateway::call_id::Stamps;
+use gateway::limit::CallLimit;
+use gateway::metrics::calls::End;
+use gateway::metrics::{Metrics, calls::Shard};
+use gateway::proxy::headers::{to_caller, to_upstream};
+use gateway::watch::Watch;
+use http::header::{ACCEPT, CONNECTION, CONTENT_TYPE, DATE, HOST, SERVER, USER_AGENT};
+use http::{HeaderMap, HeaderValue, StatusCode};
+
+const ROUNDS: u32 = 7;
+const A_ROUND: Duration = Duration::from_millis(200);
+
+/// Prints how long `part` takes, without what `setup` takes: the median over some rounds.
+fn time<T>(name: &str, mut setup: impl FnMut() -> T, mut part: impl FnMut(T)) {
+    let mut rounds: Vec<f64> = (0..ROUNDS)
+        .map(|_| {
+            let (start, mut spent, mut times) = (Instant::now(), Duration::ZERO, 0_u32);
+            while start.elapsed() < A_ROUND {
+                let batch: Vec<T> = (0..1000).map(|_| setup()).collect();
+                let begin = Instant::now();
+                batch.into_iter().for_each(&mut part);
+                spent += begin.elapsed();
+                times += 1000;
+            }
+            spent.as_secs_f64() * 1e9 / f64::from(times)
+        })
+        .collect();
+    rounds.sort_unstable_by(f64::total_cmp);
+    println!("{name:<44}{:>8.0} ns", rounds[rounds.len() / 2]);
+}
+
+fn request() -> HeaderMap {
+    HeaderMap::from_iter([
+        (HOST, HeaderValue::from_static("gateway.example:8080")),
+        (USER_AGENT, HeaderValue::from_static("curl/8.5.0")),
+        (ACCEPT, HeaderValue::from_static("*/*")),
+        (CONNECTION, HeaderValue::from_static("keep-alive")),
+    ])
+}
+
+fn answer() -> HeaderMap {
+    HeaderMap::from_iter([
+        (SERVER, HeaderValue::from_static("function")),
+        (DATE, HeaderValue::from_static("Mon, 23 Nov 2026 04:00:00 GMT")),
+        (CONTENT_TYPE, HeaderValue::from_static("text/plain")),
+        (CONNECTION, HeaderValue::from_static("keep-alive")),
+    ])
+}
+
+/// The shard of a thread before which `functions` functions have been called.
+fn shard(functions: usize) -> Arc<Shard> {
+    let metrics = Metrics::new(1, &"openfaas-fn".into()).expect("the metrics are valid");
+    let shard = metrics.shard(0);
+    for number in 0..functions {
+        let mut call = shard.begin(&format!("f{number}"), Instant::now()).expect("a valid name");
+        call.vouched_for(&shard);
+        call.answered(StatusCode::OK);
+        call.ended(End::Whole, Instant::now());
+    }
+    shard
+}
+
+fn main() {
+    time("stamp a request", request, |mut headers| {
+        black_box(Stamps::put_on(&mut headers));
+    });
+    let (host, peer) =
+        (HeaderValue::from_static("provider:8081"), HeaderValue::from_static("10.0.0.9"));
+    time("a request's headers, made an upstream's", request, |mut headers| {
+        black_box(to_upstream(&mut headers, &host, &peer));
+    });
+    time("an answer's headers, made a caller's", answer, |mut headers| {
+        to_caller(&mut headers, false)
+    });
+    for functions in [1, 5_000] {
+        let shard = shard(functions);
+        time(&format!("count a call, {functions} functions known"), Instant::now, |now| {
+            let mut call = shard.begin("f0", now).expect("a valid name");
+            call.answered(StatusCode::OK);
+            call.ended(End::Whole, now);
+        });
+    }
+    let limit = CallLimit::new(10_000, 2);
+    let share = limit.share(0);
+    time("take a place and give it back", || (), |()| drop(black_box(limit.enter(&share))));
+    let watch = Watch::new();
+    time("the deadlines of a call", Instant::now, |now| {
+        watch.head_begins(Duration::from_secs(60));
+        watch.call_until(watch.call_begins() + Duration::from_secs(60));
+        watch.call_ended(now, Duration::from_secs(60));
+    });
+}
