@@ -141,7 +141,7 @@ impl Client {
         Arc::new(Self { pool: Mutex::default(), limits, tls })
     }
 
-    /// Sends `request`, whose headers are ready for the wire; see [`Self::carry`].
+    /// Sends `request`, whose headers are ready for the wire, as `carry` does.
     pub async fn send(
         self: &Arc<Self>,
         origin: &Origin,
