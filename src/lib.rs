@@ -18,6 +18,7 @@ pub mod watch;
 pub mod auth;
 pub mod provider;
 pub mod proxy;
+pub mod queue;
 
 // What is done with a request.
 pub mod alerts;

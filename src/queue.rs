@@ -1,0 +1,166 @@
+//! Calls that are made later: taken in durably, handed to workers, settled, and remembered for a while.
+
+pub mod call;
+pub mod embedded;
+pub mod status;
+
+use crate::function::Function;
+use crate::queue::call::{Call, Millis};
+use crate::queue::embedded::Embedded;
+use crate::queue::status::{Answer, Settlement, State, Status};
+
+/// A queue of calls. Cheap to clone.
+#[derive(Clone)]
+pub enum Queue {
+    /// A file of this process.
+    Embedded(Embedded),
+}
+
+/// Why a queue does not do what it is asked.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Error {
+    #[error("the queue is full")]
+    Full,
+    #[error("there is no room left on the disk of the queue")]
+    NoSpace,
+    #[error("the queue cannot be reached")]
+    Away,
+    #[error("the queue failed")]
+    Failed,
+    #[error("the body exceeds what the queue takes: {0} bytes")]
+    TooLarge(usize),
+    #[error("the queue cannot do that: {0}")]
+    Unsupported(&'static str),
+}
+
+/// A call that has been taken in.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Published {
+    pub id: String,
+    /// It had been taken in before, under the same id or the same idempotency key.
+    pub repeated: bool,
+}
+
+/// A call that a worker has taken. One that is dropped without being settled is taken again.
+#[derive(Debug)]
+pub struct Delivery {
+    pub call: Call,
+    /// How often it has been made before.
+    pub attempts: u32,
+    /// What its queue knows it by.
+    handle: Handle,
+}
+
+/// What a queue knows a delivery by.
+#[derive(Debug)]
+enum Handle {
+    Embedded(embedded::Lease),
+}
+
+/// What came of an attempt to cancel a call, or to try a dead one again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Changed {
+    Yes,
+    /// It is in a state that does not allow it.
+    No(State),
+    Unknown,
+}
+
+/// Which calls are meant.
+#[derive(Clone, Debug, Default)]
+pub struct Filter {
+    pub state: Option<State>,
+    pub function: Option<Function>,
+    pub dead: Option<bool>,
+}
+
+/// The calls of one function.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Counts {
+    pub pending: u64,
+    pub running: u64,
+    pub delayed: u64,
+    pub dead: u64,
+    /// When the oldest that waits was submitted.
+    pub oldest: Option<Millis>,
+}
+
+impl Queue {
+    /// Takes `call` in. Returns when it is durable.
+    pub async fn publish(&self, call: Call) -> Result<Published, Error> {
+        match self {
+            Self::Embedded(queue) => queue.publish(call).await,
+        }
+    }
+
+    /// The next call whose time has come, for one who makes at most `places` calls at a time. Cancel-safe: a call that
+    /// nobody received is taken again.
+    pub async fn take(&self, places: usize) -> Result<Delivery, Error> {
+        match self {
+            Self::Embedded(queue) => queue.take(places).await,
+        }
+    }
+
+    /// Says how a call that was taken goes on. Returns when that is durable.
+    pub async fn settle(&self, delivery: Delivery, settlement: Settlement) -> Result<(), Error> {
+        match (self, delivery.handle) {
+            (Self::Embedded(queue), Handle::Embedded(lease)) => {
+                queue.settle(lease, settlement).await
+            }
+        }
+    }
+
+    /// The state of a call; `None` if it is not known, or not any more.
+    pub async fn status(&self, id: &str) -> Result<Option<Status>, Error> {
+        match self {
+            Self::Embedded(queue) => queue.status(id).await,
+        }
+    }
+
+    /// The stored answer of a finished call.
+    pub async fn answer(&self, id: &str) -> Result<Option<Answer>, Error> {
+        match self {
+            Self::Embedded(queue) => queue.answer(id).await,
+        }
+    }
+
+    /// Takes back a call that has not been made yet.
+    pub async fn cancel(&self, id: &str) -> Result<Changed, Error> {
+        match self {
+            Self::Embedded(queue) => queue.cancel(id).await,
+        }
+    }
+
+    /// Has a dead call tried again, with all its attempts.
+    pub async fn revive(&self, id: &str) -> Result<Changed, Error> {
+        match self {
+            Self::Embedded(queue) => queue.revive(id).await,
+        }
+    }
+
+    /// At most `limit` calls behind the one with the id `after`, oldest first.
+    pub async fn list(
+        &self,
+        filter: &Filter,
+        after: Option<&str>,
+        limit: usize,
+    ) -> Result<Vec<Status>, Error> {
+        match self {
+            Self::Embedded(queue) => queue.list(filter, after, limit).await,
+        }
+    }
+
+    /// Drops the calls that `filter` means and that do not run; how many there were.
+    pub async fn purge(&self, filter: &Filter) -> Result<u64, Error> {
+        match self {
+            Self::Embedded(queue) => queue.purge(filter).await,
+        }
+    }
+
+    /// How many calls there are, by function.
+    pub async fn counts(&self) -> Result<Vec<(Function, Counts)>, Error> {
+        match self {
+            Self::Embedded(queue) => queue.counts().await,
+        }
+    }
+}

@@ -1,0 +1,202 @@
+//! A queued call, as it is stored and sent. No I/O.
+
+use bytes::{BufMut, Bytes, BytesMut};
+use http::{HeaderMap, HeaderName, HeaderValue};
+use serde::{Deserialize, Serialize};
+
+use crate::function::Function;
+
+/// Milliseconds since 1970.
+pub type Millis = u64;
+
+/// A call that is made later.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Call {
+    pub id: String,
+    pub function: Function,
+    /// Path and query behind the function's name, as they came; mostly nothing.
+    pub target: String,
+    /// The caller's headers, those that concern its connection apart.
+    pub headers: HeaderMap,
+    pub body: Bytes,
+    pub options: Options,
+}
+
+/// What a caller wants of its call beyond that it is made.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Options {
+    /// Where the answer goes.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub callback: Option<String>,
+    pub submitted_at: Millis,
+    /// Not made before.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub not_before: Option<Millis>,
+    /// Not made later.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub expires_at: Option<Millis>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub max_attempts: Option<u32>,
+    /// The caller's own name for the call: the same one is not queued twice.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub idempotency_key: Option<String>,
+    /// The caller chose the id, so that knowing it proves nothing.
+    #[serde(skip_serializing_if = "is_false")]
+    pub chosen_id: bool,
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde asks for it")]
+fn is_false(value: &bool) -> bool {
+    !*value
+}
+
+/// Why stored bytes are no call.
+#[derive(Debug, thiserror::Error)]
+pub enum Unreadable {
+    #[error("a queued call of version {0}, which this gateway does not know")]
+    Version(u8),
+    #[error("a queued call is cut short")]
+    Short,
+    #[error("a queued call cannot be parsed")]
+    Json(#[from] serde_json::Error),
+    #[error("a queued call has an invalid function or header")]
+    Invalid,
+}
+
+/// All but the body. Members may be added; one that is not known is skipped.
+#[derive(Serialize, Deserialize)]
+pub struct Meta {
+    id: String,
+    name: String,
+    namespace: String,
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    target: String,
+    /// Values byte for byte as characters: a header need not be UTF-8.
+    #[serde(default)]
+    headers: Vec<(String, String)>,
+    #[serde(flatten)]
+    options: Options,
+}
+
+/// Raised when an older gateway could not make the call rightly.
+const VERSION: u8 = 1;
+
+impl Call {
+    /// The version, the length of what follows it, the metadata as JSON, the body.
+    pub fn encode(&self) -> Bytes {
+        let meta = serde_json::to_vec(&self.meta()).unwrap_or_default();
+        let mut bytes = BytesMut::with_capacity(5 + meta.len() + self.body.len());
+        bytes.put_u8(VERSION);
+        bytes.put_u32(u32::try_from(meta.len()).unwrap_or(u32::MAX));
+        bytes.put_slice(&meta);
+        bytes.put_slice(&self.body);
+        bytes.freeze()
+    }
+
+    /// The call that `bytes` hold.
+    ///
+    /// # Errors
+    /// When they are none, or of a version to come.
+    pub fn decode(bytes: &Bytes) -> Result<Self, Unreadable> {
+        let (version, rest) = bytes.split_first().ok_or(Unreadable::Short)?;
+        if *version != VERSION {
+            return Err(Unreadable::Version(*version));
+        }
+        let (length, _) = rest.split_first_chunk::<4>().ok_or(Unreadable::Short)?;
+        let body_at = 5 + u32::from_be_bytes(*length) as usize;
+        if bytes.len() < body_at {
+            return Err(Unreadable::Short);
+        }
+        let meta = serde_json::from_slice(&bytes[5..body_at])?;
+        Self::from_meta(meta, bytes.slice(body_at..))
+    }
+
+    /// All but the body.
+    pub fn meta(&self) -> Meta {
+        let text =
+            |value: &HeaderValue| value.as_bytes().iter().map(|byte| *byte as char).collect();
+        Meta {
+            id: self.id.clone(),
+            name: self.function.name.clone(),
+            namespace: self.function.namespace.clone(),
+            target: self.target.clone(),
+            headers: self.headers.iter().map(|(n, v)| (n.as_str().to_owned(), text(v))).collect(),
+            options: self.options.clone(),
+        }
+    }
+
+    /// The call that `meta` and `body` make.
+    ///
+    /// # Errors
+    /// `Unreadable::Invalid` when it has a function or headers that cannot be.
+    pub fn from_meta(meta: Meta, body: Bytes) -> Result<Self, Unreadable> {
+        let mut headers = HeaderMap::with_capacity(meta.headers.len());
+        for (name, value) in &meta.headers {
+            let value: Result<Vec<u8>, _> = value.chars().map(u8::try_from).collect();
+            let value = value.ok().and_then(|value| HeaderValue::from_bytes(&value).ok());
+            let name = HeaderName::from_bytes(name.as_bytes());
+            let (Ok(name), Some(value)) = (name, value) else { return Err(Unreadable::Invalid) };
+            headers.append(name, value);
+        }
+        let Meta { id, name, namespace, target, options, .. } = meta;
+        let function = Function { name, namespace };
+        // As its label it must lead to itself.
+        if Function::parse(&function.to_string(), "").as_ref() != Some(&function) {
+            return Err(Unreadable::Invalid);
+        }
+        Ok(Self { id, function, target, headers, body, options })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn call() -> Call {
+        let mut headers = HeaderMap::new();
+        headers.append("x-a", HeaderValue::from_static("1"));
+        headers.append("x-a", HeaderValue::from_bytes(b"\xff\xfe").unwrap());
+        Call {
+            id: "id-1".to_owned(),
+            function: Function { name: "echo".to_owned(), namespace: "dev".to_owned() },
+            target: "/p/q?x=1".to_owned(),
+            headers,
+            body: Bytes::from_static(b"\x00\xffbody"),
+            options: Options {
+                callback: Some("http://c/".to_owned()),
+                submitted_at: 5,
+                max_attempts: Some(3),
+                ..Options::default()
+            },
+        }
+    }
+
+    #[test]
+    fn what_is_decoded_is_what_was_encoded() {
+        assert_eq!(Call::decode(&call().encode()).unwrap(), call());
+    }
+
+    #[test]
+    fn a_member_that_is_not_known_is_skipped() {
+        let json =
+            br#"{"id":"a","name":"echo","namespace":"dev","submitted_at":5,"of_tomorrow":[1]}"#;
+        let mut bytes = vec![VERSION];
+        bytes.extend_from_slice(&u32::try_from(json.len()).unwrap().to_be_bytes());
+        bytes.extend_from_slice(json);
+        bytes.extend_from_slice(b"body");
+        let call = Call::decode(&bytes.into()).unwrap();
+        assert_eq!((call.id.as_str(), &call.body[..]), ("a", &b"body"[..]));
+    }
+
+    #[test]
+    fn what_is_no_call_is_refused() {
+        let whole = call().encode();
+        for end in 0..whole.len() - call().body.len() {
+            assert!(Call::decode(&whole.slice(..end)).is_err(), "{end}");
+        }
+        let mut later = whole.to_vec();
+        later[0] = 2;
+        assert!(matches!(Call::decode(&later.into()), Err(Unreadable::Version(2))));
+    }
+}

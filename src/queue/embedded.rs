@@ -1,0 +1,483 @@
+//! The queue in a file of this process: durable without any other server.
+//!
+//! What waits is in the file; in memory are only the numbers of the calls, and what is being made. A process that dies
+//! leaves every call that was not settled: it is made again after the restart.
+
+mod schedule;
+mod store;
+mod writer;
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use tokio::sync::{Notify, mpsc, oneshot};
+
+use crate::function::Function;
+use crate::queue::call::{Call, Millis};
+use crate::queue::embedded::schedule::{Number, Picked, Schedule};
+use crate::queue::embedded::store::{Change, Store, View};
+use crate::queue::embedded::writer::{Incoming, Op, Reply};
+use crate::queue::status::{Answer, Settlement, State, Status};
+use crate::queue::{Changed, Counts, Delivery, Error, Filter, Handle, Published};
+
+/// Changes that wait for the one thread that makes them.
+const WAITING_CHANGES: usize = 4096;
+/// Nobody waits longer than this for the next call without looking again.
+const LOOK_AGAIN: Duration = Duration::from_secs(1);
+/// The file, in the state directory.
+const FILE: &str = "queue.redb";
+/// How many calls one look through the file reads.
+const SCAN: usize = 1000;
+
+/// What a queue keeps, and how much.
+#[derive(Clone, Copy, Debug)]
+pub struct Limits {
+    /// Calls that wait.
+    pub pending: usize,
+    /// How long state and answer of a finished call are kept, in milliseconds.
+    pub result_ttl: Millis,
+    /// How long an idempotency key stands for its call.
+    pub key_ttl: Millis,
+}
+
+/// The queue. Cheap to clone; the file is closed when the last clone is gone.
+#[derive(Clone)]
+pub struct Embedded {
+    shared: Arc<Shared>,
+    ops: mpsc::Sender<Op>,
+}
+
+struct Shared {
+    path: PathBuf,
+    /// `None` while the file cannot be opened again after a failure.
+    store: RwLock<Option<Store>>,
+    waiting: Mutex<Waiting>,
+    /// Somebody may find a call now.
+    ready: Notify,
+    next: AtomicU64,
+    limits: Limits,
+}
+
+/// What is known in memory.
+#[derive(Default)]
+struct Waiting {
+    schedule: Schedule,
+    running: HashMap<Number, Status>,
+    dead: HashMap<String, u64>,
+    more_to_expire: bool,
+    now: Millis,
+}
+
+/// A call that was taken. It is given back when this is dropped unsettled.
+pub(super) struct Lease {
+    shared: Arc<Shared>,
+    picked: Picked,
+    status: Option<Status>,
+}
+
+impl Embedded {
+    /// Opens the queue in `directory`, which is made if it is not there.
+    ///
+    /// # Errors
+    /// When the file cannot be made, is in use, or is no queue.
+    pub fn open(directory: &Path, limits: Limits) -> anyhow::Result<Self> {
+        use anyhow::Context;
+        let path = directory.join(FILE);
+        let name = path.display().to_string();
+        std::fs::create_dir_all(directory).with_context(|| format!("cannot make {name}"))?;
+        let store = Store::open(&path).with_context(|| format!("cannot open the queue {name}"))?;
+        let mut waiting = Waiting { now: now(), ..Waiting::default() };
+        let next = store.read_all(|found| match found.dead {
+            true => *waiting.dead.entry(found.label).or_default() += 1,
+            false => waiting.add(&found.label, found.number, found.due),
+        });
+        let next = next.with_context(|| format!("cannot read the queue {name}"))?;
+        let pending = waiting.schedule.waiting();
+        if pending > 0 {
+            tracing::info!(pending, "Queued calls found");
+        }
+        let shared = Arc::new(Shared {
+            path,
+            store: RwLock::new(Some(store)),
+            waiting: Mutex::new(waiting),
+            ready: Notify::new(),
+            next: AtomicU64::new(next),
+            limits,
+        });
+        let (ops, received) = mpsc::channel(WAITING_CHANGES);
+        let writes = Arc::clone(&shared);
+        std::thread::Builder::new()
+            .name("queue".to_owned())
+            .spawn(move || writer::run(&writes, received))
+            .context("cannot start a thread")?;
+        Ok(Self { shared, ops })
+    }
+
+    pub(super) async fn publish(&self, call: Call) -> Result<Published, Error> {
+        let incoming = Incoming {
+            label: call.function.to_string(),
+            due: call.options.not_before.unwrap_or(0),
+            encoded: call.encode(),
+            key: call.options.idempotency_key,
+            id: call.id,
+        };
+        self.ask(|reply| Op::Publish(incoming, reply)).await
+    }
+
+    pub(super) async fn take(&self, places: usize) -> Result<Delivery, Error> {
+        loop {
+            let (picked, wait) = {
+                let mut waiting = self.shared.waiting();
+                waiting.now = self.shared.now();
+                let now = waiting.now;
+                let picked = waiting.schedule.pick(now, places);
+                let due = waiting.schedule.next_due().map_or(LOOK_AGAIN, |due| {
+                    Duration::from_millis(due.saturating_sub(now)).min(LOOK_AGAIN)
+                });
+                (picked, due)
+            };
+            match picked {
+                Some(picked) => {
+                    // More may be there than one was told of.
+                    self.shared.ready.notify_one();
+                    if let Some(delivery) = self.deliver(picked)? {
+                        return Ok(delivery);
+                    }
+                }
+                None => {
+                    // Running out is no reason to fail: it is the time to look again.
+                    let _ = tokio::time::timeout(wait, self.shared.ready.notified()).await;
+                }
+            }
+        }
+    }
+
+    /// The call that was picked; `None` if it is gone.
+    fn deliver(&self, picked: Picked) -> Result<Option<Delivery>, Error> {
+        let mut lease = Lease { shared: Arc::clone(&self.shared), picked, status: None };
+        let read = self
+            .shared
+            .view(|view| Ok((view.call(picked.number)?, view.progress(picked.number)?)))?;
+        let (Some(call), progress) = read else {
+            tracing::error!(number = picked.number, "A queued call is not in the file");
+            lease.status = Some(Status::default());
+            self.shared.waiting().forget(picked);
+            return Ok(None);
+        };
+        let attempts = progress.map_or(0, |status| status.attempts);
+        let status = Status {
+            state: State::Running,
+            attempts: attempts + 1,
+            started_at: Some(self.shared.now()),
+            ..Status::queued(&call)
+        };
+        self.shared.waiting().running.insert(picked.number, status);
+        Ok(Some(Delivery { call, attempts, handle: Handle::Embedded(lease) }))
+    }
+
+    pub(super) async fn settle(
+        &self,
+        mut lease: Lease,
+        settlement: Settlement,
+    ) -> Result<(), Error> {
+        if matches!(settlement, Settlement::GivenBack) {
+            return Ok(());
+        }
+        let picked = lease.picked;
+        let running = self.shared.waiting().running.get(&picked.number).cloned();
+        let status = running.unwrap_or_default().settled(&settlement, self.shared.now());
+        let settled = Box::new((status, settlement));
+        let done = self.ask(|reply| Op::Settle(picked, settled, reply)).await;
+        if done.is_ok() {
+            lease.status = Some(Status::default());
+        }
+        done
+    }
+
+    pub(super) async fn status(&self, id: &str) -> Result<Option<Status>, Error> {
+        let (shared, id) = (Arc::clone(&self.shared), id.to_owned());
+        blocking(move || shared.status(&id)).await
+    }
+
+    pub(super) async fn answer(&self, id: &str) -> Result<Option<Answer>, Error> {
+        let (shared, id) = (Arc::clone(&self.shared), id.to_owned());
+        blocking(move || {
+            shared.view(|view| {
+                let Some(number) = view.number(&id)? else { return Ok(None) };
+                Ok(view.finished(number)?.and_then(|(_, answer)| answer))
+            })
+        })
+        .await
+    }
+
+    pub(super) async fn cancel(&self, id: &str) -> Result<Changed, Error> {
+        self.ask(|reply| Op::Cancel(id.to_owned(), reply)).await
+    }
+
+    pub(super) async fn revive(&self, id: &str) -> Result<Changed, Error> {
+        self.ask(|reply| Op::Revive(id.to_owned(), reply)).await
+    }
+
+    pub(super) async fn list(
+        &self,
+        filter: &Filter,
+        after: Option<&str>,
+        limit: usize,
+    ) -> Result<Vec<Status>, Error> {
+        let (shared, filter) = (Arc::clone(&self.shared), filter.clone());
+        let after = after.map(str::to_owned);
+        blocking(move || shared.list(&filter, after.as_deref(), limit)).await
+    }
+
+    pub(super) async fn purge(&self, filter: &Filter) -> Result<u64, Error> {
+        let mut purged = 0;
+        let mut after = None;
+        loop {
+            let found = self.list(filter, after.as_deref(), SCAN).await?;
+            let Some(last) = found.last() else { return Ok(purged) };
+            after = Some(last.id.clone());
+            // The last one stays until the next look has begun behind it.
+            let next = self.list(filter, after.as_deref(), 1).await?;
+            let ids = found.into_iter().map(|status| status.id).collect();
+            purged += self.ask(|reply| Op::Purge(ids, reply)).await?;
+            if next.is_empty() {
+                return Ok(purged);
+            }
+            after = None;
+        }
+    }
+
+    pub(super) async fn counts(&self) -> Result<Vec<(Function, Counts)>, Error> {
+        let shared = Arc::clone(&self.shared);
+        blocking(move || shared.counts()).await
+    }
+
+    /// Forgets what has been kept for long enough. To be called every second or so.
+    pub async fn expire(&self) {
+        // A queue that is busy has this done later.
+        let _ = self.ops.send(Op::Expire).await;
+    }
+
+    async fn ask<T>(&self, op: impl FnOnce(Reply<T>) -> Op) -> Result<T, Error> {
+        let (reply, answer) = oneshot::channel();
+        self.ops.send(op(reply)).await.map_err(|_| Error::Failed)?;
+        answer.await.map_err(|_| Error::Failed)?
+    }
+}
+
+/// Reads the file where waiting for the disk holds nobody up.
+async fn blocking<T: Send + 'static>(
+    read: impl FnOnce() -> Result<T, Error> + Send + 'static,
+) -> Result<T, Error> {
+    tokio::task::spawn_blocking(read).await.map_err(|_| Error::Failed)?
+}
+
+impl Shared {
+    fn now(&self) -> Millis {
+        now()
+    }
+
+    fn next_number(&self) -> Number {
+        self.next.fetch_add(1, Relaxed)
+    }
+
+    fn waiting(&self) -> MutexGuard<'_, Waiting> {
+        self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn view<T>(&self, read: impl FnOnce(&View) -> store::Result<T>) -> Result<T, Error> {
+        let store = self.store.read().unwrap_or_else(PoisonError::into_inner);
+        let store = store.as_ref().ok_or(Error::Failed)?;
+        store.view().and_then(|view| read(&view)).map_err(|error| failed(&error))
+    }
+
+    /// Changes the file; opens it again if it has failed before. Called by one thread alone.
+    fn change<T>(
+        &self,
+        change: impl FnOnce(&mut Change<'_>) -> store::Result<T>,
+    ) -> Result<T, Error> {
+        self.reopen()?;
+        let changed = {
+            let store = self.store.read().unwrap_or_else(PoisonError::into_inner);
+            store.as_ref().ok_or(Error::Failed)?.change(change)
+        };
+        changed.map_err(|error| {
+            // After a failure redb refuses everything until the file is opened anew.
+            *self.store.write().unwrap_or_else(PoisonError::into_inner) = None;
+            failed(&error)
+        })
+    }
+
+    fn reopen(&self) -> Result<(), Error> {
+        let mut store = self.store.write().unwrap_or_else(PoisonError::into_inner);
+        if store.is_none() {
+            *store = Some(Store::open(&self.path).map_err(|error| failed(&error))?);
+            tracing::info!("The queue's file is open again");
+        }
+        Ok(())
+    }
+
+    fn status(&self, id: &str) -> Result<Option<Status>, Error> {
+        self.view(|view| {
+            let Some(number) = view.number(id)? else { return Ok(None) };
+            self.status_of(view, number)
+        })
+    }
+
+    fn status_of(&self, view: &View, number: Number) -> store::Result<Option<Status>> {
+        if let Some(running) = self.waiting().running.get(&number) {
+            return Ok(Some(running.clone()));
+        }
+        if let Some(noted) = view.progress(number)? {
+            return Ok(Some(noted));
+        }
+        if let Some((finished, _)) = view.finished(number)? {
+            return Ok(Some(finished));
+        }
+        Ok(view.call(number)?.map(|call| Status::queued(&call)))
+    }
+
+    fn list(
+        &self,
+        filter: &Filter,
+        after: Option<&str>,
+        limit: usize,
+    ) -> Result<Vec<Status>, Error> {
+        let label = filter.function.as_ref().map(Function::to_string);
+        let means = |status: &Status| {
+            filter.state.is_none_or(|state| state == status.state)
+                && filter.dead.is_none_or(|dead| dead == status.dead)
+                && label.as_ref().is_none_or(|label| *label == status.function)
+        };
+        self.view(|view| {
+            let mut first = match after {
+                Some(id) => view.number(id)?.map_or(Number::MAX, |number| number + 1),
+                None => 0,
+            };
+            let mut found = Vec::new();
+            while found.len() < limit {
+                let numbers = view.numbers_from(first, SCAN)?;
+                let Some(last) = numbers.last() else { break };
+                first = last + 1;
+                for number in numbers {
+                    if let Some(status) = self.status_of(view, number)?
+                        && means(&status)
+                        && found.len() < limit
+                    {
+                        found.push(status);
+                    }
+                }
+            }
+            Ok(found)
+        })
+    }
+
+    fn counts(&self) -> Result<Vec<(Function, Counts)>, Error> {
+        let waiting = self.waiting();
+        let mut counts: HashMap<String, (Counts, Option<Number>)> = HashMap::new();
+        for (label, ready, delayed, running, oldest) in waiting.schedule.counts() {
+            let (pending, delayed, running) = (ready as u64, delayed as u64, running as u64);
+            let known = Counts { pending, delayed, running, ..Counts::default() };
+            counts.insert(label.to_owned(), (known, oldest));
+        }
+        for (label, dead) in &waiting.dead {
+            counts.entry(label.clone()).or_default().0.dead = *dead;
+        }
+        drop(waiting);
+        let mut all = Vec::new();
+        for (label, (mut counts, oldest)) in counts {
+            if let Some(number) = oldest {
+                let call = self.view(|view| view.call(number))?;
+                counts.oldest = call.map(|call| call.options.submitted_at);
+            }
+            let function = Function::parse(&label, "");
+            all.extend(function.filter(|_| counts != Counts::default()).map(|f| (f, counts)));
+        }
+        all.sort_unstable_by(|a, b| a.0.cmp(&b.0));
+        Ok(all)
+    }
+}
+
+impl Waiting {
+    fn add(&mut self, label: &str, number: Number, due: Millis) {
+        let line = self.schedule.line(label);
+        let now = if due == 0 { self.now } else { now() };
+        self.schedule.add(line, number, due, now);
+    }
+
+    /// Takes a waiting call out; `false` if it runs.
+    fn withdraw(&mut self, number: Number) -> bool {
+        let waits = !self.running.contains_key(&number);
+        if waits {
+            self.schedule.drop_waiting(number);
+        }
+        waits
+    }
+
+    /// The state of a call of which the file says `status`.
+    fn state(&self, number: Number, status: &Status) -> State {
+        self.running.get(&number).map_or(status.state, |running| running.state)
+    }
+
+    fn settled(&mut self, picked: Picked, status: &Status, settlement: &Settlement) {
+        self.running.remove(&picked.number);
+        self.schedule.ended(picked.line);
+        match settlement {
+            Settlement::Retry { at, .. } => {
+                self.schedule.add(picked.line, picked.number, *at, now());
+            }
+            Settlement::Dead { .. } => *self.dead.entry(status.function.clone()).or_default() += 1,
+            Settlement::Finished { .. } | Settlement::GivenBack => {}
+        }
+    }
+
+    /// A call that does not exist any more does not run.
+    fn forget(&mut self, picked: Picked) {
+        self.running.remove(&picked.number);
+        self.schedule.ended(picked.line);
+    }
+
+    /// A dead call of the function called `label` is dead no more.
+    fn buried(&mut self, label: &str, was_dead: bool) {
+        if was_dead && let Some(dead) = self.dead.get_mut(label) {
+            *dead = dead.saturating_sub(1);
+        }
+    }
+}
+
+impl Drop for Lease {
+    fn drop(&mut self) {
+        if self.status.is_none() {
+            let mut waiting = self.shared.waiting();
+            waiting.running.remove(&self.picked.number);
+            waiting.schedule.give_back(self.picked);
+            drop(waiting);
+            self.shared.ready.notify_one();
+        }
+    }
+}
+
+impl std::fmt::Debug for Lease {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_tuple("Lease").field(&self.picked.number).finish()
+    }
+}
+
+fn failed(error: &redb::Error) -> Error {
+    tracing::error!(%error, "The queue's file failed");
+    match error {
+        redb::Error::Io(error) if error.kind() == std::io::ErrorKind::StorageFull => Error::NoSpace,
+        _ => Error::Failed,
+    }
+}
+
+fn now() -> Millis {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    Millis::try_from(since.as_millis()).unwrap_or(Millis::MAX)
+}
+
+#[cfg(test)]
+mod tests;

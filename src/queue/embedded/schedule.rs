@@ -1,0 +1,251 @@
+//! Which call is next: fair between functions, and no sooner than its time. No I/O.
+
+use std::cmp::Reverse;
+use std::collections::{BinaryHeap, HashMap, HashSet, VecDeque};
+use std::sync::Arc;
+
+use crate::queue::call::Millis;
+
+/// A call's number: calls are numbered as they are taken in.
+pub(super) type Number = u64;
+
+/// The numbers of all calls that wait, in memory: 8 to 16 bytes each.
+#[derive(Debug, Default)]
+pub(super) struct Schedule {
+    functions: Vec<Line>,
+    by_label: HashMap<Arc<str>, usize>,
+    /// Functions with calls that can be made now, each once, in turn.
+    turn: VecDeque<usize>,
+    /// Calls whose time has not come.
+    delayed: BinaryHeap<Reverse<(Millis, Number, u32)>>,
+    /// Waiting calls that were taken back. They are skipped when their turn comes.
+    dropped: HashSet<Number>,
+    running: usize,
+    waiting: usize,
+}
+
+/// The calls of one function.
+#[derive(Debug)]
+struct Line {
+    label: Arc<str>,
+    ready: VecDeque<Number>,
+    delayed: usize,
+    running: usize,
+    in_turn: bool,
+}
+
+/// A call that was picked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Picked {
+    pub(super) number: Number,
+    pub(super) line: usize,
+}
+
+impl Schedule {
+    /// The line of the function called `label`.
+    pub(super) fn line(&mut self, label: &str) -> usize {
+        if let Some(line) = self.by_label.get(label) {
+            return *line;
+        }
+        let label: Arc<str> = label.into();
+        self.functions.push(Line {
+            label: Arc::clone(&label),
+            ready: VecDeque::new(),
+            delayed: 0,
+            running: 0,
+            in_turn: false,
+        });
+        self.by_label.insert(label, self.functions.len() - 1);
+        self.functions.len() - 1
+    }
+
+    /// Adds a call that can be made from `due` on.
+    pub(super) fn add(&mut self, line: usize, number: Number, due: Millis, now: Millis) {
+        self.waiting += 1;
+        if due > now {
+            self.functions[line].delayed += 1;
+            self.delayed.push(Reverse((due, number, u32::try_from(line).unwrap_or(u32::MAX))));
+        } else {
+            self.functions[line].ready.push_back(number);
+            self.queue_up(line);
+        }
+    }
+
+    /// A call comes back that was not made: it is first in its line.
+    pub(super) fn give_back(&mut self, picked: Picked) {
+        self.ended(picked.line);
+        self.waiting += 1;
+        self.functions[picked.line].ready.push_front(picked.number);
+        self.queue_up(picked.line);
+    }
+
+    /// A call that was picked does not run any more.
+    pub(super) fn ended(&mut self, line: usize) {
+        self.running -= 1;
+        self.functions[line].running -= 1;
+    }
+
+    /// A waiting call is not to be made. It must be waiting.
+    pub(super) fn drop_waiting(&mut self, number: Number) {
+        self.waiting -= 1;
+        self.dropped.insert(number);
+    }
+
+    /// The next call to make, if any can be made at `now` by one who makes at most `places` at a time.
+    ///
+    /// The functions take turns. One may have three quarters of the places that the others leave free: however many of
+    /// its calls hang, some places stay free for the others.
+    pub(super) fn pick(&mut self, now: Millis, places: usize) -> Option<Picked> {
+        self.ripen(now);
+        for _ in 0..self.turn.len() {
+            let line = self.turn.pop_front()?;
+            let running = self.functions[line].running;
+            let free = places.saturating_sub(self.running);
+            if running > free * 3 {
+                self.turn.push_back(line);
+                continue;
+            }
+            let function = &mut self.functions[line];
+            function.in_turn = false;
+            let next = loop {
+                match function.ready.pop_front() {
+                    Some(number) if self.dropped.remove(&number) => {}
+                    next => break next,
+                }
+            };
+            let more = !function.ready.is_empty();
+            if more {
+                self.queue_up(line);
+            } else {
+                self.functions[line].ready.shrink_to(64);
+            }
+            if let Some(number) = next {
+                self.functions[line].running += 1;
+                self.running += 1;
+                self.waiting -= 1;
+                return Some(Picked { number, line });
+            }
+        }
+        None
+    }
+
+    /// When the next delayed call can be made.
+    pub(super) fn next_due(&self) -> Option<Millis> {
+        self.delayed.peek().map(|Reverse((due, ..))| *due)
+    }
+
+    /// How many calls wait, delayed ones among them.
+    pub(super) fn waiting(&self) -> usize {
+        self.waiting
+    }
+
+    /// For each function: its label, calls that could be made, calls that are delayed, calls that run, and the oldest
+    /// of the first.
+    pub(super) fn counts(
+        &self,
+    ) -> impl Iterator<Item = (&str, usize, usize, usize, Option<Number>)> {
+        self.functions.iter().map(|line| {
+            let oldest = line.ready.iter().find(|number| !self.dropped.contains(number)).copied();
+            (&*line.label, line.ready.len(), line.delayed, line.running, oldest)
+        })
+    }
+
+    fn ripen(&mut self, now: Millis) {
+        while let Some(Reverse((due, number, line))) = self.delayed.peek().copied()
+            && due <= now
+        {
+            self.delayed.pop();
+            let line = line as usize;
+            self.functions[line].delayed -= 1;
+            if !self.dropped.remove(&number) {
+                self.functions[line].ready.push_back(number);
+                self.queue_up(line);
+            }
+        }
+    }
+
+    fn queue_up(&mut self, line: usize) {
+        if !self.functions[line].in_turn {
+            self.functions[line].in_turn = true;
+            self.turn.push_back(line);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const PLACES: usize = 8;
+
+    fn picks(schedule: &mut Schedule, now: Millis) -> Vec<Number> {
+        std::iter::from_fn(|| schedule.pick(now, PLACES)).map(|picked| picked.number).collect()
+    }
+
+    #[test]
+    fn functions_take_turns() {
+        let mut schedule = Schedule::default();
+        let (a, b) = (schedule.line("a"), schedule.line("b"));
+        for number in [1, 2, 3] {
+            schedule.add(a, number, 0, 0);
+        }
+        schedule.add(b, 4, 0, 0);
+        assert_eq!(schedule.waiting(), 4);
+        assert_eq!(picks(&mut schedule, 0), [1, 4, 2, 3]);
+        assert_eq!(schedule.waiting(), 0);
+    }
+
+    #[test]
+    fn one_function_never_takes_all_places() {
+        let mut schedule = Schedule::default();
+        let (slow, quick) = (schedule.line("slow"), schedule.line("quick"));
+        for number in 0..100 {
+            schedule.add(slow, number, 0, 0);
+        }
+        let taken = picks(&mut schedule, 0).len();
+        assert!((PLACES / 2..PLACES).contains(&taken), "{taken}");
+        schedule.add(quick, 100, 0, 0);
+        assert_eq!(picks(&mut schedule, 0), [100]);
+        // A place that is free again is kept for others, not for the one that has most.
+        schedule.ended(slow);
+        assert_eq!(picks(&mut schedule, 0), [] as [Number; 0]);
+        schedule.add(quick, 101, 0, 0);
+        assert_eq!(picks(&mut schedule, 0), [101]);
+    }
+
+    #[test]
+    fn a_lone_place_is_used() {
+        let mut schedule = Schedule::default();
+        let line = schedule.line("a");
+        schedule.add(line, 1, 0, 0);
+        assert!(schedule.pick(0, 1).is_some());
+    }
+
+    #[test]
+    fn a_delayed_call_waits_for_its_time() {
+        let mut schedule = Schedule::default();
+        let line = schedule.line("a");
+        schedule.add(line, 1, 20, 10);
+        schedule.add(line, 2, 15, 10);
+        assert_eq!((picks(&mut schedule, 10), schedule.next_due()), (vec![], Some(15)));
+        assert_eq!(picks(&mut schedule, 20), [2, 1]);
+        assert_eq!(schedule.next_due(), None);
+    }
+
+    #[test]
+    fn what_comes_back_is_first_and_what_was_dropped_is_skipped() {
+        let mut schedule = Schedule::default();
+        let line = schedule.line("a");
+        for number in [1, 2, 3] {
+            schedule.add(line, number, 0, 0);
+        }
+        schedule.add(line, 4, 50, 0);
+        let first = schedule.pick(0, PLACES).unwrap();
+        schedule.drop_waiting(2);
+        schedule.drop_waiting(4);
+        schedule.give_back(first);
+        assert_eq!(picks(&mut schedule, 0), [1, 3]);
+        assert_eq!(picks(&mut schedule, 60), [] as [Number; 0]);
+        assert_eq!(schedule.waiting(), 0);
+    }
+}

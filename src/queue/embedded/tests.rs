@@ -1,0 +1,185 @@
+use bytes::Bytes;
+use http::HeaderMap;
+use tempfile::TempDir;
+
+use super::*;
+use crate::queue::call::Options;
+
+const LIMITS: Limits = Limits { pending: 5, result_ttl: 3_600_000, key_ttl: 3_600_000 };
+const PLACES: usize = 10;
+
+fn open(directory: &TempDir) -> Embedded {
+    Embedded::open(directory.path(), LIMITS).unwrap()
+}
+
+fn call(id: &str) -> Call {
+    Call {
+        id: id.to_owned(),
+        function: Function { name: "echo".to_owned(), namespace: "fn".to_owned() },
+        target: String::new(),
+        headers: HeaderMap::new(),
+        body: Bytes::from_static(b"body"),
+        options: Options { submitted_at: now(), ..Options::default() },
+    }
+}
+
+async fn settle(queue: &Embedded, delivery: Delivery, settlement: Settlement) {
+    let Handle::Embedded(lease) = delivery.handle;
+    queue.settle(lease, settlement).await.unwrap();
+}
+
+fn succeeded() -> Settlement {
+    let answer = Answer {
+        status: 200,
+        headers: vec![("x-a".to_owned(), "1".to_owned())],
+        body: Bytes::from_static(b"answer"),
+        truncated: false,
+    };
+    let (status, answer) = (Some(200), Some(answer));
+    Settlement::Finished { state: State::Succeeded, status, reason: None, answer }
+}
+
+fn dead() -> Settlement {
+    Settlement::Dead { status: Some(500), reason: Some("gave up".to_owned()), answer: None }
+}
+
+async fn state(queue: &Embedded, id: &str) -> Option<State> {
+    queue.status(id).await.unwrap().map(|status| status.state)
+}
+
+#[tokio::test]
+async fn a_call_goes_through_its_states() {
+    let directory = TempDir::new().unwrap();
+    let queue = open(&directory);
+    let published = queue.publish(call("a")).await.unwrap();
+    assert_eq!(published, Published { id: "a".to_owned(), repeated: false });
+    assert_eq!(state(&queue, "a").await, Some(State::Queued));
+    let delivery = queue.take(PLACES).await.unwrap();
+    assert_eq!((&delivery.call, delivery.attempts), (&call_at("a", &delivery), 0));
+    assert_eq!(state(&queue, "a").await, Some(State::Running));
+    assert_eq!(queue.cancel("a").await.unwrap(), Changed::No(State::Running));
+    settle(&queue, delivery, succeeded()).await;
+    let status = queue.status("a").await.unwrap().unwrap();
+    assert_eq!((status.state, status.attempts, status.status), (State::Succeeded, 1, Some(200)));
+    assert_eq!(queue.answer("a").await.unwrap().unwrap().body, "answer");
+    assert_eq!(queue.status("b").await.unwrap(), None);
+}
+
+/// `call(id)` at the time of `delivery`.
+fn call_at(id: &str, delivery: &Delivery) -> Call {
+    Call { options: delivery.call.options.clone(), ..call(id) }
+}
+
+#[tokio::test]
+async fn what_was_not_settled_is_there_after_a_restart() {
+    let directory = TempDir::new().unwrap();
+    let queue = open(&directory);
+    for id in ["done", "retried", "dead", "running", "waiting"] {
+        queue.publish(call(id)).await.unwrap();
+    }
+    settle(&queue, queue.take(PLACES).await.unwrap(), succeeded()).await;
+    let retry = Settlement::Retry { at: now(), status: Some(503), reason: None };
+    settle(&queue, queue.take(PLACES).await.unwrap(), retry).await;
+    settle(&queue, queue.take(PLACES).await.unwrap(), dead()).await;
+    let running = queue.take(PLACES).await.unwrap();
+    // Without a word to the queue, as when the process is killed.
+    std::mem::forget(running);
+    close(queue);
+    let queue = open(&directory);
+    assert_eq!(state(&queue, "done").await, Some(State::Succeeded));
+    assert_eq!(state(&queue, "dead").await, Some(State::Failed));
+    let mut again = Vec::new();
+    for _ in 0..3 {
+        let delivery = queue.take(PLACES).await.unwrap();
+        again.push((delivery.call.id.clone(), delivery.attempts));
+        settle(&queue, delivery, succeeded()).await;
+    }
+    again.sort_unstable();
+    let expect = [("retried", 1), ("running", 0), ("waiting", 0)];
+    assert_eq!(again, expect.map(|(id, attempts)| (id.to_owned(), attempts)));
+    assert_eq!(queue.shared.waiting().schedule.waiting(), 0);
+}
+
+/// Closes the file, though a lease may still hold on to the queue.
+fn close(queue: Embedded) {
+    let shared = Arc::clone(&queue.shared);
+    drop(queue);
+    *shared.store.write().unwrap() = None;
+}
+
+#[tokio::test]
+async fn the_same_id_and_the_same_key_are_queued_once() {
+    let directory = TempDir::new().unwrap();
+    let queue = open(&directory);
+    let keyed = |id| {
+        let mut call = call(id);
+        call.options.idempotency_key = Some("k".to_owned());
+        call
+    };
+    assert!(!queue.publish(keyed("a")).await.unwrap().repeated);
+    let again = Published { id: "a".to_owned(), repeated: true };
+    assert_eq!(queue.publish(keyed("b")).await.unwrap(), again);
+    assert_eq!(queue.publish(call("a")).await.unwrap(), again);
+    assert_eq!(queue.shared.waiting().schedule.waiting(), 1);
+}
+
+#[tokio::test]
+async fn a_full_queue_says_so() {
+    let directory = TempDir::new().unwrap();
+    let queue = open(&directory);
+    for number in 0..LIMITS.pending {
+        queue.publish(call(&number.to_string())).await.unwrap();
+    }
+    assert_eq!(queue.publish(call("more")).await, Err(Error::Full));
+    assert_eq!(queue.cancel("0").await.unwrap(), Changed::Yes);
+    assert!(queue.publish(call("more")).await.is_ok());
+    assert_eq!(state(&queue, "0").await, Some(State::Cancelled));
+    assert_eq!(queue.take(PLACES).await.unwrap().call.id, "1");
+}
+
+#[tokio::test]
+async fn a_dead_call_is_kept_until_it_is_revived() {
+    let directory = TempDir::new().unwrap();
+    let queue = open(&directory);
+    queue.publish(call("a")).await.unwrap();
+    settle(&queue, queue.take(PLACES).await.unwrap(), dead()).await;
+    let counts = queue.counts().await.unwrap();
+    assert_eq!((counts[0].0.to_string(), counts[0].1.dead), ("echo.fn".to_owned(), 1));
+    let filter = Filter { dead: Some(true), ..Filter::default() };
+    assert_eq!(queue.list(&filter, None, 10).await.unwrap()[0].id, "a");
+    assert_eq!(queue.revive("a").await.unwrap(), Changed::Yes);
+    let delivery = queue.take(PLACES).await.unwrap();
+    assert_eq!((delivery.call.id.as_str(), delivery.attempts), ("a", 0));
+    assert_eq!(queue.revive("a").await.unwrap(), Changed::No(State::Running));
+    settle(&queue, delivery, dead()).await;
+    assert_eq!(queue.purge(&filter).await.unwrap(), 1);
+    assert_eq!(queue.status("a").await.unwrap(), None);
+    assert_eq!(queue.counts().await.unwrap(), []);
+}
+
+#[tokio::test]
+async fn a_delivery_that_is_dropped_is_taken_again() {
+    let directory = TempDir::new().unwrap();
+    let queue = open(&directory);
+    queue.publish(call("a")).await.unwrap();
+    drop(queue.take(PLACES).await.unwrap());
+    assert_eq!(state(&queue, "a").await, Some(State::Queued));
+    assert_eq!(queue.take(PLACES).await.unwrap().call.id, "a");
+}
+
+#[tokio::test]
+async fn what_has_been_kept_for_long_enough_is_forgotten() {
+    let directory = TempDir::new().unwrap();
+    let limits = Limits { result_ttl: 0, key_ttl: 0, ..LIMITS };
+    let queue = Embedded::open(directory.path(), limits).unwrap();
+    let mut first = call("a");
+    first.options.idempotency_key = Some("k".to_owned());
+    queue.publish(first).await.unwrap();
+    settle(&queue, queue.take(PLACES).await.unwrap(), succeeded()).await;
+    tokio::time::sleep(Duration::from_millis(5)).await;
+    queue.expire().await;
+    let mut second = call("b");
+    second.options.idempotency_key = Some("k".to_owned());
+    assert!(!queue.publish(second).await.unwrap().repeated);
+    assert_eq!(queue.status("a").await.unwrap(), None);
+}

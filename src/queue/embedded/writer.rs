@@ -1,0 +1,244 @@
+//! The one thread that changes the file. What comes while it writes is written together next: one `fsync` for all.
+
+use std::sync::Arc;
+
+use bytes::Bytes;
+use tokio::sync::{mpsc, oneshot};
+
+use crate::queue::call::Millis;
+use crate::queue::embedded::schedule::{Number, Picked};
+use crate::queue::embedded::store::{Change, Result as StoreResult};
+use crate::queue::embedded::{Shared, Waiting};
+use crate::queue::status::{Settlement, State, Status};
+use crate::queue::{Changed, Error, Published};
+
+/// So many changes are made durable together, at most.
+const TOGETHER: usize = 512;
+/// So much of what has expired is forgotten at once.
+const EXPIRE_AT_ONCE: usize = 1000;
+
+pub(super) type Reply<T> = oneshot::Sender<Result<T, Error>>;
+
+/// A call as it is taken in.
+pub(super) struct Incoming {
+    pub(super) id: String,
+    pub(super) key: Option<String>,
+    pub(super) label: String,
+    pub(super) due: Millis,
+    pub(super) encoded: Bytes,
+}
+
+/// A change of the file.
+pub(super) enum Op {
+    Publish(Incoming, Reply<Published>),
+    Settle(Picked, Box<(Status, Settlement)>, Reply<()>),
+    Cancel(String, Reply<Changed>),
+    Revive(String, Reply<Changed>),
+    /// Removes calls that do not run, all trace of them.
+    Purge(Vec<String>, Reply<u64>),
+    Expire,
+}
+
+impl Op {
+    fn fails(self, error: Error) {
+        // Whoever does not wait any more need not hear of it.
+        match self {
+            Self::Publish(_, reply) => drop(reply.send(Err(error))),
+            Self::Settle(.., reply) => drop(reply.send(Err(error))),
+            Self::Cancel(_, reply) | Self::Revive(_, reply) => drop(reply.send(Err(error))),
+            Self::Purge(_, reply) => drop(reply.send(Err(error))),
+            Self::Expire => {}
+        }
+    }
+}
+
+/// Writes until nobody is left who could ask for it.
+pub(super) fn run(shared: &Arc<Shared>, mut ops: mpsc::Receiver<Op>) {
+    while let Some(first) = ops.blocking_recv() {
+        let mut together = vec![first];
+        while together.len() < TOGETHER
+            && let Ok(op) = ops.try_recv()
+        {
+            together.push(op);
+        }
+        write(shared, together);
+    }
+}
+
+fn write(shared: &Arc<Shared>, ops: Vec<Op>) {
+    let now = shared.now();
+    let changed = shared.change(|change| {
+        let mut batch = Batch { shared, now, added: 0, change };
+        ops.iter().map(|op| batch.apply(op)).collect::<StoreResult<Vec<Applied>>>()
+    });
+    match changed {
+        Ok(applied) => {
+            let mut waiting = shared.waiting();
+            for (op, applied) in ops.into_iter().zip(applied) {
+                applied.take_effect(op, &mut waiting);
+            }
+            drop(waiting);
+            shared.ready.notify_one();
+        }
+        Err(error) => {
+            tracing::error!(%error, calls = ops.len(), "The queue's file cannot be written");
+            ops.into_iter().for_each(|op| op.fails(error.clone()));
+        }
+    }
+}
+
+/// Changes that become durable together.
+struct Batch<'a, 't> {
+    shared: &'a Shared,
+    now: Millis,
+    /// Calls that are added by this batch.
+    added: usize,
+    change: &'a mut Change<'t>,
+}
+
+/// What to answer, and what changes in memory, once the batch is durable.
+enum Applied {
+    Published(Result<Published, Error>),
+    Added { number: Number, id: String },
+    Settled,
+    Changed(Changed),
+    Cancelled { label: String, was_dead: bool },
+    Revived { number: Number, label: String },
+    Purged(Vec<(String, bool)>),
+    Expired { more: bool },
+}
+
+impl Batch<'_, '_> {
+    fn apply(&mut self, op: &Op) -> StoreResult<Applied> {
+        match op {
+            Op::Publish(call, _) => self.publish(call),
+            Op::Settle(picked, settled, _) => {
+                self.settle(picked.number, &settled.0, &settled.1)?;
+                Ok(Applied::Settled)
+            }
+            Op::Cancel(id, _) => self.cancel(id),
+            Op::Revive(id, _) => self.revive(id),
+            Op::Purge(ids, _) => self.purge(ids),
+            Op::Expire => {
+                let more = self.change.expire(self.now, EXPIRE_AT_ONCE)?;
+                Ok(Applied::Expired { more })
+            }
+        }
+    }
+
+    fn publish(&mut self, call: &Incoming) -> StoreResult<Applied> {
+        if let Some(id) = self.change.known(&call.id, call.key.as_deref())? {
+            return Ok(Applied::Published(Ok(Published { id, repeated: true })));
+        }
+        if self.shared.waiting().schedule.waiting() + self.added >= self.shared.limits.pending {
+            return Ok(Applied::Published(Err(Error::Full)));
+        }
+        self.added += 1;
+        let number = self.shared.next_number();
+        self.change.add(number, &call.id, &call.encoded)?;
+        if let Some(key) = &call.key {
+            self.change.remember_key(key, &call.id, self.now + self.shared.limits.key_ttl)?;
+        }
+        Ok(Applied::Added { number, id: call.id.clone() })
+    }
+
+    fn settle(
+        &mut self,
+        number: Number,
+        status: &Status,
+        settlement: &Settlement,
+    ) -> StoreResult<()> {
+        match settlement {
+            Settlement::Finished { answer, .. } => {
+                let until = self.now + self.shared.limits.result_ttl;
+                self.change.finish(number, status, answer.as_ref(), until)
+            }
+            Settlement::Retry { .. } => self.change.note(number, status),
+            Settlement::Dead { answer, .. } => {
+                self.change.keep_answer(number, status, answer.as_ref())
+            }
+            Settlement::GivenBack => Ok(()),
+        }
+    }
+
+    fn cancel(&mut self, id: &str) -> StoreResult<Applied> {
+        let Some((number, mut status)) = self.change.find(id)? else {
+            return Ok(Applied::Changed(Changed::Unknown));
+        };
+        if status.state.is_final() && !status.dead {
+            return Ok(Applied::Changed(Changed::No(status.state)));
+        }
+        // From here on nobody takes it.
+        if !status.dead && !self.shared.waiting().withdraw(number) {
+            return Ok(Applied::Changed(Changed::No(State::Running)));
+        }
+        let was_dead = std::mem::take(&mut status.dead);
+        (status.state, status.finished_at) = (State::Cancelled, Some(self.now));
+        status.next_attempt_at = None;
+        let until = self.now + self.shared.limits.result_ttl;
+        self.change.finish(number, &status, None, until)?;
+        Ok(Applied::Cancelled { label: status.function, was_dead })
+    }
+
+    fn revive(&mut self, id: &str) -> StoreResult<Applied> {
+        let Some((number, status)) = self.change.find(id)? else {
+            return Ok(Applied::Changed(Changed::Unknown));
+        };
+        if !status.dead {
+            return Ok(Applied::Changed(Changed::No(self.shared.waiting().state(number, &status))));
+        }
+        self.change.forget_progress(number)?;
+        self.change.drop_answer(number)?;
+        Ok(Applied::Revived { number, label: status.function })
+    }
+
+    fn purge(&mut self, ids: &[String]) -> StoreResult<Applied> {
+        let mut purged = Vec::new();
+        for id in ids {
+            let Some((number, status)) = self.change.find(id)? else { continue };
+            let waits = !status.dead && !status.state.is_final();
+            if waits && !self.shared.waiting().withdraw(number) {
+                continue;
+            }
+            self.change.remove(number, id)?;
+            purged.push((status.function, status.dead));
+        }
+        Ok(Applied::Purged(purged))
+    }
+}
+
+impl Applied {
+    fn take_effect(self, op: Op, waiting: &mut Waiting) {
+        match (op, self) {
+            (Op::Publish(_, reply), Self::Published(answer)) => drop(reply.send(answer)),
+            (Op::Publish(call, reply), Self::Added { number, id }) => {
+                waiting.add(&call.label, number, call.due);
+                drop(reply.send(Ok(Published { id, repeated: false })));
+            }
+            (Op::Settle(picked, settled, reply), Self::Settled) => {
+                waiting.settled(picked, &settled.0, &settled.1);
+                drop(reply.send(Ok(())));
+            }
+            (Op::Cancel(_, reply) | Op::Revive(_, reply), Self::Changed(changed)) => {
+                drop(reply.send(Ok(changed)));
+            }
+            (Op::Cancel(_, reply), Self::Cancelled { label, was_dead }) => {
+                waiting.buried(&label, was_dead);
+                drop(reply.send(Ok(Changed::Yes)));
+            }
+            (Op::Revive(_, reply), Self::Revived { number, label }) => {
+                waiting.buried(&label, true);
+                waiting.add(&label, number, 0);
+                drop(reply.send(Ok(Changed::Yes)));
+            }
+            (Op::Purge(_, reply), Self::Purged(purged)) => {
+                for (label, was_dead) in &purged {
+                    waiting.buried(label, *was_dead);
+                }
+                drop(reply.send(Ok(purged.len() as u64)));
+            }
+            (Op::Expire, Self::Expired { more }) => waiting.more_to_expire = more,
+            _ => unreachable!("each change has its own effect"),
+        }
+    }
+}

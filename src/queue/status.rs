@@ -1,0 +1,117 @@
+//! What became of a queued call. No I/O.
+
+use bytes::Bytes;
+use serde::{Deserialize, Serialize};
+
+use crate::queue::call::{Call, Millis};
+
+/// Where a call is on its way.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum State {
+    /// Waits for its turn, or for its time.
+    #[default]
+    Queued,
+    Running,
+    /// Has failed and will be tried again.
+    Retrying,
+    Succeeded,
+    /// Will not be tried again by itself.
+    Failed,
+    Cancelled,
+}
+
+impl State {
+    pub fn is_final(self) -> bool {
+        matches!(self, Self::Succeeded | Self::Failed | Self::Cancelled)
+    }
+}
+
+/// The state of a call.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Status {
+    pub id: String,
+    /// `NAME.NAMESPACE`
+    pub function: String,
+    pub state: State,
+    /// How often it has been made.
+    #[serde(default)]
+    pub attempts: u32,
+    /// What the function said last.
+    #[serde(default)]
+    pub status: Option<u16>,
+    /// Why there is none, or what else is to be said.
+    #[serde(default)]
+    pub reason: Option<String>,
+    pub submitted_at: Millis,
+    #[serde(default)]
+    pub started_at: Option<Millis>,
+    #[serde(default)]
+    pub finished_at: Option<Millis>,
+    #[serde(default)]
+    pub next_attempt_at: Option<Millis>,
+    /// The caller chose the id, so that knowing it proves nothing.
+    #[serde(default)]
+    pub chosen_id: bool,
+    /// It failed for good and is kept: it can be tried again on request.
+    #[serde(default)]
+    pub dead: bool,
+}
+
+/// The stored answer of a call.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Answer {
+    pub status: u16,
+    pub headers: Vec<(String, String)>,
+    pub body: Bytes,
+    /// The body was larger than is kept.
+    pub truncated: bool,
+}
+
+/// How a call that was taken goes on.
+#[derive(Clone, Debug)]
+pub enum Settlement {
+    /// It is over. Its state, and its answer if there is one, can be asked for a while.
+    Finished { state: State, status: Option<u16>, reason: Option<String>, answer: Option<Answer> },
+    /// It is tried again, not before `at`.
+    Retry { at: Millis, status: Option<u16>, reason: Option<String> },
+    /// It has failed for good, and is kept until somebody decides.
+    Dead { status: Option<u16>, reason: Option<String>, answer: Option<Answer> },
+    /// It was not made, and may be taken again at once.
+    GivenBack,
+}
+
+impl Status {
+    /// The status of a call that has not been made yet.
+    pub fn queued(call: &Call) -> Self {
+        Self {
+            id: call.id.clone(),
+            function: call.function.to_string(),
+            submitted_at: call.options.submitted_at,
+            next_attempt_at: call.options.not_before,
+            chosen_id: call.options.chosen_id,
+            ..Self::default()
+        }
+    }
+
+    /// What the status of a running call becomes when it is settled at `now`.
+    #[must_use]
+    pub fn settled(mut self, settlement: &Settlement, now: Millis) -> Self {
+        match settlement {
+            Settlement::Finished { state, status, reason, .. } => {
+                (self.state, self.finished_at) = (*state, Some(now));
+                (self.status, self.reason) = (*status, reason.clone());
+            }
+            Settlement::Retry { at, status, reason } => {
+                (self.state, self.next_attempt_at) = (State::Retrying, Some(*at));
+                (self.status, self.reason) = (*status, reason.clone());
+            }
+            Settlement::Dead { status, reason, .. } => {
+                (self.state, self.finished_at, self.dead) = (State::Failed, Some(now), true);
+                (self.status, self.reason) = (*status, reason.clone());
+            }
+            Settlement::GivenBack => {}
+        }
+        self
+    }
+}
