@@ -38,6 +38,7 @@ pub struct Serve {
     pub timeouts: Timeouts,
     pub limits: Limits,
     pub auth: Auth,
+    pub queue: Queue,
     /// Whether the API is for this machine alone.
     pub local_only: bool,
     pub shutdown: Shutdown,
@@ -84,6 +85,34 @@ pub struct Auth {
     pub proxy: Option<BaseUrl>,
     /// `auth_proxy_pass_body`
     pub proxy_pass_body: bool,
+}
+
+/// Where queued calls are kept, and who makes them.
+#[derive(Clone, Debug)]
+pub struct Queue {
+    /// `queue`
+    pub backend: Backend,
+    /// `with_worker`
+    pub with_worker: bool,
+    /// `state_dir`
+    pub state_dir: PathBuf,
+    /// `max_inflight`
+    pub max_inflight: usize,
+    /// `max_queued_body`
+    pub max_body: usize,
+    /// `max_pending`
+    pub max_pending: usize,
+    /// `result_ttl`
+    pub result_ttl: Duration,
+    /// `max_result_body`
+    pub max_result_body: usize,
+}
+
+/// The kind of a queue.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Backend {
+    None,
+    Embedded,
 }
 
 /// How the process ends.
@@ -181,11 +210,41 @@ impl Serve {
                 proxy: from.url("auth_proxy_url"),
                 proxy_pass_body: from.boolean("auth_proxy_pass_body"),
             },
+            queue: Queue::common(from, Backend::None),
             local_only: false,
             shutdown: Shutdown {
                 delay: from.duration("shutdown_delay"),
                 grace: from.duration("shutdown_grace"),
             },
+        }
+    }
+}
+
+impl Queue {
+    /// `auto`: the kind where none is named.
+    fn common(from: &mut Reader<'_>, auto: Backend) -> Self {
+        let backend = from.parsed("queue", "auto, embedded or none", |text| match text {
+            "auto" => Some(auto),
+            "embedded" => Some(Backend::Embedded),
+            "none" => Some(Backend::None),
+            _ => None,
+        });
+        let backend = backend.unwrap_or(auto);
+        let with_worker = from.parsed("with_worker", "auto, true or false", |text| match text {
+            "auto" => Some(backend == Backend::Embedded),
+            "true" | "1" => Some(true),
+            "false" | "0" => Some(false),
+            _ => None,
+        });
+        Self {
+            backend,
+            with_worker: with_worker.unwrap_or_default() && backend != Backend::None,
+            state_dir: PathBuf::from(from.text("state_dir")),
+            max_inflight: from.count("max_inflight", 1..=10_000),
+            max_body: from.count("max_queued_body", 0..=(1 << 30)),
+            max_pending: from.count("max_pending", 1..=1_000_000_000),
+            result_ttl: from.duration("result_ttl"),
+            max_result_body: from.count("max_result_body", 0..=(1 << 30)),
         }
     }
 }
@@ -225,6 +284,7 @@ impl Up {
         let loopback = IpAddr::V4(Ipv4Addr::LOCALHOST);
         let provider = Provider::common(&mut from, loopback);
         let mut serve = Serve::common(&mut from, loopback, nowhere());
+        serve.queue = Queue::common(&mut from, Backend::Embedded);
         serve.local_only = serve.auth.secrets.is_none() && serve.auth.proxy.is_none();
         from.finish(Self { serve, provider, stack })
     }

@@ -26,6 +26,7 @@ pub mod answer;
 pub mod health;
 pub mod invoke;
 pub mod logs;
+pub mod queued;
 pub mod system;
 pub mod ui;
 

@@ -86,6 +86,13 @@ pub struct Counts {
 }
 
 impl Queue {
+    /// An id for a call whose caller has not chosen one.
+    pub fn fresh_id(&self) -> String {
+        match self {
+            Self::Embedded(queue) => queue.fresh_id(),
+        }
+    }
+
     /// Takes `call` in. Returns when it is durable.
     pub async fn publish(&self, call: Call) -> Result<Published, Error> {
         match self {

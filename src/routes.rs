@@ -23,7 +23,7 @@ use crate::proxy::body::CallerBody;
 use crate::serve::caller::Caller;
 use crate::shutdown::Stages;
 use crate::system::{self, Api};
-use crate::{alerts, auth, health, logs, metrics, same_origin, ui};
+use crate::{alerts, auth, health, logs, metrics, queued, same_origin, ui};
 
 /// The public port, functions apart: those are matched before, in [`Door::enter`].
 pub fn api(api: Arc<Api>) -> Router {
@@ -58,6 +58,14 @@ pub fn api(api: Arc<Api>) -> Router {
         .route("/ui/app.js", get(ui::script))
         .route("/ui/style.css", get(ui::style))
         .route_layer(from_fn_with_state(Arc::clone(&api), auth::guard));
+    let calls =
+        post(queued::submit).get(queued::status).delete(queued::cancel).options(queued::preflight);
+    let behind = post(queued::submit).get(queued::result).options(queued::preflight);
+    let queued = Router::new()
+        .route("/async-function/{name}", calls)
+        .route("/async-function/{name}/", post(queued::submit).options(queued::preflight))
+        .route("/async-function/{name}/{*rest}", behind)
+        .route_layer(from_fn_with_state(Arc::clone(&api.metrics), metrics::count_request));
     let open = Router::new()
         .route("/", get(ui::redirect))
         .route("/ui", get(ui::redirect))
@@ -67,6 +75,7 @@ pub fn api(api: Arc<Api>) -> Router {
     Router::new()
         .merge(system)
         .merge(page)
+        .merge(queued)
         .merge(open)
         .fallback(|| async { Error::NoSuchPath })
         .method_not_allowed_fallback(method_not_allowed)

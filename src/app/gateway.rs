@@ -13,7 +13,7 @@ use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
 use crate::auth::Credentials;
-use crate::config::Serve;
+use crate::config::{self, Backend, Serve};
 use crate::health::Health;
 use crate::invoke::{Invoker, Route};
 use crate::limit::CallLimit;
@@ -22,6 +22,9 @@ use crate::metrics::query::Counts;
 use crate::metrics::replicas::Poll;
 use crate::provider::Provider;
 use crate::proxy::client::{Client, Origin, Tls};
+use crate::queue::Queue;
+use crate::queue::embedded::{Embedded, Limits};
+use crate::queued::Intake;
 use crate::routes::{self, Door};
 use crate::same_origin::Names;
 use crate::serve::listener::bind;
@@ -53,6 +56,7 @@ struct Parts {
     metrics: Arc<Metrics>,
     health: Arc<Health>,
     counts: Arc<Counts>,
+    intake: Option<Arc<Intake>>,
     namespace: Arc<str>,
     tls: Tls,
     stages: Stages,
@@ -151,6 +155,7 @@ impl Parts {
             credentials,
             metrics: Metrics::new(threads, &namespace)?,
             health: Health::new(stages.clone(), Arc::clone(&limit)),
+            intake: intake(&config.queue)?,
             counts: Counts::new(config.prometheus.clone().map(Origin::new)),
             limit,
             namespace,
@@ -245,8 +250,22 @@ impl Parts {
             metrics: Arc::clone(&self.metrics),
             health: Arc::clone(&self.health),
             counts: Arc::clone(&self.counts),
+            intake: self.intake.clone(),
         };
         Door { invoker, api: routes::api(Arc::new(api)), stages: self.stages.clone() }
+    }
+}
+
+/// Opens the queue, if there is to be one.
+fn intake(config: &config::Queue) -> anyhow::Result<Option<Arc<Intake>>> {
+    let ttl = u64::try_from(config.result_ttl.as_millis()).unwrap_or(u64::MAX / 2);
+    let limits = Limits { pending: config.max_pending, result_ttl: ttl, key_ttl: ttl };
+    match config.backend {
+        Backend::None => Ok(None),
+        Backend::Embedded => {
+            let queue = Embedded::open(&config.state_dir, limits)?;
+            Ok(Some(Intake::new(Queue::Embedded(queue), config.max_body)))
+        }
     }
 }
 

@@ -116,11 +116,17 @@ impl Embedded {
         Ok(Self { shared, ops })
     }
 
+    /// An id for a call that is about to be published. Calls with one of these are found without a table of ids.
+    pub(super) fn fresh_id(&self) -> String {
+        store::id_of(self.shared.next_number())
+    }
+
     pub(super) async fn publish(&self, call: Call) -> Result<Published, Error> {
         let incoming = Incoming {
             label: call.function.to_string(),
             due: call.options.not_before.unwrap_or(0),
             encoded: call.encode(),
+            number: (!call.options.chosen_id).then(|| store::number_in(&call.id)).flatten(),
             key: call.options.idempotency_key,
             id: call.id,
         };

@@ -5,6 +5,7 @@ use std::path::Path;
 use bytes::{BufMut, Bytes};
 use redb::{Database, ReadableDatabase, ReadableTable, Table, TableDefinition, WriteTransaction};
 use serde::{Deserialize, Serialize};
+use uuid::Uuid;
 
 use crate::queue::call::{Call, Millis};
 use crate::queue::embedded::schedule::Number;
@@ -12,7 +13,8 @@ use crate::queue::status::{Answer, Status};
 
 /// Calls that are not over, and those that failed for good: as [`Call::encode`] writes them.
 const CALLS: TableDefinition<'_, Number, &[u8]> = TableDefinition::new("calls");
-/// By id.
+/// By id, of calls whose caller chose it. All others have their number in their id: to keep these, too, a table in the
+/// order of random ids would be half of what a call costs.
 const NUMBERS: TableDefinition<'_, &str, Number> = TableDefinition::new("numbers");
 /// [`Status`] as JSON, of calls that have been made but are not over, and of dead ones.
 const PROGRESS: TableDefinition<'_, Number, &[u8]> = TableDefinition::new("progress");
@@ -106,7 +108,20 @@ pub(super) struct View {
 
 impl View {
     pub(super) fn number(&self, id: &str) -> Result<Option<Number>> {
+        if let Some(number) = number_in(id)
+            && self.id(number)?.as_deref() == Some(id)
+        {
+            return Ok(Some(number));
+        }
         Ok(self.read.open_table(NUMBERS)?.get(id)?.map(|number| number.value()))
+    }
+
+    /// The id of the call with this number.
+    fn id(&self, number: Number) -> Result<Option<String>> {
+        if let Some(call) = self.call(number)? {
+            return Ok(Some(call.id));
+        }
+        Ok(self.finished(number)?.map(|(status, _)| status.id))
     }
 
     pub(super) fn call(&self, number: Number) -> Result<Option<Call>> {
@@ -164,18 +179,35 @@ impl<'t> Change<'t> {
     }
 
     /// The id that `key` stands for, or `id` itself if there is such a call.
-    pub(super) fn known(&self, id: &str, key: Option<&str>) -> Result<Option<String>> {
+    pub(super) fn known(
+        &self,
+        id: &str,
+        chosen: bool,
+        key: Option<&str>,
+    ) -> Result<Option<String>> {
         if let Some(key) = key
             && let Some(known) = self.keys.get(key)?
         {
             return Ok(Some(known.value().to_owned()));
         }
-        Ok(self.numbers.get(id)?.map(|_| id.to_owned()))
+        if !chosen {
+            return Ok(None);
+        }
+        // A caller may choose the id of a call that is there, made here or not.
+        Ok(self.find(id)?.map(|_| id.to_owned()))
     }
 
-    pub(super) fn add(&mut self, number: Number, id: &str, encoded: &[u8]) -> Result<()> {
+    pub(super) fn add(
+        &mut self,
+        number: Number,
+        id: &str,
+        chosen: bool,
+        encoded: &[u8],
+    ) -> Result<()> {
         self.calls.insert(number, encoded)?;
-        self.numbers.insert(id, number)?;
+        if chosen {
+            self.numbers.insert(id, number)?;
+        }
         Ok(())
     }
 
@@ -240,20 +272,30 @@ impl<'t> Change<'t> {
 
     /// The call with `id`, and what the file says of it.
     pub(super) fn find(&self, id: &str) -> Result<Option<(Number, Status)>> {
+        if let Some(number) = number_in(id)
+            && let Some(status) = self.status(number)?
+            && status.id == id
+        {
+            return Ok(Some((number, status)));
+        }
         let Some(number) = self.numbers.get(id)?.map(|number| number.value()) else {
             return Ok(None);
         };
+        Ok(self.status(number)?.map(|status| (number, status)))
+    }
+
+    fn status(&self, number: Number) -> Result<Option<Status>> {
         if let Some(status) = self.progress.get(number)?.and_then(|json| parse(json.value())) {
-            return Ok(Some((number, status)));
+            return Ok(Some(status));
         }
         if let Some(bytes) = self.calls.get(number)? {
             let call = Call::decode(&Bytes::copy_from_slice(bytes.value())).ok();
-            return Ok(call.map(|call| (number, Status::queued(&call))));
+            return Ok(call.map(|call| Status::queued(&call)));
         }
         let finished = self.finished.get(number)?;
         let finished =
             finished.and_then(|bytes| decode_finished(&Bytes::copy_from_slice(bytes.value())));
-        Ok(finished.map(|(status, _)| (number, status)))
+        Ok(finished.map(|(status, _)| status))
     }
 
     /// Forgets what has been kept until `now`, at most `most` of it; whether there is more.
@@ -281,6 +323,21 @@ impl<'t> Change<'t> {
         }
         Ok(due.len() == most)
     }
+}
+
+/// An id with a call's number in it: a UUID of version 4, of which 74 bits are as random as in any other.
+pub(super) fn id_of(number: Number) -> String {
+    let mut bytes = Uuid::new_v4().into_bytes();
+    bytes[..6].copy_from_slice(&number.to_be_bytes()[2..]);
+    Uuid::from_bytes(bytes).to_string()
+}
+
+/// The number that such an id would have in it.
+pub(super) fn number_in(id: &str) -> Option<Number> {
+    let id = Uuid::try_parse(id).ok().filter(|id| id.get_version_num() == 4)?;
+    let mut number = [0; 8];
+    number[2..].copy_from_slice(&id.as_bytes()[..6]);
+    Some(Number::from_be_bytes(number))
 }
 
 /// The head of a stored answer.
@@ -339,4 +396,19 @@ fn json(status: &Status) -> Vec<u8> {
 
 fn parse(json: &[u8]) -> Option<Status> {
     serde_json::from_slice(json).ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_number_is_found_in_its_id_and_the_id_is_a_uuid() {
+        for number in [0, 1, 0x1234_5678_9abc] {
+            let id = id_of(number);
+            assert_eq!((number_in(&id), id.len()), (Some(number), 36));
+            assert_ne!(id, id_of(number));
+        }
+        assert_eq!(number_in("mine"), None);
+    }
 }

@@ -22,6 +22,8 @@ pub(super) type Reply<T> = oneshot::Sender<Result<T, Error>>;
 /// A call as it is taken in.
 pub(super) struct Incoming {
     pub(super) id: String,
+    /// The number that was given out with the id; none if its caller chose it.
+    pub(super) number: Option<Number>,
     pub(super) key: Option<String>,
     pub(super) label: String,
     pub(super) due: Millis,
@@ -127,15 +129,15 @@ impl Batch<'_, '_> {
     }
 
     fn publish(&mut self, call: &Incoming) -> StoreResult<Applied> {
-        if let Some(id) = self.change.known(&call.id, call.key.as_deref())? {
+        if let Some(id) = self.change.known(&call.id, call.number.is_none(), call.key.as_deref())? {
             return Ok(Applied::Published(Ok(Published { id, repeated: true })));
         }
         if self.shared.waiting().schedule.waiting() + self.added >= self.shared.limits.pending {
             return Ok(Applied::Published(Err(Error::Full)));
         }
         self.added += 1;
-        let number = self.shared.next_number();
-        self.change.add(number, &call.id, &call.encoded)?;
+        let number = call.number.unwrap_or_else(|| self.shared.next_number());
+        self.change.add(number, &call.id, call.number.is_none(), &call.encoded)?;
         if let Some(key) = &call.key {
             self.change.remember_key(key, &call.id, self.now + self.shared.limits.key_ttl)?;
         }
