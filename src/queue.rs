@@ -29,6 +29,8 @@ pub enum Error {
     Failed,
     #[error("the body exceeds what the queue takes: {0} bytes")]
     TooLarge(usize),
+    #[error("the call is not there any more")]
+    Gone,
     #[error("the queue cannot do that: {0}")]
     Unsupported(&'static str),
 }
@@ -109,8 +111,15 @@ impl Queue {
     }
 
     /// Says how a call that was taken goes on. Returns when that is durable.
-    pub async fn settle(&self, delivery: Delivery, settlement: Settlement) -> Result<(), Error> {
-        match (self, delivery.handle) {
+    ///
+    /// # Errors
+    /// `Gone` when the call is no longer this delivery's; after any other it can be tried again.
+    pub async fn settle(
+        &self,
+        delivery: &Delivery,
+        settlement: &Settlement,
+    ) -> Result<(), Error> {
+        match (self, &delivery.handle) {
             (Self::Embedded(queue), Handle::Embedded(lease)) => {
                 queue.settle(lease, settlement).await
             }

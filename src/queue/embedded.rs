@@ -75,7 +75,6 @@ struct Waiting {
 pub(super) struct Lease {
     shared: Arc<Shared>,
     picked: Picked,
-    status: Option<Status>,
 }
 
 impl Embedded {
@@ -137,7 +136,7 @@ impl Embedded {
         loop {
             let (picked, wait) = {
                 let mut waiting = self.shared.waiting();
-                waiting.now = self.shared.now();
+                waiting.now = now();
                 let now = waiting.now;
                 let picked = waiting.schedule.pick(now, places);
                 let due = waiting.schedule.next_due().map_or(LOOK_AGAIN, |due| {
@@ -163,44 +162,41 @@ impl Embedded {
 
     /// The call that was picked; `None` if it is gone.
     fn deliver(&self, picked: Picked) -> Result<Option<Delivery>, Error> {
-        let mut lease = Lease { shared: Arc::clone(&self.shared), picked, status: None };
-        let read = self
-            .shared
-            .view(|view| Ok((view.call(picked.number)?, view.progress(picked.number)?)))?;
+        let read = self.shared.view(|view| {
+            Ok((view.call(picked.number)?, view.progress(picked.number)?))
+        });
+        let read = read.inspect_err(|_| self.shared.waiting().schedule.give_back(picked))?;
         let (Some(call), progress) = read else {
             tracing::error!(number = picked.number, "A queued call is not in the file");
-            lease.status = Some(Status::default());
-            self.shared.waiting().forget(picked);
+            // It is not given back, but it does not run either.
+            self.shared.waiting().schedule.ended(picked.line);
             return Ok(None);
         };
         let attempts = progress.map_or(0, |status| status.attempts);
         let status = Status {
             state: State::Running,
             attempts: attempts + 1,
-            started_at: Some(self.shared.now()),
+            started_at: Some(now()),
             ..Status::queued(&call)
         };
         self.shared.waiting().running.insert(picked.number, status);
+        let lease = Lease { shared: Arc::clone(&self.shared), picked };
         Ok(Some(Delivery { call, attempts, handle: Handle::Embedded(lease) }))
     }
 
     pub(super) async fn settle(
         &self,
-        mut lease: Lease,
-        settlement: Settlement,
+        lease: &Lease,
+        settlement: &Settlement,
     ) -> Result<(), Error> {
         if matches!(settlement, Settlement::GivenBack) {
             return Ok(());
         }
         let picked = lease.picked;
         let running = self.shared.waiting().running.get(&picked.number).cloned();
-        let status = running.unwrap_or_default().settled(&settlement, self.shared.now());
-        let settled = Box::new((status, settlement));
-        let done = self.ask(|reply| Op::Settle(picked, settled, reply)).await;
-        if done.is_ok() {
-            lease.status = Some(Status::default());
-        }
-        done
+        let status = running.ok_or(Error::Gone)?.settled(settlement, now());
+        let settled = Box::new((status, settlement.clone()));
+        self.ask(|reply| Op::Settle(picked, settled, reply)).await
     }
 
     pub(super) async fn status(&self, id: &str) -> Result<Option<Status>, Error> {
@@ -282,10 +278,6 @@ async fn blocking<T: Send + 'static>(
 }
 
 impl Shared {
-    fn now(&self) -> Millis {
-        now()
-    }
-
     fn next_number(&self) -> Number {
         self.next.fetch_add(1, Relaxed)
     }
@@ -440,12 +432,6 @@ impl Waiting {
         }
     }
 
-    /// A call that does not exist any more does not run.
-    fn forget(&mut self, picked: Picked) {
-        self.running.remove(&picked.number);
-        self.schedule.ended(picked.line);
-    }
-
     /// A dead call of the function called `label` is dead no more.
     fn buried(&mut self, label: &str, was_dead: bool) {
         if was_dead && let Some(dead) = self.dead.get_mut(label) {
@@ -455,10 +441,10 @@ impl Waiting {
 }
 
 impl Drop for Lease {
+    /// What still runs was not settled: it is given back.
     fn drop(&mut self) {
-        if self.status.is_none() {
-            let mut waiting = self.shared.waiting();
-            waiting.running.remove(&self.picked.number);
+        let mut waiting = self.shared.waiting();
+        if waiting.running.remove(&self.picked.number).is_some() {
             waiting.schedule.give_back(self.picked);
             drop(waiting);
             self.shared.ready.notify_one();

@@ -24,8 +24,8 @@ fn call(id: &str) -> Call {
 }
 
 async fn settle(queue: &Embedded, delivery: Delivery, settlement: Settlement) {
-    let Handle::Embedded(lease) = delivery.handle;
-    queue.settle(lease, settlement).await.unwrap();
+    let Handle::Embedded(lease) = &delivery.handle;
+    queue.settle(lease, &settlement).await.unwrap();
 }
 
 fn succeeded() -> Settlement {

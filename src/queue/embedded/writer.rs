@@ -68,7 +68,7 @@ pub(super) fn run(shared: &Arc<Shared>, mut ops: mpsc::Receiver<Op>) {
 }
 
 fn write(shared: &Arc<Shared>, ops: Vec<Op>) {
-    let now = shared.now();
+    let now = crate::queue::embedded::now();
     let changed = shared.change(|change| {
         let mut batch = Batch { shared, now, added: 0, change };
         ops.iter().map(|op| batch.apply(op)).collect::<StoreResult<Vec<Applied>>>()
