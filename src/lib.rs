@@ -28,6 +28,7 @@ pub mod invoke;
 pub mod logs;
 pub mod system;
 pub mod ui;
+pub mod worker;
 
 // The doors, and the house.
 pub mod app;
