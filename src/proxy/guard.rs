@@ -16,7 +16,9 @@ use crate::config::base_url::BaseUrl;
 pub(super) struct Refused;
 
 /// Says of a host and one of its addresses whether it may be connected to.
-pub(super) struct Guard(Box<dyn Fn(&str, IpAddr) -> bool + Send + Sync>);
+pub(super) struct Guard(Box<Judge>);
+
+type Judge = dyn Fn(&str, IpAddr) -> bool + Send + Sync;
 
 impl Guard {
     pub(super) fn new(allows: impl Fn(&str, IpAddr) -> bool + Send + Sync + 'static) -> Self {

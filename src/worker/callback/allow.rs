@@ -148,8 +148,10 @@ fn embedded(address: Ipv6Addr) -> [Option<Ipv4Addr>; 2] {
         [0, 0, 0, 0, 0, 0, a, b]
         | [0, 0, 0, 0, 0xffff, 0, a, b]
         | [0x64, 0xff9b, 0, 0, 0, 0, a, b] => [part(a, b), None],
-        // NAT64 of one's own: behind a prefix of 96 bits, or of 48 with a byte of zeros inside the address.
-        [0x64, 0xff9b, 1, a, b, c, d, e] => [part(d, e), part(a, b << 8 | c >> 8)],
+        // NAT64 of one's own: behind a prefix of 96 bits, or of 48 with a byte of zeros inside the address. What would
+        // be no address but zeros is the other form's padding.
+        [0x64, 0xff9b, 1, a, b, c, d, e] => [part(d, e), part(a, b << 8 | c >> 8)]
+            .map(|inner| inner.filter(|inner| !inner.is_unspecified())),
         // 6to4
         [0x2002, a, b, ..] => [part(a, b), None],
         // Teredo: the server, and the client with its bits turned.
@@ -240,7 +242,17 @@ mod tests {
                 "2a00::5efe:127.0.0.1",
             ],
         );
-        check("", true, &["::ffff:10.0.0.1", "64:ff9b::1.1.1.1", "2002:101:101::1"]);
+        check(
+            "",
+            true,
+            &[
+                "::ffff:10.0.0.1",
+                "64:ff9b::1.1.1.1",
+                "64:ff9b:1::1.1.1.1",
+                "64:ff9b:1:101:1:100::",
+                "2002:101:101::1",
+            ],
+        );
         check("loopback", true, &["::ffff:127.0.0.1", "64:ff9b::127.0.0.1"]);
     }
 
