@@ -113,6 +113,7 @@ fn upstream_status(error: &client::Error) -> StatusCode {
         client::Error::Target(_) => StatusCode::URI_TOO_LONG,
         client::Error::Exhausted(_) => StatusCode::SERVICE_UNAVAILABLE,
         client::Error::Connect(_)
+        | client::Error::NotAllowed
         | client::Error::Closed(_)
         | client::Error::HeadTooLarge
         | client::Error::Invalid(_)

@@ -29,6 +29,7 @@ pub mod logs;
 pub mod queued;
 pub mod system;
 pub mod ui;
+pub mod worker;
 
 // The doors, and the house.
 pub mod app;

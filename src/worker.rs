@@ -1,0 +1,4 @@
+//! What makes queued calls, and reports how they ended.
+
+pub mod callback;
+pub mod retry;
