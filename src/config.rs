@@ -1,6 +1,7 @@
 //! Every setting, parsed once into types; after this no string means a duration or a URL. No I/O: the environment
 //! comes in as a function, so that a test passes a table.
 
+pub mod allow;
 pub mod base_url;
 pub mod cli;
 pub mod duration;
@@ -11,6 +12,7 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
 use std::time::Duration;
 
+use crate::config::allow::Allow;
 use crate::config::base_url::BaseUrl;
 use crate::config::reader::{Mistake, Reader};
 
@@ -106,6 +108,10 @@ pub struct Queue {
     pub result_ttl: Duration,
     /// `max_result_body`
     pub max_result_body: usize,
+    /// `callback_allow`
+    pub callback_allow: Allow,
+    /// `secret_mount_path`, where the secret that signs callbacks may be.
+    pub secrets: PathBuf,
 }
 
 /// The kind of a queue.
@@ -210,7 +216,7 @@ impl Serve {
                 proxy: from.url("auth_proxy_url"),
                 proxy_pass_body: from.boolean("auth_proxy_pass_body"),
             },
-            queue: Queue::common(from, Backend::None),
+            queue: Queue::common(from, Backend::None, ""),
             local_only: false,
             shutdown: Shutdown {
                 delay: from.duration("shutdown_delay"),
@@ -221,8 +227,8 @@ impl Serve {
 }
 
 impl Queue {
-    /// `auto`: the kind where none is named.
-    fn common(from: &mut Reader<'_>, auto: Backend) -> Self {
+    /// `auto`: the kind where none is named; `callbacks`: where they may go in that case.
+    fn common(from: &mut Reader<'_>, auto: Backend, callbacks: &str) -> Self {
         let backend = from.parsed("queue", "auto, embedded or none", |text| match text {
             "auto" => Some(auto),
             "embedded" => Some(Backend::Embedded),
@@ -245,6 +251,13 @@ impl Queue {
             max_pending: from.count("max_pending", 1..=1_000_000_000),
             result_ttl: from.duration("result_ttl"),
             max_result_body: from.count("max_result_body", 0..=(1 << 30)),
+            callback_allow: from
+                .parsed("callback_allow", allow::EXPECTED, |text| match text {
+                    "auto" => Allow::parse(callbacks),
+                    text => Allow::parse(text),
+                })
+                .unwrap_or_default(),
+            secrets: PathBuf::from(from.text("secret_mount_path")),
         }
     }
 }
@@ -284,7 +297,7 @@ impl Up {
         let loopback = IpAddr::V4(Ipv4Addr::LOCALHOST);
         let provider = Provider::common(&mut from, loopback);
         let mut serve = Serve::common(&mut from, loopback, nowhere());
-        serve.queue = Queue::common(&mut from, Backend::Embedded);
+        serve.queue = Queue::common(&mut from, Backend::Embedded, "loopback");
         serve.local_only = serve.auth.secrets.is_none() && serve.auth.proxy.is_none();
         from.finish(Self { serve, provider, stack })
     }

@@ -114,11 +114,7 @@ impl Queue {
     ///
     /// # Errors
     /// `Gone` when the call is no longer this delivery's; after any other it can be tried again.
-    pub async fn settle(
-        &self,
-        delivery: &Delivery,
-        settlement: &Settlement,
-    ) -> Result<(), Error> {
+    pub async fn settle(&self, delivery: &Delivery, settlement: &Settlement) -> Result<(), Error> {
         match (self, &delivery.handle) {
             (Self::Embedded(queue), Handle::Embedded(lease)) => {
                 queue.settle(lease, settlement).await

@@ -21,6 +21,7 @@ use crate::queue::{self, Changed, Queue};
 use crate::serve::caller::Caller;
 use crate::system::{Api, read};
 
+pub mod operate;
 pub mod view;
 
 const X_CALLBACK_URL: HeaderName = HeaderName::from_static("x-callback-url");

@@ -8,7 +8,7 @@ use axum::Router;
 use axum::extract::State;
 use axum::middleware::from_fn_with_state;
 use axum::response::{IntoResponse, Response};
-use axum::routing::{get, post};
+use axum::routing::{delete, get, post};
 use http::header::{CONNECTION, HOST, UPGRADE};
 use http::{HeaderMap, HeaderValue, Request, StatusCode, Version};
 use hyper::body::{Body, Incoming};
@@ -20,6 +20,7 @@ use crate::error::Error;
 use crate::invoke::{self, Invoker};
 use crate::metrics::Metrics;
 use crate::proxy::body::CallerBody;
+use crate::queued::operate;
 use crate::serve::caller::Caller;
 use crate::shutdown::Stages;
 use crate::system::{self, Api};
@@ -50,6 +51,11 @@ pub fn api(api: Arc<Api>) -> Router {
         .route("/system/telemetry", get(system::pass))
         .route("/system/logs", get(logs::logs))
         .route("/system/alert", post(alerts::alert))
+        .route("/system/queues", get(operate::queues))
+        .route("/system/queues/purge", post(operate::purge))
+        .route("/system/calls", get(operate::calls))
+        .route("/system/calls/{id}", delete(operate::cancel))
+        .route("/system/calls/{id}/retry", post(operate::retry))
         .route_layer(from_fn_with_state(Arc::clone(&api), auth::guard))
         .route_layer(from_fn_with_state(api.names, same_origin::guard))
         .route_layer(from_fn_with_state(Arc::clone(&api.metrics), metrics::count_request));

@@ -12,6 +12,7 @@ use hyper::service::service_fn;
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
+use crate::app::worker;
 use crate::auth::Credentials;
 use crate::config::{self, Backend, Serve};
 use crate::health::Health;
@@ -31,6 +32,9 @@ use crate::serve::listener::bind;
 use crate::serve::{Server, raise_file_limit};
 use crate::shutdown::{Stages, Tasks};
 use crate::system::{Api, AuthProxy};
+use crate::worker::Worker;
+use crate::worker::attempt::Caller;
+use crate::worker::policies::Policies;
 
 /// Files that are neither a caller's nor an upstream's connection.
 const OTHER_FILES: usize = 128;
@@ -82,6 +86,13 @@ impl Gateway {
         parts.start_background(metrics_listener, tasks);
         let server = parts.server();
         let (alive, ended) = mpsc::channel(1);
+        let worker = parts.worker(threads)?.map(|worker| {
+            let (stages, alive) = (stages.clone(), alive.clone());
+            std::thread::Builder::new().name("worker".to_owned()).spawn(move || {
+                worker::run(worker, &stages);
+                drop(alive);
+            })
+        });
         let threads = listeners
             .into_iter()
             .enumerate()
@@ -92,6 +103,7 @@ impl Gateway {
                     drop(alive);
                 })
             })
+            .chain(worker)
             .collect::<Result<_, _>>()
             .context("cannot start a thread")?;
         Ok(Self { address, metrics_address, threads, ended })
@@ -153,7 +165,8 @@ impl Parts {
         Ok(Self {
             provider: Origin::new(config.provider.clone()),
             credentials,
-            metrics: Metrics::new(threads, &namespace)?,
+            // One shard more, for the worker.
+            metrics: Metrics::new(threads + 1, &namespace)?,
             health: Health::new(stages.clone(), Arc::clone(&limit)),
             intake: intake(&config.queue)?,
             counts: Counts::new(config.prometheus.clone().map(Origin::new)),
@@ -196,6 +209,9 @@ impl Parts {
         if let Some(credentials) = self.credentials.clone() {
             tasks.spawn(|stopping| credentials.follow(stopping));
         }
+        if let Some(intake) = self.intake.clone() {
+            tasks.spawn(|stopping| until(stopping, worker::keep_expired(intake)));
+        }
         let router = routes::internal(Arc::clone(&self.metrics));
         let idle = self.config.timeouts.idle;
         // The metrics port stays open while calls are drained.
@@ -217,6 +233,32 @@ impl Parts {
             credentials: self.credentials.clone(),
             timeout: self.config.timeouts.upstream,
         }
+    }
+
+    /// What makes queued calls, if that is to be done here. `number`: its shard of the metrics.
+    fn worker(&self, number: usize) -> anyhow::Result<Option<Worker>> {
+        let config = &self.config.queue;
+        let Some(intake) = self.intake.as_ref().filter(|_| config.with_worker) else {
+            if self.intake.is_some() {
+                tracing::warn!("Calls are queued, but with_worker is false: nobody makes them");
+            }
+            return Ok(None);
+        };
+        let client = Client::new(self.config.limits.idle, self.tls.clone());
+        let caller = Caller {
+            client: Arc::clone(&client),
+            origin: self.provider.clone(),
+            calls: self.metrics.shard(number),
+            timeout: self.config.timeouts.upstream,
+        };
+        Ok(Some(Worker {
+            queue: intake.queue.clone(),
+            places: config.max_inflight,
+            caller,
+            policies: Policies::new(self.provider(&client)),
+            callbacks: worker::callbacks(config, self.tls.clone())?,
+            max_result_body: config.max_result_body,
+        }))
     }
 
     fn door(&self, thread: usize, client: &Arc<Client>) -> Door {

@@ -113,6 +113,8 @@ settings! {
         "How long state and answer of a finished queued call can be asked for, and an Idempotency-Key stands for its call."
     max_result_body BYTES "1048576" SU
         "So much of the answer to a queued call is kept; what is longer is marked truncated."
+    callback_allow LIST "auto" SU
+        "Where callbacks may go beside public and private addresses: networks, addresses, names, loopback or *, separated by commas; auto: loopback for up, nothing for serve. They are signed if secret_mount_path has a file callback-secret."
     state_dir DIRECTORY ".gateway" ALL
         "Where functions, secrets, namespaces and the embedded queue are kept."
     log_level FILTER "info" ALL

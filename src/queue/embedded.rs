@@ -162,9 +162,8 @@ impl Embedded {
 
     /// The call that was picked; `None` if it is gone.
     fn deliver(&self, picked: Picked) -> Result<Option<Delivery>, Error> {
-        let read = self.shared.view(|view| {
-            Ok((view.call(picked.number)?, view.progress(picked.number)?))
-        });
+        let read =
+            self.shared.view(|view| Ok((view.call(picked.number)?, view.progress(picked.number)?)));
         let read = read.inspect_err(|_| self.shared.waiting().schedule.give_back(picked))?;
         let (Some(call), progress) = read else {
             tracing::error!(number = picked.number, "A queued call is not in the file");
@@ -184,11 +183,7 @@ impl Embedded {
         Ok(Some(Delivery { call, attempts, handle: Handle::Embedded(lease) }))
     }
 
-    pub(super) async fn settle(
-        &self,
-        lease: &Lease,
-        settlement: &Settlement,
-    ) -> Result<(), Error> {
+    pub(super) async fn settle(&self, lease: &Lease, settlement: &Settlement) -> Result<(), Error> {
         if matches!(settlement, Settlement::GivenBack) {
             return Ok(());
         }

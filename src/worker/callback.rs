@@ -3,7 +3,6 @@
 //! The URL is a stranger's, so each attempt resolves its host anew and connects to no address that `allow` refuses;
 //! connections are not kept, redirects not followed, and nothing of the receiver's answer but its head is read.
 
-pub mod allow;
 pub mod signature;
 pub mod target;
 
@@ -17,12 +16,12 @@ use uuid::Uuid;
 
 use crate::call_id::{PRODUCT, X_CALL_ID};
 use crate::config::Idle;
+use crate::config::allow::Allow;
 use crate::proxy::body::RequestBody;
 use crate::proxy::client::{self, Client, Tls};
 use crate::proxy::headers;
 use crate::proxy::upstream_body::UpstreamBody;
 use crate::watch::Watch;
-use crate::worker::callback::allow::Allow;
 use crate::worker::callback::signature::Secret;
 use crate::worker::callback::target::{Invalid, Target};
 use crate::worker::retry;

@@ -35,8 +35,8 @@ impl Policies {
         let policy = match self.provider.status(function).await {
             Ok(status) => {
                 let annotations = status.annotations.unwrap_or_default();
-                let (policy, warnings) = Policy::default()
-                    .annotated(|name| annotations.get(name).map(String::as_str));
+                let (policy, warnings) =
+                    Policy::default().annotated(|name| annotations.get(name).map(String::as_str));
                 for warning in warnings {
                     tracing::warn!(%function, warning, "An annotation is ignored");
                 }

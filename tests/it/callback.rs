@@ -4,8 +4,8 @@ use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
 use std::time::Duration;
 
 use bytes::Bytes;
+use gateway::config::allow::Allow;
 use gateway::proxy::client::Tls;
-use gateway::worker::callback::allow::Allow;
 use gateway::worker::callback::signature::Secret;
 use gateway::worker::callback::target::Invalid;
 use gateway::worker::callback::{Callbacks, Error, Pace, Report};

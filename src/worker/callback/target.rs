@@ -8,9 +8,9 @@ use base64::engine::general_purpose::STANDARD;
 use http::uri::{Authority, Scheme};
 use http::{HeaderValue, Uri};
 
+use crate::config::allow::Allow;
 use crate::config::base_url::BaseUrl;
 use crate::proxy::client::Origin;
-use crate::worker::callback::allow::Allow;
 
 /// Why a URL is none to call back.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
