@@ -3,6 +3,7 @@
 //! What waits is in the file; in memory are only the numbers of the calls, and what is being made. A process that dies
 //! leaves every call that was not settled: it is made again after the restart.
 
+mod ids;
 mod schedule;
 mod store;
 mod writer;
@@ -17,6 +18,7 @@ use tokio::sync::{Notify, mpsc, oneshot};
 
 use crate::function::Function;
 use crate::queue::call::{Call, Millis};
+use crate::queue::embedded::ids::Ids;
 use crate::queue::embedded::schedule::{Number, Picked, Schedule};
 use crate::queue::embedded::store::{Change, Store, View};
 use crate::queue::embedded::writer::{Incoming, Op, Reply};
@@ -58,6 +60,7 @@ struct Shared {
     /// Somebody may find a call now.
     ready: Notify,
     next: AtomicU64,
+    ids: Ids,
     limits: Limits,
 }
 
@@ -88,6 +91,7 @@ impl Embedded {
         let name = path.display().to_string();
         std::fs::create_dir_all(directory).with_context(|| format!("cannot make {name}"))?;
         let store = Store::open(&path).with_context(|| format!("cannot open the queue {name}"))?;
+        let ids = store.ids();
         let mut waiting = Waiting { now: now(), ..Waiting::default() };
         let next = store.read_all(|found| match found.dead {
             true => *waiting.dead.entry(found.label).or_default() += 1,
@@ -104,6 +108,7 @@ impl Embedded {
             waiting: Mutex::new(waiting),
             ready: Notify::new(),
             next: AtomicU64::new(next),
+            ids,
             limits,
         });
         let (ops, received) = mpsc::channel(WAITING_CHANGES);
@@ -117,7 +122,7 @@ impl Embedded {
 
     /// An id for a call that is about to be published. Calls with one of these are found without a table of ids.
     pub(super) fn fresh_id(&self) -> String {
-        store::id_of(self.shared.next_number())
+        self.shared.ids.make(self.shared.next_number())
     }
 
     pub(super) async fn publish(&self, call: Call) -> Result<Published, Error> {
@@ -125,7 +130,9 @@ impl Embedded {
             label: call.function.to_string(),
             due: call.options.not_before.unwrap_or(0),
             encoded: call.encode(),
-            number: (!call.options.chosen_id).then(|| store::number_in(&call.id)).flatten(),
+            number: (!call.options.chosen_id)
+                .then(|| self.shared.ids.number_in(&call.id))
+                .flatten(),
             key: call.options.idempotency_key,
             id: call.id,
         };
@@ -402,10 +409,11 @@ impl Waiting {
     }
 
     /// Takes a waiting call out; `false` if it runs.
-    fn withdraw(&mut self, number: Number) -> bool {
+    fn withdraw(&mut self, number: Number, status: &Status) -> bool {
         let waits = !self.running.contains_key(&number);
         if waits {
-            self.schedule.drop_waiting(number);
+            let line = self.schedule.line(&status.function);
+            self.schedule.drop_waiting(line, number, status.next_attempt_at.unwrap_or(0));
         }
         waits
     }

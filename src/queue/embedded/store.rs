@@ -5,9 +5,9 @@ use std::path::Path;
 use bytes::{BufMut, Bytes};
 use redb::{Database, ReadableDatabase, ReadableTable, Table, TableDefinition, WriteTransaction};
 use serde::{Deserialize, Serialize};
-use uuid::Uuid;
 
 use crate::queue::call::{Call, Millis};
+use crate::queue::embedded::ids::Ids;
 use crate::queue::embedded::schedule::Number;
 use crate::queue::status::{Answer, Status};
 
@@ -25,6 +25,11 @@ const KEYS: TableDefinition<'_, &str, &str> = TableDefinition::new("keys");
 /// When what is kept for a while goes, and what it is.
 const EXPIRY: TableDefinition<'_, (Millis, &str), ()> = TableDefinition::new("expiry");
 
+/// What the file needs to know of itself.
+const ABOUT: TableDefinition<'_, &str, &[u8]> = TableDefinition::new("about");
+/// In `ABOUT`: what hides the numbers in ids.
+const SECRET: &str = "secret";
+
 /// Memory for pages of the file.
 const CACHE: usize = 24 << 20;
 /// An entry of `EXPIRY` for an idempotency key starts so, one for a finished call is its number.
@@ -35,6 +40,7 @@ pub(super) type Result<T, E = redb::Error> = std::result::Result<T, E>;
 /// The open file.
 pub(super) struct Store {
     database: Database,
+    ids: Ids,
 }
 
 /// A call that is in the file when it is opened.
@@ -52,9 +58,23 @@ impl Store {
         builder.set_cache_size(CACHE);
         let database = builder.create(path)?;
         let change = database.begin_write()?;
-        drop(Change::new(&change)?);
+        let mut ids = Ids::fresh();
+        {
+            let mut about = change.open_table(ABOUT)?;
+            let known = about.get(SECRET)?.and_then(|secret| Ids::from_secret(secret.value()));
+            match known {
+                Some(known) => ids = known,
+                None => drop(about.insert(SECRET, &ids.secret()[..])?),
+            }
+        }
+        drop(Change::new(&change, ids)?);
         change.commit()?;
-        Ok(Self { database })
+        Ok(Self { database, ids })
+    }
+
+    /// The ids that this file gives its calls.
+    pub(super) fn ids(&self) -> Ids {
+        self.ids
     }
 
     /// All calls that are not over, and the next number.
@@ -89,13 +109,13 @@ impl Store {
 
     /// A view of the file as it is now.
     pub(super) fn view(&self) -> Result<View> {
-        Ok(View { read: self.database.begin_read()? })
+        Ok(View { read: self.database.begin_read()?, ids: self.ids })
     }
 
     /// Carries out `change`, and returns when it is on the disk.
     pub(super) fn change<T>(&self, change: impl FnOnce(&mut Change<'_>) -> Result<T>) -> Result<T> {
         let transaction = self.database.begin_write()?;
-        let changed = change(&mut Change::new(&transaction)?)?;
+        let changed = change(&mut Change::new(&transaction, self.ids)?)?;
         transaction.commit()?;
         Ok(changed)
     }
@@ -104,11 +124,12 @@ impl Store {
 /// What is in the file at one moment.
 pub(super) struct View {
     read: redb::ReadTransaction,
+    ids: Ids,
 }
 
 impl View {
     pub(super) fn number(&self, id: &str) -> Result<Option<Number>> {
-        if let Some(number) = number_in(id)
+        if let Some(number) = self.ids.number_in(id)
             && self.id(number)?.as_deref() == Some(id)
         {
             return Ok(Some(number));
@@ -158,6 +179,7 @@ impl View {
 
 /// One change of the file. It happens as a whole or not at all.
 pub(super) struct Change<'t> {
+    ids: Ids,
     calls: Table<'t, Number, &'static [u8]>,
     numbers: Table<'t, &'static str, Number>,
     progress: Table<'t, Number, &'static [u8]>,
@@ -167,8 +189,9 @@ pub(super) struct Change<'t> {
 }
 
 impl<'t> Change<'t> {
-    fn new(transaction: &'t WriteTransaction) -> Result<Self> {
+    fn new(transaction: &'t WriteTransaction, ids: Ids) -> Result<Self> {
         Ok(Self {
+            ids,
             calls: transaction.open_table(CALLS)?,
             numbers: transaction.open_table(NUMBERS)?,
             progress: transaction.open_table(PROGRESS)?,
@@ -272,7 +295,7 @@ impl<'t> Change<'t> {
 
     /// The call with `id`, and what the file says of it.
     pub(super) fn find(&self, id: &str) -> Result<Option<(Number, Status)>> {
-        if let Some(number) = number_in(id)
+        if let Some(number) = self.ids.number_in(id)
             && let Some(status) = self.status(number)?
             && status.id == id
         {
@@ -323,21 +346,6 @@ impl<'t> Change<'t> {
         }
         Ok(due.len() == most)
     }
-}
-
-/// An id with a call's number in it: a UUID of version 4, of which 74 bits are as random as in any other.
-pub(super) fn id_of(number: Number) -> String {
-    let mut bytes = Uuid::new_v4().into_bytes();
-    bytes[..6].copy_from_slice(&number.to_be_bytes()[2..]);
-    Uuid::from_bytes(bytes).to_string()
-}
-
-/// The number that such an id would have in it.
-pub(super) fn number_in(id: &str) -> Option<Number> {
-    let id = Uuid::try_parse(id).ok().filter(|id| id.get_version_num() == 4)?;
-    let mut number = [0; 8];
-    number[2..].copy_from_slice(&id.as_bytes()[..6]);
-    Some(Number::from_be_bytes(number))
 }
 
 /// The head of a stored answer.
@@ -396,19 +404,4 @@ fn json(status: &Status) -> Vec<u8> {
 
 fn parse(json: &[u8]) -> Option<Status> {
     serde_json::from_slice(json).ok()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_number_is_found_in_its_id_and_the_id_is_a_uuid() {
-        for number in [0, 1, 0x1234_5678_9abc] {
-            let id = id_of(number);
-            assert_eq!((number_in(&id), id.len()), (Some(number), 36));
-            assert_ne!(id, id_of(number));
-        }
-        assert_eq!(number_in("mine"), None);
-    }
 }

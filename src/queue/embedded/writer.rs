@@ -171,7 +171,7 @@ impl Batch<'_, '_> {
             return Ok(Applied::Changed(Changed::No(status.state)));
         }
         // From here on nobody takes it.
-        if !status.dead && !self.shared.waiting().withdraw(number) {
+        if !status.dead && !self.shared.waiting().withdraw(number, &status) {
             return Ok(Applied::Changed(Changed::No(State::Running)));
         }
         let was_dead = std::mem::take(&mut status.dead);
@@ -199,7 +199,7 @@ impl Batch<'_, '_> {
         for id in ids {
             let Some((number, status)) = self.change.find(id)? else { continue };
             let waits = !status.dead && !status.state.is_final();
-            if waits && !self.shared.waiting().withdraw(number) {
+            if waits && !self.shared.waiting().withdraw(number, &status) {
                 continue;
             }
             self.change.remove(number, id)?;
