@@ -1,7 +1,7 @@
 //! `/async-function/…`: calls that are made later, what became of them, and their answers.
 
 use std::sync::Arc;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use axum::Json;
 use axum::body::Body;
@@ -14,10 +14,11 @@ use tokio::sync::{Semaphore, SemaphorePermit};
 use crate::call_id::{Stamps, X_CALL_ID};
 use crate::error::Error;
 use crate::function::Function;
+use crate::metrics::queue::{Line, QueueMetrics};
 use crate::proxy::headers::to_upstream;
 use crate::queue::call::{Call, Millis, Options};
 use crate::queue::status::Status;
-use crate::queue::{self, Changed, Queue};
+use crate::queue::{self, Changed, Counts, Queue};
 use crate::serve::caller::Caller;
 use crate::system::{Api, read};
 
@@ -41,12 +42,29 @@ const BODIES: usize = 256 << 10;
 pub struct Intake {
     pub queue: Queue,
     pub max_body: usize,
+    pub metrics: QueueMetrics,
     room: Semaphore,
 }
 
 impl Intake {
-    pub fn new(queue: Queue, max_body: usize) -> Arc<Self> {
-        Arc::new(Self { queue, max_body, room: Semaphore::new(BODIES) })
+    pub fn new(queue: Queue, max_body: usize, metrics: QueueMetrics) -> Arc<Self> {
+        Arc::new(Self { queue, max_body, metrics, room: Semaphore::new(BODIES) })
+    }
+
+    /// Counts what the queue holds.
+    pub async fn count(&self) -> Result<(), queue::Error> {
+        let now = now();
+        let counts = self.queue.counts().await?;
+        let line = |(function, counts): (Function, Counts)| Line {
+            label: function.to_string(),
+            pending: counts.pending,
+            running: counts.running,
+            delayed: counts.delayed,
+            dead: counts.dead,
+            oldest: Duration::from_millis(counts.oldest.map_or(0, |at| now.saturating_sub(at))),
+        };
+        self.metrics.holds(counts.into_iter().map(line).collect());
+        Ok(())
     }
 
     /// Room for a body of `length` bytes, if it is known.

@@ -13,7 +13,8 @@ use tokio_util::task::TaskTracker;
 
 use crate::queue::call::{Call, Millis};
 use crate::queue::status::{Answer, Settlement, State};
-use crate::queue::{Delivery, Error, Queue};
+use crate::queue::{Delivery, Error};
+use crate::queued::Intake;
 use crate::shutdown::Stages;
 use crate::worker::attempt::{Attempt, Caller};
 use crate::worker::callback::{Callbacks, Report, random};
@@ -25,7 +26,7 @@ const PAUSE: Duration = Duration::from_secs(1);
 
 /// What makes queued calls.
 pub struct Worker {
-    pub queue: Queue,
+    pub intake: Arc<Intake>,
     /// Calls made at a time.
     pub places: usize,
     pub caller: Caller,
@@ -69,7 +70,7 @@ impl Worker {
             let Ok(place) = Arc::clone(places).acquire_owned().await else {
                 std::future::pending().await
             };
-            match self.queue.take(self.places).await {
+            match self.intake.queue.take(self.places).await {
                 Ok(delivery) => return (place, delivery),
                 Err(error) => {
                     tracing::warn!(%error, "No queued calls can be taken");
@@ -91,12 +92,18 @@ impl Worker {
         };
         tracing::debug!(call_id = id, %function, attempt = delivery.attempts + 1, ?settlement, "Queued call made");
         // One that cannot be settled must not be made again at once: the queue would be asked until it can.
-        while let Err(error) = self.queue.settle(&delivery, &settlement).await {
+        while let Err(error) = self.intake.queue.settle(&delivery, &settlement).await {
             tracing::warn!(call_id = id, %function, %error, "A queued call cannot be settled");
             if error == Error::Gone {
                 return;
             }
             tokio::time::sleep(PAUSE).await;
+        }
+        match settlement {
+            Settlement::Retry { .. } => self.intake.metrics.retried(),
+            Settlement::Dead { .. } => self.intake.metrics.buried(),
+            Settlement::Finished { .. } => self.intake.metrics.processed(),
+            Settlement::GivenBack => {}
         }
     }
 

@@ -162,13 +162,15 @@ impl Parts {
         };
         let namespace: Arc<str> = config.namespace.as_str().into();
         let limit = CallLimit::new(config.limits.calls, threads);
+        // One shard more, for the worker.
+        let metrics = Metrics::new(threads + 1, &namespace)?;
+        let intake = intake(&config.queue, &metrics)?;
         Ok(Self {
             provider: Origin::new(config.provider.clone()),
             credentials,
-            // One shard more, for the worker.
-            metrics: Metrics::new(threads + 1, &namespace)?,
+            metrics,
             health: Health::new(stages.clone(), Arc::clone(&limit)),
-            intake: intake(&config.queue)?,
+            intake,
             counts: Counts::new(config.prometheus.clone().map(Origin::new)),
             limit,
             namespace,
@@ -210,7 +212,7 @@ impl Parts {
             tasks.spawn(|stopping| credentials.follow(stopping));
         }
         if let Some(intake) = self.intake.clone() {
-            tasks.spawn(|stopping| until(stopping, worker::keep_expired(intake)));
+            tasks.spawn(|stopping| until(stopping, worker::keep_tidy(intake)));
         }
         let router = routes::internal(Arc::clone(&self.metrics));
         let idle = self.config.timeouts.idle;
@@ -252,7 +254,7 @@ impl Parts {
             timeout: self.config.timeouts.upstream,
         };
         Ok(Some(Worker {
-            queue: intake.queue.clone(),
+            intake: Arc::clone(intake),
             places: config.max_inflight,
             caller,
             policies: Policies::new(self.provider(&client)),
@@ -299,17 +301,21 @@ impl Parts {
 }
 
 /// Opens the queue, if there is to be one.
-fn intake(config: &config::Queue) -> anyhow::Result<Option<Arc<Intake>>> {
+fn intake(config: &config::Queue, metrics: &Metrics) -> anyhow::Result<Option<Arc<Intake>>> {
     let ttl = u64::try_from(config.result_ttl.as_millis()).unwrap_or(u64::MAX / 2);
     let limits = Limits { pending: config.max_pending, result_ttl: ttl, key_ttl: ttl };
     match config.backend {
         Backend::None => Ok(None),
         Backend::Embedded => {
             let queue = Embedded::open(&config.state_dir, limits)?;
-            Ok(Some(Intake::new(Queue::Embedded(queue), config.max_body)))
+            let metrics = metrics.queue(QUEUE_NAME)?;
+            Ok(Some(Intake::new(Queue::Embedded(queue), config.max_body, metrics)))
         }
     }
 }
+
+/// What metrics call the queue: as NATS does, where there is one.
+const QUEUE_NAME: &str = "faas-request";
 
 /// Connections to the metrics port.
 const MAX_SCRAPERS: usize = 256;

@@ -52,12 +52,15 @@ pub(super) fn callbacks(config: &config::Queue, tls: Tls) -> anyhow::Result<Call
     Ok(Callbacks::new(config.callback_allow.clone(), secret, Pace::default(), tls))
 }
 
-/// Has the queue forget what has been kept for long enough, again and again. Does not end.
-pub(super) async fn keep_expired(intake: Arc<Intake>) {
+/// Has the queue forget what has been kept for long enough, and counts what is there, again and again. Does not end.
+pub(super) async fn keep_tidy(intake: Arc<Intake>) {
     loop {
         tokio::time::sleep(FORGET_EVERY).await;
         match &intake.queue {
             Queue::Embedded(queue) => queue.expire().await,
+        }
+        if let Err(error) = intake.count().await {
+            tracing::debug!(%error, "What the queue holds cannot be counted");
         }
     }
 }
