@@ -130,10 +130,14 @@ async fn take_in(
         parts.headers.remove(name);
     }
     let headers = parts.headers;
-    let published =
-        intake.queue.publish(Call { id, function, target, headers, body, options }).await;
+    let call = Call { id, function, target, headers, body, options };
+    let began = Instant::now();
+    let published = intake.queue.publish(call).await?;
     drop(room);
-    Ok(published?)
+    if !published.repeated {
+        intake.metrics.submitted(began.elapsed());
+    }
+    Ok(published)
 }
 
 /// `GET /async-function/CALL-ID`
