@@ -114,7 +114,12 @@ async fn take_in(
     let intake = intake(api)?;
     let (mut parts, body) = request.into_parts();
     let (function, target) = destination(&parts.uri, &api.default_namespace)?;
-    let options = options(&parts.headers, chosen_id, now())?;
+    let mut options = options(&parts.headers, chosen_id, now())?;
+    if let Some(key) = &mut options.idempotency_key {
+        // One function's keys are none of another's. And a key can be guessed, as a chosen id can.
+        *key = format!("{function} {key}");
+        options.chosen_id = true;
+    }
     let id = name(&parts.headers, &X_CALL_ID)?.unwrap_or_default();
     let length = parts.headers.get(CONTENT_LENGTH);
     let length = length.and_then(|length| length.to_str().ok()?.parse::<usize>().ok());

@@ -68,16 +68,26 @@ struct Shared {
 #[derive(Default)]
 struct Waiting {
     schedule: Schedule,
-    running: HashMap<Number, Status>,
+    running: HashMap<Number, Run>,
+    /// How many times a call has been handed out.
+    runs: u64,
     dead: HashMap<String, u64>,
     more_to_expire: bool,
     now: Millis,
+}
+
+/// A call that is being made.
+struct Run {
+    /// Which time of all this is: the same call may be handed out again.
+    run: u64,
+    status: Status,
 }
 
 /// A call that was taken. It is given back when this is dropped unsettled.
 pub(super) struct Lease {
     shared: Arc<Shared>,
     picked: Picked,
+    run: u64,
 }
 
 impl Embedded {
@@ -185,8 +195,8 @@ impl Embedded {
             started_at: Some(now()),
             ..Status::queued(&call)
         };
-        self.shared.waiting().running.insert(picked.number, status);
-        let lease = Lease { shared: Arc::clone(&self.shared), picked };
+        let run = self.shared.waiting().begin(picked.number, status);
+        let lease = Lease { shared: Arc::clone(&self.shared), picked, run };
         Ok(Some(Delivery { call, attempts, handle: Handle::Embedded(lease) }))
     }
 
@@ -195,8 +205,8 @@ impl Embedded {
             return Ok(());
         }
         let picked = lease.picked;
-        let running = self.shared.waiting().running.get(&picked.number).cloned();
-        let status = running.ok_or(Error::Gone)?.settled(settlement, now());
+        let status = self.shared.waiting().status(lease).ok_or(Error::Gone)?;
+        let status = status.settled(settlement, now());
         let settled = Box::new((status, settlement.clone()));
         self.ask(|reply| Op::Settle(picked, settled, reply)).await
     }
@@ -329,7 +339,7 @@ impl Shared {
 
     fn status_of(&self, view: &View, number: Number) -> store::Result<Option<Status>> {
         if let Some(running) = self.waiting().running.get(&number) {
-            return Ok(Some(running.clone()));
+            return Ok(Some(running.status.clone()));
         }
         if let Some(noted) = view.progress(number)? {
             return Ok(Some(noted));
@@ -408,6 +418,19 @@ impl Waiting {
         self.schedule.add(line, number, due, now);
     }
 
+    /// A call is handed out; which time of all that is.
+    fn begin(&mut self, number: Number, status: Status) -> u64 {
+        self.runs += 1;
+        self.running.insert(number, Run { run: self.runs, status });
+        self.runs
+    }
+
+    /// The status of the call that `lease` is for, while it is.
+    fn status(&self, lease: &Lease) -> Option<Status> {
+        let running = self.running.get(&lease.picked.number)?;
+        (running.run == lease.run).then(|| running.status.clone())
+    }
+
     /// Takes a waiting call out; `false` if it runs.
     fn withdraw(&mut self, number: Number, status: &Status) -> bool {
         let waits = !self.running.contains_key(&number);
@@ -418,9 +441,15 @@ impl Waiting {
         waits
     }
 
+    /// A call that was taken out waits again.
+    fn restore(&mut self, number: Number, status: &Status) {
+        let line = self.schedule.line(&status.function);
+        self.schedule.restore(line, number, status.next_attempt_at.unwrap_or(0));
+    }
+
     /// The state of a call of which the file says `status`.
     fn state(&self, number: Number, status: &Status) -> State {
-        self.running.get(&number).map_or(status.state, |running| running.state)
+        self.running.get(&number).map_or(status.state, |running| running.status.state)
     }
 
     fn settled(&mut self, picked: Picked, status: &Status, settlement: &Settlement) {
@@ -447,7 +476,8 @@ impl Drop for Lease {
     /// What still runs was not settled: it is given back.
     fn drop(&mut self) {
         let mut waiting = self.shared.waiting();
-        if waiting.running.remove(&self.picked.number).is_some() {
+        if waiting.status(self).is_some() {
+            waiting.running.remove(&self.picked.number);
             waiting.schedule.give_back(self.picked);
             drop(waiting);
             self.shared.ready.notify_one();

@@ -104,6 +104,21 @@ impl Schedule {
         }
     }
 
+    /// A call that was dropped is to be made after all.
+    pub(super) fn restore(&mut self, line: usize, number: Number, due: Millis) {
+        if !self.dropped.remove(&number) {
+            // Its turn has come meanwhile, and it was skipped.
+            return self.add(line, number, due, self.clock);
+        }
+        self.waiting += 1;
+        let line = &mut self.functions[line];
+        if due > self.clock {
+            line.delayed += 1;
+        } else {
+            line.dropped -= 1;
+        }
+    }
+
     /// The next call to make, if any can be made at `now` by one who makes at most `places` at a time.
     ///
     /// The functions take turns. One may have three quarters of the places that the others leave free: however many of
@@ -261,7 +276,11 @@ mod tests {
         let (_, ready, delayed, running, oldest) = schedule.counts().next().unwrap();
         assert_eq!((ready, delayed, running, oldest), (1, 0, 1, Some(3)));
         schedule.give_back(first);
+        schedule.restore(line, 2, 0);
+        schedule.drop_waiting(line, 2, 0);
         assert_eq!(picks(&mut schedule, 0), [1, 3]);
+        schedule.restore(line, 2, 0);
+        assert_eq!((schedule.waiting(), picks(&mut schedule, 0)), (1, vec![2]));
         assert_eq!(picks(&mut schedule, 60), [] as [Number; 0]);
         assert_eq!(schedule.waiting(), 0);
     }

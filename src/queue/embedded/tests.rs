@@ -201,3 +201,39 @@ async fn a_call_is_found_by_an_id_that_was_made_here() {
     settle(&queue, queue.take(PLACES).await.unwrap(), succeeded()).await;
     assert_eq!(state(&queue, &made.id).await, Some(State::Succeeded));
 }
+
+#[tokio::test]
+async fn a_call_that_is_published_and_cancelled_at_once_is_counted_right() {
+    let directory = TempDir::new().unwrap();
+    let queue = open(&directory);
+    for _ in 0..50 {
+        // Both may become durable together.
+        let (published, cancelled) = tokio::join!(queue.publish(call("a")), queue.cancel("a"));
+        published.unwrap();
+        let cancelled_now = cancelled.unwrap() == Changed::Yes;
+        if !cancelled_now {
+            assert_eq!(queue.shared.waiting().schedule.waiting(), 1);
+            assert_eq!(queue.cancel("a").await.unwrap(), Changed::Yes);
+        }
+        assert_eq!(queue.shared.waiting().schedule.waiting(), 0);
+        let filter = Filter { state: Some(State::Cancelled), ..Filter::default() };
+        assert_eq!(queue.purge(&filter).await.unwrap(), 1);
+    }
+}
+
+#[tokio::test]
+async fn an_old_lease_does_not_give_back_a_call_that_is_made_again() {
+    let directory = TempDir::new().unwrap();
+    let queue = open(&directory);
+    queue.publish(call("a")).await.unwrap();
+    let first = queue.take(PLACES).await.unwrap();
+    let Handle::Embedded(lease) = &first.handle;
+    let retry = Settlement::Retry { at: now(), status: Some(503), reason: None };
+    queue.settle(lease, &retry).await.unwrap();
+    let second = queue.take(PLACES).await.unwrap();
+    assert_eq!(queue.settle(lease, &retry).await, Err(Error::Gone));
+    drop(first);
+    assert_eq!(state(&queue, "a").await, Some(State::Running));
+    settle(&queue, second, succeeded()).await;
+    assert_eq!(state(&queue, "a").await, Some(State::Succeeded));
+}

@@ -1,5 +1,6 @@
 //! The one thread that changes the file. What comes while it writes is written together next: one `fsync` for all.
 
+use std::collections::HashSet;
 use std::sync::Arc;
 
 use bytes::Bytes;
@@ -69,8 +70,10 @@ pub(super) fn run(shared: &Arc<Shared>, mut ops: mpsc::Receiver<Op>) {
 
 fn write(shared: &Arc<Shared>, ops: Vec<Op>) {
     let now = crate::queue::embedded::now();
+    let mut withdrawn = Vec::new();
     let changed = shared.change(|change| {
-        let mut batch = Batch { shared, now, added: 0, change };
+        let withdrawn = &mut withdrawn;
+        let mut batch = Batch { shared, now, added: HashSet::new(), withdrawn, change };
         ops.iter().map(|op| batch.apply(op)).collect::<StoreResult<Vec<Applied>>>()
     });
     match changed {
@@ -84,6 +87,11 @@ fn write(shared: &Arc<Shared>, ops: Vec<Op>) {
         }
         Err(error) => {
             tracing::error!(%error, calls = ops.len(), "The queue's file cannot be written");
+            let mut waiting = shared.waiting();
+            for (number, status) in withdrawn {
+                waiting.restore(number, &status);
+            }
+            drop(waiting);
             ops.into_iter().for_each(|op| op.fails(error.clone()));
         }
     }
@@ -93,8 +101,10 @@ fn write(shared: &Arc<Shared>, ops: Vec<Op>) {
 struct Batch<'a, 't> {
     shared: &'a Shared,
     now: Millis,
-    /// Calls that are added by this batch.
-    added: usize,
+    /// Calls that wait once this batch is durable, and not before.
+    added: HashSet<Number>,
+    /// Calls that are not handed out any more. They are again if this batch fails.
+    withdrawn: &'a mut Vec<(Number, Status)>,
     change: &'a mut Change<'t>,
 }
 
@@ -132,11 +142,12 @@ impl Batch<'_, '_> {
         if let Some(id) = self.change.known(&call.id, call.number.is_none(), call.key.as_deref())? {
             return Ok(Applied::Published(Ok(Published { id, repeated: true })));
         }
-        if self.shared.waiting().schedule.waiting() + self.added >= self.shared.limits.pending {
+        if self.shared.waiting().schedule.waiting() + self.added.len() >= self.shared.limits.pending
+        {
             return Ok(Applied::Published(Err(Error::Full)));
         }
-        self.added += 1;
         let number = call.number.unwrap_or_else(|| self.shared.next_number());
+        self.added.insert(number);
         self.change.add(number, &call.id, call.number.is_none(), &call.encoded)?;
         if let Some(key) = &call.key {
             self.change.remember_key(key, &call.id, self.now + self.shared.limits.key_ttl)?;
@@ -171,7 +182,7 @@ impl Batch<'_, '_> {
             return Ok(Applied::Changed(Changed::No(status.state)));
         }
         // From here on nobody takes it.
-        if !status.dead && !self.shared.waiting().withdraw(number, &status) {
+        if !status.dead && !self.withdraw(number, &status) {
             return Ok(Applied::Changed(Changed::No(State::Running)));
         }
         let was_dead = std::mem::take(&mut status.dead);
@@ -180,6 +191,15 @@ impl Batch<'_, '_> {
         let until = self.now + self.shared.limits.result_ttl;
         self.change.finish(number, &status, None, until)?;
         Ok(Applied::Cancelled { label: status.function, was_dead })
+    }
+
+    /// Sees to it that a waiting call is not handed out; `false` if it runs, or is only about to wait.
+    fn withdraw(&mut self, number: Number, status: &Status) -> bool {
+        if self.added.contains(&number) || !self.shared.waiting().withdraw(number, status) {
+            return false;
+        }
+        self.withdrawn.push((number, status.clone()));
+        true
     }
 
     fn revive(&mut self, id: &str) -> StoreResult<Applied> {
@@ -191,6 +211,7 @@ impl Batch<'_, '_> {
         }
         self.change.forget_progress(number)?;
         self.change.drop_answer(number)?;
+        self.added.insert(number);
         Ok(Applied::Revived { number, label: status.function })
     }
 
@@ -199,7 +220,7 @@ impl Batch<'_, '_> {
         for id in ids {
             let Some((number, status)) = self.change.find(id)? else { continue };
             let waits = !status.dead && !status.state.is_final();
-            if waits && !self.shared.waiting().withdraw(number, &status) {
+            if waits && !self.withdraw(number, &status) {
                 continue;
             }
             self.change.remove(number, id)?;
