@@ -62,6 +62,7 @@ pub fn api(api: Arc<Api>) -> Router {
     let page = Router::new()
         .route("/ui/", get(ui::page))
         .route("/ui/app.js", get(ui::script))
+        .route("/ui/queue.js", get(ui::queue_script))
         .route("/ui/style.css", get(ui::style))
         .route_layer(from_fn_with_state(Arc::clone(&api), auth::guard));
     let calls =

@@ -23,6 +23,10 @@ pub async fn script() -> Response {
     asset("text/javascript; charset=utf-8", include_str!("ui/app.js"))
 }
 
+pub async fn queue_script() -> Response {
+    asset("text/javascript; charset=utf-8", include_str!("ui/queue.js"))
+}
+
 pub async fn style() -> Response {
     asset("text/css; charset=utf-8", include_str!("ui/style.css"))
 }

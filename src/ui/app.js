@@ -1,6 +1,8 @@
 // The page of the gateway: it lists the functions, live, and calls the one
 // that is selected. Text from the API only ever enters the page as text.
 
+import { onQueueFilter, pollQueue } from "./queue.js";
+
 const POLL_MS = 2000;
 const RETRY_MAX_MS = 30_000;
 const TIMEOUT_MS = 10_000;
@@ -96,6 +98,7 @@ async function poll(everything) {
   const list = await askJson(`system/functions${query}`);
   // The user may have chosen another namespace while this one was answered.
   if (namespace === ui.namespace.value) showFunctions(asList(list));
+  await pollQueue(root, askJson);
 }
 
 function showTrouble({ status }, wait) {
@@ -497,6 +500,7 @@ ui.rows.addEventListener("keydown", (event) => {
 ui.filter.addEventListener("input", applyFilter);
 ui.namespace.addEventListener("change", wake);
 ui.retry.addEventListener("click", wake);
+onQueueFilter(wake);
 addEventListener("online", wake);
 document.addEventListener("visibilitychange", () => { if (!document.hidden) wake(); });
 ui.form.addEventListener("input", preview);
