@@ -206,8 +206,8 @@ impl Shared {
         let connection = self.server.connection().await?;
         if !self.server.is_prepared(connection) {
             // Several may do this at a time: all that is missing is made once.
-            streams::prepare(&self.server, &self.names, &self.options).await?;
-            self.server.prepared(connection);
+            let last = streams::prepare(&self.server, &self.names, &self.options).await?;
+            self.server.prepared(connection, last);
             *self.consumers() = Consumers { connection, known: HashMap::new() };
         }
         Ok(self)
@@ -255,7 +255,8 @@ impl Shared {
             message = message.with_parts(&parts);
             stored_parts = Some(parts);
         }
-        let headers = message.named(&key.map_or_else(|| format!("id {id}"), |k| format!("key {k}")));
+        let headers =
+            message.named(&key.map_or_else(|| format!("id {id}"), |k| format!("key {k}")));
         let subject = self.names.call(CALLS, &call.function, id);
         let stored = self.server.put(subject, headers, message.body, Some(0)).await;
         let first = match stored {

@@ -315,13 +315,19 @@ async fn a_list_is_in_order_and_goes_on_where_it_ended() {
     };
     let all = Filter::default();
     assert_eq!(ids(&all, None, 10).await, "abcdef");
-    assert_eq!((ids(&all, None, 2).await, ids(&all, Some("b"), 2).await), ("ab".into(), "cd".into()));
+    assert_eq!(
+        (ids(&all, None, 2).await, ids(&all, Some("b"), 2).await),
+        ("ab".into(), "cd".into())
+    );
     assert_eq!(ids(&all, Some("none"), 2).await, "");
     let other = Filter { function: Some(call_of("other", "").function), ..all.clone() };
     assert_eq!(ids(&other, None, 10).await, "f");
     assert_eq!(it.queue.cancel("b").await, Ok(Changed::Yes));
     let cancelled = Filter { state: Some(State::Cancelled), ..all.clone() };
-    assert_eq!((ids(&cancelled, None, 9).await, ids(&all, None, 9).await), ("b".into(), "abcdef".into()));
+    assert_eq!(
+        (ids(&cancelled, None, 9).await, ids(&all, None, 9).await),
+        ("b".into(), "abcdef".into())
+    );
     let running = it.take().await;
     assert_eq!(it.queue.purge(&all).await, Ok(5));
     assert_eq!(ids(&all, None, 9).await, running.call.id);
@@ -474,8 +480,7 @@ async fn a_body_larger_than_a_message_passes() {
     assert_eq!(it.queue.revive("a").await, Ok(Changed::Yes));
     let delivery = it.take().await;
     assert!(delivery.call.body == body);
-    let answer =
-        Answer { status: 200, headers: Vec::new(), body: body.clone(), truncated: false };
+    let answer = Answer { status: 200, headers: Vec::new(), body: body.clone(), truncated: false };
     let (status, answer) = (Some(200), Some(answer));
     let done = Settlement::Finished { state: State::Succeeded, status, reason: None, answer };
     it.settle(delivery, done).await;

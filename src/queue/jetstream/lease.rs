@@ -76,8 +76,9 @@ impl Lease {
     pub(super) async fn begin(mut self) -> Result<Option<Delivery>, Fault> {
         self.keep();
         let shared = Arc::clone(&self.shared);
-        // It was settled, but whoever did so died before its message was gone.
-        if self.arrived.again && self.is_over().await? {
+        // It was settled, but whoever did so died before its message was gone, or the server did.
+        let suspect = self.arrived.again || shared.server.was_found(self.arrived.sequence);
+        if suspect && self.is_over().await? {
             self.done().await?;
             return Ok(None);
         }
@@ -113,11 +114,12 @@ impl Lease {
 
     /// Whether the message's call has a final state.
     async fn is_over(&self) -> Result<bool, Fault> {
-        self.shared.is_over(&self.arrived.call, self.arrived.sequence).await
+        let call = &self.arrived.call;
+        self.shared.is_over(&call.function, &call.id, self.arrived.sequence).await
     }
 
     /// Says that we make the call. The server took it from whoever had it before.
-    async fn claim(&mut self) -> Result<Claimed, Fault> {
+    async fn claim(&self) -> Result<Claimed, Fault> {
         let server = &self.shared.server;
         let mut last = 0;
         for _ in 0..TRIES {
@@ -265,14 +267,20 @@ impl Lease {
 
 impl Shared {
     /// Stores `answer`, or forgets the one that was there.
-    pub(super) async fn store_answer(&self, id: &str, answer: Option<&Answer>) -> Result<(), Fault> {
+    pub(super) async fn store_answer(
+        &self,
+        id: &str,
+        answer: Option<&Answer>,
+    ) -> Result<(), Fault> {
         let Some(answer) = answer else { return Ok(()) };
         let size = self.server.client.max_payload() / 2;
         let count = answer.body.len().div_ceil(size.max(1)).max(1);
         // The first part comes last: it says that the others are there.
         for number in (0..count).rev() {
-            let piece = answer.body.len().min(number * size)..answer.body.len().min((number + 1) * size);
-            let headers = if number == 0 { answer_headers(answer, count) } else { HeaderMap::new() };
+            let piece =
+                answer.body.len().min(number * size)..answer.body.len().min((number + 1) * size);
+            let headers =
+                if number == 0 { answer_headers(answer, count) } else { HeaderMap::new() };
             let subject = self.names.part(ANSWERS, &token(id), number);
             self.server.put(subject, headers, answer.body.slice(piece), None).await?;
         }

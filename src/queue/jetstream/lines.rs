@@ -114,7 +114,11 @@ impl<A> Lines<A> {
 
     /// Takes out all calls that were not handed out.
     pub(super) fn clear(&mut self) -> Vec<A> {
-        self.lines.iter_mut().flat_map(|line| line.arrived.drain(..)).map(|(_, call)| call).collect()
+        self.lines
+            .iter_mut()
+            .flat_map(|line| line.arrived.drain(..))
+            .map(|(_, call)| call)
+            .collect()
     }
 
     /// How many calls more the line may have, at most `most`.
@@ -186,7 +190,10 @@ mod tests {
         let between = Instant::now();
         std::thread::sleep(std::time::Duration::from_millis(2));
         lines.arrived(0, 2);
-        assert_eq!(lines.withdraw(0, between + std::time::Duration::from_millis(1)), (vec![1], true));
+        assert_eq!(
+            lines.withdraw(0, between + std::time::Duration::from_millis(1)),
+            (vec![1], true)
+        );
         assert_eq!(lines.clear(), [2]);
     }
 }

@@ -216,11 +216,11 @@ mod tests {
         assert_eq!(message.call().unwrap(), call());
         assert_eq!((message.due(&call()), message.progress()), (9, None));
         let status = Status { attempts: 2, next_attempt_at: Some(20), ..Status::queued(&call()) };
-        let later = Message::stored(message.progressed(&status, 7), message.body.clone());
+        let later = Message::stored(message.progressed(&status, 7), message.body);
         assert_eq!(later.call().unwrap(), call());
         assert_eq!((later.progress(), later.was()), (Some(status), Some(7)));
         assert_eq!(later.due(&call()), 20);
-        let again = Message::stored(later.fresh(), later.body.clone());
+        let again = Message::stored(later.fresh(), later.body);
         assert_eq!((again.progress(), again.was(), again.call().unwrap()), (None, None, call()));
     }
 

@@ -79,6 +79,8 @@ pub(super) struct Server {
     connections: watch::Receiver<u64>,
     /// With which of them it was seen that all streams are there.
     prepared: AtomicU64,
+    /// The number of the last call that was there then.
+    found: AtomicU64,
 }
 
 /// What was stored, and where.
@@ -121,8 +123,15 @@ impl Server {
         });
         let client = connect.connect(options.servers.as_slice()).await;
         let client = client.context("cannot make a connection to the queue's server")?;
-        let context = jetstream::context::ContextBuilder::new().timeout(ANSWER).build(client.clone());
-        Ok(Self { client, context, connections, prepared: AtomicU64::new(NEVER) })
+        let context =
+            jetstream::context::ContextBuilder::new().timeout(ANSWER).build(client.clone());
+        Ok(Self {
+            client,
+            context,
+            connections,
+            prepared: AtomicU64::new(NEVER),
+            found: AtomicU64::new(0),
+        })
     }
 
     pub(super) fn is_connected(&self) -> bool {
@@ -146,7 +155,15 @@ impl Server {
         self.prepared.load(Relaxed) == connection
     }
 
-    pub(super) fn prepared(&self, connection: u64) {
+    /// Whether the call `sequence` was there before this connection. A server that was killed may have forgotten that
+    /// it is over.
+    pub(super) fn was_found(&self, sequence: u64) -> bool {
+        sequence <= self.found.load(Relaxed)
+    }
+
+    /// All is there, and the last call has the number `found`.
+    pub(super) fn prepared(&self, connection: u64, found: u64) {
+        self.found.store(found, Relaxed);
         if !self.client.is_server_compatible(OLDEST.0, OLDEST.1, OLDEST.2) {
             let version = self.client.server_info().version;
             tracing::warn!(version, "The queue's server is older than what this is made for");
@@ -185,7 +202,11 @@ impl Server {
     }
 
     /// The message of `stream` with that number.
-    pub(super) async fn at(&self, stream: &str, number: u64) -> Result<Option<StreamMessage>, Fault> {
+    pub(super) async fn at(
+        &self,
+        stream: &str,
+        number: u64,
+    ) -> Result<Option<StreamMessage>, Fault> {
         self.get(stream, json!({ "seq": number })).await
     }
 

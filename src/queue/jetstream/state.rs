@@ -8,12 +8,9 @@ use bytes::{Bytes, BytesMut};
 
 use crate::function::Function;
 use crate::queue::Changed;
-use crate::queue::call::Call;
 use crate::queue::jetstream::message::{Claim, End, Message, answer_head, json};
 use crate::queue::jetstream::server::Fault;
-use crate::queue::jetstream::subject::{
-    ANSWERS, CALLS, CLAIMS, DEAD, ENDS, Named, named, token,
-};
+use crate::queue::jetstream::subject::{ANSWERS, CALLS, CLAIMS, DEAD, ENDS, Named, named, token};
 use crate::queue::jetstream::{Shared, now};
 use crate::queue::status::{Answer, State, Status};
 
@@ -22,9 +19,9 @@ const LOOKS: usize = 3;
 
 /// Where a call is.
 pub(super) enum Found {
-    /// It is not over, or not quite.
+    /// It is not over.
     Waiting(Waiting),
-    Dead { status: Status, number: u64, message: Message },
+    Dead(Dead),
     Ended(Status),
 }
 
@@ -33,81 +30,106 @@ pub(super) struct Waiting {
     pub(super) named: Named,
     pub(super) sequence: u64,
     pub(super) message: Message,
+    /// What the one who makes it says of it.
+    running: Option<Status>,
+}
+
+/// A call that failed for good.
+pub(super) struct Dead {
+    pub(super) status: Status,
+    pub(super) message: Message,
+    pub(super) number: u64,
+    /// The number of the message that it was.
+    pub(super) was: u64,
 }
 
 impl Waiting {
     pub(super) fn new(found: StreamMessage) -> Option<Self> {
         let message = Message::stored(found.headers, found.payload);
-        Some(Self { named: named(&found.subject)?, sequence: found.sequence, message })
+        let (named, sequence) = (named(&found.subject)?, found.sequence);
+        Some(Self { named, sequence, message, running: None })
+    }
+
+    fn status(self) -> Option<Status> {
+        self.running.or_else(|| self.message.status())
+    }
+}
+
+impl Dead {
+    pub(super) fn new(found: StreamMessage) -> Option<Self> {
+        let message = Message::stored(found.headers, found.payload);
+        let (status, was) = (message.progress()?, message.was().unwrap_or(0));
+        Some(Self { status, message, number: found.sequence, was })
     }
 }
 
 impl Shared {
-    /// Where the call with `id` is.
+    /// Where the call with `id` is. What is written last is read first, so that a call on its way from one place to
+    /// another is seen at one of them. A server that was killed may have forgotten that a message was removed: the
+    /// numbers tell what came after what.
     pub(super) async fn find(&self, id: &str) -> Result<Option<Found>, Fault> {
         let (server, names) = (&self.server, &self.names);
         for _ in 0..LOOKS {
-            if let Some(found) = server.last(&names.calls, &names.by_id(CALLS, id)).await? {
-                return Ok(Waiting::new(found).map(Found::Waiting));
+            let waiting = server.last(&names.calls, &names.by_id(CALLS, id)).await?;
+            let mut waiting = waiting.and_then(Waiting::new);
+            if let Some(waiting) = &mut waiting
+                && let Some((_, claim)) = self.claim(&names.by_id(CLAIMS, id)).await?
+                && claim.sequence == waiting.sequence
+            {
+                waiting.running = claim.running;
             }
-            if let Some(found) = server.last(&names.dead, &names.by_id(DEAD, id)).await? {
-                let message = Message::stored(found.headers, found.payload);
-                let Some(status) = message.progress() else { return Ok(None) };
-                return Ok(Some(Found::Dead { status, number: found.sequence, message }));
+            let (dead, end) = (names.by_id(DEAD, id), names.by_id(ENDS, id));
+            let (dead, end) =
+                tokio::try_join!(server.last(&names.dead, &dead), server.last(&names.notes, &end))?;
+            let dead = dead.and_then(Dead::new);
+            let end = end.and_then(|end| serde_json::from_slice::<End>(&end.payload).ok());
+            let latest = [
+                waiting.as_ref().map_or(0, |it| it.sequence),
+                dead.as_ref().map_or(0, |it| it.was),
+                end.as_ref().map_or(0, |it| it.sequence),
+            ];
+            let latest = latest.into_iter().max().unwrap_or(0);
+            if let Some(dead) = dead.filter(|dead| dead.was == latest) {
+                return Ok(Some(Found::Dead(dead)));
             }
-            if let Some(found) = server.last(&names.notes, &names.by_id(ENDS, id)).await? {
-                let end = serde_json::from_slice::<End>(&found.payload).ok();
-                return Ok(end.map(|end| Found::Ended(end.status)));
+            if let Some(end) = end.filter(|end| end.sequence == latest) {
+                return Ok(Some(Found::Ended(end.status)));
+            }
+            if let Some(waiting) = waiting {
+                return Ok(Some(Found::Waiting(waiting)));
             }
         }
         Ok(None)
     }
 
     pub(super) async fn status(&self, id: &str) -> Result<Option<Status>, Fault> {
-        match self.find(id).await? {
-            Some(Found::Waiting(waiting)) => self.waiting(&waiting).await,
-            Some(Found::Dead { status, .. } | Found::Ended(status)) => Ok(Some(status)),
-            None => Ok(None),
-        }
-    }
-
-    /// The state of a call whose message is there.
-    async fn waiting(&self, waiting: &Waiting) -> Result<Option<Status>, Fault> {
-        let Named { function, id } = &waiting.named;
-        let claim = self.claim(&self.names.call(CLAIMS, function, id)).await?;
-        if let Some((_, Claim { sequence, running: Some(status) })) = claim
-            && sequence == waiting.sequence
-        {
-            return Ok(Some(status));
-        }
-        let end = self.end(function, id).await?;
-        let end = end.filter(|end| end.sequence == waiting.sequence);
-        Ok(end.map(|end| end.status).or_else(|| waiting.message.status()))
+        Ok(self.find(id).await?.and_then(|found| match found {
+            Found::Waiting(waiting) => waiting.status(),
+            Found::Dead(Dead { status, .. }) | Found::Ended(status) => Some(status),
+        }))
     }
 
     /// The claim with that subject, and its number.
     pub(super) async fn claim(&self, subject: &str) -> Result<Option<(u64, Claim)>, Fault> {
         let found = self.server.last(&self.names.claims, subject).await?;
-        Ok(found.and_then(|found| {
-            Some((found.sequence, serde_json::from_slice(&found.payload).ok()?))
-        }))
-    }
-
-    async fn end(&self, function: &Function, id: &str) -> Result<Option<End>, Fault> {
-        let subject = self.names.call(ENDS, function, id);
-        let found = self.server.last(&self.names.notes, &subject).await?;
-        Ok(found.and_then(|found| serde_json::from_slice(&found.payload).ok()))
+        Ok(found
+            .and_then(|found| Some((found.sequence, serde_json::from_slice(&found.payload).ok()?))))
     }
 
     /// Whether the call that the message `sequence` is has been settled for good.
-    pub(super) async fn is_over(&self, call: &Call, sequence: u64) -> Result<bool, Fault> {
-        if self.end(&call.function, &call.id).await?.is_some_and(|end| end.sequence == sequence) {
-            return Ok(true);
-        }
-        let subject = self.names.call(DEAD, &call.function, &call.id);
-        let dead = self.server.last(&self.names.dead, &subject).await?;
-        let was = dead.and_then(|dead| Message::stored(dead.headers, dead.payload).was());
-        Ok(was == Some(sequence))
+    pub(super) async fn is_over(
+        &self,
+        function: &Function,
+        id: &str,
+        sequence: u64,
+    ) -> Result<bool, Fault> {
+        let (server, names) = (&self.server, &self.names);
+        let (dead, end) = (names.call(DEAD, function, id), names.call(ENDS, function, id));
+        let (dead, end) =
+            tokio::try_join!(server.last(&names.dead, &dead), server.last(&names.notes, &end))?;
+        let dead = dead.and_then(Dead::new).map(|dead| dead.was);
+        let end = end.and_then(|end| serde_json::from_slice::<End>(&end.payload).ok());
+        Ok(dead == Some(sequence) || end.is_some_and(|end| end.sequence == sequence))
     }
 
     pub(super) async fn answer(&self, id: &str) -> Result<Option<Answer>, Fault> {
@@ -132,9 +154,9 @@ impl Shared {
             match self.find(id).await? {
                 None => return Ok(Changed::Unknown),
                 Some(Found::Ended(status)) => return Ok(Changed::No(status.state)),
-                Some(Found::Dead { status, number, message }) => {
+                Some(Found::Dead(Dead { status, message, number, was })) => {
                     let Some(function) = Function::parse(&status.function, "") else { break };
-                    self.put_end(&function, cancelled(status), message.was().unwrap_or(0)).await?;
+                    self.put_end(&function, cancelled(status), was).await?;
                     self.server.delete(&self.names.dead, number).await?;
                     self.forget_answer(id).await?;
                     self.forget_parts(message.parts().as_ref()).await;
@@ -156,7 +178,7 @@ impl Shared {
         waiting: &Waiting,
         note: bool,
     ) -> Result<Option<Changed>, Fault> {
-        let Waiting { named: Named { function, id }, sequence, message } = waiting;
+        let Waiting { named: Named { function, id }, sequence, message, .. } = waiting;
         let subject = self.names.call(CLAIMS, function, id);
         // From here on nobody takes it. One who has taken it has a claim of his own.
         let claim = json(&Claim { sequence: *sequence, running: None });
@@ -187,17 +209,14 @@ impl Shared {
 
     /// Takes out a call that is ours.
     async fn take_out(&self, waiting: &Waiting, note: bool) -> Result<Option<Changed>, Fault> {
-        let Waiting { named: Named { function, id }, sequence, message } = waiting;
+        let Waiting { named: Named { function, id }, sequence, message, .. } = waiting;
         // Before it was ours, it may have been made.
         let subject = self.names.call(CALLS, function, id);
         let still = self.server.last(&self.names.calls, &subject).await?;
-        if still.is_none_or(|still| still.sequence != *sequence) {
-            return Ok(None);
-        }
-        if let Some(end) = self.end(function, id).await?
-            && end.sequence == *sequence
+        if still.is_none_or(|still| still.sequence != *sequence)
+            || self.is_over(function, id, *sequence).await?
         {
-            return Ok(Some(Changed::No(end.status.state)));
+            return Ok(None);
         }
         if note && let Some(status) = message.status() {
             self.put_end(function, cancelled(status), *sequence).await?;
@@ -226,24 +245,26 @@ impl Shared {
     }
 
     pub(super) async fn revive(&self, id: &str) -> Result<Changed, Fault> {
-        let (status, number, message) = match self.find(id).await? {
+        let Dead { status, message, number, was } = match self.find(id).await? {
             None => return Ok(Changed::Unknown),
             Some(Found::Ended(status)) => return Ok(Changed::No(status.state)),
             Some(Found::Waiting(waiting)) => {
-                let status = self.waiting(&waiting).await?;
+                let status = waiting.status();
                 return Ok(status.map_or(Changed::Unknown, |status| Changed::No(status.state)));
             }
-            Some(Found::Dead { status, number, message }) => (status, number, message),
+            Some(Found::Dead(dead)) => dead,
         };
         let Some(function) = Function::parse(&status.function, "") else {
             return Ok(Changed::Unknown);
         };
         self.consumer(&function).await?;
+        // The message that it was may be there still: who settled it did not come so far, or the server forgot.
+        self.server.delete(&self.names.calls, was).await?;
         let subject = self.names.call(CALLS, &function, id);
         let put = self.server.put(subject, message.fresh(), message.body.clone(), Some(0)).await;
         match put {
             Ok(_) => {}
-            // It is not dead any more, or not yet.
+            // Somebody else was faster.
             Err(fault) if fault.is_conflict() => return Ok(Changed::No(State::Queued)),
             Err(fault) => return Err(fault),
         }

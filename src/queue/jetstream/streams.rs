@@ -7,9 +7,7 @@ use async_nats::jetstream::stream::{Config, DiscardPolicy, RetentionPolicy, Stor
 
 use crate::queue::jetstream::Options;
 use crate::queue::jetstream::server::{Fault, Server};
-use crate::queue::jetstream::subject::{
-    ANSWERS, BODIES, CALLS, CLAIMS, DEAD, ENDS, KEYS, Names,
-};
+use crate::queue::jetstream::subject::{ANSWERS, BODIES, CALLS, CLAIMS, DEAD, ENDS, KEYS, Names};
 
 /// For so long the server knows a repeated publish by itself; later it is known by what is stored.
 const REPEATS: Duration = Duration::from_secs(120);
@@ -51,15 +49,22 @@ fn wanted(names: &Names, options: &Options) -> Vec<Config> {
     ]
 }
 
-/// Sees that all streams are there.
+/// Sees that all streams are there; the number of the last call among them.
 pub(super) async fn prepare(
     server: &Server,
     names: &Names,
     options: &Options,
-) -> Result<(), Fault> {
+) -> Result<u64, Fault> {
+    let mut last = 0;
     for config in wanted(names, options) {
         let found = match server.context.get_stream(&config.name).await {
-            Ok(stream) => stream.cached_info().config.clone(),
+            Ok(stream) => {
+                let info = stream.cached_info();
+                if config.name == names.calls {
+                    last = info.state.last_sequence;
+                }
+                info.config.clone()
+            }
             Err(error) => match error.kind() {
                 GetStreamErrorKind::JetStream(error) if error.code() == 404 => {
                     create(server, config).await?;
@@ -80,7 +85,7 @@ pub(super) async fn prepare(
             );
         }
     }
-    Ok(())
+    Ok(last)
 }
 
 async fn create(server: &Server, config: Config) -> Result<(), Fault> {

@@ -7,9 +7,9 @@ use futures_util::{StreamExt, TryStreamExt, stream};
 use async_nats::jetstream::message::StreamMessage;
 
 use crate::function::Function;
-use crate::queue::jetstream::message::{Claim, End, Message};
+use crate::queue::jetstream::message::{Claim, End};
 use crate::queue::jetstream::server::Fault;
-use crate::queue::jetstream::state::{Found, Waiting};
+use crate::queue::jetstream::state::{Dead, Found, Waiting};
 use crate::queue::jetstream::subject::{CALLS, CLAIMS, DEAD, ENDS, named};
 use crate::queue::jetstream::{Shared, now};
 use crate::queue::status::Status;
@@ -92,9 +92,10 @@ impl Shared {
         }
         if filter.dead != Some(false) {
             for found in self.read(&names.dead, &names.of(DEAD, function), MOST).await? {
-                let message = Message::stored(found.headers, found.payload);
-                if let Some(status) = message.progress() {
-                    all.insert(status.id.clone(), (message.was().unwrap_or(0), status));
+                let Some(Dead { status, was, .. }) = Dead::new(found) else { continue };
+                // A server that was killed may have kept it beyond its time.
+                if all.get(&status.id).is_none_or(|(of, _)| *of < was) {
+                    all.insert(status.id.clone(), (was, status));
                 }
             }
         }
@@ -106,7 +107,7 @@ impl Shared {
             let sequence = found.sequence;
             let Some(Waiting { named, message, .. }) = Waiting::new(found) else { continue };
             // One whose final state is there already will be gone in a moment.
-            if all.get(&named.id).is_some_and(|(of, _)| *of == sequence) {
+            if all.get(&named.id).is_some_and(|(of, _)| *of >= sequence) {
                 continue;
             }
             let status = claims.get(&sequence).cloned().or_else(|| message.status());
@@ -143,11 +144,15 @@ impl Shared {
                     return Ok(false);
                 }
             }
-            Some(Found::Dead { number, message, .. }) => {
+            Some(Found::Dead(Dead { number, message, was, .. })) => {
+                self.server.delete(&self.names.calls, was).await?;
                 self.server.delete(&self.names.dead, number).await?;
                 self.forget_parts(message.parts().as_ref()).await;
             }
-            Some(Found::Ended(_)) => {}
+            Some(Found::Ended(_)) => {
+                // The message that it was may be there still, and without its final state it would be made again.
+                self.server.purge(&self.names.calls, &self.names.by_id(CALLS, id)).await?;
+            }
         }
         self.server.purge(&self.names.notes, &self.names.by_id(ENDS, id)).await?;
         self.forget_answer(id).await?;
