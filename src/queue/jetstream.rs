@@ -60,8 +60,8 @@ struct Shared {
     server: Server,
     lines: Mutex<Lines<Arrived>>,
     consumers: Mutex<Consumers>,
-    /// When consumers of other gateways were looked for.
-    looked: Mutex<Option<Instant>>,
+    /// When functions of other gateways were looked for, and over which connection.
+    looked: Mutex<Option<(Instant, u64)>>,
     /// Somebody may find a call now.
     ready: Notify,
     tasks: Tasks,
@@ -93,6 +93,11 @@ impl Tasks {
         };
         self.tracker.spawn_on(task, &self.runtime);
     }
+
+    /// Runs `task`, which ends soon by itself. Who stops the queue waits for it.
+    fn finish(&self, task: impl Future<Output = ()> + Send + 'static) {
+        self.tracker.spawn_on(task, &self.runtime);
+    }
 }
 
 impl JetStream {
@@ -120,7 +125,8 @@ impl JetStream {
         Ok(Self { shared: Arc::new(shared) })
     }
 
-    /// Ends all that goes on by itself: leases are not extended any more, and what was fetched ahead goes back.
+    /// Ends all that goes on by itself: leases are not extended any more, and what was fetched ahead goes back. What
+    /// was dropped before is given back.
     pub async fn stop(&self) {
         self.shared.tasks.stopping.cancel();
         self.shared.tasks.tracker.close();
@@ -138,6 +144,15 @@ impl JetStream {
 
     pub(super) fn is_reachable(&self) -> bool {
         self.shared.server.is_connected()
+    }
+
+    /// Removes bodies whose calls are over or never came to be: what a process or a server leaves that is killed. To be
+    /// called every hour or so; a body that is younger than `age` stays.
+    ///
+    /// # Errors
+    /// When the server does not answer.
+    pub async fn tidy(&self, age: Duration) -> Result<u64, Error> {
+        Ok(self.shared.ready().await?.tidy(age).await?)
     }
 
     pub(super) async fn publish(&self, call: Call) -> Result<Published, Error> {

@@ -567,4 +567,87 @@ async fn one_who_is_not_let_in_is_told_so_and_one_who_is_works() {
     let other = Gateway::open(auth("wrong")).await;
     assert_eq!(other.queue.publish(call("a")).await, Err(Error::Away));
     assert!(!format!("{:?}", auth("secret")).contains("secret"));
+
+    let nats = Nats::start_with(&["--auth", "a-token"]);
+    let auth = Auth::Token("a-token".to_owned());
+    let it = Gateway::open(Options { auth, ..options(&nats) }).await;
+    eventually("the token lets in", async || it.queue.status("x").await.is_ok()).await;
+}
+
+#[tokio::test]
+async fn a_key_in_a_file_lets_in() {
+    // Made for this test.
+    const PUBLIC: &str = "UDFY7NKZWTGG7GME2SROYCQLCRBCXT5ZOMK6A4R6FIQLPRWET2IVJZBU";
+    const SEED: &str = "SUAAEM52D7C277JUXNPB23SDVGJLKND55UTXOUID3PHJU2TX3ENV2HEAZU";
+    let directory = tempfile::TempDir::new().unwrap();
+    let (config, seed) = (directory.path().join("nats.conf"), directory.path().join("seed"));
+    let users = format!("authorization {{ users = [ {{ nkey: {PUBLIC} }} ] }}");
+    std::fs::write(&config, users).unwrap();
+    std::fs::write(&seed, format!("{SEED}\n")).unwrap();
+    let nats = Nats::start_with(&["-c", config.to_str().unwrap()]);
+    let it = Gateway::open(Options { auth: Auth::NkeySeed(seed), ..options(&nats) }).await;
+    eventually("the key lets in", async || it.queue.status("x").await.is_ok()).await;
+    let none = Auth::NkeySeed(directory.path().join("none"));
+    assert!(JetStream::open(Options { auth: none, ..options(&nats) }).await.is_err());
+}
+
+#[tokio::test]
+async fn what_was_accepted_is_made_however_often_the_server_is_killed() {
+    const CALLS: usize = 60;
+    let mut nats = Nats::start();
+    let (it, worker) = (Gateway::on(&nats).await, Gateway::on(&nats).await);
+    let publish = async {
+        for number in 0..CALLS {
+            let call = call_of(["a", "b"][number % 2], &number.to_string());
+            eventually("it is accepted", async || it.queue.publish(call.clone()).await.is_ok())
+                .await;
+        }
+    };
+    let work = async {
+        let mut done = BTreeMap::new();
+        while done.len() < CALLS {
+            let delivery = worker.take().await;
+            let id = delivery.call.id.clone();
+            let first = delivery.attempts == 0;
+            let settlement = if first { retry(now() + 50) } else { succeeded() };
+            if worker.queue.settle(delivery, settlement).await.is_ok() && !first {
+                *done.entry(id).or_insert(0) += 1;
+            }
+        }
+        done
+    };
+    let trouble = async {
+        for at in [10, 25, 45] {
+            let id = at.to_string();
+            eventually("some are accepted", async || {
+                it.queue.status(&id).await.is_ok_and(|status| status.is_some())
+            })
+            .await;
+            nats.kill();
+            nats.restart();
+        }
+    };
+    let (done, ..) = tokio::join!(work, publish, trouble);
+    assert!(done.values().sum::<usize>() < CALLS * 2, "{done:?}");
+    for number in 0..CALLS {
+        let state = async || it.queue.status(&number.to_string()).await;
+        eventually("it has succeeded", async || {
+            state().await.is_ok_and(|it| it.is_some_and(|it| it.state == State::Succeeded))
+        })
+        .await;
+    }
+}
+
+#[tokio::test]
+async fn a_body_that_no_call_has_is_tidied_away() {
+    let nats = Nats::start();
+    let it = Gateway::on(&nats).await;
+    let large = |id: &str| Call { body: vec![7; 2_000_000].into(), ..call(id) };
+    it.publish(large("kept")).await;
+    it.publish(large("lost")).await;
+    let calls = stream(&nats, "gateway-faas-request-calls").await;
+    calls.purge().filter("faas.faas-request.*.*.lost").await.unwrap();
+    assert_eq!(it.jetstream.tidy(Duration::from_secs(3600)).await, Ok(0));
+    assert_eq!(it.jetstream.tidy(Duration::ZERO).await, Ok(1));
+    assert_eq!(it.take().await.call.body.len(), 2_000_000);
 }

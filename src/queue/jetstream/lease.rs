@@ -298,7 +298,7 @@ impl Drop for Lease {
         }
         let (shared, arrived) = (Arc::clone(&self.shared), Arc::clone(&self.arrived));
         let (claim, delay) = (self.claim.load(Relaxed), self.delay);
-        self.shared.tasks.spawn(async move {
+        self.shared.tasks.finish(async move {
             // First the claim: who takes the call next makes one of his own.
             if claim != NONE {
                 let _ = shared.server.delete(&shared.names.claims, claim).await;

@@ -2,13 +2,18 @@
 //!
 //! The server's own object store would leave a mark for each object that ever was.
 
+use std::collections::BTreeSet;
+use std::time::Duration;
+
 use async_nats::HeaderMap;
 use bytes::{Bytes, BytesMut};
 use futures_util::{StreamExt, TryStreamExt, stream};
 
 use crate::queue::jetstream::message::Parts;
 use crate::queue::jetstream::server::{Fault, Server};
-use crate::queue::jetstream::subject::{BODIES, Names, token};
+use crate::queue::jetstream::state::{Dead, Found};
+use crate::queue::jetstream::subject::{BODIES, Names, text, token};
+use crate::queue::jetstream::{Shared, now};
 
 /// So many parts are on their way at a time.
 const TOGETHER: usize = 4;
@@ -62,4 +67,43 @@ pub(super) async fn load(
 /// Removes what was stored so.
 pub(super) async fn remove(server: &Server, names: &Names, parts: &Parts) -> Result<(), Fault> {
     server.purge(&names.bodies, &names.part(BODIES, &parts.name, "*")).await
+}
+
+impl Shared {
+    /// Removes bodies older than `age` that no call has any more; how many there were.
+    pub(super) async fn tidy(&self, age: Duration) -> Result<u64, Fault> {
+        let (server, names) = (&self.server, &self.names);
+        let subjects = server.subjects(&names.bodies, &names.all(BODIES)).await?;
+        // `root.queue.id.name.number`
+        let stored: BTreeSet<_> = subjects
+            .iter()
+            .filter_map(|subject| {
+                let (front, _) = subject.rsplit_once('.')?;
+                let mut tokens = front.rsplit('.');
+                let (name, id) = (tokens.next()?, tokens.next()?);
+                Some((id.to_owned(), format!("{id}.{name}")))
+            })
+            .collect();
+        let mut removed = 0;
+        for (id, name) in stored {
+            let parts = Parts { name, count: 0 };
+            let last = server.last(&names.bodies, &names.part(BODIES, &parts.name, "*")).await?;
+            let Some(last) = last else { continue };
+            let born = u128::try_from(last.time.unix_timestamp_nanos()).unwrap_or(0) / 1_000_000;
+            if u128::from(now()).saturating_sub(born) < age.as_millis() {
+                continue;
+            }
+            let Some(id) = text(&id) else { continue };
+            let has = match self.find(&id).await? {
+                Some(Found::Waiting(waiting)) => waiting.message.parts(),
+                Some(Found::Dead(Dead { message, .. })) => message.parts(),
+                Some(Found::Ended(_)) | None => None,
+            };
+            if has.is_none_or(|has| has.name != parts.name) {
+                remove(server, names, &parts).await?;
+                removed += 1;
+            }
+        }
+        Ok(removed)
+    }
 }

@@ -124,23 +124,37 @@ pub(super) async fn take(shared: &Arc<Shared>, places: usize) -> Result<Delivery
 /// Looks for functions whose calls others have published.
 fn look_around(shared: &Arc<Shared>) {
     let mut looked = shared.looked.lock().unwrap_or_else(PoisonError::into_inner);
-    if looked.is_some_and(|looked| looked.elapsed() < LOOK_AGAIN) {
-        return;
-    }
-    *looked = Some(Instant::now());
+    let connection = match *looked {
+        Some((at, _)) if at.elapsed() < LOOK_AGAIN => return,
+        Some((_, connection)) => connection,
+        None => 0,
+    };
+    *looked = Some((Instant::now(), connection));
     drop(looked);
     let all = Arc::clone(shared);
     shared.tasks.spawn(async move {
-        let found = async { all.ready().await?.server.consumers(&all.names.calls).await };
-        let Ok(found) = found.await else { return };
-        let mut new = false;
-        for function in found.iter().filter_map(|name| subject::consumed(name)) {
-            new |= all.lines().add(&function);
-        }
-        if new {
+        let Ok((found, connection)) = functions(&all, connection).await else { return };
+        *all.looked.lock().unwrap_or_else(PoisonError::into_inner) =
+            Some((Instant::now(), connection));
+        let new = found.iter().filter(|function| all.lines().add(function)).count();
+        if new > 0 {
             all.ready.notify_one();
         }
     });
+}
+
+/// The functions with a consumer, and the connection they were found over. Where that is not `last`, those too that
+/// have calls but no consumer, should it have been removed.
+async fn functions(shared: &Shared, last: u64) -> Result<(Vec<Function>, u64), Fault> {
+    let connection = shared.server.connection().await?;
+    let Shared { server, names, .. } = shared.ready().await?;
+    let consumers = server.consumers(&names.calls).await?;
+    let mut found: Vec<_> = consumers.iter().filter_map(|name| subject::consumed(name)).collect();
+    if connection != last {
+        let calls = server.subjects(&names.calls, &names.of(CALLS, None)).await?;
+        found.extend(calls.iter().filter_map(|call| Some(subject::named(call)?.function)));
+    }
+    Ok((found, connection))
 }
 
 /// Asks once for calls of a function, and holds what comes until it is handed out, or has waited too long for that.
