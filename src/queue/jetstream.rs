@@ -9,6 +9,7 @@ mod lines;
 mod message;
 mod options;
 mod parts;
+mod publish;
 mod pull;
 mod server;
 mod state;
@@ -21,7 +22,6 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use async_nats::jetstream::consumer::PullConsumer;
-use bytes::Bytes;
 use tokio::runtime::Handle as Runtime;
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
@@ -33,10 +33,9 @@ pub use self::options::{Auth, Options};
 use crate::function::Function;
 use crate::queue::call::{Call, Millis};
 use crate::queue::jetstream::lines::Lines;
-use crate::queue::jetstream::message::Message;
 use crate::queue::jetstream::pull::Arrived;
 use crate::queue::jetstream::server::{Fault, Server};
-use crate::queue::jetstream::subject::{CALLS, Names};
+use crate::queue::jetstream::subject::Names;
 use crate::queue::status::{Answer, Settlement, Status};
 use crate::queue::{Changed, Counts, Delivery, Error, Filter, Published};
 
@@ -247,91 +246,6 @@ impl Shared {
         drop(consumers);
         self.lines().add(function);
         Ok(made)
-    }
-
-    async fn publish(&self, call: &Call) -> Result<Published, Error> {
-        self.ready().await?;
-        let (id, key) = (&call.id, call.options.idempotency_key.as_deref());
-        if let Some(key) = key
-            && let Some(id) = self.keyed(key).await?
-        {
-            return Ok(Published { id, repeated: true });
-        }
-        // Ids that are made here come but once, unless a publish is tried again; the server knows those.
-        if call.options.chosen_id && self.status(id).await?.is_some() {
-            return Ok(Published { id: id.clone(), repeated: true });
-        }
-        // First the consumer: without one, nobody would look for the call.
-        self.consumer(&call.function).await?;
-        let mut message = Message::new(call);
-        let mut stored_parts = None;
-        if !self.server.fits(message.head(), call.body.len()) {
-            let parts = parts::store(&self.server, &self.names, id, &call.body).await?;
-            message = message.with_parts(&parts);
-            stored_parts = Some(parts);
-        }
-        let headers =
-            message.named(&key.map_or_else(|| format!("id {id}"), |k| format!("key {k}")));
-        let subject = self.names.call(CALLS, &call.function, id);
-        let stored = self.server.put(subject, headers, message.body, Some(0)).await;
-        let first = match stored {
-            Ok(stored) if stored.duplicate => Some(self.first(stored.sequence, key, id).await?),
-            Err(fault) if fault.is_conflict() => Some(id.clone()),
-            Ok(_) => None,
-            // The message may be there all the same: then its parts are needed.
-            Err(Fault::Away) => return Err(Error::Away),
-            Err(Fault::TooLarge) => return Err(Error::TooLarge(call.body.len())),
-            Err(fault) => {
-                self.forget_parts(stored_parts.as_ref()).await;
-                return Err(fault.into());
-            }
-        };
-        if first.is_some() {
-            self.forget_parts(stored_parts.as_ref()).await;
-        }
-        let published = Published { repeated: first.is_some(), id: first.unwrap_or(id.clone()) };
-        if let Some(key) = key {
-            self.remember(key, &published.id).await?;
-        }
-        Ok(published)
-    }
-
-    /// The id of the call that the message `sequence` is or was.
-    async fn first(&self, sequence: u64, key: Option<&str>, id: &str) -> Result<String, Fault> {
-        if let Some(found) = self.server.at(&self.names.calls, sequence).await?
-            && let Ok(call) = Message::stored(found.headers, found.payload).call()
-        {
-            return Ok(call.id);
-        }
-        let keyed = match key {
-            Some(key) => self.keyed(key).await?,
-            None => None,
-        };
-        Ok(keyed.unwrap_or_else(|| id.to_owned()))
-    }
-
-    /// The id that `key` stands for.
-    async fn keyed(&self, key: &str) -> Result<Option<String>, Fault> {
-        let found = self.server.last(&self.names.keys, &self.names.key(key)).await?;
-        Ok(found.and_then(|found| String::from_utf8(found.payload.into()).ok()))
-    }
-
-    /// Notes which call `key` stands for, unless that is known.
-    async fn remember(&self, key: &str, id: &str) -> Result<(), Fault> {
-        let id = Bytes::copy_from_slice(id.as_bytes());
-        match self.server.put(self.names.key(key), Default::default(), id, Some(0)).await {
-            Err(fault) if !fault.is_conflict() => Err(fault),
-            _ => Ok(()),
-        }
-    }
-
-    /// Removes a body that no call has any more. If that fails, it takes up room until somebody tidies up.
-    async fn forget_parts(&self, parts: Option<&message::Parts>) {
-        if let Some(parts) = parts
-            && let Err(error) = parts::remove(&self.server, &self.names, parts).await
-        {
-            tracing::warn!(%error, body = parts.name, "The body of a queued call cannot be removed");
-        }
     }
 }
 

@@ -188,7 +188,7 @@ async fn the_same_id_and_the_same_key_are_queued_once() {
     let it = Gateway::on(&nats).await;
     let keyed = |id| {
         let mut call = call(id);
-        call.options.idempotency_key = Some("k".to_owned());
+        call.options.idempotency_key = Some("a key.*>\r\nä".to_owned());
         call
     };
     assert!(!it.publish(keyed("a")).await.repeated);
@@ -556,6 +556,32 @@ async fn a_stream_that_is_there_is_left_as_it_is() {
 }
 
 #[tokio::test]
+async fn what_an_operator_removes_is_made_again() {
+    let nats = Nats::start();
+    let it = Gateway::on(&nats).await;
+    it.publish(call("a")).await;
+    let client = async_nats::jetstream::new(async_nats::connect(nats.url()).await.unwrap());
+    client.delete_consumer_from_stream("fn,echo", "gateway-faas-request-calls").await.unwrap();
+    // For one who has not known the function before, and for one who has.
+    let other = Gateway::on(&nats).await;
+    assert_eq!(other.take().await.call.id, "a");
+    client.delete_stream("gateway-faas-request-calls").await.unwrap();
+    client.delete_stream("gateway-faas-request-claims").await.unwrap();
+    eventually("it is published", async || it.queue.publish(call("b")).await.is_ok()).await;
+    assert_eq!(it.take().await.call.id, "b");
+}
+
+#[tokio::test]
+async fn a_call_that_was_purged_can_be_queued_again() {
+    let nats = Nats::start();
+    let it = Gateway::on(&nats).await;
+    for _ in 0..2 {
+        assert!(!it.publish(call("a")).await.repeated);
+        assert_eq!(it.queue.purge(&Filter::default()).await, Ok(1));
+    }
+}
+
+#[tokio::test]
 async fn one_who_is_not_let_in_is_told_so_and_one_who_is_works() {
     let nats = Nats::start_with(&["--user", "u", "--pass", "secret"]);
     let auth = |password: &str| {
@@ -587,8 +613,16 @@ async fn a_key_in_a_file_lets_in() {
     let nats = Nats::start_with(&["-c", config.to_str().unwrap()]);
     let it = Gateway::open(Options { auth: Auth::NkeySeed(seed), ..options(&nats) }).await;
     eventually("the key lets in", async || it.queue.status("x").await.is_ok()).await;
-    let none = Auth::NkeySeed(directory.path().join("none"));
-    assert!(JetStream::open(Options { auth: none, ..options(&nats) }).await.is_err());
+    // What can never be is said at once.
+    let none = directory.path().join("none");
+    for options in [
+        Options { auth: Auth::NkeySeed(none.clone()), ..options(&nats) },
+        Options { auth: Auth::Credentials(none.clone()), ..options(&nats) },
+        Options { root_ca: Some(none), ..options(&nats) },
+        Options { servers: vec!["http://x y".to_owned()], ..options(&nats) },
+    ] {
+        assert!(JetStream::open(options).await.is_err());
+    }
 }
 
 #[tokio::test]

@@ -89,7 +89,12 @@ impl Options {
                 .with_context(|| format!("cannot read {}", file.display()))?,
         };
         let options = match &self.root_ca {
-            Some(file) => options.add_root_certificates(file.clone()),
+            Some(file) => {
+                // It is read at each connection; that it is missing is said now.
+                let read = tokio::fs::read(file).await;
+                read.with_context(|| format!("cannot read {}", file.display()))?;
+                options.add_root_certificates(file.clone())
+            }
             None => options,
         };
         let (first, last) = AGAIN;

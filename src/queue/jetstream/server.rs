@@ -171,7 +171,12 @@ impl Server {
         self.prepared.store(connection, Relaxed);
     }
 
-    /// The largest body that goes into one message beside `headers` bytes of headers.
+    /// Something that belongs to the queue is not there: it is looked for before the next use.
+    fn look_again(&self) {
+        self.prepared.store(NEVER, Relaxed);
+    }
+
+    /// Whether a body goes into one message beside `headers` bytes of headers.
     pub(super) fn fits(&self, headers: usize, body: usize) -> bool {
         // What the server adds, and what is noted of a call later.
         const SPARE: usize = 4096;
@@ -306,7 +311,12 @@ impl Server {
         let answer = self.request(subject, headers, payload).await?;
         let refusal: Refusal = serde_json::from_slice(&answer).map_err(|_| Fault::Odd)?;
         match refusal.error {
-            Some(reason) => Err(Fault::Refused(reason.err_code, reason.description)),
+            Some(reason) => {
+                if reason.err_code == NO_STREAM {
+                    self.look_again();
+                }
+                Err(Fault::Refused(reason.err_code, reason.description))
+            }
             None => serde_json::from_slice(&answer).map_err(|_| Fault::Odd),
         }
     }
@@ -331,6 +341,10 @@ impl Server {
             Ok(Err(error)) => match error.kind() {
                 RequestErrorKind::MaxPayloadExceeded => Err(Fault::TooLarge),
                 RequestErrorKind::InvalidSubject => Err(Fault::Odd),
+                RequestErrorKind::NoResponders => {
+                    self.look_again();
+                    Err(Fault::Away)
+                }
                 _ => Err(Fault::Away),
             },
         }

@@ -140,9 +140,7 @@ impl Shared {
         match self.find(id).await? {
             None => return Ok(false),
             Some(Found::Waiting(waiting)) => {
-                if self.withdraw(&waiting, false).await? != Some(Changed::Yes) {
-                    return Ok(false);
-                }
+                return Ok(self.withdraw(&waiting, false).await? == Some(Changed::Yes));
             }
             Some(Found::Dead(Dead { number, message, was, .. })) => {
                 self.server.delete(&self.names.calls, was).await?;
