@@ -184,14 +184,20 @@ async fn ask(shared: Arc<Shared>, wanted: Wanted) {
 /// What is there at once; if nothing is, the next call that comes.
 async fn fetch(shared: &Arc<Shared>, wanted: &Wanted) -> Result<(), Fault> {
     let consumer = shared.ready().await?.consumer(&wanted.function).await?;
-    let at_once = consumer.fetch().max_messages(wanted.most).messages().await;
-    if receive(shared, wanted, &consumer, at_once.map_err(|_| Fault::Away)?, AT_ONCE).await? == 0 {
+    let at_once = consumer.fetch().max_messages(wanted.most).messages();
+    let at_once = asked(at_once).await?;
+    if receive(shared, wanted, &consumer, at_once, AT_ONCE).await? == 0 {
         let wait = WAIT.min(shared.options.lease / 3);
-        let later = consumer.batch().max_messages(1).expires(wait).messages().await;
-        let later = later.map_err(|_| Fault::Away)?;
+        let later = asked(consumer.batch().max_messages(1).expires(wait).messages()).await?;
         receive(shared, wanted, &consumer, later, wait + AT_ONCE).await?;
     }
     Ok(())
+}
+
+/// What a request that is sent in time will bring.
+async fn asked<E>(batch: impl Future<Output = Result<Batch, E>>) -> Result<Batch, Fault> {
+    let sent = tokio::time::timeout(AT_ONCE, batch).await;
+    sent.ok().and_then(Result::ok).ok_or(Fault::Away)
 }
 
 /// How many messages have come. The first of them may take `patience`.
