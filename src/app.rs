@@ -4,6 +4,7 @@
 pub mod gateway;
 mod provider;
 mod up;
+mod worker;
 
 use std::process::ExitCode;
 use std::time::Duration;

@@ -1,6 +1,7 @@
 //! Every setting, parsed once into types; after this no string means a duration or a URL. No I/O: the environment
 //! comes in as a function, so that a test passes a table.
 
+pub mod allow;
 pub mod base_url;
 pub mod cli;
 pub mod duration;
@@ -11,6 +12,7 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
 use std::time::Duration;
 
+use crate::config::allow::Allow;
 use crate::config::base_url::BaseUrl;
 use crate::config::reader::{Mistake, Reader};
 
@@ -38,6 +40,7 @@ pub struct Serve {
     pub timeouts: Timeouts,
     pub limits: Limits,
     pub auth: Auth,
+    pub queue: Queue,
     /// Whether the API is for this machine alone.
     pub local_only: bool,
     pub shutdown: Shutdown,
@@ -84,6 +87,38 @@ pub struct Auth {
     pub proxy: Option<BaseUrl>,
     /// `auth_proxy_pass_body`
     pub proxy_pass_body: bool,
+}
+
+/// Where queued calls are kept, and who makes them.
+#[derive(Clone, Debug)]
+pub struct Queue {
+    /// `queue`
+    pub backend: Backend,
+    /// `with_worker`
+    pub with_worker: bool,
+    /// `state_dir`
+    pub state_dir: PathBuf,
+    /// `max_inflight`
+    pub max_inflight: usize,
+    /// `max_queued_body`
+    pub max_body: usize,
+    /// `max_pending`
+    pub max_pending: usize,
+    /// `result_ttl`
+    pub result_ttl: Duration,
+    /// `max_result_body`
+    pub max_result_body: usize,
+    /// `callback_allow`
+    pub callback_allow: Allow,
+    /// `secret_mount_path`, where the secret that signs callbacks may be.
+    pub secrets: PathBuf,
+}
+
+/// The kind of a queue.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Backend {
+    None,
+    Embedded,
 }
 
 /// How the process ends.
@@ -181,11 +216,48 @@ impl Serve {
                 proxy: from.url("auth_proxy_url"),
                 proxy_pass_body: from.boolean("auth_proxy_pass_body"),
             },
+            queue: Queue::common(from, Backend::None, ""),
             local_only: false,
             shutdown: Shutdown {
                 delay: from.duration("shutdown_delay"),
                 grace: from.duration("shutdown_grace"),
             },
+        }
+    }
+}
+
+impl Queue {
+    /// `auto`: the kind where none is named; `callbacks`: where they may go in that case.
+    fn common(from: &mut Reader<'_>, auto: Backend, callbacks: &str) -> Self {
+        let backend = from.parsed("queue", "auto, embedded or none", |text| match text {
+            "auto" => Some(auto),
+            "embedded" => Some(Backend::Embedded),
+            "none" => Some(Backend::None),
+            _ => None,
+        });
+        let backend = backend.unwrap_or(auto);
+        let with_worker = from.parsed("with_worker", "auto, true or false", |text| match text {
+            "auto" => Some(backend == Backend::Embedded),
+            "true" | "1" => Some(true),
+            "false" | "0" => Some(false),
+            _ => None,
+        });
+        Self {
+            backend,
+            with_worker: with_worker.unwrap_or_default() && backend != Backend::None,
+            state_dir: PathBuf::from(from.text("state_dir")),
+            max_inflight: from.count("max_inflight", 1..=10_000),
+            max_body: from.count("max_queued_body", 0..=(1 << 30)),
+            max_pending: from.count("max_pending", 1..=1_000_000_000),
+            result_ttl: from.duration("result_ttl"),
+            max_result_body: from.count("max_result_body", 0..=(1 << 30)),
+            callback_allow: from
+                .parsed("callback_allow", allow::EXPECTED, |text| match text {
+                    "auto" => Allow::parse(callbacks),
+                    text => Allow::parse(text),
+                })
+                .unwrap_or_default(),
+            secrets: PathBuf::from(from.text("secret_mount_path")),
         }
     }
 }
@@ -225,6 +297,7 @@ impl Up {
         let loopback = IpAddr::V4(Ipv4Addr::LOCALHOST);
         let provider = Provider::common(&mut from, loopback);
         let mut serve = Serve::common(&mut from, loopback, nowhere());
+        serve.queue = Queue::common(&mut from, Backend::Embedded, "loopback");
         serve.local_only = serve.auth.secrets.is_none() && serve.auth.proxy.is_none();
         from.finish(Self { serve, provider, stack })
     }

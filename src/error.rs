@@ -7,6 +7,7 @@ use crate::function::Function;
 use crate::proxy::body::BodyError;
 use crate::proxy::client;
 use crate::proxy::upstream_body::BodyFailure;
+use crate::queue;
 
 /// Why a request is not answered as its caller wished. What it says holds no address and no secret.
 #[derive(Debug, thiserror::Error)]
@@ -29,6 +30,12 @@ pub enum Error {
     NotImplemented(String),
     #[error("the body exceeds {0} bytes")]
     TooLarge(usize),
+    #[error("{0}")]
+    Conflict(String),
+    #[error("{0}")]
+    NotFound(&'static str),
+    #[error(transparent)]
+    Queue(#[from] queue::Error),
     #[error(transparent)]
     Upstream(#[from] client::Error),
     #[error(transparent)]
@@ -41,7 +48,9 @@ impl Error {
     pub fn status(&self) -> StatusCode {
         match self {
             Self::BadRequest(_) | Self::Body(BodyError::Broken) => StatusCode::BAD_REQUEST,
-            Self::NoSuchPath | Self::NoSuchFunction(_) => StatusCode::NOT_FOUND,
+            Self::NoSuchPath | Self::NoSuchFunction(_) | Self::NotFound(_) => StatusCode::NOT_FOUND,
+            Self::Conflict(_) => StatusCode::CONFLICT,
+            Self::Queue(error) => queue_status(error),
             Self::Unauthorized => StatusCode::UNAUTHORIZED,
             Self::Forbidden(_) => StatusCode::FORBIDDEN,
             Self::Overloaded => StatusCode::SERVICE_UNAVAILABLE,
@@ -61,7 +70,9 @@ impl Error {
         let mut headers = HeaderMap::new();
         headers.insert(CONTENT_TYPE, HeaderValue::from_static("text/plain; charset=utf-8"));
         match self {
-            Self::Overloaded | Self::Upstream(client::Error::Exhausted(_)) => {
+            Self::Overloaded
+            | Self::Upstream(client::Error::Exhausted(_))
+            | Self::Queue(queue::Error::Full | queue::Error::Away | queue::Error::Failed) => {
                 headers.insert(RETRY_AFTER, HeaderValue::from_static("1"));
             }
             Self::Unauthorized => {
@@ -102,10 +113,23 @@ fn upstream_status(error: &client::Error) -> StatusCode {
         client::Error::Target(_) => StatusCode::URI_TOO_LONG,
         client::Error::Exhausted(_) => StatusCode::SERVICE_UNAVAILABLE,
         client::Error::Connect(_)
+        | client::Error::NotAllowed
         | client::Error::Closed(_)
         | client::Error::HeadTooLarge
         | client::Error::Invalid(_)
         | client::Error::Unasked => StatusCode::BAD_GATEWAY,
+    }
+}
+
+fn queue_status(error: &queue::Error) -> StatusCode {
+    match error {
+        queue::Error::Full | queue::Error::Away | queue::Error::Failed => {
+            StatusCode::SERVICE_UNAVAILABLE
+        }
+        queue::Error::NoSpace => StatusCode::INSUFFICIENT_STORAGE,
+        queue::Error::Gone => StatusCode::NOT_FOUND,
+        queue::Error::TooLarge(_) => StatusCode::PAYLOAD_TOO_LARGE,
+        queue::Error::Unsupported(_) => StatusCode::NOT_IMPLEMENTED,
     }
 }
 

@@ -203,7 +203,7 @@ fn text(error: &Error, call_id: Option<&HeaderValue>) -> Response<Content> {
 }
 
 /// Whether an answer shows that its function exists.
-fn vouches(answer: &Response<UpstreamBody>) -> bool {
+pub fn vouches(answer: &Response<UpstreamBody>) -> bool {
     answer.status() != StatusCode::NOT_FOUND && !answer.headers().contains_key(X_OPENFAAS_INTERNAL)
 }
 

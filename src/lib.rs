@@ -26,8 +26,10 @@ pub mod answer;
 pub mod health;
 pub mod invoke;
 pub mod logs;
+pub mod queued;
 pub mod system;
 pub mod ui;
+pub mod worker;
 
 // The doors, and the house.
 pub mod app;

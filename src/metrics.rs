@@ -4,6 +4,7 @@ pub mod calls;
 mod families;
 pub mod known;
 pub mod query;
+pub mod queue;
 pub mod replicas;
 
 use std::collections::HashMap;
@@ -22,6 +23,7 @@ pub use families::Replicas;
 use crate::metrics::calls::Shard;
 use crate::metrics::families::Functions;
 use crate::metrics::known::{FORGOTTEN_AFTER, Known};
+use crate::metrics::queue::QueueMetrics;
 
 /// What a scrape shows.
 pub struct Metrics {
@@ -74,6 +76,14 @@ impl Metrics {
             requests,
             request_seconds,
         }))
+    }
+
+    /// The families of a queue, where there is one.
+    ///
+    /// # Errors
+    /// When they are registered already.
+    pub fn queue(&self, name: &str) -> Result<QueueMetrics, prometheus::Error> {
+        QueueMetrics::register(&self.registry, name)
     }
 
     /// The part of thread number `thread`.

@@ -2,6 +2,7 @@
 
 pub mod body;
 pub mod client;
+mod guard;
 pub mod headers;
 mod link;
 mod stream;

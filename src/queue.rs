@@ -33,6 +33,8 @@ pub enum Error {
     Failed,
     #[error("the body exceeds what the queue takes: {0} bytes")]
     TooLarge(usize),
+    #[error("the call is not there any more")]
+    Gone,
     #[error("the queue cannot do that: {0}")]
     Unsupported(&'static str),
 }
@@ -100,6 +102,14 @@ impl Queue {
         }
     }
 
+    /// An id for a call whose caller has not chosen one.
+    pub fn fresh_id(&self) -> String {
+        match self {
+            Self::Embedded(queue) => queue.fresh_id(),
+            Self::JetStream(_) => uuid::Uuid::new_v4().to_string(),
+        }
+    }
+
     /// Takes `call` in. Returns when it is durable.
     pub async fn publish(&self, call: Call) -> Result<Published, Error> {
         match self {
@@ -118,8 +128,11 @@ impl Queue {
     }
 
     /// Says how a call that was taken goes on. Returns when that is durable.
-    pub async fn settle(&self, delivery: Delivery, settlement: Settlement) -> Result<(), Error> {
-        match (self, delivery.handle) {
+    ///
+    /// # Errors
+    /// `Gone` when the call is no longer this delivery's; after any other it can be tried again.
+    pub async fn settle(&self, delivery: &Delivery, settlement: &Settlement) -> Result<(), Error> {
+        match (self, &delivery.handle) {
             (Self::Embedded(queue), Handle::Embedded(lease)) => {
                 queue.settle(lease, settlement).await
             }

@@ -8,7 +8,7 @@ use axum::Router;
 use axum::extract::State;
 use axum::middleware::from_fn_with_state;
 use axum::response::{IntoResponse, Response};
-use axum::routing::{get, post};
+use axum::routing::{delete, get, post};
 use http::header::{CONNECTION, HOST, UPGRADE};
 use http::{HeaderMap, HeaderValue, Request, StatusCode, Version};
 use hyper::body::{Body, Incoming};
@@ -20,10 +20,11 @@ use crate::error::Error;
 use crate::invoke::{self, Invoker};
 use crate::metrics::Metrics;
 use crate::proxy::body::CallerBody;
+use crate::queued::operate;
 use crate::serve::caller::Caller;
 use crate::shutdown::Stages;
 use crate::system::{self, Api};
-use crate::{alerts, auth, health, logs, metrics, same_origin, ui};
+use crate::{alerts, auth, health, logs, metrics, queued, same_origin, ui};
 
 /// The public port, functions apart: those are matched before, in [`Door::enter`].
 pub fn api(api: Arc<Api>) -> Router {
@@ -50,6 +51,11 @@ pub fn api(api: Arc<Api>) -> Router {
         .route("/system/telemetry", get(system::pass))
         .route("/system/logs", get(logs::logs))
         .route("/system/alert", post(alerts::alert))
+        .route("/system/queues", get(operate::queues))
+        .route("/system/queues/purge", post(operate::purge))
+        .route("/system/calls", get(operate::calls))
+        .route("/system/calls/{id}", delete(operate::cancel))
+        .route("/system/calls/{id}/retry", post(operate::retry))
         .route_layer(from_fn_with_state(Arc::clone(&api), auth::guard))
         .route_layer(from_fn_with_state(api.names, same_origin::guard))
         .route_layer(from_fn_with_state(Arc::clone(&api.metrics), metrics::count_request));
@@ -58,6 +64,14 @@ pub fn api(api: Arc<Api>) -> Router {
         .route("/ui/app.js", get(ui::script))
         .route("/ui/style.css", get(ui::style))
         .route_layer(from_fn_with_state(Arc::clone(&api), auth::guard));
+    let calls =
+        post(queued::submit).get(queued::status).delete(queued::cancel).options(queued::preflight);
+    let behind = post(queued::submit).get(queued::result).options(queued::preflight);
+    let queued = Router::new()
+        .route("/async-function/{name}", calls)
+        .route("/async-function/{name}/", post(queued::submit).options(queued::preflight))
+        .route("/async-function/{name}/{*rest}", behind)
+        .route_layer(from_fn_with_state(Arc::clone(&api.metrics), metrics::count_request));
     let open = Router::new()
         .route("/", get(ui::redirect))
         .route("/ui", get(ui::redirect))
@@ -67,6 +81,7 @@ pub fn api(api: Arc<Api>) -> Router {
     Router::new()
         .merge(system)
         .merge(page)
+        .merge(queued)
         .merge(open)
         .fallback(|| async { Error::NoSuchPath })
         .method_not_allowed_fallback(method_not_allowed)

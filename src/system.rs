@@ -30,6 +30,7 @@ use crate::proxy::body::RequestBody;
 use crate::proxy::client::{Client, Origin};
 use crate::proxy::upstream_body::UpstreamBody;
 use crate::proxy::{Errand, forward};
+use crate::queued::Intake;
 use crate::same_origin::Names;
 use crate::serve::caller::Caller;
 
@@ -52,6 +53,8 @@ pub struct Api {
     pub metrics: Arc<Metrics>,
     pub health: Arc<Health>,
     pub counts: Arc<Counts>,
+    /// Takes queued calls in, where there is a queue.
+    pub intake: Option<Arc<Intake>>,
 }
 
 /// `auth_proxy_url`, and whether it is sent bodies.

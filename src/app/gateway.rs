@@ -12,8 +12,9 @@ use hyper::service::service_fn;
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
+use crate::app::worker;
 use crate::auth::Credentials;
-use crate::config::Serve;
+use crate::config::{self, Backend, Serve};
 use crate::health::Health;
 use crate::invoke::{Invoker, Route};
 use crate::limit::CallLimit;
@@ -22,12 +23,18 @@ use crate::metrics::query::Counts;
 use crate::metrics::replicas::Poll;
 use crate::provider::Provider;
 use crate::proxy::client::{Client, Origin, Tls};
+use crate::queue::Queue;
+use crate::queue::embedded::{Embedded, Limits};
+use crate::queued::Intake;
 use crate::routes::{self, Door};
 use crate::same_origin::Names;
 use crate::serve::listener::bind;
 use crate::serve::{Server, raise_file_limit};
 use crate::shutdown::{Stages, Tasks};
 use crate::system::{Api, AuthProxy};
+use crate::worker::Worker;
+use crate::worker::attempt::Caller;
+use crate::worker::policies::Policies;
 
 /// Files that are neither a caller's nor an upstream's connection.
 const OTHER_FILES: usize = 128;
@@ -53,6 +60,7 @@ struct Parts {
     metrics: Arc<Metrics>,
     health: Arc<Health>,
     counts: Arc<Counts>,
+    intake: Option<Arc<Intake>>,
     namespace: Arc<str>,
     tls: Tls,
     stages: Stages,
@@ -78,6 +86,13 @@ impl Gateway {
         parts.start_background(metrics_listener, tasks);
         let server = parts.server();
         let (alive, ended) = mpsc::channel(1);
+        let worker = parts.worker(threads)?.map(|worker| {
+            let (stages, alive) = (stages.clone(), alive.clone());
+            std::thread::Builder::new().name("worker".to_owned()).spawn(move || {
+                worker::run(worker, &stages);
+                drop(alive);
+            })
+        });
         let threads = listeners
             .into_iter()
             .enumerate()
@@ -88,6 +103,7 @@ impl Gateway {
                     drop(alive);
                 })
             })
+            .chain(worker)
             .collect::<Result<_, _>>()
             .context("cannot start a thread")?;
         Ok(Self { address, metrics_address, threads, ended })
@@ -146,11 +162,15 @@ impl Parts {
         };
         let namespace: Arc<str> = config.namespace.as_str().into();
         let limit = CallLimit::new(config.limits.calls, threads);
+        // One shard more, for the worker.
+        let metrics = Metrics::new(threads + 1, &namespace)?;
+        let intake = intake(&config.queue, &metrics)?;
         Ok(Self {
             provider: Origin::new(config.provider.clone()),
             credentials,
-            metrics: Metrics::new(threads, &namespace)?,
+            metrics,
             health: Health::new(stages.clone(), Arc::clone(&limit)),
+            intake,
             counts: Counts::new(config.prometheus.clone().map(Origin::new)),
             limit,
             namespace,
@@ -191,6 +211,9 @@ impl Parts {
         if let Some(credentials) = self.credentials.clone() {
             tasks.spawn(|stopping| credentials.follow(stopping));
         }
+        if let Some(intake) = self.intake.clone() {
+            tasks.spawn(|stopping| until(stopping, worker::keep_tidy(intake)));
+        }
         let router = routes::internal(Arc::clone(&self.metrics));
         let idle = self.config.timeouts.idle;
         // The metrics port stays open while calls are drained.
@@ -212,6 +235,32 @@ impl Parts {
             credentials: self.credentials.clone(),
             timeout: self.config.timeouts.upstream,
         }
+    }
+
+    /// What makes queued calls, if that is to be done here. `number`: its shard of the metrics.
+    fn worker(&self, number: usize) -> anyhow::Result<Option<Worker>> {
+        let config = &self.config.queue;
+        let Some(intake) = self.intake.as_ref().filter(|_| config.with_worker) else {
+            if self.intake.is_some() {
+                tracing::warn!("Calls are queued, but with_worker is false: nobody makes them");
+            }
+            return Ok(None);
+        };
+        let client = Client::new(self.config.limits.idle, self.tls.clone());
+        let caller = Caller {
+            client: Arc::clone(&client),
+            origin: self.provider.clone(),
+            calls: self.metrics.shard(number),
+            timeout: self.config.timeouts.upstream,
+        };
+        Ok(Some(Worker {
+            intake: Arc::clone(intake),
+            places: config.max_inflight,
+            caller,
+            policies: Policies::new(self.provider(&client)),
+            callbacks: worker::callbacks(config, self.tls.clone())?,
+            max_result_body: config.max_result_body,
+        }))
     }
 
     fn door(&self, thread: usize, client: &Arc<Client>) -> Door {
@@ -245,10 +294,28 @@ impl Parts {
             metrics: Arc::clone(&self.metrics),
             health: Arc::clone(&self.health),
             counts: Arc::clone(&self.counts),
+            intake: self.intake.clone(),
         };
         Door { invoker, api: routes::api(Arc::new(api)), stages: self.stages.clone() }
     }
 }
+
+/// Opens the queue, if there is to be one.
+fn intake(config: &config::Queue, metrics: &Metrics) -> anyhow::Result<Option<Arc<Intake>>> {
+    let ttl = u64::try_from(config.result_ttl.as_millis()).unwrap_or(u64::MAX / 2);
+    let limits = Limits { pending: config.max_pending, result_ttl: ttl, key_ttl: ttl };
+    match config.backend {
+        Backend::None => Ok(None),
+        Backend::Embedded => {
+            let queue = Embedded::open(&config.state_dir, limits)?;
+            let metrics = metrics.queue(QUEUE_NAME)?;
+            Ok(Some(Intake::new(Queue::Embedded(queue), config.max_body, metrics)))
+        }
+    }
+}
+
+/// What metrics call the queue: as NATS does, where there is one.
+const QUEUE_NAME: &str = "faas-request";
 
 /// Connections to the metrics port.
 const MAX_SCRAPERS: usize = 256;

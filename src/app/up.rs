@@ -100,9 +100,12 @@ fn announce(
             println!("  curl {base}/function/echo -d 'hello'");
         }
     }
+    let name = functions.first().map_or("echo", |first| first.service.as_str());
+    println!("Have it called later, and ask what became of it (the id is in X-Call-Id):");
+    println!("  curl -i {base}/async-function/{name} -d 'hello'");
+    println!("  curl {base}/async-function/ID");
     println!("List functions, and follow a log:");
     println!("  curl {base}/system/functions");
-    let name = functions.first().map_or("echo", |first| first.service.as_str());
     println!("  curl '{base}/system/logs?name={name}&tail=10'");
     println!();
     println!("Ctrl-C stops it.");

@@ -99,8 +99,24 @@ settings! {
         "Address of the provider. Whoever reaches it can run commands here, so another than loopback also needs basic_auth=true."
     provider_port PORT "8081" PU
         "Port of the provider."
-    state_dir DIRECTORY ".gateway" PU
-        "Where functions, secrets and namespaces are kept."
+    queue KIND "auto" SU
+        "Where queued calls are kept: embedded (a file in state_dir) or none; auto: embedded for up, none for serve."
+    with_worker CHOICE "auto" SU
+        "Make queued calls in this process: true, false, or auto (if the queue is embedded: nobody else can)."
+    max_inflight COUNT "50" SU
+        "Queued calls made at a time."
+    max_queued_body BYTES "16777216" SU
+        "The largest body of a queued call."
+    max_pending COUNT "1000000" SU
+        "Queued calls that may wait; beyond it new ones are answered 503."
+    result_ttl DURATION "1h" SU
+        "How long state and answer of a finished queued call can be asked for, and an Idempotency-Key stands for its call."
+    max_result_body BYTES "1048576" SU
+        "So much of the answer to a queued call is kept; what is longer is marked truncated."
+    callback_allow LIST "auto" SU
+        "Where callbacks may go beside public and private addresses: networks, addresses, names, loopback or *, separated by commas; auto: loopback for up, nothing for serve. They are signed if secret_mount_path has a file callback-secret."
+    state_dir DIRECTORY ".gateway" ALL
+        "Where functions, secrets, namespaces and the embedded queue are kept."
     log_level FILTER "info" ALL
         "error, warn, info, debug or trace; also as target=level, separated by commas."
     log_format FORMAT "text" ALL

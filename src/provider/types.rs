@@ -51,6 +51,7 @@ pub struct FunctionSummary {
     pub name: String,
     pub namespace: Option<String>,
     pub labels: Option<BTreeMap<String, String>>,
+    pub annotations: Option<BTreeMap<String, String>>,
     pub replicas: u64,
     pub available_replicas: u64,
 }

@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::io;
+use std::net::IpAddr;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -16,6 +17,7 @@ use tokio_rustls::rustls::{ClientConfig, RootCertStore};
 use crate::config::Idle;
 use crate::config::base_url::BaseUrl;
 use crate::proxy::body::{BodyError, RequestBody};
+use crate::proxy::guard::{Guard, Refused};
 use crate::proxy::link::{Failure, Link};
 use crate::proxy::stream::UpstreamStream;
 use crate::proxy::upload::Upload;
@@ -67,6 +69,8 @@ impl Origin {
 pub enum Error {
     #[error("cannot connect to the upstream: {}", brief(.0))]
     Connect(#[source] io::Error),
+    #[error("the address is not allowed")]
+    NotAllowed,
     #[error("no more connections can be opened")]
     Exhausted(#[source] io::Error),
     #[error("the upstream closed the connection without an answer")]
@@ -95,6 +99,9 @@ impl Error {
 /// The fault is the upstream's, unless this process is out of what a connection needs.
 fn connect_error(error: io::Error) -> Error {
     use rustix::io::Errno;
+    if error.get_ref().is_some_and(|cause| cause.is::<Refused>()) {
+        return Error::NotAllowed;
+    }
     let out_of = [Errno::MFILE, Errno::NFILE, Errno::NOBUFS, Errno::ADDRNOTAVAIL];
     if Errno::from_io_error(&error).is_some_and(|errno| out_of.contains(&errno)) {
         tracing::warn!(%error, "No more connections can be opened");
@@ -122,6 +129,8 @@ pub struct Client {
     pool: Mutex<Pool>,
     limits: Idle,
     tls: Tls,
+    /// Where it may connect to; `None`: anywhere.
+    guard: Option<Guard>,
 }
 
 #[derive(Default)]
@@ -138,7 +147,18 @@ struct IdleLink {
 impl Client {
     /// A client whose pool keeps to `limits`.
     pub fn new(limits: Idle, tls: Tls) -> Arc<Self> {
-        Arc::new(Self { pool: Mutex::default(), limits, tls })
+        Arc::new(Self { pool: Mutex::default(), limits, tls, guard: None })
+    }
+
+    /// A client that connects only to what `allows`, asked with the upstream's host as the URL has it and each address
+    /// that it resolves to. Asked for each connection that is opened, since names change what they resolve to.
+    pub fn guarded(
+        limits: Idle,
+        tls: Tls,
+        allows: impl Fn(&str, IpAddr) -> bool + Send + Sync + 'static,
+    ) -> Arc<Self> {
+        let guard = Some(Guard::new(allows));
+        Arc::new(Self { pool: Mutex::default(), limits, tls, guard })
     }
 
     /// Sends `request`, whose headers are ready for the wire, as `carry` does.
@@ -211,7 +231,10 @@ impl Client {
     }
 
     async fn open(&self, url: &BaseUrl) -> io::Result<UpstreamStream> {
-        let tcp = TcpStream::connect((url.host(), url.port())).await?;
+        let tcp = match &self.guard {
+            None => TcpStream::connect((url.host(), url.port())).await?,
+            Some(guard) => guard.connect(url).await?,
+        };
         // While nobody listens on a port of this machine, the kernel may pick that very port as the caller's own, and
         // connect it with itself.
         if tcp.local_addr()? == tcp.peer_addr()? {

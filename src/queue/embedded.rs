@@ -3,6 +3,7 @@
 //! What waits is in the file; in memory are only the numbers of the calls, and what is being made. A process that dies
 //! leaves every call that was not settled: it is made again after the restart.
 
+mod ids;
 mod schedule;
 mod store;
 mod writer;
@@ -17,6 +18,7 @@ use tokio::sync::{Notify, mpsc, oneshot};
 
 use crate::function::Function;
 use crate::queue::call::{Call, Millis};
+use crate::queue::embedded::ids::Ids;
 use crate::queue::embedded::schedule::{Number, Picked, Schedule};
 use crate::queue::embedded::store::{Change, Store, View};
 use crate::queue::embedded::writer::{Incoming, Op, Reply};
@@ -58,6 +60,7 @@ struct Shared {
     /// Somebody may find a call now.
     ready: Notify,
     next: AtomicU64,
+    ids: Ids,
     limits: Limits,
 }
 
@@ -75,7 +78,6 @@ struct Waiting {
 pub(super) struct Lease {
     shared: Arc<Shared>,
     picked: Picked,
-    status: Option<Status>,
 }
 
 impl Embedded {
@@ -89,6 +91,7 @@ impl Embedded {
         let name = path.display().to_string();
         std::fs::create_dir_all(directory).with_context(|| format!("cannot make {name}"))?;
         let store = Store::open(&path).with_context(|| format!("cannot open the queue {name}"))?;
+        let ids = store.ids();
         let mut waiting = Waiting { now: now(), ..Waiting::default() };
         let next = store.read_all(|found| match found.dead {
             true => *waiting.dead.entry(found.label).or_default() += 1,
@@ -105,6 +108,7 @@ impl Embedded {
             waiting: Mutex::new(waiting),
             ready: Notify::new(),
             next: AtomicU64::new(next),
+            ids,
             limits,
         });
         let (ops, received) = mpsc::channel(WAITING_CHANGES);
@@ -116,11 +120,19 @@ impl Embedded {
         Ok(Self { shared, ops })
     }
 
+    /// An id for a call that is about to be published. Calls with one of these are found without a table of ids.
+    pub(super) fn fresh_id(&self) -> String {
+        self.shared.ids.make(self.shared.next_number())
+    }
+
     pub(super) async fn publish(&self, call: Call) -> Result<Published, Error> {
         let incoming = Incoming {
             label: call.function.to_string(),
             due: call.options.not_before.unwrap_or(0),
             encoded: call.encode(),
+            number: (!call.options.chosen_id)
+                .then(|| self.shared.ids.number_in(&call.id))
+                .flatten(),
             key: call.options.idempotency_key,
             id: call.id,
         };
@@ -131,7 +143,7 @@ impl Embedded {
         loop {
             let (picked, wait) = {
                 let mut waiting = self.shared.waiting();
-                waiting.now = self.shared.now();
+                waiting.now = now();
                 let now = waiting.now;
                 let picked = waiting.schedule.pick(now, places);
                 let due = waiting.schedule.next_due().map_or(LOOK_AGAIN, |due| {
@@ -157,44 +169,36 @@ impl Embedded {
 
     /// The call that was picked; `None` if it is gone.
     fn deliver(&self, picked: Picked) -> Result<Option<Delivery>, Error> {
-        let mut lease = Lease { shared: Arc::clone(&self.shared), picked, status: None };
-        let read = self
-            .shared
-            .view(|view| Ok((view.call(picked.number)?, view.progress(picked.number)?)))?;
+        let read =
+            self.shared.view(|view| Ok((view.call(picked.number)?, view.progress(picked.number)?)));
+        let read = read.inspect_err(|_| self.shared.waiting().schedule.give_back(picked))?;
         let (Some(call), progress) = read else {
             tracing::error!(number = picked.number, "A queued call is not in the file");
-            lease.status = Some(Status::default());
-            self.shared.waiting().forget(picked);
+            // It is not given back, but it does not run either.
+            self.shared.waiting().schedule.ended(picked.line);
             return Ok(None);
         };
         let attempts = progress.map_or(0, |status| status.attempts);
         let status = Status {
             state: State::Running,
             attempts: attempts + 1,
-            started_at: Some(self.shared.now()),
+            started_at: Some(now()),
             ..Status::queued(&call)
         };
         self.shared.waiting().running.insert(picked.number, status);
+        let lease = Lease { shared: Arc::clone(&self.shared), picked };
         Ok(Some(Delivery { call, attempts, handle: Handle::Embedded(lease) }))
     }
 
-    pub(super) async fn settle(
-        &self,
-        mut lease: Lease,
-        settlement: Settlement,
-    ) -> Result<(), Error> {
+    pub(super) async fn settle(&self, lease: &Lease, settlement: &Settlement) -> Result<(), Error> {
         if matches!(settlement, Settlement::GivenBack) {
             return Ok(());
         }
         let picked = lease.picked;
         let running = self.shared.waiting().running.get(&picked.number).cloned();
-        let status = running.unwrap_or_default().settled(&settlement, self.shared.now());
-        let settled = Box::new((status, settlement));
-        let done = self.ask(|reply| Op::Settle(picked, settled, reply)).await;
-        if done.is_ok() {
-            lease.status = Some(Status::default());
-        }
-        done
+        let status = running.ok_or(Error::Gone)?.settled(settlement, now());
+        let settled = Box::new((status, settlement.clone()));
+        self.ask(|reply| Op::Settle(picked, settled, reply)).await
     }
 
     pub(super) async fn status(&self, id: &str) -> Result<Option<Status>, Error> {
@@ -276,10 +280,6 @@ async fn blocking<T: Send + 'static>(
 }
 
 impl Shared {
-    fn now(&self) -> Millis {
-        now()
-    }
-
     fn next_number(&self) -> Number {
         self.next.fetch_add(1, Relaxed)
     }
@@ -409,10 +409,11 @@ impl Waiting {
     }
 
     /// Takes a waiting call out; `false` if it runs.
-    fn withdraw(&mut self, number: Number) -> bool {
+    fn withdraw(&mut self, number: Number, status: &Status) -> bool {
         let waits = !self.running.contains_key(&number);
         if waits {
-            self.schedule.drop_waiting(number);
+            let line = self.schedule.line(&status.function);
+            self.schedule.drop_waiting(line, number, status.next_attempt_at.unwrap_or(0));
         }
         waits
     }
@@ -434,12 +435,6 @@ impl Waiting {
         }
     }
 
-    /// A call that does not exist any more does not run.
-    fn forget(&mut self, picked: Picked) {
-        self.running.remove(&picked.number);
-        self.schedule.ended(picked.line);
-    }
-
     /// A dead call of the function called `label` is dead no more.
     fn buried(&mut self, label: &str, was_dead: bool) {
         if was_dead && let Some(dead) = self.dead.get_mut(label) {
@@ -449,10 +444,10 @@ impl Waiting {
 }
 
 impl Drop for Lease {
+    /// What still runs was not settled: it is given back.
     fn drop(&mut self) {
-        if self.status.is_none() {
-            let mut waiting = self.shared.waiting();
-            waiting.running.remove(&self.picked.number);
+        let mut waiting = self.shared.waiting();
+        if waiting.running.remove(&self.picked.number).is_some() {
             waiting.schedule.give_back(self.picked);
             drop(waiting);
             self.shared.ready.notify_one();

@@ -44,6 +44,8 @@ const PUBLISH: Duration = Duration::from_millis(1900);
 const PUBLISH_LARGE: Duration = Duration::from_secs(60);
 /// The same for a question.
 const QUESTION: Duration = Duration::from_millis(1900);
+/// Between looks for bodies that no call has.
+const TIDY: Duration = Duration::from_secs(3600);
 /// How long the tasks may take to end.
 const STOP: Duration = Duration::from_secs(2);
 
@@ -61,6 +63,7 @@ struct Shared {
     consumers: Mutex<Consumers>,
     /// When functions of other gateways were looked for, and over which connection.
     looked: Mutex<Option<(Instant, u64)>>,
+    tidied: Mutex<Instant>,
     /// Somebody may find a call now.
     ready: Notify,
     tasks: Tasks,
@@ -118,6 +121,7 @@ impl JetStream {
             lines: Mutex::new(Lines::new()),
             consumers: Mutex::default(),
             looked: Mutex::default(),
+            tidied: Mutex::new(Instant::now()),
             ready: Notify::new(),
             tasks,
         };
@@ -154,6 +158,22 @@ impl JetStream {
         Ok(self.shared.ready().await?.tidy(age).await?)
     }
 
+    /// Tidies up when it is time. To be called every second or so.
+    pub async fn expire(&self) {
+        {
+            let mut tidied = self.shared.tidied.lock().unwrap_or_else(PoisonError::into_inner);
+            if tidied.elapsed() < TIDY {
+                return;
+            }
+            *tidied = Instant::now();
+        }
+        match self.tidy(TIDY).await {
+            Ok(0) => {}
+            Ok(removed) => tracing::info!(removed, "Bodies removed that no call has any more"),
+            Err(error) => tracing::debug!(%error, "The queue cannot be tidied up"),
+        }
+    }
+
     pub(super) async fn publish(&self, call: Call) -> Result<Published, Error> {
         let large = !self.shared.server.fits(0, call.body.len());
         let deadline = if large { PUBLISH_LARGE } else { PUBLISH };
@@ -164,12 +184,8 @@ impl JetStream {
         pull::take(&self.shared, places).await
     }
 
-    pub(super) async fn settle(
-        &self,
-        lease: Box<Lease>,
-        settlement: Settlement,
-    ) -> Result<(), Error> {
-        lease.settle(&settlement).await
+    pub(super) async fn settle(&self, lease: &Lease, settlement: &Settlement) -> Result<(), Error> {
+        lease.settle(settlement).await
     }
 
     pub(super) async fn status(&self, id: &str) -> Result<Option<Status>, Error> {

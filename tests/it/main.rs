@@ -12,6 +12,7 @@ mod process_provider;
 mod api;
 mod auth;
 mod broken;
+mod callback;
 mod chaos;
 mod counting;
 mod deadlines;

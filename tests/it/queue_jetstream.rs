@@ -63,7 +63,7 @@ impl Gateway {
     }
 
     async fn settle(&self, delivery: Delivery, settlement: Settlement) {
-        within("settle", self.queue.settle(delivery, settlement)).await.unwrap();
+        within("settle", self.queue.settle(&delivery, &settlement)).await.unwrap();
     }
 
     async fn state(&self, id: &str) -> Option<State> {
@@ -375,7 +375,7 @@ async fn a_server_that_is_killed_in_mid_work_loses_nothing() {
             let delivery = it.take().await;
             *made.entry(delivery.call.id.clone()).or_insert(0) += 1;
             // One that cannot be settled comes again.
-            let _ = it.queue.settle(delivery, succeeded()).await;
+            let _ = it.queue.settle(&delivery, &succeeded()).await;
         }
         made
     };
@@ -644,7 +644,7 @@ async fn what_was_accepted_is_made_however_often_the_server_is_killed() {
             let id = delivery.call.id.clone();
             let first = delivery.attempts == 0;
             let settlement = if first { retry(now() + 50) } else { succeeded() };
-            if worker.queue.settle(delivery, settlement).await.is_ok() && !first {
+            if worker.queue.settle(&delivery, &settlement).await.is_ok() && !first {
                 *done.entry(id).or_insert(0) += 1;
             }
         }

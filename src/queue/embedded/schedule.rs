@@ -20,6 +20,8 @@ pub(super) struct Schedule {
     delayed: BinaryHeap<Reverse<(Millis, Number, u32)>>,
     /// Waiting calls that were taken back. They are skipped when their turn comes.
     dropped: HashSet<Number>,
+    /// What is due by now is in its line, what is due later is delayed.
+    clock: Millis,
     running: usize,
     waiting: usize,
 }
@@ -29,6 +31,9 @@ pub(super) struct Schedule {
 struct Line {
     label: Arc<str>,
     ready: VecDeque<Number>,
+    /// So many of `ready` were taken back.
+    dropped: usize,
+    /// Calls whose time has not come, without those that were taken back.
     delayed: usize,
     running: usize,
     in_turn: bool,
@@ -51,6 +56,7 @@ impl Schedule {
         self.functions.push(Line {
             label: Arc::clone(&label),
             ready: VecDeque::new(),
+            dropped: 0,
             delayed: 0,
             running: 0,
             in_turn: false,
@@ -61,8 +67,9 @@ impl Schedule {
 
     /// Adds a call that can be made from `due` on.
     pub(super) fn add(&mut self, line: usize, number: Number, due: Millis, now: Millis) {
+        self.ripen(now);
         self.waiting += 1;
-        if due > now {
+        if due > self.clock {
             self.functions[line].delayed += 1;
             self.delayed.push(Reverse((due, number, u32::try_from(line).unwrap_or(u32::MAX))));
         } else {
@@ -85,10 +92,16 @@ impl Schedule {
         self.functions[line].running -= 1;
     }
 
-    /// A waiting call is not to be made. It must be waiting.
-    pub(super) fn drop_waiting(&mut self, number: Number) {
+    /// A call that waits, and was to be made from `due` on, is not to be made.
+    pub(super) fn drop_waiting(&mut self, line: usize, number: Number, due: Millis) {
         self.waiting -= 1;
         self.dropped.insert(number);
+        let line = &mut self.functions[line];
+        if due > self.clock {
+            line.delayed -= 1;
+        } else {
+            line.dropped += 1;
+        }
     }
 
     /// The next call to make, if any can be made at `now` by one who makes at most `places` at a time.
@@ -109,7 +122,7 @@ impl Schedule {
             function.in_turn = false;
             let next = loop {
                 match function.ready.pop_front() {
-                    Some(number) if self.dropped.remove(&number) => {}
+                    Some(number) if self.dropped.remove(&number) => function.dropped -= 1,
                     next => break next,
                 }
             };
@@ -146,18 +159,20 @@ impl Schedule {
     ) -> impl Iterator<Item = (&str, usize, usize, usize, Option<Number>)> {
         self.functions.iter().map(|line| {
             let oldest = line.ready.iter().find(|number| !self.dropped.contains(number)).copied();
-            (&*line.label, line.ready.len(), line.delayed, line.running, oldest)
+            (&*line.label, line.ready.len() - line.dropped, line.delayed, line.running, oldest)
         })
     }
 
     fn ripen(&mut self, now: Millis) {
+        // The clock of the system may be set back; what has ripened stays so.
+        self.clock = self.clock.max(now);
         while let Some(Reverse((due, number, line))) = self.delayed.peek().copied()
-            && due <= now
+            && due <= self.clock
         {
             self.delayed.pop();
             let line = line as usize;
-            self.functions[line].delayed -= 1;
             if !self.dropped.remove(&number) {
+                self.functions[line].delayed -= 1;
                 self.functions[line].ready.push_back(number);
                 self.queue_up(line);
             }
@@ -241,8 +256,10 @@ mod tests {
         }
         schedule.add(line, 4, 50, 0);
         let first = schedule.pick(0, PLACES).unwrap();
-        schedule.drop_waiting(2);
-        schedule.drop_waiting(4);
+        schedule.drop_waiting(line, 2, 0);
+        schedule.drop_waiting(line, 4, 50);
+        let (_, ready, delayed, running, oldest) = schedule.counts().next().unwrap();
+        assert_eq!((ready, delayed, running, oldest), (1, 0, 1, Some(3)));
         schedule.give_back(first);
         assert_eq!(picks(&mut schedule, 0), [1, 3]);
         assert_eq!(picks(&mut schedule, 60), [] as [Number; 0]);

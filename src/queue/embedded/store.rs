@@ -7,12 +7,14 @@ use redb::{Database, ReadableDatabase, ReadableTable, Table, TableDefinition, Wr
 use serde::{Deserialize, Serialize};
 
 use crate::queue::call::{Call, Millis};
+use crate::queue::embedded::ids::Ids;
 use crate::queue::embedded::schedule::Number;
 use crate::queue::status::{Answer, Status};
 
 /// Calls that are not over, and those that failed for good: as [`Call::encode`] writes them.
 const CALLS: TableDefinition<'_, Number, &[u8]> = TableDefinition::new("calls");
-/// By id.
+/// By id, of calls whose caller chose it. All others have their number in their id: to keep these, too, a table in the
+/// order of random ids would be half of what a call costs.
 const NUMBERS: TableDefinition<'_, &str, Number> = TableDefinition::new("numbers");
 /// [`Status`] as JSON, of calls that have been made but are not over, and of dead ones.
 const PROGRESS: TableDefinition<'_, Number, &[u8]> = TableDefinition::new("progress");
@@ -22,6 +24,11 @@ const FINISHED: TableDefinition<'_, Number, &[u8]> = TableDefinition::new("finis
 const KEYS: TableDefinition<'_, &str, &str> = TableDefinition::new("keys");
 /// When what is kept for a while goes, and what it is.
 const EXPIRY: TableDefinition<'_, (Millis, &str), ()> = TableDefinition::new("expiry");
+
+/// What the file needs to know of itself.
+const ABOUT: TableDefinition<'_, &str, &[u8]> = TableDefinition::new("about");
+/// In `ABOUT`: what hides the numbers in ids.
+const SECRET: &str = "secret";
 
 /// Memory for pages of the file.
 const CACHE: usize = 24 << 20;
@@ -33,6 +40,7 @@ pub(super) type Result<T, E = redb::Error> = std::result::Result<T, E>;
 /// The open file.
 pub(super) struct Store {
     database: Database,
+    ids: Ids,
 }
 
 /// A call that is in the file when it is opened.
@@ -50,9 +58,23 @@ impl Store {
         builder.set_cache_size(CACHE);
         let database = builder.create(path)?;
         let change = database.begin_write()?;
-        drop(Change::new(&change)?);
+        let mut ids = Ids::fresh();
+        {
+            let mut about = change.open_table(ABOUT)?;
+            let known = about.get(SECRET)?.and_then(|secret| Ids::from_secret(secret.value()));
+            match known {
+                Some(known) => ids = known,
+                None => drop(about.insert(SECRET, &ids.secret()[..])?),
+            }
+        }
+        drop(Change::new(&change, ids)?);
         change.commit()?;
-        Ok(Self { database })
+        Ok(Self { database, ids })
+    }
+
+    /// The ids that this file gives its calls.
+    pub(super) fn ids(&self) -> Ids {
+        self.ids
     }
 
     /// All calls that are not over, and the next number.
@@ -87,13 +109,13 @@ impl Store {
 
     /// A view of the file as it is now.
     pub(super) fn view(&self) -> Result<View> {
-        Ok(View { read: self.database.begin_read()? })
+        Ok(View { read: self.database.begin_read()?, ids: self.ids })
     }
 
     /// Carries out `change`, and returns when it is on the disk.
     pub(super) fn change<T>(&self, change: impl FnOnce(&mut Change<'_>) -> Result<T>) -> Result<T> {
         let transaction = self.database.begin_write()?;
-        let changed = change(&mut Change::new(&transaction)?)?;
+        let changed = change(&mut Change::new(&transaction, self.ids)?)?;
         transaction.commit()?;
         Ok(changed)
     }
@@ -102,11 +124,25 @@ impl Store {
 /// What is in the file at one moment.
 pub(super) struct View {
     read: redb::ReadTransaction,
+    ids: Ids,
 }
 
 impl View {
     pub(super) fn number(&self, id: &str) -> Result<Option<Number>> {
+        if let Some(number) = self.ids.number_in(id)
+            && self.id(number)?.as_deref() == Some(id)
+        {
+            return Ok(Some(number));
+        }
         Ok(self.read.open_table(NUMBERS)?.get(id)?.map(|number| number.value()))
+    }
+
+    /// The id of the call with this number.
+    fn id(&self, number: Number) -> Result<Option<String>> {
+        if let Some(call) = self.call(number)? {
+            return Ok(Some(call.id));
+        }
+        Ok(self.finished(number)?.map(|(status, _)| status.id))
     }
 
     pub(super) fn call(&self, number: Number) -> Result<Option<Call>> {
@@ -143,6 +179,7 @@ impl View {
 
 /// One change of the file. It happens as a whole or not at all.
 pub(super) struct Change<'t> {
+    ids: Ids,
     calls: Table<'t, Number, &'static [u8]>,
     numbers: Table<'t, &'static str, Number>,
     progress: Table<'t, Number, &'static [u8]>,
@@ -152,8 +189,9 @@ pub(super) struct Change<'t> {
 }
 
 impl<'t> Change<'t> {
-    fn new(transaction: &'t WriteTransaction) -> Result<Self> {
+    fn new(transaction: &'t WriteTransaction, ids: Ids) -> Result<Self> {
         Ok(Self {
+            ids,
             calls: transaction.open_table(CALLS)?,
             numbers: transaction.open_table(NUMBERS)?,
             progress: transaction.open_table(PROGRESS)?,
@@ -164,18 +202,35 @@ impl<'t> Change<'t> {
     }
 
     /// The id that `key` stands for, or `id` itself if there is such a call.
-    pub(super) fn known(&self, id: &str, key: Option<&str>) -> Result<Option<String>> {
+    pub(super) fn known(
+        &self,
+        id: &str,
+        chosen: bool,
+        key: Option<&str>,
+    ) -> Result<Option<String>> {
         if let Some(key) = key
             && let Some(known) = self.keys.get(key)?
         {
             return Ok(Some(known.value().to_owned()));
         }
-        Ok(self.numbers.get(id)?.map(|_| id.to_owned()))
+        if !chosen {
+            return Ok(None);
+        }
+        // A caller may choose the id of a call that is there, made here or not.
+        Ok(self.find(id)?.map(|_| id.to_owned()))
     }
 
-    pub(super) fn add(&mut self, number: Number, id: &str, encoded: &[u8]) -> Result<()> {
+    pub(super) fn add(
+        &mut self,
+        number: Number,
+        id: &str,
+        chosen: bool,
+        encoded: &[u8],
+    ) -> Result<()> {
         self.calls.insert(number, encoded)?;
-        self.numbers.insert(id, number)?;
+        if chosen {
+            self.numbers.insert(id, number)?;
+        }
         Ok(())
     }
 
@@ -240,20 +295,30 @@ impl<'t> Change<'t> {
 
     /// The call with `id`, and what the file says of it.
     pub(super) fn find(&self, id: &str) -> Result<Option<(Number, Status)>> {
+        if let Some(number) = self.ids.number_in(id)
+            && let Some(status) = self.status(number)?
+            && status.id == id
+        {
+            return Ok(Some((number, status)));
+        }
         let Some(number) = self.numbers.get(id)?.map(|number| number.value()) else {
             return Ok(None);
         };
+        Ok(self.status(number)?.map(|status| (number, status)))
+    }
+
+    fn status(&self, number: Number) -> Result<Option<Status>> {
         if let Some(status) = self.progress.get(number)?.and_then(|json| parse(json.value())) {
-            return Ok(Some((number, status)));
+            return Ok(Some(status));
         }
         if let Some(bytes) = self.calls.get(number)? {
             let call = Call::decode(&Bytes::copy_from_slice(bytes.value())).ok();
-            return Ok(call.map(|call| (number, Status::queued(&call))));
+            return Ok(call.map(|call| Status::queued(&call)));
         }
         let finished = self.finished.get(number)?;
         let finished =
             finished.and_then(|bytes| decode_finished(&Bytes::copy_from_slice(bytes.value())));
-        Ok(finished.map(|(status, _)| (number, status)))
+        Ok(finished.map(|(status, _)| status))
     }
 
     /// Forgets what has been kept until `now`, at most `most` of it; whether there is more.

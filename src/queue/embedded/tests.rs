@@ -19,13 +19,13 @@ fn call(id: &str) -> Call {
         target: String::new(),
         headers: HeaderMap::new(),
         body: Bytes::from_static(b"body"),
-        options: Options { submitted_at: now(), ..Options::default() },
+        options: Options { submitted_at: now(), chosen_id: true, ..Options::default() },
     }
 }
 
 async fn settle(queue: &Embedded, delivery: Delivery, settlement: Settlement) {
-    let Handle::Embedded(lease) = delivery.handle else { panic!("of another queue") };
-    queue.settle(lease, settlement).await.unwrap();
+    let Handle::Embedded(lease) = &delivery.handle else { panic!("of another queue") };
+    queue.settle(lease, &settlement).await.unwrap();
 }
 
 fn succeeded() -> Settlement {
@@ -182,4 +182,22 @@ async fn what_has_been_kept_for_long_enough_is_forgotten() {
     second.options.idempotency_key = Some("k".to_owned());
     assert!(!queue.publish(second).await.unwrap().repeated);
     assert_eq!(queue.status("a").await.unwrap(), None);
+}
+
+#[tokio::test]
+async fn a_call_is_found_by_an_id_that_was_made_here() {
+    let directory = TempDir::new().unwrap();
+    let queue = open(&directory);
+    let mut made = call(&queue.fresh_id());
+    made.options.chosen_id = false;
+    queue.publish(made.clone()).await.unwrap();
+    assert_eq!(state(&queue, &made.id).await, Some(State::Queued));
+    // Another id with the same number is not this call's.
+    let mut guessed = made.id.clone();
+    guessed.replace_range(35.., if guessed.ends_with('0') { "1" } else { "0" });
+    assert_eq!(state(&queue, &guessed).await, None);
+    // Whoever chooses an id that is taken meets that call.
+    assert!(queue.publish(call(&made.id)).await.unwrap().repeated);
+    settle(&queue, queue.take(PLACES).await.unwrap(), succeeded()).await;
+    assert_eq!(state(&queue, &made.id).await, Some(State::Succeeded));
 }

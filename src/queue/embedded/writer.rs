@@ -22,6 +22,8 @@ pub(super) type Reply<T> = oneshot::Sender<Result<T, Error>>;
 /// A call as it is taken in.
 pub(super) struct Incoming {
     pub(super) id: String,
+    /// The number that was given out with the id; none if its caller chose it.
+    pub(super) number: Option<Number>,
     pub(super) key: Option<String>,
     pub(super) label: String,
     pub(super) due: Millis,
@@ -66,7 +68,7 @@ pub(super) fn run(shared: &Arc<Shared>, mut ops: mpsc::Receiver<Op>) {
 }
 
 fn write(shared: &Arc<Shared>, ops: Vec<Op>) {
-    let now = shared.now();
+    let now = crate::queue::embedded::now();
     let changed = shared.change(|change| {
         let mut batch = Batch { shared, now, added: 0, change };
         ops.iter().map(|op| batch.apply(op)).collect::<StoreResult<Vec<Applied>>>()
@@ -127,15 +129,15 @@ impl Batch<'_, '_> {
     }
 
     fn publish(&mut self, call: &Incoming) -> StoreResult<Applied> {
-        if let Some(id) = self.change.known(&call.id, call.key.as_deref())? {
+        if let Some(id) = self.change.known(&call.id, call.number.is_none(), call.key.as_deref())? {
             return Ok(Applied::Published(Ok(Published { id, repeated: true })));
         }
         if self.shared.waiting().schedule.waiting() + self.added >= self.shared.limits.pending {
             return Ok(Applied::Published(Err(Error::Full)));
         }
         self.added += 1;
-        let number = self.shared.next_number();
-        self.change.add(number, &call.id, &call.encoded)?;
+        let number = call.number.unwrap_or_else(|| self.shared.next_number());
+        self.change.add(number, &call.id, call.number.is_none(), &call.encoded)?;
         if let Some(key) = &call.key {
             self.change.remember_key(key, &call.id, self.now + self.shared.limits.key_ttl)?;
         }
@@ -169,7 +171,7 @@ impl Batch<'_, '_> {
             return Ok(Applied::Changed(Changed::No(status.state)));
         }
         // From here on nobody takes it.
-        if !status.dead && !self.shared.waiting().withdraw(number) {
+        if !status.dead && !self.shared.waiting().withdraw(number, &status) {
             return Ok(Applied::Changed(Changed::No(State::Running)));
         }
         let was_dead = std::mem::take(&mut status.dead);
@@ -197,7 +199,7 @@ impl Batch<'_, '_> {
         for id in ids {
             let Some((number, status)) = self.change.find(id)? else { continue };
             let waits = !status.dead && !status.state.is_final();
-            if waits && !self.shared.waiting().withdraw(number) {
+            if waits && !self.shared.waiting().withdraw(number, &status) {
                 continue;
             }
             self.change.remove(number, id)?;

@@ -1,7 +1,7 @@
 //! A call that was taken: it is claimed, kept from others while it runs, and settled.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
 use async_nats::HeaderMap;
@@ -37,7 +37,7 @@ pub(in crate::queue) struct Lease {
     claim: Arc<AtomicU64>,
     /// Ends the task that keeps the call ours.
     stop: CancellationToken,
-    settled: bool,
+    settled: AtomicBool,
     /// When it is given back: not before so long.
     delay: Option<Duration>,
 }
@@ -67,7 +67,7 @@ impl Lease {
             status,
             claim: Arc::new(AtomicU64::new(NONE)),
             stop: CancellationToken::new(),
-            settled: false,
+            settled: AtomicBool::new(false),
             delay: None,
         }
     }
@@ -185,9 +185,12 @@ impl Lease {
 
     /// Settles the call. While the server is away this waits as long as the call is ours: a settlement that is lost
     /// has the call made again.
-    pub(super) async fn settle(mut self: Box<Self>, settlement: &Settlement) -> Result<(), Error> {
+    pub(super) async fn settle(&self, settlement: &Settlement) -> Result<(), Error> {
         if matches!(settlement, Settlement::GivenBack) {
             return Ok(());
+        }
+        if self.settled.load(Relaxed) {
+            return Err(Error::Gone);
         }
         let status = self.status.clone().settled(settlement, now());
         let patience = self.arrived.lease.max(Duration::from_secs(5));
@@ -207,7 +210,7 @@ impl Lease {
     }
 
     /// Each step may be done twice; none but the last makes the call's message go.
-    async fn store(&mut self, status: &Status, settlement: &Settlement) -> Result<(), Fault> {
+    async fn store(&self, status: &Status, settlement: &Settlement) -> Result<(), Fault> {
         let shared = Arc::clone(&self.shared);
         shared.ready().await?;
         let arrived = Arc::clone(&self.arrived);
@@ -247,14 +250,14 @@ impl Lease {
     }
 
     /// Removes the message, and what says that it is ours.
-    async fn done(&mut self) -> Result<(), Fault> {
+    async fn done(&self) -> Result<(), Fault> {
         let server = &self.shared.server;
         let acked = server.request(self.arrived.reply.clone(), None, Bytes::from_static(b"+ACK"));
         if acked.await.is_err() {
             // A consumer that is not there takes no word: the message goes without it.
             server.delete(&self.shared.names.calls, self.arrived.sequence).await?;
         }
-        self.settled = true;
+        self.settled.store(true, Relaxed);
         self.stop.cancel();
         let claim = self.claim.load(Relaxed);
         if claim != NONE {
@@ -293,7 +296,7 @@ impl Drop for Lease {
         self.stop.cancel();
         self.shared.lines().ended(self.line);
         self.shared.ready.notify_one();
-        if self.settled {
+        if self.settled.load(Relaxed) {
             return;
         }
         let (shared, arrived) = (Arc::clone(&self.shared), Arc::clone(&self.arrived));

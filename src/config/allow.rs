@@ -1,0 +1,307 @@
+//! Where callbacks may go. The URL is a stranger's wish, and this process may reach what the stranger must not: itself,
+//! its neighbours on the link, and what tells a cloud's secrets to whoever asks from inside. No I/O.
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+
+/// What [`Allow::parse`] takes, for messages.
+pub const EXPECTED: &str = "a list such as loopback, 169.254.1.0/24, 10.0.0.1, hooks.internal or *";
+
+/// Refused unless allowed. Private networks are not among them: the services of a cluster are there.
+const REFUSED: [Network; 16] = [
+    // Unspecified, which leads to this very host, and its network; loopback.
+    v4(0, 0, 0, 0, 8),
+    v4(127, 0, 0, 0, 8),
+    Network(IpAddr::V6(Ipv6Addr::UNSPECIFIED), 128),
+    Network(IpAddr::V6(Ipv6Addr::LOCALHOST), 128),
+    // Link-local, where most metadata services are.
+    v4(169, 254, 0, 0, 16),
+    v6(0xfe80, 0, 0, 10),
+    // Multicast and broadcast.
+    v4(224, 0, 0, 0, 4),
+    v4(255, 255, 255, 255, 32),
+    v6(0xff00, 0, 0, 8),
+    // Metadata services elsewhere: Alibaba's, Azure's, Oracle's; those of EC2, Google and Scaleway over IPv6.
+    v4(100, 100, 100, 200, 32),
+    v4(168, 63, 129, 16, 32),
+    v4(192, 0, 0, 192, 32),
+    v6(0xfd00, 0xec2, 0x254, 128),
+    v6(0xfd20, 0xce, 0x254, 128),
+    v6(0xfd00, 0x42, 0x42, 128),
+    // Site-local, as it was before fc00::/7.
+    v6(0xfec0, 0, 0, 10),
+];
+
+const LOOPBACK: [Network; 2] = [v4(127, 0, 0, 0, 8), Network(IpAddr::V6(Ipv6Addr::LOCALHOST), 128)];
+
+const ALL: [Network; 2] = [v4(0, 0, 0, 0, 0), v6(0, 0, 0, 0)];
+
+/// Exceptions from what is refused. The default has none.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Allow {
+    networks: Vec<Network>,
+    /// In lower case. Whoever lists a name trusts those who say where it leads.
+    hosts: Vec<String>,
+}
+
+/// The addresses that have their first bits in common with this one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Network(IpAddr, u8);
+
+const fn v4(a: u8, b: u8, c: u8, d: u8, bits: u8) -> Network {
+    Network(IpAddr::V4(Ipv4Addr::new(a, b, c, d)), bits)
+}
+
+/// `first:second::last/bits`
+const fn v6(first: u16, second: u16, last: u16, bits: u8) -> Network {
+    Network(IpAddr::V6(Ipv6Addr::new(first, second, 0, 0, 0, 0, 0, last)), bits)
+}
+
+impl Network {
+    /// `10.0.0.0/8`, `fd00::/8`, or one address, an IPv6 one also in brackets.
+    fn parse(text: &str) -> Option<Self> {
+        let (address, bits) = match text.split_once('/') {
+            Some((address, bits)) => (address, Some(bits.parse().ok()?)),
+            None => (text, None),
+        };
+        let bare = address.strip_prefix('[').and_then(|rest| rest.strip_suffix(']'));
+        let address: IpAddr = bare.unwrap_or(address).parse().ok()?;
+        let most = if address.is_ipv4() { 32 } else { 128 };
+        let bits = bits.unwrap_or(most);
+        (bits <= most).then_some(Self(address, bits))
+    }
+
+    fn contains(self, address: IpAddr) -> bool {
+        let (ours, theirs, unused) = match (self.0, address) {
+            (IpAddr::V4(ours), IpAddr::V4(theirs)) => {
+                (u128::from(ours.to_bits()), u128::from(theirs.to_bits()), 32 - self.1)
+            }
+            (IpAddr::V6(ours), IpAddr::V6(theirs)) => {
+                (ours.to_bits(), theirs.to_bits(), 128 - self.1)
+            }
+            _ => return false,
+        };
+        (ours ^ theirs).checked_shr(u32::from(unused)).unwrap_or(0) == 0
+    }
+}
+
+impl Allow {
+    /// Reads a list, separated by commas: networks, addresses, names of hosts, `loopback`, `*` for everything.
+    /// `None` if an entry is none of these.
+    pub fn parse(text: &str) -> Option<Self> {
+        let mut allow = Self::default();
+        for entry in text.split(',').map(str::trim).filter(|entry| !entry.is_empty()) {
+            if entry == "*" {
+                allow.networks.extend(ALL);
+            } else if entry.eq_ignore_ascii_case("loopback") {
+                allow.networks.extend(LOOPBACK);
+            } else if let Some(network) = Network::parse(entry) {
+                allow.networks.push(network);
+            } else {
+                allow.hosts.push(host_name(entry)?);
+            }
+        }
+        Some(allow)
+    }
+
+    /// Whether a callback to `host` may connect to `address`, which is one that the host resolves to.
+    pub fn permits(&self, host: &str, address: IpAddr) -> bool {
+        let host = host.strip_suffix('.').unwrap_or(host);
+        if self.hosts.iter().any(|listed| listed.eq_ignore_ascii_case(host)) {
+            return true;
+        }
+        // The mapped form is but another way to write an address of version 4. The other forms are addresses of their
+        // own, behind which a translator may stand.
+        let address = address.to_canonical();
+        let inner = match address {
+            IpAddr::V6(address) => embedded(address),
+            IpAddr::V4(_) => [None, None],
+        };
+        self.permits_plainly(address)
+            && inner.into_iter().flatten().all(|inner| self.permits_plainly(inner.into()))
+    }
+
+    fn permits_plainly(&self, address: IpAddr) -> bool {
+        let holds = |network: &Network| network.contains(address);
+        !REFUSED.iter().any(holds) || self.networks.iter().any(holds)
+    }
+}
+
+/// A name that may be a host's, in lower case without its last dot.
+fn host_name(text: &str) -> Option<String> {
+    let name = text.strip_suffix('.').unwrap_or(text);
+    let letter = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_');
+    let labels = || name.split('.');
+    let well_formed = labels().all(|label| !label.is_empty() && label.bytes().all(letter));
+    // No top-level domain is a number: this was meant to be an address.
+    let numeric = labels().next_back().is_some_and(|last| last.bytes().all(|b| b.is_ascii_digit()));
+    (well_formed && !numeric).then(|| name.to_ascii_lowercase())
+}
+
+/// The addresses of version 4 that one of version 6 leads to where a translator or a tunnel is in place.
+fn embedded(address: Ipv6Addr) -> [Option<Ipv4Addr>; 2] {
+    let part =
+        |high: u16, low: u16| Some(Ipv4Addr::from_bits(u32::from(high) << 16 | u32::from(low)));
+    match address.segments() {
+        // `::` and `::1`
+        [0, 0, 0, 0, 0, 0, 0, 0 | 1] => [None, None],
+        // IPv4-compatible; translated (RFC 2765); NAT64.
+        [0, 0, 0, 0, 0, 0, a, b]
+        | [0, 0, 0, 0, 0xffff, 0, a, b]
+        | [0x64, 0xff9b, 0, 0, 0, 0, a, b] => [part(a, b), None],
+        // NAT64 of one's own: behind a prefix of 96 bits, or of 48 with a byte of zeros inside the address. What would
+        // be no address but zeros is the other form's padding.
+        [0x64, 0xff9b, 1, a, b, c, d, e] => [part(d, e), part(a, b << 8 | c >> 8)]
+            .map(|inner| inner.filter(|inner| !inner.is_unspecified())),
+        // 6to4
+        [0x2002, a, b, ..] => [part(a, b), None],
+        // Teredo: the server, and the client with its bits turned.
+        [0x2001, 0, a, b, _, _, c, d] => [part(a, b), part(!c, !d)],
+        // ISATAP
+        [_, _, _, _, 0 | 0x200, 0x5efe, a, b] => [part(a, b), None],
+        _ => [None, None],
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[track_caller]
+    fn check(list: &str, expect: bool, addresses: &[&str]) {
+        let allow = Allow::parse(list).unwrap();
+        for address in addresses {
+            let got = allow.permits("host.example", address.parse().unwrap());
+            assert_eq!(got, expect, "{address} with {list:?}");
+        }
+    }
+
+    #[test]
+    fn by_default_the_inside_is_refused_and_the_cluster_is_not() {
+        check(
+            "",
+            true,
+            &[
+                "1.1.1.1",
+                "10.1.2.3",
+                "172.16.0.1",
+                "192.168.1.1",
+                "100.64.0.1",
+                "169.253.255.255",
+                "2606:4700::1111",
+                "fd00::1",
+                "fc00::1",
+            ],
+        );
+        check(
+            "",
+            false,
+            &[
+                "0.0.0.0",
+                "0.1.2.3",
+                "127.0.0.1",
+                "127.255.0.9",
+                "169.254.169.254",
+                "224.0.0.1",
+                "239.1.1.1",
+                "255.255.255.255",
+                "100.100.100.200",
+                "168.63.129.16",
+                "192.0.0.192",
+                "::",
+                "::1",
+                "fe80::1",
+                "febf::1",
+                "fec0::1",
+                "ff02::1",
+                "fd00:ec2::254",
+                "fd20:ce::254",
+                "fd00:42::42",
+            ],
+        );
+    }
+
+    #[test]
+    fn an_address_inside_another_counts() {
+        check(
+            "",
+            false,
+            &[
+                "::ffff:127.0.0.1",
+                "::ffff:169.254.169.254",
+                "::127.0.0.1",
+                "::ffff:0:127.0.0.1",
+                "64:ff9b::169.254.169.254",
+                "64:ff9b:1::127.0.0.1",
+                // The same with a prefix of 48 bits.
+                "64:ff9b:1:7f00:0:100::",
+                "2002:7f00:1::",
+                "2002:a9fe:a9fe::1",
+                // Teredo's client 127.0.0.1, its bits turned; and as server.
+                "2001:0:101:101:0:0:80ff:fffe",
+                "2001:0:7f00:1::",
+                "2a00::5efe:127.0.0.1",
+            ],
+        );
+        check(
+            "",
+            true,
+            &[
+                "::ffff:10.0.0.1",
+                "64:ff9b::1.1.1.1",
+                "64:ff9b:1::1.1.1.1",
+                "64:ff9b:1:101:1:100::",
+                "2002:101:101::1",
+            ],
+        );
+        check("loopback", true, &["::ffff:127.0.0.1", "64:ff9b::127.0.0.1"]);
+    }
+
+    #[test]
+    fn what_is_listed_is_allowed_and_nothing_else() {
+        check("loopback", true, &["127.0.0.1", "127.1.2.3", "::1", "10.0.0.1"]);
+        check("loopback", false, &["0.0.0.0", "::", "169.254.169.254"]);
+        check("127.0.0.1", true, &["127.0.0.1", "::ffff:127.0.0.1"]);
+        check("127.0.0.1", false, &["127.0.0.2", "::1"]);
+        check("169.254.8.3/16, [fe80::]/10", true, &["169.254.169.254", "fe80::7"]);
+        check("169.254.0.0/24,::1", false, &["169.254.1.1", "fe80::7"]);
+        check("::1", true, &["::1"]);
+        check(" * ", true, &["127.0.0.1", "::1", "169.254.169.254", "ff02::1", "::7f00:1"]);
+        check("0.0.0.0/0", true, &["127.0.0.1"]);
+        check("0.0.0.0/0", false, &["::1"]);
+    }
+
+    #[test]
+    fn a_listed_host_is_allowed_wherever_it_leads() {
+        let allow = Allow::parse("Hooks.internal., other").unwrap();
+        let loopback = IpAddr::V4(Ipv4Addr::LOCALHOST);
+        for (host, expect) in [
+            ("hooks.internal", true),
+            ("HOOKS.INTERNAL.", true),
+            ("other", true),
+            ("a.hooks.internal", false),
+            ("hooks.internal.evil.example", false),
+        ] {
+            assert_eq!(allow.permits(host, loopback), expect, "{host}");
+        }
+    }
+
+    #[test]
+    fn what_is_no_list_is_refused() {
+        for text in [
+            "10.0.0.0/33",
+            "::/129",
+            "10.0.0/8",
+            "300.1.1.1",
+            "10.0.0.1/",
+            "a b",
+            "a..b",
+            "http://a",
+            "a:80",
+            "*.a",
+            "[::1",
+            "127.1",
+        ] {
+            assert_eq!(Allow::parse(text), None, "{text:?}");
+        }
+    }
+}

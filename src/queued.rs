@@ -1,0 +1,372 @@
+//! `/async-function/…`: calls that are made later, what became of them, and their answers.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use axum::Json;
+use axum::body::Body;
+use axum::extract::{Extension, Path, Request, State};
+use axum::response::{IntoResponse, Response};
+use http::header::{ACCESS_CONTROL_REQUEST_METHOD, ALLOW, CONTENT_LENGTH, HOST};
+use http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, Uri};
+use tokio::sync::{Semaphore, SemaphorePermit};
+
+use crate::call_id::{Stamps, X_CALL_ID};
+use crate::error::Error;
+use crate::function::Function;
+use crate::metrics::queue::{Line, QueueMetrics};
+use crate::proxy::headers::to_upstream;
+use crate::queue::call::{Call, Millis, Options};
+use crate::queue::status::Status;
+use crate::queue::{self, Changed, Counts, Queue};
+use crate::serve::caller::Caller;
+use crate::system::{Api, read};
+
+pub mod operate;
+pub mod view;
+
+const X_CALLBACK_URL: HeaderName = HeaderName::from_static("x-callback-url");
+const X_DELAY_SECONDS: HeaderName = HeaderName::from_static("x-delay-seconds");
+const X_MAX_ATTEMPTS: HeaderName = HeaderName::from_static("x-max-attempts");
+const X_EXPIRES_SECONDS: HeaderName = HeaderName::from_static("x-expires-seconds");
+const IDEMPOTENCY_KEY: HeaderName = HeaderName::from_static("idempotency-key");
+
+/// The longest name that a caller may give a call, as an id or as an idempotency key.
+const MAX_NAME: usize = 256;
+/// The longest delay and life that can be asked for.
+const MAX_SECONDS: u64 = 366 * 24 * 3600;
+/// Bodies that are being read at a time, in KiB: what waits for the queue must not fill the memory.
+const BODIES: usize = 256 << 10;
+
+/// What takes calls in. One for the process.
+pub struct Intake {
+    pub queue: Queue,
+    pub max_body: usize,
+    pub metrics: QueueMetrics,
+    room: Semaphore,
+}
+
+impl Intake {
+    pub fn new(queue: Queue, max_body: usize, metrics: QueueMetrics) -> Arc<Self> {
+        Arc::new(Self { queue, max_body, metrics, room: Semaphore::new(BODIES) })
+    }
+
+    /// Counts what the queue holds.
+    pub async fn count(&self) -> Result<(), queue::Error> {
+        let now = now();
+        let counts = self.queue.counts().await?;
+        let line = |(function, counts): (Function, Counts)| Line {
+            label: function.to_string(),
+            pending: counts.pending,
+            running: counts.running,
+            delayed: counts.delayed,
+            dead: counts.dead,
+            oldest: Duration::from_millis(counts.oldest.map_or(0, |at| now.saturating_sub(at))),
+        };
+        self.metrics.holds(counts.into_iter().map(line).collect());
+        Ok(())
+    }
+
+    /// Room for a body of `length` bytes, if it is known.
+    fn reserve(&self, length: Option<usize>) -> Result<SemaphorePermit<'_>, Error> {
+        let kib = length.unwrap_or(self.max_body).div_ceil(1024).clamp(1, BODIES);
+        let kib = u32::try_from(kib).unwrap_or(u32::MAX);
+        self.room.try_acquire_many(kib).map_err(|_| Error::Overloaded)
+    }
+}
+
+/// `POST /async-function/NAME…`: 202 when the call is durable.
+pub async fn submit(
+    State(api): State<Arc<Api>>,
+    Extension(caller): Extension<Caller>,
+    mut request: Request,
+) -> Response {
+    let chosen_id = request.headers().get(X_CALL_ID).is_some_and(|id| !id.is_empty());
+    if let (Ok(intake), false) = (intake(&api), chosen_id)
+        && let Ok(id) = HeaderValue::from_str(&intake.queue.fresh_id())
+    {
+        request.headers_mut().insert(X_CALL_ID, id);
+    }
+    let stamps = Stamps::put_on(request.headers_mut());
+    let submitted = take_in(&api, &caller, request, chosen_id).await;
+    let mut answer = match submitted {
+        Ok(published) => {
+            let mut answer = StatusCode::ACCEPTED.into_response();
+            stamps.put_on_answer(answer.headers_mut());
+            // One that was queued before is known by its first id.
+            if let Ok(id) = HeaderValue::from_str(&published.id) {
+                answer.headers_mut().insert(X_CALL_ID, id);
+            }
+            return answer;
+        }
+        Err(error) => error.answer(Some(&stamps.call_id)).map(Body::from),
+    };
+    stamps.put_on_answer(answer.headers_mut());
+    answer
+}
+
+async fn take_in(
+    api: &Api,
+    caller: &Caller,
+    request: Request,
+    chosen_id: bool,
+) -> Result<queue::Published, Error> {
+    let intake = intake(api)?;
+    let (mut parts, body) = request.into_parts();
+    let (function, target) = destination(&parts.uri, &api.default_namespace)?;
+    let options = options(&parts.headers, chosen_id, now())?;
+    let id = name(&parts.headers, &X_CALL_ID)?.unwrap_or_default();
+    let length = parts.headers.get(CONTENT_LENGTH);
+    let length = length.and_then(|length| length.to_str().ok()?.parse::<usize>().ok());
+    if length.is_some_and(|length| length > intake.max_body) {
+        return Err(Error::TooLarge(intake.max_body));
+    }
+    must_exist(api, &function).await?;
+    let room = intake.reserve(length)?;
+    let body = read(body, intake.max_body).await?;
+    // The worker says where it goes; what the caller called is told as for any call.
+    to_upstream(&mut parts.headers, &HeaderValue::from_static("queued"), &caller.forwarded_for);
+    for name in [HOST, CONTENT_LENGTH, X_DELAY_SECONDS, X_MAX_ATTEMPTS, X_EXPIRES_SECONDS] {
+        parts.headers.remove(name);
+    }
+    let headers = parts.headers;
+    let call = Call { id, function, target, headers, body, options };
+    let began = Instant::now();
+    let published = intake.queue.publish(call).await?;
+    drop(room);
+    if !published.repeated {
+        intake.metrics.submitted(began.elapsed());
+    }
+    Ok(published)
+}
+
+/// `GET /async-function/CALL-ID`
+pub async fn status(
+    State(api): State<Arc<Api>>,
+    Path(id): Path<String>,
+    headers: HeaderMap,
+) -> Result<Response, Error> {
+    let status = known(&api, &id, &headers).await?;
+    Ok(Json(view::State::of(&status)).into_response())
+}
+
+/// `GET /async-function/CALL-ID/result`
+pub async fn result(
+    State(api): State<Arc<Api>>,
+    Path((id, rest)): Path<(String, String)>,
+    headers: HeaderMap,
+) -> Result<Response, Error> {
+    if rest != "result" {
+        return Err(Error::NoSuchPath);
+    }
+    let status = known(&api, &id, &headers).await?;
+    if !status.state.is_final() {
+        return Err(Error::Conflict("the call is not finished".to_owned()));
+    }
+    let answer = intake(&api)?.queue.answer(&id).await?;
+    let answer = answer.ok_or(Error::NotFound("the call has no answer"))?;
+    Ok(view::answer(answer))
+}
+
+/// `DELETE /async-function/CALL-ID`
+pub async fn cancel(
+    State(api): State<Arc<Api>>,
+    Path(id): Path<String>,
+    headers: HeaderMap,
+) -> Result<Response, Error> {
+    known(&api, &id, &headers).await?;
+    changed(intake(&api)?.queue.cancel(&id).await?, "cancelled")
+}
+
+/// What is said of an attempt to change a call.
+pub fn changed(changed: Changed, done: &str) -> Result<Response, Error> {
+    match changed {
+        Changed::Yes => Ok(StatusCode::NO_CONTENT.into_response()),
+        Changed::No(state) => {
+            let state = view::word(state);
+            Err(Error::Conflict(format!("the call is {state}: it cannot be {done}")))
+        }
+        Changed::Unknown => Err(NO_SUCH_CALL),
+    }
+}
+
+const NO_SUCH_CALL: Error = Error::NotFound("no such call, or not any more");
+
+/// `OPTIONS /async-function/…`: any page may queue a call, as it may make one.
+pub async fn preflight(method: Method, headers: HeaderMap) -> Response {
+    const METHODS: HeaderValue = HeaderValue::from_static("POST, GET, DELETE, OPTIONS");
+    let mut answer = StatusCode::NO_CONTENT.into_response();
+    answer.headers_mut().insert(ALLOW, METHODS);
+    if method == Method::OPTIONS && headers.contains_key(ACCESS_CONTROL_REQUEST_METHOD) {
+        use http::header::{
+            ACCESS_CONTROL_ALLOW_HEADERS, ACCESS_CONTROL_ALLOW_METHODS,
+            ACCESS_CONTROL_ALLOW_ORIGIN, ACCESS_CONTROL_REQUEST_HEADERS,
+        };
+        let any = HeaderValue::from_static("*");
+        answer.headers_mut().insert(ACCESS_CONTROL_ALLOW_ORIGIN, any.clone());
+        answer.headers_mut().insert(ACCESS_CONTROL_ALLOW_METHODS, METHODS);
+        let asked = headers.get(ACCESS_CONTROL_REQUEST_HEADERS).cloned().unwrap_or(any);
+        answer.headers_mut().insert(ACCESS_CONTROL_ALLOW_HEADERS, asked);
+    }
+    answer
+}
+
+/// What takes calls in, if this gateway has a queue.
+pub fn intake(api: &Api) -> Result<&Intake, Error> {
+    api.intake.as_deref().ok_or_else(|| {
+        Error::NotImplemented(
+            "this gateway has no queue: set queue=embedded to keep queued calls in a file"
+                .to_owned(),
+        )
+    })
+}
+
+/// The status of the call with `id`, if whoever asks may know it: an id that the gateway made is known to nobody but
+/// its caller, one that the caller chose can be guessed.
+async fn known(api: &Api, id: &str, headers: &HeaderMap) -> Result<Status, Error> {
+    let status = intake(api)?.queue.status(id).await?.ok_or(NO_SUCH_CALL)?;
+    match &api.credentials {
+        Some(credentials) if status.chosen_id && !credentials.admit(headers) => {
+            Err(Error::Unauthorized)
+        }
+        _ => Ok(status),
+    }
+}
+
+/// The function that the path names, and path and query behind its name.
+fn destination(uri: &Uri, default_namespace: &str) -> Result<(Function, String), Error> {
+    let path = uri.path_and_query().map_or("", |path| path.as_str());
+    let rest = path.strip_prefix("/async-function/").ok_or(Error::NoSuchPath)?;
+    let end = rest.find(['/', '?']).unwrap_or(rest.len());
+    let function = Function::parse(&rest[..end], default_namespace).ok_or(Error::NoSuchPath)?;
+    Ok((function, rest[end..].to_owned()))
+}
+
+/// A provider that says that there is no such function is believed. One that is away is no reason to refuse: waiting is
+/// what a queue is for.
+async fn must_exist(api: &Api, function: &Function) -> Result<(), Error> {
+    if api.metrics.known.contains(function) {
+        return Ok(());
+    }
+    match api.provider.status(function).await {
+        Ok(_) => {
+            api.metrics.known.learn(function);
+            Ok(())
+        }
+        Err(error @ Error::NoSuchFunction(_)) => Err(error),
+        Err(error) => {
+            tracing::debug!(%function, %error, "Queued without knowing whether the function exists");
+            Ok(())
+        }
+    }
+}
+
+fn options(headers: &HeaderMap, chosen_id: bool, now: Millis) -> Result<Options, Error> {
+    let later = |name: &HeaderName| -> Result<Option<Millis>, Error> {
+        Ok(number(headers, name, 0..=MAX_SECONDS)?.map(|seconds| now + seconds * 1000))
+    };
+    let attempts = number(headers, &X_MAX_ATTEMPTS, 1..=1000)?;
+    Ok(Options {
+        callback: callback(headers)?,
+        submitted_at: now,
+        not_before: later(&X_DELAY_SECONDS)?.filter(|at| *at > now),
+        expires_at: later(&X_EXPIRES_SECONDS)?,
+        max_attempts: attempts.and_then(|attempts| u32::try_from(attempts).ok()),
+        idempotency_key: name(headers, &IDEMPOTENCY_KEY)?,
+        chosen_id,
+    })
+}
+
+fn number(
+    headers: &HeaderMap,
+    name: &HeaderName,
+    range: std::ops::RangeInclusive<u64>,
+) -> Result<Option<u64>, Error> {
+    let Some(value) = headers.get(name) else { return Ok(None) };
+    let number = value.to_str().ok().and_then(|text| text.trim().parse().ok());
+    match number.filter(|number| range.contains(number)) {
+        Some(number) => Ok(Some(number)),
+        None => Err(Error::BadRequest(format!(
+            "{name} is not a whole number from {} to {}",
+            range.start(),
+            range.end()
+        ))),
+    }
+}
+
+/// A name that a caller gives its call.
+fn name(headers: &HeaderMap, header: &HeaderName) -> Result<Option<String>, Error> {
+    let Some(value) = headers.get(header) else { return Ok(None) };
+    match value.to_str() {
+        Ok(text) if !text.is_empty() && text.len() <= MAX_NAME => Ok(Some(text.to_owned())),
+        _ => Err(Error::BadRequest(format!(
+            "{header} is empty, longer than {MAX_NAME} bytes, or has other than visible characters"
+        ))),
+    }
+}
+
+fn callback(headers: &HeaderMap) -> Result<Option<String>, Error> {
+    let Some(value) = headers.get(&X_CALLBACK_URL) else { return Ok(None) };
+    let url = value.to_str().ok().filter(|url| is_http_url(url));
+    let url = url.ok_or_else(|| {
+        Error::BadRequest(format!("{X_CALLBACK_URL} is not an absolute http or https URL"))
+    })?;
+    Ok(Some(url.to_owned()))
+}
+
+fn is_http_url(text: &str) -> bool {
+    let Ok(url) = text.parse::<Uri>() else { return false };
+    matches!(url.scheme_str(), Some("http" | "https")) && url.host().is_some_and(|h| !h.is_empty())
+}
+
+fn now() -> Millis {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or(Duration::ZERO);
+    Millis::try_from(since.as_millis()).unwrap_or(Millis::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_stands_behind_the_name_is_kept_as_it_is() {
+        let check = |uri: &str, name: &str, target: &str| {
+            let (function, rest) = destination(&uri.parse().unwrap(), "fn").unwrap();
+            assert_eq!((function.to_string().as_str(), rest.as_str()), (name, target), "{uri}");
+        };
+        check("/async-function/echo", "echo.fn", "");
+        check("/async-function/echo.dev/", "echo.dev", "/");
+        check("/async-function/echo/a%2Fb//c?x=%20", "echo.fn", "/a%2Fb//c?x=%20");
+        check("/async-function/echo?x=1/2", "echo.fn", "?x=1/2");
+        assert!(destination(&"/async-function/".parse().unwrap(), "fn").is_err());
+        assert!(destination(&"/async-function/a%20b".parse().unwrap(), "fn").is_err());
+    }
+
+    #[test]
+    fn a_wish_that_cannot_be_read_is_refused() {
+        let wish = |name: &'static str, value: &'static str| {
+            let headers = HeaderMap::from_iter([(
+                HeaderName::from_static(name),
+                HeaderValue::from_static(value),
+            )]);
+            options(&headers, false, 1000)
+        };
+        assert_eq!(wish("x-delay-seconds", "2").unwrap().not_before, Some(3000));
+        assert_eq!(wish("x-delay-seconds", "0").unwrap().not_before, None);
+        assert_eq!(wish("x-max-attempts", "3").unwrap().max_attempts, Some(3));
+        assert_eq!(wish("x-expires-seconds", "1").unwrap().expires_at, Some(2000));
+        let callback = wish("x-callback-url", "https://a.example/x?y").unwrap().callback;
+        assert_eq!(callback.as_deref(), Some("https://a.example/x?y"));
+        for (name, value) in [
+            ("x-delay-seconds", "-1"),
+            ("x-delay-seconds", "soon"),
+            ("x-max-attempts", "0"),
+            ("x-callback-url", "http://[::1"),
+            ("x-callback-url", "/relative"),
+            ("x-callback-url", "ftp://a/b"),
+            ("idempotency-key", ""),
+        ] {
+            assert!(wish(name, value).is_err(), "{name}: {value}");
+        }
+    }
+}

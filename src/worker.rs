@@ -1,0 +1,178 @@
+//! Makes queued calls: takes them from the queue, calls their functions, decides what comes next, and says so.
+
+pub mod attempt;
+pub mod callback;
+pub mod policies;
+pub mod retry;
+
+use std::sync::Arc;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio_util::task::TaskTracker;
+
+use crate::queue::call::{Call, Millis};
+use crate::queue::status::{Answer, Settlement, State};
+use crate::queue::{Delivery, Error};
+use crate::queued::Intake;
+use crate::shutdown::Stages;
+use crate::worker::attempt::{Attempt, Caller};
+use crate::worker::callback::{Callbacks, Report, random};
+use crate::worker::policies::Policies;
+use crate::worker::retry::{Decision, Outcome, decide};
+
+/// How long to wait before a queue that failed is asked again.
+const PAUSE: Duration = Duration::from_secs(1);
+
+/// What makes queued calls.
+pub struct Worker {
+    pub intake: Arc<Intake>,
+    /// Calls made at a time.
+    pub places: usize,
+    pub caller: Caller,
+    pub policies: Policies,
+    pub callbacks: Callbacks,
+    /// So much of an answer's body is kept.
+    pub max_result_body: usize,
+}
+
+impl Worker {
+    /// Makes calls until `stages.closing`, then finishes those that run, or gives them back at `stages.cut`.
+    pub async fn run(self: Arc<Self>, stages: &Stages) {
+        let places = Arc::new(Semaphore::new(self.places));
+        let running = TaskTracker::new();
+        // Cancel-safe: a place or a call that was not received goes back.
+        while let Some(next) = tokio::select! {
+            () = stages.closing.cancelled() => None,
+            next = self.next(&places) => Some(next),
+        } {
+            let (place, delivery) = next;
+            let worker = Arc::clone(&self);
+            running.spawn(async move {
+                worker.carry_out(delivery).await;
+                drop(place);
+            });
+        }
+        running.close();
+        // What is cut here is dropped unsettled: it is made again, by whoever takes it next.
+        tokio::select! {
+            () = running.wait() => {}
+            () = stages.cut.cancelled() => {
+                tracing::warn!(calls = running.len(), "Queued calls cut at the end of shutdown_grace");
+            }
+        }
+    }
+
+    /// A place, and a call for it.
+    async fn next(&self, places: &Arc<Semaphore>) -> (OwnedSemaphorePermit, Delivery) {
+        loop {
+            // The semaphore is never closed.
+            let Ok(place) = Arc::clone(places).acquire_owned().await else {
+                std::future::pending().await
+            };
+            match self.intake.queue.take(self.places).await {
+                Ok(delivery) => return (place, delivery),
+                Err(error) => {
+                    tracing::warn!(%error, "No queued calls can be taken");
+                    tokio::time::sleep(PAUSE).await;
+                }
+            }
+        }
+    }
+
+    async fn carry_out(&self, delivery: Delivery) {
+        let call = &delivery.call;
+        let (id, function) = (&call.id, &call.function);
+        let settlement = if call.options.expires_at.is_some_and(|at| at <= now()) {
+            let reason = Some("it was not made before it expired".to_owned());
+            Settlement::Finished { state: State::Failed, status: None, reason, answer: None }
+        } else {
+            let attempt = self.caller.make(call, self.keeps(call)).await;
+            self.settlement(&delivery, attempt).await
+        };
+        tracing::debug!(call_id = id, %function, attempt = delivery.attempts + 1, ?settlement, "Queued call made");
+        // One that cannot be settled must not be made again at once: the queue would be asked until it can.
+        while let Err(error) = self.intake.queue.settle(&delivery, &settlement).await {
+            tracing::warn!(call_id = id, %function, %error, "A queued call cannot be settled");
+            if error == Error::Gone {
+                return;
+            }
+            tokio::time::sleep(PAUSE).await;
+        }
+        match settlement {
+            Settlement::Retry { .. } => self.intake.metrics.retried(),
+            Settlement::Dead { .. } => self.intake.metrics.buried(),
+            Settlement::Finished { .. } => self.intake.metrics.processed(),
+            Settlement::GivenBack => {}
+        }
+    }
+
+    /// So much of an answer is read: all that a callback can be told, or what is kept.
+    fn keeps(&self, call: &Call) -> usize {
+        let told = if call.options.callback.is_some() { attempt::MAX_TOLD } else { 0 };
+        self.max_result_body.max(told)
+    }
+
+    async fn settlement(&self, delivery: &Delivery, attempt: Attempt) -> Settlement {
+        let call = &delivery.call;
+        let made = delivery.attempts + 1;
+        // A success needs no policy, and so no question to the provider.
+        let policy = match attempt.status {
+            Some(..400) => retry::Policy::default(),
+            _ => self.policies.of(&call.function).await,
+        };
+        let policy = policy.at_most(call.options.max_attempts);
+        let outcome = Outcome { status: attempt.status, retry_after: attempt.retry_after };
+        let decision = decide(&policy, made, outcome, random());
+        let (status, mut reason) = (attempt.status, attempt.reason.clone());
+        if let Decision::RetryIn(pause) = decision {
+            let at = now() + Millis::try_from(pause.as_millis()).unwrap_or(Millis::MAX / 2);
+            return Settlement::Retry { at, status, reason };
+        }
+        if let Some(failure) = self.tell(call, &attempt, made, policy.attempts).await {
+            reason = Some(failure);
+        }
+        let answer = attempt.into_answer(self.max_result_body);
+        let over = |state, answer: Option<Answer>| Settlement::Finished {
+            state,
+            status,
+            reason: reason.clone(),
+            answer,
+        };
+        match decision {
+            Decision::Succeeded => over(State::Succeeded, answer),
+            Decision::Bury => Settlement::Dead { status, reason, answer },
+            Decision::Failed | Decision::RetryIn(_) => over(State::Failed, answer),
+        }
+    }
+
+    /// Calls back whoever asked for it; why that failed, if it did.
+    async fn tell(
+        &self,
+        call: &Call,
+        attempt: &Attempt,
+        attempts: u32,
+        max_attempts: u32,
+    ) -> Option<String> {
+        let url = call.options.callback.as_ref()?;
+        let report = Report {
+            call_id: call.id.clone(),
+            function: call.function.to_string(),
+            // Out of reach.
+            status: attempt.status.unwrap_or(503),
+            headers: attempt.headers.clone(),
+            body: attempt.body.clone(),
+            took: attempt.took,
+            attempts,
+            max_attempts,
+        };
+        let error = self.callbacks.send(url, &report).await.err()?;
+        tracing::warn!(call_id = call.id, function = %call.function, %error, "A callback failed");
+        Some(format!("the callback failed: {error}"))
+    }
+}
+
+fn now() -> Millis {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    Millis::try_from(since.as_millis()).unwrap_or(Millis::MAX)
+}

@@ -1,0 +1,157 @@
+//! One attempt at a queued call: the same way to the function as any other call, and the same numbers.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant, SystemTime};
+
+use bytes::{Bytes, BytesMut};
+use http::header::{HOST, RETRY_AFTER, USER_AGENT};
+use http::{HeaderMap, HeaderValue, Method, Request, Response};
+use http_body_util::BodyExt;
+
+use crate::error::Error;
+use crate::invoke::vouches;
+use crate::metrics::calls::{End, Shard};
+use crate::proxy::body::RequestBody;
+use crate::proxy::client;
+use crate::proxy::client::{Client, Origin};
+use crate::proxy::headers::to_caller;
+use crate::proxy::upstream_body::{BodyFailure, UpstreamBody};
+use crate::queue::call::Call;
+use crate::queue::status::Answer;
+use crate::watch::Watch;
+use crate::worker::retry::parse_retry_after;
+
+/// The most of an answer that a callback is told.
+pub const MAX_TOLD: usize = 16 << 20;
+const PRODUCT: HeaderValue =
+    HeaderValue::from_static(concat!("gateway-worker/", env!("CARGO_PKG_VERSION")));
+
+/// What calls functions.
+pub struct Caller {
+    pub client: Arc<Client>,
+    /// Where functions are called.
+    pub origin: Origin,
+    pub calls: Arc<Shard>,
+    /// From the first byte sent to the last byte back.
+    pub timeout: Duration,
+}
+
+/// How an attempt ended.
+pub struct Attempt {
+    /// `None`: the function was out of reach, or broke off.
+    pub status: Option<u16>,
+    pub headers: HeaderMap,
+    pub body: Bytes,
+    /// The body was longer.
+    pub truncated: bool,
+    pub took: Duration,
+    pub retry_after: Option<Duration>,
+    /// Why there is no answer.
+    pub reason: Option<String>,
+}
+
+impl Caller {
+    /// Makes `call`; reads at most `keeps` bytes of the answer, and lets the rest go by.
+    pub async fn make(&self, call: &Call, keeps: usize) -> Attempt {
+        let began = Instant::now();
+        let label = call.function.to_string();
+        let Some(mut counted) = self.calls.begin(&label, began) else {
+            return Attempt::failed("the function's name is not valid".to_owned(), began);
+        };
+        let watch = Arc::new(Watch::new());
+        watch.call_until(began + self.timeout);
+        let exchange = async {
+            let request = self.request(call, &label)?;
+            let answer = self.client.send(&self.origin, request, &watch).await?;
+            if counted.is_stranger() && vouches(&answer) {
+                counted.vouched_for(&self.calls);
+            }
+            counted.answered(answer.status());
+            read(answer, keeps, began).await
+        };
+        let exchanged = tokio::time::timeout(self.timeout, exchange).await;
+        let exchanged = exchanged.unwrap_or(Err(Error::Upstream(client::Error::Timeout)));
+        let now = Instant::now();
+        match exchanged {
+            Ok(attempt) => {
+                counted.ended(End::Whole, now);
+                attempt
+            }
+            Err(error) => {
+                counted.answered(error.status());
+                counted.ended(End::Whole, now);
+                Attempt::failed(error.to_string(), began)
+            }
+        }
+    }
+
+    fn request(&self, call: &Call, label: &str) -> Result<Request<RequestBody>, Error> {
+        let body = Some(call.body.clone()).filter(|body| !body.is_empty());
+        let mut request = Request::new(RequestBody::Full(body));
+        *request.method_mut() = Method::POST;
+        let target = format!("/function/{label}{}", call.target);
+        let target = target.parse().map_err(|_| Error::NoSuchPath)?;
+        *request.uri_mut() = self.origin.target(&target).map_err(client::Error::Target)?;
+        let mut headers = call.headers.clone();
+        headers.insert(HOST, self.origin.host.clone());
+        headers.insert(USER_AGENT, PRODUCT);
+        *request.headers_mut() = headers;
+        Ok(request)
+    }
+}
+
+async fn read(
+    answer: Response<UpstreamBody>,
+    keeps: usize,
+    began: Instant,
+) -> Result<Attempt, Error> {
+    let (mut head, mut body) = answer.into_parts();
+    let (mut kept, mut truncated) = (BytesMut::new(), false);
+    while let Some(frame) = body.frame().await {
+        let frame = frame.map_err(|failure: BodyFailure| Error::Answer(failure))?;
+        let Ok(data) = frame.into_data() else { continue };
+        let room = keeps - kept.len();
+        truncated |= data.len() > room;
+        kept.extend_from_slice(&data[..data.len().min(room)]);
+    }
+    to_caller(&mut head.headers, false);
+    let retry_after = head.headers.get(RETRY_AFTER);
+    let retry_after = retry_after.and_then(|value| parse_retry_after(value, SystemTime::now()));
+    Ok(Attempt {
+        status: Some(head.status.as_u16()),
+        headers: head.headers,
+        body: kept.freeze(),
+        truncated,
+        took: began.elapsed(),
+        retry_after,
+        reason: None,
+    })
+}
+
+impl Attempt {
+    fn failed(reason: String, began: Instant) -> Self {
+        Self {
+            status: None,
+            headers: HeaderMap::new(),
+            body: Bytes::new(),
+            truncated: false,
+            took: began.elapsed(),
+            retry_after: None,
+            reason: Some(reason),
+        }
+    }
+
+    /// What is kept of the answer, if there was one: at most `most` bytes of its body.
+    pub fn into_answer(self, most: usize) -> Option<Answer> {
+        let status = self.status?;
+        let text = |value: &HeaderValue| value.to_str().ok().map(str::to_owned);
+        let headers = self.headers.iter();
+        let headers = headers.filter_map(|(n, v)| Some((n.as_str().to_owned(), text(v)?)));
+        Some(Answer {
+            status,
+            headers: headers.collect(),
+            truncated: self.truncated || self.body.len() > most,
+            body: self.body.slice(..self.body.len().min(most)),
+        })
+    }
+}
