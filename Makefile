@@ -10,9 +10,10 @@ build:
 
 test: needs fmt lint unit docs
 
-# What the tests call beside cargo: Python plays the conformance suites, unshare gives them a network of their own.
+# What the tests call beside cargo: Python plays the conformance suites, unshare gives them a network of their own,
+# nats-server keeps the queue of some.
 needs:
-	@for tool in python3:python3 unshare:util-linux ip:iproute2 perl:perl-base cc:gcc; do \
+	@for tool in python3:python3 unshare:util-linux ip:iproute2 perl:perl-base cc:gcc nats-server:nats-server; do \
 	  command -v $${tool%%:*} >/dev/null || missing="$$missing $${tool##*:}"; \
 	done; \
 	if [ -n "$$missing" ]; then apt-get update -q && apt-get install -yq --no-install-recommends $$missing; fi

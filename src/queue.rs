@@ -2,11 +2,13 @@
 
 pub mod call;
 pub mod embedded;
+pub mod jetstream;
 pub mod status;
 
 use crate::function::Function;
 use crate::queue::call::{Call, Millis};
 use crate::queue::embedded::Embedded;
+use crate::queue::jetstream::JetStream;
 use crate::queue::status::{Answer, Settlement, State, Status};
 
 /// A queue of calls. Cheap to clone.
@@ -14,6 +16,8 @@ use crate::queue::status::{Answer, Settlement, State, Status};
 pub enum Queue {
     /// A file of this process.
     Embedded(Embedded),
+    /// A NATS server with JetStream.
+    JetStream(JetStream),
 }
 
 /// Why a queue does not do what it is asked.
@@ -57,6 +61,7 @@ pub struct Delivery {
 #[derive(Debug)]
 enum Handle {
     Embedded(embedded::Lease),
+    JetStream(Box<jetstream::Lease>),
 }
 
 /// What came of an attempt to cancel a call, or to try a dead one again.
@@ -88,10 +93,20 @@ pub struct Counts {
 }
 
 impl Queue {
+    /// Whether the queue can be used at this moment, as far as is known.
+    pub fn is_reachable(&self) -> bool {
+        match self {
+            // A file that failed is opened again when it is needed.
+            Self::Embedded(_) => true,
+            Self::JetStream(queue) => queue.is_reachable(),
+        }
+    }
+
     /// An id for a call whose caller has not chosen one.
     pub fn fresh_id(&self) -> String {
         match self {
             Self::Embedded(queue) => queue.fresh_id(),
+            Self::JetStream(_) => uuid::Uuid::new_v4().to_string(),
         }
     }
 
@@ -99,6 +114,7 @@ impl Queue {
     pub async fn publish(&self, call: Call) -> Result<Published, Error> {
         match self {
             Self::Embedded(queue) => queue.publish(call).await,
+            Self::JetStream(queue) => queue.publish(call).await,
         }
     }
 
@@ -107,6 +123,7 @@ impl Queue {
     pub async fn take(&self, places: usize) -> Result<Delivery, Error> {
         match self {
             Self::Embedded(queue) => queue.take(places).await,
+            Self::JetStream(queue) => queue.take(places).await,
         }
     }
 
@@ -119,6 +136,11 @@ impl Queue {
             (Self::Embedded(queue), Handle::Embedded(lease)) => {
                 queue.settle(lease, settlement).await
             }
+            (Self::JetStream(queue), Handle::JetStream(lease)) => {
+                queue.settle(lease, settlement).await
+            }
+            // It goes back to where it is from when it is dropped here.
+            _ => Err(Error::Unsupported("settle a call of another queue")),
         }
     }
 
@@ -126,6 +148,7 @@ impl Queue {
     pub async fn status(&self, id: &str) -> Result<Option<Status>, Error> {
         match self {
             Self::Embedded(queue) => queue.status(id).await,
+            Self::JetStream(queue) => queue.status(id).await,
         }
     }
 
@@ -133,6 +156,7 @@ impl Queue {
     pub async fn answer(&self, id: &str) -> Result<Option<Answer>, Error> {
         match self {
             Self::Embedded(queue) => queue.answer(id).await,
+            Self::JetStream(queue) => queue.answer(id).await,
         }
     }
 
@@ -140,6 +164,7 @@ impl Queue {
     pub async fn cancel(&self, id: &str) -> Result<Changed, Error> {
         match self {
             Self::Embedded(queue) => queue.cancel(id).await,
+            Self::JetStream(queue) => queue.cancel(id).await,
         }
     }
 
@@ -147,6 +172,7 @@ impl Queue {
     pub async fn revive(&self, id: &str) -> Result<Changed, Error> {
         match self {
             Self::Embedded(queue) => queue.revive(id).await,
+            Self::JetStream(queue) => queue.revive(id).await,
         }
     }
 
@@ -159,6 +185,7 @@ impl Queue {
     ) -> Result<Vec<Status>, Error> {
         match self {
             Self::Embedded(queue) => queue.list(filter, after, limit).await,
+            Self::JetStream(queue) => queue.list(filter, after, limit).await,
         }
     }
 
@@ -166,6 +193,7 @@ impl Queue {
     pub async fn purge(&self, filter: &Filter) -> Result<u64, Error> {
         match self {
             Self::Embedded(queue) => queue.purge(filter).await,
+            Self::JetStream(queue) => queue.purge(filter).await,
         }
     }
 
@@ -173,6 +201,7 @@ impl Queue {
     pub async fn counts(&self) -> Result<Vec<(Function, Counts)>, Error> {
         match self {
             Self::Embedded(queue) => queue.counts().await,
+            Self::JetStream(queue) => queue.counts().await,
         }
     }
 }

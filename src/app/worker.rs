@@ -2,7 +2,7 @@
 
 use std::io;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::Context;
 
@@ -54,13 +54,18 @@ pub(super) fn callbacks(config: &config::Queue, tls: Tls) -> anyhow::Result<Call
 
 /// Has the queue forget what has been kept for long enough, and counts what is there, again and again. Does not end.
 pub(super) async fn keep_tidy(intake: Arc<Intake>) {
+    let mut pause = FORGET_EVERY;
     loop {
-        tokio::time::sleep(FORGET_EVERY).await;
+        tokio::time::sleep(pause).await;
         match &intake.queue {
             Queue::Embedded(queue) => queue.expire().await,
+            Queue::JetStream(queue) => queue.expire().await,
         }
+        let start = Instant::now();
         if let Err(error) = intake.count().await {
             tracing::debug!(%error, "What the queue holds cannot be counted");
         }
+        // A queue that is long to count is counted less often.
+        pause = FORGET_EVERY.max(start.elapsed() * 20);
     }
 }

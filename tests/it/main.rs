@@ -20,6 +20,7 @@ mod leaving;
 mod limits;
 mod memory;
 mod pool;
+mod queue_jetstream;
 mod start;
 mod stop;
 mod streams;

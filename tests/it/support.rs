@@ -3,6 +3,7 @@
 
 pub(crate) mod gateway;
 pub(crate) mod metrics;
+pub(crate) mod nats;
 pub(crate) mod provider;
 pub(crate) mod wire;
 

@@ -24,7 +24,7 @@ fn call(id: &str) -> Call {
 }
 
 async fn settle(queue: &Embedded, delivery: Delivery, settlement: Settlement) {
-    let Handle::Embedded(lease) = &delivery.handle;
+    let Handle::Embedded(lease) = &delivery.handle else { panic!("of another queue") };
     queue.settle(lease, &settlement).await.unwrap();
 }
 

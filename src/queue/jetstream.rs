@@ -1,0 +1,278 @@
+//! The queue on a NATS server with JetStream.
+//!
+//! A call is one message from its publish to its end: the message says how often the call was made and when it is due,
+//! and a retry replaces it in one step. So there is no moment at which a call could be lost; at worst it is made twice.
+//! What is stored beside it (claims, final states, answers, keys) is written before the message goes, never after.
+
+mod lease;
+mod lines;
+mod message;
+mod options;
+mod parts;
+mod publish;
+mod pull;
+mod server;
+mod state;
+mod streams;
+mod subject;
+mod survey;
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use async_nats::jetstream::consumer::PullConsumer;
+use tokio::runtime::Handle as Runtime;
+use tokio::sync::Notify;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+pub(super) use self::lease::Lease;
+pub use self::options::{Auth, Options};
+
+use crate::function::Function;
+use crate::queue::call::{Call, Millis};
+use crate::queue::jetstream::lines::Lines;
+use crate::queue::jetstream::pull::Arrived;
+use crate::queue::jetstream::server::{Fault, Server};
+use crate::queue::jetstream::subject::Names;
+use crate::queue::status::{Answer, Settlement, Status};
+use crate::queue::{Changed, Counts, Delivery, Error, Filter, Published};
+
+/// A publish is answered within this time, one of a large body within the other.
+const PUBLISH: Duration = Duration::from_millis(1900);
+const PUBLISH_LARGE: Duration = Duration::from_secs(60);
+/// The same for a question.
+const QUESTION: Duration = Duration::from_millis(1900);
+/// Between looks for bodies that no call has.
+const TIDY: Duration = Duration::from_secs(3600);
+/// How long the tasks may take to end.
+const STOP: Duration = Duration::from_secs(2);
+
+/// The queue. Cheap to clone.
+#[derive(Clone)]
+pub struct JetStream {
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    options: Options,
+    names: Names,
+    server: Server,
+    lines: Mutex<Lines<Arrived>>,
+    consumers: Mutex<Consumers>,
+    /// When functions of other gateways were looked for, and over which connection.
+    looked: Mutex<Option<(Instant, u64)>>,
+    tidied: Mutex<Instant>,
+    /// Somebody may find a call now.
+    ready: Notify,
+    tasks: Tasks,
+}
+
+/// Consumers that are known to be there, as of one connection.
+#[derive(Default)]
+struct Consumers {
+    connection: u64,
+    known: HashMap<Function, PullConsumer>,
+}
+
+/// What goes on beside the calls to this queue.
+struct Tasks {
+    tracker: TaskTracker,
+    stopping: CancellationToken,
+    runtime: Runtime,
+}
+
+impl Tasks {
+    /// Runs `task` until it ends or the queue is stopped.
+    fn spawn(&self, task: impl Future<Output = ()> + Send + 'static) {
+        let stopping = self.stopping.clone();
+        let task = async move {
+            tokio::select! {
+                () = stopping.cancelled() => {}
+                () = task => {}
+            }
+        };
+        self.tracker.spawn_on(task, &self.runtime);
+    }
+
+    /// Runs `task`, which ends soon by itself. Who stops the queue waits for it.
+    fn finish(&self, task: impl Future<Output = ()> + Send + 'static) {
+        self.tracker.spawn_on(task, &self.runtime);
+    }
+}
+
+impl JetStream {
+    /// Begins to connect. The server may be away: then the queue comes to life when the server does.
+    ///
+    /// # Errors
+    /// When the options cannot be: a file that is not there, an address that is none.
+    pub async fn open(options: Options) -> anyhow::Result<Self> {
+        let server = Server::open(&options).await?;
+        let tasks = Tasks {
+            tracker: TaskTracker::new(),
+            stopping: CancellationToken::new(),
+            runtime: Runtime::current(),
+        };
+        let shared = Shared {
+            names: Names::new(&options.queue),
+            options,
+            server,
+            lines: Mutex::new(Lines::new()),
+            consumers: Mutex::default(),
+            looked: Mutex::default(),
+            tidied: Mutex::new(Instant::now()),
+            ready: Notify::new(),
+            tasks,
+        };
+        Ok(Self { shared: Arc::new(shared) })
+    }
+
+    /// Ends all that goes on by itself: leases are not extended any more, and what was fetched ahead goes back. What
+    /// was dropped before is given back.
+    pub async fn stop(&self) {
+        self.shared.tasks.stopping.cancel();
+        self.shared.tasks.tracker.close();
+        let ahead = self.shared.lines().clear();
+        let back = async {
+            for arrived in ahead {
+                arrived.not_now(&self.shared.server, None).await;
+            }
+            self.shared.tasks.tracker.wait().await;
+            // What was not sent by now is found out by the server itself.
+            let _ = self.shared.server.client.flush().await;
+        };
+        let _ = tokio::time::timeout(STOP, back).await;
+    }
+
+    pub(super) fn is_reachable(&self) -> bool {
+        self.shared.server.is_connected()
+    }
+
+    /// Removes bodies whose calls are over or never came to be: what a process or a server leaves that is killed. To be
+    /// called every hour or so; a body that is younger than `age` stays.
+    ///
+    /// # Errors
+    /// When the server does not answer.
+    pub async fn tidy(&self, age: Duration) -> Result<u64, Error> {
+        Ok(self.shared.ready().await?.tidy(age).await?)
+    }
+
+    /// Tidies up when it is time. To be called every second or so.
+    pub async fn expire(&self) {
+        {
+            let mut tidied = self.shared.tidied.lock().unwrap_or_else(PoisonError::into_inner);
+            if tidied.elapsed() < TIDY {
+                return;
+            }
+            *tidied = Instant::now();
+        }
+        match self.tidy(TIDY).await {
+            Ok(0) => {}
+            Ok(removed) => tracing::info!(removed, "Bodies removed that no call has any more"),
+            Err(error) => tracing::debug!(%error, "The queue cannot be tidied up"),
+        }
+    }
+
+    pub(super) async fn publish(&self, call: Call) -> Result<Published, Error> {
+        let large = !self.shared.server.fits(0, call.body.len());
+        let deadline = if large { PUBLISH_LARGE } else { PUBLISH };
+        within(deadline, self.shared.publish(&call)).await
+    }
+
+    pub(super) async fn take(&self, places: usize) -> Result<Delivery, Error> {
+        pull::take(&self.shared, places).await
+    }
+
+    pub(super) async fn settle(&self, lease: &Lease, settlement: &Settlement) -> Result<(), Error> {
+        lease.settle(settlement).await
+    }
+
+    pub(super) async fn status(&self, id: &str) -> Result<Option<Status>, Error> {
+        within(QUESTION, async { Ok(self.shared.ready().await?.status(id).await?) }).await
+    }
+
+    pub(super) async fn answer(&self, id: &str) -> Result<Option<Answer>, Error> {
+        within(QUESTION, async { Ok(self.shared.ready().await?.answer(id).await?) }).await
+    }
+
+    pub(super) async fn cancel(&self, id: &str) -> Result<Changed, Error> {
+        Ok(self.shared.ready().await?.cancel(id).await?)
+    }
+
+    pub(super) async fn revive(&self, id: &str) -> Result<Changed, Error> {
+        Ok(self.shared.ready().await?.revive(id).await?)
+    }
+
+    pub(super) async fn list(
+        &self,
+        filter: &Filter,
+        after: Option<&str>,
+        limit: usize,
+    ) -> Result<Vec<Status>, Error> {
+        Ok(self.shared.ready().await?.list(filter, after, limit).await?)
+    }
+
+    pub(super) async fn purge(&self, filter: &Filter) -> Result<u64, Error> {
+        Ok(self.shared.ready().await?.purge_all(filter).await?)
+    }
+
+    pub(super) async fn counts(&self) -> Result<Vec<(Function, Counts)>, Error> {
+        Ok(self.shared.ready().await?.counts().await?)
+    }
+}
+
+impl Shared {
+    fn lines(&self) -> MutexGuard<'_, Lines<Arrived>> {
+        self.lines.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn consumers(&self) -> MutexGuard<'_, Consumers> {
+        self.consumers.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// This, once the server is there with all that belongs to the queue.
+    async fn ready(&self) -> Result<&Self, Fault> {
+        let connection = self.server.connection().await?;
+        if !self.server.is_prepared(connection) {
+            // Several may do this at a time: all that is missing is made once.
+            let last = streams::prepare(&self.server, &self.names, &self.options).await?;
+            self.server.prepared(connection, last);
+            *self.consumers() = Consumers { connection, known: HashMap::new() };
+        }
+        Ok(self)
+    }
+
+    /// The consumer of `function`, made if it is not there.
+    async fn consumer(&self, function: &Function) -> Result<PullConsumer, Fault> {
+        let connection = self.server.connection().await?;
+        {
+            let consumers = self.consumers();
+            if consumers.connection == connection
+                && let Some(consumer) = consumers.known.get(function)
+            {
+                return Ok(consumer.clone());
+            }
+        }
+        let made = pull::consumer(&self.server, &self.names, function, self.options.lease).await?;
+        let mut consumers = self.consumers();
+        if consumers.connection == connection {
+            consumers.known.insert(function.clone(), made.clone());
+        }
+        drop(consumers);
+        self.lines().add(function);
+        Ok(made)
+    }
+}
+
+async fn within<T>(
+    deadline: Duration,
+    task: impl Future<Output = Result<T, Error>>,
+) -> Result<T, Error> {
+    tokio::time::timeout(deadline, task).await.unwrap_or(Err(Error::Away))
+}
+
+fn now() -> Millis {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    Millis::try_from(since.as_millis()).unwrap_or(Millis::MAX)
+}

@@ -1,0 +1,244 @@
+//! What is stored on the server, and how it is read again. No I/O.
+
+use async_nats::HeaderMap;
+use bytes::Bytes;
+use serde::{Deserialize, Serialize};
+
+use crate::queue::call::{Call, Meta, Millis, Unreadable};
+use crate::queue::status::{Answer, Status};
+
+/// All of a call but its body.
+const CALL: &str = "Gateway-Call";
+/// Raised when an older gateway could not make the call rightly.
+const VERSION_NAME: &str = "Gateway-Version";
+const VERSION: u8 = 1;
+/// [`Status`] of a call that has been made before, or that is dead.
+const PROGRESS: &str = "Gateway-Progress";
+/// [`Parts`], when the body is not in the message.
+const BODY: &str = "Gateway-Body";
+/// Of a dead call: the number of the message that it was.
+const WAS: &str = "Gateway-Was";
+/// The server knows a repeated message by this header.
+const MESSAGE_ID: &str = "Nats-Msg-Id";
+/// The first part of an answer says what it is.
+const ANSWER: &str = "Gateway-Answer";
+/// Reasons are cut here, so that a call does not outgrow its message.
+const REASON: usize = 1000;
+
+/// Where a body is that is not in its message.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Parts {
+    pub(super) name: String,
+    pub(super) count: usize,
+}
+
+/// A call's message.
+#[derive(Clone, Debug)]
+pub(super) struct Message {
+    headers: HeaderMap,
+    pub(super) body: Bytes,
+}
+
+/// Who has a call at this moment.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(super) struct Claim {
+    /// The number of the call's message.
+    pub(super) sequence: u64,
+    /// `None` for one who takes the call back.
+    pub(super) running: Option<Status>,
+}
+
+/// The final state of a call.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(super) struct End {
+    /// The number of the message that the call was.
+    pub(super) sequence: u64,
+    pub(super) status: Status,
+}
+
+/// The head of a stored answer.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(super) struct AnswerHead {
+    status: u16,
+    headers: Vec<(String, String)>,
+    #[serde(default)]
+    truncated: bool,
+    pub(super) parts: usize,
+}
+
+impl Message {
+    /// The message of a call that was not made yet.
+    pub(super) fn new(call: &Call) -> Self {
+        let mut headers = HeaderMap::new();
+        headers.insert(VERSION_NAME, VERSION.to_string());
+        headers.insert(CALL, json(&call.meta()).as_str());
+        Self { headers, body: call.body.clone() }
+    }
+
+    pub(super) fn stored(headers: HeaderMap, body: Bytes) -> Self {
+        Self { headers, body }
+    }
+
+    /// The headers, with an id by which the server knows a second one.
+    pub(super) fn named(&self, id: &str) -> HeaderMap {
+        let mut headers = self.headers.clone();
+        headers.insert(MESSAGE_ID, id);
+        headers
+    }
+
+    /// The same call with its body elsewhere.
+    #[must_use]
+    pub(super) fn with_parts(mut self, parts: &Parts) -> Self {
+        self.headers.insert(BODY, json(parts).as_str());
+        self.body = Bytes::new();
+        self
+    }
+
+    /// The same call after it was made, and was the message `was` then.
+    pub(super) fn progressed(&self, status: &Status, was: u64) -> HeaderMap {
+        let mut status = status.clone();
+        status.reason = status.reason.map(|reason| reason.chars().take(REASON).collect());
+        let mut headers = self.fresh();
+        headers.insert(PROGRESS, json(&status).as_str());
+        headers.insert(WAS, was.to_string());
+        headers
+    }
+
+    /// The same call as if it had never been made.
+    pub(super) fn fresh(&self) -> HeaderMap {
+        let mut headers = HeaderMap::new();
+        for name in [VERSION_NAME, CALL, BODY] {
+            if let Some(value) = self.headers.get(name) {
+                headers.insert(name, value.clone());
+            }
+        }
+        headers
+    }
+
+    /// How large the headers are, nearly.
+    pub(super) fn head(&self) -> usize {
+        self.headers.get(CALL).map_or(0, |meta| meta.as_str().len()) + 512
+    }
+
+    pub(super) fn parts(&self) -> Option<Parts> {
+        serde_json::from_str(self.headers.get(BODY)?.as_str()).ok()
+    }
+
+    pub(super) fn progress(&self) -> Option<Status> {
+        serde_json::from_str(self.headers.get(PROGRESS)?.as_str()).ok()
+    }
+
+    /// Of a dead call: the number of the message that it was.
+    pub(super) fn was(&self) -> Option<u64> {
+        self.headers.get(WAS)?.as_str().parse().ok()
+    }
+
+    /// The call, with what is in the message as its body.
+    ///
+    /// # Errors
+    /// When the message holds none, or one of a version to come.
+    pub(super) fn call(&self) -> Result<Call, Unreadable> {
+        let version = self.headers.get(VERSION_NAME).and_then(|it| it.as_str().parse().ok());
+        let version = version.ok_or(Unreadable::Short)?;
+        if version != VERSION {
+            return Err(Unreadable::Version(version));
+        }
+        let meta = self.headers.get(CALL).ok_or(Unreadable::Short)?;
+        let meta: Meta = serde_json::from_str(meta.as_str())?;
+        Call::from_meta(meta, self.body.clone())
+    }
+
+    /// The state of the call while nobody makes it.
+    pub(super) fn status(&self) -> Option<Status> {
+        self.progress().or_else(|| self.call().ok().map(|call| Status::queued(&call)))
+    }
+
+    /// When the call can be made, at the earliest.
+    pub(super) fn due(&self, call: &Call) -> Millis {
+        let again = self.progress().and_then(|status| status.next_attempt_at);
+        again.or(call.options.not_before).unwrap_or(0)
+    }
+}
+
+/// The head of `answer`, whose body is stored in so many parts.
+pub(super) fn answer_headers(answer: &Answer, parts: usize) -> HeaderMap {
+    let head = AnswerHead {
+        status: answer.status,
+        headers: answer.headers.clone(),
+        truncated: answer.truncated,
+        parts,
+    };
+    let mut headers = HeaderMap::new();
+    headers.insert(ANSWER, json(&head).as_str());
+    headers
+}
+
+pub(super) fn answer_head(headers: &HeaderMap) -> Option<AnswerHead> {
+    serde_json::from_str(headers.get(ANSWER)?.as_str()).ok()
+}
+
+impl AnswerHead {
+    pub(super) fn with(self, body: Bytes) -> Answer {
+        let Self { status, headers, truncated, .. } = self;
+        Answer { status, headers, body, truncated }
+    }
+}
+
+/// `value` on one line: JSON escapes line ends.
+pub(super) fn json(value: &impl Serialize) -> String {
+    serde_json::to_string(value).unwrap_or_default()
+}
+
+#[cfg(test)]
+mod tests {
+    use http::HeaderValue;
+
+    use super::*;
+    use crate::function::Function;
+    use crate::queue::call::Options;
+
+    fn call() -> Call {
+        let mut headers = http::HeaderMap::new();
+        headers.append("x-a", HeaderValue::from_bytes(b"\xff\xfe").unwrap());
+        Call {
+            id: "id-1".to_owned(),
+            function: Function { name: "echo".to_owned(), namespace: "dev".to_owned() },
+            target: "/p?x=1".to_owned(),
+            headers,
+            body: Bytes::from_static(b"\x00\xffbody"),
+            options: Options { submitted_at: 5, not_before: Some(9), ..Options::default() },
+        }
+    }
+
+    #[test]
+    fn a_call_comes_out_as_it_went_in() {
+        let message = Message::new(&call());
+        assert_eq!(message.call().unwrap(), call());
+        assert_eq!((message.due(&call()), message.progress()), (9, None));
+        let status = Status { attempts: 2, next_attempt_at: Some(20), ..Status::queued(&call()) };
+        let later = Message::stored(message.progressed(&status, 7), message.body);
+        assert_eq!(later.call().unwrap(), call());
+        assert_eq!((later.progress(), later.was()), (Some(status), Some(7)));
+        assert_eq!(later.due(&call()), 20);
+        let again = Message::stored(later.fresh(), later.body);
+        assert_eq!((again.progress(), again.was(), again.call().unwrap()), (None, None, call()));
+    }
+
+    #[test]
+    fn a_body_may_be_elsewhere() {
+        let parts = Parts { name: "n".to_owned(), count: 3 };
+        let message = Message::new(&call()).with_parts(&parts);
+        assert_eq!((message.parts(), message.body.len()), (Some(parts), 0));
+        assert!(Message::stored(message.fresh(), Bytes::new()).parts().is_some());
+    }
+
+    #[test]
+    fn what_is_no_call_is_refused() {
+        let mut headers = Message::new(&call()).headers;
+        headers.insert(VERSION_NAME, "2");
+        let later = Message::stored(headers, Bytes::new());
+        assert!(matches!(later.call(), Err(Unreadable::Version(2))));
+        let foreign = Message::stored(HeaderMap::new(), Bytes::new());
+        assert!(foreign.call().is_err() && foreign.status().is_none());
+    }
+}

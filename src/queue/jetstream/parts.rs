@@ -1,0 +1,109 @@
+//! Bodies that are larger than a message may be: they are stored in parts, and removed with their call.
+//!
+//! The server's own object store would leave a mark for each object that ever was.
+
+use std::collections::BTreeSet;
+use std::time::Duration;
+
+use async_nats::HeaderMap;
+use bytes::{Bytes, BytesMut};
+use futures_util::{StreamExt, TryStreamExt, stream};
+
+use crate::queue::jetstream::message::Parts;
+use crate::queue::jetstream::server::{Fault, Server};
+use crate::queue::jetstream::state::{Dead, Found};
+use crate::queue::jetstream::subject::{BODIES, Names, text, token};
+use crate::queue::jetstream::{Shared, now};
+
+/// So many parts are on their way at a time.
+const TOGETHER: usize = 4;
+
+/// How large a part is.
+fn part(server: &Server) -> usize {
+    server.client.max_payload().saturating_sub(4096).clamp(1024, 1 << 20)
+}
+
+/// Stores `body` in parts, under a name that starts with the call's.
+pub(super) async fn store(
+    server: &Server,
+    names: &Names,
+    id: &str,
+    body: &Bytes,
+) -> Result<Parts, Fault> {
+    let name = format!("{}.{}", token(id), uuid::Uuid::new_v4().simple());
+    let size = part(server);
+    let count = body.len().div_ceil(size);
+    stream::iter(0..count)
+        .map(|number| {
+            let piece = body.slice(number * size..body.len().min((number + 1) * size));
+            server.put(names.part(BODIES, &name, number), HeaderMap::new(), piece, None)
+        })
+        .buffer_unordered(TOGETHER)
+        .try_for_each(|_| std::future::ready(Ok(())))
+        .await?;
+    Ok(Parts { name, count })
+}
+
+/// The body that was stored so; `None` if a part is missing.
+pub(super) async fn load(
+    server: &Server,
+    names: &Names,
+    parts: &Parts,
+) -> Result<Option<Bytes>, Fault> {
+    let subjects = (0..parts.count).map(|number| names.part(BODIES, &parts.name, number));
+    let found: Vec<_> = stream::iter(subjects)
+        .map(|subject| async move { server.last(&names.bodies, &subject).await })
+        .buffered(TOGETHER)
+        .try_collect()
+        .await?;
+    let mut body = BytesMut::new();
+    for part in found {
+        let Some(part) = part else { return Ok(None) };
+        body.extend_from_slice(&part.payload);
+    }
+    Ok(Some(body.freeze()))
+}
+
+/// Removes what was stored so.
+pub(super) async fn remove(server: &Server, names: &Names, parts: &Parts) -> Result<(), Fault> {
+    server.purge(&names.bodies, &names.part(BODIES, &parts.name, "*")).await
+}
+
+impl Shared {
+    /// Removes bodies older than `age` that no call has any more; how many there were.
+    pub(super) async fn tidy(&self, age: Duration) -> Result<u64, Fault> {
+        let (server, names) = (&self.server, &self.names);
+        let subjects = server.subjects(&names.bodies, &names.all(BODIES)).await?;
+        // `root.queue.id.name.number`
+        let stored: BTreeSet<_> = subjects
+            .iter()
+            .filter_map(|subject| {
+                let (front, _) = subject.rsplit_once('.')?;
+                let mut tokens = front.rsplit('.');
+                let (name, id) = (tokens.next()?, tokens.next()?);
+                Some((id.to_owned(), format!("{id}.{name}")))
+            })
+            .collect();
+        let mut removed = 0;
+        for (id, name) in stored {
+            let parts = Parts { name, count: 0 };
+            let last = server.last(&names.bodies, &names.part(BODIES, &parts.name, "*")).await?;
+            let Some(last) = last else { continue };
+            let born = u128::try_from(last.time.unix_timestamp_nanos()).unwrap_or(0) / 1_000_000;
+            if u128::from(now()).saturating_sub(born) < age.as_millis() {
+                continue;
+            }
+            let Some(id) = text(&id) else { continue };
+            let has = match self.find(&id).await? {
+                Some(Found::Waiting(waiting)) => waiting.message.parts(),
+                Some(Found::Dead(Dead { message, .. })) => message.parts(),
+                Some(Found::Ended(_)) | None => None,
+            };
+            if has.is_none_or(|has| has.name != parts.name) {
+                remove(server, names, &parts).await?;
+                removed += 1;
+            }
+        }
+        Ok(removed)
+    }
+}

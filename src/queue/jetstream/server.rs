@@ -1,0 +1,352 @@
+//! The connection to the server, and what is asked of it. Nothing here waits for long: a server that is away is
+//! [`Fault::Away`] within [`PATIENCE`].
+
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::time::Duration;
+
+use anyhow::Context as _;
+use async_nats::connection::State as Connection;
+use async_nats::jetstream::message::StreamMessage;
+use async_nats::jetstream::stream::RawMessage;
+use async_nats::{Client, Event, HeaderMap, Request, RequestErrorKind, jetstream};
+use bytes::Bytes;
+use serde::Deserialize;
+use serde::de::DeserializeOwned;
+use serde_json::json;
+use tokio::sync::watch;
+
+use crate::queue::Error;
+use crate::queue::jetstream::options::{OLDEST, Options};
+
+/// How long one waits for the connection to come back, and how long for an answer.
+const PATIENCE: Duration = Duration::from_millis(800);
+const ANSWER: Duration = Duration::from_millis(1000);
+/// Between looks at the connection that nobody announces.
+const LOOK: Duration = Duration::from_millis(50);
+/// Counted from this number, connections are never mistaken for none.
+const NEVER: u64 = 0;
+
+/// Numbers of errors, as the server knows them.
+const NO_MESSAGE: u64 = 10037;
+const WRONG_SEQUENCE: u64 = 10071;
+const STORE_FAILED: u64 = 10077;
+const NO_STREAM: u64 = 10059;
+const NOT_NOW: [u64; 4] = [10008, 10009, 10004, NO_STREAM];
+const NO_ROOM: [u64; 4] = [10023, 10028, 10047, 10077];
+
+/// What goes wrong between us and the server.
+#[derive(Clone, Debug, thiserror::Error)]
+pub(super) enum Fault {
+    #[error("the server does not answer")]
+    Away,
+    #[error("the server takes no message of that size")]
+    TooLarge,
+    #[error("the server refuses: {1} ({0})")]
+    Refused(u64, String),
+    #[error("the server's answer is not understood")]
+    Odd,
+}
+
+impl Fault {
+    /// Somebody else has changed what was to be changed.
+    pub(super) fn is_conflict(&self) -> bool {
+        matches!(self, Self::Refused(WRONG_SEQUENCE, _))
+    }
+}
+
+impl From<Fault> for Error {
+    fn from(fault: Fault) -> Self {
+        match &fault {
+            Fault::Away => Self::Away,
+            Fault::Refused(code, _) if NOT_NOW.contains(code) => Self::Away,
+            Fault::Refused(STORE_FAILED, text) if text.contains("maximum messages") => Self::Full,
+            Fault::Refused(code, _) if NO_ROOM.contains(code) => Self::NoSpace,
+            Fault::TooLarge => Self::TooLarge(0),
+            Fault::Refused(..) | Fault::Odd => {
+                tracing::error!(error = %fault, "The queue's server failed");
+                Self::Failed
+            }
+        }
+    }
+}
+
+/// The connection. It comes back by itself whenever it is lost.
+pub(super) struct Server {
+    pub(super) client: Client,
+    pub(super) context: jetstream::Context,
+    /// How often there has been a connection.
+    connections: watch::Receiver<u64>,
+    /// With which of them it was seen that all streams are there.
+    prepared: AtomicU64,
+    /// The number of the last call that was there then.
+    found: AtomicU64,
+}
+
+/// What was stored, and where.
+#[derive(Clone, Copy, Debug, Deserialize)]
+pub(super) struct Stored {
+    #[serde(rename = "seq")]
+    pub(super) sequence: u64,
+    /// A message with the same id was stored before, there.
+    #[serde(default)]
+    pub(super) duplicate: bool,
+}
+
+#[derive(Deserialize)]
+struct Refusal {
+    error: Option<Reason>,
+}
+
+#[derive(Deserialize)]
+struct Reason {
+    #[serde(default)]
+    err_code: u64,
+    #[serde(default)]
+    description: String,
+}
+
+impl Server {
+    /// Begins to connect; that this succeeds is not waited for.
+    pub(super) async fn open(options: &Options) -> anyhow::Result<Self> {
+        let (connected, connections) = watch::channel(NEVER);
+        let connect = options.connect_options().await?.event_callback(move |event| {
+            match event {
+                Event::Connected => {
+                    connected.send_modify(|number| *number += 1);
+                    tracing::info!("The queue's server is there");
+                }
+                Event::Disconnected => tracing::warn!("The queue's server is away"),
+                event => tracing::debug!(%event, "Word from the queue's server"),
+            }
+            std::future::ready(())
+        });
+        let client = connect.connect(options.servers.as_slice()).await;
+        let client = client.context("cannot make a connection to the queue's server")?;
+        let context =
+            jetstream::context::ContextBuilder::new().timeout(ANSWER).build(client.clone());
+        Ok(Self {
+            client,
+            context,
+            connections,
+            prepared: AtomicU64::new(NEVER),
+            found: AtomicU64::new(0),
+        })
+    }
+
+    pub(super) fn is_connected(&self) -> bool {
+        self.client.connection_state() == Connection::Connected
+    }
+
+    /// The number of the connection that there is. A new one may find another server, with nothing on it.
+    pub(super) async fn connection(&self) -> Result<u64, Fault> {
+        let mut connections = self.connections.clone();
+        let there = async {
+            while !self.is_connected() || *connections.borrow() == NEVER {
+                // Running out is the time to look again.
+                let _ = tokio::time::timeout(LOOK, connections.changed()).await;
+            }
+        };
+        tokio::time::timeout(PATIENCE, there).await.map_err(|_| Fault::Away)?;
+        Ok(*self.connections.borrow())
+    }
+
+    pub(super) fn is_prepared(&self, connection: u64) -> bool {
+        self.prepared.load(Relaxed) == connection
+    }
+
+    /// Whether the call `sequence` was there before this connection. A server that was killed may have forgotten that
+    /// it is over.
+    pub(super) fn was_found(&self, sequence: u64) -> bool {
+        sequence <= self.found.load(Relaxed)
+    }
+
+    /// All is there, and the last call has the number `found`.
+    pub(super) fn prepared(&self, connection: u64, found: u64) {
+        self.found.store(found, Relaxed);
+        if !self.client.is_server_compatible(OLDEST.0, OLDEST.1, OLDEST.2) {
+            let version = self.client.server_info().version;
+            tracing::warn!(version, "The queue's server is older than what this is made for");
+        }
+        self.prepared.store(connection, Relaxed);
+    }
+
+    /// Something that belongs to the queue is not there: it is looked for before the next use.
+    fn look_again(&self) {
+        self.prepared.store(NEVER, Relaxed);
+    }
+
+    /// Whether a body goes into one message beside `headers` bytes of headers.
+    pub(super) fn fits(&self, headers: usize, body: usize) -> bool {
+        // What the server adds, and what is noted of a call later.
+        const SPARE: usize = 4096;
+        headers.saturating_add(body).saturating_add(SPARE) <= self.client.max_payload()
+    }
+
+    /// Stores a message. With `last`, only if the last one of this subject has that number.
+    pub(super) async fn put(
+        &self,
+        subject: String,
+        mut headers: HeaderMap,
+        body: Bytes,
+        last: Option<u64>,
+    ) -> Result<Stored, Fault> {
+        if let Some(last) = last {
+            headers.insert("Nats-Expected-Last-Subject-Sequence", last.to_string());
+        }
+        self.ask(subject, Some(headers), body).await
+    }
+
+    /// The last message of `stream` whose subject is or fits `subject`.
+    pub(super) async fn last(
+        &self,
+        stream: &str,
+        subject: &str,
+    ) -> Result<Option<StreamMessage>, Fault> {
+        self.get(stream, json!({ "last_by_subj": subject })).await
+    }
+
+    /// The message of `stream` with that number.
+    pub(super) async fn at(
+        &self,
+        stream: &str,
+        number: u64,
+    ) -> Result<Option<StreamMessage>, Fault> {
+        self.get(stream, json!({ "seq": number })).await
+    }
+
+    async fn get(
+        &self,
+        stream: &str,
+        which: serde_json::Value,
+    ) -> Result<Option<StreamMessage>, Fault> {
+        #[derive(Deserialize)]
+        struct Got {
+            message: RawMessage,
+        }
+        match self.api::<Got>(&format!("STREAM.MSG.GET.{stream}"), &which).await {
+            Ok(got) => got.message.try_into().map(Some).map_err(|_| Fault::Odd),
+            Err(Fault::Refused(NO_MESSAGE, _)) => Ok(None),
+            Err(fault) => Err(fault),
+        }
+    }
+
+    /// Removes a message; that it is gone already is as well.
+    pub(super) async fn delete(&self, stream: &str, number: u64) -> Result<(), Fault> {
+        let which = json!({ "seq": number, "no_erase": true });
+        let what = format!("STREAM.MSG.DELETE.{stream}");
+        match self.api::<serde_json::Value>(&what, &which).await {
+            // The server's word for a number that it does not have differs with its version.
+            Ok(_) | Err(Fault::Refused(..)) => Ok(()),
+            Err(fault) => Err(fault),
+        }
+    }
+
+    /// Removes all messages whose subjects fit `subject`.
+    pub(super) async fn purge(&self, stream: &str, subject: &str) -> Result<(), Fault> {
+        let which = json!({ "filter": subject });
+        self.api::<serde_json::Value>(&format!("STREAM.PURGE.{stream}"), &which).await.map(drop)
+    }
+
+    /// The subjects in `stream` that fit `filter`.
+    pub(super) async fn subjects(&self, stream: &str, filter: &str) -> Result<Vec<String>, Fault> {
+        #[derive(Deserialize)]
+        struct Page {
+            #[serde(default)]
+            total: usize,
+            state: Listed,
+        }
+        #[derive(Deserialize)]
+        struct Listed {
+            subjects: Option<HashMap<String, u64>>,
+        }
+        let mut subjects = Vec::new();
+        loop {
+            let which = json!({ "subjects_filter": filter, "offset": subjects.len() });
+            let page: Page = self.api(&format!("STREAM.INFO.{stream}"), &which).await?;
+            let found = page.state.subjects.unwrap_or_default();
+            let empty = found.is_empty();
+            subjects.extend(found.into_keys());
+            if empty || subjects.len() >= page.total {
+                return Ok(subjects);
+            }
+        }
+    }
+
+    /// The names of the consumers of `stream`.
+    pub(super) async fn consumers(&self, stream: &str) -> Result<Vec<String>, Fault> {
+        #[derive(Deserialize)]
+        struct Page {
+            #[serde(default)]
+            total: usize,
+            consumers: Option<Vec<String>>,
+        }
+        let mut consumers = Vec::new();
+        loop {
+            let which = json!({ "offset": consumers.len() });
+            let page: Page = self.api(&format!("CONSUMER.NAMES.{stream}"), &which).await?;
+            let found = page.consumers.unwrap_or_default();
+            let empty = found.is_empty();
+            consumers.extend(found);
+            if empty || consumers.len() >= page.total {
+                return Ok(consumers);
+            }
+        }
+    }
+
+    async fn api<T: DeserializeOwned>(
+        &self,
+        what: &str,
+        which: &serde_json::Value,
+    ) -> Result<T, Fault> {
+        self.ask(format!("$JS.API.{what}"), None, which.to_string().into()).await
+    }
+
+    async fn ask<T: DeserializeOwned>(
+        &self,
+        subject: String,
+        headers: Option<HeaderMap>,
+        payload: Bytes,
+    ) -> Result<T, Fault> {
+        let answer = self.request(subject, headers, payload).await?;
+        let refusal: Refusal = serde_json::from_slice(&answer).map_err(|_| Fault::Odd)?;
+        match refusal.error {
+            Some(reason) => {
+                if reason.err_code == NO_STREAM {
+                    self.look_again();
+                }
+                Err(Fault::Refused(reason.err_code, reason.description))
+            }
+            None => serde_json::from_slice(&answer).map_err(|_| Fault::Odd),
+        }
+    }
+
+    /// One question, one answer.
+    pub(super) async fn request(
+        &self,
+        subject: String,
+        headers: Option<HeaderMap>,
+        payload: Bytes,
+    ) -> Result<Bytes, Fault> {
+        // What is sent while nobody listens would be sent later, when nobody waits for it any more.
+        self.connection().await?;
+        let mut request = Request::new().payload(payload).timeout(Some(ANSWER));
+        if let Some(headers) = headers {
+            request = request.headers(headers);
+        }
+        let asked = tokio::time::timeout(ANSWER, self.client.send_request(subject, request)).await;
+        match asked {
+            Err(_) => Err(Fault::Away),
+            Ok(Ok(answer)) => Ok(answer.payload),
+            Ok(Err(error)) => match error.kind() {
+                RequestErrorKind::MaxPayloadExceeded => Err(Fault::TooLarge),
+                RequestErrorKind::InvalidSubject => Err(Fault::Odd),
+                RequestErrorKind::NoResponders => {
+                    self.look_again();
+                    Err(Fault::Away)
+                }
+                _ => Err(Fault::Away),
+            },
+        }
+    }
+}

@@ -1,0 +1,125 @@
+//! The streams of a queue: made when they are missing, never changed.
+
+use std::time::Duration;
+
+use async_nats::jetstream::context::GetStreamErrorKind;
+use async_nats::jetstream::stream::{Config, DiscardPolicy, RetentionPolicy, StorageType};
+
+use crate::queue::jetstream::Options;
+use crate::queue::jetstream::server::{Fault, Server};
+use crate::queue::jetstream::subject::{ANSWERS, BODIES, CALLS, CLAIMS, DEAD, ENDS, KEYS, Names};
+
+/// For so long the server knows a repeated publish by itself; later it is known by what is stored.
+const REPEATS: Duration = Duration::from_secs(120);
+/// The server takes no shorter age.
+const SHORTEST: Duration = Duration::from_millis(100);
+
+/// All streams of the queue.
+fn wanted(names: &Names, options: &Options) -> Vec<Config> {
+    let stream = |name: &str, roots: &[&str], max_age: Duration| Config {
+        name: name.to_owned(),
+        subjects: roots.iter().map(|root| names.all(root)).collect(),
+        retention: RetentionPolicy::Limits,
+        storage: StorageType::File,
+        num_replicas: options.replicas.max(1),
+        max_messages: -1,
+        max_bytes: -1,
+        max_messages_per_subject: 1,
+        max_age,
+        ..Config::default()
+    };
+    let kept = |millis| Duration::from_millis(millis).max(SHORTEST);
+    let results = kept(options.limits.result_ttl);
+    let keys = kept(options.limits.key_ttl);
+    let calls = Config {
+        retention: RetentionPolicy::WorkQueue,
+        discard: DiscardPolicy::New,
+        max_messages: i64::try_from(options.limits.pending).unwrap_or(i64::MAX),
+        duplicate_window: keys.min(REPEATS),
+        ..stream(&names.calls, &[CALLS], Duration::ZERO)
+    };
+    vec![
+        calls,
+        stream(&names.dead, &[DEAD], Duration::ZERO),
+        stream(&names.notes, &[ENDS, ANSWERS], results),
+        stream(&names.keys, &[KEYS], keys),
+        // A taker that dies leaves its claim: it goes when the call may have been taken again.
+        stream(&names.claims, &[CLAIMS], (options.lease * 2).max(SHORTEST)),
+        stream(&names.bodies, &[BODIES], Duration::ZERO),
+    ]
+}
+
+/// Sees that all streams are there; the number of the last call among them.
+pub(super) async fn prepare(
+    server: &Server,
+    names: &Names,
+    options: &Options,
+) -> Result<u64, Fault> {
+    let mut last = 0;
+    for config in wanted(names, options) {
+        let found = match server.context.get_stream(&config.name).await {
+            Ok(stream) => {
+                let info = stream.cached_info();
+                if config.name == names.calls {
+                    last = info.state.last_sequence;
+                }
+                info.config.clone()
+            }
+            Err(error) => match error.kind() {
+                GetStreamErrorKind::JetStream(error) if error.code() == 404 => {
+                    create(server, config).await?;
+                    continue;
+                }
+                GetStreamErrorKind::JetStream(error) if error.code() != 503 => {
+                    return Err(Fault::Refused(error.error_code().0, error.to_string()));
+                }
+                _ => return Err(Fault::Away),
+            },
+        };
+        let differing = differing(&config, &found);
+        if !differing.is_empty() {
+            tracing::warn!(
+                stream = config.name,
+                settings = differing.join(", "),
+                "A stream of the queue is not set up as it should be; it stays as it is"
+            );
+        }
+    }
+    Ok(last)
+}
+
+async fn create(server: &Server, config: Config) -> Result<(), Fault> {
+    use async_nats::jetstream::context::CreateStreamErrorKind;
+    let name = config.name.clone();
+    match server.context.create_stream(config).await {
+        Ok(_) => {
+            tracing::info!(stream = name, "Stream made");
+            Ok(())
+        }
+        Err(error) => match error.kind() {
+            CreateStreamErrorKind::JetStream(error) if error.code() != 503 => {
+                Err(Fault::Refused(error.error_code().0, error.to_string()))
+            }
+            _ => Err(Fault::Away),
+        },
+    }
+}
+
+/// Which settings that matter differ.
+fn differing(wanted: &Config, found: &Config) -> Vec<&'static str> {
+    let limit = |number: i64| if number <= 0 { -1 } else { number };
+    let checks = [
+        ("subjects", wanted.subjects == found.subjects),
+        ("retention", wanted.retention == found.retention),
+        ("storage", wanted.storage == found.storage),
+        ("replicas", wanted.num_replicas == found.num_replicas),
+        ("max_msgs", limit(wanted.max_messages) == limit(found.max_messages)),
+        (
+            "max_msgs_per_subject",
+            limit(wanted.max_messages_per_subject) == limit(found.max_messages_per_subject),
+        ),
+        ("max_age", wanted.max_age == found.max_age),
+        ("discard", wanted.discard == found.discard),
+    ];
+    checks.into_iter().filter_map(|(name, same)| (!same).then_some(name)).collect()
+}

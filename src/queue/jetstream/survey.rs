@@ -1,0 +1,196 @@
+//! What is said of many calls at once. It is read from the streams call by call: for operators, not for every second.
+
+use std::collections::HashMap;
+
+use futures_util::{StreamExt, TryStreamExt, stream};
+
+use async_nats::jetstream::message::StreamMessage;
+
+use crate::function::Function;
+use crate::queue::jetstream::message::{Claim, End};
+use crate::queue::jetstream::server::Fault;
+use crate::queue::jetstream::state::{Dead, Found, Waiting};
+use crate::queue::jetstream::subject::{CALLS, CLAIMS, DEAD, ENDS, named};
+use crate::queue::jetstream::{Shared, now};
+use crate::queue::status::Status;
+use crate::queue::{Changed, Counts, Filter};
+
+/// So many questions are on their way at a time.
+const TOGETHER: usize = 32;
+/// At most so many calls of a kind are looked at: a list of more is one of some of them.
+const MOST: usize = 10_000;
+/// At most so many are looked at to count them; what waits beyond that counts as pending.
+const COUNTED: usize = 2_000;
+
+impl Shared {
+    /// The last messages of all subjects that fit `filter`, `most` of them at most.
+    async fn read(
+        &self,
+        stream: &str,
+        filter: &str,
+        most: usize,
+    ) -> Result<Vec<StreamMessage>, Fault> {
+        let subjects = self.server.subjects(stream, filter).await?;
+        if subjects.len() > most {
+            tracing::debug!(stream, found = subjects.len(), most, "More calls than are looked at");
+        }
+        stream::iter(subjects.into_iter().take(most))
+            .map(|subject| async move { self.server.last(stream, &subject).await })
+            .buffer_unordered(TOGETHER)
+            // What is gone by now is not there.
+            .try_filter_map(|found| std::future::ready(Ok(found)))
+            .try_collect()
+            .await
+    }
+
+    /// Who makes what at this moment, by the number of the call's message.
+    async fn claims(&self, filter: &str) -> Result<HashMap<u64, Status>, Fault> {
+        let found = self.read(&self.names.claims, filter, MOST).await?;
+        let claims = found.iter().filter_map(|found| serde_json::from_slice(&found.payload).ok());
+        Ok(claims.filter_map(|claim: Claim| Some((claim.sequence, claim.running?))).collect())
+    }
+
+    pub(super) async fn list(
+        &self,
+        filter: &Filter,
+        after: Option<&str>,
+        limit: usize,
+    ) -> Result<Vec<Status>, Fault> {
+        let mut all = self.all(filter).await?;
+        all.sort_unstable_by(|a, b| (a.submitted_at, &a.id).cmp(&(b.submitted_at, &b.id)));
+        let first = match after {
+            Some(id) => match all.iter().position(|status| status.id == id) {
+                Some(place) => place + 1,
+                None => self.behind(id, &all).await?,
+            },
+            None => 0,
+        };
+        Ok(all.into_iter().skip(first).take(limit).collect())
+    }
+
+    /// The place behind a call that `all` does not have, for it has another state by now.
+    async fn behind(&self, id: &str, all: &[Status]) -> Result<usize, Fault> {
+        let Some(status) = self.status(id).await? else { return Ok(all.len()) };
+        let last = (status.submitted_at, status.id);
+        Ok(all.partition_point(|it| (it.submitted_at, it.id.as_str()) <= (last.0, last.1.as_str())))
+    }
+
+    /// All calls that `filter` means, in no order.
+    async fn all(&self, filter: &Filter) -> Result<Vec<Status>, Fault> {
+        let (names, function) = (&self.names, filter.function.as_ref());
+        let means = |status: &Status| {
+            filter.state.is_none_or(|state| state == status.state)
+                && filter.dead.is_none_or(|dead| dead == status.dead)
+        };
+        let mut all: HashMap<String, (u64, Status)> = HashMap::new();
+        if filter.dead != Some(true) {
+            for found in self.read(&names.notes, &names.of(ENDS, function), MOST).await? {
+                if let Ok(end) = serde_json::from_slice::<End>(&found.payload) {
+                    all.insert(end.status.id.clone(), (end.sequence, end.status));
+                }
+            }
+        }
+        if filter.dead != Some(false) {
+            for found in self.read(&names.dead, &names.of(DEAD, function), MOST).await? {
+                let Some(Dead { status, was, .. }) = Dead::new(found) else { continue };
+                // A server that was killed may have kept it beyond its time.
+                if all.get(&status.id).is_none_or(|(of, _)| *of < was) {
+                    all.insert(status.id.clone(), (was, status));
+                }
+            }
+        }
+        if filter.dead == Some(true) {
+            return Ok(all.into_values().map(|(_, status)| status).filter(means).collect());
+        }
+        let claims = self.claims(&names.of(CLAIMS, function)).await?;
+        for found in self.read(&names.calls, &names.of(CALLS, function), MOST).await? {
+            let sequence = found.sequence;
+            let Some(Waiting { named, message, .. }) = Waiting::new(found) else { continue };
+            // One whose final state is there already will be gone in a moment.
+            if all.get(&named.id).is_some_and(|(of, _)| *of >= sequence) {
+                continue;
+            }
+            let status = claims.get(&sequence).cloned().or_else(|| message.status());
+            all.extend(status.map(|status| (named.id, (sequence, status))));
+        }
+        Ok(all.into_values().map(|(_, status)| status).filter(means).collect())
+    }
+
+    /// Drops the calls that `filter` means and that do not run.
+    pub(super) async fn purge_all(&self, filter: &Filter) -> Result<u64, Fault> {
+        let mut purged = 0;
+        loop {
+            let found = self.all(filter).await?;
+            let full = found.len() >= MOST;
+            let gone: Vec<bool> = stream::iter(found)
+                .map(|status| async move { self.purge_one(&status.id).await })
+                .buffer_unordered(TOGETHER / 4)
+                .try_collect()
+                .await?;
+            let gone = gone.into_iter().filter(|gone| *gone).count() as u64;
+            purged += gone;
+            if !full || gone == 0 {
+                return Ok(purged);
+            }
+        }
+    }
+
+    /// Removes all trace of a call, unless it runs; whether it is gone.
+    async fn purge_one(&self, id: &str) -> Result<bool, Fault> {
+        match self.find(id).await? {
+            None => return Ok(false),
+            Some(Found::Waiting(waiting)) => {
+                return Ok(self.withdraw(&waiting, false).await? == Some(Changed::Yes));
+            }
+            Some(Found::Dead(Dead { number, message, was, .. })) => {
+                self.server.delete(&self.names.calls, was).await?;
+                self.server.delete(&self.names.dead, number).await?;
+                self.forget_parts(message.parts().as_ref()).await;
+            }
+            Some(Found::Ended(_)) => {
+                // The message that it was may be there still, and without its final state it would be made again.
+                self.server.purge(&self.names.calls, &self.names.by_id(CALLS, id)).await?;
+            }
+        }
+        self.server.purge(&self.names.notes, &self.names.by_id(ENDS, id)).await?;
+        self.forget_answer(id).await?;
+        Ok(true)
+    }
+
+    pub(super) async fn counts(&self) -> Result<Vec<(Function, Counts)>, Fault> {
+        let names = &self.names;
+        let mut counts: HashMap<Function, Counts> = HashMap::new();
+        for subject in self.server.subjects(&names.dead, &names.of(DEAD, None)).await? {
+            if let Some(named) = named(&subject) {
+                counts.entry(named.function).or_default().dead += 1;
+            }
+        }
+        let waiting = self.server.subjects(&names.calls, &names.of(CALLS, None)).await?;
+        for subject in &waiting {
+            if let Some(named) = named(subject) {
+                counts.entry(named.function).or_default().pending += 1;
+            }
+        }
+        let claims = self.claims(&names.of(CLAIMS, None)).await?;
+        for found in self.read(&names.calls, &names.of(CALLS, None), COUNTED).await? {
+            let running = claims.contains_key(&found.sequence);
+            let Some(Waiting { named, message, .. }) = Waiting::new(found) else { continue };
+            let Ok(call) = message.call() else { continue };
+            let counted = counts.entry(named.function).or_default();
+            if running {
+                counted.running += 1;
+            } else if message.due(&call) > now() {
+                counted.delayed += 1;
+            } else {
+                let submitted = call.options.submitted_at;
+                counted.oldest = Some(counted.oldest.map_or(submitted, |it| it.min(submitted)));
+                continue;
+            }
+            counted.pending = counted.pending.saturating_sub(1);
+        }
+        let mut all: Vec<_> =
+            counts.into_iter().filter(|(_, counts)| *counts != Counts::default()).collect();
+        all.sort_unstable_by(|a, b| a.0.cmp(&b.0));
+        Ok(all)
+    }
+}
