@@ -227,7 +227,7 @@ async fn an_old_lease_does_not_give_back_a_call_that_is_made_again() {
     let queue = open(&directory);
     queue.publish(call("a")).await.unwrap();
     let first = queue.take(PLACES).await.unwrap();
-    let Handle::Embedded(lease) = &first.handle;
+    let Handle::Embedded(lease) = &first.handle else { panic!("not embedded") };
     let retry = Settlement::Retry { at: now(), status: Some(503), reason: None };
     queue.settle(lease, &retry).await.unwrap();
     let second = queue.take(PLACES).await.unwrap();
