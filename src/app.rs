@@ -78,7 +78,7 @@ fn serve(config: config::Serve) -> anyhow::Result<()> {
         let signals = Signals::listen().context("cannot listen for signals")?;
         let (stages, tasks) = (Stages::default(), Tasks::default());
         let shutdown = config.shutdown;
-        let gateway = Gateway::start(config, &stages, &tasks)?;
+        let gateway = Gateway::start(config, &stages, &tasks).await?;
         tracing::info!(address = %gateway.address, metrics = %gateway.metrics_address, "Serving");
         until_stopped(gateway, signals, stages, tasks, shutdown).await
     })

@@ -94,6 +94,7 @@ pub struct Auth {
 pub struct Queue {
     /// `queue`
     pub backend: Backend,
+    pub nats: Nats,
     /// `with_worker`
     pub with_worker: bool,
     /// `state_dir`
@@ -119,6 +120,70 @@ pub struct Queue {
 pub enum Backend {
     None,
     Embedded,
+    JetStream,
+}
+
+/// How to reach NATS.
+#[derive(Clone, Default)]
+pub struct Nats {
+    /// `faas_nats_address`, each with its port.
+    pub servers: Vec<String>,
+    /// `faas_nats_channel`
+    pub queue: String,
+    /// `nats_user`, `nats_password`
+    pub login: Option<(String, String)>,
+    /// `nats_token`
+    pub token: Option<String>,
+    /// `nats_nkey_seed`
+    pub nkey_seed: Option<PathBuf>,
+    /// `nats_creds`
+    pub creds: Option<PathBuf>,
+    /// `nats_tls`
+    pub tls: bool,
+    /// `nats_ca`
+    pub ca: Option<PathBuf>,
+    /// `nats_replicas`
+    pub replicas: usize,
+    /// `ack_wait`
+    pub lease: Duration,
+}
+
+impl std::fmt::Debug for Nats {
+    /// Without the secrets.
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Nats").field("servers", &self.servers).finish_non_exhaustive()
+    }
+}
+
+impl Nats {
+    fn parse(from: &mut Reader<'_>) -> Self {
+        let text = |name: &str| Some(from.text(name)).filter(|text| !text.is_empty());
+        let (user, token) = (text("nats_user"), text("nats_token"));
+        let file = |name: &str| text(name).map(PathBuf::from);
+        let (nkey_seed, creds, ca) = (file("nats_nkey_seed"), file("nats_creds"), file("nats_ca"));
+        let password = from.text("nats_password");
+        let port = from.port("faas_nats_port");
+        let address = from.text("faas_nats_address");
+        let hosts = address.split(',').map(str::trim).filter(|host| !host.is_empty());
+        // An address of IPv6 has colons of its own, and a port only behind its bracket.
+        let has_port = |host: &str| host.rsplit(']').next().is_some_and(|rest| rest.contains(':'));
+        let servers = hosts.map(|host| match has_port(host) {
+            true => host.to_owned(),
+            false => format!("{host}:{port}"),
+        });
+        Self {
+            servers: servers.collect(),
+            queue: from.text("faas_nats_channel"),
+            login: user.map(|user| (user, password)),
+            token,
+            nkey_seed,
+            creds,
+            tls: from.boolean("nats_tls"),
+            ca,
+            replicas: from.count("nats_replicas", 1..=5),
+            lease: from.positive_duration("ack_wait"),
+        }
+    }
 }
 
 /// How the process ends.
@@ -177,7 +242,9 @@ impl Serve {
         let direct = from.boolean("direct_functions");
         let direct_functions = direct.then(|| from.text("direct_functions_suffix"));
         let provider = provider.unwrap_or_else(nowhere);
-        let mut serve = Self::common(&mut from, address, provider);
+        let nats = Nats::parse(&mut from);
+        let queue = Queue::common(&mut from, Backend::None, "", nats);
+        let mut serve = Self::common(&mut from, address, provider, queue);
         serve.logs_provider = from.url("logs_provider_url").unwrap_or(serve.logs_provider);
         serve.prometheus = prometheus;
         serve.direct_functions = direct_functions;
@@ -186,7 +253,7 @@ impl Serve {
     }
 
     /// What `serve` and `up` have in common.
-    fn common(from: &mut Reader<'_>, address: IpAddr, provider: BaseUrl) -> Self {
+    fn common(from: &mut Reader<'_>, address: IpAddr, provider: BaseUrl, queue: Queue) -> Self {
         Self {
             listen: SocketAddr::new(address, from.port("port")),
             metrics: SocketAddr::new(address, from.port("metrics_port")),
@@ -216,7 +283,7 @@ impl Serve {
                 proxy: from.url("auth_proxy_url"),
                 proxy_pass_body: from.boolean("auth_proxy_pass_body"),
             },
-            queue: Queue::common(from, Backend::None, ""),
+            queue,
             local_only: false,
             shutdown: Shutdown {
                 delay: from.duration("shutdown_delay"),
@@ -228,22 +295,29 @@ impl Serve {
 
 impl Queue {
     /// `auto`: the kind where none is named; `callbacks`: where they may go in that case.
-    fn common(from: &mut Reader<'_>, auto: Backend, callbacks: &str) -> Self {
-        let backend = from.parsed("queue", "auto, embedded or none", |text| match text {
+    fn common(from: &mut Reader<'_>, auto: Backend, callbacks: &str, nats: Nats) -> Self {
+        let auto = if nats.servers.is_empty() { auto } else { Backend::JetStream };
+        let expected = "auto, embedded, jetstream or none";
+        let backend = from.parsed("queue", expected, |text| match text {
             "auto" => Some(auto),
             "embedded" => Some(Backend::Embedded),
+            "jetstream" => Some(Backend::JetStream),
             "none" => Some(Backend::None),
             _ => None,
         });
         let backend = backend.unwrap_or(auto);
+        if backend == Backend::JetStream && nats.servers.is_empty() {
+            from.mistake("faas_nats_address", None, "where NATS is, for queue=jetstream");
+        }
         let with_worker = from.parsed("with_worker", "auto, true or false", |text| match text {
-            "auto" => Some(backend == Backend::Embedded),
+            "auto" => Some(backend != Backend::None),
             "true" | "1" => Some(true),
             "false" | "0" => Some(false),
             _ => None,
         });
         Self {
             backend,
+            nats,
             with_worker: with_worker.unwrap_or_default() && backend != Backend::None,
             state_dir: PathBuf::from(from.text("state_dir")),
             max_inflight: from.count("max_inflight", 1..=10_000),
@@ -296,8 +370,8 @@ impl Up {
     pub fn parse(mut from: Reader<'_>, stack: Option<PathBuf>) -> Result<Self, Vec<Mistake>> {
         let loopback = IpAddr::V4(Ipv4Addr::LOCALHOST);
         let provider = Provider::common(&mut from, loopback);
-        let mut serve = Serve::common(&mut from, loopback, nowhere());
-        serve.queue = Queue::common(&mut from, Backend::Embedded, "loopback");
+        let queue = Queue::common(&mut from, Backend::Embedded, "loopback", Nats::default());
+        let mut serve = Serve::common(&mut from, loopback, nowhere(), queue);
         serve.local_only = serve.auth.secrets.is_none() && serve.auth.proxy.is_none();
         from.finish(Self { serve, provider, stack })
     }

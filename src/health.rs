@@ -1,5 +1,6 @@
 //! Liveness of this process, and its readiness with reasons.
 
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use axum::Json;
@@ -19,6 +20,7 @@ pub struct Health {
     pub stages: Stages,
     pub limit: Arc<CallLimit>,
     provider: Mutex<ProviderState>,
+    queue_away: AtomicBool,
 }
 
 /// How the provider was when it was asked last.
@@ -39,7 +41,8 @@ struct Readiness {
 
 impl Health {
     pub fn new(stages: Stages, limit: Arc<CallLimit>) -> Arc<Self> {
-        Arc::new(Self { stages, limit, provider: Mutex::new(ProviderState::NotAskedYet) })
+        let provider = Mutex::new(ProviderState::NotAskedYet);
+        Arc::new(Self { stages, limit, provider, queue_away: AtomicBool::new(false) })
     }
 
     /// Notes how the provider is, and says so once when that has changed.
@@ -55,6 +58,16 @@ impl Health {
             _ => tracing::info!("The provider answers"),
         }
         *last = state;
+    }
+
+    /// Notes whether the queue can be reached. Calls go on without it.
+    pub fn queue_is(&self, reachable: bool) {
+        if self.queue_away.swap(!reachable, Relaxed) == reachable {
+            match reachable {
+                true => tracing::info!("The queue can be reached again"),
+                false => tracing::warn!("The queue cannot be reached"),
+            }
+        }
     }
 
     fn readiness(&self) -> Readiness {
@@ -74,7 +87,8 @@ impl Health {
                 reasons.push(format!("the provider does not answer: {reason}"));
             }
         }
-        Readiness { ready: reasons.is_empty(), reasons, degraded: Vec::new() }
+        let degraded = if self.queue_away.load(Relaxed) { vec!["queue"] } else { Vec::new() };
+        Readiness { ready: reasons.is_empty(), reasons, degraded }
     }
 }
 

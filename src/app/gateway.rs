@@ -14,7 +14,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::app::worker;
 use crate::auth::Credentials;
-use crate::config::{self, Backend, Serve};
+use crate::config::Serve;
 use crate::health::Health;
 use crate::invoke::{Invoker, Route};
 use crate::limit::CallLimit;
@@ -23,8 +23,6 @@ use crate::metrics::query::Counts;
 use crate::metrics::replicas::Poll;
 use crate::provider::Provider;
 use crate::proxy::client::{Client, Origin, Tls};
-use crate::queue::Queue;
-use crate::queue::embedded::{Embedded, Limits};
 use crate::queued::Intake;
 use crate::routes::{self, Door};
 use crate::same_origin::Names;
@@ -68,7 +66,7 @@ struct Parts {
 
 impl Gateway {
     /// Binds, and starts to serve. Background work runs on the current runtime.
-    pub fn start(config: Serve, stages: &Stages, tasks: &Tasks) -> anyhow::Result<Self> {
+    pub async fn start(config: Serve, stages: &Stages, tasks: &Tasks) -> anyhow::Result<Self> {
         let threads = match config.threads {
             0 => std::thread::available_parallelism().map_or(1, usize::from),
             threads => threads,
@@ -82,7 +80,7 @@ impl Gateway {
                 "scale_from_zero is set, but this version does not wake functions at zero replicas"
             );
         }
-        let parts = Arc::new(Parts::new(config, threads, stages)?);
+        let parts = Arc::new(Parts::new(config, threads, stages).await?);
         parts.start_background(metrics_listener, tasks);
         let server = parts.server();
         let (alive, ended) = mpsc::channel(1);
@@ -155,7 +153,7 @@ fn carry_calls(parts: &Parts, number: usize, server: Server, listener: TcpListen
 }
 
 impl Parts {
-    fn new(config: Serve, threads: usize, stages: &Stages) -> anyhow::Result<Self> {
+    async fn new(config: Serve, threads: usize, stages: &Stages) -> anyhow::Result<Self> {
         let credentials = match &config.auth.secrets {
             Some(directory) => Some(Credentials::read(directory)?),
             None => None,
@@ -164,7 +162,7 @@ impl Parts {
         let limit = CallLimit::new(config.limits.calls, threads);
         // One shard more, for the worker.
         let metrics = Metrics::new(threads + 1, &namespace)?;
-        let intake = intake(&config.queue, &metrics)?;
+        let intake = worker::intake(&config.queue, &metrics).await?;
         Ok(Self {
             provider: Origin::new(config.provider.clone()),
             credentials,
@@ -212,7 +210,8 @@ impl Parts {
             tasks.spawn(|stopping| credentials.follow(stopping));
         }
         if let Some(intake) = self.intake.clone() {
-            tasks.spawn(|stopping| until(stopping, worker::keep_tidy(intake)));
+            let health = Arc::clone(&self.health);
+            tasks.spawn(|stopping| worker::keep_tidy(intake, health, stopping));
         }
         let router = routes::internal(Arc::clone(&self.metrics));
         let idle = self.config.timeouts.idle;
@@ -299,23 +298,6 @@ impl Parts {
         Door { invoker, api: routes::api(Arc::new(api)), stages: self.stages.clone() }
     }
 }
-
-/// Opens the queue, if there is to be one.
-fn intake(config: &config::Queue, metrics: &Metrics) -> anyhow::Result<Option<Arc<Intake>>> {
-    let ttl = u64::try_from(config.result_ttl.as_millis()).unwrap_or(u64::MAX / 2);
-    let limits = Limits { pending: config.max_pending, result_ttl: ttl, key_ttl: ttl };
-    match config.backend {
-        Backend::None => Ok(None),
-        Backend::Embedded => {
-            let queue = Embedded::open(&config.state_dir, limits)?;
-            let metrics = metrics.queue(QUEUE_NAME)?;
-            Ok(Some(Intake::new(Queue::Embedded(queue), config.max_body, metrics)))
-        }
-    }
-}
-
-/// What metrics call the queue: as NATS does, where there is one.
-const QUEUE_NAME: &str = "faas-request";
 
 /// Connections to the metrics port.
 const MAX_SCRAPERS: usize = 256;

@@ -42,7 +42,7 @@ async fn up(mut config: Up, functions: Vec<FunctionDeployment>) -> anyhow::Resul
         if config.serve.namespace.is_empty() {
             NAMESPACE.clone_into(&mut config.serve.namespace);
         }
-        Gateway::start(config.serve, &stages, &tasks)
+        Gateway::start(config.serve, &stages, &tasks).await
     };
     let mut gateway = match started.await {
         Ok(gateway) => gateway,

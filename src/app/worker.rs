@@ -1,14 +1,19 @@
-//! The worker, put together: a thread of its own, and what it needs to call back.
+//! Queue and worker, put together: what keeps calls, a thread that makes them, and what it needs to call back.
 
 use std::io;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
+use tokio_util::sync::CancellationToken;
 
-use crate::config;
+use crate::config::{self, Backend};
+use crate::health::Health;
+use crate::metrics::Metrics;
 use crate::proxy::client::Tls;
 use crate::queue::Queue;
+use crate::queue::embedded::{Embedded, Limits};
+use crate::queue::jetstream::{Auth, JetStream, Options};
 use crate::queued::Intake;
 use crate::shutdown::Stages;
 use crate::worker::Worker;
@@ -52,20 +57,81 @@ pub(super) fn callbacks(config: &config::Queue, tls: Tls) -> anyhow::Result<Call
     Ok(Callbacks::new(config.callback_allow.clone(), secret, Pace::default(), tls))
 }
 
-/// Has the queue forget what has been kept for long enough, and counts what is there, again and again. Does not end.
-pub(super) async fn keep_tidy(intake: Arc<Intake>) {
-    let mut pause = FORGET_EVERY;
-    loop {
-        tokio::time::sleep(pause).await;
-        match &intake.queue {
-            Queue::Embedded(queue) => queue.expire().await,
-            Queue::JetStream(queue) => queue.expire().await,
+/// Opens the queue, if there is to be one.
+pub(super) async fn intake(
+    config: &config::Queue,
+    metrics: &Metrics,
+) -> anyhow::Result<Option<Arc<Intake>>> {
+    let ttl = u64::try_from(config.result_ttl.as_millis()).unwrap_or(u64::MAX / 2);
+    let limits = Limits { pending: config.max_pending, result_ttl: ttl, key_ttl: ttl };
+    let (queue, name) = match config.backend {
+        Backend::None => return Ok(None),
+        Backend::Embedded => {
+            (Queue::Embedded(Embedded::open(&config.state_dir, limits)?), "embedded")
         }
-        let start = Instant::now();
-        if let Err(error) = intake.count().await {
-            tracing::debug!(%error, "What the queue holds cannot be counted");
+        Backend::JetStream => {
+            let queue = JetStream::open(options(&config.nats, limits)).await?;
+            (Queue::JetStream(queue), config.nats.queue.as_str())
         }
-        // A queue that is long to count is counted less often.
-        pause = FORGET_EVERY.max(start.elapsed() * 20);
+    };
+    Ok(Some(Intake::new(queue, config.max_body, metrics.queue(name)?)))
+}
+
+fn options(nats: &config::Nats, limits: Limits) -> Options {
+    let auth = match (&nats.creds, &nats.nkey_seed, &nats.token, &nats.login) {
+        (Some(file), ..) => Auth::Credentials(file.clone()),
+        (None, Some(file), ..) => Auth::NkeySeed(file.clone()),
+        (None, None, Some(token), _) => Auth::Token(token.clone()),
+        (None, None, None, Some((user, password))) => {
+            Auth::Password { user: user.clone(), password: password.clone() }
+        }
+        (None, None, None, None) => Auth::Nobody,
+    };
+    let scheme = if nats.tls { "tls" } else { "nats" };
+    Options {
+        servers: nats.servers.iter().map(|server| format!("{scheme}://{server}")).collect(),
+        auth,
+        tls: nats.tls,
+        root_ca: nats.ca.clone(),
+        name: concat!("gateway/", env!("CARGO_PKG_VERSION")).to_owned(),
+        queue: nats.queue.clone(),
+        replicas: nats.replicas,
+        lease: nats.lease,
+        limits,
+    }
+}
+
+/// Has the queue forget what has been kept for long enough, counts what is there, and says whether it can be reached,
+/// again and again until `stopping`.
+pub(super) async fn keep_tidy(
+    intake: Arc<Intake>,
+    health: Arc<Health>,
+    stopping: CancellationToken,
+) {
+    let tidy = async {
+        let mut pause = FORGET_EVERY;
+        loop {
+            tokio::time::sleep(pause).await;
+            health.queue_is(intake.queue.is_reachable());
+            match &intake.queue {
+                Queue::Embedded(queue) => queue.expire().await,
+                Queue::JetStream(queue) => queue.expire().await,
+            }
+            let start = Instant::now();
+            if let Err(error) = intake.count().await {
+                tracing::debug!(%error, "What the queue holds cannot be counted");
+            }
+            // A queue that is long to count is counted less often.
+            pause = FORGET_EVERY.max(start.elapsed() * 20);
+        }
+    };
+    // What is cut here is done again next time.
+    tokio::select! {
+        () = stopping.cancelled() => {}
+        () = tidy => {}
+    }
+    // All that was taken has been settled or dropped by now.
+    if let Queue::JetStream(queue) = &intake.queue {
+        queue.stop().await;
     }
 }

@@ -100,9 +100,33 @@ settings! {
     provider_port PORT "8081" PU
         "Port of the provider."
     queue KIND "auto" SU
-        "Where queued calls are kept: embedded (a file in state_dir) or none; auto: embedded for up, none for serve."
+        "Where queued calls are kept: embedded (a file in state_dir), jetstream (NATS at faas_nats_address) or none; auto: embedded for up; for serve jetstream if faas_nats_address is set, else none."
     with_worker CHOICE "auto" SU
-        "Make queued calls in this process: true, false, or auto (if the queue is embedded: nobody else can)."
+        "Make queued calls in this process: true, false, or auto (if there is a queue)."
+    faas_nats_address HOSTS "" S
+        "NATS servers with JetStream, separated by commas."
+    faas_nats_port PORT "4222" S
+        "Port of those that are named without one."
+    faas_nats_channel NAME "faas-request" S
+        "Name of the queue; gateways and workers with the same one share it."
+    nats_user NAME "" S
+        "User for NATS, with nats_password."
+    nats_password TEXT "" S
+        "Password for NATS."
+    nats_token TEXT "" S
+        "Token for NATS, instead of user and password."
+    nats_nkey_seed FILE "" S
+        "File with the seed of an nkey for NATS."
+    nats_creds FILE "" S
+        "Credentials file for NATS, as nsc writes it."
+    nats_tls BOOLEAN "false" S
+        "Connect to NATS over TLS only."
+    nats_ca FILE "" S
+        "Certificates that NATS's is checked against; default: the system's."
+    nats_replicas COUNT "1" S
+        "How many servers of a NATS cluster keep each call."
+    ack_wait DURATION "30s" S
+        "A queued call whose worker has not been heard of for so long is made by another. Calls may take longer."
     max_inflight COUNT "50" SU
         "Queued calls made at a time."
     max_queued_body BYTES "16777216" SU
