@@ -6,7 +6,10 @@
 mod ids;
 mod schedule;
 mod store;
+mod waiting;
 mod writer;
+
+pub(super) use self::waiting::Lease;
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -19,8 +22,9 @@ use tokio::sync::{Notify, mpsc, oneshot};
 use crate::function::Function;
 use crate::queue::call::{Call, Millis};
 use crate::queue::embedded::ids::Ids;
-use crate::queue::embedded::schedule::{Number, Picked, Schedule};
+use crate::queue::embedded::schedule::{Number, Picked};
 use crate::queue::embedded::store::{Change, Store, View};
+use crate::queue::embedded::waiting::Waiting;
 use crate::queue::embedded::writer::{Incoming, Op, Reply};
 use crate::queue::status::{Answer, Settlement, State, Status};
 use crate::queue::{Changed, Counts, Delivery, Error, Filter, Handle, Published};
@@ -62,32 +66,6 @@ struct Shared {
     next: AtomicU64,
     ids: Ids,
     limits: Limits,
-}
-
-/// What is known in memory.
-#[derive(Default)]
-struct Waiting {
-    schedule: Schedule,
-    running: HashMap<Number, Run>,
-    /// How many times a call has been handed out.
-    runs: u64,
-    dead: HashMap<String, u64>,
-    more_to_expire: bool,
-    now: Millis,
-}
-
-/// A call that is being made.
-struct Run {
-    /// Which time of all this is: the same call may be handed out again.
-    run: u64,
-    status: Status,
-}
-
-/// A call that was taken. It is given back when this is dropped unsettled.
-pub(super) struct Lease {
-    shared: Arc<Shared>,
-    picked: Picked,
-    run: u64,
 }
 
 impl Embedded {
@@ -408,86 +386,6 @@ impl Shared {
         }
         all.sort_unstable_by(|a, b| a.0.cmp(&b.0));
         Ok(all)
-    }
-}
-
-impl Waiting {
-    fn add(&mut self, label: &str, number: Number, due: Millis) {
-        let line = self.schedule.line(label);
-        let now = if due == 0 { self.now } else { now() };
-        self.schedule.add(line, number, due, now);
-    }
-
-    /// A call is handed out; which time of all that is.
-    fn begin(&mut self, number: Number, status: Status) -> u64 {
-        self.runs += 1;
-        self.running.insert(number, Run { run: self.runs, status });
-        self.runs
-    }
-
-    /// The status of the call that `lease` is for, while it is.
-    fn status(&self, lease: &Lease) -> Option<Status> {
-        let running = self.running.get(&lease.picked.number)?;
-        (running.run == lease.run).then(|| running.status.clone())
-    }
-
-    /// Takes a waiting call out; `false` if it runs.
-    fn withdraw(&mut self, number: Number, status: &Status) -> bool {
-        let waits = !self.running.contains_key(&number);
-        if waits {
-            let line = self.schedule.line(&status.function);
-            self.schedule.drop_waiting(line, number, status.next_attempt_at.unwrap_or(0));
-        }
-        waits
-    }
-
-    /// A call that was taken out waits again.
-    fn restore(&mut self, number: Number, status: &Status) {
-        let line = self.schedule.line(&status.function);
-        self.schedule.restore(line, number, status.next_attempt_at.unwrap_or(0));
-    }
-
-    /// The state of a call of which the file says `status`.
-    fn state(&self, number: Number, status: &Status) -> State {
-        self.running.get(&number).map_or(status.state, |running| running.status.state)
-    }
-
-    fn settled(&mut self, picked: Picked, status: &Status, settlement: &Settlement) {
-        self.running.remove(&picked.number);
-        self.schedule.ended(picked.line);
-        match settlement {
-            Settlement::Retry { at, .. } => {
-                self.schedule.add(picked.line, picked.number, *at, now());
-            }
-            Settlement::Dead { .. } => *self.dead.entry(status.function.clone()).or_default() += 1,
-            Settlement::Finished { .. } | Settlement::GivenBack => {}
-        }
-    }
-
-    /// A dead call of the function called `label` is dead no more.
-    fn buried(&mut self, label: &str, was_dead: bool) {
-        if was_dead && let Some(dead) = self.dead.get_mut(label) {
-            *dead = dead.saturating_sub(1);
-        }
-    }
-}
-
-impl Drop for Lease {
-    /// What still runs was not settled: it is given back.
-    fn drop(&mut self) {
-        let mut waiting = self.shared.waiting();
-        if waiting.status(self).is_some() {
-            waiting.running.remove(&self.picked.number);
-            waiting.schedule.give_back(self.picked);
-            drop(waiting);
-            self.shared.ready.notify_one();
-        }
-    }
-}
-
-impl std::fmt::Debug for Lease {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_tuple("Lease").field(&self.picked.number).finish()
     }
 }
 

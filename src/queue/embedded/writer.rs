@@ -7,9 +7,10 @@ use bytes::Bytes;
 use tokio::sync::{mpsc, oneshot};
 
 use crate::queue::call::Millis;
+use crate::queue::embedded::Shared;
 use crate::queue::embedded::schedule::{Number, Picked};
 use crate::queue::embedded::store::{Change, Result as StoreResult};
-use crate::queue::embedded::{Shared, Waiting};
+use crate::queue::embedded::waiting::Waiting;
 use crate::queue::status::{Settlement, State, Status};
 use crate::queue::{Changed, Error, Published};
 
