@@ -183,6 +183,7 @@ impl Embedded {
             state: State::Running,
             attempts: attempts + 1,
             started_at: Some(now()),
+            next_attempt_at: None,
             ..Status::queued(&call)
         };
         self.shared.waiting().running.insert(picked.number, status);
