@@ -15,6 +15,7 @@ use crate::call_id::{Stamps, X_CALL_ID};
 use crate::error::Error;
 use crate::function::Function;
 use crate::metrics::queue::{Line, QueueMetrics};
+use crate::provider::Provider;
 use crate::proxy::headers::to_upstream;
 use crate::queue::call::{Call, Millis, Options};
 use crate::queue::status::Status;
@@ -35,6 +36,8 @@ const IDEMPOTENCY_KEY: HeaderName = HeaderName::from_static("idempotency-key");
 const MAX_NAME: usize = 256;
 /// The longest delay and life that can be asked for.
 const MAX_SECONDS: u64 = 366 * 24 * 3600;
+/// A provider that has not said within this time whether there is a function is away.
+const LONGEST_QUESTION: Duration = Duration::from_secs(2);
 /// Bodies that are being read at a time, in KiB: what waits for the queue must not fill the memory.
 const BODIES: usize = 256 << 10;
 
@@ -253,7 +256,8 @@ async fn must_exist(api: &Api, function: &Function) -> Result<(), Error> {
     if api.metrics.known.contains(function) {
         return Ok(());
     }
-    match api.provider.status(function).await {
+    let timeout = api.provider.timeout.min(LONGEST_QUESTION);
+    match (Provider { timeout, ..api.provider.clone() }).status(function).await {
         Ok(_) => {
             api.metrics.known.learn(function);
             Ok(())

@@ -116,9 +116,9 @@ impl Worker {
     async fn settlement(&self, delivery: &Delivery, attempt: Attempt) -> Settlement {
         let call = &delivery.call;
         let made = delivery.attempts + 1;
-        // A success needs no policy, and so no question to the provider.
+        // A success that nobody is told of needs no policy, and so no question to the provider.
         let policy = match attempt.status {
-            Some(..400) => retry::Policy::default(),
+            Some(..400) if call.options.callback.is_none() => retry::Policy::default(),
             _ => self.policies.of(&call.function).await,
         };
         let policy = policy.at_most(call.options.max_attempts);

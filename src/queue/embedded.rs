@@ -171,6 +171,7 @@ impl Embedded {
             state: State::Running,
             attempts: attempts + 1,
             started_at: Some(now()),
+            next_attempt_at: None,
             ..Status::queued(&call)
         };
         let run = self.shared.waiting().begin(picked.number, status);

@@ -5,6 +5,7 @@ pub(crate) mod gateway;
 pub(crate) mod metrics;
 pub(crate) mod nats;
 pub(crate) mod provider;
+pub(crate) mod queue;
 pub(crate) mod wire;
 
 use std::time::{Duration, Instant};

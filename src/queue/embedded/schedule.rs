@@ -121,15 +121,15 @@ impl Schedule {
 
     /// The next call to make, if any can be made at `now` by one who makes at most `places` at a time.
     ///
-    /// The functions take turns. One may have three quarters of the places that the others leave free: however many of
-    /// its calls hang, some places stay free for the others.
+    /// The functions take turns. One may have three quarters of the places that the others leave free, and always one:
+    /// however many of its calls hang, some places stay free for the others, if there is more than one.
     pub(super) fn pick(&mut self, now: Millis, places: usize) -> Option<Picked> {
         self.ripen(now);
         for _ in 0..self.turn.len() {
             let line = self.turn.pop_front()?;
             let running = self.functions[line].running;
             let free = places.saturating_sub(self.running);
-            if running > free * 3 {
+            if running > 0 && running + 4 > free * 3 {
                 self.turn.push_back(line);
                 continue;
             }
@@ -241,6 +241,19 @@ mod tests {
         assert_eq!(picks(&mut schedule, 0), [] as [Number; 0]);
         schedule.add(quick, 101, 0, 0);
         assert_eq!(picks(&mut schedule, 0), [101]);
+    }
+
+    #[test]
+    fn of_few_places_one_stays_free() {
+        for places in 2..6 {
+            let mut schedule = Schedule::default();
+            let line = schedule.line("slow");
+            for number in 0..10 {
+                schedule.add(line, number, 0, 0);
+            }
+            let taken = std::iter::from_fn(|| schedule.pick(0, places)).count();
+            assert!((places / 2..places).contains(&taken), "{taken} of {places}");
+        }
     }
 
     #[test]

@@ -147,6 +147,12 @@ impl Gateway {
         self.ended().await
     }
 
+    /// Has it die on the spot, and waits for the end.
+    pub(crate) async fn kill(mut self) {
+        self.signal(Signal::KILL);
+        self.ended().await;
+    }
+
     /// The most memory it has used so far, in bytes.
     pub(crate) fn peak_memory(&self) -> u64 {
         let path = format!("/proc/{}/status", self.pid().as_raw_nonzero());

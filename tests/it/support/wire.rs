@@ -334,3 +334,12 @@ pub(crate) fn post(target: &str, body: &str) -> String {
         "POST {target} HTTP/1.1\r\nHost: gateway.test\r\nContent-Length: {length}\r\n\r\n{body}"
     )
 }
+
+/// A request with `headers`, each a line without its end, and a body of known length.
+pub(crate) fn request(method: &str, target: &str, headers: &[&str], body: &str) -> String {
+    let length = body.len();
+    let headers: String = headers.iter().map(|line| format!("{line}\r\n")).collect();
+    format!(
+        "{method} {target} HTTP/1.1\r\nHost: gateway.test\r\n{headers}Content-Length: {length}\r\n\r\n{body}"
+    )
+}

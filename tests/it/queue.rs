@@ -1,0 +1,273 @@
+//! Queued calls, from the caller to the function, and what can be asked of them afterwards.
+
+use std::time::{Duration, Instant};
+
+use crate::support::eventually;
+use crate::support::gateway::Gateway;
+use crate::support::provider::Provider;
+use crate::support::queue::{answering, patient, queueing};
+
+#[tokio::test]
+async fn a_queued_call_is_made_as_if_its_caller_had_waited() {
+    let (state, mut provider) = (tempfile::tempdir().unwrap(), patient().start());
+    let gateway = queueing(&provider, state.path()).start().await;
+    let headers = [
+        "Content-Type: text/x-mine",
+        "X-Own: kept",
+        "Connection: x-hop",
+        "X-Hop: 1",
+        "X-Delay-Seconds: 0",
+    ];
+    let accepted = gateway.queue("echo/a%2Fb//c?x=%20&y", &headers, "a body").await;
+    assert_eq!((accepted.status(), accepted.text()), (202, ""));
+    assert!(accepted.header("x-served-by").unwrap().contains('/'));
+    let id = accepted.header("x-call-id").unwrap();
+
+    let mut call = provider.call().await;
+    assert_eq!(call.body().await.unwrap(), b"a body");
+    let head = &call.head;
+    assert_eq!((head.method(), head.target()), ("POST", "/function/echo.fn/a%2Fb//c?x=%20&y"));
+    for (name, expect) in [
+        ("host", Some(provider.address.to_string().as_str())),
+        ("x-call-id", Some(id)),
+        ("x-start-time", accepted.header("x-start-time")),
+        ("x-forwarded-host", Some("gateway.test")),
+        ("content-type", Some("text/x-mine")),
+        ("content-length", Some("6")),
+        ("x-own", Some("kept")),
+        ("x-delay-seconds", None),
+        ("x-hop", None),
+    ] {
+        assert_eq!(head.header(name), expect, "{name}");
+    }
+    assert!(head.header("x-forwarded-for").unwrap().starts_with("127.0.0.1"));
+
+    let running = gateway.state(id).await;
+    assert_eq!((&running["state"], &running["attempts"]), (&"running".into(), &1.into()));
+    assert_eq!(gateway.result(id).await.status(), 409);
+    assert_eq!(gateway.cancel(id).await.status(), 409);
+
+    let head = "HTTP/1.1 201 X\r\nContent-Type: text/x-own\r\nX-Two: 1\r\nX-Two: 2\r\n";
+    let hop = "Connection: x-hop\r\nX-Hop: 1\r\nContent-Length: 9\r\n\r\n";
+    call.wire.send(format!("{head}{hop}an answer")).await;
+    let told = gateway.becomes(id, "succeeded").await;
+    assert_eq!((&told["callId"], &told["function"]), (&id.into(), &"echo.fn".into()));
+    assert_eq!((&told["attempts"], &told["status"]), (&1.into(), &201.into()));
+    let times = ["submittedAt", "startedAt", "finishedAt"].map(|name| told[name].as_str().unwrap());
+    assert!(times.is_sorted(), "{times:?}");
+    let result = gateway.result(id).await;
+    assert_eq!((result.status(), result.text()), (200, "an answer"));
+    assert_eq!(result.header("x-function-status"), Some("201"));
+    assert_eq!(result.header("content-type"), Some("text/x-own"));
+    assert_eq!(result.head.headers.iter().filter(|(name, _)| name == "x-two").count(), 2);
+    assert_eq!((result.header("x-hop"), result.header("x-truncated")), (None, None));
+    assert_eq!(gateway.cancel(id).await.status(), 409);
+}
+
+/// A directory with the secret, and what has the gateway find it.
+fn secret() -> tempfile::TempDir {
+    let secrets = tempfile::tempdir().unwrap();
+    std::fs::write(secrets.path().join("callback-secret"), "Jefe\n").unwrap();
+    secrets
+}
+
+#[tokio::test]
+async fn a_call_that_fails_is_made_again_and_called_back_for_once() {
+    let (state, secrets) = (tempfile::tempdir().unwrap(), secret());
+    let provider = answering(&[500, 500, 200], "what do ya want for nothing?");
+    let mut receiver = Provider::by_hand();
+    let gateway = queueing(&provider, state.path())
+        .var("secret_mount_path", secrets.path().display())
+        .start()
+        .await;
+    let callback = format!("X-Callback-Url: {}/function/hook?a=b", receiver.url());
+    let id = gateway.queued("echo", &[&callback], "").await;
+
+    let mut call = receiver.call().await;
+    assert_eq!(call.body().await.unwrap(), b"what do ya want for nothing?");
+    assert_eq!((call.head.method(), call.head.target()), ("POST", "/function/hook?a=b"));
+    for (name, expect) in [
+        ("x-call-id", id.as_str()),
+        ("x-function-name", "echo.fn"),
+        ("x-function-status", "200"),
+        ("x-retry", "3"),
+        ("x-retry-max", "3"),
+        (
+            "x-callback-signature",
+            "sha256=5bdcc146bf60754e6a042426089575c75a003f089d2739839dec58b964ec3843",
+        ),
+    ] {
+        assert_eq!(call.head.header(name), Some(expect), "{name}");
+    }
+    call.answer_with(202, b"").await;
+    let told = gateway.becomes(&id, "succeeded").await;
+    assert_eq!((&told["attempts"], &told["status"]), (&3.into(), &200.into()));
+    assert!(told["reason"].is_null(), "{told}");
+    assert_eq!((provider.calls(), receiver.calls()), (3, 1));
+}
+
+#[tokio::test]
+async fn a_callback_that_may_not_be_sent_is_no_failure_of_the_call() {
+    let (state, provider) = (tempfile::tempdir().unwrap(), answering(&[200], "done"));
+    let receiver = Provider::by_hand();
+    let gateway = queueing(&provider, state.path()).var("callback_allow", "auto").start().await;
+    let callback = format!("X-Callback-Url: {}/function/hook", receiver.url());
+    let id = gateway.queued("echo", &[&callback], "").await;
+    let told = gateway.becomes(&id, "succeeded").await;
+    assert!(told["reason"].as_str().unwrap().contains("not allowed"), "{told}");
+    assert_eq!((provider.calls(), receiver.connections()), (1, 0));
+    assert_eq!(gateway.result(&id).await.text(), "done");
+}
+
+/// The ids of the calls that `/system/calls` lists.
+async fn listed(gateway: &Gateway, query: &str) -> Vec<String> {
+    let answer = gateway.get(&format!("/system/calls?{query}")).await;
+    assert_eq!(answer.status(), 200, "{answer}");
+    let calls = answer.json();
+    let calls = calls.as_array().unwrap().iter();
+    calls.map(|call| call["callId"].as_str().unwrap().to_owned()).collect()
+}
+
+#[tokio::test]
+async fn a_call_that_has_used_its_attempts_up_is_kept_until_somebody_retries_it() {
+    let (state, provider) =
+        (tempfile::tempdir().unwrap(), answering(&[503, 503, 503, 200], "said"));
+    let gateway = queueing(&provider, state.path()).start().await;
+    let id = gateway.queued("echo", &[], "").await;
+    let told = gateway.becomes(&id, "failed").await;
+    assert_eq!((&told["dead"], &told["attempts"]), (&true.into(), &3.into()));
+    assert_eq!(told["status"], 503);
+    let result = gateway.result(&id).await;
+    assert_eq!((result.text(), result.header("x-function-status")), ("said", Some("503")));
+    assert_eq!(listed(&gateway, "state=dead").await, [id.as_str()]);
+    assert_eq!(listed(&gateway, "state=dead&function=other").await, [""; 0]);
+    let queues = gateway.get("/system/queues").await.json();
+    assert_eq!((&queues[0]["function"], &queues[0]["dead"]), (&"echo.fn".into(), &1.into()));
+
+    let retry = format!("/system/calls/{id}/retry");
+    assert_eq!(gateway.post(&retry, "").await.status(), 204);
+    let told = gateway.becomes(&id, "succeeded").await;
+    assert_eq!((&told["dead"], &told["attempts"]), (&serde_json::Value::Null, &1.into()));
+    assert_eq!(provider.calls(), 4);
+    assert_eq!(listed(&gateway, "state=dead").await, [""; 0]);
+    assert_eq!(gateway.post(&retry, "").await.status(), 409);
+    assert_eq!(gateway.post("/system/calls/unknown/retry", "").await.status(), 404);
+}
+
+#[tokio::test]
+async fn an_error_that_another_attempt_would_not_change_is_final() {
+    let (state, provider) = (tempfile::tempdir().unwrap(), answering(&[400], "no"));
+    let gateway = queueing(&provider, state.path()).start().await;
+    let id = gateway.queued("echo", &[], "").await;
+    let told = gateway.becomes(&id, "failed").await;
+    assert_eq!((&told["attempts"], &told["status"]), (&1.into(), &400.into()));
+    assert!(told["dead"].is_null(), "{told}");
+    let result = gateway.result(&id).await;
+    assert_eq!((result.text(), result.header("x-function-status")), ("no", Some("400")));
+    assert_eq!(provider.calls(), 1);
+}
+
+#[tokio::test]
+async fn a_caller_may_want_fewer_attempts() {
+    let (state, provider) = (tempfile::tempdir().unwrap(), answering(&[500], "no"));
+    let gateway = queueing(&provider, state.path()).start().await;
+    let id = gateway.queued("echo", &["X-Max-Attempts: 1"], "").await;
+    let told = gateway.becomes(&id, "failed").await;
+    assert_eq!((&told["attempts"], &told["dead"]), (&1.into(), &true.into()));
+}
+
+#[tokio::test]
+async fn a_delayed_call_is_not_made_before_its_time() {
+    let (state, mut provider) = (tempfile::tempdir().unwrap(), patient().start());
+    let gateway = queueing(&provider, state.path()).start().await;
+    let began = Instant::now();
+    let id = gateway.queued("echo", &["X-Delay-Seconds: 1"], "").await;
+    let told = gateway.state(&id).await;
+    assert_eq!((&told["state"], &told["attempts"]), (&"queued".into(), &0.into()));
+    assert!(told["nextAttemptAt"].as_str() > told["submittedAt"].as_str(), "{told}");
+    provider.call().await.answer(200, "").await;
+    assert!(began.elapsed() >= Duration::from_secs(1), "made after {:?}", began.elapsed());
+    let told = gateway.becomes(&id, "succeeded").await;
+    assert!(told["nextAttemptAt"].is_null(), "{told}");
+}
+
+#[tokio::test]
+async fn a_call_that_is_taken_back_is_not_made() {
+    let (state, provider) = (tempfile::tempdir().unwrap(), answering(&[200], ""));
+    let gateway = queueing(&provider, state.path()).start().await;
+    let cancelled = gateway.queued("echo", &["X-Delay-Seconds: 1", "X-Call-Id: mine"], "").await;
+    // It would have come before this one.
+    let behind = gateway.queued("echo", &["X-Delay-Seconds: 1"], "").await;
+    assert_eq!(gateway.cancel(&cancelled).await.status(), 204);
+    let told = gateway.state(&cancelled).await;
+    assert_eq!((&told["state"], &told["attempts"]), (&"cancelled".into(), &0.into()));
+    assert!(told["finishedAt"].is_string() && told["nextAttemptAt"].is_null(), "{told}");
+    gateway.becomes(&behind, "succeeded").await;
+    assert_eq!(provider.calls(), 1);
+    assert_eq!(gateway.state(&cancelled).await["state"], "cancelled");
+    for id in [&cancelled, &behind] {
+        assert_eq!(gateway.cancel(id).await.status(), 409);
+    }
+    assert_eq!(gateway.result(&cancelled).await.status(), 404);
+    assert_eq!(gateway.cancel("unknown").await.status(), 404);
+    // Operators have a way of their own.
+    let id = gateway.queued("echo", &["X-Delay-Seconds: 3600"], "").await;
+    assert_eq!(gateway.ask("DELETE", &format!("/system/calls/{id}"), &[]).await.status(), 204);
+    assert_eq!(gateway.state(&id).await["state"], "cancelled");
+}
+
+#[tokio::test]
+async fn a_call_that_has_expired_is_not_made() {
+    let (state, provider) = (tempfile::tempdir().unwrap(), answering(&[200], ""));
+    let gateway = queueing(&provider, state.path()).start().await;
+    let headers = ["X-Delay-Seconds: 2", "X-Expires-Seconds: 1"];
+    let id = gateway.queued("echo", &headers, "").await;
+    let told = gateway.becomes(&id, "failed").await;
+    assert!(told["reason"].as_str().unwrap().contains("expired"), "{told}");
+    assert!(told["status"].is_null(), "{told}");
+    assert_eq!(provider.calls(), 0);
+}
+
+#[tokio::test]
+async fn a_call_that_is_queued_twice_is_made_once() {
+    let (state, provider) = (tempfile::tempdir().unwrap(), answering(&[200], ""));
+    let gateway = queueing(&provider, state.path()).start().await;
+    let first = gateway.queued("echo", &["Idempotency-Key: a b"], "").await;
+    assert_eq!(gateway.queued("echo", &["Idempotency-Key: a b"], "").await, first);
+    assert_eq!(gateway.queued("echo", &["X-Call-Id: mine"], "").await, "mine");
+    assert_eq!(gateway.queued("echo", &["X-Call-Id: mine"], "").await, "mine");
+    gateway.becomes(&first, "succeeded").await;
+    gateway.becomes("mine", "succeeded").await;
+    // One that is over is not made again either.
+    assert_eq!(gateway.queued("echo", &["Idempotency-Key: a b"], "").await, first);
+    assert_eq!(gateway.queued("echo", &["X-Call-Id: mine"], "").await, "mine");
+    // It would come behind them.
+    let last = gateway.queued("echo", &[], "").await;
+    gateway.becomes(&last, "succeeded").await;
+    assert_eq!(provider.calls(), 3);
+}
+
+#[tokio::test]
+async fn a_function_whose_calls_hang_holds_up_no_other() {
+    let (state, provider) = (
+        tempfile::tempdir().unwrap(),
+        patient()
+            .answering(async |mut call| {
+                if call.head.target().contains("/stuck") {
+                    std::future::pending::<()>().await;
+                }
+                call.answer(200, "").await;
+                Some(call.wire)
+            })
+            .start(),
+    );
+    let gateway = queueing(&provider, state.path()).var("max_inflight", "4").start().await;
+    for _ in 0..20 {
+        gateway.queued("stuck", &[], "").await;
+    }
+    eventually("some of them hang", async || provider.calls() >= 2).await;
+    for _ in 0..3 {
+        let id = gateway.queued("swift", &[], "").await;
+        gateway.becomes(&id, "succeeded").await;
+    }
+}
