@@ -3,6 +3,7 @@
 
 use std::fs::{File, OpenOptions};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use anyhow::{Context, bail};
 use rustix::fs::FlockOperation;
@@ -12,6 +13,9 @@ use serde::{Deserialize, Serialize};
 use crate::function::Function;
 use crate::provider::process::files;
 use crate::provider::types::{FunctionDeployment, Namespace};
+
+const LOCK_TRIES: u32 = 20;
+const LOCK_PAUSE: Duration = Duration::from_millis(25);
 
 /// A state directory that no other provider uses.
 #[derive(Debug)]
@@ -49,7 +53,7 @@ impl Store {
             .truncate(false)
             .open(root.join("lock"))
             .with_context(|| format!("cannot write to the state directory {shown}"))?;
-        match rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive) {
+        match lock_soon(&lock) {
             Ok(()) => Ok(Self { root, _lock: lock }),
             Err(rustix::io::Errno::WOULDBLOCK) => {
                 bail!("the state directory {shown} is in use by another provider")
@@ -134,6 +138,20 @@ fn write(path: &Path, value: &impl Serialize) -> anyhow::Result<()> {
 
 fn remove(path: &Path) -> anyhow::Result<()> {
     files::remove(path).with_context(|| format!("cannot remove {}", path.display()))
+}
+
+/// Takes the lock, for which it may try a few times: a process that was forked from the provider before holds it, too,
+/// until it has become its command.
+fn lock_soon(lock: &File) -> rustix::io::Result<()> {
+    let mut locked = Err(rustix::io::Errno::WOULDBLOCK);
+    for _ in 0..LOCK_TRIES {
+        locked = rustix::fs::flock(lock, FlockOperation::NonBlockingLockExclusive);
+        if locked != Err(rustix::io::Errno::WOULDBLOCK) {
+            break;
+        }
+        std::thread::sleep(LOCK_PAUSE);
+    }
+    locked
 }
 
 #[cfg(test)]
