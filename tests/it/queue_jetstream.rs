@@ -398,7 +398,11 @@ async fn a_server_that_is_killed_in_mid_work_loses_nothing() {
         assert_eq!(it.state(&number.to_string()).await, Some(State::Succeeded), "{number}");
     }
     assert!(it.queue.is_reachable());
-    assert_eq!(it.unfinished().await, 0);
+    // A killed server may forget removals. Whoever takes next sees that these calls are over, and lets go of them.
+    tokio::select! {
+        taken = it.queue.take(1) => panic!("made once more: {taken:?}"),
+        () = eventually("nothing is left", async || it.unfinished().await == 0) => {}
+    }
 }
 
 #[tokio::test]
