@@ -134,7 +134,6 @@ impl Embedded {
                 waiting.now = now();
                 let now = waiting.now;
                 let picked = waiting.schedule.pick(now, places);
-                waiting.picking.extend(picked.map(|picked| picked.number));
                 let due = waiting.schedule.next_due().map_or(LOOK_AGAIN, |due| {
                     Duration::from_millis(due.saturating_sub(now)).min(LOOK_AGAIN)
                 });
@@ -160,17 +159,11 @@ impl Embedded {
     fn deliver(&self, picked: Picked) -> Result<Option<Delivery>, Error> {
         let read =
             self.shared.view(|view| Ok((view.call(picked.number)?, view.progress(picked.number)?)));
-        let read = read.inspect_err(|_| {
-            let mut waiting = self.shared.waiting();
-            waiting.picking.remove(&picked.number);
-            waiting.schedule.give_back(picked);
-        })?;
+        let read = read.inspect_err(|_| self.shared.waiting().schedule.give_back(picked))?;
         let (Some(call), progress) = read else {
             tracing::error!(number = picked.number, "A queued call is not in the file");
             // It is not given back, but it does not run either.
-            let mut waiting = self.shared.waiting();
-            waiting.picking.remove(&picked.number);
-            waiting.schedule.ended(picked.line);
+            self.shared.waiting().schedule.ended(picked.line);
             return Ok(None);
         };
         let attempts = progress.map_or(0, |status| status.attempts);

@@ -1,6 +1,6 @@
 //! What is known in memory: what waits, what is being made, and by whom.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 use std::sync::Arc;
 
 use crate::queue::call::Millis;
@@ -12,8 +12,6 @@ use crate::queue::status::{Settlement, State, Status};
 #[derive(Default)]
 pub(super) struct Waiting {
     pub(super) schedule: Schedule,
-    /// Calls that have been picked, and are being read from the file.
-    pub(super) picking: HashSet<Number>,
     pub(super) running: HashMap<Number, Run>,
     /// How many times a call has been handed out.
     pub(super) runs: u64,
@@ -45,7 +43,6 @@ impl Waiting {
 
     /// A call is handed out; which time of all that is.
     pub(super) fn begin(&mut self, number: Number, status: Status) -> u64 {
-        self.picking.remove(&number);
         self.runs += 1;
         self.running.insert(number, Run { run: self.runs, status });
         self.runs
@@ -59,7 +56,7 @@ impl Waiting {
 
     /// Takes a waiting call out; `false` if it runs.
     pub(super) fn withdraw(&mut self, number: Number, status: &Status) -> bool {
-        let waits = !self.running.contains_key(&number) && !self.picking.contains(&number);
+        let waits = !self.running.contains_key(&number);
         if waits {
             let line = self.schedule.line(&status.function);
             self.schedule.drop_waiting(line, number, status.next_attempt_at.unwrap_or(0));
