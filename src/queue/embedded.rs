@@ -22,7 +22,7 @@ use tokio::sync::{Notify, mpsc, oneshot};
 use crate::function::Function;
 use crate::queue::call::{Call, Millis};
 use crate::queue::embedded::ids::Ids;
-use crate::queue::embedded::schedule::{Number, Picked};
+use crate::queue::embedded::schedule::Number;
 use crate::queue::embedded::store::{Change, Store, View};
 use crate::queue::embedded::waiting::Waiting;
 use crate::queue::embedded::writer::{Incoming, Op, Reply};
@@ -131,19 +131,19 @@ impl Embedded {
         loop {
             let (picked, wait) = {
                 let mut waiting = self.shared.waiting();
-                waiting.now = now();
-                let now = waiting.now;
-                let picked = waiting.schedule.pick(now, places);
+                let now = now();
+                let picked = waiting.pick(now, places);
                 let due = waiting.schedule.next_due().map_or(LOOK_AGAIN, |due| {
                     Duration::from_millis(due.saturating_sub(now)).min(LOOK_AGAIN)
                 });
                 (picked, due)
             };
             match picked {
-                Some(picked) => {
+                Some((picked, run)) => {
+                    let lease = Lease { shared: Arc::clone(&self.shared), picked, run };
                     // More may be there than one was told of.
                     self.shared.ready.notify_one();
-                    if let Some(delivery) = self.deliver(picked)? {
+                    if let Some(delivery) = self.deliver(lease)? {
                         return Ok(delivery);
                     }
                 }
@@ -156,14 +156,14 @@ impl Embedded {
     }
 
     /// The call that was picked; `None` if it is gone.
-    fn deliver(&self, picked: Picked) -> Result<Option<Delivery>, Error> {
+    fn deliver(&self, lease: Lease) -> Result<Option<Delivery>, Error> {
+        let picked = lease.picked;
         let read =
             self.shared.view(|view| Ok((view.call(picked.number)?, view.progress(picked.number)?)));
-        let read = read.inspect_err(|_| self.shared.waiting().schedule.give_back(picked))?;
-        let (Some(call), progress) = read else {
+        let (Some(call), progress) = read? else {
             tracing::error!(number = picked.number, "A queued call is not in the file");
             // It is not given back, but it does not run either.
-            self.shared.waiting().schedule.ended(picked.line);
+            self.shared.waiting().ended(&lease);
             return Ok(None);
         };
         let attempts = progress.map_or(0, |status| status.attempts);
@@ -174,8 +174,7 @@ impl Embedded {
             next_attempt_at: None,
             ..Status::queued(&call)
         };
-        let run = self.shared.waiting().begin(picked.number, status);
-        let lease = Lease { shared: Arc::clone(&self.shared), picked, run };
+        self.shared.waiting().begin(&lease, status);
         Ok(Some(Delivery { call, attempts, handle: Handle::Embedded(lease) }))
     }
 
@@ -317,8 +316,9 @@ impl Shared {
     }
 
     fn status_of(&self, view: &View, number: Number) -> store::Result<Option<Status>> {
-        if let Some(running) = self.waiting().running.get(&number) {
-            return Ok(Some(running.status.clone()));
+        let running = self.waiting().running.get(&number).and_then(|run| run.status.clone());
+        if running.is_some() {
+            return Ok(running);
         }
         if let Some(noted) = view.progress(number)? {
             return Ok(Some(noted));

@@ -78,9 +78,8 @@ impl Schedule {
         }
     }
 
-    /// A call comes back that was not made: it is first in its line.
+    /// A call that does not run any more comes back, since it was not made: it is first in its line.
     pub(super) fn give_back(&mut self, picked: Picked) {
-        self.ended(picked.line);
         self.waiting += 1;
         self.functions[picked.line].ready.push_front(picked.number);
         self.queue_up(picked.line);
@@ -288,6 +287,7 @@ mod tests {
         schedule.drop_waiting(line, 4, 50);
         let (_, ready, delayed, running, oldest) = schedule.counts().next().unwrap();
         assert_eq!((ready, delayed, running, oldest), (1, 0, 1, Some(3)));
+        schedule.ended(line);
         schedule.give_back(first);
         schedule.restore(line, 2, 0);
         schedule.drop_waiting(line, 2, 0);

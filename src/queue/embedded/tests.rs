@@ -223,6 +223,19 @@ async fn a_call_that_is_published_and_cancelled_at_once_is_counted_right() {
 }
 
 #[tokio::test]
+async fn a_call_that_is_about_to_be_made_cannot_be_taken_back() {
+    let directory = TempDir::new().unwrap();
+    let queue = open(&directory);
+    queue.publish(call("a")).await.unwrap();
+    let (picked, run) = queue.shared.waiting().pick(now(), PLACES).unwrap();
+    let lease = Lease { shared: Arc::clone(&queue.shared), picked, run };
+    assert_eq!(queue.cancel("a").await.unwrap(), Changed::No(State::Running));
+    drop(queue.deliver(lease).unwrap().unwrap());
+    assert_eq!(queue.cancel("a").await.unwrap(), Changed::Yes);
+    assert_eq!(queue.counts().await.unwrap(), []);
+}
+
+#[tokio::test]
 async fn an_old_lease_does_not_give_back_a_call_that_is_made_again() {
     let directory = TempDir::new().unwrap();
     let queue = open(&directory);

@@ -24,7 +24,8 @@ pub(super) struct Waiting {
 pub(super) struct Run {
     /// Which time of all this is: the same call may be handed out again.
     pub(super) run: u64,
-    pub(super) status: Status,
+    /// Not known yet while the call is read from the file.
+    pub(super) status: Option<Status>,
 }
 
 /// A call that was taken. It is given back when this is dropped unsettled.
@@ -41,17 +42,36 @@ impl Waiting {
         self.schedule.add(line, number, due, now);
     }
 
-    /// A call is handed out; which time of all that is.
-    pub(super) fn begin(&mut self, number: Number, status: Status) -> u64 {
+    /// The next call to make, and which time of all this is. From here on it runs: nobody can take it back.
+    pub(super) fn pick(&mut self, now: Millis, places: usize) -> Option<(Picked, u64)> {
+        self.now = now;
+        let picked = self.schedule.pick(now, places)?;
         self.runs += 1;
-        self.running.insert(number, Run { run: self.runs, status });
-        self.runs
+        self.running.insert(picked.number, Run { run: self.runs, status: None });
+        Some((picked, self.runs))
+    }
+
+    /// The call that `lease` is for is made; `status` tells so.
+    pub(super) fn begin(&mut self, lease: &Lease, status: Status) {
+        let run = Run { run: lease.run, status: Some(status) };
+        self.running.insert(lease.picked.number, run);
+    }
+
+    /// The call that `lease` is for does not run any more; `false` if it was not its any more.
+    pub(super) fn ended(&mut self, lease: &Lease) -> bool {
+        let number = lease.picked.number;
+        let runs = self.running.get(&number).is_some_and(|running| running.run == lease.run);
+        if runs {
+            self.running.remove(&number);
+            self.schedule.ended(lease.picked.line);
+        }
+        runs
     }
 
     /// The status of the call that `lease` is for, while it is.
     pub(super) fn status(&self, lease: &Lease) -> Option<Status> {
         let running = self.running.get(&lease.picked.number)?;
-        (running.run == lease.run).then(|| running.status.clone())
+        running.status.clone().filter(|_| running.run == lease.run)
     }
 
     /// Takes a waiting call out; `false` if it runs.
@@ -72,18 +92,21 @@ impl Waiting {
 
     /// The state of a call of which the file says `status`.
     pub(super) fn state(&self, number: Number, status: &Status) -> State {
-        self.running.get(&number).map_or(status.state, |running| running.status.state)
+        self.running.get(&number).map_or(status.state, |_| State::Running)
     }
 
     pub(super) fn settled(&mut self, picked: Picked, status: &Status, settlement: &Settlement) {
-        self.running.remove(&picked.number);
-        self.schedule.ended(picked.line);
+        // If it does not run, whoever had it was cut off, and it was given back before this was durable.
+        let ran = self.running.remove(&picked.number).is_some();
+        if ran {
+            self.schedule.ended(picked.line);
+        }
         match settlement {
-            Settlement::Retry { at, .. } => {
+            Settlement::Retry { at, .. } if ran => {
                 self.schedule.add(picked.line, picked.number, *at, now());
             }
             Settlement::Dead { .. } => *self.dead.entry(status.function.clone()).or_default() += 1,
-            Settlement::Finished { .. } | Settlement::GivenBack => {}
+            Settlement::Retry { .. } | Settlement::Finished { .. } | Settlement::GivenBack => {}
         }
     }
 
@@ -99,8 +122,7 @@ impl Drop for Lease {
     /// What still runs was not settled: it is given back.
     fn drop(&mut self) {
         let mut waiting = self.shared.waiting();
-        if waiting.status(self).is_some() {
-            waiting.running.remove(&self.picked.number);
+        if waiting.ended(self) {
             waiting.schedule.give_back(self.picked);
             drop(waiting);
             self.shared.ready.notify_one();
