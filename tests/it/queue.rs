@@ -182,7 +182,8 @@ async fn a_delayed_call_is_not_made_before_its_time() {
     let gateway = queueing(&provider, state.path()).start().await;
     let began = Instant::now();
     let id = gateway.queued("echo", &["X-Delay-Seconds: 1"], "").await;
-    let told = gateway.state(&id).await;
+    let later = gateway.queued("echo", &["X-Delay-Seconds: 3600"], "").await;
+    let told = gateway.state(&later).await;
     assert_eq!((&told["state"], &told["attempts"]), (&"queued".into(), &0.into()));
     assert!(told["nextAttemptAt"].as_str() > told["submittedAt"].as_str(), "{told}");
     provider.call().await.answer(200, "").await;
@@ -195,9 +196,9 @@ async fn a_delayed_call_is_not_made_before_its_time() {
 async fn a_call_that_is_taken_back_is_not_made() {
     let (state, provider) = (tempfile::tempdir().unwrap(), answering(&[200], ""));
     let gateway = queueing(&provider, state.path()).start().await;
-    let cancelled = gateway.queued("echo", &["X-Delay-Seconds: 1", "X-Call-Id: mine"], "").await;
+    let cancelled = gateway.queued("echo", &["X-Delay-Seconds: 3", "X-Call-Id: mine"], "").await;
     // It would have come before this one.
-    let behind = gateway.queued("echo", &["X-Delay-Seconds: 1"], "").await;
+    let behind = gateway.queued("echo", &["X-Delay-Seconds: 3"], "").await;
     assert_eq!(gateway.cancel(&cancelled).await.status(), 204);
     let told = gateway.state(&cancelled).await;
     assert_eq!((&told["state"], &told["attempts"]), (&"cancelled".into(), &0.into()));

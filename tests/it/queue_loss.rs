@@ -60,8 +60,8 @@ async fn no_accepted_call_is_lost_when_the_process_is_killed() {
         gateway.becomes(&finished, "succeeded").await;
         let running = gateway.queued("stuck", &[], "").await;
         gateway.becomes(&running, "running").await;
-        let delayed = gateway.queued("echo", &["X-Delay-Seconds: 2"], "").await;
-        let cancelled = gateway.queued("echo", &["X-Delay-Seconds: 1"], "").await;
+        let delayed = gateway.queued("echo", &["X-Delay-Seconds: 4"], "").await;
+        let cancelled = gateway.queued("echo", &["X-Delay-Seconds: 3"], "").await;
         assert_eq!(gateway.cancel(&cancelled).await.status(), 204);
         accepted.extend([finished, running, delayed, cancelled]);
         let (a, b, ()) = tokio::join!(
