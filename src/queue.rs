@@ -5,6 +5,8 @@ pub mod embedded;
 pub mod jetstream;
 pub mod status;
 
+use std::time::{SystemTime, UNIX_EPOCH};
+
 use crate::function::Function;
 use crate::queue::call::{Call, Millis};
 use crate::queue::embedded::Embedded;
@@ -90,6 +92,12 @@ pub struct Counts {
     pub dead: u64,
     /// When the oldest that waits was submitted.
     pub oldest: Option<Millis>,
+}
+
+/// The time in milliseconds since 1970.
+pub fn now() -> Millis {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    Millis::try_from(since.as_millis()).unwrap_or(Millis::MAX)
 }
 
 impl Queue {

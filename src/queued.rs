@@ -1,7 +1,7 @@
 //! `/async-function/…`: calls that are made later, what became of them, and their answers.
 
 use std::sync::Arc;
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant};
 
 use axum::Json;
 use axum::body::Body;
@@ -19,7 +19,7 @@ use crate::provider::Provider;
 use crate::proxy::headers::to_upstream;
 use crate::queue::call::{Call, Millis, Options};
 use crate::queue::status::Status;
-use crate::queue::{self, Changed, Counts, Queue};
+use crate::queue::{self, Changed, Counts, Queue, now};
 use crate::serve::caller::Caller;
 use crate::system::{Api, read};
 
@@ -326,11 +326,6 @@ fn callback(headers: &HeaderMap) -> Result<Option<String>, Error> {
 fn is_http_url(text: &str) -> bool {
     let Ok(url) = text.parse::<Uri>() else { return false };
     matches!(url.scheme_str(), Some("http" | "https")) && url.host().is_some_and(|h| !h.is_empty())
-}
-
-fn now() -> Millis {
-    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or(Duration::ZERO);
-    Millis::try_from(since.as_millis()).unwrap_or(Millis::MAX)
 }
 
 #[cfg(test)]

@@ -6,14 +6,14 @@ pub mod policies;
 pub mod retry;
 
 use std::sync::Arc;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio_util::task::TaskTracker;
 
 use crate::queue::call::{Call, Millis};
 use crate::queue::status::{Answer, Settlement, State};
-use crate::queue::{Delivery, Error};
+use crate::queue::{Delivery, Error, now};
 use crate::queued::Intake;
 use crate::shutdown::Stages;
 use crate::worker::attempt::{Attempt, Caller};
@@ -103,7 +103,6 @@ impl Worker {
             Settlement::Retry { .. } => self.intake.metrics.retried(),
             Settlement::Dead { .. } => self.intake.metrics.buried(),
             Settlement::Finished { .. } => self.intake.metrics.processed(),
-            Settlement::GivenBack => {}
         }
     }
 
@@ -170,9 +169,4 @@ impl Worker {
         tracing::warn!(call_id = call.id, function = %call.function, %error, "A callback failed");
         Some(format!("the callback failed: {error}"))
     }
-}
-
-fn now() -> Millis {
-    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    Millis::try_from(since.as_millis()).unwrap_or(Millis::MAX)
 }

@@ -42,13 +42,8 @@ pub struct Options {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub idempotency_key: Option<String>,
     /// The caller chose the id, so that knowing it proves nothing.
-    #[serde(skip_serializing_if = "is_false")]
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub chosen_id: bool,
-}
-
-#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde asks for it")]
-fn is_false(value: &bool) -> bool {
-    !*value
 }
 
 /// Why stored bytes are no call.
@@ -99,17 +94,16 @@ impl Call {
     /// # Errors
     /// When they are none, or of a version to come.
     pub fn decode(bytes: &Bytes) -> Result<Self, Unreadable> {
-        let (version, rest) = bytes.split_first().ok_or(Unreadable::Short)?;
-        if *version != VERSION {
-            return Err(Unreadable::Version(*version));
-        }
-        let (length, _) = rest.split_first_chunk::<4>().ok_or(Unreadable::Short)?;
-        let body_at = 5 + u32::from_be_bytes(*length) as usize;
-        if bytes.len() < body_at {
-            return Err(Unreadable::Short);
-        }
-        let meta = serde_json::from_slice(&bytes[5..body_at])?;
+        let (meta, body_at) = split(bytes)?;
         Self::from_meta(meta, bytes.slice(body_at..))
+    }
+
+    /// The call that `bytes` hold, but without its body, which may be large.
+    ///
+    /// # Errors
+    /// As those of `decode`.
+    pub fn decode_head(bytes: &[u8]) -> Result<Self, Unreadable> {
+        Self::from_meta(split(bytes)?.0, Bytes::new())
     }
 
     /// All but the body.
@@ -147,6 +141,18 @@ impl Call {
         }
         Ok(Self { id, function, target, headers, body, options })
     }
+}
+
+/// The metadata of an encoded call, and where its body begins.
+fn split(bytes: &[u8]) -> Result<(Meta, usize), Unreadable> {
+    let (version, rest) = bytes.split_first().ok_or(Unreadable::Short)?;
+    if *version != VERSION {
+        return Err(Unreadable::Version(*version));
+    }
+    let (length, _) = rest.split_first_chunk::<4>().ok_or(Unreadable::Short)?;
+    let body_at = 5 + u32::from_be_bytes(*length) as usize;
+    let meta = bytes.get(5..body_at).ok_or(Unreadable::Short)?;
+    Ok((serde_json::from_slice(meta)?, body_at))
 }
 
 #[cfg(test)]

@@ -15,7 +15,7 @@ use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
 use tokio::sync::{Notify, mpsc, oneshot};
 
@@ -23,11 +23,11 @@ use crate::function::Function;
 use crate::queue::call::{Call, Millis};
 use crate::queue::embedded::ids::Ids;
 use crate::queue::embedded::schedule::Number;
-use crate::queue::embedded::store::{Change, Store, View};
+use crate::queue::embedded::store::{Change, Shelf, Store, View};
 use crate::queue::embedded::waiting::Waiting;
 use crate::queue::embedded::writer::{Incoming, Op, Reply};
 use crate::queue::status::{Answer, Settlement, State, Status};
-use crate::queue::{Changed, Counts, Delivery, Error, Filter, Handle, Published};
+use crate::queue::{Changed, Counts, Delivery, Error, Filter, Handle, Published, now};
 
 /// Changes that wait for the one thread that makes them.
 const WAITING_CHANGES: usize = 4096;
@@ -80,7 +80,7 @@ impl Embedded {
         std::fs::create_dir_all(directory).with_context(|| format!("cannot make {name}"))?;
         let store = Store::open(&path).with_context(|| format!("cannot open the queue {name}"))?;
         let ids = store.ids();
-        let mut waiting = Waiting { now: now(), ..Waiting::default() };
+        let mut waiting = Waiting::default();
         let next = store.read_all(|found| match found.dead {
             true => *waiting.dead.entry(found.label).or_default() += 1,
             false => waiting.add(&found.label, found.number, found.due),
@@ -139,8 +139,8 @@ impl Embedded {
                 (picked, due)
             };
             match picked {
-                Some((picked, run)) => {
-                    let lease = Lease { shared: Arc::clone(&self.shared), picked, run };
+                Some(held) => {
+                    let lease = Lease { shared: Arc::clone(&self.shared), held };
                     // More may be there than one was told of.
                     self.shared.ready.notify_one();
                     if let Some(delivery) = self.deliver(lease)? {
@@ -157,13 +157,12 @@ impl Embedded {
 
     /// The call that was picked; `None` if it is gone.
     fn deliver(&self, lease: Lease) -> Result<Option<Delivery>, Error> {
-        let picked = lease.picked;
-        let read =
-            self.shared.view(|view| Ok((view.call(picked.number)?, view.progress(picked.number)?)));
-        let (Some(call), progress) = read? else {
-            tracing::error!(number = picked.number, "A queued call is not in the file");
+        let number = lease.held.picked.number;
+        let read = self.shared.view(|view| Ok((view.call(number)?, view.progress(number)?)))?;
+        let (Some(call), progress) = read else {
+            tracing::error!(number, "A queued call is not in the file");
             // It is not given back, but it does not run either.
-            self.shared.waiting().ended(&lease);
+            self.shared.waiting().ended(lease.held);
             return Ok(None);
         };
         let attempts = progress.map_or(0, |status| status.attempts);
@@ -174,19 +173,15 @@ impl Embedded {
             next_attempt_at: None,
             ..Status::queued(&call)
         };
-        self.shared.waiting().begin(&lease, status);
+        self.shared.waiting().begin(lease.held, status);
         Ok(Some(Delivery { call, attempts, handle: Handle::Embedded(lease) }))
     }
 
     pub(super) async fn settle(&self, lease: &Lease, settlement: &Settlement) -> Result<(), Error> {
-        if matches!(settlement, Settlement::GivenBack) {
-            return Ok(());
-        }
-        let picked = lease.picked;
-        let status = self.shared.waiting().status(lease).ok_or(Error::Gone)?;
+        let status = self.shared.waiting().status(lease.held).ok_or(Error::Gone)?;
         let status = status.settled(settlement, now());
         let settled = Box::new((status, settlement.clone()));
-        self.ask(|reply| Op::Settle(picked, settled, reply)).await
+        self.ask(|reply| Op::Settle(lease.held, settled, reply)).await
     }
 
     pub(super) async fn status(&self, id: &str) -> Result<Option<Status>, Error> {
@@ -221,24 +216,27 @@ impl Embedded {
     ) -> Result<Vec<Status>, Error> {
         let (shared, filter) = (Arc::clone(&self.shared), filter.clone());
         let after = after.map(str::to_owned);
-        blocking(move || shared.list(&filter, after.as_deref(), limit)).await
+        blocking(move || {
+            let first = match &after {
+                // Behind one that is not known there is nothing.
+                Some(id) => shared.view(|view| view.number(id))?.map_or(Number::MAX, |n| n + 1),
+                None => 0,
+            };
+            let found = shared.find(&filter, first, limit)?;
+            Ok(found.into_iter().map(|(_, status)| status).collect())
+        })
+        .await
     }
 
     pub(super) async fn purge(&self, filter: &Filter) -> Result<u64, Error> {
-        let mut purged = 0;
-        let mut after = None;
+        let (mut purged, mut first) = (0, 0);
         loop {
-            let found = self.list(filter, after.as_deref(), SCAN).await?;
-            let Some(last) = found.last() else { return Ok(purged) };
-            after = Some(last.id.clone());
-            // The last one stays until the next look has begun behind it.
-            let next = self.list(filter, after.as_deref(), 1).await?;
-            let ids = found.into_iter().map(|status| status.id).collect();
+            let (shared, filter) = (Arc::clone(&self.shared), filter.clone());
+            let found = blocking(move || shared.find(&filter, first, SCAN)).await?;
+            let Some((last, _)) = found.last() else { return Ok(purged) };
+            first = last + 1;
+            let ids = found.into_iter().map(|(_, status)| status.id).collect();
             purged += self.ask(|reply| Op::Purge(ids, reply)).await?;
-            if next.is_empty() {
-                return Ok(purged);
-            }
-            after = None;
         }
     }
 
@@ -249,8 +247,8 @@ impl Embedded {
 
     /// Forgets what has been kept for long enough. To be called every second or so.
     pub async fn expire(&self) {
-        // A queue that is busy has this done later.
-        let _ = self.ops.send(Op::Expire).await;
+        // A failure has been told where it happened; this is tried again soon.
+        while let Ok(true) = self.ask(Op::Expire).await {}
     }
 
     async fn ask<T>(&self, op: impl FnOnce(Reply<T>) -> Op) -> Result<T, Error> {
@@ -326,29 +324,27 @@ impl Shared {
         if let Some((finished, _)) = view.finished(number)? {
             return Ok(Some(finished));
         }
-        Ok(view.call(number)?.map(|call| Status::queued(&call)))
+        view.queued(number)
     }
 
-    fn list(
+    /// At most `limit` of the calls that `filter` means, from the number `first` on.
+    fn find(
         &self,
         filter: &Filter,
-        after: Option<&str>,
+        mut first: Number,
         limit: usize,
-    ) -> Result<Vec<Status>, Error> {
+    ) -> Result<Vec<(Number, Status)>, Error> {
         let label = filter.function.as_ref().map(Function::to_string);
         let means = |status: &Status| {
             filter.state.is_none_or(|state| state == status.state)
                 && filter.dead.is_none_or(|dead| dead == status.dead)
                 && label.as_ref().is_none_or(|label| *label == status.function)
         };
+        let shelves = Shelf::with(filter);
         self.view(|view| {
-            let mut first = match after {
-                Some(id) => view.number(id)?.map_or(Number::MAX, |number| number + 1),
-                None => 0,
-            };
             let mut found = Vec::new();
             while found.len() < limit {
-                let numbers = view.numbers_from(first, SCAN)?;
+                let numbers = view.numbers_from(shelves, first, SCAN)?;
                 let Some(last) = numbers.last() else { break };
                 first = last + 1;
                 for number in numbers {
@@ -356,7 +352,7 @@ impl Shared {
                         && means(&status)
                         && found.len() < limit
                     {
-                        found.push(status);
+                        found.push((number, status));
                     }
                 }
             }
@@ -379,8 +375,8 @@ impl Shared {
         let mut all = Vec::new();
         for (label, (mut counts, oldest)) in counts {
             if let Some(number) = oldest {
-                let call = self.view(|view| view.call(number))?;
-                counts.oldest = call.map(|call| call.options.submitted_at);
+                let call = self.view(|view| view.queued(number))?;
+                counts.oldest = call.map(|call| call.submitted_at);
             }
             let function = Function::parse(&label, "");
             all.extend(function.filter(|_| counts != Counts::default()).map(|f| (f, counts)));
@@ -396,11 +392,6 @@ fn failed(error: &redb::Error) -> Error {
         redb::Error::Io(error) if error.kind() == std::io::ErrorKind::StorageFull => Error::NoSpace,
         _ => Error::Failed,
     }
-}
-
-fn now() -> Millis {
-    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    Millis::try_from(since.as_millis()).unwrap_or(Millis::MAX)
 }
 
 #[cfg(test)]

@@ -19,7 +19,7 @@ mod survey;
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant};
 
 use async_nats::jetstream::consumer::PullConsumer;
 use tokio::runtime::Handle as Runtime;
@@ -31,7 +31,7 @@ pub(super) use self::lease::Lease;
 pub use self::options::{Auth, Options};
 
 use crate::function::Function;
-use crate::queue::call::{Call, Millis};
+use crate::queue::call::Call;
 use crate::queue::jetstream::lines::Lines;
 use crate::queue::jetstream::pull::Arrived;
 use crate::queue::jetstream::server::{Fault, Server};
@@ -270,9 +270,4 @@ async fn within<T>(
     task: impl Future<Output = Result<T, Error>>,
 ) -> Result<T, Error> {
     tokio::time::timeout(deadline, task).await.unwrap_or(Err(Error::Away))
-}
-
-fn now() -> Millis {
-    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    Millis::try_from(since.as_millis()).unwrap_or(Millis::MAX)
 }

@@ -3,7 +3,7 @@
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 
-use crate::queue::call::{Call, Millis};
+use crate::queue::call::{Call, Millis, Unreadable};
 
 /// Where a call is on its way.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -77,8 +77,6 @@ pub enum Settlement {
     Retry { at: Millis, status: Option<u16>, reason: Option<String> },
     /// It has failed for good, and is kept until somebody decides.
     Dead { status: Option<u16>, reason: Option<String>, answer: Option<Answer> },
-    /// It was not made, and may be taken again at once.
-    GivenBack,
 }
 
 impl Status {
@@ -92,6 +90,14 @@ impl Status {
             chosen_id: call.options.chosen_id,
             ..Self::default()
         }
+    }
+
+    /// The status of a stored call that has not been made yet.
+    ///
+    /// # Errors
+    /// When `stored` holds no call.
+    pub fn of_stored(stored: &[u8]) -> Result<Self, Unreadable> {
+        Ok(Self::queued(&Call::decode_head(stored)?))
     }
 
     /// What the status of a running call becomes when it is settled at `now`.
@@ -110,7 +116,6 @@ impl Status {
                 (self.state, self.finished_at, self.dead) = (State::Failed, Some(now), true);
                 (self.status, self.reason) = (*status, reason.clone());
             }
-            Settlement::GivenBack => {}
         }
         self
     }

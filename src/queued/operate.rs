@@ -10,8 +10,8 @@ use serde_json::json;
 
 use crate::error::Error;
 use crate::function::Function;
-use crate::queue::Filter;
-use crate::queued::{changed, intake, now, view};
+use crate::queue::{Filter, now};
+use crate::queued::{changed, intake, view};
 use crate::system::Api;
 
 /// Calls that are listed unless another number is asked for, and at most.

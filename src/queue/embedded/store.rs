@@ -6,10 +6,11 @@ use bytes::{BufMut, Bytes};
 use redb::{Database, ReadableDatabase, ReadableTable, Table, TableDefinition, WriteTransaction};
 use serde::{Deserialize, Serialize};
 
+use crate::queue::Filter;
 use crate::queue::call::{Call, Millis};
 use crate::queue::embedded::ids::Ids;
 use crate::queue::embedded::schedule::Number;
-use crate::queue::status::{Answer, Status};
+use crate::queue::status::{Answer, State, Status};
 
 /// Calls that are not over, and those that failed for good: as [`Call::encode`] writes them.
 const CALLS: TableDefinition<'_, Number, &[u8]> = TableDefinition::new("calls");
@@ -87,7 +88,7 @@ impl Store {
             let (number, bytes) = entry?;
             let number = number.value();
             next = next.max(number + 1);
-            let call = match Call::decode(&Bytes::copy_from_slice(bytes.value())) {
+            let call = match Status::of_stored(bytes.value()) {
                 Ok(call) => call,
                 Err(error) => {
                     // One of a version to come stays where it is.
@@ -99,8 +100,8 @@ impl Store {
             let due = status.as_ref().and_then(|status| status.next_attempt_at);
             found(Found {
                 number,
-                label: call.function.to_string(),
-                due: due.or(call.options.not_before).unwrap_or(0),
+                label: call.function,
+                due: due.or(call.next_attempt_at).unwrap_or(0),
                 dead: status.is_some_and(|status| status.dead),
             });
         }
@@ -139,7 +140,7 @@ impl View {
 
     /// The id of the call with this number.
     fn id(&self, number: Number) -> Result<Option<String>> {
-        if let Some(call) = self.call(number)? {
+        if let Some(call) = self.queued(number)? {
             return Ok(Some(call.id));
         }
         Ok(self.finished(number)?.map(|(status, _)| status.id))
@@ -148,6 +149,12 @@ impl View {
     pub(super) fn call(&self, number: Number) -> Result<Option<Call>> {
         let bytes = self.read.open_table(CALLS)?.get(number)?;
         Ok(bytes.and_then(|bytes| Call::decode(&Bytes::copy_from_slice(bytes.value())).ok()))
+    }
+
+    /// The status of a call as if nothing had been noted of it.
+    pub(super) fn queued(&self, number: Number) -> Result<Option<Status>> {
+        let bytes = self.read.open_table(CALLS)?.get(number)?;
+        Ok(bytes.and_then(|bytes| Status::of_stored(bytes.value()).ok()))
     }
 
     /// What has been noted of a call that is not over.
@@ -161,21 +168,55 @@ impl View {
         Ok(bytes.and_then(|bytes| decode_finished(&Bytes::copy_from_slice(bytes.value()))))
     }
 
-    /// The numbers of all calls, from `first` on, in order.
-    pub(super) fn numbers_from(&self, first: Number, most: usize) -> Result<Vec<Number>> {
-        let (calls, finished) = (self.read.open_table(CALLS)?, self.read.open_table(FINISHED)?);
+    /// At most `most` numbers of the calls that are on one of `shelves`, from `first` on, in order.
+    pub(super) fn numbers_from(
+        &self,
+        shelves: &[Shelf],
+        first: Number,
+        most: usize,
+    ) -> Result<Vec<Number>> {
         let mut numbers = Vec::new();
-        for entry in calls.range(first..)?.take(most) {
-            numbers.push(entry?.0.value());
-        }
-        for entry in finished.range(first..)?.take(most) {
-            numbers.push(entry?.0.value());
+        for shelf in shelves {
+            for entry in self.read.open_table(shelf.table())?.range(first..)?.take(most) {
+                numbers.push(entry?.0.value());
+            }
         }
         numbers.sort_unstable();
         // A dead call is in both.
         numbers.dedup();
         numbers.truncate(most);
         Ok(numbers)
+    }
+}
+
+/// Where in the file a call is.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Shelf {
+    /// Not over, or dead.
+    Calls,
+    /// Has been made, and is not over or is dead.
+    Progress,
+    /// Over, or dead.
+    Finished,
+}
+
+impl Shelf {
+    /// The shelves with all that `filter` can mean. To look for a handful of dead calls must not read a million others.
+    pub(super) fn with(filter: &Filter) -> &'static [Self] {
+        match (filter.dead, filter.state) {
+            (Some(true), _) | (_, Some(State::Retrying)) => &[Self::Progress],
+            (_, Some(State::Queued | State::Running)) => &[Self::Calls],
+            (_, Some(State::Succeeded | State::Failed | State::Cancelled)) => &[Self::Finished],
+            (_, None) => &[Self::Calls, Self::Finished],
+        }
+    }
+
+    fn table(self) -> TableDefinition<'static, Number, &'static [u8]> {
+        match self {
+            Self::Calls => CALLS,
+            Self::Progress => PROGRESS,
+            Self::Finished => FINISHED,
+        }
     }
 }
 
@@ -212,6 +253,8 @@ impl<'t> Change<'t> {
     ) -> Result<Option<String>> {
         if let Some(key) = key
             && let Some(known) = self.keys.get(key)?
+            // One that was purged stands for nothing any more.
+            && self.find(known.value())?.is_some()
         {
             return Ok(Some(known.value().to_owned()));
         }
@@ -314,8 +357,7 @@ impl<'t> Change<'t> {
             return Ok(Some(status));
         }
         if let Some(bytes) = self.calls.get(number)? {
-            let call = Call::decode(&Bytes::copy_from_slice(bytes.value())).ok();
-            return Ok(call.map(|call| Status::queued(&call)));
+            return Ok(Status::of_stored(bytes.value()).ok());
         }
         let finished = self.finished.get(number)?;
         let finished =

@@ -227,8 +227,8 @@ async fn a_call_that_is_about_to_be_made_cannot_be_taken_back() {
     let directory = TempDir::new().unwrap();
     let queue = open(&directory);
     queue.publish(call("a")).await.unwrap();
-    let (picked, run) = queue.shared.waiting().pick(now(), PLACES).unwrap();
-    let lease = Lease { shared: Arc::clone(&queue.shared), picked, run };
+    let held = queue.shared.waiting().pick(now(), PLACES).unwrap();
+    let lease = Lease { shared: Arc::clone(&queue.shared), held };
     assert_eq!(queue.cancel("a").await.unwrap(), Changed::No(State::Running));
     drop(queue.deliver(lease).unwrap().unwrap());
     assert_eq!(queue.cancel("a").await.unwrap(), Changed::Yes);
@@ -250,4 +250,91 @@ async fn an_old_lease_does_not_give_back_a_call_that_is_made_again() {
     assert_eq!(state(&queue, "a").await, Some(State::Running));
     settle(&queue, second, succeeded()).await;
     assert_eq!(state(&queue, "a").await, Some(State::Succeeded));
+}
+
+#[tokio::test]
+async fn a_settlement_that_comes_too_late_touches_nobody_elses_call() {
+    let directory = TempDir::new().unwrap();
+    let queue = open(&directory);
+    queue.publish(call("a")).await.unwrap();
+    let first = queue.take(PLACES).await.unwrap();
+    let Handle::Embedded(lease) = &first.handle else { panic!("not embedded") };
+    let held = lease.held;
+    // Whoever had it was cut off while its settlement was on its way.
+    drop(first);
+    let second = queue.take(PLACES).await.unwrap();
+    let retry = Settlement::Retry { at: now(), status: Some(503), reason: None };
+    let status = Status::queued(&second.call).settled(&retry, now());
+    queue.shared.waiting().settled(held, &status, &retry);
+    assert_eq!(state(&queue, "a").await, Some(State::Running));
+    settle(&queue, second, succeeded()).await;
+    assert_eq!(queue.counts().await.unwrap(), []);
+}
+
+#[tokio::test]
+async fn a_key_stands_for_no_call_that_was_purged() {
+    let directory = TempDir::new().unwrap();
+    let queue = open(&directory);
+    let keyed = |id| {
+        let mut call = call(id);
+        call.options.idempotency_key = Some("k".to_owned());
+        call
+    };
+    queue.publish(keyed("a")).await.unwrap();
+    let filter = Filter { state: Some(State::Queued), ..Filter::default() };
+    assert_eq!(queue.purge(&filter).await.unwrap(), 1);
+    assert!(!queue.publish(keyed("b")).await.unwrap().repeated);
+    assert_eq!(queue.take(PLACES).await.unwrap().call.id, "b");
+}
+
+#[tokio::test]
+async fn all_that_has_expired_is_forgotten_at_once() {
+    const CALLS: usize = 2500;
+    let directory = TempDir::new().unwrap();
+    let limits = Limits { pending: CALLS, result_ttl: 0, key_ttl: 0 };
+    let queue = Embedded::open(directory.path(), limits).unwrap();
+    let ids: Vec<_> = (0..CALLS).map(|number| number.to_string()).collect();
+    let published = ids.iter().map(|id| queue.publish(call(id)));
+    futures_util::future::try_join_all(published).await.unwrap();
+    let cancelled = ids.iter().map(|id| queue.cancel(id));
+    futures_util::future::try_join_all(cancelled).await.unwrap();
+    let over = now();
+    while now() == over {
+        tokio::task::yield_now().await;
+    }
+    queue.expire().await;
+    assert_eq!(queue.list(&Filter::default(), None, 10).await.unwrap(), []);
+}
+
+#[tokio::test]
+async fn each_kind_of_call_is_found_and_paged() {
+    let directory = TempDir::new().unwrap();
+    let queue = open(&directory);
+    for id in ["done", "dead", "retried", "running", "waiting"] {
+        queue.publish(call(id)).await.unwrap();
+    }
+    settle(&queue, queue.take(PLACES).await.unwrap(), succeeded()).await;
+    settle(&queue, queue.take(PLACES).await.unwrap(), dead()).await;
+    let retry = Settlement::Retry { at: now() + 60_000, status: Some(503), reason: None };
+    settle(&queue, queue.take(PLACES).await.unwrap(), retry).await;
+    let _running = queue.take(PLACES).await.unwrap();
+    let find = async |state, dead, after: Option<&str>| -> Vec<String> {
+        let filter = Filter { state, dead, ..Filter::default() };
+        let found = queue.list(&filter, after, 10).await.unwrap();
+        found.into_iter().map(|status| status.id).collect()
+    };
+    let all = ["done", "dead", "retried", "running", "waiting"];
+    assert_eq!(find(None, None, None).await, all);
+    assert_eq!(find(None, None, Some("dead")).await, all[2..]);
+    assert_eq!(find(None, Some(true), None).await, ["dead"]);
+    for (state, id) in [
+        (State::Succeeded, "done"),
+        (State::Failed, "dead"),
+        (State::Retrying, "retried"),
+        (State::Running, "running"),
+        (State::Queued, "waiting"),
+    ] {
+        assert_eq!(find(Some(state), None, None).await, [id], "{state:?}");
+    }
+    assert!(find(Some(State::Cancelled), None, None).await.is_empty());
 }

@@ -8,11 +8,11 @@ use tokio::sync::{mpsc, oneshot};
 
 use crate::queue::call::Millis;
 use crate::queue::embedded::Shared;
-use crate::queue::embedded::schedule::{Number, Picked};
+use crate::queue::embedded::schedule::Number;
 use crate::queue::embedded::store::{Change, Result as StoreResult};
-use crate::queue::embedded::waiting::Waiting;
+use crate::queue::embedded::waiting::{Held, Waiting};
 use crate::queue::status::{Settlement, State, Status};
-use crate::queue::{Changed, Error, Published};
+use crate::queue::{Changed, Error, Published, now};
 
 /// So many changes are made durable together, at most.
 const TOGETHER: usize = 512;
@@ -35,12 +35,13 @@ pub(super) struct Incoming {
 /// A change of the file.
 pub(super) enum Op {
     Publish(Incoming, Reply<Published>),
-    Settle(Picked, Box<(Status, Settlement)>, Reply<()>),
+    Settle(Held, Box<(Status, Settlement)>, Reply<()>),
     Cancel(String, Reply<Changed>),
     Revive(String, Reply<Changed>),
     /// Removes calls that do not run, all trace of them.
     Purge(Vec<String>, Reply<u64>),
-    Expire,
+    /// Forgets what has been kept for long enough, or some of it; whether there is more.
+    Expire(Reply<bool>),
 }
 
 impl Op {
@@ -51,7 +52,7 @@ impl Op {
             Self::Settle(.., reply) => drop(reply.send(Err(error))),
             Self::Cancel(_, reply) | Self::Revive(_, reply) => drop(reply.send(Err(error))),
             Self::Purge(_, reply) => drop(reply.send(Err(error))),
-            Self::Expire => {}
+            Self::Expire(reply) => drop(reply.send(Err(error))),
         }
     }
 }
@@ -70,7 +71,7 @@ pub(super) fn run(shared: &Arc<Shared>, mut ops: mpsc::Receiver<Op>) {
 }
 
 fn write(shared: &Arc<Shared>, ops: Vec<Op>) {
-    let now = crate::queue::embedded::now();
+    let now = now();
     let mut withdrawn = Vec::new();
     let changed = shared.change(|change| {
         let withdrawn = &mut withdrawn;
@@ -125,14 +126,14 @@ impl Batch<'_, '_> {
     fn apply(&mut self, op: &Op) -> StoreResult<Applied> {
         match op {
             Op::Publish(call, _) => self.publish(call),
-            Op::Settle(picked, settled, _) => {
-                self.settle(picked.number, &settled.0, &settled.1)?;
+            Op::Settle(held, settled, _) => {
+                self.settle(held.picked.number, &settled.0, &settled.1)?;
                 Ok(Applied::Settled)
             }
             Op::Cancel(id, _) => self.cancel(id),
             Op::Revive(id, _) => self.revive(id),
             Op::Purge(ids, _) => self.purge(ids),
-            Op::Expire => {
+            Op::Expire(_) => {
                 let more = self.change.expire(self.now, EXPIRE_AT_ONCE)?;
                 Ok(Applied::Expired { more })
             }
@@ -171,7 +172,6 @@ impl Batch<'_, '_> {
             Settlement::Dead { answer, .. } => {
                 self.change.keep_answer(number, status, answer.as_ref())
             }
-            Settlement::GivenBack => Ok(()),
         }
     }
 
@@ -239,8 +239,8 @@ impl Applied {
                 waiting.add(&call.label, number, call.due);
                 drop(reply.send(Ok(Published { id, repeated: false })));
             }
-            (Op::Settle(picked, settled, reply), Self::Settled) => {
-                waiting.settled(picked, &settled.0, &settled.1);
+            (Op::Settle(held, settled, reply), Self::Settled) => {
+                waiting.settled(held, &settled.0, &settled.1);
                 drop(reply.send(Ok(())));
             }
             (Op::Cancel(_, reply) | Op::Revive(_, reply), Self::Changed(changed)) => {
@@ -261,7 +261,7 @@ impl Applied {
                 }
                 drop(reply.send(Ok(purged.len() as u64)));
             }
-            (Op::Expire, Self::Expired { more }) => waiting.more_to_expire = more,
+            (Op::Expire(reply), Self::Expired { more }) => drop(reply.send(Ok(more))),
             _ => unreachable!("each change has its own effect"),
         }
     }

@@ -12,7 +12,8 @@ use crate::queue::jetstream::message::{Claim, End, answer_headers, json};
 use crate::queue::jetstream::pull::Arrived;
 use crate::queue::jetstream::server::Fault;
 use crate::queue::jetstream::subject::{ANSWERS, CALLS, CLAIMS, DEAD, ENDS, token};
-use crate::queue::jetstream::{Shared, now, parts};
+use crate::queue::jetstream::{Shared, parts};
+use crate::queue::now;
 use crate::queue::status::{Answer, Settlement, State, Status};
 use crate::queue::{Delivery, Error, Handle};
 
@@ -186,9 +187,6 @@ impl Lease {
     /// Settles the call. While the server is away this waits as long as the call is ours: a settlement that is lost
     /// has the call made again.
     pub(super) async fn settle(&self, settlement: &Settlement) -> Result<(), Error> {
-        if matches!(settlement, Settlement::GivenBack) {
-            return Ok(());
-        }
         if self.settled.load(Relaxed) {
             return Err(Error::Gone);
         }
@@ -235,7 +233,6 @@ impl Lease {
                     _ => {}
                 }
             }
-            Settlement::GivenBack => {}
         }
         if !matches!(settlement, Settlement::Retry { .. })
             && let Some(key) = &arrived.call.options.idempotency_key

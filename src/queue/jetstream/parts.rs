@@ -9,11 +9,12 @@ use async_nats::HeaderMap;
 use bytes::{Bytes, BytesMut};
 use futures_util::{StreamExt, TryStreamExt, stream};
 
+use crate::queue::jetstream::Shared;
 use crate::queue::jetstream::message::Parts;
 use crate::queue::jetstream::server::{Fault, Server};
 use crate::queue::jetstream::state::{Dead, Found};
 use crate::queue::jetstream::subject::{BODIES, Names, text, token};
-use crate::queue::jetstream::{Shared, now};
+use crate::queue::now;
 
 /// So many parts are on their way at a time.
 const TOGETHER: usize = 4;

@@ -12,12 +12,13 @@ use futures_util::StreamExt;
 
 use crate::function::Function;
 use crate::queue::call::Call;
+use crate::queue::jetstream::Shared;
 use crate::queue::jetstream::lease::Lease;
 use crate::queue::jetstream::lines::Wanted;
 use crate::queue::jetstream::message::Message;
 use crate::queue::jetstream::server::{Fault, Server};
 use crate::queue::jetstream::subject::{self, CALLS, Names};
-use crate::queue::jetstream::{Shared, now};
+use crate::queue::now;
 use crate::queue::{Delivery, Error};
 
 /// Nobody waits longer than this for the next call without looking again.

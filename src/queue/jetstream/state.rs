@@ -8,10 +8,11 @@ use bytes::{Bytes, BytesMut};
 
 use crate::function::Function;
 use crate::queue::Changed;
+use crate::queue::jetstream::Shared;
 use crate::queue::jetstream::message::{Claim, End, Message, answer_head, json};
 use crate::queue::jetstream::server::Fault;
 use crate::queue::jetstream::subject::{ANSWERS, CALLS, CLAIMS, DEAD, ENDS, Named, named, token};
-use crate::queue::jetstream::{Shared, now};
+use crate::queue::now;
 use crate::queue::status::{Answer, State, Status};
 
 /// So often one looks again when a call is on its way from one place to another.

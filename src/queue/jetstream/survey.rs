@@ -7,11 +7,12 @@ use futures_util::{StreamExt, TryStreamExt, stream};
 use async_nats::jetstream::message::StreamMessage;
 
 use crate::function::Function;
+use crate::queue::jetstream::Shared;
 use crate::queue::jetstream::message::{Claim, End};
 use crate::queue::jetstream::server::Fault;
 use crate::queue::jetstream::state::{Dead, Found, Waiting};
 use crate::queue::jetstream::subject::{CALLS, CLAIMS, DEAD, ENDS, named};
-use crate::queue::jetstream::{Shared, now};
+use crate::queue::now;
 use crate::queue::status::Status;
 use crate::queue::{Changed, Counts, Filter};
 
