@@ -33,8 +33,8 @@ pub struct Serve {
     pub namespace: String,
     /// `direct_functions`, and its suffix.
     pub direct_functions: Option<String>,
-    /// `scale_from_zero`
-    pub scale_from_zero: bool,
+    /// `scale_from_zero`: how calls of functions that are not ready are treated; `None`: as all others.
+    pub cold_start: Option<ColdStart>,
     /// `faas_prometheus_host`, `faas_prometheus_port`; `None`: counts come from this process's own metrics.
     pub prometheus: Option<BaseUrl>,
     pub timeouts: Timeouts,
@@ -44,6 +44,15 @@ pub struct Serve {
     /// Whether the API is for this machine alone.
     pub local_only: bool,
     pub shutdown: Shutdown,
+}
+
+/// How calls wait for a function that is not ready.
+#[derive(Clone, Copy, Debug)]
+pub struct ColdStart {
+    /// `cold_start_timeout`
+    pub timeout: Duration,
+    /// `cold_start_queue`: how many may wait for one function.
+    pub queue: usize,
 }
 
 /// Limits on one exchange with a caller.
@@ -248,7 +257,9 @@ impl Serve {
         serve.logs_provider = from.url("logs_provider_url").unwrap_or(serve.logs_provider);
         serve.prometheus = prometheus;
         serve.direct_functions = direct_functions;
-        serve.scale_from_zero = from.boolean("scale_from_zero");
+        if !from.boolean("scale_from_zero") {
+            serve.cold_start = None;
+        }
         from.finish(serve)
     }
 
@@ -262,7 +273,10 @@ impl Serve {
             provider,
             namespace: from.text("function_namespace"),
             direct_functions: None,
-            scale_from_zero: false,
+            cold_start: Some(ColdStart {
+                timeout: from.positive_duration("cold_start_timeout"),
+                queue: from.count("cold_start_queue", 1..=1_000_000),
+            }),
             prometheus: None,
             timeouts: Timeouts {
                 read: from.positive_duration("read_timeout"),

@@ -1,10 +1,12 @@
 //! The corridor of a call: prepare → forward → measure. One for each thread that carries calls.
 
+mod careful;
+
 use std::sync::Arc;
 use std::time::Instant;
 
 use http::uri::PathAndQuery;
-use http::{HeaderName, HeaderValue, Request, Response, StatusCode, Uri};
+use http::{HeaderValue, Request, Response, StatusCode, Uri};
 use hyper::body::{Body, Incoming};
 
 use crate::answer::{Answer, Content, InFlight};
@@ -13,6 +15,7 @@ use crate::config::Timeouts;
 use crate::config::base_url::BaseUrl;
 use crate::error::Error;
 use crate::function::Function;
+use crate::invoke::careful::Target;
 use crate::limit::{CallLimit, Share};
 use crate::metrics::calls::{Call, End, Shard};
 use crate::provider::Provider;
@@ -21,10 +24,10 @@ use crate::proxy::client::{Client, Origin};
 use crate::proxy::tunnel::Tunnel;
 use crate::proxy::upstream_body::UpstreamBody;
 use crate::proxy::{self, Errand, Forwarded};
+use crate::scaling::Scaling;
+use crate::scaling::fault::{self, X_OPENFAAS_INTERNAL};
 use crate::serve::caller::Caller;
 
-/// In an answer: the provider made this error itself.
-const X_OPENFAAS_INTERNAL: HeaderName = HeaderName::from_static("x-openfaas-internal");
 /// Where functions listen when they are called directly.
 const DIRECT_PORT: u16 = 8080;
 
@@ -39,6 +42,8 @@ pub struct Invoker {
     pub route: Route,
     /// Vouches for functions that are called directly.
     pub provider: Provider,
+    /// Wakes functions, if that is to be done.
+    pub scaling: Option<Arc<Scaling>>,
 }
 
 /// The way to a function.
@@ -122,11 +127,11 @@ impl Invoker {
         let errand = self.errand(caller, call.began);
         let mut forwarded = match (way, &self.route) {
             (Way::Provider(prepared), Route::Provider(origin)) => {
-                proxy::send(&self.client, origin, prepared, errand).await?
+                self.forward_through(caller, call, origin, prepared, errand).await?
             }
             (Way::Direct(request), Route::Direct { suffix, default_namespace }) => {
                 // Boxed, lest its size be carried along by every call.
-                Box::pin(self.forward_directly(call, suffix, default_namespace, *request, errand))
+                Box::pin(self.forward_directly(caller, call, suffix, default_namespace, *request))
                     .await?
             }
             (Way::Failed(error), _) => return Err(error),
@@ -141,17 +146,56 @@ impl Invoker {
         Ok(forwarded)
     }
 
+    /// A warm function is called at once, which is all that this costs it.
+    async fn forward_through(
+        &self,
+        caller: &Caller,
+        call: &mut Call,
+        origin: &Origin,
+        mut prepared: proxy::Prepared,
+        errand: Errand<'_>,
+    ) -> Result<Forwarded, Error> {
+        let target = Target { origin, way: fault::Way::Through };
+        if let Some(scaling) = &self.scaling
+            && !call.is_warm()
+        {
+            let careful = self.forward_carefully(scaling, caller, call, target, prepared, None);
+            // Boxed, lest its size be carried along by every call.
+            return Box::pin(careful).await;
+        }
+        let sent = proxy::send(&self.client, origin, &mut prepared, errand).await;
+        if let Some(scaling) = &self.scaling
+            && target.fault(&sent).is_some()
+        {
+            let sent = Some(sent);
+            let careful = self.forward_carefully(scaling, caller, call, target, prepared, sent);
+            return Box::pin(careful).await;
+        }
+        Ok(sent?)
+    }
+
     async fn forward_directly(
         &self,
+        caller: &Caller,
         call: &mut Call,
         suffix: &str,
         default_namespace: &str,
         mut request: Request<RequestBody>,
-        errand: Errand<'_>,
     ) -> Result<Forwarded, Error> {
-        let origin = self.direct(call, suffix, default_namespace).await?;
         *request.uri_mut() = behind_name(request.uri());
-        Ok(proxy::forward(&self.client, &origin, request, errand).await?)
+        let errand = self.errand(caller, call.began);
+        let Some(scaling) = &self.scaling else {
+            let origin = self.direct(call, suffix, default_namespace).await?;
+            return Ok(proxy::forward(&self.client, &origin, request, errand).await?);
+        };
+        let origin = direct_origin(call.function(), suffix, default_namespace)?;
+        let mut prepared = proxy::prepare(&origin, request, errand)?;
+        let mut sent = None;
+        if call.is_warm() {
+            sent = Some(proxy::send(&self.client, &origin, &mut prepared, errand).await);
+        }
+        let target = Target { origin: &origin, way: fault::Way::Direct };
+        self.forward_carefully(scaling, caller, call, target, prepared, sent).await
     }
 
     fn errand<'a>(&self, caller: &'a Caller, began: Instant) -> Errand<'a> {

@@ -12,13 +12,14 @@ pub mod upstream_body;
 mod wire;
 
 use std::sync::Arc;
+use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
 use http::header::CONTENT_TYPE;
 use http::{HeaderMap, HeaderValue, Request, Response, StatusCode};
 use hyper::upgrade::OnUpgrade;
 
-use crate::proxy::body::RequestBody;
+use crate::proxy::body::{BodyError, RequestBody};
 use crate::proxy::client::{Client, Error, Origin};
 use crate::proxy::tunnel::Tunnel;
 use crate::proxy::upload::Upload;
@@ -47,9 +48,47 @@ pub struct Errand<'a> {
 
 /// A caller's request as it will be sent.
 pub struct Prepared {
+    /// Gone while the request is under way.
     upload: Upload,
     /// The caller's connection, if it wants to change protocols.
     upgrade: Option<OnUpgrade>,
+}
+
+impl Prepared {
+    /// Keeps the request to be sent once more, for as long as it has no more than `most` bytes.
+    pub fn keep(&mut self, most: usize) {
+        self.upload.keep(most);
+    }
+
+    /// How long what is left of the body is, if that is known.
+    pub fn body_length(&self) -> Option<u64> {
+        self.upload.body_length()
+    }
+
+    /// Takes in what comes of the body before it can be sent, as far as it is kept. Ready when there is no more to do.
+    ///
+    /// # Errors
+    /// Why the body does not come.
+    pub fn poll_ahead(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), BodyError>> {
+        self.upload.poll_ahead(cx)
+    }
+
+    /// Takes back the request that `answer` answers, to send it once more. Whether that can be done.
+    pub fn take_back(&mut self, answer: &mut Response<UpstreamBody>) -> bool {
+        if !answer.body().can_give_back_request() {
+            return false;
+        }
+        match answer.body_mut().give_back_request() {
+            Some(upload) => self.upload = upload,
+            None => return false,
+        }
+        true
+    }
+
+    /// Whether the request that `answer` answers could be taken back.
+    pub fn can_take_back(answer: &Response<UpstreamBody>) -> bool {
+        answer.body().can_give_back_request()
+    }
 }
 
 /// An answer on its way to the caller; with a tunnel if both sides change protocols.
@@ -78,25 +117,24 @@ pub fn prepare(
 /// Sends what was prepared to `origin`, and returns with the head of the answer.
 ///
 /// # Errors
-/// `client::Error` when there is none; its text can be shown to the caller.
+/// `client::Error` when there is none; its text can be shown to the caller. After one that `is_connect`, all that was
+/// prepared is still there, and can be sent once more.
 pub async fn send(
     client: &Arc<Client>,
     origin: &Origin,
-    prepared: Prepared,
+    prepared: &mut Prepared,
     errand: Errand<'_>,
 ) -> Result<Forwarded, Error> {
-    let Prepared { upload, upgrade } = prepared;
-    let mut answer = client.carry(origin, upload, errand.watch).await?;
+    let mut answer = client.carry(origin, &mut prepared.upload, errand.watch).await?;
     let switches = answer.status() == StatusCode::SWITCHING_PROTOCOLS;
     headers::to_caller(answer.headers_mut(), switches);
-    let tunnel = match upgrade {
+    let mut tunnel = None;
+    if switches {
         // One that changes in the middle of the request would take its rest for the new protocol.
-        Some(caller) if switches && answer.body().is_request_sent() => {
-            Some(Tunnel::new(caller, &mut answer, errand.timeout))
-        }
-        _ if switches => return Err(Error::Unasked),
-        _ => None,
-    };
+        let wanted = prepared.upgrade.take().filter(|_| answer.body().is_request_sent());
+        let caller = wanted.ok_or(Error::Unasked)?;
+        tunnel = Some(Tunnel::new(caller, &mut answer, errand.timeout));
+    }
     if is_stream(answer.headers()) {
         answer.body_mut().bound_pauses(errand.timeout);
     }
@@ -113,7 +151,7 @@ pub async fn forward(
     request: Request<RequestBody>,
     errand: Errand<'_>,
 ) -> Result<Forwarded, Error> {
-    send(client, origin, prepare(origin, request, errand)?, errand).await
+    send(client, origin, &mut prepare(origin, request, errand)?, errand).await
 }
 
 fn is_stream(headers: &HeaderMap) -> bool {

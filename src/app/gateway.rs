@@ -26,6 +26,7 @@ use crate::proxy::client::{Client, Origin, Tls};
 use crate::queued::Intake;
 use crate::routes::{self, Door};
 use crate::same_origin::Names;
+use crate::scaling::Scaling;
 use crate::serve::listener::bind;
 use crate::serve::{Server, raise_file_limit};
 use crate::shutdown::{Stages, Tasks};
@@ -59,8 +60,11 @@ struct Parts {
     health: Arc<Health>,
     counts: Arc<Counts>,
     intake: Option<Arc<Intake>>,
+    scaling: Option<Arc<Scaling>>,
     namespace: Arc<str>,
     tls: Tls,
+    /// What background work calls the provider with.
+    client: Arc<Client>,
     stages: Stages,
 }
 
@@ -75,12 +79,7 @@ impl Gateway {
         let metrics_listener = bind(config.metrics, 1)?.remove(0);
         let address = listeners[0].local_addr()?;
         let metrics_address = metrics_listener.local_addr()?;
-        if config.scale_from_zero {
-            tracing::warn!(
-                "scale_from_zero is set, but this version does not wake functions at zero replicas"
-            );
-        }
-        let parts = Arc::new(Parts::new(config, threads, stages).await?);
+        let parts = Arc::new(Parts::new(config, threads, stages, tasks).await?);
         parts.start_background(metrics_listener, tasks);
         let server = parts.server();
         let (alive, ended) = mpsc::channel(1);
@@ -153,7 +152,12 @@ fn carry_calls(parts: &Parts, number: usize, server: Server, listener: TcpListen
 }
 
 impl Parts {
-    async fn new(config: Serve, threads: usize, stages: &Stages) -> anyhow::Result<Self> {
+    async fn new(
+        config: Serve,
+        threads: usize,
+        stages: &Stages,
+        tasks: &Tasks,
+    ) -> anyhow::Result<Self> {
         let credentials = match &config.auth.secrets {
             Some(directory) => Some(Credentials::read(directory)?),
             None => None,
@@ -163,16 +167,30 @@ impl Parts {
         // One shard more, for the worker.
         let metrics = Metrics::new(threads + 1, &namespace)?;
         let intake = worker::intake(&config.queue, &metrics).await?;
+        let tls = Tls::default();
+        let client = Client::new(config.limits.idle, tls.clone());
+        let origin = Origin::new(config.provider.clone());
+        let scaling = config.cold_start.map(|limits| {
+            let provider = Provider {
+                client: Arc::clone(&client),
+                origin: origin.clone(),
+                credentials: credentials.clone(),
+                timeout: config.timeouts.upstream,
+            };
+            Scaling::new(provider, Arc::clone(&metrics.known), limits, tasks)
+        });
         Ok(Self {
-            provider: Origin::new(config.provider.clone()),
+            provider: origin,
             credentials,
             metrics,
             health: Health::new(stages.clone(), Arc::clone(&limit)),
             intake,
+            scaling,
             counts: Counts::new(config.prometheus.clone().map(Origin::new)),
             limit,
             namespace,
-            tls: Tls::default(),
+            tls,
+            client,
             stages: stages.clone(),
             config,
         })
@@ -195,7 +213,7 @@ impl Parts {
     }
 
     fn start_background(self: &Arc<Self>, metrics_listener: TcpListener, tasks: &Tasks) {
-        let client = Client::new(self.config.limits.idle, self.tls.clone());
+        let client = Arc::clone(&self.client);
         // Readiness hangs on it, so it does not wait for as long as a call may take.
         let timeout = self.config.timeouts.upstream.min(LONGEST_POLL);
         let poll = Poll {
@@ -251,6 +269,7 @@ impl Parts {
             origin: self.provider.clone(),
             calls: self.metrics.shard(number),
             timeout: self.config.timeouts.upstream,
+            scaling: self.scaling.clone(),
         };
         Ok(Some(Worker {
             intake: Arc::clone(intake),
@@ -279,6 +298,7 @@ impl Parts {
             timeouts: self.config.timeouts,
             route,
             provider: provider.clone(),
+            scaling: self.scaling.clone(),
         };
         let auth = &self.config.auth;
         let api = Api {

@@ -90,7 +90,11 @@ settings! {
     direct_functions_suffix NAME "" S
         "The SUFFIX of direct_functions, such as openfaas-fn.svc.cluster.local."
     scale_from_zero BOOLEAN "false" S
-        "Accepted for compatibility; this version does not wake functions yet, and says so at start."
+        "Wake a function at zero replicas when it is called, and have its callers wait (`up` always does)."
+    cold_start_timeout DURATION "60s" SU
+        "How long a call waits for its function to become ready; then it is answered 503."
+    cold_start_queue COUNT "1000" SU
+        "Calls that wait for one function; beyond it further ones are answered 503."
     faas_prometheus_host HOST "prometheus" S
         "Prometheus, asked for invocationCount in GET /system/functions; while it is away the list comes without."
     faas_prometheus_port PORT "9090" S

@@ -169,29 +169,28 @@ impl Client {
         watch: &Arc<Watch>,
     ) -> Result<Response<UpstreamBody>, Error> {
         let (head, body) = request.into_parts();
-        self.carry(origin, Upload::new(&head, body), watch).await
+        self.carry(origin, &mut Upload::new(&head, body), watch).await
     }
 
     /// Carries a request to `origin`; returns as soon as the head of the answer is there. `watch` bounds all of it, the
     /// answer's body included.
     ///
     /// A link that turns out to have been closed while it idled is replaced, if nothing of the request was sent or if
-    /// sending it twice does no harm.
+    /// sending it twice does no harm. After `Error::Connect` all of `upload` is still there.
     pub(super) async fn carry(
         self: &Arc<Self>,
         origin: &Origin,
-        upload: Upload,
+        upload: &mut Upload,
         watch: &Arc<Watch>,
     ) -> Result<Response<UpstreamBody>, Error> {
-        let mut upload = upload;
         let repeatable = upload.is_repeatable();
         while let Some(mut link) = self.checkout(&origin.key) {
             match link.exchange(upload, watch).await {
                 Ok(answer) => return Ok(self.answer(origin, link, answer, watch)),
-                Err(Failure::Unsent(unsent)) => upload = unsent,
+                Err(Failure::Unsent(unsent)) => *upload = unsent,
                 Err(Failure::Closed(error)) if repeatable => {
                     tracing::debug!(%error, "An idle connection was closed: trying a new one");
-                    upload = link.into_upload();
+                    *upload = link.into_upload();
                     break;
                 }
                 Err(failure) => return Err(failure.into()),
@@ -199,8 +198,15 @@ impl Client {
         }
         // Boxed, lest its size be carried along by every call.
         let mut link = Box::pin(self.connect(origin, watch)).await?;
-        let answer = link.exchange(upload, watch).await?;
-        Ok(self.answer(origin, link, answer, watch))
+        match link.exchange(upload, watch).await {
+            Ok(answer) => Ok(self.answer(origin, link, answer, watch)),
+            // A link that was opened for this request alone.
+            Err(Failure::Unsent(unsent)) => {
+                *upload = unsent;
+                Err(Error::Connect(io::ErrorKind::ConnectionReset.into()))
+            }
+            Err(failure) => Err(failure.into()),
+        }
     }
 
     fn answer(
@@ -302,7 +308,6 @@ impl From<Failure> for Error {
     fn from(failure: Failure) -> Self {
         match failure {
             Failure::Expired => Self::Timeout,
-            // A link that was opened for this request alone.
             Failure::Unsent(_) => Self::Connect(io::ErrorKind::ConnectionReset.into()),
             Failure::Closed(error) => Self::Closed(error),
             Failure::Malformed(malformed) => Self::Invalid(malformed),
