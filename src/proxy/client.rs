@@ -184,20 +184,27 @@ impl Client {
         watch: &Arc<Watch>,
     ) -> Result<Response<UpstreamBody>, Error> {
         let repeatable = upload.is_repeatable();
+        let mut closed = None;
         while let Some(mut link) = self.checkout(&origin.key) {
             match link.exchange(upload, watch).await {
                 Ok(answer) => return Ok(self.answer(origin, link, answer, watch)),
                 Err(Failure::Unsent(unsent)) => *upload = unsent,
                 Err(Failure::Closed(error)) if repeatable => {
                     tracing::debug!(%error, "An idle connection was closed: trying a new one");
-                    *upload = link.into_upload();
+                    (*upload, closed) = (link.into_upload(), Some(error));
                     break;
                 }
                 Err(failure) => return Err(failure.into()),
             }
         }
         // Boxed, lest its size be carried along by every call.
-        let mut link = Box::pin(self.connect(origin, watch)).await?;
+        let opened = Box::pin(self.connect(origin, watch)).await;
+        let mut link = match (opened, closed) {
+            (Ok(link), _) => link,
+            // Somebody may have seen the request.
+            (Err(error), Some(closed)) if error.is_connect() => return Err(Error::Closed(closed)),
+            (Err(error), _) => return Err(error),
+        };
         match link.exchange(upload, watch).await {
             Ok(answer) => Ok(self.answer(origin, link, answer, watch)),
             // A link that was opened for this request alone.
