@@ -7,6 +7,7 @@ pub mod cli;
 pub mod duration;
 pub mod reader;
 pub mod settings;
+pub mod worker;
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
@@ -15,6 +16,7 @@ use std::time::Duration;
 use crate::config::allow::Allow;
 use crate::config::base_url::BaseUrl;
 use crate::config::reader::{Mistake, Reader};
+pub use crate::config::worker::{Target, Worker};
 
 /// Settings of `gateway serve`.
 #[derive(Clone, Debug)]
@@ -271,10 +273,7 @@ impl Serve {
                 idle: from.positive_duration("idle_timeout"),
             },
             limits: Limits {
-                idle: Idle {
-                    all: from.count("max_idle_conns", 0..=1_000_000),
-                    per_host: from.count("max_idle_conns_per_host", 0..=1_000_000),
-                },
+                idle: Idle::parse(from),
                 calls: from.count("max_calls", 1..=10_000_000),
                 connections: from.count("max_connections", 1..=10_000_000),
             },
@@ -289,6 +288,15 @@ impl Serve {
                 delay: from.duration("shutdown_delay"),
                 grace: from.duration("shutdown_grace"),
             },
+        }
+    }
+}
+
+impl Idle {
+    fn parse(from: &mut Reader<'_>) -> Self {
+        Self {
+            all: from.count("max_idle_conns", 0..=1_000_000),
+            per_host: from.count("max_idle_conns_per_host", 0..=1_000_000),
         }
     }
 }

@@ -17,6 +17,7 @@ use tower::ServiceExt;
 
 use crate::answer::{Answer, Content};
 use crate::error::Error;
+use crate::health::Health;
 use crate::invoke::{self, Invoker};
 use crate::metrics::Metrics;
 use crate::proxy::body::CallerBody;
@@ -97,6 +98,13 @@ pub fn internal(metrics: Arc<Metrics>) -> Router {
         .fallback(|| async { Error::NoSuchPath })
         .method_not_allowed_fallback(method_not_allowed)
         .with_state(metrics)
+}
+
+/// The port of a worker.
+pub fn worker(metrics: Arc<Metrics>, health: Arc<Health>) -> Router {
+    internal(metrics)
+        .route("/_/healthz", get(health::live))
+        .route("/_/ready", get(|| async move { health.answer() }))
 }
 
 async fn scrape(State(metrics): State<Arc<Metrics>>) -> Response {

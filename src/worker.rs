@@ -23,6 +23,8 @@ use crate::worker::retry::{Decision, Outcome, decide};
 
 /// How long to wait before a queue that failed is asked again.
 const PAUSE: Duration = Duration::from_secs(1);
+/// So much of a body is logged.
+const PRINTED: usize = 1024;
 
 /// What makes queued calls.
 pub struct Worker {
@@ -34,6 +36,16 @@ pub struct Worker {
     pub callbacks: Callbacks,
     /// So much of an answer's body is kept.
     pub max_result_body: usize,
+    pub prints: Prints,
+}
+
+/// What of each call is logged beside its failures.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Prints {
+    /// The start of its body.
+    pub bodies: bool,
+    /// That it was made, and what came of it.
+    pub calls: bool,
 }
 
 impl Worker {
@@ -90,7 +102,7 @@ impl Worker {
             let attempt = self.caller.make(call, self.keeps(call)).await;
             self.settlement(&delivery, attempt).await
         };
-        tracing::debug!(call_id = id, %function, attempt = delivery.attempts + 1, ?settlement, "Queued call made");
+        self.print(&delivery, &settlement);
         // One that cannot be settled must not be made again at once: the queue would be asked until it can.
         while let Err(error) = self.intake.queue.settle(&delivery, &settlement).await {
             tracing::warn!(call_id = id, %function, %error, "A queued call cannot be settled");
@@ -103,6 +115,22 @@ impl Worker {
             Settlement::Retry { .. } => self.intake.metrics.retried(),
             Settlement::Dead { .. } => self.intake.metrics.buried(),
             Settlement::Finished { .. } => self.intake.metrics.processed(),
+        }
+    }
+
+    fn print(&self, delivery: &Delivery, settlement: &Settlement) {
+        let (id, function) = (&delivery.call.id, &delivery.call.function);
+        let attempt = delivery.attempts + 1;
+        let (state, status) = settlement.outcome();
+        if self.prints.calls {
+            tracing::info!(call_id = id, %function, attempt, ?state, status, "Queued call made");
+        } else {
+            tracing::debug!(call_id = id, %function, attempt, ?state, status, "Queued call made");
+        }
+        if self.prints.bodies {
+            let body = &delivery.call.body;
+            let body = String::from_utf8_lossy(&body[..body.len().min(PRINTED)]);
+            tracing::info!(call_id = id, %function, %body, "Body of a queued call");
         }
     }
 

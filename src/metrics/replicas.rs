@@ -25,6 +25,8 @@ pub struct Poll {
     pub default_namespace: Arc<str>,
     pub metrics: Arc<Metrics>,
     pub health: Arc<Health>,
+    /// Whether the gauges of replicas are to be filled.
+    pub shows_replicas: bool,
 }
 
 impl Poll {
@@ -101,7 +103,10 @@ impl Poll {
         let names: HashSet<Function> = named.keys().cloned().collect();
         self.metrics.known.listed(&names, now);
         self.metrics.forget_deleted(now);
-        self.metrics.replicas_reported(named.iter().map(|(name, f)| replicas(name, f)).collect());
+        if self.shows_replicas {
+            let replicas = named.iter().map(|(name, f)| replicas(name, f));
+            self.metrics.replicas_reported(replicas.collect());
+        }
     }
 
     fn name(&self, status: &FunctionSummary) -> Option<Function> {

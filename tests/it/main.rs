@@ -30,3 +30,4 @@ mod streams;
 mod trailers;
 mod up;
 mod upgrade;
+mod worker;

@@ -38,6 +38,10 @@ impl Nats {
         format!("nats://127.0.0.1:{}", self.port)
     }
 
+    pub(crate) fn port(&self) -> u16 {
+        self.port
+    }
+
     /// Starts the server on what it has stored before.
     pub(crate) fn restart(&mut self) {
         assert!(self.process.is_none(), "it runs");
