@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use axum::Router;
 use axum::extract::State;
-use axum::middleware::from_fn_with_state;
+use axum::middleware::{from_fn, from_fn_with_state};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{delete, get, post};
 use http::header::{CONNECTION, HOST, UPGRADE};
@@ -73,6 +73,7 @@ pub fn api(api: Arc<Api>) -> Router {
         .route("/async-function/{name}", calls)
         .route("/async-function/{name}/", post(queued::submit).options(queued::preflight))
         .route("/async-function/{name}/{*rest}", behind)
+        .route_layer(from_fn(queued::allow_pages))
         .route_layer(from_fn_with_state(Arc::clone(&api.metrics), metrics::count_request));
     let open = Router::new()
         .route("/", get(ui::redirect))

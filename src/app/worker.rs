@@ -153,7 +153,8 @@ pub(super) async fn keep_tidy(
         () = tidy => {}
     }
     // All that was taken has been settled or dropped by now.
-    if let Queue::JetStream(queue) = &intake.queue {
-        queue.stop().await;
+    match &intake.queue {
+        Queue::Embedded(queue) => queue.close().await,
+        Queue::JetStream(queue) => queue.stop().await,
     }
 }

@@ -196,7 +196,8 @@ fn verdict(status: StatusCode) -> Verdict {
     match status.as_u16() {
         200..300 => Verdict::Taken,
         408 | 425 | 429 => Verdict::Again,
-        400..500 => Verdict::Refused,
+        // Redirects are not followed: they could lead to where callbacks may not go.
+        300..500 => Verdict::Refused,
         _ => Verdict::Again,
     }
 }
@@ -229,7 +230,7 @@ mod tests {
         for (status, expect) in [
             (200, Verdict::Taken),
             (204, Verdict::Taken),
-            (302, Verdict::Again),
+            (302, Verdict::Refused),
             (400, Verdict::Refused),
             (404, Verdict::Refused),
             (408, Verdict::Again),
