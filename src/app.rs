@@ -3,8 +3,10 @@
 
 pub mod gateway;
 mod provider;
+mod threads;
 mod up;
 mod worker;
+mod worker_process;
 
 use std::process::ExitCode;
 use std::time::Duration;
@@ -13,6 +15,7 @@ use anyhow::{Context, bail};
 use tokio::runtime::Runtime;
 
 use crate::app::gateway::Gateway;
+use crate::app::threads::Threads;
 use crate::config::cli::{Asked, CommandLine};
 use crate::config::reader::{Mistake, Reader};
 use crate::config::{self, Log, Shutdown};
@@ -36,6 +39,7 @@ pub fn run(line: &CommandLine, var: &dyn Fn(&str) -> Option<String>) -> ExitCode
     let log = log.map(|_| ());
     match &line.asked {
         Asked::Serve => start(log, config::Serve::parse(read()), serve),
+        Asked::Worker => start(log, config::Worker::parse(read()), worker_process::run),
         Asked::Provider => start(log, config::Provider::parse(read()), provider::run),
         Asked::Up { stack } => start(log, config::Up::parse(read(), stack.clone()), up::run),
         Asked::Healthcheck { url } => exit(healthcheck::run(url)),
@@ -80,7 +84,7 @@ fn serve(config: config::Serve) -> anyhow::Result<()> {
         let shutdown = config.shutdown;
         let gateway = Gateway::start(config, &stages, &tasks).await?;
         tracing::info!(address = %gateway.address, metrics = %gateway.metrics_address, "Serving");
-        until_stopped(gateway, signals, stages, tasks, shutdown).await
+        until_stopped(gateway.threads, signals, stages, tasks, shutdown).await
     })
 }
 
@@ -92,9 +96,9 @@ fn block_on<T>(runtime: Runtime, role: impl Future<Output = T>) -> T {
     result
 }
 
-/// Serves until a signal asks for the end, then leads the gateway through the stages of a stop.
+/// Waits until a signal asks for the end, then leads `threads` through the stages of a stop.
 async fn until_stopped(
-    mut gateway: Gateway,
+    mut threads: Threads,
     mut signals: Signals,
     stages: Stages,
     tasks: Tasks,
@@ -102,11 +106,11 @@ async fn until_stopped(
 ) -> anyhow::Result<()> {
     let signal = tokio::select! {
         signal = signals.next() => signal,
-        () = gateway.ended() => bail!("no thread carries calls any more"),
+        () = threads.ended() => bail!("no thread carries calls any more"),
     };
     tracing::info!(signal, "Stopping: calls in flight may finish");
     tokio::select! {
-        () = drain(gateway, &stages, shutdown) => {}
+        () = drain(threads, &stages, shutdown) => {}
         signal = signals.next() => bail!("ended at once by a second signal, {signal}"),
     }
     if tasks.stop(TASKS_GRACE).await.is_err() {
@@ -117,13 +121,13 @@ async fn until_stopped(
 }
 
 /// Announces the stop, lets calls finish, and cuts what is left when the grace is over.
-async fn drain(mut gateway: Gateway, stages: &Stages, shutdown: Shutdown) {
+async fn drain(mut threads: Threads, stages: &Stages, shutdown: Shutdown) {
     stages.leave();
     tokio::time::sleep(shutdown.delay).await;
     stages.closing.cancel();
-    if tokio::time::timeout(shutdown.grace, gateway.ended()).await.is_err() {
+    if tokio::time::timeout(shutdown.grace, threads.ended()).await.is_err() {
         stages.cut.cancel();
-        gateway.ended().await;
+        threads.ended().await;
     }
-    gateway.join();
+    threads.join();
 }

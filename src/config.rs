@@ -6,7 +6,10 @@ pub mod base_url;
 pub mod cli;
 pub mod duration;
 pub mod reader;
+mod scaling;
 pub mod settings;
+mod telemetry;
+pub mod worker;
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
@@ -15,6 +18,9 @@ use std::time::Duration;
 use crate::config::allow::Allow;
 use crate::config::base_url::BaseUrl;
 use crate::config::reader::{Mistake, Reader};
+pub use crate::config::scaling::ColdStart;
+pub use crate::config::telemetry::{Access, Log, Traces};
+pub use crate::config::worker::{Target, Worker};
 
 /// Settings of `gateway serve`.
 #[derive(Clone, Debug)]
@@ -41,18 +47,12 @@ pub struct Serve {
     pub limits: Limits,
     pub auth: Auth,
     pub queue: Queue,
+    pub traces: Traces,
+    /// `access_log`
+    pub access_log: Access,
     /// Whether the API is for this machine alone.
     pub local_only: bool,
     pub shutdown: Shutdown,
-}
-
-/// How calls wait for a function that is not ready.
-#[derive(Clone, Copy, Debug)]
-pub struct ColdStart {
-    /// `cold_start_timeout`
-    pub timeout: Duration,
-    /// `cold_start_queue`: how many may wait for one function.
-    pub queue: usize,
 }
 
 /// Limits on one exchange with a caller.
@@ -228,15 +228,6 @@ pub struct Up {
     pub stack: Option<PathBuf>,
 }
 
-/// How the process logs; every role has these.
-#[derive(Clone, Debug)]
-pub struct Log {
-    /// `log_level`: a filter as `tracing_subscriber::EnvFilter` takes it.
-    pub filter: String,
-    /// `log_format`
-    pub json: bool,
-}
-
 /// The variables of this process that functions on it get to see.
 const INHERITED: [&str; 5] = ["PATH", "HOME", "LANG", "TZ", "TMPDIR"];
 
@@ -257,9 +248,7 @@ impl Serve {
         serve.logs_provider = from.url("logs_provider_url").unwrap_or(serve.logs_provider);
         serve.prometheus = prometheus;
         serve.direct_functions = direct_functions;
-        if !from.boolean("scale_from_zero") {
-            serve.cold_start = None;
-        }
+        serve.cold_start = ColdStart::if_asked_for(&mut from);
         from.finish(serve)
     }
 
@@ -273,10 +262,7 @@ impl Serve {
             provider,
             namespace: from.text("function_namespace"),
             direct_functions: None,
-            cold_start: Some(ColdStart {
-                timeout: from.positive_duration("cold_start_timeout"),
-                queue: from.count("cold_start_queue", 1..=1_000_000),
-            }),
+            cold_start: None,
             prometheus: None,
             timeouts: Timeouts {
                 read: from.positive_duration("read_timeout"),
@@ -285,10 +271,7 @@ impl Serve {
                 idle: from.positive_duration("idle_timeout"),
             },
             limits: Limits {
-                idle: Idle {
-                    all: from.count("max_idle_conns", 0..=1_000_000),
-                    per_host: from.count("max_idle_conns_per_host", 0..=1_000_000),
-                },
+                idle: Idle::parse(from),
                 calls: from.count("max_calls", 1..=10_000_000),
                 connections: from.count("max_connections", 1..=10_000_000),
             },
@@ -298,11 +281,22 @@ impl Serve {
                 proxy_pass_body: from.boolean("auth_proxy_pass_body"),
             },
             queue,
+            traces: Traces::parse(from),
+            access_log: Access::parse(from),
             local_only: false,
             shutdown: Shutdown {
                 delay: from.duration("shutdown_delay"),
                 grace: from.duration("shutdown_grace"),
             },
+        }
+    }
+}
+
+impl Idle {
+    fn parse(from: &mut Reader<'_>) -> Self {
+        Self {
+            all: from.count("max_idle_conns", 0..=1_000_000),
+            per_host: from.count("max_idle_conns_per_host", 0..=1_000_000),
         }
     }
 }
@@ -386,23 +380,9 @@ impl Up {
         let provider = Provider::common(&mut from, loopback);
         let queue = Queue::common(&mut from, Backend::Embedded, "loopback", Nats::default());
         let mut serve = Serve::common(&mut from, loopback, nowhere(), queue);
+        serve.cold_start = Some(ColdStart::parse(&mut from));
         serve.local_only = serve.auth.secrets.is_none() && serve.auth.proxy.is_none();
         from.finish(Self { serve, provider, stack })
-    }
-}
-
-impl Log {
-    pub fn parse(mut from: Reader<'_>) -> Result<Self, Vec<Mistake>> {
-        let json = from.parsed("log_format", "text or json", |text| match text {
-            "text" => Some(false),
-            "json" => Some(true),
-            _ => None,
-        });
-        let expected = "a level or filter such as info, debug or gateway=debug,info";
-        let filter = from.parsed("log_level", expected, |text| {
-            text.parse::<tracing_subscriber::filter::Targets>().ok().map(|_| text.to_owned())
-        });
-        from.finish(Self { filter: filter.unwrap_or_default(), json: json.unwrap_or_default() })
     }
 }
 

@@ -70,6 +70,15 @@ impl Health {
         }
     }
 
+    /// Whether this process is ready, and why not.
+    pub fn answer(&self) -> Response {
+        let readiness = self.readiness();
+        if readiness.ready {
+            return Json(readiness).into_response();
+        }
+        (StatusCode::SERVICE_UNAVAILABLE, [(RETRY_AFTER, "1")], Json(readiness)).into_response()
+    }
+
     fn readiness(&self) -> Readiness {
         let mut reasons = Vec::new();
         if self.stages.is_leaving() {
@@ -99,11 +108,7 @@ pub async fn live() -> &'static str {
 
 /// `GET /_/ready`
 pub async fn ready(State(api): State<Arc<Api>>) -> Response {
-    let readiness = api.health.readiness();
-    if readiness.ready {
-        return Json(readiness).into_response();
-    }
-    (StatusCode::SERVICE_UNAVAILABLE, [(RETRY_AFTER, "1")], Json(readiness)).into_response()
+    api.health.answer()
 }
 
 /// `GET /healthz`: the provider's health.

@@ -20,6 +20,7 @@ pub mod provider;
 pub mod proxy;
 pub mod queue;
 pub mod scaling;
+pub mod trace;
 
 // What is done with a request.
 pub mod alerts;

@@ -16,6 +16,8 @@ use crate::queue::status::{Answer, Settlement, State};
 use crate::queue::{Delivery, Error, now};
 use crate::queued::Intake;
 use crate::shutdown::Stages;
+use crate::trace::span::Kind;
+use crate::trace::{Open, Tracer};
 use crate::worker::attempt::{Attempt, Caller};
 use crate::worker::callback::{Callbacks, Report, random};
 use crate::worker::policies::Policies;
@@ -23,6 +25,8 @@ use crate::worker::retry::{Decision, Outcome, decide};
 
 /// How long to wait before a queue that failed is asked again.
 const PAUSE: Duration = Duration::from_secs(1);
+/// So much of a body is logged.
+const PRINTED: usize = 1024;
 
 /// What makes queued calls.
 pub struct Worker {
@@ -34,6 +38,18 @@ pub struct Worker {
     pub callbacks: Callbacks,
     /// So much of an answer's body is kept.
     pub max_result_body: usize,
+    pub prints: Prints,
+    /// Tells of each attempt, if somebody wants to know.
+    pub tracer: Option<Tracer>,
+}
+
+/// What of each call is logged beside its failures.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Prints {
+    /// The start of its body.
+    pub bodies: bool,
+    /// That it was made, and what came of it.
+    pub calls: bool,
 }
 
 impl Worker {
@@ -87,10 +103,17 @@ impl Worker {
             let reason = Some("it was not made before it expired".to_owned());
             Settlement::Finished { state: State::Failed, status: None, reason, answer: None }
         } else {
-            let attempt = self.caller.make(call, self.keeps(call)).await;
-            self.settlement(&delivery, attempt).await
+            let span = self.begin_span(&delivery);
+            let context = span.as_ref().map(Open::context);
+            let attempt = self.caller.make(call, self.keeps(call), context).await;
+            let outcome = (attempt.status, attempt.reason.clone());
+            let settlement = self.settlement(&delivery, attempt, span.as_ref()).await;
+            if let Some(span) = span {
+                end_span(span, outcome);
+            }
+            settlement
         };
-        tracing::debug!(call_id = id, %function, attempt = delivery.attempts + 1, ?settlement, "Queued call made");
+        self.print(&delivery, &settlement);
         // One that cannot be settled must not be made again at once: the queue would be asked until it can.
         while let Err(error) = self.intake.queue.settle(&delivery, &settlement).await {
             tracing::warn!(call_id = id, %function, %error, "A queued call cannot be settled");
@@ -106,13 +129,46 @@ impl Worker {
         }
     }
 
+    fn begin_span(&self, delivery: &Delivery) -> Option<Open> {
+        let call = &delivery.call;
+        let name = format!("process {}", call.function);
+        let mut span = self.tracer.as_ref()?.begin(&call.headers, Kind::Consumer, name)?;
+        let waited = now().saturating_sub(call.options.submitted_at);
+        span.note("gateway.call_id", call.id.as_str());
+        span.note("faas.invoked_name", call.function.to_string().as_str());
+        span.note("gateway.attempt", delivery.attempts + 1);
+        span.note("gateway.queued_ms", i64::try_from(waited).unwrap_or(i64::MAX));
+        Some(span)
+    }
+
+    fn print(&self, delivery: &Delivery, settlement: &Settlement) {
+        let (id, function) = (&delivery.call.id, &delivery.call.function);
+        let attempt = delivery.attempts + 1;
+        let (state, status) = settlement.outcome();
+        if self.prints.calls {
+            tracing::info!(call_id = id, %function, attempt, ?state, status, "Queued call made");
+        } else {
+            tracing::debug!(call_id = id, %function, attempt, ?state, status, "Queued call made");
+        }
+        if self.prints.bodies {
+            let body = &delivery.call.body;
+            let body = String::from_utf8_lossy(&body[..body.len().min(PRINTED)]);
+            tracing::info!(call_id = id, %function, %body, "Body of a queued call");
+        }
+    }
+
     /// So much of an answer is read: all that a callback can be told, or what is kept.
     fn keeps(&self, call: &Call) -> usize {
         let told = if call.options.callback.is_some() { attempt::MAX_TOLD } else { 0 };
         self.max_result_body.max(told)
     }
 
-    async fn settlement(&self, delivery: &Delivery, attempt: Attempt) -> Settlement {
+    async fn settlement(
+        &self,
+        delivery: &Delivery,
+        attempt: Attempt,
+        span: Option<&Open>,
+    ) -> Settlement {
         let call = &delivery.call;
         let made = delivery.attempts + 1;
         // A success that nobody is told of needs no policy, and so no question to the provider.
@@ -128,7 +184,7 @@ impl Worker {
             let at = now() + Millis::try_from(pause.as_millis()).unwrap_or(Millis::MAX / 2);
             return Settlement::Retry { at, status, reason };
         }
-        if let Some(failure) = self.tell(call, &attempt, made, policy.attempts).await {
+        if let Some(failure) = self.tell(call, &attempt, made, policy.attempts, span).await {
             reason = Some(failure);
         }
         let answer = attempt.into_answer(self.max_result_body);
@@ -152,8 +208,10 @@ impl Worker {
         attempt: &Attempt,
         attempts: u32,
         max_attempts: u32,
+        span: Option<&Open>,
     ) -> Option<String> {
         let url = call.options.callback.as_ref()?;
+        let span = span.and_then(|it| it.part(Kind::Client, "callback".to_owned()));
         let report = Report {
             call_id: call.id.clone(),
             function: call.function.to_string(),
@@ -164,9 +222,24 @@ impl Worker {
             took: attempt.took,
             attempts,
             max_attempts,
+            context: span.as_ref().map(Open::context),
         };
-        let error = self.callbacks.send(url, &report).await.err()?;
+        let error = self.callbacks.send(url, &report).await.err();
+        if let Some(span) = span {
+            span.ended(error.as_ref().map(ToString::to_string));
+        }
+        let error = error?;
         tracing::warn!(call_id = call.id, function = %call.function, %error, "A callback failed");
         Some(format!("the callback failed: {error}"))
     }
+}
+
+/// An attempt is over: with a status, or with a reason for there being none.
+fn end_span(mut span: Open, outcome: (Option<u16>, Option<String>)) {
+    let (status, reason) = outcome;
+    if let Some(status) = status {
+        span.note("http.response.status_code", status);
+    }
+    let failed = status.is_some_and(|status| status >= 500);
+    span.ended(reason.or_else(|| failed.then(|| "the function failed".to_owned())));
 }

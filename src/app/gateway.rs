@@ -2,19 +2,18 @@
 
 use std::net::{SocketAddr, TcpListener};
 use std::sync::Arc;
-use std::thread::JoinHandle;
 use std::time::Duration;
 
-use anyhow::Context;
+use axum::Router;
 use hyper::Request;
 use hyper::body::Incoming;
 use hyper::service::service_fn;
-use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
+use crate::app::threads::{Threads, Work};
 use crate::app::worker;
 use crate::auth::Credentials;
-use crate::config::Serve;
+use crate::config::{Access, Idle, Serve, Timeouts, Traces};
 use crate::health::Health;
 use crate::invoke::{Invoker, Route};
 use crate::limit::CallLimit;
@@ -31,23 +30,30 @@ use crate::serve::listener::bind;
 use crate::serve::{Server, raise_file_limit};
 use crate::shutdown::{Stages, Tasks};
 use crate::system::{Api, AuthProxy};
+use crate::trace::{Observer, Tracer};
 use crate::worker::Worker;
 use crate::worker::attempt::Caller;
-use crate::worker::policies::Policies;
 
 /// Files that are neither a caller's nor an upstream's connection.
 const OTHER_FILES: usize = 128;
 
 /// A provider that has not said within this time what functions there are is away.
-const LONGEST_POLL: Duration = Duration::from_secs(5);
+pub(super) const LONGEST_POLL: Duration = Duration::from_secs(5);
+
+/// What a port for machines holds its callers to, where no setting does.
+pub(super) const INTERNAL: Timeouts = Timeouts {
+    read: Duration::from_secs(60),
+    write: Duration::from_secs(60),
+    // Not used: nothing is forwarded.
+    upstream: Duration::MAX,
+    idle: Duration::from_secs(120),
+};
 
 /// A running gateway.
 pub struct Gateway {
     pub address: SocketAddr,
     pub metrics_address: SocketAddr,
-    threads: Vec<JoinHandle<()>>,
-    /// Ends when the last thread has ended.
-    ended: mpsc::Receiver<()>,
+    pub(super) threads: Threads,
 }
 
 /// What the threads are made from.
@@ -65,6 +71,8 @@ struct Parts {
     tls: Tls,
     /// What background work calls the provider with.
     client: Arc<Client>,
+    tracer: Option<Tracer>,
+    observer: Option<Arc<Observer>>,
     stages: Stages,
 }
 
@@ -82,42 +90,19 @@ impl Gateway {
         let parts = Arc::new(Parts::new(config, threads, stages, tasks).await?);
         parts.start_background(metrics_listener, tasks);
         let server = parts.server();
-        let (alive, ended) = mpsc::channel(1);
         let worker = parts.worker(threads)?.map(|worker| {
-            let (stages, alive) = (stages.clone(), alive.clone());
-            std::thread::Builder::new().name("worker".to_owned()).spawn(move || {
-                worker::run(worker, &stages);
-                drop(alive);
-            })
+            let stages = stages.clone();
+            let work: Work = ("worker".to_owned(), Box::new(move || worker::run(worker, &stages)));
+            work
         });
-        let threads = listeners
-            .into_iter()
-            .enumerate()
-            .map(|(number, listener)| {
-                let (parts, server, alive) = (Arc::clone(&parts), server.clone(), alive.clone());
-                std::thread::Builder::new().name(format!("calls-{number}")).spawn(move || {
-                    carry_calls(&parts, number, server, listener);
-                    drop(alive);
-                })
-            })
-            .chain(worker)
-            .collect::<Result<_, _>>()
-            .context("cannot start a thread")?;
-        Ok(Self { address, metrics_address, threads, ended })
-    }
-
-    /// Waits until every thread has ended, which happens at a stop only, or when something is very wrong.
-    pub async fn ended(&mut self) {
-        self.ended.recv().await;
-    }
-
-    /// Takes the threads back; they must have ended.
-    pub fn join(self) {
-        for thread in self.threads {
-            if thread.join().is_err() {
-                tracing::error!("A thread that carries calls panicked");
-            }
-        }
+        let carriers = listeners.into_iter().enumerate().map(|(number, listener)| {
+            let (parts, server) = (Arc::clone(&parts), server.clone());
+            let work = move || carry_calls(&parts, number, server, listener);
+            let work: Work = (format!("calls-{number}"), Box::new(work));
+            work
+        });
+        let threads = Threads::start(carriers.chain(worker))?;
+        Ok(Self { address, metrics_address, threads })
     }
 }
 
@@ -168,7 +153,8 @@ impl Parts {
         let metrics = Metrics::new(threads + 1, &namespace)?;
         let intake = worker::intake(&config.queue, &metrics).await?;
         let tls = Tls::default();
-        let client = Client::new(config.limits.idle, tls.clone());
+        let idle = config.limits.idle;
+        let client = Client::new(idle, tls.clone());
         let origin = Origin::new(config.provider.clone());
         let scaling = config.cold_start.map(|limits| {
             let provider = Provider {
@@ -179,7 +165,13 @@ impl Parts {
             };
             Scaling::new(provider, Arc::clone(&metrics.known), limits, tasks)
         });
+        let tracer = tracer(&config.traces, "gateway", idle, tls.clone(), tasks);
+        let access = config.access_log;
+        let observer = (access != Access::Off || tracer.is_some())
+            .then(|| Arc::new(Observer { access, tracer: tracer.clone() }));
         Ok(Self {
+            tracer,
+            observer,
             provider: origin,
             credentials,
             metrics,
@@ -221,6 +213,7 @@ impl Parts {
             default_namespace: Arc::clone(&self.namespace),
             metrics: Arc::clone(&self.metrics),
             health: Arc::clone(&self.health),
+            shows_replicas: true,
         };
         tasks.spawn(|stopping| poll.run(stopping));
         tasks.spawn(|stopping| until(stopping, async move { client.keep_swept().await }));
@@ -232,17 +225,7 @@ impl Parts {
             tasks.spawn(|stopping| worker::keep_tidy(intake, health, stopping));
         }
         let router = routes::internal(Arc::clone(&self.metrics));
-        let idle = self.config.timeouts.idle;
-        // The metrics port stays open while calls are drained.
-        let server = Server::new(self.config.timeouts, MAX_SCRAPERS, Stages::default());
-        let serving = async move {
-            let served =
-                server.run(metrics_listener, |caller| routes::plain(&router, caller, idle)).await;
-            if let Err(error) = served {
-                tracing::error!(%error, "The metrics port cannot be served");
-            }
-        };
-        tasks.spawn(|stopping| until(stopping, serving));
+        serve_metrics(router, metrics_listener, self.config.timeouts, tasks);
     }
 
     fn provider(&self, client: &Arc<Client>) -> Provider {
@@ -271,14 +254,9 @@ impl Parts {
             timeout: self.config.timeouts.upstream,
             scaling: self.scaling.clone(),
         };
-        Ok(Some(Worker {
-            intake: Arc::clone(intake),
-            places: config.max_inflight,
-            caller,
-            policies: Policies::new(self.provider(&client)),
-            callbacks: worker::callbacks(config, self.tls.clone())?,
-            max_result_body: config.max_result_body,
-        }))
+        let provider = self.provider(&client);
+        let tracer = self.tracer.clone();
+        worker::worker(config, intake, caller, provider, self.tls.clone(), tracer).map(Some)
     }
 
     fn door(&self, thread: usize, client: &Arc<Client>) -> Door {
@@ -315,14 +293,53 @@ impl Parts {
             counts: Arc::clone(&self.counts),
             intake: self.intake.clone(),
         };
-        Door { invoker, api: routes::api(Arc::new(api)), stages: self.stages.clone() }
+        Door {
+            invoker,
+            api: routes::api(Arc::new(api)),
+            stages: self.stages.clone(),
+            observer: self.observer.clone(),
+        }
     }
 }
 
 /// Connections to the metrics port.
 const MAX_SCRAPERS: usize = 256;
 
-async fn until(stopping: CancellationToken, work: impl Future<Output = ()>) {
+/// What tells of calls to a collector of traces, if there is one, as `service`.
+pub(super) fn tracer(
+    config: &Traces,
+    service: &'static str,
+    idle: Idle,
+    tls: Tls,
+    tasks: &Tasks,
+) -> Option<Tracer> {
+    let client = Client::new(idle, tls);
+    let endpoint = config.endpoint.clone()?;
+    let (tracer, exporter) = Tracer::new(endpoint, config.sampling, service, Arc::clone(&client));
+    tasks.spawn(|stopping| exporter.run(stopping));
+    tasks.spawn(|stopping| until(stopping, async move { client.keep_swept().await }));
+    Some(tracer)
+}
+
+/// Serves the port that is for machines only. It stays open while calls are drained.
+pub(super) fn serve_metrics(
+    router: Router,
+    listener: TcpListener,
+    timeouts: Timeouts,
+    tasks: &Tasks,
+) {
+    let server = Server::new(timeouts, MAX_SCRAPERS, Stages::default());
+    let serving = async move {
+        let served =
+            server.run(listener, |caller| routes::plain(&router, caller, timeouts.idle)).await;
+        if let Err(error) = served {
+            tracing::error!(%error, "The metrics port cannot be served");
+        }
+    };
+    tasks.spawn(|stopping| until(stopping, serving));
+}
+
+pub(super) async fn until(stopping: CancellationToken, work: impl Future<Output = ()>) {
     // Work that is cut here holds nothing that must be settled.
     tokio::select! {
         () = stopping.cancelled() => {}

@@ -54,11 +54,11 @@ async fn up(mut config: Up, functions: Vec<FunctionDeployment>) -> anyhow::Resul
     block_in_place(|| announce(&gateway, &provider, &config.provider.state_dir, &functions));
     let signal = tokio::select! {
         signal = signals.next() => signal,
-        () = gateway.ended() => bail!("no thread carries calls any more"),
+        () = gateway.threads.ended() => bail!("no thread carries calls any more"),
     };
     tracing::info!(signal, "Stopping: calls in flight may finish");
     let stop = async {
-        super::drain(gateway, &stages, shutdown).await;
+        super::drain(gateway.threads, &stages, shutdown).await;
         provider.stop(&provider_tasks).await;
         let _ = tasks.stop(super::TASKS_GRACE).await;
     };

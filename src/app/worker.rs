@@ -10,15 +10,19 @@ use tokio_util::sync::CancellationToken;
 use crate::config::{self, Backend};
 use crate::health::Health;
 use crate::metrics::Metrics;
+use crate::provider::Provider;
 use crate::proxy::client::Tls;
 use crate::queue::Queue;
 use crate::queue::embedded::{Embedded, Limits};
 use crate::queue::jetstream::{Auth, JetStream, Options};
 use crate::queued::Intake;
 use crate::shutdown::Stages;
-use crate::worker::Worker;
+use crate::trace::Tracer;
+use crate::worker::attempt::Caller;
 use crate::worker::callback::signature::Secret;
 use crate::worker::callback::{Callbacks, Pace};
+use crate::worker::policies::Policies;
+use crate::worker::{Prints, Worker};
 
 /// The file in `secret_mount_path` that callbacks are signed with.
 const SECRET: &str = "callback-secret";
@@ -44,8 +48,29 @@ pub(super) fn run(worker: Worker, stages: &Stages) {
     }
 }
 
+/// What makes the calls of `intake`, by `caller`; `provider` is asked how functions want to be retried.
+pub(super) fn worker(
+    config: &config::Queue,
+    intake: &Arc<Intake>,
+    caller: Caller,
+    provider: Provider,
+    tls: Tls,
+    tracer: Option<Tracer>,
+) -> anyhow::Result<Worker> {
+    Ok(Worker {
+        intake: Arc::clone(intake),
+        places: config.max_inflight,
+        caller,
+        policies: Policies::new(provider),
+        callbacks: callbacks(config, tls)?,
+        max_result_body: config.max_result_body,
+        prints: Prints::default(),
+        tracer,
+    })
+}
+
 /// What sends callbacks, with the secret if there is one.
-pub(super) fn callbacks(config: &config::Queue, tls: Tls) -> anyhow::Result<Callbacks> {
+fn callbacks(config: &config::Queue, tls: Tls) -> anyhow::Result<Callbacks> {
     let path = config.secrets.join(SECRET);
     let secret = match std::fs::read(&path) {
         Ok(secret) => Some(Secret::new(secret.trim_ascii())),
@@ -131,7 +156,8 @@ pub(super) async fn keep_tidy(
         () = tidy => {}
     }
     // All that was taken has been settled or dropped by now.
-    if let Queue::JetStream(queue) = &intake.queue {
-        queue.stop().await;
+    match &intake.queue {
+        Queue::Embedded(queue) => queue.close().await,
+        Queue::JetStream(queue) => queue.stop().await,
     }
 }

@@ -11,6 +11,7 @@ use crate::config::settings::{Role, SETTINGS, Setting};
 #[derive(Debug)]
 pub enum Asked {
     Serve,
+    Worker,
     Provider,
     Up {
         stack: Option<PathBuf>,
@@ -35,6 +36,7 @@ impl CommandLine {
         Ok(match matches.subcommand() {
             None => Self { asked: Asked::Serve, matches },
             Some(("serve", sub)) => Self { asked: Asked::Serve, matches: sub.clone() },
+            Some(("worker", sub)) => Self { asked: Asked::Worker, matches: sub.clone() },
             Some(("up", sub)) => Self {
                 asked: Asked::Up { stack: sub.get_one::<PathBuf>("STACK").cloned() },
                 matches: sub.clone(),
@@ -70,6 +72,11 @@ fn command() -> Command {
         .args(flags(Role::Serve))
         .subcommand(
             Command::new("serve").about("Serve calls, in front of a provider").args(flags(Role::Serve)),
+        )
+        .subcommand(
+            Command::new("worker")
+                .about("Make queued calls, in a process of its own beside gateways that take them in")
+                .args(flags(Role::Worker)),
         )
         .subcommand(
             Command::new("up")
@@ -153,10 +160,13 @@ mod tests {
 
     #[test]
     fn help_names_every_setting_of_its_role() {
-        let help = command().find_subcommand_mut("serve").unwrap().render_help().to_string();
-        let help = help.split_whitespace().collect::<Vec<_>>().join(" ");
-        for setting in SETTINGS.iter().filter(|s| s.roles.contains(&Role::Serve)) {
-            assert!(help.contains(&format!("[variable: {}]", setting.name)), "{}", setting.name);
+        for (name, role) in [("serve", Role::Serve), ("worker", Role::Worker), ("up", Role::Up)] {
+            let help = command().find_subcommand_mut(name).unwrap().render_help().to_string();
+            let help = help.split_whitespace().collect::<Vec<_>>().join(" ");
+            for setting in SETTINGS {
+                let named = help.contains(&format!("[variable: {}]", setting.name));
+                assert_eq!(named, setting.roles.contains(&role), "{name}: {}", setting.name);
+            }
         }
     }
 }

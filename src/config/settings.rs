@@ -6,6 +6,8 @@
 pub enum Role {
     /// `gateway serve`
     Serve,
+    /// `gateway worker`
+    Worker,
     /// `gateway provider process`
     Provider,
     /// `gateway up`
@@ -28,10 +30,14 @@ pub struct Setting {
 }
 
 const S: &[Role] = &[Role::Serve];
+const W: &[Role] = &[Role::Worker];
+const SW: &[Role] = &[Role::Serve, Role::Worker];
 const P: &[Role] = &[Role::Provider];
 const PU: &[Role] = &[Role::Provider, Role::Up];
 const SU: &[Role] = &[Role::Serve, Role::Up];
-const ALL: &[Role] = &[Role::Serve, Role::Provider, Role::Up];
+const SUW: &[Role] = &[Role::Serve, Role::Up, Role::Worker];
+const SPU: &[Role] = &[Role::Serve, Role::Provider, Role::Up];
+const ALL: &[Role] = &[Role::Serve, Role::Worker, Role::Provider, Role::Up];
 
 macro_rules! settings {
     ($($name:ident $value:ident $default:literal $roles:ident $about:literal)*) => {
@@ -43,31 +49,33 @@ macro_rules! settings {
 }
 
 settings! {
-    functions_provider_url URL "" S
-        "The provider that runs the functions. Required."
+    functions_provider_url URL "" SW
+        "The provider that runs the functions. Required for serve; a worker without it calls through the gateway at faas_gateway_address."
     logs_provider_url URL "" S
         "Where /system/logs is asked for. Default: the provider."
-    function_namespace NAME "" SU
+    function_namespace NAME "" SUW
         "Namespace of a function that is called without one."
-    listen_address ADDRESS "0.0.0.0" S
+    listen_address ADDRESS "0.0.0.0" SW
         "Address that callers and the metrics port are served on (`up` always takes 127.0.0.1)."
     port PORT "8080" SU
         "Port for everything callers use."
     metrics_port PORT "8082" SU
         "Port for GET /metrics and GET /healthz; not to be exposed."
+    worker_metrics_port PORT "8083" W
+        "Port for GET /metrics, /healthz and /_/ready of a worker; not to be exposed."
     threads COUNT "0" SU
         "Threads that carry calls, each with its own listener and connections; 0: one for each core."
     read_timeout DURATION "60s" SU
         "The most time a caller may take to send its request, head and body."
     write_timeout DURATION "60s" SU
         "The longest time a caller may take nothing of its answer before it is cut off."
-    upstream_timeout DURATION "60s" SU
+    upstream_timeout DURATION "60s" SUW
         "From the first byte sent to a function until its last byte back; for streams (server-sent events, NDJSON, gRPC, upgrades) until the first byte, and then between two."
     idle_timeout DURATION "2m" SU
         "How long a caller's connection may stay open without a call."
-    max_idle_conns COUNT "1024" SU
+    max_idle_conns COUNT "1024" SUW
         "Idle connections to providers and functions kept open in all."
-    max_idle_conns_per_host COUNT "1024" SU
+    max_idle_conns_per_host COUNT "1024" SUW
         "Idle connections kept open to one host."
     max_calls COUNT "10000" SU
         "Calls in flight; beyond it new ones are answered 503 and /_/ready turns 503."
@@ -89,62 +97,76 @@ settings! {
         "Call functions at http://NAME.SUFFIX:8080 instead of through the provider."
     direct_functions_suffix NAME "" S
         "The SUFFIX of direct_functions, such as openfaas-fn.svc.cluster.local."
-    scale_from_zero BOOLEAN "false" S
+    scale_from_zero BOOLEAN "false" SW
         "Wake a function at zero replicas when it is called, and have its callers wait (`up` always does)."
-    cold_start_timeout DURATION "60s" SU
+    cold_start_timeout DURATION "60s" SUW
         "How long a call waits for its function to become ready; then it is answered 503."
-    cold_start_queue COUNT "1000" SU
+    cold_start_queue COUNT "1000" SUW
         "Calls that wait for one function; beyond it further ones are answered 503."
     faas_prometheus_host HOST "prometheus" S
         "Prometheus, asked for invocationCount in GET /system/functions; while it is away the list comes without."
     faas_prometheus_port PORT "9090" S
         "Prometheus's port."
+    faas_gateway_address HOST "gateway" W
+        "The gateway that a worker calls functions through when functions_provider_url is not set."
+    faas_gateway_port PORT "8080" W
+        "Port of that gateway."
     provider_address ADDRESS "127.0.0.1" P
         "Address of the provider. Whoever reaches it can run commands here, so another than loopback also needs basic_auth=true."
     provider_port PORT "8081" PU
         "Port of the provider."
-    queue KIND "auto" SU
-        "Where queued calls are kept: embedded (a file in state_dir), jetstream (NATS at faas_nats_address) or none; auto: embedded for up; for serve jetstream if faas_nats_address is set, else none."
+    queue KIND "auto" SUW
+        "Where queued calls are kept: embedded (a file in state_dir; not for gateway worker), jetstream (NATS at faas_nats_address) or none; auto: embedded for up; else jetstream if faas_nats_address is set, or none."
     with_worker CHOICE "auto" SU
         "Make queued calls in this process: true, false, or auto (if there is a queue)."
-    faas_nats_address HOSTS "" S
+    faas_nats_address HOSTS "" SW
         "NATS servers with JetStream, separated by commas."
-    faas_nats_port PORT "4222" S
+    faas_nats_port PORT "4222" SW
         "Port of those that are named without one."
-    faas_nats_channel NAME "faas-request" S
+    faas_nats_channel NAME "faas-request" SW
         "Name of the queue; gateways and workers with the same one share it."
-    nats_user NAME "" S
+    nats_user NAME "" SW
         "User for NATS, with nats_password."
-    nats_password TEXT "" S
+    nats_password TEXT "" SW
         "Password for NATS."
-    nats_token TEXT "" S
+    nats_token TEXT "" SW
         "Token for NATS, instead of user and password."
-    nats_nkey_seed FILE "" S
+    nats_nkey_seed FILE "" SW
         "File with the seed of an nkey for NATS."
-    nats_creds FILE "" S
+    nats_creds FILE "" SW
         "Credentials file for NATS, as nsc writes it."
-    nats_tls BOOLEAN "false" S
+    nats_tls BOOLEAN "false" SW
         "Connect to NATS over TLS only."
-    nats_ca FILE "" S
+    nats_ca FILE "" SW
         "Certificates that NATS's is checked against; default: the system's."
-    nats_replicas COUNT "1" S
+    nats_replicas COUNT "1" SW
         "How many servers of a NATS cluster keep each call."
-    ack_wait DURATION "30s" S
+    ack_wait DURATION "30s" SW
         "A queued call whose worker has not been heard of for so long is made by another. Calls may take longer."
-    max_inflight COUNT "50" SU
+    max_inflight COUNT "50" SUW
         "Queued calls made at a time."
+    faas_print_body BOOLEAN "false" W
+        "Log the body of each queued call, or the first 1 KiB of it. Bodies may hold secrets."
+    write_debug BOOLEAN "false" W
+        "Log each queued call that was made, and what came of it, at level info instead of debug."
     max_queued_body BYTES "16777216" SU
         "The largest body of a queued call."
-    max_pending COUNT "1000000" SU
+    max_pending COUNT "1000000" SUW
         "Queued calls that may wait; beyond it new ones are answered 503."
-    result_ttl DURATION "1h" SU
+    result_ttl DURATION "1h" SUW
         "How long state and answer of a finished queued call can be asked for, and an Idempotency-Key stands for its call."
-    max_result_body BYTES "1048576" SU
+    max_result_body BYTES "1048576" SUW
         "So much of the answer to a queued call is kept; what is longer is marked truncated."
-    callback_allow LIST "auto" SU
+    callback_allow LIST "auto" SUW
         "Where callbacks may go beside public and private addresses: networks, addresses, names, loopback or *, separated by commas; auto: loopback for up, nothing for serve. They are signed if secret_mount_path has a file callback-secret."
-    state_dir DIRECTORY ".gateway" ALL
+    state_dir DIRECTORY ".gateway" SPU
         "Where functions, secrets, namespaces and the embedded queue are kept."
+    access_log CHOICE "off" SU
+        "A line in the log for each request: off, on, or errors (those answered with 500 or above, or cut short)."
+    otlp_endpoint URL "" SUW
+        "Send traces to this collector, by OTLP over HTTP (JSON), at its path /v1/traces. The header traceparent says which trace a request belongs to."
+    otlp_sampling PART "1" SUW
+        "So great a part, from 0 to 1, of the traces that begin here is sent; those of callers go by their own flag."
     log_level FILTER "info" ALL
         "error, warn, info, debug or trace; also as target=level, separated by commas."
     log_format FORMAT "text" ALL

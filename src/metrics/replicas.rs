@@ -25,6 +25,8 @@ pub struct Poll {
     pub default_namespace: Arc<str>,
     pub metrics: Arc<Metrics>,
     pub health: Arc<Health>,
+    /// Whether the gauges of replicas are to be filled.
+    pub shows_replicas: bool,
 }
 
 impl Poll {
@@ -102,7 +104,10 @@ impl Poll {
             named.iter().map(|(name, f)| (name.clone(), f.available_replicas > 0)).collect();
         self.metrics.known.listed(&warm, asked);
         self.metrics.forget_deleted(Instant::now());
-        self.metrics.replicas_reported(named.iter().map(|(name, f)| replicas(name, f)).collect());
+        if self.shows_replicas {
+            let replicas = named.iter().map(|(name, f)| replicas(name, f));
+            self.metrics.replicas_reported(replicas.collect());
+        }
     }
 
     fn name(&self, status: &FunctionSummary) -> Option<Function> {

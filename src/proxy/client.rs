@@ -199,21 +199,23 @@ impl Client {
         }
         // Boxed, lest its size be carried along by every call.
         let opened = Box::pin(self.connect(origin, watch)).await;
-        let mut link = match (opened, closed) {
-            (Ok(link), _) => link,
-            // Somebody may have seen the request.
-            (Err(error), Some(closed)) if error.is_connect() => return Err(Error::Closed(closed)),
-            (Err(error), _) => return Err(error),
+        let error = match opened {
+            Ok(mut link) => match link.exchange(upload, watch).await {
+                Ok(answer) => return Ok(self.answer(origin, link, answer, watch)),
+                // A link that was opened for this request alone.
+                Err(Failure::Unsent(unsent)) => {
+                    *upload = unsent;
+                    Error::Connect(io::ErrorKind::ConnectionReset.into())
+                }
+                Err(failure) => failure.into(),
+            },
+            Err(error) => error,
         };
-        match link.exchange(upload, watch).await {
-            Ok(answer) => Ok(self.answer(origin, link, answer, watch)),
-            // A link that was opened for this request alone.
-            Err(Failure::Unsent(unsent)) => {
-                *upload = unsent;
-                Err(Error::Connect(io::ErrorKind::ConnectionReset.into()))
-            }
-            Err(failure) => Err(failure.into()),
-        }
+        // Somebody may have seen the request, if not this time.
+        Err(match closed {
+            Some(closed) if error.is_connect() => Error::Closed(closed),
+            _ => error,
+        })
     }
 
     fn answer(

@@ -79,6 +79,17 @@ pub enum Settlement {
     Dead { status: Option<u16>, reason: Option<String>, answer: Option<Answer> },
 }
 
+impl Settlement {
+    /// The state that it leads to, and the function's answer.
+    pub fn outcome(&self) -> (State, Option<u16>) {
+        match self {
+            Self::Finished { state, status, .. } => (*state, *status),
+            Self::Retry { status, .. } => (State::Retrying, *status),
+            Self::Dead { status, .. } => (State::Failed, *status),
+        }
+    }
+}
+
 impl Status {
     /// The status of a call that has not been made yet.
     pub fn queued(call: &Call) -> Self {

@@ -21,6 +21,7 @@ use crate::queue::call::Call;
 use crate::queue::status::Answer;
 use crate::scaling::Scaling;
 use crate::scaling::fault::{Fault, Way};
+use crate::trace::context::Context;
 use crate::watch::Watch;
 use crate::worker::retry::parse_retry_after;
 
@@ -57,13 +58,15 @@ pub struct Attempt {
 
 impl Caller {
     /// Makes `call`; reads at most `keeps` bytes of the answer, and lets the rest go by.
-    pub async fn make(&self, call: &Call, keeps: usize) -> Attempt {
+    ///
+    /// `context` is the span that the function belongs to, if there is one.
+    pub async fn make(&self, call: &Call, keeps: usize, context: Option<Context>) -> Attempt {
         let began = Instant::now();
         let label = call.function.to_string();
         let Some(mut counted) = self.calls.begin(&label, began) else {
             return Attempt::failed("the function's name is not valid".to_owned(), began);
         };
-        let attempt = match self.exchange(call, &label, &mut counted, keeps).await {
+        let attempt = match self.exchange(call, &label, &mut counted, keeps, context).await {
             Ok(attempt) => attempt,
             Err(error) => {
                 counted.answered(error.status());
@@ -84,6 +87,7 @@ impl Caller {
         label: &str,
         counted: &mut calls::Call,
         keeps: usize,
+        context: Option<Context>,
     ) -> Result<Attempt, Error> {
         let began = counted.began;
         let mut passage = self.scaling.as_ref().map(|scaling| scaling.passage(&call.function));
@@ -93,7 +97,7 @@ impl Caller {
             passage.ready().await?;
         }
         loop {
-            let request = self.request(call, label)?;
+            let request = self.request(call, label, context)?;
             let watch = Arc::new(Watch::new());
             watch.call_until(Instant::now() + self.timeout);
             let sent = in_time(self.timeout, self.client.send(&self.origin, request, &watch));
@@ -117,7 +121,12 @@ impl Caller {
         }
     }
 
-    fn request(&self, call: &Call, label: &str) -> Result<Request<RequestBody>, Error> {
+    fn request(
+        &self,
+        call: &Call,
+        label: &str,
+        context: Option<Context>,
+    ) -> Result<Request<RequestBody>, Error> {
         let body = Some(call.body.clone()).filter(|body| !body.is_empty());
         let mut request = Request::new(RequestBody::Full(body));
         *request.method_mut() = Method::POST;
@@ -127,6 +136,9 @@ impl Caller {
         let mut headers = call.headers.clone();
         headers.insert(HOST, self.origin.host.clone());
         headers.insert(USER_AGENT, PRODUCT);
+        if let Some(context) = context {
+            context.put_on(&mut headers, true);
+        }
         *request.headers_mut() = headers;
         Ok(request)
     }

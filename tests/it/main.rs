@@ -28,6 +28,8 @@ mod queue_loss;
 mod start;
 mod stop;
 mod streams;
+mod traces;
 mod trailers;
 mod up;
 mod upgrade;
+mod worker;

@@ -23,6 +23,7 @@ pub(crate) struct Gateway {
 
 /// How a gateway is to be started.
 pub(crate) struct Builder {
+    role: &'static str,
     vars: Vec<(String, String)>,
 }
 
@@ -39,8 +40,13 @@ impl Builder {
 
     /// Starts it, and returns once it serves.
     pub(crate) async fn start(self) -> Gateway {
-        let mut child =
-            command().envs(self.vars).stderr(Stdio::piped()).kill_on_drop(true).spawn().unwrap();
+        let mut child = command()
+            .arg(self.role)
+            .envs(self.vars)
+            .stderr(Stdio::piped())
+            .kill_on_drop(true)
+            .spawn()
+            .unwrap();
         let log: Arc<Mutex<Vec<String>>> = Arc::default();
         let mut lines = BufReader::new(child.stderr.take().unwrap()).lines();
         let collected = Arc::clone(&log);
@@ -70,7 +76,7 @@ impl Builder {
 impl Gateway {
     /// A gateway with every default but for its ports.
     pub(crate) fn builder() -> Builder {
-        let builder = Builder { vars: Vec::new() };
+        let builder = Builder { role: "serve", vars: Vec::new() };
         builder
             .var("listen_address", "127.0.0.1")
             .var("port", "0")
@@ -80,6 +86,16 @@ impl Gateway {
             // Nothing listens there: counts are left out at once.
             .var("faas_prometheus_host", "127.0.0.1")
             .var("faas_prometheus_port", "1")
+            .var("function_namespace", "fn")
+    }
+
+    /// A worker, whose one port is that of its numbers.
+    pub(crate) fn worker() -> Builder {
+        let builder = Builder { role: "worker", vars: Vec::new() };
+        builder
+            .var("listen_address", "127.0.0.1")
+            .var("worker_metrics_port", "0")
+            .var("log_format", "json")
             .var("function_namespace", "fn")
     }
 
@@ -183,7 +199,11 @@ pub(crate) fn command() -> Command {
 /// The addresses in the log line that says where it serves.
 fn addresses(line: &str) -> Option<(SocketAddr, SocketAddr)> {
     let line: serde_json::Value = serde_json::from_str(line).ok()?;
-    let fields = line.get("fields").filter(|fields| fields["message"] == "Serving")?;
+    let fields = line.get("fields")?;
     let address = |name: &str| fields[name].as_str()?.parse().ok();
-    Some((address("address")?, address("metrics")?))
+    match fields["message"].as_str()? {
+        "Serving" => Some((address("address")?, address("metrics")?)),
+        "Making queued calls" => Some((address("metrics")?, address("metrics")?)),
+        _ => None,
+    }
 }

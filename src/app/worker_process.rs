@@ -1,0 +1,106 @@
+//! The role of a worker: it makes queued calls that gateways have taken in, and has a port for its numbers.
+
+use std::sync::Arc;
+
+use anyhow::{Context, bail};
+
+use crate::app::threads::Threads;
+use crate::app::{gateway, until_stopped, worker};
+use crate::auth::Credentials;
+use crate::config::{self, Shutdown, Target};
+use crate::health::Health;
+use crate::limit::CallLimit;
+use crate::metrics::Metrics;
+use crate::metrics::replicas::Poll;
+use crate::provider::Provider;
+use crate::proxy::client::{Client, Origin, Tls};
+use crate::routes;
+use crate::scaling::Scaling;
+use crate::serve::listener::bind;
+use crate::serve::raise_file_limit;
+use crate::shutdown::{Signals, Stages, Tasks};
+use crate::worker::Prints;
+use crate::worker::attempt::Caller;
+
+/// `gateway worker`
+pub(super) fn run(config: config::Worker) -> anyhow::Result<()> {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .context("cannot start the runtime")?;
+    super::block_on(runtime, async {
+        let signals = Signals::listen().context("cannot listen for signals")?;
+        let (stages, tasks) = (Stages::default(), Tasks::default());
+        // Nobody connects to it, so nothing is waited for before it takes no more.
+        let shutdown = Shutdown { delay: std::time::Duration::ZERO, grace: config.grace };
+        let threads = start(config, &stages, &tasks).await?;
+        until_stopped(threads, signals, stages, tasks, shutdown).await
+    })
+}
+
+async fn start(config: config::Worker, stages: &Stages, tasks: &Tasks) -> anyhow::Result<Threads> {
+    let listener = bind(config.metrics, 1)?.remove(0);
+    let address = listener.local_addr()?;
+    raise_file_limit();
+    let credentials = match &config.secrets {
+        Some(directory) => Some(Credentials::read(directory)?),
+        None => None,
+    };
+    let namespace: Arc<str> = config.namespace.as_str().into();
+    let metrics = Metrics::new(1, &namespace)?;
+    let (url, calls) = match &config.target {
+        Target::Provider(url) => (url, metrics.shard(0)),
+        // The gateway counts them; numbers that nobody scrapes are kept beside it.
+        Target::Gateway(url) => (url, Metrics::new(1, &namespace)?.shard(0)),
+    };
+    let Some(intake) = worker::intake(&config.queue, &metrics).await? else {
+        bail!("there is no queue to take calls from");
+    };
+    let origin = Origin::new(url.clone());
+    let tls = Tls::default();
+    let client = || Client::new(config.idle, tls.clone());
+    let provider = |client, timeout| Provider {
+        client,
+        origin: origin.clone(),
+        credentials: credentials.clone(),
+        timeout,
+    };
+    let (ours, polls) = (client(), client());
+    // A gateway wakes functions itself.
+    let limits = config.cold_start.filter(|_| matches!(config.target, Target::Provider(_)));
+    let scaling = limits.map(|limits| {
+        let asked = provider(Arc::clone(&polls), config.timeout);
+        Scaling::new(asked, Arc::clone(&metrics.known), limits, tasks)
+    });
+    let caller = Caller {
+        client: Arc::clone(&ours),
+        origin: origin.clone(),
+        calls,
+        timeout: config.timeout,
+        scaling,
+    };
+    let asked = provider(ours, config.timeout);
+    let tracer = gateway::tracer(&config.traces, "gateway-worker", config.idle, tls.clone(), tasks);
+    let mut made = worker::worker(&config.queue, &intake, caller, asked, tls.clone(), tracer)?;
+    made.prints = Prints { bodies: config.print_bodies, calls: config.print_calls };
+    let health = Health::new(stages.clone(), CallLimit::new(config.queue.max_inflight, 1));
+    let poll = Poll {
+        provider: provider(Arc::clone(&polls), config.timeout.min(gateway::LONGEST_POLL)),
+        default_namespace: namespace,
+        metrics: Arc::clone(&metrics),
+        health: Arc::clone(&health),
+        // The gateways show them.
+        shows_replicas: false,
+    };
+    tasks.spawn(|stopping| poll.run(stopping));
+    tasks.spawn(|stopping| gateway::until(stopping, async move { polls.keep_swept().await }));
+    if let Some(credentials) = credentials {
+        tasks.spawn(|stopping| credentials.follow(stopping));
+    }
+    let tidied = Arc::clone(&health);
+    tasks.spawn(|stopping| worker::keep_tidy(intake, tidied, stopping));
+    gateway::serve_metrics(routes::worker(metrics, health), listener, gateway::INTERNAL, tasks);
+    tracing::info!(metrics = %address, calls = %url, "Making queued calls");
+    let stages = stages.clone();
+    Threads::start([("worker".to_owned(), Box::new(move || worker::run(made, &stages)) as _)])
+}

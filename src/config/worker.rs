@@ -1,0 +1,90 @@
+//! Settings of `gateway worker`.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use crate::config::base_url::BaseUrl;
+use crate::config::reader::{Mistake, Reader};
+use crate::config::{Backend, ColdStart, Idle, Nats, Queue, Traces, basic_auth, nowhere};
+
+/// Settings of `gateway worker`.
+#[derive(Clone, Debug)]
+pub struct Worker {
+    /// `listen_address`, `worker_metrics_port`
+    pub metrics: SocketAddr,
+    /// Where functions are called, and asked about.
+    pub target: Target,
+    /// `function_namespace`
+    pub namespace: String,
+    /// `upstream_timeout`
+    pub timeout: Duration,
+    /// `scale_from_zero`
+    pub cold_start: Option<ColdStart>,
+    pub idle: Idle,
+    /// `basic_auth`: the directory that holds the credentials' files.
+    pub secrets: Option<PathBuf>,
+    pub queue: Queue,
+    pub traces: Traces,
+    /// `faas_print_body`
+    pub print_bodies: bool,
+    /// `write_debug`
+    pub print_calls: bool,
+    /// `shutdown_grace`
+    pub grace: Duration,
+}
+
+/// Whom a worker calls.
+#[derive(Clone, Debug)]
+pub enum Target {
+    /// `functions_provider_url`
+    Provider(BaseUrl),
+    /// `faas_gateway_address`, `faas_gateway_port`: that gateway counts the calls.
+    Gateway(BaseUrl),
+}
+
+impl Worker {
+    pub fn parse(mut from: Reader<'_>) -> Result<Self, Vec<Mistake>> {
+        let address = from.address("listen_address");
+        let provider = from.url("functions_provider_url");
+        let port = from.port("faas_gateway_port");
+        let gateway = from.parsed("faas_gateway_address", "a host name or IP address", |host| {
+            BaseUrl::parse(&format!("http://{host}:{port}"))
+        });
+        let nats = Nats::parse(&mut from);
+        let without = nats.servers.is_empty();
+        let queue = Queue::common(&mut from, Backend::None, "", nats);
+        match queue.backend {
+            Backend::Embedded => from.mistake(
+                "queue",
+                Some("embedded".to_owned()),
+                "a queue that processes can share: a file belongs to one (see with_worker), so it takes NATS",
+            ),
+            Backend::None if without => from.mistake(
+                "faas_nats_address",
+                None,
+                "where NATS is, which has the queue that this worker takes calls from",
+            ),
+            Backend::None => from.mistake("queue", Some("none".to_owned()), "a queue to take calls from"),
+            Backend::JetStream => {}
+        }
+        let worker = Self {
+            metrics: SocketAddr::new(address, from.port("worker_metrics_port")),
+            target: match provider {
+                Some(provider) => Target::Provider(provider),
+                None => Target::Gateway(gateway.unwrap_or_else(nowhere)),
+            },
+            namespace: from.text("function_namespace"),
+            timeout: from.positive_duration("upstream_timeout"),
+            cold_start: ColdStart::if_asked_for(&mut from),
+            idle: Idle::parse(&mut from),
+            secrets: basic_auth(&mut from),
+            queue: Queue { with_worker: true, ..queue },
+            traces: Traces::parse(&mut from),
+            print_bodies: from.boolean("faas_print_body"),
+            print_calls: from.boolean("write_debug"),
+            grace: from.duration("shutdown_grace"),
+        };
+        from.finish(worker)
+    }
+}
