@@ -247,6 +247,11 @@ impl Link {
         Poll::Ready(Ok(read))
     }
 
+    /// What has been read ahead.
+    pub(super) fn input(&self) -> &[u8] {
+        &self.input
+    }
+
     /// Whether the link can take another call, now that its answer has ended.
     pub(super) fn is_reusable(&self) -> bool {
         self.keep_alive && self.is_sent() && self.input.is_empty()

@@ -115,6 +115,14 @@ impl UpstreamBody {
         }
     }
 
+    /// The beginning of the content, as far as it came along with the head.
+    pub(super) fn beginning(&self) -> &[u8] {
+        match &self.link {
+            Hold::Own(Some(link)) => self.decoder.beginning(link.input()),
+            Hold::Own(None) | Hold::Shared(_) => &[],
+        }
+    }
+
     /// Whether the upstream has been sent all of the request.
     pub(super) fn is_request_sent(&self) -> bool {
         matches!(&self.link, Hold::Own(Some(link)) if link.is_sent())
