@@ -15,7 +15,7 @@ use crate::config::Timeouts;
 use crate::config::base_url::BaseUrl;
 use crate::error::Error;
 use crate::function::Function;
-use crate::invoke::careful::Target;
+use crate::invoke::careful::{Target, through};
 use crate::limit::{CallLimit, Share};
 use crate::metrics::calls::{Call, End, Shard};
 use crate::provider::Provider;
@@ -25,7 +25,7 @@ use crate::proxy::tunnel::Tunnel;
 use crate::proxy::upstream_body::UpstreamBody;
 use crate::proxy::{self, Errand, Forwarded};
 use crate::scaling::Scaling;
-use crate::scaling::fault::{self, X_OPENFAAS_INTERNAL};
+use crate::scaling::fault::{self, Fault, X_OPENFAAS_INTERNAL};
 use crate::serve::caller::Caller;
 
 /// Where functions listen when they are called directly.
@@ -65,9 +65,9 @@ pub struct Prepared {
 enum Way {
     Provider(proxy::Prepared),
     /// Where that is must be found out first.
-    Direct(Box<Request<RequestBody>>),
+    Direct(Option<Box<Request<RequestBody>>>),
     /// It does not get there.
-    Failed(Error),
+    Failed(Option<Error>),
 }
 
 impl Invoker {
@@ -96,16 +96,16 @@ impl Invoker {
         let request = request.map(|body| caller_body(body, caller));
         let way = match &self.route {
             Route::Provider(origin) => proxy::prepare(origin, request, self.errand(caller, began))
-                .map_or_else(|error| Way::Failed(error.into()), Way::Provider),
-            Route::Direct { .. } => Way::Direct(Box::new(request)),
+                .map_or_else(|error| Way::Failed(Some(error.into())), Way::Provider),
+            Route::Direct { .. } => Way::Direct(Some(Box::new(request))),
         };
         Ok(Prepared { way, stamps, in_flight: InFlight { call, place } })
     }
 
     /// Makes the call, and answers with what its function says.
     pub async fn carry(&self, caller: &Caller, prepared: Prepared) -> Response<Answer> {
-        let Prepared { way, stamps, mut in_flight } = prepared;
-        let (mut answer, tunnel) = match self.forward(caller, &mut in_flight.call, way).await {
+        let Prepared { mut way, stamps, mut in_flight } = prepared;
+        let (mut answer, tunnel) = match self.forward(caller, &mut in_flight.call, &mut way).await {
             Ok(Forwarded { answer, tunnel }) => (answer.map(Content::Upstream), tunnel),
             Err(error) => (text(&error, Some(&stamps.call_id)), None),
         };
@@ -122,21 +122,40 @@ impl Invoker {
         &self,
         caller: &Caller,
         call: &mut Call,
-        way: Way,
+        way: &mut Way,
     ) -> Result<Forwarded, Error> {
-        let errand = self.errand(caller, call.began);
-        let mut forwarded = match (way, &self.route) {
-            (Way::Provider(prepared), Route::Provider(origin)) => {
-                self.forward_through(caller, call, origin, prepared, errand).await?
-            }
+        let mut with_care = true;
+        let mut forwarded = match (&mut *way, &self.route) {
+            (Way::Provider(prepared), Route::Provider(origin)) => match &self.scaling {
+                Some(scaling) if !call.is_warm() => {
+                    // Boxed, lest its size be carried along by every call.
+                    Box::pin(self.carefully(scaling, caller, call, through(origin), prepared, None))
+                        .await?
+                }
+                _ => {
+                    with_care = false;
+                    let errand = self.errand(caller, call.began);
+                    proxy::send(&self.client, origin, prepared, errand).await?
+                }
+            },
             (Way::Direct(request), Route::Direct { suffix, default_namespace }) => {
-                // Boxed, lest its size be carried along by every call.
+                let Some(request) = request.take() else { unreachable!("it is sent once") };
                 Box::pin(self.forward_directly(caller, call, suffix, default_namespace, *request))
                     .await?
             }
-            (Way::Failed(error), _) => return Err(error),
+            (Way::Failed(error), _) => return Err(error.take().unwrap_or(Error::NoSuchPath)),
             (Way::Provider(_) | Way::Direct(_), _) => unreachable!("there is one route"),
         };
+        if !with_care
+            && let Some(scaling) = &self.scaling
+            && Fault::of_answer(&forwarded.answer).is_some()
+            && let (Way::Provider(prepared), Route::Provider(origin)) = (way, &self.route)
+        {
+            let sent = Some(Ok(forwarded));
+            let target = through(origin);
+            forwarded =
+                Box::pin(self.carefully(scaling, caller, call, target, prepared, sent)).await?;
+        }
         if caller.watch.body_outstanding() && forwarded.tunnel.is_none() {
             caller.while_blocked(forwarded.answer.body_mut().share_link());
         }
@@ -144,34 +163,6 @@ impl Invoker {
             call.vouched_for(&self.calls);
         }
         Ok(forwarded)
-    }
-
-    /// A warm function is called at once, which is all that this costs it.
-    async fn forward_through(
-        &self,
-        caller: &Caller,
-        call: &mut Call,
-        origin: &Origin,
-        mut prepared: proxy::Prepared,
-        errand: Errand<'_>,
-    ) -> Result<Forwarded, Error> {
-        let target = Target { origin, way: fault::Way::Through };
-        if let Some(scaling) = &self.scaling
-            && !call.is_warm()
-        {
-            let careful = self.forward_carefully(scaling, caller, call, target, prepared, None);
-            // Boxed, lest its size be carried along by every call.
-            return Box::pin(careful).await;
-        }
-        let sent = proxy::send(&self.client, origin, &mut prepared, errand).await;
-        if let Some(scaling) = &self.scaling
-            && target.fault(&sent).is_some()
-        {
-            let sent = Some(sent);
-            let careful = self.forward_carefully(scaling, caller, call, target, prepared, sent);
-            return Box::pin(careful).await;
-        }
-        Ok(sent?)
     }
 
     async fn forward_directly(
@@ -195,7 +186,7 @@ impl Invoker {
             sent = Some(proxy::send(&self.client, &origin, &mut prepared, errand).await);
         }
         let target = Target { origin: &origin, way: fault::Way::Direct };
-        self.forward_carefully(scaling, caller, call, target, prepared, sent).await
+        self.carefully(scaling, caller, call, target, &mut prepared, sent).await
     }
 
     fn errand<'a>(&self, caller: &'a Caller, began: Instant) -> Errand<'a> {

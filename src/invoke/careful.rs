@@ -23,9 +23,14 @@ pub(super) struct Target<'a> {
     pub(super) way: Way,
 }
 
+/// The way through the provider.
+pub(super) fn through(origin: &Origin) -> Target<'_> {
+    Target { origin, way: Way::Through }
+}
+
 impl Target<'_> {
     /// A sign that the function could not be called.
-    pub(super) fn fault(&self, sent: &Sent) -> Option<Fault> {
+    fn fault(&self, sent: &Sent) -> Option<Fault> {
         match sent {
             Ok(forwarded) => Fault::of_answer(&forwarded.answer),
             Err(error) => Fault::of_error(error, self.way),
@@ -36,13 +41,13 @@ impl Target<'_> {
 impl Invoker {
     /// Makes a call of a function that is not known to be ready, or has just shown that it is not: `sent` is what came
     /// of the call so far.
-    pub(super) async fn forward_carefully(
+    pub(super) async fn carefully(
         &self,
         scaling: &Arc<Scaling>,
         caller: &Caller,
         call: &mut Call,
         target: Target<'_>,
-        mut prepared: Prepared,
+        prepared: &mut Prepared,
         mut sent: Option<Sent>,
     ) -> Result<Forwarded, Error> {
         let mut passage = scaling.passage(call.function());
@@ -52,7 +57,7 @@ impl Invoker {
             prepared.keep(KEPT);
         }
         if sent.is_none() {
-            self.wait(caller, &mut prepared, passage.ready()).await?;
+            self.wait(caller, prepared, passage.ready()).await?;
             if call.is_stranger() {
                 call.vouched_for(&self.calls);
             }
@@ -62,7 +67,7 @@ impl Invoker {
                 Some(outcome) => outcome,
                 None => {
                     let errand = self.errand(caller, Instant::now());
-                    proxy::send(&self.client, target.origin, &mut prepared, errand).await
+                    proxy::send(&self.client, target.origin, prepared, errand).await
                 }
             };
             let Some(fault) = target.fault(&outcome) else { return Ok(outcome?) };
@@ -71,7 +76,7 @@ impl Invoker {
                 Err(_) => true,
             };
             let again = passage.again(fault, whole);
-            if !self.wait(caller, &mut prepared, again).await? {
+            if !self.wait(caller, prepared, again).await? {
                 return Ok(outcome?);
             }
             if let Ok(forwarded) = &mut outcome
