@@ -1,16 +1,20 @@
 //! Calls that are made later: taken in durably, handed to workers, settled, and remembered for a while.
 
 pub mod call;
+pub mod discovery;
 pub mod embedded;
 pub mod jetstream;
+pub mod stan;
 pub mod status;
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use crate::function::Function;
 use crate::queue::call::{Call, Millis};
+use crate::queue::discovery::Discovery;
 use crate::queue::embedded::Embedded;
 use crate::queue::jetstream::JetStream;
+use crate::queue::stan::Stan;
 use crate::queue::status::{Answer, Settlement, State, Status};
 
 /// A queue of calls. Cheap to clone.
@@ -20,6 +24,10 @@ pub enum Queue {
     Embedded(Embedded),
     /// A NATS server with JetStream.
     JetStream(JetStream),
+    /// NATS Streaming.
+    Stan(Stan),
+    /// One of the two, when it has been found out which.
+    Discovered(Discovery),
 }
 
 /// Why a queue does not do what it is asked.
@@ -64,7 +72,13 @@ pub struct Delivery {
 enum Handle {
     Embedded(embedded::Lease),
     JetStream(Box<jetstream::Lease>),
+    Stan(Box<stan::Lease>),
 }
+
+/// What NATS Streaming is not asked for.
+const UNTOLD: Error = Error::Unsupported("NATS Streaming does not tell what became of a call");
+const FIXED: Error = Error::Unsupported("NATS Streaming does not give back what was queued");
+const UNLISTED: Error = Error::Unsupported("NATS Streaming does not tell what is queued");
 
 /// What came of an attempt to cancel a call, or to try a dead one again.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -101,12 +115,51 @@ pub fn now() -> Millis {
 }
 
 impl Queue {
+    /// This, or the queue that was found; there is none before.
+    fn known(&self) -> Result<&Self, Error> {
+        match self {
+            Self::Discovered(discovery) => discovery.found().ok_or(Error::Away),
+            known => Ok(known),
+        }
+    }
+
     /// Whether the queue can be used at this moment, as far as is known.
     pub fn is_reachable(&self) -> bool {
-        match self {
+        match self.known() {
             // A file that failed is opened again when it is needed.
-            Self::Embedded(_) => true,
-            Self::JetStream(queue) => queue.is_reachable(),
+            Ok(Self::Embedded(_)) => true,
+            Ok(Self::JetStream(queue)) => queue.is_reachable(),
+            Ok(Self::Stan(queue)) => queue.is_reachable(),
+            Ok(Self::Discovered(_)) | Err(_) => false,
+        }
+    }
+
+    /// The largest body that the queue takes, if it has a say in that.
+    pub fn max_body(&self) -> Option<usize> {
+        match self.known() {
+            Ok(Self::Stan(queue)) => Some(queue.max_body()),
+            _ => None,
+        }
+    }
+
+    /// Forgets what has been kept for long enough. To be called every second or so.
+    pub async fn expire(&self) {
+        match self.known() {
+            Ok(Self::Embedded(queue)) => queue.expire().await,
+            Ok(Self::JetStream(queue)) => queue.expire().await,
+            Ok(Self::Stan(_) | Self::Discovered(_)) | Err(_) => {}
+        }
+    }
+
+    /// Ends what goes on by itself. All that was taken must have been settled or dropped.
+    pub async fn stop(&self) {
+        if let Self::Discovered(discovery) = self {
+            discovery.stop().await;
+        }
+        match self.known() {
+            Ok(Self::JetStream(queue)) => queue.stop().await,
+            Ok(Self::Stan(queue)) => queue.stop().await,
+            Ok(Self::Embedded(_) | Self::Discovered(_)) | Err(_) => {}
         }
     }
 
@@ -114,24 +167,33 @@ impl Queue {
     pub fn fresh_id(&self) -> String {
         match self {
             Self::Embedded(queue) => queue.fresh_id(),
-            Self::JetStream(_) => uuid::Uuid::new_v4().to_string(),
+            Self::JetStream(_) | Self::Stan(_) | Self::Discovered(_) => {
+                uuid::Uuid::new_v4().to_string()
+            }
         }
     }
 
     /// Takes `call` in. Returns when it is durable.
     pub async fn publish(&self, call: Call) -> Result<Published, Error> {
-        match self {
+        match self.known()? {
             Self::Embedded(queue) => queue.publish(call).await,
             Self::JetStream(queue) => queue.publish(call).await,
+            Self::Stan(queue) => queue.publish(call).await,
+            Self::Discovered(_) => Err(Error::Away),
         }
     }
 
     /// The next call whose time has come, for one who makes at most `places` calls at a time. Cancel-safe: a call that
     /// nobody received is taken again.
     pub async fn take(&self, places: usize) -> Result<Delivery, Error> {
-        match self {
+        if let Self::Discovered(discovery) = self {
+            discovery.until_found().await;
+        }
+        match self.known()? {
             Self::Embedded(queue) => queue.take(places).await,
             Self::JetStream(queue) => queue.take(places).await,
+            Self::Stan(queue) => queue.take(places).await,
+            Self::Discovered(_) => Err(Error::Away),
         }
     }
 
@@ -140,13 +202,14 @@ impl Queue {
     /// # Errors
     /// `Gone` when the call is no longer this delivery's; after any other it can be tried again.
     pub async fn settle(&self, delivery: &Delivery, settlement: &Settlement) -> Result<(), Error> {
-        match (self, &delivery.handle) {
+        match (self.known()?, &delivery.handle) {
             (Self::Embedded(queue), Handle::Embedded(lease)) => {
                 queue.settle(lease, settlement).await
             }
             (Self::JetStream(queue), Handle::JetStream(lease)) => {
                 queue.settle(lease, settlement).await
             }
+            (Self::Stan(queue), Handle::Stan(lease)) => queue.settle(lease, settlement).await,
             // It goes back to where it is from when it is dropped here.
             _ => Err(Error::Unsupported("settle a call of another queue")),
         }
@@ -154,33 +217,41 @@ impl Queue {
 
     /// The state of a call; `None` if it is not known, or not any more.
     pub async fn status(&self, id: &str) -> Result<Option<Status>, Error> {
-        match self {
+        match self.known()? {
             Self::Embedded(queue) => queue.status(id).await,
             Self::JetStream(queue) => queue.status(id).await,
+            Self::Stan(_) => Err(UNTOLD),
+            Self::Discovered(_) => Err(Error::Away),
         }
     }
 
     /// The stored answer of a finished call.
     pub async fn answer(&self, id: &str) -> Result<Option<Answer>, Error> {
-        match self {
+        match self.known()? {
             Self::Embedded(queue) => queue.answer(id).await,
             Self::JetStream(queue) => queue.answer(id).await,
+            Self::Stan(_) => Err(UNTOLD),
+            Self::Discovered(_) => Err(Error::Away),
         }
     }
 
     /// Takes back a call that has not been made yet.
     pub async fn cancel(&self, id: &str) -> Result<Changed, Error> {
-        match self {
+        match self.known()? {
             Self::Embedded(queue) => queue.cancel(id).await,
             Self::JetStream(queue) => queue.cancel(id).await,
+            Self::Stan(_) => Err(FIXED),
+            Self::Discovered(_) => Err(Error::Away),
         }
     }
 
     /// Has a dead call tried again, with all its attempts.
     pub async fn revive(&self, id: &str) -> Result<Changed, Error> {
-        match self {
+        match self.known()? {
             Self::Embedded(queue) => queue.revive(id).await,
             Self::JetStream(queue) => queue.revive(id).await,
+            Self::Stan(_) => Err(FIXED),
+            Self::Discovered(_) => Err(Error::Away),
         }
     }
 
@@ -191,25 +262,31 @@ impl Queue {
         after: Option<&str>,
         limit: usize,
     ) -> Result<Vec<Status>, Error> {
-        match self {
+        match self.known()? {
             Self::Embedded(queue) => queue.list(filter, after, limit).await,
             Self::JetStream(queue) => queue.list(filter, after, limit).await,
+            Self::Stan(_) => Err(UNLISTED),
+            Self::Discovered(_) => Err(Error::Away),
         }
     }
 
     /// Drops the calls that `filter` means and that do not run; how many there were.
     pub async fn purge(&self, filter: &Filter) -> Result<u64, Error> {
-        match self {
+        match self.known()? {
             Self::Embedded(queue) => queue.purge(filter).await,
             Self::JetStream(queue) => queue.purge(filter).await,
+            Self::Stan(_) => Err(UNLISTED),
+            Self::Discovered(_) => Err(Error::Away),
         }
     }
 
     /// How many calls there are, by function.
     pub async fn counts(&self) -> Result<Vec<(Function, Counts)>, Error> {
-        match self {
+        match self.known()? {
             Self::Embedded(queue) => queue.counts().await,
             Self::JetStream(queue) => queue.counts().await,
+            Self::Stan(_) => Err(UNLISTED),
+            Self::Discovered(_) => Err(Error::Away),
         }
     }
 }

@@ -70,6 +70,11 @@ impl Intake {
         Ok(())
     }
 
+    /// The largest body that is taken in.
+    fn limit(&self) -> usize {
+        self.queue.max_body().map_or(self.max_body, |most| most.min(self.max_body))
+    }
+
     /// Room for a body of `length` bytes, if it is known.
     fn reserve(&self, length: Option<usize>) -> Result<SemaphorePermit<'_>, Error> {
         let kib = length.unwrap_or(self.max_body).div_ceil(1024).clamp(1, BODIES);
@@ -126,12 +131,13 @@ async fn take_in(
     let id = name(&parts.headers, &X_CALL_ID)?.unwrap_or_default();
     let length = parts.headers.get(CONTENT_LENGTH);
     let length = length.and_then(|length| length.to_str().ok()?.parse::<usize>().ok());
-    if length.is_some_and(|length| length > intake.max_body) {
-        return Err(Error::TooLarge(intake.max_body));
+    let limit = intake.limit();
+    if length.is_some_and(|length| length > limit) {
+        return Err(Error::TooLarge(limit));
     }
     must_exist(api, &function).await?;
     let room = intake.reserve(length)?;
-    let body = read(body, intake.max_body).await?;
+    let body = read(body, limit).await?;
     // The worker says where it goes; what the caller called is told as for any call.
     to_upstream(&mut parts.headers, &HeaderValue::from_static("queued"), &caller.forwarded_for);
     for name in [HOST, CONTENT_LENGTH, X_DELAY_SECONDS, X_MAX_ATTEMPTS, X_EXPIRES_SECONDS] {
