@@ -77,7 +77,7 @@ impl Intake {
 
     /// Room for a body of `length` bytes, if it is known.
     fn reserve(&self, length: Option<usize>) -> Result<SemaphorePermit<'_>, Error> {
-        let kib = length.unwrap_or(self.max_body).div_ceil(1024).clamp(1, BODIES);
+        let kib = length.unwrap_or(self.limit()).div_ceil(1024).clamp(1, BODIES);
         let kib = u32::try_from(kib).unwrap_or(u32::MAX);
         self.room.try_acquire_many(kib).map_err(|_| Error::Overloaded)
     }

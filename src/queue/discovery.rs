@@ -9,10 +9,10 @@ use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+use crate::queue::Queue;
 use crate::queue::jetstream::{self, JetStream};
 use crate::queue::stan::probe::{Kind, Probe};
 use crate::queue::stan::{self, Stan};
-use crate::queue::Queue;
 
 /// Between two times of asking.
 const AGAIN: Duration = Duration::from_millis(500);

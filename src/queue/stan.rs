@@ -7,8 +7,8 @@
 
 mod callback;
 mod client;
-mod ledger;
 mod lease;
+mod ledger;
 mod message;
 mod nats;
 mod payload;
@@ -201,7 +201,9 @@ impl Shared {
 
     /// How long the server waits before it sends a call again: whole seconds.
     fn lease(&self) -> Duration {
-        Duration::from_secs(self.connection.lease.as_millis().div_ceil(1000).try_into().unwrap_or(u64::MAX))
+        Duration::from_secs(
+            self.connection.lease.as_millis().div_ceil(1000).try_into().unwrap_or(u64::MAX),
+        )
     }
 
     /// Has calls delivered, `places` at a time, from the first time on that somebody wants one.

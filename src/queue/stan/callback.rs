@@ -55,21 +55,26 @@ impl CallbackUrl {
         })
     }
 
-    /// The URL; without its fragment, which nobody is told. `written` is how its caller wrote it, which alone has user
-    /// and password.
+    /// The URL. `written` is how its caller wrote it, which alone has user and password.
     pub(super) fn url(&self, written: Option<&str>) -> String {
         if self.user.is_some()
             && let Some(written) = written
             && Self::of(written).as_ref() == Some(self)
         {
-            return written.split('#').next().unwrap_or_default().to_owned();
+            return written.to_owned();
         }
         let path = match self.raw_path.as_str() {
             "" => escaped(&self.path, is_plain_in_path),
             raw => raw.to_owned(),
         };
+        let fragment = match self.raw_fragment.as_str() {
+            "" => escaped(&self.fragment, is_plain_in_fragment),
+            raw => raw.to_owned(),
+        };
         let mark = if self.raw_query.is_empty() && !self.force_query { "" } else { "?" };
-        format!("{}://{}{path}{mark}{}", self.scheme, self.host, self.raw_query)
+        let hash = if fragment.is_empty() { "" } else { "#" };
+        let Self { scheme, host, raw_query, .. } = self;
+        format!("{scheme}://{host}{path}{mark}{raw_query}{hash}{fragment}")
     }
 }
 
@@ -160,14 +165,15 @@ mod tests {
             "https://[::1]:2/a%20b?",
             "http://h/!?a?b",
             "http://user:pw@h/x?y",
+            "http://h/#a?!%20b",
         ] {
             assert_eq!(CallbackUrl::of(url).unwrap().url(Some(url)), url);
         }
         let taken = CallbackUrl::of("http://user:pw@h/x#f").unwrap();
-        assert_eq!(taken.url(Some("http://user:pw@h/x#f")), "http://user:pw@h/x");
+        assert_eq!(taken.url(Some("http://user:pw@h/x#f")), "http://user:pw@h/x#f");
         // Credentials go nowhere but where they were meant to.
-        assert_eq!(taken.url(Some("http://user:pw@elsewhere/x#f")), "http://h/x");
-        assert_eq!(taken.url(None), "http://h/x");
+        assert_eq!(taken.url(Some("http://user:pw@elsewhere/x#f")), "http://h/x#f");
+        assert_eq!(taken.url(None), "http://h/x#f");
         assert_eq!(CallbackUrl::of("h/x"), None);
     }
 }

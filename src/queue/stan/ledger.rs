@@ -189,7 +189,10 @@ mod tests {
         assert_eq!(it.arrives(key(1), false, "a"), Arrival::New);
         assert_eq!(it.has(key(1)), None);
         it.waits(key(1), 5, "one");
-        assert_eq!((it.arrives(key(1), true, "b"), it.has(key(1))), (Arrival::Nothing, Some(false)));
+        assert_eq!(
+            (it.arrives(key(1), true, "b"), it.has(key(1))),
+            (Arrival::Nothing, Some(false))
+        );
         assert_eq!(it.next(5), Next::Now(key(1), "one"));
         assert_eq!(it.arrives(key(1), true, "c"), Arrival::Nothing);
         // It is told where it came last.
@@ -262,6 +265,9 @@ mod tests {
             it.arrives(key(number), false, "a");
             it.done(key(number));
         }
-        assert_eq!((it.entries.len(), it.has(key(9)), it.has(key(10))), (REMEMBERED, None, Some(true)));
+        assert_eq!(
+            (it.entries.len(), it.has(key(9)), it.has(key(10))),
+            (REMEMBERED, None, Some(true))
+        );
     }
 }

@@ -163,7 +163,8 @@ fn headers(payload: &Payload) -> Result<HeaderMap, Unreadable> {
 
 /// Path and query behind the function's name. The Go gateway decodes the path, so it may have anything in it.
 fn target(payload: &Payload) -> Result<String, Unreadable> {
-    let path = escaped(&payload.path, |byte| byte.is_ascii_graphic() && !b"?#\"<>\\^`{|}".contains(&byte));
+    let path =
+        escaped(&payload.path, |byte| byte.is_ascii_graphic() && !b"?#\"<>\\^`{|}".contains(&byte));
     let separator = if path.is_empty() || path.starts_with('/') { "" } else { "/" };
     let query = escaped(&payload.query_string, |byte| byte.is_ascii_graphic() && byte != b'#');
     let mark = if query.is_empty() { "" } else { "?" };

@@ -120,7 +120,7 @@ mod tests {
         let json = br#"{"Header":null,"Body":null,"Annotations":{"a":"b"},"CallbackUrl":null,"Function":"f"}"#;
         let expect = Payload { function: "f".to_owned(), ..Payload::default() };
         assert_eq!(Payload::of_json(json).unwrap(), expect);
-        assert!(Payload::of_json(b"[]").is_err());
+        assert!(Payload::of_json(b"1").is_err());
         assert!(Payload::of_json(br#"{"Function":1}"#).is_err());
     }
 }

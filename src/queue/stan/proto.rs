@@ -171,7 +171,7 @@ mod tests {
     }
 
     #[track_caller]
-    fn again<M: Message + Default>(payload: &[u8]) -> M {
+    fn again<M: Message + Default + std::fmt::Debug>(payload: &[u8]) -> M {
         let message = M::decode(payload).unwrap();
         assert_eq!(message.encode_to_vec(), payload, "{message:?}");
         message
@@ -198,7 +198,9 @@ mod tests {
                     assert_eq!(request.start_position, FIRST);
                 }
                 "close" => drop(again::<Close>(&payload)),
-                _ if payload.is_empty() => drop((again::<Pong>(&payload), again::<Closed>(&payload))),
+                _ if payload.is_empty() => {
+                    drop((again::<Pong>(&payload), again::<Closed>(&payload)))
+                }
                 _ => inbox(&payload),
             }
             seen += 1;

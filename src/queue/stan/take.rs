@@ -13,8 +13,8 @@ use prost::Message;
 
 use crate::queue::call::Call;
 use crate::queue::stan::client::Session;
-use crate::queue::stan::ledger::{Arrival, Key, Next};
 use crate::queue::stan::lease::Lease;
+use crate::queue::stan::ledger::{Arrival, Key, Next};
 use crate::queue::stan::message::{self, Progress};
 use crate::queue::stan::nats::Fault;
 use crate::queue::stan::proto::{Ack, Delivered, FIRST, Subscribe, Subscribed};
