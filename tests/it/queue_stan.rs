@@ -102,7 +102,7 @@ async fn a_call_is_taken_in_as_the_go_gateway_does_and_made() {
         ("/Path", "/p/q"),
         ("/QueryString", "a=1&b=%20"),
         ("/Function", "echo.fn"),
-        ("/Host", &gateway.address.to_string()),
+        ("/Host", "gateway.test"),
         ("/Header/X-Call-Id/0", id),
         ("/Header/X-Multi/1", "b"),
         ("/Header/Content-Length/0", "9"),

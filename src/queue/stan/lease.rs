@@ -31,37 +31,49 @@ impl Lease {
         if self.settled.load(Relaxed) {
             return Err(Error::Gone);
         }
-        let made = Progress { attempts: self.attempts + 1, ..Progress::default() };
         match settlement {
             Settlement::Finished { .. } => {}
             Settlement::Retry { at, .. } => {
-                let progress = Progress { not_before: Some(*at), ..made };
+                let progress = Progress { not_before: Some(*at), ..self.made() };
                 match self.store(&self.shared.later, &progress).await {
                     // With what is noted of it, it is larger than it was: it stays where it is, and waits here.
-                    Err(Fault::TooLarge) => return Ok(self.wait_here(*at)),
+                    Err(Fault::TooLarge) => {
+                        self.wait_here(*at);
+                        return Ok(());
+                    }
                     stored => stored.map_err(told)?,
                 }
             }
             Settlement::Dead { status, reason, .. } => {
-                let (id, function, dead) = (&self.call.id, &self.call.function, &self.shared.dead);
                 let why = status.map(|status| format!("status {status}"));
-                let why = reason.clone().or(why).unwrap_or_default();
-                let progress = Progress { reason: Some(why.clone()), ..made };
-                match self.store(dead, &progress).await {
-                    Ok(()) => tracing::error!(
-                        call_id = id, %function, reason = why,
-                        "A queued call failed for good, and was put into {dead}"
-                    ),
-                    Err(fault @ (Fault::Away | Fault::Nobody)) => return Err(told(fault)),
-                    Err(fault) => tracing::error!(
-                        call_id = id, %function, reason = why, %fault,
-                        "A queued call failed for good, and cannot be put into {dead}: it is lost"
-                    ),
-                }
+                self.bury(reason.clone().or(why).unwrap_or_default()).await?;
             }
         }
         self.settled.store(true, Relaxed);
         self.shared.acknowledge(self.key).await;
+        Ok(())
+    }
+
+    fn made(&self) -> Progress {
+        Progress { attempts: self.attempts + 1, ..Progress::default() }
+    }
+
+    /// Keeps the call where nobody takes it. While the server is away that can be tried again; if it refuses, the log has
+    /// the last word of the call.
+    async fn bury(&self, reason: String) -> Result<(), Error> {
+        let (id, function, dead) = (&self.call.id, &self.call.function, &self.shared.dead);
+        let progress = Progress { reason: Some(reason.clone()), ..self.made() };
+        match self.store(dead, &progress).await {
+            Ok(()) => tracing::error!(
+                call_id = id, %function, reason,
+                "A queued call failed for good, and was put into the channel {dead}"
+            ),
+            Err(fault @ (Fault::Away | Fault::Nobody)) => return Err(told(fault)),
+            Err(fault) => tracing::error!(
+                call_id = id, %function, reason, %fault,
+                "A queued call failed for good, and cannot be put into the channel {dead}: it is lost"
+            ),
+        }
         Ok(())
     }
 

@@ -61,6 +61,8 @@ pub(super) struct Ledger<T> {
     line: BTreeMap<(Millis, u64), (Key, T)>,
     order: u64,
     done: VecDeque<Key>,
+    /// Those that are not done and whose time had not come when they were stored.
+    later: usize,
     /// Those that are not done, at most.
     most: usize,
 }
@@ -72,6 +74,7 @@ impl<T> Ledger<T> {
             line: BTreeMap::new(),
             order: 0,
             done: VecDeque::new(),
+            later: 0,
             most: 0,
         }
     }
@@ -91,6 +94,7 @@ impl<T> Ledger<T> {
             return Arrival::Nothing;
         }
         self.entries.insert(key, Entry { acks: acks.to_owned(), place: Place::Asked });
+        self.later += usize::from(key.later);
         if sent_before { Arrival::SentBefore } else { Arrival::New }
     }
 
@@ -119,11 +123,10 @@ impl<T> Ledger<T> {
     /// Takes the message that will wait longest, if it waits until after `now` and as many as `most` have come of those
     /// whose time had not: there is no room for others, whose time may come sooner.
     pub(super) fn surplus(&mut self, most: usize, now: Millis) -> Option<(Key, Millis, T)> {
-        let last = self.line.last_entry().filter(|last| last.key().0 > now)?;
-        let here = self.entries.iter().filter(|(key, it)| key.later && it.place != Place::Done);
-        if here.count() < most {
+        if self.later < most {
             return None;
         }
+        let last = self.line.last_entry().filter(|last| last.key().0 > now)?;
         let at = last.key().0;
         let (key, message) = last.remove();
         if let Some(entry) = self.entries.get_mut(&key) {
@@ -137,6 +140,7 @@ impl<T> Ledger<T> {
         let entry = self.entries.get_mut(&key)?;
         if entry.place != Place::Done {
             entry.place = Place::Done;
+            self.later -= usize::from(key.later);
             self.done.push_back(key);
         }
         let acks = entry.acks.clone();
@@ -152,6 +156,7 @@ impl<T> Ledger<T> {
     pub(super) fn forget(&mut self, key: Key) {
         if self.entries.get(&key).is_some_and(|entry| entry.place != Place::Done) {
             self.entries.remove(&key);
+            self.later -= usize::from(key.later);
         }
     }
 
@@ -252,10 +257,11 @@ mod tests {
             it.arrives(later(number), false, "a");
             it.waits(later(number), at, "x");
         }
-        assert_eq!(it.surplus(3, 5), None);
         it.arrives(key(9), false, "a");
         assert_eq!((it.surplus(3, 5), it.surplus(2, 40)), (None, None));
         assert_eq!(it.surplus(2, 5), Some((later(2), 40, "x")));
+        it.done(later(2));
+        assert_eq!(it.surplus(2, 5), None);
     }
 
     #[test]

@@ -140,7 +140,7 @@ async fn receive(shared: &Arc<Shared>, later: bool, mut subscription: Subscripti
         let key = Key { later, sequence, timestamp };
         let arrival = shared.ledger().arrives(key, redelivered, &subscription.acks);
         match arrival {
-            Arrival::New => admit(shared, key, data).await,
+            Arrival::New => admit(shared, key, data),
             Arrival::SentBefore => {
                 let asking = Arc::clone(shared);
                 shared.tasks.spawn(async move { admit_if_free(&asking, key, data).await });
@@ -157,7 +157,7 @@ async fn admit_if_free(shared: &Arc<Shared>, key: Key, data: Bytes) {
     match shared.nats.ask(shared.questions(), question, ASKING).await {
         Ok(answer) if answer == DONE => shared.acknowledge(key).await,
         Ok(answer) if answer == MINE => shared.ledger().forget(key),
-        _ => admit(shared, key, data).await,
+        _ => admit(shared, key, data),
     }
 }
 
@@ -175,12 +175,16 @@ async fn answer(shared: &Shared, question: NatsMessage) {
     }
 }
 
-async fn admit(shared: &Shared, key: Key, data: Bytes) {
+fn admit(shared: &Arc<Shared>, key: Key, data: Bytes) {
     let options = &shared.options;
     let decoded = message::decode(&data, &options.default_namespace, fresh_id, now());
     let (call, progress) = match decoded {
         Ok(decoded) => decoded,
-        Err(error) => return put_aside(shared, key, data, &error).await,
+        Err(error) => {
+            // Whatever becomes of the session, this comes to an end.
+            let aside = Arc::clone(shared);
+            return shared.tasks.spawn(async move { put_aside(&aside, key, data, &error).await });
+        }
     };
     // What was never tried has no time; a stranger's word for it would keep a place for ever.
     let (attempts, at) = match key.later {
@@ -224,14 +228,26 @@ async fn send_back(shared: &Shared) {
             // What has its time within a second is as good as made.
             let surplus = shared.ledger().surplus(LATER, now() + 1000);
             let Some((key, at, Arrived { call, attempts })) = surplus else { break };
+            let _kept = Unsettled { shared, key };
             let progress = Progress { attempts, not_before: Some(at), reason: None };
             let encoded = message::encode(&call, &progress);
-            match shared.worker.publish(&shared.later, encoded).await {
-                Ok(()) => shared.acknowledge(key).await,
-                Err(_) => shared.ledger().waits(key, at, Arrived { call, attempts }),
+            if shared.worker.publish(&shared.later, encoded).await.is_ok() {
+                shared.acknowledge(key).await;
             }
             tokio::time::sleep(SENDING_BACK).await;
         }
+    }
+}
+
+/// A message on its way back. If it does not get there, the server sends it again.
+struct Unsettled<'a> {
+    shared: &'a Shared,
+    key: Key,
+}
+
+impl Drop for Unsettled<'_> {
+    fn drop(&mut self) {
+        self.shared.ledger().forget(self.key);
     }
 }
 
