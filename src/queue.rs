@@ -126,8 +126,7 @@ impl Queue {
     /// Whether the queue can be used at this moment, as far as is known.
     pub fn is_reachable(&self) -> bool {
         match self.known() {
-            // A file that failed is opened again when it is needed.
-            Ok(Self::Embedded(_)) => true,
+            Ok(Self::Embedded(queue)) => queue.is_usable(),
             Ok(Self::JetStream(queue)) => queue.is_reachable(),
             Ok(Self::Stan(queue)) => queue.is_reachable(),
             Ok(Self::Discovered(_)) | Err(_) => false,
@@ -157,9 +156,10 @@ impl Queue {
             discovery.stop().await;
         }
         match self.known() {
+            Ok(Self::Embedded(queue)) => queue.close().await,
             Ok(Self::JetStream(queue)) => queue.stop().await,
             Ok(Self::Stan(queue)) => queue.stop().await,
-            Ok(Self::Embedded(_) | Self::Discovered(_)) | Err(_) => {}
+            Ok(Self::Discovered(_)) | Err(_) => {}
         }
     }
 

@@ -19,6 +19,7 @@ use crate::queue::jetstream::{Auth, JetStream, Options};
 use crate::queue::stan::{self, Stan};
 use crate::queued::Intake;
 use crate::shutdown::Stages;
+use crate::trace::Tracer;
 use crate::worker::attempt::Caller;
 use crate::worker::callback::signature::Secret;
 use crate::worker::callback::{Callbacks, Pace};
@@ -56,6 +57,7 @@ pub(super) fn worker(
     caller: Caller,
     provider: Provider,
     tls: Tls,
+    tracer: Option<Tracer>,
 ) -> anyhow::Result<Worker> {
     Ok(Worker {
         intake: Arc::clone(intake),
@@ -65,6 +67,7 @@ pub(super) fn worker(
         callbacks: callbacks(config, tls)?,
         max_result_body: config.max_result_body,
         prints: Prints::default(),
+        tracer,
     })
 }
 

@@ -28,6 +28,7 @@ mod queue_stan;
 mod start;
 mod stop;
 mod streams;
+mod traces;
 mod trailers;
 mod up;
 mod upgrade;
