@@ -1,5 +1,7 @@
 //! The queue on NATS Streaming: with the real gateway and worker, and a server of the protocol on a real nats-server.
 
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use base64::Engine;
@@ -470,4 +472,55 @@ async fn calls_with_a_time_wait_for_it_and_make_room_for_others() {
     // Those that made room are at the end of the channel.
     assert!(stan.messages(LATER).len() > 402);
     assert_eq!(provider.calls(), 1);
+}
+
+#[tokio::test]
+async fn no_call_is_lost_whoever_dies() {
+    const CALLS: usize = 300;
+    let mut nats = Nats::start();
+    let mut stan = Stan::start(&nats).await;
+    let made: Arc<Mutex<HashMap<String, usize>>> = Arc::default();
+    let noting = Arc::clone(&made);
+    let provider = patient().answering(move |mut call| {
+        let noting = Arc::clone(&noting);
+        async move {
+            call.body().await.ok()?;
+            let id = call.head.header("x-call-id").unwrap().to_owned();
+            *noting.lock().unwrap().entry(id).or_default() += 1;
+            call.answer_with(200, b"").await;
+            Some(call.wire)
+        }
+    });
+    let provider = provider.start();
+    let gateway = on(&nats, Gateway::builder()).provider(&provider).var("with_worker", "false");
+    let gateway = gateway.start().await;
+    let worker = || on(&nats, Gateway::worker()).provider(&provider).var("ack_wait", "1s").start();
+    let mut running = worker().await;
+    let taken = async |count: usize| {
+        let mut ids = Vec::new();
+        while ids.len() < count {
+            let answer = gateway.queue("echo", &[], "").await;
+            if answer.status() == 202 {
+                ids.push(answer.header("x-call-id").unwrap().to_owned());
+            }
+        }
+        ids
+    };
+    let mut ids = within("calls are taken in", taken(CALLS / 3)).await;
+    running.kill().await;
+    running = worker().await;
+    stan.kill().await;
+    stan.restart().await;
+    ids.extend(within("calls are taken in", taken(CALLS / 3)).await);
+    nats.kill();
+    nats.restart();
+    ids.extend(within("calls are taken in", taken(CALLS / 3)).await);
+    running.kill().await;
+    let _running = on(&nats, Gateway::worker()).provider(&provider).start().await;
+    let lacking = || ids.iter().filter(|id| !made.lock().unwrap().contains_key(*id)).count();
+    eventually("every call is made", async || lacking() == 0).await;
+    all_done(&stan, CHANNEL).await;
+    // What was in flight at one of two kills came twice, and what the dead server had no word of.
+    let calls: usize = made.lock().unwrap().values().sum();
+    assert!(calls <= CALLS + 4 * 50, "{calls}");
 }

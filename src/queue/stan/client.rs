@@ -31,8 +31,8 @@ const SETTLED: Duration = Duration::from_secs(1);
 /// Messages on their way to be stored.
 const MOST_UNSTORED: usize = 1024;
 /// Seconds between two pings, and pings without an answer that mean that the server is gone.
-const PING_INTERVAL: i32 = 5;
-const PING_MAX_OUT: i32 = 3;
+pub(super) const PING_INTERVAL: i32 = 5;
+pub(super) const PING_MAX_OUT: i32 = 3;
 /// What the server says of an id that somebody has.
 const TAKEN: &str = "already registered";
 
@@ -264,6 +264,6 @@ pub(super) fn discover(cluster: &str) -> String {
 }
 
 /// A name that nobody else has.
-fn name() -> String {
+pub(super) fn name() -> String {
     Uuid::new_v4().simple().to_string()
 }

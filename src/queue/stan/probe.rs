@@ -3,13 +3,12 @@
 use std::time::Duration;
 
 use bytes::Bytes;
-use prost::Message;
 use serde::Deserialize;
 
 use crate::queue::jetstream::Options;
-use crate::queue::stan::client::discover;
+use crate::queue::stan::client::{PING_INTERVAL, PING_MAX_OUT, discover, name};
 use crate::queue::stan::nats::{Fault, Nats};
-use crate::queue::stan::proto::{ConnectRequest, ConnectResponse};
+use crate::queue::stan::proto::{Close, Closed, ConnectRequest, ConnectResponse, PROTOCOL};
 
 const ASKING: Duration = Duration::from_secs(2);
 const CONNECTING: Duration = Duration::from_secs(5);
@@ -42,18 +41,33 @@ impl Probe {
         let (stan, jetstream) = tokio::join!(self.is_stan(), self.is_jetstream());
         match (stan, jetstream) {
             (Ok(true), _) => Some(Kind::Stan),
-            // It is there, and will answer.
+            // Somebody is asked, and will answer: nobody else is taken meanwhile. A server of before 2.2 does not tell
+            // whether there is somebody; it has no JetStream, either.
             (Err(Fault::Away), _) => None,
             (_, Ok(true)) => Some(Kind::JetStream),
             _ => None,
         }
     }
 
-    /// A client without an id is refused; that somebody does so is what was asked.
+    /// Registers a client, which is what the server answers for certain, and signs it off.
     async fn is_stan(&self) -> Result<bool, Fault> {
-        let nobody = ConnectRequest::default().encode_to_vec().into();
-        let answer = self.nats.ask(discover(&self.cluster), nobody, ASKING).await?;
-        Ok(ConnectResponse::decode(answer).is_ok())
+        let client_id = format!("gateway-probe-{}", name());
+        let request = ConnectRequest {
+            client_id: client_id.clone(),
+            heartbeat_inbox: self.nats.inbox(),
+            protocol: PROTOCOL,
+            connection: name().into(),
+            ping_interval: PING_INTERVAL,
+            ping_max_out: PING_MAX_OUT,
+        };
+        let subject = discover(&self.cluster);
+        let server: ConnectResponse = self.nats.request(&subject, &request, ASKING).await?;
+        if server.error.is_empty() {
+            // One that is lost is found out by the server, since nobody answers for the client.
+            let close = Close { client_id };
+            let _: Result<Closed, _> = self.nats.request(&server.close, &close, ASKING).await;
+        }
+        Ok(true)
     }
 
     async fn is_jetstream(&self) -> Result<bool, Fault> {

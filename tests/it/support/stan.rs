@@ -191,9 +191,7 @@ impl Server {
     async fn register(&self, request: ConnectRequest, reply: String) {
         let refused =
             |error: &str| ConnectResponse { error: error.to_owned(), ..Default::default() };
-        if request.client_id.is_empty() || request.heartbeat_inbox.is_empty() {
-            return self.send(reply, &refused("stan: invalid connection request")).await;
-        }
+        assert!(!request.client_id.is_empty() && !request.heartbeat_inbox.is_empty());
         assert_eq!(request.protocol, 1);
         let known = self.store().clients.get(&request.client_id).cloned();
         if let Some(known) = known {
