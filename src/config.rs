@@ -406,6 +406,23 @@ mod tests {
     }
 
     #[test]
+    fn where_nats_is_the_queue_is_found_there_or_named() {
+        let backend = |vars: &[(&str, &str)]| {
+            serve(&[vars, &[("functions_provider_url", "http://p")]].concat())
+                .map(|config| config.queue.backend)
+        };
+        let there = ("faas_nats_address", "nats");
+        assert_eq!(backend(&[]), Ok(Backend::None));
+        assert_eq!(backend(&[there]), Ok(Backend::Nats));
+        assert_eq!(backend(&[there, ("queue", "stan")]), Ok(Backend::Stan));
+        assert_eq!(backend(&[there, ("queue", "jetstream")]), Ok(Backend::JetStream));
+        assert!(backend(&[("queue", "stan")]).unwrap_err()[0].starts_with("faas_nats_address"));
+        let limited = backend(&[there, ("faas_max_reconnect", "120")]);
+        assert_eq!(limited, Ok(Backend::Nats));
+        assert!(backend(&[there, ("faas_max_reconnect", "often")]).is_err());
+    }
+
+    #[test]
     fn a_provider_off_loopback_needs_credentials() {
         let var = |name: &str| (name == "provider_address").then(|| "0.0.0.0".to_owned());
         let mistakes = Provider::parse(Reader::new(&|_| None, &var)).unwrap_err();

@@ -385,6 +385,22 @@ async fn a_server_that_has_forgotten_all_is_told_again() {
 }
 
 #[tokio::test]
+async fn a_server_that_answers_no_more_is_left_and_found_again() {
+    let (nats, provider) = (Nats::start(), answering(&[200], "done"));
+    let stan = Stan::start(&nats).await;
+    let gateway = gateway(&nats, &provider).await;
+    gateway.queued("echo", &[], "").await;
+    stan.be_silent(true);
+    eventually("the queue is away", async || lacks_queue(&gateway).await).await;
+    assert_eq!(gateway.queue("echo", &[], "").await.status(), 503);
+    stan.be_silent(false);
+    eventually("the queue is there", async || !lacks_queue(&gateway).await).await;
+    gateway.queued("echo", &[], "").await;
+    all_done(&stan, CHANNEL).await;
+    assert_eq!(stan.messages(CHANNEL).len(), 2);
+}
+
+#[tokio::test]
 async fn an_id_that_is_taken_is_waited_for() {
     let (nats, provider) = (Nats::start(), answering(&[200], "done"));
     let _stan = Stan::start(&nats).await;

@@ -4,6 +4,7 @@
 pub(crate) mod proto;
 mod store;
 
+use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
@@ -35,6 +36,7 @@ const TICK: Duration = Duration::from_millis(10);
 pub(crate) struct Stan {
     url: String,
     store: Arc<Mutex<Store>>,
+    silent: Arc<AtomicBool>,
     running: Option<Running>,
 }
 
@@ -53,7 +55,7 @@ impl Stan {
 
     /// A server that has not been started.
     pub(crate) fn away(nats: &Nats) -> Self {
-        Self { url: nats.url(), store: Arc::default(), running: None }
+        Self { url: nats.url(), store: Arc::default(), silent: Arc::default(), running: None }
     }
 
     /// Starts the server on what it has stored before.
@@ -69,13 +71,18 @@ impl Stan {
         subscriptions.push(client.subscribe("_ACKS.*").await.unwrap());
         client.flush().await.unwrap();
         let server = Server { client: client.clone(), store: Arc::clone(&self.store) };
+        let silent = Arc::clone(&self.silent);
         let task = tokio::spawn(async move {
             let mut requests = select_all(subscriptions);
             let mut tick = tokio::time::interval(TICK);
             let mut heartbeats = tokio::time::interval(HEARTBEATS);
             loop {
                 tokio::select! {
-                    Some(request) = requests.next() => server.serve(request).await,
+                    Some(request) = requests.next() => {
+                        if !silent.load(SeqCst) {
+                            server.serve(request).await;
+                        }
+                    }
                     _ = tick.tick() => {}
                     _ = heartbeats.tick() => server.ask_all(),
                 }
@@ -93,6 +100,11 @@ impl Stan {
             // Nobody listens any more once this is over.
             client.drain().await.unwrap();
         }
+    }
+
+    /// Has the server hear everything and say nothing, or go on as before.
+    pub(crate) fn be_silent(&self, silent: bool) {
+        self.silent.store(silent, SeqCst);
     }
 
     /// Loses all that was stored, as a server does that keeps it in memory.
@@ -215,8 +227,9 @@ impl Server {
             error: String::new(),
             sub_close_requests: subject("subclose"),
             ping_requests: subject("discover") + ".pings",
-            ping_interval: request.ping_interval,
-            ping_max_out: request.ping_max_out,
+            // It has a say in that, too.
+            ping_interval: request.ping_interval.min(1),
+            ping_max_out: request.ping_max_out.min(2),
             protocol: 1,
         };
         self.send(reply, &response).await;
