@@ -30,7 +30,7 @@ pub(super) use self::lease::Lease;
 use crate::queue::call::Call;
 use crate::queue::jetstream;
 use crate::queue::stan::client::Client;
-use crate::queue::stan::ledger::Ledger;
+use crate::queue::stan::ledger::{Ledger, Room};
 use crate::queue::stan::message::Progress;
 use crate::queue::stan::nats::{Fault, Nats};
 use crate::queue::stan::take::{Arrived, LATER};
@@ -76,7 +76,7 @@ struct Shared {
     ledger: Mutex<Ledger<Arrived>>,
     /// Somebody may find a call now.
     ready: Notify,
-    /// There may be too many that wait for their time.
+    /// Some may hold others up.
     crowded: Notify,
     tasks: Tasks,
 }
@@ -211,8 +211,7 @@ impl Shared {
         if self.works.swap(true, Relaxed) {
             return;
         }
-        // Twice as many as the server sends at a time: those of a session before are still here.
-        self.ledger().make_room(2 * (places + LATER + places));
+        self.ledger().make_room(Room { places, later: LATER });
         let working = Arc::clone(self);
         self.tasks.spawn(async move {
             let stopping = &working.tasks.stopping;

@@ -385,6 +385,38 @@ async fn a_server_that_has_forgotten_all_is_told_again() {
 }
 
 #[tokio::test]
+async fn calls_that_hang_hold_up_no_others() {
+    const HANG: usize = 60;
+    let (nats, let_go) = (Nats::start(), tokio::sync::watch::Sender::new(false));
+    let stan = Stan::start(&nats).await;
+    let hanging = let_go.subscribe();
+    let provider = Provider::builder().answering(move |mut call| {
+        let mut let_go = hanging.clone();
+        async move {
+            call.body().await.ok()?;
+            if call.head.target().contains("hangs") {
+                let_go.wait_for(|go| *go).await.ok()?;
+            }
+            call.answer_with(200, b"").await;
+            Some(call.wire)
+        }
+    });
+    let provider = provider.start();
+    for _ in 0..HANG {
+        stan.store_message(CHANNEL, r#"{"Function":"hangs"}"#);
+    }
+    stan.store_message(CHANNEL, r#"{"Function":"quick"}"#);
+    let worker = on(&nats, Gateway::worker()).provider(&provider).var("max_inflight", "4");
+    let worker = worker.start().await;
+    worker.metrics_show("the quick one is made", |it| it.calls("quick.fn", "200") == 1).await;
+    assert_eq!(provider.calls(), 3 + 1);
+    let_go.send_replace(true);
+    worker.metrics_show("all are made", |it| it.calls("hangs.fn", "200") == HANG as u64).await;
+    all_done(&stan, LATER).await;
+    assert_eq!(provider.calls(), HANG + 1);
+}
+
+#[tokio::test]
 async fn a_server_that_answers_no_more_is_left_and_found_again() {
     let (nats, provider) = (Nats::start(), answering(&[200], "done"));
     let stan = Stan::start(&nats).await;

@@ -80,8 +80,7 @@ impl Lease {
     fn wait_here(&self, at: Millis) {
         self.settled.store(true, Relaxed);
         let waits = Arrived { call: self.call.clone(), attempts: self.attempts + 1 };
-        self.shared.ledger().waits(self.key, at, waits);
-        self.shared.ready.notify_one();
+        self.shared.wait(self.key, at, waits);
     }
 
     async fn store(&self, channel: &str, progress: &Progress) -> Result<(), Fault> {
@@ -93,6 +92,7 @@ impl Drop for Lease {
     fn drop(&mut self) {
         if !self.settled.load(Relaxed) {
             self.shared.ledger().forget(self.key);
+            self.shared.ready.notify_one();
         }
     }
 }

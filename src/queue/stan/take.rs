@@ -11,7 +11,7 @@ use bytes::Bytes;
 use futures_util::StreamExt as _;
 use prost::Message;
 
-use crate::queue::call::Call;
+use crate::queue::call::{Call, Millis};
 use crate::queue::stan::client::Session;
 use crate::queue::stan::lease::Lease;
 use crate::queue::stan::ledger::{Arrival, Key, Next};
@@ -25,10 +25,14 @@ use crate::queue::{Delivery, Error, Handle, now};
 const SUBSCRIBING: Duration = Duration::from_secs(5);
 /// Who has a call says so within this time.
 const ASKING: Duration = Duration::from_secs(1);
+/// Between looks at what has waited for long.
+const LOOK: Duration = Duration::from_millis(500);
 /// Calls whose time has not come that wait here; others wait in the channel.
 pub(super) const LATER: usize = 256;
-/// Between calls that are sent back to the end of their channel.
+/// Between calls that are sent back to the end of their channel: first, how that grows, and at last.
 const SENDING_BACK: Duration = Duration::from_millis(10);
+const SLOWER: f64 = 1.005;
+const LONGEST_PAUSE: Duration = Duration::from_secs(1);
 const MINE: &[u8] = b"mine";
 const DONE: &[u8] = b"done";
 
@@ -87,7 +91,7 @@ pub(super) async fn serve(shared: &Arc<Shared>, places: usize, session: Arc<Sess
             () = questions.for_each(|question| answer(shared, question)) => {}
             () = receive(shared, false, calls) => {}
             () = receive(shared, true, later) => {}
-            () = send_back(shared) => {}
+            () = set_aside(shared) => {}
         }
         Err(Fault::Away)
     };
@@ -191,11 +195,7 @@ fn admit(shared: &Arc<Shared>, key: Key, data: Bytes) {
         true => (progress.attempts, progress.not_before.unwrap_or_default().max(1)),
         false => (0, now()),
     };
-    shared.ledger().waits(key, at, Arrived { call, attempts });
-    shared.ready.notify_one();
-    if key.later {
-        shared.crowded.notify_one();
-    }
+    shared.wait(key, at, Arrived { call, attempts });
 }
 
 fn fresh_id() -> String {
@@ -219,27 +219,36 @@ async fn put_aside(shared: &Shared, key: Key, data: Bytes, error: &Unreadable) {
     }
 }
 
-/// Sends what would wait longest back to the end of its channel, as long as there are so many that others, whose time may
-/// come sooner, are not delivered.
-async fn send_back(shared: &Shared) {
+/// Stores what holds others up at the end of the channel of calls that are made later.
+async fn set_aside(shared: &Shared) {
+    let mut pause = SENDING_BACK;
     loop {
-        shared.crowded.notified().await;
+        let quiet = tokio::time::timeout(LOOK, shared.crowded.notified()).await.is_err();
+        let mut sent_back = false;
         loop {
-            // What has its time within a second is as good as made.
-            let surplus = shared.ledger().surplus(LATER, now() + 1000);
-            let Some((key, at, Arrived { call, attempts })) = surplus else { break };
+            let aside = shared.ledger().set_aside(now());
+            let Some((key, at, Arrived { call, attempts })) = aside else { break };
             let _kept = Unsettled { shared, key };
             let progress = Progress { attempts, not_before: Some(at), reason: None };
             let encoded = message::encode(&call, &progress);
-            if shared.worker.publish(&shared.later, encoded).await.is_ok() {
-                shared.acknowledge(key).await;
+            match shared.worker.publish(&shared.later, encoded).await {
+                Ok(()) => shared.acknowledge(key).await,
+                Err(_) => break,
             }
-            tokio::time::sleep(SENDING_BACK).await;
+            // What comes from there and goes there again fills the server's disk: less and less often, if it goes on.
+            if key.later {
+                tokio::time::sleep(pause).await;
+                pause = pause.mul_f64(SLOWER).min(LONGEST_PAUSE);
+                sent_back = true;
+            }
+        }
+        if quiet && !sent_back {
+            pause = SENDING_BACK;
         }
     }
 }
 
-/// A message on its way back. If it does not get there, the server sends it again.
+/// A message on its way. If it does not get there, the server sends it again.
 struct Unsettled<'a> {
     shared: &'a Shared,
     key: Key,
@@ -258,9 +267,18 @@ impl Shared {
         format!("_GATEWAY.stan.{}.{}.{}", options.cluster, options.group, self.channel(false))
     }
 
+    /// Has a call wait until `at`.
+    pub(super) fn wait(&self, key: Key, at: Millis, arrived: Arrived) {
+        self.ledger().waits(key, arrived.call.function.clone(), at, arrived);
+        self.ready.notify_one();
+        self.crowded.notify_one();
+    }
+
     /// Tells the server that a message is done. If it does not hear of it, it sends the message again.
     pub(super) async fn acknowledge(&self, key: Key) {
         let acks = self.ledger().done(key);
+        // Its function may have a place for another.
+        self.ready.notify_one();
         if let Some(acks) = acks {
             let channel = self.channel(key.later).to_owned();
             let ack = Ack { channel, sequence: key.sequence };
