@@ -27,6 +27,7 @@ use crate::proxy::{self, Errand, Forwarded};
 use crate::scaling::Scaling;
 use crate::scaling::fault::{self, Fault, X_OPENFAAS_INTERNAL};
 use crate::serve::caller::Caller;
+use crate::trace::Trip;
 
 /// Where functions listen when they are called directly.
 const DIRECT_PORT: u16 = 8080;
@@ -59,6 +60,12 @@ pub struct Prepared {
     way: Way,
     stamps: Stamps,
     in_flight: InFlight,
+}
+
+impl Prepared {
+    pub fn call_id(&self) -> &HeaderValue {
+        &self.stamps.call_id
+    }
 }
 
 /// How a call gets to its function.
@@ -102,8 +109,14 @@ impl Invoker {
         Ok(Prepared { way, stamps, in_flight: InFlight { call, place } })
     }
 
-    /// Makes the call, and answers with what its function says.
-    pub async fn carry(&self, caller: &Caller, prepared: Prepared) -> Response<Answer> {
+    /// Makes the call, and answers with what its function says. One that changes protocols is watched by `trip` to its
+    /// end.
+    pub async fn carry(
+        &self,
+        caller: &Caller,
+        prepared: Prepared,
+        trip: &mut Option<Box<Trip>>,
+    ) -> Response<Answer> {
         let Prepared { mut way, stamps, mut in_flight } = prepared;
         let (mut answer, tunnel) = match self.forward(caller, &mut in_flight.call, &mut way).await {
             Ok(Forwarded { answer, tunnel }) => (answer.map(Content::Upstream), tunnel),
@@ -112,7 +125,11 @@ impl Invoker {
         in_flight.call.answered(answer.status());
         stamps.put_on_answer(answer.headers_mut());
         if let Some(tunnel) = tunnel {
-            caller.spawn(keep_open(tunnel, in_flight));
+            let mut trip = trip.take();
+            if let Some(trip) = &mut trip {
+                trip.answered(&answer);
+            }
+            caller.spawn(keep_open(tunnel, in_flight, trip));
             return answer.map(|content| self.answer(caller, content, None));
         }
         answer.map(|content| self.answer(caller, content, Some(in_flight)))
@@ -228,8 +245,11 @@ impl Invoker {
 }
 
 /// A changed protocol is a call in flight until it ends.
-async fn keep_open(tunnel: Tunnel, in_flight: InFlight) {
+async fn keep_open(tunnel: Tunnel, in_flight: InFlight, trip: Option<Box<Trip>>) {
     tunnel.run().await;
+    if let Some(trip) = trip {
+        trip.ended(End::Whole);
+    }
     in_flight.call.ended(End::Whole, Instant::now());
 }
 
