@@ -37,6 +37,8 @@ pub struct Serve {
     pub direct_functions: Option<String>,
     /// `scale_from_zero`
     pub scale_from_zero: bool,
+    /// `autoscale`
+    pub autoscale: Option<Autoscale>,
     /// `faas_prometheus_host`, `faas_prometheus_port`; `None`: counts come from this process's own metrics.
     pub prometheus: Option<BaseUrl>,
     pub timeouts: Timeouts,
@@ -89,6 +91,13 @@ pub struct Auth {
     pub proxy: Option<BaseUrl>,
     /// `auth_proxy_pass_body`
     pub proxy_pass_body: bool,
+}
+
+/// Scaling by load.
+#[derive(Clone, Copy, Debug)]
+pub struct Autoscale {
+    /// `autoscale_window`
+    pub window: Duration,
 }
 
 /// Where queued calls are kept, and who makes them.
@@ -251,6 +260,7 @@ impl Serve {
         serve.prometheus = prometheus;
         serve.direct_functions = direct_functions;
         serve.scale_from_zero = from.boolean("scale_from_zero");
+        serve.autoscale = Autoscale::parse(&mut from, false);
         from.finish(serve)
     }
 
@@ -265,6 +275,7 @@ impl Serve {
             namespace: from.text("function_namespace"),
             direct_functions: None,
             scale_from_zero: false,
+            autoscale: None,
             prometheus: None,
             timeouts: Timeouts {
                 read: from.positive_duration("read_timeout"),
@@ -289,6 +300,23 @@ impl Serve {
                 grace: from.duration("shutdown_grace"),
             },
         }
+    }
+}
+
+impl Autoscale {
+    /// `auto`: what holds where nothing is said.
+    fn parse(from: &mut Reader<'_>, auto: bool) -> Option<Self> {
+        let on = from.parsed("autoscale", "auto, true or false", |text| match text {
+            "auto" => Some(auto),
+            "true" | "1" => Some(true),
+            "false" | "0" => Some(false),
+            _ => None,
+        });
+        let window = from.parsed("autoscale_window", "a duration from 2s to 1h", |text| {
+            let allowed = Duration::from_secs(2)..=Duration::from_secs(3600);
+            duration::parse(text).filter(|window| allowed.contains(window))
+        });
+        on.unwrap_or_default().then_some(Self { window: window.unwrap_or_default() })
     }
 }
 
@@ -380,6 +408,7 @@ impl Up {
         let provider = Provider::common(&mut from, loopback);
         let queue = Queue::common(&mut from, Backend::Embedded, "loopback", Nats::default());
         let mut serve = Serve::common(&mut from, loopback, nowhere(), queue);
+        serve.autoscale = Autoscale::parse(&mut from, true);
         serve.local_only = serve.auth.secrets.is_none() && serve.auth.proxy.is_none();
         from.finish(Self { serve, provider, stack })
     }

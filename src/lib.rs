@@ -23,6 +23,7 @@ pub mod queue;
 // What is done with a request.
 pub mod alerts;
 pub mod answer;
+pub mod autoscale;
 pub mod health;
 pub mod invoke;
 pub mod logs;

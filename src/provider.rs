@@ -17,7 +17,7 @@ use serde::de::DeserializeOwned;
 use crate::auth::Credentials;
 use crate::error::Error;
 use crate::function::Function;
-use crate::provider::types::{FunctionSummary, ScaleRequest};
+use crate::provider::types::{FunctionSummary, ScaleRequest, Usage};
 use crate::proxy::body::RequestBody;
 use crate::proxy::client::{Client, Origin};
 use crate::proxy::upstream_body::{BodyFailure, UpstreamBody};
@@ -55,7 +55,19 @@ impl Provider {
     /// # Errors
     /// `NoSuchFunction` when the provider does not know it.
     pub async fn status(&self, function: &Function) -> Result<FunctionSummary, Error> {
-        let target = format!("/system/function/{}{}&usage=false", function.name, query(function));
+        self.summary(function, false).await
+    }
+
+    /// What all replicas of a function use together, if the provider tells.
+    ///
+    /// # Errors
+    /// `NoSuchFunction` when the provider does not know it.
+    pub async fn usage(&self, function: &Function) -> Result<Option<Usage>, Error> {
+        Ok(self.summary(function, true).await?.usage)
+    }
+
+    async fn summary(&self, function: &Function, usage: bool) -> Result<FunctionSummary, Error> {
+        let target = format!("/system/function/{}{}&usage={usage}", function.name, query(function));
         let (status, body) = self.call(Method::GET, &target, Bytes::new()).await?;
         match status {
             StatusCode::NOT_FOUND => Err(Error::NoSuchFunction(function.clone())),

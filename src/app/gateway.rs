@@ -11,8 +11,9 @@ use hyper::service::service_fn;
 use tokio_util::sync::CancellationToken;
 
 use crate::app::threads::{Threads, Work};
-use crate::app::worker;
+use crate::app::{autoscale, worker};
 use crate::auth::Credentials;
+use crate::autoscale::alerts::Ignored;
 use crate::config::{Serve, Timeouts};
 use crate::health::Health;
 use crate::invoke::{Invoker, Route};
@@ -64,6 +65,7 @@ struct Parts {
     health: Arc<Health>,
     counts: Arc<Counts>,
     intake: Option<Arc<Intake>>,
+    ignored_alerts: Option<Arc<Ignored>>,
     namespace: Arc<str>,
     tls: Tls,
     stages: Stages,
@@ -87,6 +89,7 @@ impl Gateway {
         }
         let parts = Arc::new(Parts::new(config, threads, stages).await?);
         parts.start_background(metrics_listener, tasks);
+        parts.start_autoscale(tasks).await?;
         let server = parts.server();
         let worker = parts.worker(threads)?.map(|worker| {
             let stages = stages.clone();
@@ -151,6 +154,7 @@ impl Parts {
             metrics,
             health: Health::new(stages.clone(), Arc::clone(&limit)),
             intake,
+            ignored_alerts: config.autoscale.map(|_| Arc::default()),
             counts: Counts::new(config.prometheus.clone().map(Origin::new)),
             limit,
             namespace,
@@ -178,15 +182,7 @@ impl Parts {
 
     fn start_background(self: &Arc<Self>, metrics_listener: TcpListener, tasks: &Tasks) {
         let client = Client::new(self.config.limits.idle, self.tls.clone());
-        // Readiness hangs on it, so it does not wait for as long as a call may take.
-        let timeout = self.config.timeouts.upstream.min(LONGEST_POLL);
-        let poll = Poll {
-            provider: Provider { timeout, ..self.provider(&client) },
-            default_namespace: Arc::clone(&self.namespace),
-            metrics: Arc::clone(&self.metrics),
-            health: Arc::clone(&self.health),
-            shows_replicas: true,
-        };
+        let poll = self.poll(&client);
         tasks.spawn(|stopping| poll.run(stopping));
         tasks.spawn(|stopping| until(stopping, async move { client.keep_swept().await }));
         if let Some(credentials) = self.credentials.clone() {
@@ -198,6 +194,29 @@ impl Parts {
         }
         let router = routes::internal(Arc::clone(&self.metrics));
         serve_metrics(router, metrics_listener, self.config.timeouts, tasks);
+    }
+
+    /// Scales functions by their load, if that is asked for.
+    async fn start_autoscale(&self, tasks: &Tasks) -> anyhow::Result<()> {
+        let Some(config) = self.config.autoscale else { return Ok(()) };
+        let client = Client::new(self.config.limits.idle, self.tls.clone());
+        let (poll, intake) = (self.poll(&client), self.intake.clone());
+        let may_zero = self.config.scale_from_zero;
+        autoscale::start(config, &self.config.queue, may_zero, poll, intake, tasks).await?;
+        tasks.spawn(|stopping| until(stopping, async move { client.keep_swept().await }));
+        Ok(())
+    }
+
+    fn poll(&self, client: &Arc<Client>) -> Poll {
+        // Readiness hangs on it, so it does not wait for as long as a call may take.
+        let timeout = self.config.timeouts.upstream.min(LONGEST_POLL);
+        Poll {
+            provider: Provider { timeout, ..self.provider(client) },
+            default_namespace: Arc::clone(&self.namespace),
+            metrics: Arc::clone(&self.metrics),
+            health: Arc::clone(&self.health),
+            shows_replicas: true,
+        }
     }
 
     fn provider(&self, client: &Arc<Client>) -> Provider {
@@ -260,6 +279,7 @@ impl Parts {
             metrics: Arc::clone(&self.metrics),
             health: Arc::clone(&self.health),
             counts: Arc::clone(&self.counts),
+            ignored_alerts: self.ignored_alerts.clone(),
             intake: self.intake.clone(),
         };
         Door { invoker, api: routes::api(Arc::new(api)), stages: self.stages.clone() }

@@ -84,22 +84,28 @@ pub(super) async fn intake(
     config: &config::Queue,
     metrics: &Metrics,
 ) -> anyhow::Result<Option<Arc<Intake>>> {
-    let ttl = u64::try_from(config.result_ttl.as_millis()).unwrap_or(u64::MAX / 2);
-    let limits = Limits { pending: config.max_pending, result_ttl: ttl, key_ttl: ttl };
+    let limits = limits(config);
     let (queue, name) = match config.backend {
         Backend::None => return Ok(None),
         Backend::Embedded => {
             (Queue::Embedded(Embedded::open(&config.state_dir, limits)?), "embedded")
         }
         Backend::JetStream => {
-            let queue = JetStream::open(options(&config.nats, limits)).await?;
+            let queue = JetStream::open(options(config)).await?;
             (Queue::JetStream(queue), config.nats.queue.as_str())
         }
     };
     Ok(Some(Intake::new(queue, config.max_body, metrics.queue(name)?)))
 }
 
-fn options(nats: &config::Nats, limits: Limits) -> Options {
+fn limits(config: &config::Queue) -> Limits {
+    let ttl = u64::try_from(config.result_ttl.as_millis()).unwrap_or(u64::MAX / 2);
+    Limits { pending: config.max_pending, result_ttl: ttl, key_ttl: ttl }
+}
+
+/// How NATS is reached.
+pub(super) fn options(config: &config::Queue) -> Options {
+    let nats = &config.nats;
     let auth = match (&nats.creds, &nats.nkey_seed, &nats.token, &nats.login) {
         (Some(file), ..) => Auth::Credentials(file.clone()),
         (None, Some(file), ..) => Auth::NkeySeed(file.clone()),
@@ -119,7 +125,7 @@ fn options(nats: &config::Nats, limits: Limits) -> Options {
         queue: nats.queue.clone(),
         replicas: nats.replicas,
         lease: nats.lease,
-        limits,
+        limits: limits(config),
     }
 }
 

@@ -99,6 +99,10 @@ settings! {
         "The SUFFIX of direct_functions, such as openfaas-fn.svc.cluster.local."
     scale_from_zero BOOLEAN "false" S
         "Accepted for compatibility; this version does not wake functions yet, and says so at start."
+    autoscale CHOICE "auto" SU
+        "Scale functions by their load, if their labels com.openfaas.scale.* say how: true, false, or auto (for up alone). Several gateways need faas_nats_address to see each other's calls."
+    autoscale_window DURATION "60s" SU
+        "What load is averaged over before replicas are taken away; a tenth of it for load that has doubled. From 2s to 1h."
     faas_prometheus_host HOST "prometheus" S
         "Prometheus, asked for invocationCount in GET /system/functions; while it is away the list comes without."
     faas_prometheus_port PORT "9090" S
