@@ -2,6 +2,7 @@
 //! comes in as a function, so that a test passes a table.
 
 pub mod allow;
+pub mod autoscale;
 pub mod base_url;
 pub mod cli;
 pub mod duration;
@@ -14,6 +15,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use crate::config::allow::Allow;
+use crate::config::autoscale::Autoscale;
 use crate::config::base_url::BaseUrl;
 use crate::config::reader::{Mistake, Reader};
 pub use crate::config::worker::{Target, Worker};
@@ -91,13 +93,6 @@ pub struct Auth {
     pub proxy: Option<BaseUrl>,
     /// `auth_proxy_pass_body`
     pub proxy_pass_body: bool,
-}
-
-/// Scaling by load.
-#[derive(Clone, Copy, Debug)]
-pub struct Autoscale {
-    /// `autoscale_window`
-    pub window: Duration,
 }
 
 /// Where queued calls are kept, and who makes them.
@@ -300,23 +295,6 @@ impl Serve {
                 grace: from.duration("shutdown_grace"),
             },
         }
-    }
-}
-
-impl Autoscale {
-    /// `auto`: what holds where nothing is said.
-    fn parse(from: &mut Reader<'_>, auto: bool) -> Option<Self> {
-        let on = from.parsed("autoscale", "auto, true or false", |text| match text {
-            "auto" => Some(auto),
-            "true" | "1" => Some(true),
-            "false" | "0" => Some(false),
-            _ => None,
-        });
-        let window = from.parsed("autoscale_window", "a duration from 2s to 1h", |text| {
-            let allowed = Duration::from_secs(2)..=Duration::from_secs(3600);
-            duration::parse(text).filter(|window| allowed.contains(window))
-        });
-        on.unwrap_or_default().then_some(Self { window: window.unwrap_or_default() })
     }
 }
 

@@ -7,13 +7,14 @@ use crate::autoscale::decide::{Millis, Rules};
 use crate::autoscale::exchange::Exchange;
 use crate::autoscale::{self, Parts};
 use crate::config;
+use crate::config::autoscale::Autoscale;
 use crate::metrics::replicas::Poll;
 use crate::queued::Intake;
 use crate::shutdown::Tasks;
 
 /// Starts to scale functions by their load. `may_zero`: something wakes those that are at zero.
 pub(super) async fn start(
-    config: config::Autoscale,
+    config: Autoscale,
     queue: &config::Queue,
     may_zero: bool,
     poll: Poll,

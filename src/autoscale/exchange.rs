@@ -53,10 +53,12 @@ impl Exchange {
         self.client.connection_state() == State::Connected
     }
 
-    /// Tells the others what is seen here.
+    /// Tells the others what was seen here. `beat`: the number of what is told.
     pub async fn tell(&self, beat: u64, loads: &HashMap<Arc<str>, Load>) {
         let loads = loads.iter().map(|(label, load)| (label.to_string(), *load)).collect();
-        for message in Message::split(&self.id, beat, self.mute, loads) {
+        let (id, mute) = (self.id.clone(), self.mute);
+        let whole = Message { id, beat, mute, ..Message::default() };
+        for message in Message::split(&whole, loads) {
             self.send(&message).await;
         }
     }

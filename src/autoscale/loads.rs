@@ -99,8 +99,7 @@ impl Loads {
 
     /// There was a call of this function, whatever the samples say.
     pub fn called(&mut self, label: &Arc<str>, now: Millis) {
-        let track = self.tracks.entry(Arc::clone(label)).or_default();
-        track.last_call = now;
+        self.tracks.entry(Arc::clone(label)).or_default().last_call = now;
     }
 
     /// Keeps only the functions that `exists` knows.

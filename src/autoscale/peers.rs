@@ -12,6 +12,8 @@ use crate::autoscale::loads::Load;
 
 /// A gateway that has not been heard of for so long is gone.
 pub const GONE: Millis = 3000;
+/// What was said holds for so long: until the next time, and a little.
+const HOLDS: Millis = 1250;
 /// Gateways that are listened to.
 const MOST_PEERS: usize = 256;
 /// Functions that one gateway can say something about.
@@ -50,23 +52,22 @@ pub struct Peers {
 struct Peer {
     last: Millis,
     mute: bool,
-    loads: HashMap<String, Load>,
     /// Part of what it says now.
     coming: (u64, HashMap<String, Load>),
+    loads: HashMap<String, Load>,
     /// Functions that it has seen called since this was asked.
     called: HashSet<String>,
 }
 
 impl Message {
-    /// What is to be said, in messages that a server takes.
-    pub fn split(id: &str, beat: u64, mute: bool, loads: Vec<(String, Load)>) -> Vec<Self> {
+    /// What is to be said of `loads`, in messages that a server takes.
+    pub fn split(whole: &Self, loads: Vec<(String, Load)>) -> Vec<Self> {
         let mut loads = loads.into_iter().take(MOST_FUNCTIONS).peekable();
         let mut messages = Vec::new();
         loop {
             let part = loads.by_ref().take(IN_MESSAGE).collect();
             let more = loads.peek().is_some();
-            let id = id.to_owned();
-            messages.push(Self { id, beat, more, mute, leaving: false, loads: part });
+            messages.push(Self { more, loads: part, ..whole.clone() });
             if !more {
                 return messages;
             }
@@ -120,9 +121,11 @@ impl Peers {
         self.heard.len() < before
     }
 
-    /// What the others said last.
-    pub fn loads(&self) -> impl Iterator<Item = (&str, &Load)> {
-        self.heard.values().flat_map(|peer| peer.loads.iter().map(|(label, load)| (&**label, load)))
+    /// What the others have said last, if that was just now: a dead one's calls may have come here meanwhile.
+    pub fn loads(&self, now: Millis) -> impl Iterator<Item = (&str, &Load)> {
+        let fresh = move |peer: &&Peer| now.saturating_sub(peer.last) < HOLDS;
+        let loads = self.heard.values().filter(fresh).flat_map(|peer| peer.loads.iter());
+        loads.map(|(label, load)| (label.as_str(), load))
     }
 
     /// Functions that others have seen called since this was asked last.
@@ -152,8 +155,8 @@ mod tests {
         Message { id: id.to_owned(), beat, loads, ..Message::default() }
     }
 
-    fn rps(peers: &Peers, label: &str) -> f64 {
-        peers.loads().filter(|(l, _)| *l == label).map(|(_, load)| load.rps).sum()
+    fn rps(peers: &Peers, label: &str, now: Millis) -> f64 {
+        peers.loads(now).filter(|(l, _)| *l == label).map(|(_, load)| load.rps).sum()
     }
 
     #[test]
@@ -179,7 +182,7 @@ mod tests {
         b.hear(message("a", 1, &[("echo", 5.0)]), 4000);
         b.hear(Message { leaving: true, ..message("a", 2, &[]) }, 4100);
         assert!(b.acts(4100) && !b.expire(4100));
-        assert!(rps(&b, "echo").abs() < 1e-9);
+        assert!(rps(&b, "echo", 4100).abs() < 1e-9);
     }
 
     #[test]
@@ -188,18 +191,20 @@ mod tests {
         b.hear(Message { mute: true, ..message("a", 1, &[("echo", 5.0)]) }, 4000);
         assert!(b.acts(4000));
         assert_eq!(b.count(), 1);
-        assert!((rps(&b, "echo") - 5.0).abs() < 1e-9);
+        assert!((rps(&b, "echo", 4000) - 5.0).abs() < 1e-9);
     }
 
     #[test]
-    fn what_each_said_last_is_added_up() {
+    fn what_each_said_last_is_added_up_while_it_holds() {
         let mut own = Peers::new("own".to_owned(), 0);
         own.hear(message("a", 1, &[("echo", 5.0), ("env", 1.0)]), 0);
         own.hear(message("b", 7, &[("echo", 2.0)]), 0);
-        assert!((rps(&own, "echo") - 7.0).abs() < 1e-9);
+        assert!((rps(&own, "echo", 0) - 7.0).abs() < 1e-9);
         own.hear(message("a", 2, &[("echo", 1.0)]), 1000);
-        assert!((rps(&own, "echo") - 3.0).abs() < 1e-9);
-        assert!(rps(&own, "env").abs() < 1e-9);
+        assert!((rps(&own, "echo", 1000) - 3.0).abs() < 1e-9);
+        assert!(rps(&own, "env", 1000).abs() < 1e-9);
+        // The other one says nothing any more.
+        assert!((rps(&own, "echo", 1300) - 1.0).abs() < 1e-9);
         // A call that the next message does not tell of any more was a call.
         let called = own.take_called();
         assert!(called.contains("env") && called.contains("echo"));
@@ -211,16 +216,16 @@ mod tests {
         let many: Vec<_> = (0..5000)
             .map(|number| (format!("f{number}"), Load { rps: 1.0, ..Load::default() }))
             .collect();
-        let messages = Message::split("a", 3, false, many);
+        let messages = Message::split(&message("a", 3, &[]), many);
         assert_eq!(messages.iter().map(|m| m.more).collect::<Vec<_>>(), [true, true, false]);
         let mut own = Peers::new("own".to_owned(), 0);
         own.hear(message("a", 2, &[("old", 1.0)]), 0);
         for message in messages {
-            assert_eq!(own.loads().count(), 1);
+            assert_eq!(own.loads(1000).count(), 1);
             own.hear(message, 1000);
         }
-        assert_eq!(own.loads().count(), 5000);
-        assert_eq!(Message::split("a", 4, false, Vec::new()).len(), 1);
+        assert_eq!(own.loads(1000).count(), 5000);
+        assert_eq!(Message::split(&message("a", 4, &[]), Vec::new()).len(), 1);
     }
 
     #[test]
@@ -230,7 +235,7 @@ mod tests {
         own.hear(message("", 1, &[("echo", 5.0)]), 0);
         own.hear(message(&"x".repeat(65), 1, &[("echo", 5.0)]), 0);
         own.hear(message("a", 1, &[("echo", f64::NAN), ("env", -1.0)]), 0);
-        assert_eq!(own.loads().count(), 0);
+        assert_eq!(own.loads(0).count(), 0);
         for number in 0..2 * MOST_PEERS {
             own.hear(message(&format!("p{number}"), 1, &[]), 0);
         }

@@ -71,13 +71,8 @@ impl View {
                 peers.begin_anew(now);
                 (self.connected, self.whole_since) = (connected, now);
             }
-            for (label, load) in peers.loads().filter(|(label, _)| exists(label)) {
-                match sum.get_mut(label) {
-                    Some(sum) => sum.add(load),
-                    None => {
-                        sum.insert(label.into(), *load);
-                    }
-                }
+            for (label, load) in peers.loads(now).filter(|(label, _)| exists(label)) {
+                sum.entry(label.into()).or_default().add(load);
             }
             for label in peers.take_called().into_iter().filter(|label| exists(label)) {
                 self.loads.called(&label.into(), now);
