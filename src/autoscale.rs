@@ -80,6 +80,20 @@ pub async fn run(parts: Parts, stopping: CancellationToken) {
     }
 }
 
+/// Tells gateways what a process does that is none, until `stopping`.
+pub async fn tell(metrics: Arc<Metrics>, exchange: Exchange, stopping: CancellationToken) {
+    let view = Arc::new(Mutex::new(View::new(0, None, 0)));
+    let watcher = Watcher {
+        sampler: Sampler::new(Arc::clone(&metrics), None, 0),
+        metrics,
+        exchange: Some(exchange),
+        view,
+        beats: watch::channel(0).0,
+        began: Instant::now(),
+    };
+    watcher.run(stopping).await;
+}
+
 /// Samples, and tells.
 struct Watcher {
     sampler: Sampler,

@@ -8,9 +8,21 @@ use crate::autoscale::exchange::Exchange;
 use crate::autoscale::{self, Parts};
 use crate::config;
 use crate::config::autoscale::Autoscale;
+use crate::metrics::Metrics;
 use crate::metrics::replicas::Poll;
 use crate::queued::Intake;
 use crate::shutdown::Tasks;
+
+/// Tells the gateways what a worker calls by itself.
+pub(super) async fn tell(
+    queue: &config::Queue,
+    metrics: Arc<Metrics>,
+    tasks: &Tasks,
+) -> anyhow::Result<()> {
+    let (exchange, _ear) = Exchange::open(&worker::options(queue), true).await?;
+    tasks.spawn(|stopping| autoscale::tell(metrics, exchange, stopping));
+    Ok(())
+}
 
 /// Starts to scale functions by their load. `may_zero`: something wakes those that are at zero.
 pub(super) async fn start(

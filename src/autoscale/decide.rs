@@ -27,9 +27,10 @@ pub struct Seen {
     pub sudden: Option<f64>,
     /// Calls run, or wait to be made.
     pub busy: bool,
-    /// For how long there has been no call.
-    pub quiet: Duration,
-    /// Every call has been seen for a stable window. Otherwise no replica is taken away.
+    /// For how long there has certainly been no call; `None`: that is not known.
+    pub quiet: Option<Duration>,
+    /// Every call has been seen, and what followed from it is remembered, for a stable window. Otherwise no replica is
+    /// taken away, but for all of them when it is quiet.
     pub whole: bool,
 }
 
@@ -115,7 +116,9 @@ pub fn decide(rules: Rules, policy: &Policy, seen: Seen, mut memory: Memory) -> 
         return (decision, Memory::default());
     }
     let (desired, reason) = match policy.zero_after {
-        Some(after) if rules.may_zero && seen.whole && !seen.busy && seen.quiet >= after => {
+        Some(after)
+            if rules.may_zero && !seen.busy && seen.quiet.is_some_and(|quiet| quiet >= after) =>
+        {
             (0, Reason::Idle)
         }
         _ => by_load(rules, policy, seen, &mut memory),

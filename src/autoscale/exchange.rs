@@ -34,7 +34,7 @@ pub struct Exchange {
 pub struct Ear(Subscriber);
 
 impl Exchange {
-    /// Begins to connect; that this succeeds is not waited for.
+    /// Begins to connect; that this succeeds is not waited for. `mute`: it only tells.
     ///
     /// # Errors
     /// When a file that the credentials are in cannot be read.

@@ -3,6 +3,7 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
+use std::time::Duration;
 
 use crate::autoscale::decide::{Millis, Seen};
 use crate::autoscale::loads::{Load, Loads};
@@ -23,7 +24,9 @@ pub struct View {
     knows_queue: bool,
     acts: bool,
     /// Since when every call was seen by a gateway that was heard.
-    whole_since: Millis,
+    seen_since: Millis,
+    /// Since when this gateway acts.
+    acts_since: Millis,
 }
 
 /// What one sample brings.
@@ -54,7 +57,8 @@ impl View {
             connected: false,
             knows_queue: false,
             acts: false,
-            whole_since: now,
+            seen_since: now,
+            acts_since: now,
         }
     }
 
@@ -65,11 +69,11 @@ impl View {
         if let Some(peers) = &mut self.peers {
             if peers.expire(now) {
                 // It may be alive and carry calls, only that nobody hears of them.
-                self.whole_since = now;
+                self.seen_since = now;
             }
             if connected != self.connected || span >= GONE {
                 peers.begin_anew(now);
-                (self.connected, self.whole_since) = (connected, now);
+                (self.connected, self.seen_since) = (connected, now);
             }
             for (label, load) in peers.loads(now).filter(|(label, _)| exists(label)) {
                 sum.entry(label.into()).or_default().add(load);
@@ -81,7 +85,7 @@ impl View {
         if span >= GONE {
             // This process stood still. What it would have seen is not known.
             self.loads.begin_anew(now);
-            self.whole_since = now;
+            self.seen_since = now;
             return;
         }
         self.loads.add(now, span, &sum);
@@ -100,7 +104,7 @@ impl View {
         };
         if acts && !self.acts {
             // Whoever did so before remembers what is not remembered here.
-            self.whole_since = now;
+            self.acts_since = now;
         }
         self.acts = acts;
         Standing { acts, gateways }
@@ -115,6 +119,8 @@ impl View {
         cpu: (Option<f64>, Option<f64>),
         now: Millis,
     ) -> Seen {
+        let sees_all = self.knows_queue && (self.peers.is_none() || self.connected);
+        let seen_since = self.seen_since.min(now);
         let mean = |window| self.loads.mean(label, policy.kind, window, now);
         let (stable, sudden) = match policy.kind {
             Kind::Cpu => cpu,
@@ -126,15 +132,10 @@ impl View {
             stable,
             sudden,
             busy: self.loads.is_busy(label),
-            quiet: self.loads.quiet(label, now),
-            whole: self.is_whole(now),
+            quiet: sees_all
+                .then(|| self.loads.quiet(label, now).min(Duration::from_millis(now - seen_since))),
+            whole: sees_all && now.saturating_sub(seen_since.max(self.acts_since)) >= self.window,
         }
-    }
-
-    fn is_whole(&self, now: Millis) -> bool {
-        now.saturating_sub(self.whole_since) >= self.window
-            && self.knows_queue
-            && (self.peers.is_none() || self.connected)
     }
 }
 
@@ -236,12 +237,27 @@ mod tests {
         for _ in 0..30 {
             gateway.second(1.0, false);
             assert!(gateway.view.acts && !gateway.seen().whole);
+            assert_eq!(gateway.seen().quiet, None);
         }
         // They can be heard again: it listens first.
         gateway.second(1.0, true);
         assert!(!gateway.view.acts);
         (0..3).for_each(|_| gateway.second(1.0, true));
         assert!(gateway.view.acts);
+    }
+
+    #[test]
+    fn silence_counts_since_all_are_heard() {
+        let mut gateway = Gateway::new(true);
+        gateway.second(0.0, true);
+        for _ in 0..20 {
+            gateway.hear("c", 0.0);
+            gateway.second(0.0, true);
+        }
+        assert_eq!(gateway.seen().quiet, Some(Duration::from_secs(20)));
+        // The other one falls silent: nobody knows what it does.
+        (0..2).for_each(|_| gateway.second(0.0, true));
+        assert_eq!(gateway.seen().quiet, Some(Duration::ZERO));
     }
 
     #[test]

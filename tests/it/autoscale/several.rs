@@ -93,3 +93,26 @@ async fn while_nats_is_away_replicas_come_but_none_goes() {
     held.release().await;
     eventually("back to the least", async || script.replicas("f") == 1).await;
 }
+
+#[tokio::test]
+async fn calls_that_a_worker_makes_count() {
+    let nats = Nats::start();
+    let (script, mut provider) = Script::start(&[("f", one_each())]);
+    let queueing = |builder| on(&nats, builder).var("queue", "jetstream");
+    let gateway = queueing(scaling(&provider)).var("with_worker", "false").start().await;
+    let _worker = queueing(Gateway::worker()).provider(&provider).start().await;
+    eventually("it is queued", async || gateway.queue("f", &[], "").await.status() == 202).await;
+    for _ in 0..2 {
+        gateway.queued("f", &[], "").await;
+    }
+    let mut calls = Vec::new();
+    for _ in 0..3 {
+        calls.push(provider.call().await);
+    }
+    eventually("a replica for each", async || script.replicas("f") == 3).await;
+    stands(&gateway, true, 1.0).await;
+    for call in &mut calls {
+        call.answer(200, "done").await;
+    }
+    eventually("back to the least", async || script.replicas("f") == 1).await;
+}

@@ -159,6 +159,16 @@ impl Held {
     }
 }
 
+/// Waits until `gateway` scales `function`.
+pub(super) async fn scales(gateway: &Gateway, function: &str) {
+    let labels = [("function_name", function)];
+    gateway
+        .metrics_show("it scales the function", |metrics| {
+            metrics.get("gateway_autoscale_desired", &labels).is_some()
+        })
+        .await;
+}
+
 /// How often a line of the log has `text`.
 pub(super) fn said(gateway: &Gateway, text: &str) -> usize {
     gateway.log().iter().filter(|line| line.contains(text)).count()
