@@ -104,8 +104,7 @@ impl Queue {
     /// Whether the queue can be used at this moment, as far as is known.
     pub fn is_reachable(&self) -> bool {
         match self {
-            // A file that failed is opened again when it is needed.
-            Self::Embedded(_) => true,
+            Self::Embedded(queue) => queue.is_usable(),
             Self::JetStream(queue) => queue.is_reachable(),
         }
     }

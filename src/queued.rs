@@ -8,11 +8,15 @@ use arc_swap::ArcSwapOption;
 use axum::Json;
 use axum::body::Body;
 use axum::extract::{Extension, Path, Request, State};
+use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
+use bytes::{Bytes, BytesMut};
+use futures_util::StreamExt;
 use http::header::{ACCESS_CONTROL_REQUEST_METHOD, ALLOW, CONTENT_LENGTH, HOST};
 use http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, Uri};
 use tokio::sync::{Semaphore, SemaphorePermit};
 
+use crate::auth::too_large_or_broken;
 use crate::call_id::{Stamps, X_CALL_ID};
 use crate::error::Error;
 use crate::function::Function;
@@ -23,7 +27,7 @@ use crate::queue::call::{Call, Millis, Options};
 use crate::queue::status::Status;
 use crate::queue::{self, Changed, Counts, Queue, now};
 use crate::serve::caller::Caller;
-use crate::system::{Api, read};
+use crate::system::Api;
 
 pub mod operate;
 pub mod view;
@@ -42,6 +46,8 @@ const MAX_SECONDS: u64 = 366 * 24 * 3600;
 const LONGEST_QUESTION: Duration = Duration::from_secs(2);
 /// Bodies that are being read at a time, in KiB: what waits for the queue must not fill the memory.
 const BODIES: usize = 256 << 10;
+/// So much room at a time is taken by a body that does not say how long it is.
+const PIECE: usize = 256 << 10;
 
 /// What takes calls in. One for the process.
 pub struct Intake {
@@ -85,10 +91,35 @@ impl Intake {
         self.held.load_full()
     }
 
-    /// Room for a body of `length` bytes, if it is known.
-    fn reserve(&self, length: Option<usize>) -> Result<SemaphorePermit<'_>, Error> {
-        let kib = length.unwrap_or(self.max_body).div_ceil(1024).clamp(1, BODIES);
-        let kib = u32::try_from(kib).unwrap_or(u32::MAX);
+    /// Reads `body` whole, which has `length` bytes if that is known. It has its room until the permit is dropped.
+    async fn read(
+        &self,
+        body: Body,
+        length: Option<usize>,
+    ) -> Result<(Bytes, SemaphorePermit<'_>), Error> {
+        let too_large = Error::TooLarge(self.max_body);
+        if length.is_some_and(|length| length > self.max_body) {
+            return Err(too_large);
+        }
+        let mut room = self.reserve(length.unwrap_or(PIECE))?;
+        let mut kept = BytesMut::with_capacity(length.unwrap_or_default());
+        let mut frames = body.into_data_stream();
+        while let Some(data) = frames.next().await {
+            let data = data.map_err(|error| too_large_or_broken(&error, self.max_body))?;
+            if data.len() > self.max_body - kept.len() {
+                return Err(too_large);
+            }
+            // One that does not say how long it is takes room as it comes.
+            while room.num_permits() * 1024 < kept.len() + data.len() {
+                room.merge(self.reserve(PIECE)?);
+            }
+            kept.extend_from_slice(&data);
+        }
+        Ok((kept.freeze(), room))
+    }
+
+    fn reserve(&self, bytes: usize) -> Result<SemaphorePermit<'_>, Error> {
+        let kib = u32::try_from(bytes.div_ceil(1024).clamp(1, BODIES)).unwrap_or(u32::MAX);
         self.room.try_acquire_many(kib).map_err(|_| Error::Overloaded)
     }
 }
@@ -145,8 +176,7 @@ async fn take_in(
         return Err(Error::TooLarge(intake.max_body));
     }
     must_exist(api, &function).await?;
-    let room = intake.reserve(length)?;
-    let body = read(body, intake.max_body).await?;
+    let (body, room) = intake.read(body, length).await?;
     // The worker says where it goes; what the caller called is told as for any call.
     to_upstream(&mut parts.headers, &HeaderValue::from_static("queued"), &caller.forwarded_for);
     for name in [HOST, CONTENT_LENGTH, X_DELAY_SECONDS, X_MAX_ATTEMPTS, X_EXPIRES_SECONDS] {
@@ -230,6 +260,19 @@ pub async fn preflight(method: Method, headers: HeaderMap) -> Response {
         answer.headers_mut().insert(ACCESS_CONTROL_ALLOW_METHODS, METHODS);
         let asked = headers.get(ACCESS_CONTROL_REQUEST_HEADERS).cloned().unwrap_or(any);
         answer.headers_mut().insert(ACCESS_CONTROL_ALLOW_HEADERS, asked);
+    }
+    answer
+}
+
+/// Lets pages read the answers to what [`preflight`] lets them ask.
+pub async fn allow_pages(request: Request, next: Next) -> Response {
+    use http::header::{ACCESS_CONTROL_ALLOW_ORIGIN, ACCESS_CONTROL_EXPOSE_HEADERS, ORIGIN};
+    let from_page = request.headers().contains_key(ORIGIN);
+    let mut answer = next.run(request).await;
+    if from_page {
+        let headers = answer.headers_mut();
+        headers.insert(ACCESS_CONTROL_ALLOW_ORIGIN, HeaderValue::from_static("*"));
+        headers.insert(ACCESS_CONTROL_EXPOSE_HEADERS, HeaderValue::from_static("*"));
     }
     answer
 }

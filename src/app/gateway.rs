@@ -14,7 +14,7 @@ use crate::app::threads::{Threads, Work};
 use crate::app::{autoscale, worker};
 use crate::auth::Credentials;
 use crate::autoscale::alerts::Ignored;
-use crate::config::{Serve, Timeouts};
+use crate::config::{Access, Idle, Serve, Timeouts, Traces};
 use crate::health::Health;
 use crate::invoke::{Invoker, Route};
 use crate::limit::CallLimit;
@@ -30,6 +30,7 @@ use crate::serve::listener::bind;
 use crate::serve::{Server, raise_file_limit};
 use crate::shutdown::{Stages, Tasks};
 use crate::system::{Api, AuthProxy};
+use crate::trace::{Observer, Tracer};
 use crate::worker::Worker;
 use crate::worker::attempt::Caller;
 
@@ -68,6 +69,8 @@ struct Parts {
     ignored_alerts: Option<Arc<Ignored>>,
     namespace: Arc<str>,
     tls: Tls,
+    tracer: Option<Tracer>,
+    observer: Option<Arc<Observer>>,
     stages: Stages,
 }
 
@@ -87,7 +90,7 @@ impl Gateway {
                 "scale_from_zero is set, but this version does not wake functions at zero replicas"
             );
         }
-        let parts = Arc::new(Parts::new(config, threads, stages).await?);
+        let parts = Arc::new(Parts::new(config, threads, stages, tasks).await?);
         parts.start_background(metrics_listener, tasks);
         parts.start_autoscale(tasks).await?;
         let server = parts.server();
@@ -138,7 +141,12 @@ fn carry_calls(parts: &Parts, number: usize, server: Server, listener: TcpListen
 }
 
 impl Parts {
-    async fn new(config: Serve, threads: usize, stages: &Stages) -> anyhow::Result<Self> {
+    async fn new(
+        config: Serve,
+        threads: usize,
+        stages: &Stages,
+        tasks: &Tasks,
+    ) -> anyhow::Result<Self> {
         let credentials = match &config.auth.secrets {
             Some(directory) => Some(Credentials::read(directory)?),
             None => None,
@@ -148,7 +156,15 @@ impl Parts {
         // One shard more, for the worker.
         let metrics = Metrics::new(threads + 1, &namespace)?;
         let intake = worker::intake(&config.queue, &metrics).await?;
+        let tls = Tls::default();
+        let idle = config.limits.idle;
+        let tracer = tracer(&config.traces, "gateway", idle, tls.clone(), tasks);
+        let access = config.access_log;
+        let observer = (access != Access::Off || tracer.is_some())
+            .then(|| Arc::new(Observer { access, tracer: tracer.clone() }));
         Ok(Self {
+            tracer,
+            observer,
             provider: Origin::new(config.provider.clone()),
             credentials,
             metrics,
@@ -158,7 +174,7 @@ impl Parts {
             counts: Counts::new(config.prometheus.clone().map(Origin::new)),
             limit,
             namespace,
-            tls: Tls::default(),
+            tls,
             stages: stages.clone(),
             config,
         })
@@ -245,7 +261,8 @@ impl Parts {
             timeout: self.config.timeouts.upstream,
         };
         let provider = self.provider(&client);
-        worker::worker(config, intake, caller, provider, self.tls.clone()).map(Some)
+        let tracer = self.tracer.clone();
+        worker::worker(config, intake, caller, provider, self.tls.clone(), tracer).map(Some)
     }
 
     fn door(&self, thread: usize, client: &Arc<Client>) -> Door {
@@ -282,12 +299,33 @@ impl Parts {
             ignored_alerts: self.ignored_alerts.clone(),
             intake: self.intake.clone(),
         };
-        Door { invoker, api: routes::api(Arc::new(api)), stages: self.stages.clone() }
+        Door {
+            invoker,
+            api: routes::api(Arc::new(api)),
+            stages: self.stages.clone(),
+            observer: self.observer.clone(),
+        }
     }
 }
 
 /// Connections to the metrics port.
 const MAX_SCRAPERS: usize = 256;
+
+/// What tells of calls to a collector of traces, if there is one, as `service`.
+pub(super) fn tracer(
+    config: &Traces,
+    service: &'static str,
+    idle: Idle,
+    tls: Tls,
+    tasks: &Tasks,
+) -> Option<Tracer> {
+    let client = Client::new(idle, tls);
+    let endpoint = config.endpoint.clone()?;
+    let (tracer, exporter) = Tracer::new(endpoint, config.sampling, service, Arc::clone(&client));
+    tasks.spawn(|stopping| exporter.run(stopping));
+    tasks.spawn(|stopping| until(stopping, async move { client.keep_swept().await }));
+    Some(tracer)
+}
 
 /// Serves the port that is for machines only. It stays open while calls are drained.
 pub(super) fn serve_metrics(

@@ -33,6 +33,10 @@ use crate::queue::{Changed, Counts, Delivery, Error, Filter, Handle, Published, 
 const WAITING_CHANGES: usize = 4096;
 /// Nobody waits longer than this for the next call without looking again.
 const LOOK_AGAIN: Duration = Duration::from_secs(1);
+/// A disk that takes longer to keep a call is away.
+const PUBLISH: Duration = Duration::from_secs(10);
+/// What the disk gets to close the file.
+const CLOSE: Duration = Duration::from_millis(1500);
 /// The file, in the state directory.
 const FILE: &str = "queue.redb";
 /// How many calls one look through the file reads.
@@ -108,6 +112,19 @@ impl Embedded {
         Ok(Self { shared, ops })
     }
 
+    /// Whether the file could be used when it was used last.
+    pub(super) fn is_usable(&self) -> bool {
+        self.shared.store.try_read().is_ok_and(|store| store.is_some())
+    }
+
+    /// Closes the file once all that was asked for is done: it need not be repaired when it is opened again.
+    pub async fn close(&self) {
+        let closed = tokio::time::timeout(CLOSE, self.ask(Op::Close)).await;
+        if closed.is_err() {
+            tracing::warn!("The queue's file could not be closed in time");
+        }
+    }
+
     /// An id for a call that is about to be published. Calls with one of these are found without a table of ids.
     pub(super) fn fresh_id(&self) -> String {
         self.shared.ids.make(self.shared.next_number())
@@ -124,7 +141,8 @@ impl Embedded {
             key: call.options.idempotency_key,
             id: call.id,
         };
-        self.ask(|reply| Op::Publish(incoming, reply)).await
+        let published = self.ask(|reply| Op::Publish(incoming, reply));
+        tokio::time::timeout(PUBLISH, published).await.unwrap_or(Err(Error::Away))
     }
 
     pub(super) async fn take(&self, places: usize) -> Result<Delivery, Error> {
@@ -292,9 +310,14 @@ impl Shared {
         };
         changed.map_err(|error| {
             // After a failure redb refuses everything until the file is opened anew.
-            *self.store.write().unwrap_or_else(PoisonError::into_inner) = None;
+            self.close();
             failed(&error)
         })
+    }
+
+    /// Closes the file. The next change opens it again.
+    fn close(&self) {
+        *self.store.write().unwrap_or_else(PoisonError::into_inner) = None;
     }
 
     fn reopen(&self) -> Result<(), Error> {

@@ -10,12 +10,15 @@ use crate::worker::retry::Policy;
 
 /// A changed annotation counts after this time.
 const FRESH: Duration = Duration::from_secs(10);
+/// A provider that did not say is asked again after this time.
+const UNKNOWN: Duration = Duration::from_secs(1);
 /// Functions that are remembered; there are rarely more that fail at a time.
 const MOST: usize = 1000;
 
 /// Policies by function.
 pub struct Policies {
     provider: Provider,
+    /// Until when each holds.
     seen: Mutex<HashMap<Function, (Instant, Policy)>>,
 }
 
@@ -27,12 +30,12 @@ impl Policies {
     /// The policy of `function`; the default one while the provider does not say.
     pub async fn of(&self, function: &Function) -> Policy {
         let now = Instant::now();
-        if let Some((since, policy)) = self.seen().get(function)
-            && now.duration_since(*since) < FRESH
+        if let Some((until, policy)) = self.seen().get(function)
+            && now < *until
         {
             return policy.clone();
         }
-        let policy = match self.provider.status(function).await {
+        let (policy, holds) = match self.provider.status(function).await {
             Ok(status) => {
                 let annotations = status.annotations.unwrap_or_default();
                 let (policy, warnings) =
@@ -40,18 +43,18 @@ impl Policies {
                 for warning in warnings {
                     tracing::warn!(%function, warning, "An annotation is ignored");
                 }
-                policy
+                (policy, FRESH)
             }
             Err(error) => {
                 tracing::debug!(%function, %error, "The default policy of retries is used");
-                Policy::default()
+                (Policy::default(), UNKNOWN)
             }
         };
         let mut seen = self.seen();
         if seen.len() >= MOST {
             seen.clear();
         }
-        seen.insert(function.clone(), (now, policy.clone()));
+        seen.insert(function.clone(), (now + holds, policy.clone()));
         policy
     }
 

@@ -70,6 +70,39 @@ async fn a_body_that_is_too_large_is_refused() {
 }
 
 #[tokio::test]
+async fn bodies_of_unknown_length_take_the_room_that_they_need() {
+    let (state, provider) = (tempfile::tempdir().unwrap(), answering(&[200], ""));
+    let gateway = queueing(&provider, state.path()).start().await;
+    let mut callers = Vec::new();
+    for _ in 0..100 {
+        let mut caller = gateway.connect().await;
+        let head = "POST /async-function/echo HTTP/1.1\r\nHost: g\r\n";
+        caller.send(format!("{head}Transfer-Encoding: chunked\r\n\r\n")).await;
+        caller.send_chunk("some").await;
+        callers.push(caller);
+    }
+    for mut caller in callers {
+        assert_eq!(caller.ask("0\r\n\r\n").await.status(), 202);
+    }
+}
+
+#[tokio::test]
+async fn pages_of_others_may_read_what_they_may_ask() {
+    let (state, provider) = (tempfile::tempdir().unwrap(), answering(&[200], ""));
+    let gateway = queueing(&provider, state.path()).start().await;
+    for (headers, allowed) in [(&["Origin: http://page.test"][..], Some("*")), (&[], None)] {
+        let answer = gateway.queue("echo", headers, "").await;
+        assert_eq!(answer.status(), 202);
+        assert_eq!(answer.header("access-control-allow-origin"), allowed);
+        let state = format!("/async-function/{}", answer.header("x-call-id").unwrap());
+        let answer = gateway.ask("GET", &state, headers).await;
+        assert_eq!(answer.header("access-control-allow-origin"), allowed);
+        let answer = gateway.ask("GET", "/system/queues", headers).await;
+        assert_eq!(answer.header("access-control-allow-origin"), None);
+    }
+}
+
+#[tokio::test]
 async fn a_queue_that_is_full_says_so() {
     let (state, provider) = (tempfile::tempdir().unwrap(), patient().start());
     let gateway = queueing(&provider, state.path())

@@ -13,6 +13,8 @@ pub(super) type Number = u64;
 #[derive(Debug, Default)]
 pub(super) struct Schedule {
     functions: Vec<Line>,
+    /// Places in `functions` that no function has.
+    free: Vec<usize>,
     by_label: HashMap<Arc<str>, usize>,
     /// Functions with calls that can be made now, each once, in turn.
     turn: VecDeque<usize>,
@@ -24,10 +26,15 @@ pub(super) struct Schedule {
     clock: Millis,
     running: usize,
     waiting: usize,
+    /// How many functions had calls when that was last looked at.
+    kept: usize,
 }
 
+/// So many functions are kept though they may have no calls.
+const MANY: usize = 1024;
+
 /// The calls of one function.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 struct Line {
     label: Arc<str>,
     ready: VecDeque<Number>,
@@ -37,6 +44,12 @@ struct Line {
     delayed: usize,
     running: usize,
     in_turn: bool,
+}
+
+impl Line {
+    fn is_empty(&self) -> bool {
+        self.ready.is_empty() && self.delayed == 0 && self.running == 0 && !self.in_turn
+    }
 }
 
 /// A call that was picked.
@@ -52,17 +65,37 @@ impl Schedule {
         if let Some(line) = self.by_label.get(label) {
             return *line;
         }
+        // Names are not checked while the provider is away: they must not add up for ever.
+        if self.by_label.len() >= MANY.max(2 * self.kept) {
+            self.forget_empty();
+        }
         let label: Arc<str> = label.into();
-        self.functions.push(Line {
-            label: Arc::clone(&label),
-            ready: VecDeque::new(),
-            dropped: 0,
-            delayed: 0,
-            running: 0,
-            in_turn: false,
+        let line = Line { label: Arc::clone(&label), ..Line::default() };
+        let place = match self.free.pop() {
+            Some(place) => {
+                self.functions[place] = line;
+                place
+            }
+            None => {
+                self.functions.push(line);
+                self.functions.len() - 1
+            }
+        };
+        self.by_label.insert(label, place);
+        place
+    }
+
+    /// Lets go of functions without calls.
+    fn forget_empty(&mut self) {
+        let (functions, free) = (&self.functions, &mut self.free);
+        self.by_label.retain(|_, place| {
+            let keep = !functions[*place].is_empty();
+            if !keep {
+                free.push(*place);
+            }
+            keep
         });
-        self.by_label.insert(label, self.functions.len() - 1);
-        self.functions.len() - 1
+        self.kept = self.by_label.len();
     }
 
     /// Adds a call that can be made from `due` on.
@@ -171,7 +204,8 @@ impl Schedule {
     pub(super) fn counts(
         &self,
     ) -> impl Iterator<Item = (&str, usize, usize, usize, Option<Number>)> {
-        self.functions.iter().map(|line| {
+        self.by_label.values().map(|place| {
+            let line = &self.functions[*place];
             let oldest = line.ready.iter().find(|number| !self.dropped.contains(number)).copied();
             (&*line.label, line.ready.len() - line.dropped, line.delayed, line.running, oldest)
         })
@@ -222,6 +256,23 @@ mod tests {
         assert_eq!(schedule.waiting(), 4);
         assert_eq!(picks(&mut schedule, 0), [1, 4, 2, 3]);
         assert_eq!(schedule.waiting(), 0);
+    }
+
+    #[test]
+    fn names_without_calls_do_not_add_up() {
+        let mut schedule = Schedule::default();
+        let kept = schedule.line("kept");
+        schedule.add(kept, 0, 1_000_000, 0);
+        for number in 1..100_000 {
+            let line = schedule.line(&number.to_string());
+            schedule.add(line, number, 0, 0);
+            assert_eq!(picks(&mut schedule, 0), [number]);
+            schedule.ended(line);
+        }
+        assert!(schedule.functions.len() <= MANY + 1);
+        let (label, .., delayed, _, _) = schedule.counts().find(|line| line.2 > 0).unwrap();
+        assert_eq!((label, delayed), ("kept", 1));
+        assert_eq!(picks(&mut schedule, 1_000_000), [0]);
     }
 
     #[test]

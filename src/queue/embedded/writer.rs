@@ -1,6 +1,7 @@
 //! The one thread that changes the file. What comes while it writes is written together next: one `fsync` for all.
 
 use std::collections::HashSet;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
 use bytes::Bytes;
@@ -42,6 +43,8 @@ pub(super) enum Op {
     Purge(Vec<String>, Reply<u64>),
     /// Forgets what has been kept for long enough, or some of it; whether there is more.
     Expire(Reply<bool>),
+    /// Closes the file; nothing comes after it.
+    Close(Reply<()>),
 }
 
 impl Op {
@@ -53,6 +56,7 @@ impl Op {
             Self::Cancel(_, reply) | Self::Revive(_, reply) => drop(reply.send(Err(error))),
             Self::Purge(_, reply) => drop(reply.send(Err(error))),
             Self::Expire(reply) => drop(reply.send(Err(error))),
+            Self::Close(reply) => drop(reply.send(Err(error))),
         }
     }
 }
@@ -60,17 +64,33 @@ impl Op {
 /// Writes until nobody is left who could ask for it.
 pub(super) fn run(shared: &Arc<Shared>, mut ops: mpsc::Receiver<Op>) {
     while let Some(first) = ops.blocking_recv() {
-        let mut together = vec![first];
-        while together.len() < TOGETHER
-            && let Ok(op) = ops.try_recv()
-        {
-            together.push(op);
+        let (mut together, mut closing) = (Vec::new(), None);
+        let mut next = Some(first);
+        while let Some(op) = next {
+            match op {
+                Op::Close(reply) => closing = Some(reply),
+                op => together.push(op),
+            }
+            let full = together.len() >= TOGETHER || closing.is_some();
+            next = if full { None } else { ops.try_recv().ok() };
         }
-        write(shared, together);
+        // What a panic leaves half done in memory is in the file as it was before.
+        let written = catch_unwind(AssertUnwindSafe(|| write(shared, together)));
+        if written.is_err() {
+            tracing::error!("The thread that writes the queue's file panicked");
+            shared.close();
+        }
+        if let Some(reply) = closing {
+            shared.close();
+            return drop(reply.send(Ok(())));
+        }
     }
 }
 
 fn write(shared: &Arc<Shared>, ops: Vec<Op>) {
+    if ops.is_empty() {
+        return;
+    }
     let now = now();
     let mut withdrawn = Vec::new();
     let changed = shared.change(|change| {
@@ -133,6 +153,7 @@ impl Batch<'_, '_> {
             Op::Cancel(id, _) => self.cancel(id),
             Op::Revive(id, _) => self.revive(id),
             Op::Purge(ids, _) => self.purge(ids),
+            Op::Close(_) => unreachable!("it is no change"),
             Op::Expire(_) => {
                 let more = self.change.expire(self.now, EXPIRE_AT_ONCE)?;
                 Ok(Applied::Expired { more })

@@ -4,7 +4,7 @@ use std::sync::atomic::Ordering::SeqCst;
 
 use serde_json::json;
 
-use crate::autoscale::support::{Held, Script, rises, said, scaling};
+use crate::autoscale::support::{Held, Script, rises, said, scales, scaling};
 use crate::support::eventually;
 use crate::support::gateway::Gateway;
 use crate::support::provider::Provider;
@@ -18,11 +18,7 @@ fn one_each() -> serde_json::Value {
 async fn replicas_come_with_the_load_and_go_with_it() {
     let (script, mut provider) = Script::start(&[("f", one_each()), ("other", json!({}))]);
     let gateway = scaling(&provider).start().await;
-    gateway
-        .metrics_show("it knows the functions", |metrics| {
-            metrics.get("gateway_autoscale_desired", &[("function_name", "f.fn")]) == Some(1.0)
-        })
-        .await;
+    scales(&gateway, "f.fn").await;
     let mut held = Held::default();
     held.hold(&gateway, &mut provider, "f", 4).await;
     eventually("as many replicas as calls", async || script.replicas("f") == 4).await;
