@@ -62,14 +62,14 @@ pub async fn run(parts: Parts, stopping: CancellationToken) {
     let metrics = Arc::clone(&poll.metrics);
     let (beats, beat) = watch::channel(0);
     let watcher = Watcher {
-        sampler: Sampler::new(Arc::clone(&metrics), intake, 0),
+        sampler: Sampler::new(Arc::clone(&metrics), intake.clone(), 0),
         metrics,
         exchange,
         view: Arc::clone(&view),
         beats,
         began,
     };
-    let rounds = Rounds::new(poll, gauges, rules, Arc::clone(&view), began);
+    let rounds = Rounds::new(poll, gauges, intake, rules, Arc::clone(&view), began);
     let (goes, stays) = (watcher.run(stopping.clone()), async {
         tokio::join!(listen(ear, &view, began), act(rounds, beat));
     });

@@ -16,11 +16,14 @@ use crate::function::Function;
 use crate::metrics::Metrics;
 use crate::metrics::autoscale::{AutoscaleMetrics, Scaled};
 use crate::metrics::replicas::Poll;
+use crate::queued::Intake;
 
 /// For the list of all functions.
 const LIST: Duration = Duration::from_secs(5);
 /// For what all of them use.
 const USAGE: Duration = Duration::from_secs(2);
+/// For a count of what the queue holds.
+const COUNT: Duration = Duration::from_secs(2);
 /// For all changes of a round.
 const CHANGES: Duration = Duration::from_secs(10);
 /// Questions to the provider at a time.
@@ -29,8 +32,8 @@ const AT_ONCE: usize = 8;
 /// What goes from one round to the next.
 pub struct Rounds {
     pub poll: Poll,
-    pub metrics: Arc<Metrics>,
     pub gauges: AutoscaleMetrics,
+    pub intake: Option<Arc<Intake>>,
     pub rules: Rules,
     pub view: Arc<Mutex<View>>,
     pub began: Instant,
@@ -69,12 +72,12 @@ impl Rounds {
     pub fn new(
         poll: Poll,
         gauges: AutoscaleMetrics,
+        intake: Option<Arc<Intake>>,
         rules: Rules,
         view: Arc<Mutex<View>>,
         began: Instant,
     ) -> Self {
-        let (metrics, functions) = (Arc::clone(&poll.metrics), HashMap::new());
-        Self { poll, metrics, gauges, rules, view, began, functions }
+        Self { poll, gauges, intake, rules, view, began, functions: HashMap::new() }
     }
 
     /// Whether a function needs more replicas before the next round is due.
@@ -196,12 +199,16 @@ impl Rounds {
     /// Has the provider make `changes`.
     async fn carry_out(&mut self, changes: Vec<Change>) {
         let mut open: HashSet<Function> = changes.iter().map(|it| it.function.clone()).collect();
+        let waiting = match changes.iter().any(|change| change.decision.desired == 0) {
+            true => self.waiting().await,
+            false => Some(Arc::default()),
+        };
         let make = |change: Change| {
-            let (provider, metrics) = (self.poll.provider.clone(), Arc::clone(&self.metrics));
+            let (provider, metrics) = (self.poll.provider.clone(), Arc::clone(&self.poll.metrics));
+            let waiting = waiting.clone();
             async move {
                 let Change { function, decision, .. } = &change;
-                // A call may have come since the last sample.
-                if decision.desired == 0 && in_flight(&metrics, function) {
+                if decision.desired == 0 && is_called(function, &metrics, waiting.as_deref()) {
                     return None;
                 }
                 let result = provider.scale(function, decision.desired).await;
@@ -224,6 +231,15 @@ impl Rounds {
             if let Some(it) = self.functions.get_mut(&function) {
                 it.memory.failed();
             }
+        }
+    }
+
+    /// Queued calls by function, counted now; `None`: they cannot be counted.
+    async fn waiting(&self) -> Option<Arc<HashMap<Arc<str>, u64>>> {
+        let Some(intake) = &self.intake else { return Some(Arc::default()) };
+        match timeout(COUNT, intake.count()).await {
+            Ok(Ok(())) => intake.held(),
+            Ok(Err(_)) | Err(_) => None,
         }
     }
 
@@ -313,8 +329,13 @@ async fn together<T>(
     answers
 }
 
-/// Whether this gateway carries a call of `function` at this moment.
-fn in_flight(metrics: &Metrics, function: &Function) -> bool {
-    let activity = metrics.activity();
-    activity.get(function.to_string().as_str()).is_some_and(|it| it.in_flight > 0)
+/// Whether there may be a call of `function` at this moment: one may have come since the last sample.
+fn is_called(
+    function: &Function,
+    metrics: &Metrics,
+    waiting: Option<&HashMap<Arc<str>, u64>>,
+) -> bool {
+    let label = function.to_string();
+    waiting.is_none_or(|waiting| waiting.contains_key(label.as_str()))
+        || metrics.activity().get(label.as_str()).is_some_and(|it| it.in_flight > 0)
 }

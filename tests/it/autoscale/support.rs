@@ -72,6 +72,14 @@ impl Script {
         assert!(asked.is_empty(), "{function} was scaled to {asked:?}");
     }
 
+    /// As if it had one replica, and nobody had ever asked for another count.
+    pub(super) fn reset(&self, function: &str) {
+        let mut functions = self.functions.lock().unwrap();
+        let it = functions.get_mut(function).unwrap();
+        it.replicas = 1;
+        it.asked.clear();
+    }
+
     pub(super) fn replicas(&self, function: &str) -> u64 {
         self.functions.lock().unwrap()[function].replicas
     }

@@ -14,9 +14,10 @@ fn soon() -> Value {
 async fn an_idle_function_goes_to_zero_but_never_while_a_call_runs() {
     let (script, mut provider) = Script::start(&[("busy", soon()), ("idle", soon())]);
     let gateway = scaling(&provider).start().await;
-    scales(&gateway, "busy.fn").await;
+    eventually("it knows the functions", async || gateway.is_ready().await).await;
     let mut held = Held::default();
     held.hold(&gateway, &mut provider, "busy", 1).await;
+    script.reset("busy");
     eventually("the idle one sleeps", async || script.replicas("idle") == 0).await;
     // The other one would have had time enough since.
     let lists = script.lists();
@@ -41,6 +42,7 @@ async fn a_queued_call_that_waits_keeps_its_function_awake() {
         .start()
         .await;
     let id = gateway.queued("busy", &[], "later").await;
+    script.reset("busy");
     eventually("the idle one sleeps", async || script.replicas("idle") == 0).await;
     let lists = script.lists();
     eventually("more rounds", async || script.lists() > lists + 4).await;
