@@ -1,6 +1,6 @@
 //! Scales functions by their load: up within seconds, down when a whole window was calm, to zero when nobody calls.
 //!
-//! Every gateway samples what it sees once a second and, where there is NATS, tells the others. One of them acts: it
+//! Every gateway samples what it sees twice a second and, where there is NATS, tells the others. One of them acts: it
 //! asks the provider every two seconds what there is, decides ([`decide`]), and has the provider change what is to be
 //! changed. Waking what is at zero is not done here.
 
@@ -34,12 +34,12 @@ use crate::metrics::replicas::Poll;
 use crate::queued::Intake;
 
 /// Between looks at what is in flight; so many make a sample.
-const LOOK_EVERY: Duration = Duration::from_millis(250);
+const LOOK_EVERY: Duration = Duration::from_millis(125);
 const LOOKS: u32 = 4;
 /// So many samples from one round to the next, unless load has doubled.
-const ROUND: u64 = 2;
+const ROUND: u64 = 4;
 /// Between looks for functions that are no more, in samples.
-const TIDY: u64 = 60;
+const TIDY: u64 = 120;
 
 /// What an autoscaler is made from.
 pub struct Parts {

@@ -23,7 +23,7 @@ pub struct Seen {
     pub wanted: u64,
     /// The mean load over the stable window; `None`: it is not known.
     pub stable: Option<f64>,
-    /// The mean load over the panic window.
+    /// The load of late: the mean over the panic window, or more if that has held for a moment.
     pub sudden: Option<f64>,
     /// Calls run, or wait to be made.
     pub busy: bool,

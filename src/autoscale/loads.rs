@@ -1,4 +1,4 @@
-//! What functions were doing of late: a sample a second, over all gateways. No I/O.
+//! What functions were doing of late: two samples a second, over all gateways. No I/O.
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use crate::autoscale::decide::Millis;
 use crate::autoscale::policy::Kind;
 
-/// What a function was doing for about a second.
+/// What a function was doing for a moment.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Load {
@@ -46,6 +46,15 @@ struct Sample {
 }
 
 impl Load {
+    /// What counts for `kind`; `None` if it is not seen from here.
+    fn of(&self, kind: Kind) -> Option<f64> {
+        match kind {
+            Kind::Rps => Some(self.rps),
+            Kind::Capacity => Some(self.in_flight),
+            Kind::Cpu => None,
+        }
+    }
+
     /// Whether there is a call of any kind.
     pub fn is_some(&self) -> bool {
         self.rps > 0.0 || self.in_flight > 0.0 || self.queued > 0
@@ -109,13 +118,7 @@ impl Loads {
 
     /// The mean load over the last `window`, or since the watch began; `None` before there was anything to see.
     pub fn mean(&self, label: &str, kind: Kind, window: Millis, now: Millis) -> Option<f64> {
-        let value = |load: &Load| match kind {
-            Kind::Rps => Some(load.rps),
-            Kind::Capacity => Some(load.in_flight),
-            // Not seen from here.
-            Kind::Cpu => None,
-        };
-        value(&Load::default())?;
+        Load::default().of(kind)?;
         let watched = now.saturating_sub(self.since).min(window);
         if watched == 0 {
             return None;
@@ -128,11 +131,25 @@ impl Loads {
             .flatten()
             .filter_map(|sample| {
                 let inside = sample.at.saturating_sub(begin).min(sample.span);
-                Some(value(&sample.load)? * inside as f64)
+                Some(sample.load.of(kind)? * inside as f64)
             })
             .sum();
         #[expect(clippy::cast_precision_loss, reason = "far from 2^53 milliseconds")]
         Some(sum / watched as f64)
+    }
+
+    /// The least load over the last `window`: what has held for so long, and was not but a moment's.
+    pub fn least(&self, label: &str, kind: Kind, window: Millis, now: Millis) -> f64 {
+        let begin = now.saturating_sub(window);
+        let Some(track) = self.tracks.get(label) else { return 0.0 };
+        let (mut least, mut covered) = (f64::INFINITY, 0);
+        // The newest first: older ones than it takes are not looked at.
+        for sample in track.samples.iter().rev().take_while(|sample| sample.at > begin) {
+            least = least.min(sample.load.of(kind).unwrap_or_default());
+            covered += sample.span;
+        }
+        // A sample that is not there was one of nothing. Timers are not exact.
+        if covered * 10 >= window * 9 { least } else { 0.0 }
     }
 
     /// Whether calls ran or waited at the last sample.
@@ -186,6 +203,27 @@ mod tests {
         loads.add(2000, 2000, &one(10.0, 0.0));
         loads.add(4000, 2000, &HashMap::new());
         check(&loads, Kind::Rps, 3000, 4000, 10.0 / 3.0);
+    }
+
+    #[test]
+    fn only_what_has_held_counts_as_the_least() {
+        let mut loads = Loads::new(60_000, 0);
+        let add = |loads: &mut Loads, at, rps| loads.add(at, 500, &one(rps, 0.0));
+        let least = |loads: &Loads, now| loads.least("echo", Kind::Rps, 2000, now);
+        for half in 1..=3 {
+            add(&mut loads, half * 500, 9.0);
+        }
+        assert!(least(&loads, 1500).abs() < 1e-9, "not for long enough");
+        add(&mut loads, 2000, 7.0);
+        assert!((least(&loads, 2000) - 7.0).abs() < 1e-9);
+        add(&mut loads, 2500, 0.0);
+        for half in 6..=8 {
+            add(&mut loads, half * 500, 9.0);
+        }
+        assert!(least(&loads, 4000).abs() < 1e-9, "it paused");
+        add(&mut loads, 4500, 8.0);
+        assert!((least(&loads, 4500) - 8.0).abs() < 1e-9);
+        assert!(loads.least("other", Kind::Rps, 2000, 4500).abs() < 1e-9);
     }
 
     #[test]

@@ -1,6 +1,6 @@
 //! The other gateways: what each says it sees, and which one acts. No I/O.
 //!
-//! Each tells the others once a second. The one with the lowest id acts; ids begin with the time of the start, so that
+//! Each tells the others twice a second. The one with the lowest id acts; ids begin with the time of the start, so that
 //! the one that acts stays the same while others come and go.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
@@ -13,7 +13,7 @@ use crate::autoscale::loads::Load;
 /// A gateway that has not been heard of for so long is gone.
 pub const GONE: Millis = 3000;
 /// What was said holds for so long: until the next time, and a little.
-const HOLDS: Millis = 1250;
+const HOLDS: Millis = 750;
 /// Gateways that are listened to.
 const MOST_PEERS: usize = 256;
 /// Functions that one gateway can say something about.
@@ -22,12 +22,12 @@ const MOST_FUNCTIONS: usize = 20_000;
 const IN_MESSAGE: usize = 2000;
 const LONGEST_ID: usize = 64;
 
-/// What a gateway says once a second.
+/// What a gateway says twice a second.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Message {
     pub id: String,
-    /// Counts the seconds; what is said in several messages has the same number.
+    /// Counts the samples; what is said in several messages has the same number.
     pub beat: u64,
     /// Another message belongs to this one.
     pub more: bool,
@@ -200,11 +200,11 @@ mod tests {
         own.hear(message("a", 1, &[("echo", 5.0), ("env", 1.0)]), 0);
         own.hear(message("b", 7, &[("echo", 2.0)]), 0);
         assert!((rps(&own, "echo", 0) - 7.0).abs() < 1e-9);
-        own.hear(message("a", 2, &[("echo", 1.0)]), 1000);
-        assert!((rps(&own, "echo", 1000) - 3.0).abs() < 1e-9);
-        assert!(rps(&own, "env", 1000).abs() < 1e-9);
+        own.hear(message("a", 2, &[("echo", 1.0)]), 500);
+        assert!((rps(&own, "echo", 500) - 3.0).abs() < 1e-9);
+        assert!(rps(&own, "env", 500).abs() < 1e-9);
         // The other one says nothing any more.
-        assert!((rps(&own, "echo", 1300) - 1.0).abs() < 1e-9);
+        assert!((rps(&own, "echo", 800) - 1.0).abs() < 1e-9);
         // A call that the next message does not tell of any more was a call.
         let called = own.take_called();
         assert!(called.contains("env") && called.contains("echo"));
@@ -219,7 +219,7 @@ mod tests {
         let messages = Message::split(&message("a", 3, &[]), many);
         assert_eq!(messages.iter().map(|m| m.more).collect::<Vec<_>>(), [true, true, false]);
         let mut own = Peers::new("own".to_owned(), 0);
-        own.hear(message("a", 2, &[("old", 1.0)]), 0);
+        own.hear(message("a", 2, &[("old", 1.0)]), 500);
         for message in messages {
             assert_eq!(own.loads(1000).count(), 1);
             own.hear(message, 1000);

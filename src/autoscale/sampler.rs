@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use crate::autoscale::decide::Millis;
 use crate::autoscale::loads::Load;
-use crate::metrics::Metrics;
+use crate::metrics::{Activity, Metrics};
 use crate::queued::Intake;
 
 /// Looks at the metrics several times for each sample: calls in flight come and go.
@@ -29,26 +29,30 @@ impl Sampler {
 
     /// Looks at what is in flight.
     pub fn look(&mut self) {
+        let activity = self.metrics.activity();
+        self.look_at(&activity);
+    }
+
+    fn look_at(&mut self, activity: &HashMap<Arc<str>, Activity>) {
         self.looks += 1;
-        for (label, activity) in self.metrics.activity() {
-            if activity.in_flight > 0 {
-                *self.in_flight.entry(label).or_default() += activity.in_flight;
-            }
+        for (label, it) in activity.iter().filter(|(_, it)| it.in_flight > 0) {
+            *self.in_flight.entry(Arc::clone(label)).or_default() += it.in_flight;
         }
     }
 
     /// Looks once more, and says what was since the last sample, and for how long.
     pub fn sample(&mut self, now: Millis) -> (Millis, HashMap<Arc<str>, Load>) {
-        self.look();
+        let activity = self.metrics.activity();
+        self.look_at(&activity);
         let span = now.saturating_sub(self.last).max(1);
         #[expect(clippy::cast_precision_loss, reason = "far from 2^53 milliseconds or calls")]
         let per_second = |calls: u64| calls as f64 * 1000.0 / span as f64;
         let looks = f64::from(self.looks);
         let mut loads: HashMap<Arc<str>, Load> = HashMap::new();
-        for (label, activity) in self.metrics.activity() {
-            let before = self.started.insert(Arc::clone(&label), activity.started);
+        for (label, it) in activity {
+            let before = self.started.insert(Arc::clone(&label), it.started);
             // A function that was forgotten meanwhile counts from zero again.
-            let calls = activity.started.saturating_sub(before.unwrap_or(0));
+            let calls = it.started.saturating_sub(before.unwrap_or(0));
             if calls > 0 {
                 loads.entry(label).or_default().rps = per_second(calls);
             }

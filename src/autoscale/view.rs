@@ -13,6 +13,9 @@ use crate::autoscale::policy::{Kind, Policy};
 /// The shortest panic window; otherwise it is a tenth of the stable one.
 const SHORTEST_PANIC: Millis = 2000;
 
+/// Load that has held for so long counts in full, whatever was before: a mean alone would be slow to see it.
+const HELD: Millis = 2000;
+
 /// What is known. Others are heard between samples.
 pub struct View {
     window: Millis,
@@ -124,7 +127,11 @@ impl View {
         let mean = |window| self.loads.mean(label, policy.kind, window, now);
         let (stable, sudden) = match policy.kind {
             Kind::Cpu => cpu,
-            Kind::Rps | Kind::Capacity => (mean(self.window), mean(panic_window(self.window))),
+            Kind::Rps | Kind::Capacity => {
+                let held = self.loads.least(label, policy.kind, HELD, now);
+                let sudden = mean(panic_window(self.window)).map(|mean| mean.max(held));
+                (mean(self.window), sudden)
+            }
         };
         Seen {
             now,
@@ -204,9 +211,11 @@ mod tests {
         let mut gateway = Gateway::new(true);
         gateway.second(0.0, true);
         gateway.hear("c", 7.0);
-        gateway.second(3.0, true);
-        assert_eq!(gateway.seen().sudden, Some(5.0));
-        let strange = gateway.view.seen("stranger", &Policy::default(), 1, (None, None), 2000);
+        gateway.pass(500, 3.0, true);
+        // Ten in the last half second of one and a half.
+        let sudden = gateway.seen().sudden.unwrap();
+        assert!((sudden - 10.0 / 3.0).abs() < 1e-9, "{sudden}");
+        let strange = gateway.view.seen("stranger", &Policy::default(), 1, (None, None), 1500);
         assert_eq!((strange.sudden, strange.busy), (Some(0.0), false));
     }
 
@@ -244,6 +253,17 @@ mod tests {
         assert!(!gateway.view.acts);
         (0..3).for_each(|_| gateway.second(1.0, true));
         assert!(gateway.view.acts);
+    }
+
+    #[test]
+    fn load_that_has_held_for_two_seconds_counts_in_full() {
+        let mut gateway = Gateway::new(false);
+        gateway.view = View::new(60_000, None, 0);
+        (0..10).for_each(|_| gateway.second(1.0, false));
+        (0..3).for_each(|_| gateway.pass(500, 9.0, false));
+        assert!(gateway.seen().sudden.unwrap() < 9.0);
+        gateway.pass(500, 9.0, false);
+        assert_eq!(gateway.seen().sudden, Some(9.0));
     }
 
     #[test]
