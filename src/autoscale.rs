@@ -12,6 +12,7 @@ pub mod peers;
 pub mod policy;
 pub mod round;
 pub mod sampler;
+mod tended;
 pub mod view;
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};

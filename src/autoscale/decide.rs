@@ -148,18 +148,18 @@ fn by_load(rules: Rules, policy: &Policy, seen: Seen, memory: &mut Memory) -> (u
     let panicking = seen.now < memory.panic_until;
     let recommended = if panicking { stable.max(sudden) } else { stable };
     let highest = memory.recommend(seen.now, recommended, policy.down_window);
-    let kept = match () {
-        () if recommended >= wanted => recommended,
-        () if panicking || !seen.whole => wanted,
-        () => highest.min(wanted).max(recommended),
+    let held = if panicking || !seen.whole { wanted } else { highest.min(wanted) };
+    let desired = recommended.max(held);
+    let reason = if desired == wanted && wanted != seen.wanted {
+        Reason::Bounds
+    } else if desired > recommended {
+        Reason::Held
+    } else if panicking && desired > stable {
+        Reason::Panic
+    } else {
+        Reason::Load
     };
-    let reason = match () {
-        () if kept == wanted && wanted != seen.wanted => Reason::Bounds,
-        () if kept > recommended => Reason::Held,
-        () if panicking && kept > stable => Reason::Panic,
-        () => Reason::Load,
-    };
-    (kept, reason)
+    (desired, reason)
 }
 
 /// So many that each has its proportion of the target at most.

@@ -1,6 +1,6 @@
 //! A round: asks the provider what there is, decides for each function, and has the provider do it.
 
-use std::collections::{HashMap, HashSet, VecDeque};
+use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -8,10 +8,10 @@ use futures_util::StreamExt as _;
 use futures_util::stream;
 use tokio::time::timeout;
 
-use crate::autoscale::decide::{Decision, Memory, Millis, Rules, Seen, decide};
-use crate::autoscale::policy::{BadLabel, Kind, Policy, owns};
+use crate::autoscale::decide::{Millis, Rules, decide};
+use crate::autoscale::policy::{Kind, Policy, owns};
+use crate::autoscale::tended::{Change, Complaint, Tended};
 use crate::autoscale::view::{View, panic_window};
-use crate::error::Error;
 use crate::function::Function;
 use crate::metrics::Metrics;
 use crate::metrics::autoscale::{AutoscaleMetrics, Scaled};
@@ -38,34 +38,6 @@ pub struct Rounds {
     pub view: Arc<Mutex<View>>,
     pub began: Instant,
     functions: HashMap<Function, Tended>,
-}
-
-/// A function that is scaled here.
-#[derive(Debug, Default)]
-struct Tended {
-    label: String,
-    policy: Policy,
-    wanted: u64,
-    memory: Memory,
-    /// Millicores of all replicas, as they were told.
-    cpu: VecDeque<(Millis, f64)>,
-    /// What was said of it in the log, and need not be said again.
-    complaints: HashSet<Complaint>,
-}
-
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
-enum Complaint {
-    Label(BadLabel),
-    NeverZero,
-    NoUsage,
-    Refused,
-}
-
-/// A change that is to be made.
-struct Change {
-    function: Function,
-    seen: Seen,
-    decision: Decision,
 }
 
 impl Rounds {
@@ -245,72 +217,6 @@ impl Rounds {
 
     fn now(&self) -> Millis {
         Millis::try_from(self.began.elapsed().as_millis()).unwrap_or(Millis::MAX)
-    }
-}
-
-impl Tended {
-    /// The mean of what was told since.
-    fn cpu_since(&self, since: Millis) -> Option<f64> {
-        let told = || self.cpu.iter().filter(|(at, _)| *at >= since).map(|(_, cpu)| *cpu);
-        let count = u32::try_from(told().count()).unwrap_or(u32::MAX);
-        (count > 0).then(|| told().sum::<f64>() / f64::from(count))
-    }
-
-    fn complain(&mut self, complaint: Complaint, log: impl FnOnce()) {
-        if self.complaints.insert(complaint) {
-            log();
-        }
-    }
-
-    fn complain_of_labels(&mut self, function: &Function, bad: Vec<BadLabel>, rules: Rules) {
-        // One that was mended may be broken again.
-        self.complaints.retain(|it| match it {
-            Complaint::Label(label) => bad.contains(label),
-            _ => true,
-        });
-        for it in bad {
-            self.complain(Complaint::Label(it.clone()), || {
-                tracing::warn!(
-                    function.name = %function, label = it.label, value = it.value,
-                    "Label {} of {function} is {:?}, not {}: {} holds",
-                    it.label, it.value, it.expected, it.instead
-                );
-            });
-        }
-        if self.policy.zero_after.is_some() && !rules.may_zero {
-            self.complain(Complaint::NeverZero, || {
-                tracing::warn!(
-                    function.name = %function,
-                    "{function} is not scaled to zero: without scale_from_zero nothing wakes it"
-                );
-            });
-        }
-    }
-
-    /// Says what was done, or that it could not be.
-    fn log(&mut self, change: &Change, result: Result<(), Error>) {
-        let Change { function, seen, decision } = change;
-        let (from, to, reason) = (seen.wanted, decision.desired, decision.reason.word());
-        match result {
-            Ok(()) => {
-                self.complaints.remove(&Complaint::Refused);
-                // Where it is known, the next list will say the same.
-                self.wanted = to;
-                tracing::info!(
-                    function.name = %function, from, to, reason,
-                    load = seen.stable, load_now = seen.sudden,
-                    scaling_type = self.policy.kind.word(),
-                    target = self.policy.target * self.policy.proportion,
-                    "Scaled {function} from {from} to {to}"
-                );
-            }
-            Err(error) => self.complain(Complaint::Refused, || {
-                tracing::warn!(
-                    function.name = %function, from, to, reason, %error,
-                    "{function} cannot be scaled from {from} to {to}"
-                );
-            }),
-        }
     }
 }
 
