@@ -25,6 +25,7 @@ mod queue;
 mod queue_jetstream;
 mod queue_limits;
 mod queue_loss;
+mod queue_stan;
 mod start;
 mod stop;
 mod streams;
