@@ -1,6 +1,7 @@
 //! Where the rooms are introduced to each other: one builder for each role, and the way from a command line to an
 //! exit status.
 
+mod autoscale;
 pub mod gateway;
 mod provider;
 mod threads;

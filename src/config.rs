@@ -2,6 +2,7 @@
 //! comes in as a function, so that a test passes a table.
 
 pub mod allow;
+pub mod autoscale;
 pub mod base_url;
 pub mod cli;
 pub mod duration;
@@ -17,6 +18,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use crate::config::allow::Allow;
+use crate::config::autoscale::Autoscale;
 use crate::config::base_url::BaseUrl;
 pub use crate::config::nats::Nats;
 use crate::config::reader::{Mistake, Reader};
@@ -43,6 +45,8 @@ pub struct Serve {
     pub direct_functions: Option<String>,
     /// `scale_from_zero`: how calls of functions that are not ready are treated; `None`: as all others.
     pub cold_start: Option<ColdStart>,
+    /// `autoscale`
+    pub autoscale: Option<Autoscale>,
     /// `faas_prometheus_host`, `faas_prometheus_port`; `None`: counts come from this process's own metrics.
     pub prometheus: Option<BaseUrl>,
     pub timeouts: Timeouts,
@@ -195,6 +199,7 @@ impl Serve {
         serve.prometheus = prometheus;
         serve.direct_functions = direct_functions;
         serve.cold_start = ColdStart::if_asked_for(&mut from);
+        serve.autoscale = Autoscale::parse(&mut from, false);
         from.finish(serve)
     }
 
@@ -209,6 +214,7 @@ impl Serve {
             namespace: from.text("function_namespace"),
             direct_functions: None,
             cold_start: None,
+            autoscale: None,
             prometheus: None,
             timeouts: Timeouts {
                 read: from.positive_duration("read_timeout"),
@@ -332,6 +338,7 @@ impl Up {
         let queue = Queue::common(&mut from, Backend::Embedded, "loopback", Nats::default());
         let mut serve = Serve::common(&mut from, loopback, nowhere(), queue);
         serve.cold_start = Some(ColdStart::parse(&mut from));
+        serve.autoscale = Autoscale::parse(&mut from, true);
         serve.local_only = serve.auth.secrets.is_none() && serve.auth.proxy.is_none();
         from.finish(Self { serve, provider, stack })
     }

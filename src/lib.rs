@@ -25,6 +25,7 @@ pub mod trace;
 // What is done with a request.
 pub mod alerts;
 pub mod answer;
+pub mod autoscale;
 pub mod health;
 pub mod invoke;
 pub mod logs;

@@ -17,7 +17,7 @@ use serde::de::DeserializeOwned;
 use crate::auth::Credentials;
 use crate::error::Error;
 use crate::function::Function;
-use crate::provider::types::{FunctionSummary, ScaleRequest};
+use crate::provider::types::{FunctionSummary, ScaleRequest, Usage};
 use crate::proxy::body::RequestBody;
 use crate::proxy::client::{Client, Origin};
 use crate::proxy::upstream_body::{BodyFailure, UpstreamBody};
@@ -57,7 +57,7 @@ impl Provider {
     /// # Errors
     /// `NoSuchFunction` when the provider does not know it.
     pub async fn status(&self, function: &Function) -> Result<FunctionSummary, Error> {
-        self.status_held(function, Duration::ZERO).await
+        self.summary(function, false, Duration::ZERO).await
     }
 
     /// `GET /system/function/NAME`, whose answer the provider may hold back until the function can be called, for at
@@ -70,7 +70,24 @@ impl Provider {
         function: &Function,
         hold: Duration,
     ) -> Result<FunctionSummary, Error> {
-        let target = format!("/system/function/{}{}&usage=false", function.name, query(function));
+        self.summary(function, false, hold).await
+    }
+
+    /// What all replicas of a function use together, if the provider tells.
+    ///
+    /// # Errors
+    /// `NoSuchFunction` when the provider does not know it.
+    pub async fn usage(&self, function: &Function) -> Result<Option<Usage>, Error> {
+        Ok(self.summary(function, true, Duration::ZERO).await?.usage)
+    }
+
+    async fn summary(
+        &self,
+        function: &Function,
+        usage: bool,
+        hold: Duration,
+    ) -> Result<FunctionSummary, Error> {
+        let target = format!("/system/function/{}{}&usage={usage}", function.name, query(function));
         let mut headers = HeaderMap::new();
         if !hold.is_zero() {
             headers.insert(PREFER, wait(hold));

@@ -1,8 +1,10 @@
 //! `/async-function/…`: calls that are made later, what became of them, and their answers.
 
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use arc_swap::ArcSwapOption;
 use axum::Json;
 use axum::body::Body;
 use axum::extract::{Extension, Path, Request, State};
@@ -55,17 +57,29 @@ pub struct Intake {
     pub max_body: usize,
     pub metrics: QueueMetrics,
     room: Arc<Semaphore>,
+    /// What could be made now or is being made, as it was counted last.
+    held: ArcSwapOption<HashMap<Arc<str>, u64>>,
 }
 
 impl Intake {
     pub fn new(queue: Queue, max_body: usize, metrics: QueueMetrics) -> Arc<Self> {
-        Arc::new(Self { queue, max_body, metrics, room: Arc::new(Semaphore::new(BODIES)) })
+        let (room, held) = (Arc::new(Semaphore::new(BODIES)), ArcSwapOption::empty());
+        Arc::new(Self { queue, max_body, metrics, room, held })
     }
 
     /// Counts what the queue holds.
     pub async fn count(&self) -> Result<(), queue::Error> {
         let now = now();
-        let counts = self.queue.counts().await?;
+        let counts = match self.queue.counts().await {
+            // One that cannot tell holds nothing, for all that is known.
+            Err(queue::Error::Unsupported(_)) => Vec::new(),
+            counts => counts?,
+        };
+        let held = counts.iter().filter(|(_, counts)| counts.pending + counts.running > 0);
+        let held = held.map(|(function, counts)| {
+            (function.to_string().into(), counts.pending + counts.running)
+        });
+        self.held.store(Some(Arc::new(held.collect())));
         let line = |(function, counts): (Function, Counts)| Line {
             label: function.to_string(),
             pending: counts.pending,
@@ -76,6 +90,11 @@ impl Intake {
         };
         self.metrics.holds(counts.into_iter().map(line).collect());
         Ok(())
+    }
+
+    /// Calls by function that run or could be made, as they were counted last; `None`: they were not yet.
+    pub fn held(&self) -> Option<Arc<HashMap<Arc<str>, u64>>> {
+        self.held.load_full()
     }
 
     /// The largest body that is taken in.

@@ -18,6 +18,7 @@ use http_body_util::{BodyExt, Limited};
 use serde_json::{Value, json};
 
 use crate::auth::{Credentials, too_large_or_broken};
+use crate::autoscale::alerts::Ignored;
 use crate::config::Timeouts;
 use crate::config::base_url::BaseUrl;
 use crate::error::Error;
@@ -55,6 +56,8 @@ pub struct Api {
     pub metrics: Arc<Metrics>,
     pub health: Arc<Health>,
     pub counts: Arc<Counts>,
+    /// Which alerts mean nothing, where functions are scaled by their load.
+    pub ignored_alerts: Option<Arc<Ignored>>,
     /// Takes queued calls in, where there is a queue.
     pub intake: Option<Arc<Intake>>,
 }

@@ -11,8 +11,10 @@ use hyper::service::service_fn;
 use tokio_util::sync::CancellationToken;
 
 use crate::app::threads::{Threads, Work};
-use crate::app::worker::{self, Part};
+use crate::app::worker::Part;
+use crate::app::{autoscale, worker};
 use crate::auth::Credentials;
+use crate::autoscale::alerts::Ignored;
 use crate::config::{Access, Backend, Idle, Serve, Timeouts, Traces};
 use crate::health::Health;
 use crate::invoke::{Invoker, Route};
@@ -67,6 +69,7 @@ struct Parts {
     counts: Arc<Counts>,
     intake: Option<Arc<Intake>>,
     scaling: Option<Arc<Scaling>>,
+    ignored_alerts: Option<Arc<Ignored>>,
     namespace: Arc<str>,
     tls: Tls,
     /// What background work calls the provider with.
@@ -89,6 +92,7 @@ impl Gateway {
         let metrics_address = metrics_listener.local_addr()?;
         let parts = Arc::new(Parts::new(config, threads, stages, tasks).await?);
         parts.start_background(metrics_listener, tasks);
+        parts.start_autoscale(tasks).await?;
         let server = parts.server();
         let worker = parts.worker(threads)?.map(|worker| {
             let stages = stages.clone();
@@ -178,6 +182,7 @@ impl Parts {
             health: Health::new(stages.clone(), Arc::clone(&limit)),
             intake,
             scaling,
+            ignored_alerts: config.autoscale.map(|_| Arc::default()),
             counts: Counts::new(config.prometheus.clone().map(Origin::new)),
             limit,
             namespace,
@@ -206,15 +211,7 @@ impl Parts {
 
     fn start_background(self: &Arc<Self>, metrics_listener: TcpListener, tasks: &Tasks) {
         let client = Arc::clone(&self.client);
-        // Readiness hangs on it, so it does not wait for as long as a call may take.
-        let timeout = self.config.timeouts.upstream.min(LONGEST_POLL);
-        let poll = Poll {
-            provider: Provider { timeout, ..self.provider(&client) },
-            default_namespace: Arc::clone(&self.namespace),
-            metrics: Arc::clone(&self.metrics),
-            health: Arc::clone(&self.health),
-            shows_replicas: true,
-        };
+        let poll = self.poll(&client);
         tasks.spawn(|stopping| poll.run(stopping));
         tasks.spawn(|stopping| until(stopping, async move { client.keep_swept().await }));
         if let Some(credentials) = self.credentials.clone() {
@@ -226,6 +223,29 @@ impl Parts {
         }
         let router = routes::internal(Arc::clone(&self.metrics));
         serve_metrics(router, metrics_listener, self.config.timeouts, tasks);
+    }
+
+    /// Scales functions by their load, if that is asked for.
+    async fn start_autoscale(&self, tasks: &Tasks) -> anyhow::Result<()> {
+        let Some(config) = self.config.autoscale else { return Ok(()) };
+        let client = Client::new(self.config.limits.idle, self.tls.clone());
+        let (poll, intake) = (self.poll(&client), self.intake.clone());
+        let may_zero = self.config.cold_start.is_some();
+        autoscale::start(config, &self.config.queue, may_zero, poll, intake, tasks).await?;
+        tasks.spawn(|stopping| until(stopping, async move { client.keep_swept().await }));
+        Ok(())
+    }
+
+    fn poll(&self, client: &Arc<Client>) -> Poll {
+        // Readiness hangs on it, so it does not wait for as long as a call may take.
+        let timeout = self.config.timeouts.upstream.min(LONGEST_POLL);
+        Poll {
+            provider: Provider { timeout, ..self.provider(client) },
+            default_namespace: Arc::clone(&self.namespace),
+            metrics: Arc::clone(&self.metrics),
+            health: Arc::clone(&self.health),
+            shows_replicas: true,
+        }
     }
 
     fn provider(&self, client: &Arc<Client>) -> Provider {
@@ -292,6 +312,7 @@ impl Parts {
             metrics: Arc::clone(&self.metrics),
             health: Arc::clone(&self.health),
             counts: Arc::clone(&self.counts),
+            ignored_alerts: self.ignored_alerts.clone(),
             intake: self.intake.clone(),
         };
         Door {

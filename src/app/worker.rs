@@ -102,9 +102,8 @@ pub(super) async fn intake(
     default_namespace: &str,
     part: Part,
 ) -> anyhow::Result<Option<Arc<Intake>>> {
-    let ttl = u64::try_from(config.result_ttl.as_millis()).unwrap_or(u64::MAX / 2);
-    let limits = Limits { pending: config.max_pending, result_ttl: ttl, key_ttl: ttl };
-    let nats = || options(&config.nats, limits);
+    let limits = limits(config);
+    let nats = || options(config);
     let stan = || stan_options(&config.nats, default_namespace, part);
     let queue = match config.backend {
         Backend::None => return Ok(None),
@@ -120,7 +119,14 @@ pub(super) async fn intake(
     Ok(Some(Intake::new(queue, config.max_body, metrics.queue(name)?)))
 }
 
-fn options(nats: &config::Nats, limits: Limits) -> Options {
+fn limits(config: &config::Queue) -> Limits {
+    let ttl = u64::try_from(config.result_ttl.as_millis()).unwrap_or(u64::MAX / 2);
+    Limits { pending: config.max_pending, result_ttl: ttl, key_ttl: ttl }
+}
+
+/// How NATS is reached.
+pub(super) fn options(config: &config::Queue) -> Options {
+    let nats = &config.nats;
     let auth = match (&nats.creds, &nats.nkey_seed, &nats.token, &nats.login) {
         (Some(file), ..) => Auth::Credentials(file.clone()),
         (None, Some(file), ..) => Auth::NkeySeed(file.clone()),
@@ -140,7 +146,7 @@ fn options(nats: &config::Nats, limits: Limits) -> Options {
         queue: nats.queue.clone(),
         replicas: nats.replicas,
         lease: nats.lease,
-        limits,
+        limits: limits(config),
     }
 }
 

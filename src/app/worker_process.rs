@@ -6,7 +6,7 @@ use anyhow::{Context, bail};
 
 use crate::app::threads::Threads;
 use crate::app::worker::Part;
-use crate::app::{gateway, until_stopped, worker};
+use crate::app::{autoscale, gateway, until_stopped, worker};
 use crate::auth::Credentials;
 use crate::config::{self, Shutdown, Target};
 use crate::health::Health;
@@ -98,6 +98,9 @@ async fn start(config: config::Worker, stages: &Stages, tasks: &Tasks) -> anyhow
     tasks.spawn(|stopping| gateway::until(stopping, async move { polls.keep_swept().await }));
     if let Some(credentials) = credentials {
         tasks.spawn(|stopping| credentials.follow(stopping));
+    }
+    if matches!(config.target, Target::Provider(_)) {
+        autoscale::tell(&config.queue, Arc::clone(&metrics), tasks).await?;
     }
     let tidied = Arc::clone(&health);
     tasks.spawn(|stopping| worker::keep_tidy(intake, tidied, false, stopping));

@@ -103,6 +103,10 @@ settings! {
         "How long a call waits for its function to become ready; then it is answered 503."
     cold_start_queue COUNT "1000" SUW
         "Calls that wait for one function; beyond it further ones are answered 503."
+    autoscale CHOICE "auto" SU
+        "Scale functions by their load, if their labels com.openfaas.scale.* say how: true, false, or auto (for up alone). Several gateways need faas_nats_address to see each other's calls."
+    autoscale_window DURATION "60s" SU
+        "What load is averaged over before replicas are taken away; a tenth of it for load that has doubled. From 2s to 1h."
     faas_prometheus_host HOST "prometheus" S
         "Prometheus, asked for invocationCount in GET /system/functions; while it is away the list comes without."
     faas_prometheus_port PORT "9090" S

@@ -11,6 +11,7 @@ mod process_provider;
 
 mod api;
 mod auth;
+mod autoscale;
 mod broken;
 mod callback;
 mod chaos;
