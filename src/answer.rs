@@ -13,6 +13,7 @@ use http_body::{Body, Frame, SizeHint};
 use crate::limit::Place;
 use crate::metrics::calls::{Call, End};
 use crate::proxy::upstream_body::{BodyFailure, UpstreamBody};
+use crate::trace::Trip;
 use crate::watch::Watch;
 
 type BoxError = Box<dyn Error + Send + Sync>;
@@ -41,6 +42,7 @@ pub struct Answer {
     /// How long the connection may wait for another request.
     idle: Duration,
     end: End,
+    trip: Option<Box<Trip>>,
 }
 
 impl Answer {
@@ -50,7 +52,12 @@ impl Answer {
         watch: Arc<Watch>,
         idle: Duration,
     ) -> Self {
-        Self { content, in_flight, watch, idle, end: End::Left }
+        Self { content, in_flight, watch, idle, end: End::Left, trip: None }
+    }
+
+    /// Has `trip` hear of the answer and its end.
+    pub fn watched_by(&mut self, trip: Box<Trip>) {
+        self.trip = Some(trip);
     }
 }
 
@@ -78,6 +85,9 @@ impl Body for Answer {
         };
         if matches!(polled, Poll::Ready(None)) {
             self.end = End::Whole;
+        }
+        if let (Some(trip), Poll::Ready(Some(Ok(frame)))) = (&mut self.trip, &polled) {
+            trip.passed(frame.data_ref().map_or(0, Bytes::len));
         }
         polled
     }
@@ -116,6 +126,9 @@ impl Drop for Answer {
         if let Some(InFlight { call, place }) = self.in_flight.take() {
             call.ended(self.end, now);
             drop(place);
+        }
+        if let Some(trip) = self.trip.take() {
+            trip.ended(self.end);
         }
         self.watch.call_ended(now, self.idle);
     }

@@ -7,6 +7,7 @@ pub mod cli;
 pub mod duration;
 pub mod reader;
 pub mod settings;
+mod telemetry;
 pub mod worker;
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
@@ -16,6 +17,7 @@ use std::time::Duration;
 use crate::config::allow::Allow;
 use crate::config::base_url::BaseUrl;
 use crate::config::reader::{Mistake, Reader};
+pub use crate::config::telemetry::{Access, Log, Traces};
 pub use crate::config::worker::{Target, Worker};
 
 /// Settings of `gateway serve`.
@@ -43,6 +45,9 @@ pub struct Serve {
     pub limits: Limits,
     pub auth: Auth,
     pub queue: Queue,
+    pub traces: Traces,
+    /// `access_log`
+    pub access_log: Access,
     /// Whether the API is for this machine alone.
     pub local_only: bool,
     pub shutdown: Shutdown,
@@ -221,15 +226,6 @@ pub struct Up {
     pub stack: Option<PathBuf>,
 }
 
-/// How the process logs; every role has these.
-#[derive(Clone, Debug)]
-pub struct Log {
-    /// `log_level`: a filter as `tracing_subscriber::EnvFilter` takes it.
-    pub filter: String,
-    /// `log_format`
-    pub json: bool,
-}
-
 /// The variables of this process that functions on it get to see.
 const INHERITED: [&str; 5] = ["PATH", "HOME", "LANG", "TZ", "TMPDIR"];
 
@@ -283,6 +279,8 @@ impl Serve {
                 proxy_pass_body: from.boolean("auth_proxy_pass_body"),
             },
             queue,
+            traces: Traces::parse(from),
+            access_log: Access::parse(from),
             local_only: false,
             shutdown: Shutdown {
                 delay: from.duration("shutdown_delay"),
@@ -382,21 +380,6 @@ impl Up {
         let mut serve = Serve::common(&mut from, loopback, nowhere(), queue);
         serve.local_only = serve.auth.secrets.is_none() && serve.auth.proxy.is_none();
         from.finish(Self { serve, provider, stack })
-    }
-}
-
-impl Log {
-    pub fn parse(mut from: Reader<'_>) -> Result<Self, Vec<Mistake>> {
-        let json = from.parsed("log_format", "text or json", |text| match text {
-            "text" => Some(false),
-            "json" => Some(true),
-            _ => None,
-        });
-        let expected = "a level or filter such as info, debug or gateway=debug,info";
-        let filter = from.parsed("log_level", expected, |text| {
-            text.parse::<tracing_subscriber::filter::Targets>().ok().map(|_| text.to_owned())
-        });
-        from.finish(Self { filter: filter.unwrap_or_default(), json: json.unwrap_or_default() })
     }
 }
 

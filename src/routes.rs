@@ -2,7 +2,7 @@
 
 use std::convert::Infallible;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use axum::Router;
 use axum::extract::State;
@@ -25,6 +25,7 @@ use crate::queued::operate;
 use crate::serve::caller::Caller;
 use crate::shutdown::Stages;
 use crate::system::{self, Api};
+use crate::trace::{Observer, Trip};
 use crate::{alerts, auth, health, logs, metrics, queued, same_origin, ui};
 
 /// The public port, functions apart: those are matched before, in [`Door::enter`].
@@ -126,11 +127,19 @@ pub struct Door {
     pub invoker: Invoker,
     pub api: Router,
     pub stages: Stages,
+    /// Hears of each request, if somebody wants to know.
+    pub observer: Option<Arc<Observer>>,
 }
 
 /// A request that has been looked at, and is about to be answered.
+pub struct Entered {
+    errand: Errand,
+    trip: Option<Box<Trip>>,
+}
+
+/// What is to be done for it.
 #[expect(clippy::large_enum_variant, reason = "most are calls, and none is kept")]
-pub enum Entered {
+enum Errand {
     Call(invoke::Prepared),
     /// One to the API, with nothing left to be said of its head here.
     Api(Box<Request<Incoming>>),
@@ -139,20 +148,26 @@ pub enum Entered {
 
 impl Door {
     /// Looks at a request, whatever it is.
-    pub fn enter(&self, caller: &Caller, request: Request<Incoming>) -> Entered {
+    pub fn enter(&self, caller: &Caller, mut request: Request<Incoming>) -> Entered {
         let began = caller.watch.call_begins();
+        let observer = self.observer.as_ref();
+        let trip = observer.and_then(|it| it.begin(caller.address, &mut request, began));
+        Entered { errand: self.look_at(caller, request, began), trip }
+    }
+
+    fn look_at(&self, caller: &Caller, request: Request<Incoming>, began: Instant) -> Errand {
         if !request.body().is_end_stream() {
             caller.watch.body_until(began + self.invoker.timeouts.read);
         }
         let is_call = request.uri().path().starts_with("/function/");
         match check(&request) {
-            Err(error) if is_call => Entered::Refused(self.invoker.refuse(caller, &error, request)),
-            Err(error) => Entered::Refused(Box::new(self.wrap(caller, error.into_response()))),
+            Err(error) if is_call => Errand::Refused(self.invoker.refuse(caller, &error, request)),
+            Err(error) => Errand::Refused(Box::new(self.wrap(caller, error.into_response()))),
             Ok(()) if is_call => self
                 .invoker
                 .prepare(caller, request, began)
-                .map_or_else(Entered::Refused, Entered::Call),
-            Ok(()) => Entered::Api(Box::new(request)),
+                .map_or_else(Errand::Refused, Errand::Call),
+            Ok(()) => Errand::Api(Box::new(request)),
         }
     }
 
@@ -162,14 +177,17 @@ impl Door {
         caller: &Caller,
         entered: Entered,
     ) -> Result<http::Response<Answer>, Infallible> {
-        let mut answer = match entered {
-            Entered::Call(prepared) => self.invoker.carry(caller, prepared).await,
+        let Entered { errand, trip } = entered;
+        let mut answer = match errand {
+            Errand::Call(prepared) => self.invoker.carry(caller, prepared).await,
             // Boxed, lest its size be carried along by every call.
-            Entered::Api(request) => {
-                self.wrap(caller, Box::pin(self.route(caller, *request)).await)
-            }
-            Entered::Refused(answer) => *answer,
+            Errand::Api(request) => self.wrap(caller, Box::pin(self.route(caller, *request)).await),
+            Errand::Refused(answer) => *answer,
         };
+        if let Some(mut trip) = trip {
+            trip.answered(answer.status(), answer.headers());
+            answer.body_mut().watched_by(trip);
+        }
         // After a change of protocols, `Connection` is what names the change.
         if self.stages.is_leaving() && answer.status() != StatusCode::SWITCHING_PROTOCOLS {
             answer.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));

@@ -16,6 +16,8 @@ use crate::queue::status::{Answer, Settlement, State};
 use crate::queue::{Delivery, Error, now};
 use crate::queued::Intake;
 use crate::shutdown::Stages;
+use crate::trace::span::Kind;
+use crate::trace::{Open, Tracer};
 use crate::worker::attempt::{Attempt, Caller};
 use crate::worker::callback::{Callbacks, Report, random};
 use crate::worker::policies::Policies;
@@ -37,6 +39,8 @@ pub struct Worker {
     /// So much of an answer's body is kept.
     pub max_result_body: usize,
     pub prints: Prints,
+    /// Tells of each attempt, if somebody wants to know.
+    pub tracer: Option<Tracer>,
 }
 
 /// What of each call is logged beside its failures.
@@ -99,8 +103,15 @@ impl Worker {
             let reason = Some("it was not made before it expired".to_owned());
             Settlement::Finished { state: State::Failed, status: None, reason, answer: None }
         } else {
-            let attempt = self.caller.make(call, self.keeps(call)).await;
-            self.settlement(&delivery, attempt).await
+            let span = self.begin_span(&delivery);
+            let context = span.as_ref().map(Open::context);
+            let attempt = self.caller.make(call, self.keeps(call), context).await;
+            let outcome = (attempt.status, attempt.reason.clone());
+            let settlement = self.settlement(&delivery, attempt, span.as_ref()).await;
+            if let Some(span) = span {
+                end_span(span, outcome);
+            }
+            settlement
         };
         self.print(&delivery, &settlement);
         // One that cannot be settled must not be made again at once: the queue would be asked until it can.
@@ -116,6 +127,18 @@ impl Worker {
             Settlement::Dead { .. } => self.intake.metrics.buried(),
             Settlement::Finished { .. } => self.intake.metrics.processed(),
         }
+    }
+
+    fn begin_span(&self, delivery: &Delivery) -> Option<Open> {
+        let call = &delivery.call;
+        let name = format!("process {}", call.function);
+        let mut span = self.tracer.as_ref()?.begin(&call.headers, Kind::Consumer, name)?;
+        let waited = now().saturating_sub(call.options.submitted_at);
+        span.note("gateway.call_id", call.id.as_str());
+        span.note("faas.invoked_name", call.function.to_string().as_str());
+        span.note("gateway.attempt", delivery.attempts + 1);
+        span.note("gateway.queued_ms", i64::try_from(waited).unwrap_or(i64::MAX));
+        Some(span)
     }
 
     fn print(&self, delivery: &Delivery, settlement: &Settlement) {
@@ -140,7 +163,12 @@ impl Worker {
         self.max_result_body.max(told)
     }
 
-    async fn settlement(&self, delivery: &Delivery, attempt: Attempt) -> Settlement {
+    async fn settlement(
+        &self,
+        delivery: &Delivery,
+        attempt: Attempt,
+        span: Option<&Open>,
+    ) -> Settlement {
         let call = &delivery.call;
         let made = delivery.attempts + 1;
         // A success that nobody is told of needs no policy, and so no question to the provider.
@@ -156,7 +184,7 @@ impl Worker {
             let at = now() + Millis::try_from(pause.as_millis()).unwrap_or(Millis::MAX / 2);
             return Settlement::Retry { at, status, reason };
         }
-        if let Some(failure) = self.tell(call, &attempt, made, policy.attempts).await {
+        if let Some(failure) = self.tell(call, &attempt, made, policy.attempts, span).await {
             reason = Some(failure);
         }
         let answer = attempt.into_answer(self.max_result_body);
@@ -180,8 +208,10 @@ impl Worker {
         attempt: &Attempt,
         attempts: u32,
         max_attempts: u32,
+        span: Option<&Open>,
     ) -> Option<String> {
         let url = call.options.callback.as_ref()?;
+        let span = span.and_then(|it| it.part(Kind::Client, "callback".to_owned()));
         let report = Report {
             call_id: call.id.clone(),
             function: call.function.to_string(),
@@ -192,9 +222,24 @@ impl Worker {
             took: attempt.took,
             attempts,
             max_attempts,
+            context: span.as_ref().map(Open::context),
         };
-        let error = self.callbacks.send(url, &report).await.err()?;
+        let error = self.callbacks.send(url, &report).await.err();
+        if let Some(span) = span {
+            span.ended(error.as_ref().map(ToString::to_string));
+        }
+        let error = error?;
         tracing::warn!(call_id = call.id, function = %call.function, %error, "A callback failed");
         Some(format!("the callback failed: {error}"))
     }
+}
+
+/// An attempt is over: with a status, or with a reason for there being none.
+fn end_span(mut span: Open, outcome: (Option<u16>, Option<String>)) {
+    let (status, reason) = outcome;
+    if let Some(status) = status {
+        span.note("http.response.status_code", status);
+    }
+    let failed = status.is_some_and(|status| status >= 500);
+    span.ended(reason.or_else(|| failed.then(|| "the function failed".to_owned())));
 }

@@ -13,7 +13,7 @@ use tokio_util::sync::CancellationToken;
 use crate::app::threads::{Threads, Work};
 use crate::app::worker;
 use crate::auth::Credentials;
-use crate::config::{Serve, Timeouts};
+use crate::config::{Access, Idle, Serve, Timeouts, Traces};
 use crate::health::Health;
 use crate::invoke::{Invoker, Route};
 use crate::limit::CallLimit;
@@ -29,6 +29,7 @@ use crate::serve::listener::bind;
 use crate::serve::{Server, raise_file_limit};
 use crate::shutdown::{Stages, Tasks};
 use crate::system::{Api, AuthProxy};
+use crate::trace::{Observer, Tracer};
 use crate::worker::Worker;
 use crate::worker::attempt::Caller;
 
@@ -66,6 +67,8 @@ struct Parts {
     intake: Option<Arc<Intake>>,
     namespace: Arc<str>,
     tls: Tls,
+    tracer: Option<Tracer>,
+    observer: Option<Arc<Observer>>,
     stages: Stages,
 }
 
@@ -85,7 +88,7 @@ impl Gateway {
                 "scale_from_zero is set, but this version does not wake functions at zero replicas"
             );
         }
-        let parts = Arc::new(Parts::new(config, threads, stages).await?);
+        let parts = Arc::new(Parts::new(config, threads, stages, tasks).await?);
         parts.start_background(metrics_listener, tasks);
         let server = parts.server();
         let worker = parts.worker(threads)?.map(|worker| {
@@ -135,7 +138,12 @@ fn carry_calls(parts: &Parts, number: usize, server: Server, listener: TcpListen
 }
 
 impl Parts {
-    async fn new(config: Serve, threads: usize, stages: &Stages) -> anyhow::Result<Self> {
+    async fn new(
+        config: Serve,
+        threads: usize,
+        stages: &Stages,
+        tasks: &Tasks,
+    ) -> anyhow::Result<Self> {
         let credentials = match &config.auth.secrets {
             Some(directory) => Some(Credentials::read(directory)?),
             None => None,
@@ -145,7 +153,15 @@ impl Parts {
         // One shard more, for the worker.
         let metrics = Metrics::new(threads + 1, &namespace)?;
         let intake = worker::intake(&config.queue, &metrics).await?;
+        let tls = Tls::default();
+        let idle = config.limits.idle;
+        let tracer = tracer(&config.traces, "gateway", idle, tls.clone(), tasks);
+        let access = config.access_log;
+        let observer = (access != Access::Off || tracer.is_some())
+            .then(|| Arc::new(Observer { access, tracer: tracer.clone() }));
         Ok(Self {
+            tracer,
+            observer,
             provider: Origin::new(config.provider.clone()),
             credentials,
             metrics,
@@ -154,7 +170,7 @@ impl Parts {
             counts: Counts::new(config.prometheus.clone().map(Origin::new)),
             limit,
             namespace,
-            tls: Tls::default(),
+            tls,
             stages: stages.clone(),
             config,
         })
@@ -226,7 +242,8 @@ impl Parts {
             timeout: self.config.timeouts.upstream,
         };
         let provider = self.provider(&client);
-        worker::worker(config, intake, caller, provider, self.tls.clone()).map(Some)
+        let tracer = self.tracer.clone();
+        worker::worker(config, intake, caller, provider, self.tls.clone(), tracer).map(Some)
     }
 
     fn door(&self, thread: usize, client: &Arc<Client>) -> Door {
@@ -262,12 +279,33 @@ impl Parts {
             counts: Arc::clone(&self.counts),
             intake: self.intake.clone(),
         };
-        Door { invoker, api: routes::api(Arc::new(api)), stages: self.stages.clone() }
+        Door {
+            invoker,
+            api: routes::api(Arc::new(api)),
+            stages: self.stages.clone(),
+            observer: self.observer.clone(),
+        }
     }
 }
 
 /// Connections to the metrics port.
 const MAX_SCRAPERS: usize = 256;
+
+/// What tells of calls to a collector of traces, if there is one, as `service`.
+pub(super) fn tracer(
+    config: &Traces,
+    service: &'static str,
+    idle: Idle,
+    tls: Tls,
+    tasks: &Tasks,
+) -> Option<Tracer> {
+    let client = Client::new(idle, tls);
+    let endpoint = config.endpoint.clone()?;
+    let (tracer, exporter) = Tracer::new(endpoint, config.sampling, service, Arc::clone(&client));
+    tasks.spawn(|stopping| exporter.run(stopping));
+    tasks.spawn(|stopping| until(stopping, async move { client.keep_swept().await }));
+    Some(tracer)
+}
 
 /// Serves the port that is for machines only. It stays open while calls are drained.
 pub(super) fn serve_metrics(

@@ -17,6 +17,7 @@ use crate::queue::embedded::{Embedded, Limits};
 use crate::queue::jetstream::{Auth, JetStream, Options};
 use crate::queued::Intake;
 use crate::shutdown::Stages;
+use crate::trace::Tracer;
 use crate::worker::attempt::Caller;
 use crate::worker::callback::signature::Secret;
 use crate::worker::callback::{Callbacks, Pace};
@@ -54,6 +55,7 @@ pub(super) fn worker(
     caller: Caller,
     provider: Provider,
     tls: Tls,
+    tracer: Option<Tracer>,
 ) -> anyhow::Result<Worker> {
     Ok(Worker {
         intake: Arc::clone(intake),
@@ -63,6 +65,7 @@ pub(super) fn worker(
         callbacks: callbacks(config, tls)?,
         max_result_body: config.max_result_body,
         prints: Prints::default(),
+        tracer,
     })
 }
 

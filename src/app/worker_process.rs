@@ -72,7 +72,8 @@ async fn start(config: config::Worker, stages: &Stages, tasks: &Tasks) -> anyhow
         timeout: config.timeout,
     };
     let asked = provider(ours, config.timeout);
-    let mut made = worker::worker(&config.queue, &intake, caller, asked, tls.clone())?;
+    let tracer = gateway::tracer(&config.traces, "gateway-worker", config.idle, tls.clone(), tasks);
+    let mut made = worker::worker(&config.queue, &intake, caller, asked, tls.clone(), tracer)?;
     made.prints = Prints { bodies: config.print_bodies, calls: config.print_calls };
     let health = Health::new(stages.clone(), CallLimit::new(config.queue.max_inflight, 1));
     let poll = Poll {

@@ -157,6 +157,12 @@ settings! {
         "Where callbacks may go beside public and private addresses: networks, addresses, names, loopback or *, separated by commas; auto: loopback for up, nothing for serve. They are signed if secret_mount_path has a file callback-secret."
     state_dir DIRECTORY ".gateway" SPU
         "Where functions, secrets, namespaces and the embedded queue are kept."
+    access_log CHOICE "off" SU
+        "A line in the log for each request: off, on, or errors (those answered with 500 or above, or cut short)."
+    otlp_endpoint URL "" SUW
+        "Send traces to this collector, by OTLP over HTTP (JSON), at its path /v1/traces. The header traceparent says which trace a request belongs to."
+    otlp_sampling PART "1" SUW
+        "So great a part, from 0 to 1, of the traces that begin here is sent; those of callers go by their own flag."
     log_level FILTER "info" ALL
         "error, warn, info, debug or trace; also as target=level, separated by commas."
     log_format FORMAT "text" ALL

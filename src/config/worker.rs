@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use crate::config::base_url::BaseUrl;
 use crate::config::reader::{Mistake, Reader};
-use crate::config::{Backend, Idle, Nats, Queue, basic_auth, nowhere};
+use crate::config::{Backend, Idle, Nats, Queue, Traces, basic_auth, nowhere};
 
 /// Settings of `gateway worker`.
 #[derive(Clone, Debug)]
@@ -23,6 +23,7 @@ pub struct Worker {
     /// `basic_auth`: the directory that holds the credentials' files.
     pub secrets: Option<PathBuf>,
     pub queue: Queue,
+    pub traces: Traces,
     /// `faas_print_body`
     pub print_bodies: bool,
     /// `write_debug`
@@ -76,6 +77,7 @@ impl Worker {
             idle: Idle::parse(&mut from),
             secrets: basic_auth(&mut from),
             queue: Queue { with_worker: true, ..queue },
+            traces: Traces::parse(&mut from),
             print_bodies: from.boolean("faas_print_body"),
             print_calls: from.boolean("write_debug"),
             grace: from.duration("shutdown_grace"),

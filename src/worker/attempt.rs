@@ -18,6 +18,7 @@ use crate::proxy::headers::to_caller;
 use crate::proxy::upstream_body::{BodyFailure, UpstreamBody};
 use crate::queue::call::Call;
 use crate::queue::status::Answer;
+use crate::trace::context::Context;
 use crate::watch::Watch;
 use crate::worker::retry::parse_retry_after;
 
@@ -52,7 +53,9 @@ pub struct Attempt {
 
 impl Caller {
     /// Makes `call`; reads at most `keeps` bytes of the answer, and lets the rest go by.
-    pub async fn make(&self, call: &Call, keeps: usize) -> Attempt {
+    ///
+    /// `context` is the span that the function belongs to, if there is one.
+    pub async fn make(&self, call: &Call, keeps: usize, context: Option<Context>) -> Attempt {
         let began = Instant::now();
         let label = call.function.to_string();
         let Some(mut counted) = self.calls.begin(&label, began) else {
@@ -61,7 +64,7 @@ impl Caller {
         let watch = Arc::new(Watch::new());
         watch.call_until(began + self.timeout);
         let exchange = async {
-            let request = self.request(call, &label)?;
+            let request = self.request(call, &label, context)?;
             let answer = self.client.send(&self.origin, request, &watch).await?;
             if counted.is_stranger() && vouches(&answer) {
                 counted.vouched_for(&self.calls);
@@ -85,7 +88,12 @@ impl Caller {
         }
     }
 
-    fn request(&self, call: &Call, label: &str) -> Result<Request<RequestBody>, Error> {
+    fn request(
+        &self,
+        call: &Call,
+        label: &str,
+        context: Option<Context>,
+    ) -> Result<Request<RequestBody>, Error> {
         let body = Some(call.body.clone()).filter(|body| !body.is_empty());
         let mut request = Request::new(RequestBody::Full(body));
         *request.method_mut() = Method::POST;
@@ -95,6 +103,9 @@ impl Caller {
         let mut headers = call.headers.clone();
         headers.insert(HOST, self.origin.host.clone());
         headers.insert(USER_AGENT, PRODUCT);
+        if let Some(context) = context {
+            context.put_on(&mut headers, true);
+        }
         *request.headers_mut() = headers;
         Ok(request)
     }

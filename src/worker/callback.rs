@@ -21,6 +21,7 @@ use crate::proxy::body::RequestBody;
 use crate::proxy::client::{self, Client, Tls};
 use crate::proxy::headers;
 use crate::proxy::upstream_body::UpstreamBody;
+use crate::trace::context::Context;
 use crate::watch::Watch;
 use crate::worker::callback::signature::Secret;
 use crate::worker::callback::target::{Invalid, Target};
@@ -52,6 +53,8 @@ pub struct Report {
     /// How often the function was called, and how often it would have been at most.
     pub attempts: u32,
     pub max_attempts: u32,
+    /// The span that the callback is, if it is to be told.
+    pub context: Option<Context>,
 }
 
 /// How patiently a callback is sent.
@@ -173,6 +176,9 @@ impl Callbacks {
         }
         if let Some(secret) = &self.secret {
             headers.insert(X_CALLBACK_SIGNATURE, secret.sign(&report.body));
+        }
+        if let Some(context) = report.context {
+            context.put_on(&mut headers, false);
         }
         headers.insert(X_CALL_ID, text(&report.call_id));
         headers.insert(X_FUNCTION_NAME, text(&report.function));

@@ -27,6 +27,7 @@ mod queue_loss;
 mod start;
 mod stop;
 mod streams;
+mod traces;
 mod trailers;
 mod up;
 mod upgrade;

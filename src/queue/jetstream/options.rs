@@ -11,7 +11,7 @@ use crate::queue::embedded::Limits;
 /// A server with the first version that does all that is asked of it here.
 pub(super) const OLDEST: (i64, i64, i64) = (2, 9, 0);
 /// How soon after a lost connection the next attempt is, and at the latest.
-const AGAIN: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(2));
+const AGAIN: (Duration, Duration) = (Duration::from_millis(50), Duration::from_millis(500));
 /// A server that says nothing for so long is gone.
 const PING: Duration = Duration::from_secs(10);
 

@@ -1,7 +1,9 @@
 //! A real nats-server with JetStream, in a directory of its own.
 
+use std::fs::File;
 use std::net::{Ipv4Addr, TcpListener};
 use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicU16, Ordering::Relaxed};
 
 use tempfile::TempDir;
 
@@ -29,8 +31,7 @@ impl Nats {
 
     /// A server that has not been started.
     pub(crate) fn away() -> Self {
-        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
-        let port = listener.local_addr().unwrap().port();
+        let port = free_port();
         Self { directory: TempDir::new().unwrap(), port, arguments: Vec::new(), process: None }
     }
 
@@ -50,7 +51,7 @@ impl Nats {
             .arg(self.directory.path())
             .args(&self.arguments)
             .stdout(Stdio::null())
-            .stderr(Stdio::null())
+            .stderr(File::create(self.log()).unwrap())
             .spawn();
         self.process = Some(process.expect("nats-server is needed for this test"));
     }
@@ -58,10 +59,35 @@ impl Nats {
     /// Kills the server: it has no time for anything.
     pub(crate) fn kill(&mut self) {
         if let Some(mut process) = self.process.take() {
+            let ended = process.try_wait().unwrap();
             process.kill().unwrap();
             process.wait().unwrap();
+            if let Some(ended) = ended
+                && !std::thread::panicking()
+            {
+                let said = std::fs::read_to_string(self.log()).unwrap_or_default();
+                panic!("nats-server ended by itself: {ended}\n{said}");
+            }
         }
     }
+
+    fn log(&self) -> std::path::PathBuf {
+        self.directory.path().join("log")
+    }
+}
+
+/// A port that nobody listens on. It is none of those that the system gives to connections: one of them could have it
+/// when a server that was killed is started again.
+fn free_port() -> u16 {
+    const FIRST: u16 = 20_000;
+    const COUNT: u16 = 12_000;
+    static NEXT: AtomicU16 = AtomicU16::new(0);
+    // Test processes that run side by side begin at different places.
+    let begin = u16::try_from(std::process::id() * 61 % u32::from(COUNT)).unwrap();
+    (0..COUNT)
+        .map(|_| FIRST + (begin + NEXT.fetch_add(1, Relaxed) % COUNT) % COUNT)
+        .find(|port| TcpListener::bind((Ipv4Addr::LOCALHOST, *port)).is_ok())
+        .expect("a free port")
 }
 
 impl Drop for Nats {
