@@ -24,6 +24,7 @@ SWITCHES = {
     "autoscaled": (["gateway.autoscaling.enabled=true"], []),
     "no disruption budget": (["gateway.podDisruptionBudget.enabled=false"], []),
     "env": (["gateway.env.max_calls=2000000", "worker.env.max_result_body=4096"], []),
+    "traces": (["tracing.otlpEndpoint=http://collector:4318", "tracing.sampling=0.1", "gateway.accessLog=errors"], []),
     "direct functions": (
         ["gateway.directFunctions=true", "gateway.directFunctionsSuffix=openfaas-fn.svc.cluster.local"],
         [],
@@ -106,6 +107,10 @@ SWITCHES = {
 }
 
 
+class Refused(Exception):
+    """What helm says of values that it does not take."""
+
+
 def values_files():
     return sorted(CHART.glob("values-*.yaml"))
 
@@ -129,7 +134,7 @@ def helm(*arguments):
     """What helm prints; fails with its own words."""
     run = subprocess.run([HELM, *arguments], capture_output=True, text=True, timeout=60)
     if run.returncode != 0:
-        raise AssertionError((run.stdout + run.stderr).strip())
+        raise Refused((run.stdout + run.stderr).strip())
     return run.stdout
 
 
@@ -141,6 +146,11 @@ def template(arguments, namespace=NAMESPACE):
 
 def rendered():
     """Every case with its objects: (name, objects, secrets of others)."""
+    def case(name, arguments, secrets):
+        try:
+            return name, template(arguments), secrets
+        except Refused as error:
+            raise Refused(f"{name}: {error}") from error
+
     with ThreadPoolExecutor() as pool:
-        jobs = [(name, pool.submit(template, arguments), secrets) for name, arguments, secrets in cases()]
-        return [(name, job.result(), secrets) for name, job, secrets in jobs]
+        return list(pool.map(lambda one: case(*one), cases()))

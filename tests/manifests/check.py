@@ -1,5 +1,6 @@
 """Checks of the image, the chart, the plain manifests, rules and dashboards. `make manifests` runs them."""
 
+import functools
 import json
 import os
 import re
@@ -16,7 +17,7 @@ import chart
 import names
 import plain
 import settings
-from chart import CHART, ROOT, Loader
+from chart import CHART, ROOT, Loader, Refused
 from objects import Objects
 
 TOOLS = ROOT / "target" / "manifests"
@@ -46,12 +47,24 @@ def no(wrong):
 class Checks:
     """Each method is a check; its name is what it is about, its result how much it looked at."""
 
-    def __init__(self):
-        self.cases = chart.rendered()
+    @functools.cached_property
+    def cases(self):
+        """Every rendering of the chart."""
+        return chart.rendered()
 
-    def hadolint(self):
+    def image(self):
         run(VENV / "hadolint", "Dockerfile")
-        return "1 Dockerfile"
+        text, cargo = (ROOT / "Dockerfile").read_text(), (ROOT / "Cargo.toml").read_text()
+        needed = re.search(r'^rust-version = "(.*)"', cargo, re.M)[1]
+        if f"/rust:{needed}." not in text:
+            raise Wrong(f"Dockerfile does not build with Rust {needed}, which Cargo.toml asks for")
+        version = re.search(r'^version = "(.*)"', cargo, re.M)[1]
+        meta = yaml.load((CHART / "Chart.yaml").read_text(), Loader)
+        no([f"the version is {version}, but {where} says {told}" for where, told in (
+            ("Chart.yaml", meta["appVersion"]),
+            ("Dockerfile", re.search(r"^ARG VERSION=(.*)", text, re.M)[1]),
+        ) if told != version])
+        return "1 Dockerfile, of the same versions as Cargo.toml and the chart"
 
     def yamllint(self):
         files = [*(CHART.glob("*.yaml")), *(CHART / "rules").glob("*"), ROOT / "yaml", ROOT / "yaml_arm"]
@@ -64,7 +77,7 @@ class Checks:
         for name, arguments, _ in cases:
             try:
                 chart.helm("lint", "--strict", "--quiet", str(CHART), *arguments)
-            except AssertionError as error:
+            except Refused as error:
                 raise Wrong(f"{name}: {error}") from error
         return f"{len(cases)} sets of values"
 
@@ -89,7 +102,7 @@ class Checks:
         for switch in bad:
             try:
                 chart.template([f"--set={switch}"])
-            except AssertionError:
+            except Refused:
                 continue
             raise Wrong(f"--set {switch} is not refused")
         for switch, told in (
@@ -98,7 +111,7 @@ class Checks:
         ):
             try:
                 chart.template([f"--set={switch}"])
-            except AssertionError as error:
+            except Refused as error:
                 if told in str(error):
                     continue
             raise Wrong(f"--set {switch} does not ask for {told}")
@@ -238,13 +251,13 @@ def main():
     only = sys.argv[1:]
     checks, passed, failed = Checks(), 0, 0
     for name, check in vars(Checks).items():
-        if name.startswith("_") or name == "config_maps" or only and name not in only:
+        if not callable(check) or name == "config_maps" or only and name not in only:
             continue
         start = time.monotonic()
         try:
             print(f"{name}: {check(checks)} ({time.monotonic() - start:.1f} s)", flush=True)
             passed += 1
-        except Wrong as wrong:
+        except (Wrong, Refused) as wrong:
             print(f"{name}: FAILED\n  " + str(wrong).replace("\n", "\n  "), flush=True)
             failed += 1
     print(f"{passed} passed, {failed} failed")

@@ -129,6 +129,16 @@ max_pending: {{ int64 $queue.maxPending | quote }}
 result_ttl: {{ $queue.resultTtl }}
 {{- end }}
 
+{{/* Settings of tracing, which gateway and worker share. */}}
+{{- define "gateway.tracing" -}}
+{{- with .Values.tracing }}
+{{- if .otlpEndpoint }}
+otlp_endpoint: {{ .otlpEndpoint | quote }}
+otlp_sampling: {{ .sampling | quote }}
+{{- end }}
+{{- end }}
+{{- end }}
+
 {{/* User and password of NATS, as a container's env. */}}
 {{- define "gateway.natsLogin" -}}
 {{- with include "gateway.natsSecret" . }}
