@@ -65,6 +65,11 @@ def queries(dashboard):
     return list(walk(json.loads(dashboard.read_text())))
 
 
+def filled(query, function):
+    """A dashboard's query, with its variables as Grafana would fill them in."""
+    return query.replace("$__rate_interval", "1m").replace("$function", function).replace("$queue", ".+")
+
+
 def used(expression):
     """Names of series in a PromQL expression."""
     bare = re.sub(r'"[^"]*"|\'[^\']*\'', "", expression)
