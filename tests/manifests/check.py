@@ -47,6 +47,14 @@ def no(wrong):
         raise Wrong("\n".join(wrong))
 
 
+def no_in_cases(wrong):
+    """`wrong`: (case, what). What is wrong in many cases is said once."""
+    by_what = {}
+    for case, what in wrong:
+        by_what.setdefault(what, []).append(case)
+    no([f"{cases[0]}{f' and {len(cases) - 1} more' if cases[1:] else ''}: {what}" for what, cases in by_what.items()])
+
+
 class Checks:
     """Each method is a check; its name is what it is about, its result how much it looked at."""
 
@@ -135,11 +143,11 @@ class Checks:
                     checked += 1
                 except kubernetes_validate.SchemaNotFoundError as error:
                     if item["kind"] not in CUSTOM:
-                        wrong.append(f"{name}: Couldn't find schema: {error}")
+                        wrong.append((name, f"Couldn't find schema: {error}"))
                 except kubernetes_validate.ValidationError as error:
                     what = f"{'.'.join(map(str, error.path))}: {error.message}"
-                    wrong.append(f"{name}: {item['kind']} {item['metadata']['name']} in {version}: {what}")
-        no(wrong)
+                    wrong.append((name, f"{item['kind']} {item['metadata']['name']} in {version}: {what}"))
+        no_in_cases(wrong)
         return f"{len(distinct)} distinct objects, {checked} validations for {' and '.join(KUBERNETES)}"
 
     def references(self):
@@ -148,9 +156,9 @@ class Checks:
         plains = [(name, objects, ["basic-auth"]) for name, objects in plain.parsed()]
         for name, objects, secrets in [*self.cases, *plains]:
             one = Objects(objects, secrets, known)
-            wrong += [f"{name}: {what}" for what in one.check()]
+            wrong += [(name, what) for what in one.check()]
             checked += one.checked
-        no(sorted(set(wrong)))
+        no_in_cases(wrong)
         return f"{checked} statements"
 
     def plain_manifests(self):
