@@ -130,6 +130,9 @@ pub enum Backend {
     JetStream,
 }
 
+/// The most that `max_queued_body` can be, and what all bodies that wait to be stored may have together.
+pub const MAX_BODY: usize = 256 << 20;
+
 /// How to reach NATS.
 #[derive(Clone, Default)]
 pub struct Nats {
@@ -327,7 +330,7 @@ impl Queue {
             with_worker: with_worker.unwrap_or_default() && backend != Backend::None,
             state_dir: PathBuf::from(from.text("state_dir")),
             max_inflight: from.count("max_inflight", 1..=10_000),
-            max_body: from.count("max_queued_body", 0..=(1 << 30)),
+            max_body: from.count("max_queued_body", 0..=MAX_BODY),
             max_pending: from.count("max_pending", 1..=1_000_000_000),
             result_ttl: from.duration("result_ttl"),
             max_result_body: from.count("max_result_body", 0..=(1 << 30)),
@@ -391,7 +394,7 @@ fn basic_auth(from: &mut Reader<'_>) -> Option<PathBuf> {
 fn prometheus(from: &mut Reader<'_>) -> Option<BaseUrl> {
     let port = from.port("faas_prometheus_port");
     from.parsed("faas_prometheus_host", "a host name or IP address", |host| {
-        BaseUrl::parse(&format!("http://{host}:{port}"))
+        BaseUrl::of_host(host, port)
     })
 }
 

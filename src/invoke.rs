@@ -22,6 +22,7 @@ use crate::proxy::tunnel::Tunnel;
 use crate::proxy::upstream_body::UpstreamBody;
 use crate::proxy::{self, Errand, Forwarded};
 use crate::serve::caller::Caller;
+use crate::trace::Trip;
 
 /// In an answer: the provider made this error itself.
 const X_OPENFAAS_INTERNAL: HeaderName = HeaderName::from_static("x-openfaas-internal");
@@ -54,6 +55,12 @@ pub struct Prepared {
     way: Way,
     stamps: Stamps,
     in_flight: InFlight,
+}
+
+impl Prepared {
+    pub fn call_id(&self) -> &HeaderValue {
+        &self.stamps.call_id
+    }
 }
 
 /// How a call gets to its function.
@@ -97,8 +104,14 @@ impl Invoker {
         Ok(Prepared { way, stamps, in_flight: InFlight { call, place } })
     }
 
-    /// Makes the call, and answers with what its function says.
-    pub async fn carry(&self, caller: &Caller, prepared: Prepared) -> Response<Answer> {
+    /// Makes the call, and answers with what its function says. One that changes protocols is watched by `trip` to its
+    /// end.
+    pub async fn carry(
+        &self,
+        caller: &Caller,
+        prepared: Prepared,
+        trip: &mut Option<Box<Trip>>,
+    ) -> Response<Answer> {
         let Prepared { way, stamps, mut in_flight } = prepared;
         let (mut answer, tunnel) = match self.forward(caller, &mut in_flight.call, way).await {
             Ok(Forwarded { answer, tunnel }) => (answer.map(Content::Upstream), tunnel),
@@ -107,7 +120,11 @@ impl Invoker {
         in_flight.call.answered(answer.status());
         stamps.put_on_answer(answer.headers_mut());
         if let Some(tunnel) = tunnel {
-            caller.spawn(keep_open(tunnel, in_flight));
+            let mut trip = trip.take();
+            if let Some(trip) = &mut trip {
+                trip.answered(&answer);
+            }
+            caller.spawn(keep_open(tunnel, in_flight, trip));
             return answer.map(|content| self.answer(caller, content, None));
         }
         answer.map(|content| self.answer(caller, content, Some(in_flight)))
@@ -193,8 +210,11 @@ impl Invoker {
 }
 
 /// A changed protocol is a call in flight until it ends.
-async fn keep_open(tunnel: Tunnel, in_flight: InFlight) {
+async fn keep_open(tunnel: Tunnel, in_flight: InFlight, trip: Option<Box<Trip>>) {
     tunnel.run().await;
+    if let Some(trip) = trip {
+        trip.ended(End::Whole);
+    }
     in_flight.call.ended(End::Whole, Instant::now());
 }
 

@@ -7,6 +7,8 @@ pub mod status;
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use tokio::sync::OwnedSemaphorePermit;
+
 use crate::function::Function;
 use crate::queue::call::{Call, Millis};
 use crate::queue::embedded::Embedded;
@@ -40,6 +42,9 @@ pub enum Error {
     #[error("the queue cannot do that: {0}")]
     Unsupported(&'static str),
 }
+
+/// A part of the memory that bodies may take.
+pub type Room = Option<OwnedSemaphorePermit>;
 
 /// A call that has been taken in.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -119,8 +124,13 @@ impl Queue {
 
     /// Takes `call` in. Returns when it is durable.
     pub async fn publish(&self, call: Call) -> Result<Published, Error> {
+        self.publish_with(call, None).await
+    }
+
+    /// The same; `room` is what the call takes of the memory, and is let go of with the call.
+    pub async fn publish_with(&self, call: Call, room: Room) -> Result<Published, Error> {
         match self {
-            Self::Embedded(queue) => queue.publish(call).await,
+            Self::Embedded(queue) => queue.publish(call, room).await,
             Self::JetStream(queue) => queue.publish(call).await,
         }
     }

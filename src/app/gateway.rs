@@ -13,7 +13,7 @@ use tokio_util::sync::CancellationToken;
 use crate::app::threads::{Threads, Work};
 use crate::app::worker;
 use crate::auth::Credentials;
-use crate::config::{Access, Idle, Serve, Timeouts, Traces};
+use crate::config::{Access, Backend, Idle, Serve, Timeouts, Traces};
 use crate::health::Health;
 use crate::invoke::{Invoker, Route};
 use crate::limit::CallLimit;
@@ -210,7 +210,7 @@ impl Parts {
         }
         if let Some(intake) = self.intake.clone() {
             let health = Arc::clone(&self.health);
-            tasks.spawn(|stopping| worker::keep_tidy(intake, health, stopping));
+            tasks.spawn(|stopping| worker::keep_tidy(intake, health, true, stopping));
         }
         let router = routes::internal(Arc::clone(&self.metrics));
         serve_metrics(router, metrics_listener, self.config.timeouts, tasks);
@@ -229,7 +229,8 @@ impl Parts {
     fn worker(&self, number: usize) -> anyhow::Result<Option<Worker>> {
         let config = &self.config.queue;
         let Some(intake) = self.intake.as_ref().filter(|_| config.with_worker) else {
-            if self.intake.is_some() {
+            // A queue on NATS may have workers elsewhere.
+            if self.intake.is_some() && config.backend == Backend::Embedded {
                 tracing::warn!("Calls are queued, but with_worker is false: nobody makes them");
             }
             return Ok(None);
@@ -300,8 +301,7 @@ pub(super) fn tracer(
     tasks: &Tasks,
 ) -> Option<Tracer> {
     let client = Client::new(idle, tls);
-    let endpoint = config.endpoint.clone()?;
-    let (tracer, exporter) = Tracer::new(endpoint, config.sampling, service, Arc::clone(&client));
+    let (tracer, exporter) = Tracer::new(config.clone(), service, Arc::clone(&client))?;
     tasks.spawn(|stopping| exporter.run(stopping));
     tasks.spawn(|stopping| until(stopping, async move { client.keep_swept().await }));
     Some(tracer)

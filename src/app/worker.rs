@@ -28,6 +28,8 @@ use crate::worker::{Prints, Worker};
 const SECRET: &str = "callback-secret";
 /// How often what has been kept for long enough is forgotten.
 const FORGET_EVERY: Duration = Duration::from_secs(1);
+/// What that may take before something else is done.
+const FORGET: Duration = Duration::from_secs(5);
 
 /// Runs `worker` on this thread until the stop.
 pub(super) fn run(worker: Worker, stages: &Stages) {
@@ -128,9 +130,12 @@ fn options(nats: &config::Nats, limits: Limits) -> Options {
 
 /// Has the queue forget what has been kept for long enough, counts what is there, and says whether it can be reached,
 /// again and again until `stopping`.
+///
+/// `counts`: whether what is there is shown. A queue that is shared is counted by gateways alone.
 pub(super) async fn keep_tidy(
     intake: Arc<Intake>,
     health: Arc<Health>,
+    counts: bool,
     stopping: CancellationToken,
 ) {
     let tidy = async {
@@ -139,11 +144,14 @@ pub(super) async fn keep_tidy(
             tokio::time::sleep(pause).await;
             health.queue_is(intake.queue.is_reachable());
             match &intake.queue {
-                Queue::Embedded(queue) => queue.expire().await,
+                // A disk that hangs must not hide that it does.
+                Queue::Embedded(queue) => {
+                    let _ = tokio::time::timeout(FORGET, queue.expire()).await;
+                }
                 Queue::JetStream(queue) => queue.expire().await,
             }
             let start = Instant::now();
-            if let Err(error) = intake.count().await {
+            if counts && let Err(error) = intake.count().await {
                 tracing::debug!(%error, "What the queue holds cannot be counted");
             }
             // A queue that is long to count is counted less often.

@@ -90,7 +90,7 @@ async fn start(config: config::Worker, stages: &Stages, tasks: &Tasks) -> anyhow
         tasks.spawn(|stopping| credentials.follow(stopping));
     }
     let tidied = Arc::clone(&health);
-    tasks.spawn(|stopping| worker::keep_tidy(intake, tidied, stopping));
+    tasks.spawn(|stopping| worker::keep_tidy(intake, tidied, false, stopping));
     gateway::serve_metrics(routes::worker(metrics, health), listener, gateway::INTERNAL, tasks);
     tracing::info!(metrics = %address, calls = %url, "Making queued calls");
     let stages = stages.clone();

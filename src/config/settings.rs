@@ -158,9 +158,11 @@ settings! {
     state_dir DIRECTORY ".gateway" SPU
         "Where functions, secrets, namespaces and the embedded queue are kept."
     access_log CHOICE "off" SU
-        "A line in the log for each request: off, on, or errors (those answered with 500 or above, or cut short)."
+        "A line in the log for each request: off, on, or errors (those answered with 500 or above, or cut short). Its lines have the target access; log_level=access=off,… silences them."
     otlp_endpoint URL "" SUW
         "Send traces to this collector, by OTLP over HTTP (JSON), at its path /v1/traces. The header traceparent says which trace a request belongs to."
+    otlp_headers LIST "" SUW
+        "Headers that the collector wants, such as Authorization=Bearer KEY, separated by commas."
     otlp_sampling PART "1" SUW
         "So great a part, from 0 to 1, of the traces that begin here is sent; those of callers go by their own flag."
     log_level FILTER "info" ALL

@@ -47,7 +47,7 @@ impl Worker {
         let provider = from.url("functions_provider_url");
         let port = from.port("faas_gateway_port");
         let gateway = from.parsed("faas_gateway_address", "a host name or IP address", |host| {
-            BaseUrl::parse(&format!("http://{host}:{port}"))
+            BaseUrl::of_host(host, port)
         });
         let nats = Nats::parse(&mut from);
         let without = nats.servers.is_empty();

@@ -104,7 +104,7 @@ impl Caller {
         headers.insert(HOST, self.origin.host.clone());
         headers.insert(USER_AGENT, PRODUCT);
         if let Some(context) = context {
-            context.put_on(&mut headers, true);
+            context.put_on(&mut headers, Context::of(&call.headers).is_some());
         }
         *request.headers_mut() = headers;
         Ok(request)
