@@ -5,6 +5,7 @@ pub mod allow;
 pub mod base_url;
 pub mod cli;
 pub mod duration;
+pub mod nats;
 pub mod reader;
 pub mod settings;
 mod telemetry;
@@ -16,6 +17,7 @@ use std::time::Duration;
 
 use crate::config::allow::Allow;
 use crate::config::base_url::BaseUrl;
+pub use crate::config::nats::Nats;
 use crate::config::reader::{Mistake, Reader};
 pub use crate::config::telemetry::{Access, Log, Traces};
 pub use crate::config::worker::{Target, Worker};
@@ -128,73 +130,14 @@ pub enum Backend {
     None,
     Embedded,
     JetStream,
+    /// NATS Streaming.
+    Stan,
+    /// Whichever of the two answers.
+    Nats,
 }
 
 /// The most that `max_queued_body` can be, and what all bodies that wait to be stored may have together.
 pub const MAX_BODY: usize = 256 << 20;
-
-/// How to reach NATS.
-#[derive(Clone, Default)]
-pub struct Nats {
-    /// `faas_nats_address`, each with its port.
-    pub servers: Vec<String>,
-    /// `faas_nats_channel`
-    pub queue: String,
-    /// `nats_user`, `nats_password`
-    pub login: Option<(String, String)>,
-    /// `nats_token`
-    pub token: Option<String>,
-    /// `nats_nkey_seed`
-    pub nkey_seed: Option<PathBuf>,
-    /// `nats_creds`
-    pub creds: Option<PathBuf>,
-    /// `nats_tls`
-    pub tls: bool,
-    /// `nats_ca`
-    pub ca: Option<PathBuf>,
-    /// `nats_replicas`
-    pub replicas: usize,
-    /// `ack_wait`
-    pub lease: Duration,
-}
-
-impl std::fmt::Debug for Nats {
-    /// Without the secrets.
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Nats").field("servers", &self.servers).finish_non_exhaustive()
-    }
-}
-
-impl Nats {
-    fn parse(from: &mut Reader<'_>) -> Self {
-        let text = |name: &str| Some(from.text(name)).filter(|text| !text.is_empty());
-        let (user, token) = (text("nats_user"), text("nats_token"));
-        let file = |name: &str| text(name).map(PathBuf::from);
-        let (nkey_seed, creds, ca) = (file("nats_nkey_seed"), file("nats_creds"), file("nats_ca"));
-        let password = from.text("nats_password");
-        let port = from.port("faas_nats_port");
-        let address = from.text("faas_nats_address");
-        let hosts = address.split(',').map(str::trim).filter(|host| !host.is_empty());
-        // An address of IPv6 has colons of its own, and a port only behind its bracket.
-        let has_port = |host: &str| host.rsplit(']').next().is_some_and(|rest| rest.contains(':'));
-        let servers = hosts.map(|host| match has_port(host) {
-            true => host.to_owned(),
-            false => format!("{host}:{port}"),
-        });
-        Self {
-            servers: servers.collect(),
-            queue: from.text("faas_nats_channel"),
-            login: user.map(|user| (user, password)),
-            token,
-            nkey_seed,
-            creds,
-            tls: from.boolean("nats_tls"),
-            ca,
-            replicas: from.count("nats_replicas", 1..=5),
-            lease: from.positive_duration("ack_wait"),
-        }
-    }
-}
 
 /// How the process ends.
 #[derive(Clone, Copy, Debug)]
@@ -305,18 +248,23 @@ impl Idle {
 impl Queue {
     /// `auto`: the kind where none is named; `callbacks`: where they may go in that case.
     fn common(from: &mut Reader<'_>, auto: Backend, callbacks: &str, nats: Nats) -> Self {
-        let auto = if nats.servers.is_empty() { auto } else { Backend::JetStream };
-        let expected = "auto, embedded, jetstream or none";
+        let auto = if nats.servers.is_empty() { auto } else { Backend::Nats };
+        let expected = "auto, embedded, jetstream, stan or none";
         let backend = from.parsed("queue", expected, |text| match text {
             "auto" => Some(auto),
             "embedded" => Some(Backend::Embedded),
             "jetstream" => Some(Backend::JetStream),
+            "stan" => Some(Backend::Stan),
             "none" => Some(Backend::None),
             _ => None,
         });
         let backend = backend.unwrap_or(auto);
-        if backend == Backend::JetStream && nats.servers.is_empty() {
-            from.mistake("faas_nats_address", None, "where NATS is, for queue=jetstream");
+        if matches!(backend, Backend::JetStream | Backend::Stan) && nats.servers.is_empty() {
+            from.mistake(
+                "faas_nats_address",
+                None,
+                "where NATS is, for queue=jetstream and queue=stan",
+            );
         }
         let with_worker = from.parsed("with_worker", "auto, true or false", |text| match text {
             "auto" => Some(backend != Backend::None),
@@ -458,6 +406,23 @@ mod tests {
         };
         let config = Serve::parse(Reader::new(&flag, &var)).unwrap();
         assert_eq!((config.listen.port(), config.metrics.port()), (1, 8082));
+    }
+
+    #[test]
+    fn where_nats_is_the_queue_is_found_there_or_named() {
+        let backend = |vars: &[(&str, &str)]| {
+            serve(&[vars, &[("functions_provider_url", "http://p")]].concat())
+                .map(|config| config.queue.backend)
+        };
+        let there = ("faas_nats_address", "nats");
+        assert_eq!(backend(&[]), Ok(Backend::None));
+        assert_eq!(backend(&[there]), Ok(Backend::Nats));
+        assert_eq!(backend(&[there, ("queue", "stan")]), Ok(Backend::Stan));
+        assert_eq!(backend(&[there, ("queue", "jetstream")]), Ok(Backend::JetStream));
+        assert!(backend(&[("queue", "stan")]).unwrap_err()[0].starts_with("faas_nats_address"));
+        let limited = backend(&[there, ("faas_max_reconnect", "120")]);
+        assert_eq!(limited, Ok(Backend::Nats));
+        assert!(backend(&[there, ("faas_max_reconnect", "often")]).is_err());
     }
 
     #[test]

@@ -78,15 +78,21 @@ impl Intake {
         Ok(())
     }
 
+    /// The largest body that is taken in.
+    fn limit(&self) -> usize {
+        self.queue.max_body().map_or(self.max_body, |most| most.min(self.max_body))
+    }
+
     /// Reads `body` whole. It has its room until that is dropped.
     async fn read(&self, body: Body) -> Result<(Bytes, Room), Error> {
+        let limit = self.limit();
         let mut kept = BytesMut::new();
         let mut room: Room = None;
         let mut frames = body.into_data_stream();
         while let Some(data) = frames.next().await {
-            let data = data.map_err(|error| too_large_or_broken(&error, self.max_body))?;
-            if data.len() > self.max_body - kept.len() {
-                return Err(Error::TooLarge(self.max_body));
+            let data = data.map_err(|error| too_large_or_broken(&error, limit))?;
+            if data.len() > limit - kept.len() {
+                return Err(Error::TooLarge(limit));
             }
             // Room is taken for what is there, not for what is announced.
             let has = room.as_ref().map_or(0, |room| room.num_permits() * 1024);
@@ -162,8 +168,9 @@ async fn take_in(
     let id = name(&parts.headers, &X_CALL_ID)?.unwrap_or_default();
     let length = parts.headers.get(CONTENT_LENGTH);
     let length = length.and_then(|length| length.to_str().ok()?.parse::<usize>().ok());
-    if length.is_some_and(|length| length > intake.max_body) {
-        return Err(Error::TooLarge(intake.max_body));
+    let limit = intake.limit();
+    if length.is_some_and(|length| length > limit) {
+        return Err(Error::TooLarge(limit));
     }
     must_exist(api, &function).await?;
     let (body, room) = intake.read(body).await?;

@@ -11,7 +11,7 @@ use hyper::service::service_fn;
 use tokio_util::sync::CancellationToken;
 
 use crate::app::threads::{Threads, Work};
-use crate::app::worker;
+use crate::app::worker::{self, Part};
 use crate::auth::Credentials;
 use crate::config::{Access, Backend, Idle, Serve, Timeouts, Traces};
 use crate::health::Health;
@@ -152,7 +152,7 @@ impl Parts {
         let limit = CallLimit::new(config.limits.calls, threads);
         // One shard more, for the worker.
         let metrics = Metrics::new(threads + 1, &namespace)?;
-        let intake = worker::intake(&config.queue, &metrics).await?;
+        let intake = worker::intake(&config.queue, &metrics, &namespace, Part::TakesIn).await?;
         let tls = Tls::default();
         let idle = config.limits.idle;
         let tracer = tracer(&config.traces, "gateway", idle, tls.clone(), tasks);

@@ -13,8 +13,10 @@ use crate::metrics::Metrics;
 use crate::provider::Provider;
 use crate::proxy::client::Tls;
 use crate::queue::Queue;
+use crate::queue::discovery::Discovery;
 use crate::queue::embedded::{Embedded, Limits};
 use crate::queue::jetstream::{Auth, JetStream, Options};
+use crate::queue::stan::{self, Stan};
 use crate::queued::Intake;
 use crate::shutdown::Stages;
 use crate::trace::Tracer;
@@ -84,22 +86,36 @@ fn callbacks(config: &config::Queue, tls: Tls) -> anyhow::Result<Callbacks> {
     Ok(Callbacks::new(config.callback_allow.clone(), secret, Pace::default(), tls))
 }
 
+/// What a process does with its queue.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Part {
+    /// It takes calls in, and may make them.
+    TakesIn,
+    /// It makes them, and no more.
+    Makes,
+}
+
 /// Opens the queue, if there is to be one.
 pub(super) async fn intake(
     config: &config::Queue,
     metrics: &Metrics,
+    default_namespace: &str,
+    part: Part,
 ) -> anyhow::Result<Option<Arc<Intake>>> {
     let ttl = u64::try_from(config.result_ttl.as_millis()).unwrap_or(u64::MAX / 2);
     let limits = Limits { pending: config.max_pending, result_ttl: ttl, key_ttl: ttl };
-    let (queue, name) = match config.backend {
+    let nats = || options(&config.nats, limits);
+    let stan = || stan_options(&config.nats, default_namespace, part);
+    let queue = match config.backend {
         Backend::None => return Ok(None),
-        Backend::Embedded => {
-            (Queue::Embedded(Embedded::open(&config.state_dir, limits)?), "embedded")
-        }
-        Backend::JetStream => {
-            let queue = JetStream::open(options(&config.nats, limits)).await?;
-            (Queue::JetStream(queue), config.nats.queue.as_str())
-        }
+        Backend::Embedded => Queue::Embedded(Embedded::open(&config.state_dir, limits)?),
+        Backend::JetStream => Queue::JetStream(JetStream::open(nats()).await?),
+        Backend::Stan => Queue::Stan(Stan::open(nats(), stan()).await?),
+        Backend::Nats => Queue::Discovered(Discovery::open(nats(), stan()).await?),
+    };
+    let name = match config.backend {
+        Backend::Embedded => "embedded",
+        _ => config.nats.queue.as_str(),
     };
     Ok(Some(Intake::new(queue, config.max_body, metrics.queue(name)?)))
 }
@@ -128,6 +144,17 @@ fn options(nats: &config::Nats, limits: Limits) -> Options {
     }
 }
 
+fn stan_options(nats: &config::Nats, default_namespace: &str, part: Part) -> stan::Options {
+    stan::Options {
+        cluster: nats.cluster.clone(),
+        group: nats.group.clone(),
+        host: rustix::system::uname().nodename().to_string_lossy().into_owned(),
+        reconnect_delay: nats.reconnect_delay,
+        default_namespace: default_namespace.to_owned(),
+        publishes: part == Part::TakesIn,
+    }
+}
+
 /// Has the queue forget what has been kept for long enough, counts what is there, and says whether it can be reached,
 /// again and again until `stopping`.
 ///
@@ -143,13 +170,8 @@ pub(super) async fn keep_tidy(
         loop {
             tokio::time::sleep(pause).await;
             health.queue_is(intake.queue.is_reachable());
-            match &intake.queue {
-                // A disk that hangs must not hide that it does.
-                Queue::Embedded(queue) => {
-                    let _ = tokio::time::timeout(FORGET, queue.expire()).await;
-                }
-                Queue::JetStream(queue) => queue.expire().await,
-            }
+            // A disk that hangs must not hide that it does.
+            let _ = tokio::time::timeout(FORGET, intake.queue.expire()).await;
             let start = Instant::now();
             if counts && let Err(error) = intake.count().await {
                 tracing::debug!(%error, "What the queue holds cannot be counted");
@@ -164,8 +186,5 @@ pub(super) async fn keep_tidy(
         () = tidy => {}
     }
     // All that was taken has been settled or dropped by now.
-    match &intake.queue {
-        Queue::Embedded(queue) => queue.close().await,
-        Queue::JetStream(queue) => queue.stop().await,
-    }
+    intake.queue.stop().await;
 }

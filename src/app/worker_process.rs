@@ -5,6 +5,7 @@ use std::sync::Arc;
 use anyhow::{Context, bail};
 
 use crate::app::threads::Threads;
+use crate::app::worker::Part;
 use crate::app::{gateway, until_stopped, worker};
 use crate::auth::Credentials;
 use crate::config::{self, Shutdown, Target};
@@ -52,7 +53,8 @@ async fn start(config: config::Worker, stages: &Stages, tasks: &Tasks) -> anyhow
         // The gateway counts them; numbers that nobody scrapes are kept beside it.
         Target::Gateway(url) => (url, Metrics::new(1, &namespace)?.shard(0)),
     };
-    let Some(intake) = worker::intake(&config.queue, &metrics).await? else {
+    let Some(intake) = worker::intake(&config.queue, &metrics, &namespace, Part::Makes).await?
+    else {
         bail!("there is no queue to take calls from");
     };
     let origin = Origin::new(url.clone());

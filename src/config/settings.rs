@@ -112,15 +112,23 @@ settings! {
     provider_port PORT "8081" PU
         "Port of the provider."
     queue KIND "auto" SUW
-        "Where queued calls are kept: embedded (a file in state_dir; not for gateway worker), jetstream (NATS at faas_nats_address) or none; auto: embedded for up; else jetstream if faas_nats_address is set, or none."
+        "Where queued calls are kept: embedded (a file in state_dir; not for gateway worker), jetstream or stan (NATS JetStream or NATS Streaming at faas_nats_address), or none; auto: embedded for up; else whichever answers at faas_nats_address if that is set, or none."
     with_worker CHOICE "auto" SU
         "Make queued calls in this process: true, false, or auto (if there is a queue)."
     faas_nats_address HOSTS "" SW
-        "NATS servers with JetStream, separated by commas."
+        "NATS servers with JetStream or NATS Streaming, separated by commas."
     faas_nats_port PORT "4222" SW
         "Port of those that are named without one."
     faas_nats_channel NAME "faas-request" SW
         "Name of the queue; gateways and workers with the same one share it."
+    faas_nats_cluster_name NAME "faas-cluster" SW
+        "NATS Streaming's cluster id."
+    faas_nats_queue_group NAME "faas" SW
+        "Group of the workers that share the calls on NATS Streaming."
+    faas_max_reconnect COUNT "" SW
+        "Accepted for compatibility; NATS is tried for ever."
+    faas_reconnect_delay DURATION "2s" SW
+        "The longest pause between attempts to reach NATS Streaming."
     nats_user NAME "" SW
         "User for NATS, with nats_password."
     nats_password TEXT "" SW

@@ -64,7 +64,7 @@ impl Worker {
                 "where NATS is, which has the queue that this worker takes calls from",
             ),
             Backend::None => from.mistake("queue", Some("none".to_owned()), "a queue to take calls from"),
-            Backend::JetStream => {}
+            Backend::JetStream | Backend::Stan | Backend::Nats => {}
         }
         let worker = Self {
             metrics: SocketAddr::new(address, from.port("worker_metrics_port")),

@@ -24,6 +24,7 @@ mod queue;
 mod queue_jetstream;
 mod queue_limits;
 mod queue_loss;
+mod queue_stan;
 mod start;
 mod stop;
 mod streams;
