@@ -40,6 +40,8 @@ SWITCHES = {
     ),
     "user of the platform": (["runAsUser=null"], []),
     "no queue": (["queue.backend=none"], []),
+    "streaming": (["queue.backend=stan", "networkPolicy.enabled=true"], []),
+    "streaming in memory": (["queue.backend=stan", "queue.stan.store=memory"], []),
     "queue elsewhere": (
         ["queue.backend=external", "queue.external.address=nats.example.com", "queue.external.existingSecret=login"],
         ["login"],

@@ -119,8 +119,14 @@ queue: jetstream
 faas_nats_address: nats
 faas_nats_port: "4222"
 nats_replicas: {{ $queue.jetstream.replicas | quote }}
+{{- else if eq $queue.backend "stan" }}
+queue: stan
+faas_nats_address: nats
+faas_nats_port: "4222"
+faas_nats_cluster_name: {{ $queue.stan.clusterId }}
 {{- else }}
-queue: jetstream
+queue: {{ $queue.external.kind }}
+faas_nats_cluster_name: {{ $queue.stan.clusterId }}
 faas_nats_address: {{ required "queue.external.address: where NATS is, for queue.backend=external" $queue.external.address | quote }}
 nats_replicas: {{ $queue.external.replicas | quote }}
 nats_tls: {{ $queue.external.tls | quote }}
