@@ -80,7 +80,9 @@ async fn carry_out(api: &Api, alert: &Alert) -> Result<(), Error> {
     let status = api.provider.status(&function).await?;
     let bounds = Bounds::from_labels(&status.labels.unwrap_or_default());
     let Some(replicas) = replicas_after(alarm, status.replicas, bounds) else { return Ok(()) };
-    api.provider.scale(&function, replicas).await?;
+    let scaled = api.provider.scale(&function, replicas).await;
+    api.metrics.known.changed(Some(&function.name));
+    scaled?;
     tracing::info!(
         function.name = %function, from = status.replicas, replicas,
         "Scaled {function} from {} to {replicas} on an alert", status.replicas

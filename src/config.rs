@@ -7,6 +7,7 @@ pub mod cli;
 pub mod duration;
 pub mod nats;
 pub mod reader;
+mod scaling;
 pub mod settings;
 mod telemetry;
 pub mod worker;
@@ -19,6 +20,7 @@ use crate::config::allow::Allow;
 use crate::config::base_url::BaseUrl;
 pub use crate::config::nats::Nats;
 use crate::config::reader::{Mistake, Reader};
+pub use crate::config::scaling::ColdStart;
 pub use crate::config::telemetry::{Access, Log, Traces};
 pub use crate::config::worker::{Target, Worker};
 
@@ -39,8 +41,8 @@ pub struct Serve {
     pub namespace: String,
     /// `direct_functions`, and its suffix.
     pub direct_functions: Option<String>,
-    /// `scale_from_zero`
-    pub scale_from_zero: bool,
+    /// `scale_from_zero`: how calls of functions that are not ready are treated; `None`: as all others.
+    pub cold_start: Option<ColdStart>,
     /// `faas_prometheus_host`, `faas_prometheus_port`; `None`: counts come from this process's own metrics.
     pub prometheus: Option<BaseUrl>,
     pub timeouts: Timeouts,
@@ -192,7 +194,7 @@ impl Serve {
         serve.logs_provider = from.url("logs_provider_url").unwrap_or(serve.logs_provider);
         serve.prometheus = prometheus;
         serve.direct_functions = direct_functions;
-        serve.scale_from_zero = from.boolean("scale_from_zero");
+        serve.cold_start = ColdStart::if_asked_for(&mut from);
         from.finish(serve)
     }
 
@@ -206,7 +208,7 @@ impl Serve {
             provider,
             namespace: from.text("function_namespace"),
             direct_functions: None,
-            scale_from_zero: false,
+            cold_start: None,
             prometheus: None,
             timeouts: Timeouts {
                 read: from.positive_duration("read_timeout"),
@@ -329,6 +331,7 @@ impl Up {
         let provider = Provider::common(&mut from, loopback);
         let queue = Queue::common(&mut from, Backend::Embedded, "loopback", Nats::default());
         let mut serve = Serve::common(&mut from, loopback, nowhere(), queue);
+        serve.cold_start = Some(ColdStart::parse(&mut from));
         serve.local_only = serve.auth.secrets.is_none() && serve.auth.proxy.is_none();
         from.finish(Self { serve, provider, stack })
     }

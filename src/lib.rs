@@ -19,6 +19,7 @@ pub mod auth;
 pub mod provider;
 pub mod proxy;
 pub mod queue;
+pub mod scaling;
 pub mod trace;
 
 // What is done with a request.

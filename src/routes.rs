@@ -33,7 +33,7 @@ pub fn api(api: Arc<Api>) -> Router {
     let system = Router::new()
         .route(
             "/system/functions",
-            get(system::list).post(system::pass).put(system::pass).delete(system::pass),
+            get(system::list).post(system::change).put(system::change).delete(system::change),
         )
         .route("/system/function/{name}", get(system::pass_named))
         .route("/system/scale-function/{name}", post(system::scale))

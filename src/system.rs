@@ -1,5 +1,6 @@
 //! `/system/*`: passed on to the provider, or enriched on the way.
 
+mod change;
 mod list;
 
 use std::sync::Arc;
@@ -34,6 +35,7 @@ use crate::queued::Intake;
 use crate::same_origin::Names;
 use crate::serve::caller::Caller;
 
+pub use change::change;
 pub use list::list;
 
 /// The largest body of an alert or a scale request.
@@ -103,15 +105,17 @@ pub async fn scale(
     Path(name): Path<String>,
     request: Request,
 ) -> Result<Response, Error> {
-    Function::parse(&name, &api.default_namespace).ok_or(Error::NoSuchPath)?;
+    let function = Function::parse(&name, &api.default_namespace).ok_or(Error::NoSuchPath)?;
     let (parts, body) = request.into_parts();
     let bytes = read(body, MAX_BODY).await?;
-    serde_json::from_slice::<ScaleRequest>(&bytes).map_err(|error| {
+    let wanted = serde_json::from_slice::<ScaleRequest>(&bytes).map_err(|error| {
         Error::BadRequest(format!(
             "the body is not {{\"serviceName\":NAME,\"replicas\":COUNT}}: {error}"
         ))
     })?;
     let request = Request::from_parts(parts, Body::from(bytes));
+    let _changed =
+        [function.name, wanted.service_name].map(|name| change::Changed::named(&api, name));
     api.send(&caller, &api.provider.origin, request).await.map(stream)
 }
 

@@ -25,6 +25,7 @@ use crate::proxy::client::{Client, Origin, Tls};
 use crate::queued::Intake;
 use crate::routes::{self, Door};
 use crate::same_origin::Names;
+use crate::scaling::Scaling;
 use crate::serve::listener::bind;
 use crate::serve::{Server, raise_file_limit};
 use crate::shutdown::{Stages, Tasks};
@@ -65,8 +66,11 @@ struct Parts {
     health: Arc<Health>,
     counts: Arc<Counts>,
     intake: Option<Arc<Intake>>,
+    scaling: Option<Arc<Scaling>>,
     namespace: Arc<str>,
     tls: Tls,
+    /// What background work calls the provider with.
+    client: Arc<Client>,
     tracer: Option<Tracer>,
     observer: Option<Arc<Observer>>,
     stages: Stages,
@@ -83,11 +87,6 @@ impl Gateway {
         let metrics_listener = bind(config.metrics, 1)?.remove(0);
         let address = listeners[0].local_addr()?;
         let metrics_address = metrics_listener.local_addr()?;
-        if config.scale_from_zero {
-            tracing::warn!(
-                "scale_from_zero is set, but this version does not wake functions at zero replicas"
-            );
-        }
         let parts = Arc::new(Parts::new(config, threads, stages, tasks).await?);
         parts.start_background(metrics_listener, tasks);
         let server = parts.server();
@@ -155,6 +154,17 @@ impl Parts {
         let intake = worker::intake(&config.queue, &metrics, &namespace, Part::TakesIn).await?;
         let tls = Tls::default();
         let idle = config.limits.idle;
+        let client = Client::new(idle, tls.clone());
+        let origin = Origin::new(config.provider.clone());
+        let scaling = config.cold_start.map(|limits| {
+            let provider = Provider {
+                client: Arc::clone(&client),
+                origin: origin.clone(),
+                credentials: credentials.clone(),
+                timeout: config.timeouts.upstream,
+            };
+            Scaling::new(provider, Arc::clone(&metrics.known), limits, tasks)
+        });
         let tracer = tracer(&config.traces, "gateway", idle, tls.clone(), tasks);
         let access = config.access_log;
         let observer = (access != Access::Off || tracer.is_some())
@@ -162,15 +172,17 @@ impl Parts {
         Ok(Self {
             tracer,
             observer,
-            provider: Origin::new(config.provider.clone()),
+            provider: origin,
             credentials,
             metrics,
             health: Health::new(stages.clone(), Arc::clone(&limit)),
             intake,
+            scaling,
             counts: Counts::new(config.prometheus.clone().map(Origin::new)),
             limit,
             namespace,
             tls,
+            client,
             stages: stages.clone(),
             config,
         })
@@ -193,7 +205,7 @@ impl Parts {
     }
 
     fn start_background(self: &Arc<Self>, metrics_listener: TcpListener, tasks: &Tasks) {
-        let client = Client::new(self.config.limits.idle, self.tls.clone());
+        let client = Arc::clone(&self.client);
         // Readiness hangs on it, so it does not wait for as long as a call may take.
         let timeout = self.config.timeouts.upstream.min(LONGEST_POLL);
         let poll = Poll {
@@ -241,6 +253,7 @@ impl Parts {
             origin: self.provider.clone(),
             calls: self.metrics.shard(number),
             timeout: self.config.timeouts.upstream,
+            scaling: self.scaling.clone(),
         };
         let provider = self.provider(&client);
         let tracer = self.tracer.clone();
@@ -264,6 +277,7 @@ impl Parts {
             timeouts: self.config.timeouts,
             route,
             provider: provider.clone(),
+            scaling: self.scaling.clone(),
         };
         let auth = &self.config.auth;
         let api = Api {

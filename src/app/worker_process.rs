@@ -16,6 +16,7 @@ use crate::metrics::replicas::Poll;
 use crate::provider::Provider;
 use crate::proxy::client::{Client, Origin, Tls};
 use crate::routes;
+use crate::scaling::Scaling;
 use crate::serve::listener::bind;
 use crate::serve::raise_file_limit;
 use crate::shutdown::{Signals, Stages, Tasks};
@@ -67,11 +68,18 @@ async fn start(config: config::Worker, stages: &Stages, tasks: &Tasks) -> anyhow
         timeout,
     };
     let (ours, polls) = (client(), client());
+    // A gateway wakes functions itself.
+    let limits = config.cold_start.filter(|_| matches!(config.target, Target::Provider(_)));
+    let scaling = limits.map(|limits| {
+        let asked = provider(Arc::clone(&polls), config.timeout);
+        Scaling::new(asked, Arc::clone(&metrics.known), limits, tasks)
+    });
     let caller = Caller {
         client: Arc::clone(&ours),
         origin: origin.clone(),
         calls,
         timeout: config.timeout,
+        scaling,
     };
     let asked = provider(ours, config.timeout);
     let tracer = gateway::tracer(&config.traces, "gateway-worker", config.idle, tls.clone(), tasks);

@@ -97,8 +97,12 @@ settings! {
         "Call functions at http://NAME.SUFFIX:8080 instead of through the provider."
     direct_functions_suffix NAME "" S
         "The SUFFIX of direct_functions, such as openfaas-fn.svc.cluster.local."
-    scale_from_zero BOOLEAN "false" S
-        "Accepted for compatibility; this version does not wake functions yet, and says so at start."
+    scale_from_zero BOOLEAN "false" SW
+        "Wake a function at zero replicas when it is called, and have its callers wait (`up` always does)."
+    cold_start_timeout DURATION "60s" SUW
+        "How long a call waits for its function to become ready; then it is answered 503."
+    cold_start_queue COUNT "1000" SUW
+        "Calls that wait for one function; beyond it further ones are answered 503."
     faas_prometheus_host HOST "prometheus" S
         "Prometheus, asked for invocationCount in GET /system/functions; while it is away the list comes without."
     faas_prometheus_port PORT "9090" S

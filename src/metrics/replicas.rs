@@ -1,7 +1,7 @@
 //! Asks the provider for all its functions, again and again: the replica gauges, the names that exist, and whether
 //! the provider answers at all come from here.
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -47,10 +47,11 @@ impl Poll {
 
     /// Asks once; returns how long to wait until the next time.
     async fn poll(&self) -> Duration {
+        let asked = Instant::now();
         match self.functions().await {
             Ok(functions) => {
                 self.health.provider_is(ProviderState::Answers);
-                self.report(&functions);
+                self.report(&functions, asked);
                 ASK_EVERY
             }
             Err(error) => {
@@ -95,14 +96,14 @@ impl Poll {
         }
     }
 
-    fn report(&self, functions: &[FunctionSummary]) {
-        let now = Instant::now();
+    fn report(&self, functions: &[FunctionSummary], asked: Instant) {
         // A provider that knows no namespaces lists the same functions for each.
         let named: BTreeMap<Function, &FunctionSummary> =
             functions.iter().filter_map(|f| Some((self.name(f)?, f))).collect();
-        let names: HashSet<Function> = named.keys().cloned().collect();
-        self.metrics.known.listed(&names, now);
-        self.metrics.forget_deleted(now);
+        let warm: HashMap<Function, bool> =
+            named.iter().map(|(name, f)| (name.clone(), f.available_replicas > 0)).collect();
+        self.metrics.known.listed(&warm, asked);
+        self.metrics.forget_deleted(Instant::now());
         if self.shows_replicas {
             let replicas = named.iter().map(|(name, f)| replicas(name, f));
             self.metrics.replicas_reported(replicas.collect());

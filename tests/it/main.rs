@@ -14,6 +14,7 @@ mod auth;
 mod broken;
 mod callback;
 mod chaos;
+mod cold_start;
 mod counting;
 mod deadlines;
 mod leaving;
