@@ -25,6 +25,7 @@ SWITCHES = {
     "no disruption budget": (["gateway.podDisruptionBudget.enabled=false"], []),
     "env": (["gateway.env.max_calls=2000000", "worker.env.max_result_body=4096"], []),
     "traces": (["tracing.otlpEndpoint=http://collector:4318", "tracing.sampling=0.1", "gateway.accessLog=errors"], []),
+    "from zero": (["gateway.scaleFromZero=true", "gateway.env.cold_start_timeout=90s"], []),
     "direct functions": (
         ["gateway.directFunctions=true", "gateway.directFunctionsSuffix=openfaas-fn.svc.cluster.local"],
         [],
