@@ -8,10 +8,10 @@ use async_nats::jetstream::message::StreamMessage;
 
 use crate::function::Function;
 use crate::queue::jetstream::Shared;
-use crate::queue::jetstream::message::{Claim, End};
+use crate::queue::jetstream::message;
 use crate::queue::jetstream::server::Fault;
 use crate::queue::jetstream::state::{Dead, Found, Waiting};
-use crate::queue::jetstream::subject::{CALLS, CLAIMS, DEAD, ENDS, named};
+use crate::queue::jetstream::subject::{CALLS, DEAD, ENDS, named};
 use crate::queue::now;
 use crate::queue::status::Status;
 use crate::queue::{Changed, Counts, Filter};
@@ -42,13 +42,6 @@ impl Shared {
             .try_filter_map(|found| std::future::ready(Ok(found)))
             .try_collect()
             .await
-    }
-
-    /// Who makes what at this moment, by the number of the call's message.
-    async fn claims(&self, filter: &str) -> Result<HashMap<u64, Status>, Fault> {
-        let found = self.read(&self.names.claims, filter, MOST).await?;
-        let claims = found.iter().filter_map(|found| serde_json::from_slice(&found.payload).ok());
-        Ok(claims.filter_map(|claim: Claim| Some((claim.sequence, claim.running?))).collect())
     }
 
     pub(super) async fn list(
@@ -86,7 +79,7 @@ impl Shared {
         let mut all: HashMap<String, (u64, Status)> = HashMap::new();
         if filter.dead != Some(true) {
             for found in self.read(&names.notes, &names.of(ENDS, function), MOST).await? {
-                if let Ok(end) = serde_json::from_slice::<End>(&found.payload) {
+                if let Some(end) = message::end(&found.headers) {
                     all.insert(end.status.id.clone(), (end.sequence, end.status));
                 }
             }
@@ -103,16 +96,17 @@ impl Shared {
         if filter.dead == Some(true) {
             return Ok(all.into_values().map(|(_, status)| status).filter(means).collect());
         }
-        let claims = self.claims(&names.of(CLAIMS, function)).await?;
+        let runs = self.runs().await?;
         for found in self.read(&names.calls, &names.of(CALLS, function), MOST).await? {
             let sequence = found.sequence;
-            let Some(Waiting { named, message, .. }) = Waiting::new(found) else { continue };
+            let Some(waiting) = Waiting::new(found) else { continue };
+            let id = &waiting.named.id;
             // One whose final state is there already will be gone in a moment.
-            if all.get(&named.id).is_some_and(|(of, _)| *of >= sequence) {
+            if all.get(id).is_some_and(|(of, _)| *of >= sequence) {
                 continue;
             }
-            let status = claims.get(&sequence).cloned().or_else(|| message.status());
-            all.extend(status.map(|status| (named.id, (sequence, status))));
+            let status = waiting.status(runs.get(&sequence).copied());
+            all.extend(status.map(|status| (id.clone(), (sequence, status))));
         }
         Ok(all.into_values().map(|(_, status)| status).filter(means).collect())
     }
@@ -172,9 +166,9 @@ impl Shared {
                 counts.entry(named.function).or_default().pending += 1;
             }
         }
-        let claims = self.claims(&names.of(CLAIMS, None)).await?;
+        let runs = self.runs().await?;
         for found in self.read(&names.calls, &names.of(CALLS, None), COUNTED).await? {
-            let running = claims.contains_key(&found.sequence);
+            let running = runs.contains_key(&found.sequence);
             let Some(Waiting { named, message, .. }) = Waiting::new(found) else { continue };
             let Ok(call) = message.call() else { continue };
             let counted = counts.entry(named.function).or_default();
