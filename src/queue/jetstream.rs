@@ -248,6 +248,15 @@ impl Shared {
 
     /// This, once the server is there with all that belongs to the queue.
     async fn ready(&self) -> Result<&Self, Fault> {
+        match self.server.connected() {
+            Some(connection) if self.server.is_prepared(connection) => Ok(self),
+            // On the heap, here and elsewhere: what is rare makes no room for itself in each call's future, which is
+            // moved about.
+            _ => Box::pin(self.prepare()).await,
+        }
+    }
+
+    async fn prepare(&self) -> Result<&Self, Fault> {
         let connection = self.server.connection().await?;
         if !self.server.is_prepared(connection) {
             // Several may do this at a time: all that is missing is made once.
@@ -260,13 +269,16 @@ impl Shared {
 
     /// Sees that there is a consumer for `function`.
     async fn consumer(&self, function: &Function) -> Result<(), Fault> {
-        let connection = self.server.connection().await?;
-        {
+        let known = {
             let consumers = self.consumers();
-            if consumers.connection == connection && consumers.known.contains_key(function) {
-                return Ok(());
-            }
-        }
+            self.server.connected() == Some(consumers.connection)
+                && consumers.known.contains_key(function)
+        };
+        if known { Ok(()) } else { Box::pin(self.make_consumer(function)).await }
+    }
+
+    async fn make_consumer(&self, function: &Function) -> Result<(), Fault> {
+        let connection = self.server.connection().await?;
         let lease = pull::consumer(&self.server, &self.names, function, self.options.lease).await?;
         {
             let mut consumers = self.consumers();

@@ -50,13 +50,14 @@ impl Lease {
         let shared = Arc::clone(&self.shared);
         // It was settled, but whoever did so died before its message was gone, or the server did.
         let suspect = self.arrived.again || shared.server.was_found(self.arrived.sequence);
-        if suspect && self.is_over().await? {
+        if suspect && Box::pin(self.is_over()).await? {
             self.done().await;
             return Ok(None);
         }
         let mut call = self.arrived.call.clone();
         if let Some(parts) = self.arrived.message.parts() {
-            let Some(body) = parts::load(&shared.server, &shared.names, &parts).await? else {
+            let body = Box::pin(parts::load(&shared.server, &shared.names, &parts)).await?;
+            let Some(body) = body else {
                 tracing::error!(call.id, "The body of a queued call is not there");
                 self.delay = Some(NO_BODY);
                 return Ok(None);
@@ -120,7 +121,7 @@ impl Lease {
         match settlement {
             Settlement::Finished { answer, .. } => self.end(status, answer.as_ref()).await?,
             Settlement::Dead { answer, .. } => {
-                shared.store_answer(&arrived.call.id, answer.as_ref()).await?;
+                Box::pin(shared.store_answer(&arrived.call.id, answer.as_ref())).await?;
                 let headers = message.progressed(status, sequence);
                 server.put(self.subject(DEAD), headers, message.body.clone(), None).await?;
             }
@@ -137,11 +138,13 @@ impl Lease {
         if !matches!(settlement, Settlement::Retry { .. })
             && let Some(key) = &arrived.call.options.idempotency_key
         {
-            shared.remember(key, &arrived.call.id).await?;
+            Box::pin(shared.remember(key, &arrived.call.id)).await?;
         }
         self.done().await;
-        if matches!(settlement, Settlement::Finished { .. }) {
-            shared.forget_parts(message.parts().as_ref()).await;
+        if matches!(settlement, Settlement::Finished { .. })
+            && let Some(parts) = message.parts()
+        {
+            Box::pin(shared.forget_parts(Some(&parts))).await;
         }
         Ok(())
     }
@@ -151,7 +154,7 @@ impl Lease {
         let (shared, arrived) = (&self.shared, &self.arrived);
         let small = answer.filter(|answer| answer.body.len() <= SMALL);
         if small.is_none() {
-            shared.store_answer(&arrived.call.id, answer).await?;
+            Box::pin(shared.store_answer(&arrived.call.id, answer)).await?;
         }
         let end = End {
             sequence: arrived.sequence,

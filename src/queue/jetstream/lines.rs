@@ -12,6 +12,13 @@ use crate::queue::jetstream::pace::Pace;
 /// At most so many calls of a function are asked for at once.
 const MOST: usize = 64;
 
+/// How long the server may keep one who asks waiting. Where calls come all the time, what was asked for has come much
+/// sooner, or got lost.
+const WAIT: Duration = Duration::from_secs(5);
+const WAIT_FLOWING: Duration = Duration::from_secs(1);
+/// Later than that no answer is on its way.
+const ON_ITS_WAY: Duration = Duration::from_millis(500);
+
 /// The functions with a consumer, and the calls that have come but were not handed out.
 pub(super) struct Lines<A> {
     lines: Vec<Line<A>>,
@@ -49,6 +56,19 @@ pub(super) struct Wanted {
     pub(super) most: usize,
     /// Which ask this is.
     pub(super) number: u64,
+    /// Calls come all the time.
+    pub(super) flows: bool,
+}
+
+impl Wanted {
+    /// For so long the server keeps the ask.
+    pub(super) fn wait(&self) -> Duration {
+        wait(self.flows)
+    }
+}
+
+fn wait(flows: bool) -> Duration {
+    if flows { WAIT_FLOWING } else { WAIT }
 }
 
 impl<A> Lines<A> {
@@ -118,9 +138,9 @@ impl<A> Lines<A> {
         self.lines[line].running -= 1;
     }
 
-    /// The functions to ask for, each for `time` at most. Of a function that had no calls lately one is asked for; of
+    /// The functions to ask for. Of a function that had no calls lately one is asked for; of
     /// others what can be handed out, and what will be in the next moments.
-    pub(super) fn ask(&mut self, places: usize, now: Instant, time: Duration) -> Vec<Wanted> {
+    pub(super) fn ask(&mut self, places: usize, now: Instant) -> Vec<Wanted> {
         let mut wanted = Vec::new();
         for line in 0..self.lines.len() {
             let it = &self.lines[line];
@@ -137,8 +157,8 @@ impl<A> Lines<A> {
             self.asks += 1;
             let (number, most) = (self.asks, target - waiting);
             let it = &mut self.lines[line];
-            it.ask = Some(Ask { number, left: most, until: now + time });
-            wanted.push(Wanted { line, function: it.function.clone(), most, number });
+            it.ask = Some(Ask { number, left: most, until: now + wait(flows) + ON_ITS_WAY });
+            wanted.push(Wanted { line, function: it.function.clone(), most, number, flows });
         }
         wanted
     }
@@ -192,7 +212,7 @@ impl<A> Lines<A> {
 mod tests {
     use super::*;
 
-    const TIME: Duration = Duration::from_secs(5);
+    const TIME: Duration = Duration::from_secs(6);
 
     fn function(name: &str) -> Function {
         Function { name: name.to_owned(), namespace: "fn".to_owned() }
@@ -206,7 +226,7 @@ mod tests {
     }
 
     fn asked(lines: &mut Lines<u32>, places: usize, now: Instant) -> Vec<(usize, usize)> {
-        lines.ask(places, now, TIME).into_iter().map(|wanted| (wanted.line, wanted.most)).collect()
+        lines.ask(places, now).into_iter().map(|wanted| (wanted.line, wanted.most)).collect()
     }
 
     #[test]

@@ -1,5 +1,7 @@
 //! What is stored on the server, and how it is read again. No I/O.
 
+use std::collections::BTreeMap;
+
 use async_nats::HeaderMap;
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
@@ -44,8 +46,8 @@ pub(super) struct Message {
 /// The calls that somebody makes at this moment.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub(super) struct List {
-    /// The number of each call's message, and since when it is made.
-    pub(super) calls: Vec<(u64, Millis)>,
+    /// By the names of consumers: the number of each call's message, and since when it is made.
+    pub(super) calls: BTreeMap<String, Vec<(u64, Millis)>>,
 }
 
 /// The final state of a call.

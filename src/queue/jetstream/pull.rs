@@ -28,12 +28,12 @@ use crate::queue::{Delivery, Error};
 
 /// Nobody waits longer than this for the next call without looking again.
 const LOOK_AGAIN: Duration = Duration::from_secs(1);
-/// How long the server may keep one who asks waiting.
-const WAIT: Duration = Duration::from_secs(5);
 /// How long a call waits here for one who takes it.
 pub(super) const HOLD: Duration = Duration::from_secs(1);
 /// What the server is told is sent within this time.
 const AT_ONCE: Duration = Duration::from_secs(1);
+/// So many calls at most are looked at for functions without a consumer.
+const FEW: u64 = 10_000;
 /// After a failure.
 pub(super) const PAUSE: Duration = Duration::from_millis(200);
 /// When a call is looked at again that nobody here can read.
@@ -178,7 +178,7 @@ fn pump(shared: &Arc<Shared>, places: usize) {
         let picked = std::iter::from_fn(|| lines.pick(places)).take(begun.room(now));
         let picked: Vec<_> = picked.collect();
         begun.coming += picked.len();
-        (picked, lines.ask(places, now, WAIT + AT_ONCE))
+        (picked, lines.ask(places, now))
     };
     for (line, arrived) in picked {
         shared.tasks.spawn(begin(Arc::clone(shared), Lease::new(shared, line, arrived)));
@@ -253,13 +253,19 @@ async fn functions(shared: &Shared, last: u64) -> Result<(Vec<Function>, u64), F
     let connection = shared.server.connection().await?;
     let Shared { server, names, .. } = shared.ready().await?;
     let consumers = server.consumers(&names.calls).await?;
-    let mut found: Vec<_> = consumers.iter().filter_map(|name| subject::consumed(name)).collect();
+    let mut found: Vec<_> = consumers.iter().filter_map(|it| subject::consumed(&it.name)).collect();
+    let all = names.of(CALLS, None);
     if connection != last {
         // What was asked for over another connection does not come any more.
         shared.lines().forget_asks();
-        let calls = server.subjects(&names.calls, &names.of(CALLS, None)).await?;
-        found.extend(calls.iter().filter_map(|call| Some(subject::named(call)?.function)));
+        if server.messages(&names.calls).await? <= FEW {
+            let calls = server.subjects(&names.calls, &all, usize::MAX).await?;
+            found.extend(calls.iter().filter_map(|call| Some(subject::named(call)?.function)));
+        }
     }
+    // Calls that nobody is given are the oldest in the end.
+    let oldest = server.first(&names.calls, &all).await?;
+    found.extend(oldest.and_then(|call| Some(subject::named(&call.subject)?.function)));
     Ok((found, connection))
 }
 
@@ -278,7 +284,7 @@ async fn send(shared: &Arc<Shared>, wanted: &Wanted) -> Result<(), Fault> {
     let consumer = subject::consumer(&wanted.function);
     let ask = format!("$JS.API.CONSUMER.MSG.NEXT.{}.{consumer}", names.calls);
     let reply = format!("{inbox}.{}.{}", wanted.line, wanted.number);
-    let what = json!({ "batch": wanted.most, "expires": WAIT.as_nanos() as u64 });
+    let what = json!({ "batch": wanted.most, "expires": wanted.wait().as_nanos() as u64 });
     let sent = server.client.publish_with_reply(ask, reply, what.to_string().into());
     let sent = tokio::time::timeout(AT_ONCE, sent).await;
     sent.ok().and_then(Result::ok).ok_or(Fault::Away)

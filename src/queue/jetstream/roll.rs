@@ -17,6 +17,7 @@ use crate::queue::jetstream::Shared;
 use crate::queue::jetstream::message::{List, json};
 use crate::queue::jetstream::pull::{self, Arrived};
 use crate::queue::jetstream::server::Fault;
+use crate::queue::jetstream::subject::consumer;
 use crate::queue::now;
 
 /// A mark is heeded for so long. Whoever writes one is done within half of it, and no call is held unmarked for longer.
@@ -219,9 +220,14 @@ impl Roll {
 
 impl Inner {
     fn list(&self) -> List {
-        let listed = self.held.values();
-        let calls = listed.filter_map(|held| Some((held.arrived.sequence, held.since?)));
-        List { calls: calls.collect() }
+        let mut list = List::default();
+        for Held { arrived, since, .. } in self.held.values() {
+            if let Some(since) = since {
+                let consumer = consumer(&arrived.call.function);
+                list.calls.entry(consumer).or_default().push((arrived.sequence, *since));
+            }
+        }
+        list
     }
 
     /// Puts a call on the list; the number of its message.
@@ -246,15 +252,20 @@ impl Inner {
 impl Shared {
     /// The calls that somebody makes at this moment, by the numbers of their messages, and since when.
     pub(super) async fn runs(&self) -> Result<HashMap<u64, Millis>, Fault> {
+        let lists = self.lists().await?.into_iter();
+        Ok(lists.flat_map(|list| list.calls.into_values().flatten()).collect())
+    }
+
+    /// What each taker makes at this moment.
+    pub(super) async fn lists(&self) -> Result<Vec<List>, Fault> {
         let (server, names) = (&self.server, &self.names);
-        let lists = server.subjects(&names.claims, &names.list("*")).await?;
+        let lists = server.subjects(&names.claims, &names.list("*"), usize::MAX).await?;
         let lists: Vec<_> = stream::iter(lists)
             .map(|list| async move { server.last(&names.claims, &list).await })
             .buffer_unordered(TOGETHER)
             .try_collect()
             .await?;
         let lists = lists.into_iter().flatten();
-        let lists = lists.filter_map(|it| serde_json::from_slice::<List>(&it.payload).ok());
-        Ok(lists.flat_map(|list| list.calls).collect())
+        Ok(lists.filter_map(|it| serde_json::from_slice(&it.payload).ok()).collect())
     }
 }
