@@ -8,9 +8,11 @@ mod lease;
 mod lines;
 mod message;
 mod options;
+mod pace;
 mod parts;
 mod publish;
 mod pull;
+mod roll;
 mod server;
 mod state;
 mod streams;
@@ -21,9 +23,8 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use async_nats::jetstream::consumer::PullConsumer;
 use tokio::runtime::Handle as Runtime;
-use tokio::sync::Notify;
+use tokio::sync::{Notify, OnceCell};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -34,7 +35,8 @@ pub use self::subject::token;
 use crate::function::Function;
 use crate::queue::call::Call;
 use crate::queue::jetstream::lines::Lines;
-use crate::queue::jetstream::pull::Arrived;
+use crate::queue::jetstream::pull::{Arrived, Begun};
+use crate::queue::jetstream::roll::Roll;
 use crate::queue::jetstream::server::{Fault, Server};
 use crate::queue::jetstream::subject::Names;
 use crate::queue::status::{Answer, Settlement, Status};
@@ -61,6 +63,10 @@ struct Shared {
     names: Names,
     server: Server,
     lines: Mutex<Lines<Arrived>>,
+    begun: Mutex<Begun>,
+    roll: Roll,
+    /// Where calls come that were asked for.
+    inbox: OnceCell<String>,
     consumers: Mutex<Consumers>,
     /// When functions of other gateways were looked for, and over which connection.
     looked: Mutex<Option<(Instant, u64)>>,
@@ -70,11 +76,11 @@ struct Shared {
     tasks: Tasks,
 }
 
-/// Consumers that are known to be there, as of one connection.
+/// Consumers that are known to be there, as of one connection, and for how long a call is its taker's.
 #[derive(Default)]
 struct Consumers {
     connection: u64,
-    known: HashMap<Function, PullConsumer>,
+    known: HashMap<Function, Duration>,
 }
 
 /// What goes on beside the calls to this queue.
@@ -120,6 +126,9 @@ impl JetStream {
             options,
             server,
             lines: Mutex::new(Lines::new()),
+            begun: Mutex::default(),
+            roll: Roll::new(),
+            inbox: OnceCell::new(),
             consumers: Mutex::default(),
             looked: Mutex::default(),
             tidied: Mutex::new(Instant::now()),
@@ -135,6 +144,8 @@ impl JetStream {
         self.shared.tasks.stopping.cancel();
         self.shared.tasks.tracker.close();
         let ahead = self.shared.lines().clear();
+        let begun = self.shared.begun().clear();
+        drop(begun);
         let back = async {
             for arrived in ahead {
                 arrived.not_now(&self.shared.server, None).await;
@@ -228,12 +239,25 @@ impl Shared {
         self.lines.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    fn begun(&self) -> MutexGuard<'_, Begun> {
+        self.begun.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn consumers(&self) -> MutexGuard<'_, Consumers> {
         self.consumers.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// This, once the server is there with all that belongs to the queue.
     async fn ready(&self) -> Result<&Self, Fault> {
+        match self.server.connected() {
+            Some(connection) if self.server.is_prepared(connection) => Ok(self),
+            // On the heap, here and elsewhere: what is rare makes no room for itself in each call's future, which is
+            // moved about.
+            _ => Box::pin(self.prepare()).await,
+        }
+    }
+
+    async fn prepare(&self) -> Result<&Self, Fault> {
         let connection = self.server.connection().await?;
         if !self.server.is_prepared(connection) {
             // Several may do this at a time: all that is missing is made once.
@@ -244,25 +268,33 @@ impl Shared {
         Ok(self)
     }
 
-    /// The consumer of `function`, made if it is not there.
-    async fn consumer(&self, function: &Function) -> Result<PullConsumer, Fault> {
-        let connection = self.server.connection().await?;
-        {
+    /// Sees that there is a consumer for `function`.
+    async fn consumer(&self, function: &Function) -> Result<(), Fault> {
+        let known = {
             let consumers = self.consumers();
-            if consumers.connection == connection
-                && let Some(consumer) = consumers.known.get(function)
-            {
-                return Ok(consumer.clone());
+            self.server.connected() == Some(consumers.connection)
+                && consumers.known.contains_key(function)
+        };
+        if known { Ok(()) } else { Box::pin(self.make_consumer(function)).await }
+    }
+
+    async fn make_consumer(&self, function: &Function) -> Result<(), Fault> {
+        let connection = self.server.connection().await?;
+        let lease = pull::consumer(&self.server, &self.names, function, self.options.lease).await?;
+        {
+            let mut consumers = self.consumers();
+            if consumers.connection == connection {
+                consumers.known.insert(function.clone(), lease);
             }
         }
-        let made = pull::consumer(&self.server, &self.names, function, self.options.lease).await?;
-        let mut consumers = self.consumers();
-        if consumers.connection == connection {
-            consumers.known.insert(function.clone(), made.clone());
+        if self.lines().add(function) {
+            self.ready.notify_one();
         }
-        drop(consumers);
-        self.lines().add(function);
-        Ok(made)
+        // Takers that miss it find the consumer when they look around.
+        let name = subject::consumer(function).into();
+        let _ =
+            tokio::time::timeout(STOP, self.server.client.publish(self.names.news(), name)).await;
+        Ok(())
     }
 }
 

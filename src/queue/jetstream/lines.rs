@@ -4,12 +4,20 @@
 //! The share of each function is that of the embedded queue.
 
 use std::collections::{HashMap, VecDeque};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use crate::function::Function;
+use crate::queue::jetstream::pace::Pace;
 
 /// At most so many calls of a function are asked for at once.
-const AHEAD: usize = 8;
+const MOST: usize = 64;
+
+/// How long the server may keep one who asks waiting. Where calls come all the time, what was asked for has come much
+/// sooner, or got lost.
+const WAIT: Duration = Duration::from_secs(5);
+const WAIT_FLOWING: Duration = Duration::from_secs(1);
+/// Later than that no answer is on its way.
+const ON_ITS_WAY: Duration = Duration::from_millis(500);
 
 /// The functions with a consumer, and the calls that have come but were not handed out.
 pub(super) struct Lines<A> {
@@ -18,6 +26,8 @@ pub(super) struct Lines<A> {
     /// Whose turn it is.
     turn: usize,
     running: usize,
+    /// How often was asked.
+    asks: u64,
 }
 
 struct Line<A> {
@@ -25,7 +35,17 @@ struct Line<A> {
     /// Calls that have come, and when.
     arrived: VecDeque<(Instant, A)>,
     running: usize,
-    asking: bool,
+    ask: Option<Ask>,
+    pace: Pace,
+}
+
+/// What the server was asked for.
+struct Ask {
+    number: u64,
+    /// So many calls are still to come.
+    left: usize,
+    /// Then it is answered, or lost.
+    until: Instant,
 }
 
 /// A function to ask the server for.
@@ -34,11 +54,26 @@ pub(super) struct Wanted {
     pub(super) function: Function,
     /// So many calls can be handed out.
     pub(super) most: usize,
+    /// Which ask this is.
+    pub(super) number: u64,
+    /// Calls come all the time.
+    pub(super) flows: bool,
+}
+
+impl Wanted {
+    /// For so long the server keeps the ask.
+    pub(super) fn wait(&self) -> Duration {
+        wait(self.flows)
+    }
+}
+
+fn wait(flows: bool) -> Duration {
+    if flows { WAIT_FLOWING } else { WAIT }
 }
 
 impl<A> Lines<A> {
     pub(super) fn new() -> Self {
-        Self { lines: Vec::new(), by_function: HashMap::new(), turn: 0, running: 0 }
+        Self { lines: Vec::new(), by_function: HashMap::new(), turn: 0, running: 0, asks: 0 }
     }
 
     /// Adds the line of `function`; `false` if it is there.
@@ -51,13 +86,32 @@ impl<A> Lines<A> {
             function: function.clone(),
             arrived: VecDeque::new(),
             running: 0,
-            asking: false,
+            ask: None,
+            pace: Pace::default(),
         });
         true
     }
 
-    pub(super) fn arrived(&mut self, line: usize, call: A) {
-        self.lines[line].arrived.push_back((Instant::now(), call));
+    pub(super) fn of(&self, function: &Function) -> Option<usize> {
+        self.by_function.get(function).copied()
+    }
+
+    pub(super) fn function(&self, line: usize) -> Option<Function> {
+        Some(self.lines.get(line)?.function.clone())
+    }
+
+    /// A call that was asked for has come, whatever becomes of it.
+    pub(super) fn came(&mut self, line: usize, now: Instant) {
+        let line = &mut self.lines[line];
+        line.pace.came(now);
+        if let Some(ask) = &mut line.ask {
+            ask.left = ask.left.saturating_sub(1);
+        }
+    }
+
+    /// Keeps a call that can be handed out.
+    pub(super) fn arrived(&mut self, line: usize, call: A, now: Instant) {
+        self.lines[line].arrived.push_back((now, call));
     }
 
     /// The next call to make, for one who makes at most `places` at a time. The functions take turns, and one may
@@ -65,7 +119,7 @@ impl<A> Lines<A> {
     pub(super) fn pick(&mut self, places: usize) -> Option<(usize, A)> {
         for step in 0..self.lines.len() {
             let index = (self.turn + step) % self.lines.len();
-            if self.room(index, places, 1) == 0 {
+            if self.lines[index].arrived.is_empty() || self.room(index, places, 1) == 0 {
                 continue;
             }
             if let Some((_, call)) = self.lines[index].arrived.pop_front() {
@@ -84,41 +138,64 @@ impl<A> Lines<A> {
         self.lines[line].running -= 1;
     }
 
-    /// The functions to ask for, each until [`Self::asked`].
-    pub(super) fn ask(&mut self, places: usize) -> Vec<Wanted> {
+    /// The functions to ask for. Of a function that had no calls lately one is asked for; of
+    /// others what can be handed out, and what will be in the next moments.
+    pub(super) fn ask(&mut self, places: usize, now: Instant) -> Vec<Wanted> {
         let mut wanted = Vec::new();
         for line in 0..self.lines.len() {
-            let most = self.room(line, places, AHEAD);
-            let it = &mut self.lines[line];
-            if !it.asking && it.arrived.is_empty() && most > 0 {
-                it.asking = true;
-                wanted.push(Wanted { line, function: it.function.clone(), most });
+            let it = &self.lines[line];
+            if it.ask.as_ref().is_some_and(|ask| ask.left > 0 && ask.until > now) {
+                continue;
             }
+            let (flows, ahead) = (it.pace.flows(now), it.pace.ahead(now));
+            let room = self.room(line, places, if flows { MOST } else { 1 });
+            let target = (room + ahead).min(MOST);
+            let waiting = self.lines[line].arrived.len();
+            if waiting * 2 > target || target == 0 {
+                continue;
+            }
+            self.asks += 1;
+            let (number, most) = (self.asks, target - waiting);
+            let it = &mut self.lines[line];
+            it.ask = Some(Ask { number, left: most, until: now + wait(flows) + ON_ITS_WAY });
+            wanted.push(Wanted { line, function: it.function.clone(), most, number, flows });
         }
         wanted
     }
 
-    pub(super) fn asked(&mut self, line: usize) {
-        self.lines[line].asking = false;
+    /// Nothing more comes of the ask `number`.
+    pub(super) fn answered(&mut self, line: usize, number: u64) {
+        if let Some(it) = self.lines.get_mut(line)
+            && it.ask.as_ref().is_some_and(|ask| ask.number == number)
+        {
+            it.ask = None;
+        }
     }
 
-    /// Takes out the calls of `line` that came before `time`; whether any are left.
-    pub(super) fn withdraw(&mut self, line: usize, time: Instant) -> (Vec<A>, bool) {
-        let arrived = &mut self.lines[line].arrived;
+    /// Nothing more comes of any ask.
+    pub(super) fn forget_asks(&mut self) {
+        self.lines.iter_mut().for_each(|line| line.ask = None);
+    }
+
+    pub(super) fn is_empty(&self) -> bool {
+        self.lines.iter().all(|line| line.arrived.is_empty())
+    }
+
+    /// Takes out the calls that came before `time`.
+    pub(super) fn withdraw(&mut self, time: Instant) -> Vec<A> {
         let mut old = Vec::new();
-        while arrived.front().is_some_and(|(came, _)| *came < time) {
-            old.extend(arrived.pop_front().map(|(_, call)| call));
+        for line in &mut self.lines {
+            while line.arrived.front().is_some_and(|(came, _)| *came < time) {
+                old.extend(line.arrived.pop_front().map(|(_, call)| call));
+            }
         }
-        (old, !arrived.is_empty())
+        old
     }
 
     /// Takes out all calls that were not handed out.
     pub(super) fn clear(&mut self) -> Vec<A> {
-        self.lines
-            .iter_mut()
-            .flat_map(|line| line.arrived.drain(..))
-            .map(|(_, call)| call)
-            .collect()
+        let arrived = self.lines.iter_mut().flat_map(|line| line.arrived.drain(..));
+        arrived.map(|(_, call)| call).collect()
     }
 
     /// How many calls more the line may have, at most `most`.
@@ -135,6 +212,8 @@ impl<A> Lines<A> {
 mod tests {
     use super::*;
 
+    const TIME: Duration = Duration::from_secs(6);
+
     fn function(name: &str) -> Function {
         Function { name: name.to_owned(), namespace: "fn".to_owned() }
     }
@@ -146,29 +225,32 @@ mod tests {
         lines
     }
 
+    fn asked(lines: &mut Lines<u32>, places: usize, now: Instant) -> Vec<(usize, usize)> {
+        lines.ask(places, now).into_iter().map(|wanted| (wanted.line, wanted.most)).collect()
+    }
+
     #[test]
     fn functions_take_turns() {
-        let mut lines = lines();
+        let (mut lines, now) = (lines(), Instant::now());
         for call in 1..=3 {
-            lines.arrived(0, call);
+            lines.arrived(0, call, now);
         }
-        lines.arrived(1, 4);
+        lines.arrived(1, 4, now);
         let picks: Vec<_> = std::iter::from_fn(|| lines.pick(8)).map(|(_, call)| call).collect();
         assert_eq!(picks, [1, 4, 2, 3]);
     }
 
     #[test]
     fn one_function_never_takes_all_places() {
-        let mut lines = lines();
+        let (mut lines, now) = (lines(), Instant::now());
         for call in 0..100 {
-            lines.arrived(0, call);
+            lines.arrived(0, call, now);
         }
         let taken = std::iter::from_fn(|| lines.pick(8)).count();
         assert!((4..8).contains(&taken), "{taken}");
         // The other one alone is asked for.
-        let wanted: Vec<_> = lines.ask(8).into_iter().map(|wanted| wanted.line).collect();
-        assert_eq!(wanted, [1]);
-        lines.arrived(1, 100);
+        assert_eq!(asked(&mut lines, 8, now), [(1, 1)]);
+        lines.arrived(1, 100, now);
         assert_eq!(lines.pick(8), Some((1, 100)));
         lines.ended(0);
         assert_eq!(lines.pick(8), None);
@@ -176,24 +258,44 @@ mod tests {
 
     #[test]
     fn a_lone_place_is_used() {
-        let mut lines = lines();
-        assert_eq!(lines.ask(1)[0].most, 1);
-        assert_eq!(lines.ask(1).len(), 0);
-        lines.arrived(0, 1);
+        let (mut lines, now) = (lines(), Instant::now());
+        assert_eq!(asked(&mut lines, 1, now), [(0, 1), (1, 1)]);
+        assert_eq!(asked(&mut lines, 1, now), []);
+        lines.arrived(0, 1, now);
         assert_eq!(lines.pick(1), Some((0, 1)));
     }
 
     #[test]
+    fn one_is_asked_for_until_calls_come_and_then_what_can_be_made() {
+        let (mut lines, now) = (lines(), Instant::now());
+        assert_eq!(asked(&mut lines, 40, now), [(0, 1), (1, 1)]);
+        lines.came(0, now);
+        let more = asked(&mut lines, 40, now);
+        assert!(matches!(more[..], [(0, 20..=39)]), "{more:?}");
+        // It stands until all has come, it is answered, or its time is over.
+        let most = more[0].1;
+        (1..most).for_each(|_| lines.came(0, now));
+        assert_eq!(asked(&mut lines, 40, now), []);
+        lines.came(0, now);
+        assert_eq!(asked(&mut lines, 40, now).len(), 1);
+        let number = lines.lines[0].ask.as_ref().unwrap().number;
+        lines.answered(0, number - 1);
+        assert_eq!(asked(&mut lines, 40, now), []);
+        lines.answered(0, number);
+        assert_eq!(asked(&mut lines, 40, now).len(), 1);
+        assert_eq!(asked(&mut lines, 40, now + TIME).len(), 2);
+        lines.forget_asks();
+        assert_eq!(asked(&mut lines, 40, now + TIME).len(), 2);
+    }
+
+    #[test]
     fn what_was_not_handed_out_is_taken_back() {
-        let mut lines = lines();
-        lines.arrived(0, 1);
-        let between = Instant::now();
-        std::thread::sleep(std::time::Duration::from_millis(2));
-        lines.arrived(0, 2);
-        assert_eq!(
-            lines.withdraw(0, between + std::time::Duration::from_millis(1)),
-            (vec![1], true)
-        );
+        let (mut lines, now) = (lines(), Instant::now());
+        lines.arrived(0, 1, now);
+        lines.arrived(0, 2, now + TIME);
+        assert_eq!(lines.withdraw(now + TIME), [1]);
+        assert!(!lines.is_empty());
         assert_eq!(lines.clear(), [2]);
+        assert!(lines.is_empty());
     }
 }

@@ -1,11 +1,13 @@
 //! What is stored on the server, and how it is read again. No I/O.
 
+use std::collections::BTreeMap;
+
 use async_nats::HeaderMap;
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 
 use crate::queue::call::{Call, Meta, Millis, Unreadable};
-use crate::queue::status::{Answer, Status};
+use crate::queue::status::{Answer, State, Status};
 
 /// All of a call but its body.
 const CALL: &str = "Gateway-Call";
@@ -20,6 +22,8 @@ const BODY: &str = "Gateway-Body";
 const WAS: &str = "Gateway-Was";
 /// The server knows a repeated message by this header.
 const MESSAGE_ID: &str = "Nats-Msg-Id";
+/// [`End`].
+const END: &str = "Gateway-End";
 /// The first part of an answer says what it is.
 const ANSWER: &str = "Gateway-Answer";
 /// Reasons are cut here, so that a call does not outgrow its message.
@@ -39,13 +43,11 @@ pub(super) struct Message {
     pub(super) body: Bytes,
 }
 
-/// Who has a call at this moment.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-pub(super) struct Claim {
-    /// The number of the call's message.
-    pub(super) sequence: u64,
-    /// `None` for one who takes the call back.
-    pub(super) running: Option<Status>,
+/// The calls that somebody makes at this moment.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub(super) struct List {
+    /// By the names of consumers: the number of each call's message, and since when it is made.
+    pub(super) calls: BTreeMap<String, Vec<(u64, Millis)>>,
 }
 
 /// The final state of a call.
@@ -54,6 +56,9 @@ pub(super) struct End {
     /// The number of the message that the call was.
     pub(super) sequence: u64,
     pub(super) status: Status,
+    /// The head of the answer whose body is this message's.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) answer: Option<AnswerHead>,
 }
 
 /// The head of a stored answer.
@@ -153,6 +158,16 @@ impl Message {
         self.progress().or_else(|| self.call().ok().map(|call| Status::queued(&call)))
     }
 
+    /// The state of `call` while it is made.
+    pub(super) fn running(&self, call: &Call, since: Millis) -> Status {
+        Status {
+            state: State::Running,
+            attempts: self.progress().map_or(0, |status| status.attempts) + 1,
+            started_at: Some(since),
+            ..Status::queued(call)
+        }
+    }
+
     /// When the call can be made, at the earliest.
     pub(super) fn due(&self, call: &Call) -> Millis {
         let again = self.progress().and_then(|status| status.next_attempt_at);
@@ -162,15 +177,20 @@ impl Message {
 
 /// The head of `answer`, whose body is stored in so many parts.
 pub(super) fn answer_headers(answer: &Answer, parts: usize) -> HeaderMap {
-    let head = AnswerHead {
-        status: answer.status,
-        headers: answer.headers.clone(),
-        truncated: answer.truncated,
-        parts,
-    };
     let mut headers = HeaderMap::new();
-    headers.insert(ANSWER, json(&head).as_str());
+    headers.insert(ANSWER, json(&AnswerHead::of(answer, parts)).as_str());
     headers
+}
+
+/// The headers of a final state.
+pub(super) fn end_headers(end: &End) -> HeaderMap {
+    let mut headers = HeaderMap::new();
+    headers.insert(END, json(end).as_str());
+    headers
+}
+
+pub(super) fn end(headers: &HeaderMap) -> Option<End> {
+    serde_json::from_str(headers.get(END)?.as_str()).ok()
 }
 
 pub(super) fn answer_head(headers: &HeaderMap) -> Option<AnswerHead> {
@@ -178,6 +198,11 @@ pub(super) fn answer_head(headers: &HeaderMap) -> Option<AnswerHead> {
 }
 
 impl AnswerHead {
+    pub(super) fn of(answer: &Answer, parts: usize) -> Self {
+        let Answer { status, headers, truncated, .. } = answer;
+        Self { status: *status, headers: headers.clone(), truncated: *truncated, parts }
+    }
+
     pub(super) fn with(self, body: Bytes) -> Answer {
         let Self { status, headers, truncated, .. } = self;
         Answer { status, headers, body, truncated }

@@ -74,7 +74,7 @@ impl Shared {
     /// Removes bodies older than `age` that no call has any more; how many there were.
     pub(super) async fn tidy(&self, age: Duration) -> Result<u64, Fault> {
         let (server, names) = (&self.server, &self.names);
-        let subjects = server.subjects(&names.bodies, &names.all(BODIES)).await?;
+        let subjects = server.subjects(&names.bodies, &names.all(BODIES), usize::MAX).await?;
         // `root.queue.id.name.number`
         let stored: BTreeSet<_> = subjects
             .iter()

@@ -15,19 +15,19 @@ impl Shared {
         self.ready().await?;
         let (id, key) = (&call.id, call.options.idempotency_key.as_deref());
         if let Some(key) = key
-            && let Some(id) = self.keyed(key).await?
+            && let Some(id) = Box::pin(self.keyed(key)).await?
         {
             return Ok(Published { id, repeated: true });
         }
-        // Ids that are made here come but once, unless a publish is tried again; the server knows those.
-        if call.options.chosen_id && self.status(id).await?.is_some() {
+        if call.options.chosen_id && Box::pin(self.status(id)).await?.is_some() {
             return Ok(Published { id: id.clone(), repeated: true });
         }
         // First the consumer: without one, nobody would look for the call.
         self.consumer(&call.function).await?;
         let mut message = Message::new(call);
         if !self.server.fits(message.head(), call.body.len()) {
-            let parts = parts::store(&self.server, &self.names, id, &call.body).await?;
+            let parts = parts::store(&self.server, &self.names, id, &call.body);
+            let parts = Box::pin(parts).await?;
             message = message.with_parts(&parts);
         }
         let first = match self.store(call, &message).await {
@@ -35,7 +35,7 @@ impl Shared {
             // The message may be there all the same: then its parts are needed.
             Err(Fault::Away) => return Err(Error::Away),
             Err(fault) => {
-                self.forget_parts(message.parts().as_ref()).await;
+                Box::pin(self.forget_parts(message.parts().as_ref())).await;
                 return Err(match fault {
                     Fault::TooLarge => Error::TooLarge(call.body.len()),
                     fault => fault.into(),
@@ -43,12 +43,12 @@ impl Shared {
             }
         };
         if first.is_some() {
-            self.forget_parts(message.parts().as_ref()).await;
+            Box::pin(self.forget_parts(message.parts().as_ref())).await;
         }
         let repeated = first.is_some();
         let published = Published { id: first.unwrap_or_else(|| id.clone()), repeated };
         if let Some(key) = key {
-            self.remember(key, &published.id).await?;
+            Box::pin(self.remember(key, &published.id)).await?;
         }
         Ok(published)
     }
@@ -56,17 +56,18 @@ impl Shared {
     /// Stores the call's message, unless there is one; then the id of that call.
     async fn store(&self, call: &Call, message: &Message) -> Result<Option<String>, Fault> {
         let key = call.options.idempotency_key.as_deref();
-        let once = match key {
-            Some(key) => format!("key-{}", token(key)),
-            None => format!("id-{}", token(&call.id)),
-        };
         let subject = self.names.call(CALLS, &call.function, &call.id);
-        let mut headers = message.named(&once);
+        // What the server knows a repeated message by takes up room there: an id that was made here comes but once.
+        let mut headers = match key {
+            Some(key) => message.named(&format!("key-{}", token(key))),
+            None if call.options.chosen_id => message.named(&format!("id-{}", token(&call.id))),
+            None => message.fresh(),
+        };
         loop {
             let body = message.body.clone();
             match self.server.put(subject.clone(), headers, body, Some(0)).await {
                 Ok(stored) if stored.duplicate => {
-                    let first = self.first(stored.sequence, key, &call.id).await?;
+                    let first = Box::pin(self.first(stored.sequence, key, &call.id)).await?;
                     if first.is_some() {
                         return Ok(first);
                     }

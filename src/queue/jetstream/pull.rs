@@ -1,14 +1,17 @@
 //! How calls come from the server: one consumer for each function, asked only while somebody waits for a call.
 
+use std::collections::VecDeque;
 use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
-use async_nats::jetstream::consumer::pull::Batch;
-use async_nats::jetstream::consumer::{AckPolicy, PullConsumer, pull};
+use async_nats::jetstream::AckKind;
+use async_nats::jetstream::consumer::{AckPolicy, pull};
 use async_nats::jetstream::stream::ConsumerErrorKind;
-use async_nats::jetstream::{AckKind, Message as Delivered};
+use async_nats::jetstream::{Message as Delivered, consumer::Info as Consumer};
+use async_nats::{StatusCode, Subscriber};
 use bytes::Bytes;
 use futures_util::StreamExt;
+use serde_json::json;
 
 use crate::function::Function;
 use crate::queue::call::Call;
@@ -16,6 +19,8 @@ use crate::queue::jetstream::Shared;
 use crate::queue::jetstream::lease::Lease;
 use crate::queue::jetstream::lines::Wanted;
 use crate::queue::jetstream::message::Message;
+use crate::queue::jetstream::pace::Pace;
+use crate::queue::jetstream::roll::Roll;
 use crate::queue::jetstream::server::{Fault, Server};
 use crate::queue::jetstream::subject::{self, CALLS, Names};
 use crate::queue::now;
@@ -23,13 +28,14 @@ use crate::queue::{Delivery, Error};
 
 /// Nobody waits longer than this for the next call without looking again.
 const LOOK_AGAIN: Duration = Duration::from_secs(1);
-/// How long the server may keep one who asks waiting, and how long a call waits here for one who takes it.
-const WAIT: Duration = Duration::from_secs(5);
-const HOLD: Duration = Duration::from_secs(1);
-/// What the server sends at once it sends within this time.
+/// How long a call waits here for one who takes it.
+pub(super) const HOLD: Duration = Duration::from_secs(1);
+/// What the server is told is sent within this time.
 const AT_ONCE: Duration = Duration::from_secs(1);
+/// So many calls at most are looked at for functions without a consumer.
+const FEW: u64 = 10_000;
 /// After a failure.
-const PAUSE: Duration = Duration::from_millis(200);
+pub(super) const PAUSE: Duration = Duration::from_millis(200);
 /// When a call is looked at again that nobody here can read.
 const UNREADABLE: Duration = Duration::from_secs(60);
 /// No call is put off for longer at once.
@@ -49,6 +55,11 @@ pub(super) struct Arrived {
 }
 
 impl Arrived {
+    /// It is over.
+    pub(super) async fn over(&self, server: &Server) {
+        tell(server, &self.reply, AckKind::Ack).await;
+    }
+
     /// Lets it be taken again, after `delay`.
     pub(super) async fn not_now(&self, server: &Server, delay: Option<Duration>) {
         tell(server, &self.reply, AckKind::Nak(delay)).await;
@@ -65,13 +76,13 @@ async fn tell(server: &Server, reply: &str, kind: AckKind) {
     let _ = tokio::time::timeout(AT_ONCE, said).await;
 }
 
-/// The consumer of `function`, made if it is not there.
+/// The consumer of `function`, made if it is not there; for how long a call is its taker's.
 pub(super) async fn consumer(
     server: &Server,
     names: &Names,
     function: &Function,
     lease: Duration,
-) -> Result<PullConsumer, Fault> {
+) -> Result<Duration, Fault> {
     let name = subject::consumer(function);
     let config = pull::Config {
         durable_name: Some(name.clone()),
@@ -84,42 +95,134 @@ pub(super) async fn consumer(
         ..pull::Config::default()
     };
     let stream = server.context.get_stream_no_info(&names.calls).await.map_err(|_| Fault::Away)?;
-    stream.get_or_create_consumer(&name, config).await.map_err(|error| match error.kind() {
+    let made = stream.get_or_create_consumer(&name, config).await;
+    let made = made.map_err(|error| match error.kind() {
         ConsumerErrorKind::JetStream(error) if error.code() != 503 => {
             Fault::Refused(error.error_code().0, error.to_string())
         }
         _ => Fault::Away,
-    })
+    })?;
+    let Consumer { config, .. } = made.cached_info();
+    Ok(config.ack_wait.min(lease))
+}
+
+/// Calls that have been begun, and are there to be taken.
+#[derive(Default)]
+pub(super) struct Begun {
+    /// Since when they are there.
+    ready: VecDeque<(Instant, Delivery)>,
+    /// How many are being begun.
+    coming: usize,
+    /// How many want one.
+    takers: usize,
+    /// How fast they are taken.
+    pace: Pace,
+}
+
+impl Begun {
+    /// How many more are worth beginning: what is wanted now, and in the next moments.
+    fn room(&self, now: Instant) -> usize {
+        (self.takers + self.pace.ahead(now)).saturating_sub(self.ready.len() + self.coming)
+    }
+
+    pub(super) fn clear(&mut self) -> VecDeque<(Instant, Delivery)> {
+        std::mem::take(&mut self.ready)
+    }
+}
+
+/// One who wants a call.
+struct Taker<'a>(&'a Shared);
+
+impl<'a> Taker<'a> {
+    fn new(shared: &'a Shared) -> Self {
+        shared.begun().takers += 1;
+        Self(shared)
+    }
+}
+
+impl Drop for Taker<'_> {
+    fn drop(&mut self) {
+        self.0.begun().takers -= 1;
+    }
 }
 
 /// The next call whose time has come.
 pub(super) async fn take(shared: &Arc<Shared>, places: usize) -> Result<Delivery, Error> {
+    let _taker = Taker::new(shared);
     loop {
         // Made before the look, so that nothing is missed between the two.
         let woken = shared.ready.notified();
-        let picked = shared.lines().pick(places);
-        if let Some((line, arrived)) = picked {
-            // More may be there than one was told of.
-            shared.ready.notify_one();
-            let lease = Lease::new(shared, line, arrived);
-            match lease.begin().await {
-                Ok(Some(delivery)) => return Ok(delivery),
-                Ok(None) => {}
-                Err(error) => {
-                    tracing::debug!(%error, "A call that came cannot be begun");
-                    tokio::time::sleep(PAUSE).await;
-                }
+        pump(shared, places);
+        {
+            let mut begun = shared.begun();
+            if let Some((_, delivery)) = begun.ready.pop_front() {
+                begun.pace.came(Instant::now());
+                drop(begun);
+                // More may be there than one was told of.
+                shared.ready.notify_one();
+                return Ok(delivery);
             }
-            continue;
-        }
-        look_around(shared);
-        let wanted = shared.lines().ask(places);
-        for wanted in wanted {
-            shared.tasks.spawn(ask(Arc::clone(shared), wanted));
         }
         // Running out is no reason to fail: it is the time to look again.
         let _ = tokio::time::timeout(LOOK_AGAIN, woken).await;
     }
+}
+
+/// Begins the calls that can be made, and asks for more where there is room.
+fn pump(shared: &Arc<Shared>, places: usize) {
+    look_around(shared);
+    let now = Instant::now();
+    let (picked, wanted) = {
+        let mut begun = shared.begun();
+        let mut lines = shared.lines();
+        let picked = std::iter::from_fn(|| lines.pick(places)).take(begun.room(now));
+        let picked: Vec<_> = picked.collect();
+        begun.coming += picked.len();
+        (picked, lines.ask(places, now))
+    };
+    for (line, arrived) in picked {
+        shared.tasks.spawn(begin(Arc::clone(shared), Lease::new(shared, line, arrived)));
+    }
+    for wanted in wanted {
+        shared.tasks.spawn(ask(Arc::clone(shared), wanted));
+    }
+}
+
+async fn begin(shared: Arc<Shared>, lease: Lease) {
+    let delivery = lease.begin().await;
+    let mut begun = shared.begun();
+    begun.coming -= 1;
+    match delivery {
+        Ok(Some(delivery)) => begun.ready.push_back((Instant::now(), delivery)),
+        Ok(None) => {}
+        Err(error) => tracing::debug!(%error, "A call that came cannot be begun"),
+    }
+    drop(begun);
+    shared.ready.notify_one();
+}
+
+/// Lets others have what has waited here for too long.
+pub(super) async fn give_back(shared: &Shared) {
+    let Some(before) = Instant::now().checked_sub(HOLD.min(shared.options.lease / 3)) else {
+        return;
+    };
+    let ahead = shared.lines().withdraw(before);
+    for arrived in ahead {
+        arrived.not_now(&shared.server, None).await;
+    }
+    let mut old = Vec::new();
+    {
+        let mut begun = shared.begun();
+        while begun.ready.front().is_some_and(|(at, _)| *at < before) {
+            old.extend(begun.ready.pop_front());
+        }
+    }
+    drop(old);
+}
+
+/// Whether nothing waits here to be made.
+pub(super) fn nothing_ahead(shared: &Shared) -> bool {
+    shared.lines().is_empty() && shared.begun().ready.is_empty()
 }
 
 /// Looks for functions whose calls others have published.
@@ -150,89 +253,116 @@ async fn functions(shared: &Shared, last: u64) -> Result<(Vec<Function>, u64), F
     let connection = shared.server.connection().await?;
     let Shared { server, names, .. } = shared.ready().await?;
     let consumers = server.consumers(&names.calls).await?;
-    let mut found: Vec<_> = consumers.iter().filter_map(|name| subject::consumed(name)).collect();
+    let mut found: Vec<_> = consumers.iter().filter_map(|it| subject::consumed(&it.name)).collect();
+    let all = names.of(CALLS, None);
     if connection != last {
-        let calls = server.subjects(&names.calls, &names.of(CALLS, None)).await?;
-        found.extend(calls.iter().filter_map(|call| Some(subject::named(call)?.function)));
+        // What was asked for over another connection does not come any more.
+        shared.lines().forget_asks();
+        if server.messages(&names.calls).await? <= FEW {
+            let calls = server.subjects(&names.calls, &all, usize::MAX).await?;
+            found.extend(calls.iter().filter_map(|call| Some(subject::named(call)?.function)));
+        }
     }
+    // Calls that nobody is given are the oldest in the end.
+    let oldest = server.first(&names.calls, &all).await?;
+    found.extend(oldest.and_then(|call| Some(subject::named(&call.subject)?.function)));
     Ok((found, connection))
 }
 
-/// Asks once for calls of a function, and holds what comes until it is handed out, or has waited too long for that.
+/// Asks for calls of a function.
 async fn ask(shared: Arc<Shared>, wanted: Wanted) {
-    let came = fetch(&shared, &wanted).await;
-    if let Err(error) = &came {
-        tracing::debug!(%error, function.name = %wanted.function, "No calls can be fetched");
-        shared.consumers().known.remove(&wanted.function);
-        tokio::time::sleep(PAUSE).await;
-    }
-    shared.lines().asked(wanted.line);
-    shared.ready.notify_one();
-    let hold = HOLD.min(shared.options.lease / 3);
-    loop {
-        tokio::time::sleep(hold / 2).await;
-        let before = Instant::now().checked_sub(hold).unwrap_or_else(Instant::now);
-        let (old, more) = shared.lines().withdraw(wanted.line, before);
-        for arrived in old {
-            arrived.not_now(&shared.server, None).await;
-        }
-        if !more {
-            return;
-        }
+    if let Err(error) = send(&shared, &wanted).await {
+        tracing::debug!(%error, function.name = %wanted.function, "No calls can be asked for");
+        fails(&shared, wanted.line, wanted.number, &wanted.function).await;
     }
 }
 
-/// What is there at once; if nothing is, the next call that comes.
-async fn fetch(shared: &Arc<Shared>, wanted: &Wanted) -> Result<(), Fault> {
-    let consumer = shared.ready().await?.consumer(&wanted.function).await?;
-    let at_once = consumer.fetch().max_messages(wanted.most).messages();
-    let at_once = asked(at_once).await?;
-    if receive(shared, wanted, &consumer, at_once, AT_ONCE).await? == 0 {
-        let wait = WAIT.min(shared.options.lease / 3);
-        let later = asked(consumer.batch().max_messages(1).expires(wait).messages()).await?;
-        receive(shared, wanted, &consumer, later, wait + AT_ONCE).await?;
-    }
-    Ok(())
-}
-
-/// What a request that is sent in time will bring.
-async fn asked<E>(batch: impl Future<Output = Result<Batch, E>>) -> Result<Batch, Fault> {
-    let sent = tokio::time::timeout(AT_ONCE, batch).await;
+async fn send(shared: &Arc<Shared>, wanted: &Wanted) -> Result<(), Fault> {
+    let Shared { server, names, .. } = shared.ready().await?;
+    shared.consumer(&wanted.function).await?;
+    let inbox = shared.inbox.get_or_try_init(|| listen(shared)).await?;
+    let consumer = subject::consumer(&wanted.function);
+    let ask = format!("$JS.API.CONSUMER.MSG.NEXT.{}.{consumer}", names.calls);
+    let reply = format!("{inbox}.{}.{}", wanted.line, wanted.number);
+    let what = json!({ "batch": wanted.most, "expires": wanted.wait().as_nanos() as u64 });
+    let sent = server.client.publish_with_reply(ask, reply, what.to_string().into());
+    let sent = tokio::time::timeout(AT_ONCE, sent).await;
     sent.ok().and_then(Result::ok).ok_or(Fault::Away)
 }
 
-/// How many messages have come. The first of them may take `patience`.
-async fn receive(
-    shared: &Arc<Shared>,
-    wanted: &Wanted,
-    consumer: &PullConsumer,
-    mut batch: Batch,
-    patience: Duration,
-) -> Result<usize, Fault> {
-    let mut came = 0;
-    loop {
-        let next = tokio::time::timeout(patience, batch.next()).await.map_err(|_| Fault::Away)?;
-        match next {
-            None => return Ok(came),
-            Some(Err(error)) => {
-                tracing::debug!(%error, "The server ends a request for calls");
-                return Err(Fault::Away);
+/// An ask that has failed can be repeated in a moment, and first the consumer is looked for.
+async fn fails(shared: &Shared, line: usize, number: u64, function: &Function) {
+    shared.consumers().known.remove(function);
+    tokio::time::sleep(PAUSE).await;
+    shared.lines().answered(line, number);
+    shared.ready.notify_one();
+}
+
+/// Has all that was asked for come to one place; where that is.
+async fn listen(shared: &Arc<Shared>) -> Result<String, Fault> {
+    let inbox = shared.server.client.new_inbox();
+    let subscribe = async |subject: String| {
+        let made = tokio::time::timeout(AT_ONCE, shared.server.client.subscribe(subject)).await;
+        made.ok().and_then(Result::ok).ok_or(Fault::Away)
+    };
+    let (calls, news) = (subscribe(format!("{inbox}.>")).await?, shared.names.news());
+    let news = subscribe(news).await?;
+    shared.tasks.spawn(hear_calls(Arc::clone(shared), calls));
+    shared.tasks.spawn(hear_news(Arc::clone(shared), news));
+    Ok(inbox)
+}
+
+async fn hear_calls(shared: Arc<Shared>, mut calls: Subscriber) {
+    while let Some(message) = calls.next().await {
+        match message.status {
+            None => arrive(&shared, message).await,
+            Some(StatusCode::IDLE_HEARTBEAT) => {}
+            Some(status) => {
+                let mut tokens = message.subject.rsplit('.');
+                let number = tokens.next().and_then(|it| it.parse().ok());
+                let line = tokens.next().and_then(|it| it.parse().ok());
+                let (Some(number), Some(line)) = (number, line) else { continue };
+                refused(&shared, line, number, status);
             }
-            Some(Ok(delivered)) => {
-                came += 1;
-                let lease = consumer.cached_info().config.ack_wait.min(shared.options.lease);
-                arrive(shared, wanted, delivered, lease).await;
-            }
+        }
+    }
+}
+
+/// No more comes of an ask, mostly for its time is over.
+fn refused(shared: &Arc<Shared>, line: usize, number: u64, status: StatusCode) {
+    if [StatusCode::TIMEOUT, StatusCode::NOT_FOUND].contains(&status) {
+        shared.lines().answered(line, number);
+        shared.ready.notify_one();
+        return;
+    }
+    let Some(function) = shared.lines().function(line) else { return };
+    tracing::debug!(%status, function.name = %function, "The server ends a request for calls");
+    let all = Arc::clone(shared);
+    shared.tasks.spawn(async move { fails(&all, line, number, &function).await });
+}
+
+/// Others say which functions are new.
+async fn hear_news(shared: Arc<Shared>, mut news: Subscriber) {
+    while let Some(message) = news.next().await {
+        let name = std::str::from_utf8(&message.payload).ok();
+        let function = name.and_then(subject::consumed);
+        if function.is_some_and(|function| shared.lines().add(&function)) {
+            shared.ready.notify_one();
         }
     }
 }
 
 /// Keeps a call that has come, unless its time has not.
-async fn arrive(shared: &Arc<Shared>, wanted: &Wanted, delivered: Delivered, lease: Duration) {
+async fn arrive(shared: &Arc<Shared>, message: async_nats::Message) {
+    let delivered = Delivered { message, context: shared.server.context.clone() };
     let Some(reply) = delivered.reply.as_ref().map(ToString::to_string) else { return };
-    let Ok((sequence, times)) = delivered.info().map(|i| (i.stream_sequence, i.delivered)) else {
-        return;
-    };
+    let Ok(info) = delivered.info() else { return };
+    let (sequence, again) = (info.stream_sequence, info.delivered > 1);
+    let Some(function) = subject::consumed(info.consumer) else { return };
+    let Some(line) = shared.lines().of(&function) else { return };
+    shared.lines().came(line, Instant::now());
+    let lease = shared.consumers().known.get(&function).copied();
+    let lease = lease.unwrap_or(shared.options.lease);
     let delivered = delivered.message;
     let message = Message::stored(delivered.headers.unwrap_or_default(), delivered.payload);
     let call = match message.call() {
@@ -245,12 +375,14 @@ async fn arrive(shared: &Arc<Shared>, wanted: &Wanted, delivered: Delivered, lea
         }
     };
     let early = message.due(&call).saturating_sub(now());
-    let arrived = Arrived { call, message, sequence, again: times > 1, reply, lease };
+    let arrived = Arrived { call, message, sequence, again, reply, lease };
     if early > 0 {
         let delay = Duration::from_millis(early).min(LONGEST);
         arrived.not_now(&shared.server, Some(delay)).await;
+        shared.ready.notify_one();
         return;
     }
-    shared.lines().arrived(wanted.line, arrived);
+    shared.lines().arrived(line, arrived, Instant::now());
     shared.ready.notify_one();
+    Roll::keep(shared);
 }

@@ -93,6 +93,18 @@ pub(super) struct Stored {
     pub(super) duplicate: bool,
 }
 
+/// A consumer, and what it has before it.
+#[derive(Deserialize)]
+pub(super) struct Consumer {
+    pub(super) name: String,
+    /// Never given to anybody.
+    #[serde(default, rename = "num_pending")]
+    pub(super) pending: u64,
+    /// Given to somebody, and not over.
+    #[serde(default, rename = "num_ack_pending")]
+    pub(super) given: u64,
+}
+
 #[derive(Deserialize)]
 struct Refusal {
     error: Option<Reason>,
@@ -138,17 +150,28 @@ impl Server {
         self.client.connection_state() == Connection::Connected
     }
 
-    /// The number of the connection that there is. A new one may find another server, with nothing on it.
+    /// The number of the connection that there is, if there is one.
+    pub(super) fn connected(&self) -> Option<u64> {
+        let number = *self.connections.borrow();
+        (number != NEVER && self.is_connected()).then_some(number)
+    }
+
+    /// The number of the connection that there will be in a moment. A new one may find another server, with nothing on it.
     pub(super) async fn connection(&self) -> Result<u64, Fault> {
+        if let Some(number) = self.connected() {
+            return Ok(number);
+        }
         let mut connections = self.connections.clone();
         let there = async {
-            while !self.is_connected() || *connections.borrow() == NEVER {
+            loop {
                 // Running out is the time to look again.
                 let _ = tokio::time::timeout(LOOK, connections.changed()).await;
+                if let Some(number) = self.connected() {
+                    return number;
+                }
             }
         };
-        tokio::time::timeout(PATIENCE, there).await.map_err(|_| Fault::Away)?;
-        Ok(*self.connections.borrow())
+        Box::pin(tokio::time::timeout(PATIENCE, there)).await.map_err(|_| Fault::Away)
     }
 
     pub(super) fn is_prepared(&self, connection: u64) -> bool {
@@ -248,8 +271,36 @@ impl Server {
         self.api::<serde_json::Value>(&format!("STREAM.PURGE.{stream}"), &which).await.map(drop)
     }
 
-    /// The subjects in `stream` that fit `filter`.
-    pub(super) async fn subjects(&self, stream: &str, filter: &str) -> Result<Vec<String>, Fault> {
+    /// The first message of `stream` whose subject fits `subject`.
+    pub(super) async fn first(
+        &self,
+        stream: &str,
+        subject: &str,
+    ) -> Result<Option<StreamMessage>, Fault> {
+        self.get(stream, json!({ "seq": 1, "next_by_subj": subject })).await
+    }
+
+    /// How many messages `stream` has.
+    pub(super) async fn messages(&self, stream: &str) -> Result<u64, Fault> {
+        #[derive(Deserialize)]
+        struct Info {
+            state: State,
+        }
+        #[derive(Deserialize)]
+        struct State {
+            messages: u64,
+        }
+        let info: Info = self.api(&format!("STREAM.INFO.{stream}"), &json!({})).await?;
+        Ok(info.state.messages)
+    }
+
+    /// The subjects in `stream` that fit `filter`; of more than `most` some only, but all of one answer.
+    pub(super) async fn subjects(
+        &self,
+        stream: &str,
+        filter: &str,
+        most: usize,
+    ) -> Result<Vec<String>, Fault> {
         #[derive(Deserialize)]
         struct Page {
             #[serde(default)]
@@ -267,24 +318,24 @@ impl Server {
             let found = page.state.subjects.unwrap_or_default();
             let empty = found.is_empty();
             subjects.extend(found.into_keys());
-            if empty || subjects.len() >= page.total {
+            if empty || subjects.len() >= page.total.min(most) {
                 return Ok(subjects);
             }
         }
     }
 
-    /// The names of the consumers of `stream`.
-    pub(super) async fn consumers(&self, stream: &str) -> Result<Vec<String>, Fault> {
+    /// The consumers of `stream`.
+    pub(super) async fn consumers(&self, stream: &str) -> Result<Vec<Consumer>, Fault> {
         #[derive(Deserialize)]
         struct Page {
             #[serde(default)]
             total: usize,
-            consumers: Option<Vec<String>>,
+            consumers: Option<Vec<Consumer>>,
         }
         let mut consumers = Vec::new();
         loop {
             let which = json!({ "offset": consumers.len() });
-            let page: Page = self.api(&format!("CONSUMER.NAMES.{stream}"), &which).await?;
+            let page: Page = self.api(&format!("CONSUMER.LIST.{stream}"), &which).await?;
             let found = page.consumers.unwrap_or_default();
             let empty = found.is_empty();
             consumers.extend(found);
@@ -309,16 +360,17 @@ impl Server {
         payload: Bytes,
     ) -> Result<T, Fault> {
         let answer = self.request(subject, headers, payload).await?;
-        let refusal: Refusal = serde_json::from_slice(&answer).map_err(|_| Fault::Odd)?;
-        match refusal.error {
-            Some(reason) => {
+        // Mostly it is no refusal, and that can be seen without parsing it for that alone.
+        if memchr::memmem::find(&answer, b"\"error\"").is_some() {
+            let refusal: Refusal = serde_json::from_slice(&answer).map_err(|_| Fault::Odd)?;
+            if let Some(reason) = refusal.error {
                 if reason.err_code == NO_STREAM {
                     self.look_again();
                 }
-                Err(Fault::Refused(reason.err_code, reason.description))
+                return Err(Fault::Refused(reason.err_code, reason.description));
             }
-            None => serde_json::from_slice(&answer).map_err(|_| Fault::Odd),
         }
+        serde_json::from_slice(&answer).map_err(|_| Fault::Odd)
     }
 
     /// One question, one answer.
@@ -330,7 +382,7 @@ impl Server {
     ) -> Result<Bytes, Fault> {
         // What is sent while nobody listens would be sent later, when nobody waits for it any more.
         self.connection().await?;
-        let mut request = Request::new().payload(payload).timeout(Some(ANSWER));
+        let mut request = Request::new().payload(payload).timeout(None);
         if let Some(headers) = headers {
             request = request.headers(headers);
         }

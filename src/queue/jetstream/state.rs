@@ -2,16 +2,20 @@
 //!
 //! A call's message comes first: while it is there, the call is not over, unless a final state names this very message.
 
+use std::time::Instant;
+
 use async_nats::HeaderMap;
 use async_nats::jetstream::message::StreamMessage;
 use bytes::{Bytes, BytesMut};
 
 use crate::function::Function;
 use crate::queue::Changed;
+use crate::queue::call::Millis;
 use crate::queue::jetstream::Shared;
-use crate::queue::jetstream::message::{Claim, End, Message, answer_head, json};
+use crate::queue::jetstream::message::{self, End, Message, answer_head, end_headers};
+use crate::queue::jetstream::roll::HEEDED;
 use crate::queue::jetstream::server::Fault;
-use crate::queue::jetstream::subject::{ANSWERS, CALLS, CLAIMS, DEAD, ENDS, Named, named, token};
+use crate::queue::jetstream::subject::{ANSWERS, CALLS, DEAD, ENDS, Named, named, token};
 use crate::queue::now;
 use crate::queue::status::{Answer, State, Status};
 
@@ -31,8 +35,8 @@ pub(super) struct Waiting {
     pub(super) named: Named,
     pub(super) sequence: u64,
     pub(super) message: Message,
-    /// What the one who makes it says of it.
-    running: Option<Status>,
+    /// Since when it is made.
+    since: Option<Millis>,
 }
 
 /// A call that failed for good.
@@ -48,11 +52,15 @@ impl Waiting {
     pub(super) fn new(found: StreamMessage) -> Option<Self> {
         let message = Message::stored(found.headers, found.payload);
         let (named, sequence) = (named(&found.subject)?, found.sequence);
-        Some(Self { named, sequence, message, running: None })
+        Some(Self { named, sequence, message, since: None })
     }
 
-    fn status(self) -> Option<Status> {
-        self.running.or_else(|| self.message.status())
+    /// Its state, if it is made since then.
+    pub(super) fn status(&self, since: Option<Millis>) -> Option<Status> {
+        match since {
+            Some(since) => Some(self.message.running(&self.message.call().ok()?, since)),
+            None => self.message.status(),
+        }
     }
 }
 
@@ -73,17 +81,14 @@ impl Shared {
         for _ in 0..LOOKS {
             let waiting = server.last(&names.calls, &names.by_id(CALLS, id)).await?;
             let mut waiting = waiting.and_then(Waiting::new);
-            if let Some(waiting) = &mut waiting
-                && let Some((_, claim)) = self.claim(&names.by_id(CLAIMS, id)).await?
-                && claim.sequence == waiting.sequence
-            {
-                waiting.running = claim.running;
+            if let Some(waiting) = &mut waiting {
+                waiting.since = self.runs().await?.get(&waiting.sequence).copied();
             }
             let (dead, end) = (names.by_id(DEAD, id), names.by_id(ENDS, id));
             let (dead, end) =
                 tokio::try_join!(server.last(&names.dead, &dead), server.last(&names.notes, &end))?;
             let dead = dead.and_then(Dead::new);
-            let end = end.and_then(|end| serde_json::from_slice::<End>(&end.payload).ok());
+            let end = end.and_then(|end| message::end(&end.headers));
             let latest = [
                 waiting.as_ref().map_or(0, |it| it.sequence),
                 dead.as_ref().map_or(0, |it| it.was),
@@ -105,16 +110,9 @@ impl Shared {
 
     pub(super) async fn status(&self, id: &str) -> Result<Option<Status>, Fault> {
         Ok(self.find(id).await?.and_then(|found| match found {
-            Found::Waiting(waiting) => waiting.status(),
+            Found::Waiting(waiting) => waiting.status(waiting.since),
             Found::Dead(Dead { status, .. }) | Found::Ended(status) => Some(status),
         }))
-    }
-
-    /// The claim with that subject, and its number.
-    pub(super) async fn claim(&self, subject: &str) -> Result<Option<(u64, Claim)>, Fault> {
-        let found = self.server.last(&self.names.claims, subject).await?;
-        Ok(found
-            .and_then(|found| Some((found.sequence, serde_json::from_slice(&found.payload).ok()?))))
     }
 
     /// Whether the call that the message `sequence` is has been settled for good.
@@ -129,13 +127,20 @@ impl Shared {
         let (dead, end) =
             tokio::try_join!(server.last(&names.dead, &dead), server.last(&names.notes, &end))?;
         let dead = dead.and_then(Dead::new).map(|dead| dead.was);
-        let end = end.and_then(|end| serde_json::from_slice::<End>(&end.payload).ok());
+        let end = end.and_then(|end| message::end(&end.headers));
         Ok(dead == Some(sequence) || end.is_some_and(|end| end.sequence == sequence))
     }
 
     pub(super) async fn answer(&self, id: &str) -> Result<Option<Answer>, Fault> {
         let part = |number: usize| self.names.part(ANSWERS, &token(id), number);
-        let first = self.server.last(&self.names.notes, &part(0)).await?;
+        let (server, notes) = (&self.server, &self.names.notes);
+        let (end, first) = (self.names.by_id(ENDS, id), part(0));
+        let (end, first) = tokio::try_join!(server.last(notes, &end), server.last(notes, &first))?;
+        if let Some(found) = end
+            && let Some(head) = message::end(&found.headers).and_then(|end| end.answer)
+        {
+            return Ok(Some(head.with(found.payload)));
+        }
         let Some(first) = first else { return Ok(None) };
         let Some(head) = answer_head(&first.headers) else { return Ok(None) };
         if head.parts <= 1 {
@@ -179,37 +184,38 @@ impl Shared {
         waiting: &Waiting,
         note: bool,
     ) -> Result<Option<Changed>, Fault> {
-        let Waiting { named: Named { function, id }, sequence, message, .. } = waiting;
-        let subject = self.names.call(CLAIMS, function, id);
-        // From here on nobody takes it. One who has taken it has a claim of his own.
-        let claim = json(&Claim { sequence: *sequence, running: None });
-        let put = self.server.put(subject.clone(), HeaderMap::new(), claim.into(), Some(0)).await;
-        let ours = match put {
+        let (server, sequence) = (&self.server, waiting.sequence);
+        let start = Instant::now();
+        // From here on nobody begins it. One who had begun it before has it on his list.
+        let mark = server.put(self.names.mark(sequence), HeaderMap::new(), Bytes::new(), Some(0));
+        let mark = match mark.await {
             Ok(stored) => stored.sequence,
-            Err(fault) if fault.is_conflict() => {
-                let Some((number, claim)) = self.claim(&subject).await? else { return Ok(None) };
-                if claim.sequence == *sequence && claim.running.is_some() {
-                    return Ok(Some(Changed::No(State::Running)));
-                }
-                if claim.sequence != *sequence {
-                    // Of an attempt that is over.
-                    self.server.delete(&self.names.claims, number).await?;
-                }
-                return Ok(None);
-            }
+            // Somebody else takes it back, or has done so.
+            Err(fault) if fault.is_conflict() => return Ok(None),
             Err(fault) => return Err(fault),
         };
-        let changed = self.take_out(waiting, note).await;
-        // It goes by itself otherwise.
-        let _ = self.server.delete(&self.names.claims, ours).await;
+        let changed = match self.runs().await {
+            Ok(runs) if runs.contains_key(&sequence) => Ok(Some(Changed::No(State::Running))),
+            Ok(_) => self.take_out(waiting, note, start).await,
+            Err(fault) => Err(fault),
+        };
         if matches!(changed, Ok(Some(Changed::Yes))) {
-            self.forget_parts(message.parts().as_ref()).await;
+            // The mark stays, for those who have been given the call but not begun it.
+            self.forget_parts(waiting.message.parts().as_ref()).await;
+        } else {
+            // It goes by itself otherwise.
+            let _ = server.delete(&self.names.claims, mark).await;
         }
         changed
     }
 
-    /// Takes out a call that is ours.
-    async fn take_out(&self, waiting: &Waiting, note: bool) -> Result<Option<Changed>, Fault> {
+    /// Takes out a call that was marked after `start`.
+    async fn take_out(
+        &self,
+        waiting: &Waiting,
+        note: bool,
+        start: Instant,
+    ) -> Result<Option<Changed>, Fault> {
         let Waiting { named: Named { function, id }, sequence, message, .. } = waiting;
         // Before it was ours, it may have been made.
         let subject = self.names.call(CALLS, function, id);
@@ -218,6 +224,10 @@ impl Shared {
             || self.is_over(function, id, *sequence).await?
         {
             return Ok(None);
+        }
+        if start.elapsed() > HEEDED / 2 {
+            // The mark could go before we are done.
+            return Err(Fault::Away);
         }
         if note && let Some(status) = message.status() {
             self.put_end(function, cancelled(status), *sequence).await?;
@@ -236,8 +246,8 @@ impl Shared {
         sequence: u64,
     ) -> Result<(), Fault> {
         let subject = self.names.call(ENDS, function, &status.id);
-        let end: Bytes = json(&End { sequence, status }).into();
-        self.server.put(subject, HeaderMap::new(), end, None).await.map(drop)
+        let headers = end_headers(&End { sequence, status, answer: None });
+        self.server.put(subject, headers, Bytes::new(), None).await.map(drop)
     }
 
     pub(super) async fn forget_answer(&self, id: &str) -> Result<(), Fault> {
@@ -250,7 +260,7 @@ impl Shared {
             None => return Ok(Changed::Unknown),
             Some(Found::Ended(status)) => return Ok(Changed::No(status.state)),
             Some(Found::Waiting(waiting)) => {
-                let status = waiting.status();
+                let status = waiting.status(waiting.since);
                 return Ok(status.map_or(Changed::Unknown, |status| Changed::No(status.state)));
             }
             Some(Found::Dead(dead)) => dead,

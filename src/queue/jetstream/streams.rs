@@ -5,9 +5,9 @@ use std::time::Duration;
 use async_nats::jetstream::context::GetStreamErrorKind;
 use async_nats::jetstream::stream::{Config, DiscardPolicy, RetentionPolicy, StorageType};
 
-use crate::queue::jetstream::Options;
 use crate::queue::jetstream::server::{Fault, Server};
 use crate::queue::jetstream::subject::{ANSWERS, BODIES, CALLS, CLAIMS, DEAD, ENDS, KEYS, Names};
+use crate::queue::jetstream::{Options, roll};
 
 /// For so long the server knows a repeated publish by itself; later it is known by what is stored.
 const REPEATS: Duration = Duration::from_secs(120);
@@ -43,8 +43,9 @@ fn wanted(names: &Names, options: &Options) -> Vec<Config> {
         stream(&names.dead, &[DEAD], Duration::ZERO),
         stream(&names.notes, &[ENDS, ANSWERS], results),
         stream(&names.keys, &[KEYS], keys),
-        // A taker that dies leaves its claim: it goes when the call may have been taken again.
-        stream(&names.claims, &[CLAIMS], (options.lease * 2).max(SHORTEST)),
+        // A taker that dies leaves its list: it goes when others may have taken its calls. A mark is heeded for as long
+        // as somebody may have the call who has not looked at it.
+        stream(&names.claims, &[CLAIMS], options.lease * 2 + roll::HEEDED),
         stream(&names.bodies, &[BODIES], Duration::ZERO),
     ]
 }

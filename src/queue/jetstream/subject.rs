@@ -12,7 +12,7 @@ pub(super) struct Names {
     /// Final states and answers.
     pub(super) notes: String,
     pub(super) keys: String,
-    /// Who makes which call at this moment.
+    /// Who makes which calls at this moment, and which are being taken back.
     pub(super) claims: String,
     /// Bodies that are too large for one message.
     pub(super) bodies: String,
@@ -67,6 +67,21 @@ impl Names {
         format!("{KEYS}.{}.{}", self.queue, token(key))
     }
 
+    /// The list of the calls that `taker` makes.
+    pub(super) fn list(&self, taker: &str) -> String {
+        format!("{CLAIMS}.{}.by.{taker}", self.queue)
+    }
+
+    /// The mark on the call `sequence` that it is taken back; of any call for `*`.
+    pub(super) fn mark(&self, sequence: impl std::fmt::Display) -> String {
+        format!("{CLAIMS}.{}.not.{sequence}", self.queue)
+    }
+
+    /// Where it is said that there is a consumer for one more function.
+    pub(super) fn news(&self) -> String {
+        format!("{NEWS}.{}", self.queue)
+    }
+
     /// The part `number` of what is stored in parts under `name`.
     pub(super) fn part(&self, root: &str, name: &str, number: impl std::fmt::Display) -> String {
         format!("{root}.{}.{name}.{number}", self.queue)
@@ -81,6 +96,8 @@ pub(super) const ANSWERS: &str = "faas-answer";
 pub(super) const KEYS: &str = "faas-key";
 pub(super) const CLAIMS: &str = "faas-claim";
 pub(super) const BODIES: &str = "faas-body";
+/// No stream has these.
+const NEWS: &str = "faas-new";
 
 /// `text` as one token of a subject: what may not stand there becomes `=` and two hexadecimal digits.
 pub fn token(text: &str) -> String {

@@ -8,10 +8,10 @@ use async_nats::jetstream::message::StreamMessage;
 
 use crate::function::Function;
 use crate::queue::jetstream::Shared;
-use crate::queue::jetstream::message::{Claim, End};
+use crate::queue::jetstream::message;
 use crate::queue::jetstream::server::Fault;
 use crate::queue::jetstream::state::{Dead, Found, Waiting};
-use crate::queue::jetstream::subject::{CALLS, CLAIMS, DEAD, ENDS, named};
+use crate::queue::jetstream::subject::{CALLS, DEAD, ENDS, consumed, named};
 use crate::queue::now;
 use crate::queue::status::Status;
 use crate::queue::{Changed, Counts, Filter};
@@ -20,8 +20,10 @@ use crate::queue::{Changed, Counts, Filter};
 const TOGETHER: usize = 32;
 /// At most so many calls of a kind are looked at: a list of more is one of some of them.
 const MOST: usize = 10_000;
-/// At most so many are looked at to count them; what waits beyond that counts as pending.
-const COUNTED: usize = 2_000;
+/// So many calls at most are looked at one by one to count them. Of more, the consumers say how many there are: then
+/// a call that is put off counts as delayed only after it was given to a worker, and one that a worker has but has not
+/// begun does so too.
+const COUNTED: u64 = 200;
 
 impl Shared {
     /// The last messages of all subjects that fit `filter`, `most` of them at most.
@@ -31,7 +33,7 @@ impl Shared {
         filter: &str,
         most: usize,
     ) -> Result<Vec<StreamMessage>, Fault> {
-        let subjects = self.server.subjects(stream, filter).await?;
+        let subjects = self.server.subjects(stream, filter, most).await?;
         if subjects.len() > most {
             tracing::debug!(stream, found = subjects.len(), most, "More calls than are looked at");
         }
@@ -42,13 +44,6 @@ impl Shared {
             .try_filter_map(|found| std::future::ready(Ok(found)))
             .try_collect()
             .await
-    }
-
-    /// Who makes what at this moment, by the number of the call's message.
-    async fn claims(&self, filter: &str) -> Result<HashMap<u64, Status>, Fault> {
-        let found = self.read(&self.names.claims, filter, MOST).await?;
-        let claims = found.iter().filter_map(|found| serde_json::from_slice(&found.payload).ok());
-        Ok(claims.filter_map(|claim: Claim| Some((claim.sequence, claim.running?))).collect())
     }
 
     pub(super) async fn list(
@@ -86,7 +81,7 @@ impl Shared {
         let mut all: HashMap<String, (u64, Status)> = HashMap::new();
         if filter.dead != Some(true) {
             for found in self.read(&names.notes, &names.of(ENDS, function), MOST).await? {
-                if let Ok(end) = serde_json::from_slice::<End>(&found.payload) {
+                if let Some(end) = message::end(&found.headers) {
                     all.insert(end.status.id.clone(), (end.sequence, end.status));
                 }
             }
@@ -103,16 +98,17 @@ impl Shared {
         if filter.dead == Some(true) {
             return Ok(all.into_values().map(|(_, status)| status).filter(means).collect());
         }
-        let claims = self.claims(&names.of(CLAIMS, function)).await?;
+        let runs = self.runs().await?;
         for found in self.read(&names.calls, &names.of(CALLS, function), MOST).await? {
             let sequence = found.sequence;
-            let Some(Waiting { named, message, .. }) = Waiting::new(found) else { continue };
+            let Some(waiting) = Waiting::new(found) else { continue };
+            let id = &waiting.named.id;
             // One whose final state is there already will be gone in a moment.
-            if all.get(&named.id).is_some_and(|(of, _)| *of >= sequence) {
+            if all.get(id).is_some_and(|(of, _)| *of >= sequence) {
                 continue;
             }
-            let status = claims.get(&sequence).cloned().or_else(|| message.status());
-            all.extend(status.map(|status| (named.id, (sequence, status))));
+            let status = waiting.status(runs.get(&sequence).copied());
+            all.extend(status.map(|status| (id.clone(), (sequence, status))));
         }
         Ok(all.into_values().map(|(_, status)| status).filter(means).collect())
     }
@@ -159,22 +155,29 @@ impl Shared {
     }
 
     pub(super) async fn counts(&self) -> Result<Vec<(Function, Counts)>, Fault> {
-        let names = &self.names;
+        let (server, names) = (&self.server, &self.names);
         let mut counts: HashMap<Function, Counts> = HashMap::new();
-        for subject in self.server.subjects(&names.dead, &names.of(DEAD, None)).await? {
-            if let Some(named) = named(&subject) {
-                counts.entry(named.function).or_default().dead += 1;
-            }
+        let dead = server.subjects(&names.dead, &names.of(DEAD, None), usize::MAX).await?;
+        for named in dead.iter().filter_map(|subject| named(subject)) {
+            counts.entry(named.function).or_default().dead += 1;
         }
-        let waiting = self.server.subjects(&names.calls, &names.of(CALLS, None)).await?;
-        for subject in &waiting {
-            if let Some(named) = named(subject) {
-                counts.entry(named.function).or_default().pending += 1;
-            }
+        if server.messages(&names.calls).await? <= COUNTED {
+            self.count_each(&mut counts).await?;
+        } else {
+            self.count_all(&mut counts).await?;
         }
-        let claims = self.claims(&names.of(CLAIMS, None)).await?;
-        for found in self.read(&names.calls, &names.of(CALLS, None), COUNTED).await? {
-            let running = claims.contains_key(&found.sequence);
+        let mut all: Vec<_> =
+            counts.into_iter().filter(|(_, counts)| *counts != Counts::default()).collect();
+        all.sort_unstable_by(|a, b| a.0.cmp(&b.0));
+        Ok(all)
+    }
+
+    /// Counts the calls that are not over by looking at each.
+    async fn count_each(&self, counts: &mut HashMap<Function, Counts>) -> Result<(), Fault> {
+        let names = &self.names;
+        let runs = self.runs().await?;
+        for found in self.read(&names.calls, &names.of(CALLS, None), usize::MAX).await? {
+            let running = runs.contains_key(&found.sequence);
             let Some(Waiting { named, message, .. }) = Waiting::new(found) else { continue };
             let Ok(call) = message.call() else { continue };
             let counted = counts.entry(named.function).or_default();
@@ -183,15 +186,33 @@ impl Shared {
             } else if message.due(&call) > now() {
                 counted.delayed += 1;
             } else {
+                counted.pending += 1;
                 let submitted = call.options.submitted_at;
                 counted.oldest = Some(counted.oldest.map_or(submitted, |it| it.min(submitted)));
-                continue;
             }
-            counted.pending = counted.pending.saturating_sub(1);
         }
-        let mut all: Vec<_> =
-            counts.into_iter().filter(|(_, counts)| *counts != Counts::default()).collect();
-        all.sort_unstable_by(|a, b| a.0.cmp(&b.0));
-        Ok(all)
+        Ok(())
+    }
+
+    /// Counts them by what their consumers and takers say.
+    async fn count_all(&self, counts: &mut HashMap<Function, Counts>) -> Result<(), Fault> {
+        let (server, names) = (&self.server, &self.names);
+        let lists = self.lists().await?;
+        for consumer in server.consumers(&names.calls).await? {
+            let Some(function) = consumed(&consumer.name) else { continue };
+            let running: usize =
+                lists.iter().filter_map(|it| it.calls.get(&consumer.name)).map(Vec::len).sum();
+            let oldest = match consumer.pending + consumer.given {
+                0 => None,
+                _ => server.first(&names.calls, &names.of(CALLS, Some(&function))).await?,
+            };
+            let oldest = oldest.and_then(Waiting::new).and_then(|it| it.message.call().ok());
+            let counted = counts.entry(function).or_default();
+            counted.running = running as u64;
+            counted.delayed = consumer.given.saturating_sub(counted.running);
+            counted.pending = consumer.pending;
+            counted.oldest = oldest.map(|call| call.options.submitted_at);
+        }
+        Ok(())
     }
 }

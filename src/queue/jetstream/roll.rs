@@ -1,0 +1,271 @@
+//! Who makes which calls. Each taker keeps a list of those that it makes on the server, and puts what comes while the
+//! list is being written on it together next, so that a list is written for many calls at once.
+//!
+//! Whoever takes a call back writes a mark first and reads the lists then; a taker writes its list first and reads the
+//! marks then. So at least one of the two sees the other, and a call is never both made and taken back.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use async_nats::HeaderMap;
+use futures_util::{StreamExt, TryStreamExt, stream};
+use tokio::sync::oneshot;
+
+use crate::queue::call::Millis;
+use crate::queue::jetstream::Shared;
+use crate::queue::jetstream::message::{List, json};
+use crate::queue::jetstream::pull::{self, Arrived};
+use crate::queue::jetstream::server::Fault;
+use crate::queue::jetstream::subject::consumer;
+use crate::queue::now;
+
+/// A mark is heeded for so long. Whoever writes one is done within half of it, and no call is held unmarked for longer.
+pub(super) const HEEDED: Duration = Duration::from_secs(10);
+/// So many questions are on their way at a time.
+const TOGETHER: usize = 32;
+
+/// The calls that we have.
+pub(super) struct Roll {
+    /// What our list is known by.
+    taker: String,
+    inner: Mutex<Inner>,
+}
+
+#[derive(Default)]
+struct Inner {
+    held: HashMap<u64, Held>,
+    /// How many have been held.
+    holds: u64,
+    /// Who waits for the list.
+    waiting: Vec<(u64, oneshot::Sender<Result<bool, Fault>>)>,
+    /// Somebody writes the list.
+    writing: bool,
+    /// The list names a call that we do not have any more.
+    stale: bool,
+    /// When it was written, and over which connection.
+    written: Option<(Instant, u64)>,
+    /// The latest mark of all, and when it was new to us.
+    mark: Option<(u64, Instant)>,
+    /// Somebody looks after what we have.
+    kept: bool,
+}
+
+struct Held {
+    arrived: Arc<Arrived>,
+    /// Since when it is on our list.
+    since: Option<Millis>,
+    /// When the server has last heard of it.
+    told: Instant,
+}
+
+impl Roll {
+    pub(super) fn new() -> Self {
+        Self { taker: uuid::Uuid::new_v4().simple().to_string(), inner: Mutex::default() }
+    }
+
+    fn inner(&self) -> MutexGuard<'_, Inner> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// From now on the server hears that we have the call. What comes back is what it is known by here.
+    pub(super) fn hold(&self, arrived: &Arc<Arrived>) -> u64 {
+        let mut inner = self.inner();
+        inner.holds += 1;
+        let hold = inner.holds;
+        let held = Held { arrived: Arc::clone(arrived), since: None, told: Instant::now() };
+        inner.held.insert(hold, held);
+        hold
+    }
+
+    /// We have it no more. If it is not `over`, others are to know soon.
+    pub(super) fn release(&self, shared: &Arc<Shared>, hold: u64, over: bool) {
+        let mut inner = self.inner();
+        let listed = inner.held.remove(&hold).is_some_and(|held| held.since.is_some());
+        if listed && !over {
+            inner.stale = true;
+            self.write_soon(&mut inner, shared);
+        }
+    }
+
+    /// Since when the call has been on the list.
+    pub(super) fn since(&self, hold: u64) -> Option<Millis> {
+        self.inner().held.get(&hold)?.since
+    }
+
+    /// Puts a call on the list; `false` if somebody takes it back.
+    pub(super) async fn claim(&self, shared: &Arc<Shared>, hold: u64) -> Result<bool, Fault> {
+        let (done, claimed) = oneshot::channel();
+        {
+            let mut inner = self.inner();
+            inner.waiting.push((hold, done));
+            self.write_soon(&mut inner, shared);
+        }
+        // It is dropped when the queue is stopped.
+        claimed.await.unwrap_or(Err(Fault::Away))
+    }
+
+    fn write_soon(&self, inner: &mut Inner, shared: &Arc<Shared>) {
+        if inner.writing {
+            return;
+        }
+        inner.writing = true;
+        let shared = Arc::clone(shared);
+        let tasks = Arc::clone(&shared);
+        tasks.tasks.spawn(async move { shared.roll.write(&shared).await });
+    }
+
+    /// Writes the list as long as it changes.
+    async fn write(&self, shared: &Shared) {
+        loop {
+            let (waiting, new, list) = {
+                let mut inner = self.inner();
+                let waiting = std::mem::take(&mut inner.waiting);
+                if waiting.is_empty() && !inner.stale {
+                    inner.writing = false;
+                    return;
+                }
+                inner.stale = false;
+                let new: Vec<u64> = waiting.iter().map(|(hold, _)| inner.list_it(*hold)).collect();
+                (waiting, new, inner.list())
+            };
+            let marked = self.store(shared, &list, &new).await;
+            let answers = waiting.into_iter().zip(new).map(|((_, done), sequence)| {
+                let ours = marked.as_ref().map(|marked| !marked.contains(&sequence));
+                (done, ours.map_err(Clone::clone))
+            });
+            for (done, ours) in answers {
+                // Whoever has left does not want it.
+                let _ = done.send(ours);
+            }
+        }
+    }
+
+    /// Stores the list. Which of the calls that are `new` on it somebody takes back.
+    async fn store(&self, shared: &Shared, list: &List, new: &[u64]) -> Result<Vec<u64>, Fault> {
+        let connection = shared.ready().await?.server.connection().await?;
+        let subject = shared.names.list(&self.taker);
+        shared.server.put(subject, HeaderMap::new(), json(list).into(), None).await?;
+        self.inner().written = Some((Instant::now(), connection));
+        if new.is_empty() { Ok(Vec::new()) } else { self.marked(shared, new).await }
+    }
+
+    /// Which of these calls have a mark.
+    async fn marked(&self, shared: &Shared, calls: &[u64]) -> Result<Vec<u64>, Fault> {
+        let (server, names) = (&shared.server, &shared.names);
+        let latest = server.last(&names.claims, &names.mark("*")).await?;
+        let Some(latest) = latest.map(|found| found.sequence) else { return Ok(Vec::new()) };
+        {
+            let mut inner = self.inner();
+            match inner.mark {
+                // It is older than anything that we have been given since.
+                Some((mark, at)) if mark == latest && at.elapsed() > HEEDED => {
+                    return Ok(Vec::new());
+                }
+                Some((mark, _)) if mark == latest => {}
+                _ => inner.mark = Some((latest, Instant::now())),
+            }
+        }
+        stream::iter(calls.to_vec())
+            .map(|call| async move {
+                let found = server.last(&names.claims, &names.mark(call)).await?;
+                Ok(found.map(|_| call))
+            })
+            .buffer_unordered(TOGETHER)
+            .try_filter_map(|call| std::future::ready(Ok(call)))
+            .try_collect()
+            .await
+    }
+
+    /// Sees that what we have stays ours, and that what nobody here takes goes back, until we have nothing.
+    pub(super) fn keep(shared: &Arc<Shared>) {
+        if std::mem::replace(&mut shared.roll.inner().kept, true) {
+            return;
+        }
+        let shared = Arc::clone(shared);
+        let tasks = Arc::clone(&shared);
+        tasks.tasks.spawn(async move {
+            let lease = shared.options.lease;
+            loop {
+                tokio::time::sleep((lease / 6).min(pull::HOLD / 2)).await;
+                pull::give_back(&shared).await;
+                let untold = shared.roll.inner().untold(lease / 3);
+                for arrived in untold {
+                    arrived.still_busy(&shared.server).await;
+                }
+                shared.roll.renew(&shared, lease / 3).await;
+                let nothing_ahead = pull::nothing_ahead(&shared);
+                let mut inner = shared.roll.inner();
+                if inner.held.is_empty() && nothing_ahead {
+                    inner.kept = false;
+                    return;
+                }
+            }
+        });
+    }
+
+    /// Writes a list anew that would grow too old, or that a server has not seen.
+    async fn renew(&self, shared: &Arc<Shared>, age: Duration) {
+        let connection = shared.server.connection().await.ok();
+        let mut inner = self.inner();
+        let listed = inner.held.values().any(|held| held.since.is_some());
+        let fresh =
+            inner.written.is_some_and(|(at, over)| at.elapsed() < age && Some(over) == connection);
+        if listed && !fresh {
+            inner.stale = true;
+            self.write_soon(&mut inner, shared);
+        }
+    }
+}
+
+impl Inner {
+    fn list(&self) -> List {
+        let mut list = List::default();
+        for Held { arrived, since, .. } in self.held.values() {
+            if let Some(since) = since {
+                let consumer = consumer(&arrived.call.function);
+                list.calls.entry(consumer).or_default().push((arrived.sequence, *since));
+            }
+        }
+        list
+    }
+
+    /// Puts a call on the list; the number of its message.
+    fn list_it(&mut self, hold: u64) -> u64 {
+        // Whoever waited for one that is not held any more has left.
+        let Some(held) = self.held.get_mut(&hold) else { return 0 };
+        held.since = Some(now());
+        held.arrived.sequence
+    }
+
+    /// What the server has not heard of for `time`; it is told now.
+    fn untold(&mut self, time: Duration) -> Vec<Arc<Arrived>> {
+        let old = self.held.values_mut().filter(|held| held.told.elapsed() >= time);
+        old.map(|held| {
+            held.told = Instant::now();
+            Arc::clone(&held.arrived)
+        })
+        .collect()
+    }
+}
+
+impl Shared {
+    /// The calls that somebody makes at this moment, by the numbers of their messages, and since when.
+    pub(super) async fn runs(&self) -> Result<HashMap<u64, Millis>, Fault> {
+        let lists = self.lists().await?.into_iter();
+        Ok(lists.flat_map(|list| list.calls.into_values().flatten()).collect())
+    }
+
+    /// What each taker makes at this moment.
+    pub(super) async fn lists(&self) -> Result<Vec<List>, Fault> {
+        let (server, names) = (&self.server, &self.names);
+        let lists = server.subjects(&names.claims, &names.list("*"), usize::MAX).await?;
+        let lists: Vec<_> = stream::iter(lists)
+            .map(|list| async move { server.last(&names.claims, &list).await })
+            .buffer_unordered(TOGETHER)
+            .try_collect()
+            .await?;
+        let lists = lists.into_iter().flatten();
+        Ok(lists.filter_map(|it| serde_json::from_slice(&it.payload).ok()).collect())
+    }
+}
