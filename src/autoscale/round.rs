@@ -184,6 +184,10 @@ impl Rounds {
                     return None;
                 }
                 let result = provider.scale(function, decision.desired).await;
+                if decision.desired == 0 {
+                    // Whoever wakes functions must not think of it as it was.
+                    metrics.known.changed(Some(&function.name));
+                }
                 Some((change, result))
             }
         };
