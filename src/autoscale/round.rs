@@ -185,7 +185,7 @@ impl Rounds {
                 }
                 let result = provider.scale(function, decision.desired).await;
                 if decision.desired == 0 {
-                    // Whoever wakes functions must not think of it as it was.
+                    // Its next call must not take it for ready until the next list.
                     metrics.known.changed(Some(&function.name));
                 }
                 Some((change, result))

@@ -34,6 +34,18 @@ async fn an_idle_function_goes_to_zero_but_never_while_a_call_runs() {
 }
 
 #[tokio::test]
+async fn a_function_that_was_just_put_to_sleep_is_woken_before_it_is_called() {
+    let (script, mut provider) = Script::start(&[("f", soon())]);
+    let gateway = scaling(&provider).start().await;
+    // Sooner than any list could tell.
+    gateway.logs("Scaled f.fn from 1 to 0").await;
+    let mut held = Held::default();
+    held.hold(&gateway, &mut provider, "f", 1).await;
+    assert_eq!((script.replicas("f"), script.asked("f")), (1, vec![0, 1]));
+    held.release().await;
+}
+
+#[tokio::test]
 async fn a_queued_call_that_waits_keeps_its_function_awake() {
     let (script, provider) = Script::start(&[("busy", soon()), ("idle", soon())]);
     let state = tempfile::TempDir::new().unwrap();
