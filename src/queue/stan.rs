@@ -15,15 +15,13 @@ mod payload;
 pub(super) mod probe;
 mod proto;
 mod take;
+mod tasks;
 
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use tokio::runtime::Handle as Runtime;
 use tokio::sync::Notify;
-use tokio_util::sync::CancellationToken;
-use tokio_util::task::TaskTracker;
 
 pub(super) use self::lease::Lease;
 
@@ -34,11 +32,9 @@ use crate::queue::stan::ledger::{Ledger, Room};
 use crate::queue::stan::message::Progress;
 use crate::queue::stan::nats::{Fault, Nats};
 use crate::queue::stan::take::{Arrived, LATER};
+use crate::queue::stan::tasks::Tasks;
 use crate::queue::status::Settlement;
 use crate::queue::{Delivery, Error, Published};
-
-/// How long the tasks may take to end.
-const STOP: Duration = Duration::from_secs(2);
 
 /// What is needed beside a connection to NATS.
 #[derive(Clone, Debug)]
@@ -81,19 +77,6 @@ struct Shared {
     tasks: Tasks,
 }
 
-/// What goes on beside the calls to this queue.
-struct Tasks {
-    tracker: TaskTracker,
-    stopping: CancellationToken,
-    runtime: Runtime,
-}
-
-impl Tasks {
-    fn spawn(&self, task: impl Future<Output = ()> + Send + 'static) {
-        self.tracker.spawn_on(task, &self.runtime);
-    }
-}
-
 impl Stan {
     /// Begins to connect. The server may be away: then the queue comes to life when the server does.
     ///
@@ -105,11 +88,7 @@ impl Stan {
             let id = format!("faas-{role}-{}", part_of_id(&options.host));
             Client::new(nats.clone(), &options.cluster, id, options.reconnect_delay)
         };
-        let tasks = Tasks {
-            tracker: TaskTracker::new(),
-            stopping: CancellationToken::new(),
-            runtime: Runtime::current(),
-        };
+        let tasks = Tasks::new();
         let (publisher, worker) = (client("publisher"), client("worker"));
         let shared = Arc::new(Shared {
             dead: format!("{}.dead", connection.queue),
@@ -133,9 +112,12 @@ impl Stan {
         );
         if shared.options.publishes {
             let publishing = Arc::clone(&shared);
-            shared.tasks.spawn(async move {
-                let stopping = &publishing.tasks.stopping;
-                publishing.publisher.run(stopping, |_| std::future::pending()).await;
+            shared.tasks.keep_up("publisher", move || {
+                let publishing = Arc::clone(&publishing);
+                async move {
+                    let stopping = &publishing.tasks.stopping;
+                    publishing.publisher.run(stopping, |_| std::future::pending()).await;
+                }
             });
         }
         Ok(Self { shared })
@@ -143,9 +125,7 @@ impl Stan {
 
     /// Signs off: what was taken and not settled goes to others at once.
     pub async fn stop(&self) {
-        self.shared.tasks.stopping.cancel();
-        self.shared.tasks.tracker.close();
-        let _ = tokio::time::timeout(STOP, self.shared.tasks.tracker.wait()).await;
+        self.shared.tasks.stop().await;
         self.shared.nats.flush().await;
     }
 
@@ -213,10 +193,13 @@ impl Shared {
         }
         self.ledger().make_room(Room { places, later: LATER });
         let working = Arc::clone(self);
-        self.tasks.spawn(async move {
-            let stopping = &working.tasks.stopping;
-            let work = |session| take::serve(&working, places, session);
-            working.worker.run(stopping, work).await;
+        self.tasks.keep_up("worker", move || {
+            let working = Arc::clone(&working);
+            async move {
+                let stopping = &working.tasks.stopping;
+                let work = |session| take::serve(&working, places, session);
+                working.worker.run(stopping, work).await;
+            }
         });
     }
 }

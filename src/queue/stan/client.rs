@@ -56,6 +56,15 @@ pub(super) struct Session {
     pub(super) server: ConnectResponse,
 }
 
+/// Ends the session that there is.
+struct Over<'a>(&'a watch::Sender<Option<Arc<Session>>>);
+
+impl Drop for Over<'_> {
+    fn drop(&mut self) {
+        self.0.send_replace(None);
+    }
+}
+
 impl Client {
     pub(super) fn new(nats: Nats, cluster: &str, id: String, longest_pause: Duration) -> Self {
         Self {
@@ -165,6 +174,8 @@ impl Client {
     {
         let session = Arc::new(session);
         self.session.send_replace(Some(Arc::clone(&session)));
+        // However this ends, the client is not registered any more.
+        let over = Over(&self.session);
         // None of them holds anything that would be lost.
         let fault = tokio::select! {
             () = stopping.cancelled() => None,
@@ -172,7 +183,7 @@ impl Client {
             fault = self.ping(&session) => Some(fault),
             fault = work(Arc::clone(&session)) => Some(fault),
         };
-        self.session.send_replace(None);
+        drop(over);
         if fault.is_none() {
             let close = Close { client_id: self.id.clone() };
             let closed: Result<Closed, _> =

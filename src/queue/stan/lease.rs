@@ -46,7 +46,12 @@ impl Lease {
             }
             Settlement::Dead { status, reason, .. } => {
                 let why = status.map(|status| format!("status {status}"));
-                self.bury(reason.clone().or(why).unwrap_or_default()).await?;
+                if !self.bury(reason.clone().or(why).unwrap_or_default()).await? {
+                    self.settled.store(true, Relaxed);
+                    self.shared.ledger().keep(self.key);
+                    self.shared.ready.notify_one();
+                    return Ok(());
+                }
             }
         }
         self.settled.store(true, Relaxed);
@@ -55,31 +60,36 @@ impl Lease {
     }
 
     fn made(&self) -> Progress {
-        Progress { attempts: self.attempts + 1, ..Progress::default() }
+        Progress { attempts: self.attempts.saturating_add(1), ..Progress::default() }
     }
 
-    /// Keeps the call where nobody takes it. While the server is away that can be tried again; if it refuses, the log has
-    /// the last word of the call.
-    async fn bury(&self, reason: String) -> Result<(), Error> {
+    /// Keeps the call where nobody takes it; whether it is there. What the server refuses now it may take in a moment.
+    async fn bury(&self, reason: String) -> Result<bool, Error> {
         let (id, function, dead) = (&self.call.id, &self.call.function, &self.shared.dead);
         let progress = Progress { reason: Some(reason.clone()), ..self.made() };
-        match self.store(dead, &progress).await {
+        let stored = match self.store(dead, &progress).await {
+            // With what is noted of it, it is larger than it was.
+            Err(Fault::TooLarge) => self.store(dead, &Progress::default()).await,
+            stored => stored,
+        };
+        match stored {
             Ok(()) => tracing::error!(
                 call_id = id, %function, reason,
                 "A queued call failed for good, and was put into the channel {dead}"
             ),
-            Err(fault @ (Fault::Away | Fault::Nobody)) => return Err(told(fault)),
-            Err(fault) => tracing::error!(
-                call_id = id, %function, reason, %fault,
-                "A queued call failed for good, and cannot be put into the channel {dead}: it is lost"
+            Err(Fault::TooLarge) => tracing::error!(
+                call_id = id, %function, reason,
+                "A queued call failed for good, and is too large for the channel {dead}: it stays where it is, and is made \
+                 again once this worker is gone"
             ),
+            Err(fault) => return Err(told(fault)),
         }
-        Ok(())
+        Ok(stored.is_ok())
     }
 
     fn wait_here(&self, at: Millis) {
         self.settled.store(true, Relaxed);
-        let waits = Arrived { call: self.call.clone(), attempts: self.attempts + 1 };
+        let waits = Arrived { call: self.call.clone(), attempts: self.attempts.saturating_add(1) };
         self.shared.wait(self.key, at, waits);
     }
 

@@ -36,6 +36,8 @@ enum Place {
     Taken(Function),
     /// It is stored in another place.
     Leaves,
+    /// Nothing more can be done with it, and it must not be lost.
+    Stays,
     Done,
 }
 
@@ -215,6 +217,11 @@ impl<T> Ledger<T> {
         }
     }
 
+    /// Holds on to a message that is neither made again nor done: the server has it for as long as this worker lives.
+    pub(super) fn keep(&mut self, key: Key) {
+        self.is_at(key, Place::Stays);
+    }
+
     /// Notes where a message is; where it was.
     fn is_at(&mut self, key: Key, place: Place) -> Option<Place> {
         let was = std::mem::replace(&mut self.entries.get_mut(&key)?.place, place);
@@ -233,7 +240,7 @@ impl<T> Ledger<T> {
     pub(super) fn has(&self, key: Key) -> Option<bool> {
         match self.entries.get(&key)?.place {
             Place::Asked => None,
-            Place::Waits | Place::Taken(_) | Place::Leaves => Some(false),
+            Place::Waits | Place::Taken(_) | Place::Leaves | Place::Stays => Some(false),
             Place::Done => Some(true),
         }
     }
@@ -309,6 +316,19 @@ mod tests {
         assert_eq!(it.arrives(key(1), true, "a"), Arrival::SentBefore);
         it.forget(key(1));
         assert_eq!(it.arrives(key(1), true, "a"), Arrival::SentBefore);
+    }
+
+    #[test]
+    fn what_stays_takes_no_place_of_its_function_and_does_not_come_again() {
+        let mut it = ledger();
+        comes_of(&mut it, "echo", key(1), 5);
+        assert_eq!(it.next(5), Next::Now(key(1), "x"));
+        it.keep(key(1));
+        assert!(it.running.is_empty());
+        assert_eq!(
+            (it.arrives(key(1), true, "b"), it.has(key(1))),
+            (Arrival::Nothing, Some(false))
+        );
     }
 
     #[test]

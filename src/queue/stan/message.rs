@@ -29,6 +29,12 @@ const MAX_ATTEMPTS: HeaderName = HeaderName::from_static("x-gateway-max-attempts
 const REASON: HeaderName = HeaderName::from_static("x-gateway-reason");
 const OURS: [HeaderName; 5] = [ATTEMPTS, NOT_BEFORE, EXPIRES_AT, MAX_ATTEMPTS, REASON];
 
+/// Headers that a call may have, which leaves room for those that are added on its way to the function: a map of
+/// headers that is full takes no more.
+const MOST_HEADERS: usize = 4096;
+/// No call is made so often: a message of somebody else's says what it likes.
+const MOST_ATTEMPTS: u32 = 1_000_000;
+
 /// Why a message is no call.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum Unreadable {
@@ -100,7 +106,7 @@ pub(super) fn decode(
     let function = function.ok_or(Unreadable::Invalid("function"))?;
     let mut headers = headers(&payload)?;
     let progress = Progress {
-        attempts: number(&headers, &ATTEMPTS).unwrap_or_default(),
+        attempts: number::<u32>(&headers, &ATTEMPTS).unwrap_or_default().min(MOST_ATTEMPTS),
         not_before: number(&headers, &NOT_BEFORE),
         reason: None,
     };
@@ -138,6 +144,10 @@ fn number<T: FromStr>(headers: &HeaderMap, name: &HeaderName) -> Option<T> {
 /// The headers that are meant for the function.
 fn headers(payload: &Payload) -> Result<HeaderMap, Unreadable> {
     let mut headers = HeaderMap::new();
+    if payload.header.iter().flatten().map(|(_, values)| values.len()).sum::<usize>() > MOST_HEADERS
+    {
+        return Err(Unreadable::Invalid("number of headers"));
+    }
     for (name, values) in payload.header.iter().flatten() {
         let name = HeaderName::from_bytes(name.as_bytes());
         let name = name.map_err(|_| Unreadable::Invalid("header"))?;

@@ -107,6 +107,16 @@ impl Stan {
         self.silent.store(silent, SeqCst);
     }
 
+    /// Has the server refuse the next messages for `channel`, so many of them.
+    pub(crate) fn refuse(&self, channel: &str, messages: usize) {
+        self.store().refusals.insert(channel.to_owned(), messages);
+    }
+
+    /// How many of them are left.
+    pub(crate) fn refusals(&self, channel: &str) -> usize {
+        self.store().refusals.get(channel).copied().unwrap_or_default()
+    }
+
     /// Loses all that was stored, as a server does that keeps it in memory.
     pub(crate) fn forget(&self) {
         *self.store() = Store::default();
@@ -238,8 +248,13 @@ impl Server {
     async fn publish(&self, message: PubMsg, reply: String) {
         let known = self.store().clients.get(&message.client_id).cloned();
         let known = known.is_some_and(|client| client.connection == message.connection);
-        let error = if known { "" } else { "stan: invalid publish request" };
-        if known {
+        let refused = self.store().refuses(&message.subject);
+        let error = match (known, refused) {
+            (false, _) => "stan: invalid publish request",
+            (true, true) => "stan: too many messages",
+            (true, false) => "",
+        };
+        if error.is_empty() {
             self.store().append(&message.subject, message.data);
         }
         self.send(reply, &PubAck { guid: message.guid, error: error.to_owned() }).await;

@@ -129,3 +129,17 @@ fn what_concerns_the_callers_connection_stays_behind() {
     let names: Vec<&str> = call.headers.keys().map(HeaderName::as_str).collect();
     assert_eq!((names.as_slice(), call.id.as_str()), (&["x-b", "x-call-id"][..], "fresh"));
 }
+
+#[test]
+fn what_a_stranger_says_of_a_call_is_kept_within_bounds() {
+    let headers = |count: usize| -> String {
+        let names: Vec<String> = (0..count).map(|number| format!(r#""h{number}":["1"]"#)).collect();
+        format!(r#"{{"Function":"echo","Header":{{{}}}}}"#, names.join(","))
+    };
+    let decode = |message: &str| decode(message.as_bytes(), "fn", || "fresh".to_owned(), NOW);
+    // One is added, the call's id.
+    assert_eq!(decode(&headers(MOST_HEADERS)).unwrap().0.headers.len(), MOST_HEADERS + 1);
+    assert!(matches!(decode(&headers(40_000)), Err(Unreadable::Invalid(_))));
+    let often = r#"{"Function":"echo","Header":{"X-Gateway-Attempts":["4294967295"]}}"#;
+    assert_eq!(decode(often).unwrap().1.attempts, MOST_ATTEMPTS);
+}

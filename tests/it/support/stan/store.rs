@@ -13,6 +13,8 @@ pub(super) struct Store {
     pub(super) clients: HashMap<String, Client>,
     pub(super) channels: HashMap<String, Vec<(Bytes, i64)>>,
     pub(super) groups: HashMap<String, Group>,
+    /// Channels for which messages are refused, and how many.
+    pub(super) refusals: HashMap<String, usize>,
     names: u64,
     last_time: i64,
 }
@@ -54,6 +56,12 @@ impl Store {
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_nanos() as i64;
         self.last_time = now.max(self.last_time + 1);
         self.channels.entry(channel.to_owned()).or_default().push((data, self.last_time));
+    }
+
+    /// Whether a message for `channel` is refused.
+    pub(super) fn refuses(&mut self, channel: &str) -> bool {
+        let left = self.refusals.get_mut(channel).filter(|left| **left > 0);
+        left.map(|left| *left -= 1).is_some()
     }
 
     /// Where the member's ends are to be told.
