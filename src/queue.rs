@@ -207,6 +207,13 @@ impl Queue {
         }
     }
 
+    /// Nobody here takes another call, though those that were taken are still being made.
+    pub fn take_no_more(&self) {
+        if let Ok(Self::Stan(queue)) = self.known() {
+            queue.take_no_more();
+        }
+    }
+
     /// Says how a call that was taken goes on. Returns when that is durable.
     ///
     /// # Errors

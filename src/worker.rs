@@ -71,6 +71,7 @@ impl Worker {
                 drop(place);
             });
         }
+        self.intake.queue.take_no_more();
         running.close();
         // What is cut here is dropped unsettled: it is made again, by whoever takes it next.
         tokio::select! {

@@ -1,17 +1,20 @@
 //! The queue on NATS Streaming, shared with Go gateways and Go workers.
 //!
-//! The channel has calls as the Go gateway writes them. Beside it are two of our own: `CHANNEL.later` has calls whose time
-//! has not come, retries above all, and `CHANNEL.dead` those that failed for good. A call goes from one to another by being
-//! stored there before it is acknowledged here. Nothing can be looked up in a channel, so there are no states, no results,
+//! The channel has calls as the Go gateway writes them. Beside it are some of our own: `CHANNEL.later` and those whose names
+//! begin so have calls whose time has not come, and `CHANNEL.dead` those that failed for good. A call goes from one to
+//! another by being stored there before it is acknowledged here. Nothing can be looked up in a channel, so there are no states, no results,
 //! no lists, and no taking back.
 
+mod aside;
 mod callback;
+mod channels;
 mod client;
 mod lease;
 mod ledger;
 mod message;
 mod nats;
 mod payload;
+mod peers;
 pub(super) mod probe;
 mod proto;
 mod take;
@@ -27,6 +30,7 @@ pub(super) use self::lease::Lease;
 
 use crate::queue::call::Call;
 use crate::queue::jetstream;
+use crate::queue::stan::channels::{COUNT, Channel};
 use crate::queue::stan::client::Client;
 use crate::queue::stan::ledger::{Ledger, Room};
 use crate::queue::stan::message::Progress;
@@ -34,7 +38,7 @@ use crate::queue::stan::nats::{Fault, Nats};
 use crate::queue::stan::take::{Arrived, LATER};
 use crate::queue::stan::tasks::Tasks;
 use crate::queue::status::Settlement;
-use crate::queue::{Delivery, Error, Published};
+use crate::queue::{Delivery, Error, Published, now};
 
 /// What is needed beside a connection to NATS.
 #[derive(Clone, Debug)]
@@ -62,9 +66,9 @@ pub struct Stan {
 struct Shared {
     options: Options,
     connection: jetstream::Options,
-    /// The channels of what was given up, and of what is made later.
+    /// The names of the channels of calls, and of the one of what was given up.
+    channels: [String; COUNT],
     dead: String,
-    later: String,
     nats: Nats,
     publisher: Client,
     worker: Client,
@@ -72,8 +76,8 @@ struct Shared {
     ledger: Mutex<Ledger<Arrived>>,
     /// Somebody may find a call now.
     ready: Notify,
-    /// Some may hold others up.
-    crowded: Notify,
+    /// Some of a channel may hold others up.
+    crowded: [Notify; COUNT],
     tasks: Tasks,
 }
 
@@ -92,7 +96,7 @@ impl Stan {
         let (publisher, worker) = (client("publisher"), client("worker"));
         let shared = Arc::new(Shared {
             dead: format!("{}.dead", connection.queue),
-            later: format!("{}.later", connection.queue),
+            channels: Channel::all().map(|channel| channel.name(&connection.queue)),
             options,
             connection,
             nats,
@@ -101,7 +105,7 @@ impl Stan {
             works: AtomicBool::new(false),
             ledger: Mutex::new(Ledger::new()),
             ready: Notify::new(),
-            crowded: Notify::new(),
+            crowded: [(); COUNT].map(|()| Notify::new()),
             tasks,
         });
         tracing::info!(
@@ -152,8 +156,15 @@ impl Stan {
         if data.len() + ENVELOPE > self.shared.nats.max_payload() {
             return Err(Error::TooLarge(self.max_body()));
         }
-        let channel = self.shared.channel(not_before.is_some());
-        self.shared.publisher.publish(channel, data).await.map_err(told)?;
+        let channel = match not_before {
+            Some(at) => Channel::later(at.saturating_sub(now())),
+            None => Channel::CALLS,
+        };
+        let stored = self.shared.publisher.publish(self.shared.channel(channel), data).await;
+        stored.map_err(|fault| match fault {
+            Fault::TooLarge => Error::TooLarge(self.max_body()),
+            fault => told(fault),
+        })?;
         Ok(Published { id: call.id, repeated: false })
     }
 
@@ -161,11 +172,18 @@ impl Stan {
         take::take(&self.shared, places).await
     }
 
+    /// Takes no more: the server gives to others what nobody has taken here.
+    pub(super) fn take_no_more(&self) {
+        self.shared.ledger().close();
+    }
+
     pub(super) async fn settle(&self, lease: &Lease, settlement: &Settlement) -> Result<(), Error> {
         lease.settle(settlement).await
     }
 }
 
+/// Bytes of calls of one channel that are made later, and wait here: others wait in the channel.
+const LATER_BYTES: usize = 16 << 20;
 /// What a message has beside the call: ids, the channel, and what is noted of the call later.
 const ENVELOPE: usize = 1024;
 
@@ -174,9 +192,9 @@ impl Shared {
         self.ledger.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The channel of calls, or of those whose time has not come.
-    fn channel(&self, later: bool) -> &str {
-        if later { &self.later } else { &self.connection.queue }
+    /// The name of a channel.
+    fn channel(&self, channel: Channel) -> &str {
+        &self.channels[channel.number()]
     }
 
     /// How long the server waits before it sends a call again: whole seconds.
@@ -191,7 +209,19 @@ impl Shared {
         if self.works.swap(true, Relaxed) {
             return;
         }
-        self.ledger().make_room(Room { places, later: LATER });
+        self.ledger().make_room(Room { places, later: LATER, later_bytes: LATER_BYTES });
+        for channel in Channel::all() {
+            let crowded = Arc::clone(self);
+            self.tasks.keep_up("room", move || {
+                let crowded = Arc::clone(&crowded);
+                async move { aside::make_room(&crowded, channel).await }
+            });
+        }
+        let answering = Arc::clone(self);
+        self.tasks.keep_up("peers", move || {
+            let answering = Arc::clone(&answering);
+            async move { peers::answer_all(&answering).await }
+        });
         let working = Arc::clone(self);
         self.tasks.keep_up("worker", move || {
             let working = Arc::clone(&working);

@@ -22,6 +22,8 @@ const REGISTERING: Duration = Duration::from_secs(5);
 const CLOSING: Duration = Duration::from_secs(1);
 /// What was published is stored within this time, or the call is not taken in.
 const STORING: Duration = Duration::from_secs(5);
+/// For one that nobody waits for. It is not stored anew while the server may be at it: it would be there twice.
+const STORING_AT_LENGTH: Duration = Duration::from_secs(60);
 /// How long a call waits for a server that is away.
 const PATIENCE: Duration = Duration::from_millis(800);
 /// The pause before the second attempt to register; it doubles.
@@ -236,7 +238,21 @@ impl Client {
 
     /// Stores `data` in `channel`. Returns when it is there.
     pub(super) async fn publish(&self, channel: &str, data: Bytes) -> Result<(), Fault> {
-        let stored = tokio::time::timeout(STORING, self.store(channel, data)).await;
+        self.publish_within(STORING, channel, data).await
+    }
+
+    /// The same, with a server that takes its time.
+    pub(super) async fn publish_patiently(&self, channel: &str, data: Bytes) -> Result<(), Fault> {
+        self.publish_within(STORING_AT_LENGTH, channel, data).await
+    }
+
+    async fn publish_within(
+        &self,
+        patience: Duration,
+        channel: &str,
+        data: Bytes,
+    ) -> Result<(), Fault> {
+        let stored = tokio::time::timeout(patience, self.store(patience, channel, data)).await;
         let stored = stored.unwrap_or(Err(Fault::Away));
         if matches!(stored, Err(Fault::Away | Fault::Nobody | Fault::Refused(_))) {
             self.suspect.notify_one();
@@ -244,12 +260,12 @@ impl Client {
         stored
     }
 
-    async fn store(&self, channel: &str, data: Bytes) -> Result<(), Fault> {
+    async fn store(&self, patience: Duration, channel: &str, data: Bytes) -> Result<(), Fault> {
         // The semaphore is never closed.
         let _place = self.unstored.acquire().await.map_err(|_| Fault::Away)?;
         self.nats.connected(PATIENCE).await?;
-        let mut session = self.session.subscribe();
-        let session = tokio::time::timeout(PATIENCE, session.wait_for(Option::is_some)).await;
+        let mut sessions = self.session.subscribe();
+        let session = tokio::time::timeout(PATIENCE, sessions.wait_for(Option::is_some)).await;
         let session = session.map_err(|_| Fault::Away)?.map_err(|_| Fault::Away)?.clone();
         let session = session.ok_or(Fault::Away)?;
         let message = Publish {
@@ -260,12 +276,39 @@ impl Client {
             connection: session.connection.clone(),
         };
         let subject = format!("{}.{channel}", session.server.publish_prefix);
-        let published: Published = self.nats.request(&subject, &message, STORING).await?;
+        let mut connections = self.nats.connections();
+        connections.mark_unchanged();
+        let published = tokio::select! {
+            published = self.nats.request::<Published>(&subject, &message, patience) => published?,
+            () = is_lost(sessions, &session, connections) => return Err(Fault::Away),
+        };
         match published {
             Published { error, .. } if !error.is_empty() => Err(Fault::Refused(error)),
             Published { guid, .. } if guid != message.guid => Err(Fault::Odd),
             Published { .. } => Ok(()),
         }
+    }
+}
+
+/// Waits until no answer is to be expected any more in `session`: it is over, or the connection was lost, and the answer
+/// with it.
+async fn is_lost(
+    mut sessions: watch::Receiver<Option<Arc<Session>>>,
+    session: &Arc<Session>,
+    mut connections: watch::Receiver<u64>,
+) {
+    let is_over =
+        |now: &Option<Arc<Session>>| !now.as_ref().is_some_and(|now| Arc::ptr_eq(now, session));
+    let reconnected = async {
+        // One whose sender is gone changes no more.
+        if connections.changed().await.is_err() {
+            std::future::pending::<()>().await;
+        }
+        tokio::time::sleep(STORING).await;
+    };
+    tokio::select! {
+        _ = sessions.wait_for(is_over) => {}
+        () = reconnected => {}
     }
 }
 

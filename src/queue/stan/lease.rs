@@ -3,27 +3,28 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 
-use crate::queue::Error;
 use crate::queue::call::{Call, Millis};
+use crate::queue::stan::channels::Channel;
 use crate::queue::stan::ledger::Key;
 use crate::queue::stan::message::{self, Progress};
 use crate::queue::stan::nats::Fault;
 use crate::queue::stan::take::Arrived;
 use crate::queue::stan::{Shared, told};
 use crate::queue::status::Settlement;
+use crate::queue::{Error, now};
 
 /// What is known of a call that was taken.
 pub(in crate::queue) struct Lease {
     shared: Arc<Shared>,
     key: Key,
     call: Call,
-    attempts: u32,
+    progress: Progress,
     settled: AtomicBool,
 }
 
 impl Lease {
-    pub(super) fn new(shared: Arc<Shared>, key: Key, call: Call, attempts: u32) -> Self {
-        Self { shared, key, call, attempts, settled: AtomicBool::new(false) }
+    pub(super) fn new(shared: Arc<Shared>, key: Key, call: Call, progress: Progress) -> Self {
+        Self { shared, key, call, progress, settled: AtomicBool::new(false) }
     }
 
     /// What comes of the call is stored before its message is acknowledged: at worst it is made twice.
@@ -35,9 +36,11 @@ impl Lease {
             Settlement::Finished { .. } => {}
             Settlement::Retry { at, .. } => {
                 let progress = Progress { not_before: Some(*at), ..self.made() };
-                match self.store(&self.shared.later, &progress).await {
-                    // With what is noted of it, it is larger than it was: it stays where it is, and waits here.
-                    Err(Fault::TooLarge) => {
+                let channel = Channel::later(at.saturating_sub(now()));
+                match self.store(self.shared.channel(channel), &progress).await {
+                    // With what is noted of it, it is larger than it was; or the server has no place for those that are
+                    // made later. It stays where it is, and waits here.
+                    Err(Fault::TooLarge | Fault::Refused(_)) => {
                         self.wait_here(*at);
                         return Ok(());
                     }
@@ -60,7 +63,12 @@ impl Lease {
     }
 
     fn made(&self) -> Progress {
-        Progress { attempts: self.attempts.saturating_add(1), ..Progress::default() }
+        Progress { attempts: self.progress.attempts.saturating_add(1), ..self.untold() }
+    }
+
+    /// What the call came with.
+    fn untold(&self) -> Progress {
+        Progress { others: self.progress.others.clone(), ..Progress::default() }
     }
 
     /// Keeps the call where nobody takes it; whether it is there. What the server refuses now it may take in a moment.
@@ -69,7 +77,7 @@ impl Lease {
         let progress = Progress { reason: Some(reason.clone()), ..self.made() };
         let stored = match self.store(dead, &progress).await {
             // With what is noted of it, it is larger than it was.
-            Err(Fault::TooLarge) => self.store(dead, &Progress::default()).await,
+            Err(Fault::TooLarge) => self.store(dead, &self.untold()).await,
             stored => stored,
         };
         match stored {
@@ -89,12 +97,12 @@ impl Lease {
 
     fn wait_here(&self, at: Millis) {
         self.settled.store(true, Relaxed);
-        let waits = Arrived { call: self.call.clone(), attempts: self.attempts.saturating_add(1) };
+        let waits = Arrived { call: self.call.clone(), progress: self.made() };
         self.shared.wait(self.key, at, waits);
     }
 
     async fn store(&self, channel: &str, progress: &Progress) -> Result<(), Fault> {
-        self.shared.worker.publish(channel, message::encode(&self.call, progress)).await
+        self.shared.worker.publish_patiently(channel, message::encode(&self.call, progress)).await
     }
 }
 

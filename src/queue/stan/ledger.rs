@@ -9,6 +9,7 @@ use std::collections::{BTreeMap, HashMap, VecDeque};
 
 use crate::function::Function;
 use crate::queue::call::Millis;
+use crate::queue::stan::channels::{COUNT, Channel, NEAR};
 
 /// Messages that are done and known to be so: the server may not have heard of it.
 const REMEMBERED: usize = 16 * 1024;
@@ -20,8 +21,7 @@ const SLOW: Millis = 10_000;
 /// What a message is known by. A server that has lost what it stored counts from one again; then the time differs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub(super) struct Key {
-    /// It is from the channel of calls that are made later.
-    pub(super) later: bool,
+    pub(super) channel: Channel,
     pub(super) sequence: u64,
     pub(super) timestamp: i64,
 }
@@ -67,14 +67,24 @@ pub(super) enum Next<T> {
 pub(super) struct Room {
     /// Calls that are made at a time; the server sends as many.
     pub(super) places: usize,
-    /// Calls that are made later, and may wait here.
+    /// Calls of one channel that are made later, and may wait here.
     pub(super) later: usize,
+    /// The bytes of their messages. A single one may have more.
+    pub(super) later_bytes: usize,
+}
+
+/// What of a channel is here and not done.
+#[derive(Clone, Copy, Default)]
+struct Open {
+    messages: usize,
+    bytes: usize,
 }
 
 struct Entry {
     /// Where its end is told: as of the last time it came.
     acks: String,
     place: Place,
+    bytes: usize,
 }
 
 /// What waits, and whose call it is.
@@ -91,8 +101,10 @@ pub(super) struct Ledger<T> {
     order: u64,
     done: VecDeque<Key>,
     room: Room,
-    /// Those that are not done, of either channel.
-    open: [usize; 2],
+    /// Those that are not done, by channel.
+    open: [Open; COUNT],
+    /// Nothing more is taken in.
+    closed: bool,
     running: HashMap<Function, usize>,
     /// Functions whose calls are set aside, and until when.
     slow: HashMap<Function, Millis>,
@@ -106,7 +118,8 @@ impl<T> Ledger<T> {
             order: 0,
             done: VecDeque::new(),
             room: Room::default(),
-            open: [0; 2],
+            open: [Open::default(); COUNT],
+            closed: false,
             running: HashMap::new(),
             slow: HashMap::new(),
         }
@@ -116,24 +129,53 @@ impl<T> Ledger<T> {
         self.room = room;
     }
 
-    /// Notes that a message came, whose end is to be told at `acks`.
-    pub(super) fn arrives(&mut self, key: Key, sent_before: bool, acks: &str) -> Arrival {
+    /// Takes nothing more in, and lets go of what waits: the server gives it to others.
+    pub(super) fn close(&mut self) {
+        self.closed = true;
+        for Waiting { key, .. } in std::mem::take(&mut self.line).into_values() {
+            self.forget(key);
+        }
+    }
+
+    /// Notes that a message of so many `bytes` came, whose end is to be told at `acks`.
+    pub(super) fn arrives(
+        &mut self,
+        key: Key,
+        sent_before: bool,
+        bytes: usize,
+        acks: &str,
+    ) -> Arrival {
         if let Some(entry) = self.entries.get_mut(&key) {
             acks.clone_into(&mut entry.acks);
             return if entry.place == Place::Done { Arrival::Done } else { Arrival::Nothing };
         }
-        // Twice as many as the server sends at a time: those of a session before are still here.
-        if self.open.iter().sum::<usize>() >= 2 * (2 * self.room.places + self.room.later) {
+        if self.closed || !self.has_room(key.channel, bytes) {
             return Arrival::Nothing;
         }
-        self.entries.insert(key, Entry { acks: acks.to_owned(), place: Place::Asked });
-        self.open[usize::from(key.later)] += 1;
+        self.entries.insert(key, Entry { acks: acks.to_owned(), place: Place::Asked, bytes });
+        let open = &mut self.open[key.channel.number()];
+        open.messages += 1;
+        open.bytes += bytes;
         if sent_before { Arrival::SentBefore } else { Arrival::New }
+    }
+
+    fn has_room(&self, channel: Channel, bytes: usize) -> bool {
+        let (open, Room { places, later, later_bytes }) = (self.open[channel.number()], self.room);
+        // Twice as many as the server sends at a time: those of a session before are still here.
+        match channel.is_later() {
+            false => open.messages < 2 * places,
+            true => {
+                open.messages < 2 * (later + places)
+                    && (open.messages == 0 || open.bytes + bytes <= later_bytes)
+            }
+        }
     }
 
     /// Has a call of `function` wait until `at`.
     pub(super) fn waits(&mut self, key: Key, function: Function, at: Millis, message: T) {
-        if self.entries.contains_key(&key) {
+        if self.closed {
+            self.forget(key);
+        } else if self.entries.contains_key(&key) {
             self.is_at(key, Place::Waits);
             self.order += 1;
             self.line.insert((at, self.order), Waiting { key, function, message });
@@ -163,22 +205,19 @@ impl<T> Ledger<T> {
         running == 0 || running + 4 <= free * 3
     }
 
-    /// Takes a call that holds others up, which the server does not send while it is here: one whose function has its
-    /// share, or the one that waits longest for its time.
-    pub(super) fn set_aside(&mut self, now: Millis) -> Option<(Key, Millis, T)> {
-        let [calls, later] = self.open;
-        let crowded = [calls >= self.room.places, later >= self.room.later];
-        if !crowded.contains(&true) {
+    /// Takes a call of `channel` that holds others up, which the server does not send while it is here: one whose function
+    /// has its share, or the one that waits longest for its time. The moment for which it is meant comes with it.
+    pub(super) fn set_aside(&mut self, channel: Channel, now: Millis) -> Option<(Key, Millis, T)> {
+        if !self.is_crowded(channel) {
             return None;
         }
         self.slow.retain(|_, until| *until > now);
-        let far = self.line.last_key_value().filter(|((at, _), _)| crowded[1] && *at > now + LONG);
-        let order = match far {
-            Some((order, _)) => *order,
+        let order = match self.farthest(channel, now) {
+            Some(order) => order,
             None => {
                 let due = self.line.iter().take_while(|((at, _), _)| *at <= now);
                 let (order, waiting) = due
-                    .filter(|(_, it)| crowded[usize::from(it.key.later)])
+                    .filter(|(_, it)| it.key.channel == channel)
                     .filter(|((at, _), it)| {
                         at + LONG <= now || self.slow.contains_key(&it.function)
                     })
@@ -193,11 +232,27 @@ impl<T> Ledger<T> {
         Some((key, order.0, message))
     }
 
+    /// Nothing more may come of `channel` while all of it is here that is.
+    fn is_crowded(&self, channel: Channel) -> bool {
+        let (open, Room { places, later, later_bytes }) = (self.open[channel.number()], self.room);
+        match channel.is_later() {
+            false => open.messages >= places,
+            true => open.messages >= later || open.bytes > later_bytes / 2,
+        }
+    }
+
+    /// The call of `channel` that waits longest for its time, if that is far off.
+    fn farthest(&self, channel: Channel, now: Millis) -> Option<(Millis, u64)> {
+        let far = self.line.range((now + NEAR + 1, 0)..).rev();
+        let mut far = far.filter(|(_, it)| channel.is_later() && it.key.channel == channel);
+        far.next().map(|(order, _)| *order)
+    }
+
     /// Notes that a message is done; where that is to be told.
     pub(super) fn done(&mut self, key: Key) -> Option<String> {
         let acks = self.entries.get(&key)?.acks.clone();
         if self.is_at(key, Place::Done) != Some(Place::Done) {
-            self.open[usize::from(key.later)] -= 1;
+            self.lets_go(key);
             self.done.push_back(key);
         }
         if self.done.len() > REMEMBERED
@@ -212,9 +267,16 @@ impl<T> Ledger<T> {
     pub(super) fn forget(&mut self, key: Key) {
         if self.entries.get(&key).is_some_and(|entry| entry.place != Place::Done) {
             self.is_at(key, Place::Leaves);
+            self.lets_go(key);
             self.entries.remove(&key);
-            self.open[usize::from(key.later)] -= 1;
         }
+    }
+
+    fn lets_go(&mut self, key: Key) {
+        let bytes = self.entries.get(&key).map_or(0, |entry| entry.bytes);
+        let open = &mut self.open[key.channel.number()];
+        open.messages -= 1;
+        open.bytes -= bytes;
     }
 
     /// Holds on to a message that is neither made again nor done: the server has it for as long as this worker lives.
@@ -247,171 +309,4 @@ impl<T> Ledger<T> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn key(sequence: u64) -> Key {
-        Key { later: false, sequence, timestamp: 1 }
-    }
-
-    fn later(sequence: u64) -> Key {
-        Key { later: true, ..key(sequence) }
-    }
-
-    fn function(name: &str) -> Function {
-        Function { name: name.to_owned(), namespace: "fn".to_owned() }
-    }
-
-    type Messages = Ledger<&'static str>;
-
-    fn ledger() -> Messages {
-        let mut ledger = Ledger::new();
-        ledger.make_room(Room { places: 4, later: 2 });
-        ledger
-    }
-
-    /// Has a new call wait, each of a function of its own.
-    fn comes(it: &mut Messages, key: Key, at: Millis) {
-        comes_of(it, &key.sequence.to_string(), key, at);
-    }
-
-    fn comes_of(it: &mut Messages, name: &str, key: Key, at: Millis) {
-        assert_eq!(it.arrives(key, false, "a"), Arrival::New);
-        it.waits(key, function(name), at, "x");
-    }
-
-    #[test]
-    fn what_is_here_does_not_come_twice() {
-        let mut it = ledger();
-        assert_eq!(it.arrives(key(1), false, "a"), Arrival::New);
-        assert_eq!(it.has(key(1)), None);
-        it.waits(key(1), function("echo"), 5, "one");
-        assert_eq!(
-            (it.arrives(key(1), true, "b"), it.has(key(1))),
-            (Arrival::Nothing, Some(false))
-        );
-        assert_eq!(it.next(5), Next::Now(key(1), "one"));
-        assert_eq!(it.arrives(key(1), true, "c"), Arrival::Nothing);
-        // It is told where it came last.
-        assert_eq!(it.done(key(1)).as_deref(), Some("c"));
-        assert_eq!((it.arrives(key(1), true, "d"), it.has(key(1))), (Arrival::Done, Some(true)));
-        assert_eq!(it.done(key(1)).as_deref(), Some("d"));
-        it.forget(key(1));
-        assert_eq!(it.has(key(1)), Some(true));
-        assert_eq!(it.next(9), Next::Nothing);
-    }
-
-    #[test]
-    fn a_server_that_counts_from_one_again_sends_other_messages() {
-        let mut it = ledger();
-        it.arrives(key(1), false, "a");
-        it.done(key(1));
-        assert_eq!(it.arrives(Key { timestamp: 2, ..key(1) }, false, "a"), Arrival::New);
-        assert_eq!(it.arrives(later(1), false, "a"), Arrival::New);
-    }
-
-    #[test]
-    fn what_is_let_go_of_comes_again() {
-        let mut it = ledger();
-        assert_eq!(it.arrives(key(1), true, "a"), Arrival::SentBefore);
-        it.forget(key(1));
-        assert_eq!(it.arrives(key(1), true, "a"), Arrival::SentBefore);
-    }
-
-    #[test]
-    fn what_stays_takes_no_place_of_its_function_and_does_not_come_again() {
-        let mut it = ledger();
-        comes_of(&mut it, "echo", key(1), 5);
-        assert_eq!(it.next(5), Next::Now(key(1), "x"));
-        it.keep(key(1));
-        assert!(it.running.is_empty());
-        assert_eq!(
-            (it.arrives(key(1), true, "b"), it.has(key(1))),
-            (Arrival::Nothing, Some(false))
-        );
-    }
-
-    #[test]
-    fn each_waits_for_its_time_and_then_in_turn() {
-        let mut it = ledger();
-        for (number, at) in [(1, 30), (2, 10), (3, 10)] {
-            comes(&mut it, later(number), at);
-        }
-        assert_eq!(it.next(9), Next::NotBefore(10));
-        assert_eq!(it.next(10), Next::Now(later(2), "x"));
-        assert_eq!(it.next(31), Next::Now(later(3), "x"));
-        assert_eq!(it.next(31), Next::Now(later(1), "x"));
-    }
-
-    #[test]
-    fn there_is_room_for_so_many() {
-        let mut it = ledger();
-        for number in 1..=20 {
-            assert_eq!(it.arrives(key(number), false, "a"), Arrival::New);
-        }
-        assert_eq!(it.arrives(key(21), false, "a"), Arrival::Nothing);
-        it.done(key(1));
-        assert_eq!(it.arrives(key(21), false, "a"), Arrival::New);
-    }
-
-    #[test]
-    fn what_waits_longest_makes_room_when_there_is_none() {
-        let mut it = ledger();
-        comes(&mut it, later(1), 3000);
-        assert_eq!(it.set_aside(5), None);
-        comes(&mut it, later(2), 4000);
-        assert_eq!(it.set_aside(3000), None);
-        assert_eq!(it.set_aside(5), Some((later(2), 4000, "x")));
-        it.done(later(2));
-        assert_eq!(it.set_aside(5), None);
-    }
-
-    #[test]
-    fn a_function_that_has_its_share_makes_room_for_others() {
-        let mut it = ledger();
-        for number in 1..=4 {
-            comes_of(&mut it, "slow", key(number), 10);
-        }
-        let mut made = || match it.next(10) {
-            Next::Now(key, _) => Some(key),
-            Next::NotBefore(_) | Next::Nothing => None,
-        };
-        // Three quarters of the places.
-        let taken = [made(), made(), made(), made()];
-        assert_eq!(taken, [Some(key(1)), Some(key(2)), Some(key(3)), None]);
-        // It may be quick: then it is not worth it.
-        assert_eq!(it.set_aside(10 + LONG - 1), None);
-        assert_eq!(it.set_aside(10 + LONG), Some((key(4), 10, "x")));
-        it.done(key(4));
-        assert_eq!(it.set_aside(10 + LONG), None);
-        // The next that comes is set aside at once.
-        comes_of(&mut it, "slow", key(5), 2000);
-        assert_eq!(it.set_aside(2000), Some((key(5), 2000, "x")));
-        it.done(key(5));
-        comes_of(&mut it, "quick", key(6), 2001);
-        assert_eq!(it.next(2001), Next::Now(key(6), "x"));
-        // Once one of its calls has ended, it may have the place.
-        comes_of(&mut it, "slow", key(7), 2002);
-        assert_eq!(it.next(2002), Next::Nothing);
-        it.done(key(1));
-        it.done(key(6));
-        assert_eq!(it.next(2002), Next::Now(key(7), "x"));
-        it.forget(key(7));
-        it.done(key(2));
-        it.done(key(3));
-        assert!(it.running.is_empty());
-    }
-
-    #[test]
-    fn no_more_is_remembered_than_there_is_room_for() {
-        let mut it = ledger();
-        for number in 0..REMEMBERED as u64 + 10 {
-            it.arrives(key(number), false, "a");
-            it.done(key(number));
-        }
-        assert_eq!(
-            (it.entries.len(), it.has(key(9)), it.has(key(10))),
-            (REMEMBERED, None, Some(true))
-        );
-    }
-}
+mod tests;

@@ -12,6 +12,7 @@ use base64::engine::general_purpose::STANDARD;
 use bytes::Bytes;
 use http::header::{CONTENT_LENGTH, HOST};
 use http::{HeaderMap, HeaderName, HeaderValue};
+use serde_json::{Map, Value};
 
 use crate::call_id::{X_CALL_ID, X_START_TIME};
 use crate::function::Function;
@@ -55,6 +56,8 @@ pub(super) struct Progress {
     pub(super) not_before: Option<Millis>,
     /// Why it was given up.
     pub(super) reason: Option<String>,
+    /// Members of its message that mean nothing to us, and may to others.
+    pub(super) others: Map<String, Value>,
 }
 
 /// The message that `call` is.
@@ -89,6 +92,7 @@ pub(super) fn encode(call: &Call, progress: &Progress) -> Bytes {
         query_string: query.to_owned(),
         function: call.function.to_string(),
         callback_url: call.options.callback.as_deref().and_then(CallbackUrl::of),
+        others: progress.others.clone(),
     };
     payload.to_json()
 }
@@ -101,7 +105,7 @@ pub(super) fn decode(
     fresh_id: impl FnOnce() -> String,
     now: Millis,
 ) -> Result<(Call, Progress), Unreadable> {
-    let payload = Payload::of_json(message)?;
+    let mut payload = Payload::of_json(message)?;
     let function = Function::parse(&payload.function, default_namespace);
     let function = function.ok_or(Unreadable::Invalid("function"))?;
     let mut headers = headers(&payload)?;
@@ -109,6 +113,7 @@ pub(super) fn decode(
         attempts: number::<u32>(&headers, &ATTEMPTS).unwrap_or_default().min(MOST_ATTEMPTS),
         not_before: number(&headers, &NOT_BEFORE),
         reason: None,
+        others: std::mem::take(&mut payload.others),
     };
     let text = |name: &HeaderName| headers.get(name).and_then(|value| value.to_str().ok());
     let written = text(&X_CALLBACK_URL);

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use async_nats::connection::State as Connection;
-use async_nats::{Client, Event, RequestErrorKind, Subscriber};
+use async_nats::{Client, Event, Request, RequestErrorKind, Subscriber};
 use bytes::Bytes;
 use prost::Message;
 use tokio::sync::watch;
@@ -110,7 +110,10 @@ impl Nats {
         message: Bytes,
         deadline: Duration,
     ) -> Result<Bytes, Fault> {
-        let asked = tokio::time::timeout(deadline, self.client.request(subject, message)).await;
+        // The deadline is the only one: the client's own may be shorter.
+        let request = Request::new().payload(message).timeout(None);
+        let asked = self.client.send_request(subject, request);
+        let asked = tokio::time::timeout(deadline, asked).await;
         match asked.map_err(|_| Fault::Away)? {
             Ok(answer) => Ok(answer.payload),
             Err(error) => Err(match error.kind() {

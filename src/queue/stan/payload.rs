@@ -6,6 +6,7 @@ use std::io;
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 use serde_json::ser::{CharEscape, CompactFormatter, Formatter, Serializer};
+use serde_json::{Map, Value};
 
 use crate::queue::stan::callback::CallbackUrl;
 
@@ -30,6 +31,9 @@ pub(super) struct Payload {
     pub(super) function: String,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(super) callback_url: Option<CallbackUrl>,
+    /// Those that are not known here.
+    #[serde(flatten)]
+    pub(super) others: Map<String, Value>,
 }
 
 impl Payload {
@@ -118,8 +122,11 @@ mod tests {
     #[test]
     fn members_may_be_missing_null_or_unknown() {
         let json = br#"{"Header":null,"Body":null,"Annotations":{"a":"b"},"CallbackUrl":null,"Function":"f"}"#;
-        let expect = Payload { function: "f".to_owned(), ..Payload::default() };
+        let mut expect = Payload { function: "f".to_owned(), ..Payload::default() };
+        expect.others.insert("Annotations".to_owned(), serde_json::json!({ "a": "b" }));
         assert_eq!(Payload::of_json(json).unwrap(), expect);
+        // What is not known is passed on.
+        assert_eq!(expect.to_json(), r#"{"Function":"f","Annotations":{"a":"b"}}"#);
         assert!(Payload::of_json(b"1").is_err());
         assert!(Payload::of_json(br#"{"Function":1}"#).is_err());
     }

@@ -1,63 +1,36 @@
 //! The worker's side: what the server delivers, until somebody has a place for it.
-//!
-//! The server sends a message again whose end it has not heard of for `ack_wait`, perhaps to another worker; there is no
-//! word for "still busy". So workers ask each other, over plain NATS, before they make a call that was sent before.
 
 use std::sync::Arc;
 use std::time::Duration;
 
-use async_nats::Message as NatsMessage;
 use bytes::Bytes;
 use futures_util::StreamExt as _;
-use prost::Message;
+use futures_util::future::join_all;
+use prost::Message as _;
 
 use crate::queue::call::{Call, Millis};
+use crate::queue::stan::channels::Channel;
 use crate::queue::stan::client::Session;
 use crate::queue::stan::lease::Lease;
 use crate::queue::stan::ledger::{Arrival, Key, Next};
-use crate::queue::stan::message::{self, Progress};
+use crate::queue::stan::message::{self, Progress, Unreadable};
 use crate::queue::stan::nats::Fault;
 use crate::queue::stan::proto::{Ack, Delivered, FIRST, Subscribe, Subscribed};
-use crate::queue::stan::{Shared, message::Unreadable};
+use crate::queue::stan::{Shared, peers};
 use crate::queue::{Delivery, Error, Handle, now};
 
 /// Subscribing takes no longer.
 const SUBSCRIBING: Duration = Duration::from_secs(5);
-/// Who has a call says so within this time.
-const ASKING: Duration = Duration::from_secs(1);
-/// Between looks at what has waited for long.
-const LOOK: Duration = Duration::from_millis(500);
-/// Calls whose time has not come that wait here; others wait in the channel.
+/// Before a channel that the server refuses is asked for again.
+const AGAIN: Duration = Duration::from_secs(5);
+/// Calls of one channel whose time has not come that wait here; others wait in the channel.
 pub(super) const LATER: usize = 256;
-/// Between calls that are sent back to the end of their channel: first, how that grows, and at last.
-const SENDING_BACK: Duration = Duration::from_millis(10);
-const SLOWER: f64 = 1.005;
-const LONGEST_PAUSE: Duration = Duration::from_secs(1);
-const MINE: &[u8] = b"mine";
-const DONE: &[u8] = b"done";
 
 /// A call that came and waits.
 #[derive(Debug)]
 pub(super) struct Arrived {
     pub(super) call: Call,
-    pub(super) attempts: u32,
-}
-
-/// Whether somebody has a message.
-#[derive(Clone, PartialEq, Eq, Message)]
-struct Question {
-    #[prost(bool, tag = "1")]
-    later: bool,
-    #[prost(uint64, tag = "2")]
-    sequence: u64,
-    #[prost(int64, tag = "3")]
-    timestamp: i64,
-}
-
-impl From<Key> for Question {
-    fn from(key: Key) -> Self {
-        Self { later: key.later, sequence: key.sequence, timestamp: key.timestamp }
-    }
+    pub(super) progress: Progress,
 }
 
 /// The next call whose time has come.
@@ -67,10 +40,11 @@ pub(super) async fn take(shared: &Arc<Shared>, places: usize) -> Result<Delivery
         let ready = shared.ready.notified();
         let next = shared.ledger().next(now());
         let wait = match next {
-            Next::Now(key, Arrived { call, attempts }) => {
+            Next::Now(key, Arrived { call, progress }) => {
                 // There may be more, and others who take.
                 shared.ready.notify_one();
-                let lease = Lease::new(Arc::clone(shared), key, call.clone(), attempts);
+                let attempts = progress.attempts;
+                let lease = Lease::new(Arc::clone(shared), key, call.clone(), progress);
                 return Ok(Delivery { call, attempts, handle: Handle::Stan(Box::new(lease)) });
             }
             Next::NotBefore(at) => Duration::from_millis(at.saturating_sub(now()) + 1),
@@ -83,15 +57,13 @@ pub(super) async fn take(shared: &Arc<Shared>, places: usize) -> Result<Delivery
 /// Has the server deliver, and takes in what comes; returns what went wrong.
 pub(super) async fn serve(shared: &Arc<Shared>, places: usize, session: Arc<Session>) -> Fault {
     let served = async {
-        let questions = shared.nats.subscribe(shared.questions()).await?;
-        let calls = follow(shared, false, places, &session).await?;
-        let later = follow(shared, true, LATER + places, &session).await?;
+        let calls = follow(shared, Channel::CALLS, places, &session).await?;
+        let [_, later @ ..] = Channel::all();
+        let later = later.map(|channel| keep_following(shared, channel, LATER + places, &session));
         // None of them ends but with the connection; what they had taken in is in the ledger.
         tokio::select! {
-            () = questions.for_each(|question| answer(shared, question)) => {}
-            () = receive(shared, false, calls) => {}
-            () = receive(shared, true, later) => {}
-            () = set_aside(shared) => {}
+            () = receive(shared, Channel::CALLS, calls) => {}
+            _ = join_all(later) => {}
         }
         Err(Fault::Away)
     };
@@ -109,13 +81,13 @@ struct Subscription {
 
 async fn follow(
     shared: &Shared,
-    later: bool,
+    channel: Channel,
     most: usize,
     session: &Session,
 ) -> Result<Subscription, Fault> {
     let inbox = shared.nats.inbox();
     let deliveries = shared.nats.subscribe(inbox.clone()).await?;
-    let channel = shared.channel(later).to_owned();
+    let channel = shared.channel(channel).to_owned();
     let request = Subscribe {
         client_id: shared.worker.id().to_owned(),
         durable_name: channel.replace('.', "_"),
@@ -134,20 +106,41 @@ async fn follow(
     }
 }
 
-async fn receive(shared: &Arc<Shared>, later: bool, mut subscription: Subscription) {
+/// The same for a channel without which the others go on: a server may not allow so many.
+async fn keep_following(shared: &Arc<Shared>, channel: Channel, most: usize, session: &Session) {
+    let mut told = None;
+    loop {
+        match follow(shared, channel, most, session).await {
+            Ok(subscription) => return receive(shared, channel, subscription).await,
+            Err(fault) => {
+                if told.as_ref() != Some(&fault) {
+                    let channel = shared.channel(channel);
+                    tracing::warn!(
+                        channel, error = %fault,
+                        "NATS Streaming delivers nothing of a channel of calls that are made later: {fault}"
+                    );
+                    told = Some(fault);
+                }
+                tokio::time::sleep(AGAIN).await;
+            }
+        }
+    }
+}
+
+async fn receive(shared: &Arc<Shared>, channel: Channel, mut subscription: Subscription) {
     while let Some(message) = subscription.deliveries.next().await {
         let Ok(delivered) = Delivered::decode(message.payload) else {
             tracing::error!("What NATS Streaming delivers is not understood");
             continue;
         };
         let Delivered { sequence, timestamp, redelivered, data, .. } = delivered;
-        let key = Key { later, sequence, timestamp };
-        let arrival = shared.ledger().arrives(key, redelivered, &subscription.acks);
+        let key = Key { channel, sequence, timestamp };
+        let arrival = shared.ledger().arrives(key, redelivered, data.len(), &subscription.acks);
         match arrival {
             Arrival::New => admit(shared, key, data),
             Arrival::SentBefore => {
                 let asking = Arc::clone(shared);
-                shared.tasks.spawn(async move { admit_if_free(&asking, key, data).await });
+                shared.tasks.spawn(async move { peers::admit_if_free(&asking, key, data).await });
             }
             Arrival::Nothing => {}
             Arrival::Done => shared.acknowledge(key).await,
@@ -155,31 +148,7 @@ async fn receive(shared: &Arc<Shared>, later: bool, mut subscription: Subscripti
     }
 }
 
-/// Takes in a message that was sent before, unless another worker has it.
-async fn admit_if_free(shared: &Arc<Shared>, key: Key, data: Bytes) {
-    let question = Question::from(key).encode_to_vec().into();
-    match shared.nats.ask(shared.questions(), question, ASKING).await {
-        Ok(answer) if answer == DONE => shared.acknowledge(key).await,
-        Ok(answer) if answer == MINE => shared.ledger().forget(key),
-        _ => admit(shared, key, data),
-    }
-}
-
-/// Answers another worker; nobody is told of what is not here.
-async fn answer(shared: &Shared, question: NatsMessage) {
-    let (Some(reply), Ok(asked)) = (question.reply, Question::decode(question.payload)) else {
-        return;
-    };
-    let Question { later, sequence, timestamp } = asked;
-    let has = shared.ledger().has(Key { later, sequence, timestamp });
-    if let Some(done) = has {
-        let word = Bytes::from_static(if done { DONE } else { MINE });
-        // One who is not answered makes the call, at worst once more.
-        let _ = shared.nats.send(reply.to_string(), word).await;
-    }
-}
-
-fn admit(shared: &Arc<Shared>, key: Key, data: Bytes) {
+pub(super) fn admit(shared: &Arc<Shared>, key: Key, data: Bytes) {
     let options = &shared.options;
     let decoded = message::decode(&data, &options.default_namespace, fresh_id, now());
     let (call, progress) = match decoded {
@@ -191,11 +160,12 @@ fn admit(shared: &Arc<Shared>, key: Key, data: Bytes) {
         }
     };
     // What was never tried has no time; a stranger's word for it would keep a place for ever.
-    let (attempts, at) = match key.later {
+    let (attempts, at) = match key.channel.is_later() {
         true => (progress.attempts, progress.not_before.unwrap_or_default().max(1)),
         false => (0, now()),
     };
-    shared.wait(key, at, Arrived { call, attempts });
+    let progress = Progress { attempts, ..progress };
+    shared.wait(key, at, Arrived { call, progress });
 }
 
 fn fresh_id() -> String {
@@ -205,7 +175,7 @@ fn fresh_id() -> String {
 /// A message that nobody can read is kept where the dead are.
 async fn put_aside(shared: &Shared, key: Key, data: Bytes, error: &Unreadable) {
     let sequence = key.sequence;
-    let kept = shared.worker.publish(&shared.dead, data).await;
+    let kept = shared.worker.publish_patiently(&shared.dead, data).await;
     match kept {
         Ok(()) => {
             let dead = &shared.dead;
@@ -219,59 +189,12 @@ async fn put_aside(shared: &Shared, key: Key, data: Bytes, error: &Unreadable) {
     }
 }
 
-/// Stores what holds others up at the end of the channel of calls that are made later.
-async fn set_aside(shared: &Shared) {
-    let mut pause = SENDING_BACK;
-    loop {
-        let quiet = tokio::time::timeout(LOOK, shared.crowded.notified()).await.is_err();
-        let mut sent_back = false;
-        loop {
-            let aside = shared.ledger().set_aside(now());
-            let Some((key, at, Arrived { call, attempts })) = aside else { break };
-            let _kept = Unsettled { shared, key };
-            let progress = Progress { attempts, not_before: Some(at), reason: None };
-            let encoded = message::encode(&call, &progress);
-            match shared.worker.publish(&shared.later, encoded).await {
-                Ok(()) => shared.acknowledge(key).await,
-                Err(_) => break,
-            }
-            // What comes from there and goes there again fills the server's disk: less and less often, if it goes on.
-            if key.later {
-                tokio::time::sleep(pause).await;
-                pause = pause.mul_f64(SLOWER).min(LONGEST_PAUSE);
-                sent_back = true;
-            }
-        }
-        if quiet && !sent_back {
-            pause = SENDING_BACK;
-        }
-    }
-}
-
-/// A message on its way. If it does not get there, the server sends it again.
-struct Unsettled<'a> {
-    shared: &'a Shared,
-    key: Key,
-}
-
-impl Drop for Unsettled<'_> {
-    fn drop(&mut self) {
-        self.shared.ledger().forget(self.key);
-    }
-}
-
 impl Shared {
-    /// Where workers ask each other.
-    fn questions(&self) -> String {
-        let Self { options, .. } = self;
-        format!("_GATEWAY.stan.{}.{}.{}", options.cluster, options.group, self.channel(false))
-    }
-
     /// Has a call wait until `at`.
     pub(super) fn wait(&self, key: Key, at: Millis, arrived: Arrived) {
         self.ledger().waits(key, arrived.call.function.clone(), at, arrived);
         self.ready.notify_one();
-        self.crowded.notify_one();
+        self.crowded[key.channel.number()].notify_one();
     }
 
     /// Tells the server that a message is done. If it does not hear of it, it sends the message again.
@@ -280,7 +203,7 @@ impl Shared {
         // Its function may have a place for another.
         self.ready.notify_one();
         if let Some(acks) = acks {
-            let channel = self.channel(key.later).to_owned();
+            let channel = self.channel(key.channel).to_owned();
             let ack = Ack { channel, sequence: key.sequence };
             let _ = self.nats.send(acks, ack.encode_to_vec().into()).await;
         }

@@ -112,6 +112,23 @@ impl Stan {
         self.store().refusals.insert(channel.to_owned(), messages);
     }
 
+    /// Has the server let nobody have what is in channels whose names begin so.
+    pub(crate) fn deliver_none_of(&self, channels: &str) {
+        self.store().closed_channels = Some(channels.to_owned());
+    }
+
+    /// Has the server store messages for `channel` at once, and say so later.
+    pub(crate) fn tell_later(&self, channel: &str, delay: Duration) {
+        self.store().delays.insert(channel.to_owned(), delay);
+    }
+
+    /// Has the server forget the client `id` and not let it in, until another one is named.
+    pub(crate) fn shut_out(&self, id: &str) {
+        let mut store = self.store();
+        store.close(id);
+        store.shut_out = id.to_owned();
+    }
+
     /// How many of them are left.
     pub(crate) fn refusals(&self, channel: &str) -> usize {
         self.store().refusals.get(channel).copied().unwrap_or_default()
@@ -196,8 +213,13 @@ impl Server {
             "pub" => self.publish(PubMsg::decode(payload).unwrap(), reply).await,
             "sub" => {
                 let request = SubscriptionRequest::decode(payload).unwrap();
-                let ack_inbox = self.store().subscribe(request);
-                let response = SubscriptionResponse { ack_inbox, error: String::new() };
+                let response = match self.store().subscribe(request) {
+                    Some(ack_inbox) => SubscriptionResponse { ack_inbox, error: String::new() },
+                    None => SubscriptionResponse {
+                        ack_inbox: String::new(),
+                        error: "stan: too many channels".to_owned(),
+                    },
+                };
                 self.send(reply, &response).await;
             }
             "close" => {
@@ -215,6 +237,9 @@ impl Server {
             |error: &str| ConnectResponse { error: error.to_owned(), ..Default::default() };
         assert!(!request.client_id.is_empty() && !request.heartbeat_inbox.is_empty());
         assert_eq!(request.protocol, 1);
+        if self.store().shut_out == request.client_id {
+            return self.send(reply, &refused("stan: not now")).await;
+        }
         let known = self.store().clients.get(&request.client_id).cloned();
         if let Some(known) = known {
             if self.lives(&known.heartbeat_inbox).await {
@@ -257,7 +282,14 @@ impl Server {
         if error.is_empty() {
             self.store().append(&message.subject, message.data);
         }
-        self.send(reply, &PubAck { guid: message.guid, error: error.to_owned() }).await;
+        let ack = PubAck { guid: message.guid, error: error.to_owned() };
+        let delay = self.store().delays.get(&message.subject).copied();
+        let Some(delay) = delay else { return self.send(reply, &ack).await };
+        let server = self.clone();
+        tokio::spawn(async move {
+            tokio::time::sleep(delay).await;
+            server.send(reply, &ack).await;
+        });
     }
 
     async fn lives(&self, inbox: &str) -> bool {

@@ -8,7 +8,7 @@ const NOW: Millis = 7;
 /// The three jobs that the recorded Go gateway published.
 fn recorded() -> Vec<Bytes> {
     let lines = include_str!("../../../../tests/stan/transcript.jsonl").lines();
-    let rows = lines.map(|line| serde_json::from_str::<serde_json::Value>(line).unwrap());
+    let rows = lines.map(|line| serde_json::from_str::<Value>(line).unwrap());
     let published = rows
         .filter(|row| row["line"].as_str().is_some_and(|line| line.starts_with("PUB _STAN.pub.")));
     published
@@ -69,7 +69,7 @@ fn what_go_has_no_member_for_is_carried_and_kept_from_the_function() {
     let (mut call, _) = decoded(&recorded()[0]);
     call.options.expires_at = Some(9);
     call.options.max_attempts = Some(4);
-    let progress = Progress { attempts: 2, not_before: Some(8), reason: None };
+    let progress = Progress { attempts: 2, not_before: Some(8), ..Progress::default() };
     assert_eq!(decoded(&encode(&call, &progress)), (call.clone(), progress));
     // A caller says nothing of the kind.
     let mut forged = call.clone();

@@ -15,6 +15,12 @@ pub(super) struct Store {
     pub(super) groups: HashMap<String, Group>,
     /// Channels for which messages are refused, and how many.
     pub(super) refusals: HashMap<String, usize>,
+    /// How long it takes to say that a message is stored, by channel.
+    pub(super) delays: HashMap<String, Duration>,
+    /// Channels whose names begin so are for nobody.
+    pub(super) closed_channels: Option<String>,
+    /// A client that is not let in.
+    pub(super) shut_out: String,
     names: u64,
     last_time: i64,
 }
@@ -64,17 +70,20 @@ impl Store {
         left.map(|left| *left -= 1).is_some()
     }
 
-    /// Where the member's ends are to be told.
-    pub(super) fn subscribe(&mut self, request: SubscriptionRequest) -> String {
+    /// Where the member's ends are to be told; `None` if it gets nothing.
+    pub(super) fn subscribe(&mut self, request: SubscriptionRequest) -> Option<String> {
         assert_eq!(request.start_position, 4, "from the first message on");
         assert_eq!(request.durable_name, request.subject.replace('.', "_"));
+        if self.closed_channels.as_ref().is_some_and(|it| request.subject.starts_with(it)) {
+            return None;
+        }
         self.names += 1;
         let acks = format!("_ACKS.{}", self.names);
         let group =
             self.groups.entry(format!("{}:{}", request.group, request.subject)).or_default();
         group.channel.clone_from(&request.subject);
         group.members.push(Member { request, acks: acks.clone() });
-        acks
+        Some(acks)
     }
 
     pub(super) fn acknowledge(&mut self, acks: &str, ack: &Ack) {

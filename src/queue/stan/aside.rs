@@ -1,0 +1,63 @@
+//! Room for others: what holds them up is stored at the end of a channel of calls that are made later.
+
+use std::time::Duration;
+
+use crate::queue::now;
+use crate::queue::stan::Shared;
+use crate::queue::stan::channels::Channel;
+use crate::queue::stan::message::{self, Progress};
+use crate::queue::stan::take::Arrived;
+
+/// Between looks at what has waited for long, and before one that cannot be stored is tried again.
+const LOOK: Duration = Duration::from_millis(500);
+/// Between calls that are sent back to where they are from: first, how that grows, and at last.
+const SENDING_BACK: Duration = Duration::from_millis(10);
+const SLOWER: f64 = 1.005;
+const LONGEST_PAUSE: Duration = Duration::from_secs(1);
+
+/// Sets aside what holds up others in `channel`, until the queue stops. Each channel has somebody who does so, since
+/// there are pauses. No session's end cuts one short that is being stored: it would be there twice.
+pub(super) async fn make_room(shared: &Shared, channel: Channel) {
+    let stopping = &shared.tasks.stopping;
+    let mut pause = SENDING_BACK;
+    while !stopping.is_cancelled() {
+        let crowded = shared.crowded[channel.number()].notified();
+        let quiet = tokio::select! {
+            () = stopping.cancelled() => return,
+            found = tokio::time::timeout(LOOK, crowded) => found.is_err(),
+        };
+        let mut sent_back = false;
+        while !stopping.is_cancelled() && set_aside(shared, channel).await {
+            // What comes from there and goes there again fills the server's disk: less and less often, if it goes on.
+            if channel.is_later() {
+                tokio::time::sleep(pause).await;
+                pause = pause.mul_f64(SLOWER).min(LONGEST_PAUSE);
+                sent_back = true;
+            }
+        }
+        if quiet && !sent_back {
+            pause = SENDING_BACK;
+        }
+    }
+}
+
+/// Sets aside one; whether there may be another.
+async fn set_aside(shared: &Shared, channel: Channel) -> bool {
+    let aside = shared.ledger().set_aside(channel, now());
+    let Some((key, at, Arrived { call, progress })) = aside else { return false };
+    let stored = Progress { not_before: Some(at), ..progress.clone() };
+    let encoded = message::encode(&call, &stored);
+    let to = shared.channel(Channel::later(at.saturating_sub(now())));
+    match shared.worker.publish_patiently(to, encoded).await {
+        Ok(()) => {
+            shared.acknowledge(key).await;
+            true
+        }
+        Err(fault) => {
+            tracing::debug!(channel = to, error = %fault, "A call that holds up others stays where it is");
+            shared.wait(key, at, Arrived { call, progress });
+            let _ = tokio::time::timeout(LOOK, shared.tasks.stopping.cancelled()).await;
+            false
+        }
+    }
+}
