@@ -1,8 +1,8 @@
-//! The queue on a NATS server of which it is not known yet what it speaks: JetStream or NATS Streaming. Whichever answers
-//! first is taken, once and for all.
+//! The queue on a NATS server of which it is not known yet what it speaks: JetStream or NATS Streaming. One of them is taken,
+//! once and for all.
 
 use std::sync::{Arc, OnceLock};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use tokio::runtime::Handle as Runtime;
 use tokio::sync::watch;
@@ -11,11 +11,15 @@ use tokio_util::task::TaskTracker;
 
 use crate::queue::Queue;
 use crate::queue::jetstream::{self, JetStream};
-use crate::queue::stan::probe::{Kind, Probe};
+use crate::queue::stan::probe::{Probe, Seen, Sight};
 use crate::queue::stan::{self, Stan};
 
 /// Between two times of asking.
 const AGAIN: Duration = Duration::from_millis(500);
+/// NATS Streaming that has not answered for so long is not about to.
+const PATIENCE: Duration = Duration::from_secs(10);
+/// Between two looks at whether it turns up after all.
+const LOOK_OUT: Duration = Duration::from_secs(10);
 /// How long the asking may take to end.
 const STOP: Duration = Duration::from_secs(1);
 
@@ -50,10 +54,15 @@ impl Discovery {
             // Nothing is held that would be lost.
             tokio::select! {
                 () = asking.stopping.cancelled() => {}
-                queue = find(&probe, nats, stan) => {
+                () = async {
+                    let queue = find(&probe, &nats, &stan).await;
+                    let is_jetstream = matches!(queue, Queue::JetStream(_));
                     let _ = asking.found.set(queue);
                     asking.is_found.send_replace(true);
-                }
+                    if is_jetstream {
+                        look_out(&probe).await;
+                    }
+                } => {}
             }
         };
         shared.tracker.spawn_on(task, &Runtime::current());
@@ -79,23 +88,107 @@ impl Discovery {
     }
 }
 
-async fn find(probe: &Probe, nats: jetstream::Options, stan: stan::Options) -> Queue {
+/// Whoever keeps the queue.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kind {
+    JetStream,
+    Stan,
+}
+
+/// Who is taken, after NATS Streaming has not been there for so long, while JetStream was. It comes first, since whoever
+/// runs it has queued calls there, and it may be away for a moment; JetStream is certain at once if it has the queue.
+fn choose(seen: Seen, absent: Duration) -> Option<Kind> {
+    match seen {
+        Seen { stan: Sight::There, .. } => Some(Kind::Stan),
+        Seen { has_ours: true, .. } => Some(Kind::JetStream),
+        Seen { jetstream: true, .. } if absent >= PATIENCE => Some(Kind::JetStream),
+        _ => None,
+    }
+}
+
+async fn find(probe: &Probe, nats: &jetstream::Options, stan: &stan::Options) -> Queue {
+    let (mut absent, mut nobody) = (None, Some(Instant::now()));
     loop {
-        let opened = match probe.ask().await {
+        let seen = probe.ask().await;
+        let jetstream = seen.is_some_and(|seen| seen.jetstream);
+        let since = *absent.get_or_insert_with(Instant::now);
+        if !jetstream {
+            absent = None;
+        }
+        let kind = seen.and_then(|seen| choose(seen, since.elapsed()));
+        let opened = match kind {
             Some(Kind::Stan) => {
                 Stan::open(nats.clone(), stan.clone()).await.map(|queue| Some(Queue::Stan(queue)))
             }
             Some(Kind::JetStream) => {
-                tracing::info!("Queued calls are kept by JetStream");
+                tell_of_jetstream(seen);
                 JetStream::open(nats.clone()).await.map(|queue| Some(Queue::JetStream(queue)))
             }
             None => Ok(None),
         };
         match opened {
             Ok(Some(queue)) => return queue,
-            Ok(None) => tracing::debug!("Neither JetStream nor NATS Streaming answers"),
+            Ok(None) => {}
             Err(error) => tracing::error!("The queue cannot be opened: {error:#}"),
         }
+        if !jetstream && nobody.is_some_and(|since| since.elapsed() >= PATIENCE) {
+            nobody = None;
+            let servers = nats.servers.join(", ");
+            tracing::warn!(
+                "Neither JetStream nor NATS Streaming answers at {servers}: calls are not queued until one does"
+            );
+        }
         tokio::time::sleep(AGAIN).await;
+    }
+}
+
+fn tell_of_jetstream(seen: Option<Seen>) {
+    if seen.is_some_and(|seen| seen.stan == Sight::Silent) {
+        tracing::info!(
+            "Queued calls are kept by JetStream; whether there is NATS Streaming cannot be told, since the server does not \
+             answer, or does not let us ask"
+        );
+    } else {
+        tracing::info!("Queued calls are kept by JetStream");
+    }
+}
+
+/// Says so if NATS Streaming turns up where JetStream was taken.
+async fn look_out(probe: &Probe) {
+    loop {
+        tokio::time::sleep(LOOK_OUT).await;
+        match probe.stan().await {
+            Sight::There => break,
+            Sight::Absent => {}
+            // One that may not ask need not ask again.
+            Sight::Silent => return,
+        }
+    }
+    tracing::warn!(
+        "NATS Streaming answers as well, and may have queued calls that nobody makes here: set queue to stan or to jetstream"
+    );
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nats_streaming_is_waited_for_unless_jetstream_has_the_queue() {
+        let soon = Duration::ZERO;
+        for (stan, jetstream, has_ours, absent, expect) in [
+            (Sight::There, true, true, PATIENCE, Some(Kind::Stan)),
+            (Sight::There, false, false, soon, Some(Kind::Stan)),
+            (Sight::Absent, true, true, soon, Some(Kind::JetStream)),
+            (Sight::Silent, true, true, soon, Some(Kind::JetStream)),
+            (Sight::Absent, true, false, soon, None),
+            (Sight::Silent, true, false, soon, None),
+            (Sight::Absent, true, false, PATIENCE, Some(Kind::JetStream)),
+            (Sight::Silent, true, false, PATIENCE, Some(Kind::JetStream)),
+            (Sight::Absent, false, false, PATIENCE, None),
+        ] {
+            let seen = Seen { stan, jetstream, has_ours };
+            assert_eq!(choose(seen, absent), expect, "{seen:?} {absent:?}");
+        }
     }
 }

@@ -26,6 +26,9 @@ use crate::support::wire::request;
 use crate::support::{eventually, within};
 
 const LATER: &str = "faas-request.later";
+/// Where calls wait that are made within an hour.
+const HOUR: &str = "faas-request.later.1h";
+const FAR: &str = "faas-request.later.far";
 const DEAD: &str = "faas-request.dead";
 
 fn on(nats: &Nats, builder: Builder) -> Builder {
@@ -321,6 +324,108 @@ async fn workers_ask_each_other_before_they_make_a_call_again() {
     all_done(&stan, CHANNEL).await;
 }
 
+/// A worker that has been registered, and has taken nothing yet.
+async fn working(nats: &Nats, stan: &Stan, host: &str) -> Queue {
+    let worker = member(nats, host).await;
+    assert!(tokio::time::timeout(Duration::from_millis(1), worker.take(4)).await.is_err());
+    let id = format!("faas-worker-{host}");
+    eventually("it works", async || stan.clients().contains(&id)).await;
+    worker
+}
+
+#[tokio::test]
+async fn a_worker_that_the_server_does_not_know_answers_the_others() {
+    let nats = Nats::start();
+    let stan = Stan::start(&nats).await;
+    let one = working(&nats, &stan, "one").await;
+    stan.store_message(CHANNEL, r#"{"Function":"echo"}"#);
+    let delivery = take(&one).await;
+    let two = working(&nats, &stan, "two").await;
+    stan.shut_out("faas-worker-one");
+    eventually("it is sent to the other", async || {
+        let again = tokio::time::timeout(Duration::from_millis(1), two.take(4)).await;
+        assert!(again.is_err(), "{again:?}");
+        stan.sent(CHANNEL).0 >= 4
+    })
+    .await;
+    assert!(!stan.clients().contains(&"faas-worker-one".to_owned()));
+    one.settle(&delivery, &over()).await.unwrap();
+    // The other hears that it is done when it comes again.
+    all_done(&stan, CHANNEL).await;
+}
+
+#[tokio::test]
+async fn a_worker_that_stops_takes_nothing_more() {
+    let nats = Nats::start();
+    let stan = Stan::start(&nats).await;
+    let one = working(&nats, &stan, "one").await;
+    for _ in 0..3 {
+        stan.store_message(CHANNEL, r#"{"Function":"echo"}"#);
+    }
+    let running = take(&one).await;
+    eventually("all are with it", async || stan.sent(CHANNEL).0 >= 3).await;
+    let two = working(&nats, &stan, "two").await;
+    one.take_no_more();
+    stan.store_message(CHANNEL, r#"{"Function":"echo"}"#);
+    stan.store_message(CHANNEL, r#"{"Function":"echo"}"#);
+    for _ in 0..4 {
+        let delivery = take(&two).await;
+        two.settle(&delivery, &over()).await.unwrap();
+    }
+    // It ends what it has begun.
+    one.settle(&running, &over()).await.unwrap();
+    all_done(&stan, CHANNEL).await;
+}
+
+#[tokio::test]
+async fn a_slow_store_does_not_multiply_a_retry() {
+    let (nats, provider) = (Nats::start(), answering(&[500, 200], "x"));
+    let stan = Stan::start(&nats).await;
+    stan.tell_later(LATER, Duration::from_secs(7));
+    let _worker = on(&nats, Gateway::worker()).provider(&provider).start().await;
+    stan.store_message(CHANNEL, r#"{"Function":"echo"}"#);
+    all_done(&stan, CHANNEL).await;
+    eventually("it is made again", async || provider.calls() == 2).await;
+    eventually("all is done", async || stan.sent(LATER) == (1, 0)).await;
+    assert_eq!((stan.messages(LATER).len(), provider.calls()), (1, 2));
+}
+
+#[tokio::test]
+async fn calls_are_made_and_made_again_without_the_channels_for_later() {
+    let (nats, provider) = (Nats::start(), answering(&[500, 503, 200], "x"));
+    let stan = Stan::start(&nats).await;
+    stan.deliver_none_of(LATER);
+    stan.refuse(LATER, usize::MAX);
+    let worker = on(&nats, Gateway::worker()).provider(&provider).start().await;
+    stan.store_message(CHANNEL, r#"{"Function":"echo"}"#);
+    all_done(&stan, CHANNEL).await;
+    worker.logs("delivers nothing of a channel").await;
+    assert_eq!(provider.calls(), 3);
+    assert_eq!((stan.messages(LATER), stan.messages(DEAD)), (vec![], vec![]));
+}
+
+#[tokio::test]
+async fn large_calls_that_are_made_later_wait_in_the_channel() {
+    const CALLS: usize = 200;
+    const LARGE: usize = 700_000;
+    let nats = Nats::start();
+    let stan = Stan::start(&nats).await;
+    let body = STANDARD.encode(vec![b'x'; LARGE]);
+    let far = format!(
+        r#"{{"Function":"far","Body":"{body}","Header":{{"X-Gateway-Not-Before":["9999999999999"]}}}}"#
+    );
+    for _ in 0..CALLS {
+        stan.store_message(FAR, far.clone());
+    }
+    let provider = answering(&[200], "x");
+    let worker = on(&nats, Gateway::worker()).provider(&provider).start().await;
+    eventually("they are delivered", async || stan.sent(FAR).0 >= CALLS).await;
+    stan.store_message(CHANNEL, r#"{"Function":"echo"}"#);
+    all_done(&stan, CHANNEL).await;
+    let (peak, all) = (worker.peak_memory(), (CALLS * LARGE) as u64);
+    assert!(peak < all, "{peak} of {all} bytes");
+}
+
 #[tokio::test]
 async fn a_worker_that_stops_gives_back_what_it_has() {
     let (nats, mut provider) = (Nats::start(), Provider::by_hand());
@@ -381,6 +486,59 @@ async fn calls_go_on_while_nats_is_away_and_all_heals() {
     back(&stan).await;
 }
 
+#[tokio::test]
+async fn nats_streaming_that_is_away_for_a_moment_is_waited_for() {
+    let (nats, provider) = (Nats::start(), answering(&[200], "done"));
+    let mut stan = Stan::away(&nats);
+    let gateway = on(&nats, Gateway::builder()).provider(&provider).var("queue", "auto");
+    let gateway = gateway.start().await;
+    eventually("it has looked", async || {
+        gateway.log().iter().any(|it| it.contains("NATS is there"))
+    })
+    .await;
+    assert_eq!(gateway.queue("echo", &[], "").await.status(), 503);
+    stan.restart().await;
+    eventually("it takes in", async || gateway.queue("echo", &[], "").await.status() == 202).await;
+    all_done(&stan, CHANNEL).await;
+    assert_eq!(stan.messages(CHANNEL).len(), 1);
+}
+
+#[tokio::test]
+async fn jetstream_is_taken_where_nats_streaming_may_not_be_asked_for() {
+    let directory = tempfile::TempDir::new().unwrap();
+    let path = directory.path().join("nats.conf");
+    let user = r#"{ user: a, password: b, permissions: { publish: { deny: "_STAN.>" } } }"#;
+    std::fs::write(&path, format!("authorization {{ users = [ {user} ] }}")).unwrap();
+    let nats = Nats::start_with(&["-c", path.to_str().unwrap()]);
+    let provider = answering(&[200], "done");
+    let login = |builder: Builder| {
+        let builder = on(&nats, builder).var("nats_user", "a").var("nats_password", "b");
+        builder.provider(&provider).var("queue", "auto")
+    };
+    let first = login(Gateway::builder()).start().await;
+    eventually("it takes in", async || first.queue("echo", &[], "").await.status() == 202).await;
+    first.logs("whether there is NATS Streaming cannot be told").await;
+    eventually("it is made", async || provider.calls() == 1).await;
+    // Once it has been taken it is found at once, and NATS Streaming is noticed that comes later.
+    drop(first);
+    let second = login(Gateway::worker()).start().await;
+    second.logs("kept by JetStream").await;
+}
+
+#[tokio::test]
+async fn nats_streaming_that_comes_too_late_is_told_of() {
+    let (nats, provider) = (Nats::start(), answering(&[200], "done"));
+    let mut stan = Stan::away(&nats);
+    let named = on(&nats, Gateway::builder()).provider(&provider).var("queue", "jetstream");
+    let named = named.start().await;
+    eventually("it takes in", async || named.queue("echo", &[], "").await.status() == 202).await;
+    let auto = on(&nats, Gateway::worker()).provider(&provider).var("queue", "auto");
+    let auto = auto.start().await;
+    auto.logs("kept by JetStream").await;
+    stan.restart().await;
+    auto.logs("NATS Streaming answers as well").await;
+}
+
 async fn echo(mut call: crate::support::provider::Call) -> Option<crate::support::wire::Wire> {
     let body = call.body().await.ok()?;
     call.answer_with(200, &body).await;
@@ -423,6 +581,13 @@ async fn calls_that_hang_hold_up_no_others() {
     for _ in 0..HANG {
         stan.store_message(CHANNEL, r#"{"Function":"hangs"}"#);
     }
+    // More of those that are made later than a worker is sent at a time, wherever they are.
+    let far = r#"{"Function":"far","Header":{"X-Gateway-Not-Before":["9999999999999"]}}"#;
+    for channel in [LATER, HOUR] {
+        for _ in 0..400 {
+            stan.store_message(channel, far);
+        }
+    }
     stan.store_message(CHANNEL, r#"{"Function":"quick"}"#);
     let worker = on(&nats, Gateway::worker()).provider(&provider).var("max_inflight", "4");
     let worker = worker.start().await;
@@ -430,7 +595,6 @@ async fn calls_that_hang_hold_up_no_others() {
     assert_eq!(provider.calls(), 3 + 1);
     let_go.send_replace(true);
     worker.metrics_show("all are made", |it| it.calls("hangs.fn", "200") == HANG as u64).await;
-    all_done(&stan, LATER).await;
     assert_eq!(provider.calls(), HANG + 1);
 }
 
@@ -527,17 +691,23 @@ async fn calls_with_a_time_wait_for_it_and_make_room_for_others() {
     let stan = Stan::start(&nats).await;
     let gateway = gateway(&nats, &provider).await;
     gateway.queued("echo", &["X-Delay-Seconds: 1000"], "").await;
-    let far = stan.messages(LATER)[0].clone();
+    let far = stan.messages(HOUR)[0].clone();
     // More than a worker is sent at a time.
     for _ in 0..400 {
-        stan.store_message(LATER, far.to_string());
+        stan.store_message(HOUR, far.to_string());
     }
+    // One of these, whose time has come, is behind them.
+    let due =
+        far.to_string().replace(far["Header"]["X-Gateway-Not-Before"][0].as_str().unwrap(), "1");
+    stan.store_message(HOUR, due);
     gateway.queued("echo", &["X-Delay-Seconds: 1"], "").await;
-    eventually("it is made", async || provider.calls() == 1).await;
+    eventually("both are made", async || provider.calls() == 2).await;
     assert!(stan.messages(CHANNEL).is_empty());
+    // What is to be made soon is not held up by what is not.
+    assert_eq!(stan.messages(LATER).len(), 1);
     // Those that made room are at the end of the channel.
-    assert!(stan.messages(LATER).len() > 402);
-    assert_eq!(provider.calls(), 1);
+    assert!(stan.messages(HOUR).len() > 402);
+    assert_eq!(provider.calls(), 2);
 }
 
 #[tokio::test]

@@ -13,6 +13,7 @@ fn on(nats: &Nats, builder: Builder) -> Builder {
     builder
         .var("faas_nats_address", "127.0.0.1")
         .var("faas_nats_port", nats.port())
+        .var("queue", "jetstream")
         .var("ack_wait", "2s")
 }
 

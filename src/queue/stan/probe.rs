@@ -13,17 +13,30 @@ use crate::queue::stan::proto::{Close, Closed, ConnectRequest, ConnectResponse, 
 const ASKING: Duration = Duration::from_secs(2);
 const CONNECTING: Duration = Duration::from_secs(5);
 
-/// Who keeps queues.
+/// What is seen of NATS Streaming.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(in crate::queue) enum Kind {
-    JetStream,
-    Stan,
+pub(in crate::queue) enum Sight {
+    There,
+    /// Nobody listens where it would.
+    Absent,
+    /// Somebody may listen, or one may not ask: a server of before 2.2 does not tell, and none tells what is forbidden.
+    Silent,
+}
+
+/// What is seen of a NATS server.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(in crate::queue) struct Seen {
+    pub(in crate::queue) stan: Sight,
+    pub(in crate::queue) jetstream: bool,
+    /// JetStream has this queue.
+    pub(in crate::queue) has_ours: bool,
 }
 
 /// What asks.
 pub(in crate::queue) struct Probe {
     nats: Nats,
     cluster: String,
+    queue: String,
 }
 
 impl Probe {
@@ -32,25 +45,33 @@ impl Probe {
     /// # Errors
     /// When the options cannot be.
     pub(in crate::queue) async fn open(options: &Options, cluster: &str) -> anyhow::Result<Self> {
-        Ok(Self { nats: Nats::open(options).await?, cluster: cluster.to_owned() })
+        let (cluster, queue) = (cluster.to_owned(), options.queue.clone());
+        Ok(Self { nats: Nats::open(options).await?, cluster, queue })
     }
 
-    /// Who answers, if anybody does. NATS Streaming comes first: whoever runs it has queued calls there.
-    pub(in crate::queue) async fn ask(&self) -> Option<Kind> {
+    /// Who answers; `None`: there is no connection.
+    pub(in crate::queue) async fn ask(&self) -> Option<Seen> {
         self.nats.connected(CONNECTING).await.ok()?;
-        let (stan, jetstream) = tokio::join!(self.is_stan(), self.is_jetstream());
-        match (stan, jetstream) {
-            (Ok(true), _) => Some(Kind::Stan),
-            // Somebody is asked, and will answer: nobody else is taken meanwhile. A server of before 2.2 does not tell
-            // whether there is somebody; it has no JetStream, either.
-            (Err(Fault::Away), _) => None,
-            (_, Ok(true)) => Some(Kind::JetStream),
-            _ => None,
+        let ours = format!("$JS.API.STREAM.INFO.gateway-{}-calls", self.queue);
+        let (stan, jetstream, has_ours) = tokio::join!(
+            self.stan(),
+            self.jetstream_knows("$JS.API.INFO".to_owned()),
+            self.jetstream_knows(ours)
+        );
+        let (jetstream, has_ours) = (jetstream || has_ours, has_ours);
+        Some(Seen { stan, jetstream, has_ours })
+    }
+
+    pub(in crate::queue) async fn stan(&self) -> Sight {
+        match self.register().await {
+            Ok(()) | Err(Fault::Refused(_) | Fault::Odd) => Sight::There,
+            Err(Fault::Nobody) => Sight::Absent,
+            Err(Fault::Away | Fault::TooLarge) => Sight::Silent,
         }
     }
 
     /// Registers a client, which is what the server answers for certain, and signs it off.
-    async fn is_stan(&self) -> Result<bool, Fault> {
+    async fn register(&self) -> Result<(), Fault> {
         let client_id = format!("gateway-probe-{}", name());
         let request = ConnectRequest {
             client_id: client_id.clone(),
@@ -67,15 +88,16 @@ impl Probe {
             let close = Close { client_id };
             let _: Result<Closed, _> = self.nats.request(&server.close, &close, ASKING).await;
         }
-        Ok(true)
+        Ok(())
     }
 
-    async fn is_jetstream(&self) -> Result<bool, Fault> {
+    /// Whether JetStream answers that question, and not with an error.
+    async fn jetstream_knows(&self, question: String) -> bool {
         #[derive(Deserialize)]
-        struct Account {
+        struct Answer {
             error: Option<serde_json::Value>,
         }
-        let answer = self.nats.ask("$JS.API.INFO".to_owned(), Bytes::new(), ASKING).await?;
-        Ok(serde_json::from_slice::<Account>(&answer).is_ok_and(|account| account.error.is_none()))
+        let Ok(answer) = self.nats.ask(question, Bytes::new(), ASKING).await else { return false };
+        serde_json::from_slice::<Answer>(&answer).is_ok_and(|answer| answer.error.is_none())
     }
 }
