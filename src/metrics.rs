@@ -88,12 +88,16 @@ impl Metrics {
         }))
     }
 
-    /// The families of a queue, where there is one.
+    /// The families of a queue, where there is one; `reconnects` is that of its connection.
     ///
     /// # Errors
     /// When they are registered already.
-    pub fn queue(&self, name: &str) -> Result<QueueMetrics, prometheus::Error> {
-        QueueMetrics::register(&self.registry, name)
+    pub fn queue(
+        &self,
+        name: &str,
+        reconnects: Option<&str>,
+    ) -> Result<QueueMetrics, prometheus::Error> {
+        QueueMetrics::register(&self.registry, name, reconnects)
     }
 
     /// The families of the autoscaler, where there is one.

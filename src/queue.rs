@@ -138,6 +138,15 @@ impl Queue {
         }
     }
 
+    /// How often the connection to the queue's server has come back.
+    pub fn reconnects(&self) -> u64 {
+        match self.known() {
+            Ok(Self::JetStream(queue)) => queue.reconnects(),
+            Ok(Self::Stan(queue)) => queue.reconnects(),
+            _ => 0,
+        }
+    }
+
     /// The largest body that the queue takes, if it has a say in that.
     pub fn max_body(&self) -> Option<usize> {
         match self.known() {

@@ -112,11 +112,12 @@ pub(super) async fn intake(
         Backend::Stan => Queue::Stan(Stan::open(nats(), stan()).await?),
         Backend::Nats => Queue::Discovered(Discovery::open(nats(), stan()).await?),
     };
-    let name = match config.backend {
-        Backend::Embedded => "embedded",
-        _ => config.nats.queue.as_str(),
+    let (name, reconnects) = match (config.backend, part) {
+        (Backend::Embedded, _) => ("embedded", None),
+        (_, Part::TakesIn) => (config.nats.queue.as_str(), Some("gateway_nats_reconnect_total")),
+        (_, Part::Makes) => (config.nats.queue.as_str(), Some("queue_worker_nats_reconnect_total")),
     };
-    Ok(Some(Intake::new(queue, config.max_body, metrics.queue(name)?)))
+    Ok(Some(Intake::new(queue, config.max_body, metrics.queue(name, reconnects)?)))
 }
 
 fn limits(config: &config::Queue) -> Limits {
@@ -176,6 +177,7 @@ pub(super) async fn keep_tidy(
         loop {
             tokio::time::sleep(pause).await;
             health.queue_is(intake.queue.is_reachable());
+            intake.metrics.reconnected(intake.queue.reconnects());
             // A disk that hangs must not hide that it does.
             let _ = tokio::time::timeout(FORGET, intake.queue.expire()).await;
             let start = Instant::now();

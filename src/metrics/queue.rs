@@ -32,13 +32,18 @@ pub struct QueueMetrics {
     retries: IntCounter,
     dead_letters: IntCounter,
     publish_seconds: Histogram,
+    reconnects: Option<IntCounter>,
     gauges: [IntGaugeVec; 5],
     shown: Mutex<HashSet<String>>,
 }
 
 impl QueueMetrics {
-    /// Registers the families of the queue called `name`.
-    pub(super) fn register(registry: &Registry, name: &str) -> Result<Self, prometheus::Error> {
+    /// Registers the families of the queue called `name`; `reconnects` is the one of its connection, if it has one.
+    pub(super) fn register(
+        registry: &Registry,
+        name: &str,
+        reconnects: Option<&str>,
+    ) -> Result<Self, prometheus::Error> {
         let counter = |family: &str, help: &str| -> Result<IntCounter, prometheus::Error> {
             let vec = IntCounterVec::new(Opts::new(family, help), &["queue_name"])?;
             registry.register(Box::new(vec.clone()))?;
@@ -59,6 +64,14 @@ impl QueueMetrics {
             ]),
         )?;
         registry.register(Box::new(publish_seconds.clone()))?;
+        let reconnects = match reconnects {
+            Some(family) => {
+                let counter = IntCounter::new(family, "Connections to NATS after the first")?;
+                registry.register(Box::new(counter.clone()))?;
+                Some(counter)
+            }
+            None => None,
+        };
         Ok(Self {
             name: name.to_owned(),
             submitted: counter(
@@ -75,6 +88,7 @@ impl QueueMetrics {
                 "Queued calls that were given up",
             )?,
             publish_seconds,
+            reconnects,
             gauges: [
                 gauge("queue_worker_pending_messages", "Queued calls that could be made now")?,
                 gauge("queue_worker_function_invocation_inflight", "Queued calls being made")?,
@@ -114,6 +128,13 @@ impl QueueMetrics {
         self.dead_letters.inc();
     }
 
+    /// So often the connection to the queue's server has come back so far.
+    pub fn reconnected(&self, times: u64) {
+        if let Some(reconnects) = &self.reconnects {
+            reconnects.inc_by(times.saturating_sub(reconnects.get()));
+        }
+    }
+
     /// What the queue holds now.
     pub fn holds(&self, mut lines: Vec<Line>) {
         lines.sort_unstable_by_key(|line| std::cmp::Reverse(line.pending + line.dead));
@@ -147,7 +168,7 @@ mod tests {
     #[test]
     fn a_function_without_calls_is_not_shown_any_more() {
         let registry = Registry::new();
-        let metrics = QueueMetrics::register(&registry, "q").unwrap();
+        let metrics = QueueMetrics::register(&registry, "q", None).unwrap();
         let text = || TextEncoder::new().encode_to_string(&registry.gather()).unwrap();
         metrics.holds(vec![Line { label: "echo.fn".to_owned(), pending: 2, ..Line::default() }]);
         let line = "queue_worker_pending_messages{function_name=\"echo.fn\",queue_name=\"q\"} 2";

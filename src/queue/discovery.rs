@@ -133,7 +133,10 @@ async fn find(probe: &Probe, nats: &jetstream::Options, stan: &stan::Options) ->
         }
         if !jetstream && nobody.is_some_and(|since| since.elapsed() >= PATIENCE) {
             nobody = None;
-            let servers = nats.servers.join(", ");
+            // A password may stand before the address.
+            let address = |server: &String| server.rsplit(['@', '/']).next().map(str::to_owned);
+            let servers: Vec<String> = nats.servers.iter().filter_map(address).collect();
+            let servers = servers.join(", ");
             tracing::warn!(
                 "Neither JetStream nor NATS Streaming answers at {servers}: calls are not queued until one does"
             );

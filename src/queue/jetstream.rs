@@ -157,6 +157,10 @@ impl JetStream {
         let _ = tokio::time::timeout(STOP, back).await;
     }
 
+    pub(super) fn reconnects(&self) -> u64 {
+        self.shared.server.reconnects()
+    }
+
     pub(super) fn is_reachable(&self) -> bool {
         self.shared.server.is_connected()
     }

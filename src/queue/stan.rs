@@ -140,6 +140,10 @@ impl Stan {
             && (!works.load(Relaxed) || worker.is_registered())
     }
 
+    pub(super) fn reconnects(&self) -> u64 {
+        self.shared.nats.connections().borrow().saturating_sub(1)
+    }
+
     /// The largest body that fits into a message beside headers of the usual size.
     pub(super) fn max_body(&self) -> usize {
         let whole = self.shared.nats.max_payload();

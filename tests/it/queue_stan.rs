@@ -1,6 +1,6 @@
 //! The queue on NATS Streaming: with the real gateway and worker, and a server of the protocol on a real nats-server.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -17,6 +17,7 @@ use http::HeaderMap;
 use prost::Message as _;
 
 use crate::support::gateway::{Builder, Gateway};
+use crate::support::metrics::Metrics;
 use crate::support::nats::Nats;
 use crate::support::provider::Provider;
 use crate::support::queue::{answering, patient};
@@ -484,6 +485,8 @@ async fn calls_go_on_while_nats_is_away_and_all_heals() {
     away().await;
     stan.restart().await;
     back(&stan).await;
+    let reconnected = |it: &Metrics| it.get("gateway_nats_reconnect_total", &[]) >= Some(1.0);
+    gateway.metrics_show("it has come back", reconnected).await;
 }
 
 #[tokio::test]
@@ -710,20 +713,43 @@ async fn calls_with_a_time_wait_for_it_and_make_room_for_others() {
     assert_eq!(provider.calls(), 2);
 }
 
+/// Takes calls as a worker of another machine does: it has those of `echo` made, puts others off, and buries them.
+async fn second_worker(queue: Queue, made: Arc<Mutex<HashMap<String, usize>>>) {
+    loop {
+        let Ok(delivery) = queue.take(4).await else { continue };
+        let settlement = match (delivery.call.function.name.as_str(), delivery.attempts) {
+            ("echo", _) => {
+                *made.lock().unwrap().entry(delivery.call.id.clone()).or_default() += 1;
+                over()
+            }
+            ("fails", 1..) => Settlement::Dead { status: Some(500), reason: None, answer: None },
+            _ => Settlement::Retry { at: gateway::queue::now() + 100, status: None, reason: None },
+        };
+        while queue.settle(&delivery, &settlement).await.is_err() {
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+    }
+}
+
 #[tokio::test]
 async fn no_call_is_lost_whoever_dies() {
     const CALLS: usize = 300;
     let mut nats = Nats::start();
     let mut stan = Stan::start(&nats).await;
     let made: Arc<Mutex<HashMap<String, usize>>> = Arc::default();
-    let noting = Arc::clone(&made);
+    let (noting, failed) = (Arc::clone(&made), Arc::new(Mutex::new(HashSet::new())));
     let provider = patient().answering(move |mut call| {
-        let noting = Arc::clone(&noting);
+        let (noting, failed) = (Arc::clone(&noting), Arc::clone(&failed));
         async move {
             call.body().await.ok()?;
             let id = call.head.header("x-call-id").unwrap().to_owned();
-            *noting.lock().unwrap().entry(id).or_default() += 1;
-            call.answer_with(200, b"").await;
+            let target = call.head.target().to_owned();
+            let fails = target.contains("fails")
+                || target.contains("flaky") && failed.lock().unwrap().insert(id.clone());
+            if !fails {
+                *noting.lock().unwrap().entry(id).or_default() += 1;
+            }
+            call.answer_with(if fails { 500 } else { 200 }, b"").await;
             Some(call.wire)
         }
     });
@@ -732,10 +758,17 @@ async fn no_call_is_lost_whoever_dies() {
     let gateway = gateway.start().await;
     let worker = || on(&nats, Gateway::worker()).provider(&provider).var("ack_wait", "1s").start();
     let mut running = worker().await;
+    let second = member(&nats, "second").await;
+    let second = tokio::spawn(second_worker(second, Arc::clone(&made)));
     let taken = async |count: usize| {
         let mut ids = Vec::new();
         while ids.len() < count {
-            let answer = gateway.queue("echo", &[], "").await;
+            let function = match ids.len() % 10 {
+                0 => "fails",
+                1..4 => "flaky",
+                _ => "echo",
+            };
+            let answer = gateway.queue(function, &["X-Max-Attempts: 3"], "").await;
             if answer.status() == 202 {
                 ids.push(answer.header("x-call-id").unwrap().to_owned());
             }
@@ -753,10 +786,23 @@ async fn no_call_is_lost_whoever_dies() {
     ids.extend(within("calls are taken in", taken(CALLS / 3)).await);
     running.kill().await;
     let _running = on(&nats, Gateway::worker()).provider(&provider).start().await;
-    let lacking = || ids.iter().filter(|id| !made.lock().unwrap().contains_key(*id)).count();
-    eventually("every call is made", async || lacking() == 0).await;
+    eventually("every call is made or given up", async || {
+        let dead: HashSet<String> = stan.messages(DEAD).iter().map(id_of).collect();
+        let made = made.lock().unwrap();
+        ids.iter().all(|id| made.contains_key(id) || dead.contains(id))
+    })
+    .await;
     all_done(&stan, CHANNEL).await;
+    all_done(&stan, LATER).await;
+    second.abort();
+    let dead: HashSet<String> = stan.messages(DEAD).iter().map(id_of).collect();
+    assert!(dead.len() >= CALLS / 10, "{}", dead.len());
     // What was in flight at one of two kills came twice, and what the dead server had no word of.
     let calls: usize = made.lock().unwrap().values().sum();
     assert!(calls <= CALLS + 4 * 50, "{calls}");
+}
+
+/// The id of the call that a message is.
+fn id_of(message: &serde_json::Value) -> String {
+    message["Header"]["X-Call-Id"][0].as_str().unwrap().to_owned()
 }

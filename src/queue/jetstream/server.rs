@@ -150,6 +150,11 @@ impl Server {
         self.client.connection_state() == Connection::Connected
     }
 
+    /// How often the connection has come back.
+    pub(super) fn reconnects(&self) -> u64 {
+        self.connections.borrow().saturating_sub(1)
+    }
+
     /// The number of the connection that there is, if there is one.
     pub(super) fn connected(&self) -> Option<u64> {
         let number = *self.connections.borrow();

@@ -10,7 +10,7 @@ use crate::queue::stan::message::{self, Progress};
 use crate::queue::stan::nats::Fault;
 use crate::queue::stan::take::Arrived;
 use crate::queue::stan::{Shared, told};
-use crate::queue::status::Settlement;
+use crate::queue::status::{Settlement, State};
 use crate::queue::{Error, now};
 
 /// What is known of a call that was taken.
@@ -33,6 +33,13 @@ impl Lease {
             return Err(Error::Gone);
         }
         match settlement {
+            // Nobody can ask what became of it.
+            Settlement::Finished { state: State::Failed, status: None, reason, .. } => {
+                tracing::warn!(
+                    call_id = self.call.id, function = %self.call.function, reason,
+                    "A queued call failed, and is not made again"
+                )
+            }
             Settlement::Finished { .. } => {}
             Settlement::Retry { at, .. } => {
                 let progress = Progress { not_before: Some(*at), ..self.made() };
