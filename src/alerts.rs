@@ -78,9 +78,14 @@ async fn carry_out(api: &Api, alert: &Alert) -> Result<(), Error> {
         other => return Err(Error::BadRequest(format!("an alert's status is {other:?}"))),
     };
     let status = api.provider.status(&function).await?;
+    if api.ignored_alerts.as_ref().is_some_and(|ignored| ignored.ignores(&function, &status)) {
+        return Ok(());
+    }
     let bounds = Bounds::from_labels(&status.labels.unwrap_or_default());
     let Some(replicas) = replicas_after(alarm, status.replicas, bounds) else { return Ok(()) };
-    api.provider.scale(&function, replicas).await?;
+    let scaled = api.provider.scale(&function, replicas).await;
+    api.metrics.known.changed(Some(&function.name));
+    scaled?;
     tracing::info!(
         function.name = %function, from = status.replicas, replicas,
         "Scaled {function} from {} to {replicas} on an alert", status.replicas

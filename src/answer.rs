@@ -81,7 +81,13 @@ impl Body for Answer {
                 polled => polled.map_err(Into::into),
             },
             Content::Full(bytes) => Poll::Ready(bytes.take().map(|bytes| Ok(Frame::data(bytes)))),
-            Content::Api(body) => Pin::new(body).poll_frame(cx).map_err(Into::into),
+            Content::Api(body) => match Pin::new(body).poll_frame(cx) {
+                Poll::Ready(Some(Err(error))) => {
+                    self.end = End::Broken;
+                    Poll::Ready(Some(Err(error.into())))
+                }
+                polled => polled.map_err(Into::into),
+            },
         };
         if matches!(polled, Poll::Ready(None)) {
             self.end = End::Whole;

@@ -1,6 +1,7 @@
 //! Where the rooms are introduced to each other: one builder for each role, and the way from a command line to an
 //! exit status.
 
+mod autoscale;
 pub mod gateway;
 mod provider;
 mod threads;
@@ -33,9 +34,7 @@ pub fn run(line: &CommandLine, var: &dyn Fn(&str) -> Option<String>) -> ExitCode
     let flag = |name: &str| line.flag(name);
     let read = || Reader::new(&flag, var);
     let log = Log::parse(read());
-    if let Ok(log) = &log {
-        telemetry::init(log);
-    }
+    let _written = log.as_ref().ok().map(telemetry::init);
     let log = log.map(|_| ());
     match &line.asked {
         Asked::Serve => start(log, config::Serve::parse(read()), serve),

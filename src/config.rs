@@ -2,10 +2,13 @@
 //! comes in as a function, so that a test passes a table.
 
 pub mod allow;
+pub mod autoscale;
 pub mod base_url;
 pub mod cli;
 pub mod duration;
+pub mod nats;
 pub mod reader;
+mod scaling;
 pub mod settings;
 mod telemetry;
 pub mod worker;
@@ -15,8 +18,11 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use crate::config::allow::Allow;
+use crate::config::autoscale::Autoscale;
 use crate::config::base_url::BaseUrl;
+pub use crate::config::nats::Nats;
 use crate::config::reader::{Mistake, Reader};
+pub use crate::config::scaling::ColdStart;
 pub use crate::config::telemetry::{Access, Log, Traces};
 pub use crate::config::worker::{Target, Worker};
 
@@ -37,8 +43,10 @@ pub struct Serve {
     pub namespace: String,
     /// `direct_functions`, and its suffix.
     pub direct_functions: Option<String>,
-    /// `scale_from_zero`
-    pub scale_from_zero: bool,
+    /// `scale_from_zero`: how calls of functions that are not ready are treated; `None`: as all others.
+    pub cold_start: Option<ColdStart>,
+    /// `autoscale`
+    pub autoscale: Option<Autoscale>,
     /// `faas_prometheus_host`, `faas_prometheus_port`; `None`: counts come from this process's own metrics.
     pub prometheus: Option<BaseUrl>,
     pub timeouts: Timeouts,
@@ -128,70 +136,14 @@ pub enum Backend {
     None,
     Embedded,
     JetStream,
+    /// NATS Streaming.
+    Stan,
+    /// Whichever of the two answers.
+    Nats,
 }
 
-/// How to reach NATS.
-#[derive(Clone, Default)]
-pub struct Nats {
-    /// `faas_nats_address`, each with its port.
-    pub servers: Vec<String>,
-    /// `faas_nats_channel`
-    pub queue: String,
-    /// `nats_user`, `nats_password`
-    pub login: Option<(String, String)>,
-    /// `nats_token`
-    pub token: Option<String>,
-    /// `nats_nkey_seed`
-    pub nkey_seed: Option<PathBuf>,
-    /// `nats_creds`
-    pub creds: Option<PathBuf>,
-    /// `nats_tls`
-    pub tls: bool,
-    /// `nats_ca`
-    pub ca: Option<PathBuf>,
-    /// `nats_replicas`
-    pub replicas: usize,
-    /// `ack_wait`
-    pub lease: Duration,
-}
-
-impl std::fmt::Debug for Nats {
-    /// Without the secrets.
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Nats").field("servers", &self.servers).finish_non_exhaustive()
-    }
-}
-
-impl Nats {
-    fn parse(from: &mut Reader<'_>) -> Self {
-        let text = |name: &str| Some(from.text(name)).filter(|text| !text.is_empty());
-        let (user, token) = (text("nats_user"), text("nats_token"));
-        let file = |name: &str| text(name).map(PathBuf::from);
-        let (nkey_seed, creds, ca) = (file("nats_nkey_seed"), file("nats_creds"), file("nats_ca"));
-        let password = from.text("nats_password");
-        let port = from.port("faas_nats_port");
-        let address = from.text("faas_nats_address");
-        let hosts = address.split(',').map(str::trim).filter(|host| !host.is_empty());
-        // An address of IPv6 has colons of its own, and a port only behind its bracket.
-        let has_port = |host: &str| host.rsplit(']').next().is_some_and(|rest| rest.contains(':'));
-        let servers = hosts.map(|host| match has_port(host) {
-            true => host.to_owned(),
-            false => format!("{host}:{port}"),
-        });
-        Self {
-            servers: servers.collect(),
-            queue: from.text("faas_nats_channel"),
-            login: user.map(|user| (user, password)),
-            token,
-            nkey_seed,
-            creds,
-            tls: from.boolean("nats_tls"),
-            ca,
-            replicas: from.count("nats_replicas", 1..=5),
-            lease: from.positive_duration("ack_wait"),
-        }
-    }
-}
+/// The most that `max_queued_body` can be, and what all bodies that wait to be stored may have together.
+pub const MAX_BODY: usize = 256 << 20;
 
 /// How the process ends.
 #[derive(Clone, Copy, Debug)]
@@ -246,7 +198,8 @@ impl Serve {
         serve.logs_provider = from.url("logs_provider_url").unwrap_or(serve.logs_provider);
         serve.prometheus = prometheus;
         serve.direct_functions = direct_functions;
-        serve.scale_from_zero = from.boolean("scale_from_zero");
+        serve.cold_start = ColdStart::if_asked_for(&mut from);
+        serve.autoscale = Autoscale::parse(&mut from, false);
         from.finish(serve)
     }
 
@@ -260,7 +213,8 @@ impl Serve {
             provider,
             namespace: from.text("function_namespace"),
             direct_functions: None,
-            scale_from_zero: false,
+            cold_start: None,
+            autoscale: None,
             prometheus: None,
             timeouts: Timeouts {
                 read: from.positive_duration("read_timeout"),
@@ -302,18 +256,23 @@ impl Idle {
 impl Queue {
     /// `auto`: the kind where none is named; `callbacks`: where they may go in that case.
     fn common(from: &mut Reader<'_>, auto: Backend, callbacks: &str, nats: Nats) -> Self {
-        let auto = if nats.servers.is_empty() { auto } else { Backend::JetStream };
-        let expected = "auto, embedded, jetstream or none";
+        let auto = if nats.servers.is_empty() { auto } else { Backend::Nats };
+        let expected = "auto, embedded, jetstream, stan or none";
         let backend = from.parsed("queue", expected, |text| match text {
             "auto" => Some(auto),
             "embedded" => Some(Backend::Embedded),
             "jetstream" => Some(Backend::JetStream),
+            "stan" => Some(Backend::Stan),
             "none" => Some(Backend::None),
             _ => None,
         });
         let backend = backend.unwrap_or(auto);
-        if backend == Backend::JetStream && nats.servers.is_empty() {
-            from.mistake("faas_nats_address", None, "where NATS is, for queue=jetstream");
+        if matches!(backend, Backend::JetStream | Backend::Stan) && nats.servers.is_empty() {
+            from.mistake(
+                "faas_nats_address",
+                None,
+                "where NATS is, for queue=jetstream and queue=stan",
+            );
         }
         let with_worker = from.parsed("with_worker", "auto, true or false", |text| match text {
             "auto" => Some(backend != Backend::None),
@@ -327,7 +286,7 @@ impl Queue {
             with_worker: with_worker.unwrap_or_default() && backend != Backend::None,
             state_dir: PathBuf::from(from.text("state_dir")),
             max_inflight: from.count("max_inflight", 1..=10_000),
-            max_body: from.count("max_queued_body", 0..=(1 << 30)),
+            max_body: from.count("max_queued_body", 0..=MAX_BODY),
             max_pending: from.count("max_pending", 1..=1_000_000_000),
             result_ttl: from.duration("result_ttl"),
             max_result_body: from.count("max_result_body", 0..=(1 << 30)),
@@ -378,6 +337,8 @@ impl Up {
         let provider = Provider::common(&mut from, loopback);
         let queue = Queue::common(&mut from, Backend::Embedded, "loopback", Nats::default());
         let mut serve = Serve::common(&mut from, loopback, nowhere(), queue);
+        serve.cold_start = Some(ColdStart::parse(&mut from));
+        serve.autoscale = Autoscale::parse(&mut from, true);
         serve.local_only = serve.auth.secrets.is_none() && serve.auth.proxy.is_none();
         from.finish(Self { serve, provider, stack })
     }
@@ -391,7 +352,7 @@ fn basic_auth(from: &mut Reader<'_>) -> Option<PathBuf> {
 fn prometheus(from: &mut Reader<'_>) -> Option<BaseUrl> {
     let port = from.port("faas_prometheus_port");
     from.parsed("faas_prometheus_host", "a host name or IP address", |host| {
-        BaseUrl::parse(&format!("http://{host}:{port}"))
+        BaseUrl::of_host(host, port)
     })
 }
 
@@ -455,6 +416,23 @@ mod tests {
         };
         let config = Serve::parse(Reader::new(&flag, &var)).unwrap();
         assert_eq!((config.listen.port(), config.metrics.port()), (1, 8082));
+    }
+
+    #[test]
+    fn where_nats_is_the_queue_is_found_there_or_named() {
+        let backend = |vars: &[(&str, &str)]| {
+            serve(&[vars, &[("functions_provider_url", "http://p")]].concat())
+                .map(|config| config.queue.backend)
+        };
+        let there = ("faas_nats_address", "nats");
+        assert_eq!(backend(&[]), Ok(Backend::None));
+        assert_eq!(backend(&[there]), Ok(Backend::Nats));
+        assert_eq!(backend(&[there, ("queue", "stan")]), Ok(Backend::Stan));
+        assert_eq!(backend(&[there, ("queue", "jetstream")]), Ok(Backend::JetStream));
+        assert!(backend(&[("queue", "stan")]).unwrap_err()[0].starts_with("faas_nats_address"));
+        let limited = backend(&[there, ("faas_max_reconnect", "120")]);
+        assert_eq!(limited, Ok(Backend::Nats));
+        assert!(backend(&[there, ("faas_max_reconnect", "often")]).is_err());
     }
 
     #[test]

@@ -20,6 +20,10 @@ pub enum Error {
     NoSuchFunction(Function),
     #[error("too many calls in flight")]
     Overloaded,
+    #[error("function {0} is starting, and as many calls wait for it as cold_start_queue allows")]
+    LineFull(Function),
+    #[error("function {0} is not ready: {1}")]
+    NotReady(Function, String),
     #[error("{0}")]
     Provider(String),
     #[error("{0}")]
@@ -53,7 +57,9 @@ impl Error {
             Self::Queue(error) => queue_status(error),
             Self::Unauthorized => StatusCode::UNAUTHORIZED,
             Self::Forbidden(_) => StatusCode::FORBIDDEN,
-            Self::Overloaded => StatusCode::SERVICE_UNAVAILABLE,
+            Self::Overloaded | Self::LineFull(_) | Self::NotReady(..) => {
+                StatusCode::SERVICE_UNAVAILABLE
+            }
             Self::Provider(_) => StatusCode::INTERNAL_SERVER_ERROR,
             Self::NotImplemented(_) => StatusCode::NOT_IMPLEMENTED,
             Self::TooLarge(_) => StatusCode::PAYLOAD_TOO_LARGE,
@@ -71,6 +77,8 @@ impl Error {
         headers.insert(CONTENT_TYPE, HeaderValue::from_static("text/plain; charset=utf-8"));
         match self {
             Self::Overloaded
+            | Self::LineFull(_)
+            | Self::NotReady(..)
             | Self::Upstream(client::Error::Exhausted(_))
             | Self::Queue(queue::Error::Full | queue::Error::Away | queue::Error::Failed) => {
                 headers.insert(RETRY_AFTER, HeaderValue::from_static("1"));

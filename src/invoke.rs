@@ -1,10 +1,12 @@
 //! The corridor of a call: prepare → forward → measure. One for each thread that carries calls.
 
+mod careful;
+
 use std::sync::Arc;
 use std::time::Instant;
 
 use http::uri::PathAndQuery;
-use http::{HeaderName, HeaderValue, Request, Response, StatusCode, Uri};
+use http::{HeaderValue, Request, Response, StatusCode, Uri};
 use hyper::body::{Body, Incoming};
 
 use crate::answer::{Answer, Content, InFlight};
@@ -13,6 +15,7 @@ use crate::config::Timeouts;
 use crate::config::base_url::BaseUrl;
 use crate::error::Error;
 use crate::function::Function;
+use crate::invoke::careful::{Target, through};
 use crate::limit::{CallLimit, Share};
 use crate::metrics::calls::{Call, End, Shard};
 use crate::provider::Provider;
@@ -21,10 +24,11 @@ use crate::proxy::client::{Client, Origin};
 use crate::proxy::tunnel::Tunnel;
 use crate::proxy::upstream_body::UpstreamBody;
 use crate::proxy::{self, Errand, Forwarded};
+use crate::scaling::Scaling;
+use crate::scaling::fault::{self, Fault, X_OPENFAAS_INTERNAL};
 use crate::serve::caller::Caller;
+use crate::trace::Trip;
 
-/// In an answer: the provider made this error itself.
-const X_OPENFAAS_INTERNAL: HeaderName = HeaderName::from_static("x-openfaas-internal");
 /// Where functions listen when they are called directly.
 const DIRECT_PORT: u16 = 8080;
 
@@ -39,6 +43,8 @@ pub struct Invoker {
     pub route: Route,
     /// Vouches for functions that are called directly.
     pub provider: Provider,
+    /// Wakes functions, if that is to be done.
+    pub scaling: Option<Arc<Scaling>>,
 }
 
 /// The way to a function.
@@ -56,13 +62,19 @@ pub struct Prepared {
     in_flight: InFlight,
 }
 
+impl Prepared {
+    pub fn call_id(&self) -> &HeaderValue {
+        &self.stamps.call_id
+    }
+}
+
 /// How a call gets to its function.
 enum Way {
     Provider(proxy::Prepared),
     /// Where that is must be found out first.
-    Direct(Box<Request<RequestBody>>),
+    Direct(Option<Box<Request<RequestBody>>>),
     /// It does not get there.
-    Failed(Error),
+    Failed(Option<Error>),
 }
 
 impl Invoker {
@@ -91,23 +103,33 @@ impl Invoker {
         let request = request.map(|body| caller_body(body, caller));
         let way = match &self.route {
             Route::Provider(origin) => proxy::prepare(origin, request, self.errand(caller, began))
-                .map_or_else(|error| Way::Failed(error.into()), Way::Provider),
-            Route::Direct { .. } => Way::Direct(Box::new(request)),
+                .map_or_else(|error| Way::Failed(Some(error.into())), Way::Provider),
+            Route::Direct { .. } => Way::Direct(Some(Box::new(request))),
         };
         Ok(Prepared { way, stamps, in_flight: InFlight { call, place } })
     }
 
-    /// Makes the call, and answers with what its function says.
-    pub async fn carry(&self, caller: &Caller, prepared: Prepared) -> Response<Answer> {
-        let Prepared { way, stamps, mut in_flight } = prepared;
-        let (mut answer, tunnel) = match self.forward(caller, &mut in_flight.call, way).await {
+    /// Makes the call, and answers with what its function says. One that changes protocols is watched by `trip` to its
+    /// end.
+    pub async fn carry(
+        &self,
+        caller: &Caller,
+        prepared: Prepared,
+        trip: &mut Option<Box<Trip>>,
+    ) -> Response<Answer> {
+        let Prepared { mut way, stamps, mut in_flight } = prepared;
+        let (mut answer, tunnel) = match self.forward(caller, &mut in_flight.call, &mut way).await {
             Ok(Forwarded { answer, tunnel }) => (answer.map(Content::Upstream), tunnel),
             Err(error) => (text(&error, Some(&stamps.call_id)), None),
         };
         in_flight.call.answered(answer.status());
         stamps.put_on_answer(answer.headers_mut());
         if let Some(tunnel) = tunnel {
-            caller.spawn(keep_open(tunnel, in_flight));
+            let mut trip = trip.take();
+            if let Some(trip) = &mut trip {
+                trip.answered(&answer);
+            }
+            caller.spawn(keep_open(tunnel, in_flight, trip));
             return answer.map(|content| self.answer(caller, content, None));
         }
         answer.map(|content| self.answer(caller, content, Some(in_flight)))
@@ -117,21 +139,40 @@ impl Invoker {
         &self,
         caller: &Caller,
         call: &mut Call,
-        way: Way,
+        way: &mut Way,
     ) -> Result<Forwarded, Error> {
-        let errand = self.errand(caller, call.began);
-        let mut forwarded = match (way, &self.route) {
-            (Way::Provider(prepared), Route::Provider(origin)) => {
-                proxy::send(&self.client, origin, prepared, errand).await?
-            }
+        let mut with_care = true;
+        let mut forwarded = match (&mut *way, &self.route) {
+            (Way::Provider(prepared), Route::Provider(origin)) => match &self.scaling {
+                Some(scaling) if !call.is_warm() => {
+                    // Boxed, lest its size be carried along by every call.
+                    Box::pin(self.carefully(scaling, caller, call, through(origin), prepared, None))
+                        .await?
+                }
+                _ => {
+                    with_care = false;
+                    let errand = self.errand(caller, call.began);
+                    proxy::send(&self.client, origin, prepared, errand).await?
+                }
+            },
             (Way::Direct(request), Route::Direct { suffix, default_namespace }) => {
-                // Boxed, lest its size be carried along by every call.
-                Box::pin(self.forward_directly(call, suffix, default_namespace, *request, errand))
+                let Some(request) = request.take() else { unreachable!("it is sent once") };
+                Box::pin(self.forward_directly(caller, call, suffix, default_namespace, *request))
                     .await?
             }
-            (Way::Failed(error), _) => return Err(error),
+            (Way::Failed(error), _) => return Err(error.take().unwrap_or(Error::NoSuchPath)),
             (Way::Provider(_) | Way::Direct(_), _) => unreachable!("there is one route"),
         };
+        if !with_care
+            && let Some(scaling) = &self.scaling
+            && Fault::of_answer(&forwarded.answer).is_some()
+            && let (Way::Provider(prepared), Route::Provider(origin)) = (way, &self.route)
+        {
+            let sent = Some(Ok(forwarded));
+            let target = through(origin);
+            forwarded =
+                Box::pin(self.carefully(scaling, caller, call, target, prepared, sent)).await?;
+        }
         if caller.watch.body_outstanding() && forwarded.tunnel.is_none() {
             caller.while_blocked(forwarded.answer.body_mut().share_link());
         }
@@ -143,15 +184,26 @@ impl Invoker {
 
     async fn forward_directly(
         &self,
+        caller: &Caller,
         call: &mut Call,
         suffix: &str,
         default_namespace: &str,
         mut request: Request<RequestBody>,
-        errand: Errand<'_>,
     ) -> Result<Forwarded, Error> {
-        let origin = self.direct(call, suffix, default_namespace).await?;
         *request.uri_mut() = behind_name(request.uri());
-        Ok(proxy::forward(&self.client, &origin, request, errand).await?)
+        let errand = self.errand(caller, call.began);
+        let Some(scaling) = &self.scaling else {
+            let origin = self.direct(call, suffix, default_namespace).await?;
+            return Ok(proxy::forward(&self.client, &origin, request, errand).await?);
+        };
+        let origin = direct_origin(call.function(), suffix, default_namespace)?;
+        let mut prepared = proxy::prepare(&origin, request, errand)?;
+        let mut sent = None;
+        if call.is_warm() {
+            sent = Some(proxy::send(&self.client, &origin, &mut prepared, errand).await);
+        }
+        let target = Target { origin: &origin, way: fault::Way::Direct };
+        self.carefully(scaling, caller, call, target, &mut prepared, sent).await
     }
 
     fn errand<'a>(&self, caller: &'a Caller, began: Instant) -> Errand<'a> {
@@ -193,8 +245,11 @@ impl Invoker {
 }
 
 /// A changed protocol is a call in flight until it ends.
-async fn keep_open(tunnel: Tunnel, in_flight: InFlight) {
+async fn keep_open(tunnel: Tunnel, in_flight: InFlight, trip: Option<Box<Trip>>) {
     tunnel.run().await;
+    if let Some(trip) = trip {
+        trip.ended(End::Whole);
+    }
     in_flight.call.ended(End::Whole, Instant::now());
 }
 

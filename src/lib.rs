@@ -19,11 +19,13 @@ pub mod auth;
 pub mod provider;
 pub mod proxy;
 pub mod queue;
+pub mod scaling;
 pub mod trace;
 
 // What is done with a request.
 pub mod alerts;
 pub mod answer;
+pub mod autoscale;
 pub mod health;
 pub mod invoke;
 pub mod logs;

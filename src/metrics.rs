@@ -1,5 +1,6 @@
 //! Every metric there is, by its name; the only room that knows the names. Methods are named for events.
 
+pub mod autoscale;
 pub mod calls;
 mod families;
 pub mod known;
@@ -20,6 +21,7 @@ use prometheus::{HistogramOpts, HistogramVec, IntCounterVec, Opts, Registry, Tex
 
 pub use families::Replicas;
 
+use crate::metrics::autoscale::AutoscaleMetrics;
 use crate::metrics::calls::Shard;
 use crate::metrics::families::Functions;
 use crate::metrics::known::{FORGOTTEN_AFTER, Known};
@@ -36,6 +38,14 @@ pub struct Metrics {
     requests: IntCounterVec,
     /// `http_request_duration_seconds`: the time until the head of their answer.
     request_seconds: HistogramVec,
+}
+
+/// Calls of a function.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Activity {
+    /// Begun since the process did.
+    pub started: u64,
+    pub in_flight: u64,
 }
 
 impl Metrics {
@@ -84,6 +94,30 @@ impl Metrics {
     /// When they are registered already.
     pub fn queue(&self, name: &str) -> Result<QueueMetrics, prometheus::Error> {
         QueueMetrics::register(&self.registry, name)
+    }
+
+    /// The families of the autoscaler, where there is one.
+    ///
+    /// # Errors
+    /// When they are registered already.
+    pub fn autoscale(&self) -> Result<AutoscaleMetrics, prometheus::Error> {
+        AutoscaleMetrics::register(&self.registry)
+    }
+
+    /// What functions are doing, over all threads, by label.
+    pub fn activity(&self) -> HashMap<Arc<str>, Activity> {
+        let mut sums: HashMap<Arc<str>, Activity> = HashMap::new();
+        for series in self.shards.iter().flat_map(|shard| shard.series()) {
+            let (started, in_flight) = {
+                let numbers = series.numbers();
+                (numbers.started, numbers.in_flight)
+            };
+            let sum = sums.entry(Arc::clone(&series.label)).or_default();
+            sum.started += started;
+            // Of two threads' numbers one may be newer than the other.
+            sum.in_flight += u64::try_from(in_flight).unwrap_or_default();
+        }
+        sums
     }
 
     /// The part of thread number `thread`.

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use http::header::{AUTHORIZATION, CONTENT_TYPE, HOST};
-use http::{HeaderMap, HeaderValue, Method, Request, Response, StatusCode};
+use http::{HeaderMap, HeaderName, HeaderValue, Method, Request, Response, StatusCode};
 use http_body_util::{BodyExt, LengthLimitError, Limited};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -17,12 +17,14 @@ use serde::de::DeserializeOwned;
 use crate::auth::Credentials;
 use crate::error::Error;
 use crate::function::Function;
-use crate::provider::types::{FunctionSummary, ScaleRequest};
+use crate::provider::types::{FunctionSummary, ScaleRequest, Usage};
 use crate::proxy::body::RequestBody;
 use crate::proxy::client::{Client, Origin};
 use crate::proxy::upstream_body::{BodyFailure, UpstreamBody};
 use crate::watch::Watch;
 
+/// What a caller would like (RFC 7240).
+const PREFER: HeaderName = HeaderName::from_static("prefer");
 /// The largest answer that is read whole: some 10 000 functions with long labels.
 const MAX_ANSWER: usize = 32 << 20;
 
@@ -55,8 +57,42 @@ impl Provider {
     /// # Errors
     /// `NoSuchFunction` when the provider does not know it.
     pub async fn status(&self, function: &Function) -> Result<FunctionSummary, Error> {
-        let target = format!("/system/function/{}{}&usage=false", function.name, query(function));
-        let (status, body) = self.call(Method::GET, &target, Bytes::new()).await?;
+        self.summary(function, false, Duration::ZERO).await
+    }
+
+    /// `GET /system/function/NAME`, whose answer the provider may hold back until the function can be called, for at
+    /// most `hold` (`Prefer: wait`, RFC 7240). One that does not know of this answers at once.
+    ///
+    /// # Errors
+    /// `NoSuchFunction` when the provider does not know it.
+    pub async fn status_held(
+        &self,
+        function: &Function,
+        hold: Duration,
+    ) -> Result<FunctionSummary, Error> {
+        self.summary(function, false, hold).await
+    }
+
+    /// What all replicas of a function use together, if the provider tells.
+    ///
+    /// # Errors
+    /// `NoSuchFunction` when the provider does not know it.
+    pub async fn usage(&self, function: &Function) -> Result<Option<Usage>, Error> {
+        Ok(self.summary(function, true, Duration::ZERO).await?.usage)
+    }
+
+    async fn summary(
+        &self,
+        function: &Function,
+        usage: bool,
+        hold: Duration,
+    ) -> Result<FunctionSummary, Error> {
+        let target = format!("/system/function/{}{}&usage={usage}", function.name, query(function));
+        let mut headers = HeaderMap::new();
+        if !hold.is_zero() {
+            headers.insert(PREFER, wait(hold));
+        }
+        let (status, body) = self.call(Method::GET, &target, headers, Bytes::new()).await?;
         match status {
             StatusCode::NOT_FOUND => Err(Error::NoSuchFunction(function.clone())),
             status if status.is_success() => parse(&body),
@@ -68,7 +104,7 @@ impl Provider {
     pub async fn scale(&self, function: &Function, replicas: u64) -> Result<(), Error> {
         let target = format!("/system/scale-function/{}{}", function.name, query(function));
         let body = json(&ScaleRequest { service_name: function.name.clone(), replicas });
-        match self.call(Method::POST, &target, body).await? {
+        match self.call(Method::POST, &target, HeaderMap::new(), body).await? {
             (status, _) if status.is_success() => Ok(()),
             (status, _) => Err(refused(status)),
         }
@@ -76,7 +112,7 @@ impl Provider {
 
     /// A list; `null`, which is how Go writes one that nothing was ever put into, is an empty one.
     async fn list<T: DeserializeOwned>(&self, target: &str) -> Result<Vec<T>, Error> {
-        match self.call(Method::GET, target, Bytes::new()).await? {
+        match self.call(Method::GET, target, HeaderMap::new(), Bytes::new()).await? {
             (status, body) if status.is_success() => {
                 parse::<Option<Vec<T>>>(&body).map(Option::unwrap_or_default)
             }
@@ -88,9 +124,9 @@ impl Provider {
         &self,
         method: Method,
         target: &str,
+        mut headers: HeaderMap,
         body: Bytes,
     ) -> Result<(StatusCode, Bytes), Error> {
-        let mut headers = HeaderMap::new();
         if let Some(credentials) = &self.credentials {
             headers.insert(AUTHORIZATION, credentials.header());
         }
@@ -170,6 +206,12 @@ fn refused(status: StatusCode) -> Error {
 
 fn query(function: &Function) -> String {
     format!("?namespace={}", function.namespace)
+}
+
+/// How long an answer may be held back.
+fn wait(hold: Duration) -> HeaderValue {
+    HeaderValue::from_str(&format!("wait={}", hold.as_secs()))
+        .unwrap_or_else(|_| HeaderValue::from_static("wait=0"))
 }
 
 fn json(value: &impl Serialize) -> Bytes {

@@ -5,6 +5,7 @@ pub mod client;
 mod guard;
 pub mod headers;
 mod link;
+mod sniff;
 mod stream;
 pub mod tunnel;
 mod upload;
@@ -12,13 +13,14 @@ pub mod upstream_body;
 mod wire;
 
 use std::sync::Arc;
+use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
-use http::header::CONTENT_TYPE;
-use http::{HeaderMap, HeaderValue, Request, Response, StatusCode};
+use http::header::{CONTENT_ENCODING, CONTENT_TYPE};
+use http::{HeaderValue, Request, Response, StatusCode};
 use hyper::upgrade::OnUpgrade;
 
-use crate::proxy::body::RequestBody;
+use crate::proxy::body::{BodyError, RequestBody};
 use crate::proxy::client::{Client, Error, Origin};
 use crate::proxy::tunnel::Tunnel;
 use crate::proxy::upload::Upload;
@@ -47,9 +49,47 @@ pub struct Errand<'a> {
 
 /// A caller's request as it will be sent.
 pub struct Prepared {
+    /// Gone while the request is under way.
     upload: Upload,
     /// The caller's connection, if it wants to change protocols.
     upgrade: Option<OnUpgrade>,
+}
+
+impl Prepared {
+    /// Keeps the request to be sent once more, for as long as it has no more than `most` bytes.
+    pub fn keep(&mut self, most: usize) {
+        self.upload.keep(most);
+    }
+
+    /// How long what is left of the body is, if that is known.
+    pub fn body_length(&self) -> Option<u64> {
+        self.upload.body_length()
+    }
+
+    /// Takes in what comes of the body before it can be sent, as far as it is kept. Ready when there is no more to do.
+    ///
+    /// # Errors
+    /// Why the body does not come.
+    pub fn poll_ahead(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), BodyError>> {
+        self.upload.poll_ahead(cx)
+    }
+
+    /// Takes back the request that `answer` answers, to send it once more. Whether that can be done.
+    pub fn take_back(&mut self, answer: &mut Response<UpstreamBody>) -> bool {
+        if !answer.body().can_give_back_request() {
+            return false;
+        }
+        match answer.body_mut().give_back_request() {
+            Some(upload) => self.upload = upload,
+            None => return false,
+        }
+        true
+    }
+
+    /// Whether the request that `answer` answers could be taken back.
+    pub fn can_take_back(answer: &Response<UpstreamBody>) -> bool {
+        answer.body().can_give_back_request()
+    }
 }
 
 /// An answer on its way to the caller; with a tunnel if both sides change protocols.
@@ -78,27 +118,30 @@ pub fn prepare(
 /// Sends what was prepared to `origin`, and returns with the head of the answer.
 ///
 /// # Errors
-/// `client::Error` when there is none; its text can be shown to the caller.
+/// `client::Error` when there is none; its text can be shown to the caller. After one that `is_connect`, all that was
+/// prepared is still there, and can be sent once more.
 pub async fn send(
     client: &Arc<Client>,
     origin: &Origin,
-    prepared: Prepared,
+    prepared: &mut Prepared,
     errand: Errand<'_>,
 ) -> Result<Forwarded, Error> {
-    let Prepared { upload, upgrade } = prepared;
-    let mut answer = client.carry(origin, upload, errand.watch).await?;
+    let mut answer = client.carry(origin, &mut prepared.upload, errand.watch).await?;
     let switches = answer.status() == StatusCode::SWITCHING_PROTOCOLS;
     headers::to_caller(answer.headers_mut(), switches);
-    let tunnel = match upgrade {
+    let mut tunnel = None;
+    if switches {
         // One that changes in the middle of the request would take its rest for the new protocol.
-        Some(caller) if switches && answer.body().is_request_sent() => {
-            Some(Tunnel::new(caller, &mut answer, errand.timeout))
+        let wanted = prepared.upgrade.take().filter(|_| answer.body().is_request_sent());
+        let caller = wanted.ok_or(Error::Unasked)?;
+        tunnel = Some(Tunnel::new(caller, &mut answer, errand.timeout));
+    }
+    match answer.headers().get(CONTENT_TYPE) {
+        Some(content_type) if is_stream(content_type) => {
+            answer.body_mut().bound_pauses(errand.timeout);
         }
-        _ if switches => return Err(Error::Unasked),
-        _ => None,
-    };
-    if is_stream(answer.headers()) {
-        answer.body_mut().bound_pauses(errand.timeout);
+        Some(_) => {}
+        None => name_content(&mut answer),
     }
     Ok(Forwarded { answer, tunnel })
 }
@@ -113,11 +156,22 @@ pub async fn forward(
     request: Request<RequestBody>,
     errand: Errand<'_>,
 ) -> Result<Forwarded, Error> {
-    send(client, origin, prepare(origin, request, errand)?, errand).await
+    send(client, origin, &mut prepare(origin, request, errand)?, errand).await
 }
 
-fn is_stream(headers: &HeaderMap) -> bool {
-    let Some(content_type) = headers.get(CONTENT_TYPE) else { return false };
+/// Says what an answer is that does not say so itself, if the beginning of its content came along with its head.
+fn name_content(answer: &mut Response<UpstreamBody>) {
+    if answer.headers().contains_key(CONTENT_ENCODING) {
+        return;
+    }
+    let content_type = match answer.body().beginning() {
+        [] => return,
+        beginning => sniff::content_type(beginning),
+    };
+    answer.headers_mut().insert(CONTENT_TYPE, content_type);
+}
+
+fn is_stream(content_type: &HeaderValue) -> bool {
     let content_type = content_type.as_bytes();
     STREAMS.iter().any(|stream| {
         content_type.get(..stream.len()).is_some_and(|start| {
@@ -133,9 +187,8 @@ mod tests {
 
     #[track_caller]
     fn check(content_type: &'static str, expect: bool) {
-        let headers =
-            HeaderMap::from_iter([(CONTENT_TYPE, HeaderValue::from_static(content_type))]);
-        assert_eq!(is_stream(&headers), expect, "{content_type}");
+        let value = HeaderValue::from_static(content_type);
+        assert_eq!(is_stream(&value), expect, "{content_type}");
     }
 
     #[test]
@@ -146,6 +199,5 @@ mod tests {
         check("application/grpc+proto", true);
         check("application/json", false);
         check("text/event-streams", false);
-        assert!(!is_stream(&HeaderMap::new()));
     }
 }

@@ -1,16 +1,22 @@
 //! Calls that are made later: taken in durably, handed to workers, settled, and remembered for a while.
 
 pub mod call;
+pub mod discovery;
 pub mod embedded;
 pub mod jetstream;
+pub mod stan;
 pub mod status;
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use tokio::sync::OwnedSemaphorePermit;
+
 use crate::function::Function;
 use crate::queue::call::{Call, Millis};
+use crate::queue::discovery::Discovery;
 use crate::queue::embedded::Embedded;
 use crate::queue::jetstream::JetStream;
+use crate::queue::stan::Stan;
 use crate::queue::status::{Answer, Settlement, State, Status};
 
 /// A queue of calls. Cheap to clone.
@@ -20,6 +26,10 @@ pub enum Queue {
     Embedded(Embedded),
     /// A NATS server with JetStream.
     JetStream(JetStream),
+    /// NATS Streaming.
+    Stan(Stan),
+    /// One of the two, when it has been found out which.
+    Discovered(Discovery),
 }
 
 /// Why a queue does not do what it is asked.
@@ -40,6 +50,9 @@ pub enum Error {
     #[error("the queue cannot do that: {0}")]
     Unsupported(&'static str),
 }
+
+/// A part of the memory that bodies may take.
+pub type Room = Option<OwnedSemaphorePermit>;
 
 /// A call that has been taken in.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -64,7 +77,13 @@ pub struct Delivery {
 enum Handle {
     Embedded(embedded::Lease),
     JetStream(Box<jetstream::Lease>),
+    Stan(Box<stan::Lease>),
 }
+
+/// What NATS Streaming is not asked for.
+const UNTOLD: Error = Error::Unsupported("NATS Streaming does not tell what became of a call");
+const FIXED: Error = Error::Unsupported("NATS Streaming does not give back what was queued");
+const UNLISTED: Error = Error::Unsupported("NATS Streaming does not tell what is queued");
 
 /// What came of an attempt to cancel a call, or to try a dead one again.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -101,11 +120,51 @@ pub fn now() -> Millis {
 }
 
 impl Queue {
+    /// This, or the queue that was found; there is none before.
+    fn known(&self) -> Result<&Self, Error> {
+        match self {
+            Self::Discovered(discovery) => discovery.found().ok_or(Error::Away),
+            known => Ok(known),
+        }
+    }
+
     /// Whether the queue can be used at this moment, as far as is known.
     pub fn is_reachable(&self) -> bool {
-        match self {
-            Self::Embedded(queue) => queue.is_usable(),
-            Self::JetStream(queue) => queue.is_reachable(),
+        match self.known() {
+            Ok(Self::Embedded(queue)) => queue.is_usable(),
+            Ok(Self::JetStream(queue)) => queue.is_reachable(),
+            Ok(Self::Stan(queue)) => queue.is_reachable(),
+            Ok(Self::Discovered(_)) | Err(_) => false,
+        }
+    }
+
+    /// The largest body that the queue takes, if it has a say in that.
+    pub fn max_body(&self) -> Option<usize> {
+        match self.known() {
+            Ok(Self::Stan(queue)) => Some(queue.max_body()),
+            _ => None,
+        }
+    }
+
+    /// Forgets what has been kept for long enough. To be called every second or so.
+    pub async fn expire(&self) {
+        match self.known() {
+            Ok(Self::Embedded(queue)) => queue.expire().await,
+            Ok(Self::JetStream(queue)) => queue.expire().await,
+            Ok(Self::Stan(_) | Self::Discovered(_)) | Err(_) => {}
+        }
+    }
+
+    /// Ends what goes on by itself. All that was taken must have been settled or dropped.
+    pub async fn stop(&self) {
+        if let Self::Discovered(discovery) = self {
+            discovery.stop().await;
+        }
+        match self.known() {
+            Ok(Self::Embedded(queue)) => queue.close().await,
+            Ok(Self::JetStream(queue)) => queue.stop().await,
+            Ok(Self::Stan(queue)) => queue.stop().await,
+            Ok(Self::Discovered(_)) | Err(_) => {}
         }
     }
 
@@ -113,24 +172,38 @@ impl Queue {
     pub fn fresh_id(&self) -> String {
         match self {
             Self::Embedded(queue) => queue.fresh_id(),
-            Self::JetStream(_) => uuid::Uuid::new_v4().to_string(),
+            Self::JetStream(_) | Self::Stan(_) | Self::Discovered(_) => {
+                uuid::Uuid::new_v4().to_string()
+            }
         }
     }
 
     /// Takes `call` in. Returns when it is durable.
     pub async fn publish(&self, call: Call) -> Result<Published, Error> {
-        match self {
-            Self::Embedded(queue) => queue.publish(call).await,
+        self.publish_with(call, None).await
+    }
+
+    /// The same; `room` is what the call takes of the memory, and is let go of with the call.
+    pub async fn publish_with(&self, call: Call, room: Room) -> Result<Published, Error> {
+        match self.known()? {
+            Self::Embedded(queue) => queue.publish(call, room).await,
             Self::JetStream(queue) => queue.publish(call).await,
+            Self::Stan(queue) => queue.publish(call).await,
+            Self::Discovered(_) => Err(Error::Away),
         }
     }
 
     /// The next call whose time has come, for one who makes at most `places` calls at a time. Cancel-safe: a call that
     /// nobody received is taken again.
     pub async fn take(&self, places: usize) -> Result<Delivery, Error> {
-        match self {
+        if let Self::Discovered(discovery) = self {
+            discovery.until_found().await;
+        }
+        match self.known()? {
             Self::Embedded(queue) => queue.take(places).await,
             Self::JetStream(queue) => queue.take(places).await,
+            Self::Stan(queue) => queue.take(places).await,
+            Self::Discovered(_) => Err(Error::Away),
         }
     }
 
@@ -139,13 +212,14 @@ impl Queue {
     /// # Errors
     /// `Gone` when the call is no longer this delivery's; after any other it can be tried again.
     pub async fn settle(&self, delivery: &Delivery, settlement: &Settlement) -> Result<(), Error> {
-        match (self, &delivery.handle) {
+        match (self.known()?, &delivery.handle) {
             (Self::Embedded(queue), Handle::Embedded(lease)) => {
                 queue.settle(lease, settlement).await
             }
             (Self::JetStream(queue), Handle::JetStream(lease)) => {
                 queue.settle(lease, settlement).await
             }
+            (Self::Stan(queue), Handle::Stan(lease)) => queue.settle(lease, settlement).await,
             // It goes back to where it is from when it is dropped here.
             _ => Err(Error::Unsupported("settle a call of another queue")),
         }
@@ -153,33 +227,41 @@ impl Queue {
 
     /// The state of a call; `None` if it is not known, or not any more.
     pub async fn status(&self, id: &str) -> Result<Option<Status>, Error> {
-        match self {
+        match self.known()? {
             Self::Embedded(queue) => queue.status(id).await,
             Self::JetStream(queue) => queue.status(id).await,
+            Self::Stan(_) => Err(UNTOLD),
+            Self::Discovered(_) => Err(Error::Away),
         }
     }
 
     /// The stored answer of a finished call.
     pub async fn answer(&self, id: &str) -> Result<Option<Answer>, Error> {
-        match self {
+        match self.known()? {
             Self::Embedded(queue) => queue.answer(id).await,
             Self::JetStream(queue) => queue.answer(id).await,
+            Self::Stan(_) => Err(UNTOLD),
+            Self::Discovered(_) => Err(Error::Away),
         }
     }
 
     /// Takes back a call that has not been made yet.
     pub async fn cancel(&self, id: &str) -> Result<Changed, Error> {
-        match self {
+        match self.known()? {
             Self::Embedded(queue) => queue.cancel(id).await,
             Self::JetStream(queue) => queue.cancel(id).await,
+            Self::Stan(_) => Err(FIXED),
+            Self::Discovered(_) => Err(Error::Away),
         }
     }
 
     /// Has a dead call tried again, with all its attempts.
     pub async fn revive(&self, id: &str) -> Result<Changed, Error> {
-        match self {
+        match self.known()? {
             Self::Embedded(queue) => queue.revive(id).await,
             Self::JetStream(queue) => queue.revive(id).await,
+            Self::Stan(_) => Err(FIXED),
+            Self::Discovered(_) => Err(Error::Away),
         }
     }
 
@@ -190,25 +272,31 @@ impl Queue {
         after: Option<&str>,
         limit: usize,
     ) -> Result<Vec<Status>, Error> {
-        match self {
+        match self.known()? {
             Self::Embedded(queue) => queue.list(filter, after, limit).await,
             Self::JetStream(queue) => queue.list(filter, after, limit).await,
+            Self::Stan(_) => Err(UNLISTED),
+            Self::Discovered(_) => Err(Error::Away),
         }
     }
 
     /// Drops the calls that `filter` means and that do not run; how many there were.
     pub async fn purge(&self, filter: &Filter) -> Result<u64, Error> {
-        match self {
+        match self.known()? {
             Self::Embedded(queue) => queue.purge(filter).await,
             Self::JetStream(queue) => queue.purge(filter).await,
+            Self::Stan(_) => Err(UNLISTED),
+            Self::Discovered(_) => Err(Error::Away),
         }
     }
 
     /// How many calls there are, by function.
     pub async fn counts(&self) -> Result<Vec<(Function, Counts)>, Error> {
-        match self {
+        match self.known()? {
             Self::Embedded(queue) => queue.counts().await,
             Self::JetStream(queue) => queue.counts().await,
+            Self::Stan(_) => Err(UNLISTED),
+            Self::Discovered(_) => Err(Error::Away),
         }
     }
 }

@@ -1,8 +1,10 @@
 //! `/async-function/…`: calls that are made later, what became of them, and their answers.
 
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use arc_swap::ArcSwapOption;
 use axum::Json;
 use axum::body::Body;
 use axum::extract::{Extension, Path, Request, State};
@@ -12,10 +14,11 @@ use bytes::{Bytes, BytesMut};
 use futures_util::StreamExt;
 use http::header::{ACCESS_CONTROL_REQUEST_METHOD, ALLOW, CONTENT_LENGTH, HOST};
 use http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, Uri};
-use tokio::sync::{Semaphore, SemaphorePermit};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use crate::auth::too_large_or_broken;
 use crate::call_id::{Stamps, X_CALL_ID};
+use crate::config::MAX_BODY;
 use crate::error::Error;
 use crate::function::Function;
 use crate::metrics::queue::{Line, QueueMetrics};
@@ -23,9 +26,10 @@ use crate::provider::Provider;
 use crate::proxy::headers::to_upstream;
 use crate::queue::call::{Call, Millis, Options};
 use crate::queue::status::Status;
-use crate::queue::{self, Changed, Counts, Queue, now};
+use crate::queue::{self, Changed, Counts, Queue, Room, now};
 use crate::serve::caller::Caller;
 use crate::system::Api;
+use crate::trace::Stored;
 
 pub mod operate;
 pub mod view;
@@ -42,9 +46,9 @@ const MAX_NAME: usize = 256;
 const MAX_SECONDS: u64 = 366 * 24 * 3600;
 /// A provider that has not said within this time whether there is a function is away.
 const LONGEST_QUESTION: Duration = Duration::from_secs(2);
-/// Bodies that are being read at a time, in KiB: what waits for the queue must not fill the memory.
-const BODIES: usize = 256 << 10;
-/// So much room at a time is taken by a body that does not say how long it is.
+/// Bodies that are here at a time, in KiB: what waits for the queue must not fill the memory.
+const BODIES: usize = MAX_BODY >> 10;
+/// At most so much more room than is needed now is taken by a body that grows.
 const PIECE: usize = 256 << 10;
 
 /// What takes calls in. One for the process.
@@ -52,18 +56,30 @@ pub struct Intake {
     pub queue: Queue,
     pub max_body: usize,
     pub metrics: QueueMetrics,
-    room: Semaphore,
+    room: Arc<Semaphore>,
+    /// What could be made now or is being made, as it was counted last.
+    held: ArcSwapOption<HashMap<Arc<str>, u64>>,
 }
 
 impl Intake {
     pub fn new(queue: Queue, max_body: usize, metrics: QueueMetrics) -> Arc<Self> {
-        Arc::new(Self { queue, max_body, metrics, room: Semaphore::new(BODIES) })
+        let (room, held) = (Arc::new(Semaphore::new(BODIES)), ArcSwapOption::empty());
+        Arc::new(Self { queue, max_body, metrics, room, held })
     }
 
     /// Counts what the queue holds.
     pub async fn count(&self) -> Result<(), queue::Error> {
         let now = now();
-        let counts = self.queue.counts().await?;
+        let counts = match self.queue.counts().await {
+            // One that cannot tell holds nothing, for all that is known.
+            Err(queue::Error::Unsupported(_)) => Vec::new(),
+            counts => counts?,
+        };
+        let held = counts.iter().filter(|(_, counts)| counts.pending + counts.running > 0);
+        let held = held.map(|(function, counts)| {
+            (function.to_string().into(), counts.pending + counts.running)
+        });
+        self.held.store(Some(Arc::new(held.collect())));
         let line = |(function, counts): (Function, Counts)| Line {
             label: function.to_string(),
             pending: counts.pending,
@@ -76,36 +92,46 @@ impl Intake {
         Ok(())
     }
 
-    /// Reads `body` whole, which has `length` bytes if that is known. It has its room until the permit is dropped.
-    async fn read(
-        &self,
-        body: Body,
-        length: Option<usize>,
-    ) -> Result<(Bytes, SemaphorePermit<'_>), Error> {
-        let too_large = Error::TooLarge(self.max_body);
-        if length.is_some_and(|length| length > self.max_body) {
-            return Err(too_large);
-        }
-        let mut room = self.reserve(length.unwrap_or(PIECE))?;
-        let mut kept = BytesMut::with_capacity(length.unwrap_or_default());
+    /// Calls by function that run or could be made, as they were counted last; `None`: they were not yet.
+    pub fn held(&self) -> Option<Arc<HashMap<Arc<str>, u64>>> {
+        self.held.load_full()
+    }
+
+    /// The largest body that is taken in.
+    fn limit(&self) -> usize {
+        self.queue.max_body().map_or(self.max_body, |most| most.min(self.max_body))
+    }
+
+    /// Reads `body` whole. It has its room until that is dropped.
+    async fn read(&self, body: Body) -> Result<(Bytes, Room), Error> {
+        let limit = self.limit();
+        let mut kept = BytesMut::new();
+        let mut room: Room = None;
         let mut frames = body.into_data_stream();
         while let Some(data) = frames.next().await {
-            let data = data.map_err(|error| too_large_or_broken(&error, self.max_body))?;
-            if data.len() > self.max_body - kept.len() {
-                return Err(too_large);
+            let data = data.map_err(|error| too_large_or_broken(&error, limit))?;
+            if data.len() > limit - kept.len() {
+                return Err(Error::TooLarge(limit));
             }
-            // One that does not say how long it is takes room as it comes.
-            while room.num_permits() * 1024 < kept.len() + data.len() {
-                room.merge(self.reserve(PIECE)?);
+            // Room is taken for what is there, not for what is announced.
+            let has = room.as_ref().map_or(0, |room| room.num_permits() * 1024);
+            let needs = kept.len() + data.len();
+            if needs > has {
+                // The more there is, the more is likely to come.
+                let more = self.reserve((needs - has).max(kept.len().min(PIECE)))?;
+                match &mut room {
+                    Some(room) => room.merge(more),
+                    None => room = Some(more),
+                }
             }
             kept.extend_from_slice(&data);
         }
         Ok((kept.freeze(), room))
     }
 
-    fn reserve(&self, bytes: usize) -> Result<SemaphorePermit<'_>, Error> {
-        let kib = u32::try_from(bytes.div_ceil(1024).clamp(1, BODIES)).unwrap_or(u32::MAX);
-        self.room.try_acquire_many(kib).map_err(|_| Error::Overloaded)
+    fn reserve(&self, bytes: usize) -> Result<OwnedSemaphorePermit, Error> {
+        let kib = u32::try_from(bytes.div_ceil(1024)).unwrap_or(u32::MAX);
+        Arc::clone(&self.room).try_acquire_many_owned(kib).map_err(|_| Error::Overloaded)
     }
 }
 
@@ -124,8 +150,11 @@ pub async fn submit(
     let stamps = Stamps::put_on(request.headers_mut());
     let submitted = take_in(&api, &caller, request, chosen_id).await;
     let mut answer = match submitted {
-        Ok(published) => {
+        Ok((published, took)) => {
             let mut answer = StatusCode::ACCEPTED.into_response();
+            if !published.repeated {
+                answer.extensions_mut().insert(Stored(took));
+            }
             stamps.put_on_answer(answer.headers_mut());
             // One that was queued before is known by its first id.
             if let Ok(id) = HeaderValue::from_str(&published.id) {
@@ -139,12 +168,13 @@ pub async fn submit(
     answer
 }
 
+/// Takes a call in, and says how long the queue took for that.
 async fn take_in(
     api: &Api,
     caller: &Caller,
     request: Request,
     chosen_id: bool,
-) -> Result<queue::Published, Error> {
+) -> Result<(queue::Published, Duration), Error> {
     let intake = intake(api)?;
     let (mut parts, body) = request.into_parts();
     let (function, target) = destination(&parts.uri, &api.default_namespace)?;
@@ -157,11 +187,12 @@ async fn take_in(
     let id = name(&parts.headers, &X_CALL_ID)?.unwrap_or_default();
     let length = parts.headers.get(CONTENT_LENGTH);
     let length = length.and_then(|length| length.to_str().ok()?.parse::<usize>().ok());
-    if length.is_some_and(|length| length > intake.max_body) {
-        return Err(Error::TooLarge(intake.max_body));
+    let limit = intake.limit();
+    if length.is_some_and(|length| length > limit) {
+        return Err(Error::TooLarge(limit));
     }
     must_exist(api, &function).await?;
-    let (body, room) = intake.read(body, length).await?;
+    let (body, room) = intake.read(body).await?;
     // The worker says where it goes; what the caller called is told as for any call.
     to_upstream(&mut parts.headers, &HeaderValue::from_static("queued"), &caller.forwarded_for);
     for name in [HOST, CONTENT_LENGTH, X_DELAY_SECONDS, X_MAX_ATTEMPTS, X_EXPIRES_SECONDS] {
@@ -170,12 +201,12 @@ async fn take_in(
     let headers = parts.headers;
     let call = Call { id, function, target, headers, body, options };
     let began = Instant::now();
-    let published = intake.queue.publish(call).await?;
-    drop(room);
+    let published = intake.queue.publish_with(call, room).await?;
+    let took = began.elapsed();
     if !published.repeated {
-        intake.metrics.submitted(began.elapsed());
+        intake.metrics.submitted(took);
     }
-    Ok(published)
+    Ok((published, took))
 }
 
 /// `GET /async-function/CALL-ID`
@@ -249,10 +280,11 @@ pub async fn preflight(method: Method, headers: HeaderMap) -> Response {
     answer
 }
 
-/// Lets pages read the answers to what [`preflight`] lets them ask.
+/// Lets pages read the answers to what [`preflight`] lets them ask. What a function answered is the function's to allow.
 pub async fn allow_pages(request: Request, next: Next) -> Response {
     use http::header::{ACCESS_CONTROL_ALLOW_ORIGIN, ACCESS_CONTROL_EXPOSE_HEADERS, ORIGIN};
-    let from_page = request.headers().contains_key(ORIGIN);
+    let from_page =
+        request.headers().contains_key(ORIGIN) && !request.uri().path().ends_with("/result");
     let mut answer = next.run(request).await;
     if from_page {
         let headers = answer.headers_mut();

@@ -33,7 +33,7 @@ pub fn api(api: Arc<Api>) -> Router {
     let system = Router::new()
         .route(
             "/system/functions",
-            get(system::list).post(system::pass).put(system::pass).delete(system::pass),
+            get(system::list).post(system::change).put(system::change).delete(system::change),
         )
         .route("/system/function/{name}", get(system::pass_named))
         .route("/system/scale-function/{name}", post(system::scale))
@@ -151,8 +151,12 @@ impl Door {
     pub fn enter(&self, caller: &Caller, mut request: Request<Incoming>) -> Entered {
         let began = caller.watch.call_begins();
         let observer = self.observer.as_ref();
-        let trip = observer.and_then(|it| it.begin(caller.address, &mut request, began));
-        Entered { errand: self.look_at(caller, request, began), trip }
+        let mut trip = observer.and_then(|it| it.begin(caller.address, &mut request, began));
+        let errand = self.look_at(caller, request, began);
+        if let (Errand::Call(prepared), Some(trip)) = (&errand, &mut trip) {
+            trip.calls(prepared.call_id());
+        }
+        Entered { errand, trip }
     }
 
     fn look_at(&self, caller: &Caller, request: Request<Incoming>, began: Instant) -> Errand {
@@ -177,15 +181,15 @@ impl Door {
         caller: &Caller,
         entered: Entered,
     ) -> Result<http::Response<Answer>, Infallible> {
-        let Entered { errand, trip } = entered;
+        let Entered { errand, mut trip } = entered;
         let mut answer = match errand {
-            Errand::Call(prepared) => self.invoker.carry(caller, prepared).await,
+            Errand::Call(prepared) => self.invoker.carry(caller, prepared, &mut trip).await,
             // Boxed, lest its size be carried along by every call.
             Errand::Api(request) => self.wrap(caller, Box::pin(self.route(caller, *request)).await),
             Errand::Refused(answer) => *answer,
         };
         if let Some(mut trip) = trip {
-            trip.answered(answer.status(), answer.headers());
+            trip.answered(&answer);
             answer.body_mut().watched_by(trip);
         }
         // After a change of protocols, `Connection` is what names the change.

@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use tokio::runtime::Handle;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::time::error::Elapsed;
 use tokio::time::timeout;
@@ -75,6 +76,14 @@ impl Tasks {
         F: Future<Output = ()> + Send + 'static,
     {
         self.tracker.spawn(task(self.stopping.child_token()));
+    }
+
+    /// Spawns `task` as `spawn` does, but on `runtime`: for callers whose own may end before the task does.
+    pub fn spawn_on<F>(&self, runtime: &Handle, task: impl FnOnce(CancellationToken) -> F)
+    where
+        F: Future<Output = ()> + Send + 'static,
+    {
+        self.tracker.spawn_on(task(self.stopping.child_token()), runtime);
     }
 
     /// Asks every task to stop; `Err` if some are still running after `grace`.

@@ -1,5 +1,6 @@
 //! `/system/*`: passed on to the provider, or enriched on the way.
 
+mod change;
 mod list;
 
 use std::sync::Arc;
@@ -17,6 +18,7 @@ use http_body_util::{BodyExt, Limited};
 use serde_json::{Value, json};
 
 use crate::auth::{Credentials, too_large_or_broken};
+use crate::autoscale::alerts::Ignored;
 use crate::config::Timeouts;
 use crate::config::base_url::BaseUrl;
 use crate::error::Error;
@@ -34,6 +36,7 @@ use crate::queued::Intake;
 use crate::same_origin::Names;
 use crate::serve::caller::Caller;
 
+pub use change::change;
 pub use list::list;
 
 /// The largest body of an alert or a scale request.
@@ -53,6 +56,8 @@ pub struct Api {
     pub metrics: Arc<Metrics>,
     pub health: Arc<Health>,
     pub counts: Arc<Counts>,
+    /// Which alerts mean nothing, where functions are scaled by their load.
+    pub ignored_alerts: Option<Arc<Ignored>>,
     /// Takes queued calls in, where there is a queue.
     pub intake: Option<Arc<Intake>>,
 }
@@ -103,15 +108,17 @@ pub async fn scale(
     Path(name): Path<String>,
     request: Request,
 ) -> Result<Response, Error> {
-    Function::parse(&name, &api.default_namespace).ok_or(Error::NoSuchPath)?;
+    let function = Function::parse(&name, &api.default_namespace).ok_or(Error::NoSuchPath)?;
     let (parts, body) = request.into_parts();
     let bytes = read(body, MAX_BODY).await?;
-    serde_json::from_slice::<ScaleRequest>(&bytes).map_err(|error| {
+    let wanted = serde_json::from_slice::<ScaleRequest>(&bytes).map_err(|error| {
         Error::BadRequest(format!(
             "the body is not {{\"serviceName\":NAME,\"replicas\":COUNT}}: {error}"
         ))
     })?;
     let request = Request::from_parts(parts, Body::from(bytes));
+    let _changed =
+        [function.name, wanted.service_name].map(|name| change::Changed::named(&api, name));
     api.send(&caller, &api.provider.origin, request).await.map(stream)
 }
 

@@ -2,18 +2,25 @@
 
 use std::io::{self, IsTerminal};
 
+use tracing_appender::non_blocking::{NonBlockingBuilder, WorkerGuard};
 use tracing_subscriber::filter::Targets;
 use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
 
 use crate::config::Log;
 
-/// Installs the process's subscriber; a second call changes nothing.
-pub fn init(log: &Log) {
-    // The filter has been parsed once before, when the settings were read.
-    let filter: Targets = log.filter.parse().unwrap_or_default();
+/// Lines that wait to be written. More are dropped: no call waits for whoever reads the log.
+const WAITING: usize = 16 << 10;
+
+/// Installs the process's subscriber; a second call changes nothing. What is logged is written until what is returned is
+/// dropped.
+pub fn init(log: &Log) -> WorkerGuard {
+    // Parsed once before, when the settings were read. The access log has a switch of its own.
+    let filter: Targets = format!("access=info,{}", log.filter).parse().unwrap_or_default();
     let registry = tracing_subscriber::registry().with(filter);
-    let layer = tracing_subscriber::fmt::layer().with_writer(io::stderr);
+    let builder = NonBlockingBuilder::default().lossy(true).buffered_lines_limit(WAITING);
+    let (writer, guard) = builder.finish(io::stderr());
+    let layer = tracing_subscriber::fmt::layer().with_writer(writer);
     let installed = if log.json {
         registry.with(layer.json()).try_init()
     } else {
@@ -22,4 +29,5 @@ pub fn init(log: &Log) {
     if installed.is_err() {
         tracing::debug!("A subscriber was installed already");
     }
+    guard
 }

@@ -7,15 +7,15 @@ pub mod span;
 mod trip;
 
 use std::sync::Arc;
-use std::time::{Instant, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use http::HeaderMap;
 use tokio::sync::mpsc;
+use uuid::Uuid;
 
-pub use self::trip::Trip;
+pub use self::trip::{Stored, Trip};
 
-use crate::config::Access;
-use crate::config::base_url::BaseUrl;
+use crate::config::{Access, Traces};
 use crate::proxy::client::Client;
 use crate::trace::context::{Context, span_id};
 use crate::trace::exporter::{Exporter, WAITING};
@@ -40,20 +40,22 @@ pub struct Tracer {
 #[derive(Debug)]
 pub struct Open {
     tracer: Tracer,
-    span: Span,
+    /// `None` once it has been told.
+    span: Option<Span>,
     began: Instant,
 }
 
 impl Tracer {
-    /// A tracer, and what sends its spans to `endpoint`.
+    /// A tracer, and what sends its spans as `service`.
     pub fn new(
-        endpoint: BaseUrl,
-        sampling: f64,
+        config: Traces,
         service: &'static str,
         client: Arc<Client>,
-    ) -> (Self, Exporter) {
+    ) -> Option<(Self, Exporter)> {
         let (sender, spans) = mpsc::channel(WAITING);
-        (Self { spans: sender, sampling }, Exporter { client, endpoint, service, spans })
+        let Traces { endpoint, headers, sampling } = config;
+        let exporter = Exporter { client, endpoint: endpoint?, headers, service, spans };
+        Some((Self { spans: sender, sampling }, exporter))
     }
 
     /// Where a request with `headers` belongs, and whether it belonged there before it came here.
@@ -64,25 +66,33 @@ impl Tracer {
         }
     }
 
-    /// Begins a piece of work on behalf of a request with `headers`; `None` if nobody wants to hear of it.
-    pub fn begin(&self, headers: &HeaderMap, kind: Kind, name: String) -> Option<Open> {
-        let (context, _) = self.place(headers);
-        self.under(context, kind, name)
+    /// Begins work on the queued call `id` with `headers`; `None` if nobody wants to hear of it. All that is done for a
+    /// call without a trace belongs to one.
+    pub fn begin(&self, id: &str, headers: &HeaderMap, name: &'static str) -> Option<Open> {
+        let context = Context::of(headers).unwrap_or_else(|| match Uuid::parse_str(id) {
+            Ok(id) => Context::of_id(id, self.sampling),
+            Err(_) => Context::fresh(self.sampling),
+        });
+        self.under(context, Kind::Consumer, name)
     }
 
-    fn under(&self, context: Context, kind: Kind, name: String) -> Option<Open> {
+    /// Begins a part of the work that `context` tells of.
+    pub fn under(&self, context: Context, kind: Kind, name: &'static str) -> Option<Open> {
+        if !context.sampled {
+            return None;
+        }
         let span = Span {
             trace: context.trace,
             id: span_id(),
             parent: context.span,
             kind,
-            name,
+            name: name.into(),
             began: SystemTime::now(),
-            took: std::time::Duration::ZERO,
+            took: Duration::ZERO,
             attributes: Vec::new(),
-            failure: None,
+            failure: Some("it was cut short".to_owned()),
         };
-        context.sampled.then(|| Open { tracer: self.clone(), span, began: Instant::now() })
+        Some(Open { tracer: self.clone(), span: Some(span), began: Instant::now() })
     }
 
     fn tell(&self, span: Span) {
@@ -92,23 +102,31 @@ impl Tracer {
 }
 
 impl Open {
-    /// A part of this piece of work.
-    pub fn part(&self, kind: Kind, name: String) -> Option<Self> {
-        self.tracer.under(self.context(), kind, name)
-    }
-
     /// What others who work on it are told.
-    pub fn context(&self) -> Context {
-        Context { trace: self.span.trace, span: self.span.id, sampled: true }
+    pub fn context(&self) -> Option<Context> {
+        let span = self.span.as_ref()?;
+        Some(Context { trace: span.trace, span: span.id, sampled: true })
     }
 
     pub fn note(&mut self, name: &'static str, value: impl Into<Attribute>) {
-        self.span.attributes.push((name, value.into()));
+        if let Some(span) = &mut self.span {
+            span.attributes.push((name, value.into()));
+        }
     }
 
     /// It is over, and has failed if there is a `failure`.
-    pub fn ended(self, failure: Option<String>) {
-        let took = self.began.elapsed();
-        self.tracer.tell(Span { took, failure, ..self.span });
+    pub fn ended(mut self, failure: Option<String>) {
+        if let Some(span) = &mut self.span {
+            span.failure = failure;
+        }
+    }
+}
+
+impl Drop for Open {
+    /// One that did not come to its end is told of all the same: others may be its parts.
+    fn drop(&mut self) {
+        if let Some(span) = self.span.take() {
+            self.tracer.tell(Span { took: self.began.elapsed(), ..span });
+        }
     }
 }

@@ -121,6 +121,11 @@ impl Watch {
         self.body_until.store(self.since_base(at), Relaxed);
     }
 
+    /// Nobody reads the caller's body for the moment, so it need not come.
+    pub fn body_goes_on(&self) {
+        self.body_until.store(NEVER, Relaxed);
+    }
+
     /// The request has a body, which somebody is about to read.
     pub fn body_begins(&self) {
         self.body_outstanding.store(true, Relaxed);

@@ -8,6 +8,7 @@ pub mod retry;
 use std::sync::Arc;
 use std::time::Duration;
 
+use http::HeaderMap;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio_util::task::TaskTracker;
 
@@ -16,6 +17,7 @@ use crate::queue::status::{Answer, Settlement, State};
 use crate::queue::{Delivery, Error, now};
 use crate::queued::Intake;
 use crate::shutdown::Stages;
+use crate::trace::context::{Context, TRACEPARENT, TRACESTATE};
 use crate::trace::span::Kind;
 use crate::trace::{Open, Tracer};
 use crate::worker::attempt::{Attempt, Caller};
@@ -104,14 +106,12 @@ impl Worker {
             Settlement::Finished { state: State::Failed, status: None, reason, answer: None }
         } else {
             let span = self.begin_span(&delivery);
-            let context = span.as_ref().map(Open::context);
+            let context = span.as_ref().and_then(Open::context);
             let attempt = self.caller.make(call, self.keeps(call), context).await;
-            let outcome = (attempt.status, attempt.reason.clone());
-            let settlement = self.settlement(&delivery, attempt, span.as_ref()).await;
             if let Some(span) = span {
-                end_span(span, outcome);
+                end_span(span, &attempt);
             }
-            settlement
+            self.settlement(&delivery, attempt, context).await
         };
         self.print(&delivery, &settlement);
         // One that cannot be settled must not be made again at once: the queue would be asked until it can.
@@ -131,8 +131,7 @@ impl Worker {
 
     fn begin_span(&self, delivery: &Delivery) -> Option<Open> {
         let call = &delivery.call;
-        let name = format!("process {}", call.function);
-        let mut span = self.tracer.as_ref()?.begin(&call.headers, Kind::Consumer, name)?;
+        let mut span = self.tracer.as_ref()?.begin(&call.id, &call.headers, "process")?;
         let waited = now().saturating_sub(call.options.submitted_at);
         span.note("gateway.call_id", call.id.as_str());
         span.note("faas.invoked_name", call.function.to_string().as_str());
@@ -167,7 +166,7 @@ impl Worker {
         &self,
         delivery: &Delivery,
         attempt: Attempt,
-        span: Option<&Open>,
+        context: Option<Context>,
     ) -> Settlement {
         let call = &delivery.call;
         let made = delivery.attempts + 1;
@@ -184,7 +183,7 @@ impl Worker {
             let at = now() + Millis::try_from(pause.as_millis()).unwrap_or(Millis::MAX / 2);
             return Settlement::Retry { at, status, reason };
         }
-        if let Some(failure) = self.tell(call, &attempt, made, policy.attempts, span).await {
+        if let Some(failure) = self.tell(call, &attempt, made, policy.attempts, context).await {
             reason = Some(failure);
         }
         let answer = attempt.into_answer(self.max_result_body);
@@ -208,10 +207,11 @@ impl Worker {
         attempt: &Attempt,
         attempts: u32,
         max_attempts: u32,
-        span: Option<&Open>,
+        context: Option<Context>,
     ) -> Option<String> {
         let url = call.options.callback.as_ref()?;
-        let span = span.and_then(|it| it.part(Kind::Client, "callback".to_owned()));
+        let span = self.tracer.as_ref().zip(context);
+        let span = span.and_then(|(it, context)| it.under(context, Kind::Client, "callback"));
         let report = Report {
             call_id: call.id.clone(),
             function: call.function.to_string(),
@@ -222,7 +222,7 @@ impl Worker {
             took: attempt.took,
             attempts,
             max_attempts,
-            context: span.as_ref().map(Open::context),
+            trace: trace_of(call, span.as_ref()),
         };
         let error = self.callbacks.send(url, &report).await.err();
         if let Some(span) = span {
@@ -234,12 +234,23 @@ impl Worker {
     }
 }
 
-/// An attempt is over: with a status, or with a reason for there being none.
-fn end_span(mut span: Open, outcome: (Option<u16>, Option<String>)) {
-    let (status, reason) = outcome;
-    if let Some(status) = status {
+fn end_span(mut span: Open, attempt: &Attempt) {
+    if let Some(status) = attempt.status {
         span.note("http.response.status_code", status);
     }
-    let failed = status.is_some_and(|status| status >= 500);
+    let failed = attempt.status.is_some_and(|status| status >= 500);
+    let reason = attempt.reason.clone();
     span.ended(reason.or_else(|| failed.then(|| "the function failed".to_owned())));
+}
+
+/// What the receiver of a callback is told of the trace that its call belongs to.
+fn trace_of(call: &Call, span: Option<&Open>) -> HeaderMap {
+    let of_call = [TRACEPARENT, TRACESTATE]
+        .into_iter()
+        .filter_map(|name| Some((call.headers.get(&name)?.clone(), name)));
+    let mut headers: HeaderMap = of_call.map(|(value, name)| (name, value)).collect();
+    if let Some(context) = span.and_then(Open::context) {
+        context.put_on(&mut headers, Context::of(&call.headers).is_some());
+    }
+    headers
 }

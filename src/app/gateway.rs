@@ -11,9 +11,11 @@ use hyper::service::service_fn;
 use tokio_util::sync::CancellationToken;
 
 use crate::app::threads::{Threads, Work};
-use crate::app::worker;
+use crate::app::worker::Part;
+use crate::app::{autoscale, worker};
 use crate::auth::Credentials;
-use crate::config::{Access, Idle, Serve, Timeouts, Traces};
+use crate::autoscale::alerts::Ignored;
+use crate::config::{Access, Backend, Idle, Serve, Timeouts, Traces};
 use crate::health::Health;
 use crate::invoke::{Invoker, Route};
 use crate::limit::CallLimit;
@@ -25,6 +27,7 @@ use crate::proxy::client::{Client, Origin, Tls};
 use crate::queued::Intake;
 use crate::routes::{self, Door};
 use crate::same_origin::Names;
+use crate::scaling::Scaling;
 use crate::serve::listener::bind;
 use crate::serve::{Server, raise_file_limit};
 use crate::shutdown::{Stages, Tasks};
@@ -65,8 +68,12 @@ struct Parts {
     health: Arc<Health>,
     counts: Arc<Counts>,
     intake: Option<Arc<Intake>>,
+    scaling: Option<Arc<Scaling>>,
+    ignored_alerts: Option<Arc<Ignored>>,
     namespace: Arc<str>,
     tls: Tls,
+    /// What background work calls the provider with.
+    client: Arc<Client>,
     tracer: Option<Tracer>,
     observer: Option<Arc<Observer>>,
     stages: Stages,
@@ -83,13 +90,9 @@ impl Gateway {
         let metrics_listener = bind(config.metrics, 1)?.remove(0);
         let address = listeners[0].local_addr()?;
         let metrics_address = metrics_listener.local_addr()?;
-        if config.scale_from_zero {
-            tracing::warn!(
-                "scale_from_zero is set, but this version does not wake functions at zero replicas"
-            );
-        }
         let parts = Arc::new(Parts::new(config, threads, stages, tasks).await?);
         parts.start_background(metrics_listener, tasks);
+        parts.start_autoscale(tasks).await?;
         let server = parts.server();
         let worker = parts.worker(threads)?.map(|worker| {
             let stages = stages.clone();
@@ -152,9 +155,20 @@ impl Parts {
         let limit = CallLimit::new(config.limits.calls, threads);
         // One shard more, for the worker.
         let metrics = Metrics::new(threads + 1, &namespace)?;
-        let intake = worker::intake(&config.queue, &metrics).await?;
+        let intake = worker::intake(&config.queue, &metrics, &namespace, Part::TakesIn).await?;
         let tls = Tls::default();
         let idle = config.limits.idle;
+        let client = Client::new(idle, tls.clone());
+        let origin = Origin::new(config.provider.clone());
+        let scaling = config.cold_start.map(|limits| {
+            let provider = Provider {
+                client: Arc::clone(&client),
+                origin: origin.clone(),
+                credentials: credentials.clone(),
+                timeout: config.timeouts.upstream,
+            };
+            Scaling::new(provider, Arc::clone(&metrics.known), limits, tasks)
+        });
         let tracer = tracer(&config.traces, "gateway", idle, tls.clone(), tasks);
         let access = config.access_log;
         let observer = (access != Access::Off || tracer.is_some())
@@ -162,15 +176,18 @@ impl Parts {
         Ok(Self {
             tracer,
             observer,
-            provider: Origin::new(config.provider.clone()),
+            provider: origin,
             credentials,
             metrics,
             health: Health::new(stages.clone(), Arc::clone(&limit)),
             intake,
+            scaling,
+            ignored_alerts: config.autoscale.map(|_| Arc::default()),
             counts: Counts::new(config.prometheus.clone().map(Origin::new)),
             limit,
             namespace,
             tls,
+            client,
             stages: stages.clone(),
             config,
         })
@@ -193,16 +210,8 @@ impl Parts {
     }
 
     fn start_background(self: &Arc<Self>, metrics_listener: TcpListener, tasks: &Tasks) {
-        let client = Client::new(self.config.limits.idle, self.tls.clone());
-        // Readiness hangs on it, so it does not wait for as long as a call may take.
-        let timeout = self.config.timeouts.upstream.min(LONGEST_POLL);
-        let poll = Poll {
-            provider: Provider { timeout, ..self.provider(&client) },
-            default_namespace: Arc::clone(&self.namespace),
-            metrics: Arc::clone(&self.metrics),
-            health: Arc::clone(&self.health),
-            shows_replicas: true,
-        };
+        let client = Arc::clone(&self.client);
+        let poll = self.poll(&client);
         tasks.spawn(|stopping| poll.run(stopping));
         tasks.spawn(|stopping| until(stopping, async move { client.keep_swept().await }));
         if let Some(credentials) = self.credentials.clone() {
@@ -210,10 +219,33 @@ impl Parts {
         }
         if let Some(intake) = self.intake.clone() {
             let health = Arc::clone(&self.health);
-            tasks.spawn(|stopping| worker::keep_tidy(intake, health, stopping));
+            tasks.spawn(|stopping| worker::keep_tidy(intake, health, true, stopping));
         }
         let router = routes::internal(Arc::clone(&self.metrics));
         serve_metrics(router, metrics_listener, self.config.timeouts, tasks);
+    }
+
+    /// Scales functions by their load, if that is asked for.
+    async fn start_autoscale(&self, tasks: &Tasks) -> anyhow::Result<()> {
+        let Some(config) = self.config.autoscale else { return Ok(()) };
+        let client = Client::new(self.config.limits.idle, self.tls.clone());
+        let (poll, intake) = (self.poll(&client), self.intake.clone());
+        let may_zero = self.config.cold_start.is_some();
+        autoscale::start(config, &self.config.queue, may_zero, poll, intake, tasks).await?;
+        tasks.spawn(|stopping| until(stopping, async move { client.keep_swept().await }));
+        Ok(())
+    }
+
+    fn poll(&self, client: &Arc<Client>) -> Poll {
+        // Readiness hangs on it, so it does not wait for as long as a call may take.
+        let timeout = self.config.timeouts.upstream.min(LONGEST_POLL);
+        Poll {
+            provider: Provider { timeout, ..self.provider(client) },
+            default_namespace: Arc::clone(&self.namespace),
+            metrics: Arc::clone(&self.metrics),
+            health: Arc::clone(&self.health),
+            shows_replicas: true,
+        }
     }
 
     fn provider(&self, client: &Arc<Client>) -> Provider {
@@ -229,7 +261,8 @@ impl Parts {
     fn worker(&self, number: usize) -> anyhow::Result<Option<Worker>> {
         let config = &self.config.queue;
         let Some(intake) = self.intake.as_ref().filter(|_| config.with_worker) else {
-            if self.intake.is_some() {
+            // A queue on NATS may have workers elsewhere.
+            if self.intake.is_some() && config.backend == Backend::Embedded {
                 tracing::warn!("Calls are queued, but with_worker is false: nobody makes them");
             }
             return Ok(None);
@@ -240,6 +273,7 @@ impl Parts {
             origin: self.provider.clone(),
             calls: self.metrics.shard(number),
             timeout: self.config.timeouts.upstream,
+            scaling: self.scaling.clone(),
         };
         let provider = self.provider(&client);
         let tracer = self.tracer.clone();
@@ -263,6 +297,7 @@ impl Parts {
             timeouts: self.config.timeouts,
             route,
             provider: provider.clone(),
+            scaling: self.scaling.clone(),
         };
         let auth = &self.config.auth;
         let api = Api {
@@ -277,6 +312,7 @@ impl Parts {
             metrics: Arc::clone(&self.metrics),
             health: Arc::clone(&self.health),
             counts: Arc::clone(&self.counts),
+            ignored_alerts: self.ignored_alerts.clone(),
             intake: self.intake.clone(),
         };
         Door {
@@ -300,8 +336,7 @@ pub(super) fn tracer(
     tasks: &Tasks,
 ) -> Option<Tracer> {
     let client = Client::new(idle, tls);
-    let endpoint = config.endpoint.clone()?;
-    let (tracer, exporter) = Tracer::new(endpoint, config.sampling, service, Arc::clone(&client));
+    let (tracer, exporter) = Tracer::new(config.clone(), service, Arc::clone(&client))?;
     tasks.spawn(|stopping| exporter.run(stopping));
     tasks.spawn(|stopping| until(stopping, async move { client.keep_swept().await }));
     Some(tracer)

@@ -13,8 +13,10 @@ use crate::metrics::Metrics;
 use crate::provider::Provider;
 use crate::proxy::client::Tls;
 use crate::queue::Queue;
+use crate::queue::discovery::Discovery;
 use crate::queue::embedded::{Embedded, Limits};
 use crate::queue::jetstream::{Auth, JetStream, Options};
+use crate::queue::stan::{self, Stan};
 use crate::queued::Intake;
 use crate::shutdown::Stages;
 use crate::trace::Tracer;
@@ -28,6 +30,8 @@ use crate::worker::{Prints, Worker};
 const SECRET: &str = "callback-secret";
 /// How often what has been kept for long enough is forgotten.
 const FORGET_EVERY: Duration = Duration::from_secs(1);
+/// What that may take before something else is done.
+const FORGET: Duration = Duration::from_secs(5);
 
 /// Runs `worker` on this thread until the stop.
 pub(super) fn run(worker: Worker, stages: &Stages) {
@@ -82,27 +86,47 @@ fn callbacks(config: &config::Queue, tls: Tls) -> anyhow::Result<Callbacks> {
     Ok(Callbacks::new(config.callback_allow.clone(), secret, Pace::default(), tls))
 }
 
+/// What a process does with its queue.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Part {
+    /// It takes calls in, and may make them.
+    TakesIn,
+    /// It makes them, and no more.
+    Makes,
+}
+
 /// Opens the queue, if there is to be one.
 pub(super) async fn intake(
     config: &config::Queue,
     metrics: &Metrics,
+    default_namespace: &str,
+    part: Part,
 ) -> anyhow::Result<Option<Arc<Intake>>> {
-    let ttl = u64::try_from(config.result_ttl.as_millis()).unwrap_or(u64::MAX / 2);
-    let limits = Limits { pending: config.max_pending, result_ttl: ttl, key_ttl: ttl };
-    let (queue, name) = match config.backend {
+    let limits = limits(config);
+    let nats = || options(config);
+    let stan = || stan_options(&config.nats, default_namespace, part);
+    let queue = match config.backend {
         Backend::None => return Ok(None),
-        Backend::Embedded => {
-            (Queue::Embedded(Embedded::open(&config.state_dir, limits)?), "embedded")
-        }
-        Backend::JetStream => {
-            let queue = JetStream::open(options(&config.nats, limits)).await?;
-            (Queue::JetStream(queue), config.nats.queue.as_str())
-        }
+        Backend::Embedded => Queue::Embedded(Embedded::open(&config.state_dir, limits)?),
+        Backend::JetStream => Queue::JetStream(JetStream::open(nats()).await?),
+        Backend::Stan => Queue::Stan(Stan::open(nats(), stan()).await?),
+        Backend::Nats => Queue::Discovered(Discovery::open(nats(), stan()).await?),
+    };
+    let name = match config.backend {
+        Backend::Embedded => "embedded",
+        _ => config.nats.queue.as_str(),
     };
     Ok(Some(Intake::new(queue, config.max_body, metrics.queue(name)?)))
 }
 
-fn options(nats: &config::Nats, limits: Limits) -> Options {
+fn limits(config: &config::Queue) -> Limits {
+    let ttl = u64::try_from(config.result_ttl.as_millis()).unwrap_or(u64::MAX / 2);
+    Limits { pending: config.max_pending, result_ttl: ttl, key_ttl: ttl }
+}
+
+/// How NATS is reached.
+pub(super) fn options(config: &config::Queue) -> Options {
+    let nats = &config.nats;
     let auth = match (&nats.creds, &nats.nkey_seed, &nats.token, &nats.login) {
         (Some(file), ..) => Auth::Credentials(file.clone()),
         (None, Some(file), ..) => Auth::NkeySeed(file.clone()),
@@ -122,15 +146,29 @@ fn options(nats: &config::Nats, limits: Limits) -> Options {
         queue: nats.queue.clone(),
         replicas: nats.replicas,
         lease: nats.lease,
-        limits,
+        limits: limits(config),
+    }
+}
+
+fn stan_options(nats: &config::Nats, default_namespace: &str, part: Part) -> stan::Options {
+    stan::Options {
+        cluster: nats.cluster.clone(),
+        group: nats.group.clone(),
+        host: rustix::system::uname().nodename().to_string_lossy().into_owned(),
+        reconnect_delay: nats.reconnect_delay,
+        default_namespace: default_namespace.to_owned(),
+        publishes: part == Part::TakesIn,
     }
 }
 
 /// Has the queue forget what has been kept for long enough, counts what is there, and says whether it can be reached,
 /// again and again until `stopping`.
+///
+/// `counts`: whether what is there is shown. A queue that is shared is counted by gateways alone.
 pub(super) async fn keep_tidy(
     intake: Arc<Intake>,
     health: Arc<Health>,
+    counts: bool,
     stopping: CancellationToken,
 ) {
     let tidy = async {
@@ -138,12 +176,10 @@ pub(super) async fn keep_tidy(
         loop {
             tokio::time::sleep(pause).await;
             health.queue_is(intake.queue.is_reachable());
-            match &intake.queue {
-                Queue::Embedded(queue) => queue.expire().await,
-                Queue::JetStream(queue) => queue.expire().await,
-            }
+            // A disk that hangs must not hide that it does.
+            let _ = tokio::time::timeout(FORGET, intake.queue.expire()).await;
             let start = Instant::now();
-            if let Err(error) = intake.count().await {
+            if counts && let Err(error) = intake.count().await {
                 tracing::debug!(%error, "What the queue holds cannot be counted");
             }
             // A queue that is long to count is counted less often.
@@ -156,8 +192,5 @@ pub(super) async fn keep_tidy(
         () = tidy => {}
     }
     // All that was taken has been settled or dropped by now.
-    match &intake.queue {
-        Queue::Embedded(queue) => queue.close().await,
-        Queue::JetStream(queue) => queue.stop().await,
-    }
+    intake.queue.stop().await;
 }

@@ -5,7 +5,8 @@ use std::sync::Arc;
 use anyhow::{Context, bail};
 
 use crate::app::threads::Threads;
-use crate::app::{gateway, until_stopped, worker};
+use crate::app::worker::Part;
+use crate::app::{autoscale, gateway, until_stopped, worker};
 use crate::auth::Credentials;
 use crate::config::{self, Shutdown, Target};
 use crate::health::Health;
@@ -15,6 +16,7 @@ use crate::metrics::replicas::Poll;
 use crate::provider::Provider;
 use crate::proxy::client::{Client, Origin, Tls};
 use crate::routes;
+use crate::scaling::Scaling;
 use crate::serve::listener::bind;
 use crate::serve::raise_file_limit;
 use crate::shutdown::{Signals, Stages, Tasks};
@@ -52,7 +54,8 @@ async fn start(config: config::Worker, stages: &Stages, tasks: &Tasks) -> anyhow
         // The gateway counts them; numbers that nobody scrapes are kept beside it.
         Target::Gateway(url) => (url, Metrics::new(1, &namespace)?.shard(0)),
     };
-    let Some(intake) = worker::intake(&config.queue, &metrics).await? else {
+    let Some(intake) = worker::intake(&config.queue, &metrics, &namespace, Part::Makes).await?
+    else {
         bail!("there is no queue to take calls from");
     };
     let origin = Origin::new(url.clone());
@@ -65,11 +68,18 @@ async fn start(config: config::Worker, stages: &Stages, tasks: &Tasks) -> anyhow
         timeout,
     };
     let (ours, polls) = (client(), client());
+    // A gateway wakes functions itself.
+    let limits = config.cold_start.filter(|_| matches!(config.target, Target::Provider(_)));
+    let scaling = limits.map(|limits| {
+        let asked = provider(Arc::clone(&polls), config.timeout);
+        Scaling::new(asked, Arc::clone(&metrics.known), limits, tasks)
+    });
     let caller = Caller {
         client: Arc::clone(&ours),
         origin: origin.clone(),
         calls,
         timeout: config.timeout,
+        scaling,
     };
     let asked = provider(ours, config.timeout);
     let tracer = gateway::tracer(&config.traces, "gateway-worker", config.idle, tls.clone(), tasks);
@@ -89,8 +99,11 @@ async fn start(config: config::Worker, stages: &Stages, tasks: &Tasks) -> anyhow
     if let Some(credentials) = credentials {
         tasks.spawn(|stopping| credentials.follow(stopping));
     }
+    if matches!(config.target, Target::Provider(_)) {
+        autoscale::tell(&config.queue, Arc::clone(&metrics), tasks).await?;
+    }
     let tidied = Arc::clone(&health);
-    tasks.spawn(|stopping| worker::keep_tidy(intake, tidied, stopping));
+    tasks.spawn(|stopping| worker::keep_tidy(intake, tidied, false, stopping));
     gateway::serve_metrics(routes::worker(metrics, health), listener, gateway::INTERNAL, tasks);
     tracing::info!(metrics = %address, calls = %url, "Making queued calls");
     let stages = stages.clone();

@@ -35,6 +35,17 @@ impl BaseUrl {
         Some(Self { tls, authority, path: uri.path().trim_end_matches('/').to_owned() })
     }
 
+    /// The http URL of `port` at `host`, a name or an IP address.
+    pub fn of_host(host: &str, port: u16) -> Option<Self> {
+        let host = match host.parse::<std::net::Ipv6Addr>() {
+            Ok(address) => format!("[{address}]"),
+            Err(_) => host.to_owned(),
+        };
+        let url = Self::parse(&format!("http://{host}:{port}"))?;
+        // Nothing but a host: no port of its own, no path.
+        (url.authority.host() == host && url.path.is_empty()).then_some(url)
+    }
+
     /// The host alone, brackets of an IPv6 address taken off.
     pub fn host(&self) -> &str {
         self.authority.host().trim_start_matches('[').trim_end_matches(']')
@@ -62,6 +73,17 @@ mod tests {
         let got = BaseUrl::parse(text);
         let got = got.as_ref().map(|url| (url.host(), url.port(), url.path.as_str()));
         assert_eq!(got, expect, "{text:?}");
+    }
+
+    #[test]
+    fn a_host_is_nothing_more() {
+        let url = |host: &str| BaseUrl::of_host(host, 80).map(|url| url.to_string());
+        assert_eq!(url("gateway.openfaas").as_deref(), Some("http://gateway.openfaas:80"));
+        assert_eq!(url("::1").as_deref(), Some("http://[::1]:80"));
+        assert_eq!(url("[::1]").as_deref(), Some("http://[::1]:80"));
+        for host in ["a/b", "a:1", "u@a", "", "http://a", "a b"] {
+            assert_eq!(url(host), None, "{host}");
+        }
     }
 
     #[test]

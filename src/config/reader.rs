@@ -121,6 +121,14 @@ impl<'a> Reader<'a> {
     /// Puts a mistake on the list.
     pub fn mistake(&mut self, name: &str, value: Option<String>, expected: &str) {
         let name = settings::find(name).name;
+        // A URL with credentials in it is not to be repeated.
+        let value = value.map(|text| match text.rsplit_once('@') {
+            Some((before, host)) if before.contains("://") => {
+                let scheme = before.split("://").next().unwrap_or_default();
+                format!("{scheme}://…@{host}")
+            }
+            _ => text,
+        });
         self.mistakes.push(Mistake { name, value, expected: expected.to_owned() });
     }
 }

@@ -97,8 +97,16 @@ settings! {
         "Call functions at http://NAME.SUFFIX:8080 instead of through the provider."
     direct_functions_suffix NAME "" S
         "The SUFFIX of direct_functions, such as openfaas-fn.svc.cluster.local."
-    scale_from_zero BOOLEAN "false" S
-        "Accepted for compatibility; this version does not wake functions yet, and says so at start."
+    scale_from_zero BOOLEAN "false" SW
+        "Wake a function at zero replicas when it is called, and have its callers wait (`up` always does)."
+    cold_start_timeout DURATION "60s" SUW
+        "How long a call waits for its function to become ready; then it is answered 503."
+    cold_start_queue COUNT "1000" SUW
+        "Calls that wait for one function; beyond it further ones are answered 503."
+    autoscale CHOICE "auto" SU
+        "Scale functions by their load, if their labels com.openfaas.scale.* say how: true, false, or auto (for up alone). Several gateways need faas_nats_address to see each other's calls."
+    autoscale_window DURATION "60s" SU
+        "What load is averaged over before replicas are taken away; a tenth of it for load that has doubled. From 2s to 1h."
     faas_prometheus_host HOST "prometheus" S
         "Prometheus, asked for invocationCount in GET /system/functions; while it is away the list comes without."
     faas_prometheus_port PORT "9090" S
@@ -112,15 +120,23 @@ settings! {
     provider_port PORT "8081" PU
         "Port of the provider."
     queue KIND "auto" SUW
-        "Where queued calls are kept: embedded (a file in state_dir; not for gateway worker), jetstream (NATS at faas_nats_address) or none; auto: embedded for up; else jetstream if faas_nats_address is set, or none."
+        "Where queued calls are kept: embedded (a file in state_dir; not for gateway worker), jetstream or stan (NATS JetStream or NATS Streaming at faas_nats_address), or none; auto: embedded for up; else whichever answers at faas_nats_address if that is set, or none."
     with_worker CHOICE "auto" SU
         "Make queued calls in this process: true, false, or auto (if there is a queue)."
     faas_nats_address HOSTS "" SW
-        "NATS servers with JetStream, separated by commas."
+        "NATS servers with JetStream or NATS Streaming, separated by commas."
     faas_nats_port PORT "4222" SW
         "Port of those that are named without one."
     faas_nats_channel NAME "faas-request" SW
         "Name of the queue; gateways and workers with the same one share it."
+    faas_nats_cluster_name NAME "faas-cluster" SW
+        "NATS Streaming's cluster id."
+    faas_nats_queue_group NAME "faas" SW
+        "Group of the workers that share the calls on NATS Streaming."
+    faas_max_reconnect COUNT "" SW
+        "Accepted for compatibility; NATS is tried for ever."
+    faas_reconnect_delay DURATION "2s" SW
+        "The longest pause between attempts to reach NATS Streaming."
     nats_user NAME "" SW
         "User for NATS, with nats_password."
     nats_password TEXT "" SW
@@ -158,9 +174,11 @@ settings! {
     state_dir DIRECTORY ".gateway" SPU
         "Where functions, secrets, namespaces and the embedded queue are kept."
     access_log CHOICE "off" SU
-        "A line in the log for each request: off, on, or errors (those answered with 500 or above, or cut short)."
+        "A line in the log for each request: off, on, or errors (those answered with 500 or above, or cut short). Its lines have the target access; log_level=access=off,… silences them."
     otlp_endpoint URL "" SUW
         "Send traces to this collector, by OTLP over HTTP (JSON), at its path /v1/traces. The header traceparent says which trace a request belongs to."
+    otlp_headers LIST "" SUW
+        "Headers that the collector wants, such as Authorization=Bearer KEY, separated by commas."
     otlp_sampling PART "1" SUW
         "So great a part, from 0 to 1, of the traces that begin here is sent; those of callers go by their own flag."
     log_level FILTER "info" ALL

@@ -1,5 +1,7 @@
 //! What is told of what goes on: log, access log, traces.
 
+use http::{HeaderMap, HeaderName, HeaderValue};
+
 use crate::config::base_url::BaseUrl;
 use crate::config::reader::{Mistake, Reader};
 
@@ -50,12 +52,21 @@ impl Access {
 }
 
 /// Which requests are told to a collector of traces.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct Traces {
     /// `otlp_endpoint`
     pub endpoint: Option<BaseUrl>,
+    /// `otlp_headers`
+    pub headers: HeaderMap,
     /// `otlp_sampling`
     pub sampling: f64,
+}
+
+impl std::fmt::Debug for Traces {
+    /// Without the headers: they have keys in them.
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Traces").field("endpoint", &self.endpoint).finish_non_exhaustive()
+    }
 }
 
 impl Traces {
@@ -63,6 +74,42 @@ impl Traces {
         let sampling = from.parsed("otlp_sampling", "a number from 0 to 1", |text| {
             text.parse().ok().filter(|part| (0.0..=1.0).contains(part))
         });
-        Self { endpoint: from.url("otlp_endpoint"), sampling: sampling.unwrap_or_default() }
+        let headers = from.text("otlp_headers");
+        let headers = header_map(&headers).unwrap_or_else(|| {
+            // What they are is not repeated: they have keys in them.
+            let expected = "headers such as NAME=VALUE, separated by commas";
+            from.mistake("otlp_headers", Some("…".to_owned()), expected);
+            HeaderMap::new()
+        });
+        let endpoint = from.url("otlp_endpoint");
+        Self { endpoint, headers, sampling: sampling.unwrap_or_default() }
+    }
+}
+
+/// `NAME=VALUE,NAME=VALUE` as headers.
+fn header_map(text: &str) -> Option<HeaderMap> {
+    let pairs = text.split(',').map(str::trim).filter(|pair| !pair.is_empty());
+    let header = |pair: &str| {
+        let (name, value) = pair.split_once('=')?;
+        let mut value = HeaderValue::from_str(value.trim()).ok()?;
+        value.set_sensitive(true);
+        Some((HeaderName::from_bytes(name.trim().as_bytes()).ok()?, value))
+    };
+    pairs.map(header).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn headers_are_pairs() {
+        let headers = header_map("Authorization=Basic a=, x-scope = one ,").unwrap();
+        assert_eq!(
+            (&headers["authorization"], &headers["x-scope"]),
+            (&"Basic a=".parse().unwrap(), &"one".parse().unwrap())
+        );
+        assert!(header_map("").unwrap().is_empty());
+        assert!(header_map("no pair").is_none() && header_map("a b=c").is_none());
     }
 }

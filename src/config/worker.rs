@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use crate::config::base_url::BaseUrl;
 use crate::config::reader::{Mistake, Reader};
-use crate::config::{Backend, Idle, Nats, Queue, Traces, basic_auth, nowhere};
+use crate::config::{Backend, ColdStart, Idle, Nats, Queue, Traces, basic_auth, nowhere};
 
 /// Settings of `gateway worker`.
 #[derive(Clone, Debug)]
@@ -19,6 +19,8 @@ pub struct Worker {
     pub namespace: String,
     /// `upstream_timeout`
     pub timeout: Duration,
+    /// `scale_from_zero`
+    pub cold_start: Option<ColdStart>,
     pub idle: Idle,
     /// `basic_auth`: the directory that holds the credentials' files.
     pub secrets: Option<PathBuf>,
@@ -47,7 +49,7 @@ impl Worker {
         let provider = from.url("functions_provider_url");
         let port = from.port("faas_gateway_port");
         let gateway = from.parsed("faas_gateway_address", "a host name or IP address", |host| {
-            BaseUrl::parse(&format!("http://{host}:{port}"))
+            BaseUrl::of_host(host, port)
         });
         let nats = Nats::parse(&mut from);
         let without = nats.servers.is_empty();
@@ -64,7 +66,7 @@ impl Worker {
                 "where NATS is, which has the queue that this worker takes calls from",
             ),
             Backend::None => from.mistake("queue", Some("none".to_owned()), "a queue to take calls from"),
-            Backend::JetStream => {}
+            Backend::JetStream | Backend::Stan | Backend::Nats => {}
         }
         let worker = Self {
             metrics: SocketAddr::new(address, from.port("worker_metrics_port")),
@@ -74,6 +76,7 @@ impl Worker {
             },
             namespace: from.text("function_namespace"),
             timeout: from.positive_duration("upstream_timeout"),
+            cold_start: ColdStart::if_asked_for(&mut from),
             idle: Idle::parse(&mut from),
             secrets: basic_auth(&mut from),
             queue: Queue { with_worker: true, ..queue },

@@ -10,7 +10,7 @@ use http::StatusCode;
 
 use crate::error::client_left;
 use crate::function::Function;
-use crate::metrics::known::Known;
+use crate::metrics::known::{Known, Warm};
 
 /// Upper bounds of the duration histogram, in seconds.
 pub const BUCKETS: [f64; 11] = [0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0];
@@ -50,6 +50,8 @@ pub struct Series {
     pub function: Function,
     /// `function_name`: name and namespace.
     pub label: Arc<str>,
+    /// Whether the function can be called without asking.
+    warm: Arc<Warm>,
     numbers: Mutex<Numbers>,
 }
 
@@ -101,9 +103,9 @@ impl Durations {
 }
 
 impl Series {
-    fn new(function: Function) -> Arc<Self> {
+    fn new(function: Function, warm: Arc<Warm>) -> Arc<Self> {
         let label = function.to_string().into();
-        Arc::new(Self { function, label, numbers: Mutex::default() })
+        Arc::new(Self { function, label, warm, numbers: Mutex::default() })
     }
 
     pub fn numbers(&self) -> MutexGuard<'_, Numbers> {
@@ -125,7 +127,7 @@ impl Shard {
         let unknown = Function { name: UNKNOWN.to_owned(), namespace: String::new() };
         Self {
             by_segment: Mutex::default(),
-            unknown: Series::new(unknown),
+            unknown: Series::new(unknown, Arc::default()),
             known,
             default_namespace,
         }
@@ -180,7 +182,8 @@ impl Shard {
         let series = match segments.get(label.as_str()) {
             Some(series) => Arc::clone(series),
             None => {
-                let series = Series::new(function);
+                let warm = self.known.warm(&function);
+                let series = Series::new(function, warm);
                 segments.insert(label.into(), Arc::clone(&series));
                 series
             }
@@ -222,6 +225,11 @@ impl Call {
     /// Whether nobody has answered for the function yet.
     pub fn is_stranger(&self) -> bool {
         self.stranger.is_some()
+    }
+
+    /// Whether the function can be called without asking whether it is ready.
+    pub fn is_warm(&self) -> bool {
+        self.series.warm.is_warm()
     }
 
     /// The answer to the caller has `status`.

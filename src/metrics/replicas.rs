@@ -1,13 +1,13 @@
 //! Asks the provider for all its functions, again and again: the replica gauges, the names that exist, and whether
 //! the provider answers at all come from here.
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use tokio_util::sync::CancellationToken;
 
-use crate::alerts::Bounds;
+use crate::autoscale::policy::Policy;
 use crate::error::Error;
 use crate::function::Function;
 use crate::health::{Health, ProviderState};
@@ -20,6 +20,7 @@ const ASK_EVERY: Duration = Duration::from_secs(5);
 const ASK_AGAIN: Duration = Duration::from_secs(1);
 
 /// What the poll needs.
+#[derive(Clone)]
 pub struct Poll {
     pub provider: Provider,
     pub default_namespace: Arc<str>,
@@ -47,10 +48,11 @@ impl Poll {
 
     /// Asks once; returns how long to wait until the next time.
     async fn poll(&self) -> Duration {
+        let asked = Instant::now();
         match self.functions().await {
             Ok(functions) => {
                 self.health.provider_is(ProviderState::Answers);
-                self.report(&functions);
+                self.report(&functions, asked);
                 ASK_EVERY
             }
             Err(error) => {
@@ -61,7 +63,10 @@ impl Poll {
     }
 
     /// The functions of every namespace that the provider lists.
-    async fn functions(&self) -> Result<Vec<FunctionSummary>, Error> {
+    ///
+    /// # Errors
+    /// When the provider does not answer, or not for its only namespace.
+    pub async fn functions(&self) -> Result<Vec<FunctionSummary>, Error> {
         let namespaces = match self.provider.namespaces().await {
             Ok(namespaces) => namespaces,
             // A provider need not have namespaces, but it must be there.
@@ -95,21 +100,22 @@ impl Poll {
         }
     }
 
-    fn report(&self, functions: &[FunctionSummary]) {
-        let now = Instant::now();
+    fn report(&self, functions: &[FunctionSummary], asked: Instant) {
         // A provider that knows no namespaces lists the same functions for each.
         let named: BTreeMap<Function, &FunctionSummary> =
             functions.iter().filter_map(|f| Some((self.name(f)?, f))).collect();
-        let names: HashSet<Function> = named.keys().cloned().collect();
-        self.metrics.known.listed(&names, now);
-        self.metrics.forget_deleted(now);
+        let warm: HashMap<Function, bool> =
+            named.iter().map(|(name, f)| (name.clone(), f.available_replicas > 0)).collect();
+        self.metrics.known.listed(&warm, asked);
+        self.metrics.forget_deleted(Instant::now());
         if self.shows_replicas {
             let replicas = named.iter().map(|(name, f)| replicas(name, f));
             self.metrics.replicas_reported(replicas.collect());
         }
     }
 
-    fn name(&self, status: &FunctionSummary) -> Option<Function> {
+    /// The function that a status is of; `None` if its name is none.
+    pub fn name(&self, status: &FunctionSummary) -> Option<Function> {
         let namespace = match status.namespace.as_deref() {
             None | Some("") => self.default_namespace.to_string(),
             Some(namespace) => namespace.to_owned(),
@@ -123,16 +129,13 @@ impl Poll {
 
 fn replicas(name: &Function, status: &FunctionSummary) -> Replicas {
     let labels = status.labels.clone().unwrap_or_default();
-    let label = |name: &str| labels.get(name).map(String::as_str);
+    let (policy, _) = Policy::from_labels(&labels);
     Replicas {
         label: name.to_string(),
         wanted: status.replicas,
         ready: status.available_replicas,
-        min: Bounds::from_labels(&labels).min,
-        scaling_type: match label("com.openfaas.scale.type") {
-            Some(kind @ ("capacity" | "cpu")) => kind.to_owned(),
-            _ => "rps".to_owned(),
-        },
-        target: label("com.openfaas.scale.target").and_then(|t| t.parse().ok()).unwrap_or(50.0),
+        min: policy.min,
+        scaling_type: policy.kind.word().to_owned(),
+        target: policy.target,
     }
 }

@@ -54,6 +54,7 @@ pub struct FunctionSummary {
     pub annotations: Option<BTreeMap<String, String>>,
     pub replicas: u64,
     pub available_replicas: u64,
+    pub usage: Option<Usage>,
 }
 
 /// A function as it is to be deployed.

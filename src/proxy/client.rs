@@ -169,38 +169,53 @@ impl Client {
         watch: &Arc<Watch>,
     ) -> Result<Response<UpstreamBody>, Error> {
         let (head, body) = request.into_parts();
-        self.carry(origin, Upload::new(&head, body), watch).await
+        self.carry(origin, &mut Upload::new(&head, body), watch).await
     }
 
     /// Carries a request to `origin`; returns as soon as the head of the answer is there. `watch` bounds all of it, the
     /// answer's body included.
     ///
     /// A link that turns out to have been closed while it idled is replaced, if nothing of the request was sent or if
-    /// sending it twice does no harm.
+    /// sending it twice does no harm. After `Error::Connect` all of `upload` is still there.
     pub(super) async fn carry(
         self: &Arc<Self>,
         origin: &Origin,
-        upload: Upload,
+        upload: &mut Upload,
         watch: &Arc<Watch>,
     ) -> Result<Response<UpstreamBody>, Error> {
-        let mut upload = upload;
         let repeatable = upload.is_repeatable();
+        let mut closed = None;
         while let Some(mut link) = self.checkout(&origin.key) {
             match link.exchange(upload, watch).await {
                 Ok(answer) => return Ok(self.answer(origin, link, answer, watch)),
-                Err(Failure::Unsent(unsent)) => upload = unsent,
+                Err(Failure::Unsent(unsent)) => *upload = unsent,
                 Err(Failure::Closed(error)) if repeatable => {
                     tracing::debug!(%error, "An idle connection was closed: trying a new one");
-                    upload = link.into_upload();
+                    (*upload, closed) = (link.into_upload(), Some(error));
                     break;
                 }
                 Err(failure) => return Err(failure.into()),
             }
         }
         // Boxed, lest its size be carried along by every call.
-        let mut link = Box::pin(self.connect(origin, watch)).await?;
-        let answer = link.exchange(upload, watch).await?;
-        Ok(self.answer(origin, link, answer, watch))
+        let opened = Box::pin(self.connect(origin, watch)).await;
+        let error = match opened {
+            Ok(mut link) => match link.exchange(upload, watch).await {
+                Ok(answer) => return Ok(self.answer(origin, link, answer, watch)),
+                // A link that was opened for this request alone.
+                Err(Failure::Unsent(unsent)) => {
+                    *upload = unsent;
+                    Error::Connect(io::ErrorKind::ConnectionReset.into())
+                }
+                Err(failure) => failure.into(),
+            },
+            Err(error) => error,
+        };
+        // Somebody may have seen the request, if not this time.
+        Err(match closed {
+            Some(closed) if error.is_connect() => Error::Closed(closed),
+            _ => error,
+        })
     }
 
     fn answer(
@@ -302,7 +317,6 @@ impl From<Failure> for Error {
     fn from(failure: Failure) -> Self {
         match failure {
             Failure::Expired => Self::Timeout,
-            // A link that was opened for this request alone.
             Failure::Unsent(_) => Self::Connect(io::ErrorKind::ConnectionReset.into()),
             Failure::Closed(error) => Self::Closed(error),
             Failure::Malformed(malformed) => Self::Invalid(malformed),

@@ -9,6 +9,7 @@ use std::pin::Pin;
 use std::task::{Context, Poll, Waker, ready};
 
 use bytes::{Bytes, BytesMut};
+use http::StatusCode;
 use http_body::Frame;
 use tokio_util::io::poll_read_buf;
 
@@ -80,13 +81,13 @@ impl Link {
         }
     }
 
-    /// Sends `upload`, and waits for the head of the answer.
+    /// Takes `upload`, sends it, and waits for the head of the answer.
     pub(super) async fn exchange(
         &mut self,
-        upload: Upload,
+        upload: &mut Upload,
         watch: &Watch,
     ) -> Result<Head, Failure> {
-        self.upload = upload;
+        self.upload = std::mem::take(upload);
         std::future::poll_fn(|cx| {
             if watch.call_expired() {
                 return Poll::Ready(Err(Failure::Expired));
@@ -149,7 +150,7 @@ impl Link {
     fn begin_body(&mut self, head: &Head) {
         self.keep_alive = head.keep_alive;
         self.looked_at = 0;
-        if self.is_sent() {
+        if self.is_sent() && !may_not_have_been_called(head.answer.status()) {
             self.upload = Upload::default();
         }
         // The room of a huge head is not kept for as long as its body takes.
@@ -161,6 +162,18 @@ impl Link {
     /// Whether the upstream has been sent all of the request.
     pub(super) fn is_sent(&self) -> bool {
         !self.deaf && self.upload.is_whole()
+    }
+
+    /// Whether the request that this link has sent can be had back.
+    pub(super) fn can_give_back_request(&self) -> bool {
+        self.upload.can_start_over()
+    }
+
+    /// The request, to be sent once more, after an answer that says that nobody has seen to it.
+    pub(super) fn give_back_request(&mut self) -> Upload {
+        // One that has not gone out whole never will: the link is of no use after this.
+        self.deaf |= !self.upload.is_whole();
+        self.upload.start_over()
     }
 
     /// The request, to be sent over another connection.
@@ -234,6 +247,11 @@ impl Link {
         Poll::Ready(Ok(read))
     }
 
+    /// What has been read ahead.
+    pub(super) fn input(&self) -> &[u8] {
+        &self.input
+    }
+
     /// Whether the link can take another call, now that its answer has ended.
     pub(super) fn is_reusable(&self) -> bool {
         self.keep_alive && self.is_sent() && self.input.is_empty()
@@ -242,6 +260,7 @@ impl Link {
     /// Lets go of what an idle link does not need. Whether it is still open.
     pub(super) fn settle(&mut self) -> bool {
         self.read_size = LEAST_READ;
+        self.upload = Upload::default();
         self.input = BytesMut::with_capacity(1);
         let read = poll_read_buf(
             Pin::new(&mut self.stream),
@@ -257,6 +276,12 @@ impl Link {
     pub(super) fn into_parts(self) -> (UpstreamStream, Bytes) {
         (self.stream, self.input.freeze())
     }
+}
+
+/// Whether an answer with `status` may come from somebody who could not reach the function. Then the request may have to
+/// be sent once more.
+fn may_not_have_been_called(status: StatusCode) -> bool {
+    matches!(status, StatusCode::BAD_GATEWAY | StatusCode::SERVICE_UNAVAILABLE)
 }
 
 /// Whether `input` may hold a whole head, of which `looked_at` bytes did not. Without this, a head that comes byte by

@@ -43,6 +43,10 @@ pub(super) struct Upload {
     unflushed: bool,
     /// Some of the request may have reached the upstream.
     begun: bool,
+    /// All that there has been of the request so far is still in `ready`.
+    kept: bool,
+    /// Up to so many bytes of it stay there while more of the body comes.
+    keeps: usize,
     /// The body broke off. Told as often as it is asked for, lest a part be taken for the whole.
     failed: Option<BodyError>,
     is_head: bool,
@@ -65,6 +69,7 @@ impl Upload {
             ready,
             body: (!bodiless).then_some(body),
             framing,
+            kept: true,
             is_head: head.method == Method::HEAD,
             repeatable: bodiless && head.method.is_idempotent(),
             ..Self::default()
@@ -81,7 +86,34 @@ impl Upload {
         self.repeatable
     }
 
-    /// Takes the request out, to be sent from its beginning. Only for one that is repeatable, or has not begun.
+    /// Keeps the request to be sent once more, for as long as it has no more than `most` bytes. Without this, one that
+    /// is small and comes in one piece is kept all the same, since that costs nothing.
+    pub(super) fn keep(&mut self, most: usize) {
+        self.keeps = most;
+    }
+
+    /// How long what is left of the body is, if that is known.
+    pub(super) fn body_length(&self) -> Option<u64> {
+        self.body.as_ref().map_or(Some(0), |body| body.size_hint().exact())
+    }
+
+    /// Whether the request can be sent from its beginning, should it turn out that nobody has seen to it.
+    pub(super) fn can_start_over(&self) -> bool {
+        (self.repeatable || self.kept) && self.failed.is_none() && !self.ready.is_empty()
+    }
+
+    /// Takes in what comes of the body before it can be sent, as far as it is kept. Ready when there is no more to do.
+    pub(super) fn poll_ahead(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), BodyError>> {
+        while self.keeps > 0 && self.body.is_some() && self.frame.is_empty() {
+            if let Err(error) = ready!(self.poll_body(cx)) {
+                (self.body, self.failed) = (None, Some(error));
+                return Poll::Ready(Err(error));
+            }
+        }
+        Poll::Ready(Ok(()))
+    }
+
+    /// Takes the request out, to be sent from its beginning. Only for one that is kept, or has not begun.
     pub(super) fn start_over(&mut self) -> Self {
         let upload = std::mem::take(self);
         Self { written: 0, begun: false, unflushed: false, ..upload }
@@ -89,7 +121,8 @@ impl Upload {
 
     /// Sends no more of the body.
     pub(super) fn drop_body(&mut self) {
-        self.body = None;
+        // What is kept is not all of it then.
+        self.kept &= self.body.take().is_none();
     }
 
     /// Notes that some of the request may reach the upstream from now on.
@@ -140,7 +173,15 @@ impl Upload {
     }
 
     fn has_room(&self) -> bool {
-        self.ready.len() < ENOUGH
+        // What is kept may have been written.
+        let written = if self.keeps > 0 { self.written } else { 0 };
+        self.ready.len() - written < ENOUGH
+    }
+
+    /// Whether `ready`, now written, stays as it is: it may have to be sent once more.
+    fn stays(&self) -> bool {
+        let most = if self.body.is_some() { self.keeps } else { self.keeps.max(2 * ENOUGH) };
+        self.repeatable || (self.kept && self.ready.len() <= most)
     }
 
     fn has_unwritten(&self) -> bool {
@@ -167,8 +208,8 @@ impl Upload {
         let of_ready = written.min(ready.len());
         self.written += of_ready;
         self.frame.advance(written - of_ready);
-        // What may have to be sent once more is kept.
-        if !self.has_unwritten() && !self.repeatable {
+        if !self.has_unwritten() && !self.stays() {
+            self.kept = false;
             self.ready.clear();
             // The room of a huge head is not kept for as long as its body takes.
             self.ready.shrink_to(2 * ENOUGH);
@@ -201,13 +242,16 @@ impl Upload {
             return Ok(());
         }
         let chunked = self.framing == Framing::Chunked;
+        if self.keeps > 0 && self.ready.len() + data.len() > self.keeps {
+            self.keep_no_more();
+        }
         if chunked {
             write_chunk_size(&mut self.ready, data.len());
         } else if let Framing::Length(left) = &mut self.framing {
             *left = left.checked_sub(data.len() as u64).ok_or(BodyError::Broken)?;
         }
-        if data.len() > ENOUGH {
-            (self.frame, self.in_chunk) = (data, chunked);
+        if data.len() > ENOUGH && self.keeps == 0 {
+            (self.frame, self.in_chunk, self.kept) = (data, chunked, false);
         } else {
             self.ready.extend_from_slice(&data);
             if chunked {
@@ -215,6 +259,12 @@ impl Upload {
             }
         }
         Ok(())
+    }
+
+    /// It has become too long to be kept.
+    fn keep_no_more(&mut self) {
+        self.ready.drain(..self.written);
+        (self.written, self.keeps, self.kept) = (0, 0, false);
     }
 
     fn end(&mut self, trailers: Option<HeaderMap>) -> Result<(), BodyError> {
@@ -321,6 +371,65 @@ mod tests {
         // Nor is it later, when the body says nothing more.
         assert!(poll_fn(|cx| upload.poll(&mut ours, cx)).await.is_err());
         assert!(!upload.is_whole());
+    }
+
+    #[tokio::test]
+    async fn what_is_kept_can_be_sent_twice_and_what_is_too_long_cannot() {
+        let limit = 4 * ENOUGH;
+        for (length, again) in [(1, true), (ENOUGH + 1, true), (3 * ENOUGH, true), (limit, false)] {
+            for ahead in [false, true] {
+                let (mut sender, body) = channel();
+                let data = "z".repeat(length);
+                sender.send_data(Bytes::from(data.clone())).await.unwrap();
+                drop(sender);
+                let mut upload = Upload::new(&post(), body);
+                upload.keep(limit);
+                if ahead {
+                    let _ = poll_fn(|cx| Poll::Ready(upload.poll_ahead(cx))).await;
+                }
+                for time in 0..if again { 2 } else { 1 } {
+                    let (mut ours, theirs) = duplex(1 << 20);
+                    poll_fn(|cx| upload.poll(&mut ours, cx)).await.unwrap();
+                    drop(ours);
+                    let expect = format!("{length:x}\r\n{data}\r\n0\r\n\r\n");
+                    assert!(written(theirs).await == expect, "{length}, {ahead}, {time}");
+                    assert_eq!(upload.can_start_over(), again, "{length}, {ahead}");
+                    upload = upload.start_over();
+                }
+            }
+        }
+    }
+
+    #[tokio::test]
+    async fn half_a_request_is_sent_from_its_beginning_when_it_is_kept() {
+        let (mut sender, body) = channel();
+        let mut upload = Upload::new(&post(), body);
+        upload.keep(1 << 10);
+        sender.send_data(Bytes::from_static(b"first")).await.unwrap();
+        let (mut ours, theirs) = duplex(1 << 20);
+        poll_fn(|cx| Poll::Ready(upload.poll(&mut ours, cx).is_pending())).await;
+        drop(ours);
+        assert_eq!(written(theirs).await, "5\r\nfirst\r\n");
+        let mut upload = upload.start_over();
+        sender.send_data(Bytes::from_static(b"second")).await.unwrap();
+        drop(sender);
+        let (mut ours, theirs) = duplex(1 << 20);
+        poll_fn(|cx| upload.poll(&mut ours, cx)).await.unwrap();
+        drop(ours);
+        assert_eq!(written(theirs).await, "5\r\nfirst\r\n6\r\nsecond\r\n0\r\n\r\n");
+    }
+
+    #[tokio::test]
+    async fn a_small_request_is_kept_unasked() {
+        let body = RequestBody::Full(Some(Bytes::from_static(b"small")));
+        let mut upload = Upload::new(&post(), body);
+        let (mut ours, _theirs) = duplex(1 << 20);
+        poll_fn(|cx| upload.poll(&mut ours, cx)).await.unwrap();
+        assert!(upload.can_start_over() && !Upload::default().can_start_over());
+        let body = RequestBody::Full(Some(Bytes::from("x".repeat(3 * ENOUGH))));
+        let mut upload = Upload::new(&post(), body);
+        poll_fn(|cx| upload.poll(&mut ours, cx)).await.unwrap();
+        assert!(!upload.can_start_over());
     }
 
     #[tokio::test]

@@ -10,6 +10,7 @@ use http_body::{Body, Frame, SizeHint};
 
 use crate::proxy::client::Client;
 use crate::proxy::link::{Broken, Link};
+use crate::proxy::upload::Upload;
 use crate::proxy::wire::decoder::Decoder;
 use crate::watch::Watch;
 
@@ -114,9 +115,30 @@ impl UpstreamBody {
         }
     }
 
+    /// The beginning of the content, as far as it came along with the head.
+    pub(super) fn beginning(&self) -> &[u8] {
+        match &self.link {
+            Hold::Own(Some(link)) => self.decoder.beginning(link.input()),
+            Hold::Own(None) | Hold::Shared(_) => &[],
+        }
+    }
+
     /// Whether the upstream has been sent all of the request.
     pub(super) fn is_request_sent(&self) -> bool {
         matches!(&self.link, Hold::Own(Some(link)) if link.is_sent())
+    }
+
+    /// Whether the request that this answers can be had back, to be sent once more.
+    pub(super) fn can_give_back_request(&self) -> bool {
+        matches!(&self.link, Hold::Own(Some(link)) if link.can_give_back_request())
+    }
+
+    /// The request that this answers.
+    pub(super) fn give_back_request(&mut self) -> Option<Upload> {
+        match &mut self.link {
+            Hold::Own(Some(link)) => Some(link.give_back_request()),
+            Hold::Own(None) | Hold::Shared(_) => None,
+        }
     }
 
     /// Takes the link out of an answer that changed protocols.

@@ -13,7 +13,7 @@ pub(super) use self::waiting::Lease;
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::Duration;
 
@@ -27,7 +27,7 @@ use crate::queue::embedded::store::{Change, Shelf, Store, View};
 use crate::queue::embedded::waiting::Waiting;
 use crate::queue::embedded::writer::{Incoming, Op, Reply};
 use crate::queue::status::{Answer, Settlement, State, Status};
-use crate::queue::{Changed, Counts, Delivery, Error, Filter, Handle, Published, now};
+use crate::queue::{Changed, Counts, Delivery, Error, Filter, Handle, Published, Room, now};
 
 /// Changes that wait for the one thread that makes them.
 const WAITING_CHANGES: usize = 4096;
@@ -64,6 +64,8 @@ struct Shared {
     path: PathBuf,
     /// `None` while the file cannot be opened again after a failure.
     store: RwLock<Option<Store>>,
+    /// Whether the last change was made, and in time.
+    usable: AtomicBool,
     waiting: Mutex<Waiting>,
     /// Somebody may find a call now.
     ready: Notify,
@@ -97,6 +99,7 @@ impl Embedded {
         let shared = Arc::new(Shared {
             path,
             store: RwLock::new(Some(store)),
+            usable: AtomicBool::new(true),
             waiting: Mutex::new(waiting),
             ready: Notify::new(),
             next: AtomicU64::new(next),
@@ -114,13 +117,13 @@ impl Embedded {
 
     /// Whether the file could be used when it was used last.
     pub(super) fn is_usable(&self) -> bool {
-        self.shared.store.try_read().is_ok_and(|store| store.is_some())
+        self.shared.usable.load(Relaxed)
     }
 
     /// Closes the file once all that was asked for is done: it need not be repaired when it is opened again.
     pub async fn close(&self) {
         let closed = tokio::time::timeout(CLOSE, self.ask(Op::Close)).await;
-        if closed.is_err() {
+        if !matches!(closed, Ok(Ok(()))) {
             tracing::warn!("The queue's file could not be closed in time");
         }
     }
@@ -130,8 +133,18 @@ impl Embedded {
         self.shared.ids.make(self.shared.next_number())
     }
 
-    pub(super) async fn publish(&self, call: Call) -> Result<Published, Error> {
-        let incoming = Incoming {
+    pub(super) async fn publish(&self, call: Call, room: Room) -> Result<Published, Error> {
+        let incoming = self.incoming(call, room);
+        let published = self.ask(|reply| Op::Publish(incoming, reply));
+        tokio::time::timeout(PUBLISH, published).await.unwrap_or_else(|_| {
+            self.shared.usable.store(false, Relaxed);
+            Err(Error::Away)
+        })
+    }
+
+    /// `call` as it is written, and nothing else of it.
+    fn incoming(&self, call: Call, room: Room) -> Incoming {
+        Incoming {
             label: call.function.to_string(),
             due: call.options.not_before.unwrap_or(0),
             encoded: call.encode(),
@@ -140,9 +153,8 @@ impl Embedded {
                 .flatten(),
             key: call.options.idempotency_key,
             id: call.id,
-        };
-        let published = self.ask(|reply| Op::Publish(incoming, reply));
-        tokio::time::timeout(PUBLISH, published).await.unwrap_or(Err(Error::Away))
+            _room: room,
+        }
     }
 
     pub(super) async fn take(&self, places: usize) -> Result<Delivery, Error> {
@@ -308,6 +320,7 @@ impl Shared {
             let store = self.store.read().unwrap_or_else(PoisonError::into_inner);
             store.as_ref().ok_or(Error::Failed)?.change(change)
         };
+        self.usable.store(changed.is_ok(), Relaxed);
         changed.map_err(|error| {
             // After a failure redb refuses everything until the file is opened anew.
             self.close();
@@ -321,6 +334,10 @@ impl Shared {
     }
 
     fn reopen(&self) -> Result<(), Error> {
+        // Who reads for long must not hold up every change.
+        if self.store.read().unwrap_or_else(PoisonError::into_inner).is_some() {
+            return Ok(());
+        }
         let mut store = self.store.write().unwrap_or_else(PoisonError::into_inner);
         if store.is_none() {
             *store = Some(Store::open(&self.path).map_err(|error| failed(&error))?);

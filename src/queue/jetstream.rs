@@ -30,6 +30,7 @@ use tokio_util::task::TaskTracker;
 
 pub(super) use self::lease::Lease;
 pub use self::options::{Auth, Options};
+pub use self::subject::token;
 
 use crate::function::Function;
 use crate::queue::call::Call;

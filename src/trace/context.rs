@@ -6,7 +6,7 @@ use http::{HeaderMap, HeaderName, HeaderValue};
 use uuid::Uuid;
 
 pub const TRACEPARENT: HeaderName = HeaderName::from_static("traceparent");
-const TRACESTATE: HeaderName = HeaderName::from_static("tracestate");
+pub const TRACESTATE: HeaderName = HeaderName::from_static("tracestate");
 
 /// Where a span belongs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -45,9 +45,14 @@ impl Context {
 
     /// A trace that begins here; of all such traces the part `sampling`, from 0 to 1, is to be told.
     pub fn fresh(sampling: f64) -> Self {
+        Self::of_id(Uuid::new_v4(), sampling)
+    }
+
+    /// The trace that is called `id`.
+    pub fn of_id(id: Uuid, sampling: f64) -> Self {
         /// So many of an id's last bits are drawn.
         const DRAWN: u32 = 56;
-        let trace = Uuid::new_v4().as_u128();
+        let trace = id.as_u128().max(1);
         let drawn = trace & ((1 << DRAWN) - 1);
         Self { trace, span: 0, sampled: (drawn as f64) < sampling * (1_u64 << DRAWN) as f64 }
     }
@@ -77,7 +82,7 @@ impl Context {
 pub fn span_id() -> u64 {
     let (high, low) = Uuid::new_v4().as_u64_pair();
     // The fixed bits of either half meet drawn ones of the other.
-    (high ^ low.rotate_left(16)).max(1)
+    (high ^ low.rotate_left(32)).max(1)
 }
 
 /// `text` as a number, if it has just `digits` digits, all of them small.

@@ -1,5 +1,5 @@
-//! Sends spans to a collector, by OTLP over HTTP with JSON. What the collector does not take is dropped and counted:
-//! no call waits for it, and no memory grows.
+//! Sends spans to a collector, by OTLP over HTTP with JSON. What the collector does not take is dropped: no
+//! call waits for it, and no memory grows.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -7,7 +7,8 @@ use std::time::Duration;
 use anyhow::bail;
 use bytes::Bytes;
 use http::header::{CONTENT_TYPE, HOST, USER_AGENT};
-use http::{HeaderValue, Method, Request};
+use http::{HeaderMap, HeaderValue, Method, Request};
+use http_body_util::{BodyExt, Limited};
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
@@ -26,6 +27,8 @@ const TOGETHER: usize = 512;
 const GATHER: Duration = Duration::from_secs(1);
 /// A collector that takes longer is away.
 const ANSWER: Duration = Duration::from_secs(5);
+/// So much of an answer is read.
+const LONGEST_ANSWER: usize = 64 << 10;
 /// What is left at the end is sent within this time, or not at all.
 const LAST: Duration = Duration::from_secs(1);
 
@@ -34,6 +37,8 @@ pub struct Exporter {
     pub client: Arc<Client>,
     /// `otlp_endpoint`
     pub endpoint: BaseUrl,
+    /// `otlp_headers`
+    pub headers: HeaderMap,
     pub service: &'static str,
     pub(super) spans: mpsc::Receiver<Span>,
 }
@@ -52,7 +57,13 @@ impl Exporter {
             if over {
                 return self.finish(batch).await;
             }
-            away = self.note(self.send(&batch).await, batch.len(), away);
+            let count = batch.len();
+            // What was being sent at the stop may have arrived: it is not sent twice.
+            let sent = tokio::select! {
+                () = stopping.cancelled() => return self.finish(Vec::new()).await,
+                sent = self.send(&batch) => sent,
+            };
+            away = self.note(sent, count, away);
         }
     }
 
@@ -115,17 +126,21 @@ impl Exporter {
         headers.insert(HOST, origin.host.clone());
         headers.insert(USER_AGENT, PRODUCT);
         headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
+        headers.extend(self.headers.clone());
         let watch = Arc::new(Watch::new());
-        let answered = tokio::time::timeout(ANSWER, self.client.send(&origin, request, &watch));
-        match answered.await {
+        let answered = async {
+            let answer = self.client.send(&origin, request, &watch).await?;
+            let status = answer.status();
+            // Read to its end, so that the connection can be used again.
+            let _ = Limited::new(answer.into_body(), LONGEST_ANSWER).collect().await;
+            anyhow::Ok(status)
+        };
+        match tokio::time::timeout(ANSWER, answered).await {
             Err(_) => bail!("it did not answer in time"),
-            Ok(answer) => {
-                let status = answer?.status();
-                if !status.is_success() {
-                    bail!("it answered {status}");
-                }
-                Ok(())
-            }
+            Ok(status) => match status? {
+                status if status.is_success() => Ok(()),
+                status => bail!("it answered {status}"),
+            },
         }
     }
 }

@@ -1,5 +1,6 @@
 //! What is told of a piece of work, and how OTLP writes it as JSON. No I/O.
 
+use std::borrow::Cow;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use serde_json::{Value, json};
@@ -21,7 +22,8 @@ pub struct Span {
     /// 0: none.
     pub parent: u64,
     pub kind: Kind,
-    pub name: String,
+    /// One of few: what differs from one to the next is told by attributes.
+    pub name: Cow<'static, str>,
     pub began: SystemTime,
     pub took: Duration,
     pub attributes: Vec<(&'static str, Attribute)>,
@@ -36,10 +38,18 @@ pub enum Attribute {
     Number(i64),
 }
 
+/// The longest text that is told: callers choose much of it.
+const LONGEST: usize = 256;
+
 impl From<&str> for Attribute {
     fn from(text: &str) -> Self {
-        Self::Text(text.to_owned())
+        Self::Text(cut(text, LONGEST).to_owned())
     }
+}
+
+/// The start of `text`, at most `most` bytes.
+pub fn cut(text: &str, most: usize) -> &str {
+    &text[..text.floor_char_boundary(most)]
 }
 
 impl From<i64> for Attribute {
@@ -112,13 +122,20 @@ mod tests {
     use super::*;
 
     #[test]
+    fn what_callers_choose_is_cut() {
+        let Attribute::Text(text) = "ä".repeat(1000).as_str().into() else { panic!("no text") };
+        assert_eq!(text, "ä".repeat(128));
+        assert_eq!(cut("short", 256), "short");
+    }
+
+    #[test]
     fn a_span_is_written_as_otlp_wants_it() {
         let span = Span {
             trace: 0xab,
             id: 0xc,
             parent: 0,
             kind: Kind::Server,
-            name: "GET /function/{name}".to_owned(),
+            name: "GET /function/{name}".into(),
             began: UNIX_EPOCH + Duration::from_nanos(1_000_000_000_000_000_001),
             took: Duration::from_nanos(2),
             attributes: vec![("http.response.status_code", 502_u16.into()), ("a", "b".into())],

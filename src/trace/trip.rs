@@ -2,18 +2,22 @@
 
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::time::{Instant, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use http::header::USER_AGENT;
-use http::{HeaderMap, HeaderValue, Method, Request, StatusCode};
+use http::{HeaderValue, Method, Request, Response, StatusCode};
 
 use crate::call_id::X_CALL_ID;
 use crate::config::Access;
 use crate::error::client_left;
 use crate::metrics::calls::End;
 use crate::trace::context::{Context, span_id};
-use crate::trace::span::{Kind, Span};
+use crate::trace::span::{Kind, Span, cut};
 use crate::trace::{Observer, Tracer};
+
+/// So much is told of what a caller may make as long as it likes.
+const LONGEST_PATH: usize = 2048;
+const LONGEST_ID: usize = 256;
 
 /// A request that is watched. It is told of when this is dropped.
 #[derive(Debug)]
@@ -26,6 +30,7 @@ pub struct Trip {
     began: Instant,
     at: SystemTime,
     spans: Option<Spans>,
+    inner: Option<Inner>,
     /// `None`: the caller left before there was an answer.
     status: Option<StatusCode>,
     call_id: Option<HeaderValue>,
@@ -43,6 +48,18 @@ struct Spans {
     /// What the gateway does for it: a call, or a call put into the queue.
     inner: u64,
 }
+
+/// What the gateway does for it: when that began, and how long it took once it has ended.
+#[derive(Debug)]
+struct Inner {
+    at: SystemTime,
+    began: Instant,
+    took: Option<Duration>,
+}
+
+/// In an answer: a call was put into the queue, which took so long.
+#[derive(Clone, Copy, Debug)]
+pub struct Stored(pub Duration);
 
 /// What a path leads to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -68,12 +85,13 @@ impl Observer {
         Some(Box::new(Trip {
             observer: Arc::clone(self),
             method: request.method().clone(),
-            path: request.uri().path().to_owned(),
+            path: cut(request.uri().path(), LONGEST_PATH).to_owned(),
             peer,
             user_agent: request.headers().get(USER_AGENT).cloned(),
             began,
             at: SystemTime::now(),
             spans,
+            inner: None,
             status: None,
             call_id: None,
             bytes: 0,
@@ -99,10 +117,26 @@ impl Spans {
 }
 
 impl Trip {
+    /// It is a call to a function, which begins now.
+    pub fn calls(&mut self, id: &HeaderValue) {
+        self.call_id = Some(id.clone());
+        self.inner = Some(Inner { at: SystemTime::now(), began: Instant::now(), took: None });
+    }
+
     /// The head of the answer is there.
-    pub fn answered(&mut self, status: StatusCode, headers: &HeaderMap) {
-        self.status = Some(status);
-        self.call_id = headers.get(X_CALL_ID).cloned();
+    pub fn answered<B>(&mut self, answer: &Response<B>) {
+        self.status = Some(answer.status());
+        if let Some(id) = answer.headers().get(X_CALL_ID) {
+            self.call_id = Some(id.clone());
+        }
+        if let Some(Inner { began, took, .. }) = &mut self.inner {
+            *took = Some(began.elapsed());
+        }
+        if let Some(Stored(took)) = answer.extensions().get() {
+            let now = SystemTime::now();
+            let at = now.checked_sub(*took).unwrap_or(now);
+            self.inner = Some(Inner { at, began: Instant::now(), took: Some(*took) });
+        }
     }
 
     /// So much more of its body is.
@@ -120,7 +154,8 @@ impl Trip {
     }
 
     fn call_id(&self) -> &str {
-        self.call_id.as_ref().and_then(|id| id.to_str().ok()).unwrap_or_default()
+        let id = self.call_id.as_ref().and_then(|id| id.to_str().ok());
+        cut(id.unwrap_or_default(), LONGEST_ID)
     }
 
     /// Why this went wrong, if it did. A caller who leaves may do so.
@@ -139,15 +174,21 @@ impl Trip {
             (Access::On, _) | (Access::Errors, Some(_)) => {}
         }
         let text = |value: &Option<HeaderValue>| {
-            value.as_ref().and_then(|v| v.to_str().ok()).map(str::to_owned)
+            value.as_ref().and_then(|v| v.to_str().ok()).map(|v| cut(v, LONGEST_ID).to_owned())
         };
         tracing::info!(
             target: "access",
-            method = self.method.as_str(),
+            method = cut(self.method.as_str(), LONGEST_ID),
             path = self.path,
             status = self.status(),
             seconds = self.began.elapsed().as_secs_f64(),
             bytes = self.bytes,
+            end = match self.end {
+                End::Whole => "whole",
+                End::Broken => "broken",
+                End::TimedOut => "timeout",
+                End::Left => "left",
+            },
             call_id = self.call_id(),
             peer = %self.peer,
             user_agent = text(&self.user_agent),
@@ -158,40 +199,38 @@ impl Trip {
 
     fn tell(&self, spans: &Spans, failure: Option<&str>) {
         let place = Place::of(&self.path);
-        let took = self.began.elapsed();
         let mut attributes = vec![
-            ("http.request.method", self.method.as_str().into()),
+            ("http.request.method", method(&self.method).into()),
             ("url.path", self.path.as_str().into()),
             ("http.response.status_code", self.status().into()),
         ];
         if !self.call_id().is_empty() {
             attributes.push(("gateway.call_id", self.call_id().into()));
         }
-        let whole = Span {
+        let mut whole = Span {
             trace: spans.context.trace,
             id: spans.server,
             parent: spans.context.span,
             kind: Kind::Server,
-            name: format!("{} {}", self.method, place.route()),
+            name: format!("{} {}", method(&self.method), place.route()).into(),
             began: self.at,
-            took,
+            took: self.began.elapsed(),
             failure: failure.map(str::to_owned),
             attributes,
         };
-        let inner = match place {
-            Place::Function(name) => Some((Kind::Client, format!("call {name}"), name)),
-            Place::Queue(name) if self.status() == 202 => {
-                Some((Kind::Producer, format!("publish {name}"), name))
-            }
-            _ => None,
-        };
-        if let Some((kind, name, function)) = inner {
-            let (id, parent) = (spans.inner, spans.server);
-            let mut span = Span { id, parent, kind, name, ..whole.clone() };
-            span.attributes.push(("faas.invoked_name", function.into()));
-            spans.tracer.tell(span);
+        if let (Some(inner), Some((kind, name, function))) = (&self.inner, place.inner()) {
+            let mut part = Span {
+                id: spans.inner,
+                parent: spans.server,
+                kind,
+                name: name.into(),
+                began: inner.at,
+                took: inner.took.unwrap_or_else(|| inner.began.elapsed()),
+                ..whole.clone()
+            };
+            part.attributes.push(("faas.invoked_name", function.into()));
+            spans.tracer.tell(part);
         }
-        let mut whole = whole;
         whole.attributes.push(("http.route", place.route().into()));
         whole.attributes.push(("client.address", self.peer.ip().to_string().as_str().into()));
         spans.tracer.tell(whole);
@@ -222,6 +261,15 @@ impl<'a> Place<'a> {
         Self::Other(other.unwrap_or("/"))
     }
 
+    /// What the gateway does for a request there, and with which function.
+    fn inner(self) -> Option<(Kind, &'static str, &'a str)> {
+        match self {
+            Self::Function(name) => Some((Kind::Client, "call", name)),
+            Self::Queue(name) => Some((Kind::Producer, "publish", name)),
+            Self::Other(_) => None,
+        }
+    }
+
     /// What is the same for all paths that lead there.
     fn route(self) -> &'static str {
         match self {
@@ -230,6 +278,20 @@ impl<'a> Place<'a> {
             Self::Other(route) => route,
         }
     }
+}
+
+/// A method that is known; callers may choose any word.
+fn method(method: &Method) -> &str {
+    const KNOWN: [Method; 7] = [
+        Method::GET,
+        Method::HEAD,
+        Method::POST,
+        Method::PUT,
+        Method::DELETE,
+        Method::OPTIONS,
+        Method::PATCH,
+    ];
+    if KNOWN.contains(method) { method.as_str() } else { "_OTHER" }
 }
 
 #[cfg(test)]

@@ -7,10 +7,11 @@ use bytes::{Bytes, BytesMut};
 use http::header::{HOST, RETRY_AFTER, USER_AGENT};
 use http::{HeaderMap, HeaderValue, Method, Request, Response};
 use http_body_util::BodyExt;
+use tokio::time::timeout as in_time;
 
 use crate::error::Error;
 use crate::invoke::vouches;
-use crate::metrics::calls::{End, Shard};
+use crate::metrics::calls::{self, End, Shard};
 use crate::proxy::body::RequestBody;
 use crate::proxy::client;
 use crate::proxy::client::{Client, Origin};
@@ -18,6 +19,8 @@ use crate::proxy::headers::to_caller;
 use crate::proxy::upstream_body::{BodyFailure, UpstreamBody};
 use crate::queue::call::Call;
 use crate::queue::status::Answer;
+use crate::scaling::Scaling;
+use crate::scaling::fault::{Fault, Way};
 use crate::trace::context::Context;
 use crate::watch::Watch;
 use crate::worker::retry::parse_retry_after;
@@ -35,6 +38,8 @@ pub struct Caller {
     pub calls: Arc<Shard>,
     /// From the first byte sent to the last byte back.
     pub timeout: Duration,
+    /// Wakes functions, if that is to be done.
+    pub scaling: Option<Arc<Scaling>>,
 }
 
 /// How an attempt ended.
@@ -61,30 +66,58 @@ impl Caller {
         let Some(mut counted) = self.calls.begin(&label, began) else {
             return Attempt::failed("the function's name is not valid".to_owned(), began);
         };
-        let watch = Arc::new(Watch::new());
-        watch.call_until(began + self.timeout);
-        let exchange = async {
-            let request = self.request(call, &label, context)?;
-            let answer = self.client.send(&self.origin, request, &watch).await?;
+        let attempt = match self.exchange(call, &label, &mut counted, keeps, context).await {
+            Ok(attempt) => attempt,
+            Err(error) => {
+                counted.answered(error.status());
+                // There is nobody to be out of reach.
+                let missing = matches!(error, Error::NoSuchFunction(_));
+                let status = missing.then(|| error.status().as_u16());
+                Attempt { status, ..Attempt::failed(error.to_string(), began) }
+            }
+        };
+        counted.ended(End::Whole, Instant::now());
+        attempt
+    }
+
+    /// Waits for the function where that is to be done, sends the call, and sends it again if it met nobody.
+    async fn exchange(
+        &self,
+        call: &Call,
+        label: &str,
+        counted: &mut calls::Call,
+        keeps: usize,
+        context: Option<Context>,
+    ) -> Result<Attempt, Error> {
+        let began = counted.began;
+        let mut passage = self.scaling.as_ref().map(|scaling| scaling.passage(&call.function));
+        if let Some(passage) = &mut passage
+            && !counted.is_warm()
+        {
+            passage.ready().await?;
+        }
+        loop {
+            let request = self.request(call, label, context)?;
+            let watch = Arc::new(Watch::new());
+            watch.call_until(Instant::now() + self.timeout);
+            let sent = in_time(self.timeout, self.client.send(&self.origin, request, &watch));
+            let sent = sent.await.unwrap_or(Err(client::Error::Timeout));
+            let fault = match &sent {
+                Ok(answer) => Fault::of_answer(answer),
+                Err(error) => Fault::of_error(error, Way::Through),
+            };
+            if let (Some(passage), Some(fault)) = (&mut passage, fault)
+                && passage.again(fault, true).await?
+            {
+                continue;
+            }
+            let answer = sent?;
             if counted.is_stranger() && vouches(&answer) {
                 counted.vouched_for(&self.calls);
             }
             counted.answered(answer.status());
-            read(answer, keeps, began).await
-        };
-        let exchanged = tokio::time::timeout(self.timeout, exchange).await;
-        let exchanged = exchanged.unwrap_or(Err(Error::Upstream(client::Error::Timeout)));
-        let now = Instant::now();
-        match exchanged {
-            Ok(attempt) => {
-                counted.ended(End::Whole, now);
-                attempt
-            }
-            Err(error) => {
-                counted.answered(error.status());
-                counted.ended(End::Whole, now);
-                Attempt::failed(error.to_string(), began)
-            }
+            let read = in_time(self.timeout, read(answer, keeps, began)).await;
+            return read.unwrap_or(Err(Error::Upstream(client::Error::Timeout)));
         }
     }
 
@@ -104,7 +137,7 @@ impl Caller {
         headers.insert(HOST, self.origin.host.clone());
         headers.insert(USER_AGENT, PRODUCT);
         if let Some(context) = context {
-            context.put_on(&mut headers, true);
+            context.put_on(&mut headers, Context::of(&call.headers).is_some());
         }
         *request.headers_mut() = headers;
         Ok(request)

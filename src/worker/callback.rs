@@ -21,7 +21,7 @@ use crate::proxy::body::RequestBody;
 use crate::proxy::client::{self, Client, Tls};
 use crate::proxy::headers;
 use crate::proxy::upstream_body::UpstreamBody;
-use crate::trace::context::Context;
+use crate::trace::context::{TRACEPARENT, TRACESTATE};
 use crate::watch::Watch;
 use crate::worker::callback::signature::Secret;
 use crate::worker::callback::target::{Invalid, Target};
@@ -53,8 +53,8 @@ pub struct Report {
     /// How often the function was called, and how often it would have been at most.
     pub attempts: u32,
     pub max_attempts: u32,
-    /// The span that the callback is, if it is to be told.
-    pub context: Option<Context>,
+    /// The trace that the call belongs to, in headers.
+    pub trace: HeaderMap,
 }
 
 /// How patiently a callback is sent.
@@ -166,7 +166,8 @@ impl Callbacks {
         let mut headers = report.headers.clone();
         headers::to_caller(&mut headers, false);
         // What frames the body or steers a request is not the function's to say; nor is that a signature is ours.
-        for name in [CONTENT_LENGTH, TRAILER, EXPECT, X_CALLBACK_SIGNATURE] {
+        for name in [CONTENT_LENGTH, TRAILER, EXPECT, X_CALLBACK_SIGNATURE, TRACEPARENT, TRACESTATE]
+        {
             headers.remove(name);
         }
         headers.insert(HOST, target.origin.host.clone());
@@ -177,9 +178,7 @@ impl Callbacks {
         if let Some(secret) = &self.secret {
             headers.insert(X_CALLBACK_SIGNATURE, secret.sign(&report.body));
         }
-        if let Some(context) = report.context {
-            context.put_on(&mut headers, false);
-        }
+        headers.extend(report.trace.clone());
         headers.insert(X_CALL_ID, text(&report.call_id));
         headers.insert(X_FUNCTION_NAME, text(&report.function));
         headers.insert(X_FUNCTION_STATUS, report.status.into());

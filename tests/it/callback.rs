@@ -65,7 +65,7 @@ fn report(headers: &[(&'static str, &'static str)], body: &'static str) -> Repor
         took: Duration::from_micros(1_123_456),
         attempts: 2,
         max_attempts: 5,
-        context: None,
+        trace: HeaderMap::new(),
     }
 }
 

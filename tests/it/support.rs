@@ -6,6 +6,8 @@ pub(crate) mod metrics;
 pub(crate) mod nats;
 pub(crate) mod provider;
 pub(crate) mod queue;
+pub(crate) mod replicas;
+pub(crate) mod stan;
 pub(crate) mod wire;
 
 use std::time::{Duration, Instant};

@@ -71,7 +71,7 @@ async fn a_call_belongs_to_its_callers_trace() {
     let answer = gateway.ask("GET", "/function/echo/a?secret=1", &[&parent]).await;
     let spans = spans_of_trace(&collector, 2).await;
     let server = one_with(&spans, 2, "GET /function/{name}");
-    let client = one_with(&spans, 3, "call echo");
+    let client = one_with(&spans, 3, "call");
     assert_eq!(server["parentSpanId"], PARENT);
     assert_eq!(client["parentSpanId"], server["spanId"]);
     let inner = client["spanId"].as_str().unwrap();
@@ -79,6 +79,10 @@ async fn a_call_belongs_to_its_callers_trace() {
     assert!(server["attributes"].to_string().contains(answer.header("x-call-id").unwrap()));
     // What stands in a query may be a secret.
     assert!(!server.to_string().contains("secret"), "{server}");
+    assert!(client["attributes"].to_string().contains("echo"), "{client}");
+    // What is refused is not called.
+    let refused = format!("traceparent: 00-{TRACE}-{PARENT}-01");
+    assert_eq!(gateway.ask("GET", "/function/a%2f..%2fb", &[&refused]).await.status(), 400);
     // No trace that begins here is told, and each is told so.
     let answer = gateway.get("/function/echo").await;
     assert!(answer.text().ends_with("-00"), "{answer}");
@@ -87,7 +91,7 @@ async fn a_call_belongs_to_its_callers_trace() {
     let answer = gateway.ask("GET", "/function/echo", &[&format!("traceparent: {silent}")]).await;
     assert_eq!(answer.text(), silent);
     assert!(gateway.terminate().await.success());
-    assert_eq!(self::spans(&collector).len(), 2);
+    assert_eq!(self::spans(&collector).len(), 3);
 }
 
 #[tokio::test]
@@ -103,8 +107,8 @@ async fn a_queued_call_and_its_callback_belong_to_one_trace() {
     let seen = gateway.result(&id).await;
     assert!(gateway.terminate().await.success());
     let spans = spans_of_trace(&collector, 4).await;
-    let producer = one_with(&spans, 4, "publish echo");
-    let consumer = one_with(&spans, 5, "process echo.fn");
+    let producer = one_with(&spans, 4, "publish");
+    let consumer = one_with(&spans, 5, "process");
     let client = one_with(&spans, 3, "callback");
     assert_eq!(consumer["parentSpanId"], producer["spanId"]);
     assert_eq!(client["parentSpanId"], consumer["spanId"]);
@@ -145,7 +149,7 @@ async fn the_access_log_has_a_line_for_each_request() {
     assert_eq!(line["target"], "access");
     assert_eq!((&fields["method"], &fields["status"]), (&"POST".into(), &200.into()));
     assert_eq!((&fields["call_id"], &fields["bytes"]), (&"mine".into(), &5.into()));
-    assert_eq!(fields["user_agent"], "probe");
+    assert_eq!((&fields["user_agent"], &fields["end"]), (&"probe".into(), &"whole".into()));
     assert!(fields["seconds"].as_f64().unwrap() > 0.0);
     assert!(!log.iter().any(|line| line.contains("secret")), "{log:#?}");
 

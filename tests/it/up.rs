@@ -85,12 +85,9 @@ async fn the_example_stack_can_be_called_at_once() {
     assert!(caller.ask(get("/function/env")).await.text().contains("Http_Method=GET\n"));
     let sum = caller.ask(post("/function/sha512", "hello")).await;
     assert!(sum.text().starts_with("9b71d224bd62f378"), "{sum}");
-    // A server needs a moment to listen.
-    crate::support::eventually("hello answers", async || {
-        let answer = Wire::connect(up.gateway).await.ask(post("/function/hello/x", "me")).await;
-        answer.text().contains("POST /x, you said: me")
-    })
-    .await;
+    // A server needs a moment to listen, which its callers do not notice.
+    let greeted = caller.ask(post("/function/hello/x", "me")).await;
+    assert!(greeted.text().contains("POST /x, you said: me"), "{greeted}");
     let listed = caller.ask(get("/system/functions")).await.json();
     assert_eq!(listed.as_array().unwrap().len(), 4);
     let echo = listed.as_array().unwrap().iter().find(|f| f["name"] == "echo").unwrap();
@@ -98,6 +95,31 @@ async fn the_example_stack_can_be_called_at_once() {
     let logs = caller.ask(get("/system/logs?name=echo&tail=10")).await;
     assert!(logs.text().contains("Forking fprocess."), "{logs}");
     assert!(up.terminated().await.success());
+}
+
+#[tokio::test]
+async fn functions_scaled_to_zero_are_woken_by_their_callers() {
+    let server = "{fprocess: perl examples/hello.pl, environment: {mode: http}}";
+    let up = Up::start(&format!("functions: {{hello: {server}, echo: {{fprocess: cat}}}}")).await;
+    let mut operator = Wire::connect(up.gateway).await;
+    for function in ["hello", "echo", "hello"] {
+        let scale = format!(r#"{{"serviceName":"{function}","replicas":0}}"#);
+        let length = scale.len();
+        let head = format!("POST /system/scale-function/{function} HTTP/1.1\r\nHost: localhost");
+        let request = format!("{head}\r\nContent-Length: {length}\r\n\r\n{scale}");
+        assert_eq!(operator.ask(request).await.status(), 202);
+        let mut callers = tokio::task::JoinSet::new();
+        for _ in 0..30 {
+            let mut caller = Wire::connect(up.gateway).await;
+            let request = post(&format!("/function/{function}"), "me");
+            callers.spawn(async move { caller.ask(request).await });
+        }
+        for answer in callers.join_all().await {
+            assert!(answer.status() == 200 && answer.text().contains("me"), "{answer}");
+        }
+        let status = operator.ask(get(&format!("/system/function/{function}"))).await.json();
+        assert_eq!((&status["replicas"], &status["availableReplicas"]), (&1.into(), &1.into()));
+    }
 }
 
 #[tokio::test]

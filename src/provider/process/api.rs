@@ -1,11 +1,11 @@
 //! The provider's REST API.
 
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use axum::body::Body;
 use axum::extract::{Path, Request, State};
-use axum::http::StatusCode;
+use axum::http::{HeaderMap, StatusCode};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{any, get, post};
 use axum::{Json, Router};
@@ -15,6 +15,9 @@ use crate::provider::process::call::{Call, CallError};
 use crate::provider::process::requests::{NamespaceQuery, Query, StatusQuery, function, json};
 use crate::provider::process::{Process, Refusal, log_api, namespaces, secret_api};
 use crate::provider::types::{DeleteFunction, FunctionDeployment, FunctionStatus, ScaleRequest};
+
+/// An answer is held back for no longer.
+const MAX_PATIENCE: Duration = Duration::from_secs(30);
 
 /// The whole API. Authentication is laid around it by whoever serves it.
 pub fn router(process: Arc<Process>) -> Router {
@@ -101,13 +104,28 @@ async fn status(
     State(process): State<Arc<Process>>,
     Path(name): Path<String>,
     Query(query): Query<StatusQuery>,
+    headers: HeaderMap,
 ) -> Result<Json<FunctionStatus>, Refusal> {
-    let entry = process.entry(&query.function(&name)?)?;
+    let function = query.function(&name)?;
+    let mut entry = process.entry(&function)?;
+    if let Some(patience) = patience(&headers) {
+        entry.until_available(patience).await;
+        // It may be another version by now, or gone.
+        entry = process.entry(&function)?;
+    }
     let mut status = entry.status();
     if query.wants_usage() {
         status.usage = Some(entry.workload.activity.usage().await);
     }
     Ok(Json(status))
+}
+
+/// For how long the answer may be held back until the function can be called (`Prefer: wait=SECONDS`, RFC 7240).
+fn patience(headers: &HeaderMap) -> Option<Duration> {
+    let preferences = headers.get("prefer")?.to_str().ok()?.split([',', ';']);
+    let wait =
+        preferences.filter_map(|preference| preference.trim().strip_prefix("wait=")).next()?;
+    Some(Duration::from_secs(wait.trim().parse().ok()?).min(MAX_PATIENCE))
 }
 
 async fn scale(

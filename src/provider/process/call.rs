@@ -72,9 +72,10 @@ impl CallError {
         }
     }
 
-    /// Whether the function had no part in it. Limits and timeouts are a watchdog's, and count as the function's.
+    /// Whether the function had no part in it. Limits and timeouts are a watchdog's, and count as the function's; and one
+    /// that broke off has seen the call.
     fn is_internal(&self) -> bool {
-        !matches!(self, Self::Busy(..) | Self::Timeout(..) | Self::Request(_))
+        !matches!(self, Self::Busy(..) | Self::Replica(..) | Self::Timeout(..) | Self::Request(_))
     }
 }
 

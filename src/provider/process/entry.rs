@@ -2,8 +2,10 @@
 
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use axum::response::Response;
+use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
 use crate::provider::process::call::{Call, CallError};
@@ -151,6 +153,20 @@ impl Entry {
         match pool.ready() {
             0 => lock(&self.previous).as_ref().map_or(0, |previous| previous.ready()),
             ready => ready,
+        }
+    }
+
+    /// Waits until a replica can be called, for at most `patience`; not at all if none is wanted.
+    pub(super) async fn until_available(&self, patience: Duration) {
+        if self.replicas() == 0 || self.available() > 0 {
+            return;
+        }
+        if let Some(pool) = &self.pool {
+            // Both branches are cancel-safe: waiting changes nothing.
+            tokio::select! {
+                _ = timeout(patience, pool.until_ready(1)) => {}
+                () = pool.runner.tasks.stopping.cancelled() => {}
+            }
         }
     }
 

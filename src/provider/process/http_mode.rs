@@ -17,6 +17,7 @@ use crate::provider::process::replica::Seat;
 use crate::provider::process::replica_client;
 use crate::provider::process::runner::RunnerTasks;
 use crate::provider::process::workload::Workload;
+use crate::proxy::client;
 
 /// An answer that never begins nor goes on, when its function sets no limit. Long enough to be no limit in practice.
 const UNLIMITED: Duration = Duration::from_secs(365 * 24 * 3600);
@@ -38,7 +39,14 @@ pub(super) async fn call(
     let patience = workload.spec.exec_timeout.unwrap_or(UNLIMITED);
     let sending = timeout(patience, replica_client::send(tasks, seat.address, request)).await;
     let response = sending.map_err(|_| CallError::Timeout(function.clone(), patience))?;
-    let mut response = response.map_err(invalid)?.map(|body| {
+    // What has reached nobody can be made again.
+    let unreached =
+        |error: &anyhow::Error| error.downcast_ref().is_some_and(client::Error::is_connect);
+    let response = response.map_err(|error| match unreached(&error) {
+        true => CallError::NotReady(function.clone()),
+        false => invalid(error),
+    })?;
+    let mut response = response.map(|body| {
         let silence = Box::pin(tokio::time::sleep(patience));
         Body::new(Seated { body, silence, patience, seat: Some(seat) })
     });

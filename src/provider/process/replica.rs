@@ -22,8 +22,10 @@ use crate::provider::process::sync::lock;
 
 /// How long a replica may take until it can be called, before it is started anew.
 const START: Duration = Duration::from_secs(300);
-/// How often it is looked at until then, and how long it may take to answer.
+/// How often it is looked at until then: often at first, since callers may wait for it.
+const FIRST_LOOK: Duration = Duration::from_millis(2);
 const LOOK: Duration = Duration::from_millis(50);
+/// How long it may take to answer.
 const LOOK_TIMEOUT: Duration = Duration::from_secs(2);
 /// How long calls in flight may go on in a replica that is no longer wanted.
 const DRAIN: Duration = Duration::from_secs(60);
@@ -218,8 +220,10 @@ async fn log<O: AsyncRead + Unpin>(
 }
 
 async fn until_ready(tasks: &RunnerTasks, address: SocketAddr, path: Option<&str>) {
+    let mut pause = FIRST_LOOK;
     while !timeout(LOOK_TIMEOUT, is_ready(tasks, address, path)).await.unwrap_or(false) {
-        tokio::time::sleep(LOOK).await;
+        tokio::time::sleep(pause).await;
+        pause = (pause * 2).min(LOOK);
     }
 }
 

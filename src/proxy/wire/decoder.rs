@@ -65,6 +65,25 @@ impl Decoder {
         }
     }
 
+    /// The content at the front of `input`, before any of it has been taken; no more of it than one chunk.
+    pub(in crate::proxy) fn beginning<'a>(&self, input: &'a [u8]) -> &'a [u8] {
+        match self {
+            Self::Done => &[],
+            Self::Length(length) => {
+                let length = usize::try_from(*length).unwrap_or(usize::MAX);
+                &input[..input.len().min(length)]
+            }
+            Self::UntilClose => input,
+            Self::Chunked(_) => match httparse::parse_chunk_size(input) {
+                Ok(Status::Complete((start, length))) => {
+                    let length = usize::try_from(length).unwrap_or(usize::MAX);
+                    &input[start..input.len().min(start.saturating_add(length))]
+                }
+                _ => &[],
+            },
+        }
+    }
+
     /// The connection has been closed. Whether the body is whole.
     pub(in crate::proxy) fn close(&mut self) -> bool {
         if *self == Self::UntilClose {
@@ -310,6 +329,22 @@ mod tests {
         assert!(refused(&format!("1;{}", "x".repeat(MAX_LINES))));
         assert!(refused(&format!("0\r\na: {}", "x".repeat(MAX_LINES))));
         assert!(!refused("ffffffffffffffff\r\na"));
+    }
+
+    #[test]
+    fn the_beginning_is_what_came_of_the_content_and_no_more() {
+        let check = |decoder: Decoder, input: &'static [u8], expect: &[u8]| {
+            assert_eq!(decoder.beginning(input), expect, "{decoder:?}");
+        };
+        check(Decoder::length(4), b"datamore", b"data");
+        check(Decoder::length(u64::MAX), b"data", b"data");
+        check(Decoder::chunked(), b"4;x=y\r\ndata\r\n0\r\n\r\n", b"data");
+        check(Decoder::chunked(), b"ffff\r\ndata", b"data");
+        check(Decoder::UntilClose, b"data", b"data");
+        for nothing in [&b""[..], b"4", b"4\r\n", b"x\r\n", b"0\r\n\r\n"] {
+            check(Decoder::chunked(), nothing, b"");
+        }
+        check(Decoder::Done, b"data", b"");
     }
 
     #[test]

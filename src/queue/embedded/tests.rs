@@ -51,7 +51,7 @@ async fn state(queue: &Embedded, id: &str) -> Option<State> {
 async fn a_call_goes_through_its_states() {
     let directory = TempDir::new().unwrap();
     let queue = open(&directory);
-    let published = queue.publish(call("a")).await.unwrap();
+    let published = queue.publish(call("a"), None).await.unwrap();
     assert_eq!(published, Published { id: "a".to_owned(), repeated: false });
     assert_eq!(state(&queue, "a").await, Some(State::Queued));
     let delivery = queue.take(PLACES).await.unwrap();
@@ -75,7 +75,7 @@ async fn what_was_not_settled_is_there_after_a_restart() {
     let directory = TempDir::new().unwrap();
     let queue = open(&directory);
     for id in ["done", "retried", "dead", "running", "waiting"] {
-        queue.publish(call(id)).await.unwrap();
+        queue.publish(call(id), None).await.unwrap();
     }
     settle(&queue, queue.take(PLACES).await.unwrap(), succeeded()).await;
     let retry = Settlement::Retry { at: now(), status: Some(503), reason: None };
@@ -116,10 +116,10 @@ async fn the_same_id_and_the_same_key_are_queued_once() {
         call.options.idempotency_key = Some("k".to_owned());
         call
     };
-    assert!(!queue.publish(keyed("a")).await.unwrap().repeated);
+    assert!(!queue.publish(keyed("a"), None).await.unwrap().repeated);
     let again = Published { id: "a".to_owned(), repeated: true };
-    assert_eq!(queue.publish(keyed("b")).await.unwrap(), again);
-    assert_eq!(queue.publish(call("a")).await.unwrap(), again);
+    assert_eq!(queue.publish(keyed("b"), None).await.unwrap(), again);
+    assert_eq!(queue.publish(call("a"), None).await.unwrap(), again);
     assert_eq!(queue.shared.waiting().schedule.waiting(), 1);
 }
 
@@ -128,11 +128,11 @@ async fn a_full_queue_says_so() {
     let directory = TempDir::new().unwrap();
     let queue = open(&directory);
     for number in 0..LIMITS.pending {
-        queue.publish(call(&number.to_string())).await.unwrap();
+        queue.publish(call(&number.to_string()), None).await.unwrap();
     }
-    assert_eq!(queue.publish(call("more")).await, Err(Error::Full));
+    assert_eq!(queue.publish(call("more"), None).await, Err(Error::Full));
     assert_eq!(queue.cancel("0").await.unwrap(), Changed::Yes);
-    assert!(queue.publish(call("more")).await.is_ok());
+    assert!(queue.publish(call("more"), None).await.is_ok());
     assert_eq!(state(&queue, "0").await, Some(State::Cancelled));
     assert_eq!(queue.take(PLACES).await.unwrap().call.id, "1");
 }
@@ -141,7 +141,7 @@ async fn a_full_queue_says_so() {
 async fn a_dead_call_is_kept_until_it_is_revived() {
     let directory = TempDir::new().unwrap();
     let queue = open(&directory);
-    queue.publish(call("a")).await.unwrap();
+    queue.publish(call("a"), None).await.unwrap();
     settle(&queue, queue.take(PLACES).await.unwrap(), dead()).await;
     let counts = queue.counts().await.unwrap();
     assert_eq!((counts[0].0.to_string(), counts[0].1.dead), ("echo.fn".to_owned(), 1));
@@ -162,7 +162,7 @@ async fn a_dead_call_is_kept_until_it_is_revived() {
 async fn a_delivery_that_is_dropped_is_taken_again() {
     let directory = TempDir::new().unwrap();
     let queue = open(&directory);
-    queue.publish(call("a")).await.unwrap();
+    queue.publish(call("a"), None).await.unwrap();
     drop(queue.take(PLACES).await.unwrap());
     assert_eq!(state(&queue, "a").await, Some(State::Queued));
     assert_eq!(queue.take(PLACES).await.unwrap().call.id, "a");
@@ -175,13 +175,13 @@ async fn what_has_been_kept_for_long_enough_is_forgotten() {
     let queue = Embedded::open(directory.path(), limits).unwrap();
     let mut first = call("a");
     first.options.idempotency_key = Some("k".to_owned());
-    queue.publish(first).await.unwrap();
+    queue.publish(first, None).await.unwrap();
     settle(&queue, queue.take(PLACES).await.unwrap(), succeeded()).await;
     tokio::time::sleep(Duration::from_millis(5)).await;
     queue.expire().await;
     let mut second = call("b");
     second.options.idempotency_key = Some("k".to_owned());
-    assert!(!queue.publish(second).await.unwrap().repeated);
+    assert!(!queue.publish(second, None).await.unwrap().repeated);
     assert_eq!(queue.status("a").await.unwrap(), None);
 }
 
@@ -191,14 +191,14 @@ async fn a_call_is_found_by_an_id_that_was_made_here() {
     let queue = open(&directory);
     let mut made = call(&queue.fresh_id());
     made.options.chosen_id = false;
-    queue.publish(made.clone()).await.unwrap();
+    queue.publish(made.clone(), None).await.unwrap();
     assert_eq!(state(&queue, &made.id).await, Some(State::Queued));
     // Another id with the same number is not this call's.
     let mut guessed = made.id.clone();
     guessed.replace_range(35.., if guessed.ends_with('0') { "1" } else { "0" });
     assert_eq!(state(&queue, &guessed).await, None);
     // Whoever chooses an id that is taken meets that call.
-    assert!(queue.publish(call(&made.id)).await.unwrap().repeated);
+    assert!(queue.publish(call(&made.id), None).await.unwrap().repeated);
     settle(&queue, queue.take(PLACES).await.unwrap(), succeeded()).await;
     assert_eq!(state(&queue, &made.id).await, Some(State::Succeeded));
 }
@@ -209,7 +209,8 @@ async fn a_call_that_is_published_and_cancelled_at_once_is_counted_right() {
     let queue = open(&directory);
     for _ in 0..50 {
         // Both may become durable together.
-        let (published, cancelled) = tokio::join!(queue.publish(call("a")), queue.cancel("a"));
+        let (published, cancelled) =
+            tokio::join!(queue.publish(call("a"), None), queue.cancel("a"));
         published.unwrap();
         let cancelled_now = cancelled.unwrap() == Changed::Yes;
         if !cancelled_now {
@@ -226,7 +227,7 @@ async fn a_call_that_is_published_and_cancelled_at_once_is_counted_right() {
 async fn a_call_that_is_about_to_be_made_cannot_be_taken_back() {
     let directory = TempDir::new().unwrap();
     let queue = open(&directory);
-    queue.publish(call("a")).await.unwrap();
+    queue.publish(call("a"), None).await.unwrap();
     let held = queue.shared.waiting().pick(now(), PLACES).unwrap();
     let lease = Lease { shared: Arc::clone(&queue.shared), held };
     assert_eq!(queue.cancel("a").await.unwrap(), Changed::No(State::Running));
@@ -239,7 +240,7 @@ async fn a_call_that_is_about_to_be_made_cannot_be_taken_back() {
 async fn an_old_lease_does_not_give_back_a_call_that_is_made_again() {
     let directory = TempDir::new().unwrap();
     let queue = open(&directory);
-    queue.publish(call("a")).await.unwrap();
+    queue.publish(call("a"), None).await.unwrap();
     let first = queue.take(PLACES).await.unwrap();
     let Handle::Embedded(lease) = &first.handle else { panic!("not embedded") };
     let retry = Settlement::Retry { at: now(), status: Some(503), reason: None };
@@ -256,7 +257,7 @@ async fn an_old_lease_does_not_give_back_a_call_that_is_made_again() {
 async fn a_settlement_that_comes_too_late_touches_nobody_elses_call() {
     let directory = TempDir::new().unwrap();
     let queue = open(&directory);
-    queue.publish(call("a")).await.unwrap();
+    queue.publish(call("a"), None).await.unwrap();
     let first = queue.take(PLACES).await.unwrap();
     let Handle::Embedded(lease) = &first.handle else { panic!("not embedded") };
     let held = lease.held;
@@ -280,10 +281,10 @@ async fn a_key_stands_for_no_call_that_was_purged() {
         call.options.idempotency_key = Some("k".to_owned());
         call
     };
-    queue.publish(keyed("a")).await.unwrap();
+    queue.publish(keyed("a"), None).await.unwrap();
     let filter = Filter { state: Some(State::Queued), ..Filter::default() };
     assert_eq!(queue.purge(&filter).await.unwrap(), 1);
-    assert!(!queue.publish(keyed("b")).await.unwrap().repeated);
+    assert!(!queue.publish(keyed("b"), None).await.unwrap().repeated);
     assert_eq!(queue.take(PLACES).await.unwrap().call.id, "b");
 }
 
@@ -294,7 +295,7 @@ async fn all_that_has_expired_is_forgotten_at_once() {
     let limits = Limits { pending: CALLS, result_ttl: 0, key_ttl: 0 };
     let queue = Embedded::open(directory.path(), limits).unwrap();
     let ids: Vec<_> = (0..CALLS).map(|number| number.to_string()).collect();
-    let published = ids.iter().map(|id| queue.publish(call(id)));
+    let published = ids.iter().map(|id| queue.publish(call(id), None));
     futures_util::future::try_join_all(published).await.unwrap();
     let cancelled = ids.iter().map(|id| queue.cancel(id));
     futures_util::future::try_join_all(cancelled).await.unwrap();
@@ -311,7 +312,7 @@ async fn each_kind_of_call_is_found_and_paged() {
     let directory = TempDir::new().unwrap();
     let queue = open(&directory);
     for id in ["done", "dead", "retried", "running", "waiting"] {
-        queue.publish(call(id)).await.unwrap();
+        queue.publish(call(id), None).await.unwrap();
     }
     settle(&queue, queue.take(PLACES).await.unwrap(), succeeded()).await;
     settle(&queue, queue.take(PLACES).await.unwrap(), dead()).await;

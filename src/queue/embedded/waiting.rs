@@ -114,6 +114,9 @@ impl Waiting {
     pub(super) fn buried(&mut self, label: &str, was_dead: bool) {
         if was_dead && let Some(dead) = self.dead.get_mut(label) {
             *dead = dead.saturating_sub(1);
+            if *dead == 0 {
+                self.dead.remove(label);
+            }
         }
     }
 }

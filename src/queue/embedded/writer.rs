@@ -1,8 +1,8 @@
 //! The one thread that changes the file. What comes while it writes is written together next: one `fsync` for all.
 
 use std::collections::HashSet;
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
 
 use bytes::Bytes;
 use tokio::sync::{mpsc, oneshot};
@@ -13,7 +13,7 @@ use crate::queue::embedded::schedule::Number;
 use crate::queue::embedded::store::{Change, Result as StoreResult};
 use crate::queue::embedded::waiting::{Held, Waiting};
 use crate::queue::status::{Settlement, State, Status};
-use crate::queue::{Changed, Error, Published, now};
+use crate::queue::{Changed, Error, Published, Room, now};
 
 /// So many changes are made durable together, at most.
 const TOGETHER: usize = 512;
@@ -31,6 +31,8 @@ pub(super) struct Incoming {
     pub(super) label: String,
     pub(super) due: Millis,
     pub(super) encoded: Bytes,
+    /// Held until the call is written or refused, however long that takes and whoever still waits for it.
+    pub(super) _room: Room,
 }
 
 /// A change of the file.
@@ -63,6 +65,7 @@ impl Op {
 
 /// Writes until nobody is left who could ask for it.
 pub(super) fn run(shared: &Arc<Shared>, mut ops: mpsc::Receiver<Op>) {
+    let _end = End(shared);
     while let Some(first) = ops.blocking_recv() {
         let (mut together, mut closing) = (Vec::new(), None);
         let mut next = Some(first);
@@ -74,12 +77,7 @@ pub(super) fn run(shared: &Arc<Shared>, mut ops: mpsc::Receiver<Op>) {
             let full = together.len() >= TOGETHER || closing.is_some();
             next = if full { None } else { ops.try_recv().ok() };
         }
-        // What a panic leaves half done in memory is in the file as it was before.
-        let written = catch_unwind(AssertUnwindSafe(|| write(shared, together)));
-        if written.is_err() {
-            tracing::error!("The thread that writes the queue's file panicked");
-            shared.close();
-        }
+        write(shared, together);
         if let Some(reply) = closing {
             shared.close();
             return drop(reply.send(Ok(())));
@@ -87,7 +85,23 @@ pub(super) fn run(shared: &Arc<Shared>, mut ops: mpsc::Receiver<Op>) {
     }
 }
 
-fn write(shared: &Arc<Shared>, ops: Vec<Op>) {
+/// Says so when the thread ends by a panic: from then on nothing is taken in, until the process starts anew.
+struct End<'a>(&'a Shared);
+
+impl Drop for End<'_> {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.0.usable.store(false, Relaxed);
+            tracing::error!(
+                "The thread that writes the queue's file panicked: restart this process"
+            );
+        }
+    }
+}
+
+fn write(shared: &Arc<Shared>, mut ops: Vec<Op>) {
+    // Nobody has heard that these were taken in, and nobody would.
+    ops.retain(|op| !matches!(op, Op::Publish(_, reply) if reply.is_closed()));
     if ops.is_empty() {
         return;
     }

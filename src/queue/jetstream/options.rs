@@ -70,7 +70,7 @@ impl Options {
     ///
     /// # Errors
     /// When a file cannot be read or is not what it should be.
-    pub(super) async fn connect_options(&self) -> anyhow::Result<ConnectOptions> {
+    pub async fn connect_options(&self) -> anyhow::Result<ConnectOptions> {
         let options = ConnectOptions::new();
         let options = match &self.auth {
             Auth::Nobody => options,

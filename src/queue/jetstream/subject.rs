@@ -100,7 +100,7 @@ pub(super) const BODIES: &str = "faas-body";
 const NEWS: &str = "faas-new";
 
 /// `text` as one token of a subject: what may not stand there becomes `=` and two hexadecimal digits.
-pub(super) fn token(text: &str) -> String {
+pub fn token(text: &str) -> String {
     use std::fmt::Write as _;
     if text.is_empty() {
         // No byte is written so: no other text has this token.

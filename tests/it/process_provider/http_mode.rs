@@ -91,6 +91,29 @@ async fn calls_go_to_the_least_loaded_replica_and_beyond_max_inflight_to_none() 
 }
 
 #[tokio::test]
+async fn who_asks_how_a_function_is_may_wait_until_it_is_ready() {
+    let provider = Provider::start().await;
+    deploy(&provider, "f", json!({ "ready_path": "/ready" })).await;
+    provider.until_logged("f", "served /ready").await;
+    let ask = async |preference: &'static str| {
+        let mut question = request(Method::GET, "/system/function/f", Body::empty());
+        question.headers_mut().insert("prefer", preference.parse().unwrap());
+        provider.request(question).await.json()["availableReplicas"].clone()
+    };
+    assert_eq!(ask("respond-async, wait=0").await, 0);
+    assert_eq!(ask("wait=1").await, 0);
+    let mut waits = Box::pin(ask("wait=25"));
+    let early = tokio::time::timeout(std::time::Duration::from_millis(300), &mut waits).await;
+    assert!(early.is_err(), "answered before it was ready");
+    std::fs::write(provider.path("gate"), "").unwrap();
+    assert_eq!(waits.await, 1);
+    // Nothing comes of waiting for replicas that nobody wants.
+    provider.scale("f", 0).await;
+    assert_eq!(ask("wait=25").await, 0);
+    provider.stop().await;
+}
+
+#[tokio::test]
 async fn a_replica_that_dies_is_started_again() {
     let provider = Provider::start().await;
     deploy(&provider, "f", json!({})).await;
@@ -98,7 +121,8 @@ async fn a_replica_that_dies_is_started_again() {
     let before = pid(&provider, "f").await;
     let answer = provider.get("/function/f/die").await;
     assert_eq!(answer.status, StatusCode::BAD_GATEWAY);
-    assert_eq!(answer.header("x-openfaas-internal"), Some("proxy"));
+    // The function has seen the call: nobody may take this for one that can be made again without harm.
+    assert_eq!(answer.header("x-openfaas-internal"), None);
     provider.until_logged("f", "Replica died: exit status: 1").await;
     provider.until_available("f", 1).await;
     assert_ne!(pid(&provider, "f").await, before);

@@ -1,0 +1,30 @@
+//! Settings of scaling by load. No I/O.
+
+use std::time::Duration;
+
+use crate::config::duration;
+use crate::config::reader::Reader;
+
+/// Scaling by load.
+#[derive(Clone, Copy, Debug)]
+pub struct Autoscale {
+    /// `autoscale_window`
+    pub window: Duration,
+}
+
+impl Autoscale {
+    /// `None`: nothing is scaled by load. `auto`: what holds where nothing is said.
+    pub(super) fn parse(from: &mut Reader<'_>, auto: bool) -> Option<Self> {
+        let on = from.parsed("autoscale", "auto, true or false", |text| match text {
+            "auto" => Some(auto),
+            "true" | "1" => Some(true),
+            "false" | "0" => Some(false),
+            _ => None,
+        });
+        let window = from.parsed("autoscale_window", "a duration from 2s to 1h", |text| {
+            let allowed = Duration::from_secs(2)..=Duration::from_secs(3600);
+            duration::parse(text).filter(|window| allowed.contains(window))
+        });
+        on.unwrap_or_default().then_some(Self { window: window.unwrap_or_default() })
+    }
+}

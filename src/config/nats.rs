@@ -1,0 +1,82 @@
+//! Where NATS is, and who one is to it.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use crate::config::reader::Reader;
+
+/// How to reach NATS.
+#[derive(Clone, Default)]
+pub struct Nats {
+    /// `faas_nats_address`, each with its port.
+    pub servers: Vec<String>,
+    /// `faas_nats_channel`
+    pub queue: String,
+    /// `nats_user`, `nats_password`
+    pub login: Option<(String, String)>,
+    /// `nats_token`
+    pub token: Option<String>,
+    /// `nats_nkey_seed`
+    pub nkey_seed: Option<PathBuf>,
+    /// `nats_creds`
+    pub creds: Option<PathBuf>,
+    /// `nats_tls`
+    pub tls: bool,
+    /// `nats_ca`
+    pub ca: Option<PathBuf>,
+    /// `nats_replicas`
+    pub replicas: usize,
+    /// `ack_wait`
+    pub lease: Duration,
+    /// `faas_nats_cluster_name`
+    pub cluster: String,
+    /// `faas_nats_queue_group`
+    pub group: String,
+    /// `faas_reconnect_delay`
+    pub reconnect_delay: Duration,
+}
+
+impl std::fmt::Debug for Nats {
+    /// Without the secrets.
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Nats").field("servers", &self.servers).finish_non_exhaustive()
+    }
+}
+
+impl Nats {
+    pub(super) fn parse(from: &mut Reader<'_>) -> Self {
+        let text = |name: &str| Some(from.text(name)).filter(|text| !text.is_empty());
+        let (user, token) = (text("nats_user"), text("nats_token"));
+        let file = |name: &str| text(name).map(PathBuf::from);
+        let (nkey_seed, creds, ca) = (file("nats_nkey_seed"), file("nats_creds"), file("nats_ca"));
+        let password = from.text("nats_password");
+        // A number that was meant, and that nobody heeds.
+        from.parsed("faas_max_reconnect", "a whole number", |text| {
+            (text.is_empty() || text.parse::<i64>().is_ok()).then_some(())
+        });
+        let port = from.port("faas_nats_port");
+        let address = from.text("faas_nats_address");
+        let hosts = address.split(',').map(str::trim).filter(|host| !host.is_empty());
+        // An address of IPv6 has colons of its own, and a port only behind its bracket.
+        let has_port = |host: &str| host.rsplit(']').next().is_some_and(|rest| rest.contains(':'));
+        let servers = hosts.map(|host| match has_port(host) {
+            true => host.to_owned(),
+            false => format!("{host}:{port}"),
+        });
+        Self {
+            servers: servers.collect(),
+            queue: from.text("faas_nats_channel"),
+            login: user.map(|user| (user, password)),
+            token,
+            nkey_seed,
+            creds,
+            tls: from.boolean("nats_tls"),
+            ca,
+            replicas: from.count("nats_replicas", 1..=5),
+            lease: from.positive_duration("ack_wait"),
+            cluster: from.text("faas_nats_cluster_name"),
+            group: from.text("faas_nats_queue_group"),
+            reconnect_delay: from.positive_duration("faas_reconnect_delay"),
+        }
+    }
+}

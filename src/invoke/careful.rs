@@ -1,0 +1,122 @@
+//! A call of a function that may not be ready: it waits until it is, and is made again if it met nobody.
+
+use std::sync::Arc;
+use std::task::Poll;
+use std::time::Instant;
+
+use crate::error::Error;
+use crate::invoke::Invoker;
+use crate::metrics::calls::Call;
+use crate::proxy::client::{self, Origin};
+use crate::proxy::{self, Forwarded, Prepared};
+use crate::scaling::fault::{Fault, Way};
+use crate::scaling::{KEPT, Scaling};
+use crate::serve::caller::Caller;
+
+/// What came of sending a call.
+type Sent = Result<Forwarded, client::Error>;
+
+/// Where a call goes.
+#[derive(Clone, Copy)]
+pub(super) struct Target<'a> {
+    pub(super) origin: &'a Origin,
+    pub(super) way: Way,
+}
+
+/// The way through the provider.
+pub(super) fn through(origin: &Origin) -> Target<'_> {
+    Target { origin, way: Way::Through }
+}
+
+impl Target<'_> {
+    /// A sign that the function could not be called.
+    fn fault(&self, sent: &Sent) -> Option<Fault> {
+        match sent {
+            Ok(forwarded) => Fault::of_answer(&forwarded.answer),
+            Err(error) => Fault::of_error(error, self.way),
+        }
+    }
+}
+
+impl Invoker {
+    /// Makes a call of a function that is not known to be ready, or has just shown that it is not: `sent` is what came
+    /// of the call so far.
+    pub(super) async fn carefully(
+        &self,
+        scaling: &Arc<Scaling>,
+        caller: &Caller,
+        call: &mut Call,
+        target: Target<'_>,
+        prepared: &mut Prepared,
+        mut sent: Option<Sent>,
+    ) -> Result<Forwarded, Error> {
+        let mut passage = scaling.passage(call.function());
+        // While there is no room, a body is passed on as it comes: it cannot be sent twice, which it rarely has to.
+        let room = scaling.room_for(prepared.body_length());
+        if room.is_some() {
+            prepared.keep(KEPT);
+        }
+        if sent.is_none() {
+            self.wait(caller, prepared, passage.ready()).await?;
+            if call.is_stranger() {
+                call.vouched_for(&self.calls);
+            }
+        }
+        loop {
+            let mut outcome = match sent.take() {
+                Some(outcome) => outcome,
+                None => {
+                    let errand = self.errand(caller, Instant::now());
+                    proxy::send(&self.client, target.origin, prepared, errand).await
+                }
+            };
+            let Some(fault) = target.fault(&outcome) else { return Ok(outcome?) };
+            let whole = match &outcome {
+                Ok(forwarded) => Prepared::can_take_back(&forwarded.answer),
+                Err(_) => true,
+            };
+            let again = passage.again(fault, whole);
+            if !self.wait(caller, prepared, again).await? {
+                return Ok(outcome?);
+            }
+            if let Ok(forwarded) = &mut outcome
+                && !prepared.take_back(&mut forwarded.answer)
+            {
+                return Ok(outcome?);
+            }
+        }
+    }
+
+    /// Waits for the function. Meanwhile no deadline of the call runs, and what comes of its body is taken in: else
+    /// nobody would notice that its caller has left.
+    async fn wait<T>(
+        &self,
+        caller: &Caller,
+        prepared: &mut Prepared,
+        ready: impl Future<Output = Result<T, Error>>,
+    ) -> Result<T, Error> {
+        let watch = &caller.watch;
+        watch.call_goes_on();
+        let has_body = watch.body_outstanding();
+        if has_body {
+            watch.body_goes_on();
+        }
+        let mut ready = std::pin::pin!(ready);
+        let waited = std::future::poll_fn(|cx| {
+            if let Poll::Ready(waited) = ready.as_mut().poll(cx) {
+                return Poll::Ready(waited);
+            }
+            match prepared.poll_ahead(cx) {
+                Poll::Ready(Err(error)) => Poll::Ready(Err(Error::Body(error))),
+                Poll::Ready(Ok(())) | Poll::Pending => Poll::Pending,
+            }
+        })
+        .await;
+        let now = Instant::now();
+        watch.call_until(now + self.timeouts.upstream);
+        if has_body && watch.body_outstanding() {
+            watch.body_until(now + self.timeouts.read);
+        }
+        waited
+    }
+}

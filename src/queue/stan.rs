@@ -1,0 +1,251 @@
+//! The queue on NATS Streaming, shared with Go gateways and Go workers.
+//!
+//! The channel has calls as the Go gateway writes them. Beside it are two of our own: `CHANNEL.later` has calls whose time
+//! has not come, retries above all, and `CHANNEL.dead` those that failed for good. A call goes from one to another by being
+//! stored there before it is acknowledged here. Nothing can be looked up in a channel, so there are no states, no results,
+//! no lists, and no taking back.
+
+mod callback;
+mod client;
+mod lease;
+mod ledger;
+mod message;
+mod nats;
+mod payload;
+pub(super) mod probe;
+mod proto;
+mod take;
+
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use tokio::runtime::Handle as Runtime;
+use tokio::sync::Notify;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+pub(super) use self::lease::Lease;
+
+use crate::queue::call::Call;
+use crate::queue::jetstream;
+use crate::queue::stan::client::Client;
+use crate::queue::stan::ledger::{Ledger, Room};
+use crate::queue::stan::message::Progress;
+use crate::queue::stan::nats::{Fault, Nats};
+use crate::queue::stan::take::{Arrived, LATER};
+use crate::queue::status::Settlement;
+use crate::queue::{Delivery, Error, Published};
+
+/// How long the tasks may take to end.
+const STOP: Duration = Duration::from_secs(2);
+
+/// What is needed beside a connection to NATS.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// The cluster's id.
+    pub cluster: String,
+    /// Workers of one group share the calls.
+    pub group: String,
+    /// The name of this machine, part of the clients' ids: a cluster has each id but once.
+    pub host: String,
+    /// The longest pause between attempts to reach the cluster.
+    pub reconnect_delay: Duration,
+    /// Where a function lives whose caller did not say.
+    pub default_namespace: String,
+    /// Calls are taken in here.
+    pub publishes: bool,
+}
+
+/// The queue. Cheap to clone.
+#[derive(Clone)]
+pub struct Stan {
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    options: Options,
+    connection: jetstream::Options,
+    /// The channels of what was given up, and of what is made later.
+    dead: String,
+    later: String,
+    nats: Nats,
+    publisher: Client,
+    worker: Client,
+    works: AtomicBool,
+    ledger: Mutex<Ledger<Arrived>>,
+    /// Somebody may find a call now.
+    ready: Notify,
+    /// Some may hold others up.
+    crowded: Notify,
+    tasks: Tasks,
+}
+
+/// What goes on beside the calls to this queue.
+struct Tasks {
+    tracker: TaskTracker,
+    stopping: CancellationToken,
+    runtime: Runtime,
+}
+
+impl Tasks {
+    fn spawn(&self, task: impl Future<Output = ()> + Send + 'static) {
+        self.tracker.spawn_on(task, &self.runtime);
+    }
+}
+
+impl Stan {
+    /// Begins to connect. The server may be away: then the queue comes to life when the server does.
+    ///
+    /// # Errors
+    /// When the options cannot be: a file that is not there, an address that is none.
+    pub async fn open(connection: jetstream::Options, options: Options) -> anyhow::Result<Self> {
+        let nats = Nats::open(&connection).await?;
+        let client = |role: &str| {
+            let id = format!("faas-{role}-{}", part_of_id(&options.host));
+            Client::new(nats.clone(), &options.cluster, id, options.reconnect_delay)
+        };
+        let tasks = Tasks {
+            tracker: TaskTracker::new(),
+            stopping: CancellationToken::new(),
+            runtime: Runtime::current(),
+        };
+        let (publisher, worker) = (client("publisher"), client("worker"));
+        let shared = Arc::new(Shared {
+            dead: format!("{}.dead", connection.queue),
+            later: format!("{}.later", connection.queue),
+            options,
+            connection,
+            nats,
+            publisher,
+            worker,
+            works: AtomicBool::new(false),
+            ledger: Mutex::new(Ledger::new()),
+            ready: Notify::new(),
+            crowded: Notify::new(),
+            tasks,
+        });
+        tracing::info!(
+            cluster = shared.options.cluster,
+            "Queued calls are kept by NATS Streaming, which cannot tell what became of one: states, results, lists, \
+             cancelling and Idempotency-Key are answered 501, and calls that fail for good go to the channel {}",
+            shared.dead
+        );
+        if shared.options.publishes {
+            let publishing = Arc::clone(&shared);
+            shared.tasks.spawn(async move {
+                let stopping = &publishing.tasks.stopping;
+                publishing.publisher.run(stopping, |_| std::future::pending()).await;
+            });
+        }
+        Ok(Self { shared })
+    }
+
+    /// Signs off: what was taken and not settled goes to others at once.
+    pub async fn stop(&self) {
+        self.shared.tasks.stopping.cancel();
+        self.shared.tasks.tracker.close();
+        let _ = tokio::time::timeout(STOP, self.shared.tasks.tracker.wait()).await;
+        self.shared.nats.flush().await;
+    }
+
+    pub(super) fn is_reachable(&self) -> bool {
+        let Shared { nats, publisher, worker, options, works, .. } = &*self.shared;
+        nats.is_connected()
+            && (!options.publishes || publisher.is_registered())
+            && (!works.load(Relaxed) || worker.is_registered())
+    }
+
+    /// The largest body that fits into a message beside headers of the usual size.
+    pub(super) fn max_body(&self) -> usize {
+        let whole = self.shared.nats.max_payload();
+        // Base64 makes four bytes of three.
+        (whole - whole / 16).saturating_sub(ENVELOPE) / 4 * 3
+    }
+
+    pub(super) async fn publish(&self, call: Call) -> Result<Published, Error> {
+        if call.options.idempotency_key.is_some() {
+            return Err(Error::Unsupported("NATS Streaming does not know a call again"));
+        }
+        let not_before = call.options.not_before;
+        let data = message::encode(&call, &Progress { not_before, ..Progress::default() });
+        if data.len() + ENVELOPE > self.shared.nats.max_payload() {
+            return Err(Error::TooLarge(self.max_body()));
+        }
+        let channel = self.shared.channel(not_before.is_some());
+        self.shared.publisher.publish(channel, data).await.map_err(told)?;
+        Ok(Published { id: call.id, repeated: false })
+    }
+
+    pub(super) async fn take(&self, places: usize) -> Result<Delivery, Error> {
+        take::take(&self.shared, places).await
+    }
+
+    pub(super) async fn settle(&self, lease: &Lease, settlement: &Settlement) -> Result<(), Error> {
+        lease.settle(settlement).await
+    }
+}
+
+/// What a message has beside the call: ids, the channel, and what is noted of the call later.
+const ENVELOPE: usize = 1024;
+
+impl Shared {
+    fn ledger(&self) -> MutexGuard<'_, Ledger<Arrived>> {
+        self.ledger.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The channel of calls, or of those whose time has not come.
+    fn channel(&self, later: bool) -> &str {
+        if later { &self.later } else { &self.connection.queue }
+    }
+
+    /// How long the server waits before it sends a call again: whole seconds.
+    fn lease(&self) -> Duration {
+        Duration::from_secs(
+            self.connection.lease.as_millis().div_ceil(1000).try_into().unwrap_or(u64::MAX),
+        )
+    }
+
+    /// Has calls delivered, `places` at a time, from the first time on that somebody wants one.
+    fn start_worker(self: &Arc<Self>, places: usize) {
+        if self.works.swap(true, Relaxed) {
+            return;
+        }
+        self.ledger().make_room(Room { places, later: LATER });
+        let working = Arc::clone(self);
+        self.tasks.spawn(async move {
+            let stopping = &working.tasks.stopping;
+            let work = |session| take::serve(&working, places, session);
+            working.worker.run(stopping, work).await;
+        });
+    }
+}
+
+/// What is said of a fault to whoever uses the queue.
+fn told(fault: Fault) -> Error {
+    match fault {
+        Fault::Away | Fault::Nobody => Error::Away,
+        Fault::TooLarge => Error::TooLarge(0),
+        Fault::Refused(_) | Fault::Odd => {
+            tracing::warn!(error = %fault, "NATS Streaming does not store a call: {fault}");
+            Error::Failed
+        }
+    }
+}
+
+/// `host` with all that an id may not have replaced.
+fn part_of_id(host: &str) -> String {
+    let allowed = |c: char| c.is_ascii_alphanumeric() || c == '_' || c == '-';
+    host.chars().map(|c| if allowed(c) { c } else { '_' }).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_machines_name_is_made_part_of_an_id() {
+        assert_eq!(part_of_id("gateway-7f.example_1"), "gateway-7f_example_1");
+        assert_eq!(part_of_id("höst:1"), "h_st_1");
+    }
+}

@@ -1,0 +1,131 @@
+use prost::Message as _;
+
+use super::*;
+use crate::queue::stan::proto::Publish;
+
+const NOW: Millis = 7;
+
+/// The three jobs that the recorded Go gateway published.
+fn recorded() -> Vec<Bytes> {
+    let lines = include_str!("../../../../tests/stan/transcript.jsonl").lines();
+    let rows = lines.map(|line| serde_json::from_str::<serde_json::Value>(line).unwrap());
+    let published = rows
+        .filter(|row| row["line"].as_str().is_some_and(|line| line.starts_with("PUB _STAN.pub.")));
+    published
+        .map(|row| STANDARD.decode(row["payload_base64"].as_str().unwrap()).unwrap())
+        .map(|message| Publish::decode(message.as_slice()).unwrap().data)
+        .collect()
+}
+
+fn decoded(message: &[u8]) -> (Call, Progress) {
+    decode(message, "fn", || "fresh".to_owned(), NOW).unwrap()
+}
+
+fn header<'a>(call: &'a Call, name: &str) -> Vec<&'a str> {
+    call.headers.get_all(name).iter().map(|value| value.to_str().unwrap()).collect()
+}
+
+#[test]
+fn what_the_go_gateway_wrote_is_written_the_same_again() {
+    let recorded = recorded();
+    assert_eq!(recorded.len(), 3);
+    for message in recorded {
+        assert_eq!(Payload::of_json(&message).unwrap().to_json(), message);
+        // What it did not write, and we do: the function as its caller meant it, and under which name it was called.
+        let (mut call, progress) = decoded(&message);
+        let text = std::str::from_utf8(&message).unwrap();
+        if text.contains(r#""Function":"echo""#) {
+            assert_eq!(call.function.to_string(), "echo.fn");
+            call.function.namespace.clear();
+        }
+        assert_eq!(header(&call, "x-forwarded-host"), ["127.0.0.1:8080"]);
+        let written = encode(&call, &progress);
+        let ours = br#""X-Forwarded-Host":["127.0.0.1:8080"],"#;
+        let at = written.windows(ours.len()).position(|part| part == ours).unwrap();
+        let without = [&written[..at], &written[at + ours.len()..]].concat();
+        assert_eq!(String::from_utf8(without).unwrap(), text);
+    }
+}
+
+#[test]
+fn a_call_of_the_go_gateway_is_what_its_caller_meant() {
+    let calls: Vec<Call> = recorded().iter().map(|message| decoded(message).0).collect();
+    let [first, second, third] = calls.as_slice() else { panic!("{calls:?}") };
+    assert_eq!(first.id, "10a17e36-996d-4dcd-a42f-e6984d2f1364");
+    assert_eq!((first.target.as_str(), &first.body[..]), ("/p/q?a=1&b=%20", &b"first job"[..]));
+    assert_eq!(header(first, "x-multi"), ["a", "b"]);
+    assert_eq!(header(first, "content-length").len(), 0);
+    let callback = "http://user:pw@127.0.0.1:8081/function/callback?x=1#frag";
+    assert_eq!(first.options.callback.as_deref(), Some(callback));
+    assert_eq!(first.options.submitted_at, 1_795_389_260_004);
+    assert_eq!(second.function.to_string(), "echo.openfaas-fn");
+    assert_eq!((second.target.as_str(), &second.body[..]), ("", &b"\x00\x01\xff\xfe"[..]));
+    assert_eq!((third.target.as_str(), third.body.len()), ("/", 0));
+    assert_eq!(third.options.callback, None);
+}
+
+#[test]
+fn what_go_has_no_member_for_is_carried_and_kept_from_the_function() {
+    let (mut call, _) = decoded(&recorded()[0]);
+    call.options.expires_at = Some(9);
+    call.options.max_attempts = Some(4);
+    let progress = Progress { attempts: 2, not_before: Some(8), reason: None };
+    assert_eq!(decoded(&encode(&call, &progress)), (call.clone(), progress));
+    // A caller says nothing of the kind.
+    let mut forged = call.clone();
+    forged.options.max_attempts = None;
+    forged.headers.insert(ATTEMPTS, HeaderValue::from_static("7"));
+    forged.headers.insert(MAX_ATTEMPTS, HeaderValue::from_static("7"));
+    let (read, progress) = decoded(&encode(&forged, &Progress::default()));
+    assert_eq!((read.options.max_attempts, progress.attempts), (None, 0));
+    let reason = Progress { reason: Some("gave up".to_owned()), ..Progress::default() };
+    let dead = encode(&call, &reason);
+    assert!(String::from_utf8_lossy(&dead).contains(r#""X-Gateway-Reason":["gave up"]"#));
+}
+
+#[test]
+fn a_path_is_made_one_that_can_be_sent() {
+    let target = |path: &str, query: &str| {
+        let payload =
+            Payload { path: path.to_owned(), query_string: query.to_owned(), ..Payload::default() };
+        target(&payload).ok()
+    };
+    for (path, query, expect) in [
+        ("", "", ""),
+        ("", "a", "?a"),
+        ("/a b/é?#", "x y", "/a%20b/%C3%A9%3F%23?x%20y"),
+        ("/a%2Fb//c", "a=%20?", "/a%2Fb//c?a=%20?"),
+        ("a", "", "/a"),
+    ] {
+        assert_eq!(target(path, query).as_deref(), Some(expect));
+        assert!(format!("/function/f{expect}").parse::<http::Uri>().is_ok(), "{expect}");
+    }
+    for path in ["/..", "/a/../b", "/%2e%2E/b", "/a%2f..%5Cb", "/a\\..\\b", "/."] {
+        assert_eq!(target(path, ""), None, "{path}");
+    }
+}
+
+#[test]
+fn what_is_no_call_is_refused() {
+    for message in [
+        &b""[..],
+        b"{}",
+        b"\xff",
+        br#"{"Function":"a b"}"#,
+        br#"{"Function":"../system"}"#,
+        br#"{"Function":"f","Body":"!"}"#,
+        br#"{"Function":"f","Header":{"a b":["c"]}}"#,
+        br#"{"Function":"f","Header":{"a":["b\nc"]}}"#,
+        br#"{"Function":"f","Path":"/../x"}"#,
+    ] {
+        assert!(decode(message, "fn", String::new, NOW).is_err(), "{message:?}");
+    }
+}
+
+#[test]
+fn what_concerns_the_callers_connection_stays_behind() {
+    let message = br#"{"Function":"f","Header":{"Connection":["x-a, Upgrade"],"Upgrade":["websocket"],"X-A":["1"],"Transfer-Encoding":["chunked"],"Host":["h"],"X-B":["2"]}}"#;
+    let (call, _) = decoded(message);
+    let names: Vec<&str> = call.headers.keys().map(HeaderName::as_str).collect();
+    assert_eq!((names.as_slice(), call.id.as_str()), (&["x-b", "x-call-id"][..], "fresh"));
+}

@@ -1,0 +1,126 @@
+//! A queued call as the Go gateway writes it and the Go worker reads it: JSON, byte for byte. No I/O.
+
+use std::collections::BTreeMap;
+use std::io;
+
+use bytes::Bytes;
+use serde::{Deserialize, Serialize};
+use serde_json::ser::{CharEscape, CompactFormatter, Formatter, Serializer};
+
+use crate::queue::stan::callback::CallbackUrl;
+
+/// The members, in the order in which they are written. Those that are empty are not.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "PascalCase", default)]
+pub(super) struct Payload {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) header: Option<BTreeMap<String, Vec<String>>>,
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub(super) host: String,
+    /// In base64.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) body: Option<String>,
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub(super) method: String,
+    /// What stands behind the function's name.
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub(super) path: String,
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub(super) query_string: String,
+    pub(super) function: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) callback_url: Option<CallbackUrl>,
+}
+
+impl Payload {
+    pub(super) fn to_json(&self) -> Bytes {
+        let mut json = Vec::new();
+        // Nothing in it fails to be written, and a vector takes all.
+        let _ = self.serialize(&mut Serializer::with_formatter(&mut json, AsGo(CompactFormatter)));
+        json.into()
+    }
+
+    pub(super) fn of_json(json: &[u8]) -> Result<Self, serde_json::Error> {
+        serde_json::from_slice(json)
+    }
+}
+
+/// A header's name as Go spells it.
+pub(super) fn canonical(name: &str) -> String {
+    let mut starts = true;
+    let spell = |character: char| {
+        let spelt =
+            if starts { character.to_ascii_uppercase() } else { character.to_ascii_lowercase() };
+        starts = character == '-';
+        spelt
+    };
+    name.chars().map(spell).collect()
+}
+
+/// JSON as Go writes it: what HTML or JavaScript could stumble over is escaped, too.
+struct AsGo(CompactFormatter);
+
+impl Formatter for AsGo {
+    fn write_string_fragment<W>(&mut self, writer: &mut W, fragment: &str) -> io::Result<()>
+    where
+        W: ?Sized + io::Write,
+    {
+        let escaped = |c: char| matches!(c, '<' | '>' | '&' | '\u{2028}' | '\u{2029}');
+        let mut rest = fragment;
+        while let Some(at) = rest.find(escaped) {
+            let (plain, behind) = rest.split_at(at);
+            let character = behind.chars().next().unwrap_or_default();
+            write!(writer, "{plain}\\u{:04x}", u32::from(character))?;
+            rest = &behind[character.len_utf8()..];
+        }
+        writer.write_all(rest.as_bytes())
+    }
+
+    fn write_char_escape<W>(&mut self, writer: &mut W, escape: CharEscape) -> io::Result<()>
+    where
+        W: ?Sized + io::Write,
+    {
+        self.0.write_char_escape(writer, escape)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn text_is_escaped_as_go_does() {
+        let payload = Payload {
+            function: "echo".to_owned(),
+            query_string: "a=<1>&b=\"\\\u{2028}é\u{7f}\n\u{1}".to_owned(),
+            ..Payload::default()
+        };
+        let expect = r#"{"QueryString":"a=\u003c1\u003e\u0026b=\"\\\u2028é"#.to_owned()
+            + "\u{7f}"
+            + r#"\n\u0001","Function":"echo"}"#;
+        assert_eq!(payload.to_json(), expect);
+        assert_eq!(Payload::of_json(expect.as_bytes()).unwrap(), payload);
+    }
+
+    #[test]
+    fn a_headers_name_is_spelt_as_go_does() {
+        for (name, expect) in [
+            ("x-call-id", "X-Call-Id"),
+            ("etag", "Etag"),
+            ("x-a_b.c-1d", "X-A_b.c-1d"),
+            ("WWW-AUTHENTICATE", "Www-Authenticate"),
+            ("-", "-"),
+        ] {
+            assert_eq!(canonical(name), expect);
+        }
+    }
+
+    #[test]
+    fn members_may_be_missing_null_or_unknown() {
+        let json = br#"{"Header":null,"Body":null,"Annotations":{"a":"b"},"CallbackUrl":null,"Function":"f"}"#;
+        let expect = Payload { function: "f".to_owned(), ..Payload::default() };
+        assert_eq!(Payload::of_json(json).unwrap(), expect);
+        assert!(Payload::of_json(b"1").is_err());
+        assert!(Payload::of_json(br#"{"Function":1}"#).is_err());
+    }
+}

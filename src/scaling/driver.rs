@@ -1,0 +1,154 @@
+//! Finds out whether one function can be called, and has it started if it is at zero: one driver for each line, however
+//! many callers wait.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use tokio::time::sleep;
+
+use crate::error::Error;
+use crate::scaling::Scaling;
+use crate::scaling::line::{Line, Over, Ready};
+use crate::scaling::step::{Replicas, Step, next_step};
+
+/// Between two questions: at first, and at most.
+const SHORTEST_PAUSE: Duration = Duration::from_millis(25);
+const LONGEST_PAUSE: Duration = Duration::from_millis(100);
+/// A provider that can is asked to answer when the function is ready, or after this time.
+const HOLD: Duration = Duration::from_secs(2);
+/// A provider that has failed for so long is away: whoever waits is told.
+const GIVE_UP: Duration = Duration::from_secs(2);
+/// A provider that still shows no replicas after this time has not done what it was asked for.
+const SCALE_AGAIN: Duration = Duration::from_secs(10);
+/// For so long after its start a function's calls are made with care: a replica may not listen yet.
+const WITH_CARE: Duration = Duration::from_secs(5);
+
+/// What drives a line to its end.
+pub(super) struct Driver {
+    scaling: Arc<Scaling>,
+    line: Arc<Line>,
+    /// The line has been closed.
+    closed: bool,
+    /// The function was found not to be ready, and when it was then.
+    cold: bool,
+    woken: Option<Instant>,
+    scaled: Option<Instant>,
+    /// Since when the provider fails.
+    failing: Option<Instant>,
+    pause: Duration,
+}
+
+impl Driver {
+    pub(super) fn new(scaling: Arc<Scaling>, line: Arc<Line>) -> Self {
+        Self {
+            scaling,
+            line,
+            closed: false,
+            cold: false,
+            woken: None,
+            scaled: None,
+            failing: None,
+            pause: SHORTEST_PAUSE,
+        }
+    }
+
+    /// Asks until the function is ready and has proven so, or cannot be called, or nobody waits any more.
+    pub(super) async fn run(mut self) {
+        while !self.closed {
+            let asked = Instant::now();
+            match self.turn(asked).await {
+                Ok(()) => self.failing = None,
+                Err(error) => self.failed(&error, asked),
+            }
+            self.close_if_abandoned();
+            if !self.closed {
+                sleep(self.pause.saturating_sub(asked.elapsed())).await;
+                self.pause = (self.pause * 2).min(LONGEST_PAUSE);
+            }
+        }
+    }
+
+    /// Puts one question, and does what follows from the answer.
+    async fn turn(&mut self, asked: Instant) -> Result<(), Error> {
+        let (scaling, line) = (Arc::clone(&self.scaling), Arc::clone(&self.line));
+        let (function, doubts) = (&line.function, line.doubts());
+        let hold = if self.cold { HOLD } else { Duration::ZERO };
+        let replicas = match scaling.provider.status_held(function, hold).await {
+            Ok(status) => Replicas::from(&status),
+            Err(Error::NoSuchFunction(_)) => {
+                scaling.known.found(function, false, asked);
+                self.close(Over::NoSuchFunction);
+                return Ok(());
+            }
+            Err(error) => return Err(error),
+        };
+        scaling.known.learn(function);
+        let scaled = self.scaled.is_some_and(|at| at.elapsed() < SCALE_AGAIN);
+        let step = next_step(replicas, scaled);
+        if step == Step::Call {
+            self.ready(asked, doubts).await;
+            return Ok(());
+        }
+        self.cold = true;
+        scaling.known.found(function, false, asked);
+        line.is_not_ready_since("it has no replica that can be called".to_owned());
+        if let Step::Scale(replicas) = step
+            && line.has_waiting()
+        {
+            scaling.provider.scale(function, replicas).await?;
+            self.scaled = Some(Instant::now());
+            tracing::info!(function.name = %function, replicas, "Scaled {function} from zero to {replicas}");
+        }
+        Ok(())
+    }
+
+    /// The function can be called, says the answer to the question put at `asked`.
+    async fn ready(&mut self, asked: Instant, doubts: u64) {
+        if std::mem::take(&mut self.cold) {
+            self.woken = Some(Instant::now());
+        }
+        self.scaled = None;
+        self.pause = SHORTEST_PAUSE;
+        let released = self.line.release(Ready { asked, woken: self.woken }, doubts);
+        // One that was ready all the time has nothing to prove.
+        let proven =
+            released && (self.woken.is_none() || !self.line.is_doubted_within(WITH_CARE).await);
+        if proven {
+            self.scaling.known.found(&self.line.function, true, asked);
+            self.scaling.remove(&self.line, |_| true);
+            self.closed = true;
+        }
+    }
+
+    fn failed(&mut self, error: &Error, asked: Instant) {
+        let since = *self.failing.get_or_insert(asked);
+        let reason = format!("the provider does not do what it is asked: {error}");
+        if since.elapsed() >= GIVE_UP {
+            let function = &self.line.function;
+            tracing::warn!(function.name = %function, reason, "{function} cannot be called: {reason}");
+            self.close(Over::Failed(reason.into()));
+        } else {
+            self.line.is_not_ready_since(reason);
+        }
+    }
+
+    fn close_if_abandoned(&mut self) {
+        self.closed = self.closed || self.scaling.remove(&self.line, |line| !line.has_waiting());
+    }
+
+    fn close(&mut self, over: Over) {
+        // Whoever comes from here on is asked for anew.
+        self.scaling.remove(&self.line, |_| true);
+        self.line.end(over);
+        self.closed = true;
+    }
+}
+
+impl Drop for Driver {
+    /// Nobody waits for a driver that is gone, whatever ended it.
+    fn drop(&mut self) {
+        if !self.closed {
+            self.close(Over::Failed("this gateway is stopping".into()));
+        }
+    }
+}

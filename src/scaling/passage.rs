@@ -1,0 +1,92 @@
+//! One call's way to a function that may not be ready.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use tokio::time::timeout_at;
+
+use crate::error::Error;
+use crate::function::Function;
+use crate::scaling::fault::{Fault, Next, after};
+use crate::scaling::line::{Over, Phase, Ready};
+use crate::scaling::{Entered, Scaling};
+
+/// A call that waits for its function, as often as it has to, and until its deadline at most.
+pub struct Passage {
+    scaling: Arc<Scaling>,
+    function: Function,
+    /// Its deadline, from the first time it waits on.
+    until: Option<Instant>,
+    /// When the function became ready, if this call has waited for that.
+    woken: Option<Instant>,
+}
+
+impl Passage {
+    pub(super) fn new(scaling: Arc<Scaling>, function: Function) -> Self {
+        Self { scaling, function, until: None, woken: None }
+    }
+
+    /// Waits until the function can be called.
+    ///
+    /// # Errors
+    /// Why it cannot.
+    pub async fn ready(&mut self) -> Result<(), Error> {
+        self.pass(false).await.map(|_| ())
+    }
+
+    /// Sees to what the call has met. Whether it is to be made again, which it is if the function is starting; returns
+    /// when it is ready then. `whole`: all of the call can be sent once more.
+    ///
+    /// # Errors
+    /// Why the function cannot be called.
+    pub async fn again(&mut self, fault: Fault, whole: bool) -> Result<bool, Error> {
+        let woken = self.woken.or_else(|| self.scaling.woken(&self.function));
+        match after(fault, whole, woken.map(|at| at.elapsed())) {
+            Next::Pass => Ok(false),
+            Next::Ask => {
+                self.scaling.doubt(&self.function);
+                Ok(false)
+            }
+            Next::Wait => {
+                let ready = self.pass(true).await?;
+                // A provider that calls it ready for that long has another reason to refuse.
+                let is_start = |at: Instant| at.elapsed() < self.scaling.limits.timeout;
+                Ok(ready.woken.is_some_and(is_start))
+            }
+        }
+    }
+
+    async fn pass(&mut self, doubt: bool) -> Result<Ready, Error> {
+        let place = match self.scaling.enter(&self.function, doubt)? {
+            Entered::Ready(ready) => return Ok(self.note(ready)),
+            Entered::Waiting(place) => place,
+        };
+        let time = self.scaling.limits.timeout;
+        let until = *self.until.get_or_insert_with(|| Instant::now() + time);
+        let mut state = place.line().follow();
+        let settled = state.wait_for(|state| !matches!(state.phase, Phase::Asking));
+        let phase = match timeout_at(until.into(), settled).await {
+            // The sender is in the line, which the place holds: the channel stays open.
+            Ok(settled) => settled.map_or(Phase::Asking, |state| state.phase.clone()),
+            Err(_) => Phase::Asking,
+        };
+        match phase {
+            Phase::Ready(ready) => Ok(self.note(ready)),
+            Phase::Over(Over::NoSuchFunction) => Err(Error::NoSuchFunction(self.function.clone())),
+            Phase::Over(Over::Failed(reason)) => Err(self.not_ready(&reason)),
+            Phase::Asking => {
+                let reason = place.line().reason();
+                Err(self.not_ready(&format!("{reason}, for {time:?} now")))
+            }
+        }
+    }
+
+    fn note(&mut self, ready: Ready) -> Ready {
+        self.woken = self.woken.or(ready.woken);
+        ready
+    }
+
+    fn not_ready(&self, reason: &str) -> Error {
+        Error::NotReady(self.function.clone(), reason.to_owned())
+    }
+}

@@ -1,0 +1,91 @@
+//! What to do with a function that somebody wants to call. No I/O.
+
+use std::collections::BTreeMap;
+
+use crate::alerts::Bounds;
+use crate::provider::types::FunctionSummary;
+
+/// A function's replicas, as the provider reports them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Replicas {
+    pub wanted: u64,
+    /// How many of them can be called.
+    pub available: u64,
+    /// `com.openfaas.scale.min`
+    pub min: u64,
+}
+
+/// What comes next.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Step {
+    Call,
+    Scale(u64),
+    Wait,
+}
+
+impl From<&FunctionSummary> for Replicas {
+    fn from(status: &FunctionSummary) -> Self {
+        let none = BTreeMap::new();
+        let bounds = Bounds::from_labels(status.labels.as_ref().unwrap_or(&none));
+        Self { wanted: status.replicas, available: status.available_replicas, min: bounds.min }
+    }
+}
+
+/// The step after the provider has said how many replicas there are. `scaled`: it has been asked for some just now, and
+/// may not show that yet.
+pub fn next_step(replicas: Replicas, scaled: bool) -> Step {
+    match replicas {
+        Replicas { available: 1.., .. } => Step::Call,
+        Replicas { wanted: 0, min, .. } if !scaled => Step::Scale(min.max(1)),
+        Replicas { .. } => Step::Wait,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[track_caller]
+    fn check((wanted, available, min): (u64, u64, u64), scaled: bool, expect: Step) {
+        assert_eq!(next_step(Replicas { wanted, available, min }, scaled), expect);
+    }
+
+    #[test]
+    fn a_function_with_a_replica_is_called() {
+        check((1, 1, 1), false, Step::Call);
+        check((5, 1, 3), false, Step::Call);
+        check((1, 1, 1), true, Step::Call);
+        // The last one is about to go, but is still there.
+        check((0, 1, 1), false, Step::Call);
+    }
+
+    #[test]
+    fn a_function_at_zero_is_scaled_to_its_minimum_and_to_one_at_least() {
+        check((0, 0, 1), false, Step::Scale(1));
+        check((0, 0, 0), false, Step::Scale(1));
+        check((0, 0, 3), false, Step::Scale(3));
+    }
+
+    #[test]
+    fn a_function_that_starts_is_waited_for() {
+        check((1, 0, 1), false, Step::Wait);
+        check((3, 0, 5), false, Step::Wait);
+    }
+
+    #[test]
+    fn nobody_asks_twice_for_the_same_replicas() {
+        check((0, 0, 1), true, Step::Wait);
+        check((1, 0, 1), true, Step::Wait);
+    }
+
+    #[test]
+    fn the_minimum_is_read_from_the_label() {
+        let min = |text: &str| {
+            let labels = BTreeMap::from([("com.openfaas.scale.min".to_owned(), text.to_owned())]);
+            let status = FunctionSummary { labels: Some(labels), ..FunctionSummary::default() };
+            Replicas::from(&status).min
+        };
+        assert_eq!((min("3"), min("0"), min("many")), (3, 0, 1));
+        assert_eq!(Replicas::from(&FunctionSummary::default()).min, 1);
+    }
+}

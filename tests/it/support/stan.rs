@@ -1,0 +1,280 @@
+//! A NATS Streaming server, as far as a queue needs one, on a real nats-server: durable groups of workers, redelivery,
+//! heartbeats, ids that are registered once.
+
+pub(crate) mod proto;
+mod store;
+
+use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::Duration;
+
+use async_nats::{Client, Message as NatsMessage};
+use bytes::Bytes;
+use futures_util::StreamExt as _;
+use futures_util::stream::select_all;
+use prost::Message;
+use serde_json::Value;
+use tokio::task::JoinHandle;
+
+use crate::support::nats::Nats;
+use crate::support::stan::proto::{
+    Ack, CloseRequest, Complaint, ConnectRequest, ConnectResponse, Ping, PubAck, PubMsg,
+    SubscriptionRequest, SubscriptionResponse,
+};
+use crate::support::stan::store::Store;
+
+pub(crate) const CLUSTER: &str = "faas-cluster";
+pub(crate) const CHANNEL: &str = "faas-request";
+/// How often clients are asked whether they live, and how often one may be silent.
+const HEARTBEATS: Duration = Duration::from_millis(500);
+const MOST_MISSED: u32 = 3;
+const HEARTBEAT: Duration = Duration::from_millis(500);
+/// Between looks at what is to be sent.
+const TICK: Duration = Duration::from_millis(10);
+
+/// The server. What it has stored is kept when it is killed.
+pub(crate) struct Stan {
+    url: String,
+    store: Arc<Mutex<Store>>,
+    silent: Arc<AtomicBool>,
+    running: Option<Running>,
+}
+
+struct Running {
+    client: Client,
+    task: JoinHandle<()>,
+}
+
+impl Stan {
+    /// A running server on `nats`.
+    pub(crate) async fn start(nats: &Nats) -> Self {
+        let mut stan = Self::away(nats);
+        stan.restart().await;
+        stan
+    }
+
+    /// A server that has not been started.
+    pub(crate) fn away(nats: &Nats) -> Self {
+        Self { url: nats.url(), store: Arc::default(), silent: Arc::default(), running: None }
+    }
+
+    /// Starts the server on what it has stored before.
+    pub(crate) async fn restart(&mut self) {
+        assert!(self.running.is_none(), "it runs");
+        let options = async_nats::ConnectOptions::new().retry_on_initial_connect();
+        let client = options.connect(&self.url).await.unwrap();
+        let mut subscriptions = Vec::new();
+        for subject in ["discover.C", "discover.C.pings", "pub.C.>", "sub.C", "close.C"] {
+            let subject = format!("_STAN.{}", subject.replace('C', CLUSTER));
+            subscriptions.push(client.subscribe(subject).await.unwrap());
+        }
+        subscriptions.push(client.subscribe("_ACKS.*").await.unwrap());
+        client.flush().await.unwrap();
+        let server = Server { client: client.clone(), store: Arc::clone(&self.store) };
+        let silent = Arc::clone(&self.silent);
+        let task = tokio::spawn(async move {
+            let mut requests = select_all(subscriptions);
+            let mut tick = tokio::time::interval(TICK);
+            let mut heartbeats = tokio::time::interval(HEARTBEATS);
+            loop {
+                tokio::select! {
+                    Some(request) = requests.next() => {
+                        if !silent.load(SeqCst) {
+                            server.serve(request).await;
+                        }
+                    }
+                    _ = tick.tick() => {}
+                    _ = heartbeats.tick() => server.ask_all(),
+                }
+                server.deliver().await;
+            }
+        });
+        self.running = Some(Running { client, task });
+    }
+
+    /// Has the server die: it says nothing to anybody.
+    pub(crate) async fn kill(&mut self) {
+        if let Some(Running { client, task }) = self.running.take() {
+            task.abort();
+            let _ = task.await;
+            // Nobody listens any more once this is over.
+            client.drain().await.unwrap();
+        }
+    }
+
+    /// Has the server hear everything and say nothing, or go on as before.
+    pub(crate) fn be_silent(&self, silent: bool) {
+        self.silent.store(silent, SeqCst);
+    }
+
+    /// Loses all that was stored, as a server does that keeps it in memory.
+    pub(crate) fn forget(&self) {
+        *self.store() = Store::default();
+    }
+
+    /// Stores a message as another client would.
+    pub(crate) fn store_message(&self, channel: &str, data: impl Into<Bytes>) {
+        self.store().append(channel, data.into());
+    }
+
+    /// All that was ever stored in `channel`.
+    pub(crate) fn messages(&self, channel: &str) -> Vec<Value> {
+        let store = self.store();
+        let messages = store.channels.get(channel).into_iter().flatten();
+        messages.map(|(data, _)| serde_json::from_slice(data).unwrap()).collect()
+    }
+
+    /// How often messages of `channel` were sent to workers, and how many are not acknowledged.
+    pub(crate) fn sent(&self, channel: &str) -> (usize, usize) {
+        let store = self.store();
+        let group = store.groups.get(&format!("faas:{channel}"));
+        group.map_or((0, 0), |group| (group.deliveries, group.pending.len()))
+    }
+
+    /// The ids that are registered.
+    pub(crate) fn clients(&self) -> Vec<String> {
+        self.store().clients.keys().cloned().collect()
+    }
+
+    fn store(&self) -> MutexGuard<'_, Store> {
+        self.store.lock().unwrap()
+    }
+}
+
+impl Drop for Stan {
+    fn drop(&mut self) {
+        if let Some(running) = &self.running {
+            running.task.abort();
+        }
+    }
+}
+
+#[derive(Clone)]
+struct Server {
+    client: Client,
+    store: Arc<Mutex<Store>>,
+}
+
+impl Server {
+    fn store(&self) -> MutexGuard<'_, Store> {
+        self.store.lock().unwrap()
+    }
+
+    async fn send(&self, subject: impl Into<String>, message: &impl Message) {
+        self.client.publish(subject.into(), message.encode_to_vec().into()).await.unwrap();
+    }
+
+    async fn serve(&self, request: NatsMessage) {
+        let NatsMessage { subject, payload, reply, .. } = request;
+        let reply = reply.map(|reply| reply.to_string()).unwrap_or_default();
+        let subject = subject.strip_prefix("_STAN.").unwrap_or(&subject);
+        match subject.split('.').next().unwrap() {
+            "discover" if subject.ends_with(".pings") => {
+                let ping = Ping::decode(payload).unwrap();
+                let known = self.store().clients.values().any(|c| c.connection == ping.connection);
+                let error =
+                    if known { "" } else { "client has been replaced or is no longer registered" };
+                self.send(reply, &Complaint { error: error.to_owned() }).await;
+            }
+            "discover" => {
+                // It may take a while to find out whether the id is free.
+                let server = self.clone();
+                tokio::spawn(async move {
+                    server.register(ConnectRequest::decode(payload).unwrap(), reply).await;
+                });
+            }
+            "pub" => self.publish(PubMsg::decode(payload).unwrap(), reply).await,
+            "sub" => {
+                let request = SubscriptionRequest::decode(payload).unwrap();
+                let ack_inbox = self.store().subscribe(request);
+                let response = SubscriptionResponse { ack_inbox, error: String::new() };
+                self.send(reply, &response).await;
+            }
+            "close" => {
+                let closed = self.store().close(&CloseRequest::decode(payload).unwrap().client_id);
+                let error = if closed { "" } else { "unknown client" };
+                self.send(reply, &Complaint { error: error.to_owned() }).await;
+            }
+            "_ACKS" => self.store().acknowledge(subject, &Ack::decode(payload).unwrap()),
+            other => panic!("{other}"),
+        }
+    }
+
+    async fn register(&self, request: ConnectRequest, reply: String) {
+        let refused =
+            |error: &str| ConnectResponse { error: error.to_owned(), ..Default::default() };
+        assert!(!request.client_id.is_empty() && !request.heartbeat_inbox.is_empty());
+        assert_eq!(request.protocol, 1);
+        let known = self.store().clients.get(&request.client_id).cloned();
+        if let Some(known) = known {
+            if self.lives(&known.heartbeat_inbox).await {
+                return self.send(reply, &refused("stan: clientID already registered")).await;
+            }
+            self.store().close(&request.client_id);
+        }
+        let client = store::Client {
+            connection: request.connection,
+            heartbeat_inbox: request.heartbeat_inbox,
+            missed: 0,
+        };
+        self.store().clients.insert(request.client_id, client);
+        let subject = |what: &str| format!("_STAN.{what}.{CLUSTER}");
+        let response = ConnectResponse {
+            pub_prefix: subject("pub"),
+            sub_requests: subject("sub"),
+            unsub_requests: subject("unsub"),
+            close_requests: subject("close"),
+            error: String::new(),
+            sub_close_requests: subject("subclose"),
+            ping_requests: subject("discover") + ".pings",
+            // It has a say in that, too.
+            ping_interval: request.ping_interval.min(1),
+            ping_max_out: request.ping_max_out.min(2),
+            protocol: 1,
+        };
+        self.send(reply, &response).await;
+    }
+
+    async fn publish(&self, message: PubMsg, reply: String) {
+        let known = self.store().clients.get(&message.client_id).cloned();
+        let known = known.is_some_and(|client| client.connection == message.connection);
+        let error = if known { "" } else { "stan: invalid publish request" };
+        if known {
+            self.store().append(&message.subject, message.data);
+        }
+        self.send(reply, &PubAck { guid: message.guid, error: error.to_owned() }).await;
+    }
+
+    async fn lives(&self, inbox: &str) -> bool {
+        let asked = self.client.request(inbox.to_owned(), Bytes::new());
+        matches!(tokio::time::timeout(HEARTBEAT, asked).await, Ok(Ok(_)))
+    }
+
+    /// Asks every client for a heartbeat, and closes those that have been silent for too long.
+    fn ask_all(&self) {
+        let clients: Vec<_> =
+            self.store().clients.iter().map(|(id, client)| (id.clone(), client.clone())).collect();
+        for (id, client) in clients {
+            let server = self.clone();
+            tokio::spawn(async move {
+                let lives = server.lives(&client.heartbeat_inbox).await;
+                let mut store = server.store();
+                let Some(known) = store.clients.get_mut(&id) else { return };
+                if known.connection != client.connection {
+                    return;
+                }
+                known.missed = if lives { 0 } else { known.missed + 1 };
+                if known.missed >= MOST_MISSED {
+                    store.close(&id);
+                }
+            });
+        }
+    }
+
+    async fn deliver(&self) {
+        let sent = self.store().deliver();
+        for (inbox, message) in sent {
+            self.client.publish(inbox, message).await.unwrap();
+        }
+    }
+}

@@ -1,0 +1,158 @@
+//! What the server keeps: clients, channels, and how far each group of workers has come.
+
+use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use bytes::Bytes;
+use prost::Message;
+
+use crate::support::stan::proto::{Ack, MsgProto, SubscriptionRequest};
+
+#[derive(Default)]
+pub(super) struct Store {
+    pub(super) clients: HashMap<String, Client>,
+    pub(super) channels: HashMap<String, Vec<(Bytes, i64)>>,
+    pub(super) groups: HashMap<String, Group>,
+    names: u64,
+    last_time: i64,
+}
+
+#[derive(Clone)]
+pub(super) struct Client {
+    pub(super) connection: Bytes,
+    pub(super) heartbeat_inbox: String,
+    pub(super) missed: u32,
+}
+
+/// The members of a durable queue group on a channel.
+#[derive(Default)]
+pub(super) struct Group {
+    channel: String,
+    members: Vec<Member>,
+    /// Messages before this one were delivered at least once.
+    next: usize,
+    /// Those that are not acknowledged: who has them, until when, and how often they were sent again.
+    pub(super) pending: BTreeMap<u64, Pending>,
+    again: VecDeque<(u64, u32)>,
+    pub(super) deliveries: usize,
+    turn: usize,
+}
+
+pub(super) struct Pending {
+    member: String,
+    until: Instant,
+    redeliveries: u32,
+}
+
+struct Member {
+    request: SubscriptionRequest,
+    acks: String,
+}
+
+impl Store {
+    pub(super) fn append(&mut self, channel: &str, data: Bytes) {
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_nanos() as i64;
+        self.last_time = now.max(self.last_time + 1);
+        self.channels.entry(channel.to_owned()).or_default().push((data, self.last_time));
+    }
+
+    /// Where the member's ends are to be told.
+    pub(super) fn subscribe(&mut self, request: SubscriptionRequest) -> String {
+        assert_eq!(request.start_position, 4, "from the first message on");
+        assert_eq!(request.durable_name, request.subject.replace('.', "_"));
+        self.names += 1;
+        let acks = format!("_ACKS.{}", self.names);
+        let group =
+            self.groups.entry(format!("{}:{}", request.group, request.subject)).or_default();
+        group.channel.clone_from(&request.subject);
+        group.members.push(Member { request, acks: acks.clone() });
+        acks
+    }
+
+    pub(super) fn acknowledge(&mut self, acks: &str, ack: &Ack) {
+        for group in self.groups.values_mut() {
+            if group.members.iter().any(|member| member.acks == acks) {
+                assert_eq!(ack.subject, group.channel);
+                group.pending.remove(&ack.sequence);
+                group.again.retain(|(sequence, _)| *sequence != ack.sequence);
+            }
+        }
+    }
+
+    /// Lets a client go: what it has not acknowledged is for others.
+    pub(super) fn close(&mut self, id: &str) -> bool {
+        for group in self.groups.values_mut() {
+            group.members.retain(|member| member.request.client_id != id);
+            group.give_back(|group, it| !group.iter().any(|m| m.request.inbox == it.member));
+        }
+        self.clients.remove(id).is_some()
+    }
+
+    /// What is to be sent now, and where to.
+    pub(super) fn deliver(&mut self) -> Vec<(String, Bytes)> {
+        let now = Instant::now();
+        let mut sent = Vec::new();
+        for group in self.groups.values_mut() {
+            group.give_back(|_, it| it.until <= now);
+            let messages = self.channels.get(&group.channel).map_or(&[][..], Vec::as_slice);
+            while let Some(delivery) = group.next_delivery(messages, now) {
+                sent.push(delivery);
+            }
+        }
+        sent
+    }
+}
+
+impl Group {
+    fn give_back(&mut self, is_over: impl Fn(&[Member], &Pending) -> bool) {
+        let over: Vec<u64> = self
+            .pending
+            .iter()
+            .filter(|(_, pending)| is_over(&self.members, pending))
+            .map(|(sequence, _)| *sequence)
+            .collect();
+        for sequence in over {
+            let pending = self.pending.remove(&sequence).unwrap();
+            self.again.push_back((sequence, pending.redeliveries + 1));
+        }
+    }
+
+    fn next_delivery(
+        &mut self,
+        messages: &[(Bytes, i64)],
+        now: Instant,
+    ) -> Option<(String, Bytes)> {
+        let waits = !self.again.is_empty() || self.next < messages.len();
+        if !waits || self.members.is_empty() {
+            return None;
+        }
+        // In turn, so that what is sent again goes to another if there is one.
+        let member = (0..self.members.len()).find_map(|step| {
+            let at = (self.turn + step) % self.members.len();
+            let member = &self.members[at];
+            let inbox = &member.request.inbox;
+            let has = self.pending.values().filter(|pending| pending.member == *inbox).count();
+            (has < member.request.max_in_flight as usize).then_some(at)
+        })?;
+        self.turn = member + 1;
+        let request = &self.members[member].request;
+        let (sequence, redeliveries) = self.again.pop_front().unwrap_or_else(|| {
+            self.next += 1;
+            (self.next as u64, 0)
+        });
+        let until = now + Duration::from_secs(request.ack_wait as u64);
+        let pending = Pending { member: request.inbox.clone(), until, redeliveries };
+        self.pending.insert(sequence, pending);
+        self.deliveries += 1;
+        let (data, timestamp) = messages[sequence as usize - 1].clone();
+        let message = MsgProto {
+            sequence,
+            subject: self.channel.clone(),
+            data,
+            timestamp,
+            redelivered: redeliveries > 0,
+            redelivery_count: redeliveries,
+        };
+        Some((request.inbox.clone(), message.encode_to_vec().into()))
+    }
+}
