@@ -1,6 +1,6 @@
 # Thin over cargo: `make up` runs functions on this machine, `make test` runs every test there is.
 
-.PHONY: up build test needs fmt lint unit docs
+.PHONY: up build test needs fmt lint unit docs chaos
 
 up: build
 	target/release/gateway up examples/stack.yaml
@@ -33,3 +33,7 @@ unit:
 
 docs:
 	RUSTDOCFLAGS="-D warnings" cargo doc --locked --no-deps --document-private-items
+
+# What becomes of queued calls while everything that handles them is killed again and again, with counts.
+chaos: needs
+	CHAOS_CALLS=$${CHAOS_CALLS:-50000} cargo test --release --locked --test it queue_chaos -- --nocapture --test-threads 1
