@@ -1,6 +1,6 @@
 # Thin over cargo: `make up` runs functions on this machine, `make test` runs every test there is.
 
-.PHONY: up build test needs fmt lint unit docs manifests yaml
+.PHONY: up build test needs fmt lint unit docs manifests yaml chaos
 
 up: build
 	target/release/gateway up examples/stack.yaml
@@ -48,3 +48,7 @@ manifests:
 yaml:
 	tests/manifests/tools.sh
 	target/manifests/venv/bin/python -B tests/manifests/plain.py --write
+
+# What becomes of queued calls while everything that handles them is killed again and again, with counts.
+chaos: needs
+	CHAOS_CALLS=$${CHAOS_CALLS:-50000} cargo test --release --locked --test it queue_chaos -- --nocapture --test-threads 1

@@ -23,26 +23,19 @@ pub struct Call {
 }
 
 /// What a caller wants of its call beyond that it is made.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(default)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Options {
     /// Where the answer goes.
-    #[serde(skip_serializing_if = "Option::is_none")]
     pub callback: Option<String>,
     pub submitted_at: Millis,
     /// Not made before.
-    #[serde(skip_serializing_if = "Option::is_none")]
     pub not_before: Option<Millis>,
     /// Not made later.
-    #[serde(skip_serializing_if = "Option::is_none")]
     pub expires_at: Option<Millis>,
-    #[serde(skip_serializing_if = "Option::is_none")]
     pub max_attempts: Option<u32>,
     /// The caller's own name for the call: the same one is not queued twice.
-    #[serde(skip_serializing_if = "Option::is_none")]
     pub idempotency_key: Option<String>,
     /// The caller chose the id, so that knowing it proves nothing.
-    #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub chosen_id: bool,
 }
 
@@ -70,8 +63,21 @@ pub struct Meta {
     /// Values byte for byte as characters: a header need not be UTF-8.
     #[serde(default)]
     headers: Vec<(String, String)>,
-    #[serde(flatten)]
-    options: Options,
+    // Those of `Options`, one by one: flattened they would be gathered before they are read, at twice the price.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    callback: Option<String>,
+    #[serde(default)]
+    submitted_at: Millis,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    not_before: Option<Millis>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    expires_at: Option<Millis>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    max_attempts: Option<u32>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    idempotency_key: Option<String>,
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    chosen_id: bool,
 }
 
 /// Raised when an older gateway could not make the call rightly.
@@ -110,13 +116,20 @@ impl Call {
     pub fn meta(&self) -> Meta {
         let text =
             |value: &HeaderValue| value.as_bytes().iter().map(|byte| *byte as char).collect();
+        let options = self.options.clone();
         Meta {
             id: self.id.clone(),
             name: self.function.name.clone(),
             namespace: self.function.namespace.clone(),
             target: self.target.clone(),
             headers: self.headers.iter().map(|(n, v)| (n.as_str().to_owned(), text(v))).collect(),
-            options: self.options.clone(),
+            callback: options.callback,
+            submitted_at: options.submitted_at,
+            not_before: options.not_before,
+            expires_at: options.expires_at,
+            max_attempts: options.max_attempts,
+            idempotency_key: options.idempotency_key,
+            chosen_id: options.chosen_id,
         }
     }
 
@@ -133,7 +146,16 @@ impl Call {
             let (Ok(name), Some(value)) = (name, value) else { return Err(Unreadable::Invalid) };
             headers.append(name, value);
         }
-        let Meta { id, name, namespace, target, options, .. } = meta;
+        let options = Options {
+            callback: meta.callback,
+            submitted_at: meta.submitted_at,
+            not_before: meta.not_before,
+            expires_at: meta.expires_at,
+            max_attempts: meta.max_attempts,
+            idempotency_key: meta.idempotency_key,
+            chosen_id: meta.chosen_id,
+        };
+        let Meta { id, name, namespace, target, .. } = meta;
         let function = Function { name, namespace };
         // As its label it must lead to itself.
         if Function::parse(&function.to_string(), "").as_ref() != Some(&function) {

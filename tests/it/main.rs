@@ -23,6 +23,7 @@ mod limits;
 mod memory;
 mod pool;
 mod queue;
+mod queue_chaos;
 mod queue_jetstream;
 mod queue_limits;
 mod queue_loss;

@@ -47,6 +47,8 @@ struct Inner {
     written: Option<(Instant, u64)>,
     /// The latest mark of all, and when it was new to us.
     mark: Option<(u64, Instant)>,
+    /// Up to which number of the lists and marks that is so.
+    marks_seen: u64,
     /// Somebody looks after what we have.
     kept: bool,
 }
@@ -145,27 +147,38 @@ impl Roll {
     async fn store(&self, shared: &Shared, list: &List, new: &[u64]) -> Result<Vec<u64>, Fault> {
         let connection = shared.ready().await?.server.connection().await?;
         let subject = shared.names.list(&self.taker);
-        shared.server.put(subject, HeaderMap::new(), json(list).into(), None).await?;
-        self.inner().written = Some((Instant::now(), connection));
-        if new.is_empty() { Ok(Vec::new()) } else { self.marked(shared, new).await }
+        let stored = shared.server.put(subject, HeaderMap::new(), json(list).into(), None).await?;
+        let nothing_between = {
+            let mut inner = self.inner();
+            inner.written = Some((Instant::now(), connection));
+            inner.marks_seen + 1 == stored.sequence
+        };
+        if new.is_empty() && !nothing_between {
+            return Ok(Vec::new());
+        }
+        if !nothing_between {
+            let (claims, mark) = (&shared.names.claims, shared.names.mark("*"));
+            let latest = shared.server.last(claims, &mark).await?.map(|found| found.sequence);
+            let mut inner = self.inner();
+            if inner.mark.map(|(mark, _)| mark) != latest {
+                inner.mark = latest.map(|mark| (mark, Instant::now()));
+            }
+        }
+        let mark = {
+            let mut inner = self.inner();
+            inner.marks_seen = stored.sequence;
+            inner.mark
+        };
+        match mark {
+            // The others are older than anything that we have been given since.
+            Some((_, at)) if at.elapsed() <= HEEDED => self.marked(shared, new).await,
+            _ => Ok(Vec::new()),
+        }
     }
 
     /// Which of these calls have a mark.
     async fn marked(&self, shared: &Shared, calls: &[u64]) -> Result<Vec<u64>, Fault> {
         let (server, names) = (&shared.server, &shared.names);
-        let latest = server.last(&names.claims, &names.mark("*")).await?;
-        let Some(latest) = latest.map(|found| found.sequence) else { return Ok(Vec::new()) };
-        {
-            let mut inner = self.inner();
-            match inner.mark {
-                // It is older than anything that we have been given since.
-                Some((mark, at)) if mark == latest && at.elapsed() > HEEDED => {
-                    return Ok(Vec::new());
-                }
-                Some((mark, _)) if mark == latest => {}
-                _ => inner.mark = Some((latest, Instant::now())),
-            }
-        }
         stream::iter(calls.to_vec())
             .map(|call| async move {
                 let found = server.last(&names.claims, &names.mark(call)).await?;

@@ -78,7 +78,7 @@ impl Nats {
 
 /// A port that nobody listens on. It is none of those that the system gives to connections: one of them could have it
 /// when a server that was killed is started again.
-fn free_port() -> u16 {
+pub(crate) fn free_port() -> u16 {
     const FIRST: u16 = 20_000;
     const COUNT: u16 = 12_000;
     static NEXT: AtomicU16 = AtomicU16::new(0);
