@@ -8,7 +8,7 @@ use tokio::time::sleep;
 
 use crate::error::Error;
 use crate::scaling::Scaling;
-use crate::scaling::line::{Line, Over, Ready};
+use crate::scaling::line::{Line, Over, Phase, Ready};
 use crate::scaling::step::{Replicas, Step, next_step};
 
 /// Between two questions: at first, and at most.
@@ -114,9 +114,16 @@ impl Driver {
         let proven =
             released && (self.woken.is_none() || !self.line.is_doubted_within(WITH_CARE).await);
         if proven {
-            self.scaling.known.found(&self.line.function, true, asked);
-            self.scaling.remove(&self.line, |_| true);
+            self.close_as_ready(asked);
+        }
+    }
+
+    /// Closes the line, unless the function has been doubted meanwhile: whoever is in it then needs a driver.
+    fn close_as_ready(&mut self, asked: Instant) {
+        let is_ready = |line: &Line| matches!(line.phase(), Phase::Ready(_));
+        if self.scaling.remove(&self.line, is_ready) {
             self.closed = true;
+            self.scaling.known.found(&self.line.function, true, asked);
         }
     }
 
@@ -150,5 +157,51 @@ impl Drop for Driver {
         if !self.closed {
             self.close(Over::Failed("this gateway is stopping".into()));
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::ColdStart;
+    use crate::config::base_url::BaseUrl;
+    use crate::function::Function;
+    use crate::metrics::known::Known;
+    use crate::provider::Provider;
+    use crate::proxy::client::{Client, Origin, Tls};
+    use crate::shutdown::Tasks;
+
+    /// What wakes functions of a provider that is not asked.
+    fn scaling(known: &Arc<Known>) -> Arc<Scaling> {
+        let provider = Provider {
+            client: Client::new(Duration::from_secs(1), Tls::default()),
+            origin: Origin::new(BaseUrl::parse("http://127.0.0.1:1").unwrap()),
+            credentials: None,
+            timeout: Duration::from_secs(1),
+        };
+        let limits = ColdStart { timeout: Duration::from_secs(60), queue: 10 };
+        Scaling::new(provider, Arc::clone(known), limits, &Tasks::default())
+    }
+
+    /// The driver of a line that was entered, with nothing done yet.
+    fn driver(scaling: &Arc<Scaling>) -> Driver {
+        let function = Function::parse("echo", "fn").unwrap();
+        let (line, is_new) = scaling.line(&mut scaling.lines(), &function);
+        assert!(is_new);
+        Driver::new(Arc::clone(scaling), line)
+    }
+    #[tokio::test]
+    async fn a_line_that_is_doubted_at_its_end_keeps_its_driver() {
+        let known = Arc::default();
+        let (scaling, function) = (scaling(&known), Function::parse("echo", "fn").unwrap());
+        let mut driver = driver(&scaling);
+        let asked = Instant::now();
+        assert!(driver.line.release(Ready { asked, woken: None }, 0));
+        driver.line.doubt();
+        driver.close_as_ready(asked);
+        assert!(!driver.closed && scaling.lines().contains_key(&function));
+        assert!(driver.line.release(Ready { asked, woken: None }, 1));
+        driver.close_as_ready(asked);
+        assert!(driver.closed && !scaling.lines().contains_key(&function));
     }
 }
