@@ -62,11 +62,13 @@ impl Invoker {
                 call.vouched_for(&self.calls);
             }
         }
+        let mut began = call.began;
         loop {
             let mut outcome = match sent.take() {
                 Some(outcome) => outcome,
                 None => {
-                    let errand = self.errand(caller, Instant::now());
+                    began = Instant::now();
+                    let errand = self.errand(caller, began);
                     proxy::send(&self.client, target.origin, prepared, errand).await
                 }
             };
@@ -75,7 +77,7 @@ impl Invoker {
                 Ok(forwarded) => Prepared::can_take_back(&forwarded.answer),
                 Err(_) => true,
             };
-            let again = passage.again(fault, whole);
+            let again = passage.again(fault, whole, began);
             if !self.wait(caller, prepared, again).await? {
                 return Ok(outcome?);
             }

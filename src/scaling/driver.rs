@@ -8,7 +8,7 @@ use tokio::time::sleep;
 
 use crate::error::Error;
 use crate::scaling::Scaling;
-use crate::scaling::line::{Line, Over, Phase, Ready};
+use crate::scaling::line::{Line, Over, Ready};
 use crate::scaling::step::{Replicas, Step, next_step};
 
 /// Between two questions: at first, and at most.
@@ -71,7 +71,7 @@ impl Driver {
     /// Puts one question, and does what follows from the answer.
     async fn turn(&mut self, asked: Instant) -> Result<(), Error> {
         let (scaling, line) = (Arc::clone(&self.scaling), Arc::clone(&self.line));
-        let (function, doubts) = (&line.function, line.doubts());
+        let function = &line.function;
         let hold = if self.cold { HOLD } else { Duration::ZERO };
         let replicas = match scaling.provider.status_held(function, hold).await {
             Ok(status) => Replicas::from(&status),
@@ -86,12 +86,12 @@ impl Driver {
         let scaled = self.scaled.is_some_and(|at| at.elapsed() < SCALE_AGAIN);
         let step = next_step(replicas, scaled);
         if step == Step::Call {
-            self.ready(asked, doubts).await;
+            self.ready(asked).await;
             return Ok(());
         }
         self.cold = true;
         scaling.known.found(function, false, asked);
-        line.is_not_ready_since("it has no replica that can be called".to_owned());
+        line.withdraw("it has no replica that can be called".to_owned());
         if let Step::Scale(replicas) = step
             && line.has_waiting()
         {
@@ -103,16 +103,16 @@ impl Driver {
     }
 
     /// The function can be called, says the answer to the question put at `asked`.
-    async fn ready(&mut self, asked: Instant, doubts: u64) {
+    async fn ready(&mut self, asked: Instant) {
         if std::mem::take(&mut self.cold) {
             self.woken = Some(Instant::now());
+            self.pause = SHORTEST_PAUSE;
         }
         self.scaled = None;
-        self.pause = SHORTEST_PAUSE;
-        let released = self.line.release(Ready { asked, woken: self.woken }, doubts);
+        let settled = self.line.release(Ready { asked, woken: self.woken });
         // One that was ready all the time has nothing to prove.
         let proven =
-            released && (self.woken.is_none() || !self.line.is_doubted_within(WITH_CARE).await);
+            settled && (self.woken.is_none() || !self.line.is_doubted_within(WITH_CARE).await);
         if proven {
             self.close_as_ready(asked);
         }
@@ -120,8 +120,7 @@ impl Driver {
 
     /// Closes the line, unless the function has been doubted meanwhile: whoever is in it then needs a driver.
     fn close_as_ready(&mut self, asked: Instant) {
-        let is_ready = |line: &Line| matches!(line.phase(), Phase::Ready(_));
-        if self.scaling.remove(&self.line, is_ready) {
+        if self.scaling.remove(&self.line, Line::is_ready) {
             self.closed = true;
             self.scaling.known.found(&self.line.function, true, asked);
         }
@@ -163,44 +162,30 @@ impl Drop for Driver {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::ColdStart;
-    use crate::config::base_url::BaseUrl;
     use crate::function::Function;
-    use crate::metrics::known::Known;
-    use crate::provider::Provider;
-    use crate::proxy::client::{Client, Origin, Tls};
-    use crate::shutdown::Tasks;
-
-    /// What wakes functions of a provider that is not asked.
-    fn scaling(known: &Arc<Known>) -> Arc<Scaling> {
-        let provider = Provider {
-            client: Client::new(Duration::from_secs(1), Tls::default()),
-            origin: Origin::new(BaseUrl::parse("http://127.0.0.1:1").unwrap()),
-            credentials: None,
-            timeout: Duration::from_secs(1),
-        };
-        let limits = ColdStart { timeout: Duration::from_secs(60), queue: 10 };
-        Scaling::new(provider, Arc::clone(known), limits, &Tasks::default())
-    }
 
     /// The driver of a line that was entered, with nothing done yet.
-    fn driver(scaling: &Arc<Scaling>) -> Driver {
-        let function = Function::parse("echo", "fn").unwrap();
-        let (line, is_new) = scaling.line(&mut scaling.lines(), &function);
+    fn driver(scaling: &Arc<Scaling>, function: &Function) -> Driver {
+        let (line, is_new) = scaling.line(&mut scaling.lines(), function);
         assert!(is_new);
         Driver::new(Arc::clone(scaling), line)
     }
+
+    fn ready(asked: Instant) -> Ready {
+        Ready { asked, woken: None }
+    }
+
     #[tokio::test]
     async fn a_line_that_is_doubted_at_its_end_keeps_its_driver() {
-        let known = Arc::default();
-        let (scaling, function) = (scaling(&known), Function::parse("echo", "fn").unwrap());
-        let mut driver = driver(&scaling);
+        let (scaling, function) = (Scaling::alone(1), Function::parse("echo", "fn").unwrap());
+        let mut driver = driver(&scaling, &function);
         let asked = Instant::now();
-        assert!(driver.line.release(Ready { asked, woken: None }, 0));
-        driver.line.doubt();
+        assert!(driver.line.release(ready(asked)));
+        driver.line.doubt(Instant::now());
         driver.close_as_ready(asked);
         assert!(!driver.closed && scaling.lines().contains_key(&function));
-        assert!(driver.line.release(Ready { asked, woken: None }, 1));
+        let asked = Instant::now();
+        assert!(driver.line.release(ready(asked)));
         driver.close_as_ready(asked);
         assert!(driver.closed && !scaling.lines().contains_key(&function));
     }

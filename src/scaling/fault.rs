@@ -60,6 +60,11 @@ impl Fault {
     pub fn of_error(error: &client::Error, way: Way) -> Option<Self> {
         error.is_connect().then_some(Self::Unreached(way))
     }
+
+    /// Whether somebody has answered the call.
+    pub(super) fn has_answer(self) -> bool {
+        !matches!(self, Self::Unreached(_))
+    }
 }
 
 /// What becomes of a call that met `fault`. `whole`: all of it can be sent once more; `woken`: how long ago the

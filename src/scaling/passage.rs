@@ -31,24 +31,28 @@ impl Passage {
     /// # Errors
     /// Why it cannot.
     pub async fn ready(&mut self) -> Result<(), Error> {
-        self.pass(false).await.map(|_| ())
+        self.pass(None).await.map(|_| ())
     }
 
-    /// Sees to what the call has met. Whether it is to be made again, which it is if the function is starting; returns
-    /// when it is ready then. `whole`: all of the call can be sent once more.
+    /// Sees to what the call has met, which was sent at `sent`. Whether it is to be made again, which it is if the
+    /// function is starting; returns when it is ready then. `whole`: all of the call can be sent once more.
     ///
     /// # Errors
     /// Why the function cannot be called.
-    pub async fn again(&mut self, fault: Fault, whole: bool) -> Result<bool, Error> {
+    pub async fn again(&mut self, fault: Fault, whole: bool, sent: Instant) -> Result<bool, Error> {
         let woken = self.woken.or_else(|| self.scaling.woken(&self.function));
         match after(fault, whole, woken.map(|at| at.elapsed())) {
             Next::Pass => Ok(false),
             Next::Ask => {
-                self.scaling.doubt(&self.function);
+                self.scaling.doubt(&self.function, sent);
                 Ok(false)
             }
             Next::Wait => {
-                let ready = self.pass(true).await?;
+                let ready = match self.pass(Some(sent)).await {
+                    // There is an answer to pass on, which needs no place to wait in.
+                    Err(Error::LineFull(_)) if fault.has_answer() => return Ok(false),
+                    passed => passed?,
+                };
                 // A provider that calls it ready for that long has another reason to refuse.
                 let is_start = |at: Instant| at.elapsed() < self.scaling.limits.timeout;
                 Ok(ready.woken.is_some_and(is_start))
@@ -56,26 +60,20 @@ impl Passage {
         }
     }
 
-    async fn pass(&mut self, doubt: bool) -> Result<Ready, Error> {
+    async fn pass(&mut self, doubt: Option<Instant>) -> Result<Ready, Error> {
         let place = match self.scaling.enter(&self.function, doubt)? {
             Entered::Ready(ready) => return Ok(self.note(ready)),
             Entered::Waiting(place) => place,
         };
         let time = self.scaling.limits.timeout;
         let until = *self.until.get_or_insert_with(|| Instant::now() + time);
-        let mut state = place.line().follow();
-        let settled = state.wait_for(|state| !matches!(state.phase, Phase::Asking));
-        let phase = match timeout_at(until.into(), settled).await {
-            // The sender is in the line, which the place holds: the channel stays open.
-            Ok(settled) => settled.map_or(Phase::Asking, |state| state.phase.clone()),
-            Err(_) => Phase::Asking,
-        };
-        match phase {
+        let settled = timeout_at(until.into(), place.settled()).await;
+        match settled.unwrap_or(Phase::Asking) {
             Phase::Ready(ready) => Ok(self.note(ready)),
             Phase::Over(Over::NoSuchFunction) => Err(Error::NoSuchFunction(self.function.clone())),
             Phase::Over(Over::Failed(reason)) => Err(self.not_ready(&reason)),
             Phase::Asking => {
-                let reason = place.line().reason();
+                let reason = place.line.reason();
                 Err(self.not_ready(&format!("{reason}, for {time:?} now")))
             }
         }
@@ -88,5 +86,21 @@ impl Passage {
 
     fn not_ready(&self, reason: &str) -> Error {
         Error::NotReady(self.function.clone(), reason.to_owned())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::scaling::fault::Way;
+
+    #[tokio::test]
+    async fn where_there_is_no_room_to_wait_the_answer_at_hand_is_passed_on() {
+        let scaling = Scaling::alone(0);
+        let mut passage = scaling.passage(&Function::parse("echo", "fn").unwrap());
+        let sent = Instant::now();
+        assert!(!passage.again(Fault::Unavailable, true, sent).await.unwrap());
+        let none = passage.again(Fault::Unreached(Way::Direct), true, sent).await;
+        assert!(matches!(none, Err(Error::LineFull(_))));
     }
 }

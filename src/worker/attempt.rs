@@ -99,7 +99,8 @@ impl Caller {
         loop {
             let request = self.request(call, label, context)?;
             let watch = Arc::new(Watch::new());
-            watch.call_until(Instant::now() + self.timeout);
+            let sent_at = Instant::now();
+            watch.call_until(sent_at + self.timeout);
             let sent = in_time(self.timeout, self.client.send(&self.origin, request, &watch));
             let sent = sent.await.unwrap_or(Err(client::Error::Timeout));
             let fault = match &sent {
@@ -107,7 +108,7 @@ impl Caller {
                 Err(error) => Fault::of_error(error, Way::Through),
             };
             if let (Some(passage), Some(fault)) = (&mut passage, fault)
-                && passage.again(fault, true).await?
+                && passage.again(fault, true, sent_at).await?
             {
                 continue;
             }
