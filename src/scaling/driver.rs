@@ -60,7 +60,7 @@ impl Driver {
                 Ok(()) => self.failing = None,
                 Err(error) => self.failed(&error, asked),
             }
-            self.close_if_abandoned();
+            self.close_if_abandoned(asked);
             if !self.closed {
                 sleep(self.pause.saturating_sub(asked.elapsed())).await;
                 self.pause = (self.pause * 2).min(LONGEST_PAUSE);
@@ -138,8 +138,11 @@ impl Driver {
         }
     }
 
-    fn close_if_abandoned(&mut self) {
-        self.closed = self.closed || self.scaling.remove(&self.line, |line| !line.has_waiting());
+    /// Closes the line if nobody waits, and nobody has had a doubt since the question put at `asked`: those who passed
+    /// their answers on rely on the next one.
+    fn close_if_abandoned(&mut self, asked: Instant) {
+        let is_abandoned = |line: &Line| !line.has_waiting() && !line.is_doubted_since(asked);
+        self.closed = self.closed || self.scaling.remove(&self.line, is_abandoned);
     }
 
     fn close(&mut self, over: Over) {
@@ -188,5 +191,16 @@ mod tests {
         assert!(driver.line.release(ready(asked)));
         driver.close_as_ready(asked);
         assert!(driver.closed && !scaling.lines().contains_key(&function));
+    }
+    #[tokio::test]
+    async fn a_doubt_without_a_waiter_is_seen_to() {
+        let (scaling, function) = (Scaling::alone(1), Function::parse("echo", "fn").unwrap());
+        let mut driver = driver(&scaling, &function);
+        let asked = Instant::now();
+        scaling.doubt(&function, asked + Duration::from_millis(1));
+        driver.close_if_abandoned(asked);
+        assert!(!driver.closed);
+        driver.close_if_abandoned(asked + Duration::from_millis(2));
+        assert!(driver.closed && scaling.lines().is_empty());
     }
 }

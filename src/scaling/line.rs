@@ -122,6 +122,10 @@ impl Line {
         self.state.borrow().doubted
     }
 
+    pub(super) fn is_doubted_since(&self, asked: Instant) -> bool {
+        self.doubted() > Some(asked)
+    }
+
     /// A call that was sent at `sent` has met a sign that the function is not ready.
     pub(super) fn doubt(&self, sent: Instant) {
         self.state.send_if_modified(|state| {

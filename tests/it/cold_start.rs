@@ -231,6 +231,22 @@ async fn a_function_that_went_to_zero_unseen_is_woken_by_the_call_that_finds_out
 }
 
 #[tokio::test]
+async fn a_call_that_cannot_be_repeated_has_the_function_asked_for_right_after_a_start_too() {
+    let replicas = Replicas::at(0, 0);
+    let provider = replicas.provider().start();
+    let gateway = informed(&provider).await;
+    assert_eq!(gateway.get("/function/echo").await.status(), 200);
+    // It goes again at once, and the poll cannot know.
+    replicas.with(|it| (it.wanted, it.available) = (0, 0));
+    let long = "z".repeat(200_000);
+    let before = replicas.with(|it| it.questions);
+    assert_eq!(gateway.post("/function/echo", &long).await.status(), 503);
+    eventually("it is asked for", async || replicas.with(|it| it.questions > before)).await;
+    assert_eq!(gateway.post("/function/echo", &long).await.status(), 200);
+    assert_eq!(replicas.with(|it| it.scaled.clone()), [1, 1]);
+}
+
+#[tokio::test]
 async fn a_function_that_went_to_zero_is_noticed_by_the_poll() {
     let replicas = Replicas::at(1, 1);
     let provider = replicas.provider().start();
