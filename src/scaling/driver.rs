@@ -8,6 +8,7 @@ use tokio::time::sleep;
 
 use crate::error::Error;
 use crate::scaling::Scaling;
+use crate::scaling::fault::STARTING;
 use crate::scaling::line::{Line, Over, Ready};
 use crate::scaling::step::{Replicas, Step, next_step};
 
@@ -20,8 +21,6 @@ const HOLD: Duration = Duration::from_secs(2);
 const GIVE_UP: Duration = Duration::from_secs(2);
 /// A provider that still shows no replicas after this time has not done what it was asked for.
 const SCALE_AGAIN: Duration = Duration::from_secs(10);
-/// For so long after its start a function's calls are made with care: a replica may not listen yet.
-const WITH_CARE: Duration = Duration::from_secs(5);
 
 /// What drives a line to its end.
 pub(super) struct Driver {
@@ -111,8 +110,8 @@ impl Driver {
         self.scaled = None;
         let settled = self.line.release(Ready { asked, woken: self.woken });
         // One that was ready all the time has nothing to prove.
-        let proven =
-            settled && (self.woken.is_none() || !self.line.is_doubted_within(WITH_CARE).await);
+        let care = self.woken.map_or(Duration::ZERO, |at| STARTING.saturating_sub(at.elapsed()));
+        let proven = settled && (care.is_zero() || !self.line.is_doubted_within(care).await);
         if proven {
             self.close_as_ready(asked);
         }

@@ -10,9 +10,9 @@ use crate::proxy::upstream_body::UpstreamBody;
 /// In an answer: the provider made this error itself.
 pub const X_OPENFAAS_INTERNAL: HeaderName = HeaderName::from_static("x-openfaas-internal");
 
-/// For so long after a function has become ready, an error of the provider's is taken for a replica that does not
-/// listen yet.
-const STARTING: Duration = Duration::from_secs(5);
+/// For so long after a function has become ready, its calls are made with care: an error of the provider's is taken for
+/// a replica that does not listen yet.
+pub(super) const STARTING: Duration = Duration::from_secs(5);
 
 /// A sign that a function cannot be called.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -1,15 +1,20 @@
 //! One call's way to a function that may not be ready.
 
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-use tokio::time::timeout_at;
+use tokio::time::{sleep, timeout_at};
 
 use crate::error::Error;
 use crate::function::Function;
-use crate::scaling::fault::{Fault, Next, after};
+use crate::scaling::fault::{Fault, Next, STARTING, after};
 use crate::scaling::line::{Over, Phase, Ready};
 use crate::scaling::{Entered, Scaling};
+
+/// Before a call is made for the third time, and at most: a provider that refuses calls of a function it calls ready
+/// may be overloaded.
+const SHORTEST_PAUSE: Duration = Duration::from_millis(25);
+const LONGEST_PAUSE: Duration = Duration::from_millis(400);
 
 /// A call that waits for its function, as often as it has to, and until its deadline at most.
 pub struct Passage {
@@ -17,13 +22,15 @@ pub struct Passage {
     function: Function,
     /// Its deadline, from the first time it waits on.
     until: Option<Instant>,
-    /// When the function became ready, if this call has waited for that.
+    /// When the function became ready last, if this call has waited for that.
     woken: Option<Instant>,
+    /// Before it is made again.
+    pause: Duration,
 }
 
 impl Passage {
     pub(super) fn new(scaling: Arc<Scaling>, function: Function) -> Self {
-        Self { scaling, function, until: None, woken: None }
+        Self { scaling, function, until: None, woken: None, pause: Duration::ZERO }
     }
 
     /// Waits until the function can be called.
@@ -54,8 +61,12 @@ impl Passage {
                     passed => passed?,
                 };
                 // A provider that calls it ready for that long has another reason to refuse.
-                let is_start = |at: Instant| at.elapsed() < self.scaling.limits.timeout;
-                Ok(ready.woken.is_some_and(is_start))
+                let is_start = ready.woken.is_some_and(|at| at.elapsed() < STARTING);
+                if is_start {
+                    sleep(self.pause).await;
+                    self.pause = (self.pause * 2).clamp(SHORTEST_PAUSE, LONGEST_PAUSE);
+                }
+                Ok(is_start)
             }
         }
     }
@@ -80,7 +91,7 @@ impl Passage {
     }
 
     fn note(&mut self, ready: Ready) -> Ready {
-        self.woken = self.woken.or(ready.woken);
+        self.woken = ready.woken.or(self.woken);
         ready
     }
 

@@ -183,6 +183,21 @@ async fn a_replica_that_does_not_listen_yet_is_called_again() {
 }
 
 #[tokio::test]
+async fn a_provider_that_refuses_all_calls_after_a_start_is_believed_in_the_end() {
+    let replicas = Replicas::at(0, 0);
+    replicas.with(|it| it.deaf = usize::MAX);
+    let provider = replicas.provider().start();
+    // Were it repeated for as long as a call may wait, nobody would see the end.
+    let gateway = waking(&provider).var("cold_start_timeout", "10m").start().await;
+    let answer = gateway.get("/function/echo").await;
+    assert_eq!(answer.status(), 503, "{answer}");
+    assert_eq!(answer.header("x-openfaas-internal"), Some("proxy"));
+    // Some fifteen with longer and longer pauses; a hundred or more without.
+    let calls = provider.calls();
+    assert!((2..30).contains(&calls), "{calls}");
+}
+
+#[tokio::test]
 async fn a_long_body_is_not_sent_twice() {
     let replicas = Replicas::at(0, 0);
     replicas.with(|it| it.deaf = 1);
