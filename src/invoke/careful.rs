@@ -9,7 +9,7 @@ use crate::invoke::Invoker;
 use crate::metrics::calls::Call;
 use crate::proxy::client::{self, Origin};
 use crate::proxy::{self, Forwarded, Prepared};
-use crate::scaling::fault::{Fault, Way};
+use crate::scaling::fault::{Fault, Repeat, Way};
 use crate::scaling::{KEPT, Scaling};
 use crate::serve::caller::Caller;
 
@@ -73,11 +73,12 @@ impl Invoker {
                 }
             };
             let Some(fault) = target.fault(&outcome) else { return Ok(outcome?) };
-            let whole = match &outcome {
-                Ok(forwarded) => Prepared::can_take_back(&forwarded.answer),
-                Err(_) => true,
+            let repeat = match &outcome {
+                Ok(forwarded) if !Prepared::can_take_back(&forwarded.answer) => Repeat::Never,
+                Ok(_) | Err(_) if prepared.is_idempotent() => Repeat::Always,
+                Ok(_) | Err(_) => Repeat::Unseen,
             };
-            let again = passage.again(fault, whole, began);
+            let again = passage.again(fault, repeat, began);
             if !self.wait(caller, prepared, again).await? {
                 return Ok(outcome?);
             }

@@ -7,7 +7,7 @@ use tokio::time::{sleep, timeout_at};
 
 use crate::error::Error;
 use crate::function::Function;
-use crate::scaling::fault::{Fault, Next, STARTING, after};
+use crate::scaling::fault::{Fault, Next, Repeat, STARTING, after};
 use crate::scaling::line::{Over, Phase, Ready};
 use crate::scaling::{Entered, Scaling};
 
@@ -42,13 +42,18 @@ impl Passage {
     }
 
     /// Sees to what the call has met, which was sent at `sent`. Whether it is to be made again, which it is if the
-    /// function is starting; returns when it is ready then. `whole`: all of the call can be sent once more.
+    /// function is starting; returns when it is ready then.
     ///
     /// # Errors
     /// Why the function cannot be called.
-    pub async fn again(&mut self, fault: Fault, whole: bool, sent: Instant) -> Result<bool, Error> {
+    pub async fn again(
+        &mut self,
+        fault: Fault,
+        repeat: Repeat,
+        sent: Instant,
+    ) -> Result<bool, Error> {
         let woken = self.woken.or_else(|| self.scaling.woken(&self.function));
-        match after(fault, whole, woken.map(|at| at.elapsed())) {
+        match after(fault, repeat, woken.map(|at| at.elapsed())) {
             Next::Pass => Ok(false),
             Next::Ask => {
                 self.scaling.doubt(&self.function, sent);
@@ -110,8 +115,8 @@ mod tests {
         let scaling = Scaling::alone(0);
         let mut passage = scaling.passage(&Function::parse("echo", "fn").unwrap());
         let sent = Instant::now();
-        assert!(!passage.again(Fault::Unavailable, true, sent).await.unwrap());
-        let none = passage.again(Fault::Unreached(Way::Direct), true, sent).await;
+        assert!(!passage.again(Fault::Unavailable, Repeat::Unseen, sent).await.unwrap());
+        let none = passage.again(Fault::Unreached(Way::Direct), Repeat::Unseen, sent).await;
         assert!(matches!(none, Err(Error::LineFull(_))));
     }
 }

@@ -20,7 +20,7 @@ use crate::proxy::upstream_body::{BodyFailure, UpstreamBody};
 use crate::queue::call::Call;
 use crate::queue::status::Answer;
 use crate::scaling::Scaling;
-use crate::scaling::fault::{Fault, Way};
+use crate::scaling::fault::{Fault, Repeat, Way};
 use crate::trace::context::Context;
 use crate::watch::Watch;
 use crate::worker::retry::parse_retry_after;
@@ -108,7 +108,7 @@ impl Caller {
                 Err(error) => Fault::of_error(error, Way::Through),
             };
             if let (Some(passage), Some(fault)) = (&mut passage, fault)
-                && passage.again(fault, true, sent_at).await?
+                && passage.again(fault, Repeat::Unseen, sent_at).await?
             {
                 continue;
             }

@@ -6,7 +6,7 @@ use crate::support::gateway::{Builder, Gateway};
 use crate::support::provider::Provider;
 use crate::support::queue::queueing;
 use crate::support::replicas::Replicas;
-use crate::support::wire::{get, post};
+use crate::support::wire::{get, post, request};
 use crate::support::{eventually, within};
 
 fn waking(provider: &Provider) -> Builder {
@@ -167,19 +167,33 @@ async fn a_full_line_turns_callers_away_and_one_who_leaves_frees_a_place() {
 
 #[tokio::test]
 async fn a_replica_that_does_not_listen_yet_is_called_again() {
-    for (status, length) in [(502, 0), (503, 0), (502, 60_000), (503, 60_000)] {
+    for (method, status, length) in
+        [("PUT", 502, 0), ("POST", 503, 0), ("PUT", 502, 60_000), ("POST", 503, 60_000)]
+    {
         let replicas = Replicas::at(0, 0);
         replicas.with(|it| (it.deaf, it.deaf_status) = (3, status));
         let provider = replicas.provider().start();
         let gateway = informed(&provider).await;
         let body = "y".repeat(length);
-        let answer = gateway.post("/function/echo", &body).await;
+        let answer =
+            gateway.connect().await.ask(request(method, "/function/echo", &[], &body)).await;
         assert!(answer.status() == 200 && answer.text() == body, "{status}, {length}");
         let times = [(length, status), (length, status), (length, status), (length, 200)];
         assert_eq!(replicas.with(|it| it.calls.clone()), times);
         assert_eq!(replicas.with(|it| it.scaled.clone()), [1]);
         gateway.metrics_show("counted once", |m| m.calls("echo.fn", "200") == 1).await;
     }
+}
+
+#[tokio::test]
+async fn what_a_starting_function_may_have_seen_is_not_sent_twice() {
+    let replicas = Replicas::at(0, 0);
+    replicas.with(|it| (it.deaf, it.deaf_status) = (1, 502));
+    let provider = replicas.provider().start();
+    let gateway = informed(&provider).await;
+    assert_eq!(gateway.post("/function/echo", "pay").await.status(), 502);
+    assert_eq!(gateway.post("/function/echo", "pay").await.status(), 200);
+    assert_eq!(replicas.with(|it| it.calls.clone()), [(3, 502), (3, 200)]);
 }
 
 #[tokio::test]
@@ -299,7 +313,7 @@ async fn what_is_deleted_through_the_gateway_is_gone_at_once() {
     let gateway = informed(&provider).await;
     assert_eq!(gateway.get("/function/echo").await.status(), 200);
     let named = r#"{"functionName":"echo"}"#;
-    let delete = crate::support::wire::request("DELETE", "/system/functions", &[], named);
+    let delete = request("DELETE", "/system/functions", &[], named);
     assert_eq!(gateway.connect().await.ask(delete).await.status(), 202);
     assert_eq!(gateway.get("/function/echo").await.status(), 404);
     assert_eq!(provider.calls(), 1);
