@@ -57,10 +57,9 @@ impl Invoker {
             prepared.keep(KEPT);
         }
         if sent.is_none() {
-            self.wait(caller, prepared, passage.ready()).await?;
-            if call.is_stranger() {
-                call.vouched_for(&self.calls);
-            }
+            // From then on it is in flight, and its function not put to sleep for want of calls.
+            let ready = passage.ready(|| call.vouched_for(&self.calls));
+            self.wait(caller, prepared, ready).await?;
         }
         let mut began = call.began;
         loop {

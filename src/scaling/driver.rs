@@ -82,6 +82,7 @@ impl Driver {
             Err(error) => return Err(error),
         };
         scaling.known.learn(function);
+        line.exists();
         let scaled = self.scaled.is_some_and(|at| at.elapsed() < SCALE_AGAIN);
         let step = next_step(replicas, scaled);
         if step == Step::Call {

@@ -20,6 +20,8 @@ pub(super) struct Line {
 /// What is known of the function.
 #[derive(Default)]
 pub(super) struct State {
+    /// The provider has answered for it.
+    exists: bool,
     /// What was answered last, if that was that it can be called.
     answer: Option<Ready>,
     /// The last of the calls that met a sign that it is not ready was sent then.
@@ -135,6 +137,11 @@ impl Line {
         });
     }
 
+    /// The provider has answered for the function, ready or not.
+    pub(super) fn exists(&self) {
+        self.state.send_if_modified(|state| !std::mem::replace(&mut state.exists, true));
+    }
+
     /// Lets all callers go who take the answer `ready`. Whether those do who come now; else the question must be put
     /// again. However many doubts come meanwhile, each caller waits for one question at most that is put after his.
     pub(super) fn release(&self, ready: Ready) -> bool {
@@ -170,10 +177,14 @@ impl Line {
 }
 
 impl Place {
-    /// Waits for what its caller is told.
-    pub(super) async fn settled(&self) -> Phase {
+    /// Waits for what its caller is told. `exists` is called as soon as the provider has answered for the function.
+    pub(super) async fn settled(&self, exists: impl FnOnce()) -> Phase {
         let phase = |state: &State| state.phase_since(self.since);
         let mut state = self.line.state.subscribe();
+        let known = state.wait_for(|state| state.exists || state.over.is_some()).await;
+        if known.is_ok_and(|state| state.exists) {
+            exists();
+        }
         let settled = state.wait_for(|state| !matches!(phase(state), Phase::Asking)).await;
         // The sender is in the line, which is held here: the channel stays open.
         settled.map_or(Phase::Asking, |state| phase(&state))
@@ -232,19 +243,38 @@ mod tests {
     #[tokio::test]
     async fn whoever_is_answered_goes_however_many_doubts_have_come_since() {
         let (line, start) = (line(), Instant::now());
+        line.exists();
         let at = |ms| start + Duration::from_millis(ms);
         let [early, late] = [1, 5].map(|ms| {
             line.doubt(at(ms));
             line.enter(Some(at(ms)), 10).unwrap()
         });
         assert!(!line.release(ready(at(3))));
-        assert!(matches!(early.settled().await, Phase::Ready(_)));
+        assert!(matches!(early.settled(|| ()).await, Phase::Ready(_)));
         assert!(matches!(line.phase_since(late.since), Phase::Asking));
         // What was answered before does not hold any more.
         line.withdraw("it is at zero".to_owned());
         assert!(matches!(line.phase_since(early.since), Phase::Asking));
         assert!(line.release(ready(at(6))));
-        assert!(matches!(late.settled().await, Phase::Ready(_)));
+        assert!(matches!(late.settled(|| ()).await, Phase::Ready(_)));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn who_waits_hears_at_once_that_the_function_exists_and_never_of_one_that_does_not() {
+        for exists in [true, false] {
+            let (line, heard) = (line(), std::cell::Cell::new(false));
+            let place = line.enter(None, 1).unwrap();
+            let mut settled = std::pin::pin!(place.settled(|| heard.set(true)));
+            if exists {
+                line.exists();
+                let long = Duration::from_secs(1);
+                assert!(tokio::time::timeout(long, settled.as_mut()).await.is_err());
+                assert!(heard.get());
+            }
+            line.end(Over::NoSuchFunction);
+            assert!(matches!(settled.await, Phase::Over(Over::NoSuchFunction)));
+            assert_eq!(heard.get(), exists);
+        }
     }
 
     #[tokio::test(start_paused = true)]

@@ -33,12 +33,13 @@ impl Passage {
         Self { scaling, function, until: None, woken: None, pause: Duration::ZERO }
     }
 
-    /// Waits until the function can be called.
+    /// Waits until the function can be called. `exists` is called as soon as the provider has answered for it, ready or
+    /// not: until the call counts under its function's name, nobody knows that it is called.
     ///
     /// # Errors
     /// Why it cannot.
-    pub async fn ready(&mut self) -> Result<(), Error> {
-        self.pass(None).await.map(|_| ())
+    pub async fn ready(&mut self, exists: impl FnOnce()) -> Result<(), Error> {
+        self.pass(None, exists).await.map(|_| ())
     }
 
     /// Sees to what the call has met, which was sent at `sent`. Whether it is to be made again, which it is if the
@@ -60,7 +61,7 @@ impl Passage {
                 Ok(false)
             }
             Next::Wait => {
-                let ready = match self.pass(Some(sent)).await {
+                let ready = match self.pass(Some(sent), || ()).await {
                     // There is an answer to pass on, which needs no place to wait in.
                     Err(Error::LineFull(_)) if fault.has_answer() => return Ok(false),
                     passed => passed?,
@@ -76,14 +77,21 @@ impl Passage {
         }
     }
 
-    async fn pass(&mut self, doubt: Option<Instant>) -> Result<Ready, Error> {
+    async fn pass(
+        &mut self,
+        doubt: Option<Instant>,
+        exists: impl FnOnce(),
+    ) -> Result<Ready, Error> {
         let place = match self.scaling.enter(&self.function, doubt)? {
-            Entered::Ready(ready) => return Ok(self.note(ready)),
+            Entered::Ready(ready) => {
+                exists();
+                return Ok(self.note(ready));
+            }
             Entered::Waiting(place) => place,
         };
         let time = self.scaling.limits.timeout;
         let until = *self.until.get_or_insert_with(|| Instant::now() + time);
-        let settled = timeout_at(until.into(), place.settled()).await;
+        let settled = timeout_at(until.into(), place.settled(exists)).await;
         match settled.unwrap_or(Phase::Asking) {
             Phase::Ready(ready) => Ok(self.note(ready)),
             Phase::Over(Over::NoSuchFunction) => Err(Error::NoSuchFunction(self.function.clone())),

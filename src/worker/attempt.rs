@@ -94,7 +94,7 @@ impl Caller {
         if let Some(passage) = &mut passage
             && !counted.is_warm()
         {
-            passage.ready().await?;
+            passage.ready(|| counted.vouched_for(&self.calls)).await?;
         }
         loop {
             let request = self.request(call, label, context)?;

@@ -337,6 +337,21 @@ async fn a_function_that_is_not_listed_is_asked_for_and_called() {
 }
 
 #[tokio::test]
+async fn a_call_that_waits_counts_as_one_of_its_function() {
+    let replicas = Replicas::at(0, 0);
+    replicas.with(|it| (it.unlisted, it.starts_after) = (true, usize::MAX));
+    let provider = replicas.provider().start();
+    let gateway = waking(&provider).start().await;
+    let mut caller = gateway.connect().await;
+    caller.send(get("/function/echo")).await;
+    gateway.metrics_show("it is in flight", |m| m.in_flight("echo.fn") == 1.0).await;
+    assert_eq!(provider.calls(), 0);
+    replicas.with(|it| it.starts_after = 0);
+    assert_eq!(caller.answer().await.status(), 200);
+    gateway.metrics_show("it has ended", |m| m.in_flight("echo.fn") == 0.0).await;
+}
+
+#[tokio::test]
 async fn a_queued_call_waits_for_its_function_and_is_made_once() {
     let state = tempfile::tempdir().unwrap();
     let replicas = Replicas::at(0, 0);
