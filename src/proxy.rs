@@ -53,9 +53,15 @@ pub struct Prepared {
     upload: Upload,
     /// The caller's connection, if it wants to change protocols.
     upgrade: Option<OnUpgrade>,
+    idempotent: bool,
 }
 
 impl Prepared {
+    /// Whether the request's method promises that twice is as once.
+    pub fn is_idempotent(&self) -> bool {
+        self.idempotent
+    }
+
     /// Keeps the request to be sent once more, for as long as it has no more than `most` bytes.
     pub fn keep(&mut self, most: usize) {
         self.upload.keep(most);
@@ -112,7 +118,8 @@ pub fn prepare(
     let upgrade = wanted.is_some().then(|| hyper::upgrade::on(&mut request));
     *request.uri_mut() = origin.target(request.uri())?;
     let (head, body) = request.into_parts();
-    Ok(Prepared { upload: Upload::new(&head, body), upgrade })
+    let idempotent = head.method.is_idempotent();
+    Ok(Prepared { upload: Upload::new(&head, body), upgrade, idempotent })
 }
 
 /// Sends what was prepared to `origin`, and returns with the head of the answer.

@@ -86,26 +86,31 @@ impl Scaling {
         self.room.try_acquire_many(u32::try_from(kib).unwrap_or(u32::MAX)).ok()
     }
 
-    /// Joins the line for `function`, unless it is known to be ready. `doubt`: the caller has met a sign that it is not.
-    fn enter(self: &Arc<Self>, function: &Function, doubt: bool) -> Result<Entered, Error> {
+    /// Joins the line for `function`, unless it is known to be ready. `doubt`: the caller's call was sent then, and has
+    /// met a sign that it is not.
+    fn enter(
+        self: &Arc<Self>,
+        function: &Function,
+        doubt: Option<Instant>,
+    ) -> Result<Entered, Error> {
         let mut lines = self.lines();
         let (line, is_new) = self.line(&mut lines, function);
-        self.see_doubt(&line, doubt);
-        if let Phase::Ready(ready) = line.phase() {
+        let since = self.see_doubt(&line, doubt);
+        if let Phase::Ready(ready) = line.phase_since(since) {
             return Ok(Entered::Ready(ready));
         }
         // Under the lock: a line that is entered is not taken for abandoned.
-        let place = line.enter(self.limits.queue);
+        let place = line.enter(since, self.limits.queue);
         drop(lines);
         self.drive(line, is_new);
         place.map(Entered::Waiting).ok_or_else(|| Error::LineFull(function.clone()))
     }
 
-    /// Has somebody ask whether `function` is ready, and waits for nothing.
-    fn doubt(self: &Arc<Self>, function: &Function) {
+    /// Has somebody ask whether `function` is ready, after a call that was sent at `sent`, and waits for nothing.
+    fn doubt(self: &Arc<Self>, function: &Function, sent: Instant) {
         let mut lines = self.lines();
         let (line, is_new) = self.line(&mut lines, function);
-        self.see_doubt(&line, true);
+        self.see_doubt(&line, Some(sent));
         drop(lines);
         self.drive(line, is_new);
     }
@@ -123,14 +128,14 @@ impl Scaling {
         (line, true)
     }
 
-    fn see_doubt(&self, line: &Line, doubt: bool) {
-        let changed = match line.phase() {
-            Phase::Ready(ready) => self.known.changed_since(&line.function, ready.asked),
-            Phase::Asking | Phase::Over(_) => false,
-        };
-        if doubt || changed {
-            line.doubt();
+    /// Since when the provider must have been asked for its answer to say something to a caller with `doubt`.
+    fn see_doubt(&self, line: &Line, doubt: Option<Instant>) -> Option<Instant> {
+        let is_old = |ready: Ready| self.known.changed_since(&line.function, ready.asked);
+        let doubt = if line.answer().is_some_and(is_old) { Some(Instant::now()) } else { doubt };
+        if let Some(sent) = doubt {
+            line.doubt(sent);
         }
+        doubt.or_else(|| line.doubted())
     }
 
     fn drive(self: &Arc<Self>, line: Arc<Line>, is_new: bool) {
@@ -167,5 +172,24 @@ impl Scaling {
 
     fn lines(&self) -> MutexGuard<'_, HashMap<Function, Arc<Line>>> {
         self.lines.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+impl Scaling {
+    /// One whose provider is away, with room for `queue` callers.
+    fn alone(queue: usize) -> Arc<Self> {
+        use crate::config::Idle;
+        use crate::config::base_url::BaseUrl;
+        use crate::proxy::client::{Client, Origin, Tls};
+
+        let provider = Provider {
+            client: Client::new(Idle { all: 0, per_host: 0 }, Tls::default()),
+            origin: Origin::new(BaseUrl::parse("http://127.0.0.1:1").unwrap()),
+            credentials: None,
+            timeout: LONGEST_QUESTION,
+        };
+        let limits = ColdStart { timeout: Duration::from_secs(60), queue };
+        Self::new(provider, Arc::default(), limits, &Tasks::default())
     }
 }

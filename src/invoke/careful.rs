@@ -9,7 +9,7 @@ use crate::invoke::Invoker;
 use crate::metrics::calls::Call;
 use crate::proxy::client::{self, Origin};
 use crate::proxy::{self, Forwarded, Prepared};
-use crate::scaling::fault::{Fault, Way};
+use crate::scaling::fault::{Fault, Repeat, Way};
 use crate::scaling::{KEPT, Scaling};
 use crate::serve::caller::Caller;
 
@@ -57,25 +57,27 @@ impl Invoker {
             prepared.keep(KEPT);
         }
         if sent.is_none() {
-            self.wait(caller, prepared, passage.ready()).await?;
-            if call.is_stranger() {
-                call.vouched_for(&self.calls);
-            }
+            // From then on it is in flight, and its function not put to sleep for want of calls.
+            let ready = passage.ready(|| call.vouched_for(&self.calls));
+            self.wait(caller, prepared, ready).await?;
         }
+        let mut began = call.began;
         loop {
             let mut outcome = match sent.take() {
                 Some(outcome) => outcome,
                 None => {
-                    let errand = self.errand(caller, Instant::now());
+                    began = Instant::now();
+                    let errand = self.errand(caller, began);
                     proxy::send(&self.client, target.origin, prepared, errand).await
                 }
             };
             let Some(fault) = target.fault(&outcome) else { return Ok(outcome?) };
-            let whole = match &outcome {
-                Ok(forwarded) => Prepared::can_take_back(&forwarded.answer),
-                Err(_) => true,
+            let repeat = match &outcome {
+                Ok(forwarded) if !Prepared::can_take_back(&forwarded.answer) => Repeat::Never,
+                Ok(_) | Err(_) if prepared.is_idempotent() => Repeat::Always,
+                Ok(_) | Err(_) => Repeat::Unseen,
             };
-            let again = passage.again(fault, whole);
+            let again = passage.again(fault, repeat, began);
             if !self.wait(caller, prepared, again).await? {
                 return Ok(outcome?);
             }

@@ -8,6 +8,7 @@ use tokio::time::sleep;
 
 use crate::error::Error;
 use crate::scaling::Scaling;
+use crate::scaling::fault::STARTING;
 use crate::scaling::line::{Line, Over, Ready};
 use crate::scaling::step::{Replicas, Step, next_step};
 
@@ -20,8 +21,6 @@ const HOLD: Duration = Duration::from_secs(2);
 const GIVE_UP: Duration = Duration::from_secs(2);
 /// A provider that still shows no replicas after this time has not done what it was asked for.
 const SCALE_AGAIN: Duration = Duration::from_secs(10);
-/// For so long after its start a function's calls are made with care: a replica may not listen yet.
-const WITH_CARE: Duration = Duration::from_secs(5);
 
 /// What drives a line to its end.
 pub(super) struct Driver {
@@ -60,7 +59,7 @@ impl Driver {
                 Ok(()) => self.failing = None,
                 Err(error) => self.failed(&error, asked),
             }
-            self.close_if_abandoned();
+            self.close_if_abandoned(asked);
             if !self.closed {
                 sleep(self.pause.saturating_sub(asked.elapsed())).await;
                 self.pause = (self.pause * 2).min(LONGEST_PAUSE);
@@ -71,7 +70,7 @@ impl Driver {
     /// Puts one question, and does what follows from the answer.
     async fn turn(&mut self, asked: Instant) -> Result<(), Error> {
         let (scaling, line) = (Arc::clone(&self.scaling), Arc::clone(&self.line));
-        let (function, doubts) = (&line.function, line.doubts());
+        let function = &line.function;
         let hold = if self.cold { HOLD } else { Duration::ZERO };
         let replicas = match scaling.provider.status_held(function, hold).await {
             Ok(status) => Replicas::from(&status),
@@ -83,15 +82,16 @@ impl Driver {
             Err(error) => return Err(error),
         };
         scaling.known.learn(function);
+        line.exists();
         let scaled = self.scaled.is_some_and(|at| at.elapsed() < SCALE_AGAIN);
         let step = next_step(replicas, scaled);
         if step == Step::Call {
-            self.ready(asked, doubts).await;
+            self.ready(asked).await;
             return Ok(());
         }
         self.cold = true;
         scaling.known.found(function, false, asked);
-        line.is_not_ready_since("it has no replica that can be called".to_owned());
+        line.withdraw("it has no replica that can be called".to_owned());
         if let Step::Scale(replicas) = step
             && line.has_waiting()
         {
@@ -103,20 +103,26 @@ impl Driver {
     }
 
     /// The function can be called, says the answer to the question put at `asked`.
-    async fn ready(&mut self, asked: Instant, doubts: u64) {
+    async fn ready(&mut self, asked: Instant) {
         if std::mem::take(&mut self.cold) {
             self.woken = Some(Instant::now());
+            self.pause = SHORTEST_PAUSE;
         }
         self.scaled = None;
-        self.pause = SHORTEST_PAUSE;
-        let released = self.line.release(Ready { asked, woken: self.woken }, doubts);
+        let settled = self.line.release(Ready { asked, woken: self.woken });
         // One that was ready all the time has nothing to prove.
-        let proven =
-            released && (self.woken.is_none() || !self.line.is_doubted_within(WITH_CARE).await);
+        let care = self.woken.map_or(Duration::ZERO, |at| STARTING.saturating_sub(at.elapsed()));
+        let proven = settled && (care.is_zero() || !self.line.is_doubted_within(care).await);
         if proven {
-            self.scaling.known.found(&self.line.function, true, asked);
-            self.scaling.remove(&self.line, |_| true);
+            self.close_as_ready(asked);
+        }
+    }
+
+    /// Closes the line, unless the function has been doubted meanwhile: whoever is in it then needs a driver.
+    fn close_as_ready(&mut self, asked: Instant) {
+        if self.scaling.remove(&self.line, Line::is_ready) {
             self.closed = true;
+            self.scaling.known.found(&self.line.function, true, asked);
         }
     }
 
@@ -132,8 +138,11 @@ impl Driver {
         }
     }
 
-    fn close_if_abandoned(&mut self) {
-        self.closed = self.closed || self.scaling.remove(&self.line, |line| !line.has_waiting());
+    /// Closes the line if nobody waits, and nobody has had a doubt since the question put at `asked`: those who passed
+    /// their answers on rely on the next one.
+    fn close_if_abandoned(&mut self, asked: Instant) {
+        let is_abandoned = |line: &Line| !line.has_waiting() && !line.is_doubted_since(asked);
+        self.closed = self.closed || self.scaling.remove(&self.line, is_abandoned);
     }
 
     fn close(&mut self, over: Over) {
@@ -150,5 +159,48 @@ impl Drop for Driver {
         if !self.closed {
             self.close(Over::Failed("this gateway is stopping".into()));
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::function::Function;
+
+    /// The driver of a line that was entered, with nothing done yet.
+    fn driver(scaling: &Arc<Scaling>, function: &Function) -> Driver {
+        let (line, is_new) = scaling.line(&mut scaling.lines(), function);
+        assert!(is_new);
+        Driver::new(Arc::clone(scaling), line)
+    }
+
+    fn ready(asked: Instant) -> Ready {
+        Ready { asked, woken: None }
+    }
+
+    #[tokio::test]
+    async fn a_line_that_is_doubted_at_its_end_keeps_its_driver() {
+        let (scaling, function) = (Scaling::alone(1), Function::parse("echo", "fn").unwrap());
+        let mut driver = driver(&scaling, &function);
+        let asked = Instant::now();
+        assert!(driver.line.release(ready(asked)));
+        driver.line.doubt(Instant::now());
+        driver.close_as_ready(asked);
+        assert!(!driver.closed && scaling.lines().contains_key(&function));
+        let asked = Instant::now();
+        assert!(driver.line.release(ready(asked)));
+        driver.close_as_ready(asked);
+        assert!(driver.closed && !scaling.lines().contains_key(&function));
+    }
+    #[tokio::test]
+    async fn a_doubt_without_a_waiter_is_seen_to() {
+        let (scaling, function) = (Scaling::alone(1), Function::parse("echo", "fn").unwrap());
+        let mut driver = driver(&scaling, &function);
+        let asked = Instant::now();
+        scaling.doubt(&function, asked + Duration::from_millis(1));
+        driver.close_if_abandoned(asked);
+        assert!(!driver.closed);
+        driver.close_if_abandoned(asked + Duration::from_millis(2));
+        assert!(driver.closed && scaling.lines().is_empty());
     }
 }

@@ -10,9 +10,9 @@ use crate::proxy::upstream_body::UpstreamBody;
 /// In an answer: the provider made this error itself.
 pub const X_OPENFAAS_INTERNAL: HeaderName = HeaderName::from_static("x-openfaas-internal");
 
-/// For so long after a function has become ready, an error of the provider's is taken for a replica that does not
-/// listen yet.
-const STARTING: Duration = Duration::from_secs(5);
+/// For so long after a function has become ready, its calls are made with care: an error of the provider's is taken for
+/// a replica that does not listen yet.
+pub(super) const STARTING: Duration = Duration::from_secs(5);
 
 /// A sign that a function cannot be called.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -32,6 +32,17 @@ pub enum Way {
     Through,
     /// To the function itself.
     Direct,
+}
+
+/// Whether a call can be made again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Repeat {
+    /// Part of it is gone.
+    Never,
+    /// All of it can be sent once more, if no function has seen it.
+    Unseen,
+    /// All of it can be sent once more, and its method promises that twice is as once.
+    Always,
 }
 
 /// What becomes of the call.
@@ -60,18 +71,25 @@ impl Fault {
     pub fn of_error(error: &client::Error, way: Way) -> Option<Self> {
         error.is_connect().then_some(Self::Unreached(way))
     }
+
+    /// Whether somebody has answered the call.
+    pub(super) fn has_answer(self) -> bool {
+        !matches!(self, Self::Unreached(_))
+    }
 }
 
-/// What becomes of a call that met `fault`. `whole`: all of it can be sent once more; `woken`: how long ago the
-/// function became ready, if it was not at first.
-pub(super) fn after(fault: Fault, whole: bool, woken: Option<Duration>) -> Next {
-    match fault {
+/// What becomes of a call that met `fault`. `woken`: how long ago the function became ready, if it was not at first.
+pub(super) fn after(fault: Fault, repeat: Repeat, woken: Option<Duration>) -> Next {
+    match (fault, repeat) {
         // The provider is away, which says nothing of the function.
-        Fault::Unreached(Way::Through) if woken.is_none() => Next::Pass,
-        Fault::Unreached(_) | Fault::Unavailable if whole => Next::Wait,
-        // The function may have seen the call: only while it starts is that unlikely.
-        Fault::BadGateway if whole && woken.is_some_and(|ago| ago < STARTING) => Next::Wait,
-        Fault::BadGateway | Fault::Unavailable | Fault::Unreached(_) => Next::Ask,
+        (Fault::Unreached(Way::Through), _) if woken.is_none() => Next::Pass,
+        (_, Repeat::Never) => Next::Ask,
+        (Fault::Unreached(_) | Fault::Unavailable, _) => Next::Wait,
+        // The function may have seen the call: even while it starts that is only unlikely.
+        (Fault::BadGateway, Repeat::Always) if woken.is_some_and(|ago| ago < STARTING) => {
+            Next::Wait
+        }
+        (Fault::BadGateway, _) => Next::Ask,
     }
 }
 
@@ -80,38 +98,47 @@ mod tests {
     use super::*;
 
     #[track_caller]
-    fn check(fault: Fault, whole: bool, woken: Option<u64>, expect: Next) {
+    fn check(fault: Fault, repeat: Repeat, woken: Option<u64>, expect: Next) {
         let woken = woken.map(Duration::from_secs);
-        assert_eq!(after(fault, whole, woken), expect, "{fault:?}, {whole}, {woken:?}");
+        assert_eq!(after(fault, repeat, woken), expect, "{fault:?}, {repeat:?}, {woken:?}");
     }
 
     #[test]
     fn a_call_that_reached_nobody_waits() {
         for woken in [None, Some(0), Some(100)] {
-            check(Fault::Unreached(Way::Direct), true, woken, Next::Wait);
-            check(Fault::Unavailable, true, woken, Next::Wait);
+            for repeat in [Repeat::Unseen, Repeat::Always] {
+                check(Fault::Unreached(Way::Direct), repeat, woken, Next::Wait);
+                check(Fault::Unavailable, repeat, woken, Next::Wait);
+            }
         }
-        check(Fault::Unreached(Way::Through), true, Some(0), Next::Wait);
+        check(Fault::Unreached(Way::Through), Repeat::Unseen, Some(0), Next::Wait);
     }
 
     #[test]
     fn a_provider_that_is_away_says_nothing_of_a_warm_function() {
-        check(Fault::Unreached(Way::Through), true, None, Next::Pass);
+        check(Fault::Unreached(Way::Through), Repeat::Always, None, Next::Pass);
     }
 
     #[test]
     fn a_bad_gateway_is_a_start_only_right_after_one() {
-        check(Fault::BadGateway, true, Some(0), Next::Wait);
-        check(Fault::BadGateway, true, Some(4), Next::Wait);
-        check(Fault::BadGateway, true, Some(5), Next::Ask);
-        check(Fault::BadGateway, true, None, Next::Ask);
+        check(Fault::BadGateway, Repeat::Always, Some(0), Next::Wait);
+        check(Fault::BadGateway, Repeat::Always, Some(4), Next::Wait);
+        check(Fault::BadGateway, Repeat::Always, Some(5), Next::Ask);
+        check(Fault::BadGateway, Repeat::Always, None, Next::Ask);
+    }
+
+    #[test]
+    fn what_a_function_may_have_seen_and_must_not_see_twice_is_not_sent_again() {
+        for woken in [None, Some(0), Some(100)] {
+            check(Fault::BadGateway, Repeat::Unseen, woken, Next::Ask);
+        }
     }
 
     #[test]
     fn what_cannot_be_sent_again_is_not() {
         for woken in [None, Some(0)] {
-            check(Fault::BadGateway, false, woken, Next::Ask);
-            check(Fault::Unavailable, false, woken, Next::Ask);
+            check(Fault::BadGateway, Repeat::Never, woken, Next::Ask);
+            check(Fault::Unavailable, Repeat::Never, woken, Next::Ask);
         }
     }
 }

@@ -1,15 +1,20 @@
 //! One call's way to a function that may not be ready.
 
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-use tokio::time::timeout_at;
+use tokio::time::{sleep, timeout_at};
 
 use crate::error::Error;
 use crate::function::Function;
-use crate::scaling::fault::{Fault, Next, after};
+use crate::scaling::fault::{Fault, Next, Repeat, STARTING, after};
 use crate::scaling::line::{Over, Phase, Ready};
 use crate::scaling::{Entered, Scaling};
+
+/// Before a call is made for the third time, and at most: a provider that refuses calls of a function it calls ready
+/// may be overloaded.
+const SHORTEST_PAUSE: Duration = Duration::from_millis(25);
+const LONGEST_PAUSE: Duration = Duration::from_millis(400);
 
 /// A call that waits for its function, as often as it has to, and until its deadline at most.
 pub struct Passage {
@@ -17,76 +22,109 @@ pub struct Passage {
     function: Function,
     /// Its deadline, from the first time it waits on.
     until: Option<Instant>,
-    /// When the function became ready, if this call has waited for that.
+    /// When the function became ready last, if this call has waited for that.
     woken: Option<Instant>,
+    /// Before it is made again.
+    pause: Duration,
 }
 
 impl Passage {
     pub(super) fn new(scaling: Arc<Scaling>, function: Function) -> Self {
-        Self { scaling, function, until: None, woken: None }
+        Self { scaling, function, until: None, woken: None, pause: Duration::ZERO }
     }
 
-    /// Waits until the function can be called.
+    /// Waits until the function can be called. `exists` is called as soon as the provider has answered for it, ready or
+    /// not: until the call counts under its function's name, nobody knows that it is called.
     ///
     /// # Errors
     /// Why it cannot.
-    pub async fn ready(&mut self) -> Result<(), Error> {
-        self.pass(false).await.map(|_| ())
+    pub async fn ready(&mut self, exists: impl FnOnce()) -> Result<(), Error> {
+        self.pass(None, exists).await.map(|_| ())
     }
 
-    /// Sees to what the call has met. Whether it is to be made again, which it is if the function is starting; returns
-    /// when it is ready then. `whole`: all of the call can be sent once more.
+    /// Sees to what the call has met, which was sent at `sent`. Whether it is to be made again, which it is if the
+    /// function is starting; returns when it is ready then.
     ///
     /// # Errors
     /// Why the function cannot be called.
-    pub async fn again(&mut self, fault: Fault, whole: bool) -> Result<bool, Error> {
+    pub async fn again(
+        &mut self,
+        fault: Fault,
+        repeat: Repeat,
+        sent: Instant,
+    ) -> Result<bool, Error> {
         let woken = self.woken.or_else(|| self.scaling.woken(&self.function));
-        match after(fault, whole, woken.map(|at| at.elapsed())) {
+        match after(fault, repeat, woken.map(|at| at.elapsed())) {
             Next::Pass => Ok(false),
             Next::Ask => {
-                self.scaling.doubt(&self.function);
+                self.scaling.doubt(&self.function, sent);
                 Ok(false)
             }
             Next::Wait => {
-                let ready = self.pass(true).await?;
+                let ready = match self.pass(Some(sent), || ()).await {
+                    // There is an answer to pass on, which needs no place to wait in.
+                    Err(Error::LineFull(_)) if fault.has_answer() => return Ok(false),
+                    passed => passed?,
+                };
                 // A provider that calls it ready for that long has another reason to refuse.
-                let is_start = |at: Instant| at.elapsed() < self.scaling.limits.timeout;
-                Ok(ready.woken.is_some_and(is_start))
+                let is_start = ready.woken.is_some_and(|at| at.elapsed() < STARTING);
+                if is_start {
+                    sleep(self.pause).await;
+                    self.pause = (self.pause * 2).clamp(SHORTEST_PAUSE, LONGEST_PAUSE);
+                }
+                Ok(is_start)
             }
         }
     }
 
-    async fn pass(&mut self, doubt: bool) -> Result<Ready, Error> {
+    async fn pass(
+        &mut self,
+        doubt: Option<Instant>,
+        exists: impl FnOnce(),
+    ) -> Result<Ready, Error> {
         let place = match self.scaling.enter(&self.function, doubt)? {
-            Entered::Ready(ready) => return Ok(self.note(ready)),
+            Entered::Ready(ready) => {
+                exists();
+                return Ok(self.note(ready));
+            }
             Entered::Waiting(place) => place,
         };
         let time = self.scaling.limits.timeout;
         let until = *self.until.get_or_insert_with(|| Instant::now() + time);
-        let mut state = place.line().follow();
-        let settled = state.wait_for(|state| !matches!(state.phase, Phase::Asking));
-        let phase = match timeout_at(until.into(), settled).await {
-            // The sender is in the line, which the place holds: the channel stays open.
-            Ok(settled) => settled.map_or(Phase::Asking, |state| state.phase.clone()),
-            Err(_) => Phase::Asking,
-        };
-        match phase {
+        let settled = timeout_at(until.into(), place.settled(exists)).await;
+        match settled.unwrap_or(Phase::Asking) {
             Phase::Ready(ready) => Ok(self.note(ready)),
             Phase::Over(Over::NoSuchFunction) => Err(Error::NoSuchFunction(self.function.clone())),
             Phase::Over(Over::Failed(reason)) => Err(self.not_ready(&reason)),
             Phase::Asking => {
-                let reason = place.line().reason();
+                let reason = place.line.reason();
                 Err(self.not_ready(&format!("{reason}, for {time:?} now")))
             }
         }
     }
 
     fn note(&mut self, ready: Ready) -> Ready {
-        self.woken = self.woken.or(ready.woken);
+        self.woken = ready.woken.or(self.woken);
         ready
     }
 
     fn not_ready(&self, reason: &str) -> Error {
         Error::NotReady(self.function.clone(), reason.to_owned())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::scaling::fault::Way;
+
+    #[tokio::test]
+    async fn where_there_is_no_room_to_wait_the_answer_at_hand_is_passed_on() {
+        let scaling = Scaling::alone(0);
+        let mut passage = scaling.passage(&Function::parse("echo", "fn").unwrap());
+        let sent = Instant::now();
+        assert!(!passage.again(Fault::Unavailable, Repeat::Unseen, sent).await.unwrap());
+        let none = passage.again(Fault::Unreached(Way::Direct), Repeat::Unseen, sent).await;
+        assert!(matches!(none, Err(Error::LineFull(_))));
     }
 }

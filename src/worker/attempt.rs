@@ -20,7 +20,7 @@ use crate::proxy::upstream_body::{BodyFailure, UpstreamBody};
 use crate::queue::call::Call;
 use crate::queue::status::Answer;
 use crate::scaling::Scaling;
-use crate::scaling::fault::{Fault, Way};
+use crate::scaling::fault::{Fault, Repeat, Way};
 use crate::trace::context::Context;
 use crate::watch::Watch;
 use crate::worker::retry::parse_retry_after;
@@ -94,12 +94,13 @@ impl Caller {
         if let Some(passage) = &mut passage
             && !counted.is_warm()
         {
-            passage.ready().await?;
+            passage.ready(|| counted.vouched_for(&self.calls)).await?;
         }
         loop {
             let request = self.request(call, label, context)?;
             let watch = Arc::new(Watch::new());
-            watch.call_until(Instant::now() + self.timeout);
+            let sent_at = Instant::now();
+            watch.call_until(sent_at + self.timeout);
             let sent = in_time(self.timeout, self.client.send(&self.origin, request, &watch));
             let sent = sent.await.unwrap_or(Err(client::Error::Timeout));
             let fault = match &sent {
@@ -107,7 +108,7 @@ impl Caller {
                 Err(error) => Fault::of_error(error, Way::Through),
             };
             if let (Some(passage), Some(fault)) = (&mut passage, fault)
-                && passage.again(fault, true).await?
+                && passage.again(fault, Repeat::Unseen, sent_at).await?
             {
                 continue;
             }

@@ -6,7 +6,7 @@ use crate::support::gateway::{Builder, Gateway};
 use crate::support::provider::Provider;
 use crate::support::queue::queueing;
 use crate::support::replicas::Replicas;
-use crate::support::wire::{get, post};
+use crate::support::wire::{get, post, request};
 use crate::support::{eventually, within};
 
 fn waking(provider: &Provider) -> Builder {
@@ -167,19 +167,48 @@ async fn a_full_line_turns_callers_away_and_one_who_leaves_frees_a_place() {
 
 #[tokio::test]
 async fn a_replica_that_does_not_listen_yet_is_called_again() {
-    for (status, length) in [(502, 0), (503, 0), (502, 60_000), (503, 60_000)] {
+    for (method, status, length) in
+        [("PUT", 502, 0), ("POST", 503, 0), ("PUT", 502, 60_000), ("POST", 503, 60_000)]
+    {
         let replicas = Replicas::at(0, 0);
         replicas.with(|it| (it.deaf, it.deaf_status) = (3, status));
         let provider = replicas.provider().start();
         let gateway = informed(&provider).await;
         let body = "y".repeat(length);
-        let answer = gateway.post("/function/echo", &body).await;
+        let answer =
+            gateway.connect().await.ask(request(method, "/function/echo", &[], &body)).await;
         assert!(answer.status() == 200 && answer.text() == body, "{status}, {length}");
         let times = [(length, status), (length, status), (length, status), (length, 200)];
         assert_eq!(replicas.with(|it| it.calls.clone()), times);
         assert_eq!(replicas.with(|it| it.scaled.clone()), [1]);
         gateway.metrics_show("counted once", |m| m.calls("echo.fn", "200") == 1).await;
     }
+}
+
+#[tokio::test]
+async fn what_a_starting_function_may_have_seen_is_not_sent_twice() {
+    let replicas = Replicas::at(0, 0);
+    replicas.with(|it| (it.deaf, it.deaf_status) = (1, 502));
+    let provider = replicas.provider().start();
+    let gateway = informed(&provider).await;
+    assert_eq!(gateway.post("/function/echo", "pay").await.status(), 502);
+    assert_eq!(gateway.post("/function/echo", "pay").await.status(), 200);
+    assert_eq!(replicas.with(|it| it.calls.clone()), [(3, 502), (3, 200)]);
+}
+
+#[tokio::test]
+async fn a_provider_that_refuses_all_calls_after_a_start_is_believed_in_the_end() {
+    let replicas = Replicas::at(0, 0);
+    replicas.with(|it| it.deaf = usize::MAX);
+    let provider = replicas.provider().start();
+    // Were it repeated for as long as a call may wait, nobody would see the end.
+    let gateway = waking(&provider).var("cold_start_timeout", "10m").start().await;
+    let answer = gateway.get("/function/echo").await;
+    assert_eq!(answer.status(), 503, "{answer}");
+    assert_eq!(answer.header("x-openfaas-internal"), Some("proxy"));
+    // Some fifteen with longer and longer pauses; a hundred or more without.
+    let calls = provider.calls();
+    assert!((2..30).contains(&calls), "{calls}");
 }
 
 #[tokio::test]
@@ -231,6 +260,22 @@ async fn a_function_that_went_to_zero_unseen_is_woken_by_the_call_that_finds_out
 }
 
 #[tokio::test]
+async fn a_call_that_cannot_be_repeated_has_the_function_asked_for_right_after_a_start_too() {
+    let replicas = Replicas::at(0, 0);
+    let provider = replicas.provider().start();
+    let gateway = informed(&provider).await;
+    assert_eq!(gateway.get("/function/echo").await.status(), 200);
+    // It goes again at once, and the poll cannot know.
+    replicas.with(|it| (it.wanted, it.available) = (0, 0));
+    let long = "z".repeat(200_000);
+    let before = replicas.with(|it| it.questions);
+    assert_eq!(gateway.post("/function/echo", &long).await.status(), 503);
+    eventually("it is asked for", async || replicas.with(|it| it.questions > before)).await;
+    assert_eq!(gateway.post("/function/echo", &long).await.status(), 200);
+    assert_eq!(replicas.with(|it| it.scaled.clone()), [1, 1]);
+}
+
+#[tokio::test]
 async fn a_function_that_went_to_zero_is_noticed_by_the_poll() {
     let replicas = Replicas::at(1, 1);
     let provider = replicas.provider().start();
@@ -268,7 +313,7 @@ async fn what_is_deleted_through_the_gateway_is_gone_at_once() {
     let gateway = informed(&provider).await;
     assert_eq!(gateway.get("/function/echo").await.status(), 200);
     let named = r#"{"functionName":"echo"}"#;
-    let delete = crate::support::wire::request("DELETE", "/system/functions", &[], named);
+    let delete = request("DELETE", "/system/functions", &[], named);
     assert_eq!(gateway.connect().await.ask(delete).await.status(), 202);
     assert_eq!(gateway.get("/function/echo").await.status(), 404);
     assert_eq!(provider.calls(), 1);
@@ -289,6 +334,21 @@ async fn a_function_that_is_not_listed_is_asked_for_and_called() {
     assert!(questions < 10, "{questions}");
     assert_eq!(provider.calls(), 100);
     gateway.metrics_show("counted", |m| m.calls("echo.fn", "200") == 100).await;
+}
+
+#[tokio::test]
+async fn a_call_that_waits_counts_as_one_of_its_function() {
+    let replicas = Replicas::at(0, 0);
+    replicas.with(|it| (it.unlisted, it.starts_after) = (true, usize::MAX));
+    let provider = replicas.provider().start();
+    let gateway = waking(&provider).start().await;
+    let mut caller = gateway.connect().await;
+    caller.send(get("/function/echo")).await;
+    gateway.metrics_show("it is in flight", |m| m.in_flight("echo.fn") == 1.0).await;
+    assert_eq!(provider.calls(), 0);
+    replicas.with(|it| it.starts_after = 0);
+    assert_eq!(caller.answer().await.status(), 200);
+    gateway.metrics_show("it has ended", |m| m.in_flight("echo.fn") == 0.0).await;
 }
 
 #[tokio::test]
