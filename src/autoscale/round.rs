@@ -26,6 +26,8 @@ const USAGE: Duration = Duration::from_secs(2);
 const COUNT: Duration = Duration::from_secs(2);
 /// For all changes of a round.
 const CHANGES: Duration = Duration::from_secs(10);
+/// Functions that are remembered, beyond those that are listed.
+const MOST_REMEMBERED: usize = 20_000;
 /// Questions to the provider at a time.
 const AT_ONCE: usize = 8;
 
@@ -55,8 +57,9 @@ impl Rounds {
     /// Whether a function needs more replicas before the next round is due.
     pub fn is_urgent(&self) -> bool {
         let (view, now) = (self.view.lock().unwrap_or_else(PoisonError::into_inner), self.now());
-        self.functions.values().filter(|it| it.policy.kind != Kind::Cpu).any(|it| {
-            let seen = view.seen(&it.label, &it.policy, it.wanted, (None, None), now);
+        let by_calls = |it: &&Tended| it.is_present() && it.policy.kind != Kind::Cpu;
+        self.functions.values().filter(by_calls).any(|it| {
+            let seen = view.seen(it.subject(panic_window(self.rules.window), now), now);
             let (decision, _) = decide(self.rules, &it.policy, seen, it.memory.clone());
             decision.ask && decision.desired > it.wanted
         })
@@ -79,13 +82,17 @@ impl Rounds {
                     .filter_map(|status| Some((self.poll.name(&status)?, status)))
                     .filter(|(_, status)| status.labels.as_ref().is_some_and(owns))
                     .collect();
-                self.functions.retain(|function, _| listed.contains_key(function));
+                let now = self.now();
+                let has_room = self.functions.len() < MOST_REMEMBERED;
+                self.functions.retain(|function, it| {
+                    listed.contains_key(function) || (it.is_missing(now) && has_room)
+                });
                 for (function, status) in listed {
                     let labels = status.labels.unwrap_or_default();
                     let (policy, bad) = Policy::from_labels(&labels);
                     let it = self.functions.entry(function.clone()).or_default();
                     (it.label, it.policy) = (function.to_string(), policy);
-                    it.wanted = status.replicas;
+                    it.is_listed(status.replicas, now);
                     it.complain_of_labels(&function, bad, self.rules);
                 }
             }
@@ -99,7 +106,7 @@ impl Rounds {
 
     /// Asks what those functions use that are scaled by it.
     async fn ask_for_usage(&mut self) {
-        let by_cpu = |it: &&Tended| it.policy.kind == Kind::Cpu && it.wanted > 0;
+        let by_cpu = |it: &&Tended| it.is_present() && it.policy.kind == Kind::Cpu && it.wanted > 0;
         let functions: Vec<Function> = self
             .functions
             .iter()
@@ -123,7 +130,7 @@ impl Rounds {
             let Some(it) = self.functions.get_mut(&function) else { continue };
             match answer {
                 Ok(Some(usage)) if usage.cpu.is_finite() && usage.cpu >= 0.0 => {
-                    it.cpu.push_back((now, usage.cpu));
+                    it.uses(usage.cpu, now);
                     it.complaints.remove(&Complaint::NoUsage);
                 }
                 Ok(_) => it.complain(Complaint::NoUsage, || {
@@ -147,9 +154,8 @@ impl Rounds {
         let (rules, now) = (self.rules, self.now());
         let view = self.view.lock().unwrap_or_else(PoisonError::into_inner);
         let (mut changes, mut shown) = (Vec::new(), Vec::new());
-        for (function, it) in &mut self.functions {
-            let cpu = (it.cpu_since(0), it.cpu_since(now - now.min(panic_window(rules.window))));
-            let seen = view.seen(&it.label, &it.policy, it.wanted, cpu, now);
+        for (function, it) in self.functions.iter_mut().filter(|(_, it)| it.is_present()) {
+            let seen = view.seen(it.subject(panic_window(rules.window), now), now);
             let (decision, memory) =
                 decide(rules, &it.policy, seen, std::mem::take(&mut it.memory));
             it.memory = memory;
@@ -160,6 +166,7 @@ impl Rounds {
                 desired: decision.desired,
             });
             if decision.ask {
+                it.expect(decision.desired);
                 changes.push(Change { function: function.clone(), seen, decision });
             }
         }
