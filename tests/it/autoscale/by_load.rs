@@ -31,6 +31,7 @@ async fn replicas_come_with_the_load_and_go_with_it() {
     script.untouched("other");
     // Each change is logged once, and counted.
     let changes = script.asked("f").len();
+    eventually("a line for each", async || said(&gateway, "Scaled f.fn from") >= changes).await;
     assert_eq!(said(&gateway, "Scaled f.fn from"), changes);
     let counted = |metrics: &crate::support::metrics::Metrics| {
         metrics.get("gateway_autoscale_decisions_total", &[("function_name", "f.fn")])
