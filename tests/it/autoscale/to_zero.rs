@@ -1,6 +1,7 @@
 //! To zero, and what keeps a function from it.
 
 use std::sync::atomic::Ordering::SeqCst;
+use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
@@ -94,6 +95,22 @@ async fn a_call_that_comes_before_the_first_list_keeps_its_function_awake() {
     eventually("more rounds", async || script.lists() > lists + 4).await;
     script.untouched("busy");
     held.release().await;
+}
+
+#[tokio::test]
+async fn what_an_operator_wakes_stays_awake_for_as_long_as_a_call_would_keep_it() {
+    let duration = Duration::from_secs(5);
+    let labels = json!({"zero": "true", "zero-duration": "5s", "max": "5"});
+    let (script, provider) = Script::start(&[("f", labels)]);
+    let _gateway = scaling(&provider).start().await;
+    eventually("it sleeps", async || script.replicas("f") == 0).await;
+    let lists = script.lists();
+    eventually("that is seen", async || script.lists() > lists + 2).await;
+    let woken = Instant::now();
+    script.scaled_by_hand("f", 1);
+    eventually("it sleeps again", async || script.replicas("f") == 0).await;
+    assert!(woken.elapsed() >= duration, "{:?}", woken.elapsed());
+    assert_eq!(script.asked("f"), [0, 0]);
 }
 
 #[tokio::test]
