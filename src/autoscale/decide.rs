@@ -115,13 +115,9 @@ pub fn decide(rules: Rules, policy: &Policy, seen: Seen, mut memory: Memory) -> 
         let decision = Decision { desired: 0, reason: Reason::Asleep, ask: false };
         return (decision, Memory::default());
     }
-    let (desired, reason) = match policy.zero_after {
-        Some(after)
-            if rules.may_zero && !seen.busy && seen.quiet.is_some_and(|quiet| quiet >= after) =>
-        {
-            (0, Reason::Idle)
-        }
-        _ => by_load(rules, policy, seen, &mut memory),
+    let (desired, reason) = match may_sleep(rules, policy, seen) {
+        true => (0, Reason::Idle),
+        false => by_load(rules, policy, seen, &mut memory),
     };
     let repeated = memory.asked.is_some_and(|asked| {
         (asked.from, asked.to) == (seen.wanted, desired)
@@ -132,6 +128,12 @@ pub fn decide(rules: Rules, policy: &Policy, seen: Seen, mut memory: Memory) -> 
         memory.asked = Some(Asked { at: seen.now, from: seen.wanted, to: desired });
     }
     (Decision { desired, reason, ask }, memory)
+}
+
+/// Whether it goes to zero: it may, and nobody has called it for long enough.
+pub fn may_sleep(rules: Rules, policy: &Policy, seen: Seen) -> bool {
+    let long_enough = |after| seen.quiet.is_some_and(|quiet| quiet >= after);
+    rules.may_zero && !seen.busy && policy.zero_after.is_some_and(long_enough)
 }
 
 fn by_load(rules: Rules, policy: &Policy, seen: Seen, memory: &mut Memory) -> (u64, Reason) {

@@ -8,12 +8,11 @@ use futures_util::StreamExt as _;
 use futures_util::stream;
 use tokio::time::timeout;
 
-use crate::autoscale::decide::{Millis, Rules, decide};
+use crate::autoscale::decide::{Millis, Rules, decide, may_sleep};
 use crate::autoscale::policy::{Kind, Policy, owns};
 use crate::autoscale::tended::{Change, Complaint, Tended};
 use crate::autoscale::view::{View, panic_window};
 use crate::function::Function;
-use crate::metrics::Metrics;
 use crate::metrics::autoscale::{AutoscaleMetrics, Scaled};
 use crate::metrics::replicas::Poll;
 use crate::queued::Intake;
@@ -182,18 +181,24 @@ impl Rounds {
             true => self.waiting().await,
             false => Some(Arc::default()),
         };
+        let this = &*self;
         let make = |change: Change| {
-            let (provider, metrics) = (self.poll.provider.clone(), Arc::clone(&self.poll.metrics));
             let waiting = waiting.clone();
             async move {
                 let Change { function, decision, .. } = &change;
-                if decision.desired == 0 && is_called(function, &metrics, waiting.as_deref()) {
-                    return None;
+                let (provider, known) = (&this.poll.provider, &this.poll.metrics.known);
+                let sleeps = decision.desired == 0;
+                if sleeps {
+                    // A call that comes from here on asks before it goes, and is counted before it asks.
+                    known.changed(Some(&function.name));
+                    if this.is_called(function, waiting.as_deref()) {
+                        return None;
+                    }
                 }
                 let result = provider.scale(function, decision.desired).await;
-                if decision.desired == 0 {
-                    // Its next call must not take it for ready until the next list.
-                    metrics.known.changed(Some(&function.name));
+                if sleeps {
+                    // What it was told meanwhile may be from before.
+                    known.changed(Some(&function.name));
                 }
                 Some((change, result))
             }
@@ -226,6 +231,22 @@ impl Rounds {
         }
     }
 
+    /// Whether there may be a call of `function` at this moment, or was one since it was decided that it sleeps: others
+    /// may have been changed before it.
+    fn is_called(&self, function: &Function, waiting: Option<&HashMap<Arc<str>, u64>>) -> bool {
+        let Some(it) = self.functions.get(function) else { return true };
+        let (label, now) = (it.label.as_str(), self.now());
+        let may_sleep = {
+            let view = self.view.lock().unwrap_or_else(PoisonError::into_inner);
+            let seen = view.seen(it.subject(panic_window(self.rules.window), now), now);
+            may_sleep(self.rules, &it.policy, seen)
+        };
+        // One may have come since the last sample.
+        !may_sleep
+            || waiting.is_none_or(|waiting| waiting.contains_key(label))
+            || self.poll.metrics.activity().get(label).is_some_and(|it| it.in_flight > 0)
+    }
+
     fn now(&self) -> Millis {
         Millis::try_from(self.began.elapsed().as_millis()).unwrap_or(Millis::MAX)
     }
@@ -244,15 +265,4 @@ async fn together<T>(
     });
     let _ = timeout(patience, asked).await;
     answers
-}
-
-/// Whether there may be a call of `function` at this moment: one may have come since the last sample.
-fn is_called(
-    function: &Function,
-    metrics: &Metrics,
-    waiting: Option<&HashMap<Arc<str>, u64>>,
-) -> bool {
-    let label = function.to_string();
-    waiting.is_none_or(|waiting| waiting.contains_key(label.as_str()))
-        || metrics.activity().get(label.as_str()).is_some_and(|it| it.in_flight > 0)
 }
