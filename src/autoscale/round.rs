@@ -192,7 +192,7 @@ impl Rounds {
                     // A call that comes from here on asks before it goes, and is counted before it asks.
                     known.changed(Some(&function.name));
                     if this.is_called(function, waiting.as_deref()) {
-                        return None;
+                        return (change, None);
                     }
                 }
                 let result = provider.scale(function, decision.desired).await;
@@ -200,24 +200,27 @@ impl Rounds {
                     // What it was told meanwhile may be from before.
                     known.changed(Some(&function.name));
                 }
-                Some((change, result))
+                (change, Some(result))
             }
         };
         let made = together(changes.into_iter().map(make), CHANGES).await;
-        for (change, result) in made.into_iter().flatten() {
-            if result.is_ok() {
-                open.remove(&change.function);
-                let label = change.function.to_string();
-                self.gauges.scaled(&label, change.decision.reason.word());
+        let now = self.now();
+        for (change, result) in made {
+            let Some(it) = self.functions.get_mut(&change.function) else { continue };
+            match result {
+                Some(Ok(())) => self.gauges.scaled(&it.label, change.decision.reason.word()),
+                Some(Err(_)) => it.memory.failed(now),
+                None => it.memory.dropped(),
             }
-            if let Some(it) = self.functions.get_mut(&change.function) {
+            if let Some(result) = result {
                 it.log(&change, result);
             }
+            open.remove(&change.function);
         }
         // What has not come to an end by now is tried again.
         for function in open {
             if let Some(it) = self.functions.get_mut(&function) {
-                it.memory.failed();
+                it.memory.failed(now);
             }
         }
     }

@@ -1,6 +1,7 @@
 //! Up with the load, down when it is gone, and what keeps it from that.
 
 use std::sync::atomic::Ordering::SeqCst;
+use std::time::{Duration, Instant};
 
 use serde_json::json;
 
@@ -88,8 +89,11 @@ async fn while_the_provider_fails_nothing_changes_and_then_it_heals() {
     script.untouched("f");
     // It is back, but does not do as it is told at first.
     script.refusals.store(2, SeqCst);
+    let back = Instant::now();
     script.broken.store(false, SeqCst);
     eventually("as many replicas as calls", async || script.replicas("f") == 3).await;
+    // Each refusal was taken to hold for most of a round.
+    assert!(back.elapsed() >= Duration::from_millis(2900), "{:?}", back.elapsed());
     assert_eq!(said(&gateway, "f.fn cannot be scaled"), 1);
     held.release().await;
 }
