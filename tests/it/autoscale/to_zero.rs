@@ -125,6 +125,23 @@ async fn what_is_called_before_its_turn_to_sleep_stays_awake() {
 }
 
 #[tokio::test]
+async fn a_call_asks_while_its_function_is_being_put_to_sleep() {
+    let script = Script::of(&[("f", soon())]);
+    let gate = Gate::closed();
+    let provider = script.builder().behind(&gate).answering(|call| always(call, "hello")).start();
+    let gateway = scaling(&provider).start().await;
+    eventually("it is to sleep", async || gate.waiting().len() == 1).await;
+    let questions = || {
+        let asked = provider.asked().into_iter();
+        asked.filter(|(head, _)| head.target().starts_with("/system/function/f")).count()
+    };
+    let before = questions();
+    assert_eq!(gateway.get("/function/f").await.status(), 200);
+    assert!(questions() > before, "it was called as if it were sure to be ready");
+    gate.open();
+}
+
+#[tokio::test]
 async fn what_an_operator_wakes_stays_awake_for_as_long_as_a_call_would_keep_it() {
     let duration = Duration::from_secs(5);
     let labels = json!({"zero": "true", "zero-duration": "5s", "max": "5"});
