@@ -16,6 +16,9 @@ const SHORTEST_PANIC: Millis = 2000;
 /// Load that has held for so long counts in full, whatever was before: a mean alone would be slow to see it.
 const HELD: Millis = 2000;
 
+/// Calls of a gateway that has fallen silent may go unseen for so many windows. One more is then to be seen whole.
+const PATIENCE: Millis = 4;
+
 /// What is known. Others are heard between samples.
 pub struct View {
     window: Millis,
@@ -83,8 +86,8 @@ impl View {
         let Sampled { now, span, own: mut sum, connected, knows_queue } = sampled;
         self.knows_queue = knows_queue;
         if let Some(peers) = &mut self.peers {
-            if peers.expire(now) {
-                // It may be alive and carry calls, only that nobody hears of them.
+            peers.expire(now, self.window.saturating_mul(PATIENCE));
+            if peers.misses_any() {
                 self.seen_since = now;
             }
             if connected != self.connected || span >= GONE {
@@ -245,14 +248,33 @@ mod tests {
             gateway.second(1.0, true);
             assert!(!gateway.view.acts);
         }
+        let leaving = Message { id: "a".to_owned(), leaving: true, ..Message::default() };
+        gateway.view.peers.as_mut().unwrap().hear(leaving, gateway.now);
+        gateway.second(1.0, true);
+        assert!(gateway.view.acts);
+        (0..9).for_each(|_| gateway.second(1.0, true));
+        assert!(!gateway.seen().whole);
+        gateway.second(1.0, true);
+        assert!(gateway.seen().whole);
+    }
+
+    #[test]
+    fn who_takes_over_from_one_that_is_missing_takes_nothing_away_for_longer() {
+        let mut gateway = Gateway::new(true);
+        for _ in 0..20 {
+            gateway.hear("a", 1.0);
+            gateway.second(1.0, true);
+        }
         let mut silent = 0;
         while !gateway.view.acts {
             silent += 1;
             gateway.second(1.0, true);
         }
         assert!((2..=4).contains(&silent), "{silent}");
-        (0..9).for_each(|_| gateway.second(1.0, true));
-        assert!(!gateway.seen().whole);
+        for _ in 0..49 {
+            assert!(!gateway.seen().whole);
+            gateway.second(1.0, true);
+        }
         gateway.second(1.0, true);
         assert!(gateway.seen().whole);
     }
