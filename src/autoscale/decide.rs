@@ -15,6 +15,9 @@ pub type Millis = u64;
 /// A request is not repeated for so long while the provider does not show that it was heard.
 const ASK_AGAIN: Millis = 10_000;
 
+/// Nothing is asked for so long when a request has failed: a little less than a round, so that the next one asks.
+const PAUSE: Millis = 1500;
+
 /// What is seen of a function at one moment.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Seen {
@@ -51,6 +54,8 @@ pub struct Memory {
     /// What was recommended and when, each less than the one before it.
     recommended: VecDeque<(Millis, u64)>,
     asked: Option<Asked>,
+    /// The provider has not done as it was asked.
+    failed: Option<Millis>,
 }
 
 /// A request to the provider.
@@ -103,7 +108,12 @@ impl Reason {
 
 impl Memory {
     /// The provider has not done as it was asked.
-    pub fn failed(&mut self) {
+    pub fn failed(&mut self, now: Millis) {
+        (self.asked, self.failed) = (None, Some(now));
+    }
+
+    /// The provider was not asked after all.
+    pub fn dropped(&mut self) {
         self.asked = None;
     }
 }
@@ -115,23 +125,26 @@ pub fn decide(rules: Rules, policy: &Policy, seen: Seen, mut memory: Memory) -> 
         let decision = Decision { desired: 0, reason: Reason::Asleep, ask: false };
         return (decision, Memory::default());
     }
-    let (desired, reason) = match policy.zero_after {
-        Some(after)
-            if rules.may_zero && !seen.busy && seen.quiet.is_some_and(|quiet| quiet >= after) =>
-        {
-            (0, Reason::Idle)
-        }
-        _ => by_load(rules, policy, seen, &mut memory),
+    let (desired, reason) = match may_sleep(rules, policy, seen) {
+        true => (0, Reason::Idle),
+        false => by_load(rules, policy, seen, &mut memory),
     };
     let repeated = memory.asked.is_some_and(|asked| {
         (asked.from, asked.to) == (seen.wanted, desired)
             && seen.now.saturating_sub(asked.at) < ASK_AGAIN
     });
-    let ask = desired != seen.wanted && !repeated;
+    let pausing = memory.failed.is_some_and(|at| seen.now.saturating_sub(at) < PAUSE);
+    let ask = desired != seen.wanted && !repeated && !pausing;
     if ask {
         memory.asked = Some(Asked { at: seen.now, from: seen.wanted, to: desired });
     }
     (Decision { desired, reason, ask }, memory)
+}
+
+/// Whether it goes to zero: it may, and nobody has called it for long enough.
+pub fn may_sleep(rules: Rules, policy: &Policy, seen: Seen) -> bool {
+    let long_enough = |after| seen.quiet.is_some_and(|quiet| quiet >= after);
+    rules.may_zero && !seen.busy && policy.zero_after.is_some_and(long_enough)
 }
 
 fn by_load(rules: Rules, policy: &Policy, seen: Seen, memory: &mut Memory) -> (u64, Reason) {

@@ -135,7 +135,9 @@ impl Loads {
             })
             .sum();
         #[expect(clippy::cast_precision_loss, reason = "far from 2^53 milliseconds")]
-        Some(sum / watched as f64)
+        let mean = sum / watched as f64;
+        // The sum of nothing is -0.0, which nobody wants to read.
+        Some(mean + 0.0)
     }
 
     /// The least load over the last `window`: what has held for so long, and was not but a moment's.
@@ -194,7 +196,8 @@ mod tests {
         check(&loads, Kind::Rps, 60_000, 8000, 5.0);
         check(&loads, Kind::Rps, 6000, 60_000, 0.0);
         assert_eq!(loads.mean("echo", Kind::Cpu, 6000, 8000), None);
-        assert_eq!(loads.mean("never", Kind::Rps, 6000, 8000), Some(0.0));
+        let nothing = loads.mean("never", Kind::Rps, 6000, 8000).unwrap();
+        assert_eq!(nothing.to_string(), "0");
     }
 
     #[test]

@@ -12,8 +12,8 @@ use crate::autoscale::loads::Load;
 
 /// A gateway that has not been heard of for so long is gone.
 pub const GONE: Millis = 3000;
-/// What was said holds for so long: until the next time, and a little.
-const HOLDS: Millis = 750;
+/// What was said holds until the next time; for so long, if that is late.
+const HOLDS: Millis = 1500;
 /// Gateways that are listened to.
 const MOST_PEERS: usize = 256;
 /// Functions that one gateway can say something about.
@@ -46,6 +46,8 @@ pub struct Peers {
     /// When it began to listen.
     since: Millis,
     heard: BTreeMap<String, Peer>,
+    /// Those that have fallen silent without taking their leave, and when.
+    missing: BTreeMap<String, Millis>,
 }
 
 #[derive(Debug, Default)]
@@ -77,13 +79,15 @@ impl Message {
 
 impl Peers {
     pub fn new(own: String, now: Millis) -> Self {
-        Self { own, since: now, heard: BTreeMap::new() }
+        Self { own, since: now, heard: BTreeMap::new(), missing: BTreeMap::new() }
     }
 
     /// Listens as if for the first time: what was said meanwhile was not heard.
     pub fn begin_anew(&mut self, now: Millis) {
         self.since = now;
-        self.heard.clear();
+        for id in std::mem::take(&mut self.heard).into_keys() {
+            self.misses(id, now);
+        }
     }
 
     pub fn hear(&mut self, message: Message, now: Millis) {
@@ -91,6 +95,7 @@ impl Peers {
         if id == self.own || id.is_empty() || id.len() > LONGEST_ID {
             return;
         }
+        self.missing.remove(&id);
         if leaving {
             self.heard.remove(&id);
             return;
@@ -114,11 +119,27 @@ impl Peers {
         }
     }
 
-    /// Lets go of those that have fallen silent; whether there were any.
-    pub fn expire(&mut self, now: Millis) -> bool {
-        let before = self.heard.len();
-        self.heard.retain(|_, peer| now.saturating_sub(peer.last) < GONE);
-        self.heard.len() < before
+    /// Lets go of those that have fallen silent. They are missing for `patience`, unless they are heard again.
+    pub fn expire(&mut self, now: Millis, patience: Millis) {
+        let silent = |peer: &Peer| now.saturating_sub(peer.last) >= GONE;
+        let silent: Vec<String> =
+            self.heard.iter().filter(|(_, it)| silent(it)).map(|(id, _)| id.clone()).collect();
+        for id in silent {
+            self.heard.remove(&id);
+            self.misses(id, now);
+        }
+        self.missing.retain(|_, at| now.saturating_sub(*at) < patience);
+    }
+
+    fn misses(&mut self, id: String, now: Millis) {
+        if self.missing.len() < MOST_PEERS {
+            self.missing.insert(id, now);
+        }
+    }
+
+    /// Whether somebody is missing: it may be alive and carry calls, only that nobody hears of them.
+    pub fn misses_any(&self) -> bool {
+        !self.missing.is_empty()
     }
 
     /// What the others have said last, if that was just now: a dead one's calls may have come here meanwhile.
@@ -170,10 +191,34 @@ mod tests {
         assert!(!b.acts(3500));
         assert_eq!(b.count(), 3);
         // It falls silent, as the other does.
-        assert!(!b.expire(5999));
-        assert!(b.expire(6500));
-        assert!(b.acts(6500));
+        b.expire(5999, 10_000);
+        assert!(!b.misses_any());
+        b.expire(6500, 10_000);
+        assert!(b.misses_any() && b.acts(6500));
         assert_eq!(b.count(), 1);
+    }
+
+    #[test]
+    fn one_that_falls_silent_is_missing_until_it_is_heard_or_given_up() {
+        let mut b = Peers::new("b".to_owned(), 0);
+        let hear = |b: &mut Peers, now| b.hear(message("a", 1, &[]), now);
+        hear(&mut b, 1000);
+        b.expire(4000, 10_000);
+        assert!(b.misses_any());
+        hear(&mut b, 5000);
+        b.expire(5000, 10_000);
+        assert!(!b.misses_any());
+        b.expire(8000, 10_000);
+        b.expire(17_999, 10_000);
+        assert!(b.misses_any());
+        b.expire(18_000, 10_000);
+        assert!(!b.misses_any());
+        // Whom nobody could hear for a while is missing, too; it may take its leave late.
+        hear(&mut b, 20_000);
+        b.begin_anew(20_000);
+        assert!(b.misses_any());
+        b.hear(Message { leaving: true, ..message("a", 2, &[]) }, 20_500);
+        assert!(!b.misses_any());
     }
 
     #[test]
@@ -181,7 +226,8 @@ mod tests {
         let mut b = Peers::new("b".to_owned(), 0);
         b.hear(message("a", 1, &[("echo", 5.0)]), 4000);
         b.hear(Message { leaving: true, ..message("a", 2, &[]) }, 4100);
-        assert!(b.acts(4100) && !b.expire(4100));
+        b.expire(4100, 10_000);
+        assert!(b.acts(4100) && !b.misses_any());
         assert!(rps(&b, "echo", 4100).abs() < 1e-9);
     }
 
@@ -203,8 +249,9 @@ mod tests {
         own.hear(message("a", 2, &[("echo", 1.0)]), 500);
         assert!((rps(&own, "echo", 500) - 3.0).abs() < 1e-9);
         assert!(rps(&own, "env", 500).abs() < 1e-9);
-        // The other one says nothing any more.
-        assert!((rps(&own, "echo", 800) - 1.0).abs() < 1e-9);
+        // The other one is late, and then says nothing any more.
+        assert!((rps(&own, "echo", 1499) - 3.0).abs() < 1e-9);
+        assert!((rps(&own, "echo", 1500) - 1.0).abs() < 1e-9);
         // A call that the next message does not tell of any more was a call.
         let called = own.take_called();
         assert!(called.contains("env") && called.contains("echo"));

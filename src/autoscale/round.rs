@@ -8,12 +8,11 @@ use futures_util::StreamExt as _;
 use futures_util::stream;
 use tokio::time::timeout;
 
-use crate::autoscale::decide::{Millis, Rules, decide};
+use crate::autoscale::decide::{Millis, Rules, decide, may_sleep};
 use crate::autoscale::policy::{Kind, Policy, owns};
 use crate::autoscale::tended::{Change, Complaint, Tended};
 use crate::autoscale::view::{View, panic_window};
 use crate::function::Function;
-use crate::metrics::Metrics;
 use crate::metrics::autoscale::{AutoscaleMetrics, Scaled};
 use crate::metrics::replicas::Poll;
 use crate::queued::Intake;
@@ -26,6 +25,8 @@ const USAGE: Duration = Duration::from_secs(2);
 const COUNT: Duration = Duration::from_secs(2);
 /// For all changes of a round.
 const CHANGES: Duration = Duration::from_secs(10);
+/// Functions that are remembered, beyond those that are listed.
+const MOST_REMEMBERED: usize = 20_000;
 /// Questions to the provider at a time.
 const AT_ONCE: usize = 8;
 
@@ -55,8 +56,9 @@ impl Rounds {
     /// Whether a function needs more replicas before the next round is due.
     pub fn is_urgent(&self) -> bool {
         let (view, now) = (self.view.lock().unwrap_or_else(PoisonError::into_inner), self.now());
-        self.functions.values().filter(|it| it.policy.kind != Kind::Cpu).any(|it| {
-            let seen = view.seen(&it.label, &it.policy, it.wanted, (None, None), now);
+        let by_calls = |it: &&Tended| it.is_present() && it.policy.kind != Kind::Cpu;
+        self.functions.values().filter(by_calls).any(|it| {
+            let seen = view.seen(it.subject(panic_window(self.rules.window), now), now);
             let (decision, _) = decide(self.rules, &it.policy, seen, it.memory.clone());
             decision.ask && decision.desired > it.wanted
         })
@@ -79,13 +81,17 @@ impl Rounds {
                     .filter_map(|status| Some((self.poll.name(&status)?, status)))
                     .filter(|(_, status)| status.labels.as_ref().is_some_and(owns))
                     .collect();
-                self.functions.retain(|function, _| listed.contains_key(function));
+                let now = self.now();
+                let has_room = self.functions.len() < MOST_REMEMBERED;
+                self.functions.retain(|function, it| {
+                    listed.contains_key(function) || (it.is_missing(now) && has_room)
+                });
                 for (function, status) in listed {
                     let labels = status.labels.unwrap_or_default();
                     let (policy, bad) = Policy::from_labels(&labels);
                     let it = self.functions.entry(function.clone()).or_default();
                     (it.label, it.policy) = (function.to_string(), policy);
-                    it.wanted = status.replicas;
+                    it.is_listed(status.replicas, now);
                     it.complain_of_labels(&function, bad, self.rules);
                 }
             }
@@ -99,7 +105,7 @@ impl Rounds {
 
     /// Asks what those functions use that are scaled by it.
     async fn ask_for_usage(&mut self) {
-        let by_cpu = |it: &&Tended| it.policy.kind == Kind::Cpu && it.wanted > 0;
+        let by_cpu = |it: &&Tended| it.is_present() && it.policy.kind == Kind::Cpu && it.wanted > 0;
         let functions: Vec<Function> = self
             .functions
             .iter()
@@ -123,7 +129,7 @@ impl Rounds {
             let Some(it) = self.functions.get_mut(&function) else { continue };
             match answer {
                 Ok(Some(usage)) if usage.cpu.is_finite() && usage.cpu >= 0.0 => {
-                    it.cpu.push_back((now, usage.cpu));
+                    it.uses(usage.cpu, now);
                     it.complaints.remove(&Complaint::NoUsage);
                 }
                 Ok(_) => it.complain(Complaint::NoUsage, || {
@@ -147,9 +153,8 @@ impl Rounds {
         let (rules, now) = (self.rules, self.now());
         let view = self.view.lock().unwrap_or_else(PoisonError::into_inner);
         let (mut changes, mut shown) = (Vec::new(), Vec::new());
-        for (function, it) in &mut self.functions {
-            let cpu = (it.cpu_since(0), it.cpu_since(now - now.min(panic_window(rules.window))));
-            let seen = view.seen(&it.label, &it.policy, it.wanted, cpu, now);
+        for (function, it) in self.functions.iter_mut().filter(|(_, it)| it.is_present()) {
+            let seen = view.seen(it.subject(panic_window(rules.window), now), now);
             let (decision, memory) =
                 decide(rules, &it.policy, seen, std::mem::take(&mut it.memory));
             it.memory = memory;
@@ -160,6 +165,7 @@ impl Rounds {
                 desired: decision.desired,
             });
             if decision.ask {
+                it.expect(decision.desired);
                 changes.push(Change { function: function.clone(), seen, decision });
             }
         }
@@ -175,37 +181,46 @@ impl Rounds {
             true => self.waiting().await,
             false => Some(Arc::default()),
         };
+        let this = &*self;
         let make = |change: Change| {
-            let (provider, metrics) = (self.poll.provider.clone(), Arc::clone(&self.poll.metrics));
             let waiting = waiting.clone();
             async move {
                 let Change { function, decision, .. } = &change;
-                if decision.desired == 0 && is_called(function, &metrics, waiting.as_deref()) {
-                    return None;
+                let (provider, known) = (&this.poll.provider, &this.poll.metrics.known);
+                let sleeps = decision.desired == 0;
+                if sleeps {
+                    // A call that comes from here on asks before it goes, and is counted before it asks.
+                    known.changed(Some(&function.name));
+                    if this.is_called(function, waiting.as_deref()) {
+                        return (change, None);
+                    }
                 }
                 let result = provider.scale(function, decision.desired).await;
-                if decision.desired == 0 {
-                    // Its next call must not take it for ready until the next list.
-                    metrics.known.changed(Some(&function.name));
+                if sleeps {
+                    // What it was told meanwhile may be from before.
+                    known.changed(Some(&function.name));
                 }
-                Some((change, result))
+                (change, Some(result))
             }
         };
         let made = together(changes.into_iter().map(make), CHANGES).await;
-        for (change, result) in made.into_iter().flatten() {
-            if result.is_ok() {
-                open.remove(&change.function);
-                let label = change.function.to_string();
-                self.gauges.scaled(&label, change.decision.reason.word());
+        let now = self.now();
+        for (change, result) in made {
+            let Some(it) = self.functions.get_mut(&change.function) else { continue };
+            match result {
+                Some(Ok(())) => self.gauges.scaled(&it.label, change.decision.reason.word()),
+                Some(Err(_)) => it.memory.failed(now),
+                None => it.memory.dropped(),
             }
-            if let Some(it) = self.functions.get_mut(&change.function) {
+            if let Some(result) = result {
                 it.log(&change, result);
             }
+            open.remove(&change.function);
         }
         // What has not come to an end by now is tried again.
         for function in open {
             if let Some(it) = self.functions.get_mut(&function) {
-                it.memory.failed();
+                it.memory.failed(now);
             }
         }
     }
@@ -217,6 +232,22 @@ impl Rounds {
             Ok(Ok(())) => intake.held(),
             Ok(Err(_)) | Err(_) => None,
         }
+    }
+
+    /// Whether there may be a call of `function` at this moment, or was one since it was decided that it sleeps: others
+    /// may have been changed before it.
+    fn is_called(&self, function: &Function, waiting: Option<&HashMap<Arc<str>, u64>>) -> bool {
+        let Some(it) = self.functions.get(function) else { return true };
+        let (label, now) = (it.label.as_str(), self.now());
+        let may_sleep = {
+            let view = self.view.lock().unwrap_or_else(PoisonError::into_inner);
+            let seen = view.seen(it.subject(panic_window(self.rules.window), now), now);
+            may_sleep(self.rules, &it.policy, seen)
+        };
+        // One may have come since the last sample.
+        !may_sleep
+            || waiting.is_none_or(|waiting| waiting.contains_key(label))
+            || self.poll.metrics.activity().get(label).is_some_and(|it| it.in_flight > 0)
     }
 
     fn now(&self) -> Millis {
@@ -237,15 +268,4 @@ async fn together<T>(
     });
     let _ = timeout(patience, asked).await;
     answers
-}
-
-/// Whether there may be a call of `function` at this moment: one may have come since the last sample.
-fn is_called(
-    function: &Function,
-    metrics: &Metrics,
-    waiting: Option<&HashMap<Arc<str>, u64>>,
-) -> bool {
-    let label = function.to_string();
-    waiting.is_none_or(|waiting| waiting.contains_key(label.as_str()))
-        || metrics.activity().get(label.as_str()).is_some_and(|it| it.in_flight > 0)
 }

@@ -16,6 +16,9 @@ const SHORTEST_PANIC: Millis = 2000;
 /// Load that has held for so long counts in full, whatever was before: a mean alone would be slow to see it.
 const HELD: Millis = 2000;
 
+/// Calls of a gateway that has fallen silent may go unseen for so many windows. One more is then to be seen whole.
+const PATIENCE: Millis = 4;
+
 /// What is known. Others are heard between samples.
 pub struct View {
     window: Millis,
@@ -41,6 +44,19 @@ pub struct Sampled {
     /// The others can be heard.
     pub connected: bool,
     pub knows_queue: bool,
+}
+
+/// A function, as far as others than this view know it.
+#[derive(Clone, Copy, Debug)]
+pub struct Subject<'a> {
+    pub label: &'a str,
+    pub policy: &'a Policy,
+    /// Replicas that the provider was told to have.
+    pub wanted: u64,
+    /// Its means of CPU over the windows.
+    pub cpu: (Option<f64>, Option<f64>),
+    /// Since when it is known here, and nobody else has changed its replicas.
+    pub since: Millis,
 }
 
 /// Whether this gateway acts, of how many.
@@ -70,8 +86,8 @@ impl View {
         let Sampled { now, span, own: mut sum, connected, knows_queue } = sampled;
         self.knows_queue = knows_queue;
         if let Some(peers) = &mut self.peers {
-            if peers.expire(now) {
-                // It may be alive and carry calls, only that nobody hears of them.
+            peers.expire(now, self.window.saturating_mul(PATIENCE));
+            if peers.misses_any() {
                 self.seen_since = now;
             }
             if connected != self.connected || span >= GONE {
@@ -113,17 +129,14 @@ impl View {
         Standing { acts, gateways }
     }
 
-    /// What is seen of a function with `wanted` replicas. `cpu`: its means over the windows.
-    pub fn seen(
-        &self,
-        label: &str,
-        policy: &Policy,
-        wanted: u64,
-        cpu: (Option<f64>, Option<f64>),
-        now: Millis,
-    ) -> Seen {
+    /// What is seen of a function.
+    pub fn seen(&self, subject: Subject<'_>, now: Millis) -> Seen {
+        let Subject { label, policy, wanted, cpu, since } = subject;
         let sees_all = self.knows_queue && (self.peers.is_none() || self.connected);
-        let seen_since = self.seen_since.min(now);
+        let seen_since = self.seen_since.max(since).min(now);
+        // What is remembered reaches back as far as what was recommended is to be heeded.
+        let down_window = Millis::try_from(policy.down_window.as_millis()).unwrap_or(Millis::MAX);
+        let needed = self.window.max(down_window);
         let mean = |window| self.loads.mean(label, policy.kind, window, now);
         let (stable, sudden) = match policy.kind {
             Kind::Cpu => cpu,
@@ -141,7 +154,7 @@ impl View {
             busy: self.loads.is_busy(label),
             quiet: sees_all
                 .then(|| self.loads.quiet(label, now).min(Duration::from_millis(now - seen_since))),
-            whole: sees_all && now.saturating_sub(seen_since.max(self.acts_since)) >= self.window,
+            whole: sees_all && now.saturating_sub(seen_since.max(self.acts_since)) >= needed,
         }
     }
 }
@@ -191,8 +204,16 @@ mod tests {
         }
 
         fn seen(&self) -> Seen {
-            self.view.seen("echo", &Policy::default(), 1, (None, None), self.now)
+            self.seen_with(&Policy::default(), 0)
         }
+
+        fn seen_with(&self, policy: &Policy, since: Millis) -> Seen {
+            self.view.seen(Subject { policy, since, ..subject("echo", policy) }, self.now)
+        }
+    }
+
+    fn subject<'a>(label: &'a str, policy: &'a Policy) -> Subject<'a> {
+        Subject { label, policy, wanted: 1, cpu: (None, None), since: 0 }
     }
 
     #[test]
@@ -215,7 +236,7 @@ mod tests {
         // Ten in the last half second of one and a half.
         let sudden = gateway.seen().sudden.unwrap();
         assert!((sudden - 10.0 / 3.0).abs() < 1e-9, "{sudden}");
-        let strange = gateway.view.seen("stranger", &Policy::default(), 1, (None, None), 1500);
+        let strange = gateway.view.seen(subject("stranger", &Policy::default()), 1500);
         assert_eq!((strange.sudden, strange.busy), (Some(0.0), false));
     }
 
@@ -227,16 +248,57 @@ mod tests {
             gateway.second(1.0, true);
             assert!(!gateway.view.acts);
         }
+        let leaving = Message { id: "a".to_owned(), leaving: true, ..Message::default() };
+        gateway.view.peers.as_mut().unwrap().hear(leaving, gateway.now);
+        gateway.second(1.0, true);
+        assert!(gateway.view.acts);
+        (0..9).for_each(|_| gateway.second(1.0, true));
+        assert!(!gateway.seen().whole);
+        gateway.second(1.0, true);
+        assert!(gateway.seen().whole);
+    }
+
+    #[test]
+    fn who_takes_over_from_one_that_is_missing_takes_nothing_away_for_longer() {
+        let mut gateway = Gateway::new(true);
+        for _ in 0..20 {
+            gateway.hear("a", 1.0);
+            gateway.second(1.0, true);
+        }
         let mut silent = 0;
         while !gateway.view.acts {
             silent += 1;
             gateway.second(1.0, true);
         }
         assert!((2..=4).contains(&silent), "{silent}");
-        (0..9).for_each(|_| gateway.second(1.0, true));
-        assert!(!gateway.seen().whole);
+        for _ in 0..49 {
+            assert!(!gateway.seen().whole);
+            gateway.second(1.0, true);
+        }
         gateway.second(1.0, true);
         assert!(gateway.seen().whole);
+    }
+
+    #[test]
+    fn a_function_that_is_new_or_was_changed_is_neither_quiet_nor_seen_whole() {
+        let mut gateway = Gateway::new(false);
+        (0..30).for_each(|_| gateway.second(0.0, false));
+        let standard = Policy::default();
+        let seen = |since| gateway.seen_with(&standard, since);
+        assert!(seen(20_000).whole && !seen(20_001).whole);
+        assert_eq!(seen(25_000).quiet, Some(Duration::from_secs(5)));
+        assert_eq!(seen(30_000).quiet, Some(Duration::ZERO));
+        assert_eq!(seen(99_000).quiet, Some(Duration::ZERO));
+    }
+
+    #[test]
+    fn a_longer_down_window_is_to_be_seen_whole() {
+        let mut gateway = Gateway::new(false);
+        let slow = Policy { down_window: Duration::from_secs(15), ..Policy::default() };
+        (0..14).for_each(|_| gateway.second(1.0, false));
+        assert!(gateway.seen().whole && !gateway.seen_with(&slow, 0).whole);
+        (0..2).for_each(|_| gateway.second(1.0, false));
+        assert!(gateway.seen_with(&slow, 0).whole && !gateway.seen_with(&slow, 2000).whole);
     }
 
     #[test]

@@ -152,8 +152,21 @@ fn a_request_is_repeated_only_when_it_has_failed_or_was_not_heard() {
     assert!(decide(RULES, &policy, at(10), memory.clone()).0.ask);
     // Somebody else has changed it meanwhile.
     assert!(decide(RULES, &policy, Seen { wanted: 2, ..at(4) }, memory.clone()).0.ask);
-    memory.failed();
-    assert!(decide(RULES, &policy, at(4), memory).0.ask);
+    memory.dropped();
+    assert!(decide(RULES, &policy, at(2), memory).0.ask);
+}
+
+#[test]
+fn after_a_failure_nothing_is_asked_for_until_the_next_round() {
+    let policy = policy();
+    let at = |now, load| Seen { now, ..seen(0, 1, load, load) };
+    let (_, mut memory) = decide(RULES, &policy, at(0, 30.0), Memory::default());
+    memory.failed(100);
+    for (now, load, asks) in [(500, 30.0, false), (1000, 50.0, false), (2000, 30.0, true)] {
+        let (decision, _) = decide(RULES, &policy, at(now, load), memory.clone());
+        assert_eq!(decision.ask, asks, "{now}");
+        assert!(decision.desired >= 3);
+    }
 }
 
 prop_compose! {

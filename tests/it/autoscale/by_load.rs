@@ -1,6 +1,7 @@
 //! Up with the load, down when it is gone, and what keeps it from that.
 
 use std::sync::atomic::Ordering::SeqCst;
+use std::time::{Duration, Instant};
 
 use serde_json::json;
 
@@ -31,6 +32,7 @@ async fn replicas_come_with_the_load_and_go_with_it() {
     script.untouched("other");
     // Each change is logged once, and counted.
     let changes = script.asked("f").len();
+    eventually("a line for each", async || said(&gateway, "Scaled f.fn from") >= changes).await;
     assert_eq!(said(&gateway, "Scaled f.fn from"), changes);
     let counted = |metrics: &crate::support::metrics::Metrics| {
         metrics.get("gateway_autoscale_decisions_total", &[("function_name", "f.fn")])
@@ -87,8 +89,11 @@ async fn while_the_provider_fails_nothing_changes_and_then_it_heals() {
     script.untouched("f");
     // It is back, but does not do as it is told at first.
     script.refusals.store(2, SeqCst);
+    let back = Instant::now();
     script.broken.store(false, SeqCst);
     eventually("as many replicas as calls", async || script.replicas("f") == 3).await;
+    // Each refusal was taken to hold for most of a round.
+    assert!(back.elapsed() >= Duration::from_millis(2900), "{:?}", back.elapsed());
     assert_eq!(said(&gateway, "f.fn cannot be scaled"), 1);
     held.release().await;
 }

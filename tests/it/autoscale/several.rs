@@ -33,9 +33,11 @@ async fn stands(gateway: &Gateway, acting: bool, gateways: f64) {
 async fn one_acts_on_what_all_see_and_another_takes_over_when_it_is_killed() {
     let nats = Nats::start();
     let (script, mut provider) = Script::start(&[("f", one_each())]);
-    let first = on(&nats, scaling(&provider)).start().await;
+    // Five of them pass after a loss until a replica goes.
+    let on = |builder| on(&nats, builder).var("autoscale_window", "2s");
+    let first = on(scaling(&provider)).start().await;
     stands(&first, true, 1.0).await;
-    let second = on(&nats, scaling(&provider)).start().await;
+    let second = on(scaling(&provider)).start().await;
     stands(&first, true, 2.0).await;
     stands(&second, false, 2.0).await;
     let (mut held, mut lost) = (Held::default(), Held::default());

@@ -82,6 +82,11 @@ impl Script {
         it.asked.clear();
     }
 
+    /// As if an operator had scaled it.
+    pub(super) fn scaled_by_hand(&self, function: &str, replicas: u64) {
+        self.functions.lock().unwrap().get_mut(function).unwrap().replicas = replicas;
+    }
+
     pub(super) fn replicas(&self, function: &str) -> u64 {
         self.functions.lock().unwrap()[function].replicas
     }

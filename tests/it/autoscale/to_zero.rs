@@ -1,12 +1,13 @@
 //! To zero, and what keeps a function from it.
 
 use std::sync::atomic::Ordering::SeqCst;
+use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
 use crate::autoscale::support::{Held, Script, said, scales, scaling};
 use crate::support::eventually;
-use crate::support::provider::Provider;
+use crate::support::provider::{Gate, Provider, always};
 
 fn soon() -> Value {
     json!({"zero": "true", "zero-duration": "1s", "max": "5"})
@@ -68,8 +69,7 @@ async fn a_queued_call_that_waits_keeps_its_function_awake() {
 #[tokio::test]
 async fn a_call_wakes_what_has_gone_to_zero() {
     let script = Script::of(&[("f", soon())]);
-    let provider =
-        script.builder().answering(|call| crate::support::provider::always(call, "awake")).start();
+    let provider = script.builder().answering(|call| always(call, "awake")).start();
     let gateway = scaling(&provider).start().await;
     for round in 1..=2 {
         eventually("it sleeps", async || script.replicas("f") == 0).await;
@@ -94,6 +94,67 @@ async fn a_call_that_comes_before_the_first_list_keeps_its_function_awake() {
     eventually("more rounds", async || script.lists() > lists + 4).await;
     script.untouched("busy");
     held.release().await;
+}
+
+#[tokio::test]
+async fn what_is_called_before_its_turn_to_sleep_stays_awake() {
+    // One more than are changed at a time.
+    const NAMES: [&str; 9] = ["a", "b", "c", "d", "e", "f", "g", "h", "i"];
+    let labels = json!({"zero": "true", "zero-duration": "6s", "max": "5"});
+    let script = Script::of(&NAMES.map(|name| (name, labels.clone())));
+    let gate = Gate::closed();
+    let provider = script.builder().behind(&gate).answering(|call| always(call, "hello")).start();
+    let gateway = scaling(&provider).start().await;
+    eventually("eight are to sleep", async || gate.waiting().len() == 8).await;
+    let waiting = gate.waiting();
+    let path = |target: &String| target.split('?').next().unwrap().to_owned();
+    let waiting: Vec<String> = waiting.iter().map(path).collect();
+    let is_last = |name: &&str| !waiting.iter().any(|path| path.ends_with(&format!("/{name}")));
+    let last = NAMES.into_iter().find(is_last).unwrap();
+    // Until some sample has seen a call. None runs any more when its turn comes.
+    let mut caller = gateway.connect().await;
+    let called = Instant::now();
+    while called.elapsed() < Duration::from_secs(2) {
+        assert_eq!(caller.get(&format!("/function/{last}")).await.status(), 200);
+    }
+    gate.open();
+    for name in NAMES.into_iter().filter(|name| *name != last) {
+        gateway.logs(&format!("Scaled {name}.fn from 1 to 0")).await;
+    }
+    script.untouched(last);
+}
+
+#[tokio::test]
+async fn a_call_asks_while_its_function_is_being_put_to_sleep() {
+    let script = Script::of(&[("f", soon())]);
+    let gate = Gate::closed();
+    let provider = script.builder().behind(&gate).answering(|call| always(call, "hello")).start();
+    let gateway = scaling(&provider).start().await;
+    eventually("it is to sleep", async || gate.waiting().len() == 1).await;
+    let questions = || {
+        let asked = provider.asked().into_iter();
+        asked.filter(|(head, _)| head.target().starts_with("/system/function/f")).count()
+    };
+    let before = questions();
+    assert_eq!(gateway.get("/function/f").await.status(), 200);
+    assert!(questions() > before, "it was called as if it were sure to be ready");
+    gate.open();
+}
+
+#[tokio::test]
+async fn what_an_operator_wakes_stays_awake_for_as_long_as_a_call_would_keep_it() {
+    let duration = Duration::from_secs(5);
+    let labels = json!({"zero": "true", "zero-duration": "5s", "max": "5"});
+    let (script, provider) = Script::start(&[("f", labels)]);
+    let _gateway = scaling(&provider).start().await;
+    eventually("it sleeps", async || script.replicas("f") == 0).await;
+    let lists = script.lists();
+    eventually("that is seen", async || script.lists() > lists + 2).await;
+    let woken = Instant::now();
+    script.scaled_by_hand("f", 1);
+    eventually("it sleeps again", async || script.replicas("f") == 0).await;
+    assert!(woken.elapsed() >= duration, "{:?}", woken.elapsed());
+    assert_eq!(script.asked("f"), [0, 0]);
 }
 
 #[tokio::test]

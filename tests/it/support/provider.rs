@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
 use std::sync::{Arc, Mutex};
 
 use tokio::net::{TcpListener, TcpSocket};
-use tokio::sync::mpsc;
+use tokio::sync::{Semaphore, mpsc};
 use tokio::task::JoinSet;
 
 use crate::support::wire::{BrokenOff, Head, Wire};
@@ -43,6 +43,35 @@ impl Call {
     }
 }
 
+/// Requests to scale wait here until it is opened.
+pub(crate) struct Gate {
+    waiting: Mutex<Vec<String>>,
+    open: Semaphore,
+}
+
+impl Gate {
+    pub(crate) fn closed() -> Arc<Self> {
+        Arc::new(Self { waiting: Mutex::default(), open: Semaphore::new(0) })
+    }
+
+    /// What has come here, as targets.
+    pub(crate) fn waiting(&self) -> Vec<String> {
+        self.waiting.lock().unwrap().clone()
+    }
+
+    pub(crate) fn open(&self) {
+        self.open.close();
+    }
+
+    async fn pass(&self, head: &Head) {
+        if head.target().starts_with("/system/scale-function/") {
+            self.waiting.lock().unwrap().push(head.target().to_owned());
+            // It is never given a place: it passes when the gate is open.
+            assert!(self.open.acquire().await.is_err());
+        }
+    }
+}
+
 /// The running provider. Gone, with its connections, when dropped.
 pub(crate) struct Provider {
     pub(crate) address: SocketAddr,
@@ -55,6 +84,7 @@ struct Shared {
     functions: Mutex<String>,
     api: Option<Box<Api>>,
     answering: Option<Box<Answering>>,
+    gate: Option<Arc<Gate>>,
     handed: mpsc::UnboundedSender<Call>,
     connections: AtomicUsize,
     calls: AtomicUsize,
@@ -67,6 +97,7 @@ pub(crate) struct Builder {
     functions: String,
     api: Option<Box<Api>>,
     answering: Option<Box<Answering>>,
+    gate: Option<Arc<Gate>>,
     address: SocketAddr,
 }
 
@@ -98,6 +129,12 @@ impl Builder {
         self
     }
 
+    /// Where requests to scale wait before it heeds them.
+    pub(crate) fn behind(mut self, gate: &Arc<Gate>) -> Self {
+        self.gate = Some(Arc::clone(gate));
+        self
+    }
+
     /// Where it listens, instead of on a free port.
     pub(crate) fn at(mut self, address: SocketAddr) -> Self {
         self.address = address;
@@ -115,6 +152,7 @@ impl Builder {
             functions: Mutex::new(self.functions),
             api: self.api,
             answering: self.answering,
+            gate: self.gate,
             handed,
             connections: AtomicUsize::new(0),
             calls: AtomicUsize::new(0),
@@ -131,6 +169,7 @@ impl Provider {
             functions: "[]".to_owned(),
             api: None,
             answering: None,
+            gate: None,
             address: SocketAddr::from(([127, 0, 0, 1], 0)),
         }
     }
@@ -223,6 +262,9 @@ async fn serve(mut wire: Wire, shared: Arc<Shared>) {
             continue;
         }
         let Ok(body) = wire.body(&head).await else { return };
+        if let Some(gate) = &shared.gate {
+            gate.pass(&head).await;
+        }
         let (status, text) = shared.answer(&head, body);
         let length = text.len();
         let answer = format!(
