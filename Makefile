@@ -1,6 +1,6 @@
 # Thin over cargo: `make up` runs functions on this machine, `make test` runs every test there is.
 
-.PHONY: up build test needs fmt lint unit docs chaos
+.PHONY: up build test needs fmt lint unit docs manifests yaml chaos
 
 up: build
 	target/release/gateway up examples/stack.yaml
@@ -8,15 +8,18 @@ up: build
 build:
 	cargo build --release --locked
 
-test: needs fmt lint unit docs
+test: needs fmt lint unit docs manifests
 
 # What the tests call beside cargo: Python plays the conformance suites, unshare gives them a network of their own,
-# nats-server keeps the queue of some.
+# nats-server keeps the queue of some, promtool and amtool read the rules and configurations of the chart.
+# RUNLEVEL: none of it is to be started as a service.
 needs:
-	@for tool in python3:python3 unshare:util-linux ip:iproute2 perl:perl-base cc:gcc nats-server:nats-server; do \
+	@for tool in python3:python3 unshare:util-linux ip:iproute2 perl:perl-base cc:gcc nats-server:nats-server \
+	    promtool:prometheus amtool:prometheus-alertmanager curl:curl; do \
 	  command -v $${tool%%:*} >/dev/null || missing="$$missing $${tool##*:}"; \
 	done; \
-	if [ -n "$$missing" ]; then apt-get update -q && apt-get install -yq --no-install-recommends $$missing; fi
+	python3 -c 'import ensurepip' 2>/dev/null || missing="$$missing python3-venv"; \
+	if [ -n "$$missing" ]; then apt-get update -q && RUNLEVEL=1 apt-get install -yq --no-install-recommends $$missing; fi
 	@if [ -d ../shared/conformance ]; then \
 	  diff -rq tests/conformance ../shared/conformance || echo "NOTE: tests/conformance differs from ../shared/conformance"; \
 	fi
@@ -33,6 +36,18 @@ unit:
 
 docs:
 	RUSTDOCFLAGS="-D warnings" cargo doc --locked --no-deps --document-private-items
+
+# The image's recipe, the chart, plain manifests, rules and dashboards, and all of it at work on this machine:
+# tests/manifests/check.py says what is checked.
+manifests:
+	cargo build --locked
+	tests/manifests/tools.sh
+	target/manifests/venv/bin/python -B tests/manifests/check.py
+
+# yaml/, yaml_arm/ and namespaces.yml, from the chart.
+yaml:
+	tests/manifests/tools.sh
+	target/manifests/venv/bin/python -B tests/manifests/plain.py --write
 
 # What becomes of queued calls while everything that handles them is killed again and again, with counts.
 chaos: needs

@@ -228,12 +228,9 @@ impl Parts {
     /// Scales functions by their load, if that is asked for.
     async fn start_autoscale(&self, tasks: &Tasks) -> anyhow::Result<()> {
         let Some(config) = self.config.autoscale else { return Ok(()) };
-        let client = Client::new(self.config.limits.idle, self.tls.clone());
-        let (poll, intake) = (self.poll(&client), self.intake.clone());
-        let may_zero = self.config.cold_start.is_some();
-        autoscale::start(config, &self.config.queue, may_zero, poll, intake, tasks).await?;
-        tasks.spawn(|stopping| until(stopping, async move { client.keep_swept().await }));
-        Ok(())
+        let (poll, intake) = (self.poll(&self.client), self.intake.clone());
+        let may_zero = self.scaling.is_some();
+        autoscale::start(config, &self.config.queue, may_zero, poll, intake, tasks).await
     }
 
     fn poll(&self, client: &Arc<Client>) -> Poll {

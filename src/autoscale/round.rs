@@ -184,6 +184,10 @@ impl Rounds {
                     return None;
                 }
                 let result = provider.scale(function, decision.desired).await;
+                if decision.desired == 0 {
+                    // Its next call must not take it for ready until the next list.
+                    metrics.known.changed(Some(&function.name));
+                }
                 Some((change, result))
             }
         };

@@ -181,3 +181,18 @@ async fn pages_of_others_reach_functions_but_not_the_api() {
         assert_eq!(caller.ask(request).await.status(), 200);
     }
 }
+
+#[tokio::test]
+async fn a_function_sleeps_when_nobody_calls_and_wakes_when_somebody_does() {
+    let labels = "{com.openfaas.scale.zero: 'true', com.openfaas.scale.zero-duration: 1s}";
+    let hello = "fprocess: perl examples/hello.pl, environment: {mode: http}";
+    let up = Up::start(&format!("functions: {{hello: {{{hello}, labels: {labels}}}}}")).await;
+    crate::support::eventually("it sleeps", async || {
+        let status = Wire::connect(up.provider).await.ask(get("/system/function/hello")).await;
+        status.json()["replicas"] == 0
+    })
+    .await;
+    let answer = Wire::connect(up.gateway).await.ask(post("/function/hello/x", "me")).await;
+    assert_eq!(answer.status(), 200, "{answer}");
+    assert!(answer.text().contains("you said: me"), "{answer}");
+}

@@ -17,6 +17,8 @@ pub(super) struct Script {
     functions: Mutex<BTreeMap<&'static str, Function>>,
     /// It answers nothing but 500.
     pub(super) broken: AtomicBool,
+    /// It lists no functions.
+    pub(super) silent: AtomicBool,
     /// Requests to scale that it refuses before it takes one.
     pub(super) refusals: AtomicUsize,
     /// Millicores that every function uses.
@@ -92,6 +94,9 @@ impl Script {
         let path = head.target().split('?').next()?;
         if path.starts_with("/system/") && self.broken.load(SeqCst) {
             return Some((500, "broken".to_owned()));
+        }
+        if path == "/system/functions" && self.silent.load(SeqCst) {
+            return Some((200, "[]".to_owned()));
         }
         let mut functions = self.functions.lock().unwrap();
         if path == "/system/functions" {

@@ -1,0 +1,158 @@
+{{/* Labels of an object: (list $ "component"). */}}
+{{- define "gateway.labels" -}}
+{{- $root := index . 0 -}}
+app: {{ index . 1 }}
+app.kubernetes.io/name: {{ index . 1 }}
+app.kubernetes.io/part-of: gateway
+app.kubernetes.io/instance: {{ $root.Release.Name }}
+app.kubernetes.io/managed-by: {{ $root.Release.Service }}
+app.kubernetes.io/version: {{ $root.Chart.AppVersion | quote }}
+helm.sh/chart: {{ printf "%s-%s" $root.Chart.Name $root.Chart.Version }}
+{{- end }}
+
+{{- define "gateway.image" -}}
+{{- with .Values.image -}}
+{{ with .registry }}{{ . }}/{{ end }}{{ .repository }}:{{ .tag | default $.Chart.AppVersion }}
+{{- end }}
+{{- end }}
+
+{{/* What holds for every pod: user, group, and the profile of system calls. */}}
+{{- define "gateway.podSecurity" -}}
+runAsNonRoot: true
+{{- with .Values.runAsUser }}
+runAsUser: {{ int64 . }}
+runAsGroup: {{ int64 . }}
+fsGroup: {{ int64 . }}
+{{- end }}
+seccompProfile:
+  type: RuntimeDefault
+{{- end }}
+
+{{/* What holds for every container. */}}
+{{- define "gateway.containerSecurity" -}}
+allowPrivilegeEscalation: false
+readOnlyRootFilesystem: true
+capabilities:
+  drop: [ALL]
+{{- end }}
+
+{{/* Where pods go, and whose registries they may read. */}}
+{{- define "gateway.placement" -}}
+{{- with .Values.imagePullSecrets }}
+imagePullSecrets: {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with .Values.nodeSelector }}
+nodeSelector: {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with .Values.tolerations }}
+tolerations: {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with .Values.affinity }}
+affinity: {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- end }}
+
+{{/* Replicas of a component, apart from each other if that can be: (list "component"). */}}
+{{- define "gateway.spread" -}}
+topologySpreadConstraints:
+  - maxSkew: 1
+    topologyKey: kubernetes.io/hostname
+    whenUnsatisfiable: ScheduleAnyway
+    labelSelector:
+      matchLabels:
+        app: {{ . }}
+{{- end }}
+
+{{/* A map of settings as a container's env, sorted by name. */}}
+{{- define "gateway.env" -}}
+{{- range $name, $value := . }}
+{{- /* Whole numbers come as floats, and would be written as 1e+06. */}}
+{{- if kindIs "float64" $value }}
+{{- if eq $value (floor $value) }}{{ $value = int64 $value }}{{ end }}
+{{- end }}
+- name: {{ $name }}
+  value: {{ $value | toString | quote }}
+{{- end }}
+{{- end }}
+
+{{- define "gateway.authSecret" -}}
+{{ .Values.basicAuth.existingSecret | default "basic-auth" }}
+{{- end }}
+
+{{/* Whether there is a queue, and who makes its calls: "yes" or nothing. */}}
+{{- define "gateway.hasQueue" -}}
+{{- if ne .Values.queue.backend "none" }}yes{{ end }}
+{{- end }}
+{{- define "gateway.hasWorker" -}}
+{{- if and (include "gateway.hasQueue" .) (gt (int .Values.worker.replicas) 0) }}yes{{ end }}
+{{- end }}
+{{- define "gateway.hasProvider" -}}
+{{- if .Values.provider.image.repository }}yes{{ end }}
+{{- end }}
+
+{{/* Who has numbers, and on which port. */}}
+{{- define "gateway.metricsPorts" -}}
+gateway: 8082
+{{- if include "gateway.hasWorker" . }}
+queue-worker: 8083
+{{- end }}
+{{- end }}
+
+{{/* The Secret with user and password of NATS, if it asks for them. */}}
+{{- define "gateway.natsSecret" -}}
+{{- with .Values.queue }}
+{{- if and (eq .backend "jetstream") .jetstream.auth.enabled }}
+{{- .jetstream.auth.existingSecret | default "nats-auth" }}
+{{- else if eq .backend "external" }}
+{{- .external.existingSecret }}
+{{- end }}
+{{- end }}
+{{- end }}
+
+{{/* Settings of the queue, which gateway and worker share. */}}
+{{- define "gateway.queueSettings" -}}
+{{- $queue := .Values.queue }}
+faas_nats_channel: {{ $queue.channel }}
+ack_wait: {{ $queue.ackWait }}
+{{- if eq $queue.backend "jetstream" }}
+queue: jetstream
+faas_nats_address: nats
+faas_nats_port: "4222"
+nats_replicas: {{ $queue.jetstream.replicas | quote }}
+{{- else if eq $queue.backend "stan" }}
+queue: stan
+faas_nats_address: nats
+faas_nats_port: "4222"
+faas_nats_cluster_name: {{ $queue.stan.clusterId }}
+{{- else }}
+queue: {{ $queue.external.kind }}
+faas_nats_cluster_name: {{ $queue.stan.clusterId }}
+faas_nats_address: {{ required "queue.external.address: where NATS is, for queue.backend=external" $queue.external.address | quote }}
+nats_replicas: {{ $queue.external.replicas | quote }}
+nats_tls: {{ $queue.external.tls | quote }}
+{{- end }}
+max_pending: {{ int64 $queue.maxPending | quote }}
+result_ttl: {{ $queue.resultTtl }}
+{{- end }}
+
+{{/* Settings of tracing, which gateway and worker share. */}}
+{{- define "gateway.tracing" -}}
+{{- with .Values.tracing }}
+{{- if .otlpEndpoint }}
+otlp_endpoint: {{ .otlpEndpoint | quote }}
+otlp_sampling: {{ .sampling | quote }}
+{{- end }}
+{{- end }}
+{{- end }}
+
+{{/* User and password of NATS, as a container's env. */}}
+{{- define "gateway.natsLogin" -}}
+{{- with include "gateway.natsSecret" . }}
+- name: nats_user
+  valueFrom:
+    secretKeyRef: {name: {{ . }}, key: user}
+- name: nats_password
+  valueFrom:
+    secretKeyRef: {name: {{ . }}, key: password}
+{{- end }}
+{{- end }}

@@ -1,0 +1,36 @@
+{{/* The container of a provider beside the gateway. */}}
+{{- define "gateway.provider" -}}
+- name: provider
+  image: {{ printf "%s:%s" .Values.provider.image.repository (required "provider.image.tag: which version of the provider" .Values.provider.image.tag) }}
+  imagePullPolicy: {{ .Values.provider.image.pullPolicy }}
+  {{- with .Values.provider.args }}
+  args: {{- toYaml . | nindent 4 }}
+  {{- end }}
+  env:
+    {{- $own := dict
+      "port" (int .Values.provider.port)
+      "function_namespace" .Values.functionNamespace.name
+      "read_timeout" .Values.gateway.readTimeout
+      "write_timeout" .Values.gateway.writeTimeout
+      "basic_auth" .Values.basicAuth.enabled
+      "secret_mount_path" "/var/secrets/gateway"
+      "cluster_role" .Values.provider.rbac.allNamespaces
+    }}
+    {{- include "gateway.env" (merge (deepCopy .Values.provider.env) $own) | trim | nindent 4 }}
+  ports:
+    - name: provider
+      containerPort: {{ .Values.provider.port }}
+  resources: {{- toYaml .Values.provider.resources | nindent 4 }}
+  securityContext: {{- include "gateway.containerSecurity" . | nindent 4 }}
+  volumeMounts:
+    - name: token
+      mountPath: /var/run/secrets/kubernetes.io/serviceaccount
+      readOnly: true
+    - name: provider-tmp
+      mountPath: /tmp
+    {{- if .Values.basicAuth.enabled }}
+    - name: auth
+      mountPath: /var/secrets/gateway
+      readOnly: true
+    {{- end }}
+{{- end }}

@@ -1,0 +1,159 @@
+"""The chart, rendered: with every values file, and with every switch turned."""
+
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+CHART = ROOT / "chart" / "gateway"
+HELM = ROOT / "target" / "manifests" / "bin" / "helm"
+NAMESPACE = "openfaas"
+
+# Loads some ten times faster where the C library is there.
+Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+# What is turned, by `--set`, and in brackets the Secrets that somebody else has to make then.
+SWITCHES = {
+    "no auth": (["basicAuth.enabled=false"], []),
+    "given secrets": (
+        ["basicAuth.existingSecret=mine", "queue.jetstream.auth.existingSecret=nats-mine"],
+        ["mine", "nats-mine"],
+    ),
+    "autoscaled": (["gateway.autoscaling.enabled=true"], []),
+    "no disruption budget": (["gateway.podDisruptionBudget.enabled=false"], []),
+    "env": (["gateway.env.max_calls=2000000", "worker.env.max_result_body=4096"], []),
+    "traces": (["tracing.otlpEndpoint=http://collector:4318", "tracing.sampling=0.1", "gateway.accessLog=errors"], []),
+    "from zero": (["gateway.scaleFromZero=true", "gateway.env.cold_start_timeout=90s"], []),
+    "direct functions": (
+        ["gateway.directFunctions=true", "gateway.directFunctionsSuffix=openfaas-fn.svc.cluster.local"],
+        [],
+    ),
+    "provider beside": (["provider.image.repository=example.com/provider", "provider.image.tag=1.0.0"], []),
+    "provider of all namespaces": (
+        [
+            "provider.image.repository=example.com/provider",
+            "provider.image.tag=1.0.0",
+            "provider.rbac.allNamespaces=true",
+        ],
+        [],
+    ),
+    "user of the platform": (["runAsUser=null"], []),
+    "no queue": (["queue.backend=none"], []),
+    "streaming": (["queue.backend=stan", "networkPolicy.enabled=true"], []),
+    "streaming in memory": (["queue.backend=stan", "queue.stan.store=memory"], []),
+    "queue elsewhere": (
+        ["queue.backend=external", "queue.external.address=nats.example.com", "queue.external.existingSecret=login"],
+        ["login"],
+    ),
+    "cluster without login": (["queue.jetstream.replicas=3", "queue.jetstream.auth.enabled=false"], []),
+    "storage class": (
+        [
+            "queue.jetstream.storage.className=fast",
+            "prometheus.storage.size=1Gi",
+            "prometheus.storage.className=fast",
+        ],
+        [],
+    ),
+    "worker in the gateway": (["worker.replicas=0"], []),
+    "node port": (["external.serviceType=NodePort"], []),
+    "load balancer": (
+        ["external.serviceType=LoadBalancer", "external.loadBalancerSourceRanges={192.0.2.0/24}"],
+        [],
+    ),
+    "ingress": (
+        [
+            "ingress.enabled=true",
+            "ingress.className=nginx",
+            "ingress.tls[0].secretName=tls",
+            "ingress.tls[0].hosts={gateway.example.com}",
+        ],
+        ["tls"],
+    ),
+    "route": (["httpRoute.enabled=true", "httpRoute.hostnames={gateway.example.com}"], []),
+    "policies": (["networkPolicy.enabled=true"], []),
+    "policies without prometheus": (
+        ["networkPolicy.enabled=true", "prometheus.enabled=false", "alertmanager.enabled=false"],
+        [],
+    ),
+    "operator": (
+        [
+            "prometheus.enabled=false",
+            "alertmanager.enabled=false",
+            "serviceMonitor.enabled=true",
+            "prometheusRule.enabled=true",
+        ],
+        [],
+    ),
+    "no alertmanager": (["alertmanager.enabled=false"], []),
+    "webhook and rules": (
+        [
+            "alertmanager.webhooks[0].url=http://pager.example.com/",
+            "prometheus.extraRuleGroups[0].name=mine",
+            "prometheus.extraRuleGroups[0].rules[0].record=a:b",
+            "prometheus.extraRuleGroups[0].rules[0].expr=up",
+        ],
+        [],
+    ),
+    "dashboards": (["dashboards.enabled=true"], []),
+    "placed": (
+        [
+            "imagePullSecrets[0].name=pull",
+            "image.registry=example.com/team",
+            "nodeSelector.disk=ssd",
+            "tolerations[0].operator=Exists",
+            "podAnnotations.note=x",
+        ],
+        ["pull"],
+    ),
+}
+
+
+class Refused(Exception):
+    """What helm says of values that it does not take."""
+
+
+def values_files():
+    return sorted(CHART.glob("values-*.yaml"))
+
+
+def cases():
+    """Name, arguments of `helm template`, and the Secrets that are not of the chart."""
+    yield "defaults", [], []
+    for path in values_files():
+        yield path.name, ["--values", str(path)], []
+    # As it is installed: a provider for Kubernetes, on any kind of machine.
+    netes = CHART / "values-faas-netes.yaml"
+    for path in values_files():
+        if path != netes:
+            yield f"{netes.name} {path.name}", ["--values", str(netes), "--values", str(path)], []
+    yield "provider beside, on an old cluster", ["--values", str(netes), "--kube-version=1.28.0"], []
+    for name, (switches, secrets) in SWITCHES.items():
+        yield name, [f"--set={switch}" for switch in switches], secrets
+
+
+def helm(*arguments):
+    """What helm prints; fails with its own words."""
+    run = subprocess.run([HELM, *arguments], capture_output=True, text=True, timeout=60)
+    if run.returncode != 0:
+        raise Refused((run.stdout + run.stderr).strip())
+    return run.stdout
+
+
+def template(arguments, namespace=NAMESPACE):
+    """The objects that the chart makes."""
+    text = helm("template", "gateway", str(CHART), "--namespace", namespace, *arguments)
+    return [found for found in yaml.load_all(text, Loader) if found]
+
+
+def rendered():
+    """Every case with its objects: (name, objects, secrets of others)."""
+    def case(name, arguments, secrets):
+        try:
+            return name, template(arguments), secrets
+        except Refused as error:
+            raise Refused(f"{name}: {error}") from error
+
+    with ThreadPoolExecutor() as pool:
+        return list(pool.map(lambda one: case(*one), cases()))

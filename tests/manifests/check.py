@@ -1,0 +1,327 @@
+"""Checks of the image, the chart, the plain manifests, rules and dashboards. `make manifests` runs them."""
+
+import functools
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import yaml
+
+import chart
+import live
+import names
+import plain
+import settings
+from chart import CHART, ROOT, Loader, Refused
+from objects import Objects
+
+TOOLS = ROOT / "target" / "manifests"
+VENV = TOOLS / "venv" / "bin"
+KUBERNETES = ("1.28", "1.34")
+# Of operators: their schemas are not Kubernetes's.
+CUSTOM = {"ServiceMonitor", "PrometheusRule", "HTTPRoute"}
+# Older than the customs that promtool knows.
+LEGACY_NAMES = {"gateway_function_invocation_started", "gateway_service_count", "gateway_service_ready_count"}
+
+
+class Wrong(Exception):
+    """What a check found, one line each."""
+
+
+def run(*command, **options):
+    """Runs a program; what it prints is what is wrong if it fails."""
+    done = subprocess.run([str(c) for c in command], capture_output=True, text=True, timeout=120, cwd=ROOT, **options)
+    if done.returncode != 0:
+        raise Wrong((done.stdout + done.stderr).strip() or f"{command[0]}: exit status {done.returncode}")
+    return done.stdout
+
+
+def no(wrong):
+    if wrong:
+        raise Wrong("\n".join(wrong))
+
+
+def no_in_cases(wrong):
+    """`wrong`: (case, what). What is wrong in many cases is said once."""
+    by_what = {}
+    for case, what in wrong:
+        by_what.setdefault(what, []).append(case)
+    no([f"{cases[0]}{f' and {len(cases) - 1} more' if cases[1:] else ''}: {what}" for what, cases in by_what.items()])
+
+
+class Checks:
+    """Each method is a check; its name is what it is about, its result how much it looked at."""
+
+    @functools.cached_property
+    def cases(self):
+        """Every rendering of the chart."""
+        return chart.rendered()
+
+    def image(self):
+        run(VENV / "hadolint", "Dockerfile")
+        text, cargo = (ROOT / "Dockerfile").read_text(), (ROOT / "Cargo.toml").read_text()
+        needed = re.search(r'^rust-version = "(.*)"', cargo, re.M)[1]
+        if f"/rust:{needed}." not in text:
+            raise Wrong(f"Dockerfile does not build with Rust {needed}, which Cargo.toml asks for")
+        version = re.search(r'^version = "(.*)"', cargo, re.M)[1]
+        meta = yaml.load((CHART / "Chart.yaml").read_text(), Loader)
+        no([f"the version is {version}, but {where} says {told}" for where, told in (
+            ("Chart.yaml", meta["appVersion"]),
+            ("Dockerfile", re.search(r"^ARG VERSION=(.*)", text, re.M)[1]),
+        ) if told != version])
+        return "1 Dockerfile, of the same versions as Cargo.toml and the chart"
+
+    def yamllint(self):
+        files = [*(CHART.glob("*.yaml")), *(CHART / "rules").glob("*"), ROOT / "yaml", ROOT / "yaml_arm"]
+        files += [ROOT / "namespaces.yml", *(ROOT / "tests/manifests/rules").glob("*")]
+        run(VENV / "yamllint", "--strict", "-c", "tests/manifests/yamllint.yml", *files)
+        return f"{len(files)} paths"
+
+    def helm_lint(self):
+        cases = list(chart.cases())
+        for name, arguments, _ in cases:
+            try:
+                chart.helm("lint", "--strict", "--quiet", str(CHART), *arguments)
+            except Refused as error:
+                raise Wrong(f"{name}: {error}") from error
+        return f"{len(cases)} sets of values"
+
+    def helm_template(self):
+        return f"{len(self.cases)} renderings, {sum(len(objects) for _, objects, _ in self.cases)} objects"
+
+    def refused_values(self):
+        """The schema knows every value, and refuses what it does not know."""
+        bad = [
+            "gatway.replicas=2",
+            "gateway.replica=2",
+            "gateway.replicas=two",
+            "gateway.upstreamTimeout=1 minute",
+            "queue.backend=kafka",
+            "queue.jetstream.replicas=2",
+            "external.serviceType=Nodeport",
+            "external.nodePort=99999",
+            "provider.image.tags=1",
+            "prometheus.storage.size=lots",
+            "image.pullPolicy=Sometimes",
+        ]
+        for switch in bad:
+            try:
+                chart.template([f"--set={switch}"])
+            except Refused:
+                continue
+            raise Wrong(f"--set {switch} is not refused")
+        for switch, told in (
+            ("queue.backend=external", "queue.external.address"),
+            ("provider.image.repository=x", "provider.image.tag"),
+        ):
+            try:
+                chart.template([f"--set={switch}"])
+            except Refused as error:
+                if told in str(error):
+                    continue
+            raise Wrong(f"--set {switch} does not ask for {told}")
+        return f"{len(bad) + 2} mistakes"
+
+    def kubernetes_schemas(self):
+        import kubernetes_validate
+
+        wrong, distinct = [], {}
+        for name, objects, _ in [*self.cases, *((n, o, []) for n, o in plain.parsed())]:
+            for item in objects:
+                distinct.setdefault(json.dumps(item, sort_keys=True), (name, item))
+        checked = 0
+        for name, item in distinct.values():
+            for version in KUBERNETES:
+                try:
+                    kubernetes_validate.validate(item, version, strict=True)
+                    checked += 1
+                except kubernetes_validate.SchemaNotFoundError as error:
+                    if item["kind"] not in CUSTOM:
+                        wrong.append((name, f"Couldn't find schema: {error}"))
+                except kubernetes_validate.ValidationError as error:
+                    what = f"{'.'.join(map(str, error.path))}: {error.message}"
+                    wrong.append((name, f"{item['kind']} {item['metadata']['name']} in {version}: {what}"))
+        no_in_cases(wrong)
+        return f"{len(distinct)} distinct objects, {checked} validations for {' and '.join(KUBERNETES)}"
+
+    def references(self):
+        """Selectors, ports, ConfigMaps, Secrets, ServiceAccounts; restricted pods; settings that exist."""
+        known, checked, wrong = settings.by_role(), 0, []
+        plains = [(name, objects, ["basic-auth"]) for name, objects in plain.parsed()]
+        for name, objects, secrets in [*self.cases, *plains]:
+            one = Objects(objects, secrets, known)
+            wrong += [(name, what) for what in one.check()]
+            checked += one.checked
+        no_in_cases(wrong)
+        return f"{checked} statements"
+
+    def plain_manifests(self):
+        count, wrong = plain.drift()
+        no(wrong)
+        return f"{count} files are what `make yaml` makes"
+
+    def chart_readme(self):
+        """README.md of the chart has each value with its default; each value is used in a template."""
+        values = yaml.load((CHART / "values.yaml").read_text(), Loader)
+        leaves = dict(flat(values))
+        readme = (CHART / "README.md").read_text()
+        told = dict(re.findall(r"^\| `([\w.]+)` \| `(.*?)` \|", readme, re.M))
+        wrong = [f"{path} is not in README.md" for path in leaves.keys() - told.keys()]
+        wrong += [f"{path} of README.md is no value" for path in told.keys() - leaves.keys()]
+        for path in leaves.keys() & told.keys():
+            if told[path] != json.dumps(leaves[path]):
+                wrong.append(f"{path}: README.md says {told[path]}, values.yaml {json.dumps(leaves[path])}")
+        texts = "".join(path.read_text() for path in (CHART / "templates").rglob("*.*"))
+        for path in leaves:
+            # A template names the value, or takes what it is in and then the last part of it.
+            parts = path.split(".")
+            if f".Values.{path}" not in texts and not re.search(rf"\.{parts[-1]}\b", texts):
+                wrong.append(f"{path} is in no template")
+        no(sorted(wrong))
+        return f"{len(leaves)} values"
+
+    def prometheus_config(self):
+        count = set()
+        with tempfile.TemporaryDirectory() as place:
+            for text in self.config_maps("prometheus"):
+                for name, content in text.items():
+                    path = Path(place) / name
+                    path.write_text(content.replace("/etc/prometheus/", f"{place}/"))
+                run("promtool", "check", "config", f"{place}/prometheus.yml")
+                count.add(text["prometheus.yml"])
+                for path in Path(place).iterdir():
+                    path.unlink()
+        run("promtool", "check", "rules", names.RULES)
+        return f"{len(count)} configurations, {len(names.rules())} rules"
+
+    def prometheus_rules(self):
+        tests = sorted((ROOT / "tests/manifests/rules").glob("*.yml"))
+        run("promtool", "test", "rules", *tests)
+        texts = "".join(path.read_text() for path in tests)
+        wrong = [f"no test of {r['alert']}" for r in names.rules() if "alert" in r and r["alert"] not in texts]
+        no(wrong)
+        return f"{len(tests)} files, {texts.count('eval_time')} evaluations"
+
+    def alertmanager_config(self):
+        configs = {text["alertmanager.yml"] for text in self.config_maps("alertmanager")}
+        for text in configs:
+            with tempfile.NamedTemporaryFile("w", suffix=".yml") as file:
+                file.write(text)
+                file.flush()
+                run("amtool", "check-config", file.name)
+        return f"{len(configs)} configurations"
+
+    def nats_config(self):
+        """By the server itself."""
+        configs = {text["nats.conf"] for text in self.config_maps("nats")}
+        env = {**os.environ, "POD_NAME": "nats-0", "NATS_USER": "gateway", "NATS_PASSWORD": "p1e9"}
+        for text in configs:
+            with tempfile.NamedTemporaryFile("w", suffix=".conf") as file:
+                file.write(text)
+                file.flush()
+                run(shutil.which("nats-server") or "/usr/sbin/nats-server", "-t", "-c", file.name, env=env)
+        return f"{len(configs)} configurations"
+
+    def metric_names(self):
+        """Source, docs/METRICS.md, rules and dashboards agree."""
+        source, docs = names.in_source(), names.in_docs()
+        wrong = [f"{name} is exported, but not in docs/METRICS.md" for name in source - docs.keys()]
+        wrong += [f"{name} is in docs/METRICS.md, but not exported" for name in docs.keys() - source]
+        asked, missing = names.unknown()
+        wrong += [f"{where} asks for {name}, which nobody exports" for where, name in missing]
+        no(sorted(wrong))
+        return f"{len(source)} metrics, {asked} queries of rules and {len(names.DASHBOARDS)} dashboards"
+
+    def alerts_have_a_page(self):
+        page = (ROOT / "docs/OPERATE.md").read_text()
+        alerts = [rule["alert"] for rule in names.rules() if "alert" in rule]
+        no([f"docs/OPERATE.md says nothing of {alert}" for alert in alerts if f"### {alert}\n" not in page])
+        return f"{len(alerts)} alerts"
+
+    def everything_at_work(self):
+        """See live.py: a queued call, a scrape, a rule that fires and scales its function, the queries of dashboards."""
+        with tempfile.TemporaryDirectory() as folder, live.Machine(folder) as machine:
+            try:
+                return self.look_at(machine)
+            except (AssertionError, OSError) as error:
+                raise Wrong(f"{error}\n{machine.logs()}") from error
+
+    def look_at(self, machine):
+        machine.start_all()
+        live.eventually("the gateway is ready", lambda: live.get(machine.url("http", "/_/ready")))
+        # The worker asks the gateway, and may have done so before that was there.
+        live.eventually("the worker is ready", lambda: live.get(machine.url("worker_metrics", "/_/ready")))
+        said = machine.helm_test()
+        assert "404 is right" in said, said
+        machine.deploy(service="echo", image="-", envProcess="cat", labels={"com.openfaas.scale.max": "5"})
+        said = machine.helm_test()
+        assert "made: succeeded" in said, said
+
+        def fires():
+            for _ in range(20):
+                live.get(machine.url("http", "/function/echo"))
+            alerts = json.loads(live.get(machine.url("prometheus", "/api/v1/alerts")))["data"]["alerts"]
+            return {a["labels"]["alertname"] for a in alerts if a["state"] == "firing"}
+
+        fired = live.eventually("an alert fires", fires)
+        assert fired == {"APIHighInvocationRate"}, fired
+        echo = live.eventually(
+            "Alertmanager has the function scaled",
+            lambda: next((f for f in [machine.functions()["echo"]] if f["replicas"] > 1), None),
+        )
+        assert echo["invocationCount"] > 20, echo
+        exported, lint = machine.exported()
+        docs = names.in_docs()
+        no([f"{name} {kind} is shown, but docs/METRICS.md has {docs.get(name)}" for name, kind in exported.items()
+            if docs.get(name) != kind])
+        # The names that operators know; promtool would have them otherwise.
+        no([line for line in lint if line.split()[0] not in LEGACY_NAMES])
+        queries = [query for path in names.DASHBOARDS for query in names.queries(path) if "label_values" not in query]
+        with_data = sum(bool(machine.query(names.filled(query, "echo.openfaas-fn"))) for query in queries)
+        return (
+            f"queued call made, alert fired, {echo['replicas']} replicas, {echo['invocationCount']} calls counted, "
+            f"{len(exported)} metrics, {len(queries)} queries of dashboards ({with_data} with data)"
+        )
+
+    def config_maps(self, name):
+        found = [item for _, objects, _ in self.cases for item in objects]
+        return [i["data"] for i in found if (i["kind"], i["metadata"]["name"]) == ("ConfigMap", name)]
+
+
+HELPERS = {"config_maps", "look_at"}
+
+
+def flat(value, path=""):
+    """Path and value of each leaf; what is empty is a leaf, too."""
+    if isinstance(value, dict) and value and not path.endswith("resources") and not path.endswith("labels"):
+        for key, inner in value.items():
+            yield from flat(inner, f"{path}.{key}" if path else key)
+    else:
+        yield path, value
+
+
+def main():
+    only = sys.argv[1:]
+    checks, passed, failed = Checks(), 0, 0
+    for name, check in vars(Checks).items():
+        if not callable(check) or name in HELPERS or only and name not in only:
+            continue
+        start = time.monotonic()
+        try:
+            print(f"{name}: {check(checks)} ({time.monotonic() - start:.1f} s)", flush=True)
+            passed += 1
+        except (Wrong, Refused) as wrong:
+            print(f"{name}: FAILED\n  " + str(wrong).replace("\n", "\n  "), flush=True)
+            failed += 1
+    print(f"{passed} passed, {failed} failed")
+    return failed != 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,92 @@
+"""Names of metrics: those in the source, those in docs/METRICS.md, and those that rules and dashboards ask for."""
+
+import json
+import re
+
+import yaml
+
+from chart import CHART, ROOT
+
+RULES = CHART / "rules" / "gateway.yml"
+DASHBOARDS = sorted((CHART / "dashboards").glob("*.json"))
+# Prometheus's own.
+GIVEN = {"up"}
+PREFIX = r"(?:gateway|queue_worker|http)"
+# Words of PromQL that look like names.
+WORDS = set(
+    "sum max min avg count by without on ignoring group_left group_right and or unless offset bool topk bottomk rate "
+    "irate increase absent histogram_quantile clamp_min clamp_max label_replace vector time inf nan".split()
+)
+
+
+def in_source():
+    """Every metric that the program may export."""
+    texts = [path.read_text() for path in (ROOT / "src").rglob("*.rs") if "metrics" in path.parts or path.stem == "metrics"]
+    texts = [text.split("#[cfg(test)]")[0] for text in texts]
+    return {name for text in texts for name in re.findall(rf'"({PREFIX}_[a-z_]+)"', text)}
+
+
+def in_docs():
+    """Name → kind, as docs/METRICS.md has it."""
+    text = (ROOT / "docs/METRICS.md").read_text()
+    rows = re.findall(r"^\| `([a-z_]+)(?:\{[a-z_, ]*\})?` \| (counter|gauge|histogram) \|", text, re.M)
+    return dict(rows)
+
+
+def series(documented):
+    """What a name may be followed by in a query."""
+    for name, kind in documented.items():
+        if kind == "histogram":
+            yield from (f"{name}_bucket", f"{name}_sum", f"{name}_count")
+        else:
+            yield name
+
+
+def rules():
+    """Every rule of the chart."""
+    groups = yaml.safe_load(RULES.read_text())["groups"]
+    return [rule for group in groups for rule in group["rules"]]
+
+
+def queries(dashboard):
+    """What a dashboard asks Prometheus for."""
+    def walk(value):
+        if isinstance(value, dict):
+            if isinstance(value.get("expr"), str):
+                yield value["expr"]
+            if isinstance(value.get("query"), str) and value.get("type") == "query":
+                yield value["query"]
+            for inner in value.values():
+                yield from walk(inner)
+        elif isinstance(value, list):
+            for inner in value:
+                yield from walk(inner)
+
+    return list(walk(json.loads(dashboard.read_text())))
+
+
+def filled(query, function):
+    """A dashboard's query, with its variables as Grafana would fill them in."""
+    return query.replace("$__rate_interval", "1m").replace("$function", function).replace("$queue", ".+")
+
+
+def used(expression):
+    """Names of series in a PromQL expression."""
+    bare = re.sub(r'"[^"]*"|\'[^\']*\'', "", expression)
+    bare = re.sub(r"\{[^}]*\}|\[[^\]]*\]", "", bare)
+    # Labels of an aggregation or a match.
+    bare = re.sub(r"\b(by|without|on|ignoring|group_left|group_right)\s*\([^)]*\)", "", bare)
+    # The second argument of label_values() is a label; $ and what follows are variables of the dashboard.
+    bare = re.sub(r"label_values\(([^,()]+),[^)]*\)", r"\1", bare)
+    bare = re.sub(r"\$\w+", "", bare)
+    return {name for name in re.findall(r"[a-zA-Z_:][a-zA-Z0-9_:]*", bare) if name not in WORDS}
+
+
+def unknown():
+    """Everything that is asked for and that nobody exports: (where, name)."""
+    recorded = {rule["record"] for rule in rules() if "record" in rule}
+    known = set(series(in_docs())) | recorded | GIVEN
+    asked = [(f"rule {rule.get('alert') or rule['record']}", rule["expr"]) for rule in rules()]
+    asked += [(path.name, query) for path in DASHBOARDS for query in queries(path)]
+    missing = [(where, name) for where, query in asked for name in sorted(used(query) - known)]
+    return len(asked), missing

@@ -1,0 +1,291 @@
+"""What holds among the objects of one rendering: everything that one names is there, and every pod is restricted."""
+
+import re
+
+import yaml
+
+WORKLOADS = {"Deployment", "StatefulSet", "Pod"}
+# Of Kubernetes itself, in every namespace.
+GIVEN = {("ConfigMap", "kube-root-ca.crt")}
+CLUSTER_WIDE = {"Namespace", "ClusterRole", "ClusterRoleBinding"}
+
+
+class Objects:
+    """The objects of one rendering, and what is wrong with them."""
+
+    def __init__(self, objects, secrets_of_others=(), known_settings=None):
+        self.objects = objects
+        self.others = set(secrets_of_others)
+        self.settings = known_settings or {}
+        self.wrong = []
+        self.checked = 0
+
+    def check(self):
+        """Everything; the list of what is wrong."""
+        seen = set()
+        for item in self.objects:
+            key = (item["kind"], item["metadata"].get("namespace"), item["metadata"]["name"])
+            self.expect(key not in seen, item, "is there twice")
+            seen.add(key)
+            namespaced = item["kind"] not in CLUSTER_WIDE
+            self.expect(namespaced == bool(key[1]), item, "has a namespace exactly if its kind has one")
+        for item in self.objects:
+            if item["kind"] in WORKLOADS:
+                self.workload(item)
+            else:
+                getattr(self, item["kind"], lambda _: None)(item)
+        return self.wrong
+
+    def expect(self, holds, item, what):
+        self.checked += 1
+        if not holds:
+            self.wrong.append(f"{item['kind']} {item['metadata']['name']}: {what}")
+
+    # --- finding ---
+
+    def find(self, kind, name):
+        for item in self.objects:
+            if (item["kind"], item["metadata"]["name"]) == (kind, name):
+                return item
+        return None
+
+    def pods(self, labels):
+        """Pods that a selector of `labels` means."""
+        pods = [(item, pod_of(item)) for item in self.objects if item["kind"] in WORKLOADS]
+        return [
+            pod
+            for item, pod in pods
+            if labels.items() <= labels_of(item if item["kind"] == "Pod" else item["spec"]["template"]).items()
+        ]
+
+    def selects(self, item, labels, what="selector"):
+        self.expect(labels and self.pods(labels), item, f"{what} {labels} matches no pod")
+
+    def refers(self, item, kind, name, keys=()):
+        """`item` uses `keys` of the object `kind` `name`."""
+        if (kind, name) in GIVEN or kind == "Secret" and name in self.others:
+            return
+        target = self.find(kind, name)
+        self.expect(target, item, f"{kind} {name} does not exist")
+        for key in keys if target else ():
+            held = {**target.get("data", {}), **target.get("stringData", {})}
+            self.expect(key in held, item, f"{kind} {name} has no key {key}")
+
+    # --- kinds ---
+
+    def Service(self, item):
+        labels = item["spec"]["selector"]
+        self.selects(item, labels)
+        for port in item["spec"]["ports"]:
+            for pod in self.pods(labels):
+                self.expect(port["targetPort"] in port_names(pod), item, f"no pod has a port {port['targetPort']}")
+        is_node_port = item["spec"].get("type") == "NodePort"
+        self.expect(
+            all(is_node_port == ("nodePort" in port) for port in item["spec"]["ports"]),
+            item,
+            "nodePort belongs to NodePort",
+        )
+
+    def PodDisruptionBudget(self, item):
+        self.selects(item, item["spec"]["selector"]["matchLabels"])
+
+    def NetworkPolicy(self, item):
+        labels = item["spec"]["podSelector"]["matchLabels"]
+        self.selects(item, labels)
+        for rule in item["spec"]["ingress"]:
+            for peer in rule.get("from", []):
+                # One that is not there may not call, which harms nobody; but a wrong name would.
+                names = {"gateway", "queue-worker", "nats", "prometheus"}
+                self.expect(peer["podSelector"]["matchLabels"]["app"] in names, item, f"unknown peer {peer}")
+            for port in rule["ports"]:
+                for pod in self.pods(labels):
+                    self.expect(port["port"] in port_numbers(pod), item, f"no pod has the port {port['port']}")
+
+    def HorizontalPodAutoscaler(self, item):
+        target = item["spec"]["scaleTargetRef"]
+        found = self.find(target["kind"], target["name"])
+        self.expect(found, item, f"its target {target} does not exist")
+        self.expect("replicas" not in found["spec"], item, "its target has replicas of its own")
+
+    def RoleBinding(self, item):
+        role = item["roleRef"]
+        self.refers(item, role["kind"], role["name"])
+        for subject in item["subjects"]:
+            self.refers(item, subject["kind"], subject["name"])
+
+    ClusterRoleBinding = RoleBinding
+
+    def Role(self, item):
+        for rule in item["rules"]:
+            wild = "*" in rule["verbs"] + rule["resources"] + rule["apiGroups"]
+            self.expect(not wild, item, "a rule allows everything")
+
+    ClusterRole = Role
+
+    def Ingress(self, item):
+        for tls in item["spec"].get("tls", []):
+            self.refers(item, "Secret", tls["secretName"])
+        for rule in item["spec"]["rules"]:
+            for path in rule["http"]["paths"]:
+                backend = path["backend"]["service"]
+                self.reaches(item, backend["name"], backend["port"].get("name") or backend["port"]["number"])
+
+    def HTTPRoute(self, item):
+        for rule in item["spec"]["rules"]:
+            for backend in rule["backendRefs"]:
+                self.reaches(item, backend["name"], backend["port"])
+
+    def ServiceMonitor(self, item):
+        wanted = item["spec"]["selector"]["matchLabels"].items()
+        services = [s for s in self.objects if s["kind"] == "Service" and wanted <= labels_of(s).items()]
+        self.expect(services, item, "matches no Service")
+        for service in services:
+            for endpoint in item["spec"]["endpoints"]:
+                self.reaches(item, service["metadata"]["name"], endpoint["port"])
+
+    def ConfigMap(self, item):
+        """Whoever is named by host and port in a file is there."""
+        for text in item["data"].values():
+            for host, port in re.findall(r"\b(gateway|alertmanager|prometheus|nats)(?:\.[a-z-]+)?:(\d+)\b", text):
+                self.reaches(item, host, int(port))
+        for job in yaml.safe_load(item["data"].get("prometheus.yml", "{}")).get("scrape_configs", []):
+            for dns in job["dns_sd_configs"]:
+                for name in dns["names"]:
+                    self.reaches(item, name, dns["port"])
+
+    def reaches(self, item, service, port):
+        """`port` by name or number is one of `service`."""
+        self.refers(item, "Service", service)
+        ports = (self.find("Service", service) or {"spec": {"ports": []}})["spec"]["ports"]
+        self.expect(any(port in (p["name"], p["port"]) for p in ports), item, f"Service {service} has no port {port}")
+
+    # --- pods ---
+
+    def workload(self, item):
+        pod = pod_of(item)
+        if item["kind"] != "Pod":
+            template = item["spec"]["template"]
+            labels = item["spec"]["selector"]["matchLabels"]
+            self.expect(labels.items() <= labels_of(template).items(), item, "its selector does not match its pods")
+            annotations = template["metadata"].get("annotations", {})
+            if annotations.get("prometheus.io/scrape") == "true":
+                port = annotations.get("prometheus.io/port")
+                self.expect(int(port or 0) in port_numbers(pod), item, f"is scraped at {port}, which is no port")
+        if item["kind"] == "StatefulSet":
+            self.refers(item, "Service", item["spec"]["serviceName"])
+        for spread in pod.get("topologySpreadConstraints", []):
+            self.selects(item, spread["labelSelector"]["matchLabels"], "topology spread")
+        if pod.get("serviceAccountName"):
+            self.refers(item, "ServiceAccount", pod["serviceAccountName"])
+        for secret in pod.get("imagePullSecrets", []):
+            self.refers(item, "Secret", secret["name"])
+        volumes = self.volumes(item, pod)
+        for container in containers(pod):
+            self.container(item, pod, container, volumes)
+        self.restricted(item, pod)
+
+    def volumes(self, item, pod):
+        """The files that each volume is known to have; None if anything may be in it."""
+        volumes = {claim["metadata"]["name"]: None for claim in item["spec"].get("volumeClaimTemplates", [])}
+        for volume in pod.get("volumes", []):
+            sources = volume.get("projected", {}).get("sources", [volume])
+            files = [self.files(item, source) for source in sources]
+            volumes[volume["name"]] = None if None in files else set().union(*files)
+        return volumes
+
+    def files(self, item, source):
+        if "persistentVolumeClaim" in source:
+            self.refers(item, "PersistentVolumeClaim", source["persistentVolumeClaim"]["claimName"])
+        for field, kind in (("configMap", "ConfigMap"), ("secret", "Secret")):
+            if field in source:
+                name = source[field].get("name") or source[field].get("secretName")
+                items = source[field].get("items", [])
+                self.refers(item, kind, name, [i["key"] for i in items])
+                held = (self.find(kind, name) or {}).get("data", {})
+                return {i["path"] for i in items} or set(held)
+        return None
+
+    def container(self, item, pod, container, volumes):
+        name = container["name"]
+        for mount in container.get("volumeMounts", []):
+            self.expect(mount["name"] in volumes, item, f"{name} mounts {mount['name']}, which is no volume")
+            files = volumes.get(mount["name"])
+            if "subPath" in mount and files is not None:
+                self.expect(mount["subPath"] in files, item, f"{name} mounts {mount['subPath']}, which is no file")
+        mounted = [mount["name"] for mount in container.get("volumeMounts", [])]
+        for probe in ("startupProbe", "livenessProbe", "readinessProbe"):
+            if probe in container:
+                port = container[probe]["httpGet"]["port"]
+                own = {p["name"] for p in container["ports"]}
+                self.expect(port in own, item, f"{probe} of {name} asks a port {port}, which {name} has not")
+        names = [variable["name"] for variable in container.get("env", [])]
+        self.expect(len(names) == len(set(names)), item, f"{name} has a variable twice")
+        for variable in container.get("env", []):
+            for field, kind in (("secretKeyRef", "Secret"), ("configMapKeyRef", "ConfigMap")):
+                if field in variable.get("valueFrom", {}):
+                    ref = variable["valueFrom"][field]
+                    self.refers(item, kind, ref["name"], [ref["key"]])
+        self.expect(re.search(r":[^:/]+$", container["image"]), item, f"{name}'s image has no tag")
+        for kind in ("requests", "limits"):
+            self.expect("memory" in container["resources"].get(kind, {}), item, f"{name} has no {kind} for memory")
+        if container.get("args", [""])[0] in ("serve", "worker"):
+            self.gateway(item, pod, container, mounted)
+
+    def gateway(self, item, pod, container, mounted):
+        """Our own program: its variables are settings, and whom they name is there."""
+        env = {v["name"]: v.get("value") for v in container["env"]}
+        role = container["args"][0]
+        for name in env:
+            self.expect(name in self.settings.get(role, ()), item, f"{name} is no setting of {role}")
+        seconds = sum(int(env.get(name, "0s")[:-1]) for name in ("shutdown_delay", "shutdown_grace"))
+        grace = pod["terminationGracePeriodSeconds"]
+        self.expect(grace > seconds, item, f"is killed after {grace} s, but takes {seconds} s to stop")
+        for host, port in (
+            ("faas_nats_address", "faas_nats_port"),
+            ("faas_gateway_address", "faas_gateway_port"),
+            ("faas_prometheus_host", "faas_prometheus_port"),
+        ):
+            # With dots in it, or one that the operator is told to have.
+            if "." not in env.get(host, ".") and self.find("Service", env[host]):
+                self.reaches(item, env[host], int(env[port]))
+        if "faas_nats_address" in env and "." not in env["faas_nats_address"]:
+            self.refers(item, "Service", env["faas_nats_address"])
+        self.expect((env["basic_auth"] == "true") == ("auth" in mounted), item, "credentials without basic_auth")
+
+    def restricted(self, item, pod):
+        """Pod Security "restricted", and a root file system that nobody writes."""
+        context = pod.get("securityContext", {})
+        self.expect(context.get("runAsNonRoot") is True, item, "may run as root")
+        self.expect(context.get("runAsUser") != 0, item, "runs as root")
+        profile = context.get("seccompProfile", {}).get("type")
+        self.expect(profile == "RuntimeDefault", item, "has no seccomp profile")
+        for field in ("hostNetwork", "hostPID", "hostIPC"):
+            self.expect(not pod.get(field), item, f"has {field}")
+        allowed = {"configMap", "secret", "emptyDir", "projected", "persistentVolumeClaim"}
+        for volume in pod.get("volumes", []):
+            self.expect(set(volume) - {"name"} <= allowed, item, f"mounts {volume}")
+        for container in containers(pod):
+            own = container.get("securityContext", {})
+            for field, value in (("allowPrivilegeEscalation", False), ("readOnlyRootFilesystem", True)):
+                self.expect(own.get(field) is value, item, f"{container['name']}: {field} is not {value}")
+            self.expect(own.get("capabilities") == {"drop": ["ALL"]}, item, f"{container['name']} has capabilities")
+
+
+def pod_of(item):
+    return item["spec"] if item["kind"] == "Pod" else item["spec"]["template"]["spec"]
+
+
+def labels_of(item):
+    return item["metadata"].get("labels", {})
+
+
+def containers(pod):
+    return pod["containers"] + pod.get("initContainers", [])
+
+
+def port_names(pod):
+    return {port["name"] for c in containers(pod) for port in c.get("ports", [])}
+
+
+def port_numbers(pod):
+    return {port["containerPort"] for c in containers(pod) for port in c.get("ports", [])}

