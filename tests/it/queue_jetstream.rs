@@ -2,6 +2,7 @@
 //! clients fails.
 
 use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use bytes::Bytes;
@@ -13,7 +14,9 @@ use gateway::queue::status::{Answer, Settlement, State};
 use gateway::queue::{Changed, Delivery, Error, Filter, Published, Queue};
 use http::HeaderMap;
 
+use crate::support::gateway::Gateway as Process;
 use crate::support::nats::Nats;
+use crate::support::provider::Provider;
 use crate::support::{eventually, within};
 
 const LIMITS: Limits = Limits { pending: 50, result_ttl: 3_600_000, key_ttl: 3_600_000 };
@@ -566,6 +569,19 @@ async fn a_stream_that_is_there_is_left_as_it_is() {
     eventually("the server answers", async || it.queue.status("x").await.is_ok()).await;
     let calls = stream(&nats, "gateway-faas-request-calls").await;
     assert_eq!(calls.cached_info().config.max_messages, 50);
+    // It is said, and the queue works.
+    let gateway = Process::builder()
+        .provider(&Provider::saying("done"))
+        .var("queue", "jetstream")
+        .var("faas_nats_address", "127.0.0.1")
+        .var("faas_nats_port", nats.port())
+        .var("max_pending", "7")
+        .start()
+        .await;
+    eventually("it is queued", async || gateway.queue("echo", &[], "").await.status() == 202).await;
+    gateway.logs("A stream of the queue is not set up as it should be").await;
+    let said = gateway.log().concat();
+    assert!(said.contains("gateway-faas-request-calls") && said.contains("max_msgs"), "{said}");
 }
 
 #[tokio::test]
@@ -636,6 +652,43 @@ async fn a_key_in_a_file_lets_in() {
     ] {
         assert!(JetStream::open(options).await.is_err());
     }
+}
+
+/// Keys, certificates and tokens that were made for these tests.
+fn fixture(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/it/support/nats").join(name)
+}
+
+#[tokio::test]
+async fn a_credentials_file_lets_in() {
+    let nats = Nats::start_with(&["-c", fixture("operator.conf").to_str().unwrap()]);
+    let auth = Auth::Credentials(fixture("user.creds"));
+    let it = Gateway::open(Options { auth, ..options(&nats) }).await;
+    eventually("it lets in", async || it.queue.status("x").await.is_ok()).await;
+    it.publish(call("a")).await;
+    it.settle(it.take().await, succeeded()).await;
+    let other = Gateway::open(options(&nats)).await;
+    assert_eq!(other.queue.publish(call("b")).await, Err(Error::Away));
+}
+
+#[tokio::test]
+async fn a_server_is_believed_by_its_certificate() {
+    let [certificate, key] = ["server.pem", "server.key"].map(fixture);
+    let (certificate, key) = (certificate.to_str().unwrap(), key.to_str().unwrap());
+    let nats = Nats::start_with(&["--tls", "--tlscert", certificate, "--tlskey", key]);
+    let servers = |nats: &Nats| vec![nats.url().replace("nats://", "tls://")];
+    let over_tls = Options { tls: true, servers: servers(&nats), ..options(&nats) };
+    let known = Options { root_ca: Some(fixture("ca.pem")), ..over_tls.clone() };
+    let it = Gateway::open(known.clone()).await;
+    eventually("it is believed", async || it.queue.status("x").await.is_ok()).await;
+    it.publish(call("a")).await;
+    it.settle(it.take().await, succeeded()).await;
+    // Not by one who does not know who signed it, nor is one without any.
+    let stranger = Gateway::open(over_tls).await;
+    assert_eq!(stranger.queue.publish(call("b")).await, Err(Error::Away));
+    let plain = Nats::start();
+    let deceived = Gateway::open(Options { servers: servers(&plain), ..known }).await;
+    assert_eq!(deceived.queue.publish(call("b")).await, Err(Error::Away));
 }
 
 #[tokio::test]

@@ -391,7 +391,9 @@ impl Server {
         if let Some(headers) = headers {
             request = request.headers(headers);
         }
-        let asked = tokio::time::timeout(ANSWER, self.client.send_request(subject, request)).await;
+        // On the heap: it is large, and all that wait for it would be.
+        let asked = Box::pin(self.client.send_request(subject, request));
+        let asked = tokio::time::timeout(ANSWER, asked).await;
         match asked {
             Err(_) => Err(Fault::Away),
             Ok(Ok(answer)) => Ok(answer.payload),
