@@ -57,13 +57,16 @@ impl Exporter {
             if over {
                 return self.finish(batch).await;
             }
-            let count = batch.len();
-            // What was being sent at the stop may have arrived: it is not sent twice.
+            let patience = async {
+                stopping.cancelled().await;
+                tokio::time::sleep(LAST).await;
+            };
+            // What is being sent at the stop has as long as what is left. It may have arrived: it is not sent twice.
             let sent = tokio::select! {
-                () = stopping.cancelled() => return self.finish(Vec::new()).await,
+                () = patience => return,
                 sent = self.send(&batch) => sent,
             };
-            away = self.note(sent, count, away);
+            away = self.note(sent, batch.len(), away);
         }
     }
 
