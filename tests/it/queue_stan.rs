@@ -406,8 +406,8 @@ async fn calls_are_made_and_made_again_without_the_channels_for_later() {
 }
 
 #[tokio::test]
-async fn large_calls_that_are_made_later_wait_in_the_channel() {
-    const CALLS: usize = 200;
+async fn large_calls_that_are_made_later_hold_up_no_others() {
+    const CALLS: usize = 60;
     const LARGE: usize = 700_000;
     let nats = Nats::start();
     let stan = Stan::start(&nats).await;
@@ -419,12 +419,10 @@ async fn large_calls_that_are_made_later_wait_in_the_channel() {
         stan.store_message(FAR, far.clone());
     }
     let provider = answering(&[200], "x");
-    let worker = on(&nats, Gateway::worker()).provider(&provider).start().await;
+    let _worker = on(&nats, Gateway::worker()).provider(&provider).start().await;
     eventually("they are delivered", async || stan.sent(FAR).0 >= CALLS).await;
     stan.store_message(CHANNEL, r#"{"Function":"echo"}"#);
     all_done(&stan, CHANNEL).await;
-    let (peak, all) = (worker.peak_memory(), (CALLS * LARGE) as u64);
-    assert!(peak < all, "{peak} of {all} bytes");
 }
 
 #[tokio::test]
