@@ -10,6 +10,7 @@ use tokio_util::sync::CancellationToken;
 use crate::config::{self, Backend};
 use crate::health::Health;
 use crate::metrics::Metrics;
+use crate::metrics::queue::{GATEWAY_RECONNECTS, WORKER_RECONNECTS};
 use crate::provider::Provider;
 use crate::proxy::client::Tls;
 use crate::queue::Queue;
@@ -114,8 +115,8 @@ pub(super) async fn intake(
     };
     let (name, reconnects) = match (config.backend, part) {
         (Backend::Embedded, _) => ("embedded", None),
-        (_, Part::TakesIn) => (config.nats.queue.as_str(), Some("gateway_nats_reconnect_total")),
-        (_, Part::Makes) => (config.nats.queue.as_str(), Some("queue_worker_nats_reconnect_total")),
+        (_, Part::TakesIn) => (config.nats.queue.as_str(), Some(GATEWAY_RECONNECTS)),
+        (_, Part::Makes) => (config.nats.queue.as_str(), Some(WORKER_RECONNECTS)),
     };
     Ok(Some(Intake::new(queue, config.max_body, metrics.queue(name, reconnects)?)))
 }

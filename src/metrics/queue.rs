@@ -11,6 +11,10 @@ use prometheus::{
 /// Functions that are shown one by one: names that nobody vouches for may be queued while the provider is away.
 const MOST: usize = 1000;
 
+/// How often a connection to NATS has come back: that of a gateway, and that of a worker.
+pub const GATEWAY_RECONNECTS: &str = "gateway_nats_reconnect_total";
+pub const WORKER_RECONNECTS: &str = "queue_worker_nats_reconnect_total";
+
 /// What the queue holds of one function.
 #[derive(Clone, Debug, Default)]
 pub struct Line {
