@@ -177,13 +177,12 @@ impl Queue {
         }
     }
 
-    /// An id for a call whose caller has not chosen one.
-    pub fn fresh_id(&self) -> String {
-        match self {
-            Self::Embedded(queue) => queue.fresh_id(),
-            Self::JetStream(_) | Self::Stan(_) | Self::Discovered(_) => {
-                uuid::Uuid::new_v4().to_string()
-            }
+    /// An id for a call of `function` whose caller has not chosen one.
+    pub fn fresh_id(&self, function: &Function) -> String {
+        match self.known() {
+            Ok(Self::Embedded(queue)) => queue.fresh_id(),
+            Ok(Self::JetStream(_)) => JetStream::fresh_id(function),
+            Ok(Self::Stan(_) | Self::Discovered(_)) | Err(_) => uuid::Uuid::new_v4().to_string(),
         }
     }
 

@@ -143,7 +143,8 @@ pub async fn submit(
 ) -> Response {
     let chosen_id = request.headers().get(X_CALL_ID).is_some_and(|id| !id.is_empty());
     if let (Ok(intake), false) = (intake(&api), chosen_id)
-        && let Ok(id) = HeaderValue::from_str(&intake.queue.fresh_id())
+        && let Ok((function, _)) = destination(request.uri(), &api.default_namespace)
+        && let Ok(id) = HeaderValue::from_str(&intake.queue.fresh_id(&function))
     {
         request.headers_mut().insert(X_CALL_ID, id);
     }

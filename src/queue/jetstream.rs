@@ -4,8 +4,11 @@
 //! and a retry replaces it in one step. So there is no moment at which a call could be lost; at worst it is made twice.
 //! What is stored beside it (claims, final states, answers, keys) is written before the message goes, never after.
 
+mod consumers;
+mod ids;
 mod lease;
 mod lines;
+mod mend;
 mod message;
 mod options;
 mod pace;
@@ -19,12 +22,11 @@ mod streams;
 mod subject;
 mod survey;
 
-use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use tokio::runtime::Handle as Runtime;
-use tokio::sync::{Notify, OnceCell};
+use tokio::sync::{Notify, OnceCell, Semaphore};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -34,6 +36,7 @@ pub use self::subject::token;
 
 use crate::function::Function;
 use crate::queue::call::Call;
+use crate::queue::jetstream::consumers::Consumers;
 use crate::queue::jetstream::lines::Lines;
 use crate::queue::jetstream::pull::{Arrived, Begun};
 use crate::queue::jetstream::roll::Roll;
@@ -68,19 +71,16 @@ struct Shared {
     /// Where calls come that were asked for.
     inbox: OnceCell<String>,
     consumers: Mutex<Consumers>,
+    /// How the calls of a large queue were counted last.
+    counted: Mutex<Option<survey::Counted>>,
+    /// One who has but a call's id has the server look at every subject: one after the other.
+    searching: Semaphore,
     /// When functions of other gateways were looked for, and over which connection.
     looked: Mutex<Option<(Instant, u64)>>,
     tidied: Mutex<Instant>,
     /// Somebody may find a call now.
     ready: Notify,
     tasks: Tasks,
-}
-
-/// Consumers that are known to be there, as of one connection, and for how long a call is its taker's.
-#[derive(Default)]
-struct Consumers {
-    connection: u64,
-    known: HashMap<Function, Duration>,
 }
 
 /// What goes on beside the calls to this queue.
@@ -130,12 +130,19 @@ impl JetStream {
             roll: Roll::new(),
             inbox: OnceCell::new(),
             consumers: Mutex::default(),
+            counted: Mutex::default(),
+            searching: Semaphore::new(1),
             looked: Mutex::default(),
             tidied: Mutex::new(Instant::now()),
             ready: Notify::new(),
             tasks,
         };
         Ok(Self { shared: Arc::new(shared) })
+    }
+
+    /// An id by which a call of `function` is found quickly.
+    pub(super) fn fresh_id(function: &Function) -> String {
+        ids::fresh(function)
     }
 
     /// Ends all that goes on by itself: leases are not extended any more, and what was fetched ahead goes back. What
@@ -267,38 +274,9 @@ impl Shared {
             // Several may do this at a time: all that is missing is made once.
             let last = streams::prepare(&self.server, &self.names, &self.options).await?;
             self.server.prepared(connection, last);
-            *self.consumers() = Consumers { connection, known: HashMap::new() };
+            self.consumers().forget(connection);
         }
         Ok(self)
-    }
-
-    /// Sees that there is a consumer for `function`.
-    async fn consumer(&self, function: &Function) -> Result<(), Fault> {
-        let known = {
-            let consumers = self.consumers();
-            self.server.connected() == Some(consumers.connection)
-                && consumers.known.contains_key(function)
-        };
-        if known { Ok(()) } else { Box::pin(self.make_consumer(function)).await }
-    }
-
-    async fn make_consumer(&self, function: &Function) -> Result<(), Fault> {
-        let connection = self.server.connection().await?;
-        let lease = pull::consumer(&self.server, &self.names, function, self.options.lease).await?;
-        {
-            let mut consumers = self.consumers();
-            if consumers.connection == connection {
-                consumers.known.insert(function.clone(), lease);
-            }
-        }
-        if self.lines().add(function) {
-            self.ready.notify_one();
-        }
-        // Takers that miss it find the consumer when they look around.
-        let name = subject::consumer(function).into();
-        let _ =
-            tokio::time::timeout(STOP, self.server.client.publish(self.names.news(), name)).await;
-        Ok(())
     }
 }
 

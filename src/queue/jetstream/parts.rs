@@ -98,7 +98,7 @@ impl Shared {
             let has = match self.find(&id).await? {
                 Some(Found::Waiting(waiting)) => waiting.message.parts(),
                 Some(Found::Dead(Dead { message, .. })) => message.parts(),
-                Some(Found::Ended(_)) | None => None,
+                Some(Found::Ended(..)) | None => None,
             };
             if has.is_none_or(|has| has.name != parts.name) {
                 remove(server, names, &parts).await?;

@@ -4,10 +4,7 @@ use std::collections::VecDeque;
 use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
-use async_nats::jetstream::AckKind;
-use async_nats::jetstream::consumer::{AckPolicy, pull};
-use async_nats::jetstream::stream::ConsumerErrorKind;
-use async_nats::jetstream::{Message as Delivered, consumer::Info as Consumer};
+use async_nats::jetstream::{AckKind, Message as Delivered};
 use async_nats::{StatusCode, Subscriber};
 use bytes::Bytes;
 use futures_util::StreamExt;
@@ -22,7 +19,7 @@ use crate::queue::jetstream::message::Message;
 use crate::queue::jetstream::pace::Pace;
 use crate::queue::jetstream::roll::Roll;
 use crate::queue::jetstream::server::{Fault, Server};
-use crate::queue::jetstream::subject::{self, CALLS, Names};
+use crate::queue::jetstream::subject::{self, CALLS};
 use crate::queue::now;
 use crate::queue::{Delivery, Error};
 
@@ -74,36 +71,6 @@ impl Arrived {
 async fn tell(server: &Server, reply: &str, kind: AckKind) {
     let said = server.client.publish(reply.to_owned(), Bytes::from(kind));
     let _ = tokio::time::timeout(AT_ONCE, said).await;
-}
-
-/// The consumer of `function`, made if it is not there; for how long a call is its taker's.
-pub(super) async fn consumer(
-    server: &Server,
-    names: &Names,
-    function: &Function,
-    lease: Duration,
-) -> Result<Duration, Fault> {
-    let name = subject::consumer(function);
-    let config = pull::Config {
-        durable_name: Some(name.clone()),
-        filter_subject: names.of(CALLS, Some(function)),
-        ack_policy: AckPolicy::Explicit,
-        ack_wait: lease,
-        max_deliver: -1,
-        // Delayed calls count among these, and must not hold up the others.
-        max_ack_pending: -1,
-        ..pull::Config::default()
-    };
-    let stream = server.context.get_stream_no_info(&names.calls).await.map_err(|_| Fault::Away)?;
-    let made = stream.get_or_create_consumer(&name, config).await;
-    let made = made.map_err(|error| match error.kind() {
-        ConsumerErrorKind::JetStream(error) if error.code() != 503 => {
-            Fault::Refused(error.error_code().0, error.to_string())
-        }
-        _ => Fault::Away,
-    })?;
-    let Consumer { config, .. } = made.cached_info();
-    Ok(config.ack_wait.min(lease))
 }
 
 /// Calls that have been begun, and are there to be taken.
@@ -252,8 +219,7 @@ fn look_around(shared: &Arc<Shared>) {
 async fn functions(shared: &Shared, last: u64) -> Result<(Vec<Function>, u64), Fault> {
     let connection = shared.server.connection().await?;
     let Shared { server, names, .. } = shared.ready().await?;
-    let consumers = server.consumers(&names.calls).await?;
-    let mut found: Vec<_> = consumers.iter().filter_map(|it| subject::consumed(&it.name)).collect();
+    let (mut found, _) = shared.functions(Duration::ZERO).await?;
     let all = names.of(CALLS, None);
     if connection != last {
         // What was asked for over another connection does not come any more.
@@ -264,7 +230,7 @@ async fn functions(shared: &Shared, last: u64) -> Result<(Vec<Function>, u64), F
         }
     }
     // Calls that nobody is given are the oldest in the end.
-    let oldest = server.first(&names.calls, &all).await?;
+    let oldest = server.next(&names.calls, &all, 1).await?;
     found.extend(oldest.and_then(|call| Some(subject::named(&call.subject)?.function)));
     Ok((found, connection))
 }
@@ -279,7 +245,8 @@ async fn ask(shared: Arc<Shared>, wanted: Wanted) {
 
 async fn send(shared: &Arc<Shared>, wanted: &Wanted) -> Result<(), Fault> {
     let Shared { server, names, .. } = shared.ready().await?;
-    shared.consumer(&wanted.function).await?;
+    shared.lease(&wanted.function).await?;
+    shared.mend(&wanted.function).await?;
     let inbox = shared.inbox.get_or_try_init(|| listen(shared)).await?;
     let consumer = subject::consumer(&wanted.function);
     let ask = format!("$JS.API.CONSUMER.MSG.NEXT.{}.{consumer}", names.calls);
@@ -292,7 +259,7 @@ async fn send(shared: &Arc<Shared>, wanted: &Wanted) -> Result<(), Fault> {
 
 /// An ask that has failed can be repeated in a moment, and first the consumer is looked for.
 async fn fails(shared: &Shared, line: usize, number: u64, function: &Function) {
-    shared.consumers().known.remove(function);
+    shared.consumers().doubt(function);
     tokio::time::sleep(PAUSE).await;
     shared.lines().answered(line, number);
     shared.ready.notify_one();
@@ -361,7 +328,7 @@ async fn arrive(shared: &Arc<Shared>, message: async_nats::Message) {
     let Some(function) = subject::consumed(info.consumer) else { return };
     let Some(line) = shared.lines().of(&function) else { return };
     shared.lines().came(line, Instant::now());
-    let lease = shared.consumers().known.get(&function).copied();
+    let lease = shared.consumers().lease(&function);
     let lease = lease.unwrap_or(shared.options.lease);
     let delivered = delivered.message;
     let message = Message::stored(delivered.headers.unwrap_or_default(), delivered.payload);

@@ -11,8 +11,8 @@ use async_nats::jetstream::message::StreamMessage;
 use async_nats::jetstream::stream::RawMessage;
 use async_nats::{Client, Event, HeaderMap, Request, RequestErrorKind, jetstream};
 use bytes::Bytes;
-use serde::Deserialize;
 use serde::de::DeserializeOwned;
+use serde::{Deserialize, Deserializer};
 use serde_json::json;
 use tokio::sync::watch;
 
@@ -79,7 +79,7 @@ pub(super) struct Server {
     connections: watch::Receiver<u64>,
     /// With which of them it was seen that all streams are there.
     prepared: AtomicU64,
-    /// The number of the last call that was there then.
+    /// The number of the last call that the server had when it was started.
     found: AtomicU64,
 }
 
@@ -103,6 +103,21 @@ pub(super) struct Consumer {
     /// Given to somebody, and not over.
     #[serde(default, rename = "num_ack_pending")]
     pub(super) given: u64,
+    /// All up to this number are over.
+    #[serde(rename = "ack_floor", deserialize_with = "number")]
+    pub(super) floor: u64,
+    /// All up to this number were given to somebody.
+    #[serde(deserialize_with = "number")]
+    pub(super) delivered: u64,
+}
+
+/// The number of a message, out of what the server says of a place in a stream.
+fn number<'de, D: Deserializer<'de>>(deserializer: D) -> Result<u64, D::Error> {
+    #[derive(Deserialize)]
+    struct Place {
+        stream_seq: u64,
+    }
+    Ok(Place::deserialize(deserializer)?.stream_seq)
 }
 
 #[derive(Deserialize)]
@@ -183,13 +198,13 @@ impl Server {
         self.prepared.load(Relaxed) == connection
     }
 
-    /// Whether the call `sequence` was there before this connection. A server that was killed may have forgotten that
+    /// Whether the call `sequence` was there before the server was started. One that was killed may have forgotten that
     /// it is over.
     pub(super) fn was_found(&self, sequence: u64) -> bool {
         sequence <= self.found.load(Relaxed)
     }
 
-    /// All is there, and the last call has the number `found`.
+    /// All is there, and `found` is the number of the last call that the server had when it was started.
     pub(super) fn prepared(&self, connection: u64, found: u64) {
         self.found.store(found, Relaxed);
         if !self.client.is_server_compatible(OLDEST.0, OLDEST.1, OLDEST.2) {
@@ -276,13 +291,14 @@ impl Server {
         self.api::<serde_json::Value>(&format!("STREAM.PURGE.{stream}"), &which).await.map(drop)
     }
 
-    /// The first message of `stream` whose subject fits `subject`.
-    pub(super) async fn first(
+    /// The first message of `stream` whose subject fits `subject`, from the one with the number `from` on.
+    pub(super) async fn next(
         &self,
         stream: &str,
         subject: &str,
+        from: u64,
     ) -> Result<Option<StreamMessage>, Fault> {
-        self.get(stream, json!({ "seq": 1, "next_by_subj": subject })).await
+        self.get(stream, json!({ "seq": from, "next_by_subj": subject })).await
     }
 
     /// How many messages `stream` has.
@@ -329,7 +345,33 @@ impl Server {
         }
     }
 
-    /// The consumers of `stream`.
+    /// What the consumer `name` knows. The server looks at every message for that.
+    pub(super) async fn consumer(&self, stream: &str, name: &str) -> Result<Consumer, Fault> {
+        self.api(&format!("CONSUMER.INFO.{stream}.{name}"), &json!({})).await
+    }
+
+    /// The names of the consumers of `stream`.
+    pub(super) async fn names(&self, stream: &str) -> Result<Vec<String>, Fault> {
+        #[derive(Deserialize)]
+        struct Page {
+            #[serde(default)]
+            total: usize,
+            consumers: Option<Vec<String>>,
+        }
+        let mut names = Vec::new();
+        loop {
+            let which = json!({ "offset": names.len() });
+            let page: Page = self.api(&format!("CONSUMER.NAMES.{stream}"), &which).await?;
+            let found = page.consumers.unwrap_or_default();
+            let empty = found.is_empty();
+            names.extend(found);
+            if empty || names.len() >= page.total {
+                return Ok(names);
+            }
+        }
+    }
+
+    /// The consumers of `stream`. The server looks at every message for each of them.
     pub(super) async fn consumers(&self, stream: &str) -> Result<Vec<Consumer>, Fault> {
         #[derive(Deserialize)]
         struct Page {

@@ -2,23 +2,32 @@
 //!
 //! A call's message comes first: while it is there, the call is not over, unless a final state names this very message.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use async_nats::HeaderMap;
 use async_nats::jetstream::message::StreamMessage;
 use bytes::{Bytes, BytesMut};
+use futures_util::{StreamExt, TryStreamExt, stream};
 
 use crate::function::Function;
 use crate::queue::Changed;
 use crate::queue::call::Millis;
-use crate::queue::jetstream::Shared;
 use crate::queue::jetstream::message::{self, End, Message, answer_head, end_headers};
 use crate::queue::jetstream::roll::HEEDED;
 use crate::queue::jetstream::server::Fault;
 use crate::queue::jetstream::subject::{ANSWERS, CALLS, DEAD, ENDS, Named, named, token};
+use crate::queue::jetstream::{Shared, ids};
 use crate::queue::now;
 use crate::queue::status::{Answer, State, Status};
 
+/// So many functions at most are looked at for one call.
+const MANY: usize = 32;
+/// So long the list of functions is good enough.
+const FUNCTIONS: Duration = Duration::from_secs(1);
+/// So long one waits for one's turn to search.
+const TURN: Duration = Duration::from_secs(1);
+/// So many calls can be searched without anybody noticing.
+const FEW: u64 = 10_000;
 /// So often one looks again when a call is on its way from one place to another.
 const LOOKS: usize = 3;
 
@@ -27,7 +36,8 @@ pub(super) enum Found {
     /// It is not over.
     Waiting(Waiting),
     Dead(Dead),
-    Ended(Status),
+    /// With the body of its answer, if that is small.
+    Ended(End, Bytes),
 }
 
 /// A call whose message is there.
@@ -73,33 +83,78 @@ impl Dead {
 }
 
 impl Shared {
-    /// Where the call with `id` is. What is written last is read first, so that a call on its way from one place to
-    /// another is seen at one of them. A server that was killed may have forgotten that a message was removed: the
-    /// numbers tell what came after what.
+    /// Where the call with `id` is.
     pub(super) async fn find(&self, id: &str) -> Result<Option<Found>, Fault> {
+        let of_id = ids::may_be_of(id);
+        let may_be = |function: &Function| of_id.as_ref().is_none_or(|may_be| may_be(function));
+        let mut seen = Vec::new();
+        // Others may have made a consumer since the functions were looked for.
+        for age in [FUNCTIONS, Duration::ZERO] {
+            let (functions, asked) = self.functions(age).await?;
+            let new: Vec<_> = functions
+                .into_iter()
+                .filter(|function| may_be(function) && !seen.contains(function))
+                .collect();
+            if new.len() > MANY {
+                return self.search(id).await;
+            }
+            let found = stream::iter(new.clone())
+                .map(|function| async move { self.find_in(Some(&function), id).await })
+                .buffer_unordered(MANY)
+                .try_filter_map(|found| std::future::ready(Ok(found)));
+            if let Some(found) = std::pin::pin!(found).try_next().await? {
+                return Ok(Some(found));
+            }
+            if asked {
+                break;
+            }
+            seen.extend(new);
+        }
+        // Its consumer may have been removed. Where there is little to look at, that is done.
+        let few = self.server.messages(&self.names.calls).await? <= FEW
+            && self.server.messages(&self.names.notes).await? <= FEW;
+        if few { self.search(id).await } else { Ok(None) }
+    }
+
+    /// Where the call with `id` is, of which nothing else is known.
+    async fn search(&self, id: &str) -> Result<Option<Found>, Fault> {
+        let turn = tokio::time::timeout(TURN, self.searching.acquire()).await;
+        let _turn = turn.map_err(|_| Fault::Away)?;
+        self.find_in(None, id).await
+    }
+
+    /// Where the call of `function` with `id` is. What is written last is read first, so that a call on its way from
+    /// one place to another is seen at one of them. A server that was killed may have forgotten that a message was
+    /// removed: the numbers tell what came after what.
+    async fn find_in(&self, function: Option<&Function>, id: &str) -> Result<Option<Found>, Fault> {
         let (server, names) = (&self.server, &self.names);
-        for _ in 0..LOOKS {
-            let waiting = server.last(&names.calls, &names.by_id(CALLS, id)).await?;
+        let subject = |root| match function {
+            Some(function) => names.call(root, function, id),
+            None => names.by_id(root, id),
+        };
+        // Once more, as it may have come back to where was looked first.
+        for _ in 0..2 {
+            let waiting = server.last(&names.calls, &subject(CALLS)).await?;
             let mut waiting = waiting.and_then(Waiting::new);
             if let Some(waiting) = &mut waiting {
                 waiting.since = self.runs().await?.get(&waiting.sequence).copied();
             }
-            let (dead, end) = (names.by_id(DEAD, id), names.by_id(ENDS, id));
+            let (dead, end) = (subject(DEAD), subject(ENDS));
             let (dead, end) =
                 tokio::try_join!(server.last(&names.dead, &dead), server.last(&names.notes, &end))?;
             let dead = dead.and_then(Dead::new);
-            let end = end.and_then(|end| message::end(&end.headers));
+            let end = end.and_then(|found| Some((message::end(&found.headers)?, found.payload)));
             let latest = [
                 waiting.as_ref().map_or(0, |it| it.sequence),
                 dead.as_ref().map_or(0, |it| it.was),
-                end.as_ref().map_or(0, |it| it.sequence),
+                end.as_ref().map_or(0, |(it, _)| it.sequence),
             ];
             let latest = latest.into_iter().max().unwrap_or(0);
             if let Some(dead) = dead.filter(|dead| dead.was == latest) {
                 return Ok(Some(Found::Dead(dead)));
             }
-            if let Some(end) = end.filter(|end| end.sequence == latest) {
-                return Ok(Some(Found::Ended(end.status)));
+            if let Some((end, body)) = end.filter(|(end, _)| end.sequence == latest) {
+                return Ok(Some(Found::Ended(end, body)));
             }
             if let Some(waiting) = waiting {
                 return Ok(Some(Found::Waiting(waiting)));
@@ -111,7 +166,7 @@ impl Shared {
     pub(super) async fn status(&self, id: &str) -> Result<Option<Status>, Fault> {
         Ok(self.find(id).await?.and_then(|found| match found {
             Found::Waiting(waiting) => waiting.status(waiting.since),
-            Found::Dead(Dead { status, .. }) | Found::Ended(status) => Some(status),
+            Found::Dead(Dead { status, .. }) | Found::Ended(End { status, .. }, _) => Some(status),
         }))
     }
 
@@ -133,14 +188,13 @@ impl Shared {
 
     pub(super) async fn answer(&self, id: &str) -> Result<Option<Answer>, Fault> {
         let part = |number: usize| self.names.part(ANSWERS, &token(id), number);
-        let (server, notes) = (&self.server, &self.names.notes);
-        let (end, first) = (self.names.by_id(ENDS, id), part(0));
-        let (end, first) = tokio::try_join!(server.last(notes, &end), server.last(notes, &first))?;
-        if let Some(found) = end
-            && let Some(head) = message::end(&found.headers).and_then(|end| end.answer)
-        {
-            return Ok(Some(head.with(found.payload)));
-        }
+        let first = match self.find(id).await? {
+            None | Some(Found::Waiting(_)) => return Ok(None),
+            Some(Found::Ended(End { answer: Some(head), .. }, body)) => {
+                return Ok(Some(head.with(body)));
+            }
+            Some(_) => self.server.last(&self.names.notes, &part(0)).await?,
+        };
         let Some(first) = first else { return Ok(None) };
         let Some(head) = answer_head(&first.headers) else { return Ok(None) };
         if head.parts <= 1 {
@@ -159,7 +213,7 @@ impl Shared {
         for _ in 0..LOOKS {
             match self.find(id).await? {
                 None => return Ok(Changed::Unknown),
-                Some(Found::Ended(status)) => return Ok(Changed::No(status.state)),
+                Some(Found::Ended(end, _)) => return Ok(Changed::No(end.status.state)),
                 Some(Found::Dead(Dead { status, message, number, was })) => {
                     let Some(function) = Function::parse(&status.function, "") else { break };
                     self.put_end(&function, cancelled(status), was).await?;
@@ -251,14 +305,18 @@ impl Shared {
     }
 
     pub(super) async fn forget_answer(&self, id: &str) -> Result<(), Fault> {
-        let subject = self.names.part(ANSWERS, &token(id), "*");
-        self.server.purge(&self.names.notes, &subject).await
+        let part = |number| self.names.part(ANSWERS, &token(id), number);
+        // To purge, the server looks at every subject.
+        match self.server.last(&self.names.notes, &part("0")).await? {
+            Some(_) => self.server.purge(&self.names.notes, &part("*")).await,
+            None => Ok(()),
+        }
     }
 
     pub(super) async fn revive(&self, id: &str) -> Result<Changed, Fault> {
         let Dead { status, message, number, was } = match self.find(id).await? {
             None => return Ok(Changed::Unknown),
-            Some(Found::Ended(status)) => return Ok(Changed::No(status.state)),
+            Some(Found::Ended(end, _)) => return Ok(Changed::No(end.status.state)),
             Some(Found::Waiting(waiting)) => {
                 let status = waiting.status(waiting.since);
                 return Ok(status.map_or(Changed::Unknown, |status| Changed::No(status.state)));

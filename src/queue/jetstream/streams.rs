@@ -2,9 +2,12 @@
 
 use std::time::Duration;
 
+use async_nats::HeaderMap;
 use async_nats::jetstream::context::GetStreamErrorKind;
 use async_nats::jetstream::stream::{Config, DiscardPolicy, RetentionPolicy, StorageType};
+use serde::{Deserialize, Serialize};
 
+use crate::queue::jetstream::message::json;
 use crate::queue::jetstream::server::{Fault, Server};
 use crate::queue::jetstream::subject::{ANSWERS, BODIES, CALLS, CLAIMS, DEAD, ENDS, KEYS, Names};
 use crate::queue::jetstream::{Options, roll};
@@ -50,7 +53,16 @@ fn wanted(names: &Names, options: &Options) -> Vec<Config> {
     ]
 }
 
-/// Sees that all streams are there; the number of the last call among them.
+/// The first that was seen of a server since it was started.
+#[derive(Serialize, Deserialize)]
+struct Seen {
+    /// Another one each time it is started.
+    server: String,
+    /// The last call that was there then.
+    last: u64,
+}
+
+/// Sees that all streams are there; the number of the last call that was stored before the server was started.
 pub(super) async fn prepare(
     server: &Server,
     names: &Names,
@@ -86,7 +98,30 @@ pub(super) async fn prepare(
             );
         }
     }
-    Ok(last)
+    before_start(server, names, last).await
+}
+
+/// Which calls the server had when it was started: if it was killed, it may have forgotten that some are over. Whoever
+/// connects first notes that for all, so that others need not doubt what came later. In a cluster the one that is asked
+/// need not be the one that was started, so there all calls that are there, up to `last`, are doubted.
+async fn before_start(server: &Server, names: &Names, last: u64) -> Result<u64, Fault> {
+    let info = server.client.server_info();
+    if info.cluster.is_some() {
+        return Ok(last);
+    }
+    let subject = names.seen();
+    let found = server.last(&names.dead, &subject).await?;
+    let seen = found.as_ref().and_then(|found| serde_json::from_slice::<Seen>(&found.payload).ok());
+    if let Some(seen) = seen.filter(|seen| seen.server == info.server_id) {
+        return Ok(seen.last);
+    }
+    let seen = json(&Seen { server: info.server_id, last });
+    let before = found.map_or(0, |found| found.sequence);
+    match server.put(subject, HeaderMap::new(), seen.into(), Some(before)).await {
+        // Somebody else was faster; what is there now is a little more than there was then.
+        Err(fault) if !fault.is_conflict() => Err(fault),
+        _ => Ok(last),
+    }
 }
 
 async fn create(server: &Server, config: Config) -> Result<(), Fault> {

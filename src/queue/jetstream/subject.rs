@@ -77,6 +77,11 @@ impl Names {
         format!("{CLAIMS}.{}.not.{sequence}", self.queue)
     }
 
+    /// What is noted of the server. Nothing that means dead calls means this.
+    pub(super) fn seen(&self) -> String {
+        format!("{DEAD}.{}.server", self.queue)
+    }
+
     /// Where it is said that there is a consumer for one more function.
     pub(super) fn news(&self) -> String {
         format!("{NEWS}.{}", self.queue)

@@ -1,6 +1,8 @@
 //! What is said of many calls at once. It is read from the streams call by call: for operators, not for every second.
 
 use std::collections::HashMap;
+use std::sync::{MutexGuard, PoisonError};
+use std::time::Instant;
 
 use futures_util::{StreamExt, TryStreamExt, stream};
 
@@ -21,9 +23,15 @@ const TOGETHER: usize = 32;
 /// At most so many calls of a kind are looked at: a list of more is one of some of them.
 const MOST: usize = 10_000;
 /// So many calls at most are looked at one by one to count them. Of more, the consumers say how many there are: then
-/// a call that is put off counts as delayed only after it was given to a worker, and one that a worker has but has not
-/// begun does so too.
+/// a call that is put off counts as delayed only after it was given to a worker, one that a worker has but has not
+/// begun does so too, and all is some seconds old.
 const COUNTED: u64 = 200;
+
+/// The counts of a large queue, and how long they are good enough.
+pub(super) struct Counted {
+    until: Instant,
+    counts: HashMap<Function, Counts>,
+}
 
 impl Shared {
     /// The last messages of all subjects that fit `filter`, `most` of them at most.
@@ -134,22 +142,30 @@ impl Shared {
 
     /// Removes all trace of a call, unless it runs; whether it is gone.
     async fn purge_one(&self, id: &str) -> Result<bool, Fault> {
-        match self.find(id).await? {
+        let (server, names) = (&self.server, &self.names);
+        let status = match self.find(id).await? {
             None => return Ok(false),
             Some(Found::Waiting(waiting)) => {
                 return Ok(self.withdraw(&waiting, false).await? == Some(Changed::Yes));
             }
-            Some(Found::Dead(Dead { number, message, was, .. })) => {
-                self.server.delete(&self.names.calls, was).await?;
-                self.server.delete(&self.names.dead, number).await?;
+            Some(Found::Dead(Dead { number, message, was, status })) => {
+                server.delete(&names.calls, was).await?;
+                server.delete(&names.dead, number).await?;
                 self.forget_parts(message.parts().as_ref()).await;
+                status
             }
-            Some(Found::Ended(_)) => {
+            Some(Found::Ended(end, _)) => {
                 // The message that it was may be there still, and without its final state it would be made again.
-                self.server.purge(&self.names.calls, &self.names.by_id(CALLS, id)).await?;
+                server.delete(&names.calls, end.sequence).await?;
+                end.status
+            }
+        };
+        if let Some(function) = Function::parse(&status.function, "") {
+            let end = server.last(&names.notes, &names.call(ENDS, &function, id)).await?;
+            if let Some(end) = end {
+                server.delete(&names.notes, end.sequence).await?;
             }
         }
-        self.server.purge(&self.names.notes, &self.names.by_id(ENDS, id)).await?;
         self.forget_answer(id).await?;
         Ok(true)
     }
@@ -164,7 +180,10 @@ impl Shared {
         if server.messages(&names.calls).await? <= COUNTED {
             self.count_each(&mut counts).await?;
         } else {
-            self.count_all(&mut counts).await?;
+            for (function, counted) in self.count_seldom().await? {
+                let dead = counts.get(&function).map_or(0, |counts| counts.dead);
+                counts.insert(function, Counts { dead, ..counted });
+            }
         }
         let mut all: Vec<_> =
             counts.into_iter().filter(|(_, counts)| *counts != Counts::default()).collect();
@@ -194,7 +213,25 @@ impl Shared {
         Ok(())
     }
 
-    /// Counts them by what their consumers and takers say.
+    /// What their consumers and takers say. The more there are, the longer the server is busy with that, and the more
+    /// seldom it is asked: it has nothing else to do for a hundredth of the time at most.
+    async fn count_seldom(&self) -> Result<HashMap<Function, Counts>, Fault> {
+        if let Some(Counted { until, counts }) = &*self.counted()
+            && *until > Instant::now()
+        {
+            return Ok(counts.clone());
+        }
+        let (start, mut counts) = (Instant::now(), HashMap::new());
+        self.count_all(&mut counts).await?;
+        let until = Instant::now() + start.elapsed() * 100;
+        *self.counted() = Some(Counted { until, counts: counts.clone() });
+        Ok(counts)
+    }
+
+    fn counted(&self) -> MutexGuard<'_, Option<Counted>> {
+        self.counted.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     async fn count_all(&self, counts: &mut HashMap<Function, Counts>) -> Result<(), Fault> {
         let (server, names) = (&self.server, &self.names);
         let lists = self.lists().await?;
@@ -204,7 +241,7 @@ impl Shared {
                 lists.iter().filter_map(|it| it.calls.get(&consumer.name)).map(Vec::len).sum();
             let oldest = match consumer.pending + consumer.given {
                 0 => None,
-                _ => server.first(&names.calls, &names.of(CALLS, Some(&function))).await?,
+                _ => server.next(&names.calls, &names.of(CALLS, Some(&function)), 1).await?,
             };
             let oldest = oldest.and_then(Waiting::new).and_then(|it| it.message.call().ok());
             let counted = counts.entry(function).or_default();
