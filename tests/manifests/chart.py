@@ -141,9 +141,9 @@ def helm(*arguments):
     return run.stdout
 
 
-def template(arguments, namespace=NAMESPACE):
+def template(arguments, chart=CHART):
     """The objects that the chart makes."""
-    text = helm("template", "gateway", str(CHART), "--namespace", namespace, *arguments)
+    text = helm("template", "gateway", str(chart), "--namespace", NAMESPACE, *arguments)
     return [found for found in yaml.load_all(text, Loader) if found]
 
 

@@ -18,6 +18,7 @@ import live
 import names
 import plain
 import settings
+import upgrades
 from chart import CHART, ROOT, Loader, Refused
 from objects import Objects
 
@@ -165,6 +166,12 @@ class Checks:
         count, wrong = plain.drift()
         no(wrong)
         return f"{count} files are what `make yaml` makes"
+
+    def upgrade(self):
+        """A new chart restarts what it changes, and nothing else."""
+        count, wrong = upgrades.of_versions()
+        no(wrong)
+        return f"{count} pod templates"
 
     def chart_readme(self):
         """README.md of the chart has each value with its default; each value is used in a template."""

@@ -1,13 +1,18 @@
 {{/* Labels of an object: (list $ "component"). */}}
 {{- define "gateway.labels" -}}
 {{- $root := index . 0 -}}
-app: {{ index . 1 }}
-app.kubernetes.io/name: {{ index . 1 }}
-app.kubernetes.io/part-of: gateway
-app.kubernetes.io/instance: {{ $root.Release.Name }}
+{{ include "gateway.podLabels" . }}
 app.kubernetes.io/managed-by: {{ $root.Release.Service }}
 app.kubernetes.io/version: {{ $root.Chart.AppVersion | quote }}
 helm.sh/chart: {{ printf "%s-%s" $root.Chart.Name $root.Chart.Version }}
+{{- end }}
+
+{{/* Labels of a pod: without versions, so that a new chart restarts nothing that is as before: (list $ "component"). */}}
+{{- define "gateway.podLabels" -}}
+app: {{ index . 1 }}
+app.kubernetes.io/name: {{ index . 1 }}
+app.kubernetes.io/part-of: gateway
+app.kubernetes.io/instance: {{ (index . 0).Release.Name }}
 {{- end }}
 
 {{- define "gateway.image" -}}
