@@ -170,8 +170,9 @@ class Checks:
     def upgrade(self):
         """A new chart restarts what it changes, and nothing else."""
         count, wrong = upgrades.of_versions()
-        no(wrong)
-        return f"{count} pod templates"
+        configs, stale = upgrades.of_configs(self.cases)
+        no(wrong + stale)
+        return f"{count} pod templates, {configs} configurations"
 
     def chart_readme(self):
         """README.md of the chart has each value with its default; each value is used in a template."""

@@ -45,3 +45,30 @@ def of_versions():
             wrong += [f"{backend}: a new version restarts {name}" for name in sorted(restarted - may)]
             wrong += [f"{backend}: a new version leaves {name}" for name in sorted(may - restarted)]
     return count, wrong
+
+
+def of_configs(cases):
+    """Files that a pod reads only at its start: another text restarts it, in every case and in a new chart."""
+    wrong, count = [], 0
+    edits = [
+        ("templates/nats.yaml", r"http_port: 8222", "http_port: 8223"),
+        ("templates/prometheus.yaml", r"refresh_interval: 5s", "refresh_interval: 6s"),
+        ("templates/alertmanager.yaml", r"repeat_interval: 30s", "repeat_interval: 31s"),
+    ]
+    rules = [("rules/gateway.yml", r"^groups:", "# Reworded.\ngroups:")]
+    new = [("a new chart", changed(edits, KEPT), []), ("new rules", changed(rules, KEPT), [])]
+    by_name = {}
+    for _, objects, _ in [*cases, *new]:
+        texts = {item["metadata"]["name"]: item["data"] for item in objects if item["kind"] == "ConfigMap"}
+        for name, pod in pods(objects).items():
+            if name in texts and "config" in {volume["name"] for volume in pod["spec"]["volumes"]}:
+                told = pod["metadata"]["annotations"].get("checksum/config")
+                by_name.setdefault(name, set()).add((told, str(texts[name])))
+    for name, pairs in by_name.items():
+        count += len(pairs)
+        if len({told for told, _ in pairs}) < len(pairs):
+            wrong.append(f"{name} is not restarted by another text of its files")
+        if len({text for _, text in pairs}) < len(pairs):
+            wrong.append(f"{name} is restarted though its files are as before")
+    assert by_name.keys() == {"nats", "prometheus", "alertmanager"}, by_name.keys()
+    return count, wrong
