@@ -103,6 +103,13 @@ queue-worker: 8083
 {{- end }}
 {{- end }}
 
+{{/* The rules, for numbers that come every so many seconds: (list $ "15s"). What scales functions looks back over four
+     of them, or one that is late would end the alert, and take the replicas away in the midst of the load. */}}
+{{- define "gateway.rules" -}}
+{{- $window := max 30 (mul 4 (index . 1 | trimSuffix "s" | int)) -}}
+{{ (index . 0).Files.Get "rules/gateway.yml" | replace "[30s]" (printf "[%ds]" $window) }}
+{{- end }}
+
 {{/* The Secret with user and password of NATS, if it asks for them. */}}
 {{- define "gateway.natsSecret" -}}
 {{- with .Values.queue }}
