@@ -250,6 +250,9 @@ class Objects:
                 self.reaches(item, env[host], int(env[port]))
         if "faas_nats_address" in env and "." not in env["faas_nats_address"]:
             self.refers(item, "Service", env["faas_nats_address"])
+        for probe in ("startupProbe", "livenessProbe"):
+            # A port that callers fill up would have their gateway killed.
+            self.expect(container[probe]["httpGet"]["port"] == "metrics", item, f"{probe} asks a port of callers")
         self.expect((env["basic_auth"] == "true") == ("auth" in mounted), item, "credentials without basic_auth")
 
     def restricted(self, item, pod):
