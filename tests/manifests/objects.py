@@ -250,6 +250,12 @@ class Objects:
                 self.reaches(item, env[host], int(env[port]))
         if "faas_nats_address" in env and "." not in env["faas_nats_address"]:
             self.refers(item, "Service", env["faas_nats_address"])
+        if role == "worker":
+            # The largest body, and as much of the answer as a callback is told.
+            body = int(env_of(self.find("Deployment", "gateway"))["max_queued_body"])
+            most = int(env["max_inflight"]) * (body + (16 << 20))
+            limit = container["resources"]["limits"]["memory"]
+            self.expect(bytes_of(limit) > most, item, f"may need {most} bytes, but is killed at {limit}")
         for probe in ("startupProbe", "livenessProbe"):
             # A port that callers fill up would have their gateway killed.
             self.expect(container[probe]["httpGet"]["port"] == "metrics", item, f"{probe} asks a port of callers")
@@ -276,6 +282,15 @@ class Objects:
 
 def pod_of(item):
     return item["spec"] if item["kind"] == "Pod" else item["spec"]["template"]["spec"]
+
+
+def env_of(item):
+    """The variables of a workload's first container."""
+    return {v["name"]: v.get("value") for v in pod_of(item)["containers"][0]["env"]}
+
+
+def bytes_of(quantity):
+    return int(quantity[:-2]) << {"Ki": 10, "Mi": 20, "Gi": 30}[quantity[-2:]]
 
 
 def labels_of(item):
