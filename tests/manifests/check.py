@@ -173,8 +173,9 @@ class Checks:
         """A new chart restarts what it changes, and nothing else."""
         count, wrong = upgrades.of_versions()
         configs, stale = upgrades.of_configs(self.cases)
-        no(wrong + stale)
-        return f"{count} pod templates, {configs} configurations"
+        live, lost = upgrades.of_live_objects()
+        no(wrong + stale + lost)
+        return f"{count} pod templates, {configs} configurations, {live} upgrades of a live cluster"
 
     def chart_readme(self):
         """README.md of the chart has each value with its default; each value is used in a template."""

@@ -1,11 +1,12 @@
 """What an upgrade restarts: the chart is rendered twice, the second time from a copy in which something differs."""
 
+import json
 import re
 import shutil
 import tempfile
 from pathlib import Path
 
-from chart import CHART, template
+from chart import CHART, Refused, template
 
 # What a live cluster keeps, a rendering makes anew.
 KEPT = ["--set=basicAuth.existingSecret=x", "--set=queue.jetstream.auth.existingSecret=y"]
@@ -14,15 +15,31 @@ BACKENDS = ("jetstream", "stan")
 OWN = {"gateway", "queue-worker"}
 
 
-def changed(edits, arguments):
-    """The objects of a chart in whose files each pattern of `edits`, (file, pattern, new text), was replaced."""
+def changed(edits, arguments, live=()):
+    """The objects of a chart in whose files each pattern of `edits`, (file, pattern, new text), was replaced.
+
+    `live`: the objects that its cluster has."""
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(shutil.copytree(CHART, Path(folder) / "gateway"))
+        if live:
+            pretend(copy, live)
         for file, pattern, text in edits:
             new, count = re.subn(pattern, text, (copy / file).read_text(), flags=re.M)
             assert count == 1, f"{pattern} is in {file} {count} times"
             (copy / file).write_text(new)
         return template(arguments, copy)
+
+
+def pretend(copy, live):
+    """Has a chart look up what is in a file, as there is no cluster here."""
+    by_name = {f"{item['kind']} {item['metadata']['name']}": item for item in live}
+    (copy / "live.json").write_text(json.dumps(by_name))
+    for path in (copy / "templates").glob("*.*"):
+        asks = r'lookup "\S+" "(\S+)" (\$root|)\.Release\.Namespace ("\S+"|\$\w+)'
+        answer = r'get (\2.Files.Get "live.json" | fromJson) (printf "\1 %s" \3)'
+        text = re.sub(asks, answer, path.read_text())
+        assert "lookup" not in text, f"{path.name} looks something up in another way"
+        path.write_text(text)
 
 
 def pods(objects):
@@ -71,4 +88,26 @@ def of_configs(cases):
         if len({text for _, text in pairs}) < len(pairs):
             wrong.append(f"{name} is restarted though its files are as before")
     assert by_name.keys() == {"nats", "prometheus", "alertmanager"}, by_name.keys()
+    return count, wrong
+
+
+def of_live_objects():
+    """What a cluster has already is kept, and what it would not change is refused with a word of help."""
+    wrong, count = [], 0
+    for backend, name in (("jetstream", "nats"), ("stan", "nats-streaming")):
+        arguments = [*KEPT, f"--set=queue.backend={backend}"]
+        live = template([*arguments, f"--set=queue.{backend}.storage.size=8192Mi"])
+        for values, told in (
+            ([], None),
+            (["size=9Gi"], "A larger disk"),
+            (["className=fast"], "A larger disk"),
+        ):
+            said = None
+            try:
+                changed([], [*arguments, *(f"--set=queue.{backend}.storage.{value}" for value in values)], live)
+            except Refused as error:
+                said = str(error)
+            count += 1
+            if (told or "") not in (said or "") or bool(told) != bool(said):
+                wrong.append(f"{name} with {values}: says {said} instead of {told}")
     return count, wrong

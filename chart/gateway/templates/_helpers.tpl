@@ -168,3 +168,27 @@ otlp_sampling: {{ .sampling | quote }}
     secretKeyRef: {name: {{ . }}, key: password}
 {{- end }}
 {{- end }}
+
+{{/* Bytes of a quantity such as 8Gi. */}}
+{{- define "gateway.bytes" -}}
+{{- $units := dict "Ki" 1024 "Mi" 1048576 "Gi" 1073741824 "Ti" 1099511627776 "K" 1000 "k" 1000 "M" 1000000 "G" 1000000000 "T" 1000000000000 "" 1 }}
+{{- mulf (regexFind "^[0-9.]+" . | float64) (get $units (regexFind "[A-Za-z]*$" .)) | int64 }}
+{{- end }}
+
+{{/* Says what to do where the volumes of a StatefulSet that is there would change, which Kubernetes refuses without
+     saying more: (list $ "name" storage). */}}
+{{- define "gateway.sameVolume" -}}
+{{- $root := index . 0 }}
+{{- $name := index . 1 }}
+{{- $storage := index . 2 }}
+{{- $live := lookup "apps/v1" "StatefulSet" $root.Release.Namespace $name | default dict }}
+{{- range dig "spec" "volumeClaimTemplates" list $live }}
+{{- $size := .spec.resources.requests.storage }}
+{{- $class := .spec.storageClassName | default "" }}
+{{- if ne (include "gateway.bytes" $size) (include "gateway.bytes" $storage.size) }}
+{{- fail (printf "StatefulSet %s has volumes of %s, and cannot be given others: \"A larger disk\" in docs/OPERATE.md says how" $name $size) }}
+{{- else if ne $class $storage.className }}
+{{- fail (printf "StatefulSet %s has volumes of the class %q, and cannot be given others: see \"A larger disk\" in docs/OPERATE.md" $name $class) }}
+{{- end }}
+{{- end }}
+{{- end }}
