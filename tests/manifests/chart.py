@@ -31,6 +31,16 @@ SWITCHES = {
         [],
     ),
     "provider beside": (["provider.image.repository=example.com/provider", "provider.image.tag=1.0.0"], []),
+    "long calls": (
+        [
+            "provider.image.repository=example.com/provider",
+            "provider.image.tag=1.0.0",
+            "gateway.upstreamTimeout=1h2m3.5s",
+            "gateway.scaleFromZero=true",
+            "gateway.env.cold_start_timeout=90",
+        ],
+        [],
+    ),
     "provider of all namespaces": (
         [
             "provider.image.repository=example.com/provider",

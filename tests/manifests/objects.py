@@ -256,6 +256,14 @@ class Objects:
             most = int(env["max_inflight"]) * (body + (16 << 20))
             limit = container["resources"]["limits"]["memory"]
             self.expect(bytes_of(limit) > most, item, f"may need {most} bytes, but is killed at {limit}")
+            if "functions_provider_url" not in env:
+                # The gateway gives up first, and answers 504; else it would count a caller who left.
+                gateway = env_of(self.find("Deployment", "gateway"))
+                most = seconds_of(gateway["upstream_timeout"])
+                if gateway["scale_from_zero"] == "true":
+                    most += seconds_of(gateway.get("cold_start_timeout", "60s"))
+                told = env["upstream_timeout"]
+                self.expect(seconds_of(told) > most, item, f"waits for {told}, but the gateway may take {most} s")
         for probe in ("startupProbe", "livenessProbe"):
             # A port that callers fill up would have their gateway killed.
             self.expect(container[probe]["httpGet"]["port"] == "metrics", item, f"{probe} asks a port of callers")
@@ -287,6 +295,11 @@ def pod_of(item):
 def env_of(item):
     """The variables of a workload's first container."""
     return {v["name"]: v.get("value") for v in pod_of(item)["containers"][0]["env"]}
+
+
+def seconds_of(duration):
+    units = {"h": 3600, "m": 60, "s": 1, "ms": 0.001, "": 1}
+    return sum(float(number) * units[unit] for number, unit in re.findall(r"([0-9.]+)([a-z]*)", duration))
 
 
 def bytes_of(quantity):

@@ -192,3 +192,19 @@ otlp_sampling: {{ .sampling | quote }}
 {{- end }}
 {{- end }}
 {{- end }}
+
+{{/* Whole seconds of a duration such as 1m30s, rounded up. */}}
+{{- define "gateway.seconds" -}}
+{{- $units := dict "h" 3600 "m" 60 "s" 1 "ms" 0.001 "us" 0.000001 "µs" 0.000001 "ns" 0.000000001 "" 1 }}
+{{- $sum := 0.0 }}
+{{- range regexFindAll "[0-9.]+[a-zµ]*" . -1 }}
+{{- $sum = addf $sum (mulf (regexFind "^[0-9.]+" . | float64) (get $units (regexFind "[a-zµ]*$" .))) }}
+{{- end }}
+{{- ceil $sum | int64 }}
+{{- end }}
+
+{{/* The most that the gateway may take for a call: the wait for its function, the call, and a little more. */}}
+{{- define "gateway.longestCall" -}}
+{{- $start := .Values.gateway.scaleFromZero | ternary (get .Values.gateway.env "cold_start_timeout" | default "60s") "0s" }}
+{{- add (include "gateway.seconds" .Values.gateway.upstreamTimeout) (include "gateway.seconds" (toString $start)) 5 }}
+{{- end }}
