@@ -26,6 +26,11 @@ SWITCHES = {
     "env": (["gateway.env.max_calls=2000000", "worker.env.max_result_body=4096"], []),
     "traces": (["tracing.otlpEndpoint=http://collector:4318", "tracing.sampling=0.1", "gateway.accessLog=errors"], []),
     "from zero": (["gateway.scaleFromZero=true", "gateway.env.cold_start_timeout=90s"], []),
+    "scaled by load": (
+        ["gateway.autoscale.enabled=true", "gateway.autoscale.window=30s", "gateway.replicas=2"],
+        [],
+    ),
+    "scaled by load, without a queue": (["gateway.autoscale.enabled=true", "queue.backend=none"], []),
     "direct functions": (
         ["gateway.directFunctions=true", "gateway.directFunctionsSuffix=openfaas-fn.svc.cluster.local"],
         [],

@@ -119,17 +119,20 @@ class Checks:
             except Refused:
                 continue
             raise Wrong(f"--set {switch} is not refused")
-        for switch, told in (
+        incomplete = (
             ("queue.backend=external", "queue.external.address"),
             ("provider.image.repository=x", "provider.image.tag"),
-        ):
+            ("gateway.autoscale.enabled=true,queue.backend=none,gateway.replicas=2", "hear of each other"),
+            ("gateway.autoscale.enabled=true,queue.backend=none,gateway.autoscaling.enabled=true", "hear of each other"),
+        )
+        for switch, told in incomplete:
             try:
                 chart.template([f"--set={switch}"])
             except Refused as error:
                 if told in str(error):
                     continue
             raise Wrong(f"--set {switch} does not ask for {told}")
-        return f"{len(bad) + 2} mistakes"
+        return f"{len(bad) + len(incomplete)} mistakes"
 
     def kubernetes_schemas(self):
         import kubernetes_validate
