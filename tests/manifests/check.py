@@ -20,7 +20,7 @@ import plain
 import settings
 import upgrades
 from chart import CHART, ROOT, Loader, Refused
-from objects import Objects
+from objects import Objects, containers, pod_of
 
 TOOLS = ROOT / "target" / "manifests"
 VENV = TOOLS / "venv" / "bin"
@@ -133,6 +133,26 @@ class Checks:
                     continue
             raise Wrong(f"--set {switch} does not ask for {told}")
         return f"{len(bad) + len(incomplete)} mistakes"
+
+    def own_variables(self):
+        """What a user sets wins over what the chart sets, whatever it is."""
+        wrong, count = [], 0
+        beside = ["--set=provider.image.repository=x", "--set=provider.image.tag=y"]
+        for of, deployment, name in (
+            ("gateway", "gateway", "read_timeout"),
+            ("worker", "queue-worker", "upstream_timeout"),
+            ("provider", "gateway", "basic_auth"),
+        ):
+            for value in ("7s", "0", "false", ""):
+                objects = chart.template([*beside, f"--set={of}.env.{name}={value}"])
+                [item] = [i for i in objects if (i["kind"], i["metadata"]["name"]) == ("Deployment", deployment)]
+                [container] = [c for c in containers(pod_of(item)) if c["name"] == of]
+                told = [v["value"] for v in container["env"] if v["name"] == name]
+                count += 1
+                if told != [value]:
+                    wrong.append(f"{of}.env.{name}={value!r} becomes {told}")
+        no(wrong)
+        return f"{count} variables"
 
     def kubernetes_schemas(self):
         import kubernetes_validate

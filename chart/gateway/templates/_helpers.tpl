@@ -68,6 +68,13 @@ topologySpreadConstraints:
         app: {{ . }}
 {{- end }}
 
+{{/* Puts what the user says over what the chart says: (list settings map). `merge` would leave out false, 0 and "". */}}
+{{- define "gateway.override" -}}
+{{- range $name, $value := index . 1 }}
+{{- $_ := set (index $ 0) $name $value }}
+{{- end }}
+{{- end }}
+
 {{/* A map of settings as a container's env, sorted by name. */}}
 {{- define "gateway.env" -}}
 {{- range $name, $value := . }}

@@ -16,7 +16,8 @@
       "secret_mount_path" "/var/secrets/gateway"
       "cluster_role" .Values.provider.rbac.allNamespaces
     }}
-    {{- include "gateway.env" (merge (deepCopy .Values.provider.env) $own) | trim | nindent 4 }}
+    {{- include "gateway.override" (list $own .Values.provider.env) }}
+    {{- include "gateway.env" $own | trim | nindent 4 }}
   ports:
     - name: provider
       containerPort: {{ .Values.provider.port }}
