@@ -24,6 +24,42 @@ SWITCHES = {
     "autoscaled": (["gateway.autoscaling.enabled=true"], []),
     "no disruption budget": (["gateway.podDisruptionBudget.enabled=false"], []),
     "env": (["gateway.env.max_calls=2000000", "worker.env.max_result_body=4096"], []),
+    "files and secrets": (
+        [
+            "queue.backend=external",
+            "queue.external.address=nats.example.com",
+            "queue.external.existingSecret=login",
+            "queue.external.tls=true",
+            *(
+                f"{of}.{what}"
+                for of in ("gateway", "worker")
+                for what in (
+                    "env.nats_ca=/var/tls/ca.crt",
+                    "extraEnv[0].name=otlp_headers",
+                    "extraEnv[0].valueFrom.secretKeyRef.name=collector",
+                    "extraEnv[0].valueFrom.secretKeyRef.key=headers",
+                    "extraEnv[1].name=nats_user",
+                    "extraEnv[1].value=somebody",
+                    "envFrom[0].secretRef.name=more",
+                    "extraVolumes[0].name=tls",
+                    "extraVolumes[0].secret.secretName=nats-tls",
+                    "extraVolumeMounts[0].name=tls",
+                    "extraVolumeMounts[0].mountPath=/var/tls",
+                )
+            ),
+        ],
+        ["login", "collector", "more", "nats-tls"],
+    ),
+    "files without auth": (
+        [
+            "basicAuth.enabled=false",
+            "worker.extraVolumes[0].name=tls",
+            "worker.extraVolumes[0].secret.secretName=tls",
+            "worker.extraVolumeMounts[0].name=tls",
+            "worker.extraVolumeMounts[0].mountPath=/var/tls",
+        ],
+        ["tls"],
+    ),
     "traces": (["tracing.otlpEndpoint=http://collector:4318", "tracing.sampling=0.1", "gateway.accessLog=errors"], []),
     "from zero": (["gateway.scaleFromZero=true", "gateway.env.cold_start_timeout=90s"], []),
     "scaled by load": (

@@ -225,6 +225,10 @@ class Objects:
                 if field in variable.get("valueFrom", {}):
                     ref = variable["valueFrom"][field]
                     self.refers(item, kind, ref["name"], [ref["key"]])
+        for source in container.get("envFrom", []):
+            for field, kind in (("secretRef", "Secret"), ("configMapRef", "ConfigMap")):
+                if field in source:
+                    self.refers(item, kind, source[field]["name"])
         self.expect(re.search(r":[^:/]+$", container["image"]), item, f"{name}'s image has no tag")
         for kind in ("requests", "limits"):
             self.expect("memory" in container["resources"].get(kind, {}), item, f"{name} has no {kind} for memory")

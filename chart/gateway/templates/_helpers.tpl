@@ -75,7 +75,7 @@ topologySpreadConstraints:
 {{- end }}
 {{- end }}
 
-{{/* A map of settings as a container's env, sorted by name. */}}
+{{/* A map of settings as a container's env, sorted by name. What is a map itself says where the value is. */}}
 {{- define "gateway.env" -}}
 {{- range $name, $value := . }}
 {{- /* Whole numbers come as floats, and would be written as 1e+06. */}}
@@ -83,7 +83,11 @@ topologySpreadConstraints:
 {{- if eq $value (floor $value) }}{{ $value = int64 $value }}{{ end }}
 {{- end }}
 - name: {{ $name }}
+  {{- if kindIs "map" $value }}
+  valueFrom: {{- toYaml $value | nindent 4 }}
+  {{- else }}
   value: {{ $value | toString | quote }}
+  {{- end }}
 {{- end }}
 {{- end }}
 
@@ -164,15 +168,22 @@ otlp_sampling: {{ .sampling | quote }}
 {{- end }}
 {{- end }}
 
-{{/* User and password of NATS, as a container's env. */}}
-{{- define "gateway.natsLogin" -}}
-{{- with include "gateway.natsSecret" . }}
-- name: nats_user
-  valueFrom:
-    secretKeyRef: {name: {{ . }}, key: user}
-- name: nats_password
-  valueFrom:
-    secretKeyRef: {name: {{ . }}, key: password}
+{{/* The variables of gateway or worker: (list $ settings values-of-it). Each is there once: extraEnv comes before env,
+     and that before the chart. */}}
+{{- define "gateway.variables" -}}
+{{- $settings := index . 1 }}
+{{- $own := index . 2 }}
+{{- with include "gateway.natsSecret" (index . 0) }}
+{{- $_ := set $settings "nats_user" (dict "secretKeyRef" (dict "name" . "key" "user")) }}
+{{- $_ := set $settings "nats_password" (dict "secretKeyRef" (dict "name" . "key" "password")) }}
+{{- end }}
+{{- include "gateway.override" (list $settings $own.env) }}
+{{- range $own.extraEnv }}
+{{- $_ := unset $settings .name }}
+{{- end }}
+{{- include "gateway.env" $settings }}
+{{- with $own.extraEnv }}
+{{ toYaml . }}
 {{- end }}
 {{- end }}
 
@@ -214,4 +225,37 @@ otlp_sampling: {{ .sampling | quote }}
 {{- define "gateway.longestCall" -}}
 {{- $start := .Values.gateway.scaleFromZero | ternary (get .Values.gateway.env "cold_start_timeout" | default "60s") "0s" }}
 {{- add (include "gateway.seconds" .Values.gateway.upstreamTimeout) (include "gateway.seconds" (toString $start)) 5 }}
+{{- end }}
+
+{{/* What else a container of gateway or worker reads: (list $ values-of-it). */}}
+{{- define "gateway.files" -}}
+{{- $own := index . 1 }}
+{{- with $own.envFrom }}
+envFrom: {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- $auth := (index . 0).Values.basicAuth.enabled }}
+{{- if or $auth $own.extraVolumeMounts }}
+volumeMounts:
+  {{- if $auth }}
+  - name: auth
+    mountPath: /var/secrets/gateway
+    readOnly: true
+  {{- end }}
+  {{- with $own.extraVolumeMounts }}
+  {{- toYaml . | nindent 2 }}
+  {{- end }}
+{{- end }}
+{{- end }}
+
+{{/* The volumes for it. */}}
+{{- define "gateway.volumes" -}}
+{{- $root := index . 0 }}
+{{- if $root.Values.basicAuth.enabled }}
+- name: auth
+  secret:
+    secretName: {{ include "gateway.authSecret" $root }}
+{{- end }}
+{{- with (index . 1).extraVolumes }}
+{{ toYaml . }}
+{{- end }}
 {{- end }}
