@@ -124,6 +124,16 @@ SWITCHES = {
     ),
     "route": (["httpRoute.enabled=true", "httpRoute.hostnames={gateway.example.com}"], []),
     "policies": (["networkPolicy.enabled=true"], []),
+    "policies with guests": (
+        [
+            "networkPolicy.enabled=true",
+            *(
+                f"networkPolicy.{what}From[0].namespaceSelector.matchLabels.name=monitoring"
+                for what in ("prometheus", "alertmanager", "metrics")
+            ),
+        ],
+        [],
+    ),
     "policies without prometheus": (
         ["networkPolicy.enabled=true", "prometheus.enabled=false", "alertmanager.enabled=false"],
         [],

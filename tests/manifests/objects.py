@@ -96,7 +96,8 @@ class Objects:
             for peer in rule.get("from", []):
                 # One that is not there may not call, which harms nobody; but a wrong name would.
                 names = {"gateway", "queue-worker", "nats", "prometheus"}
-                self.expect(peer["podSelector"]["matchLabels"]["app"] in names, item, f"unknown peer {peer}")
+                own = "namespaceSelector" not in peer
+                self.expect(not own or peer["podSelector"]["matchLabels"]["app"] in names, item, f"unknown peer {peer}")
             for port in rule["ports"]:
                 for pod in self.pods(labels):
                     self.expect(port["port"] in port_numbers(pod), item, f"no pod has the port {port['port']}")
