@@ -302,7 +302,10 @@ class Checks:
         said = machine.helm_test()
         assert "404 is right" in said, said
         machine.deploy(service="echo", image="-", envProcess="cat", labels={"com.openfaas.scale.max": "5"})
+        # It calls no function that it was not told to.
         said = machine.helm_test()
+        assert "404 is right" in said, said
+        said = machine.helm_test("echo")
         assert "made: succeeded" in said, said
 
         def fires():
