@@ -10,6 +10,7 @@
     {{- $own := dict
       "port" (int .Values.provider.port)
       "function_namespace" .Values.functionNamespace.name
+      "profiles_namespace" .Release.Namespace
       "read_timeout" .Values.gateway.readTimeout
       "write_timeout" .Values.gateway.writeTimeout
       "basic_auth" .Values.basicAuth.enabled
