@@ -257,6 +257,37 @@ class Checks:
         no(wrong)
         return f"{len(tests)} files, {texts.count('eval_time')} evaluations"
 
+    def single_numbers(self):
+        """Panels of dashboards that show one number get one, of functions that are called, idle, and fail."""
+        series = {
+            "busy.fn": {"200": "0+90x60", "502": "0+10x60"},
+            # Failed once, and was not called since.
+            "idle.fn": {"200": "7x60", "502": "1x60"},
+            "new.fn": {},
+        }
+        calls = [
+            {"series": f'{name}{{function_name="{function}", code="{code}", le="+Inf"}}', "values": values}
+            for function, codes in series.items()
+            for code, values in codes.items()
+            for name in ("gateway_function_invocation_total", "gateway_functions_seconds_bucket")
+        ]
+        asked = [
+            names.filled(query, function) for path in names.DASHBOARDS for query in names.single(path) for function in series
+        ]
+        # Those that end in a number of their own have one always; NaN is not above or below anything.
+        tests = [
+            {"expr": f"count(({query}) >= 0)", "eval_time": "14m", "exp_samples": [{"value": 1}]}
+            for query in dict.fromkeys(asked)
+            if query.endswith("or vector(0)")
+        ]
+        with tempfile.NamedTemporaryFile("w", suffix=".yml") as file:
+            yaml.safe_dump({
+                "rule_files": [str(names.RULES)],
+                "tests": [{"interval": "15s", "input_series": calls, "promql_expr_test": tests}],
+            }, file)
+            run("promtool", "test", "rules", file.name)
+        return f"{len(tests)} queries"
+
     def alertmanager_config(self):
         configs = {text["alertmanager.yml"] for text in self.config_maps("alertmanager")}
         for text in configs:
