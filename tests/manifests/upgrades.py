@@ -110,4 +110,14 @@ def of_live_objects():
             count += 1
             if (told or "") not in (said or "") or bool(told) != bool(said):
                 wrong.append(f"{name} with {values}: says {said} instead of {told}")
-    return count, wrong
+    first = template(["--set=basicAuth.user=first"])
+    login = {item["metadata"]["name"]: item["data"] for item in first if item["kind"] == "Secret"}
+    then = changed([], ["--set=basicAuth.user=second"], first)
+    for name in ("basic-auth", "nats-auth"):
+        [now] = [item["data"] for item in then if (item["kind"], item["metadata"]["name"]) == ("Secret", name)]
+        count += 1
+        if now != login[name]:
+            wrong.append(f"Secret {name} is not kept")
+    if pods(then)["alertmanager"] != pods(first)["alertmanager"]:
+        wrong.append("Alertmanager logs in as somebody else than its Secret says")
+    return count + 1, wrong

@@ -95,6 +95,13 @@ topologySpreadConstraints:
 {{ .Values.basicAuth.existingSecret | default "basic-auth" }}
 {{- end }}
 
+{{/* The user in it; before it is there, the one that it is made with. */}}
+{{- define "gateway.authUser" -}}
+{{- $name := include "gateway.authSecret" . }}
+{{- $live := lookup "v1" "Secret" .Release.Namespace $name | default dict }}
+{{- dig "data" "basic-auth-user" "" $live | b64dec | trim | default .Values.basicAuth.user }}
+{{- end }}
+
 {{/* Whether there is a queue, and who makes its calls: "yes" or nothing. */}}
 {{- define "gateway.hasQueue" -}}
 {{- if ne .Values.queue.backend "none" }}yes{{ end }}
