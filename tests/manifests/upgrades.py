@@ -120,4 +120,11 @@ def of_live_objects():
             wrong.append(f"Secret {name} is not kept")
     if pods(then)["alertmanager"] != pods(first)["alertmanager"]:
         wrong.append("Alertmanager logs in as somebody else than its Secret says")
-    return count + 1, wrong
+    [gateway] = [
+        item["spec"]
+        for item in changed([], ["--set=gateway.autoscaling.enabled=true"], template(["--set=gateway.replicas=3"]))
+        if (item["kind"], item["metadata"]["name"]) == ("Deployment", "gateway")
+    ]
+    if gateway.get("replicas") != 3:
+        wrong.append(f"with autoscaling three gateways become {gateway.get('replicas')}")
+    return count + 2, wrong
