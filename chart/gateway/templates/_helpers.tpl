@@ -57,15 +57,19 @@ affinity: {{- toYaml . | nindent 2 }}
 {{- end }}
 {{- end }}
 
-{{/* Replicas of a component, apart from each other if that can be: (list "component"). */}}
+{{/* Replicas of a component, apart from each other: (list "component" machines), on so many machines or not at all;
+     0 machines: if that can be. */}}
 {{- define "gateway.spread" -}}
 topologySpreadConstraints:
   - maxSkew: 1
     topologyKey: kubernetes.io/hostname
-    whenUnsatisfiable: ScheduleAnyway
+    {{- with index . 1 }}
+    minDomains: {{ . }}
+    {{- end }}
+    whenUnsatisfiable: {{ gt (int (index . 1)) 0 | ternary "DoNotSchedule" "ScheduleAnyway" }}
     labelSelector:
       matchLabels:
-        app: {{ . }}
+        app: {{ index . 0 }}
 {{- end }}
 
 {{/* Puts what the user says over what the chart says: (list settings map). `merge` would leave out false, 0 and "". */}}
