@@ -269,6 +269,11 @@ class Objects:
                     most += seconds_of(gateway.get("cold_start_timeout", "60s"))
                 told = env["upstream_timeout"]
                 self.expect(seconds_of(told) > most, item, f"waits for {told}, but the gateway may take {most} s")
+        for other in (c for c in containers(pod) if c["name"] == "provider"):
+            # Else it would break off what the gateway waits for.
+            given = {v["name"]: v.get("value") for v in other["env"]}
+            enough = seconds_of(given["write_timeout"]) > seconds_of(env["upstream_timeout"])
+            self.expect(enough, item, f"the provider gives up after {given['write_timeout']}")
         for probe in ("startupProbe", "livenessProbe"):
             # A port that callers fill up would have their gateway killed.
             self.expect(container[probe]["httpGet"]["port"] == "metrics", item, f"{probe} asks a port of callers")
