@@ -103,6 +103,9 @@ class Checks:
             "gateway.replica=2",
             "gateway.replicas=two",
             "gateway.upstreamTimeout=1 minute",
+            "gateway.env.max_cals=5",
+            "gateway.env.port=8081",
+            "worker.env.max_queued_body=5",
             "queue.backend=kafka",
             "queue.jetstream.replicas=2",
             "external.serviceType=Nodeport",
@@ -199,6 +202,18 @@ class Checks:
         live, lost = upgrades.of_live_objects()
         no(wrong + stale + lost)
         return f"{count} pod templates, {configs} configurations, {live} upgrades of a live cluster"
+
+    def settings_in_schema(self):
+        """`env` takes each setting of the program and nothing else, but for ports, which probes and Services know."""
+        definitions = json.loads((CHART / "values.schema.json").read_text())["definitions"]
+        known, wrong = settings.by_role(), []
+        for of, role in (("gateway", "serve"), ("worker", "worker")):
+            should = known[role] - {"port", "metrics_port", "worker_metrics_port"}
+            taken = set(definitions[f"{of}Settings"]["enum"])
+            wrong += [f"{of}.env does not take {name}" for name in should - taken]
+            wrong += [f"{of}.env takes {name}, which is no setting" for name in taken - should]
+        no(sorted(wrong))
+        return f"{len(known['serve'] | known['worker'])} settings"
 
     def chart_readme(self):
         """README.md of the chart has each value with its default; each value is used in a template."""
