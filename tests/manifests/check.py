@@ -110,6 +110,7 @@ class Checks:
             "queue.jetstream.replicas=2",
             "external.serviceType=Nodeport",
             "external.nodePort=99999",
+            "gateway.podDisruptionBudget.maxUnavailable=0%",
             "provider.image.tags=1",
             "prometheus.storage.size=lots",
             "prometheus.scrapeInterval=1.5s",
