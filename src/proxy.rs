@@ -16,7 +16,7 @@ use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
-use http::header::{CONTENT_ENCODING, CONTENT_TYPE, UPGRADE};
+use http::header::{CONTENT_ENCODING, CONTENT_TYPE};
 use http::{HeaderName, HeaderValue, Request, Response, StatusCode};
 use hyper::upgrade::OnUpgrade;
 
@@ -120,17 +120,17 @@ pub fn prepare(
     if !origin.path().is_empty() {
         origin.target(request.uri())?;
     }
-    // Taken out at once, since the head is only read later.
-    let upgrade = request.headers().contains_key(UPGRADE).then(|| hyper::upgrade::on(&mut request));
-    let (head, body) = request.into_parts();
+    let body = std::mem::replace(request.body_mut(), RequestBody::empty());
+    let (method, headers) = (request.method(), request.headers());
     let mut wanted = None;
-    let upload = Upload::write(&head, body, |out| {
-        write_start(out, &head.method, [origin.path(), path_and_query(&head.uri)]);
+    let upload = Upload::write(method, headers, body, |out| {
+        write_start(out, method, [origin.path(), path_and_query(request.uri())]);
         let put = |name: &HeaderName, value: &HeaderValue| write_header(out, name, value);
-        wanted = headers::to_upstream(&head.headers, &origin.host, errand.peer, stamps, put);
+        wanted = headers::to_upstream(headers, &origin.host, errand.peer, stamps, put);
     });
-    let upgrade = upgrade.filter(|_| wanted.is_some());
-    Ok(Prepared { upload, upgrade, idempotent: head.method.is_idempotent() })
+    let idempotent = method.is_idempotent();
+    let upgrade = wanted.map(|_| hyper::upgrade::on(&mut request));
+    Ok(Prepared { upload, upgrade, idempotent })
 }
 
 /// Sends what was prepared to `origin`, and returns with the head of the answer.

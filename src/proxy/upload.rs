@@ -59,19 +59,21 @@ pub(super) struct Upload {
 impl Upload {
     /// The request that `head` and `body` make. `head` is as it is to be sent.
     pub(super) fn new(head: &Parts, body: RequestBody) -> Self {
-        Self::write(head, body, |out| {
+        Self::write(&head.method, &head.headers, body, |out| {
             write_start(out, &head.method, ["", path_and_query(&head.uri)]);
             head.headers.iter().for_each(|(name, value)| write_header(out, name, value));
         })
     }
 
-    /// A request whose method and body are these. `write_head` writes its head, but for the end.
+    /// A request with this method and body; `headers` say what it was framed by. `write_head` writes its head, but for
+    /// the end.
     pub(super) fn write(
-        head: &Parts,
+        method: &Method,
+        headers: &HeaderMap,
         body: RequestBody,
         write_head: impl FnOnce(&mut Vec<u8>),
     ) -> Self {
-        let framing = Framing::of(head, &body);
+        let framing = Framing::of(method, headers, &body);
         let bodiless = matches!(framing, Framing::Bare | Framing::Length(0));
         let short = match framing {
             Framing::Length(length) => usize::try_from(length).unwrap_or(0),
@@ -86,8 +88,8 @@ impl Upload {
             body: (!bodiless).then_some(body),
             framing,
             kept: true,
-            is_head: head.method == Method::HEAD,
-            repeatable: bodiless && head.method.is_idempotent(),
+            is_head: *method == Method::HEAD,
+            repeatable: bodiless && method.is_idempotent(),
             ..Self::default()
         }
     }

@@ -3,7 +3,6 @@
 use std::io::Write;
 
 use http::header::{CONTENT_LENGTH, TRANSFER_ENCODING};
-use http::request::Parts;
 use http::uri::PathAndQuery;
 use http::{HeaderMap, HeaderName, HeaderValue, Method, Uri};
 use http_body::Body;
@@ -23,12 +22,12 @@ pub(in crate::proxy) enum Framing {
 
 impl Framing {
     /// How `body` is sent. A caller's own length is that of its body: it came framed by it.
-    pub(in crate::proxy) fn of(head: &Parts, body: &impl Body) -> Self {
+    pub(in crate::proxy) fn of(method: &Method, headers: &HeaderMap, body: &impl Body) -> Self {
         match body.size_hint().exact() {
             // Some servers want to hear of a body that could be there but is not.
             Some(0) | None if body.is_end_stream() => {
-                let says = matches!(head.method, Method::POST | Method::PUT | Method::PATCH)
-                    || head.headers.contains_key(CONTENT_LENGTH);
+                let says = matches!(*method, Method::POST | Method::PUT | Method::PATCH)
+                    || headers.contains_key(CONTENT_LENGTH);
                 if says { Self::Length(0) } else { Self::Bare }
             }
             Some(length) => Self::Length(length),
@@ -112,7 +111,7 @@ mod tests {
         let mut out = Vec::new();
         write_start(&mut out, &head.method, ["", path_and_query(&head.uri)]);
         head.headers.iter().for_each(|(name, value)| write_header(&mut out, name, value));
-        write_end(&mut out, Framing::of(&head, &body));
+        write_end(&mut out, Framing::of(&head.method, &head.headers, &body));
         assert_eq!(String::from_utf8(out).unwrap(), expect);
     }
 
