@@ -19,26 +19,20 @@ pub const PRODUCT: HeaderValue =
 pub struct Stamps {
     pub call_id: HeaderValue,
     /// Unix time in nanoseconds.
-    start_time: HeaderValue,
+    pub start_time: HeaderValue,
 }
 
 impl Stamps {
-    /// Stamps a request: an id that the caller chose is kept, the time is ours.
-    pub fn put_on(headers: &mut HeaderMap) -> Self {
+    /// The stamps of a request with these headers: an id that the caller chose is kept, the time is ours.
+    pub fn of(headers: &HeaderMap) -> Self {
         // Both are parts of one text, which the request and the answer share.
         let mut text = [0; ID_LENGTH + TIME_LENGTH];
         let chosen = headers.get(&X_CALL_ID).filter(|id| !id.is_empty()).cloned();
         let id_length = if chosen.is_some() { 0 } else { write_fresh_id(&mut text) };
         let length = id_length + write_start_time(&mut text[id_length..]);
         let text = Bytes::copy_from_slice(&text[..length]);
-        let call_id = chosen.unwrap_or_else(|| {
-            let id = header_value(text.slice(..id_length));
-            headers.insert(X_CALL_ID, id.clone());
-            id
-        });
-        let start_time = header_value(text.slice(id_length..));
-        headers.insert(X_START_TIME, start_time.clone());
-        Self { call_id, start_time }
+        let call_id = chosen.unwrap_or_else(|| header_value(text.slice(..id_length)));
+        Self { call_id, start_time: header_value(text.slice(id_length..)) }
     }
 
     /// Stamps the answer to the caller.
@@ -79,17 +73,18 @@ mod tests {
     fn a_callers_id_is_kept_and_told() {
         let mut request = HeaderMap::new();
         request.insert(X_CALL_ID, HeaderValue::from_static("mine"));
-        let stamps = Stamps::put_on(&mut request);
-        assert_eq!(request[X_CALL_ID], "mine");
+        let stamps = Stamps::of(&request);
+        assert_eq!(stamps.call_id, "mine");
+        let start_time = stamps.start_time.clone();
         let mut answer = HeaderMap::new();
         stamps.put_on_answer(&mut answer);
         assert_eq!(answer[X_CALL_ID], "mine");
-        assert_eq!(answer[X_START_TIME], request[X_START_TIME]);
+        assert_eq!(answer[X_START_TIME], start_time);
     }
 
     #[test]
     fn fresh_ids_are_uuids_and_differ() {
-        let id = || Stamps::put_on(&mut HeaderMap::new()).call_id;
+        let id = || Stamps::of(&HeaderMap::new()).call_id;
         let (a, b) = (id(), id());
         assert_ne!(a, b);
         let id = Uuid::parse_str(a.to_str().unwrap()).unwrap();
@@ -98,6 +93,6 @@ mod tests {
 
     #[test]
     fn a_start_time_is_nanoseconds_since_1970() {
-        assert_eq!(Stamps::put_on(&mut HeaderMap::new()).start_time.len(), 19);
+        assert_eq!(Stamps::of(&HeaderMap::new()).start_time.len(), 19);
     }
 }

@@ -419,6 +419,16 @@ mod tests {
     }
 
     #[test]
+    fn calls_are_kept_on_disks_unless_memory_is_wanted() {
+        let in_memory = |storage: &str| {
+            serve(&[("functions_provider_url", "http://p"), ("nats_storage", storage)])
+                .map(|config| config.queue.nats.in_memory)
+        };
+        assert_eq!((in_memory(""), in_memory("memory")), (Ok(false), Ok(true)));
+        assert!(in_memory("tape").unwrap_err()[0].contains("file or memory"));
+    }
+
+    #[test]
     fn where_nats_is_the_queue_is_found_there_or_named() {
         let backend = |vars: &[(&str, &str)]| {
             serve(&[vars, &[("functions_provider_url", "http://p")]].concat())

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use http::uri::PathAndQuery;
-use http::{HeaderValue, Request, Response, StatusCode, Uri};
+use http::{HeaderMap, HeaderValue, Request, Response, StatusCode, Uri};
 use hyper::body::{Body, Incoming};
 
 use crate::answer::{Answer, Content, InFlight};
@@ -55,6 +55,13 @@ pub enum Route {
     Direct { suffix: String, default_namespace: Arc<str> },
 }
 
+/// How functions are called where they are called directly.
+#[derive(Clone, Copy)]
+struct Naming<'a> {
+    suffix: &'a str,
+    default_namespace: &'a str,
+}
+
 /// A call that is about to be made.
 pub struct Prepared {
     way: Way,
@@ -88,22 +95,25 @@ impl Invoker {
     pub fn prepare(
         &self,
         caller: &Caller,
-        mut request: Request<Incoming>,
+        request: Request<Incoming>,
         began: Instant,
     ) -> Result<Prepared, Box<Response<Answer>>> {
         let Some(mut call) = self.calls.begin(segment(request.uri().path()), began) else {
-            return Err(self.refuse(caller, &Error::NoSuchPath, request));
+            return Err(self.refuse(caller, &Error::NoSuchPath, request.headers()));
         };
         let Some(place) = self.limit.enter(&self.share) else {
             call.answered(Error::Overloaded.status());
             call.ended(End::Whole, Instant::now());
-            return Err(self.refuse(caller, &Error::Overloaded, request));
+            return Err(self.refuse(caller, &Error::Overloaded, request.headers()));
         };
-        let stamps = Stamps::put_on(request.headers_mut());
+        let stamps = Stamps::of(request.headers());
         let request = request.map(|body| caller_body(body, caller));
         let way = match &self.route {
-            Route::Provider(origin) => proxy::prepare(origin, request, self.errand(caller, began))
-                .map_or_else(|error| Way::Failed(Some(error.into())), Way::Provider),
+            Route::Provider(origin) => {
+                let errand = self.errand(caller, began);
+                let prepared = proxy::prepare(origin, request, Some(&stamps), errand);
+                prepared.map_or_else(|error| Way::Failed(Some(error.into())), Way::Provider)
+            }
             Route::Direct { .. } => Way::Direct(Some(Box::new(request))),
         };
         Ok(Prepared { way, stamps, in_flight: InFlight { call, place } })
@@ -118,10 +128,11 @@ impl Invoker {
         trip: &mut Option<Box<Trip>>,
     ) -> Response<Answer> {
         let Prepared { mut way, stamps, mut in_flight } = prepared;
-        let (mut answer, tunnel) = match self.forward(caller, &mut in_flight.call, &mut way).await {
-            Ok(Forwarded { answer, tunnel }) => (answer.map(Content::Upstream), tunnel),
-            Err(error) => (text(&error, Some(&stamps.call_id)), None),
-        };
+        let (mut answer, tunnel) =
+            match self.forward(caller, &mut in_flight.call, &stamps, &mut way).await {
+                Ok(Forwarded { answer, tunnel }) => (answer.map(Content::Upstream), tunnel),
+                Err(error) => (text(&error, Some(&stamps.call_id)), None),
+            };
         in_flight.call.answered(answer.status());
         stamps.put_on_answer(answer.headers_mut());
         if let Some(tunnel) = tunnel {
@@ -139,6 +150,7 @@ impl Invoker {
         &self,
         caller: &Caller,
         call: &mut Call,
+        stamps: &Stamps,
         way: &mut Way,
     ) -> Result<Forwarded, Error> {
         let mut with_care = true;
@@ -157,8 +169,8 @@ impl Invoker {
             },
             (Way::Direct(request), Route::Direct { suffix, default_namespace }) => {
                 let Some(request) = request.take() else { unreachable!("it is sent once") };
-                Box::pin(self.forward_directly(caller, call, suffix, default_namespace, *request))
-                    .await?
+                let naming = Naming { suffix, default_namespace };
+                Box::pin(self.forward_directly(caller, call, stamps, naming, *request)).await?
             }
             (Way::Failed(error), _) => return Err(error.take().unwrap_or(Error::NoSuchPath)),
             (Way::Provider(_) | Way::Direct(_), _) => unreachable!("there is one route"),
@@ -186,18 +198,19 @@ impl Invoker {
         &self,
         caller: &Caller,
         call: &mut Call,
-        suffix: &str,
-        default_namespace: &str,
+        stamps: &Stamps,
+        naming: Naming<'_>,
         mut request: Request<RequestBody>,
     ) -> Result<Forwarded, Error> {
         *request.uri_mut() = behind_name(request.uri());
         let errand = self.errand(caller, call.began);
         let Some(scaling) = &self.scaling else {
-            let origin = self.direct(call, suffix, default_namespace).await?;
-            return Ok(proxy::forward(&self.client, &origin, request, errand).await?);
+            let origin = self.direct(call, naming).await?;
+            let mut prepared = proxy::prepare(&origin, request, Some(stamps), errand)?;
+            return Ok(proxy::send(&self.client, &origin, &mut prepared, errand).await?);
         };
-        let origin = direct_origin(call.function(), suffix, default_namespace)?;
-        let mut prepared = proxy::prepare(&origin, request, errand)?;
+        let origin = direct_origin(call.function(), naming)?;
+        let mut prepared = proxy::prepare(&origin, request, Some(stamps), errand)?;
         let mut sent = None;
         if call.is_warm() {
             sent = Some(proxy::send(&self.client, &origin, &mut prepared, errand).await);
@@ -212,18 +225,13 @@ impl Invoker {
     }
 
     /// Where the function of `call` itself is found.
-    async fn direct(
-        &self,
-        call: &mut Call,
-        suffix: &str,
-        default_namespace: &str,
-    ) -> Result<Origin, Error> {
+    async fn direct(&self, call: &mut Call, naming: Naming<'_>) -> Result<Origin, Error> {
         if call.is_stranger() {
             // Without this, a name could lead to any host.
             self.provider.status(call.function()).await?;
             call.vouched_for(&self.calls);
         }
-        direct_origin(call.function(), suffix, default_namespace)
+        direct_origin(call.function(), naming)
     }
 
     /// Answers a call that is not made, and says why.
@@ -231,9 +239,9 @@ impl Invoker {
         &self,
         caller: &Caller,
         error: &Error,
-        mut request: Request<Incoming>,
+        request: &HeaderMap,
     ) -> Box<Response<Answer>> {
-        let stamps = Stamps::put_on(request.headers_mut());
+        let stamps = Stamps::of(request);
         let mut answer = text(error, Some(&stamps.call_id));
         stamps.put_on_answer(answer.headers_mut());
         Box::new(answer.map(|content| self.answer(caller, content, None)))
@@ -287,11 +295,8 @@ fn caller_body(body: Incoming, caller: &Caller) -> RequestBody {
 
 /// `http://NAME.SUFFIX:8080`. A suffix that begins with the default namespace is one inside of it: a function of
 /// another namespace is found under its own.
-fn direct_origin(
-    function: &Function,
-    suffix: &str,
-    default_namespace: &str,
-) -> Result<Origin, Error> {
+fn direct_origin(function: &Function, naming: Naming<'_>) -> Result<Origin, Error> {
+    let Naming { suffix, default_namespace } = naming;
     let host = match suffix.strip_prefix(default_namespace) {
         _ if suffix.is_empty() => function.name.clone(),
         Some(rest)
@@ -330,7 +335,8 @@ mod tests {
     fn a_direct_function_is_found_in_its_own_namespace() {
         let host = |name: &str, suffix: &str| {
             let function = Function::parse(name, "fn").unwrap();
-            direct_origin(&function, suffix, "fn").unwrap().url.to_string()
+            let naming = Naming { suffix, default_namespace: "fn" };
+            direct_origin(&function, naming).unwrap().url.to_string()
         };
         assert_eq!(host("echo", ""), "http://echo:8080");
         assert_eq!(host("echo", "fn.svc.cluster.local"), "http://echo.fn.svc.cluster.local:8080");

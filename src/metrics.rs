@@ -7,6 +7,7 @@ pub mod known;
 pub mod query;
 pub mod queue;
 pub mod replicas;
+pub mod traces;
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -26,6 +27,7 @@ use crate::metrics::calls::Shard;
 use crate::metrics::families::Functions;
 use crate::metrics::known::{FORGOTTEN_AFTER, Known};
 use crate::metrics::queue::QueueMetrics;
+use crate::metrics::traces::SpansDropped;
 
 /// What a scrape shows.
 pub struct Metrics {
@@ -98,6 +100,14 @@ impl Metrics {
         reconnects: Option<&str>,
     ) -> Result<QueueMetrics, prometheus::Error> {
         QueueMetrics::register(&self.registry, name, reconnects)
+    }
+
+    /// The family of spans, where somebody collects them.
+    ///
+    /// # Errors
+    /// When it is registered already.
+    pub fn traces(&self) -> Result<SpansDropped, prometheus::Error> {
+        SpansDropped::register(&self.registry)
     }
 
     /// The families of the autoscaler, where there is one.

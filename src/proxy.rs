@@ -17,14 +17,16 @@ use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
 use http::header::{CONTENT_ENCODING, CONTENT_TYPE};
-use http::{HeaderValue, Request, Response, StatusCode};
+use http::{HeaderName, HeaderValue, Request, Response, StatusCode};
 use hyper::upgrade::OnUpgrade;
 
+use crate::call_id::Stamps;
 use crate::proxy::body::{BodyError, RequestBody};
 use crate::proxy::client::{Client, Error, Origin};
 use crate::proxy::tunnel::Tunnel;
 use crate::proxy::upload::Upload;
 use crate::proxy::upstream_body::UpstreamBody;
+use crate::proxy::wire::request::{path_and_query, write_header, write_start};
 use crate::watch::Watch;
 
 /// What answers for as long as it has something to say: its deadline is one for each pause.
@@ -111,15 +113,24 @@ pub struct Forwarded {
 pub fn prepare(
     origin: &Origin,
     mut request: Request<RequestBody>,
+    stamps: Option<&Stamps>,
     errand: Errand<'_>,
 ) -> Result<Prepared, Error> {
     errand.watch.call_until(errand.began + errand.timeout);
-    let wanted = headers::to_upstream(request.headers_mut(), &origin.host, errand.peer);
-    let upgrade = wanted.is_some().then(|| hyper::upgrade::on(&mut request));
-    *request.uri_mut() = origin.target(request.uri())?;
-    let (head, body) = request.into_parts();
-    let idempotent = head.method.is_idempotent();
-    Ok(Prepared { upload: Upload::new(&head, body), upgrade, idempotent })
+    if !origin.path().is_empty() {
+        origin.target(request.uri())?;
+    }
+    let body = std::mem::replace(request.body_mut(), RequestBody::empty());
+    let (method, headers) = (request.method(), request.headers());
+    let mut wanted = None;
+    let upload = Upload::write(method, headers, body, |out| {
+        write_start(out, method, [origin.path(), path_and_query(request.uri())]);
+        let put = |name: &HeaderName, value: &HeaderValue| write_header(out, name, value);
+        wanted = headers::to_upstream(headers, &origin.host, errand.peer, stamps, put);
+    });
+    let idempotent = method.is_idempotent();
+    let upgrade = wanted.map(|_| hyper::upgrade::on(&mut request));
+    Ok(Prepared { upload, upgrade, idempotent })
 }
 
 /// Sends what was prepared to `origin`, and returns with the head of the answer.
@@ -135,7 +146,6 @@ pub async fn send(
 ) -> Result<Forwarded, Error> {
     let mut answer = client.carry(origin, &mut prepared.upload, errand.watch).await?;
     let switches = answer.status() == StatusCode::SWITCHING_PROTOCOLS;
-    headers::to_caller(answer.headers_mut(), switches);
     let mut tunnel = None;
     if switches {
         // One that changes in the middle of the request would take its rest for the new protocol.
@@ -153,17 +163,17 @@ pub async fn send(
     Ok(Forwarded { answer, tunnel })
 }
 
-/// Prepares `request` and sends it.
+/// Prepares `request`, which is not a call, and sends it.
 ///
 /// # Errors
-/// Those of both.
+/// Those of `send`.
 pub async fn forward(
     client: &Arc<Client>,
     origin: &Origin,
     request: Request<RequestBody>,
     errand: Errand<'_>,
 ) -> Result<Forwarded, Error> {
-    send(client, origin, &mut prepare(origin, request, errand)?, errand).await
+    send(client, origin, &mut prepare(origin, request, None, errand)?, errand).await
 }
 
 /// Says what an answer is that does not say so itself, if the beginning of its content came along with its head.

@@ -148,8 +148,8 @@ pub async fn submit(
     {
         request.headers_mut().insert(X_CALL_ID, id);
     }
-    let stamps = Stamps::put_on(request.headers_mut());
-    let submitted = take_in(&api, &caller, request, chosen_id).await;
+    let stamps = Stamps::of(request.headers());
+    let submitted = take_in(&api, &caller, request, &stamps, chosen_id).await;
     let mut answer = match submitted {
         Ok((published, took)) => {
             let mut answer = StatusCode::ACCEPTED.into_response();
@@ -174,10 +174,11 @@ async fn take_in(
     api: &Api,
     caller: &Caller,
     request: Request,
+    stamps: &Stamps,
     chosen_id: bool,
 ) -> Result<(queue::Published, Duration), Error> {
     let intake = intake(api)?;
-    let (mut parts, body) = request.into_parts();
+    let (parts, body) = request.into_parts();
     let (function, target) = destination(&parts.uri, &api.default_namespace)?;
     let mut options = options(&parts.headers, chosen_id, now())?;
     if let Some(key) = &mut options.idempotency_key {
@@ -185,7 +186,7 @@ async fn take_in(
         *key = format!("{function} {key}");
         options.chosen_id = true;
     }
-    let id = name(&parts.headers, &X_CALL_ID)?.unwrap_or_default();
+    let id = text(&stamps.call_id, &X_CALL_ID)?;
     let length = parts.headers.get(CONTENT_LENGTH);
     let length = length.and_then(|length| length.to_str().ok()?.parse::<usize>().ok());
     let limit = intake.limit();
@@ -194,12 +195,7 @@ async fn take_in(
     }
     must_exist(api, &function).await?;
     let (body, room) = intake.read(body).await?;
-    // The worker says where it goes; what the caller called is told as for any call.
-    to_upstream(&mut parts.headers, &HeaderValue::from_static("queued"), &caller.forwarded_for);
-    for name in [HOST, CONTENT_LENGTH, X_DELAY_SECONDS, X_MAX_ATTEMPTS, X_EXPIRES_SECONDS] {
-        parts.headers.remove(name);
-    }
-    let headers = parts.headers;
+    let headers = passed_on(&parts.headers, &caller.forwarded_for, stamps);
     let call = Call { id, function, target, headers, body, options };
     let began = Instant::now();
     let published = intake.queue.publish_with(call, room).await?;
@@ -208,6 +204,20 @@ async fn take_in(
         intake.metrics.submitted(took);
     }
     Ok((published, took))
+}
+
+/// The headers that the function will see. The worker says where it goes; what the caller called is told as for any call.
+fn passed_on(headers: &HeaderMap, peer: &HeaderValue, stamps: &Stamps) -> HeaderMap {
+    const NOT_PASSED_ON: [HeaderName; 5] =
+        [HOST, CONTENT_LENGTH, X_DELAY_SECONDS, X_MAX_ATTEMPTS, X_EXPIRES_SECONDS];
+    let mut kept = HeaderMap::with_capacity(headers.len() + 4);
+    let put = |name: &HeaderName, value: &HeaderValue| {
+        if !NOT_PASSED_ON.contains(name) {
+            kept.append(name, value.clone());
+        }
+    };
+    to_upstream(headers, &HeaderValue::from_static("queued"), peer, Some(stamps), put);
+    kept
 }
 
 /// `GET /async-function/CALL-ID`
@@ -381,9 +391,12 @@ fn number(
 
 /// A name that a caller gives its call.
 fn name(headers: &HeaderMap, header: &HeaderName) -> Result<Option<String>, Error> {
-    let Some(value) = headers.get(header) else { return Ok(None) };
+    headers.get(header).map(|value| text(value, header)).transpose()
+}
+
+fn text(value: &HeaderValue, header: &HeaderName) -> Result<String, Error> {
     match value.to_str() {
-        Ok(text) if !text.is_empty() && text.len() <= MAX_NAME => Ok(Some(text.to_owned())),
+        Ok(text) if !text.is_empty() && text.len() <= MAX_NAME => Ok(text.to_owned()),
         _ => Err(Error::BadRequest(format!(
             "{header} is empty, longer than {MAX_NAME} bytes, or has other than visible characters"
         ))),

@@ -165,7 +165,9 @@ impl Door {
         }
         let is_call = request.uri().path().starts_with("/function/");
         match check(&request) {
-            Err(error) if is_call => Errand::Refused(self.invoker.refuse(caller, &error, request)),
+            Err(error) if is_call => {
+                Errand::Refused(self.invoker.refuse(caller, &error, request.headers()))
+            }
             Err(error) => Errand::Refused(Box::new(self.wrap(caller, error.into_response()))),
             Ok(()) if is_call => self
                 .invoker

@@ -15,7 +15,9 @@ use uuid::Uuid;
 
 pub use self::trip::{Stored, Trip};
 
+use crate::config::base_url::BaseUrl;
 use crate::config::{Access, Traces};
+use crate::metrics::traces::SpansDropped;
 use crate::proxy::client::Client;
 use crate::trace::context::{Context, span_id};
 use crate::trace::exporter::{Exporter, WAITING};
@@ -32,6 +34,7 @@ pub struct Observer {
 #[derive(Clone, Debug)]
 pub struct Tracer {
     spans: mpsc::Sender<Span>,
+    dropped: SpansDropped,
     /// So great a part of the traces that begin here is told.
     sampling: f64,
 }
@@ -46,16 +49,19 @@ pub struct Open {
 }
 
 impl Tracer {
-    /// A tracer, and what sends its spans as `service`.
+    /// A tracer, and what sends its spans to `endpoint` as `service`.
     pub fn new(
+        endpoint: BaseUrl,
         config: Traces,
         service: &'static str,
         client: Arc<Client>,
-    ) -> Option<(Self, Exporter)> {
+        dropped: SpansDropped,
+    ) -> (Self, Exporter) {
         let (sender, spans) = mpsc::channel(WAITING);
-        let Traces { endpoint, headers, sampling } = config;
-        let exporter = Exporter { client, endpoint: endpoint?, headers, service, spans };
-        Some((Self { spans: sender, sampling }, exporter))
+        let Traces { headers, sampling, .. } = config;
+        let refused = dropped.clone();
+        let exporter = Exporter { client, endpoint, headers, service, dropped: refused, spans };
+        (Self { spans: sender, dropped, sampling }, exporter)
     }
 
     /// Where a request with `headers` belongs, and whether it belonged there before it came here.
@@ -97,7 +103,9 @@ impl Tracer {
 
     fn tell(&self, span: Span) {
         // A collector that is too slow hears of fewer.
-        let _ = self.spans.try_send(span);
+        if self.spans.try_send(span).is_err() {
+            self.dropped.crowded_out();
+        }
     }
 }
 

@@ -15,7 +15,7 @@ use crate::app::worker::Part;
 use crate::app::{autoscale, worker};
 use crate::auth::Credentials;
 use crate::autoscale::alerts::Ignored;
-use crate::config::{Access, Backend, Idle, Serve, Timeouts, Traces};
+use crate::config::{Access, Backend, Serve, Timeouts, Traces};
 use crate::health::Health;
 use crate::invoke::{Invoker, Route};
 use crate::limit::CallLimit;
@@ -169,7 +169,8 @@ impl Parts {
             };
             Scaling::new(provider, Arc::clone(&metrics.known), limits, tasks)
         });
-        let tracer = tracer(&config.traces, "gateway", idle, tls.clone(), tasks);
+        let collector = Client::new(idle, tls.clone());
+        let tracer = tracer(&config.traces, "gateway", &metrics, collector, tasks)?;
         let access = config.access_log;
         let observer = (access != Access::Off || tracer.is_some())
             .then(|| Arc::new(Observer { access, tracer: tracer.clone() }));
@@ -328,15 +329,17 @@ const MAX_SCRAPERS: usize = 256;
 pub(super) fn tracer(
     config: &Traces,
     service: &'static str,
-    idle: Idle,
-    tls: Tls,
+    metrics: &Metrics,
+    client: Arc<Client>,
     tasks: &Tasks,
-) -> Option<Tracer> {
-    let client = Client::new(idle, tls);
-    let (tracer, exporter) = Tracer::new(config.clone(), service, Arc::clone(&client))?;
+) -> anyhow::Result<Option<Tracer>> {
+    let Some(endpoint) = config.endpoint.clone() else { return Ok(None) };
+    let dropped = metrics.traces()?;
+    let (tracer, exporter) =
+        Tracer::new(endpoint, config.clone(), service, Arc::clone(&client), dropped);
     tasks.spawn(|stopping| exporter.run(stopping));
     tasks.spawn(|stopping| until(stopping, async move { client.keep_swept().await }));
-    Some(tracer)
+    Ok(Some(tracer))
 }
 
 /// Serves the port that is for machines only. It stays open while calls are drained.

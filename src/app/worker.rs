@@ -147,6 +147,7 @@ pub(super) fn options(config: &config::Queue) -> Options {
         name: concat!("gateway/", env!("CARGO_PKG_VERSION")).to_owned(),
         queue: nats.queue.clone(),
         replicas: nats.replicas,
+        in_memory: nats.in_memory,
         lease: nats.lease,
         limits: limits(config),
     }

@@ -82,7 +82,8 @@ async fn start(config: config::Worker, stages: &Stages, tasks: &Tasks) -> anyhow
         scaling,
     };
     let asked = provider(ours, config.timeout);
-    let tracer = gateway::tracer(&config.traces, "gateway-worker", config.idle, tls.clone(), tasks);
+    let collector = Client::new(config.idle, tls.clone());
+    let tracer = gateway::tracer(&config.traces, "gateway-worker", &metrics, collector, tasks)?;
     let mut made = worker::worker(&config.queue, &intake, caller, asked, tls.clone(), tracer)?;
     made.prints = Prints { bodies: config.print_bodies, calls: config.print_calls };
     let health = Health::new(stages.clone(), CallLimit::new(config.queue.max_inflight, 1));

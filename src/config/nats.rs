@@ -26,6 +26,8 @@ pub struct Nats {
     pub ca: Option<PathBuf>,
     /// `nats_replicas`
     pub replicas: usize,
+    /// `nats_storage`: calls are kept in the servers' memory instead of on their disks.
+    pub in_memory: bool,
     /// `ack_wait`
     pub lease: Duration,
     /// `faas_nats_cluster_name`
@@ -54,6 +56,11 @@ impl Nats {
         from.parsed("faas_max_reconnect", "a whole number", |text| {
             (text.is_empty() || text.parse::<i64>().is_ok()).then_some(())
         });
+        let in_memory = from.parsed("nats_storage", "file or memory", |text| match text {
+            "file" => Some(false),
+            "memory" => Some(true),
+            _ => None,
+        });
         let port = from.port("faas_nats_port");
         let address = from.text("faas_nats_address");
         let hosts = address.split(',').map(str::trim).filter(|host| !host.is_empty());
@@ -73,6 +80,7 @@ impl Nats {
             tls: from.boolean("nats_tls"),
             ca,
             replicas: from.count("nats_replicas", 1..=5),
+            in_memory: in_memory.unwrap_or_default(),
             lease: from.positive_duration("ack_wait"),
             cluster: from.text("faas_nats_cluster_name"),
             group: from.text("faas_nats_queue_group"),

@@ -153,6 +153,8 @@ settings! {
         "Certificates that NATS's is checked against; default: the system's."
     nats_replicas COUNT "1" SW
         "How many servers of a NATS cluster keep each call."
+    nats_storage CHOICE "file" SW
+        "Where NATS JetStream keeps calls: file, or memory, which loses them when the servers go."
     ack_wait DURATION "30s" SW
         "A queued call whose worker has not been heard of for so long is made by another. Calls may take longer."
     max_inflight COUNT "50" SUW

@@ -50,6 +50,11 @@ impl Origin {
         Self { key: url.to_string().into(), url: Arc::new(url), host }
     }
 
+    /// What stands before every path there, mostly nothing.
+    pub(super) fn path(&self) -> &str {
+        &self.url.path
+    }
+
     /// `target` (path and query) behind the origin's own path.
     ///
     /// # Errors

@@ -1,7 +1,6 @@
 //! Which headers cross the gateway, and which are added. The only place that knows hop-by-hop headers. No I/O.
 
 use bytes::{BufMut, BytesMut};
-use http::header::Entry;
 use http::header::{
     AUTHORIZATION, CACHE_CONTROL, CONNECTION, CONTENT_ENCODING, CONTENT_LENGTH, CONTENT_RANGE,
     CONTENT_TYPE, COOKIE, EXPECT, FORWARDED, HOST, LOCATION, MAX_FORWARDS, PROXY_AUTHENTICATE,
@@ -10,7 +9,7 @@ use http::header::{
 };
 use http::{HeaderMap, HeaderName, HeaderValue};
 
-use crate::call_id::{PRODUCT, X_CALL_ID, X_START_TIME};
+use crate::call_id::{PRODUCT, Stamps, X_CALL_ID, X_START_TIME};
 
 const KEEP_ALIVE: HeaderName = HeaderName::from_static("keep-alive");
 const PROXY_CONNECTION: HeaderName = HeaderName::from_static("proxy-connection");
@@ -20,22 +19,57 @@ const X_FORWARDED_HOST: HeaderName = HeaderName::from_static("x-forwarded-host")
 /// What `Connection` cannot take away: these were put there by the gateway, or it sees to them itself.
 static OURS: [HeaderName; 5] = [AUTHORIZATION, HOST, TRAILER, X_CALL_ID, X_START_TIME];
 
-/// Makes a caller's headers those of a request to `host`, on behalf of `peer`.
+/// Says by `put` which headers a request to `host` has, made on behalf of `peer`: the caller's own, but for what
+/// concerns its connection, and ours (`stamps`, if it is a call). What the caller sent is only read: a map that changes costs more than one walk.
 ///
 /// Returns the protocol that the caller wants to change to, if any: an upgrade is the one hop-by-hop matter that
 /// is passed on.
 pub fn to_upstream(
-    headers: &mut HeaderMap,
+    headers: &HeaderMap,
     host: &HeaderValue,
     peer: &HeaderValue,
+    stamps: Option<&Stamps>,
+    mut put: impl FnMut(&HeaderName, &HeaderValue),
 ) -> Option<HeaderValue> {
-    let upgrade = end_to_end(headers);
-    if let Some(caller_host) = headers.insert(HOST, host.clone()) {
-        headers.entry(X_FORWARDED_HOST).or_insert(caller_host);
+    let named = named_by_connection(headers.get_all(CONNECTION));
+    let (mut caller_host, mut upgrade) = (None, None);
+    let (mut tells_host, mut tells_agent, mut tells_peers) = (false, false, false);
+    put(&HOST, host);
+    for (name, value) in headers {
+        match Kind::of(name) {
+            Kind::Host => caller_host = caller_host.or(Some(value)),
+            Kind::Upgrade => upgrade = Some(value),
+            // hyper has answered 100-continue by the time the body is read.
+            Kind::Connection | Kind::TransferEncoding | Kind::HopByHop | Kind::Expect => {}
+            Kind::Stamp if stamps.is_some() => {}
+            _ if is_named(&named, name) => {}
+            Kind::ForwardedFor => tells_peers = true,
+            kind => {
+                tells_host |= kind == Kind::ForwardedHost;
+                tells_agent |= kind == Kind::UserAgent;
+                put(name, value);
+            }
+        }
     }
-    append_forwarded_for(headers, peer);
-    headers.entry(USER_AGENT).or_insert(PRODUCT);
-    upgrade
+    if let Some(caller_host) = caller_host.filter(|_| !tells_host) {
+        put(&X_FORWARDED_HOST, caller_host);
+    }
+    if tells_peers {
+        put(&X_FORWARDED_FOR, &chain(headers.get_all(X_FORWARDED_FOR), peer));
+    } else {
+        put(&X_FORWARDED_FOR, peer);
+    }
+    if !tells_agent {
+        put(&USER_AGENT, &PRODUCT);
+    }
+    if let Some(stamps) = stamps {
+        put(&X_CALL_ID, &stamps.call_id);
+        put(&X_START_TIME, &stamps.start_time);
+    }
+    let upgrade = upgrade.filter(|it| named.contains(&UPGRADE) && is_harmless(it))?;
+    put(&CONNECTION, &HeaderValue::from_static("upgrade"));
+    put(&UPGRADE, upgrade);
+    Some(upgrade.clone())
 }
 
 /// Leaves a request's headers that are meant for its destination, and the wish to change protocols, which is
@@ -63,7 +97,7 @@ fn is_harmless(protocol: &HeaderValue) -> bool {
         .all(|name| !["h2", "http", "tls"].iter().any(|start| starts_with(name, start)))
 }
 
-/// Makes an upstream's headers those of an answer to the caller; `upgraded`: it has agreed to change protocols.
+/// Leaves the headers of an answer that are meant for the caller; `upgraded`: it may change protocols.
 pub fn to_caller(headers: &mut HeaderMap, upgraded: bool) {
     let upgrade = take_hop_by_hop(headers);
     if upgraded && let Some(protocol) = upgrade {
@@ -111,18 +145,50 @@ static HOP_BY_HOP: [HeaderName; 8] = [
     PROXY_AUTHORIZATION,
 ];
 
-/// The place of `name` in `HOP_BY_HOP`. Compared as text, which costs a tenth of comparing names with each.
-fn hop_by_hop(name: &HeaderName) -> Option<usize> {
-    match name.as_str() {
-        "connection" => Some(0),
-        "upgrade" => Some(1),
-        "transfer-encoding" => Some(2),
-        "te" => Some(3),
-        "keep-alive" => Some(4),
-        "proxy-connection" => Some(5),
-        "proxy-authenticate" => Some(6),
-        "proxy-authorization" => Some(7),
-        _ => None,
+/// What a header is to a proxy.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Kind {
+    Connection,
+    Upgrade,
+    TransferEncoding,
+    /// Another one that concerns one connection alone.
+    HopByHop,
+    ContentLength,
+    Expect,
+    ForwardedFor,
+    ForwardedHost,
+    Host,
+    Stamp,
+    UserAgent,
+    Other,
+}
+
+impl Kind {
+    /// Compared as text, which costs a tenth of comparing names with each.
+    pub(super) fn of(name: &HeaderName) -> Self {
+        match name.as_str() {
+            "connection" => Self::Connection,
+            "upgrade" => Self::Upgrade,
+            "transfer-encoding" => Self::TransferEncoding,
+            "te"
+            | "keep-alive"
+            | "proxy-connection"
+            | "proxy-authenticate"
+            | "proxy-authorization" => Self::HopByHop,
+            "content-length" => Self::ContentLength,
+            "expect" => Self::Expect,
+            "x-forwarded-for" => Self::ForwardedFor,
+            "x-forwarded-host" => Self::ForwardedHost,
+            "host" => Self::Host,
+            "x-call-id" | "x-start-time" => Self::Stamp,
+            "user-agent" => Self::UserAgent,
+            _ => Self::Other,
+        }
+    }
+
+    /// Whether the header concerns one connection alone.
+    pub(super) fn is_hop_by_hop(self) -> bool {
+        matches!(self, Self::Connection | Self::Upgrade | Self::TransferEncoding | Self::HopByHop)
     }
 }
 
@@ -130,33 +196,37 @@ fn hop_by_hop(name: &HeaderName) -> Option<usize> {
 /// those trailers that are announced. Returns what `Upgrade` said, if `Connection` names it.
 fn take_hop_by_hop(headers: &mut HeaderMap) -> Option<HeaderValue> {
     // One walk is cheaper than looking for each: most heads have none of them, or one.
-    let mut present = [false; 8];
-    for place in headers.keys().filter_map(hop_by_hop) {
-        present[place] = true;
-    }
-    if !present.contains(&true) {
+    if !headers.keys().any(|name| Kind::of(name).is_hop_by_hop()) {
         return None;
     }
-    let named = if present[0] { named_by_connection(headers) } else { Vec::new() };
-    for name in named.iter().filter(|name| !OURS.contains(*name) && **name != UPGRADE) {
+    let named = named_by_connection(headers.get_all(CONNECTION));
+    take_named(headers, &named);
+    let upgrade = headers.remove(UPGRADE);
+    for name in &HOP_BY_HOP {
         headers.remove(name);
-    }
-    let mut upgrade = None;
-    for (name, _) in HOP_BY_HOP.iter().zip(present).filter(|(_, present)| *present) {
-        let value = headers.remove(name);
-        if *name == UPGRADE {
-            upgrade = value;
-        }
     }
     upgrade.filter(|_| named.contains(&UPGRADE))
 }
 
+/// Takes out what `Connection` names.
+pub(super) fn take_named(headers: &mut HeaderMap, named: &[HeaderName]) {
+    for name in named.iter().filter(|name| is_named(named, name) && **name != UPGRADE) {
+        headers.remove(name);
+    }
+}
+
+/// Whether `Connection` takes a header away.
+fn is_named(named: &[HeaderName], name: &HeaderName) -> bool {
+    // Mostly it names none.
+    !named.is_empty() && named.contains(name) && !OURS.contains(name)
+}
+
 /// The headers that `Connection` names; what it says of the connection itself is no header.
-fn named_by_connection(headers: &HeaderMap) -> Vec<HeaderName> {
-    headers
-        .get_all(CONNECTION)
-        .iter()
-        .filter_map(|value| value.to_str().ok())
+pub(super) fn named_by_connection<'a>(
+    values: impl IntoIterator<Item = &'a HeaderValue>,
+) -> Vec<HeaderName> {
+    let values = values.into_iter().filter_map(|value| value.to_str().ok());
+    values
         .flat_map(|value| value.split(','))
         .map(str::trim)
         .filter(|name| {
@@ -166,28 +236,20 @@ fn named_by_connection(headers: &HeaderMap) -> Vec<HeaderName> {
         .collect()
 }
 
-fn announce_upgrade(headers: &mut HeaderMap, protocol: &HeaderValue) {
+pub(super) fn announce_upgrade(headers: &mut HeaderMap, protocol: &HeaderValue) {
     headers.insert(CONNECTION, HeaderValue::from_static("upgrade"));
     headers.insert(UPGRADE, protocol.clone());
 }
 
-/// Appends the peer to the list of those that passed the request on, one header whatever came.
-fn append_forwarded_for(headers: &mut HeaderMap, peer: &HeaderValue) {
-    let mut entry = match headers.entry(X_FORWARDED_FOR) {
-        Entry::Vacant(entry) => {
-            entry.insert(peer.clone());
-            return;
-        }
-        Entry::Occupied(entry) => entry,
-    };
+/// Those that passed the request on, and `peer` behind them: one header whatever came.
+fn chain<'a>(told: impl IntoIterator<Item = &'a HeaderValue>, peer: &HeaderValue) -> HeaderValue {
     let mut list = BytesMut::new();
-    for value in entry.iter() {
+    for value in told {
         list.put_slice(value.as_bytes());
         list.put_slice(b", ");
     }
     list.put_slice(peer.as_bytes());
-    let list = HeaderValue::from_maybe_shared(list.freeze()).unwrap_or_else(|_| peer.clone());
-    entry.insert(list);
+    HeaderValue::from_maybe_shared(list.freeze()).unwrap_or_else(|_| peer.clone())
 }
 
 #[cfg(test)]
@@ -202,15 +264,29 @@ mod tests {
         headers
     }
 
+    fn passed_on(
+        sent: &HeaderMap,
+        host: &'static str,
+        peer: &'static str,
+    ) -> (HeaderMap, Option<HeaderValue>) {
+        let [host, peer] = [host, peer].map(HeaderValue::from_static);
+        let mut headers = HeaderMap::new();
+        let put = |name: &HeaderName, value: &HeaderValue| {
+            headers.append(name.clone(), value.clone());
+        };
+        let upgrade = to_upstream(sent, &host, &peer, Some(&Stamps::of(sent)), put);
+        (headers, upgrade)
+    }
+
     #[track_caller]
     fn check(sent: &[(&'static str, &'static str)], expect: &[(&'static str, &'static str)]) {
-        let mut headers = map(sent);
-        to_upstream(
-            &mut headers,
-            &HeaderValue::from_static("provider:8081"),
-            &HeaderValue::from_static("10.0.0.9"),
-        );
+        let (host, peer) = ("provider:8081", "10.0.0.9");
+        let (mut headers, _) = passed_on(&map(sent), host, peer);
         headers.remove(USER_AGENT);
+        headers.remove(X_START_TIME);
+        if !sent.iter().any(|(name, _)| *name == X_CALL_ID) {
+            headers.remove(X_CALL_ID);
+        }
         assert_eq!(headers, map(expect));
     }
 
@@ -271,11 +347,29 @@ mod tests {
     }
 
     #[test]
+    fn what_the_gateway_says_is_said_once() {
+        let sent = map(&[
+            ("user-agent", "curl"),
+            ("x-call-id", "mine"),
+            ("x-call-id", "other"),
+            ("x-start-time", "0"),
+            ("host", "a"),
+        ]);
+        let (headers, _) = passed_on(&sent, "p", "p");
+        for name in [USER_AGENT, X_CALL_ID, X_START_TIME, HOST] {
+            assert_eq!(headers.get_all(&name).iter().count(), 1, "{name}");
+        }
+        assert_eq!(
+            (&headers[X_CALL_ID], &headers[USER_AGENT]),
+            (&"mine".parse().unwrap(), &"curl".parse().unwrap())
+        );
+        assert_ne!(headers[X_START_TIME], "0");
+    }
+
+    #[test]
     fn an_upgrade_is_passed_on_and_so_is_its_acceptance() {
-        let mut headers =
-            map(&[("host", "g"), ("connection", "Upgrade"), ("upgrade", "websocket")]);
-        let host = HeaderValue::from_static("p");
-        let wanted = to_upstream(&mut headers, &host, &host);
+        let sent = map(&[("host", "g"), ("connection", "Upgrade"), ("upgrade", "websocket")]);
+        let (headers, wanted) = passed_on(&sent, "p", "p");
         assert_eq!(wanted, Some(HeaderValue::from_static("websocket")));
         assert_eq!(headers[CONNECTION], "upgrade");
         let mut answer = map(&[("connection", "upgrade"), ("upgrade", "websocket")]);

@@ -11,7 +11,10 @@ use http_body::{Body, Frame};
 use tokio::io::AsyncWrite;
 
 use crate::proxy::body::{BodyError, RequestBody};
-use crate::proxy::wire::request::{Framing, write_chunk_size, write_head, write_last_chunk};
+use crate::proxy::wire::request::{
+    Framing, path_and_query, write_chunk_size, write_end, write_header, write_last_chunk,
+    write_start,
+};
 
 /// So much is gathered before it is written. Larger frames are written where they are.
 const ENOUGH: usize = 8 << 10;
@@ -56,7 +59,21 @@ pub(super) struct Upload {
 impl Upload {
     /// The request that `head` and `body` make. `head` is as it is to be sent.
     pub(super) fn new(head: &Parts, body: RequestBody) -> Self {
-        let framing = Framing::of(head, &body);
+        Self::write(&head.method, &head.headers, body, |out| {
+            write_start(out, &head.method, ["", path_and_query(&head.uri)]);
+            head.headers.iter().for_each(|(name, value)| write_header(out, name, value));
+        })
+    }
+
+    /// A request with this method and body; `headers` say what it was framed by. `write_head` writes its head, but for
+    /// the end.
+    pub(super) fn write(
+        method: &Method,
+        headers: &HeaderMap,
+        body: RequestBody,
+        write_head: impl FnOnce(&mut Vec<u8>),
+    ) -> Self {
+        let framing = Framing::of(method, headers, &body);
         let bodiless = matches!(framing, Framing::Bare | Framing::Length(0));
         let short = match framing {
             Framing::Length(length) => usize::try_from(length).unwrap_or(0),
@@ -64,14 +81,15 @@ impl Upload {
         };
         let gathered = if short <= ENOUGH { short } else { 0 };
         let mut ready = Vec::with_capacity(USUAL_HEAD + gathered);
-        write_head(&mut ready, head, framing);
+        write_head(&mut ready);
+        write_end(&mut ready, framing);
         Self {
             ready,
             body: (!bodiless).then_some(body),
             framing,
             kept: true,
-            is_head: head.method == Method::HEAD,
-            repeatable: bodiless && head.method.is_idempotent(),
+            is_head: *method == Method::HEAD,
+            repeatable: bodiless && method.is_idempotent(),
             ..Self::default()
         }
     }

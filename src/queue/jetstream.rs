@@ -115,6 +115,11 @@ impl JetStream {
     /// # Errors
     /// When the options cannot be: a file that is not there, an address that is none.
     pub async fn open(options: Options) -> anyhow::Result<Self> {
+        if options.in_memory {
+            tracing::warn!(
+                "Queued calls are kept in the memory of NATS: they are lost when its servers end"
+            );
+        }
         let server = Server::open(&options).await?;
         let tasks = Tasks {
             tracker: TaskTracker::new(),

@@ -103,6 +103,15 @@ const SMALL: usize = 1 << 10;
 /// of what its whole call does, so it is made when it is needed.
 const FEW_LINES: usize = 100;
 
+/// How many lines end in `read`, or that there are more than a few.
+fn lines(read: &[u8]) -> usize {
+    /// What is longer has a body behind its head, mostly one with few lines.
+    const LONG: usize = 1 << 10;
+    let ends = memchr::memchr_iter(b'\n', read);
+    // To count all at once is the faster way for a head, and the slower one for a body without lines.
+    if read.len() > LONG { ends.take(FEW_LINES + 1).count() } else { ends.count() }
+}
+
 impl CallerStream {
     pub fn new(tcp: TcpStream, watch: Arc<Watch>, timeouts: Timeouts) -> Self {
         Self {
@@ -132,7 +141,7 @@ impl CallerStream {
             self.watch.head_begins(self.timeouts.read);
             self.lines = 0;
         }
-        self.lines += memchr::memchr_iter(b'\n', read).count();
+        self.lines += lines(read);
         if self.roomy || self.lines <= FEW_LINES {
             return true;
         }

@@ -14,6 +14,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::call_id::PRODUCT;
 use crate::config::base_url::BaseUrl;
+use crate::metrics::traces::SpansDropped;
 use crate::proxy::body::RequestBody;
 use crate::proxy::client::{Client, Origin};
 use crate::trace::span::{Span, export};
@@ -40,6 +41,7 @@ pub struct Exporter {
     /// `otlp_headers`
     pub headers: HeaderMap,
     pub service: &'static str,
+    pub(super) dropped: SpansDropped,
     pub(super) spans: mpsc::Receiver<Span>,
 }
 
@@ -103,10 +105,12 @@ impl Exporter {
     }
 
     /// Says once when the collector goes away, and when it is back.
-    fn note(&self, sent: anyhow::Result<()>, spans: usize, was_away: bool) -> bool {
+    fn note(&self, sent: anyhow::Result<u64>, spans: usize, was_away: bool) -> bool {
+        self.dropped.refused(sent.as_ref().map_or(spans as u64, |refused| *refused));
         match sent {
-            Ok(()) if was_away => tracing::info!("The collector of traces takes spans again"),
-            Ok(()) => {}
+            Ok(1..) if !was_away => tracing::debug!(?sent, "The collector refused some spans"),
+            Ok(_) if was_away => tracing::info!("The collector of traces takes spans again"),
+            Ok(_) => {}
             Err(error) if was_away => {
                 tracing::debug!(%error, spans, "Spans dropped");
                 return true;
@@ -119,7 +123,8 @@ impl Exporter {
         false
     }
 
-    async fn send(&self, spans: &[Span]) -> anyhow::Result<()> {
+    /// Sends `spans`; how many of them the collector has refused one by one.
+    async fn send(&self, spans: &[Span]) -> anyhow::Result<u64> {
         let origin = Origin::new(self.endpoint.clone());
         let body = Bytes::from(export(self.service, spans));
         let mut request = Request::new(RequestBody::Full(Some(body)));
@@ -135,15 +140,36 @@ impl Exporter {
             let answer = self.client.send(&origin, request, &watch).await?;
             let status = answer.status();
             // Read to its end, so that the connection can be used again.
-            let _ = Limited::new(answer.into_body(), LONGEST_ANSWER).collect().await;
-            anyhow::Ok(status)
+            let body = Limited::new(answer.into_body(), LONGEST_ANSWER).collect().await;
+            anyhow::Ok((status, body.map_or(0, |body| rejected(&body.to_bytes()))))
         };
         match tokio::time::timeout(ANSWER, answered).await {
             Err(_) => bail!("it did not answer in time"),
-            Ok(status) => match status? {
-                status if status.is_success() => Ok(()),
-                status => bail!("it answered {status}"),
+            Ok(answered) => match answered? {
+                (status, rejected) if status.is_success() => Ok(rejected.min(spans.len() as u64)),
+                (status, _) => bail!("it answered {status}"),
             },
+        }
+    }
+}
+
+/// How many spans an answer says were rejected. JSON writes a number of 64 bits as text, or as a number.
+fn rejected(answer: &[u8]) -> u64 {
+    let answer: serde_json::Value = serde_json::from_slice(answer).unwrap_or_default();
+    let spans = &answer["partialSuccess"]["rejectedSpans"];
+    spans.as_u64().or_else(|| spans.as_str()?.parse().ok()).unwrap_or(0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_collector_says_how_many_it_has_refused() {
+        assert_eq!(rejected(br#"{"partialSuccess":{"rejectedSpans":"3"}}"#), 3);
+        assert_eq!(rejected(br#"{"partialSuccess":{"rejectedSpans":2,"errorMessage":"x"}}"#), 2);
+        for answer in ["", "{}", "[]", "ok", r#"{"partialSuccess":null}"#] {
+            assert_eq!(rejected(answer.as_bytes()), 0, "{answer}");
         }
     }
 }

@@ -33,6 +33,7 @@ fn options(nats: &Nats) -> Options {
         name: "gateway-test".to_owned(),
         queue: "faas-request".to_owned(),
         replicas: 1,
+        in_memory: false,
         lease: LEASE,
         limits: LIMITS,
     }

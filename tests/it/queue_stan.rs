@@ -253,6 +253,7 @@ async fn member(nats: &Nats, host: &str) -> Queue {
         name: "gateway-test".to_owned(),
         queue: CHANNEL.to_owned(),
         replicas: 1,
+        in_memory: false,
         lease: Duration::from_secs(1),
         limits: Limits { pending: 0, result_ttl: 0, key_ttl: 0 },
     };

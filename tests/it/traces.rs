@@ -129,6 +129,12 @@ async fn calls_do_not_wait_for_a_collector() {
         assert_eq!(gateway.get("/function/echo").await.status(), 200);
     }
     gateway.logs("The collector of traces takes no spans").await;
+    let refused = [("reason", "refused")];
+    eventually("the spans are counted as dropped", async || {
+        let metrics = gateway.metrics().await;
+        metrics.get("gateway_spans_dropped_total", &refused).is_some_and(|dropped| dropped >= 20.0)
+    })
+    .await;
     assert!(gateway.terminate().await.success());
 }
 

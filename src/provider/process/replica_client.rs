@@ -42,7 +42,6 @@ pub(super) async fn send(
     let watch = Arc::new(Watch::new());
     let mut answer = tasks.client.send(&origin, request, &watch).await?;
     let switches = answer.status() == StatusCode::SWITCHING_PROTOCOLS;
-    headers::to_caller(answer.headers_mut(), switches);
     if switches {
         let caller = caller.context("it changed protocols unasked")?;
         let tunnel = Tunnel::new(caller, &mut answer, LONGEST_SILENCE);

@@ -3,11 +3,12 @@
 use std::mem::MaybeUninit;
 
 use bytes::{Buf, Bytes, BytesMut};
-use http::header::{CONNECTION, CONTENT_LENGTH, TRANSFER_ENCODING};
+use http::header::{CONTENT_LENGTH, UPGRADE};
 use http::{HeaderMap, HeaderName, HeaderValue, Response, StatusCode};
 use httparse::Status;
 use hyper::ext::ReasonPhrase;
 
+use crate::proxy::headers::{Kind, announce_upgrade, named_by_connection, take_named};
 use crate::proxy::wire::Malformed;
 use crate::proxy::wire::decoder::Decoder;
 
@@ -52,11 +53,13 @@ fn assemble(
     to_head: bool,
 ) -> Result<Head, Malformed> {
     let mut answer = Response::new(());
-    *answer.status_mut() =
+    let status =
         parsed.code.and_then(|code| StatusCode::from_u16(code).ok()).ok_or(Malformed::Status)?;
+    *answer.status_mut() = status;
     keep_reason(&mut answer, parsed.reason.unwrap_or_default());
     // One copy that all values share, so that the buffer is free for what comes next.
     let shared = Bytes::copy_from_slice(text);
+    let mut says = Says::default();
     let headers = answer.headers_mut();
     // Some more are added on the way.
     headers.reserve(parsed.headers.len() + 4);
@@ -65,16 +68,19 @@ fn assemble(
         let start = header.value.as_ptr().addr() - text.as_ptr().addr();
         let value = shared.slice(start..start + header.value.len());
         let value = HeaderValue::from_maybe_shared(value).map_err(|_| Malformed::Header)?;
-        headers.append(name, value);
+        if let Some(value) = says.take(Kind::of(&name), value) {
+            headers.append(name, value);
+        }
     }
     let is_1_0 = parsed.version == Some(0);
-    let body = framing(answer.status(), answer.headers_mut(), to_head, is_1_0)?;
-    // Whoever gives both may mean another end than the one that is seen here (RFC 9112, 6.3).
-    let ambiguous = take_length_beside_coding(answer.headers_mut());
-    let keep_alive = keeps_alive(answer.headers(), is_1_0)
-        && !ambiguous
-        && body != Decoder::UntilClose
-        && answer.status() != StatusCode::SWITCHING_PROTOCOLS;
+    let bodiless = status.is_informational()
+        || matches!(status, StatusCode::NO_CONTENT | StatusCode::NOT_MODIFIED)
+        || to_head;
+    let length = says.length()?;
+    let body = says.framing(length, bodiless, is_1_0)?;
+    let switches = status == StatusCode::SWITCHING_PROTOCOLS;
+    let keep_alive = says.keeps_alive(is_1_0) && body != Decoder::UntilClose && !switches;
+    says.settle(headers, length, switches);
     Ok(Head { answer, body, keep_alive })
 }
 
@@ -87,75 +93,101 @@ fn keep_reason(answer: &mut Response<()>, reason: &str) {
     }
 }
 
-/// How the body is framed (RFC 9112, 6.3). Leaves no header that says otherwise.
-fn framing(
-    status: StatusCode,
-    headers: &mut HeaderMap,
-    to_head: bool,
-    is_1_0: bool,
-) -> Result<Decoder, Malformed> {
-    let bodiless = status.is_informational()
-        || matches!(status, StatusCode::NO_CONTENT | StatusCode::NOT_MODIFIED)
-        || to_head;
-    if headers.contains_key(TRANSFER_ENCODING) {
-        // A coding that is taken off here, but not undone, would spoil the body.
-        let mut codings = headers.get_all(TRANSFER_ENCODING).iter();
-        let chunked =
-            codings.next().is_some_and(|coding| coding.as_bytes().eq_ignore_ascii_case(b"chunked"));
-        if is_1_0 || !chunked || codings.next().is_some() {
-            return Err(Malformed::TransferEncoding);
+/// What the head of an answer says of its connection and its body's frame: no matter of the caller's.
+#[derive(Default)]
+struct Says {
+    connection: Vec<HeaderValue>,
+    upgrade: Option<HeaderValue>,
+    codings: Vec<HeaderValue>,
+    lengths: Vec<HeaderValue>,
+}
+
+impl Says {
+    /// Takes a header in; gives back one that is for the caller.
+    fn take(&mut self, kind: Kind, value: HeaderValue) -> Option<HeaderValue> {
+        match kind {
+            Kind::Connection => self.connection.push(value),
+            Kind::Upgrade => self.upgrade = Some(value),
+            Kind::TransferEncoding => self.codings.push(value),
+            Kind::ContentLength => self.lengths.push(value),
+            kind if kind.is_hop_by_hop() => {}
+            _ => return Some(value),
         }
-        return Ok(if bodiless { Decoder::Done } else { Decoder::chunked() });
+        None
     }
-    let length = content_length(headers)?;
-    Ok(match length {
-        _ if bodiless => Decoder::Done,
-        Some(length) => Decoder::length(length),
-        None => Decoder::UntilClose,
-    })
-}
 
-/// Drops a length beside a coding; whether there was one.
-fn take_length_beside_coding(headers: &mut HeaderMap) -> bool {
-    headers.contains_key(TRANSFER_ENCODING) && headers.remove(CONTENT_LENGTH).is_some()
-}
-
-/// The one length that all headers agree on.
-fn content_length(headers: &mut HeaderMap) -> Result<Option<u64>, Malformed> {
-    let mut values = headers.get_all(CONTENT_LENGTH).iter();
-    let Some(first) = values.next() else { return Ok(None) };
-    let (mut several, mut length) = (false, None);
-    for value in std::iter::once(first).chain(values) {
-        for text in value.as_bytes().split(|byte| *byte == b',') {
-            let number = parse_length(text.trim_ascii()).ok_or(Malformed::Length)?;
-            several = length.is_some();
-            if length.is_some_and(|length| length != number) {
-                return Err(Malformed::Length);
+    /// How the body is framed (RFC 9112, 6.3).
+    fn framing(
+        &self,
+        length: Option<u64>,
+        bodiless: bool,
+        is_1_0: bool,
+    ) -> Result<Decoder, Malformed> {
+        if let [coding, others @ ..] = &self.codings[..] {
+            // A coding that is taken off here, but not undone, would spoil the body.
+            let chunked = others.is_empty() && coding.as_bytes().eq_ignore_ascii_case(b"chunked");
+            if is_1_0 || !chunked {
+                return Err(Malformed::TransferEncoding);
             }
-            length = Some(number);
+            return Ok(if bodiless { Decoder::Done } else { Decoder::chunked() });
+        }
+        Ok(match length {
+            _ if bodiless => Decoder::Done,
+            Some(length) => Decoder::length(length),
+            None => Decoder::UntilClose,
+        })
+    }
+
+    /// The one length that all headers agree on. One beside a coding counts for nothing.
+    fn length(&self) -> Result<Option<u64>, Malformed> {
+        let mut length = None;
+        if !self.codings.is_empty() {
+            return Ok(length);
+        }
+        for value in &self.lengths {
+            for text in value.as_bytes().split(|byte| *byte == b',') {
+                let number = parse_length(text.trim_ascii()).ok_or(Malformed::Length)?;
+                if length.is_some_and(|length| length != number) {
+                    return Err(Malformed::Length);
+                }
+                length = Some(number);
+            }
+        }
+        Ok(length)
+    }
+
+    /// Whether the peer goes on after this answer.
+    fn keeps_alive(&self, is_1_0: bool) -> bool {
+        let says = |what: &str| {
+            self.connection.iter().any(|value| {
+                let mut options = value.as_bytes().split(|byte| *byte == b',');
+                options.any(|option| option.trim_ascii().eq_ignore_ascii_case(what.as_bytes()))
+            })
+        };
+        // Whoever gives both may mean another end than the one that is seen here (RFC 9112, 6.3).
+        let ambiguous = !self.codings.is_empty() && !self.lengths.is_empty();
+        !ambiguous && !says("close") && (!is_1_0 || says("keep-alive"))
+    }
+
+    /// Puts right what the caller is to know of all this, and takes out what it is not.
+    fn settle(self, headers: &mut HeaderMap, length: Option<u64>, switches: bool) {
+        let named = named_by_connection(&self.connection);
+        take_named(headers, &named);
+        if let (Some(length), [first, others @ ..]) = (length, &self.lengths[..]) {
+            let is_plain = others.is_empty() && !first.as_bytes().contains(&b',');
+            let value = if is_plain { first.clone() } else { length.into() };
+            headers.insert(CONTENT_LENGTH, value);
+        }
+        if let Some(upgrade) = self.upgrade.filter(|_| switches && named.contains(&UPGRADE)) {
+            announce_upgrade(headers, &upgrade);
         }
     }
-    if several && let Some(length) = length {
-        headers.insert(CONTENT_LENGTH, HeaderValue::from(length));
-    }
-    Ok(length)
 }
 
 fn parse_length(text: &[u8]) -> Option<u64> {
     // `parse` would take a sign.
     let digits = !text.is_empty() && text.iter().all(u8::is_ascii_digit);
     std::str::from_utf8(text).ok().filter(|_| digits)?.parse().ok()
-}
-
-/// Whether the peer goes on after this answer.
-fn keeps_alive(headers: &HeaderMap, is_1_0: bool) -> bool {
-    let says = |what: &str| {
-        headers.get_all(CONNECTION).iter().any(|value| {
-            let mut options = value.as_bytes().split(|byte| *byte == b',');
-            options.any(|option| option.trim_ascii().eq_ignore_ascii_case(what.as_bytes()))
-        })
-    };
-    if is_1_0 { says("keep-alive") && !says("close") } else { !says("close") }
 }
 
 #[cfg(test)]

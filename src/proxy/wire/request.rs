@@ -3,8 +3,8 @@
 use std::io::Write;
 
 use http::header::{CONTENT_LENGTH, TRANSFER_ENCODING};
-use http::request::Parts;
-use http::{HeaderMap, Method};
+use http::uri::PathAndQuery;
+use http::{HeaderMap, HeaderName, HeaderValue, Method, Uri};
 use http_body::Body;
 
 use crate::proxy::headers::may_trail;
@@ -22,12 +22,12 @@ pub(in crate::proxy) enum Framing {
 
 impl Framing {
     /// How `body` is sent. A caller's own length is that of its body: it came framed by it.
-    pub(in crate::proxy) fn of(head: &Parts, body: &impl Body) -> Self {
+    pub(in crate::proxy) fn of(method: &Method, headers: &HeaderMap, body: &impl Body) -> Self {
         match body.size_hint().exact() {
             // Some servers want to hear of a body that could be there but is not.
             Some(0) | None if body.is_end_stream() => {
-                let says = matches!(head.method, Method::POST | Method::PUT | Method::PATCH)
-                    || head.headers.contains_key(CONTENT_LENGTH);
+                let says = matches!(*method, Method::POST | Method::PUT | Method::PATCH)
+                    || headers.contains_key(CONTENT_LENGTH);
                 if says { Self::Length(0) } else { Self::Bare }
             }
             Some(length) => Self::Length(length),
@@ -36,25 +36,34 @@ impl Framing {
     }
 }
 
-/// Writes the head of a request for HTTP/1.1. Its URI has the path as it is to be sent.
-pub(in crate::proxy) fn write_head(out: &mut Vec<u8>, head: &Parts, framing: Framing) {
-    let target = head.uri.path_and_query().map_or("/", |target| target.as_str());
-    for part in [head.method.as_str(), " ", target, " HTTP/1.1\r\n"] {
+/// Path and query as they are sent.
+pub(in crate::proxy) fn path_and_query(uri: &Uri) -> &str {
+    uri.path_and_query().map_or("/", PathAndQuery::as_str)
+}
+
+/// Writes the first line of a request for HTTP/1.1. Its target comes in two parts.
+pub(in crate::proxy) fn write_start(out: &mut Vec<u8>, method: &Method, target: [&str; 2]) {
+    for part in [method.as_str(), " ", target[0], target[1], " HTTP/1.1\r\n"] {
         out.extend_from_slice(part.as_bytes());
     }
-    for (name, value) in &head.headers {
-        // The framing is that of this connection.
-        if *name != CONTENT_LENGTH && *name != TRANSFER_ENCODING {
-            write_header(out, name.as_str(), value.as_bytes());
-        }
+}
+
+/// Writes a header, unless it says how the body is framed: that is for each connection to say.
+pub(in crate::proxy) fn write_header(out: &mut Vec<u8>, name: &HeaderName, value: &HeaderValue) {
+    if *name != CONTENT_LENGTH && *name != TRANSFER_ENCODING {
+        write_line(out, name.as_str(), value.as_bytes());
     }
+}
+
+/// Writes how the body is framed, and the end of the head.
+pub(in crate::proxy) fn write_end(out: &mut Vec<u8>, framing: Framing) {
     match framing {
         Framing::Bare => {}
         Framing::Length(length) => {
             let mut digits = itoa::Buffer::new();
-            write_header(out, "content-length", digits.format(length).as_bytes());
+            write_line(out, "content-length", digits.format(length).as_bytes());
         }
-        Framing::Chunked => write_header(out, "transfer-encoding", b"chunked"),
+        Framing::Chunked => write_line(out, "transfer-encoding", b"chunked"),
     }
     out.extend_from_slice(b"\r\n");
 }
@@ -69,12 +78,12 @@ pub(in crate::proxy) fn write_chunk_size(out: &mut Vec<u8>, length: usize) {
 pub(in crate::proxy) fn write_last_chunk(out: &mut Vec<u8>, trailers: &HeaderMap) {
     out.extend_from_slice(b"0\r\n");
     for (name, value) in trailers.iter().filter(|(name, _)| may_trail(name)) {
-        write_header(out, name.as_str(), value.as_bytes());
+        write_line(out, name.as_str(), value.as_bytes());
     }
     out.extend_from_slice(b"\r\n");
 }
 
-fn write_header(out: &mut Vec<u8>, name: &str, value: &[u8]) {
+fn write_line(out: &mut Vec<u8>, name: &str, value: &[u8]) {
     for part in [name.as_bytes(), b": ", value, b"\r\n"] {
         out.extend_from_slice(part);
     }
@@ -100,7 +109,9 @@ mod tests {
     fn check(request: Request<()>, body: impl Body, expect: &str) {
         let (head, ()) = request.into_parts();
         let mut out = Vec::new();
-        write_head(&mut out, &head, Framing::of(&head, &body));
+        write_start(&mut out, &head.method, ["", path_and_query(&head.uri)]);
+        head.headers.iter().for_each(|(name, value)| write_header(&mut out, name, value));
+        write_end(&mut out, Framing::of(&head.method, &head.headers, &body));
         assert_eq!(String::from_utf8(out).unwrap(), expect);
     }
 
@@ -146,7 +157,7 @@ mod tests {
         let trailers = HeaderMap::from_iter([
             (CONTENT_LENGTH, HeaderValue::from_static("5")),
             (http::header::HOST, HeaderValue::from_static("else.where")),
-            (http::HeaderName::from_static("x-checksum"), HeaderValue::from_static("42")),
+            (HeaderName::from_static("x-checksum"), HeaderValue::from_static("42")),
         ]);
         let mut out = Vec::new();
         write_last_chunk(&mut out, &trailers);

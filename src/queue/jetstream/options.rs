@@ -31,6 +31,8 @@ pub struct Options {
     pub queue: String,
     /// How many servers of a cluster keep each call.
     pub replicas: usize,
+    /// They keep it in memory: it is gone when all of them have ended.
+    pub in_memory: bool,
     /// A call whose taker has not been heard of for so long is taken again.
     pub lease: Duration,
     pub limits: Limits,

@@ -23,7 +23,7 @@ fn wanted(names: &Names, options: &Options) -> Vec<Config> {
         name: name.to_owned(),
         subjects: roots.iter().map(|root| names.all(root)).collect(),
         retention: RetentionPolicy::Limits,
-        storage: StorageType::File,
+        storage: if options.in_memory { StorageType::Memory } else { StorageType::File },
         num_replicas: options.replicas.max(1),
         max_messages: -1,
         max_bytes: -1,
@@ -158,4 +158,32 @@ fn differing(wanted: &Config, found: &Config) -> Vec<&'static str> {
         ("discard", wanted.discard == found.discard),
     ];
     checks.into_iter().filter_map(|(name, same)| (!same).then_some(name)).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::queue::embedded::Limits;
+    use crate::queue::jetstream::Auth;
+
+    #[test]
+    fn all_streams_are_where_they_are_wanted() {
+        for (in_memory, storage) in [(false, StorageType::File), (true, StorageType::Memory)] {
+            let limits = Limits { pending: 1, result_ttl: 1, key_ttl: 1 };
+            let options = Options {
+                servers: Vec::new(),
+                auth: Auth::Nobody,
+                tls: false,
+                root_ca: None,
+                name: String::new(),
+                queue: "q".to_owned(),
+                replicas: 1,
+                in_memory,
+                lease: Duration::from_secs(30),
+                limits,
+            };
+            let streams = wanted(&Names::new("q"), &options);
+            assert!(streams.iter().all(|stream| stream.storage == storage), "{in_memory}");
+        }
+    }
 }
