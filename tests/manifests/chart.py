@@ -24,13 +24,64 @@ SWITCHES = {
     "autoscaled": (["gateway.autoscaling.enabled=true"], []),
     "no disruption budget": (["gateway.podDisruptionBudget.enabled=false"], []),
     "env": (["gateway.env.max_calls=2000000", "worker.env.max_result_body=4096"], []),
+    "files and secrets": (
+        [
+            "queue.backend=external",
+            "queue.external.address=nats.example.com",
+            "queue.external.existingSecret=login",
+            "queue.external.tls=true",
+            *(
+                f"{of}.{what}"
+                for of in ("gateway", "worker")
+                for what in (
+                    "env.nats_ca=/var/tls/ca.crt",
+                    "extraEnv[0].name=otlp_headers",
+                    "extraEnv[0].valueFrom.secretKeyRef.name=collector",
+                    "extraEnv[0].valueFrom.secretKeyRef.key=headers",
+                    "extraEnv[1].name=nats_user",
+                    "extraEnv[1].value=somebody",
+                    "envFrom[0].secretRef.name=more",
+                    "extraVolumes[0].name=tls",
+                    "extraVolumes[0].secret.secretName=nats-tls",
+                    "extraVolumeMounts[0].name=tls",
+                    "extraVolumeMounts[0].mountPath=/var/tls",
+                )
+            ),
+        ],
+        ["login", "collector", "more", "nats-tls"],
+    ),
+    "files without auth": (
+        [
+            "basicAuth.enabled=false",
+            "worker.extraVolumes[0].name=tls",
+            "worker.extraVolumes[0].secret.secretName=tls",
+            "worker.extraVolumeMounts[0].name=tls",
+            "worker.extraVolumeMounts[0].mountPath=/var/tls",
+        ],
+        ["tls"],
+    ),
     "traces": (["tracing.otlpEndpoint=http://collector:4318", "tracing.sampling=0.1", "gateway.accessLog=errors"], []),
     "from zero": (["gateway.scaleFromZero=true", "gateway.env.cold_start_timeout=90s"], []),
+    "scaled by load": (
+        ["gateway.autoscale.enabled=true", "gateway.autoscale.window=30s", "gateway.replicas=2"],
+        [],
+    ),
+    "scaled by load, without a queue": (["gateway.autoscale.enabled=true", "queue.backend=none"], []),
     "direct functions": (
         ["gateway.directFunctions=true", "gateway.directFunctionsSuffix=openfaas-fn.svc.cluster.local"],
         [],
     ),
     "provider beside": (["provider.image.repository=example.com/provider", "provider.image.tag=1.0.0"], []),
+    "long calls": (
+        [
+            "provider.image.repository=example.com/provider",
+            "provider.image.tag=1.0.0",
+            "gateway.upstreamTimeout=1h2m3.5s",
+            "gateway.scaleFromZero=true",
+            "gateway.env.cold_start_timeout=90",
+        ],
+        [],
+    ),
     "provider of all namespaces": (
         [
             "provider.image.repository=example.com/provider",
@@ -73,6 +124,16 @@ SWITCHES = {
     ),
     "route": (["httpRoute.enabled=true", "httpRoute.hostnames={gateway.example.com}"], []),
     "policies": (["networkPolicy.enabled=true"], []),
+    "policies with guests": (
+        [
+            "networkPolicy.enabled=true",
+            *(
+                f"networkPolicy.{what}From[0].namespaceSelector.matchLabels.name=monitoring"
+                for what in ("prometheus", "alertmanager", "metrics")
+            ),
+        ],
+        [],
+    ),
     "policies without prometheus": (
         ["networkPolicy.enabled=true", "prometheus.enabled=false", "alertmanager.enabled=false"],
         [],
@@ -82,7 +143,11 @@ SWITCHES = {
             "prometheus.enabled=false",
             "alertmanager.enabled=false",
             "serviceMonitor.enabled=true",
+            "serviceMonitor.interval=30s",
             "prometheusRule.enabled=true",
+            "prometheus.extraRuleGroups[0].name=mine",
+            "prometheus.extraRuleGroups[0].rules[0].record=a:b",
+            "prometheus.extraRuleGroups[0].rules[0].expr=up",
         ],
         [],
     ),
@@ -141,9 +206,9 @@ def helm(*arguments):
     return run.stdout
 
 
-def template(arguments, namespace=NAMESPACE):
+def template(arguments, chart=CHART):
     """The objects that the chart makes."""
-    text = helm("template", "gateway", str(CHART), "--namespace", namespace, *arguments)
+    text = helm("template", "gateway", str(chart), "--namespace", NAMESPACE, *arguments)
     return [found for found in yaml.load_all(text, Loader) if found]
 
 

@@ -18,8 +18,9 @@ import live
 import names
 import plain
 import settings
+import upgrades
 from chart import CHART, ROOT, Loader, Refused
-from objects import Objects
+from objects import Objects, containers, pod_of
 
 TOOLS = ROOT / "target" / "manifests"
 VENV = TOOLS / "venv" / "bin"
@@ -102,12 +103,18 @@ class Checks:
             "gateway.replica=2",
             "gateway.replicas=two",
             "gateway.upstreamTimeout=1 minute",
+            "gateway.env.max_cals=5",
+            "gateway.env.port=8081",
+            "worker.env.max_queued_body=5",
             "queue.backend=kafka",
             "queue.jetstream.replicas=2",
             "external.serviceType=Nodeport",
             "external.nodePort=99999",
+            "gateway.podDisruptionBudget.maxUnavailable=0%",
             "provider.image.tags=1",
             "prometheus.storage.size=lots",
+            "prometheus.scrapeInterval=1.5s",
+            "serviceMonitor.interval=15",
             "image.pullPolicy=Sometimes",
         ]
         for switch in bad:
@@ -116,17 +123,40 @@ class Checks:
             except Refused:
                 continue
             raise Wrong(f"--set {switch} is not refused")
-        for switch, told in (
+        incomplete = (
             ("queue.backend=external", "queue.external.address"),
             ("provider.image.repository=x", "provider.image.tag"),
-        ):
+            ("gateway.autoscale.enabled=true,queue.backend=none,gateway.replicas=2", "hear of each other"),
+            ("gateway.autoscale.enabled=true,queue.backend=none,gateway.autoscaling.enabled=true", "hear of each other"),
+        )
+        for switch, told in incomplete:
             try:
                 chart.template([f"--set={switch}"])
             except Refused as error:
                 if told in str(error):
                     continue
             raise Wrong(f"--set {switch} does not ask for {told}")
-        return f"{len(bad) + 2} mistakes"
+        return f"{len(bad) + len(incomplete)} mistakes"
+
+    def own_variables(self):
+        """What a user sets wins over what the chart sets, whatever it is."""
+        wrong, count = [], 0
+        beside = ["--set=provider.image.repository=x", "--set=provider.image.tag=y"]
+        for of, deployment, name in (
+            ("gateway", "gateway", "read_timeout"),
+            ("worker", "queue-worker", "upstream_timeout"),
+            ("provider", "gateway", "basic_auth"),
+        ):
+            for value in ("7s", "0", "false", ""):
+                objects = chart.template([*beside, f"--set={of}.env.{name}={value}"])
+                [item] = [i for i in objects if (i["kind"], i["metadata"]["name"]) == ("Deployment", deployment)]
+                [container] = [c for c in containers(pod_of(item)) if c["name"] == of]
+                told = [v["value"] for v in container["env"] if v["name"] == name]
+                count += 1
+                if told != [value]:
+                    wrong.append(f"{of}.env.{name}={value!r} becomes {told}")
+        no(wrong)
+        return f"{count} variables"
 
     def kubernetes_schemas(self):
         import kubernetes_validate
@@ -166,6 +196,26 @@ class Checks:
         no(wrong)
         return f"{count} files are what `make yaml` makes"
 
+    def upgrade(self):
+        """A new chart restarts what it changes, and nothing else."""
+        count, wrong = upgrades.of_versions()
+        configs, stale = upgrades.of_configs(self.cases)
+        live, lost = upgrades.of_live_objects()
+        no(wrong + stale + lost)
+        return f"{count} pod templates, {configs} configurations, {live} upgrades of a live cluster"
+
+    def settings_in_schema(self):
+        """`env` takes each setting of the program and nothing else, but for ports, which probes and Services know."""
+        definitions = json.loads((CHART / "values.schema.json").read_text())["definitions"]
+        known, wrong = settings.by_role(), []
+        for of, role in (("gateway", "serve"), ("worker", "worker")):
+            should = known[role] - {"port", "metrics_port", "worker_metrics_port"}
+            taken = set(definitions[f"{of}Settings"]["enum"])
+            wrong += [f"{of}.env does not take {name}" for name in should - taken]
+            wrong += [f"{of}.env takes {name}, which is no setting" for name in taken - should]
+        no(sorted(wrong))
+        return f"{len(known['serve'] | known['worker'])} settings"
+
     def chart_readme(self):
         """README.md of the chart has each value with its default; each value is used in a template."""
         values = yaml.load((CHART / "values.yaml").read_text(), Loader)
@@ -198,15 +248,61 @@ class Checks:
                 for path in Path(place).iterdir():
                     path.unlink()
         run("promtool", "check", "rules", names.RULES)
+        # The same for an operator's Prometheus: its object is a rule file with something around.
+        for _, objects, _ in self.cases:
+            for item in (i for i in objects if i["kind"] == "PrometheusRule"):
+                with tempfile.NamedTemporaryFile("w", suffix=".yml") as file:
+                    yaml.safe_dump(item["spec"], file)
+                    run("promtool", "check", "rules", file.name)
+                    count.add(str(item["spec"]))
         return f"{len(count)} configurations, {len(names.rules())} rules"
 
     def prometheus_rules(self):
         tests = sorted((ROOT / "tests/manifests/rules").glob("*.yml"))
-        run("promtool", "test", "rules", *tests)
+        with tempfile.TemporaryDirectory() as place:
+            # As values files make them, each with the tests that are named after it.
+            for name, objects, _ in self.cases:
+                test = ROOT / "tests/manifests/rules" / name.replace(".yaml", ".yml")
+                if test in tests:
+                    [text] = [i["data"] for i in objects if (i["kind"], i["metadata"]["name"]) == ("ConfigMap", "prometheus")]
+                    (Path(place) / "gateway.rules.yml").write_text(text["gateway.rules.yml"])
+                    run("promtool", "test", "rules", shutil.copy(test, place))
+        run("promtool", "test", "rules", ROOT / "tests/manifests/rules/gateway.yml")
         texts = "".join(path.read_text() for path in tests)
         wrong = [f"no test of {r['alert']}" for r in names.rules() if "alert" in r and r["alert"] not in texts]
         no(wrong)
         return f"{len(tests)} files, {texts.count('eval_time')} evaluations"
+
+    def single_numbers(self):
+        """Panels of dashboards that show one number get one, of functions that are called, idle, and fail."""
+        series = {
+            "busy.fn": {"200": "0+90x60", "502": "0+10x60"},
+            # Failed once, and was not called since.
+            "idle.fn": {"200": "7x60", "502": "1x60"},
+            "new.fn": {},
+        }
+        calls = [
+            {"series": f'{name}{{function_name="{function}", code="{code}", le="+Inf"}}', "values": values}
+            for function, codes in series.items()
+            for code, values in codes.items()
+            for name in ("gateway_function_invocation_total", "gateway_functions_seconds_bucket")
+        ]
+        asked = [
+            names.filled(query, function) for path in names.DASHBOARDS for query in names.single(path) for function in series
+        ]
+        # Those that end in a number of their own have one always; NaN is not above or below anything.
+        tests = [
+            {"expr": f"count(({query}) >= 0)", "eval_time": "14m", "exp_samples": [{"value": 1}]}
+            for query in dict.fromkeys(asked)
+            if query.endswith("or vector(0)")
+        ]
+        with tempfile.NamedTemporaryFile("w", suffix=".yml") as file:
+            yaml.safe_dump({
+                "rule_files": [str(names.RULES)],
+                "tests": [{"interval": "15s", "input_series": calls, "promql_expr_test": tests}],
+            }, file)
+            run("promtool", "test", "rules", file.name)
+        return f"{len(tests)} queries"
 
     def alertmanager_config(self):
         configs = {text["alertmanager.yml"] for text in self.config_maps("alertmanager")}
@@ -260,7 +356,10 @@ class Checks:
         said = machine.helm_test()
         assert "404 is right" in said, said
         machine.deploy(service="echo", image="-", envProcess="cat", labels={"com.openfaas.scale.max": "5"})
+        # It calls no function that it was not told to.
         said = machine.helm_test()
+        assert "404 is right" in said, said
+        said = machine.helm_test("echo")
         assert "made: succeeded" in said, said
 
         def fires():

@@ -166,11 +166,11 @@ class Machine:
         get(self.url("http", "/system/functions"), "POST", json.dumps(function).encode(), login=True)
         eventually("the function can be called", lambda: get(self.url("http", f"/function/{function['service']}")) or True)
 
-    def helm_test(self):
-        """What `helm test` runs."""
+    def helm_test(self, function=""):
+        """What `helm test` runs, with `test.function`."""
         run = subprocess.run(
             ["sh", "-ec", (CHART / "files/test.sh").read_text()], capture_output=True, text=True, timeout=DEADLINE,
-            env={"PATH": os.environ["PATH"], "GATEWAY": self.url("http"), "FUNCTION": "", "QUEUE": "jetstream",
+            env={"PATH": os.environ["PATH"], "GATEWAY": self.url("http"), "FUNCTION": function, "QUEUE": "jetstream",
                  "SECRETS": str(self.folder / "secrets")},
         )
         assert run.returncode == 0, run.stdout + run.stderr

@@ -48,6 +48,12 @@ def rules():
     return [rule for group in groups for rule in group["rules"]]
 
 
+def single(dashboard):
+    """The queries of panels that show one number."""
+    panels = json.loads(dashboard.read_text())["panels"]
+    return [target["expr"] for panel in panels if panel["type"] == "stat" for target in panel["targets"]]
+
+
 def queries(dashboard):
     """What a dashboard asks Prometheus for."""
     def walk(value):

@@ -96,7 +96,8 @@ class Objects:
             for peer in rule.get("from", []):
                 # One that is not there may not call, which harms nobody; but a wrong name would.
                 names = {"gateway", "queue-worker", "nats", "prometheus"}
-                self.expect(peer["podSelector"]["matchLabels"]["app"] in names, item, f"unknown peer {peer}")
+                own = "namespaceSelector" not in peer
+                self.expect(not own or peer["podSelector"]["matchLabels"]["app"] in names, item, f"unknown peer {peer}")
             for port in rule["ports"]:
                 for pod in self.pods(labels):
                     self.expect(port["port"] in port_numbers(pod), item, f"no pod has the port {port['port']}")
@@ -225,6 +226,10 @@ class Objects:
                 if field in variable.get("valueFrom", {}):
                     ref = variable["valueFrom"][field]
                     self.refers(item, kind, ref["name"], [ref["key"]])
+        for source in container.get("envFrom", []):
+            for field, kind in (("secretRef", "Secret"), ("configMapRef", "ConfigMap")):
+                if field in source:
+                    self.refers(item, kind, source[field]["name"])
         self.expect(re.search(r":[^:/]+$", container["image"]), item, f"{name}'s image has no tag")
         for kind in ("requests", "limits"):
             self.expect("memory" in container["resources"].get(kind, {}), item, f"{name} has no {kind} for memory")
@@ -250,6 +255,28 @@ class Objects:
                 self.reaches(item, env[host], int(env[port]))
         if "faas_nats_address" in env and "." not in env["faas_nats_address"]:
             self.refers(item, "Service", env["faas_nats_address"])
+        if role == "worker":
+            # The largest body, and as much of the answer as a callback is told.
+            body = int(env_of(self.find("Deployment", "gateway"))["max_queued_body"])
+            most = int(env["max_inflight"]) * (body + (16 << 20))
+            limit = container["resources"]["limits"]["memory"]
+            self.expect(bytes_of(limit) > most, item, f"may need {most} bytes, but is killed at {limit}")
+            if "functions_provider_url" not in env:
+                # The gateway gives up first, and answers 504; else it would count a caller who left.
+                gateway = env_of(self.find("Deployment", "gateway"))
+                most = seconds_of(gateway["upstream_timeout"])
+                if gateway["scale_from_zero"] == "true":
+                    most += seconds_of(gateway.get("cold_start_timeout", "60s"))
+                told = env["upstream_timeout"]
+                self.expect(seconds_of(told) > most, item, f"waits for {told}, but the gateway may take {most} s")
+        for other in (c for c in containers(pod) if c["name"] == "provider"):
+            # Else it would break off what the gateway waits for.
+            given = {v["name"]: v.get("value") for v in other["env"]}
+            enough = seconds_of(given["write_timeout"]) > seconds_of(env["upstream_timeout"])
+            self.expect(enough, item, f"the provider gives up after {given['write_timeout']}")
+        for probe in ("startupProbe", "livenessProbe"):
+            # A port that callers fill up would have their gateway killed.
+            self.expect(container[probe]["httpGet"]["port"] == "metrics", item, f"{probe} asks a port of callers")
         self.expect((env["basic_auth"] == "true") == ("auth" in mounted), item, "credentials without basic_auth")
 
     def restricted(self, item, pod):
@@ -273,6 +300,20 @@ class Objects:
 
 def pod_of(item):
     return item["spec"] if item["kind"] == "Pod" else item["spec"]["template"]["spec"]
+
+
+def env_of(item):
+    """The variables of a workload's first container."""
+    return {v["name"]: v.get("value") for v in pod_of(item)["containers"][0]["env"]}
+
+
+def seconds_of(duration):
+    units = {"h": 3600, "m": 60, "s": 1, "ms": 0.001, "": 1}
+    return sum(float(number) * units[unit] for number, unit in re.findall(r"([0-9.]+)([a-z]*)", duration))
+
+
+def bytes_of(quantity):
+    return int(quantity[:-2]) << {"Ki": 10, "Mi": 20, "Gi": 30}[quantity[-2:]]
 
 
 def labels_of(item):

@@ -33,7 +33,6 @@ NOISE = {
     "app.kubernetes.io/version",
     "app.kubernetes.io/name",
     "app.kubernetes.io/part-of",
-    "checksum/config",
 }
 SHORT = {"PersistentVolumeClaim": "pvc", "HorizontalPodAutoscaler": "hpa", "PodDisruptionBudget": "pdb"}
 MADE = "# Rendered from chart/gateway by `make yaml`: change it there.\n"

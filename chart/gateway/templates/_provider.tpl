@@ -7,16 +7,20 @@
   args: {{- toYaml . | nindent 4 }}
   {{- end }}
   env:
+    {{- /* It may mean the whole of a call by these, and is not to be the one that gives up. */}}
+    {{- $timeout := .Values.provider.timeout | default (printf "%ds" (add (include "gateway.seconds" .Values.gateway.upstreamTimeout) 5)) }}
     {{- $own := dict
       "port" (int .Values.provider.port)
       "function_namespace" .Values.functionNamespace.name
-      "read_timeout" .Values.gateway.readTimeout
-      "write_timeout" .Values.gateway.writeTimeout
+      "profiles_namespace" .Release.Namespace
+      "read_timeout" $timeout
+      "write_timeout" $timeout
       "basic_auth" .Values.basicAuth.enabled
       "secret_mount_path" "/var/secrets/gateway"
       "cluster_role" .Values.provider.rbac.allNamespaces
     }}
-    {{- include "gateway.env" (merge (deepCopy .Values.provider.env) $own) | trim | nindent 4 }}
+    {{- include "gateway.override" (list $own .Values.provider.env) }}
+    {{- include "gateway.env" $own | trim | nindent 4 }}
   ports:
     - name: provider
       containerPort: {{ .Values.provider.port }}
