@@ -46,6 +46,6 @@ USER 65532:65532
 # Callers; numbers of a gateway; numbers of a worker.
 EXPOSE 8080 8082 8083
 STOPSIGNAL SIGTERM
-HEALTHCHECK --interval=10s --timeout=6s --start-period=5s CMD ["/gateway", "healthcheck", "http://127.0.0.1:8082/healthz"]
+HEALTHCHECK --interval=10s --timeout=6s --start-period=5s CMD ["/gateway", "healthcheck", "http://127.0.0.1:8082/_/healthz"]
 ENTRYPOINT ["/gateway"]
 CMD ["serve"]

@@ -97,6 +97,8 @@ pub fn internal(metrics: Arc<Metrics>) -> Router {
     Router::new()
         .route("/metrics", get(scrape))
         .route("/healthz", get(|| async { "OK" }))
+        // For probes: this port takes them when the public one has no connection left.
+        .route("/_/healthz", get(health::live))
         .fallback(|| async { Error::NoSuchPath })
         .method_not_allowed_fallback(method_not_allowed)
         .with_state(metrics)
@@ -104,9 +106,7 @@ pub fn internal(metrics: Arc<Metrics>) -> Router {
 
 /// The port of a worker.
 pub fn worker(metrics: Arc<Metrics>, health: Arc<Health>) -> Router {
-    internal(metrics)
-        .route("/_/healthz", get(health::live))
-        .route("/_/ready", get(|| async move { health.answer() }))
+    internal(metrics).route("/_/ready", get(|| async move { health.answer() }))
 }
 
 async fn scrape(State(metrics): State<Arc<Metrics>>) -> Response {

@@ -137,3 +137,13 @@ async fn the_probe_says_how_a_url_is() {
     let (code, said) = probe("no url".to_owned()).await;
     assert_eq!((code, said.lines().count()), (Some(1), 1), "{said}");
 }
+
+#[tokio::test]
+async fn probes_are_answered_on_the_port_that_callers_cannot_fill() {
+    let provider = Provider::saying("hello");
+    let gateway = Gateway::builder().provider(&provider).var("max_connections", "1").start().await;
+    let _only = gateway.connect().await;
+    let url = format!("http://{}/_/healthz", gateway.metrics_address);
+    let probed = run(&["healthcheck", &url]).await;
+    assert_eq!(probed.status.code(), Some(0), "{}", stderr(&probed));
+}

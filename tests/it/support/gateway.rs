@@ -16,7 +16,7 @@ use crate::support::{eventually, within};
 /// A running gateway. Killed when dropped.
 pub(crate) struct Gateway {
     pub(crate) address: SocketAddr,
-    metrics_address: SocketAddr,
+    pub(crate) metrics_address: SocketAddr,
     child: Child,
     log: Arc<Mutex<Vec<String>>>,
 }
