@@ -759,3 +759,45 @@ async fn a_body_that_no_call_has_is_tidied_away() {
     assert_eq!(it.jetstream.tidy(Duration::ZERO).await, Ok(1));
     assert_eq!(it.take().await.call.body.len(), 2_000_000);
 }
+
+/// One who may publish whatever it likes.
+async fn stranger(nats: &Nats) -> async_nats::jetstream::Context {
+    async_nats::jetstream::new(async_nats::connect(nats.url()).await.unwrap())
+}
+
+#[tokio::test]
+async fn a_message_that_no_gateway_wrote_holds_up_nobody() {
+    let nats = Nats::start();
+    let it = Gateway::on(&nats).await;
+    it.publish(call("a")).await;
+    let strange = stranger(&nats).await;
+    let names = vec![r#"["h","1"]"#; 5_000];
+    let meta = |headers: &str, target: &str| {
+        let names = r#""id":"x","name":"echo","namespace":"fn""#;
+        format!(r#"{{{names},"headers":[{headers}],"target":"{target}"}}"#)
+    };
+    // More headers than there is room for, a path to another place, and a body without end.
+    let crowd = meta(&names.join(","), "");
+    let (dots, large) = (meta("", "/%2e%2e/x"), meta("", ""));
+    let parts = format!(r#"{{"name":"x","count":{}}}"#, usize::MAX);
+    for (id, call, body) in [("x", &crowd, None), ("y", &dots, None), ("z", &large, Some(parts))] {
+        let mut headers = async_nats::HeaderMap::new();
+        headers.insert("Gateway-Version", "1");
+        headers.insert("Gateway-Call", call.as_str());
+        if let Some(body) = body {
+            headers.insert("Gateway-Body", body.as_str());
+        }
+        let subject = format!("faas.faas-request.fn.echo.{id}");
+        strange.publish_with_headers(subject, headers, "".into()).await.unwrap().await.unwrap();
+    }
+    it.publish(call("b")).await;
+    for _ in 0..2 {
+        let delivery = it.take().await;
+        assert!(["a", "b"].contains(&delivery.call.id.as_str()), "{delivery:?}");
+        it.settle(delivery, succeeded()).await;
+    }
+    assert!(it.takes_nothing(LEASE).await);
+    assert!(
+        it.queue.counts().await.is_ok() && it.queue.list(&Filter::default(), None, 9).await.is_ok()
+    );
+}

@@ -9,6 +9,7 @@ use async_nats::{StatusCode, Subscriber};
 use bytes::Bytes;
 use futures_util::StreamExt;
 use serde_json::json;
+use tokio::sync::Mutex as AsyncMutex;
 
 use crate::function::Function;
 use crate::queue::call::Call;
@@ -274,12 +275,19 @@ async fn listen(shared: &Arc<Shared>) -> Result<String, Fault> {
     };
     let (calls, news) = (subscribe(format!("{inbox}.>")).await?, shared.names.news());
     let news = subscribe(news).await?;
-    shared.tasks.spawn(hear_calls(Arc::clone(shared), calls));
-    shared.tasks.spawn(hear_news(Arc::clone(shared), news));
+    let (calls, news) = (Arc::new(AsyncMutex::new(calls)), Arc::new(AsyncMutex::new(news)));
+    let all = Arc::clone(shared);
+    shared.tasks.keep_up("calls", move || hear_calls(Arc::clone(&all), Arc::clone(&calls)));
+    let all = Arc::clone(shared);
+    shared.tasks.keep_up("news", move || hear_news(Arc::clone(&all), Arc::clone(&news)));
     Ok(inbox)
 }
 
-async fn hear_calls(shared: Arc<Shared>, mut calls: Subscriber) {
+/// What comes, for one who hears it at a time.
+type Heard = Arc<AsyncMutex<Subscriber>>;
+
+async fn hear_calls(shared: Arc<Shared>, calls: Heard) {
+    let mut calls = calls.lock().await;
     while let Some(message) = calls.next().await {
         match message.status {
             None => arrive(&shared, message).await,
@@ -309,7 +317,8 @@ fn refused(shared: &Arc<Shared>, line: usize, number: u64, status: StatusCode) {
 }
 
 /// Others say which functions are new.
-async fn hear_news(shared: Arc<Shared>, mut news: Subscriber) {
+async fn hear_news(shared: Arc<Shared>, news: Heard) {
+    let mut news = news.lock().await;
     while let Some(message) = news.next().await {
         let name = std::str::from_utf8(&message.payload).ok();
         let function = name.and_then(subject::consumed);

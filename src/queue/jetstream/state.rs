@@ -13,6 +13,7 @@ use crate::function::Function;
 use crate::queue::Changed;
 use crate::queue::call::Millis;
 use crate::queue::jetstream::message::{self, End, Message, answer_head, end_headers};
+use crate::queue::jetstream::parts::LARGEST;
 use crate::queue::jetstream::roll::HEEDED;
 use crate::queue::jetstream::server::Fault;
 use crate::queue::jetstream::subject::{ANSWERS, CALLS, DEAD, ENDS, Named, named, token};
@@ -203,6 +204,7 @@ impl Shared {
         let mut body = BytesMut::from(&first.payload[..]);
         for number in 1..head.parts {
             let next = self.server.last(&self.names.notes, &part(number)).await?;
+            let next = next.filter(|next| body.len() + next.payload.len() <= LARGEST);
             let Some(next) = next else { return Ok(None) };
             body.extend_from_slice(&next.payload);
         }
