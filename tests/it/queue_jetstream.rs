@@ -762,7 +762,8 @@ async fn a_body_that_no_call_has_is_tidied_away() {
 
 /// One who may publish whatever it likes.
 async fn stranger(nats: &Nats) -> async_nats::jetstream::Context {
-    async_nats::jetstream::new(async_nats::connect(nats.url()).await.unwrap())
+    let options = async_nats::ConnectOptions::new().retry_on_initial_connect();
+    async_nats::jetstream::new(options.connect(nats.url()).await.unwrap())
 }
 
 #[tokio::test]
@@ -800,4 +801,45 @@ async fn a_message_that_no_gateway_wrote_holds_up_nobody() {
     assert!(
         it.queue.counts().await.is_ok() && it.queue.list(&Filter::default(), None, 9).await.is_ok()
     );
+}
+
+/// The stream of calls, of which nobody may remove any but by making it.
+async fn undeletable_calls(nats: &Nats) {
+    use async_nats::jetstream::stream::{Config, DiscardPolicy, RetentionPolicy};
+    let calls = Config {
+        name: "gateway-faas-request-calls".to_owned(),
+        subjects: vec!["faas.faas-request.>".to_owned()],
+        retention: RetentionPolicy::WorkQueue,
+        discard: DiscardPolicy::New,
+        max_messages: 50,
+        max_messages_per_subject: 1,
+        deny_delete: true,
+        ..Config::default()
+    };
+    let made = async || stranger(nats).await.create_stream(calls.clone()).await.is_ok();
+    eventually("the stream is made", made).await;
+}
+
+#[tokio::test]
+async fn a_cancelled_call_is_not_made_though_its_message_cannot_be_removed() {
+    let nats = Nats::start();
+    undeletable_calls(&nats).await;
+    let it = Gateway::on(&nats).await;
+    it.publish(call("a")).await;
+    it.publish(call("b")).await;
+    assert_eq!(it.queue.cancel("a").await, Ok(Changed::Yes));
+    assert_eq!(it.state("a").await, Some(State::Cancelled));
+    // To purge a call is nothing but to remove it: that it is there is said.
+    let queued = Filter { state: Some(State::Queued), ..Filter::default() };
+    assert_eq!(it.queue.purge(&queued).await, Err(Error::Failed));
+    let delivery = it.take().await;
+    assert_eq!(delivery.call.id, "b");
+    it.settle(delivery, succeeded()).await;
+    // Whoever is given it has it go.
+    let mut calls = stream(&nats, "gateway-faas-request-calls").await;
+    tokio::select! {
+        taken = it.queue.take(PLACES) => panic!("made though it was cancelled: {taken:?}"),
+        () = eventually("it is gone", async || calls.info().await.unwrap().state.messages == 0) => {}
+    }
+    assert_eq!(it.state("a").await, Some(State::Cancelled));
 }

@@ -109,6 +109,18 @@ impl Message {
         headers
     }
 
+    /// What is left of a call that is taken back: it is not made, whoever is given it.
+    pub(super) fn taken_back(&self, status: &Status, was: u64) -> HeaderMap {
+        let mut headers = self.progressed(status, was);
+        headers.insert(BODY, "");
+        headers
+    }
+
+    /// Whether its call is taken back, and not to be made.
+    pub(super) fn is_taken_back(&self) -> bool {
+        self.progress().is_some_and(|status| status.state == State::Cancelled)
+    }
+
     /// The same call as if it had never been made.
     pub(super) fn fresh(&self) -> HeaderMap {
         let mut headers = HeaderMap::new();
@@ -170,8 +182,11 @@ impl Message {
 
     /// When the call can be made, at the earliest.
     pub(super) fn due(&self, call: &Call) -> Millis {
-        let again = self.progress().and_then(|status| status.next_attempt_at);
-        again.or(call.options.not_before).unwrap_or(0)
+        match self.progress() {
+            Some(Status { state: State::Cancelled, .. }) => 0,
+            Some(Status { next_attempt_at: Some(again), .. }) => again,
+            _ => call.options.not_before.unwrap_or(0),
+        }
     }
 }
 

@@ -274,13 +274,17 @@ impl Server {
         }
     }
 
-    /// Removes a message; that it is gone already is as well.
-    pub(super) async fn delete(&self, stream: &str, number: u64) -> Result<(), Fault> {
+    /// Removes a message; whether it was there, for that it is gone already is as well.
+    pub(super) async fn delete(&self, stream: &str, number: u64) -> Result<bool, Fault> {
         let which = json!({ "seq": number, "no_erase": true });
         let what = format!("STREAM.MSG.DELETE.{stream}");
         match self.api::<serde_json::Value>(&what, &which).await {
+            Ok(_) => Ok(true),
             // The server's word for a number that it does not have differs with its version.
-            Ok(_) | Err(Fault::Refused(..)) => Ok(()),
+            Err(Fault::Refused(code, text)) => match self.at(stream, number).await? {
+                Some(_) => Err(Fault::Refused(code, text)),
+                None => Ok(false),
+            },
             Err(fault) => Err(fault),
         }
     }

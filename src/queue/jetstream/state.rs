@@ -224,6 +224,11 @@ impl Shared {
                     self.forget_parts(message.parts().as_ref()).await;
                     return Ok(Changed::Yes);
                 }
+                // Whoever took it back did not come to the end of that.
+                Some(Found::Waiting(waiting)) if waiting.message.is_taken_back() => {
+                    self.finish_off(&waiting.named, &waiting.message, waiting.sequence).await?;
+                    return Ok(Changed::Yes);
+                }
                 Some(Found::Waiting(waiting)) => {
                     if let Some(changed) = self.withdraw(&waiting, true).await? {
                         return Ok(changed);
@@ -285,14 +290,41 @@ impl Shared {
             // The mark could go before we are done.
             return Err(Fault::Away);
         }
-        if note && let Some(status) = message.status() {
-            self.put_end(function, cancelled(status), *sequence).await?;
+        let status = match message.status() {
+            Some(status) if note => status,
+            _ => {
+                self.server.delete(&self.names.calls, *sequence).await?;
+                return Ok(Some(Changed::Yes));
+            }
+        };
+        // One step, behind which nobody makes the call, whatever becomes of us. The rest can be done by anybody.
+        let headers = message.taken_back(&cancelled(status), *sequence);
+        let put = self.server.put(subject, headers.clone(), Bytes::new(), Some(*sequence)).await;
+        let stored = match put {
+            Ok(stored) => stored.sequence,
+            Err(fault) if fault.is_conflict() => return Ok(None),
+            Err(fault) => return Err(fault),
+        };
+        let message = Message::stored(headers, Bytes::new());
+        if let Err(error) = self.finish_off(&waiting.named, &message, stored).await {
+            tracing::warn!(%error, call_id = id, "A call was cancelled, but is not gone yet");
         }
-        if let Ok(Some(key)) = message.call().map(|call| call.options.idempotency_key) {
-            self.remember(&key, id).await?;
-        }
-        self.server.delete(&self.names.calls, *sequence).await?;
         Ok(Some(Changed::Yes))
+    }
+
+    /// Removes the message of a call that was taken back, and notes its final state.
+    pub(super) async fn finish_off(
+        &self,
+        named: &Named,
+        message: &Message,
+        sequence: u64,
+    ) -> Result<(), Fault> {
+        let Some(status) = message.progress() else { return Ok(()) };
+        self.put_end(&named.function, status, sequence).await?;
+        if let Ok(Some(key)) = message.call().map(|call| call.options.idempotency_key) {
+            self.remember(&key, &named.id).await?;
+        }
+        self.server.delete(&self.names.calls, sequence).await.map(drop)
     }
 
     async fn put_end(

@@ -145,6 +145,9 @@ impl Shared {
         let (server, names) = (&self.server, &self.names);
         let status = match self.find(id).await? {
             None => return Ok(false),
+            Some(Found::Waiting(waiting)) if waiting.message.is_taken_back() => {
+                return server.delete(&names.calls, waiting.sequence).await;
+            }
             Some(Found::Waiting(waiting)) => {
                 return Ok(self.withdraw(&waiting, false).await? == Some(Changed::Yes));
             }
@@ -199,6 +202,9 @@ impl Shared {
             let running = runs.contains_key(&found.sequence);
             let Some(Waiting { named, message, .. }) = Waiting::new(found) else { continue };
             let Ok(call) = message.call() else { continue };
+            if message.is_taken_back() {
+                continue;
+            }
             let counted = counts.entry(named.function).or_default();
             if running {
                 counted.running += 1;
