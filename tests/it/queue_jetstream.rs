@@ -611,6 +611,50 @@ async fn a_call_that_was_purged_can_be_queued_again() {
 }
 
 #[tokio::test]
+async fn a_key_stands_for_no_call_that_was_purged() {
+    let nats = Nats::start();
+    let it = Gateway::on(&nats).await;
+    let keyed = |id: &str| {
+        let mut call = call(id);
+        call.options.idempotency_key = Some("k".to_owned());
+        call
+    };
+    // One that waits, one that is over, and one that is dead.
+    for (round, settlement) in [None, Some(succeeded()), Some(dead())].into_iter().enumerate() {
+        let (first, second) = (format!("a{round}"), format!("b{round}"));
+        assert!(!it.publish(keyed(&first)).await.repeated, "{first}");
+        if let Some(settlement) = settlement {
+            it.settle(it.take().await, settlement).await;
+        }
+        let known = Published { id: first, repeated: true };
+        assert_eq!(it.publish(keyed(&second)).await, known);
+        assert_eq!(it.queue.purge(&Filter::default()).await, Ok(1));
+    }
+    // Two who queue it again at once make one call.
+    let (a, b) = tokio::join!(it.publish(keyed("c")), it.publish(keyed("d")));
+    assert_eq!((a.id == b.id, a.repeated != b.repeated), (true, true), "{a:?} {b:?}");
+    assert_eq!(it.unfinished().await, 1);
+}
+
+#[tokio::test]
+async fn one_id_can_name_a_call_of_each_function() {
+    let nats = Nats::start();
+    let it = Gateway::on(&nats).await;
+    let chosen = |function: &str| {
+        let mut call = call_of(function, "an id of theirs");
+        call.options.chosen_id = true;
+        call
+    };
+    for _ in 0..2 {
+        let repeated = it.unfinished().await > 0;
+        for function in ["echo", "other"] {
+            assert_eq!(it.publish(chosen(function)).await.repeated, repeated, "{function}");
+        }
+    }
+    assert_eq!(it.unfinished().await, 2);
+}
+
+#[tokio::test]
 async fn one_who_is_not_let_in_is_told_so_and_one_who_is_works() {
     let nats = Nats::start_with(&["--user", "u", "--pass", "secret"]);
     let auth = |password: &str| {

@@ -145,7 +145,8 @@ impl Lease {
         if !matches!(settlement, Settlement::Retry { .. })
             && let Some(key) = &arrived.call.options.idempotency_key
         {
-            Box::pin(shared.remember(key, &arrived.call.id)).await?;
+            let call = &arrived.call;
+            Box::pin(shared.remember(key, &call.function, &call.id)).await?;
         }
         self.done().await;
         if matches!(settlement, Settlement::Finished { .. })

@@ -127,7 +127,11 @@ impl Shared {
     /// Where the call of `function` with `id` is. What is written last is read first, so that a call on its way from
     /// one place to another is seen at one of them. A server that was killed may have forgotten that a message was
     /// removed: the numbers tell what came after what.
-    async fn find_in(&self, function: Option<&Function>, id: &str) -> Result<Option<Found>, Fault> {
+    pub(super) async fn find_in(
+        &self,
+        function: Option<&Function>,
+        id: &str,
+    ) -> Result<Option<Found>, Fault> {
         let (server, names) = (&self.server, &self.names);
         let subject = |root| match function {
             Some(function) => names.call(root, function, id),
@@ -322,7 +326,7 @@ impl Shared {
         let Some(status) = message.progress() else { return Ok(()) };
         self.put_end(&named.function, status, sequence).await?;
         if let Ok(Some(key)) = message.call().map(|call| call.options.idempotency_key) {
-            self.remember(&key, &named.id).await?;
+            self.remember(&key, &named.function, &named.id).await?;
         }
         self.server.delete(&self.names.calls, sequence).await.map(drop)
     }
