@@ -159,13 +159,19 @@ impl Shared {
                 return Ok(Some(Found::Dead(dead)));
             }
             if let Some((end, body)) = end.filter(|(end, _)| end.sequence == latest) {
-                return Ok(Some(Found::Ended(end, body)));
+                return Ok(self.is_kept(&end.status).then_some(Found::Ended(end, body)));
             }
             if let Some(waiting) = waiting {
                 return Ok(Some(Found::Waiting(waiting)));
             }
         }
         Ok(None)
+    }
+
+    /// Whether a final state is still to be shown.
+    pub(super) fn is_kept(&self, status: &Status) -> bool {
+        let kept = self.options.limits.result_ttl;
+        status.finished_at.is_none_or(|at| at.saturating_add(kept) > now())
     }
 
     pub(super) async fn status(&self, id: &str) -> Result<Option<Status>, Fault> {

@@ -83,7 +83,8 @@ impl Shared {
     async fn all(&self, filter: &Filter) -> Result<Vec<Status>, Fault> {
         let (names, function) = (&self.names, filter.function.as_ref());
         let means = |status: &Status| {
-            filter.state.is_none_or(|state| state == status.state)
+            (status.dead || self.is_kept(status))
+                && filter.state.is_none_or(|state| state == status.state)
                 && filter.dead.is_none_or(|dead| dead == status.dead)
         };
         let mut all: HashMap<String, (u64, Status)> = HashMap::new();
