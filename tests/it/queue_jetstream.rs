@@ -436,6 +436,24 @@ async fn a_call_that_runs_for_long_is_delivered_once() {
 }
 
 #[tokio::test]
+async fn a_call_that_comes_again_to_one_who_makes_it_is_made_once() {
+    let nats = Nats::start();
+    let it = Gateway::on(&nats).await;
+    it.publish(call("a")).await;
+    let delivery = it.take().await;
+    // As if nothing had been heard of it for too long.
+    let strange = async_nats::connect(nats.url()).await.unwrap();
+    let given_back = "$JS.ACK.gateway-faas-request-calls.fn,echo.1.1.1.0.0";
+    strange.publish(given_back, "-NAK".into()).await.unwrap();
+    strange.flush().await.unwrap();
+    assert!(it.takes_nothing(LEASE * 3 / 2).await);
+    it.settle(delivery, succeeded()).await;
+    it.is_empty().await;
+    let status = it.queue.status("a").await.unwrap().unwrap();
+    assert_eq!((status.state, status.attempts), (State::Succeeded, 1));
+}
+
+#[tokio::test]
 async fn a_call_that_is_over_is_not_made_again_however_soon_that_is_forgotten() {
     let directory = tempfile::TempDir::new().unwrap();
     let path = directory.path().join("nats.conf");

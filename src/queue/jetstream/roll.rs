@@ -80,6 +80,13 @@ impl Roll {
         hold
     }
 
+    /// The call that is the message `sequence`, if we have it.
+    pub(super) fn held(&self, sequence: u64) -> Option<Arc<Arrived>> {
+        let inner = self.inner();
+        let held = inner.held.values().find(|held| held.arrived.sequence == sequence)?;
+        Some(Arc::clone(&held.arrived))
+    }
+
     /// We have it no more. If it is not `over`, others are to know soon.
     pub(super) fn release(&self, shared: &Arc<Shared>, hold: u64, over: bool) {
         let mut inner = self.inner();
