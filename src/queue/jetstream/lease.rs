@@ -171,7 +171,13 @@ impl Lease {
         };
         let body = small.map_or_else(Bytes::new, |answer| answer.body.clone());
         let subject = self.subject(ENDS);
-        shared.server.put(subject, end_headers(&end), body, None).await.map(drop)
+        shared.server.put(subject, end_headers(&end), body, None).await?;
+        match arrived.message.dead_before() {
+            Some(number) => {
+                Box::pin(shared.server.delete(&shared.names.dead, number)).await.map(drop)
+            }
+            None => Ok(()),
+        }
     }
 
     /// Has the message removed. Whoever is given it again, should this be lost, sees that it is over.

@@ -71,7 +71,8 @@ pub(super) async fn load(
 
 /// Removes what was stored so.
 pub(super) async fn remove(server: &Server, names: &Names, parts: &Parts) -> Result<(), Fault> {
-    server.purge(&names.bodies, &names.part(BODIES, &parts.name, "*")).await
+    // A name is used once: all that has it is of one body.
+    server.purge(&names.bodies, &names.part(BODIES, &parts.name, "*"), u64::MAX - 1).await
 }
 
 impl Shared {

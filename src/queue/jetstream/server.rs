@@ -289,9 +289,9 @@ impl Server {
         }
     }
 
-    /// Removes all messages whose subjects fit `subject`.
-    pub(super) async fn purge(&self, stream: &str, subject: &str) -> Result<(), Fault> {
-        let which = json!({ "filter": subject });
+    /// Removes all messages whose subjects fit `subject`, up to the one with the number `last`.
+    pub(super) async fn purge(&self, stream: &str, subject: &str, last: u64) -> Result<(), Fault> {
+        let which = json!({ "filter": subject, "seq": last.saturating_add(1) });
         self.api::<serde_json::Value>(&format!("STREAM.PURGE.{stream}"), &which).await.map(drop)
     }
 

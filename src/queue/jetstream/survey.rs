@@ -152,12 +152,7 @@ impl Shared {
             Some(Found::Waiting(waiting)) => {
                 return Ok(self.withdraw(&waiting, false).await? == Some(Changed::Yes));
             }
-            Some(Found::Dead(Dead { number, message, was, status })) => {
-                server.delete(&names.calls, was).await?;
-                server.delete(&names.dead, number).await?;
-                self.forget_parts(message.parts().as_ref()).await;
-                status
-            }
+            Some(Found::Dead(dead)) => return self.drop_dead(id, dead, false).await,
             Some(Found::Ended(end, _)) => {
                 // The message that it was may be there still, and without its final state it would be made again.
                 server.delete(&names.calls, end.sequence).await?;
@@ -170,7 +165,7 @@ impl Shared {
                 server.delete(&names.notes, end.sequence).await?;
             }
         }
-        self.forget_answer(id).await?;
+        self.forget_answer(id, self.answer_at(id).await?).await?;
         Ok(true)
     }
 
