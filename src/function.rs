@@ -14,7 +14,7 @@ pub struct Function {
 impl Function {
     /// Splits `figlet.dev` at its last dot; `figlet` alone lives in `default_namespace`.
     ///
-    /// `None` if a part of the name is missing or has a byte outside `[-a-zA-Z_0-9.]`.
+    /// `None` if a part of the name is missing or too long, or has a byte outside `[-a-zA-Z_0-9.]`.
     pub fn parse(segment: &str, default_namespace: &str) -> Option<Self> {
         let (name, namespace) = segment.rsplit_once('.').unwrap_or((segment, default_namespace));
         if name.is_empty() || !segment.bytes().all(is_name_byte) {
@@ -24,9 +24,16 @@ impl Function {
         if segment.ends_with('.') {
             return None;
         }
+        // The provider need not be asked, and names become parts of others.
+        if name.len() > LONGEST || namespace.len() > LONGEST {
+            return None;
+        }
         Some(Self { name: name.to_owned(), namespace: namespace.to_owned() })
     }
 }
+
+/// A name or a namespace is no longer: as long as one of the DNS.
+const LONGEST: usize = 253;
 
 /// Whether `byte` may stand in a function's name or namespace.
 pub fn is_name_byte(byte: u8) -> bool {
@@ -69,6 +76,15 @@ mod tests {
         for segment in ["", ".", ".dev", "figlet.", "bad$name", "a b", "a/b", "ä", "a%20b"] {
             check(segment, "openfaas-fn", None);
         }
+    }
+
+    #[test]
+    fn a_name_is_no_longer_than_one_of_the_dns() {
+        let (longest, longer) = ("a".repeat(253), "a".repeat(254));
+        check(&longest, "fn", Some((longest.as_str(), "fn")));
+        check(&format!("a.{longest}"), "fn", Some(("a", longest.as_str())));
+        check(&longer, "fn", None);
+        check(&format!("a.{longer}"), "fn", None);
     }
 
     #[test]

@@ -4,6 +4,7 @@ pub mod call;
 pub mod discovery;
 pub mod embedded;
 pub mod jetstream;
+mod share;
 pub mod stan;
 pub mod status;
 

@@ -48,7 +48,7 @@ pub enum Unreadable {
     Short,
     #[error("a queued call cannot be parsed")]
     Json(#[from] serde_json::Error),
-    #[error("a queued call has an invalid function or header")]
+    #[error("a queued call has an invalid function, target or header")]
     Invalid,
 }
 
@@ -79,6 +79,10 @@ pub struct Meta {
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     chosen_id: bool,
 }
+
+/// Headers that a call may have, which leaves room for those that are added on its way to the function: a map of
+/// headers that is full takes no more.
+pub(in crate::queue) const MOST_HEADERS: usize = 4096;
 
 /// Raised when an older gateway could not make the call rightly.
 const VERSION: u8 = 1;
@@ -136,8 +140,11 @@ impl Call {
     /// The call that `meta` and `body` make.
     ///
     /// # Errors
-    /// `Unreadable::Invalid` when it has a function or headers that cannot be.
+    /// `Unreadable::Invalid` when it has a function, a target or headers that cannot be: who stored it may be a stranger.
     pub fn from_meta(meta: Meta, body: Bytes) -> Result<Self, Unreadable> {
+        if meta.headers.len() > MOST_HEADERS || !is_behind_a_name(&meta.target) {
+            return Err(Unreadable::Invalid);
+        }
         let mut headers = HeaderMap::with_capacity(meta.headers.len());
         for (name, value) in &meta.headers {
             let value: Result<Vec<u8>, _> = value.chars().map(u8::try_from).collect();
@@ -163,6 +170,21 @@ impl Call {
         }
         Ok(Self { id, function, target, headers, body, options })
     }
+}
+
+/// Whether `target` can stand behind a function's name without leading to another place.
+fn is_behind_a_name(target: &str) -> bool {
+    let path = target.split_once('?').map_or(target, |(path, _)| path);
+    (path.is_empty() || path.starts_with('/')) && !has_dot_segment(path)
+}
+
+/// Whether a part of `path` could lead out of `/function/NAME` once somebody further on decodes it.
+pub(in crate::queue) fn has_dot_segment(path: &str) -> bool {
+    let mut path = path.to_ascii_lowercase();
+    for (code, character) in [("%2e", "."), ("%2f", "/"), ("%5c", "/"), ("\\", "/")] {
+        path = path.replace(code, character);
+    }
+    path.split('/').any(|segment| segment == "." || segment == "..")
 }
 
 /// The metadata of an encoded call, and where its body begins.
@@ -215,6 +237,31 @@ mod tests {
         bytes.extend_from_slice(b"body");
         let call = Call::decode(&bytes.into()).unwrap();
         assert_eq!((call.id.as_str(), &call.body[..]), ("a", &b"body"[..]));
+    }
+
+    #[test]
+    fn a_stranger_can_say_no_more_of_a_call_than_a_caller() {
+        let read = |change: &dyn Fn(&mut Meta)| {
+            let mut meta = call().meta();
+            change(&mut meta);
+            Call::from_meta(meta, Bytes::new())
+        };
+        let headers = |count: usize| {
+            move |meta: &mut Meta| {
+                meta.headers = (0..count).map(|n| (format!("h{n}"), "1".to_owned())).collect();
+            }
+        };
+        assert_eq!(read(&headers(MOST_HEADERS)).unwrap().headers.len(), MOST_HEADERS);
+        for count in [MOST_HEADERS + 1, 40_000] {
+            assert!(matches!(read(&headers(count)), Err(Unreadable::Invalid)), "{count}");
+        }
+        let target = |target: &str| read(&|meta| target.clone_into(&mut meta.target)).is_ok();
+        for good in ["", "/", "/p/q?x=/../", "?x", "/a..b/.c"] {
+            assert!(target(good), "{good}");
+        }
+        for bad in ["x", "@x", "/..", "/%2e%2E/system", "/a%2f../b", "/.\\x"] {
+            assert!(!target(bad), "{bad}");
+        }
     }
 
     #[test]

@@ -21,14 +21,12 @@ mod state;
 mod streams;
 mod subject;
 mod survey;
+mod tasks;
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use tokio::runtime::Handle as Runtime;
 use tokio::sync::{Notify, OnceCell, Semaphore};
-use tokio_util::sync::CancellationToken;
-use tokio_util::task::TaskTracker;
 
 pub(super) use self::lease::Lease;
 pub use self::options::{Auth, Options};
@@ -42,6 +40,7 @@ use crate::queue::jetstream::pull::{Arrived, Begun};
 use crate::queue::jetstream::roll::Roll;
 use crate::queue::jetstream::server::{Fault, Server};
 use crate::queue::jetstream::subject::Names;
+use crate::queue::jetstream::tasks::Tasks;
 use crate::queue::status::{Answer, Settlement, Status};
 use crate::queue::{Changed, Counts, Delivery, Error, Filter, Published};
 
@@ -83,32 +82,6 @@ struct Shared {
     tasks: Tasks,
 }
 
-/// What goes on beside the calls to this queue.
-struct Tasks {
-    tracker: TaskTracker,
-    stopping: CancellationToken,
-    runtime: Runtime,
-}
-
-impl Tasks {
-    /// Runs `task` until it ends or the queue is stopped.
-    fn spawn(&self, task: impl Future<Output = ()> + Send + 'static) {
-        let stopping = self.stopping.clone();
-        let task = async move {
-            tokio::select! {
-                () = stopping.cancelled() => {}
-                () = task => {}
-            }
-        };
-        self.tracker.spawn_on(task, &self.runtime);
-    }
-
-    /// Runs `task`, which ends soon by itself. Who stops the queue waits for it.
-    fn finish(&self, task: impl Future<Output = ()> + Send + 'static) {
-        self.tracker.spawn_on(task, &self.runtime);
-    }
-}
-
 impl JetStream {
     /// Begins to connect. The server may be away: then the queue comes to life when the server does.
     ///
@@ -121,11 +94,6 @@ impl JetStream {
             );
         }
         let server = Server::open(&options).await?;
-        let tasks = Tasks {
-            tracker: TaskTracker::new(),
-            stopping: CancellationToken::new(),
-            runtime: Runtime::current(),
-        };
         let shared = Shared {
             names: Names::new(&options.queue),
             options,
@@ -140,7 +108,7 @@ impl JetStream {
             looked: Mutex::default(),
             tidied: Mutex::new(Instant::now()),
             ready: Notify::new(),
-            tasks,
+            tasks: Tasks::new(),
         };
         Ok(Self { shared: Arc::new(shared) })
     }
@@ -153,8 +121,7 @@ impl JetStream {
     /// Ends all that goes on by itself: leases are not extended any more, and what was fetched ahead goes back. What
     /// was dropped before is given back.
     pub async fn stop(&self) {
-        self.shared.tasks.stopping.cancel();
-        self.shared.tasks.tracker.close();
+        self.shared.tasks.stop();
         let ahead = self.shared.lines().clear();
         let begun = self.shared.begun().clear();
         drop(begun);
@@ -162,7 +129,7 @@ impl JetStream {
             for arrived in ahead {
                 arrived.not_now(&self.shared.server, None).await;
             }
-            self.shared.tasks.tracker.wait().await;
+            self.shared.tasks.ended().await;
             // What was not sent by now is found out by the server itself.
             let _ = self.shared.server.client.flush().await;
         };

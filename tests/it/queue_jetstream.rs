@@ -284,6 +284,58 @@ async fn a_dead_call_is_kept_until_it_is_revived() {
 }
 
 #[tokio::test]
+async fn a_dead_call_that_succeeds_in_the_end_is_dead_no_more() {
+    let directory = tempfile::TempDir::new().unwrap();
+    let path = directory.path().join("nats.conf");
+    // One who tries a dead call again, and comes no further than that.
+    let deny = r#"{ publish: { deny: "$JS.API.STREAM.MSG.DELETE.gateway-faas-request-dead" } }"#;
+    let halting = format!("{{ user: halting, password: p, permissions: {deny} }}");
+    let users = format!("users = [ {halting}, {{ user: other, password: p }} ]");
+    std::fs::write(&path, format!("authorization {{ {users} }}")).unwrap();
+    let nats = Nats::start_with(&["-c", path.to_str().unwrap()]);
+    let open = async |user: &str| {
+        let auth = Auth::Password { user: user.to_owned(), password: "p".to_owned() };
+        Gateway::open(Options { auth, ..options(&nats) }).await
+    };
+    let (halting, it) = (open("halting").await, open("other").await);
+    for it in [&halting, &it] {
+        eventually("the server answers", async || it.queue.status("x").await.is_ok()).await;
+    }
+    it.publish(call("a")).await;
+    it.settle(it.take().await, dead()).await;
+    assert_eq!(halting.queue.revive("a").await, Ok(Changed::Yes));
+    // It is not made twice by one who saw it dead.
+    assert_eq!(it.queue.revive("a").await, Ok(Changed::No(State::Queued)));
+    it.settle(it.take().await, retry(now())).await;
+    it.settle(it.take().await, succeeded()).await;
+    it.is_empty().await;
+    let dead = it.queue.counts().await.unwrap().iter().map(|(_, it)| it.dead).sum::<u64>();
+    assert_eq!((it.state("a").await, dead), (Some(State::Succeeded), 0));
+}
+
+#[tokio::test]
+async fn a_dead_call_is_dropped_or_tried_again_but_not_half_of_each() {
+    let nats = Nats::start();
+    let (one, two) = (Gateway::on(&nats).await, Gateway::on(&nats).await);
+    let body = Bytes::from(vec![7; 1_100_000]);
+    for round in 0..8 {
+        let id = round.to_string();
+        one.publish(Call { body: body.clone(), ..call(&id) }).await;
+        one.settle(one.take().await, dead()).await;
+        let (dropped, revived) = tokio::join!(two.queue.cancel(&id), one.queue.revive(&id));
+        let (dropped, revived) = (dropped.unwrap(), revived.unwrap());
+        if revived == Changed::Yes && dropped != Changed::Yes {
+            let delivery = one.take().await;
+            assert!(delivery.call.body == body);
+            one.settle(delivery, succeeded()).await;
+        }
+        let expect = if dropped == Changed::Yes { State::Cancelled } else { State::Succeeded };
+        assert_eq!(one.state(&id).await, Some(expect), "{round}: {dropped:?} {revived:?}");
+        one.is_empty().await;
+    }
+}
+
+#[tokio::test]
 async fn a_delivery_that_is_dropped_is_taken_again() {
     let nats = Nats::start();
     let it = Gateway::on(&nats).await;
@@ -434,6 +486,50 @@ async fn a_call_that_runs_for_long_is_delivered_once() {
     it.settle(delivery, succeeded()).await;
     assert!(other.takes_nothing(lease * 3 / 2).await);
     assert_eq!(it.queue.status("slow").await.unwrap().unwrap().attempts, 1);
+}
+
+#[tokio::test]
+async fn a_call_that_comes_again_to_one_who_makes_it_is_made_once() {
+    let nats = Nats::start();
+    let it = Gateway::on(&nats).await;
+    it.publish(call("a")).await;
+    let delivery = it.take().await;
+    // As if nothing had been heard of it for too long.
+    let strange = async_nats::connect(nats.url()).await.unwrap();
+    let given_back = "$JS.ACK.gateway-faas-request-calls.fn,echo.1.1.1.0.0";
+    strange.publish(given_back, "-NAK".into()).await.unwrap();
+    strange.flush().await.unwrap();
+    assert!(it.takes_nothing(LEASE * 3 / 2).await);
+    it.settle(delivery, succeeded()).await;
+    it.is_empty().await;
+    let status = it.queue.status("a").await.unwrap().unwrap();
+    assert_eq!((status.state, status.attempts), (State::Succeeded, 1));
+}
+
+#[tokio::test]
+async fn a_call_that_is_over_is_not_made_again_however_soon_that_is_forgotten() {
+    let directory = tempfile::TempDir::new().unwrap();
+    let path = directory.path().join("nats.conf");
+    // What the first one says of the end of a call does not get to the server.
+    let mute = r#"{ user: mute, password: p, permissions: { publish: { deny: "$JS.ACK.>" } } }"#;
+    let users = format!("users = [ {mute}, {{ user: other, password: p }} ]");
+    std::fs::write(&path, format!("authorization {{ {users} }}")).unwrap();
+    let nats = Nats::start_with(&["-c", path.to_str().unwrap()]);
+    let open = async |user: &str| {
+        let (user, password) = (user.to_owned(), "p".to_owned());
+        let limits = Limits { result_ttl: 0, key_ttl: 0, ..LIMITS };
+        let auth = Auth::Password { user, password };
+        Gateway::open(Options { auth, limits, ..options(&nats) }).await
+    };
+    let (mute, other) = (open("mute").await, open("other").await);
+    for it in [&mute, &other] {
+        eventually("the server answers", async || it.queue.status("x").await.is_ok()).await;
+    }
+    mute.publish(call("a")).await;
+    mute.settle(mute.take().await, succeeded()).await;
+    assert_eq!(other.state("a").await, None);
+    mute.dies(Vec::new()).await;
+    other.lets_go().await;
 }
 
 #[tokio::test]
@@ -612,6 +708,50 @@ async fn a_call_that_was_purged_can_be_queued_again() {
 }
 
 #[tokio::test]
+async fn a_key_stands_for_no_call_that_was_purged() {
+    let nats = Nats::start();
+    let it = Gateway::on(&nats).await;
+    let keyed = |id: &str| {
+        let mut call = call(id);
+        call.options.idempotency_key = Some("k".to_owned());
+        call
+    };
+    // One that waits, one that is over, and one that is dead.
+    for (round, settlement) in [None, Some(succeeded()), Some(dead())].into_iter().enumerate() {
+        let (first, second) = (format!("a{round}"), format!("b{round}"));
+        assert!(!it.publish(keyed(&first)).await.repeated, "{first}");
+        if let Some(settlement) = settlement {
+            it.settle(it.take().await, settlement).await;
+        }
+        let known = Published { id: first, repeated: true };
+        assert_eq!(it.publish(keyed(&second)).await, known);
+        assert_eq!(it.queue.purge(&Filter::default()).await, Ok(1));
+    }
+    // Two who queue it again at once make one call.
+    let (a, b) = tokio::join!(it.publish(keyed("c")), it.publish(keyed("d")));
+    assert_eq!((a.id == b.id, a.repeated != b.repeated), (true, true), "{a:?} {b:?}");
+    assert_eq!(it.unfinished().await, 1);
+}
+
+#[tokio::test]
+async fn one_id_can_name_a_call_of_each_function() {
+    let nats = Nats::start();
+    let it = Gateway::on(&nats).await;
+    let chosen = |function: &str| {
+        let mut call = call_of(function, "an id of theirs");
+        call.options.chosen_id = true;
+        call
+    };
+    for _ in 0..2 {
+        let repeated = it.unfinished().await > 0;
+        for function in ["echo", "other"] {
+            assert_eq!(it.publish(chosen(function)).await.repeated, repeated, "{function}");
+        }
+    }
+    assert_eq!(it.unfinished().await, 2);
+}
+
+#[tokio::test]
 async fn one_who_is_not_let_in_is_told_so_and_one_who_is_works() {
     let nats = Nats::start_with(&["--user", "u", "--pass", "secret"]);
     let auth = |password: &str| {
@@ -759,4 +899,88 @@ async fn a_body_that_no_call_has_is_tidied_away() {
     assert_eq!(it.jetstream.tidy(Duration::from_secs(3600)).await, Ok(0));
     assert_eq!(it.jetstream.tidy(Duration::ZERO).await, Ok(1));
     assert_eq!(it.take().await.call.body.len(), 2_000_000);
+}
+
+/// One who may publish whatever it likes.
+async fn stranger(nats: &Nats) -> async_nats::jetstream::Context {
+    let options = async_nats::ConnectOptions::new().retry_on_initial_connect();
+    async_nats::jetstream::new(options.connect(nats.url()).await.unwrap())
+}
+
+#[tokio::test]
+async fn a_message_that_no_gateway_wrote_holds_up_nobody() {
+    let nats = Nats::start();
+    let it = Gateway::on(&nats).await;
+    it.publish(call("a")).await;
+    let strange = stranger(&nats).await;
+    let names = vec![r#"["h","1"]"#; 5_000];
+    let meta = |headers: &str, target: &str| {
+        let names = r#""id":"x","name":"echo","namespace":"fn""#;
+        format!(r#"{{{names},"headers":[{headers}],"target":"{target}"}}"#)
+    };
+    // More headers than there is room for, a path to another place, and a body without end.
+    let crowd = meta(&names.join(","), "");
+    let (dots, large) = (meta("", "/%2e%2e/x"), meta("", ""));
+    let parts = format!(r#"{{"name":"x","count":{}}}"#, usize::MAX);
+    for (id, call, body) in [("x", &crowd, None), ("y", &dots, None), ("z", &large, Some(parts))] {
+        let mut headers = async_nats::HeaderMap::new();
+        headers.insert("Gateway-Version", "1");
+        headers.insert("Gateway-Call", call.as_str());
+        if let Some(body) = body {
+            headers.insert("Gateway-Body", body.as_str());
+        }
+        let subject = format!("faas.faas-request.fn.echo.{id}");
+        strange.publish_with_headers(subject, headers, "".into()).await.unwrap().await.unwrap();
+    }
+    it.publish(call("b")).await;
+    for _ in 0..2 {
+        let delivery = it.take().await;
+        assert!(["a", "b"].contains(&delivery.call.id.as_str()), "{delivery:?}");
+        it.settle(delivery, succeeded()).await;
+    }
+    assert!(it.takes_nothing(LEASE).await);
+    assert!(
+        it.queue.counts().await.is_ok() && it.queue.list(&Filter::default(), None, 9).await.is_ok()
+    );
+}
+
+/// The stream of calls, of which nobody may remove any but by making it.
+async fn undeletable_calls(nats: &Nats) {
+    use async_nats::jetstream::stream::{Config, DiscardPolicy, RetentionPolicy};
+    let calls = Config {
+        name: "gateway-faas-request-calls".to_owned(),
+        subjects: vec!["faas.faas-request.>".to_owned()],
+        retention: RetentionPolicy::WorkQueue,
+        discard: DiscardPolicy::New,
+        max_messages: 50,
+        max_messages_per_subject: 1,
+        deny_delete: true,
+        ..Config::default()
+    };
+    let made = async || stranger(nats).await.create_stream(calls.clone()).await.is_ok();
+    eventually("the stream is made", made).await;
+}
+
+#[tokio::test]
+async fn a_cancelled_call_is_not_made_though_its_message_cannot_be_removed() {
+    let nats = Nats::start();
+    undeletable_calls(&nats).await;
+    let it = Gateway::on(&nats).await;
+    it.publish(call("a")).await;
+    it.publish(call("b")).await;
+    assert_eq!(it.queue.cancel("a").await, Ok(Changed::Yes));
+    assert_eq!(it.state("a").await, Some(State::Cancelled));
+    // To purge a call is nothing but to remove it: that it is there is said.
+    let queued = Filter { state: Some(State::Queued), ..Filter::default() };
+    assert_eq!(it.queue.purge(&queued).await, Err(Error::Failed));
+    let delivery = it.take().await;
+    assert_eq!(delivery.call.id, "b");
+    it.settle(delivery, succeeded()).await;
+    // Whoever is given it has it go.
+    let mut calls = stream(&nats, "gateway-faas-request-calls").await;
+    tokio::select! {
+        taken = it.queue.take(PLACES) => panic!("made though it was cancelled: {taken:?}"),
+        () = eventually("it is gone", async || calls.info().await.unwrap().state.messages == 0) => {}
+    }
+    assert_eq!(it.state("a").await, Some(State::Cancelled));
 }

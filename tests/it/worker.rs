@@ -103,8 +103,8 @@ async fn workers_share_the_work_and_one_that_stops_gives_back_what_it_has() {
     for _ in 0..12 {
         ids.push(gateway.queued("echo", &[], "").await);
     }
-    // Neither could have as many.
-    eventually("both work", async || seen.lock().unwrap().len() == 8).await;
+    // Neither could have as many: one function has three places of four.
+    eventually("both work", async || seen.lock().unwrap().len() == 6).await;
     assert!(one.terminate().await.success());
     let_go.send_replace(true);
     for id in &ids {

@@ -5,6 +5,7 @@ use std::collections::{BinaryHeap, HashMap, HashSet, VecDeque};
 use std::sync::Arc;
 
 use crate::queue::call::Millis;
+use crate::queue::share::has_room;
 
 /// A call's number: calls are numbered as they are taken in.
 pub(super) type Number = u64;
@@ -153,15 +154,13 @@ impl Schedule {
 
     /// The next call to make, if any can be made at `now` by one who makes at most `places` at a time.
     ///
-    /// The functions take turns. One may have three quarters of the places that the others leave free, and always one:
-    /// however many of its calls hang, some places stay free for the others, if there is more than one.
+    /// The functions take turns, and each has its share of the places.
     pub(super) fn pick(&mut self, now: Millis, places: usize) -> Option<Picked> {
         self.ripen(now);
         for _ in 0..self.turn.len() {
             let line = self.turn.pop_front()?;
             let running = self.functions[line].running;
-            let free = places.saturating_sub(self.running);
-            if running > 0 && running + 4 > free * 3 {
+            if !has_room(running, self.running, places) {
                 self.turn.push_back(line);
                 continue;
             }

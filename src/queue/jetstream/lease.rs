@@ -11,7 +11,7 @@ use crate::queue::jetstream::message::{AnswerHead, End, answer_headers, end_head
 use crate::queue::jetstream::pull::{Arrived, PAUSE};
 use crate::queue::jetstream::roll::Roll;
 use crate::queue::jetstream::server::Fault;
-use crate::queue::jetstream::subject::{ANSWERS, CALLS, DEAD, ENDS, token};
+use crate::queue::jetstream::subject::{ANSWERS, CALLS, DEAD, ENDS, Named, token};
 use crate::queue::jetstream::{Shared, parts};
 use crate::queue::now;
 use crate::queue::status::{Answer, Settlement, Status};
@@ -51,6 +51,13 @@ impl Lease {
         // It was settled, but whoever did so died before its message was gone, or the server did.
         let suspect = self.arrived.again || shared.server.was_found(self.arrived.sequence);
         if suspect && Box::pin(self.is_over()).await? {
+            self.done().await;
+            return Ok(None);
+        }
+        if self.arrived.message.is_taken_back() {
+            let Arrived { call, message, sequence, .. } = &*self.arrived;
+            let named = Named { function: call.function.clone(), id: call.id.clone() };
+            Box::pin(shared.finish_off(&named, message, *sequence)).await?;
             self.done().await;
             return Ok(None);
         }
@@ -138,7 +145,8 @@ impl Lease {
         if !matches!(settlement, Settlement::Retry { .. })
             && let Some(key) = &arrived.call.options.idempotency_key
         {
-            Box::pin(shared.remember(key, &arrived.call.id)).await?;
+            let call = &arrived.call;
+            Box::pin(shared.remember(key, &call.function, &call.id)).await?;
         }
         self.done().await;
         if matches!(settlement, Settlement::Finished { .. })
@@ -163,7 +171,13 @@ impl Lease {
         };
         let body = small.map_or_else(Bytes::new, |answer| answer.body.clone());
         let subject = self.subject(ENDS);
-        shared.server.put(subject, end_headers(&end), body, None).await.map(drop)
+        shared.server.put(subject, end_headers(&end), body, None).await?;
+        match arrived.message.dead_before() {
+            Some(number) => {
+                Box::pin(shared.server.delete(&shared.names.dead, number)).await.map(drop)
+            }
+            None => Ok(()),
+        }
     }
 
     /// Has the message removed. Whoever is given it again, should this be lost, sees that it is over.

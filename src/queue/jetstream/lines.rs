@@ -1,13 +1,14 @@
 //! Which function's calls are asked for, and which call is handed out next. No I/O.
 //!
 //! Every function has a consumer of its own on the server, so that no call waits behind those of another function.
-//! The share of each function is that of the embedded queue.
+//! The share of each function is that of every queue.
 
 use std::collections::{HashMap, VecDeque};
 use std::time::{Duration, Instant};
 
 use crate::function::Function;
 use crate::queue::jetstream::pace::Pace;
+use crate::queue::share::has_room;
 
 /// At most so many calls of a function are asked for at once.
 const MOST: usize = 64;
@@ -114,8 +115,8 @@ impl<A> Lines<A> {
         self.lines[line].arrived.push_back((now, call));
     }
 
-    /// The next call to make, for one who makes at most `places` at a time. The functions take turns, and one may
-    /// have three quarters of the places that the others leave free.
+    /// The next call to make, for one who makes at most `places` at a time. The functions take turns, and each has its
+    /// share of the places.
     pub(super) fn pick(&mut self, places: usize) -> Option<(usize, A)> {
         for step in 0..self.lines.len() {
             let index = (self.turn + step) % self.lines.len();
@@ -200,11 +201,8 @@ impl<A> Lines<A> {
 
     /// How many calls more the line may have, at most `most`.
     fn room(&self, line: usize, places: usize, most: usize) -> usize {
-        let may = |more: &usize| {
-            let free = places.saturating_sub(self.running + more);
-            self.lines[line].running + more <= free * 3
-        };
-        (0..most).take_while(may).count()
+        let running = self.lines[line].running;
+        (0..most).take_while(|more| has_room(running + more, self.running + more, places)).count()
     }
 }
 
@@ -254,6 +252,16 @@ mod tests {
         assert_eq!(lines.pick(8), Some((1, 100)));
         lines.ended(0);
         assert_eq!(lines.pick(8), None);
+    }
+
+    #[test]
+    fn of_few_places_one_stays_free() {
+        for places in 2..6 {
+            let (mut lines, now) = (lines(), Instant::now());
+            (0..10).for_each(|call| lines.arrived(0, call, now));
+            let taken = std::iter::from_fn(|| lines.pick(places)).count();
+            assert!((places / 2..places).contains(&taken), "{taken} of {places}");
+        }
     }
 
     #[test]

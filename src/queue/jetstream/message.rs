@@ -20,6 +20,8 @@ const PROGRESS: &str = "Gateway-Progress";
 const BODY: &str = "Gateway-Body";
 /// Of a dead call: the number of the message that it was.
 const WAS: &str = "Gateway-Was";
+/// Of a call that was dead and is tried again: the number of the message that says so.
+const REVIVED: &str = "Gateway-Revived";
 /// The server knows a repeated message by this header.
 const MESSAGE_ID: &str = "Nats-Msg-Id";
 /// [`End`].
@@ -106,7 +108,34 @@ impl Message {
         let mut headers = self.fresh();
         headers.insert(PROGRESS, json(&status).as_str());
         headers.insert(WAS, was.to_string());
+        if let Some(number) = self.headers.get(REVIVED) {
+            headers.insert(REVIVED, number.clone());
+        }
         headers
+    }
+
+    /// The same call, which was dead, once more from the beginning. `number` is that of the message of the dead call.
+    pub(super) fn revived(&self, number: u64) -> HeaderMap {
+        let mut headers = self.fresh();
+        headers.insert(REVIVED, number.to_string());
+        headers
+    }
+
+    /// The message to remove when the call is over, should it be there still.
+    pub(super) fn dead_before(&self) -> Option<u64> {
+        self.headers.get(REVIVED)?.as_str().parse().ok()
+    }
+
+    /// What is left of a call that is taken back: it is not made, whoever is given it.
+    pub(super) fn taken_back(&self, status: &Status, was: u64) -> HeaderMap {
+        let mut headers = self.progressed(status, was);
+        headers.insert(BODY, "");
+        headers
+    }
+
+    /// Whether its call is taken back, and not to be made.
+    pub(super) fn is_taken_back(&self) -> bool {
+        self.progress().is_some_and(|status| status.state == State::Cancelled)
     }
 
     /// The same call as if it had never been made.
@@ -170,8 +199,11 @@ impl Message {
 
     /// When the call can be made, at the earliest.
     pub(super) fn due(&self, call: &Call) -> Millis {
-        let again = self.progress().and_then(|status| status.next_attempt_at);
-        again.or(call.options.not_before).unwrap_or(0)
+        match self.progress() {
+            Some(Status { state: State::Cancelled, .. }) => 0,
+            Some(Status { next_attempt_at: Some(again), .. }) => again,
+            _ => call.options.not_before.unwrap_or(0),
+        }
     }
 }
 

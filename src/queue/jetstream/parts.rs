@@ -19,6 +19,9 @@ use crate::queue::now;
 /// So many parts are on their way at a time.
 const TOGETHER: usize = 4;
 
+/// No body is larger, and no answer.
+pub(super) const LARGEST: usize = crate::config::MAX_BODY;
+
 /// How large a part is.
 fn part(server: &Server) -> usize {
     server.client.max_payload().saturating_sub(4096).clamp(1024, 1 << 20)
@@ -45,21 +48,22 @@ pub(super) async fn store(
     Ok(Parts { name, count })
 }
 
-/// The body that was stored so; `None` if a part is missing.
+/// The body that was stored so; `None` if a part is missing, or it is larger than any may be.
 pub(super) async fn load(
     server: &Server,
     names: &Names,
     parts: &Parts,
 ) -> Result<Option<Bytes>, Fault> {
     let subjects = (0..parts.count).map(|number| names.part(BODIES, &parts.name, number));
-    let found: Vec<_> = stream::iter(subjects)
+    let found = stream::iter(subjects)
         .map(|subject| async move { server.last(&names.bodies, &subject).await })
-        .buffered(TOGETHER)
-        .try_collect()
-        .await?;
-    let mut body = BytesMut::new();
-    for part in found {
-        let Some(part) = part else { return Ok(None) };
+        .buffered(TOGETHER);
+    let (mut found, mut body) = (std::pin::pin!(found), BytesMut::new());
+    // How many there are is what the message says, which may be a stranger's.
+    while let Some(part) = found.try_next().await? {
+        let Some(part) = part.filter(|part| body.len() + part.payload.len() <= LARGEST) else {
+            return Ok(None);
+        };
         body.extend_from_slice(&part.payload);
     }
     Ok(Some(body.freeze()))
@@ -67,7 +71,8 @@ pub(super) async fn load(
 
 /// Removes what was stored so.
 pub(super) async fn remove(server: &Server, names: &Names, parts: &Parts) -> Result<(), Fault> {
-    server.purge(&names.bodies, &names.part(BODIES, &parts.name, "*")).await
+    // A name is used once: all that has it is of one body.
+    server.purge(&names.bodies, &names.part(BODIES, &parts.name, "*"), u64::MAX - 1).await
 }
 
 impl Shared {

@@ -3,23 +3,41 @@
 use async_nats::HeaderMap;
 use bytes::Bytes;
 
+use crate::function::Function;
 use crate::queue::call::Call;
 use crate::queue::jetstream::message::{Message, Parts};
 use crate::queue::jetstream::server::Fault;
-use crate::queue::jetstream::subject::{CALLS, token};
+use crate::queue::jetstream::subject::{CALLS, Names, consumed, consumer};
 use crate::queue::jetstream::{Shared, parts};
 use crate::queue::{Error, Published};
+
+/// What is noted of a key.
+#[derive(Debug, Default)]
+struct Keyed {
+    /// The call that it stands for. One that was purged is none.
+    id: Option<String>,
+    /// The number of the note; none is 0.
+    note: u64,
+}
+
+/// Whose call a key stands for, as its consumer is named.
+const FUNCTION: &str = "Gateway-Function";
 
 impl Shared {
     pub(super) async fn publish(&self, call: &Call) -> Result<Published, Error> {
         self.ready().await?;
         let (id, key) = (&call.id, call.options.idempotency_key.as_deref());
-        if let Some(key) = key
-            && let Some(id) = Box::pin(self.keyed(key)).await?
-        {
+        let keyed = match key {
+            Some(key) => Box::pin(self.keyed(key)).await?,
+            None => Keyed::default(),
+        };
+        if let Some(id) = keyed.id {
             return Ok(Published { id, repeated: true });
         }
-        if call.options.chosen_id && Box::pin(self.status(id)).await?.is_some() {
+        // It is looked for where it would be: a chosen id says nothing of its function.
+        if call.options.chosen_id
+            && Box::pin(self.find_in(Some(&call.function), id)).await?.is_some()
+        {
             return Ok(Published { id: id.clone(), repeated: true });
         }
         // First the consumer: without one, nobody would look for the call.
@@ -30,7 +48,7 @@ impl Shared {
             let parts = Box::pin(parts).await?;
             message = message.with_parts(&parts);
         }
-        let first = match self.store(call, &message).await {
+        let first = match self.store(call, &message, keyed.note).await {
             Ok(first) => first,
             // The message may be there all the same: then its parts are needed.
             Err(Fault::Away) => return Err(Error::Away),
@@ -48,26 +66,32 @@ impl Shared {
         let repeated = first.is_some();
         let published = Published { id: first.unwrap_or_else(|| id.clone()), repeated };
         if let Some(key) = key {
-            Box::pin(self.remember(key, &published.id)).await?;
+            let remembered = self.remember_over(key, &call.function, &published.id, keyed.note);
+            Box::pin(remembered).await?;
         }
         Ok(published)
     }
 
-    /// Stores the call's message, unless there is one; then the id of that call.
-    async fn store(&self, call: &Call, message: &Message) -> Result<Option<String>, Fault> {
+    /// Stores the call's message, unless there is one; then the id of that call. `note` is what was noted of its key.
+    async fn store(
+        &self,
+        call: &Call,
+        message: &Message,
+        note: u64,
+    ) -> Result<Option<String>, Fault> {
         let key = call.options.idempotency_key.as_deref();
         let subject = self.names.call(CALLS, &call.function, &call.id);
         // What the server knows a repeated message by takes up room there: an id that was made here comes but once.
         let mut headers = match key {
-            Some(key) => message.named(&format!("key-{}", token(key))),
-            None if call.options.chosen_id => message.named(&format!("id-{}", token(&call.id))),
+            Some(key) => message.named(&Names::message_of_key(key, note)),
+            None if call.options.chosen_id => message.named(&format!("id-{subject}")),
             None => message.fresh(),
         };
         loop {
             let body = message.body.clone();
             match self.server.put(subject.clone(), headers, body, Some(0)).await {
                 Ok(stored) if stored.duplicate => {
-                    let first = Box::pin(self.first(stored.sequence, key, &call.id)).await?;
+                    let first = Box::pin(self.first(stored.sequence, key, call)).await?;
                     if first.is_some() {
                         return Ok(first);
                     }
@@ -86,7 +110,7 @@ impl Shared {
         &self,
         sequence: u64,
         key: Option<&str>,
-        id: &str,
+        call: &Call,
     ) -> Result<Option<String>, Fault> {
         if let Some(found) = self.server.at(&self.names.calls, sequence).await?
             && let Ok(call) = Message::stored(found.headers, found.payload).call()
@@ -94,21 +118,53 @@ impl Shared {
             return Ok(Some(call.id));
         }
         match key {
-            Some(key) => self.keyed(key).await,
-            None => Ok(self.status(id).await?.map(|_| id.to_owned())),
+            Some(key) => Ok(self.keyed(key).await?.id),
+            None => {
+                let found = self.find_in(Some(&call.function), &call.id).await?;
+                Ok(found.map(|_| call.id.clone()))
+            }
         }
     }
 
-    /// The id that `key` stands for.
-    async fn keyed(&self, key: &str) -> Result<Option<String>, Fault> {
+    /// What is noted of `key`.
+    async fn keyed(&self, key: &str) -> Result<Keyed, Fault> {
         let found = self.server.last(&self.names.keys, &self.names.key(key)).await?;
-        Ok(found.and_then(|found| String::from_utf8(found.payload.into()).ok()))
+        let Some(found) = found else { return Ok(Keyed::default()) };
+        let note = found.sequence;
+        let Ok(id) = String::from_utf8(found.payload.into()) else {
+            return Ok(Keyed { id: None, note });
+        };
+        let function = found.headers.get(FUNCTION).and_then(|it| consumed(it.as_str()));
+        let call = match function {
+            Some(function) => self.find_in(Some(&function), &id).await?,
+            // An older gateway has not said whose call it is.
+            None => self.find(&id).await?,
+        };
+        Ok(Keyed { id: call.map(|_| id), note })
     }
 
     /// Notes which call `key` stands for, unless that is known.
-    pub(super) async fn remember(&self, key: &str, id: &str) -> Result<(), Fault> {
+    pub(super) async fn remember(
+        &self,
+        key: &str,
+        function: &Function,
+        id: &str,
+    ) -> Result<(), Fault> {
+        self.remember_over(key, function, id, 0).await
+    }
+
+    /// The same, where the last that was noted of it is the `note`.
+    async fn remember_over(
+        &self,
+        key: &str,
+        function: &Function,
+        id: &str,
+        note: u64,
+    ) -> Result<(), Fault> {
+        let mut headers = HeaderMap::new();
+        headers.insert(FUNCTION, consumer(function).as_str());
         let id = Bytes::copy_from_slice(id.as_bytes());
-        match self.server.put(self.names.key(key), HeaderMap::new(), id, Some(0)).await {
+        match self.server.put(self.names.key(key), headers, id, Some(note)).await {
             Err(fault) if !fault.is_conflict() => Err(fault),
             _ => Ok(()),
         }

@@ -1,7 +1,7 @@
 //! How calls come from the server: one consumer for each function, asked only while somebody waits for a call.
 
 use std::collections::VecDeque;
-use std::sync::{Arc, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use async_nats::jetstream::{AckKind, Message as Delivered};
@@ -9,6 +9,7 @@ use async_nats::{StatusCode, Subscriber};
 use bytes::Bytes;
 use futures_util::StreamExt;
 use serde_json::json;
+use tokio::sync::Mutex as AsyncMutex;
 
 use crate::function::Function;
 use crate::queue::call::Call;
@@ -45,8 +46,8 @@ pub(super) struct Arrived {
     pub(super) sequence: u64,
     /// It has come before, to somebody.
     pub(super) again: bool,
-    /// Where to say what becomes of it.
-    pub(super) reply: String,
+    /// Where to say what becomes of it: as of the last time it came.
+    pub(super) reply: Mutex<String>,
     /// For so long it is ours without a word.
     pub(super) lease: Duration,
 }
@@ -54,16 +55,25 @@ pub(super) struct Arrived {
 impl Arrived {
     /// It is over.
     pub(super) async fn over(&self, server: &Server) {
-        tell(server, &self.reply, AckKind::Ack).await;
+        tell(server, &self.reply(), AckKind::Ack).await;
     }
 
     /// Lets it be taken again, after `delay`.
     pub(super) async fn not_now(&self, server: &Server, delay: Option<Duration>) {
-        tell(server, &self.reply, AckKind::Nak(delay)).await;
+        tell(server, &self.reply(), AckKind::Nak(delay)).await;
     }
 
     pub(super) async fn still_busy(&self, server: &Server) {
-        tell(server, &self.reply, AckKind::Progress).await;
+        tell(server, &self.reply(), AckKind::Progress).await;
+    }
+
+    fn reply(&self) -> String {
+        self.reply.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// It has come once more, with another place where to say what becomes of it.
+    pub(super) fn came_again(&self, reply: String) {
+        *self.reply.lock().unwrap_or_else(PoisonError::into_inner) = reply;
     }
 }
 
@@ -274,12 +284,19 @@ async fn listen(shared: &Arc<Shared>) -> Result<String, Fault> {
     };
     let (calls, news) = (subscribe(format!("{inbox}.>")).await?, shared.names.news());
     let news = subscribe(news).await?;
-    shared.tasks.spawn(hear_calls(Arc::clone(shared), calls));
-    shared.tasks.spawn(hear_news(Arc::clone(shared), news));
+    let (calls, news) = (Arc::new(AsyncMutex::new(calls)), Arc::new(AsyncMutex::new(news)));
+    let all = Arc::clone(shared);
+    shared.tasks.keep_up("calls", move || hear_calls(Arc::clone(&all), Arc::clone(&calls)));
+    let all = Arc::clone(shared);
+    shared.tasks.keep_up("news", move || hear_news(Arc::clone(&all), Arc::clone(&news)));
     Ok(inbox)
 }
 
-async fn hear_calls(shared: Arc<Shared>, mut calls: Subscriber) {
+/// What comes, for one who hears it at a time.
+type Heard = Arc<AsyncMutex<Subscriber>>;
+
+async fn hear_calls(shared: Arc<Shared>, calls: Heard) {
+    let mut calls = calls.lock().await;
     while let Some(message) = calls.next().await {
         match message.status {
             None => arrive(&shared, message).await,
@@ -309,7 +326,8 @@ fn refused(shared: &Arc<Shared>, line: usize, number: u64, status: StatusCode) {
 }
 
 /// Others say which functions are new.
-async fn hear_news(shared: Arc<Shared>, mut news: Subscriber) {
+async fn hear_news(shared: Arc<Shared>, news: Heard) {
+    let mut news = news.lock().await;
     while let Some(message) = news.next().await {
         let name = std::str::from_utf8(&message.payload).ok();
         let function = name.and_then(subject::consumed);
@@ -328,6 +346,12 @@ async fn arrive(shared: &Arc<Shared>, message: async_nats::Message) {
     let Some(function) = subject::consumed(info.consumer) else { return };
     let Some(line) = shared.lines().of(&function) else { return };
     shared.lines().came(line, Instant::now());
+    // The server has not heard of us for too long. The call is ours all the same, and is not begun once more.
+    if let Some(held) = shared.roll.held(sequence) {
+        held.came_again(reply);
+        held.still_busy(&shared.server).await;
+        return;
+    }
     let lease = shared.consumers().lease(&function);
     let lease = lease.unwrap_or(shared.options.lease);
     let delivered = delivered.message;
@@ -342,7 +366,7 @@ async fn arrive(shared: &Arc<Shared>, message: async_nats::Message) {
         }
     };
     let early = message.due(&call).saturating_sub(now());
-    let arrived = Arrived { call, message, sequence, again, reply, lease };
+    let arrived = Arrived { call, message, sequence, again, reply: Mutex::new(reply), lease };
     if early > 0 {
         let delay = Duration::from_millis(early).min(LONGEST);
         arrived.not_now(&shared.server, Some(delay)).await;

@@ -80,6 +80,13 @@ impl Roll {
         hold
     }
 
+    /// The call that is the message `sequence`, if we have it.
+    pub(super) fn held(&self, sequence: u64) -> Option<Arc<Arrived>> {
+        let inner = self.inner();
+        let held = inner.held.values().find(|held| held.arrived.sequence == sequence)?;
+        Some(Arc::clone(&held.arrived))
+    }
+
     /// We have it no more. If it is not `over`, others are to know soon.
     pub(super) fn release(&self, shared: &Arc<Shared>, hold: u64, over: bool) {
         let mut inner = self.inner();
@@ -197,24 +204,26 @@ impl Roll {
         }
         let shared = Arc::clone(shared);
         let tasks = Arc::clone(&shared);
-        tasks.tasks.spawn(async move {
-            let lease = shared.options.lease;
-            loop {
-                tokio::time::sleep((lease / 6).min(pull::HOLD / 2)).await;
-                pull::give_back(&shared).await;
-                let untold = shared.roll.inner().untold(lease / 3);
-                for arrived in untold {
-                    arrived.still_busy(&shared.server).await;
-                }
-                shared.roll.renew(&shared, lease / 3).await;
-                let nothing_ahead = pull::nothing_ahead(&shared);
-                let mut inner = shared.roll.inner();
-                if inner.held.is_empty() && nothing_ahead {
-                    inner.kept = false;
-                    return;
-                }
+        tasks.tasks.keep_up("leases", move || Self::keep_all(Arc::clone(&shared)));
+    }
+
+    async fn keep_all(shared: Arc<Shared>) {
+        let lease = shared.options.lease;
+        loop {
+            tokio::time::sleep((lease / 6).min(pull::HOLD / 2)).await;
+            pull::give_back(&shared).await;
+            let untold = shared.roll.inner().untold(lease / 3);
+            for arrived in untold {
+                arrived.still_busy(&shared.server).await;
             }
-        });
+            shared.roll.renew(&shared, lease / 3).await;
+            let nothing_ahead = pull::nothing_ahead(&shared);
+            let mut inner = shared.roll.inner();
+            if inner.held.is_empty() && nothing_ahead {
+                inner.kept = false;
+                return;
+            }
+        }
     }
 
     /// Writes a list anew that would grow too old, or that a server has not seen.

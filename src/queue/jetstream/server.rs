@@ -274,20 +274,24 @@ impl Server {
         }
     }
 
-    /// Removes a message; that it is gone already is as well.
-    pub(super) async fn delete(&self, stream: &str, number: u64) -> Result<(), Fault> {
+    /// Removes a message; whether it was there, for that it is gone already is as well.
+    pub(super) async fn delete(&self, stream: &str, number: u64) -> Result<bool, Fault> {
         let which = json!({ "seq": number, "no_erase": true });
         let what = format!("STREAM.MSG.DELETE.{stream}");
         match self.api::<serde_json::Value>(&what, &which).await {
+            Ok(_) => Ok(true),
             // The server's word for a number that it does not have differs with its version.
-            Ok(_) | Err(Fault::Refused(..)) => Ok(()),
+            Err(Fault::Refused(code, text)) => match self.at(stream, number).await? {
+                Some(_) => Err(Fault::Refused(code, text)),
+                None => Ok(false),
+            },
             Err(fault) => Err(fault),
         }
     }
 
-    /// Removes all messages whose subjects fit `subject`.
-    pub(super) async fn purge(&self, stream: &str, subject: &str) -> Result<(), Fault> {
-        let which = json!({ "filter": subject });
+    /// Removes all messages whose subjects fit `subject`, up to the one with the number `last`.
+    pub(super) async fn purge(&self, stream: &str, subject: &str, last: u64) -> Result<(), Fault> {
+        let which = json!({ "filter": subject, "seq": last.saturating_add(1) });
         self.api::<serde_json::Value>(&format!("STREAM.PURGE.{stream}"), &which).await.map(drop)
     }
 

@@ -13,6 +13,7 @@ use crate::function::Function;
 use crate::queue::Changed;
 use crate::queue::call::Millis;
 use crate::queue::jetstream::message::{self, End, Message, answer_head, end_headers};
+use crate::queue::jetstream::parts::LARGEST;
 use crate::queue::jetstream::roll::HEEDED;
 use crate::queue::jetstream::server::Fault;
 use crate::queue::jetstream::subject::{ANSWERS, CALLS, DEAD, ENDS, Named, named, token};
@@ -126,7 +127,11 @@ impl Shared {
     /// Where the call of `function` with `id` is. What is written last is read first, so that a call on its way from
     /// one place to another is seen at one of them. A server that was killed may have forgotten that a message was
     /// removed: the numbers tell what came after what.
-    async fn find_in(&self, function: Option<&Function>, id: &str) -> Result<Option<Found>, Fault> {
+    pub(super) async fn find_in(
+        &self,
+        function: Option<&Function>,
+        id: &str,
+    ) -> Result<Option<Found>, Fault> {
         let (server, names) = (&self.server, &self.names);
         let subject = |root| match function {
             Some(function) => names.call(root, function, id),
@@ -154,13 +159,19 @@ impl Shared {
                 return Ok(Some(Found::Dead(dead)));
             }
             if let Some((end, body)) = end.filter(|(end, _)| end.sequence == latest) {
-                return Ok(Some(Found::Ended(end, body)));
+                return Ok(self.is_kept(&end.status).then_some(Found::Ended(end, body)));
             }
             if let Some(waiting) = waiting {
                 return Ok(Some(Found::Waiting(waiting)));
             }
         }
         Ok(None)
+    }
+
+    /// Whether a final state is still to be shown.
+    pub(super) fn is_kept(&self, status: &Status) -> bool {
+        let kept = self.options.limits.result_ttl;
+        status.finished_at.is_none_or(|at| at.saturating_add(kept) > now())
     }
 
     pub(super) async fn status(&self, id: &str) -> Result<Option<Status>, Fault> {
@@ -203,6 +214,7 @@ impl Shared {
         let mut body = BytesMut::from(&first.payload[..]);
         for number in 1..head.parts {
             let next = self.server.last(&self.names.notes, &part(number)).await?;
+            let next = next.filter(|next| body.len() + next.payload.len() <= LARGEST);
             let Some(next) = next else { return Ok(None) };
             body.extend_from_slice(&next.payload);
         }
@@ -210,16 +222,25 @@ impl Shared {
     }
 
     pub(super) async fn cancel(&self, id: &str) -> Result<Changed, Fault> {
+        let mut tried_again = false;
         for _ in 0..LOOKS {
             match self.find(id).await? {
                 None => return Ok(Changed::Unknown),
+                Some(Found::Ended(end, _))
+                    if tried_again && end.status.state == State::Cancelled =>
+                {
+                    return Ok(Changed::Yes);
+                }
                 Some(Found::Ended(end, _)) => return Ok(Changed::No(end.status.state)),
-                Some(Found::Dead(Dead { status, message, number, was })) => {
-                    let Some(function) = Function::parse(&status.function, "") else { break };
-                    self.put_end(&function, cancelled(status), was).await?;
-                    self.server.delete(&self.names.dead, number).await?;
-                    self.forget_answer(id).await?;
-                    self.forget_parts(message.parts().as_ref()).await;
+                Some(Found::Dead(dead)) => {
+                    if self.drop_dead(id, dead, true).await? {
+                        return Ok(Changed::Yes);
+                    }
+                    tried_again = true;
+                }
+                // Whoever took it back did not come to the end of that.
+                Some(Found::Waiting(waiting)) if waiting.message.is_taken_back() => {
+                    self.finish_off(&waiting.named, &waiting.message, waiting.sequence).await?;
                     return Ok(Changed::Yes);
                 }
                 Some(Found::Waiting(waiting)) => {
@@ -283,14 +304,78 @@ impl Shared {
             // The mark could go before we are done.
             return Err(Fault::Away);
         }
-        if note && let Some(status) = message.status() {
-            self.put_end(function, cancelled(status), *sequence).await?;
+        let status = match message.status() {
+            Some(status) if note => status,
+            _ => {
+                self.server.delete(&self.names.calls, *sequence).await?;
+                return Ok(Some(Changed::Yes));
+            }
+        };
+        // One step, behind which nobody makes the call, whatever becomes of us. The rest can be done by anybody.
+        let headers = message.taken_back(&cancelled(status), *sequence);
+        let put = self.server.put(subject, headers.clone(), Bytes::new(), Some(*sequence)).await;
+        let stored = match put {
+            Ok(stored) => stored.sequence,
+            Err(fault) if fault.is_conflict() => return Ok(None),
+            Err(fault) => return Err(fault),
+        };
+        let message = Message::stored(headers, Bytes::new());
+        if let Err(error) = self.finish_off(&waiting.named, &message, stored).await {
+            tracing::warn!(%error, call_id = id, "A call was cancelled, but is not gone yet");
         }
-        if let Ok(Some(key)) = message.call().map(|call| call.options.idempotency_key) {
-            self.remember(&key, id).await?;
-        }
-        self.server.delete(&self.names.calls, *sequence).await?;
         Ok(Some(Changed::Yes))
+    }
+
+    /// Removes the message of a call that was taken back, and notes its final state.
+    pub(super) async fn finish_off(
+        &self,
+        named: &Named,
+        message: &Message,
+        sequence: u64,
+    ) -> Result<(), Fault> {
+        let Some(status) = message.progress() else { return Ok(()) };
+        self.put_end(&named.function, status, sequence).await?;
+        if let Ok(Some(key)) = message.call().map(|call| call.options.idempotency_key) {
+            self.remember(&key, &named.function, &named.id).await?;
+        }
+        self.server.delete(&self.names.calls, sequence).await.map(drop)
+    }
+
+    /// Drops a dead call, with a note of it or without; `false` if somebody else has dropped it or tries it again.
+    pub(super) async fn drop_dead(&self, id: &str, dead: Dead, note: bool) -> Result<bool, Fault> {
+        let Dead { status, message, number, was } = dead;
+        let Some(function) = Function::parse(&status.function, "") else { return Ok(false) };
+        let (server, names) = (&self.server, &self.names);
+        let (answer, ends) = (self.answer_at(id).await?, names.call(ENDS, &function, id));
+        let end = server.last(&names.notes, &ends).await?.map_or(0, |end| end.sequence);
+        if server.at(&names.dead, number).await?.is_none() {
+            return Ok(false);
+        }
+        if note {
+            let end = self.put_end_over(&function, cancelled(status), was, Some(end)).await;
+            match end {
+                Ok(()) => {}
+                // It was tried again, and is over.
+                Err(fault) if fault.is_conflict() => return Ok(false),
+                Err(fault) => return Err(fault),
+            }
+        }
+        // The message that it was may be there still: who settled it did not come so far, or the server forgot.
+        server.delete(&names.calls, was).await?;
+        // One who tries it again needs its body.
+        if !server.delete(&names.dead, number).await? {
+            return Ok(false);
+        }
+        // One who tries it again stores it before he removes the dead one, and takes it back if that was done by others.
+        if server.last(&names.calls, &names.call(CALLS, &function, id)).await?.is_some() {
+            return Ok(false);
+        }
+        if !note && end > 0 {
+            server.delete(&names.notes, end).await?;
+        }
+        self.forget_answer(id, answer).await?;
+        self.forget_parts(message.parts().as_ref()).await;
+        Ok(true)
     }
 
     async fn put_end(
@@ -299,18 +384,34 @@ impl Shared {
         status: Status,
         sequence: u64,
     ) -> Result<(), Fault> {
-        let subject = self.names.call(ENDS, function, &status.id);
-        let headers = end_headers(&End { sequence, status, answer: None });
-        self.server.put(subject, headers, Bytes::new(), None).await.map(drop)
+        self.put_end_over(function, status, sequence, None).await
     }
 
-    pub(super) async fn forget_answer(&self, id: &str) -> Result<(), Fault> {
-        let part = |number| self.names.part(ANSWERS, &token(id), number);
+    /// Stores a final state, with `last` only if the one before has that number.
+    async fn put_end_over(
+        &self,
+        function: &Function,
+        status: Status,
+        sequence: u64,
+        last: Option<u64>,
+    ) -> Result<(), Fault> {
+        let subject = self.names.call(ENDS, function, &status.id);
+        let headers = end_headers(&End { sequence, status, answer: None });
+        self.server.put(subject, headers, Bytes::new(), last).await.map(drop)
+    }
+
+    /// The number of the last part of the answer that is kept of a call, if one is kept beside its final state.
+    pub(super) async fn answer_at(&self, id: &str) -> Result<Option<u64>, Fault> {
+        let first = self.names.part(ANSWERS, &token(id), 0);
+        Ok(self.server.last(&self.names.notes, &first).await?.map(|found| found.sequence))
+    }
+
+    /// Removes an answer, and none that came after it.
+    pub(super) async fn forget_answer(&self, id: &str, answer: Option<u64>) -> Result<(), Fault> {
         // To purge, the server looks at every subject.
-        match self.server.last(&self.names.notes, &part("0")).await? {
-            Some(_) => self.server.purge(&self.names.notes, &part("*")).await,
-            None => Ok(()),
-        }
+        let Some(answer) = answer else { return Ok(()) };
+        let parts = self.names.part(ANSWERS, &token(id), "*");
+        self.server.purge(&self.names.notes, &parts, answer).await
     }
 
     pub(super) async fn revive(&self, id: &str) -> Result<Changed, Fault> {
@@ -330,15 +431,37 @@ impl Shared {
         // The message that it was may be there still: who settled it did not come so far, or the server forgot.
         self.server.delete(&self.names.calls, was).await?;
         let subject = self.names.call(CALLS, &function, id);
-        let put = self.server.put(subject, message.fresh(), message.body.clone(), Some(0)).await;
-        match put {
-            Ok(_) => {}
+        let answer = self.answer_at(id).await?;
+        if self.server.at(&self.names.dead, number).await?.is_none() {
+            // Somebody else was faster, and it may be over again.
+            let status = self.status(id).await?;
+            return Ok(status.map_or(Changed::Unknown, |status| Changed::No(status.state)));
+        }
+        let (headers, body) = (message.revived(number), message.body.clone());
+        let stored = match self.server.put(subject, headers, body, Some(0)).await {
+            Ok(stored) => stored.sequence,
             // Somebody else was faster.
             Err(fault) if fault.is_conflict() => return Ok(Changed::No(State::Queued)),
             Err(fault) => return Err(fault),
+        };
+        // It is tried again, whatever becomes of the rest. When it is over, what says that it is dead goes at the latest.
+        let rest = async {
+            self.forget_answer(id, answer).await?;
+            self.server.delete(&self.names.dead, number).await
+        };
+        match rest.await {
+            Ok(true) => {}
+            // It was dropped meanwhile, perhaps with its body, or is over already.
+            Ok(false) => {
+                if self.server.delete(&self.names.calls, stored).await? {
+                    self.forget_parts(message.parts().as_ref()).await;
+                    return Ok(Changed::No(State::Cancelled));
+                }
+            }
+            Err(error) => {
+                tracing::warn!(%error, call_id = id, "A dead call is tried again, but counts as dead for now");
+            }
         }
-        self.forget_answer(id).await?;
-        self.server.delete(&self.names.dead, number).await?;
         Ok(Changed::Yes)
     }
 }

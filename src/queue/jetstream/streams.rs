@@ -32,7 +32,9 @@ fn wanted(names: &Names, options: &Options) -> Vec<Config> {
         ..Config::default()
     };
     let kept = |millis| Duration::from_millis(millis).max(SHORTEST);
-    let results = kept(options.limits.result_ttl);
+    // Somebody may be given a message again whose call is over, and sees that by its final state: it is there for longer
+    // than that may take, even if nobody else sees it by then.
+    let results = kept(options.limits.result_ttl).max(options.lease * 2 + roll::HEEDED);
     let keys = kept(options.limits.key_ttl);
     let calls = Config {
         retention: RetentionPolicy::WorkQueue,

@@ -63,6 +63,15 @@ impl Names {
         }
     }
 
+    /// What the server knows a repeated publish with a key by. `note` is the number of what was noted of the key before,
+    /// of a call that was purged: the next one is another. No token has a dot.
+    pub(super) fn message_of_key(key: &str, note: u64) -> String {
+        match note {
+            0 => format!("key-{}", token(key)),
+            note => format!("key-{}.{note}", token(key)),
+        }
+    }
+
     pub(super) fn key(&self, key: &str) -> String {
         format!("{KEYS}.{}.{}", self.queue, token(key))
     }

@@ -83,7 +83,8 @@ impl Shared {
     async fn all(&self, filter: &Filter) -> Result<Vec<Status>, Fault> {
         let (names, function) = (&self.names, filter.function.as_ref());
         let means = |status: &Status| {
-            filter.state.is_none_or(|state| state == status.state)
+            (status.dead || self.is_kept(status))
+                && filter.state.is_none_or(|state| state == status.state)
                 && filter.dead.is_none_or(|dead| dead == status.dead)
         };
         let mut all: HashMap<String, (u64, Status)> = HashMap::new();
@@ -145,15 +146,13 @@ impl Shared {
         let (server, names) = (&self.server, &self.names);
         let status = match self.find(id).await? {
             None => return Ok(false),
+            Some(Found::Waiting(waiting)) if waiting.message.is_taken_back() => {
+                return server.delete(&names.calls, waiting.sequence).await;
+            }
             Some(Found::Waiting(waiting)) => {
                 return Ok(self.withdraw(&waiting, false).await? == Some(Changed::Yes));
             }
-            Some(Found::Dead(Dead { number, message, was, status })) => {
-                server.delete(&names.calls, was).await?;
-                server.delete(&names.dead, number).await?;
-                self.forget_parts(message.parts().as_ref()).await;
-                status
-            }
+            Some(Found::Dead(dead)) => return self.drop_dead(id, dead, false).await,
             Some(Found::Ended(end, _)) => {
                 // The message that it was may be there still, and without its final state it would be made again.
                 server.delete(&names.calls, end.sequence).await?;
@@ -166,7 +165,7 @@ impl Shared {
                 server.delete(&names.notes, end.sequence).await?;
             }
         }
-        self.forget_answer(id).await?;
+        self.forget_answer(id, self.answer_at(id).await?).await?;
         Ok(true)
     }
 
@@ -199,6 +198,9 @@ impl Shared {
             let running = runs.contains_key(&found.sequence);
             let Some(Waiting { named, message, .. }) = Waiting::new(found) else { continue };
             let Ok(call) = message.call() else { continue };
+            if message.is_taken_back() {
+                continue;
+            }
             let counted = counts.entry(named.function).or_default();
             if running {
                 counted.running += 1;

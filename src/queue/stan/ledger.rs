@@ -9,6 +9,7 @@ use std::collections::{BTreeMap, HashMap, VecDeque};
 
 use crate::function::Function;
 use crate::queue::call::Millis;
+use crate::queue::share::has_room;
 use crate::queue::stan::channels::{COUNT, Channel, NEAR};
 
 /// Messages that are done and known to be so: the server may not have heard of it.
@@ -201,8 +202,7 @@ impl<T> Ledger<T> {
 
     fn may_run(&self, function: &Function) -> bool {
         let running = self.running.get(function).copied().unwrap_or_default();
-        let free = self.room.places.saturating_sub(self.running.values().sum());
-        running == 0 || running + 4 <= free * 3
+        has_room(running, self.running.values().sum(), self.room.places)
     }
 
     /// Takes a call of `channel` that holds others up, which the server does not send while it is here: one whose function

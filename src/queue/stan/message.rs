@@ -17,7 +17,7 @@ use serde_json::{Map, Value};
 use crate::call_id::{X_CALL_ID, X_START_TIME};
 use crate::function::Function;
 use crate::proxy::headers::end_to_end;
-use crate::queue::call::{Call, Millis, Options};
+use crate::queue::call::{Call, MOST_HEADERS, Millis, Options, has_dot_segment};
 use crate::queue::stan::callback::{CallbackUrl, escaped};
 use crate::queue::stan::payload::{Payload, canonical};
 
@@ -30,9 +30,6 @@ const MAX_ATTEMPTS: HeaderName = HeaderName::from_static("x-gateway-max-attempts
 const REASON: HeaderName = HeaderName::from_static("x-gateway-reason");
 const OURS: [HeaderName; 5] = [ATTEMPTS, NOT_BEFORE, EXPIRES_AT, MAX_ATTEMPTS, REASON];
 
-/// Headers that a call may have, which leaves room for those that are added on its way to the function: a map of
-/// headers that is full takes no more.
-const MOST_HEADERS: usize = 4096;
 /// No call is made so often: a message of somebody else's says what it likes.
 const MOST_ATTEMPTS: u32 = 1_000_000;
 
@@ -187,15 +184,6 @@ fn target(payload: &Payload) -> Result<String, Unreadable> {
         return Err(Unreadable::Invalid("path"));
     }
     Ok(format!("{separator}{path}{mark}{query}"))
-}
-
-/// One that could lead out of `/function/NAME` once somebody further on decodes it.
-fn has_dot_segment(path: &str) -> bool {
-    let mut path = path.to_ascii_lowercase();
-    for (code, character) in [("%2e", "."), ("%2f", "/"), ("%5c", "/")] {
-        path = path.replace(code, character);
-    }
-    path.split('/').any(|segment| segment == "." || segment == "..")
 }
 
 #[cfg(test)]

@@ -1,0 +1,97 @@
+//! What goes on beside the calls to this queue.
+
+use std::panic::AssertUnwindSafe;
+use std::time::Duration;
+
+use futures_util::FutureExt as _;
+use tokio::runtime::Handle as Runtime;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+/// Before a task that broke is begun anew.
+const PAUSE: Duration = Duration::from_secs(1);
+
+/// The tasks, and the one signal that ends them.
+pub(super) struct Tasks {
+    tracker: TaskTracker,
+    stopping: CancellationToken,
+    runtime: Runtime,
+}
+
+impl Tasks {
+    pub(super) fn new() -> Self {
+        Self {
+            tracker: TaskTracker::new(),
+            stopping: CancellationToken::new(),
+            runtime: Runtime::current(),
+        }
+    }
+
+    /// Runs `task` until it ends or the queue is stopped.
+    pub(super) fn spawn(&self, task: impl Future<Output = ()> + Send + 'static) {
+        let stopping = self.stopping.clone();
+        let task = async move {
+            tokio::select! {
+                () = stopping.cancelled() => {}
+                () = task => {}
+            }
+        };
+        self.tracker.spawn_on(task, &self.runtime);
+    }
+
+    /// Runs what others rely on until it ends or the queue is stopped: if it breaks, it is begun anew, since nobody
+    /// else would notice that it is gone.
+    pub(super) fn keep_up<F>(&self, name: &'static str, task: impl Fn() -> F + Send + 'static)
+    where
+        F: Future<Output = ()> + Send + 'static,
+    {
+        self.spawn(async move {
+            while AssertUnwindSafe(task()).catch_unwind().await.is_err() {
+                tracing::error!(task = name, "A task of the queue broke, and is begun anew");
+                tokio::time::sleep(PAUSE).await;
+            }
+        });
+    }
+
+    /// Runs `task`, which ends soon by itself. Who stops the queue waits for it.
+    pub(super) fn finish(&self, task: impl Future<Output = ()> + Send + 'static) {
+        self.tracker.spawn_on(task, &self.runtime);
+    }
+
+    /// Asks all to end.
+    pub(super) fn stop(&self) {
+        self.stopping.cancel();
+        self.tracker.close();
+    }
+
+    /// Waits until all have ended.
+    pub(super) async fn ended(&self) {
+        self.tracker.wait().await;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
+
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn a_task_that_breaks_is_begun_anew_and_ends_with_the_queue() {
+        let tasks = Tasks::new();
+        let begun = Arc::new(AtomicUsize::new(0));
+        let counts = Arc::clone(&begun);
+        tasks.keep_up("test", move || {
+            let number = counts.fetch_add(1, SeqCst);
+            async move { assert_eq!(number, 2, "it breaks") }
+        });
+        tasks.tracker.close();
+        tasks.ended().await;
+        assert_eq!(begun.load(SeqCst), 3);
+        tasks.keep_up("test", || async { panic!("it breaks") });
+        tokio::task::yield_now().await;
+        tasks.stop();
+        tasks.ended().await;
+    }
+}
