@@ -27,6 +27,7 @@ mod queue_chaos;
 mod queue_jetstream;
 mod queue_limits;
 mod queue_loss;
+mod queue_policies;
 mod queue_stan;
 mod start;
 mod stop;
