@@ -24,6 +24,7 @@ mod memory;
 mod pool;
 mod queue;
 mod queue_chaos;
+mod queue_full;
 mod queue_jetstream;
 mod queue_limits;
 mod queue_loss;
