@@ -108,7 +108,7 @@ impl Worker {
         } else {
             let span = self.begin_span(&delivery);
             let context = span.as_ref().and_then(Open::context);
-            let attempt = self.caller.make(call, self.keeps(call), context).await;
+            let attempt = self.attempt(call, context).await;
             if let Some(span) = span {
                 end_span(span, &attempt);
             }
@@ -127,6 +127,20 @@ impl Worker {
             Settlement::Retry { .. } => self.intake.metrics.retried(),
             Settlement::Dead { .. } => self.intake.metrics.buried(),
             Settlement::Finished { .. } => self.intake.metrics.processed(),
+        }
+    }
+
+    /// Makes the call. How it is to be retried is asked meanwhile, if that was never heard: if it takes the provider
+    /// down with it, nobody says.
+    async fn attempt(&self, call: &Call, context: Option<Context>) -> Attempt {
+        let learn = async {
+            self.policies.learn(&call.function).await;
+            std::future::pending::<Attempt>().await
+        };
+        // What was not heard when the call is over is asked again if it is needed.
+        tokio::select! {
+            attempt = self.caller.make(call, self.keeps(call), context) => attempt,
+            never = learn => never,
         }
     }
 
@@ -174,7 +188,7 @@ impl Worker {
         // A success that nobody is told of needs no policy, and so no question to the provider.
         let policy = match attempt.status {
             Some(..400) if call.options.callback.is_none() => retry::Policy::default(),
-            _ => self.policies.of(&call.function).await,
+            _ => self.policies.of(call).await,
         };
         let policy = policy.at_most(call.options.max_attempts);
         let outcome = Outcome { status: attempt.status, retry_after: attempt.retry_after };

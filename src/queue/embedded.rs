@@ -39,6 +39,8 @@ const PUBLISH: Duration = Duration::from_secs(10);
 const CLOSE: Duration = Duration::from_millis(1500);
 /// The file, in the state directory.
 const FILE: &str = "queue.redb";
+/// So long nothing is taken in after the disk was full, in milliseconds.
+const FULL: Millis = 1000;
 /// How many calls one look through the file reads.
 const SCAN: usize = 1000;
 
@@ -64,6 +66,10 @@ struct Shared {
     path: PathBuf,
     /// `None` while the file cannot be opened again after a failure.
     store: RwLock<Option<Store>>,
+    /// How often the file has been changed, as far as is known here.
+    changes: AtomicU64,
+    /// Nothing is taken in before that time: the disk was full.
+    full_until: AtomicU64,
     /// Whether the last change was made, and in time.
     usable: AtomicBool,
     waiting: Mutex<Waiting>,
@@ -86,12 +92,12 @@ impl Embedded {
         std::fs::create_dir_all(directory).with_context(|| format!("cannot make {name}"))?;
         let store = Store::open(&path).with_context(|| format!("cannot open the queue {name}"))?;
         let ids = store.ids();
-        let mut waiting = Waiting::default();
-        let next = store.read_all(|found| match found.dead {
-            true => *waiting.dead.entry(found.label).or_default() += 1,
-            false => waiting.add(&found.label, found.number, found.due),
-        });
+        let mut found = Vec::new();
+        let next = store.read_all(|call| found.push(call));
         let next = next.with_context(|| format!("cannot read the queue {name}"))?;
+        let changes = store.changes().with_context(|| format!("cannot read the queue {name}"))?;
+        let mut waiting = Waiting::default();
+        waiting.rebuild(found);
         let pending = waiting.schedule.waiting();
         if pending > 0 {
             tracing::info!(pending, "Queued calls found");
@@ -99,6 +105,8 @@ impl Embedded {
         let shared = Arc::new(Shared {
             path,
             store: RwLock::new(Some(store)),
+            changes: AtomicU64::new(changes),
+            full_until: AtomicU64::new(0),
             usable: AtomicBool::new(true),
             waiting: Mutex::new(waiting),
             ready: Notify::new(),
@@ -106,6 +114,7 @@ impl Embedded {
             ids,
             limits,
         });
+        survive_limits();
         let (ops, received) = mpsc::channel(WAITING_CHANGES);
         let writes = Arc::clone(&shared);
         std::thread::Builder::new()
@@ -288,6 +297,14 @@ impl Embedded {
     }
 }
 
+/// Has a file that may grow no further (`ulimit -f`) be an error like a full disk: by default the signal that comes
+/// with it ends the process.
+fn survive_limits() {
+    let exceeded = rustix::process::Signal::XFSZ.as_raw();
+    // Without it, there is only that error less.
+    let _ = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::from_raw(exceeded));
+}
+
 /// Reads the file where waiting for the disk holds nobody up.
 async fn blocking<T: Send + 'static>(
     read: impl FnOnce() -> Result<T, Error> + Send + 'static,
@@ -316,16 +333,33 @@ impl Shared {
         change: impl FnOnce(&mut Change<'_>) -> store::Result<T>,
     ) -> Result<T, Error> {
         self.reopen()?;
+        let count = self.changes.load(Relaxed) + 1;
         let changed = {
             let store = self.store.read().unwrap_or_else(PoisonError::into_inner);
-            store.as_ref().ok_or(Error::Failed)?.change(change)
+            store.as_ref().ok_or(Error::Failed)?.change(count, change)
         };
         self.usable.store(changed.is_ok(), Relaxed);
-        changed.map_err(|error| {
-            // After a failure redb refuses everything until the file is opened anew.
-            self.close();
-            failed(&error)
-        })
+        match changed {
+            Ok(changed) => {
+                self.changes.store(count, Relaxed);
+                Ok(changed)
+            }
+            Err(error) => {
+                // After a failure redb refuses everything until the file is opened anew.
+                self.close();
+                Err(failed(&error))
+            }
+        }
+    }
+
+    /// Whether the disk was full a moment ago: what is taken in then would hinder what makes room.
+    fn is_full(&self) -> bool {
+        now() < self.full_until.load(Relaxed)
+    }
+
+    /// The disk is full.
+    fn fill(&self) {
+        self.full_until.store(now() + FULL, Relaxed);
     }
 
     /// Closes the file. The next change opens it again.
@@ -333,16 +367,24 @@ impl Shared {
         *self.store.write().unwrap_or_else(PoisonError::into_inner) = None;
     }
 
+    /// Opens the file if it is closed. A change that failed may be in it all the same: then all is read again.
     fn reopen(&self) -> Result<(), Error> {
         // Who reads for long must not hold up every change.
         if self.store.read().unwrap_or_else(PoisonError::into_inner).is_some() {
             return Ok(());
         }
-        let mut store = self.store.write().unwrap_or_else(PoisonError::into_inner);
-        if store.is_none() {
-            *store = Some(Store::open(&self.path).map_err(|error| failed(&error))?);
-            tracing::info!("The queue's file is open again");
+        let store = Store::open(&self.path).map_err(|error| failed(&error))?;
+        let changes = store.changes().map_err(|error| failed(&error))?;
+        if changes != self.changes.load(Relaxed) {
+            let mut found = Vec::new();
+            let next = store.read_all(|call| found.push(call)).map_err(|error| failed(&error))?;
+            self.next.fetch_max(next, Relaxed);
+            self.waiting().rebuild(found);
+            self.changes.store(changes, Relaxed);
         }
+        *self.store.write().unwrap_or_else(PoisonError::into_inner) = Some(store);
+        tracing::info!("The queue's file is open again");
+        self.ready.notify_one();
         Ok(())
     }
 
@@ -427,9 +469,14 @@ impl Shared {
 }
 
 fn failed(error: &redb::Error) -> Error {
+    use std::io::ErrorKind::{FileTooLarge, QuotaExceeded, StorageFull};
     tracing::error!(%error, "The queue's file failed");
     match error {
-        redb::Error::Io(error) if error.kind() == std::io::ErrorKind::StorageFull => Error::NoSpace,
+        redb::Error::Io(error)
+            if matches!(error.kind(), StorageFull | QuotaExceeded | FileTooLarge) =>
+        {
+            Error::NoSpace
+        }
         _ => Error::Failed,
     }
 }

@@ -125,13 +125,25 @@ impl Schedule {
         self.functions[line].running -= 1;
     }
 
+    /// Forgets all calls that wait; those that run go on.
+    pub(super) fn clear(&mut self) {
+        for line in &mut self.functions {
+            line.ready.clear();
+            (line.dropped, line.delayed, line.in_turn) = (0, 0, false);
+        }
+        self.turn.clear();
+        self.delayed.clear();
+        self.dropped.clear();
+        self.waiting = 0;
+    }
+
     /// A call that waits, and was to be made from `due` on, is not to be made.
     pub(super) fn drop_waiting(&mut self, line: usize, number: Number, due: Millis) {
-        self.waiting -= 1;
+        self.waiting = self.waiting.saturating_sub(1);
         self.dropped.insert(number);
         let line = &mut self.functions[line];
         if due > self.clock {
-            line.delayed -= 1;
+            line.delayed = line.delayed.saturating_sub(1);
         } else {
             line.dropped += 1;
         }
@@ -148,7 +160,7 @@ impl Schedule {
         if due > self.clock {
             line.delayed += 1;
         } else {
-            line.dropped -= 1;
+            line.dropped = line.dropped.saturating_sub(1);
         }
     }
 
@@ -168,7 +180,9 @@ impl Schedule {
             function.in_turn = false;
             let next = loop {
                 match function.ready.pop_front() {
-                    Some(number) if self.dropped.remove(&number) => function.dropped -= 1,
+                    Some(number) if self.dropped.remove(&number) => {
+                        function.dropped = function.dropped.saturating_sub(1);
+                    }
                     next => break next,
                 }
             };
@@ -181,7 +195,7 @@ impl Schedule {
             if let Some(number) = next {
                 self.functions[line].running += 1;
                 self.running += 1;
-                self.waiting -= 1;
+                self.waiting = self.waiting.saturating_sub(1);
                 return Some(Picked { number, line });
             }
         }
@@ -206,7 +220,8 @@ impl Schedule {
         self.by_label.values().map(|place| {
             let line = &self.functions[*place];
             let oldest = line.ready.iter().find(|number| !self.dropped.contains(number)).copied();
-            (&*line.label, line.ready.len() - line.dropped, line.delayed, line.running, oldest)
+            let ready = line.ready.len().saturating_sub(line.dropped);
+            (&*line.label, ready, line.delayed, line.running, oldest)
         })
     }
 
@@ -219,7 +234,8 @@ impl Schedule {
             self.delayed.pop();
             let line = line as usize;
             if !self.dropped.remove(&number) {
-                self.functions[line].delayed -= 1;
+                let delayed = &mut self.functions[line].delayed;
+                *delayed = delayed.saturating_sub(1);
                 self.functions[line].ready.push_back(number);
                 self.queue_up(line);
             }
@@ -303,6 +319,18 @@ mod tests {
             let taken = std::iter::from_fn(|| schedule.pick(0, places)).count();
             assert!((places / 2..places).contains(&taken), "{taken} of {places}");
         }
+    }
+
+    #[test]
+    fn a_call_that_is_taken_back_but_never_waited_upsets_no_count() {
+        let mut schedule = Schedule::default();
+        let line = schedule.line("a");
+        schedule.drop_waiting(line, 1, 0);
+        schedule.drop_waiting(line, 2, 50);
+        assert_eq!(schedule.waiting(), 0);
+        assert_eq!(schedule.counts().next().unwrap(), ("a", 0, 0, 0, None));
+        schedule.add(line, 3, 0, 0);
+        assert_eq!((schedule.waiting(), picks(&mut schedule, 0)), (1, vec![3]));
     }
 
     #[test]

@@ -30,6 +30,8 @@ const EXPIRY: TableDefinition<'_, (Millis, &str), ()> = TableDefinition::new("ex
 const ABOUT: TableDefinition<'_, &str, &[u8]> = TableDefinition::new("about");
 /// In `ABOUT`: what hides the numbers in ids.
 const SECRET: &str = "secret";
+/// In `ABOUT`: how often the file has been changed.
+const CHANGES: &str = "changes";
 
 /// Memory for pages of the file.
 const CACHE: usize = 24 << 20;
@@ -58,19 +60,19 @@ impl Store {
         let mut builder = Database::builder();
         builder.set_cache_size(CACHE);
         let database = builder.create(path)?;
-        let change = database.begin_write()?;
-        let mut ids = Ids::fresh();
-        {
-            let mut about = change.open_table(ABOUT)?;
-            let known = about.get(SECRET)?.and_then(|secret| Ids::from_secret(secret.value()));
-            match known {
-                Some(known) => ids = known,
-                None => drop(about.insert(SECRET, &ids.secret()[..])?),
-            }
-        }
-        drop(Change::new(&change, ids)?);
-        change.commit()?;
+        let ids = match known_ids(&database)? {
+            // Nothing is written: on a disk that is full, what is there can be read all the same.
+            Some(ids) => ids,
+            None => make_tables(&database)?,
+        };
         Ok(Self { database, ids })
+    }
+
+    /// How often the file has been changed.
+    pub(super) fn changes(&self) -> Result<u64> {
+        let about = self.database.begin_read()?.open_table(ABOUT)?;
+        let changes = about.get(CHANGES)?;
+        Ok(changes.and_then(|bytes| bytes.value().try_into().ok()).map_or(0, u64::from_be_bytes))
     }
 
     /// The ids that this file gives its calls.
@@ -113,13 +115,38 @@ impl Store {
         Ok(View { read: self.database.begin_read()?, ids: self.ids })
     }
 
-    /// Carries out `change`, and returns when it is on the disk.
-    pub(super) fn change<T>(&self, change: impl FnOnce(&mut Change<'_>) -> Result<T>) -> Result<T> {
+    /// Carries out `change`, which is the one with the number `count`, and returns when it is on the disk.
+    pub(super) fn change<T>(
+        &self,
+        count: u64,
+        change: impl FnOnce(&mut Change<'_>) -> Result<T>,
+    ) -> Result<T> {
         let transaction = self.database.begin_write()?;
         let changed = change(&mut Change::new(&transaction, self.ids)?)?;
+        transaction.open_table(ABOUT)?.insert(CHANGES, &count.to_be_bytes()[..])?;
         transaction.commit()?;
         Ok(changed)
     }
+}
+
+/// The ids of a file that has all its tables.
+fn known_ids(database: &Database) -> Result<Option<Ids>> {
+    let read = database.begin_read()?;
+    let about = match read.open_table(ABOUT) {
+        Ok(about) => about,
+        Err(redb::TableError::TableDoesNotExist(_)) => return Ok(None),
+        Err(error) => return Err(error.into()),
+    };
+    let secret = about.get(SECRET)?;
+    Ok(secret.and_then(|secret| Ids::from_secret(secret.value())))
+}
+
+fn make_tables(database: &Database) -> Result<Ids> {
+    let (change, ids) = (database.begin_write()?, Ids::fresh());
+    change.open_table(ABOUT)?.insert(SECRET, &ids.secret()[..])?;
+    drop(Change::new(&change, ids)?);
+    change.commit()?;
+    Ok(ids)
 }
 
 /// What is in the file at one moment.

@@ -339,3 +339,38 @@ async fn each_kind_of_call_is_found_and_paged() {
     }
     assert!(find(Some(State::Cancelled), None, None).await.is_empty());
 }
+
+#[tokio::test]
+async fn what_is_in_the_file_though_its_change_failed_is_known_after_it_is_open_again() {
+    let directory = TempDir::new().unwrap();
+    let queue = open(&directory);
+    for id in ["dead", "gone", "running"] {
+        queue.publish(call(id), None).await.unwrap();
+    }
+    settle(&queue, queue.take(PLACES).await.unwrap(), dead()).await;
+    let (shared, number) = (&queue.shared, queue.shared.next_number());
+    // It is on the disk, and whoever asked for it was told that it failed.
+    let count = shared.changes.load(Relaxed) + 1;
+    let store = shared.store.write().unwrap().take().unwrap();
+    let encoded = call("unheard").encode();
+    let change = |change: &mut Change<'_>| {
+        let (gone, _) = change.find("gone")?.unwrap();
+        change.remove(gone, "gone")?;
+        let (revived, _) = change.find("dead")?.unwrap();
+        change.forget_progress(revived)?;
+        change.add(number, "unheard", true, &encoded)
+    };
+    store.change(count, change).unwrap();
+    drop(store);
+    assert!(queue.publish(call("unheard"), None).await.unwrap().repeated);
+    assert_eq!(shared.waiting().schedule.waiting(), 3);
+    let mut taken = Vec::new();
+    for _ in 0..3 {
+        let delivery = queue.take(PLACES).await.unwrap();
+        taken.push(delivery.call.id.clone());
+        settle(&queue, delivery, succeeded()).await;
+    }
+    assert_eq!(taken, ["dead", "running", "unheard"]);
+    assert_eq!(queue.counts().await.unwrap(), []);
+    assert_eq!(shared.waiting().schedule.waiting(), 0);
+}

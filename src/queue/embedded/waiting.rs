@@ -6,6 +6,7 @@ use std::sync::Arc;
 use crate::queue::call::Millis;
 use crate::queue::embedded::Shared;
 use crate::queue::embedded::schedule::{Number, Picked, Schedule};
+use crate::queue::embedded::store::Found;
 use crate::queue::now;
 use crate::queue::status::{Settlement, State, Status};
 
@@ -44,6 +45,21 @@ impl Waiting {
     pub(super) fn add(&mut self, label: &str, number: Number, due: Millis) {
         let line = self.schedule.line(label);
         self.schedule.add(line, number, due, now());
+    }
+
+    /// Knows what `found` says, and nothing else but what runs.
+    pub(super) fn rebuild(&mut self, found: Vec<Found>) {
+        self.schedule.clear();
+        self.dead.clear();
+        for call in found {
+            if self.running.contains_key(&call.number) {
+                continue;
+            }
+            match call.dead {
+                true => *self.dead.entry(call.label).or_default() += 1,
+                false => self.add(&call.label, call.number, call.due),
+            }
+        }
     }
 
     /// The next call to make. From here on it runs: nobody can take it back.

@@ -102,6 +102,9 @@ impl Drop for End<'_> {
 fn write(shared: &Arc<Shared>, mut ops: Vec<Op>) {
     // Nobody has heard that these were taken in, and nobody would.
     ops.retain(|op| !matches!(op, Op::Publish(_, reply) if reply.is_closed()));
+    let full = shared.is_full();
+    let refused = ops.extract_if(.., |op| full && matches!(op, Op::Publish(..)));
+    refused.for_each(|op| op.fails(Error::NoSpace));
     if ops.is_empty() {
         return;
     }
@@ -128,6 +131,13 @@ fn write(shared: &Arc<Shared>, mut ops: Vec<Op>) {
                 waiting.restore(number, &status);
             }
             drop(waiting);
+            // What is there can be read meanwhile. If not, whoever comes next tries again.
+            let _ = shared.reopen();
+            if error == Error::NoSpace && !full {
+                // What takes in no more may have room; and it makes some.
+                shared.fill();
+                return write(shared, ops);
+            }
             ops.into_iter().for_each(|op| op.fails(error.clone()));
         }
     }

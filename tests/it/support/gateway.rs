@@ -183,6 +183,13 @@ impl Gateway {
         std::fs::read_dir(path).unwrap().count()
     }
 
+    /// Has its files grow to no more than `bytes`, if that is to be limited.
+    pub(crate) fn limit_files(&self, bytes: Option<u64>) {
+        use rustix::process::{Resource, Rlimit, prlimit};
+        let limit = Rlimit { current: bytes, maximum: None };
+        prlimit(Some(self.pid()), Resource::Fsize, limit).unwrap();
+    }
+
     fn pid(&self) -> Pid {
         let id = self.child.id().expect("it runs");
         Pid::from_raw(id.try_into().unwrap()).unwrap()
