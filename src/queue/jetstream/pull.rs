@@ -214,6 +214,9 @@ fn look_around(shared: &Arc<Shared>) {
     drop(looked);
     let all = Arc::clone(shared);
     shared.tasks.spawn(async move {
+        // From the first look on others tell which functions are new: their calls wait for no second look. Without
+        // the server there is nothing to hear, and the next look tries again.
+        let _ = all.inbox.get_or_try_init(|| listen(&all)).await;
         let Ok((found, connection)) = functions(&all, connection).await else { return };
         *all.looked.lock().unwrap_or_else(PoisonError::into_inner) =
             Some((Instant::now(), connection));
