@@ -25,6 +25,7 @@ mod pool;
 mod queue;
 mod queue_chaos;
 mod queue_jetstream;
+mod queue_jetstream_process;
 mod queue_limits;
 mod queue_loss;
 mod queue_stan;
