@@ -139,6 +139,13 @@ impl Queue {
         }
     }
 
+    /// Finds out whether the queue can be used, where that is not known without asking.
+    pub async fn look(&self) {
+        if let Ok(Self::JetStream(queue)) = self.known() {
+            queue.look().await;
+        }
+    }
+
     /// How often the connection to the queue's server has come back.
     pub fn reconnects(&self) -> u64 {
         match self.known() {

@@ -29,6 +29,9 @@ use crate::worker::{Prints, Worker};
 
 /// The file in `secret_mount_path` that callbacks are signed with.
 const SECRET: &str = "callback-secret";
+/// How often it is looked whether the queue can be reached, and how long that may take.
+const LOOK_EVERY: Duration = Duration::from_secs(1);
+const LOOK: Duration = Duration::from_secs(2);
 /// How often what has been kept for long enough is forgotten.
 const FORGET_EVERY: Duration = Duration::from_secs(1);
 /// What that may take before something else is done.
@@ -174,26 +177,41 @@ pub(super) async fn keep_tidy(
     counts: bool,
     stopping: CancellationToken,
 ) {
-    let tidy = async {
+    // Each by itself: a queue that takes long to be counted, or a disk that hangs, must not hide how it is.
+    let look = async {
+        loop {
+            tokio::time::sleep(LOOK_EVERY).await;
+            let _ = tokio::time::timeout(LOOK, intake.queue.look()).await;
+            health.queue_is(intake.queue.is_reachable());
+            intake.metrics.reconnected(intake.queue.reconnects());
+        }
+    };
+    let forget = async {
+        loop {
+            tokio::time::sleep(FORGET_EVERY).await;
+            let _ = tokio::time::timeout(FORGET, intake.queue.expire()).await;
+        }
+    };
+    let count = async {
+        if !counts {
+            return;
+        }
         let mut pause = FORGET_EVERY;
         loop {
             tokio::time::sleep(pause).await;
-            health.queue_is(intake.queue.is_reachable());
-            intake.metrics.reconnected(intake.queue.reconnects());
-            // A disk that hangs must not hide that it does.
-            let _ = tokio::time::timeout(FORGET, intake.queue.expire()).await;
             let start = Instant::now();
-            if counts && let Err(error) = intake.count().await {
+            if let Err(error) = intake.count().await {
                 tracing::debug!(%error, "What the queue holds cannot be counted");
             }
             // A queue that is long to count is counted less often.
             pause = FORGET_EVERY.max(start.elapsed() * 20);
         }
     };
+    let tidy = async { tokio::join!(look, forget, count) };
     // What is cut here is done again next time.
     tokio::select! {
         () = stopping.cancelled() => {}
-        () = tidy => {}
+        _ = tidy => {}
     }
     // All that was taken has been settled or dropped by now.
     intake.queue.stop().await;

@@ -140,8 +140,17 @@ impl JetStream {
         self.shared.server.reconnects()
     }
 
+    /// Finds out whether the queue can be used.
+    pub(super) async fn look(&self) {
+        if let Ok(shared) = self.shared.ready().await
+            && let Err(error) = shared.server.look(&shared.names).await
+        {
+            tracing::debug!(%error, "The queue's server does not do what it is asked");
+        }
+    }
+
     pub(super) fn is_reachable(&self) -> bool {
-        self.shared.server.is_connected()
+        self.shared.server.is_of_use()
     }
 
     /// Removes bodies whose calls are over or never came to be: what a process or a server leaves that is killed. To be

@@ -26,6 +26,7 @@ mod queue;
 mod queue_chaos;
 mod queue_full;
 mod queue_jetstream;
+mod queue_jetstream_process;
 mod queue_limits;
 mod queue_loss;
 mod queue_policies;

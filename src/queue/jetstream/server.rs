@@ -2,7 +2,7 @@
 //! [`Fault::Away`] within [`PATIENCE`].
 
 use std::collections::HashMap;
-use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::time::Duration;
 
 use anyhow::Context as _;
@@ -18,6 +18,7 @@ use tokio::sync::watch;
 
 use crate::queue::Error;
 use crate::queue::jetstream::options::{OLDEST, Options};
+use crate::queue::jetstream::subject::Names;
 
 /// How long one waits for the connection to come back, and how long for an answer.
 const PATIENCE: Duration = Duration::from_millis(800);
@@ -81,6 +82,8 @@ pub(super) struct Server {
     prepared: AtomicU64,
     /// The number of the last call that the server had when it was started.
     found: AtomicU64,
+    /// It did what it was asked last. One may be connected to a server that does not.
+    serves: AtomicBool,
 }
 
 /// What was stored, and where.
@@ -158,11 +161,25 @@ impl Server {
             connections,
             prepared: AtomicU64::new(NEVER),
             found: AtomicU64::new(0),
+            serves: AtomicBool::new(true),
         })
     }
 
     pub(super) fn is_connected(&self) -> bool {
         self.client.connection_state() == Connection::Connected
+    }
+
+    /// Whether all is there, and the server does what it is asked.
+    pub(super) fn is_of_use(&self) -> bool {
+        self.connected().is_some_and(|it| self.is_prepared(it)) && self.serves.load(Relaxed)
+    }
+
+    /// Finds out whether the server does what it is asked. Where it did not, that is tried by storing something.
+    pub(super) async fn look(&self, names: &Names) -> Result<(), Fault> {
+        if self.serves.load(Relaxed) {
+            return self.messages(&names.calls).await.map(drop);
+        }
+        self.put(names.look(), HeaderMap::new(), Bytes::new(), None).await.map(drop)
     }
 
     /// How often the connection has come back.
@@ -415,6 +432,9 @@ impl Server {
         if memchr::memmem::find(&answer, b"\"error\"").is_some() {
             let refusal: Refusal = serde_json::from_slice(&answer).map_err(|_| Fault::Odd)?;
             if let Some(reason) = refusal.error {
+                if NOT_NOW.contains(&reason.err_code) {
+                    self.serves.store(false, Relaxed);
+                }
                 if reason.err_code == NO_STREAM {
                     self.look_again();
                 }
@@ -426,6 +446,17 @@ impl Server {
 
     /// One question, one answer.
     pub(super) async fn request(
+        &self,
+        subject: String,
+        headers: Option<HeaderMap>,
+        payload: Bytes,
+    ) -> Result<Bytes, Fault> {
+        let answer = self.request_once(subject, headers, payload).await;
+        self.serves.store(!matches!(answer, Err(Fault::Away)), Relaxed);
+        answer
+    }
+
+    async fn request_once(
         &self,
         subject: String,
         headers: Option<HeaderMap>,

@@ -86,6 +86,11 @@ impl Names {
         format!("{CLAIMS}.{}.not.{sequence}", self.queue)
     }
 
+    /// What is stored to see whether that can be done. It is neither a list nor a mark.
+    pub(super) fn look(&self) -> String {
+        format!("{CLAIMS}.{}.look", self.queue)
+    }
+
     /// What is noted of the server. Nothing that means dead calls means this.
     pub(super) fn seen(&self) -> String {
         format!("{DEAD}.{}.server", self.queue)
