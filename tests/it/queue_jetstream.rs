@@ -895,9 +895,13 @@ async fn a_body_that_no_call_has_is_tidied_away() {
     it.publish(large("lost")).await;
     let calls = stream(&nats, "gateway-faas-request-calls").await;
     calls.purge().filter("faas.faas-request.*.*.lost").await.unwrap();
+    // Another function's call may have the same id.
+    it.publish(Call { body: vec![7; 2_000_000].into(), ..call_of("other", "kept") }).await;
     assert_eq!(it.jetstream.tidy(Duration::from_secs(3600)).await, Ok(0));
     assert_eq!(it.jetstream.tidy(Duration::ZERO).await, Ok(1));
-    assert_eq!(it.take().await.call.body.len(), 2_000_000);
+    for _ in 0..2 {
+        assert_eq!(it.take().await.call.body.len(), 2_000_000);
+    }
 }
 
 /// One who may publish whatever it likes.
