@@ -77,6 +77,7 @@ struct Shared {
     /// When functions of other gateways were looked for, and over which connection.
     looked: Mutex<Option<(Instant, u64)>>,
     tidied: Mutex<Instant>,
+    tidied_to: Mutex<Option<parts::Body>>,
     /// Somebody may find a call now.
     ready: Notify,
     tasks: Tasks,
@@ -107,6 +108,7 @@ impl JetStream {
             searching: Semaphore::new(1),
             looked: Mutex::default(),
             tidied: Mutex::new(Instant::now()),
+            tidied_to: Mutex::default(),
             ready: Notify::new(),
             tasks: Tasks::new(),
         };
@@ -166,7 +168,7 @@ impl JetStream {
     pub async fn expire(&self) {
         {
             let mut tidied = self.shared.tidied.lock().unwrap_or_else(PoisonError::into_inner);
-            if tidied.elapsed() < TIDY {
+            if tidied.elapsed() < TIDY && self.shared.tidied_to().is_none() {
                 return;
             }
             *tidied = Instant::now();

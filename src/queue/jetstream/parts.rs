@@ -3,6 +3,8 @@
 //! The server's own object store would leave a mark for each object that ever was.
 
 use std::collections::BTreeSet;
+use std::ops::Bound::{Excluded, Unbounded};
+use std::sync::{MutexGuard, PoisonError};
 use std::time::Duration;
 
 use async_nats::HeaderMap;
@@ -10,10 +12,9 @@ use bytes::{Bytes, BytesMut};
 use futures_util::{StreamExt, TryStreamExt, stream};
 
 use crate::queue::jetstream::Shared;
-use crate::queue::jetstream::message::Parts;
+use crate::queue::jetstream::message::{Message, Parts};
 use crate::queue::jetstream::server::{Fault, Server};
-use crate::queue::jetstream::state::{Dead, Found};
-use crate::queue::jetstream::subject::{BODIES, Names, text, token};
+use crate::queue::jetstream::subject::{BODIES, CALLS, DEAD, Names, text, token};
 use crate::queue::now;
 
 /// So many parts are on their way at a time.
@@ -21,6 +22,9 @@ const TOGETHER: usize = 4;
 
 /// No body is larger, and no answer.
 pub(super) const LARGEST: usize = crate::config::MAX_BODY;
+
+/// A stored body: its call's id, as a token, and its own name.
+pub(super) type Body = (String, String);
 
 /// How large a part is.
 fn part(server: &Server) -> usize {
@@ -91,25 +95,46 @@ impl Shared {
             })
             .collect();
         let mut removed = 0;
-        for (id, name) in stored {
-            let parts = Parts { name, count: 0 };
+        // Whoever calls this may be cut off, and then goes on where it was.
+        let from = self.tidied_to().clone().map_or(Unbounded, Excluded);
+        for body in stored.range((from, Unbounded)) {
+            *self.tidied_to() = Some(body.clone());
+            let (id, parts) = (&body.0, Parts { name: body.1.clone(), count: 0 });
             let last = server.last(&names.bodies, &names.part(BODIES, &parts.name, "*")).await?;
             let Some(last) = last else { continue };
             let born = u128::try_from(last.time.unix_timestamp_nanos()).unwrap_or(0) / 1_000_000;
             if u128::from(now()).saturating_sub(born) < age.as_millis() {
                 continue;
             }
-            let Some(id) = text(&id) else { continue };
-            let has = match self.find(&id).await? {
-                Some(Found::Waiting(waiting)) => waiting.message.parts(),
-                Some(Found::Dead(Dead { message, .. })) => message.parts(),
-                Some(Found::Ended(..)) | None => None,
-            };
-            if has.is_none_or(|has| has.name != parts.name) {
+            let Some(id) = text(id) else { continue };
+            if !self.has_body(&id, &parts.name).await? {
                 remove(server, names, &parts).await?;
                 removed += 1;
             }
         }
+        *self.tidied_to() = None;
         Ok(removed)
+    }
+
+    /// Whether a call with that id, of whatever function, has the body called `name`.
+    async fn has_body(&self, id: &str, name: &str) -> Result<bool, Fault> {
+        let (calls, dead) = ((&self.names.calls, CALLS), (&self.names.dead, DEAD));
+        // Once more, as it may have come back to where was looked first.
+        for (stream, root) in [calls, dead, calls] {
+            let by_id = self.names.by_id(root, id);
+            for subject in self.server.subjects(stream, &by_id, usize::MAX).await? {
+                let Some(found) = self.server.last(stream, &subject).await? else { continue };
+                let parts = Message::stored(found.headers, found.payload).parts();
+                if parts.is_some_and(|parts| parts.name == name) {
+                    return Ok(true);
+                }
+            }
+        }
+        Ok(false)
+    }
+
+    /// The body that was looked at last, while there are others behind it.
+    pub(super) fn tidied_to(&self) -> MutexGuard<'_, Option<Body>> {
+        self.tidied_to.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
