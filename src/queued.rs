@@ -157,7 +157,7 @@ pub async fn submit(
                 answer.extensions_mut().insert(Stored(took));
             }
             stamps.put_on_answer(answer.headers_mut());
-            // One that was queued before is known by its first id.
+            // One that was queued before is known by its first id; one whose id is another call's, by one of its own.
             if let Ok(id) = HeaderValue::from_str(&published.id) {
                 answer.headers_mut().insert(X_CALL_ID, id);
             }
@@ -196,7 +196,8 @@ async fn take_in(
     must_exist(api, &function).await?;
     let (body, room) = intake.read(body).await?;
     let headers = passed_on(&parts.headers, &caller.forwarded_for, stamps);
-    let call = Call { id, function, target, headers, body, options };
+    let mut call = Call { id, function, target, headers, body, options };
+    call.options.digest = Some(call.digest());
     let began = Instant::now();
     let published = intake.queue.publish_with(call, room).await?;
     let took = began.elapsed();
@@ -369,6 +370,7 @@ fn options(headers: &HeaderMap, chosen_id: bool, now: Millis) -> Result<Options,
         max_attempts: attempts.and_then(|attempts| u32::try_from(attempts).ok()),
         idempotency_key: name(headers, &IDEMPOTENCY_KEY)?,
         chosen_id,
+        digest: None,
     })
 }
 

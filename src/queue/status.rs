@@ -56,6 +56,9 @@ pub struct Status {
     /// It failed for good and is kept: it can be tried again on request.
     #[serde(default)]
     pub dead: bool,
+    /// Tells the call from others under the same id; not known of calls that an older gateway took in.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub digest: Option<String>,
 }
 
 /// The stored answer of a call.
@@ -99,8 +102,15 @@ impl Status {
             submitted_at: call.options.submitted_at,
             next_attempt_at: call.options.not_before,
             chosen_id: call.options.chosen_id,
+            digest: call.options.digest.clone(),
             ..Self::default()
         }
+    }
+
+    /// Whether a call under the same id is this one once more, and not another.
+    pub fn is_repeated_by(&self, function: &str, digest: Option<&str>) -> bool {
+        let known = self.digest.as_deref().zip(digest);
+        self.function == function && known.is_none_or(|(first, second)| first == second)
     }
 
     /// The status of a stored call that has not been made yet.
@@ -129,5 +139,27 @@ impl Status {
             }
         }
         self
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_call_of_which_too_little_is_known_is_taken_for_the_same() {
+        let (one, two) = (Some("1"), Some("2"));
+        for (function, first, second, repeated) in [
+            ("a.fn", one, one, true),
+            ("a.fn", one, two, false),
+            ("a.fn", None, one, true),
+            ("a.fn", one, None, true),
+            ("b.fn", one, one, false),
+            ("b.fn", None, None, false),
+        ] {
+            let digest = first.map(str::to_owned);
+            let status = Status { function: "a.fn".to_owned(), digest, ..Status::default() };
+            assert_eq!(status.is_repeated_by(function, second), repeated, "{function} {first:?}");
+        }
     }
 }

@@ -272,3 +272,35 @@ async fn a_function_whose_calls_hang_holds_up_no_other() {
         gateway.becomes(&id, "succeeded").await;
     }
 }
+
+#[tokio::test]
+async fn another_call_under_the_same_id_is_made_as_well() {
+    let (state, mut provider) = (tempfile::tempdir().unwrap(), patient().start());
+    let gateway = queueing(&provider, state.path()).start().await;
+    let (mine, mut seen) = (["X-Call-Id: mine"], Vec::new());
+    assert_eq!(gateway.queued("echo/a", &mine, "1").await, "mine");
+    let mut ids = vec!["mine".to_owned()];
+    for (target, body) in [("other/a", "1"), ("echo/b", "1"), ("echo/a", "2")] {
+        let id = gateway.queued(target, &mine, body).await;
+        assert!(!ids.contains(&id), "{id}");
+        ids.push(id);
+    }
+    assert_eq!(gateway.queued("echo/a", &mine, "1").await, "mine");
+    // An id that a gateway made is passed on like any other.
+    let made = gateway.queued("echo", &[], "first").await;
+    let again = gateway.queued("echo", &[&format!("X-Call-Id: {made}")], "second").await;
+    assert_ne!(again, made);
+    for _ in 0..6 {
+        let mut call = provider.call().await;
+        seen.push(call.head.header("x-call-id").unwrap().to_owned());
+        call.answer(200, "").await;
+    }
+    for id in ids.iter().chain([&made, &again]) {
+        gateway.becomes(id, "succeeded").await;
+    }
+    seen.sort_unstable();
+    let mut expect = vec![made.as_str(), &made, "mine", "mine", "mine", "mine"];
+    expect.sort_unstable();
+    assert_eq!(seen, expect);
+    assert_eq!(provider.calls(), 6);
+}

@@ -271,24 +271,11 @@ impl<'t> Change<'t> {
         })
     }
 
-    /// The id that `key` stands for, or `id` itself if there is such a call.
-    pub(super) fn known(
-        &self,
-        id: &str,
-        chosen: bool,
-        key: Option<&str>,
-    ) -> Result<Option<String>> {
-        if let Some(key) = key
-            && let Some(known) = self.keys.get(key)?
-            // One that was purged stands for nothing any more.
-            && self.find(known.value())?.is_some()
-        {
-            return Ok(Some(known.value().to_owned()));
-        }
-        if !chosen {
-            return Ok(None);
-        }
-        // A caller may choose the id of a call that is there, made here or not.
+    /// The id that `key` stands for.
+    pub(super) fn keyed(&self, key: &str) -> Result<Option<String>> {
+        let Some(known) = self.keys.get(key)? else { return Ok(None) };
+        // One that was purged stands for nothing any more.
+        let id = known.value();
         Ok(self.find(id)?.map(|_| id.to_owned()))
     }
 

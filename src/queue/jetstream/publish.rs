@@ -7,7 +7,7 @@ use crate::queue::call::Call;
 use crate::queue::jetstream::message::{Message, Parts};
 use crate::queue::jetstream::server::Fault;
 use crate::queue::jetstream::subject::{CALLS, token};
-use crate::queue::jetstream::{Shared, parts};
+use crate::queue::jetstream::{JetStream, Shared, parts};
 use crate::queue::{Error, Published};
 
 impl Shared {
@@ -19,8 +19,15 @@ impl Shared {
         {
             return Ok(Published { id, repeated: true });
         }
-        if call.options.chosen_id && Box::pin(self.status(id)).await?.is_some() {
-            return Ok(Published { id: id.clone(), repeated: true });
+        if call.options.chosen_id
+            && let Some(first) = Box::pin(self.status(id)).await?
+        {
+            let digest = call.options.digest.as_deref();
+            if first.is_repeated_by(&call.function.to_string(), digest) {
+                return Ok(Published { id: id.clone(), repeated: true });
+            }
+            let renamed = call.clone().renamed(JetStream::fresh_id(&call.function));
+            return Box::pin(self.publish(&renamed)).await;
         }
         // First the consumer: without one, nobody would look for the call.
         self.consumer(&call.function).await?;
@@ -60,7 +67,10 @@ impl Shared {
         // What the server knows a repeated message by takes up room there: an id that was made here comes but once.
         let mut headers = match key {
             Some(key) => message.named(&format!("key-{}", token(key))),
-            None if call.options.chosen_id => message.named(&format!("id-{}", token(&call.id))),
+            None if call.options.chosen_id => {
+                let digest = call.options.digest.as_deref().unwrap_or_default();
+                message.named(&format!("id-{}-{digest}", token(&call.id)))
+            }
             None => message.fresh(),
         };
         loop {
