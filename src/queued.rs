@@ -19,6 +19,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use crate::auth::too_large_or_broken;
 use crate::call_id::{Stamps, X_CALL_ID};
 use crate::config::MAX_BODY;
+use crate::config::allow::Allow;
 use crate::error::Error;
 use crate::function::Function;
 use crate::metrics::queue::{Line, QueueMetrics};
@@ -30,6 +31,7 @@ use crate::queue::{self, Changed, Counts, Queue, Room, now};
 use crate::serve::caller::Caller;
 use crate::system::Api;
 use crate::trace::Stored;
+use crate::worker::callback::target::{Invalid, Target};
 
 pub mod operate;
 pub mod view;
@@ -407,16 +409,13 @@ fn text(value: &HeaderValue, header: &HeaderName) -> Result<String, Error> {
 
 fn callback(headers: &HeaderMap) -> Result<Option<String>, Error> {
     let Some(value) = headers.get(&X_CALLBACK_URL) else { return Ok(None) };
-    let url = value.to_str().ok().filter(|url| is_http_url(url));
+    // Its form alone: which addresses are allowed is known to who calls back, and a name is looked up then.
+    let is_one = |url: &&str| !matches!(Target::parse(url, &Allow::default()), Err(Invalid::Url));
+    let url = value.to_str().ok().filter(is_one);
     let url = url.ok_or_else(|| {
         Error::BadRequest(format!("{X_CALLBACK_URL} is not an absolute http or https URL"))
     })?;
     Ok(Some(url.to_owned()))
-}
-
-fn is_http_url(text: &str) -> bool {
-    let Ok(url) = text.parse::<Uri>() else { return false };
-    matches!(url.scheme_str(), Some("http" | "https")) && url.host().is_some_and(|h| !h.is_empty())
 }
 
 #[cfg(test)]
@@ -459,6 +458,8 @@ mod tests {
             ("x-callback-url", "http://[::1"),
             ("x-callback-url", "/relative"),
             ("x-callback-url", "ftp://a/b"),
+            ("x-callback-url", "http://hooks:99999/"),
+            ("x-callback-url", "http://u:%zz@hooks/"),
             ("idempotency-key", ""),
         ] {
             assert!(wish(name, value).is_err(), "{name}: {value}");

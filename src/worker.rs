@@ -234,6 +234,7 @@ impl Worker {
             status: attempt.status.unwrap_or(503),
             headers: attempt.headers.clone(),
             body: attempt.body.clone(),
+            truncated: attempt.truncated,
             took: attempt.took,
             attempts,
             max_attempts,

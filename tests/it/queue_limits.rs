@@ -43,7 +43,12 @@ async fn other_methods_are_told_what_there_is() {
         assert_eq!(gateway.get(target).await.status(), 404);
     }
     assert_eq!(gateway.queue("unknown", &[], "").await.status(), 404);
-    for wish in ["X-Callback-Url: /relative", "X-Delay-Seconds: soon", "X-Max-Attempts: 0"] {
+    for wish in [
+        "X-Callback-Url: /relative",
+        "X-Callback-Url: http://hooks:99999/",
+        "X-Delay-Seconds: soon",
+        "X-Max-Attempts: 0",
+    ] {
         assert_eq!(gateway.queue("echo", &[wish], "").await.status(), 400, "{wish}");
     }
     assert_eq!(provider.calls(), 0);
@@ -190,4 +195,15 @@ async fn an_id_that_can_be_guessed_opens_nothing() {
         let answer = gateway.ask(method, target, admin).await;
         assert_eq!(answer.status(), expect, "{method} {target}: {answer}");
     }
+}
+
+#[tokio::test]
+async fn a_secret_that_is_empty_is_refused_at_the_start() {
+    let (state, provider) = (tempfile::tempdir().unwrap(), patient().start());
+    std::fs::write(state.path().join("callback-secret"), " \n").unwrap();
+    let gateway = queueing(&provider, state.path());
+    let ended = gateway.var("secret_mount_path", state.path().display()).output(&[]).await;
+    let said = String::from_utf8_lossy(&ended.stderr);
+    assert_eq!(ended.status.code(), Some(1), "{said}");
+    assert!(said.contains("callback-secret is empty"), "{said}");
 }
