@@ -189,8 +189,9 @@ impl Embedded {
             self.shared.waiting().ended(lease.held);
             return Ok(None);
         };
-        let attempts = progress.map_or(0, |status| status.attempts);
+        let (attempts, said) = progress.map_or((0, None), |known| (known.attempts, known.status));
         let status = Status {
+            status: said,
             state: State::Running,
             attempts: attempts + 1,
             started_at: Some(now()),

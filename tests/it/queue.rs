@@ -220,12 +220,20 @@ async fn a_call_that_is_taken_back_is_not_made() {
 #[tokio::test]
 async fn a_call_that_has_expired_is_not_made() {
     let (state, provider) = (tempfile::tempdir().unwrap(), answering(&[200], ""));
+    let mut receiver = Provider::by_hand();
     let gateway = queueing(&provider, state.path()).start().await;
-    let headers = ["X-Delay-Seconds: 2", "X-Expires-Seconds: 1"];
+    let callback = format!("X-Callback-Url: {}/function/hook", receiver.url());
+    let headers = ["X-Delay-Seconds: 2", "X-Expires-Seconds: 1", &callback];
     let id = gateway.queued("echo", &headers, "").await;
+    let mut call = receiver.call().await;
+    assert_eq!(call.body().await.unwrap(), b"");
+    assert_eq!(call.head.header("x-function-status"), Some("504"));
+    assert_eq!(call.head.header("x-retry"), Some("0"));
+    call.answer_with(200, b"").await;
     let told = gateway.becomes(&id, "failed").await;
     assert!(told["reason"].as_str().unwrap().contains("expired"), "{told}");
-    assert!(told["status"].is_null(), "{told}");
+    assert!(told["status"].is_null() && told["startedAt"].is_null(), "{told}");
+    assert_eq!(told["attempts"], 0);
     assert_eq!(provider.calls(), 0);
 }
 

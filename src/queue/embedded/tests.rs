@@ -36,7 +36,7 @@ fn succeeded() -> Settlement {
         truncated: false,
     };
     let (status, answer) = (Some(200), Some(answer));
-    Settlement::Finished { state: State::Succeeded, status, reason: None, answer }
+    Settlement::Finished { state: State::Succeeded, status, reason: None, answer, made: true }
 }
 
 fn dead() -> Settlement {
