@@ -374,3 +374,25 @@ async fn what_is_in_the_file_though_its_change_failed_is_known_after_it_is_open_
     assert_eq!(queue.counts().await.unwrap(), []);
     assert_eq!(shared.waiting().schedule.waiting(), 0);
 }
+
+#[tokio::test]
+async fn a_call_that_makes_its_worker_panic_is_not_made_again_at_once() {
+    let directory = TempDir::new().unwrap();
+    let queue = open(&directory);
+    for id in ["a", "b"] {
+        queue.publish(call(id), None).await.unwrap();
+        let delivery = queue.take(PLACES).await.unwrap();
+        let panics = move || {
+            let _delivery = delivery;
+            panic!("as a test wants it")
+        };
+        std::thread::spawn(panics).join().unwrap_err();
+    }
+    let counts = queue.counts().await.unwrap().remove(0).1;
+    assert_eq!((counts.pending, counts.running, counts.delayed), (0, 0, 2));
+    assert_eq!(queue.cancel("a").await.unwrap(), Changed::Yes);
+    assert_eq!(queue.counts().await.unwrap().remove(0).1.delayed, 1);
+    let delivery = queue.take(PLACES).await.unwrap();
+    assert_eq!(delivery.call.id, "b");
+    assert_eq!(queue.shared.waiting().schedule.waiting(), 0);
+}
