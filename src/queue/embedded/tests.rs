@@ -396,3 +396,27 @@ async fn a_call_that_makes_its_worker_panic_is_not_made_again_at_once() {
     assert_eq!(delivery.call.id, "b");
     assert_eq!(queue.shared.waiting().schedule.waiting(), 0);
 }
+
+#[tokio::test]
+async fn what_was_remembered_of_a_purged_call_does_not_end_the_next_under_its_key() {
+    let directory = TempDir::new().unwrap();
+    let keyed = |id| {
+        let mut call = call(id);
+        call.options.idempotency_key = Some("k".to_owned());
+        call
+    };
+    let queue = Embedded::open(directory.path(), Limits { key_ttl: 0, ..LIMITS }).unwrap();
+    queue.publish(keyed("a"), None).await.unwrap();
+    queue.purge(&Filter::default()).await.unwrap();
+    queue.close().await;
+    let over = now();
+    while now() == over {
+        tokio::task::yield_now().await;
+    }
+    drop(queue);
+    let queue = open(&directory);
+    assert!(!queue.publish(keyed("b"), None).await.unwrap().repeated);
+    queue.expire().await;
+    let again = Published { id: "b".to_owned(), repeated: true };
+    assert_eq!(queue.publish(keyed("c"), None).await.unwrap(), again);
+}
