@@ -195,7 +195,7 @@ async fn take_in(
     if length.is_some_and(|length| length > limit) {
         return Err(Error::TooLarge(limit));
     }
-    must_exist(api, &function).await?;
+    must_exist(api, &function, &id).await?;
     let (body, room) = intake.read(body).await?;
     let headers = passed_on(&parts.headers, &caller.forwarded_for, stamps);
     let mut call = Call { id, function, target, headers, body, options };
@@ -341,7 +341,7 @@ fn destination(uri: &Uri, default_namespace: &str) -> Result<(Function, String),
 
 /// A provider that says that there is no such function is believed. One that is away is no reason to refuse: waiting is
 /// what a queue is for.
-async fn must_exist(api: &Api, function: &Function) -> Result<(), Error> {
+async fn must_exist(api: &Api, function: &Function, id: &str) -> Result<(), Error> {
     if api.metrics.known.contains(function) {
         return Ok(());
     }
@@ -353,7 +353,7 @@ async fn must_exist(api: &Api, function: &Function) -> Result<(), Error> {
         }
         Err(error @ Error::NoSuchFunction(_)) => Err(error),
         Err(error) => {
-            tracing::debug!(%function, %error, "Queued without knowing whether the function exists");
+            tracing::debug!(call_id = id, %function, %error, "Queued without knowing whether the function exists");
             Ok(())
         }
     }

@@ -137,6 +137,7 @@ impl Worker {
     /// Makes the call. How it is to be retried is asked meanwhile, if that was never heard: if it takes the provider
     /// down with it, nobody says.
     async fn attempt(&self, call: &Call, context: Option<Context>) -> Attempt {
+        self.intake.metrics.attempted();
         let learn = async {
             self.policies.learn(&call.function).await;
             std::future::pending::<Attempt>().await

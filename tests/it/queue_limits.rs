@@ -207,3 +207,34 @@ async fn a_secret_that_is_empty_is_refused_at_the_start() {
     assert_eq!(ended.status.code(), Some(1), "{said}");
     assert!(said.contains("callback-secret is empty"), "{said}");
 }
+
+#[tokio::test]
+async fn what_the_queue_does_and_holds_is_counted() {
+    let (state, provider) = (tempfile::tempdir().unwrap(), answering(&[503, 200, 400], ""));
+    let gateway = queueing(&provider, state.path()).start().await;
+    let id = gateway.queued("echo", &[], "").await;
+    gateway.becomes(&id, "succeeded").await;
+    let dead = gateway.queued("echo", &["X-Max-Attempts: 1"], "").await;
+    gateway.becomes(&dead, "failed").await;
+    gateway.queued("echo", &["X-Delay-Seconds: 3600"], "").await;
+    let queue = "{queue_name=\"embedded\"}";
+    let function = "{function_name=\"echo.fn\",queue_name=\"embedded\"}";
+    let expect = [
+        format!("queue_worker_messages_submitted_total{queue} 3"),
+        format!("queue_worker_messages_processed_total{queue} 2"),
+        format!("gateway_queue_attempts_total{queue} 3"),
+        format!("gateway_queue_retries_total{queue} 1"),
+        format!("gateway_queue_dead_letters_total{queue} 0"),
+        "gateway_queue_publish_seconds_count 3".to_owned(),
+        format!("queue_worker_pending_messages{function} 0"),
+        format!("queue_worker_function_invocation_inflight{function} 0"),
+        format!("gateway_queue_delayed_messages{function} 1"),
+        format!("gateway_queue_dead_messages{function} 0"),
+        format!("gateway_queue_oldest_age_seconds{function} 0"),
+    ];
+    gateway
+        .metrics_show("all is counted", |metrics| {
+            expect.iter().all(|line| metrics.text.lines().any(|it| it == line))
+        })
+        .await;
+}
