@@ -19,6 +19,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use crate::auth::too_large_or_broken;
 use crate::call_id::{Stamps, X_CALL_ID};
 use crate::config::MAX_BODY;
+use crate::config::allow::Allow;
 use crate::error::Error;
 use crate::function::Function;
 use crate::metrics::queue::{Line, QueueMetrics};
@@ -30,6 +31,7 @@ use crate::queue::{self, Changed, Counts, Queue, Room, now};
 use crate::serve::caller::Caller;
 use crate::system::Api;
 use crate::trace::Stored;
+use crate::worker::callback::target::{Invalid, Target};
 
 pub mod operate;
 pub mod view;
@@ -157,7 +159,7 @@ pub async fn submit(
                 answer.extensions_mut().insert(Stored(took));
             }
             stamps.put_on_answer(answer.headers_mut());
-            // One that was queued before is known by its first id.
+            // One that was queued before is known by its first id; one whose id is another call's, by one of its own.
             if let Ok(id) = HeaderValue::from_str(&published.id) {
                 answer.headers_mut().insert(X_CALL_ID, id);
             }
@@ -193,10 +195,11 @@ async fn take_in(
     if length.is_some_and(|length| length > limit) {
         return Err(Error::TooLarge(limit));
     }
-    must_exist(api, &function).await?;
+    must_exist(api, &function, &id).await?;
     let (body, room) = intake.read(body).await?;
     let headers = passed_on(&parts.headers, &caller.forwarded_for, stamps);
-    let call = Call { id, function, target, headers, body, options };
+    let mut call = Call { id, function, target, headers, body, options };
+    call.options.digest = Some(call.digest());
     let began = Instant::now();
     let published = intake.queue.publish_with(call, room).await?;
     let took = began.elapsed();
@@ -338,7 +341,7 @@ fn destination(uri: &Uri, default_namespace: &str) -> Result<(Function, String),
 
 /// A provider that says that there is no such function is believed. One that is away is no reason to refuse: waiting is
 /// what a queue is for.
-async fn must_exist(api: &Api, function: &Function) -> Result<(), Error> {
+async fn must_exist(api: &Api, function: &Function, id: &str) -> Result<(), Error> {
     if api.metrics.known.contains(function) {
         return Ok(());
     }
@@ -350,7 +353,7 @@ async fn must_exist(api: &Api, function: &Function) -> Result<(), Error> {
         }
         Err(error @ Error::NoSuchFunction(_)) => Err(error),
         Err(error) => {
-            tracing::debug!(%function, %error, "Queued without knowing whether the function exists");
+            tracing::debug!(call_id = id, %function, %error, "Queued without knowing whether the function exists");
             Ok(())
         }
     }
@@ -369,6 +372,7 @@ fn options(headers: &HeaderMap, chosen_id: bool, now: Millis) -> Result<Options,
         max_attempts: attempts.and_then(|attempts| u32::try_from(attempts).ok()),
         idempotency_key: name(headers, &IDEMPOTENCY_KEY)?,
         chosen_id,
+        digest: None,
     })
 }
 
@@ -405,16 +409,13 @@ fn text(value: &HeaderValue, header: &HeaderName) -> Result<String, Error> {
 
 fn callback(headers: &HeaderMap) -> Result<Option<String>, Error> {
     let Some(value) = headers.get(&X_CALLBACK_URL) else { return Ok(None) };
-    let url = value.to_str().ok().filter(|url| is_http_url(url));
+    // Its form alone: which addresses are allowed is known to who calls back, and a name is looked up then.
+    let is_one = |url: &&str| !matches!(Target::parse(url, &Allow::default()), Err(Invalid::Url));
+    let url = value.to_str().ok().filter(is_one);
     let url = url.ok_or_else(|| {
         Error::BadRequest(format!("{X_CALLBACK_URL} is not an absolute http or https URL"))
     })?;
     Ok(Some(url.to_owned()))
-}
-
-fn is_http_url(text: &str) -> bool {
-    let Ok(url) = text.parse::<Uri>() else { return false };
-    matches!(url.scheme_str(), Some("http" | "https")) && url.host().is_some_and(|h| !h.is_empty())
 }
 
 #[cfg(test)]
@@ -457,6 +458,8 @@ mod tests {
             ("x-callback-url", "http://[::1"),
             ("x-callback-url", "/relative"),
             ("x-callback-url", "ftp://a/b"),
+            ("x-callback-url", "http://hooks:99999/"),
+            ("x-callback-url", "http://u:%zz@hooks/"),
             ("idempotency-key", ""),
         ] {
             assert!(wish(name, value).is_err(), "{name}: {value}");

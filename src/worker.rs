@@ -102,9 +102,8 @@ impl Worker {
     async fn carry_out(&self, delivery: Delivery) {
         let call = &delivery.call;
         let (id, function) = (&call.id, &call.function);
-        let settlement = if call.options.expires_at.is_some_and(|at| at <= now()) {
-            let reason = Some("it was not made before it expired".to_owned());
-            Settlement::Finished { state: State::Failed, status: None, reason, answer: None }
+        let mut settlement = if call.options.expires_at.is_some_and(|at| at <= now()) {
+            self.expired(&delivery).await
         } else {
             let span = self.begin_span(&delivery);
             let context = span.as_ref().and_then(Open::context);
@@ -121,6 +120,11 @@ impl Worker {
             if error == Error::Gone {
                 return;
             }
+            // It would never be taken as it is.
+            if matches!(error, Error::TooLarge(_)) && settlement.has_answer() {
+                settlement = settlement.without_answer();
+                continue;
+            }
             tokio::time::sleep(PAUSE).await;
         }
         match settlement {
@@ -133,6 +137,7 @@ impl Worker {
     /// Makes the call. How it is to be retried is asked meanwhile, if that was never heard: if it takes the provider
     /// down with it, nobody says.
     async fn attempt(&self, call: &Call, context: Option<Context>) -> Attempt {
+        self.intake.metrics.attempted();
         let learn = async {
             self.policies.learn(&call.function).await;
             std::future::pending::<Attempt>().await
@@ -207,12 +212,28 @@ impl Worker {
             status,
             reason: reason.clone(),
             answer,
+            made: true,
         };
         match decision {
             Decision::Succeeded => over(State::Succeeded, answer),
             Decision::Bury => Settlement::Dead { status, reason, answer },
             Decision::Failed | Decision::RetryIn(_) => over(State::Failed, answer),
         }
+    }
+
+    /// What becomes of a call whose time has passed; whoever wants to be called back is told.
+    async fn expired(&self, delivery: &Delivery) -> Settlement {
+        let (call, made) = (&delivery.call, delivery.attempts);
+        let attempt = Attempt::expired();
+        let mut reason = attempt.reason.clone();
+        if call.options.callback.is_some() {
+            let most = self.policies.of(call).await.at_most(call.options.max_attempts).attempts;
+            if let Some(failure) = self.tell(call, &attempt, made, most, None).await {
+                reason = reason.map(|reason| format!("{reason}; {failure}"));
+            }
+        }
+        let state = State::Failed;
+        Settlement::Finished { state, status: None, reason, answer: None, made: false }
     }
 
     /// Calls back whoever asked for it; why that failed, if it did.
@@ -234,6 +255,7 @@ impl Worker {
             status: attempt.status.unwrap_or(503),
             headers: attempt.headers.clone(),
             body: attempt.body.clone(),
+            truncated: attempt.truncated,
             took: attempt.took,
             attempts,
             max_attempts,

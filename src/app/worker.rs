@@ -4,7 +4,7 @@ use std::io;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use anyhow::Context;
+use anyhow::{Context, bail};
 use tokio_util::sync::CancellationToken;
 
 use crate::config::{self, Backend};
@@ -81,6 +81,9 @@ pub(super) fn worker(
 fn callbacks(config: &config::Queue, tls: Tls) -> anyhow::Result<Callbacks> {
     let path = config.secrets.join(SECRET);
     let secret = match std::fs::read(&path) {
+        Ok(secret) if secret.trim_ascii().is_empty() => {
+            bail!("{} is empty: anybody could sign with it", path.display())
+        }
         Ok(secret) => Some(Secret::new(secret.trim_ascii())),
         Err(error) if error.kind() == io::ErrorKind::NotFound => None,
         Err(error) => {

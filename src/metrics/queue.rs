@@ -33,6 +33,7 @@ pub struct QueueMetrics {
     name: String,
     submitted: IntCounter,
     processed: IntCounter,
+    attempts: IntCounter,
     retries: IntCounter,
     dead_letters: IntCounter,
     publish_seconds: Histogram,
@@ -86,6 +87,7 @@ impl QueueMetrics {
                 "queue_worker_messages_processed_total",
                 "Queued calls that were settled for good",
             )?,
+            attempts: counter("gateway_queue_attempts_total", "Attempts at queued calls")?,
             retries: counter("gateway_queue_retries_total", "Attempts that will be repeated")?,
             dead_letters: counter(
                 "gateway_queue_dead_letters_total",
@@ -119,6 +121,11 @@ impl QueueMetrics {
     /// A call is over.
     pub fn processed(&self) {
         self.processed.inc();
+    }
+
+    /// A call is made, for the first time or once more.
+    pub fn attempted(&self) {
+        self.attempts.inc();
     }
 
     /// A call will be made again.

@@ -2,6 +2,7 @@
 
 use bytes::{BufMut, Bytes, BytesMut};
 use http::{HeaderMap, HeaderName, HeaderValue};
+use ring::digest;
 use serde::{Deserialize, Serialize};
 
 use crate::function::Function;
@@ -37,6 +38,8 @@ pub struct Options {
     pub idempotency_key: Option<String>,
     /// The caller chose the id, so that knowing it proves nothing.
     pub chosen_id: bool,
+    /// Tells the call from others under the same id: [`Call::digest`].
+    pub digest: Option<String>,
 }
 
 /// Why stored bytes are no call.
@@ -78,6 +81,8 @@ pub struct Meta {
     idempotency_key: Option<String>,
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     chosen_id: bool,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    digest: Option<String>,
 }
 
 /// Headers that a call may have, which leaves room for those that are added on its way to the function: a map of
@@ -116,6 +121,25 @@ impl Call {
         Self::from_meta(split(bytes)?.0, Bytes::new())
     }
 
+    /// The same for calls of the same function with the same target and body, and for no others.
+    pub fn digest(&self) -> String {
+        let mut context = digest::Context::new(&digest::SHA256);
+        for part in [self.function.to_string().as_bytes(), b"\n", self.target.as_bytes(), b"\n"] {
+            context.update(part);
+        }
+        context.update(&self.body);
+        // Half of it is enough: whoever finds two that are alike fools nobody but himself.
+        context.finish().as_ref()[..16].iter().map(|byte| format!("{byte:02x}")).collect()
+    }
+
+    /// This call under another id, which a gateway made: the one that its caller chose is another call's.
+    #[must_use]
+    pub fn renamed(mut self, id: String) -> Self {
+        // The key by which the id is told can be guessed.
+        self.options.chosen_id = self.options.idempotency_key.is_some();
+        Self { id, ..self }
+    }
+
     /// All but the body.
     pub fn meta(&self) -> Meta {
         let text =
@@ -134,6 +158,7 @@ impl Call {
             max_attempts: options.max_attempts,
             idempotency_key: options.idempotency_key,
             chosen_id: options.chosen_id,
+            digest: options.digest,
         }
     }
 
@@ -161,6 +186,7 @@ impl Call {
             max_attempts: meta.max_attempts,
             idempotency_key: meta.idempotency_key,
             chosen_id: meta.chosen_id,
+            digest: meta.digest,
         };
         let Meta { id, name, namespace, target, .. } = meta;
         let function = Function { name, namespace };

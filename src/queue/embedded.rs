@@ -143,27 +143,12 @@ impl Embedded {
     }
 
     pub(super) async fn publish(&self, call: Call, room: Room) -> Result<Published, Error> {
-        let incoming = self.incoming(call, room);
+        let incoming = self.shared.incoming(call, room);
         let published = self.ask(|reply| Op::Publish(incoming, reply));
         tokio::time::timeout(PUBLISH, published).await.unwrap_or_else(|_| {
             self.shared.usable.store(false, Relaxed);
             Err(Error::Away)
         })
-    }
-
-    /// `call` as it is written, and nothing else of it.
-    fn incoming(&self, call: Call, room: Room) -> Incoming {
-        Incoming {
-            label: call.function.to_string(),
-            due: call.options.not_before.unwrap_or(0),
-            encoded: call.encode(),
-            number: (!call.options.chosen_id)
-                .then(|| self.shared.ids.number_in(&call.id))
-                .flatten(),
-            key: call.options.idempotency_key,
-            id: call.id,
-            _room: room,
-        }
     }
 
     pub(super) async fn take(&self, places: usize) -> Result<Delivery, Error> {
@@ -204,8 +189,9 @@ impl Embedded {
             self.shared.waiting().ended(lease.held);
             return Ok(None);
         };
-        let attempts = progress.map_or(0, |status| status.attempts);
+        let (attempts, said) = progress.map_or((0, None), |known| (known.attempts, known.status));
         let status = Status {
+            status: said,
             state: State::Running,
             attempts: attempts + 1,
             started_at: Some(now()),
@@ -315,6 +301,27 @@ async fn blocking<T: Send + 'static>(
 impl Shared {
     fn next_number(&self) -> Number {
         self.next.fetch_add(1, Relaxed)
+    }
+
+    /// `call` as it is written, and nothing else of it.
+    fn incoming(&self, call: Call, room: Room) -> Incoming {
+        Incoming {
+            label: call.function.to_string(),
+            due: call.options.not_before.unwrap_or(0),
+            encoded: call.encode(),
+            number: (!call.options.chosen_id).then(|| self.ids.number_in(&call.id)).flatten(),
+            digest: call.options.digest,
+            key: call.options.idempotency_key,
+            id: call.id,
+            _room: room,
+        }
+    }
+
+    /// `call` under an id that is made here; `None` if it cannot be read.
+    fn renamed(&self, call: &Incoming) -> Option<Incoming> {
+        let id = self.ids.make(self.next_number());
+        let renamed = Call::decode(&call.encoded).ok()?.renamed(id);
+        Some(self.incoming(renamed, None))
     }
 
     fn waiting(&self) -> MutexGuard<'_, Waiting> {

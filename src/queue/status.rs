@@ -56,6 +56,9 @@ pub struct Status {
     /// It failed for good and is kept: it can be tried again on request.
     #[serde(default)]
     pub dead: bool,
+    /// Tells the call from others under the same id; not known of calls that an older gateway took in.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub digest: Option<String>,
 }
 
 /// The stored answer of a call.
@@ -72,7 +75,14 @@ pub struct Answer {
 #[derive(Clone, Debug)]
 pub enum Settlement {
     /// It is over. Its state, and its answer if there is one, can be asked for a while.
-    Finished { state: State, status: Option<u16>, reason: Option<String>, answer: Option<Answer> },
+    Finished {
+        state: State,
+        status: Option<u16>,
+        reason: Option<String>,
+        answer: Option<Answer>,
+        /// `false`: it was over before this attempt, which does not count.
+        made: bool,
+    },
     /// It is tried again, not before `at`.
     Retry { at: Millis, status: Option<u16>, reason: Option<String> },
     /// It has failed for good, and is kept until somebody decides.
@@ -80,6 +90,32 @@ pub enum Settlement {
 }
 
 impl Settlement {
+    /// The same without the answer, which is too large to be kept.
+    #[must_use]
+    pub fn without_answer(self) -> Self {
+        const TOO_LARGE: &str = "the answer is too large for the queue to keep";
+        let note = |reason: Option<String>| {
+            Some(reason.map_or_else(|| TOO_LARGE.to_owned(), |it| format!("{it}; {TOO_LARGE}")))
+        };
+        match self {
+            Self::Finished { state, status, reason, made, answer: Some(_) } => {
+                Self::Finished { state, status, reason: note(reason), made, answer: None }
+            }
+            Self::Dead { status, reason, answer: Some(_) } => {
+                Self::Dead { status, reason: note(reason), answer: None }
+            }
+            other => other,
+        }
+    }
+
+    /// Whether it holds an answer.
+    pub fn has_answer(&self) -> bool {
+        match self {
+            Self::Finished { answer, .. } | Self::Dead { answer, .. } => answer.is_some(),
+            Self::Retry { .. } => false,
+        }
+    }
+
     /// The state that it leads to, and the function's answer.
     pub fn outcome(&self) -> (State, Option<u16>) {
         match self {
@@ -99,8 +135,15 @@ impl Status {
             submitted_at: call.options.submitted_at,
             next_attempt_at: call.options.not_before,
             chosen_id: call.options.chosen_id,
+            digest: call.options.digest.clone(),
             ..Self::default()
         }
+    }
+
+    /// Whether a call under the same id is this one once more, and not another.
+    pub fn is_repeated_by(&self, function: &str, digest: Option<&str>) -> bool {
+        let known = self.digest.as_deref().zip(digest);
+        self.function == function && known.is_none_or(|(first, second)| first == second)
     }
 
     /// The status of a stored call that has not been made yet.
@@ -115,9 +158,15 @@ impl Status {
     #[must_use]
     pub fn settled(mut self, settlement: &Settlement, now: Millis) -> Self {
         match settlement {
-            Settlement::Finished { state, status, reason, .. } => {
+            Settlement::Finished { state, status, reason, made, .. } => {
                 (self.state, self.finished_at) = (*state, Some(now));
-                (self.status, self.reason) = (*status, reason.clone());
+                self.reason.clone_from(reason);
+                if *made {
+                    self.status = *status;
+                } else {
+                    self.attempts = self.attempts.saturating_sub(1);
+                    self.started_at = self.started_at.filter(|_| self.attempts > 0);
+                }
             }
             Settlement::Retry { at, status, reason } => {
                 (self.state, self.next_attempt_at) = (State::Retrying, Some(*at));
@@ -129,5 +178,57 @@ impl Status {
             }
         }
         self
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_call_that_expires_keeps_what_is_known_of_its_attempts() {
+        let settlement = Settlement::Finished {
+            state: State::Failed,
+            status: None,
+            reason: Some("late".to_owned()),
+            answer: None,
+            made: false,
+        };
+        for (attempts, status, started_at) in [(1, None, None), (3, Some(503), Some(5))] {
+            let running = Status { attempts, status, started_at: Some(5), ..Status::default() };
+            let settled = running.settled(&settlement, 9);
+            assert_eq!((settled.state, settled.finished_at), (State::Failed, Some(9)));
+            assert_eq!((settled.attempts, settled.status), (attempts - 1, status));
+            assert_eq!(settled.started_at, started_at);
+        }
+    }
+
+    #[test]
+    fn an_answer_that_is_too_large_is_left_out_and_missed() {
+        let body = Bytes::from_static(b"large");
+        let answer = Some(Answer { status: 500, headers: Vec::new(), body, truncated: false });
+        let dead = Settlement::Dead { status: Some(500), reason: Some("a".to_owned()), answer };
+        assert!(dead.has_answer());
+        let settled = Status::default().settled(&dead.clone().without_answer(), 1);
+        assert!(!dead.without_answer().has_answer());
+        let reason = settled.reason.unwrap();
+        assert_eq!(reason, "a; the answer is too large for the queue to keep");
+    }
+
+    #[test]
+    fn a_call_of_which_too_little_is_known_is_taken_for_the_same() {
+        let (one, two) = (Some("1"), Some("2"));
+        for (function, first, second, repeated) in [
+            ("a.fn", one, one, true),
+            ("a.fn", one, two, false),
+            ("a.fn", None, one, true),
+            ("a.fn", one, None, true),
+            ("b.fn", one, one, false),
+            ("b.fn", None, None, false),
+        ] {
+            let digest = first.map(str::to_owned);
+            let status = Status { function: "a.fn".to_owned(), digest, ..Status::default() };
+            assert_eq!(status.is_repeated_by(function, second), repeated, "{function} {first:?}");
+        }
     }
 }

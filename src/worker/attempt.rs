@@ -7,7 +7,7 @@ use bytes::{Bytes, BytesMut};
 use http::header::{HOST, RETRY_AFTER, USER_AGENT};
 use http::{HeaderMap, HeaderValue, Method, Request, Response};
 use http_body_util::BodyExt;
-use tokio::time::timeout as in_time;
+use tokio::time::timeout_at as in_time;
 
 use crate::error::Error;
 use crate::invoke::vouches;
@@ -100,8 +100,9 @@ impl Caller {
             let request = self.request(call, label, context)?;
             let watch = Arc::new(Watch::new());
             let sent_at = Instant::now();
-            watch.call_until(sent_at + self.timeout);
-            let sent = in_time(self.timeout, self.client.send(&self.origin, request, &watch));
+            let until = sent_at + self.timeout;
+            watch.call_until(until);
+            let sent = in_time(until.into(), self.client.send(&self.origin, request, &watch));
             let sent = sent.await.unwrap_or(Err(client::Error::Timeout));
             let fault = match &sent {
                 Ok(answer) => Fault::of_answer(answer),
@@ -117,7 +118,7 @@ impl Caller {
                 counted.vouched_for(&self.calls);
             }
             counted.answered(answer.status());
-            let read = in_time(self.timeout, read(answer, keeps, began)).await;
+            let read = in_time(until.into(), read(answer, keeps, began)).await;
             return read.unwrap_or(Err(Error::Upstream(client::Error::Timeout)));
         }
     }
@@ -184,6 +185,12 @@ impl Attempt {
             retry_after: None,
             reason: Some(reason),
         }
+    }
+
+    /// What becomes of a call that is not made: it has expired.
+    pub fn expired() -> Self {
+        let reason = "it was not made before it expired".to_owned();
+        Self { status: Some(504), ..Self::failed(reason, Instant::now()) }
     }
 
     /// What is kept of the answer, if there was one: at most `most` bytes of its body.

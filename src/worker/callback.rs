@@ -32,6 +32,7 @@ const X_FUNCTION_STATUS: HeaderName = HeaderName::from_static("x-function-status
 const X_FUNCTION_NAME: HeaderName = HeaderName::from_static("x-function-name");
 const X_RETRY: HeaderName = HeaderName::from_static("x-retry");
 const X_RETRY_MAX: HeaderName = HeaderName::from_static("x-retry-max");
+const X_TRUNCATED: HeaderName = HeaderName::from_static("x-truncated");
 const X_CALLBACK_SIGNATURE: HeaderName = HeaderName::from_static("x-callback-signature");
 
 /// No connection is kept: one that is used again would skip the judgement of its address.
@@ -48,6 +49,8 @@ pub struct Report {
     /// The headers of its answer, as they came.
     pub headers: HeaderMap,
     pub body: Bytes,
+    /// The body was longer.
+    pub truncated: bool,
     /// Since the call was taken from the queue.
     pub took: Duration,
     /// How often the function was called, and how often it would have been at most.
@@ -130,7 +133,8 @@ impl Callbacks {
                 Err(client::Error::NotAllowed) => return Err(Invalid::NotAllowed.into()),
                 Err(last) if last_one => return Err(Error::Unsent { attempts, last }),
                 Err(error) => {
-                    tracing::debug!(%target, %error, attempts, "A callback was not sent");
+                    let id = &report.call_id;
+                    tracing::debug!(call_id = id, %target, %error, attempts, "A callback was not sent");
                     Duration::ZERO
                 }
             };
@@ -166,9 +170,20 @@ impl Callbacks {
         let mut headers = report.headers.clone();
         headers::to_caller(&mut headers, false);
         // What frames the body or steers a request is not the function's to say; nor is that a signature is ours.
-        for name in [CONTENT_LENGTH, TRAILER, EXPECT, X_CALLBACK_SIGNATURE, TRACEPARENT, TRACESTATE]
-        {
+        const NOT_THE_FUNCTIONS: [HeaderName; 7] = [
+            CONTENT_LENGTH,
+            TRAILER,
+            EXPECT,
+            X_CALLBACK_SIGNATURE,
+            X_TRUNCATED,
+            TRACEPARENT,
+            TRACESTATE,
+        ];
+        for name in NOT_THE_FUNCTIONS {
             headers.remove(name);
+        }
+        if report.truncated {
+            headers.insert(X_TRUNCATED, HeaderValue::from_static("true"));
         }
         headers.insert(HOST, target.origin.host.clone());
         headers.insert(USER_AGENT, PRODUCT);

@@ -62,6 +62,7 @@ fn report(headers: &[(&'static str, &'static str)], body: &'static str) -> Repor
         status: 418,
         headers,
         body: Bytes::from_static(body.as_bytes()),
+        truncated: false,
         took: Duration::from_micros(1_123_456),
         attempts: 2,
         max_attempts: 5,
@@ -265,5 +266,21 @@ async fn what_is_said_of_a_failure_holds_no_address_and_no_secret() {
         for told in ["127.0.0.1", "nowhere", "secret", "token"] {
             assert!(!said.contains(told), "{said}");
         }
+    }
+}
+
+#[tokio::test]
+async fn a_body_that_was_cut_says_so() {
+    let mut receiver = Provider::by_hand();
+    let (callbacks, url) = (callbacks("loopback", None), url(&receiver));
+    for (truncated, expect) in [(true, Some("true")), (false, None)] {
+        let report = Report { truncated, ..report(&[("x-truncated", "forged")], "part") };
+        let (sent, head) = tokio::join!(callbacks.send(&url, &report), async {
+            let mut call = receiver.call().await;
+            call.answer(202, "").await;
+            call.head
+        });
+        sent.unwrap();
+        assert_eq!(head.header("x-truncated"), expect);
     }
 }

@@ -220,12 +220,20 @@ async fn a_call_that_is_taken_back_is_not_made() {
 #[tokio::test]
 async fn a_call_that_has_expired_is_not_made() {
     let (state, provider) = (tempfile::tempdir().unwrap(), answering(&[200], ""));
+    let mut receiver = Provider::by_hand();
     let gateway = queueing(&provider, state.path()).start().await;
-    let headers = ["X-Delay-Seconds: 2", "X-Expires-Seconds: 1"];
+    let callback = format!("X-Callback-Url: {}/function/hook", receiver.url());
+    let headers = ["X-Delay-Seconds: 2", "X-Expires-Seconds: 1", &callback];
     let id = gateway.queued("echo", &headers, "").await;
+    let mut call = receiver.call().await;
+    assert_eq!(call.body().await.unwrap(), b"");
+    assert_eq!(call.head.header("x-function-status"), Some("504"));
+    assert_eq!(call.head.header("x-retry"), Some("0"));
+    call.answer_with(200, b"").await;
     let told = gateway.becomes(&id, "failed").await;
     assert!(told["reason"].as_str().unwrap().contains("expired"), "{told}");
-    assert!(told["status"].is_null(), "{told}");
+    assert!(told["status"].is_null() && told["startedAt"].is_null(), "{told}");
+    assert_eq!(told["attempts"], 0);
     assert_eq!(provider.calls(), 0);
 }
 
@@ -271,4 +279,36 @@ async fn a_function_whose_calls_hang_holds_up_no_other() {
         let id = gateway.queued("swift", &[], "").await;
         gateway.becomes(&id, "succeeded").await;
     }
+}
+
+#[tokio::test]
+async fn another_call_under_the_same_id_is_made_as_well() {
+    let (state, mut provider) = (tempfile::tempdir().unwrap(), patient().start());
+    let gateway = queueing(&provider, state.path()).start().await;
+    let (mine, mut seen) = (["X-Call-Id: mine"], Vec::new());
+    assert_eq!(gateway.queued("echo/a", &mine, "1").await, "mine");
+    let mut ids = vec!["mine".to_owned()];
+    for (target, body) in [("other/a", "1"), ("echo/b", "1"), ("echo/a", "2")] {
+        let id = gateway.queued(target, &mine, body).await;
+        assert!(!ids.contains(&id), "{id}");
+        ids.push(id);
+    }
+    assert_eq!(gateway.queued("echo/a", &mine, "1").await, "mine");
+    // An id that a gateway made is passed on like any other.
+    let made = gateway.queued("echo", &[], "first").await;
+    let again = gateway.queued("echo", &[&format!("X-Call-Id: {made}")], "second").await;
+    assert_ne!(again, made);
+    for _ in 0..6 {
+        let mut call = provider.call().await;
+        seen.push(call.head.header("x-call-id").unwrap().to_owned());
+        call.answer(200, "").await;
+    }
+    for id in ids.iter().chain([&made, &again]) {
+        gateway.becomes(id, "succeeded").await;
+    }
+    seen.sort_unstable();
+    let mut expect = vec![made.as_str(), &made, "mine", "mine", "mine", "mine"];
+    expect.sort_unstable();
+    assert_eq!(seen, expect);
+    assert_eq!(provider.calls(), 6);
 }

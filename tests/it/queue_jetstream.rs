@@ -134,7 +134,7 @@ fn succeeded() -> Settlement {
         truncated: false,
     };
     let (status, answer) = (Some(200), Some(answer));
-    Settlement::Finished { state: State::Succeeded, status, reason: None, answer }
+    Settlement::Finished { state: State::Succeeded, status, reason: None, answer, made: true }
 }
 
 fn dead() -> Settlement {
@@ -583,7 +583,8 @@ async fn a_body_larger_than_a_message_passes() {
     assert!(delivery.call.body == body);
     let answer = Answer { status: 200, headers: Vec::new(), body: body.clone(), truncated: false };
     let (status, answer) = (Some(200), Some(answer));
-    let done = Settlement::Finished { state: State::Succeeded, status, reason: None, answer };
+    let done =
+        Settlement::Finished { state: State::Succeeded, status, reason: None, answer, made: true };
     it.settle(delivery, done).await;
     assert!(it.queue.answer("a").await.unwrap().unwrap().body == body);
     it.publish(large("b")).await;

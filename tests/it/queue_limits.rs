@@ -43,7 +43,12 @@ async fn other_methods_are_told_what_there_is() {
         assert_eq!(gateway.get(target).await.status(), 404);
     }
     assert_eq!(gateway.queue("unknown", &[], "").await.status(), 404);
-    for wish in ["X-Callback-Url: /relative", "X-Delay-Seconds: soon", "X-Max-Attempts: 0"] {
+    for wish in [
+        "X-Callback-Url: /relative",
+        "X-Callback-Url: http://hooks:99999/",
+        "X-Delay-Seconds: soon",
+        "X-Max-Attempts: 0",
+    ] {
         assert_eq!(gateway.queue("echo", &[wish], "").await.status(), 400, "{wish}");
     }
     assert_eq!(provider.calls(), 0);
@@ -190,4 +195,46 @@ async fn an_id_that_can_be_guessed_opens_nothing() {
         let answer = gateway.ask(method, target, admin).await;
         assert_eq!(answer.status(), expect, "{method} {target}: {answer}");
     }
+}
+
+#[tokio::test]
+async fn a_secret_that_is_empty_is_refused_at_the_start() {
+    let (state, provider) = (tempfile::tempdir().unwrap(), patient().start());
+    std::fs::write(state.path().join("callback-secret"), " \n").unwrap();
+    let gateway = queueing(&provider, state.path());
+    let ended = gateway.var("secret_mount_path", state.path().display()).output(&[]).await;
+    let said = String::from_utf8_lossy(&ended.stderr);
+    assert_eq!(ended.status.code(), Some(1), "{said}");
+    assert!(said.contains("callback-secret is empty"), "{said}");
+}
+
+#[tokio::test]
+async fn what_the_queue_does_and_holds_is_counted() {
+    let (state, provider) = (tempfile::tempdir().unwrap(), answering(&[503, 200, 400], ""));
+    let gateway = queueing(&provider, state.path()).start().await;
+    let id = gateway.queued("echo", &[], "").await;
+    gateway.becomes(&id, "succeeded").await;
+    let dead = gateway.queued("echo", &["X-Max-Attempts: 1"], "").await;
+    gateway.becomes(&dead, "failed").await;
+    gateway.queued("echo", &["X-Delay-Seconds: 3600"], "").await;
+    let queue = "{queue_name=\"embedded\"}";
+    let function = "{function_name=\"echo.fn\",queue_name=\"embedded\"}";
+    let expect = [
+        format!("queue_worker_messages_submitted_total{queue} 3"),
+        format!("queue_worker_messages_processed_total{queue} 2"),
+        format!("gateway_queue_attempts_total{queue} 3"),
+        format!("gateway_queue_retries_total{queue} 1"),
+        format!("gateway_queue_dead_letters_total{queue} 0"),
+        "gateway_queue_publish_seconds_count 3".to_owned(),
+        format!("queue_worker_pending_messages{function} 0"),
+        format!("queue_worker_function_invocation_inflight{function} 0"),
+        format!("gateway_queue_delayed_messages{function} 1"),
+        format!("gateway_queue_dead_messages{function} 0"),
+        format!("gateway_queue_oldest_age_seconds{function} 0"),
+    ];
+    gateway
+        .metrics_show("all is counted", |metrics| {
+            expect.iter().all(|line| metrics.text.lines().any(|it| it == line))
+        })
+        .await;
 }

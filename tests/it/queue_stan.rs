@@ -273,7 +273,13 @@ async fn take(queue: &Queue) -> Delivery {
 }
 
 fn over() -> Settlement {
-    Settlement::Finished { state: State::Succeeded, status: Some(200), reason: None, answer: None }
+    Settlement::Finished {
+        state: State::Succeeded,
+        status: Some(200),
+        reason: None,
+        answer: None,
+        made: true,
+    }
 }
 
 #[tokio::test]

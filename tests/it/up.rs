@@ -98,6 +98,22 @@ async fn the_example_stack_can_be_called_at_once() {
 }
 
 #[tokio::test]
+async fn a_queued_call_is_made_and_its_answer_kept() {
+    let mut up = Up::start("functions: {upper: {fprocess: tr a-z A-Z}}").await;
+    let mut caller = Wire::connect(up.gateway).await;
+    let accepted = caller.ask(post("/async-function/upper", "hello")).await;
+    assert_eq!(accepted.status(), 202, "{accepted}");
+    let state = format!("/async-function/{}", accepted.header("x-call-id").unwrap());
+    crate::support::eventually("it is made", async || {
+        caller.ask(get(&state)).await.json()["state"] == "succeeded"
+    })
+    .await;
+    let result = caller.ask(get(&format!("{state}/result"))).await;
+    assert_eq!((result.text(), result.header("x-function-status")), ("HELLO", Some("200")));
+    assert!(up.terminated().await.success());
+}
+
+#[tokio::test]
 async fn functions_scaled_to_zero_are_woken_by_their_callers() {
     let server = "{fprocess: perl examples/hello.pl, environment: {mode: http}}";
     let up = Up::start(&format!("functions: {{hello: {server}, echo: {{fprocess: cat}}}}")).await;

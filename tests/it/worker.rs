@@ -133,3 +133,19 @@ async fn a_worker_says_what_it_lacks() {
         assert_eq!(stderr.lines().count(), 1, "{stderr}");
     }
 }
+
+#[tokio::test]
+async fn calls_of_two_functions_under_one_id_are_both_made() {
+    let (nats, provider) = (Nats::start(), answering(&[200], "done"));
+    let gateway = taking_in(&nats, &provider).await;
+    let _worker = on(&nats, Gateway::worker()).provider(&provider).start().await;
+    let mine = ["X-Call-Id: mine"];
+    assert_eq!(gateway.queued("echo", &mine, "1").await, "mine");
+    assert_eq!(gateway.queued("echo", &mine, "1").await, "mine");
+    for (function, body) in [("other", "1"), ("echo", "2")] {
+        let id = gateway.queued(function, &mine, body).await;
+        assert_ne!(id, "mine");
+        gateway.becomes(&id, "succeeded").await;
+    }
+    gateway.becomes("mine", "succeeded").await;
+}

@@ -21,7 +21,7 @@ const NUMBERS: TableDefinition<'_, &str, Number> = TableDefinition::new("numbers
 const PROGRESS: TableDefinition<'_, Number, &[u8]> = TableDefinition::new("progress");
 /// [`Status`] and answer of calls that are over.
 const FINISHED: TableDefinition<'_, Number, &[u8]> = TableDefinition::new("finished");
-/// By idempotency key: the id that it stands for.
+/// By idempotency key: the id that it stands for, and until when, on a line of its own.
 const KEYS: TableDefinition<'_, &str, &str> = TableDefinition::new("keys");
 /// When what is kept for a while goes, and what it is.
 const EXPIRY: TableDefinition<'_, (Millis, &str), ()> = TableDefinition::new("expiry");
@@ -271,24 +271,11 @@ impl<'t> Change<'t> {
         })
     }
 
-    /// The id that `key` stands for, or `id` itself if there is such a call.
-    pub(super) fn known(
-        &self,
-        id: &str,
-        chosen: bool,
-        key: Option<&str>,
-    ) -> Result<Option<String>> {
-        if let Some(key) = key
-            && let Some(known) = self.keys.get(key)?
-            // One that was purged stands for nothing any more.
-            && self.find(known.value())?.is_some()
-        {
-            return Ok(Some(known.value().to_owned()));
-        }
-        if !chosen {
-            return Ok(None);
-        }
-        // A caller may choose the id of a call that is there, made here or not.
+    /// The id that `key` stands for.
+    pub(super) fn keyed(&self, key: &str) -> Result<Option<String>> {
+        let Some(known) = self.keys.get(key)? else { return Ok(None) };
+        // One that was purged stands for nothing any more.
+        let (id, _) = id_and_end(known.value());
         Ok(self.find(id)?.map(|_| id.to_owned()))
     }
 
@@ -307,7 +294,7 @@ impl<'t> Change<'t> {
     }
 
     pub(super) fn remember_key(&mut self, key: &str, id: &str, until: Millis) -> Result<()> {
-        self.keys.insert(key, id)?;
+        self.keys.insert(key, format!("{id}\n{until}").as_str())?;
         self.expiry.insert((until, format!("{KEY}{key}").as_str()), ())?;
         Ok(())
     }
@@ -403,7 +390,13 @@ impl<'t> Change<'t> {
         for (at, what) in &due {
             self.expiry.remove((*at, what.as_str()))?;
             if let Some(key) = what.strip_prefix(KEY) {
-                self.keys.remove(key)?;
+                // A key whose call was purged may stand for a later one meanwhile.
+                let known = self.keys.get(key)?;
+                let is_due =
+                    known.is_none_or(|it| id_and_end(it.value()).1.is_none_or(|end| end <= *at));
+                if is_due {
+                    self.keys.remove(key)?;
+                }
                 continue;
             }
             let Ok(number) = what.parse::<Number>() else { continue };
@@ -416,6 +409,14 @@ impl<'t> Change<'t> {
             }
         }
         Ok(due.len() == most)
+    }
+}
+
+/// The id that a key stands for, and until when, if that is known.
+fn id_and_end(stored: &str) -> (&str, Option<Millis>) {
+    match stored.split_once('\n') {
+        Some((id, end)) => (id, end.parse().ok()),
+        None => (stored, None),
     }
 }
 

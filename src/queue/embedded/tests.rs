@@ -36,7 +36,7 @@ fn succeeded() -> Settlement {
         truncated: false,
     };
     let (status, answer) = (Some(200), Some(answer));
-    Settlement::Finished { state: State::Succeeded, status, reason: None, answer }
+    Settlement::Finished { state: State::Succeeded, status, reason: None, answer, made: true }
 }
 
 fn dead() -> Settlement {
@@ -373,4 +373,50 @@ async fn what_is_in_the_file_though_its_change_failed_is_known_after_it_is_open_
     assert_eq!(taken, ["dead", "running", "unheard"]);
     assert_eq!(queue.counts().await.unwrap(), []);
     assert_eq!(shared.waiting().schedule.waiting(), 0);
+}
+
+#[tokio::test]
+async fn a_call_that_makes_its_worker_panic_is_not_made_again_at_once() {
+    let directory = TempDir::new().unwrap();
+    let queue = open(&directory);
+    for id in ["a", "b"] {
+        queue.publish(call(id), None).await.unwrap();
+        let delivery = queue.take(PLACES).await.unwrap();
+        let panics = move || {
+            let _delivery = delivery;
+            panic!("as a test wants it")
+        };
+        std::thread::spawn(panics).join().unwrap_err();
+    }
+    let counts = queue.counts().await.unwrap().remove(0).1;
+    assert_eq!((counts.pending, counts.running, counts.delayed), (0, 0, 2));
+    assert_eq!(queue.cancel("a").await.unwrap(), Changed::Yes);
+    assert_eq!(queue.counts().await.unwrap().remove(0).1.delayed, 1);
+    let delivery = queue.take(PLACES).await.unwrap();
+    assert_eq!(delivery.call.id, "b");
+    assert_eq!(queue.shared.waiting().schedule.waiting(), 0);
+}
+
+#[tokio::test]
+async fn what_was_remembered_of_a_purged_call_does_not_end_the_next_under_its_key() {
+    let directory = TempDir::new().unwrap();
+    let keyed = |id| {
+        let mut call = call(id);
+        call.options.idempotency_key = Some("k".to_owned());
+        call
+    };
+    let queue = Embedded::open(directory.path(), Limits { key_ttl: 0, ..LIMITS }).unwrap();
+    queue.publish(keyed("a"), None).await.unwrap();
+    queue.purge(&Filter::default()).await.unwrap();
+    queue.close().await;
+    let over = now();
+    while now() == over {
+        tokio::task::yield_now().await;
+    }
+    drop(queue);
+    let queue = open(&directory);
+    assert!(!queue.publish(keyed("b"), None).await.unwrap().repeated);
+    queue.expire().await;
+    let again = Published { id: "b".to_owned(), repeated: true };
+    assert_eq!(queue.publish(keyed("c"), None).await.unwrap(), again);
 }

@@ -18,7 +18,14 @@ pub(super) struct Waiting {
     /// How many times a call has been handed out.
     runs: u64,
     pub(super) dead: HashMap<String, u64>,
+    /// Calls that were given back by a panic: how often, and when they are made again.
+    panicked: HashMap<Number, (u32, Millis)>,
 }
+
+/// The pause after the first panic; it doubles with each.
+const AFTER_PANIC: Millis = 1000;
+/// So often it doubles.
+const DOUBLINGS: u32 = 10;
 
 /// A call that is being made.
 pub(super) struct Run {
@@ -51,6 +58,7 @@ impl Waiting {
     pub(super) fn rebuild(&mut self, found: Vec<Found>) {
         self.schedule.clear();
         self.dead.clear();
+        self.panicked.clear();
         for call in found {
             if self.running.contains_key(&call.number) {
                 continue;
@@ -97,7 +105,7 @@ impl Waiting {
         let waits = !self.running.contains_key(&number);
         if waits {
             let line = self.schedule.line(&status.function);
-            self.schedule.drop_waiting(line, number, status.next_attempt_at.unwrap_or(0));
+            self.schedule.drop_waiting(line, number, self.due(number, status));
         }
         waits
     }
@@ -105,7 +113,25 @@ impl Waiting {
     /// A call that was taken out waits again.
     pub(super) fn restore(&mut self, number: Number, status: &Status) {
         let line = self.schedule.line(&status.function);
-        self.schedule.restore(line, number, status.next_attempt_at.unwrap_or(0));
+        self.schedule.restore(line, number, self.due(number, status));
+    }
+
+    /// From when on a waiting call can be made.
+    fn due(&self, number: Number, status: &Status) -> Millis {
+        let panicked = self.panicked.get(&number).map(|(_, due)| *due);
+        panicked.or(status.next_attempt_at).unwrap_or(0)
+    }
+
+    /// A call that does not run any more comes back. One that made its worker panic would do so again at once.
+    fn give_back(&mut self, picked: Picked, panicking: bool) {
+        if !panicking {
+            return self.schedule.give_back(picked);
+        }
+        let (times, due) = self.panicked.entry(picked.number).or_default();
+        let now = now();
+        *due = now + (AFTER_PANIC << (*times).min(DOUBLINGS));
+        *times += 1;
+        self.schedule.add(picked.line, picked.number, *due, now);
     }
 
     /// The state of a call of which the file says `status`.
@@ -117,6 +143,9 @@ impl Waiting {
         // If it does not run, whoever had it was cut off, and it was given back before this was durable.
         let ran = self.ended(held);
         let picked = held.picked;
+        if ran {
+            self.panicked.remove(&picked.number);
+        }
         match settlement {
             Settlement::Retry { at, .. } if ran => {
                 self.schedule.add(picked.line, picked.number, *at, now());
@@ -142,7 +171,7 @@ impl Drop for Lease {
     fn drop(&mut self) {
         let mut waiting = self.shared.waiting();
         if waiting.ended(self.held) {
-            waiting.schedule.give_back(self.held.picked);
+            waiting.give_back(self.held.picked, std::thread::panicking());
             drop(waiting);
             self.shared.ready.notify_one();
         }

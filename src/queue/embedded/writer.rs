@@ -29,6 +29,7 @@ pub(super) struct Incoming {
     pub(super) number: Option<Number>,
     pub(super) key: Option<String>,
     pub(super) label: String,
+    pub(super) digest: Option<String>,
     pub(super) due: Millis,
     pub(super) encoded: Bytes,
     /// Held until the call is written or refused, however long that takes and whoever still waits for it.
@@ -186,9 +187,26 @@ impl Batch<'_, '_> {
     }
 
     fn publish(&mut self, call: &Incoming) -> StoreResult<Applied> {
-        if let Some(id) = self.change.known(&call.id, call.number.is_none(), call.key.as_deref())? {
-            return Ok(Applied::Published(Ok(Published { id, repeated: true })));
+        let repeated = |id| Ok(Applied::Published(Ok(Published { id, repeated: true })));
+        if let Some(key) = &call.key
+            && let Some(id) = self.change.keyed(key)?
+        {
+            return repeated(id);
         }
+        // A caller may choose the id of a call that is there, made here or not.
+        let first = if call.number.is_none() { self.change.find(&call.id)? } else { None };
+        let renamed = match first {
+            Some((_, first)) if first.is_repeated_by(&call.label, call.digest.as_deref()) => {
+                return repeated(first.id);
+            }
+            Some(_) => Some(self.shared.renamed(call)),
+            None => None,
+        };
+        let call = match &renamed {
+            Some(None) => return Ok(Applied::Published(Err(Error::Failed))),
+            Some(Some(renamed)) => renamed,
+            None => call,
+        };
         if self.shared.waiting().schedule.waiting() + self.added.len() >= self.shared.limits.pending
         {
             return Ok(Applied::Published(Err(Error::Full)));

@@ -8,7 +8,7 @@ use crate::queue::call::Call;
 use crate::queue::jetstream::message::{Message, Parts};
 use crate::queue::jetstream::server::Fault;
 use crate::queue::jetstream::subject::{CALLS, Names, consumed, consumer};
-use crate::queue::jetstream::{Shared, parts};
+use crate::queue::jetstream::{JetStream, Shared, parts};
 use crate::queue::{Error, Published};
 
 /// What is noted of a key.
@@ -34,11 +34,12 @@ impl Shared {
         if let Some(id) = keyed.id {
             return Ok(Published { id, repeated: true });
         }
-        // It is looked for where it would be: a chosen id says nothing of its function.
-        if call.options.chosen_id
-            && Box::pin(self.find_in(Some(&call.function), id)).await?.is_some()
-        {
-            return Ok(Published { id: id.clone(), repeated: true });
+        if call.options.chosen_id {
+            match Box::pin(self.repeats(call)).await? {
+                Some(true) => return Ok(Published { id: id.clone(), repeated: true }),
+                Some(false) => return self.publish_renamed(call).await,
+                None => {}
+            }
         }
         // First the consumer: without one, nobody would look for the call.
         self.consumer(&call.function).await?;
@@ -62,6 +63,10 @@ impl Shared {
         };
         if first.is_some() {
             Box::pin(self.forget_parts(message.parts().as_ref())).await;
+            // Another call under the same id may have come at the same moment.
+            if key.is_none() && Box::pin(self.repeats(call)).await? == Some(false) {
+                return self.publish_renamed(call).await;
+            }
         }
         let repeated = first.is_some();
         let published = Published { id: first.unwrap_or_else(|| id.clone()), repeated };
@@ -70,6 +75,22 @@ impl Shared {
             Box::pin(remembered).await?;
         }
         Ok(published)
+    }
+
+    /// Whether the call under the same id is this one once more; `None` if there is no such call. It is looked for where
+    /// it would be: an id that was chosen says nothing of its function, and two functions may have one under the same.
+    async fn repeats(&self, call: &Call) -> Result<Option<bool>, Fault> {
+        let found = self.find_in(Some(&call.function), &call.id).await?;
+        let (function, digest) = (call.function.to_string(), call.options.digest.as_deref());
+        Ok(found.map(|first| {
+            first.status().is_some_and(|first| first.is_repeated_by(&function, digest))
+        }))
+    }
+
+    /// Takes another call under a known id in, under one of its own.
+    async fn publish_renamed(&self, call: &Call) -> Result<Published, Error> {
+        let renamed = call.clone().renamed(JetStream::fresh_id(&call.function));
+        Box::pin(self.publish(&renamed)).await
     }
 
     /// Stores the call's message, unless there is one; then the id of that call. `note` is what was noted of its key.
@@ -84,7 +105,10 @@ impl Shared {
         // What the server knows a repeated message by takes up room there: an id that was made here comes but once.
         let mut headers = match key {
             Some(key) => message.named(&Names::message_of_key(key, note)),
-            None if call.options.chosen_id => message.named(&format!("id-{subject}")),
+            None if call.options.chosen_id => {
+                let digest = call.options.digest.as_deref().unwrap_or_default();
+                message.named(&format!("id-{subject}-{digest}"))
+            }
             None => message.fresh(),
         };
         loop {

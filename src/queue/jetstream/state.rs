@@ -59,6 +59,17 @@ pub(super) struct Dead {
     pub(super) was: u64,
 }
 
+impl Found {
+    /// Its state, as far as its record tells it.
+    pub(super) fn status(&self) -> Option<Status> {
+        match self {
+            Self::Waiting(waiting) => waiting.status(None),
+            Self::Dead(dead) => Some(dead.status.clone()),
+            Self::Ended(end, _) => Some(end.status.clone()),
+        }
+    }
+}
+
 impl Waiting {
     pub(super) fn new(found: StreamMessage) -> Option<Self> {
         let message = Message::stored(found.headers, found.payload);
