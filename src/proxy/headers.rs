@@ -210,7 +210,7 @@ fn take_hop_by_hop(headers: &mut HeaderMap) -> Option<HeaderValue> {
 
 /// Takes out what `Connection` names.
 pub(super) fn take_named(headers: &mut HeaderMap, named: &[HeaderName]) {
-    for name in named.iter().filter(|name| is_named(named, name) && **name != UPGRADE) {
+    for name in named.iter().filter(|name| !OURS.contains(*name) && **name != UPGRADE) {
         headers.remove(name);
     }
 }
@@ -218,7 +218,9 @@ pub(super) fn take_named(headers: &mut HeaderMap, named: &[HeaderName]) {
 /// Whether `Connection` takes a header away.
 fn is_named(named: &[HeaderName], name: &HeaderName) -> bool {
     // Mostly it names none.
-    !named.is_empty() && named.contains(name) && !OURS.contains(name)
+    !named.is_empty()
+        && named.binary_search_by(|other| other.as_str().cmp(name.as_str())).is_ok()
+        && !OURS.contains(name)
 }
 
 /// The headers that `Connection` names; what it says of the connection itself is no header.
@@ -226,14 +228,17 @@ pub(super) fn named_by_connection<'a>(
     values: impl IntoIterator<Item = &'a HeaderValue>,
 ) -> Vec<HeaderName> {
     let values = values.into_iter().filter_map(|value| value.to_str().ok());
-    values
+    let mut named: Vec<HeaderName> = values
         .flat_map(|value| value.split(','))
         .map(str::trim)
         .filter(|name| {
             !name.eq_ignore_ascii_case("keep-alive") && !name.eq_ignore_ascii_case("close")
         })
         .filter_map(|name| HeaderName::from_bytes(name.as_bytes()).ok())
-        .collect()
+        .collect();
+    // In order: a head of 1 MiB can name very many, and each header is looked for among them.
+    named.sort_unstable_by(|one, other| one.as_str().cmp(other.as_str()));
+    named
 }
 
 pub(super) fn announce_upgrade(headers: &mut HeaderMap, protocol: &HeaderValue) {

@@ -64,7 +64,7 @@ impl Shared {
         if first.is_some() {
             Box::pin(self.forget_parts(message.parts().as_ref())).await;
             // Another call under the same id may have come at the same moment.
-            if key.is_none() && Box::pin(self.repeats(call)).await? == Some(false) {
+            if first.as_ref() == Some(id) && Box::pin(self.repeats(call)).await? == Some(false) {
                 return self.publish_renamed(call).await;
             }
         }
