@@ -129,6 +129,15 @@ impl Queue {
         }
     }
 
+    /// This queue, for one who asks much of it on the current thread and its runtime.
+    #[must_use]
+    pub fn for_thread(&self) -> Self {
+        match self {
+            Self::Embedded(queue) => Self::Embedded(queue.for_thread()),
+            other => other.clone(),
+        }
+    }
+
     /// Whether the queue can be used at this moment, as far as is known.
     pub fn is_reachable(&self) -> bool {
         match self.known() {

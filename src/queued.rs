@@ -53,20 +53,27 @@ const BODIES: usize = MAX_BODY >> 10;
 /// At most so much more room than is needed now is taken by a body that grows.
 const PIECE: usize = 256 << 10;
 
-/// What takes calls in. One for the process.
+/// What takes calls in. One for the process, and a clone for each thread that has much to do with it.
+#[derive(Clone)]
 pub struct Intake {
     pub queue: Queue,
     pub max_body: usize,
-    pub metrics: QueueMetrics,
+    pub metrics: Arc<QueueMetrics>,
     room: Arc<Semaphore>,
     /// What could be made now or is being made, as it was counted last.
-    held: ArcSwapOption<HashMap<Arc<str>, u64>>,
+    held: Arc<ArcSwapOption<HashMap<Arc<str>, u64>>>,
 }
 
 impl Intake {
     pub fn new(queue: Queue, max_body: usize, metrics: QueueMetrics) -> Arc<Self> {
-        let (room, held) = (Arc::new(Semaphore::new(BODIES)), ArcSwapOption::empty());
-        Arc::new(Self { queue, max_body, metrics, room, held })
+        let (room, metrics) = (Arc::new(Semaphore::new(BODIES)), Arc::new(metrics));
+        Arc::new(Self { queue, max_body, metrics, room, held: Arc::default() })
+    }
+
+    /// This one, for the current thread and its runtime.
+    #[must_use]
+    pub fn for_thread(&self) -> Arc<Self> {
+        Arc::new(Self { queue: self.queue.for_thread(), ..self.clone() })
     }
 
     /// Counts what the queue holds.

@@ -278,6 +278,7 @@ impl Parts {
         worker::worker(config, intake, caller, provider, self.tls.clone(), tracer).map(Some)
     }
 
+    /// What one thread answers callers with; to be called on its runtime.
     fn door(&self, thread: usize, client: &Arc<Client>) -> Door {
         let provider = self.provider(client);
         let route = match &self.config.direct_functions {
@@ -311,7 +312,7 @@ impl Parts {
             health: Arc::clone(&self.health),
             counts: Arc::clone(&self.counts),
             ignored_alerts: self.ignored_alerts.clone(),
-            intake: self.intake.clone(),
+            intake: self.intake.as_ref().map(|intake| intake.for_thread()),
         };
         Door {
             invoker,

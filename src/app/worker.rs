@@ -38,12 +38,13 @@ const FORGET_EVERY: Duration = Duration::from_secs(1);
 const FORGET: Duration = Duration::from_secs(5);
 
 /// Runs `worker` on this thread until the stop.
-pub(super) fn run(worker: Worker, stages: &Stages) {
+pub(super) fn run(mut worker: Worker, stages: &Stages) {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     match runtime {
         Ok(runtime) => {
             let client = Arc::clone(&worker.caller.client);
             runtime.block_on(async {
+                worker.intake = worker.intake.for_thread();
                 // The sweep holds nothing over an await.
                 tokio::select! {
                     () = Arc::new(worker).run(stages) => {}

@@ -1,5 +1,7 @@
 //! A queued call, as it is stored and sent. No I/O.
 
+use std::borrow::Cow;
+
 use bytes::{BufMut, Bytes, BytesMut};
 use http::{HeaderMap, HeaderName, HeaderValue};
 use ring::digest;
@@ -57,18 +59,18 @@ pub enum Unreadable {
 
 /// All but the body. Members may be added; one that is not known is skipped.
 #[derive(Serialize, Deserialize)]
-pub struct Meta {
-    id: String,
-    name: String,
-    namespace: String,
-    #[serde(default, skip_serializing_if = "String::is_empty")]
-    target: String,
+pub struct Meta<'a> {
+    id: Cow<'a, str>,
+    name: Cow<'a, str>,
+    namespace: Cow<'a, str>,
+    #[serde(default, skip_serializing_if = "str::is_empty")]
+    target: Cow<'a, str>,
     /// Values byte for byte as characters: a header need not be UTF-8.
     #[serde(default)]
-    headers: Vec<(String, String)>,
+    headers: Vec<(Cow<'a, str>, Cow<'a, str>)>,
     // Those of `Options`, one by one: flattened they would be gathered before they are read, at twice the price.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    callback: Option<String>,
+    callback: Option<Cow<'a, str>>,
     #[serde(default)]
     submitted_at: Millis,
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -78,11 +80,11 @@ pub struct Meta {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     max_attempts: Option<u32>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    idempotency_key: Option<String>,
+    idempotency_key: Option<Cow<'a, str>>,
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     chosen_id: bool,
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    digest: Option<String>,
+    digest: Option<Cow<'a, str>>,
 }
 
 /// Headers that a call may have, which leaves room for those that are added on its way to the function: a map of
@@ -129,7 +131,8 @@ impl Call {
         }
         context.update(&self.body);
         // Half of it is enough: whoever finds two that are alike fools nobody but himself.
-        context.finish().as_ref()[..16].iter().map(|byte| format!("{byte:02x}")).collect()
+        let half = context.finish().as_ref().first_chunk().copied();
+        format!("{:032x}", u128::from_be_bytes(half.unwrap_or_default()))
     }
 
     /// This call under another id, which a gateway made: the one that its caller chose is another call's.
@@ -141,24 +144,22 @@ impl Call {
     }
 
     /// All but the body.
-    pub fn meta(&self) -> Meta {
-        let text =
-            |value: &HeaderValue| value.as_bytes().iter().map(|byte| *byte as char).collect();
-        let options = self.options.clone();
+    pub fn meta(&self) -> Meta<'_> {
+        let options = &self.options;
         Meta {
-            id: self.id.clone(),
-            name: self.function.name.clone(),
-            namespace: self.function.namespace.clone(),
-            target: self.target.clone(),
-            headers: self.headers.iter().map(|(n, v)| (n.as_str().to_owned(), text(v))).collect(),
-            callback: options.callback,
+            id: (&self.id).into(),
+            name: (&self.function.name).into(),
+            namespace: (&self.function.namespace).into(),
+            target: (&self.target).into(),
+            headers: self.headers.iter().map(|(n, v)| (n.as_str().into(), text_of(v))).collect(),
+            callback: options.callback.as_deref().map(Cow::from),
             submitted_at: options.submitted_at,
             not_before: options.not_before,
             expires_at: options.expires_at,
             max_attempts: options.max_attempts,
-            idempotency_key: options.idempotency_key,
+            idempotency_key: options.idempotency_key.as_deref().map(Cow::from),
             chosen_id: options.chosen_id,
-            digest: options.digest,
+            digest: options.digest.as_deref().map(Cow::from),
         }
     }
 
@@ -166,36 +167,51 @@ impl Call {
     ///
     /// # Errors
     /// `Unreadable::Invalid` when it has a function, a target or headers that cannot be: who stored it may be a stranger.
-    pub fn from_meta(meta: Meta, body: Bytes) -> Result<Self, Unreadable> {
+    pub fn from_meta(meta: Meta<'_>, body: Bytes) -> Result<Self, Unreadable> {
         if meta.headers.len() > MOST_HEADERS || !is_behind_a_name(&meta.target) {
             return Err(Unreadable::Invalid);
         }
         let mut headers = HeaderMap::with_capacity(meta.headers.len());
         for (name, value) in &meta.headers {
-            let value: Result<Vec<u8>, _> = value.chars().map(u8::try_from).collect();
-            let value = value.ok().and_then(|value| HeaderValue::from_bytes(&value).ok());
             let name = HeaderName::from_bytes(name.as_bytes());
-            let (Ok(name), Some(value)) = (name, value) else { return Err(Unreadable::Invalid) };
+            let (Ok(name), Some(value)) = (name, value_of(value)) else {
+                return Err(Unreadable::Invalid);
+            };
             headers.append(name, value);
         }
         let options = Options {
-            callback: meta.callback,
+            callback: meta.callback.map(Cow::into_owned),
             submitted_at: meta.submitted_at,
             not_before: meta.not_before,
             expires_at: meta.expires_at,
             max_attempts: meta.max_attempts,
-            idempotency_key: meta.idempotency_key,
+            idempotency_key: meta.idempotency_key.map(Cow::into_owned),
             chosen_id: meta.chosen_id,
-            digest: meta.digest,
+            digest: meta.digest.map(Cow::into_owned),
         };
-        let Meta { id, name, namespace, target, .. } = meta;
-        let function = Function { name, namespace };
+        let function =
+            Function { name: meta.name.into_owned(), namespace: meta.namespace.into_owned() };
         // As its label it must lead to itself.
         if Function::parse(&function.to_string(), "").as_ref() != Some(&function) {
             return Err(Unreadable::Invalid);
         }
+        let (id, target) = (meta.id.into_owned(), meta.target.into_owned());
         Ok(Self { id, function, target, headers, body, options })
     }
+}
+
+/// A header's value, each of its bytes as a character: it need not be UTF-8.
+fn text_of(value: &HeaderValue) -> Cow<'_, str> {
+    let text = value.to_str().map(Cow::Borrowed);
+    text.unwrap_or_else(|_| value.as_bytes().iter().map(|byte| *byte as char).collect())
+}
+
+fn value_of(text: &str) -> Option<HeaderValue> {
+    if text.is_ascii() {
+        return HeaderValue::from_str(text).ok();
+    }
+    let bytes: Result<Vec<u8>, _> = text.chars().map(u8::try_from).collect();
+    HeaderValue::from_bytes(&bytes.ok()?).ok()
 }
 
 /// Whether `target` can stand behind a function's name without leading to another place.
@@ -214,7 +230,7 @@ pub(in crate::queue) fn has_dot_segment(path: &str) -> bool {
 }
 
 /// The metadata of an encoded call, and where its body begins.
-fn split(bytes: &[u8]) -> Result<(Meta, usize), Unreadable> {
+fn split(bytes: &[u8]) -> Result<(Meta<'_>, usize), Unreadable> {
     let (version, rest) = bytes.split_first().ok_or(Unreadable::Short)?;
     if *version != VERSION {
         return Err(Unreadable::Version(*version));

@@ -3,6 +3,7 @@
 //! What waits is in the file; in memory are only the numbers of the calls, and what is being made. A process that dies
 //! leaves every call that was not settled: it is made again after the restart.
 
+mod desk;
 mod ids;
 mod schedule;
 mod store;
@@ -21,11 +22,12 @@ use tokio::sync::{Notify, mpsc, oneshot};
 
 use crate::function::Function;
 use crate::queue::call::{Call, Millis};
+use crate::queue::embedded::desk::{Desk, Reply};
 use crate::queue::embedded::ids::Ids;
 use crate::queue::embedded::schedule::Number;
 use crate::queue::embedded::store::{Change, Shelf, Store, View};
 use crate::queue::embedded::waiting::Waiting;
-use crate::queue::embedded::writer::{Incoming, Op, Reply};
+use crate::queue::embedded::writer::{Incoming, Op};
 use crate::queue::status::{Answer, Settlement, State, Status};
 use crate::queue::{Changed, Counts, Delivery, Error, Filter, Handle, Published, Room, now};
 
@@ -60,6 +62,8 @@ pub struct Limits {
 pub struct Embedded {
     shared: Arc<Shared>,
     ops: mpsc::Sender<Op>,
+    /// Where answers are given; they are given one by one where there is none.
+    desk: Option<Desk>,
 }
 
 struct Shared {
@@ -76,7 +80,7 @@ struct Shared {
     /// Somebody may find a call now.
     ready: Notify,
     next: AtomicU64,
-    ids: Ids,
+    ids: Arc<Ids>,
     limits: Limits,
 }
 
@@ -121,7 +125,12 @@ impl Embedded {
             .name("queue".to_owned())
             .spawn(move || writer::run(&writes, received))
             .context("cannot start a thread")?;
-        Ok(Self { shared, ops })
+        Ok(Self { shared, ops, desk: None })
+    }
+
+    /// This queue, for one who asks much of it on the current thread and its runtime.
+    pub(super) fn for_thread(&self) -> Self {
+        Self { desk: Some(Desk::open()), ..self.clone() }
     }
 
     /// Whether the file could be used when it was used last.
@@ -276,8 +285,12 @@ impl Embedded {
         while let Ok(true) = self.ask(Op::Expire).await {}
     }
 
-    async fn ask<T>(&self, op: impl FnOnce(Reply<T>) -> Op) -> Result<T, Error> {
+    async fn ask<T: Send + 'static>(
+        &self,
+        op: impl FnOnce(Reply<T>) -> Op,
+    ) -> Result<T, Error> {
         let (reply, answer) = oneshot::channel();
+        let reply = Reply::new(reply, self.desk.clone());
         self.ops.send(op(reply)).await.map_err(|_| Error::Failed)?;
         answer.await.map_err(|_| Error::Failed)?
     }

@@ -11,20 +11,26 @@ const NUMBER: u64 = (1 << 48) - 1;
 
 /// Makes ids and reads them. They are UUIDs of version 4, of which 74 bits are random; the other 48 are the number,
 /// mixed with what the random ones and a secret give, so that nobody sees how many calls there are.
-#[derive(Clone, Copy, Debug)]
+#[derive(Debug)]
 pub(super) struct Ids {
     secret: [u8; 16],
+    key: hmac::Key,
 }
 
 impl Ids {
     /// With a secret of their own.
     pub(super) fn fresh() -> Self {
-        Self { secret: Uuid::new_v4().into_bytes() }
+        Self::with(Uuid::new_v4().into_bytes())
     }
 
     /// With a secret that is known.
     pub(super) fn from_secret(secret: &[u8]) -> Option<Self> {
-        Some(Self { secret: secret.try_into().ok()? })
+        Some(Self::with(secret.try_into().ok()?))
+    }
+
+    fn with(secret: [u8; 16]) -> Self {
+        // One that gives the same in every version to come.
+        Self { secret, key: hmac::Key::new(hmac::HMAC_SHA256, &secret) }
     }
 
     pub(super) fn secret(&self) -> [u8; 16] {
@@ -49,9 +55,7 @@ impl Ids {
     }
 
     fn mask(&self, bytes: &[u8; 16]) -> u64 {
-        // One that gives the same in every version to come.
-        let key = hmac::Key::new(hmac::HMAC_SHA256, &self.secret);
-        let tag = hmac::sign(&key, &bytes[6..]);
+        let tag = hmac::sign(&self.key, &bytes[6..]);
         let first = tag.as_ref().first_chunk().copied();
         u64::from_be_bytes(first.unwrap_or_default())
     }

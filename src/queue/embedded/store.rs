@@ -1,6 +1,7 @@
 //! The file of the embedded queue: what is in it, and how it changes. One thread alone writes.
 
 use std::path::Path;
+use std::sync::Arc;
 
 use bytes::{BufMut, Bytes};
 use redb::{Database, ReadableDatabase, ReadableTable, Table, TableDefinition, WriteTransaction};
@@ -43,7 +44,7 @@ pub(super) type Result<T, E = redb::Error> = std::result::Result<T, E>;
 /// The open file.
 pub(super) struct Store {
     database: Database,
-    ids: Ids,
+    ids: Arc<Ids>,
 }
 
 /// A call that is in the file when it is opened.
@@ -76,8 +77,8 @@ impl Store {
     }
 
     /// The ids that this file gives its calls.
-    pub(super) fn ids(&self) -> Ids {
-        self.ids
+    pub(super) fn ids(&self) -> Arc<Ids> {
+        Arc::clone(&self.ids)
     }
 
     /// All calls that are not over, and the next number.
@@ -112,7 +113,7 @@ impl Store {
 
     /// A view of the file as it is now.
     pub(super) fn view(&self) -> Result<View> {
-        Ok(View { read: self.database.begin_read()?, ids: self.ids })
+        Ok(View { read: self.database.begin_read()?, ids: Arc::clone(&self.ids) })
     }
 
     /// Carries out `change`, which is the one with the number `count`, and returns when it is on the disk.
@@ -122,7 +123,7 @@ impl Store {
         change: impl FnOnce(&mut Change<'_>) -> Result<T>,
     ) -> Result<T> {
         let transaction = self.database.begin_write()?;
-        let changed = change(&mut Change::new(&transaction, self.ids)?)?;
+        let changed = change(&mut Change::new(&transaction, Arc::clone(&self.ids))?)?;
         transaction.open_table(ABOUT)?.insert(CHANGES, &count.to_be_bytes()[..])?;
         transaction.commit()?;
         Ok(changed)
@@ -130,7 +131,7 @@ impl Store {
 }
 
 /// The ids of a file that has all its tables.
-fn known_ids(database: &Database) -> Result<Option<Ids>> {
+fn known_ids(database: &Database) -> Result<Option<Arc<Ids>>> {
     let read = database.begin_read()?;
     let about = match read.open_table(ABOUT) {
         Ok(about) => about,
@@ -138,13 +139,13 @@ fn known_ids(database: &Database) -> Result<Option<Ids>> {
         Err(error) => return Err(error.into()),
     };
     let secret = about.get(SECRET)?;
-    Ok(secret.and_then(|secret| Ids::from_secret(secret.value())))
+    Ok(secret.and_then(|secret| Ids::from_secret(secret.value())).map(Arc::new))
 }
 
-fn make_tables(database: &Database) -> Result<Ids> {
-    let (change, ids) = (database.begin_write()?, Ids::fresh());
+fn make_tables(database: &Database) -> Result<Arc<Ids>> {
+    let (change, ids) = (database.begin_write()?, Arc::new(Ids::fresh()));
     change.open_table(ABOUT)?.insert(SECRET, &ids.secret()[..])?;
-    drop(Change::new(&change, ids)?);
+    drop(Change::new(&change, Arc::clone(&ids))?);
     change.commit()?;
     Ok(ids)
 }
@@ -152,7 +153,7 @@ fn make_tables(database: &Database) -> Result<Ids> {
 /// What is in the file at one moment.
 pub(super) struct View {
     read: redb::ReadTransaction,
-    ids: Ids,
+    ids: Arc<Ids>,
 }
 
 impl View {
@@ -249,7 +250,7 @@ impl Shelf {
 
 /// One change of the file. It happens as a whole or not at all.
 pub(super) struct Change<'t> {
-    ids: Ids,
+    ids: Arc<Ids>,
     calls: Table<'t, Number, &'static [u8]>,
     numbers: Table<'t, &'static str, Number>,
     progress: Table<'t, Number, &'static [u8]>,
@@ -259,7 +260,7 @@ pub(super) struct Change<'t> {
 }
 
 impl<'t> Change<'t> {
-    fn new(transaction: &'t WriteTransaction, ids: Ids) -> Result<Self> {
+    fn new(transaction: &'t WriteTransaction, ids: Arc<Ids>) -> Result<Self> {
         Ok(Self {
             ids,
             calls: transaction.open_table(CALLS)?,

@@ -5,10 +5,11 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 
 use bytes::Bytes;
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::mpsc;
 
 use crate::queue::call::Millis;
 use crate::queue::embedded::Shared;
+use crate::queue::embedded::desk::{Outbox, Reply};
 use crate::queue::embedded::schedule::Number;
 use crate::queue::embedded::store::{Change, Result as StoreResult};
 use crate::queue::embedded::waiting::{Held, Waiting};
@@ -19,8 +20,6 @@ use crate::queue::{Changed, Error, Published, Room, now};
 const TOGETHER: usize = 512;
 /// So much of what has expired is forgotten at once.
 const EXPIRE_AT_ONCE: usize = 1000;
-
-pub(super) type Reply<T> = oneshot::Sender<Result<T, Error>>;
 
 /// A call as it is taken in.
 pub(super) struct Incoming {
@@ -52,14 +51,13 @@ pub(super) enum Op {
 
 impl Op {
     fn fails(self, error: Error) {
-        // Whoever does not wait any more need not hear of it.
         match self {
-            Self::Publish(_, reply) => drop(reply.send(Err(error))),
-            Self::Settle(.., reply) => drop(reply.send(Err(error))),
-            Self::Cancel(_, reply) | Self::Revive(_, reply) => drop(reply.send(Err(error))),
-            Self::Purge(_, reply) => drop(reply.send(Err(error))),
-            Self::Expire(reply) => drop(reply.send(Err(error))),
-            Self::Close(reply) => drop(reply.send(Err(error))),
+            Self::Publish(_, reply) => reply.send(Err(error)),
+            Self::Settle(.., reply) => reply.send(Err(error)),
+            Self::Cancel(_, reply) | Self::Revive(_, reply) => reply.send(Err(error)),
+            Self::Purge(_, reply) => reply.send(Err(error)),
+            Self::Expire(reply) => reply.send(Err(error)),
+            Self::Close(reply) => reply.send(Err(error)),
         }
     }
 }
@@ -81,7 +79,7 @@ pub(super) fn run(shared: &Arc<Shared>, mut ops: mpsc::Receiver<Op>) {
         write(shared, together);
         if let Some(reply) = closing {
             shared.close();
-            return drop(reply.send(Ok(())));
+            return reply.send(Ok(()));
         }
     }
 }
@@ -118,11 +116,12 @@ fn write(shared: &Arc<Shared>, mut ops: Vec<Op>) {
     });
     match changed {
         Ok(applied) => {
-            let mut waiting = shared.waiting();
+            let (mut waiting, mut outbox) = (shared.waiting(), Outbox::default());
             for (op, applied) in ops.into_iter().zip(applied) {
-                applied.take_effect(op, &mut waiting);
+                applied.take_effect(op, &mut waiting, &mut outbox);
             }
             drop(waiting);
+            outbox.send();
             shared.ready.notify_one();
         }
         Err(error) => {
@@ -295,36 +294,36 @@ impl Batch<'_, '_> {
 }
 
 impl Applied {
-    fn take_effect(self, op: Op, waiting: &mut Waiting) {
+    fn take_effect(self, op: Op, waiting: &mut Waiting, outbox: &mut Outbox) {
         match (op, self) {
-            (Op::Publish(_, reply), Self::Published(answer)) => drop(reply.send(answer)),
+            (Op::Publish(_, reply), Self::Published(answer)) => outbox.put(reply, answer),
             (Op::Publish(call, reply), Self::Added { number, id }) => {
                 waiting.add(&call.label, number, call.due);
-                drop(reply.send(Ok(Published { id, repeated: false })));
+                outbox.put(reply, Ok(Published { id, repeated: false }));
             }
             (Op::Settle(held, settled, reply), Self::Settled) => {
                 waiting.settled(held, &settled.0, &settled.1);
-                drop(reply.send(Ok(())));
+                outbox.put(reply, Ok(()));
             }
             (Op::Cancel(_, reply) | Op::Revive(_, reply), Self::Changed(changed)) => {
-                drop(reply.send(Ok(changed)));
+                outbox.put(reply, Ok(changed));
             }
             (Op::Cancel(_, reply), Self::Cancelled { label, was_dead }) => {
                 waiting.buried(&label, was_dead);
-                drop(reply.send(Ok(Changed::Yes)));
+                outbox.put(reply, Ok(Changed::Yes));
             }
             (Op::Revive(_, reply), Self::Revived { number, label }) => {
                 waiting.buried(&label, true);
                 waiting.add(&label, number, 0);
-                drop(reply.send(Ok(Changed::Yes)));
+                outbox.put(reply, Ok(Changed::Yes));
             }
             (Op::Purge(_, reply), Self::Purged(purged)) => {
                 for (label, was_dead) in &purged {
                     waiting.buried(label, *was_dead);
                 }
-                drop(reply.send(Ok(purged.len() as u64)));
+                outbox.put(reply, Ok(purged.len() as u64));
             }
-            (Op::Expire(reply), Self::Expired { more }) => drop(reply.send(Ok(more))),
+            (Op::Expire(reply), Self::Expired { more }) => outbox.put(reply, Ok(more)),
             _ => unreachable!("each change has its own effect"),
         }
     }

@@ -178,7 +178,7 @@ impl Message {
             return Err(Unreadable::Version(version));
         }
         let meta = self.headers.get(CALL).ok_or(Unreadable::Short)?;
-        let meta: Meta = serde_json::from_str(meta.as_str())?;
+        let meta: Meta<'_> = serde_json::from_str(meta.as_str())?;
         Call::from_meta(meta, self.body.clone())
     }
 
