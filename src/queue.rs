@@ -246,7 +246,7 @@ impl Queue {
     pub async fn settle(&self, delivery: &Delivery, settlement: &Settlement) -> Result<(), Error> {
         match (self.known()?, &delivery.handle) {
             (Self::Embedded(queue), Handle::Embedded(lease)) => {
-                queue.settle(lease, settlement).await
+                queue.settle(lease, &delivery.call, settlement).await
             }
             (Self::JetStream(queue), Handle::JetStream(lease)) => {
                 queue.settle(lease, settlement).await

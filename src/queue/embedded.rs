@@ -3,10 +3,14 @@
 //! What waits is in the file; in memory are only the numbers of the calls, and what is being made. A process that dies
 //! leaves every call that was not settled: it is made again after the restart.
 
+mod change;
 mod desk;
+mod finished;
 mod ids;
+mod rows;
 mod schedule;
 mod store;
+mod tables;
 mod waiting;
 mod writer;
 
@@ -18,17 +22,20 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::Duration;
 
+use bytes::Bytes;
 use tokio::sync::{Notify, mpsc, oneshot};
 
 use crate::function::Function;
 use crate::queue::call::{Call, Millis};
+use crate::queue::embedded::change::Change;
 use crate::queue::embedded::desk::{Desk, Reply};
 use crate::queue::embedded::ids::Ids;
+use crate::queue::embedded::rows::Row;
 use crate::queue::embedded::schedule::Number;
-use crate::queue::embedded::store::{Change, Shelf, Store, View};
-use crate::queue::embedded::waiting::Waiting;
-use crate::queue::embedded::writer::{Incoming, Op};
-use crate::queue::status::{Answer, Settlement, State, Status};
+use crate::queue::embedded::store::{Mark, Shelf, Store, View};
+use crate::queue::embedded::waiting::{Began, Waiting};
+use crate::queue::embedded::writer::{Incoming, Op, Settled};
+use crate::queue::status::{Answer, Settlement, Status};
 use crate::queue::{Changed, Counts, Delivery, Error, Filter, Handle, Published, Room, now};
 
 /// Changes that wait for the one thread that makes them.
@@ -96,12 +103,11 @@ impl Embedded {
         std::fs::create_dir_all(directory).with_context(|| format!("cannot make {name}"))?;
         let store = Store::open(&path).with_context(|| format!("cannot open the queue {name}"))?;
         let ids = store.ids();
-        let mut found = Vec::new();
-        let next = store.read_all(|call| found.push(call));
-        let next = next.with_context(|| format!("cannot read the queue {name}"))?;
-        let changes = store.changes().with_context(|| format!("cannot read the queue {name}"))?;
         let mut waiting = Waiting::default();
-        waiting.rebuild(found);
+        let next = store.read_all(|call| waiting.found(call));
+        let next = next.with_context(|| format!("cannot read the queue {name}"))?;
+        let mark = store.mark().with_context(|| format!("cannot read the queue {name}"))?;
+        waiting.schedule.put_in_order();
         let pending = waiting.schedule.waiting();
         if pending > 0 {
             tracing::info!(pending, "Queued calls found");
@@ -109,7 +115,7 @@ impl Embedded {
         let shared = Arc::new(Shared {
             path,
             store: RwLock::new(Some(store)),
-            changes: AtomicU64::new(changes),
+            changes: AtomicU64::new(mark.changes),
             full_until: AtomicU64::new(0),
             usable: AtomicBool::new(true),
             waiting: Mutex::new(waiting),
@@ -172,11 +178,11 @@ impl Embedded {
                 (picked, due)
             };
             match picked {
-                Some(held) => {
-                    let lease = Lease { shared: Arc::clone(&self.shared), held };
+                Some((held, stored)) => {
                     // More may be there than one was told of.
                     self.shared.ready.notify_one();
-                    if let Some(delivery) = self.deliver(lease)? {
+                    let lease = Lease::new(Arc::clone(&self.shared), held);
+                    if let Some(delivery) = self.deliver(lease, stored)? {
                         return Ok(delivery);
                     }
                 }
@@ -188,33 +194,43 @@ impl Embedded {
         }
     }
 
-    /// The call that was picked; `None` if it is gone.
-    fn deliver(&self, lease: Lease) -> Result<Option<Delivery>, Error> {
+    /// The call that was picked, of which `stored` was at hand; `None` if it is gone.
+    fn deliver(&self, mut lease: Lease, stored: Option<Bytes>) -> Result<Option<Delivery>, Error> {
         let number = lease.held.picked.number;
-        let read = self.shared.view(|view| Ok((view.call(number)?, view.progress(number)?)))?;
-        let (Some(call), progress) = read else {
+        let stored = match stored {
+            Some(stored) => Some(stored),
+            None => self.shared.read(number)?,
+        };
+        let call = stored.as_ref().and_then(|stored| Call::decode(stored).ok());
+        let Some(call) = call else {
             tracing::error!(number, "A queued call is not in the file");
             // It is not given back, but it does not run either.
             self.shared.waiting().ended(lease.held);
             return Ok(None);
         };
-        let (attempts, said) = progress.map_or((0, None), |known| (known.attempts, known.status));
-        let status = Status {
-            status: said,
-            state: State::Running,
-            attempts: attempts + 1,
-            started_at: Some(now()),
-            next_attempt_at: None,
-            ..Status::queued(&call)
-        };
-        self.shared.waiting().begin(lease.held, status);
-        Ok(Some(Delivery { call, attempts, handle: Handle::Embedded(lease) }))
+        if lease.held.noted {
+            let progress = self.shared.view(|view| view.progress(number))?;
+            lease.before = progress.map_or((0, None), |known| (known.attempts, known.status));
+        }
+        let began = Began { attempts: lease.before.0 + 1, at: lease.at };
+        self.shared.waiting().begin(lease.held, began);
+        Ok(Some(Delivery { call, attempts: lease.before.0, handle: Handle::Embedded(lease) }))
     }
 
-    pub(super) async fn settle(&self, lease: &Lease, settlement: &Settlement) -> Result<(), Error> {
-        let status = self.shared.waiting().status(lease.held).ok_or(Error::Gone)?;
-        let status = status.settled(settlement, now());
-        let settled = Box::new((status, settlement.clone()));
+    pub(super) async fn settle(
+        &self,
+        lease: &Lease,
+        call: &Call,
+        settlement: &Settlement,
+    ) -> Result<(), Error> {
+        if !self.shared.waiting().is_held(lease.held) {
+            return Err(Error::Gone);
+        }
+        let (attempts, status) = lease.before;
+        let running = Status { status, ..Status::queued(call) };
+        let running = Began { attempts: attempts + 1, at: lease.at }.of(running);
+        let status = running.settled(settlement, now());
+        let settled = Settled::new(lease.held.picked.number, &status, settlement, &self.shared.ids);
         self.ask(|reply| Op::Settle(lease.held, settled, reply)).await
     }
 
@@ -285,10 +301,7 @@ impl Embedded {
         while let Ok(true) = self.ask(Op::Expire).await {}
     }
 
-    async fn ask<T: Send + 'static>(
-        &self,
-        op: impl FnOnce(Reply<T>) -> Op,
-    ) -> Result<T, Error> {
+    async fn ask<T: Send + 'static>(&self, op: impl FnOnce(Reply<T>) -> Op) -> Result<T, Error> {
         let (reply, answer) = oneshot::channel();
         let reply = Reply::new(reply, self.desk.clone());
         self.ops.send(op(reply)).await.map_err(|_| Error::Failed)?;
@@ -341,6 +354,23 @@ impl Shared {
         self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// What is stored of a call. The calls that were taken in with it will be at hand.
+    fn read(&self, number: Number) -> Result<Option<Bytes>, Error> {
+        let row = self.view(|view| match view.call(number)? {
+            Some(call) => Ok(Err(call)),
+            None => view.row(number).map(Ok),
+        })?;
+        match row {
+            Err(call) => Ok(Some(call)),
+            Ok(None) => Ok(None),
+            Ok(Some(row)) => {
+                let call = Row::new(&row).get(number).map(|call| row.slice_ref(call));
+                self.waiting().recent.add(row);
+                Ok(call)
+            }
+        }
+    }
+
     fn view<T>(&self, read: impl FnOnce(&View) -> store::Result<T>) -> Result<T, Error> {
         let store = self.store.read().unwrap_or_else(PoisonError::into_inner);
         let store = store.as_ref().ok_or(Error::Failed)?;
@@ -354,9 +384,10 @@ impl Shared {
     ) -> Result<T, Error> {
         self.reopen()?;
         let count = self.changes.load(Relaxed) + 1;
+        let mark = Mark { changes: count, next: self.next.load(Relaxed) };
         let changed = {
             let store = self.store.read().unwrap_or_else(PoisonError::into_inner);
-            store.as_ref().ok_or(Error::Failed)?.change(count, change)
+            store.as_ref().ok_or(Error::Failed)?.change(mark, change)
         };
         self.usable.store(changed.is_ok(), Relaxed);
         match changed {
@@ -394,7 +425,7 @@ impl Shared {
             return Ok(());
         }
         let store = Store::open(&self.path).map_err(|error| failed(&error))?;
-        let changes = store.changes().map_err(|error| failed(&error))?;
+        let changes = store.mark().map_err(|error| failed(&error))?.changes;
         if changes != self.changes.load(Relaxed) {
             let mut found = Vec::new();
             let next = store.read_all(|call| found.push(call)).map_err(|error| failed(&error))?;
@@ -416,12 +447,14 @@ impl Shared {
     }
 
     fn status_of(&self, view: &View, number: Number) -> store::Result<Option<Status>> {
-        let running = self.waiting().running.get(&number).and_then(|run| run.status.clone());
-        if running.is_some() {
-            return Ok(running);
-        }
-        if let Some(noted) = view.progress(number)? {
-            return Ok(Some(noted));
+        let began = self.waiting().running.get(&number).and_then(|run| run.began);
+        let noted = match view.progress(number)? {
+            Some(noted) => Some(noted),
+            None if began.is_some() => view.queued(number)?,
+            None => None,
+        };
+        if let Some(noted) = noted {
+            return Ok(Some(began.map_or(noted.clone(), |began| began.of(noted))));
         }
         if let Some((finished, _)) = view.finished(number)? {
             return Ok(Some(finished));

@@ -38,23 +38,23 @@ pub struct Status {
     #[serde(default)]
     pub attempts: u32,
     /// What the function said last.
-    #[serde(default)]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub status: Option<u16>,
     /// Why there is none, or what else is to be said.
-    #[serde(default)]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub reason: Option<String>,
     pub submitted_at: Millis,
-    #[serde(default)]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub started_at: Option<Millis>,
-    #[serde(default)]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub finished_at: Option<Millis>,
-    #[serde(default)]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub next_attempt_at: Option<Millis>,
     /// The caller chose the id, so that knowing it proves nothing.
-    #[serde(default)]
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub chosen_id: bool,
     /// It failed for good and is kept: it can be tried again on request.
-    #[serde(default)]
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub dead: bool,
     /// Tells the call from others under the same id; not known of calls that an older gateway took in.
     #[serde(default, skip_serializing_if = "Option::is_none")]

@@ -112,6 +112,13 @@ impl Schedule {
         }
     }
 
+    /// Has the calls of each function be made in the order in which they were numbered.
+    pub(super) fn put_in_order(&mut self) {
+        for line in &mut self.functions {
+            line.ready.make_contiguous().sort_unstable();
+        }
+    }
+
     /// A call that does not run any more comes back, since it was not made: it is first in its line.
     pub(super) fn give_back(&mut self, picked: Picked) {
         self.waiting += 1;

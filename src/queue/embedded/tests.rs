@@ -1,9 +1,12 @@
+mod walk;
+
 use bytes::Bytes;
 use http::HeaderMap;
 use tempfile::TempDir;
 
 use super::*;
 use crate::queue::call::Options;
+use crate::queue::status::State;
 
 const LIMITS: Limits = Limits { pending: 5, result_ttl: 3_600_000, key_ttl: 3_600_000 };
 const PLACES: usize = 10;
@@ -25,7 +28,7 @@ fn call(id: &str) -> Call {
 
 async fn settle(queue: &Embedded, delivery: Delivery, settlement: Settlement) {
     let Handle::Embedded(lease) = &delivery.handle else { panic!("of another queue") };
-    queue.settle(lease, &settlement).await.unwrap();
+    queue.settle(lease, &delivery.call, &settlement).await.unwrap();
 }
 
 fn succeeded() -> Settlement {
@@ -228,10 +231,10 @@ async fn a_call_that_is_about_to_be_made_cannot_be_taken_back() {
     let directory = TempDir::new().unwrap();
     let queue = open(&directory);
     queue.publish(call("a"), None).await.unwrap();
-    let held = queue.shared.waiting().pick(now(), PLACES).unwrap();
-    let lease = Lease { shared: Arc::clone(&queue.shared), held };
+    let (held, stored) = queue.shared.waiting().pick(now(), PLACES).unwrap();
+    let lease = Lease::new(Arc::clone(&queue.shared), held);
     assert_eq!(queue.cancel("a").await.unwrap(), Changed::No(State::Running));
-    drop(queue.deliver(lease).unwrap().unwrap());
+    drop(queue.deliver(lease, stored).unwrap().unwrap());
     assert_eq!(queue.cancel("a").await.unwrap(), Changed::Yes);
     assert_eq!(queue.counts().await.unwrap(), []);
 }
@@ -244,9 +247,9 @@ async fn an_old_lease_does_not_give_back_a_call_that_is_made_again() {
     let first = queue.take(PLACES).await.unwrap();
     let Handle::Embedded(lease) = &first.handle else { panic!("not embedded") };
     let retry = Settlement::Retry { at: now(), status: Some(503), reason: None };
-    queue.settle(lease, &retry).await.unwrap();
+    queue.settle(lease, &first.call, &retry).await.unwrap();
     let second = queue.take(PLACES).await.unwrap();
-    assert_eq!(queue.settle(lease, &retry).await, Err(Error::Gone));
+    assert_eq!(queue.settle(lease, &first.call, &retry).await, Err(Error::Gone));
     drop(first);
     assert_eq!(state(&queue, "a").await, Some(State::Running));
     settle(&queue, second, succeeded()).await;
@@ -266,7 +269,8 @@ async fn a_settlement_that_comes_too_late_touches_nobody_elses_call() {
     let second = queue.take(PLACES).await.unwrap();
     let retry = Settlement::Retry { at: now(), status: Some(503), reason: None };
     let status = Status::queued(&second.call).settled(&retry, now());
-    queue.shared.waiting().settled(held, &status, &retry);
+    let settled = Settled::new(held.picked.number, &status, &retry, &queue.shared.ids);
+    queue.shared.waiting().settled(held, &settled);
     assert_eq!(state(&queue, "a").await, Some(State::Running));
     settle(&queue, second, succeeded()).await;
     assert_eq!(queue.counts().await.unwrap(), []);
@@ -350,7 +354,7 @@ async fn what_is_in_the_file_though_its_change_failed_is_known_after_it_is_open_
     settle(&queue, queue.take(PLACES).await.unwrap(), dead()).await;
     let (shared, number) = (&queue.shared, queue.shared.next_number());
     // It is on the disk, and whoever asked for it was told that it failed.
-    let count = shared.changes.load(Relaxed) + 1;
+    let mark = Mark { changes: shared.changes.load(Relaxed) + 1, next: number + 1 };
     let store = shared.store.write().unwrap().take().unwrap();
     let encoded = call("unheard").encode();
     let change = |change: &mut Change<'_>| {
@@ -360,7 +364,7 @@ async fn what_is_in_the_file_though_its_change_failed_is_known_after_it_is_open_
         change.forget_progress(revived)?;
         change.add(number, "unheard", true, &encoded)
     };
-    store.change(count, change).unwrap();
+    store.change(mark, change).unwrap();
     drop(store);
     assert!(queue.publish(call("unheard"), None).await.unwrap().repeated);
     assert_eq!(shared.waiting().schedule.waiting(), 3);

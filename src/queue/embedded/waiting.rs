@@ -1,14 +1,18 @@
 //! What is known in memory: what waits, what is being made, and by whom.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
+
+use bytes::Bytes;
 
 use crate::queue::call::Millis;
 use crate::queue::embedded::Shared;
+use crate::queue::embedded::rows::Recent;
 use crate::queue::embedded::schedule::{Number, Picked, Schedule};
 use crate::queue::embedded::store::Found;
+use crate::queue::embedded::writer::Settled;
 use crate::queue::now;
-use crate::queue::status::{Settlement, State, Status};
+use crate::queue::status::{State, Status};
 
 /// What is known in memory.
 #[derive(Default)]
@@ -20,6 +24,9 @@ pub(super) struct Waiting {
     pub(super) dead: HashMap<String, u64>,
     /// Calls that were given back by a panic: how often, and when they are made again.
     panicked: HashMap<Number, (u32, Millis)>,
+    /// Calls of which something is noted in the file: they have been made before.
+    noted: HashSet<Number>,
+    pub(super) recent: Recent,
 }
 
 /// The pause after the first panic; it doubles with each.
@@ -32,19 +39,54 @@ pub(super) struct Run {
     /// Which time of all this is.
     run: u64,
     /// Not known yet while the call is read from the file.
-    pub(super) status: Option<Status>,
+    pub(super) began: Option<Began>,
+}
+
+/// What is known of a call that is being made.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Began {
+    /// How often it has been made, this time among them.
+    pub(super) attempts: u32,
+    pub(super) at: Millis,
+}
+
+impl Began {
+    /// The status of the call, of which `noted` was known before.
+    pub(super) fn of(self, noted: Status) -> Status {
+        Status {
+            state: State::Running,
+            attempts: self.attempts,
+            started_at: Some(self.at),
+            next_attempt_at: None,
+            reason: None,
+            finished_at: None,
+            ..noted
+        }
+    }
 }
 
 /// A call that was taken. It is given back when this is dropped unsettled.
 pub(in crate::queue) struct Lease {
     pub(super) shared: Arc<Shared>,
     pub(super) held: Held,
+    /// Since when.
+    pub(super) at: Millis,
+    /// How often the call was made before, and what the function said last.
+    pub(super) before: (u32, Option<u16>),
+}
+
+impl Lease {
+    pub(super) fn new(shared: Arc<Shared>, held: Held) -> Self {
+        Self { shared, held, at: now(), before: (0, None) }
+    }
 }
 
 /// What a call that was taken is known by: the same call may be taken again, by another.
 #[derive(Clone, Copy)]
 pub(super) struct Held {
     pub(super) picked: Picked,
+    /// Something is noted of it in the file.
+    pub(super) noted: bool,
     run: u64,
 }
 
@@ -59,34 +101,44 @@ impl Waiting {
         self.schedule.clear();
         self.dead.clear();
         self.panicked.clear();
-        for call in found {
-            if self.running.contains_key(&call.number) {
-                continue;
-            }
-            match call.dead {
-                true => *self.dead.entry(call.label).or_default() += 1,
-                false => self.add(&call.label, call.number, call.due),
-            }
+        self.recent.clear();
+        self.noted.clear();
+        found.into_iter().for_each(|call| self.found(call));
+        self.schedule.put_in_order();
+    }
+
+    /// Knows of a call that is in the file, unless it runs.
+    pub(super) fn found(&mut self, call: Found) {
+        if call.noted && !call.dead {
+            self.noted.insert(call.number);
+        }
+        if self.running.contains_key(&call.number) {
+            return;
+        }
+        match call.dead {
+            true => *self.dead.entry(call.label).or_default() += 1,
+            false => self.add(&call.label, call.number, call.due),
         }
     }
 
-    /// The next call to make. From here on it runs: nobody can take it back.
-    pub(super) fn pick(&mut self, now: Millis, places: usize) -> Option<Held> {
+    /// The next call to make, and what is stored of it if that is at hand. From here on it runs: nobody can take it back.
+    pub(super) fn pick(&mut self, now: Millis, places: usize) -> Option<(Held, Option<Bytes>)> {
         let picked = self.schedule.pick(now, places)?;
         self.runs += 1;
-        self.running.insert(picked.number, Run { run: self.runs, status: None });
-        Some(Held { picked, run: self.runs })
+        self.running.insert(picked.number, Run { run: self.runs, began: None });
+        let noted = !self.noted.is_empty() && self.noted.contains(&picked.number);
+        Some((Held { picked, noted, run: self.runs }, self.recent.get(picked.number)))
     }
 
-    /// A call that was picked is made; `status` tells so.
-    pub(super) fn begin(&mut self, held: Held, status: Status) {
-        self.running.insert(held.picked.number, Run { run: held.run, status: Some(status) });
+    /// A call that was picked is made.
+    pub(super) fn begin(&mut self, held: Held, began: Began) {
+        self.running.insert(held.picked.number, Run { run: held.run, began: Some(began) });
     }
 
     /// The call does not run any more; `false` if it did not already, or is another's.
     pub(super) fn ended(&mut self, held: Held) -> bool {
         let number = held.picked.number;
-        let runs = self.running.get(&number).is_some_and(|running| running.run == held.run);
+        let runs = self.is_held(held);
         if runs {
             self.running.remove(&number);
             self.schedule.ended(held.picked.line);
@@ -94,10 +146,9 @@ impl Waiting {
         runs
     }
 
-    /// The status of the call, while it is this holder's.
-    pub(super) fn status(&self, held: Held) -> Option<Status> {
-        let running = self.running.get(&held.picked.number)?;
-        running.status.clone().filter(|_| running.run == held.run)
+    /// Whether the call is this holder's.
+    pub(super) fn is_held(&self, held: Held) -> bool {
+        self.running.get(&held.picked.number).is_some_and(|running| running.run == held.run)
     }
 
     /// Takes a waiting call out; `false` if it runs.
@@ -139,20 +190,31 @@ impl Waiting {
         self.running.get(&number).map_or(status.state, |_| State::Running)
     }
 
-    pub(super) fn settled(&mut self, held: Held, status: &Status, settlement: &Settlement) {
+    pub(super) fn settled(&mut self, held: Held, settled: &Settled) {
         // If it does not run, whoever had it was cut off, and it was given back before this was durable.
         let ran = self.ended(held);
         let picked = held.picked;
         if ran {
             self.panicked.remove(&picked.number);
         }
-        match settlement {
-            Settlement::Retry { at, .. } if ran => {
-                self.schedule.add(picked.line, picked.number, *at, now());
-            }
-            Settlement::Dead { .. } => *self.dead.entry(status.function.clone()).or_default() += 1,
-            Settlement::Retry { .. } | Settlement::Finished { .. } => {}
+        if held.noted && !matches!(settled, Settled::Retry { .. }) {
+            self.noted.remove(&picked.number);
         }
+        match settled {
+            Settled::Retry { at, .. } => {
+                self.noted.insert(picked.number);
+                if ran {
+                    self.schedule.add(picked.line, picked.number, *at, now());
+                }
+            }
+            Settled::Dead { label, .. } => *self.dead.entry(label.clone()).or_default() += 1,
+            Settled::Over { .. } => {}
+        }
+    }
+
+    /// Nothing is noted any more of a call that waits.
+    pub(super) fn forget(&mut self, number: Number) {
+        self.noted.remove(&number);
     }
 
     /// A dead call of the function called `label` is dead no more.

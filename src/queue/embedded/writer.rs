@@ -8,11 +8,13 @@ use bytes::Bytes;
 use tokio::sync::mpsc;
 
 use crate::queue::call::Millis;
-use crate::queue::embedded::Shared;
+use crate::queue::embedded::change::Change;
 use crate::queue::embedded::desk::{Outbox, Reply};
+use crate::queue::embedded::ids::Ids;
 use crate::queue::embedded::schedule::Number;
-use crate::queue::embedded::store::{Change, Result as StoreResult};
+use crate::queue::embedded::store::Result as StoreResult;
 use crate::queue::embedded::waiting::{Held, Waiting};
+use crate::queue::embedded::{Shared, finished};
 use crate::queue::status::{Settlement, State, Status};
 use crate::queue::{Changed, Error, Published, Room, now};
 
@@ -35,10 +37,47 @@ pub(super) struct Incoming {
     pub(super) _room: Room,
 }
 
+/// How a call goes on, as it is written.
+pub(super) enum Settled {
+    /// With what is kept of it. `chosen`: it has no number in its id.
+    Over {
+        record: Vec<u8>,
+        chosen: bool,
+    },
+    Retry {
+        note: Vec<u8>,
+        at: Millis,
+    },
+    Dead {
+        note: Vec<u8>,
+        record: Vec<u8>,
+        label: String,
+    },
+}
+
+impl Settled {
+    /// `settlement`, by which the call with `number` comes to `status`.
+    pub(super) fn new(number: Number, status: &Status, settlement: &Settlement, ids: &Ids) -> Self {
+        let note = || serde_json::to_vec(status).unwrap_or_default();
+        match settlement {
+            Settlement::Finished { answer, .. } => Self::Over {
+                record: finished::encode(status, answer.as_ref()),
+                chosen: ids.number_in(&status.id) != Some(number),
+            },
+            Settlement::Retry { at, .. } => Self::Retry { note: note(), at: *at },
+            Settlement::Dead { answer, .. } => Self::Dead {
+                note: note(),
+                record: finished::encode(status, answer.as_ref()),
+                label: status.function.clone(),
+            },
+        }
+    }
+}
+
 /// A change of the file.
 pub(super) enum Op {
     Publish(Incoming, Reply<Published>),
-    Settle(Held, Box<(Status, Settlement)>, Reply<()>),
+    Settle(Held, Settled, Reply<()>),
     Cancel(String, Reply<Changed>),
     Revive(String, Reply<Changed>),
     /// Removes calls that do not run, all trace of them.
@@ -160,9 +199,9 @@ enum Applied {
     Added { number: Number, id: String },
     Settled,
     Changed(Changed),
-    Cancelled { label: String, was_dead: bool },
+    Cancelled { number: Number, label: String, was_dead: bool },
     Revived { number: Number, label: String },
-    Purged(Vec<(String, bool)>),
+    Purged(Vec<(Number, String, bool)>),
     Expired { more: bool },
 }
 
@@ -171,7 +210,7 @@ impl Batch<'_, '_> {
         match op {
             Op::Publish(call, _) => self.publish(call),
             Op::Settle(held, settled, _) => {
-                self.settle(held.picked.number, &settled.0, &settled.1)?;
+                self.settle(held.picked.number, settled)?;
                 Ok(Applied::Settled)
             }
             Op::Cancel(id, _) => self.cancel(id),
@@ -219,21 +258,14 @@ impl Batch<'_, '_> {
         Ok(Applied::Added { number, id: call.id.clone() })
     }
 
-    fn settle(
-        &mut self,
-        number: Number,
-        status: &Status,
-        settlement: &Settlement,
-    ) -> StoreResult<()> {
-        match settlement {
-            Settlement::Finished { answer, .. } => {
+    fn settle(&mut self, number: Number, settled: &Settled) -> StoreResult<()> {
+        match settled {
+            Settled::Over { record, chosen } => {
                 let until = self.now + self.shared.limits.result_ttl;
-                self.change.finish(number, status, answer.as_ref(), until)
+                self.change.finish(number, record.clone(), *chosen, until)
             }
-            Settlement::Retry { .. } => self.change.note(number, status),
-            Settlement::Dead { answer, .. } => {
-                self.change.keep_answer(number, status, answer.as_ref())
-            }
+            Settled::Retry { note, .. } => self.change.note(number, note),
+            Settled::Dead { note, record, .. } => self.change.keep_answer(number, note, record),
         }
     }
 
@@ -252,8 +284,9 @@ impl Batch<'_, '_> {
         (status.state, status.finished_at) = (State::Cancelled, Some(self.now));
         status.next_attempt_at = None;
         let until = self.now + self.shared.limits.result_ttl;
-        self.change.finish(number, &status, None, until)?;
-        Ok(Applied::Cancelled { label: status.function, was_dead })
+        let chosen = self.shared.ids.number_in(&status.id) != Some(number);
+        self.change.finish(number, finished::encode(&status, None), chosen, until)?;
+        Ok(Applied::Cancelled { number, label: status.function, was_dead })
     }
 
     /// Sees to it that a waiting call is not handed out; `false` if it runs, or is only about to wait.
@@ -287,7 +320,7 @@ impl Batch<'_, '_> {
                 continue;
             }
             self.change.remove(number, id)?;
-            purged.push((status.function, status.dead));
+            purged.push((number, status.function, status.dead));
         }
         Ok(Applied::Purged(purged))
     }
@@ -302,13 +335,14 @@ impl Applied {
                 outbox.put(reply, Ok(Published { id, repeated: false }));
             }
             (Op::Settle(held, settled, reply), Self::Settled) => {
-                waiting.settled(held, &settled.0, &settled.1);
+                waiting.settled(held, &settled);
                 outbox.put(reply, Ok(()));
             }
             (Op::Cancel(_, reply) | Op::Revive(_, reply), Self::Changed(changed)) => {
                 outbox.put(reply, Ok(changed));
             }
-            (Op::Cancel(_, reply), Self::Cancelled { label, was_dead }) => {
+            (Op::Cancel(_, reply), Self::Cancelled { number, label, was_dead }) => {
+                waiting.forget(number);
                 waiting.buried(&label, was_dead);
                 outbox.put(reply, Ok(Changed::Yes));
             }
@@ -318,7 +352,8 @@ impl Applied {
                 outbox.put(reply, Ok(Changed::Yes));
             }
             (Op::Purge(_, reply), Self::Purged(purged)) => {
-                for (label, was_dead) in &purged {
+                for (number, label, was_dead) in &purged {
+                    waiting.forget(*number);
                     waiting.buried(label, *was_dead);
                 }
                 outbox.put(reply, Ok(purged.len() as u64));

@@ -1,0 +1,338 @@
+//! A change of the file. It happens as a whole or not at all.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use bytes::Bytes;
+use redb::{ReadableTable, Table, WriteTransaction};
+
+use crate::queue::call::Millis;
+use crate::queue::embedded::finished;
+use crate::queue::embedded::ids::Ids;
+use crate::queue::embedded::rows::{Marks, Row, SHORT, rows};
+use crate::queue::embedded::schedule::Number;
+use crate::queue::embedded::store::{Result, parse, row_with};
+use crate::queue::embedded::tables::{
+    BATCHES, CALLS, ENDED, EXPIRY, FINISHED, KEY, KEYS, NUMBERS, OVER, PROGRESS, ROW,
+};
+use crate::queue::status::Status;
+
+/// One change of the file.
+pub(super) struct Change<'t> {
+    ids: Arc<Ids>,
+    calls: Table<'t, Number, &'static [u8]>,
+    batches: Table<'t, Number, &'static [u8]>,
+    over: Table<'t, Number, &'static [u8]>,
+    numbers: Table<'t, &'static str, Number>,
+    progress: Table<'t, Number, &'static [u8]>,
+    finished: Table<'t, Number, &'static [u8]>,
+    ended: Table<'t, Number, &'static [u8]>,
+    keys: Table<'t, &'static str, &'static str>,
+    expiry: Table<'t, (Millis, &'static str), ()>,
+    /// Calls that are about to be a row.
+    fresh: BTreeMap<Number, Bytes>,
+    /// What is kept of calls that have ended, about to be a row, and until when.
+    endings: BTreeMap<Number, (Millis, Vec<u8>)>,
+    /// Rows some of whose calls are over by now.
+    touched: BTreeMap<Number, Touched>,
+}
+
+/// A row some of whose calls are over by now.
+struct Touched {
+    numbers: Vec<Number>,
+    marks: Marks,
+}
+
+impl<'t> Change<'t> {
+    pub(super) fn new(transaction: &'t WriteTransaction, ids: Arc<Ids>) -> Result<Self> {
+        Ok(Self {
+            ids,
+            calls: transaction.open_table(CALLS)?,
+            batches: transaction.open_table(BATCHES)?,
+            over: transaction.open_table(OVER)?,
+            numbers: transaction.open_table(NUMBERS)?,
+            progress: transaction.open_table(PROGRESS)?,
+            finished: transaction.open_table(FINISHED)?,
+            ended: transaction.open_table(ENDED)?,
+            keys: transaction.open_table(KEYS)?,
+            expiry: transaction.open_table(EXPIRY)?,
+            fresh: BTreeMap::new(),
+            endings: BTreeMap::new(),
+            touched: BTreeMap::new(),
+        })
+    }
+
+    /// Writes what was gathered.
+    pub(super) fn finish_up(mut self) -> Result<()> {
+        let fresh = self.fresh.iter().map(|(number, stored)| (*number, &stored[..]));
+        for (key, row) in rows(fresh) {
+            self.batches.insert(key, &*row)?;
+        }
+        while let Some((_, (until, _))) = self.endings.first_key_value() {
+            let until = *until;
+            let together = self.endings.extract_if(.., |_, (it, _)| *it == until);
+            let together: Vec<_> = together.map(|(number, (_, record))| (number, record)).collect();
+            let together = together.iter().map(|(number, record)| (*number, &record[..]));
+            for (key, row) in rows(together) {
+                self.end_row(key, &row, until)?;
+            }
+        }
+        for (key, row) in &self.touched {
+            if row.marks.count() == row.numbers.len() {
+                self.batches.remove(key)?;
+                self.over.remove(key)?;
+            } else {
+                self.over.insert(key, row.marks.bytes())?;
+            }
+        }
+        Ok(())
+    }
+
+    fn end_row(&mut self, key: Number, row: &[u8], until: Millis) -> Result<()> {
+        let before = self.ended.get(key)?.map(|before| before.value().to_vec());
+        // A call that ended twice, since its worker was cut off: those that ended with it the first time stay.
+        if let Some(before) = before {
+            let row = Row::new(row);
+            let all = Row::new(&before).entries().filter(|(number, _)| row.find(*number).is_none());
+            let all: BTreeMap<_, _> = all.chain(row.entries()).collect();
+            for (key, row) in rows(all) {
+                self.ended.insert(key, &*row)?;
+                self.expiry.insert((until, format!("{ROW}{key}").as_str()), ())?;
+            }
+            return Ok(());
+        }
+        self.ended.insert(key, row)?;
+        self.expiry.insert((until, format!("{ROW}{key}").as_str()), ())?;
+        Ok(())
+    }
+
+    /// The id that `key` stands for.
+    pub(super) fn keyed(&self, key: &str) -> Result<Option<String>> {
+        let Some(known) = self.keys.get(key)? else { return Ok(None) };
+        // One that was purged stands for nothing any more.
+        let (id, _) = id_and_end(known.value());
+        Ok(self.find(id)?.map(|_| id.to_owned()))
+    }
+
+    pub(super) fn add(
+        &mut self,
+        number: Number,
+        id: &str,
+        chosen: bool,
+        stored: &Bytes,
+    ) -> Result<()> {
+        if stored.len() > SHORT {
+            self.calls.insert(number, &**stored)?;
+        } else {
+            self.fresh.insert(number, stored.clone());
+        }
+        if chosen {
+            self.numbers.insert(id, number)?;
+        }
+        Ok(())
+    }
+
+    pub(super) fn remember_key(&mut self, key: &str, id: &str, until: Millis) -> Result<()> {
+        self.keys.insert(key, format!("{id}\n{until}").as_str())?;
+        self.expiry.insert((until, format!("{KEY}{key}").as_str()), ())?;
+        Ok(())
+    }
+
+    /// Notes where a call is that is not over, or that is dead: its status as JSON.
+    pub(super) fn note(&mut self, number: Number, status: &[u8]) -> Result<()> {
+        self.progress.insert(number, status)?;
+        Ok(())
+    }
+
+    /// Forgets what was noted: the call starts anew.
+    pub(super) fn forget_progress(&mut self, number: Number) -> Result<()> {
+        self.progress.remove(number)?;
+        Ok(())
+    }
+
+    /// Ends a call; its state and answer, encoded, are kept until `until`.
+    pub(super) fn finish(
+        &mut self,
+        number: Number,
+        record: Vec<u8>,
+        chosen: bool,
+        until: Millis,
+    ) -> Result<()> {
+        self.call_is_over(number)?;
+        self.progress.remove(number)?;
+        // The answer of a dead call was kept one by one.
+        self.finished.remove(number)?;
+        if chosen || record.len() > SHORT {
+            self.finished.insert(number, &*record)?;
+            self.expiry.insert((until, number.to_string().as_str()), ())?;
+        } else {
+            self.endings.insert(number, (until, record));
+        }
+        Ok(())
+    }
+
+    /// Keeps the answer of a call that is dead: its status as JSON, and both, encoded.
+    pub(super) fn keep_answer(&mut self, number: Number, note: &[u8], record: &[u8]) -> Result<()> {
+        self.note(number, note)?;
+        self.finished.insert(number, record)?;
+        Ok(())
+    }
+
+    pub(super) fn drop_answer(&mut self, number: Number) -> Result<()> {
+        self.finished.remove(number)?;
+        Ok(())
+    }
+
+    /// Removes all trace of a call.
+    pub(super) fn remove(&mut self, number: Number, id: &str) -> Result<()> {
+        self.call_is_over(number)?;
+        self.progress.remove(number)?;
+        self.endings.remove(&number);
+        if self.finished.remove(number)?.is_none() {
+            self.remove_ended(number)?;
+        }
+        self.numbers.remove(id)?;
+        Ok(())
+    }
+
+    /// Takes what is kept of a call out of its row. The row keeps its key, and goes when it was to.
+    fn remove_ended(&mut self, number: Number) -> Result<()> {
+        let Some((key, others)) = row_with(&self.ended, number)?.map(|(key, row)| {
+            let others = Row::new(row.value()).entries().filter(|(it, _)| *it != number);
+            (key, rows(others).into_iter().next())
+        }) else {
+            return Ok(());
+        };
+        match others {
+            Some((_, row)) => self.ended.insert(key, &*row)?,
+            None => self.ended.remove(key)?,
+        };
+        Ok(())
+    }
+
+    /// Removes the call itself.
+    fn call_is_over(&mut self, number: Number) -> Result<()> {
+        if self.fresh.remove(&number).is_some() {
+            return Ok(());
+        }
+        if !self.mark_touched(number) {
+            if self.calls.remove(number)?.is_some() {
+                return Ok(());
+            }
+            let found = row_with(&self.batches, number)?;
+            let found = found.map(|(key, row)| (key, Row::new(row.value()).numbers().collect()));
+            let Some((key, numbers)) = found else { return Ok(()) };
+            let marks = self.over.get(key)?.map(|marks| Marks::new(marks.value()));
+            self.touched.insert(key, Touched { numbers, marks: marks.unwrap_or_default() });
+            self.mark_touched(number);
+        }
+        Ok(())
+    }
+
+    /// Marks the call in a row that was looked at before; whether it is in one.
+    fn mark_touched(&mut self, number: Number) -> bool {
+        let find = |row: &mut Touched| {
+            let index = row.numbers.binary_search(&number).ok()?;
+            row.marks.set(index);
+            Some(())
+        };
+        self.touched.range_mut(..=number).rev().find_map(|(_, row)| find(row)).is_some()
+    }
+
+    /// The call with `id`, and what the file says of it.
+    pub(super) fn find(&self, id: &str) -> Result<Option<(Number, Status)>> {
+        if let Some(number) = self.ids.number_in(id)
+            && let Some(status) = self.status(number)?
+            && status.id == id
+        {
+            return Ok(Some((number, status)));
+        }
+        let Some(number) = self.numbers.get(id)?.map(|number| number.value()) else {
+            return Ok(None);
+        };
+        Ok(self.status(number)?.map(|status| (number, status)))
+    }
+
+    fn status(&self, number: Number) -> Result<Option<Status>> {
+        if let Some(status) = self.progress.get(number)?.and_then(|json| parse(json.value())) {
+            return Ok(Some(status));
+        }
+        if let Some(queued) = self.queued(number)? {
+            return Ok(Some(queued));
+        }
+        let decode = |stored: &[u8]| finished::decode(&Bytes::copy_from_slice(stored));
+        let finished = match self.endings.get(&number) {
+            Some((_, record)) => decode(record),
+            None => match self.finished.get(number)? {
+                Some(stored) => decode(stored.value()),
+                None => row_with(&self.ended, number)?
+                    .and_then(|(_, row)| decode(Row::new(row.value()).get(number)?)),
+            },
+        };
+        Ok(finished.map(|(status, _)| status))
+    }
+
+    /// The status of a call that is not over, as if nothing had been noted of it.
+    fn queued(&self, number: Number) -> Result<Option<Status>> {
+        if let Some(stored) = self.fresh.get(&number) {
+            return Ok(Status::of_stored(stored).ok());
+        }
+        if let Some(stored) = self.calls.get(number)? {
+            return Ok(Status::of_stored(stored.value()).ok());
+        }
+        let Some((key, row)) = row_with(&self.batches, number)? else { return Ok(None) };
+        let row = Row::new(row.value());
+        let Some(index) = row.find(number) else { return Ok(None) };
+        let over = match self.touched.get(&key) {
+            Some(touched) => touched.marks.has(index),
+            None => self.over.get(key)?.is_some_and(|it| Marks::new(it.value()).has(index)),
+        };
+        let stored = row.entry(index).filter(|_| !over);
+        Ok(stored.and_then(|stored| Status::of_stored(stored).ok()))
+    }
+
+    /// Forgets what has been kept until `now`, at most `most` of it; whether there is more.
+    pub(super) fn expire(&mut self, now: Millis, most: usize) -> Result<bool> {
+        let mut due = Vec::new();
+        for entry in self.expiry.range(..(now, ""))?.take(most) {
+            let (entry, ()) = entry.map(|(key, _)| (key, ()))?;
+            let (at, what) = entry.value();
+            due.push((at, what.to_owned()));
+        }
+        for (at, what) in &due {
+            self.expiry.remove((*at, what.as_str()))?;
+            if let Some(key) = what.strip_prefix(KEY) {
+                self.expire_key(key, *at)?;
+            } else if let Some(key) = what.strip_prefix(ROW).and_then(|key| key.parse().ok()) {
+                let key: Number = key;
+                self.ended.remove(key)?;
+            } else if let Ok(number) = what.parse::<Number>() {
+                let gone = self.finished.remove(number)?;
+                let gone =
+                    gone.and_then(|it| finished::decode(&Bytes::copy_from_slice(it.value())));
+                if let Some((status, _)) = gone {
+                    self.numbers.remove(status.id.as_str())?;
+                }
+            }
+        }
+        Ok(due.len() == most)
+    }
+
+    fn expire_key(&mut self, key: &str, at: Millis) -> Result<()> {
+        // A key whose call was purged may stand for a later one meanwhile.
+        let known = self.keys.get(key)?;
+        let is_due = known.is_none_or(|it| id_and_end(it.value()).1.is_none_or(|end| end <= at));
+        if is_due {
+            self.keys.remove(key)?;
+        }
+        Ok(())
+    }
+}
+
+/// The id that a key stands for, and until when, if that is known.
+fn id_and_end(stored: &str) -> (&str, Option<Millis>) {
+    match stored.split_once('\n') {
+        Some((id, end)) => (id, end.parse().ok()),
+        None => (stored, None),
+    }
+}

@@ -1,0 +1,166 @@
+//! Long walks through a queue's life, beside a list of what should be in it.
+
+use std::collections::BTreeMap;
+
+use super::*;
+
+/// What may happen next, chosen by a generator that starts anew from each seed.
+struct Dice(u64);
+
+impl Dice {
+    fn roll(&mut self, sides: usize) -> usize {
+        self.0 =
+            self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (self.0 >> 33) as usize % sides
+    }
+}
+
+const LIMITS: Limits = Limits { pending: 100_000, ..super::LIMITS };
+
+struct Walk {
+    directory: TempDir,
+    queue: Embedded,
+    dice: Dice,
+    /// All calls that should be known, and as what.
+    known: BTreeMap<String, State>,
+    dead: Vec<String>,
+}
+
+impl Walk {
+    fn begin(seed: u64) -> Self {
+        let directory = TempDir::new().unwrap();
+        let queue = Embedded::open(directory.path(), LIMITS).unwrap();
+        Self { directory, queue, dice: Dice(seed), known: BTreeMap::new(), dead: Vec::new() }
+    }
+
+    async fn publish(&mut self) {
+        let count = 1 + self.dice.roll(80);
+        let mut calls = Vec::new();
+        for _ in 0..count {
+            let chosen_id = self.dice.roll(10) == 0;
+            let id = match chosen_id {
+                true => format!("chosen-{}", self.queue.shared.next_number()),
+                false => self.queue.fresh_id(),
+            };
+            let mut call = call(&id);
+            call.options.chosen_id = chosen_id;
+            if self.dice.roll(10) == 0 {
+                call.body = vec![b'x'; 20_000 + self.dice.roll(50_000)].into();
+            }
+            calls.push(call);
+        }
+        // Late ones have numbers from long before.
+        if self.dice.roll(2) == 0 {
+            calls.reverse();
+        }
+        let ids: Vec<_> = calls.iter().map(|call| call.id.clone()).collect();
+        let published = calls.into_iter().map(|call| self.queue.publish(call, None));
+        for published in futures_util::future::try_join_all(published).await.unwrap() {
+            assert!(!published.repeated);
+        }
+        self.known.extend(ids.into_iter().map(|id| (id, State::Queued)));
+    }
+
+    async fn work(&mut self) {
+        let waiting = self.queue.shared.waiting().schedule.waiting();
+        let mut taken = Vec::new();
+        for _ in 0..self.dice.roll(60).min(waiting) {
+            taken.push(self.queue.take(1000).await.unwrap());
+        }
+        for delivery in taken {
+            let id = delivery.call.id.clone();
+            let (settlement, state) = match self.dice.roll(8) {
+                0 => {
+                    let retry = Settlement::Retry { at: 0, status: Some(503), reason: None };
+                    (retry, State::Retrying)
+                }
+                1 => {
+                    self.dead.push(id.clone());
+                    (dead(), State::Failed)
+                }
+                // Given back.
+                2 => continue,
+                _ => (succeeded(), State::Succeeded),
+            };
+            settle(&self.queue, delivery, settlement).await;
+            self.known.insert(id, state);
+        }
+    }
+
+    async fn change(&mut self) {
+        let place = self.dice.roll(self.known.len().max(1));
+        let Some((id, state)) = self.known.iter().nth(place).map(|(id, it)| (id.clone(), *it))
+        else {
+            return;
+        };
+        let dead = self.dead.iter().position(|dead| *dead == id);
+        if dead.is_some() && self.dice.roll(2) == 0 {
+            assert_eq!(self.queue.revive(&id).await.unwrap(), Changed::Yes);
+            self.known.insert(id, State::Queued);
+        } else {
+            let expect = match (state.is_final(), dead) {
+                (true, None) => Changed::No(state),
+                _ => Changed::Yes,
+            };
+            assert_eq!(self.queue.cancel(&id).await.unwrap(), expect, "{id} {state:?}");
+            if expect == Changed::Yes {
+                self.known.insert(id, State::Cancelled);
+            }
+        }
+        dead.map(|dead| self.dead.swap_remove(dead));
+    }
+
+    async fn purge(&mut self) {
+        const STATES: [State; 4] =
+            [State::Cancelled, State::Retrying, State::Queued, State::Succeeded];
+        let state = STATES[self.dice.roll(STATES.len())];
+        let filter = Filter { state: Some(state), ..Filter::default() };
+        let gone: Vec<_> = self.known.extract_if(.., |_, it| *it == state).collect();
+        assert_eq!(self.queue.purge(&filter).await.unwrap(), gone.len() as u64, "{state:?}");
+        for (id, _) in gone.iter().take(5) {
+            assert_eq!(self.queue.status(id).await.unwrap(), None, "{id}");
+        }
+    }
+
+    fn open_again(&mut self) {
+        *self.queue.shared.store.write().unwrap() = None;
+        self.queue = Embedded::open(self.directory.path(), LIMITS).unwrap();
+    }
+
+    async fn check(&self) {
+        for (id, state) in &self.known {
+            let status = self.queue.status(id).await.unwrap();
+            assert_eq!(status.map(|status| status.state), Some(*state), "{id}");
+            let answer = self.queue.answer(id).await.unwrap();
+            assert_eq!(answer.is_some(), *state == State::Succeeded, "{id} {state:?}");
+        }
+        let listed = self.queue.list(&Filter::default(), None, usize::MAX / 2).await.unwrap();
+        let mut listed: Vec<_> = listed.into_iter().map(|it| (it.id, it.state)).collect();
+        listed.sort_unstable_by(|a, b| a.0.cmp(&b.0));
+        let known: Vec<_> = self.known.clone().into_iter().collect();
+        assert!(listed == known, "{} listed, {} known", listed.len(), known.len());
+        let counts = self.queue.counts().await.unwrap().pop().map(|(_, counts)| counts);
+        let counts = counts.unwrap_or_default();
+        let waiting = known.iter().filter(|(_, it)| !it.is_final()).count() as u64;
+        assert_eq!((counts.pending, counts.dead), (waiting, self.dead.len() as u64));
+    }
+}
+
+#[tokio::test]
+async fn whatever_happens_each_call_is_where_it_belongs() {
+    for seed in 0..5 {
+        let mut walk = Walk::begin(seed);
+        for _ in 0..60 {
+            match walk.dice.roll(12) {
+                0..4 => walk.publish().await,
+                4..8 => walk.work().await,
+                8..10 => walk.change().await,
+                10 => walk.purge().await,
+                _ => walk.open_again(),
+            }
+        }
+        walk.check().await;
+        walk.open_again();
+        walk.check().await;
+    }
+}
