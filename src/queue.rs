@@ -134,6 +134,8 @@ impl Queue {
     pub fn for_thread(&self) -> Self {
         match self {
             Self::Embedded(queue) => Self::Embedded(queue.for_thread()),
+            Self::JetStream(queue) => Self::JetStream(queue.for_thread()),
+            Self::Discovered(discovery) => Self::Discovered(discovery.for_thread()),
             other => other.clone(),
         }
     }

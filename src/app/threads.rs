@@ -30,6 +30,16 @@ impl Threads {
         Ok(Self { handles: handles.context("cannot start a thread")?, ended })
     }
 
+    /// The same for work that is done on the current thread and its runtime.
+    pub(super) fn of_task(work: impl Future<Output = ()> + Send + 'static) -> Self {
+        let (alive, ended) = mpsc::channel(1);
+        tokio::spawn(async move {
+            work.await;
+            drop(alive);
+        });
+        Self { handles: Vec::new(), ended }
+    }
+
     /// Waits until every thread has ended, which happens at a stop only, or when something is very wrong.
     pub(super) async fn ended(&mut self) {
         self.ended.recv().await;

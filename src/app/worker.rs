@@ -37,23 +37,28 @@ const FORGET_EVERY: Duration = Duration::from_secs(1);
 /// What that may take before something else is done.
 const FORGET: Duration = Duration::from_secs(5);
 
-/// Runs `worker` on this thread until the stop.
+/// Runs `worker` on this thread, with a runtime of its own, until the stop.
 pub(super) fn run(mut worker: Worker, stages: &Stages) {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     match runtime {
         Ok(runtime) => {
-            let client = Arc::clone(&worker.caller.client);
             runtime.block_on(async {
                 worker.intake = worker.intake.for_thread();
-                // The sweep holds nothing over an await.
-                tokio::select! {
-                    () = Arc::new(worker).run(stages) => {}
-                    () = client.keep_swept() => {}
-                }
+                make_calls(worker, stages).await;
             });
             runtime.shutdown_background();
         }
         Err(error) => tracing::error!(%error, "The thread that makes queued calls cannot start"),
+    }
+}
+
+/// Runs `worker` until the stop.
+pub(super) async fn make_calls(worker: Worker, stages: &Stages) {
+    let client = Arc::clone(&worker.caller.client);
+    // The sweep holds nothing over an await.
+    tokio::select! {
+        () = Arc::new(worker).run(stages) => {}
+        () = client.keep_swept() => {}
     }
 }
 

@@ -27,6 +27,8 @@ const STOP: Duration = Duration::from_secs(1);
 #[derive(Clone)]
 pub struct Discovery {
     shared: Arc<Shared>,
+    /// What was found, for one thread.
+    own: Arc<OnceLock<Queue>>,
 }
 
 struct Shared {
@@ -66,12 +68,33 @@ impl Discovery {
             }
         };
         shared.tracker.spawn_on(task, &Runtime::current());
-        Ok(Self { shared })
+        Ok(Self { shared, own: Arc::default() })
+    }
+
+    /// The same, for one who asks much of the queue on the current thread and its runtime.
+    pub(super) fn for_thread(&self) -> Self {
+        let thread = Self { shared: Arc::clone(&self.shared), own: Arc::default() };
+        let found = thread.clone();
+        let task = async move {
+            found.until_found().await;
+            if let Some(queue) = found.shared.found.get() {
+                let _ = found.own.set(queue.for_thread());
+            }
+        };
+        let stopping = self.shared.stopping.clone();
+        self.shared.tracker.spawn(async move {
+            // It holds nothing.
+            tokio::select! {
+                () = stopping.cancelled() => {}
+                () = task => {}
+            }
+        });
+        thread
     }
 
     /// The queue, once it is known.
     pub(super) fn found(&self) -> Option<&Queue> {
-        self.shared.found.get()
+        self.own.get().or_else(|| self.shared.found.get())
     }
 
     /// Waits until the queue is known.

@@ -7,6 +7,7 @@ mod change;
 mod desk;
 mod finished;
 mod ids;
+mod journal;
 mod rows;
 mod schedule;
 mod store;

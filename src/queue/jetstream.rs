@@ -23,7 +23,8 @@ mod subject;
 mod survey;
 mod tasks;
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use tokio::sync::{Notify, OnceCell, Semaphore};
@@ -58,6 +59,16 @@ const STOP: Duration = Duration::from_secs(2);
 #[derive(Clone)]
 pub struct JetStream {
     shared: Arc<Shared>,
+    /// The connection of a thread that publishes.
+    own: Option<Arc<Own>>,
+}
+
+/// A connection that one thread sends and receives over: to have another do it would cost more than the rest of a
+/// publish.
+#[derive(Default)]
+struct Own {
+    begun: AtomicBool,
+    server: OnceLock<Server>,
 }
 
 struct Shared {
@@ -94,7 +105,7 @@ impl JetStream {
                 "Queued calls are kept in the memory of NATS: they are lost when its servers end"
             );
         }
-        let server = Server::open(&options).await?;
+        let server = Server::open(&options, true).await?;
         let shared = Shared {
             names: Names::new(&options.queue),
             options,
@@ -112,7 +123,23 @@ impl JetStream {
             ready: Notify::new(),
             tasks: Tasks::new(),
         };
-        Ok(Self { shared: Arc::new(shared) })
+        Ok(Self { shared: Arc::new(shared), own: None })
+    }
+
+    /// This queue, for one who publishes much on the current thread and its runtime.
+    pub(super) fn for_thread(&self) -> Self {
+        Self { shared: Arc::clone(&self.shared), own: Some(Arc::default()) }
+    }
+
+    /// What is published over: until the thread has its own connection, and whenever that is away, the one for all.
+    fn publisher(&self) -> &Server {
+        let own = self.own.as_ref().and_then(|own| {
+            if !own.begun.swap(true, Relaxed) {
+                tokio::spawn(Arc::clone(own).open(Arc::clone(&self.shared)));
+            }
+            own.server.get().filter(|server| server.is_connected())
+        });
+        own.unwrap_or(&self.shared.server)
     }
 
     /// An id by which a call of `function` is found quickly.
@@ -183,7 +210,7 @@ impl JetStream {
     pub(super) async fn publish(&self, call: Call) -> Result<Published, Error> {
         let large = !self.shared.server.fits(0, call.body.len());
         let deadline = if large { PUBLISH_LARGE } else { PUBLISH };
-        within(deadline, self.shared.publish(&call)).await
+        within(deadline, self.shared.publish(self.publisher(), &call)).await
     }
 
     pub(super) async fn take(&self, places: usize) -> Result<Delivery, Error> {
@@ -225,6 +252,15 @@ impl JetStream {
 
     pub(super) async fn counts(&self) -> Result<Vec<(Function, Counts)>, Error> {
         Ok(self.shared.ready().await?.counts().await?)
+    }
+}
+
+impl Own {
+    async fn open(self: Arc<Self>, shared: Arc<Shared>) {
+        match Server::open(&shared.options, false).await {
+            Ok(server) => drop(self.server.set(server)),
+            Err(error) => tracing::warn!(%error, "A thread cannot have its own connection"),
+        }
     }
 }
 

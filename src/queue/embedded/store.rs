@@ -11,6 +11,7 @@ use crate::queue::call::Millis;
 use crate::queue::embedded::change::Change;
 use crate::queue::embedded::finished;
 use crate::queue::embedded::ids::Ids;
+use crate::queue::embedded::journal::Journaled;
 use crate::queue::embedded::rows::{Marks, Row, SPAN};
 use crate::queue::embedded::schedule::Number;
 use crate::queue::embedded::tables::{
@@ -53,7 +54,7 @@ impl Store {
     pub(super) fn open(path: &Path) -> Result<Self> {
         let mut builder = Database::builder();
         builder.set_cache_size(CACHE);
-        let database = builder.create(path)?;
+        let database = builder.create_with_backend(Journaled::open(path)?)?;
         let known = known_ids(&database)?;
         let is_whole = known.is_some() && has_rows(&database)?;
         let ids = Arc::new(known.unwrap_or_else(Ids::fresh));
