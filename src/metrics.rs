@@ -171,7 +171,13 @@ impl Metrics {
         TextEncoder::new().encode_to_string(&self.registry.gather())
     }
 
-    fn request_answered(&self, method: &Method, path: &str, status: StatusCode, took: Duration) {
+    pub fn request_answered(
+        &self,
+        method: &Method,
+        path: &str,
+        status: StatusCode,
+        took: Duration,
+    ) {
         let labels = [method_label(method), path, status.as_str()];
         self.requests.with_label_values(&labels).inc();
         self.request_seconds.with_label_values(&labels).observe(took.as_secs_f64());

@@ -7,12 +7,12 @@ use std::time::{Duration, Instant};
 use arc_swap::ArcSwapOption;
 use axum::Json;
 use axum::body::Body;
-use axum::extract::{Extension, Path, Request, State};
+use axum::extract::{Path, Request, State};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 use bytes::{Bytes, BytesMut};
 use futures_util::StreamExt;
-use http::header::{ACCESS_CONTROL_REQUEST_METHOD, ALLOW, CONTENT_LENGTH, HOST};
+use http::header::{ACCESS_CONTROL_REQUEST_METHOD, ALLOW, CONTENT_LENGTH, HOST, ORIGIN};
 use http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, Uri};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
@@ -144,22 +144,30 @@ impl Intake {
     }
 }
 
+/// The route that a request to queue a call belongs to, as its numbers are labelled; `None` if it is none.
+pub fn route(method: &Method, path: &str) -> Option<&'static str> {
+    let rest = path.strip_prefix("/async-function/").filter(|_| method == Method::POST)?;
+    match rest.split_once('/') {
+        None if rest.is_empty() => None,
+        None => Some("/async-function/{name}"),
+        Some(("", _)) => None,
+        Some((_, "")) => Some("/async-function/{name}/"),
+        Some(_) => Some("/async-function/{name}/{*rest}"),
+    }
+}
+
 /// `POST /async-function/NAME…`: 202 when the call is durable.
-pub async fn submit(
-    State(api): State<Arc<Api>>,
-    Extension(caller): Extension<Caller>,
-    mut request: Request,
-) -> Response {
+pub async fn submit(api: &Api, caller: &Caller, mut request: Request) -> Response {
+    let from_page = is_from_page(&request);
     let chosen_id = request.headers().get(X_CALL_ID).is_some_and(|id| !id.is_empty());
-    if let (Ok(intake), false) = (intake(&api), chosen_id)
+    if let (Ok(intake), false) = (intake(api), chosen_id)
         && let Ok((function, _)) = destination(request.uri(), &api.default_namespace)
-        && let Ok(id) = HeaderValue::from_str(&intake.queue.fresh_id(&function))
+        && let Ok(id) = HeaderValue::try_from(intake.queue.fresh_id(&function))
     {
         request.headers_mut().insert(X_CALL_ID, id);
     }
     let stamps = Stamps::of(request.headers());
-    let submitted = take_in(&api, &caller, request, &stamps, chosen_id).await;
-    let mut answer = match submitted {
+    let mut answer = match take_in(api, caller, request, &stamps, chosen_id).await {
         Ok((published, took)) => {
             let mut answer = StatusCode::ACCEPTED.into_response();
             if !published.repeated {
@@ -167,14 +175,20 @@ pub async fn submit(
             }
             stamps.put_on_answer(answer.headers_mut());
             // One that was queued before is known by its first id; one whose id is another call's, by one of its own.
-            if let Ok(id) = HeaderValue::from_str(&published.id) {
+            if let Ok(id) = HeaderValue::try_from(published.id) {
                 answer.headers_mut().insert(X_CALL_ID, id);
             }
-            return answer;
+            answer
         }
-        Err(error) => error.answer(Some(&stamps.call_id)).map(Body::from),
+        Err(error) => {
+            let mut answer = error.answer(Some(&stamps.call_id)).map(Body::from);
+            stamps.put_on_answer(answer.headers_mut());
+            answer
+        }
     };
-    stamps.put_on_answer(answer.headers_mut());
+    if from_page {
+        let_pages_read(&mut answer);
+    }
     answer
 }
 
@@ -303,16 +317,28 @@ pub async fn preflight(method: Method, headers: HeaderMap) -> Response {
 
 /// Lets pages read the answers to what [`preflight`] lets them ask. What a function answered is the function's to allow.
 pub async fn allow_pages(request: Request, next: Next) -> Response {
-    use http::header::{ACCESS_CONTROL_ALLOW_ORIGIN, ACCESS_CONTROL_EXPOSE_HEADERS, ORIGIN};
-    let from_page =
-        request.headers().contains_key(ORIGIN) && !request.uri().path().ends_with("/result");
+    let from_page = is_from_page(&request);
     let mut answer = next.run(request).await;
     if from_page {
-        let headers = answer.headers_mut();
-        headers.insert(ACCESS_CONTROL_ALLOW_ORIGIN, HeaderValue::from_static("*"));
-        headers.insert(ACCESS_CONTROL_EXPOSE_HEADERS, HeaderValue::from_static("*"));
+        let_pages_read(&mut answer);
     }
     answer
+}
+
+fn is_from_page(request: &Request) -> bool {
+    request.headers().contains_key(ORIGIN) && !request.uri().path().ends_with("/result")
+}
+
+fn let_pages_read(answer: &mut Response) {
+    use http::header::{ACCESS_CONTROL_ALLOW_ORIGIN, ACCESS_CONTROL_EXPOSE_HEADERS};
+    let any = HeaderValue::from_static("*");
+    answer.headers_mut().insert(ACCESS_CONTROL_ALLOW_ORIGIN, any.clone());
+    answer.headers_mut().insert(ACCESS_CONTROL_EXPOSE_HEADERS, any);
+}
+
+/// A method that no call can be asked by; one can be by those in `allow`.
+pub async fn other_method(allow: &'static str) -> Response {
+    (StatusCode::METHOD_NOT_ALLOWED, [(ALLOW, allow)], "method not allowed here\n").into_response()
 }
 
 /// What takes calls in, if this gateway has a queue.

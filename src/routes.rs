@@ -8,9 +8,9 @@ use axum::Router;
 use axum::extract::State;
 use axum::middleware::{from_fn, from_fn_with_state};
 use axum::response::{IntoResponse, Response};
-use axum::routing::{delete, get, post};
+use axum::routing::{delete, get, options, post};
 use http::header::{CONNECTION, HOST, UPGRADE};
-use http::{HeaderMap, HeaderValue, Request, StatusCode, Version};
+use http::{HeaderMap, HeaderValue, Method, Request, StatusCode, Version};
 use hyper::body::{Body, Incoming};
 use hyper::service::{Service, service_fn};
 use tower::ServiceExt;
@@ -21,14 +21,14 @@ use crate::health::Health;
 use crate::invoke::{self, Invoker};
 use crate::metrics::Metrics;
 use crate::proxy::body::CallerBody;
-use crate::queued::operate;
+use crate::queued::{operate, other_method};
 use crate::serve::caller::Caller;
 use crate::shutdown::Stages;
 use crate::system::{self, Api};
 use crate::trace::{Observer, Trip};
 use crate::{alerts, auth, health, logs, metrics, queued, same_origin, ui};
 
-/// The public port, functions apart: those are matched before, in [`Door::enter`].
+/// The public port, functions and what is queued for them apart: those are matched before, in [`Door::enter`].
 pub fn api(api: Arc<Api>) -> Router {
     let system = Router::new()
         .route(
@@ -67,13 +67,21 @@ pub fn api(api: Arc<Api>) -> Router {
         .route("/ui/queue.js", get(ui::queue_script))
         .route("/ui/style.css", get(ui::style))
         .route_layer(from_fn_with_state(Arc::clone(&api), auth::guard));
-    let calls =
-        post(queued::submit).get(queued::status).delete(queued::cancel).options(queued::preflight);
-    let behind = post(queued::submit).get(queued::result).options(queued::preflight);
+    let calls = get(queued::status).delete(queued::cancel).options(queued::preflight);
+    let behind = get(queued::result).options(queued::preflight);
     let queued = Router::new()
-        .route("/async-function/{name}", calls)
-        .route("/async-function/{name}/", post(queued::submit).options(queued::preflight))
-        .route("/async-function/{name}/{*rest}", behind)
+        .route(
+            "/async-function/{name}",
+            calls.fallback(|| other_method("POST, GET, DELETE, OPTIONS")),
+        )
+        .route(
+            "/async-function/{name}/",
+            options(queued::preflight).fallback(|| other_method("POST, OPTIONS")),
+        )
+        .route(
+            "/async-function/{name}/{*rest}",
+            behind.fallback(|| other_method("POST, GET, OPTIONS")),
+        )
         .route_layer(from_fn(queued::allow_pages))
         .route_layer(from_fn_with_state(Arc::clone(&api.metrics), metrics::count_request));
     let open = Router::new()
@@ -125,7 +133,9 @@ async fn method_not_allowed() -> (StatusCode, &'static str) {
 /// What stands behind the public port. One for each thread that carries calls.
 pub struct Door {
     pub invoker: Invoker,
-    pub api: Router,
+    pub api: Arc<Api>,
+    /// [`api`] of it.
+    pub router: Router,
     pub stages: Stages,
     /// Hears of each request, if somebody wants to know.
     pub observer: Option<Arc<Observer>>,
@@ -141,6 +151,8 @@ pub struct Entered {
 #[expect(clippy::large_enum_variant, reason = "most are calls, and none is kept")]
 enum Errand {
     Call(invoke::Prepared),
+    /// A call to be queued, and the route that it is counted under.
+    Queue(Box<Request<Incoming>>, &'static str),
     /// One to the API, with nothing left to be said of its head here.
     Api(Box<Request<Incoming>>),
     Refused(Box<http::Response<Answer>>),
@@ -173,7 +185,10 @@ impl Door {
                 .invoker
                 .prepare(caller, request, began)
                 .map_or_else(Errand::Refused, Errand::Call),
-            Ok(()) => Errand::Api(Box::new(request)),
+            Ok(()) => match queued::route(request.method(), request.uri().path()) {
+                Some(route) => Errand::Queue(Box::new(request), route),
+                None => Errand::Api(Box::new(request)),
+            },
         }
     }
 
@@ -187,6 +202,9 @@ impl Door {
         let mut answer = match errand {
             Errand::Call(prepared) => self.invoker.carry(caller, prepared, &mut trip).await,
             // Boxed, lest its size be carried along by every call.
+            Errand::Queue(request, route) => {
+                self.wrap(caller, Box::pin(self.queue(caller, *request, route)).await)
+            }
             Errand::Api(request) => self.wrap(caller, Box::pin(self.route(caller, *request)).await),
             Errand::Refused(answer) => *answer,
         };
@@ -201,20 +219,37 @@ impl Door {
         Ok(answer)
     }
 
+    async fn queue(
+        &self,
+        caller: &Caller,
+        request: Request<Incoming>,
+        route: &'static str,
+    ) -> Response {
+        let began = Instant::now();
+        let answer = queued::submit(&self.api, caller, for_api(caller, request)).await;
+        let metrics = &self.api.metrics;
+        metrics.request_answered(&Method::POST, route, answer.status(), began.elapsed());
+        answer
+    }
+
     async fn route(&self, caller: &Caller, request: Request<Incoming>) -> Response {
-        let watch = &caller.watch;
-        let mut request =
-            request.map(|body| axum::body::Body::new(CallerBody::new(body, Arc::clone(watch))));
+        let mut request = for_api(caller, request);
         request.extensions_mut().insert(caller.clone());
-        // Behind the API nobody would carry another protocol.
-        request.headers_mut().remove(UPGRADE);
-        self.api.clone().oneshot(request).await.unwrap_or_else(|never| match never {})
+        self.router.clone().oneshot(request).await.unwrap_or_else(|never| match never {})
     }
 
     fn wrap(&self, caller: &Caller, answer: Response) -> http::Response<Answer> {
         let (watch, idle) = (&caller.watch, self.invoker.timeouts.idle);
         answer.map(|body| Answer::new(Content::Api(body), None, Arc::clone(watch), idle))
     }
+}
+
+fn for_api(caller: &Caller, request: Request<Incoming>) -> Request<axum::body::Body> {
+    let watch = Arc::clone(&caller.watch);
+    let mut request = request.map(|body| axum::body::Body::new(CallerBody::new(body, watch)));
+    // Behind the API nobody would carry another protocol.
+    request.headers_mut().remove(UPGRADE);
+    request
 }
 
 /// A service that answers every request of a connection by `router` alone.

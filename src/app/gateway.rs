@@ -314,9 +314,11 @@ impl Parts {
             ignored_alerts: self.ignored_alerts.clone(),
             intake: self.intake.as_ref().map(|intake| intake.for_thread()),
         };
+        let api = Arc::new(api);
         Door {
             invoker,
-            api: routes::api(Arc::new(api)),
+            router: routes::api(Arc::clone(&api)),
+            api,
             stages: self.stages.clone(),
             observer: self.observer.clone(),
         }

@@ -31,6 +31,7 @@ impl Threads {
     }
 
     /// The same for work that is done on the current thread and its runtime.
+    #[expect(clippy::disallowed_methods, reason = "it is waited for as a thread is")]
     pub(super) fn of_task(work: impl Future<Output = ()> + Send + 'static) -> Self {
         let (alive, ended) = mpsc::channel(1);
         tokio::spawn(async move {

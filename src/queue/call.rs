@@ -57,17 +57,24 @@ pub enum Unreadable {
     Invalid,
 }
 
+/// Text that is read in place, where it is written without escapes.
+#[derive(Serialize, Deserialize)]
+struct Text<'a>(#[serde(borrow)] Cow<'a, str>);
+
 /// All but the body. Members may be added; one that is not known is skipped.
 #[derive(Serialize, Deserialize)]
 pub struct Meta<'a> {
+    #[serde(borrow)]
     id: Cow<'a, str>,
+    #[serde(borrow)]
     name: Cow<'a, str>,
+    #[serde(borrow)]
     namespace: Cow<'a, str>,
-    #[serde(default, skip_serializing_if = "str::is_empty")]
+    #[serde(borrow, default, skip_serializing_if = "str::is_empty")]
     target: Cow<'a, str>,
     /// Values byte for byte as characters: a header need not be UTF-8.
-    #[serde(default)]
-    headers: Vec<(Cow<'a, str>, Cow<'a, str>)>,
+    #[serde(borrow, default)]
+    headers: Vec<(Text<'a>, Text<'a>)>,
     // Those of `Options`, one by one: flattened they would be gathered before they are read, at twice the price.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     callback: Option<Cow<'a, str>>,
@@ -151,7 +158,11 @@ impl Call {
             name: (&self.function.name).into(),
             namespace: (&self.function.namespace).into(),
             target: (&self.target).into(),
-            headers: self.headers.iter().map(|(n, v)| (n.as_str().into(), text_of(v))).collect(),
+            headers: self
+                .headers
+                .iter()
+                .map(|(n, v)| (Text(n.as_str().into()), Text(text_of(v))))
+                .collect(),
             callback: options.callback.as_deref().map(Cow::from),
             submitted_at: options.submitted_at,
             not_before: options.not_before,
@@ -172,7 +183,7 @@ impl Call {
             return Err(Unreadable::Invalid);
         }
         let mut headers = HeaderMap::with_capacity(meta.headers.len());
-        for (name, value) in &meta.headers {
+        for (Text(name), Text(value)) in &meta.headers {
             let name = HeaderName::from_bytes(name.as_bytes());
             let (Ok(name), Some(value)) = (name, value_of(value)) else {
                 return Err(Unreadable::Invalid);
@@ -291,7 +302,8 @@ mod tests {
         };
         let headers = |count: usize| {
             move |meta: &mut Meta<'_>| {
-                meta.headers = (0..count).map(|n| (format!("h{n}").into(), "1".into())).collect();
+                meta.headers =
+                    (0..count).map(|n| (Text(format!("h{n}").into()), Text("1".into()))).collect();
             }
         };
         assert_eq!(read(&headers(MOST_HEADERS)).unwrap().headers.len(), MOST_HEADERS);

@@ -132,6 +132,7 @@ impl JetStream {
     }
 
     /// What is published over: until the thread has its own connection, and whenever that is away, the one for all.
+    #[expect(clippy::disallowed_methods, reason = "it ends at once, or with its runtime")]
     fn publisher(&self) -> &Server {
         let own = self.own.as_ref().and_then(|own| {
             if !own.begun.swap(true, Relaxed) {

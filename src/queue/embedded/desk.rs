@@ -17,6 +17,7 @@ pub(super) struct Desk(mpsc::Sender<Vec<Parcel>>);
 
 impl Desk {
     /// One on the current runtime, where it stays open as long as somebody may have an answer for it.
+    #[expect(clippy::disallowed_methods, reason = "it ends with its runtime, and holds nothing")]
     pub(super) fn open() -> Self {
         let (parcels, mut delivered) = mpsc::channel::<Vec<Parcel>>(WAITING);
         tokio::spawn(async move {

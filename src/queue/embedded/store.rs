@@ -183,11 +183,14 @@ fn make_tables(database: &Database, ids: &Arc<Ids>) -> Result<()> {
     Ok(change.commit()?)
 }
 
+/// What a table holds.
+type Value<'t> = AccessGuard<'t, &'static [u8]>;
+
 /// The row in `table` that has `number`, with its key.
 pub(super) fn row_with<'t>(
     table: &'t impl ReadableTable<Number, &'static [u8]>,
     number: Number,
-) -> Result<Option<(Number, AccessGuard<'t, &'static [u8]>)>> {
+) -> Result<Option<(Number, Value<'t>)>> {
     let keys = number.saturating_sub(SPAN - 1)..=number;
     for entry in table.range(keys)?.rev() {
         let (key, row) = entry?;
