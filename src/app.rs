@@ -105,7 +105,7 @@ async fn until_stopped(
 ) -> anyhow::Result<()> {
     let signal = tokio::select! {
         signal = signals.next() => signal,
-        () = threads.ended() => bail!("no thread carries calls any more"),
+        end = threads.unexpected_end() => bail!("{end}"),
     };
     tracing::info!(signal, "Stopping: calls in flight may finish");
     tokio::select! {

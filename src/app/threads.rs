@@ -11,8 +11,20 @@ pub(super) type Work = (String, Box<dyn FnOnce() + Send>);
 /// Running threads.
 pub(super) struct Threads {
     handles: Vec<JoinHandle<()>>,
-    /// Closed when the last thread has ended.
+    /// Closed when the last thread has ended; one that panics says so before.
     ended: mpsc::Receiver<()>,
+}
+
+/// Held by a thread as long as it runs.
+struct Alive(mpsc::Sender<()>);
+
+impl Drop for Alive {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            // If there is no room for it, another has said so.
+            let _ = self.0.try_send(());
+        }
+    }
 }
 
 impl Threads {
@@ -20,7 +32,7 @@ impl Threads {
     pub(super) fn start(works: impl IntoIterator<Item = Work>) -> anyhow::Result<Self> {
         let (alive, ended) = mpsc::channel(1);
         let start = |(name, work): Work| {
-            let alive = alive.clone();
+            let alive = Alive(alive.clone());
             std::thread::Builder::new().name(name).spawn(move || {
                 work();
                 drop(alive);
@@ -34,6 +46,7 @@ impl Threads {
     #[expect(clippy::disallowed_methods, reason = "it is waited for as a thread is")]
     pub(super) fn of_task(work: impl Future<Output = ()> + Send + 'static) -> Self {
         let (alive, ended) = mpsc::channel(1);
+        let alive = Alive(alive);
         tokio::spawn(async move {
             work.await;
             drop(alive);
@@ -41,9 +54,18 @@ impl Threads {
         Self { handles: Vec::new(), ended }
     }
 
-    /// Waits until every thread has ended, which happens at a stop only, or when something is very wrong.
+    /// Waits for what happens when something is very wrong: a thread has panicked, or all have ended. What they did is
+    /// done by nobody.
+    pub(super) async fn unexpected_end(&mut self) -> &'static str {
+        match self.ended.recv().await {
+            Some(()) => "a thread that carries calls panicked",
+            None => "no thread carries calls any more",
+        }
+    }
+
+    /// Waits until every thread has ended.
     pub(super) async fn ended(&mut self) {
-        self.ended.recv().await;
+        while self.ended.recv().await.is_some() {}
     }
 
     /// Takes the threads back; they must have ended.
@@ -53,5 +75,32 @@ impl Threads {
                 tracing::error!("A thread that carries calls panicked");
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn works(works: [fn(); 2]) -> Threads {
+        let named = |work: fn()| -> Work { ("test".to_owned(), Box::new(work)) };
+        Threads::start(works.map(named)).unwrap()
+    }
+
+    #[tokio::test]
+    async fn a_thread_that_panics_is_noticed_while_others_go_on() {
+        let goes_on = || loop {
+            std::thread::park();
+        };
+        let mut threads = works([goes_on, || panic!("as a test wants it")]);
+        assert_eq!(threads.unexpected_end().await, "a thread that carries calls panicked");
+    }
+
+    #[tokio::test]
+    async fn all_have_ended_when_the_last_has() {
+        let mut threads = works([|| (), || ()]);
+        threads.ended().await;
+        assert_eq!(threads.unexpected_end().await, "no thread carries calls any more");
+        threads.join();
     }
 }

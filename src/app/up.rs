@@ -54,7 +54,7 @@ async fn up(mut config: Up, functions: Vec<FunctionDeployment>) -> anyhow::Resul
     block_in_place(|| announce(&gateway, &provider, &config.provider.state_dir, &functions));
     let signal = tokio::select! {
         signal = signals.next() => signal,
-        () = gateway.threads.ended() => bail!("no thread carries calls any more"),
+        end = gateway.threads.unexpected_end() => bail!("{end}"),
     };
     tracing::info!(signal, "Stopping: calls in flight may finish");
     let stop = async {
