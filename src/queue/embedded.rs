@@ -18,6 +18,8 @@ mod writer;
 pub(super) use self::waiting::Lease;
 
 use std::collections::HashMap;
+use std::fs::DirBuilder;
+use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
@@ -101,7 +103,9 @@ impl Embedded {
         use anyhow::Context;
         let path = directory.join(FILE);
         let name = path.display().to_string();
-        std::fs::create_dir_all(directory).with_context(|| format!("cannot make {name}"))?;
+        // Bodies are nobody else's to read.
+        let made = DirBuilder::new().recursive(true).mode(0o700).create(directory);
+        made.with_context(|| format!("cannot make {name}"))?;
         let store = Store::open(&path).with_context(|| format!("cannot open the queue {name}"))?;
         let ids = store.ids();
         let mut waiting = Waiting::default();
@@ -231,7 +235,7 @@ impl Embedded {
         let running = Status { status, ..Status::queued(call) };
         let running = Began { attempts: attempts + 1, at: lease.at }.of(running);
         let status = running.settled(settlement, now());
-        let settled = Settled::new(lease.held.picked.number, &status, settlement, &self.shared.ids);
+        let settled = Settled::new(&status, settlement);
         self.ask(|reply| Op::Settle(lease.held, settled, reply)).await
     }
 

@@ -45,6 +45,11 @@ impl Ids {
         Uuid::from_bytes(bytes).to_string()
     }
 
+    /// Whether `id` looks as if it had a number in it.
+    pub(super) fn looks_numbered(id: &str) -> bool {
+        Uuid::try_parse(id).is_ok_and(|id| id.get_version_num() == 4)
+    }
+
     /// The number that `id` has in it, if it was made here; any number if it was not.
     pub(super) fn number_in(&self, id: &str) -> Option<Number> {
         let id = Uuid::try_parse(id).ok().filter(|id| id.get_version_num() == 4)?;
@@ -75,6 +80,7 @@ mod tests {
             assert_ne!(id[..13], ids.make(number)[..13]);
         }
         assert_eq!(ids.number_in("mine"), None);
+        assert!(Ids::looks_numbered(&ids.make(3)) && !Ids::looks_numbered("mine"));
     }
 
     #[test]

@@ -7,7 +7,7 @@
 use std::fs::{File, OpenOptions, TryLockError};
 use std::io;
 use std::ops::Bound;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -57,8 +57,7 @@ struct Journal {
 impl Journaled {
     /// Opens the file at `path`, and its journal beside it. What only the journal has is put where it belongs.
     pub(super) fn open(path: &Path) -> io::Result<Self> {
-        let file =
-            OpenOptions::new().read(true).write(true).create(true).truncate(false).open(path)?;
+        let file = open(path)?;
         let journal = match Journal::open(&path.with_extension("journal"), &file) {
             Ok(journal) => Some(Mutex::new(journal)),
             Err(error) if error.kind() == io::ErrorKind::StorageFull => {
@@ -145,8 +144,7 @@ impl StorageBackend for Journaled {
 
 impl Journal {
     fn open(path: &Path, file: &File) -> io::Result<Self> {
-        let journal =
-            OpenOptions::new().read(true).write(true).create(true).truncate(false).open(path)?;
+        let journal = open(path)?;
         match journal.try_lock() {
             Ok(()) => {}
             Err(TryLockError::WouldBlock) => {
@@ -240,6 +238,11 @@ impl Journal {
         self.broken |= result.is_err();
         result
     }
+}
+
+/// Opens a file, or makes one that is its owner's alone: it will have bodies in it.
+fn open(path: &Path) -> io::Result<File> {
+    OpenOptions::new().read(true).write(true).create(true).truncate(false).mode(0o600).open(path)
 }
 
 /// Of a record, but for the checksum itself.

@@ -74,6 +74,19 @@ fn call_at(id: &str, delivery: &Delivery) -> Call {
 }
 
 #[tokio::test]
+async fn what_is_kept_is_its_owners_alone() {
+    use std::os::unix::fs::PermissionsExt;
+    let directory = TempDir::new().unwrap();
+    let kept = directory.path().join("state");
+    let _queue = Embedded::open(&kept, LIMITS).unwrap();
+    let mode = |path: &Path| std::fs::metadata(path).unwrap().permissions().mode() & 0o777;
+    assert_eq!(mode(&kept), 0o700);
+    for entry in std::fs::read_dir(&kept).unwrap() {
+        assert_eq!(mode(&entry.unwrap().path()), 0o600);
+    }
+}
+
+#[tokio::test]
 async fn what_was_not_settled_is_there_after_a_restart() {
     let directory = TempDir::new().unwrap();
     let queue = open(&directory);
@@ -269,7 +282,7 @@ async fn a_settlement_that_comes_too_late_touches_nobody_elses_call() {
     let second = queue.take(PLACES).await.unwrap();
     let retry = Settlement::Retry { at: now(), status: Some(503), reason: None };
     let status = Status::queued(&second.call).settled(&retry, now());
-    let settled = Settled::new(held.picked.number, &status, &retry, &queue.shared.ids);
+    let settled = Settled::new(&status, &retry);
     queue.shared.waiting().settled(held, &settled);
     assert_eq!(state(&queue, "a").await, Some(State::Running));
     settle(&queue, second, succeeded()).await;

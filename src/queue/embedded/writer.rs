@@ -56,13 +56,13 @@ pub(super) enum Settled {
 }
 
 impl Settled {
-    /// `settlement`, by which the call with `number` comes to `status`.
-    pub(super) fn new(number: Number, status: &Status, settlement: &Settlement, ids: &Ids) -> Self {
+    /// `settlement`, by which a call comes to `status`.
+    pub(super) fn new(status: &Status, settlement: &Settlement) -> Self {
         let note = || serde_json::to_vec(status).unwrap_or_default();
         match settlement {
             Settlement::Finished { answer, .. } => Self::Over {
                 record: finished::encode(status, answer.as_ref()),
-                chosen: ids.number_in(&status.id) != Some(number),
+                chosen: is_chosen(status),
             },
             Settlement::Retry { at, .. } => Self::Retry { note: note(), at: *at },
             Settlement::Dead { answer, .. } => Self::Dead {
@@ -72,6 +72,11 @@ impl Settled {
             },
         }
     }
+}
+
+/// Whether a call is found by a table of ids, since its own has no number in it.
+fn is_chosen(status: &Status) -> bool {
+    status.chosen_id || !Ids::looks_numbered(&status.id)
 }
 
 /// A change of the file.
@@ -284,8 +289,8 @@ impl Batch<'_, '_> {
         (status.state, status.finished_at) = (State::Cancelled, Some(self.now));
         status.next_attempt_at = None;
         let until = self.now + self.shared.limits.result_ttl;
-        let chosen = self.shared.ids.number_in(&status.id) != Some(number);
-        self.change.finish(number, finished::encode(&status, None), chosen, until)?;
+        let record = finished::encode(&status, None);
+        self.change.finish(number, record, is_chosen(&status), until)?;
         Ok(Applied::Cancelled { number, label: status.function, was_dead })
     }
 
