@@ -3,6 +3,7 @@
 use std::collections::HashSet;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
+use std::time::Duration;
 
 use bytes::Bytes;
 use tokio::sync::mpsc;
@@ -20,6 +21,9 @@ use crate::queue::{Changed, Error, Published, Room, now};
 
 /// So many changes are made durable together, at most.
 const TOGETHER: usize = 512;
+/// A commit has a price of its own, and those who were answered together ask again together: if there are far fewer than
+/// the last time, so long is waited for the others.
+const GATHER: Duration = Duration::from_micros(100);
 /// So much of what has expired is forgotten at once.
 const EXPIRE_AT_ONCE: usize = 1000;
 
@@ -109,21 +113,45 @@ impl Op {
 /// Writes until nobody is left who could ask for it.
 pub(super) fn run(shared: &Arc<Shared>, mut ops: mpsc::Receiver<Op>) {
     let _end = End(shared);
+    let mut usual = 0;
     while let Some(first) = ops.blocking_recv() {
-        let (mut together, mut closing) = (Vec::new(), None);
-        let mut next = Some(first);
-        while let Some(op) = next {
-            match op {
-                Op::Close(reply) => closing = Some(reply),
-                op => together.push(op),
-            }
-            let full = together.len() >= TOGETHER || closing.is_some();
-            next = if full { None } else { ops.try_recv().ok() };
+        let mut batch = Gathered::default();
+        batch.add(first);
+        batch.add_all(&mut ops);
+        if batch.together.len() * 2 < usual && batch.closing.is_none() {
+            std::thread::sleep(GATHER);
+            batch.add_all(&mut ops);
         }
-        write(shared, together);
-        if let Some(reply) = closing {
+        usual = batch.together.len();
+        write(shared, batch.together);
+        if let Some(reply) = batch.closing {
             shared.close();
             return reply.send(Ok(()));
+        }
+    }
+}
+
+/// What is written together.
+#[derive(Default)]
+struct Gathered {
+    together: Vec<Op>,
+    /// The file is to be closed then.
+    closing: Option<Reply<()>>,
+}
+
+impl Gathered {
+    fn add(&mut self, op: Op) {
+        match op {
+            Op::Close(reply) => self.closing = Some(reply),
+            op => self.together.push(op),
+        }
+    }
+
+    /// Adds what has come, as far as there is room.
+    fn add_all(&mut self, ops: &mut mpsc::Receiver<Op>) {
+        while self.together.len() < TOGETHER && self.closing.is_none() {
+            let Ok(op) = ops.try_recv() else { break };
+            self.add(op);
         }
     }
 }
