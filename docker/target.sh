@@ -7,8 +7,11 @@ case "${TARGETPLATFORM:-linux/$(dpkg --print-architecture)}" in
 esac
 
 # Cargo's configuration for it: everything that is built is built for it, with one compiler and one linker.
+# mimalloc notes the date and time at which it was compiled: they are made empty, so that two builds of the same sources
+# are the same. The flags are split at spaces, and keep the quotes that TOML leaves them.
 cargo_config() {
   local name=${triple//-/_}
+  local timeless='-Wno-builtin-macro-redefined -D__DATE__=\"\" -D__TIME__=\"\"'
   cat <<TOML
 [build]
 target = "$triple"
@@ -17,7 +20,7 @@ linker = "rust-lld"
 [env]
 CC_$name = "clang"
 AR_$name = "llvm-ar"
-CFLAGS_$name = "--target=$triple -nostdinc -isystem $(clang -print-resource-dir)/include -isystem /usr/include/$headers"
+CFLAGS_$name = "--target=$triple -nostdinc -isystem $(clang -print-resource-dir)/include -isystem /usr/include/$headers $timeless"
 [profile.release]
 debug = "none"
 strip = "symbols"

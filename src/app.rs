@@ -112,11 +112,16 @@ async fn until_stopped(
         () = drain(threads, &stages, shutdown) => {}
         signal = signals.next() => bail!("ended at once by a second signal, {signal}"),
     }
+    end(tasks).await;
+    Ok(())
+}
+
+/// Ends the background tasks, which is the last that a role does.
+async fn end(tasks: Tasks) {
     if tasks.stop(TASKS_GRACE).await.is_err() {
         tracing::warn!("Background work did not end in time");
     }
     tracing::info!("Stopped");
-    Ok(())
 }
 
 /// Announces the stop, lets calls finish, and cuts what is left when the grace is over.

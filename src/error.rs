@@ -1,5 +1,7 @@
 //! The one place where a failure becomes a status, and words for the caller.
 
+use std::fmt;
+
 use http::header::{CONTENT_TYPE, RETRY_AFTER};
 use http::{HeaderMap, HeaderValue, Response, StatusCode};
 
@@ -95,7 +97,7 @@ impl Error {
     /// The answer; `call_id` is named where there is one.
     pub fn answer(&self, call_id: Option<&HeaderValue>) -> Response<String> {
         let status = self.status();
-        tracing::debug!(%status, error = self as &dyn std::error::Error, "Request failed");
+        tracing::debug!(%status, error = %Causes(self), "Request failed");
         let text = match call_id.and_then(|id| id.to_str().ok()) {
             Some(id) => format!("{self} (call {id})\n"),
             None => format!("{self}\n"),
@@ -104,6 +106,26 @@ impl Error {
         *answer.status_mut() = status;
         *answer.headers_mut() = self.headers();
         answer
+    }
+}
+
+/// An error with what has caused it, which is for the log alone: it may say what is none of a caller's business.
+pub struct Causes<'a>(pub &'a (dyn std::error::Error + 'static));
+
+impl fmt::Display for Causes<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut said = self.0.to_string();
+        let mut next = self.0.source();
+        while let Some(cause) = next {
+            let told = cause.to_string();
+            // Some errors end in the words of their cause.
+            if !said.ends_with(&told) {
+                said.push_str(": ");
+                said.push_str(&told);
+            }
+            next = cause.source();
+        }
+        f.write_str(&said)
     }
 }
 
@@ -144,5 +166,36 @@ fn queue_status(error: &queue::Error) -> StatusCode {
 impl axum::response::IntoResponse for Error {
     fn into_response(self) -> axum::response::Response {
         self.answer(None).map(axum::body::Body::from)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io;
+
+    use super::*;
+
+    const WHY: &str = "invalid peer certificate: UnknownIssuer";
+
+    fn tls_failed() -> client::Error {
+        client::Error::Connect(io::Error::new(io::ErrorKind::InvalidData, WHY))
+    }
+
+    #[test]
+    fn the_log_names_causes_that_callers_are_not_told() {
+        let error = Error::from(tls_failed());
+        assert_eq!(error.to_string(), "cannot connect to the upstream: TLS failed");
+        assert_eq!(error.answer(None).into_body(), format!("{error}\n"));
+        assert_eq!(Causes(&error).to_string(), format!("{error}: {WHY}"));
+    }
+
+    #[test]
+    fn what_an_error_says_of_its_cause_is_not_said_twice() {
+        #[derive(Debug, thiserror::Error)]
+        #[error("not sent: {0}")]
+        struct Unsent(#[source] client::Error);
+        let error = Unsent(tls_failed());
+        assert_eq!(Causes(&error).to_string(), format!("{error}: {WHY}"));
+        assert_eq!(Causes(&Error::Overloaded).to_string(), Error::Overloaded.to_string());
     }
 }

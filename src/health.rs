@@ -10,6 +10,7 @@ use http::StatusCode;
 use http::header::RETRY_AFTER;
 use serde::Serialize;
 
+use crate::error::{Causes, Error};
 use crate::limit::CallLimit;
 use crate::serve::caller::Caller;
 use crate::shutdown::Stages;
@@ -24,8 +25,8 @@ pub struct Health {
 }
 
 /// How the provider was when it was asked last.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum ProviderState {
+#[derive(Debug, PartialEq, Eq)]
+enum ProviderState {
     NotAskedYet,
     Answers,
     Away(String),
@@ -45,17 +46,21 @@ impl Health {
         Arc::new(Self { stages, limit, provider, queue_away: AtomicBool::new(false) })
     }
 
-    /// Notes how the provider is, and says so once when that has changed.
-    pub fn provider_is(&self, state: ProviderState) {
+    /// Notes whether the provider has answered, and says so once when that has changed.
+    pub fn provider_answered(&self, answered: Result<(), &Error>) {
+        let state = match answered {
+            Ok(()) => ProviderState::Answers,
+            Err(error) => ProviderState::Away(error.to_string()),
+        };
         let mut last = self.provider.lock().unwrap_or_else(PoisonError::into_inner);
         if *last == state {
             return;
         }
-        match &state {
-            ProviderState::Away(reason) => {
-                tracing::warn!(reason, "The provider does not answer: {reason}");
+        match answered {
+            Ok(()) => tracing::info!("The provider answers"),
+            Err(error) => {
+                tracing::warn!(reason = %Causes(error), "The provider does not answer: {error}");
             }
-            _ => tracing::info!("The provider answers"),
         }
         *last = state;
     }

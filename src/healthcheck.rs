@@ -1,10 +1,10 @@
 //! `gateway healthcheck [URL]`: for exec probes in an image without a shell or curl.
 
-use std::io::{Read, Write};
+use std::io::{self, Read, Write};
 use std::net::{TcpStream, ToSocketAddrs};
 use std::time::Duration;
 
-use anyhow::{Context, bail, ensure};
+use anyhow::{Context, anyhow, bail, ensure};
 
 use crate::config::base_url::BaseUrl;
 
@@ -16,6 +16,10 @@ const TIMEOUT: Duration = Duration::from_secs(5);
 /// # Errors
 /// When nothing answers there, or not with 2xx.
 pub fn run(url: &str) -> anyhow::Result<()> {
+    ask(url, TIMEOUT)
+}
+
+fn ask(url: &str, timeout: Duration) -> anyhow::Result<()> {
     let parsed = BaseUrl::parse(url).filter(|url| !url.tls);
     let Some(parsed) = parsed else { bail!("{url:?} is not an http URL") };
     let path = if parsed.path.is_empty() { "/" } else { parsed.path.as_str() };
@@ -24,16 +28,42 @@ pub fn run(url: &str) -> anyhow::Result<()> {
         .with_context(|| format!("cannot resolve {}", parsed.host()))?
         .next()
         .with_context(|| format!("{} has no address", parsed.host()))?;
-    let mut tcp = TcpStream::connect_timeout(&address, TIMEOUT)
+    let mut tcp = TcpStream::connect_timeout(&address, timeout)
         .with_context(|| format!("cannot connect to {address}"))?;
-    tcp.set_read_timeout(Some(TIMEOUT))?;
-    tcp.set_write_timeout(Some(TIMEOUT))?;
+    tcp.set_read_timeout(Some(timeout))?;
+    tcp.set_write_timeout(Some(timeout))?;
     let host = &parsed.authority;
     write!(tcp, "GET {path} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n")?;
     // The status line is all that matters.
     let mut head = [0; 12];
-    tcp.read_exact(&mut head).context("no answer")?;
+    tcp.read_exact(&mut head).map_err(|error| no_answer(error, timeout))?;
     let status = String::from_utf8_lossy(&head[9..]).into_owned();
     ensure!(head.starts_with(b"HTTP/1.") && status.starts_with('2'), "status {status}");
     Ok(())
+}
+
+fn no_answer(error: io::Error, timeout: Duration) -> anyhow::Error {
+    match error.kind() {
+        // The system calls it "try again", which tells nobody what happened.
+        io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => {
+            anyhow!("no answer within {timeout:?}")
+        }
+        _ => anyhow::Error::new(error).context("no answer"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::TcpListener;
+
+    use super::*;
+
+    #[test]
+    fn a_probe_that_is_not_answered_says_for_how_long_it_waited() {
+        // The system takes connections for it, as it does for a process that hangs.
+        let hanging = TcpListener::bind("127.0.0.1:0").unwrap();
+        let url = format!("http://{}/_/healthz", hanging.local_addr().unwrap());
+        let error = ask(&url, Duration::from_millis(50)).unwrap_err();
+        assert_eq!(format!("{error:#}"), "no answer within 50ms");
+    }
 }

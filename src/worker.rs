@@ -12,6 +12,7 @@ use http::HeaderMap;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio_util::task::TaskTracker;
 
+use crate::error::Causes;
 use crate::queue::call::{Call, Millis};
 use crate::queue::status::{Answer, Settlement, State};
 use crate::queue::{Delivery, Error, now};
@@ -266,7 +267,7 @@ impl Worker {
             span.ended(error.as_ref().map(ToString::to_string));
         }
         let error = error?;
-        tracing::warn!(call_id = call.id, function = %call.function, %error, "A callback failed");
+        tracing::warn!(call_id = call.id, function = %call.function, error = %Causes(&error), "A callback failed");
         Some(format!("the callback failed: {error}"))
     }
 }

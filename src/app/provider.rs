@@ -51,9 +51,11 @@ pub(super) fn run(config: config::Provider) -> anyhow::Result<()> {
         tracing::info!(address = %provider.address, state = %config.state_dir.display(), "Serving");
         tracing::info!("Stopping on {}", signals.next().await);
         tokio::select! {
-            () = provider.stop(&tasks) => Ok(()),
+            () = provider.stop(&tasks) => {}
             signal = signals.next() => bail!("ended at once by a second signal, {signal}"),
         }
+        tracing::info!("Stopped");
+        Ok(())
     })
 }
 

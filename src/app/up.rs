@@ -60,7 +60,7 @@ async fn up(mut config: Up, functions: Vec<FunctionDeployment>) -> anyhow::Resul
     let stop = async {
         super::drain(gateway.threads, &stages, shutdown).await;
         provider.stop(&provider_tasks).await;
-        let _ = tasks.stop(super::TASKS_GRACE).await;
+        super::end(tasks).await;
     };
     tokio::select! {
         () = stop => Ok(()),

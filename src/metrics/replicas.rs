@@ -10,7 +10,7 @@ use tokio_util::sync::CancellationToken;
 use crate::autoscale::policy::Policy;
 use crate::error::Error;
 use crate::function::Function;
-use crate::health::{Health, ProviderState};
+use crate::health::Health;
 use crate::metrics::{Metrics, Replicas};
 use crate::provider::Provider;
 use crate::provider::types::FunctionSummary;
@@ -51,12 +51,12 @@ impl Poll {
         let asked = Instant::now();
         match self.functions().await {
             Ok(functions) => {
-                self.health.provider_is(ProviderState::Answers);
+                self.health.provider_answered(Ok(()));
                 self.report(&functions, asked);
                 ASK_EVERY
             }
             Err(error) => {
-                self.health.provider_is(ProviderState::Away(error.to_string()));
+                self.health.provider_answered(Err(&error));
                 ASK_AGAIN
             }
         }

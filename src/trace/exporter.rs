@@ -112,11 +112,16 @@ impl Exporter {
             Ok(_) if was_away => tracing::info!("The collector of traces takes spans again"),
             Ok(_) => {}
             Err(error) if was_away => {
-                tracing::debug!(%error, spans, "Spans dropped");
+                tracing::debug!(error = format!("{error:#}"), spans, "Spans dropped");
                 return true;
             }
             Err(error) => {
-                tracing::warn!(%error, spans, "The collector of traces takes no spans: they are dropped");
+                let error = format!("{error:#}");
+                tracing::warn!(
+                    error,
+                    spans,
+                    "The collector of traces takes no spans: they are dropped"
+                );
                 return true;
             }
         }

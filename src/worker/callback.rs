@@ -17,6 +17,7 @@ use uuid::Uuid;
 use crate::call_id::{PRODUCT, X_CALL_ID};
 use crate::config::Idle;
 use crate::config::allow::Allow;
+use crate::error::Causes;
 use crate::proxy::body::RequestBody;
 use crate::proxy::client::{self, Client, Tls};
 use crate::proxy::headers;
@@ -91,7 +92,11 @@ pub enum Error {
     #[error("the callback was answered with {status} ({attempts} attempts)")]
     Answered { status: StatusCode, attempts: u32 },
     #[error("the callback could not be sent ({attempts} attempts): {last}")]
-    Unsent { attempts: u32, last: client::Error },
+    Unsent {
+        attempts: u32,
+        #[source]
+        last: client::Error,
+    },
 }
 
 /// Sends callbacks.
@@ -134,7 +139,7 @@ impl Callbacks {
                 Err(last) if last_one => return Err(Error::Unsent { attempts, last }),
                 Err(error) => {
                     let id = &report.call_id;
-                    tracing::debug!(call_id = id, %target, %error, attempts, "A callback was not sent");
+                    tracing::debug!(call_id = id, %target, error = %Causes(&error), attempts, "A callback was not sent");
                     Duration::ZERO
                 }
             };

@@ -1,5 +1,6 @@
 //! `gateway up` and `gateway provider process` as they are run: the binary, with real functions.
 
+use std::fs::File;
 use std::net::SocketAddr;
 use std::process::{ExitStatus, Stdio};
 use std::time::Duration;
@@ -19,7 +20,7 @@ struct Up {
     provider: SocketAddr,
     child: Child,
     _stdout: BufReader<ChildStdout>,
-    _state: TempDir,
+    state: TempDir,
 }
 
 impl Up {
@@ -38,7 +39,7 @@ impl Up {
             // State goes where it goes by default: into the current directory.
             .current_dir(state.path())
             .stdout(Stdio::piped())
-            .stderr(Stdio::null())
+            .stderr(File::create(state.path().join("log")).unwrap())
             .kill_on_drop(true)
             .spawn()
             .unwrap();
@@ -56,7 +57,7 @@ impl Up {
             provider = provider.or_else(|| address("Provider"));
         }
         let (gateway, provider) = (gateway.unwrap(), provider.unwrap());
-        Self { gateway, provider, child, _stdout: stdout, _state: state }
+        Self { gateway, provider, child, _stdout: stdout, state }
     }
 
     /// Asks it to end; its exit status.
@@ -152,6 +153,8 @@ async fn a_call_in_flight_is_answered_when_it_stops() {
     up.terminate();
     assert_eq!(caller.answer().await.text(), "done\n");
     assert!(within("it ends", up.child.wait()).await.unwrap().success());
+    let log = std::fs::read_to_string(up.state.path().join("log")).unwrap();
+    assert!(log.trim_end().ends_with("Stopped"), "{log}");
 }
 
 #[tokio::test]
