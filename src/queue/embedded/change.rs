@@ -1,10 +1,10 @@
 //! A change of the file. It happens as a whole or not at all.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use bytes::Bytes;
-use redb::{ReadableTable, Table, WriteTransaction};
+use redb::{Key, ReadableTable, Table, TableDefinition, Value, WriteTransaction};
 
 use crate::queue::call::Millis;
 use crate::queue::embedded::finished;
@@ -20,21 +20,43 @@ use crate::queue::status::Status;
 /// One change of the file.
 pub(super) struct Change<'t> {
     ids: Arc<Ids>,
-    calls: Table<'t, Number, &'static [u8]>,
-    batches: Table<'t, Number, &'static [u8]>,
-    over: Table<'t, Number, &'static [u8]>,
-    numbers: Table<'t, &'static str, Number>,
-    progress: Table<'t, Number, &'static [u8]>,
-    finished: Table<'t, Number, &'static [u8]>,
-    ended: Table<'t, Number, &'static [u8]>,
-    keys: Table<'t, &'static str, &'static str>,
-    expiry: Table<'t, (Millis, &'static str), ()>,
+    calls: Lazy<'t, Number, &'static [u8]>,
+    batches: Lazy<'t, Number, &'static [u8]>,
+    over: Lazy<'t, Number, &'static [u8]>,
+    numbers: Lazy<'t, &'static str, Number>,
+    progress: Lazy<'t, Number, &'static [u8]>,
+    finished: Lazy<'t, Number, &'static [u8]>,
+    ended: Lazy<'t, Number, &'static [u8]>,
+    keys: Lazy<'t, &'static str, &'static str>,
+    expiry: Lazy<'t, (Millis, &'static str), ()>,
     /// Calls that are about to be a row.
     fresh: BTreeMap<Number, Bytes>,
     /// What is kept of calls that have ended, about to be a row, and until when.
     endings: BTreeMap<Number, (Millis, Vec<u8>)>,
     /// Rows some of whose calls are over by now.
     touched: BTreeMap<Number, Touched>,
+    /// Calls of which something is noted now.
+    noted: BTreeSet<Number>,
+}
+
+/// A table that is opened when it is needed: most changes need few, and each has its price.
+struct Lazy<'t, K: Key + 'static, V: Value + 'static> {
+    transaction: &'t WriteTransaction,
+    definition: TableDefinition<'static, K, V>,
+    table: Option<Table<'t, K, V>>,
+}
+
+impl<'t, K: Key + 'static, V: Value + 'static> Lazy<'t, K, V> {
+    fn new(transaction: &'t WriteTransaction, definition: TableDefinition<'static, K, V>) -> Self {
+        Self { transaction, definition, table: None }
+    }
+
+    fn get(&mut self) -> Result<&mut Table<'t, K, V>> {
+        match &mut self.table {
+            Some(table) => Ok(table),
+            table => Ok(table.insert(self.transaction.open_table(self.definition)?)),
+        }
+    }
 }
 
 /// A row some of whose calls are over by now.
@@ -44,29 +66,44 @@ struct Touched {
 }
 
 impl<'t> Change<'t> {
-    pub(super) fn new(transaction: &'t WriteTransaction, ids: Arc<Ids>) -> Result<Self> {
-        Ok(Self {
+    pub(super) fn new(transaction: &'t WriteTransaction, ids: Arc<Ids>) -> Self {
+        Self {
             ids,
-            calls: transaction.open_table(CALLS)?,
-            batches: transaction.open_table(BATCHES)?,
-            over: transaction.open_table(OVER)?,
-            numbers: transaction.open_table(NUMBERS)?,
-            progress: transaction.open_table(PROGRESS)?,
-            finished: transaction.open_table(FINISHED)?,
-            ended: transaction.open_table(ENDED)?,
-            keys: transaction.open_table(KEYS)?,
-            expiry: transaction.open_table(EXPIRY)?,
+            calls: Lazy::new(transaction, CALLS),
+            batches: Lazy::new(transaction, BATCHES),
+            over: Lazy::new(transaction, OVER),
+            numbers: Lazy::new(transaction, NUMBERS),
+            progress: Lazy::new(transaction, PROGRESS),
+            finished: Lazy::new(transaction, FINISHED),
+            ended: Lazy::new(transaction, ENDED),
+            keys: Lazy::new(transaction, KEYS),
+            expiry: Lazy::new(transaction, EXPIRY),
             fresh: BTreeMap::new(),
             endings: BTreeMap::new(),
             touched: BTreeMap::new(),
-        })
+            noted: BTreeSet::new(),
+        }
+    }
+
+    /// Makes all tables.
+    pub(super) fn make_tables(mut self) -> Result<()> {
+        self.calls.get()?;
+        self.batches.get()?;
+        self.over.get()?;
+        self.numbers.get()?;
+        self.progress.get()?;
+        self.finished.get()?;
+        self.keys.get()?;
+        self.expiry.get()?;
+        // The last one: where it is, all are.
+        self.ended.get().map(drop)
     }
 
     /// Writes what was gathered.
     pub(super) fn finish_up(mut self) -> Result<()> {
         let fresh = self.fresh.iter().map(|(number, stored)| (*number, &stored[..]));
         for (key, row) in rows(fresh) {
-            self.batches.insert(key, &*row)?;
+            self.batches.get()?.insert(key, &*row)?;
         }
         while let Some((_, (until, _))) = self.endings.first_key_value() {
             let until = *until;
@@ -79,39 +116,39 @@ impl<'t> Change<'t> {
         }
         for (key, row) in &self.touched {
             if row.marks.count() == row.numbers.len() {
-                self.batches.remove(key)?;
-                self.over.remove(key)?;
+                self.batches.get()?.remove(key)?;
+                self.over.get()?.remove(key)?;
             } else {
-                self.over.insert(key, row.marks.bytes())?;
+                self.over.get()?.insert(key, row.marks.bytes())?;
             }
         }
         Ok(())
     }
 
     fn end_row(&mut self, key: Number, row: &[u8], until: Millis) -> Result<()> {
-        let before = self.ended.get(key)?.map(|before| before.value().to_vec());
+        let before = self.ended.get()?.get(key)?.map(|before| before.value().to_vec());
         // A call that ended twice, since its worker was cut off: those that ended with it the first time stay.
         if let Some(before) = before {
             let row = Row::new(row);
             let all = Row::new(&before).entries().filter(|(number, _)| row.find(*number).is_none());
             let all: BTreeMap<_, _> = all.chain(row.entries()).collect();
             for (key, row) in rows(all) {
-                self.ended.insert(key, &*row)?;
-                self.expiry.insert((until, format!("{ROW}{key}").as_str()), ())?;
+                self.ended.get()?.insert(key, &*row)?;
+                self.expiry.get()?.insert((until, format!("{ROW}{key}").as_str()), ())?;
             }
             return Ok(());
         }
-        self.ended.insert(key, row)?;
-        self.expiry.insert((until, format!("{ROW}{key}").as_str()), ())?;
+        self.ended.get()?.insert(key, row)?;
+        self.expiry.get()?.insert((until, format!("{ROW}{key}").as_str()), ())?;
         Ok(())
     }
 
     /// The id that `key` stands for.
-    pub(super) fn keyed(&self, key: &str) -> Result<Option<String>> {
-        let Some(known) = self.keys.get(key)? else { return Ok(None) };
+    pub(super) fn keyed(&mut self, key: &str) -> Result<Option<String>> {
+        let known = self.keys.get()?.get(key)?.map(|known| id_and_end(known.value()).0.to_owned());
+        let Some(id) = known else { return Ok(None) };
         // One that was purged stands for nothing any more.
-        let (id, _) = id_and_end(known.value());
-        Ok(self.find(id)?.map(|_| id.to_owned()))
+        Ok(self.find(&id)?.map(|_| id))
     }
 
     pub(super) fn add(
@@ -122,49 +159,53 @@ impl<'t> Change<'t> {
         stored: &Bytes,
     ) -> Result<()> {
         if stored.len() > SHORT {
-            self.calls.insert(number, &**stored)?;
+            self.calls.get()?.insert(number, &**stored)?;
         } else {
             self.fresh.insert(number, stored.clone());
         }
         if chosen {
-            self.numbers.insert(id, number)?;
+            self.numbers.get()?.insert(id, number)?;
         }
         Ok(())
     }
 
     pub(super) fn remember_key(&mut self, key: &str, id: &str, until: Millis) -> Result<()> {
-        self.keys.insert(key, format!("{id}\n{until}").as_str())?;
-        self.expiry.insert((until, format!("{KEY}{key}").as_str()), ())?;
+        self.keys.get()?.insert(key, format!("{id}\n{until}").as_str())?;
+        self.expiry.get()?.insert((until, format!("{KEY}{key}").as_str()), ())?;
         Ok(())
     }
 
     /// Notes where a call is that is not over, or that is dead: its status as JSON.
     pub(super) fn note(&mut self, number: Number, status: &[u8]) -> Result<()> {
-        self.progress.insert(number, status)?;
+        self.noted.insert(number);
+        self.progress.get()?.insert(number, status)?;
         Ok(())
     }
 
     /// Forgets what was noted: the call starts anew.
     pub(super) fn forget_progress(&mut self, number: Number) -> Result<()> {
-        self.progress.remove(number)?;
+        self.progress.get()?.remove(number)?;
         Ok(())
     }
 
-    /// Ends a call; its state and answer, encoded, are kept until `until`.
+    /// Ends a call; its state and answer, encoded, are kept until `until`. `noted`: something was noted of it before.
     pub(super) fn finish(
         &mut self,
         number: Number,
         record: Vec<u8>,
         chosen: bool,
         until: Millis,
+        noted: bool,
     ) -> Result<()> {
         self.call_is_over(number)?;
-        self.progress.remove(number)?;
-        // The answer of a dead call was kept one by one.
-        self.finished.remove(number)?;
+        if self.noted.remove(&number) || noted {
+            self.progress.get()?.remove(number)?;
+            // The answer of a dead call is kept one by one.
+            self.finished.get()?.remove(number)?;
+        }
         if chosen || record.len() > SHORT {
-            self.finished.insert(number, &*record)?;
-            self.expiry.insert((until, number.to_string().as_str()), ())?;
+            self.finished.get()?.insert(number, &*record)?;
+            self.expiry.get()?.insert((until, number.to_string().as_str()), ())?;
         } else {
             self.endings.insert(number, (until, record));
         }
@@ -174,38 +215,38 @@ impl<'t> Change<'t> {
     /// Keeps the answer of a call that is dead: its status as JSON, and both, encoded.
     pub(super) fn keep_answer(&mut self, number: Number, note: &[u8], record: &[u8]) -> Result<()> {
         self.note(number, note)?;
-        self.finished.insert(number, record)?;
+        self.finished.get()?.insert(number, record)?;
         Ok(())
     }
 
     pub(super) fn drop_answer(&mut self, number: Number) -> Result<()> {
-        self.finished.remove(number)?;
+        self.finished.get()?.remove(number)?;
         Ok(())
     }
 
     /// Removes all trace of a call.
     pub(super) fn remove(&mut self, number: Number, id: &str) -> Result<()> {
         self.call_is_over(number)?;
-        self.progress.remove(number)?;
+        self.progress.get()?.remove(number)?;
         self.endings.remove(&number);
-        if self.finished.remove(number)?.is_none() {
+        if self.finished.get()?.remove(number)?.is_none() {
             self.remove_ended(number)?;
         }
-        self.numbers.remove(id)?;
+        self.numbers.get()?.remove(id)?;
         Ok(())
     }
 
     /// Takes what is kept of a call out of its row. The row keeps its key, and goes when it was to.
     fn remove_ended(&mut self, number: Number) -> Result<()> {
-        let Some((key, others)) = row_with(&self.ended, number)?.map(|(key, row)| {
+        let Some((key, others)) = row_with(self.ended.get()?, number)?.map(|(key, row)| {
             let others = Row::new(row.value()).entries().filter(|(it, _)| *it != number);
             (key, rows(others).into_iter().next())
         }) else {
             return Ok(());
         };
         match others {
-            Some((_, row)) => self.ended.insert(key, &*row)?,
-            None => self.ended.remove(key)?,
+            Some((_, row)) => self.ended.get()?.insert(key, &*row)?,
+            None => self.ended.get()?.remove(key)?,
         };
         Ok(())
     }
@@ -216,13 +257,13 @@ impl<'t> Change<'t> {
             return Ok(());
         }
         if !self.mark_touched(number) {
-            if self.calls.remove(number)?.is_some() {
-                return Ok(());
-            }
-            let found = row_with(&self.batches, number)?;
+            let found = row_with(self.batches.get()?, number)?;
             let found = found.map(|(key, row)| (key, Row::new(row.value()).numbers().collect()));
-            let Some((key, numbers)) = found else { return Ok(()) };
-            let marks = self.over.get(key)?.map(|marks| Marks::new(marks.value()));
+            let Some((key, numbers)) = found else {
+                self.calls.get()?.remove(number)?;
+                return Ok(());
+            };
+            let marks = self.over.get()?.get(key)?.map(|marks| Marks::new(marks.value()));
             self.touched.insert(key, Touched { numbers, marks: marks.unwrap_or_default() });
             self.mark_touched(number);
         }
@@ -240,21 +281,22 @@ impl<'t> Change<'t> {
     }
 
     /// The call with `id`, and what the file says of it.
-    pub(super) fn find(&self, id: &str) -> Result<Option<(Number, Status)>> {
+    pub(super) fn find(&mut self, id: &str) -> Result<Option<(Number, Status)>> {
         if let Some(number) = self.ids.number_in(id)
             && let Some(status) = self.status(number)?
             && status.id == id
         {
             return Ok(Some((number, status)));
         }
-        let Some(number) = self.numbers.get(id)?.map(|number| number.value()) else {
+        let Some(number) = self.numbers.get()?.get(id)?.map(|number| number.value()) else {
             return Ok(None);
         };
         Ok(self.status(number)?.map(|status| (number, status)))
     }
 
-    fn status(&self, number: Number) -> Result<Option<Status>> {
-        if let Some(status) = self.progress.get(number)?.and_then(|json| parse(json.value())) {
+    fn status(&mut self, number: Number) -> Result<Option<Status>> {
+        if let Some(status) = self.progress.get()?.get(number)?.and_then(|json| parse(json.value()))
+        {
             return Ok(Some(status));
         }
         if let Some(queued) = self.queued(number)? {
@@ -263,9 +305,9 @@ impl<'t> Change<'t> {
         let decode = |stored: &[u8]| finished::decode(&Bytes::copy_from_slice(stored));
         let finished = match self.endings.get(&number) {
             Some((_, record)) => decode(record),
-            None => match self.finished.get(number)? {
+            None => match self.finished.get()?.get(number)? {
                 Some(stored) => decode(stored.value()),
-                None => row_with(&self.ended, number)?
+                None => row_with(self.ended.get()?, number)?
                     .and_then(|(_, row)| decode(Row::new(row.value()).get(number)?)),
             },
         };
@@ -273,19 +315,19 @@ impl<'t> Change<'t> {
     }
 
     /// The status of a call that is not over, as if nothing had been noted of it.
-    fn queued(&self, number: Number) -> Result<Option<Status>> {
+    fn queued(&mut self, number: Number) -> Result<Option<Status>> {
         if let Some(stored) = self.fresh.get(&number) {
             return Ok(Status::of_stored(stored).ok());
         }
-        if let Some(stored) = self.calls.get(number)? {
+        if let Some(stored) = self.calls.get()?.get(number)? {
             return Ok(Status::of_stored(stored.value()).ok());
         }
-        let Some((key, row)) = row_with(&self.batches, number)? else { return Ok(None) };
+        let Some((key, row)) = row_with(self.batches.get()?, number)? else { return Ok(None) };
         let row = Row::new(row.value());
         let Some(index) = row.find(number) else { return Ok(None) };
         let over = match self.touched.get(&key) {
             Some(touched) => touched.marks.has(index),
-            None => self.over.get(key)?.is_some_and(|it| Marks::new(it.value()).has(index)),
+            None => self.over.get()?.get(key)?.is_some_and(|it| Marks::new(it.value()).has(index)),
         };
         let stored = row.entry(index).filter(|_| !over);
         Ok(stored.and_then(|stored| Status::of_stored(stored).ok()))
@@ -294,24 +336,24 @@ impl<'t> Change<'t> {
     /// Forgets what has been kept until `now`, at most `most` of it; whether there is more.
     pub(super) fn expire(&mut self, now: Millis, most: usize) -> Result<bool> {
         let mut due = Vec::new();
-        for entry in self.expiry.range(..(now, ""))?.take(most) {
+        for entry in self.expiry.get()?.range(..(now, ""))?.take(most) {
             let (entry, ()) = entry.map(|(key, _)| (key, ()))?;
             let (at, what) = entry.value();
             due.push((at, what.to_owned()));
         }
         for (at, what) in &due {
-            self.expiry.remove((*at, what.as_str()))?;
+            self.expiry.get()?.remove((*at, what.as_str()))?;
             if let Some(key) = what.strip_prefix(KEY) {
                 self.expire_key(key, *at)?;
             } else if let Some(key) = what.strip_prefix(ROW).and_then(|key| key.parse().ok()) {
                 let key: Number = key;
-                self.ended.remove(key)?;
+                self.ended.get()?.remove(key)?;
             } else if let Ok(number) = what.parse::<Number>() {
-                let gone = self.finished.remove(number)?;
+                let gone = self.finished.get()?.remove(number)?;
                 let gone =
                     gone.and_then(|it| finished::decode(&Bytes::copy_from_slice(it.value())));
                 if let Some((status, _)) = gone {
-                    self.numbers.remove(status.id.as_str())?;
+                    self.numbers.get()?.remove(status.id.as_str())?;
                 }
             }
         }
@@ -320,10 +362,10 @@ impl<'t> Change<'t> {
 
     fn expire_key(&mut self, key: &str, at: Millis) -> Result<()> {
         // A key whose call was purged may stand for a later one meanwhile.
-        let known = self.keys.get(key)?;
+        let known = self.keys.get()?.get(key)?;
         let is_due = known.is_none_or(|it| id_and_end(it.value()).1.is_none_or(|end| end <= at));
         if is_due {
-            self.keys.remove(key)?;
+            self.keys.get()?.remove(key)?;
         }
         Ok(())
     }

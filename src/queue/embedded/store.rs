@@ -134,7 +134,7 @@ impl Store {
         change: impl FnOnce(&mut Change<'_>) -> Result<T>,
     ) -> Result<T> {
         let transaction = self.database.begin_write()?;
-        let mut batch = Change::new(&transaction, Arc::clone(&self.ids))?;
+        let mut batch = Change::new(&transaction, Arc::clone(&self.ids));
         let changed = change(&mut batch)?;
         batch.finish_up()?;
         transaction.open_table(ABOUT)?.insert(CHANGES, &mark.bytes()[..])?;
@@ -179,7 +179,7 @@ fn has_rows(database: &Database) -> Result<bool> {
 fn make_tables(database: &Database, ids: &Arc<Ids>) -> Result<()> {
     let change = database.begin_write()?;
     change.open_table(ABOUT)?.insert(SECRET, &ids.secret()[..])?;
-    drop(Change::new(&change, Arc::clone(ids))?);
+    Change::new(&change, Arc::clone(ids)).make_tables()?;
     Ok(change.commit()?)
 }
 

@@ -126,7 +126,7 @@ impl Waiting {
         let picked = self.schedule.pick(now, places)?;
         self.runs += 1;
         self.running.insert(picked.number, Run { run: self.runs, began: None });
-        let noted = !self.noted.is_empty() && self.noted.contains(&picked.number);
+        let noted = self.is_noted(picked.number);
         Some((Held { picked, noted, run: self.runs }, self.recent.get(picked.number)))
     }
 
@@ -197,9 +197,7 @@ impl Waiting {
         if ran {
             self.panicked.remove(&picked.number);
         }
-        if held.noted && !matches!(settled, Settled::Retry { .. }) {
-            self.noted.remove(&picked.number);
-        }
+        self.noted.remove(&picked.number);
         match settled {
             Settled::Retry { at, .. } => {
                 self.noted.insert(picked.number);
@@ -207,9 +205,20 @@ impl Waiting {
                     self.schedule.add(picked.line, picked.number, *at, now());
                 }
             }
-            Settled::Dead { label, .. } => *self.dead.entry(label.clone()).or_default() += 1,
+            Settled::Dead { label, .. } => {
+                *self.dead.entry(label.clone()).or_default() += 1;
+                if !ran {
+                    // Whoever has it by now may settle it otherwise.
+                    self.noted.insert(picked.number);
+                }
+            }
             Settled::Over { .. } => {}
         }
+    }
+
+    /// Whether something is noted in the file of a call that is not over.
+    pub(super) fn is_noted(&self, number: Number) -> bool {
+        self.noted.contains(&number)
     }
 
     /// Nothing is noted any more of a call that waits.

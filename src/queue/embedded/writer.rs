@@ -295,7 +295,8 @@ impl Batch<'_, '_> {
         match settled {
             Settled::Over { record, chosen } => {
                 let until = self.now + self.shared.limits.result_ttl;
-                self.change.finish(number, record.clone(), *chosen, until)
+                let noted = self.shared.waiting().is_noted(number);
+                self.change.finish(number, record.clone(), *chosen, until, noted)
             }
             Settled::Retry { note, .. } => self.change.note(number, note),
             Settled::Dead { note, record, .. } => self.change.keep_answer(number, note, record),
@@ -318,7 +319,7 @@ impl Batch<'_, '_> {
         status.next_attempt_at = None;
         let until = self.now + self.shared.limits.result_ttl;
         let record = finished::encode(&status, None);
-        self.change.finish(number, record, is_chosen(&status), until)?;
+        self.change.finish(number, record, is_chosen(&status), until, true)?;
         Ok(Applied::Cancelled { number, label: status.function, was_dead })
     }
 
