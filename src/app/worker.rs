@@ -29,9 +29,6 @@ use crate::worker::{Prints, Worker};
 
 /// The file in `secret_mount_path` that callbacks are signed with.
 const SECRET: &str = "callback-secret";
-/// So many steps of calls are taken before it is looked which answers have come: what has its answer can be settled while
-/// others are sent.
-const EVENT_INTERVAL: u32 = 8;
 /// How often it is looked whether the queue can be reached, and how long that may take.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
 const LOOK: Duration = Duration::from_secs(2);
@@ -42,8 +39,7 @@ const FORGET: Duration = Duration::from_secs(5);
 
 /// Runs `worker` on this thread, with a runtime of its own, until the stop.
 pub(super) fn run(mut worker: Worker, stages: &Stages) {
-    let mut runtime = tokio::runtime::Builder::new_current_thread();
-    let runtime = runtime.enable_all().event_interval(EVENT_INTERVAL).build();
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     match runtime {
         Ok(runtime) => {
             runtime.block_on(async {
