@@ -19,33 +19,23 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use crate::auth::too_large_or_broken;
 use crate::call_id::{Stamps, X_CALL_ID};
 use crate::config::MAX_BODY;
-use crate::config::allow::Allow;
 use crate::error::Error;
 use crate::function::Function;
 use crate::metrics::queue::{Line, QueueMetrics};
 use crate::provider::Provider;
 use crate::proxy::headers::to_upstream;
-use crate::queue::call::{Call, Millis, Options};
+use crate::queue::call::Call;
 use crate::queue::status::Status;
 use crate::queue::{self, Changed, Counts, Queue, Room, now};
+use crate::queued::wishes::{X_DELAY_SECONDS, X_EXPIRES_SECONDS, X_MAX_ATTEMPTS, options, text};
 use crate::serve::caller::Caller;
 use crate::system::Api;
 use crate::trace::Stored;
-use crate::worker::callback::target::{Invalid, Target};
 
 pub mod operate;
 pub mod view;
+mod wishes;
 
-const X_CALLBACK_URL: HeaderName = HeaderName::from_static("x-callback-url");
-const X_DELAY_SECONDS: HeaderName = HeaderName::from_static("x-delay-seconds");
-const X_MAX_ATTEMPTS: HeaderName = HeaderName::from_static("x-max-attempts");
-const X_EXPIRES_SECONDS: HeaderName = HeaderName::from_static("x-expires-seconds");
-const IDEMPOTENCY_KEY: HeaderName = HeaderName::from_static("idempotency-key");
-
-/// The longest name that a caller may give a call, as an id or as an idempotency key.
-const MAX_NAME: usize = 256;
-/// The longest delay and life that can be asked for.
-const MAX_SECONDS: u64 = 366 * 24 * 3600;
 /// A provider that has not said within this time whether there is a function is away.
 const LONGEST_QUESTION: Duration = Duration::from_secs(2);
 /// Bodies that are here at a time, in KiB: what waits for the queue must not fill the memory.
@@ -392,65 +382,6 @@ async fn must_exist(api: &Api, function: &Function, id: &str) -> Result<(), Erro
     }
 }
 
-fn options(headers: &HeaderMap, chosen_id: bool, now: Millis) -> Result<Options, Error> {
-    let later = |name: &HeaderName| -> Result<Option<Millis>, Error> {
-        Ok(number(headers, name, 0..=MAX_SECONDS)?.map(|seconds| now + seconds * 1000))
-    };
-    let attempts = number(headers, &X_MAX_ATTEMPTS, 1..=1000)?;
-    Ok(Options {
-        callback: callback(headers)?,
-        submitted_at: now,
-        not_before: later(&X_DELAY_SECONDS)?.filter(|at| *at > now),
-        expires_at: later(&X_EXPIRES_SECONDS)?,
-        max_attempts: attempts.and_then(|attempts| u32::try_from(attempts).ok()),
-        idempotency_key: name(headers, &IDEMPOTENCY_KEY)?,
-        chosen_id,
-        digest: None,
-    })
-}
-
-fn number(
-    headers: &HeaderMap,
-    name: &HeaderName,
-    range: std::ops::RangeInclusive<u64>,
-) -> Result<Option<u64>, Error> {
-    let Some(value) = headers.get(name) else { return Ok(None) };
-    let number = value.to_str().ok().and_then(|text| text.trim().parse().ok());
-    match number.filter(|number| range.contains(number)) {
-        Some(number) => Ok(Some(number)),
-        None => Err(Error::BadRequest(format!(
-            "{name} is not a whole number from {} to {}",
-            range.start(),
-            range.end()
-        ))),
-    }
-}
-
-/// A name that a caller gives its call.
-fn name(headers: &HeaderMap, header: &HeaderName) -> Result<Option<String>, Error> {
-    headers.get(header).map(|value| text(value, header)).transpose()
-}
-
-fn text(value: &HeaderValue, header: &HeaderName) -> Result<String, Error> {
-    match value.to_str() {
-        Ok(text) if !text.is_empty() && text.len() <= MAX_NAME => Ok(text.to_owned()),
-        _ => Err(Error::BadRequest(format!(
-            "{header} is empty, longer than {MAX_NAME} bytes, or has other than visible characters"
-        ))),
-    }
-}
-
-fn callback(headers: &HeaderMap) -> Result<Option<String>, Error> {
-    let Some(value) = headers.get(&X_CALLBACK_URL) else { return Ok(None) };
-    // Its form alone: which addresses are allowed is known to who calls back, and a name is looked up then.
-    let is_one = |url: &&str| !matches!(Target::parse(url, &Allow::default()), Err(Invalid::Url));
-    let url = value.to_str().ok().filter(is_one);
-    let url = url.ok_or_else(|| {
-        Error::BadRequest(format!("{X_CALLBACK_URL} is not an absolute http or https URL"))
-    })?;
-    Ok(Some(url.to_owned()))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -467,35 +398,5 @@ mod tests {
         check("/async-function/echo?x=1/2", "echo.fn", "?x=1/2");
         assert!(destination(&"/async-function/".parse().unwrap(), "fn").is_err());
         assert!(destination(&"/async-function/a%20b".parse().unwrap(), "fn").is_err());
-    }
-
-    #[test]
-    fn a_wish_that_cannot_be_read_is_refused() {
-        let wish = |name: &'static str, value: &'static str| {
-            let headers = HeaderMap::from_iter([(
-                HeaderName::from_static(name),
-                HeaderValue::from_static(value),
-            )]);
-            options(&headers, false, 1000)
-        };
-        assert_eq!(wish("x-delay-seconds", "2").unwrap().not_before, Some(3000));
-        assert_eq!(wish("x-delay-seconds", "0").unwrap().not_before, None);
-        assert_eq!(wish("x-max-attempts", "3").unwrap().max_attempts, Some(3));
-        assert_eq!(wish("x-expires-seconds", "1").unwrap().expires_at, Some(2000));
-        let callback = wish("x-callback-url", "https://a.example/x?y").unwrap().callback;
-        assert_eq!(callback.as_deref(), Some("https://a.example/x?y"));
-        for (name, value) in [
-            ("x-delay-seconds", "-1"),
-            ("x-delay-seconds", "soon"),
-            ("x-max-attempts", "0"),
-            ("x-callback-url", "http://[::1"),
-            ("x-callback-url", "/relative"),
-            ("x-callback-url", "ftp://a/b"),
-            ("x-callback-url", "http://hooks:99999/"),
-            ("x-callback-url", "http://u:%zz@hooks/"),
-            ("idempotency-key", ""),
-        ] {
-            assert!(wish(name, value).is_err(), "{name}: {value}");
-        }
     }
 }

@@ -72,7 +72,7 @@ pub fn api(api: Arc<Api>) -> Router {
     let queued = Router::new()
         .route(
             "/async-function/{name}",
-            calls.fallback(|| other_method("POST, GET, DELETE, OPTIONS")),
+            calls.fallback(|| other_method("POST, GET, HEAD, DELETE, OPTIONS")),
         )
         .route(
             "/async-function/{name}/",
@@ -80,7 +80,7 @@ pub fn api(api: Arc<Api>) -> Router {
         )
         .route(
             "/async-function/{name}/{*rest}",
-            behind.fallback(|| other_method("POST, GET, OPTIONS")),
+            behind.fallback(|| other_method("POST, GET, HEAD, OPTIONS")),
         )
         .route_layer(from_fn(queued::allow_pages))
         .route_layer(from_fn_with_state(Arc::clone(&api.metrics), metrics::count_request));

@@ -8,6 +8,7 @@ mod desk;
 mod finished;
 mod ids;
 mod journal;
+mod look;
 mod rows;
 mod schedule;
 mod store;
@@ -17,7 +18,6 @@ mod writer;
 
 pub(super) use self::waiting::Lease;
 
-use std::collections::HashMap;
 use std::fs::DirBuilder;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
@@ -35,7 +35,7 @@ use crate::queue::embedded::desk::{Desk, Reply};
 use crate::queue::embedded::ids::Ids;
 use crate::queue::embedded::rows::Row;
 use crate::queue::embedded::schedule::Number;
-use crate::queue::embedded::store::{Mark, Shelf, Store, View};
+use crate::queue::embedded::store::{Mark, Store, View};
 use crate::queue::embedded::waiting::{Began, Waiting};
 use crate::queue::embedded::writer::{Incoming, Op, Settled};
 use crate::queue::status::{Answer, Settlement, Status};
@@ -101,6 +101,7 @@ impl Embedded {
     /// When the file cannot be made, is in use, or is no queue.
     pub fn open(directory: &Path, limits: Limits) -> anyhow::Result<Self> {
         use anyhow::Context;
+        survive_limits();
         let path = directory.join(FILE);
         let name = path.display().to_string();
         // Bodies are nobody else's to read.
@@ -129,7 +130,6 @@ impl Embedded {
             ids,
             limits,
         });
-        survive_limits();
         let (ops, received) = mpsc::channel(WAITING_CHANGES);
         let writes = Arc::clone(&shared);
         std::thread::Builder::new()
@@ -442,87 +442,6 @@ impl Shared {
         tracing::info!("The queue's file is open again");
         self.ready.notify_one();
         Ok(())
-    }
-
-    fn status(&self, id: &str) -> Result<Option<Status>, Error> {
-        self.view(|view| {
-            let Some(number) = view.number(id)? else { return Ok(None) };
-            self.status_of(view, number)
-        })
-    }
-
-    fn status_of(&self, view: &View, number: Number) -> store::Result<Option<Status>> {
-        let began = self.waiting().running.get(&number).and_then(|run| run.began);
-        let noted = match view.progress(number)? {
-            Some(noted) => Some(noted),
-            None if began.is_some() => view.queued(number)?,
-            None => None,
-        };
-        if let Some(noted) = noted {
-            return Ok(Some(began.map_or(noted.clone(), |began| began.of(noted))));
-        }
-        if let Some((finished, _)) = view.finished(number)? {
-            return Ok(Some(finished));
-        }
-        view.queued(number)
-    }
-
-    /// At most `limit` of the calls that `filter` means, from the number `first` on.
-    fn find(
-        &self,
-        filter: &Filter,
-        mut first: Number,
-        limit: usize,
-    ) -> Result<Vec<(Number, Status)>, Error> {
-        let label = filter.function.as_ref().map(Function::to_string);
-        let means = |status: &Status| {
-            filter.state.is_none_or(|state| state == status.state)
-                && filter.dead.is_none_or(|dead| dead == status.dead)
-                && label.as_ref().is_none_or(|label| *label == status.function)
-        };
-        let shelves = Shelf::with(filter);
-        self.view(|view| {
-            let mut found = Vec::new();
-            while found.len() < limit {
-                let numbers = view.numbers_from(shelves, first, SCAN)?;
-                let Some(last) = numbers.last() else { break };
-                first = last + 1;
-                for number in numbers {
-                    if let Some(status) = self.status_of(view, number)?
-                        && means(&status)
-                        && found.len() < limit
-                    {
-                        found.push((number, status));
-                    }
-                }
-            }
-            Ok(found)
-        })
-    }
-
-    fn counts(&self) -> Result<Vec<(Function, Counts)>, Error> {
-        let waiting = self.waiting();
-        let mut counts: HashMap<String, (Counts, Option<Number>)> = HashMap::new();
-        for (label, ready, delayed, running, oldest) in waiting.schedule.counts() {
-            let (pending, delayed, running) = (ready as u64, delayed as u64, running as u64);
-            let known = Counts { pending, delayed, running, ..Counts::default() };
-            counts.insert(label.to_owned(), (known, oldest));
-        }
-        for (label, dead) in &waiting.dead {
-            counts.entry(label.clone()).or_default().0.dead = *dead;
-        }
-        drop(waiting);
-        let mut all = Vec::new();
-        for (label, (mut counts, oldest)) in counts {
-            if let Some(number) = oldest {
-                let call = self.view(|view| view.queued(number))?;
-                counts.oldest = call.map(|call| call.submitted_at);
-            }
-            let function = Function::parse(&label, "");
-            all.extend(function.filter(|_| counts != Counts::default()).map(|f| (f, counts)));
-        }
-        all.sort_unstable_by(|a, b| a.0.cmp(&b.0));
-        Ok(all)
     }
 }
 

@@ -52,6 +52,8 @@ const PUBLISH_LARGE: Duration = Duration::from_secs(60);
 const QUESTION: Duration = Duration::from_millis(1900);
 /// Between looks for bodies that no call has.
 const TIDY: Duration = Duration::from_secs(3600);
+/// Between attempts to have a connection for one thread.
+const AGAIN: Duration = Duration::from_secs(60);
 /// How long the tasks may take to end.
 const STOP: Duration = Duration::from_secs(2);
 
@@ -260,7 +262,11 @@ impl Own {
     async fn open(self: Arc<Self>, shared: Arc<Shared>) {
         match Server::open(&shared.options, false).await {
             Ok(server) => drop(self.server.set(server)),
-            Err(error) => tracing::warn!(%error, "A thread cannot have its own connection"),
+            Err(error) => {
+                tracing::warn!(%error, "A thread cannot have its own connection to the queue's server");
+                tokio::time::sleep(AGAIN).await;
+                self.begun.store(false, Relaxed);
+            }
         }
     }
 }

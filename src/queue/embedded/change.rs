@@ -9,7 +9,7 @@ use redb::{Key, ReadableTable, Table, TableDefinition, Value, WriteTransaction};
 use crate::queue::call::Millis;
 use crate::queue::embedded::finished;
 use crate::queue::embedded::ids::Ids;
-use crate::queue::embedded::rows::{Marks, Row, SHORT, rows};
+use crate::queue::embedded::rows::{Marks, Row, SHORT, SPAN, rows};
 use crate::queue::embedded::schedule::Number;
 use crate::queue::embedded::store::{Result, parse, row_with};
 use crate::queue::embedded::tables::{
@@ -37,6 +37,8 @@ pub(super) struct Change<'t> {
     touched: BTreeMap<Number, Touched>,
     /// Calls of which something is noted now.
     noted: BTreeSet<Number>,
+    /// What is to be taken out of rows of those that ended, by row.
+    dropped: BTreeMap<Number, BTreeSet<Number>>,
 }
 
 /// A table that is opened when it is needed: most changes need few, and each has its price.
@@ -82,6 +84,7 @@ impl<'t> Change<'t> {
             endings: BTreeMap::new(),
             touched: BTreeMap::new(),
             noted: BTreeSet::new(),
+            dropped: BTreeMap::new(),
         }
     }
 
@@ -101,6 +104,9 @@ impl<'t> Change<'t> {
 
     /// Writes what was gathered.
     pub(super) fn finish_up(mut self) -> Result<()> {
+        for (key, gone) in std::mem::take(&mut self.dropped) {
+            self.drop_ended(key, &gone)?;
+        }
         let fresh = self.fresh.iter().map(|(number, stored)| (*number, &stored[..]));
         for (key, row) in rows(fresh) {
             self.batches.get()?.insert(key, &*row)?;
@@ -111,7 +117,7 @@ impl<'t> Change<'t> {
             let together: Vec<_> = together.map(|(number, (_, record))| (number, record)).collect();
             let together = together.iter().map(|(number, record)| (*number, &record[..]));
             for (key, row) in rows(together) {
-                self.end_row(key, &row, until)?;
+                self.end_row(key, row, until)?;
             }
         }
         for (key, row) in &self.touched {
@@ -125,21 +131,22 @@ impl<'t> Change<'t> {
         Ok(())
     }
 
-    fn end_row(&mut self, key: Number, row: &[u8], until: Millis) -> Result<()> {
-        let before = self.ended.get()?.get(key)?.map(|before| before.value().to_vec());
-        // A call that ended twice, since its worker was cut off: those that ended with it the first time stay.
-        if let Some(before) = before {
-            let row = Row::new(row);
-            let all = Row::new(&before).entries().filter(|(number, _)| row.find(*number).is_none());
-            let all: BTreeMap<_, _> = all.chain(row.entries()).collect();
-            for (key, row) in rows(all) {
-                self.ended.get()?.insert(key, &*row)?;
-                self.expiry.get()?.insert((until, format!("{ROW}{key}").as_str()), ())?;
+    /// Adds a row of calls that have ended, to the one under its key if there is one: what was under it first may have
+    /// been taken out, and has ended again.
+    fn end_row(&mut self, key: Number, row: Vec<u8>, until: Millis) -> Result<()> {
+        let mut left = vec![(key, row)];
+        while let Some((key, mut row)) = left.pop() {
+            let before = self.ended.get()?.get(key)?.map(|before| before.value().to_vec());
+            if let Some(before) = before {
+                let all = Row::new(&before).entries().chain(Row::new(&row).entries());
+                let all: BTreeMap<_, _> = all.collect();
+                let mut merged = rows(all);
+                left.extend(merged.split_off(1));
+                row = merged.remove(0).1;
             }
-            return Ok(());
+            self.ended.get()?.insert(key, &*row)?;
+            self.expiry.get()?.insert((until, format!("{ROW}{key}").as_str()), ())?;
         }
-        self.ended.get()?.insert(key, row)?;
-        self.expiry.get()?.insert((until, format!("{ROW}{key}").as_str()), ())?;
         Ok(())
     }
 
@@ -189,6 +196,7 @@ impl<'t> Change<'t> {
     }
 
     /// Ends a call; its state and answer, encoded, are kept until `until`. `noted`: something was noted of it before.
+    /// `false` if it had ended before.
     pub(super) fn finish(
         &mut self,
         number: Number,
@@ -196,8 +204,12 @@ impl<'t> Change<'t> {
         chosen: bool,
         until: Millis,
         noted: bool,
-    ) -> Result<()> {
-        self.call_is_over(number)?;
+    ) -> Result<bool> {
+        let was_there = self.call_is_over(number)?;
+        if !was_there {
+            // Its worker was cut off while that was on its way, or it was dead.
+            self.remove_ended(number)?;
+        }
         if self.noted.remove(&number) || noted {
             self.progress.get()?.remove(number)?;
             // The answer of a dead call is kept one by one.
@@ -209,7 +221,7 @@ impl<'t> Change<'t> {
         } else {
             self.endings.insert(number, (until, record));
         }
-        Ok(())
+        Ok(was_there)
     }
 
     /// Keeps the answer of a call that is dead: its status as JSON, and both, encoded.
@@ -236,48 +248,55 @@ impl<'t> Change<'t> {
         Ok(())
     }
 
-    /// Takes what is kept of a call out of its row. The row keeps its key, and goes when it was to.
+    /// Takes what is kept of a call out of its row, once this change is whole.
     fn remove_ended(&mut self, number: Number) -> Result<()> {
-        let Some((key, others)) = row_with(self.ended.get()?, number)?.map(|(key, row)| {
-            let others = Row::new(row.value()).entries().filter(|(it, _)| *it != number);
-            (key, rows(others).into_iter().next())
-        }) else {
-            return Ok(());
-        };
-        match others {
-            Some((_, row)) => self.ended.get()?.insert(key, &*row)?,
-            None => self.ended.get()?.remove(key)?,
+        if let Some((key, _)) = row_with(self.ended.get()?, number)? {
+            self.dropped.entry(key).or_default().insert(number);
+        }
+        Ok(())
+    }
+
+    /// Takes entries out of a row. What is left keeps its key, and goes when it was to.
+    fn drop_ended(&mut self, key: Number, gone: &BTreeSet<Number>) -> Result<()> {
+        let ended = self.ended.get()?;
+        let left = ended.get(key)?.and_then(|row| {
+            let left = Row::new(row.value()).entries().filter(|(it, _)| !gone.contains(it));
+            rows(left).into_iter().next()
+        });
+        match left {
+            Some((_, row)) => ended.insert(key, &*row)?,
+            None => ended.remove(key)?,
         };
         Ok(())
     }
 
-    /// Removes the call itself.
-    fn call_is_over(&mut self, number: Number) -> Result<()> {
+    /// Removes the call itself; `false` if it was not there any more.
+    fn call_is_over(&mut self, number: Number) -> Result<bool> {
         if self.fresh.remove(&number).is_some() {
-            return Ok(());
+            return Ok(true);
         }
-        if !self.mark_touched(number) {
-            let found = row_with(self.batches.get()?, number)?;
-            let found = found.map(|(key, row)| (key, Row::new(row.value()).numbers().collect()));
-            let Some((key, numbers)) = found else {
-                self.calls.get()?.remove(number)?;
-                return Ok(());
-            };
-            let marks = self.over.get()?.get(key)?.map(|marks| Marks::new(marks.value()));
-            self.touched.insert(key, Touched { numbers, marks: marks.unwrap_or_default() });
-            self.mark_touched(number);
+        if let Some(was_there) = self.mark_touched(number) {
+            return Ok(was_there);
         }
-        Ok(())
+        let found = row_with(self.batches.get()?, number)?;
+        let found = found.map(|(key, row)| (key, Row::new(row.value()).numbers().collect()));
+        let Some((key, numbers)) = found else {
+            return Ok(self.calls.get()?.remove(number)?.is_some());
+        };
+        let marks = self.over.get()?.get(key)?.map(|marks| Marks::new(marks.value()));
+        self.touched.insert(key, Touched { numbers, marks: marks.unwrap_or_default() });
+        Ok(self.mark_touched(number).unwrap_or(false))
     }
 
-    /// Marks the call in a row that was looked at before; whether it is in one.
-    fn mark_touched(&mut self, number: Number) -> bool {
-        let find = |row: &mut Touched| {
+    /// Marks the call in a row that was looked at before, if it is in one; whether it was not marked yet.
+    fn mark_touched(&mut self, number: Number) -> Option<bool> {
+        let keys = number.saturating_sub(SPAN - 1)..=number;
+        self.touched.range_mut(keys).rev().find_map(|(_, row)| {
             let index = row.numbers.binary_search(&number).ok()?;
+            let was_there = !row.marks.has(index);
             row.marks.set(index);
-            Some(())
-        };
-        self.touched.range_mut(..=number).rev().find_map(|(_, row)| find(row)).is_some()
+            Some(was_there)
+        })
     }
 
     /// The call with `id`, and what the file says of it.
@@ -308,6 +327,9 @@ impl<'t> Change<'t> {
             None => match self.finished.get()?.get(number)? {
                 Some(stored) => decode(stored.value()),
                 None => row_with(self.ended.get()?, number)?
+                    .filter(|(key, _)| {
+                        !self.dropped.get(key).is_some_and(|it| it.contains(&number))
+                    })
                     .and_then(|(_, row)| decode(Row::new(row.value()).get(number)?)),
             },
         };

@@ -2,7 +2,11 @@
 //! written once more, in one piece, and that piece is what a commit waits for. The pages themselves reach the disk when
 //! the system writes them, at the latest when the journal is full.
 //!
-//! Until then a power failure may lose any of them: then they are taken from the journal before the file is opened.
+//! Until then a power failure may lose any of them: then they are taken from the journal before the file is opened. The
+//! file's header is written last, after the record that has it, so that it tells whether a journal belongs to a file:
+//! to one that was changed without it, or another, it does not.
+
+mod record;
 
 use std::fs::{File, OpenOptions, TryLockError};
 use std::io;
@@ -11,21 +15,14 @@ use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use bytes::BufMut;
 use redb::backends::FileBackend;
 use redb::{BackendError, StorageBackend};
 use uuid::Uuid;
 
+use crate::queue::embedded::journal::record::{BLOCK, Header, LARGEST, Record, replay};
+
 /// The journal's length. Nothing is written behind it, so that its own length is never to be made durable.
 const LENGTH: u64 = 32 << 20;
-/// What one commit may write to it. One that writes more waits for its pages.
-const LARGEST: usize = 4 << 20;
-/// Records begin at multiples of this: a disk that fails while it writes one leaves those before as they are.
-const BLOCK: usize = 4096;
-/// A record's head: the round of the journal, the length of what follows, the length of the file, a checksum of all.
-const HEAD: usize = 8 + 4 + 8 + 4;
-/// Before a page, in a record: where it is in the file, and its length.
-const PLACE: usize = 8 + 4;
 /// So much room for the next record is kept.
 const KEPT: usize = 256 << 10;
 
@@ -40,16 +37,22 @@ pub(super) struct Journaled {
 #[derive(Debug)]
 struct Journal {
     file: File,
+    /// Its length.
+    room: u64,
     /// Where the next record goes.
     end: u64,
     /// Told from any other of all that ever was: what is behind the last record is of another.
     round: u64,
-    /// The next record, but for its head.
-    record: Vec<u8>,
+    record: Record,
     /// The commit is too large for a record.
     overflows: bool,
     /// The length of the queue's file.
     length: u64,
+    /// The header of the queue's file, and the one that it is about to have.
+    header: Header,
+    next_header: Option<Vec<u8>>,
+    /// What the header was when this round began.
+    base: u64,
     /// Something went wrong: what is in the journal may be needed.
     broken: bool,
 }
@@ -57,14 +60,23 @@ struct Journal {
 impl Journaled {
     /// Opens the file at `path`, and its journal beside it. What only the journal has is put where it belongs.
     pub(super) fn open(path: &Path) -> io::Result<Self> {
+        Self::open_with(path, LENGTH)
+    }
+
+    fn open_with(path: &Path, length: u64) -> io::Result<Self> {
         let file = open(path)?;
-        let journal = match Journal::open(&path.with_extension("journal"), &file) {
-            Ok(journal) => Some(Mutex::new(journal)),
-            Err(error) if error.kind() == io::ErrorKind::StorageFull => {
-                tracing::warn!(%error, "There is no room for the queue's journal: it will be slow");
-                None
-            }
-            Err(error) => return Err(error),
+        let beside = path.with_extension("journal");
+        let journal = open(&beside)?;
+        replay(&journal, &file)?;
+        // Whatever is in the file, of a process that was killed, is not undone any more.
+        file.sync_all()?;
+        let journal = if make_room(&journal, &beside, length)? {
+            Some(Mutex::new(Journal::begin(journal, length, &file)?))
+        } else {
+            tracing::warn!(
+                "There is no room for the queue's journal: without it, the queue is slow"
+            );
+            None
         };
         let file = FileBackend::new(file).map_err(io::Error::other)?;
         Ok(Self { file, journal })
@@ -82,7 +94,15 @@ impl StorageBackend for Journaled {
     }
 
     fn read(&self, offset: u64, out: &mut [u8]) -> io::Result<()> {
-        self.file.read(offset, out)
+        self.file.read(offset, out)?;
+        if offset == 0
+            && let Some(journal) = self.journal()
+            && let Some(header) = &journal.next_header
+        {
+            let length = out.len().min(header.len());
+            out[..length].copy_from_slice(&header[..length]);
+        }
+        Ok(())
     }
 
     fn set_len(&self, length: u64) -> io::Result<()> {
@@ -94,6 +114,10 @@ impl StorageBackend for Journaled {
     fn write(&self, offset: u64, data: &[u8]) -> io::Result<()> {
         let Some(mut journal) = self.journal() else { return self.file.write(offset, data) };
         journal.note(offset, data);
+        if offset == 0 {
+            journal.next_header = Some(data.to_vec());
+            return Ok(());
+        }
         journal.watch(self.file.write(offset, data))
     }
 
@@ -107,8 +131,8 @@ impl StorageBackend for Journaled {
         if let Some(mut journal) = self.journal()
             && !journal.broken
         {
-            let synced = self.file.sync_data().and_then(|()| journal.empty());
-            journal.watch(synced)?;
+            let closed = journal.close(&self.file);
+            journal.watch(closed)?;
         }
         self.file.close()
     }
@@ -143,95 +167,80 @@ impl StorageBackend for Journaled {
 }
 
 impl Journal {
-    fn open(path: &Path, file: &File) -> io::Result<Self> {
-        let journal = open(path)?;
-        match journal.try_lock() {
-            Ok(()) => {}
-            Err(TryLockError::WouldBlock) => {
-                let text = format!("{} is in use by another process", path.display());
-                return Err(io::Error::new(io::ErrorKind::ResourceBusy, text));
-            }
-            // The queue's file is locked, too, where that can be.
-            Err(TryLockError::Error(error)) if error.kind() == io::ErrorKind::Unsupported => {}
-            Err(TryLockError::Error(error)) => return Err(error),
-        }
-        if journal.metadata()?.len() == LENGTH {
-            replay(&journal, file)?;
-        } else {
-            make_room(&journal, path)?;
-        }
+    /// Begins a journal for `file`, all of which is on the disk.
+    fn begin(journal: File, room: u64, file: &File) -> io::Result<Self> {
+        let header = Header::of(file)?;
         let mut journal = Self {
-            length: file.metadata()?.len(),
             file: journal,
+            room,
             end: 0,
             round: 0,
-            record: Vec::new(),
+            record: Record::default(),
             overflows: false,
+            length: file.metadata()?.len(),
+            base: header.digest(),
+            header,
+            next_header: None,
             broken: false,
         };
         journal.empty()?;
         Ok(journal)
     }
 
-    /// Begins anew: nothing that is in the journal is needed any more.
+    /// Begins anew: all that is in the journal is in the file, and on the disk.
     fn empty(&mut self) -> io::Result<()> {
         self.file.write_all_at(&[0; BLOCK], 0)?;
         self.file.sync_data()?;
-        self.begin();
+        (self.end, self.round) = (0, Uuid::new_v4().as_u64_pair().0);
+        self.base = self.header.digest();
         Ok(())
     }
 
-    fn begin(&mut self) {
-        (self.end, self.round) = (0, Uuid::new_v4().as_u64_pair().0);
-    }
-
     fn note(&mut self, offset: u64, data: &[u8]) {
-        if self.record.is_empty() {
-            self.record.resize(HEAD, 0);
-        }
-        self.overflows |= self.record.len() + PLACE + data.len() > LARGEST;
+        let most = LARGEST.min(usize::try_from(self.room).unwrap_or(LARGEST) / 2);
+        self.overflows |= self.record.length_with(data) > most;
         if !self.overflows {
-            self.record.put_u64(offset);
-            self.record.put_u32(u32::try_from(data.len()).unwrap_or(u32::MAX));
-            self.record.put_slice(data);
+            self.record.add(offset, data);
         }
     }
 
     /// Makes all that was noted durable.
     fn commit(&mut self, file: &FileBackend) -> io::Result<()> {
         if self.overflows {
+            // The pages before the header: what is in the journal would not fit to a file with another.
             file.sync_data()?;
-            // What is in the journal is older.
             self.empty()?;
+            self.write_header(file)?;
+            file.sync_data()?;
+            self.base = self.header.digest();
         } else if !self.record.is_empty() {
-            self.seal();
-            if self.end + self.record.len() as u64 > LENGTH {
+            if self.end + self.record.sealed_length() as u64 > self.room {
                 file.sync_data()?;
-                self.begin();
-                self.seal();
+                self.empty()?;
             }
-            self.file.write_all_at(&self.record, self.end)?;
+            let sealed = self.record.seal(self.round, self.length, self.base);
+            self.file.write_all_at(sealed, self.end)?;
             self.file.sync_data()?;
-            self.end += self.record.len() as u64;
+            self.end += sealed.len() as u64;
+            self.write_header(file)?;
         }
         self.overflows = false;
-        self.record.clear();
-        self.record.shrink_to(KEPT);
+        self.record.clear(KEPT);
         Ok(())
     }
 
-    /// Writes the record's head, and has it end where another may begin.
-    fn seal(&mut self) {
-        self.record.resize(self.record.len().next_multiple_of(BLOCK), 0);
-        let length = u32::try_from(self.record.len() - HEAD).unwrap_or(u32::MAX);
-        let mut head = [0; HEAD];
-        let (round, rest) = head.split_at_mut(8);
-        round.copy_from_slice(&self.round.to_be_bytes());
-        rest[..4].copy_from_slice(&length.to_be_bytes());
-        rest[4..12].copy_from_slice(&self.length.to_be_bytes());
-        self.record[..HEAD].copy_from_slice(&head);
-        let sum = checksum(&self.record);
-        self.record[HEAD - 4..HEAD].copy_from_slice(&sum.to_be_bytes());
+    fn write_header(&mut self, file: &FileBackend) -> io::Result<()> {
+        if let Some(header) = self.next_header.take() {
+            file.write(0, &header)?;
+            self.header.change(&header);
+        }
+        Ok(())
+    }
+
+    fn close(&mut self, file: &FileBackend) -> io::Result<()> {
+        self.write_header(file)?;
+        file.sync_data()?;
+        self.empty()
     }
 
     fn watch<T>(&mut self, result: io::Result<T>) -> io::Result<T> {
@@ -240,90 +249,44 @@ impl Journal {
     }
 }
 
-/// Opens a file, or makes one that is its owner's alone: it will have bodies in it.
+/// Opens a file for this process alone, or makes one that is its owner's alone: it will have bodies in it.
 fn open(path: &Path) -> io::Result<File> {
-    OpenOptions::new().read(true).write(true).create(true).truncate(false).mode(0o600).open(path)
+    let mut options = OpenOptions::new();
+    let file =
+        options.read(true).write(true).create(true).truncate(false).mode(0o600).open(path)?;
+    match file.try_lock() {
+        Ok(()) => Ok(file),
+        Err(TryLockError::WouldBlock) => {
+            let text = format!("{} is in use by another process", path.display());
+            Err(io::Error::new(io::ErrorKind::ResourceBusy, text))
+        }
+        // redb locks its file in another way, too.
+        Err(TryLockError::Error(error)) if error.kind() == io::ErrorKind::Unsupported => Ok(file),
+        Err(TryLockError::Error(error)) => Err(error),
+    }
 }
 
-/// Of a record, but for the checksum itself.
-fn checksum(record: &[u8]) -> u32 {
-    let mut sum = crc32fast::Hasher::new();
-    sum.update(&record[..HEAD - 4]);
-    sum.update(&record[HEAD..]);
-    sum.finalize()
-}
-
-/// Writes the journal to its end once, so that its blocks are its own from then on.
-fn make_room(journal: &File, path: &Path) -> io::Result<()> {
+/// Sees to it that the journal has its length, and its blocks: it is written to its end once. `false` if there is no
+/// room for that.
+fn make_room(journal: &File, path: &Path, length: u64) -> io::Result<bool> {
+    use io::ErrorKind::{FileTooLarge, QuotaExceeded, StorageFull};
+    if journal.metadata()?.len() == length {
+        return Ok(true);
+    }
     let zeros = vec![0; 1 << 20];
-    for offset in (0..LENGTH).step_by(zeros.len()) {
+    for offset in (0..length).step_by(zeros.len()) {
         if let Err(error) = journal.write_all_at(&zeros, offset) {
             // It must not take what others could use.
             let _ = journal.set_len(0);
-            return Err(error);
+            let full = matches!(error.kind(), StorageFull | QuotaExceeded | FileTooLarge);
+            return if full { Ok(false) } else { Err(error) };
         }
     }
-    journal.set_len(LENGTH)?;
+    journal.set_len(length)?;
     journal.sync_all()?;
     let directory = path.parent().filter(|it| !it.as_os_str().is_empty());
-    File::open(directory.unwrap_or(Path::new(".")))?.sync_all()
-}
-
-/// Puts into `file` what the records of `journal` hold, up to the first that is not whole.
-fn replay(journal: &File, file: &File) -> io::Result<()> {
-    let (mut start, mut round, mut records) = (0, None, 0);
-    while let Some(record) = record_at(journal, start)? {
-        let (of_round, rest) = record.split_first_chunk::<8>().unwrap_or((&[0; 8], &[]));
-        if *round.get_or_insert(*of_round) != *of_round {
-            break;
-        }
-        let length = rest[4..12].try_into().map_or(0, u64::from_be_bytes);
-        if file.metadata()?.len() != length {
-            file.set_len(length)?;
-        }
-        let mut pages = &record[HEAD..];
-        while let Some((offset, data, rest)) = page(pages) {
-            file.write_all_at(data, offset)?;
-            pages = rest;
-        }
-        start += record.len() as u64;
-        records += 1;
-    }
-    if records > 0 {
-        file.sync_all()?;
-        tracing::info!(
-            records,
-            "The queue's file was not closed: its last changes were looked after"
-        );
-    }
-    Ok(())
-}
-
-/// The record that begins at `start`; `None` if what is there is none.
-fn record_at(journal: &File, start: u64) -> io::Result<Option<Vec<u8>>> {
-    if start + BLOCK as u64 > LENGTH {
-        return Ok(None);
-    }
-    let mut record = vec![0; BLOCK];
-    journal.read_exact_at(&mut record, start)?;
-    let length = record[8..12].try_into().map_or(0, u32::from_be_bytes) as usize + HEAD;
-    if length > LARGEST + BLOCK || !length.is_multiple_of(BLOCK) || start + length as u64 > LENGTH {
-        return Ok(None);
-    }
-    record.resize(length, 0);
-    journal.read_exact_at(&mut record[BLOCK..], start + BLOCK as u64)?;
-    let sum = record[HEAD - 4..HEAD].try_into().map_or(0, u32::from_be_bytes);
-    Ok((sum == checksum(&record)).then_some(record))
-}
-
-/// The first page in what is left of a record, and the rest of it.
-fn page(pages: &[u8]) -> Option<(u64, &[u8], &[u8])> {
-    let (offset, rest) = pages.split_first_chunk::<8>()?;
-    let (length, rest) = rest.split_first_chunk::<4>()?;
-    let length = u32::from_be_bytes(*length) as usize;
-    // What fills up the last block is no page.
-    let (data, rest) = rest.split_at_checked(length).filter(|_| length > 0)?;
-    Some((u64::from_be_bytes(*offset), data, rest))
+    File::open(directory.unwrap_or(Path::new(".")))?.sync_all()?;
+    Ok(true)
 }
 
 #[cfg(test)]

@@ -6,7 +6,7 @@ use bytes::{BufMut, Bytes};
 use crate::queue::embedded::schedule::Number;
 
 /// All numbers in a row are less than so much above its first, which is its key: so few rows can have a number.
-pub(super) const SPAN: Number = 512;
+pub(super) const SPAN: Number = 128;
 /// The longest that is kept in a row with others, and the longest row.
 pub(super) const SHORT: usize = 16 << 10;
 const LONGEST: usize = 60 << 10;
@@ -167,7 +167,7 @@ mod tests {
 
     #[test]
     fn what_is_in_a_row_is_found_by_its_number() {
-        let entries = [(3, &b"three"[..]), (5, b""), (514, b"last")];
+        let entries = [(3, &b"three"[..]), (5, b""), (130, b"last")];
         let rows = rows(entries);
         assert_eq!(rows.len(), 1);
         let (key, bytes) = &rows[0];
@@ -203,7 +203,7 @@ mod tests {
     #[test]
     fn marks_are_kept() {
         let mut marks = Marks::default();
-        [0, 9, 511].into_iter().for_each(|index| marks.set(index));
+        [0, 9, 127].into_iter().for_each(|index| marks.set(index));
         let marks = Marks::new(marks.bytes());
         assert_eq!(marks.count(), 3);
         assert!(marks.has(9) && !marks.has(10) && !marks.has(10_000));

@@ -283,10 +283,45 @@ async fn a_settlement_that_comes_too_late_touches_nobody_elses_call() {
     let retry = Settlement::Retry { at: now(), status: Some(503), reason: None };
     let status = Status::queued(&second.call).settled(&retry, now());
     let settled = Settled::new(&status, &retry);
-    queue.shared.waiting().settled(held, &settled);
+    queue.shared.waiting().settled(held, &settled, false);
     assert_eq!(state(&queue, "a").await, Some(State::Running));
     settle(&queue, second, succeeded()).await;
     assert_eq!(queue.counts().await.unwrap(), []);
+}
+
+#[tokio::test]
+async fn a_call_that_ends_after_it_was_given_back_is_not_made_again() {
+    let directory = TempDir::new().unwrap();
+    let queue = open(&directory);
+    for id in ["a", "b", "c"] {
+        queue.publish(call(id), None).await.unwrap();
+    }
+    let first = queue.take(PLACES).await.unwrap();
+    let Handle::Embedded(lease) = &first.handle else { panic!("not embedded") };
+    let status = Status::queued(&first.call).settled(&succeeded(), now());
+    let settled = Settled::new(&status, &succeeded());
+    let held = lease.held;
+    // Whoever had it was cut off while its settlement was on its way.
+    drop(first);
+    queue.ask(|reply| Op::Settle(held, settled, reply)).await.unwrap();
+    assert_eq!(state(&queue, "a").await, Some(State::Succeeded));
+    assert_eq!(queue.shared.waiting().schedule.waiting(), 2);
+    // And the same of one that is made again by then.
+    let second = queue.take(PLACES).await.unwrap();
+    assert_eq!(second.call.id, "b");
+    let Handle::Embedded(lease) = &second.handle else { panic!("not embedded") };
+    let (held, again) = (lease.held, second.call.clone());
+    drop(second);
+    let third = queue.take(PLACES).await.unwrap();
+    let status = Status::queued(&again).settled(&succeeded(), now());
+    let settled = Settled::new(&status, &succeeded());
+    queue.ask(|reply| Op::Settle(held, settled, reply)).await.unwrap();
+    settle(&queue, third, succeeded()).await;
+    assert_eq!(queue.purge(&Filter::default()).await.unwrap(), 3);
+    for id in ["a", "b", "c"] {
+        assert_eq!(state(&queue, id).await, None, "{id}");
+    }
+    assert_eq!(queue.list(&Filter::default(), None, 10).await.unwrap(), []);
 }
 
 #[tokio::test]

@@ -190,7 +190,8 @@ impl Waiting {
         self.running.get(&number).map_or(status.state, |_| State::Running)
     }
 
-    pub(super) fn settled(&mut self, held: Held, settled: &Settled) {
+    /// A call was settled; `ended`: it is over by that.
+    pub(super) fn settled(&mut self, held: Held, settled: &Settled, ended: bool) {
         // If it does not run, whoever had it was cut off, and it was given back before this was durable.
         let ran = self.ended(held);
         let picked = held.picked;
@@ -198,6 +199,11 @@ impl Waiting {
             self.panicked.remove(&picked.number);
         }
         self.noted.remove(&picked.number);
+        if !ran && ended && !self.running.contains_key(&picked.number) {
+            // It is over, so it need not be made again.
+            let due = self.panicked.remove(&picked.number).map_or(0, |(_, due)| due);
+            self.schedule.drop_waiting(picked.line, picked.number, due);
+        }
         match settled {
             Settled::Retry { at, .. } => {
                 self.noted.insert(picked.number);

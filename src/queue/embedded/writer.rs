@@ -229,13 +229,28 @@ struct Batch<'a, 't> {
 /// What to answer, and what changes in memory, once the batch is durable.
 enum Applied {
     Published(Result<Published, Error>),
-    Added { number: Number, id: String },
-    Settled,
+    Added {
+        number: Number,
+        id: String,
+    },
+    /// `ended`: by that, and not before.
+    Settled {
+        ended: bool,
+    },
     Changed(Changed),
-    Cancelled { number: Number, label: String, was_dead: bool },
-    Revived { number: Number, label: String },
+    Cancelled {
+        number: Number,
+        label: String,
+        was_dead: bool,
+    },
+    Revived {
+        number: Number,
+        label: String,
+    },
     Purged(Vec<(Number, String, bool)>),
-    Expired { more: bool },
+    Expired {
+        more: bool,
+    },
 }
 
 impl Batch<'_, '_> {
@@ -243,8 +258,8 @@ impl Batch<'_, '_> {
         match op {
             Op::Publish(call, _) => self.publish(call),
             Op::Settle(held, settled, _) => {
-                self.settle(held.picked.number, settled)?;
-                Ok(Applied::Settled)
+                let ended = self.settle(held.picked.number, settled)?;
+                Ok(Applied::Settled { ended })
             }
             Op::Cancel(id, _) => self.cancel(id),
             Op::Revive(id, _) => self.revive(id),
@@ -291,15 +306,17 @@ impl Batch<'_, '_> {
         Ok(Applied::Added { number, id: call.id.clone() })
     }
 
-    fn settle(&mut self, number: Number, settled: &Settled) -> StoreResult<()> {
+    fn settle(&mut self, number: Number, settled: &Settled) -> StoreResult<bool> {
         match settled {
             Settled::Over { record, chosen } => {
                 let until = self.now + self.shared.limits.result_ttl;
                 let noted = self.shared.waiting().is_noted(number);
                 self.change.finish(number, record.clone(), *chosen, until, noted)
             }
-            Settled::Retry { note, .. } => self.change.note(number, note),
-            Settled::Dead { note, record, .. } => self.change.keep_answer(number, note, record),
+            Settled::Retry { note, .. } => self.change.note(number, note).map(|()| false),
+            Settled::Dead { note, record, .. } => {
+                self.change.keep_answer(number, note, record).map(|()| false)
+            }
         }
     }
 
@@ -368,8 +385,8 @@ impl Applied {
                 waiting.add(&call.label, number, call.due);
                 outbox.put(reply, Ok(Published { id, repeated: false }));
             }
-            (Op::Settle(held, settled, reply), Self::Settled) => {
-                waiting.settled(held, &settled);
+            (Op::Settle(held, settled, reply), Self::Settled { ended }) => {
+                waiting.settled(held, &settled, ended);
                 outbox.put(reply, Ok(()));
             }
             (Op::Cancel(_, reply) | Op::Revive(_, reply), Self::Changed(changed)) => {

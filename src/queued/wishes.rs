@@ -1,0 +1,114 @@
+//! What a caller wants of its queued call, by headers.
+
+use http::{HeaderMap, HeaderName, HeaderValue};
+
+use crate::config::allow::Allow;
+use crate::error::Error;
+use crate::queue::call::{Millis, Options};
+use crate::worker::callback::target::{Invalid, Target};
+
+const X_CALLBACK_URL: HeaderName = HeaderName::from_static("x-callback-url");
+pub(super) const X_DELAY_SECONDS: HeaderName = HeaderName::from_static("x-delay-seconds");
+pub(super) const X_MAX_ATTEMPTS: HeaderName = HeaderName::from_static("x-max-attempts");
+pub(super) const X_EXPIRES_SECONDS: HeaderName = HeaderName::from_static("x-expires-seconds");
+const IDEMPOTENCY_KEY: HeaderName = HeaderName::from_static("idempotency-key");
+
+/// The longest name that a caller may give a call, as an id or as an idempotency key.
+const MAX_NAME: usize = 256;
+/// The longest delay and life that can be asked for.
+const MAX_SECONDS: u64 = 366 * 24 * 3600;
+/// All that its headers ask for.
+pub(super) fn options(headers: &HeaderMap, chosen_id: bool, now: Millis) -> Result<Options, Error> {
+    let later = |name: &HeaderName| -> Result<Option<Millis>, Error> {
+        Ok(number(headers, name, 0..=MAX_SECONDS)?.map(|seconds| now + seconds * 1000))
+    };
+    let attempts = number(headers, &X_MAX_ATTEMPTS, 1..=1000)?;
+    Ok(Options {
+        callback: callback(headers)?,
+        submitted_at: now,
+        not_before: later(&X_DELAY_SECONDS)?.filter(|at| *at > now),
+        expires_at: later(&X_EXPIRES_SECONDS)?,
+        max_attempts: attempts.and_then(|attempts| u32::try_from(attempts).ok()),
+        idempotency_key: name(headers, &IDEMPOTENCY_KEY)?,
+        chosen_id,
+        digest: None,
+    })
+}
+
+fn number(
+    headers: &HeaderMap,
+    name: &HeaderName,
+    range: std::ops::RangeInclusive<u64>,
+) -> Result<Option<u64>, Error> {
+    let Some(value) = headers.get(name) else { return Ok(None) };
+    let number = value.to_str().ok().and_then(|text| text.trim().parse().ok());
+    match number.filter(|number| range.contains(number)) {
+        Some(number) => Ok(Some(number)),
+        None => Err(Error::BadRequest(format!(
+            "{name} is not a whole number from {} to {}",
+            range.start(),
+            range.end()
+        ))),
+    }
+}
+
+/// A name that a caller gives its call.
+fn name(headers: &HeaderMap, header: &HeaderName) -> Result<Option<String>, Error> {
+    headers.get(header).map(|value| text(value, header)).transpose()
+}
+
+/// A header's value, if it can be a name.
+pub(super) fn text(value: &HeaderValue, header: &HeaderName) -> Result<String, Error> {
+    match value.to_str() {
+        Ok(text) if !text.is_empty() && text.len() <= MAX_NAME => Ok(text.to_owned()),
+        _ => Err(Error::BadRequest(format!(
+            "{header} is empty, longer than {MAX_NAME} bytes, or has other than visible characters"
+        ))),
+    }
+}
+
+fn callback(headers: &HeaderMap) -> Result<Option<String>, Error> {
+    let Some(value) = headers.get(&X_CALLBACK_URL) else { return Ok(None) };
+    // Its form alone: which addresses are allowed is known to who calls back, and a name is looked up then.
+    let is_one = |url: &&str| !matches!(Target::parse(url, &Allow::default()), Err(Invalid::Url));
+    let url = value.to_str().ok().filter(is_one);
+    let url = url.ok_or_else(|| {
+        Error::BadRequest(format!("{X_CALLBACK_URL} is not an absolute http or https URL"))
+    })?;
+    Ok(Some(url.to_owned()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_wish_that_cannot_be_read_is_refused() {
+        let wish = |name: &'static str, value: &'static str| {
+            let headers = HeaderMap::from_iter([(
+                HeaderName::from_static(name),
+                HeaderValue::from_static(value),
+            )]);
+            options(&headers, false, 1000)
+        };
+        assert_eq!(wish("x-delay-seconds", "2").unwrap().not_before, Some(3000));
+        assert_eq!(wish("x-delay-seconds", "0").unwrap().not_before, None);
+        assert_eq!(wish("x-max-attempts", "3").unwrap().max_attempts, Some(3));
+        assert_eq!(wish("x-expires-seconds", "1").unwrap().expires_at, Some(2000));
+        let callback = wish("x-callback-url", "https://a.example/x?y").unwrap().callback;
+        assert_eq!(callback.as_deref(), Some("https://a.example/x?y"));
+        for (name, value) in [
+            ("x-delay-seconds", "-1"),
+            ("x-delay-seconds", "soon"),
+            ("x-max-attempts", "0"),
+            ("x-callback-url", "http://[::1"),
+            ("x-callback-url", "/relative"),
+            ("x-callback-url", "ftp://a/b"),
+            ("x-callback-url", "http://hooks:99999/"),
+            ("x-callback-url", "http://u:%zz@hooks/"),
+            ("idempotency-key", ""),
+        ] {
+            assert!(wish(name, value).is_err(), "{name}: {value}");
+        }
+    }
+}
