@@ -6,6 +6,7 @@
 //! file's header is written last, after the record that has it, so that it tells whether a journal belongs to a file:
 //! to one that was changed without it, or another, it does not.
 
+mod flusher;
 mod record;
 
 use std::fs::{File, OpenOptions, TryLockError};
@@ -19,10 +20,14 @@ use redb::backends::FileBackend;
 use redb::{BackendError, StorageBackend};
 use uuid::Uuid;
 
+use crate::queue::embedded::journal::flusher::Flusher;
 use crate::queue::embedded::journal::record::{BLOCK, Header, LARGEST, Record, replay};
 
 /// The journal's length. Nothing is written behind it, so that its own length is never to be made durable.
 const LENGTH: u64 = 32 << 20;
+/// So often in a round the file is written to the disk beside the commits, so that little is left to wait for when the
+/// journal is full.
+const FLUSHES: u64 = 8;
 /// So much room for the next record is kept.
 const KEPT: usize = 256 << 10;
 
@@ -37,6 +42,7 @@ pub(super) struct Journaled {
 #[derive(Debug)]
 struct Journal {
     file: File,
+    flusher: Flusher,
     /// Its length.
     room: u64,
     /// Where the next record goes.
@@ -172,6 +178,7 @@ impl Journal {
         let header = Header::of(file)?;
         let mut journal = Self {
             file: journal,
+            flusher: Flusher::start(file)?,
             room,
             end: 0,
             round: 0,
@@ -206,6 +213,7 @@ impl Journal {
 
     /// Makes all that was noted durable.
     fn commit(&mut self, file: &FileBackend) -> io::Result<()> {
+        self.flusher.check()?;
         if self.overflows {
             // The pages before the header: what is in the journal would not fit to a file with another.
             file.sync_data()?;
@@ -221,8 +229,12 @@ impl Journal {
             let sealed = self.record.seal(self.round, self.length, self.base);
             self.file.write_all_at(sealed, self.end)?;
             self.file.sync_data()?;
+            let (before, part) = (self.end, self.room / FLUSHES);
             self.end += sealed.len() as u64;
             self.write_header(file)?;
+            if before / part != self.end / part {
+                self.flusher.flush();
+            }
         }
         self.overflows = false;
         self.record.clear(KEPT);
@@ -238,6 +250,7 @@ impl Journal {
     }
 
     fn close(&mut self, file: &FileBackend) -> io::Result<()> {
+        self.flusher.check()?;
         self.write_header(file)?;
         file.sync_data()?;
         self.empty()
