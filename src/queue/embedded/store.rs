@@ -20,7 +20,7 @@ use crate::queue::embedded::tables::{
 use crate::queue::status::{Answer, State, Status};
 
 /// Memory for pages of the file.
-const CACHE: usize = 24 << 20;
+const CACHE: usize = 12 << 20;
 
 pub(super) type Result<T, E = redb::Error> = std::result::Result<T, E>;
 

@@ -5,8 +5,8 @@ use redb::TableDefinition;
 use crate::queue::call::Millis;
 use crate::queue::embedded::schedule::Number;
 
-/// Calls that are not over, and those that failed for good: as [`Call::encode`] writes them. Long ones, and those of a
-/// file that an older gateway wrote.
+/// Calls that are not over, and those that failed for good: as `Call::encode` writes them. Long ones, and those of a file
+/// that an older gateway wrote.
 pub(super) const CALLS: TableDefinition<'_, Number, &[u8]> = TableDefinition::new("calls");
 /// All others of these, in rows of those that were taken in together.
 pub(super) const BATCHES: TableDefinition<'_, Number, &[u8]> = TableDefinition::new("batches");
@@ -15,9 +15,9 @@ pub(super) const OVER: TableDefinition<'_, Number, &[u8]> = TableDefinition::new
 /// By id, of calls whose caller chose it. All others have their number in their id: to keep these, too, a table in the
 /// order of random ids would be half of what a call costs.
 pub(super) const NUMBERS: TableDefinition<'_, &str, Number> = TableDefinition::new("numbers");
-/// [`Status`] as JSON, of calls that have been made but are not over, and of dead ones.
+/// `Status` as JSON, of calls that have been made but are not over, and of dead ones.
 pub(super) const PROGRESS: TableDefinition<'_, Number, &[u8]> = TableDefinition::new("progress");
-/// [`Status`] and answer of calls that are over: those with a long answer or a chosen id, and dead ones.
+/// `Status` and answer of calls that are over: those with a long answer or a chosen id, and dead ones.
 pub(super) const FINISHED: TableDefinition<'_, Number, &[u8]> = TableDefinition::new("finished");
 /// The same of all others, in rows of those that ended together.
 pub(super) const ENDED: TableDefinition<'_, Number, &[u8]> = TableDefinition::new("ended");
