@@ -361,19 +361,13 @@ impl Shared {
 
     /// What is stored of a call. The calls that were taken in with it will be at hand.
     fn read(&self, number: Number) -> Result<Option<Bytes>, Error> {
-        let row = self.view(|view| match view.call(number)? {
-            Some(call) => Ok(Err(call)),
-            None => view.row(number).map(Ok),
-        })?;
-        match row {
-            Err(call) => Ok(Some(call)),
-            Ok(None) => Ok(None),
-            Ok(Some(row)) => {
-                let call = Row::new(&row).get(number).map(|call| row.slice_ref(call));
-                self.waiting().recent.add(row);
-                Ok(call)
-            }
+        if let Some(call) = self.view(|view| view.call(number))? {
+            return Ok(Some(call));
         }
+        let Some(row) = self.view(|view| view.row(number))? else { return Ok(None) };
+        let call = Row::new(&row).get(number).map(|call| row.slice_ref(call));
+        self.waiting().recent.add(row);
+        Ok(call)
     }
 
     fn view<T>(&self, read: impl FnOnce(&View) -> store::Result<T>) -> Result<T, Error> {

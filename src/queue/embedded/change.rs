@@ -32,7 +32,7 @@ pub(super) struct Change<'t> {
     /// Calls that are about to be a row.
     fresh: BTreeMap<Number, Bytes>,
     /// What is kept of calls that have ended, about to be a row, and until when.
-    endings: BTreeMap<Number, (Millis, Vec<u8>)>,
+    endings: BTreeMap<Number, (Millis, Bytes)>,
     /// Rows some of whose calls are over by now.
     touched: BTreeMap<Number, Touched>,
     /// Calls of which something is noted now.
@@ -200,7 +200,7 @@ impl<'t> Change<'t> {
     pub(super) fn finish(
         &mut self,
         number: Number,
-        record: Vec<u8>,
+        record: Bytes,
         chosen: bool,
         until: Millis,
         noted: bool,
@@ -323,7 +323,7 @@ impl<'t> Change<'t> {
         }
         let decode = |stored: &[u8]| finished::decode(&Bytes::copy_from_slice(stored));
         let finished = match self.endings.get(&number) {
-            Some((_, record)) => decode(record),
+            Some((_, record)) => finished::decode(record),
             None => match self.finished.get()?.get(number)? {
                 Some(stored) => decode(stored.value()),
                 None => row_with(self.ended.get()?, number)?

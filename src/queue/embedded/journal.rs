@@ -134,13 +134,16 @@ impl StorageBackend for Journaled {
     }
 
     fn close(&self) -> io::Result<()> {
-        if let Some(mut journal) = self.journal()
-            && !journal.broken
-        {
-            let closed = journal.close(&self.file);
-            journal.watch(closed)?;
-        }
-        self.file.close()
+        let closed = match self.journal() {
+            Some(mut journal) if !journal.broken => {
+                let closed = journal.close(&self.file);
+                journal.watch(closed)
+            }
+            _ => Ok(()),
+        };
+        // Its locks go, whatever became of the rest.
+        self.file.close()?;
+        closed
     }
 
     fn try_lock_range(&self, from: Bound<u64>, to: Bound<u64>) -> Result<bool, BackendError> {

@@ -25,7 +25,10 @@ impl Shared {
             None => None,
         };
         if let Some(noted) = noted {
-            return Ok(Some(began.map_or(noted.clone(), |began| began.of(noted))));
+            return Ok(Some(match began {
+                Some(began) => began.of(noted),
+                None => noted,
+            }));
         }
         if let Some((finished, _)) = view.finished(number)? {
             return Ok(Some(finished));

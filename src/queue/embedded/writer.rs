@@ -45,7 +45,7 @@ pub(super) struct Incoming {
 pub(super) enum Settled {
     /// With what is kept of it. `chosen`: it has no number in its id.
     Over {
-        record: Vec<u8>,
+        record: Bytes,
         chosen: bool,
     },
     Retry {
@@ -65,7 +65,7 @@ impl Settled {
         let note = || serde_json::to_vec(status).unwrap_or_default();
         match settlement {
             Settlement::Finished { answer, .. } => Self::Over {
-                record: finished::encode(status, answer.as_ref()),
+                record: finished::encode(status, answer.as_ref()).into(),
                 chosen: is_chosen(status),
             },
             Settlement::Retry { at, .. } => Self::Retry { note: note(), at: *at },
@@ -336,7 +336,7 @@ impl Batch<'_, '_> {
         status.next_attempt_at = None;
         let until = self.now + self.shared.limits.result_ttl;
         let record = finished::encode(&status, None);
-        self.change.finish(number, record, is_chosen(&status), until, true)?;
+        self.change.finish(number, record.into(), is_chosen(&status), until, true)?;
         Ok(Applied::Cancelled { number, label: status.function, was_dead })
     }
 
