@@ -7,6 +7,7 @@ pub mod jetstream;
 mod share;
 pub mod stan;
 pub mod status;
+mod tasks;
 
 use std::time::{SystemTime, UNIX_EPOCH};
 

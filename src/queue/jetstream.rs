@@ -21,7 +21,6 @@ mod state;
 mod streams;
 mod subject;
 mod survey;
-mod tasks;
 
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
@@ -41,8 +40,8 @@ use crate::queue::jetstream::pull::{Arrived, Begun};
 use crate::queue::jetstream::roll::Roll;
 use crate::queue::jetstream::server::{Fault, Server};
 use crate::queue::jetstream::subject::Names;
-use crate::queue::jetstream::tasks::Tasks;
 use crate::queue::status::{Answer, Settlement, Status};
+use crate::queue::tasks::Tasks;
 use crate::queue::{Changed, Counts, Delivery, Error, Filter, Published};
 
 /// A publish is answered within this time, one of a large body within the other.

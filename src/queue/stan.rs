@@ -18,7 +18,6 @@ mod peers;
 pub(super) mod probe;
 mod proto;
 mod take;
-mod tasks;
 
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -36,8 +35,8 @@ use crate::queue::stan::ledger::{Ledger, Room};
 use crate::queue::stan::message::Progress;
 use crate::queue::stan::nats::{Fault, Nats};
 use crate::queue::stan::take::{Arrived, LATER};
-use crate::queue::stan::tasks::Tasks;
 use crate::queue::status::Settlement;
+use crate::queue::tasks::Tasks;
 use crate::queue::{Delivery, Error, Published, now};
 
 /// What is needed beside a connection to NATS.
@@ -116,7 +115,7 @@ impl Stan {
         );
         if shared.options.publishes {
             let publishing = Arc::clone(&shared);
-            shared.tasks.keep_up("publisher", move || {
+            shared.tasks.keep_to_end("publisher", move || {
                 let publishing = Arc::clone(&publishing);
                 async move {
                     let stopping = &publishing.tasks.stopping;
@@ -129,7 +128,8 @@ impl Stan {
 
     /// Signs off: what was taken and not settled goes to others at once.
     pub async fn stop(&self) {
-        self.shared.tasks.stop().await;
+        self.shared.tasks.stop();
+        let _ = tokio::time::timeout(STOP, self.shared.tasks.ended()).await;
         self.shared.nats.flush().await;
     }
 
@@ -186,6 +186,8 @@ impl Stan {
     }
 }
 
+/// How long what goes on may take to end.
+const STOP: Duration = Duration::from_secs(2);
 /// Bytes of calls of one channel that are made later, and wait here: others wait in the channel.
 const LATER_BYTES: usize = 16 << 20;
 /// What a message has beside the call: ids, the channel, and what is noted of the call later.
@@ -216,18 +218,18 @@ impl Shared {
         self.ledger().make_room(Room { places, later: LATER, later_bytes: LATER_BYTES });
         for channel in Channel::all() {
             let crowded = Arc::clone(self);
-            self.tasks.keep_up("room", move || {
+            self.tasks.keep_to_end("room", move || {
                 let crowded = Arc::clone(&crowded);
                 async move { aside::make_room(&crowded, channel).await }
             });
         }
         let answering = Arc::clone(self);
-        self.tasks.keep_up("peers", move || {
+        self.tasks.keep_to_end("peers", move || {
             let answering = Arc::clone(&answering);
             async move { peers::answer_all(&answering).await }
         });
         let working = Arc::clone(self);
-        self.tasks.keep_up("worker", move || {
+        self.tasks.keep_to_end("worker", move || {
             let working = Arc::clone(&working);
             async move {
                 let stopping = &working.tasks.stopping;

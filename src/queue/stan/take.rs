@@ -140,7 +140,7 @@ async fn receive(shared: &Arc<Shared>, channel: Channel, mut subscription: Subsc
             Arrival::New => admit(shared, key, data),
             Arrival::SentBefore => {
                 let asking = Arc::clone(shared);
-                shared.tasks.spawn(async move { peers::admit_if_free(&asking, key, data).await });
+                shared.tasks.finish(async move { peers::admit_if_free(&asking, key, data).await });
             }
             Arrival::Nothing => {}
             Arrival::Done => shared.acknowledge(key).await,
@@ -156,7 +156,7 @@ pub(super) fn admit(shared: &Arc<Shared>, key: Key, data: Bytes) {
         Err(error) => {
             // Whatever becomes of the session, this comes to an end.
             let aside = Arc::clone(shared);
-            return shared.tasks.spawn(async move { put_aside(&aside, key, data, &error).await });
+            return shared.tasks.finish(async move { put_aside(&aside, key, data, &error).await });
         }
     };
     // What was never tried has no time; a stranger's word for it would keep a place for ever.

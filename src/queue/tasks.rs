@@ -1,4 +1,4 @@
-//! What goes on beside the calls to this queue.
+//! What goes on beside the calls to a queue.
 
 use std::panic::AssertUnwindSafe;
 use std::time::Duration;
@@ -14,7 +14,7 @@ const PAUSE: Duration = Duration::from_secs(1);
 /// The tasks, and the one signal that ends them.
 pub(super) struct Tasks {
     tracker: TaskTracker,
-    stopping: CancellationToken,
+    pub(super) stopping: CancellationToken,
     runtime: Runtime,
 }
 
@@ -45,12 +45,15 @@ impl Tasks {
     where
         F: Future<Output = ()> + Send + 'static,
     {
-        self.spawn(async move {
-            while AssertUnwindSafe(task()).catch_unwind().await.is_err() {
-                tracing::error!(task = name, "A task of the queue broke, and is begun anew");
-                tokio::time::sleep(PAUSE).await;
-            }
-        });
+        self.spawn(keep_up(name, self.stopping.clone(), task));
+    }
+
+    /// The same for what has something to do when the queue is stopped, and ends by itself then.
+    pub(super) fn keep_to_end<F>(&self, name: &'static str, task: impl Fn() -> F + Send + 'static)
+    where
+        F: Future<Output = ()> + Send + 'static,
+    {
+        self.finish(keep_up(name, self.stopping.clone(), task));
     }
 
     /// Runs `task`, which ends soon by itself. Who stops the queue waits for it.
@@ -67,6 +70,20 @@ impl Tasks {
     /// Waits until all have ended.
     pub(super) async fn ended(&self) {
         self.tracker.wait().await;
+    }
+}
+
+async fn keep_up<F: Future<Output = ()>>(
+    name: &'static str,
+    stopping: CancellationToken,
+    task: impl Fn() -> F,
+) {
+    while AssertUnwindSafe(task()).catch_unwind().await.is_err() {
+        tracing::error!(task = name, "A task of the queue broke, and is begun anew");
+        let pause = tokio::time::timeout(PAUSE, stopping.cancelled());
+        if pause.await.is_ok() {
+            return;
+        }
     }
 }
 
@@ -90,6 +107,7 @@ mod tests {
         tasks.ended().await;
         assert_eq!(begun.load(SeqCst), 3);
         tasks.keep_up("test", || async { panic!("it breaks") });
+        tasks.keep_to_end("test", || async { panic!("it breaks") });
         tokio::task::yield_now().await;
         tasks.stop();
         tasks.ended().await;
