@@ -4,7 +4,11 @@
 //! and a retry replaces it in one step. So there is no moment at which a call could be lost; at worst it is made twice.
 //! What is stored beside it (claims, final states, answers, keys) is written before the message goes, never after.
 
+mod bundle;
 mod consumers;
+mod dead;
+mod fill;
+mod gather;
 mod ids;
 mod lease;
 mod lines;
@@ -21,6 +25,8 @@ mod state;
 mod streams;
 mod subject;
 mod survey;
+mod together;
+mod unpack;
 
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
@@ -34,7 +40,10 @@ pub use self::subject::token;
 
 use crate::function::Function;
 use crate::queue::call::Call;
+use crate::queue::jetstream::bundle::ROOM;
 use crate::queue::jetstream::consumers::Consumers;
+use crate::queue::jetstream::fill::Fill;
+use crate::queue::jetstream::gather::Gather;
 use crate::queue::jetstream::lines::Lines;
 use crate::queue::jetstream::pull::{Arrived, Begun};
 use crate::queue::jetstream::roll::Roll;
@@ -69,7 +78,8 @@ pub struct JetStream {
 #[derive(Default)]
 struct Own {
     begun: AtomicBool,
-    server: OnceLock<Server>,
+    server: Arc<OnceLock<Server>>,
+    gather: OnceLock<Gather>,
 }
 
 struct Shared {
@@ -82,6 +92,7 @@ struct Shared {
     /// Where calls come that were asked for.
     inbox: OnceCell<String>,
     consumers: Mutex<Consumers>,
+    fill: Fill,
     /// How the calls of a large queue were counted last.
     counted: Mutex<Option<survey::Counted>>,
     /// One who has but a call's id has the server look at every subject: one after the other.
@@ -116,6 +127,7 @@ impl JetStream {
             roll: Roll::new(),
             inbox: OnceCell::new(),
             consumers: Mutex::default(),
+            fill: Fill::new(),
             counted: Mutex::default(),
             searching: Semaphore::new(1),
             looked: Mutex::default(),
@@ -132,18 +144,6 @@ impl JetStream {
         Self { shared: Arc::clone(&self.shared), own: Some(Arc::default()) }
     }
 
-    /// What is published over: until the thread has its own connection, and whenever that is away, the one for all.
-    #[expect(clippy::disallowed_methods, reason = "it ends at once, or with its runtime")]
-    fn publisher(&self) -> &Server {
-        let own = self.own.as_ref().and_then(|own| {
-            if !own.begun.swap(true, Relaxed) {
-                tokio::spawn(Arc::clone(own).open(Arc::clone(&self.shared)));
-            }
-            own.server.get().filter(|server| server.is_connected())
-        });
-        own.unwrap_or(&self.shared.server)
-    }
-
     /// An id by which a call of `function` is found quickly.
     pub(super) fn fresh_id(function: &Function) -> String {
         ids::fresh(function)
@@ -157,9 +157,7 @@ impl JetStream {
         let begun = self.shared.begun().clear();
         drop(begun);
         let back = async {
-            for arrived in ahead {
-                arrived.not_now(&self.shared.server, None).await;
-            }
+            pull::go_back(&self.shared, ahead).await;
             self.shared.tasks.ended().await;
             // What was not sent by now is found out by the server itself.
             let _ = self.shared.server.client.flush().await;
@@ -190,7 +188,9 @@ impl JetStream {
     /// # Errors
     /// When the server does not answer.
     pub async fn tidy(&self, age: Duration) -> Result<u64, Error> {
-        Ok(self.shared.ready().await?.tidy(age).await?)
+        let shared = self.shared.ready().await?;
+        shared.tidy_records(age).await?;
+        Ok(shared.tidy(age).await?)
     }
 
     /// Tidies up when it is time. To be called every second or so.
@@ -210,9 +210,15 @@ impl JetStream {
     }
 
     pub(super) async fn publish(&self, call: Call) -> Result<Published, Error> {
+        if let Some(own) = &self.own
+            && Gather::takes(&call)
+            && self.shared.server.client.max_payload() >= ROOM
+        {
+            return within(PUBLISH, own.gather(&self.shared).publish(call)).await;
+        }
         let large = !self.shared.server.fits(0, call.body.len());
         let deadline = if large { PUBLISH_LARGE } else { PUBLISH };
-        within(deadline, self.shared.publish(self.publisher(), &call)).await
+        within(deadline, self.shared.publish(&self.shared.server, &call)).await
     }
 
     pub(super) async fn take(&self, places: usize) -> Result<Delivery, Error> {
@@ -258,6 +264,16 @@ impl JetStream {
 }
 
 impl Own {
+    /// Where the thread's calls are brought. What is published goes over the connection for all until the thread has its
+    /// own, and whenever that is away.
+    #[expect(clippy::disallowed_methods, reason = "it ends at once, or with its runtime")]
+    fn gather(self: &Arc<Self>, shared: &Arc<Shared>) -> &Gather {
+        if !self.begun.swap(true, Relaxed) {
+            tokio::spawn(Arc::clone(self).open(Arc::clone(shared)));
+        }
+        self.gather.get_or_init(|| Gather::start(Arc::clone(shared), Arc::clone(&self.server)))
+    }
+
     async fn open(self: Arc<Self>, shared: Arc<Shared>) {
         match Server::open(&shared.options, false).await {
             Ok(server) => drop(self.server.set(server)),

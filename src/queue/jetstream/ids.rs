@@ -7,26 +7,95 @@
 use uuid::Uuid;
 
 use crate::function::Function;
+use crate::queue::call::Millis;
 
 /// What follows the function's 16 bits: an id that somebody has chosen hardly ever has it.
 const MADE_HERE: u16 = 0x6a73;
+/// The same for a call that is stored in one message with others.
+const MADE_TOGETHER: u16 = 0x6a74;
+
+/// So many calls at most are in one message.
+pub(super) const TOGETHER: usize = 1 << 6;
+
+/// What the ids of calls in one message have in common, and no other message has: from the highest bit on the time in
+/// milliseconds, six random bits, and how many calls they are, less one. The other 42 bits of an id are random, so that
+/// one who knows the id of a call knows none of the others'.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub(super) struct Key([u8; 6]);
+
+impl Key {
+    /// One for so many calls, at most [`TOGETHER`].
+    pub(super) fn fresh(count: usize, now: Millis) -> Self {
+        let random = u64::from(Uuid::new_v4().as_bytes()[0]) % 64;
+        let count = count.clamp(1, TOGETHER) as u64 - 1;
+        Self::of_bits(now << 12 | random << 6 | count)
+    }
+
+    fn of_bits(bits: u64) -> Self {
+        let [_, _, key @ ..] = bits.to_be_bytes();
+        Self(key)
+    }
+
+    fn bits(self) -> u64 {
+        let [a, b, c, d, e, f] = self.0;
+        u64::from_be_bytes([0, 0, a, b, c, d, e, f])
+    }
+
+    /// How many calls they are.
+    pub(super) fn count(self) -> usize {
+        self.bits() as usize % TOGETHER + 1
+    }
+
+    /// An id for one of the calls, which are of `function`.
+    pub(super) fn id(self, function: &Function) -> String {
+        let mut bytes = *Uuid::new_v4().as_bytes();
+        bytes[..6].copy_from_slice(&self.0);
+        finish(bytes, function, MADE_TOGETHER)
+    }
+
+    /// The key in an id, if its call is in one message with others.
+    pub(super) fn of(id: &str) -> Option<Self> {
+        let uuid = Uuid::try_parse(id).ok()?;
+        let key = uuid.as_bytes().first_chunk().copied()?;
+        (said(&uuid)? as u16 == MADE_TOGETHER).then_some(Self(key))
+    }
+
+    /// As one token of a subject. No id is written so.
+    pub(super) fn token(self) -> String {
+        format!("+{:012x}", self.bits())
+    }
+
+    /// The key that was written so.
+    pub(super) fn of_token(token: &str) -> Option<Self> {
+        let digits = token.strip_prefix('+').filter(|digits| digits.len() == 12)?;
+        u64::from_str_radix(digits, 16).ok().map(Self::of_bits)
+    }
+}
 
 /// An id for a call of `function`.
 pub(super) fn fresh(function: &Function) -> String {
-    let mut bytes = *Uuid::new_v4().as_bytes();
-    let said = (u32::from(short(function)) << 16 | u32::from(MADE_HERE)) ^ mixed(&bytes);
+    finish(*Uuid::new_v4().as_bytes(), function, MADE_HERE)
+}
+
+fn finish(mut bytes: [u8; 16], function: &Function, made: u16) -> String {
+    let said = (u32::from(short(function)) << 16 | u32::from(made)) ^ mixed(&bytes);
     bytes[12..].copy_from_slice(&said.to_be_bytes());
     Uuid::from_bytes(bytes).to_string()
 }
 
 /// Whether `id` says that its call may be of `function`; `None` if it says nothing, for it was not made here.
 pub(super) fn may_be_of(id: &str) -> Option<impl Fn(&Function) -> bool + use<>> {
-    let uuid = Uuid::try_parse(id).ok()?;
+    let said = said(&Uuid::try_parse(id).ok()?)?;
+    let [high, low] = [said >> 16, said & 0xffff].map(|half| half as u16);
+    let made = [MADE_HERE, MADE_TOGETHER].contains(&low);
+    made.then_some(move |function: &Function| short(function) == high)
+}
+
+/// What the last bits of an id say.
+fn said(uuid: &Uuid) -> Option<u32> {
     let bytes = uuid.as_bytes();
     let (_, said) = bytes.split_last_chunk::<4>()?;
-    let said = u32::from_be_bytes(*said) ^ mixed(bytes);
-    let [high, low] = [said >> 16, said & 0xffff].map(|half| half as u16);
-    (low == MADE_HERE).then_some(move |function: &Function| short(function) == high)
+    Some(u32::from_be_bytes(*said) ^ mixed(bytes))
 }
 
 /// A function in 16 bits.
@@ -67,6 +136,24 @@ mod tests {
             let of = may_be_of(&id).unwrap();
             assert!(of(&echo) && !of(&other));
         }
+    }
+
+    #[test]
+    fn ids_of_one_message_have_its_key_and_nothing_else_in_common() {
+        let echo = function("echo");
+        for count in [1, 2, 33, 64] {
+            let key = Key::fresh(count, 1_764_323_501_123);
+            assert_eq!((key.count(), Key::of_token(&key.token())), (count, Some(key)));
+            let ids = [key.id(&echo), key.id(&echo)];
+            for id in &ids {
+                assert_eq!(Uuid::parse_str(id).unwrap().get_version_num(), 4);
+                assert!(may_be_of(id).unwrap()(&echo));
+                assert_eq!(Key::of(id), Some(key));
+            }
+            assert_ne!(ids[0][14..], ids[1][14..]);
+        }
+        assert_eq!(Key::of(&fresh(&echo)), None);
+        assert_eq!([Key::of_token("+1"), Key::of_token("0123456789ab")], [None, None]);
     }
 
     #[test]

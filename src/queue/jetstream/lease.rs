@@ -7,11 +7,13 @@ use std::time::{Duration, Instant};
 use async_nats::HeaderMap;
 use bytes::Bytes;
 
+use crate::queue::jetstream::bundle::{Closed, Slot};
 use crate::queue::jetstream::message::{AnswerHead, End, answer_headers, end_headers};
-use crate::queue::jetstream::pull::{Arrived, PAUSE};
+use crate::queue::jetstream::pull::{Arrived, Origin, PAUSE};
 use crate::queue::jetstream::roll::Roll;
 use crate::queue::jetstream::server::Fault;
 use crate::queue::jetstream::subject::{ANSWERS, CALLS, DEAD, ENDS, Named, token};
+use crate::queue::jetstream::unpack::Bundle;
 use crate::queue::jetstream::{Shared, parts};
 use crate::queue::now;
 use crate::queue::status::{Answer, Settlement, Status};
@@ -51,6 +53,9 @@ impl Lease {
         // It was settled, but whoever did so died before its message was gone, or the server did.
         let suspect = self.arrived.again || shared.server.was_found(self.arrived.sequence);
         if suspect && Box::pin(self.is_over()).await? {
+            if let Origin::Among(bundle, slot) = &self.arrived.origin {
+                bundle.close(&shared, *slot, Closed::Moved).await?;
+            }
             self.done().await;
             return Ok(None);
         }
@@ -85,10 +90,15 @@ impl Lease {
         self.shared.names.call(root, &call.function, &call.id)
     }
 
-    /// Whether the message's call has a final state.
+    /// Whether the message's call has a final state, or a message of its own where this one has several.
     async fn is_over(&self) -> Result<bool, Fault> {
         let call = &self.arrived.call;
-        self.shared.is_over(&call.function, &call.id, self.arrived.sequence).await
+        match &self.arrived.origin {
+            Origin::Alone(_) => {
+                self.shared.is_over(&call.function, &call.id, self.arrived.sequence).await
+            }
+            Origin::Among(..) => self.shared.has_trace(call).await,
+        }
     }
 
     /// The call's status while it is made.
@@ -125,6 +135,10 @@ impl Lease {
         let (shared, arrived) = (&self.shared, &self.arrived);
         shared.ready().await?;
         let (server, sequence, message) = (&shared.server, arrived.sequence, &arrived.message);
+        if let Origin::Among(bundle, slot) = &arrived.origin {
+            let slot = *slot;
+            return Box::pin(self.store_among(bundle, slot, status, settlement)).await;
+        }
         match settlement {
             Settlement::Finished { answer, .. } => self.end(status, answer.as_ref()).await?,
             Settlement::Dead { answer, .. } => {
@@ -157,6 +171,42 @@ impl Lease {
         Ok(())
     }
 
+    /// The same for a call whose message has others.
+    async fn store_among(
+        &self,
+        bundle: &Arc<Bundle>,
+        slot: Slot,
+        status: &Status,
+        settlement: &Settlement,
+    ) -> Result<(), Fault> {
+        let (shared, Arrived { call, message, sequence, .. }) = (&self.shared, &*self.arrived);
+        match settlement {
+            Settlement::Finished { answer, .. } => {
+                let answer = answer.as_ref();
+                if !answer.is_none_or(Closed::holds) {
+                    shared.store_answer(&call.id, answer).await?;
+                }
+                let closed = Closed::ended(*sequence, status.clone(), answer);
+                // Whoever has noted something else has made it as well.
+                bundle.close(shared, slot, closed).await?;
+            }
+            Settlement::Retry { .. } => {
+                let headers = message.progressed(status, *sequence);
+                bundle.move_out(shared, call, slot, headers).await?;
+            }
+            Settlement::Dead { answer, .. } => {
+                shared.store_answer(&call.id, answer.as_ref()).await?;
+                if bundle.close(shared, slot, Closed::Moved).await? {
+                    // It was no message of its own that could be there still.
+                    let headers = message.progressed(status, 0);
+                    shared.server.put(self.subject(DEAD), headers, call.body.clone(), None).await?;
+                }
+            }
+        }
+        self.done().await;
+        Ok(())
+    }
+
     /// Stores the final state, with the answer in it if that is small.
     async fn end(&self, status: &Status, answer: Option<&Answer>) -> Result<(), Fault> {
         let (shared, arrived) = (&self.shared, &self.arrived);
@@ -184,7 +234,7 @@ impl Lease {
     async fn done(&self) {
         self.settled.store(true, Relaxed);
         self.shared.roll.release(&self.shared, self.hold, true);
-        self.arrived.over(&self.shared.server).await;
+        self.arrived.over(&self.shared).await;
     }
 }
 
@@ -222,7 +272,7 @@ impl Drop for Lease {
         }
         let (shared, arrived) = (Arc::clone(&self.shared), Arc::clone(&self.arrived));
         let delay = self.delay;
-        self.shared.tasks.finish(async move { arrived.not_now(&shared.server, delay).await });
+        self.shared.tasks.finish(async move { arrived.not_now(&shared, delay).await });
     }
 }
 

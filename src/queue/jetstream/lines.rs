@@ -13,6 +13,9 @@ use crate::queue::share::has_room;
 /// At most so many calls of a function are asked for at once.
 const MOST: usize = 64;
 
+/// So many messages tell how many calls one has.
+const LATELY: f64 = 8.0;
+
 /// How long the server may keep one who asks waiting. Where calls come all the time, what was asked for has come much
 /// sooner, or got lost.
 const WAIT: Duration = Duration::from_secs(5);
@@ -38,12 +41,14 @@ struct Line<A> {
     running: usize,
     ask: Option<Ask>,
     pace: Pace,
+    /// How many calls a message has, lately.
+    size: f64,
 }
 
 /// What the server was asked for.
 struct Ask {
     number: u64,
-    /// So many calls are still to come.
+    /// So many messages are still to come.
     left: usize,
     /// Then it is answered, or lost.
     until: Instant,
@@ -53,7 +58,7 @@ struct Ask {
 pub(super) struct Wanted {
     pub(super) line: usize,
     pub(super) function: Function,
-    /// So many calls can be handed out.
+    /// So many messages have what can be handed out.
     pub(super) most: usize,
     /// Which ask this is.
     pub(super) number: u64,
@@ -89,6 +94,7 @@ impl<A> Lines<A> {
             running: 0,
             ask: None,
             pace: Pace::default(),
+            size: 1.0,
         });
         true
     }
@@ -101,10 +107,11 @@ impl<A> Lines<A> {
         Some(self.lines.get(line)?.function.clone())
     }
 
-    /// A call that was asked for has come, whatever becomes of it.
-    pub(super) fn came(&mut self, line: usize, now: Instant) {
+    /// A message with so many calls that was asked for has come, whatever becomes of it.
+    pub(super) fn came(&mut self, line: usize, calls: usize, now: Instant) {
         let line = &mut self.lines[line];
-        line.pace.came(now);
+        (0..calls).for_each(|_| line.pace.came(now));
+        line.size += (calls as f64 - line.size) / LATELY;
         if let Some(ask) = &mut line.ask {
             ask.left = ask.left.saturating_sub(1);
         }
@@ -156,8 +163,10 @@ impl<A> Lines<A> {
                 continue;
             }
             self.asks += 1;
-            let (number, most) = (self.asks, target - waiting);
             let it = &mut self.lines[line];
+            // A little less rather than more: what is not taken soon goes back call by call.
+            let most = (((target - waiting) as f64 / it.size) as usize).max(1);
+            let number = self.asks;
             it.ask = Some(Ask { number, left: most, until: now + wait(flows) + ON_ITS_WAY });
             wanted.push(Wanted { line, function: it.function.clone(), most, number, flows });
         }
@@ -277,14 +286,14 @@ mod tests {
     fn one_is_asked_for_until_calls_come_and_then_what_can_be_made() {
         let (mut lines, now) = (lines(), Instant::now());
         assert_eq!(asked(&mut lines, 40, now), [(0, 1), (1, 1)]);
-        lines.came(0, now);
+        lines.came(0, 1, now);
         let more = asked(&mut lines, 40, now);
         assert!(matches!(more[..], [(0, 20..=39)]), "{more:?}");
         // It stands until all has come, it is answered, or its time is over.
         let most = more[0].1;
-        (1..most).for_each(|_| lines.came(0, now));
+        (1..most).for_each(|_| lines.came(0, 1, now));
         assert_eq!(asked(&mut lines, 40, now), []);
-        lines.came(0, now);
+        lines.came(0, 1, now);
         assert_eq!(asked(&mut lines, 40, now).len(), 1);
         let number = lines.lines[0].ask.as_ref().unwrap().number;
         lines.answered(0, number - 1);

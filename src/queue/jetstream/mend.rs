@@ -16,6 +16,7 @@ use crate::queue::jetstream::Shared;
 use crate::queue::jetstream::server::Fault;
 use crate::queue::jetstream::state::Waiting;
 use crate::queue::jetstream::subject::{CALLS, consumer};
+use crate::queue::jetstream::together::Bundled;
 
 /// So many messages are looked at that somebody was given before: calls that run, and calls that are put off.
 const MOST: usize = 10_000;
@@ -39,7 +40,7 @@ impl Shared {
     async fn mend_now(&self, function: &Function) -> Result<(), Fault> {
         let (server, names) = (&self.server, &self.names);
         let known = server.consumer(&names.calls, &consumer(function)).await?;
-        let (mut there, mut over) = (HashSet::new(), Vec::new());
+        let (mut there, mut over, mut left_over) = (HashSet::new(), Vec::new(), 0);
         let (of_function, mut next) = (names.of(CALLS, Some(function)), 1);
         while there.len() < MOST
             && let Some(found) = server.next(&names.calls, &of_function, next).await?
@@ -47,7 +48,14 @@ impl Shared {
         {
             there.insert(found.sequence);
             next = found.sequence + 1;
-            over.extend(Waiting::new(found));
+            match Bundled::new(found.clone()) {
+                Some(bundled) if self.is_left_over(&bundled.which, known.floor).await? => {
+                    server.delete(&names.calls, bundled.which.sequence).await?;
+                    left_over += 1;
+                }
+                Some(_) => {}
+                None => over.extend(Waiting::new(found)),
+            }
         }
         let over = stream::iter(over).map(|waiting| async move {
             let (sequence, id) = (waiting.sequence, &waiting.named.id);
@@ -58,7 +66,7 @@ impl Shared {
             Ok(0)
         });
         let over: Vec<usize> = over.buffer_unordered(TOGETHER).try_collect().await?;
-        let over: usize = over.into_iter().sum();
+        let over = over.into_iter().sum::<usize>() + left_over;
         // Those below `floor` the consumer knows to be over.
         let waited_for = there.iter().filter(|number| **number > known.floor).count() as u64;
         let lost = known.given.saturating_sub(waited_for);

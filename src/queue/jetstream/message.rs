@@ -1,12 +1,13 @@
 //! What is stored on the server, and how it is read again. No I/O.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use async_nats::HeaderMap;
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 
 use crate::queue::call::{Call, Meta, Millis, Unreadable};
+use crate::queue::jetstream::bundle::{Place, Slot};
 use crate::queue::status::{Answer, State, Status};
 
 /// All of a call but its body.
@@ -14,6 +15,8 @@ const CALL: &str = "Gateway-Call";
 /// Raised when an older gateway could not make the call rightly.
 const VERSION_NAME: &str = "Gateway-Version";
 const VERSION: u8 = 1;
+/// That of a message with several calls.
+const TOGETHER: u8 = 2;
 /// [`Status`] of a call that has been made before, or that is dead.
 const PROGRESS: &str = "Gateway-Progress";
 /// [`Parts`], when the body is not in the message.
@@ -50,6 +53,38 @@ pub(super) struct Message {
 pub(super) struct List {
     /// By the names of consumers: the number of each call's message, and since when it is made.
     pub(super) calls: BTreeMap<String, Vec<(u64, Millis)>>,
+    /// The same of calls in messages with several, with their slots.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub(super) together: BTreeMap<String, Vec<(u64, Slot, Millis)>>,
+}
+
+impl List {
+    pub(super) fn add(&mut self, consumer: String, place: Place, since: Millis) {
+        match place.slot {
+            None => self.calls.entry(consumer).or_default().push((place.sequence, since)),
+            Some(slot) => {
+                let calls = self.together.entry(consumer).or_default();
+                calls.push((place.sequence, slot, since));
+            }
+        }
+    }
+
+    /// All of them, and since when they are made.
+    pub(super) fn places(&self) -> impl Iterator<Item = (Place, Millis)> {
+        let alone = self.calls.values().flatten();
+        let alone = alone.map(|(sequence, since)| (Place::alone(*sequence), *since));
+        let among = self.together.values().flatten();
+        let among = among.map(|(sequence, slot, since)| (Place::among(*sequence, *slot), *since));
+        alone.chain(among)
+    }
+
+    /// How many calls of a consumer are on it, and in how many messages.
+    pub(super) fn count(&self, consumer: &str) -> (usize, usize) {
+        let alone = self.calls.get(consumer).map_or(0, Vec::len);
+        let among = self.together.get(consumer).map_or(&[][..], Vec::as_slice);
+        let messages: BTreeSet<u64> = among.iter().map(|(sequence, ..)| *sequence).collect();
+        (alone + among.len(), alone + messages.len())
+    }
 }
 
 /// The final state of a call.
@@ -205,6 +240,13 @@ impl Message {
             _ => call.options.not_before.unwrap_or(0),
         }
     }
+}
+
+/// Those of a message with several calls.
+pub(super) fn together_headers() -> HeaderMap {
+    let mut headers = HeaderMap::new();
+    headers.insert(VERSION_NAME, TOGETHER.to_string());
+    headers
 }
 
 /// The head of `answer`, whose body is stored in so many parts.

@@ -7,13 +7,14 @@ use std::time::{Duration, Instant};
 use async_nats::jetstream::{AckKind, Message as Delivered};
 use async_nats::{StatusCode, Subscriber};
 use bytes::Bytes;
-use futures_util::StreamExt;
+use futures_util::{StreamExt, stream};
 use serde_json::json;
 use tokio::sync::Mutex as AsyncMutex;
 
 use crate::function::Function;
-use crate::queue::call::Call;
+use crate::queue::call::{Call, Unreadable};
 use crate::queue::jetstream::Shared;
+use crate::queue::jetstream::bundle::{Place, Slot};
 use crate::queue::jetstream::lease::Lease;
 use crate::queue::jetstream::lines::Wanted;
 use crate::queue::jetstream::message::Message;
@@ -21,6 +22,7 @@ use crate::queue::jetstream::pace::Pace;
 use crate::queue::jetstream::roll::Roll;
 use crate::queue::jetstream::server::{Fault, Server};
 use crate::queue::jetstream::subject::{self, CALLS};
+use crate::queue::jetstream::unpack::{Bundle, Come, Which};
 use crate::queue::now;
 use crate::queue::{Delivery, Error};
 
@@ -32,6 +34,8 @@ pub(super) const HOLD: Duration = Duration::from_secs(1);
 const AT_ONCE: Duration = Duration::from_secs(1);
 /// So many calls at most are looked at for functions without a consumer.
 const FEW: u64 = 10_000;
+/// So many are given back at a time.
+const TOGETHER: usize = 32;
 /// After a failure.
 pub(super) const PAUSE: Duration = Duration::from_millis(200);
 /// When a call is looked at again that nobody here can read.
@@ -42,43 +46,87 @@ const LONGEST: Duration = Duration::from_secs(24 * 3600);
 /// A call that has come.
 pub(super) struct Arrived {
     pub(super) call: Call,
+    /// Its own message; where it has none, the one that it would have.
     pub(super) message: Message,
     pub(super) sequence: u64,
     /// It has come before, to somebody.
     pub(super) again: bool,
-    /// Where to say what becomes of it: as of the last time it came.
-    pub(super) reply: Mutex<String>,
+    pub(super) origin: Origin,
     /// For so long it is ours without a word.
     pub(super) lease: Duration,
 }
 
+/// What a call has come in.
+pub(super) enum Origin {
+    /// A message of its own.
+    Alone(Address),
+    /// One with others.
+    Among(Arc<Bundle>, Slot),
+}
+
+/// Where to say what becomes of a message: as of the last time it came.
+pub(super) struct Address(Mutex<String>);
+
+impl Address {
+    pub(super) fn new(reply: String) -> Self {
+        Self(Mutex::new(reply))
+    }
+
+    pub(super) fn reply(&self) -> String {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+}
+
 impl Arrived {
+    pub(super) fn place(&self) -> Place {
+        match &self.origin {
+            Origin::Alone(_) => Place::alone(self.sequence),
+            Origin::Among(_, slot) => Place::among(self.sequence, *slot),
+        }
+    }
+
     /// It is over.
-    pub(super) async fn over(&self, server: &Server) {
-        tell(server, &self.reply(), AckKind::Ack).await;
+    pub(super) async fn over(&self, shared: &Shared) {
+        match &self.origin {
+            Origin::Alone(address) => tell(&shared.server, &address.reply(), AckKind::Ack).await,
+            Origin::Among(bundle, _) => bundle.done(shared).await,
+        }
     }
 
     /// Lets it be taken again, after `delay`.
-    pub(super) async fn not_now(&self, server: &Server, delay: Option<Duration>) {
-        tell(server, &self.reply(), AckKind::Nak(delay)).await;
+    pub(super) async fn not_now(&self, shared: &Arc<Shared>, delay: Option<Duration>) {
+        match &self.origin {
+            Origin::Alone(address) => {
+                tell(&shared.server, &address.reply(), AckKind::Nak(delay)).await;
+            }
+            Origin::Among(bundle, slot) => {
+                tokio::time::sleep(delay.unwrap_or_default()).await;
+                bundle.let_go(shared, &self.call, *slot).await;
+            }
+        }
     }
 
-    pub(super) async fn still_busy(&self, server: &Server) {
-        tell(server, &self.reply(), AckKind::Progress).await;
-    }
-
-    fn reply(&self) -> String {
-        self.reply.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    pub(super) async fn still_busy(&self, shared: &Shared) {
+        match &self.origin {
+            Origin::Alone(address) => {
+                tell(&shared.server, &address.reply(), AckKind::Progress).await;
+            }
+            Origin::Among(bundle, _) => bundle.still_busy(shared).await,
+        }
     }
 
     /// It has come once more, with another place where to say what becomes of it.
     pub(super) fn came_again(&self, reply: String) {
-        *self.reply.lock().unwrap_or_else(PoisonError::into_inner) = reply;
+        let address = match &self.origin {
+            Origin::Alone(address) => address,
+            Origin::Among(bundle, _) => &bundle.address,
+        };
+        *address.0.lock().unwrap_or_else(PoisonError::into_inner) = reply;
     }
 }
 
 /// Says what becomes of a delivery. If that is lost, the server finds out by the time it takes.
-async fn tell(server: &Server, reply: &str, kind: AckKind) {
+pub(super) async fn tell(server: &Server, reply: &str, kind: AckKind) {
     let said = server.client.publish(reply.to_owned(), Bytes::from(kind));
     let _ = tokio::time::timeout(AT_ONCE, said).await;
 }
@@ -179,14 +227,12 @@ async fn begin(shared: Arc<Shared>, lease: Lease) {
 }
 
 /// Lets others have what has waited here for too long.
-pub(super) async fn give_back(shared: &Shared) {
+pub(super) async fn give_back(shared: &Arc<Shared>) {
     let Some(before) = Instant::now().checked_sub(HOLD.min(shared.options.lease / 3)) else {
         return;
     };
     let ahead = shared.lines().withdraw(before);
-    for arrived in ahead {
-        arrived.not_now(&shared.server, None).await;
-    }
+    go_back(shared, ahead).await;
     let mut old = Vec::new();
     {
         let mut begun = shared.begun();
@@ -195,6 +241,12 @@ pub(super) async fn give_back(shared: &Shared) {
         }
     }
     drop(old);
+}
+
+/// Gives calls back that nobody here takes.
+pub(super) async fn go_back(shared: &Arc<Shared>, calls: Vec<Arrived>) {
+    let calls = stream::iter(calls);
+    calls.for_each_concurrent(TOGETHER, async |arrived| arrived.not_now(shared, None).await).await;
 }
 
 /// Whether nothing waits here to be made.
@@ -348,35 +400,45 @@ async fn arrive(shared: &Arc<Shared>, message: async_nats::Message) {
     let (sequence, again) = (info.stream_sequence, info.delivered > 1);
     let Some(function) = subject::consumed(info.consumer) else { return };
     let Some(line) = shared.lines().of(&function) else { return };
-    shared.lines().came(line, Instant::now());
+    let key = subject::key(&delivered.subject);
+    shared.lines().came(line, subject::calls(&delivered.subject), Instant::now());
     // The server has not heard of us for too long. The call is ours all the same, and is not begun once more.
     if let Some(held) = shared.roll.held(sequence) {
         held.came_again(reply);
-        held.still_busy(&shared.server).await;
+        held.still_busy(shared).await;
         return;
     }
     let lease = shared.consumers().lease(&function);
     let lease = lease.unwrap_or(shared.options.lease);
     let delivered = delivered.message;
+    if let Some(key) = key {
+        let which = Which { function, key, sequence };
+        let come = Come { which, line, again, lease, payload: delivered.payload };
+        let (all, tasks) = (Arc::clone(shared), Arc::clone(shared));
+        tasks.tasks.spawn(async move { come.unpack(&all, Address::new(reply)).await });
+        return;
+    }
     let message = Message::stored(delivered.headers.unwrap_or_default(), delivered.payload);
     let call = match message.call() {
         Ok(call) => call,
-        Err(error) => {
-            // One of a version to come stays for those who know it.
-            tracing::error!(sequence, %error, "A queued call cannot be read");
-            tell(&shared.server, &reply, AckKind::Nak(Some(UNREADABLE))).await;
-            return;
-        }
+        Err(error) => return unreadable(shared, sequence, &reply, &error).await,
     };
     let early = message.due(&call).saturating_sub(now());
-    let arrived = Arrived { call, message, sequence, again, reply: Mutex::new(reply), lease };
+    let origin = Origin::Alone(Address::new(reply));
+    let arrived = Arrived { call, message, sequence, again, origin, lease };
     if early > 0 {
         let delay = Duration::from_millis(early).min(LONGEST);
-        arrived.not_now(&shared.server, Some(delay)).await;
+        arrived.not_now(shared, Some(delay)).await;
         shared.ready.notify_one();
         return;
     }
     shared.lines().arrived(line, arrived, Instant::now());
     shared.ready.notify_one();
     Roll::keep(shared);
+}
+
+/// One of a version to come stays for those who know it.
+pub(super) async fn unreadable(shared: &Shared, sequence: u64, reply: &str, error: &Unreadable) {
+    tracing::error!(sequence, %error, "A queued call cannot be read");
+    tell(&shared.server, reply, AckKind::Nak(Some(UNREADABLE))).await;
 }

@@ -14,6 +14,7 @@ use tokio::sync::oneshot;
 
 use crate::queue::call::Millis;
 use crate::queue::jetstream::Shared;
+use crate::queue::jetstream::bundle::Place;
 use crate::queue::jetstream::message::{List, json};
 use crate::queue::jetstream::pull::{self, Arrived};
 use crate::queue::jetstream::server::Fault;
@@ -135,12 +136,13 @@ impl Roll {
                     return;
                 }
                 inner.stale = false;
-                let new: Vec<u64> = waiting.iter().map(|(hold, _)| inner.list_it(*hold)).collect();
+                let new: Vec<Place> =
+                    waiting.iter().map(|(hold, _)| inner.list_it(*hold)).collect();
                 (waiting, new, inner.list())
             };
             let marked = self.store(shared, &list, &new).await;
-            let answers = waiting.into_iter().zip(new).map(|((_, done), sequence)| {
-                let ours = marked.as_ref().map(|marked| !marked.contains(&sequence));
+            let answers = waiting.into_iter().zip(new).map(|((_, done), place)| {
+                let ours = marked.as_ref().map(|marked| !marked.contains(&place));
                 (done, ours.map_err(Clone::clone))
             });
             for (done, ours) in answers {
@@ -151,7 +153,12 @@ impl Roll {
     }
 
     /// Stores the list. Which of the calls that are `new` on it somebody takes back.
-    async fn store(&self, shared: &Shared, list: &List, new: &[u64]) -> Result<Vec<u64>, Fault> {
+    async fn store(
+        &self,
+        shared: &Shared,
+        list: &List,
+        new: &[Place],
+    ) -> Result<Vec<Place>, Fault> {
         let connection = shared.ready().await?.server.connection().await?;
         let subject = shared.names.list(&self.taker);
         let stored = shared.server.put(subject, HeaderMap::new(), json(list).into(), None).await?;
@@ -184,7 +191,7 @@ impl Roll {
     }
 
     /// Which of these calls have a mark.
-    async fn marked(&self, shared: &Shared, calls: &[u64]) -> Result<Vec<u64>, Fault> {
+    async fn marked(&self, shared: &Shared, calls: &[Place]) -> Result<Vec<Place>, Fault> {
         let (server, names) = (&shared.server, &shared.names);
         stream::iter(calls.to_vec())
             .map(|call| async move {
@@ -214,7 +221,7 @@ impl Roll {
             pull::give_back(&shared).await;
             let untold = shared.roll.inner().untold(lease / 3);
             for arrived in untold {
-                arrived.still_busy(&shared.server).await;
+                arrived.still_busy(&shared).await;
             }
             shared.roll.renew(&shared, lease / 3).await;
             let nothing_ahead = pull::nothing_ahead(&shared);
@@ -245,19 +252,18 @@ impl Inner {
         let mut list = List::default();
         for Held { arrived, since, .. } in self.held.values() {
             if let Some(since) = since {
-                let consumer = consumer(&arrived.call.function);
-                list.calls.entry(consumer).or_default().push((arrived.sequence, *since));
+                list.add(consumer(&arrived.call.function), arrived.place(), *since);
             }
         }
         list
     }
 
-    /// Puts a call on the list; the number of its message.
-    fn list_it(&mut self, hold: u64) -> u64 {
+    /// Puts a call on the list; its place.
+    fn list_it(&mut self, hold: u64) -> Place {
         // Whoever waited for one that is not held any more has left.
-        let Some(held) = self.held.get_mut(&hold) else { return 0 };
+        let Some(held) = self.held.get_mut(&hold) else { return Place::alone(0) };
         held.since = Some(now());
-        held.arrived.sequence
+        held.arrived.place()
     }
 
     /// What the server has not heard of for `time`; it is told now.
@@ -272,10 +278,9 @@ impl Inner {
 }
 
 impl Shared {
-    /// The calls that somebody makes at this moment, by the numbers of their messages, and since when.
-    pub(super) async fn runs(&self) -> Result<HashMap<u64, Millis>, Fault> {
-        let lists = self.lists().await?.into_iter();
-        Ok(lists.flat_map(|list| list.calls.into_values().flatten()).collect())
+    /// The calls that somebody makes at this moment, and since when.
+    pub(super) async fn runs(&self) -> Result<HashMap<Place, Millis>, Fault> {
+        Ok(self.lists().await?.iter().flat_map(List::places).collect())
     }
 
     /// What each taker makes at this moment.

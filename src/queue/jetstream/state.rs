@@ -12,11 +12,15 @@ use futures_util::{StreamExt, TryStreamExt, stream};
 use crate::function::Function;
 use crate::queue::Changed;
 use crate::queue::call::Millis;
+use crate::queue::jetstream::bundle::{Place, Slot};
+use crate::queue::jetstream::ids::Key;
 use crate::queue::jetstream::message::{self, End, Message, answer_head, end_headers};
 use crate::queue::jetstream::parts::LARGEST;
 use crate::queue::jetstream::roll::HEEDED;
 use crate::queue::jetstream::server::Fault;
-use crate::queue::jetstream::subject::{ANSWERS, CALLS, DEAD, ENDS, Named, named, token};
+use crate::queue::jetstream::subject::{self, ANSWERS, CALLS, DEAD, ENDS, Named, named, token};
+use crate::queue::jetstream::together::Among;
+use crate::queue::jetstream::unpack::Which;
 use crate::queue::jetstream::{Shared, ids};
 use crate::queue::now;
 use crate::queue::status::{Answer, State, Status};
@@ -37,8 +41,16 @@ pub(super) enum Found {
     /// It is not over.
     Waiting(Waiting),
     Dead(Dead),
-    /// With the body of its answer, if that is small.
-    Ended(End, Bytes),
+    Ended(Ended),
+}
+
+/// A call that is over.
+pub(super) struct Ended {
+    pub(super) end: End,
+    /// That of its answer, if it is small.
+    pub(super) body: Bytes,
+    /// In which message it was, where that had others.
+    pub(super) among: Option<(Which, Slot)>,
 }
 
 /// A call whose message is there.
@@ -47,7 +59,9 @@ pub(super) struct Waiting {
     pub(super) sequence: u64,
     pub(super) message: Message,
     /// Since when it is made.
-    since: Option<Millis>,
+    pub(super) since: Option<Millis>,
+    /// Which of the calls in its message it is, where that has others.
+    pub(super) among: Option<(Which, Slot)>,
 }
 
 /// A call that failed for good.
@@ -65,16 +79,28 @@ impl Found {
         match self {
             Self::Waiting(waiting) => waiting.status(None),
             Self::Dead(dead) => Some(dead.status.clone()),
-            Self::Ended(end, _) => Some(end.status.clone()),
+            Self::Ended(ended) => Some(ended.end.status.clone()),
         }
     }
 }
 
 impl Waiting {
+    /// `None` if the message is not that of one call.
     pub(super) fn new(found: StreamMessage) -> Option<Self> {
+        if subject::key(&found.subject).is_some() {
+            return None;
+        }
         let message = Message::stored(found.headers, found.payload);
         let (named, sequence) = (named(&found.subject)?, found.sequence);
-        Some(Self { named, sequence, message, since: None })
+        Some(Self { named, sequence, message, since: None, among: None })
+    }
+
+    pub(super) fn slot(&self) -> Option<Slot> {
+        self.among.as_ref().map(|(_, slot)| *slot)
+    }
+
+    pub(super) fn place(&self) -> Place {
+        Place { sequence: self.sequence, slot: self.slot() }
     }
 
     /// Its state, if it is made since then.
@@ -135,10 +161,27 @@ impl Shared {
         self.find_in(None, id).await
     }
 
-    /// Where the call of `function` with `id` is. What is written last is read first, so that a call on its way from
+    /// Where the call of `function` with `id` is.
+    pub(super) async fn find_in(
+        &self,
+        function: Option<&Function>,
+        id: &str,
+    ) -> Result<Option<Found>, Fault> {
+        let Some(key) = Key::of(id) else { return self.find_alone(function, id).await };
+        let moving = match Box::pin(self.find_among(function, key, id)).await? {
+            Among::Found(found) => return Ok(Some(found)),
+            Among::Gone => return Ok(None),
+            Among::Moved(moving) => moving,
+            Among::Nowhere => None,
+        };
+        let alone = self.find_alone(function, id).await?;
+        Ok(alone.or(moving.map(Found::Waiting)))
+    }
+
+    /// The same of one whose message has no others. What is written last is read first, so that a call on its way from
     /// one place to another is seen at one of them. A server that was killed may have forgotten that a message was
     /// removed: the numbers tell what came after what.
-    pub(super) async fn find_in(
+    pub(super) async fn find_alone(
         &self,
         function: Option<&Function>,
         id: &str,
@@ -153,7 +196,7 @@ impl Shared {
             let waiting = server.last(&names.calls, &subject(CALLS)).await?;
             let mut waiting = waiting.and_then(Waiting::new);
             if let Some(waiting) = &mut waiting {
-                waiting.since = self.runs().await?.get(&waiting.sequence).copied();
+                waiting.since = self.runs().await?.get(&waiting.place()).copied();
             }
             let (dead, end) = (subject(DEAD), subject(ENDS));
             let (dead, end) =
@@ -170,7 +213,8 @@ impl Shared {
                 return Ok(Some(Found::Dead(dead)));
             }
             if let Some((end, body)) = end.filter(|(end, _)| end.sequence == latest) {
-                return Ok(self.is_kept(&end.status).then_some(Found::Ended(end, body)));
+                let kept = self.is_kept(&end.status);
+                return Ok(kept.then_some(Found::Ended(Ended { end, body, among: None })));
             }
             if let Some(waiting) = waiting {
                 return Ok(Some(Found::Waiting(waiting)));
@@ -188,7 +232,8 @@ impl Shared {
     pub(super) async fn status(&self, id: &str) -> Result<Option<Status>, Fault> {
         Ok(self.find(id).await?.and_then(|found| match found {
             Found::Waiting(waiting) => waiting.status(waiting.since),
-            Found::Dead(Dead { status, .. }) | Found::Ended(End { status, .. }, _) => Some(status),
+            Found::Dead(Dead { status, .. })
+            | Found::Ended(Ended { end: End { status, .. }, .. }) => Some(status),
         }))
     }
 
@@ -212,7 +257,7 @@ impl Shared {
         let part = |number: usize| self.names.part(ANSWERS, &token(id), number);
         let first = match self.find(id).await? {
             None | Some(Found::Waiting(_)) => return Ok(None),
-            Some(Found::Ended(End { answer: Some(head), .. }, body)) => {
+            Some(Found::Ended(Ended { end: End { answer: Some(head), .. }, body, .. })) => {
                 return Ok(Some(head.with(body)));
             }
             Some(_) => self.server.last(&self.names.notes, &part(0)).await?,
@@ -237,12 +282,12 @@ impl Shared {
         for _ in 0..LOOKS {
             match self.find(id).await? {
                 None => return Ok(Changed::Unknown),
-                Some(Found::Ended(end, _))
+                Some(Found::Ended(Ended { end, .. }))
                     if tried_again && end.status.state == State::Cancelled =>
                 {
                     return Ok(Changed::Yes);
                 }
-                Some(Found::Ended(end, _)) => return Ok(Changed::No(end.status.state)),
+                Some(Found::Ended(Ended { end, .. })) => return Ok(Changed::No(end.status.state)),
                 Some(Found::Dead(dead)) => {
                     if self.drop_dead(id, dead, true).await? {
                         return Ok(Changed::Yes);
@@ -270,10 +315,10 @@ impl Shared {
         waiting: &Waiting,
         note: bool,
     ) -> Result<Option<Changed>, Fault> {
-        let (server, sequence) = (&self.server, waiting.sequence);
+        let (server, place) = (&self.server, waiting.place());
         let start = Instant::now();
         // From here on nobody begins it. One who had begun it before has it on his list.
-        let mark = server.put(self.names.mark(sequence), HeaderMap::new(), Bytes::new(), Some(0));
+        let mark = server.put(self.names.mark(place), HeaderMap::new(), Bytes::new(), Some(0));
         let mark = match mark.await {
             Ok(stored) => stored.sequence,
             // Somebody else takes it back, or has done so.
@@ -281,7 +326,7 @@ impl Shared {
             Err(fault) => return Err(fault),
         };
         let changed = match self.runs().await {
-            Ok(runs) if runs.contains_key(&sequence) => Ok(Some(Changed::No(State::Running))),
+            Ok(runs) if runs.contains_key(&place) => Ok(Some(Changed::No(State::Running))),
             Ok(_) => self.take_out(waiting, note, start).await,
             Err(fault) => Err(fault),
         };
@@ -303,6 +348,11 @@ impl Shared {
         start: Instant,
     ) -> Result<Option<Changed>, Fault> {
         let Waiting { named: Named { function, id }, sequence, message, .. } = waiting;
+        if let Some((which, slot)) = &waiting.among {
+            let status = message.status().filter(|_| note).map(cancelled);
+            let closed = self.close_among(which, *slot, status).await?;
+            return Ok(closed.then_some(Changed::Yes));
+        }
         // Before it was ours, it may have been made.
         let subject = self.names.call(CALLS, function, id);
         let still = self.server.last(&self.names.calls, &subject).await?;
@@ -352,43 +402,6 @@ impl Shared {
         self.server.delete(&self.names.calls, sequence).await.map(drop)
     }
 
-    /// Drops a dead call, with a note of it or without; `false` if somebody else has dropped it or tries it again.
-    pub(super) async fn drop_dead(&self, id: &str, dead: Dead, note: bool) -> Result<bool, Fault> {
-        let Dead { status, message, number, was } = dead;
-        let Some(function) = Function::parse(&status.function, "") else { return Ok(false) };
-        let (server, names) = (&self.server, &self.names);
-        let (answer, ends) = (self.answer_at(id).await?, names.call(ENDS, &function, id));
-        let end = server.last(&names.notes, &ends).await?.map_or(0, |end| end.sequence);
-        if server.at(&names.dead, number).await?.is_none() {
-            return Ok(false);
-        }
-        if note {
-            let end = self.put_end_over(&function, cancelled(status), was, Some(end)).await;
-            match end {
-                Ok(()) => {}
-                // It was tried again, and is over.
-                Err(fault) if fault.is_conflict() => return Ok(false),
-                Err(fault) => return Err(fault),
-            }
-        }
-        // The message that it was may be there still: who settled it did not come so far, or the server forgot.
-        server.delete(&names.calls, was).await?;
-        // One who tries it again needs its body.
-        if !server.delete(&names.dead, number).await? {
-            return Ok(false);
-        }
-        // One who tries it again stores it before he removes the dead one, and takes it back if that was done by others.
-        if server.last(&names.calls, &names.call(CALLS, &function, id)).await?.is_some() {
-            return Ok(false);
-        }
-        if !note && end > 0 {
-            server.delete(&names.notes, end).await?;
-        }
-        self.forget_answer(id, answer).await?;
-        self.forget_parts(message.parts().as_ref()).await;
-        Ok(true)
-    }
-
     async fn put_end(
         &self,
         function: &Function,
@@ -399,7 +412,7 @@ impl Shared {
     }
 
     /// Stores a final state, with `last` only if the one before has that number.
-    async fn put_end_over(
+    pub(super) async fn put_end_over(
         &self,
         function: &Function,
         status: Status,
@@ -424,60 +437,9 @@ impl Shared {
         let parts = self.names.part(ANSWERS, &token(id), "*");
         self.server.purge(&self.names.notes, &parts, answer).await
     }
-
-    pub(super) async fn revive(&self, id: &str) -> Result<Changed, Fault> {
-        let Dead { status, message, number, was } = match self.find(id).await? {
-            None => return Ok(Changed::Unknown),
-            Some(Found::Ended(end, _)) => return Ok(Changed::No(end.status.state)),
-            Some(Found::Waiting(waiting)) => {
-                let status = waiting.status(waiting.since);
-                return Ok(status.map_or(Changed::Unknown, |status| Changed::No(status.state)));
-            }
-            Some(Found::Dead(dead)) => dead,
-        };
-        let Some(function) = Function::parse(&status.function, "") else {
-            return Ok(Changed::Unknown);
-        };
-        self.consumer(&function).await?;
-        // The message that it was may be there still: who settled it did not come so far, or the server forgot.
-        self.server.delete(&self.names.calls, was).await?;
-        let subject = self.names.call(CALLS, &function, id);
-        let answer = self.answer_at(id).await?;
-        if self.server.at(&self.names.dead, number).await?.is_none() {
-            // Somebody else was faster, and it may be over again.
-            let status = self.status(id).await?;
-            return Ok(status.map_or(Changed::Unknown, |status| Changed::No(status.state)));
-        }
-        let (headers, body) = (message.revived(number), message.body.clone());
-        let stored = match self.server.put(subject, headers, body, Some(0)).await {
-            Ok(stored) => stored.sequence,
-            // Somebody else was faster.
-            Err(fault) if fault.is_conflict() => return Ok(Changed::No(State::Queued)),
-            Err(fault) => return Err(fault),
-        };
-        // It is tried again, whatever becomes of the rest. When it is over, what says that it is dead goes at the latest.
-        let rest = async {
-            self.forget_answer(id, answer).await?;
-            self.server.delete(&self.names.dead, number).await
-        };
-        match rest.await {
-            Ok(true) => {}
-            // It was dropped meanwhile, perhaps with its body, or is over already.
-            Ok(false) => {
-                if self.server.delete(&self.names.calls, stored).await? {
-                    self.forget_parts(message.parts().as_ref()).await;
-                    return Ok(Changed::No(State::Cancelled));
-                }
-            }
-            Err(error) => {
-                tracing::warn!(%error, call_id = id, "A dead call is tried again, but counts as dead for now");
-            }
-        }
-        Ok(Changed::Yes)
-    }
 }
 
-fn cancelled(status: Status) -> Status {
+pub(super) fn cancelled(status: Status) -> Status {
     Status {
         state: State::Cancelled,
         finished_at: Some(now()),

@@ -9,7 +9,9 @@ use serde::{Deserialize, Serialize};
 
 use crate::queue::jetstream::message::json;
 use crate::queue::jetstream::server::{Fault, Server};
-use crate::queue::jetstream::subject::{ANSWERS, BODIES, CALLS, CLAIMS, DEAD, ENDS, KEYS, Names};
+use crate::queue::jetstream::subject::{
+    ANSWERS, BODIES, CALLS, CLAIMS, DEAD, ENDS, KEYS, Names, OPEN,
+};
 use crate::queue::jetstream::{Options, roll};
 
 /// For so long the server knows a repeated publish by itself; later it is known by what is stored.
@@ -52,6 +54,7 @@ fn wanted(names: &Names, options: &Options) -> Vec<Config> {
         // as somebody may have the call who has not looked at it.
         stream(&names.claims, &[CLAIMS], options.lease * 2 + roll::HEEDED),
         stream(&names.bodies, &[BODIES], Duration::ZERO),
+        stream(&names.open, &[OPEN], Duration::ZERO),
     ]
 }
 

@@ -1,6 +1,7 @@
 //! Names of streams, subjects and consumers on the server. No I/O.
 
 use crate::function::Function;
+use crate::queue::jetstream::ids::Key;
 
 /// The names that belong to one queue.
 #[derive(Clone, Debug)]
@@ -16,6 +17,8 @@ pub(super) struct Names {
     pub(super) claims: String,
     /// Bodies that are too large for one message.
     pub(super) bodies: String,
+    /// Which calls of messages that are there with several are over.
+    pub(super) open: String,
 }
 
 /// A function and a call's id, as a subject says them.
@@ -36,6 +39,7 @@ impl Names {
             keys: stream("keys"),
             claims: stream("claims"),
             bodies: stream("bodies"),
+            open: stream("open"),
             queue,
         }
     }
@@ -48,6 +52,16 @@ impl Names {
     /// The subject of a call. Its last three tokens say which one it is, whatever the kind.
     pub(super) fn call(&self, root: &str, function: &Function, id: &str) -> String {
         format!("{root}.{}.{}.{}", self.queue, tokens(function), token(id))
+    }
+
+    /// The subject of several calls together.
+    pub(super) fn together(&self, root: &str, function: &Function, key: Key) -> String {
+        format!("{root}.{}.{}.{}", self.queue, tokens(function), key.token())
+    }
+
+    /// A subject that means those, whatever their function.
+    pub(super) fn by_key(&self, root: &str, key: Key) -> String {
+        format!("{root}.{}.*.*.{}", self.queue, key.token())
     }
 
     /// A subject that means the call with `id`, whatever its function.
@@ -81,9 +95,9 @@ impl Names {
         format!("{CLAIMS}.{}.by.{taker}", self.queue)
     }
 
-    /// The mark on the call `sequence` that it is taken back; of any call for `*`.
-    pub(super) fn mark(&self, sequence: impl std::fmt::Display) -> String {
-        format!("{CLAIMS}.{}.not.{sequence}", self.queue)
+    /// The mark on the call at `place` that it is taken back; of any call for `*`.
+    pub(super) fn mark(&self, place: impl std::fmt::Display) -> String {
+        format!("{CLAIMS}.{}.not.{place}", self.queue)
     }
 
     /// What is stored to see whether that can be done. It is neither a list nor a mark.
@@ -115,6 +129,7 @@ pub(super) const ANSWERS: &str = "faas-answer";
 pub(super) const KEYS: &str = "faas-key";
 pub(super) const CLAIMS: &str = "faas-claim";
 pub(super) const BODIES: &str = "faas-body";
+pub(super) const OPEN: &str = "faas-open";
 /// No stream has these.
 const NEWS: &str = "faas-new";
 
@@ -159,6 +174,16 @@ pub(super) fn text(token: &str) -> Option<String> {
 
 fn tokens(function: &Function) -> String {
     format!("{}.{}", token(&function.namespace), token(&function.name))
+}
+
+/// The key of the calls that are together under this subject; `None` for that of a call alone.
+pub(super) fn key(subject: &str) -> Option<Key> {
+    Key::of_token(subject.rsplit('.').next()?)
+}
+
+/// How many calls are under this subject.
+pub(super) fn calls(subject: &str) -> usize {
+    key(subject).map_or(1, Key::count)
 }
 
 /// What a call's subject says.

@@ -10,10 +10,13 @@ use async_nats::jetstream::message::StreamMessage;
 
 use crate::function::Function;
 use crate::queue::jetstream::Shared;
+use crate::queue::jetstream::bundle::Record;
+use crate::queue::jetstream::ids::Key;
 use crate::queue::jetstream::message;
 use crate::queue::jetstream::server::Fault;
-use crate::queue::jetstream::state::{Dead, Found, Waiting};
-use crate::queue::jetstream::subject::{CALLS, DEAD, ENDS, consumed, named};
+use crate::queue::jetstream::state::{Dead, Ended, Found, Waiting};
+use crate::queue::jetstream::subject::{self, CALLS, DEAD, ENDS, OPEN, consumed, named};
+use crate::queue::jetstream::together::Bundled;
 use crate::queue::now;
 use crate::queue::status::Status;
 use crate::queue::{Changed, Counts, Filter};
@@ -24,7 +27,7 @@ const TOGETHER: usize = 32;
 const MOST: usize = 10_000;
 /// So many calls at most are looked at one by one to count them. Of more, the consumers say how many there are: then
 /// a call that is put off counts as delayed only after it was given to a worker, one that a worker has but has not
-/// begun does so too, and all is some seconds old.
+/// begun may do so too, and all is some seconds old.
 const COUNTED: u64 = 200;
 
 /// The counts of a large queue, and how long they are good enough.
@@ -45,7 +48,13 @@ impl Shared {
         if subjects.len() > most {
             tracing::debug!(stream, found = subjects.len(), most, "More calls than are looked at");
         }
-        stream::iter(subjects.into_iter().take(most))
+        let mut calls = 0;
+        let subjects = subjects.into_iter().take_while(|subject| {
+            let before = calls;
+            calls += subject::calls(subject);
+            before < most
+        });
+        stream::iter(subjects.collect::<Vec<_>>())
             .map(|subject| async move { self.server.last(stream, &subject).await })
             .buffer_unordered(TOGETHER)
             // What is gone by now is not there.
@@ -88,11 +97,18 @@ impl Shared {
                 && filter.dead.is_none_or(|dead| dead == status.dead)
         };
         let mut all: HashMap<String, (u64, Status)> = HashMap::new();
+        let mut records = HashMap::new();
         if filter.dead != Some(true) {
+            records = self.records(function).await?;
             for found in self.read(&names.notes, &names.of(ENDS, function), MOST).await? {
                 if let Some(end) = message::end(&found.headers) {
                     all.insert(end.status.id.clone(), (end.sequence, end.status));
+                } else if let Some((key, record)) = record(found) {
+                    records.entry(key).or_insert(record);
                 }
+            }
+            for (_, end, _) in records.values().flat_map(Record::ends) {
+                all.insert(end.status.id.clone(), (end.sequence, end.status));
             }
         }
         if filter.dead != Some(false) {
@@ -109,15 +125,15 @@ impl Shared {
         }
         let runs = self.runs().await?;
         for found in self.read(&names.calls, &names.of(CALLS, function), MOST).await? {
-            let sequence = found.sequence;
-            let Some(waiting) = Waiting::new(found) else { continue };
-            let id = &waiting.named.id;
-            // One whose final state is there already will be gone in a moment.
-            if all.get(id).is_some_and(|(of, _)| *of >= sequence) {
-                continue;
+            for waiting in each(found, &records) {
+                let (id, sequence) = (&waiting.named.id, waiting.sequence);
+                // One whose final state is there already will be gone in a moment.
+                if all.get(id).is_some_and(|(of, _)| *of >= sequence) {
+                    continue;
+                }
+                let status = waiting.status(runs.get(&waiting.place()).copied());
+                all.extend(status.map(|status| (id.clone(), (sequence, status))));
             }
-            let status = waiting.status(runs.get(&sequence).copied());
-            all.extend(status.map(|status| (id.clone(), (sequence, status))));
         }
         Ok(all.into_values().map(|(_, status)| status).filter(means).collect())
     }
@@ -153,7 +169,11 @@ impl Shared {
                 return Ok(self.withdraw(&waiting, false).await? == Some(Changed::Yes));
             }
             Some(Found::Dead(dead)) => return self.drop_dead(id, dead, false).await,
-            Some(Found::Ended(end, _)) => {
+            Some(Found::Ended(Ended { among: Some((which, slot)), end, .. })) => {
+                self.purge_among(&which, slot).await?;
+                end.status
+            }
+            Some(Found::Ended(Ended { end, .. })) => {
                 // The message that it was may be there still, and without its final state it would be made again.
                 server.delete(&names.calls, end.sequence).await?;
                 end.status
@@ -194,9 +214,11 @@ impl Shared {
     async fn count_each(&self, counts: &mut HashMap<Function, Counts>) -> Result<(), Fault> {
         let names = &self.names;
         let runs = self.runs().await?;
-        for found in self.read(&names.calls, &names.of(CALLS, None), usize::MAX).await? {
-            let running = runs.contains_key(&found.sequence);
-            let Some(Waiting { named, message, .. }) = Waiting::new(found) else { continue };
+        let records = self.records(None).await?;
+        let found = self.read(&names.calls, &names.of(CALLS, None), usize::MAX).await?;
+        for waiting in found.into_iter().flat_map(|found| each(found, &records)) {
+            let running = runs.contains_key(&waiting.place());
+            let Waiting { named, message, .. } = waiting;
             let Ok(call) = message.call() else { continue };
             if message.is_taken_back() {
                 continue;
@@ -237,21 +259,64 @@ impl Shared {
     async fn count_all(&self, counts: &mut HashMap<Function, Counts>) -> Result<(), Fault> {
         let (server, names) = (&self.server, &self.names);
         let lists = self.lists().await?;
+        let sizes = self.sizes().await?;
         for consumer in server.consumers(&names.calls).await? {
             let Some(function) = consumed(&consumer.name) else { continue };
-            let running: usize =
-                lists.iter().filter_map(|it| it.calls.get(&consumer.name)).map(Vec::len).sum();
-            let oldest = match consumer.pending + consumer.given {
+            let running = lists.iter().map(|list| list.count(&consumer.name));
+            let (running, in_messages) =
+                running.fold((0, 0), |(a, b), (calls, messages)| (a + calls, b + messages));
+            let messages = consumer.pending + consumer.given;
+            let oldest = match messages {
                 0 => None,
                 _ => server.next(&names.calls, &names.of(CALLS, Some(&function)), 1).await?,
             };
-            let oldest = oldest.and_then(Waiting::new).and_then(|it| it.message.call().ok());
+            let oldest = oldest.and_then(|found| each(found, &HashMap::new()).into_iter().next());
+            let oldest = oldest.and_then(|it| it.message.call().ok());
+            let (of_calls, of_messages) = sizes.get(&function).copied().unwrap_or((1, 1));
+            let all = u128::from(messages) * u128::from(of_calls) / u128::from(of_messages);
             let counted = counts.entry(function).or_default();
             counted.running = running as u64;
-            counted.delayed = consumer.given.saturating_sub(counted.running);
-            counted.pending = consumer.pending;
+            counted.delayed = consumer.given.saturating_sub(in_messages as u64);
+            let others = counted.running + counted.delayed;
+            counted.pending = u64::try_from(all).unwrap_or(u64::MAX).saturating_sub(others);
             counted.oldest = oldest.map(|call| call.options.submitted_at);
         }
         Ok(())
+    }
+
+    /// How many calls of each function are in how many messages; of a large queue in some of them.
+    async fn sizes(&self) -> Result<HashMap<Function, (u64, u64)>, Fault> {
+        let (server, names) = (&self.server, &self.names);
+        let mut sizes: HashMap<Function, (u64, u64)> = HashMap::new();
+        for subject in server.subjects(&names.calls, &names.of(CALLS, None), MOST).await? {
+            let Some(named) = named(&subject) else { continue };
+            let (calls, messages) = sizes.entry(named.function).or_default();
+            *calls += subject::calls(&subject) as u64;
+            *messages += 1;
+        }
+        Ok(sizes)
+    }
+
+    /// The records of the messages that are there with several calls of `function`, or of any.
+    async fn records(&self, function: Option<&Function>) -> Result<HashMap<Key, Record>, Fault> {
+        let names = &self.names;
+        let found = self.read(&names.open, &names.of(OPEN, function), MOST).await?;
+        Ok(found.into_iter().filter_map(record).collect())
+    }
+}
+
+/// A record, and whose it is.
+fn record(found: StreamMessage) -> Option<(Key, Record)> {
+    Some((subject::key(&found.subject)?, Record::decode(found.payload)?))
+}
+
+/// The calls in a message, but for those that `records` says more of.
+fn each(found: StreamMessage, records: &HashMap<Key, Record>) -> Vec<Waiting> {
+    match subject::key(&found.subject) {
+        Some(key) => match Bundled::new(found) {
+            Some(bundled) => bundled.open(records.get(&key)).collect(),
+            None => Vec::new(),
+        },
+        None => Waiting::new(found).into_iter().collect(),
     }
 }

@@ -1,0 +1,331 @@
+//! A message with several calls that has come: each of them is made by itself, and what becomes of them is noted
+//! together. The message goes when all of them are over or have one of their own.
+
+use std::sync::atomic::{AtomicUsize, Ordering::AcqRel};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use async_nats::HeaderMap;
+use async_nats::jetstream::AckKind;
+use bytes::Bytes;
+use tokio::sync::oneshot;
+
+use crate::function::Function;
+use crate::queue::call::Call;
+use crate::queue::jetstream::Shared;
+use crate::queue::jetstream::bundle::{self, Closed, Record, Slot};
+use crate::queue::jetstream::ids::Key;
+use crate::queue::jetstream::message::Message;
+use crate::queue::jetstream::pull::{Address, Arrived, Origin, PAUSE, tell, unreadable};
+use crate::queue::jetstream::roll::Roll;
+use crate::queue::jetstream::server::Fault;
+use crate::queue::jetstream::subject::{CALLS, ENDS, OPEN};
+
+/// So often one tries to note something beside others who do.
+const TRIES: usize = 5;
+/// That we have it is not said more often.
+const OFTEN: Duration = Duration::from_secs(1);
+
+/// A record as it is on the server, and the number of its message there; 0 for none.
+pub(super) type Numbered = (Record, u64);
+
+/// Which message it is.
+#[derive(Clone, Debug)]
+pub(super) struct Which {
+    pub(super) function: Function,
+    pub(super) key: Key,
+    pub(super) sequence: u64,
+}
+
+/// A message with several calls that we have.
+pub(super) struct Bundle {
+    pub(super) which: Which,
+    pub(super) address: Address,
+    /// So many of its calls we are not done with.
+    open: AtomicUsize,
+    inner: Mutex<Inner>,
+}
+
+struct Inner {
+    record: Numbered,
+    waiting: Vec<News>,
+    /// Somebody notes it.
+    writing: bool,
+    told: Instant,
+}
+
+/// What is to be noted of a call, and who waits for that.
+struct News {
+    slot: Slot,
+    closed: Closed,
+    done: oneshot::Sender<Result<bool, Fault>>,
+}
+
+impl Bundle {
+    pub(super) fn new(which: Which, address: Address, record: Numbered, open: usize) -> Arc<Self> {
+        let inner = Inner { record, waiting: Vec::new(), writing: false, told: Instant::now() };
+        let open = AtomicUsize::new(open);
+        Arc::new(Self { which, address, open, inner: Mutex::new(inner) })
+    }
+
+    fn inner(&self) -> MutexGuard<'_, Inner> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Notes what has become of a call; `false` if somebody else has noted something else.
+    pub(super) async fn close(
+        self: &Arc<Self>,
+        shared: &Arc<Shared>,
+        slot: Slot,
+        closed: Closed,
+    ) -> Result<bool, Fault> {
+        let (done, noted) = oneshot::channel();
+        {
+            let mut inner = self.inner();
+            inner.waiting.push(News { slot, closed, done });
+            if !inner.writing {
+                inner.writing = true;
+                let (all, this) = (Arc::clone(shared), Arc::clone(self));
+                shared.tasks.finish(async move { this.write(&all).await });
+            }
+        }
+        noted.await.unwrap_or(Err(Fault::Away))
+    }
+
+    /// Notes what there is until nothing is left.
+    async fn write(&self, shared: &Shared) {
+        loop {
+            let (waiting, (record, number)) = {
+                let mut inner = self.inner();
+                let waiting = std::mem::take(&mut inner.waiting);
+                if waiting.is_empty() {
+                    inner.writing = false;
+                    return;
+                }
+                (waiting, inner.record.clone())
+            };
+            let (closed, answers): (Vec<_>, Vec<_>) = waiting
+                .into_iter()
+                .map(|News { slot, closed, done }| ((slot, closed), done))
+                .unzip();
+            let noted = shared.note(&self.which, (record, number), &closed).await;
+            match noted {
+                Ok((record, ours)) => {
+                    self.inner().record = record;
+                    answers.into_iter().zip(ours).for_each(|(done, ours)| {
+                        // Whoever has left does not want to know.
+                        let _ = done.send(Ok(ours));
+                    });
+                }
+                Err(fault) => answers.into_iter().for_each(|done| {
+                    let _ = done.send(Err(fault.clone()));
+                }),
+            }
+        }
+    }
+
+    /// Gives a call a message of its own, so that anybody can take it. If that fails, the server gives all that is left
+    /// of this message to somebody when it has not heard of it for long enough.
+    pub(super) async fn let_go(self: &Arc<Self>, shared: &Arc<Shared>, call: &Call, slot: Slot) {
+        let headers = Message::new(call).fresh();
+        match self.move_out(shared, call, slot, headers).await {
+            Ok(()) => self.done(shared).await,
+            Err(error) => {
+                tracing::debug!(%error, call_id = call.id, "A call cannot be given back by itself");
+            }
+        }
+    }
+
+    /// Has a call have a message of its own with those headers, unless it is over by now.
+    pub(super) async fn move_out(
+        self: &Arc<Self>,
+        shared: &Arc<Shared>,
+        call: &Call,
+        slot: Slot,
+        headers: HeaderMap,
+    ) -> Result<(), Fault> {
+        // Whoever is given this message later sees that the other may be missing.
+        if self.close(shared, slot, Closed::Moved).await? {
+            shared.place(call, headers).await?;
+        }
+        Ok(())
+    }
+
+    /// We are done with one of the calls.
+    pub(super) async fn done(&self, shared: &Shared) {
+        if self.open.fetch_sub(1, AcqRel) == 1 {
+            self.over(shared).await;
+        }
+    }
+
+    /// Has the message removed. Whoever is given it again, should this be lost, sees that it is over.
+    pub(super) async fn over(&self, shared: &Shared) {
+        let (record, number) = self.inner().record.clone();
+        if let Err(error) = shared.file(&self.which, &record).await {
+            tracing::debug!(%error, "What became of calls cannot be filed");
+            return;
+        }
+        tell(&shared.server, &self.address.reply(), AckKind::Ack).await;
+        if number > 0
+            && let Err(error) = shared.server.delete(&shared.names.open, number).await
+        {
+            // It is removed when somebody tidies up.
+            tracing::debug!(%error, "A record of calls that are over cannot be removed");
+        }
+    }
+
+    /// Says that we have it, unless that was said a moment ago.
+    pub(super) async fn still_busy(&self, shared: &Shared) {
+        {
+            let mut inner = self.inner();
+            if inner.told.elapsed() < OFTEN {
+                return;
+            }
+            inner.told = Instant::now();
+        }
+        tell(&shared.server, &self.address.reply(), AckKind::Progress).await;
+    }
+}
+
+/// A message with several calls that comes.
+pub(super) struct Come {
+    pub(super) which: Which,
+    pub(super) line: usize,
+    /// It has come before, to somebody.
+    pub(super) again: bool,
+    pub(super) lease: Duration,
+    pub(super) payload: Bytes,
+}
+
+impl Come {
+    /// Keeps those of the calls that are not over.
+    pub(super) async fn unpack(self, shared: &Arc<Shared>, address: Address) {
+        let Self { which, line, again, lease, payload } = self;
+        let calls = match bundle::decode(payload, &which.function, which.key) {
+            Ok(calls) => calls,
+            Err(error) => {
+                return unreadable(shared, which.sequence, &address.reply(), &error).await;
+            }
+        };
+        let record = match shared.record(&which).await {
+            Ok(record) => record,
+            Err(error) => {
+                tracing::debug!(%error, "Calls that came cannot be begun");
+                return tell(&shared.server, &address.reply(), AckKind::Nak(Some(PAUSE))).await;
+            }
+        };
+        let sequence = which.sequence;
+        let left = (0..)
+            .zip(calls)
+            .filter(|(slot, _)| matches!(record.0.get(*slot), None | Some(Closed::Moved)));
+        let (moved, left): (Vec<_>, Vec<_>) =
+            left.partition(|(slot, _)| record.0.get(*slot).is_some());
+        let bundle = Bundle::new(which, address, record, moved.len() + left.len());
+        if moved.is_empty() && left.is_empty() {
+            return bundle.over(shared).await;
+        }
+        {
+            let (mut lines, now) = (shared.lines(), Instant::now());
+            for (slot, call) in left {
+                let (message, origin) = (Message::new(&call), Origin::Among(bundle.clone(), slot));
+                let arrived = Arrived { call, message, sequence, again, origin, lease };
+                lines.arrived(line, arrived, now);
+            }
+        }
+        shared.ready.notify_one();
+        Roll::keep(shared);
+        for (_, call) in moved {
+            // Whoever was about to give it a message of its own may have died over that.
+            let placed = async {
+                if shared.has_trace(&call).await? {
+                    return Ok(());
+                }
+                shared.place(&call, Message::new(&call).fresh()).await
+            };
+            match placed.await {
+                Ok(()) => bundle.done(shared).await,
+                Err(error) => tracing::debug!(%error, call_id = call.id, "A call cannot be moved"),
+            }
+        }
+    }
+}
+
+impl Shared {
+    /// What is known of the calls in a message: while that is there, and afterwards.
+    pub(super) async fn record(&self, which: &Which) -> Result<Numbered, Fault> {
+        let Which { function, key, sequence } = which;
+        let found = self.record_at(&self.names.together(OPEN, function, *key), false).await?;
+        let found = match found {
+            Some(found) => Some(found),
+            None => {
+                let filed = self.names.together(ENDS, function, *key);
+                self.record_at(&filed, true).await?.map(|(record, _)| (record, 0))
+            }
+        };
+        Ok(found.unwrap_or_else(|| (Record::of(*sequence), 0)))
+    }
+
+    /// The record under `subject`, or under the last that it means.
+    pub(super) async fn record_at(
+        &self,
+        subject: &str,
+        filed: bool,
+    ) -> Result<Option<Numbered>, Fault> {
+        let stream = if filed { &self.names.notes } else { &self.names.open };
+        let Some(found) = self.server.last(stream, subject).await? else { return Ok(None) };
+        let record = Record::decode(found.payload).ok_or(Fault::Odd)?;
+        Ok(Some((record, found.sequence)))
+    }
+
+    /// Notes what has become of calls, beside others who may do so; of which of them nobody has noted something else.
+    pub(super) async fn note(
+        &self,
+        which: &Which,
+        known: Numbered,
+        closed: &[(Slot, Closed)],
+    ) -> Result<(Numbered, Vec<bool>), Fault> {
+        let (mut record, mut number) = known;
+        for _ in 0..TRIES {
+            let mut next = record.clone();
+            let mut ours = Vec::with_capacity(closed.len());
+            for (slot, closed) in closed {
+                // It may be there, and only the word of that was lost.
+                ours.push(next.close(*slot, closed.clone()) || next.get(*slot) == Some(closed));
+            }
+            if next == record {
+                return Ok(((record, number), ours));
+            }
+            match self.put_record(which, &next, number).await {
+                Ok(number) => return Ok(((next, number), ours)),
+                Err(fault) if fault.is_conflict() => {
+                    (record, number) = self.record(which).await?;
+                }
+                Err(fault) => return Err(fault),
+            }
+        }
+        Err(Fault::Away)
+    }
+
+    /// Stores a record over the one with that number.
+    async fn put_record(&self, which: &Which, record: &Record, over: u64) -> Result<u64, Fault> {
+        let subject = self.names.together(OPEN, &which.function, which.key);
+        let stored =
+            self.server.put(subject, HeaderMap::new(), record.encode(), Some(over)).await?;
+        Ok(stored.sequence)
+    }
+
+    /// Keeps what became of the calls of a message that goes, for as long as results are kept.
+    pub(super) async fn file(&self, which: &Which, record: &Record) -> Result<(), Fault> {
+        let subject = self.names.together(ENDS, &which.function, which.key);
+        self.server.put(subject, HeaderMap::new(), record.encode(), None).await.map(drop)
+    }
+
+    /// Gives a call a message of its own, unless it has one.
+    pub(super) async fn place(&self, call: &Call, headers: HeaderMap) -> Result<(), Fault> {
+        let subject = self.names.call(CALLS, &call.function, &call.id);
+        match self.server.put(subject, headers, call.body.clone(), Some(0)).await {
+            Err(fault) if !fault.is_conflict() => Err(fault),
+            _ => Ok(()),
+        }
+    }
+}
