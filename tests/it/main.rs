@@ -31,6 +31,7 @@ mod queue_limits;
 mod queue_loss;
 mod queue_policies;
 mod queue_stan;
+mod queue_together;
 mod start;
 mod stop;
 mod streams;

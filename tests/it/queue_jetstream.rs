@@ -19,12 +19,12 @@ use crate::support::nats::Nats;
 use crate::support::provider::Provider;
 use crate::support::{eventually, within};
 
-const LIMITS: Limits = Limits { pending: 50, result_ttl: 3_600_000, key_ttl: 3_600_000 };
-const PLACES: usize = 10;
+pub(crate) const LIMITS: Limits = Limits { pending: 50, result_ttl: 3_600_000, key_ttl: 3_600_000 };
+pub(crate) const PLACES: usize = 10;
 /// As short as it can be without a busy machine losing a lease that it means to keep.
-const LEASE: Duration = Duration::from_secs(2);
+pub(crate) const LEASE: Duration = Duration::from_secs(2);
 
-fn options(nats: &Nats) -> Options {
+pub(crate) fn options(nats: &Nats) -> Options {
     Options {
         servers: vec![nats.url()],
         auth: Auth::Nobody,
@@ -40,57 +40,57 @@ fn options(nats: &Nats) -> Options {
 }
 
 /// One gateway's view of the queue.
-struct Gateway {
+pub(crate) struct Gateway {
     jetstream: JetStream,
-    queue: Queue,
+    pub(crate) queue: Queue,
 }
 
 impl Gateway {
-    async fn open(options: Options) -> Self {
+    pub(crate) async fn open(options: Options) -> Self {
         let jetstream = JetStream::open(options).await.unwrap();
         Self { queue: Queue::JetStream(jetstream.clone()), jetstream }
     }
 
     /// One whose server answers.
-    async fn on(nats: &Nats) -> Self {
+    pub(crate) async fn on(nats: &Nats) -> Self {
         let gateway = Self::open(options(nats)).await;
         eventually("the server answers", async || gateway.queue.status("x").await.is_ok()).await;
         gateway
     }
 
-    async fn publish(&self, call: Call) -> Published {
+    pub(crate) async fn publish(&self, call: Call) -> Published {
         within("publish", self.queue.publish(call)).await.unwrap()
     }
 
-    async fn take(&self) -> Delivery {
+    pub(crate) async fn take(&self) -> Delivery {
         within("take", self.queue.take(PLACES)).await.unwrap()
     }
 
-    async fn settle(&self, delivery: Delivery, settlement: Settlement) {
+    pub(crate) async fn settle(&self, delivery: Delivery, settlement: Settlement) {
         within("settle", self.queue.settle(&delivery, &settlement)).await.unwrap();
     }
 
-    async fn state(&self, id: &str) -> Option<State> {
+    pub(crate) async fn state(&self, id: &str) -> Option<State> {
         self.queue.status(id).await.unwrap().map(|status| status.state)
     }
 
     /// Nothing is there to take for some time.
-    async fn takes_nothing(&self, time: Duration) -> bool {
+    pub(crate) async fn takes_nothing(&self, time: Duration) -> bool {
         tokio::time::timeout(time, self.queue.take(PLACES)).await.is_err()
     }
 
-    async fn unfinished(&self) -> u64 {
+    pub(crate) async fn unfinished(&self) -> u64 {
         let counts = self.queue.counts().await.unwrap();
         counts.iter().map(|(_, it)| it.pending + it.running + it.delayed).sum()
     }
 
     /// Nothing is left to be made: the server removes a call's message a moment after its end.
-    async fn is_empty(&self) {
+    pub(crate) async fn is_empty(&self) {
         eventually("nothing is left", async || self.unfinished().await == 0).await;
     }
 
     /// A killed server may forget removals. Whoever takes next sees that these calls are over, and lets go of them.
-    async fn lets_go(&self) {
+    pub(crate) async fn lets_go(&self) {
         tokio::select! {
             taken = self.queue.take(PLACES) => panic!("made once more: {taken:?}"),
             () = self.is_empty() => {}
@@ -98,17 +98,17 @@ impl Gateway {
     }
 
     /// As when the process is killed: what it has taken is neither settled nor given back.
-    async fn dies(self, taken: Vec<Delivery>) {
+    pub(crate) async fn dies(self, taken: Vec<Delivery>) {
         self.jetstream.stop().await;
         taken.into_iter().for_each(std::mem::forget);
     }
 }
 
-fn now() -> Millis {
+pub(crate) fn now() -> Millis {
     SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_millis().try_into().unwrap()
 }
 
-fn call_of(function: &str, id: &str) -> Call {
+pub(crate) fn call_of(function: &str, id: &str) -> Call {
     Call {
         id: id.to_owned(),
         function: Function { name: function.to_owned(), namespace: "fn".to_owned() },
@@ -122,11 +122,11 @@ fn call_of(function: &str, id: &str) -> Call {
     }
 }
 
-fn call(id: &str) -> Call {
+pub(crate) fn call(id: &str) -> Call {
     call_of("echo", id)
 }
 
-fn succeeded() -> Settlement {
+pub(crate) fn succeeded() -> Settlement {
     let answer = Answer {
         status: 200,
         headers: vec![("x-a".to_owned(), "1".to_owned())],
@@ -137,11 +137,11 @@ fn succeeded() -> Settlement {
     Settlement::Finished { state: State::Succeeded, status, reason: None, answer, made: true }
 }
 
-fn dead() -> Settlement {
+pub(crate) fn dead() -> Settlement {
     Settlement::Dead { status: Some(500), reason: Some("gave up".to_owned()), answer: None }
 }
 
-fn retry(at: Millis) -> Settlement {
+pub(crate) fn retry(at: Millis) -> Settlement {
     Settlement::Retry { at, status: Some(503), reason: Some("busy".to_owned()) }
 }
 
@@ -596,7 +596,7 @@ async fn a_body_larger_than_a_message_passes() {
 }
 
 /// A stream of the queue, as the server has it.
-async fn stream(nats: &Nats, name: &str) -> async_nats::jetstream::stream::Stream {
+pub(crate) async fn stream(nats: &Nats, name: &str) -> async_nats::jetstream::stream::Stream {
     let client = async_nats::connect(nats.url()).await.unwrap();
     async_nats::jetstream::new(client).get_stream(name).await.unwrap()
 }
@@ -895,7 +895,7 @@ async fn a_body_that_no_call_has_is_tidied_away() {
 }
 
 /// One who may publish whatever it likes.
-async fn stranger(nats: &Nats) -> async_nats::jetstream::Context {
+pub(crate) async fn stranger(nats: &Nats) -> async_nats::jetstream::Context {
     let options = async_nats::ConnectOptions::new().retry_on_initial_connect();
     async_nats::jetstream::new(options.connect(nats.url()).await.unwrap())
 }

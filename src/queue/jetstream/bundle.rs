@@ -160,6 +160,11 @@ impl Record {
         self.closed.len() >= key.count()
     }
 
+    /// Of how many calls that is noted.
+    pub(super) fn closed(&self) -> usize {
+        self.closed.len()
+    }
+
     /// Whether any has a message of its own.
     pub(super) fn has_moved(&self) -> bool {
         self.closed.values().any(|closed| *closed == Closed::Moved)

@@ -9,6 +9,7 @@ use tokio::sync::Semaphore;
 
 use crate::queue::Error;
 use crate::queue::jetstream::Shared;
+use crate::queue::jetstream::bundle::Record;
 use crate::queue::jetstream::ids::TOGETHER;
 use crate::queue::jetstream::server::Fault;
 use crate::queue::jetstream::subject::{self, CALLS};
@@ -21,8 +22,10 @@ const PATIENCE: Duration = Duration::from_millis(500);
 /// What is known of that.
 pub(super) struct Fill {
     known: Mutex<Known>,
-    /// So many were taken in here since.
+    /// So many were taken in here since, or are about to be.
     since: AtomicU64,
+    /// So many of them are on their way: they may be counted or not.
+    flying: AtomicU64,
     /// To count.
     turn: Semaphore,
 }
@@ -35,10 +38,22 @@ struct Known {
     again: Option<Instant>,
 }
 
+/// Room for calls that are on their way.
+pub(super) struct Taken<'a> {
+    fill: &'a Fill,
+    calls: u64,
+}
+
+impl Drop for Taken<'_> {
+    fn drop(&mut self) {
+        self.fill.flying.fetch_sub(self.calls, Relaxed);
+    }
+}
+
 impl Fill {
     pub(super) fn new() -> Self {
         let known = Mutex::new(Known { most: 0, again: None });
-        Self { known, since: AtomicU64::new(0), turn: Semaphore::new(1) }
+        Self { known, since: AtomicU64::new(0), flying: AtomicU64::new(0), turn: Semaphore::new(1) }
     }
 
     fn known(&self) -> MutexGuard<'_, Known> {
@@ -46,37 +61,38 @@ impl Fill {
     }
 
     /// Takes room for so many, if there is some for all that is known.
-    fn takes(&self, calls: u64, limit: u64) -> bool {
-        let known = *self.known();
+    fn take(&self, calls: u64, limit: u64) -> Option<Taken<'_>> {
+        let known = self.known();
         let there = known.most.saturating_add(self.since.load(Relaxed));
-        let fits = known.again.is_some() && there.saturating_add(calls) <= limit;
-        if fits {
-            self.since.fetch_add(calls, Relaxed);
+        if known.again.is_none() || there.saturating_add(calls) > limit {
+            return None;
         }
-        fits
+        self.since.fetch_add(calls, Relaxed);
+        self.flying.fetch_add(calls, Relaxed);
+        Some(Taken { fill: self, calls })
     }
 }
 
 impl Shared {
-    /// Takes room for so many calls. What other gateways have taken in since the calls were counted last may be more
-    /// than there was room for.
+    /// Takes room for so many calls, until they are stored. What other gateways have taken in since the calls were
+    /// counted last may be more than there was room for.
     ///
     /// # Errors
     /// [`Error::Full`] when there is none.
-    pub(super) async fn make_room(&self, calls: usize) -> Result<(), Error> {
+    pub(super) async fn make_room(&self, calls: usize) -> Result<Taken<'_>, Error> {
         let (calls, limit) = (calls as u64, self.options.limits.pending as u64);
-        if self.fill.takes(calls, limit) {
-            return Ok(());
+        match self.fill.take(calls, limit) {
+            Some(taken) => Ok(taken),
+            None => Box::pin(self.count_room(calls, limit)).await,
         }
-        Box::pin(self.count_room(calls, limit)).await
     }
 
-    async fn count_room(&self, calls: u64, limit: u64) -> Result<(), Error> {
+    async fn count_room(&self, calls: u64, limit: u64) -> Result<Taken<'_>, Error> {
         let turn = tokio::time::timeout(PATIENCE, self.fill.turn.acquire()).await;
         let _turn = turn.map_err(|_| Error::Full)?;
         // Whoever was here before may have found some.
-        if self.fill.takes(calls, limit) {
-            return Ok(());
+        if let Some(taken) = self.fill.take(calls, limit) {
+            return Ok(taken);
         }
         let again = self.fill.known().again;
         if let Some(again) = again {
@@ -87,11 +103,17 @@ impl Shared {
             tokio::time::sleep(wait).await;
         }
         let start = Instant::now();
-        let since = self.fill.since.load(Relaxed);
+        let stored = {
+            let _known = self.fill.known();
+            self.fill.since.load(Relaxed) - self.fill.flying.load(Relaxed)
+        };
         let most = self.count_most(limit).await?;
-        *self.fill.known() = Known { most, again: Some(Instant::now() + start.elapsed() * SELDOM) };
-        self.fill.since.fetch_sub(since, Relaxed);
-        if self.fill.takes(calls, limit) { Ok(()) } else { Err(Error::Full) }
+        {
+            let mut known = self.fill.known();
+            *known = Known { most, again: Some(Instant::now() + start.elapsed() * SELDOM) };
+            self.fill.since.fetch_sub(stored, Relaxed);
+        }
+        self.fill.take(calls, limit).ok_or(Error::Full)
     }
 
     /// How many calls there are at most. Where that says enough, it is far more than there are.
@@ -103,6 +125,11 @@ impl Shared {
             return Ok(most);
         }
         let subjects = server.subjects(&names.calls, &names.of(CALLS, None), usize::MAX).await?;
-        Ok(subjects.iter().map(|subject| subject::calls(subject) as u64).sum())
+        let all: usize = subjects.iter().map(|subject| subject::calls(subject)).sum();
+        if (all as u64) < limit {
+            return Ok(all as u64);
+        }
+        let over: usize = self.records(None).await?.values().map(Record::closed).sum();
+        Ok(all.saturating_sub(over) as u64)
     }
 }

@@ -5,6 +5,7 @@ use std::collections::HashMap;
 use std::sync::{Arc, OnceLock};
 
 use futures_util::StreamExt;
+use futures_util::future::join_all;
 use futures_util::stream::FuturesUnordered;
 use tokio::sync::{mpsc, oneshot};
 
@@ -12,6 +13,7 @@ use crate::call_id::X_CALL_ID;
 use crate::function::Function;
 use crate::queue::call::Call;
 use crate::queue::jetstream::bundle::{self, LARGEST, LONGEST};
+use crate::queue::jetstream::fill::Taken;
 use crate::queue::jetstream::ids::{Key, TOGETHER};
 use crate::queue::jetstream::message::together_headers;
 use crate::queue::jetstream::server::Server;
@@ -147,23 +149,42 @@ async fn fly(
         }
         (Some(call), answers) => {
             calls.push(call);
-            let published =
-                within(PUBLISH, shared.publish_together(server, &function, calls)).await;
-            match published {
-                Ok(ids) => answers.into_iter().zip(ids).for_each(|(answer, id)| {
-                    let _ = answer.send(Ok(Published { id, repeated: false }));
-                }),
-                Err(error) => answers.into_iter().for_each(|answer| {
-                    let _ = answer.send(Err(error.clone()));
-                }),
-            }
+            let published = match within(PUBLISH, shared.room(calls.len())).await {
+                Ok(taken) => {
+                    let stored = shared.publish_together(server, &function, calls);
+                    let stored = within(PUBLISH, stored).await;
+                    drop(taken);
+                    match stored {
+                        Ok(ids) => ids.into_iter().map(first).collect(),
+                        Err(error) => vec![Err(error); answers.len()],
+                    }
+                }
+                // There may be some for a few of them.
+                Err(Error::Full) => {
+                    let each = calls.iter().map(|call| shared.publish(server, call));
+                    join_all(each.map(|published| within(PUBLISH, published))).await
+                }
+                Err(error) => vec![Err(error); answers.len()],
+            };
+            answers.into_iter().zip(published).for_each(|(answer, published)| {
+                let _ = answer.send(published);
+            });
         }
         (None, _) => {}
     }
     function
 }
 
+fn first(id: String) -> Result<Published, Error> {
+    Ok(Published { id, repeated: false })
+}
+
 impl Shared {
+    /// Room for so many calls, once the server is there.
+    async fn room(&self, calls: usize) -> Result<Taken<'_>, Error> {
+        self.ready().await?.make_room(calls).await
+    }
+
     /// Takes several calls of `function` in, under new ids.
     async fn publish_together(
         &self,
@@ -171,8 +192,6 @@ impl Shared {
         function: &Function,
         mut calls: Vec<Call>,
     ) -> Result<Vec<String>, Error> {
-        self.ready().await?;
-        self.make_room(calls.len()).await?;
         // First the consumer: without one, nobody would look for the calls.
         self.consumer(function).await?;
         for tries in 1.. {

@@ -42,7 +42,7 @@ impl Shared {
                 None => {}
             }
         }
-        self.make_room(1).await?;
+        let _taken = self.make_room(1).await?;
         // First the consumer: without one, nobody would look for the call.
         self.consumer(&call.function).await?;
         let mut message = Message::new(call);

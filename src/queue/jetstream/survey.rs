@@ -298,7 +298,10 @@ impl Shared {
     }
 
     /// The records of the messages that are there with several calls of `function`, or of any.
-    async fn records(&self, function: Option<&Function>) -> Result<HashMap<Key, Record>, Fault> {
+    pub(super) async fn records(
+        &self,
+        function: Option<&Function>,
+    ) -> Result<HashMap<Key, Record>, Fault> {
         let names = &self.names;
         let found = self.read(&names.open, &names.of(OPEN, function), MOST).await?;
         Ok(found.into_iter().filter_map(record).collect())

@@ -16,12 +16,9 @@ use crate::queue::jetstream::message::Message;
 use crate::queue::jetstream::server::Fault;
 use crate::queue::jetstream::state::{Ended, Found, Waiting};
 use crate::queue::jetstream::subject::{self, CALLS, ENDS, Named, OPEN, named};
-use crate::queue::jetstream::unpack::Which;
+use crate::queue::jetstream::unpack::{TRIES, Which};
 use crate::queue::now;
 use crate::queue::status::Status;
-
-/// So often one tries to change a record beside others who do.
-const TRIES: usize = 5;
 
 /// Where a call is whose message has others.
 pub(super) enum Among {

@@ -21,10 +21,10 @@ use crate::queue::jetstream::roll::Roll;
 use crate::queue::jetstream::server::Fault;
 use crate::queue::jetstream::subject::{CALLS, ENDS, OPEN};
 
-/// So often one tries to note something beside others who do.
-const TRIES: usize = 5;
+/// So often one tries to change a record beside others who do.
+pub(super) const TRIES: usize = 32;
 /// That we have it is not said more often.
-const OFTEN: Duration = Duration::from_secs(1);
+const OFTEN: Duration = Duration::from_millis(100);
 
 /// A record as it is on the server, and the number of its message there; 0 for none.
 pub(super) type Numbered = (Record, u64);
