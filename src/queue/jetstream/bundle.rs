@@ -150,12 +150,24 @@ impl Record {
         is_new
     }
 
+    /// Adds what another record of the same message says, which was written later.
+    pub(super) fn add(&mut self, later: Self) {
+        if later.sequence == self.sequence {
+            self.closed.extend(later.closed);
+        }
+    }
+
     /// Forgets the final state of a call.
     pub(super) fn purge(&mut self, slot: Slot) {
         self.closed.insert(slot, Closed::Gone);
     }
 
-    /// Whether that is noted of all calls under `key`.
+    /// Whether all calls under `key` have an end, or are gone.
+    pub(super) fn is_final(&self, key: Key) -> bool {
+        self.is_whole(key) && !self.closed.values().any(|closed| *closed == Closed::Moved)
+    }
+
+    /// Whether something is noted of all calls under `key`.
     pub(super) fn is_whole(&self, key: Key) -> bool {
         self.closed.len() >= key.count()
     }
@@ -163,11 +175,6 @@ impl Record {
     /// Of how many calls that is noted.
     pub(super) fn closed(&self) -> usize {
         self.closed.len()
-    }
-
-    /// Whether any has a message of its own.
-    pub(super) fn has_moved(&self) -> bool {
-        self.closed.values().any(|closed| *closed == Closed::Moved)
     }
 
     /// The final states of those that are over, with the bodies of small answers.
@@ -278,6 +285,12 @@ mod tests {
         assert!(!record.is_whole(key));
         assert!(record.close(0, Closed::Gone) && record.is_whole(key));
         assert_eq!(Record::decode(record.encode()), Some(record.clone()));
+        assert!(!record.is_final(key));
+        let mut later = Record::of(7);
+        later.close(2, Closed::Gone);
+        let mut both = record.clone();
+        both.add(later);
+        assert!(both.is_final(key) && both.get(0) == Some(&Closed::Gone));
         let (slot, end, body) = record.ends().next().unwrap();
         assert_eq!((slot, end.status, &body[..]), (1, status, &b"no"[..]));
         record.purge(1);

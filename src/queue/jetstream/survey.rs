@@ -104,7 +104,7 @@ impl Shared {
                 if let Some(end) = message::end(&found.headers) {
                     all.insert(end.status.id.clone(), (end.sequence, end.status));
                 } else if let Some((key, record)) = record(found) {
-                    records.entry(key).or_insert(record);
+                    records.entry(key).or_insert_with(|| Record::of(record.sequence)).add(record);
                 }
             }
             for (_, end, _) in records.values().flat_map(Record::ends) {

@@ -88,10 +88,13 @@ impl Shared {
         let message = self.server.last(&names.calls, &subject(CALLS)).await?;
         let message = message.and_then(Bundled::new);
         // In this order: it is filed before it goes from the first place.
-        let record = match self.record_at(&subject(OPEN), false).await? {
-            Some((record, _)) => Some(record),
-            None => self.record_at(&subject(ENDS), true).await?.map(|(record, _)| record),
-        };
+        let mut record = self.record_at(&subject(OPEN), false).await?.map(|(record, _)| record);
+        if let Some((filed, _)) = self.record_at(&subject(ENDS), true).await? {
+            match &mut record {
+                Some(record) => record.add(filed),
+                None => record = Some(filed),
+            }
+        }
         let function = message.as_ref().map(|it| it.which.function.clone());
         let in_message = message.and_then(|Bundled { which, calls }| {
             let slot = calls.iter().position(|call| call.id == id)?;
@@ -136,7 +139,7 @@ impl Shared {
             Some(status) => Closed::ended(which.sequence, status, None),
             None => Closed::Gone,
         };
-        let record = self.record(which).await?;
+        let record = self.record(which, true).await?;
         let (_, ours) = self.note(which, record, &[(slot, closed)]).await?;
         Ok(ours == [true])
     }
@@ -165,9 +168,9 @@ impl Shared {
     /// Whether a message is there only because the server has forgotten that it was removed. `floor`: its consumer takes
     /// all up to that number to be over.
     pub(super) async fn is_left_over(&self, which: &Which, floor: u64) -> Result<bool, Fault> {
-        let (record, _) = self.record(which).await?;
+        let (record, _) = self.record(which, true).await?;
         let whole = record.sequence == which.sequence && record.is_whole(which.key);
-        Ok(whole && (which.sequence <= floor || !record.has_moved()))
+        Ok(whole && (which.sequence <= floor || record.is_final(which.key)))
     }
 
     /// Removes records older than `age` whose messages are gone; how many there were.

@@ -48,6 +48,8 @@ pub(super) struct Bundle {
 
 struct Inner {
     record: Numbered,
+    /// It is where final states are kept.
+    filed: bool,
     waiting: Vec<News>,
     /// Somebody notes it.
     writing: bool,
@@ -63,7 +65,13 @@ struct News {
 
 impl Bundle {
     pub(super) fn new(which: Which, address: Address, record: Numbered, open: usize) -> Arc<Self> {
-        let inner = Inner { record, waiting: Vec::new(), writing: false, told: Instant::now() };
+        let inner = Inner {
+            record,
+            filed: false,
+            waiting: Vec::new(),
+            writing: false,
+            told: Instant::now(),
+        };
         let open = AtomicUsize::new(open);
         Arc::new(Self { which, address, open, inner: Mutex::new(inner) })
     }
@@ -108,10 +116,12 @@ impl Bundle {
                 .into_iter()
                 .map(|News { slot, closed, done }| ((slot, closed), done))
                 .unzip();
-            let noted = shared.note(&self.which, (record, number), &closed).await;
+            let noted = self.note(shared, record, number, &closed).await;
             match noted {
-                Ok((record, ours)) => {
-                    self.inner().record = record;
+                Ok((record, ours, filed)) => {
+                    let mut inner = self.inner();
+                    (inner.record, inner.filed) = (record, filed);
+                    drop(inner);
                     answers.into_iter().zip(ours).for_each(|(done, ours)| {
                         // Whoever has left does not want to know.
                         let _ = done.send(Ok(ours));
@@ -122,6 +132,25 @@ impl Bundle {
                 }),
             }
         }
+    }
+
+    /// The same. When nothing is left to be noted later, it is filed at once; whether it was.
+    async fn note(
+        &self,
+        shared: &Shared,
+        record: Record,
+        number: u64,
+        closed: &[(Slot, Closed)],
+    ) -> Result<(Numbered, Vec<bool>, bool), Fault> {
+        let mut next = record.clone();
+        let ours: Vec<bool> =
+            closed.iter().map(|(slot, closed)| next.close(*slot, closed.clone())).collect();
+        if next.is_final(self.which.key) && !ours.contains(&false) {
+            shared.file(&self.which, &next).await?;
+            return Ok(((next, number), ours, true));
+        }
+        let (record, ours) = shared.note(&self.which, (record, number), closed).await?;
+        Ok((record, ours, false))
     }
 
     /// Gives a call a message of its own, so that anybody can take it. If that fails, the server gives all that is left
@@ -160,8 +189,11 @@ impl Bundle {
 
     /// Has the message removed. Whoever is given it again, should this be lost, sees that it is over.
     pub(super) async fn over(&self, shared: &Shared) {
-        let (record, number) = self.inner().record.clone();
-        if let Err(error) = shared.file(&self.which, &record).await {
+        let ((record, number), filed) = {
+            let inner = self.inner();
+            (inner.record.clone(), inner.filed)
+        };
+        if !filed && let Err(error) = shared.file(&self.which, &record).await {
             tracing::debug!(%error, "What became of calls cannot be filed");
             return;
         }
@@ -207,7 +239,9 @@ impl Come {
                 return unreadable(shared, which.sequence, &address.reply(), &error).await;
             }
         };
-        let record = match shared.record(&which).await {
+        // Of a message that nobody was given before, only those know something who took a call back.
+        let suspect = again || shared.server.was_found(which.sequence);
+        let record = match shared.record(&which, suspect).await {
             Ok(record) => record,
             Err(error) => {
                 tracing::debug!(%error, "Calls that came cannot be begun");
@@ -251,18 +285,18 @@ impl Come {
 }
 
 impl Shared {
-    /// What is known of the calls in a message: while that is there, and afterwards.
-    pub(super) async fn record(&self, which: &Which) -> Result<Numbered, Fault> {
+    /// What is known of the calls in a message; `filed`: it may be gone, or may have been about to go.
+    pub(super) async fn record(&self, which: &Which, filed: bool) -> Result<Numbered, Fault> {
         let Which { function, key, sequence } = which;
-        let found = self.record_at(&self.names.together(OPEN, function, *key), false).await?;
-        let found = match found {
-            Some(found) => Some(found),
-            None => {
-                let filed = self.names.together(ENDS, function, *key);
-                self.record_at(&filed, true).await?.map(|(record, _)| (record, 0))
+        let open = self.record_at(&self.names.together(OPEN, function, *key), false).await?;
+        let (mut record, number) = open.unwrap_or_else(|| (Record::of(*sequence), 0));
+        if filed {
+            let subject = self.names.together(ENDS, function, *key);
+            if let Some((filed, _)) = self.record_at(&subject, true).await? {
+                record.add(filed);
             }
-        };
-        Ok(found.unwrap_or_else(|| (Record::of(*sequence), 0)))
+        }
+        Ok((record, number))
     }
 
     /// The record under `subject`, or under the last that it means.
@@ -298,7 +332,7 @@ impl Shared {
             match self.put_record(which, &next, number).await {
                 Ok(number) => return Ok(((next, number), ours)),
                 Err(fault) if fault.is_conflict() => {
-                    (record, number) = self.record(which).await?;
+                    (record, number) = self.record(which, true).await?;
                 }
                 Err(fault) => return Err(fault),
             }
