@@ -110,6 +110,23 @@ pub(super) enum Part {
     Makes,
 }
 
+/// When it is counted what a queue holds.
+pub(super) enum Counted {
+    /// Always: what scales functions has to know.
+    Always,
+    /// While these are scraped. There may be many workers, and each that counts keeps the queue's server busy.
+    WhileScraped(Arc<Metrics>),
+}
+
+impl Counted {
+    fn now(&self) -> bool {
+        match self {
+            Self::Always => true,
+            Self::WhileScraped(metrics) => metrics.is_scraped(Instant::now()),
+        }
+    }
+}
+
 /// Opens the queue, if there is to be one.
 pub(super) async fn intake(
     config: &config::Queue,
@@ -180,12 +197,10 @@ fn stan_options(nats: &config::Nats, default_namespace: &str, part: Part) -> sta
 
 /// Has the queue forget what has been kept for long enough, counts what is there, and says whether it can be reached,
 /// again and again until `stopping`.
-///
-/// `counts`: whether what is there is shown. A queue that is shared is counted by gateways alone.
 pub(super) async fn keep_tidy(
     intake: Arc<Intake>,
     health: Arc<Health>,
-    counts: bool,
+    counted: Counted,
     stopping: CancellationToken,
 ) {
     // Each by itself: a queue that takes long to be counted, or a disk that hangs, must not hide how it is.
@@ -198,8 +213,9 @@ pub(super) async fn keep_tidy(
         let _ = tokio::time::timeout(FORGET, intake.queue.expire()).await;
     });
     let count = every(COUNT_EVERY, "count", &stopping, || async {
-        if !counts {
-            return;
+        if !counted.now() {
+            // What was shown would be old once somebody looks again.
+            return intake.metrics.holds(Vec::new());
         }
         let start = Instant::now();
         if let Err(error) = intake.count().await {
