@@ -97,8 +97,9 @@ impl Error {
     /// The answer; `call_id` is named where there is one.
     pub fn answer(&self, call_id: Option<&HeaderValue>) -> Response<String> {
         let status = self.status();
-        tracing::debug!(%status, error = %Causes(self), "Request failed");
-        let text = match call_id.and_then(|id| id.to_str().ok()) {
+        let call_id = call_id.and_then(|id| id.to_str().ok());
+        tracing::debug!(call_id, %status, error = %Causes(self), "Request failed");
+        let text = match call_id {
             Some(id) => format!("{self} (call {id})\n"),
             None => format!("{self}\n"),
         };
