@@ -6,6 +6,7 @@ pub mod autoscale;
 pub mod base_url;
 pub mod cli;
 pub mod duration;
+pub mod listen;
 pub mod nats;
 pub mod reader;
 mod scaling;
@@ -13,13 +14,13 @@ pub mod settings;
 mod telemetry;
 pub mod worker;
 
-use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
 use std::time::Duration;
 
 use crate::config::allow::Allow;
 use crate::config::autoscale::Autoscale;
 use crate::config::base_url::BaseUrl;
+use crate::config::listen::{Host, Listen};
 pub use crate::config::nats::Nats;
 use crate::config::reader::{Mistake, Reader};
 pub use crate::config::scaling::ColdStart;
@@ -30,9 +31,9 @@ pub use crate::config::worker::{Target, Worker};
 #[derive(Clone, Debug)]
 pub struct Serve {
     /// `listen_address`, `port`: what callers use.
-    pub listen: SocketAddr,
+    pub listen: Listen,
     /// `listen_address`, `metrics_port`.
-    pub metrics: SocketAddr,
+    pub metrics: Listen,
     /// `threads`: how many threads carry calls; 0: one for each core.
     pub threads: usize,
     /// `functions_provider_url`
@@ -158,7 +159,7 @@ pub struct Shutdown {
 #[derive(Clone, Debug)]
 pub struct Provider {
     /// `provider_address`, `provider_port`
-    pub listen: SocketAddr,
+    pub listen: Listen,
     /// `state_dir`
     pub state_dir: PathBuf,
     /// `basic_auth`: the directory that holds the credentials' files.
@@ -187,14 +188,14 @@ impl Serve {
         if provider.is_none() && from.text("functions_provider_url").is_empty() {
             from.mistake("functions_provider_url", None, base_url::EXPECTED);
         }
-        let address = from.address("listen_address");
+        let host = Host::read(&mut from, "listen_address");
         let prometheus = prometheus(&mut from);
         let direct = from.boolean("direct_functions");
         let direct_functions = direct.then(|| from.text("direct_functions_suffix"));
         let provider = provider.unwrap_or_else(nowhere);
         let nats = Nats::parse(&mut from);
         let queue = Queue::common(&mut from, Backend::None, "", nats);
-        let mut serve = Self::common(&mut from, address, provider, queue);
+        let mut serve = Self::common(&mut from, host, provider, queue);
         serve.logs_provider = from.url("logs_provider_url").unwrap_or(serve.logs_provider);
         serve.prometheus = prometheus;
         serve.direct_functions = direct_functions;
@@ -204,10 +205,10 @@ impl Serve {
     }
 
     /// What `serve` and `up` have in common.
-    fn common(from: &mut Reader<'_>, address: IpAddr, provider: BaseUrl, queue: Queue) -> Self {
+    fn common(from: &mut Reader<'_>, host: Host, provider: BaseUrl, queue: Queue) -> Self {
         Self {
-            listen: SocketAddr::new(address, from.port("port")),
-            metrics: SocketAddr::new(address, from.port("metrics_port")),
+            listen: host.port(from, "port"),
+            metrics: host.port(from, "metrics_port"),
             threads: from.count("threads", 0..=1024),
             logs_provider: provider.clone(),
             provider,
@@ -303,8 +304,9 @@ impl Queue {
 
 impl Provider {
     pub fn parse(mut from: Reader<'_>) -> Result<Self, Vec<Mistake>> {
-        let address = from.address("provider_address");
-        let provider = Self::common(&mut from, address);
+        let host = Host::read(&mut from, "provider_address");
+        let provider = Self::common(&mut from, host);
+        let address = provider.listen.address.ip();
         if !address.is_loopback() && provider.secrets.is_none() {
             from.mistake(
                 "provider_address",
@@ -316,9 +318,9 @@ impl Provider {
         from.finish(provider)
     }
 
-    fn common(from: &mut Reader<'_>, address: IpAddr) -> Self {
+    fn common(from: &mut Reader<'_>, host: Host) -> Self {
         Self {
-            listen: SocketAddr::new(address, from.port("provider_port")),
+            listen: host.port(from, "provider_port"),
             state_dir: PathBuf::from(from.text("state_dir")),
             secrets: basic_auth(from),
             grace: from.duration("shutdown_grace"),
@@ -333,10 +335,9 @@ impl Provider {
 impl Up {
     /// Everything on loopback: a bare machine has nothing in front of it that would keep strangers out.
     pub fn parse(mut from: Reader<'_>, stack: Option<PathBuf>) -> Result<Self, Vec<Mistake>> {
-        let loopback = IpAddr::V4(Ipv4Addr::LOCALHOST);
-        let provider = Provider::common(&mut from, loopback);
+        let provider = Provider::common(&mut from, Host::LOOPBACK);
         let queue = Queue::common(&mut from, Backend::Embedded, "loopback", Nats::default());
-        let mut serve = Serve::common(&mut from, loopback, nowhere(), queue);
+        let mut serve = Serve::common(&mut from, Host::LOOPBACK, nowhere(), queue);
         serve.cold_start = Some(ColdStart::parse(&mut from));
         serve.autoscale = Autoscale::parse(&mut from, true);
         serve.local_only = serve.auth.secrets.is_none() && serve.auth.proxy.is_none();
@@ -378,8 +379,8 @@ mod tests {
     #[test]
     fn defaults_are_those_of_the_table() {
         let config = serve(&[("functions_provider_url", "http://p:8081/")]).unwrap();
-        assert_eq!(config.listen.to_string(), "0.0.0.0:8080");
-        assert_eq!(config.metrics.to_string(), "0.0.0.0:8082");
+        assert_eq!(config.listen.address.to_string(), "0.0.0.0:8080");
+        assert_eq!(config.metrics.address.to_string(), "0.0.0.0:8082");
         assert_eq!(config.timeouts.upstream, Duration::from_secs(60));
         assert_eq!(config.provider.to_string(), "http://p:8081");
         assert_eq!(config.logs_provider, config.provider);
@@ -415,7 +416,7 @@ mod tests {
             _ => None,
         };
         let config = Serve::parse(Reader::new(&flag, &var)).unwrap();
-        assert_eq!((config.listen.port(), config.metrics.port()), (1, 8082));
+        assert_eq!((config.listen.address.port(), config.metrics.address.port()), (1, 8082));
     }
 
     #[test]

@@ -26,6 +26,11 @@ pub enum Error {
     LineFull(Function),
     #[error("function {0} is not ready: {1}")]
     NotReady(Function, String),
+    #[error(
+        "the provider does not answer whether function {0} exists, and calls of {1} others that it did not answer for \
+         are queued already"
+    )]
+    Unverified(Function, usize),
     #[error("{0}")]
     Provider(String),
     #[error("{0}")]
@@ -59,7 +64,7 @@ impl Error {
             Self::Queue(error) => queue_status(error),
             Self::Unauthorized => StatusCode::UNAUTHORIZED,
             Self::Forbidden(_) => StatusCode::FORBIDDEN,
-            Self::Overloaded | Self::LineFull(_) | Self::NotReady(..) => {
+            Self::Overloaded | Self::LineFull(_) | Self::NotReady(..) | Self::Unverified(..) => {
                 StatusCode::SERVICE_UNAVAILABLE
             }
             Self::Provider(_) => StatusCode::INTERNAL_SERVER_ERROR,
@@ -81,6 +86,7 @@ impl Error {
             Self::Overloaded
             | Self::LineFull(_)
             | Self::NotReady(..)
+            | Self::Unverified(..)
             | Self::Upstream(client::Error::Exhausted(_))
             | Self::Queue(queue::Error::Full | queue::Error::Away | queue::Error::Failed) => {
                 headers.insert(RETRY_AFTER, HeaderValue::from_static("1"));
@@ -97,8 +103,9 @@ impl Error {
     /// The answer; `call_id` is named where there is one.
     pub fn answer(&self, call_id: Option<&HeaderValue>) -> Response<String> {
         let status = self.status();
-        tracing::debug!(%status, error = %Causes(self), "Request failed");
-        let text = match call_id.and_then(|id| id.to_str().ok()) {
+        let call_id = call_id.and_then(|id| id.to_str().ok());
+        tracing::debug!(call_id, %status, error = %Causes(self), "Request failed");
+        let text = match call_id {
             Some(id) => format!("{self} (call {id})\n"),
             None => format!("{self}\n"),
         };

@@ -10,7 +10,7 @@ pub mod replicas;
 pub mod traces;
 
 use std::collections::HashMap;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
@@ -29,6 +29,9 @@ use crate::metrics::known::{FORGOTTEN_AFTER, Known};
 use crate::metrics::queue::QueueMetrics;
 use crate::metrics::traces::SpansDropped;
 
+/// What has not been scraped for so long is over for Prometheus, too.
+const SCRAPED_WITHIN: Duration = Duration::from_secs(300);
+
 /// What a scrape shows.
 pub struct Metrics {
     registry: Registry,
@@ -40,6 +43,8 @@ pub struct Metrics {
     requests: IntCounterVec,
     /// `http_request_duration_seconds`: the time until the head of their answer.
     request_seconds: HistogramVec,
+    /// When all this was scraped last.
+    scraped: Mutex<Option<Instant>>,
 }
 
 /// Calls of a function.
@@ -87,6 +92,7 @@ impl Metrics {
             known,
             requests,
             request_seconds,
+            scraped: Mutex::default(),
         }))
     }
 
@@ -163,11 +169,18 @@ impl Metrics {
             .collect()
     }
 
+    /// Whether there is somebody who scrapes.
+    pub fn is_scraped(&self, now: Instant) -> bool {
+        let scraped = *self.scraped.lock().unwrap_or_else(PoisonError::into_inner);
+        scraped.is_some_and(|last| now.saturating_duration_since(last) < SCRAPED_WITHIN)
+    }
+
     /// The text that Prometheus reads.
     ///
     /// # Errors
     /// When the text cannot be made; nothing known leads there.
     pub fn render(&self) -> Result<String, prometheus::Error> {
+        *self.scraped.lock().unwrap_or_else(PoisonError::into_inner) = Some(Instant::now());
         TextEncoder::new().encode_to_string(&self.registry.gather())
     }
 
@@ -211,5 +224,19 @@ fn method_label(method: &Method) -> &'static str {
         Method::OPTIONS => "OPTIONS",
         Method::PATCH => "PATCH",
         _ => "other",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_scrape_shows_that_somebody_scrapes_until_none_has_come_for_long() {
+        let metrics = Metrics::new(1, &"fn".into()).unwrap();
+        assert!(!metrics.is_scraped(Instant::now()));
+        metrics.render().unwrap();
+        assert!(metrics.is_scraped(Instant::now()));
+        assert!(!metrics.is_scraped(Instant::now() + SCRAPED_WITHIN));
     }
 }

@@ -27,12 +27,14 @@ use crate::proxy::headers::to_upstream;
 use crate::queue::call::Call;
 use crate::queue::status::Status;
 use crate::queue::{self, Changed, Counts, Queue, Room, now};
+use crate::queued::unverified::Unverified;
 use crate::queued::wishes::{X_DELAY_SECONDS, X_EXPIRES_SECONDS, X_MAX_ATTEMPTS, options, text};
 use crate::serve::caller::Caller;
 use crate::system::Api;
 use crate::trace::Stored;
 
 pub mod operate;
+mod unverified;
 pub mod view;
 mod wishes;
 
@@ -52,12 +54,14 @@ pub struct Intake {
     room: Arc<Semaphore>,
     /// What could be made now or is being made, as it was counted last.
     held: Arc<ArcSwapOption<HashMap<Arc<str>, u64>>>,
+    unverified: Arc<Unverified>,
 }
 
 impl Intake {
     pub fn new(queue: Queue, max_body: usize, metrics: QueueMetrics) -> Arc<Self> {
         let (room, metrics) = (Arc::new(Semaphore::new(BODIES)), Arc::new(metrics));
-        Arc::new(Self { queue, max_body, metrics, room, held: Arc::default() })
+        let (held, unverified) = (Arc::default(), Arc::default());
+        Arc::new(Self { queue, max_body, metrics, room, held, unverified })
     }
 
     /// This one, for the current thread and its runtime.
@@ -206,7 +210,7 @@ async fn take_in(
     if length.is_some_and(|length| length > limit) {
         return Err(Error::TooLarge(limit));
     }
-    must_exist(api, &function, &id).await?;
+    must_exist(api, intake, &function, &id).await?;
     let (body, room) = intake.read(body).await?;
     let headers = passed_on(&parts.headers, &caller.forwarded_for, stamps);
     let mut call = Call { id, function, target, headers, body, options };
@@ -363,21 +367,30 @@ fn destination(uri: &Uri, default_namespace: &str) -> Result<(Function, String),
 }
 
 /// A provider that says that there is no such function is believed. One that is away is no reason to refuse: waiting is
-/// what a queue is for.
-async fn must_exist(api: &Api, function: &Function, id: &str) -> Result<(), Error> {
+/// what a queue is for; but of names that it has not answered for, only so many are taken.
+async fn must_exist(
+    api: &Api,
+    intake: &Intake,
+    function: &Function,
+    id: &str,
+) -> Result<(), Error> {
     if api.metrics.known.contains(function) {
         return Ok(());
     }
     let timeout = api.provider.timeout.min(LONGEST_QUESTION);
     match (Provider { timeout, ..api.provider.clone() }).status(function).await {
         Ok(_) => {
+            intake.unverified.forget();
             api.metrics.known.learn(function);
             Ok(())
         }
-        Err(error @ Error::NoSuchFunction(_)) => Err(error),
+        Err(error @ Error::NoSuchFunction(_)) => {
+            intake.unverified.forget();
+            Err(error)
+        }
         Err(error) => {
-            tracing::debug!(call_id = id, %function, %error, "Queued without knowing whether the function exists");
-            Ok(())
+            tracing::debug!(call_id = id, %function, %error, "Nobody says whether the function of a queued call exists");
+            intake.unverified.admit(function)
         }
     }
 }

@@ -4,16 +4,21 @@
 
 use std::future::Future;
 use std::io;
+use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use futures_util::FutureExt as _;
 use tokio::runtime::Handle;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::time::error::Elapsed;
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
+
+/// Before a task that broke is begun anew.
+const PAUSE: Duration = Duration::from_secs(1);
 
 /// SIGTERM and SIGINT, whichever comes.
 pub struct Signals {
@@ -91,6 +96,22 @@ impl Tasks {
         self.stopping.cancel();
         self.tracker.close();
         timeout(grace, self.tracker.wait()).await
+    }
+}
+
+/// Runs what others rely on until it ends. If it breaks, it is begun anew unless `stopping`, since nobody else would
+/// notice that it is gone.
+pub async fn keep_up<F: Future<Output = ()>>(
+    name: &'static str,
+    stopping: CancellationToken,
+    task: impl Fn() -> F,
+) {
+    while AssertUnwindSafe(task()).catch_unwind().await.is_err() {
+        tracing::error!(task = name, "A background task broke, and is begun anew");
+        let pause = timeout(PAUSE, stopping.cancelled());
+        if pause.await.is_ok() {
+            return;
+        }
     }
 }
 

@@ -11,7 +11,7 @@ use hyper::service::service_fn;
 use tokio_util::sync::CancellationToken;
 
 use crate::app::threads::{Threads, Work};
-use crate::app::worker::Part;
+use crate::app::worker::{Counted, Part};
 use crate::app::{autoscale, worker};
 use crate::auth::Credentials;
 use crate::autoscale::alerts::Ignored;
@@ -220,7 +220,7 @@ impl Parts {
         }
         if let Some(intake) = self.intake.clone() {
             let health = Arc::clone(&self.health);
-            tasks.spawn(|stopping| worker::keep_tidy(intake, health, true, stopping));
+            tasks.spawn(|stopping| worker::keep_tidy(intake, health, Counted::Always, stopping));
         }
         let router = routes::internal(Arc::clone(&self.metrics));
         serve_metrics(router, metrics_listener, self.config.timeouts, tasks);

@@ -19,7 +19,7 @@ use crate::queue::embedded::{Embedded, Limits};
 use crate::queue::jetstream::{Auth, JetStream, Options};
 use crate::queue::stan::{self, Stan};
 use crate::queued::Intake;
-use crate::shutdown::Stages;
+use crate::shutdown::{Stages, keep_up};
 use crate::trace::Tracer;
 use crate::worker::attempt::Caller;
 use crate::worker::callback::signature::Secret;
@@ -36,6 +36,8 @@ const LOOK: Duration = Duration::from_secs(2);
 const FORGET_EVERY: Duration = Duration::from_secs(1);
 /// What that may take before something else is done.
 const FORGET: Duration = Duration::from_secs(5);
+/// How often it is counted what the queue holds.
+const COUNT_EVERY: Duration = Duration::from_secs(1);
 
 /// Runs `worker` on this thread, with a runtime of its own, until the stop.
 pub(super) fn run(mut worker: Worker, stages: &Stages) {
@@ -108,6 +110,23 @@ pub(super) enum Part {
     Makes,
 }
 
+/// When it is counted what a queue holds.
+pub(super) enum Counted {
+    /// Always: what scales functions has to know.
+    Always,
+    /// While these are scraped. There may be many workers, and each that counts keeps the queue's server busy.
+    WhileScraped(Arc<Metrics>),
+}
+
+impl Counted {
+    fn now(&self) -> bool {
+        match self {
+            Self::Always => true,
+            Self::WhileScraped(metrics) => metrics.is_scraped(Instant::now()),
+        }
+    }
+}
+
 /// Opens the queue, if there is to be one.
 pub(super) async fn intake(
     config: &config::Queue,
@@ -178,44 +197,33 @@ fn stan_options(nats: &config::Nats, default_namespace: &str, part: Part) -> sta
 
 /// Has the queue forget what has been kept for long enough, counts what is there, and says whether it can be reached,
 /// again and again until `stopping`.
-///
-/// `counts`: whether what is there is shown. A queue that is shared is counted by gateways alone.
 pub(super) async fn keep_tidy(
     intake: Arc<Intake>,
     health: Arc<Health>,
-    counts: bool,
+    counted: Counted,
     stopping: CancellationToken,
 ) {
     // Each by itself: a queue that takes long to be counted, or a disk that hangs, must not hide how it is.
-    let look = async {
-        loop {
-            tokio::time::sleep(LOOK_EVERY).await;
-            let _ = tokio::time::timeout(LOOK, intake.queue.look()).await;
-            health.queue_is(intake.queue.is_reachable());
-            intake.metrics.reconnected(intake.queue.reconnects());
+    let look = every(LOOK_EVERY, "look", &stopping, || async {
+        let _ = tokio::time::timeout(LOOK, intake.queue.look()).await;
+        health.queue_is(intake.queue.is_reachable());
+        intake.metrics.reconnected(intake.queue.reconnects());
+    });
+    let forget = every(FORGET_EVERY, "forget", &stopping, || async {
+        let _ = tokio::time::timeout(FORGET, intake.queue.expire()).await;
+    });
+    let count = every(COUNT_EVERY, "count", &stopping, || async {
+        if !counted.now() {
+            // What was shown would be old once somebody looks again.
+            return intake.metrics.holds(Vec::new());
         }
-    };
-    let forget = async {
-        loop {
-            tokio::time::sleep(FORGET_EVERY).await;
-            let _ = tokio::time::timeout(FORGET, intake.queue.expire()).await;
+        let start = Instant::now();
+        if let Err(error) = intake.count().await {
+            tracing::debug!(%error, "What the queue holds cannot be counted");
         }
-    };
-    let count = async {
-        if !counts {
-            return;
-        }
-        let mut pause = FORGET_EVERY;
-        loop {
-            tokio::time::sleep(pause).await;
-            let start = Instant::now();
-            if let Err(error) = intake.count().await {
-                tracing::debug!(%error, "What the queue holds cannot be counted");
-            }
-            // A queue that is long to count is counted less often.
-            pause = FORGET_EVERY.max(start.elapsed() * 20);
-        }
-    };
+        // A queue that is long to count is counted less often.
+        tokio::time::sleep((start.elapsed() * 20).saturating_sub(COUNT_EVERY)).await;
+    });
     let tidy = async { tokio::join!(look, forget, count) };
     // What is cut here is done again next time.
     tokio::select! {
@@ -224,4 +232,44 @@ pub(super) async fn keep_tidy(
     }
     // All that was taken has been settled or dropped by now.
     intake.queue.stop().await;
+}
+
+/// Does `work` after each `pause`, for ever: if it breaks, it is done again next time.
+async fn every<F: Future<Output = ()>>(
+    pause: Duration,
+    name: &'static str,
+    stopping: &CancellationToken,
+    work: impl Fn() -> F,
+) {
+    let repeat = || async {
+        loop {
+            tokio::time::sleep(pause).await;
+            work().await;
+        }
+    };
+    keep_up(name, stopping.clone(), repeat).await;
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
+
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn what_breaks_is_done_again() {
+        let (done, stopping) = (AtomicUsize::new(0), CancellationToken::new());
+        let work = || async {
+            let number = done.fetch_add(1, SeqCst);
+            assert_ne!(number, 1, "it breaks");
+            if number == 3 {
+                stopping.cancel();
+            }
+        };
+        tokio::select! {
+            () = every(Duration::from_secs(1), "test", &stopping, work) => {}
+            () = stopping.cancelled() => {}
+        }
+        assert_eq!(done.load(SeqCst), 4);
+    }
 }

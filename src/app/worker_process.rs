@@ -5,7 +5,7 @@ use std::sync::Arc;
 use anyhow::{Context, bail};
 
 use crate::app::threads::Threads;
-use crate::app::worker::Part;
+use crate::app::worker::{Counted, Part};
 use crate::app::{autoscale, gateway, until_stopped, worker};
 use crate::auth::Credentials;
 use crate::config::{self, Shutdown, Target};
@@ -103,8 +103,8 @@ async fn start(config: config::Worker, stages: &Stages, tasks: &Tasks) -> anyhow
     if matches!(config.target, Target::Provider(_)) {
         autoscale::tell(&config.queue, Arc::clone(&metrics), tasks).await?;
     }
-    let tidied = Arc::clone(&health);
-    tasks.spawn(|stopping| worker::keep_tidy(intake, tidied, false, stopping));
+    let (tidied, counted) = (Arc::clone(&health), Counted::WhileScraped(Arc::clone(&metrics)));
+    tasks.spawn(|stopping| worker::keep_tidy(intake, tidied, counted, stopping));
     gateway::serve_metrics(routes::worker(metrics, health), listener, gateway::INTERNAL, tasks);
     tracing::info!(metrics = %address, calls = %url, "Making queued calls");
     let stages = stages.clone();

@@ -1,10 +1,10 @@
 //! Settings of `gateway worker`.
 
-use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
 use crate::config::base_url::BaseUrl;
+use crate::config::listen::{Host, Listen};
 use crate::config::reader::{Mistake, Reader};
 use crate::config::{Backend, ColdStart, Idle, Nats, Queue, Traces, basic_auth, nowhere};
 
@@ -12,7 +12,7 @@ use crate::config::{Backend, ColdStart, Idle, Nats, Queue, Traces, basic_auth, n
 #[derive(Clone, Debug)]
 pub struct Worker {
     /// `listen_address`, `worker_metrics_port`
-    pub metrics: SocketAddr,
+    pub metrics: Listen,
     /// Where functions are called, and asked about.
     pub target: Target,
     /// `function_namespace`
@@ -45,7 +45,7 @@ pub enum Target {
 
 impl Worker {
     pub fn parse(mut from: Reader<'_>) -> Result<Self, Vec<Mistake>> {
-        let address = from.address("listen_address");
+        let host = Host::read(&mut from, "listen_address");
         let provider = from.url("functions_provider_url");
         let port = from.port("faas_gateway_port");
         let gateway = from.parsed("faas_gateway_address", "a host name or IP address", |host| {
@@ -69,7 +69,7 @@ impl Worker {
             Backend::JetStream | Backend::Stan | Backend::Nats => {}
         }
         let worker = Self {
-            metrics: SocketAddr::new(address, from.port("worker_metrics_port")),
+            metrics: host.port(&mut from, "worker_metrics_port"),
             target: match provider {
                 Some(provider) => Target::Provider(provider),
                 None => Target::Gateway(gateway.unwrap_or_else(nowhere)),

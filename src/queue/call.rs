@@ -130,6 +130,18 @@ impl Call {
         Self::from_meta(split(bytes)?.0, Bytes::new())
     }
 
+    /// The id in `bytes` that hold no call that can be made, if it can be read all the same: for the log.
+    pub fn id_in(bytes: &[u8]) -> Option<String> {
+        #[derive(Deserialize)]
+        struct Named {
+            id: String,
+        }
+        let (_version, rest) = bytes.split_first()?;
+        let (length, rest) = rest.split_first_chunk::<4>()?;
+        let meta = rest.get(..u32::from_be_bytes(*length) as usize)?;
+        Some(serde_json::from_slice::<Named>(meta).ok()?.id)
+    }
+
     /// The same for calls of the same function with the same target and body, and for no others.
     pub fn digest(&self) -> String {
         let mut context = digest::Context::new(&digest::SHA256);

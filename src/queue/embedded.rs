@@ -208,7 +208,10 @@ impl Embedded {
         };
         let call = stored.as_ref().and_then(|stored| Call::decode(stored).ok());
         let Some(call) = call else {
-            tracing::error!(number, "A queued call is not in the file");
+            let noted = || self.shared.view(|view| view.progress(number)).ok().flatten();
+            let id = stored.and_then(|stored| Call::id_in(&stored));
+            let id = id.or_else(|| Some(noted()?.id));
+            tracing::error!(call_id = id, number, "A queued call is not in the file, or is none");
             // It is not given back, but it does not run either.
             self.shared.waiting().ended(lease.held);
             return Ok(None);

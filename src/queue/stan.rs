@@ -167,7 +167,7 @@ impl Stan {
         let stored = self.shared.publisher.publish(self.shared.channel(channel), data).await;
         stored.map_err(|fault| match fault {
             Fault::TooLarge => Error::TooLarge(self.max_body()),
-            fault => told(fault),
+            fault => told(fault, &call),
         })?;
         Ok(Published { id: call.id, repeated: false })
     }
@@ -240,13 +240,16 @@ impl Shared {
     }
 }
 
-/// What is said of a fault to whoever uses the queue.
-fn told(fault: Fault) -> Error {
+/// What is said of a fault with `call` to whoever uses the queue.
+fn told(fault: Fault, call: &Call) -> Error {
     match fault {
         Fault::Away | Fault::Nobody => Error::Away,
         Fault::TooLarge => Error::TooLarge(0),
         Fault::Refused(_) | Fault::Odd => {
-            tracing::warn!(error = %fault, "NATS Streaming does not store a call: {fault}");
+            tracing::warn!(
+                call_id = call.id, function = %call.function, error = %fault,
+                "NATS Streaming does not store a call: {fault}"
+            );
             Error::Failed
         }
     }

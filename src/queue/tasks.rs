@@ -1,15 +1,10 @@
 //! What goes on beside the calls to a queue.
 
-use std::panic::AssertUnwindSafe;
-use std::time::Duration;
-
-use futures_util::FutureExt as _;
 use tokio::runtime::Handle as Runtime;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-/// Before a task that broke is begun anew.
-const PAUSE: Duration = Duration::from_secs(1);
+use crate::shutdown::keep_up;
 
 /// The tasks, and the one signal that ends them.
 pub(super) struct Tasks {
@@ -70,20 +65,6 @@ impl Tasks {
     /// Waits until all have ended.
     pub(super) async fn ended(&self) {
         self.tracker.wait().await;
-    }
-}
-
-async fn keep_up<F: Future<Output = ()>>(
-    name: &'static str,
-    stopping: CancellationToken,
-    task: impl Fn() -> F,
-) {
-    while AssertUnwindSafe(task()).catch_unwind().await.is_err() {
-        tracing::error!(task = name, "A task of the queue broke, and is begun anew");
-        let pause = tokio::time::timeout(PAUSE, stopping.cancelled());
-        if pause.await.is_ok() {
-            return;
-        }
     }
 }
 

@@ -1,28 +1,51 @@
 //! Listening sockets: one for each thread on the same address, so that the kernel deals connections out.
 
-use std::io;
+use std::fmt;
+use std::io::{self, ErrorKind};
 use std::net::{SocketAddr, TcpListener};
 
 use socket2::{Domain, Protocol, Socket, Type};
+
+use crate::config::listen::Listen;
 
 /// Connections that have not been accepted yet. Linux cuts it to `net.core.somaxconn`.
 const BACKLOG: i32 = 8192;
 
 /// Why an address cannot be listened on.
 #[derive(Debug, thiserror::Error)]
-#[error("cannot listen on {address}")]
 pub struct BindError {
-    address: SocketAddr,
+    listen: Listen,
     #[source]
     source: io::Error,
 }
 
-/// Binds `count` listeners to `address`; port 0 picks a free one for all of them.
+impl fmt::Display for BindError {
+    /// Says what to change: which port is which setting's depends on the role.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Listen { address, port, host } = self.listen;
+        write!(f, "cannot listen on {address}: ")?;
+        match (self.source.kind(), host) {
+            (ErrorKind::AddrInUse, _) => {
+                write!(f, "set {port} to a port that is free, or end what listens there")
+            }
+            (ErrorKind::PermissionDenied, _) => {
+                write!(f, "set {port} to a port from 1024 on, or allow this user lower ones")
+            }
+            (ErrorKind::AddrNotAvailable, Some(host)) => {
+                write!(f, "set {host} to an address that this machine has, or to 0.0.0.0 for all")
+            }
+            (_, Some(host)) => write!(f, "it is where {host} and {port} say"),
+            (_, None) => write!(f, "it is where {port} says"),
+        }
+    }
+}
+
+/// Binds `count` listeners to the address of `listen`; port 0 picks a free one for all of them.
 ///
 /// # Errors
 /// `BindError` when the address is taken, even by a process that would share it.
-pub fn bind(address: SocketAddr, count: usize) -> Result<Vec<TcpListener>, BindError> {
-    bind_all(address, count).map_err(|source| BindError { address, source })
+pub fn bind(listen: Listen, count: usize) -> Result<Vec<TcpListener>, BindError> {
+    bind_all(listen.address, count).map_err(|source| BindError { listen, source })
 }
 
 fn bind_all(address: SocketAddr, count: usize) -> io::Result<Vec<TcpListener>> {
@@ -71,13 +94,33 @@ fn local_address(socket: &Socket) -> io::Result<SocketAddr> {
 mod tests {
     use super::*;
 
+    fn listen(address: impl Into<SocketAddr>) -> Listen {
+        Listen { address: address.into(), port: "metrics_port", host: Some("listen_address") }
+    }
+
     #[test]
     fn several_listeners_share_a_port_and_a_second_process_is_refused() {
-        let any = SocketAddr::from(([127, 0, 0, 1], 0));
-        let listeners = bind(any, 3).unwrap();
+        let listeners = bind(listen(([127, 0, 0, 1], 0)), 3).unwrap();
         let address = listeners[0].local_addr().unwrap();
         assert!(listeners.iter().all(|l| l.local_addr().unwrap() == address));
-        let error = bind(address, 1).unwrap_err();
-        assert_eq!(error.to_string(), format!("cannot listen on {address}"));
+        let said = bind(listen(address), 1).unwrap_err().to_string();
+        assert!(said.starts_with(&format!("cannot listen on {address}: set metrics_port ")));
+    }
+
+    #[test]
+    fn an_address_that_cannot_be_listened_on_leads_to_the_setting_that_chose_it() {
+        let check = |kind: ErrorKind, host: Option<&'static str>, names: &str| {
+            let listen = Listen { host, ..listen(([192, 0, 2, 1], 80)) };
+            let said = BindError { listen, source: kind.into() }.to_string();
+            assert_eq!(said, format!("cannot listen on 192.0.2.1:80: {names}"));
+        };
+        let host = Some("listen_address");
+        let low = "set metrics_port to a port from 1024 on, or allow this user lower ones";
+        check(ErrorKind::PermissionDenied, host, low);
+        let not_ours =
+            "set listen_address to an address that this machine has, or to 0.0.0.0 for all";
+        check(ErrorKind::AddrNotAvailable, host, not_ours);
+        check(ErrorKind::AddrNotAvailable, None, "it is where metrics_port says");
+        check(ErrorKind::Other, host, "it is where listen_address and metrics_port say");
     }
 }

@@ -3,10 +3,13 @@
 use std::collections::HashSet;
 use std::sync::{Arc, Mutex};
 
+use futures_util::future::join_all;
+
 use crate::support::eventually;
 use crate::support::gateway::Gateway;
 use crate::support::provider::Provider;
 use crate::support::queue::{answering, patient, queueing};
+use crate::support::wire::post;
 
 /// The call ids that have reached a provider.
 type Seen = Arc<Mutex<Vec<String>>>;
@@ -37,7 +40,7 @@ async fn accepted_until_the_end(gateway: &Gateway, name: &str) -> Vec<String> {
     let address = gateway.address;
     while let Ok(tcp) = tokio::net::TcpStream::connect(address).await {
         let mut caller = crate::support::wire::Wire::new(tcp);
-        let request = crate::support::wire::post("/async-function/echo", name);
+        let request = post("/async-function/echo", name);
         if caller.try_send(request).await.is_err() {
             break;
         }
@@ -196,6 +199,34 @@ async fn a_call_waits_for_a_provider_that_is_away() {
     let _provider = provider.start();
     assert_eq!(gateway.becomes(&id, "succeeded").await["attempts"], 2);
     assert_eq!(gateway.result(&id).await.text(), "back");
+}
+
+#[tokio::test]
+async fn so_many_names_that_nobody_knows_are_queued_while_the_provider_is_away() {
+    const NAMES: usize = 1000;
+    let (state, provider) = (tempfile::tempdir().unwrap(), patient().start());
+    let (address, builder) = (provider.address, queueing(&provider, state.path()));
+    let gateway = builder.var("with_worker", "false").start().await;
+    gateway.queued("known", &[], "").await;
+    drop(provider);
+    let callers = (0..10).map(async |caller| {
+        let mut wire = gateway.connect().await;
+        for name in (caller..NAMES).step_by(10) {
+            let answer = wire.ask(post(&format!("/async-function/made-up-{name}"), "")).await;
+            assert_eq!(answer.status(), 202, "{answer}");
+        }
+    });
+    join_all(callers).await;
+    let answer = gateway.queue("another", &[], "").await;
+    assert_eq!((answer.status(), answer.header("retry-after")), (503, Some("1")), "{answer}");
+    assert!(answer.text().contains("the provider does not answer"), "{answer}");
+    // Neither one that it has answered for nor one that was taken is another name.
+    gateway.queued("known", &[], "").await;
+    gateway.queued("made-up-0", &[], "").await;
+    let provider = patient().at(address).start();
+    gateway.queued("another", &[], "").await;
+    drop(provider);
+    gateway.queued("one-more", &[], "").await;
 }
 
 #[tokio::test]

@@ -15,6 +15,7 @@ use gateway::queue::status::{Settlement, State};
 use gateway::queue::{Delivery, Queue, jetstream, stan};
 use http::HeaderMap;
 use prost::Message as _;
+use serde_json::Value;
 
 use crate::support::gateway::{Builder, Gateway};
 use crate::support::metrics::Metrics;
@@ -75,7 +76,7 @@ async fn all_done(stan: &Stan, channel: &str) {
 /// The messages that the recorded Go gateway published.
 fn recorded() -> Vec<String> {
     let lines = include_str!("../stan/transcript.jsonl").lines();
-    let rows = lines.map(|line| serde_json::from_str::<serde_json::Value>(line).unwrap());
+    let rows = lines.map(|line| serde_json::from_str::<Value>(line).unwrap());
     let published = rows.filter(|row| row["line"].as_str().unwrap().starts_with("PUB _STAN.pub."));
     published
         .map(|row| STANDARD.decode(row["payload_base64"].as_str().unwrap()).unwrap())
@@ -207,6 +208,31 @@ async fn a_dead_call_that_the_server_refuses_is_offered_again() {
     assert_eq!((provider.calls(), stan.refusals(DEAD)), (1, 0));
 }
 
+/// Whether a line of the log with `text` names the call with `id`.
+fn tells(process: &Gateway, text: &str, id: &str) -> bool {
+    let lines = process.log().into_iter().filter(|line| line.contains(text));
+    let mut fields =
+        lines.map(|line| serde_json::from_str::<Value>(&line).unwrap()["fields"].take());
+    fields.any(|fields| fields["call_id"] == id)
+}
+
+#[tokio::test]
+async fn what_the_server_does_not_store_is_told_of_with_its_id() {
+    let (nats, provider) = (Nats::start(), answering(&[500], "no"));
+    let stan = Stan::start(&nats).await;
+    let builder = on(&nats, Gateway::builder()).provider(&provider).var("log_level", "debug");
+    let gateway = builder.var("with_worker", "false").start().await;
+    gateway.logs("NATS Streaming is there").await;
+    stan.refuse(CHANNEL, 1);
+    let answer = gateway.queue("echo", &[], "").await;
+    let id = answer.header("x-call-id").unwrap();
+    assert_eq!(answer.status(), 503, "{answer}");
+    eventually("both are told of", async || {
+        tells(&gateway, "does not store a call", id) && tells(&gateway, "Request failed", id)
+    })
+    .await;
+}
+
 #[tokio::test]
 async fn a_message_that_is_no_call_holds_up_nobody() {
     let (nats, provider) = (Nats::start(), answering(&[200], "done"));
@@ -215,10 +241,11 @@ async fn a_message_that_is_no_call_holds_up_nobody() {
     let names: Vec<String> = (0..30_000).map(|n| format!(r#""h{n}":["1"]"#)).collect();
     let crowd = format!(r#"{{"Function":"echo","Header":{{{}}}}}"#, names.join(","));
     let dots = r#"{"Function":"echo","Path":"/%2e%2e/x"}"#;
-    for message in [r#"{"Function":"../system"}"#, "7", dots, &crowd] {
+    let outside = r#"{"Function":"../system","Header":{"X-Call-Id":["outside"]}}"#;
+    for message in [outside, "7", dots, &crowd] {
         stan.store_message(CHANNEL, message.to_owned());
     }
-    let _worker = on(&nats, Gateway::worker()).provider(&provider).start().await;
+    let worker = on(&nats, Gateway::worker()).provider(&provider).start().await;
     stan.store_message(CHANNEL, r#"{"Function":"echo"}"#);
     eventually("the call is made", async || provider.calls() == 1).await;
     all_done(&stan, CHANNEL).await;
@@ -226,6 +253,7 @@ async fn a_message_that_is_no_call_holds_up_nobody() {
     // They are stored side by side.
     dead.sort_by_key(|message| queued.iter().position(|it| it == message));
     assert_eq!(dead, queued[..4]);
+    eventually("it is told of", async || tells(&worker, "no call was put into", "outside")).await;
 }
 
 #[tokio::test]
@@ -420,16 +448,19 @@ async fn large_calls_that_are_made_later_hold_up_no_others() {
     let stan = Stan::start(&nats).await;
     let body = STANDARD.encode(vec![b'x'; LARGE]);
     let far = format!(
-        r#"{{"Function":"far","Body":"{body}","Header":{{"X-Gateway-Not-Before":["9999999999999"]}}}}"#
+        r#"{{"Function":"far","Body":"{body}","Header":{{"X-Gateway-Not-Before":["9999999999999"],"X-Call-Id":["far"]}}}}"#
     );
     for _ in 0..CALLS {
         stan.store_message(FAR, far.clone());
     }
+    stan.refuse(FAR, 1);
     let provider = answering(&[200], "x");
-    let _worker = on(&nats, Gateway::worker()).provider(&provider).start().await;
+    let worker = on(&nats, Gateway::worker()).provider(&provider).var("log_level", "debug");
+    let worker = worker.start().await;
     eventually("they are delivered", async || stan.sent(FAR).0 >= CALLS).await;
     stan.store_message(CHANNEL, r#"{"Function":"echo"}"#);
     all_done(&stan, CHANNEL).await;
+    eventually("what stays is told of", async || tells(&worker, "stays where it is", "far")).await;
 }
 
 #[tokio::test]
@@ -808,6 +839,6 @@ async fn no_call_is_lost_whoever_dies() {
 }
 
 /// The id of the call that a message is.
-fn id_of(message: &serde_json::Value) -> String {
+fn id_of(message: &Value) -> String {
     message["Header"]["X-Call-Id"][0].as_str().unwrap().to_owned()
 }

@@ -1,9 +1,10 @@
 //! The start of the process: settings that cannot be used are all named at once, in words, with a status for each
 //! kind of failure. And the probe that asks whether it went well.
 
+use std::net::SocketAddr;
 use std::process::Output;
 
-use crate::support::gateway::{Gateway, command};
+use crate::support::gateway::{Builder, Gateway, command};
 use crate::support::provider::Provider;
 use crate::support::within;
 
@@ -75,31 +76,38 @@ async fn help_and_version_are_no_failures() {
     }
 }
 
-/// A second process on the port of the first.
-async fn is_refused(builder: crate::support::gateway::Builder, taken: std::net::SocketAddr) {
-    let output = builder.var("log_level", "error").output(&[]).await;
+/// A second process on the port of the first, which `setting` chose.
+async fn is_refused(role: &[&str], builder: Builder, setting: &str, taken: SocketAddr) {
+    let builder = builder.var(setting, taken.port()).var("log_level", "error");
+    let output = builder.output(role).await;
     let said = stderr(&output);
     assert_eq!(output.status.code(), Some(1), "{said}");
     assert_eq!(said.lines().count(), 1, "{said}");
-    assert!(said.contains(&format!("cannot listen on {taken}")), "{said}");
+    let expect = format!("cannot listen on {taken}: set {setting} to a port that is free");
+    assert!(said.contains(&expect), "{said}");
 }
 
 #[tokio::test]
-async fn a_port_that_another_process_has_is_named() {
+async fn a_port_that_another_process_has_is_named_with_the_setting_that_chose_it() {
     let other = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let taken = other.local_addr().unwrap();
-    let provider = Provider::by_hand();
-    let builder = || Gateway::builder().provider(&provider);
-    is_refused(builder().var("port", taken.port()), taken).await;
-    is_refused(builder().var("metrics_port", taken.port()), taken).await;
+    let (state, provider) = (tempfile::tempdir().unwrap(), Provider::by_hand());
+    let in_state = || Gateway::builder().var("state_dir", state.path().display());
+    for setting in ["port", "metrics_port"] {
+        is_refused(&[], Gateway::builder().provider(&provider), setting, taken).await;
+        is_refused(&["up"], in_state().var("provider_port", "0"), setting, taken).await;
+    }
+    is_refused(&["up"], in_state(), "provider_port", taken).await;
+    is_refused(&["provider", "process"], in_state(), "provider_port", taken).await;
+    let worker = Gateway::worker().var("faas_nats_address", "127.0.0.1");
+    is_refused(&["worker"], worker, "worker_metrics_port", taken).await;
 }
 
 #[tokio::test]
 async fn two_gateways_never_share_a_port() {
     let provider = Provider::by_hand();
     let first = Gateway::before(&provider).await;
-    let second = Gateway::builder().provider(&provider).var("port", first.address.port());
-    is_refused(second, first.address).await;
+    is_refused(&[], Gateway::builder().provider(&provider), "port", first.address).await;
     assert_eq!(first.get("/_/healthz").await.status(), 200);
 }
 

@@ -90,6 +90,35 @@ async fn a_worker_without_a_provider_calls_through_the_gateway() {
 }
 
 #[tokio::test]
+async fn a_worker_shows_what_the_queue_holds_as_a_gateway_does() {
+    let (seen, let_go) = (Arc::default(), tokio::sync::watch::Sender::new(false));
+    let (nats, provider) = (Nats::start(), holding(&seen, &let_go));
+    let gateway = taking_in(&nats, &provider).await;
+    let worker = on(&nats, Gateway::worker()).provider(&provider).var("max_inflight", "1");
+    let worker = worker.start().await;
+    eventually("it has one", async || seen.lock().unwrap().len() == 1).await;
+    gateway.queued("echo", &["X-Delay-Seconds: 3600"], "").await;
+    gateway.queued("echo", &[], "").await;
+    let labels = "{function_name=\"echo.fn\",queue_name=\"faas-request\"}";
+    let expect = [
+        format!("queue_worker_pending_messages{labels} 1"),
+        format!("queue_worker_function_invocation_inflight{labels} 1"),
+        format!("gateway_queue_delayed_messages{labels} 1"),
+        format!("gateway_queue_dead_messages{labels} 0"),
+    ];
+    for process in [&gateway, &worker] {
+        process
+            .metrics_show("what it holds", |metrics| {
+                expect.iter().all(|line| metrics.text.lines().any(|it| it == line))
+            })
+            .await;
+    }
+    let oldest = format!("gateway_queue_oldest_age_seconds{labels}");
+    assert!(worker.metrics().await.text.contains(&oldest));
+    let_go.send_replace(true);
+}
+
+#[tokio::test]
 async fn workers_share_the_work_and_one_that_stops_gives_back_what_it_has() {
     let (seen, let_go) = (Arc::default(), tokio::sync::watch::Sender::new(false));
     let (nats, provider) = (Nats::start(), holding(&seen, &let_go));

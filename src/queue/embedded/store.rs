@@ -7,7 +7,7 @@ use bytes::Bytes;
 use redb::{AccessGuard, Database, ReadableDatabase, ReadableTable, TableDefinition, TableError};
 
 use crate::queue::Filter;
-use crate::queue::call::Millis;
+use crate::queue::call::{Call, Millis};
 use crate::queue::embedded::change::Change;
 use crate::queue::embedded::finished;
 use crate::queue::embedded::ids::Ids;
@@ -89,7 +89,8 @@ impl Store {
                 Ok(call) => call,
                 Err(error) => {
                     // One of a version to come stays where it is.
-                    tracing::error!(number, %error, "A queued call cannot be read");
+                    let id = Call::id_in(stored);
+                    tracing::error!(call_id = id, number, %error, "A queued call cannot be read");
                     return Ok(());
                 }
             };

@@ -1,3 +1,4 @@
+mod log;
 mod walk;
 
 use bytes::Bytes;

@@ -54,7 +54,10 @@ async fn set_aside(shared: &Shared, channel: Channel) -> bool {
             true
         }
         Err(fault) => {
-            tracing::debug!(channel = to, error = %fault, "A call that holds up others stays where it is");
+            tracing::debug!(
+                call_id = call.id, function = %call.function, channel = to, error = %fault,
+                "A call that holds up others stays where it is"
+            );
             shared.wait(key, at, Arrived { call, progress });
             let _ = tokio::time::timeout(LOOK, shared.tasks.stopping.cancelled()).await;
             false

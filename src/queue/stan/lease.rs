@@ -51,7 +51,7 @@ impl Lease {
                         self.wait_here(*at);
                         return Ok(());
                     }
-                    stored => stored.map_err(told)?,
+                    stored => stored.map_err(|fault| told(fault, &self.call))?,
                 }
             }
             Settlement::Dead { status, reason, .. } => {
@@ -97,7 +97,7 @@ impl Lease {
                 "A queued call failed for good, and is too large for the channel {dead}: it stays where it is, and is made \
                  again once this worker is gone"
             ),
-            Err(fault) => return Err(told(fault)),
+            Err(fault) => return Err(told(fault, &self.call)),
         }
         Ok(stored.is_ok())
     }

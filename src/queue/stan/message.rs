@@ -135,6 +135,13 @@ pub(super) fn decode(
     Ok((Call { id, function, target, headers, body, options }, progress))
 }
 
+/// The id that a message names which is no call that can be made: for the log.
+pub(super) fn id_in(message: &[u8]) -> Option<String> {
+    let mut headers = Payload::of_json(message).ok()?.header?.into_iter();
+    let (_, ids) = headers.find(|(name, _)| name.eq_ignore_ascii_case(X_CALL_ID.as_str()))?;
+    ids.into_iter().next()
+}
+
 fn some(value: impl Display) -> Option<String> {
     Some(value.to_string())
 }

@@ -174,16 +174,16 @@ fn fresh_id() -> String {
 
 /// A message that nobody can read is kept where the dead are.
 async fn put_aside(shared: &Shared, key: Key, data: Bytes, error: &Unreadable) {
-    let sequence = key.sequence;
+    let (id, sequence) = (message::id_in(&data), key.sequence);
     let kept = shared.worker.publish_patiently(&shared.dead, data).await;
     match kept {
         Ok(()) => {
             let dead = &shared.dead;
-            tracing::error!(%error, sequence, "A message that is no call was put into {dead}");
+            tracing::error!(call_id = id, %error, sequence, "A message that is no call was put into {dead}");
             shared.acknowledge(key).await;
         }
         Err(fault) => {
-            tracing::error!(%error, sequence, %fault, "A message that is no call cannot be put aside");
+            tracing::error!(call_id = id, %error, sequence, %fault, "A message that is no call cannot be put aside");
             shared.ledger().forget(key);
         }
     }

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use axum::body::Body;
 use bytes::Bytes;
 use gateway::config;
+use gateway::config::listen::Listen;
 use gateway::provider::process::{Process, router};
 use gateway::shutdown::Tasks;
 use http::{HeaderMap, Method, Request, Response, StatusCode};
@@ -166,7 +167,11 @@ pub fn request(method: Method, path: &str, body: Body) -> Request<Body> {
 pub fn config(state_dir: &Path) -> config::Provider {
     let path = std::env::var_os("PATH").unwrap().into_string().unwrap();
     config::Provider {
-        listen: SocketAddr::from(([127, 0, 0, 1], 0)),
+        listen: Listen {
+            address: SocketAddr::from(([127, 0, 0, 1], 0)),
+            port: "provider_port",
+            host: None,
+        },
         state_dir: state_dir.to_owned(),
         secrets: None,
         grace: Duration::from_secs(1),
