@@ -8,7 +8,7 @@ use async_nats::HeaderMap;
 use bytes::Bytes;
 
 use crate::queue::jetstream::bundle::{Closed, Slot};
-use crate::queue::jetstream::message::{AnswerHead, End, answer_headers, end_headers};
+use crate::queue::jetstream::message::{AnswerHead, End, Message, answer_headers, end_headers};
 use crate::queue::jetstream::pull::{Arrived, Origin, PAUSE};
 use crate::queue::jetstream::roll::Roll;
 use crate::queue::jetstream::server::Fault;
@@ -34,6 +34,8 @@ pub(in crate::queue) struct Lease {
     /// What it is known by among those that we have.
     hold: u64,
     settled: AtomicBool,
+    /// It is one of several in a message, and counts among those that are made.
+    runs: AtomicBool,
     /// When it is given back: not before so long.
     delay: Option<Duration>,
 }
@@ -43,8 +45,8 @@ impl Lease {
         let arrived = Arc::new(arrived);
         let hold = shared.roll.hold(&arrived);
         Roll::keep(shared);
-        let settled = AtomicBool::new(false);
-        Self { shared: Arc::clone(shared), line, arrived, hold, settled, delay: Some(PAUSE) }
+        let (settled, runs) = (AtomicBool::new(false), AtomicBool::new(false));
+        Self { shared: Arc::clone(shared), line, arrived, hold, settled, runs, delay: Some(PAUSE) }
     }
 
     /// The call, once it is claimed; `None` if it is not to be made, or not now.
@@ -54,7 +56,7 @@ impl Lease {
         let suspect = self.arrived.again || shared.server.was_found(self.arrived.sequence);
         if suspect && Box::pin(self.is_over()).await? {
             if let Origin::Among(bundle, slot) = &self.arrived.origin {
-                bundle.close(&shared, *slot, Closed::Moved).await?;
+                bundle.close(&shared, *slot, Closed::Moved, false).await?;
             }
             self.done().await;
             return Ok(None);
@@ -81,6 +83,10 @@ impl Lease {
             return Ok(None);
         }
         self.delay = None;
+        if let Origin::Among(bundle, _) = &self.arrived.origin {
+            bundle.begins();
+            self.runs.store(true, Relaxed);
+        }
         let attempts = self.arrived.message.progress().map_or(0, |status| status.attempts);
         Ok(Some(Delivery { call, attempts, handle: Handle::JetStream(Box::new(self)) }))
     }
@@ -179,7 +185,8 @@ impl Lease {
         status: &Status,
         settlement: &Settlement,
     ) -> Result<(), Fault> {
-        let (shared, Arrived { call, message, sequence, .. }) = (&self.shared, &*self.arrived);
+        let (shared, Arrived { call, sequence, .. }) = (&self.shared, &*self.arrived);
+        let runs = || self.runs.swap(false, Relaxed);
         match settlement {
             Settlement::Finished { answer, .. } => {
                 let answer = answer.as_ref();
@@ -188,17 +195,17 @@ impl Lease {
                 }
                 let closed = Closed::ended(*sequence, status.clone(), answer);
                 // Whoever has noted something else has made it as well.
-                bundle.close(shared, slot, closed).await?;
+                bundle.close(shared, slot, closed, runs()).await?;
             }
             Settlement::Retry { .. } => {
-                let headers = message.progressed(status, *sequence);
-                bundle.move_out(shared, call, slot, headers).await?;
+                let headers = Message::new(call).progressed(status, *sequence);
+                bundle.move_out(shared, call, slot, headers, runs()).await?;
             }
             Settlement::Dead { answer, .. } => {
                 shared.store_answer(&call.id, answer.as_ref()).await?;
-                if bundle.close(shared, slot, Closed::Moved).await? {
+                if bundle.close(shared, slot, Closed::Moved, runs()).await? {
                     // It was no message of its own that could be there still.
-                    let headers = message.progressed(status, 0);
+                    let headers = Message::new(call).progressed(status, 0);
                     shared.server.put(self.subject(DEAD), headers, call.body.clone(), None).await?;
                 }
             }
@@ -267,6 +274,11 @@ impl Drop for Lease {
         self.shared.roll.release(&self.shared, self.hold, settled);
         self.shared.lines().ended(self.line);
         self.shared.ready.notify_one();
+        if let Origin::Among(bundle, _) = &self.arrived.origin
+            && self.runs.swap(false, Relaxed)
+        {
+            bundle.ends(&self.shared);
+        }
         if settled {
             return;
         }

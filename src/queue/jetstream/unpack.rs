@@ -23,6 +23,8 @@ use crate::queue::jetstream::subject::{CALLS, ENDS, OPEN};
 
 /// So often one tries to change a record beside others who do.
 pub(super) const TRIES: usize = 32;
+/// For so long at most the end of a call waits for the end of others, to be noted with it.
+const TOGETHER: Duration = Duration::from_millis(2);
 /// That we have it is not said more often.
 const OFTEN: Duration = Duration::from_millis(100);
 
@@ -53,6 +55,10 @@ struct Inner {
     waiting: Vec<News>,
     /// Somebody notes it.
     writing: bool,
+    /// Somebody will note it if nobody has by then.
+    timed: bool,
+    /// How many of its calls are made at this moment.
+    running: usize,
     told: Instant,
 }
 
@@ -70,6 +76,8 @@ impl Bundle {
             filed: false,
             waiting: Vec::new(),
             writing: false,
+            timed: false,
+            running: 0,
             told: Instant::now(),
         };
         let open = AtomicUsize::new(open);
@@ -80,24 +88,57 @@ impl Bundle {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Notes what has become of a call; `false` if somebody else has noted something else.
+    /// One of its calls is made.
+    pub(super) fn begins(&self) {
+        self.inner().running += 1;
+    }
+
+    /// It is not made any more.
+    pub(super) fn ends(self: &Arc<Self>, shared: &Arc<Shared>) {
+        let mut inner = self.inner();
+        inner.running -= 1;
+        if inner.running == 0 && !inner.waiting.is_empty() {
+            self.write_soon(&mut inner, shared);
+        }
+    }
+
+    /// Notes what has become of a call; `false` if somebody else has noted something else. One that `runs` is not made
+    /// any more: what has become of others that are made at the same time is noted together, for they end soon as well.
     pub(super) async fn close(
         self: &Arc<Self>,
         shared: &Arc<Shared>,
         slot: Slot,
         closed: Closed,
+        runs: bool,
     ) -> Result<bool, Fault> {
         let (done, noted) = oneshot::channel();
         {
             let mut inner = self.inner();
             inner.waiting.push(News { slot, closed, done });
-            if !inner.writing {
-                inner.writing = true;
+            inner.running -= usize::from(runs);
+            if !runs || inner.running == 0 {
+                self.write_soon(&mut inner, shared);
+            } else if !inner.timed && !inner.writing {
+                inner.timed = true;
                 let (all, this) = (Arc::clone(shared), Arc::clone(self));
-                shared.tasks.finish(async move { this.write(&all).await });
+                shared.tasks.finish(async move {
+                    tokio::time::sleep(TOGETHER).await;
+                    let mut inner = this.inner();
+                    inner.timed = false;
+                    if !inner.waiting.is_empty() {
+                        this.write_soon(&mut inner, &all);
+                    }
+                });
             }
         }
         noted.await.unwrap_or(Err(Fault::Away))
+    }
+
+    fn write_soon(self: &Arc<Self>, inner: &mut Inner, shared: &Arc<Shared>) {
+        if !std::mem::replace(&mut inner.writing, true) {
+            let (all, this) = (Arc::clone(shared), Arc::clone(self));
+            shared.tasks.finish(async move { this.write(&all).await });
+        }
     }
 
     /// Notes what there is until nothing is left.
@@ -157,7 +198,7 @@ impl Bundle {
     /// of this message to somebody when it has not heard of it for long enough.
     pub(super) async fn let_go(self: &Arc<Self>, shared: &Arc<Shared>, call: &Call, slot: Slot) {
         let headers = Message::new(call).fresh();
-        match self.move_out(shared, call, slot, headers).await {
+        match self.move_out(shared, call, slot, headers, false).await {
             Ok(()) => self.done(shared).await,
             Err(error) => {
                 tracing::debug!(%error, call_id = call.id, "A call cannot be given back by itself");
@@ -172,9 +213,10 @@ impl Bundle {
         call: &Call,
         slot: Slot,
         headers: HeaderMap,
+        runs: bool,
     ) -> Result<(), Fault> {
         // Whoever is given this message later sees that the other may be missing.
-        if self.close(shared, slot, Closed::Moved).await? {
+        if self.close(shared, slot, Closed::Moved, runs).await? {
             shared.place(call, headers).await?;
         }
         Ok(())
@@ -261,7 +303,9 @@ impl Come {
         {
             let (mut lines, now) = (shared.lines(), Instant::now());
             for (slot, call) in left {
-                let (message, origin) = (Message::new(&call), Origin::Among(bundle.clone(), slot));
+                // Nothing is known of it but what it is.
+                let message = Message::stored(HeaderMap::new(), call.body.clone());
+                let origin = Origin::Among(bundle.clone(), slot);
                 let arrived = Arrived { call, message, sequence, again, origin, lease };
                 lines.arrived(line, arrived, now);
             }
