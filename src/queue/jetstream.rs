@@ -25,6 +25,7 @@ mod state;
 mod streams;
 mod subject;
 mod survey;
+mod taken;
 mod together;
 mod unpack;
 
@@ -49,6 +50,7 @@ use crate::queue::jetstream::pull::{Arrived, Begun};
 use crate::queue::jetstream::roll::Roll;
 use crate::queue::jetstream::server::{Fault, Server};
 use crate::queue::jetstream::subject::Names;
+use crate::queue::jetstream::taken::Taken;
 use crate::queue::status::{Answer, Settlement, Status};
 use crate::queue::tasks::Tasks;
 use crate::queue::{Changed, Counts, Delivery, Error, Filter, Published};
@@ -93,6 +95,7 @@ struct Shared {
     inbox: OnceCell<String>,
     consumers: Mutex<Consumers>,
     fill: Fill,
+    taken: Mutex<Taken>,
     /// How the calls of a large queue were counted last.
     counted: Mutex<Option<survey::Counted>>,
     /// One who has but a call's id has the server look at every subject: one after the other.
@@ -128,6 +131,7 @@ impl JetStream {
             inbox: OnceCell::new(),
             consumers: Mutex::default(),
             fill: Fill::new(),
+            taken: Mutex::default(),
             counted: Mutex::default(),
             searching: Semaphore::new(1),
             looked: Mutex::default(),

@@ -15,6 +15,7 @@ use crate::function::Function;
 use crate::queue::call::{Call, Unreadable};
 use crate::queue::jetstream::Shared;
 use crate::queue::jetstream::bundle::{Place, Slot};
+use crate::queue::jetstream::ids::Key;
 use crate::queue::jetstream::lease::Lease;
 use crate::queue::jetstream::lines::Wanted;
 use crate::queue::jetstream::message::Message;
@@ -289,6 +290,9 @@ async fn functions(shared: &Shared, last: u64) -> Result<(Vec<Function>, u64), F
     if connection != last {
         // What was asked for over another connection does not come any more.
         shared.lines().forget_asks();
+        if shared.inbox.initialized() {
+            shared.read_taken(connection).await?;
+        }
         if server.messages(&names.calls).await? <= FEW {
             let calls = server.subjects(&names.calls, &all, usize::MAX).await?;
             found.extend(calls.iter().filter_map(|call| Some(subject::named(call)?.function)));
@@ -337,9 +341,12 @@ async fn listen(shared: &Arc<Shared>) -> Result<String, Fault> {
         let made = tokio::time::timeout(AT_ONCE, shared.server.client.subscribe(subject)).await;
         made.ok().and_then(Result::ok).ok_or(Fault::Away)
     };
-    let (calls, news) = (subscribe(format!("{inbox}.>")).await?, shared.names.news());
-    let news = subscribe(news).await?;
-    let (calls, news) = (Arc::new(AsyncMutex::new(calls)), Arc::new(AsyncMutex::new(news)));
+    let calls = subscribe(format!("{inbox}.>")).await?;
+    let news = subscribe(shared.names.news()).await?;
+    let taken = subscribe(shared.names.taken()).await?;
+    let [calls, news, taken] = [calls, news, taken].map(AsyncMutex::new).map(Arc::new);
+    let all = Arc::clone(shared);
+    shared.tasks.keep_up("taken", move || hear_taken(Arc::clone(&all), Arc::clone(&taken)));
     let all = Arc::clone(shared);
     shared.tasks.keep_up("calls", move || hear_calls(Arc::clone(&all), Arc::clone(&calls)));
     let all = Arc::clone(shared);
@@ -389,6 +396,15 @@ async fn hear_news(shared: Arc<Shared>, news: Heard) {
         if function.is_some_and(|function| shared.lines().add(&function)) {
             shared.ready.notify_one();
         }
+    }
+}
+
+/// Others say which messages they take calls out of.
+async fn hear_taken(shared: Arc<Shared>, taken: Heard) {
+    let mut taken = taken.lock().await;
+    while let Some(message) = taken.next().await {
+        let key = std::str::from_utf8(&message.payload).ok().and_then(Key::of_token);
+        key.into_iter().for_each(|key| shared.taken().hears(key));
     }
 }
 

@@ -115,6 +115,11 @@ impl Names {
         format!("{NEWS}.{}", self.queue)
     }
 
+    /// Where it is said that a call is taken out of a message with others.
+    pub(super) fn taken(&self) -> String {
+        format!("{NEWS}.{}.taken", self.queue)
+    }
+
     /// The part `number` of what is stored in parts under `name`.
     pub(super) fn part(&self, root: &str, name: &str, number: impl std::fmt::Display) -> String {
         format!("{root}.{}.{name}.{number}", self.queue)

@@ -139,6 +139,7 @@ impl Shared {
             Some(status) => Closed::ended(which.sequence, status, None),
             None => Closed::Gone,
         };
+        self.say_taken(which.key).await?;
         let record = self.record(which, true).await?;
         let (_, ours) = self.note(which, record, &[(slot, closed)]).await?;
         Ok(ours == [true])

@@ -240,6 +240,7 @@ impl Bundle {
             return;
         }
         tell(&shared.server, &self.address.reply(), AckKind::Ack).await;
+        shared.taken().forget(self.which.key);
         if number > 0
             && let Err(error) = shared.server.delete(&shared.names.open, number).await
         {
@@ -281,9 +282,14 @@ impl Come {
                 return unreadable(shared, which.sequence, &address.reply(), &error).await;
             }
         };
-        // Of a message that nobody was given before, only those know something who took a call back.
+        // Of a message that nobody was given before, only those know something who took a call out.
         let suspect = again || shared.server.was_found(which.sequence);
-        let record = match shared.record(&which, suspect).await {
+        let touched = suspect || shared.taken().may_have(which.key, shared.server.connected());
+        let record = match touched {
+            true => shared.record(&which, suspect).await,
+            false => Ok((Record::of(which.sequence), 0)),
+        };
+        let record = match record {
             Ok(record) => record,
             Err(error) => {
                 tracing::debug!(%error, "Calls that came cannot be begun");
