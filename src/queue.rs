@@ -1,6 +1,7 @@
 //! Calls that are made later: taken in durably, handed to workers, settled, and remembered for a while.
 
 pub mod call;
+mod desk;
 pub mod discovery;
 pub mod embedded;
 pub mod jetstream;

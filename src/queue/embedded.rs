@@ -4,7 +4,6 @@
 //! leaves every call that was not settled: it is made again after the restart.
 
 mod change;
-mod desk;
 mod finished;
 mod ids;
 mod journal;
@@ -30,8 +29,8 @@ use tokio::sync::{Notify, mpsc, oneshot};
 
 use crate::function::Function;
 use crate::queue::call::{Call, Millis};
+use crate::queue::desk::{Desk, Reply};
 use crate::queue::embedded::change::Change;
-use crate::queue::embedded::desk::{Desk, Reply};
 use crate::queue::embedded::ids::Ids;
 use crate::queue::embedded::rows::Row;
 use crate::queue::embedded::schedule::Number;

@@ -29,8 +29,7 @@ mod taken;
 mod together;
 mod unpack;
 
-use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use tokio::sync::{Notify, OnceCell, Semaphore};
@@ -41,7 +40,7 @@ pub use self::subject::token;
 
 use crate::function::Function;
 use crate::queue::call::Call;
-use crate::queue::jetstream::bundle::ROOM;
+use crate::queue::desk::Desk;
 use crate::queue::jetstream::consumers::Consumers;
 use crate::queue::jetstream::fill::Fill;
 use crate::queue::jetstream::gather::Gather;
@@ -62,8 +61,6 @@ const PUBLISH_LARGE: Duration = Duration::from_secs(60);
 const QUESTION: Duration = Duration::from_millis(1900);
 /// Between looks for bodies that no call has.
 const TIDY: Duration = Duration::from_secs(3600);
-/// Between attempts to have a connection for one thread.
-const AGAIN: Duration = Duration::from_secs(60);
 /// How long the tasks may take to end.
 const STOP: Duration = Duration::from_secs(2);
 
@@ -71,17 +68,8 @@ const STOP: Duration = Duration::from_secs(2);
 #[derive(Clone)]
 pub struct JetStream {
     shared: Arc<Shared>,
-    /// The connection of a thread that publishes.
-    own: Option<Arc<Own>>,
-}
-
-/// A connection that one thread sends and receives over: to have another do it would cost more than the rest of a
-/// publish.
-#[derive(Default)]
-struct Own {
-    begun: AtomicBool,
-    server: Arc<OnceLock<Server>>,
-    gather: OnceLock<Gather>,
+    /// Where the thread that publishes much gets its answers.
+    desk: Option<Desk>,
 }
 
 struct Shared {
@@ -94,6 +82,7 @@ struct Shared {
     /// Where calls come that were asked for.
     inbox: OnceCell<String>,
     consumers: Mutex<Consumers>,
+    gather: Gather,
     fill: Fill,
     taken: Mutex<Taken>,
     /// How the calls of a large queue were counted last.
@@ -120,7 +109,7 @@ impl JetStream {
                 "Queued calls are kept in the memory of NATS: they are lost when its servers end"
             );
         }
-        let server = Server::open(&options, true).await?;
+        let server = Server::open(&options).await?;
         let shared = Shared {
             names: Names::new(&options.queue),
             options,
@@ -130,6 +119,7 @@ impl JetStream {
             roll: Roll::new(),
             inbox: OnceCell::new(),
             consumers: Mutex::default(),
+            gather: Gather::new(),
             fill: Fill::new(),
             taken: Mutex::default(),
             counted: Mutex::default(),
@@ -140,12 +130,14 @@ impl JetStream {
             ready: Notify::new(),
             tasks: Tasks::new(),
         };
-        Ok(Self { shared: Arc::new(shared), own: None })
+        let shared = Arc::new(shared);
+        Gather::start(&shared);
+        Ok(Self { shared, desk: None })
     }
 
     /// This queue, for one who publishes much on the current thread and its runtime.
     pub(super) fn for_thread(&self) -> Self {
-        Self { shared: Arc::clone(&self.shared), own: Some(Arc::default()) }
+        Self { shared: Arc::clone(&self.shared), desk: Some(Desk::open()) }
     }
 
     /// An id by which a call of `function` is found quickly.
@@ -214,15 +206,10 @@ impl JetStream {
     }
 
     pub(super) async fn publish(&self, call: Call) -> Result<Published, Error> {
-        if let Some(own) = &self.own
-            && Gather::takes(&call)
-            && self.shared.server.client.max_payload() >= ROOM
-        {
-            return within(PUBLISH, own.gather(&self.shared).publish(call)).await;
+        match &self.desk {
+            Some(desk) => self.shared.gather.publish(call, desk.clone()).await,
+            None => self.shared.publish_in_time(&call).await,
         }
-        let large = !self.shared.server.fits(0, call.body.len());
-        let deadline = if large { PUBLISH_LARGE } else { PUBLISH };
-        within(deadline, self.shared.publish(&self.shared.server, &call)).await
     }
 
     pub(super) async fn take(&self, places: usize) -> Result<Delivery, Error> {
@@ -267,29 +254,6 @@ impl JetStream {
     }
 }
 
-impl Own {
-    /// Where the thread's calls are brought. What is published goes over the connection for all until the thread has its
-    /// own, and whenever that is away.
-    #[expect(clippy::disallowed_methods, reason = "it ends at once, or with its runtime")]
-    fn gather(self: &Arc<Self>, shared: &Arc<Shared>) -> &Gather {
-        if !self.begun.swap(true, Relaxed) {
-            tokio::spawn(Arc::clone(self).open(Arc::clone(shared)));
-        }
-        self.gather.get_or_init(|| Gather::start(Arc::clone(shared), Arc::clone(&self.server)))
-    }
-
-    async fn open(self: Arc<Self>, shared: Arc<Shared>) {
-        match Server::open(&shared.options, false).await {
-            Ok(server) => drop(self.server.set(server)),
-            Err(error) => {
-                tracing::warn!(%error, "A thread cannot have its own connection to the queue's server");
-                tokio::time::sleep(AGAIN).await;
-                self.begun.store(false, Relaxed);
-            }
-        }
-    }
-}
-
 impl Shared {
     fn lines(&self) -> MutexGuard<'_, Lines<Arrived>> {
         self.lines.lock().unwrap_or_else(PoisonError::into_inner)
@@ -311,6 +275,12 @@ impl Shared {
             // moved about.
             _ => Box::pin(self.prepare()).await,
         }
+    }
+
+    /// Takes a call in, or says after a while that the server is away.
+    async fn publish_in_time(&self, call: &Call) -> Result<Published, Error> {
+        let large = !self.server.fits(0, call.body.len());
+        within(if large { PUBLISH_LARGE } else { PUBLISH }, self.publish(call)).await
     }
 
     async fn prepare(&self) -> Result<&Self, Fault> {

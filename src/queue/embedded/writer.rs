@@ -9,8 +9,8 @@ use bytes::Bytes;
 use tokio::sync::mpsc;
 
 use crate::queue::call::Millis;
+use crate::queue::desk::{Outbox, Reply};
 use crate::queue::embedded::change::Change;
-use crate::queue::embedded::desk::{Outbox, Reply};
 use crate::queue::embedded::ids::Ids;
 use crate::queue::embedded::schedule::Number;
 use crate::queue::embedded::store::Result as StoreResult;

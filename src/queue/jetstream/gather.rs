@@ -2,21 +2,21 @@
 //! wait for each other, and go together next. A call that comes alone goes alone, and at once.
 
 use std::collections::HashMap;
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
 
 use futures_util::StreamExt;
-use futures_util::future::join_all;
+use futures_util::future::{FutureExt as _, join_all};
 use futures_util::stream::FuturesUnordered;
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{Mutex as AsyncMutex, mpsc, oneshot};
 
 use crate::call_id::X_CALL_ID;
 use crate::function::Function;
 use crate::queue::call::Call;
-use crate::queue::jetstream::bundle::{self, LARGEST, LONGEST};
+use crate::queue::desk::{Desk, Outbox, Reply};
+use crate::queue::jetstream::bundle::{self, LARGEST, LONGEST, ROOM};
 use crate::queue::jetstream::fill::Taken;
 use crate::queue::jetstream::ids::{Key, TOGETHER};
 use crate::queue::jetstream::message::together_headers;
-use crate::queue::jetstream::server::Server;
 use crate::queue::jetstream::subject::CALLS;
 use crate::queue::jetstream::{PUBLISH, Shared, within};
 use crate::queue::{Error, Published, now};
@@ -26,12 +26,15 @@ const WAITING: usize = 1024;
 /// So many keys are tried: one that is taken is as good as impossible.
 const KEYS: usize = 3;
 
-/// Where a thread's calls wait for each other.
-pub(super) struct Gather(mpsc::Sender<Waiting>);
+/// Where the calls of all threads wait for each other. They are sent by one task, which is on the connection's thread.
+pub(super) struct Gather {
+    bring: mpsc::Sender<Waiting>,
+    brought: Arc<AsyncMutex<mpsc::Receiver<Waiting>>>,
+}
 
 struct Waiting {
     call: Call,
-    answer: oneshot::Sender<Result<Published, Error>>,
+    answer: Reply<Published>,
 }
 
 /// The calls of one function.
@@ -43,46 +46,53 @@ struct Line {
 }
 
 impl Gather {
-    /// On the current thread and its runtime; what is sent goes over `own` while that is there.
-    #[expect(clippy::disallowed_methods, reason = "it ends when nobody can bring a call any more")]
-    pub(super) fn start(shared: Arc<Shared>, own: Arc<OnceLock<Server>>) -> Self {
+    pub(super) fn new() -> Self {
         let (bring, brought) = mpsc::channel(WAITING);
-        tokio::spawn(run(shared, own, brought));
-        Self(bring)
+        Self { bring, brought: Arc::new(AsyncMutex::new(brought)) }
     }
 
-    /// Whether a call may be stored with others: one that is looked for by a name that its caller has chosen may not,
-    /// nor one that is not made at once.
-    pub(super) fn takes(call: &Call) -> bool {
-        let options = &call.options;
-        !options.chosen_id
-            && options.idempotency_key.is_none()
-            && options.not_before.is_none()
-            && call.body.len() <= LONGEST
+    /// Sends what is brought, for as long as there is a queue.
+    pub(super) fn start(shared: &Arc<Shared>) {
+        let all = Arc::clone(shared);
+        shared.tasks.keep_up("publishing", move || run(Arc::clone(&all)));
     }
 
-    pub(super) async fn publish(&self, call: Call) -> Result<Published, Error> {
+    /// Has a call sent, for one who hears of it at `desk`.
+    pub(super) async fn publish(&self, call: Call, desk: Desk) -> Result<Published, Error> {
         let (answer, answered) = oneshot::channel();
-        // The other side goes only with the runtime.
-        self.0.send(Waiting { call, answer }).await.map_err(|_| Error::Away)?;
+        let waiting = Waiting { call, answer: Reply::new(answer, Some(desk)) };
+        self.bring.send(waiting).await.map_err(|_| Error::Away)?;
+        // It is dropped when the queue is stopped.
         answered.await.unwrap_or(Err(Error::Away))
     }
 }
 
-async fn run(
-    shared: Arc<Shared>,
-    own: Arc<OnceLock<Server>>,
-    mut brought: mpsc::Receiver<Waiting>,
-) {
+/// Whether a call may be stored with others: one that is looked for by a name that its caller has chosen may not, nor one
+/// that is not made at once.
+fn may_join(call: &Call, max_payload: usize) -> bool {
+    let options = &call.options;
+    !options.chosen_id
+        && options.idempotency_key.is_none()
+        && options.not_before.is_none()
+        && call.body.len() <= LONGEST
+        && max_payload >= ROOM
+}
+
+async fn run(shared: Arc<Shared>) {
+    let mut brought = shared.gather.brought.lock().await;
     let mut lines: HashMap<Function, Line> = HashMap::new();
     let mut flying = FuturesUnordered::new();
     loop {
         let mut touched = Vec::new();
         tokio::select! {
             waiting = brought.recv() => {
-                let Some(waiting) = waiting else { break };
+                let Some(waiting) = waiting else { return };
                 let more = std::iter::from_fn(|| brought.try_recv().ok());
-                for waiting in std::iter::once(waiting).chain(more) {
+                for waiting in std::iter::once(waiting).chain(more.take(WAITING)) {
+                    if !may_join(&waiting.call, shared.server.client.max_payload()) {
+                        flying.push(send_alone(&shared, waiting).map(|()| None).boxed());
+                        continue;
+                    }
                     let function = waiting.call.function.clone();
                     let line = lines.entry(function.clone()).or_default();
                     if line.waiting.is_empty() {
@@ -92,10 +102,11 @@ async fn run(
                 }
             }
             Some(function) = flying.next() => {
-                if let Some(line) = lines.get_mut(&function) {
+                let function: Option<Function> = function;
+                if let Some(line) = function.as_ref().and_then(|function| lines.get_mut(function)) {
                     line.flies = false;
                 }
-                touched.push(function);
+                touched.extend(function);
             }
         }
         for function in touched {
@@ -106,10 +117,14 @@ async fn run(
                 continue;
             }
             line.flies = true;
-            flying.push(fly(&shared, &own, function, next));
+            let sent = send(&shared, function.clone(), next);
+            flying.push(sent.map(|()| Some(function)).boxed());
         }
     }
-    while flying.next().await.is_some() {}
+}
+
+async fn send_alone(shared: &Shared, Waiting { call, answer }: Waiting) {
+    answer.send(shared.publish_in_time(&call).await);
 }
 
 impl Line {
@@ -130,49 +145,27 @@ impl Line {
 }
 
 /// Sends calls of `function`, and says what became of them.
-async fn fly(
-    shared: &Shared,
-    own: &OnceLock<Server>,
-    function: Function,
-    waiting: Vec<Waiting>,
-) -> Function {
-    let server = own.get().filter(|server| server.is_connected()).unwrap_or(&shared.server);
-    let (mut calls, answers): (Vec<_>, Vec<_>) =
+async fn send(shared: &Shared, function: Function, waiting: Vec<Waiting>) {
+    let (calls, answers): (Vec<_>, Vec<_>) =
         waiting.into_iter().map(|waiting| (waiting.call, waiting.answer)).unzip();
-    match (calls.pop(), answers) {
-        (Some(call), mut answers) if calls.is_empty() => {
-            let published = within(PUBLISH, shared.publish(server, &call)).await;
-            // Whoever has left does not want to know.
-            if let Some(answer) = answers.pop() {
-                let _ = answer.send(published);
+    let published = match &calls[..] {
+        [call] => vec![shared.publish_in_time(call).await],
+        _ => match within(PUBLISH, shared.room(calls.len())).await {
+            Ok(_taken) => {
+                let count = calls.len();
+                match within(PUBLISH, shared.publish_together(&function, calls)).await {
+                    Ok(ids) => ids.into_iter().map(first).collect(),
+                    Err(error) => vec![Err(error); count],
+                }
             }
-        }
-        (Some(call), answers) => {
-            calls.push(call);
-            let published = match within(PUBLISH, shared.room(calls.len())).await {
-                Ok(taken) => {
-                    let stored = shared.publish_together(server, &function, calls);
-                    let stored = within(PUBLISH, stored).await;
-                    drop(taken);
-                    match stored {
-                        Ok(ids) => ids.into_iter().map(first).collect(),
-                        Err(error) => vec![Err(error); answers.len()],
-                    }
-                }
-                // There may be some for a few of them.
-                Err(Error::Full) => {
-                    let each = calls.iter().map(|call| shared.publish(server, call));
-                    join_all(each.map(|published| within(PUBLISH, published))).await
-                }
-                Err(error) => vec![Err(error); answers.len()],
-            };
-            answers.into_iter().zip(published).for_each(|(answer, published)| {
-                let _ = answer.send(published);
-            });
-        }
-        (None, _) => {}
-    }
-    function
+            // There may be some for a few of them.
+            Err(Error::Full) => join_all(calls.iter().map(|it| shared.publish_in_time(it))).await,
+            Err(error) => vec![Err(error); calls.len()],
+        },
+    };
+    let mut outbox = Outbox::default();
+    answers.into_iter().zip(published).for_each(|(answer, it)| outbox.put(answer, it));
+    outbox.send();
 }
 
 fn first(id: String) -> Result<Published, Error> {
@@ -188,7 +181,6 @@ impl Shared {
     /// Takes several calls of `function` in, under new ids.
     async fn publish_together(
         &self,
-        server: &Server,
         function: &Function,
         mut calls: Vec<Call>,
     ) -> Result<Vec<String>, Error> {
@@ -198,7 +190,8 @@ impl Shared {
             let key = Key::fresh(calls.len(), now());
             calls = calls.into_iter().map(|call| under(call, key.id(function))).collect();
             let subject = self.names.together(CALLS, function, key);
-            let stored = server.put(subject, together_headers(), bundle::encode(&calls), Some(0));
+            let stored =
+                self.server.put(subject, together_headers(), bundle::encode(&calls), Some(0));
             match stored.await {
                 Ok(_) => break,
                 Err(fault) if fault.is_conflict() && tries < KEYS => {}
@@ -239,7 +232,7 @@ mod tests {
             body: Bytes::from(vec![0; body]),
             options: Options::default(),
         };
-        (Waiting { call, answer }, answered)
+        (Waiting { call, answer: Reply::new(answer, None) }, answered)
     }
 
     #[test]

@@ -6,7 +6,7 @@ use bytes::Bytes;
 use crate::function::Function;
 use crate::queue::call::Call;
 use crate::queue::jetstream::message::{Message, Parts};
-use crate::queue::jetstream::server::{Fault, Server};
+use crate::queue::jetstream::server::Fault;
 use crate::queue::jetstream::subject::{CALLS, Names, consumed, consumer};
 use crate::queue::jetstream::{JetStream, Shared, parts};
 use crate::queue::{Error, Published};
@@ -24,8 +24,8 @@ struct Keyed {
 const FUNCTION: &str = "Gateway-Function";
 
 impl Shared {
-    /// Takes `call` in; it is sent over `server`.
-    pub(super) async fn publish(&self, server: &Server, call: &Call) -> Result<Published, Error> {
+    /// Takes `call` in.
+    pub(super) async fn publish(&self, call: &Call) -> Result<Published, Error> {
         self.ready().await?;
         let (id, key) = (&call.id, call.options.idempotency_key.as_deref());
         let keyed = match key {
@@ -38,7 +38,7 @@ impl Shared {
         if call.options.chosen_id {
             match Box::pin(self.repeats(call)).await? {
                 Some(true) => return Ok(Published { id: id.clone(), repeated: true }),
-                Some(false) => return self.publish_renamed(server, call).await,
+                Some(false) => return self.publish_renamed(call).await,
                 None => {}
             }
         }
@@ -51,7 +51,7 @@ impl Shared {
             let parts = Box::pin(parts).await?;
             message = message.with_parts(&parts);
         }
-        let first = match self.store(server, call, &message, keyed.note).await {
+        let first = match self.store(call, &message, keyed.note).await {
             Ok(first) => first,
             // The message may be there all the same: then its parts are needed.
             Err(Fault::Away) => return Err(Error::Away),
@@ -67,7 +67,7 @@ impl Shared {
             Box::pin(self.forget_parts(message.parts().as_ref())).await;
             // Another call under the same id may have come at the same moment.
             if first.as_ref() == Some(id) && Box::pin(self.repeats(call)).await? == Some(false) {
-                return self.publish_renamed(server, call).await;
+                return self.publish_renamed(call).await;
             }
         }
         let repeated = first.is_some();
@@ -90,15 +90,14 @@ impl Shared {
     }
 
     /// Takes another call under a known id in, under one of its own.
-    async fn publish_renamed(&self, server: &Server, call: &Call) -> Result<Published, Error> {
+    async fn publish_renamed(&self, call: &Call) -> Result<Published, Error> {
         let renamed = call.clone().renamed(JetStream::fresh_id(&call.function));
-        Box::pin(self.publish(server, &renamed)).await
+        Box::pin(self.publish(&renamed)).await
     }
 
     /// Stores the call's message, unless there is one; then the id of that call. `note` is what was noted of its key.
     async fn store(
         &self,
-        server: &Server,
         call: &Call,
         message: &Message,
         note: u64,
@@ -116,7 +115,7 @@ impl Shared {
         };
         loop {
             let body = message.body.clone();
-            match server.put(subject.clone(), headers, body, Some(0)).await {
+            match self.server.put(subject.clone(), headers, body, Some(0)).await {
                 Ok(stored) if stored.duplicate => {
                     let first = Box::pin(self.first(stored.sequence, key, call)).await?;
                     if first.is_some() {

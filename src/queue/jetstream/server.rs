@@ -137,19 +137,16 @@ struct Reason {
 }
 
 impl Server {
-    /// Begins to connect, on the current runtime; that this succeeds is not waited for. `told`: what becomes of the
-    /// connection is logged.
-    pub(super) async fn open(options: &Options, told: bool) -> anyhow::Result<Self> {
+    /// Begins to connect, on the current runtime; that this succeeds is not waited for.
+    pub(super) async fn open(options: &Options) -> anyhow::Result<Self> {
         let (connected, connections) = watch::channel(NEVER);
         let connect = options.connect_options().await?.event_callback(move |event| {
             match event {
                 Event::Connected => {
                     connected.send_modify(|number| *number += 1);
-                    if told {
-                        tracing::info!("The queue's server is there");
-                    }
+                    tracing::info!("The queue's server is there");
                 }
-                Event::Disconnected if told => tracing::warn!("The queue's server is away"),
+                Event::Disconnected => tracing::warn!("The queue's server is away"),
                 event => tracing::debug!(%event, "Word from the queue's server"),
             }
             std::future::ready(())

@@ -1,5 +1,5 @@
 //! Answers, handed out on the thread that waits for them: to wake a task of another thread is a system call, and one
-//! wakes all for whom a change of the file had an answer.
+//! wakes all for whom there is an answer at the same time.
 
 use tokio::sync::{mpsc, oneshot};
 
