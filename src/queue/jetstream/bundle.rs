@@ -9,10 +9,13 @@ use bytes::{Buf, BufMut, Bytes, BytesMut};
 
 use crate::function::Function;
 use crate::queue::call::{Call, Unreadable};
-use crate::queue::jetstream::ids::{Key, TOGETHER};
+use crate::queue::jetstream::ids::{Key, MOST};
 use crate::queue::jetstream::message::{AnswerHead, End};
 use crate::queue::status::{Answer, Status};
 
+/// So many calls go together at most: fewer than a worker makes at a time, for it is best if all of them are over before
+/// that is noted.
+pub(super) const TOGETHER: usize = 32;
 /// Calls with larger bodies go alone.
 pub(super) const LONGEST: usize = 8 << 10;
 /// So many bytes of calls are together, about.
@@ -214,7 +217,7 @@ impl Record {
                 ENDED => Closed::Ended { end: piece(&mut bytes)?, body: piece(&mut bytes)? },
                 _ => return None,
             };
-            if usize::from(slot) < TOGETHER {
+            if usize::from(slot) < MOST {
                 record.closed.insert(slot, closed);
             }
         }

@@ -10,7 +10,7 @@ use tokio::sync::Semaphore;
 use crate::queue::Error;
 use crate::queue::jetstream::Shared;
 use crate::queue::jetstream::bundle::Record;
-use crate::queue::jetstream::ids::TOGETHER;
+use crate::queue::jetstream::ids;
 use crate::queue::jetstream::server::Fault;
 use crate::queue::jetstream::subject::{self, CALLS};
 
@@ -120,7 +120,7 @@ impl Shared {
     async fn count_most(&self, limit: u64) -> Result<u64, Fault> {
         let (server, names) = (&self.server, &self.names);
         let messages = server.messages(&names.calls).await?;
-        let most = messages.saturating_mul(TOGETHER as u64);
+        let most = messages.saturating_mul(ids::MOST as u64);
         if most < limit || messages >= limit {
             return Ok(most);
         }

@@ -3,6 +3,7 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
+use std::time::Duration;
 
 use futures_util::StreamExt;
 use futures_util::future::{FutureExt as _, join_all};
@@ -13,9 +14,9 @@ use crate::call_id::X_CALL_ID;
 use crate::function::Function;
 use crate::queue::call::Call;
 use crate::queue::desk::{Desk, Outbox, Reply};
-use crate::queue::jetstream::bundle::{self, LARGEST, LONGEST, ROOM};
+use crate::queue::jetstream::bundle::{self, LARGEST, LONGEST, ROOM, TOGETHER};
 use crate::queue::jetstream::fill::Taken;
-use crate::queue::jetstream::ids::{Key, TOGETHER};
+use crate::queue::jetstream::ids::Key;
 use crate::queue::jetstream::message::together_headers;
 use crate::queue::jetstream::subject::CALLS;
 use crate::queue::jetstream::{PUBLISH, Shared, within};
@@ -23,6 +24,9 @@ use crate::queue::{Error, Published, now};
 
 /// So many calls wait here at most before those who bring more wait, too.
 const WAITING: usize = 1024;
+/// A message has a price of its own: where so many calls went together, the next ones wait so long for the others.
+const MANY: usize = 8;
+const GATHER: Duration = Duration::from_micros(500);
 /// So many keys are tried: one that is taken is as good as impossible.
 const KEYS: usize = 3;
 
@@ -43,6 +47,20 @@ struct Line {
     waiting: Vec<Waiting>,
     /// Some are on their way.
     flies: bool,
+    /// How many went together the last time: who was answered then soon asks again.
+    usual: usize,
+    /// They have a time by which they go.
+    timed: bool,
+}
+
+/// What happens to a task that sends calls.
+enum Event {
+    /// Those of a function are stored, or refused.
+    Landed(Function),
+    /// Those of a function have waited for others for long enough.
+    Waited(Function),
+    /// A call has gone alone.
+    Alone,
 }
 
 impl Gather {
@@ -90,35 +108,58 @@ async fn run(shared: Arc<Shared>) {
                 let more = std::iter::from_fn(|| brought.try_recv().ok());
                 for waiting in std::iter::once(waiting).chain(more.take(WAITING)) {
                     if !may_join(&waiting.call, shared.server.client.max_payload()) {
-                        flying.push(send_alone(&shared, waiting).map(|()| None).boxed());
+                        flying.push(send_alone(&shared, waiting).map(|()| Event::Alone).boxed());
                         continue;
                     }
                     let function = waiting.call.function.clone();
                     let line = lines.entry(function.clone()).or_default();
-                    if line.waiting.is_empty() {
+                    if !touched.contains(&function) {
                         touched.push(function);
                     }
                     line.waiting.push(waiting);
                 }
             }
-            Some(function) = flying.next() => {
-                let function: Option<Function> = function;
-                if let Some(line) = function.as_ref().and_then(|function| lines.get_mut(function)) {
-                    line.flies = false;
+            Some(event) = flying.next() => {
+                match event {
+                    Event::Landed(function) => {
+                        if let Some(line) = lines.get_mut(&function) {
+                            line.flies = false;
+                        }
+                        touched.push(function);
+                    }
+                    Event::Waited(function) => {
+                        if let Some(line) = lines.get_mut(&function) {
+                            line.timed = false;
+                            if !line.flies {
+                                line.usual = 0;
+                            }
+                        }
+                        touched.push(function);
+                    }
+                    Event::Alone => {}
                 }
-                touched.extend(function);
             }
         }
         for function in touched {
             let Some(line) = lines.get_mut(&function).filter(|line| !line.flies) else { continue };
-            let next = line.next();
-            if next.is_empty() {
-                lines.remove(&function);
+            if line.waits() {
+                if !std::mem::replace(&mut line.timed, true) {
+                    let waited = tokio::time::sleep(GATHER);
+                    flying.push(waited.map(|()| Event::Waited(function)).boxed());
+                }
                 continue;
             }
+            let next = line.next();
+            if next.is_empty() {
+                if !line.timed {
+                    lines.remove(&function);
+                }
+                continue;
+            }
+            line.usual = next.len();
             line.flies = true;
             let sent = send(&shared, function.clone(), next);
-            flying.push(sent.map(|()| Some(function)).boxed());
+            flying.push(sent.map(|()| Event::Landed(function)).boxed());
         }
     }
 }
@@ -128,6 +169,11 @@ async fn send_alone(shared: &Shared, Waiting { call, answer }: Waiting) {
 }
 
 impl Line {
+    /// Whether far fewer calls have come than the last time, when there were many.
+    fn waits(&self) -> bool {
+        self.usual >= MANY && self.waiting.len() * 4 < self.usual * 3
+    }
+
     /// The calls that go together next.
     fn next(&mut self) -> Vec<Waiting> {
         // Nobody has heard that these were taken in, and nobody would.

@@ -14,8 +14,8 @@ const MADE_HERE: u16 = 0x6a73;
 /// The same for a call that is stored in one message with others.
 const MADE_TOGETHER: u16 = 0x6a74;
 
-/// So many calls at most are in one message.
-pub(super) const TOGETHER: usize = 1 << 6;
+/// No more calls can be in one message.
+pub(super) const MOST: usize = 1 << 6;
 
 /// What the ids of calls in one message have in common, and no other message has: from the highest bit on the time in
 /// milliseconds, six random bits, and how many calls they are, less one. The other 42 bits of an id are random, so that
@@ -24,10 +24,10 @@ pub(super) const TOGETHER: usize = 1 << 6;
 pub(super) struct Key([u8; 6]);
 
 impl Key {
-    /// One for so many calls, at most [`TOGETHER`].
+    /// One for so many calls, at most [`MOST`].
     pub(super) fn fresh(count: usize, now: Millis) -> Self {
         let random = u64::from(Uuid::new_v4().as_bytes()[0]) % 64;
-        let count = count.clamp(1, TOGETHER) as u64 - 1;
+        let count = count.clamp(1, MOST) as u64 - 1;
         Self::of_bits(now << 12 | random << 6 | count)
     }
 
@@ -43,7 +43,7 @@ impl Key {
 
     /// How many calls they are.
     pub(super) fn count(self) -> usize {
-        self.bits() as usize % TOGETHER + 1
+        self.bits() as usize % MOST + 1
     }
 
     /// An id for one of the calls, which are of `function`.

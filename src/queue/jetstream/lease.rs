@@ -34,8 +34,6 @@ pub(in crate::queue) struct Lease {
     /// What it is known by among those that we have.
     hold: u64,
     settled: AtomicBool,
-    /// It is one of several in a message, and counts among those that are made.
-    runs: AtomicBool,
     /// When it is given back: not before so long.
     delay: Option<Duration>,
 }
@@ -45,8 +43,8 @@ impl Lease {
         let arrived = Arc::new(arrived);
         let hold = shared.roll.hold(&arrived);
         Roll::keep(shared);
-        let (settled, runs) = (AtomicBool::new(false), AtomicBool::new(false));
-        Self { shared: Arc::clone(shared), line, arrived, hold, settled, runs, delay: Some(PAUSE) }
+        let settled = AtomicBool::new(false);
+        Self { shared: Arc::clone(shared), line, arrived, hold, settled, delay: Some(PAUSE) }
     }
 
     /// The call, once it is claimed; `None` if it is not to be made, or not now.
@@ -56,7 +54,7 @@ impl Lease {
         let suspect = self.arrived.again || shared.server.was_found(self.arrived.sequence);
         if suspect && Box::pin(self.is_over()).await? {
             if let Origin::Among(bundle, slot) = &self.arrived.origin {
-                bundle.close(&shared, *slot, Closed::Moved, false).await?;
+                bundle.close(&shared, *slot, Closed::Moved, true).await?;
             }
             self.done().await;
             return Ok(None);
@@ -83,10 +81,6 @@ impl Lease {
             return Ok(None);
         }
         self.delay = None;
-        if let Origin::Among(bundle, _) = &self.arrived.origin {
-            bundle.begins();
-            self.runs.store(true, Relaxed);
-        }
         let attempts = self.arrived.message.progress().map_or(0, |status| status.attempts);
         Ok(Some(Delivery { call, attempts, handle: Handle::JetStream(Box::new(self)) }))
     }
@@ -186,7 +180,6 @@ impl Lease {
         settlement: &Settlement,
     ) -> Result<(), Fault> {
         let (shared, Arrived { call, sequence, .. }) = (&self.shared, &*self.arrived);
-        let runs = || self.runs.swap(false, Relaxed);
         match settlement {
             Settlement::Finished { answer, .. } => {
                 let answer = answer.as_ref();
@@ -195,15 +188,15 @@ impl Lease {
                 }
                 let closed = Closed::ended(*sequence, status.clone(), answer);
                 // Whoever has noted something else has made it as well.
-                bundle.close(shared, slot, closed, runs()).await?;
+                bundle.close(shared, slot, closed, false).await?;
             }
             Settlement::Retry { .. } => {
                 let headers = Message::new(call).progressed(status, *sequence);
-                bundle.move_out(shared, call, slot, headers, runs()).await?;
+                bundle.move_out(shared, call, slot, headers).await?;
             }
             Settlement::Dead { answer, .. } => {
                 shared.store_answer(&call.id, answer.as_ref()).await?;
-                if bundle.close(shared, slot, Closed::Moved, runs()).await? {
+                if bundle.close(shared, slot, Closed::Moved, true).await? {
                     // It was no message of its own that could be there still.
                     let headers = Message::new(call).progressed(status, 0);
                     shared.server.put(self.subject(DEAD), headers, call.body.clone(), None).await?;
@@ -274,11 +267,6 @@ impl Drop for Lease {
         self.shared.roll.release(&self.shared, self.hold, settled);
         self.shared.lines().ended(self.line);
         self.shared.ready.notify_one();
-        if let Origin::Among(bundle, _) = &self.arrived.origin
-            && self.runs.swap(false, Relaxed)
-        {
-            bundle.ends(&self.shared);
-        }
         if settled {
             return;
         }

@@ -146,6 +146,11 @@ impl<A> Lines<A> {
         self.lines[line].running -= 1;
     }
 
+    /// How many calls were picked that do still run.
+    pub(super) fn running(&self) -> usize {
+        self.running
+    }
+
     /// The functions to ask for. Of a function that had no calls lately one is asked for; of
     /// others what can be handed out, and what will be in the next moments.
     pub(super) fn ask(&mut self, places: usize, now: Instant) -> Vec<Wanted> {

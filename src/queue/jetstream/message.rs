@@ -7,7 +7,7 @@ use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 
 use crate::queue::call::{Call, Meta, Millis, Unreadable};
-use crate::queue::jetstream::bundle::{Place, Slot};
+use crate::queue::jetstream::bundle::Place;
 use crate::queue::status::{Answer, State, Status};
 
 /// All of a call but its body.
@@ -53,18 +53,27 @@ pub(super) struct Message {
 pub(super) struct List {
     /// By the names of consumers: the number of each call's message, and since when it is made.
     pub(super) calls: BTreeMap<String, Vec<(u64, Millis)>>,
-    /// The same of calls in messages with several, with their slots.
+    /// The same of calls in messages with several: which ones, as the bits of their slots.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
-    pub(super) together: BTreeMap<String, Vec<(u64, Slot, Millis)>>,
+    pub(super) together: BTreeMap<String, Vec<(u64, Millis, u64)>>,
 }
 
 impl List {
-    pub(super) fn add(&mut self, consumer: String, place: Place, since: Millis) {
+    /// Adds calls of a consumer, all of which are made since then.
+    pub(super) fn add(&mut self, consumer: &str, place: Place, since: Millis) {
         match place.slot {
-            None => self.calls.entry(consumer).or_default().push((place.sequence, since)),
+            None => {
+                let calls = self.calls.entry(consumer.to_owned()).or_default();
+                calls.push((place.sequence, since));
+            }
             Some(slot) => {
-                let calls = self.together.entry(consumer).or_default();
-                calls.push((place.sequence, slot, since));
+                let groups = self.together.entry(consumer.to_owned()).or_default();
+                let bit = 1_u64.checked_shl(slot.into()).unwrap_or_default();
+                let ours = groups.iter_mut().find(|it| (it.0, it.1) == (place.sequence, since));
+                match ours {
+                    Some((.., bits)) => *bits |= bit,
+                    None => groups.push((place.sequence, since, bit)),
+                }
             }
         }
     }
@@ -73,17 +82,20 @@ impl List {
     pub(super) fn places(&self) -> impl Iterator<Item = (Place, Millis)> {
         let alone = self.calls.values().flatten();
         let alone = alone.map(|(sequence, since)| (Place::alone(*sequence), *since));
-        let among = self.together.values().flatten();
-        let among = among.map(|(sequence, slot, since)| (Place::among(*sequence, *slot), *since));
+        let among = self.together.values().flatten().flat_map(|(sequence, since, bits)| {
+            let slots = (0..64).filter(move |slot| bits >> slot & 1 == 1);
+            slots.map(|slot| (Place::among(*sequence, slot), *since))
+        });
         alone.chain(among)
     }
 
     /// How many calls of a consumer are on it, and in how many messages.
     pub(super) fn count(&self, consumer: &str) -> (usize, usize) {
         let alone = self.calls.get(consumer).map_or(0, Vec::len);
-        let among = self.together.get(consumer).map_or(&[][..], Vec::as_slice);
-        let messages: BTreeSet<u64> = among.iter().map(|(sequence, ..)| *sequence).collect();
-        (alone + among.len(), alone + messages.len())
+        let groups = self.together.get(consumer).map_or(&[][..], Vec::as_slice);
+        let among: u32 = groups.iter().map(|(.., bits)| bits.count_ones()).sum();
+        let messages: BTreeSet<u64> = groups.iter().map(|(sequence, ..)| *sequence).collect();
+        (alone + among as usize, alone + messages.len())
     }
 }
 
@@ -329,6 +341,25 @@ mod tests {
         let message = Message::new(&call()).with_parts(&parts);
         assert_eq!((message.parts(), message.body.len()), (Some(parts), 0));
         assert!(Message::stored(message.fresh(), Bytes::new()).parts().is_some());
+    }
+
+    #[test]
+    fn a_list_says_which_calls_are_made_and_since_when() {
+        let mut list = List::default();
+        let places = [
+            (Place::alone(7), 1),
+            (Place::among(8, 0), 1),
+            (Place::among(8, 63), 1),
+            (Place::among(8, 5), 2),
+        ];
+        for (place, since) in places {
+            list.add("fn,echo", place, since);
+        }
+        let read: List = serde_json::from_str(&json(&list)).unwrap();
+        assert_eq!(read.places().collect::<BTreeSet<_>>(), BTreeSet::from(places));
+        assert_eq!((read.count("fn,echo"), read.count("other")), ((4, 2), (0, 0)));
+        let before: List = serde_json::from_str(r#"{"calls":{"fn,echo":[[7,1]]}}"#).unwrap();
+        assert_eq!(before.places().collect::<Vec<_>>(), [(Place::alone(7), 1)]);
     }
 
     #[test]

@@ -53,6 +53,8 @@ pub(super) struct Arrived {
     /// It has come before, to somebody.
     pub(super) again: bool,
     pub(super) origin: Origin,
+    /// The name of the consumer that it came from.
+    pub(super) consumer: Arc<str>,
     /// For so long it is ours without a word.
     pub(super) lease: Duration,
 }
@@ -250,6 +252,12 @@ pub(super) async fn go_back(shared: &Arc<Shared>, calls: Vec<Arrived>) {
     calls.for_each_concurrent(TOGETHER, async |arrived| arrived.not_now(shared, None).await).await;
 }
 
+/// How many calls are made here at this moment, or noted to have been.
+pub(super) fn made(shared: &Shared) -> usize {
+    let begun = shared.begun();
+    shared.lines().running().saturating_sub(begun.ready.len() + begun.coming)
+}
+
 /// Whether nothing waits here to be made.
 pub(super) fn nothing_ahead(shared: &Shared) -> bool {
     shared.lines().is_empty() && shared.begun().ready.is_empty()
@@ -414,7 +422,8 @@ async fn arrive(shared: &Arc<Shared>, message: async_nats::Message) {
     let Some(reply) = delivered.reply.as_ref().map(ToString::to_string) else { return };
     let Ok(info) = delivered.info() else { return };
     let (sequence, again) = (info.stream_sequence, info.delivered > 1);
-    let Some(function) = subject::consumed(info.consumer) else { return };
+    let consumer: Arc<str> = info.consumer.into();
+    let Some(function) = subject::consumed(&consumer) else { return };
     let Some(line) = shared.lines().of(&function) else { return };
     let key = subject::key(&delivered.subject);
     shared.lines().came(line, subject::calls(&delivered.subject), Instant::now());
@@ -429,7 +438,7 @@ async fn arrive(shared: &Arc<Shared>, message: async_nats::Message) {
     let delivered = delivered.message;
     if let Some(key) = key {
         let which = Which { function, key, sequence };
-        let come = Come { which, line, again, lease, payload: delivered.payload };
+        let come = Come { which, line, again, consumer, lease, payload: delivered.payload };
         let (all, tasks) = (Arc::clone(shared), Arc::clone(shared));
         tasks.tasks.spawn(async move { come.unpack(&all, Address::new(reply)).await });
         return;
@@ -441,7 +450,7 @@ async fn arrive(shared: &Arc<Shared>, message: async_nats::Message) {
     };
     let early = message.due(&call).saturating_sub(now());
     let origin = Origin::Alone(Address::new(reply));
-    let arrived = Arrived { call, message, sequence, again, origin, lease };
+    let arrived = Arrived { call, message, sequence, again, origin, consumer, lease };
     if early > 0 {
         let delay = Duration::from_millis(early).min(LONGEST);
         arrived.not_now(shared, Some(delay)).await;

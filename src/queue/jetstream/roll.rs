@@ -18,7 +18,6 @@ use crate::queue::jetstream::bundle::Place;
 use crate::queue::jetstream::message::{List, json};
 use crate::queue::jetstream::pull::{self, Arrived};
 use crate::queue::jetstream::server::Fault;
-use crate::queue::jetstream::subject::consumer;
 use crate::queue::now;
 
 /// A mark is heeded for so long. Whoever writes one is done within half of it, and no call is held unmarked for longer.
@@ -252,7 +251,7 @@ impl Inner {
         let mut list = List::default();
         for Held { arrived, since, .. } in self.held.values() {
             if let Some(since) = since {
-                list.add(consumer(&arrived.call.function), arrived.place(), *since);
+                list.add(&arrived.consumer, arrived.place(), *since);
             }
         }
         list

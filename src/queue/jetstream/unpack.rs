@@ -16,7 +16,7 @@ use crate::queue::jetstream::Shared;
 use crate::queue::jetstream::bundle::{self, Closed, Record, Slot};
 use crate::queue::jetstream::ids::Key;
 use crate::queue::jetstream::message::Message;
-use crate::queue::jetstream::pull::{Address, Arrived, Origin, PAUSE, tell, unreadable};
+use crate::queue::jetstream::pull::{self, Address, Arrived, Origin, PAUSE, tell, unreadable};
 use crate::queue::jetstream::roll::Roll;
 use crate::queue::jetstream::server::Fault;
 use crate::queue::jetstream::subject::{CALLS, ENDS, OPEN};
@@ -55,10 +55,8 @@ struct Inner {
     waiting: Vec<News>,
     /// Somebody notes it.
     writing: bool,
-    /// Somebody will note it if nobody has by then.
+    /// Somebody will do so in a moment.
     timed: bool,
-    /// How many of its calls are made at this moment.
-    running: usize,
     told: Instant,
 }
 
@@ -77,7 +75,6 @@ impl Bundle {
             waiting: Vec::new(),
             writing: false,
             timed: false,
-            running: 0,
             told: Instant::now(),
         };
         let open = AtomicUsize::new(open);
@@ -88,90 +85,75 @@ impl Bundle {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// One of its calls is made.
-    pub(super) fn begins(&self) {
-        self.inner().running += 1;
-    }
-
-    /// It is not made any more.
-    pub(super) fn ends(self: &Arc<Self>, shared: &Arc<Shared>) {
-        let mut inner = self.inner();
-        inner.running -= 1;
-        if inner.running == 0 && !inner.waiting.is_empty() {
-            self.write_soon(&mut inner, shared);
-        }
-    }
-
-    /// Notes what has become of a call; `false` if somebody else has noted something else. One that `runs` is not made
-    /// any more: what has become of others that are made at the same time is noted together, for they end soon as well.
+    /// Notes what has become of a call; `false` if somebody else has noted something else. A note has a price of its own:
+    /// unless one is wanted `at_once`, it waits for other calls of the message to end.
     pub(super) async fn close(
         self: &Arc<Self>,
         shared: &Arc<Shared>,
         slot: Slot,
         closed: Closed,
-        runs: bool,
+        at_once: bool,
     ) -> Result<bool, Fault> {
         let (done, noted) = oneshot::channel();
+        // All calls that are made wait for this: nothing else is about to end.
+        let made = pull::made(shared);
         {
             let mut inner = self.inner();
             inner.waiting.push(News { slot, closed, done });
-            inner.running -= usize::from(runs);
-            if !runs || inner.running == 0 {
-                self.write_soon(&mut inner, shared);
-            } else if !inner.timed && !inner.writing {
-                inner.timed = true;
-                let (all, this) = (Arc::clone(shared), Arc::clone(self));
-                shared.tasks.finish(async move {
-                    tokio::time::sleep(TOGETHER).await;
-                    let mut inner = this.inner();
-                    inner.timed = false;
-                    if !inner.waiting.is_empty() {
-                        this.write_soon(&mut inner, &all);
-                    }
-                });
-            }
+            let last = inner.waiting.len() >= made;
+            self.write_in_time(&mut inner, shared, at_once || last);
         }
         noted.await.unwrap_or(Err(Fault::Away))
     }
 
-    fn write_soon(self: &Arc<Self>, inner: &mut Inner, shared: &Arc<Shared>) {
-        if !std::mem::replace(&mut inner.writing, true) {
-            let (all, this) = (Arc::clone(shared), Arc::clone(self));
-            shared.tasks.finish(async move { this.write(&all).await });
+    /// Has what there is noted, at once if it is all there can be.
+    fn write_in_time(self: &Arc<Self>, inner: &mut Inner, shared: &Arc<Shared>, at_once: bool) {
+        let all = inner.waiting.len() + inner.record.0.closed() >= self.which.key.count();
+        if inner.writing || (inner.timed && !all && !at_once) {
+            return;
+        }
+        let (shared, this) = (Arc::clone(shared), Arc::clone(self));
+        let tasks = Arc::clone(&shared);
+        if all || at_once {
+            inner.writing = true;
+            tasks.tasks.finish(async move { this.write(&shared).await });
+        } else {
+            inner.timed = true;
+            tasks.tasks.finish(async move {
+                tokio::time::sleep(TOGETHER).await;
+                let mut inner = this.inner();
+                inner.timed = false;
+                if !inner.waiting.is_empty() {
+                    this.write_in_time(&mut inner, &shared, true);
+                }
+            });
         }
     }
 
-    /// Notes what there is until nothing is left.
-    async fn write(&self, shared: &Shared) {
-        loop {
-            let (waiting, (record, number)) = {
-                let mut inner = self.inner();
-                let waiting = std::mem::take(&mut inner.waiting);
-                if waiting.is_empty() {
-                    inner.writing = false;
-                    return;
-                }
-                (waiting, inner.record.clone())
-            };
-            let (closed, answers): (Vec<_>, Vec<_>) = waiting
-                .into_iter()
-                .map(|News { slot, closed, done }| ((slot, closed), done))
-                .unzip();
-            let noted = self.note(shared, record, number, &closed).await;
-            match noted {
-                Ok((record, ours, filed)) => {
-                    let mut inner = self.inner();
-                    (inner.record, inner.filed) = (record, filed);
-                    drop(inner);
-                    answers.into_iter().zip(ours).for_each(|(done, ours)| {
-                        // Whoever has left does not want to know.
-                        let _ = done.send(Ok(ours));
-                    });
-                }
-                Err(fault) => answers.into_iter().for_each(|done| {
-                    let _ = done.send(Err(fault.clone()));
-                }),
+    /// Notes what there is.
+    async fn write(self: &Arc<Self>, shared: &Arc<Shared>) {
+        let (waiting, (record, number)) = {
+            let mut inner = self.inner();
+            (std::mem::take(&mut inner.waiting), inner.record.clone())
+        };
+        let (closed, answers): (Vec<_>, Vec<_>) =
+            waiting.into_iter().map(|News { slot, closed, done }| ((slot, closed), done)).unzip();
+        let noted = self.note(shared, record, number, &closed).await;
+        let ours = {
+            let mut inner = self.inner();
+            inner.writing = false;
+            let ours = noted.map(|(record, ours, filed)| {
+                (inner.record, inner.filed) = (record, filed);
+                ours
+            });
+            if !inner.waiting.is_empty() {
+                self.write_in_time(&mut inner, shared, false);
             }
+            ours
+        };
+        for (number, done) in answers.into_iter().enumerate() {
+            // Whoever has left does not want to know.
+            let _ = done.send(ours.as_ref().map(|ours| ours[number]).map_err(Clone::clone));
         }
     }
 
@@ -198,7 +180,7 @@ impl Bundle {
     /// of this message to somebody when it has not heard of it for long enough.
     pub(super) async fn let_go(self: &Arc<Self>, shared: &Arc<Shared>, call: &Call, slot: Slot) {
         let headers = Message::new(call).fresh();
-        match self.move_out(shared, call, slot, headers, false).await {
+        match self.move_out(shared, call, slot, headers).await {
             Ok(()) => self.done(shared).await,
             Err(error) => {
                 tracing::debug!(%error, call_id = call.id, "A call cannot be given back by itself");
@@ -213,10 +195,9 @@ impl Bundle {
         call: &Call,
         slot: Slot,
         headers: HeaderMap,
-        runs: bool,
     ) -> Result<(), Fault> {
         // Whoever is given this message later sees that the other may be missing.
-        if self.close(shared, slot, Closed::Moved, runs).await? {
+        if self.close(shared, slot, Closed::Moved, true).await? {
             shared.place(call, headers).await?;
         }
         Ok(())
@@ -268,6 +249,7 @@ pub(super) struct Come {
     pub(super) line: usize,
     /// It has come before, to somebody.
     pub(super) again: bool,
+    pub(super) consumer: Arc<str>,
     pub(super) lease: Duration,
     pub(super) payload: Bytes,
 }
@@ -275,7 +257,7 @@ pub(super) struct Come {
 impl Come {
     /// Keeps those of the calls that are not over.
     pub(super) async fn unpack(self, shared: &Arc<Shared>, address: Address) {
-        let Self { which, line, again, lease, payload } = self;
+        let Self { which, line, again, consumer, lease, payload } = self;
         let calls = match bundle::decode(payload, &which.function, which.key) {
             Ok(calls) => calls,
             Err(error) => {
@@ -312,7 +294,8 @@ impl Come {
                 // Nothing is known of it but what it is.
                 let message = Message::stored(HeaderMap::new(), call.body.clone());
                 let origin = Origin::Among(bundle.clone(), slot);
-                let arrived = Arrived { call, message, sequence, again, origin, lease };
+                let consumer = Arc::clone(&consumer);
+                let arrived = Arrived { call, message, sequence, again, origin, consumer, lease };
                 lines.arrived(line, arrived, now);
             }
         }
