@@ -49,7 +49,7 @@ impl Shared {
             there.insert(found.sequence);
             next = found.sequence + 1;
             match Bundled::new(found.clone()) {
-                Some(bundled) if self.is_left_over(&bundled.which, known.floor).await? => {
+                Some(bundled) if self.is_left_over(&bundled).await? => {
                     server.delete(&names.calls, bundled.which.sequence).await?;
                     left_over += 1;
                 }

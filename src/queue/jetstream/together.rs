@@ -166,12 +166,20 @@ impl Shared {
         Ok(())
     }
 
-    /// Whether a message is there only because the server has forgotten that it was removed. `floor`: its consumer takes
-    /// all up to that number to be over.
-    pub(super) async fn is_left_over(&self, which: &Which, floor: u64) -> Result<bool, Fault> {
+    /// Whether a message is there only because the server has forgotten that it was removed: each of its calls is over or
+    /// has a message of its own. Its consumer may take it to be over, and then nobody is given it.
+    pub(super) async fn is_left_over(&self, bundled: &Bundled) -> Result<bool, Fault> {
+        let Bundled { which, calls } = bundled;
         let (record, _) = self.record(which, true).await?;
-        let whole = record.sequence == which.sequence && record.is_whole(which.key);
-        Ok(whole && (which.sequence <= floor || record.is_final(which.key)))
+        if record.sequence != which.sequence || !record.is_whole(which.key) {
+            return Ok(false);
+        }
+        for (slot, call) in (0..).zip(calls) {
+            if record.get(slot) == Some(&Closed::Moved) && !self.has_trace(call).await? {
+                return Ok(false);
+            }
+        }
+        Ok(true)
     }
 
     /// Removes records older than `age` whose messages are gone; how many there were.
