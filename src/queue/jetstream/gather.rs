@@ -287,7 +287,7 @@ mod tests {
         let (small, answers): (Vec<_>, Vec<_>) = (0..70).map(|_| waiting(10)).unzip();
         line.waiting.extend(small);
         let next: Vec<usize> = std::iter::from_fn(|| Some(line.next().len())).take(3).collect();
-        assert_eq!(next, [TOGETHER, 70 - TOGETHER, 0]);
+        assert_eq!(next, [TOGETHER, TOGETHER, 70 - 2 * TOGETHER]);
         drop(answers);
         let (gone, _) = waiting(10);
         line.waiting.push(gone);
