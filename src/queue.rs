@@ -216,7 +216,7 @@ impl Queue {
     pub async fn publish_with(&self, call: Call, room: Room) -> Result<Published, Error> {
         match self.known()? {
             Self::Embedded(queue) => queue.publish(call, room).await,
-            Self::JetStream(queue) => queue.publish(call).await,
+            Self::JetStream(queue) => queue.publish(call, room).await,
             Self::Stan(queue) => queue.publish(call).await,
             Self::Discovered(_) => Err(Error::Away),
         }

@@ -2,6 +2,7 @@
 //!
 //! A call is one message from its publish to its end: the message says how often the call was made and when it is due,
 //! and a retry replaces it in one step. So there is no moment at which a call could be lost; at worst it is made twice.
+//! Calls that come at the same time are one message together, until they end or have to go on by themselves.
 //! What is stored beside it (claims, final states, answers, keys) is written before the message goes, never after.
 
 mod bundle;
@@ -44,6 +45,7 @@ use crate::queue::desk::Desk;
 use crate::queue::jetstream::consumers::Consumers;
 use crate::queue::jetstream::fill::Fill;
 use crate::queue::jetstream::gather::Gather;
+use crate::queue::jetstream::ids::Keys;
 use crate::queue::jetstream::lines::Lines;
 use crate::queue::jetstream::pull::{Arrived, Begun};
 use crate::queue::jetstream::roll::Roll;
@@ -52,7 +54,7 @@ use crate::queue::jetstream::subject::Names;
 use crate::queue::jetstream::taken::Taken;
 use crate::queue::status::{Answer, Settlement, Status};
 use crate::queue::tasks::Tasks;
-use crate::queue::{Changed, Counts, Delivery, Error, Filter, Published};
+use crate::queue::{Changed, Counts, Delivery, Error, Filter, Published, Room};
 
 /// A publish is answered within this time, one of a large body within the other.
 const PUBLISH: Duration = Duration::from_millis(1900);
@@ -83,6 +85,7 @@ struct Shared {
     inbox: OnceCell<String>,
     consumers: Mutex<Consumers>,
     gather: Gather,
+    keys: Keys,
     fill: Fill,
     taken: Mutex<Taken>,
     /// How the calls of a large queue were counted last.
@@ -120,6 +123,7 @@ impl JetStream {
             inbox: OnceCell::new(),
             consumers: Mutex::default(),
             gather: Gather::new(),
+            keys: Keys::new(),
             fill: Fill::new(),
             taken: Mutex::default(),
             counted: Mutex::default(),
@@ -205,9 +209,14 @@ impl JetStream {
         }
     }
 
-    pub(super) async fn publish(&self, call: Call) -> Result<Published, Error> {
+    /// Takes `call` in; its body has `room` until that is done, whoever still waits for it.
+    pub(super) async fn publish(&self, call: Call, room: Room) -> Result<Published, Error> {
         match &self.desk {
-            Some(desk) => self.shared.gather.publish(call, desk.clone()).await,
+            Some(desk) => {
+                let deadline = self.shared.deadline(&call);
+                let published = self.shared.gather.publish(call, room, desk.clone());
+                within(deadline, published).await
+            }
             None => self.shared.publish_in_time(&call).await,
         }
     }
@@ -279,8 +288,11 @@ impl Shared {
 
     /// Takes a call in, or says after a while that the server is away.
     async fn publish_in_time(&self, call: &Call) -> Result<Published, Error> {
-        let large = !self.server.fits(0, call.body.len());
-        within(if large { PUBLISH_LARGE } else { PUBLISH }, self.publish(call)).await
+        within(self.deadline(call), self.publish(call)).await
+    }
+
+    fn deadline(&self, call: &Call) -> Duration {
+        if self.server.fits(0, call.body.len()) { PUBLISH } else { PUBLISH_LARGE }
     }
 
     async fn prepare(&self) -> Result<&Self, Fault> {

@@ -654,7 +654,7 @@ async fn a_stream_that_is_there_is_left_as_it_is() {
     let it = Gateway::open(Options { limits, ..options(&nats) }).await;
     eventually("the server answers", async || it.queue.status("x").await.is_ok()).await;
     let calls = stream(&nats, "gateway-faas-request-calls").await;
-    assert_eq!(calls.cached_info().config.max_messages, 50);
+    assert_eq!(calls.cached_info().config.max_messages, 2 * 50 + 1024);
     // It is said, and the queue works.
     let gateway = Process::builder()
         .provider(&Provider::saying("done"))

@@ -102,8 +102,10 @@ pub(super) struct Record {
 pub(super) enum Closed {
     /// It is over: [`End`] as JSON, and the body of its answer, if that is in it.
     Ended { end: Bytes, body: Bytes },
-    /// It is in a message of its own, or is about to be.
+    /// It is about to be in a message of its own, or is in one.
     Moved,
+    /// It has been in one, whatever has become of it.
+    Placed,
     /// It was purged.
     Gone,
 }
@@ -130,7 +132,7 @@ impl Closed {
     fn end(&self) -> Option<End> {
         match self {
             Self::Ended { end, .. } => serde_json::from_slice(end).ok(),
-            Self::Moved | Self::Gone => None,
+            Self::Moved | Self::Placed | Self::Gone => None,
         }
     }
 }
@@ -144,13 +146,21 @@ impl Record {
         self.closed.get(&slot)
     }
 
-    /// Notes what has become of a call; `false` if that is noted.
+    /// Notes what has become of a call; `false` if something is noted of it already.
     pub(super) fn close(&mut self, slot: Slot, closed: Closed) -> bool {
-        let is_new = !self.closed.contains_key(&slot);
+        let before = self.closed.get(&slot);
+        let goes_on = before == Some(&Closed::Moved) && closed == Closed::Placed;
+        let is_new = before.is_none() || goes_on;
         if is_new {
             self.closed.insert(slot, closed);
         }
         is_new
+    }
+
+    /// All that were to be in messages of their own are.
+    pub(super) fn all_placed(&mut self) {
+        let moved = self.closed.values_mut().filter(|closed| **closed == Closed::Moved);
+        moved.for_each(|closed| *closed = Closed::Placed);
     }
 
     /// Adds what another record of the same message says, which was written later.
@@ -165,14 +175,15 @@ impl Record {
         self.closed.insert(slot, Closed::Gone);
     }
 
-    /// Whether all calls under `key` have an end, or are gone.
+    /// Whether nothing more can become of any of the calls under `key`.
     pub(super) fn is_final(&self, key: Key) -> bool {
         self.is_whole(key) && !self.closed.values().any(|closed| *closed == Closed::Moved)
     }
 
     /// Whether something is noted of all calls under `key`.
     pub(super) fn is_whole(&self, key: Key) -> bool {
-        self.closed.len() >= key.count()
+        let slots = self.closed.keys().filter(|slot| usize::from(**slot) < key.count());
+        slots.count() == key.count()
     }
 
     /// Of how many calls that is noted.
@@ -184,7 +195,7 @@ impl Record {
     pub(super) fn ends(&self) -> impl Iterator<Item = (Slot, End, Bytes)> {
         self.closed.iter().filter_map(|(slot, closed)| match closed {
             Closed::Ended { body, .. } => Some((*slot, closed.end()?, body.clone())),
-            Closed::Moved | Closed::Gone => None,
+            Closed::Moved | Closed::Placed | Closed::Gone => None,
         })
     }
 
@@ -197,6 +208,7 @@ impl Record {
             match closed {
                 Closed::Gone => bytes.put_u8(GONE),
                 Closed::Moved => bytes.put_u8(MOVED),
+                Closed::Placed => bytes.put_u8(PLACED),
                 Closed::Ended { end, body } => {
                     bytes.put_u8(ENDED);
                     put(&mut bytes, end);
@@ -214,6 +226,7 @@ impl Record {
             let closed = match bytes.try_get_u8().ok()? {
                 GONE => Closed::Gone,
                 MOVED => Closed::Moved,
+                PLACED => Closed::Placed,
                 ENDED => Closed::Ended { end: piece(&mut bytes)?, body: piece(&mut bytes)? },
                 _ => return None,
             };
@@ -228,6 +241,7 @@ impl Record {
 const GONE: u8 = 0;
 const MOVED: u8 = 1;
 const ENDED: u8 = 2;
+const PLACED: u8 = 3;
 
 fn put(bytes: &mut BytesMut, piece: &[u8]) {
     bytes.put_u32(u32::try_from(piece.len()).unwrap_or(u32::MAX));
@@ -243,6 +257,7 @@ fn piece(bytes: &mut Bytes) -> Option<Bytes> {
 mod tests {
     use super::*;
     use crate::queue::call::Options;
+    use crate::queue::jetstream::ids::Keys;
     use crate::queue::status::State;
 
     fn calls(key: Key) -> Vec<Call> {
@@ -260,13 +275,13 @@ mod tests {
 
     #[test]
     fn calls_come_out_as_they_went_in() {
-        let key = Key::fresh(3, 1);
+        let key = Keys::new().next(3, 1);
         let calls = calls(key);
         let (payload, function) = (encode(&calls), &calls[0].function);
         assert_eq!(decode(payload.clone(), function, key).unwrap(), calls);
         let other = Function { name: "other".to_owned(), ..function.clone() };
         assert!(decode(payload.clone(), &other, key).is_err());
-        assert!(decode(payload.clone(), function, Key::fresh(3, 2)).is_err());
+        assert!(decode(payload.clone(), function, Keys::new().next(3, 2)).is_err());
         for length in 0..payload.len() {
             assert!(decode(payload.slice(..length), function, key).is_err(), "{length}");
         }
@@ -274,7 +289,7 @@ mod tests {
 
     #[test]
     fn a_record_says_once_what_became_of_a_call() {
-        let key = Key::fresh(3, 1);
+        let key = Keys::new().next(3, 1);
         let status = Status { state: State::Failed, ..Status::queued(&calls(key)[0]) };
         let answer = Answer {
             status: 500,
@@ -294,6 +309,9 @@ mod tests {
         let mut both = record.clone();
         both.add(later);
         assert!(both.is_final(key) && both.get(0) == Some(&Closed::Gone));
+        assert!(record.close(2, Closed::Placed) && record.is_final(key));
+        assert!(!record.close(2, Closed::Moved) && !record.close(0, Closed::Placed));
+        assert_eq!(Record::decode(record.encode()), Some(record.clone()));
         let (slot, end, body) = record.ends().next().unwrap();
         assert_eq!((slot, end.status, &body[..]), (1, status, &b"no"[..]));
         record.purge(1);

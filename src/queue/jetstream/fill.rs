@@ -1,6 +1,7 @@
 //! How many calls there are room for. The server counts messages, each of which may have several calls: of a large queue
 //! they are counted by their subjects, which takes it some time, and so as seldom as can be.
 
+use std::collections::HashSet;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -9,13 +10,16 @@ use tokio::sync::Semaphore;
 
 use crate::queue::Error;
 use crate::queue::jetstream::Shared;
-use crate::queue::jetstream::bundle::Record;
 use crate::queue::jetstream::ids;
 use crate::queue::jetstream::server::Fault;
-use crate::queue::jetstream::subject::{self, CALLS};
+use crate::queue::jetstream::subject::{self, CALLS, OPEN};
 
 /// The server counts for a part of the time no larger than one of so many.
 const SELDOM: u32 = 20;
+/// Of so many messages at most it is looked at which of their calls are over.
+const FEW: u64 = 100;
+/// What was counted longer ago is not believed: others take calls in as well.
+const OLD: Duration = Duration::from_secs(2);
 /// Nobody waits for longer to be let in.
 const PATIENCE: Duration = Duration::from_millis(500);
 
@@ -34,17 +38,17 @@ pub(super) struct Fill {
 struct Known {
     /// There were no more calls then.
     most: u64,
-    /// When they may be counted again; `None`: they have not been yet.
-    again: Option<Instant>,
+    /// When that was, and when they may be counted again; `None`: they have not been yet.
+    times: Option<(Instant, Instant)>,
 }
 
 /// Room for calls that are on their way.
-pub(super) struct Taken<'a> {
+pub(super) struct Admitted<'a> {
     fill: &'a Fill,
     calls: u64,
 }
 
-impl Drop for Taken<'_> {
+impl Drop for Admitted<'_> {
     fn drop(&mut self) {
         self.fill.flying.fetch_sub(self.calls, Relaxed);
     }
@@ -52,7 +56,7 @@ impl Drop for Taken<'_> {
 
 impl Fill {
     pub(super) fn new() -> Self {
-        let known = Mutex::new(Known { most: 0, again: None });
+        let known = Mutex::new(Known { most: 0, times: None });
         Self { known, since: AtomicU64::new(0), flying: AtomicU64::new(0), turn: Semaphore::new(1) }
     }
 
@@ -61,15 +65,16 @@ impl Fill {
     }
 
     /// Takes room for so many, if there is some for all that is known.
-    fn take(&self, calls: u64, limit: u64) -> Option<Taken<'_>> {
+    fn take(&self, calls: u64, limit: u64) -> Option<Admitted<'_>> {
         let known = self.known();
         let there = known.most.saturating_add(self.since.load(Relaxed));
-        if known.again.is_none() || there.saturating_add(calls) > limit {
+        let fresh = known.times.is_some_and(|(at, _)| at.elapsed() < OLD);
+        if !fresh || there.saturating_add(calls) > limit {
             return None;
         }
         self.since.fetch_add(calls, Relaxed);
         self.flying.fetch_add(calls, Relaxed);
-        Some(Taken { fill: self, calls })
+        Some(Admitted { fill: self, calls })
     }
 }
 
@@ -79,7 +84,7 @@ impl Shared {
     ///
     /// # Errors
     /// [`Error::Full`] when there is none.
-    pub(super) async fn make_room(&self, calls: usize) -> Result<Taken<'_>, Error> {
+    pub(super) async fn make_room(&self, calls: usize) -> Result<Admitted<'_>, Error> {
         let (calls, limit) = (calls as u64, self.options.limits.pending as u64);
         match self.fill.take(calls, limit) {
             Some(taken) => Ok(taken),
@@ -87,15 +92,15 @@ impl Shared {
         }
     }
 
-    async fn count_room(&self, calls: u64, limit: u64) -> Result<Taken<'_>, Error> {
+    async fn count_room(&self, calls: u64, limit: u64) -> Result<Admitted<'_>, Error> {
         let turn = tokio::time::timeout(PATIENCE, self.fill.turn.acquire()).await;
         let _turn = turn.map_err(|_| Error::Full)?;
         // Whoever was here before may have found some.
         if let Some(taken) = self.fill.take(calls, limit) {
             return Ok(taken);
         }
-        let again = self.fill.known().again;
-        if let Some(again) = again {
+        let times = self.fill.known().times;
+        if let Some((_, again)) = times {
             let wait = again.saturating_duration_since(Instant::now());
             if wait > PATIENCE {
                 return Err(Error::Full);
@@ -107,29 +112,39 @@ impl Shared {
             let _known = self.fill.known();
             self.fill.since.load(Relaxed) - self.fill.flying.load(Relaxed)
         };
-        let most = self.count_most(limit).await?;
+        let (most, each) = self.count_most(limit).await?;
         {
             let mut known = self.fill.known();
-            *known = Known { most, again: Some(Instant::now() + start.elapsed() * SELDOM) };
+            let pause = if each { start.elapsed() * SELDOM } else { Duration::ZERO };
+            let now = Instant::now();
+            *known = Known { most, times: Some((now, now + pause)) };
             self.fill.since.fetch_sub(stored, Relaxed);
         }
         self.fill.take(calls, limit).ok_or(Error::Full)
     }
 
-    /// How many calls there are at most. Where that says enough, it is far more than there are.
-    async fn count_most(&self, limit: u64) -> Result<u64, Fault> {
+    /// How many calls there are at most, and whether each message was looked at for that. Where it says enough, the first
+    /// is far more than there are.
+    async fn count_most(&self, limit: u64) -> Result<(u64, bool), Fault> {
         let (server, names) = (&self.server, &self.names);
         let messages = server.messages(&names.calls).await?;
         let most = messages.saturating_mul(ids::MOST as u64);
-        if most < limit || messages >= limit {
-            return Ok(most);
+        if most < limit {
+            return Ok((most, false));
         }
         let subjects = server.subjects(&names.calls, &names.of(CALLS, None), usize::MAX).await?;
         let all: usize = subjects.iter().map(|subject| subject::calls(subject)).sum();
-        if (all as u64) < limit {
-            return Ok(all as u64);
+        if (all as u64) < limit || server.messages(&names.open).await? > FEW {
+            return Ok((all as u64, true));
         }
-        let over: usize = self.records(None).await?.values().map(Record::closed).sum();
-        Ok(all.saturating_sub(over) as u64)
+        // Some of the calls are over, of messages that are not.
+        let open = server.subjects(&names.open, &names.of(OPEN, None), usize::MAX).await?;
+        let there: HashSet<_> = subjects.iter().filter_map(|it| names.record_of(it)).collect();
+        let mut over = 0;
+        for subject in open.iter().filter(|subject| there.contains(*subject)) {
+            let record = self.record_at(subject, false).await?;
+            over += record.map_or(0, |(record, _)| record.closed());
+        }
+        Ok((all.saturating_sub(over) as u64, true))
     }
 }

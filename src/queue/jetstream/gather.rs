@@ -15,20 +15,23 @@ use crate::function::Function;
 use crate::queue::call::Call;
 use crate::queue::desk::{Desk, Outbox, Reply};
 use crate::queue::jetstream::bundle::{self, LARGEST, LONGEST, ROOM, TOGETHER};
-use crate::queue::jetstream::fill::Taken;
-use crate::queue::jetstream::ids::Key;
+use crate::queue::jetstream::fill::Admitted;
 use crate::queue::jetstream::message::together_headers;
 use crate::queue::jetstream::subject::CALLS;
 use crate::queue::jetstream::{PUBLISH, Shared, within};
-use crate::queue::{Error, Published, now};
+use crate::queue::{Error, Published, Room, now};
 
-/// So many calls wait here at most before those who bring more wait, too.
+/// So many calls are brought at a time.
 const WAITING: usize = 1024;
 /// A message has a price of its own: where so many calls went together, the next ones wait so long for the others.
 const MANY: usize = 8;
 const GATHER: Duration = Duration::from_micros(500);
-/// So many keys are tried: one that is taken is as good as impossible.
-const KEYS: usize = 3;
+/// So many keys are tried, should somebody else make the same ones.
+const TRIES: usize = 5;
+/// So many messages of a function are on their way at a time, where far more calls come than one has room for.
+const FLIGHTS: usize = 8;
+/// What is stored of a call beside what its caller says, about.
+const FIXED: usize = 256;
 
 /// Where the calls of all threads wait for each other. They are sent by one task, which is on the connection's thread.
 pub(super) struct Gather {
@@ -39,14 +42,16 @@ pub(super) struct Gather {
 struct Waiting {
     call: Call,
     answer: Reply<Published>,
+    /// Held for as long as the call is here.
+    room: Room,
 }
 
 /// The calls of one function.
 #[derive(Default)]
 struct Line {
     waiting: Vec<Waiting>,
-    /// Some are on their way.
-    flies: bool,
+    /// So many messages are on their way.
+    flights: usize,
     /// How many went together the last time: who was answered then soon asks again.
     usual: usize,
     /// They have a time by which they go.
@@ -76,11 +81,15 @@ impl Gather {
     }
 
     /// Has a call sent, for one who hears of it at `desk`.
-    pub(super) async fn publish(&self, call: Call, desk: Desk) -> Result<Published, Error> {
+    pub(super) async fn publish(
+        &self,
+        call: Call,
+        room: Room,
+        desk: Desk,
+    ) -> Result<Published, Error> {
         let (answer, answered) = oneshot::channel();
-        let waiting = Waiting { call, answer: Reply::new(answer, Some(desk)) };
+        let waiting = Waiting { call, answer: Reply::new(answer, Some(desk)), room };
         self.bring.send(waiting).await.map_err(|_| Error::Away)?;
-        // It is dropped when the queue is stopped.
         answered.await.unwrap_or(Err(Error::Away))
     }
 }
@@ -123,14 +132,14 @@ async fn run(shared: Arc<Shared>) {
                 match event {
                     Event::Landed(function) => {
                         if let Some(line) = lines.get_mut(&function) {
-                            line.flies = false;
+                            line.flights -= 1;
                         }
                         touched.push(function);
                     }
                     Event::Waited(function) => {
                         if let Some(line) = lines.get_mut(&function) {
                             line.timed = false;
-                            if !line.flies {
+                            if line.flights == 0 {
                                 line.usual = 0;
                             }
                         }
@@ -141,34 +150,43 @@ async fn run(shared: Arc<Shared>) {
             }
         }
         for function in touched {
-            let Some(line) = lines.get_mut(&function).filter(|line| !line.flies) else { continue };
-            if line.waits() {
-                if !std::mem::replace(&mut line.timed, true) {
-                    let waited = tokio::time::sleep(GATHER);
-                    flying.push(waited.map(|()| Event::Waited(function)).boxed());
+            let Some(line) = lines.get_mut(&function) else { continue };
+            while line.may_fly() {
+                if line.waits() {
+                    if !std::mem::replace(&mut line.timed, true) {
+                        let (waited, function) = (tokio::time::sleep(GATHER), function.clone());
+                        flying.push(waited.map(|()| Event::Waited(function)).boxed());
+                    }
+                    break;
                 }
-                continue;
-            }
-            let next = line.next();
-            if next.is_empty() {
-                if !line.timed {
-                    lines.remove(&function);
+                let next = line.next();
+                if next.is_empty() {
+                    break;
                 }
-                continue;
+                (line.usual, line.flights) = (next.len(), line.flights + 1);
+                let landed = Event::Landed(function.clone());
+                flying.push(send(&shared, function.clone(), next).map(|()| landed).boxed());
             }
-            line.usual = next.len();
-            line.flies = true;
-            let sent = send(&shared, function.clone(), next);
-            flying.push(sent.map(|()| Event::Landed(function)).boxed());
+            if line.waiting.is_empty() && line.flights == 0 && !line.timed {
+                lines.remove(&function);
+            }
         }
     }
 }
 
-async fn send_alone(shared: &Shared, Waiting { call, answer }: Waiting) {
-    answer.send(shared.publish_in_time(&call).await);
+async fn send_alone(shared: &Shared, waiting: Waiting) {
+    // Nobody has heard that it was taken in, and nobody would.
+    if !waiting.answer.is_closed() {
+        waiting.answer.send(shared.publish_in_time(&waiting.call).await);
+    }
 }
 
 impl Line {
+    /// Whether a message may go beside those that are on their way.
+    fn may_fly(&self) -> bool {
+        self.flights == 0 || self.flights < FLIGHTS && self.waiting.len() >= TOGETHER
+    }
+
     /// Whether far fewer calls have come than the last time, when there were many.
     fn waits(&self) -> bool {
         self.usual >= MANY && self.waiting.len() * 4 < self.usual * 3
@@ -180,9 +198,7 @@ impl Line {
         self.waiting.retain(|waiting| !waiting.answer.is_closed());
         let mut size = 0;
         let fits = |waiting: &&Waiting| {
-            let headers = waiting.call.headers.iter();
-            let headers: usize = headers.map(|(n, v)| n.as_str().len() + v.len() + 8).sum();
-            size += waiting.call.body.len() + headers;
+            size += stored(&waiting.call);
             size <= LARGEST
         };
         let count = self.waiting.iter().take(TOGETHER).take_while(fits).count().max(1);
@@ -190,10 +206,18 @@ impl Line {
     }
 }
 
+/// How much is stored of a call, at most.
+fn stored(call: &Call) -> usize {
+    let headers: usize = call.headers.iter().map(|(n, v)| n.as_str().len() + v.len() + 8).sum();
+    let callback = call.options.callback.as_ref().map_or(0, String::len);
+    // What is written as JSON may take two bytes for one.
+    call.body.len() + 2 * (headers + call.target.len() + callback) + FIXED
+}
+
 /// Sends calls of `function`, and says what became of them.
 async fn send(shared: &Shared, function: Function, waiting: Vec<Waiting>) {
     let (calls, answers): (Vec<_>, Vec<_>) =
-        waiting.into_iter().map(|waiting| (waiting.call, waiting.answer)).unzip();
+        waiting.into_iter().map(|it| (it.call, (it.answer, it.room))).unzip();
     let published = match &calls[..] {
         [call] => vec![shared.publish_in_time(call).await],
         _ => match within(PUBLISH, shared.room(calls.len())).await {
@@ -210,7 +234,7 @@ async fn send(shared: &Shared, function: Function, waiting: Vec<Waiting>) {
         },
     };
     let mut outbox = Outbox::default();
-    answers.into_iter().zip(published).for_each(|(answer, it)| outbox.put(answer, it));
+    answers.into_iter().zip(published).for_each(|((answer, _), it)| outbox.put(answer, it));
     outbox.send();
 }
 
@@ -220,7 +244,7 @@ fn first(id: String) -> Result<Published, Error> {
 
 impl Shared {
     /// Room for so many calls, once the server is there.
-    async fn room(&self, calls: usize) -> Result<Taken<'_>, Error> {
+    async fn room(&self, calls: usize) -> Result<Admitted<'_>, Error> {
         self.ready().await?.make_room(calls).await
     }
 
@@ -233,14 +257,14 @@ impl Shared {
         // First the consumer: without one, nobody would look for the calls.
         self.consumer(function).await?;
         for tries in 1.. {
-            let key = Key::fresh(calls.len(), now());
+            let key = self.keys.next(calls.len(), now());
             calls = calls.into_iter().map(|call| under(call, key.id(function))).collect();
             let subject = self.names.together(CALLS, function, key);
             let stored =
                 self.server.put(subject, together_headers(), bundle::encode(&calls), Some(0));
             match stored.await {
                 Ok(_) => break,
-                Err(fault) if fault.is_conflict() && tries < KEYS => {}
+                Err(fault) if fault.is_conflict() && tries < TRIES => self.keys.change(),
                 Err(fault) => return Err(fault.into()),
             }
         }
@@ -278,7 +302,7 @@ mod tests {
             body: Bytes::from(vec![0; body]),
             options: Options::default(),
         };
-        (Waiting { call, answer: Reply::new(answer, None) }, answered)
+        (Waiting { call, answer: Reply::new(answer, None), room: None }, answered)
     }
 
     #[test]
@@ -292,7 +316,7 @@ mod tests {
         let (gone, _) = waiting(10);
         line.waiting.push(gone);
         assert_eq!(line.next().len(), 0);
-        let (large, answers): (Vec<_>, Vec<_>) = (0..3).map(|_| waiting(LARGEST / 2 - 40)).unzip();
+        let (large, answers): (Vec<_>, Vec<_>) = (0..3).map(|_| waiting(LARGEST / 2 - 400)).unzip();
         line.waiting.extend(large);
         let next: Vec<usize> = std::iter::from_fn(|| Some(line.next().len())).take(3).collect();
         assert_eq!(next, [2, 1, 0]);

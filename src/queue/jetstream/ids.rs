@@ -4,6 +4,8 @@
 //! there is when only the id is. So the last 32 bits of an id that is made here are the function's, mixed with the
 //! others: whoever does not know the function sees a random UUID, and none can be guessed.
 
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+
 use uuid::Uuid;
 
 use crate::function::Function;
@@ -17,20 +19,40 @@ const MADE_TOGETHER: u16 = 0x6a74;
 /// No more calls can be in one message.
 pub(super) const MOST: usize = 1 << 6;
 
-/// What the ids of calls in one message have in common, and no other message has: from the highest bit on the time in
-/// milliseconds, six random bits, and how many calls they are, less one. The other 42 bits of an id are random, so that
-/// one who knows the id of a call knows none of the others'.
+/// What the ids of calls in one message have in common, and hardly ever those of another: from the highest bit on 30 bits
+/// of the time in milliseconds, 12 of who made it, and how many calls they are, less one. The other 42 bits of an id are
+/// random, so that one who knows the id of a call knows none of the others'.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub(super) struct Key([u8; 6]);
 
-impl Key {
-    /// One for so many calls, at most [`MOST`].
-    pub(super) fn fresh(count: usize, now: Millis) -> Self {
-        let random = u64::from(Uuid::new_v4().as_bytes()[0]) % 64;
-        let count = count.clamp(1, MOST) as u64 - 1;
-        Self::of_bits(now << 12 | random << 6 | count)
+/// Makes keys, no two of which are the same for some days.
+pub(super) struct Keys {
+    maker: AtomicU64,
+    last: AtomicU64,
+}
+
+impl Keys {
+    pub(super) fn new() -> Self {
+        let keys = Self { maker: AtomicU64::new(0), last: AtomicU64::new(0) };
+        keys.change();
+        keys
     }
 
+    /// Somebody else makes the same ones.
+    pub(super) fn change(&self) {
+        self.maker.store(Uuid::new_v4().as_u64_pair().1 % (1 << 12), Relaxed);
+    }
+
+    /// One for so many calls, at most [`MOST`].
+    pub(super) fn next(&self, count: usize, now: Millis) -> Key {
+        let after = |last: u64| Some(now.max(last + 1));
+        let last = self.last.fetch_update(Relaxed, Relaxed, after).unwrap_or_default();
+        let count = count.clamp(1, MOST) as u64 - 1;
+        Key::of_bits(now.max(last + 1) << 18 | self.maker.load(Relaxed) << 6 | count)
+    }
+}
+
+impl Key {
     fn of_bits(bits: u64) -> Self {
         let [_, _, key @ ..] = bits.to_be_bytes();
         Self(key)
@@ -68,7 +90,9 @@ impl Key {
     /// The key that was written so.
     pub(super) fn of_token(token: &str) -> Option<Self> {
         let digits = token.strip_prefix('+').filter(|digits| digits.len() == 12)?;
-        u64::from_str_radix(digits, 16).ok().map(Self::of_bits)
+        let key = u64::from_str_radix(digits, 16).ok().map(Self::of_bits)?;
+        // The same number may be written in other ways.
+        (key.token() == token).then_some(key)
     }
 }
 
@@ -142,7 +166,7 @@ mod tests {
     fn ids_of_one_message_have_its_key_and_nothing_else_in_common() {
         let echo = function("echo");
         for count in [1, 2, 33, 64] {
-            let key = Key::fresh(count, 1_764_323_501_123);
+            let key = Keys::new().next(count, 1_764_323_501_123);
             assert_eq!((key.count(), Key::of_token(&key.token())), (count, Some(key)));
             let ids = [key.id(&echo), key.id(&echo)];
             for id in &ids {
@@ -153,7 +177,17 @@ mod tests {
             assert_ne!(ids[0][14..], ids[1][14..]);
         }
         assert_eq!(Key::of(&fresh(&echo)), None);
-        assert_eq!([Key::of_token("+1"), Key::of_token("0123456789ab")], [None, None]);
+        for text in ["+1", "0123456789ab", "++12345678901", "+0123456789AB"] {
+            assert_eq!(Key::of_token(text), None, "{text}");
+        }
+    }
+
+    #[test]
+    fn no_key_comes_twice() {
+        let keys = Keys::new();
+        let made: std::collections::HashSet<_> =
+            [5, 5, 4, 6, 6].map(|now| keys.next(32, now)).into_iter().collect();
+        assert_eq!(made.len(), 5);
     }
 
     #[test]

@@ -200,6 +200,7 @@ impl Lease {
                     // It was no message of its own that could be there still.
                     let headers = Message::new(call).progressed(status, 0);
                     shared.server.put(self.subject(DEAD), headers, call.body.clone(), None).await?;
+                    bundle.placed(shared, slot);
                 }
             }
         }

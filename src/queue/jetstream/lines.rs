@@ -42,7 +42,7 @@ struct Line<A> {
     ask: Option<Ask>,
     pace: Pace,
     /// How many calls a message has, lately.
-    size: f64,
+    size: Option<f64>,
 }
 
 /// What the server was asked for.
@@ -94,7 +94,7 @@ impl<A> Lines<A> {
             running: 0,
             ask: None,
             pace: Pace::default(),
-            size: 1.0,
+            size: None,
         });
         true
     }
@@ -111,7 +111,8 @@ impl<A> Lines<A> {
     pub(super) fn came(&mut self, line: usize, calls: usize, now: Instant) {
         let line = &mut self.lines[line];
         (0..calls).for_each(|_| line.pace.came(now));
-        line.size += (calls as f64 - line.size) / LATELY;
+        let size = line.size.unwrap_or(calls as f64);
+        line.size = Some(size + (calls as f64 - size) / LATELY);
         if let Some(ask) = &mut line.ask {
             ask.left = ask.left.saturating_sub(1);
         }
@@ -170,7 +171,7 @@ impl<A> Lines<A> {
             self.asks += 1;
             let it = &mut self.lines[line];
             // A little less rather than more: what is not taken soon goes back call by call.
-            let most = (((target - waiting) as f64 / it.size) as usize).max(1);
+            let most = (((target - waiting) as f64 / it.size.unwrap_or(1.0)) as usize).max(1);
             let number = self.asks;
             it.ask = Some(Ask { number, left: most, until: now + wait(flows) + ON_ITS_WAY });
             wanted.push(Wanted { line, function: it.function.clone(), most, number, flows });

@@ -16,7 +16,7 @@ const CALL: &str = "Gateway-Call";
 const VERSION_NAME: &str = "Gateway-Version";
 const VERSION: u8 = 1;
 /// That of a message with several calls.
-const TOGETHER: u8 = 2;
+const VERSION_TOGETHER: u8 = 2;
 /// [`Status`] of a call that has been made before, or that is dead.
 const PROGRESS: &str = "Gateway-Progress";
 /// [`Parts`], when the body is not in the message.
@@ -219,11 +219,7 @@ impl Message {
     /// # Errors
     /// When the message holds none, or one of a version to come.
     pub(super) fn call(&self) -> Result<Call, Unreadable> {
-        let version = self.headers.get(VERSION_NAME).and_then(|it| it.as_str().parse().ok());
-        let version = version.ok_or(Unreadable::Short)?;
-        if version != VERSION {
-            return Err(Unreadable::Version(version));
-        }
+        must_be(&self.headers, VERSION)?;
         let meta = self.headers.get(CALL).ok_or(Unreadable::Short)?;
         let meta: Meta<'_> = serde_json::from_str(meta.as_str())?;
         Call::from_meta(meta, self.body.clone())
@@ -257,8 +253,24 @@ impl Message {
 /// Those of a message with several calls.
 pub(super) fn together_headers() -> HeaderMap {
     let mut headers = HeaderMap::new();
-    headers.insert(VERSION_NAME, TOGETHER.to_string());
+    headers.insert(VERSION_NAME, VERSION_TOGETHER.to_string());
     headers
+}
+
+/// Whether a message with several calls is of the version that is known here.
+///
+/// # Errors
+/// When it is not.
+pub(super) fn together_version(headers: Option<&HeaderMap>) -> Result<(), Unreadable> {
+    must_be(headers.ok_or(Unreadable::Short)?, VERSION_TOGETHER)
+}
+
+fn must_be(headers: &HeaderMap, known: u8) -> Result<(), Unreadable> {
+    let version = headers.get(VERSION_NAME).and_then(|it| it.as_str().parse().ok());
+    match version.ok_or(Unreadable::Short)? {
+        version if version == known => Ok(()),
+        version => Err(Unreadable::Version(version)),
+    }
 }
 
 /// The head of `answer`, whose body is stored in so many parts.

@@ -18,7 +18,7 @@ use crate::queue::jetstream::bundle::{Place, Slot};
 use crate::queue::jetstream::ids::Key;
 use crate::queue::jetstream::lease::Lease;
 use crate::queue::jetstream::lines::Wanted;
-use crate::queue::jetstream::message::Message;
+use crate::queue::jetstream::message::{self, Message};
 use crate::queue::jetstream::pace::Pace;
 use crate::queue::jetstream::roll::Roll;
 use crate::queue::jetstream::server::{Fault, Server};
@@ -40,7 +40,7 @@ const TOGETHER: usize = 32;
 /// After a failure.
 pub(super) const PAUSE: Duration = Duration::from_millis(200);
 /// When a call is looked at again that nobody here can read.
-const UNREADABLE: Duration = Duration::from_secs(60);
+pub(super) const UNREADABLE: Duration = Duration::from_secs(60);
 /// No call is put off for longer at once.
 const LONGEST: Duration = Duration::from_secs(24 * 3600);
 
@@ -417,8 +417,8 @@ async fn hear_taken(shared: Arc<Shared>, taken: Heard) {
 }
 
 /// Keeps a call that has come, unless its time has not.
-async fn arrive(shared: &Arc<Shared>, message: async_nats::Message) {
-    let delivered = Delivered { message, context: shared.server.context.clone() };
+async fn arrive(shared: &Arc<Shared>, come: async_nats::Message) {
+    let delivered = Delivered { message: come, context: shared.server.context.clone() };
     let Some(reply) = delivered.reply.as_ref().map(ToString::to_string) else { return };
     let Ok(info) = delivered.info() else { return };
     let (sequence, again) = (info.stream_sequence, info.delivered > 1);
@@ -437,6 +437,9 @@ async fn arrive(shared: &Arc<Shared>, message: async_nats::Message) {
     let lease = lease.unwrap_or(shared.options.lease);
     let delivered = delivered.message;
     if let Some(key) = key {
+        if let Err(error) = message::together_version(delivered.headers.as_ref()) {
+            return unreadable(shared, sequence, &reply, &error).await;
+        }
         let which = Which { function, key, sequence };
         let come = Come { which, line, again, consumer, lease, payload: delivered.payload };
         let (all, tasks) = (Arc::clone(shared), Arc::clone(shared));

@@ -330,12 +330,13 @@ impl Shared {
             Ok(_) => self.take_out(waiting, note, start).await,
             Err(fault) => Err(fault),
         };
-        if matches!(changed, Ok(Some(Changed::Yes))) {
+        match changed {
             // The mark stays, for those who have been given the call but not begun it.
-            self.forget_parts(waiting.message.parts().as_ref()).await;
-        } else {
+            Ok(Some(Changed::Yes)) => self.forget_parts(waiting.message.parts().as_ref()).await,
             // It goes by itself otherwise.
-            let _ = server.delete(&self.names.claims, mark).await;
+            Ok(_) => drop(server.delete(&self.names.claims, mark).await),
+            // The call may be taken back all the same.
+            Err(_) => {}
         }
         changed
     }
@@ -350,7 +351,7 @@ impl Shared {
         let Waiting { named: Named { function, id }, sequence, message, .. } = waiting;
         if let Some((which, slot)) = &waiting.among {
             let status = message.status().filter(|_| note).map(cancelled);
-            let closed = self.close_among(which, *slot, status).await?;
+            let closed = self.close_among(which, *slot, status, start + HEEDED / 2).await?;
             return Ok(closed.then_some(Changed::Yes));
         }
         // Before it was ours, it may have been made.

@@ -41,7 +41,8 @@ fn wanted(names: &Names, options: &Options) -> Vec<Config> {
     let calls = Config {
         retention: RetentionPolicy::WorkQueue,
         discard: DiscardPolicy::New,
-        max_messages: i64::try_from(options.limits.pending).unwrap_or(i64::MAX),
+        // More than there may be calls: each of those in a message with others may come to have its own.
+        max_messages: i64::try_from(options.limits.pending * 2 + 1024).unwrap_or(i64::MAX),
         duplicate_window: keys.min(REPEATS),
         ..stream(&names.calls, &[CALLS], Duration::ZERO)
     };

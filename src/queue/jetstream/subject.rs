@@ -59,6 +59,12 @@ impl Names {
         format!("{root}.{}.{}.{}", self.queue, tokens(function), key.token())
     }
 
+    /// The subject of the record of the calls under `subject`.
+    pub(super) fn record_of(&self, subject: &str) -> Option<String> {
+        let rest = subject.strip_prefix(CALLS)?;
+        Some(format!("{OPEN}{rest}"))
+    }
+
     /// A subject that means those, whatever their function.
     pub(super) fn by_key(&self, root: &str, key: Key) -> String {
         format!("{root}.{}.*.*.{}", self.queue, key.token())

@@ -15,7 +15,7 @@ use crate::queue::jetstream::ids::Key;
 use crate::queue::jetstream::message;
 use crate::queue::jetstream::server::Fault;
 use crate::queue::jetstream::state::{Dead, Ended, Found, Waiting};
-use crate::queue::jetstream::subject::{self, CALLS, DEAD, ENDS, OPEN, consumed, named};
+use crate::queue::jetstream::subject::{self, CALLS, DEAD, ENDS, consumed, named};
 use crate::queue::jetstream::together::Bundled;
 use crate::queue::now;
 use crate::queue::status::Status;
@@ -97,18 +97,14 @@ impl Shared {
                 && filter.dead.is_none_or(|dead| dead == status.dead)
         };
         let mut all: HashMap<String, (u64, Status)> = HashMap::new();
-        let mut records = HashMap::new();
+        let mut filed = HashMap::new();
         if filter.dead != Some(true) {
-            records = self.records(function).await?;
             for found in self.read(&names.notes, &names.of(ENDS, function), MOST).await? {
                 if let Some(end) = message::end(&found.headers) {
                     all.insert(end.status.id.clone(), (end.sequence, end.status));
                 } else if let Some((key, record)) = record(found) {
-                    records.entry(key).or_insert_with(|| Record::of(record.sequence)).add(record);
+                    filed.insert(key, record);
                 }
-            }
-            for (_, end, _) in records.values().flat_map(Record::ends) {
-                all.insert(end.status.id.clone(), (end.sequence, end.status));
             }
         }
         if filter.dead != Some(false) {
@@ -124,7 +120,15 @@ impl Shared {
             return Ok(all.into_values().map(|(_, status)| status).filter(means).collect());
         }
         let runs = self.runs().await?;
-        for found in self.read(&names.calls, &names.of(CALLS, function), MOST).await? {
+        let waiting = self.read(&names.calls, &names.of(CALLS, function), MOST).await?;
+        let mut records = self.records(&waiting).await?;
+        for (key, record) in filed {
+            records.entry(key).or_insert_with(|| Record::of(record.sequence)).add(record);
+        }
+        for (_, end, _) in records.values().flat_map(Record::ends) {
+            all.insert(end.status.id.clone(), (end.sequence, end.status));
+        }
+        for found in waiting {
             for waiting in each(found, &records) {
                 let (id, sequence) = (&waiting.named.id, waiting.sequence);
                 // One whose final state is there already will be gone in a moment.
@@ -143,7 +147,7 @@ impl Shared {
         let mut purged = 0;
         loop {
             let found = self.all(filter).await?;
-            let full = found.len() >= MOST;
+            let few = found.len() < MOST / 2;
             let gone: Vec<bool> = stream::iter(found)
                 .map(|status| async move { self.purge_one(&status.id).await })
                 .buffer_unordered(TOGETHER / 4)
@@ -151,7 +155,8 @@ impl Shared {
                 .await?;
             let gone = gone.into_iter().filter(|gone| *gone).count() as u64;
             purged += gone;
-            if !full || gone == 0 {
+            // Of more, some were not looked at.
+            if few || gone == 0 {
                 return Ok(purged);
             }
         }
@@ -214,8 +219,8 @@ impl Shared {
     async fn count_each(&self, counts: &mut HashMap<Function, Counts>) -> Result<(), Fault> {
         let names = &self.names;
         let runs = self.runs().await?;
-        let records = self.records(None).await?;
         let found = self.read(&names.calls, &names.of(CALLS, None), usize::MAX).await?;
+        let records = self.records(&found).await?;
         for waiting in found.into_iter().flat_map(|found| each(found, &records)) {
             let running = runs.contains_key(&waiting.place());
             let Waiting { named, message, .. } = waiting;
@@ -297,14 +302,17 @@ impl Shared {
         Ok(sizes)
     }
 
-    /// The records of the messages that are there with several calls of `function`, or of any.
-    pub(super) async fn records(
-        &self,
-        function: Option<&Function>,
-    ) -> Result<HashMap<Key, Record>, Fault> {
-        let names = &self.names;
-        let found = self.read(&names.open, &names.of(OPEN, function), MOST).await?;
-        Ok(found.into_iter().filter_map(record).collect())
+    /// The records of those of the messages that have several calls.
+    async fn records(&self, messages: &[StreamMessage]) -> Result<HashMap<Key, Record>, Fault> {
+        let (server, names) = (&self.server, &self.names);
+        let bundled = messages.iter().filter(|found| subject::key(&found.subject).is_some());
+        let subjects = bundled.filter_map(|found| names.record_of(&found.subject));
+        stream::iter(subjects.collect::<Vec<_>>())
+            .map(|subject| async move { server.last(&names.open, &subject).await })
+            .buffer_unordered(TOGETHER)
+            .try_filter_map(|found| std::future::ready(Ok(found.and_then(record))))
+            .try_collect()
+            .await
     }
 }
 

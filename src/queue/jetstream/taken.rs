@@ -72,10 +72,12 @@ impl Shared {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::queue::jetstream::ids::Keys;
 
     #[test]
     fn what_is_not_heard_is_asked_for() {
-        let (one, two) = (Key::fresh(2, 1), Key::fresh(2, 2));
+        let keys = Keys::new();
+        let (one, two) = (keys.next(2, 1), keys.next(2, 2));
         let mut taken = Taken::default();
         assert!(taken.may_have(one, Some(1)), "nothing was read yet");
         taken.connection = 1;
@@ -85,7 +87,7 @@ mod tests {
         assert!(taken.may_have(two, Some(2)) && taken.may_have(two, None), "another connection");
         taken.forget(one);
         assert!(!taken.may_have(one, Some(1)));
-        (0..=MOST).for_each(|at| taken.hears(Key::fresh(1, at as u64)));
+        (0..=MOST).for_each(|at| taken.hears(keys.next(1, at as u64)));
         assert!(taken.may_have(two, Some(1)), "there are too many to know");
     }
 }

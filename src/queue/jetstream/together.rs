@@ -3,7 +3,7 @@
 //! The record of a message says which of its calls are over. It is there for as long as the message is, and is filed
 //! beside the final states before the message goes, where it stays for as long as they do.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use async_nats::jetstream::message::StreamMessage;
 
@@ -15,7 +15,7 @@ use crate::queue::jetstream::ids::Key;
 use crate::queue::jetstream::message::Message;
 use crate::queue::jetstream::server::Fault;
 use crate::queue::jetstream::state::{Ended, Found, Waiting};
-use crate::queue::jetstream::subject::{self, CALLS, ENDS, Named, OPEN, named};
+use crate::queue::jetstream::subject::{self, CALLS, DEAD, ENDS, Named, OPEN, named};
 use crate::queue::jetstream::unpack::{TRIES, Which};
 use crate::queue::now;
 use crate::queue::status::Status;
@@ -49,6 +49,7 @@ impl Bundled {
     /// The calls of which `record` says nothing.
     pub(super) fn open(self, record: Option<&Record>) -> impl Iterator<Item = Waiting> {
         let Self { which, calls } = self;
+        let record = record.filter(|record| record.sequence == which.sequence);
         let calls = (0..).zip(calls);
         let open = calls.filter(move |(slot, _)| record.is_none_or(|it| it.get(*slot).is_none()));
         open.map(move |(slot, call)| waiting(&which, slot, &call))
@@ -69,7 +70,15 @@ fn waiting(which: &Which, slot: Slot, call: &Call) -> Waiting {
 impl Shared {
     /// Whether a call whose message had others has one of its own, or had one.
     pub(super) async fn has_trace(&self, call: &Call) -> Result<bool, Fault> {
-        Ok(self.find_alone(Some(&call.function), &call.id).await?.is_some())
+        let (server, names) = (&self.server, &self.names);
+        let places = [(&names.calls, CALLS), (&names.dead, DEAD), (&names.notes, ENDS)];
+        for (stream, root) in places {
+            let subject = names.call(root, &call.function, &call.id);
+            if server.last(stream, &subject).await?.is_some() {
+                return Ok(true);
+            }
+        }
+        Ok(false)
     }
 
     /// Where the call with `id` is, one of those under `key`. The message is read first: if it is not there, the record
@@ -87,9 +96,14 @@ impl Shared {
         };
         let message = self.server.last(&names.calls, &subject(CALLS)).await?;
         let message = message.and_then(Bundled::new);
-        // In this order: it is filed before it goes from the first place.
-        let mut record = self.record_at(&subject(OPEN), false).await?.map(|(record, _)| record);
-        if let Some((filed, _)) = self.record_at(&subject(ENDS), true).await? {
+        // In this order: it is filed before it goes from the first place. One of another message is none.
+        let sequence = message.as_ref().map(|message| message.which.sequence);
+        let is_its = |record: &Record| sequence.is_none_or(|sequence| record.sequence == sequence);
+        let open = self.record_at(&subject(OPEN), false).await?;
+        let mut record = open.map(|(record, _)| record).filter(is_its);
+        if let Some((filed, _)) = self.record_at(&subject(ENDS), true).await?
+            && is_its(&filed)
+        {
             match &mut record {
                 Some(record) => record.add(filed),
                 None => record = Some(filed),
@@ -116,6 +130,7 @@ impl Shared {
         }
         match slot.and_then(|slot| record.get(slot)) {
             Some(Closed::Moved) => Ok(Among::Moved(in_message)),
+            Some(Closed::Placed) => Ok(Among::Moved(None)),
             Some(_) => Ok(Among::Gone),
             None if slot.is_some() => self.among(in_message).await,
             None => Ok(Among::Moved(None)),
@@ -128,12 +143,14 @@ impl Shared {
         Ok(Among::Found(Found::Waiting(waiting)))
     }
 
-    /// Takes a call out that nobody makes nor begins, with its final state or without; `false` if it is over by now.
+    /// Takes a call out that nobody makes nor begins until then, with its final state or without; `false` if it is over
+    /// by now.
     pub(super) async fn close_among(
         &self,
         which: &Which,
         slot: Slot,
         status: Option<Status>,
+        until: Instant,
     ) -> Result<bool, Fault> {
         let closed = match status {
             Some(status) => Closed::ended(which.sequence, status, None),
@@ -141,8 +158,15 @@ impl Shared {
         };
         self.say_taken(which.key).await?;
         let record = self.record(which, true).await?;
-        let (_, ours) = self.note(which, record, &[(slot, closed)]).await?;
-        Ok(ours == [true])
+        let noted = self.note(which, record, &[(slot, closed)], Some(until)).await?;
+        let ((record, _), ours) = noted;
+        let ours = ours == [true];
+        if ours && record.is_final(which.key) {
+            // It was the last one. The record stays until somebody tidies up: whoever has the message may know nothing yet.
+            self.file(which, &record).await?;
+            self.server.delete(&self.names.calls, which.sequence).await?;
+        }
+        Ok(ours)
     }
 
     /// Forgets the final state of a call.
@@ -152,6 +176,7 @@ impl Shared {
             let subject = names.together(root, &which.function, which.key);
             for tries in 1.. {
                 let found = self.record_at(&subject, filed).await?;
+                let found = found.filter(|(record, _)| record.sequence == which.sequence);
                 let Some((mut record, number)) = found else { break };
                 record.purge(slot);
                 let headers = async_nats::HeaderMap::new();
@@ -170,8 +195,13 @@ impl Shared {
     /// has a message of its own. Its consumer may take it to be over, and then nobody is given it.
     pub(super) async fn is_left_over(&self, bundled: &Bundled) -> Result<bool, Fault> {
         let Bundled { which, calls } = bundled;
-        let (record, _) = self.record(which, true).await?;
-        if record.sequence != which.sequence || !record.is_whole(which.key) {
+        let record = match self.record(which, true).await {
+            Ok((record, _)) => record,
+            // It is of a version to come.
+            Err(Fault::Odd) => return Ok(false),
+            Err(fault) => return Err(fault),
+        };
+        if !record.is_whole(which.key) {
             return Ok(false);
         }
         for (slot, call) in (0..).zip(calls) {

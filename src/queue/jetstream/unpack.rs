@@ -16,7 +16,9 @@ use crate::queue::jetstream::Shared;
 use crate::queue::jetstream::bundle::{self, Closed, Record, Slot};
 use crate::queue::jetstream::ids::Key;
 use crate::queue::jetstream::message::Message;
-use crate::queue::jetstream::pull::{self, Address, Arrived, Origin, PAUSE, tell, unreadable};
+use crate::queue::jetstream::pull::{
+    self, Address, Arrived, Origin, PAUSE, UNREADABLE, tell, unreadable,
+};
 use crate::queue::jetstream::roll::Roll;
 use crate::queue::jetstream::server::Fault;
 use crate::queue::jetstream::subject::{CALLS, ENDS, OPEN};
@@ -24,7 +26,9 @@ use crate::queue::jetstream::subject::{CALLS, ENDS, OPEN};
 /// So often one tries to change a record beside others who do.
 pub(super) const TRIES: usize = 32;
 /// For so long at most the end of a call waits for the end of others, to be noted with it.
-const TOGETHER: Duration = Duration::from_millis(2);
+const ENDING: Duration = Duration::from_millis(2);
+/// So often one tries to give a call back.
+const ATTEMPTS: usize = 5;
 /// That we have it is not said more often.
 const OFTEN: Duration = Duration::from_millis(100);
 
@@ -120,7 +124,7 @@ impl Bundle {
         } else {
             inner.timed = true;
             tasks.tasks.finish(async move {
-                tokio::time::sleep(TOGETHER).await;
+                tokio::time::sleep(ENDING).await;
                 let mut inner = this.inner();
                 inner.timed = false;
                 if !inner.waiting.is_empty() {
@@ -172,7 +176,15 @@ impl Bundle {
             shared.file(&self.which, &next).await?;
             return Ok(((next, number), ours, true));
         }
-        let (record, ours) = shared.note(&self.which, (record, number), closed).await?;
+        let known = match number {
+            0 => {
+                // Somebody may be given the message as if he were the first, and somebody may have had it before us.
+                shared.say_taken(self.which.key).await?;
+                shared.record(&self.which, true).await?
+            }
+            number => (record, number),
+        };
+        let (record, ours) = shared.note(&self.which, known, closed, None).await?;
         Ok((record, ours, false))
     }
 
@@ -180,10 +192,13 @@ impl Bundle {
     /// of this message to somebody when it has not heard of it for long enough.
     pub(super) async fn let_go(self: &Arc<Self>, shared: &Arc<Shared>, call: &Call, slot: Slot) {
         let headers = Message::new(call).fresh();
-        match self.move_out(shared, call, slot, headers).await {
-            Ok(()) => self.done(shared).await,
-            Err(error) => {
-                tracing::debug!(%error, call_id = call.id, "A call cannot be given back by itself");
+        for pause in [PAUSE; ATTEMPTS] {
+            match self.move_out(shared, call, slot, headers.clone()).await {
+                Ok(()) => return self.done(shared).await,
+                Err(error) => {
+                    tracing::debug!(%error, call_id = call.id, "A call cannot be given back by itself");
+                    tokio::time::sleep(pause).await;
+                }
             }
         }
     }
@@ -199,8 +214,17 @@ impl Bundle {
         // Whoever is given this message later sees that the other may be missing.
         if self.close(shared, slot, Closed::Moved, true).await? {
             shared.place(call, headers).await?;
+            self.placed(shared, slot);
         }
         Ok(())
+    }
+
+    /// A call has got the message of its own. It is enough if that is noted with what is noted next.
+    pub(super) fn placed(self: &Arc<Self>, shared: &Arc<Shared>, slot: Slot) {
+        let (done, _) = oneshot::channel();
+        let mut inner = self.inner();
+        inner.waiting.push(News { slot, closed: Closed::Placed, done });
+        self.write_in_time(&mut inner, shared, false);
     }
 
     /// We are done with one of the calls.
@@ -212,10 +236,11 @@ impl Bundle {
 
     /// Has the message removed. Whoever is given it again, should this be lost, sees that it is over.
     pub(super) async fn over(&self, shared: &Shared) {
-        let ((record, number), filed) = {
+        let ((mut record, number), filed) = {
             let inner = self.inner();
             (inner.record.clone(), inner.filed)
         };
+        record.all_placed();
         if !filed && let Err(error) = shared.file(&self.which, &record).await {
             tracing::debug!(%error, "What became of calls cannot be filed");
             return;
@@ -275,7 +300,9 @@ impl Come {
             Ok(record) => record,
             Err(error) => {
                 tracing::debug!(%error, "Calls that came cannot be begun");
-                return tell(&shared.server, &address.reply(), AckKind::Nak(Some(PAUSE))).await;
+                // A record that is not understood is of a version to come.
+                let again = if matches!(error, Fault::Odd) { UNREADABLE } else { PAUSE };
+                return tell(&shared.server, &address.reply(), AckKind::Nak(Some(again))).await;
             }
         };
         let sequence = which.sequence;
@@ -301,7 +328,7 @@ impl Come {
         }
         shared.ready.notify_one();
         Roll::keep(shared);
-        for (_, call) in moved {
+        for (slot, call) in moved {
             // Whoever was about to give it a message of its own may have died over that.
             let placed = async {
                 if shared.has_trace(&call).await? {
@@ -310,7 +337,10 @@ impl Come {
                 shared.place(&call, Message::new(&call).fresh()).await
             };
             match placed.await {
-                Ok(()) => bundle.done(shared).await,
+                Ok(()) => {
+                    bundle.placed(shared, slot);
+                    bundle.done(shared).await;
+                }
                 Err(error) => tracing::debug!(%error, call_id = call.id, "A call cannot be moved"),
             }
         }
@@ -323,6 +353,10 @@ impl Shared {
         let Which { function, key, sequence } = which;
         let open = self.record_at(&self.names.together(OPEN, function, *key), false).await?;
         let (mut record, number) = open.unwrap_or_else(|| (Record::of(*sequence), 0));
+        if record.sequence != *sequence {
+            // One that was left by a message of before.
+            record = Record::of(*sequence);
+        }
         if filed {
             let subject = self.names.together(ENDS, function, *key);
             if let Some((filed, _)) = self.record_at(&subject, true).await? {
@@ -344,15 +378,20 @@ impl Shared {
         Ok(Some((record, found.sequence)))
     }
 
-    /// Notes what has become of calls, beside others who may do so; of which of them nobody has noted something else.
+    /// Notes what has become of calls, beside others who may do so; of which of them nobody has noted something else. It
+    /// is not begun after `until`.
     pub(super) async fn note(
         &self,
         which: &Which,
         known: Numbered,
         closed: &[(Slot, Closed)],
+        until: Option<Instant>,
     ) -> Result<(Numbered, Vec<bool>), Fault> {
         let (mut record, mut number) = known;
         for _ in 0..TRIES {
+            if until.is_some_and(|until| Instant::now() > until) {
+                return Err(Fault::Away);
+            }
             let mut next = record.clone();
             let mut ours = Vec::with_capacity(closed.len());
             for (slot, closed) in closed {
