@@ -265,6 +265,47 @@ async fn what_one_who_died_has_not_made_is_made_by_another_and_nothing_else() {
 }
 
 #[tokio::test]
+async fn one_that_was_made_and_purged_is_not_made_with_those_that_are_left() {
+    let nats = Nats::start();
+    let (it, other) = (Gateway::on(&nats).await, Gateway::on(&nats).await);
+    let ids = it.publish_at_once(3, fresh).await;
+    let (first, second, third) = (it.take().await, it.take().await, it.take().await);
+    let id = first.call.id.clone();
+    it.settle(first, retry(now())).await;
+    let again = it.take().await;
+    assert_eq!((&again.call.id, again.attempts), (&id, 1));
+    it.settle(again, succeeded()).await;
+    let succeeded_ones = Filter { state: Some(State::Succeeded), ..Filter::default() };
+    assert_eq!(it.queue.purge(&succeeded_ones).await, Ok(1));
+    assert_eq!(it.state(&id).await, None);
+    let left = BTreeSet::from([second.call.id.clone(), third.call.id.clone()]);
+    it.dies(vec![second, third]).await;
+    let mut made = BTreeSet::new();
+    for _ in 0..2 {
+        let delivery = other.take().await;
+        made.insert(delivery.call.id.clone());
+        other.settle(delivery, succeeded()).await;
+    }
+    assert_eq!((made, ids.len()), (left, 3));
+    other.lets_go().await;
+}
+
+#[tokio::test]
+async fn long_paths_of_some_do_not_make_the_others_too_large() {
+    let nats = Nats::start();
+    let it = Gateway::on(&nats).await;
+    let long = || Call { target: format!("/{}", "x".repeat(60_000)), ..fresh() };
+    let ids = it.publish_at_once(CALLS, long).await;
+    assert_eq!(set(&ids).len(), CALLS);
+    for _ in 0..CALLS {
+        let delivery = it.take().await;
+        assert_eq!(delivery.call.target.len(), 60_001);
+        it.settle(delivery, succeeded()).await;
+    }
+    it.is_empty().await;
+}
+
+#[tokio::test]
 async fn what_one_does_not_come_to_is_soon_there_for_another() {
     let nats = Nats::start();
     let (it, other) = (Gateway::on(&nats).await, Gateway::on(&nats).await);
