@@ -71,6 +71,7 @@ async fn a_call_that_fails_twice_is_made_three_times_and_called_back_once() {
     let (nats, provider) = (Nats::start(), answering(&[500, 500, 200], "done"));
     let hook = Provider::saying("thanks");
     let gateway = on(&nats, Gateway::builder()).provider(&provider).start().await;
+    eventually("it is ready", async || gateway.is_ready().await).await;
     eventually("the queue is there", async || !lacks_queue(&gateway).await).await;
     let callback = format!("X-Callback-Url: {}/function/hook", hook.url());
     let id = gateway.queued("echo", &[&callback], "").await;

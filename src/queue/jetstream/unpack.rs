@@ -47,6 +47,9 @@ pub(super) struct Which {
 pub(super) struct Bundle {
     pub(super) which: Which,
     pub(super) address: Address,
+    /// When it came, and for how long it is ours without a word.
+    came: Instant,
+    lease: Duration,
     /// So many of its calls we are not done with.
     open: AtomicUsize,
     inner: Mutex<Inner>,
@@ -72,7 +75,13 @@ struct News {
 }
 
 impl Bundle {
-    pub(super) fn new(which: Which, address: Address, record: Numbered, open: usize) -> Arc<Self> {
+    fn new(
+        which: Which,
+        address: Address,
+        lease: Duration,
+        record: Numbered,
+        open: usize,
+    ) -> Arc<Self> {
         let inner = Inner {
             record,
             filed: false,
@@ -82,7 +91,8 @@ impl Bundle {
             told: Instant::now(),
         };
         let open = AtomicUsize::new(open);
-        Arc::new(Self { which, address, open, inner: Mutex::new(inner) })
+        let (came, inner) = (Instant::now(), Mutex::new(inner));
+        Arc::new(Self { which, address, came, lease, open, inner })
     }
 
     fn inner(&self) -> MutexGuard<'_, Inner> {
@@ -176,14 +186,15 @@ impl Bundle {
             shared.file(&self.which, &next).await?;
             return Ok(((next, number), ours, true));
         }
-        let known = match number {
-            0 => {
-                // Somebody may be given the message as if he were the first, and somebody may have had it before us.
-                shared.say_taken(self.which.key).await?;
-                shared.record(&self.which, true).await?
+        let mut known = (record, number);
+        if number == 0 {
+            // Somebody may be given the message as if he were the first.
+            shared.say_taken(self.which.key).await?;
+            // And somebody may have come to the end of it, if nothing was heard of us for too long.
+            if self.came.elapsed() > self.lease / 2 {
+                known = shared.record(&self.which, true).await?;
             }
-            number => (record, number),
-        };
+        }
         let (record, ours) = shared.note(&self.which, known, closed, None).await?;
         Ok((record, ours, false))
     }
@@ -311,7 +322,7 @@ impl Come {
             .filter(|(slot, _)| matches!(record.0.get(*slot), None | Some(Closed::Moved)));
         let (moved, left): (Vec<_>, Vec<_>) =
             left.partition(|(slot, _)| record.0.get(*slot).is_some());
-        let bundle = Bundle::new(which, address, record, moved.len() + left.len());
+        let bundle = Bundle::new(which, address, lease, record, moved.len() + left.len());
         if moved.is_empty() && left.is_empty() {
             return bundle.over(shared).await;
         }
