@@ -193,8 +193,11 @@ impl JetStream {
         Ok(shared.tidy(age).await?)
     }
 
-    /// Tidies up when it is time. To be called every second or so.
+    /// Counts calls and tidies up when it is time. To be called every second or so.
     pub async fn expire(&self) {
+        if let Err(error) = self.shared.count_again().await {
+            tracing::debug!(%error, "The calls cannot be counted");
+        }
         {
             let mut tidied = self.shared.tidied.lock().unwrap_or_else(PoisonError::into_inner);
             if tidied.elapsed() < TIDY && self.shared.tidied_to().is_none() {

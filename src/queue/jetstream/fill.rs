@@ -18,7 +18,7 @@ use crate::queue::jetstream::subject::{self, CALLS, OPEN};
 const SELDOM: u32 = 20;
 /// Of so many messages at most it is looked at which of their calls are over.
 const FEW: u64 = 100;
-/// What was counted longer ago is not believed: others take calls in as well.
+/// What was counted longer ago is counted again.
 const OLD: Duration = Duration::from_secs(2);
 /// Nobody waits for longer to be let in.
 const PATIENCE: Duration = Duration::from_millis(500);
@@ -68,8 +68,7 @@ impl Fill {
     fn take(&self, calls: u64, limit: u64) -> Option<Admitted<'_>> {
         let known = self.known();
         let there = known.most.saturating_add(self.since.load(Relaxed));
-        let fresh = known.times.is_some_and(|(at, _)| at.elapsed() < OLD);
-        if !fresh || there.saturating_add(calls) > limit {
+        if known.times.is_none() || there.saturating_add(calls) > limit {
             return None;
         }
         self.since.fetch_add(calls, Relaxed);
@@ -94,7 +93,8 @@ impl Shared {
 
     async fn count_room(&self, calls: u64, limit: u64) -> Result<Admitted<'_>, Error> {
         let turn = tokio::time::timeout(PATIENCE, self.fill.turn.acquire()).await;
-        let _turn = turn.map_err(|_| Error::Full)?;
+        let known = self.fill.known().times.is_some();
+        let _turn = turn.map_err(|_| if known { Error::Full } else { Error::Away })?;
         // Whoever was here before may have found some.
         if let Some(taken) = self.fill.take(calls, limit) {
             return Ok(taken);
@@ -107,20 +107,33 @@ impl Shared {
             }
             tokio::time::sleep(wait).await;
         }
+        self.count(limit).await?;
+        self.fill.take(calls, limit).ok_or(Error::Full)
+    }
+
+    /// Counts again what was counted a while ago, for others take calls in as well. To be called every second or so.
+    pub(super) async fn count_again(&self) -> Result<(), Fault> {
+        let times = self.fill.known().times;
+        let due = times.is_some_and(|(at, again)| at.elapsed() > OLD && again < Instant::now());
+        match self.fill.turn.try_acquire() {
+            Ok(_turn) if due => self.count(self.options.limits.pending as u64).await,
+            _ => Ok(()),
+        }
+    }
+
+    async fn count(&self, limit: u64) -> Result<(), Fault> {
         let start = Instant::now();
         let stored = {
             let _known = self.fill.known();
             self.fill.since.load(Relaxed) - self.fill.flying.load(Relaxed)
         };
         let (most, each) = self.count_most(limit).await?;
-        {
-            let mut known = self.fill.known();
-            let pause = if each { start.elapsed() * SELDOM } else { Duration::ZERO };
-            let now = Instant::now();
-            *known = Known { most, times: Some((now, now + pause)) };
-            self.fill.since.fetch_sub(stored, Relaxed);
-        }
-        self.fill.take(calls, limit).ok_or(Error::Full)
+        let mut known = self.fill.known();
+        let pause = if each { start.elapsed() * SELDOM } else { Duration::ZERO };
+        let now = Instant::now();
+        *known = Known { most, times: Some((now, now + pause)) };
+        self.fill.since.fetch_sub(stored, Relaxed);
+        Ok(())
     }
 
     /// How many calls there are at most, and whether each message was looked at for that. Where it says enough, the first

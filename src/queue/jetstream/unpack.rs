@@ -1,7 +1,7 @@
 //! A message with several calls that has come: each of them is made by itself, and what becomes of them is noted
 //! together. The message goes when all of them are over or have one of their own.
 
-use std::sync::atomic::{AtomicUsize, Ordering::AcqRel};
+use std::sync::atomic::{AtomicUsize, Ordering::AcqRel, Ordering::Acquire};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -122,6 +122,11 @@ impl Bundle {
 
     /// Has what there is noted, at once if it is all there can be.
     fn write_in_time(self: &Arc<Self>, inner: &mut Inner, shared: &Arc<Shared>, at_once: bool) {
+        if self.open.load(Acquire) == 0 {
+            // All is filed, or about to be: nobody waits for more.
+            inner.waiting.clear();
+            return;
+        }
         let all = inner.waiting.len() + inner.record.0.closed() >= self.which.key.count();
         if inner.writing || (inner.timed && !all && !at_once) {
             return;
