@@ -243,6 +243,16 @@ impl Queue {
         }
     }
 
+    /// The function has answered: another call may have the place of this one, of which nothing is noted yet.
+    pub fn answered(&self, delivery: &Delivery) {
+        match &delivery.handle {
+            Handle::Embedded(lease) => lease.answered(),
+            Handle::JetStream(lease) => lease.answered(),
+            // The server counts what is not acknowledged.
+            Handle::Stan(_) => {}
+        }
+    }
+
     /// Says how a call that was taken goes on. Returns when that is durable.
     ///
     /// # Errors

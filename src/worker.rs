@@ -30,11 +30,13 @@ use crate::worker::retry::{Decision, Outcome, decide};
 const PAUSE: Duration = Duration::from_secs(1);
 /// So much of a body is logged.
 const PRINTED: usize = 1024;
+/// What has become of so many calls is being noted at a time, for each place where one is made.
+const UNNOTED: usize = 2;
 
 /// What makes queued calls.
 pub struct Worker {
     pub intake: Arc<Intake>,
-    /// Calls made at a time.
+    /// Calls made at a time. A call whose function has answered has left its place when what became of it is noted.
     pub places: usize,
     pub caller: Caller,
     pub policies: Policies,
@@ -59,6 +61,7 @@ impl Worker {
     /// Makes calls until `stages.closing`, then finishes those that run, or gives them back at `stages.cut`.
     pub async fn run(self: Arc<Self>, stages: &Stages) {
         let places = Arc::new(Semaphore::new(self.places));
+        let notes = Arc::new(Semaphore::new(self.places.saturating_mul(UNNOTED)));
         let running = TaskTracker::new();
         // Cancel-safe: a place or a call that was not received goes back.
         while let Some(next) = tokio::select! {
@@ -66,11 +69,8 @@ impl Worker {
             next = self.next(&places) => Some(next),
         } {
             let (place, delivery) = next;
-            let worker = Arc::clone(&self);
-            running.spawn(async move {
-                worker.carry_out(delivery).await;
-                drop(place);
-            });
+            let (worker, notes) = (Arc::clone(&self), Arc::clone(&notes));
+            running.spawn(async move { worker.carry_out(delivery, place, &notes).await });
         }
         self.intake.queue.take_no_more();
         running.close();
@@ -100,7 +100,13 @@ impl Worker {
         }
     }
 
-    async fn carry_out(&self, delivery: Delivery) {
+    /// Makes a call in its place, and notes what becomes of it beside those for which there is room in `notes`.
+    async fn carry_out(
+        &self,
+        delivery: Delivery,
+        place: OwnedSemaphorePermit,
+        notes: &Semaphore,
+    ) {
         let call = &delivery.call;
         let (id, function) = (&call.id, &call.function);
         let mut settlement = if call.options.expires_at.is_some_and(|at| at <= now()) {
@@ -115,6 +121,10 @@ impl Worker {
             self.settlement(&delivery, attempt, context).await
         };
         self.print(&delivery, &settlement);
+        // Never closed.
+        let _noting = notes.acquire().await;
+        self.intake.queue.answered(&delivery);
+        drop(place);
         // One that cannot be settled must not be made again at once: the queue would be asked until it can.
         while let Err(error) = self.intake.queue.settle(&delivery, &settlement).await {
             tracing::warn!(call_id = id, %function, %error, "A queued call cannot be settled");

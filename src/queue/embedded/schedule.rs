@@ -25,7 +25,8 @@ pub(super) struct Schedule {
     dropped: HashSet<Number>,
     /// What is due by now is in its line, what is due later is delayed.
     clock: Millis,
-    running: usize,
+    /// Calls that have a place.
+    placed: usize,
     waiting: usize,
     /// How many functions had calls when that was last looked at.
     kept: usize,
@@ -44,6 +45,8 @@ struct Line {
     /// Calls whose time has not come, without those that were taken back.
     delayed: usize,
     running: usize,
+    /// So many of those that run have a place; the others have been made, and that is being noted.
+    placed: usize,
     in_turn: bool,
 }
 
@@ -126,9 +129,14 @@ impl Schedule {
         self.queue_up(picked.line);
     }
 
-    /// A call that was picked does not run any more.
+    /// A call that was picked leaves its place to another.
+    pub(super) fn leaves(&mut self, line: usize) {
+        self.placed -= 1;
+        self.functions[line].placed -= 1;
+    }
+
+    /// A call that was picked, and has left its place, does not run any more.
     pub(super) fn ended(&mut self, line: usize) {
-        self.running -= 1;
         self.functions[line].running -= 1;
     }
 
@@ -178,8 +186,7 @@ impl Schedule {
         self.ripen(now);
         for _ in 0..self.turn.len() {
             let line = self.turn.pop_front()?;
-            let running = self.functions[line].running;
-            if !has_room(running, self.running, places) {
+            if !has_room(self.functions[line].placed, self.placed, places) {
                 self.turn.push_back(line);
                 continue;
             }
@@ -200,8 +207,10 @@ impl Schedule {
                 self.functions[line].ready.shrink_to(64);
             }
             if let Some(number) = next {
-                self.functions[line].running += 1;
-                self.running += 1;
+                let function = &mut self.functions[line];
+                function.running += 1;
+                function.placed += 1;
+                self.placed += 1;
                 self.waiting = self.waiting.saturating_sub(1);
                 return Some(Picked { number, line });
             }
@@ -289,6 +298,7 @@ mod tests {
             let line = schedule.line(&number.to_string());
             schedule.add(line, number, 0, 0);
             assert_eq!(picks(&mut schedule, 0), [number]);
+            schedule.leaves(line);
             schedule.ended(line);
         }
         assert!(schedule.functions.len() <= MANY + 1);
@@ -309,10 +319,15 @@ mod tests {
         schedule.add(quick, 100, 0, 0);
         assert_eq!(picks(&mut schedule, 0), [100]);
         // A place that is free again is kept for others, not for the one that has most.
-        schedule.ended(slow);
+        schedule.leaves(slow);
         assert_eq!(picks(&mut schedule, 0), [] as [Number; 0]);
         schedule.add(quick, 101, 0, 0);
         assert_eq!(picks(&mut schedule, 0), [101]);
+        // Those that have left their places run until that is noted.
+        let running = |schedule: &Schedule| schedule.counts().map(|line| line.3).sum::<usize>();
+        assert_eq!(running(&schedule), taken + 2);
+        schedule.ended(slow);
+        assert_eq!(running(&schedule), taken + 1);
     }
 
     #[test]
@@ -372,6 +387,7 @@ mod tests {
         schedule.drop_waiting(line, 4, 50);
         let (_, ready, delayed, running, oldest) = schedule.counts().next().unwrap();
         assert_eq!((ready, delayed, running, oldest), (1, 0, 1, Some(3)));
+        schedule.leaves(line);
         schedule.ended(line);
         schedule.give_back(first);
         schedule.restore(line, 2, 0);

@@ -38,6 +38,8 @@ const DOUBLINGS: u32 = 10;
 pub(super) struct Run {
     /// Which time of all this is.
     run: u64,
+    /// Where it is made, another may be made by now.
+    answered: bool,
     /// Not known yet while the call is read from the file.
     pub(super) began: Option<Began>,
 }
@@ -78,6 +80,14 @@ pub(in crate::queue) struct Lease {
 impl Lease {
     pub(super) fn new(shared: Arc<Shared>, held: Held) -> Self {
         Self { shared, held, at: now(), before: (0, None) }
+    }
+
+    /// The call's place is free.
+    pub(in crate::queue) fn answered(&self) {
+        let news = self.shared.waiting().answered(self.held);
+        if news {
+            self.shared.ready.notify_one();
+        }
     }
 }
 
@@ -125,19 +135,32 @@ impl Waiting {
     pub(super) fn pick(&mut self, now: Millis, places: usize) -> Option<(Held, Option<Bytes>)> {
         let picked = self.schedule.pick(now, places)?;
         self.runs += 1;
-        self.running.insert(picked.number, Run { run: self.runs, began: None });
+        let run = Run { run: self.runs, answered: false, began: None };
+        self.running.insert(picked.number, run);
         let noted = self.is_noted(picked.number);
         Some((Held { picked, noted, run: self.runs }, self.recent.get(picked.number)))
     }
 
     /// A call that was picked is made.
     pub(super) fn begin(&mut self, held: Held, began: Began) {
-        self.running.insert(held.picked.number, Run { run: held.run, began: Some(began) });
+        let run = Run { run: held.run, answered: false, began: Some(began) };
+        self.running.insert(held.picked.number, run);
+    }
+
+    /// A call has been made, which is to be noted; whether that is news.
+    fn answered(&mut self, held: Held) -> bool {
+        let run = self.running.get_mut(&held.picked.number).filter(|run| run.run == held.run);
+        let news = run.is_some_and(|run| !std::mem::replace(&mut run.answered, true));
+        if news {
+            self.schedule.leaves(held.picked.line);
+        }
+        news
     }
 
     /// The call does not run any more; `false` if it did not already, or is another's.
     pub(super) fn ended(&mut self, held: Held) -> bool {
         let number = held.picked.number;
+        self.answered(held);
         let runs = self.is_held(held);
         if runs {
             self.running.remove(&number);

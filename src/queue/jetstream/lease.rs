@@ -1,7 +1,7 @@
 //! A call that was taken: it is claimed, kept from others while it runs, and settled.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicU8, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
 use async_nats::HeaderMap;
@@ -26,13 +26,21 @@ const NO_BODY: Duration = Duration::from_secs(60);
 /// An answer whose body is no larger is stored with the final state.
 const SMALL: usize = 4096;
 
+/// How far a call has come: it was picked, but nobody has taken it.
+const BEGUN: u8 = 0;
+/// It has a place among those that are made.
+const PLACED: u8 = 1;
+/// It has been made.
+const LEFT: u8 = 2;
+
 /// A call that was taken. It is given back when this is dropped unsettled.
 pub(in crate::queue) struct Lease {
     shared: Arc<Shared>,
-    line: usize,
+    pub(super) line: usize,
     arrived: Arc<Arrived>,
     /// What it is known by among those that we have.
     hold: u64,
+    stage: AtomicU8,
     settled: AtomicBool,
     /// When it is given back: not before so long.
     delay: Option<Duration>,
@@ -43,8 +51,23 @@ impl Lease {
         let arrived = Arc::new(arrived);
         let hold = shared.roll.hold(&arrived);
         Roll::keep(shared);
-        let settled = AtomicBool::new(false);
-        Self { shared: Arc::clone(shared), line, arrived, hold, settled, delay: Some(PAUSE) }
+        let (stage, settled) = (AtomicU8::new(BEGUN), AtomicBool::new(false));
+        let shared = Arc::clone(shared);
+        Self { shared, line, arrived, hold, stage, settled, delay: Some(PAUSE) }
+    }
+
+    /// Somebody takes it, and there is a place for it.
+    pub(super) fn placed(&self) {
+        self.stage.store(PLACED, Relaxed);
+    }
+
+    /// Its place is free.
+    pub(in crate::queue) fn answered(&self) {
+        let left = self.stage.compare_exchange(PLACED, LEFT, Relaxed, Relaxed);
+        if left.is_ok() {
+            self.shared.lines().ended(self.line);
+            self.shared.ready.notify_one();
+        }
     }
 
     /// The call, once it is claimed; `None` if it is not to be made, or not now.
@@ -266,8 +289,11 @@ impl Drop for Lease {
     fn drop(&mut self) {
         let settled = self.settled.load(Relaxed);
         self.shared.roll.release(&self.shared, self.hold, settled);
-        self.shared.lines().ended(self.line);
-        self.shared.ready.notify_one();
+        if self.stage.load(Relaxed) == BEGUN {
+            self.shared.lines().unpick(self.line);
+            self.shared.ready.notify_one();
+        }
+        self.answered();
         if settled {
             return;
         }

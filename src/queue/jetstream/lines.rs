@@ -38,6 +38,9 @@ struct Line<A> {
     function: Function,
     /// Calls that have come, and when.
     arrived: VecDeque<(Instant, A)>,
+    /// How many were picked that nobody has taken yet.
+    begun: usize,
+    /// How many were taken and have not been made.
     running: usize,
     ask: Option<Ask>,
     pace: Pace,
@@ -91,6 +94,7 @@ impl<A> Lines<A> {
         self.lines.push(Line {
             function: function.clone(),
             arrived: VecDeque::new(),
+            begun: 0,
             running: 0,
             ask: None,
             pace: Pace::default(),
@@ -123,17 +127,21 @@ impl<A> Lines<A> {
         self.lines[line].arrived.push_back((now, call));
     }
 
-    /// The next call to make, for one who makes at most `places` at a time. The functions take turns, and each has its
-    /// share of the places.
-    pub(super) fn pick(&mut self, places: usize) -> Option<(usize, A)> {
+    /// The next call to begin, for one who makes at most `places` at a time. The functions take turns; of each is begun
+    /// what has room in its share of the places, and what will have in the next moments.
+    pub(super) fn pick(&mut self, places: usize, now: Instant) -> Option<(usize, A)> {
         for step in 0..self.lines.len() {
             let index = (self.turn + step) % self.lines.len();
-            if self.lines[index].arrived.is_empty() || self.room(index, places, 1) == 0 {
+            let line = &self.lines[index];
+            if line.arrived.is_empty() {
+                continue;
+            }
+            let (begun, ahead) = (line.begun, line.pace.ahead(now));
+            if begun >= ahead && self.room(index, places, begun + 1 - ahead) <= begun - ahead {
                 continue;
             }
             if let Some((_, call)) = self.lines[index].arrived.pop_front() {
-                self.lines[index].running += 1;
-                self.running += 1;
+                self.lines[index].begun += 1;
                 self.turn = index + 1;
                 return Some((index, call));
             }
@@ -141,15 +149,37 @@ impl<A> Lines<A> {
         None
     }
 
-    /// A call that was picked does not run any more.
+    /// Whether a call that was picked may be made now; if so, it runs.
+    pub(super) fn take(&mut self, line: usize, places: usize) -> bool {
+        let may = self.room(line, places, 1) == 1;
+        if may {
+            self.unpick(line);
+            self.running += 1;
+            self.lines[line].running += 1;
+        }
+        may
+    }
+
+    /// A call that was picked is not made.
+    pub(super) fn unpick(&mut self, line: usize) {
+        self.lines[line].begun -= 1;
+    }
+
+    /// A call does not run any more.
     pub(super) fn ended(&mut self, line: usize) {
         self.running -= 1;
         self.lines[line].running -= 1;
     }
 
-    /// How many calls were picked that do still run.
-    pub(super) fn running(&self) -> usize {
-        self.running
+    /// How many calls that were picked could be taken at once.
+    pub(super) fn ready(&self, places: usize) -> usize {
+        let begun = self.lines.iter().enumerate().filter(|(_, it)| it.begun > 0);
+        begun.map(|(line, it)| self.room(line, places, it.begun)).sum()
+    }
+
+    /// Whether nothing was picked that could end in a moment.
+    pub(super) fn is_idle(&self) -> bool {
+        self.running == 0 && self.lines.iter().all(|line| line.begun == 0)
     }
 
     /// The functions to ask for. Of a function that had no calls lately one is asked for; of
@@ -164,7 +194,7 @@ impl<A> Lines<A> {
             let (flows, ahead) = (it.pace.flows(now), it.pace.ahead(now));
             let room = self.room(line, places, if flows { MOST } else { 1 });
             let target = (room + ahead).min(MOST);
-            let waiting = self.lines[line].arrived.len();
+            let waiting = self.lines[line].arrived.len() + self.lines[line].begun;
             if waiting * 2 > target || target == 0 {
                 continue;
             }
@@ -238,6 +268,17 @@ mod tests {
         lines
     }
 
+    fn picks(lines: &mut Lines<u32>, places: usize, now: Instant) -> Vec<u32> {
+        std::iter::from_fn(|| lines.pick(places, now)).map(|(_, call)| call).collect()
+    }
+
+    /// How many of the first function have a place.
+    fn takes(lines: &mut Lines<u32>, places: usize, now: Instant) -> usize {
+        let picked = picks(lines, places, now).len();
+        assert!((0..picked).all(|_| lines.take(0, places)));
+        picked
+    }
+
     fn asked(lines: &mut Lines<u32>, places: usize, now: Instant) -> Vec<(usize, usize)> {
         lines.ask(places, now).into_iter().map(|wanted| (wanted.line, wanted.most)).collect()
     }
@@ -249,8 +290,7 @@ mod tests {
             lines.arrived(0, call, now);
         }
         lines.arrived(1, 4, now);
-        let picks: Vec<_> = std::iter::from_fn(|| lines.pick(8)).map(|(_, call)| call).collect();
-        assert_eq!(picks, [1, 4, 2, 3]);
+        assert_eq!(picks(&mut lines, 8, now), [1, 4, 2, 3]);
     }
 
     #[test]
@@ -259,14 +299,46 @@ mod tests {
         for call in 0..100 {
             lines.arrived(0, call, now);
         }
-        let taken = std::iter::from_fn(|| lines.pick(8)).count();
+        let taken = takes(&mut lines, 8, now);
         assert!((4..8).contains(&taken), "{taken}");
         // The other one alone is asked for.
         assert_eq!(asked(&mut lines, 8, now), [(1, 1)]);
         lines.arrived(1, 100, now);
-        assert_eq!(lines.pick(8), Some((1, 100)));
+        assert_eq!(lines.pick(8, now), Some((1, 100)));
+        assert!(lines.take(1, 8));
         lines.ended(0);
-        assert_eq!(lines.pick(8), None);
+        assert_eq!(lines.pick(8, now), None);
+    }
+
+    #[test]
+    fn what_is_begun_ahead_has_no_place() {
+        let (mut lines, start) = (lines(), Instant::now());
+        let ms = Duration::from_millis;
+        // Ten of them come every 10 ms.
+        for step in 0..30 {
+            lines.came(0, 10, start + ms(step * 10));
+        }
+        let now = start + ms(300);
+        for call in 0..100 {
+            lines.arrived(0, call, now);
+        }
+        let share = (0..).take_while(|running| has_room(*running, *running, 8)).count();
+        assert_eq!(lines.ready(8), 0);
+        let begun = picks(&mut lines, 8, now).len();
+        assert!((20..64).contains(&(begun - share)), "{begun}");
+        assert_eq!(lines.ready(8), share);
+        assert_eq!((0..begun).filter(|_| lines.take(0, 8)).count(), share);
+        assert_eq!(lines.ready(8), 0);
+        // There is a place for another function, and calls of it are begun.
+        lines.arrived(1, 100, now);
+        assert_eq!(lines.pick(8, now), Some((1, 100)));
+        assert!(lines.ready(8) == 1 && lines.take(1, 8));
+        // One that is made lets the next one in; one that is not made at all takes nobody's place.
+        lines.ended(0);
+        lines.ended(1);
+        lines.unpick(0);
+        assert!(lines.take(0, 8) && !lines.take(0, 8));
+        assert!(!lines.is_idle());
     }
 
     #[test]
@@ -274,7 +346,7 @@ mod tests {
         for places in 2..6 {
             let (mut lines, now) = (lines(), Instant::now());
             (0..10).for_each(|call| lines.arrived(0, call, now));
-            let taken = std::iter::from_fn(|| lines.pick(places)).count();
+            let taken = takes(&mut lines, places, now);
             assert!((places / 2..places).contains(&taken), "{taken} of {places}");
         }
     }
@@ -285,7 +357,10 @@ mod tests {
         assert_eq!(asked(&mut lines, 1, now), [(0, 1), (1, 1)]);
         assert_eq!(asked(&mut lines, 1, now), []);
         lines.arrived(0, 1, now);
-        assert_eq!(lines.pick(1), Some((0, 1)));
+        assert_eq!(lines.pick(1, now), Some((0, 1)));
+        assert!(lines.take(0, 1) && !lines.is_idle());
+        lines.ended(0);
+        assert!(lines.is_idle());
     }
 
     #[test]

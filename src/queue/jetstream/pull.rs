@@ -17,7 +17,7 @@ use crate::queue::jetstream::Shared;
 use crate::queue::jetstream::bundle::{Place, Slot};
 use crate::queue::jetstream::ids::Key;
 use crate::queue::jetstream::lease::Lease;
-use crate::queue::jetstream::lines::Wanted;
+use crate::queue::jetstream::lines::{Lines, Wanted};
 use crate::queue::jetstream::message::{self, Message};
 use crate::queue::jetstream::pace::Pace;
 use crate::queue::jetstream::roll::Roll;
@@ -25,7 +25,7 @@ use crate::queue::jetstream::server::{Fault, Server};
 use crate::queue::jetstream::subject::{self, CALLS};
 use crate::queue::jetstream::unpack::{Bundle, Come, Which};
 use crate::queue::now;
-use crate::queue::{Delivery, Error};
+use crate::queue::{Delivery, Error, Handle};
 
 /// Nobody waits longer than this for the next call without looking again.
 const LOOK_AGAIN: Duration = Duration::from_secs(1);
@@ -137,10 +137,8 @@ pub(super) async fn tell(server: &Server, reply: &str, kind: AckKind) {
 /// Calls that have been begun, and are there to be taken.
 #[derive(Default)]
 pub(super) struct Begun {
-    /// Since when they are there.
-    ready: VecDeque<(Instant, Delivery)>,
-    /// How many are being begun.
-    coming: usize,
+    /// Since when they are there, and of which line they are.
+    ready: VecDeque<(Instant, usize, Delivery)>,
     /// How many want one.
     takers: usize,
     /// How fast they are taken.
@@ -149,12 +147,23 @@ pub(super) struct Begun {
 
 impl Begun {
     /// How many more are worth beginning: what is wanted now, and in the next moments.
-    fn room(&self, now: Instant) -> usize {
-        (self.takers + self.pace.ahead(now)).saturating_sub(self.ready.len() + self.coming)
+    fn room(&self, lines: &Lines<Arrived>, places: usize, now: Instant) -> usize {
+        (self.takers + self.pace.ahead(now)).saturating_sub(lines.ready(places))
     }
 
-    pub(super) fn clear(&mut self) -> VecDeque<(Instant, Delivery)> {
-        std::mem::take(&mut self.ready)
+    /// The first for which there is a place.
+    fn take(&mut self, lines: &mut Lines<Arrived>, places: usize) -> Option<Delivery> {
+        let next = self.ready.iter().position(|(_, line, _)| lines.take(*line, places))?;
+        let (.., delivery) = self.ready.remove(next)?;
+        if let Handle::JetStream(lease) = &delivery.handle {
+            lease.placed();
+        }
+        self.pace.came(Instant::now());
+        Some(delivery)
+    }
+
+    pub(super) fn clear(&mut self) -> Vec<Delivery> {
+        self.ready.drain(..).map(|(.., delivery)| delivery).collect()
     }
 }
 
@@ -183,8 +192,8 @@ pub(super) async fn take(shared: &Arc<Shared>, places: usize) -> Result<Delivery
         pump(shared, places);
         {
             let mut begun = shared.begun();
-            if let Some((_, delivery)) = begun.ready.pop_front() {
-                begun.pace.came(Instant::now());
+            let taken = begun.take(&mut shared.lines(), places);
+            if let Some(delivery) = taken {
                 drop(begun);
                 // More may be there than one was told of.
                 shared.ready.notify_one();
@@ -201,11 +210,11 @@ fn pump(shared: &Arc<Shared>, places: usize) {
     look_around(shared);
     let now = Instant::now();
     let (picked, wanted) = {
-        let mut begun = shared.begun();
+        let begun = shared.begun();
         let mut lines = shared.lines();
-        let picked = std::iter::from_fn(|| lines.pick(places)).take(begun.room(now));
+        let room = begun.room(&lines, places, now);
+        let picked = std::iter::from_fn(|| lines.pick(places, now)).take(room);
         let picked: Vec<_> = picked.collect();
-        begun.coming += picked.len();
         (picked, lines.ask(places, now))
     };
     for (line, arrived) in picked {
@@ -217,15 +226,12 @@ fn pump(shared: &Arc<Shared>, places: usize) {
 }
 
 async fn begin(shared: Arc<Shared>, lease: Lease) {
-    let delivery = lease.begin().await;
-    let mut begun = shared.begun();
-    begun.coming -= 1;
-    match delivery {
-        Ok(Some(delivery)) => begun.ready.push_back((Instant::now(), delivery)),
+    let line = lease.line;
+    match lease.begin().await {
+        Ok(Some(delivery)) => shared.begun().ready.push_back((Instant::now(), line, delivery)),
         Ok(None) => {}
         Err(error) => tracing::debug!(%error, "A call that came cannot be begun"),
     }
-    drop(begun);
     shared.ready.notify_one();
 }
 
@@ -239,7 +245,7 @@ pub(super) async fn give_back(shared: &Arc<Shared>) {
     let mut old = Vec::new();
     {
         let mut begun = shared.begun();
-        while begun.ready.front().is_some_and(|(at, _)| *at < before) {
+        while begun.ready.front().is_some_and(|(at, ..)| *at < before) {
             old.extend(begun.ready.pop_front());
         }
     }
@@ -250,12 +256,6 @@ pub(super) async fn give_back(shared: &Arc<Shared>) {
 pub(super) async fn go_back(shared: &Arc<Shared>, calls: Vec<Arrived>) {
     let calls = stream::iter(calls);
     calls.for_each_concurrent(TOGETHER, async |arrived| arrived.not_now(shared, None).await).await;
-}
-
-/// How many calls are made here at this moment, or noted to have been.
-pub(super) fn made(shared: &Shared) -> usize {
-    let begun = shared.begun();
-    shared.lines().running().saturating_sub(begun.ready.len() + begun.coming)
 }
 
 /// Whether nothing waits here to be made.

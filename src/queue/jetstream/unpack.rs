@@ -17,7 +17,7 @@ use crate::queue::jetstream::bundle::{self, Closed, Record, Slot};
 use crate::queue::jetstream::ids::Key;
 use crate::queue::jetstream::message::Message;
 use crate::queue::jetstream::pull::{
-    self, Address, Arrived, Origin, PAUSE, UNREADABLE, tell, unreadable,
+    Address, Arrived, Origin, PAUSE, UNREADABLE, tell, unreadable,
 };
 use crate::queue::jetstream::roll::Roll;
 use crate::queue::jetstream::server::Fault;
@@ -109,13 +109,12 @@ impl Bundle {
         at_once: bool,
     ) -> Result<bool, Fault> {
         let (done, noted) = oneshot::channel();
-        // All calls that are made wait for this: nothing else is about to end.
-        let made = pull::made(shared);
+        // Nothing else may be about to end.
+        let alone = shared.lines().is_idle();
         {
             let mut inner = self.inner();
             inner.waiting.push(News { slot, closed, done });
-            let last = inner.waiting.len() >= made;
-            self.write_in_time(&mut inner, shared, at_once || last);
+            self.write_in_time(&mut inner, shared, at_once || alone);
         }
         noted.await.unwrap_or(Err(Fault::Away))
     }
