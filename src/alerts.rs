@@ -58,7 +58,7 @@ async fn carry_out_all(api: &Api, notification: Notification) -> Option<Error> {
     for alert in notification.alerts {
         if let Err(error) = carry_out(api, &alert).await {
             let name = &alert.labels.function_name;
-            tracing::warn!(function.name = name, error = %error, "An alert did not scale {name}");
+            tracing::warn!(function = name, error = %error, "An alert did not scale {name}");
             failure = Some(error);
         }
     }
@@ -87,7 +87,7 @@ async fn carry_out(api: &Api, alert: &Alert) -> Result<(), Error> {
     api.metrics.known.changed(Some(&function.name));
     scaled?;
     tracing::info!(
-        function.name = %function, from = status.replicas, replicas,
+        function = %function, from = status.replicas, replicas,
         "Scaled {function} from {} to {replicas} on an alert", status.replicas
     );
     Ok(())

@@ -166,6 +166,7 @@ fn queue_status(error: &queue::Error) -> StatusCode {
         queue::Error::NoSpace => StatusCode::INSUFFICIENT_STORAGE,
         queue::Error::Gone => StatusCode::NOT_FOUND,
         queue::Error::TooLarge(_) => StatusCode::PAYLOAD_TOO_LARGE,
+        queue::Error::HeadTooLarge(_) => StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE,
         queue::Error::Unsupported(_) => StatusCode::NOT_IMPLEMENTED,
     }
 }

@@ -48,6 +48,8 @@ pub enum Error {
     Failed,
     #[error("the body exceeds what the queue takes: {0} bytes")]
     TooLarge(usize),
+    #[error("the headers and the target exceed what the queue takes: {0} bytes")]
+    HeadTooLarge(usize),
     #[error("the call is not there any more")]
     Gone,
     #[error("the queue cannot do that: {0}")]
@@ -265,7 +267,10 @@ impl Queue {
             (Self::JetStream(queue), Handle::JetStream(lease)) => {
                 queue.settle(lease, settlement).await
             }
-            (Self::Stan(queue), Handle::Stan(lease)) => queue.settle(lease, settlement).await,
+            (Self::Stan(queue), Handle::Stan(lease)) => {
+                // Larger than the others, which are one with the future of the call.
+                Box::pin(queue.settle(lease, settlement)).await
+            }
             // It goes back to where it is from when it is dropped here.
             _ => Err(Error::Unsupported("settle a call of another queue")),
         }

@@ -101,16 +101,11 @@ impl Worker {
     }
 
     /// Makes a call in its place, and notes what becomes of it beside those for which there is room in `notes`.
-    async fn carry_out(
-        &self,
-        delivery: Delivery,
-        place: OwnedSemaphorePermit,
-        notes: &Semaphore,
-    ) {
+    async fn carry_out(&self, delivery: Delivery, place: OwnedSemaphorePermit, notes: &Semaphore) {
         let call = &delivery.call;
         let (id, function) = (&call.id, &call.function);
         let mut settlement = if call.options.expires_at.is_some_and(|at| at <= now()) {
-            self.expired(&delivery).await
+            Box::pin(self.expired(&delivery)).await
         } else {
             let span = self.begin_span(&delivery);
             let context = span.as_ref().and_then(Open::context);
@@ -204,7 +199,7 @@ impl Worker {
         // A success that nobody is told of needs no policy, and so no question to the provider.
         let policy = match attempt.status {
             Some(..400) if call.options.callback.is_none() => retry::Policy::default(),
-            _ => self.policies.of(call).await,
+            _ => Box::pin(self.policies.of(call)).await,
         };
         let policy = policy.at_most(call.options.max_attempts);
         let outcome = Outcome { status: attempt.status, retry_after: attempt.retry_after };
@@ -272,7 +267,7 @@ impl Worker {
             max_attempts,
             trace: trace_of(call, span.as_ref()),
         };
-        let error = self.callbacks.send(url, &report).await.err();
+        let error = Box::pin(self.callbacks.send(url, &report)).await.err();
         if let Some(span) = span {
             span.ended(error.as_ref().map(ToString::to_string));
         }

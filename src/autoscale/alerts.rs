@@ -25,7 +25,7 @@ impl Ignored {
         let mut told = self.told.lock().unwrap_or_else(PoisonError::into_inner);
         if told.len() < MOST && told.insert(function.clone()) {
             tracing::info!(
-                function.name = %function,
+                function = %function,
                 "Alerts of {function} are ignored: it is scaled by its load"
             );
         }

@@ -134,12 +134,12 @@ impl Rounds {
                 }
                 Ok(_) => it.complain(Complaint::NoUsage, || {
                     tracing::warn!(
-                        function.name = %function,
+                        function = %function,
                         "{function} is not scaled by cpu: the provider does not tell what it uses"
                     );
                 }),
                 Err(error) => {
-                    tracing::debug!(function.name = %function, %error, "No usage of {function}");
+                    tracing::debug!(function = %function, %error, "No usage of {function}");
                 }
             }
         }

@@ -123,7 +123,7 @@ impl Tended {
         for it in bad {
             self.complain(Complaint::Label(it.clone()), || {
                 tracing::warn!(
-                    function.name = %function, label = it.label, value = it.value,
+                    function = %function, label = it.label, value = it.value,
                     "Label {} of {function} is {:?}, not {}: {} holds",
                     it.label, it.value, it.expected, it.instead
                 );
@@ -132,7 +132,7 @@ impl Tended {
         if self.policy.zero_after.is_some() && !rules.may_zero {
             self.complain(Complaint::NeverZero, || {
                 tracing::warn!(
-                    function.name = %function,
+                    function = %function,
                     "{function} is not scaled to zero: without scale_from_zero nothing wakes it"
                 );
             });
@@ -149,7 +149,7 @@ impl Tended {
                 // Where it is known, the next list will say the same.
                 self.wanted = to;
                 tracing::info!(
-                    function.name = %function, from, to, reason,
+                    function = %function, from, to, reason,
                     load = seen.stable, load_now = seen.sudden,
                     scaling_type = self.policy.kind.word(),
                     target = self.policy.target * self.policy.proportion,
@@ -158,7 +158,7 @@ impl Tended {
             }
             Err(error) => self.complain(Complaint::Refused, || {
                 tracing::warn!(
-                    function.name = %function, from, to, reason, %error,
+                    function = %function, from, to, reason, %error,
                     "{function} cannot be scaled from {from} to {to}"
                 );
             }),

@@ -148,7 +148,7 @@ impl Process {
                 entry.retire();
             }
             process.runner.secrets.remove_view(&function)?;
-            tracing::info!(function.name = %function, "Deleted {function}");
+            tracing::info!(function = %function, "Deleted {function}");
             Ok(())
         })
         .await
@@ -165,7 +165,7 @@ impl Process {
             check_replicas(&entry.workload.spec, replicas)?;
             process.store.save_function(&function, &entry.saved(replicas))?;
             entry.scale(replicas);
-            tracing::info!(function.name = %function, replicas, "Scaled {function} to {replicas}");
+            tracing::info!(function = %function, replicas, "Scaled {function} to {replicas}");
             Ok(())
         })
         .await
@@ -261,7 +261,7 @@ impl Process {
         self.runner.secrets.refresh_view(function, &spec.secrets)?;
         self.store.save_function(function, &saved)?;
         self.start(function, spec, saved, before.as_deref());
-        tracing::info!(function.name = %function, "Deployed {function}");
+        tracing::info!(function = %function, "Deployed {function}");
         Ok(())
     }
 
@@ -271,7 +271,7 @@ impl Process {
         let spec = spec.with_context(|| format!("the state of function {function} is damaged"))?;
         if let Err(refusal) = check_replicas(&spec, saved.replicas) {
             tracing::warn!(
-                function.name = %function,
+                function = %function,
                 replicas = saved.replicas,
                 "Starting {function} with {MAX_PROCESSES} replicas: {refusal}"
             );

@@ -97,7 +97,7 @@ impl Driver {
         {
             scaling.provider.scale(function, replicas).await?;
             self.scaled = Some(Instant::now());
-            tracing::info!(function.name = %function, replicas, "Scaled {function} from zero to {replicas}");
+            tracing::info!(function = %function, replicas, "Scaled {function} from zero to {replicas}");
         }
         Ok(())
     }
@@ -131,7 +131,7 @@ impl Driver {
         let reason = format!("the provider does not do what it is asked: {error}");
         if since.elapsed() >= GIVE_UP {
             let function = &self.line.function;
-            tracing::warn!(function.name = %function, reason, "{function} cannot be called: {reason}");
+            tracing::warn!(function = %function, reason, "{function} cannot be called: {reason}");
             self.close(Over::Failed(reason.into()));
         } else {
             self.line.is_not_ready_since(reason);

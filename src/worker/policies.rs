@@ -82,7 +82,7 @@ impl Policies {
             if known.until.is_some_and(|until| Instant::now() < until) {
                 return known.policy.clone().unwrap_or_default();
             }
-            let error = match self.ask(&mut known, &call.function).await {
+            let error = match Box::pin(self.ask(&mut known, &call.function)).await {
                 Ok(policy) => return policy,
                 Err(error) => error,
             };
@@ -106,7 +106,7 @@ impl Policies {
         // Whoever has it locked is asking.
         if let Ok(mut known) = entry.try_lock()
             && known.policy.is_none()
-            && let Err(error) = self.ask(&mut known, function).await
+            && let Err(error) = Box::pin(self.ask(&mut known, function)).await
         {
             tracing::debug!(%function, %error, "Nobody says how a function wants to be retried");
         }

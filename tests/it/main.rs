@@ -29,6 +29,7 @@ mod queue_jetstream;
 mod queue_jetstream_process;
 mod queue_limits;
 mod queue_loss;
+mod queue_odd;
 mod queue_policies;
 mod queue_stan;
 mod queue_together;

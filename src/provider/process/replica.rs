@@ -96,7 +96,7 @@ impl Replica {
             let End::Died(reason) = end else { return };
             failures = if began.elapsed() >= STABLE { 1 } else { failures + 1 };
             let pause = pause_after(failures);
-            tracing::warn!(function.name = %function, reason, ?pause, "A replica of {function} died");
+            tracing::warn!(function = %function, reason, ?pause, "A replica of {function} died");
             let name = function.name.as_str().into();
             pool.workload
                 .logs

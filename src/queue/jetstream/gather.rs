@@ -30,6 +30,9 @@ const GATHER: Duration = Duration::from_micros(500);
 const TRIES: usize = 5;
 /// So many messages of a function are on their way at a time, where far more calls come than one has room for.
 const FLIGHTS: usize = 8;
+/// A call of which more is stored beside its body goes alone: it must fit into the headers of a message of its own, should
+/// it need one.
+const BESIDE: usize = 16 << 10;
 /// What is stored of a call beside what its caller says, about.
 const FIXED: usize = 256;
 
@@ -102,6 +105,7 @@ fn may_join(call: &Call, max_payload: usize) -> bool {
         && options.idempotency_key.is_none()
         && options.not_before.is_none()
         && call.body.len() <= LONGEST
+        && beside(call) <= BESIDE
         && max_payload >= ROOM
 }
 
@@ -208,10 +212,15 @@ impl Line {
 
 /// How much is stored of a call, at most.
 fn stored(call: &Call) -> usize {
+    call.body.len() + beside(call)
+}
+
+/// The same without its body.
+fn beside(call: &Call) -> usize {
     let headers: usize = call.headers.iter().map(|(n, v)| n.as_str().len() + v.len() + 8).sum();
     let callback = call.options.callback.as_ref().map_or(0, String::len);
     // What is written as JSON may take two bytes for one.
-    call.body.len() + 2 * (headers + call.target.len() + callback) + FIXED
+    2 * (headers + call.target.len() + callback) + FIXED
 }
 
 /// Sends calls of `function`, and says what became of them.

@@ -21,8 +21,12 @@ use crate::queue::{Delivery, Error, Handle};
 
 /// One who takes a call back is done with that within this time, or has died over it.
 const TAKEN_BACK: Duration = Duration::from_secs(1);
-/// A body that is not there may be so for a moment only.
-const NO_BODY: Duration = Duration::from_secs(60);
+/// A body that is not there may be so for a moment only: so often it is looked for.
+const TRIES: u32 = 6;
+/// The pause before a call is made again that made its worker panic; it doubles with each time.
+const AFTER_PANIC: Duration = Duration::from_secs(1);
+/// So often it doubles.
+const DOUBLINGS: u32 = 10;
 /// An answer whose body is no larger is stored with the final state.
 const SMALL: usize = 4096;
 
@@ -37,7 +41,7 @@ const LEFT: u8 = 2;
 pub(in crate::queue) struct Lease {
     shared: Arc<Shared>,
     pub(super) line: usize,
-    arrived: Arc<Arrived>,
+    pub(super) arrived: Arc<Arrived>,
     /// What it is known by among those that we have.
     hold: u64,
     stage: AtomicU8,
@@ -74,7 +78,7 @@ impl Lease {
     pub(super) async fn begin(mut self) -> Result<Option<Delivery>, Fault> {
         let shared = Arc::clone(&self.shared);
         // It was settled, but whoever did so died before its message was gone, or the server did.
-        let suspect = self.arrived.again || shared.server.was_found(self.arrived.sequence);
+        let suspect = self.arrived.came_before() || shared.server.was_found(self.arrived.sequence);
         if suspect && Box::pin(self.is_over()).await? {
             if let Origin::Among(bundle, slot) = &self.arrived.origin {
                 bundle.close(&shared, *slot, Closed::Moved, true).await?;
@@ -93,9 +97,7 @@ impl Lease {
         if let Some(parts) = self.arrived.message.parts() {
             let body = Box::pin(parts::load(&shared.server, &shared.names, &parts)).await?;
             let Some(body) = body else {
-                tracing::error!(call.id, "The body of a queued call is not there");
-                self.delay = Some(NO_BODY);
-                return Ok(None);
+                return self.no_body().await.map(|()| None);
             };
             call.body = body;
         }
@@ -106,6 +108,28 @@ impl Lease {
         self.delay = None;
         let attempts = self.arrived.message.progress().map_or(0, |status| status.attempts);
         Ok(Some(Delivery { call, attempts, handle: Handle::JetStream(Box::new(self)) }))
+    }
+
+    /// The call's body is not there: it is looked for some times more, and then the call is dead.
+    async fn no_body(&mut self) -> Result<(), Fault> {
+        let (call_id, function) = (&self.arrived.call.id, &self.arrived.call.function);
+        let tries = self.arrived.deliveries;
+        if tries < TRIES {
+            tracing::warn!(call_id, %function, tries, "The body of a queued call is not there");
+            self.delay = Some(self.shared.options.lease / 3);
+            return Ok(());
+        }
+        if !self.shared.roll.claim(&self.shared, self.hold).await? {
+            self.delay = Some(TAKEN_BACK);
+            return Ok(());
+        }
+        tracing::error!(call_id, %function, "The body of a queued call is lost: it is dead");
+        let reason = Some("its body is not there any more".to_owned());
+        let settlement = Settlement::Dead { status: None, reason, answer: None };
+        let status = self.status();
+        // It was not made.
+        let status = Status { attempts: status.attempts - 1, ..status }.settled(&settlement, now());
+        Box::pin(self.store(&status, &settlement)).await
     }
 
     fn subject(&self, root: &str) -> String {
@@ -140,7 +164,7 @@ impl Lease {
         let patience = self.arrived.lease.max(Duration::from_secs(5));
         let start = Instant::now();
         loop {
-            match self.store(&status, settlement).await {
+            match Box::pin(self.store(&status, settlement)).await {
                 Ok(()) => return Ok(()),
                 Err(fault) => {
                     let error = Error::from(fault);
@@ -160,7 +184,7 @@ impl Lease {
         let (server, sequence, message) = (&shared.server, arrived.sequence, &arrived.message);
         if let Origin::Among(bundle, slot) = &arrived.origin {
             let slot = *slot;
-            return Box::pin(self.store_among(bundle, slot, status, settlement)).await;
+            return self.store_among(bundle, slot, status, settlement).await;
         }
         match settlement {
             Settlement::Finished { answer, .. } => self.end(status, answer.as_ref()).await?,
@@ -298,7 +322,10 @@ impl Drop for Lease {
             return;
         }
         let (shared, arrived) = (Arc::clone(&self.shared), Arc::clone(&self.arrived));
-        let delay = self.delay;
+        let delay = match std::thread::panicking() {
+            true => Some(AFTER_PANIC * (1 << arrived.deliveries.saturating_sub(1).min(DOUBLINGS))),
+            false => self.delay,
+        };
         self.shared.tasks.finish(async move { arrived.not_now(&shared, delay).await });
     }
 }

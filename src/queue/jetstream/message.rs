@@ -232,9 +232,12 @@ impl Message {
 
     /// The state of `call` while it is made.
     pub(super) fn running(&self, call: &Call, since: Millis) -> Status {
+        let (attempts, status) =
+            self.progress().map_or((0, None), |known| (known.attempts, known.status));
         Status {
             state: State::Running,
-            attempts: self.progress().map_or(0, |status| status.attempts) + 1,
+            attempts: attempts + 1,
+            status,
             started_at: Some(since),
             ..Status::queued(call)
         }

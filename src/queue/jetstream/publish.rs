@@ -11,6 +11,9 @@ use crate::queue::jetstream::subject::{CALLS, Names, consumed, consumer};
 use crate::queue::jetstream::{JetStream, Shared, parts};
 use crate::queue::{Error, Published};
 
+/// The server takes 64 KiB of headers, and what is noted of a call later goes there as well.
+const MAX_HEAD: usize = 56 << 10;
+
 /// What is noted of a key.
 #[derive(Debug, Default)]
 struct Keyed {
@@ -46,6 +49,9 @@ impl Shared {
         // First the consumer: without one, nobody would look for the call.
         self.consumer(&call.function).await?;
         let mut message = Message::new(call);
+        if message.head() > MAX_HEAD {
+            return Err(Error::HeadTooLarge(MAX_HEAD));
+        }
         if !self.server.fits(message.head(), call.body.len()) {
             let parts = parts::store(&self.server, &self.names, id, &call.body);
             let parts = Box::pin(parts).await?;

@@ -50,8 +50,8 @@ pub(super) struct Arrived {
     /// Its own message; where it has none, the one that it would have.
     pub(super) message: Message,
     pub(super) sequence: u64,
-    /// It has come before, to somebody.
-    pub(super) again: bool,
+    /// How often its message has come, to whomever.
+    pub(super) deliveries: u32,
     pub(super) origin: Origin,
     /// The name of the consumer that it came from.
     pub(super) consumer: Arc<str>,
@@ -81,6 +81,11 @@ impl Address {
 }
 
 impl Arrived {
+    /// It has come before, to somebody.
+    pub(super) fn came_before(&self) -> bool {
+        self.deliveries > 1
+    }
+
     pub(super) fn place(&self) -> Place {
         match &self.origin {
             Origin::Alone(_) => Place::alone(self.sequence),
@@ -226,11 +231,14 @@ fn pump(shared: &Arc<Shared>, places: usize) {
 }
 
 async fn begin(shared: Arc<Shared>, lease: Lease) {
-    let line = lease.line;
+    let (line, arrived) = (lease.line, Arc::clone(&lease.arrived));
     match lease.begin().await {
         Ok(Some(delivery)) => shared.begun().ready.push_back((Instant::now(), line, delivery)),
         Ok(None) => {}
-        Err(error) => tracing::debug!(%error, "A call that came cannot be begun"),
+        Err(error) => {
+            let call_id = &arrived.call.id;
+            tracing::debug!(call_id, %error, "A call that came cannot be begun");
+        }
     }
     shared.ready.notify_one();
 }
@@ -315,7 +323,7 @@ async fn functions(shared: &Shared, last: u64) -> Result<(Vec<Function>, u64), F
 /// Asks for calls of a function.
 async fn ask(shared: Arc<Shared>, wanted: Wanted) {
     if let Err(error) = send(&shared, &wanted).await {
-        tracing::debug!(%error, function.name = %wanted.function, "No calls can be asked for");
+        tracing::debug!(%error, function = %wanted.function, "No calls can be asked for");
         fails(&shared, wanted.line, wanted.number, &wanted.function).await;
     }
 }
@@ -390,7 +398,7 @@ fn refused(shared: &Arc<Shared>, line: usize, number: u64, status: StatusCode) {
         return;
     }
     let Some(function) = shared.lines().function(line) else { return };
-    tracing::debug!(%status, function.name = %function, "The server ends a request for calls");
+    tracing::debug!(%status, function = %function, "The server ends a request for calls");
     let all = Arc::clone(shared);
     shared.tasks.spawn(async move { fails(&all, line, number, &function).await });
 }
@@ -421,7 +429,8 @@ async fn arrive(shared: &Arc<Shared>, come: async_nats::Message) {
     let delivered = Delivered { message: come, context: shared.server.context.clone() };
     let Some(reply) = delivered.reply.as_ref().map(ToString::to_string) else { return };
     let Ok(info) = delivered.info() else { return };
-    let (sequence, again) = (info.stream_sequence, info.delivered > 1);
+    let sequence = info.stream_sequence;
+    let deliveries = u32::try_from(info.delivered).unwrap_or(1);
     let consumer: Arc<str> = info.consumer.into();
     let Some(function) = subject::consumed(&consumer) else { return };
     let Some(line) = shared.lines().of(&function) else { return };
@@ -438,10 +447,11 @@ async fn arrive(shared: &Arc<Shared>, come: async_nats::Message) {
     let delivered = delivered.message;
     if let Some(key) = key {
         if let Err(error) = message::together_version(delivered.headers.as_ref()) {
-            return unreadable(shared, sequence, &reply, &error).await;
+            return unreadable(shared, sequence, &delivered.subject, &reply, &error).await;
         }
         let which = Which { function, key, sequence };
-        let come = Come { which, line, again, consumer, lease, payload: delivered.payload };
+        let payload = delivered.payload;
+        let come = Come { which, line, deliveries, consumer, lease, payload };
         let (all, tasks) = (Arc::clone(shared), Arc::clone(shared));
         tasks.tasks.spawn(async move { come.unpack(&all, Address::new(reply)).await });
         return;
@@ -449,11 +459,13 @@ async fn arrive(shared: &Arc<Shared>, come: async_nats::Message) {
     let message = Message::stored(delivered.headers.unwrap_or_default(), delivered.payload);
     let call = match message.call() {
         Ok(call) => call,
-        Err(error) => return unreadable(shared, sequence, &reply, &error).await,
+        Err(error) => {
+            return unreadable(shared, sequence, &delivered.subject, &reply, &error).await;
+        }
     };
     let early = message.due(&call).saturating_sub(now());
     let origin = Origin::Alone(Address::new(reply));
-    let arrived = Arrived { call, message, sequence, again, origin, consumer, lease };
+    let arrived = Arrived { call, message, sequence, deliveries, origin, consumer, lease };
     if early > 0 {
         let delay = Duration::from_millis(early).min(LONGEST);
         arrived.not_now(shared, Some(delay)).await;
@@ -466,7 +478,16 @@ async fn arrive(shared: &Arc<Shared>, come: async_nats::Message) {
 }
 
 /// One of a version to come stays for those who know it.
-pub(super) async fn unreadable(shared: &Shared, sequence: u64, reply: &str, error: &Unreadable) {
-    tracing::error!(sequence, %error, "A queued call cannot be read");
+pub(super) async fn unreadable(
+    shared: &Shared,
+    sequence: u64,
+    subject: &str,
+    reply: &str,
+    error: &Unreadable,
+) {
+    // One with several has none that is known.
+    let alone = subject::key(subject).is_none();
+    let call_id = subject::named(subject).filter(|_| alone).map(|named| named.id);
+    tracing::error!(sequence, call_id, %error, "A queued call cannot be read");
     tell(&shared.server, reply, AckKind::Nak(Some(UNREADABLE))).await;
 }

@@ -287,8 +287,8 @@ impl Bundle {
 pub(super) struct Come {
     pub(super) which: Which,
     pub(super) line: usize,
-    /// It has come before, to somebody.
-    pub(super) again: bool,
+    /// How often it has come, to whomever.
+    pub(super) deliveries: u32,
     pub(super) consumer: Arc<str>,
     pub(super) lease: Duration,
     pub(super) payload: Bytes,
@@ -297,15 +297,17 @@ pub(super) struct Come {
 impl Come {
     /// Keeps those of the calls that are not over.
     pub(super) async fn unpack(self, shared: &Arc<Shared>, address: Address) {
-        let Self { which, line, again, consumer, lease, payload } = self;
+        let Self { which, line, deliveries, consumer, lease, payload } = self;
         let calls = match bundle::decode(payload, &which.function, which.key) {
             Ok(calls) => calls,
             Err(error) => {
-                return unreadable(shared, which.sequence, &address.reply(), &error).await;
+                let subject = shared.names.together(CALLS, &which.function, which.key);
+                let reply = address.reply();
+                return unreadable(shared, which.sequence, &subject, &reply, &error).await;
             }
         };
         // Of a message that nobody was given before, only those know something who took a call out.
-        let suspect = again || shared.server.was_found(which.sequence);
+        let suspect = deliveries > 1 || shared.server.was_found(which.sequence);
         let touched = suspect || shared.taken().may_have(which.key, shared.server.connected());
         let record = match touched {
             true => shared.record(&which, suspect).await,
@@ -337,7 +339,8 @@ impl Come {
                 let message = Message::stored(HeaderMap::new(), call.body.clone());
                 let origin = Origin::Among(bundle.clone(), slot);
                 let consumer = Arc::clone(&consumer);
-                let arrived = Arrived { call, message, sequence, again, origin, consumer, lease };
+                let arrived =
+                    Arrived { call, message, sequence, deliveries, origin, consumer, lease };
                 lines.arrived(line, arrived, now);
             }
         }

@@ -1,0 +1,101 @@
+//! The queue on a NATS server: calls that cannot be stored, have lost their body, or break those who make them.
+
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use gateway::queue::call::Call;
+use gateway::queue::status::{Settlement, State};
+use gateway::queue::{Changed, Error};
+use http::{HeaderName, HeaderValue};
+
+use crate::queue_jetstream::{Gateway, PLACES, call, now, retry, stream, succeeded};
+use crate::support::nats::Nats;
+use crate::support::{eventually, within};
+
+const CALLS: usize = 20;
+
+/// A call with so many bytes of headers.
+fn with_head(id: &str, size: usize) -> Call {
+    let mut call = call(id);
+    let value = HeaderValue::try_from("x".repeat(size)).unwrap();
+    call.headers.insert(HeaderName::from_static("x-long"), value);
+    call
+}
+
+#[tokio::test]
+async fn headers_that_the_server_does_not_take_are_refused_and_long_ones_pass() {
+    let nats = Nats::start();
+    let it = Gateway::on(&nats).await;
+    let refused = within("publish", it.queue.publish(with_head("large", 64_000))).await;
+    assert!(matches!(refused, Err(Error::HeadTooLarge(57_344))), "{refused:?}");
+    assert_eq!(it.state("large").await, None);
+    // Many at a time may go together, but those that go together may have to part.
+    let queue = it.queue.for_thread();
+    let sent = (0..CALLS).map(|number| queue.publish(with_head(&number.to_string(), 50_000)));
+    within("publish", futures_util::future::try_join_all(sent)).await.unwrap();
+    for attempts in [0; CALLS].into_iter().chain([1; CALLS]) {
+        let delivery = it.take().await;
+        assert_eq!(delivery.call.headers["x-long"].len(), 50_000);
+        assert_eq!(delivery.attempts, attempts);
+        let again = if attempts == 0 { retry(now()) } else { succeeded() };
+        it.settle(delivery, again).await;
+    }
+    it.is_empty().await;
+}
+
+#[tokio::test]
+async fn a_call_whose_body_is_lost_is_dead_in_the_end() {
+    let nats = Nats::start();
+    let it = Gateway::on(&nats).await;
+    let body = Bytes::from(vec![7; 2_000_000]);
+    it.publish(Call { body: body.clone(), ..call("lost") }).await;
+    it.publish(Call { body, ..call("whole") }).await;
+    let bodies = stream(&nats, "gateway-faas-request-bodies").await;
+    bodies.purge().filter("faas-body.faas-request.lost.>").await.unwrap();
+    let delivery = it.take().await;
+    assert_eq!(delivery.call.id, "whole");
+    it.settle(delivery, succeeded()).await;
+    tokio::select! {
+        taken = it.queue.take(PLACES) => panic!("made without its body: {taken:?}"),
+        () = eventually("it is dead", async || it.state("lost").await == Some(State::Failed)) => {}
+    }
+    let status = it.queue.status("lost").await.unwrap().unwrap();
+    assert!(status.dead && status.attempts == 0, "{status:?}");
+    assert!(status.reason.unwrap().contains("body"));
+    assert_eq!(it.unfinished().await, 0);
+    assert_eq!(it.queue.cancel("lost").await, Ok(Changed::Yes));
+    assert_eq!(it.state("lost").await, Some(State::Cancelled));
+}
+
+#[tokio::test]
+async fn a_call_that_expires_keeps_what_was_answered_last() {
+    let nats = Nats::start();
+    let it = Gateway::on(&nats).await;
+    it.publish(call("late")).await;
+    let delivery = it.take().await;
+    it.settle(delivery, retry(now())).await;
+    let delivery = it.take().await;
+    let running = it.queue.status("late").await.unwrap().unwrap();
+    assert_eq!((running.state, running.attempts, running.status), (State::Running, 2, Some(503)));
+    let (state, reason) = (State::Failed, Some("late".to_owned()));
+    let expired = Settlement::Finished { state, status: None, reason, answer: None, made: false };
+    it.settle(delivery, expired).await;
+    let status = it.queue.status("late").await.unwrap().unwrap();
+    assert_eq!((status.state, status.attempts, status.status), (state, 1, Some(503)));
+}
+
+#[tokio::test]
+async fn a_call_that_breaks_its_worker_waits_before_it_is_made_again() {
+    let nats = Nats::start();
+    let it = Gateway::on(&nats).await;
+    it.publish(call("odd")).await;
+    let delivery = it.take().await;
+    let began = Instant::now();
+    let broken = tokio::spawn(async move {
+        let _delivery = delivery;
+        panic!("meant to be");
+    });
+    assert!(broken.await.unwrap_err().is_panic());
+    assert_eq!(it.take().await.call.id, "odd");
+    assert!(began.elapsed() >= Duration::from_millis(900), "{:?}", began.elapsed());
+}
