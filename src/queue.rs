@@ -219,7 +219,7 @@ impl Queue {
         match self.known()? {
             Self::Embedded(queue) => queue.publish(call, room).await,
             Self::JetStream(queue) => queue.publish(call, room).await,
-            Self::Stan(queue) => queue.publish(call).await,
+            Self::Stan(queue) => Box::pin(queue.publish(call)).await,
             Self::Discovered(_) => Err(Error::Away),
         }
     }

@@ -378,7 +378,9 @@ async fn must_exist(
         return Ok(());
     }
     let timeout = api.provider.timeout.min(LONGEST_QUESTION);
-    match (Provider { timeout, ..api.provider.clone() }).status(function).await {
+    let provider = Provider { timeout, ..api.provider.clone() };
+    // On the heap: it is rare, and large.
+    match Box::pin(provider.status(function)).await {
         Ok(_) => {
             intake.unverified.forget();
             api.metrics.known.learn(function);

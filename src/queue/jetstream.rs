@@ -33,6 +33,7 @@ mod unpack;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use futures_util::FutureExt;
 use tokio::sync::{Notify, OnceCell, Semaphore};
 
 pub(super) use self::lease::Lease;
@@ -217,10 +218,9 @@ impl JetStream {
         match &self.desk {
             Some(desk) => {
                 let deadline = self.shared.deadline(&call);
-                let published = self.shared.gather.publish(call, room, desk.clone());
-                within(deadline, published).await
+                within(deadline, self.shared.gather.publish(call, room, desk.clone())).await
             }
-            None => self.shared.publish_in_time(&call).await,
+            None => Box::pin(self.shared.publish_in_time(&call)).await,
         }
     }
 
@@ -310,9 +310,10 @@ impl Shared {
     }
 }
 
-async fn within<T>(
+fn within<T>(
     deadline: Duration,
     task: impl Future<Output = Result<T, Error>>,
-) -> Result<T, Error> {
-    tokio::time::timeout(deadline, task).await.unwrap_or(Err(Error::Away))
+) -> impl Future<Output = Result<T, Error>> {
+    // Not `async`: the future of one would be twice as large.
+    tokio::time::timeout(deadline, task).map(|done| done.unwrap_or(Err(Error::Away)))
 }

@@ -8,6 +8,7 @@ use std::time::Duration;
 use futures_util::StreamExt;
 use futures_util::future::{FutureExt as _, join_all};
 use futures_util::stream::FuturesUnordered;
+use tokio::sync::mpsc::error::TrySendError;
 use tokio::sync::{Mutex as AsyncMutex, mpsc, oneshot};
 
 use crate::call_id::X_CALL_ID;
@@ -92,7 +93,14 @@ impl Gather {
     ) -> Result<Published, Error> {
         let (answer, answered) = oneshot::channel();
         let waiting = Waiting { call, answer: Reply::new(answer, Some(desk)), room };
-        self.bring.send(waiting).await.map_err(|_| Error::Away)?;
+        match self.bring.try_send(waiting) {
+            Ok(()) => {}
+            // On the heap, lest the call's size be that of every future twice.
+            Err(TrySendError::Full(waiting)) => {
+                Box::pin(self.bring.send(waiting)).await.map_err(|_| Error::Away)?;
+            }
+            Err(TrySendError::Closed(_)) => return Err(Error::Away),
+        }
         answered.await.unwrap_or(Err(Error::Away))
     }
 }
