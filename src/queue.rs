@@ -5,7 +5,7 @@ mod desk;
 pub mod discovery;
 pub mod embedded;
 pub mod jetstream;
-mod share;
+pub(crate) mod share;
 pub mod stan;
 pub mod status;
 mod tasks;
@@ -73,6 +73,8 @@ pub struct Delivery {
     pub call: Call,
     /// How often it has been made before.
     pub attempts: u32,
+    /// It cannot be made: its body is not there any more.
+    pub lost: bool,
     /// What its queue knows it by.
     handle: Handle,
 }
@@ -245,7 +247,8 @@ impl Queue {
         }
     }
 
-    /// The function has answered: another call may have the place of this one, of which nothing is noted yet.
+    /// It is decided what becomes of the call, and whoever is to be called back has been: another call may have its
+    /// place, though nothing is noted yet.
     pub fn answered(&self, delivery: &Delivery) {
         match &delivery.handle {
             Handle::Embedded(lease) => lease.answered(),

@@ -2,12 +2,14 @@
 
 pub mod attempt;
 pub mod callback;
+mod notes;
 pub mod policies;
 pub mod retry;
 
 use std::sync::Arc;
 use std::time::Duration;
 
+use bytes::Bytes;
 use http::HeaderMap;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio_util::task::TaskTracker;
@@ -23,6 +25,7 @@ use crate::trace::span::Kind;
 use crate::trace::{Open, Tracer};
 use crate::worker::attempt::{Attempt, Caller};
 use crate::worker::callback::{Callbacks, Report, random};
+use crate::worker::notes::Notes;
 use crate::worker::policies::Policies;
 use crate::worker::retry::{Decision, Outcome, decide};
 
@@ -30,13 +33,13 @@ use crate::worker::retry::{Decision, Outcome, decide};
 const PAUSE: Duration = Duration::from_secs(1);
 /// So much of a body is logged.
 const PRINTED: usize = 1024;
-/// What has become of so many calls is being noted at a time, for each place where one is made.
+/// What has become of so many calls is being noted at a time, at most, for each place where one is made.
 const UNNOTED: usize = 2;
 
 /// What makes queued calls.
 pub struct Worker {
     pub intake: Arc<Intake>,
-    /// Calls made at a time. A call whose function has answered has left its place when what became of it is noted.
+    /// Calls made at a time. What becomes of a call is noted when it has left its place.
     pub places: usize,
     pub caller: Caller,
     pub policies: Policies,
@@ -61,7 +64,7 @@ impl Worker {
     /// Makes calls until `stages.closing`, then finishes those that run, or gives them back at `stages.cut`.
     pub async fn run(self: Arc<Self>, stages: &Stages) {
         let places = Arc::new(Semaphore::new(self.places));
-        let notes = Arc::new(Semaphore::new(self.places.saturating_mul(UNNOTED)));
+        let notes = Arc::new(Notes::new(self.places.saturating_mul(UNNOTED)));
         let running = TaskTracker::new();
         // Cancel-safe: a place or a call that was not received goes back.
         while let Some(next) = tokio::select! {
@@ -101,11 +104,15 @@ impl Worker {
     }
 
     /// Makes a call in its place, and notes what becomes of it beside those for which there is room in `notes`.
-    async fn carry_out(&self, delivery: Delivery, place: OwnedSemaphorePermit, notes: &Semaphore) {
+    async fn carry_out(&self, mut delivery: Delivery, place: OwnedSemaphorePermit, notes: &Notes) {
         let call = &delivery.call;
-        let (id, function) = (&call.id, &call.function);
-        let mut settlement = if call.options.expires_at.is_some_and(|at| at <= now()) {
-            Box::pin(self.expired(&delivery)).await
+        let mut settlement = if delivery.lost {
+            let reason = Box::pin(self.not_made(&delivery, &Attempt::lost())).await;
+            Settlement::Dead { status: None, reason, answer: None }
+        } else if call.options.expires_at.is_some_and(|at| at <= now()) {
+            let reason = Box::pin(self.not_made(&delivery, &Attempt::expired())).await;
+            let (state, status) = (State::Failed, None);
+            Settlement::Finished { state, status, reason, answer: None, made: false }
         } else {
             let span = self.begin_span(&delivery);
             let context = span.as_ref().and_then(Open::context);
@@ -116,8 +123,10 @@ impl Worker {
             self.settlement(&delivery, attempt, context).await
         };
         self.print(&delivery, &settlement);
-        // Never closed.
-        let _noting = notes.acquire().await;
+        // It is not made any more, and may have to wait for the queue.
+        delivery.call.body = Bytes::new();
+        let (id, function) = (&delivery.call.id, &delivery.call.function);
+        let _noting = notes.room(function).await;
         self.intake.queue.answered(&delivery);
         drop(place);
         // One that cannot be settled must not be made again at once: the queue would be asked until it can.
@@ -227,19 +236,18 @@ impl Worker {
         }
     }
 
-    /// What becomes of a call whose time has passed; whoever wants to be called back is told.
-    async fn expired(&self, delivery: &Delivery) -> Settlement {
+    /// Why a call is not made, as `attempt` says; whoever wants to be called back is told.
+    async fn not_made(&self, delivery: &Delivery, attempt: &Attempt) -> Option<String> {
         let (call, made) = (&delivery.call, delivery.attempts);
-        let attempt = Attempt::expired();
-        let mut reason = attempt.reason.clone();
-        if call.options.callback.is_some() {
-            let most = self.policies.of(call).await.at_most(call.options.max_attempts).attempts;
-            if let Some(failure) = self.tell(call, &attempt, made, most, None).await {
-                reason = reason.map(|reason| format!("{reason}; {failure}"));
-            }
+        let reason = attempt.reason.clone();
+        if call.options.callback.is_none() {
+            return reason;
         }
-        let state = State::Failed;
-        Settlement::Finished { state, status: None, reason, answer: None, made: false }
+        let most = self.policies.of(call).await.at_most(call.options.max_attempts).attempts;
+        match self.tell(call, attempt, made, most, None).await {
+            Some(failure) => reason.map(|reason| format!("{reason}; {failure}")),
+            None => reason,
+        }
     }
 
     /// Calls back whoever asked for it; why that failed, if it did.

@@ -221,7 +221,12 @@ impl Embedded {
         }
         let began = Began { attempts: lease.before.0 + 1, at: lease.at };
         self.shared.waiting().begin(lease.held, began);
-        Ok(Some(Delivery { call, attempts: lease.before.0, handle: Handle::Embedded(lease) }))
+        Ok(Some(Delivery {
+            call,
+            attempts: lease.before.0,
+            lost: false,
+            handle: Handle::Embedded(lease),
+        }))
     }
 
     pub(super) async fn settle(

@@ -28,6 +28,7 @@ mod subject;
 mod survey;
 mod taken;
 mod together;
+mod tries;
 mod unpack;
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -53,6 +54,7 @@ use crate::queue::jetstream::roll::Roll;
 use crate::queue::jetstream::server::{Fault, Server};
 use crate::queue::jetstream::subject::Names;
 use crate::queue::jetstream::taken::Taken;
+use crate::queue::jetstream::tries::Tries;
 use crate::queue::status::{Answer, Settlement, Status};
 use crate::queue::tasks::Tasks;
 use crate::queue::{Changed, Counts, Delivery, Error, Filter, Published, Room};
@@ -89,6 +91,10 @@ struct Shared {
     keys: Keys,
     fill: Fill,
     taken: Mutex<Taken>,
+    /// How often bodies that are not there were looked for.
+    looks: Tries,
+    /// How often calls have made their worker panic.
+    panics: Tries,
     /// How the calls of a large queue were counted last.
     counted: Mutex<Option<survey::Counted>>,
     /// One who has but a call's id has the server look at every subject: one after the other.
@@ -127,6 +133,8 @@ impl JetStream {
             keys: Keys::new(),
             fill: Fill::new(),
             taken: Mutex::default(),
+            looks: Tries::default(),
+            panics: Tries::default(),
             counted: Mutex::default(),
             searching: Semaphore::new(1),
             looked: Mutex::default(),
@@ -160,6 +168,7 @@ impl JetStream {
         let back = async {
             pull::go_back(&self.shared, ahead).await;
             self.shared.tasks.ended().await;
+            self.shared.roll.leave(&self.shared).await;
             // What was not sent by now is found out by the server itself.
             let _ = self.shared.server.client.flush().await;
         };

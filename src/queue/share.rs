@@ -5,7 +5,7 @@
 ///
 /// A function may have three quarters of the places that the others leave free, and always one: however many of its
 /// calls hang, some places stay free for the others, if there is more than one.
-pub(super) fn has_room(running: usize, all: usize, places: usize) -> bool {
+pub(crate) fn has_room(running: usize, all: usize, places: usize) -> bool {
     let free = places.saturating_sub(all);
     running == 0 || running + 4 <= free * 3
 }

@@ -193,6 +193,11 @@ impl Attempt {
         Self { status: Some(504), ..Self::failed(reason, Instant::now()) }
     }
 
+    /// What becomes of one whose body is not there any more.
+    pub fn lost() -> Self {
+        Self { status: Some(500), ..Self::failed("its body is lost".to_owned(), Instant::now()) }
+    }
+
     /// What is kept of the answer, if there was one: at most `most` bytes of its body.
     pub fn into_answer(self, most: usize) -> Option<Answer> {
         let status = self.status?;
@@ -203,7 +208,11 @@ impl Attempt {
             status,
             headers: headers.collect(),
             truncated: self.truncated || self.body.len() > most,
-            body: self.body.slice(..self.body.len().min(most)),
+            // A part of it would keep all of it in memory.
+            body: match self.body.get(..most) {
+                Some(start) => Bytes::copy_from_slice(start),
+                None => self.body,
+            },
         })
     }
 }

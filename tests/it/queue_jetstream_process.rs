@@ -2,11 +2,12 @@
 
 use std::time::Duration;
 
+use crate::queue_jetstream::stream;
 use crate::support::eventually;
 use crate::support::gateway::{Builder, Gateway};
 use crate::support::metrics::Metrics;
 use crate::support::nats::Nats;
-use crate::support::provider::Provider;
+use crate::support::provider::{Call, Provider};
 use crate::support::queue::{answering, patient};
 
 fn on(nats: &Nats, builder: Builder) -> Builder {
@@ -100,4 +101,45 @@ async fn a_call_that_runs_for_longer_than_ack_wait_is_made_once() {
     let id = gateway.queued("echo", &[], "").await;
     let told = gateway.becomes(&id, "succeeded").await;
     assert_eq!((&told["attempts"], provider.calls()), (&1.into(), 1), "{told}");
+}
+
+#[tokio::test]
+async fn headers_of_an_answer_that_nats_does_not_take_are_left_out_with_it() {
+    let nats = Nats::start();
+    let answering = async |mut call: Call| {
+        let long = "x".repeat(40_000);
+        let head =
+            format!("HTTP/1.1 200 OK\r\nX-A: {long}\r\nX-B: {long}\r\nContent-Length: 2\r\n\r\nok");
+        call.wire.send(&head).await;
+        Some(call.wire)
+    };
+    let provider = patient().answering(answering).start();
+    let gateway = on(&nats, Gateway::builder()).provider(&provider).start().await;
+    eventually("the queue is there", async || !lacks_queue(&gateway).await).await;
+    // One of those that may go together, and one that goes alone.
+    for headers in [&[][..], &["X-Call-Id: mine"]] {
+        let id = gateway.queued("echo", headers, "").await;
+        let told = gateway.becomes(&id, "succeeded").await;
+        assert_eq!((&told["attempts"], &told["status"]), (&1.into(), &200.into()), "{told}");
+    }
+    assert_eq!(provider.calls(), 2);
+}
+
+#[tokio::test]
+async fn a_call_whose_body_is_lost_is_dead_and_its_caller_is_told() {
+    let (nats, provider) = (Nats::start(), answering(&[200], "done"));
+    let hook = Provider::saying("thanks");
+    let gateway = on(&nats, Gateway::builder()).var("ack_wait", "1s");
+    let gateway = gateway.provider(&provider).start().await;
+    eventually("the queue is there", async || !lacks_queue(&gateway).await).await;
+    let callback = format!("X-Callback-Url: {}/function/hook", hook.url());
+    let body = "x".repeat(1_500_000);
+    let id = gateway.queued("echo", &[&callback, "X-Delay-Seconds: 1"], &body).await;
+    let bodies = stream(&nats, "gateway-faas-request-bodies").await;
+    assert!(bodies.purge().await.unwrap().purged > 0);
+    let told = gateway.becomes(&id, "failed").await;
+    assert_eq!((&told["dead"], &told["reason"]), (&true.into(), &"its body is lost".into()));
+    assert_eq!((provider.calls(), hook.calls()), (0, 1));
+    let buried = |it: &Metrics| it.get("gateway_queue_dead_letters_total", &[]) == Some(1.0);
+    gateway.metrics_show("it is counted", buried).await;
 }

@@ -38,7 +38,7 @@ const DOUBLINGS: u32 = 10;
 pub(super) struct Run {
     /// Which time of all this is.
     run: u64,
-    /// Where it is made, another may be made by now.
+    /// It has left its place.
     answered: bool,
     /// Not known yet while the call is read from the file.
     pub(super) began: Option<Began>,

@@ -22,7 +22,7 @@ use crate::queue::{Delivery, Error, Handle};
 /// One who takes a call back is done with that within this time, or has died over it.
 const TAKEN_BACK: Duration = Duration::from_secs(1);
 /// A body that is not there may be so for a moment only: so often it is looked for.
-const TRIES: u32 = 6;
+const LOOKS: u32 = 6;
 /// The pause before a call is made again that made its worker panic; it doubles with each time.
 const AFTER_PANIC: Duration = Duration::from_secs(1);
 /// So often it doubles.
@@ -37,7 +37,7 @@ const PLACED: u8 = 1;
 /// It has been made.
 const LEFT: u8 = 2;
 
-/// A call that was taken. It is given back when this is dropped unsettled.
+/// A call that was picked, and then taken. It is given back when this is dropped unsettled.
 pub(in crate::queue) struct Lease {
     shared: Arc<Shared>,
     pub(super) line: usize,
@@ -46,6 +46,8 @@ pub(in crate::queue) struct Lease {
     hold: u64,
     stage: AtomicU8,
     settled: AtomicBool,
+    /// Its body is not there any more.
+    lost: bool,
     /// When it is given back: not before so long.
     delay: Option<Duration>,
 }
@@ -56,8 +58,8 @@ impl Lease {
         let hold = shared.roll.hold(&arrived);
         Roll::keep(shared);
         let (stage, settled) = (AtomicU8::new(BEGUN), AtomicBool::new(false));
-        let shared = Arc::clone(shared);
-        Self { shared, line, arrived, hold, stage, settled, delay: Some(PAUSE) }
+        let (shared, delay) = (Arc::clone(shared), Some(PAUSE));
+        Self { shared, line, arrived, hold, stage, settled, lost: false, delay }
     }
 
     /// Somebody takes it, and there is a place for it.
@@ -69,7 +71,7 @@ impl Lease {
     pub(in crate::queue) fn answered(&self) {
         let left = self.stage.compare_exchange(PLACED, LEFT, Relaxed, Relaxed);
         if left.is_ok() {
-            self.shared.lines().ended(self.line);
+            self.shared.lines().leaves(self.line);
             self.shared.ready.notify_one();
         }
     }
@@ -96,10 +98,14 @@ impl Lease {
         let mut call = self.arrived.call.clone();
         if let Some(parts) = self.arrived.message.parts() {
             let body = Box::pin(parts::load(&shared.server, &shared.names, &parts)).await?;
-            let Some(body) = body else {
-                return self.no_body().await.map(|()| None);
-            };
-            call.body = body;
+            if let Some(body) = body {
+                shared.looks.forget(&call.id);
+                call.body = body;
+            } else if self.is_lost().await? {
+                self.lost = true;
+            } else {
+                return Ok(None);
+            }
         }
         if !shared.roll.claim(&shared, self.hold).await? {
             self.delay = Some(TAKEN_BACK);
@@ -107,29 +113,31 @@ impl Lease {
         }
         self.delay = None;
         let attempts = self.arrived.message.progress().map_or(0, |status| status.attempts);
-        Ok(Some(Delivery { call, attempts, handle: Handle::JetStream(Box::new(self)) }))
+        Ok(Some(Delivery {
+            call,
+            attempts,
+            lost: self.lost,
+            handle: Handle::JetStream(Box::new(self)),
+        }))
     }
 
-    /// The call's body is not there: it is looked for some times more, and then the call is dead.
-    async fn no_body(&mut self) -> Result<(), Fault> {
-        let (call_id, function) = (&self.arrived.call.id, &self.arrived.call.function);
-        let tries = self.arrived.deliveries;
-        if tries < TRIES {
-            tracing::warn!(call_id, %function, tries, "The body of a queued call is not there");
+    /// Whether the call's body, which is not there, was looked for often enough. If not, it is looked for again later.
+    async fn is_lost(&mut self) -> Result<bool, Fault> {
+        let Arrived { call, .. } = &*self.arrived;
+        let (call_id, function, looks) =
+            (&call.id, &call.function, self.shared.looks.count(&call.id));
+        if looks < LOOKS {
+            tracing::warn!(call_id, %function, looks, "The body of a queued call is not there");
             self.delay = Some(self.shared.options.lease / 3);
-            return Ok(());
+            return Ok(false);
         }
-        if !self.shared.roll.claim(&self.shared, self.hold).await? {
-            self.delay = Some(TAKEN_BACK);
-            return Ok(());
+        // Whoever has made it meanwhile has removed the body.
+        if Box::pin(self.is_over()).await? {
+            self.done().await;
+            return Ok(false);
         }
-        tracing::error!(call_id, %function, "The body of a queued call is lost: it is dead");
-        let reason = Some("its body is not there any more".to_owned());
-        let settlement = Settlement::Dead { status: None, reason, answer: None };
-        let status = self.status();
-        // It was not made.
-        let status = Status { attempts: status.attempts - 1, ..status }.settled(&settlement, now());
-        Box::pin(self.store(&status, &settlement)).await
+        tracing::error!(call_id, %function, "The body of a queued call is lost");
+        Ok(true)
     }
 
     fn subject(&self, root: &str) -> String {
@@ -151,7 +159,9 @@ impl Lease {
     /// The call's status while it is made.
     fn status(&self) -> Status {
         let since = self.shared.roll.since(self.hold).unwrap_or_else(now);
-        self.arrived.message.running(&self.arrived.call, since)
+        let status = self.arrived.message.running(&self.arrived.call, since);
+        // One that is lost is not made once more.
+        Status { attempts: status.attempts - u32::from(self.lost), ..status }
     }
 
     /// Settles the call. While the server is away this waits as long as the call is ours: a settlement that is lost
@@ -323,7 +333,9 @@ impl Drop for Lease {
         }
         let (shared, arrived) = (Arc::clone(&self.shared), Arc::clone(&self.arrived));
         let delay = match std::thread::panicking() {
-            true => Some(AFTER_PANIC * (1 << arrived.deliveries.saturating_sub(1).min(DOUBLINGS))),
+            true => Some(
+                AFTER_PANIC * (1 << (shared.panics.count(&arrived.call.id) - 1).min(DOUBLINGS)),
+            ),
             false => self.delay,
         };
         self.shared.tasks.finish(async move { arrived.not_now(&shared, delay).await });

@@ -29,7 +29,8 @@ pub(super) struct Lines<A> {
     by_function: HashMap<Function, usize>,
     /// Whose turn it is.
     turn: usize,
-    running: usize,
+    /// How many have a place.
+    placed: usize,
     /// How often was asked.
     asks: u64,
 }
@@ -40,8 +41,8 @@ struct Line<A> {
     arrived: VecDeque<(Instant, A)>,
     /// How many were picked that nobody has taken yet.
     begun: usize,
-    /// How many were taken and have not been made.
-    running: usize,
+    /// How many have a place among those that are made.
+    placed: usize,
     ask: Option<Ask>,
     pace: Pace,
     /// How many calls a message has, lately.
@@ -82,7 +83,7 @@ fn wait(flows: bool) -> Duration {
 
 impl<A> Lines<A> {
     pub(super) fn new() -> Self {
-        Self { lines: Vec::new(), by_function: HashMap::new(), turn: 0, running: 0, asks: 0 }
+        Self { lines: Vec::new(), by_function: HashMap::new(), turn: 0, placed: 0, asks: 0 }
     }
 
     /// Adds the line of `function`; `false` if it is there.
@@ -95,7 +96,7 @@ impl<A> Lines<A> {
             function: function.clone(),
             arrived: VecDeque::new(),
             begun: 0,
-            running: 0,
+            placed: 0,
             ask: None,
             pace: Pace::default(),
             size: None,
@@ -136,8 +137,9 @@ impl<A> Lines<A> {
             if line.arrived.is_empty() {
                 continue;
             }
-            let (begun, ahead) = (line.begun, line.pace.ahead(now));
-            if begun >= ahead && self.room(index, places, begun + 1 - ahead) <= begun - ahead {
+            // Those that are not ahead have a place each.
+            let placed = (line.begun + 1).saturating_sub(line.pace.ahead(now));
+            if self.room(index, places, placed) < placed {
                 continue;
             }
             if let Some((_, call)) = self.lines[index].arrived.pop_front() {
@@ -149,15 +151,16 @@ impl<A> Lines<A> {
         None
     }
 
-    /// Whether a call that was picked may be made now; if so, it runs.
-    pub(super) fn take(&mut self, line: usize, places: usize) -> bool {
-        let may = self.room(line, places, 1) == 1;
-        if may {
-            self.unpick(line);
-            self.running += 1;
-            self.lines[line].running += 1;
-        }
-        may
+    /// Whether there is a place for a call that was picked.
+    pub(super) fn may_take(&self, line: usize, places: usize) -> bool {
+        self.room(line, places, 1) == 1
+    }
+
+    /// A call that was picked gets a place.
+    pub(super) fn take(&mut self, line: usize) {
+        self.unpick(line);
+        self.placed += 1;
+        self.lines[line].placed += 1;
     }
 
     /// A call that was picked is not made.
@@ -165,21 +168,21 @@ impl<A> Lines<A> {
         self.lines[line].begun -= 1;
     }
 
-    /// A call does not run any more.
-    pub(super) fn ended(&mut self, line: usize) {
-        self.running -= 1;
-        self.lines[line].running -= 1;
+    /// A call leaves its place.
+    pub(super) fn leaves(&mut self, line: usize) {
+        self.placed -= 1;
+        self.lines[line].placed -= 1;
     }
 
     /// How many calls that were picked could be taken at once.
-    pub(super) fn ready(&self, places: usize) -> usize {
+    pub(super) fn takeable(&self, places: usize) -> usize {
         let begun = self.lines.iter().enumerate().filter(|(_, it)| it.begun > 0);
         begun.map(|(line, it)| self.room(line, places, it.begun)).sum()
     }
 
     /// Whether nothing was picked that could end in a moment.
     pub(super) fn is_idle(&self) -> bool {
-        self.running == 0 && self.lines.iter().all(|line| line.begun == 0)
+        self.placed == 0 && self.lines.iter().all(|line| line.begun == 0)
     }
 
     /// The functions to ask for. Of a function that had no calls lately one is asked for; of
@@ -246,8 +249,8 @@ impl<A> Lines<A> {
 
     /// How many calls more the line may have, at most `most`.
     fn room(&self, line: usize, places: usize, most: usize) -> usize {
-        let running = self.lines[line].running;
-        (0..most).take_while(|more| has_room(running + more, self.running + more, places)).count()
+        let placed = self.lines[line].placed;
+        (0..most).take_while(|more| has_room(placed + more, self.placed + more, places)).count()
     }
 }
 
@@ -272,10 +275,18 @@ mod tests {
         std::iter::from_fn(|| lines.pick(places, now)).map(|(_, call)| call).collect()
     }
 
+    fn place(lines: &mut Lines<u32>, line: usize, places: usize) -> bool {
+        let may = lines.may_take(line, places);
+        if may {
+            lines.take(line);
+        }
+        may
+    }
+
     /// How many of the first function have a place.
     fn takes(lines: &mut Lines<u32>, places: usize, now: Instant) -> usize {
         let picked = picks(lines, places, now).len();
-        assert!((0..picked).all(|_| lines.take(0, places)));
+        assert!((0..picked).all(|_| place(lines, 0, places)));
         picked
     }
 
@@ -305,8 +316,8 @@ mod tests {
         assert_eq!(asked(&mut lines, 8, now), [(1, 1)]);
         lines.arrived(1, 100, now);
         assert_eq!(lines.pick(8, now), Some((1, 100)));
-        assert!(lines.take(1, 8));
-        lines.ended(0);
+        assert!(place(&mut lines, 1, 8));
+        lines.leaves(0);
         assert_eq!(lines.pick(8, now), None);
     }
 
@@ -323,21 +334,22 @@ mod tests {
             lines.arrived(0, call, now);
         }
         let share = (0..).take_while(|running| has_room(*running, *running, 8)).count();
-        assert_eq!(lines.ready(8), 0);
+        assert_eq!(lines.takeable(8), 0);
         let begun = picks(&mut lines, 8, now).len();
         assert!((20..64).contains(&(begun - share)), "{begun}");
-        assert_eq!(lines.ready(8), share);
-        assert_eq!((0..begun).filter(|_| lines.take(0, 8)).count(), share);
-        assert_eq!(lines.ready(8), 0);
+        assert_eq!(lines.takeable(8), share);
+        assert_eq!((0..begun).filter(|_| place(&mut lines, 0, 8)).count(), share);
+        assert_eq!(lines.takeable(8), 0);
         // There is a place for another function, and calls of it are begun.
         lines.arrived(1, 100, now);
         assert_eq!(lines.pick(8, now), Some((1, 100)));
-        assert!(lines.ready(8) == 1 && lines.take(1, 8));
+        assert_eq!(lines.takeable(8), 1);
+        assert!(place(&mut lines, 1, 8));
         // One that is made lets the next one in; one that is not made at all takes nobody's place.
-        lines.ended(0);
-        lines.ended(1);
+        lines.leaves(0);
+        lines.leaves(1);
         lines.unpick(0);
-        assert!(lines.take(0, 8) && !lines.take(0, 8));
+        assert!(place(&mut lines, 0, 8) && !place(&mut lines, 0, 8));
         assert!(!lines.is_idle());
     }
 
@@ -358,8 +370,8 @@ mod tests {
         assert_eq!(asked(&mut lines, 1, now), []);
         lines.arrived(0, 1, now);
         assert_eq!(lines.pick(1, now), Some((0, 1)));
-        assert!(lines.take(0, 1) && !lines.is_idle());
-        lines.ended(0);
+        assert!(place(&mut lines, 0, 1) && !lines.is_idle());
+        lines.leaves(0);
         assert!(lines.is_idle());
     }
 

@@ -78,6 +78,10 @@ impl List {
         }
     }
 
+    pub(super) fn is_empty(&self) -> bool {
+        self.calls.is_empty() && self.together.is_empty()
+    }
+
     /// All of them, and since when they are made.
     pub(super) fn places(&self) -> impl Iterator<Item = (Place, Millis)> {
         let alone = self.calls.values().flatten();

@@ -12,7 +12,7 @@ use crate::queue::jetstream::{JetStream, Shared, parts};
 use crate::queue::{Error, Published};
 
 /// The server takes 64 KiB of headers, and what is noted of a call later goes there as well.
-const MAX_HEAD: usize = 56 << 10;
+const MAX_HEAD: usize = 62 << 10;
 
 /// What is noted of a key.
 #[derive(Debug, Default)]

@@ -108,7 +108,8 @@ impl Arrived {
                 tell(&shared.server, &address.reply(), AckKind::Nak(delay)).await;
             }
             Origin::Among(bundle, slot) => {
-                tokio::time::sleep(delay.unwrap_or_default()).await;
+                // Nobody says meanwhile that its message is ours.
+                tokio::time::sleep(delay.unwrap_or_default().min(self.lease / 3)).await;
                 bundle.let_go(shared, &self.call, *slot).await;
             }
         }
@@ -153,13 +154,14 @@ pub(super) struct Begun {
 impl Begun {
     /// How many more are worth beginning: what is wanted now, and in the next moments.
     fn room(&self, lines: &Lines<Arrived>, places: usize, now: Instant) -> usize {
-        (self.takers + self.pace.ahead(now)).saturating_sub(lines.ready(places))
+        (self.takers + self.pace.ahead(now)).saturating_sub(lines.takeable(places))
     }
 
     /// The first for which there is a place.
     fn take(&mut self, lines: &mut Lines<Arrived>, places: usize) -> Option<Delivery> {
-        let next = self.ready.iter().position(|(_, line, _)| lines.take(*line, places))?;
-        let (.., delivery) = self.ready.remove(next)?;
+        let next = self.ready.iter().position(|(_, line, _)| lines.may_take(*line, places))?;
+        let (_, line, delivery) = self.ready.remove(next)?;
+        lines.take(line);
         if let Handle::JetStream(lease) = &delivery.handle {
             lease.placed();
         }
@@ -217,9 +219,9 @@ fn pump(shared: &Arc<Shared>, places: usize) {
     let (picked, wanted) = {
         let begun = shared.begun();
         let mut lines = shared.lines();
-        let room = begun.room(&lines, places, now);
-        let picked = std::iter::from_fn(|| lines.pick(places, now)).take(room);
-        let picked: Vec<_> = picked.collect();
+        // What has no place yet leaves as much room as there was.
+        let pick = || (begun.room(&lines, places, now) > 0).then(|| lines.pick(places, now))?;
+        let picked: Vec<_> = std::iter::from_fn(pick).collect();
         (picked, lines.ask(places, now))
     };
     for (line, arrived) in picked {

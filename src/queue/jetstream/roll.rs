@@ -41,8 +41,10 @@ struct Inner {
     waiting: Vec<(u64, oneshot::Sender<Result<bool, Fault>>)>,
     /// Somebody writes the list.
     writing: bool,
-    /// The list names a call that we do not have any more.
+    /// The list names a call that we do not have any more, which others are to know soon.
     stale: bool,
+    /// The list as it was written last names calls.
+    names_some: bool,
     /// When it was written, and over which connection.
     written: Option<(Instant, u64)>,
     /// The latest mark of all, and when it was new to us.
@@ -135,6 +137,7 @@ impl Roll {
                     return;
                 }
                 inner.stale = false;
+                inner.names_some = true;
                 let new: Vec<Place> =
                     waiting.iter().map(|(hold, _)| inner.list_it(*hold)).collect();
                 (waiting, new, inner.list())
@@ -164,6 +167,7 @@ impl Roll {
         let nothing_between = {
             let mut inner = self.inner();
             inner.written = Some((Instant::now(), connection));
+            inner.names_some = !list.is_empty();
             inner.marks_seen + 1 == stored.sequence
         };
         if new.is_empty() && !nothing_between {
@@ -227,8 +231,23 @@ impl Roll {
             let mut inner = shared.roll.inner();
             if inner.held.is_empty() && nothing_ahead {
                 inner.kept = false;
+                if inner.names_some {
+                    // Those that are over still count as being made.
+                    inner.stale = true;
+                    shared.roll.write_soon(&mut inner, &shared);
+                }
                 return;
             }
+        }
+    }
+
+    /// Leaves an empty list behind: we make no more calls.
+    pub(super) async fn leave(&self, shared: &Shared) {
+        if !self.inner().names_some {
+            return;
+        }
+        if let Err(error) = self.store(shared, &List::default(), &[]).await {
+            tracing::debug!(%error, "The list of calls that are made cannot be emptied");
         }
     }
 

@@ -33,6 +33,7 @@ const NO_MESSAGE: u64 = 10037;
 const WRONG_SEQUENCE: u64 = 10071;
 const STORE_FAILED: u64 = 10077;
 const NO_STREAM: u64 = 10059;
+const LARGE_HEAD: u64 = 10097;
 const NOT_NOW: [u64; 4] = [10008, 10009, 10004, NO_STREAM];
 const NO_ROOM: [u64; 4] = [10023, 10028, 10047, 10077];
 
@@ -63,7 +64,7 @@ impl From<Fault> for Error {
             Fault::Refused(code, _) if NOT_NOW.contains(code) => Self::Away,
             Fault::Refused(STORE_FAILED, text) if text.contains("maximum messages") => Self::Full,
             Fault::Refused(code, _) if NO_ROOM.contains(code) => Self::NoSpace,
-            Fault::TooLarge => Self::TooLarge(0),
+            Fault::TooLarge | Fault::Refused(LARGE_HEAD, _) => Self::TooLarge(0),
             Fault::Refused(..) | Fault::Odd => {
                 tracing::error!(error = %fault, "The queue's server failed");
                 Self::Failed

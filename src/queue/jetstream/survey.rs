@@ -270,6 +270,8 @@ impl Shared {
             let running = lists.iter().map(|list| list.count(&consumer.name));
             let (running, in_messages) =
                 running.fold((0, 0), |(a, b), (calls, messages)| (a + calls, b + messages));
+            // A list is written anew when there is time.
+            let running = if consumer.given == 0 { 0 } else { running };
             let messages = consumer.pending + consumer.given;
             let oldest = match messages {
                 0 => None,

@@ -45,7 +45,12 @@ pub(super) async fn take(shared: &Arc<Shared>, places: usize) -> Result<Delivery
                 shared.ready.notify_one();
                 let attempts = progress.attempts;
                 let lease = Lease::new(Arc::clone(shared), key, call.clone(), progress);
-                return Ok(Delivery { call, attempts, handle: Handle::Stan(Box::new(lease)) });
+                return Ok(Delivery {
+                    call,
+                    attempts,
+                    lost: false,
+                    handle: Handle::Stan(Box::new(lease)),
+                });
             }
             Next::NotBefore(at) => Duration::from_millis(at.saturating_sub(now()) + 1),
             Next::Nothing => Duration::MAX,
