@@ -10,6 +10,7 @@ mod consumers;
 mod dead;
 mod fill;
 mod gather;
+mod idle;
 mod ids;
 mod lease;
 mod lines;
@@ -47,6 +48,7 @@ use crate::queue::desk::Desk;
 use crate::queue::jetstream::consumers::Consumers;
 use crate::queue::jetstream::fill::Fill;
 use crate::queue::jetstream::gather::Gather;
+use crate::queue::jetstream::idle::IDLE;
 use crate::queue::jetstream::ids::Keys;
 use crate::queue::jetstream::lines::Lines;
 use crate::queue::jetstream::pull::{Arrived, Begun};
@@ -193,12 +195,13 @@ impl JetStream {
     }
 
     /// Removes bodies whose calls are over or never came to be: what a process or a server leaves that is killed. To be
-    /// called every hour or so; a body that is younger than `age` stays.
+    /// called every hour or so; a body that is younger than `age` stays. So do consumers that were used within `idle`.
     ///
     /// # Errors
     /// When the server does not answer.
-    pub async fn tidy(&self, age: Duration) -> Result<u64, Error> {
+    pub async fn tidy(&self, age: Duration, idle: Duration) -> Result<u64, Error> {
         let shared = self.shared.ready().await?;
+        shared.tidy_consumers(idle).await?;
         shared.tidy_records(age).await?;
         Ok(shared.tidy(age).await?)
     }
@@ -215,7 +218,7 @@ impl JetStream {
             }
             *tidied = Instant::now();
         }
-        match self.tidy(TIDY).await {
+        match self.tidy(TIDY, IDLE).await {
             Ok(0) => {}
             Ok(removed) => tracing::info!(removed, "Bodies removed that no call has any more"),
             Err(error) => tracing::debug!(%error, "The queue cannot be tidied up"),

@@ -3,12 +3,13 @@
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
+use futures_util::TryStreamExt;
 use gateway::queue::call::Call;
 use gateway::queue::status::{Settlement, State};
 use gateway::queue::{Changed, Error};
 use http::{HeaderName, HeaderValue};
 
-use crate::queue_jetstream::{Gateway, LEASE, call, dead, now, retry, stream, succeeded};
+use crate::queue_jetstream::{Gateway, LEASE, call, call_of, dead, now, retry, stream, succeeded};
 use crate::support::nats::Nats;
 use crate::support::{eventually, within};
 
@@ -105,11 +106,13 @@ async fn one_who_makes_no_more_calls_leaves_none_behind_as_running() {
     let nats = Nats::start();
     let it = Gateway::on(&nats).await;
     let claims = async || stream(&nats, "gateway-faas-request-claims").await;
-    let list = async || {
+    let list = async || loop {
         let claims = claims().await;
         let last = claims.cached_info().state.last_sequence;
-        let list = claims.get_raw_message(last).await.unwrap().payload;
-        String::from_utf8(list.to_vec()).unwrap()
+        // There may be another one by now.
+        if let Ok(list) = claims.get_raw_message(last).await {
+            return String::from_utf8(list.payload.to_vec()).unwrap();
+        }
     };
     it.publish(call("first")).await;
     let delivery = it.take().await;
@@ -122,4 +125,49 @@ async fn one_who_makes_no_more_calls_leaves_none_behind_as_running() {
     it.settle(delivery, succeeded()).await;
     it.dies(Vec::new()).await;
     assert_eq!(list().await, r#"{"calls":{}}"#);
+}
+
+/// Of each consumer, how many ask it for calls.
+async fn consumers(nats: &Nats) -> Vec<usize> {
+    let calls = stream(nats, "gateway-faas-request-calls").await;
+    calls.consumers().map_ok(|consumer| consumer.num_waiting).try_collect().await.unwrap()
+}
+
+#[tokio::test]
+async fn consumers_of_functions_without_calls_are_tidied_away_and_come_back() {
+    let nats = Nats::start();
+    let (it, other) = (Gateway::on(&nats).await, Gateway::on(&nats).await);
+    it.publish(call_of("gone", "1")).await;
+    it.publish(call_of("kept", "2")).await;
+    let mut taken = [it.take().await, it.take().await];
+    taken.sort_by_key(|delivery| delivery.call.id.clone());
+    let [gone, kept] = taken;
+    it.settle(gone, succeeded()).await;
+    eventually("one is left", async || it.unfinished().await == 1).await;
+    let age = LEASE * 1000;
+    it.tidy(age, age).await.unwrap();
+    assert_eq!(consumers(&nats).await.len(), 2);
+    let asked = async || consumers(&nats).await;
+    eventually("nobody asks for calls", async || asked().await == [0, 0]).await;
+    let waits = async {
+        eventually("another one does", async || asked().await == [1, 1]).await;
+        it.tidy(age, Duration::ZERO).await.unwrap();
+        assert_eq!(consumers(&nats).await.len(), 1);
+        tokio::time::sleep(LEASE).await;
+        assert_eq!(consumers(&nats).await.len(), 1, "nobody makes it anew for nothing");
+        // Who published before believes that it is there still.
+        it.publish(call_of("gone", "3")).await;
+        std::future::pending::<()>().await;
+    };
+    let delivery = tokio::select! {
+        delivery = other.take() => delivery,
+        () = waits => unreachable!(),
+    };
+    assert_eq!(delivery.call.id, "3");
+    assert_eq!(consumers(&nats).await.len(), 2);
+    other.settle(delivery, succeeded()).await;
+    it.settle(kept, succeeded()).await;
+    it.is_empty().await;
+    it.tidy(age, Duration::ZERO).await.unwrap();
+    assert!(consumers(&nats).await.is_empty());
 }

@@ -1,7 +1,7 @@
 //! The consumers, one for each function: which of them are there, and how they are made. What the server says of a
 //! consumer beside its name costs it a look at every call, so it is asked for that once.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 use std::time::{Duration, Instant};
 
 use async_nats::jetstream::consumer::{AckPolicy, PullConsumer, pull};
@@ -12,15 +12,17 @@ use crate::queue::jetstream::Shared;
 use crate::queue::jetstream::server::Fault;
 use crate::queue::jetstream::subject::{self, CALLS};
 
+/// A consumer that was not used for so long may have been removed.
+const BELIEVED: Duration = Duration::from_secs(3600);
 /// That a consumer has been made is said within this time.
 const AT_ONCE: Duration = Duration::from_secs(1);
 
 /// What is known of the consumers.
 #[derive(Default)]
 pub(super) struct Consumers {
-    /// Those that are there, as of one connection, and when they were listed.
+    /// Those that are there, as of one connection, when they were used or seen last, and when all were listed.
     connection: u64,
-    there: HashSet<Function>,
+    there: HashMap<Function, Instant>,
     listed: Option<Instant>,
     /// For how long a call is its taker's.
     leases: HashMap<Function, Duration>,
@@ -33,6 +35,16 @@ impl Consumers {
     pub(super) fn forget(&mut self, connection: u64) {
         (self.connection, self.listed) = (connection, None);
         self.there.clear();
+    }
+
+    /// Whether a consumer is there, which is used now.
+    fn knows(&mut self, function: &Function) -> bool {
+        let Some(used) = self.there.get_mut(function) else { return false };
+        let believed = used.elapsed() < BELIEVED;
+        if believed {
+            *used = Instant::now();
+        }
+        believed
     }
 
     /// It may be gone, or may be another.
@@ -62,15 +74,16 @@ impl Shared {
             let consumers = self.consumers();
             let fresh = consumers.listed.is_some_and(|at| at.elapsed() <= age);
             if fresh && consumers.connection == connection {
-                return Ok((consumers.there.iter().cloned().collect(), false));
+                return Ok((consumers.there.keys().cloned().collect(), false));
             }
         }
         let names = self.server.names(&self.names.calls).await?;
         let found: Vec<_> = names.iter().filter_map(|name| subject::consumed(name)).collect();
         let mut consumers = self.consumers();
         if consumers.connection == connection {
-            consumers.there = found.iter().cloned().collect();
-            consumers.listed = Some(Instant::now());
+            let now = Instant::now();
+            consumers.there = found.iter().map(|function| (function.clone(), now)).collect();
+            consumers.listed = Some(now);
         }
         Ok((found, true))
     }
@@ -78,9 +91,8 @@ impl Shared {
     /// Sees that there is a consumer for `function`.
     pub(super) async fn consumer(&self, function: &Function) -> Result<(), Fault> {
         let known = {
-            let consumers = self.consumers();
-            self.server.connected() == Some(consumers.connection)
-                && consumers.there.contains(function)
+            let mut consumers = self.consumers();
+            self.server.connected() == Some(consumers.connection) && consumers.knows(function)
         };
         if known { Ok(()) } else { Box::pin(self.find_consumer(function)).await }
     }
@@ -92,7 +104,7 @@ impl Shared {
             {
                 let mut consumers = self.consumers();
                 if consumers.connection == connection {
-                    consumers.there.insert(function.clone());
+                    consumers.there.insert(function.clone(), Instant::now());
                 }
                 consumers.leases.insert(function.clone(), made);
             }

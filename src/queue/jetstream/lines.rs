@@ -43,6 +43,8 @@ struct Line<A> {
     begun: usize,
     /// How many have a place among those that are made.
     placed: usize,
+    /// The function has no consumer.
+    retired: bool,
     ask: Option<Ask>,
     pace: Pace,
     /// How many calls a message has, lately.
@@ -88,8 +90,8 @@ impl<A> Lines<A> {
 
     /// Adds the line of `function`; `false` if it is there.
     pub(super) fn add(&mut self, function: &Function) -> bool {
-        if self.by_function.contains_key(function) {
-            return false;
+        if let Some(line) = self.by_function.get(function) {
+            return std::mem::take(&mut self.lines[*line].retired);
         }
         self.by_function.insert(function.clone(), self.lines.len());
         self.lines.push(Line {
@@ -97,6 +99,7 @@ impl<A> Lines<A> {
             arrived: VecDeque::new(),
             begun: 0,
             placed: 0,
+            retired: false,
             ask: None,
             pace: Pace::default(),
             size: None,
@@ -120,6 +123,21 @@ impl<A> Lines<A> {
         line.size = Some(size + (calls as f64 - size) / LATELY);
         if let Some(ask) = &mut line.ask {
             ask.left = ask.left.saturating_sub(1);
+        }
+    }
+
+    /// The consumer of `function` was made a moment ago: nothing comes of what was asked for before.
+    pub(super) fn made(&mut self, function: &Function) {
+        self.add(function);
+        if let Some(line) = self.of(function) {
+            self.lines[line].ask = None;
+        }
+    }
+
+    /// Nothing is asked for any more, until the line is added again.
+    pub(super) fn retire(&mut self, line: usize) {
+        if let Some(line) = self.lines.get_mut(line) {
+            (line.retired, line.ask) = (true, None);
         }
     }
 
@@ -191,7 +209,8 @@ impl<A> Lines<A> {
         let mut wanted = Vec::new();
         for line in 0..self.lines.len() {
             let it = &self.lines[line];
-            if it.ask.as_ref().is_some_and(|ask| ask.left > 0 && ask.until > now) {
+            let asked = it.ask.as_ref().is_some_and(|ask| ask.left > 0 && ask.until > now);
+            if asked || it.retired {
                 continue;
             }
             let (flows, ahead) = (it.pace.flows(now), it.pace.ahead(now));
@@ -396,6 +415,12 @@ mod tests {
         assert_eq!(asked(&mut lines, 40, now + TIME).len(), 2);
         lines.forget_asks();
         assert_eq!(asked(&mut lines, 40, now + TIME).len(), 2);
+        lines.made(&function("b"));
+        assert_eq!(asked(&mut lines, 40, now + TIME), [(1, 1)]);
+        lines.retire(0);
+        assert_eq!(asked(&mut lines, 40, now + TIME * 2), [(1, 1)]);
+        assert!(lines.add(&function("a")) && !lines.add(&function("a")));
+        assert_eq!(asked(&mut lines, 40, now + TIME * 2), [(0, 1)]);
     }
 
     #[test]

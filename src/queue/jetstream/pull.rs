@@ -34,7 +34,7 @@ pub(super) const HOLD: Duration = Duration::from_secs(1);
 /// What the server is told is sent within this time.
 const AT_ONCE: Duration = Duration::from_secs(1);
 /// So many calls at most are looked at for functions without a consumer.
-const FEW: u64 = 10_000;
+pub(super) const FEW: u64 = 10_000;
 /// So many are given back at a time.
 const TOGETHER: usize = 32;
 /// After a failure.
@@ -386,23 +386,30 @@ async fn hear_calls(shared: Arc<Shared>, calls: Heard) {
                 let number = tokens.next().and_then(|it| it.parse().ok());
                 let line = tokens.next().and_then(|it| it.parse().ok());
                 let (Some(number), Some(line)) = (number, line) else { continue };
-                refused(&shared, line, number, status);
+                refused(&shared, line, number, status, message.description.as_deref());
             }
         }
     }
 }
 
 /// No more comes of an ask, mostly for its time is over.
-fn refused(shared: &Arc<Shared>, line: usize, number: u64, status: StatusCode) {
+fn refused(shared: &Arc<Shared>, line: usize, number: u64, status: StatusCode, why: Option<&str>) {
     if [StatusCode::TIMEOUT, StatusCode::NOT_FOUND].contains(&status) {
         shared.lines().answered(line, number);
         shared.ready.notify_one();
         return;
     }
     let Some(function) = shared.lines().function(line) else { return };
-    tracing::debug!(%status, function = %function, "The server ends a request for calls");
+    tracing::debug!(%status, why, function = %function, "The server ends a request for calls");
     let all = Arc::clone(shared);
-    shared.tasks.spawn(async move { fails(&all, line, number, &function).await });
+    shared.tasks.spawn(async move {
+        // Without calls it may have been tidied away. Otherwise it is found when somebody looks around.
+        if matches!(all.has_calls(&function).await, Ok(false)) {
+            all.consumers().doubt(&function);
+            return all.lines().retire(line);
+        }
+        fails(&all, line, number, &function).await;
+    });
 }
 
 /// Others say which functions are new.
@@ -411,7 +418,8 @@ async fn hear_news(shared: Arc<Shared>, news: Heard) {
     while let Some(message) = news.next().await {
         let name = std::str::from_utf8(&message.payload).ok();
         let function = name.and_then(subject::consumed);
-        if function.is_some_and(|function| shared.lines().add(&function)) {
+        if let Some(function) = function {
+            shared.lines().made(&function);
             shared.ready.notify_one();
         }
     }
