@@ -5,6 +5,7 @@
 //! Calls that come at the same time are one message together, until they end or have to go on by themselves.
 //! What is stored beside it (claims, final states, answers, keys) is written before the message goes, never after.
 
+mod begun;
 mod bundle;
 mod consumers;
 mod dead;
@@ -45,13 +46,14 @@ pub use self::subject::token;
 use crate::function::Function;
 use crate::queue::call::Call;
 use crate::queue::desk::Desk;
+use crate::queue::jetstream::begun::Begun;
 use crate::queue::jetstream::consumers::Consumers;
 use crate::queue::jetstream::fill::Fill;
 use crate::queue::jetstream::gather::Gather;
 use crate::queue::jetstream::idle::IDLE;
 use crate::queue::jetstream::ids::Keys;
 use crate::queue::jetstream::lines::Lines;
-use crate::queue::jetstream::pull::{Arrived, Begun};
+use crate::queue::jetstream::pull::Arrived;
 use crate::queue::jetstream::roll::Roll;
 use crate::queue::jetstream::server::{Fault, Server};
 use crate::queue::jetstream::subject::Names;
@@ -168,7 +170,7 @@ impl JetStream {
         let begun = self.shared.begun().clear();
         drop(begun);
         let back = async {
-            pull::go_back(&self.shared, ahead).await;
+            begun::go_back(&self.shared, ahead).await;
             self.shared.tasks.ended().await;
             self.shared.roll.leave(&self.shared).await;
             // What was not sent by now is found out by the server itself.
@@ -237,7 +239,7 @@ impl JetStream {
     }
 
     pub(super) async fn take(&self, places: usize) -> Result<Delivery, Error> {
-        pull::take(&self.shared, places).await
+        begun::take(&self.shared, places).await
     }
 
     pub(super) async fn settle(&self, lease: &Lease, settlement: &Settlement) -> Result<(), Error> {

@@ -25,6 +25,12 @@ async fn lacks_queue(gateway: &Gateway) -> bool {
     answer.json()["degraded"] == serde_json::json!(["queue"])
 }
 
+/// It has started, and found its queue.
+async fn has_queue(gateway: &Gateway) {
+    eventually("it is ready", async || gateway.is_ready().await).await;
+    eventually("the queue is there", async || !lacks_queue(gateway).await).await;
+}
+
 /// Calls go on, and what is to be queued is refused for now.
 async fn goes_on_without(gateway: &Gateway) {
     eventually("the queue is away", async || lacks_queue(gateway).await).await;
@@ -72,8 +78,7 @@ async fn a_call_that_fails_twice_is_made_three_times_and_called_back_once() {
     let (nats, provider) = (Nats::start(), answering(&[500, 500, 200], "done"));
     let hook = Provider::saying("thanks");
     let gateway = on(&nats, Gateway::builder()).provider(&provider).start().await;
-    eventually("it is ready", async || gateway.is_ready().await).await;
-    eventually("the queue is there", async || !lacks_queue(&gateway).await).await;
+    has_queue(&gateway).await;
     let callback = format!("X-Callback-Url: {}/function/hook", hook.url());
     let id = gateway.queued("echo", &[&callback], "").await;
     let told = gateway.becomes(&id, "succeeded").await;
@@ -95,7 +100,7 @@ async fn a_call_that_runs_for_longer_than_ack_wait_is_made_once() {
         .start();
     let brief = |builder: Builder| on(&nats, builder).provider(&provider).var("ack_wait", "1s");
     let gateway = brief(Gateway::builder()).var("with_worker", "false").start().await;
-    eventually("the queue is there", async || !lacks_queue(&gateway).await).await;
+    has_queue(&gateway).await;
     let (_one, _two) =
         (brief(Gateway::worker()).start().await, brief(Gateway::worker()).start().await);
     let id = gateway.queued("echo", &[], "").await;
@@ -115,7 +120,7 @@ async fn headers_of_an_answer_that_nats_does_not_take_are_left_out_with_it() {
     };
     let provider = patient().answering(answering).start();
     let gateway = on(&nats, Gateway::builder()).provider(&provider).start().await;
-    eventually("the queue is there", async || !lacks_queue(&gateway).await).await;
+    has_queue(&gateway).await;
     // One of those that may go together, and one that goes alone.
     for headers in [&[][..], &["X-Call-Id: mine"]] {
         let id = gateway.queued("echo", headers, "").await;
@@ -131,7 +136,7 @@ async fn a_call_whose_body_is_lost_is_dead_and_its_caller_is_told() {
     let hook = Provider::saying("thanks");
     let gateway = on(&nats, Gateway::builder()).var("ack_wait", "1s");
     let gateway = gateway.provider(&provider).start().await;
-    eventually("the queue is there", async || !lacks_queue(&gateway).await).await;
+    has_queue(&gateway).await;
     let callback = format!("X-Callback-Url: {}/function/hook", hook.url());
     let body = "x".repeat(1_500_000);
     let id = gateway.queued("echo", &[&callback, "X-Delay-Seconds: 1"], &body).await;

@@ -4,16 +4,20 @@
 use std::time::Duration;
 
 use async_nats::jetstream::consumer::Info;
+use serde_json::json;
 
 use crate::function::Function;
 use crate::queue::jetstream::Shared;
 use crate::queue::jetstream::pull::FEW;
-use crate::queue::jetstream::server::Fault;
+use crate::queue::jetstream::server::{Fault, Server};
 use crate::queue::jetstream::subject::{CALLS, consumed};
 use crate::queue::now;
 
 /// After so long without a call. It is far longer than anybody believes, unasked, that a consumer is there.
 pub(super) const IDLE: Duration = Duration::from_secs(7 * 24 * 3600);
+
+/// That a consumer is not there, as the server says it.
+const NO_CONSUMER: u64 = 10014;
 
 impl Shared {
     /// Removes consumers that have given nothing to anybody for `age`, and have nothing to give; how many there were.
@@ -52,6 +56,26 @@ impl Shared {
         let (server, names) = (&self.server, &self.names);
         let first = server.next(&names.calls, &names.of(CALLS, Some(function)), 1).await?;
         Ok(first.is_some())
+    }
+}
+
+impl Server {
+    /// All that the server knows of a consumer; `None` if it is not there.
+    async fn consumer_info(&self, stream: &str, name: &str) -> Result<Option<Info>, Fault> {
+        match self.api(&format!("CONSUMER.INFO.{stream}.{name}"), &json!({})).await {
+            Ok(known) => Ok(Some(known)),
+            Err(Fault::Refused(NO_CONSUMER, _)) => Ok(None),
+            Err(fault) => Err(fault),
+        }
+    }
+
+    /// Removes a consumer, unless it is not there.
+    async fn delete_consumer(&self, stream: &str, name: &str) -> Result<(), Fault> {
+        let what = format!("CONSUMER.DELETE.{stream}.{name}");
+        match self.api::<serde_json::Value>(&what, &json!({})).await {
+            Ok(_) | Err(Fault::Refused(NO_CONSUMER, _)) => Ok(()),
+            Err(fault) => Err(fault),
+        }
     }
 }
 

@@ -14,9 +14,10 @@ use tokio::sync::oneshot;
 
 use crate::queue::call::Millis;
 use crate::queue::jetstream::Shared;
+use crate::queue::jetstream::begun;
 use crate::queue::jetstream::bundle::Place;
 use crate::queue::jetstream::message::{List, json};
-use crate::queue::jetstream::pull::{self, Arrived};
+use crate::queue::jetstream::pull::Arrived;
 use crate::queue::jetstream::server::Fault;
 use crate::queue::now;
 
@@ -220,14 +221,14 @@ impl Roll {
     async fn keep_all(shared: Arc<Shared>) {
         let lease = shared.options.lease;
         loop {
-            tokio::time::sleep((lease / 6).min(pull::HOLD / 2)).await;
-            pull::give_back(&shared).await;
+            tokio::time::sleep((lease / 6).min(begun::HOLD / 2)).await;
+            begun::give_back(&shared).await;
             let untold = shared.roll.inner().untold(lease / 3);
             for arrived in untold {
                 arrived.still_busy(&shared).await;
             }
             shared.roll.renew(&shared, lease / 3).await;
-            let nothing_ahead = pull::nothing_ahead(&shared);
+            let nothing_ahead = begun::nothing_ahead(&shared);
             let mut inner = shared.roll.inner();
             if inner.held.is_empty() && nothing_ahead {
                 inner.kept = false;

@@ -34,7 +34,6 @@ const WRONG_SEQUENCE: u64 = 10071;
 const STORE_FAILED: u64 = 10077;
 const NO_STREAM: u64 = 10059;
 const LARGE_HEAD: u64 = 10097;
-const NO_CONSUMER: u64 = 10014;
 const NOT_NOW: [u64; 4] = [10008, 10009, 10004, NO_STREAM];
 const NO_ROOM: [u64; 4] = [10023, 10028, 10047, 10077];
 
@@ -415,29 +414,7 @@ impl Server {
         }
     }
 
-    /// All that the server knows of a consumer; `None` if it is not there.
-    pub(super) async fn consumer_info(
-        &self,
-        stream: &str,
-        name: &str,
-    ) -> Result<Option<jetstream::consumer::Info>, Fault> {
-        match self.api(&format!("CONSUMER.INFO.{stream}.{name}"), &json!({})).await {
-            Ok(known) => Ok(Some(known)),
-            Err(Fault::Refused(NO_CONSUMER, _)) => Ok(None),
-            Err(fault) => Err(fault),
-        }
-    }
-
-    /// Removes a consumer, unless it is not there.
-    pub(super) async fn delete_consumer(&self, stream: &str, name: &str) -> Result<(), Fault> {
-        let what = format!("CONSUMER.DELETE.{stream}.{name}");
-        match self.api::<serde_json::Value>(&what, &json!({})).await {
-            Ok(_) | Err(Fault::Refused(NO_CONSUMER, _)) => Ok(()),
-            Err(fault) => Err(fault),
-        }
-    }
-
-    async fn api<T: DeserializeOwned>(
+    pub(super) async fn api<T: DeserializeOwned>(
         &self,
         what: &str,
         which: &serde_json::Value,
