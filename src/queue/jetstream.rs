@@ -203,9 +203,10 @@ impl JetStream {
     /// When the server does not answer.
     pub async fn tidy(&self, age: Duration, idle: Duration) -> Result<u64, Error> {
         let shared = self.shared.ready().await?;
-        shared.tidy_consumers(idle).await?;
         shared.tidy_records(age).await?;
-        Ok(shared.tidy(age).await?)
+        let removed = shared.tidy(age).await?;
+        shared.tidy_consumers(idle).await?;
+        Ok(removed)
     }
 
     /// Counts calls and tidies up when it is time. To be called every second or so.
