@@ -7,6 +7,7 @@ use std::collections::{HashMap, VecDeque};
 use std::time::{Duration, Instant};
 
 use crate::function::Function;
+use crate::queue::jetstream::bundle::TOGETHER;
 use crate::queue::jetstream::pace::Pace;
 use crate::queue::share::has_room;
 
@@ -29,8 +30,9 @@ pub(super) struct Lines<A> {
     by_function: HashMap<Function, usize>,
     /// Whose turn it is.
     turn: usize,
-    /// How many have a place.
+    /// How many have a place, of how many there are.
     placed: usize,
+    places: usize,
     /// How often was asked.
     asks: u64,
 }
@@ -85,7 +87,14 @@ fn wait(flows: bool) -> Duration {
 
 impl<A> Lines<A> {
     pub(super) fn new() -> Self {
-        Self { lines: Vec::new(), by_function: HashMap::new(), turn: 0, placed: 0, asks: 0 }
+        Self {
+            lines: Vec::new(),
+            by_function: HashMap::new(),
+            turn: 0,
+            placed: 0,
+            places: 1,
+            asks: 0,
+        }
     }
 
     /// Adds the line of `function`; `false` if it is there.
@@ -149,6 +158,7 @@ impl<A> Lines<A> {
     /// The next call to begin, for one who makes at most `places` at a time. The functions take turns; of each is begun
     /// what has room in its share of the places, and what will have in the next moments.
     pub(super) fn pick(&mut self, places: usize, now: Instant) -> Option<(usize, A)> {
+        self.places = places;
         for step in 0..self.lines.len() {
             let index = (self.turn + step) % self.lines.len();
             let line = &self.lines[index];
@@ -198,9 +208,11 @@ impl<A> Lines<A> {
         begun.map(|(line, it)| self.room(line, places, it.begun)).sum()
     }
 
-    /// Whether nothing was picked that could end in a moment.
-    pub(super) fn is_idle(&self) -> bool {
-        self.placed == 0 && self.lines.iter().all(|line| line.begun == 0)
+    /// Whether `ended` calls that wait for others to end should do so no longer: nothing was picked that could, or so few
+    /// places are left meanwhile that they wait for this.
+    pub(super) fn waits_for(&self, ended: usize) -> bool {
+        self.places < TOGETHER && ended * 2 >= self.places
+            || self.placed == 0 && self.lines.iter().all(|line| line.begun == 0)
     }
 
     /// The functions to ask for. Of a function that had no calls lately one is asked for; of
@@ -369,7 +381,7 @@ mod tests {
         lines.leaves(1);
         lines.unpick(0);
         assert!(place(&mut lines, 0, 8) && !place(&mut lines, 0, 8));
-        assert!(!lines.is_idle());
+        assert!(!lines.waits_for(3) && lines.waits_for(4));
     }
 
     #[test]
@@ -389,9 +401,9 @@ mod tests {
         assert_eq!(asked(&mut lines, 1, now), []);
         lines.arrived(0, 1, now);
         assert_eq!(lines.pick(1, now), Some((0, 1)));
-        assert!(place(&mut lines, 0, 1) && !lines.is_idle());
+        assert!(place(&mut lines, 0, 1) && lines.waits_for(1) && !lines.waits_for(0));
         lines.leaves(0);
-        assert!(lines.is_idle());
+        assert!(lines.waits_for(0));
     }
 
     #[test]

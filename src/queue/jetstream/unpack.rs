@@ -109,24 +109,23 @@ impl Bundle {
         at_once: bool,
     ) -> Result<bool, Fault> {
         let (done, noted) = oneshot::channel();
-        // Nothing else may be about to end.
-        let alone = shared.lines().is_idle();
         {
             let mut inner = self.inner();
             inner.waiting.push(News { slot, closed, done });
-            self.write_in_time(&mut inner, shared, at_once || alone);
+            self.write_in_time(&mut inner, shared, at_once);
         }
         noted.await.unwrap_or(Err(Fault::Away))
     }
 
-    /// Has what there is noted, at once if it is all there can be.
+    /// Has what there is noted, at once if it is all there can be for now.
     fn write_in_time(self: &Arc<Self>, inner: &mut Inner, shared: &Arc<Shared>, at_once: bool) {
         if self.open.load(Acquire) == 0 {
             // All is filed, or about to be: nobody waits for more.
             inner.waiting.clear();
             return;
         }
-        let all = inner.waiting.len() + inner.record.0.closed() >= self.which.key.count();
+        let all = inner.waiting.len() + inner.record.0.closed() >= self.which.key.count()
+            || shared.lines().waits_for(inner.waiting.len());
         if inner.writing || (inner.timed && !all && !at_once) {
             return;
         }
