@@ -36,6 +36,8 @@ pub struct Serve {
     pub metrics: Listen,
     /// `threads`: how many threads carry calls; 0: one for each core.
     pub threads: usize,
+    /// `tcp_congestion`: how callers' connections control congestion; `None`: as the system says.
+    pub congestion: Option<String>,
     /// `functions_provider_url`
     pub provider: BaseUrl,
     /// `logs_provider_url`
@@ -210,6 +212,7 @@ impl Serve {
             listen: host.port(from, "port"),
             metrics: host.port(from, "metrics_port"),
             threads: from.count("threads", 0..=1024),
+            congestion: Some(from.text("tcp_congestion")).filter(|name| !name.is_empty()),
             logs_provider: provider.clone(),
             provider,
             namespace: from.text("function_namespace"),

@@ -28,7 +28,7 @@ use crate::queued::Intake;
 use crate::routes::{self, Door};
 use crate::same_origin::Names;
 use crate::scaling::Scaling;
-use crate::serve::listener::bind;
+use crate::serve::listener::{bind, control_congestion};
 use crate::serve::{Server, raise_file_limit};
 use crate::shutdown::{Stages, Tasks};
 use crate::system::{Api, AuthProxy};
@@ -87,6 +87,9 @@ impl Gateway {
             threads => threads,
         };
         let listeners = bind(config.listen, threads)?;
+        if let Some(algorithm) = &config.congestion {
+            control_congestion(&listeners, algorithm)?;
+        }
         let metrics_listener = bind(config.metrics, 1)?.remove(0);
         let address = listeners[0].local_addr()?;
         let metrics_address = metrics_listener.local_addr()?;

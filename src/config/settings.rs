@@ -81,6 +81,8 @@ settings! {
         "Calls in flight; beyond it new ones are answered 503 and /_/ready turns 503."
     max_connections COUNT "20000" SU
         "Connections of callers; beyond it further ones wait to be accepted. Bounded by the limit on open files."
+    tcp_congestion NAME "" SU
+        "How sending to callers is paced, such as cubic; empty: as the system says (net.ipv4.tcp_congestion_control). With bbr, large answers to callers nearby cost half as much again as with cubic or reno."
     shutdown_delay DURATION "0s" SU
         "After SIGTERM, how long new connections are still taken, while /_/ready already says 503."
     shutdown_grace DURATION "30s" ALL
