@@ -136,13 +136,14 @@ mod tests {
 
     #[test]
     fn accepted_connections_are_sent_to_as_chosen() {
-        let listeners = bind(listen(([127, 0, 0, 1], 0)), 2).unwrap();
+        let listeners = bind(listen(([127, 0, 0, 1], 0)), 1).unwrap();
         // It is always there, and always allowed.
         control_congestion(&listeners, "reno").unwrap();
         let address = listeners[0].local_addr().unwrap();
-        listeners.iter().for_each(|listener| listener.set_nonblocking(true).unwrap());
         let _caller = std::net::TcpStream::connect(address).unwrap();
-        let accepted = listeners.iter().find_map(|listener| listener.accept().ok()).unwrap().0;
+        // Waits, should the connection not be there yet.
+        listeners[0].set_nonblocking(false).unwrap();
+        let (accepted, _) = listeners[0].accept().unwrap();
         let name = SockRef::from(&accepted).tcp_congestion().unwrap();
         assert!(name.starts_with(b"reno\0") || name == b"reno", "{name:?}");
         let said = control_congestion(&listeners, "none-such").unwrap_err().to_string();
