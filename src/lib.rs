@@ -6,6 +6,7 @@
 // What every room may know.
 pub mod call_id;
 pub mod config;
+pub mod echo;
 pub mod error;
 pub mod function;
 pub mod limit;

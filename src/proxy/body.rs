@@ -9,6 +9,7 @@ use bytes::Bytes;
 use http_body::{Body, Frame, SizeHint};
 use hyper::body::Incoming;
 
+use crate::echo;
 use crate::watch::Watch;
 
 /// The body of a request to an upstream.
@@ -123,12 +124,15 @@ impl Body for CallerBody {
         if self.watch.body_expired() {
             return Poll::Ready(Some(Err(BodyError::Slow)));
         }
+        let heard = echo::heard();
         let polled = Pin::new(&mut self.inner).poll_frame(cx);
         if let Poll::Ready(Some(Err(error))) = &polled {
             tracing::debug!(%error, "A caller's body broke off");
         }
         if matches!(polled, Poll::Ready(None)) || self.inner.is_end_stream() {
             self.watch.body_ended();
+            // hyper is told that it may bring more; there is none.
+            echo::forget_since(heard);
         }
         polled.map_err(|error| BodyError::of(&error))
     }
@@ -139,5 +143,60 @@ impl Body for CallerBody {
 
     fn size_hint(&self) -> SizeHint {
         self.inner.size_hint()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::convert::Infallible;
+    use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+    use std::task::{Wake, Waker};
+
+    use futures_util::FutureExt;
+    use http::{Request, Response};
+    use http_body_util::{BodyExt, Full};
+    use hyper::server::conn::http1;
+    use hyper::service::service_fn;
+    use hyper_util::rt::TokioIo;
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+
+    use super::*;
+    use crate::echo::Own;
+
+    /// Answers with the body of the request.
+    async fn say(request: Request<Incoming>) -> Result<Response<Full<Bytes>>, Infallible> {
+        let body = CallerBody::new(request.into_body(), Arc::new(Watch::new()));
+        Ok(Response::new(Full::new(body.collect().await.unwrap().to_bytes())))
+    }
+
+    #[derive(Default)]
+    struct Wakes(AtomicUsize);
+
+    impl Wake for Wakes {
+        fn wake(self: Arc<Self>) {
+            self.0.fetch_add(1, Relaxed);
+        }
+    }
+
+    #[tokio::test]
+    async fn a_request_that_has_come_whole_is_answered_in_one_poll() {
+        let (ours, mut theirs) = tokio::io::duplex(1 << 10);
+        let mut http = http1::Builder::new().serve_connection(TokioIo::new(ours), service_fn(say));
+        let (mut own, wakes) = (Own::default(), Arc::<Wakes>::default());
+        let waker = Waker::from(Arc::clone(&wakes));
+        for _ in 0..2 {
+            let request = b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 5\r\n\r\nhello";
+            theirs.write_all(request).await.unwrap();
+            let (woken, mut polls) = (wakes.0.load(Relaxed), 0);
+            let polled = own.poll(&Context::from_waker(&waker), |cx| {
+                polls += 1;
+                Pin::new(&mut http).poll(cx)
+            });
+            assert!(polled.is_pending());
+            assert_eq!((polls, wakes.0.load(Relaxed)), (1, woken));
+            let mut answer = [0; 1 << 10];
+            let read = theirs.read(&mut answer).now_or_never().unwrap().unwrap();
+            assert!(answer[..read].ends_with(b"\r\n\r\nhello"));
+        }
     }
 }

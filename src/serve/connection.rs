@@ -13,6 +13,7 @@ use hyper_util::rt::TokioIo;
 use tokio::time::Sleep;
 use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
 
+use crate::echo::Own;
 use crate::serve::caller::{Caller, CallerStream};
 use crate::watch::{Overdue, Stage};
 
@@ -46,6 +47,7 @@ pub(super) struct Connection<S: HttpService<Incoming>> {
     /// Whether `until_closing` knows this task, so that it need not be polled again.
     registered: bool,
     told_to_close: bool,
+    own: Own,
 }
 
 enum Http<S: HttpService<Incoming>> {
@@ -81,6 +83,7 @@ where
             closing,
             registered: false,
             told_to_close: false,
+            own: Own::default(),
         }
     }
 
@@ -90,7 +93,7 @@ where
             self.wake();
         }
         let Http::Awake(http) = &mut self.http else { return Poll::Ready(()) };
-        ready!(Pin::new(&mut **http).poll(cx)).unwrap_or_else(|error| {
+        ready!(self.own.poll(cx, |cx| Pin::new(&mut **http).poll(cx))).unwrap_or_else(|error| {
             tracing::debug!(caller = %self.caller.address, %error, "Connection ended");
         });
         Poll::Ready(())
