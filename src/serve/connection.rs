@@ -93,7 +93,7 @@ where
             self.wake();
         }
         let Http::Awake(http) = &mut self.http else { return Poll::Ready(()) };
-        ready!(self.own.poll(cx, |cx| Pin::new(&mut **http).poll(cx))).unwrap_or_else(|error| {
+        ready!(Pin::new(&mut **http).poll(cx)).unwrap_or_else(|error| {
             tracing::debug!(caller = %self.caller.address, %error, "Connection ended");
         });
         Poll::Ready(())
@@ -154,6 +154,32 @@ where
         true
     }
 
+    /// Drives what there is to drive, for as long as that changes what there is.
+    fn poll_once(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        loop {
+            if self.poll_http(cx).is_ready() {
+                return Poll::Ready(());
+            }
+            if self.caller.watch.is_stalled() {
+                self.caller.drive_blocked(cx);
+            }
+            if self.caller.watch.takes_room() {
+                self.make_room();
+                continue;
+            }
+            if self.close_if_asked(cx) {
+                continue;
+            }
+            match self.poll_overdue(cx) {
+                None => return Poll::Pending,
+                Some(Overdue::Connection) => return Poll::Ready(()),
+                Some(Overdue::Rest) => self.rest(),
+                // The party that waits learns of it when hyper polls it.
+                Some(Overdue::Party) => {}
+            }
+        }
+    }
+
     /// Sees to the timer; `Some` if a deadline has passed.
     fn poll_overdue(&mut self, cx: &mut Context<'_>) -> Option<Overdue> {
         loop {
@@ -191,27 +217,9 @@ where
     type Output = ();
 
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
-        loop {
-            if self.poll_http(cx).is_ready() {
-                return Poll::Ready(());
-            }
-            if self.caller.watch.is_stalled() {
-                self.caller.drive_blocked(cx);
-            }
-            if self.caller.watch.takes_room() {
-                self.make_room();
-                continue;
-            }
-            if self.close_if_asked(cx) {
-                continue;
-            }
-            match self.poll_overdue(cx) {
-                None => return Poll::Pending,
-                Some(Overdue::Connection) => return Poll::Ready(()),
-                Some(Overdue::Rest) => self.rest(),
-                // The party that waits learns of it when hyper polls it.
-                Some(Overdue::Party) => {}
-            }
-        }
+        let mut own = std::mem::take(&mut self.own);
+        let polled = own.poll(cx, |cx| self.poll_once(cx));
+        self.own = own;
+        polled
     }
 }
