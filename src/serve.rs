@@ -4,6 +4,7 @@
 pub mod caller;
 mod connection;
 pub mod listener;
+pub mod pacing;
 
 use std::convert::Infallible;
 use std::error::Error;
@@ -22,6 +23,7 @@ use tokio_util::task::TaskTracker;
 use crate::config::Timeouts;
 use crate::serve::caller::{Caller, CallerStream};
 use crate::serve::connection::Connection;
+use crate::serve::pacing::Pacing;
 use crate::shutdown::Stages;
 
 /// How long to wait before accepting again when the process is out of files or memory.
@@ -34,13 +36,19 @@ pub struct Server {
     /// One permit for each open connection.
     pub connections: Arc<Semaphore>,
     pub stages: Stages,
+    pub pacing: Pacing,
 }
 
 impl Server {
     /// A server that holds at most `max_connections` open at a time.
     pub fn new(timeouts: Timeouts, max_connections: usize, stages: Stages) -> Self {
         let permits = max_connections.min(Semaphore::MAX_PERMITS);
-        Self { timeouts, connections: Arc::new(Semaphore::new(permits)), stages }
+        Self {
+            timeouts,
+            connections: Arc::new(Semaphore::new(permits)),
+            stages,
+            pacing: Pacing::default(),
+        }
     }
 
     /// Serves `listener` until `stages.closing`, then waits for the open connections to end, or for `stages.cut`.
@@ -72,6 +80,7 @@ impl Server {
         let carry = |tcp: TcpStream, permit| {
             let Ok(address) = tcp.peer_addr() else { return };
             let _ = tcp.set_nodelay(true);
+            self.pacing.apply(&tcp, address.ip());
             let caller = Caller::new(address, connections.clone(), permit);
             // Whoever connects is expected to say something soon.
             let first = self.timeouts.idle.min(self.timeouts.read);

@@ -28,7 +28,8 @@ use crate::queued::Intake;
 use crate::routes::{self, Door};
 use crate::same_origin::Names;
 use crate::scaling::Scaling;
-use crate::serve::listener::{bind, control_congestion};
+use crate::serve::listener::bind;
+use crate::serve::pacing::Pacing;
 use crate::serve::{Server, raise_file_limit};
 use crate::shutdown::{Stages, Tasks};
 use crate::system::{Api, AuthProxy};
@@ -87,16 +88,17 @@ impl Gateway {
             threads => threads,
         };
         let listeners = bind(config.listen, threads)?;
-        if let Some(algorithm) = &config.congestion {
-            control_congestion(&listeners, algorithm)?;
-        }
+        let pacing = match &config.congestion {
+            Some(algorithm) => Pacing::chosen(&listeners, algorithm)?,
+            None => Pacing::of_system(&listeners),
+        };
         let metrics_listener = bind(config.metrics, 1)?.remove(0);
         let address = listeners[0].local_addr()?;
         let metrics_address = metrics_listener.local_addr()?;
         let parts = Arc::new(Parts::new(config, threads, stages, tasks).await?);
         parts.start_background(metrics_listener, tasks);
         parts.start_autoscale(tasks).await?;
-        let server = parts.server();
+        let server = Server { pacing, ..parts.server() };
         let worker = parts.worker(threads)?.map(|worker| {
             let stages = stages.clone();
             let work: Work = ("worker".to_owned(), Box::new(move || worker::run(worker, &stages)));

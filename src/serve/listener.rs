@@ -4,7 +4,7 @@ use std::fmt;
 use std::io::{self, ErrorKind};
 use std::net::{SocketAddr, TcpListener};
 
-use socket2::{Domain, Protocol, SockRef, Socket, Type};
+use socket2::{Domain, Protocol, Socket, Type};
 
 use crate::config::listen::Listen;
 
@@ -38,33 +38,6 @@ impl fmt::Display for BindError {
             (_, None) => write!(f, "it is where {port} says"),
         }
     }
-}
-
-/// Why callers cannot be sent to in the way that was chosen.
-#[derive(Debug, thiserror::Error)]
-#[error(
-    "cannot use tcp_congestion={algorithm}: name one that net.ipv4.tcp_allowed_congestion_control lists, \
-     or leave it empty for what the system uses"
-)]
-pub struct CongestionError {
-    algorithm: String,
-    #[source]
-    source: io::Error,
-}
-
-/// Has the connections that `listeners` accept use `algorithm` to control congestion.
-///
-/// # Errors
-/// `CongestionError` when this system lacks it, or does not allow it.
-pub fn control_congestion(
-    listeners: &[TcpListener],
-    algorithm: &str,
-) -> Result<(), CongestionError> {
-    // On the listeners: a connection that has begun with BBR is paced by timers for ever.
-    listeners
-        .iter()
-        .try_for_each(|listener| SockRef::from(listener).set_tcp_congestion(algorithm.as_bytes()))
-        .map_err(|source| CongestionError { algorithm: algorithm.to_owned(), source })
 }
 
 /// Binds `count` listeners to the address of `listen`; port 0 picks a free one for all of them.
@@ -132,22 +105,6 @@ mod tests {
         assert!(listeners.iter().all(|l| l.local_addr().unwrap() == address));
         let said = bind(listen(address), 1).unwrap_err().to_string();
         assert!(said.starts_with(&format!("cannot listen on {address}: set metrics_port ")));
-    }
-
-    #[test]
-    fn accepted_connections_are_sent_to_as_chosen() {
-        let listeners = bind(listen(([127, 0, 0, 1], 0)), 1).unwrap();
-        // It is always there, and always allowed.
-        control_congestion(&listeners, "reno").unwrap();
-        let address = listeners[0].local_addr().unwrap();
-        let _caller = std::net::TcpStream::connect(address).unwrap();
-        // Waits, should the connection not be there yet.
-        listeners[0].set_nonblocking(false).unwrap();
-        let (accepted, _) = listeners[0].accept().unwrap();
-        let name = SockRef::from(&accepted).tcp_congestion().unwrap();
-        assert!(name.starts_with(b"reno\0") || name == b"reno", "{name:?}");
-        let said = control_congestion(&listeners, "none-such").unwrap_err().to_string();
-        assert!(said.starts_with("cannot use tcp_congestion=none-such: name one that "), "{said}");
     }
 
     #[test]
