@@ -1,6 +1,7 @@
 //! A caller's request, made one to an upstream; the upstream's answer, made one to the caller. Nothing is collected.
 
 pub mod body;
+mod buffers;
 pub mod client;
 mod guard;
 pub mod headers;

@@ -14,6 +14,7 @@ use http_body::Frame;
 use tokio_util::io::poll_read_buf;
 
 use crate::proxy::body::BodyError;
+use crate::proxy::buffers;
 use crate::proxy::stream::UpstreamStream;
 use crate::proxy::upload::{self, Upload};
 use crate::proxy::wire::Malformed;
@@ -26,7 +27,7 @@ const MAX_HEAD: usize = 1 << 20;
 /// What is read at once: little at first, more while a peer fills it. What waits to be written to a slow caller stays
 /// within some 2 MiB.
 const LEAST_READ: usize = 4 << 10;
-const MOST_READ: usize = 64 << 10;
+const MOST_READ: usize = buffers::SIZE;
 
 /// A connection to an upstream; at most one call at a time.
 pub(super) struct Link {
@@ -237,6 +238,9 @@ impl Link {
         let size = expected.clamp(self.read_size, MOST_READ);
         if self.input.capacity() - self.input.len() < size.min(LEAST_READ) || self.input.is_empty()
         {
+            if size == MOST_READ && self.input.is_empty() && self.input.capacity() < size {
+                self.input = buffers::take();
+            }
             self.input.reserve(size);
         }
         let room = self.input.capacity() - self.input.len();

@@ -35,7 +35,12 @@ pub struct UpstreamBody {
     watch: Arc<Watch>,
     /// For a stream: the longest pause between two frames.
     pause: Option<Duration>,
+    /// How much was handed over without a break.
+    at_once: usize,
 }
+
+/// After so much whoever takes this body is given a chance to write: while it is still in the processor's cache.
+const AT_ONCE: usize = 256 << 10;
 
 /// The link that a body comes in on. Gone once the body has failed, or has been released.
 enum Hold {
@@ -85,6 +90,7 @@ impl UpstreamBody {
             key,
             watch,
             pause: None,
+            at_once: 0,
         }
     }
 
@@ -163,8 +169,18 @@ impl Body for UpstreamBody {
             return Poll::Ready(Some(Err(BodyFailure::Timeout)));
         }
         let this = &mut *self;
-        match std::task::ready!(this.link.poll_frame(cx, &mut this.decoder)) {
+        if this.at_once >= AT_ONCE {
+            this.at_once = 0;
+            cx.waker().wake_by_ref();
+            return Poll::Pending;
+        }
+        let Poll::Ready(polled) = this.link.poll_frame(cx, &mut this.decoder) else {
+            this.at_once = 0;
+            return Poll::Pending;
+        };
+        match polled {
             Some(Ok(frame)) => {
+                this.at_once += frame.data_ref().map_or(0, Bytes::len);
                 if let Some(pause) = self.pause {
                     self.watch.call_until(Instant::now() + pause);
                 }
