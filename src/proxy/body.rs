@@ -9,7 +9,7 @@ use bytes::Bytes;
 use http_body::{Body, Frame, SizeHint};
 use hyper::body::Incoming;
 
-use crate::echo;
+use crate::echo::Mark;
 use crate::watch::Watch;
 
 /// The body of a request to an upstream.
@@ -124,15 +124,20 @@ impl Body for CallerBody {
         if self.watch.body_expired() {
             return Poll::Ready(Some(Err(BodyError::Slow)));
         }
-        let heard = echo::heard();
+        let before = Mark::now();
         let polled = Pin::new(&mut self.inner).poll_frame(cx);
         if let Poll::Ready(Some(Err(error))) = &polled {
             tracing::debug!(%error, "A caller's body broke off");
         }
-        if matches!(polled, Poll::Ready(None)) || self.inner.is_end_stream() {
+        let is_last = match &polled {
+            Poll::Ready(None) => true,
+            Poll::Ready(Some(Ok(frame))) => frame.is_trailers() || self.inner.is_end_stream(),
+            Poll::Ready(Some(Err(_))) | Poll::Pending => self.inner.is_end_stream(),
+        };
+        if is_last {
             self.watch.body_ended();
-            // hyper is told that it may bring more; there is none.
-            echo::forget_since(heard);
+            // The wake tells hyper that it may bring more: there is no more.
+            before.forget_since();
         }
         polled.map_err(|error| BodyError::of(&error))
     }
@@ -161,7 +166,7 @@ mod tests {
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
     use super::*;
-    use crate::echo::Own;
+    use crate::echo::OwnWakes;
 
     /// Answers with the body of the request.
     async fn say(request: Request<Incoming>) -> Result<Response<Full<Bytes>>, Infallible> {
@@ -182,7 +187,7 @@ mod tests {
     async fn a_request_that_has_come_whole_is_answered_in_one_poll() {
         let (ours, mut theirs) = tokio::io::duplex(1 << 10);
         let mut http = http1::Builder::new().serve_connection(TokioIo::new(ours), service_fn(say));
-        let (mut own, wakes) = (Own::default(), Arc::<Wakes>::default());
+        let (mut own, wakes) = (OwnWakes::default(), Arc::<Wakes>::default());
         let waker = Waker::from(Arc::clone(&wakes));
         for _ in 0..2 {
             let request = b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 5\r\n\r\nhello";

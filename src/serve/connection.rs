@@ -13,7 +13,7 @@ use hyper_util::rt::TokioIo;
 use tokio::time::Sleep;
 use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
 
-use crate::echo::Own;
+use crate::echo::OwnWakes;
 use crate::serve::caller::{Caller, CallerStream};
 use crate::watch::{Overdue, Stage};
 
@@ -47,7 +47,7 @@ pub(super) struct Connection<S: HttpService<Incoming>> {
     /// Whether `until_closing` knows this task, so that it need not be polled again.
     registered: bool,
     told_to_close: bool,
-    own: Own,
+    own_wakes: OwnWakes,
 }
 
 enum Http<S: HttpService<Incoming>> {
@@ -83,7 +83,7 @@ where
             closing,
             registered: false,
             told_to_close: false,
-            own: Own::default(),
+            own_wakes: OwnWakes::default(),
         }
     }
 
@@ -217,9 +217,10 @@ where
     type Output = ();
 
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
-        let mut own = std::mem::take(&mut self.own);
-        let polled = own.poll(cx, |cx| self.poll_once(cx));
-        self.own = own;
+        // Out of `self`, which the poll borrows.
+        let mut own_wakes = std::mem::take(&mut self.own_wakes);
+        let polled = own_wakes.poll(cx, |cx| self.poll_once(cx));
+        self.own_wakes = own_wakes;
         polled
     }
 }
