@@ -1,4 +1,4 @@
-//! Buffers for large reads, used again while the processor's cache still holds them.
+//! Buffers for large reads, used again as soon as they are free: the processor's cache may still hold them.
 
 use std::cell::RefCell;
 
@@ -6,7 +6,7 @@ use bytes::BytesMut;
 
 /// The room of each.
 pub(super) const SIZE: usize = 64 << 10;
-/// So many of a thread's buffers are remembered. More would not stay in the cache.
+/// So many of a thread's buffers are remembered, until the next sweep. More would not stay in the cache.
 const REMEMBERED: usize = 16;
 
 thread_local! {
@@ -15,14 +15,26 @@ thread_local! {
     static LENT: RefCell<Vec<BytesMut>> = const { RefCell::new(Vec::new()) };
 }
 
-/// An empty buffer with room for `SIZE` bytes: the one that this thread used last among those that nobody uses.
-pub(super) fn take() -> BytesMut {
+/// Replaces `used`, in which nothing is left, by an empty buffer with room for `SIZE` bytes: the last one lent among
+/// those that nobody uses.
+pub(super) fn renew(used: &mut BytesMut) {
+    // First of all this makes the old one free.
+    *used = BytesMut::new();
+    *used = take();
+}
+
+/// Lets go of this thread's buffers. Those in use live on for as long as they are.
+pub(super) fn forget() {
+    LENT.with_borrow_mut(Vec::clear);
+}
+
+fn take() -> BytesMut {
     LENT.with_borrow_mut(|lent| {
         let free = lent.iter_mut().rposition(|buffer| buffer.try_reclaim(SIZE));
         let mut buffer = match free {
             Some(at) => lent.remove(at),
             None => {
-                // The oldest is with a caller who takes its time.
+                // Somebody takes its time with the oldest.
                 if lent.len() == REMEMBERED {
                     lent.remove(0);
                 }
@@ -56,6 +68,24 @@ mod tests {
         let again = used();
         assert_eq!(again.as_ptr(), second_at);
         assert_eq!(used().as_ptr(), first_at);
+    }
+
+    #[test]
+    fn a_buffer_that_is_empty_is_renewed_by_itself() {
+        let mut buffer = take();
+        buffer.resize(1, b'x');
+        let at = buffer.as_ptr();
+        buffer.clear();
+        renew(&mut buffer);
+        assert_eq!((buffer.as_ptr(), buffer.capacity()), (at, SIZE));
+    }
+
+    #[test]
+    fn a_buffer_that_is_forgotten_can_still_be_used() {
+        let kept = used();
+        forget();
+        assert_eq!(LENT.with_borrow(Vec::len), 0);
+        assert!(used().as_ptr() != kept.as_ptr() && kept.len() == SIZE);
     }
 
     #[test]

@@ -17,6 +17,7 @@ use tokio_rustls::rustls::{ClientConfig, RootCertStore};
 use crate::config::Idle;
 use crate::config::base_url::BaseUrl;
 use crate::proxy::body::{BodyError, RequestBody};
+use crate::proxy::buffers;
 use crate::proxy::guard::{Guard, Refused};
 use crate::proxy::link::{Failure, Link};
 use crate::proxy::stream::UpstreamStream;
@@ -296,12 +297,14 @@ impl Client {
         }
     }
 
-    /// Drops links that were closed or have been idle for long, every few seconds. Does not end.
+    /// Drops links that were closed or have been idle for long, and the thread's free buffers, every few seconds. Does
+    /// not end.
     pub async fn keep_swept(&self) {
         loop {
             tokio::time::sleep(SWEEP_EVERY).await;
             // Unconstrained, since beyond its budget the runtime says of each link that there is nothing to read.
             tokio::task::unconstrained(async { self.sweep() }).await;
+            buffers::forget();
         }
     }
 

@@ -239,7 +239,7 @@ impl Link {
         if self.input.capacity() - self.input.len() < size.min(LEAST_READ) || self.input.is_empty()
         {
             if size == MOST_READ && self.input.is_empty() && self.input.capacity() < size {
-                self.input = buffers::take();
+                buffers::renew(&mut self.input);
             }
             self.input.reserve(size);
         }

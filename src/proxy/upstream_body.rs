@@ -14,6 +14,9 @@ use crate::proxy::upload::Upload;
 use crate::proxy::wire::decoder::Decoder;
 use crate::watch::Watch;
 
+/// After so much one poll says that there is nothing, so that hyper writes while the bytes are still in the cache.
+const AT_ONCE: usize = 256 << 10;
+
 /// Why an answer's body ended before its end.
 #[derive(Debug, thiserror::Error)]
 pub enum BodyFailure {
@@ -27,7 +30,7 @@ pub enum BodyFailure {
 pub struct UpstreamBody {
     decoder: Decoder,
     link: Hold,
-    /// Why there will be no more frames. Told one poll later, so that what came before is flushed to the caller.
+    /// Why there will be no more frames. Told one poll later, so that what came before can be written to the caller.
     failure: Option<BodyFailure>,
     client: Arc<Client>,
     /// Where the link is given back.
@@ -35,12 +38,9 @@ pub struct UpstreamBody {
     watch: Arc<Watch>,
     /// For a stream: the longest pause between two frames.
     pause: Option<Duration>,
-    /// How much was handed over without a break.
+    /// How much was handed over since a poll last said that there is nothing.
     at_once: usize,
 }
-
-/// After so much whoever takes this body is given a chance to write: while it is still in the processor's cache.
-const AT_ONCE: usize = 256 << 10;
 
 /// The link that a body comes in on. Gone once the body has failed, or has been released.
 enum Hold {
