@@ -82,7 +82,7 @@ settings! {
     max_connections COUNT "20000" SU
         "Connections of callers; beyond it further ones wait to be accepted. Bounded by the limit on open files."
     tcp_congestion NAME "" SU
-        "How sending to callers is paced, such as reno: one that net.ipv4.tcp_allowed_congestion_control lists, any other stops the start; empty: as the system says, but where that is bbr, callers on the same machine are sent to by reno, for two thirds of the CPU of a large answer."
+        "How sending to callers is paced, such as reno: one that net.ipv4.tcp_allowed_congestion_control lists, any other stops the start; empty: as the system says at the start, but where that is bbr, callers over loopback or from an address of this machine are sent to by reno, which takes a quarter less CPU for a large answer. With tcp_congestion=bbr they are paced as all others."
     shutdown_delay DURATION "0s" SU
         "After SIGTERM, how long new connections are still taken, while /_/ready already says 503."
     shutdown_grace DURATION "30s" ALL

@@ -4,10 +4,10 @@ use std::io;
 use std::net::{IpAddr, TcpListener};
 use std::sync::Arc;
 
-use socket2::SockRef;
+use socket2::{Domain, SockRef, Socket, Type};
 use tokio::net::TcpStream;
 
-/// Every Linux has it, allows it, and paces nothing with it.
+/// Every Linux has it, allows it unless told not to, and paces nothing with it.
 const UNPACED: &[u8] = b"reno";
 
 /// Why callers cannot be sent to in the way that was chosen.
@@ -40,8 +40,8 @@ impl Pacing {
         Ok(Self::default())
     }
 
-    /// Has connections use what the system says. Where that is BBR, those with callers on this machine are not paced:
-    /// it would take a timer for every piece that is sent, to spare a network that is not there.
+    /// Has connections use what the system says now. Where that is BBR, those that do not leave this machine are not
+    /// paced: it would take a timer for every piece that is sent, to spare a network that is not there.
     pub fn of_system(listeners: &[TcpListener]) -> Self {
         let Some(first) = listeners.first() else { return Self::default() };
         match SockRef::from(first).tcp_congestion() {
@@ -51,22 +51,37 @@ impl Pacing {
     }
 
     fn unpaced_within(listeners: &[TcpListener], system: &[u8]) -> Self {
-        // Turned round, since a connection that has begun with BBR is paced for ever.
-        if let Err(error) = set_all(listeners, UNPACED) {
-            tracing::debug!(%error, "Callers on this machine are sent to as others are");
+        // Reno first and the other later, not the reverse: a connection that has begun with BBR is paced for ever.
+        match may_change_to(system).and_then(|()| set_all(listeners, UNPACED)) {
+            Ok(()) => Self { beyond: Some(system.into()) },
+            Err(error) => {
+                tracing::debug!(%error, "All callers are sent to as the system says: tcp_congestion cannot be changed");
+                Self::default()
+            }
         }
-        Self { beyond: Some(system.into()) }
     }
 
     /// Sees to a connection that has just been accepted from `peer`.
     pub(super) fn apply(&self, tcp: &TcpStream, peer: IpAddr) {
-        if let Some(algorithm) = &self.beyond
-            && !is_within(peer, || Ok(tcp.local_addr()?.ip()))
-            && let Err(error) = SockRef::from(tcp).set_tcp_congestion(algorithm)
+        let Some(algorithm) = &self.beyond else { return };
+        if is_within(peer, || Ok(tcp.local_addr()?.ip())) {
+            return;
+        }
+        let socket = SockRef::from(tcp);
+        // A route may have an algorithm of its own.
+        if socket.tcp_congestion().is_ok_and(|name| name.starts_with(UNPACED))
+            && let Err(error) = socket.set_tcp_congestion(algorithm)
         {
-            tracing::debug!(%peer, %error, "A caller is sent to without pacing");
+            tracing::warn!(%peer, %error, "A caller is sent to by reno, not as the system says");
         }
     }
+}
+
+/// Whether this process may take a connection from `UNPACED` to `algorithm`. Tried where it changes nothing.
+fn may_change_to(algorithm: &[u8]) -> io::Result<()> {
+    let socket = Socket::new(Domain::IPV4, Type::STREAM, None)?;
+    socket.set_tcp_congestion(UNPACED)?;
+    socket.set_tcp_congestion(algorithm)
 }
 
 fn set_all(listeners: &[TcpListener], algorithm: &[u8]) -> io::Result<()> {
@@ -111,7 +126,7 @@ mod tests {
         String::from_utf8(name).unwrap().trim_end_matches('\0').to_owned()
     }
 
-    /// One that this system allows, other than `UNPACED` where there is one.
+    /// One that this system allows: another than reno, but where there is none. Then less is shown.
     fn other() -> String {
         let allowed =
             std::fs::read_to_string("/proc/sys/net/ipv4/tcp_allowed_congestion_control").unwrap();
@@ -150,7 +165,20 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn bbr_alone_is_kept_from_callers_on_this_machine() {
+    async fn where_the_algorithm_cannot_be_changed_back_it_is_not_changed() {
+        let pace = |all: &[TcpListener]| {
+            let system = algorithm(&all[0]);
+            (Pacing::unpaced_within(all, b"none-such"), system)
+        };
+        let ((pacing, system), connections) = accepted(pace).await;
+        for (accepted, _) in connections {
+            pacing.apply(&accepted, Ipv4Addr::new(192, 0, 2, 1).into());
+            assert_eq!(algorithm(&accepted), system);
+        }
+    }
+
+    #[tokio::test]
+    async fn what_the_system_says_holds_for_callers_on_this_machine_unless_it_is_bbr() {
         let pace = |all: &[TcpListener]| {
             let system = algorithm(&all[0]);
             Pacing::of_system(all);
