@@ -2,9 +2,9 @@
 //!
 //! A request's body goes through a channel of hyper's whose ends both live in the connection's task. Each end wakes
 //! the other: the reader when it wants a piece, and again when it has taken one, be it the last. Through the runtime
-//! that is one more turn of the task each time, for a small request one in three. [`OwnWakes`] keeps every
-//! wake that a poll gives its own task to that poll: it is repeated at once. Of a wake that has nothing to say not
-//! even that is needed: [`Mark::forget_since`].
+//! each of these wakes is one more turn of the task, where a small request needs two. [`OwnWakes`] keeps every wake
+//! that a poll gives its own task to that poll: it is repeated at once. Of a wake that has nothing to say not even
+//! that is needed: [`Mark::forget_since`].
 
 use std::cell::Cell;
 use std::ptr;

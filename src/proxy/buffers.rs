@@ -18,7 +18,7 @@ thread_local! {
 /// Replaces `used`, in which nothing is left, by an empty buffer with room for `SIZE` bytes: the last one lent among
 /// those that nobody uses.
 pub(super) fn renew(used: &mut BytesMut) {
-    // First of all this makes the old one free.
+    // Otherwise the old one would not be free yet.
     *used = BytesMut::new();
     *used = take();
 }

@@ -238,6 +238,7 @@ impl Link {
         let size = expected.clamp(self.read_size, MOST_READ);
         if self.input.capacity() - self.input.len() < size.min(LEAST_READ) || self.input.is_empty()
         {
+            // A large answer is read into what this thread has used last.
             if size == MOST_READ && self.input.is_empty() && self.input.capacity() < size {
                 buffers::renew(&mut self.input);
             }

@@ -155,7 +155,7 @@ where
     }
 
     /// Drives what there is to drive, for as long as that changes what there is.
-    fn poll_once(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+    fn drive(&mut self, cx: &mut Context<'_>) -> Poll<()> {
         loop {
             if self.poll_http(cx).is_ready() {
                 return Poll::Ready(());
@@ -219,7 +219,7 @@ where
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
         // Out of `self`, which the poll borrows.
         let mut own_wakes = std::mem::take(&mut self.own_wakes);
-        let polled = own_wakes.poll(cx, |cx| self.poll_once(cx));
+        let polled = own_wakes.poll(cx, |cx| self.drive(cx));
         self.own_wakes = own_wakes;
         polled
     }
