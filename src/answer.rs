@@ -12,7 +12,8 @@ use http_body::{Body, Frame, SizeHint};
 
 use crate::limit::Place;
 use crate::metrics::calls::{Call, End};
-use crate::proxy::upstream_body::{BodyFailure, UpstreamBody};
+use crate::proxy::ending::Ending;
+use crate::proxy::upstream_body::UpstreamBody;
 use crate::trace::Trip;
 use crate::watch::Watch;
 
@@ -72,9 +73,9 @@ impl Body for Answer {
         let polled = match &mut self.content {
             Content::Upstream(body) => match Pin::new(body).poll_frame(cx) {
                 Poll::Ready(Some(Err(failure))) => {
-                    self.end = match failure {
-                        BodyFailure::Broken(_) => End::Broken,
-                        BodyFailure::Timeout => End::TimedOut,
+                    self.end = match Ending::of_body(&failure) {
+                        Ending::TimedOut => End::TimedOut,
+                        _ => End::Broken,
                     };
                     Poll::Ready(Some(Err(failure.into())))
                 }

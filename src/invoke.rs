@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use http::uri::PathAndQuery;
-use http::{HeaderMap, HeaderValue, Request, Response, StatusCode, Uri};
+use http::{HeaderMap, HeaderValue, Request, Response, Uri};
 use hyper::body::{Body, Incoming};
 
 use crate::answer::{Answer, Content, InFlight};
@@ -22,10 +22,9 @@ use crate::provider::Provider;
 use crate::proxy::body::{CallerBody, RequestBody};
 use crate::proxy::client::{Client, Origin};
 use crate::proxy::tunnel::Tunnel;
-use crate::proxy::upstream_body::UpstreamBody;
 use crate::proxy::{self, Errand, Forwarded};
 use crate::scaling::Scaling;
-use crate::scaling::fault::{self, Fault, X_OPENFAAS_INTERNAL};
+use crate::scaling::fault::{self, Fault};
 use crate::serve::caller::Caller;
 use crate::trace::Trip;
 
@@ -130,7 +129,7 @@ impl Invoker {
         let Prepared { mut way, stamps, mut in_flight } = prepared;
         let (mut answer, tunnel) =
             match self.forward(caller, &mut in_flight.call, &stamps, &mut way).await {
-                Ok(Forwarded { answer, tunnel }) => (answer.map(Content::Upstream), tunnel),
+                Ok(Forwarded { answer, tunnel, .. }) => (answer.map(Content::Upstream), tunnel),
                 Err(error) => (text(&error, Some(&stamps.call_id)), None),
             };
         in_flight.call.answered(answer.status());
@@ -177,7 +176,7 @@ impl Invoker {
         };
         if !with_care
             && let Some(scaling) = &self.scaling
-            && Fault::of_answer(&forwarded.answer).is_some()
+            && Fault::of(forwarded.ending, fault::Way::Through).is_some()
             && let (Way::Provider(prepared), Route::Provider(origin)) = (way, &self.route)
         {
             let sent = Some(Ok(forwarded));
@@ -188,7 +187,7 @@ impl Invoker {
         if caller.watch.body_outstanding() && forwarded.tunnel.is_none() {
             caller.while_blocked(forwarded.answer.body_mut().share_link());
         }
-        if call.is_stranger() && vouches(&forwarded.answer) {
+        if call.is_stranger() && forwarded.ending.vouches() {
             call.vouched_for(&self.calls);
         }
         Ok(forwarded)
@@ -263,11 +262,6 @@ async fn keep_open(tunnel: Tunnel, in_flight: InFlight, trip: Option<Box<Trip>>)
 
 fn text(error: &Error, call_id: Option<&HeaderValue>) -> Response<Content> {
     error.answer(call_id).map(|text| Content::Full(Some(text.into())))
-}
-
-/// Whether an answer shows that its function exists.
-pub fn vouches(answer: &Response<UpstreamBody>) -> bool {
-    answer.status() != StatusCode::NOT_FOUND && !answer.headers().contains_key(X_OPENFAAS_INTERNAL)
 }
 
 /// What stands between `/function/` and the next slash.

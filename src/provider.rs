@@ -1,6 +1,7 @@
 //! A client of the provider's REST API, the types it speaks, and a provider of our own.
 
 pub mod process;
+pub mod signals;
 pub mod types;
 
 use std::error::Error as StdError;

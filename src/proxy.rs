@@ -3,6 +3,7 @@
 pub mod body;
 mod buffers;
 pub mod client;
+pub mod ending;
 mod guard;
 pub mod headers;
 mod link;
@@ -24,6 +25,7 @@ use hyper::upgrade::OnUpgrade;
 use crate::call_id::Stamps;
 use crate::proxy::body::{BodyError, RequestBody};
 use crate::proxy::client::{Client, Error, Origin};
+use crate::proxy::ending::Ending;
 use crate::proxy::tunnel::Tunnel;
 use crate::proxy::upload::Upload;
 use crate::proxy::upstream_body::UpstreamBody;
@@ -38,6 +40,10 @@ const STREAMS: [&str; 5] = [
     "application/stream+json",
     "application/grpc",
 ];
+
+/// The most times that one request is sent, should it turn out that nobody has executed it. A connection that fails
+/// before anything is written counts as nothing sent.
+pub const MAX_SENDS: u32 = 3;
 
 /// On whose behalf a request is made, and how long it may take.
 #[derive(Clone, Copy)]
@@ -104,6 +110,8 @@ impl Prepared {
 /// An answer on its way to the caller; with a tunnel if both sides change protocols.
 pub struct Forwarded {
     pub answer: Response<UpstreamBody>,
+    /// What its head shows.
+    pub ending: Ending,
     pub tunnel: Option<Tunnel>,
 }
 
@@ -146,14 +154,16 @@ pub async fn send(
     errand: Errand<'_>,
 ) -> Result<Forwarded, Error> {
     let mut answer = client.carry(origin, &mut prepared.upload, errand.watch).await?;
-    let switches = answer.status() == StatusCode::SWITCHING_PROTOCOLS;
-    let mut tunnel = None;
-    if switches {
-        // One that changes in the middle of the request would take its rest for the new protocol.
-        let wanted = prepared.upgrade.take().filter(|_| answer.body().is_request_sent());
-        let caller = wanted.ok_or(Error::Unasked)?;
-        tunnel = Some(Tunnel::new(caller, &mut answer, errand.timeout));
+    let mut wanted = None;
+    if answer.status() == StatusCode::SWITCHING_PROTOCOLS {
+        // An upstream that changes in the middle of the request would take its rest for the new protocol.
+        wanted = prepared.upgrade.take().filter(|_| answer.body().is_request_sent());
     }
+    let ending = Ending::of_head(&answer, wanted.is_some());
+    if ending == Ending::Unasked {
+        return Err(Error::Unasked);
+    }
+    let tunnel = wanted.map(|caller| Tunnel::new(caller, &mut answer, errand.timeout));
     match answer.headers().get(CONTENT_TYPE) {
         Some(content_type) if is_stream(content_type) => {
             answer.body_mut().bound_pauses(errand.timeout);
@@ -161,7 +171,7 @@ pub async fn send(
         Some(_) => {}
         None => name_content(&mut answer),
     }
-    Ok(Forwarded { answer, tunnel })
+    Ok(Forwarded { answer, ending, tunnel })
 }
 
 /// Prepares `request`, which is not a call, and sends it.

@@ -159,7 +159,7 @@ impl Worker {
         };
         // What was not heard when the call is over is asked again if it is needed.
         tokio::select! {
-            attempt = self.caller.make(call, self.keeps(call), context) => attempt,
+            attempt = self.caller.make(call, self.keeps(call), context, &self.policies) => attempt,
             never = learn => never,
         }
     }

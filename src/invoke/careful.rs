@@ -8,6 +8,7 @@ use crate::error::Error;
 use crate::invoke::Invoker;
 use crate::metrics::calls::Call;
 use crate::proxy::client::{self, Origin};
+use crate::proxy::ending::Ending;
 use crate::proxy::{self, Forwarded, Prepared};
 use crate::scaling::fault::{Fault, Repeat, Way};
 use crate::scaling::{KEPT, Scaling};
@@ -31,10 +32,11 @@ pub(super) fn through(origin: &Origin) -> Target<'_> {
 impl Target<'_> {
     /// A sign that the function could not be called.
     fn fault(&self, sent: &Sent) -> Option<Fault> {
-        match sent {
-            Ok(forwarded) => Fault::of_answer(&forwarded.answer),
-            Err(error) => Fault::of_error(error, self.way),
-        }
+        let ending = match sent {
+            Ok(forwarded) => forwarded.ending,
+            Err(error) => Ending::of_error(error),
+        };
+        Fault::of(ending, self.way)
     }
 }
 
@@ -72,6 +74,7 @@ impl Invoker {
                 }
             };
             let Some(fault) = target.fault(&outcome) else { return Ok(outcome?) };
+            // A request that has been sent as often as it may be cannot be taken back either.
             let repeat = match &outcome {
                 Ok(forwarded) if !Prepared::can_take_back(&forwarded.answer) => Repeat::Never,
                 Ok(_) | Err(_) if prepared.is_idempotent() => Repeat::Always,

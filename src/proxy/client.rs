@@ -195,7 +195,7 @@ impl Client {
             match link.exchange(upload, watch).await {
                 Ok(answer) => return Ok(self.answer(origin, link, answer, watch)),
                 Err(Failure::Unsent(unsent)) => *upload = unsent,
-                Err(Failure::Closed(error)) if repeatable => {
+                Err(Failure::Closed(error)) if repeatable && link.can_give_back_request() => {
                     tracing::debug!(%error, "An idle connection was closed: trying a new one");
                     (*upload, closed) = (link.into_upload(), Some(error));
                     break;

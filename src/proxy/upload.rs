@@ -10,6 +10,7 @@ use http::{HeaderMap, Method};
 use http_body::{Body, Frame};
 use tokio::io::AsyncWrite;
 
+use crate::proxy::MAX_SENDS;
 use crate::proxy::body::{BodyError, RequestBody};
 use crate::proxy::wire::request::{
     Framing, path_and_query, write_chunk_size, write_end, write_header, write_last_chunk,
@@ -46,6 +47,8 @@ pub(super) struct Upload {
     unflushed: bool,
     /// Some of the request may have reached the upstream.
     begun: bool,
+    /// How often it was sent before, in whole or in part.
+    sends: u32,
     /// All that there has been of the request so far is still in `ready`.
     kept: bool,
     /// Up to so many bytes of it stay there while more of the body comes.
@@ -117,7 +120,9 @@ impl Upload {
 
     /// Whether the request can be sent from its beginning, should it turn out that nobody has seen to it.
     pub(super) fn can_start_over(&self) -> bool {
-        (self.repeatable || self.kept) && self.failed.is_none() && !self.ready.is_empty()
+        let may_be_sent = self.sends + u32::from(self.begun) < MAX_SENDS;
+        let is_there = (self.repeatable || self.kept) && !self.ready.is_empty();
+        is_there && may_be_sent && self.failed.is_none()
     }
 
     /// Takes in what comes of the body before it can be sent, as far as it is kept. Ready when there is no more to do.
@@ -134,7 +139,8 @@ impl Upload {
     /// Takes the request out, to be sent from its beginning. Only for one that is kept, or has not begun.
     pub(super) fn start_over(&mut self) -> Self {
         let upload = std::mem::take(self);
-        Self { written: 0, begun: false, unflushed: false, ..upload }
+        let sends = upload.sends + u32::from(upload.begun);
+        Self { written: 0, begun: false, unflushed: false, sends, ..upload }
     }
 
     /// Sends no more of the body.
@@ -435,6 +441,20 @@ mod tests {
         poll_fn(|cx| upload.poll(&mut ours, cx)).await.unwrap();
         drop(ours);
         assert_eq!(written(theirs).await, "5\r\nfirst\r\n6\r\nsecond\r\n0\r\n\r\n");
+    }
+
+    #[tokio::test]
+    async fn a_request_is_sent_three_times_at_most_and_a_failed_connection_is_no_sending() {
+        let body = RequestBody::Full(Some(Bytes::from_static(b"small")));
+        let mut upload = Upload::new(&post(), body);
+        for times_sent in 1..=MAX_SENDS {
+            // Nobody was there.
+            upload = upload.start_over();
+            let (mut ours, _theirs) = duplex(1 << 20);
+            poll_fn(|cx| upload.poll(&mut ours, cx)).await.unwrap();
+            assert_eq!(upload.can_start_over(), times_sent < 3, "{times_sent}");
+            upload = upload.start_over();
+        }
     }
 
     #[tokio::test]

@@ -31,6 +31,8 @@ pub(super) struct Driver {
     /// The function was found not to be ready, and when it was then.
     cold: bool,
     woken: Option<Instant>,
+    /// When the last question was put that was answered with no replica to call.
+    had_none: Option<Instant>,
     scaled: Option<Instant>,
     /// Since when the provider fails.
     failing: Option<Instant>,
@@ -45,6 +47,7 @@ impl Driver {
             closed: false,
             cold: false,
             woken: None,
+            had_none: None,
             scaled: None,
             failing: None,
             pause: SHORTEST_PAUSE,
@@ -89,7 +92,7 @@ impl Driver {
             self.ready(asked).await;
             return Ok(());
         }
-        self.cold = true;
+        (self.cold, self.had_none) = (true, Some(asked));
         scaling.known.found(function, false, asked);
         line.withdraw("it has no replica that can be called".to_owned());
         if let Step::Scale(replicas) = step
@@ -109,7 +112,8 @@ impl Driver {
             self.pause = SHORTEST_PAUSE;
         }
         self.scaled = None;
-        let settled = self.line.release(Ready { asked, woken: self.woken });
+        let settled =
+            self.line.release(Ready { asked, woken: self.woken, had_none: self.had_none });
         // One that was ready all the time has nothing to prove.
         let care = self.woken.map_or(Duration::ZERO, |at| STARTING.saturating_sub(at.elapsed()));
         let proven = settled && (care.is_zero() || !self.line.is_doubted_within(care).await);
@@ -175,7 +179,7 @@ mod tests {
     }
 
     fn ready(asked: Instant) -> Ready {
-        Ready { asked, woken: None }
+        Ready { asked, woken: None, had_none: None }
     }
 
     #[tokio::test]

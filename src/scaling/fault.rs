@@ -2,13 +2,12 @@
 
 use std::time::Duration;
 
-use http::{HeaderName, Response, StatusCode};
+use http::StatusCode;
 
-use crate::proxy::client;
-use crate::proxy::upstream_body::UpstreamBody;
+use crate::proxy::ending::Ending;
 
-/// In an answer: the provider made this error itself.
-pub const X_OPENFAAS_INTERNAL: HeaderName = HeaderName::from_static("x-openfaas-internal");
+/// The most times that one attempt at a call sends it. A refused connection counts as nothing sent.
+pub const MAX_SENDS: u32 = crate::proxy::MAX_SENDS;
 
 /// For so long after a function has become ready, its calls are made with care: an error of the provider's is taken for
 /// a replica that does not listen yet.
@@ -57,19 +56,14 @@ pub(super) enum Next {
 }
 
 impl Fault {
-    /// What an answer shows.
-    pub fn of_answer(answer: &Response<UpstreamBody>) -> Option<Self> {
-        let fault = match answer.status() {
-            StatusCode::BAD_GATEWAY => Self::BadGateway,
-            StatusCode::SERVICE_UNAVAILABLE => Self::Unavailable,
-            _ => return None,
-        };
-        answer.headers().contains_key(X_OPENFAAS_INTERNAL).then_some(fault)
-    }
-
-    /// What the lack of an answer shows.
-    pub fn of_error(error: &client::Error, way: Way) -> Option<Self> {
-        error.is_connect().then_some(Self::Unreached(way))
+    /// The sign that an exchange which ended in this way gives, if any.
+    pub fn of(ending: Ending, way: Way) -> Option<Self> {
+        match ending {
+            Ending::Internal(StatusCode::BAD_GATEWAY) => Some(Self::BadGateway),
+            Ending::Internal(StatusCode::SERVICE_UNAVAILABLE) => Some(Self::Unavailable),
+            Ending::Unreached => Some(Self::Unreached(way)),
+            _ => None,
+        }
     }
 
     /// Whether somebody has answered the call.
@@ -90,6 +84,29 @@ pub(super) fn after(fault: Fault, repeat: Repeat, woken: Option<Duration>) -> Ne
             Next::Wait
         }
         (Fault::BadGateway, _) => Next::Ask,
+    }
+}
+
+/// What the provider has said by the time that a waiting call may go on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Heard {
+    /// How long ago the function became ready, if it was not at first.
+    pub(super) woken: Option<Duration>,
+    /// The provider, asked after the call was sent, reported that it had no replica to call.
+    pub(super) had_none: bool,
+}
+
+/// Whether a call that met `fault` and has waited for its function is sent again.
+///
+/// `X-OpenFaaS-Internal` is a header that a function can send, too, and some providers pass it on. So a call that must
+/// not be executed twice is sent again only if the provider's API has confirmed that nobody was there.
+pub(super) fn is_sent_again(fault: Fault, repeat: Repeat, heard: Heard) -> bool {
+    // A provider that calls the function ready for that long has another reason to refuse.
+    let is_start = heard.woken.is_some_and(|ago| ago < STARTING);
+    match (fault, repeat) {
+        (_, Repeat::Never) | (Fault::BadGateway, Repeat::Unseen) => false,
+        (Fault::Unavailable, Repeat::Unseen) => heard.had_none,
+        (Fault::Unreached(_), _) | (_, Repeat::Always) => is_start,
     }
 }
 
@@ -131,6 +148,21 @@ mod tests {
     fn what_a_function_may_have_seen_and_must_not_see_twice_is_not_sent_again() {
         for woken in [None, Some(0), Some(100)] {
             check(Fault::BadGateway, Repeat::Unseen, woken, Next::Ask);
+        }
+    }
+
+    #[test]
+    fn a_call_that_must_not_run_twice_needs_the_providers_word_that_nobody_was_there() {
+        let woken = [None, Some(0), Some(4), Some(5)].map(|ago| ago.map(Duration::from_secs));
+        for (woken, had_none) in woken.into_iter().flat_map(|w| [(w, false), (w, true)]) {
+            let again = |fault, repeat| is_sent_again(fault, repeat, Heard { woken, had_none });
+            let is_start = woken.is_some_and(|ago| ago < STARTING);
+            assert_eq!(again(Fault::Unavailable, Repeat::Unseen), had_none);
+            assert!(!again(Fault::BadGateway, Repeat::Unseen));
+            assert_eq!(again(Fault::Unavailable, Repeat::Always), is_start);
+            assert_eq!(again(Fault::BadGateway, Repeat::Always), is_start);
+            assert_eq!(again(Fault::Unreached(Way::Direct), Repeat::Unseen), is_start);
+            assert!(!again(Fault::Unavailable, Repeat::Never));
         }
     }
 

@@ -45,6 +45,8 @@ pub(super) struct Ready {
     pub(super) asked: Instant,
     /// When it became ready, if it was not at first.
     pub(super) woken: Option<Instant>,
+    /// When the last question was put that was answered with no replica to call.
+    pub(super) had_none: Option<Instant>,
 }
 
 /// The function cannot be called.
@@ -206,7 +208,7 @@ mod tests {
     }
 
     fn ready(asked: Instant) -> Ready {
-        Ready { asked, woken: None }
+        Ready { asked, woken: None, had_none: None }
     }
 
     #[test]

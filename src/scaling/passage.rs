@@ -7,7 +7,7 @@ use tokio::time::{sleep, timeout_at};
 
 use crate::error::Error;
 use crate::function::Function;
-use crate::scaling::fault::{Fault, Next, Repeat, STARTING, after};
+use crate::scaling::fault::{Fault, Heard, Next, Repeat, after, is_sent_again};
 use crate::scaling::line::{Over, Phase, Ready};
 use crate::scaling::{Entered, Scaling};
 
@@ -42,8 +42,8 @@ impl Passage {
         self.pass(None, exists).await.map(|_| ())
     }
 
-    /// Sees to what the call has met, which was sent at `sent`. Whether it is to be made again, which it is if the
-    /// function is starting; returns when it is ready then.
+    /// Handles `fault`, which the call has met that was sent at `sent`. Returns whether the call is to be sent again;
+    /// if so, the function is ready.
     ///
     /// # Errors
     /// Why the function cannot be called.
@@ -66,13 +66,16 @@ impl Passage {
                     Err(Error::LineFull(_)) if fault.has_answer() => return Ok(false),
                     passed => passed?,
                 };
-                // A provider that calls it ready for that long has another reason to refuse.
-                let is_start = ready.woken.is_some_and(|at| at.elapsed() < STARTING);
-                if is_start {
+                let heard = Heard {
+                    woken: ready.woken.map(|at| at.elapsed()),
+                    had_none: ready.had_none.is_some_and(|asked| asked >= sent),
+                };
+                let again = is_sent_again(fault, repeat, heard);
+                if again {
                     sleep(self.pause).await;
                     self.pause = (self.pause * 2).clamp(SHORTEST_PAUSE, LONGEST_PAUSE);
                 }
-                Ok(is_start)
+                Ok(again)
             }
         }
     }

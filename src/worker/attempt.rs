@@ -10,19 +10,20 @@ use http_body_util::BodyExt;
 use tokio::time::timeout_at as in_time;
 
 use crate::error::Error;
-use crate::invoke::vouches;
 use crate::metrics::calls::{self, End, Shard};
 use crate::proxy::body::RequestBody;
 use crate::proxy::client;
 use crate::proxy::client::{Client, Origin};
+use crate::proxy::ending::Ending;
 use crate::proxy::headers::to_caller;
 use crate::proxy::upstream_body::{BodyFailure, UpstreamBody};
 use crate::queue::call::Call;
 use crate::queue::status::Answer;
 use crate::scaling::Scaling;
-use crate::scaling::fault::{Fault, Repeat, Way};
+use crate::scaling::fault::{Fault, MAX_SENDS, Repeat, Way};
 use crate::trace::context::Context;
 use crate::watch::Watch;
+use crate::worker::policies::Policies;
 use crate::worker::retry::parse_retry_after;
 
 /// The most of an answer that a callback is told.
@@ -44,7 +45,7 @@ pub struct Caller {
 
 /// How an attempt ended.
 pub struct Attempt {
-    /// `None`: the function was out of reach, or broke off.
+    /// `None`: the function was out of reach, or broke off. A change of protocols that was not asked for is 502.
     pub status: Option<u16>,
     pub headers: HeaderMap,
     pub body: Bytes,
@@ -59,28 +60,43 @@ pub struct Attempt {
 impl Caller {
     /// Makes `call`; reads at most `keeps` bytes of the answer, and lets the rest go by.
     ///
-    /// `context` is the span that the function belongs to, if there is one.
-    pub async fn make(&self, call: &Call, keeps: usize, context: Option<Context>) -> Attempt {
+    /// `context` is the span that the function belongs to, if there is one. `policies` say how often a call may be
+    /// executed, should it come to that.
+    pub async fn make(
+        &self,
+        call: &Call,
+        keeps: usize,
+        context: Option<Context>,
+        policies: &Policies,
+    ) -> Attempt {
         let began = Instant::now();
         let label = call.function.to_string();
         let Some(mut counted) = self.calls.begin(&label, began) else {
             return Attempt::failed("the function's name is not valid".to_owned(), began);
         };
-        let attempt = match self.exchange(call, &label, &mut counted, keeps, context).await {
-            Ok(attempt) => attempt,
-            Err(error) => {
-                counted.answered(error.status());
-                // There is nobody to be out of reach.
-                let missing = matches!(error, Error::NoSuchFunction(_));
-                let status = missing.then(|| error.status().as_u16());
-                Attempt { status, ..Attempt::failed(error.to_string(), began) }
-            }
-        };
+        let attempt =
+            match self.exchange(call, &label, &mut counted, keeps, context, policies).await {
+                Ok(attempt) => attempt,
+                Err(error) => {
+                    counted.answered(error.status());
+                    // In all other cases the function was out of reach, or broke off.
+                    let is_answer = match &error {
+                        Error::NoSuchFunction(_) => true,
+                        Error::Upstream(error) => Ending::of_error(error) == Ending::Unasked,
+                        _ => false,
+                    };
+                    let status = is_answer.then(|| error.status().as_u16());
+                    Attempt { status, ..Attempt::failed(error.to_string(), began) }
+                }
+            };
         counted.ended(End::Whole, Instant::now());
         attempt
     }
 
     /// Waits for the function where that is to be done, sends the call, and sends it again if it met nobody.
+    ///
+    /// How often a call is executed is for the retry policy to say: within one attempt it is sent at most
+    /// [`MAX_SENDS`] times, and never more often than the policy has attempts.
     async fn exchange(
         &self,
         call: &Call,
@@ -88,11 +104,14 @@ impl Caller {
         counted: &mut calls::Call,
         keeps: usize,
         context: Option<Context>,
+        policies: &Policies,
     ) -> Result<Attempt, Error> {
         let began = counted.began;
+        let mut sends = 0;
         let mut passage = self.scaling.as_ref().map(|scaling| scaling.passage(&call.function));
         if let Some(passage) = &mut passage
-            && !counted.is_warm()
+            // A call that has one attempt must not spend it on a function that only seems to be ready.
+            && (!counted.is_warm() || call.options.max_attempts == Some(1))
         {
             passage.ready(|| counted.vouched_for(&self.calls)).await?;
         }
@@ -104,17 +123,26 @@ impl Caller {
             watch.call_until(until);
             let sent = in_time(until.into(), self.client.send(&self.origin, request, &watch));
             let sent = sent.await.unwrap_or(Err(client::Error::Timeout));
-            let fault = match &sent {
-                Ok(answer) => Fault::of_answer(answer),
-                Err(error) => Fault::of_error(error, Way::Through),
+            let ending = match &sent {
+                Ok(answer) => Ending::of_head(answer, false),
+                Err(error) => Ending::of_error(error),
             };
-            if let (Some(passage), Some(fault)) = (&mut passage, fault)
-                && passage.again(fault, Repeat::Unseen, sent_at).await?
-            {
-                continue;
+            sends += u32::from(ending != Ending::Unreached);
+            if let (Some(passage), Some(fault)) = (&mut passage, Fault::of(ending, Way::Through)) {
+                let repeat = match fault {
+                    Fault::Unavailable if sends < max_sends(call, policies).await => Repeat::Unseen,
+                    Fault::Unreached(_) => Repeat::Unseen,
+                    Fault::Unavailable | Fault::BadGateway => Repeat::Never,
+                };
+                if passage.again(fault, repeat, sent_at).await? {
+                    continue;
+                }
             }
             let answer = sent?;
-            if counted.is_stranger() && vouches(&answer) {
+            if ending == Ending::Unasked {
+                return Err(Error::Upstream(client::Error::Unasked));
+            }
+            if counted.is_stranger() && ending.vouches() {
                 counted.vouched_for(&self.calls);
             }
             counted.answered(answer.status());
@@ -143,6 +171,14 @@ impl Caller {
         }
         *request.headers_mut() = headers;
         Ok(request)
+    }
+}
+
+/// How often one attempt at `call` may send it.
+async fn max_sends(call: &Call, policies: &Policies) -> u32 {
+    match call.options.max_attempts {
+        Some(1) => 1,
+        most => policies.of(call).await.at_most(most).attempts.min(MAX_SENDS),
     }
 }
 

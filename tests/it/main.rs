@@ -33,6 +33,7 @@ mod queue_odd;
 mod queue_policies;
 mod queue_stan;
 mod queue_together;
+mod repeats;
 mod start;
 mod stop;
 mod streams;

@@ -10,9 +10,8 @@ use axum::http::{HeaderName, HeaderValue, StatusCode};
 use axum::response::{IntoResponse, Response};
 
 use crate::function::Function;
+use crate::provider::signals::{INTERNAL, X_OPENFAAS_INTERNAL};
 
-/// Says that the provider made this answer, not the function: a worker may try again.
-const X_OPENFAAS_INTERNAL: HeaderName = HeaderName::from_static("x-openfaas-internal");
 const X_DURATION_SECONDS: HeaderName = HeaderName::from_static("x-duration-seconds");
 
 /// A call on its way to a function.
@@ -85,7 +84,7 @@ impl IntoResponse for CallError {
         let mut response = (self.status(), format!("{self}\n")).into_response();
         let headers = response.headers_mut();
         if self.is_internal() {
-            headers.insert(X_OPENFAAS_INTERNAL, HeaderValue::from_static("proxy"));
+            headers.insert(X_OPENFAAS_INTERNAL, INTERNAL);
         }
         if matches!(
             response.status(),

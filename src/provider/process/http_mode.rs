@@ -17,6 +17,7 @@ use crate::provider::process::replica::Seat;
 use crate::provider::process::replica_client;
 use crate::provider::process::runner::RunnerTasks;
 use crate::provider::process::workload::Workload;
+use crate::provider::signals;
 use crate::proxy::client;
 
 /// An answer that never begins nor goes on, when its function sets no limit. Long enough to be no limit in practice.
@@ -42,10 +43,11 @@ pub(super) async fn call(
     // What has reached nobody can be made again.
     let unreached =
         |error: &anyhow::Error| error.downcast_ref().is_some_and(client::Error::is_connect);
-    let response = response.map_err(|error| match unreached(&error) {
+    let mut response = response.map_err(|error| match unreached(&error) {
         true => CallError::NotReady(function.clone()),
         false => invalid(error),
     })?;
+    signals::remove(response.headers_mut());
     let mut response = response.map(|body| {
         let silence = Box::pin(tokio::time::sleep(patience));
         Body::new(Seated { body, silence, patience, seat: Some(seat) })
@@ -86,7 +88,12 @@ impl http_body::Body for Seated {
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
         match Pin::new(&mut self.body).poll_frame(cx) {
-            Poll::Ready(frame) => {
+            Poll::Ready(mut frame) => {
+                if let Some(Ok(frame)) = &mut frame
+                    && let Some(trailers) = frame.trailers_mut()
+                {
+                    signals::remove(trailers);
+                }
                 // Before the caller learns of the end: its next call must find room.
                 if !matches!(frame, Some(Ok(_))) || self.body.is_end_stream() {
                     self.seat = None;

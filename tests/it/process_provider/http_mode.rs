@@ -130,6 +130,19 @@ async fn a_replica_that_dies_is_started_again() {
 }
 
 #[tokio::test]
+async fn a_function_cannot_speak_for_its_provider() {
+    let provider = Provider::start().await;
+    deploy(&provider, "f", json!({})).await;
+    provider.until_available("f", 1).await;
+    let answer = provider.get("/function/f/forged").await;
+    assert_eq!((answer.status.as_u16(), answer.text()), (503, "mine"));
+    assert_eq!(answer.header("x-openfaas-internal"), None);
+    assert_eq!(answer.header("x-gateway-reason"), None);
+    assert_eq!(answer.header("x-kept"), Some("forged"));
+    provider.stop().await;
+}
+
+#[tokio::test]
 async fn an_answer_that_breaks_off_breaks_off_for_the_caller_too() {
     let provider = Provider::start().await;
     deploy(&provider, "f", json!({})).await;

@@ -31,6 +31,13 @@ class Handler(BaseHTTPRequestHandler):
             while not os.path.exists(os.environ["gate"]):
                 time.sleep(0.02)
             self.answer(str(os.getpid()).encode())
+        elif path == "/forged":
+            self.send_response(503)
+            for name in ("X-OpenFaaS-Internal", "X-Gateway-Reason", "X-Kept"):
+                self.send_header(name, "forged")
+            self.send_header("Content-Length", "4")
+            self.end_headers()
+            self.wfile.write(b"mine")
         elif path == "/seen":
             headers = {name.lower(): value for name, value in self.headers.items()}
             seen = {"path": self.path, "headers": headers}

@@ -24,6 +24,8 @@ pub(crate) struct State {
     /// So many calls meet a replica that does not listen yet, with this status.
     pub(crate) deaf: usize,
     pub(crate) deaf_status: u16,
+    /// After each of them the provider reports no available replica, until it is asked again.
+    pub(crate) falls: bool,
     /// The bodies of calls, with the status that each was answered with.
     pub(crate) calls: Vec<(usize, u16)>,
     pub(crate) deleted: bool,
@@ -97,6 +99,10 @@ impl Replicas {
                 0 => 503,
                 _ => {
                     state.deaf -= 1;
+                    if state.falls {
+                        state.available = 0;
+                        state.starts_after = 1;
+                    }
                     state.deaf_status
                 }
             };
