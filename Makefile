@@ -1,6 +1,6 @@
 # Thin over cargo: `make up` runs functions on this machine, `make test` runs every test there is.
 
-.PHONY: up build test needs fmt lint unit docs manifests yaml chaos
+.PHONY: up build test needs fmt lint unit docs manifests browser yaml chaos
 
 up: build
 	target/release/gateway up examples/stack.yaml
@@ -8,14 +8,14 @@ up: build
 build:
 	cargo build --release --locked
 
-test: needs fmt lint unit docs manifests
+test: needs fmt lint unit docs manifests browser
 
 # What the tests call beside cargo: Python plays the conformance suites, unshare gives them a network of their own,
 # nats-server keeps the queue of some, promtool and amtool read the rules and configurations of the chart.
 # RUNLEVEL: none of it is to be started as a service.
 needs:
 	@for tool in python3:python3 unshare:util-linux ip:iproute2 perl:perl-base cc:gcc nats-server:nats-server \
-	    promtool:prometheus amtool:prometheus-alertmanager curl:curl; do \
+	    promtool:prometheus amtool:prometheus-alertmanager curl:curl node:nodejs npm:npm; do \
 	  command -v $${tool%%:*} >/dev/null || missing="$$missing $${tool##*:}"; \
 	done; \
 	python3 -c 'import ensurepip' 2>/dev/null || missing="$$missing python3-venv"; \
@@ -43,6 +43,11 @@ manifests:
 	cargo build --locked
 	tests/manifests/tools.sh
 	target/manifests/venv/bin/python -B tests/manifests/check.py
+
+# The page under /ui/ in a real Chromium, on a phone and on a desktop.
+browser:
+	cargo build --locked
+	BROWSER_MODULES=$$(tests/browser/tools.sh) node tests/browser/run.mjs
 
 # yaml/, yaml_arm/ and namespaces.yml, from the chart.
 yaml:

@@ -101,12 +101,21 @@ pub enum Changed {
     Unknown,
 }
 
-/// Which calls are meant.
+/// Which calls are meant, and the order in which they are listed.
 #[derive(Clone, Debug, Default)]
 pub struct Filter {
     pub state: Option<State>,
     pub function: Option<Function>,
     pub dead: Option<bool>,
+    pub order: Order,
+}
+
+/// The order of a list of calls: by the time at which they were submitted.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Order {
+    #[default]
+    OldestFirst,
+    NewestFirst,
 }
 
 /// The calls of one function.
@@ -319,7 +328,7 @@ impl Queue {
         }
     }
 
-    /// At most `limit` calls behind the one with the id `after`, oldest first.
+    /// At most `limit` calls that follow the one with the id `after` in the order of `filter`.
     pub async fn list(
         &self,
         filter: &Filter,

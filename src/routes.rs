@@ -63,9 +63,7 @@ pub fn api(api: Arc<Api>) -> Router {
         .route_layer(from_fn_with_state(Arc::clone(&api.metrics), metrics::count_request));
     let page = Router::new()
         .route("/ui/", get(ui::page))
-        .route("/ui/app.js", get(ui::script))
-        .route("/ui/queue.js", get(ui::queue_script))
-        .route("/ui/style.css", get(ui::style))
+        .route("/ui/{file}", get(ui::file))
         .route_layer(from_fn_with_state(Arc::clone(&api), auth::guard));
     let calls = get(queued::status).delete(queued::cancel).options(queued::preflight);
     let behind = get(queued::result).options(queued::preflight);

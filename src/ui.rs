@@ -1,13 +1,25 @@
 //! The web page under `/ui/`, carried inside the binary.
 
+use axum::extract::Path;
 use axum::response::{IntoResponse, Response};
 use http::header::{CACHE_CONTROL, CONTENT_SECURITY_POLICY, CONTENT_TYPE, LOCATION};
 use http::{HeaderName, StatusCode};
+
+use crate::error::Error;
 
 const NOSNIFF: (HeaderName, &str) = (http::header::X_CONTENT_TYPE_OPTIONS, "nosniff");
 /// Nothing from elsewhere; `blob:` shows images that a function answers.
 const POLICY: &str =
     "default-src 'self'; img-src 'self' data: blob:; frame-ancestors 'none'; base-uri 'none'";
+
+macro_rules! files {
+    ($($name:literal)*) => { &[$(($name, include_str!(concat!("ui/", $name)))),*] };
+}
+
+/// What `index.html` loads.
+const FILES: &[(&str, &str)] = files! {
+    "address.js" "app.js" "body.js" "call.js" "dom.js" "form.js" "list.js" "poll.js" "queue.js" "style.css"
+};
 
 /// `/` leads to the page.
 pub async fn redirect() -> Response {
@@ -19,16 +31,13 @@ pub async fn page() -> Response {
     asset("text/html; charset=utf-8", include_str!("ui/index.html"))
 }
 
-pub async fn script() -> Response {
-    asset("text/javascript; charset=utf-8", include_str!("ui/app.js"))
-}
-
-pub async fn queue_script() -> Response {
-    asset("text/javascript; charset=utf-8", include_str!("ui/queue.js"))
-}
-
-pub async fn style() -> Response {
-    asset("text/css; charset=utf-8", include_str!("ui/style.css"))
+/// A file of the page, by its name.
+pub async fn file(Path(name): Path<String>) -> Response {
+    match FILES.iter().find(|(known, _)| *known == name) {
+        Some((name, text)) if name.ends_with(".css") => asset("text/css; charset=utf-8", text),
+        Some((_, text)) => asset("text/javascript; charset=utf-8", text),
+        None => Error::NoSuchPath.into_response(),
+    }
 }
 
 fn asset(kind: &'static str, text: &'static str) -> Response {

@@ -8,6 +8,7 @@ mod finished;
 mod ids;
 mod journal;
 mod look;
+mod newest;
 mod rows;
 mod schedule;
 mod store;
@@ -32,13 +33,14 @@ use crate::queue::call::{Call, Millis};
 use crate::queue::desk::{Desk, Reply};
 use crate::queue::embedded::change::Change;
 use crate::queue::embedded::ids::Ids;
+use crate::queue::embedded::look::following;
 use crate::queue::embedded::rows::Row;
 use crate::queue::embedded::schedule::Number;
 use crate::queue::embedded::store::{Mark, Store, View};
 use crate::queue::embedded::waiting::{Began, Waiting};
 use crate::queue::embedded::writer::{Incoming, Op, Settled};
 use crate::queue::status::{Answer, Settlement, Status};
-use crate::queue::{Changed, Counts, Delivery, Error, Filter, Handle, Published, Room, now};
+use crate::queue::{Changed, Counts, Delivery, Error, Filter, Handle, Order, Published, Room, now};
 
 /// Changes that wait for the one thread that makes them.
 const WAITING_CHANGES: usize = 4096;
@@ -279,10 +281,13 @@ impl Embedded {
         let (shared, filter) = (Arc::clone(&self.shared), filter.clone());
         let after = after.map(str::to_owned);
         blocking(move || {
-            let first = match &after {
-                // Behind one that is not known there is nothing.
-                Some(id) => shared.view(|view| view.number(id))?.map_or(Number::MAX, |n| n + 1),
-                None => 0,
+            let first = match (&after, filter.order) {
+                // No call follows one that is not known.
+                (Some(id), order) => {
+                    shared.view(|view| view.number(id))?.and_then(|last| following(order, last))
+                }
+                (None, Order::OldestFirst) => Some(0),
+                (None, Order::NewestFirst) => Some(Number::MAX),
             };
             let found = shared.find(&filter, first, limit)?;
             Ok(found.into_iter().map(|(_, status)| status).collect())
@@ -291,12 +296,13 @@ impl Embedded {
     }
 
     pub(super) async fn purge(&self, filter: &Filter) -> Result<u64, Error> {
-        let (mut purged, mut first) = (0, 0);
+        let (mut purged, mut first) = (0, Some(0));
         loop {
-            let (shared, filter) = (Arc::clone(&self.shared), filter.clone());
+            let shared = Arc::clone(&self.shared);
+            let filter = Filter { order: Order::OldestFirst, ..filter.clone() };
             let found = blocking(move || shared.find(&filter, first, SCAN)).await?;
             let Some((last, _)) = found.last() else { return Ok(purged) };
-            first = last + 1;
+            first = last.checked_add(1);
             let ids = found.into_iter().map(|(_, status)| status.id).collect();
             purged += self.ask(|reply| Op::Purge(ids, reply)).await?;
         }

@@ -10,7 +10,7 @@ use serde_json::json;
 
 use crate::error::Error;
 use crate::function::Function;
-use crate::queue::{Filter, now};
+use crate::queue::{Filter, Order, now};
 use crate::queued::{changed, intake, view};
 use crate::system::Api;
 
@@ -28,6 +28,8 @@ pub struct Selection {
     limit: Option<usize>,
     /// The id of the last call that has been seen.
     after: Option<String>,
+    /// `oldest` (the default) or `newest`: which call comes first.
+    order: Option<String>,
 }
 
 impl Selection {
@@ -50,6 +52,13 @@ impl Selection {
                 .ok_or_else(|| Error::BadRequest("function is not a function's name".to_owned()))?;
             filter.function = Some(function);
         }
+        filter.order = match self.order.as_deref() {
+            None | Some("" | "oldest") => Order::OldestFirst,
+            Some("newest") => Order::NewestFirst,
+            Some(_) => {
+                return Err(Error::BadRequest("order is neither oldest nor newest".to_owned()));
+            }
+        };
         Ok(filter)
     }
 }
@@ -82,7 +91,7 @@ pub async fn queues(State(api): State<Arc<Api>>) -> Result<Response, Error> {
     Ok(Json(lines.collect::<Vec<_>>()).into_response())
 }
 
-/// `GET /system/calls?state=&function=&limit=&after=`: calls, oldest first.
+/// `GET /system/calls?state=&function=&order=&limit=&after=`: calls, the oldest first unless `order=newest`.
 pub async fn calls(
     State(api): State<Arc<Api>>,
     Query(selection): Query<Selection>,

@@ -28,6 +28,7 @@ mod queue_full;
 mod queue_jetstream;
 mod queue_jetstream_process;
 mod queue_limits;
+mod queue_listing;
 mod queue_loss;
 mod queue_odd;
 mod queue_policies;

@@ -11,7 +11,7 @@ use gateway::queue::call::{Call, Millis, Options as CallOptions};
 use gateway::queue::embedded::Limits;
 use gateway::queue::jetstream::{Auth, JetStream, Options};
 use gateway::queue::status::{Answer, Settlement, State};
-use gateway::queue::{Changed, Delivery, Error, Filter, Published, Queue};
+use gateway::queue::{Changed, Delivery, Error, Filter, Order, Published, Queue};
 use http::HeaderMap;
 
 use crate::support::gateway::Gateway as Process;
@@ -393,6 +393,10 @@ async fn a_list_is_in_order_and_goes_on_where_it_ended() {
         ("ab".into(), "cd".into())
     );
     assert_eq!(ids(&all, Some("none"), 2).await, "");
+    let newest = Filter { order: Order::NewestFirst, ..all.clone() };
+    assert_eq!(ids(&newest, None, 2).await, "fe");
+    assert_eq!(ids(&newest, Some("e"), 3).await, "dcb");
+    assert_eq!(ids(&newest, Some("a"), 3).await, "");
     let other = Filter { function: Some(call_of("other", "").function), ..all.clone() };
     assert_eq!(ids(&other, None, 10).await, "f");
     assert_eq!(it.queue.cancel("b").await, Ok(Changed::Yes));

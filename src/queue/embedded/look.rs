@@ -7,7 +7,15 @@ use crate::queue::embedded::schedule::Number;
 use crate::queue::embedded::store::{self, Shelf, View};
 use crate::queue::embedded::{SCAN, Shared};
 use crate::queue::status::Status;
-use crate::queue::{Counts, Error, Filter};
+use crate::queue::{Counts, Error, Filter, Order};
+
+/// The number after which a list goes on, if there is one.
+pub(super) fn following(order: Order, number: Number) -> Option<Number> {
+    match order {
+        Order::OldestFirst => number.checked_add(1),
+        Order::NewestFirst => number.checked_sub(1),
+    }
+}
 
 impl Shared {
     pub(super) fn status(&self, id: &str) -> Result<Option<Status>, Error> {
@@ -36,11 +44,11 @@ impl Shared {
         view.queued(number)
     }
 
-    /// At most `limit` of the calls that `filter` means, from the number `first` on.
+    /// At most `limit` of the calls that `filter` means, in its order, beginning at the number `first`.
     pub(super) fn find(
         &self,
         filter: &Filter,
-        mut first: Number,
+        first: Option<Number>,
         limit: usize,
     ) -> Result<Vec<(Number, Status)>, Error> {
         let label = filter.function.as_ref().map(Function::to_string);
@@ -51,11 +59,13 @@ impl Shared {
         };
         let shelves = Shelf::with(filter);
         self.view(|view| {
-            let mut found = Vec::new();
-            while found.len() < limit {
-                let numbers = view.numbers_from(shelves, first, SCAN)?;
-                let Some(last) = numbers.last() else { break };
-                first = last + 1;
+            let (mut found, mut next) = (Vec::new(), first);
+            while let Some(first) = next.filter(|_| found.len() < limit) {
+                let numbers = match filter.order {
+                    Order::OldestFirst => view.numbers_from(shelves, first, SCAN)?,
+                    Order::NewestFirst => view.numbers_down_from(shelves, first, SCAN)?,
+                };
+                next = numbers.last().and_then(|last| following(filter.order, *last));
                 for number in numbers {
                     if let Some(status) = self.status_of(view, number)?
                         && means(&status)

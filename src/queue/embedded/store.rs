@@ -204,7 +204,7 @@ pub(super) fn row_with<'t>(
 
 /// What is in the file at one moment.
 pub(super) struct View {
-    read: redb::ReadTransaction,
+    pub(super) read: redb::ReadTransaction,
     ids: Arc<Ids>,
 }
 
@@ -333,7 +333,7 @@ pub(super) enum Shelf {
     Finished,
 }
 
-type Stored = TableDefinition<'static, Number, &'static [u8]>;
+pub(super) type Stored = TableDefinition<'static, Number, &'static [u8]>;
 
 impl Shelf {
     /// The shelves with all that `filter` can mean. To look for a handful of dead calls must not read a million others.
@@ -347,7 +347,7 @@ impl Shelf {
     }
 
     /// The table of those that are kept one by one.
-    fn single(self) -> Stored {
+    pub(super) fn single(self) -> Stored {
         match self {
             Self::Calls => CALLS,
             Self::Progress => PROGRESS,

@@ -6,6 +6,7 @@ use http::HeaderMap;
 use tempfile::TempDir;
 
 use super::*;
+use crate::queue::Order;
 use crate::queue::call::Options;
 use crate::queue::status::State;
 

@@ -1,5 +1,6 @@
 //! What is said of many calls at once. It is read from the streams call by call: for operators, not for every second.
 
+use std::cmp::Ordering;
 use std::collections::HashMap;
 use std::sync::{MutexGuard, PoisonError};
 use std::time::Instant;
@@ -19,7 +20,7 @@ use crate::queue::jetstream::subject::{self, CALLS, DEAD, ENDS, consumed, named}
 use crate::queue::jetstream::together::Bundled;
 use crate::queue::now;
 use crate::queue::status::Status;
-use crate::queue::{Changed, Counts, Filter};
+use crate::queue::{Changed, Counts, Filter, Order};
 
 /// So many questions are on their way at a time.
 const TOGETHER: usize = 32;
@@ -70,22 +71,21 @@ impl Shared {
         limit: usize,
     ) -> Result<Vec<Status>, Fault> {
         let mut all = self.all(filter).await?;
-        all.sort_unstable_by(|a, b| (a.submitted_at, &a.id).cmp(&(b.submitted_at, &b.id)));
+        all.sort_unstable_by(|a, b| compare(filter.order, a, b));
         let first = match after {
             Some(id) => match all.iter().position(|status| status.id == id) {
-                Some(place) => place + 1,
-                None => self.behind(id, &all).await?,
+                Some(index) => index + 1,
+                // A call that is not listed any more, because its state has changed, keeps its place in the order.
+                None => match self.status(id).await? {
+                    Some(last) => {
+                        all.partition_point(|status| compare(filter.order, status, &last).is_le())
+                    }
+                    None => all.len(),
+                },
             },
             None => 0,
         };
         Ok(all.into_iter().skip(first).take(limit).collect())
-    }
-
-    /// The place behind a call that `all` does not have, for it has another state by now.
-    async fn behind(&self, id: &str, all: &[Status]) -> Result<usize, Fault> {
-        let Some(status) = self.status(id).await? else { return Ok(all.len()) };
-        let last = (status.submitted_at, status.id);
-        Ok(all.partition_point(|it| (it.submitted_at, it.id.as_str()) <= (last.0, last.1.as_str())))
     }
 
     /// All calls that `filter` means, in no order.
@@ -315,6 +315,15 @@ impl Shared {
             .try_filter_map(|found| std::future::ready(Ok(found.and_then(record))))
             .try_collect()
             .await
+    }
+}
+
+/// The order of two calls in a list. Calls of the same millisecond are in the order of their ids.
+fn compare(order: Order, a: &Status, b: &Status) -> Ordering {
+    let oldest_first = (a.submitted_at, &a.id).cmp(&(b.submitted_at, &b.id));
+    match order {
+        Order::OldestFirst => oldest_first,
+        Order::NewestFirst => oldest_first.reverse(),
     }
 }
 

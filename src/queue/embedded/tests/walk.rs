@@ -127,6 +127,21 @@ impl Walk {
         self.queue = Embedded::open(self.directory.path(), LIMITS).unwrap();
     }
 
+    /// All calls that `filter` means, read in pages of `limit` from the newest on.
+    async fn newest_first(&self, filter: &Filter, limit: usize) -> Vec<Status> {
+        let filter = Filter { order: Order::NewestFirst, ..filter.clone() };
+        let mut all: Vec<Status> = Vec::new();
+        loop {
+            let after = all.last().map(|status| status.id.as_str());
+            let page = self.queue.list(&filter, after, limit).await.unwrap();
+            assert!(page.len() <= limit);
+            if page.is_empty() {
+                return all;
+            }
+            all.extend(page);
+        }
+    }
+
     async fn check(&self) {
         for (id, state) in &self.known {
             let status = self.queue.status(id).await.unwrap();
@@ -135,6 +150,13 @@ impl Walk {
             assert_eq!(answer.is_some(), *state == State::Succeeded, "{id} {state:?}");
         }
         let listed = self.queue.list(&Filter::default(), None, usize::MAX / 2).await.unwrap();
+        let mut newest_first = self.newest_first(&Filter::default(), 97).await;
+        newest_first.reverse();
+        assert!(newest_first == listed, "{} and {}", newest_first.len(), listed.len());
+        let is_over = |status: &Status| status.state == State::Succeeded;
+        let mut over = self.newest_first(&filter_of(State::Succeeded), 7).await;
+        over.reverse();
+        assert!(over.iter().eq(listed.iter().filter(|status| is_over(status))));
         let mut listed: Vec<_> = listed.into_iter().map(|it| (it.id, it.state)).collect();
         listed.sort_unstable_by(|a, b| a.0.cmp(&b.0));
         let known: Vec<_> = self.known.clone().into_iter().collect();
@@ -144,6 +166,10 @@ impl Walk {
         let waiting = known.iter().filter(|(_, it)| !it.is_final()).count() as u64;
         assert_eq!((counts.pending, counts.dead), (waiting, self.dead.len() as u64));
     }
+}
+
+fn filter_of(state: State) -> Filter {
+    Filter { state: Some(state), ..Filter::default() }
 }
 
 #[tokio::test]

@@ -1,0 +1,89 @@
+// The list of functions: many of them, and what each state looks like.
+
+import assert from "node:assert/strict";
+
+import { background, check, says, text } from "./browser.mjs";
+import { Up } from "./program.mjs";
+
+const MANY = 1200;
+const name = (number) => `many-${String(number).padStart(4, "0")}`;
+const STACK = [
+  "functions:",
+  ...Array.from({ length: MANY }, (_, number) => `  ${name(number)}: {fprocess: cat, image: 'example.org/${name(number)}:latest'}`),
+  "  a-ready: {fprocess: cat}",
+  "  a-zero: {fprocess: cat}",
+  "  a-starting: {fprocess: sleep 1000, environment: {mode: http}}",
+].join("\n");
+
+export default {
+  before: async () => {
+    const up = await Up.start(STACK);
+    const body = JSON.stringify({ serviceName: "a-zero", replicas: 0 });
+    await fetch(`${up.url}/system/scale-function/a-zero`, { method: "POST", body });
+    return up;
+  },
+  after: (up) => up.remove(),
+  tests: {
+    "1,200 functions are shown in pages, not all at once": async ({ world: up, tab }) => {
+      const it = await tab(`${up.url}/ui/`);
+      const { page } = it;
+      await says(page, "#count", /^1203$/);
+      assert.equal(await page.locator("#rows tr").count(), 50);
+      const height = await page.evaluate(() => document.documentElement.scrollHeight);
+      assert.ok(height < 5000, `the page is ${height} px high`);
+      await says(page, "#pageText", /^Page 1 of 25$/);
+      await check(it, "many functions");
+      await page.click("#pageNext");
+      await says(page, "#pageText", /^Page 2 of 25$/);
+      await says(page, "#rows tr:first-child .pick", new RegExp(`^${name(47)}$`));
+      assert.match(page.url(), /[?&]page=2/);
+      await page.reload();
+      await says(page, "#pageText", /^Page 2 of 25$/);
+      await page.goBack();
+      await says(page, "#pageText", /^Page 1 of 25$/);
+      await page.goto(`${up.url}/ui/?page=25`);
+      await says(page, "#rows tr:last-child .pick", new RegExp(`^${name(1199)}$`));
+      assert.equal(await page.getAttribute("#pageNext", "aria-disabled"), "true");
+      await page.click("#pageNext", { force: true });
+      await says(page, "#pageText", /^Page 25 of 25$/);
+    },
+    "the slash leads to the filter, which finds every function": async ({ world: up, tab }) => {
+      const it = await tab(`${up.url}/ui/?page=3`);
+      const { page } = it;
+      await says(page, "#count", /^1203$/);
+      await page.keyboard.press("/");
+      assert.equal(await page.evaluate(() => document.activeElement.id), "filter");
+      await page.keyboard.type("many-1199");
+      await says(page, "#count", /^1 of 1203$/);
+      assert.equal(await text(page, "#rows .pick"), "many-1199");
+      assert.match(page.url(), /[?&]filter=many-1199/);
+      assert.doesNotMatch(page.url(), /page=/);
+      await check(it, "filtered");
+      await page.click("#rows .pick");
+      assert.match(page.url(), /filter=many-1199#many-1199/);
+      await page.reload();
+      await says(page, "#count", /^1 of 1203$/);
+      await says(page, "#callTitle", /^Call many-1199/);
+      // In a field a slash is a slash.
+      await page.fill("#path", "");
+      await page.focus("#path");
+      await page.keyboard.type("/a/b");
+      assert.equal(await page.inputValue("#path"), "/a/b");
+      await page.fill("#filter", "nothing has this name");
+      await says(page, "#nomatch", /No function matches/);
+      await check(it, "no match");
+    },
+    "each state of a function has a colour and a name of its own": async ({ world: up, tab }) => {
+      const it = await tab(`${up.url}/ui/?filter=a-`);
+      const states = {};
+      for (const [row, state] of [["a-ready", "ready"], ["a-zero", "zero"], ["a-starting", "scaling"]]) {
+        const badge = it.page.locator("#rows tr", { hasText: row }).locator(".state");
+        await badge.waitFor();
+        assert.equal(await badge.innerText(), state);
+        states[state] = await background(badge);
+      }
+      assert.equal(new Set(Object.values(states)).size, 3, JSON.stringify(states));
+      await check(it, "states");
+    },
+  },
+};
