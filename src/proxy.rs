@@ -3,6 +3,7 @@
 pub mod body;
 mod buffers;
 pub mod client;
+pub mod codings;
 pub mod ending;
 mod guard;
 pub mod headers;

@@ -18,12 +18,10 @@ use crate::proxy::buffers;
 use crate::proxy::stream::UpstreamStream;
 use crate::proxy::upload::{self, Upload};
 use crate::proxy::wire::Malformed;
-use crate::proxy::wire::answer::{Head, take_head};
+use crate::proxy::wire::answer::{Head, MAX_HEAD, take_head};
 use crate::proxy::wire::decoder::Decoder;
 use crate::watch::Watch;
 
-/// The largest head of an answer.
-const MAX_HEAD: usize = 1 << 20;
 /// What is read at once: little at first, more while a peer fills it. What waits to be written to a slow caller stays
 /// within some 2 MiB.
 const LEAST_READ: usize = 4 << 10;
@@ -124,6 +122,9 @@ impl Link {
                 self.looked_at = self.input.len();
                 match taken {
                     Ok(Some(head)) => {
+                        if let Err(malformed) = head.body.check_beginning(&self.input) {
+                            return Poll::Ready(Err(Failure::Malformed(malformed)));
+                        }
                         self.begin_body(&head);
                         return Poll::Ready(Ok(head));
                     }

@@ -3,6 +3,8 @@
 //! hyper serves the callers. On this side a call needs little of what its client does, and what it does besides was a
 //! third of the cost of a call (docs/PERFORMANCE.md). Heads and chunk sizes are parsed by httparse, as hyper does.
 
+use crate::proxy::codings::CodingError;
+
 pub(super) mod answer;
 pub(super) mod decoder;
 pub(super) mod request;
@@ -12,14 +14,18 @@ pub(super) mod request;
 pub enum Malformed {
     #[error("invalid head: {0}")]
     Head(#[from] httparse::Error),
+    #[error("a head of more than 1 MiB")]
+    TooLarge,
     #[error("invalid status")]
     Status,
     #[error("invalid header")]
     Header,
     #[error("invalid Content-Length")]
     Length,
-    #[error("Transfer-Encoding other than chunked")]
-    TransferEncoding,
+    #[error("invalid Transfer-Encoding: {0}")]
+    TransferEncoding(#[from] CodingError),
+    #[error("Transfer-Encoding in HTTP/1.0")]
+    VersionWithCoding,
     #[error("invalid chunk")]
     Chunk,
     #[error("invalid trailers")]
@@ -29,6 +35,6 @@ pub enum Malformed {
 impl Malformed {
     /// Whether it may be HTTP, but more of it than is taken.
     pub(super) fn is_too_large(self) -> bool {
-        matches!(self, Self::Head(httparse::Error::TooManyHeaders))
+        matches!(self, Self::TooLarge | Self::Head(httparse::Error::TooManyHeaders))
     }
 }

@@ -3,17 +3,20 @@
 use std::mem::MaybeUninit;
 
 use bytes::{Buf, Bytes, BytesMut};
-use http::header::{CONTENT_LENGTH, UPGRADE};
+use http::header::{CONNECTION, CONTENT_LENGTH, UPGRADE};
 use http::{HeaderMap, HeaderName, HeaderValue, Response, StatusCode};
 use httparse::Status;
 use hyper::ext::ReasonPhrase;
 
+use crate::proxy::codings::is_chunked;
 use crate::proxy::headers::{Kind, announce_upgrade, named_by_connection, take_named};
 use crate::proxy::wire::Malformed;
 use crate::proxy::wire::decoder::Decoder;
 
 /// The most headers of an answer.
 const MAX_HEADERS: usize = 100;
+/// The largest head of an answer.
+pub(in crate::proxy) const MAX_HEAD: usize = 1 << 20;
 
 /// The head of an answer, and what follows from it.
 #[derive(Debug)]
@@ -33,9 +36,11 @@ pub(in crate::proxy) fn take_head(
     while !input.is_empty() {
         let mut room = [const { MaybeUninit::uninit() }; MAX_HEADERS];
         let mut parsed = httparse::Response::new(&mut []);
-        let parser = httparse::ParserConfig::default();
-        let status = parser.parse_response_with_uninit_headers(&mut parsed, input, &mut room)?;
+        let status = parser().parse_response_with_uninit_headers(&mut parsed, input, &mut room)?;
         let Status::Complete(length) = status else { return Ok(None) };
+        if length > MAX_HEAD {
+            return Err(Malformed::TooLarge);
+        }
         let head = assemble(&parsed, &input[..length], to_head)?;
         input.advance(length);
         if head.answer.status() == StatusCode::SWITCHING_PROTOCOLS
@@ -45,6 +50,13 @@ pub(in crate::proxy) fn take_head(
         }
     }
     Ok(None)
+}
+
+/// How heads are parsed. Whitespace before a colon is removed, not refused: RFC 9112, 5.1.
+pub(super) fn parser() -> httparse::ParserConfig {
+    let mut config = httparse::ParserConfig::default();
+    config.allow_spaces_after_header_name_in_responses(true);
+    config
 }
 
 fn assemble(
@@ -80,7 +92,7 @@ fn assemble(
     let body = says.framing(length, bodiless, is_1_0)?;
     let switches = status == StatusCode::SWITCHING_PROTOCOLS;
     let keep_alive = says.keeps_alive(is_1_0) && body != Decoder::UntilClose && !switches;
-    says.settle(headers, length, switches);
+    says.settle(headers, length, status);
     Ok(Head { answer, body, keep_alive })
 }
 
@@ -97,7 +109,7 @@ fn keep_reason(answer: &mut Response<()>, reason: &str) {
 #[derive(Default)]
 struct Says {
     connection: Vec<HeaderValue>,
-    upgrade: Option<HeaderValue>,
+    upgrades: Vec<HeaderValue>,
     codings: Vec<HeaderValue>,
     lengths: Vec<HeaderValue>,
 }
@@ -107,7 +119,7 @@ impl Says {
     fn take(&mut self, kind: Kind, value: HeaderValue) -> Option<HeaderValue> {
         match kind {
             Kind::Connection => self.connection.push(value),
-            Kind::Upgrade => self.upgrade = Some(value),
+            Kind::Upgrade => self.upgrades.push(value),
             Kind::TransferEncoding => self.codings.push(value),
             Kind::ContentLength => self.lengths.push(value),
             kind if kind.is_hop_by_hop() => {}
@@ -123,13 +135,13 @@ impl Says {
         bodiless: bool,
         is_1_0: bool,
     ) -> Result<Decoder, Malformed> {
-        if let [coding, others @ ..] = &self.codings[..] {
-            // A coding that is taken off here, but not undone, would spoil the body.
-            let chunked = others.is_empty() && coding.as_bytes().eq_ignore_ascii_case(b"chunked");
-            if is_1_0 || !chunked {
-                return Err(Malformed::TransferEncoding);
-            }
-            return Ok(if bodiless { Decoder::Done } else { Decoder::chunked() });
+        if is_chunked(&self.codings)? {
+            // HTTP/1.0 has no transfer codings, so the sender may mean something else.
+            return match (is_1_0, bodiless) {
+                (true, _) => Err(Malformed::VersionWithCoding),
+                (false, true) => Ok(Decoder::Done),
+                (false, false) => Ok(Decoder::chunked()),
+            };
         }
         Ok(match length {
             _ if bodiless => Decoder::Done,
@@ -170,7 +182,7 @@ impl Says {
     }
 
     /// Puts right what the caller is to know of all this, and takes out what it is not.
-    fn settle(self, headers: &mut HeaderMap, length: Option<u64>, switches: bool) {
+    fn settle(self, headers: &mut HeaderMap, length: Option<u64>, status: StatusCode) {
         let named = named_by_connection(&self.connection);
         take_named(headers, &named);
         if let (Some(length), [first, others @ ..]) = (length, &self.lengths[..]) {
@@ -178,8 +190,20 @@ impl Says {
             let value = if is_plain { first.clone() } else { length.into() };
             headers.insert(CONTENT_LENGTH, value);
         }
-        if let Some(upgrade) = self.upgrade.filter(|_| switches && named.contains(&UPGRADE)) {
-            announce_upgrade(headers, &upgrade);
+        match status {
+            StatusCode::SWITCHING_PROTOCOLS if named.contains(&UPGRADE) => {
+                if let Some(upgrade) = self.upgrades.last() {
+                    announce_upgrade(headers, upgrade);
+                }
+            }
+            // The protocols that are required are what the response is about (RFC 9110, 15.5.22).
+            StatusCode::UPGRADE_REQUIRED if !self.upgrades.is_empty() => {
+                headers.insert(CONNECTION, HeaderValue::from_static("upgrade"));
+                for upgrade in self.upgrades {
+                    headers.append(UPGRADE, upgrade);
+                }
+            }
+            _ => {}
         }
     }
 }
@@ -193,6 +217,7 @@ fn parse_length(text: &[u8]) -> Option<u64> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::proxy::codings::CodingError;
 
     fn take(text: &str) -> Result<Option<Head>, Malformed> {
         take_head(&mut BytesMut::from(text), false)
@@ -244,20 +269,60 @@ mod tests {
             "HTTP/1.1 200 OK\r\nContent-Length: 99999999999999999999\r\n\r\n",
             Malformed::Length,
         );
-        for coding in ["gzip, chunked", "identity", "chunked, chunked", "xchunked"] {
+        for (coding, expect) in [
+            ("gzip, chunked", CodingError::Unsupported),
+            ("identity", CodingError::NotChunked),
+            ("chunked, chunked", CodingError::ChunkedTwice),
+            ("xchunked", CodingError::NotChunked),
+            ("chunked\r\nTransfer-Encoding: chunked", CodingError::ChunkedTwice),
+        ] {
             let head = format!("HTTP/1.1 200 OK\r\nTransfer-Encoding: {coding}\r\n\r\n");
-            refuses(&head, Malformed::TransferEncoding);
+            refuses(&head, Malformed::TransferEncoding(expect));
         }
         refuses(
-            "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\nTransfer-Encoding: chunked\r\n\r\n",
-            Malformed::TransferEncoding,
-        );
-        refuses(
             "HTTP/1.0 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n",
-            Malformed::TransferEncoding,
+            Malformed::VersionWithCoding,
         );
-        refuses("HTTP/1.1 200 OK\r\nA : b\r\n\r\n", httparse::Error::HeaderName.into());
+        refuses("HTTP/1.1 200 OK\r\nA b: c\r\n\r\n", httparse::Error::HeaderName.into());
         refuses("SSH-2.0-x\r\n", httparse::Error::Version.into());
+    }
+
+    #[test]
+    fn whitespace_before_a_colon_is_removed() {
+        let text = "HTTP/1.1 200 OK\r\nA : b\r\nTransfer-Encoding \t: chunked\r\n\r\n";
+        let head = take(text).unwrap().unwrap();
+        assert_eq!(
+            (&head.answer.headers()["a"], head.body),
+            (&"b".parse().unwrap(), Decoder::chunked())
+        );
+    }
+
+    #[test]
+    fn a_head_of_a_mebibyte_is_taken_and_a_larger_one_is_not() {
+        for (more, expect) in [(0, None), (1, Some(Malformed::TooLarge))] {
+            let frame = "HTTP/1.1 200 OK\r\nA: \r\n\r\n".len();
+            let value = "x".repeat(MAX_HEAD - frame + more);
+            let taken = take(&format!("HTTP/1.1 200 OK\r\nA: {value}\r\n\r\n"));
+            assert_eq!(taken.err(), expect);
+        }
+    }
+
+    #[test]
+    fn a_426_says_which_protocols_are_required() {
+        let upgrades = |status: &str| {
+            let lines =
+                "Connection: Upgrade\r\nUpgrade: a\r\nUpgrade: b/1\r\nContent-Length: 0\r\n";
+            let head = take(&format!("HTTP/1.1 {status}\r\n{lines}\r\n")).unwrap().unwrap();
+            let headers = head.answer.headers();
+            assert_eq!(headers.contains_key(CONNECTION), headers.contains_key(UPGRADE));
+            headers
+                .get_all(UPGRADE)
+                .iter()
+                .map(|value| value.to_str().unwrap().to_owned())
+                .collect()
+        };
+        let all: [Vec<String>; 2] = [upgrades("426 Upgrade Required"), upgrades("200 OK")];
+        assert_eq!(all, [vec!["a".to_owned(), "b/1".to_owned()], vec![]]);
     }
 
     #[test]

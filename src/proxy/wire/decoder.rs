@@ -7,6 +7,7 @@ use httparse::Status;
 
 use crate::proxy::headers::may_trail;
 use crate::proxy::wire::Malformed;
+use crate::proxy::wire::answer::parser;
 
 /// The longest line with a chunk's size, extensions included, and the longest trailers.
 const MAX_LINES: usize = 16 << 10;
@@ -81,6 +82,15 @@ impl Decoder {
                 }
                 _ => &[],
             },
+        }
+    }
+
+    /// Checks what has come of the body before any of it is taken: one that cannot be read is known before its head is
+    /// passed on.
+    pub(in crate::proxy) fn check_beginning(&self, input: &[u8]) -> Result<(), Malformed> {
+        match self {
+            Self::Chunked(Chunk::Size) if !input.is_empty() => parse_size(input).map(|_| ()),
+            _ => Ok(()),
         }
     }
 
@@ -195,18 +205,36 @@ fn take(input: &mut BytesMut, most: u64) -> Option<Frame<Bytes>> {
 }
 
 fn take_size(input: &mut BytesMut) -> Result<Option<u64>, Malformed> {
+    Ok(parse_size(input)?.map(|(length, size)| {
+        input.advance(length);
+        size
+    }))
+}
+
+/// The line with a chunk's size at the front of `input`: its length, and the size. `None` while it is not there.
+fn parse_size(input: &[u8]) -> Result<Option<(usize, u64)>, Malformed> {
     // httparse takes an empty line for a size of zero.
     if !input[0].is_ascii_hexdigit() {
         return Err(Malformed::Chunk);
     }
     match httparse::parse_chunk_size(input) {
-        Ok(Status::Complete((length, size))) if length <= MAX_LINES => {
-            input.advance(length);
-            Ok(Some(size))
+        Ok(Status::Complete((length, size)))
+            if length <= MAX_LINES && is_plain(&input[..length - 2]) =>
+        {
+            Ok(Some((length, size)))
         }
-        Ok(Status::Partial) if input.len() <= MAX_LINES => Ok(None),
+        Ok(Status::Partial) if input.len() <= MAX_LINES => {
+            let line = input.strip_suffix(b"\r").unwrap_or(input);
+            if is_plain(line) { Ok(None) } else { Err(Malformed::Chunk) }
+        }
         Ok(_) | Err(_) => Err(Malformed::Chunk),
     }
+}
+
+/// Whether a line with a chunk's size has no control characters. httparse takes any in an extension, and others may
+/// take a bare LF there for the end of the line.
+fn is_plain(line: &[u8]) -> bool {
+    line.iter().all(|byte| *byte == b'\t' || !byte.is_ascii_control())
 }
 
 fn take_trailers(input: &mut BytesMut) -> Result<Option<HeaderMap>, Malformed> {
@@ -214,24 +242,35 @@ fn take_trailers(input: &mut BytesMut) -> Result<Option<HeaderMap>, Malformed> {
         input.advance(2);
         return Ok(Some(HeaderMap::new()));
     }
-    let mut room = [httparse::EMPTY_HEADER; MAX_TRAILERS];
-    match httparse::parse_headers(input, &mut room) {
-        Ok(Status::Complete((length, lines))) if length <= MAX_LINES => {
-            let mut trailers = HeaderMap::new();
-            for line in lines {
-                let name = HeaderName::from_bytes(line.name.as_bytes());
-                let value = HeaderValue::from_bytes(line.value);
-                let (Ok(name), Ok(value)) = (name, value) else { return Err(Malformed::Trailers) };
-                if may_trail(&name) {
-                    trailers.append(name, value);
-                }
-            }
+    match parse_trailers(input) {
+        Ok(Status::Complete((length, trailers))) if length <= MAX_LINES => {
             input.advance(length);
             Ok(Some(trailers))
         }
         Ok(Status::Partial) if input.len() <= MAX_LINES => Ok(None),
         Ok(_) | Err(_) => Err(Malformed::Trailers),
     }
+}
+
+fn parse_trailers(input: &[u8]) -> Result<Status<(usize, HeaderMap)>, Malformed> {
+    // Whitespace before a colon is removed as in a head, which httparse does for a head alone.
+    const START: &[u8] = b"HTTP/1.1 200\r\n";
+    let head = [START, &input[..input.len().min(MAX_LINES + 1)]].concat();
+    let mut room = [httparse::EMPTY_HEADER; MAX_TRAILERS];
+    let mut parsed = httparse::Response::new(&mut room);
+    let Status::Complete(length) = parser().parse_response(&mut parsed, &head)? else {
+        return Ok(Status::Partial);
+    };
+    let mut trailers = HeaderMap::new();
+    for line in &*parsed.headers {
+        let name = HeaderName::from_bytes(line.name.as_bytes());
+        let value = HeaderValue::from_bytes(line.value);
+        let (Ok(name), Ok(value)) = (name, value) else { return Err(Malformed::Trailers) };
+        if may_trail(&name) {
+            trailers.append(name, value);
+        }
+    }
+    Ok(Status::Complete((length - START.len(), trailers)))
 }
 
 #[cfg(test)]
@@ -281,7 +320,7 @@ mod tests {
     #[test]
     fn trailers_follow_the_last_chunk() {
         let text =
-            b"1\r\na\r\n000\r\nX-Checksum: 42\r\nContent-Length: 3\r\nx-checksum: 43\r\n\r\n";
+            b"1\r\na\r\n000\r\nX-Checksum: 42\r\nContent-Length: 3\r\nx-checksum \t: 43\r\n\r\n";
         for size in 1..text.len() {
             let (data, trailers, left) = decode(Decoder::chunked(), text, size);
             let trailers = trailers.unwrap();
@@ -319,6 +358,11 @@ mod tests {
             "+1\r\na",
             "1 2\r\n",
             "1\nb",
+            "1;a\nb",
+            "1;a\nb\r\na\r\n",
+            "1;a\0b",
+            "1;\"\x7f\"\r\na\r\n",
+            "1;a\r\r\n",
             "11111111111111111\r\n",
             "1\r\nab\r\n",
             "1\r\na\n0\r\n",
