@@ -2,20 +2,28 @@
 
 use std::fmt;
 
-use http::header::{CONTENT_TYPE, RETRY_AFTER};
+use http::header::{ALLOW, CONNECTION, CONTENT_TYPE, RETRY_AFTER};
 use http::{HeaderMap, HeaderValue, Response, StatusCode};
 
 use crate::function::Function;
 use crate::proxy::body::BodyError;
 use crate::proxy::client;
+use crate::proxy::codings::CodingError;
 use crate::proxy::upstream_body::BodyFailure;
 use crate::queue;
+use crate::serve::refusal::HeadError;
 
 /// Why a request is not answered as its caller wished. What it says holds no address and no secret.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     #[error("{0}")]
     BadRequest(String),
+    #[error(transparent)]
+    Head(#[from] HeadError),
+    #[error("{0}")]
+    Coding(CodingError),
+    #[error("the method is not allowed here: {0} are")]
+    MethodNotAllowed(&'static str),
     #[error("no such path")]
     NoSuchPath,
     #[error("function {0} not found")]
@@ -59,6 +67,12 @@ impl Error {
     pub fn status(&self) -> StatusCode {
         match self {
             Self::BadRequest(_) | Self::Body(BodyError::Broken) => StatusCode::BAD_REQUEST,
+            Self::Head(error) => head_status(*error),
+            Self::Coding(CodingError::Unsupported) => StatusCode::NOT_IMPLEMENTED,
+            Self::Coding(CodingError::NotChunked | CodingError::ChunkedTwice) => {
+                StatusCode::BAD_REQUEST
+            }
+            Self::MethodNotAllowed(_) => StatusCode::METHOD_NOT_ALLOWED,
             Self::NoSuchPath | Self::NoSuchFunction(_) | Self::NotFound(_) => StatusCode::NOT_FOUND,
             Self::Conflict(_) => StatusCode::CONFLICT,
             Self::Queue(error) => queue_status(error),
@@ -90,6 +104,13 @@ impl Error {
             | Self::Upstream(client::Error::Exhausted(_))
             | Self::Queue(queue::Error::Full | queue::Error::Away | queue::Error::Failed) => {
                 headers.insert(RETRY_AFTER, HeaderValue::from_static("1"));
+            }
+            // Where the body ends is not known, nor where another request begins.
+            Self::Coding(_) | Self::Head(_) => {
+                headers.insert(CONNECTION, HeaderValue::from_static("close"));
+            }
+            Self::MethodNotAllowed(allow) => {
+                headers.insert(ALLOW, HeaderValue::from_static(allow));
             }
             Self::Unauthorized => {
                 let realm = HeaderValue::from_static("Basic realm=\"Restricted\"");
@@ -139,6 +160,24 @@ impl fmt::Display for Causes<'_> {
 /// 499, as nginx made it known: the caller closed the connection before its answer was there.
 pub fn client_left() -> StatusCode {
     StatusCode::from_u16(499).unwrap_or(StatusCode::BAD_REQUEST)
+}
+
+fn head_status(error: HeadError) -> StatusCode {
+    match error {
+        HeadError::TooLarge | HeadError::TooManyHeaders => {
+            StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE
+        }
+        HeadError::TargetTooLong => StatusCode::URI_TOO_LONG,
+        HeadError::UnsupportedVersion => StatusCode::HTTP_VERSION_NOT_SUPPORTED,
+        HeadError::Version
+        | HeadError::Method
+        | HeadError::Target
+        | HeadError::Header
+        | HeadError::ContentLength
+        | HeadError::TransferEncoding
+        | HeadError::TransferEncodingInHttp10
+        | HeadError::Malformed => StatusCode::BAD_REQUEST,
+    }
 }
 
 fn upstream_status(error: &client::Error) -> StatusCode {

@@ -5,6 +5,7 @@ pub mod caller;
 mod connection;
 pub mod listener;
 pub mod pacing;
+pub mod refusal;
 
 use std::convert::Infallible;
 use std::error::Error;

@@ -56,6 +56,8 @@ pub struct Watch {
     body_expired: AtomicBool,
     /// The head that is being read has more headers than hyper has room for.
     wants_room: AtomicBool,
+    /// Some of the last call's response may still have to be written.
+    responding: AtomicBool,
 }
 
 impl Watch {
@@ -73,6 +75,7 @@ impl Watch {
             call_expired: AtomicBool::new(false),
             body_expired: AtomicBool::new(false),
             wants_room: AtomicBool::new(false),
+            responding: AtomicBool::new(false),
         }
     }
 
@@ -101,6 +104,7 @@ impl Watch {
         };
         self.stage.store(Stage::Call as u8, Relaxed);
         self.until.store(NEVER, Relaxed);
+        self.responding.store(true, Relaxed);
         // hyper reads a head only behind the end of the body before it.
         self.body_outstanding.store(false, Relaxed);
         self.base + head_at
@@ -193,6 +197,18 @@ impl Watch {
     /// Whether room has been asked for, once for each time.
     pub fn takes_room(&self) -> bool {
         self.wants_room.load(Relaxed) && self.wants_room.swap(false, Relaxed)
+    }
+
+    /// All that hyper had to write has been written.
+    pub fn flushed(&self) {
+        if self.stage() != Stage::Call {
+            self.responding.store(false, Relaxed);
+        }
+    }
+
+    /// Whether what is written now belongs to no call: then hyper writes it by itself.
+    pub fn is_between_calls(&self) -> bool {
+        self.stage() != Stage::Call && !self.responding.load(Relaxed)
     }
 
     /// Whether the call's deadline has passed.

@@ -4,9 +4,9 @@ use std::io;
 use std::net::SocketAddr;
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::task::{Context, Poll};
+use std::task::{Context, Poll, ready};
 
-use bytes::Bytes;
+use bytes::{Buf, Bytes};
 use http::HeaderValue;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, ReadBuf, Take};
 use tokio::net::TcpStream;
@@ -87,6 +87,10 @@ pub struct CallerStream {
     lines: usize,
     /// Whether hyper has been given room for as many headers as are allowed.
     roomy: bool,
+    /// Written before anything of hyper's.
+    output: Bytes,
+    /// hyper has refused the head of a request. Its response was not written.
+    refused: bool,
     watch: Arc<Watch>,
     timeouts: Timeouts,
 }
@@ -119,6 +123,8 @@ impl CallerStream {
             unread: Bytes::new(),
             lines: 0,
             roomy: false,
+            output: Bytes::new(),
+            refused: false,
             watch,
             timeouts,
         }
@@ -133,6 +139,49 @@ impl CallerStream {
     /// hyper has room for as many headers as are allowed.
     pub(super) fn has_room(&mut self) {
         self.roomy = true;
+    }
+
+    /// Has `bytes` written before anything of hyper's.
+    pub(super) fn write_first(&mut self, bytes: &Bytes) {
+        self.output = bytes.clone();
+    }
+
+    /// Whether hyper has ended with `error` because of the head of a request, and no response is being written. Asked
+    /// once.
+    pub(super) fn takes_refusal(&mut self, error: &hyper::Error) -> bool {
+        // To the preface of HTTP/2 it writes no response.
+        let preface = error.is_parse_version_h2() && self.watch.is_between_calls();
+        std::mem::take(&mut self.refused) || preface
+    }
+
+    /// Whether hyper, which is about to write what begins with `text`, refuses the head of a request.
+    fn is_refusal(&self, text: &[u8]) -> bool {
+        self.watch.is_between_calls() && text.starts_with(b"HTTP/1.") && !self.watch.is_stalled()
+    }
+
+    /// Writes `output`.
+    fn poll_output(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        while !self.output.is_empty() {
+            let result = Pin::new(self.tcp.get_mut()).poll_write(cx, &self.output);
+            match ready!(self.wrote(result))? {
+                0 => return Poll::Ready(Err(io::ErrorKind::WriteZero.into())),
+                written => self.output.advance(written),
+            }
+        }
+        Poll::Ready(Ok(()))
+    }
+
+    /// Sees to what hyper is about to write. `Some`: it is not to be written.
+    fn poll_before_write(
+        &mut self,
+        cx: &mut Context<'_>,
+        bufs: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<Option<usize>>> {
+        if bufs.first().is_some_and(|first| self.is_refusal(first)) {
+            self.refused = true;
+            return Poll::Ready(Ok(Some(bufs.iter().map(|buf| buf.len()).sum())));
+        }
+        self.poll_output(cx).map_ok(|()| None)
     }
 
     /// Sees to what has just been read, between two calls or in a head. Whether hyper may have it.
@@ -205,6 +254,9 @@ impl AsyncWrite for CallerStream {
         cx: &mut Context<'_>,
         buf: &[u8],
     ) -> Poll<io::Result<usize>> {
+        if let Some(taken) = ready!(self.poll_before_write(cx, &[io::IoSlice::new(buf)]))? {
+            return Poll::Ready(Ok(taken));
+        }
         let result = Pin::new(self.tcp.get_mut()).poll_write(cx, buf);
         self.wrote(result)
     }
@@ -214,6 +266,9 @@ impl AsyncWrite for CallerStream {
         cx: &mut Context<'_>,
         bufs: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
+        if let Some(taken) = ready!(self.poll_before_write(cx, bufs))? {
+            return Poll::Ready(Ok(taken));
+        }
         let tcp = Pin::new(self.tcp.get_mut());
         let result = match bufs {
             // `send` costs the kernel less than `writev`, by more than it takes to copy a small answer.
@@ -236,10 +291,17 @@ impl AsyncWrite for CallerStream {
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        ready!(self.poll_output(cx))?;
+        self.watch.flushed();
         Pin::new(self.tcp.get_mut()).poll_flush(cx)
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        if self.refused {
+            // There is a response to come.
+            return Poll::Ready(Ok(()));
+        }
+        ready!(self.poll_output(cx))?;
         Pin::new(self.tcp.get_mut()).poll_shutdown(cx)
     }
 }

@@ -10,19 +10,21 @@ use hyper::body::{Body, Incoming};
 use hyper::server::conn::http1::{Builder, UpgradeableConnection};
 use hyper::service::HttpService;
 use hyper_util::rt::TokioIo;
+use tokio::io::AsyncWrite;
 use tokio::time::Sleep;
 use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
 
 use crate::echo::OwnWakes;
 use crate::serve::caller::{Caller, CallerStream};
+use crate::serve::refusal::{self, Outcome};
 use crate::watch::{Overdue, Stage};
 
 /// The largest head of a request.
-const MAX_HEAD: usize = 1 << 20;
+pub(super) const MAX_HEAD: usize = 1 << 20;
 /// Room for the largest head, and for as much of a body as is passed on at once.
 const MAX_BUFFER: usize = MAX_HEAD + (64 << 10);
 /// The most headers of a request.
-const MAX_HEADERS: usize = 256;
+pub(super) const MAX_HEADERS: usize = 256;
 /// The first request on a connection younger than this may still be on its way.
 const YOUNG: Duration = Duration::from_secs(1);
 
@@ -54,6 +56,8 @@ enum Http<S: HttpService<Incoming>> {
     Awake(Box<UpgradeableConnection<TokioIo<CallerStream>, S>>),
     /// Nothing is under way: hyper's state and buffers are not needed until something can be read.
     Resting(CallerStream, S),
+    /// The response to a head that hyper did not take is written; it is the last one.
+    Refusing(CallerStream),
     Over,
 }
 
@@ -88,21 +92,57 @@ where
     }
 
     fn poll_http(&mut self, cx: &mut Context<'_>) -> Poll<()> {
-        if let Http::Resting(stream, _) = &self.http {
-            ready!(stream.poll_readable(cx));
-            self.wake();
+        loop {
+            match &mut self.http {
+                Http::Resting(stream, _) => {
+                    ready!(stream.poll_readable(cx));
+                    self.wake();
+                }
+                Http::Awake(http) => {
+                    let Err(error) = ready!(Pin::new(&mut **http).poll(cx)) else {
+                        return Poll::Ready(());
+                    };
+                    tracing::debug!(caller = %self.caller.address, %error, "Connection ended");
+                    if !self.take_over(&error) {
+                        return Poll::Ready(());
+                    }
+                }
+                Http::Refusing(stream) => {
+                    // It ends, whether or not the client has taken the response.
+                    return Pin::new(stream).poll_shutdown(cx).map(|_| ());
+                }
+                Http::Over => return Poll::Ready(()),
+            }
         }
-        let Http::Awake(http) = &mut self.http else { return Poll::Ready(()) };
-        ready!(Pin::new(&mut **http).poll(cx)).unwrap_or_else(|error| {
-            tracing::debug!(caller = %self.caller.address, %error, "Connection ended");
-        });
-        Poll::Ready(())
+    }
+
+    /// Takes the connection from hyper, which did not take the head of a request. Whether there is more to do.
+    fn take_over(&mut self, error: &hyper::Error) -> bool {
+        let Http::Awake(http) = std::mem::replace(&mut self.http, Http::Over) else { return false };
+        let Some(parts) = http.into_parts() else { return false };
+        let mut stream = parts.io.into_inner();
+        if !stream.takes_refusal(error) {
+            return false;
+        }
+        self.http = match Outcome::of(error, &parts.read_buf) {
+            Outcome::Corrected(head) => {
+                stream.read_again(&head);
+                Http::Resting(stream, parts.service)
+            }
+            Outcome::Refused(error) => {
+                stream.write_first(&refusal::response(error));
+                Http::Refusing(stream)
+            }
+        };
+        true
     }
 
     fn wake(&mut self) {
         if let Http::Resting(stream, service) = std::mem::replace(&mut self.http, Http::Over) {
             let http = self.builder.serve_connection(TokioIo::new(stream), service);
             self.http = Http::Awake(Box::new(http.with_upgrades()));
+            // This one does not know it yet.
+            self.told_to_close = false;
         }
     }
 
@@ -149,6 +189,7 @@ where
         self.told_to_close = true;
         match &mut self.http {
             Http::Awake(http) => Pin::new(&mut **http).graceful_shutdown(),
+            Http::Refusing(_) => return false,
             Http::Resting(..) | Http::Over => self.http = Http::Over,
         }
         true
