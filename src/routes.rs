@@ -1,5 +1,7 @@
 //! Both URL tables. Read top to bottom: this is the API reference.
 
+mod request;
+
 use std::convert::Infallible;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -9,8 +11,8 @@ use axum::extract::State;
 use axum::middleware::{from_fn, from_fn_with_state};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{delete, get, options, post};
-use http::header::{CONNECTION, HOST, UPGRADE};
-use http::{HeaderMap, HeaderValue, Method, Request, StatusCode, Version};
+use http::header::UPGRADE;
+use http::{Method, Request, StatusCode, Version};
 use hyper::body::{Body, Incoming};
 use hyper::service::{Service, service_fn};
 use tower::ServiceExt;
@@ -22,6 +24,7 @@ use crate::invoke::{self, Invoker};
 use crate::metrics::Metrics;
 use crate::proxy::body::CallerBody;
 use crate::queued::{operate, other_method};
+use crate::routes::request::{Early, check, close_after, fit_http_1_0, has_dot_segment};
 use crate::serve::caller::Caller;
 use crate::shutdown::Stages;
 use crate::system::{self, Api};
@@ -142,6 +145,8 @@ pub struct Door {
 /// A request that has been looked at, and is about to be answered.
 pub struct Entered {
     errand: Errand,
+    /// The client speaks HTTP/1.0.
+    is_1_0: bool,
     trip: Option<Box<Trip>>,
 }
 
@@ -160,25 +165,27 @@ impl Door {
     /// Looks at a request, whatever it is.
     pub fn enter(&self, caller: &Caller, mut request: Request<Incoming>) -> Entered {
         let began = caller.watch.call_begins();
+        let is_1_0 = request.version() < Version::HTTP_11;
         let observer = self.observer.as_ref();
         let mut trip = observer.and_then(|it| it.begin(caller.address, &mut request, began));
         let errand = self.look_at(caller, request, began);
         if let (Errand::Call(prepared), Some(trip)) = (&errand, &mut trip) {
             trip.calls(prepared.call_id());
         }
-        Entered { errand, trip }
+        Entered { errand, is_1_0, trip }
     }
 
-    fn look_at(&self, caller: &Caller, request: Request<Incoming>, began: Instant) -> Errand {
+    fn look_at(&self, caller: &Caller, mut request: Request<Incoming>, began: Instant) -> Errand {
         if !request.body().is_end_stream() {
             caller.watch.body_until(began + self.invoker.timeouts.read);
         }
+        let checked = check(&mut request).and_then(|()| check_path(request.uri().path()));
         let is_call = request.uri().path().starts_with("/function/");
-        match check(&request) {
-            Err(error) if is_call => {
+        match checked {
+            Err(Early::Refused(error)) if is_call => {
                 Errand::Refused(self.invoker.refuse(caller, &error, request.headers()))
             }
-            Err(error) => Errand::Refused(Box::new(self.wrap(caller, error.into_response()))),
+            Err(early) => Errand::Refused(Box::new(self.wrap(caller, early.into_response()))),
             Ok(()) if is_call => self
                 .invoker
                 .prepare(caller, request, began)
@@ -196,7 +203,7 @@ impl Door {
         caller: &Caller,
         entered: Entered,
     ) -> Result<http::Response<Answer>, Infallible> {
-        let Entered { errand, mut trip } = entered;
+        let Entered { errand, is_1_0, mut trip } = entered;
         let mut answer = match errand {
             Errand::Call(prepared) => self.invoker.carry(caller, prepared, &mut trip).await,
             // Boxed, lest its size be carried along by every call.
@@ -212,7 +219,10 @@ impl Door {
         }
         // After a change of protocols, `Connection` is what names the change.
         if self.stages.is_leaving() && answer.status() != StatusCode::SWITCHING_PROTOCOLS {
-            answer.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
+            close_after(answer.headers_mut());
+        }
+        if is_1_0 {
+            fit_http_1_0(&mut answer);
         }
         Ok(answer)
     }
@@ -259,102 +269,30 @@ pub fn plain(
 + Send
 + use<> {
     let router = router.clone();
-    service_fn(move |request: Request<Incoming>| {
+    service_fn(move |mut request: Request<Incoming>| {
         caller.watch.call_begins();
+        let is_1_0 = request.version() < Version::HTTP_11;
+        let checked = check(&mut request);
         let (router, watch) = (router.clone(), Arc::clone(&caller.watch));
         async move {
             let request = request
                 .map(|body| axum::body::Body::new(CallerBody::new(body, Arc::clone(&watch))));
-            let answer = router.oneshot(request).await.unwrap_or_else(|never| match never {});
+            let mut answer = match checked {
+                Ok(()) => router.oneshot(request).await.unwrap_or_else(|never| match never {}),
+                Err(early) => early.into_response(),
+            };
+            if is_1_0 {
+                fit_http_1_0(&mut answer);
+            }
             Ok(answer.map(|body| Answer::new(Content::Api(body), None, watch, idle)))
         }
     })
 }
 
-/// Refuses what a function, or the way to it, could take for something else.
-fn check(request: &Request<Incoming>) -> Result<(), Error> {
-    let bad = |what: &str| Err(Error::BadRequest(what.to_owned()));
-    if !has_one_good_host(request.headers(), request.version()) {
-        return bad("the Host header is missing, repeated or malformed");
-    }
-    if has_dot_segment(request.uri().path()) {
-        return bad("the path has a dot segment");
+/// Refuses a path that could lead out of `/function/NAME`.
+fn check_path(path: &str) -> Result<(), Early> {
+    if has_dot_segment(path) {
+        return Err(Error::BadRequest("the path has a dot segment".to_owned()).into());
     }
     Ok(())
-}
-
-fn has_one_good_host(headers: &HeaderMap, version: Version) -> bool {
-    let mut hosts = headers.get_all(HOST).iter();
-    match (hosts.next(), hosts.next()) {
-        (None, _) => version < Version::HTTP_11,
-        (Some(host), None) => host.as_bytes().iter().all(is_host_byte),
-        (Some(_), Some(_)) => false,
-    }
-}
-
-fn is_host_byte(byte: &u8) -> bool {
-    byte.is_ascii_alphanumeric() || b"-._~!$&'()*+,;=:[]%".contains(byte)
-}
-
-/// Whether a segment of `path` is `.` or `..`, however dots and slashes are written: it could lead out of
-/// `/function/NAME` once somebody further on decodes it.
-fn has_dot_segment(path: &str) -> bool {
-    // Most paths have neither; they are done with one walk.
-    let bytes = path.as_bytes();
-    let odd = bytes.windows(2).any(|two| two == b"/.") || bytes.iter().any(|b| b"%\\".contains(b));
-    odd && decoded(path).split(['/', '\\']).any(|segment| segment == "." || segment == "..")
-}
-
-/// `path` with dots and slashes decoded, and nothing else.
-fn decoded(path: &str) -> String {
-    let mut decoded = path.to_ascii_lowercase();
-    for (code, character) in [("%2e", "."), ("%2f", "/"), ("%5c", "\\")] {
-        decoded = decoded.replace(code, character);
-    }
-    decoded
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn dot_segments_are_seen_however_they_are_written() {
-        for path in [
-            "/function/a/..",
-            "/a/../b",
-            "/a/./b",
-            "/a/%2e%2E/b",
-            "/a/.%2e",
-            "/..",
-            "/a/..\\b",
-            "/a/..%2f..%2Fb",
-            "/a%5C..%5cb",
-        ] {
-            assert!(has_dot_segment(path), "{path}");
-        }
-        for path in
-            ["/", "/function/a.b/c.json", "/a/...", "/a/..b", "/a/.well-known", "/a//b", "/a/%2f"]
-        {
-            assert!(!has_dot_segment(path), "{path}");
-        }
-    }
-
-    #[test]
-    fn a_host_is_one_and_well_formed() {
-        let check = |hosts: &[&'static str], version| {
-            let hosts = hosts.iter().map(|host| (HOST, HeaderValue::from_static(host)));
-            let mut headers = HeaderMap::new();
-            hosts.for_each(|(name, value)| {
-                headers.append(name, value);
-            });
-            has_one_good_host(&headers, version)
-        };
-        assert!(check(&["gateway.test:8080"], Version::HTTP_11));
-        assert!(check(&["[::1]:8080"], Version::HTTP_11));
-        assert!(check(&[], Version::HTTP_10));
-        assert!(!check(&[], Version::HTTP_11));
-        assert!(!check(&["a", "b"], Version::HTTP_11));
-        assert!(!check(&["a b/c"], Version::HTTP_11));
-    }
 }

@@ -44,7 +44,14 @@ pub fn router(process: Arc<Process>) -> Router {
         .route("/system/logs", get(log_api::read))
         .route("/system/info", get(info))
         .route("/healthz", get(healthz))
+        .fallback(|| async { Refusal::NotFound("no such path".to_owned()) })
+        .method_not_allowed_fallback(method_not_allowed)
         .with_state(process)
+}
+
+/// The router adds the methods that are, in `Allow`.
+async fn method_not_allowed() -> (StatusCode, &'static str) {
+    (StatusCode::METHOD_NOT_ALLOWED, "method not allowed here\n")
 }
 
 async fn call(State(process): State<Arc<Process>>, request: Request) -> Response {

@@ -1,0 +1,252 @@
+//! What is checked of every request before its path decides anything: framing, method, target and Host (RFC 9110 and
+//! 9112). What a function, or a proxy on the way to it, could read differently is refused.
+
+use axum::body::Body as RouterBody;
+use axum::response::{IntoResponse, Response};
+use http::header::{ALLOW, CONNECTION, HOST, MAX_FORWARDS, TRANSFER_ENCODING, UPGRADE};
+use http::uri::PathAndQuery;
+use http::{HeaderMap, HeaderValue, Method, Request, StatusCode, Uri, Version};
+use hyper::body::Body;
+
+use crate::error::Error;
+use crate::proxy::codings;
+
+/// The methods that requests in general may have. Functions may define others.
+const METHODS: &str = "GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS";
+/// Below this path, requests are forwarded to functions.
+const FUNCTIONS: &str = "/function/";
+
+/// The response to a request that is not routed.
+#[derive(Debug)]
+pub(super) enum Early {
+    Refused(Error),
+    /// OPTIONS about the gateway itself: which methods it knows.
+    Methods,
+}
+
+impl From<Error> for Early {
+    fn from(error: Error) -> Self {
+        Self::Refused(error)
+    }
+}
+
+impl IntoResponse for Early {
+    fn into_response(self) -> Response {
+        match self {
+            Self::Refused(error) => error.into_response(),
+            Self::Methods => {
+                (StatusCode::OK, [(ALLOW, METHODS)], RouterBody::empty()).into_response()
+            }
+        }
+    }
+}
+
+/// Checks `request`, and puts into order what may be said in several ways.
+///
+/// # Errors
+/// The response, when the request is not to be routed.
+pub(super) fn check<B: Body>(request: &mut Request<B>) -> Result<(), Early> {
+    let body = request.body();
+    // A body without a length is one with transfer codings; hyper has looked at the last line of them alone.
+    if !body.is_end_stream() && body.size_hint().exact().is_none() {
+        codings::is_chunked(request.headers().get_all(TRANSFER_ENCODING)).map_err(Error::Coding)?;
+    }
+    if *request.method() == Method::CONNECT {
+        return Err(Error::MethodNotAllowed(METHODS).into());
+    }
+    if request.version() < Version::HTTP_11 {
+        // RFC 9110, 7.8.
+        request.headers_mut().remove(UPGRADE);
+    }
+    if !has_one_good_host(request.headers(), request.version()) {
+        return bad("the Host header is missing, repeated or malformed");
+    }
+    if request.uri().authority().is_some() {
+        take_authority(request)?;
+    }
+    match *request.method() {
+        Method::TRACE if request.uri().path().starts_with(FUNCTIONS) => {
+            Err(Error::MethodNotAllowed(METHODS).into())
+        }
+        Method::OPTIONS => check_options(request),
+        _ if request.uri().path() == "*" => bad("the target * is for OPTIONS only"),
+        _ => Ok(()),
+    }
+}
+
+fn bad<T>(reason: &str) -> Result<T, Early> {
+    Err(Error::BadRequest(reason.to_owned()).into())
+}
+
+/// Makes a target in absolute form one in origin form. Its authority replaces Host (RFC 9112, 3.2.2).
+fn take_authority<B>(request: &mut Request<B>) -> Result<(), Early> {
+    let uri = request.uri();
+    let Some(authority) = uri.authority() else { return Ok(()) };
+    if !matches!(uri.scheme_str(), Some("http" | "https")) {
+        return bad("the target is neither a path nor a URL of http or https");
+    }
+    if authority.as_str().contains('@') {
+        return bad("the URL in the target has user information");
+    }
+    let host = HeaderValue::from_str(authority.as_str());
+    let Some(host) = host.ok().filter(|host| is_host(host) && !authority.host().is_empty()) else {
+        return bad("the host in the target is malformed");
+    };
+    let path = uri.path_and_query().cloned().unwrap_or_else(|| PathAndQuery::from_static("/"));
+    *request.uri_mut() = Uri::from(path);
+    request.headers_mut().insert(HOST, host);
+    Ok(())
+}
+
+/// OPTIONS may concern the gateway, or be forwarded so many times only (RFC 9110, 7.6.2).
+fn check_options<B>(request: &mut Request<B>) -> Result<(), Early> {
+    let path = request.uri().path();
+    if path == "*" {
+        return Err(Early::Methods);
+    }
+    if !path.starts_with(FUNCTIONS) {
+        return Ok(());
+    }
+    let mut values = request.headers().get_all(MAX_FORWARDS).iter();
+    let left = match (values.next(), values.next()) {
+        (None, _) => return Ok(()),
+        (Some(value), None) => parse_forwards(value.as_bytes()),
+        (Some(_), Some(_)) => None,
+    };
+    match left {
+        None => bad("Max-Forwards is not a number"),
+        Some(0) => Err(Early::Methods),
+        Some(left) => {
+            request.headers_mut().insert(MAX_FORWARDS, HeaderValue::from(left - 1));
+            Ok(())
+        }
+    }
+}
+
+/// A number of any length; more than can be counted to is as much as can be.
+fn parse_forwards(digits: &[u8]) -> Option<u64> {
+    (!digits.is_empty() && digits.iter().all(u8::is_ascii_digit)).then(|| {
+        digits.iter().fold(0_u64, |sum, digit| {
+            sum.saturating_mul(10).saturating_add(u64::from(digit - b'0'))
+        })
+    })
+}
+
+fn has_one_good_host(headers: &HeaderMap, version: Version) -> bool {
+    let mut hosts = headers.get_all(HOST).iter();
+    match (hosts.next(), hosts.next()) {
+        (None, _) => version < Version::HTTP_11,
+        (Some(host), None) => is_host(host),
+        (Some(_), Some(_)) => false,
+    }
+}
+
+fn is_host(host: &HeaderValue) -> bool {
+    host.as_bytes().iter().all(is_host_byte)
+}
+
+fn is_host_byte(byte: &u8) -> bool {
+    byte.is_ascii_alphanumeric() || b"-._~!$&'()*+,;=:[]%".contains(byte)
+}
+
+/// Whether a segment of `path` is `.` or `..`, however dots and slashes are written: it could lead out of
+/// `/function/NAME` when the next server decodes it.
+pub(super) fn has_dot_segment(path: &str) -> bool {
+    // Most paths have neither; they are done with one walk.
+    let bytes = path.as_bytes();
+    let odd = bytes.windows(2).any(|two| two == b"/.") || bytes.iter().any(|b| b"%\\".contains(b));
+    odd && decoded(path).split(['/', '\\']).any(|segment| segment == "." || segment == "..")
+}
+
+/// `path` with dots and slashes decoded, and nothing else.
+fn decoded(path: &str) -> String {
+    let mut decoded = path.to_ascii_lowercase();
+    for (code, character) in [("%2e", "."), ("%2f", "/"), ("%5c", "\\")] {
+        decoded = decoded.replace(code, character);
+    }
+    decoded
+}
+
+/// Has the connection closed behind the response that `headers` belong to. What else they say of the connection stays.
+pub(super) fn close_after(headers: &mut HeaderMap) {
+    if !says_close(headers) {
+        headers.append(CONNECTION, HeaderValue::from_static("close"));
+    }
+}
+
+fn says_close(headers: &HeaderMap) -> bool {
+    let values = headers.get_all(CONNECTION).iter();
+    values
+        .flat_map(|value| value.as_bytes().split(|byte| *byte == b','))
+        .any(|option| option.trim_ascii().eq_ignore_ascii_case(b"close"))
+}
+
+/// Fits a response to a client of HTTP/1.0, which knows no chunks: a body of unknown length ends with its connection,
+/// so the response must not promise to keep it.
+pub(super) fn fit_http_1_0<B: Body>(response: &mut http::Response<B>) {
+    if response.body().size_hint().exact().is_none() || says_close(response.headers()) {
+        response.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
+        // To a response of version 1.1, hyper would add keep-alive if the client asked for it.
+        *response.version_mut() = Version::HTTP_10;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn dot_segments_are_seen_however_they_are_written() {
+        for path in [
+            "/function/a/..",
+            "/a/../b",
+            "/a/./b",
+            "/a/%2e%2E/b",
+            "/a/.%2e",
+            "/..",
+            "/a/..\\b",
+            "/a/..%2f..%2Fb",
+            "/a%5C..%5cb",
+        ] {
+            assert!(has_dot_segment(path), "{path}");
+        }
+        for path in
+            ["/", "/function/a.b/c.json", "/a/...", "/a/..b", "/a/.well-known", "/a//b", "/a/%2f"]
+        {
+            assert!(!has_dot_segment(path), "{path}");
+        }
+    }
+
+    #[test]
+    fn a_host_is_one_and_well_formed() {
+        let check = |hosts: &[&'static str], version| {
+            let hosts = hosts.iter().map(|host| (HOST, HeaderValue::from_static(host)));
+            let mut headers = HeaderMap::new();
+            hosts.for_each(|(name, value)| {
+                headers.append(name, value);
+            });
+            has_one_good_host(&headers, version)
+        };
+        assert!(check(&["gateway.test:8080"], Version::HTTP_11));
+        assert!(check(&["[::1]:8080"], Version::HTTP_11));
+        assert!(check(&[], Version::HTTP_10));
+        assert!(!check(&[], Version::HTTP_11));
+        assert!(!check(&["a", "b"], Version::HTTP_11));
+        assert!(!check(&["a b/c"], Version::HTTP_11));
+    }
+
+    #[test]
+    fn max_forwards_of_any_length_are_counted() {
+        for (digits, expect) in [
+            ("0", Some(0)),
+            ("007", Some(7)),
+            ("18446744073709551616", Some(u64::MAX)),
+            ("", None),
+            ("-1", None),
+            ("+1", None),
+            ("1 ", None),
+        ] {
+            assert_eq!(parse_forwards(digits.as_bytes()), expect, "{digits:?}");
+        }
+    }
+}
