@@ -81,7 +81,13 @@ fn serve(config: config::Serve) -> anyhow::Result<()> {
         let signals = Signals::listen().context("cannot listen for signals")?;
         let (stages, tasks) = (Stages::default(), Tasks::default());
         let shutdown = config.shutdown;
-        let gateway = Gateway::start(config, &stages, &tasks).await?;
+        if config.auth.secrets.is_none() && config.auth.proxy.is_none() {
+            tracing::warn!(
+                "The API is open: anyone who reaches the port can deploy and change functions. Set basic_auth=true or \
+                 auth_proxy_url"
+            );
+        }
+        let gateway = Gateway::start(config, None, &stages, &tasks).await?;
         tracing::info!(address = %gateway.address, metrics = %gateway.metrics_address, "Serving");
         until_stopped(gateway.threads, signals, stages, tasks, shutdown).await
     })

@@ -36,11 +36,14 @@ pub enum CredentialsError {
     Unreadable(PathBuf, #[source] std::io::Error),
     #[error("basic_auth: {0} is empty, or holds what no header can")]
     Unusable(PathBuf),
+    #[error("the system gives no random numbers, from which the provider's credentials are made")]
+    NoRandomness,
 }
 
 /// User and password from `basic-auth-user` and `basic-auth-password`.
 pub struct Credentials {
-    directory: PathBuf,
+    /// `None`: they are in no file.
+    directory: Option<PathBuf>,
     current: ArcSwap<Pair>,
 }
 
@@ -55,7 +58,21 @@ impl Credentials {
     /// Reads the files in `directory`.
     pub fn read(directory: &Path) -> Result<Arc<Self>, CredentialsError> {
         let current = ArcSwap::from_pointee(Pair::read(directory)?);
-        Ok(Arc::new(Self { directory: directory.to_owned(), current }))
+        Ok(Arc::new(Self { directory: Some(directory.to_owned()), current }))
+    }
+
+    /// Credentials that nobody can know who is not given them. They last as long as the process.
+    ///
+    /// # Errors
+    /// When the system has no random numbers.
+    pub fn generated() -> Result<Arc<Self>, CredentialsError> {
+        let mut password = [0; 32];
+        let random = ring::rand::SystemRandom::new();
+        ring::rand::SecureRandom::fill(&random, &mut password)
+            .map_err(|_| CredentialsError::NoRandomness)?;
+        let pair = Pair::of(format!("gateway:{}", STANDARD.encode(password)));
+        let pair = pair.ok_or(CredentialsError::NoRandomness)?;
+        Ok(Arc::new(Self { directory: None, current: ArcSwap::from_pointee(pair) }))
     }
 
     /// Whether `headers` carry these credentials. Takes the same time for all wrong ones of one length.
@@ -71,6 +88,7 @@ impl Credentials {
 
     /// Follows changes of the files until `stopping`.
     pub async fn follow(self: Arc<Self>, stopping: CancellationToken) {
+        let Some(directory) = &self.directory else { return };
         let mut was_readable = true;
         loop {
             // Both branches are cancel-safe.
@@ -78,7 +96,7 @@ impl Credentials {
                 () = stopping.cancelled() => return,
                 () = tokio::time::sleep(REREAD_EVERY) => {}
             }
-            match Pair::read(&self.directory) {
+            match Pair::read(directory) {
                 Ok(pair) if pair == **self.current.load() => was_readable = true,
                 Ok(pair) => {
                     was_readable = true;
@@ -107,10 +125,15 @@ impl Pair {
             }
         };
         let plain = format!("{}:{}", read("basic-auth-user")?, read("basic-auth-password")?);
-        let mut header = HeaderValue::from_str(&format!("Basic {}", STANDARD.encode(&plain)))
-            .map_err(|_| CredentialsError::Unusable(directory.to_owned()))?;
+        Self::of(plain).ok_or_else(|| CredentialsError::Unusable(directory.to_owned()))
+    }
+
+    /// `None` when `plain` cannot be in a header.
+    fn of(plain: String) -> Option<Self> {
+        let mut header =
+            HeaderValue::from_str(&format!("Basic {}", STANDARD.encode(&plain))).ok()?;
         header.set_sensitive(true);
-        Ok(Self { plain, header })
+        Some(Self { plain, header })
     }
 }
 
@@ -214,7 +237,7 @@ mod tests {
 
     fn credentials() -> Credentials {
         let pair = Pair { plain: "admin:s3cret".to_owned(), header: HeaderValue::from_static("x") };
-        Credentials { directory: PathBuf::new(), current: ArcSwap::from_pointee(pair) }
+        Credentials { directory: None, current: ArcSwap::from_pointee(pair) }
     }
 
     #[track_caller]
@@ -222,6 +245,15 @@ mod tests {
         let mut headers = HeaderMap::new();
         headers.insert(AUTHORIZATION, HeaderValue::from_str(authorization).unwrap());
         assert_eq!(credentials().admit(&headers), expect, "{authorization:?}");
+    }
+
+    #[test]
+    fn generated_credentials_open_their_own_lock_alone() {
+        let [one, other] = [Credentials::generated().unwrap(), Credentials::generated().unwrap()];
+        let mut headers = HeaderMap::new();
+        headers.insert(AUTHORIZATION, one.header());
+        assert!(one.admit(&headers) && !other.admit(&headers));
+        assert!(!format!("{headers:?}").contains("Basic"), "{headers:?}");
     }
 
     #[test]

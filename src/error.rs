@@ -5,6 +5,7 @@ use std::fmt;
 use http::header::{ALLOW, CONNECTION, CONTENT_TYPE, RETRY_AFTER};
 use http::{HeaderMap, HeaderValue, Response, StatusCode};
 
+use crate::chain;
 use crate::function::Function;
 use crate::proxy::body::BodyError;
 use crate::proxy::client;
@@ -49,6 +50,8 @@ pub enum Error {
     NotImplemented(String),
     #[error("the body exceeds {0} bytes")]
     TooLarge(usize),
+    #[error("the call comes from a chain of more than {} callbacks", chain::MAX)]
+    EndlessChain,
     #[error("{0}")]
     Conflict(String),
     #[error("{0}")]
@@ -75,6 +78,7 @@ impl Error {
             Self::MethodNotAllowed(_) => StatusCode::METHOD_NOT_ALLOWED,
             Self::NoSuchPath | Self::NoSuchFunction(_) | Self::NotFound(_) => StatusCode::NOT_FOUND,
             Self::Conflict(_) => StatusCode::CONFLICT,
+            Self::EndlessChain => StatusCode::LOOP_DETECTED,
             Self::Queue(error) => queue_status(error),
             Self::Unauthorized => StatusCode::UNAUTHORIZED,
             Self::Forbidden(_) => StatusCode::FORBIDDEN,
@@ -190,6 +194,7 @@ fn upstream_status(error: &client::Error) -> StatusCode {
         client::Error::Exhausted(_) => StatusCode::SERVICE_UNAVAILABLE,
         client::Error::Connect(_)
         | client::Error::NotAllowed
+        | client::Error::Own
         | client::Error::Closed(_)
         | client::Error::HeadTooLarge
         | client::Error::Invalid(_)

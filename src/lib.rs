@@ -5,6 +5,7 @@
 
 // What every room may know.
 pub mod call_id;
+pub mod chain;
 pub mod config;
 pub mod echo;
 pub mod error;

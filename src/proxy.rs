@@ -5,7 +5,7 @@ mod buffers;
 pub mod client;
 pub mod codings;
 pub mod ending;
-mod guard;
+pub mod guard;
 pub mod headers;
 mod link;
 mod sniff;

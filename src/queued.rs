@@ -21,6 +21,7 @@ use crate::call_id::{Stamps, X_CALL_ID};
 use crate::config::MAX_BODY;
 use crate::error::Error;
 use crate::function::Function;
+use crate::metrics::known::Known;
 use crate::metrics::queue::{Line, QueueMetrics};
 use crate::provider::Provider;
 use crate::proxy::headers::to_upstream;
@@ -32,11 +33,12 @@ use crate::queued::wishes::{X_DELAY_SECONDS, X_EXPIRES_SECONDS, X_MAX_ATTEMPTS, 
 use crate::serve::caller::Caller;
 use crate::system::Api;
 use crate::trace::Stored;
+use crate::{chain, same_origin};
 
 pub mod operate;
 mod unverified;
 pub mod view;
-mod wishes;
+pub(crate) mod wishes;
 
 /// A provider that has not said within this time whether there is a function is away.
 const LONGEST_QUESTION: Duration = Duration::from_secs(2);
@@ -101,7 +103,7 @@ impl Intake {
     }
 
     /// The largest body that is taken in.
-    fn limit(&self) -> usize {
+    pub fn limit(&self) -> usize {
         self.queue.max_body().map_or(self.max_body, |most| most.min(self.max_body))
     }
 
@@ -196,6 +198,10 @@ async fn take_in(
 ) -> Result<(queue::Published, Duration), Error> {
     let intake = intake(api)?;
     let (parts, body) = request.into_parts();
+    same_origin::guard_queued(&parts.headers, api.names).map_err(Error::Forbidden)?;
+    if chain::length(&parts.headers) > chain::MAX {
+        return Err(Error::EndlessChain);
+    }
     let (function, target) = destination(&parts.uri, &api.default_namespace)?;
     let mut options = options(&parts.headers, chosen_id, now())?;
     if let Some(key) = &mut options.idempotency_key {
@@ -210,7 +216,7 @@ async fn take_in(
     if length.is_some_and(|length| length > limit) {
         return Err(Error::TooLarge(limit));
     }
-    must_exist(api, intake, &function, &id).await?;
+    must_exist(&api.metrics.known, &api.provider, intake, &function, &id).await?;
     let (body, room) = intake.read(body).await?;
     let headers = passed_on(&parts.headers, &caller.forwarded_for, stamps);
     let mut call = Call { id, function, target, headers, body, options };
@@ -225,7 +231,7 @@ async fn take_in(
 }
 
 /// The headers that the function will see. The worker says where it goes; what the caller called is told as for any call.
-fn passed_on(headers: &HeaderMap, peer: &HeaderValue, stamps: &Stamps) -> HeaderMap {
+pub fn passed_on(headers: &HeaderMap, peer: &HeaderValue, stamps: &Stamps) -> HeaderMap {
     const NOT_PASSED_ON: [HeaderName; 5] =
         [HOST, CONTENT_LENGTH, X_DELAY_SECONDS, X_MAX_ATTEMPTS, X_EXPIRES_SECONDS];
     let mut kept = HeaderMap::with_capacity(headers.len() + 4);
@@ -290,6 +296,12 @@ pub fn changed(changed: Changed, done: &str) -> Result<Response, Error> {
 
 const NO_SUCH_CALL: Error = Error::NotFound("no such call, or not any more");
 
+/// What a page of another origin may say of a call that it queues. `X-Callback-Url` is not among it: it has this machine
+/// make a request, which may reach what the page cannot.
+const PAGE_HEADERS: HeaderValue = HeaderValue::from_static(
+    "Content-Type, X-Call-Id, X-Delay-Seconds, X-Expires-Seconds, X-Max-Attempts, Idempotency-Key",
+);
+
 /// `OPTIONS /async-function/…`: any page may queue a call, as it may make one.
 pub async fn preflight(method: Method, headers: HeaderMap) -> Response {
     const METHODS: HeaderValue = HeaderValue::from_static("POST, GET, DELETE, OPTIONS");
@@ -297,14 +309,12 @@ pub async fn preflight(method: Method, headers: HeaderMap) -> Response {
     answer.headers_mut().insert(ALLOW, METHODS);
     if method == Method::OPTIONS && headers.contains_key(ACCESS_CONTROL_REQUEST_METHOD) {
         use http::header::{
-            ACCESS_CONTROL_ALLOW_HEADERS, ACCESS_CONTROL_ALLOW_METHODS,
-            ACCESS_CONTROL_ALLOW_ORIGIN, ACCESS_CONTROL_REQUEST_HEADERS,
+            ACCESS_CONTROL_ALLOW_HEADERS, ACCESS_CONTROL_ALLOW_METHODS, ACCESS_CONTROL_ALLOW_ORIGIN,
         };
         let any = HeaderValue::from_static("*");
-        answer.headers_mut().insert(ACCESS_CONTROL_ALLOW_ORIGIN, any.clone());
+        answer.headers_mut().insert(ACCESS_CONTROL_ALLOW_ORIGIN, any);
         answer.headers_mut().insert(ACCESS_CONTROL_ALLOW_METHODS, METHODS);
-        let asked = headers.get(ACCESS_CONTROL_REQUEST_HEADERS).cloned().unwrap_or(any);
-        answer.headers_mut().insert(ACCESS_CONTROL_ALLOW_HEADERS, asked);
+        answer.headers_mut().insert(ACCESS_CONTROL_ALLOW_HEADERS, PAGE_HEADERS);
     }
     answer
 }
@@ -368,22 +378,23 @@ fn destination(uri: &Uri, default_namespace: &str) -> Result<(Function, String),
 
 /// A provider that says that there is no such function is believed. One that is away is no reason to refuse: waiting is
 /// what a queue is for; but of names that it has not answered for, only so many are taken.
-async fn must_exist(
-    api: &Api,
+pub async fn must_exist(
+    known: &Known,
+    provider: &Provider,
     intake: &Intake,
     function: &Function,
     id: &str,
 ) -> Result<(), Error> {
-    if api.metrics.known.contains(function) {
+    if known.contains(function) {
         return Ok(());
     }
-    let timeout = api.provider.timeout.min(LONGEST_QUESTION);
-    let provider = Provider { timeout, ..api.provider.clone() };
+    let timeout = provider.timeout.min(LONGEST_QUESTION);
+    let provider = Provider { timeout, ..provider.clone() };
     // On the heap: it is rare, and large.
     match Box::pin(provider.status(function)).await {
         Ok(_) => {
             intake.unverified.forget();
-            api.metrics.known.learn(function);
+            known.learn(function);
             Ok(())
         }
         Err(error @ Error::NoSuchFunction(_)) => {

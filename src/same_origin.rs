@@ -5,9 +5,11 @@ use axum::extract::{Request, State};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 use http::header::{HOST, ORIGIN};
-use http::{HeaderMap, HeaderName};
+use http::{HeaderMap, HeaderName, Method};
 
+use crate::chain::X_GATEWAY_CALLBACK;
 use crate::error::Error;
+use crate::queued::wishes::X_CALLBACK_URL;
 
 const SEC_FETCH_SITE: HeaderName = HeaderName::from_static("sec-fetch-site");
 const X_FORWARDED_HOST: HeaderName = HeaderName::from_static("x-forwarded-host");
@@ -22,33 +24,93 @@ pub enum Names {
     Local,
 }
 
-/// Lets a request pass unless a page of another origin has made it. Functions may be called by any page.
+/// Lets a request pass unless a callback or a page of another origin has made it. Functions may be called by any.
 pub async fn guard(State(names): State<Names>, request: Request, next: Next) -> Response {
-    if !request.uri().path().starts_with("/system/") {
+    let path = request.uri().path();
+    if !path.starts_with("/system/") {
         return next.run(request).await;
     }
-    match check(request.headers(), names) {
+    let headers = request.headers();
+    let checked = match check(headers, names) {
+        // A callback goes where a client wanted it to, and this client may not be allowed to use the API.
+        _ if headers.contains_key(X_GATEWAY_CALLBACK) => Err("a callback cannot use the API"),
+        Err(foreign) => Err(foreign.reason()),
+        Ok(()) if is_from_page(headers) && !is_for_pages(request.method(), path) => Err(
+            "a web page cannot change functions, as pages of functions have the same origin: use a tool",
+        ),
+        Ok(()) => Ok(()),
+    };
+    match checked {
         Ok(()) => next.run(request).await,
         Err(reason) => Error::Forbidden(reason).into_response(),
     }
 }
 
-fn check(headers: &HeaderMap, names: Names) -> Result<(), &'static str> {
+/// The same for a request to queue a call: any page may send one, but not with a header that makes the gateway do more
+/// than call the function.
+///
+/// # Errors
+/// Why it is refused.
+pub fn guard_queued(headers: &HeaderMap, names: Names) -> Result<(), &'static str> {
+    let does_more =
+        |name: &HeaderName| *name == X_CALLBACK_URL || name.as_str().starts_with("x-gateway-");
+    if !headers.keys().any(does_more) {
+        return Ok(());
+    }
+    check(headers, names).map_err(|foreign| match foreign {
+        Foreign::Page => {
+            "a web page of another origin cannot send the headers x-callback-url and x-gateway-*"
+        }
+        Foreign::Name => foreign.reason(),
+    })
+}
+
+/// Whether a page may make such a request of the API: it may read, and do what the page under `/ui/` does. A page that a
+/// function has answered with is of the same origin, and what it contains may be somebody else's.
+fn is_for_pages(method: &Method, path: &str) -> bool {
+    method.is_safe() || path.starts_with("/system/calls/")
+}
+
+/// Whether a page made the request: tools send neither header, and browsers say `none` when their user asks.
+fn is_from_page(headers: &HeaderMap) -> bool {
+    headers.contains_key(ORIGIN) || headers.get(SEC_FETCH_SITE).is_some_and(|site| site != "none")
+}
+
+/// Why a request is not one of this origin.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Foreign {
+    /// It was sent to a name that is not this machine's own.
+    Name,
+    /// A page of another origin sent it.
+    Page,
+}
+
+impl Foreign {
+    fn reason(self) -> &'static str {
+        match self {
+            Self::Name => {
+                "the API is open to this machine alone: call it as localhost or 127.0.0.1"
+            }
+            Self::Page => "the request was made by a web page of another origin",
+        }
+    }
+}
+
+fn check(headers: &HeaderMap, names: Names) -> Result<(), Foreign> {
     let text = |name: HeaderName| headers.get(name).and_then(|value| value.to_str().ok());
     if names == Names::Local && !text(HOST).is_none_or(is_local) {
-        return Err("the API is open to this machine alone: call it as localhost or 127.0.0.1");
+        return Err(Foreign::Name);
     }
-    const FOREIGN: &str = "the request was made by a web page of another origin";
     match text(SEC_FETCH_SITE) {
         Some("same-origin" | "none") => return Ok(()),
-        Some(_) => return Err(FOREIGN),
+        Some(_) => return Err(Foreign::Page),
         None => {}
     }
     // Tools send no Origin.
     let Some(origin) = headers.get(ORIGIN) else { return Ok(()) };
     let host = origin.to_str().ok().and_then(|origin| origin.split_once("://")).map(|(_, h)| h);
     let ours = [text(HOST), text(X_FORWARDED_HOST)];
-    if host.is_some() && ours.contains(&host) { Ok(()) } else { Err(FOREIGN) }
+    if host.is_some() && ours.contains(&host) { Ok(()) } else { Err(Foreign::Page) }
 }
 
 /// Whether `host`, with or without a port, names this machine.

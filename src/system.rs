@@ -146,7 +146,7 @@ pub async fn info(
 }
 
 impl Api {
-    /// Sends a caller's request on to `origin`, with this gateway's credentials.
+    /// Sends a caller's request on to `origin`, with the credentials that the provider asks for.
     pub async fn send(
         &self,
         caller: &Caller,
@@ -154,7 +154,7 @@ impl Api {
         request: Request,
     ) -> Result<http::Response<UpstreamBody>, Error> {
         let mut request = request.map(RequestBody::Api);
-        if let Some(credentials) = &self.credentials {
+        if let Some(credentials) = &self.provider.credentials {
             request.headers_mut().insert(AUTHORIZATION, credentials.header());
         }
         let errand = Errand {

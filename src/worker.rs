@@ -14,6 +14,7 @@ use http::HeaderMap;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio_util::task::TaskTracker;
 
+use crate::chain;
 use crate::error::Causes;
 use crate::queue::call::{Call, Millis};
 use crate::queue::status::{Answer, Settlement, State};
@@ -41,8 +42,8 @@ pub struct Worker {
     pub intake: Arc<Intake>,
     /// Calls made at a time. What becomes of a call is noted when it has left its place.
     pub places: usize,
-    pub caller: Caller,
-    pub policies: Policies,
+    pub caller: Arc<Caller>,
+    pub policies: Arc<Policies>,
     pub callbacks: Callbacks,
     /// So much of an answer's body is kept.
     pub max_result_body: usize,
@@ -273,6 +274,7 @@ impl Worker {
             took: attempt.took,
             attempts,
             max_attempts,
+            callbacks: chain::length(&call.headers),
             trace: trace_of(call, span.as_ref()),
         };
         let error = Box::pin(self.callbacks.send(url, &report)).await.err();

@@ -36,6 +36,7 @@ use crate::system::{Api, AuthProxy};
 use crate::trace::{Observer, Tracer};
 use crate::worker::Worker;
 use crate::worker::attempt::Caller;
+use crate::worker::callback::own::Own;
 
 /// Files that are neither a caller's nor an upstream's connection.
 const OTHER_FILES: usize = 128;
@@ -63,7 +64,10 @@ pub struct Gateway {
 struct Parts {
     config: Serve,
     provider: Origin,
+    /// Of the API.
     credentials: Option<Arc<Credentials>>,
+    /// Of the provider.
+    provider_credentials: Option<Arc<Credentials>>,
     limit: Arc<CallLimit>,
     metrics: Arc<Metrics>,
     health: Arc<Health>,
@@ -82,7 +86,14 @@ struct Parts {
 
 impl Gateway {
     /// Binds, and starts to serve. Background work runs on the current runtime.
-    pub async fn start(config: Serve, stages: &Stages, tasks: &Tasks) -> anyhow::Result<Self> {
+    ///
+    /// `provider_credentials` are what the provider asks for, if that is not what the API asks for.
+    pub async fn start(
+        config: Serve,
+        provider_credentials: Option<Arc<Credentials>>,
+        stages: &Stages,
+        tasks: &Tasks,
+    ) -> anyhow::Result<Self> {
         let threads = match config.threads {
             0 => std::thread::available_parallelism().map_or(1, usize::from),
             threads => threads,
@@ -95,11 +106,17 @@ impl Gateway {
         let metrics_listener = bind(config.metrics, 1)?.remove(0);
         let address = listeners[0].local_addr()?;
         let metrics_address = metrics_listener.local_addr()?;
-        let parts = Arc::new(Parts::new(config, threads, stages, tasks).await?);
+        let parts =
+            Arc::new(Parts::new(config, provider_credentials, threads, stages, tasks).await?);
         parts.start_background(metrics_listener, tasks);
         parts.start_autoscale(tasks).await?;
         let server = Server { pacing, ..parts.server() };
-        let worker = parts.worker(threads)?.map(|worker| {
+        let own = Own::default()
+            .gateway_port(address.port())
+            .port(metrics_address.port())
+            .upstream(&parts.config.provider)
+            .upstream(&parts.config.logs_provider);
+        let worker = parts.worker(threads, own)?.map(|worker| {
             let stages = stages.clone();
             let work: Work = ("worker".to_owned(), Box::new(move || worker::run(worker, &stages)));
             work
@@ -148,6 +165,7 @@ fn carry_calls(parts: &Parts, number: usize, server: Server, listener: TcpListen
 impl Parts {
     async fn new(
         config: Serve,
+        provider_credentials: Option<Arc<Credentials>>,
         threads: usize,
         stages: &Stages,
         tasks: &Tasks,
@@ -156,6 +174,7 @@ impl Parts {
             Some(directory) => Some(Credentials::read(directory)?),
             None => None,
         };
+        let provider_credentials = provider_credentials.or_else(|| credentials.clone());
         let namespace: Arc<str> = config.namespace.as_str().into();
         let limit = CallLimit::new(config.limits.calls, threads);
         // One shard more, for the worker.
@@ -169,7 +188,7 @@ impl Parts {
             let provider = Provider {
                 client: Arc::clone(&client),
                 origin: origin.clone(),
-                credentials: credentials.clone(),
+                credentials: provider_credentials.clone(),
                 timeout: config.timeouts.upstream,
             };
             Scaling::new(provider, Arc::clone(&metrics.known), limits, tasks)
@@ -184,6 +203,7 @@ impl Parts {
             observer,
             provider: origin,
             credentials,
+            provider_credentials,
             metrics,
             health: Health::new(stages.clone(), Arc::clone(&limit)),
             intake,
@@ -255,13 +275,14 @@ impl Parts {
         Provider {
             client: Arc::clone(client),
             origin: self.provider.clone(),
-            credentials: self.credentials.clone(),
+            credentials: self.provider_credentials.clone(),
             timeout: self.config.timeouts.upstream,
         }
     }
 
-    /// What makes queued calls, if that is to be done here. `number`: its shard of the metrics.
-    fn worker(&self, number: usize) -> anyhow::Result<Option<Worker>> {
+    /// What makes queued calls, if that is to be done here. `number`: its shard of the metrics. `own`: where callbacks
+    /// may not connect to.
+    fn worker(&self, number: usize, own: Own) -> anyhow::Result<Option<Worker>> {
         let config = &self.config.queue;
         let Some(intake) = self.intake.as_ref().filter(|_| config.with_worker) else {
             // A queue on NATS may have workers elsewhere.
@@ -278,9 +299,18 @@ impl Parts {
             timeout: self.config.timeouts.upstream,
             scaling: self.scaling.clone(),
         };
-        let provider = self.provider(&client);
-        let tracer = self.tracer.clone();
-        worker::worker(config, intake, caller, provider, self.tls.clone(), tracer).map(Some)
+        let parts = worker::Parts {
+            intake: Arc::clone(intake),
+            caller,
+            provider: self.provider(&client),
+            tls: self.tls.clone(),
+            tracer: self.tracer.clone(),
+            own,
+            known: Arc::clone(&self.metrics.known),
+            default_namespace: Arc::clone(&self.namespace),
+            limit: Some((Arc::clone(&self.limit), self.limit.share(number))),
+        };
+        worker::worker(config, parts).map(Some)
     }
 
     /// What one thread answers callers with; to be called on its runtime.

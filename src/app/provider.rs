@@ -35,6 +35,8 @@ pub(super) struct Provider {
     pub(super) process: Arc<Process>,
     listener: Option<TcpListener>,
     credentials: Option<Arc<Credentials>>,
+    /// Its users have credentials, and may call it by any name.
+    is_public: bool,
     grace: Duration,
     stages: Stages,
     /// No connection is open any more.
@@ -46,7 +48,11 @@ pub(super) fn run(config: config::Provider) -> anyhow::Result<()> {
     super::block_on(runtime()?, async {
         let mut signals = Signals::listen().context("cannot listen for signals")?;
         let tasks = Tasks::default();
-        let mut provider = Provider::open(&config, &tasks).await?;
+        let credentials = match &config.secrets {
+            Some(directory) => Some(Credentials::read(directory)?),
+            None => None,
+        };
+        let mut provider = Provider::open(&config, credentials, &tasks).await?;
         provider.serve(&tasks);
         tracing::info!(address = %provider.address, state = %config.state_dir.display(), "Serving");
         tracing::info!("Stopping on {}", signals.next().await);
@@ -69,19 +75,20 @@ pub(super) fn runtime() -> anyhow::Result<tokio::runtime::Runtime> {
 }
 
 impl Provider {
-    /// Takes the port and the state directory; serves nothing yet.
-    pub(super) async fn open(config: &config::Provider, tasks: &Tasks) -> anyhow::Result<Self> {
+    /// Takes the port and the state directory; serves nothing yet. Its API asks for `credentials`.
+    pub(super) async fn open(
+        config: &config::Provider,
+        credentials: Option<Arc<Credentials>>,
+        tasks: &Tasks,
+    ) -> anyhow::Result<Self> {
         let listener = bind(config.listen, 1)?.remove(0);
-        let credentials = match &config.secrets {
-            Some(directory) => Some(Credentials::read(directory)?),
-            None => None,
-        };
         raise_file_limit();
         let process = Process::open(config, tasks).await?;
         Ok(Self {
             address: listener.local_addr()?,
             process,
             listener: Some(listener),
+            is_public: config.secrets.is_some(),
             credentials,
             grace: config.grace,
             stages: Stages::default(),
@@ -91,7 +98,7 @@ impl Provider {
 
     pub(super) fn serve(&mut self, tasks: &Tasks) {
         let Some(listener) = self.listener.take() else { return };
-        let local_only = self.address.ip().is_loopback() && self.credentials.is_none();
+        let local_only = self.address.ip().is_loopback() && !self.is_public;
         let names = if local_only { Names::Local } else { Names::Any };
         let router = process::router(Arc::clone(&self.process))
             .layer(from_fn_with_state(self.credentials.clone(), auth::guard_provider))

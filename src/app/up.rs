@@ -1,12 +1,14 @@
 //! `gateway up`: gateway and process provider in one process, on loopback, with the functions of a stack file.
 
 use std::path::Path;
+use std::sync::Arc;
 
 use anyhow::{Context, bail};
 use tokio::task::block_in_place;
 
 use crate::app::gateway::Gateway;
 use crate::app::provider::{Provider, runtime};
+use crate::auth::Credentials;
 use crate::config::Up;
 use crate::config::base_url::BaseUrl;
 use crate::provider::types::FunctionDeployment;
@@ -27,7 +29,11 @@ pub(super) fn run(config: Up) -> anyhow::Result<()> {
 async fn up(mut config: Up, functions: Vec<FunctionDeployment>) -> anyhow::Result<()> {
     let mut signals = Signals::listen().context("cannot listen for signals")?;
     let (tasks, provider_tasks, stages) = (Tasks::default(), Tasks::default(), Stages::default());
-    let mut provider = Provider::open(&config.provider, &provider_tasks).await?;
+    // Kept in memory alone: only this gateway gives orders to this provider.
+    let credentials = Credentials::generated()?;
+    let opened =
+        Provider::open(&config.provider, Some(Arc::clone(&credentials)), &provider_tasks).await;
+    let mut provider = opened?;
     let shutdown = config.serve.shutdown;
     let started = async {
         for function in &functions {
@@ -42,7 +48,7 @@ async fn up(mut config: Up, functions: Vec<FunctionDeployment>) -> anyhow::Resul
         if config.serve.namespace.is_empty() {
             NAMESPACE.clone_into(&mut config.serve.namespace);
         }
-        Gateway::start(config.serve, &stages, &tasks).await
+        Gateway::start(config.serve, Some(credentials), &stages, &tasks).await
     };
     let mut gateway = match started.await {
         Ok(gateway) => gateway,

@@ -9,7 +9,9 @@ use tokio_util::sync::CancellationToken;
 
 use crate::config::{self, Backend};
 use crate::health::Health;
+use crate::limit::{CallLimit, Share};
 use crate::metrics::Metrics;
+use crate::metrics::known::Known;
 use crate::metrics::queue::{GATEWAY_RECONNECTS, WORKER_RECONNECTS};
 use crate::provider::Provider;
 use crate::proxy::client::Tls;
@@ -22,6 +24,8 @@ use crate::queued::Intake;
 use crate::shutdown::{Stages, keep_up};
 use crate::trace::Tracer;
 use crate::worker::attempt::Caller;
+use crate::worker::callback::local::Local;
+use crate::worker::callback::own::Own;
 use crate::worker::callback::signature::Secret;
 use crate::worker::callback::{Callbacks, Pace};
 use crate::worker::policies::Policies;
@@ -64,21 +68,44 @@ pub(super) async fn make_calls(worker: Worker, stages: &Stages) {
     }
 }
 
-/// What makes the calls of `intake`, by `caller`; `provider` is asked how functions want to be retried.
-pub(super) fn worker(
-    config: &config::Queue,
-    intake: &Arc<Intake>,
-    caller: Caller,
-    provider: Provider,
-    tls: Tls,
-    tracer: Option<Tracer>,
-) -> anyhow::Result<Worker> {
+/// What a worker is made from.
+pub(super) struct Parts {
+    pub(super) intake: Arc<Intake>,
+    pub(super) caller: Caller,
+    /// Is asked how functions want to be retried.
+    pub(super) provider: Provider,
+    pub(super) tls: Tls,
+    pub(super) tracer: Option<Tracer>,
+    /// Where no callback may connect to.
+    pub(super) own: Own,
+    /// Which functions exist.
+    pub(super) known: Arc<Known>,
+    pub(super) default_namespace: Arc<str>,
+    /// The limit on calls in flight that callbacks to functions count against.
+    pub(super) limit: Option<(Arc<CallLimit>, Arc<Share>)>,
+}
+
+/// What makes queued calls.
+pub(super) fn worker(config: &config::Queue, parts: Parts) -> anyhow::Result<Worker> {
+    let Parts { intake, caller, provider, tls, tracer, own, known, default_namespace, limit } =
+        parts;
+    let caller = Arc::new(caller);
+    let policies = Arc::new(Policies::new(provider.clone()));
+    let local = Local {
+        caller: Arc::clone(&caller),
+        policies: Arc::clone(&policies),
+        intake: Arc::clone(&intake),
+        provider,
+        known,
+        default_namespace,
+        limit,
+    };
     Ok(Worker {
-        intake: Arc::clone(intake),
+        intake,
         places: config.max_inflight,
         caller,
-        policies: Policies::new(provider),
-        callbacks: callbacks(config, tls)?,
+        policies,
+        callbacks: callbacks(config, own, tls)?.with_local(local),
         max_result_body: config.max_result_body,
         prints: Prints::default(),
         tracer,
@@ -86,7 +113,7 @@ pub(super) fn worker(
 }
 
 /// What sends callbacks, with the secret if there is one.
-fn callbacks(config: &config::Queue, tls: Tls) -> anyhow::Result<Callbacks> {
+fn callbacks(config: &config::Queue, own: Own, tls: Tls) -> anyhow::Result<Callbacks> {
     let path = config.secrets.join(SECRET);
     let secret = match std::fs::read(&path) {
         Ok(secret) if secret.trim_ascii().is_empty() => {
@@ -98,7 +125,7 @@ fn callbacks(config: &config::Queue, tls: Tls) -> anyhow::Result<Callbacks> {
             return Err(error).with_context(|| format!("cannot read {}", path.display()));
         }
     };
-    Ok(Callbacks::new(config.callback_allow.clone(), secret, Pace::default(), tls))
+    Ok(Callbacks::new(config.callback_allow.clone(), own, secret, Pace::default(), tls))
 }
 
 /// What a process does with its queue.

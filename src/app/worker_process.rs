@@ -22,6 +22,7 @@ use crate::serve::raise_file_limit;
 use crate::shutdown::{Signals, Stages, Tasks};
 use crate::worker::Prints;
 use crate::worker::attempt::Caller;
+use crate::worker::callback::own::Own;
 
 /// `gateway worker`
 pub(super) fn run(config: config::Worker) -> anyhow::Result<()> {
@@ -84,7 +85,19 @@ async fn start(config: config::Worker, stages: &Stages, tasks: &Tasks) -> anyhow
     let asked = provider(ours, config.timeout);
     let collector = Client::new(config.idle, tls.clone());
     let tracer = gateway::tracer(&config.traces, "gateway-worker", &metrics, collector, tasks)?;
-    let mut made = worker::worker(&config.queue, &intake, caller, asked, tls.clone(), tracer)?;
+    let parts = worker::Parts {
+        intake: Arc::clone(&intake),
+        caller,
+        provider: asked,
+        tls: tls.clone(),
+        tracer,
+        own: own(&config, address.port()),
+        known: Arc::clone(&metrics.known),
+        default_namespace: Arc::clone(&namespace),
+        // What bounds a worker is how many calls it executes at a time.
+        limit: None,
+    };
+    let mut made = worker::worker(&config.queue, parts)?;
     made.prints = Prints { bodies: config.print_bodies, calls: config.print_calls };
     let health = Health::new(stages.clone(), CallLimit::new(config.queue.max_inflight, 1));
     let poll = Poll {
@@ -110,4 +123,13 @@ async fn start(config: config::Worker, stages: &Stages, tasks: &Tasks) -> anyhow
     let stages = stages.clone();
     // On the thread that has the connection to the queue: what passes from one to another costs more than a call.
     Ok(Threads::of_task(async move { worker::make_calls(made, &stages).await }))
+}
+
+/// Where callbacks may not connect to.
+fn own(config: &config::Worker, port: u16) -> Own {
+    let own = Own::default().port(port).gateway(&config.gateway);
+    match &config.target {
+        Target::Provider(url) => own.upstream(url),
+        Target::Gateway(_) => own,
+    }
 }

@@ -109,21 +109,25 @@ impl Allow {
         if self.hosts.iter().any(|listed| listed.eq_ignore_ascii_case(host)) {
             return true;
         }
-        // The mapped form is but another way to write an address of version 4. The other forms are addresses of their
-        // own, behind which a translator may stand.
-        let address = address.to_canonical();
-        let inner = match address {
-            IpAddr::V6(address) => embedded(address),
-            IpAddr::V4(_) => [None, None],
-        };
-        self.permits_plainly(address)
-            && inner.into_iter().flatten().all(|inner| self.permits_plainly(inner.into()))
+        forms(address).all(|form| self.permits_plainly(form))
     }
 
     fn permits_plainly(&self, address: IpAddr) -> bool {
         let holds = |network: &Network| network.contains(address);
         !REFUSED.iter().any(holds) || self.networks.iter().any(holds)
     }
+}
+
+/// `address` in its usual form, and the addresses that it leads to where a translator or a tunnel is in place.
+///
+/// The mapped form is another way to write an address of version 4. The other forms are addresses of their own.
+pub fn forms(address: IpAddr) -> impl Iterator<Item = IpAddr> {
+    let address = address.to_canonical();
+    let inner = match address {
+        IpAddr::V6(address) => embedded(address),
+        IpAddr::V4(_) => [None, None],
+    };
+    std::iter::once(address).chain(inner.into_iter().flatten().map(IpAddr::V4))
 }
 
 /// A name that may be a host's, in lower case without its last dot.

@@ -15,6 +15,8 @@ pub struct Worker {
     pub metrics: Listen,
     /// Where functions are called, and asked about.
     pub target: Target,
+    /// `faas_gateway_address`, `faas_gateway_port`, whether or not functions are called there.
+    pub gateway: BaseUrl,
     /// `function_namespace`
     pub namespace: String,
     /// `upstream_timeout`
@@ -68,12 +70,14 @@ impl Worker {
             Backend::None => from.mistake("queue", Some("none".to_owned()), "a queue to take calls from"),
             Backend::JetStream | Backend::Stan | Backend::Nats => {}
         }
+        let gateway = gateway.unwrap_or_else(nowhere);
         let worker = Self {
             metrics: host.port(&mut from, "worker_metrics_port"),
             target: match provider {
                 Some(provider) => Target::Provider(provider),
-                None => Target::Gateway(gateway.unwrap_or_else(nowhere)),
+                None => Target::Gateway(gateway.clone()),
             },
+            gateway,
             namespace: from.text("function_namespace"),
             timeout: from.positive_duration("upstream_timeout"),
             cold_start: ColdStart::if_asked_for(&mut from),

@@ -2,7 +2,6 @@
 
 use std::collections::HashMap;
 use std::io;
-use std::net::IpAddr;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -18,7 +17,7 @@ use crate::config::Idle;
 use crate::config::base_url::BaseUrl;
 use crate::proxy::body::{BodyError, RequestBody};
 use crate::proxy::buffers;
-use crate::proxy::guard::{Guard, Refused};
+use crate::proxy::guard::{self, Guard, Refused};
 use crate::proxy::link::{Failure, Link};
 use crate::proxy::stream::UpstreamStream;
 use crate::proxy::upload::Upload;
@@ -77,6 +76,8 @@ pub enum Error {
     Connect(#[source] io::Error),
     #[error("the address is not allowed")]
     NotAllowed,
+    #[error("the address is this gateway's own")]
+    Own,
     #[error("no more connections can be opened")]
     Exhausted(#[source] io::Error),
     #[error("the upstream closed the connection without an answer")]
@@ -105,8 +106,10 @@ impl Error {
 /// The fault is the upstream's, unless this process is out of what a connection needs.
 fn connect_error(error: io::Error) -> Error {
     use rustix::io::Errno;
-    if error.get_ref().is_some_and(|cause| cause.is::<Refused>()) {
-        return Error::NotAllowed;
+    match error.get_ref().and_then(|cause| cause.downcast_ref::<Refused>()) {
+        Some(Refused::NotAllowed) => return Error::NotAllowed,
+        Some(Refused::Own) => return Error::Own,
+        None => {}
     }
     let out_of = [Errno::MFILE, Errno::NFILE, Errno::NOBUFS, Errno::ADDRNOTAVAIL];
     if Errno::from_io_error(&error).is_some_and(|errno| out_of.contains(&errno)) {
@@ -136,7 +139,7 @@ pub struct Client {
     limits: Idle,
     tls: Tls,
     /// Where it may connect to; `None`: anywhere.
-    guard: Option<Guard>,
+    guard: Option<Box<dyn Guard>>,
 }
 
 #[derive(Default)]
@@ -156,14 +159,10 @@ impl Client {
         Arc::new(Self { pool: Mutex::default(), limits, tls, guard: None })
     }
 
-    /// A client that connects only to what `allows`, asked with the upstream's host as the URL has it and each address
-    /// that it resolves to. Asked for each connection that is opened, since names change what they resolve to.
-    pub fn guarded(
-        limits: Idle,
-        tls: Tls,
-        allows: impl Fn(&str, IpAddr) -> bool + Send + Sync + 'static,
-    ) -> Arc<Self> {
-        let guard = Some(Guard::new(allows));
+    /// A client that connects only to what `guard` admits. It is asked for each connection, since names change what they
+    /// resolve to.
+    pub fn guarded(limits: Idle, tls: Tls, guard: impl Guard + 'static) -> Arc<Self> {
+        let guard: Option<Box<dyn Guard>> = Some(Box::new(guard));
         Arc::new(Self { pool: Mutex::default(), limits, tls, guard })
     }
 
@@ -254,7 +253,7 @@ impl Client {
     async fn open(&self, url: &BaseUrl) -> io::Result<UpstreamStream> {
         let tcp = match &self.guard {
             None => TcpStream::connect((url.host(), url.port())).await?,
-            Some(guard) => guard.connect(url).await?,
+            Some(guard) => guard::connect(&**guard, url).await?,
         };
         // While nobody listens on a port of this machine, the kernel may pick that very port as the caller's own, and
         // connect it with itself.

@@ -47,9 +47,11 @@ impl Ending {
             Error::Unasked => Self::Unasked,
             Error::Timeout => Self::TimedOut,
             Error::Closed(_) | Error::Invalid(_) | Error::HeadTooLarge => Self::Broken,
-            Error::NotAllowed | Error::Exhausted(_) | Error::Target(_) | Error::Body(_) => {
-                Self::NotSent
-            }
+            Error::NotAllowed
+            | Error::Own
+            | Error::Exhausted(_)
+            | Error::Target(_)
+            | Error::Body(_) => Self::NotSent,
         }
     }
 

@@ -4,38 +4,42 @@
 //! connection, and what was judged is what is connected to.
 
 use std::io;
-use std::net::{IpAddr, SocketAddr};
+use std::net::SocketAddr;
 
+use futures_util::future::BoxFuture;
 use tokio::net::{TcpStream, lookup_host};
 
 use crate::config::base_url::BaseUrl;
 
-/// None of an upstream's addresses may be connected to. Travels inside an `io::Error`.
-#[derive(Debug, thiserror::Error)]
-#[error("the address is not allowed")]
-pub(super) struct Refused;
+/// Why none of an upstream's addresses may be connected to. Travels inside an `io::Error`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Refused {
+    #[error("the address is not allowed")]
+    NotAllowed,
+    #[error("the address is this gateway's own")]
+    Own,
+}
 
-/// Says of a host and one of its addresses whether it may be connected to.
-pub(super) struct Guard(Box<Judge>);
-
-type Judge = dyn Fn(&str, IpAddr) -> bool + Send + Sync;
-
-impl Guard {
-    pub(super) fn new(allows: impl Fn(&str, IpAddr) -> bool + Send + Sync + 'static) -> Self {
-        Self(Box::new(allows))
-    }
-
-    /// Connects to the first allowed address of `url` that takes the connection.
+/// Decides where a client may connect to.
+pub trait Guard: Send + Sync {
+    /// Those of `addresses` that may be connected to, at least one. `host` is the upstream's, as its URL has it, and
+    /// resolves to all of them.
     ///
     /// # Errors
-    /// One that holds [`Refused`] when there are addresses and none is allowed.
-    pub(super) async fn connect(&self, url: &BaseUrl) -> io::Result<TcpStream> {
-        let found = lookup_host((url.host(), url.port())).await?;
-        let (allowed, refused): (Vec<SocketAddr>, Vec<_>) =
-            found.partition(|address| (self.0)(url.host(), address.ip()));
-        if allowed.is_empty() && !refused.is_empty() {
-            return Err(io::Error::other(Refused));
-        }
-        TcpStream::connect(&*allowed).await
-    }
+    /// When there are none.
+    fn admit<'a>(
+        &'a self,
+        host: &'a str,
+        addresses: Vec<SocketAddr>,
+    ) -> BoxFuture<'a, Result<Vec<SocketAddr>, Refused>>;
+}
+
+/// Connects to the first address of `url` that `guard` admits and that takes the connection.
+///
+/// # Errors
+/// One that holds [`Refused`] when no address is admitted.
+pub(super) async fn connect(guard: &dyn Guard, url: &BaseUrl) -> io::Result<TcpStream> {
+    let found = lookup_host((url.host(), url.port())).await?;
+    let admitted = guard.admit(url.host(), found.collect()).await.map_err(io::Error::other)?;
+    TcpStream::connect(&*admitted).await
 }

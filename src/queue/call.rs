@@ -244,7 +244,7 @@ fn is_behind_a_name(target: &str) -> bool {
 }
 
 /// Whether a part of `path` could lead out of `/function/NAME` once somebody further on decodes it.
-pub(in crate::queue) fn has_dot_segment(path: &str) -> bool {
+pub fn has_dot_segment(path: &str) -> bool {
     let mut path = path.to_ascii_lowercase();
     for (code, character) in [("%2e", "."), ("%2f", "/"), ("%5c", "/"), ("\\", "/")] {
         path = path.replace(code, character);

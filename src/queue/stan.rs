@@ -164,7 +164,10 @@ impl Stan {
             Some(at) => Channel::later(at.saturating_sub(now())),
             None => Channel::CALLS,
         };
-        let stored = self.shared.publisher.publish(self.shared.channel(channel), data).await;
+        let Shared { options, publisher, worker, .. } = &*self.shared;
+        // A process that only executes calls has no publisher: what it queues are calls that callbacks ask for.
+        let client = if options.publishes { publisher } else { worker };
+        let stored = client.publish(self.shared.channel(channel), data).await;
         stored.map_err(|fault| match fault {
             Fault::TooLarge => Error::TooLarge(self.max_body()),
             fault => told(fault, &call),

@@ -2,16 +2,15 @@
 
 use http::{HeaderMap, HeaderName, HeaderValue};
 
-use crate::config::allow::Allow;
 use crate::error::Error;
 use crate::queue::call::{Millis, Options};
-use crate::worker::callback::target::{Invalid, Target};
+use crate::worker::callback::target::Target;
 
-const X_CALLBACK_URL: HeaderName = HeaderName::from_static("x-callback-url");
-pub(super) const X_DELAY_SECONDS: HeaderName = HeaderName::from_static("x-delay-seconds");
-pub(super) const X_MAX_ATTEMPTS: HeaderName = HeaderName::from_static("x-max-attempts");
-pub(super) const X_EXPIRES_SECONDS: HeaderName = HeaderName::from_static("x-expires-seconds");
-const IDEMPOTENCY_KEY: HeaderName = HeaderName::from_static("idempotency-key");
+pub(crate) const X_CALLBACK_URL: HeaderName = HeaderName::from_static("x-callback-url");
+pub(crate) const X_DELAY_SECONDS: HeaderName = HeaderName::from_static("x-delay-seconds");
+pub(crate) const X_MAX_ATTEMPTS: HeaderName = HeaderName::from_static("x-max-attempts");
+pub(crate) const X_EXPIRES_SECONDS: HeaderName = HeaderName::from_static("x-expires-seconds");
+pub(crate) const IDEMPOTENCY_KEY: HeaderName = HeaderName::from_static("idempotency-key");
 
 /// The longest name that a caller may give a call, as an id or as an idempotency key.
 const MAX_NAME: usize = 256;
@@ -69,8 +68,8 @@ pub(super) fn text(value: &HeaderValue, header: &HeaderName) -> Result<String, E
 
 fn callback(headers: &HeaderMap) -> Result<Option<String>, Error> {
     let Some(value) = headers.get(&X_CALLBACK_URL) else { return Ok(None) };
-    // Its form alone: which addresses are allowed is known to who calls back, and a name is looked up then.
-    let is_one = |url: &&str| !matches!(Target::parse(url, &Allow::default()), Err(Invalid::Url));
+    // Its form alone: which addresses are allowed is judged by the worker, when it calls back.
+    let is_one = |url: &&str| Target::parse(url).is_ok();
     let url = value.to_str().ok().filter(is_one);
     let url = url.ok_or_else(|| {
         Error::BadRequest(format!("{X_CALLBACK_URL} is not an absolute http or https URL"))

@@ -1,40 +1,39 @@
 //! Callbacks: how a queued call ended, told to the URL that its caller gave.
 //!
-//! The URL is a stranger's, so each attempt resolves its host anew and connects to no address that `allow` refuses;
-//! connections are not kept, redirects not followed, and nothing of the receiver's answer but its head is read.
+//! The client chooses the URL, so each attempt resolves its host again and connects to no address that `allow` refuses,
+//! and to none of the gateway's own; connections are not kept, redirects not followed, and only the head of the
+//! receiver's response is read. A callback to a function of the gateway itself needs no connection ([`local`]).
 
+mod headers;
+pub mod local;
+pub mod own;
 pub mod signature;
 pub mod target;
 
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
 use bytes::Bytes;
-use http::header::{AUTHORIZATION, CONTENT_LENGTH, EXPECT, HOST, RETRY_AFTER, TRAILER, USER_AGENT};
-use http::{HeaderMap, HeaderName, HeaderValue, Method, Request, Response, StatusCode};
+use futures_util::future::BoxFuture;
+use http::header::RETRY_AFTER;
+use http::{HeaderMap, Method, Request, Response, StatusCode};
 use uuid::Uuid;
 
-use crate::call_id::{PRODUCT, X_CALL_ID};
+use crate::chain;
 use crate::config::Idle;
 use crate::config::allow::Allow;
 use crate::error::Causes;
 use crate::proxy::body::RequestBody;
 use crate::proxy::client::{self, Client, Tls};
-use crate::proxy::headers;
+use crate::proxy::guard::{Guard, Refused};
 use crate::proxy::upstream_body::UpstreamBody;
-use crate::trace::context::{TRACEPARENT, TRACESTATE};
 use crate::watch::Watch;
+use crate::worker::callback::local::{Local, Wish};
+use crate::worker::callback::own::{Own, Whose};
 use crate::worker::callback::signature::Secret;
 use crate::worker::callback::target::{Invalid, Target};
 use crate::worker::retry;
-
-const X_DURATION_SECONDS: HeaderName = HeaderName::from_static("x-duration-seconds");
-const X_FUNCTION_STATUS: HeaderName = HeaderName::from_static("x-function-status");
-const X_FUNCTION_NAME: HeaderName = HeaderName::from_static("x-function-name");
-const X_RETRY: HeaderName = HeaderName::from_static("x-retry");
-const X_RETRY_MAX: HeaderName = HeaderName::from_static("x-retry-max");
-const X_TRUNCATED: HeaderName = HeaderName::from_static("x-truncated");
-const X_CALLBACK_SIGNATURE: HeaderName = HeaderName::from_static("x-callback-signature");
 
 /// No connection is kept: one that is used again would skip the judgement of its address.
 const KEEP_NONE: Idle = Idle { all: 0, per_host: 0 };
@@ -57,6 +56,8 @@ pub struct Report {
     /// How often the function was called, and how often it would have been at most.
     pub attempts: u32,
     pub max_attempts: u32,
+    /// How many callbacks in a row led to the call.
+    pub callbacks: u32,
     /// The trace that the call belongs to, in headers.
     pub trace: HeaderMap,
 }
@@ -89,6 +90,8 @@ impl Default for Pace {
 pub enum Error {
     #[error(transparent)]
     Invalid(#[from] Invalid),
+    #[error("it would be one of a chain of more than {} callbacks", chain::MAX)]
+    EndlessChain,
     #[error("the callback was answered with {status} ({attempts} attempts)")]
     Answered { status: StatusCode, attempts: u32 },
     #[error("the callback could not be sent ({attempts} attempts): {last}")]
@@ -102,19 +105,54 @@ pub enum Error {
 /// Sends callbacks.
 pub struct Callbacks {
     client: Arc<Client>,
-    allow: Arc<Allow>,
     secret: Option<Secret>,
     pace: Pace,
+    local: Option<Local>,
+}
+
+/// Where callbacks may connect to.
+struct Destinations {
+    allow: Allow,
+    own: Own,
+}
+
+impl Guard for Destinations {
+    fn admit<'a>(
+        &'a self,
+        host: &'a str,
+        addresses: Vec<SocketAddr>,
+    ) -> BoxFuture<'a, Result<Vec<SocketAddr>, Refused>> {
+        Box::pin(async move {
+            match self.own.whose(host, &addresses).await {
+                Whose::Gateway => return Err(Refused::Own),
+                Whose::Guarded => return Err(Refused::NotAllowed),
+                Whose::Others => {}
+            }
+            let permitted = addresses.into_iter().filter(|it| self.allow.permits(host, it.ip()));
+            let permitted: Vec<_> = permitted.collect();
+            if permitted.is_empty() { Err(Refused::NotAllowed) } else { Ok(permitted) }
+        })
+    }
+}
+
+/// What a receiver said.
+struct Reply {
+    status: StatusCode,
+    /// The pause that it asks for.
+    pause: Duration,
 }
 
 impl Callbacks {
-    /// Callbacks to where `allow` permits, signed if there is a secret.
-    pub fn new(allow: Allow, secret: Option<Secret>, pace: Pace, tls: Tls) -> Self {
-        let allow = Arc::new(allow);
-        let judge = Arc::clone(&allow);
-        let client =
-            Client::guarded(KEEP_NONE, tls, move |host, address| judge.permits(host, address));
-        Self { client, allow, secret, pace }
+    /// Callbacks to where `allow` permits and that is not `own`, signed if there is a secret.
+    pub fn new(allow: Allow, own: Own, secret: Option<Secret>, pace: Pace, tls: Tls) -> Self {
+        let client = Client::guarded(KEEP_NONE, tls, Destinations { allow, own });
+        Self { client, secret, pace, local: None }
+    }
+
+    /// Has callbacks to functions of the gateway itself executed by `local`; without it they are refused.
+    #[must_use]
+    pub fn with_local(self, local: Local) -> Self {
+        Self { local: Some(local), ..self }
     }
 
     /// Sends `report` to `url`, and returns once it has been taken, or will not be.
@@ -122,20 +160,30 @@ impl Callbacks {
     /// # Errors
     /// When the receiver refuses it for good, may not be called, or took none of the attempts.
     pub async fn send(&self, url: &str, report: &Report) -> Result<(), Error> {
-        let target = Target::parse(url, &self.allow)?;
-        let headers = self.headers(&target, report);
+        let target = Target::parse(url)?;
+        let headers = headers::of(&target, report, self.secret.as_ref());
+        let mut queued_as = None;
         for attempts in 1.. {
-            let outcome = self.attempt(&target, headers.clone(), report.body.clone()).await;
+            let outcome = match self.attempt(&target, headers.clone(), report.body.clone()).await {
+                Ok(answer) => Ok(Reply { status: answer.status(), pause: asked_pause(&answer) }),
+                Err(client::Error::NotAllowed) => return Err(Invalid::NotAllowed.into()),
+                Err(client::Error::Own) => {
+                    let (local, wish) = self.local(&target, report)?;
+                    let body = report.body.clone();
+                    let status = local.execute(&wish, &headers, body, &mut queued_as).await;
+                    Ok(Reply { status, pause: Duration::ZERO })
+                }
+                Err(error) => Err(error),
+            };
             let last_one = attempts >= self.pace.attempts;
             let asked = match outcome {
-                Ok(answer) => match verdict(answer.status()) {
+                Ok(Reply { status, pause }) => match verdict(status) {
                     Verdict::Taken => return Ok(()),
-                    Verdict::Again if !last_one => asked_pause(&answer),
+                    Verdict::Again if !last_one => pause,
                     Verdict::Again | Verdict::Refused => {
-                        return Err(Error::Answered { status: answer.status(), attempts });
+                        return Err(Error::Answered { status, attempts });
                     }
                 },
-                Err(client::Error::NotAllowed) => return Err(Invalid::NotAllowed.into()),
                 Err(last) if last_one => return Err(Error::Unsent { attempts, last }),
                 Err(error) => {
                     let id = &report.call_id;
@@ -148,6 +196,18 @@ impl Callbacks {
             tokio::time::sleep(pause.max(asked.min(max_wait))).await;
         }
         unreachable!("one attempt is the last")
+    }
+
+    /// What executes a callback to the gateway itself, and what that is.
+    fn local<'a>(
+        &'a self,
+        target: &'a Target,
+        report: &Report,
+    ) -> Result<(&'a Local, Wish<'a>), Error> {
+        let (Some(local), Some(wish)) = (&self.local, Wish::of(target)) else {
+            return Err(Invalid::NotAllowed.into());
+        };
+        if report.callbacks >= chain::MAX { Err(Error::EndlessChain) } else { Ok((local, wish)) }
     }
 
     async fn attempt(
@@ -169,44 +229,6 @@ impl Callbacks {
             Err(_) => Err(client::Error::Timeout),
         }
     }
-
-    /// The function's headers, made those of a request, with ours.
-    fn headers(&self, target: &Target, report: &Report) -> HeaderMap {
-        let mut headers = report.headers.clone();
-        headers::to_caller(&mut headers, false);
-        // What frames the body or steers a request is not the function's to say; nor is that a signature is ours.
-        const NOT_THE_FUNCTIONS: [HeaderName; 7] = [
-            CONTENT_LENGTH,
-            TRAILER,
-            EXPECT,
-            X_CALLBACK_SIGNATURE,
-            X_TRUNCATED,
-            TRACEPARENT,
-            TRACESTATE,
-        ];
-        for name in NOT_THE_FUNCTIONS {
-            headers.remove(name);
-        }
-        if report.truncated {
-            headers.insert(X_TRUNCATED, HeaderValue::from_static("true"));
-        }
-        headers.insert(HOST, target.origin.host.clone());
-        headers.insert(USER_AGENT, PRODUCT);
-        if let Some(authorization) = &target.authorization {
-            headers.insert(AUTHORIZATION, authorization.clone());
-        }
-        if let Some(secret) = &self.secret {
-            headers.insert(X_CALLBACK_SIGNATURE, secret.sign(&report.body));
-        }
-        headers.extend(report.trace.clone());
-        headers.insert(X_CALL_ID, text(&report.call_id));
-        headers.insert(X_FUNCTION_NAME, text(&report.function));
-        headers.insert(X_FUNCTION_STATUS, report.status.into());
-        headers.insert(X_DURATION_SECONDS, text(&format!("{:.6}", report.took.as_secs_f64())));
-        headers.insert(X_RETRY, report.attempts.into());
-        headers.insert(X_RETRY_MAX, report.max_attempts.into());
-        headers
-    }
 }
 
 /// What a receiver's answer means.
@@ -223,6 +245,8 @@ fn verdict(status: StatusCode) -> Verdict {
         408 | 425 | 429 => Verdict::Again,
         // Redirects are not followed: they could lead to where callbacks may not go.
         300..500 => Verdict::Refused,
+        // A chain of callbacks that is too long: it does not become shorter.
+        508 => Verdict::Refused,
         _ => Verdict::Again,
     }
 }
@@ -231,11 +255,6 @@ fn verdict(status: StatusCode) -> Verdict {
 fn asked_pause(answer: &Response<UpstreamBody>) -> Duration {
     let value = answer.headers().get(RETRY_AFTER);
     value.and_then(|v| retry::parse_retry_after(v, SystemTime::now())).unwrap_or_default()
-}
-
-/// `value` as a header's, empty if it cannot be one.
-fn text(value: &str) -> HeaderValue {
-    HeaderValue::from_str(value).unwrap_or_else(|_| HeaderValue::from_static(""))
 }
 
 /// A number from 0 up to 1, by chance.
@@ -264,6 +283,7 @@ mod tests {
             (429, Verdict::Again),
             (500, Verdict::Again),
             (503, Verdict::Again),
+            (508, Verdict::Refused),
         ] {
             assert_eq!(verdict(StatusCode::from_u16(status).unwrap()), expect, "{status}");
         }

@@ -6,6 +6,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use gateway::config::allow::Allow;
 use gateway::proxy::client::Tls;
+use gateway::worker::callback::own::Own;
 use gateway::worker::callback::signature::Secret;
 use gateway::worker::callback::target::Invalid;
 use gateway::worker::callback::{Callbacks, Error, Pace, Report};
@@ -28,7 +29,7 @@ fn callbacks(allow: &str, secret: Option<&str>) -> Callbacks {
 
 fn paced(allow: &str, secret: Option<&str>, pace: Pace) -> Callbacks {
     let secret = secret.map(|secret| Secret::new(secret.as_bytes()));
-    Callbacks::new(Allow::parse(allow).unwrap(), secret, pace, Tls::default())
+    Callbacks::new(Allow::parse(allow).unwrap(), Own::default(), secret, pace, Tls::default())
 }
 
 /// A receiver whose answers, heads and all, are `answers` in turn, the last one for ever.
@@ -66,6 +67,7 @@ fn report(headers: &[(&'static str, &'static str)], body: &'static str) -> Repor
         took: Duration::from_micros(1_123_456),
         attempts: 2,
         max_attempts: 5,
+        callbacks: 0,
         trace: HeaderMap::new(),
     }
 }

@@ -8,6 +8,7 @@ pub(crate) mod provider;
 pub(crate) mod queue;
 pub(crate) mod replicas;
 pub(crate) mod stan;
+pub(crate) mod up;
 pub(crate) mod wire;
 
 use std::time::{Duration, Instant};

@@ -1,0 +1,120 @@
+//! The headers of a callback: the function's own, and what is said of the call. No I/O.
+
+use http::header::{
+    AUTHORIZATION, CONTENT_LENGTH, COOKIE, EXPECT, FORWARDED, HOST, MAX_FORWARDS, ORIGIN, TRAILER,
+    USER_AGENT,
+};
+use http::{HeaderMap, HeaderName, HeaderValue};
+
+use crate::call_id::{PRODUCT, X_CALL_ID};
+use crate::chain::{X_GATEWAY_CALLBACK, X_GATEWAY_CALLBACKS, YES};
+use crate::proxy::headers::to_caller;
+use crate::queued::wishes::{
+    IDEMPOTENCY_KEY, X_CALLBACK_URL, X_DELAY_SECONDS, X_EXPIRES_SECONDS, X_MAX_ATTEMPTS,
+};
+use crate::trace::context::{TRACEPARENT, TRACESTATE};
+use crate::worker::callback::Report;
+use crate::worker::callback::signature::Secret;
+use crate::worker::callback::target::Target;
+
+const X_DURATION_SECONDS: HeaderName = HeaderName::from_static("x-duration-seconds");
+const X_FUNCTION_STATUS: HeaderName = HeaderName::from_static("x-function-status");
+const X_FUNCTION_NAME: HeaderName = HeaderName::from_static("x-function-name");
+const X_RETRY: HeaderName = HeaderName::from_static("x-retry");
+const X_RETRY_MAX: HeaderName = HeaderName::from_static("x-retry-max");
+const X_TRUNCATED: HeaderName = HeaderName::from_static("x-truncated");
+const X_CALLBACK_SIGNATURE: HeaderName = HeaderName::from_static("x-callback-signature");
+
+/// Response headers that would mean something else in a request: they frame the body, steer a gateway, carry
+/// credentials, or say where a request comes from.
+static NOT_COPIED: [HeaderName; 18] = [
+    AUTHORIZATION,
+    CONTENT_LENGTH,
+    COOKIE,
+    EXPECT,
+    FORWARDED,
+    HOST,
+    IDEMPOTENCY_KEY,
+    MAX_FORWARDS,
+    ORIGIN,
+    TRACEPARENT,
+    TRACESTATE,
+    TRAILER,
+    X_CALLBACK_URL,
+    X_CALLBACK_SIGNATURE,
+    X_DELAY_SECONDS,
+    X_EXPIRES_SECONDS,
+    X_MAX_ATTEMPTS,
+    X_TRUNCATED,
+];
+
+/// The same by the beginnings of their names.
+const NOT_COPIED_FAMILIES: [&str; 5] =
+    ["x-forwarded-", "x-gateway-", "x-http-method", "x-real-", "sec-"];
+
+fn is_copied(name: &HeaderName) -> bool {
+    !NOT_COPIED.contains(name)
+        && !NOT_COPIED_FAMILIES.iter().any(|start| name.as_str().starts_with(start))
+}
+
+/// The headers of a callback to `target`.
+pub(super) fn of(target: &Target, report: &Report, secret: Option<&Secret>) -> HeaderMap {
+    let mut response = report.headers.clone();
+    to_caller(&mut response, false);
+    let mut headers = HeaderMap::with_capacity(response.len() + 16);
+    for (name, value) in &response {
+        if is_copied(name) {
+            headers.append(name, value.clone());
+        }
+    }
+    if report.truncated {
+        headers.insert(X_TRUNCATED, HeaderValue::from_static("true"));
+    }
+    headers.insert(HOST, target.origin.host.clone());
+    headers.insert(USER_AGENT, PRODUCT);
+    if let Some(authorization) = &target.authorization {
+        headers.insert(AUTHORIZATION, authorization.clone());
+    }
+    if let Some(secret) = secret {
+        headers.insert(X_CALLBACK_SIGNATURE, secret.sign(&report.body));
+    }
+    headers.extend(report.trace.clone());
+    headers.insert(X_GATEWAY_CALLBACK, YES);
+    headers.insert(X_GATEWAY_CALLBACKS, report.callbacks.saturating_add(1).into());
+    headers.insert(X_CALL_ID, text(&report.call_id));
+    headers.insert(X_FUNCTION_NAME, text(&report.function));
+    headers.insert(X_FUNCTION_STATUS, report.status.into());
+    headers.insert(X_DURATION_SECONDS, text(&format!("{:.6}", report.took.as_secs_f64())));
+    headers.insert(X_RETRY, report.attempts.into());
+    headers.insert(X_RETRY_MAX, report.max_attempts.into());
+    headers
+}
+
+/// `value` as a header's, empty if it cannot be one.
+fn text(value: &str) -> HeaderValue {
+    HeaderValue::from_str(value).unwrap_or_else(|_| HeaderValue::from_static(""))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_steers_or_carries_credentials_is_not_copied() {
+        for name in [
+            "authorization",
+            "cookie",
+            "x-callback-url",
+            "x-delay-seconds",
+            "x-gateway-callbacks",
+            "x-forwarded-host",
+            "x-http-method-override",
+            "sec-fetch-site",
+        ] {
+            assert!(!is_copied(&HeaderName::from_static(name)), "{name}");
+        }
+        for name in ["content-type", "set-cookie", "x-own", "retry-after", "etag", "location"] {
+            assert!(is_copied(&HeaderName::from_static(name)), "{name}");
+        }
+    }
+}
