@@ -148,18 +148,24 @@ fn basic(value: &HeaderValue) -> Option<Vec<u8>> {
 
 /// Lets a call of the API pass if it may.
 pub async fn guard(State(api): State<Arc<Api>>, request: Request, next: Next) -> Response {
+    match admit(&api, request).await {
+        Ok(Ok(request)) => next.run(request).await,
+        Ok(Err(refusal)) => refusal,
+        Err(error) => error.into_response(),
+    }
+}
+
+/// `request` itself if its client may use the API, else the response to it. Where the API is open, everybody may.
+///
+/// # Errors
+/// When it cannot be found out.
+pub async fn admit(api: &Api, request: Request) -> Result<Result<Request, Response>, Error> {
     if api.auth_proxy.is_some() {
-        return match ask_proxy(&api, request).await {
-            Ok(Ok(request)) => next.run(request).await,
-            Ok(Err(refusal)) => refusal,
-            Err(error) => error.into_response(),
-        };
+        return ask_proxy(api, request).await;
     }
     match &api.credentials {
-        Some(credentials) if !credentials.admit(request.headers()) => {
-            Error::Unauthorized.into_response()
-        }
-        _ => next.run(request).await,
+        Some(credentials) if !credentials.admit(request.headers()) => Err(Error::Unauthorized),
+        _ => Ok(Ok(request)),
     }
 }
 

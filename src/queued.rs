@@ -33,7 +33,7 @@ use crate::queued::wishes::{X_DELAY_SECONDS, X_EXPIRES_SECONDS, X_MAX_ATTEMPTS, 
 use crate::serve::caller::Caller;
 use crate::system::Api;
 use crate::trace::Stored;
-use crate::{chain, same_origin};
+use crate::{auth, chain, same_origin};
 
 pub mod operate;
 mod unverified;
@@ -248,22 +248,27 @@ pub fn passed_on(headers: &HeaderMap, peer: &HeaderValue, stamps: &Stamps) -> He
 pub async fn status(
     State(api): State<Arc<Api>>,
     Path(id): Path<String>,
-    headers: HeaderMap,
+    request: Request,
 ) -> Result<Response, Error> {
-    let status = known(&api, &id, &headers).await?;
-    Ok(Json(view::State::of(&status)).into_response())
+    Ok(match known(&api, &id, request).await? {
+        Ok(status) => Json(view::State::of(&status)).into_response(),
+        Err(refusal) => refusal,
+    })
 }
 
 /// `GET /async-function/CALL-ID/result`
 pub async fn result(
     State(api): State<Arc<Api>>,
     Path((id, rest)): Path<(String, String)>,
-    headers: HeaderMap,
+    request: Request,
 ) -> Result<Response, Error> {
     if rest != "result" {
         return Err(Error::NoSuchPath);
     }
-    let status = known(&api, &id, &headers).await?;
+    let status = match known(&api, &id, request).await? {
+        Ok(status) => status,
+        Err(refusal) => return Ok(refusal),
+    };
     if !status.state.is_final() {
         return Err(Error::Conflict("the call is not finished".to_owned()));
     }
@@ -276,9 +281,11 @@ pub async fn result(
 pub async fn cancel(
     State(api): State<Arc<Api>>,
     Path(id): Path<String>,
-    headers: HeaderMap,
+    request: Request,
 ) -> Result<Response, Error> {
-    known(&api, &id, &headers).await?;
+    if let Err(refusal) = known(&api, &id, request).await? {
+        return Ok(refusal);
+    }
     changed(intake(&api)?.queue.cancel(&id).await?, "cancelled")
 }
 
@@ -355,16 +362,19 @@ pub fn intake(api: &Api) -> Result<&Intake, Error> {
     })
 }
 
-/// The status of the call with `id`, if whoever asks may know it: an id that the gateway made is known to nobody but
-/// its caller, one that the caller chose can be guessed.
-async fn known(api: &Api, id: &str, headers: &HeaderMap) -> Result<Status, Error> {
-    let status = intake(api)?.queue.status(id).await?.ok_or(NO_SUCH_CALL)?;
-    match &api.credentials {
-        Some(credentials) if status.chosen_id && !credentials.admit(headers) => {
-            Err(Error::Unauthorized)
-        }
-        _ => Ok(status),
+/// The status of the call with `id` if the client that sent `request` may know it, else the response to it. The one rule
+/// for state, result and cancelling.
+///
+/// An id that the gateway made is known to its client alone, and opens its call while that is remembered. For any other
+/// id the client needs to be admitted to the API, before it learns whether there is such a call: an id that a client
+/// chose can be guessed.
+async fn known(api: &Api, id: &str, request: Request) -> Result<Result<Status, Response>, Error> {
+    let status = intake(api)?.queue.status(id).await?;
+    let opens = status.as_ref().is_some_and(|status| !status.chosen_id);
+    if !opens && let Err(refusal) = auth::admit(api, request).await? {
+        return Ok(Err(refusal));
     }
+    status.ok_or(NO_SUCH_CALL).map(Ok)
 }
 
 /// The function that the path names, and path and query behind its name.

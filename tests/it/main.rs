@@ -13,6 +13,7 @@ mod api;
 mod auth;
 mod autoscale;
 mod broken;
+mod call_access;
 mod callback;
 mod callback_chain;
 mod callback_own;
