@@ -1,6 +1,8 @@
 //! Who may use the API: credentials from mounted files, checked on the way in and put on the way out; or a service
 //! that is asked.
 
+mod question;
+
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -200,8 +202,7 @@ async fn ask_proxy(api: &Api, request: Request) -> Result<Result<Request, Respon
     let mut question = http::Request::new(asked);
     *question.method_mut() = parts.method.clone();
     *question.uri_mut() = proxy.target.clone();
-    *question.headers_mut() = parts.headers.clone();
-    question.headers_mut().remove(http::header::CONTENT_LENGTH);
+    *question.headers_mut() = question::headers(&parts);
     let errand = Errand {
         peer: &caller.forwarded_for,
         watch: &caller.watch,

@@ -92,7 +92,7 @@ settings! {
     secret_mount_path DIRECTORY "/run/secrets/" ALL
         "Where the files of basic_auth are; they are read again when they change."
     auth_proxy_url URL "" SU
-        "Ask this URL about calls of /system/* and /ui/ instead: 2xx lets them pass, any other status is the answer."
+        "Ask this URL about calls of /system/* and /ui/ instead: 2xx lets them pass, any other status is the answer. It is sent the client's headers, and method, path with query, and host as X-Forwarded-Method, -Uri and -Host."
     auth_proxy_pass_body BOOLEAN "false" SU
         "Send the call's body (at most 1 MiB) to auth_proxy_url, too."
     direct_functions BOOLEAN "false" S

@@ -11,6 +11,7 @@ mod process_provider;
 
 mod api;
 mod auth;
+mod auth_question;
 mod autoscale;
 mod broken;
 mod call_access;
