@@ -31,8 +31,9 @@ use crate::worker::callback::{Callbacks, Pace};
 use crate::worker::policies::Policies;
 use crate::worker::{Prints, Worker};
 
-/// The file in `secret_mount_path` that callbacks are signed with.
-const SECRET: &str = "callback-secret";
+/// The files in `secret_mount_path` with which callbacks are signed. The second one is for a change of secrets: with both
+/// there, callbacks have a signature by each.
+const SECRETS: [&str; 2] = ["callback-secret", "callback-secret-previous"];
 /// How often it is looked whether the queue can be reached, and how long that may take.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
 const LOOK: Duration = Duration::from_secs(2);
@@ -112,20 +113,21 @@ pub(super) fn worker(config: &config::Queue, parts: Parts) -> anyhow::Result<Wor
     })
 }
 
-/// What sends callbacks, with the secret if there is one.
+/// What sends callbacks, with the secrets that there are.
 fn callbacks(config: &config::Queue, own: Own, tls: Tls) -> anyhow::Result<Callbacks> {
-    let path = config.secrets.join(SECRET);
-    let secret = match std::fs::read(&path) {
-        Ok(secret) if secret.trim_ascii().is_empty() => {
-            bail!("{} is empty: anybody could sign with it", path.display())
+    let mut secrets = Vec::new();
+    for name in SECRETS {
+        let path = config.secrets.join(name);
+        match std::fs::read(&path).map(|text| Secret::parse(&text)) {
+            Ok(Ok(secret)) => secrets.push(secret),
+            Ok(Err(unusable)) => bail!("{} {unusable}", path.display()),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Err(error) => {
+                return Err(error).with_context(|| format!("cannot read {}", path.display()));
+            }
         }
-        Ok(secret) => Some(Secret::new(secret.trim_ascii())),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => None,
-        Err(error) => {
-            return Err(error).with_context(|| format!("cannot read {}", path.display()));
-        }
-    };
-    Ok(Callbacks::new(config.callback_allow.clone(), own, secret, Pace::default(), tls))
+    }
+    Ok(Callbacks::new(config.callback_allow.clone(), own, secrets, Pace::default(), tls))
 }
 
 /// What a process does with its queue.

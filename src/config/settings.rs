@@ -174,7 +174,7 @@ settings! {
     max_result_body BYTES "1048576" SUW
         "So much of the answer to a queued call is kept; what is longer is marked truncated."
     callback_allow LIST "auto" SUW
-        "Where callbacks may go beside public and private addresses: networks, addresses, names, loopback or *, separated by commas; auto: loopback for up, nothing for serve. They are signed if secret_mount_path has a file callback-secret."
+        "Where callbacks may go beside public and private addresses: networks, addresses, names, loopback or *, separated by commas; auto: loopback for up, nothing for serve. They are signed if secret_mount_path has a file callback-secret, and during a change also with callback-secret-previous."
     state_dir DIRECTORY ".gateway" SPU
         "Where functions, secrets, namespaces and the embedded queue are kept."
     access_log CHOICE "off" SU

@@ -28,6 +28,7 @@ use crate::proxy::body::RequestBody;
 use crate::proxy::client::{self, Client, Tls};
 use crate::proxy::guard::{Guard, Refused};
 use crate::proxy::upstream_body::UpstreamBody;
+use crate::queue::now;
 use crate::watch::Watch;
 use crate::worker::callback::local::{Local, Wish};
 use crate::worker::callback::own::{Own, Whose};
@@ -105,7 +106,7 @@ pub enum Error {
 /// Sends callbacks.
 pub struct Callbacks {
     client: Arc<Client>,
-    secret: Option<Secret>,
+    secrets: Vec<Secret>,
     pace: Pace,
     local: Option<Local>,
 }
@@ -143,10 +144,10 @@ struct Reply {
 }
 
 impl Callbacks {
-    /// Callbacks to where `allow` permits and that is not `own`, signed if there is a secret.
-    pub fn new(allow: Allow, own: Own, secret: Option<Secret>, pace: Pace, tls: Tls) -> Self {
+    /// Callbacks to where `allow` permits and that is not `own`, signed with each of `secrets`.
+    pub fn new(allow: Allow, own: Own, secrets: Vec<Secret>, pace: Pace, tls: Tls) -> Self {
         let client = Client::guarded(KEEP_NONE, tls, Destinations { allow, own });
-        Self { client, secret, pace, local: None }
+        Self { client, secrets, pace, local: None }
     }
 
     /// Has callbacks to functions of the gateway itself executed by `local`; without it they are refused.
@@ -161,9 +162,12 @@ impl Callbacks {
     /// When the receiver refuses it for good, may not be called, or took none of the attempts.
     pub async fn send(&self, url: &str, report: &Report) -> Result<(), Error> {
         let target = Target::parse(url)?;
-        let headers = headers::of(&target, report, self.secret.as_ref());
+        let mut headers = headers::of(&target, report);
         let mut queued_as = None;
         for attempts in 1.. {
+            // The same message each time, sent at another time.
+            let now = now() / 1000;
+            signature::sign(&self.secrets, &report.call_id, now, &report.body, &mut headers);
             let outcome = match self.attempt(&target, headers.clone(), report.body.clone()).await {
                 Ok(answer) => Ok(Reply { status: answer.status(), pause: asked_pause(&answer) }),
                 Err(client::Error::NotAllowed) => return Err(Invalid::NotAllowed.into()),

@@ -13,7 +13,7 @@ use gateway::worker::callback::{Callbacks, Error, Pace, Report};
 use http::{HeaderMap, HeaderName, HeaderValue, StatusCode};
 
 use crate::support::provider::{Call, Provider};
-use crate::support::within;
+use crate::support::{eventually, webhook, within};
 
 /// A pace at which a test need not wait.
 const QUICK: Pace = Pace {
@@ -28,8 +28,8 @@ fn callbacks(allow: &str, secret: Option<&str>) -> Callbacks {
 }
 
 fn paced(allow: &str, secret: Option<&str>, pace: Pace) -> Callbacks {
-    let secret = secret.map(|secret| Secret::new(secret.as_bytes()));
-    Callbacks::new(Allow::parse(allow).unwrap(), Own::default(), secret, pace, Tls::default())
+    let secrets = secret.iter().map(|secret| Secret::parse(secret.as_bytes()).unwrap()).collect();
+    Callbacks::new(Allow::parse(allow).unwrap(), Own::default(), secrets, pace, Tls::default())
 }
 
 /// A receiver whose answers, heads and all, are `answers` in turn, the last one for ever.
@@ -90,7 +90,8 @@ async fn a_callback_carries_the_answer_and_how_it_came_about() {
         ("expect", "100-continue"),
         ("host", "elsewhere"),
         ("x-call-id", "forged"),
-        ("x-callback-signature", "forged"),
+        ("webhook-id", "forged"),
+        ("webhook-signature", "forged"),
         ("x-own", "kept"),
     ];
     let report = report(&answer, "what do ya want for nothing?");
@@ -117,10 +118,7 @@ async fn a_callback_carries_the_answer_and_how_it_came_about() {
         ("x-function-name", Some("echo.dev")),
         ("x-retry", Some("2")),
         ("x-retry-max", Some("5")),
-        (
-            "x-callback-signature",
-            Some("sha256=5bdcc146bf60754e6a042426089575c75a003f089d2739839dec58b964ec3843"),
-        ),
+        ("x-callback-signature", None),
         ("x-hop", None),
         ("transfer-encoding", None),
         ("trailer", None),
@@ -130,12 +128,34 @@ async fn a_callback_carries_the_answer_and_how_it_came_about() {
         let count = head.headers.iter().filter(|(n, _)| n == name).count();
         assert!(count <= 1, "{name}: {count} times");
     }
+    webhook::check(&head, "id-1", &report.body, &[b"Jefe"]);
+}
+
+#[tokio::test]
+async fn each_attempt_is_signed_for_its_own_time() {
+    let mut receiver = Provider::by_hand();
+    let (callbacks, url) = (callbacks("loopback", Some("whsec_SmVmZQ==")), url(&receiver));
+    let report = report(&[], "body");
+    let (sent, ()) = tokio::join!(callbacks.send(&url, &report), async {
+        let mut first = receiver.call().await;
+        first.body().await.unwrap();
+        webhook::check(&first.head, "id-1", b"body", &[b"Jefe"]);
+        let sent_at = webhook::timestamp(&first.head);
+        eventually("another second", async || webhook::seconds() > sent_at).await;
+        first.answer_with(500, b"").await;
+        let mut second = receiver.call().await;
+        second.body().await.unwrap();
+        webhook::check(&second.head, "id-1", b"body", &[b"Jefe"]);
+        assert!(webhook::timestamp(&second.head) > sent_at);
+        second.answer_with(200, b"").await;
+    });
+    sent.unwrap();
 }
 
 #[tokio::test]
 async fn without_a_secret_there_is_no_signature_not_even_a_functions() {
     let mut receiver = Provider::by_hand();
-    let report = report(&[("x-callback-signature", "forged")], "");
+    let report = report(&[("webhook-signature", "forged"), ("webhook-id", "forged")], "");
     let (callbacks, url) = (callbacks("loopback", None), url(&receiver));
     let (sent, head) = tokio::join!(callbacks.send(&url, &report), async {
         let mut call = receiver.call().await;
@@ -143,7 +163,7 @@ async fn without_a_secret_there_is_no_signature_not_even_a_functions() {
         call.head
     });
     sent.unwrap();
-    assert_eq!(head.header("x-callback-signature"), None);
+    assert!(!head.headers.iter().any(|(name, _)| name.starts_with("webhook-")), "{head:?}");
     assert_eq!(head.header("content-length"), Some("0"));
 }
 

@@ -9,6 +9,7 @@ pub(crate) mod queue;
 pub(crate) mod replicas;
 pub(crate) mod stan;
 pub(crate) mod up;
+pub(crate) mod webhook;
 pub(crate) mod wire;
 
 use std::time::{Duration, Instant};

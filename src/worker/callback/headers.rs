@@ -14,7 +14,6 @@ use crate::queued::wishes::{
 };
 use crate::trace::context::{TRACEPARENT, TRACESTATE};
 use crate::worker::callback::Report;
-use crate::worker::callback::signature::Secret;
 use crate::worker::callback::target::Target;
 
 const X_DURATION_SECONDS: HeaderName = HeaderName::from_static("x-duration-seconds");
@@ -23,11 +22,10 @@ const X_FUNCTION_NAME: HeaderName = HeaderName::from_static("x-function-name");
 const X_RETRY: HeaderName = HeaderName::from_static("x-retry");
 const X_RETRY_MAX: HeaderName = HeaderName::from_static("x-retry-max");
 const X_TRUNCATED: HeaderName = HeaderName::from_static("x-truncated");
-const X_CALLBACK_SIGNATURE: HeaderName = HeaderName::from_static("x-callback-signature");
 
 /// Response headers that would mean something else in a request: they frame the body, steer a gateway, carry
 /// credentials, or say where a request comes from.
-static NOT_COPIED: [HeaderName; 18] = [
+static NOT_COPIED: [HeaderName; 17] = [
     AUTHORIZATION,
     CONTENT_LENGTH,
     COOKIE,
@@ -41,7 +39,6 @@ static NOT_COPIED: [HeaderName; 18] = [
     TRACESTATE,
     TRAILER,
     X_CALLBACK_URL,
-    X_CALLBACK_SIGNATURE,
     X_DELAY_SECONDS,
     X_EXPIRES_SECONDS,
     X_MAX_ATTEMPTS,
@@ -49,16 +46,16 @@ static NOT_COPIED: [HeaderName; 18] = [
 ];
 
 /// The same by the beginnings of their names.
-const NOT_COPIED_FAMILIES: [&str; 5] =
-    ["x-forwarded-", "x-gateway-", "x-http-method", "x-real-", "sec-"];
+const NOT_COPIED_FAMILIES: [&str; 6] =
+    ["x-forwarded-", "x-gateway-", "x-http-method", "x-real-", "sec-", "webhook-"];
 
 fn is_copied(name: &HeaderName) -> bool {
     !NOT_COPIED.contains(name)
         && !NOT_COPIED_FAMILIES.iter().any(|start| name.as_str().starts_with(start))
 }
 
-/// The headers of a callback to `target`.
-pub(super) fn of(target: &Target, report: &Report, secret: Option<&Secret>) -> HeaderMap {
+/// The headers of a callback to `target`, but for its signature.
+pub(super) fn of(target: &Target, report: &Report) -> HeaderMap {
     let mut response = report.headers.clone();
     to_caller(&mut response, false);
     let mut headers = HeaderMap::with_capacity(response.len() + 16);
@@ -74,9 +71,6 @@ pub(super) fn of(target: &Target, report: &Report, secret: Option<&Secret>) -> H
     headers.insert(USER_AGENT, PRODUCT);
     if let Some(authorization) = &target.authorization {
         headers.insert(AUTHORIZATION, authorization.clone());
-    }
-    if let Some(secret) = secret {
-        headers.insert(X_CALLBACK_SIGNATURE, secret.sign(&report.body));
     }
     headers.extend(report.trace.clone());
     headers.insert(X_GATEWAY_CALLBACK, YES);
@@ -110,6 +104,7 @@ mod tests {
             "x-forwarded-host",
             "x-http-method-override",
             "sec-fetch-site",
+            "webhook-signature",
         ] {
             assert!(!is_copied(&HeaderName::from_static(name)), "{name}");
         }

@@ -1,48 +1,170 @@
-//! The proof that a callback comes from here, and that nobody changed its body on the way. No I/O.
+//! Proof that a callback comes from here, as Standard Webhooks has it: the receiver checks who sent it, that nobody changed
+//! it, and when it was sent, so that one that was observed cannot be sent again later. No I/O.
 
-use std::fmt::Write;
-
-use http::HeaderValue;
+use base64::Engine;
+use base64::alphabet::STANDARD as ALPHABET;
+use base64::engine::DecodePaddingMode;
+use base64::engine::general_purpose::{GeneralPurpose, GeneralPurposeConfig, STANDARD};
+use http::{HeaderMap, HeaderName, HeaderValue};
 use ring::hmac;
+
+const WEBHOOK_ID: HeaderName = HeaderName::from_static("webhook-id");
+const WEBHOOK_TIMESTAMP: HeaderName = HeaderName::from_static("webhook-timestamp");
+const WEBHOOK_SIGNATURE: HeaderName = HeaderName::from_static("webhook-signature");
+
+/// Begins a secret whose bytes are written as base64.
+const PREFIX: &[u8] = b"whsec_";
+const BASE64: GeneralPurpose = GeneralPurpose::new(
+    &ALPHABET,
+    GeneralPurposeConfig::new().with_decode_padding_mode(DecodePaddingMode::Indifferent),
+);
+
+/// Why a text is no secret.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Unusable {
+    #[error("is empty: anybody could sign with it")]
+    Empty,
+    #[error("begins with whsec_, but what follows is not base64")]
+    NotBase64,
+}
 
 /// What callbacks are signed with. Not shown by `Debug`.
 #[derive(Clone, Debug)]
 pub struct Secret(hmac::Key);
 
 impl Secret {
-    pub fn new(secret: &[u8]) -> Self {
-        Self(hmac::Key::new(hmac::HMAC_SHA256, secret))
+    /// The secret that a file contains: `whsec_` and base64, or else its bytes as they are. White space around it does not
+    /// count.
+    ///
+    /// # Errors
+    /// When it is none.
+    pub fn parse(text: &[u8]) -> Result<Self, Unusable> {
+        let text = text.trim_ascii();
+        let decoded = text.strip_prefix(PREFIX).map(|encoded| BASE64.decode(encoded));
+        let bytes = decoded.transpose().map_err(|_| Unusable::NotBase64)?;
+        match bytes.as_deref().unwrap_or(text) {
+            [] => Err(Unusable::Empty),
+            bytes => Ok(Self(hmac::Key::new(hmac::HMAC_SHA256, bytes))),
+        }
     }
 
-    /// `sha256=` and the HMAC-SHA256 of `body` in hexadecimal digits.
-    pub fn sign(&self, body: &[u8]) -> HeaderValue {
-        let mut text = "sha256=".to_owned();
-        for byte in hmac::sign(&self.0, body).as_ref() {
-            // Writing to a string does not fail.
-            let _ = write!(text, "{byte:02x}");
-        }
-        HeaderValue::from_maybe_shared(bytes::Bytes::from(text))
-            .unwrap_or_else(|_| unreachable!("hexadecimal digits are visible"))
+    /// `v1,` and the HMAC-SHA256 of id, time and body in base64.
+    fn sign(&self, id: &str, timestamp: u64, body: &[u8]) -> String {
+        let mut context = hmac::Context::with_key(&self.0);
+        context.update(format!("{id}.{timestamp}.").as_bytes());
+        context.update(body);
+        format!("v1,{}", STANDARD.encode(context.sign()))
     }
+}
+
+/// Signs one attempt at a callback for the call `id`, sent at `timestamp` (seconds since 1970), with each of `secrets`:
+/// during a change of secrets a receiver knows one or the other. Nothing without a secret.
+pub(super) fn sign(
+    secrets: &[Secret],
+    call_id: &str,
+    timestamp: u64,
+    body: &[u8],
+    headers: &mut HeaderMap,
+) {
+    if secrets.is_empty() {
+        return;
+    }
+    let id = message_id(call_id);
+    let signatures: Vec<_> =
+        secrets.iter().map(|secret| secret.sign(&id, timestamp, body)).collect();
+    // All of them are visible characters, as a call's id is.
+    let values = [
+        (WEBHOOK_ID, HeaderValue::try_from(id)),
+        (WEBHOOK_SIGNATURE, HeaderValue::try_from(signatures.join(" "))),
+    ];
+    for (name, value) in values {
+        if let Ok(value) = value {
+            headers.insert(name, value);
+        }
+    }
+    headers.insert(WEBHOOK_TIMESTAMP, timestamp.into());
+}
+
+/// The id of a call as that of a message. A client may have chosen it, and a dot in it would make what is signed
+/// ambiguous: the id of one message could be the id, the time and the start of the body of another.
+fn message_id(call_id: &str) -> String {
+    call_id.replace('%', "%25").replace('.', "%2E")
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    /// RFC 4231, 4.3, and the empty message under the empty key.
+    fn signed(secrets: &[&str], id: &str, timestamp: u64, body: &str) -> HeaderMap {
+        let secrets: Vec<_> =
+            secrets.iter().map(|secret| Secret::parse(secret.as_bytes()).unwrap()).collect();
+        let mut headers = HeaderMap::new();
+        sign(&secrets, id, timestamp, body.as_bytes(), &mut headers);
+        headers
+    }
+
+    /// The example that the libraries of Standard Webhooks test themselves with.
+    const SECRET: &str = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw";
+    const ID: &str = "msg_p5jXN8AQM9LWM0D4loKWxJek";
+    const BODY: &str = r#"{"test": 2432232314}"#;
+    const SIGNATURE: &str = "v1,g0hM9SsE+OTPJTGt/tmIKtSyZlE3uFJELVlNIOLJ1OE=";
+
     #[test]
-    fn signatures_are_those_of_the_standard() {
-        let signed = Secret::new(b"Jefe").sign(b"what do ya want for nothing?");
-        let expect = "sha256=5bdcc146bf60754e6a042426089575c75a003f089d2739839dec58b964ec3843";
-        assert_eq!(signed, expect);
-        let signed = Secret::new(b"").sign(b"");
-        let expect = "sha256=b613679a0814d9ec772f95d778c35fc5ff1697c493715653c6c712144292c5ad";
-        assert_eq!(signed, expect);
+    fn a_signature_is_that_of_the_standard() {
+        let headers = signed(&[SECRET], ID, 1_614_265_330, BODY);
+        assert_eq!(headers[WEBHOOK_ID], ID);
+        assert_eq!(headers[WEBHOOK_TIMESTAMP], "1614265330");
+        assert_eq!(headers[WEBHOOK_SIGNATURE], SIGNATURE);
+        let text = signed(&["Jefe"], "id-1", 1, "body");
+        assert_eq!(text[WEBHOOK_SIGNATURE], "v1,2ASM+J2NtZ9HEpviwvFP4L38NvVywe6x2M9bwVMZ7SQ=");
+    }
+
+    #[test]
+    fn id_time_and_body_are_all_signed() {
+        let others =
+            [(ID, 1_614_265_331, BODY), ("other", 1_614_265_330, BODY), (ID, 1_614_265_330, "")];
+        for (id, timestamp, body) in others {
+            assert_ne!(signed(&[SECRET], id, timestamp, body)[WEBHOOK_SIGNATURE], SIGNATURE);
+        }
+    }
+
+    #[test]
+    fn two_secrets_give_two_signatures_and_none_gives_none() {
+        let headers = signed(&[SECRET, "Jefe"], ID, 1_614_265_330, BODY);
+        let both: Vec<_> = headers[WEBHOOK_SIGNATURE].to_str().unwrap().split(' ').collect();
+        assert!(both.len() == 2 && both[0] == SIGNATURE && both[1].starts_with("v1,"), "{both:?}");
+        assert!(signed(&[], ID, 1, BODY).is_empty());
+    }
+
+    #[test]
+    fn no_id_reaches_into_the_time_or_the_body() {
+        let headers = signed(&[SECRET], "a.1.b%", 2, "c");
+        assert_eq!(headers[WEBHOOK_ID], "a%2E1%2Eb%25");
+        let other = signed(&[SECRET], "a", 1, "b%.2.c");
+        assert_ne!(headers[WEBHOOK_SIGNATURE], other[WEBHOOK_SIGNATURE]);
+    }
+
+    #[test]
+    fn a_secret_is_text_or_base64() {
+        for (text, expect) in [
+            ("Jefe", Ok(())),
+            ("  Jefe\n", Ok(())),
+            (SECRET, Ok(())),
+            ("whsec_SmVmZQ==", Ok(())),
+            ("whsec_SmVmZQ", Ok(())),
+            ("", Err(Unusable::Empty)),
+            (" \n", Err(Unusable::Empty)),
+            ("whsec_", Err(Unusable::Empty)),
+            ("whsec_!", Err(Unusable::NotBase64)),
+        ] {
+            assert_eq!(Secret::parse(text.as_bytes()).map(|_| ()), expect, "{text:?}");
+        }
+        let [text, encoded] = ["Jefe", "whsec_SmVmZQ=="].map(|it| signed(&[it], "id", 1, "body"));
+        assert_eq!(text, encoded);
     }
 
     #[test]
     fn a_secret_is_not_shown() {
-        assert!(!format!("{:?}", Secret::new(b"Jefe")).contains("Jefe"));
+        assert!(!format!("{:?}", Secret::parse(b"Jefe")).contains("Jefe"));
     }
 }
