@@ -47,6 +47,8 @@ async fn other_methods_are_told_what_there_is() {
     for wish in [
         "X-Callback-Url: /relative",
         "X-Callback-Url: http://hooks:99999/",
+        "X-Callback-Url: http://h/%zz",
+        "X-Callback-Url: http://h/a%2?b",
         "X-Delay-Seconds: soon",
         "X-Max-Attempts: 0",
     ] {

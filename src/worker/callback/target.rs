@@ -34,6 +34,12 @@ impl Target {
     /// # Errors
     /// When it is not one.
     pub fn parse(url: &str) -> Result<Self, Invalid> {
+        let (rest, fragment) = url.split_once('#').unwrap_or((url, ""));
+        // In the query a lone `%` is common, and Go takes it, too.
+        let path = rest.split_once('?').map_or(rest, |(path, _)| path);
+        if decoded(path).is_none() || decoded(fragment).is_none() {
+            return Err(Invalid::Url);
+        }
         let uri: Uri = url.trim().parse().map_err(|_| Invalid::Url)?;
         let tls = match uri.scheme() {
             Some(scheme) if *scheme == Scheme::HTTPS => true,
@@ -126,6 +132,7 @@ mod tests {
             (" http://hooks/a#part ", "http://hooks", "/a"),
             ("http://hooks:/a", "http://hooks:", "/a"),
             ("http://hooks?q", "http://hooks", "/?q"),
+            ("http://hooks/a%2Fb?c=50%&d=%zz", "http://hooks", "/a%2Fb?c=50%&d=%zz"),
         ] {
             let target = parse(url).unwrap();
             assert_eq!(target.to_string(), place, "{url:?}");
@@ -164,6 +171,10 @@ mod tests {
             "http://hooks:x/",
             "http://u:%zz@hooks/",
             "http://u@/",
+            "http://hooks/%zz",
+            "http://hooks/a%2",
+            "http://hooks/%?q",
+            "http://hooks/a#%g0",
             "http://a b/",
             "mailto:a@b",
             "http://hooks/a\r\nX: y",
