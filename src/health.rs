@@ -12,6 +12,7 @@ use serde::Serialize;
 
 use crate::error::{Causes, Error};
 use crate::limit::CallLimit;
+use crate::queue::Condition;
 use crate::serve::caller::Caller;
 use crate::shutdown::Stages;
 use crate::system::{Api, stream};
@@ -22,6 +23,7 @@ pub struct Health {
     pub limit: Arc<CallLimit>,
     provider: Mutex<ProviderState>,
     queue_away: AtomicBool,
+    queue_condition: Mutex<Option<Condition>>,
 }
 
 /// How the provider was when it was asked last.
@@ -43,7 +45,8 @@ struct Readiness {
 impl Health {
     pub fn new(stages: Stages, limit: Arc<CallLimit>) -> Arc<Self> {
         let provider = Mutex::new(ProviderState::NotAskedYet);
-        Arc::new(Self { stages, limit, provider, queue_away: AtomicBool::new(false) })
+        let (queue_away, queue_condition) = (AtomicBool::new(false), Mutex::new(None));
+        Arc::new(Self { stages, limit, provider, queue_away, queue_condition })
     }
 
     /// Notes whether the provider has answered, and says so once when that has changed.
@@ -75,6 +78,11 @@ impl Health {
         }
     }
 
+    /// Notes what is wrong with a queue that can be reached.
+    pub fn queue_has(&self, condition: Option<Condition>) {
+        *self.queue_condition.lock().unwrap_or_else(PoisonError::into_inner) = condition;
+    }
+
     /// Whether this process is ready, and why not.
     pub fn answer(&self) -> Response {
         let readiness = self.readiness();
@@ -101,7 +109,11 @@ impl Health {
                 reasons.push(format!("the provider does not answer: {reason}"));
             }
         }
-        let degraded = if self.queue_away.load(Relaxed) { vec!["queue"] } else { Vec::new() };
+        let mut degraded = if self.queue_away.load(Relaxed) { vec!["queue"] } else { Vec::new() };
+        let condition = *self.queue_condition.lock().unwrap_or_else(PoisonError::into_inner);
+        degraded.extend(condition.map(|condition| match condition {
+            Condition::DiskFull => "queue: disk full",
+        }));
         Readiness { ready: reasons.is_empty(), reasons, degraded }
     }
 }

@@ -56,6 +56,13 @@ pub enum Error {
     Unsupported(&'static str),
 }
 
+/// What is wrong with a queue that can be used all the same.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Condition {
+    /// Nothing is enqueued, but calls that are queued are executed.
+    DiskFull,
+}
+
 /// A part of the memory that bodies may take.
 pub type Room = Option<OwnedSemaphorePermit>;
 
@@ -162,6 +169,14 @@ impl Queue {
             Ok(Self::JetStream(queue)) => queue.is_reachable(),
             Ok(Self::Stan(queue)) => queue.is_reachable(),
             Ok(Self::Discovered(_)) | Err(_) => false,
+        }
+    }
+
+    /// What is wrong with the queue though it can be used, as far as is known.
+    pub fn condition(&self) -> Option<Condition> {
+        match self.known() {
+            Ok(Self::Embedded(queue)) => queue.condition(),
+            _ => None,
         }
     }
 

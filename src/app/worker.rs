@@ -236,6 +236,7 @@ pub(super) async fn keep_tidy(
     let look = every(LOOK_EVERY, "look", &stopping, || async {
         let _ = tokio::time::timeout(LOOK, intake.queue.look()).await;
         health.queue_is(intake.queue.is_reachable());
+        health.queue_has(intake.queue.condition());
         intake.metrics.reconnected(intake.queue.reconnects());
     });
     let forget = every(FORGET_EVERY, "forget", &stopping, || async {

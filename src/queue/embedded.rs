@@ -9,6 +9,8 @@ mod ids;
 mod journal;
 mod look;
 mod newest;
+mod pressure;
+mod reserve;
 mod rows;
 mod schedule;
 mod store;
@@ -34,13 +36,17 @@ use crate::queue::desk::{Desk, Reply};
 use crate::queue::embedded::change::Change;
 use crate::queue::embedded::ids::Ids;
 use crate::queue::embedded::look::following;
+use crate::queue::embedded::pressure::Pressure;
+use crate::queue::embedded::reserve::Reserve;
 use crate::queue::embedded::rows::Row;
 use crate::queue::embedded::schedule::Number;
 use crate::queue::embedded::store::{Mark, Store, View};
 use crate::queue::embedded::waiting::{Began, Waiting};
 use crate::queue::embedded::writer::{Incoming, Op, Settled};
 use crate::queue::status::{Answer, Settlement, Status};
-use crate::queue::{Changed, Counts, Delivery, Error, Filter, Handle, Order, Published, Room, now};
+use crate::queue::{
+    Changed, Condition, Counts, Delivery, Error, Filter, Handle, Order, Published, Room, now,
+};
 
 /// Changes that wait for the one thread that makes them.
 const WAITING_CHANGES: usize = 4096;
@@ -52,8 +58,8 @@ const PUBLISH: Duration = Duration::from_secs(10);
 const CLOSE: Duration = Duration::from_millis(1500);
 /// The file, in the state directory.
 const FILE: &str = "queue.redb";
-/// So long nothing is taken in after the disk was full, in milliseconds.
-const FULL: Millis = 1000;
+/// The space that is kept for settling calls, beside it.
+const RESERVE: &str = "queue.reserve";
 /// How many calls one look through the file reads.
 const SCAN: usize = 1000;
 
@@ -83,8 +89,7 @@ struct Shared {
     store: RwLock<Option<Store>>,
     /// How often the file has been changed, as far as is known here.
     changes: AtomicU64,
-    /// Nothing is taken in before that time: the disk was full.
-    full_until: AtomicU64,
+    pressure: Pressure,
     /// Whether the last change was made, and in time.
     usable: AtomicBool,
     waiting: Mutex<Waiting>,
@@ -108,7 +113,10 @@ impl Embedded {
         // Bodies are nobody else's to read.
         let made = DirBuilder::new().recursive(true).mode(0o700).create(directory);
         made.with_context(|| format!("cannot make {name}"))?;
-        let store = Store::open(&path).with_context(|| format!("cannot open the queue {name}"))?;
+        let reserve = Reserve::open(&directory.join(RESERVE));
+        let pressure = Pressure::new(reserve.with_context(|| format!("cannot open {name}"))?);
+        let store = Store::open(&path, &pressure.reserve);
+        let store = store.with_context(|| format!("cannot open the queue {name}"))?;
         let ids = store.ids();
         let mut waiting = Waiting::default();
         let next = store.read_all(|call| waiting.found(call));
@@ -123,7 +131,7 @@ impl Embedded {
             path,
             store: RwLock::new(Some(store)),
             changes: AtomicU64::new(mark.changes),
-            full_until: AtomicU64::new(0),
+            pressure,
             usable: AtomicBool::new(true),
             waiting: Mutex::new(waiting),
             ready: Notify::new(),
@@ -148,6 +156,11 @@ impl Embedded {
     /// Whether the file could be used when it was used last.
     pub(super) fn is_usable(&self) -> bool {
         self.shared.usable.load(Relaxed)
+    }
+
+    /// What is wrong with the queue though it can be used.
+    pub(super) fn condition(&self) -> Option<Condition> {
+        self.shared.pressure.is_full().then_some(Condition::DiskFull)
     }
 
     /// Closes the file once all that was asked for is done: it need not be repaired when it is opened again.
@@ -415,14 +428,18 @@ impl Shared {
         }
     }
 
-    /// Whether the disk was full a moment ago: what is taken in then would hinder what makes room.
-    fn is_full(&self) -> bool {
-        now() < self.full_until.load(Relaxed)
-    }
-
-    /// The disk is full.
-    fn fill(&self) {
-        self.full_until.store(now() + FULL, Relaxed);
+    /// Compacts the file. Nobody reads it meanwhile.
+    fn compact(&self) {
+        let compacted = {
+            let mut store = self.store.write().unwrap_or_else(PoisonError::into_inner);
+            store.as_mut().map(Store::compact)
+        };
+        if let Some(Err(error)) = compacted {
+            tracing::warn!(%error, "The queue's file cannot be compacted");
+            // After a failure redb refuses everything until the file is opened again.
+            self.close();
+            let _ = self.reopen();
+        }
     }
 
     /// Closes the file. The next change opens it again.
@@ -436,7 +453,8 @@ impl Shared {
         if self.store.read().unwrap_or_else(PoisonError::into_inner).is_some() {
             return Ok(());
         }
-        let store = Store::open(&self.path).map_err(|error| failed(&error))?;
+        let store =
+            Store::open(&self.path, &self.pressure.reserve).map_err(|error| failed(&error))?;
         let changes = store.mark().map_err(|error| failed(&error))?.changes;
         if changes != self.changes.load(Relaxed) {
             let mut found = Vec::new();

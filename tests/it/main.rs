@@ -30,6 +30,7 @@ mod memory;
 mod pool;
 mod queue;
 mod queue_chaos;
+mod queue_disk;
 mod queue_full;
 mod queue_jetstream;
 mod queue_jetstream_process;

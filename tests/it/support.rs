@@ -1,6 +1,7 @@
 //! What the tests are built from: the gateway's own binary as a child process, a provider and callers over real
 //! sockets. Nothing here waits for ever, and nothing sleeps in hope: see [`eventually`].
 
+pub(crate) mod disk;
 pub(crate) mod gateway;
 pub(crate) mod metrics;
 pub(crate) mod nats;

@@ -355,6 +355,27 @@ impl<'t> Change<'t> {
         Ok(stored.and_then(|stored| Status::of_stored(stored).ok()))
     }
 
+    /// Forgets the results, or rows of them, that would be forgotten next, at most `most`; how many.
+    pub(super) fn forget_oldest(&mut self, most: usize) -> Result<u64> {
+        let mut due = Vec::new();
+        for entry in self.expiry.get()?.iter()? {
+            let (entry, ()) = entry.map(|(key, _)| (key, ()))?;
+            let (at, what) = entry.value();
+            // A call that is submitted again under its key must not be executed again.
+            if !what.starts_with(KEY) {
+                due.push((at, what.to_owned()));
+            }
+            if due.len() == most {
+                break;
+            }
+        }
+        let forgotten = due.len() as u64;
+        for (at, what) in due {
+            self.expire_entry(at, &what)?;
+        }
+        Ok(forgotten)
+    }
+
     /// Forgets what has been kept until `now`, at most `most` of it; whether there is more.
     pub(super) fn expire(&mut self, now: Millis, most: usize) -> Result<bool> {
         let mut due = Vec::new();
@@ -363,23 +384,28 @@ impl<'t> Change<'t> {
             let (at, what) = entry.value();
             due.push((at, what.to_owned()));
         }
-        for (at, what) in &due {
-            self.expiry.get()?.remove((*at, what.as_str()))?;
-            if let Some(key) = what.strip_prefix(KEY) {
-                self.expire_key(key, *at)?;
-            } else if let Some(key) = what.strip_prefix(ROW).and_then(|key| key.parse().ok()) {
-                let key: Number = key;
-                self.ended.get()?.remove(key)?;
-            } else if let Ok(number) = what.parse::<Number>() {
-                let gone = self.finished.get()?.remove(number)?;
-                let gone =
-                    gone.and_then(|it| finished::decode(&Bytes::copy_from_slice(it.value())));
-                if let Some((status, _)) = gone {
-                    self.numbers.get()?.remove(status.id.as_str())?;
-                }
+        let more = due.len() == most;
+        for (at, what) in due {
+            self.expire_entry(at, &what)?;
+        }
+        Ok(more)
+    }
+
+    fn expire_entry(&mut self, at: Millis, what: &str) -> Result<()> {
+        self.expiry.get()?.remove((at, what))?;
+        if let Some(key) = what.strip_prefix(KEY) {
+            self.expire_key(key, at)?;
+        } else if let Some(key) = what.strip_prefix(ROW).and_then(|key| key.parse().ok()) {
+            let key: Number = key;
+            self.ended.get()?.remove(key)?;
+        } else if let Ok(number) = what.parse::<Number>() {
+            let gone = self.finished.get()?.remove(number)?;
+            let gone = gone.and_then(|it| finished::decode(&Bytes::copy_from_slice(it.value())));
+            if let Some((status, _)) = gone {
+                self.numbers.get()?.remove(status.id.as_str())?;
             }
         }
-        Ok(due.len() == most)
+        Ok(())
     }
 
     fn expire_key(&mut self, key: &str, at: Millis) -> Result<()> {

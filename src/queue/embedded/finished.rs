@@ -52,6 +52,12 @@ pub(super) fn encode(status: &Status, answer: Option<&Answer>) -> Vec<u8> {
     bytes
 }
 
+/// `record` without the result's body and headers.
+pub(super) fn without_result(record: &Bytes) -> Option<Vec<u8>> {
+    let (status, _) = decode(record)?;
+    Some(encode(&status, None))
+}
+
 pub(super) fn decode(bytes: &Bytes) -> Option<(Status, Option<Answer>)> {
     let (length, rest) = bytes.split_first_chunk::<4>()?;
     let length = u32::from_be_bytes(*length) as usize;

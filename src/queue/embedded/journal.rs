@@ -14,7 +14,7 @@ use std::io;
 use std::ops::Bound;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use redb::backends::FileBackend;
 use redb::{BackendError, StorageBackend};
@@ -22,9 +22,10 @@ use uuid::Uuid;
 
 use crate::queue::embedded::journal::flusher::Flusher;
 use crate::queue::embedded::journal::record::{BLOCK, Header, LARGEST, Record, replay};
+use crate::queue::embedded::reserve::Reserve;
 
 /// The journal's length. Nothing is written behind it, so that its own length is never to be made durable.
-const LENGTH: u64 = 32 << 20;
+pub(super) const LENGTH: u64 = 32 << 20;
 /// So often in a round the file is written to the disk beside the commits, so that little is left to wait for when the
 /// journal is full.
 const FLUSHES: u64 = 8;
@@ -37,6 +38,7 @@ pub(super) struct Journaled {
     file: FileBackend,
     /// `None`: there is no room for one.
     journal: Option<Mutex<Journal>>,
+    reserve: Arc<Reserve>,
 }
 
 #[derive(Debug)]
@@ -65,17 +67,22 @@ struct Journal {
 
 impl Journaled {
     /// Opens the file at `path`, and its journal beside it. What only the journal has is put where it belongs.
-    pub(super) fn open(path: &Path) -> io::Result<Self> {
-        Self::open_with(path, LENGTH)
+    pub(super) fn open(path: &Path, reserve: &Arc<Reserve>) -> io::Result<Self> {
+        Self::open_with(path, LENGTH, reserve)
     }
 
-    fn open_with(path: &Path, length: u64) -> io::Result<Self> {
+    fn open_with(path: &Path, length: u64, reserve: &Arc<Reserve>) -> io::Result<Self> {
         let file = open(path)?;
         let beside = path.with_extension("journal");
         let journal = open(&beside)?;
-        replay(&journal, &file)?;
+        replay(&journal, &file, reserve)?;
         // Whatever is in the file, of a process that was killed, is not undone any more.
-        file.sync_all()?;
+        reserve.with(|| file.sync_all())?;
+        if reserve.is_empty() && !reserve.fill()? {
+            // The file is whole without its journal, and calls that are queued can be settled with its space.
+            journal.set_len(0)?;
+            reserve.fill()?;
+        }
         let journal = if make_room(&journal, &beside, length)? {
             Some(Mutex::new(Journal::begin(journal, length, &file)?))
         } else {
@@ -85,7 +92,12 @@ impl Journaled {
             None
         };
         let file = FileBackend::new(file).map_err(io::Error::other)?;
-        Ok(Self { file, journal })
+        Ok(Self { file, journal, reserve: Arc::clone(reserve) })
+    }
+
+    /// Whether there is a journal.
+    pub(super) fn has_journal(&self) -> bool {
+        self.journal.is_some()
     }
 
     fn journal(&self) -> Option<MutexGuard<'_, Journal>> {
@@ -118,17 +130,20 @@ impl StorageBackend for Journaled {
     }
 
     fn write(&self, offset: u64, data: &[u8]) -> io::Result<()> {
-        let Some(mut journal) = self.journal() else { return self.file.write(offset, data) };
+        let write = || self.reserve.with(|| self.file.write(offset, data));
+        let Some(mut journal) = self.journal() else { return write() };
         journal.note(offset, data);
         if offset == 0 {
             journal.next_header = Some(data.to_vec());
             return Ok(());
         }
-        journal.watch(self.file.write(offset, data))
+        journal.watch(write())
     }
 
     fn sync_data(&self) -> io::Result<()> {
-        let Some(mut journal) = self.journal() else { return self.file.sync_data() };
+        let Some(mut journal) = self.journal() else {
+            return self.file.sync_data();
+        };
         let synced = journal.commit(&self.file);
         journal.watch(synced)
     }

@@ -12,6 +12,7 @@ use crate::queue::embedded::change::Change;
 use crate::queue::embedded::finished;
 use crate::queue::embedded::ids::Ids;
 use crate::queue::embedded::journal::Journaled;
+use crate::queue::embedded::reserve::Reserve;
 use crate::queue::embedded::rows::{Marks, Row, SPAN};
 use crate::queue::embedded::schedule::Number;
 use crate::queue::embedded::tables::{
@@ -28,6 +29,7 @@ pub(super) type Result<T, E = redb::Error> = std::result::Result<T, E>;
 pub(super) struct Store {
     database: Database,
     ids: Arc<Ids>,
+    has_journal: bool,
 }
 
 /// A call that is in the file when it is opened.
@@ -51,10 +53,12 @@ pub(super) struct Mark {
 
 impl Store {
     /// Opens the file, or makes it.
-    pub(super) fn open(path: &Path) -> Result<Self> {
+    pub(super) fn open(path: &Path, reserve: &Arc<Reserve>) -> Result<Self> {
         let mut builder = Database::builder();
         builder.set_cache_size(CACHE);
-        let database = builder.create_with_backend(Journaled::open(path)?)?;
+        let file = Journaled::open(path, reserve)?;
+        let has_journal = file.has_journal();
+        let database = builder.create_with_backend(file)?;
         let known = known_ids(&database)?;
         let is_whole = known.is_some() && has_rows(&database)?;
         let ids = Arc::new(known.unwrap_or_else(Ids::fresh));
@@ -62,7 +66,17 @@ impl Store {
         if !is_whole {
             make_tables(&database, &ids)?;
         }
-        Ok(Self { database, ids })
+        Ok(Self { database, ids, has_journal })
+    }
+
+    /// Whether commits go through a journal.
+    pub(super) fn has_journal(&self) -> bool {
+        self.has_journal
+    }
+
+    /// Moves what is in the file together, and gives the rest of its space back to the disk.
+    pub(super) fn compact(&mut self) -> Result<(), redb::CompactionError> {
+        self.database.compact().map(drop)
     }
 
     /// How far the file has come.

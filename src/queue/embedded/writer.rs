@@ -98,6 +98,18 @@ pub(super) enum Op {
 }
 
 impl Op {
+    /// How much it writes, roughly.
+    pub(super) fn length(&self) -> usize {
+        const KEYS: usize = 256;
+        KEYS + match self {
+            Self::Publish(call, _) => call.encoded.len(),
+            Self::Settle(_, Settled::Over { record, .. }, _) => record.len(),
+            Self::Settle(_, Settled::Retry { note, .. }, _) => note.len(),
+            Self::Settle(_, Settled::Dead { note, record, .. }, _) => note.len() + record.len(),
+            _ => 0,
+        }
+    }
+
     fn fails(self, error: Error) {
         match self {
             Self::Publish(_, reply) => reply.send(Err(error)),
@@ -173,12 +185,30 @@ impl Drop for End<'_> {
 fn write(shared: &Arc<Shared>, mut ops: Vec<Op>) {
     // Nobody has heard that these were taken in, and nobody would.
     ops.retain(|op| !matches!(op, Op::Publish(_, reply) if reply.is_closed()));
-    let full = shared.is_full();
+    let full = shared.has_no_room();
     let refused = ops.extract_if(.., |op| full && matches!(op, Op::Publish(..)));
     refused.for_each(|op| op.fails(Error::NoSpace));
+    if !full {
+        return write_together(shared, ops);
+    }
+    shared.forget_results();
+    shared.pressure.shorten(&mut ops);
+    for piece in shared.pressure.pieces(ops) {
+        write_together(shared, piece);
+    }
+}
+
+/// Writes `ops` in one change.
+fn write_together(shared: &Arc<Shared>, ops: Vec<Op>) {
     if ops.is_empty() {
         return;
     }
+    let length: usize = ops.iter().map(Op::length).sum();
+    let enqueues = ops.iter().any(|op| matches!(op, Op::Publish(..)));
+    let settles = ops.iter().any(|op| !matches!(op, Op::Publish(..) | Op::Expire(_)));
+    let full = shared.pressure.is_full();
+    // The reserve is for calls that are queued already.
+    shared.pressure.reserve.allow(!enqueues);
     let now = now();
     let mut withdrawn = Vec::new();
     let changed = shared.change(|change| {
@@ -186,6 +216,7 @@ fn write(shared: &Arc<Shared>, mut ops: Vec<Op>) {
         let mut batch = Batch { shared, now, added: HashSet::new(), withdrawn, change };
         ops.iter().map(|op| batch.apply(op)).collect::<StoreResult<Vec<Applied>>>()
     });
+    shared.pressure.reserve.allow(true);
     match changed {
         Ok(applied) => {
             let (mut waiting, mut outbox) = (shared.waiting(), Outbox::default());
@@ -195,6 +226,9 @@ fn write(shared: &Arc<Shared>, mut ops: Vec<Op>) {
             drop(waiting);
             outbox.send();
             shared.ready.notify_one();
+            if full && settles {
+                shared.made_progress();
+            }
         }
         Err(error) => {
             tracing::error!(%error, calls = ops.len(), "The queue's file cannot be written");
@@ -206,8 +240,8 @@ fn write(shared: &Arc<Shared>, mut ops: Vec<Op>) {
             // What is there can be read meanwhile. If not, whoever comes next tries again.
             let _ = shared.reopen();
             if error == Error::NoSpace && !full {
-                // What takes in no more may have room; and it makes some.
-                shared.fill();
+                // What enqueues nothing has the reserve, and frees space.
+                shared.pressure.begin(if enqueues { length } else { 0 });
                 return write(shared, ops);
             }
             ops.into_iter().for_each(|op| op.fails(error.clone()));

@@ -8,6 +8,7 @@ use rustix::process::{Pid, Signal, kill_process};
 use tokio::io::{AsyncBufReadExt, BufReader};
 use tokio::process::{Child, Command};
 
+use crate::support::disk::Disk;
 use crate::support::metrics::Metrics;
 use crate::support::provider::Provider;
 use crate::support::wire::{self, Answer, Wire};
@@ -25,6 +26,8 @@ pub(crate) struct Gateway {
 pub(crate) struct Builder {
     role: &'static str,
     vars: Vec<(String, String)>,
+    /// The process in whose mount namespace it runs.
+    mounts_of: Option<u32>,
 }
 
 impl Builder {
@@ -38,9 +41,14 @@ impl Builder {
         self
     }
 
+    /// Has it see the file systems that are mounted on `disk`.
+    pub(crate) fn on(self, disk: &Disk) -> Self {
+        Self { mounts_of: Some(disk.process()), ..self }
+    }
+
     /// Starts it, and returns once it serves.
     pub(crate) async fn start(self) -> Gateway {
-        let mut child = command()
+        let mut child = command_in(self.mounts_of)
             .arg(self.role)
             .envs(self.vars)
             .stderr(Stdio::piped())
@@ -76,7 +84,7 @@ impl Builder {
 impl Gateway {
     /// A gateway with every default but for its ports.
     pub(crate) fn builder() -> Builder {
-        let builder = Builder { role: "serve", vars: Vec::new() };
+        let builder = Builder { role: "serve", vars: Vec::new(), mounts_of: None };
         builder
             .var("listen_address", "127.0.0.1")
             .var("port", "0")
@@ -91,7 +99,7 @@ impl Gateway {
 
     /// A worker, whose one port is that of its numbers.
     pub(crate) fn worker() -> Builder {
-        let builder = Builder { role: "worker", vars: Vec::new() };
+        let builder = Builder { role: "worker", vars: Vec::new(), mounts_of: None };
         builder
             .var("listen_address", "127.0.0.1")
             .var("worker_metrics_port", "0")
@@ -200,6 +208,15 @@ impl Gateway {
 pub(crate) fn command() -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_gateway"));
     command.env_clear();
+    command
+}
+
+/// The binary in the mount namespace of another process. `nsenter` becomes the gateway.
+fn command_in(process: Option<u32>) -> Command {
+    let Some(process) = process else { return command() };
+    let mut command = Command::new("nsenter");
+    command.env_clear();
+    command.arg(format!("--mount=/proc/{process}/ns/mnt")).arg(env!("CARGO_BIN_EXE_gateway"));
     command
 }
 

@@ -7,6 +7,8 @@ use std::os::unix::fs::FileExt;
 use bytes::{Buf, BufMut};
 use ring::digest;
 
+use crate::queue::embedded::reserve::Reserve;
+
 /// What one commit may write to the journal. One that writes more waits for its pages.
 pub(super) const LARGEST: usize = 4 << 20;
 /// Records begin at multiples of this: a disk that fails while it writes one leaves those before as they are.
@@ -133,7 +135,7 @@ impl Header {
 }
 
 /// Puts into `file` what the records of `journal` hold, up to the first that is not whole, if it is this file's.
-pub(super) fn replay(journal: &File, file: &File) -> io::Result<()> {
+pub(super) fn replay(journal: &File, file: &File, reserve: &Reserve) -> io::Result<()> {
     let header = Header::of(file)?;
     let (mut starts, mut last, mut is_ours) = (Vec::new(), None::<Head>, false);
     let mut start = 0;
@@ -161,7 +163,7 @@ pub(super) fn replay(journal: &File, file: &File) -> io::Result<()> {
     for start in &starts {
         let Some((_, record)) = record_at(journal, *start)? else { break };
         for (offset, page) in pages(&record).filter(|(offset, _)| *offset < last.file) {
-            file.write_all_at(page, offset)?;
+            reserve.with(|| file.write_all_at(page, offset))?;
         }
     }
     let records = starts.len();

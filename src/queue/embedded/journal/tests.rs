@@ -46,7 +46,8 @@ impl Disk {
     }
 
     fn open(&self) -> Result<Database, String> {
-        let journaled = Journaled::open_with(&self.path(), SHORT);
+        let reserve = Reserve::open(&self.0.path().join("q.reserve")).unwrap();
+        let journaled = Journaled::open_with(&self.path(), SHORT, &Arc::new(reserve));
         let journaled = journaled.map_err(|error| error.to_string())?;
         let opened = Database::builder().create_with_backend(journaled);
         opened.map_err(|error| error.to_string())

@@ -1,0 +1,209 @@
+//! A queue that has filled its disk executes every call once, and accepts calls again afterwards.
+
+use std::collections::{HashMap, HashSet};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use tokio::sync::watch;
+
+use crate::support::disk::Disk;
+use crate::support::eventually;
+use crate::support::gateway::Gateway;
+use crate::support::provider::Provider;
+use crate::support::queue::{patient, queueing};
+use crate::support::wire::request;
+
+/// Long enough for some hundred calls on a machine that is busy with other tests.
+const DRAINED_WITHIN: Duration = Duration::from_secs(120);
+
+/// A function that waits until it is let go, and how often it executed each call.
+struct Function {
+    provider: Provider,
+    open: watch::Sender<bool>,
+    executed: Arc<Mutex<HashMap<String, usize>>>,
+}
+
+impl Function {
+    /// One whose responses have `length` bytes.
+    fn responding(length: usize) -> Self {
+        let (open, executed) = (watch::Sender::new(false), Arc::<Mutex<HashMap<_, _>>>::default());
+        let (gate, counts) = (open.subscribe(), Arc::clone(&executed));
+        let provider = patient()
+            .answering(move |mut call| {
+                let (mut gate, counts) = (gate.clone(), Arc::clone(&counts));
+                async move {
+                    call.body().await.ok()?;
+                    gate.wait_for(|open| *open).await.ok()?;
+                    let id = call.head.header("x-call-id")?.to_owned();
+                    *counts.lock().unwrap().entry(id).or_default() += 1;
+                    call.answer_with(200, &vec![b'r'; length]).await;
+                    Some(call.wire)
+                }
+            })
+            .start();
+        Self { provider, open, executed }
+    }
+
+    fn executed(&self) -> HashMap<String, usize> {
+        self.executed.lock().unwrap().clone()
+    }
+}
+
+/// Queues calls of `length` bytes until there is no room for another; the ids of those that were accepted.
+async fn until_full(gateway: &Gateway, length: usize) -> HashSet<String> {
+    let (mut accepted, body) = (HashSet::new(), "x".repeat(length));
+    let mut wire = gateway.connect().await;
+    loop {
+        let response = wire.ask(request("POST", "/async-function/echo", &[], &body)).await;
+        match response.status() {
+            202 => accepted.insert(response.header("x-call-id").unwrap().to_owned()),
+            507 => return accepted,
+            _ => panic!("{response}"),
+        };
+        assert!(accepted.len() < 100_000, "it is never full");
+    }
+}
+
+async fn says_that_it_is_full(gateway: &Gateway) -> bool {
+    let ready = gateway.get("/_/ready").await;
+    assert_eq!(ready.status(), 200);
+    ready.json()["degraded"] == serde_json::json!(["queue: disk full"])
+}
+
+/// Waits until no call waits or is executed.
+async fn drained(gateway: &Gateway) {
+    let start = Instant::now();
+    loop {
+        let queues = gateway.get("/system/queues").await;
+        if queues.status() == 200 && !queues.text().contains("echo") {
+            return;
+        }
+        assert!(
+            start.elapsed() < DRAINED_WITHIN,
+            "{queues} {:?}",
+            gateway.log().iter().rev().take(8).collect::<Vec<_>>()
+        );
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+}
+
+async fn accepts_again(gateway: &Gateway, length: usize) {
+    let body = "x".repeat(length);
+    eventually("calls are accepted again", async || {
+        gateway.queue("echo", &[], &body).await.status() == 202
+    })
+    .await;
+    eventually("it is not degraded", async || {
+        gateway.get("/_/ready").await.json()["degraded"] == serde_json::json!([])
+    })
+    .await;
+}
+
+fn once(ids: &HashSet<String>) -> HashMap<String, usize> {
+    ids.iter().map(|id| (id.clone(), 1)).collect()
+}
+
+/// Fills `disk` with calls of `body` bytes, and with the file of another program if `shared`; has them executed, kills
+/// the gateway, and starts it again.
+async fn fill_and_drain(disk: &Disk, body: usize, response: usize, shared: bool) {
+    let function = Function::responding(response);
+    let start = || queueing(&function.provider, &disk.path().join("queue")).on(disk).start();
+    let gateway = start().await;
+    let accepted = until_full(&gateway, body).await;
+    assert!(accepted.len() > 3, "{}", accepted.len());
+    if shared {
+        disk.fill(u64::MAX);
+    }
+    function.open.send_replace(true);
+    drained(&gateway).await;
+    assert_eq!(function.executed(), once(&accepted));
+    // That the calls are over is on the disk.
+    gateway.kill().await;
+    let gateway = start().await;
+    drained(&gateway).await;
+    if shared {
+        disk.clear();
+    }
+    accepts_again(&gateway, body).await;
+    drained(&gateway).await;
+    let executed = function.executed();
+    assert!(accepted.iter().all(|id| executed.get(id) == Some(&1)));
+    assert_eq!(gateway.terminate().await.code(), Some(0));
+}
+
+#[tokio::test]
+async fn large_calls_that_fill_a_disk_are_executed_once() {
+    let Some(disk) = Disk::tmpfs(160) else { return };
+    fill_and_drain(&disk, 1 << 20, 100, false).await;
+}
+
+#[tokio::test]
+async fn large_responses_are_no_reason_to_stop() {
+    let Some(disk) = Disk::tmpfs(96) else { return };
+    fill_and_drain(&disk, 100_000, 900_000, false).await;
+}
+
+#[tokio::test]
+async fn small_calls_that_fill_a_disk_are_executed_once() {
+    let Some(disk) = Disk::tmpfs(64) else { return };
+    // What is left is filled by some thousand calls.
+    disk.fill(18 << 20);
+    fill_and_drain(&disk, 2000, 1500, false).await;
+}
+
+#[tokio::test]
+async fn another_program_that_takes_what_is_left_is_no_reason_to_stop() {
+    let Some(disk) = Disk::tmpfs(96) else { return };
+    fill_and_drain(&disk, 300_000, 1000, true).await;
+}
+
+#[tokio::test]
+async fn a_full_ext4_is_drained() {
+    let Some(disk) = Disk::ext4(96) else { return };
+    fill_and_drain(&disk, 300_000, 1000, true).await;
+}
+
+#[tokio::test]
+async fn calls_on_a_disk_that_is_full_are_executed_after_a_restart() {
+    let Some(disk) = Disk::tmpfs(96) else { return };
+    let function = Function::responding(1000);
+    let start = || queueing(&function.provider, &disk.path().join("queue")).on(&disk).start();
+    let gateway = start().await;
+    let mut accepted = until_full(&gateway, 300_000).await;
+    disk.fill(u64::MAX);
+    gateway.kill().await;
+    let gateway = start().await;
+    accepted.extend(until_full(&gateway, 300_000).await);
+    function.open.send_replace(true);
+    drained(&gateway).await;
+    // Those that were being executed when the gateway was killed never got past the gate.
+    let executed = function.executed();
+    assert!(accepted.iter().all(|id| executed.contains_key(id)));
+    disk.clear();
+    accepts_again(&gateway, 300_000).await;
+}
+
+#[tokio::test]
+async fn readiness_names_a_full_disk_until_it_has_room() {
+    let Some(disk) = Disk::tmpfs(96) else { return };
+    let function = Function::responding(1);
+    let gateway = queueing(&function.provider, &disk.path().join("queue")).on(&disk).start().await;
+    disk.fill(u64::MAX);
+    until_full(&gateway, 100_000).await;
+    eventually("readiness names it", async || says_that_it_is_full(&gateway).await).await;
+    disk.clear();
+    eventually("it is not degraded", async || !says_that_it_is_full(&gateway).await).await;
+    assert_eq!(gateway.queue("echo", &[], "x").await.status(), 202);
+    function.open.send_replace(true);
+}
+
+#[tokio::test]
+async fn the_reserve_is_allocated() {
+    use std::os::unix::fs::MetadataExt;
+    let Some(disk) = Disk::tmpfs(96) else { return };
+    let function = Function::responding(1);
+    let state = disk.path().join("queue");
+    let _gateway = queueing(&function.provider, &state).on(&disk).start().await;
+    let reserve = disk.open("queue/queue.reserve").metadata().unwrap();
+    assert!(reserve.len() >= 8 << 20 && reserve.blocks() * 512 >= reserve.len());
+}

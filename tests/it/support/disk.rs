@@ -1,0 +1,100 @@
+//! Disks of a chosen size, each mounted in a mount namespace of its own.
+
+use std::fs::{File, OpenOptions};
+use std::io::{BufRead, BufReader, Write};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+
+use tempfile::TempDir;
+
+/// A small disk. It exists in the namespace of a process that ends when this is dropped.
+pub(crate) struct Disk {
+    holder: Child,
+    directory: TempDir,
+}
+
+impl Disk {
+    /// A tmpfs of `mib` MiB; `None`, with a message, where nothing can be mounted.
+    pub(crate) fn tmpfs(mib: u32) -> Option<Self> {
+        Self::mounted(&format!("mount -t tmpfs -o size={mib}m gateway-test \"$1/disk\""))
+    }
+
+    /// An ext4 of `mib` MiB in an image; `None`, with a message, where none can be made or mounted.
+    pub(crate) fn ext4(mib: u32) -> Option<Self> {
+        Self::mounted(&format!(
+            "truncate -s {mib}M \"$1/image\" && mkfs.ext4 -q -m 0 \"$1/image\" \
+             && mount -o loop \"$1/image\" \"$1/disk\""
+        ))
+    }
+
+    fn mounted(mount: &str) -> Option<Self> {
+        let directory = TempDir::new().unwrap();
+        std::fs::create_dir(directory.path().join("disk")).unwrap();
+        let script = format!("{mount} && echo mounted && exec cat");
+        let mut holder = Command::new("unshare")
+            .args(["-m", "sh", "-c", &script, "sh"])
+            .arg(directory.path())
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut line = String::new();
+        BufReader::new(holder.stdout.take().unwrap()).read_line(&mut line).unwrap();
+        let disk = Self { holder, directory };
+        if line.trim() != "mounted" {
+            println!("SKIPPED: no disk can be mounted on this machine by `{mount}`");
+            return None;
+        }
+        Some(disk)
+    }
+
+    pub(crate) fn process(&self) -> u32 {
+        self.holder.id()
+    }
+
+    /// Where it is mounted, for a process in its namespace.
+    pub(crate) fn path(&self) -> PathBuf {
+        self.directory.path().join("disk")
+    }
+
+    /// The same directory, seen from this process.
+    fn seen_from_here(&self) -> PathBuf {
+        let path = self.path();
+        let path = path.strip_prefix("/").unwrap();
+        Path::new(&format!("/proc/{}/root", self.holder.id())).join(path)
+    }
+
+    fn other_file(&self) -> PathBuf {
+        self.seen_from_here().join("other")
+    }
+
+    /// Writes a file of another program until the disk is full, or has `most` bytes.
+    pub(crate) fn fill(&self, most: u64) {
+        let mut other =
+            OpenOptions::new().create(true).append(true).open(self.other_file()).unwrap();
+        let mut left = most;
+        for size in [64 << 10, 4 << 10, 512] {
+            let zeros = vec![0; size];
+            while left > 0 && other.write_all(&zeros).is_ok() {
+                left = left.saturating_sub(size as u64);
+            }
+        }
+    }
+
+    /// Removes the file of the other program.
+    pub(crate) fn clear(&self) {
+        std::fs::remove_file(self.other_file()).unwrap();
+    }
+
+    /// A file of the queue.
+    pub(crate) fn open(&self, name: &str) -> File {
+        File::open(self.seen_from_here().join(name)).unwrap()
+    }
+}
+
+impl Drop for Disk {
+    fn drop(&mut self) {
+        let _ = self.holder.kill();
+        let _ = self.holder.wait();
+    }
+}
