@@ -1,6 +1,6 @@
 # Thin over cargo: `make up` runs functions on this machine, `make test` runs every test there is.
 
-.PHONY: up build test needs fmt lint unit docs manifests browser yaml chaos
+.PHONY: up build test needs fmt lint unit docs manifests browser yaml chaos fuzz
 
 up: build
 	target/release/gateway up examples/stack.yaml
@@ -57,3 +57,7 @@ yaml:
 # What becomes of queued calls while everything that handles them is killed again and again, with counts.
 chaos: needs
 	CHAOS_CALLS=$${CHAOS_CALLS:-50000} cargo test --release --locked --test it queue_chaos -- --nocapture --test-threads 1
+
+# Every parser of bytes from outside under libFuzzer, FUZZ_SECONDS each (60). `make test` replays what it has found.
+fuzz: needs
+	fuzz/run.sh

@@ -6,6 +6,8 @@ pub mod autoscale;
 pub mod base_url;
 pub mod cli;
 pub mod duration;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzz;
 pub mod listen;
 pub mod nats;
 pub mod reader;

@@ -43,3 +43,6 @@ pub mod routes;
 pub mod same_origin;
 pub mod serve;
 pub mod stack;
+
+#[cfg(any(test, fuzzing))]
+pub mod fuzzing;

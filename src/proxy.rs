@@ -5,6 +5,8 @@ mod buffers;
 pub mod client;
 pub mod codings;
 pub mod ending;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzz;
 pub mod guard;
 pub mod headers;
 mod link;

@@ -4,6 +4,8 @@ pub mod call;
 mod desk;
 pub mod discovery;
 pub mod embedded;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzz;
 pub mod jetstream;
 pub(crate) mod share;
 pub mod stan;

@@ -1,5 +1,8 @@
 //! OpenFaaS stack files: the functions that they describe, ready to be deployed. No I/O.
 
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzz;
+
 use std::collections::BTreeMap;
 
 use serde::Deserialize;

@@ -3,6 +3,8 @@
 
 pub mod context;
 pub mod exporter;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzz;
 pub mod span;
 mod trip;
 

@@ -2,6 +2,8 @@
 
 pub mod attempt;
 pub mod callback;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzz;
 mod notes;
 pub mod policies;
 pub mod retry;

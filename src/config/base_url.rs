@@ -28,11 +28,12 @@ impl BaseUrl {
             return None;
         }
         let authority = uri.authority()?.clone();
-        if authority.as_str().contains('@') || authority.host().is_empty() || uri.query().is_some()
-        {
+        if authority.as_str().contains('@') || uri.query().is_some() {
             return None;
         }
-        Some(Self { tls, authority, path: uri.path().trim_end_matches('/').to_owned() })
+        let url = Self { tls, authority, path: uri.path().trim_end_matches('/').to_owned() };
+        // `[]` is a host to the URL's parser.
+        (!url.host().is_empty()).then_some(url)
     }
 
     /// The http URL of `port` at `host`, a name or an IP address.
@@ -97,9 +98,16 @@ mod tests {
 
     #[test]
     fn anything_else_is_refused() {
-        for text in
-            ["", "provider:8080", "/path", "ftp://a", "http://", "http://a?b", "http://u:p@a"]
-        {
+        for text in [
+            "",
+            "provider:8080",
+            "/path",
+            "ftp://a",
+            "http://",
+            "http://[]:8",
+            "http://a?b",
+            "http://u:p@a",
+        ] {
             check(text, None);
         }
     }

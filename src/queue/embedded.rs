@@ -5,6 +5,8 @@
 
 mod change;
 mod finished;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzz;
 mod ids;
 mod journal;
 mod look;

@@ -10,6 +10,8 @@ mod bundle;
 mod consumers;
 mod dead;
 mod fill;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzz;
 mod gather;
 mod idle;
 mod ids;

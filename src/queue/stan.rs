@@ -9,6 +9,8 @@ mod aside;
 mod callback;
 mod channels;
 mod client;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzz;
 mod lease;
 mod ledger;
 mod message;

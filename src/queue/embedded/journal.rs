@@ -7,6 +7,8 @@
 //! to one that was changed without it, or another, it does not.
 
 mod flusher;
+#[cfg(any(test, fuzzing))]
+pub(super) mod fuzz;
 mod record;
 
 use std::fs::{File, OpenOptions, TryLockError};

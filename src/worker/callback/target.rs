@@ -57,6 +57,10 @@ impl Target {
             return Err(Invalid::Url);
         }
         let base = BaseUrl { tls, authority, path: String::new() };
+        // `[]` is a host to the URL's parser.
+        if base.host().is_empty() {
+            return Err(Invalid::Url);
+        }
         let path = uri.path_and_query().cloned().ok_or(Invalid::Url)?;
         let authorization = user.map(basic).transpose()?;
         Ok(Self { origin: Origin::new(base), uri: Uri::from(path), authorization })
@@ -166,6 +170,7 @@ mod tests {
             "http://",
             "http:///a",
             "http://:80/",
+            "http://[]:80/",
             "http://hooks:99999/",
             "http://hooks:0/",
             "http://hooks:x/",

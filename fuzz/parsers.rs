@@ -1,0 +1,18 @@
+//! One program for all targets: `FUZZ_TARGET` names the one that this run checks.
+
+#![no_main]
+
+use std::sync::OnceLock;
+
+use gateway::fuzzing;
+use libfuzzer_sys::fuzz_target;
+
+static TARGET: OnceLock<fuzzing::Target> = OnceLock::new();
+
+fuzz_target!(|data: &[u8]| {
+    let target = TARGET.get_or_init(|| {
+        let name = std::env::var("FUZZ_TARGET").unwrap_or_default();
+        fuzzing::target(&name).unwrap_or_else(|| panic!("FUZZ_TARGET={name:?} is no target"))
+    });
+    target(data);
+});

@@ -1,0 +1,40 @@
+#!/usr/bin/env bash
+# Runs every fuzz target, or those that are named, for FUZZ_SECONDS each (60 by default), on the stable toolchain.
+# An input that breaks a property fails its target; it is printed as a line for fuzz/seeds/, where the tests replay it.
+set -euo pipefail
+cd "$(dirname "$0")"
+seconds=${FUZZ_SECONDS:-60}
+out=../target/fuzz
+target=$(rustc -vV | sed -n 's/^host: //p')
+
+# What cargo-fuzz passes, without a sanitizer: the crate has no unsafe code, and a sanitizer needs an unstable toolchain.
+export RUSTFLAGS="--cfg fuzzing -Cpasses=sancov-module -Cllvm-args=-sanitizer-coverage-level=4 \
+-Cllvm-args=-sanitizer-coverage-inline-8bit-counters -Cllvm-args=-sanitizer-coverage-pc-table \
+-Cllvm-args=-sanitizer-coverage-trace-compares"
+# With --target the flags do not reach build scripts, which have no libFuzzer to call.
+cargo build --release --locked --target "$target" --target-dir "$out/build"
+parsers=$out/build/$target/release/parsers
+
+[ $# -gt 0 ] || set -- $(cd seeds && ls -- *.txt | sed 's/\.txt$//')
+passed=0 failed=0
+for name in "$@"; do
+  corpus=$out/corpus/$name found=$out/findings/$name
+  rm -rf "$found"; mkdir -p "$corpus" "$found"
+  python3 seeds.py expand "seeds/$name.txt" "$corpus"
+  log=$out/$name.log
+  if FUZZ_TARGET=$name "$parsers" -max_total_time="$seconds" -max_len=8192 -timeout=5 -rss_limit_mb=1024 \
+      -artifact_prefix="$found/" "$corpus" >"$log" 2>&1; then
+    runs=$(sed -n 's/^Done \([0-9]*\) runs.*/\1/p' "$log")
+    covered=$(grep -o 'cov: [0-9]*' "$log" | tail -n 1)
+    printf '%-20s %12s inputs, %s, no finding\n' "$name" "${runs:-?}" "$covered"
+    passed=$((passed + 1))
+  else
+    tail -n 25 "$log"
+    for input in "$found"/*; do
+      printf '%s: add this line to fuzz/seeds/%s.txt:\n%s\n' "$input" "$name" "$(python3 seeds.py line "$input")"
+    done
+    failed=$((failed + 1))
+  fi
+done
+echo "$passed passed, $failed failed"
+[ "$failed" = 0 ]

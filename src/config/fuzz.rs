@@ -1,0 +1,39 @@
+//! What the fuzzer checks of settings.
+
+use std::net::IpAddr;
+
+use crate::config::allow::Allow;
+use crate::config::base_url::BaseUrl;
+use crate::config::duration;
+
+/// A list is read or refused, and then decides on any address.
+pub(crate) fn allow_list(data: &[u8]) {
+    let Ok(text) = std::str::from_utf8(data) else { return };
+    let Some(allow) = Allow::parse(text) else { return };
+    let addresses = ["127.0.0.1", "10.0.0.1", "::1", "::ffff:169.254.169.254", "64:ff9b::7f00:1"];
+    for address in addresses {
+        let address: IpAddr = address.parse().unwrap_or(IpAddr::from([0; 4]));
+        let host = text.split(',').next().unwrap_or_default().trim();
+        let _ = allow.permits(host, address);
+    }
+    // Whatever else a list says, one more network takes nothing away.
+    let wider = Allow::parse(&format!("{text},*"));
+    assert!(wider.is_some_and(|all| all.permits("any.test", IpAddr::from([127, 0, 0, 1]))));
+}
+
+/// A base URL is shown as one that is read in the same way.
+pub(crate) fn base_url(data: &[u8]) {
+    let Ok(text) = std::str::from_utf8(data) else { return };
+    let Some(url) = BaseUrl::parse(text) else { return };
+    assert_eq!(BaseUrl::parse(&url.to_string()).as_ref(), Some(&url), "{text:?}");
+    assert!(!url.host().is_empty() && !url.path.ends_with('/'), "{text:?}");
+    let _ = url.port();
+}
+
+/// A duration, written in nanoseconds, is the same.
+pub(crate) fn duration(data: &[u8]) {
+    let Ok(text) = std::str::from_utf8(data) else { return };
+    let Some(parsed) = duration::parse(text) else { return };
+    let again = duration::parse(&format!("{}ns", parsed.as_nanos()));
+    assert_eq!(again, Some(parsed), "{text:?}");
+}
