@@ -61,6 +61,13 @@ impl Reserve {
         Ok(reserve)
     }
 
+    /// No reserve, for a check that needs none.
+    #[cfg(any(test, fuzzing))]
+    pub(super) fn none(beside: &File) -> io::Result<Self> {
+        let (length, target) = (AtomicU64::new(0), AtomicU64::new(0));
+        Ok(Self { file: beside.try_clone()?, length, target, usable: AtomicBool::new(false) })
+    }
+
     /// Whether all of it is allocated.
     pub(super) fn is_full(&self) -> bool {
         self.length.load(Relaxed) >= self.target.load(Relaxed)

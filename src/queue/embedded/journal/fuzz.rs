@@ -6,6 +6,7 @@ use std::os::unix::fs::FileExt;
 use bytes::Buf;
 
 use crate::queue::embedded::journal::record::{Header, Record, replay};
+use crate::queue::embedded::reserve::Reserve;
 
 /// The longest file that a fuzzed record names: a sparse file may not fill the memory that stands for the disk.
 const LONGEST_FILE: u64 = 1 << 20;
@@ -27,7 +28,8 @@ pub(in crate::queue::embedded) fn replay_payload(journal: &File, file: &File, mu
     if journal.write_all_at(sealed, 0).is_err() {
         return;
     }
-    if let Err(error) = replay(journal, file) {
+    let replayed = Reserve::none(file).and_then(|reserve| replay(journal, file, &reserve));
+    if let Err(error) = replayed {
         panic!("{error}");
     }
     let now = file.metadata().map_or(0, |it| it.len());
