@@ -1,11 +1,13 @@
 //! Who may use the API: credentials from mounted files, checked on the way in and put on the way out; or a service
 //! that is asked.
 
+mod pairs;
 mod question;
+pub mod tries;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
 use axum::body::Body;
@@ -16,9 +18,9 @@ use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use http::header::{AUTHORIZATION, CONTENT_TYPE, WWW_AUTHENTICATE};
 use http::{HeaderMap, HeaderValue};
-use subtle::ConstantTimeEq;
 use tokio_util::sync::CancellationToken;
 
+use crate::auth::pairs::{Pair, Pairs};
 use crate::error::Error;
 use crate::provider::collect;
 use crate::proxy::body::RequestBody;
@@ -28,6 +30,9 @@ use crate::system::{Api, read};
 
 /// How often the credentials' files are read again.
 const REREAD_EVERY: Duration = Duration::from_secs(2);
+/// A change is believed once the files say the same after this time: one that is read while the files are replaced may
+/// be half of a password, or a user with the password of another.
+const REREAD_AFTER_CHANGE: Duration = Duration::from_millis(200);
 /// The most of a body that `auth_proxy_pass_body` passes on.
 const MAX_PASSED_BODY: usize = 1 << 20;
 
@@ -42,25 +47,18 @@ pub enum CredentialsError {
     NoRandomness,
 }
 
-/// User and password from `basic-auth-user` and `basic-auth-password`.
+/// User and password from `basic-auth-user` and `basic-auth-password`, and those that they replaced.
 pub struct Credentials {
     /// `None`: they are in no file.
     directory: Option<PathBuf>,
-    current: ArcSwap<Pair>,
-}
-
-#[derive(PartialEq, Eq)]
-struct Pair {
-    /// `user:password`
-    plain: String,
-    header: HeaderValue,
+    pairs: ArcSwap<Pairs>,
 }
 
 impl Credentials {
     /// Reads the files in `directory`.
     pub fn read(directory: &Path) -> Result<Arc<Self>, CredentialsError> {
-        let current = ArcSwap::from_pointee(Pair::read(directory)?);
-        Ok(Arc::new(Self { directory: Some(directory.to_owned()), current }))
+        let pairs = ArcSwap::from_pointee(Pairs::new(read_pair(directory)?));
+        Ok(Arc::new(Self { directory: Some(directory.to_owned()), pairs }))
     }
 
     /// Credentials that nobody can know who is not given them. They last as long as the process.
@@ -72,71 +70,99 @@ impl Credentials {
         let random = ring::rand::SystemRandom::new();
         ring::rand::SecureRandom::fill(&random, &mut password)
             .map_err(|_| CredentialsError::NoRandomness)?;
-        let pair = Pair::of(format!("gateway:{}", STANDARD.encode(password)));
+        let pair = Pair::new("gateway", &STANDARD.encode(password));
         let pair = pair.ok_or(CredentialsError::NoRandomness)?;
-        Ok(Arc::new(Self { directory: None, current: ArcSwap::from_pointee(pair) }))
+        Ok(Arc::new(Self { directory: None, pairs: ArcSwap::from_pointee(Pairs::new(pair)) }))
     }
 
     /// Whether `headers` carry these credentials. Takes the same time for all wrong ones of one length.
     pub fn admit(&self, headers: &HeaderMap) -> bool {
         let Some(given) = headers.get(AUTHORIZATION).and_then(basic) else { return false };
-        bool::from(given.ct_eq(self.current.load().plain.as_bytes()))
+        self.pairs.load().admit(&given)
     }
 
-    /// What `Authorization` says to the provider.
-    pub fn header(&self) -> HeaderValue {
-        self.current.load().header.clone()
+    /// The same, where credentials that were replaced a short time ago do as well: gateways read a change at other
+    /// times than their provider.
+    pub fn admit_recent(&self, headers: &HeaderMap) -> bool {
+        let Some(given) = headers.get(AUTHORIZATION).and_then(basic) else { return false };
+        self.pairs.load().admit_recent(&given, Instant::now())
+    }
+
+    /// Has the next request to the provider try the current credentials first, whatever it accepted before.
+    pub fn prefer_current(&self) {
+        self.update(|pairs| pairs.accepted(pairs.current()));
+    }
+
+    /// Whether the provider accepted replaced credentials when it was asked last.
+    pub fn are_ahead_of_provider(&self) -> bool {
+        self.pairs.load().is_behind()
+    }
+
+    fn note_accepted(&self, pair: &Arc<Pair>) {
+        self.update(|pairs| pairs.accepted(pair));
+    }
+
+    /// Changes the pairs as `change` says, however many do so at a time.
+    fn update(&self, change: impl Fn(&Pairs) -> Option<Pairs>) {
+        // Most requests change nothing, and write nothing that other threads read.
+        if change(&self.pairs.load()).is_some() {
+            self.pairs.rcu(|pairs| change(pairs).map_or_else(|| Arc::clone(pairs), Arc::new));
+        }
     }
 
     /// Follows changes of the files until `stopping`.
     pub async fn follow(self: Arc<Self>, stopping: CancellationToken) {
         let Some(directory) = &self.directory else { return };
-        let mut was_readable = true;
+        let (mut was_readable, mut seen) = (true, None);
         loop {
+            let pause = if seen.is_some() { REREAD_AFTER_CHANGE } else { REREAD_EVERY };
             // Both branches are cancel-safe.
             tokio::select! {
                 () = stopping.cancelled() => return,
-                () = tokio::time::sleep(REREAD_EVERY) => {}
+                () = tokio::time::sleep(pause) => {}
             }
-            match Pair::read(directory) {
-                Ok(pair) if pair == **self.current.load() => was_readable = true,
-                Ok(pair) => {
-                    was_readable = true;
-                    self.current.store(Arc::new(pair));
-                    tracing::info!("Credentials changed");
+            self.update(|pairs| pairs.without_old(Instant::now()));
+            match read_pair(directory) {
+                Ok(pair) if pair == **self.pairs.load().current() => {
+                    (was_readable, seen) = (true, None);
                 }
-                Err(error) if was_readable => {
-                    was_readable = false;
-                    let error = &error as &dyn std::error::Error;
-                    tracing::warn!(error, "Credentials cannot be read again; the last ones hold");
+                Ok(pair) if seen.as_ref() == Some(&pair) => {
+                    (was_readable, seen) = (true, None);
+                    self.change_to(pair);
                 }
-                Err(_) => {}
+                Ok(pair) => seen = Some(pair),
+                Err(error) => {
+                    seen = None;
+                    if std::mem::take(&mut was_readable) {
+                        let error = &error as &dyn std::error::Error;
+                        tracing::warn!(
+                            error,
+                            "Credentials cannot be read again; the last ones hold"
+                        );
+                    }
+                }
             }
         }
     }
+
+    fn change_to(&self, pair: Pair) {
+        let (pair, now) = (Arc::new(pair), Instant::now());
+        self.pairs.rcu(|pairs| Arc::new(pairs.changed_to(&pair, now)));
+        tracing::info!("Credentials changed");
+    }
 }
 
-impl Pair {
-    fn read(directory: &Path) -> Result<Self, CredentialsError> {
-        let read = |name: &str| {
-            let path = directory.join(name);
-            match std::fs::read_to_string(&path) {
-                Ok(text) if text.trim().is_empty() => Err(CredentialsError::Unusable(path)),
-                Ok(text) => Ok(text.trim().to_owned()),
-                Err(error) => Err(CredentialsError::Unreadable(path, error)),
-            }
-        };
-        let plain = format!("{}:{}", read("basic-auth-user")?, read("basic-auth-password")?);
-        Self::of(plain).ok_or_else(|| CredentialsError::Unusable(directory.to_owned()))
-    }
-
-    /// `None` when `plain` cannot be in a header.
-    fn of(plain: String) -> Option<Self> {
-        let mut header =
-            HeaderValue::from_str(&format!("Basic {}", STANDARD.encode(&plain))).ok()?;
-        header.set_sensitive(true);
-        Some(Self { plain, header })
-    }
+fn read_pair(directory: &Path) -> Result<Pair, CredentialsError> {
+    let read = |name: &str| {
+        let path = directory.join(name);
+        match std::fs::read_to_string(&path) {
+            Ok(text) if text.trim().is_empty() => Err(CredentialsError::Unusable(path)),
+            Ok(text) => Ok(text.trim().to_owned()),
+            Err(error) => Err(CredentialsError::Unreadable(path, error)),
+        }
+    };
+    Pair::new(&read("basic-auth-user")?, &read("basic-auth-password")?)
+        .ok_or_else(|| CredentialsError::Unusable(directory.to_owned()))
 }
 
 /// `user:password` of a basic `Authorization`.
@@ -180,7 +206,7 @@ pub async fn guard_provider(
     match &credentials {
         Some(credentials)
             if request.uri().path().starts_with("/system/")
-                && !credentials.admit(request.headers()) =>
+                && !credentials.admit_recent(request.headers()) =>
         {
             Error::Unauthorized.into_response()
         }
@@ -206,7 +232,7 @@ async fn ask_proxy(api: &Api, request: Request) -> Result<Result<Request, Respon
     let errand = Errand {
         peer: &caller.forwarded_for,
         watch: &caller.watch,
-        began: std::time::Instant::now(),
+        began: Instant::now(),
         timeout: api.timeouts.upstream,
     };
     let answer = forward(&api.client, &proxy.origin, question, errand).await?.answer;
@@ -243,8 +269,8 @@ mod tests {
     use super::*;
 
     fn credentials() -> Credentials {
-        let pair = Pair { plain: "admin:s3cret".to_owned(), header: HeaderValue::from_static("x") };
-        Credentials { directory: None, current: ArcSwap::from_pointee(pair) }
+        let pairs = Pairs::new(Pair::new("admin", "s3cret").unwrap());
+        Credentials { directory: None, pairs: ArcSwap::from_pointee(pairs) }
     }
 
     #[track_caller]
@@ -258,7 +284,7 @@ mod tests {
     fn generated_credentials_open_their_own_lock_alone() {
         let [one, other] = [Credentials::generated().unwrap(), Credentials::generated().unwrap()];
         let mut headers = HeaderMap::new();
-        headers.insert(AUTHORIZATION, one.header());
+        headers.insert(AUTHORIZATION, one.pairs.load().current().header().clone());
         assert!(one.admit(&headers) && !other.admit(&headers));
         assert!(!format!("{headers:?}").contains("Basic"), "{headers:?}");
     }

@@ -42,6 +42,8 @@ pub enum Error {
     Unverified(Function, usize),
     #[error("{0}")]
     Provider(String),
+    #[error("the provider refuses the credentials of this gateway: {0}")]
+    CredentialsRefused(StatusCode),
     #[error("{0}")]
     Forbidden(&'static str),
     #[error("credentials are missing or wrong")]
@@ -85,7 +87,7 @@ impl Error {
             Self::Overloaded | Self::LineFull(_) | Self::NotReady(..) | Self::Unverified(..) => {
                 StatusCode::SERVICE_UNAVAILABLE
             }
-            Self::Provider(_) => StatusCode::INTERNAL_SERVER_ERROR,
+            Self::Provider(_) | Self::CredentialsRefused(_) => StatusCode::INTERNAL_SERVER_ERROR,
             Self::NotImplemented(_) => StatusCode::NOT_IMPLEMENTED,
             Self::TooLarge(_) => StatusCode::PAYLOAD_TOO_LARGE,
             Self::Body(BodyError::Slow) => StatusCode::REQUEST_TIMEOUT,

@@ -31,6 +31,13 @@ pub struct Health {
 enum ProviderState {
     NotAskedYet,
     Answers,
+    /// It accepts only credentials that were replaced.
+    IsBehind,
+    /// It accepts none of the credentials that are known.
+    RefusesCredentials(String),
+    /// It answers, but does not list its functions.
+    Fails(String),
+    /// It does not answer.
     Away(String),
 }
 
@@ -38,8 +45,25 @@ enum ProviderState {
 #[derive(Debug, Serialize)]
 struct Readiness {
     ready: bool,
+    /// Why it is not ready, or degraded.
     reasons: Vec<String>,
     degraded: Vec<&'static str>,
+}
+
+/// What is said of a provider that has not read the changed credentials yet.
+const BEHIND: &str = "the provider accepts the previous credentials only: they are tried for an hour after the change; \
+                      a provider that reads its files only when it starts must be restarted";
+
+impl ProviderState {
+    /// What `error`, in place of the list of functions, says of the provider.
+    fn after(error: &Error) -> Self {
+        let reason = error.to_string();
+        match error {
+            Error::CredentialsRefused(_) => Self::RefusesCredentials(reason),
+            Error::Provider(_) => Self::Fails(reason),
+            _ => Self::Away(reason),
+        }
+    }
 }
 
 impl Health {
@@ -49,23 +73,38 @@ impl Health {
         Arc::new(Self { stages, limit, provider, queue_away, queue_condition })
     }
 
-    /// Notes whether the provider has answered, and says so once when that has changed.
-    pub fn provider_answered(&self, answered: Result<(), &Error>) {
-        let state = match answered {
-            Ok(()) => ProviderState::Answers,
-            Err(error) => ProviderState::Away(error.to_string()),
-        };
-        let mut last = self.provider.lock().unwrap_or_else(PoisonError::into_inner);
-        if *last == state {
-            return;
-        }
-        match answered {
-            Ok(()) => tracing::info!("The provider answers"),
-            Err(error) => {
-                tracing::warn!(reason = %Causes(error), "The provider does not answer: {error}");
+    /// Notes that the provider has listed its functions, and whether it accepts only credentials that were replaced.
+    pub fn provider_answered(&self, is_behind: bool) {
+        let state = if is_behind { ProviderState::IsBehind } else { ProviderState::Answers };
+        if self.provider_is(state) {
+            match is_behind {
+                false => tracing::info!("The provider answers"),
+                true => tracing::warn!("Degraded: {BEHIND}"),
             }
         }
+    }
+
+    /// Notes that the provider has not listed its functions.
+    pub fn provider_failed(&self, error: &Error) {
+        let state = ProviderState::after(error);
+        let answers = !matches!(state, ProviderState::Away(_));
+        if self.provider_is(state) {
+            let reason = Causes(error);
+            match answers {
+                true => {
+                    tracing::warn!(%reason, "The provider does not list its functions: {error}")
+                }
+                false => tracing::warn!(%reason, "The provider does not answer: {error}"),
+            }
+        }
+    }
+
+    /// Notes `state`. Whether it is another than before.
+    fn provider_is(&self, state: ProviderState) -> bool {
+        let mut last = self.provider.lock().unwrap_or_else(PoisonError::into_inner);
+        let changes = *last != state;
         *last = state;
+        changes
     }
 
     /// Notes whether the queue can be reached. Calls go on without it.
@@ -93,13 +132,15 @@ impl Health {
     }
 
     fn readiness(&self) -> Readiness {
-        let mut reasons = Vec::new();
+        let (mut reasons, mut flaws, mut degraded) = (Vec::new(), Vec::new(), Vec::new());
         if self.stages.is_leaving() {
             reasons.push("this process is stopping".to_owned());
         }
         if self.limit.is_exhausted() {
             reasons.push("as many calls are in flight as max_calls allows".to_owned());
         }
+        // A provider that answers at all can be called: what it thinks of this gateway's own questions is no reason to
+        // send clients elsewhere, where it is the same.
         match &*self.provider.lock().unwrap_or_else(PoisonError::into_inner) {
             ProviderState::Answers => {}
             ProviderState::NotAskedYet => {
@@ -108,13 +149,29 @@ impl Health {
             ProviderState::Away(reason) => {
                 reasons.push(format!("the provider does not answer: {reason}"));
             }
+            ProviderState::IsBehind => {
+                degraded.push("credentials");
+                flaws.push(BEHIND.to_owned());
+            }
+            ProviderState::RefusesCredentials(reason) => {
+                degraded.push("credentials");
+                flaws.push(reason.clone());
+            }
+            ProviderState::Fails(reason) => {
+                degraded.push("provider");
+                flaws.push(format!("the provider does not list its functions: {reason}"));
+            }
         }
-        let mut degraded = if self.queue_away.load(Relaxed) { vec!["queue"] } else { Vec::new() };
+        if self.queue_away.load(Relaxed) {
+            degraded.push("queue");
+        }
         let condition = *self.queue_condition.lock().unwrap_or_else(PoisonError::into_inner);
         degraded.extend(condition.map(|condition| match condition {
             Condition::DiskFull => "queue: disk full",
         }));
-        Readiness { ready: reasons.is_empty(), reasons, degraded }
+        let ready = reasons.is_empty();
+        reasons.append(&mut flaws);
+        Readiness { ready, reasons, degraded }
     }
 }
 

@@ -16,6 +16,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use crate::auth::Credentials;
+use crate::auth::tries::{Tries, is_refusal};
 use crate::error::Error;
 use crate::function::Function;
 use crate::provider::types::{FunctionSummary, ScaleRequest, Usage};
@@ -121,6 +122,15 @@ impl Provider {
         }
     }
 
+    /// Has the next request go out with credentials that the provider accepts, for one that cannot be sent twice.
+    ///
+    /// # Errors
+    /// When the provider does not answer.
+    pub async fn try_credentials(&self) -> Result<(), Error> {
+        self.call(Method::GET, "/system/info", HeaderMap::new(), Bytes::new()).await.map(|_| ())
+    }
+
+    /// Asks with each of the known credentials until one is accepted.
     async fn call(
         &self,
         method: Method,
@@ -128,14 +138,23 @@ impl Provider {
         mut headers: HeaderMap,
         body: Bytes,
     ) -> Result<(StatusCode, Bytes), Error> {
-        if let Some(credentials) = &self.credentials {
-            headers.insert(AUTHORIZATION, credentials.header());
-        }
         if !body.is_empty() {
             headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
         }
-        let question = question(method, &self.origin, target, headers, body)?;
-        ask(&self.client, &self.origin, question, self.timeout).await
+        let until = Instant::now() + self.timeout;
+        let mut tries = Tries::of(self.credentials.as_ref());
+        loop {
+            if let Some(authorization) = tries.header() {
+                headers.insert(AUTHORIZATION, authorization);
+            }
+            let (headers, body) = (headers.clone(), body.clone());
+            let question = question(method.clone(), &self.origin, target, headers, body)?;
+            let left = until.saturating_duration_since(Instant::now());
+            let (status, body) = ask(&self.client, &self.origin, question, left).await?;
+            if !tries.again(status) {
+                return Ok((status, body));
+            }
+        }
     }
 }
 
@@ -202,6 +221,9 @@ pub fn parse<T: DeserializeOwned>(body: &[u8]) -> Result<T, Error> {
 }
 
 fn refused(status: StatusCode) -> Error {
+    if is_refusal(status) {
+        return Error::CredentialsRefused(status);
+    }
     Error::Provider(format!("the provider answered {status}"))
 }
 

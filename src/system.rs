@@ -2,16 +2,16 @@
 
 mod change;
 mod list;
+mod send;
 
 use std::sync::Arc;
-use std::time::Instant;
 
 use axum::body::Body;
 use axum::extract::{Extension, Path, Request, State};
 use axum::response::{IntoResponse, Response};
 use bytes::Bytes;
 use http::header::{
-    ACCEPT_ENCODING, AUTHORIZATION, CONTENT_TYPE, IF_MODIFIED_SINCE, IF_NONE_MATCH, IF_RANGE, RANGE,
+    ACCEPT_ENCODING, CONTENT_TYPE, IF_MODIFIED_SINCE, IF_NONE_MATCH, IF_RANGE, RANGE,
 };
 use http::{HeaderMap, Method, StatusCode, Uri};
 use http_body_util::{BodyExt, Limited};
@@ -28,10 +28,8 @@ use crate::metrics::Metrics;
 use crate::metrics::query::Counts;
 use crate::provider::types::ScaleRequest;
 use crate::provider::{Provider, collect, parse};
-use crate::proxy::body::RequestBody;
 use crate::proxy::client::{Client, Origin};
 use crate::proxy::upstream_body::UpstreamBody;
-use crate::proxy::{Errand, forward};
 use crate::queued::Intake;
 use crate::same_origin::Names;
 use crate::serve::caller::Caller;
@@ -146,26 +144,6 @@ pub async fn info(
 }
 
 impl Api {
-    /// Sends a caller's request on to `origin`, with the credentials that the provider asks for.
-    pub async fn send(
-        &self,
-        caller: &Caller,
-        origin: &Origin,
-        request: Request,
-    ) -> Result<http::Response<UpstreamBody>, Error> {
-        let mut request = request.map(RequestBody::Api);
-        if let Some(credentials) = &self.provider.credentials {
-            request.headers_mut().insert(AUTHORIZATION, credentials.header());
-        }
-        let errand = Errand {
-            peer: &caller.forwarded_for,
-            watch: &caller.watch,
-            began: Instant::now(),
-            timeout: self.timeouts.upstream,
-        };
-        Ok(forward(&self.client, origin, request, errand).await?.answer)
-    }
-
     /// Asks the provider for JSON that is read here: whole and not compressed, whatever the caller would take. HEAD
     /// gets the head of what GET would.
     async fn fetch(

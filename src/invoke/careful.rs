@@ -14,6 +14,9 @@ use crate::scaling::fault::{Fault, Repeat, Way};
 use crate::scaling::{KEPT, Scaling};
 use crate::serve::caller::Caller;
 
+/// Why a call is not made where the provider would have to vouch for its function.
+const UNKNOWN: &str = "the provider refuses the credentials of this gateway";
+
 /// What came of sending a call.
 type Sent = Result<Forwarded, client::Error>;
 
@@ -62,6 +65,10 @@ impl Invoker {
             // From then on it is in flight, and its function not put to sleep for want of calls.
             let ready = passage.ready(|| call.vouched_for(&self.calls));
             self.wait(caller, prepared, ready).await?;
+            // The provider has not answered for the name: it could lead to any host.
+            if target.way == Way::Direct && call.is_stranger() {
+                return Err(Error::NotReady(call.function().clone(), UNKNOWN.to_owned()));
+            }
         }
         let mut began = call.began;
         loop {

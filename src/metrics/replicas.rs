@@ -5,8 +5,10 @@ use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use http::StatusCode;
 use tokio_util::sync::CancellationToken;
 
+use crate::auth::Credentials;
 use crate::autoscale::policy::Policy;
 use crate::error::Error;
 use crate::function::Function;
@@ -18,7 +20,6 @@ use crate::provider::types::FunctionSummary;
 const ASK_EVERY: Duration = Duration::from_secs(5);
 /// While the provider is away, so that its return is seen soon.
 const ASK_AGAIN: Duration = Duration::from_secs(1);
-
 /// What the poll needs.
 #[derive(Clone)]
 pub struct Poll {
@@ -49,14 +50,18 @@ impl Poll {
     /// Asks once; returns how long to wait until the next time.
     async fn poll(&self) -> Duration {
         let asked = Instant::now();
+        let credentials = self.provider.credentials.as_deref();
+        // The provider may have read the current ones by now.
+        credentials.inspect(|it| it.prefer_current());
         match self.functions().await {
             Ok(functions) => {
-                self.health.provider_answered(Ok(()));
+                let is_behind = credentials.is_some_and(Credentials::are_ahead_of_provider);
+                self.health.provider_answered(is_behind);
                 self.report(&functions, asked);
                 ASK_EVERY
             }
             Err(error) => {
-                self.health.provider_answered(Err(&error));
+                self.health.provider_failed(&error);
                 ASK_AGAIN
             }
         }
@@ -65,29 +70,33 @@ impl Poll {
     /// The functions of every namespace that the provider lists.
     ///
     /// # Errors
-    /// When the provider does not answer, or not for its only namespace.
+    /// When the provider does not answer, refuses the credentials, or lists the functions of no namespace.
     pub async fn functions(&self) -> Result<Vec<FunctionSummary>, Error> {
         let namespaces = match self.provider.namespaces().await {
             Ok(namespaces) => namespaces,
             // A provider need not have namespaces, but it must be there.
-            Err(Error::Provider(_)) => Vec::new(),
+            Err(Error::Provider(_) | Error::CredentialsRefused(StatusCode::FORBIDDEN)) => {
+                Vec::new()
+            }
             Err(error) => return Err(error),
         };
         if namespaces.is_empty() {
             return self.provider.functions("").await;
         }
-        let mut all = Vec::new();
-        let mut refusal = None;
+        let (mut all, mut refusal, mut listed) = (Vec::new(), None, false);
         for namespace in &namespaces {
             match self.provider.functions(namespace).await {
                 Ok(mut functions) => {
+                    listed = true;
                     for function in &mut functions {
                         function.namespace.get_or_insert_with(|| namespace.clone());
                     }
                     all.append(&mut functions);
                 }
                 // It did answer: one namespace that is closed to us says nothing about the others.
-                Err(error @ Error::Provider(_)) => {
+                Err(
+                    error @ (Error::Provider(_) | Error::CredentialsRefused(StatusCode::FORBIDDEN)),
+                ) => {
                     tracing::debug!(namespace, %error, "The functions of {namespace} cannot be listed");
                     refusal = Some(error);
                 }
@@ -95,7 +104,7 @@ impl Poll {
             }
         }
         match refusal {
-            Some(error) if all.is_empty() && namespaces.len() == 1 => Err(error),
+            Some(error) if !listed => Err(error),
             _ => Ok(all),
         }
     }

@@ -82,6 +82,11 @@ impl Driver {
                 self.close(Over::NoSuchFunction);
                 return Ok(());
             }
+            // Its calls carry no credentials of the gateway, and can be made.
+            Err(Error::CredentialsRefused(_)) if !self.cold => {
+                self.close(Over::Unsaid);
+                return Ok(());
+            }
             Err(error) => return Err(error),
         };
         scaling.known.learn(function);
@@ -136,7 +141,11 @@ impl Driver {
         if since.elapsed() >= GIVE_UP {
             let function = &self.line.function;
             tracing::warn!(function = %function, reason, "{function} cannot be called: {reason}");
-            self.close(Over::Failed(reason.into()));
+            self.close(match error {
+                // It may have become ready meanwhile.
+                Error::CredentialsRefused(_) => Over::Unsaid,
+                _ => Over::Failed(reason.into()),
+            });
         } else {
             self.line.is_not_ready_since(reason);
         }

@@ -49,11 +49,13 @@ pub(super) struct Ready {
     pub(super) had_none: Option<Instant>,
 }
 
-/// The function cannot be called.
+/// Nobody is asked any more.
 #[derive(Clone, Debug)]
 pub(super) enum Over {
     NoSuchFunction,
     Failed(Arc<str>),
+    /// The provider answers, but refuses to say: it refuses the credentials of this gateway.
+    Unsaid,
 }
 
 /// One of those that wait, until this is dropped.
@@ -157,7 +159,7 @@ impl Line {
         self.is_not_ready_since(reason);
     }
 
-    /// Lets all callers go, with bad news.
+    /// Lets all callers go.
     pub(super) fn end(&self, over: Over) {
         self.state.send_modify(|state| state.over = Some(over));
     }

@@ -34,7 +34,8 @@ impl Passage {
     }
 
     /// Waits until the function can be called. `exists` is called as soon as the provider has answered for it, ready or
-    /// not: until the call counts under its function's name, nobody knows that it is called.
+    /// not: until the call counts under its function's name, nobody knows that it is called. It is never called while
+    /// the provider refuses to say, by which no call is held up.
     ///
     /// # Errors
     /// Why it cannot.
@@ -99,6 +100,9 @@ impl Passage {
             Phase::Ready(ready) => Ok(self.note(ready)),
             Phase::Over(Over::NoSuchFunction) => Err(Error::NoSuchFunction(self.function.clone())),
             Phase::Over(Over::Failed(reason)) => Err(self.not_ready(&reason)),
+            Phase::Over(Over::Unsaid) => {
+                Ok(Ready { asked: Instant::now(), woken: None, had_none: None })
+            }
             Phase::Asking => {
                 let reason = place.line.reason();
                 Err(self.not_ready(&format!("{reason}, for {time:?} now")))

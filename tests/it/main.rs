@@ -22,6 +22,7 @@ mod callback_page;
 mod chaos;
 mod cold_start;
 mod counting;
+mod credentials;
 mod deadlines;
 mod http_1_0;
 mod leaving;

@@ -49,7 +49,7 @@ impl Builder {
     /// Starts it, and returns once it serves.
     pub(crate) async fn start(self) -> Gateway {
         let mut child = command_in(self.mounts_of)
-            .arg(self.role)
+            .args(self.role.split(' '))
             .envs(self.vars)
             .stderr(Stdio::piped())
             .kill_on_drop(true)
@@ -105,6 +105,16 @@ impl Gateway {
             .var("worker_metrics_port", "0")
             .var("log_format", "json")
             .var("function_namespace", "fn")
+    }
+
+    /// A process provider, whose state is in `state`.
+    pub(crate) fn process_provider(state: &std::path::Path) -> Builder {
+        let builder = Builder { role: "provider process", vars: Vec::new(), mounts_of: None };
+        builder
+            .var("provider_port", "0")
+            .var("state_dir", state.display())
+            .var("log_format", "json")
+            .var("PATH", "/usr/local/bin:/usr/bin:/bin")
     }
 
     /// One before `provider`, with every default.
@@ -226,7 +236,8 @@ fn addresses(line: &str) -> Option<(SocketAddr, SocketAddr)> {
     let fields = line.get("fields")?;
     let address = |name: &str| fields[name].as_str()?.parse().ok();
     match fields["message"].as_str()? {
-        "Serving" => Some((address("address")?, address("metrics")?)),
+        // A provider has one port.
+        "Serving" => Some((address("address")?, address("metrics").or(address("address"))?)),
         "Making queued calls" => Some((address("metrics")?, address("metrics")?)),
         _ => None,
     }
