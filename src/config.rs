@@ -55,6 +55,8 @@ pub struct Serve {
     /// `faas_prometheus_host`, `faas_prometheus_port`; `None`: counts come from this process's own metrics.
     pub prometheus: Option<BaseUrl>,
     pub timeouts: Timeouts,
+    /// `connect_timeout`: how long an address of a provider or function may take to accept a connection.
+    pub connect: Duration,
     pub limits: Limits,
     pub auth: Auth,
     pub queue: Queue,
@@ -228,6 +230,7 @@ impl Serve {
                 upstream: from.positive_duration("upstream_timeout"),
                 idle: from.positive_duration("idle_timeout"),
             },
+            connect: from.positive_duration("connect_timeout"),
             limits: Limits {
                 idle: Idle::parse(from),
                 calls: from.count("max_calls", 1..=10_000_000),

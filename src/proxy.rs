@@ -4,6 +4,7 @@ pub mod body;
 mod buffers;
 pub mod client;
 pub mod codings;
+mod dial;
 pub mod ending;
 #[cfg(any(test, fuzzing))]
 pub(crate) mod fuzz;

@@ -137,7 +137,7 @@ fn carry_calls(parts: &Parts, number: usize, server: Server, listener: TcpListen
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     let served = runtime.and_then(|runtime| {
         let served = runtime.block_on(async {
-            let client = Client::new(parts.config.limits.idle, parts.tls.clone());
+            let client = parts.new_client();
             let door = Arc::new(parts.door(number, &client));
             let serving = server.run(listener, |caller| {
                 let both = Arc::new((Arc::clone(&door), caller));
@@ -182,7 +182,7 @@ impl Parts {
         let intake = worker::intake(&config.queue, &metrics, &namespace, Part::TakesIn).await?;
         let tls = Tls::default();
         let idle = config.limits.idle;
-        let client = Client::new(idle, tls.clone());
+        let client = Client::connecting_within(config.connect, idle, tls.clone());
         let origin = Origin::new(config.provider.clone());
         let scaling = config.cold_start.map(|limits| {
             let provider = Provider {
@@ -217,6 +217,11 @@ impl Parts {
             stages: stages.clone(),
             config,
         })
+    }
+
+    fn new_client(&self) -> Arc<Client> {
+        let config = &self.config;
+        Client::connecting_within(config.connect, config.limits.idle, self.tls.clone())
     }
 
     fn server(&self) -> Server {
@@ -291,7 +296,7 @@ impl Parts {
             }
             return Ok(None);
         };
-        let client = Client::new(self.config.limits.idle, self.tls.clone());
+        let client = self.new_client();
         let caller = Caller {
             client: Arc::clone(&client),
             origin: self.provider.clone(),

@@ -61,7 +61,7 @@ async fn start(config: config::Worker, stages: &Stages, tasks: &Tasks) -> anyhow
     };
     let origin = Origin::new(url.clone());
     let tls = Tls::default();
-    let client = || Client::new(config.idle, tls.clone());
+    let client = || Client::connecting_within(config.connect, config.idle, tls.clone());
     let provider = |client, timeout| Provider {
         client,
         origin: origin.clone(),

@@ -71,6 +71,8 @@ settings! {
         "The longest time a caller may take nothing of its answer before it is cut off."
     upstream_timeout DURATION "60s" SUW
         "From the first byte sent to a function until its last byte back; for streams (server-sent events, NDJSON, gRPC, upgrades) until the first byte, and then between two."
+    connect_timeout DURATION "2s" SUW
+        "How long one address of a provider or function may take to accept a connection before the next one is tried, or the same again for 10s in all where there is no other; upstream_timeout bounds it, too."
     idle_timeout DURATION "2m" SU
         "How long a caller's connection may stay open without a call."
     max_idle_conns COUNT "1024" SUW

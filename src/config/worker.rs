@@ -21,6 +21,8 @@ pub struct Worker {
     pub namespace: String,
     /// `upstream_timeout`
     pub timeout: Duration,
+    /// `connect_timeout`
+    pub connect: Duration,
     /// `scale_from_zero`
     pub cold_start: Option<ColdStart>,
     pub idle: Idle,
@@ -80,6 +82,7 @@ impl Worker {
             gateway,
             namespace: from.text("function_namespace"),
             timeout: from.positive_duration("upstream_timeout"),
+            connect: from.positive_duration("connect_timeout"),
             cold_start: ColdStart::if_asked_for(&mut from),
             idle: Idle::parse(&mut from),
             secrets: basic_auth(&mut from),

@@ -7,7 +7,8 @@ use std::time::{Duration, Instant};
 
 use foldhash::fast::RandomState;
 use http::{HeaderValue, Request, Response, Uri};
-use tokio::net::TcpStream;
+use tokio::net::lookup_host;
+use tokio::time::timeout;
 use tokio_rustls::TlsConnector;
 use tokio_rustls::rustls::crypto::ring;
 use tokio_rustls::rustls::pki_types::ServerName;
@@ -17,7 +18,8 @@ use crate::config::Idle;
 use crate::config::base_url::BaseUrl;
 use crate::proxy::body::{BodyError, RequestBody};
 use crate::proxy::buffers;
-use crate::proxy::guard::{self, Guard, Refused};
+use crate::proxy::dial::dial;
+use crate::proxy::guard::{Guard, Refused};
 use crate::proxy::link::{Failure, Link};
 use crate::proxy::stream::UpstreamStream;
 use crate::proxy::upload::Upload;
@@ -30,8 +32,11 @@ use crate::watch::Watch;
 const MAX_IDLE: Duration = Duration::from_secs(50);
 /// How often the pool is looked through.
 const SWEEP_EVERY: Duration = Duration::from_secs(5);
-/// A peer that does not even accept a connection in this time is away.
-const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long one address may take to accept a connection, where no setting says so.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
+/// How long it may take to resolve a name, and to agree on TLS.
+const RESOLVE_TIMEOUT: Duration = Duration::from_secs(10);
+const TLS_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// An upstream, with what every request to it needs.
 #[derive(Clone, Debug)]
@@ -138,6 +143,8 @@ pub struct Client {
     pool: Mutex<Pool>,
     limits: Idle,
     tls: Tls,
+    /// How long one address may take to accept a connection.
+    connect_timeout: Duration,
     /// Where it may connect to; `None`: anywhere.
     guard: Option<Box<dyn Guard>>,
 }
@@ -156,14 +163,20 @@ struct IdleLink {
 impl Client {
     /// A client whose pool keeps to `limits`.
     pub fn new(limits: Idle, tls: Tls) -> Arc<Self> {
-        Arc::new(Self { pool: Mutex::default(), limits, tls, guard: None })
+        Self::connecting_within(CONNECT_TIMEOUT, limits, tls)
+    }
+
+    /// The same, where each address of an upstream has `connect_timeout` to accept a connection before another is tried.
+    pub fn connecting_within(connect_timeout: Duration, limits: Idle, tls: Tls) -> Arc<Self> {
+        Arc::new(Self { pool: Mutex::default(), limits, tls, connect_timeout, guard: None })
     }
 
     /// A client that connects only to what `guard` admits. It is asked for each connection, since names change what they
     /// resolve to.
     pub fn guarded(limits: Idle, tls: Tls, guard: impl Guard + 'static) -> Arc<Self> {
         let guard: Option<Box<dyn Guard>> = Some(Box::new(guard));
-        Arc::new(Self { pool: Mutex::default(), limits, tls, guard })
+        let connect_timeout = CONNECT_TIMEOUT;
+        Arc::new(Self { pool: Mutex::default(), limits, tls, connect_timeout, guard })
     }
 
     /// Sends `request`, whose headers are ready for the wire, as `carry` does.
@@ -235,31 +248,26 @@ impl Client {
     }
 
     async fn connect(&self, origin: &Origin, watch: &Watch) -> Result<Box<Link>, Error> {
-        let connect = tokio::time::timeout(CONNECT_TIMEOUT, self.open(&origin.url));
-        let mut connect = std::pin::pin!(connect);
+        let mut connect = std::pin::pin!(self.open(&origin.url));
         let stream = std::future::poll_fn(|cx| {
             if watch.call_expired() {
                 return std::task::Poll::Ready(Err(Error::Timeout));
             }
-            connect.as_mut().poll(cx).map(|opened| match opened {
-                Ok(opened) => opened.map_err(connect_error),
-                Err(_) => Err(Error::Connect(io::ErrorKind::TimedOut.into())),
-            })
+            connect.as_mut().poll(cx).map_err(connect_error)
         })
         .await?;
         Ok(Box::new(Link::new(stream)))
     }
 
     async fn open(&self, url: &BaseUrl) -> io::Result<UpstreamStream> {
-        let tcp = match &self.guard {
-            None => TcpStream::connect((url.host(), url.port())).await?,
-            Some(guard) => guard::connect(&**guard, url).await?,
+        let found = timeout(RESOLVE_TIMEOUT, lookup_host((url.host(), url.port()))).await??;
+        let addresses = match &self.guard {
+            None => found.collect(),
+            Some(guard) => timeout(RESOLVE_TIMEOUT, guard.admit(url.host(), found.collect()))
+                .await?
+                .map_err(io::Error::other)?,
         };
-        // While nobody listens on a port of this machine, the kernel may pick that very port as the caller's own, and
-        // connect it with itself.
-        if tcp.local_addr()? == tcp.peer_addr()? {
-            return Err(io::ErrorKind::ConnectionRefused.into());
-        }
+        let tcp = dial(&addresses, self.connect_timeout).await?;
         tcp.set_nodelay(true)?;
         // A peer that vanishes without a word is noticed even by a stream without deadline.
         socket2::SockRef::from(&tcp).set_keepalive(true)?;
@@ -267,7 +275,8 @@ impl Client {
             return Ok(UpstreamStream::Plain(tcp));
         }
         let name = ServerName::try_from(url.host().to_owned()).map_err(io::Error::other)?;
-        Ok(UpstreamStream::Tls(Box::new(self.tls.connector().connect(name, tcp).await?)))
+        let agreed = timeout(TLS_TIMEOUT, self.tls.connector().connect(name, tcp)).await??;
+        Ok(UpstreamStream::Tls(Box::new(agreed)))
     }
 
     fn checkout(&self, key: &str) -> Option<Box<Link>> {

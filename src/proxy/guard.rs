@@ -3,13 +3,9 @@
 //! A name says nothing about where it leads, and may lead elsewhere the next time. So it is resolved once for each
 //! connection, and what was judged is what is connected to.
 
-use std::io;
 use std::net::SocketAddr;
 
 use futures_util::future::BoxFuture;
-use tokio::net::{TcpStream, lookup_host};
-
-use crate::config::base_url::BaseUrl;
 
 /// Why none of an upstream's addresses may be connected to. Travels inside an `io::Error`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -32,14 +28,4 @@ pub trait Guard: Send + Sync {
         host: &'a str,
         addresses: Vec<SocketAddr>,
     ) -> BoxFuture<'a, Result<Vec<SocketAddr>, Refused>>;
-}
-
-/// Connects to the first address of `url` that `guard` admits and that takes the connection.
-///
-/// # Errors
-/// One that holds [`Refused`] when no address is admitted.
-pub(super) async fn connect(guard: &dyn Guard, url: &BaseUrl) -> io::Result<TcpStream> {
-    let found = lookup_host((url.host(), url.port())).await?;
-    let admitted = guard.admit(url.host(), found.collect()).await.map_err(io::Error::other)?;
-    TcpStream::connect(&*admitted).await
 }

@@ -21,6 +21,7 @@ mod callback_own;
 mod callback_page;
 mod chaos;
 mod cold_start;
+mod connecting;
 mod counting;
 mod credentials;
 mod deadlines;

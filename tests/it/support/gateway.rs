@@ -1,6 +1,7 @@
 //! The gateway under test: the binary itself, with the environment that the test gives it and no other.
 
 use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
 use std::process::{ExitStatus, Output, Stdio};
 use std::sync::{Arc, Mutex};
 
@@ -25,6 +26,7 @@ pub(crate) struct Gateway {
 /// How a gateway is to be started.
 pub(crate) struct Builder {
     role: &'static str,
+    hosts: Option<PathBuf>,
     vars: Vec<(String, String)>,
     /// The process in whose mount namespace it runs.
     mounts_of: Option<u32>,
@@ -46,9 +48,19 @@ impl Builder {
         Self { mounts_of: Some(disk.process()), ..self }
     }
 
+    /// Names and addresses that it finds in `file` instead of in /etc/hosts.
+    pub(crate) fn hosts(mut self, file: &Path) -> Self {
+        self.hosts = Some(file.to_owned());
+        self
+    }
+
     /// Starts it, and returns once it serves.
     pub(crate) async fn start(self) -> Gateway {
-        let mut child = command_in(self.mounts_of)
+        let on_disk = command_in(self.mounts_of);
+        let mut child = self
+            .hosts
+            .as_deref()
+            .map_or(on_disk, command_with_hosts)
             .args(self.role.split(' '))
             .envs(self.vars)
             .stderr(Stdio::piped())
@@ -84,7 +96,7 @@ impl Builder {
 impl Gateway {
     /// A gateway with every default but for its ports.
     pub(crate) fn builder() -> Builder {
-        let builder = Builder { role: "serve", vars: Vec::new(), mounts_of: None };
+        let builder = Builder { role: "serve", vars: Vec::new(), hosts: None, mounts_of: None };
         builder
             .var("listen_address", "127.0.0.1")
             .var("port", "0")
@@ -99,7 +111,7 @@ impl Gateway {
 
     /// A worker, whose one port is that of its numbers.
     pub(crate) fn worker() -> Builder {
-        let builder = Builder { role: "worker", vars: Vec::new(), mounts_of: None };
+        let builder = Builder { role: "worker", vars: Vec::new(), hosts: None, mounts_of: None };
         builder
             .var("listen_address", "127.0.0.1")
             .var("worker_metrics_port", "0")
@@ -108,8 +120,9 @@ impl Gateway {
     }
 
     /// A process provider, whose state is in `state`.
-    pub(crate) fn process_provider(state: &std::path::Path) -> Builder {
-        let builder = Builder { role: "provider process", vars: Vec::new(), mounts_of: None };
+    pub(crate) fn process_provider(state: &Path) -> Builder {
+        let builder =
+            Builder { role: "provider process", vars: Vec::new(), hosts: None, mounts_of: None };
         builder
             .var("provider_port", "0")
             .var("state_dir", state.display())
@@ -227,6 +240,15 @@ fn command_in(process: Option<u32>) -> Command {
     let mut command = Command::new("nsenter");
     command.env_clear();
     command.arg(format!("--mount=/proc/{process}/ns/mnt")).arg(env!("CARGO_BIN_EXE_gateway"));
+    command
+}
+
+/// The same, with another /etc/hosts.
+fn command_with_hosts(file: &Path) -> Command {
+    let mut command = Command::new("unshare");
+    command.env_clear().env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin");
+    let mounted = r#"mount --bind "$0" /etc/hosts && exec "$@""#;
+    command.args(["--mount", "sh", "-c", mounted]).arg(file).arg(env!("CARGO_BIN_EXE_gateway"));
     command
 }
 
