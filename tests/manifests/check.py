@@ -193,8 +193,9 @@ class Checks:
 
     def plain_manifests(self):
         count, wrong = plain.drift()
-        no(wrong)
-        return f"{count} files are what `make yaml` makes"
+        needs, early = plain.order()
+        no(wrong + early)
+        return f"{count} files are what `make yaml` makes, {needs} needs of earlier ones"
 
     def upgrade(self):
         """A new chart restarts what it changes, and nothing else."""

@@ -35,6 +35,10 @@ NOISE = {
     "app.kubernetes.io/part-of",
 }
 SHORT = {"PersistentVolumeClaim": "pvc", "HorizontalPodAutoscaler": "hpa", "PodDisruptionBudget": "pdb"}
+# `kubectl apply -f` takes files by their names: what pods need comes before them, or they are created only when
+# Kubernetes tries again.
+BEFORE_ALL = {"ServiceAccount", "Role", "ClusterRole", "RoleBinding", "ClusterRoleBinding", "ConfigMap", "Secret"}
+WORKLOADS = {"Deployment", "StatefulSet"}
 MADE = "# Rendered from chart/gateway by `make yaml`: change it there.\n"
 
 
@@ -67,6 +71,11 @@ def dump(item):
     return yaml.dump(without_noise(item), Dumper=Dumper, sort_keys=False, width=120, allow_unicode=True)
 
 
+def rank(item):
+    """1 for what pods need, 3 for pods, 2 for all else."""
+    return 1 if item["kind"] in BEFORE_ALL else 3 if item["kind"] in WORKLOADS else 2
+
+
 def files():
     """Path below the repository → text."""
     made = {}
@@ -75,7 +84,7 @@ def files():
             if item["kind"] == "Namespace":
                 continue
             kind = SHORT.get(item["kind"], item["kind"].lower())
-            made[f"{folder}/{item['metadata']['name']}-{kind}.yml"] = MADE + dump(item)
+            made[f"{folder}/{rank(item)}-{item['metadata']['name']}-{kind}.yml"] = MADE + dump(item)
     namespaces = [
         {
             "apiVersion": "v1",
@@ -104,6 +113,23 @@ def drift():
     wrong += [f"{path} is not the chart's" for path in sorted(are.keys() - should.keys())]
     wrong += [f"{path} differs from the chart" for path in sorted(should) if are.get(path, should[path]) != should[path]]
     return len(should), [f"{what}: run `make yaml`" for what in wrong]
+
+
+def order():
+    """What a file needs of a later one: `kubectl apply -f` takes them by their names."""
+    wrong, count = [], 0
+    for folder in FOLDERS:
+        there = set()
+        for path, text in sorted((path, text) for path, text in on_disk().items() if path.startswith(f"{folder}/")):
+            item = yaml.load(text, Loader)
+            there.add((item["kind"], item["metadata"]["name"]))
+            pod = item["spec"].get("template", {}).get("spec", {}) if item["kind"] in WORKLOADS else {}
+            needs = {("ServiceAccount", pod.get("serviceAccountName")), ("Role", item.get("roleRef", {}).get("name"))}
+            needs |= {("ConfigMap", volume.get("configMap", {}).get("name")) for volume in pod.get("volumes", [])}
+            needs = {need for need in needs if need[1] not in (None, "default")}
+            count += len(needs)
+            wrong += [f"{path} comes before {kind} {name}" for kind, name in sorted(needs - there)]
+    return count, wrong
 
 
 def parsed():

@@ -35,7 +35,7 @@ def pretend(copy, live):
     by_name = {f"{item['kind']} {item['metadata']['name']}": item for item in live}
     (copy / "live.json").write_text(json.dumps(by_name))
     for path in (copy / "templates").glob("*.*"):
-        asks = r'lookup "\S+" "(\S+)" (\$root|)\.Release\.Namespace ("\S+"|\$\w+)'
+        asks = r'lookup "\S+" "(\S+)" (?:""|(\$root|)\.Release\.Namespace) ("\S*"|\$\w+)'
         answer = r'get (\2.Files.Get "live.json" | fromJson) (printf "\1 %s" \3)'
         text = re.sub(asks, answer, path.read_text())
         assert "lookup" not in text, f"{path.name} looks something up in another way"
