@@ -15,7 +15,7 @@ test: needs fmt lint unit docs manifests browser
 # RUNLEVEL: none of it is to be started as a service.
 needs:
 	@for tool in python3:python3 unshare:util-linux ip:iproute2 perl:perl-base cc:gcc nats-server:nats-server \
-	    promtool:prometheus amtool:prometheus-alertmanager curl:curl node:nodejs npm:npm; do \
+	    promtool:prometheus amtool:prometheus-alertmanager curl:curl openssl:openssl node:nodejs npm:npm; do \
 	  command -v $${tool%%:*} >/dev/null || missing="$$missing $${tool##*:}"; \
 	done; \
 	python3 -c 'import ensurepip' 2>/dev/null || missing="$$missing python3-venv"; \
@@ -48,6 +48,18 @@ manifests:
 browser:
 	cargo build --locked
 	BROWSER_MODULES=$$(tests/browser/tools.sh) node tests/browser/run.mjs
+
+# Chart, plain manifests and a changed Secret on a real control plane, which is built from Go modules the first time:
+# some ten minutes. Needs Go 1.26 or what can fetch it (1.21 and later), and root for a network of its own.
+.PHONY: kubernetes
+test: kubernetes
+kubernetes:
+	cargo build --locked
+	@if command -v go >/dev/null; then \
+	  tools=$$(tests/kubernetes/tools.sh) && python3 -B tests/kubernetes/check.py "$$tools"; \
+	else \
+	  echo "SKIPPED: the checks on a real control plane (tests/kubernetes/), since there is no Go to build it with"; \
+	fi
 
 # yaml/, yaml_arm/ and namespaces.yml, from the chart.
 yaml:
