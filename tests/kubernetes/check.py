@@ -1,7 +1,7 @@
 """Checks on a real control plane: the chart and the plain manifests as they are installed, and a gateway beside the
 cluster while its Secret changes. `make kubernetes` runs them.
 
-They have a network of their own, where nothing listens that somebody else has started."""
+They have a network of their own, so that no other program of the machine has their ports."""
 
 import os
 import shutil
