@@ -1,12 +1,15 @@
 //! The one place where a failure becomes a status, and words for the caller.
 
 use std::fmt;
+use std::sync::Arc;
 
 use http::header::{ALLOW, CONNECTION, CONTENT_TYPE, RETRY_AFTER};
 use http::{HeaderMap, HeaderValue, Response, StatusCode};
 
 use crate::chain;
 use crate::function::Function;
+use crate::provider::signals::{DOES_NOT_START, X_GATEWAY_REASON};
+use crate::provider::types::StartFailure;
 use crate::proxy::body::BodyError;
 use crate::proxy::client;
 use crate::proxy::codings::CodingError;
@@ -35,6 +38,9 @@ pub enum Error {
     LineFull(Function),
     #[error("function {0} is not ready: {1}")]
     NotReady(Function, String),
+    /// What its processes have said is for operators alone: see [`Error::for_operators`].
+    #[error("function {0} does not start")]
+    DoesNotStart(Function, Arc<StartFailure>),
     #[error(
         "the provider does not answer whether function {0} exists, and calls of {1} others that it did not answer for \
          are queued already"
@@ -84,9 +90,11 @@ impl Error {
             Self::Queue(error) => queue_status(error),
             Self::Unauthorized => StatusCode::UNAUTHORIZED,
             Self::Forbidden(_) => StatusCode::FORBIDDEN,
-            Self::Overloaded | Self::LineFull(_) | Self::NotReady(..) | Self::Unverified(..) => {
-                StatusCode::SERVICE_UNAVAILABLE
-            }
+            Self::Overloaded
+            | Self::LineFull(_)
+            | Self::NotReady(..)
+            | Self::DoesNotStart(..)
+            | Self::Unverified(..) => StatusCode::SERVICE_UNAVAILABLE,
             Self::Provider(_) | Self::CredentialsRefused(_) => StatusCode::INTERNAL_SERVER_ERROR,
             Self::NotImplemented(_) => StatusCode::NOT_IMPLEMENTED,
             Self::TooLarge(_) => StatusCode::PAYLOAD_TOO_LARGE,
@@ -118,6 +126,10 @@ impl Error {
             Self::MethodNotAllowed(allow) => {
                 headers.insert(ALLOW, HeaderValue::from_static(allow));
             }
+            Self::DoesNotStart(..) => {
+                headers.insert(RETRY_AFTER, HeaderValue::from_static("30"));
+                headers.insert(X_GATEWAY_REASON, DOES_NOT_START);
+            }
             Self::Unauthorized => {
                 let realm = HeaderValue::from_static("Basic realm=\"Restricted\"");
                 headers.insert(http::header::WWW_AUTHENTICATE, realm);
@@ -127,14 +139,34 @@ impl Error {
         headers
     }
 
+    /// What an operator may know beyond the message itself.
+    fn for_operators(&self) -> Option<String> {
+        let Self::DoesNotStart(_, failure) = self else { return None };
+        let StartFailure { starts, reason, last_output } = &**failure;
+        let output = match last_output.as_str() {
+            "" => "and wrote nothing".to_owned(),
+            line => format!("and wrote as its last line: {line}"),
+        };
+        Some(format!("the last of {starts} starts ended with {reason}, {output}"))
+    }
+
     /// The answer; `call_id` is named where there is one.
     pub fn answer(&self, call_id: Option<&HeaderValue>) -> Response<String> {
+        self.answer_to(call_id, false)
+    }
+
+    /// The answer; `call_id` is named where there is one. `operator`: whoever gets it may know everything.
+    pub fn answer_to(&self, call_id: Option<&HeaderValue>, operator: bool) -> Response<String> {
         let status = self.status();
         let call_id = call_id.and_then(|id| id.to_str().ok());
         tracing::debug!(call_id, %status, error = %Causes(self), "Request failed");
+        let mut text = self.to_string();
+        if let Some(more) = self.for_operators().filter(|_| operator) {
+            text = format!("{text}: {more}");
+        }
         let text = match call_id {
-            Some(id) => format!("{self} (call {id})\n"),
-            None => format!("{self}\n"),
+            Some(id) => format!("{text} (call {id})\n"),
+            None => format!("{text}\n"),
         };
         let mut answer = Response::new(text);
         *answer.status_mut() = status;
@@ -241,6 +273,25 @@ mod tests {
         assert_eq!(error.to_string(), "cannot connect to the upstream: TLS failed");
         assert_eq!(error.answer(None).into_body(), format!("{error}\n"));
         assert_eq!(Causes(&error).to_string(), format!("{error}: {WHY}"));
+    }
+
+    #[test]
+    fn what_a_function_wrote_is_for_operators_alone() {
+        let failure = StartFailure {
+            starts: 3,
+            reason: "exit status: 1".to_owned(),
+            last_output: "no such key: s3cret".to_owned(),
+        };
+        let function = Function::parse("f", "fn").unwrap();
+        let error = Error::DoesNotStart(function, failure.into());
+        assert_eq!(error.answer(None).into_body(), "function f.fn does not start\n");
+        assert!(!Causes(&error).to_string().contains("s3cret"));
+        let told = error.answer_to(None, true);
+        assert_eq!(
+            (told.status().as_u16(), &told.headers()[X_GATEWAY_REASON]),
+            (503, &DOES_NOT_START)
+        );
+        assert!(told.body().contains("exit status: 1") && told.body().contains("s3cret"));
     }
 
     #[test]

@@ -1,6 +1,7 @@
 //! The corridor of a call: prepare → forward → measure. One for each thread that carries calls.
 
 mod careful;
+pub mod operators;
 
 use std::sync::Arc;
 use std::time::Instant;
@@ -16,6 +17,7 @@ use crate::config::base_url::BaseUrl;
 use crate::error::Error;
 use crate::function::Function;
 use crate::invoke::careful::{Target, through};
+use crate::invoke::operators::Operators;
 use crate::limit::{CallLimit, Share};
 use crate::metrics::calls::{Call, End, Shard};
 use crate::provider::Provider;
@@ -44,6 +46,8 @@ pub struct Invoker {
     pub provider: Provider,
     /// Wakes functions, if that is to be done.
     pub scaling: Option<Arc<Scaling>>,
+    /// Who is told why a function does not start.
+    pub operators: Operators,
 }
 
 /// The way to a function.
@@ -66,6 +70,8 @@ pub struct Prepared {
     way: Way,
     stamps: Stamps,
     in_flight: InFlight,
+    /// The call is an operator's. Found out for functions that are not ready only: others have no need of it.
+    operator: bool,
 }
 
 impl Prepared {
@@ -106,6 +112,9 @@ impl Invoker {
             return Err(self.refuse(caller, &Error::Overloaded, request.headers()));
         };
         let stamps = Stamps::of(request.headers());
+        let operator = self.scaling.is_some()
+            && !call.is_warm()
+            && self.operators.include(request.headers(), caller.address.ip());
         let request = request.map(|body| caller_body(body, caller));
         let way = match &self.route {
             Route::Provider(origin) => {
@@ -115,7 +124,7 @@ impl Invoker {
             }
             Route::Direct { .. } => Way::Direct(Some(Box::new(request))),
         };
-        Ok(Prepared { way, stamps, in_flight: InFlight { call, place } })
+        Ok(Prepared { way, stamps, in_flight: InFlight { call, place }, operator })
     }
 
     /// Makes the call, and answers with what its function says. One that changes protocols is watched by `trip` to its
@@ -126,11 +135,11 @@ impl Invoker {
         prepared: Prepared,
         trip: &mut Option<Box<Trip>>,
     ) -> Response<Answer> {
-        let Prepared { mut way, stamps, mut in_flight } = prepared;
+        let Prepared { mut way, stamps, mut in_flight, operator } = prepared;
         let (mut answer, tunnel) =
             match self.forward(caller, &mut in_flight.call, &stamps, &mut way).await {
                 Ok(Forwarded { answer, tunnel, .. }) => (answer.map(Content::Upstream), tunnel),
-                Err(error) => (text(&error, Some(&stamps.call_id)), None),
+                Err(error) => (text(&error, Some(&stamps.call_id), operator), None),
             };
         in_flight.call.answered(answer.status());
         stamps.put_on_answer(answer.headers_mut());
@@ -241,7 +250,7 @@ impl Invoker {
         request: &HeaderMap,
     ) -> Box<Response<Answer>> {
         let stamps = Stamps::of(request);
-        let mut answer = text(error, Some(&stamps.call_id));
+        let mut answer = text(error, Some(&stamps.call_id), false);
         stamps.put_on_answer(answer.headers_mut());
         Box::new(answer.map(|content| self.answer(caller, content, None)))
     }
@@ -260,8 +269,8 @@ async fn keep_open(tunnel: Tunnel, in_flight: InFlight, trip: Option<Box<Trip>>)
     in_flight.call.ended(End::Whole, Instant::now());
 }
 
-fn text(error: &Error, call_id: Option<&HeaderValue>) -> Response<Content> {
-    error.answer(call_id).map(|text| Content::Full(Some(text.into())))
+fn text(error: &Error, call_id: Option<&HeaderValue>, operator: bool) -> Response<Content> {
+    error.answer_to(call_id, operator).map(|text| Content::Full(Some(text.into())))
 }
 
 /// What stands between `/function/` and the next slash.

@@ -11,6 +11,7 @@ pub(crate) mod fuzz;
 pub mod guard;
 pub mod headers;
 mod link;
+pub mod outgoing;
 mod sniff;
 mod stream;
 pub mod tunnel;

@@ -4,7 +4,7 @@
 use axum::extract::{Request, State};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
-use http::header::{HOST, ORIGIN};
+use http::header::{FORWARDED, HOST, ORIGIN};
 use http::{HeaderMap, HeaderName, Method};
 
 use crate::chain::X_GATEWAY_CALLBACK;
@@ -94,6 +94,15 @@ impl Foreign {
             Self::Page => "the request was made by a web page of another origin",
         }
     }
+}
+
+/// Whether a request with these headers may be one of the machine's own operator, where the API is open to this machine
+/// alone: made by a tool or our own page, and not passed on by a proxy.
+pub fn is_of_this_machine(headers: &HeaderMap) -> bool {
+    let passed_on = [X_FORWARDED_HOST, HeaderName::from_static("x-forwarded-for"), FORWARDED];
+    headers.contains_key(HOST)
+        && check(headers, Names::Local).is_ok()
+        && !passed_on.iter().any(|name| headers.contains_key(name))
 }
 
 fn check(headers: &HeaderMap, names: Names) -> Result<(), Foreign> {

@@ -17,6 +17,7 @@ use crate::auth::Credentials;
 use crate::autoscale::alerts::Ignored;
 use crate::config::{Access, Backend, Serve, Timeouts, Traces};
 use crate::health::Health;
+use crate::invoke::operators::Operators;
 use crate::invoke::{Invoker, Route};
 use crate::limit::CallLimit;
 use crate::metrics::Metrics;
@@ -318,6 +319,17 @@ impl Parts {
         worker::worker(config, parts).map(Some)
     }
 
+    /// Who is known to be an operator by a call alone.
+    fn operators(&self) -> Operators {
+        match &self.credentials {
+            // Asking it for each call of a function that is not ready would be too much.
+            _ if self.config.auth.proxy.is_some() => Operators::Unknown,
+            Some(credentials) => Operators::Credentials(Arc::clone(credentials)),
+            None if self.config.local_only => Operators::Local,
+            None => Operators::Unknown,
+        }
+    }
+
     /// What one thread answers callers with; to be called on its runtime.
     fn door(&self, thread: usize, client: &Arc<Client>) -> Door {
         let provider = self.provider(client);
@@ -337,6 +349,7 @@ impl Parts {
             route,
             provider: provider.clone(),
             scaling: self.scaling.clone(),
+            operators: self.operators(),
         };
         let auth = &self.config.auth;
         let api = Api {

@@ -83,7 +83,7 @@ impl Provider {
     ) -> anyhow::Result<Self> {
         let listener = bind(config.listen, 1)?.remove(0);
         raise_file_limit();
-        let process = Process::open(config, tasks).await?;
+        let process = Process::open_alone(config, tasks).await?;
         Ok(Self {
             address: listener.local_addr()?,
             process,

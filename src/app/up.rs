@@ -38,7 +38,7 @@ async fn up(mut config: Up, functions: Vec<FunctionDeployment>) -> anyhow::Resul
     let started = async {
         for function in &functions {
             let name = &function.service;
-            let deployed = provider.process.deploy(function.clone()).await;
+            let deployed = provider.process.apply(function.clone()).await;
             deployed.with_context(|| format!("function {name}"))?;
         }
         provider.serve(&provider_tasks);

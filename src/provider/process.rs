@@ -7,7 +7,10 @@ mod activity;
 mod api;
 mod call;
 mod cgi;
+mod cgroup;
 mod command;
+mod containment;
+mod descendants;
 mod drive;
 mod entry;
 mod files;
@@ -34,6 +37,7 @@ mod runner;
 mod secret_api;
 mod secrets;
 mod spec;
+mod start_failure;
 mod store;
 mod stream;
 mod sync;
@@ -43,6 +47,7 @@ mod words;
 mod workload;
 
 use std::collections::BTreeSet;
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -52,7 +57,10 @@ pub use self::api::router;
 pub use self::refusal::Refusal;
 use crate::config;
 use crate::function::Function;
+use crate::provider::process::cgroup::Cgroups;
 use crate::provider::process::command::{DEFAULT_PATH, find};
+use crate::provider::process::containment::Containment;
+use crate::provider::process::descendants::Descendants;
 use crate::provider::process::entry::Entry;
 use crate::provider::process::logs::Logs;
 use crate::provider::process::mounts::{Mounts, SECRETS};
@@ -89,9 +97,25 @@ impl Process {
     /// # Errors
     /// When the state directory cannot be written, is in use by another provider, or is damaged.
     pub async fn open(config: &config::Provider, tasks: &Tasks) -> anyhow::Result<Arc<Self>> {
+        Self::open_in(config, tasks, false).await
+    }
+
+    /// Does the same for a process that has no children but the provider's, and so can adopt their orphans.
+    ///
+    /// # Errors
+    /// Those of `open`.
+    pub async fn open_alone(config: &config::Provider, tasks: &Tasks) -> anyhow::Result<Arc<Self>> {
+        Self::open_in(config, tasks, true).await
+    }
+
+    async fn open_in(
+        config: &config::Provider,
+        tasks: &Tasks,
+        is_alone: bool,
+    ) -> anyhow::Result<Arc<Self>> {
         let store = Store::open(&config.state_dir)?;
         let root = &store.root;
-        let orphans = Orphans::open(root.join("running"))?;
+        let mut orphans = Orphans::open(root.join("running"))?;
         let killed =
             orphans.kill_all().context("cannot end the processes of an earlier provider")?;
         if killed > 0 {
@@ -99,6 +123,12 @@ impl Process {
         }
         let secrets = Secrets::open(root.join("secrets"))?;
         let mounts = probe_mounts(&secrets, config).await;
+        // The last that starts a process by itself: the provider has no unknown children from here on.
+        orphans.containment = contain(root.join("cgroup"), config, is_alone).await;
+        if let Some(descendants) = orphans.containment.descendants.clone() {
+            tasks.spawn(|stopping| descendants.watch(stopping));
+        }
+        orphans.containment.announce();
         let environment = config.environment.clone();
         let runner = Arc::new(Runner::new(tasks, orphans, secrets, mounts, environment));
         let process = Arc::new(Self {
@@ -121,6 +151,23 @@ impl Process {
         self.change(move |process| {
             let function = process.admit(&deployment)?;
             process.install(&function, deployment)
+        })
+        .await
+    }
+
+    /// Deploys a function, unless it is deployed in just this way already: then it is left alone, whatever it is doing.
+    /// Returns whether anything has changed.
+    ///
+    /// # Errors
+    /// `Refusal::Invalid` with the reason when it cannot run here.
+    pub async fn apply(self: &Arc<Self>, deployment: FunctionDeployment) -> Result<bool, Refusal> {
+        self.change(move |process| {
+            let function = process.admit(&deployment)?;
+            if process.table.get(&function).is_some_and(|entry| entry.is_deployed_as(&deployment)) {
+                tracing::info!(function = %function, "{function} is unchanged");
+                return Ok(false);
+            }
+            process.install(&function, deployment).map(|()| true)
         })
         .await
     }
@@ -181,10 +228,11 @@ impl Process {
     /// Stops all processes: asks them to end, and kills those that have not after `grace`.
     pub async fn stop(&self, grace: Duration) {
         self.runner.tasks.stop(grace).await;
+        self.runner.orphans.containment.close();
     }
 
     fn entry(&self, function: &Function) -> Result<Arc<Entry>, Refusal> {
-        let missing = || Refusal::NotFound(format!("function {function} is not deployed"));
+        let missing = || Refusal::NoSuchFunction(function.to_string());
         self.table.get(function).ok_or_else(missing)
     }
 
@@ -319,11 +367,30 @@ fn check_replicas(spec: &Spec, replicas: u64) -> Result<(), Refusal> {
     }
 }
 
+/// Finds out how what functions start can be held together.
+async fn contain(record: PathBuf, config: &config::Provider, is_alone: bool) -> Containment {
+    let cgroups = Cgroups::open(record, path(config)).await;
+    let cgroups = cgroups.inspect_err(|error| tracing::debug!("No cgroups: {error:#}")).ok();
+    let descendants = match is_alone.then(Descendants::adopt) {
+        Some(Ok(descendants)) => Some(descendants),
+        Some(Err(error)) => {
+            tracing::warn!(%error, "Orphans cannot be adopted");
+            None
+        }
+        None => None,
+    };
+    Containment { cgroups, descendants }
+}
+
+/// The PATH that the provider's own programs are looked up in.
+fn path(config: &config::Provider) -> &str {
+    let path = config.environment.iter().find(|(name, _)| name == "PATH");
+    path.map_or(DEFAULT_PATH, |(_, path)| path.as_str())
+}
+
 /// Finds out how functions get to see their secrets.
 async fn probe_mounts(secrets: &Secrets, config: &config::Provider) -> Option<Mounts> {
-    let path = config.environment.iter().find(|(name, _)| name == "PATH");
-    let path = path.map_or(DEFAULT_PATH, |(_, path)| path.as_str());
-    match Mounts::probe(&secrets.root, path).await {
+    match Mounts::probe(&secrets.root, path(config)).await {
         Ok(mounts) => {
             tracing::info!(
                 can_be_undone = !mounts.stay(),

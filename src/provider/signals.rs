@@ -11,6 +11,11 @@ pub const X_OPENFAAS_INTERNAL: HeaderName = HeaderName::from_static("x-openfaas-
 /// Why a provider or a gateway answers with an error, as one word.
 pub const X_GATEWAY_REASON: HeaderName = HeaderName::from_static("x-gateway-reason");
 
+/// The value of `X-Gateway-Reason` where the function's processes end at their start.
+pub const DOES_NOT_START: HeaderValue = HeaderValue::from_static("does-not-start");
+/// The value of `X-Gateway-Reason` where there is no such function.
+pub const NO_SUCH_FUNCTION: HeaderValue = HeaderValue::from_static("no-such-function");
+
 /// The start of all names that gateways use among themselves.
 const OURS: &str = "x-gateway-";
 

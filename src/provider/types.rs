@@ -41,6 +41,9 @@ pub struct FunctionStatus {
     pub created_at: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub usage: Option<Usage>,
+    /// Why there is no replica to call, if none can be started.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub start_failure: Option<StartFailure>,
 }
 
 /// What the gateway itself needs of a function's status. The rest is passed on, not understood: an odd value there is
@@ -55,6 +58,32 @@ pub struct FunctionSummary {
     pub replicas: u64,
     pub available_replicas: u64,
     pub usage: Option<Usage>,
+    /// Read only if it is what our own provider would write.
+    #[serde(deserialize_with = "if_understood")]
+    pub start_failure: Option<StartFailure>,
+}
+
+/// How the starts of a function fail. For operators: the last line may say anything.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct StartFailure {
+    /// How many have failed in a row.
+    pub starts: u64,
+    /// How the last one ended, such as `exit status: 1`.
+    pub reason: String,
+    /// The last line that it wrote.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub last_output: String,
+}
+
+/// What is not understood counts as absent.
+fn if_understood<'de, D, T>(deserializer: D) -> Result<Option<T>, D::Error>
+where
+    D: serde::Deserializer<'de>,
+    T: serde::de::DeserializeOwned,
+{
+    let value = serde_json::Value::deserialize(deserializer)?;
+    Ok(serde_json::from_value(value).ok())
 }
 
 /// A function as it is to be deployed.
@@ -162,5 +191,23 @@ pub struct LogLine {
 impl std::fmt::Debug for Secret {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Secret").field("name", &self.name).finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_start_failure_of_another_kind_spoils_no_status() {
+        let read = |failure: &str| {
+            let text = format!(r#"{{"name":"f","replicas":1,"startFailure":{failure}}}"#);
+            let summary: FunctionSummary = serde_json::from_str(&text).unwrap();
+            (summary.replicas, summary.start_failure.map(|failure| failure.starts))
+        };
+        assert_eq!(read(r#"{"starts":3,"reason":"exit status: 1"}"#), (1, Some(3)));
+        for other in ["null", "true", "\"x\"", "{}", "[]", r#"{"starts":"3","reason":7}"#] {
+            assert_eq!(read(other), (1, None), "{other}");
+        }
     }
 }

@@ -147,6 +147,8 @@ pub struct Client {
     connect_timeout: Duration,
     /// Where it may connect to; `None`: anywhere.
     guard: Option<Box<dyn Guard>>,
+    /// Whether the system is asked about an idle link before it is used.
+    looks: bool,
 }
 
 #[derive(Default)]
@@ -168,7 +170,28 @@ impl Client {
 
     /// The same, where each address of an upstream has `connect_timeout` to accept a connection before another is tried.
     pub fn connecting_within(connect_timeout: Duration, limits: Idle, tls: Tls) -> Arc<Self> {
-        Arc::new(Self { pool: Mutex::default(), limits, tls, connect_timeout, guard: None })
+        Arc::new(Self {
+            pool: Mutex::default(),
+            limits,
+            tls,
+            connect_timeout,
+            guard: None,
+            looks: false,
+        })
+    }
+
+    /// A client for processes of this machine, which may be killed at any time. It asks the system about each idle link
+    /// before it uses it: the runtime hears of a peer's end a moment after it, and what is written in that moment
+    /// cannot be told from what a process has read.
+    pub fn to_processes(limits: Idle) -> Arc<Self> {
+        Arc::new(Self {
+            pool: Mutex::default(),
+            limits,
+            tls: Tls::default(),
+            connect_timeout: CONNECT_TIMEOUT,
+            guard: None,
+            looks: true,
+        })
     }
 
     /// A client that connects only to what `guard` admits. It is asked for each connection, since names change what they
@@ -176,7 +199,7 @@ impl Client {
     pub fn guarded(limits: Idle, tls: Tls, guard: impl Guard + 'static) -> Arc<Self> {
         let guard: Option<Box<dyn Guard>> = Some(Box::new(guard));
         let connect_timeout = CONNECT_TIMEOUT;
-        Arc::new(Self { pool: Mutex::default(), limits, tls, connect_timeout, guard })
+        Arc::new(Self { pool: Mutex::default(), limits, tls, connect_timeout, guard, looks: false })
     }
 
     /// Sends `request`, whose headers are ready for the wire, as `carry` does.
@@ -204,6 +227,9 @@ impl Client {
         let repeatable = upload.is_repeatable();
         let mut closed = None;
         while let Some(mut link) = self.checkout(&origin.key) {
+            if self.looks && link.has_news() {
+                continue;
+            }
             match link.exchange(upload, watch).await {
                 Ok(answer) => return Ok(self.answer(origin, link, answer, watch)),
                 Err(Failure::Unsent(unsent)) => *upload = unsent,

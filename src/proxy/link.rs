@@ -278,6 +278,11 @@ impl Link {
         read.is_pending()
     }
 
+    /// Whether the system has the peer's end, or words that nobody asked for, on a link that is idle.
+    pub(super) fn has_news(&self) -> bool {
+        self.stream.has_news()
+    }
+
     /// The connection itself, and what has been read ahead on it.
     pub(super) fn into_parts(self) -> (UpstreamStream, Bytes) {
         (self.stream, self.input.freeze())

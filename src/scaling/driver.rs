@@ -75,8 +75,8 @@ impl Driver {
         let (scaling, line) = (Arc::clone(&self.scaling), Arc::clone(&self.line));
         let function = &line.function;
         let hold = if self.cold { HOLD } else { Duration::ZERO };
-        let replicas = match scaling.provider.status_held(function, hold).await {
-            Ok(status) => Replicas::from(&status),
+        let (replicas, failure) = match scaling.provider.status_held(function, hold).await {
+            Ok(status) => (Replicas::from(&status), status.start_failure),
             Err(Error::NoSuchFunction(_)) => {
                 scaling.known.found(function, false, asked);
                 self.close(Over::NoSuchFunction);
@@ -91,6 +91,15 @@ impl Driver {
         };
         scaling.known.learn(function);
         line.exists();
+        // One that is at zero may have been mended meanwhile: it is started first.
+        if let Some(failure) = failure.filter(|_| replicas.available == 0 && replicas.wanted > 0) {
+            scaling.known.found(function, false, asked);
+            let (starts, reason, last_output) =
+                (failure.starts, &failure.reason, &failure.last_output);
+            tracing::warn!(function = %function, starts, reason, last_output, "{function} does not start");
+            self.close(Over::DoesNotStart(failure.into()));
+            return Ok(());
+        }
         let scaled = self.scaled.is_some_and(|at| at.elapsed() < SCALE_AGAIN);
         let step = next_step(replicas, scaled);
         if step == Step::Call {

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use tokio::sync::watch;
 
 use crate::function::Function;
+use crate::provider::types::StartFailure;
 
 /// A function that is being asked about, or has become ready just now.
 pub(super) struct Line {
@@ -53,6 +54,8 @@ pub(super) struct Ready {
 #[derive(Clone, Debug)]
 pub(super) enum Over {
     NoSuchFunction,
+    /// Its processes end at their start, again and again.
+    DoesNotStart(Arc<StartFailure>),
     Failed(Arc<str>),
     /// The provider answers, but refuses to say: it refuses the credentials of this gateway.
     Unsaid,

@@ -99,6 +99,9 @@ impl Passage {
         match settled.unwrap_or(Phase::Asking) {
             Phase::Ready(ready) => Ok(self.note(ready)),
             Phase::Over(Over::NoSuchFunction) => Err(Error::NoSuchFunction(self.function.clone())),
+            Phase::Over(Over::DoesNotStart(failure)) => {
+                Err(Error::DoesNotStart(self.function.clone(), failure))
+            }
             Phase::Over(Over::Failed(reason)) => Err(self.not_ready(&reason)),
             Phase::Over(Over::Unsaid) => {
                 Ok(Ready { asked: Instant::now(), woken: None, had_none: None })

@@ -10,7 +10,9 @@ use axum::http::{HeaderName, HeaderValue, StatusCode};
 use axum::response::{IntoResponse, Response};
 
 use crate::function::Function;
-use crate::provider::signals::{INTERNAL, X_OPENFAAS_INTERNAL};
+use crate::provider::signals::{
+    DOES_NOT_START, INTERNAL, NO_SUCH_FUNCTION, X_GATEWAY_REASON, X_OPENFAAS_INTERNAL,
+};
 
 const X_DURATION_SECONDS: HeaderName = HeaderName::from_static("x-duration-seconds");
 
@@ -32,6 +34,8 @@ pub(super) enum CallError {
     ScaledToZero(Function),
     #[error("function {0} has no replica that is ready")]
     NotReady(Function),
+    #[error("function {0} does not start")]
+    DoesNotStart(Function),
     #[error("function {0} has {1} calls in flight, which is all that max_inflight allows")]
     Busy(Function, u64),
     #[error(
@@ -54,9 +58,11 @@ impl CallError {
     fn status(&self) -> StatusCode {
         match self {
             Self::NotFound(_) => StatusCode::NOT_FOUND,
-            Self::Full(..) | Self::ScaledToZero(_) | Self::NotReady(_) | Self::Stopped(_) => {
-                StatusCode::SERVICE_UNAVAILABLE
-            }
+            Self::Full(..)
+            | Self::ScaledToZero(_)
+            | Self::NotReady(_)
+            | Self::DoesNotStart(_)
+            | Self::Stopped(_) => StatusCode::SERVICE_UNAVAILABLE,
             Self::Busy(..) => StatusCode::TOO_MANY_REQUESTS,
             Self::Start(_, error) => match error.kind() {
                 // All headers are given to the process in its environment, which the kernel limits.
@@ -86,6 +92,11 @@ impl IntoResponse for CallError {
         if self.is_internal() {
             headers.insert(X_OPENFAAS_INTERNAL, INTERNAL);
         }
+        match self {
+            Self::DoesNotStart(_) => headers.insert(X_GATEWAY_REASON, DOES_NOT_START),
+            Self::NotFound(_) => headers.insert(X_GATEWAY_REASON, NO_SUCH_FUNCTION),
+            _ => None,
+        };
         if matches!(
             response.status(),
             StatusCode::TOO_MANY_REQUESTS | StatusCode::SERVICE_UNAVAILABLE

@@ -162,7 +162,8 @@ impl Driver {
                 },
             }
         };
-        if !outputs_done && group.is_live() {
+        // What has left the group may have the output open, too.
+        if !outputs_done {
             match timeout(LINGER, &mut outputs).await {
                 Ok(done) => outputs_done = done.map(|_| true)?,
                 Err(_) => group.kill(),

@@ -1,5 +1,6 @@
 //! A function as it is deployed now: what was asked for, and what runs.
 
+use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -17,7 +18,26 @@ use crate::provider::process::store::SavedFunction;
 use crate::provider::process::sync::lock;
 use crate::provider::process::workload::Workload;
 use crate::provider::process::{fork, http_mode};
-use crate::provider::types::{FunctionDeployment, FunctionStatus};
+use crate::provider::types::{FunctionDeployment, FunctionStatus, Resources, StartFailure};
+
+/// The label by which clients find the function that something belongs to. Every function has it.
+const FAAS_FUNCTION: &str = "faas_function";
+
+/// `deployment` with nothing in place of what is empty, which means the same.
+fn without_empty(deployment: FunctionDeployment) -> FunctionDeployment {
+    let map = |map: Option<BTreeMap<_, _>>| map.filter(|map| !map.is_empty());
+    let list = |list: Option<Vec<_>>| list.filter(|list| !list.is_empty());
+    FunctionDeployment {
+        env_vars: map(deployment.env_vars),
+        labels: map(deployment.labels),
+        annotations: map(deployment.annotations),
+        constraints: list(deployment.constraints),
+        secrets: list(deployment.secrets),
+        limits: deployment.limits.filter(|limits| *limits != Resources::default()),
+        requests: deployment.requests.filter(|requests| *requests != Resources::default()),
+        ..deployment
+    }
+}
 
 #[derive(Debug)]
 pub(super) struct Entry {
@@ -68,6 +88,13 @@ impl Entry {
         }
     }
 
+    /// Whether `deployment`, which names this function, asks for what is deployed already.
+    pub(super) fn is_deployed_as(&self, deployment: &FunctionDeployment) -> bool {
+        let namespace = self.workload.function.namespace.clone();
+        let wanted = FunctionDeployment { namespace, ..deployment.clone() };
+        without_empty(wanted) == without_empty(self.deployment.clone())
+    }
+
     /// Starts or stops processes until there are as many as wanted.
     pub(super) fn scale(&self, replicas: u64) {
         self.replicas.store(replicas, Relaxed);
@@ -82,17 +109,20 @@ impl Entry {
     /// Takes over from `before`: its processes take the calls until those of this entry can.
     pub(super) fn take_over(self: &Arc<Self>, before: &Self, runner: &Runner) {
         let Some(old) = before.give_up_pool() else { return };
-        let Some(pool) = self.pool.clone().filter(|_| self.replicas() > 0) else {
+        // One that cannot be called has nothing to bridge, and would only be started again and again beside this one.
+        let bridges = self.replicas() > 0 && old.ready() > 0;
+        let Some(pool) = self.pool.clone().filter(|_| bridges) else {
             old.scale(0);
             return;
         };
-        *lock(&self.previous) = Some(old);
+        *lock(&self.previous) = Some(Arc::clone(&old));
         let entry = Arc::clone(self);
         let stopping = runner.tasks.stopping.clone();
         runner.tasks.spawn(async move {
             // All branches are cancel-safe.
             tokio::select! {
                 () = pool.until_ready(entry.replicas().max(1)) => entry.retire_previous(),
+                () = old.until_failing() => entry.retire_previous(),
                 () = entry.settled.cancelled() => {}
                 () = stopping.cancelled() => {}
             }
@@ -114,11 +144,21 @@ impl Entry {
         match &self.workload.spec.mode {
             Mode::Fork(fork) => fork::call(runner, &self.workload, fork, limit, call).await,
             Mode::Http { .. } => {
-                let seat = self.seat().map_err(|reason| match reason {
-                    NoSeat::Busy => CallError::Busy(function.clone(), limit),
-                    NoSeat::NoneReady => CallError::NotReady(function.clone()),
-                })?;
-                http_mode::call(&runner.tasks, &self.workload, seat, call).await
+                let seat = || {
+                    self.seat().map_err(|reason| match reason {
+                        NoSeat::Busy => CallError::Busy(function.clone(), limit),
+                        NoSeat::NoneReady if self.start_failure().is_some() => {
+                            CallError::DoesNotStart(function.clone())
+                        }
+                        NoSeat::NoneReady => CallError::NotReady(function.clone()),
+                    })
+                };
+                let another = |refused: &Seat| {
+                    refused.is_refused();
+                    self.readiness_changed();
+                    seat()
+                };
+                http_mode::call(&runner.tasks, &self.workload, seat()?, another, call).await
             }
         }
     }
@@ -126,6 +166,8 @@ impl Entry {
     /// What the API says of this function, without its usage.
     pub(super) fn status(&self) -> FunctionStatus {
         let it = self.deployment.clone();
+        let mut labels = it.labels.unwrap_or_default();
+        labels.insert(FAAS_FUNCTION.to_owned(), it.service.clone());
         FunctionStatus {
             name: it.service,
             namespace: it.namespace,
@@ -134,7 +176,7 @@ impl Entry {
             env_vars: it.env_vars,
             constraints: it.constraints,
             secrets: it.secrets,
-            labels: it.labels,
+            labels: Some(labels),
             annotations: it.annotations,
             limits: it.limits,
             requests: it.requests,
@@ -144,6 +186,19 @@ impl Entry {
             available_replicas: self.available(),
             created_at: Some(self.created_at.clone()),
             usage: None,
+            start_failure: self.start_failure(),
+        }
+    }
+
+    /// How the starts of all replicas fail, if they do so again and again and there is nobody to call.
+    fn start_failure(&self) -> Option<StartFailure> {
+        let pool = self.pool.as_ref().filter(|_| self.available() == 0)?;
+        pool.start_failure()
+    }
+
+    fn readiness_changed(&self) {
+        for pool in self.pool.iter().chain(lock(&self.previous).as_ref()) {
+            pool.readiness_changed();
         }
     }
 
@@ -156,7 +211,8 @@ impl Entry {
         }
     }
 
-    /// Waits until a replica can be called, for at most `patience`; not at all if none is wanted.
+    /// Waits until a replica can be called, for at most `patience`; not at all if none is wanted, or none can be
+    /// started.
     pub(super) async fn until_available(&self, patience: Duration) {
         if self.replicas() == 0 || self.available() > 0 {
             return;
@@ -164,7 +220,7 @@ impl Entry {
         if let Some(pool) = &self.pool {
             // Both branches are cancel-safe: waiting changes nothing.
             tokio::select! {
-                _ = timeout(patience, pool.until_ready(1)) => {}
+                _ = timeout(patience, pool.until_ready_or_failing()) => {}
                 () = pool.runner.tasks.stopping.cancelled() => {}
             }
         }

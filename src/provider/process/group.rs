@@ -1,4 +1,4 @@
-//! A process and all it has started: one process group, which ends as a whole.
+//! A process and all it has started: one process group, and what has left it, which end as a whole.
 
 use std::io;
 use std::process::ExitStatus;
@@ -11,6 +11,7 @@ use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
 use crate::provider::process::activity::Activity;
+use crate::provider::process::containment::Held;
 use crate::provider::process::orphans::{Orphans, Record};
 
 /// How long a killed process may take to be gone; it can hang in the kernel.
@@ -32,6 +33,8 @@ pub(super) struct Group {
     live: bool,
     activity: Arc<Activity>,
     _record: Record,
+    /// All that it has started, whichever group that is in.
+    held: Held,
 }
 
 impl Group {
@@ -41,13 +44,14 @@ impl Group {
         activity: &Arc<Activity>,
         orphans: &Orphans,
     ) -> io::Result<Self> {
-        let child = command.process_group(0).kill_on_drop(true).spawn()?;
+        let command = command.process_group(0).kill_on_drop(true);
+        let (child, held) = orphans.containment.spawn(command)?;
         let pid = child.id().and_then(|id| Pid::from_raw(i32::try_from(id).ok()?));
         let pid = pid.ok_or_else(|| io::Error::other("the process has no id"))?;
         limit_files(pid);
         activity.group_started(raw(pid));
         let record = orphans.record(pid);
-        Ok(Self { child, pid, live: true, activity: Arc::clone(activity), _record: record })
+        Ok(Self { child, pid, live: true, activity: Arc::clone(activity), _record: record, held })
     }
 
     /// The id of the leader, which is the group's.
@@ -76,15 +80,11 @@ impl Group {
         Ok(status)
     }
 
-    /// Whether there are processes in the group, or were when its leader ended.
-    pub(super) fn is_live(&self) -> bool {
-        self.live
-    }
-
     /// Kills all of the group at once.
     pub(super) fn kill(&mut self) {
         self.signal(Signal::KILL);
         self.live = false;
+        self.held.kill();
     }
 
     /// Ends the group: asks it to, and kills it after `patience` or once `cut` says so.
@@ -108,12 +108,13 @@ impl Group {
         Ok(())
     }
 
-    /// Kills what is left of the group and waits until its leader is gone.
+    /// Kills what is left of the group, and what has left it, and waits until that is gone.
     pub(super) async fn reap(mut self) {
         self.kill();
         if timeout(KILLED, self.child.wait()).await.is_err() {
             tracing::warn!(pid = self.id(), "A killed process does not end");
         }
+        self.held.ended().await;
     }
 
     fn signal(&self, signal: Signal) {

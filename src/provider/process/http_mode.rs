@@ -14,39 +14,47 @@ use tokio::time::{Instant, Sleep, timeout};
 
 use crate::provider::process::call::{Call, CallError, note_duration};
 use crate::provider::process::replica::Seat;
-use crate::provider::process::replica_client;
+use crate::provider::process::replica_client::{Failure, ReplicaRequest};
 use crate::provider::process::runner::RunnerTasks;
 use crate::provider::process::workload::Workload;
 use crate::provider::signals;
-use crate::proxy::client;
 
 /// An answer that never begins nor goes on, when its function sets no limit. Long enough to be no limit in practice.
 const UNLIMITED: Duration = Duration::from_secs(365 * 24 * 3600);
 
-/// Passes `call` on to the replica of `seat`.
+/// How many replicas one call is offered to, at most.
+const MAX_OFFERS: usize = 8;
+
+/// Passes `call` on to the replica of `seat`. Where nobody accepts connections, nothing of the call has reached a
+/// function: it goes to `another` replica instead.
 ///
 /// `exec_timeout` bounds the wait for the answer's head, and then between two pieces of its body: a stream that keeps
 /// flowing may go on.
 pub(super) async fn call(
     tasks: &RunnerTasks,
     workload: &Workload,
-    seat: Seat,
+    mut seat: Seat,
+    another: impl Fn(&Seat) -> Result<Seat, CallError>,
     call: Call,
 ) -> Result<Response, CallError> {
     let function = &workload.function;
     let started = call.started;
     let invalid = |error: anyhow::Error| CallError::Replica(function.clone(), error);
     let request = request(call, &seat).map_err(|error| invalid(error.into()))?;
+    let mut request = ReplicaRequest::new(request, seat.address).map_err(invalid)?;
     let patience = workload.spec.exec_timeout.unwrap_or(UNLIMITED);
-    let sending = timeout(patience, replica_client::send(tasks, seat.address, request)).await;
-    let response = sending.map_err(|_| CallError::Timeout(function.clone(), patience))?;
-    // What has reached nobody can be made again.
-    let unreached =
-        |error: &anyhow::Error| error.downcast_ref().is_some_and(client::Error::is_connect);
-    let mut response = response.map_err(|error| match unreached(&error) {
-        true => CallError::NotReady(function.clone()),
-        false => invalid(error),
-    })?;
+    let sending = timeout(patience, async {
+        for _ in 0..MAX_OFFERS {
+            match request.send(tasks, seat.address).await {
+                Ok(response) => return Ok(response),
+                Err(Failure::Refused) => seat = another(&seat)?,
+                Err(Failure::Other(error)) => return Err(invalid(error)),
+            }
+        }
+        Err(CallError::NotReady(function.clone()))
+    });
+    let response = sending.await.map_err(|_| CallError::Timeout(function.clone(), patience))?;
+    let mut response = response?;
     signals::remove(response.headers_mut());
     let mut response = response.map(|body| {
         let silence = Box::pin(tokio::time::sleep(patience));

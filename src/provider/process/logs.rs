@@ -68,6 +68,14 @@ impl Logs {
         lines.finish(|line| self.write(&instance, line));
     }
 
+    /// The last line that `instance` has written, blank ones left aside; empty if there is none.
+    pub(super) fn last_of(&self, instance: &str) -> String {
+        let kept = lock(&self.kept);
+        let mut own = kept.lines.iter().rev().filter(|line| &*line.instance == instance);
+        let last = own.find(|line| !line.text.trim().is_empty());
+        last.map(|line| line.text.clone()).unwrap_or_default()
+    }
+
     /// The lines that `query` asks for, and those to come.
     pub(super) fn read(
         &self,

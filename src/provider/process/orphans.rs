@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 
 use rustix::process::{Pid, Signal};
 
+use crate::provider::process::containment::Containment;
 use crate::provider::process::{files, procfs};
 
 /// A directory with one file for each process group that runs, named by its id.
@@ -12,6 +13,8 @@ use crate::provider::process::{files, procfs};
 pub(super) struct Orphans {
     directory: PathBuf,
     boot_id: Option<String>,
+    /// How what processes start is held together while this provider runs.
+    pub(super) containment: Containment,
 }
 
 /// A process that is remembered until this is dropped.
@@ -21,7 +24,7 @@ pub(super) struct Record(Option<PathBuf>);
 impl Orphans {
     pub(super) fn open(directory: PathBuf) -> std::io::Result<Self> {
         files::create_private_directory(&directory)?;
-        Ok(Self { directory, boot_id: procfs::boot_id() })
+        Ok(Self { directory, boot_id: procfs::boot_id(), containment: Containment::default() })
     }
 
     /// Kills what an earlier provider has left behind; returns how many groups that were.

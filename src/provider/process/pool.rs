@@ -10,14 +10,23 @@ use crate::provider::process::runner::Runner;
 use crate::provider::process::spec::Mode;
 use crate::provider::process::sync::lock;
 use crate::provider::process::workload::Workload;
+use crate::provider::types::StartFailure;
 
 #[derive(Debug)]
 pub(super) struct Pool {
     pub(super) workload: Arc<Workload>,
     pub(super) runner: Arc<Runner>,
     replicas: Mutex<Vec<Arc<Replica>>>,
-    /// How many can be called.
-    ready: watch::Sender<u64>,
+    readiness: watch::Sender<Readiness>,
+}
+
+/// What calls can expect of a pool.
+#[derive(Clone, Copy, Debug, Default)]
+struct Readiness {
+    /// How many replicas can be called.
+    ready: u64,
+    /// There are replicas, and the starts of all of them fail again and again.
+    fails: bool,
 }
 
 /// Why there is no place for a call.
@@ -30,7 +39,7 @@ pub(super) enum NoSeat {
 impl Pool {
     /// A pool without replicas.
     pub(super) fn new(workload: Arc<Workload>, runner: Arc<Runner>) -> Self {
-        Self { workload, runner, replicas: Mutex::default(), ready: watch::Sender::new(0) }
+        Self { workload, runner, replicas: Mutex::default(), readiness: watch::Sender::default() }
     }
 
     /// Starts or retires replicas until there are `wanted`. Those that cannot be called yet go first.
@@ -64,20 +73,40 @@ impl Pool {
 
     /// How many replicas can be called.
     pub(super) fn ready(&self) -> u64 {
-        *self.ready.borrow()
+        self.readiness.borrow().ready
     }
 
     /// Waits until `wanted` replicas can be called.
     pub(super) async fn until_ready(&self, wanted: u64) {
         // The sender is here, so the channel stays open.
-        let _ = self.ready.subscribe().wait_for(|ready| *ready >= wanted).await;
+        let _ = self.readiness.subscribe().wait_for(|now| now.ready >= wanted).await;
     }
 
-    /// To be called by a replica whose readiness has changed.
+    /// Waits until a replica can be called, or nobody should wait for one any more.
+    pub(super) async fn until_ready_or_failing(&self) {
+        let _ = self.readiness.subscribe().wait_for(|now| now.ready > 0 || now.fails).await;
+    }
+
+    /// Waits until no replica can be called, and nobody should wait for one any more.
+    pub(super) async fn until_failing(&self) {
+        let _ = self.readiness.subscribe().wait_for(|now| now.fails).await;
+    }
+
+    /// How the starts of all replicas fail, if they do so again and again.
+    pub(super) fn start_failure(&self) -> Option<StartFailure> {
+        if !self.readiness.borrow().fails {
+            return None;
+        }
+        lock(&self.replicas).iter().find_map(|replica| replica.start_failure())
+    }
+
+    /// To be called when the readiness of a replica has changed.
     pub(super) fn readiness_changed(&self) {
-        self.ready.send_modify(|ready| {
+        self.readiness.send_modify(|now| {
             let replicas = lock(&self.replicas);
-            *ready = replicas.iter().filter(|replica| replica.load().is_some()).count() as u64;
+            let ready = replicas.iter().filter(|replica| replica.load().is_some()).count() as u64;
+            let fails = !replicas.is_empty() && replicas.iter().all(|it| it.does_not_start());
+            *now = Readiness { ready, fails };
         });
     }
 

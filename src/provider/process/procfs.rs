@@ -6,6 +6,9 @@ use std::fs;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Stat {
     pub(super) pid: i32,
+    /// It has ended, and its parent has not waited for it.
+    pub(super) is_zombie: bool,
+    pub(super) parent: i32,
     pub(super) group: i32,
     /// Clock ticks of CPU time, user and system.
     pub(super) ticks: u64,
@@ -30,6 +33,28 @@ pub(super) fn all() -> Vec<Stat> {
         .collect()
 }
 
+/// The children of a process that belong to its first thread; `None` where the kernel does not tell.
+pub(super) fn children(pid: i32) -> Option<Vec<i32>> {
+    let listed = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).ok()?;
+    Some(listed.split_whitespace().filter_map(|pid| pid.parse().ok()).collect())
+}
+
+/// The limit on a process's time in realtime scheduling, in microseconds; `None` if there is none.
+pub(super) fn realtime_limit(pid: i32) -> Option<u64> {
+    let limits = fs::read_to_string(format!("/proc/{pid}/limits")).ok()?;
+    let line = limits.lines().find_map(|line| line.strip_prefix("Max realtime timeout"))?;
+    line.split_whitespace().next()?.parse().ok()
+}
+
+/// What the environment that a process was started with says of `name`; `None` if it cannot be read.
+pub(super) fn variable(pid: i32, name: &str) -> Option<String> {
+    let environment = fs::read(format!("/proc/{pid}/environ")).ok()?;
+    let value = environment
+        .split(|byte| *byte == 0)
+        .find_map(|variable| variable.strip_prefix(name.as_bytes())?.strip_prefix(b"="))?;
+    String::from_utf8(value.to_vec()).ok()
+}
+
 /// Differs from one boot of the machine to the next.
 pub(super) fn boot_id() -> Option<String> {
     let id = fs::read_to_string("/proc/sys/kernel/random/boot_id").ok()?;
@@ -46,6 +71,8 @@ fn parse(text: &str) -> Option<Stat> {
     let ticks: u64 = field(14)?.parse().ok()?;
     Some(Stat {
         pid: pid.parse().ok()?,
+        is_zombie: matches!(*field(3)?, "Z" | "X"),
+        parent: field(4)?.parse().ok()?,
         group: field(5)?.parse().ok()?,
         ticks: ticks + field(15)?.parse::<u64>().ok()?,
         started: field(22)?.parse().ok()?,
@@ -61,7 +88,15 @@ mod tests {
     fn a_name_with_blanks_and_parentheses_does_not_shift_the_fields() {
         let text =
             "42 (a) (b c)) S 1 40 40 0 -1 4194304 83 0 0 0 7 5 0 0 20 0 1 0 1234 3096576 567 18 1";
-        let expect = Stat { pid: 42, group: 40, ticks: 12, started: 1234, pages: 567 };
+        let expect = Stat {
+            pid: 42,
+            is_zombie: false,
+            parent: 1,
+            group: 40,
+            ticks: 12,
+            started: 1234,
+            pages: 567,
+        };
         assert_eq!(parse(text), Some(expect));
         assert_eq!(parse("42 (cut off"), None);
         assert_eq!(parse("42 (short) S 1 2"), None);

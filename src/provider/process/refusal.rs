@@ -3,6 +3,8 @@
 use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
 
+use crate::provider::signals::{NO_SUCH_FUNCTION, X_GATEWAY_REASON};
+
 /// A refusal. Its text is the answer's body, so it says what to change.
 #[derive(Debug, thiserror::Error)]
 pub enum Refusal {
@@ -10,6 +12,8 @@ pub enum Refusal {
     Invalid(String),
     #[error("{0}")]
     NotFound(String),
+    #[error("function {0} is not deployed")]
+    NoSuchFunction(String),
     #[error("{0}")]
     Conflict(String),
     #[error("the body is larger than {0} bytes")]
@@ -29,7 +33,7 @@ impl Refusal {
     fn status(&self) -> StatusCode {
         match self {
             Self::Invalid(_) => StatusCode::BAD_REQUEST,
-            Self::NotFound(_) => StatusCode::NOT_FOUND,
+            Self::NotFound(_) | Self::NoSuchFunction(_) => StatusCode::NOT_FOUND,
             Self::Conflict(_) => StatusCode::CONFLICT,
             Self::TooLarge(_) => StatusCode::PAYLOAD_TOO_LARGE,
             Self::TooSlow => StatusCode::REQUEST_TIMEOUT,
@@ -52,6 +56,10 @@ impl IntoResponse for Refusal {
             }
             refusal => tracing::debug!(%refusal, "Request refused"),
         }
-        (self.status(), format!("{self}\n")).into_response()
+        let mut answer = (self.status(), format!("{self}\n")).into_response();
+        if matches!(self, Self::NoSuchFunction(_)) {
+            answer.headers_mut().insert(X_GATEWAY_REASON, NO_SUCH_FUNCTION);
+        }
+        answer
     }
 }

@@ -9,16 +9,18 @@ use std::time::{Duration, Instant};
 use axum::body::Body;
 use axum::http::{Request, StatusCode};
 use tokio::io::AsyncRead;
-use tokio::sync::Notify;
+use tokio::sync::{Notify, mpsc};
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
 use crate::provider::process::group::Group;
 use crate::provider::process::logs::Logs;
 use crate::provider::process::pool::Pool;
-use crate::provider::process::replica_client;
+use crate::provider::process::replica_client::{self, ReplicaRequest};
 use crate::provider::process::runner::{RunnerTasks, TERMINATION};
+use crate::provider::process::start_failure::FailedStarts;
 use crate::provider::process::sync::lock;
+use crate::provider::types::StartFailure;
 
 /// How long a replica may take until it can be called, before it is started anew.
 const START: Duration = Duration::from_secs(300);
@@ -34,12 +36,16 @@ const STABLE: Duration = Duration::from_secs(60);
 /// The pauses between starts.
 const SHORTEST_PAUSE: Duration = Duration::from_millis(100);
 const LONGEST_PAUSE: Duration = Duration::from_secs(30);
+/// How long what a dead process has written may take to be logged.
+const LAST_OUTPUT: Duration = Duration::from_millis(250);
 
 #[derive(Debug)]
 pub(super) struct Replica {
     state: Mutex<State>,
     /// Told whenever the last call in flight ends.
     idle: Notify,
+    /// Told when somebody was refused a connection although the replica counts as ready.
+    refused: Notify,
     /// Cancelled when it is no longer wanted.
     pub(super) retire: CancellationToken,
 }
@@ -49,6 +55,7 @@ struct State {
     /// Where it can be called, while it can be.
     ready: Option<SocketAddr>,
     calls: u64,
+    failed_starts: FailedStarts,
 }
 
 /// A call in flight in a replica, until this is dropped.
@@ -60,14 +67,33 @@ pub(super) struct Seat {
 
 /// Why a replica's process is no more.
 enum End {
-    Died(String),
+    Died {
+        reason: String,
+        /// How long it could be called.
+        ready_for: Duration,
+        last_output: String,
+    },
     Retired,
+}
+
+impl End {
+    /// The process could not even be started.
+    fn not_started(reason: String) -> Self {
+        Self::Died { reason, ready_for: Duration::ZERO, last_output: String::new() }
+    }
+}
+
+/// What a process writes, on its way to the logs.
+struct Output {
+    instance: Arc<str>,
+    /// Closed when all of it has been logged.
+    logged: mpsc::Receiver<()>,
 }
 
 impl Replica {
     pub(super) fn new() -> Self {
         let retire = CancellationToken::new();
-        Self { state: Mutex::default(), idle: Notify::new(), retire }
+        Self { state: Mutex::default(), idle: Notify::new(), refused: Notify::new(), retire }
     }
 
     /// Calls in flight; `None` if it is not ready.
@@ -84,6 +110,26 @@ impl Replica {
         Some(Seat { address, replica: Arc::clone(self) })
     }
 
+    /// How its starts fail, if they do so again and again.
+    pub(super) fn start_failure(&self) -> Option<StartFailure> {
+        lock(&self.state).failed_starts.told().cloned()
+    }
+
+    /// Whether calls need not wait for it.
+    pub(super) fn does_not_start(&self) -> bool {
+        let state = lock(&self.state);
+        state.ready.is_none() && state.failed_starts.told().is_some()
+    }
+
+    /// Nobody accepts connections at `address`: no more calls go there until somebody does.
+    pub(super) fn is_refused_at(&self, address: SocketAddr) {
+        let mut state = lock(&self.state);
+        if state.ready == Some(address) {
+            state.ready = None;
+            self.refused.notify_one();
+        }
+    }
+
     /// Keeps a process running until the replica is not wanted any more, or the provider stops.
     pub(super) async fn supervise(self: Arc<Self>, pool: Arc<Pool>) {
         let function = &pool.workload.function;
@@ -92,8 +138,11 @@ impl Replica {
         loop {
             let began = Instant::now();
             let end = self.run(&pool).await;
+            let End::Died { reason, ready_for, last_output } = end else {
+                return self.set_ready(None, &pool);
+            };
+            lock(&self.state).failed_starts.died(ready_for, &reason, &last_output);
             self.set_ready(None, &pool);
-            let End::Died(reason) = end else { return };
             failures = if began.elapsed() >= STABLE { 1 } else { failures + 1 };
             let pause = pause_after(failures);
             tracing::warn!(function = %function, reason, ?pause, "A replica of {function} died");
@@ -115,18 +164,23 @@ impl Replica {
         // Kept until the process is gone, so that no other replica gets the same.
         let port = match pool.runner.free_port() {
             Ok(port) => port,
-            Err(error) => return End::Died(format!("no free port: {error}")),
+            Err(error) => return End::not_started(format!("no free port: {error}")),
         };
-        let mut group = match start(pool, port.number) {
-            Ok(group) => group,
-            Err(error) => return End::Died(format!("cannot be started: {error}")),
+        let (mut group, output) = match start(pool, port.number) {
+            Ok(started) => started,
+            Err(error) => return End::not_started(format!("cannot be started: {error}")),
         };
+        let mut ready_since = None;
         let tasks = &pool.runner.tasks;
         // All branches are cancel-safe: the group is ended by whichever comes.
         let draining = tokio::select! {
-            reason = self.live(&mut group, port.address(), pool) => {
+            reason = self.live(&mut group, port.address(), pool, &mut ready_since) => {
+                let ready_for = ready_since.map_or(Duration::ZERO, |at: Instant| at.elapsed());
+                // Nobody is to be sent there any more, which its end must not hold up.
+                self.set_ready(None, pool);
                 group.reap().await;
-                return End::Died(reason);
+                let last_output = output.last_line(&pool.workload.logs).await;
+                return End::Died { reason, ready_for, last_output };
             }
             () = self.retire.cancelled() => true,
             // Nobody calls any more.
@@ -140,20 +194,34 @@ impl Replica {
         End::Retired
     }
 
-    /// Waits for the process to be ready, and then to die; says why it did.
-    async fn live(&self, group: &mut Group, address: SocketAddr, pool: &Arc<Pool>) -> String {
+    /// Waits for the process to be ready, and then to die; says why it did. While it refuses connections it is not
+    /// ready. `since` is when it was ready first.
+    async fn live(
+        &self,
+        group: &mut Group,
+        address: SocketAddr,
+        pool: &Arc<Pool>,
+        since: &mut Option<Instant>,
+    ) -> String {
         let path = pool.ready_path();
-        // Both branches are cancel-safe: looking changes nothing.
-        tokio::select! {
-            status = group.leader_ended() => return died(status),
-            ready = timeout(START, until_ready(&pool.runner.tasks, address, path)) => {
-                if ready.is_err() {
-                    return format!("not ready within {START:?}");
+        loop {
+            // Both branches are cancel-safe: looking changes nothing.
+            tokio::select! {
+                status = group.leader_ended() => return died(status),
+                ready = timeout(START, until_ready(&pool.runner.tasks, address, path)) => {
+                    if ready.is_err() {
+                        return format!("not ready within {START:?}");
+                    }
                 }
             }
+            let began = *since.get_or_insert_with(Instant::now);
+            self.set_ready(Some(address), pool);
+            // Both branches are cancel-safe.
+            tokio::select! {
+                status = group.leader_ended() => return died(status),
+                () = self.refused.notified() => lock(&self.state).failed_starts.ran_for(began.elapsed()),
+            }
         }
-        self.set_ready(Some(address), pool);
-        died(group.leader_ended().await)
     }
 
     /// Waits for the calls in flight, within bounds.
@@ -186,8 +254,24 @@ impl Drop for Seat {
     }
 }
 
+impl Seat {
+    /// Nobody accepts connections there.
+    pub(super) fn is_refused(&self) {
+        self.replica.is_refused_at(self.address);
+    }
+}
+
+impl Output {
+    /// The last line that the process has written, which has ended.
+    async fn last_line(mut self, logs: &Logs) -> String {
+        // Somebody who has inherited its output may keep it open.
+        let _ = timeout(LAST_OUTPUT, self.logged.recv()).await;
+        logs.last_of(&self.instance)
+    }
+}
+
 /// Starts the process, with its output going to the logs.
-fn start(pool: &Pool, port: u16) -> std::io::Result<Group> {
+fn start(pool: &Pool, port: u16) -> std::io::Result<(Group, Output)> {
     let workload = &pool.workload;
     let mut command = pool.runner.command(workload);
     let port = port.to_string();
@@ -196,13 +280,21 @@ fn start(pool: &Pool, port: u16) -> std::io::Result<Group> {
     let instance: Arc<str> = format!("{}-{}", workload.function.name, group.id()).into();
     let tasks = &pool.runner.tasks;
     let (logs, cut) = (&workload.logs, &tasks.cut);
+    // Nothing is sent: what is waited for is that both have been dropped.
+    let (logging, logged) = mpsc::channel(1);
     if let Some(stdout) = group.stdout() {
-        tasks.spawn(log(Arc::clone(logs), Arc::clone(&instance), stdout, cut.clone()));
+        let writing = log(Arc::clone(logs), Arc::clone(&instance), stdout, cut.clone());
+        tasks.spawn(until_logged(writing, logging.clone()));
     }
     if let Some(stderr) = group.stderr() {
-        tasks.spawn(log(Arc::clone(logs), instance, stderr, cut.clone()));
+        let writing = log(Arc::clone(logs), Arc::clone(&instance), stderr, cut.clone());
+        tasks.spawn(until_logged(writing, logging));
     }
-    Ok(group)
+    Ok((group, Output { instance, logged }))
+}
+
+async fn until_logged(writing: impl Future<Output = ()>, _logging: mpsc::Sender<()>) {
+    writing.await;
 }
 
 /// Logs what a process writes, until everyone who could write has ended.
@@ -233,7 +325,8 @@ async fn is_ready(tasks: &RunnerTasks, address: SocketAddr, path: Option<&str>) 
     };
     let request = Request::get(path).header("host", address.to_string()).body(Body::empty());
     let Ok(request) = request else { return false };
-    let response = replica_client::send(tasks, address, request).await;
+    let Ok(mut request) = ReplicaRequest::new(request, address) else { return false };
+    let response = request.send(tasks, address).await;
     response.is_ok_and(|response| response.status() == StatusCode::OK)
 }
 

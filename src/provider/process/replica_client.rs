@@ -1,4 +1,4 @@
-//! HTTP/1.1 to a replica on this machine.
+//! HTTP/1.1 to the replicas on this machine.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -8,15 +8,18 @@ use anyhow::Context;
 use axum::body::Body;
 use http::header::HOST;
 use http::{HeaderValue, Request, Response, StatusCode};
+use hyper::upgrade::OnUpgrade;
 use tokio::net::TcpStream;
 use tokio::time::timeout;
 
 use crate::config::base_url::BaseUrl;
 use crate::provider::process::runner::RunnerTasks;
 use crate::proxy::body::RequestBody;
-use crate::proxy::client::Origin;
+use crate::proxy::client::{self, Origin};
 use crate::proxy::headers;
+use crate::proxy::outgoing::Outgoing;
 use crate::proxy::tunnel::Tunnel;
+use crate::proxy::upstream_body::UpstreamBody;
 use crate::watch::Watch;
 
 /// A connection within the machine is there at once, or the replica has more to do than accept it.
@@ -24,27 +27,66 @@ const CONNECT: Duration = Duration::from_secs(2);
 /// A changed protocol on which nothing is said for so long has ended.
 const LONGEST_SILENCE: Duration = Duration::from_secs(3600);
 
-/// Sends `request`, whose URI is path and query, and returns when the answer's head is there. Bodies stream.
-///
-/// The caller sees to deadlines: dropping the future, or the answer, ends the call.
-pub(super) async fn send(
-    tasks: &RunnerTasks,
-    address: SocketAddr,
-    request: Request<Body>,
-) -> anyhow::Result<Response<Body>> {
-    let origin = Origin::new(BaseUrl::parse(&format!("http://{address}")).context("no address")?);
-    let mut request = request.map(RequestBody::Api);
-    let upgrade = headers::end_to_end(request.headers_mut());
-    if !request.headers().contains_key(HOST) {
-        request.headers_mut().insert(HOST, HeaderValue::from_str(&address.to_string())?);
+/// A request that is about to be sent to a replica.
+pub(super) struct ReplicaRequest {
+    outgoing: Outgoing,
+    /// The caller's connection, if it wants to change protocols.
+    upgrade: Option<OnUpgrade>,
+}
+
+/// Why a replica gave no answer.
+#[derive(Debug)]
+pub(super) enum Failure {
+    /// Nobody accepts connections there, and the request can be sent to another one.
+    Refused,
+    Other(anyhow::Error),
+}
+
+impl ReplicaRequest {
+    /// `request`'s URI is path and query; `host` is for one that names none.
+    pub(super) fn new(request: Request<Body>, host: SocketAddr) -> anyhow::Result<Self> {
+        let mut request = request.map(RequestBody::Api);
+        let upgrade = headers::end_to_end(request.headers_mut());
+        if !request.headers().contains_key(HOST) {
+            request.headers_mut().insert(HOST, HeaderValue::from_str(&host.to_string())?);
+        }
+        let upgrade = upgrade.map(|_| hyper::upgrade::on(&mut request));
+        Ok(Self { outgoing: Outgoing::new(request), upgrade })
     }
-    let caller = upgrade.map(|_| hyper::upgrade::on(&mut request));
-    let watch = Arc::new(Watch::new());
-    let mut answer = tasks.client.send(&origin, request, &watch).await?;
-    let switches = answer.status() == StatusCode::SWITCHING_PROTOCOLS;
-    if switches {
-        let caller = caller.context("it changed protocols unasked")?;
-        let tunnel = Tunnel::new(caller, &mut answer, LONGEST_SILENCE);
+
+    /// Sends it to the replica at `address`, and returns when the answer's head is there. Bodies stream.
+    ///
+    /// The caller sees to deadlines: dropping the future, or the answer, ends the call.
+    pub(super) async fn send(
+        &mut self,
+        tasks: &RunnerTasks,
+        address: SocketAddr,
+    ) -> Result<Response<Body>, Failure> {
+        let url = BaseUrl::parse(&format!("http://{address}")).context("no address");
+        let origin = Origin::new(url.map_err(Failure::Other)?);
+        let watch = Arc::new(Watch::new());
+        let mut answer = match self.outgoing.send(&tasks.client, &origin, &watch).await {
+            Ok(answer) => answer,
+            // An idle connection may have broken first, with a request that can be sent twice.
+            Err(client::Error::Connect(_)) => return Err(Failure::Refused),
+            Err(client::Error::Closed(_)) if self.outgoing.can_be_sent() => {
+                return Err(Failure::Refused);
+            }
+            Err(error) => return Err(Failure::Other(error.into())),
+        };
+        if answer.status() == StatusCode::SWITCHING_PROTOCOLS {
+            self.change_protocols(tasks, &mut answer).map_err(Failure::Other)?;
+        }
+        Ok(answer.map(Body::new))
+    }
+
+    fn change_protocols(
+        &mut self,
+        tasks: &RunnerTasks,
+        answer: &mut Response<UpstreamBody>,
+    ) -> anyhow::Result<()> {
+        let caller = self.upgrade.take().context("it changed protocols unasked")?;
+        let tunnel = Tunnel::new(caller, answer, LONGEST_SILENCE);
         let cut = tasks.cut.clone();
         tasks.spawn(async move {
             // Both branches are cancel-safe: what is cut is lost on purpose.
@@ -53,8 +95,8 @@ pub(super) async fn send(
                 () = cut.cancelled() => {}
             }
         });
+        Ok(())
     }
-    Ok(answer.map(Body::new))
 }
 
 /// Connects to a replica.

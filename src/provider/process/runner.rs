@@ -20,7 +20,7 @@ use crate::provider::process::secrets::Secrets;
 use crate::provider::process::spec::Spec;
 use crate::provider::process::sync::lock;
 use crate::provider::process::workload::Workload;
-use crate::proxy::client::{Client, Tls};
+use crate::proxy::client::Client;
 use crate::shutdown::Tasks;
 
 /// How long a process that was asked to end may take.
@@ -140,7 +140,7 @@ impl RunnerTasks {
                 () = stop_all.cancelled() => {}
             }
         });
-        let client = Client::new(IDLE_LINKS, Tls::default());
+        let client = Client::to_processes(IDLE_LINKS);
         let swept = Arc::clone(&client);
         tasks.spawn(|asked| async move {
             // The sweep holds nothing over an await.

@@ -56,7 +56,15 @@ mod tests {
     use super::*;
 
     fn sample(at: Instant, processes: &[(i32, u64)]) -> Sample {
-        let process = |&(pid, ticks)| Stat { pid, group: 1, ticks, started: 9, pages: 2 };
+        let process = |&(pid, ticks)| Stat {
+            pid,
+            is_zombie: false,
+            parent: 1,
+            group: 1,
+            ticks,
+            started: 9,
+            pages: 2,
+        };
         Sample { at, processes: processes.iter().map(process).collect() }
     }
 

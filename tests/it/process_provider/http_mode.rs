@@ -4,6 +4,7 @@ use axum::body::Body;
 use bytes::Bytes;
 use http::{Method, StatusCode};
 use http_body_util::BodyExt;
+use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
 
 use super::support::{Provider, eventually, is_running, request, until_gone};
@@ -126,6 +127,33 @@ async fn a_replica_that_dies_is_started_again() {
     provider.until_logged("f", "Replica died: exit status: 1").await;
     provider.until_available("f", 1).await;
     assert_ne!(pid(&provider, "f").await, before);
+    provider.stop().await;
+}
+
+/// The leader lives on, so that nobody but a caller notices that its server is gone.
+#[tokio::test]
+async fn a_call_that_one_replica_refuses_goes_to_another() {
+    let provider = Provider::start().await;
+    let command = format!("sh -c '{REPLICA} & wait $!; sleep 1000'");
+    provider.deploy("f", &command, json!({ "mode": "http" })).await;
+    provider.scale("f", 2).await;
+    provider.until_available("f", 2).await;
+    let first = pid(&provider, "f").await;
+    for body in [Some("hello"), None] {
+        let server = Pid::from_raw(first.try_into().unwrap()).unwrap();
+        if body.is_some() {
+            kill_process(server, Signal::KILL).unwrap();
+            until_gone(first).await;
+        }
+        let answer = match body {
+            Some(body) => provider.post("/function/f", body).await,
+            None => provider.get("/function/f").await,
+        };
+        assert_eq!(answer.status, StatusCode::OK, "{}", answer.text());
+        assert_ne!(answer.text(), first.to_string());
+    }
+    provider.until_available("f", 1).await;
+    provider.process.stop(std::time::Duration::from_millis(100)).await;
     provider.stop().await;
 }
 

@@ -1,0 +1,56 @@
+//! Who is told why a function does not start: what it wrote may be none of a stranger's business.
+
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use http::HeaderMap;
+
+use crate::auth::Credentials;
+use crate::same_origin::is_of_this_machine;
+
+/// Whose calls are an operator's.
+#[derive(Clone)]
+pub enum Operators {
+    /// Nobody's can be told apart.
+    Unknown,
+    /// Those of this machine, for which the API is open.
+    Local,
+    /// Those with the API's credentials.
+    Credentials(Arc<Credentials>),
+}
+
+impl Operators {
+    /// Whether a request with these headers, from `peer`, is an operator's.
+    pub fn include(&self, headers: &HeaderMap, peer: IpAddr) -> bool {
+        match self {
+            Self::Unknown => false,
+            Self::Local => peer.is_loopback() && is_of_this_machine(headers),
+            Self::Credentials(credentials) => credentials.admit(headers),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use http::{HeaderName, HeaderValue};
+
+    use super::*;
+
+    #[test]
+    fn without_credentials_only_this_machine_itself_is_an_operator() {
+        let check = |headers: &[(&'static str, &'static str)], peer: &str| {
+            let headers = headers.iter().map(|(name, value)| {
+                (HeaderName::from_static(name), HeaderValue::from_static(value))
+            });
+            Operators::Local.include(&headers.collect(), peer.parse().unwrap())
+        };
+        let host = ("host", "localhost:8080");
+        assert!(check(&[host], "127.0.0.1") && check(&[host], "::1"));
+        assert!(!check(&[host], "10.0.0.1"));
+        assert!(!check(&[], "127.0.0.1"));
+        assert!(!check(&[("host", "rebind.evil")], "127.0.0.1"));
+        assert!(!check(&[host, ("origin", "https://evil.example")], "127.0.0.1"));
+        assert!(!check(&[host, ("x-forwarded-for", "10.0.0.1")], "127.0.0.1"));
+        assert!(!Operators::Unknown.include(&HeaderMap::new(), "127.0.0.1".parse().unwrap()));
+    }
+}

@@ -1,0 +1,257 @@
+//! Cgroups (version 2) of the provider's own, one for each process that a function runs as.
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use anyhow::{Context, ensure};
+use tokio::process::Command;
+use tokio::time::{sleep, timeout};
+
+use crate::provider::process::command::find;
+use crate::provider::process::sync::lock;
+
+/// How the provider's directories begin.
+const PREFIX: &str = "gateway-";
+/// Cgroups that are kept for the next call. To create one costs little, but the kernel takes time to forget it.
+const KEPT: usize = 64;
+/// How many kept ones are looked at for one that is empty.
+const LOOKS: usize = 4;
+/// How long killed processes may take to be gone.
+const KILLED: Duration = Duration::from_secs(5);
+const LOOK_AGAIN: Duration = Duration::from_millis(2);
+/// How long trying it out may take.
+const PROBE: Duration = Duration::from_secs(5);
+
+/// The provider's cgroups, below one directory.
+#[derive(Debug)]
+pub(super) struct Cgroups {
+    root: PathBuf,
+    /// Names the directory for the next provider, should this one be killed.
+    record: PathBuf,
+    made: AtomicU64,
+    idle: Mutex<Vec<PathBuf>>,
+    complained: AtomicBool,
+}
+
+/// A cgroup with a process in it.
+#[derive(Debug)]
+pub(super) struct Cgroup {
+    path: PathBuf,
+    all: Arc<Cgroups>,
+}
+
+impl Cgroups {
+    /// Creates a directory and finds out whether a process can be put there and killed; an error says why not. Kills
+    /// what an earlier provider, which has written `record`, has left in its own.
+    pub(super) async fn open(record: PathBuf, path: &str) -> anyhow::Result<Arc<Self>> {
+        kill_left(&record).await;
+        let mounts = fs::read_to_string("/proc/self/mountinfo").context("no mountinfo")?;
+        let own = fs::read_to_string("/proc/self/cgroup").context("no cgroup")?;
+        let home = home(&mounts, &own).context("no cgroup of version 2 is mounted")?;
+        let root = home.join(format!("{PREFIX}{}", uuid::Uuid::new_v4().simple()));
+        fs::create_dir(&root).context("no cgroup can be created")?;
+        let cgroups = Arc::new(Self {
+            root,
+            record,
+            made: AtomicU64::new(0),
+            idle: Mutex::default(),
+            complained: AtomicBool::new(false),
+        });
+        cgroups.probe(path).await?;
+        let shown = cgroups.root.display().to_string();
+        fs::write(&cgroups.record, shown).context("cannot write to the state directory")?;
+        Ok(cgroups)
+    }
+
+    /// Removes the directory. What cannot be removed is left for the next provider to clear.
+    pub(super) fn close(&self) {
+        if remove(&self.root) {
+            let _ = fs::remove_file(&self.record);
+        }
+    }
+
+    pub(super) fn path(&self) -> &Path {
+        &self.root
+    }
+
+    /// Puts a process that has just been started into a cgroup of its own; `None` if that fails.
+    ///
+    /// It runs already: what it has started before belongs there, too. The system offers to start a process in a
+    /// cgroup, but not without `unsafe`.
+    pub(super) fn hold(self: &Arc<Self>, pid: u32) -> Option<Cgroup> {
+        let held = self.take().and_then(|cgroup| {
+            let mut pids = vec![pid];
+            while let Some(pid) = pids.pop() {
+                cgroup.add(pid)?;
+                pids.extend(children(pid));
+            }
+            Ok(cgroup)
+        });
+        match held {
+            Ok(cgroup) => Some(cgroup),
+            Err(error) => {
+                // One that has ended already is no reason to complain.
+                let ended = error.raw_os_error() == Some(rustix::io::Errno::SRCH.raw_os_error());
+                if !ended && !self.complained.swap(true, Relaxed) {
+                    tracing::warn!(%error, "A process cannot be put into a cgroup");
+                }
+                None
+            }
+        }
+    }
+
+    fn take(self: &Arc<Self>) -> io::Result<Cgroup> {
+        let mut idle = lock(&self.idle);
+        let empty = idle.iter().take(LOOKS).position(|path| is_empty(path));
+        let path = match empty {
+            Some(at) => idle.swap_remove(at),
+            None => {
+                let path = self.root.join(self.made.fetch_add(1, Relaxed).to_string());
+                fs::create_dir(&path)?;
+                path
+            }
+        };
+        drop(idle);
+        Ok(Cgroup { path, all: Arc::clone(self) })
+    }
+
+    async fn probe(self: &Arc<Self>, path: &str) -> anyhow::Result<()> {
+        let program = find("sleep", path).context("sleep is not installed")?;
+        let mut command = Command::new(program);
+        command.arg("60").stdin(Stdio::null()).stdout(Stdio::null()).kill_on_drop(true);
+        let mut child = command.spawn()?;
+        let cgroup = self.take()?;
+        cgroup.add(child.id().context("the process has no id")?).context("it takes no process")?;
+        fs::write(cgroup.path.join("cgroup.kill"), "1").context("it cannot be killed")?;
+        let ended = timeout(PROBE, child.wait()).await.context("what is in it does not end")??;
+        ensure!(!ended.success(), "what is in it was not killed");
+        Ok(())
+    }
+}
+
+impl Drop for Cgroups {
+    fn drop(&mut self) {
+        self.close();
+    }
+}
+
+impl Cgroup {
+    fn add(&self, pid: u32) -> io::Result<()> {
+        fs::write(self.path.join("cgroup.procs"), pid.to_string())
+    }
+
+    /// Kills all that is in it.
+    pub(super) fn kill(&self) {
+        if !is_empty(&self.path)
+            && let Err(error) = fs::write(self.path.join("cgroup.kill"), "1")
+        {
+            tracing::warn!(%error, "A cgroup cannot be killed");
+        }
+    }
+
+    /// Waits until all that is in it is gone, which has been killed.
+    pub(super) async fn emptied(&self) {
+        self.kill();
+        let emptied = async {
+            while !is_empty(&self.path) {
+                sleep(LOOK_AGAIN).await;
+            }
+        };
+        if timeout(KILLED, emptied).await.is_err() {
+            tracing::warn!(path = %self.path.display(), "Killed processes do not end");
+        }
+    }
+}
+
+impl Drop for Cgroup {
+    fn drop(&mut self) {
+        self.kill();
+        let path = std::mem::take(&mut self.path);
+        let mut idle = lock(&self.all.idle);
+        // One that is not empty yet cannot be removed, and is looked at again.
+        if idle.len() < KEPT || fs::remove_dir(&path).is_err() {
+            idle.push(path);
+        }
+    }
+}
+
+fn is_empty(path: &Path) -> bool {
+    let events = fs::read_to_string(path.join("cgroup.events"));
+    // One that is not there holds nothing.
+    events.map_or(true, |events| events.lines().any(|line| line == "populated 0"))
+}
+
+/// The children of a process that its threads have started, as far as the kernel tells.
+fn children(pid: u32) -> Vec<u32> {
+    let listed = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children"));
+    listed.unwrap_or_default().split_whitespace().filter_map(|pid| pid.parse().ok()).collect()
+}
+
+/// Where this process may create cgroups: its own cgroup, as it is mounted. `None` without version 2.
+fn home(mountinfo: &str, own: &str) -> Option<PathBuf> {
+    let own = own.lines().find_map(|line| line.strip_prefix("0::"))?;
+    mountinfo.lines().find_map(|line| {
+        // Fields before the dash: id, parent, device, root, mount point, …; after it: type, source, options.
+        let (place, kind) = line.split_once(" - ")?;
+        let mut fields = place.split(' ').skip(3);
+        let (root, point) = (fields.next()?, fields.next()?);
+        if kind.split(' ').next() != Some("cgroup2") || point.contains('\\') {
+            return None;
+        }
+        let below = if root == "/" { own } else { own.strip_prefix(root)? };
+        Some(Path::new(point).join(below.trim_start_matches('/')))
+    })
+}
+
+/// Kills what is left of an earlier provider.
+async fn kill_left(record: &Path) {
+    let Ok(text) = fs::read_to_string(record) else { return };
+    let root = Path::new(text.trim());
+    let is_ours = root.file_name().is_some_and(|name| name.to_string_lossy().starts_with(PREFIX));
+    if is_ours && root.join("cgroup.procs").exists() {
+        let _ = fs::write(root.join("cgroup.kill"), "1");
+        let removed = async {
+            while !remove(root) {
+                sleep(LOOK_AGAIN).await;
+            }
+        };
+        if timeout(KILLED, removed).await.is_err() {
+            tracing::warn!(path = %root.display(), "Processes of an earlier provider do not end");
+        }
+    }
+    let _ = fs::remove_file(record);
+}
+
+/// Removes a directory of cgroups without processes; whether it is gone.
+fn remove(root: &Path) -> bool {
+    for entry in fs::read_dir(root).into_iter().flatten().flatten() {
+        let _ = fs::remove_dir(entry.path());
+    }
+    fs::remove_dir(root).is_ok() || !root.exists()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn cgroups_are_created_below_this_processes_own_as_it_is_mounted() {
+        let unified = "30 23 0:26 / /sys/fs/cgroup rw,nosuid - cgroup2 cgroup2 rw,nsdelegate";
+        let hybrid = "29 23 0:25 / /sys/fs/cgroup/cpu rw - cgroup cgroup rw,cpu\n\
+                      30 23 0:26 / /sys/fs/cgroup/unified rw shared:9 - cgroup2 none rw";
+        let container = "30 23 0:26 /docker/abc /sys/fs/cgroup ro - cgroup2 cgroup rw";
+        let of = |mounts: &str, own: &str| home(mounts, own).map(|path| path.display().to_string());
+        let is = |path: &str| Some(path.to_owned());
+        assert_eq!(of(unified, "0::/a.slice/b\n"), is("/sys/fs/cgroup/a.slice/b"));
+        assert_eq!(of(hybrid, "1:cpu:/x\n0::/\n"), is("/sys/fs/cgroup/unified/"));
+        assert_eq!(of(container, "0::/docker/abc/d\n"), is("/sys/fs/cgroup/d"));
+        assert_eq!(of(container, "0::/elsewhere\n"), None);
+        assert_eq!(of(unified, "1:cpu:/x\n"), None);
+        assert_eq!(of("29 23 0:25 / /sys/fs/cgroup/cpu rw - cgroup cgroup rw,cpu", "0::/\n"), None);
+    }
+}

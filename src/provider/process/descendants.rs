@@ -1,0 +1,229 @@
+//! The provider as the parent of orphans: what a function's process has started is adopted by the provider when its
+//! parent ends (`PR_SET_CHILD_SUBREAPER`), and killed when its call has ended.
+//!
+//! Which call an orphan belongs to is told by a number that processes inherit, in a resource limit that means nothing to
+//! them (of realtime scheduling, in weeks) and survives `exec` and an emptied environment. This process sets its own
+//! just before it starts another, so that there is no moment without it. Where the system has a lower limit, a variable
+//! has the number. An orphan with neither belongs to one of the calls that ran when it was seen first, and ends with the
+//! last of them.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::io;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use rustix::process::{
+    Pid, Resource, Rlimit, Signal, WaitOptions, getrlimit, kill_process, set_child_subreaper,
+    setrlimit, waitpid,
+};
+use tokio::process::{Child, Command};
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::time::{sleep, timeout};
+use tokio_util::sync::CancellationToken;
+
+use crate::provider::process::procfs::{self, Stat};
+use crate::provider::process::sync::lock;
+
+/// The variable that has a process's mark.
+const VARIABLE: &str = "GATEWAY_PROCESS";
+/// Where marks begin: in microseconds, some 12 days.
+const FIRST: u64 = 1 << 40;
+/// How long killed processes may take to be gone.
+const KILLED: Duration = Duration::from_secs(5);
+const LOOK_AGAIN: Duration = Duration::from_millis(2);
+
+/// All that this process has started or adopted. It must have no children but those.
+#[derive(Debug)]
+pub(super) struct Descendants {
+    own: i32,
+    next: AtomicU64,
+    /// Held while a process is started: it inherits its own mark, and a child that is not known yet is not taken for an
+    /// orphan.
+    starting: Mutex<()>,
+    known: Mutex<Known>,
+    /// Held while orphans are looked at: an id that one look has found must not be freed by another.
+    looking: Mutex<()>,
+}
+
+#[derive(Debug, Default)]
+struct Known {
+    /// Processes that were started here and have not been waited for.
+    started: BTreeMap<i32, Started>,
+    /// Orphans without a mark, by id and start, each with the marks of the calls that it may belong to.
+    unmarked: BTreeMap<(i32, u64), BTreeSet<u64>>,
+}
+
+#[derive(Debug)]
+struct Started {
+    mark: u64,
+    /// What it has left is to be killed, even if the process itself has not been waited for yet.
+    is_over: bool,
+}
+
+/// A process that was started with a mark.
+#[derive(Debug)]
+pub(super) struct Marked {
+    pid: i32,
+    mark: u64,
+    all: Arc<Descendants>,
+}
+
+impl Descendants {
+    /// Has this process adopt orphans from now on.
+    pub(super) fn adopt() -> io::Result<Arc<Self>> {
+        let own = rustix::process::getpid();
+        set_child_subreaper(Some(own))?;
+        let own = own.as_raw_nonzero().get();
+        let next = AtomicU64::new(FIRST);
+        Ok(Arc::new(Self {
+            own,
+            next,
+            starting: Mutex::default(),
+            known: Mutex::default(),
+            looking: Mutex::default(),
+        }))
+    }
+
+    /// Starts `command` with a mark that all it starts will have.
+    pub(super) fn spawn(all: &Arc<Self>, command: &mut Command) -> io::Result<(Child, Marked)> {
+        let mark = all.next.fetch_add(1, Relaxed);
+        command.env(VARIABLE, mark.to_string());
+        let _starting = lock(&all.starting);
+        let limit = Rlimit { current: Some(mark), ..getrlimit(Resource::Rttime) };
+        // If it is lower, the variable has to do.
+        let _ = setrlimit(Resource::Rttime, limit);
+        let child = command.spawn()?;
+        let pid = child.id().and_then(|id| i32::try_from(id).ok());
+        let pid = pid.ok_or_else(|| io::Error::other("the process has no id"))?;
+        lock(&all.known).started.insert(pid, Started { mark, is_over: false });
+        Ok((child, Marked { pid, mark, all: Arc::clone(all) }))
+    }
+
+    /// Buries orphans that have ended, and kills those whose call has, whenever a child ends, until `stopping`.
+    pub(super) async fn watch(self: Arc<Self>, stopping: CancellationToken) {
+        let Ok(mut ended) = signal(SignalKind::child()) else { return };
+        loop {
+            // Both branches are cancel-safe.
+            tokio::select! {
+                () = stopping.cancelled() => return,
+                _ = ended.recv() => {}
+            }
+            self.sweep();
+        }
+    }
+
+    /// Buries orphans that have ended, and kills those whose call has. How many it has killed.
+    fn sweep(&self) -> usize {
+        let _looking = lock(&self.looking);
+        let mut doomed = Vec::new();
+        let orphans = self.orphans();
+        let mut known = lock(&self.known);
+        let live = known.started.values().filter(|started| !started.is_over);
+        let live: BTreeSet<u64> = live.map(|started| started.mark).collect();
+        let mut unmarked = BTreeMap::new();
+        for orphan in &orphans {
+            if orphan.is_zombie {
+                // Nobody else waits for it: it was not started here.
+                if let Some(pid) = Pid::from_raw(orphan.pid) {
+                    let _ = waitpid(Some(pid), WaitOptions::NOHANG);
+                }
+                continue;
+            }
+            let is_over = match mark_of(orphan.pid) {
+                Some(mark) => !live.contains(&mark),
+                None => {
+                    let name = (orphan.pid, orphan.started);
+                    let may_be = known.unmarked.remove(&name).unwrap_or_else(|| live.clone());
+                    let may_be: BTreeSet<_> = may_be.intersection(&live).copied().collect();
+                    let is_over = may_be.is_empty();
+                    if !is_over {
+                        unmarked.insert(name, may_be);
+                    }
+                    is_over
+                }
+            };
+            if is_over {
+                doomed.push(orphan.pid);
+            }
+        }
+        // Of the others, none is there any more.
+        known.unmarked = unmarked;
+        drop(known);
+        if doomed.is_empty() {
+            return 0;
+        }
+        // With all below them, which would be adopted only when they have ended.
+        let all = procfs::all();
+        let mut at = 0;
+        while let Some(parent) = doomed.get(at).copied() {
+            doomed.extend(all.iter().filter(|child| child.parent == parent).map(|child| child.pid));
+            at += 1;
+        }
+        for pid in doomed.iter().filter_map(|pid| Pid::from_raw(*pid)) {
+            // It may have ended since; that is as good.
+            let _ = kill_process(pid, Signal::KILL);
+        }
+        doomed.len()
+    }
+
+    /// This process's children that it has not started.
+    fn orphans(&self) -> Vec<Stat> {
+        let _nobody_starts = lock(&self.starting);
+        let known = lock(&self.known);
+        // The kernel gives orphans to the first thread.
+        let children = match procfs::children(self.own) {
+            Some(children) => children.into_iter().filter_map(procfs::stat).collect(),
+            None => procfs::all(),
+        };
+        let is_orphan =
+            |stat: &Stat| stat.parent == self.own && !known.started.contains_key(&stat.pid);
+        children.into_iter().filter(is_orphan).collect()
+    }
+}
+
+/// The mark that a process has inherited.
+fn mark_of(pid: i32) -> Option<u64> {
+    let variable = || procfs::variable(pid, VARIABLE)?.parse().ok();
+    procfs::realtime_limit(pid).filter(|limit| *limit >= FIRST).or_else(variable)
+}
+
+impl Marked {
+    /// Kills what the process has left. What it would still leave is killed when it has ended.
+    pub(super) fn kill(&self) {
+        if let Some(started) = lock(&self.all.known).started.get_mut(&self.pid)
+            && started.mark == self.mark
+        {
+            started.is_over = true;
+        }
+        self.all.sweep();
+    }
+
+    /// The process has been waited for: kills what it has left, and waits until that is gone.
+    pub(super) async fn ended(&self) {
+        self.forget();
+        let emptied = async {
+            while self.all.sweep() > 0 {
+                sleep(LOOK_AGAIN).await;
+            }
+        };
+        if timeout(KILLED, emptied).await.is_err() {
+            tracing::warn!("What a function has started does not end");
+        }
+    }
+
+    fn forget(&self) {
+        let mut known = lock(&self.all.known);
+        // The id may be another's by now.
+        if known.started.get(&self.pid).is_some_and(|started| started.mark == self.mark) {
+            known.started.remove(&self.pid);
+        }
+    }
+}
+
+impl Drop for Marked {
+    fn drop(&mut self) {
+        self.forget();
+        self.all.sweep();
+    }
+}

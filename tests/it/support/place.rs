@@ -1,0 +1,126 @@
+//! `gateway up` with a state directory that outlives it, and settings.
+
+use std::fs::File;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::process::Stdio;
+
+use rustix::process::{Pid, Signal, kill_process};
+use tempfile::TempDir;
+use tokio::io::{AsyncBufReadExt, BufReader};
+use tokio::process::{Child, ChildStdout, Command};
+
+use crate::support::gateway::command;
+use crate::support::wire::{Answer, Wire, post};
+use crate::support::{eventually, within};
+
+/// Where it works: its stack file, its state, its log, and what functions write.
+pub(crate) struct Place(TempDir);
+
+/// A running `gateway up`. Killed when dropped.
+pub(crate) struct Up<'a> {
+    pub(crate) gateway: SocketAddr,
+    place: &'a Place,
+    child: Child,
+    _stdout: BufReader<ChildStdout>,
+}
+
+impl Place {
+    pub(crate) fn new() -> Self {
+        Self(TempDir::new().unwrap())
+    }
+
+    pub(crate) fn path(&self, name: &str) -> PathBuf {
+        self.0.path().join(name)
+    }
+
+    /// How many lines functions have written to the file `name`.
+    pub(crate) fn lines(&self, name: &str) -> usize {
+        std::fs::read_to_string(self.path(name)).unwrap_or_default().lines().count()
+    }
+
+    /// Starts it with the functions of `stack` and further settings.
+    pub(crate) async fn up(&self, stack: &str, vars: &[(&str, &str)]) -> Up<'_> {
+        self.run(command(), stack, vars).await
+    }
+
+    /// Starts it where no cgroup can be created.
+    pub(crate) async fn up_without_cgroups(&self, stack: &str) -> Up<'_> {
+        let script = r#"mount -t tmpfs none /sys/fs/cgroup && exec "$0" "$@""#;
+        let mut command = Command::new("unshare");
+        command.env_clear().args(["--mount", "sh", "-c", script, env!("CARGO_BIN_EXE_gateway")]);
+        self.run(command, stack, &[]).await
+    }
+
+    async fn run(&self, mut command: Command, stack: &str, vars: &[(&str, &str)]) -> Up<'_> {
+        std::fs::write(self.path("stack.yaml"), stack).unwrap();
+        let mut child = command
+            .args(["up", "stack.yaml"])
+            .envs([("port", "0"), ("metrics_port", "0"), ("provider_port", "0")])
+            .env("PATH", "/usr/local/bin:/usr/bin:/bin")
+            .envs(vars.iter().copied())
+            .current_dir(self.0.path())
+            .stdout(Stdio::piped())
+            .stderr(File::create(self.path("log")).unwrap())
+            .kill_on_drop(true)
+            .spawn()
+            .unwrap();
+        let mut stdout = BufReader::new(child.stdout.take().unwrap());
+        let mut gateway = None;
+        while gateway.is_none() {
+            let mut line = String::new();
+            let read = within("it says where it is", stdout.read_line(&mut line)).await.unwrap();
+            assert!(read > 0, "it ended: {}", self.log());
+            let address = |name: &str| {
+                let url = line.strip_prefix(name)?.split_whitespace().next()?;
+                url.strip_prefix("http://")?.parse().ok()
+            };
+            gateway = gateway.or_else(|| address("Gateway"));
+        }
+        Up { gateway: gateway.unwrap(), place: self, child, _stdout: stdout }
+    }
+
+    pub(crate) fn log(&self) -> String {
+        std::fs::read_to_string(self.path("log")).unwrap_or_default()
+    }
+}
+
+impl Up<'_> {
+    pub(crate) fn id(&self) -> u32 {
+        self.child.id().expect("it runs")
+    }
+
+    /// A request for `target` with `headers`, on a connection of its own.
+    pub(crate) async fn get(&self, target: &str, headers: &str) -> Answer {
+        let mut caller = Wire::connect(self.gateway).await;
+        caller.ask(format!("GET {target} HTTP/1.1\r\nHost: localhost\r\n{headers}\r\n")).await
+    }
+
+    pub(crate) async fn post(&self, target: &str, body: &str) -> Answer {
+        Wire::connect(self.gateway).await.ask(post(target, body)).await
+    }
+
+    /// The texts of what `function` and its replicas have logged.
+    pub(crate) async fn logs(&self, function: &str) -> Vec<String> {
+        let answer = self.get(&format!("/system/logs?name={function}"), "").await;
+        let text = |line: &str| {
+            let line: serde_json::Value = serde_json::from_str(line).unwrap();
+            line["text"].as_str().unwrap().to_owned()
+        };
+        answer.text().lines().map(text).collect()
+    }
+
+    /// Waits until `function` has logged a line with `text`.
+    pub(crate) async fn logged(&self, function: &str, text: &str) {
+        eventually(text, async || self.logs(function).await.iter().any(|line| line.contains(text)))
+            .await;
+    }
+
+    /// Asks it to end, and waits for that.
+    pub(crate) async fn terminated(mut self) {
+        let id = self.child.id().expect("it runs");
+        kill_process(Pid::from_raw(id.try_into().unwrap()).unwrap(), Signal::TERM).unwrap();
+        let status = within("it ends", self.child.wait()).await.unwrap();
+        assert!(status.success(), "{}", self.place.log());
+    }
+}
