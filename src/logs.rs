@@ -3,27 +3,61 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use axum::extract::{Extension, Request, State};
+use axum::extract::{Extension, Query, Request, State};
 use axum::response::{IntoResponse, Response};
 use http::StatusCode;
+use serde::Deserialize;
 
 use crate::error::Error;
+use crate::provider::signals::{NO_SUCH_FUNCTION, X_GATEWAY_REASON};
 use crate::serve::caller::Caller;
 use crate::system::{Api, stream};
 
 /// A followed log may have nothing to say for long.
 const LONGEST_SILENCE: Duration = Duration::from_secs(3600);
 
+/// What is looked at of a query; the rest is for the log provider to read.
+#[derive(Default, Deserialize)]
+#[serde(default)]
+struct LogQuery {
+    name: String,
+    tail: String,
+}
+
+/// Refuses a query that no log provider could answer.
+fn check(request: &Request) -> Result<(), Error> {
+    let query = Query::<LogQuery>::try_from_uri(request.uri());
+    let Query(LogQuery { name, tail }) =
+        query.map_err(|error| Error::BadRequest(error.body_text()))?;
+    if name.is_empty() {
+        let reason = "the query names no function: /system/logs?name=NAME";
+        return Err(Error::BadRequest(reason.to_owned()));
+    }
+    let tail = tail.trim();
+    if !tail.is_empty() && tail.parse::<i64>().is_err() {
+        return Err(Error::BadRequest(format!("tail: {tail:?} is not a whole number")));
+    }
+    Ok(())
+}
+
 pub async fn logs(
     State(api): State<Arc<Api>>,
     Extension(caller): Extension<Caller>,
     request: Request,
 ) -> Result<Response, Error> {
+    check(&request)?;
     let mut answer = api.send(&caller, &api.logs, request).await?;
     match answer.status() {
+        // The function is not there. Without the mark it is the logs that are not.
+        StatusCode::NOT_FOUND
+            if answer.headers().get(X_GATEWAY_REASON) == Some(&NO_SUCH_FUNCTION) =>
+        {
+            Ok(stream(answer))
+        }
         StatusCode::NOT_FOUND | StatusCode::NOT_IMPLEMENTED => {
             Ok(StatusCode::NOT_IMPLEMENTED.into_response())
         }
+        StatusCode::BAD_REQUEST => Ok(stream(answer)),
         status if status.is_success() => {
             answer.body_mut().bound_pauses(LONGEST_SILENCE);
             Ok(stream(answer))

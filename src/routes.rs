@@ -45,6 +45,11 @@ pub fn api(api: Arc<Api>) -> Router {
             get(system::pass).post(system::pass).put(system::pass).delete(system::pass),
         )
         .route("/system/namespaces", get(system::pass))
+        // With the name in the body.
+        .route(
+            "/system/namespace/",
+            get(system::pass).post(system::pass).put(system::pass).delete(system::pass),
+        )
         .route(
             "/system/namespace/{name}",
             get(system::pass_named)

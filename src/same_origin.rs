@@ -99,7 +99,8 @@ impl Foreign {
 /// Whether a request with these headers may be one of the machine's own operator, where the API is open to this machine
 /// alone: made by a tool or our own page, and not passed on by a proxy.
 pub fn is_of_this_machine(headers: &HeaderMap) -> bool {
-    let passed_on = [X_FORWARDED_HOST, HeaderName::from_static("x-forwarded-for"), FORWARDED];
+    let forwarded_for = HeaderName::from_static("x-forwarded-for");
+    let passed_on = [X_FORWARDED_HOST, forwarded_for, FORWARDED, X_GATEWAY_CALLBACK];
     headers.contains_key(HOST)
         && check(headers, Names::Local).is_ok()
         && !passed_on.iter().any(|name| headers.contains_key(name))

@@ -44,6 +44,7 @@ mod queue_odd;
 mod queue_policies;
 mod queue_stan;
 mod queue_together;
+mod real_clients;
 mod repeats;
 mod request_framing;
 mod request_heads;

@@ -7,7 +7,7 @@ use axum::body::Body;
 use axum::extract::{Path, Request, State};
 use axum::http::{HeaderMap, StatusCode};
 use axum::response::{IntoResponse, Response};
-use axum::routing::{any, get, post};
+use axum::routing::{MethodRouter, any, get, post};
 use axum::{Json, Router};
 use serde_json::json;
 
@@ -34,13 +34,8 @@ pub fn router(process: Arc<Process>) -> Router {
                 .delete(secret_api::delete),
         )
         .route("/system/namespaces", get(namespaces::list))
-        .route(
-            "/system/namespace/{name}",
-            get(namespaces::get)
-                .post(namespaces::create)
-                .put(namespaces::update)
-                .delete(namespaces::delete),
-        )
+        .route("/system/namespace/", namespace())
+        .route("/system/namespace/{name}", namespace())
         .route("/system/logs", get(log_api::read))
         .route("/system/info", get(info))
         .route("/healthz", get(healthz))
@@ -52,6 +47,10 @@ pub fn router(process: Arc<Process>) -> Router {
 /// The router adds the methods that are, in `Allow`.
 async fn method_not_allowed() -> (StatusCode, &'static str) {
     (StatusCode::METHOD_NOT_ALLOWED, "method not allowed here\n")
+}
+
+fn namespace() -> MethodRouter<Arc<Process>> {
+    get(namespaces::get).post(namespaces::create).put(namespaces::update).delete(namespaces::delete)
 }
 
 async fn call(State(process): State<Arc<Process>>, request: Request) -> Response {

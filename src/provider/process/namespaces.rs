@@ -1,4 +1,5 @@
-//! `/system/namespaces` and `/system/namespace/NAME`.
+//! `/system/namespaces`, and `/system/namespace/NAME`: the name stands in the path, or in the body where the path has
+//! none.
 
 use std::sync::Arc;
 
@@ -18,14 +19,16 @@ pub(super) async fn list(State(process): State<Arc<Process>>) -> Json<Vec<String
 
 pub(super) async fn get(
     State(process): State<Arc<Process>>,
-    Path(name): Path<String>,
+    name: Option<Path<String>>,
+    body: Body,
 ) -> Result<Json<Namespace>, Refusal> {
+    let Namespace { name, .. } = read(name, body).await?;
     process.table.namespace(&name).map(Json).ok_or_else(|| Refusal::no_namespace(&name))
 }
 
 pub(super) async fn create(
     State(process): State<Arc<Process>>,
-    Path(name): Path<String>,
+    name: Option<Path<String>>,
     body: Body,
 ) -> Result<StatusCode, Refusal> {
     let namespace = read(name, body).await?;
@@ -45,7 +48,7 @@ pub(super) async fn create(
 
 pub(super) async fn update(
     State(process): State<Arc<Process>>,
-    Path(name): Path<String>,
+    name: Option<Path<String>>,
     body: Body,
 ) -> Result<StatusCode, Refusal> {
     let namespace = read(name, body).await?;
@@ -60,19 +63,32 @@ pub(super) async fn update(
 
 pub(super) async fn delete(
     State(process): State<Arc<Process>>,
-    Path(name): Path<String>,
+    name: Option<Path<String>>,
     body: Body,
 ) -> Result<StatusCode, Refusal> {
-    // Clients send one; it says nothing that the path does not.
-    requests::read(body).await?;
+    let name = match name {
+        Some(Path(name)) => {
+            // Clients send a body; it says nothing that the path does not.
+            requests::read(body).await?;
+            name
+        }
+        None => read(None, body).await?.name,
+    };
     process.change(move |process| process.delete_namespace(&name)).await?;
     Ok(StatusCode::ACCEPTED)
 }
 
-/// The namespace in the body, under the name in the path.
-async fn read(name: String, body: Body) -> Result<Namespace, Refusal> {
+/// The namespace in the body, under the name in the path if there is one.
+async fn read(name: Option<Path<String>>, body: Body) -> Result<Namespace, Refusal> {
     let sent: Namespace = json_or_default(body).await?;
-    Ok(Namespace { name, ..sent })
+    match name {
+        Some(Path(name)) => Ok(Namespace { name, ..sent }),
+        None if sent.name.is_empty() => Err(Refusal::Invalid(
+            "the namespace's name is missing: it stands in the path, or in the body as {\"name\":NAME}"
+                .to_owned(),
+        )),
+        None => Ok(sent),
+    }
 }
 
 impl Process {

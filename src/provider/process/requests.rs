@@ -73,7 +73,7 @@ pub(super) fn or_default(namespace: &str) -> String {
 
 /// The function that `name` means when `namespace` is given with it.
 pub(super) fn function(name: &str, namespace: &str) -> Result<Function, Refusal> {
-    let missing = || Refusal::NotFound(format!("function {name} is not deployed"));
+    let missing = || Refusal::NoSuchFunction(name.to_owned());
     let function = Function::parse(name, DEFAULT_NAMESPACE).ok_or_else(missing)?;
     match namespace {
         "" => Ok(function),

@@ -87,13 +87,11 @@ pub(super) fn is_secret_name(name: &str) -> bool {
     (1..=200).contains(&name.len()) && name.bytes().all(plain) && !name.starts_with('.')
 }
 
-/// The bytes of a secret as it was sent.
+/// The bytes of a secret as it was sent. Some clients send a file's content twice, as text and in Base64: the latter is
+/// what holds any bytes.
 pub(super) fn value(secret: &Secret) -> Result<Vec<u8>, Refusal> {
     if secret.raw_value.is_empty() {
         return Ok(secret.value.as_bytes().to_vec());
-    }
-    if !secret.value.is_empty() {
-        return Err(Refusal::Invalid("give value or rawValue, not both".to_owned()));
     }
     STANDARD
         .decode(&secret.raw_value)

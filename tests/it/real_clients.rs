@@ -1,0 +1,92 @@
+//! Requests as faas-cli and other clients make them, against `gateway up`.
+
+use crate::support::place::{Place, Up};
+use crate::support::wire::{Answer, Wire};
+
+const STACK: &str = "functions: {echo: {fprocess: cat}}";
+
+/// A request of the API with a JSON body.
+async fn api(up: &Up<'_>, method: &str, target: &str, body: &serde_json::Value) -> Answer {
+    let body = body.to_string();
+    let length = body.len();
+    let request = format!(
+        "{method} {target} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n\
+         Content-Length: {length}\r\n\r\n{body}"
+    );
+    Wire::connect(up.gateway).await.ask(request).await
+}
+
+#[tokio::test]
+async fn a_namespace_may_be_named_in_the_body_alone() {
+    let place = Place::new();
+    let up = place.up(STACK, &[]).await;
+    let named = serde_json::json!({ "name": "dev", "labels": { "team": "a" } });
+    let target = "/system/namespace/";
+    assert_eq!(api(&up, "PUT", target, &named).await.status(), 404);
+    assert_eq!(api(&up, "POST", target, &named).await.status(), 201);
+    assert_eq!(api(&up, "POST", target, &named).await.status(), 409);
+    let got = api(&up, "GET", target, &serde_json::json!({ "name": "dev" })).await;
+    assert_eq!((got.status(), got.json()), (200, named.clone()));
+    assert_eq!(api(&up, "PUT", target, &named).await.status(), 202);
+    let listed = up.get("/system/namespaces", "").await.json();
+    assert_eq!(listed, serde_json::json!(["dev", "openfaas-fn"]));
+    for method in ["GET", "POST", "PUT", "DELETE"] {
+        let answer = api(&up, method, target, &serde_json::json!({})).await;
+        assert_eq!(answer.status(), 400, "{method}: {answer}");
+        assert!(answer.text().contains("name is missing"), "{method}: {answer}");
+    }
+    assert_eq!(api(&up, "DELETE", target, &named).await.status(), 202);
+    assert_eq!(api(&up, "GET", target, &named).await.status(), 404);
+    up.terminated().await;
+}
+
+#[tokio::test]
+async fn a_secret_from_a_file_comes_as_text_and_in_base64_and_the_latter_holds() {
+    let place = Place::new();
+    let up = place.up(STACK, &[]).await;
+    let secret = serde_json::json!({ "name": "key", "value": "a?b", "rawValue": "YQBi" });
+    let created = api(&up, "POST", "/system/secrets", &secret).await;
+    assert_eq!(created.status(), 201, "{created}");
+    let function = serde_json::json!({
+        "service": "show", "envProcess": "sh -c 'od -An -tx1 $secrets_path/key'", "secrets": ["key"],
+    });
+    assert_eq!(api(&up, "POST", "/system/functions", &function).await.status(), 202);
+    assert_eq!(up.post("/function/show", "").await.text().trim(), "61 00 62");
+    up.terminated().await;
+}
+
+#[tokio::test]
+async fn logs_that_cannot_be_had_are_refused_with_a_reason() {
+    let place = Place::new();
+    let up = place.up(STACK, &[]).await;
+    for (target, status, reason) in [
+        ("/system/logs?name=nobody", 404, "function nobody"),
+        ("/system/logs?name=echo&namespace=dev", 404, "function echo.dev"),
+        ("/system/logs", 400, "names no function"),
+        ("/system/logs?name=", 400, "names no function"),
+        ("/system/logs?name=echo&tail=many", 400, "tail: \"many\" is not a whole number"),
+        ("/system/logs?name=echo&tail=1.5", 400, "tail: \"1.5\""),
+        ("/system/logs?name=echo&since=noon", 400, "since: \"noon\""),
+    ] {
+        let answer = up.get(target, "").await;
+        assert_eq!(answer.status(), status, "{target}: {answer}");
+        assert!(answer.text().contains(reason), "{target}: {answer}");
+    }
+    for tail in ["", "&tail=-1", "&tail=10", "&tail="] {
+        assert_eq!(up.get(&format!("/system/logs?name=echo{tail}"), "").await.status(), 200);
+    }
+    up.terminated().await;
+}
+
+#[tokio::test]
+async fn every_function_has_the_label_that_clients_look_for() {
+    let place = Place::new();
+    let stack = "functions: {echo: {fprocess: cat}, other: {fprocess: cat, labels: {team: a}}}";
+    let up = place.up(stack, &[]).await;
+    let listed = up.get("/system/functions", "").await.json();
+    for function in listed.as_array().unwrap() {
+        assert_eq!(function["labels"]["faas_function"], function["name"]);
+    }
+    assert_eq!(up.get("/system/function/other", "").await.json()["labels"]["team"], "a");
+    up.terminated().await;
+}
