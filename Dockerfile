@@ -26,8 +26,12 @@ RUN mkdir -p src benches tests/it; \
     cargo build --release --locked; \
     rm -r src
 
+# The commit, which /system/info tells: no repository comes along to ask.
+ARG REVISION=unknown
+ENV GATEWAY_COMMIT=$REVISION
+COPY build.rs ./
 COPY src src
-RUN find src -name '*.rs' -exec touch {} +; \
+RUN find src build.rs -name '*.rs' -exec touch {} +; \
     cargo build --release --locked; \
     cp target/*/release/gateway /gateway
 

@@ -135,8 +135,8 @@ pub async fn info(
         "provider": provider,
         "version": {
             "release": env!("CARGO_PKG_VERSION"),
-            "sha": option_env!("GATEWAY_COMMIT").unwrap_or_default(),
-            "commit_message": option_env!("GATEWAY_COMMIT_MESSAGE").unwrap_or_default(),
+            "sha": env!("GATEWAY_COMMIT"),
+            "commit_message": env!("GATEWAY_COMMIT_MESSAGE"),
         },
         "arch": std::env::consts::ARCH,
     }))

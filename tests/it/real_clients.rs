@@ -79,6 +79,18 @@ async fn logs_that_cannot_be_had_are_refused_with_a_reason() {
 }
 
 #[tokio::test]
+async fn the_commit_is_told_by_gateway_and_provider() {
+    let place = Place::new();
+    let up = place.up(STACK, &[]).await;
+    let info = up.get("/system/info", "").await.json();
+    let repository = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join(".git").exists();
+    let sha = info["version"]["sha"].as_str().unwrap();
+    assert!(sha.len() == 40 && sha.bytes().all(|b| b.is_ascii_hexdigit()) || !repository, "{info}");
+    assert_eq!(info["provider"]["version"]["sha"], sha);
+    up.terminated().await;
+}
+
+#[tokio::test]
 async fn every_function_has_the_label_that_clients_look_for() {
     let place = Place::new();
     let stack = "functions: {echo: {fprocess: cat}, other: {fprocess: cat, labels: {team: a}}}";

@@ -146,7 +146,7 @@ async fn scale(
 }
 
 async fn info() -> impl IntoResponse {
-    let sha = option_env!("GATEWAY_COMMIT").unwrap_or_default();
+    let sha = env!("GATEWAY_COMMIT");
     let version = json!({ "release": env!("CARGO_PKG_VERSION"), "sha": sha });
     Json(json!({ "provider": "process", "version": version, "orchestration": "process" }))
 }
