@@ -1,6 +1,8 @@
 //! The body of an answer on its way to the caller. It sees to what must happen when it ends: the call is counted,
 //! the link goes back to its pool, the connection waits for the next request.
 
+pub mod early;
+
 use std::error::Error;
 use std::pin::Pin;
 use std::sync::Arc;

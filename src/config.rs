@@ -89,6 +89,8 @@ pub struct Limits {
     pub calls: usize,
     /// `max_connections`
     pub connections: usize,
+    /// `max_head_memory`
+    pub heads: usize,
 }
 
 /// Bounds on idle connections to upstreams.
@@ -235,6 +237,7 @@ impl Serve {
                 idle: Idle::parse(from),
                 calls: from.count("max_calls", 1..=10_000_000),
                 connections: from.count("max_connections", 1..=10_000_000),
+                heads: from.count("max_head_memory", 1 << 20..=1 << 30),
             },
             auth: Auth {
                 secrets: basic_auth(from),

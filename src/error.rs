@@ -121,6 +121,9 @@ impl Error {
             }
             // Where the body ends is not known, nor where another request begins.
             Self::Coding(_) | Self::Head(_) => {
+                if matches!(self, Self::Head(HeadError::OutOfMemory)) {
+                    headers.insert(RETRY_AFTER, HeaderValue::from_static("1"));
+                }
                 headers.insert(CONNECTION, HeaderValue::from_static("close"));
             }
             Self::MethodNotAllowed(allow) => {
@@ -205,6 +208,7 @@ fn head_status(error: HeadError) -> StatusCode {
         HeadError::TooLarge | HeadError::TooManyHeaders => {
             StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE
         }
+        HeadError::OutOfMemory => StatusCode::SERVICE_UNAVAILABLE,
         HeadError::TargetTooLong => StatusCode::URI_TOO_LONG,
         HeadError::UnsupportedVersion => StatusCode::HTTP_VERSION_NOT_SUPPORTED,
         HeadError::Version

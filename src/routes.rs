@@ -17,7 +17,7 @@ use hyper::body::{Body, Incoming};
 use hyper::service::{Service, service_fn};
 use tower::ServiceExt;
 
-use crate::answer::{Answer, Content};
+use crate::answer::{Answer, Content, early};
 use crate::error::Error;
 use crate::health::Health;
 use crate::invoke::{self, Invoker};
@@ -29,6 +29,7 @@ use crate::serve::caller::Caller;
 use crate::shutdown::Stages;
 use crate::system::{self, Api};
 use crate::trace::{Observer, Trip};
+use crate::watch::BodyState;
 use crate::{alerts, auth, health, logs, metrics, queued, same_origin, ui};
 
 /// The public port, functions and what is queued for them apart: those are matched before, in [`Door::enter`].
@@ -182,6 +183,7 @@ impl Door {
 
     fn look_at(&self, caller: &Caller, mut request: Request<Incoming>, began: Instant) -> Errand {
         if !request.body().is_end_stream() {
+            caller.watch.body_announced();
             caller.watch.body_until(began + self.invoker.timeouts.read);
         }
         let checked = check(&mut request).and_then(|()| check_path(request.uri().path()));
@@ -218,6 +220,11 @@ impl Door {
             Errand::Api(request) => self.wrap(caller, Box::pin(self.route(caller, *request)).await),
             Errand::Refused(answer) => *answer,
         };
+        if caller.watch.body_state() != BodyState::Read
+            && early::closes(&caller.watch, &mut answer).await
+        {
+            close_after(answer.headers_mut());
+        }
         if let Some(mut trip) = trip {
             trip.answered(&answer);
             answer.body_mut().watched_by(trip);
@@ -285,11 +292,15 @@ pub fn plain(
             let mut answer = match checked {
                 Ok(()) => router.oneshot(request).await.unwrap_or_else(|never| match never {}),
                 Err(early) => early.into_response(),
-            };
+            }
+            .map(|body| Answer::new(Content::Api(body), None, Arc::clone(&watch), idle));
+            if watch.body_state() != BodyState::Read && early::closes(&watch, &mut answer).await {
+                close_after(answer.headers_mut());
+            }
             if is_1_0 {
                 fit_http_1_0(&mut answer);
             }
-            Ok(answer.map(|body| Answer::new(Content::Api(body), None, watch, idle)))
+            Ok(answer)
         }
     })
 }

@@ -3,14 +3,18 @@
 
 pub mod caller;
 mod connection;
+pub mod heads;
+mod linger;
 pub mod listener;
 pub mod pacing;
 pub mod refusal;
+mod register;
 
 use std::convert::Infallible;
 use std::error::Error;
 use std::io;
 use std::net::TcpListener;
+use std::pin::pin;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -24,11 +28,16 @@ use tokio_util::task::TaskTracker;
 use crate::config::Timeouts;
 use crate::serve::caller::{Caller, CallerStream};
 use crate::serve::connection::Connection;
+use crate::serve::heads::Heads;
 use crate::serve::pacing::Pacing;
+use crate::serve::register::{Register, Seated};
 use crate::shutdown::Stages;
 
 /// How long to wait before accepting again when the process is out of files or memory.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+
+/// How long to wait for a place before another idle connection is closed.
+const ROOM_PAUSE: Duration = Duration::from_millis(50);
 
 /// What all listeners of one port share.
 #[derive(Clone)]
@@ -38,17 +47,27 @@ pub struct Server {
     pub connections: Arc<Semaphore>,
     pub stages: Stages,
     pub pacing: Pacing,
+    /// The budget for incomplete heads.
+    heads: Arc<Heads>,
+    register: Arc<Register>,
 }
 
 impl Server {
     /// A server that holds at most `max_connections` open at a time.
-    pub fn new(timeouts: Timeouts, max_connections: usize, stages: Stages) -> Self {
+    pub fn new(
+        timeouts: Timeouts,
+        max_connections: usize,
+        stages: Stages,
+        heads: Arc<Heads>,
+    ) -> Self {
         let permits = max_connections.min(Semaphore::MAX_PERMITS);
         Self {
             timeouts,
             connections: Arc::new(Semaphore::new(permits)),
             stages,
             pacing: Pacing::default(),
+            heads,
+            register: Arc::default(),
         }
     }
 
@@ -78,6 +97,7 @@ impl Server {
         let connections = TaskTracker::new();
         // A token of this thread's own: looking at it must not touch what other threads write.
         let closing = self.stages.closing.child_token();
+        let shard = self.register.shard(&self.heads);
         let carry = |tcp: TcpStream, permit| {
             let Ok(address) = tcp.peer_addr() else { return };
             let _ = tcp.set_nodelay(true);
@@ -86,10 +106,13 @@ impl Server {
             // Whoever connects is expected to say something soon.
             let first = self.timeouts.idle.min(self.timeouts.read);
             caller.watch.call_ended(Instant::now(), first);
-            let stream = CallerStream::new(tcp, Arc::clone(&caller.watch), self.timeouts);
+            let seat = shard.enter(&caller.watch, &self.heads);
+            let stream =
+                CallerStream::new(tcp, Arc::clone(&caller.watch), self.timeouts, Arc::clone(&seat));
             let service = service(caller.clone());
+            let closing = closing.clone();
             let connection =
-                Connection::new(builder.clone(), stream, caller, service, closing.clone());
+                Connection::new(builder.clone(), stream, caller, service, closing, Seated(seat));
             connections.spawn(connection);
         };
         while let Some((tcp, permit)) = self.accept(&listener).await {
@@ -120,8 +143,7 @@ impl Server {
                 match listener.accept().await {
                     // The place comes second: a thread that waits for callers must not keep one from the others.
                     Ok((tcp, _)) => {
-                        let permit = Arc::clone(&self.connections).acquire_owned().await.ok()?;
-                        return Some((tcp, permit));
+                        return Some((tcp, self.place().await?));
                     }
                     // The peer has gone already.
                     Err(e) if e.kind() == io::ErrorKind::ConnectionAborted => {}
@@ -136,6 +158,24 @@ impl Server {
         tokio::select! {
             () = self.stages.closing.cancelled() => None,
             next = next => next,
+        }
+    }
+}
+
+impl Server {
+    /// A place for one more connection. If there is none, the connection that has been idle longest makes room.
+    async fn place(&self) -> Option<OwnedSemaphorePermit> {
+        if let Ok(permit) = Arc::clone(&self.connections).try_acquire_owned() {
+            return Some(permit);
+        }
+        let mut waiting = pin!(Arc::clone(&self.connections).acquire_owned());
+        loop {
+            self.register.make_room();
+            // Cancel-safe: the place in the line is kept outside.
+            tokio::select! {
+                permit = &mut waiting => return permit.ok(),
+                () = tokio::time::sleep(ROOM_PAUSE) => {}
+            }
         }
     }
 }

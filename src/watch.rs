@@ -5,8 +5,13 @@
 //! costs a few stores, and the timer wheel is touched every few seconds.
 //! The task that owns the timer notices what is overdue; the parties learn of it from here when they are polled next.
 
+mod notes;
+
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering::Relaxed};
 use std::time::{Duration, Instant};
+
+pub use crate::watch::notes::Note;
+use crate::watch::notes::Notes;
 
 const NEVER: u64 = u64::MAX;
 
@@ -33,6 +38,20 @@ pub enum Overdue {
     Party,
 }
 
+/// What has become of the body of a request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum BodyState {
+    /// There is none, or it has been read to its end.
+    Read = 0,
+    /// It has not been read to its end, and is not wanted. hyper reads what is left of it only if that has been received.
+    Unread = 1,
+    /// It is being read.
+    InUse = 2,
+    /// It ended before its end, or was malformed.
+    Broken = 3,
+}
+
 /// The deadlines of one exchange. All parties run in one task; the atomics are there to make this `Sync`, not to
 /// order anything.
 #[derive(Debug)]
@@ -41,41 +60,47 @@ pub struct Watch {
     stage: AtomicU8,
     /// While idle or reading a head: the connection's own deadline. During a call: the call's.
     until: AtomicU64,
+    /// Since when the connection has been idle, if it is.
+    idle_at: AtomicU64,
     /// When an idle connection is closed.
     close_at: AtomicU64,
     /// The caller's body must have come whole.
     body_until: AtomicU64,
     /// The caller must take some of its answer.
     stalled_until: AtomicU64,
-    /// The body of the last request has not been read to its end. What is left of it must not be taken for another
-    /// request.
-    body_outstanding: AtomicBool,
+    /// A [`BodyState`].
+    body: AtomicU8,
     /// When the first byte of the head came.
     head_at: AtomicU64,
     call_expired: AtomicBool,
     body_expired: AtomicBool,
-    /// The head that is being read has more headers than hyper has room for.
-    wants_room: AtomicBool,
     /// Some of the last call's response may still have to be written.
     responding: AtomicBool,
+    notes: Notes,
 }
 
 impl Watch {
     /// A watch that waits for nothing yet.
     pub fn new() -> Self {
+        Self::at(Instant::now())
+    }
+
+    /// One whose times are counted from `base`.
+    pub fn at(base: Instant) -> Self {
         Self {
-            base: Instant::now(),
+            base,
             stage: AtomicU8::new(Stage::Idle as u8),
             until: AtomicU64::new(NEVER),
+            idle_at: AtomicU64::new(0),
             close_at: AtomicU64::new(NEVER),
             body_until: AtomicU64::new(NEVER),
             stalled_until: AtomicU64::new(NEVER),
-            body_outstanding: AtomicBool::new(false),
+            body: AtomicU8::new(BodyState::Read as u8),
             head_at: AtomicU64::new(0),
             call_expired: AtomicBool::new(false),
             body_expired: AtomicBool::new(false),
-            wants_room: AtomicBool::new(false),
             responding: AtomicBool::new(false),
+            notes: Notes::default(),
         }
     }
 
@@ -89,7 +114,12 @@ impl Watch {
 
     /// Bytes have come while the connection was idle: the head must be whole by `read` from now.
     pub fn head_begins(&self, read: Duration) {
-        let now = self.base.elapsed();
+        self.head_began(Instant::now(), read);
+    }
+
+    /// The same for bytes that came at `at`.
+    pub fn head_began(&self, at: Instant, read: Duration) {
+        let now = at.saturating_duration_since(self.base);
         self.head_at.store(nanos(now), Relaxed);
         self.stage.store(Stage::Head as u8, Relaxed);
         self.until.store(nanos(now + read), Relaxed);
@@ -106,7 +136,7 @@ impl Watch {
         self.until.store(NEVER, Relaxed);
         self.responding.store(true, Relaxed);
         // hyper reads a head only behind the end of the body before it.
-        self.body_outstanding.store(false, Relaxed);
+        self.set_body(BodyState::Read);
         self.base + head_at
     }
 
@@ -130,20 +160,51 @@ impl Watch {
         self.body_until.store(NEVER, Relaxed);
     }
 
-    /// The request has a body, which somebody is about to read.
+    /// The request has a body. Nothing reads it yet.
+    pub fn body_announced(&self) {
+        self.set_body(BodyState::Unread);
+    }
+
+    /// The request has a body, which is about to be read.
     pub fn body_begins(&self) {
-        self.body_outstanding.store(true, Relaxed);
+        self.set_body(BodyState::InUse);
     }
 
     /// The caller's body has been read to its end.
     pub fn body_ended(&self) {
         self.body_until.store(NEVER, Relaxed);
-        self.body_outstanding.store(false, Relaxed);
+        self.set_body(BodyState::Read);
     }
 
-    /// Whether some of the last request is still to be read, or never will be.
+    /// The caller's body ended before its end, or was malformed.
+    pub fn body_broke(&self) {
+        self.set_body(BodyState::Broken);
+    }
+
+    /// The caller's body is no longer wanted.
+    pub fn body_dropped(&self) {
+        if self.body_state() == BodyState::InUse {
+            self.set_body(BodyState::Unread);
+        }
+    }
+
+    fn set_body(&self, state: BodyState) {
+        self.body.store(state as u8, Relaxed);
+    }
+
+    pub fn body_state(&self) -> BodyState {
+        match self.body.load(Relaxed) {
+            0 => BodyState::Read,
+            1 => BodyState::Unread,
+            2 => BodyState::InUse,
+            _ => BodyState::Broken,
+        }
+    }
+
+    /// Whether some of the last request is still to be read: that must not be taken for another request. If hyper goes on
+    /// after a body that was not wanted, it has read all of it.
     pub fn body_outstanding(&self) -> bool {
-        self.body_outstanding.load(Relaxed)
+        self.body.load(Relaxed) >= BodyState::InUse as u8
     }
 
     /// The call has ended; the connection waits for another until `idle` from `now`.
@@ -157,6 +218,7 @@ impl Watch {
 
     /// Since `now` (from the base on) nothing is under way.
     fn idles(&self, now: Duration, idle: Duration) {
+        self.idle_at.store(nanos(now), Relaxed);
         self.until.store(nanos(now + idle.min(REST_AFTER)), Relaxed);
         self.close_at.store(nanos(now + idle), Relaxed);
     }
@@ -189,14 +251,42 @@ impl Watch {
         if answering { NEVER } else { self.until.load(Relaxed) }
     }
 
-    /// The head that is being read has many headers.
-    pub fn ask_for_room(&self) {
-        self.wants_room.store(true, Relaxed);
+    /// All has been answered, and only the end of the connection is waited for. Nothing is missed if it comes at once.
+    pub fn lingers(&self) {
+        self.stage.store(Stage::Idle as u8, Relaxed);
+        self.idle_at.store(0, Relaxed);
+        self.stalled_until.store(NEVER, Relaxed);
     }
 
-    /// Whether room has been asked for, once for each time.
-    pub fn takes_room(&self) -> bool {
-        self.wants_room.load(Relaxed) && self.wants_room.swap(false, Relaxed)
+    /// What the connection waits for while no request is under way, and since when: a head, or the rest of one.
+    pub fn waits_since(&self) -> Option<(Stage, Instant)> {
+        let stage = self.stage();
+        let since = match stage {
+            Stage::Idle if !self.is_stalled() => &self.idle_at,
+            Stage::Head => &self.head_at,
+            Stage::Idle | Stage::Call => return None,
+        };
+        Some((stage, self.base + Duration::from_nanos(since.load(Relaxed))))
+    }
+
+    /// Tells the connection's task something. Who does so from another task wakes it, too.
+    pub fn note(&self, note: Note) {
+        self.notes.add(note);
+    }
+
+    /// Whether the task has been told anything.
+    pub fn has_notes(&self) -> bool {
+        self.notes.any()
+    }
+
+    /// Whether the task has been told this.
+    pub fn has(&self, note: Note) -> bool {
+        self.notes.has(note)
+    }
+
+    /// Whether the task has been told this, once for each time.
+    pub fn takes(&self, note: Note) -> bool {
+        self.notes.take(note)
     }
 
     /// All that hyper had to write has been written.

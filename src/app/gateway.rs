@@ -29,6 +29,7 @@ use crate::queued::Intake;
 use crate::routes::{self, Door};
 use crate::same_origin::Names;
 use crate::scaling::Scaling;
+use crate::serve::heads::Heads;
 use crate::serve::listener::bind;
 use crate::serve::pacing::Pacing;
 use crate::serve::{Server, raise_file_limit};
@@ -83,6 +84,7 @@ struct Parts {
     tracer: Option<Tracer>,
     observer: Option<Arc<Observer>>,
     stages: Stages,
+    heads: Arc<Heads>,
 }
 
 impl Gateway {
@@ -111,7 +113,8 @@ impl Gateway {
             Arc::new(Parts::new(config, provider_credentials, threads, stages, tasks).await?);
         parts.start_background(metrics_listener, tasks);
         parts.start_autoscale(tasks).await?;
-        let server = Server { pacing, ..parts.server() };
+        let mut server = parts.server();
+        server.pacing = pacing;
         let own = Own::default()
             .gateway_port(address.port())
             .port(metrics_address.port())
@@ -216,6 +219,7 @@ impl Parts {
             tls,
             client,
             stages: stages.clone(),
+            heads: Arc::new(Heads::new(config.limits.heads)),
             config,
         })
     }
@@ -238,7 +242,8 @@ impl Parts {
                 "max_connections is bounded by the limit on open files"
             );
         }
-        Server::new(self.config.timeouts, connections, self.stages.clone())
+        let heads = Arc::clone(&self.heads);
+        Server::new(self.config.timeouts, connections, self.stages.clone(), heads)
     }
 
     fn start_background(self: &Arc<Self>, metrics_listener: TcpListener, tasks: &Tasks) {
@@ -254,7 +259,8 @@ impl Parts {
             tasks.spawn(|stopping| worker::keep_tidy(intake, health, Counted::Always, stopping));
         }
         let router = routes::internal(Arc::clone(&self.metrics));
-        serve_metrics(router, metrics_listener, self.config.timeouts, tasks);
+        let heads = Arc::clone(&self.heads);
+        serve_metrics(router, metrics_listener, self.config.timeouts, heads, tasks);
     }
 
     /// Scales functions by their load, if that is asked for.
@@ -403,9 +409,10 @@ pub(super) fn serve_metrics(
     router: Router,
     listener: TcpListener,
     timeouts: Timeouts,
+    heads: Arc<Heads>,
     tasks: &Tasks,
 ) {
-    let server = Server::new(timeouts, MAX_SCRAPERS, Stages::default());
+    let server = Server::new(timeouts, MAX_SCRAPERS, Stages::default(), heads);
     let serving = async move {
         let served =
             server.run(listener, |caller| routes::plain(&router, caller, timeouts.idle)).await;

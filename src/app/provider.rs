@@ -13,6 +13,7 @@ use crate::config::{self, Timeouts};
 use crate::provider::process::{self, Process};
 use crate::routes;
 use crate::same_origin::{self, Names};
+use crate::serve::heads::Heads;
 use crate::serve::listener::bind;
 use crate::serve::{Server, raise_file_limit};
 use crate::shutdown::{Signals, Stages, Tasks};
@@ -106,7 +107,8 @@ impl Provider {
         if let Some(credentials) = self.credentials.clone() {
             tasks.spawn(|stopping| credentials.follow(stopping));
         }
-        let server = Server::new(TIMEOUTS, MAX_CONNECTIONS, self.stages.clone());
+        let heads = Arc::<Heads>::default();
+        let server = Server::new(TIMEOUTS, MAX_CONNECTIONS, self.stages.clone(), heads);
         let drained = self.drained.clone();
         tasks.spawn(|_stopping| async move {
             let _drained = drained.drop_guard();

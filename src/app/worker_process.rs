@@ -118,7 +118,8 @@ async fn start(config: config::Worker, stages: &Stages, tasks: &Tasks) -> anyhow
     }
     let (tidied, counted) = (Arc::clone(&health), Counted::WhileScraped(Arc::clone(&metrics)));
     tasks.spawn(|stopping| worker::keep_tidy(intake, tidied, counted, stopping));
-    gateway::serve_metrics(routes::worker(metrics, health), listener, gateway::INTERNAL, tasks);
+    let router = routes::worker(metrics, health);
+    gateway::serve_metrics(router, listener, gateway::INTERNAL, Arc::default(), tasks);
     tracing::info!(metrics = %address, calls = %url, "Making queued calls");
     let stages = stages.clone();
     // On the thread that has the connection to the queue: what passes from one to another costs more than a call.

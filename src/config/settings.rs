@@ -82,7 +82,9 @@ settings! {
     max_calls COUNT "10000" SU
         "Calls in flight; beyond it new ones are answered 503 and /_/ready turns 503."
     max_connections COUNT "20000" SU
-        "Connections of callers; beyond it further ones wait to be accepted. Bounded by the limit on open files."
+        "Connections of callers; beyond it the one that has been idle longest is closed for each further one, which waits while none is idle. Bounded by the limit on open files."
+    max_head_memory BYTES "67108864" SU
+        "What incomplete request heads may have together, those of up to 8 KiB not counted; beyond it the largest are answered 503."
     tcp_congestion NAME "" SU
         "How sending to callers is paced, such as reno: one that net.ipv4.tcp_allowed_congestion_control lists, any other stops the start; empty: as the system says at the start, but where that is bbr, callers over loopback or from an address of this machine are sent to by reno, which takes a quarter less CPU for a large answer. With tcp_congestion=bbr they are paced as all others."
     shutdown_delay DURATION "0s" SU

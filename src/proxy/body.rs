@@ -10,7 +10,7 @@ use http_body::{Body, Frame, SizeHint};
 use hyper::body::Incoming;
 
 use crate::echo::Mark;
-use crate::watch::Watch;
+use crate::watch::{BodyState, Watch};
 
 /// The body of a request to an upstream.
 pub enum RequestBody {
@@ -102,14 +102,17 @@ impl BodyError {
 pub struct CallerBody {
     inner: Incoming,
     watch: Arc<Watch>,
+    /// It has been read to its end. From then on the watch may concern another request.
+    ended: bool,
 }
 
 impl CallerBody {
     pub fn new(inner: Incoming, watch: Arc<Watch>) -> Self {
-        if !inner.is_end_stream() {
+        let ended = inner.is_end_stream();
+        if !ended {
             watch.body_begins();
         }
-        Self { inner, watch }
+        Self { inner, watch, ended }
     }
 }
 
@@ -128,14 +131,19 @@ impl Body for CallerBody {
         let polled = Pin::new(&mut self.inner).poll_frame(cx);
         if let Poll::Ready(Some(Err(error))) = &polled {
             tracing::debug!(%error, "A caller's body broke off");
+            self.watch.body_broke();
         }
         let is_last = match &polled {
-            Poll::Ready(None) => true,
+            // After an error there is nothing more either.
+            Poll::Ready(None) => self.watch.body_state() != BodyState::Broken,
             Poll::Ready(Some(Ok(frame))) => frame.is_trailers() || self.inner.is_end_stream(),
             Poll::Ready(Some(Err(_))) | Poll::Pending => self.inner.is_end_stream(),
         };
         if is_last {
-            self.watch.body_ended();
+            if !self.ended {
+                self.ended = true;
+                self.watch.body_ended();
+            }
             // The wake tells hyper that it may bring more: there is no more.
             before.forget_since();
         }
@@ -148,6 +156,14 @@ impl Body for CallerBody {
 
     fn size_hint(&self) -> SizeHint {
         self.inner.size_hint()
+    }
+}
+
+impl Drop for CallerBody {
+    fn drop(&mut self) {
+        if !self.ended {
+            self.watch.body_dropped();
+        }
     }
 }
 

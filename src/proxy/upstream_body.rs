@@ -129,6 +129,18 @@ impl UpstreamBody {
         }
     }
 
+    /// Whether all of it has been received from the upstream.
+    pub fn has_come_whole(&self) -> bool {
+        let received = |link: &Option<Box<Link>>| {
+            link.as_ref().map_or(0, |link| self.decoder.beginning(link.input()).len() as u64)
+        };
+        let received = match &self.link {
+            Hold::Own(link) => received(link),
+            Hold::Shared(link) => received(&link.lock().unwrap_or_else(PoisonError::into_inner)),
+        };
+        self.size_hint().exact().is_some_and(|missing| missing <= received)
+    }
+
     /// Whether the upstream has been sent all of the request.
     pub(super) fn is_request_sent(&self) -> bool {
         matches!(&self.link, Hold::Own(Some(link)) if link.is_sent())

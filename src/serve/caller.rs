@@ -14,7 +14,8 @@ use tokio::sync::OwnedSemaphorePermit;
 use tokio_util::task::TaskTracker;
 
 use crate::config::Timeouts;
-use crate::watch::{Stage, Watch};
+use crate::serve::register::Seat;
+use crate::watch::{Note, Stage, Watch};
 
 /// Who calls, and the watch over its connection. Handed to the service once for each connection.
 #[derive(Clone, Debug)]
@@ -91,6 +92,13 @@ pub struct CallerStream {
     output: Bytes,
     /// hyper has refused the head of a request. Its response was not written.
     refused: bool,
+    /// The peer has closed its side, or the connection has failed.
+    ended: bool,
+    /// How much of the head that is being read has come.
+    head: usize,
+    /// How much of it is counted.
+    counted: usize,
+    seat: Arc<Seat>,
     watch: Arc<Watch>,
     timeouts: Timeouts,
 }
@@ -99,6 +107,15 @@ pub struct CallerStream {
 /// reads, each keeping the whole of its buffer, may wait to be written: this bounds what a fast peer before a slow one
 /// costs, to 2 MiB or so.
 const READ_AT_ONCE: u64 = 64 << 10;
+
+/// What is read at once of a head that did not come in one read.
+const HEAD_AT_ONCE: u64 = 16 << 10;
+
+/// What is read at once of the next request while one is answered.
+const AHEAD: u64 = 8 << 10;
+
+/// Incomplete heads of up to this size are not counted: it is the least that hyper reads into.
+const ONE_READ: usize = 8 << 10;
 
 /// Answers of up to this size are written from one piece.
 const SMALL: usize = 1 << 10;
@@ -117,7 +134,12 @@ fn lines(read: &[u8]) -> usize {
 }
 
 impl CallerStream {
-    pub fn new(tcp: TcpStream, watch: Arc<Watch>, timeouts: Timeouts) -> Self {
+    pub(super) fn new(
+        tcp: TcpStream,
+        watch: Arc<Watch>,
+        timeouts: Timeouts,
+        seat: Arc<Seat>,
+    ) -> Self {
         Self {
             tcp: tcp.take(READ_AT_ONCE),
             unread: Bytes::new(),
@@ -125,6 +147,10 @@ impl CallerStream {
             roomy: false,
             output: Bytes::new(),
             refused: false,
+            ended: false,
+            head: 0,
+            counted: 0,
+            seat,
             watch,
             timeouts,
         }
@@ -187,16 +213,45 @@ impl CallerStream {
     /// Sees to what has just been read, between two calls or in a head. Whether hyper may have it.
     fn admit(&mut self, read: &[u8]) -> bool {
         if self.watch.stage() == Stage::Idle {
-            self.watch.head_begins(self.timeouts.read);
-            self.lines = 0;
+            self.head_begins(0);
         }
         self.lines += lines(read);
+        self.head += read.len();
         if self.roomy || self.lines <= FEW_LINES {
             return true;
         }
         self.unread = Bytes::copy_from_slice(read);
-        self.watch.ask_for_room();
+        self.watch.note(Note::Room);
         false
+    }
+
+    /// Some of a head has come, of which `read` bytes will be seen only by hyper.
+    fn head_begins(&mut self, read: usize) {
+        if self.watch.takes(Note::LargeHead) {
+            // The one before came whole in the same turn.
+            self.seat.heads.end(&self.seat);
+        }
+        self.watch.head_begins(self.timeouts.read);
+        (self.lines, self.head, self.counted) = (0, read, 0);
+    }
+
+    /// Counts what has come of a head that does not fit one read. Whether more may come.
+    fn head_grows(&mut self) -> bool {
+        if self.counted == self.head {
+            return true;
+        }
+        self.counted = self.head;
+        self.watch.note(Note::LargeHead);
+        self.seat.heads.grows(&self.seat, self.head)
+    }
+
+    /// How much may be read at once: little where it may be more than one request, or an incomplete head.
+    fn read_limit(&self) -> u64 {
+        match self.watch.stage() {
+            Stage::Head => HEAD_AT_ONCE,
+            Stage::Call if !self.watch.body_outstanding() => AHEAD,
+            Stage::Idle | Stage::Call => READ_AT_ONCE,
+        }
     }
 
     /// Waits until there is something to read, the end among it.
@@ -207,6 +262,20 @@ impl CallerStream {
         // Readiness alone is not enough: a fresh socket counts as ready until it has been tried.
         let mut byte = [0];
         self.tcp.get_ref().poll_peek(cx, &mut ReadBuf::new(&mut byte)).map(|_| ())
+    }
+
+    /// Whether the peer has closed its side, or the connection has failed.
+    pub(super) fn has_ended(&self) -> bool {
+        self.ended
+    }
+
+    /// Reads what is only to be discarded.
+    pub(super) fn poll_discard(
+        &mut self,
+        cx: &mut Context<'_>,
+        buf: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        Pin::new(self.tcp.get_mut()).poll_read(cx, buf)
     }
 
     fn wrote(&self, result: Poll<io::Result<usize>>) -> Poll<io::Result<usize>> {
@@ -226,17 +295,25 @@ impl AsyncRead for CallerStream {
     ) -> Poll<io::Result<()>> {
         if !self.unread.is_empty() {
             if self.watch.stage() == Stage::Idle {
-                self.watch.head_begins(self.timeouts.read);
+                let unread = self.unread.len();
+                self.head_begins(unread);
             }
             let count = self.unread.len().min(buf.remaining());
             buf.put_slice(&self.unread.split_to(count));
             return Poll::Ready(Ok(()));
         }
+        if self.head > ONE_READ && self.watch.stage() == Stage::Head && !self.head_grows() {
+            self.watch.note(Note::Refuse);
+            cx.waker().wake_by_ref();
+            return Poll::Pending;
+        }
         let before = buf.filled().len();
-        self.tcp.set_limit(READ_AT_ONCE);
+        let limit = self.read_limit();
+        self.tcp.set_limit(limit);
         let result = Pin::new(&mut self.tcp).poll_read(cx, buf);
-        if buf.filled().len() > before
-            && self.watch.stage() != Stage::Call
+        if buf.filled().len() == before {
+            self.ended |= result.is_ready();
+        } else if self.watch.stage() != Stage::Call
             && !self.watch.body_outstanding()
             && !self.admit(&buf.filled()[before..])
         {

@@ -6,18 +6,20 @@ use std::pin::Pin;
 use std::task::{Context, Poll, ready};
 use std::time::{Duration, Instant};
 
+use bytes::Bytes;
 use hyper::body::{Body, Incoming};
 use hyper::server::conn::http1::{Builder, UpgradeableConnection};
 use hyper::service::HttpService;
 use hyper_util::rt::TokioIo;
-use tokio::io::AsyncWrite;
 use tokio::time::Sleep;
 use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
 
 use crate::echo::OwnWakes;
 use crate::serve::caller::{Caller, CallerStream};
-use crate::serve::refusal::{self, Outcome};
-use crate::watch::{Overdue, Stage};
+use crate::serve::linger::Linger;
+use crate::serve::refusal::{self, HeadError, Outcome};
+use crate::serve::register::Seated;
+use crate::watch::{BodyState, Note, Overdue, Stage};
 
 /// The largest head of a request.
 pub(super) const MAX_HEAD: usize = 1 << 20;
@@ -50,14 +52,19 @@ pub(super) struct Connection<S: HttpService<Incoming>> {
     registered: bool,
     told_to_close: bool,
     own_wakes: OwnWakes,
+    seat: Seated,
 }
 
+#[expect(
+    clippy::large_enum_variant,
+    reason = "most connections rest, and are to need no more memory"
+)]
 enum Http<S: HttpService<Incoming>> {
     Awake(Box<UpgradeableConnection<TokioIo<CallerStream>, S>>),
     /// Nothing is under way: hyper's state and buffers are not needed until something can be read.
     Resting(CallerStream, S),
-    /// The response to a head that hyper did not take is written; it is the last one.
-    Refusing(CallerStream),
+    /// All has been answered; the client may still be sending.
+    Lingering(Box<Linger>),
     Over,
 }
 
@@ -74,6 +81,7 @@ where
         caller: Caller,
         service: S,
         closing: CancellationToken,
+        seat: Seated,
     ) -> Self {
         Self {
             http: Http::Resting(stream, service),
@@ -88,6 +96,7 @@ where
             registered: false,
             told_to_close: false,
             own_wakes: OwnWakes::default(),
+            seat,
         }
     }
 
@@ -99,42 +108,61 @@ where
                     self.wake();
                 }
                 Http::Awake(http) => {
-                    let Err(error) = ready!(Pin::new(&mut **http).poll(cx)) else {
-                        return Poll::Ready(());
-                    };
-                    tracing::debug!(caller = %self.caller.address, %error, "Connection ended");
-                    if !self.take_over(&error) {
+                    let ended = ready!(Pin::new(&mut **http).poll(cx));
+                    if let Err(error) = &ended {
+                        tracing::debug!(caller = %self.caller.address, %error, "Connection ended");
+                    }
+                    self.hyper_ended(ended.err().as_ref());
+                }
+                Http::Lingering(linger) => {
+                    if self.caller.watch.takes(Note::Leave) {
                         return Poll::Ready(());
                     }
-                }
-                Http::Refusing(stream) => {
-                    // It ends, whether or not the client has taken the response.
-                    return Pin::new(stream).poll_shutdown(cx).map(|_| ());
+                    if self.closing.is_cancelled() {
+                        linger.hurry();
+                    }
+                    return Pin::new(&mut **linger).poll(cx);
                 }
                 Http::Over => return Poll::Ready(()),
             }
         }
     }
 
-    /// Takes the connection from hyper, which did not take the head of a request. Whether there is more to do.
-    fn take_over(&mut self, error: &hyper::Error) -> bool {
-        let Http::Awake(http) = std::mem::replace(&mut self.http, Http::Over) else { return false };
-        let Some(parts) = http.into_parts() else { return false };
-        let mut stream = parts.io.into_inner();
-        if !stream.takes_refusal(error) {
-            return false;
-        }
-        self.http = match Outcome::of(error, &parts.read_buf) {
-            Outcome::Corrected(head) => {
+    /// Takes the connection from hyper, which has ended. It may not have taken the head of a request, or not have read
+    /// all of its body.
+    fn hyper_ended(&mut self, error: Option<&hyper::Error>) {
+        let Some((mut stream, service, unparsed)) = self.take_from_hyper() else { return };
+        let refused = error.filter(|error| stream.takes_refusal(error));
+        match refused.map(|error| Outcome::of(error, &unparsed)) {
+            Some(Outcome::Corrected(head)) => {
                 stream.read_again(&head);
-                Http::Resting(stream, parts.service)
+                self.http = Http::Resting(stream, service);
             }
-            Outcome::Refused(error) => {
+            Some(Outcome::Refused(error)) => {
                 stream.write_first(&refusal::response(error));
-                Http::Refusing(stream)
+                self.linger(stream);
             }
-        };
-        true
+            None if self.caller.watch.body_state() != BodyState::Read => self.linger(stream),
+            None => {}
+        }
+    }
+
+    /// Ends what hyper does. `None` if a changed protocol has taken the connection.
+    fn take_from_hyper(&mut self) -> Option<(CallerStream, S, Bytes)> {
+        let Http::Awake(http) = std::mem::replace(&mut self.http, Http::Over) else { return None };
+        let parts = http.into_parts()?;
+        Some((parts.io.into_inner(), parts.service, parts.read_buf))
+    }
+
+    /// Closes the connection in a way that lets a client that still sends read its response.
+    fn linger(&mut self, stream: CallerStream) {
+        self.caller.watch.lingers();
+        self.http = Http::Lingering(Box::new(Linger::new(stream)));
+    }
+
+    /// Whether only the end of the connection is waited for.
+    fn lingers(&self) -> bool {
+        matches!(self.http, Http::Lingering(_))
     }
 
     fn wake(&mut self) {
@@ -174,6 +202,7 @@ where
             return false;
         }
         if !self.registered {
+            self.seat.0.wake_by(cx.waker());
             self.registered = self.until_closing.as_mut().poll(cx).is_pending();
         }
         if !self.closing.is_cancelled() {
@@ -189,10 +218,37 @@ where
         self.told_to_close = true;
         match &mut self.http {
             Http::Awake(http) => Pin::new(&mut **http).graceful_shutdown(),
-            Http::Refusing(_) => return false,
-            Http::Resting(..) | Http::Over => self.http = Http::Over,
+            Http::Resting(..) | Http::Lingering(_) | Http::Over => self.http = Http::Over,
         }
         true
+    }
+
+    /// Sees to what this connection has been told. Whether that changes what there is to drive.
+    fn heed(&mut self) -> bool {
+        let watch = &self.caller.watch;
+        if watch.takes(Note::Room) {
+            self.make_room();
+            return true;
+        }
+        if watch.has(Note::LargeHead) && watch.stage() != Stage::Head {
+            watch.takes(Note::LargeHead);
+            self.seat.0.heads.end(&self.seat.0);
+        }
+        if watch.takes(Note::Refuse) && watch.stage() == Stage::Head {
+            tracing::debug!(caller = %self.caller.address, "An incomplete head is refused");
+            if let Some((mut stream, ..)) = self.take_from_hyper() {
+                stream.write_first(&refusal::response(HeadError::OutOfMemory));
+                self.linger(stream);
+            }
+            self.seat.0.heads.end(&self.seat.0);
+            return true;
+        }
+        if watch.takes(Note::Leave) && watch.waits_since().is_some() {
+            tracing::debug!(caller = %self.caller.address, "Closed to make room for another connection");
+            self.http = Http::Over;
+            return true;
+        }
+        false
     }
 
     /// Drives what there is to drive, for as long as that changes what there is.
@@ -201,11 +257,13 @@ where
             if self.poll_http(cx).is_ready() {
                 return Poll::Ready(());
             }
+            if self.lingers() {
+                return Poll::Pending;
+            }
             if self.caller.watch.is_stalled() {
                 self.caller.drive_blocked(cx);
             }
-            if self.caller.watch.takes_room() {
-                self.make_room();
+            if self.caller.watch.has_notes() && self.heed() {
                 continue;
             }
             if self.close_if_asked(cx) {

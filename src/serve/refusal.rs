@@ -14,6 +14,10 @@ use crate::serve::connection::{MAX_HEAD, MAX_HEADERS};
 pub enum HeadError {
     #[error("the head of the request exceeds {MAX_HEAD} bytes")]
     TooLarge,
+    #[error(
+        "incomplete request heads use all that max_head_memory allows, and this one is the largest"
+    )]
+    OutOfMemory,
     #[error("the request has more than {MAX_HEADERS} headers")]
     TooManyHeaders,
     #[error("the target of the request is too long")]

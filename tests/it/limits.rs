@@ -42,8 +42,8 @@ async fn calls_beyond_the_limit_are_refused_until_others_end() {
 }
 
 #[tokio::test]
-async fn a_connection_beyond_the_limit_waits_for_another_to_end() {
-    let provider = Provider::saying("hello");
+async fn a_connection_beyond_the_limit_waits_for_one_that_is_not_in_use() {
+    let mut provider = Provider::by_hand();
     let gateway = Gateway::builder()
         .provider(&provider)
         .var("max_connections", "2")
@@ -51,15 +51,20 @@ async fn a_connection_beyond_the_limit_waits_for_another_to_end() {
         .start()
         .await;
     let (mut first, mut second) = (gateway.connect().await, gateway.connect().await);
-    assert_eq!(first.get("/_/healthz").await.status(), 200);
-    assert_eq!(second.get("/_/healthz").await.status(), 200);
+    first.send(get("/function/slow")).await;
+    let mut first_call = provider.call().await;
+    second.send(get("/function/slow")).await;
+    let mut second_call = provider.call().await;
     let mut third = gateway.connect().await;
     third.send(get("/_/healthz")).await;
     let early = tokio::time::timeout(Duration::from_millis(300), third.try_head()).await;
     assert!(early.is_err(), "answered: {early:?}");
-    drop(first);
+    first_call.answer(200, "done").await;
+    assert_eq!(first.answer().await.text(), "done");
+    // Idle from now on, it makes room.
     assert_eq!(third.answer().await.status(), 200);
-    assert_eq!(second.get("/function/echo").await.text(), "hello");
+    second_call.answer(200, "done").await;
+    assert_eq!(second.answer().await.text(), "done");
 }
 
 #[tokio::test]
