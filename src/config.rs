@@ -8,6 +8,7 @@ pub mod cli;
 pub mod duration;
 #[cfg(any(test, fuzzing))]
 pub(crate) mod fuzz;
+mod ignored;
 pub mod listen;
 pub mod nats;
 pub mod reader;
@@ -36,6 +37,8 @@ pub struct Serve {
     pub listen: Listen,
     /// `listen_address`, `metrics_port`.
     pub metrics: Listen,
+    /// `metrics_hosts`
+    pub metrics_hosts: Vec<String>,
     /// `threads`: how many threads carry calls; 0: one for each core.
     pub threads: usize,
     /// `tcp_congestion`: how callers' connections control congestion; `None`: as the system says.
@@ -185,6 +188,8 @@ pub struct Up {
     pub provider: Provider,
     /// The stack file to deploy, if one was named.
     pub stack: Option<PathBuf>,
+    /// What is said at the start of settings that have no effect here.
+    pub warnings: Vec<String>,
 }
 
 /// The variables of this process that functions on it get to see.
@@ -217,6 +222,7 @@ impl Serve {
         Self {
             listen: host.port(from, "port"),
             metrics: host.port(from, "metrics_port"),
+            metrics_hosts: metrics_hosts(from),
             threads: from.count("threads", 0..=1024),
             congestion: Some(from.text("tcp_congestion")).filter(|name| !name.is_empty()),
             logs_provider: provider.clone(),
@@ -352,8 +358,15 @@ impl Up {
         serve.cold_start = Some(ColdStart::parse(&mut from));
         serve.autoscale = Autoscale::parse(&mut from, true);
         serve.local_only = serve.auth.secrets.is_none() && serve.auth.proxy.is_none();
-        from.finish(Self { serve, provider, stack })
+        let warnings = ignored::warnings(&from);
+        from.finish(Self { serve, provider, stack, warnings })
     }
+}
+
+/// The names by which the metrics port may be asked.
+fn metrics_hosts(from: &Reader<'_>) -> Vec<String> {
+    let hosts = from.text("metrics_hosts");
+    hosts.split(',').map(str::trim).filter(|host| !host.is_empty()).map(str::to_owned).collect()
 }
 
 /// The directory of the credentials' files, if they are asked for.

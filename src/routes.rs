@@ -25,6 +25,7 @@ use crate::metrics::Metrics;
 use crate::proxy::body::CallerBody;
 use crate::queued::{operate, other_method};
 use crate::routes::request::{Early, check, close_after, fit_http_1_0, has_dot_segment};
+use crate::same_origin::InternalNames;
 use crate::serve::caller::Caller;
 use crate::shutdown::Stages;
 use crate::system::{self, Api};
@@ -108,9 +109,10 @@ pub fn api(api: Arc<Api>) -> Router {
 }
 
 /// The internal port.
-pub fn internal(metrics: Arc<Metrics>) -> Router {
+pub fn internal(metrics: Arc<Metrics>, names: InternalNames) -> Router {
     Router::new()
         .route("/metrics", get(scrape))
+        .route_layer(from_fn_with_state(Arc::new(names), same_origin::guard_internal))
         .route("/healthz", get(|| async { "OK" }))
         // For probes: this port takes them when the public one has no connection left.
         .route("/_/healthz", get(health::live))
@@ -120,8 +122,8 @@ pub fn internal(metrics: Arc<Metrics>) -> Router {
 }
 
 /// The port of a worker.
-pub fn worker(metrics: Arc<Metrics>, health: Arc<Health>) -> Router {
-    internal(metrics).route("/_/ready", get(|| async move { health.answer() }))
+pub fn worker(metrics: Arc<Metrics>, names: InternalNames, health: Arc<Health>) -> Router {
+    internal(metrics, names).route("/_/ready", get(|| async move { health.answer() }))
 }
 
 async fn scrape(State(metrics): State<Arc<Metrics>>) -> Response {

@@ -1,6 +1,8 @@
 //! Keeps web pages of others away from the API: a browser on the machine, or one that has the credentials, sends what
 //! any page asks it to.
 
+mod internal;
+
 use axum::extract::{Request, State};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
@@ -10,6 +12,7 @@ use http::{HeaderMap, HeaderName, Method};
 use crate::chain::X_GATEWAY_CALLBACK;
 use crate::error::Error;
 use crate::queued::wishes::X_CALLBACK_URL;
+pub use crate::same_origin::internal::{InternalNames, guard_internal};
 
 const SEC_FETCH_SITE: HeaderName = HeaderName::from_static("sec-fetch-site");
 const X_FORWARDED_HOST: HeaderName = HeaderName::from_static("x-forwarded-host");
@@ -125,12 +128,16 @@ fn check(headers: &HeaderMap, names: Names) -> Result<(), Foreign> {
 
 /// Whether `host`, with or without a port, names this machine.
 fn is_local(host: &str) -> bool {
-    let name = match host.rsplit_once(':') {
-        Some((name, port)) if port.bytes().all(|b| b.is_ascii_digit()) => name,
-        _ => host,
-    };
+    let name = without_port(host);
     let address = name.trim_start_matches('[').trim_end_matches(']').parse::<std::net::IpAddr>();
     name.eq_ignore_ascii_case("localhost") || address.is_ok_and(|address| address.is_loopback())
+}
+
+fn without_port(host: &str) -> &str {
+    match host.rsplit_once(':') {
+        Some((name, port)) if port.bytes().all(|b| b.is_ascii_digit()) => name,
+        _ => host,
+    }
 }
 
 #[cfg(test)]

@@ -27,7 +27,7 @@ use crate::provider::Provider;
 use crate::proxy::client::{Client, Origin, Tls};
 use crate::queued::Intake;
 use crate::routes::{self, Door};
-use crate::same_origin::Names;
+use crate::same_origin::{InternalNames, Names};
 use crate::scaling::Scaling;
 use crate::serve::heads::Heads;
 use crate::serve::listener::bind;
@@ -258,7 +258,8 @@ impl Parts {
             let health = Arc::clone(&self.health);
             tasks.spawn(|stopping| worker::keep_tidy(intake, health, Counted::Always, stopping));
         }
-        let router = routes::internal(Arc::clone(&self.metrics));
+        let names = InternalNames::new(&self.config.metrics_hosts);
+        let router = routes::internal(Arc::clone(&self.metrics), names);
         let heads = Arc::clone(&self.heads);
         serve_metrics(router, metrics_listener, self.config.timeouts, heads, tasks);
     }

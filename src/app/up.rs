@@ -27,6 +27,9 @@ pub(super) fn run(config: Up) -> anyhow::Result<()> {
 }
 
 async fn up(mut config: Up, functions: Vec<FunctionDeployment>) -> anyhow::Result<()> {
+    for warning in &config.warnings {
+        tracing::warn!("{warning}");
+    }
     let mut signals = Signals::listen().context("cannot listen for signals")?;
     let (tasks, provider_tasks, stages) = (Tasks::default(), Tasks::default(), Stages::default());
     // Kept in memory alone: only this gateway gives orders to this provider.

@@ -16,6 +16,7 @@ use crate::metrics::replicas::Poll;
 use crate::provider::Provider;
 use crate::proxy::client::{Client, Origin, Tls};
 use crate::routes;
+use crate::same_origin::InternalNames;
 use crate::scaling::Scaling;
 use crate::serve::listener::bind;
 use crate::serve::raise_file_limit;
@@ -118,7 +119,7 @@ async fn start(config: config::Worker, stages: &Stages, tasks: &Tasks) -> anyhow
     }
     let (tidied, counted) = (Arc::clone(&health), Counted::WhileScraped(Arc::clone(&metrics)));
     tasks.spawn(|stopping| worker::keep_tidy(intake, tidied, counted, stopping));
-    let router = routes::worker(metrics, health);
+    let router = routes::worker(metrics, InternalNames::new(&config.metrics_hosts), health);
     gateway::serve_metrics(router, listener, gateway::INTERNAL, Arc::default(), tasks);
     tracing::info!(metrics = %address, calls = %url, "Making queued calls");
     let stages = stages.clone();

@@ -63,6 +63,8 @@ settings! {
         "Port for GET /metrics and GET /healthz; not to be exposed."
     worker_metrics_port PORT "8083" W
         "Port for GET /metrics, /healthz and /_/ready of a worker; not to be exposed."
+    metrics_hosts LIST "" SUW
+        "Names by which the metrics port may be asked, beside IP addresses, names without a dot and names of the own network (such as those ending in .svc, .local, .internal or a search domain of /etc/resolv.conf), separated by commas; *.DOMAIN for all names below it, * for any."
     threads COUNT "0" SU
         "Threads that carry calls, each with its own listener and connections; 0: one for each core."
     read_timeout DURATION "60s" SU

@@ -6,13 +6,17 @@ use std::time::Duration;
 use crate::config::base_url::BaseUrl;
 use crate::config::listen::{Host, Listen};
 use crate::config::reader::{Mistake, Reader};
-use crate::config::{Backend, ColdStart, Idle, Nats, Queue, Traces, basic_auth, nowhere};
+use crate::config::{
+    Backend, ColdStart, Idle, Nats, Queue, Traces, basic_auth, metrics_hosts, nowhere,
+};
 
 /// Settings of `gateway worker`.
 #[derive(Clone, Debug)]
 pub struct Worker {
     /// `listen_address`, `worker_metrics_port`
     pub metrics: Listen,
+    /// `metrics_hosts`
+    pub metrics_hosts: Vec<String>,
     /// Where functions are called, and asked about.
     pub target: Target,
     /// `faas_gateway_address`, `faas_gateway_port`, whether or not functions are called there.
@@ -75,6 +79,7 @@ impl Worker {
         let gateway = gateway.unwrap_or_else(nowhere);
         let worker = Self {
             metrics: host.port(&mut from, "worker_metrics_port"),
+            metrics_hosts: metrics_hosts(&from),
             target: match provider {
                 Some(provider) => Target::Provider(provider),
                 None => Target::Gateway(gateway.clone()),

@@ -32,6 +32,7 @@ mod http_1_0;
 mod leaving;
 mod limits;
 mod memory;
+mod metrics_port;
 mod pool;
 mod queue;
 mod queue_chaos;
