@@ -1,6 +1,6 @@
 # Thin over cargo: `make up` runs functions on this machine, `make test` runs every test there is.
 
-.PHONY: up build test needs fmt lint unit docs manifests browser yaml chaos fuzz
+.PHONY: up build test needs fmt lint unit docs manifests browser yaml chaos fuzz soak
 
 up: build
 	target/release/gateway up examples/stack.yaml
@@ -73,3 +73,8 @@ chaos: needs
 # Every parser of bytes from outside under libFuzzer, FUZZ_SECONDS each (60). `make test` replays what it has found.
 fuzz: needs
 	fuzz/run.sh
+
+# Half an hour (SOAK_MINUTES) of mixed load with a kill -9 each minute: tests/soak/soak.py says what is counted.
+soak: needs
+	cargo build --release --locked
+	python3 -B tests/soak/soak.py target/release/gateway

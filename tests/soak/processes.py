@@ -1,0 +1,82 @@
+"""The processes of the soak test: started, killed, started again, and looked at."""
+
+import os
+import signal
+import socket
+import subprocess
+import time
+import urllib.request
+
+# A process is there long before this.
+START = 60
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+class Process:
+    """One of them. It keeps its ports and its files over kills."""
+
+    def __init__(self, name, command, variables, ready, directory):
+        self.name, self.command, self.ready = name, command, ready
+        self.variables = {"PATH": os.environ["PATH"], **variables}
+        self.log = open(directory / f"{name}.log", "ab")
+        self.directory = directory
+        self.child = None
+        self.kills = 0
+        # Seconds since the start of the run, KiB, open files, threads.
+        self.samples = []
+
+    def start(self):
+        self.child = subprocess.Popen(
+            self.command, env=self.variables, cwd=self.directory, stdout=self.log, stderr=self.log
+        )
+        deadline = time.monotonic() + START
+        while not self.is_ready():
+            if self.child.poll() is not None:
+                raise SystemExit(f"{self.name} ended with {self.child.returncode}: see {self.log.name}")
+            if time.monotonic() > deadline:
+                raise SystemExit(f"{self.name} is not ready after {START} s: see {self.log.name}")
+            time.sleep(0.05)
+
+    def is_ready(self):
+        try:
+            with urllib.request.urlopen(self.ready, timeout=2) as response:
+                return response.status == 200
+        except OSError:
+            return False
+
+    def kill(self):
+        self.child.send_signal(signal.SIGKILL)
+        self.child.wait()
+        self.kills += 1
+
+    def stop(self):
+        if self.child and self.child.poll() is None:
+            self.child.terminate()
+            try:
+                self.child.wait(40)
+            except subprocess.TimeoutExpired:
+                self.child.kill()
+                self.child.wait()
+
+    def sample(self, at):
+        """Notes what it uses now; nothing if it has just been killed."""
+        root = f"/proc/{self.child.pid}"
+        try:
+            with open(f"{root}/status") as file:
+                status = dict(line.split(":", 1) for line in file)
+            memory = int(status["VmRSS"].split()[0])
+            self.samples.append((at, memory, len(os.listdir(f"{root}/fd")), int(status["Threads"])))
+        except (OSError, KeyError, ValueError):
+            pass
+
+    def between(self, begin, end):
+        """The medians of memory, files and threads in a part of the run."""
+        found = [sample[1:] for sample in self.samples if begin <= sample[0] <= end]
+        if not found:
+            return None
+        return tuple(sorted(values)[len(values) // 2] for values in zip(*found))
