@@ -19,16 +19,11 @@ impl Outgoing {
         Self(Upload::new(&head, body))
     }
 
-    /// Whether it is still there as a whole after an error, and may be sent to another origin: nobody has seen it, or its
-    /// method promises that twice is as once.
-    pub fn can_be_sent(&self) -> bool {
-        self.0.can_start_over()
-    }
-
     /// Sends it to `origin`; returns as soon as the head of the answer is there. `watch` bounds all of it.
     ///
     /// # Errors
-    /// Why there is no answer. After one that `is_connect`, nobody has seen anything of the request.
+    /// Why there is no answer. After one that `is_connect`, nobody has seen anything of the request, and it can be sent
+    /// to another origin.
     pub async fn send(
         &mut self,
         client: &Arc<Client>,

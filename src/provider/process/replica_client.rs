@@ -15,7 +15,7 @@ use tokio::time::timeout;
 use crate::config::base_url::BaseUrl;
 use crate::provider::process::runner::RunnerTasks;
 use crate::proxy::body::RequestBody;
-use crate::proxy::client::{self, Origin};
+use crate::proxy::client::Origin;
 use crate::proxy::headers;
 use crate::proxy::outgoing::Outgoing;
 use crate::proxy::tunnel::Tunnel;
@@ -67,11 +67,7 @@ impl ReplicaRequest {
         let watch = Arc::new(Watch::new());
         let mut answer = match self.outgoing.send(&tasks.client, &origin, &watch).await {
             Ok(answer) => answer,
-            // An idle connection may have broken first, with a request that can be sent twice.
-            Err(client::Error::Connect(_)) => return Err(Failure::Refused),
-            Err(client::Error::Closed(_)) if self.outgoing.can_be_sent() => {
-                return Err(Failure::Refused);
-            }
+            Err(error) if error.is_connect() => return Err(Failure::Refused),
             Err(error) => return Err(Failure::Other(error.into())),
         };
         if answer.status() == StatusCode::SWITCHING_PROTOCOLS {
