@@ -4,6 +4,7 @@
 mod autoscale;
 pub mod gateway;
 mod provider;
+mod queue_file;
 mod threads;
 mod up;
 mod worker;
@@ -41,6 +42,8 @@ pub fn run(line: &CommandLine, var: &dyn Fn(&str) -> Option<String>) -> ExitCode
         Asked::Worker => start(log, config::Worker::parse(read()), worker_process::run),
         Asked::Provider => start(log, config::Provider::parse(read()), provider::run),
         Asked::Up { stack } => start(log, config::Up::parse(read(), stack.clone()), up::run),
+        Asked::QueueCheck { file } => exit(queue_file::check(file)),
+        Asked::QueueSalvage { file, out } => exit(queue_file::salvage(file, out)),
         Asked::Healthcheck { url } => exit(healthcheck::run(url)),
     }
 }

@@ -168,6 +168,8 @@ impl Health {
         let condition = *self.queue_condition.lock().unwrap_or_else(PoisonError::into_inner);
         degraded.extend(condition.map(|condition| match condition {
             Condition::DiskFull => "queue: disk full",
+            Condition::DamagedCalls => "queue: damaged calls set aside",
+            Condition::Damaged => "queue: file damaged",
         }));
         let ready = reasons.is_empty();
         reasons.append(&mut flaws);

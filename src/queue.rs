@@ -63,6 +63,10 @@ pub enum Error {
 pub enum Condition {
     /// Nothing is enqueued, but calls that are queued are executed.
     DiskFull,
+    /// Some calls are damaged and set aside.
+    DamagedCalls,
+    /// The queue's file is damaged and is not used any more.
+    Damaged,
 }
 
 /// A part of the memory that bodies may take.

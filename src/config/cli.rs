@@ -16,6 +16,15 @@ pub enum Asked {
     Up {
         stack: Option<PathBuf>,
     },
+    /// `gateway queue check FILE`
+    QueueCheck {
+        file: PathBuf,
+    },
+    /// `gateway queue salvage FILE OUT`
+    QueueSalvage {
+        file: PathBuf,
+        out: PathBuf,
+    },
     /// `gateway healthcheck [URL]`
     Healthcheck {
         url: String,
@@ -44,6 +53,15 @@ impl CommandLine {
             Some(("provider", sub)) => {
                 let (_, process) = sub.subcommand().unwrap_or_else(|| unreachable!("required"));
                 Self { asked: Asked::Provider, matches: process.clone() }
+            }
+            Some(("queue", sub)) => {
+                let (what, sub) = sub.subcommand().unwrap_or_else(|| unreachable!("required"));
+                let path = |name: &str| sub.get_one::<PathBuf>(name).cloned().unwrap_or_default();
+                let asked = match what {
+                    "check" => Asked::QueueCheck { file: path("FILE") },
+                    _ => Asked::QueueSalvage { file: path("FILE"), out: path("OUT") },
+                };
+                Self { asked, matches: sub.clone() }
             }
             Some((_, sub)) => Self {
                 asked: Asked::Healthcheck {
@@ -98,6 +116,7 @@ fn command() -> Command {
                         .args(flags(Role::Provider)),
                 ),
         )
+        .subcommand(queue_command())
         .subcommand(
             Command::new("healthcheck")
                 .about("Ask a URL for its health: exit status 0 for 2xx, 1 otherwise")
@@ -106,6 +125,28 @@ fn command() -> Command {
                         .default_value("http://127.0.0.1:8080/_/healthz")
                         .help("The http URL to ask"),
                 ),
+        )
+}
+
+/// `gateway queue`: what to do with a queue's file while no gateway uses it.
+fn queue_command() -> Command {
+    let path = |name: &'static str, help: &'static str| {
+        Arg::new(name).required(true).value_parser(clap::value_parser!(PathBuf)).help(help)
+    };
+    let file = || path("FILE", "The queue's file, queue.redb in the state directory");
+    Command::new("queue")
+        .about("Check a queue's file, or copy what can be read of a damaged one")
+        .subcommand_required(true)
+        .subcommand(
+            Command::new("check")
+                .about("Count what can be read of FILE, which is not changed: exit status 0 if it is sound")
+                .arg(file()),
+        )
+        .subcommand(
+            Command::new("salvage")
+                .about("Copy what can be read of FILE, which is not changed, to the new file OUT")
+                .arg(file())
+                .arg(path("OUT", "The new file")),
         )
 }
 
@@ -144,6 +185,19 @@ mod tests {
         assert!(matches!(line.asked, Asked::Serve));
         assert_eq!(line.flag("port").as_deref(), Some("9"));
         assert_eq!(line.flag("metrics_port"), None);
+    }
+
+    #[test]
+    fn what_is_done_with_a_queues_file_is_asked_by_its_name() {
+        let Asked::QueueSalvage { file, out } = parse("gateway queue salvage a b").unwrap().asked
+        else {
+            panic!("not salvage")
+        };
+        assert_eq!((file, out), (PathBuf::from("a"), PathBuf::from("b")));
+        assert!(matches!(parse("gateway queue check a").unwrap().asked, Asked::QueueCheck { .. }));
+        for line in ["gateway queue", "gateway queue check", "gateway queue salvage a"] {
+            assert!(parse(line).is_err(), "{line}");
+        }
     }
 
     #[test]

@@ -3,18 +3,23 @@
 //! What waits is in the file; in memory are only the numbers of the calls, and what is being made. A process that dies
 //! leaves every call that was not settled: it is made again after the restart.
 
+mod access;
 mod change;
 mod finished;
 #[cfg(any(test, fuzzing))]
 pub(crate) mod fuzz;
+mod guard;
 mod ids;
 mod journal;
 mod look;
 mod newest;
+mod overlay;
 mod pressure;
 mod reserve;
 mod rows;
+pub mod salvage;
 mod schedule;
+mod sealed;
 mod store;
 mod tables;
 mod waiting;
@@ -35,14 +40,14 @@ use tokio::sync::{Notify, mpsc, oneshot};
 use crate::function::Function;
 use crate::queue::call::{Call, Millis};
 use crate::queue::desk::{Desk, Reply};
-use crate::queue::embedded::change::Change;
+use crate::queue::embedded::guard::{guarded, is_damage};
 use crate::queue::embedded::ids::Ids;
 use crate::queue::embedded::look::following;
 use crate::queue::embedded::pressure::Pressure;
 use crate::queue::embedded::reserve::Reserve;
 use crate::queue::embedded::rows::Row;
 use crate::queue::embedded::schedule::Number;
-use crate::queue::embedded::store::{Mark, Store, View};
+use crate::queue::embedded::store::Store;
 use crate::queue::embedded::waiting::{Began, Waiting};
 use crate::queue::embedded::writer::{Incoming, Op, Settled};
 use crate::queue::status::{Answer, Settlement, Status};
@@ -94,6 +99,8 @@ struct Shared {
     pressure: Pressure,
     /// Whether the last change was made, and in time.
     usable: AtomicBool,
+    /// The file is damaged, and is not used any more.
+    damaged: AtomicBool,
     waiting: Mutex<Waiting>,
     /// Somebody may find a call now.
     ready: Notify,
@@ -108,7 +115,7 @@ impl Embedded {
     /// # Errors
     /// When the file cannot be made, is in use, or is no queue.
     pub fn open(directory: &Path, limits: Limits) -> anyhow::Result<Self> {
-        use anyhow::Context;
+        use anyhow::{Context, bail};
         survive_limits();
         let path = directory.join(FILE);
         let name = path.display().to_string();
@@ -117,11 +124,13 @@ impl Embedded {
         made.with_context(|| format!("cannot make {name}"))?;
         let reserve = Reserve::open(&directory.join(RESERVE));
         let pressure = Pressure::new(reserve.with_context(|| format!("cannot open {name}"))?);
-        let store = Store::open(&path, &pressure.reserve);
-        let store = store.with_context(|| format!("cannot open the queue {name}"))?;
+        let store = match Store::open(&path, &pressure.reserve) {
+            Err(error) if is_damage(&error) => bail!("{}: {error}", access::remedy(&path)),
+            store => store.with_context(|| format!("cannot open the queue {name}"))?,
+        };
         let ids = store.ids();
         let mut waiting = Waiting::default();
-        let next = store.read_all(|call| waiting.found(call));
+        let next = guarded(|| store.read_all(|call| waiting.found(call)));
         let next = next.with_context(|| format!("cannot read the queue {name}"))?;
         let mark = store.mark().with_context(|| format!("cannot read the queue {name}"))?;
         waiting.schedule.put_in_order();
@@ -135,6 +144,7 @@ impl Embedded {
             changes: AtomicU64::new(mark.changes),
             pressure,
             usable: AtomicBool::new(true),
+            damaged: AtomicBool::new(false),
             waiting: Mutex::new(waiting),
             ready: Notify::new(),
             next: AtomicU64::new(next),
@@ -162,7 +172,14 @@ impl Embedded {
 
     /// What is wrong with the queue though it can be used.
     pub(super) fn condition(&self) -> Option<Condition> {
-        self.shared.pressure.is_full().then_some(Condition::DiskFull)
+        if self.shared.damaged.load(Relaxed) {
+            return Some(Condition::Damaged);
+        }
+        if self.shared.pressure.is_full() {
+            return Some(Condition::DiskFull);
+        }
+        let set_aside = self.shared.waiting().damaged.len();
+        (set_aside > 0).then_some(Condition::DamagedCalls)
     }
 
     /// Closes the file once all that was asked for is done: it need not be repaired when it is opened again.
@@ -224,12 +241,14 @@ impl Embedded {
         };
         let call = stored.as_ref().and_then(|stored| Call::decode(stored).ok());
         let Some(call) = call else {
-            let noted = || self.shared.view(|view| view.progress(number)).ok().flatten();
             let id = stored.and_then(|stored| Call::id_in(&stored));
-            let id = id.or_else(|| Some(noted()?.id));
-            tracing::error!(call_id = id, number, "A queued call is not in the file, or is none");
+            let id = id.or_else(|| self.shared.view(|view| view.id_as_it_is(number)).ok()?);
+            let mut waiting = self.shared.waiting();
             // It is not given back, but it does not run either.
-            self.shared.waiting().ended(lease.held);
+            waiting.ended(lease.held);
+            waiting.damaged.insert(number);
+            let all = waiting.damaged.len();
+            tracing::error!(call_id = id, number, all, "A queued call is damaged and set aside");
             return Ok(None);
         };
         if lease.held.noted {
@@ -396,92 +415,6 @@ impl Shared {
         let call = Row::new(&row).get(number).map(|call| row.slice_ref(call));
         self.waiting().recent.add(row);
         Ok(call)
-    }
-
-    fn view<T>(&self, read: impl FnOnce(&View) -> store::Result<T>) -> Result<T, Error> {
-        let store = self.store.read().unwrap_or_else(PoisonError::into_inner);
-        let store = store.as_ref().ok_or(Error::Failed)?;
-        store.view().and_then(|view| read(&view)).map_err(|error| failed(&error))
-    }
-
-    /// Changes the file; opens it again if it has failed before. Called by one thread alone.
-    fn change<T>(
-        &self,
-        change: impl FnOnce(&mut Change<'_>) -> store::Result<T>,
-    ) -> Result<T, Error> {
-        self.reopen()?;
-        let count = self.changes.load(Relaxed) + 1;
-        let mark = Mark { changes: count, next: self.next.load(Relaxed) };
-        let changed = {
-            let store = self.store.read().unwrap_or_else(PoisonError::into_inner);
-            store.as_ref().ok_or(Error::Failed)?.change(mark, change)
-        };
-        self.usable.store(changed.is_ok(), Relaxed);
-        match changed {
-            Ok(changed) => {
-                self.changes.store(count, Relaxed);
-                Ok(changed)
-            }
-            Err(error) => {
-                // After a failure redb refuses everything until the file is opened anew.
-                self.close();
-                Err(failed(&error))
-            }
-        }
-    }
-
-    /// Compacts the file. Nobody reads it meanwhile.
-    fn compact(&self) {
-        let compacted = {
-            let mut store = self.store.write().unwrap_or_else(PoisonError::into_inner);
-            store.as_mut().map(Store::compact)
-        };
-        if let Some(Err(error)) = compacted {
-            tracing::warn!(%error, "The queue's file cannot be compacted");
-            // After a failure redb refuses everything until the file is opened again.
-            self.close();
-            let _ = self.reopen();
-        }
-    }
-
-    /// Closes the file. The next change opens it again.
-    fn close(&self) {
-        *self.store.write().unwrap_or_else(PoisonError::into_inner) = None;
-    }
-
-    /// Opens the file if it is closed. A change that failed may be in it all the same: then all is read again.
-    fn reopen(&self) -> Result<(), Error> {
-        // Who reads for long must not hold up every change.
-        if self.store.read().unwrap_or_else(PoisonError::into_inner).is_some() {
-            return Ok(());
-        }
-        let store =
-            Store::open(&self.path, &self.pressure.reserve).map_err(|error| failed(&error))?;
-        let changes = store.mark().map_err(|error| failed(&error))?.changes;
-        if changes != self.changes.load(Relaxed) {
-            let mut found = Vec::new();
-            let next = store.read_all(|call| found.push(call)).map_err(|error| failed(&error))?;
-            self.next.fetch_max(next, Relaxed);
-            self.waiting().rebuild(found);
-            self.changes.store(changes, Relaxed);
-        }
-        *self.store.write().unwrap_or_else(PoisonError::into_inner) = Some(store);
-        tracing::info!("The queue's file is open again");
-        self.ready.notify_one();
-        Ok(())
-    }
-}
-
-fn failed(error: &redb::Error) -> Error {
-    use std::io::ErrorKind::{FileTooLarge, QuotaExceeded, StorageFull};
-    tracing::error!(%error, "The queue's file failed");
-    match error {
-        redb::Error::Io(error)
-            if matches!(error.kind(), StorageFull | QuotaExceeded | FileTooLarge) =>
-        {
-            Error::NoSpace
-        }
-        _ => Error::Failed,
     }
 }
 

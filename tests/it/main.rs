@@ -36,6 +36,7 @@ mod metrics_port;
 mod pool;
 mod queue;
 mod queue_chaos;
+mod queue_damage;
 mod queue_disk;
 mod queue_full;
 mod queue_jetstream;

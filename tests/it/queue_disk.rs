@@ -184,6 +184,26 @@ async fn calls_on_a_disk_that_is_full_are_executed_after_a_restart() {
 }
 
 #[tokio::test]
+async fn a_full_queue_without_a_reserve_uses_the_space_of_its_journal() {
+    let Some(disk) = Disk::tmpfs(96) else { return };
+    let function = Function::responding(1000);
+    let start = || queueing(&function.provider, &disk.path().join("queue")).on(&disk).start();
+    let gateway = start().await;
+    let accepted = until_full(&gateway, 300_000).await;
+    gateway.kill().await;
+    // As a gateway left it that kept none.
+    disk.remove("queue/queue.reserve");
+    disk.fill(u64::MAX);
+    let gateway = start().await;
+    function.open.send_replace(true);
+    drained(&gateway).await;
+    let executed = function.executed();
+    assert!(accepted.iter().all(|id| executed.contains_key(id)));
+    disk.clear();
+    accepts_again(&gateway, 300_000).await;
+}
+
+#[tokio::test]
 async fn readiness_names_a_full_disk_until_it_has_room() {
     let Some(disk) = Disk::tmpfs(96) else { return };
     let function = Function::responding(1);

@@ -7,7 +7,6 @@ use bytes::Bytes;
 use redb::{Key, ReadableTable, Table, TableDefinition, Value, WriteTransaction};
 
 use crate::queue::call::Millis;
-use crate::queue::embedded::finished;
 use crate::queue::embedded::ids::Ids;
 use crate::queue::embedded::rows::{Marks, Row, SHORT, SPAN, rows};
 use crate::queue::embedded::schedule::Number;
@@ -15,6 +14,7 @@ use crate::queue::embedded::store::{Result, parse, row_with};
 use crate::queue::embedded::tables::{
     BATCHES, CALLS, ENDED, EXPIRY, FINISHED, KEY, KEYS, NUMBERS, OVER, PROGRESS, ROW,
 };
+use crate::queue::embedded::{finished, sealed};
 use crate::queue::status::Status;
 
 /// One change of the file.
@@ -166,13 +166,19 @@ impl<'t> Change<'t> {
         stored: &Bytes,
     ) -> Result<()> {
         if stored.len() > SHORT {
-            self.calls.get()?.insert(number, &**stored)?;
+            put_sealed(self.calls.get()?, number, stored)?;
         } else {
             self.fresh.insert(number, stored.clone());
         }
         if chosen {
-            self.numbers.get()?.insert(id, number)?;
+            self.number(id, number)?;
         }
+        Ok(())
+    }
+
+    /// Notes which call has an id that tells nothing of its number.
+    pub(super) fn number(&mut self, id: &str, number: Number) -> Result<()> {
+        self.numbers.get()?.insert(id, number)?;
         Ok(())
     }
 
@@ -216,7 +222,7 @@ impl<'t> Change<'t> {
             self.finished.get()?.remove(number)?;
         }
         if chosen || record.len() > SHORT {
-            self.finished.get()?.insert(number, &*record)?;
+            put_sealed(self.finished.get()?, number, &record)?;
             self.expiry.get()?.insert((until, number.to_string().as_str()), ())?;
         } else {
             self.endings.insert(number, (until, record));
@@ -227,8 +233,7 @@ impl<'t> Change<'t> {
     /// Keeps the answer of a call that is dead: its status as JSON, and both, encoded.
     pub(super) fn keep_answer(&mut self, number: Number, note: &[u8], record: &[u8]) -> Result<()> {
         self.note(number, note)?;
-        self.finished.get()?.insert(number, record)?;
-        Ok(())
+        put_sealed(self.finished.get()?, number, record)
     }
 
     pub(super) fn drop_answer(&mut self, number: Number) -> Result<()> {
@@ -325,7 +330,7 @@ impl<'t> Change<'t> {
         let finished = match self.endings.get(&number) {
             Some((_, record)) => finished::decode(record),
             None => match self.finished.get()?.get(number)? {
-                Some(stored) => decode(stored.value()),
+                Some(stored) => sealed::open(stored.value()).ok().and_then(decode),
                 None => row_with(self.ended.get()?, number)?
                     .filter(|(key, _)| {
                         !self.dropped.get(key).is_some_and(|it| it.contains(&number))
@@ -342,7 +347,7 @@ impl<'t> Change<'t> {
             return Ok(Status::of_stored(stored).ok());
         }
         if let Some(stored) = self.calls.get()?.get(number)? {
-            return Ok(Status::of_stored(stored.value()).ok());
+            return Ok(Status::of_stored(sealed::peek(stored.value())).ok());
         }
         let Some((key, row)) = row_with(self.batches.get()?, number)? else { return Ok(None) };
         let row = Row::new(row.value());
@@ -400,7 +405,8 @@ impl<'t> Change<'t> {
             self.ended.get()?.remove(key)?;
         } else if let Ok(number) = what.parse::<Number>() {
             let gone = self.finished.get()?.remove(number)?;
-            let gone = gone.and_then(|it| finished::decode(&Bytes::copy_from_slice(it.value())));
+            let gone = gone
+                .and_then(|it| finished::decode(&Bytes::copy_from_slice(sealed::peek(it.value()))));
             if let Some((status, _)) = gone {
                 self.numbers.get()?.remove(status.id.as_str())?;
             }
@@ -417,6 +423,17 @@ impl<'t> Change<'t> {
         }
         Ok(())
     }
+}
+
+/// Puts `stored` into `table` with its checksum.
+fn put_sealed(
+    table: &mut Table<'_, Number, &'static [u8]>,
+    number: Number,
+    stored: &[u8],
+) -> Result<()> {
+    let mut place = table.insert_reserve(number, sealed::length(stored))?;
+    sealed::seal_into(stored, place.as_mut());
+    Ok(())
 }
 
 /// The id that a key stands for, and until when, if that is known.

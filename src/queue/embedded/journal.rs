@@ -9,7 +9,7 @@
 mod flusher;
 #[cfg(any(test, fuzzing))]
 pub(super) mod fuzz;
-mod record;
+pub(super) mod record;
 
 use std::fs::{File, OpenOptions, TryLockError};
 use std::io;
@@ -41,6 +41,8 @@ pub(super) struct Journaled {
     /// `None`: there is no room for one.
     journal: Option<Mutex<Journal>>,
     reserve: Arc<Reserve>,
+    /// Nothing of the file's last commit is missing.
+    is_whole: bool,
 }
 
 #[derive(Debug)]
@@ -77,7 +79,7 @@ impl Journaled {
         let file = open(path)?;
         let beside = path.with_extension("journal");
         let journal = open(&beside)?;
-        replay(&journal, &file, reserve)?;
+        let is_whole = replay(&journal, &file, reserve)? || Header::of(&file)?.is_closed();
         // Whatever is in the file, of a process that was killed, is not undone any more.
         reserve.with(|| file.sync_all())?;
         if reserve.is_empty() && !reserve.fill()? {
@@ -94,7 +96,12 @@ impl Journaled {
             None
         };
         let file = FileBackend::new(file).map_err(io::Error::other)?;
-        Ok(Self { file, journal, reserve: Arc::clone(reserve) })
+        Ok(Self { file, journal, reserve: Arc::clone(reserve), is_whole })
+    }
+
+    /// Whether nothing of the file's last commit is missing: redb must not undo that.
+    pub(super) fn is_whole(&self) -> bool {
+        self.is_whole
     }
 
     /// Whether there is a journal.

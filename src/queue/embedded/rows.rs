@@ -11,13 +11,19 @@ pub(super) const SPAN: Number = 128;
 pub(super) const SHORT: usize = 16 << 10;
 const LONGEST: usize = 60 << 10;
 
-/// What a number and the end of its entry take at the row's beginning.
-const PLACE: usize = 8 + 4;
+/// What a number, the end of its entry and its checksum take at the row's beginning.
+const PLACE: usize = 8 + 4 + 4;
+/// The same in a row of the former format, which has no checksums.
+const FORMER_PLACE: usize = 8 + 4;
+/// In the count of entries: they have checksums. No row of the former format has so many.
+const CHECKED: u16 = 1 << 15;
 
-/// A row: how many entries it has, their numbers and ends, the entries.
+/// A row: how many entries it has, their numbers, ends and checksums, the entries.
 #[derive(Clone, Copy)]
 pub(super) struct Row<'a> {
-    places: &'a [[u8; PLACE]],
+    places: &'a [u8],
+    /// The length of a place.
+    width: usize,
     entries: &'a [u8],
 }
 
@@ -26,38 +32,65 @@ impl<'a> Row<'a> {
     pub(super) fn new(bytes: &'a [u8]) -> Self {
         let read = || {
             let (count, rest) = bytes.split_first_chunk::<2>()?;
-            let (places, _) = rest.as_chunks::<PLACE>();
-            let places = places.get(..usize::from(u16::from_be_bytes(*count)))?;
-            Some(Self { places, entries: &rest[places.len() * PLACE..] })
+            let count = u16::from_be_bytes(*count);
+            let width = if count & CHECKED == 0 { FORMER_PLACE } else { PLACE };
+            let (places, entries) = rest.split_at_checked(usize::from(count & !CHECKED) * width)?;
+            Some(Self { places, width, entries })
         };
-        read().unwrap_or(Self { places: &[], entries: &[] })
+        read().unwrap_or(Self { places: &[], width: PLACE, entries: &[] })
     }
 
-    fn number(place: &[u8; PLACE]) -> Number {
-        let (number, _) = place.split_first_chunk::<8>().unwrap_or((&[0; 8], &[]));
-        Number::from_be_bytes(*number)
+    fn len(&self) -> usize {
+        self.places.len() / self.width
     }
 
-    fn end(place: &[u8; PLACE]) -> usize {
-        let (_, end) = place.split_last_chunk::<4>().unwrap_or((&[], &[0; 4]));
-        u32::from_be_bytes(*end) as usize
+    fn place(&self, index: usize) -> Option<&'a [u8]> {
+        let start = index.checked_mul(self.width)?;
+        self.places.get(start..start.checked_add(self.width)?)
+    }
+
+    fn number(&self, index: usize) -> Option<Number> {
+        let number = self.place(index)?.first_chunk::<8>()?;
+        Some(Number::from_be_bytes(*number))
+    }
+
+    fn end(&self, index: usize) -> Option<usize> {
+        let end = self.place(index)?.get(8..12)?.first_chunk::<4>()?;
+        Some(u32::from_be_bytes(*end) as usize)
     }
 
     /// The numbers in it, in order.
     pub(super) fn numbers(self) -> impl Iterator<Item = Number> {
-        self.places.iter().map(Self::number)
+        (0..self.len()).filter_map(move |index| self.number(index))
     }
 
     /// Which of its entries has `number`.
     pub(super) fn find(&self, number: Number) -> Option<usize> {
-        self.places.binary_search_by_key(&number, Self::number).ok()
+        let (mut low, mut high) = (0, self.len());
+        while low < high {
+            let middle = low + (high - low) / 2;
+            match self.number(middle)?.cmp(&number) {
+                std::cmp::Ordering::Equal => return Some(middle),
+                std::cmp::Ordering::Less => low = middle + 1,
+                std::cmp::Ordering::Greater => high = middle,
+            }
+        }
+        None
     }
 
-    /// The entry at `index`.
+    /// The entry at `index`, whether its checksum fits or not.
+    pub(super) fn unchecked(&self, index: usize) -> Option<&'a [u8]> {
+        let start = index.checked_sub(1).map_or(Some(0), |before| self.end(before))?;
+        self.entries.get(start..self.end(index)?)
+    }
+
+    /// The entry at `index`; `None` if it is damaged.
     pub(super) fn entry(&self, index: usize) -> Option<&'a [u8]> {
-        let start =
-            index.checked_sub(1).map_or(Some(0), |it| self.places.get(it).map(Self::end))?;
-        self.entries.get(start..Self::end(self.places.get(index)?))
+        let entry = self.unchecked(index)?;
+        let Some(sum) = self.place(index)?.get(12..).and_then(<[u8]>::first_chunk) else {
+            return Some(entry);
+        };
+        (checksum(self.number(index)?, entry).to_be_bytes() == *sum).then_some(entry)
     }
 
     /// The entry with `number`.
@@ -66,8 +99,20 @@ impl<'a> Row<'a> {
     }
 
     pub(super) fn entries(self) -> impl Iterator<Item = (Number, &'a [u8])> {
-        self.numbers().enumerate().filter_map(move |(index, it)| Some((it, self.entry(index)?)))
+        self.all().filter_map(|(number, entry)| Some((number, entry?)))
     }
+
+    /// All entries; `None` for those that are damaged.
+    pub(super) fn all(self) -> impl Iterator<Item = (Number, Option<&'a [u8]>)> {
+        self.numbers().enumerate().map(move |(index, number)| (number, self.entry(index)))
+    }
+}
+
+fn checksum(number: Number, entry: &[u8]) -> u32 {
+    let mut sum = crc32fast::Hasher::new();
+    sum.update(&number.to_be_bytes());
+    sum.update(entry);
+    sum.finalize()
 }
 
 /// `entries`, which are in order, as rows with their keys.
@@ -96,12 +141,13 @@ fn row(together: &[(Number, &[u8])]) -> Vec<u8> {
     let length = together.iter().map(|(_, entry)| PLACE + entry.len()).sum::<usize>();
     let mut bytes = Vec::with_capacity(2 + length);
     // At most `SPAN` numbers are in one, and none is longer than `LONGEST`.
-    bytes.put_u16(u16::try_from(together.len()).unwrap_or(u16::MAX));
+    bytes.put_u16(u16::try_from(together.len()).unwrap_or(u16::MAX) | CHECKED);
     let mut end = 0;
     for (number, entry) in together {
         end += entry.len();
         bytes.put_u64(*number);
         bytes.put_u32(u32::try_from(end).unwrap_or(u32::MAX));
+        bytes.put_u32(checksum(*number, entry));
     }
     together.iter().for_each(|(_, entry)| bytes.put_slice(entry));
     bytes
@@ -198,6 +244,32 @@ mod tests {
         let mut lies = rows([(1, &b"one"[..])]).remove(0).1;
         lies[13] = 200;
         assert_eq!(Row::new(&lies).get(1), None);
+    }
+
+    #[test]
+    fn an_entry_that_was_changed_is_told_from_the_others() {
+        let whole = rows([(1, &b"one"[..]), (2, b"two")]).remove(0).1;
+        for position in 2..whole.len() {
+            let mut changed = whole.clone();
+            changed[position] ^= 1;
+            let good = Row::new(&changed).entries().count();
+            assert!(good < 2, "{position}");
+            // What is behind the places belongs to one entry alone.
+            assert!(position < 2 + 2 * PLACE || good == 1, "{position}");
+        }
+    }
+
+    #[test]
+    fn a_row_of_the_former_format_is_read() {
+        let mut row = vec![0, 2];
+        for (number, end) in [(5_u64, 3_u32), (7, 5)] {
+            row.put_u64(number);
+            row.put_u32(end);
+        }
+        row.put_slice(b"oneto");
+        let row = Row::new(&row);
+        assert_eq!(row.entries().collect::<Vec<_>>(), [(5, &b"one"[..]), (7, b"to")]);
+        assert_eq!((row.get(7), row.get(6)), (Some(&b"to"[..]), None));
     }
 
     #[test]

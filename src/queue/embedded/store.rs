@@ -4,12 +4,15 @@ use std::path::Path;
 use std::sync::Arc;
 
 use bytes::Bytes;
-use redb::{AccessGuard, Database, ReadableDatabase, ReadableTable, TableDefinition, TableError};
+use redb::{
+    AccessGuard, Database, ReadableDatabase, ReadableTable, RepairSession, TableDefinition,
+    TableError,
+};
 
 use crate::queue::Filter;
 use crate::queue::call::{Call, Millis};
 use crate::queue::embedded::change::Change;
-use crate::queue::embedded::finished;
+use crate::queue::embedded::guard::guarded;
 use crate::queue::embedded::ids::Ids;
 use crate::queue::embedded::journal::Journaled;
 use crate::queue::embedded::reserve::Reserve;
@@ -18,6 +21,7 @@ use crate::queue::embedded::schedule::Number;
 use crate::queue::embedded::tables::{
     ABOUT, BATCHES, CALLS, CHANGES, ENDED, FINISHED, NUMBERS, OVER, PROGRESS, SECRET,
 };
+use crate::queue::embedded::{finished, sealed};
 use crate::queue::status::{Answer, State, Status};
 
 /// Memory for pages of the file.
@@ -32,7 +36,14 @@ pub(super) struct Store {
     has_journal: bool,
 }
 
+/// Whether redb is about to undo the last commit, since something of it is missing or damaged.
+pub(super) fn rolls_back(repair: &RepairSession) -> bool {
+    // It tells its steps by how far it has come.
+    (repair.progress() - 0.3).abs() < 0.01
+}
+
 /// A call that is in the file when it is opened.
+#[derive(Default)]
 pub(super) struct Found {
     pub(super) number: Number,
     pub(super) label: String,
@@ -40,6 +51,8 @@ pub(super) struct Found {
     pub(super) dead: bool,
     /// Something is noted of it: it has been made before.
     pub(super) noted: bool,
+    /// It cannot be read; nothing else is known of it.
+    pub(super) damaged: bool,
 }
 
 /// How far the file has come.
@@ -54,14 +67,25 @@ pub(super) struct Mark {
 impl Store {
     /// Opens the file, or makes it.
     pub(super) fn open(path: &Path, reserve: &Arc<Reserve>) -> Result<Self> {
-        let mut builder = Database::builder();
-        builder.set_cache_size(CACHE);
+        guarded(|| Self::open_with(path, reserve, None))
+    }
+
+    /// The same; `ids` are those that a new file gives its calls.
+    pub(super) fn open_with(path: &Path, reserve: &Arc<Reserve>, ids: Option<Ids>) -> Result<Self> {
         let file = Journaled::open(path, reserve)?;
-        let has_journal = file.has_journal();
+        let (has_journal, is_whole) = (file.has_journal(), file.is_whole());
+        let mut builder = Database::builder();
+        // Without the check, redb trusts what it reads, and may panic long after.
+        builder.set_cache_size(CACHE).set_check_integrity_on_open(true);
+        builder.set_repair_callback(move |repair| {
+            if is_whole && rolls_back(repair) {
+                repair.abort();
+            }
+        });
         let database = builder.create_with_backend(file)?;
         let known = known_ids(&database)?;
         let is_whole = known.is_some() && has_rows(&database)?;
-        let ids = Arc::new(known.unwrap_or_else(Ids::fresh));
+        let ids = Arc::new(known.or(ids).unwrap_or_else(Ids::fresh));
         // A file that is whole is not written: on a disk that is full, what is there can be read all the same.
         if !is_whole {
             make_tables(&database, &ids)?;
@@ -97,8 +121,14 @@ impl Store {
         let progress = read.open_table(PROGRESS)?;
         let last = read.open_table(FINISHED)?.last()?.map_or(0, |(number, _)| number.value());
         let mut next = self.mark()?.next.max(last + 1);
-        let mut see = |number: Number, stored: &[u8]| -> Result<()> {
+        let mut see = |number: Number, stored: Option<&[u8]>, raw: Option<&[u8]>| -> Result<()> {
             next = next.max(number + 1);
+            let Some(stored) = stored else {
+                let id = raw.and_then(Call::id_in);
+                tracing::error!(call_id = id, number, "A queued call is damaged and set aside");
+                found(Found { number, damaged: true, ..Found::default() });
+                return Ok(());
+            };
             let call = match Status::of_stored(stored) {
                 Ok(call) => call,
                 Err(error) => {
@@ -116,21 +146,24 @@ impl Store {
                 due: due.or(call.next_attempt_at).unwrap_or(0),
                 noted: status.is_some(),
                 dead: status.is_some_and(|status| status.dead),
+                damaged: false,
             });
             Ok(())
         };
         for entry in read.open_table(CALLS)?.iter()? {
             let (number, stored) = entry?;
-            see(number.value(), stored.value())?;
+            let raw = stored.value();
+            see(number.value(), sealed::open(raw).ok(), Some(sealed::peek(raw)))?;
         }
         let over = read.open_table(OVER)?;
         for entry in read.open_table(BATCHES)?.iter()? {
             let (key, row) = entry?;
             let marks = over.get(key.value())?.map(|marks| Marks::new(marks.value()));
             let marks = marks.unwrap_or_default();
-            for (index, (number, stored)) in Row::new(row.value()).entries().enumerate() {
+            let row = Row::new(row.value());
+            for (index, (number, stored)) in row.all().enumerate() {
                 if !marks.has(index) {
-                    see(number, stored)?;
+                    see(number, stored, row.unchecked(index))?;
                 }
             }
         }
@@ -240,10 +273,25 @@ impl View {
         Ok(self.finished(number)?.map(|(status, _)| status.id))
     }
 
+    /// The id of a call that is damaged, as far as it can be read.
+    pub(super) fn id_as_it_is(&self, number: Number) -> Result<Option<String>> {
+        if let Some(stored) = self.read.open_table(CALLS)?.get(number)? {
+            return Ok(Call::id_in(sealed::peek(stored.value())));
+        }
+        let batches = self.read.open_table(BATCHES)?;
+        let in_row = row_with(&batches, number)?.and_then(|(_, row)| {
+            let row = Row::new(row.value());
+            Call::id_in(row.unchecked(row.find(number)?)?)
+        });
+        let known = || Ok(self.progress(number)?.map(|status| status.id));
+        in_row.map_or_else(known, |id| Ok(Some(id)))
+    }
+
     /// What is stored of the call with this number alone.
     pub(super) fn call(&self, number: Number) -> Result<Option<Bytes>> {
         let stored = self.read.open_table(CALLS)?.get(number)?;
-        Ok(stored.map(|stored| Bytes::copy_from_slice(stored.value())))
+        let stored = stored.as_ref().and_then(|stored| sealed::open(stored.value()).ok());
+        Ok(stored.map(Bytes::copy_from_slice))
     }
 
     /// The row that has the call with this number.
@@ -256,7 +304,7 @@ impl View {
     /// The status of a call as if nothing had been noted of it.
     pub(super) fn queued(&self, number: Number) -> Result<Option<Status>> {
         if let Some(stored) = self.read.open_table(CALLS)?.get(number)? {
-            return Ok(Status::of_stored(stored.value()).ok());
+            return Ok(Status::of_stored(sealed::peek(stored.value())).ok());
         }
         let batches = self.read.open_table(BATCHES)?;
         let Some((key, row)) = row_with(&batches, number)? else { return Ok(None) };
@@ -277,7 +325,8 @@ impl View {
 
     pub(super) fn finished(&self, number: Number) -> Result<Option<(Status, Option<Answer>)>> {
         if let Some(stored) = self.read.open_table(FINISHED)?.get(number)? {
-            return Ok(finished::decode(&Bytes::copy_from_slice(stored.value())));
+            let stored = sealed::open(stored.value()).ok();
+            return Ok(stored.and_then(|it| finished::decode(&Bytes::copy_from_slice(it))));
         }
         let ended = self.read.open_table(ENDED)?;
         let Some((_, row)) = row_with(&ended, number)? else { return Ok(None) };

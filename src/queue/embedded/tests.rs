@@ -8,6 +8,8 @@ use tempfile::TempDir;
 use super::*;
 use crate::queue::Order;
 use crate::queue::call::Options;
+use crate::queue::embedded::change::Change;
+use crate::queue::embedded::store::Mark;
 use crate::queue::status::State;
 
 const LIMITS: Limits = Limits { pending: 5, result_ttl: 3_600_000, key_ttl: 3_600_000 };

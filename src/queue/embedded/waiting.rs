@@ -26,6 +26,8 @@ pub(super) struct Waiting {
     panicked: HashMap<Number, (u32, Millis)>,
     /// Calls of which something is noted in the file: they have been made before.
     noted: HashSet<Number>,
+    /// Calls that cannot be read: they stay in the file, and are not executed.
+    pub(super) damaged: HashSet<Number>,
     pub(super) recent: Recent,
 }
 
@@ -113,12 +115,17 @@ impl Waiting {
         self.panicked.clear();
         self.recent.clear();
         self.noted.clear();
+        self.damaged.clear();
         found.into_iter().for_each(|call| self.found(call));
         self.schedule.put_in_order();
     }
 
     /// Knows of a call that is in the file, unless it runs.
     pub(super) fn found(&mut self, call: Found) {
+        if call.damaged {
+            self.damaged.insert(call.number);
+            return;
+        }
         if call.noted && !call.dead {
             self.noted.insert(call.number);
         }

@@ -64,14 +64,10 @@ impl Disk {
         Path::new(&format!("/proc/{}/root", self.holder.id())).join(path)
     }
 
-    fn other_file(&self) -> PathBuf {
-        self.seen_from_here().join("other")
-    }
-
     /// Writes a file of another program until the disk is full, or has `most` bytes.
     pub(crate) fn fill(&self, most: u64) {
-        let mut other =
-            OpenOptions::new().create(true).append(true).open(self.other_file()).unwrap();
+        let other = self.seen_from_here().join("other");
+        let mut other = OpenOptions::new().create(true).append(true).open(other).unwrap();
         let mut left = most;
         for size in [64 << 10, 4 << 10, 512] {
             let zeros = vec![0; size];
@@ -83,7 +79,12 @@ impl Disk {
 
     /// Removes the file of the other program.
     pub(crate) fn clear(&self) {
-        std::fs::remove_file(self.other_file()).unwrap();
+        self.remove("other");
+    }
+
+    /// Removes a file.
+    pub(crate) fn remove(&self, name: &str) {
+        std::fs::remove_file(self.seen_from_here().join(name)).unwrap();
     }
 
     /// A file of the queue.

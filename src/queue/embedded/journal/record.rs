@@ -12,7 +12,7 @@ use crate::queue::embedded::reserve::Reserve;
 /// What one commit may write to the journal. One that writes more waits for its pages.
 pub(super) const LARGEST: usize = 4 << 20;
 /// Records begin at multiples of this: a disk that fails while it writes one leaves those before as they are.
-pub(super) const BLOCK: usize = 4096;
+pub(in crate::queue::embedded) const BLOCK: usize = 4096;
 /// A head's length: that of a [`Head`], and of a checksum of all but itself.
 const HEAD: usize = 8 + 4 + 8 + 8 + SUM;
 const SUM: usize = 4;
@@ -128,14 +128,44 @@ impl Header {
         digest.as_ref().first_chunk().map_or(0, |first| u64::from_be_bytes(*first))
     }
 
+    /// Whether the file was closed, so that nothing of its last commit is missing.
+    pub(super) fn is_closed(&self) -> bool {
+        /// Where redb says so, and the bit that says otherwise.
+        const STATE: (usize, u8) = (9, 2);
+        self.0[STATE.0] & STATE.1 == 0
+    }
+
     fn begins_with(&self, written: &[u8]) -> bool {
         let length = written.len().min(HEADER);
         self.0[..length] == written[..length]
     }
 }
 
-/// Puts into `file` what the records of `journal` hold, up to the first that is not whole, if it is this file's.
-pub(super) fn replay(journal: &File, file: &File, reserve: &Reserve) -> io::Result<()> {
+/// Puts into `file` what the records of `journal` hold; whether there was anything.
+pub(super) fn replay(journal: &File, file: &File, reserve: &Reserve) -> io::Result<bool> {
+    let Some(found) = records(journal, file)? else { return Ok(false) };
+    // Once: what was cut off by an earlier record would have to be there for a later one.
+    if file.metadata()?.len() != found.length {
+        file.set_len(found.length)?;
+    }
+    found.pages(journal, |offset, page| reserve.with(|| file.write_all_at(page, offset)))?;
+    let records = found.starts.len();
+    tracing::info!(records, "The queue's file was not closed: its last changes were looked after");
+    Ok(true)
+}
+
+/// Records of a journal that belong to a file.
+pub(in crate::queue::embedded) struct Records {
+    starts: Vec<u64>,
+    /// The length of the file after the last of them.
+    pub(in crate::queue::embedded) length: u64,
+}
+
+/// The records of `journal`, up to the first that is not whole, if they are of `file`.
+pub(in crate::queue::embedded) fn records(
+    journal: &File,
+    file: &File,
+) -> io::Result<Option<Records>> {
     let header = Header::of(file)?;
     let (mut starts, mut last, mut is_ours) = (Vec::new(), None::<Head>, false);
     let mut start = 0;
@@ -149,26 +179,31 @@ pub(super) fn replay(journal: &File, file: &File, reserve: &Reserve) -> io::Resu
         start += record.len() as u64;
         last = Some(head);
     }
-    let Some(last) = last else { return Ok(()) };
+    let Some(last) = last else { return Ok(None) };
     if !is_ours {
         tracing::warn!(
             "The queue's journal is not its file's, which was changed without it, and is left alone"
         );
-        return Ok(());
+        return Ok(None);
     }
-    // Once: what was cut off by an earlier record would have to be there for a later one.
-    if file.metadata()?.len() != last.file {
-        file.set_len(last.file)?;
-    }
-    for start in &starts {
-        let Some((_, record)) = record_at(journal, *start)? else { break };
-        for (offset, page) in pages(&record).filter(|(offset, _)| *offset < last.file) {
-            reserve.with(|| file.write_all_at(page, offset))?;
+    Ok(Some(Records { starts, length: last.file }))
+}
+
+impl Records {
+    /// Gives each page in them, and where it is in the file, to `put`, the newest last.
+    pub(in crate::queue::embedded) fn pages(
+        &self,
+        journal: &File,
+        mut put: impl FnMut(u64, &[u8]) -> io::Result<()>,
+    ) -> io::Result<()> {
+        for start in &self.starts {
+            let Some((_, record)) = record_at(journal, *start)? else { break };
+            for (offset, page) in pages(&record).filter(|(offset, _)| *offset < self.length) {
+                put(offset, page)?;
+            }
         }
+        Ok(())
     }
-    let records = starts.len();
-    tracing::info!(records, "The queue's file was not closed: its last changes were looked after");
-    Ok(())
 }
 
 /// The record that begins at `start`; `None` if what is there is none.
