@@ -7,6 +7,7 @@ pub mod embedded;
 #[cfg(any(test, fuzzing))]
 pub(crate) mod fuzz;
 pub mod jetstream;
+pub mod memory;
 pub(crate) mod share;
 pub mod stan;
 pub mod status;

@@ -10,15 +10,13 @@ use axum::body::Body;
 use axum::extract::{Path, Request, State};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
-use bytes::{Bytes, BytesMut};
+use bytes::Bytes;
 use futures_util::StreamExt;
 use http::header::{ACCESS_CONTROL_REQUEST_METHOD, ALLOW, CONTENT_LENGTH, HOST, ORIGIN};
 use http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, Uri};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use crate::auth::too_large_or_broken;
 use crate::call_id::{Stamps, X_CALL_ID};
-use crate::config::MAX_BODY;
 use crate::error::Error;
 use crate::function::Function;
 use crate::metrics::known::Known;
@@ -26,6 +24,7 @@ use crate::metrics::queue::{Line, QueueMetrics};
 use crate::provider::Provider;
 use crate::proxy::headers::to_upstream;
 use crate::queue::call::Call;
+use crate::queue::memory::{BodyBudget, BodyBuffer, LIMIT};
 use crate::queue::status::Status;
 use crate::queue::{self, Changed, Counts, Queue, Room, now};
 use crate::queued::unverified::Unverified;
@@ -42,10 +41,6 @@ pub(crate) mod wishes;
 
 /// A provider that has not said within this time whether there is a function is away.
 const LONGEST_QUESTION: Duration = Duration::from_secs(2);
-/// Bodies that are here at a time, in KiB: what waits for the queue must not fill the memory.
-const BODIES: usize = MAX_BODY >> 10;
-/// At most so much more room than is needed now is taken by a body that grows.
-const PIECE: usize = 256 << 10;
 
 /// What takes calls in. One for the process, and a clone for each thread that has much to do with it.
 #[derive(Clone)]
@@ -53,7 +48,8 @@ pub struct Intake {
     pub queue: Queue,
     pub max_body: usize,
     pub metrics: Arc<QueueMetrics>,
-    room: Arc<Semaphore>,
+    /// What waits for the queue, and what a worker holds, must not fill the memory.
+    pub budget: BodyBudget,
     /// What could be made now or is being made, as it was counted last.
     held: Arc<ArcSwapOption<HashMap<Arc<str>, u64>>>,
     unverified: Arc<Unverified>,
@@ -61,9 +57,9 @@ pub struct Intake {
 
 impl Intake {
     pub fn new(queue: Queue, max_body: usize, metrics: QueueMetrics) -> Arc<Self> {
-        let (room, metrics) = (Arc::new(Semaphore::new(BODIES)), Arc::new(metrics));
+        let (budget, metrics) = (BodyBudget::default(), Arc::new(metrics));
         let (held, unverified) = (Arc::default(), Arc::default());
-        Arc::new(Self { queue, max_body, metrics, room, held, unverified })
+        Arc::new(Self { queue, max_body, metrics, budget, held, unverified })
     }
 
     /// This one, for the current thread and its runtime.
@@ -110,33 +106,26 @@ impl Intake {
     /// Reads `body` whole. It has its room until that is dropped.
     async fn read(&self, body: Body) -> Result<(Bytes, Room), Error> {
         let limit = self.limit();
-        let mut kept = BytesMut::new();
-        let mut room: Room = None;
+        let mut kept = BodyBuffer::new(&self.budget);
         let mut frames = body.into_data_stream();
         while let Some(data) = frames.next().await {
             let data = data.map_err(|error| too_large_or_broken(&error, limit))?;
-            if data.len() > limit - kept.len() {
+            if data.len() > limit - kept.length() {
                 return Err(Error::TooLarge(limit));
             }
-            // Room is taken for what is there, not for what is announced.
-            let has = room.as_ref().map_or(0, |room| room.num_permits() * 1024);
-            let needs = kept.len() + data.len();
-            if needs > has {
-                // The more there is, the more is likely to come.
-                let more = self.reserve((needs - has).max(kept.len().min(PIECE)))?;
-                match &mut room {
-                    Some(room) => room.merge(more),
-                    None => room = Some(more),
-                }
+            if !kept.try_add(&data) {
+                return Err(Error::Overloaded);
             }
-            kept.extend_from_slice(&data);
         }
-        Ok((kept.freeze(), room))
-    }
-
-    fn reserve(&self, bytes: usize) -> Result<OwnedSemaphorePermit, Error> {
-        let kib = u32::try_from(bytes.div_ceil(1024)).unwrap_or(u32::MAX);
-        Arc::clone(&self.room).try_acquire_many_owned(kib).map_err(|_| Error::Overloaded)
+        let (body, mut room) = kept.finish();
+        // The queue stores a copy. A body that takes half of the budget has no more room than it has.
+        let copy = body.len().min(LIMIT - body.len());
+        let copy = self.budget.try_reserve(copy).ok_or(Error::Overloaded)?;
+        match &mut room {
+            Some(room) => room.merge(copy),
+            None => room = Some(copy),
+        }
+        Ok((body, room))
     }
 }
 

@@ -20,7 +20,7 @@ use crate::chain;
 use crate::error::Causes;
 use crate::queue::call::{Call, Millis};
 use crate::queue::status::{Answer, Settlement, State};
-use crate::queue::{Delivery, Error, now};
+use crate::queue::{Delivery, Error, Room, memory, now};
 use crate::queued::Intake;
 use crate::shutdown::Stages;
 use crate::trace::context::{Context, TRACEPARENT, TRACESTATE};
@@ -74,9 +74,9 @@ impl Worker {
             () = stages.closing.cancelled() => None,
             next = self.next(&places) => Some(next),
         } {
-            let (place, delivery) = next;
+            let (place, delivery, room) = next;
             let (worker, notes) = (Arc::clone(&self), Arc::clone(&notes));
-            running.spawn(async move { worker.carry_out(delivery, place, &notes).await });
+            running.spawn(async move { worker.carry_out(delivery, place, room, &notes).await });
         }
         self.intake.queue.take_no_more();
         running.close();
@@ -89,15 +89,19 @@ impl Worker {
         }
     }
 
-    /// A place, and a call for it.
-    async fn next(&self, places: &Arc<Semaphore>) -> (OwnedSemaphorePermit, Delivery) {
+    /// A place, a call for it, and room for its body in memory.
+    async fn next(&self, places: &Arc<Semaphore>) -> (OwnedSemaphorePermit, Delivery, Room) {
         loop {
             // The semaphore is never closed.
             let Ok(place) = Arc::clone(places).acquire_owned().await else {
                 std::future::pending().await
             };
+            self.intake.budget.until_some_is_free().await;
             match self.intake.queue.take(self.places).await {
-                Ok(delivery) => return (place, delivery),
+                Ok(delivery) => {
+                    let room = self.intake.budget.reserve(delivery.call.body.len()).await;
+                    return (place, delivery, room);
+                }
                 Err(error) => {
                     tracing::warn!(%error, "No queued calls can be taken");
                     tokio::time::sleep(PAUSE).await;
@@ -107,8 +111,16 @@ impl Worker {
     }
 
     /// Makes a call in its place, and notes what becomes of it beside those for which there is room in `notes`.
-    async fn carry_out(&self, mut delivery: Delivery, place: OwnedSemaphorePermit, notes: &Notes) {
+    async fn carry_out(
+        &self,
+        mut delivery: Delivery,
+        place: OwnedSemaphorePermit,
+        room: Room,
+        notes: &Notes,
+    ) {
         let call = &delivery.call;
+        // Held until the response is stored.
+        let mut response_room: Room = None;
         let mut settlement = if delivery.lost {
             let reason = Box::pin(self.not_made(&delivery, &Attempt::lost())).await;
             Settlement::Dead { status: None, reason, answer: None }
@@ -119,15 +131,19 @@ impl Worker {
         } else {
             let span = self.begin_span(&delivery);
             let context = span.as_ref().and_then(Open::context);
-            let attempt = self.attempt(call, context).await;
+            let mut attempt = self.attempt(call, context).await;
             if let Some(span) = span {
                 end_span(span, &attempt);
             }
+            response_room = attempt.room.take();
             self.settlement(&delivery, attempt, context).await
         };
         self.print(&delivery, &settlement);
         // It is not made any more, and may have to wait for the queue.
         delivery.call.body = Bytes::new();
+        drop(room);
+        // The queue stores a copy of what is kept.
+        memory::shrink(&mut response_room, 2 * settlement.body_length());
         let (id, function) = (&delivery.call.id, &delivery.call.function);
         let _noting = notes.room(function).await;
         self.intake.queue.answered(&delivery);

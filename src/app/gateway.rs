@@ -311,6 +311,7 @@ impl Parts {
             calls: self.metrics.shard(number),
             timeout: self.config.timeouts.upstream,
             scaling: self.scaling.clone(),
+            budget: intake.budget.clone(),
         };
         let parts = worker::Parts {
             intake: Arc::clone(intake),

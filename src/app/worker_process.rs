@@ -82,6 +82,7 @@ async fn start(config: config::Worker, stages: &Stages, tasks: &Tasks) -> anyhow
         calls,
         timeout: config.timeout,
         scaling,
+        budget: intake.budget.clone(),
     };
     let asked = provider(ours, config.timeout);
     let collector = Client::new(config.idle, tls.clone());

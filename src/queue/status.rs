@@ -108,6 +108,16 @@ impl Settlement {
         }
     }
 
+    /// How long the body of the answer is that it holds.
+    pub fn body_length(&self) -> usize {
+        match self {
+            Self::Finished { answer, .. } | Self::Dead { answer, .. } => {
+                answer.as_ref().map_or(0, |answer| answer.body.len())
+            }
+            Self::Retry { .. } => 0,
+        }
+    }
+
     /// Whether it holds an answer.
     pub fn has_answer(&self) -> bool {
         match self {

@@ -3,9 +3,10 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
-use bytes::{Bytes, BytesMut};
+use bytes::Bytes;
 use http::header::{HOST, RETRY_AFTER, USER_AGENT};
 use http::{HeaderMap, HeaderValue, Method, Request, Response};
+use http_body::Body;
 use http_body_util::BodyExt;
 use tokio::time::timeout_at as in_time;
 
@@ -17,7 +18,9 @@ use crate::proxy::client::{Client, Origin};
 use crate::proxy::ending::Ending;
 use crate::proxy::headers::to_caller;
 use crate::proxy::upstream_body::{BodyFailure, UpstreamBody};
+use crate::queue::Room;
 use crate::queue::call::Call;
+use crate::queue::memory::{BodyBudget, BodyBuffer};
 use crate::queue::status::Answer;
 use crate::scaling::Scaling;
 use crate::scaling::fault::{Fault, MAX_SENDS, Repeat, Way};
@@ -28,6 +31,8 @@ use crate::worker::retry::parse_retry_after;
 
 /// The most of an answer that a callback is told.
 pub const MAX_TOLD: usize = 16 << 20;
+/// A response for which there is no room for this long in all, or for half of the time that is left, is cut off.
+const PATIENCE: Duration = Duration::from_secs(10);
 const PRODUCT: HeaderValue =
     HeaderValue::from_static(concat!("gateway-worker/", env!("CARGO_PKG_VERSION")));
 
@@ -41,6 +46,8 @@ pub struct Caller {
     pub timeout: Duration,
     /// Wakes functions, if that is to be done.
     pub scaling: Option<Arc<Scaling>>,
+    /// The memory that responses share with all other bodies of queued calls.
+    pub budget: BodyBudget,
 }
 
 /// How an attempt ended.
@@ -49,7 +56,9 @@ pub struct Attempt {
     pub status: Option<u16>,
     pub headers: HeaderMap,
     pub body: Bytes,
-    /// The body was longer.
+    /// What the body takes of the memory for bodies.
+    pub room: Room,
+    /// The body was longer, or there was no room for all of it.
     pub truncated: bool,
     pub took: Duration,
     pub retry_after: Option<Duration>,
@@ -146,7 +155,11 @@ impl Caller {
                 counted.vouched_for(&self.calls);
             }
             counted.answered(answer.status());
-            let read = in_time(until.into(), read(answer, keeps, began)).await;
+            // Most of the time is the function's.
+            let patience = PATIENCE.min(until.saturating_duration_since(Instant::now()) / 2);
+            let buffer = BodyBuffer::new(&self.budget);
+            let reading = read(answer, keeps, began, buffer, patience);
+            let read = in_time(until.into(), reading).await;
             return read.unwrap_or(Err(Error::Upstream(client::Error::Timeout)));
         }
     }
@@ -186,23 +199,44 @@ async fn read(
     answer: Response<UpstreamBody>,
     keeps: usize,
     began: Instant,
+    mut kept: BodyBuffer<'_>,
+    patience: Duration,
 ) -> Result<Attempt, Error> {
     let (mut head, mut body) = answer.into_parts();
-    let (mut kept, mut truncated) = (BytesMut::new(), false);
+    let (mut truncated, mut has_room, mut deadline) = (false, true, None);
+    if let Some(length) = body.size_hint().exact().and_then(|length| usize::try_from(length).ok())
+        && length > 0
+    {
+        // Of many responses that come at once, some are read whole before the others.
+        let until = *deadline.insert(Instant::now() + patience);
+        kept.expect(length.min(keeps), until.into()).await;
+    }
     while let Some(frame) = body.frame().await {
         let frame = frame.map_err(|failure: BodyFailure| Error::Answer(failure))?;
         let Ok(data) = frame.into_data() else { continue };
-        let room = keeps - kept.len();
+        let room = keeps - kept.length();
         truncated |= data.len() > room;
-        kept.extend_from_slice(&data[..data.len().min(room)]);
+        let data = &data[..data.len().min(room)];
+        if !has_room {
+            truncated |= !data.is_empty();
+            continue;
+        }
+        if !kept.try_add(data) {
+            // The call was executed, and will not be executed again because of its response.
+            let deadline = *deadline.get_or_insert_with(|| Instant::now() + patience);
+            has_room = kept.add_by(data, deadline.into()).await;
+            truncated |= !has_room;
+        }
     }
+    let (kept, body_room) = kept.finish();
     to_caller(&mut head.headers, false);
     let retry_after = head.headers.get(RETRY_AFTER);
     let retry_after = retry_after.and_then(|value| parse_retry_after(value, SystemTime::now()));
     Ok(Attempt {
         status: Some(head.status.as_u16()),
         headers: head.headers,
-        body: kept.freeze(),
+        body: kept,
+        room: body_room,
         truncated,
         took: began.elapsed(),
         retry_after,
@@ -216,6 +250,7 @@ impl Attempt {
             status: None,
             headers: HeaderMap::new(),
             body: Bytes::new(),
+            room: None,
             truncated: false,
             took: began.elapsed(),
             retry_after: None,

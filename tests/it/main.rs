@@ -44,6 +44,7 @@ mod queue_jetstream_process;
 mod queue_limits;
 mod queue_listing;
 mod queue_loss;
+mod queue_memory;
 mod queue_odd;
 mod queue_policies;
 mod queue_stan;
