@@ -85,7 +85,7 @@ async fn while_the_provider_fails_nothing_changes_and_then_it_heals() {
     let mut held = Held::default();
     script.broken.store(true, SeqCst);
     held.hold(&gateway, &mut provider, "f", 3).await;
-    gateway.logs("The provider does not answer").await;
+    gateway.logs("The provider does not list its functions").await;
     script.untouched("f");
     // It is back, but does not do as it is told at first.
     script.refusals.store(2, SeqCst);
