@@ -358,12 +358,23 @@ pub fn intake(api: &Api) -> Result<&Intake, Error> {
 /// id the client needs to be admitted to the API, before it learns whether there is such a call: an id that a client
 /// chose can be guessed.
 async fn known(api: &Api, id: &str, request: Request) -> Result<Result<Status, Response>, Error> {
-    let status = intake(api)?.queue.status(id).await?;
+    let queue = &intake(api)?.queue;
+    // Ids that can be guessed are not looked up before: even the time that takes would tell whether they are there.
+    let status = if is_unguessable(id) { queue.status(id).await? } else { None };
     let opens = status.as_ref().is_some_and(|status| !status.chosen_id);
     if !opens && let Err(refusal) = auth::admit(api, request).await? {
         return Ok(Err(refusal));
     }
+    let status = match status {
+        None if !is_unguessable(id) => queue.status(id).await?,
+        status => status,
+    };
     status.ok_or(NO_SUCH_CALL).map(Ok)
+}
+
+/// Whether `id` has the form of those that gateways make: a random UUID.
+fn is_unguessable(id: &str) -> bool {
+    uuid::Uuid::try_parse(id).is_ok_and(|id| id.get_version_num() == 4)
 }
 
 /// The function that the path names, and path and query behind its name.
@@ -410,6 +421,16 @@ pub async fn must_exist(
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn ids_that_gateways_make_cannot_be_guessed_and_others_may_be() {
+        // Both queues test that their ids have this form.
+        assert!(is_unguessable(&uuid::Uuid::new_v4().to_string()));
+        // The last is a UUID of version 5, made of a name.
+        for id in ["", "order-42", "1", "886313e1-3b8a-5372-9b90-0c9aee199e5d"] {
+            assert!(!is_unguessable(id), "{id}");
+        }
+    }
 
     #[test]
     fn what_stands_behind_the_name_is_kept_as_it_is() {

@@ -175,3 +175,19 @@ async fn a_service_that_is_away_shows_nothing() {
     assert_eq!(comparable(&known), comparable(&missing));
     assert_eq!(known.status(), 502, "{known}");
 }
+
+#[tokio::test]
+async fn an_id_that_can_be_guessed_is_not_looked_up_before_its_client_is_admitted() {
+    // No queue answers there.
+    let away = |builder: Builder| {
+        let builder = builder.var("queue", "jetstream").var("faas_nats_address", "127.0.0.1");
+        builder.var("faas_nats_port", "1")
+    };
+    let parts = start(Guard::BasicAuth, away).await;
+    let target = "/async-function/order-42";
+    assert_eq!(parts.gateway.get(target).await.status(), 401);
+    let credentials = authorization();
+    assert_eq!(parts.gateway.ask("GET", target, &[&credentials]).await.status(), 503);
+    let made = format!("/async-function/{UNGUESSABLE}");
+    assert_eq!(parts.gateway.get(&made).await.status(), 503);
+}
