@@ -234,6 +234,7 @@ async fn ask_proxy(api: &Api, request: Request) -> Result<Result<Request, Respon
         watch: &caller.watch,
         began: Instant::now(),
         timeout: api.timeouts.upstream,
+        is_clients: false,
     };
     let answer = forward(&api.client, &proxy.origin, question, errand).await?.answer;
     if answer.status().is_success() {

@@ -229,7 +229,13 @@ impl Invoker {
 
     fn errand<'a>(&self, caller: &'a Caller, began: Instant) -> Errand<'a> {
         let timeout = self.timeouts.upstream;
-        Errand { peer: &caller.forwarded_for, watch: &caller.watch, began, timeout }
+        Errand {
+            peer: &caller.forwarded_for,
+            watch: &caller.watch,
+            began,
+            timeout,
+            is_clients: true,
+        }
     }
 
     /// Where the function of `call` itself is found.

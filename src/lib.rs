@@ -10,6 +10,7 @@ pub mod config;
 pub mod echo;
 pub mod error;
 pub mod function;
+pub mod interim;
 pub mod limit;
 pub mod metrics;
 pub mod shutdown;

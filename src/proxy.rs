@@ -24,7 +24,7 @@ use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
 use http::header::{CONTENT_ENCODING, CONTENT_TYPE};
-use http::{HeaderName, HeaderValue, Request, Response, StatusCode};
+use http::{HeaderName, HeaderValue, Request, Response, StatusCode, Version};
 use hyper::upgrade::OnUpgrade;
 
 use crate::call_id::Stamps;
@@ -59,6 +59,8 @@ pub struct Errand<'a> {
     pub began: Instant,
     /// From `began` to the last byte; for a stream the longest pause.
     pub timeout: Duration,
+    /// Whether it is the client's own request: then interim responses to it are for the client.
+    pub is_clients: bool,
 }
 
 /// A caller's request as it will be sent.
@@ -137,11 +139,15 @@ pub fn prepare(
     let body = std::mem::replace(request.body_mut(), RequestBody::empty());
     let (method, headers) = (request.method(), request.headers());
     let mut wanted = None;
-    let upload = Upload::write(method, headers, body, |out| {
+    let mut upload = Upload::write(method, headers, body, |out| {
         write_start(out, method, [origin.path(), path_and_query(request.uri())]);
         let put = |name: &HeaderName, value: &HeaderValue| write_header(out, name, value);
         wanted = headers::to_upstream(headers, &origin.host, errand.peer, stamps, put);
     });
+    if !errand.is_clients || request.version() < Version::HTTP_11 {
+        // RFC 9110, 15.2.
+        upload.drop_interim();
+    }
     let idempotent = method.is_idempotent();
     let upgrade = wanted.map(|_| hyper::upgrade::on(&mut request));
     Ok(Prepared { upload, upgrade, idempotent })

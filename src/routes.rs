@@ -227,6 +227,10 @@ impl Door {
         {
             close_after(answer.headers_mut());
         }
+        if let Some(interim) = caller.watch.interim() {
+            // Nothing is awaited from here on: what is late is not written by itself any more.
+            interim.end();
+        }
         if let Some(mut trip) = trip {
             trip.answered(&answer);
             answer.body_mut().watched_by(trip);
@@ -289,8 +293,12 @@ pub fn plain(
         let checked = check(&mut request);
         let (router, watch) = (router.clone(), Arc::clone(&caller.watch));
         async move {
-            let request = request
+            let mut request = request
                 .map(|body| axum::body::Body::new(CallerBody::new(body, Arc::clone(&watch))));
+            if let Some(interim) = watch.interim().filter(|_| !is_1_0) {
+                // For functions that are called from here.
+                request.extensions_mut().insert(Arc::clone(interim));
+            }
             let mut answer = match checked {
                 Ok(()) => router.oneshot(request).await.unwrap_or_else(|never| match never {}),
                 Err(early) => early.into_response(),
@@ -298,6 +306,10 @@ pub fn plain(
             .map(|body| Answer::new(Content::Api(body), None, Arc::clone(&watch), idle));
             if watch.body_state() != BodyState::Read && early::closes(&watch, &mut answer).await {
                 close_after(answer.headers_mut());
+            }
+            if let Some(interim) = watch.interim() {
+                // As in `Door::answer`, nothing is awaited from here on.
+                interim.end();
             }
             if is_1_0 {
                 fit_http_1_0(&mut answer);

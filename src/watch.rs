@@ -7,9 +7,11 @@
 
 mod notes;
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
+use crate::interim::Interim;
 pub use crate::watch::notes::Note;
 use crate::watch::notes::Notes;
 
@@ -77,6 +79,8 @@ pub struct Watch {
     /// Some of the last call's response may still have to be written.
     responding: AtomicBool,
     notes: Notes,
+    /// Where interim responses wait for the client, if there is one that takes them.
+    interim: Option<Arc<Interim>>,
 }
 
 impl Watch {
@@ -101,7 +105,19 @@ impl Watch {
             body_expired: AtomicBool::new(false),
             responding: AtomicBool::new(false),
             notes: Notes::default(),
+            interim: None,
         }
+    }
+
+    /// The same, with a client that takes interim responses.
+    pub fn with_interim(mut self, interim: Option<Arc<Interim>>) -> Self {
+        self.interim = interim;
+        self
+    }
+
+    /// Where interim responses wait for the client.
+    pub fn interim(&self) -> Option<&Arc<Interim>> {
+        self.interim.as_ref()
     }
 
     pub fn stage(&self) -> Stage {

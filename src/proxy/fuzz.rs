@@ -4,7 +4,7 @@ use bytes::BytesMut;
 use http::HeaderMap;
 
 use crate::proxy::wire::Malformed;
-use crate::proxy::wire::answer::take_head;
+use crate::proxy::wire::answer::take_final;
 use crate::proxy::wire::decoder::Decoder;
 
 /// A head is read in the same way however its bytes arrive.
@@ -12,11 +12,11 @@ pub(crate) fn response_head(data: &[u8]) {
     let Some((first, text)) = data.split_first() else { return };
     let to_head = first & 1 == 1;
     let mut whole = BytesMut::from(text);
-    let at_once = take_head(&mut whole, to_head);
+    let at_once = take_final(&mut whole, to_head);
     let mut pieces = BytesMut::new();
     for piece in text.chunks(usize::from(first >> 1).max(1)) {
         pieces.extend_from_slice(piece);
-        match (take_head(&mut pieces, to_head), &at_once) {
+        match (take_final(&mut pieces, to_head), &at_once) {
             (Ok(None), _) => {}
             (Ok(Some(got)), Ok(Some(head))) => {
                 let told = |head: &crate::proxy::wire::answer::Head| {

@@ -9,7 +9,7 @@ use std::pin::Pin;
 use std::task::{Context, Poll, Waker, ready};
 
 use bytes::{Bytes, BytesMut};
-use http::StatusCode;
+use http::{Response, StatusCode};
 use http_body::Frame;
 use tokio_util::io::poll_read_buf;
 
@@ -18,8 +18,9 @@ use crate::proxy::buffers;
 use crate::proxy::stream::UpstreamStream;
 use crate::proxy::upload::{self, Upload};
 use crate::proxy::wire::Malformed;
-use crate::proxy::wire::answer::{Head, MAX_HEAD, take_head};
+use crate::proxy::wire::answer::{Head, MAX_HEAD, Taken, take_head};
 use crate::proxy::wire::decoder::Decoder;
+use crate::proxy::wire::interim;
 use crate::watch::Watch;
 
 /// What is read at once: little at first, more while a peer fills it. What waits to be written to a slow caller stays
@@ -41,6 +42,8 @@ pub(super) struct Link {
     deaf: bool,
     /// The upstream goes on after its answer.
     keep_alive: bool,
+    /// The interim responses of this exchange.
+    interim: interim::Budget,
 }
 
 /// Why an exchange failed before its answer began.
@@ -77,6 +80,7 @@ impl Link {
             looked_at: 0,
             deaf: false,
             keep_alive: true,
+            interim: interim::Budget::default(),
         }
     }
 
@@ -87,18 +91,23 @@ impl Link {
         watch: &Watch,
     ) -> Result<Head, Failure> {
         self.upload = std::mem::take(upload);
+        self.interim = interim::Budget::default();
         std::future::poll_fn(|cx| {
             if watch.call_expired() {
                 return Poll::Ready(Err(Failure::Expired));
             }
-            self.poll_exchange(cx)
+            self.poll_exchange(cx, watch)
         })
         .await
     }
 
-    fn poll_exchange(&mut self, cx: &mut Context<'_>) -> Poll<Result<Head, Failure>> {
+    fn poll_exchange(
+        &mut self,
+        cx: &mut Context<'_>,
+        watch: &Watch,
+    ) -> Poll<Result<Head, Failure>> {
         if self.upload.has_begun() {
-            if let Poll::Ready(answered) = self.poll_head(cx) {
+            if let Poll::Ready(answered) = self.poll_head(cx, watch) {
                 return Poll::Ready(answered);
             }
         } else if self.poll_fill(cx, 0).is_ready() {
@@ -114,14 +123,20 @@ impl Link {
         Poll::Pending
     }
 
-    fn poll_head(&mut self, cx: &mut Context<'_>) -> Poll<Result<Head, Failure>> {
+    fn poll_head(&mut self, cx: &mut Context<'_>, watch: &Watch) -> Poll<Result<Head, Failure>> {
         loop {
             if may_be_whole(&self.input, self.looked_at) {
                 let taken = take_head(&mut self.input, self.upload.is_head());
-                // Interim answers may have been taken.
-                self.looked_at = self.input.len();
                 match taken {
-                    Ok(Some(head)) => {
+                    Ok(Some(Taken::Interim(head, length))) => {
+                        if !self.interim.admit(length) {
+                            return Poll::Ready(Err(Failure::HeadTooLarge));
+                        }
+                        self.pass_on(&head, watch);
+                        self.looked_at = 0;
+                        continue;
+                    }
+                    Ok(Some(Taken::Final(head))) => {
                         if let Err(malformed) = head.body.check_beginning(&self.input) {
                             return Poll::Ready(Err(Failure::Malformed(malformed)));
                         }
@@ -146,6 +161,15 @@ impl Link {
                 Ok(_) => {}
                 Err(error) => return Poll::Ready(Err(Failure::Closed(error))),
             }
+        }
+    }
+
+    /// Leaves an interim response to the client's connection, if there is one that takes it.
+    fn pass_on(&self, head: &Response<()>, watch: &Watch) {
+        if let Some(interim) = watch.interim().filter(|_| self.upload.wants_interim())
+            && let Some(text) = interim::encode(head)
+        {
+            interim.push(&text);
         }
     }
 

@@ -57,6 +57,8 @@ pub(super) struct Upload {
     failed: Option<BodyError>,
     is_head: bool,
     repeatable: bool,
+    /// Interim responses to it are passed on.
+    wants_interim: bool,
 }
 
 impl Upload {
@@ -93,6 +95,7 @@ impl Upload {
             kept: true,
             is_head: *method == Method::HEAD,
             repeatable: bodiless && method.is_idempotent(),
+            wants_interim: true,
             ..Self::default()
         }
     }
@@ -100,6 +103,16 @@ impl Upload {
     /// Whether the answer will have no body, whatever it says.
     pub(super) fn is_head(&self) -> bool {
         self.is_head
+    }
+
+    /// Drops the interim responses to this request.
+    pub(super) fn drop_interim(&mut self) {
+        self.wants_interim = false;
+    }
+
+    /// Whether interim responses to it are passed on, if there is a client.
+    pub(super) fn wants_interim(&self) -> bool {
+        self.wants_interim
     }
 
     /// Whether the request can be sent once more: it has no body, and its method promises that twice is as once.

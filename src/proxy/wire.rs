@@ -7,6 +7,7 @@ use crate::proxy::codings::CodingError;
 
 pub(super) mod answer;
 pub(super) mod decoder;
+pub(super) mod interim;
 pub(super) mod request;
 
 /// Why what an upstream says is not HTTP, or not such that it could be passed on safely.

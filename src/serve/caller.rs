@@ -14,6 +14,7 @@ use tokio::sync::OwnedSemaphorePermit;
 use tokio_util::task::TaskTracker;
 
 use crate::config::Timeouts;
+use crate::interim::Interim;
 use crate::serve::register::Seat;
 use crate::watch::{Note, Stage, Watch};
 
@@ -49,7 +50,8 @@ impl Caller {
         let ip = address.ip().to_canonical();
         let forwarded_for = HeaderValue::from_str(&ip.to_string())
             .unwrap_or_else(|_| HeaderValue::from_static("unknown"));
-        let (watch, place) = (Arc::new(Watch::new()), Arc::new(place));
+        let watch = Arc::new(Watch::new().with_interim(Some(Arc::default())));
+        let place = Arc::new(place);
         Self { address, forwarded_for, watch, connections, place, while_blocked: Arc::default() }
     }
 
@@ -90,6 +92,9 @@ pub struct CallerStream {
     roomy: bool,
     /// Written before anything of hyper's.
     output: Bytes,
+    /// hyper has something to write, of which nothing or a part has been written.
+    writing: bool,
+    interim: Arc<Interim>,
     /// hyper has refused the head of a request. Its response was not written.
     refused: bool,
     /// The peer has closed its side, or the connection has failed.
@@ -140,12 +145,15 @@ impl CallerStream {
         timeouts: Timeouts,
         seat: Arc<Seat>,
     ) -> Self {
+        let interim = watch.interim().cloned().unwrap_or_default();
         Self {
             tcp: tcp.take(READ_AT_ONCE),
             unread: Bytes::new(),
             lines: 0,
             roomy: false,
             output: Bytes::new(),
+            writing: false,
+            interim,
             refused: false,
             ended: false,
             head: 0,
@@ -182,7 +190,7 @@ impl CallerStream {
 
     /// Whether hyper, which is about to write what begins with `text`, refuses the head of a request.
     fn is_refusal(&self, text: &[u8]) -> bool {
-        self.watch.is_between_calls() && text.starts_with(b"HTTP/1.") && !self.watch.is_stalled()
+        self.watch.is_between_calls() && text.starts_with(b"HTTP/1.")
     }
 
     /// Writes `output`.
@@ -203,11 +211,33 @@ impl CallerStream {
         cx: &mut Context<'_>,
         bufs: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<Option<usize>>> {
-        if bufs.first().is_some_and(|first| self.is_refusal(first)) {
-            self.refused = true;
-            return Poll::Ready(Ok(Some(bufs.iter().map(|buf| buf.len()).sum())));
+        if !self.writing {
+            if bufs.first().is_some_and(|first| self.is_refusal(first)) {
+                self.refused = true;
+                return Poll::Ready(Ok(Some(bufs.iter().map(|buf| buf.len()).sum())));
+            }
+            self.writing = true;
+            if self.interim.is_waiting() {
+                // The final response begins here.
+                self.output = [&self.output[..], &self.interim.take()].concat().into();
+            }
         }
         self.poll_output(cx).map_ok(|()| None)
+    }
+
+    /// Writes interim responses while hyper has nothing to write.
+    fn poll_interim(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        loop {
+            ready!(self.poll_output(cx))?;
+            if !self.interim.is_waiting() {
+                return Poll::Ready(Ok(()));
+            }
+            // If they are late, their final response has just been written, together with the end of the one before.
+            let (late, heads) = (self.interim.is_late(), self.interim.take());
+            if !late {
+                self.output = heads.into();
+            }
+        }
     }
 
     /// Sees to what has just been read, between two calls or in a head. Whether hyper may have it.
@@ -368,8 +398,12 @@ impl AsyncWrite for CallerStream {
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        ready!(self.poll_output(cx))?;
+        // hyper has nothing more to write, or it would not flush.
+        self.writing = false;
         self.watch.flushed();
+        if self.interim.is_waiting() || !self.output.is_empty() {
+            ready!(self.poll_interim(cx))?;
+        }
         Pin::new(self.tcp.get_mut()).poll_flush(cx)
     }
 

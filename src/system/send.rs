@@ -88,6 +88,7 @@ impl Api {
             watch: &caller.watch,
             began: Instant::now(),
             timeout: self.timeouts.upstream,
+            is_clients: true,
         };
         Ok(forward(&self.client, origin, request, errand).await?.answer)
     }

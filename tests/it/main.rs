@@ -29,6 +29,7 @@ mod crowded;
 mod deadlines;
 mod early;
 mod http_1_0;
+mod interim;
 mod leaving;
 mod limits;
 mod memory;

@@ -149,3 +149,72 @@ async fn a_function_sleeps_when_nobody_calls_and_wakes_when_somebody_does() {
     assert_eq!(answer.status(), 200, "{answer}");
     assert!(answer.text().contains("you said: me"), "{answer}");
 }
+
+#[tokio::test]
+async fn an_interim_response_of_a_server_reaches_its_client_before_the_final_one() {
+    let directory = tempfile::tempdir().unwrap();
+    let gate = directory.path().join("gate");
+    let script = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/it/interim.py");
+    let environment = format!("{{mode: http, gate: '{}'}}", gate.display());
+    let stack =
+        format!("functions: {{hints: {{fprocess: python3 {script}, environment: {environment}}}}}");
+    let up = Up::start(&stack).await;
+    for address in [up.gateway, up.provider] {
+        let mut client = Wire::connect(address).await;
+        let mut head;
+        loop {
+            client.send(get("/function/hints")).await;
+            head = client.head().await;
+            if head.status() != 503 {
+                break;
+            }
+            // The provider itself does not wait for the server to listen.
+            client.body(&head).await.unwrap();
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        assert_eq!((head.status(), head.header("link")), (103, Some("</style.css>")));
+        assert_eq!(head.header("keep-alive"), None);
+        std::fs::write(&gate, "").unwrap();
+        assert_eq!(client.answer().await.text(), "final");
+        std::fs::remove_file(&gate).unwrap();
+    }
+}
+
+#[tokio::test]
+async fn the_provider_reads_requests_as_strictly_as_the_gateway() {
+    let large = "{fprocess: head -c 3000000 /dev/zero}";
+    let up = Up::start(&format!("functions: {{echo: {{fprocess: cat}}, large: {large}}}")).await;
+    let host = "Host: localhost\r\n";
+    let chunks = "5\r\nhello\r\n0\r\n\r\n";
+    for address in [up.gateway, up.provider] {
+        for (start, lines, body, expect) in [
+            ("POST /function/echo HTTP/1.1", "Transfer-Encoding: gzip, chunked\r\n", chunks, 501),
+            ("POST /function/echo HTTP/1.1", "Transfer-Encoding: chunked, gzip\r\n", chunks, 400),
+            ("POST /function/echo HTTP/1.1", "Transfer-Encoding: chunked\r\n", chunks, 200),
+            ("POST /function/echo HTTP/1.8", "Transfer-Encoding: chunked\r\n", chunks, 200),
+            ("POST /function/echo HTTP/3.0", "", "", 505),
+            ("TRACE /function/echo HTTP/1.1", "", "", 405),
+            ("CONNECT /function/echo HTTP/1.1", "", "", 405),
+            ("GET http://a@localhost/function/echo HTTP/1.1", "", "", 400),
+            ("GET http://localhost/function/echo HTTP/1.1", "", "", 200),
+            ("OPTIONS /function/echo HTTP/1.1", "Max-Forwards: 0\r\n", "", 200),
+        ] {
+            let mut client = Wire::connect(address).await;
+            let answer = client.ask(format!("{start}\r\n{host}{lines}\r\n{body}")).await;
+            assert_eq!(answer.status(), expect, "{address} {start} {lines}: {answer}");
+            assert!(expect == 200 || !answer.text().is_empty(), "{answer}");
+        }
+        let mut client = Wire::connect(address).await;
+        let lines = "Host: localhost\r\nConnection: keep-alive\r\n";
+        client.send(format!("GET /function/large HTTP/1.0\r\n{lines}\r\n")).await;
+        let head = client.head().await;
+        assert_eq!(
+            (head.header("content-length"), head.header("connection")),
+            (None, Some("close"))
+        );
+        assert_eq!(client.closed().await.len(), 3_000_000);
+        let mut client = Wire::connect(address).await;
+        let answer = client.ask("OPTIONS * HTTP/1.1\r\nHost: localhost\r\n\r\n").await;
+        assert!(answer.header("allow").is_some_and(|allow| allow.contains("OPTIONS")), "{answer}");
+    }
+}

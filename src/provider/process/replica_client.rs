@@ -13,6 +13,7 @@ use tokio::net::TcpStream;
 use tokio::time::timeout;
 
 use crate::config::base_url::BaseUrl;
+use crate::interim::Interim;
 use crate::provider::process::runner::RunnerTasks;
 use crate::proxy::body::RequestBody;
 use crate::proxy::client::Origin;
@@ -32,6 +33,8 @@ pub(super) struct ReplicaRequest {
     outgoing: Outgoing,
     /// The caller's connection, if it wants to change protocols.
     upgrade: Option<OnUpgrade>,
+    /// Where the client's connection takes interim responses.
+    interim: Option<Arc<Interim>>,
 }
 
 /// Why a replica gave no answer.
@@ -46,12 +49,13 @@ impl ReplicaRequest {
     /// `request`'s URI is path and query; `host` is for one that names none.
     pub(super) fn new(request: Request<Body>, host: SocketAddr) -> anyhow::Result<Self> {
         let mut request = request.map(RequestBody::Api);
+        let interim = request.extensions().get::<Arc<Interim>>().cloned();
         let upgrade = headers::end_to_end(request.headers_mut());
         if !request.headers().contains_key(HOST) {
             request.headers_mut().insert(HOST, HeaderValue::from_str(&host.to_string())?);
         }
         let upgrade = upgrade.map(|_| hyper::upgrade::on(&mut request));
-        Ok(Self { outgoing: Outgoing::new(request), upgrade })
+        Ok(Self { outgoing: Outgoing::new(request), upgrade, interim })
     }
 
     /// Sends it to the replica at `address`, and returns when the answer's head is there. Bodies stream.
@@ -64,7 +68,7 @@ impl ReplicaRequest {
     ) -> Result<Response<Body>, Failure> {
         let url = BaseUrl::parse(&format!("http://{address}")).context("no address");
         let origin = Origin::new(url.map_err(Failure::Other)?);
-        let watch = Arc::new(Watch::new());
+        let watch = Arc::new(Watch::new().with_interim(self.interim.clone()));
         let mut answer = match self.outgoing.send(&tasks.client, &origin, &watch).await {
             Ok(answer) => answer,
             Err(error) if error.is_connect() => return Err(Failure::Refused),

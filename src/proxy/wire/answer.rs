@@ -27,29 +27,52 @@ pub(in crate::proxy) struct Head {
     pub(in crate::proxy) keep_alive: bool,
 }
 
-/// Takes the head of an answer (`to_head`: to HEAD) from the front of `input`; `None` while it is not there as a whole.
-/// Interim answers are skipped.
+/// A head at the front of what an upstream has sent.
+#[derive(Debug)]
+pub(in crate::proxy) enum Taken {
+    /// One of an interim response, which another follows. It was so long.
+    Interim(Response<()>, usize),
+    Final(Head),
+}
+
+/// Takes the head of a response (`to_head`: to HEAD) from the front of `input`; `None` while it is not there as a whole.
 pub(in crate::proxy) fn take_head(
     input: &mut BytesMut,
     to_head: bool,
+) -> Result<Option<Taken>, Malformed> {
+    if input.is_empty() {
+        return Ok(None);
+    }
+    let mut room = [const { MaybeUninit::uninit() }; MAX_HEADERS];
+    let mut parsed = httparse::Response::new(&mut []);
+    let status = parser().parse_response_with_uninit_headers(&mut parsed, input, &mut room)?;
+    let Status::Complete(length) = status else { return Ok(None) };
+    if length > MAX_HEAD {
+        return Err(Malformed::TooLarge);
+    }
+    let head = assemble(&parsed, &input[..length], to_head)?;
+    input.advance(length);
+    let status = head.answer.status();
+    Ok(Some(if status.is_informational() && status != StatusCode::SWITCHING_PROTOCOLS {
+        Taken::Interim(head.answer, length)
+    } else {
+        Taken::Final(head)
+    }))
+}
+
+/// Takes the final head; those of interim responses are skipped.
+#[cfg(any(test, fuzzing))]
+pub(in crate::proxy) fn take_final(
+    input: &mut BytesMut,
+    to_head: bool,
 ) -> Result<Option<Head>, Malformed> {
-    while !input.is_empty() {
-        let mut room = [const { MaybeUninit::uninit() }; MAX_HEADERS];
-        let mut parsed = httparse::Response::new(&mut []);
-        let status = parser().parse_response_with_uninit_headers(&mut parsed, input, &mut room)?;
-        let Status::Complete(length) = status else { return Ok(None) };
-        if length > MAX_HEAD {
-            return Err(Malformed::TooLarge);
-        }
-        let head = assemble(&parsed, &input[..length], to_head)?;
-        input.advance(length);
-        if head.answer.status() == StatusCode::SWITCHING_PROTOCOLS
-            || !head.answer.status().is_informational()
-        {
-            return Ok(Some(head));
+    loop {
+        match take_head(input, to_head)? {
+            Some(Taken::Final(head)) => return Ok(Some(head)),
+            Some(Taken::Interim(..)) => {}
+            None => return Ok(None),
         }
     }
-    Ok(None)
 }
 
 /// How heads are parsed. Whitespace before a colon is removed, not refused: RFC 9112, 5.1.
@@ -220,7 +243,7 @@ mod tests {
     use crate::proxy::codings::CodingError;
 
     fn take(text: &str) -> Result<Option<Head>, Malformed> {
-        take_head(&mut BytesMut::from(text), false)
+        take_final(&mut BytesMut::from(text), false)
     }
 
     #[track_caller]
@@ -335,15 +358,15 @@ mod tests {
     }
 
     #[test]
-    fn interim_answers_are_skipped_and_what_follows_stays() {
+    fn a_head_is_taken_whole_however_it_comes_and_what_follows_stays() {
         let text = "HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 103 X\r\nA: b\r\n\r\n\
                     HTTP/1.1 200 Fine\r\nX-A: 1\r\nx-a: 2\r\n\r\nbody";
         for end in 0..text.len() - "body".len() {
             let mut input = BytesMut::from(&text[..end]);
-            assert!(take_head(&mut input, false).unwrap().is_none(), "{end}");
+            assert!(take_final(&mut input, false).unwrap().is_none(), "{end}");
         }
         let mut input = BytesMut::from(text);
-        let head = take_head(&mut input, false).unwrap().unwrap();
+        let head = take_final(&mut input, false).unwrap().unwrap();
         assert_eq!(input, "body");
         let values: Vec<_> = head.answer.headers().get_all("x-a").iter().collect();
         assert_eq!(values, ["1", "2"]);
@@ -354,7 +377,7 @@ mod tests {
     #[test]
     fn an_answer_to_head_has_no_body() {
         let mut input = BytesMut::from("HTTP/1.1 200 OK\r\nContent-Length: 7\r\n\r\n");
-        let head = take_head(&mut input, true).unwrap().unwrap();
+        let head = take_final(&mut input, true).unwrap().unwrap();
         assert_eq!(head.body, Decoder::Done);
         assert_eq!(head.answer.headers()[CONTENT_LENGTH], "7");
     }

@@ -179,3 +179,15 @@ async fn the_provider_tells_what_it_is_and_that_it_is_well() {
     assert_eq!(answer.status, StatusCode::METHOD_NOT_ALLOWED);
     provider.stop().await;
 }
+
+#[tokio::test]
+async fn what_is_not_there_is_refused_with_words() {
+    let provider = Provider::start().await;
+    let answer = provider.get("/nowhere").await;
+    assert_eq!((answer.status, answer.text()), (StatusCode::NOT_FOUND, "no such path\n"));
+    let answer = provider.api(Method::PATCH, "/system/functions", json!({})).await;
+    assert_eq!(answer.status, StatusCode::METHOD_NOT_ALLOWED);
+    assert!(answer.header("allow").unwrap().contains("POST"), "{answer:?}");
+    assert!(!answer.text().is_empty());
+    provider.stop().await;
+}
