@@ -53,11 +53,14 @@ impl Function {
 async fn until_full(gateway: &Gateway, length: usize) -> HashSet<String> {
     let (mut accepted, body) = (HashSet::new(), "x".repeat(length));
     let mut wire = gateway.connect().await;
+    let deadline = Instant::now() + DRAINED_WITHIN;
     loop {
         let response = wire.ask(request("POST", "/async-function/echo", &[], &body)).await;
         match response.status() {
             202 => accepted.insert(response.header("x-call-id").unwrap().to_owned()),
             507 => return accepted,
+            // The file is being opened again, which takes long on a busy machine.
+            503 if Instant::now() < deadline => false,
             _ => panic!("{response}"),
         };
         assert!(accepted.len() < 100_000, "it is never full");
@@ -99,10 +102,6 @@ async fn accepts_again(gateway: &Gateway, length: usize) {
     .await;
 }
 
-fn once(ids: &HashSet<String>) -> HashMap<String, usize> {
-    ids.iter().map(|id| (id.clone(), 1)).collect()
-}
-
 /// Fills `disk` with calls of `body` bytes, and with the file of another program if `shared`; has them executed, kills
 /// the gateway, and starts it again.
 async fn fill_and_drain(disk: &Disk, body: usize, response: usize, shared: bool) {
@@ -116,7 +115,10 @@ async fn fill_and_drain(disk: &Disk, body: usize, response: usize, shared: bool)
     }
     function.open.send_replace(true);
     drained(&gateway).await;
-    assert_eq!(function.executed(), once(&accepted));
+    let executed = function.executed();
+    assert!(accepted.iter().all(|id| executed.contains_key(id)));
+    // One that was answered 503 may have been accepted all the same; it is executed once, too.
+    assert!(executed.values().all(|times| *times == 1), "{executed:?}");
     // That the calls are over is on the disk.
     gateway.kill().await;
     let gateway = start().await;

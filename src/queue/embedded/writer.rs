@@ -199,7 +199,7 @@ fn write(shared: &Arc<Shared>, mut ops: Vec<Op>) {
 }
 
 /// Writes `ops` in one change.
-fn write_together(shared: &Arc<Shared>, ops: Vec<Op>) {
+fn write_together(shared: &Arc<Shared>, mut ops: Vec<Op>) {
     if ops.is_empty() {
         return;
     }
@@ -237,11 +237,17 @@ fn write_together(shared: &Arc<Shared>, ops: Vec<Op>) {
                 waiting.restore(number, &status);
             }
             drop(waiting);
-            // What is there can be read meanwhile. If not, whoever comes next tries again.
-            let _ = shared.reopen();
-            if error == Error::NoSpace && !full {
-                // What enqueues nothing has the reserve, and frees space.
+            let has_filled = error == Error::NoSpace && !full;
+            if has_filled {
                 shared.pressure.begin(if enqueues { length } else { 0 });
+                // To open the file again takes its time, and does not help these.
+                let refused = ops.extract_if(.., |op| matches!(op, Op::Publish(..)));
+                refused.for_each(|op| op.fails(Error::NoSpace));
+            }
+            // What is there can be read meanwhile. If that fails, the next change tries again.
+            let _ = shared.reopen();
+            if has_filled {
+                // What enqueues nothing has the reserve, and frees space.
                 return write(shared, ops);
             }
             ops.into_iter().for_each(|op| op.fails(error.clone()));
