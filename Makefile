@@ -12,14 +12,16 @@ test: needs fmt lint unit docs manifests browser
 
 # What the tests call beside cargo: Python plays the conformance suites, unshare gives them a network of their own,
 # nats-server keeps the queue of some, promtool and amtool read the rules and configurations of the chart.
+# nats-streaming-server, which Debian has not, is built by Go.
 # RUNLEVEL: none of it is to be started as a service.
 needs:
 	@for tool in python3:python3 unshare:util-linux ip:iproute2 perl:perl-base cc:gcc nats-server:nats-server \
-	    promtool:prometheus amtool:prometheus-alertmanager curl:curl openssl:openssl node:nodejs npm:npm; do \
+	    promtool:prometheus amtool:prometheus-alertmanager curl:curl go:golang-go openssl:openssl node:nodejs npm:npm; do \
 	  command -v $${tool%%:*} >/dev/null || missing="$$missing $${tool##*:}"; \
 	done; \
 	python3 -c 'import ensurepip' 2>/dev/null || missing="$$missing python3-venv"; \
 	if [ -n "$$missing" ]; then apt-get update -q && RUNLEVEL=1 apt-get install -yq --no-install-recommends $$missing; fi
+	tests/tools/nats-streaming.sh
 	@if [ -d ../shared/conformance ]; then \
 	  diff -rq tests/conformance ../shared/conformance || echo "NOTE: tests/conformance differs from ../shared/conformance"; \
 	fi

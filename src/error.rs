@@ -116,7 +116,12 @@ impl Error {
             | Self::NotReady(..)
             | Self::Unverified(..)
             | Self::Upstream(client::Error::Exhausted(_))
-            | Self::Queue(queue::Error::Full | queue::Error::Away | queue::Error::Failed) => {
+            | Self::Queue(
+                queue::Error::Full
+                | queue::Error::Away
+                | queue::Error::Unconfirmed
+                | queue::Error::Failed,
+            ) => {
                 headers.insert(RETRY_AFTER, HeaderValue::from_static("1"));
             }
             // Where the body ends is not known, nor where another request begins.
@@ -242,9 +247,10 @@ fn upstream_status(error: &client::Error) -> StatusCode {
 
 fn queue_status(error: &queue::Error) -> StatusCode {
     match error {
-        queue::Error::Full | queue::Error::Away | queue::Error::Failed => {
-            StatusCode::SERVICE_UNAVAILABLE
-        }
+        queue::Error::Full
+        | queue::Error::Away
+        | queue::Error::Unconfirmed
+        | queue::Error::Failed => StatusCode::SERVICE_UNAVAILABLE,
         queue::Error::NoSpace => StatusCode::INSUFFICIENT_STORAGE,
         queue::Error::Gone => StatusCode::NOT_FOUND,
         queue::Error::TooLarge(_) => StatusCode::PAYLOAD_TOO_LARGE,

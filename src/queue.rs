@@ -47,6 +47,10 @@ pub enum Error {
     NoSpace,
     #[error("the queue cannot be reached")]
     Away,
+    #[error(
+        "the queue has not confirmed the call, which may be stored: sent again with the same X-Call-Id, it is executed once"
+    )]
+    Unconfirmed,
     #[error("the queue failed")]
     Failed,
     #[error("the body exceeds what the queue takes: {0} bytes")]
@@ -275,6 +279,18 @@ impl Queue {
     pub fn take_no_more(&self) {
         if let Ok(Self::Stan(queue)) = self.known() {
             queue.take_no_more();
+        }
+    }
+
+    /// Whether a call that was taken is to be executed. NATS Streaming may have stored it several times: then one of its
+    /// messages is, and the others are over with this.
+    ///
+    /// # Errors
+    /// When that cannot be found out. The call is taken again later.
+    pub async fn begin(&self, delivery: &Delivery) -> Result<bool, Error> {
+        match (self.known()?, &delivery.handle) {
+            (Self::Stan(queue), Handle::Stan(lease)) => Box::pin(queue.begin(lease)).await,
+            _ => Ok(true),
         }
     }
 

@@ -119,6 +119,15 @@ impl Worker {
         notes: &Notes,
     ) {
         let call = &delivery.call;
+        match self.intake.queue.begin(&delivery).await {
+            Ok(true) => {}
+            Ok(false) => return,
+            // It is dropped unsettled, and so taken again.
+            Err(error) => {
+                let (id, function) = (&call.id, &call.function);
+                return tracing::warn!(call_id = id, %function, %error, "A queued call cannot be begun");
+            }
+        }
         // Held until the response is stored.
         let mut response_room: Room = None;
         let mut settlement = if delivery.lost {

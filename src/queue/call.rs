@@ -98,6 +98,9 @@ pub struct Meta<'a> {
 /// headers that is full takes no more.
 pub(in crate::queue) const MOST_HEADERS: usize = 4096;
 
+/// How the names of headers begin that gateways and workers write for each other.
+const INTERNAL: &str = "x-gateway-";
+
 /// Raised when an older gateway could not make the call rightly.
 const VERSION: u8 = 1;
 
@@ -160,6 +163,17 @@ impl Call {
         // The key by which the id is told can be guessed.
         self.options.chosen_id = self.options.idempotency_key.is_some();
         Self { id, ..self }
+    }
+
+    /// The headers that the function is told: those that gateways and workers write for each other are not among them.
+    pub fn function_headers(&self) -> HeaderMap {
+        let mut headers = self.headers.clone();
+        let is_internal = |name: &&HeaderName| name.as_str().starts_with(INTERNAL);
+        let internal: Vec<HeaderName> = self.headers.keys().filter(is_internal).cloned().collect();
+        for name in internal {
+            headers.remove(name);
+        }
+        headers
     }
 
     /// All but the body.
@@ -290,6 +304,18 @@ mod tests {
     #[test]
     fn what_is_decoded_is_what_was_encoded() {
         assert_eq!(Call::decode(&call().encode()).unwrap(), call());
+    }
+
+    #[test]
+    fn a_function_is_not_told_what_gateways_tell_each_other() {
+        let mut call = call();
+        for name in ["x-gateway-attempts", "x-gateway-of-tomorrow", "x-gatewayed"] {
+            call.headers.append(name, HeaderValue::from_static("1"));
+        }
+        let headers = call.function_headers();
+        let names: Vec<&str> = headers.keys().map(HeaderName::as_str).collect();
+        assert_eq!(names, ["x-a", "x-gatewayed"]);
+        assert_eq!(headers.get_all("x-a").iter().count(), 2);
     }
 
     #[test]

@@ -9,12 +9,15 @@ mod aside;
 mod callback;
 mod channels;
 mod client;
+mod executed;
 #[cfg(any(test, fuzzing))]
 pub(crate) mod fuzz;
 mod lease;
 mod ledger;
+mod members;
 mod message;
 mod nats;
+mod once;
 mod payload;
 mod peers;
 pub(super) mod probe;
@@ -36,6 +39,7 @@ use crate::queue::stan::client::Client;
 use crate::queue::stan::ledger::{Ledger, Room};
 use crate::queue::stan::message::Progress;
 use crate::queue::stan::nats::{Fault, Nats};
+use crate::queue::stan::once::Once;
 use crate::queue::stan::take::{Arrived, LATER};
 use crate::queue::status::Settlement;
 use crate::queue::tasks::Tasks;
@@ -70,6 +74,9 @@ struct Shared {
     /// The names of the channels of calls, and of the one of what was given up.
     channels: [String; COUNT],
     dead: String,
+    /// The channel of what was executed.
+    log: String,
+    once: Once,
     nats: Nats,
     publisher: Client,
     worker: Client,
@@ -97,6 +104,8 @@ impl Stan {
         let (publisher, worker) = (client("publisher"), client("worker"));
         let shared = Arc::new(Shared {
             dead: format!("{}.dead", connection.queue),
+            log: format!("{}.executed", connection.queue),
+            once: Once::default(),
             channels: Channel::all().map(|channel| channel.name(&connection.queue)),
             options,
             connection,
@@ -130,6 +139,7 @@ impl Stan {
 
     /// Signs off: what was taken and not settled goes to others at once.
     pub async fn stop(&self) {
+        self.shared.once.flush().await;
         self.shared.tasks.stop();
         let _ = tokio::time::timeout(STOP, self.shared.tasks.ended()).await;
         self.shared.nats.flush().await;
@@ -138,8 +148,8 @@ impl Stan {
     pub(super) fn is_reachable(&self) -> bool {
         let Shared { nats, publisher, worker, options, works, .. } = &*self.shared;
         nats.is_connected()
-            && (!options.publishes || publisher.is_registered())
-            && (!works.load(Relaxed) || worker.is_registered())
+            && (!options.publishes || publisher.is_usable())
+            && (!works.load(Relaxed) || worker.is_usable())
     }
 
     pub(super) fn reconnects(&self) -> u64 {
@@ -184,6 +194,10 @@ impl Stan {
     /// Takes no more: the server gives to others what nobody has taken here.
     pub(super) fn take_no_more(&self) {
         self.shared.ledger().close();
+    }
+
+    pub(super) async fn begin(&self, lease: &Lease) -> Result<bool, Error> {
+        lease.begin().await
     }
 
     pub(super) async fn settle(&self, lease: &Lease, settlement: &Settlement) -> Result<(), Error> {
@@ -233,6 +247,11 @@ impl Shared {
             let answering = Arc::clone(&answering);
             async move { peers::answer_all(&answering).await }
         });
+        let writing = Arc::clone(self);
+        self.tasks.keep_to_end("log of executions", move || {
+            let writing = Arc::clone(&writing);
+            async move { once::write_all(&writing).await }
+        });
         let working = Arc::clone(self);
         self.tasks.keep_to_end("worker", move || {
             let working = Arc::clone(&working);
@@ -249,6 +268,7 @@ impl Shared {
 fn told(fault: Fault, call: &Call) -> Error {
     match fault {
         Fault::Away | Fault::Nobody => Error::Away,
+        Fault::Unconfirmed => Error::Unconfirmed,
         Fault::TooLarge => Error::TooLarge(0),
         Fault::Refused(_) | Fault::Odd => {
             tracing::warn!(

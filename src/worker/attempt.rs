@@ -176,7 +176,7 @@ impl Caller {
         let target = format!("/function/{label}{}", call.target);
         let target = target.parse().map_err(|_| Error::NoSuchPath)?;
         *request.uri_mut() = self.origin.target(&target).map_err(client::Error::Target)?;
-        let mut headers = call.headers.clone();
+        let mut headers = call.function_headers();
         headers.insert(HOST, self.origin.host.clone());
         headers.insert(USER_AGENT, PRODUCT);
         if let Some(context) = context {

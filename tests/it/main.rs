@@ -49,6 +49,8 @@ mod queue_memory;
 mod queue_odd;
 mod queue_policies;
 mod queue_stan;
+mod queue_stan_messages;
+mod queue_stan_once;
 mod queue_together;
 mod real_clients;
 mod repeats;

@@ -33,7 +33,7 @@ const HOUR: &str = "faas-request.later.1h";
 const FAR: &str = "faas-request.later.far";
 const DEAD: &str = "faas-request.dead";
 
-fn on(nats: &Nats, builder: Builder) -> Builder {
+pub(crate) fn on(nats: &Nats, builder: Builder) -> Builder {
     builder
         .var("queue", "stan")
         .var("faas_nats_address", "127.0.0.1")
@@ -65,7 +65,7 @@ fn host() -> String {
 }
 
 /// All that was stored in `channel` has been made.
-async fn all_done(stan: &Stan, channel: &str) {
+pub(crate) async fn all_done(stan: &Stan, channel: &str) {
     eventually("all is acknowledged", async || {
         let (sent, pending) = stan.sent(channel);
         sent >= stan.messages(channel).len() && pending == 0
@@ -273,8 +273,13 @@ async fn a_call_that_runs_for_longer_than_ack_wait_is_made_once() {
 
 /// A worker of its own machine, in this process.
 async fn member(nats: &Nats, host: &str) -> Queue {
+    member_at(nats.url(), host).await
+}
+
+/// The same on the server with that URL.
+pub(crate) async fn member_at(url: String, host: &str) -> Queue {
     let connection = jetstream::Options {
-        servers: vec![nats.url()],
+        servers: vec![url],
         auth: jetstream::Auth::Nobody,
         tls: false,
         root_ca: None,
@@ -296,11 +301,11 @@ async fn member(nats: &Nats, host: &str) -> Queue {
     Queue::Stan(stan::Stan::open(connection, options).await.unwrap())
 }
 
-async fn take(queue: &Queue) -> Delivery {
+pub(crate) async fn take(queue: &Queue) -> Delivery {
     within("take", queue.take(4)).await.unwrap()
 }
 
-fn over() -> Settlement {
+pub(crate) fn over() -> Settlement {
     Settlement::Finished {
         state: State::Succeeded,
         status: Some(200),
@@ -361,7 +366,7 @@ async fn workers_ask_each_other_before_they_make_a_call_again() {
 }
 
 /// A worker that has been registered, and has taken nothing yet.
-async fn working(nats: &Nats, stan: &Stan, host: &str) -> Queue {
+pub(crate) async fn working(nats: &Nats, stan: &Stan, host: &str) -> Queue {
     let worker = member(nats, host).await;
     assert!(tokio::time::timeout(Duration::from_millis(1), worker.take(4)).await.is_err());
     let id = format!("faas-worker-{host}");
@@ -731,13 +736,16 @@ async fn calls_with_a_time_wait_for_it_and_make_room_for_others() {
     let gateway = gateway(&nats, &provider).await;
     gateway.queued("echo", &["X-Delay-Seconds: 1000"], "").await;
     let far = stan.messages(HOUR)[0].clone();
-    // More than a worker is sent at a time.
-    for _ in 0..400 {
-        stan.store_message(HOUR, far.to_string());
+    // More than a worker is sent at a time, each a call of its own.
+    let id = id_of(&far);
+    for number in 0..400 {
+        stan.store_message(HOUR, far.to_string().replace(&id, &number.to_string()));
     }
     // One of these, whose time has come, is behind them.
-    let due =
-        far.to_string().replace(far["Header"]["X-Gateway-Not-Before"][0].as_str().unwrap(), "1");
+    let due = far
+        .to_string()
+        .replace(&id, "due")
+        .replace(far["Header"]["X-Gateway-Not-Before"][0].as_str().unwrap(), "1");
     stan.store_message(HOUR, due);
     gateway.queued("echo", &["X-Delay-Seconds: 1"], "").await;
     eventually("both are made", async || provider.calls() == 2).await;
@@ -753,6 +761,9 @@ async fn calls_with_a_time_wait_for_it_and_make_room_for_others() {
 async fn second_worker(queue: Queue, made: Arc<Mutex<HashMap<String, usize>>>) {
     loop {
         let Ok(delivery) = queue.take(4).await else { continue };
+        if !matches!(queue.begin(&delivery).await, Ok(true)) {
+            continue;
+        }
         let settlement = match (delivery.call.function.name.as_str(), delivery.attempts) {
             ("echo", _) => {
                 *made.lock().unwrap().entry(delivery.call.id.clone()).or_default() += 1;

@@ -5,6 +5,7 @@ pub(crate) mod disk;
 pub(crate) mod gateway;
 pub(crate) mod metrics;
 pub(crate) mod nats;
+pub(crate) mod nats_streaming;
 pub(crate) mod place;
 pub(crate) mod provider;
 pub(crate) mod queue;

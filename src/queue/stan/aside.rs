@@ -1,12 +1,16 @@
 //! Room for others: what holds them up is stored at the end of a channel of calls that are made later.
 
+use std::sync::Arc;
 use std::time::Duration;
 
+use crate::queue::call::Millis;
 use crate::queue::now;
-use crate::queue::stan::Shared;
 use crate::queue::stan::channels::Channel;
+use crate::queue::stan::ledger::Key;
 use crate::queue::stan::message::{self, Progress};
+use crate::queue::stan::nats::Fault;
 use crate::queue::stan::take::Arrived;
+use crate::queue::stan::{Shared, once};
 
 /// Between looks at what has waited for long, and before one that cannot be stored is tried again.
 const LOOK: Duration = Duration::from_millis(500);
@@ -44,23 +48,50 @@ pub(super) async fn make_room(shared: &Shared, channel: Channel) {
 /// Sets aside one; whether there may be another.
 async fn set_aside(shared: &Shared, channel: Channel) -> bool {
     let aside = shared.ledger().set_aside(channel, now());
-    let Some((key, at, Arrived { call, progress })) = aside else { return false };
-    let stored = Progress { not_before: Some(at), ..progress.clone() };
-    let encoded = message::encode(&call, &stored);
-    let to = shared.channel(Channel::later(at.saturating_sub(now())));
-    match shared.worker.publish_patiently(to, encoded).await {
-        Ok(()) => {
-            shared.acknowledge(key).await;
-            true
-        }
-        Err(fault) => {
-            tracing::debug!(
-                call_id = call.id, function = %call.function, channel = to, error = %fault,
-                "A call that holds up others stays where it is"
-            );
-            shared.wait(key, at, Arrived { call, progress });
+    let Some((key, at, mut arrived)) = aside else { return false };
+    match store(shared, key, at, &mut arrived).await {
+        Ok(()) => true,
+        Err(_) => {
+            shared.wait(key, at, arrived);
             let _ = tokio::time::timeout(LOOK, shared.tasks.stopping.cancelled()).await;
             false
         }
     }
+}
+
+/// Moves a call that is executed at the time `at`, and is where gateways queue, to a channel of such calls. It waits here if
+/// the server does not store it there.
+pub(super) fn move_to_later(shared: &Arc<Shared>, key: Key, at: Millis, mut arrived: Arrived) {
+    shared.ledger().leaves(key);
+    let moving = Arc::clone(shared);
+    // No session's end cuts it short: it would be there twice.
+    shared.tasks.finish(async move {
+        if store(&moving, key, at, &mut arrived).await.is_err() {
+            moving.wait(key, at, arrived);
+        }
+    });
+}
+
+/// Stores a call at the end of the channel of those that are executed at about the time `at`, unless a duplicate was.
+async fn store(shared: &Shared, key: Key, at: Millis, arrived: &mut Arrived) -> Result<(), Fault> {
+    let Arrived { call, progress } = arrived;
+    let to = shared.channel(Channel::later(at.saturating_sub(now())));
+    let stored = async {
+        if once::claim(shared, key, once::step(shared, call, progress)).await? {
+            // It may be stored though nobody confirms it. Then this message and that one are duplicates of each other.
+            progress.moves = progress.moves.saturating_add(1);
+            let moved = Progress { not_before: Some(at), ..progress.clone() };
+            shared.worker.publish_patiently(to, message::encode(call, &moved)).await?;
+        }
+        Ok(())
+    };
+    let stored = stored.await;
+    match &stored {
+        Ok(()) => shared.acknowledge(key).await,
+        Err(fault) => tracing::debug!(
+            call_id = call.id, function = %call.function, channel = to, error = %fault,
+            "A call that holds up others stays where it is"
+        ),
+    }
+    stored
 }

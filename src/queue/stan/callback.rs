@@ -1,13 +1,16 @@
 //! A callback's URL as Go takes it apart. No I/O.
 
-use serde::{Deserialize, Serialize};
+use serde::Serialize;
+use serde::de::{Deserialize, Deserializer, IgnoredAny, MapAccess};
 use serde_json::{Map, Value};
+
+use crate::queue::stan::members::{self, Members, set};
 
 /// The parts, in the order in which they are written.
 ///
 /// User and password have no place in it: Go writes that there are some, and not which.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "PascalCase", default)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "PascalCase")]
 pub(super) struct CallbackUrl {
     scheme: String,
     opaque: String,
@@ -23,6 +26,36 @@ pub(super) struct CallbackUrl {
     /// There is a `?`, and nothing behind it.
     force_query: bool,
     omit_host: bool,
+}
+
+impl Members for CallbackUrl {
+    fn read<'de, A: MapAccess<'de>>(
+        &mut self,
+        name: &str,
+        _: &str,
+        map: &mut A,
+    ) -> Result<(), A::Error> {
+        match name {
+            "scheme" => set(&mut self.scheme, map),
+            "opaque" => set(&mut self.opaque, map),
+            "user" => map.next_value().map(|user| self.user = user),
+            "host" => set(&mut self.host, map),
+            "path" => set(&mut self.path, map),
+            "fragment" => set(&mut self.fragment, map),
+            "rawquery" => set(&mut self.raw_query, map),
+            "rawpath" => set(&mut self.raw_path, map),
+            "rawfragment" => set(&mut self.raw_fragment, map),
+            "forcequery" => set(&mut self.force_query, map),
+            "omithost" => set(&mut self.omit_host, map),
+            _ => map.next_value::<IgnoredAny>().map(drop),
+        }
+    }
+}
+
+impl<'de> Deserialize<'de> for CallbackUrl {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        members::read(deserializer)
+    }
 }
 
 impl CallbackUrl {

@@ -3,6 +3,7 @@
 
 use std::future::Future;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
 use async_nats::Subscriber;
@@ -35,6 +36,14 @@ const MOST_UNSTORED: usize = 1024;
 /// Seconds between two pings, and pings without an answer that mean that the server is gone.
 pub(super) const PING_INTERVAL: i32 = 5;
 pub(super) const PING_MAX_OUT: i32 = 3;
+/// Between two pings at most: a server that stands still is noticed by them.
+const PROBING: Duration = Duration::from_millis(500);
+/// A server that has not been heard of for so long does not answer at this moment. Its session goes on.
+const SILENCE: Duration = Duration::from_millis(1500);
+/// How long a message waits for a server that does not answer at this moment: it may just be slow.
+const WAKING: Duration = Duration::from_secs(3);
+/// Signs of the server that follow each other so closely are not noted one by one.
+const SIGNS: Duration = Duration::from_millis(50);
 /// What the server says of an id that somebody has.
 const TAKEN: &str = "already registered";
 
@@ -49,6 +58,8 @@ pub(super) struct Client {
     /// Something failed that would not if the server knew us.
     suspect: Notify,
     unstored: Semaphore,
+    /// When the server was heard of last.
+    heard: watch::Sender<Instant>,
 }
 
 /// What the server knows us by, and where it wants to hear what.
@@ -77,6 +88,7 @@ impl Client {
             session: watch::Sender::new(None),
             suspect: Notify::new(),
             unstored: Semaphore::new(MOST_UNSTORED),
+            heard: watch::Sender::new(Instant::now()),
         }
     }
 
@@ -84,8 +96,20 @@ impl Client {
         &self.id
     }
 
-    pub(super) fn is_registered(&self) -> bool {
-        self.session.borrow().is_some()
+    /// The client is registered, and the server answers.
+    pub(super) fn is_usable(&self) -> bool {
+        self.session.borrow().is_some() && is_recent(&self.heard.borrow())
+    }
+
+    fn hears(&self) {
+        let now = Instant::now();
+        self.heard.send_if_modified(|heard| {
+            let is_news = now.duration_since(*heard) >= SIGNS;
+            if is_news {
+                *heard = now;
+            }
+            is_news
+        });
     }
 
     /// Keeps the client registered until `stopping`. `work` is done in each session; one in which it ends is given up.
@@ -175,6 +199,7 @@ impl Client {
         W: Future<Output = Fault>,
     {
         let session = Arc::new(session);
+        self.hears();
         self.session.send_replace(Some(Arc::clone(&session)));
         // However this ends, the client is not registered any more.
         let over = Over(&self.session);
@@ -198,6 +223,7 @@ impl Client {
     /// Says that we are alive whenever the server asks.
     async fn answer(&self, mut heartbeats: Subscriber) -> Fault {
         while let Some(heartbeat) = heartbeats.next().await {
+            self.hears();
             if let Some(reply) = heartbeat.reply {
                 // One that is lost is asked for again.
                 let _ = self.nats.send(reply.to_string(), Bytes::new()).await;
@@ -206,7 +232,7 @@ impl Client {
         Fault::Away
     }
 
-    /// Asks the server whether it knows us, every now and then and when in doubt, until it does not.
+    /// Asks the server again and again whether it knows this client, until it does not, or has not answered for long.
     async fn ping(&self, session: &Session) -> Fault {
         let interval = match session.server.ping_interval {
             seconds @ 1..=60 => Duration::from_secs(seconds.unsigned_abs().into()),
@@ -218,12 +244,15 @@ impl Client {
         let mut unanswered = 0;
         loop {
             tokio::select! {
-                () = tokio::time::sleep(interval) => {}
+                () = tokio::time::sleep(PROBING) => {}
                 () = self.suspect.notified() => {}
                 Ok(()) = connections.changed() => {}
             }
             match self.nats.request::<Pong>(&session.server.ping, &ping, interval).await {
-                Ok(pong) if pong.error.is_empty() => unanswered = 0,
+                Ok(pong) if pong.error.is_empty() => {
+                    self.hears();
+                    unanswered = 0;
+                }
                 Ok(pong) => return Fault::Refused(pong.error),
                 Err(Fault::Nobody) => return Fault::Nobody,
                 Err(fault) => {
@@ -252,22 +281,44 @@ impl Client {
         channel: &str,
         data: Bytes,
     ) -> Result<(), Fault> {
-        let stored = tokio::time::timeout(patience, self.store(patience, channel, data)).await;
-        let stored = stored.unwrap_or(Err(Fault::Away));
-        if matches!(stored, Err(Fault::Away | Fault::Nobody | Fault::Refused(_))) {
+        let sent = AtomicBool::new(false);
+        let stored = self.store(patience, channel, data, &sent);
+        let stored = tokio::time::timeout(patience, stored).await.unwrap_or(Err(Fault::Away));
+        let stored = match stored {
+            // The server may have the message, or get it once it goes on.
+            Err(Fault::Away) if sent.load(Relaxed) => Err(Fault::Unconfirmed),
+            stored => stored,
+        };
+        if !matches!(stored, Ok(()) | Err(Fault::Odd | Fault::TooLarge)) {
             self.suspect.notify_one();
         }
         stored
     }
 
-    async fn store(&self, patience: Duration, channel: &str, data: Bytes) -> Result<(), Fault> {
+    /// Waits until the server answers. What it is sent before, it may store long after the caller has given up.
+    async fn is_answering(&self) -> Result<(), Fault> {
+        let mut heard = self.heard.subscribe();
+        let answers = tokio::time::timeout(WAKING, heard.wait_for(is_recent)).await;
+        // The sender lives as long as the client.
+        answers.map_err(|_| Fault::Away)?.map(drop).map_err(|_| Fault::Away)
+    }
+
+    async fn store(
+        &self,
+        patience: Duration,
+        channel: &str,
+        data: Bytes,
+        sent: &AtomicBool,
+    ) -> Result<(), Fault> {
         // The semaphore is never closed.
         let _place = self.unstored.acquire().await.map_err(|_| Fault::Away)?;
         self.nats.connected(PATIENCE).await?;
         let mut sessions = self.session.subscribe();
         let session = tokio::time::timeout(PATIENCE, sessions.wait_for(Option::is_some)).await;
-        let session = session.map_err(|_| Fault::Away)?.map_err(|_| Fault::Away)?.clone();
-        let session = session.ok_or(Fault::Away)?;
+        session.map_err(|_| Fault::Away)?.map_err(|_| Fault::Away)?;
+        self.is_answering().await?;
+        // It may be another one by now.
+        let session = sessions.borrow_and_update().clone().ok_or(Fault::Away)?;
         let message = Publish {
             client_id: self.id.clone(),
             guid: name(),
@@ -278,10 +329,12 @@ impl Client {
         let subject = format!("{}.{channel}", session.server.publish_prefix);
         let mut connections = self.nats.connections();
         connections.mark_unchanged();
+        sent.store(true, Relaxed);
         let published = tokio::select! {
             published = self.nats.request::<Published>(&subject, &message, patience) => published?,
             () = is_lost(sessions, &session, connections) => return Err(Fault::Away),
         };
+        self.hears();
         match published {
             Published { error, .. } if !error.is_empty() => Err(Fault::Refused(error)),
             Published { guid, .. } if guid != message.guid => Err(Fault::Odd),
@@ -310,6 +363,10 @@ async fn is_lost(
         _ = sessions.wait_for(is_over) => {}
         () = reconnected => {}
     }
+}
+
+fn is_recent(heard: &Instant) -> bool {
+    heard.elapsed() < SILENCE
 }
 
 /// Where a cluster is asked for.

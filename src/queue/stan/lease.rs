@@ -1,15 +1,16 @@
 //! A call that was taken, until it is settled or dropped.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::sync::{Arc, OnceLock};
 
 use crate::queue::call::{Call, Millis};
 use crate::queue::stan::channels::Channel;
+use crate::queue::stan::executed::Step;
 use crate::queue::stan::ledger::Key;
 use crate::queue::stan::message::{self, Progress};
 use crate::queue::stan::nats::Fault;
 use crate::queue::stan::take::Arrived;
-use crate::queue::stan::{Shared, told};
+use crate::queue::stan::{Shared, once, told};
 use crate::queue::status::{Settlement, State};
 use crate::queue::{Error, now};
 
@@ -20,11 +21,39 @@ pub(in crate::queue) struct Lease {
     call: Call,
     progress: Progress,
     settled: AtomicBool,
+    /// What this message was claimed for.
+    claimed: OnceLock<Step>,
 }
 
 impl Lease {
     pub(super) fn new(shared: Arc<Shared>, key: Key, call: Call, progress: Progress) -> Self {
-        Self { shared, key, call, progress, settled: AtomicBool::new(false) }
+        Self {
+            shared,
+            key,
+            call,
+            progress,
+            settled: AtomicBool::new(false),
+            claimed: OnceLock::new(),
+        }
+    }
+
+    /// Whether the call is to be executed: it is not when another message of it was, or is being.
+    pub(super) async fn begin(&self) -> Result<bool, Error> {
+        let (call, key) = (&self.call, self.key);
+        let step = once::step(&self.shared, call, &self.progress);
+        let is_first = once::claim(&self.shared, key, step).await;
+        let is_first = is_first.map_err(|fault| told(fault, call))?;
+        if is_first {
+            let _ = self.claimed.set(step);
+        } else {
+            tracing::info!(
+                call_id = call.id, function = %call.function, sequence = key.sequence,
+                "NATS Streaming has a call twice, and it is executed once"
+            );
+            self.settled.store(true, Relaxed);
+            self.shared.acknowledge(key).await;
+        }
+        Ok(is_first)
     }
 
     /// What comes of the call is stored before its message is acknowledged: at worst it is made twice.
@@ -64,6 +93,9 @@ impl Lease {
                 }
             }
         }
+        if let Some(step) = self.claimed.get() {
+            self.shared.once.is_over(*step);
+        }
         self.settled.store(true, Relaxed);
         self.shared.acknowledge(self.key).await;
         Ok(())
@@ -75,7 +107,8 @@ impl Lease {
 
     /// What the call came with.
     fn untold(&self) -> Progress {
-        Progress { others: self.progress.others.clone(), ..Progress::default() }
+        let Progress { moves, others, .. } = &self.progress;
+        Progress { moves: *moves, others: others.clone(), ..Progress::default() }
     }
 
     /// Keeps the call where nobody takes it; whether it is there. What the server refuses now it may take in a moment.

@@ -279,6 +279,11 @@ impl<T> Ledger<T> {
         open.bytes -= bytes;
     }
 
+    /// Notes that a message is being stored in another place.
+    pub(super) fn leaves(&mut self, key: Key) {
+        self.is_at(key, Place::Leaves);
+    }
+
     /// Holds on to a message that is neither made again nor done: the server has it for as long as this worker lives.
     pub(super) fn keep(&mut self, key: Key) {
         self.is_at(key, Place::Stays);

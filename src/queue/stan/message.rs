@@ -23,12 +23,21 @@ use crate::queue::stan::payload::{Payload, canonical};
 
 const X_FORWARDED_HOST: HeaderName = HeaderName::from_static("x-forwarded-host");
 const X_CALLBACK_URL: HeaderName = HeaderName::from_static("x-callback-url");
+/// What a client wants of its call. Our gateways heed these headers; Go gateways pass them on.
+const X_DELAY_SECONDS: HeaderName = HeaderName::from_static("x-delay-seconds");
+const X_EXPIRES_SECONDS: HeaderName = HeaderName::from_static("x-expires-seconds");
+const X_MAX_ATTEMPTS: HeaderName = HeaderName::from_static("x-max-attempts");
+const REQUESTED: [HeaderName; 3] = [X_DELAY_SECONDS, X_EXPIRES_SECONDS, X_MAX_ATTEMPTS];
+/// The longest delay and life that can be asked for, in seconds, and the most attempts.
+const LONGEST: u64 = 366 * 24 * 3600;
+const MOST_REQUESTED: u32 = 1000;
 const ATTEMPTS: HeaderName = HeaderName::from_static("x-gateway-attempts");
 const NOT_BEFORE: HeaderName = HeaderName::from_static("x-gateway-not-before");
 const EXPIRES_AT: HeaderName = HeaderName::from_static("x-gateway-expires-at");
 const MAX_ATTEMPTS: HeaderName = HeaderName::from_static("x-gateway-max-attempts");
 const REASON: HeaderName = HeaderName::from_static("x-gateway-reason");
-const OURS: [HeaderName; 5] = [ATTEMPTS, NOT_BEFORE, EXPIRES_AT, MAX_ATTEMPTS, REASON];
+const MOVES: HeaderName = HeaderName::from_static("x-gateway-moves");
+const OURS: [HeaderName; 6] = [ATTEMPTS, NOT_BEFORE, EXPIRES_AT, MAX_ATTEMPTS, REASON, MOVES];
 
 /// No call is made so often: a message of somebody else's says what it likes.
 const MOST_ATTEMPTS: u32 = 1_000_000;
@@ -53,6 +62,8 @@ pub(super) struct Progress {
     pub(super) not_before: Option<Millis>,
     /// Why it was given up.
     pub(super) reason: Option<String>,
+    /// How often it was moved to another channel, or back from the dead: tells its messages from duplicates of them.
+    pub(super) moves: u32,
     /// Members of its message that mean nothing to us, and may to others.
     pub(super) others: Map<String, Value>,
 }
@@ -74,6 +85,7 @@ pub(super) fn encode(call: &Call, progress: &Progress) -> Bytes {
     say(&CONTENT_LENGTH, Some(call.body.len().to_string()));
     say(&X_CALL_ID, Some(call.id.clone()));
     say(&ATTEMPTS, some(progress.attempts).filter(|_| progress.attempts > 0));
+    say(&MOVES, some(progress.moves).filter(|_| progress.moves > 0));
     say(&NOT_BEFORE, progress.not_before.and_then(some));
     say(&REASON, progress.reason.clone());
     say(&EXPIRES_AT, call.options.expires_at.and_then(some));
@@ -94,13 +106,13 @@ pub(super) fn encode(call: &Call, progress: &Progress) -> Bytes {
     payload.to_json()
 }
 
-/// The call that a message is, and how far it has come. `fresh_id` is its id if it has none, `now` when it was submitted
-/// if it does not say.
+/// The call that a message is, and how far it has come. `fresh_id` is its id if it has none. It was `stored_at`: that is
+/// when it was submitted if it does not say, and its delay counts from there.
 pub(super) fn decode(
     message: &[u8],
     default_namespace: &str,
     fresh_id: impl FnOnce() -> String,
-    now: Millis,
+    stored_at: Millis,
 ) -> Result<(Call, Progress), Unreadable> {
     let mut payload = Payload::of_json(message)?;
     let function = Function::parse(&payload.function, default_namespace);
@@ -109,7 +121,8 @@ pub(super) fn decode(
     let progress = Progress {
         attempts: number::<u32>(&headers, &ATTEMPTS).unwrap_or_default().min(MOST_ATTEMPTS),
         not_before: number(&headers, &NOT_BEFORE),
-        reason: None,
+        reason: headers.get(&REASON).map(|it| String::from_utf8_lossy(it.as_bytes()).into_owned()),
+        moves: number(&headers, &MOVES).unwrap_or_default(),
         others: std::mem::take(&mut payload.others),
     };
     let text = |name: &HeaderName| headers.get(name).and_then(|value| value.to_str().ok());
@@ -117,14 +130,20 @@ pub(super) fn decode(
     let callback = payload.callback_url.as_ref().map(|url| url.url(written));
     let nanoseconds: Option<u64> = number(&headers, &X_START_TIME);
     let id = text(&X_CALL_ID).filter(|id| !id.is_empty()).map_or_else(fresh_id, str::to_owned);
+    let after = |name: &HeaderName| -> Option<Millis> {
+        let seconds = number::<u64>(&headers, name).filter(|seconds| *seconds <= LONGEST)?;
+        Some(stored_at.saturating_add(seconds * 1000))
+    };
+    let most = number(&headers, &X_MAX_ATTEMPTS).filter(|it| (1..=MOST_REQUESTED).contains(it));
     let options = Options {
         callback,
-        submitted_at: nanoseconds.map_or(now, |time| time / 1_000_000),
-        expires_at: number(&headers, &EXPIRES_AT),
-        max_attempts: number(&headers, &MAX_ATTEMPTS),
+        submitted_at: nanoseconds.map_or(stored_at, |time| time / 1_000_000),
+        not_before: after(&X_DELAY_SECONDS).filter(|at| *at > stored_at),
+        expires_at: number(&headers, &EXPIRES_AT).or_else(|| after(&X_EXPIRES_SECONDS)),
+        max_attempts: number(&headers, &MAX_ATTEMPTS).or(most),
         ..Options::default()
     };
-    for name in OURS {
+    for name in OURS.into_iter().chain(REQUESTED) {
         headers.remove(name);
     }
     if let Ok(id) = HeaderValue::from_str(&id) {
@@ -147,7 +166,7 @@ fn some(value: impl Display) -> Option<String> {
 }
 
 fn number<T: FromStr>(headers: &HeaderMap, name: &HeaderName) -> Option<T> {
-    headers.get(name)?.to_str().ok()?.parse().ok()
+    headers.get(name)?.to_str().ok()?.trim().parse().ok()
 }
 
 /// The headers that are meant for the function.

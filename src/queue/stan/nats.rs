@@ -22,6 +22,9 @@ const UNREAD: usize = 16 * 1024;
 pub(super) enum Fault {
     #[error("it does not answer")]
     Away,
+    /// It was sent something, and has not answered: it may have it or not.
+    #[error("it has not confirmed what it was sent")]
+    Unconfirmed,
     #[error("there is none")]
     Nobody,
     #[error("it takes no message of that size")]

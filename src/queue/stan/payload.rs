@@ -4,15 +4,17 @@ use std::collections::BTreeMap;
 use std::io;
 
 use bytes::Bytes;
-use serde::{Deserialize, Serialize};
+use serde::Serialize;
+use serde::de::{Deserialize, Deserializer, MapAccess};
 use serde_json::ser::{CharEscape, CompactFormatter, Formatter, Serializer};
 use serde_json::{Map, Value};
 
 use crate::queue::stan::callback::CallbackUrl;
+use crate::queue::stan::members::{self, Members, set};
 
 /// The members, in the order in which they are written. Those that are empty are not.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "PascalCase", default)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "PascalCase")]
 pub(super) struct Payload {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(super) header: Option<BTreeMap<String, Vec<String>>>,
@@ -34,6 +36,34 @@ pub(super) struct Payload {
     /// Those that are not known here.
     #[serde(flatten)]
     pub(super) others: Map<String, Value>,
+}
+
+impl Members for Payload {
+    fn read<'de, A: MapAccess<'de>>(
+        &mut self,
+        name: &str,
+        written: &str,
+        map: &mut A,
+    ) -> Result<(), A::Error> {
+        match name {
+            "header" => self.header = map.next_value()?,
+            "host" => set(&mut self.host, map)?,
+            "body" => self.body = map.next_value()?,
+            "method" => set(&mut self.method, map)?,
+            "path" => set(&mut self.path, map)?,
+            "querystring" => set(&mut self.query_string, map)?,
+            "function" => set(&mut self.function, map)?,
+            "callbackurl" => self.callback_url = map.next_value()?,
+            _ => drop(self.others.insert(written.to_owned(), map.next_value()?)),
+        }
+        Ok(())
+    }
+}
+
+impl<'de> Deserialize<'de> for Payload {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        members::read(deserializer)
+    }
 }
 
 impl Payload {
@@ -120,6 +150,18 @@ mod tests {
     }
 
     #[test]
+    fn members_are_known_by_their_names_in_any_case() {
+        let json = br#"{"HEADER":{"X-a":["1"]},"host":"h","bODY":"eA==","method":"GET","PATH":"/p","querystring":"a=1","function":"f","CallbackURL":{"scheme":"http","HOST":"h","rawquery":"x"}}"#;
+        let payload = Payload::of_json(json).unwrap();
+        let expect = r#"{"Header":{"X-a":["1"]},"Host":"h","Body":"eA==","Method":"GET","Path":"/p","QueryString":"a=1","Function":"f","CallbackUrl":{"Scheme":"http","Opaque":"","User":null,"Host":"h","Path":"","Fragment":"","RawQuery":"x","RawPath":"","RawFragment":"","ForceQuery":false,"OmitHost":false}}"#;
+        assert_eq!(payload.to_json(), expect);
+        // The last one counts.
+        let json = br#"{"Path":"/a","path":"/b","Function":"f","FUNCTION":"g"}"#;
+        let payload = Payload::of_json(json).unwrap();
+        assert_eq!((payload.path.as_str(), payload.function.as_str()), ("/b", "g"));
+    }
+
+    #[test]
     fn members_may_be_missing_null_or_unknown() {
         let json = br#"{"Header":null,"Body":null,"Annotations":{"a":"b"},"CallbackUrl":null,"Function":"f"}"#;
         let mut expect = Payload { function: "f".to_owned(), ..Payload::default() };
@@ -127,6 +169,9 @@ mod tests {
         assert_eq!(Payload::of_json(json).unwrap(), expect);
         // What is not known is passed on.
         assert_eq!(expect.to_json(), r#"{"Function":"f","Annotations":{"a":"b"}}"#);
+        let json = br#"{"Host":null,"Function":"f","Function":null}"#;
+        let expect = Payload { function: "f".to_owned(), ..Payload::default() };
+        assert_eq!(Payload::of_json(json).unwrap(), expect);
         assert!(Payload::of_json(b"1").is_err());
         assert!(Payload::of_json(br#"{"Function":1}"#).is_err());
     }

@@ -66,7 +66,7 @@ impl Probe {
         match self.register().await {
             Ok(()) | Err(Fault::Refused(_) | Fault::Odd) => Sight::There,
             Err(Fault::Nobody) => Sight::Absent,
-            Err(Fault::Away | Fault::TooLarge) => Sight::Silent,
+            Err(Fault::Away | Fault::Unconfirmed | Fault::TooLarge) => Sight::Silent,
         }
     }
 

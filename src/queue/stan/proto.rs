@@ -5,6 +5,8 @@ use prost::Message;
 
 /// The version of the protocol in which clients are pinged.
 pub(super) const PROTOCOL: i32 = 1;
+/// `startPosition`: what was stored within the time that `startTimeDelta` says.
+pub(super) const TIME_DELTA: i32 = 3;
 /// `startPosition`: all that the channel has.
 pub(super) const FIRST: i32 = 4;
 
@@ -93,6 +95,21 @@ pub(super) struct Subscribe {
     pub(super) durable_name: String,
     #[prost(int32, tag = "10")]
     pub(super) start_position: i32,
+    /// In nanoseconds.
+    #[prost(int64, tag = "12")]
+    pub(super) start_time_delta: i64,
+}
+
+#[derive(Clone, PartialEq, Eq, Message)]
+pub(super) struct Unsubscribe {
+    #[prost(string, tag = "1")]
+    pub(super) client_id: String,
+    #[prost(string, tag = "2")]
+    pub(super) channel: String,
+    #[prost(string, tag = "3")]
+    pub(super) ack_inbox: String,
+    #[prost(string, tag = "4")]
+    pub(super) durable_name: String,
 }
 
 #[derive(Clone, PartialEq, Eq, Message)]

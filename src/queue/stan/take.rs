@@ -16,7 +16,7 @@ use crate::queue::stan::ledger::{Arrival, Key, Next};
 use crate::queue::stan::message::{self, Progress, Unreadable};
 use crate::queue::stan::nats::Fault;
 use crate::queue::stan::proto::{Ack, Delivered, FIRST, Subscribe, Subscribed};
-use crate::queue::stan::{Shared, peers};
+use crate::queue::stan::{Shared, aside, once, peers};
 use crate::queue::{Delivery, Error, Handle, now};
 
 /// Subscribing takes no longer.
@@ -67,6 +67,7 @@ pub(super) async fn serve(shared: &Arc<Shared>, places: usize, session: Arc<Sess
         let later = later.map(|channel| keep_following(shared, channel, LATER + places, &session));
         // None of them ends but with the connection; what they had taken in is in the ledger.
         tokio::select! {
+            fault = once::follow(shared, &session) => return Err(fault),
             () = receive(shared, Channel::CALLS, calls) => {}
             _ = join_all(later) => {}
         }
@@ -102,6 +103,7 @@ async fn follow(
         max_in_flight: i32::try_from(most).unwrap_or(i32::MAX),
         ack_wait: i32::try_from(shared.lease().as_secs()).unwrap_or(i32::MAX),
         start_position: FIRST,
+        ..Subscribe::default()
     };
     let subject = &session.server.subscribe;
     let subscribed: Subscribed = shared.nats.request(subject, &request, SUBSCRIBING).await?;
@@ -155,7 +157,9 @@ async fn receive(shared: &Arc<Shared>, channel: Channel, mut subscription: Subsc
 
 pub(super) fn admit(shared: &Arc<Shared>, key: Key, data: Bytes) {
     let options = &shared.options;
-    let decoded = message::decode(&data, &options.default_namespace, fresh_id, now());
+    // Its gateway may not have said when the call was submitted; the server says when it was stored.
+    let stored_at = Millis::try_from(key.timestamp / 1_000_000).unwrap_or_default();
+    let decoded = message::decode(&data, &options.default_namespace, fresh_id, stored_at);
     let (call, progress) = match decoded {
         Ok(decoded) => decoded,
         Err(error) => {
@@ -164,13 +168,18 @@ pub(super) fn admit(shared: &Arc<Shared>, key: Key, data: Bytes) {
             return shared.tasks.finish(async move { put_aside(&aside, key, data, &error).await });
         }
     };
-    // What was never tried has no time; a stranger's word for it would keep a place for ever.
-    let (attempts, at) = match key.channel.is_later() {
-        true => (progress.attempts, progress.not_before.unwrap_or_default().max(1)),
-        false => (0, now()),
-    };
-    let progress = Progress { attempts, ..progress };
-    shared.wait(key, at, Arrived { call, progress });
+    if key.channel.is_later() {
+        let at = progress.not_before.unwrap_or_default().max(1);
+        return shared.wait(key, at, Arrived { call, progress });
+    }
+    // What gateways queue has not been executed, whatever its headers say: clients can write those, too. Only one that was
+    // dead has a reason, and is another call than before.
+    let moves = progress.reason.as_ref().map_or(0, |_| progress.moves.saturating_add(1));
+    let progress = Progress { moves, others: progress.others, ..Progress::default() };
+    match call.options.not_before.filter(|at| *at > now()) {
+        Some(at) => aside::move_to_later(shared, key, at, Arrived { call, progress }),
+        None => shared.wait(key, now(), Arrived { call, progress }),
+    }
 }
 
 fn fresh_id() -> String {

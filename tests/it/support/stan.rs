@@ -122,6 +122,11 @@ impl Stan {
         self.store().delays.insert(channel.to_owned(), delay);
     }
 
+    /// Has the server not hear that messages of `channel` are over, or hear it again.
+    pub(crate) fn lose_acknowledgements(&self, channel: &str, lose: bool) {
+        self.store().deaf_for = lose.then(|| channel.to_owned());
+    }
+
     /// Has the server forget the client `id` and not let it in, until another one is named.
     pub(crate) fn shut_out(&self, id: &str) {
         let mut store = self.store();

@@ -84,6 +84,28 @@ fn what_go_has_no_member_for_is_carried_and_kept_from_the_function() {
 }
 
 #[test]
+fn what_a_client_of_a_go_gateway_asks_for_is_heeded_and_kept_from_the_function() {
+    let read = |headers: &str| {
+        let message = format!(r#"{{"Function":"f","Header":{{{headers}}}}}"#);
+        let (call, progress) = decode(message.as_bytes(), "fn", String::new, 1000).unwrap();
+        assert_eq!(call.headers.keys().collect::<Vec<_>>(), [&X_CALL_ID]);
+        assert_eq!(progress, Progress::default());
+        call.options
+    };
+    let all = r#""X-Delay-Seconds":["2"],"X-Expires-Seconds":[" 5 "],"X-Max-Attempts":["3"]"#;
+    let options = read(all);
+    assert_eq!((options.not_before, options.expires_at), (Some(3000), Some(6000)));
+    assert_eq!(options.max_attempts, Some(3));
+    for odd in [
+        r#""X-Delay-Seconds":["0"],"X-Max-Attempts":["0"]"#,
+        r#""X-Delay-Seconds":["-1"],"X-Expires-Seconds":["soon"],"X-Max-Attempts":["1001"]"#,
+        r#""X-Delay-Seconds":["31622401"],"X-Expires-Seconds":["18446744073709551615"]"#,
+    ] {
+        assert_eq!(read(odd), Options { submitted_at: 1000, ..Options::default() }, "{odd}");
+    }
+}
+
+#[test]
 fn a_path_is_made_one_that_can_be_sent() {
     let target = |path: &str, query: &str| {
         let payload =

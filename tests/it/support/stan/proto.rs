@@ -38,6 +38,7 @@ messages! {
         ack_wait: i32 = int32 6,
         durable_name: String = string 7,
         start_position: i32 = int32 10,
+        start_time_delta: i64 = int64 12,
     }
     SubscriptionResponse { ack_inbox: String = string 2, error: String = string 3 }
     Ack { subject: String = string 1, sequence: u64 = uint64 2 }
