@@ -10,6 +10,7 @@ mod up;
 mod worker;
 mod worker_process;
 
+use std::io::{self, Write as _};
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -20,31 +21,69 @@ use crate::app::gateway::Gateway;
 use crate::app::threads::Threads;
 use crate::config::cli::{Asked, CommandLine};
 use crate::config::reader::{Mistake, Reader};
-use crate::config::{self, Log, Shutdown};
+use crate::config::settings::Role;
+use crate::config::{self, Log, Shutdown, near};
 use crate::shutdown::{Signals, Stages, Tasks};
 use crate::{healthcheck, telemetry};
 
 /// The command line or a setting cannot be used (EX_USAGE).
 pub const USAGE: u8 = 64;
 
+/// What is said of `gateway serve` without a provider, and of `gateway` alone.
+const NO_PROVIDER: &str = "\
+To run functions on this machine:    gateway up [STACK]
+To serve in front of a provider:     gateway serve --functions-provider-url URL
+All commands and settings:           gateway --help";
+
 /// What background tasks get to end once the calls have.
 const TASKS_GRACE: Duration = Duration::from_secs(2);
 
-/// Runs what `line` asks for, with settings from its flags and from `var`.
-pub fn run(line: &CommandLine, var: &dyn Fn(&str) -> Option<String>) -> ExitCode {
+/// Runs what `line` asks for, with settings from its flags and from `var`; `names` are those of all variables.
+pub fn run(line: &CommandLine, var: &dyn Fn(&str) -> Option<String>, names: &[String]) -> ExitCode {
     let flag = |name: &str| line.flag(name);
     let read = || Reader::new(&flag, var);
     let log = Log::parse(read());
     let _written = log.as_ref().ok().map(telemetry::init);
     let log = log.map(|_| ());
+    warn_of_names(&line.asked, names);
     match &line.asked {
-        Asked::Serve => start(log, config::Serve::parse(read()), serve),
+        Asked::Serve => {
+            let config = config::Serve::parse(read());
+            let lacks_provider = read().text("functions_provider_url").is_empty();
+            let exit = start(log, config, serve);
+            if lacks_provider {
+                eprintln!("{NO_PROVIDER}");
+            }
+            exit
+        }
         Asked::Worker => start(log, config::Worker::parse(read()), worker_process::run),
         Asked::Provider => start(log, config::Provider::parse(read()), provider::run),
         Asked::Up { stack } => start(log, config::Up::parse(read(), stack.clone()), up::run),
         Asked::QueueCheck { file } => exit(queue_file::check(file)),
         Asked::QueueSalvage { file, out } => exit(queue_file::salvage(file, out)),
         Asked::Healthcheck { url } => exit(healthcheck::run(url)),
+        Asked::Completions { script } => {
+            exit(io::stdout().write_all(script).context("cannot print the completions"))
+        }
+    }
+}
+
+/// Says which variables are probably settings with a typing error.
+fn warn_of_names(asked: &Asked, names: &[String]) {
+    let role = match asked {
+        Asked::Serve => Role::Serve,
+        Asked::Worker => Role::Worker,
+        Asked::Provider => Role::Provider,
+        Asked::Up { .. } => Role::Up,
+        Asked::Healthcheck { .. }
+        | Asked::Completions { .. }
+        | Asked::QueueCheck { .. }
+        | Asked::QueueSalvage { .. } => return,
+    };
+    for (name, meant) in near::misses(role, names.iter().map(String::as_str)) {
+        tracing::warn!(
+            "The environment variable {name} is no setting, and is ignored: {meant} is one"
+        );
     }
 }
 

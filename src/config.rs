@@ -8,9 +8,11 @@ pub mod cli;
 pub mod duration;
 #[cfg(any(test, fuzzing))]
 pub(crate) mod fuzz;
+mod help;
 mod ignored;
 pub mod listen;
 pub mod nats;
+pub mod near;
 pub mod reader;
 mod scaling;
 pub mod settings;

@@ -15,9 +15,14 @@ static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 fn main() -> ExitCode {
     match CommandLine::parse(std::env::args_os()) {
         // What is no text is no valid value either, and is refused as such.
-        Ok(line) => app::run(&line, &|name| {
-            std::env::var_os(name).map(|value| value.to_string_lossy().into_owned())
-        }),
+        Ok(line) => {
+            let names: Vec<String> =
+                std::env::vars_os().filter_map(|(name, _)| name.into_string().ok()).collect();
+            let var = |name: &str| {
+                std::env::var_os(name).map(|value| value.to_string_lossy().into_owned())
+            };
+            app::run(&line, &var, &names)
+        }
         Err(help) => {
             // Nothing can be done about a closed standard output.
             let _ = help.print();

@@ -3,8 +3,11 @@
 use std::ffi::OsString;
 use std::path::PathBuf;
 
-use clap::{Arg, ArgMatches, Command};
+use clap::{Arg, ArgMatches, Command, ValueHint};
+use clap_complete::generate;
+use clap_complete::shells::{Bash, Fish, Zsh};
 
+use crate::config::help;
 use crate::config::settings::{Role, SETTINGS, Setting};
 
 /// What the command line asks for; settings given as flags are in `flags`.
@@ -29,6 +32,10 @@ pub enum Asked {
     Healthcheck {
         url: String,
     },
+    /// `gateway completions SHELL`: the script.
+    Completions {
+        script: Vec<u8>,
+    },
 }
 
 /// A parsed command line.
@@ -41,7 +48,7 @@ pub struct CommandLine {
 impl CommandLine {
     /// Reads `args`, the program's name first. The error renders help, version or a usage line.
     pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Self, clap::Error> {
-        let matches = command().try_get_matches_from(args)?;
+        let matches = command().try_get_matches_from(joined(args))?;
         Ok(match matches.subcommand() {
             None => Self { asked: Asked::Serve, matches },
             Some(("serve", sub)) => Self { asked: Asked::Serve, matches: sub.clone() },
@@ -63,6 +70,13 @@ impl CommandLine {
                 };
                 Self { asked, matches: sub.clone() }
             }
+            Some(("completions", sub)) => {
+                let shell = sub.get_one::<String>("SHELL").map_or("bash", String::as_str);
+                Self {
+                    asked: Asked::Completions { script: completions(shell) },
+                    matches: sub.clone(),
+                }
+            }
             Some((_, sub)) => Self {
                 asked: Asked::Healthcheck {
                     url: sub.get_one::<String>("URL").cloned().unwrap_or_default(),
@@ -78,30 +92,54 @@ impl CommandLine {
     }
 }
 
-fn command() -> Command {
+/// The command line as it can be written.
+pub(super) fn command() -> Command {
     Command::new("gateway")
         .version(env!("CARGO_PKG_VERSION"))
-        .about("An API gateway for functions. Without a command it serves.")
-        .after_help(
-            "Every setting can be given as a flag or as the environment variable that its line names; the flag \
-             wins. Durations are Go's (1m30s, 700ms) or whole seconds.",
-        )
+        .about("An API gateway for functions. Without a command it serves, in front of a provider.")
+        .after_help(help::after(&[
+            ("gateway up stack.yaml", "functions of this machine, with everything they need"),
+            ("gateway serve --functions-provider-url http://provider:8081", "in front of a provider"),
+            ("gateway completions bash", "what bash completes commands and flags with"),
+        ]))
         .args_conflicts_with_subcommands(true)
         .args(flags(Role::Serve))
         .subcommand(
-            Command::new("serve").about("Serve calls, in front of a provider").args(flags(Role::Serve)),
+            Command::new("serve")
+                .about("Serve calls, in front of a provider")
+                .after_help(help::after(&[
+                    ("gateway serve --functions-provider-url http://provider:8081 --scale-from-zero", ""),
+                    ("functions_provider_url=http://provider:8081 basic_auth=true gateway serve", ""),
+                    (
+                        "gateway serve --functions-provider-url http://provider:8081 --faas-nats-address nats",
+                        "with queued calls",
+                    ),
+                ]))
+                .args(flags(Role::Serve)),
         )
         .subcommand(
             Command::new("worker")
-                .about("Make queued calls, in a process of its own beside gateways that take them in")
+                .about("Execute queued calls, in a process of its own beside gateways that queue them")
+                .after_help(help::after(&[
+                    ("gateway worker --faas-nats-address nats --max-inflight 100", ""),
+                    (
+                        "gateway worker --faas-nats-address nats --functions-provider-url http://provider:8081",
+                        "without a gateway in between",
+                    ),
+                ]))
                 .args(flags(Role::Worker)),
         )
         .subcommand(
             Command::new("up")
                 .about("Gateway and provider in one process, on loopback, with the functions of a stack file")
+                .after_help(help::after(&[
+                    ("gateway up examples/stack.yaml", ""),
+                    ("gateway up stack.yaml --port 9000 --with-worker=false", ""),
+                ]))
                 .arg(
                     Arg::new("STACK")
                         .value_parser(clap::value_parser!(PathBuf))
+                        .value_hint(ValueHint::FilePath)
                         .help("An OpenFaaS stack file (YAML), whose functions are deployed"),
                 )
                 .args(flags(Role::Up)),
@@ -113,6 +151,10 @@ fn command() -> Command {
                 .subcommand(
                     Command::new("process")
                         .about("Functions as local processes")
+                        .after_help(help::after(&[(
+                            "gateway provider process --state-dir /var/lib/gateway",
+                            "",
+                        )]))
                         .args(flags(Role::Provider)),
                 ),
         )
@@ -126,6 +168,29 @@ fn command() -> Command {
                         .help("The http URL to ask"),
                 ),
         )
+        .subcommand(completions_command())
+}
+
+fn completions_command() -> Command {
+    Command::new("completions")
+        .about("Print what a shell completes commands and flags with")
+        .after_help(help::after(&[
+            ("gateway completions bash > /etc/bash_completion.d/gateway", ""),
+            ("gateway completions zsh > /usr/local/share/zsh/site-functions/_gateway", ""),
+            ("gateway completions fish > ~/.config/fish/completions/gateway.fish", ""),
+        ]))
+        .arg(Arg::new("SHELL").required(true).value_parser(["bash", "zsh", "fish"]))
+}
+
+/// The script with which `shell` completes commands and flags.
+fn completions(shell: &str) -> Vec<u8> {
+    let (mut command, mut script) = (command(), Vec::new());
+    match shell {
+        "zsh" => generate(Zsh, &mut command, "gateway", &mut script),
+        "fish" => generate(Fish, &mut command, "gateway", &mut script),
+        _ => generate(Bash, &mut command, "gateway", &mut script),
+    }
+    script
 }
 
 /// `gateway queue`: what to do with a queue's file while no gateway uses it.
@@ -155,15 +220,50 @@ fn flags(role: Role) -> impl Iterator<Item = Arg> {
 }
 
 fn flag(setting: &'static Setting) -> Arg {
-    let mut help = format!("{} [variable: {}]", setting.about, setting.name);
-    if !setting.default.is_empty() {
-        help.push_str(&format!(" [default: {}]", setting.default));
-    }
-    Arg::new(setting.name)
+    let flag = Arg::new(setting.name)
         .long(setting.name.replace('_', "-"))
         .value_name(setting.value)
         .allow_hyphen_values(true)
-        .help(help)
+        .help_heading(setting.group)
+        .hide_short_help(!help::is_common(setting))
+        .help(help::short(setting))
+        .long_help(help::long(setting));
+    match alone(setting) {
+        // Another value follows an equals sign, or what comes next on the line would be taken for it.
+        Some(value) => flag.num_args(0..=1).require_equals(true).default_missing_value(value),
+        None => flag,
+    }
+}
+
+/// What the flag stands for if it has no value.
+fn alone(setting: &Setting) -> Option<&'static str> {
+    match (setting.value, setting.name) {
+        ("BOOLEAN", _) | (_, "autoscale" | "with_worker") => Some("true"),
+        (_, "access_log") => Some("on"),
+        _ => None,
+    }
+}
+
+/// `--flag value` made `--flag=value`, for flags that need no value and for what can only be one.
+fn joined(args: impl IntoIterator<Item = OsString>) -> impl Iterator<Item = OsString> {
+    const VALUES: [&str; 8] = ["true", "false", "1", "0", "auto", "on", "off", "errors"];
+    let needs_none = |flag: &OsString| {
+        let flag = flag.to_str().and_then(|flag| flag.strip_prefix("--"));
+        let name = flag.unwrap_or_default().replace('-', "_");
+        SETTINGS.iter().any(|setting| setting.name == name && alone(setting).is_some())
+    };
+    let mut args = args.into_iter().peekable();
+    std::iter::from_fn(move || {
+        let mut arg = args.next()?;
+        let is_value = |next: &OsString| next.to_str().is_some_and(|next| VALUES.contains(&next));
+        if needs_none(&arg)
+            && let Some(value) = args.next_if(is_value)
+        {
+            arg.push("=");
+            arg.push(value);
+        }
+        Some(arg)
+    })
 }
 
 #[cfg(test)]
@@ -213,12 +313,65 @@ mod tests {
     }
 
     #[test]
+    fn a_flag_that_is_true_or_false_needs_no_value() {
+        for (line, expect) in [
+            ("gateway up --with-worker a.yaml", "true"),
+            ("gateway up --with-worker=false a.yaml", "false"),
+            ("gateway up --with-worker false a.yaml", "false"),
+            ("gateway up a.yaml --with-worker auto", "auto"),
+            ("gateway up a.yaml --with-worker", "true"),
+        ] {
+            let line = parse(line).unwrap();
+            assert_eq!(line.flag("with_worker").as_deref(), Some(expect), "{line:?}");
+            let Asked::Up { stack } = line.asked else { panic!("not up") };
+            assert_eq!(stack, Some(PathBuf::from("a.yaml")));
+        }
+        let line = parse("gateway --access-log --basic-auth --port 9 --nats-tls").unwrap();
+        for (name, expect) in
+            [("access_log", "on"), ("basic_auth", "true"), ("port", "9"), ("nats_tls", "true")]
+        {
+            assert_eq!(line.flag(name).as_deref(), Some(expect), "{name}");
+        }
+        // What is no value of such a flag is refused where nothing else can stand.
+        assert!(parse("gateway --basic-auth perhaps").is_err());
+    }
+
+    #[test]
+    fn each_shell_has_a_script_that_knows_the_flags() {
+        for shell in ["bash", "zsh", "fish"] {
+            let line = parse(&format!("gateway completions {shell}")).unwrap();
+            let Asked::Completions { script } = line.asked else { panic!("no completions") };
+            let script = String::from_utf8(script).unwrap();
+            assert!(script.contains("with-worker") && script.contains("completions"), "{shell}");
+        }
+        assert!(parse("gateway completions csh").is_err());
+        assert!(parse("gateway completions").is_err());
+    }
+
+    #[test]
+    fn short_help_has_what_is_set_often_and_long_help_has_groups() {
+        let mut command = command();
+        let up = command.find_subcommand_mut("up").unwrap();
+        let (short, long) = (up.render_help().to_string(), up.render_long_help().to_string());
+        assert!(short.lines().count() <= 70, "{short}");
+        assert!(short.contains("--port") && !short.contains("--max-idle-conns"), "{short}");
+        for text in ["Queued calls:", "Scaling:", "--with-worker[=<CHOICE>]", "Examples:"] {
+            assert!(long.contains(text), "{text}: {long}");
+        }
+        let groups: Vec<&str> = SETTINGS.iter().map(|setting| setting.group).collect();
+        assert!(groups.iter().all(|group| !group.is_empty()));
+        for name in help::COMMON {
+            assert!(SETTINGS.iter().any(|setting| setting.name == *name), "{name}");
+        }
+    }
+
+    #[test]
     fn help_names_every_setting_of_its_role() {
         for (name, role) in [("serve", Role::Serve), ("worker", Role::Worker), ("up", Role::Up)] {
-            let help = command().find_subcommand_mut(name).unwrap().render_help().to_string();
+            let help = command().find_subcommand_mut(name).unwrap().render_long_help().to_string();
             let help = help.split_whitespace().collect::<Vec<_>>().join(" ");
             for setting in SETTINGS {
-                let named = help.contains(&format!("[variable: {}]", setting.name));
+                let named = help.contains(&format!("[env: {}]", setting.name));
                 assert_eq!(named, setting.roles.contains(&role), "{name}: {}", setting.name);
             }
         }

@@ -27,6 +27,8 @@ pub struct Setting {
     pub about: &'static str,
     /// Who reads it.
     pub roles: &'static [Role],
+    /// The heading in `--help` under which it stands.
+    pub group: &'static str,
 }
 
 const S: &[Role] = &[Role::Serve];
@@ -40,15 +42,17 @@ const SPU: &[Role] = &[Role::Serve, Role::Provider, Role::Up];
 const ALL: &[Role] = &[Role::Serve, Role::Worker, Role::Provider, Role::Up];
 
 macro_rules! settings {
-    ($($name:ident $value:ident $default:literal $roles:ident $about:literal)*) => {
+    ($(# $group:literal $($name:ident $value:ident $default:literal $roles:ident $about:literal)*)*) => {
         /// All settings, in the order in which `--help` shows them.
-        pub const SETTINGS: &[Setting] = &[$(Setting {
+        pub const SETTINGS: &[Setting] = &[$($(Setting {
             name: stringify!($name), value: stringify!($value), default: $default, about: $about, roles: $roles,
-        }),*];
+            group: $group,
+        }),*),*];
     };
 }
 
 settings! {
+    # "Provider and addresses"
     functions_provider_url URL "" SW
         "The provider that runs the functions. Required for serve; a worker without it calls through the gateway at faas_gateway_address."
     logs_provider_url URL "" S
@@ -67,6 +71,7 @@ settings! {
         "Names by which the metrics port may be asked, beside IP addresses, names without a dot and names of the own network (such as those ending in .svc, .local, .internal or a search domain of /etc/resolv.conf), separated by commas; *.DOMAIN for all names below it, * for any."
     threads COUNT "0" SU
         "Threads that carry calls, each with its own listener and connections; 0: one for each core."
+    # "Time-outs"
     read_timeout DURATION "60s" SU
         "The most time a caller may take to send its request, head and body."
     write_timeout DURATION "60s" SU
@@ -77,6 +82,7 @@ settings! {
         "How long one address of a provider or function may take to accept a connection before the next one is tried, or the same again for 10s in all where there is no other; upstream_timeout bounds it, too."
     idle_timeout DURATION "2m" SU
         "How long a caller's connection may stay open without a call."
+    # "Limits"
     max_idle_conns COUNT "1024" SUW
         "Idle connections to providers and functions kept open in all."
     max_idle_conns_per_host COUNT "1024" SUW
@@ -89,10 +95,12 @@ settings! {
         "What incomplete request heads may have together, those of up to 8 KiB not counted; beyond it the largest are answered 503."
     tcp_congestion NAME "" SU
         "How sending to callers is paced, such as reno: one that net.ipv4.tcp_allowed_congestion_control lists, any other stops the start; empty: as the system says at the start, but where that is bbr, callers over loopback or from an address of this machine are sent to by reno, which takes a quarter less CPU for a large answer. With tcp_congestion=bbr they are paced as all others."
+    # "Stop"
     shutdown_delay DURATION "0s" SU
         "After SIGTERM, how long new connections are still taken, while /_/ready already says 503."
     shutdown_grace DURATION "30s" ALL
         "After shutdown_delay, how long calls in flight may take to finish."
+    # "Credentials"
     basic_auth BOOLEAN "false" ALL
         "Ask for the credentials in the files basic-auth-user and basic-auth-password on /system/* and /ui/, and give them to the provider."
     secret_mount_path DIRECTORY "/run/secrets/" ALL
@@ -101,10 +109,12 @@ settings! {
         "Ask this URL about calls of /system/* and /ui/ instead: 2xx lets them pass, any other status is the answer. It is sent the client's headers, and method, path with query, and host as X-Forwarded-Method, -Uri and -Host."
     auth_proxy_pass_body BOOLEAN "false" SU
         "Send the call's body (at most 1 MiB) to auth_proxy_url, too."
+    # "Direct calls"
     direct_functions BOOLEAN "false" S
         "Call functions at http://NAME.SUFFIX:8080 instead of through the provider."
     direct_functions_suffix NAME "" S
         "The SUFFIX of direct_functions, such as openfaas-fn.svc.cluster.local."
+    # "Scaling"
     scale_from_zero BOOLEAN "false" SW
         "Wake a function at zero replicas when it is called, and have its callers wait (`up` always does)."
     cold_start_timeout DURATION "60s" SUW
@@ -115,6 +125,7 @@ settings! {
         "Scale functions by their load, if their labels com.openfaas.scale.* say how: true, false, or auto (for up alone). Several gateways need faas_nats_address to see each other's calls."
     autoscale_window DURATION "60s" SU
         "What load is averaged over before replicas are taken away; a tenth of it for load that has doubled. From 2s to 1h."
+    # "Other services"
     faas_prometheus_host HOST "prometheus" S
         "Prometheus, asked for invocationCount in GET /system/functions; while it is away the list comes without."
     faas_prometheus_port PORT "9090" S
@@ -123,14 +134,17 @@ settings! {
         "The gateway that a worker calls functions through when functions_provider_url is not set."
     faas_gateway_port PORT "8080" W
         "Port of that gateway."
+    # "Process provider"
     provider_address ADDRESS "127.0.0.1" P
         "Address of the provider. Whoever reaches it can run commands here, so another than loopback also needs basic_auth=true."
     provider_port PORT "8081" PU
         "Port of the provider."
+    # "Queued calls"
     queue KIND "auto" SUW
         "Where queued calls are kept: embedded (a file in state_dir; not for gateway worker), jetstream or stan (NATS JetStream or NATS Streaming at faas_nats_address), or none; auto: embedded for up; else whichever answers at faas_nats_address if that is set, or none."
     with_worker CHOICE "auto" SU
         "Make queued calls in this process: true, false, or auto (if there is a queue)."
+    # "NATS"
     faas_nats_address HOSTS "" SW
         "NATS servers with JetStream or NATS Streaming, separated by commas."
     faas_nats_port PORT "4222" SW
@@ -163,6 +177,7 @@ settings! {
         "How many servers of a NATS cluster keep each call."
     nats_storage CHOICE "file" SW
         "Where NATS JetStream keeps calls: file, or memory, which loses them when the servers go."
+    # "Queued calls"
     ack_wait DURATION "30s" SW
         "A queued call whose worker has not been heard of for so long is made by another. Calls may take longer."
     max_inflight COUNT "50" SUW
@@ -181,8 +196,10 @@ settings! {
         "So much of the answer to a queued call is kept; what is longer is marked truncated."
     callback_allow LIST "auto" SUW
         "Where callbacks may go beside public and private addresses: networks, addresses, names, loopback or *, separated by commas; auto: loopback for up, nothing for serve. They are signed if secret_mount_path has a file callback-secret, and during a change also with callback-secret-previous."
+    # "Files"
     state_dir DIRECTORY ".gateway" SPU
         "Where functions, secrets, namespaces and the embedded queue are kept."
+    # "Logs and traces"
     access_log CHOICE "off" SU
         "A line in the log for each request: off, on, or errors (those answered with 500 or above, or cut short). Its lines have the target access; log_level=access=off,… silences them."
     otlp_endpoint URL "" SUW

@@ -1,6 +1,7 @@
 //! What is told of what goes on: log, access log, traces.
 
 use http::{HeaderMap, HeaderName, HeaderValue};
+use tracing_subscriber::filter::{LevelFilter, Targets};
 
 use crate::config::base_url::BaseUrl;
 use crate::config::reader::{Mistake, Reader};
@@ -21,12 +22,21 @@ impl Log {
             "json" => Some(true),
             _ => None,
         });
-        let expected = "a level or filter such as info, debug or gateway=debug,info";
+        let expected =
+            "error, warn, info, debug, trace or off; or target=level, separated by commas";
         let filter = from.parsed("log_level", expected, |text| {
-            text.parse::<tracing_subscriber::filter::Targets>().ok().map(|_| text.to_owned())
+            let is_known = text.split(',').all(has_level) && text.parse::<Targets>().is_ok();
+            is_known.then(|| text.to_owned())
         });
         from.finish(Self { filter: filter.unwrap_or_default(), json: json.unwrap_or_default() })
     }
+}
+
+/// Whether a part of a filter is a level, or one for a target. A word that is no level would be read as a target of which
+/// all is logged.
+fn has_level(part: &str) -> bool {
+    let level = part.rsplit_once('=').map_or(part, |(_, level)| level);
+    !level.is_empty() && level.parse::<LevelFilter>().is_ok()
 }
 
 /// Which requests get a line in the log.

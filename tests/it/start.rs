@@ -53,7 +53,8 @@ async fn a_start_without_a_provider_says_what_is_missing() {
     let said = stderr(&output);
     assert_eq!(output.status.code(), Some(64), "{said}");
     assert!(said.contains("functions_provider_url is not set"), "{said}");
-    assert_eq!(said.lines().count(), 1, "{said}");
+    assert!(said.contains("gateway up"), "{said}");
+    assert_eq!(said.lines().count(), 4, "{said}");
 }
 
 #[tokio::test]
@@ -73,6 +74,52 @@ async fn help_and_version_are_no_failures() {
         assert_eq!(output.status.code(), Some(0), "{arguments:?}");
         assert!(output.stderr.is_empty());
         assert!(String::from_utf8(output.stdout).unwrap().contains("gateway"));
+    }
+}
+
+#[tokio::test]
+async fn a_level_that_does_not_exist_is_refused() {
+    let provider = Provider::builder().start();
+    for level in ["loud", "info,loud", "gateway=loud", "gateway", "info,,debug", "="] {
+        let output =
+            Gateway::builder().provider(&provider).var("log_level", level).output(&[]).await;
+        let said = stderr(&output);
+        assert_eq!(output.status.code(), Some(64), "{level}: {said}");
+        assert!(said.contains(&format!("log_level: {level:?} is not error, warn, info")), "{said}");
+    }
+    for level in ["off", "INFO", "gateway=debug,info", "access=off,warn"] {
+        let builder = Gateway::builder().provider(&provider).var("log_level", level);
+        // It is the port that is refused.
+        let said = stderr(&builder.var("port", "x").output(&[]).await);
+        assert!(!said.contains("log_level") && said.contains("port"), "{level}: {said}");
+    }
+}
+
+#[tokio::test]
+async fn a_variable_that_is_nearly_a_setting_is_told_of() {
+    let provider = Provider::builder().start();
+    let gateway = Gateway::builder()
+        .provider(&provider)
+        .var("upstream_timeot", "secret")
+        .var("PORTS", "1")
+        .var("UPSTREAM_TIMEOUT", "1s");
+    let gateway = gateway.start().await;
+    gateway.logs("variable upstream_timeot is no setting").await;
+    let told: Vec<_> =
+        gateway.log().into_iter().filter(|it| it.contains("is no setting")).collect();
+    assert!(told.len() == 1 && told[0].contains("upstream_timeout"), "{told:?}");
+    assert!(!told[0].contains("secret"), "{told:?}");
+}
+
+#[tokio::test]
+async fn completions_are_printed_for_each_shell() {
+    for (shell, has) in
+        [("bash", "complete -F"), ("zsh", "#compdef gateway"), ("fish", "complete -c gateway")]
+    {
+        let output = run(&["completions", shell]).await;
+        let script = String::from_utf8(output.stdout).unwrap();
+        assert_eq!(output.status.code(), Some(0), "{shell}");
+        assert!(script.contains(has) && script.contains("with-worker"), "{shell}");
     }
 }
 

@@ -1,0 +1,69 @@
+//! What `-h` and `--help` say. No I/O.
+
+use crate::config::settings::Setting;
+
+/// What `-h` shows; `--help` shows all settings.
+pub(super) const COMMON: &[&str] = &[
+    "functions_provider_url",
+    "function_namespace",
+    "port",
+    "worker_metrics_port",
+    "provider_address",
+    "provider_port",
+    "upstream_timeout",
+    "basic_auth",
+    "secret_mount_path",
+    "scale_from_zero",
+    "autoscale",
+    "queue",
+    "with_worker",
+    "faas_nats_address",
+    "max_inflight",
+    "state_dir",
+    "access_log",
+    "log_level",
+];
+
+pub(super) fn is_common(setting: &Setting) -> bool {
+    COMMON.contains(&setting.name)
+}
+
+/// The first sentence, and what holds if the setting is not set.
+pub(super) fn short(setting: &Setting) -> String {
+    let about = setting.about;
+    let is_outside = |at: &usize| {
+        let before = &about[..*at];
+        before.matches('(').count() == before.matches(')').count()
+    };
+    let ends = [". ", "; "].into_iter().flat_map(|end| about.match_indices(end));
+    let ends = ends.map(|(at, _)| at).filter(is_outside).min();
+    let sentence = about[..ends.unwrap_or(about.len())].trim_end_matches('.');
+    described(sentence, setting)
+}
+
+pub(super) fn long(setting: &Setting) -> String {
+    described(setting.about, setting)
+}
+
+fn described(about: &str, setting: &Setting) -> String {
+    let default = match setting.default {
+        "" => String::new(),
+        default => format!(" [default: {default}]"),
+    };
+    format!("{about} [env: {}]{default}", setting.name)
+}
+
+/// What stands behind the settings: `examples`, each with what it is for, and how settings are given.
+pub(super) fn after(examples: &[(&str, &str)]) -> String {
+    let mut text = String::from("Examples:\n");
+    for (line, meaning) in examples {
+        let meaning = if meaning.is_empty() { String::new() } else { format!("  # {meaning}") };
+        text.push_str(&format!("  {line}{meaning}\n"));
+    }
+    text.push_str(
+        "\nEvery setting can be given as a flag or as the environment variable that its line names; the flag wins. \
+         Durations are Go's (1m30s, 700ms) or whole seconds. A flag for true or false needs no value. \
+         -h shows the settings that are used most, --help shows all.",
+    );
+    text
+}

@@ -1,0 +1,80 @@
+//! Environment variables that are probably settings with a typing error. No I/O.
+
+use crate::config::settings::{Role, SETTINGS};
+
+/// Those of `names` that are one edit away from a setting of `role`, each with that setting. A name of one word, such as
+/// `port`, is like too many others.
+pub fn misses<'a>(
+    role: Role,
+    names: impl Iterator<Item = &'a str>,
+) -> impl Iterator<Item = (&'a str, &'static str)> {
+    let unknown = names.filter(|name| SETTINGS.iter().all(|setting| setting.name != *name));
+    unknown.filter_map(move |name| {
+        let meant = SETTINGS.iter().find(|setting| {
+            setting.roles.contains(&role)
+                && setting.name.contains('_')
+                && is_one_edit(name.as_bytes(), setting.name.as_bytes())
+        });
+        Some((name, meant?.name))
+    })
+}
+
+/// Whether one letter more, less or changed, or two that have changed places, make the one the other.
+fn is_one_edit(mut one: &[u8], mut other: &[u8]) -> bool {
+    while let (Some((a, rest_of_one)), Some((b, rest_of_other))) =
+        (one.split_first(), other.split_first())
+        && a == b
+    {
+        (one, other) = (rest_of_one, rest_of_other);
+    }
+    while let (Some((a, rest_of_one)), Some((b, rest_of_other))) =
+        (one.split_last(), other.split_last())
+        && a == b
+    {
+        (one, other) = (rest_of_one, rest_of_other);
+    }
+    match (one, other) {
+        ([], [_]) | ([_], [] | [_]) => true,
+        ([a, b], [c, d]) => (a, b) == (d, c),
+        _ => false,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_name_one_edit_away_is_probably_meant() {
+        let meant = |name: &'static str| misses(Role::Serve, [name].into_iter()).next();
+        for (name, setting) in [
+            ("read_timeuot", "read_timeout"),
+            ("read_timeou", "read_timeout"),
+            ("read_timeouts", "read_timeout"),
+            ("read-timeout", "read_timeout"),
+            ("readtimeout", "read_timeout"),
+            ("Log_level", "log_level"),
+            ("faas_nats_adress", "faas_nats_address"),
+        ] {
+            assert_eq!(meant(name), Some((name, setting)));
+        }
+        for name in [
+            "read_timeout",
+            "READ_TIMEOUT",
+            "LOG_LEVEL",
+            "PORT",
+            "ports",
+            "queues",
+            "HOME",
+            "PATH",
+            "http_proxy",
+            "no_proxy",
+            "raed_timeuot",
+            "_",
+            "",
+            "worker_metric_port",
+        ] {
+            assert_eq!(meant(name), None, "{name}");
+        }
+    }
+}
