@@ -60,8 +60,7 @@ async fn start(config: config::Worker, stages: &Stages, tasks: &Tasks) -> anyhow
     else {
         bail!("there is no queue to take calls from");
     };
-    let origin = Origin::new(url.clone());
-    let tls = Tls::default();
+    let (origin, tls) = (Origin::new(url.clone()), Tls::default());
     let client = || Client::connecting_within(config.connect, config.idle, tls.clone());
     let provider = |client, timeout| Provider {
         client,
