@@ -6,6 +6,7 @@
 mod support;
 
 mod conformance;
+mod hostile;
 mod house;
 mod process_provider;
 
