@@ -5,6 +5,7 @@ mod autoscale;
 pub mod gateway;
 mod provider;
 mod queue_file;
+mod secret;
 mod threads;
 mod up;
 mod worker;
@@ -23,7 +24,7 @@ use crate::config::cli::{Asked, CommandLine};
 use crate::config::reader::{Mistake, Reader};
 use crate::config::settings::Role;
 use crate::config::{self, Log, Shutdown, near};
-use crate::shutdown::{Signals, Stages, Tasks};
+use crate::shutdown::{Event, OnHangup, Signals, Stages, Tasks};
 use crate::{healthcheck, telemetry};
 
 /// The command line or a setting cannot be used (EX_USAGE).
@@ -58,9 +59,17 @@ pub fn run(line: &CommandLine, var: &dyn Fn(&str) -> Option<String>, names: &[St
         }
         Asked::Worker => start(log, config::Worker::parse(read()), worker_process::run),
         Asked::Provider => start(log, config::Provider::parse(read()), provider::run),
-        Asked::Up { stack } => start(log, config::Up::parse(read(), stack.clone()), up::run),
         Asked::QueueCheck { file } => exit(queue_file::check(file)),
         Asked::QueueSalvage { file, out } => exit(queue_file::salvage(file, out)),
+        Asked::Up { stack, once } => {
+            start(log, config::Up::parse(read(), stack.clone()), |config| {
+                up::run(config, *once, var)
+            })
+        }
+        Asked::SecretSet { name, namespace, from_file } => {
+            let state_dir = read().text("state_dir");
+            exit(secret::set(state_dir.as_ref(), namespace, name, from_file.as_deref()))
+        }
         Asked::Healthcheck { url } => exit(healthcheck::run(url)),
         Asked::Completions { script } => {
             exit(io::stdout().write_all(script).context("cannot print the completions"))
@@ -77,6 +86,7 @@ fn warn_of_names(asked: &Asked, names: &[String]) {
         Asked::Up { .. } => Role::Up,
         Asked::Healthcheck { .. }
         | Asked::Completions { .. }
+        | Asked::SecretSet { .. }
         | Asked::QueueCheck { .. }
         | Asked::QueueSalvage { .. } => return,
     };
@@ -151,9 +161,18 @@ async fn until_stopped(
     tasks: Tasks,
     shutdown: Shutdown,
 ) -> anyhow::Result<()> {
-    let signal = tokio::select! {
-        signal = signals.next() => signal,
-        end = threads.unexpected_end() => bail!("{end}"),
+    let signal = loop {
+        let event = tokio::select! {
+            event = signals.event(OnHangup::StopWithoutTerminal) => event,
+            end = threads.unexpected_end() => bail!("{end}"),
+        };
+        match event {
+            Event::Stop(signal) => break signal,
+            Event::Reload => {
+                tracing::info!("SIGHUP: files are read again");
+                stages.reload();
+            }
+        }
     };
     tracing::info!(signal, "Stopping: calls in flight may finish");
     tokio::select! {

@@ -18,6 +18,7 @@ use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use http::header::{AUTHORIZATION, CONTENT_TYPE, WWW_AUTHENTICATE};
 use http::{HeaderMap, HeaderValue};
+use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 use crate::auth::pairs::{Pair, Pairs};
@@ -111,14 +112,19 @@ impl Credentials {
     }
 
     /// Follows changes of the files until `stopping`.
-    pub async fn follow(self: Arc<Self>, stopping: CancellationToken) {
+    pub async fn follow(
+        self: Arc<Self>,
+        stopping: CancellationToken,
+        mut reloads: watch::Receiver<u64>,
+    ) {
         let Some(directory) = &self.directory else { return };
         let (mut was_readable, mut seen) = (true, None);
         loop {
             let pause = if seen.is_some() { REREAD_AFTER_CHANGE } else { REREAD_EVERY };
-            // Both branches are cancel-safe.
+            // All branches are cancel-safe. A change that is being confirmed takes its time.
             tokio::select! {
                 () = stopping.cancelled() => return,
+                Ok(()) = reloads.changed(), if seen.is_none() => {}
                 () = tokio::time::sleep(pause) => {}
             }
             self.update(|pairs| pairs.without_old(Instant::now()));

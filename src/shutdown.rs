@@ -2,8 +2,9 @@
 //! are waited for.
 //! Connections are not tasks of this room; `serve` owns and drains them.
 
+mod signals;
+
 use std::future::Future;
-use std::io;
 use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -11,43 +12,21 @@ use std::time::Duration;
 
 use futures_util::FutureExt as _;
 use tokio::runtime::Handle;
-use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::sync::watch;
 use tokio::time::error::Elapsed;
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+pub use self::signals::{Event, OnHangup, Signals};
+
 /// Before a task that broke is begun anew.
 const PAUSE: Duration = Duration::from_secs(1);
 
-/// SIGTERM and SIGINT, whichever comes.
-pub struct Signals {
-    terminate: Signal,
-    interrupt: Signal,
-}
-
-impl Signals {
-    /// Takes the signals over; from here on they no longer end the process by themselves.
-    pub fn listen() -> io::Result<Self> {
-        Ok(Self {
-            terminate: signal(SignalKind::terminate())?,
-            interrupt: signal(SignalKind::interrupt())?,
-        })
-    }
-
-    /// Waits for the next signal and names it.
-    pub async fn next(&mut self) -> &'static str {
-        // Both branches are cancel-safe: a signal that is not returned stays pending.
-        tokio::select! {
-            _ = self.terminate.recv() => "SIGTERM",
-            _ = self.interrupt.recv() => "SIGINT",
-        }
-    }
-}
-
-/// The stages of a stop, each visible to everyone who holds a clone.
+/// The stages of a stop, each visible to everyone who holds a clone; and how often files were to be read again.
 #[derive(Clone, Default)]
 pub struct Stages {
+    reloads: watch::Sender<u64>,
     leaving: Arc<AtomicBool>,
     /// No more connections are accepted; open ones end with the call they carry.
     pub closing: CancellationToken,
@@ -59,6 +38,16 @@ impl Stages {
     /// Announces the stop: `/_/ready` turns, answers say `Connection: close`; calls are still taken.
     pub fn leave(&self) {
         self.leaving.store(true, Ordering::Relaxed);
+    }
+
+    /// Has files be read again that are read while the process runs.
+    pub fn reload(&self) {
+        self.reloads.send_modify(|count| *count += 1);
+    }
+
+    /// Changes whenever files are to be read again.
+    pub fn reloads(&self) -> watch::Receiver<u64> {
+        self.reloads.subscribe()
     }
 
     /// Whether a stop has been announced.

@@ -1,138 +1,111 @@
-//! OpenFaaS stack files: the functions that they describe, ready to be deployed. No I/O.
+//! OpenFaaS stack files: the functions that they describe, ready to be deployed, and all that is wrong with them. No
+//! I/O: variables and other files come in as functions.
 
+mod fields;
+mod function;
 #[cfg(any(test, fuzzing))]
 pub(crate) mod fuzz;
+mod shell;
+mod substitute;
+#[cfg(test)]
+mod tests;
+mod yaml;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
+use std::io;
+use std::path::Path;
 
-use serde::Deserialize;
+use crate::provider::types::FunctionDeployment;
+use crate::stack::fields::Reader;
+pub use crate::stack::shell::quoted;
 
-use crate::provider::types::{FunctionDeployment, Resources};
-
-/// Why a stack file cannot be used.
-#[derive(Debug, thiserror::Error)]
-pub enum StackError {
-    #[error("not a stack file: {0}")]
-    Yaml(#[from] serde_norway::Error),
-    #[error("it has no functions")]
-    Empty,
-    #[error("function {0} has no fprocess: here a function is a command, such as `fprocess: cat`")]
-    NoCommand(String),
+/// What a stack file is read with.
+pub struct Source<'a> {
+    /// The directory of the file, absolute: paths and commands in it are relative to this.
+    pub directory: &'a Path,
+    /// Looks a variable up.
+    pub var: &'a dyn Fn(&str) -> Option<String>,
+    /// Reads another file.
+    pub read: &'a dyn Fn(&Path) -> io::Result<String>,
 }
 
-#[derive(Deserialize)]
-struct Stack {
-    #[serde(default)]
-    functions: BTreeMap<String, Entry>,
+/// What a stack file says.
+#[derive(Debug, Default)]
+pub struct Stack {
+    /// The functions that nothing is wrong with, in the order of their names.
+    pub functions: Vec<FunctionDeployment>,
+    /// The names of those that something is wrong with.
+    pub faulty: BTreeSet<String>,
+    /// Everything that is wrong, in the order of the lines.
+    pub mistakes: Vec<Mistake>,
+    /// The line that each function begins on.
+    pub lines: BTreeMap<String, usize>,
+    /// Whether the functions could be read at all. If not, the file says nothing about which there are.
+    pub is_readable: bool,
 }
 
-/// A function's entry. What concerns the building of images is left alone.
-#[derive(Default, Deserialize)]
-#[serde(default)]
-struct Entry {
-    image: String,
-    namespace: String,
-    #[serde(alias = "envProcess")]
-    fprocess: String,
-    environment: BTreeMap<String, Scalar>,
-    secrets: Option<Vec<String>>,
-    labels: Option<BTreeMap<String, Scalar>>,
-    annotations: Option<BTreeMap<String, Scalar>>,
-    constraints: Option<Vec<String>>,
-    limits: Option<Resources>,
-    requests: Option<Resources>,
-    readonly_root_filesystem: bool,
+/// Something wrong in a stack file, and what to do about it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Mistake {
+    pub line: usize,
+    /// Such as `functions.echo.fprocess`; empty for the file as a whole.
+    pub key: String,
+    pub text: String,
 }
 
-/// YAML takes `true` and `5` for what they look like; a variable is text all the same.
-#[derive(Deserialize)]
-#[serde(untagged)]
-enum Scalar {
-    Bool(bool),
-    Int(i64),
-    Float(f64),
-    Text(String),
-    Null,
-}
-
-impl From<Scalar> for String {
-    fn from(scalar: Scalar) -> Self {
-        match scalar {
-            Scalar::Bool(value) => value.to_string(),
-            Scalar::Int(value) => value.to_string(),
-            Scalar::Float(value) => value.to_string(),
-            Scalar::Text(value) => value,
-            Scalar::Null => Self::new(),
+impl fmt::Display for Mistake {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.key.as_str() {
+            "" => write!(f, "line {}: {}", self.line, self.text),
+            key => write!(f, "line {}: {key}: {}", self.line, self.text),
         }
     }
 }
 
-/// Reads the functions of a stack file, in the order of their names.
-pub fn parse(text: &str) -> Result<Vec<FunctionDeployment>, StackError> {
-    let stack: Stack = serde_norway::from_str(text)?;
-    if stack.functions.is_empty() {
-        return Err(StackError::Empty);
+/// Reads a stack file.
+pub fn parse(text: &str, source: &Source<'_>) -> Stack {
+    let root = match yaml::parse(text) {
+        Ok(root) => root,
+        Err(fault) => {
+            let mistake = Mistake { line: fault.line, key: String::new(), text: fault.text };
+            return Stack { mistakes: vec![mistake], ..Stack::default() };
+        }
+    };
+    let mut reader = Reader { var: source.var, mistakes: Vec::new() };
+    let top = reader.map("", &root);
+    reader.only(&top, &["version", "provider", "functions", "configuration"]);
+    if let Some(provider) = top.get("provider") {
+        let provider = reader.map("provider", provider);
+        reader.only(&provider, &["name", "gateway", "network"]);
     }
-    stack.functions.into_iter().map(|(name, entry)| deployment(name, entry)).collect()
-}
-
-fn deployment(name: String, entry: Entry) -> Result<FunctionDeployment, StackError> {
-    if entry.fprocess.trim().is_empty() {
-        return Err(StackError::NoCommand(name));
+    let mut stack = Stack::default();
+    if let Some(node) = top.get("functions") {
+        let before = reader.mistakes.len();
+        let functions = reader.map("functions", node);
+        let doubled: BTreeSet<String> = reader.mistakes[before..]
+            .iter()
+            .filter_map(|mistake| mistake.key.strip_prefix("functions.").map(str::to_owned))
+            .collect();
+        for (key, node) in functions.entries() {
+            let before = reader.mistakes.len();
+            stack.lines.insert(key.name.clone(), key.line);
+            let function = function::read(&mut reader, source, &key.name, key.line, node);
+            // Of two under one name, either may be meant.
+            if reader.mistakes.len() > before || doubled.contains(&key.name) {
+                stack.faulty.insert(key.name.clone());
+            } else {
+                stack.functions.push(function);
+            }
+        }
     }
-    Ok(FunctionDeployment {
-        service: name,
-        namespace: entry.namespace,
-        image: entry.image,
-        env_process: entry.fprocess,
-        env_vars: Some(texts(entry.environment)),
-        constraints: entry.constraints,
-        secrets: entry.secrets,
-        labels: entry.labels.map(texts),
-        annotations: entry.annotations.map(texts),
-        limits: entry.limits,
-        requests: entry.requests,
-        read_only_root_filesystem: entry.readonly_root_filesystem,
-    })
-}
-
-fn texts(map: BTreeMap<String, Scalar>) -> BTreeMap<String, String> {
-    map.into_iter().map(|(name, value)| (name, value.into())).collect()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_stack_file_as_faas_cli_writes_it_is_read() {
-        let functions = parse(
-            "version: 1.0\n\
-             provider:\n  name: openfaas\n  gateway: http://127.0.0.1:8080\n\
-             functions:\n\
-             \x20 echo:\n    lang: dockerfile\n    handler: ./echo\n    image: echo:latest\n    fprocess: cat\n\
-             \x20   environment:\n      write_debug: true\n      exec_timeout: 5\n      note: hi\n\
-             \x20   labels:\n      com.openfaas.scale.max: 5\n\
-             \x20   limits:\n      memory: 128Mi\n\
-             \x20 also:\n    envProcess: env\n    namespace: dev\n    secrets: [token]\n",
-        )
-        .unwrap();
-        let [also, echo] = functions.as_slice() else { panic!("{functions:?}") };
-        assert_eq!((also.service.as_str(), also.namespace.as_str()), ("also", "dev"));
-        assert_eq!(also.secrets.as_deref(), Some(&["token".to_owned()][..]));
-        assert_eq!(echo.env_process, "cat");
-        let vars = echo.env_vars.as_ref().unwrap();
-        assert_eq!((&*vars["write_debug"], &*vars["exec_timeout"]), ("true", "5"));
-        assert_eq!(echo.labels.as_ref().unwrap()["com.openfaas.scale.max"], "5");
-        assert_eq!(echo.limits.as_ref().unwrap().memory, "128Mi");
+    if stack.functions.is_empty() && stack.faulty.is_empty() {
+        let text = "it has no functions: add a map `functions`, such as `functions: {echo: {fprocess: cat}}`";
+        reader.mistake(root.line, "", text);
+    } else {
+        stack.is_readable = true;
     }
-
-    #[test]
-    fn what_is_wrong_is_said() {
-        let error = |text: &str| parse(text).unwrap_err().to_string();
-        assert!(error("functions: {a: {image: x}}").contains("function a has no fprocess"));
-        assert!(error("functions: {}").contains("no functions"));
-        assert!(error("functions: [").contains("not a stack file"));
-        assert!(error("functions: {a: {fprocess: {}}}").contains("not a stack file"));
-    }
+    stack.functions.sort_by(|a, b| a.service.cmp(&b.service));
+    reader.mistakes.sort_by_key(|mistake| mistake.line);
+    Stack { mistakes: reader.mistakes, ..stack }
 }

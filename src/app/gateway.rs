@@ -252,7 +252,8 @@ impl Parts {
         tasks.spawn(|stopping| poll.run(stopping));
         tasks.spawn(|stopping| until(stopping, async move { client.keep_swept().await }));
         if let Some(credentials) = self.credentials.clone() {
-            tasks.spawn(|stopping| credentials.follow(stopping));
+            let reloads = self.stages.reloads();
+            tasks.spawn(|stopping| credentials.follow(stopping, reloads));
         }
         if let Some(intake) = self.intake.clone() {
             let health = Arc::clone(&self.health);

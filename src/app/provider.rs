@@ -16,7 +16,7 @@ use crate::same_origin::{self, Names};
 use crate::serve::heads::Heads;
 use crate::serve::listener::bind;
 use crate::serve::{Server, raise_file_limit};
-use crate::shutdown::{Signals, Stages, Tasks};
+use crate::shutdown::{Event, OnHangup, Signals, Stages, Tasks};
 
 /// What the provider holds its callers to: they are gateways, which have deadlines of their own.
 const TIMEOUTS: Timeouts = Timeouts {
@@ -56,7 +56,16 @@ pub(super) fn run(config: config::Provider) -> anyhow::Result<()> {
         let mut provider = Provider::open(&config, credentials, &tasks).await?;
         provider.serve(&tasks);
         tracing::info!(address = %provider.address, state = %config.state_dir.display(), "Serving");
-        tracing::info!("Stopping on {}", signals.next().await);
+        let signal = loop {
+            match signals.event(OnHangup::StopWithoutTerminal).await {
+                Event::Stop(signal) => break signal,
+                Event::Reload => {
+                    tracing::info!("SIGHUP: files are read again");
+                    provider.stages.reload();
+                }
+            }
+        };
+        tracing::info!("Stopping on {signal}");
         tokio::select! {
             () = provider.stop(&tasks) => {}
             signal = signals.next() => bail!("ended at once by a second signal, {signal}"),
@@ -105,7 +114,8 @@ impl Provider {
             .layer(from_fn_with_state(self.credentials.clone(), auth::guard_provider))
             .layer(from_fn_with_state(names, same_origin::guard));
         if let Some(credentials) = self.credentials.clone() {
-            tasks.spawn(|stopping| credentials.follow(stopping));
+            let reloads = self.stages.reloads();
+            tasks.spawn(|stopping| credentials.follow(stopping, reloads));
         }
         let heads = Arc::<Heads>::default();
         let server = Server::new(TIMEOUTS, MAX_CONNECTIONS, self.stages.clone(), heads);

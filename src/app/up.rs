@@ -1,32 +1,66 @@
 //! `gateway up`: gateway and process provider in one process, on loopback, with the functions of a stack file.
 
+mod record;
+mod stack_file;
+
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::{Context, bail};
 use tokio::task::block_in_place;
 
 use crate::app::gateway::Gateway;
 use crate::app::provider::{Provider, runtime};
+use crate::app::up::stack_file::StackFile;
 use crate::auth::Credentials;
 use crate::config::Up;
 use crate::config::base_url::BaseUrl;
-use crate::provider::types::FunctionDeployment;
-use crate::shutdown::{Signals, Stages, Tasks};
-use crate::stack;
+use crate::provider::process::{Process, Stored};
+use crate::shutdown::{Event, OnHangup, Signals, Stages, Tasks};
 
 /// Where functions live when nobody says otherwise.
 const NAMESPACE: &str = "openfaas-fn";
 
-pub(super) fn run(config: Up) -> anyhow::Result<()> {
-    let functions = match &config.stack {
-        Some(path) => read_stack(path)?,
-        None => Vec::new(),
-    };
-    super::block_on(runtime()?, up(config, functions))
+/// How often the stack file and the secrets are looked at.
+const LOOK_EVERY: Duration = Duration::from_secs(1);
+
+/// `once`: the stack file is not followed. `var` looks up the variables that it names.
+pub(super) fn run(
+    mut config: Up,
+    once: bool,
+    var: &dyn Fn(&str) -> Option<String>,
+) -> anyhow::Result<()> {
+    resolve(&mut config)?;
+    if let Some(path) = &config.stack {
+        // Before anything is started or created.
+        std::fs::metadata(path)
+            .with_context(|| format!("cannot read the stack file {}", path.display()))?;
+    }
+    super::block_on(runtime()?, up(config, once, var))
 }
 
-async fn up(mut config: Up, functions: Vec<FunctionDeployment>) -> anyhow::Result<()> {
+/// Makes the paths absolute. Where things are kept belongs to the stack file, wherever the command is typed.
+fn resolve(config: &mut Up) -> anyhow::Result<()> {
+    let here = "cannot find the current directory";
+    let base = match &mut config.stack {
+        Some(path) => {
+            *path = std::path::absolute(&path).context(here)?;
+            path.parent().unwrap_or(Path::new("/")).to_owned()
+        }
+        None => std::env::current_dir().context(here)?,
+    };
+    for directory in [&mut config.provider.state_dir, &mut config.serve.queue.state_dir] {
+        *directory = base.join(&directory);
+    }
+    Ok(())
+}
+
+async fn up(
+    mut config: Up,
+    once: bool,
+    var: &dyn Fn(&str) -> Option<String>,
+) -> anyhow::Result<()> {
     for warning in &config.warnings {
         tracing::warn!("{warning}");
     }
@@ -37,12 +71,15 @@ async fn up(mut config: Up, functions: Vec<FunctionDeployment>) -> anyhow::Resul
     let opened =
         Provider::open(&config.provider, Some(Arc::clone(&credentials)), &provider_tasks).await;
     let mut provider = opened?;
+    let process = Arc::clone(&provider.process);
+    let mut stack = config
+        .stack
+        .as_deref()
+        .map(|path| StackFile::new(path, &config.provider.state_dir, Arc::clone(&process), var));
     let shutdown = config.serve.shutdown;
     let started = async {
-        for function in &functions {
-            let name = &function.service;
-            let deployed = provider.process.apply(function.clone()).await;
-            deployed.with_context(|| format!("function {name}"))?;
+        if let Some(stack) = &mut stack {
+            stack.start().await?;
         }
         provider.serve(&provider_tasks);
         let url = format!("http://{}", provider.address);
@@ -60,10 +97,28 @@ async fn up(mut config: Up, functions: Vec<FunctionDeployment>) -> anyhow::Resul
             return Err(error);
         }
     };
-    block_in_place(|| announce(&gateway, &provider, &config.provider.state_dir, &functions));
-    let signal = tokio::select! {
-        signal = signals.next() => signal,
-        end = gateway.threads.unexpected_end() => bail!("{end}"),
+    let names = stack.as_ref().map(StackFile::names).unwrap_or_default();
+    let first = names.first().copied();
+    block_in_place(|| announce(&gateway, &provider, &config.provider.state_dir, first));
+    let mut secrets = Stored::default();
+    let signal = loop {
+        let event = tokio::select! {
+            event = signals.event(OnHangup::Stop) => event,
+            end = gateway.threads.unexpected_end() => bail!("{end}"),
+            () = tokio::time::sleep(LOOK_EVERY) => {
+                look(&process, &mut secrets, stack.as_mut(), once).await;
+                continue;
+            }
+        };
+        match (event, &mut stack) {
+            (Event::Stop(signal), _) => break signal,
+            (Event::Reload, None) => tracing::info!("SIGHUP: there is no stack file to read again"),
+            (Event::Reload, Some(stack)) => {
+                tracing::info!("SIGHUP: the stack file is read again");
+                stack.apply().await;
+            }
+        }
+        stages.reload();
     };
     tracing::info!(signal, "Stopping: calls in flight may finish");
     let stop = async {
@@ -77,28 +132,34 @@ async fn up(mut config: Up, functions: Vec<FunctionDeployment>) -> anyhow::Resul
     }
 }
 
-fn read_stack(path: &Path) -> anyhow::Result<Vec<FunctionDeployment>> {
-    let text = std::fs::read_to_string(path)
-        .with_context(|| format!("cannot read the stack file {}", path.display()))?;
-    stack::parse(&text).with_context(|| format!("stack file {}", path.display()))
+/// Follows secrets that other processes write, and the stack file.
+async fn look(
+    process: &Arc<Process>,
+    secrets: &mut Stored,
+    stack: Option<&mut StackFile<'_>>,
+    once: bool,
+) {
+    if let Err(error) = block_in_place(|| process.follow_secrets(secrets)) {
+        tracing::warn!(%error, "Secrets cannot be read again");
+    }
+    let Some(stack) = stack else { return };
+    stack.look_for_secrets().await;
+    if !once {
+        stack.poll().await;
+    }
 }
 
 /// Says where things are, in lines that can be pasted.
-fn announce(
-    gateway: &Gateway,
-    provider: &Provider,
-    state: &Path,
-    functions: &[FunctionDeployment],
-) {
+fn announce(gateway: &Gateway, provider: &Provider, state: &Path, function: Option<&str>) {
     let base = format!("http://{}", gateway.address);
     println!("Gateway    {base}        (page: {base}/ui/)");
     println!("Metrics    http://{}/metrics", gateway.metrics_address);
     println!("Provider   http://{}        (state: {})", provider.address, state.display());
     println!();
-    match functions.first() {
+    match function {
         Some(first) => {
             println!("Call a function:");
-            println!("  curl {base}/function/{} -d 'hello'", first.service);
+            println!("  curl {base}/function/{first} -d 'hello'");
         }
         None => {
             println!("Deploy a function, and call it:");
@@ -109,7 +170,7 @@ fn announce(
             println!("  curl {base}/function/echo -d 'hello'");
         }
     }
-    let name = functions.first().map_or("echo", |first| first.service.as_str());
+    let name = function.unwrap_or("echo");
     println!("Have it called later, and ask what became of it (the id is in X-Call-Id):");
     println!("  curl -i {base}/async-function/{name} -d 'hello'");
     println!("  curl {base}/async-function/ID");

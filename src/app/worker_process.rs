@@ -84,8 +84,7 @@ async fn start(config: config::Worker, stages: &Stages, tasks: &Tasks) -> anyhow
         budget: intake.budget.clone(),
     };
     let asked = provider(ours, config.timeout);
-    let collector = Client::new(config.idle, tls.clone());
-    let tracer = gateway::tracer(&config.traces, "gateway-worker", &metrics, collector, tasks)?;
+    let tracer = gateway::tracer(&config.traces, "gateway-worker", &metrics, client(), tasks)?;
     let parts = worker::Parts {
         intake: Arc::clone(&intake),
         caller,
@@ -112,7 +111,7 @@ async fn start(config: config::Worker, stages: &Stages, tasks: &Tasks) -> anyhow
     tasks.spawn(|stopping| poll.run(stopping));
     tasks.spawn(|stopping| gateway::until(stopping, async move { polls.keep_swept().await }));
     if let Some(credentials) = credentials {
-        tasks.spawn(|stopping| credentials.follow(stopping));
+        tasks.spawn(|stopping| credentials.follow(stopping, stages.reloads()));
     }
     if matches!(config.target, Target::Provider(_)) {
         autoscale::tell(&config.queue, Arc::clone(&metrics), tasks).await?;

@@ -3,7 +3,7 @@
 use std::ffi::OsString;
 use std::path::PathBuf;
 
-use clap::{Arg, ArgMatches, Command, ValueHint};
+use clap::{Arg, ArgAction, ArgMatches, Command, ValueHint};
 use clap_complete::generate;
 use clap_complete::shells::{Bash, Fish, Zsh};
 
@@ -18,6 +18,16 @@ pub enum Asked {
     Provider,
     Up {
         stack: Option<PathBuf>,
+        /// The stack file is read at the start alone.
+        once: bool,
+    },
+    /// `gateway secret set NAME`
+    SecretSet {
+        name: String,
+        /// Empty for the default.
+        namespace: String,
+        /// `None`: the value comes from standard input.
+        from_file: Option<PathBuf>,
     },
     /// `gateway queue check FILE`
     QueueCheck {
@@ -54,9 +64,22 @@ impl CommandLine {
             Some(("serve", sub)) => Self { asked: Asked::Serve, matches: sub.clone() },
             Some(("worker", sub)) => Self { asked: Asked::Worker, matches: sub.clone() },
             Some(("up", sub)) => Self {
-                asked: Asked::Up { stack: sub.get_one::<PathBuf>("STACK").cloned() },
+                asked: Asked::Up {
+                    stack: sub.get_one::<PathBuf>("STACK").cloned(),
+                    once: sub.get_flag("once"),
+                },
                 matches: sub.clone(),
             },
+            Some(("secret", sub)) => {
+                let (_, set) = sub.subcommand().unwrap_or_else(|| unreachable!("required"));
+                let text = |name| set.get_one::<String>(name).cloned().unwrap_or_default();
+                let asked = Asked::SecretSet {
+                    name: text("NAME"),
+                    namespace: text("namespace"),
+                    from_file: set.get_one::<PathBuf>("from-file").cloned(),
+                };
+                Self { asked, matches: set.clone() }
+            }
             Some(("provider", sub)) => {
                 let (_, process) = sub.subcommand().unwrap_or_else(|| unreachable!("required"));
                 Self { asked: Asked::Provider, matches: process.clone() }
@@ -140,10 +163,12 @@ pub(super) fn command() -> Command {
                     Arg::new("STACK")
                         .value_parser(clap::value_parser!(PathBuf))
                         .value_hint(ValueHint::FilePath)
-                        .help("An OpenFaaS stack file (YAML), whose functions are deployed"),
+                        .help("An OpenFaaS stack file (YAML), whose functions are deployed, and changed when it changes"),
                 )
+                .arg(once())
                 .args(flags(Role::Up)),
         )
+        .subcommand(secret())
         .subcommand(
             Command::new("provider")
                 .about("Run functions, behind the provider API")
@@ -213,6 +238,36 @@ fn queue_command() -> Command {
                 .arg(file())
                 .arg(path("OUT", "The new file")),
         )
+}
+
+fn once() -> Arg {
+    Arg::new("once")
+        .long("once")
+        .action(ArgAction::SetTrue)
+        .help("Read the stack file at the start alone, and do not follow its changes")
+}
+
+fn secret() -> Command {
+    let state_dir = SETTINGS.iter().filter(|setting| setting.name == "state_dir").map(flag);
+    Command::new("secret").about("Secrets of functions").subcommand_required(true).subcommand(
+        Command::new("set")
+            .about("Create a secret in a state directory, or change it; functions that run see the new value")
+            .arg(Arg::new("NAME").required(true).help("The secret's name"))
+            .arg(
+                Arg::new("from-file")
+                    .long("from-file")
+                    .value_name("FILE")
+                    .value_parser(clap::value_parser!(PathBuf))
+                    .help("Where the value is; without it, standard input, whose last line break is left out"),
+            )
+            .arg(
+                Arg::new("namespace")
+                    .long("namespace")
+                    .value_name("NAME")
+                    .help("The namespace of the functions that use it [default: openfaas-fn]"),
+            )
+            .args(state_dir),
+    )
 }
 
 fn flags(role: Role) -> impl Iterator<Item = Arg> {
@@ -306,10 +361,22 @@ mod tests {
         assert!(matches!(line.asked, Asked::Provider));
         assert!(parse("gateway provider process --port 1").is_err());
         assert!(parse("gateway provider").is_err());
-        let Asked::Up { stack } = parse("gateway up a.yaml --port 1").unwrap().asked else {
+        let Asked::Up { stack, once } = parse("gateway up a.yaml --port 1").unwrap().asked else {
             panic!("not up")
         };
-        assert_eq!(stack, Some(PathBuf::from("a.yaml")));
+        assert_eq!((stack, once), (Some(PathBuf::from("a.yaml")), false));
+        let once = parse("gateway up a.yaml --once").unwrap().asked;
+        assert!(matches!(once, Asked::Up { once: true, .. }));
+    }
+
+    #[test]
+    fn a_secret_has_a_name_and_comes_from_a_file_or_from_standard_input() {
+        let line = parse("gateway secret set token --from-file f --state-dir d").unwrap();
+        assert_eq!(line.flag("state_dir").as_deref(), Some("d"));
+        let Asked::SecretSet { name, namespace, from_file } = line.asked else { panic!("not it") };
+        assert_eq!((name.as_str(), namespace.as_str()), ("token", ""));
+        assert_eq!(from_file, Some(PathBuf::from("f")));
+        assert!(parse("gateway secret set").is_err() && parse("gateway secret").is_err());
     }
 
     #[test]
@@ -323,7 +390,7 @@ mod tests {
         ] {
             let line = parse(line).unwrap();
             assert_eq!(line.flag("with_worker").as_deref(), Some(expect), "{line:?}");
-            let Asked::Up { stack } = line.asked else { panic!("not up") };
+            let Asked::Up { stack, .. } = line.asked else { panic!("not up") };
             assert_eq!(stack, Some(PathBuf::from("a.yaml")));
         }
         let line = parse("gateway --access-log --basic-auth --port 9 --nats-tls").unwrap();

@@ -198,7 +198,7 @@ settings! {
         "Where callbacks may go beside public and private addresses: networks, addresses, names, loopback or *, separated by commas; auto: loopback for up, nothing for serve. They are signed if secret_mount_path has a file callback-secret, and during a change also with callback-secret-previous."
     # "Files"
     state_dir DIRECTORY ".gateway" SPU
-        "Where functions, secrets, namespaces and the embedded queue are kept."
+        "Where functions, secrets, namespaces and the embedded queue are kept. For up, a relative path begins at the directory of the stack file."
     # "Logs and traces"
     access_log CHOICE "off" SU
         "A line in the log for each request: off, on, or errors (those answered with 500 or above, or cut short). Its lines have the target access; log_level=access=off,… silences them."

@@ -35,6 +35,7 @@ mod replica_client;
 mod requests;
 mod runner;
 mod secret_api;
+mod secret_files;
 mod secrets;
 mod spec;
 mod start_failure;
@@ -46,7 +47,6 @@ mod usage;
 mod words;
 mod workload;
 
-use std::collections::BTreeSet;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -55,6 +55,7 @@ use anyhow::Context;
 
 pub use self::api::router;
 pub use self::refusal::Refusal;
+pub use self::secret_files::{Stored, set_secret};
 use crate::config;
 use crate::function::Function;
 use crate::provider::process::cgroup::Cgroups;
@@ -252,6 +253,22 @@ impl Process {
 
     /// Checks all that can be wrong with a deployment, in itself and with what it refers to.
     fn admit(&self, deployment: &FunctionDeployment) -> Result<Function, Refusal> {
+        let function = self.check(deployment)?;
+        let missing = self.missing_secrets(deployment);
+        if !missing.is_empty() {
+            return Err(Refusal::Invalid(format!(
+                "secrets that do not exist in namespace {}: {missing:?}",
+                function.namespace
+            )));
+        }
+        Ok(function)
+    }
+
+    /// Checks all that can be wrong with a deployment, but for its secrets.
+    ///
+    /// # Errors
+    /// `Refusal::Invalid` with the reason.
+    pub fn check(&self, deployment: &FunctionDeployment) -> Result<Function, Refusal> {
         let function = named(deployment);
         if !is_label(&function.name) {
             return Err(Refusal::Invalid(format!(
@@ -264,20 +281,15 @@ impl Process {
             return Err(Refusal::Invalid(reason));
         }
         let spec = Spec::parse(deployment).map_err(Refusal::Invalid)?;
+        if let Some(directory) = spec.directory.as_ref().filter(|path| !path.is_dir()) {
+            let reason = format!("workingDirectory: {} is not a directory", directory.display());
+            return Err(Refusal::Invalid(reason));
+        }
         let path = self.runner.path(&spec);
         if find(&spec.words[0], path).is_none() {
             return Err(Refusal::Invalid(format!(
                 "envProcess: {:?} is not a program that can be run (PATH: {path})",
                 spec.words[0]
-            )));
-        }
-        let secrets = &self.runner.secrets;
-        let missing: BTreeSet<_> =
-            spec.secrets.iter().filter(|name| !secrets.has(&function.namespace, name)).collect();
-        if !missing.is_empty() {
-            return Err(Refusal::Invalid(format!(
-                "secrets that do not exist in namespace {}: {missing:?}",
-                function.namespace
             )));
         }
         check_replicas(&spec, initial_replicas(deployment).map_err(Refusal::Invalid)?)?;

@@ -96,6 +96,9 @@ pub struct FunctionDeployment {
     pub image: String,
     #[serde(skip_serializing_if = "String::is_empty")]
     pub env_process: String,
+    /// The process provider's own: where the command runs, as an absolute path; empty: where the provider does.
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub working_directory: String,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub env_vars: Option<BTreeMap<String, String>>,
     #[serde(skip_serializing_if = "Option::is_none")]

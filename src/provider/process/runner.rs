@@ -103,6 +103,9 @@ impl Runner {
             Some(_) => command.env("secrets_path", SECRETS),
             None => command.env("secrets_path", view),
         };
+        if let Some(directory) = &spec.directory {
+            command.current_dir(directory);
+        }
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
         command
     }

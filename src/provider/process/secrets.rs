@@ -24,6 +24,15 @@ impl Secrets {
         Ok(Self { root })
     }
 
+    /// Namespaces that have had a secret.
+    pub(super) fn namespaces(&self) -> io::Result<Vec<String>> {
+        files::names(&self.root.join("store"))
+    }
+
+    pub(super) fn metadata(&self, namespace: &str, name: &str) -> io::Result<fs::Metadata> {
+        fs::metadata(self.store(namespace).join(name))
+    }
+
     /// Names of the secrets in `namespace`.
     pub(super) fn names(&self, namespace: &str) -> io::Result<Vec<String>> {
         files::names(&self.store(namespace))

@@ -1,6 +1,7 @@
 //! What a deployment means to this provider: its command, its mode, its limits. No I/O.
 
 use std::collections::BTreeMap;
+use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Duration;
 
@@ -19,6 +20,8 @@ const EXEC_TIMEOUT: Duration = Duration::from_secs(600);
 pub(super) struct Spec {
     /// The program and its arguments; never empty.
     pub(super) words: Vec<String>,
+    /// Where it runs; `None`: where the provider does.
+    pub(super) directory: Option<PathBuf>,
     pub(super) env: BTreeMap<String, String>,
     pub(super) secrets: Vec<String>,
     /// `exec_timeout`; `None` (written as 0): for as long as the caller waits.
@@ -56,7 +59,14 @@ impl Spec {
     pub(super) fn parse(deployment: &FunctionDeployment) -> Result<Self, String> {
         let env = deployment.env_vars.clone().unwrap_or_default();
         check_environment(&env)?;
-        let words = command(&deployment.env_process, &env)?;
+        let mut words = command(&deployment.env_process, &env)?;
+        let directory = directory(&deployment.working_directory)?;
+        // The kernel would look for it where the provider runs.
+        if let Some(directory) = &directory
+            && words[0].contains('/')
+        {
+            words[0] = directory.join(&words[0]).to_string_lossy().into_owned();
+        }
         let mode = match env.get("mode").map_or("fork", |mode| mode.trim()) {
             // `streaming` and `serializing` are watchdogs' names for ways of forking.
             "" | "fork" | "streaming" | "serializing" => Mode::Fork(Fork {
@@ -76,6 +86,7 @@ impl Spec {
         let max_inflight = value(&env, "max_inflight", "a whole number", from_str)?;
         Ok(Self {
             words,
+            directory,
             secrets: deployment.secrets.clone().unwrap_or_default(),
             exec_timeout: Some(exec_timeout.unwrap_or(EXEC_TIMEOUT)).filter(|d| !d.is_zero()),
             max_inflight: max_inflight.unwrap_or_default(),
@@ -123,6 +134,14 @@ fn command(env_process: &str, env: &BTreeMap<String, String>) -> Result<Vec<Stri
         );
     }
     Ok(words)
+}
+
+fn directory(path: &str) -> Result<Option<PathBuf>, String> {
+    match path {
+        "" => Ok(None),
+        path if path.starts_with('/') && !path.contains('\0') => Ok(Some(PathBuf::from(path))),
+        path => Err(format!("workingDirectory: {path:?} is not an absolute path")),
+    }
 }
 
 fn check_environment(env: &BTreeMap<String, String>) -> Result<(), String> {
@@ -195,6 +214,21 @@ mod tests {
         assert_eq!(spec.max_inflight, 0);
         let Mode::Fork(fork) = spec.mode else { panic!("{:?}", spec.mode) };
         assert!(fork.combine_output && fork.cgi_headers && !fork.write_debug);
+    }
+
+    #[test]
+    fn a_relative_command_is_looked_for_where_it_runs() {
+        let words = |command: &str, directory: &str| {
+            let mut deployment = deployment(command, &[]);
+            directory.clone_into(&mut deployment.working_directory);
+            Spec::parse(&deployment).map(|spec| (spec.words.concat(), spec.directory))
+        };
+        let stacks = Some(PathBuf::from("/stacks"));
+        assert_eq!(words("./run.sh", "/stacks").unwrap().0, "/stacks/./run.sh");
+        assert_eq!(words("/bin/cat", "/stacks"), Ok(("/bin/cat".to_owned(), stacks.clone())));
+        assert_eq!(words("cat", "/stacks"), Ok(("cat".to_owned(), stacks)));
+        assert_eq!(words("./run.sh", ""), Ok(("./run.sh".to_owned(), None)));
+        assert!(words("cat", "stacks").unwrap_err().contains("not an absolute path"));
     }
 
     #[test]

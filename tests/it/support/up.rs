@@ -30,6 +30,8 @@ impl Up {
         std::fs::write(&file, stack).unwrap();
         let examples = concat!(env!("CARGO_MANIFEST_DIR"), "/examples");
         std::os::unix::fs::symlink(examples, state.path().join("examples")).unwrap();
+        let hello = concat!(env!("CARGO_MANIFEST_DIR"), "/examples/hello.pl");
+        std::os::unix::fs::symlink(hello, state.path().join("hello.pl")).unwrap();
         let mut child = command()
             .arg("up")
             .arg(&file)

@@ -1,0 +1,81 @@
+//! Which functions a stack file has had, so that those it has no more are removed after a restart, too.
+
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use crate::function::Function;
+
+/// What a stack file has deployed, as `stack.json` in the state directory says.
+pub(super) struct Record {
+    pub(super) state_dir: PathBuf,
+    stack_file: PathBuf,
+    pub(super) functions: BTreeSet<Function>,
+}
+
+#[derive(Serialize, Deserialize)]
+struct Stored {
+    stack_file: PathBuf,
+    /// Namespace and name.
+    functions: BTreeSet<(String, String)>,
+}
+
+impl Record {
+    /// What is known of `stack_file`: nothing if the directory was used with another one last.
+    pub(super) fn at(state_dir: &Path, stack_file: &Path) -> Self {
+        let stored = std::fs::read(path(state_dir)).ok();
+        let stored = stored.and_then(|json| serde_json::from_slice::<Stored>(&json).ok());
+        let functions = stored.filter(|stored| stored.stack_file == stack_file).map(|stored| {
+            let functions = stored.functions.into_iter();
+            functions.map(|(namespace, name)| Function { name, namespace }).collect()
+        });
+        Self {
+            state_dir: state_dir.to_owned(),
+            stack_file: stack_file.to_owned(),
+            functions: functions.unwrap_or_default(),
+        }
+    }
+
+    /// Writes down what the file has now.
+    pub(super) fn write(&mut self, functions: BTreeSet<Function>) {
+        self.functions = functions;
+        let pair = |function: &Function| (function.namespace.clone(), function.name.clone());
+        let stored = Stored {
+            stack_file: self.stack_file.clone(),
+            functions: self.functions.iter().map(pair).collect(),
+        };
+        let path = path(&self.state_dir);
+        let written =
+            serde_json::to_vec_pretty(&stored).map_err(std::io::Error::other).and_then(|json| {
+                let unfinished = path.with_extension("unfinished");
+                std::fs::write(&unfinished, json)?;
+                std::fs::rename(&unfinished, &path)
+            });
+        if let Err(error) = written {
+            tracing::warn!(%error, "{} cannot be written: a function that is removed from the stack file while nothing runs stays", path.display());
+        }
+    }
+}
+
+fn path(state_dir: &Path) -> PathBuf {
+    state_dir.join("stack.json")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_record_is_of_one_stack_file() {
+        let state = tempfile::tempdir().unwrap();
+        let function = Function { name: "f".to_owned(), namespace: "ns".to_owned() };
+        let mut record = Record::at(state.path(), Path::new("/a.yaml"));
+        assert!(record.functions.is_empty());
+        record.write([function.clone()].into());
+        assert!(Record::at(state.path(), Path::new("/a.yaml")).functions.contains(&function));
+        assert!(Record::at(state.path(), Path::new("/b.yaml")).functions.is_empty());
+        std::fs::write(state.path().join("stack.json"), "{").unwrap();
+        assert!(Record::at(state.path(), Path::new("/a.yaml")).functions.is_empty());
+    }
+}

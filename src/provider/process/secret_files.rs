@@ -1,0 +1,89 @@
+//! Secrets that are written to the state directory by another process, `gateway secret set`, while the provider runs.
+
+use std::path::Path;
+use std::time::SystemTime;
+
+use anyhow::{Context, bail};
+
+use crate::provider::process::secrets::{Secrets, is_secret_name};
+use crate::provider::process::spec::is_label;
+use crate::provider::process::sync::lock;
+use crate::provider::process::{DEFAULT_NAMESPACE, Process, named};
+use crate::provider::types::FunctionDeployment;
+
+/// What the stored secrets looked like: namespace, name, size and time of each.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct Stored(Vec<(String, String, u64, Option<SystemTime>)>);
+
+/// Writes a secret into a state directory, whether or not a provider uses it at this moment. Returns whether it is new.
+///
+/// # Errors
+/// When the names cannot be used, or the file cannot be written.
+pub fn set_secret(
+    state_dir: &Path,
+    namespace: &str,
+    name: &str,
+    value: &[u8],
+) -> anyhow::Result<bool> {
+    if !is_secret_name(name) {
+        bail!("{name:?} is not a secret's name: use at most 200 of a-z, A-Z, 0-9, -, _ and .");
+    }
+    let namespace = if namespace.is_empty() { DEFAULT_NAMESPACE } else { namespace };
+    if !is_label(namespace) {
+        bail!("{namespace:?} is not a namespace: use at most 63 of a-z, 0-9 and -");
+    }
+    let shown = state_dir.display();
+    let secrets = std::path::absolute(state_dir)
+        .and_then(|directory| Secrets::open(directory.join("secrets")))
+        .with_context(|| format!("cannot write to the state directory {shown}"))?;
+    let is_new = !secrets.has(namespace, name);
+    let put = secrets.put(namespace, name, value);
+    put.with_context(|| format!("cannot write secret {name} to the state directory {shown}"))?;
+    Ok(is_new)
+}
+
+impl Process {
+    /// The secrets that a function asks for and that do not exist.
+    pub fn missing_secrets(&self, deployment: &FunctionDeployment) -> Vec<String> {
+        let namespace = named(deployment).namespace;
+        let wanted = deployment.secrets.iter().flatten();
+        let missing = wanted.filter(|name| !self.runner.secrets.has(&namespace, name));
+        let mut missing: Vec<_> = missing.cloned().collect();
+        missing.sort_unstable();
+        missing.dedup();
+        missing
+    }
+
+    /// Shows functions the secrets as they are now stored, if they are not as in `seen` any more.
+    ///
+    /// # Errors
+    /// When a file cannot be read or written.
+    pub fn follow_secrets(&self, seen: &mut Stored) -> std::io::Result<()> {
+        let stored = self.runner.secrets.stored()?;
+        if stored == *seen {
+            return Ok(());
+        }
+        let _one_at_a_time = lock(&self.changes);
+        for entry in self.table.entries() {
+            let workload = &entry.workload;
+            if !workload.spec.secrets.is_empty() {
+                self.runner.secrets.refresh_view(&workload.function, &workload.spec.secrets)?;
+            }
+        }
+        *seen = stored;
+        Ok(())
+    }
+}
+
+impl Secrets {
+    fn stored(&self) -> std::io::Result<Stored> {
+        let mut stored = Vec::new();
+        for namespace in self.namespaces()? {
+            for name in self.names(&namespace)? {
+                let Ok(file) = self.metadata(&namespace, &name) else { continue };
+                stored.push((namespace.clone(), name, file.len(), file.modified().ok()));
+            }
+        }
+        Ok(Stored(stored))
+    }
+}

@@ -1,0 +1,157 @@
+//! Reads maps of a stack file, and gathers every mistake on the way. No I/O.
+
+use std::collections::BTreeMap;
+use std::rc::Rc;
+
+use crate::stack::Mistake;
+use crate::stack::substitute::substitute;
+use crate::stack::yaml::{Key, Node, Value};
+
+/// What is read so far, and what was wrong with it.
+pub(super) struct Reader<'a> {
+    pub(super) var: &'a dyn Fn(&str) -> Option<String>,
+    pub(super) mistakes: Vec<Mistake>,
+}
+
+/// One map, whose keys are known.
+pub(super) struct Map<'n> {
+    /// Where it is, such as `functions.echo`.
+    pub(super) path: String,
+    entries: Vec<(&'n Key, &'n Node)>,
+}
+
+impl<'n> Map<'n> {
+    pub(super) fn get(&self, name: &str) -> Option<&'n Node> {
+        self.entries.iter().find(|(key, _)| key.name == name).map(|(_, node)| *node)
+    }
+
+    pub(super) fn entries(&self) -> impl Iterator<Item = (&'n Key, &'n Node)> {
+        self.entries.iter().copied()
+    }
+
+    pub(super) fn at(&self, name: &str) -> String {
+        match self.path.as_str() {
+            "" => name.to_owned(),
+            path => format!("{path}.{name}"),
+        }
+    }
+}
+
+impl Reader<'_> {
+    pub(super) fn mistake(&mut self, line: usize, key: &str, text: impl Into<String>) {
+        self.mistakes.push(Mistake { line, key: key.to_owned(), text: text.into() });
+    }
+
+    /// The map that `node` is; empty if it is something else, and then a mistake says so. A key that comes twice counts
+    /// once, and is a mistake.
+    pub(super) fn map<'n>(&mut self, path: &str, node: &'n Node) -> Map<'n> {
+        let mut map = Map { path: path.to_owned(), entries: Vec::new() };
+        let entries: &[(Key, Rc<Node>)] = match &node.value {
+            Value::Map(entries) => entries,
+            Value::Null => return map,
+            other => {
+                let text = format!("this is {}, and must be a map of keys to values", other.kind());
+                self.mistake(node.line, path, text);
+                return map;
+            }
+        };
+        for (key, value) in entries {
+            match map.entries.iter().find(|(known, _)| known.name == key.name) {
+                Some((first, _)) => {
+                    let text = format!(
+                        "comes twice, first on line {}: remove or rename one of them",
+                        first.line
+                    );
+                    self.mistake(key.line, &map.at(&key.name), text);
+                }
+                None => map.entries.push((key, value)),
+            }
+        }
+        map
+    }
+
+    /// Has every key of `map` that is not among `known` be a mistake. Keys that begin with `x-` are for other tools.
+    pub(super) fn only(&mut self, map: &Map<'_>, known: &[&str]) {
+        for (key, _) in map.entries() {
+            if known.contains(&key.name.as_str()) || key.name.starts_with("x-") {
+                continue;
+            }
+            let close =
+                known.iter().map(|name| (strsim::damerau_levenshtein(name, &key.name), name));
+            let text = match close.min() {
+                Some((distance, name)) if distance <= 2 => {
+                    format!("unknown key: did you mean {name}?")
+                }
+                _ => format!("unknown key: remove it, or use one of {}", known.join(", ")),
+            };
+            self.mistake(key.line, &map.at(&key.name), text);
+        }
+    }
+
+    /// The text that `node` is, with its variables replaced; `None` for nothing.
+    pub(super) fn text(&mut self, path: &str, node: Option<&Node>) -> Option<String> {
+        let node = node?;
+        match &node.value {
+            Value::Null => None,
+            Value::Text(text) => match substitute(text, self.var) {
+                Ok(text) => Some(text),
+                Err(error) => {
+                    self.mistake(node.line, path, error);
+                    None
+                }
+            },
+            other => {
+                let text =
+                    format!("this is {}, and must be a text: put it in quotes", other.kind());
+                self.mistake(node.line, path, text);
+                None
+            }
+        }
+    }
+
+    /// The list of texts that `node` is; a single text counts as a list of one.
+    pub(super) fn texts(&mut self, path: &str, node: Option<&Node>) -> Option<Vec<String>> {
+        let node = node?;
+        match &node.value {
+            Value::Null => None,
+            Value::List(items) => {
+                let items = items.iter();
+                Some(items.filter_map(|item| self.text(path, Some(item.as_ref()))).collect())
+            }
+            Value::Text(_) => Some(self.text(path, Some(node)).into_iter().collect()),
+            Value::Map(_) => {
+                self.mistake(node.line, path, "this is a map, and must be a list, such as [a, b]");
+                None
+            }
+        }
+    }
+
+    /// The map of texts that `node` is.
+    pub(super) fn text_map(
+        &mut self,
+        path: &str,
+        node: Option<&Node>,
+    ) -> Option<BTreeMap<String, String>> {
+        let node = node.filter(|node| !matches!(node.value, Value::Null))?;
+        let map = self.map(path, node);
+        let mut texts = BTreeMap::new();
+        for (key, value) in map.entries() {
+            let text = self.text(&map.at(&key.name), Some(value));
+            texts.insert(key.name.clone(), text.unwrap_or_default());
+        }
+        Some(texts)
+    }
+
+    pub(super) fn boolean(&mut self, path: &str, node: Option<&Node>) -> bool {
+        let line = node.map_or(0, |node| node.line);
+        match self.text(path, node).as_deref() {
+            None => false,
+            Some("true" | "True" | "TRUE" | "1") => true,
+            Some("false" | "False" | "FALSE" | "0") => false,
+            Some(other) => {
+                self.mistake(line, path, format!("{other:?} is not true or false"));
+                false
+            }
+        }
+    }
+}

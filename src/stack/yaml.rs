@@ -1,0 +1,272 @@
+//! YAML as a tree that knows its lines, so that a mistake can be named by its place. No I/O.
+
+use std::collections::HashMap;
+use std::rc::Rc;
+
+use saphyr_parser::{Event, Parser, ScalarStyle, ScanError};
+
+/// Nodes of one file, those that aliases repeat included, and how deep they may lie: a file of a few lines can
+/// describe billions of nodes.
+const MAX_NODES: usize = 100_000;
+const MAX_DEPTH: usize = 32;
+
+/// A value, and the line that it begins on.
+#[derive(Clone, Debug)]
+pub(super) struct Node {
+    pub(super) line: usize,
+    pub(super) value: Value,
+}
+
+#[derive(Clone, Debug)]
+pub(super) enum Value {
+    /// Nothing, `~` or `null`.
+    Null,
+    /// Any other scalar, as it is written: a variable's value is text, whatever it looks like.
+    Text(String),
+    List(Vec<Rc<Node>>),
+    /// In the order of the file; the same key may come twice.
+    Map(Vec<(Key, Rc<Node>)>),
+}
+
+#[derive(Clone, Debug)]
+pub(super) struct Key {
+    pub(super) line: usize,
+    pub(super) name: String,
+}
+
+/// What is wrong, on which line.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct Fault {
+    pub(super) line: usize,
+    pub(super) text: String,
+}
+
+impl Fault {
+    fn new(line: usize, text: impl Into<String>) -> Self {
+        Self { line, text: text.into() }
+    }
+}
+
+/// What the parser says of `text`. Tabs in an indentation it takes for a part of the line before.
+fn refused(text: &str, error: &ScanError) -> Fault {
+    let marker = error.marker();
+    let from = marker.line().saturating_sub(1);
+    let is_tab = |line: &str| line.trim_start_matches(' ').starts_with('\t');
+    match text.lines().skip(from).take(2).position(is_tab) {
+        Some(at) => Fault::new(from + at + 1, "not YAML: indent with spaces, not with tabs"),
+        None => {
+            let text = format!("not YAML: {} (column {})", error.info(), marker.col() + 1);
+            Fault::new(marker.line(), text)
+        }
+    }
+}
+
+impl Value {
+    /// The text as it stands in the file.
+    pub(super) fn written(&self) -> &str {
+        match self {
+            Self::Text(text) => text,
+            Self::Null | Self::List(_) | Self::Map(_) => "",
+        }
+    }
+
+    /// What it is, for a message.
+    pub(super) fn kind(&self) -> &'static str {
+        match self {
+            Self::Null => "empty",
+            Self::Text(_) => "a text",
+            Self::List(_) => "a list",
+            Self::Map(_) => "a map",
+        }
+    }
+}
+
+/// Reads the one document in `text`; an empty one is `Null`.
+pub(super) fn parse(text: &str) -> Result<Rc<Node>, Fault> {
+    let mut reader =
+        Reader { text, events: Parser::new_from_str(text), anchors: HashMap::new(), nodes: 0 };
+    let mut root = None;
+    while let Some((event, line)) = reader.next()? {
+        match event {
+            Event::StreamStart | Event::DocumentEnd | Event::StreamEnd | Event::Nothing => {}
+            Event::DocumentStart(_) if root.is_some() => {
+                return Err(Fault::new(line, "a second document begins: one file has one stack"));
+            }
+            Event::DocumentStart(_) => {}
+            event => root = Some(reader.node(event, line, 0)?.0),
+        }
+    }
+    Ok(root.unwrap_or_else(|| Rc::new(Node { line: 1, value: Value::Null })))
+}
+
+struct Reader<'a> {
+    text: &'a str,
+    events: Parser<'a, saphyr_parser::StrInput<'a>>,
+    /// What an alias can mean, and how many nodes that is.
+    anchors: HashMap<usize, (Rc<Node>, usize)>,
+    nodes: usize,
+}
+
+impl<'a> Reader<'a> {
+    fn next(&mut self) -> Result<Option<(Event<'a>, usize)>, Fault> {
+        match self.events.next() {
+            Some(Ok((event, span))) => Ok(Some((event, span.start.line()))),
+            Some(Err(error)) => Err(refused(self.text, &error)),
+            None => Ok(None),
+        }
+    }
+
+    /// The node that `event` begins, and how many nodes it has.
+    fn node(
+        &mut self,
+        event: Event<'a>,
+        line: usize,
+        depth: usize,
+    ) -> Result<(Rc<Node>, usize), Fault> {
+        if depth > MAX_DEPTH {
+            return Err(Fault::new(line, format!("more than {MAX_DEPTH} levels")));
+        }
+        let before = self.nodes;
+        self.count(1, line)?;
+        let (value, anchor) = match event {
+            Event::Scalar(text, style, anchor, _) => (scalar(&text, style), anchor),
+            Event::SequenceStart(anchor, _) => (self.list(line, depth)?, anchor),
+            Event::MappingStart(anchor, _) => (self.map(line, depth)?, anchor),
+            Event::Alias(anchor) => {
+                let Some((node, size)) = self.anchors.get(&anchor).cloned() else {
+                    return Err(Fault::new(line, "an alias inside of what it means"));
+                };
+                self.count(size, line)?;
+                return Ok((node, size + 1));
+            }
+            _ => return Err(Fault::new(line, "not YAML: a value is missing")),
+        };
+        let (node, size) = (Rc::new(Node { line, value }), self.nodes - before);
+        if anchor > 0 {
+            self.anchors.insert(anchor, (Rc::clone(&node), size));
+        }
+        Ok((node, size))
+    }
+
+    fn count(&mut self, nodes: usize, line: usize) -> Result<(), Fault> {
+        self.nodes = self.nodes.saturating_add(nodes);
+        if self.nodes > MAX_NODES {
+            return Err(Fault::new(line, format!("more than {MAX_NODES} values in one file")));
+        }
+        Ok(())
+    }
+
+    fn list(&mut self, line: usize, depth: usize) -> Result<Value, Fault> {
+        let mut items = Vec::new();
+        loop {
+            match self.next()? {
+                Some((Event::SequenceEnd, _)) => return Ok(Value::List(items)),
+                Some((event, line)) => items.push(self.node(event, line, depth + 1)?.0),
+                None => return Err(Fault::new(line, "not YAML: the list has no end")),
+            }
+        }
+    }
+
+    fn map(&mut self, line: usize, depth: usize) -> Result<Value, Fault> {
+        let mut entries: Vec<(Key, Rc<Node>)> = Vec::new();
+        let mut merged = Vec::new();
+        loop {
+            let (key, key_line) = match self.next()? {
+                Some((Event::MappingEnd, _)) => break,
+                Some((event, line)) => (self.node(event, line, depth + 1)?.0, line),
+                None => return Err(Fault::new(line, "not YAML: the map has no end")),
+            };
+            let Value::Text(name) = &key.value else {
+                let text = format!("a key is {}, and must be a text", key.value.kind());
+                return Err(Fault::new(key_line, text));
+            };
+            let Some((event, value_line)) = self.next()? else {
+                return Err(Fault::new(key_line, "not YAML: a value is missing"));
+            };
+            let value = self.node(event, value_line, depth + 1)?.0;
+            if name == "<<" {
+                merge(&value, &mut merged)?;
+            } else {
+                entries.push((Key { line: key_line, name: name.clone() }, value));
+            }
+        }
+        // What stands in the map itself wins over what is merged into it.
+        for (key, value) in merged {
+            if !entries.iter().any(|(known, _)| known.name == key.name) {
+                entries.push((key, value));
+            }
+        }
+        Ok(Value::Map(entries))
+    }
+}
+
+/// Adds the entries that `<<: value` stands for.
+fn merge(value: &Node, merged: &mut Vec<(Key, Rc<Node>)>) -> Result<(), Fault> {
+    match &value.value {
+        Value::Map(entries) => merged.extend(entries.iter().cloned()),
+        Value::List(maps) => {
+            for map in maps {
+                let Value::Map(entries) = &map.value else {
+                    return Err(Fault::new(map.line, "<< takes a map or a list of maps"));
+                };
+                merged.extend(entries.iter().cloned());
+            }
+        }
+        Value::Null | Value::Text(_) => {
+            return Err(Fault::new(value.line, "<< takes a map or a list of maps"));
+        }
+    }
+    Ok(())
+}
+
+fn scalar(text: &str, style: ScalarStyle) -> Value {
+    match text {
+        "" | "~" | "null" | "Null" | "NULL" if style == ScalarStyle::Plain => Value::Null,
+        text => Value::Text(text.to_owned()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn values_keep_their_lines_and_doubled_keys() {
+        let root = parse("a: 1\nb:\n  - x\n  - 'null'\na: ~\n").unwrap();
+        let Value::Map(entries) = &root.value else { panic!("{root:?}") };
+        let lines: Vec<_> = entries.iter().map(|(key, _)| (key.name.as_str(), key.line)).collect();
+        assert_eq!(lines, [("a", 1), ("b", 2), ("a", 5)]);
+        let Value::List(items) = &entries[1].1.value else { panic!("{entries:?}") };
+        assert_eq!(items[1].line, 4);
+        assert!(matches!(&items[1].value, Value::Text(text) if text == "null"));
+        assert!(matches!(entries[2].1.value, Value::Null));
+    }
+
+    #[test]
+    fn aliases_and_merges_are_followed_within_bounds() {
+        let root = parse("a: &a {x: 1, y: 2}\nb: {<<: *a, y: 3}\n").unwrap();
+        let Value::Map(entries) = &root.value else { panic!("{root:?}") };
+        let Value::Map(merged) = &entries[1].1.value else { panic!("{entries:?}") };
+        let merged: Vec<_> = merged.iter().map(|(key, node)| (&*key.name, &node.value)).collect();
+        assert!(matches!(&merged[..], [("y", Value::Text(y)), ("x", Value::Text(_))] if y == "3"));
+        let mut bomb = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n".to_owned();
+        for level in 1..9 {
+            let aliases = vec![format!("*a{}", level - 1); 9].join(", ");
+            bomb.push_str(&format!("a{level}: &a{level} [{aliases}]\n"));
+        }
+        assert!(parse(&bomb).unwrap_err().text.contains("more than 100000 values"));
+        let deep = format!("{}{}", "[".repeat(40), "]".repeat(40));
+        assert!(parse(&deep).unwrap_err().text.contains("levels"));
+    }
+
+    #[test]
+    fn what_is_no_yaml_is_refused_with_its_line() {
+        for (text, line) in
+            [("a: 1\nb: [\n", 3), ("a: 1\n\tb: 2\n", 2), ("a\n---\nb\n", 2), ("{[a]: 1}", 1)]
+        {
+            let fault = parse(text).unwrap_err();
+            assert_eq!(fault.line, line, "{text:?}: {fault:?}");
+        }
+        assert!(matches!(parse("").unwrap().value, Value::Null));
+    }
+}
