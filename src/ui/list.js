@@ -2,7 +2,7 @@
 // ever enters the page as text.
 
 import * as address from "./address.js";
-import { asList, setText, ui } from "./dom.js";
+import { asList, setLines, setText, ui } from "./dom.js";
 
 const PAGE = 50;
 
@@ -92,7 +92,15 @@ function removeRow(key, tr) {
   rows.delete(key);
 }
 
-const stateOf = (replicas, available) => {
+// Why a function does not start, as its provider says: how the last start ended, and the last line it wrote.
+function failureOf({ startFailure }) {
+  if (!startFailure) return [];
+  const { starts, reason, lastOutput } = startFailure;
+  return [`${starts} starts in a row have failed: ${reason}`, lastOutput].filter(Boolean);
+}
+
+const stateOf = (replicas, available, failure) => {
+  if (failure.length && !available) return "crashing";
   if (!replicas && !available) return "zero";
   return !replicas || available < replicas ? "scaling" : "ready";
 };
@@ -101,7 +109,8 @@ function fillRow(tr, item) {
   const cell = (selector) => tr.querySelector(selector);
   const [replicas, available] = [item.replicas ?? 0, item.availableReplicas ?? 0];
   const image = item.image ?? "";
-  const state = stateOf(replicas, available);
+  const failure = failureOf(item);
+  const state = stateOf(replicas, available, failure);
   setText(cell(".pick"), item.name);
   setText(cell(".image"), image);
   cell(".image").title = image;
@@ -109,6 +118,7 @@ function fillRow(tr, item) {
   setText(cell(".calls"), (item.invocationCount ?? 0).toLocaleString());
   setText(cell(".state"), state);
   cell(".state").dataset.state = state;
+  setLines(cell(".reason"), failure);
 }
 
 const neighbour = (tr, step) =>

@@ -3,7 +3,7 @@
 import assert from "node:assert/strict";
 
 import { background, check, says, text } from "./browser.mjs";
-import { Up } from "./program.mjs";
+import { Up, eventually } from "./program.mjs";
 
 const MANY = 1200;
 const name = (number) => `many-${String(number).padStart(4, "0")}`;
@@ -12,6 +12,7 @@ const STACK = [
   ...Array.from({ length: MANY }, (_, number) => `  ${name(number)}: {fprocess: cat, image: 'example.org/${name(number)}:latest'}`),
   "  a-ready: {fprocess: cat}",
   "  a-zero: {fprocess: cat}",
+  "  a-crashing: {fprocess: \"sh -c 'echo cannot open the database >&2; exit 3'\", environment: {mode: http}}",
   "  a-starting: {fprocess: sleep 1000, environment: {mode: http}}",
 ].join("\n");
 
@@ -27,7 +28,7 @@ export default {
     "1,200 functions are shown in pages, not all at once": async ({ world: up, tab }) => {
       const it = await tab(`${up.url}/ui/`);
       const { page } = it;
-      await says(page, "#count", /^1203$/);
+      await says(page, "#count", /^1204$/);
       assert.equal(await page.locator("#rows tr").count(), 50);
       const height = await page.evaluate(() => document.documentElement.scrollHeight);
       assert.ok(height < 5000, `the page is ${height} px high`);
@@ -35,7 +36,7 @@ export default {
       await check(it, "many functions");
       await page.click("#pageNext");
       await says(page, "#pageText", /^Page 2 of 25$/);
-      await says(page, "#rows tr:first-child .pick", new RegExp(`^${name(47)}$`));
+      await says(page, "#rows tr:first-child .pick", new RegExp(`^${name(46)}$`));
       assert.match(page.url(), /[?&]page=2/);
       await page.reload();
       await says(page, "#pageText", /^Page 2 of 25$/);
@@ -50,11 +51,11 @@ export default {
     "the slash leads to the filter, which finds every function": async ({ world: up, tab }) => {
       const it = await tab(`${up.url}/ui/?page=3`);
       const { page } = it;
-      await says(page, "#count", /^1203$/);
+      await says(page, "#count", /^1204$/);
       await page.keyboard.press("/");
       assert.equal(await page.evaluate(() => document.activeElement.id), "filter");
       await page.keyboard.type("many-1199");
-      await says(page, "#count", /^1 of 1203$/);
+      await says(page, "#count", /^1 of 1204$/);
       assert.equal(await text(page, "#rows .pick"), "many-1199");
       assert.match(page.url(), /[?&]filter=many-1199/);
       assert.doesNotMatch(page.url(), /page=/);
@@ -62,7 +63,7 @@ export default {
       await page.click("#rows .pick");
       assert.match(page.url(), /filter=many-1199#many-1199/);
       await page.reload();
-      await says(page, "#count", /^1 of 1203$/);
+      await says(page, "#count", /^1 of 1204$/);
       await says(page, "#callTitle", /^Call many-1199/);
       // In a field a slash is a slash.
       await page.fill("#path", "");
@@ -76,14 +77,19 @@ export default {
     "each state of a function has a colour and a name of its own": async ({ world: up, tab }) => {
       const it = await tab(`${up.url}/ui/?filter=a-`);
       const states = {};
-      for (const [row, state] of [["a-ready", "ready"], ["a-zero", "zero"], ["a-starting", "scaling"]]) {
+      for (const [row, state] of [["a-ready", "ready"], ["a-zero", "zero"], ["a-starting", "scaling"], ["a-crashing", "crashing"]]) {
         const badge = it.page.locator("#rows tr", { hasText: row }).locator(".state");
-        await badge.waitFor();
-        assert.equal(await badge.innerText(), state);
+        await eventually(`${row} is ${state}`, async () => (await badge.innerText()) === state);
         states[state] = await background(badge);
       }
-      assert.equal(new Set(Object.values(states)).size, 3, JSON.stringify(states));
+      assert.equal(new Set(Object.values(states)).size, 4, JSON.stringify(states));
       await check(it, "states");
+    },
+    "a function that crashes says so, with its exit status and its last line": async ({ world: up, tab }) => {
+      const it = await tab(`${up.url}/ui/?filter=a-crashing`);
+      await says(it.page, "#rows .state", /^crashing$/);
+      await says(it.page, "#rows .reason", /starts in a row have failed: exit status: 3\ncannot open the database/);
+      await check(it, "crashing");
     },
   },
 };
