@@ -1,5 +1,7 @@
 //! Both URL tables. Read top to bottom: this is the API reference.
 
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzz;
 mod request;
 
 use std::convert::Infallible;

@@ -1,6 +1,9 @@
 //! Heads of requests that hyper refuses by itself: its responses say nothing, so the client gets one from here that
 //! says what was wrong. A minor version that hyper does not know is corrected instead.
 
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzz;
+
 use std::ops::Range;
 use std::time::SystemTime;
 
