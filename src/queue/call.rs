@@ -7,6 +7,7 @@ use http::{HeaderMap, HeaderName, HeaderValue};
 use ring::digest;
 use serde::{Deserialize, Serialize};
 
+use crate::chain::{X_GATEWAY_CALLBACK, X_GATEWAY_CALLBACKS};
 use crate::function::Function;
 
 /// Milliseconds since 1970.
@@ -165,10 +166,15 @@ impl Call {
         Self { id, ..self }
     }
 
-    /// The headers that the function is told: those that gateways and workers write for each other are not among them.
+    /// The headers that the function is told: those that gateways and workers write for each other are not among them,
+    /// but for the marks of a callback. A function that passes its request on must pass these on, too.
     pub fn function_headers(&self) -> HeaderMap {
         let mut headers = self.headers.clone();
-        let is_internal = |name: &&HeaderName| name.as_str().starts_with(INTERNAL);
+        let is_internal = |name: &&HeaderName| {
+            name.as_str().starts_with(INTERNAL)
+                && **name != X_GATEWAY_CALLBACK
+                && **name != X_GATEWAY_CALLBACKS
+        };
         let internal: Vec<HeaderName> = self.headers.keys().filter(is_internal).cloned().collect();
         for name in internal {
             headers.remove(name);
@@ -312,9 +318,10 @@ mod tests {
         for name in ["x-gateway-attempts", "x-gateway-of-tomorrow", "x-gatewayed"] {
             call.headers.append(name, HeaderValue::from_static("1"));
         }
+        call.headers.append(X_GATEWAY_CALLBACK, HeaderValue::from_static("1"));
         let headers = call.function_headers();
         let names: Vec<&str> = headers.keys().map(HeaderName::as_str).collect();
-        assert_eq!(names, ["x-a", "x-gatewayed"]);
+        assert_eq!(names, ["x-a", "x-gateway-callback", "x-gatewayed"]);
         assert_eq!(headers.get_all("x-a").iter().count(), 2);
     }
 
