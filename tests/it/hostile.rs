@@ -48,11 +48,6 @@ async fn exchange(address: SocketAddr, bytes: &[u8]) -> (Vec<u8>, bool) {
 
 /// What is wrong with `got`, where `expected` had to come.
 fn difference(side: &str, expected: &[Expected], got: &[Message]) -> Option<String> {
-    if let ([only], []) = (expected, got)
-        && only.partial
-    {
-        return None;
-    }
     if expected.len() != got.len() {
         let starts: Vec<&str> = got.iter().map(|message| message.start.as_str()).collect();
         return Some(format!("{side} got {starts:?}, not {} messages", expected.len()));
@@ -75,6 +70,13 @@ async fn check_request(gateway: &Gateway, upstream: &Upstream, row: &Row) -> Opt
     let heads = bytes.starts_with(b"HEAD ");
     let mut responses = messages(&received, heads);
     let mut requests = upstream.received().await;
+    // The gateway gives such requests up in the middle. Their end may be seen when the next rows are played.
+    if row.upstream.iter().all(|expected| !expected.partial) {
+        requests.retain(|request| request.whole);
+    } else if let Some(whole) = requests.iter().find(|request| request.whole && !is_after(request))
+    {
+        return Some(format!("the upstream got all of {whole:?}"));
+    }
     if row.end == End::Open {
         let last = responses.pop().map(|response| response.status());
         if last != Some(200) {
@@ -88,8 +90,15 @@ async fn check_request(gateway: &Gateway, upstream: &Upstream, row: &Row) -> Opt
             return Some(format!("the next request arrived as {last:?}"));
         }
     }
+    if row.upstream.iter().any(|expected| expected.partial) {
+        return difference("the client", &row.client, &responses);
+    }
     difference("the client", &row.client, &responses)
         .or_else(|| difference("the upstream", &row.upstream, &requests))
+}
+
+fn is_after(request: &Message) -> bool {
+    request.start == "GET /function/after HTTP/1.1"
 }
 
 async fn check_response(gateway: &Gateway, upstream: &Upstream, row: &Row) -> Option<String> {
