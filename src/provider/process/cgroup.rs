@@ -85,23 +85,19 @@ impl Cgroups {
     /// cgroup, but not without `unsafe`.
     pub(super) fn hold(self: &Arc<Self>, pid: u32) -> Option<Cgroup> {
         let held = self.take().and_then(|cgroup| {
-            let mut pids = vec![pid];
-            while let Some(pid) = pids.pop() {
-                cgroup.add(pid)?;
-                pids.extend(children(pid));
-            }
+            cgroup.add(pid)?;
             Ok(cgroup)
         });
-        match held {
-            Ok(cgroup) => Some(cgroup),
-            Err(error) => {
-                // One that has ended already is no reason to complain.
-                let ended = error.raw_os_error() == Some(rustix::io::Errno::SRCH.raw_os_error());
-                if !ended && !self.complained.swap(true, Relaxed) {
-                    tracing::warn!(%error, "A process cannot be put into a cgroup");
-                }
-                None
-            }
+        let held = held.inspect_err(|error| self.complain(error)).ok()?;
+        held.add_below(pid, children);
+        Some(held)
+    }
+
+    /// Logs the first failure to put a process into a cgroup. A process that has ended is no failure.
+    fn complain(&self, error: &io::Error) {
+        let ended = error.raw_os_error() == Some(rustix::io::Errno::SRCH.raw_os_error());
+        if !ended && !self.complained.swap(true, Relaxed) {
+            tracing::warn!(%error, "A process cannot be put into a cgroup");
         }
     }
 
@@ -143,6 +139,17 @@ impl Drop for Cgroups {
 impl Cgroup {
     fn add(&self, pid: u32) -> io::Result<()> {
         fs::write(self.path.join("cgroup.procs"), pid.to_string())
+    }
+
+    /// Adds all that `pid`, which is in here, had started before. Any of it may end meanwhile: that must not end `pid`.
+    fn add_below(&self, pid: u32, children: impl Fn(u32) -> Vec<u32>) {
+        let mut pids = children(pid);
+        while let Some(pid) = pids.pop() {
+            match self.add(pid) {
+                Ok(()) => pids.extend(children(pid)),
+                Err(error) => self.all.complain(&error),
+            }
+        }
     }
 
     /// Kills all that is in it.
@@ -237,7 +244,34 @@ fn remove(root: &Path) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::process::ExitStatusExt;
+
+    use rustix::process::{Pid, Signal, kill_process};
+
     use super::*;
+
+    #[tokio::test]
+    async fn a_process_outlives_those_that_it_started_before_it_was_put_there() {
+        let place = tempfile::tempdir().unwrap();
+        // Not every machine lets this process create cgroups.
+        let opened = Cgroups::open(place.path().join("cgroup"), "/usr/bin:/bin").await;
+        let Ok(cgroups) = opened else { return };
+        let start = |program: &str| {
+            let mut command = Command::new(program);
+            command.arg("1000").kill_on_drop(true).spawn().unwrap()
+        };
+        let (mut function, mut below) = (start("sleep"), start("true"));
+        let (pid, ended) = (function.id().unwrap(), below.id().unwrap());
+        below.wait().await.unwrap();
+
+        let held = cgroups.hold(pid).unwrap();
+        held.add_below(pid, |of| if of == pid { vec![ended] } else { Vec::new() });
+        let inside = fs::read_to_string(held.path.join("cgroup.procs")).unwrap();
+        assert_eq!(inside.trim(), pid.to_string());
+        // One that was killed would not get as far as this signal.
+        kill_process(Pid::from_raw(pid.cast_signed()).unwrap(), Signal::TERM).unwrap();
+        assert_eq!(function.wait().await.unwrap().signal(), Some(Signal::TERM.as_raw()));
+    }
 
     #[test]
     fn cgroups_are_created_below_this_processes_own_as_it_is_mounted() {
