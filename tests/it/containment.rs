@@ -5,7 +5,7 @@ use crate::support::eventually;
 use crate::support::place::{Place, Up};
 
 /// Each leaves a process that writes its id to the file `pid`, and is in a session of its own.
-const LEAVERS: [(&str, &str); 4] = [
+const LEAVERS: [(&str, &str); 5] = [
     // Its parent has ended before it.
     ("orphan", "(setsid sh leave.sh >&- 2>&- <&- &); until [ -s pid ]; do :; done; echo ok"),
     // Its parent is the function.
@@ -15,13 +15,34 @@ const LEAVERS: [(&str, &str); 4] = [
         "bare",
         "(env -i /usr/bin/setsid /bin/sh leave.sh >&- 2>&- <&- &); until [ -s pid ]; do :; done; echo ok",
     ),
+    // Its first thread has ended.
+    ("thread", "(setsid python3 leave.py >&- 2>&- <&- &); until [ -s pid ]; do :; done; echo ok"),
     // It holds the output open.
     ("open", "(setsid sh leave.sh &); until [ -s pid ]; do :; done; echo ok"),
 ];
 const LEAVE: &str = "echo $$ > pid; exec /bin/sleep 1000";
+const LEAVE_AS_THREAD: &str = r#"
+import ctypes, os, threading, time
+def stay():
+    while open("/proc/self/stat").read().rsplit(") ", 1)[1][0] != "Z":
+        time.sleep(0.001)
+    with open("pid", "w") as file:
+        file.write(f"{os.getpid()}\n")
+    time.sleep(1000)
+threading.Thread(target=stay).start()
+ctypes.CDLL(None).pthread_exit(None)
+"#;
+/// Ends its call when what it has started has been frozen.
+const STUCK: &str = "functions:
+  stuck:
+    fprocess: sh -c '(setsid sh leave.sh >&- 2>&- <&- &); until [ -e frozen ]; do :; done; echo ok'
+  other:
+    fprocess: cat
+";
 
 fn stack(place: &Place) -> String {
     std::fs::write(place.path("leave.sh"), LEAVE).unwrap();
+    std::fs::write(place.path("leave.py"), LEAVE_AS_THREAD).unwrap();
     let mut stack = "functions:\n".to_owned();
     for (name, script) in LEAVERS {
         stack += &format!("  {name}:\n    fprocess: sh -c '{script}'\n");
@@ -56,8 +77,15 @@ fn stat(pid: u32) -> Option<(String, u32)> {
     Some((fields.next()?.to_owned(), fields.next()?.parse().ok()?))
 }
 
+/// Whether any thread of a process runs: the process itself looks ended once its first thread has.
+fn runs(pid: u32) -> bool {
+    let threads = std::fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten();
+    let stats = threads.filter_map(|it| std::fs::read_to_string(it.ok()?.path().join("stat")).ok());
+    stats.filter_map(|stat| stat.rsplit(") ").next()?.chars().next()).any(|state| state != 'Z')
+}
+
 async fn gone(pid: u32) {
-    eventually("it is gone", async || stat(pid).is_none_or(|(state, _)| state == "Z")).await;
+    eventually("it is gone", async || !runs(pid)).await;
 }
 
 /// Children of `parent` that have ended and nobody has waited for.
@@ -107,4 +135,58 @@ async fn nothing_outlives_its_call_where_there_are_none() {
     let told = place.log();
     assert!(told.contains("ended by this process, which adopts it"), "{told}");
     nothing_outlives_its_call(&place, up).await;
+}
+
+/// A cgroup in which the kernel holds processes so that they cannot even be killed.
+struct Freezer(std::path::PathBuf);
+
+impl Freezer {
+    /// `None` where there is none: it takes cgroups of version 1.
+    fn new() -> Option<Self> {
+        let name = format!("gateway-test-{}", std::process::id());
+        let path = std::path::Path::new("/sys/fs/cgroup/freezer").join(name);
+        std::fs::create_dir(&path).ok()?;
+        Some(Self(path))
+    }
+
+    fn freeze(&self, pid: u32) {
+        std::fs::write(self.0.join("cgroup.procs"), pid.to_string()).unwrap();
+        std::fs::write(self.0.join("freezer.state"), "FROZEN").unwrap();
+    }
+
+    fn thaw(&self) {
+        std::fs::write(self.0.join("freezer.state"), "THAWED").unwrap();
+    }
+}
+
+impl Drop for Freezer {
+    fn drop(&mut self) {
+        self.thaw();
+        // What was in there takes a moment to end.
+        for _ in 0..1000 {
+            if std::fs::remove_dir(&self.0).is_ok() {
+                return;
+            }
+            std::thread::sleep(std::time::Duration::from_millis(5));
+        }
+    }
+}
+
+#[tokio::test]
+async fn what_does_not_end_holds_up_no_other_call() {
+    let place = Place::new();
+    let Some(freezer) = Freezer::new() else { return };
+    std::fs::write(place.path("leave.sh"), LEAVE).unwrap();
+    let up = place.up_without_cgroups(STUCK).await;
+    let warnings = || place.log().matches("What a function has started does not end").count();
+    let freeze = async {
+        freezer.freeze(left(&place).await);
+        std::fs::write(place.path("frozen"), "").unwrap();
+    };
+    let (answer, ()) = tokio::join!(up.post("/function/stuck", ""), freeze);
+    assert_eq!((answer.text(), warnings()), ("ok\n", 1));
+    let answer = up.post("/function/other", "hello").await;
+    assert_eq!((answer.text(), warnings()), ("hello", 1));
+    drop(freezer);
+    up.terminated().await;
 }

@@ -113,24 +113,21 @@ impl Descendants {
         }
     }
 
-    /// Buries orphans that have ended, and kills those whose call has. How many it has killed.
-    fn sweep(&self) -> usize {
+    /// Buries orphans that have ended, and kills those whose call has. Returns the marks of the latter.
+    fn sweep(&self) -> Vec<Option<u64>> {
         let _looking = lock(&self.looking);
-        let mut doomed = Vec::new();
+        let (mut doomed, mut marks) = (Vec::new(), Vec::new());
         let orphans = self.orphans();
         let mut known = lock(&self.known);
         let live = known.started.values().filter(|started| !started.is_over);
         let live: BTreeSet<u64> = live.map(|started| started.mark).collect();
         let mut unmarked = BTreeMap::new();
         for orphan in &orphans {
-            if orphan.is_zombie {
-                // Nobody else waits for it: it was not started here.
-                if let Some(pid) = Pid::from_raw(orphan.pid) {
-                    let _ = waitpid(Some(pid), WaitOptions::NOHANG);
-                }
+            if orphan.is_zombie && is_buried(orphan.pid) {
                 continue;
             }
-            let is_over = match mark_of(orphan.pid) {
+            let mark = mark_of(orphan.pid);
+            let is_over = match mark {
                 Some(mark) => !live.contains(&mark),
                 None => {
                     let name = (orphan.pid, orphan.started);
@@ -145,13 +142,14 @@ impl Descendants {
             };
             if is_over {
                 doomed.push(orphan.pid);
+                marks.push(mark);
             }
         }
         // Of the others, none is there any more.
         known.unmarked = unmarked;
         drop(known);
         if doomed.is_empty() {
-            return 0;
+            return marks;
         }
         // With all below them, which would be adopted only when they have ended.
         let all = procfs::all();
@@ -164,7 +162,7 @@ impl Descendants {
             // It may have ended since; that is as good.
             let _ = kill_process(pid, Signal::KILL);
         }
-        doomed.len()
+        marks
     }
 
     /// This process's children that it has not started.
@@ -180,6 +178,13 @@ impl Descendants {
             |stat: &Stat| stat.parent == self.own && !known.started.contains_key(&stat.pid);
         children.into_iter().filter(is_orphan).collect()
     }
+}
+
+/// Takes the exit status of an orphan, which nobody else waits for: it was not started here. `false`: its first thread
+/// alone has ended, which looks the same.
+fn is_buried(pid: i32) -> bool {
+    let waited = Pid::from_raw(pid).map(|pid| waitpid(Some(pid), WaitOptions::NOHANG));
+    !matches!(waited, Some(Ok(None)))
 }
 
 /// The mark that a process has inherited.
@@ -202,8 +207,10 @@ impl Marked {
     /// The process has been waited for: kills what it has left, and waits until that is gone.
     pub(super) async fn ended(&self) {
         self.forget();
+        // One without a mark may be its own. One of another call may be stuck, which is not waited for here.
+        let may_be_own = |mark: &Option<u64>| mark.is_none_or(|mark| mark == self.mark);
         let emptied = async {
-            while self.all.sweep() > 0 {
+            while self.all.sweep().iter().any(may_be_own) {
                 sleep(LOOK_AGAIN).await;
             }
         };
