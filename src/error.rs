@@ -38,7 +38,7 @@ pub enum Error {
     LineFull(Function),
     #[error("function {0} is not ready: {1}")]
     NotReady(Function, String),
-    /// What its processes have said is for operators alone: see [`Error::for_operators`].
+    /// What its processes have said is for operators alone: see `Error::for_operators`.
     #[error("function {0} does not start")]
     DoesNotStart(Function, Arc<StartFailure>),
     #[error(
