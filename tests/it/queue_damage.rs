@@ -238,7 +238,25 @@ async fn a_damaged_call_is_set_aside_and_the_others_are_executed() {
             == serde_json::json!(["queue: damaged calls set aside"])
     })
     .await;
-    assert_eq!(gateway.queue("echo", &[], "next....").await.status(), 202);
+    let next = gateway.queued("echo", &[], "next....").await;
+    gateway.becomes(&next, "succeeded").await;
+    // It can be cancelled, is not complained of any more, and the others are counted rightly.
+    open.send_replace(false);
+    assert_eq!(gateway.cancel(&damaged).await.status(), 204);
+    assert_eq!(gateway.state(&damaged).await["state"], "cancelled");
+    for _ in 0..2 {
+        gateway.queued("echo", &[], "counted.").await;
+    }
+    eventually("one runs, and one waits", async || {
+        let queue = &gateway.get("/system/queues").await.json()[0];
+        (&queue["running"], &queue["pending"]) == (&1.into(), &1.into())
+    })
+    .await;
+    eventually("readiness is content", async || {
+        gateway.get("/_/ready").await.json()["degraded"] == serde_json::json!([])
+    })
+    .await;
+    open.send_replace(true);
 }
 
 /// Overwrites each block of the file but the first with noise.

@@ -184,7 +184,8 @@ impl Waiting {
     /// Takes a waiting call out; `false` if it runs.
     pub(super) fn withdraw(&mut self, number: Number, status: &Status) -> bool {
         let waits = !self.running.contains_key(&number);
-        if waits {
+        // One that was set aside is in no line.
+        if waits && !self.damaged.contains(&number) {
             let line = self.schedule.line(&status.function);
             self.schedule.drop_waiting(line, number, self.due(number, status));
         }
@@ -193,6 +194,9 @@ impl Waiting {
 
     /// A call that was taken out waits again.
     pub(super) fn restore(&mut self, number: Number, status: &Status) {
+        if self.damaged.contains(&number) {
+            return;
+        }
         let line = self.schedule.line(&status.function);
         self.schedule.restore(line, number, self.due(number, status));
     }
@@ -257,9 +261,10 @@ impl Waiting {
         self.noted.contains(&number)
     }
 
-    /// Nothing is noted any more of a call that waits.
+    /// A call that waited, or was set aside, is cancelled or removed.
     pub(super) fn forget(&mut self, number: Number) {
         self.noted.remove(&number);
+        self.damaged.remove(&number);
     }
 
     /// A dead call of the function called `label` is dead no more.
