@@ -77,11 +77,14 @@ async fn store(shared: &Shared, key: Key, at: Millis, arrived: &mut Arrived) -> 
     let Arrived { call, progress } = arrived;
     let to = shared.channel(Channel::later(at.saturating_sub(now())));
     let stored = async {
-        if once::claim(shared, key, once::step(shared, call, progress)).await? {
+        let step = once::step(shared, call, progress);
+        if once::claim(shared, key, step).await? {
             // It may be stored though nobody confirms it. Then this message and that one are duplicates of each other.
             progress.moves = progress.moves.saturating_add(1);
             let moved = Progress { not_before: Some(at), ..progress.clone() };
             shared.worker.publish_patiently(to, message::encode(call, &moved)).await?;
+            // If the acknowledgement is lost, the call is not executed here when its time has come.
+            shared.once.is_over(step);
         }
         Ok(())
     };

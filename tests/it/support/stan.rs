@@ -156,6 +156,11 @@ impl Stan {
         messages.map(|(data, _)| serde_json::from_slice(data).unwrap()).collect()
     }
 
+    /// How many messages were ever stored in `channel`.
+    pub(crate) fn stored(&self, channel: &str) -> usize {
+        self.store().channels.get(channel).map_or(0, Vec::len)
+    }
+
     /// How often messages of `channel` were sent to workers, and how many are not acknowledged.
     pub(crate) fn sent(&self, channel: &str) -> (usize, usize) {
         let store = self.store();
