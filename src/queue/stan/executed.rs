@@ -14,6 +14,9 @@ use crate::queue::stan::ledger::Key;
 
 /// For how long an execution is remembered.
 pub(super) const REMEMBERED: Millis = 3_600_000;
+/// However far apart the clocks of the server and of this machine are, an execution is remembered for this time at least:
+/// a claim that was forgotten before its call is executed would be written again and again.
+const LEAST: Millis = 120_000;
 /// Executions that are remembered, some 50 bytes each; the oldest are forgotten first.
 const MOST: usize = 900_000;
 /// The first byte of a message of the log.
@@ -102,9 +105,10 @@ pub(super) struct Executed {
 }
 
 impl Executed {
-    /// Notes a record that was written at the time `at`.
-    pub(super) fn apply(&mut self, record: Record, at: Millis) {
+    /// Notes a record that is read at the time `now`, and was written at the time `at` of another clock.
+    pub(super) fn apply(&mut self, record: Record, at: Millis, now: Millis) {
         use std::collections::hash_map::Entry;
+        let at = at.clamp(now.saturating_sub(REMEMBERED - LEAST), now);
         match self.steps.entry(record.step.0) {
             Entry::Vacant(entry) => {
                 entry.insert(record.owner);
@@ -175,18 +179,32 @@ mod tests {
     fn the_first_claim_of_a_step_holds_until_an_hour_has_passed() {
         let (mut it, one) = (Executed::default(), step("a", "x", 0, 0));
         assert_eq!(it.claimed(one, owner(1)), Claimed::NotYet);
-        it.apply(Record { step: one, owner: owner(1) }, 5000);
-        it.apply(Record { step: one, owner: owner(2) }, 6000);
+        it.apply(Record { step: one, owner: owner(1) }, 5000, 5000);
+        it.apply(Record { step: one, owner: owner(2) }, 6000, 6000);
         assert_eq!(it.claimed(one, owner(1)), Claimed::ByThis);
         assert_eq!(it.claimed(one, owner(2)), Claimed::ByAnother);
         // A message whose step is over is not executed again, either.
-        it.apply(Record { step: one, owner: Owner::NOBODY }, 7000);
+        it.apply(Record { step: one, owner: Owner::NOBODY }, 7000, 7000);
         assert_eq!(it.claimed(one, owner(1)), Claimed::ByAnother);
         it.expire(5000 + REMEMBERED);
         assert_eq!(it.claimed(one, owner(1)), Claimed::ByAnother);
         it.expire(6000 + REMEMBERED);
         assert_eq!(it.claimed(one, owner(1)), Claimed::NotYet);
         assert!(it.steps.is_empty() && it.order.is_empty());
+    }
+
+    #[test]
+    fn clocks_that_differ_neither_lose_a_claim_nor_keep_it_for_ever() {
+        let one = step("a", "x", 0, 0);
+        let now = 10 * REMEMBERED;
+        for at in [0, now - 2 * REMEMBERED, now, now + 5 * REMEMBERED] {
+            let mut it = Executed::default();
+            it.apply(Record { step: one, owner: owner(1) }, at, now);
+            it.expire(now + LEAST);
+            assert_eq!(it.claimed(one, owner(1)), Claimed::ByThis, "{at}");
+            it.expire(now + REMEMBERED + 1000);
+            assert_eq!(it.claimed(one, owner(1)), Claimed::NotYet, "{at}");
+        }
     }
 
     #[test]
@@ -204,7 +222,7 @@ mod tests {
         let mut it = Executed::default();
         let step = |number: u128| Step(number.to_be_bytes());
         for number in 0..=MOST as u128 {
-            it.apply(Record { step: step(number), owner: owner(1) }, 1);
+            it.apply(Record { step: step(number), owner: owner(1) }, 1, 1);
         }
         assert_eq!((it.steps.len(), it.order.len()), (MOST, MOST));
         assert_eq!(it.claimed(step(0), owner(1)), Claimed::NotYet);

@@ -92,8 +92,8 @@ impl Once {
     pub(super) fn is_over(&self, step: Step) {
         let mut state = self.state();
         if !state.refused {
-            let record = Record { step, owner: Owner::NOBODY };
-            state.executed.apply(record, now());
+            let (record, now) = (Record { step, owner: Owner::NOBODY }, now());
+            state.executed.apply(record, now, now);
             state.ends.push(record);
             let surplus = state.ends.len().saturating_sub(MOST_ENDS);
             state.ends.drain(..surplus);
@@ -318,10 +318,10 @@ async fn read(shared: &Shared, mut deliveries: async_nats::Subscriber, acks: &st
             _ => {
                 seen = Some((seen.map_or(sequence, |(first, _)| first), sequence));
                 let at = Millis::try_from(timestamp / 1_000_000).unwrap_or_default();
-                let mut state = shared.once.state();
-                state.executed.expire(now());
+                let (mut state, now) = (shared.once.state(), now());
+                state.executed.expire(now);
                 for record in executed::decode(&data) {
-                    state.executed.apply(record, at);
+                    state.executed.apply(record, at, now);
                     state.wake(record.step);
                 }
             }
