@@ -274,6 +274,13 @@ impl Watch {
         self.stalled_until.store(NEVER, Relaxed);
     }
 
+    /// The connection has changed protocols. What comes and goes is passed on as the body of a call is: nothing in it is
+    /// a head, however it looks.
+    pub fn protocol_changed(&self) {
+        self.stage.store(Stage::Call as u8, Relaxed);
+        self.set_body(BodyState::InUse);
+    }
+
     /// What the connection waits for while no request is under way, and since when: a head, or the rest of one.
     pub fn waits_since(&self) -> Option<(Stage, Instant)> {
         let stage = self.stage();

@@ -131,7 +131,9 @@ where
     /// Takes the connection from hyper, which has ended. It may not have taken the head of a request, or not have read
     /// all of its body.
     fn hyper_ended(&mut self, error: Option<&hyper::Error>) {
-        let Some((mut stream, service, unparsed)) = self.take_from_hyper() else { return };
+        let Some((mut stream, service, unparsed)) = self.take_from_hyper() else {
+            return self.caller.watch.protocol_changed();
+        };
         let refused = error.filter(|error| stream.takes_refusal(error));
         match refused.map(|error| Outcome::of(error, &unparsed)) {
             Some(Outcome::Corrected(head)) => {

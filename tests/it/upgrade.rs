@@ -46,6 +46,24 @@ async fn bytes_pass_both_ways_after_it() {
 }
 
 #[tokio::test]
+async fn what_looks_like_http_passes_through_it_as_it_is() {
+    let mut provider = Provider::by_hand();
+    let gateway = Gateway::before(&provider).await;
+    let (mut caller, mut call) = open(&gateway, &mut provider).await;
+    // More lines than most heads have, and a response in one piece.
+    let lines = "GET / HTTP/1.1\r\n".repeat(1000);
+    for turn in 0..3 {
+        caller.send(format!("{lines}ask {turn};")).await;
+        for _ in 0..1000 {
+            call.wire.until("GET / HTTP/1.1\r\n").await;
+        }
+        call.wire.until(&format!("ask {turn};")).await;
+        call.wire.send(format!("HTTP/1.1 400 say {turn};")).await;
+        caller.until(&format!("HTTP/1.1 400 say {turn};")).await;
+    }
+}
+
+#[tokio::test]
 async fn it_ends_when_the_caller_leaves() {
     let mut provider = Provider::by_hand();
     let gateway = Gateway::before(&provider).await;
