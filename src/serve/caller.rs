@@ -88,6 +88,8 @@ pub struct CallerStream {
     unread: Bytes,
     /// Lines of the head that is being read, so far.
     lines: usize,
+    /// The head that is being read is that of a HEAD request, as far as its first piece shows.
+    is_head: bool,
     /// Whether hyper has been given room for as many headers as are allowed.
     roomy: bool,
     /// Written before anything of hyper's.
@@ -125,6 +127,9 @@ const ONE_READ: usize = 8 << 10;
 /// Answers of up to this size are written from one piece.
 const SMALL: usize = 1 << 10;
 
+/// How a HEAD request begins.
+pub(super) const HEAD: &[u8] = b"HEAD ";
+
 /// Heads with fewer lines fit the room that hyper has on its stack. To make room for more costs every head an eighth
 /// of what its whole call does, so it is made when it is needed.
 const FEW_LINES: usize = 100;
@@ -150,6 +155,7 @@ impl CallerStream {
             tcp: tcp.take(READ_AT_ONCE),
             unread: Bytes::new(),
             lines: 0,
+            is_head: false,
             roomy: false,
             output: Bytes::new(),
             writing: false,
@@ -173,6 +179,11 @@ impl CallerStream {
     /// hyper has room for as many headers as are allowed.
     pub(super) fn has_room(&mut self) {
         self.roomy = true;
+    }
+
+    /// Whether the head that came last is that of a HEAD request.
+    pub(super) fn head_is_of_head(&self) -> bool {
+        self.is_head
     }
 
     /// Has `bytes` written before anything of hyper's.
@@ -244,6 +255,7 @@ impl CallerStream {
     fn admit(&mut self, read: &[u8]) -> bool {
         if self.watch.stage() == Stage::Idle {
             self.head_begins(0);
+            self.is_head = read.starts_with(HEAD);
         }
         self.lines += lines(read);
         self.head += read.len();

@@ -15,7 +15,7 @@ use tokio::time::Sleep;
 use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
 
 use crate::echo::OwnWakes;
-use crate::serve::caller::{Caller, CallerStream};
+use crate::serve::caller::{Caller, CallerStream, HEAD};
 use crate::serve::linger::Linger;
 use crate::serve::refusal::{self, HeadError, Outcome};
 use crate::serve::register::Seated;
@@ -141,8 +141,7 @@ where
                 self.http = Http::Resting(stream, service);
             }
             Some(Outcome::Refused(error)) => {
-                stream.write_first(&refusal::response(error));
-                self.linger(stream);
+                self.refuse(stream, error, &unparsed);
             }
             None if self.caller.watch.body_state() != BodyState::Read => self.linger(stream),
             None => {}
@@ -154,6 +153,13 @@ where
         let Http::Awake(http) = std::mem::replace(&mut self.http, Http::Over) else { return None };
         let parts = http.into_parts()?;
         Some((parts.io.into_inner(), parts.service, parts.read_buf))
+    }
+
+    /// Refuses a head, of which hyper has left `unparsed`, and closes the connection.
+    fn refuse(&mut self, mut stream: CallerStream, error: HeadError, unparsed: &[u8]) {
+        let is_head = stream.head_is_of_head() || unparsed.starts_with(HEAD);
+        stream.write_first(&refusal::response(error, is_head));
+        self.linger(stream);
     }
 
     /// Closes the connection in a way that lets a client that still sends read its response.
@@ -238,9 +244,8 @@ where
         }
         if watch.takes(Note::Refuse) && watch.stage() == Stage::Head {
             tracing::debug!(caller = %self.caller.address, "An incomplete head is refused");
-            if let Some((mut stream, ..)) = self.take_from_hyper() {
-                stream.write_first(&refusal::response(HeadError::OutOfMemory));
-                self.linger(stream);
+            if let Some((stream, _, unparsed)) = self.take_from_hyper() {
+                self.refuse(stream, HeadError::OutOfMemory, &unparsed);
             }
             self.seat.0.heads.end(&self.seat.0);
             return true;

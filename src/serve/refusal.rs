@@ -120,8 +120,8 @@ fn too_large(unparsed: &[u8]) -> HeadError {
     }
 }
 
-/// The whole response that says so.
-pub(super) fn response(error: HeadError) -> Bytes {
+/// The whole response that says so; in reply to HEAD (`to_head`) without its body (RFC 9110, 9.3.2).
+pub(super) fn response(error: HeadError, to_head: bool) -> Bytes {
     let (head, body) = Error::Head(error).answer(None).into_parts();
     let reason = head.status.canonical_reason().unwrap_or_default();
     let date = httpdate::fmt_http_date(SystemTime::now());
@@ -134,7 +134,9 @@ pub(super) fn response(error: HeadError) -> Bytes {
     }
     let length = body.len();
     text.extend_from_slice(format!("content-length: {length}\r\ndate: {date}\r\n\r\n").as_bytes());
-    text.extend_from_slice(body.as_bytes());
+    if !to_head {
+        text.extend_from_slice(body.as_bytes());
+    }
     text.into()
 }
 
@@ -186,7 +188,7 @@ mod tests {
 
     #[test]
     fn a_response_is_whole_and_closes() {
-        let text = response(HeadError::Method);
+        let text = response(HeadError::Method, false);
         let text = std::str::from_utf8(&text).unwrap();
         let (head, body) = text.split_once("\r\n\r\n").unwrap();
         assert!(head.starts_with("HTTP/1.1 400 Bad Request\r\n"), "{head}");

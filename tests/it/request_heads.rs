@@ -79,6 +79,26 @@ async fn a_head_that_cannot_be_read_is_answered_with_what_is_wrong() {
 }
 
 #[tokio::test]
+async fn the_refusal_of_a_head_request_has_no_body() {
+    let provider = Provider::saying("called");
+    let gateway = Gateway::before(&provider).await;
+    let many = "X-Many: 1\r\n".repeat(300);
+    for (start, lines, expect) in [
+        ("HEAD /function/echo HTTP/1.1", "Host : g", 400),
+        ("HEAD /function/echo HTTP/1.1", "Host: g\r\nContent-Length: x", 400),
+        ("HEAD /function/echo HTTP/1.1", "Host: g\r\nTransfer-Encoding: gzip", 400),
+        ("HEAD /function/echo HTTP/2.0", "Host: g", 505),
+        ("HEAD /function/echo HTTP/1.1", &format!("Host: g\r\n{many}A: b"), 431),
+    ] {
+        let mut client = gateway.connect().await;
+        client.send(format!("{start}\r\n{lines}\r\n\r\n")).await;
+        let head = client.head().await;
+        assert_eq!((head.status(), head.header("connection")), (expect, Some("close")), "{lines}");
+        assert_eq!(client.closed().await, b"", "{start}\r\n{lines}");
+    }
+}
+
+#[tokio::test]
 async fn a_response_that_looks_like_a_refusal_passes_as_it_is() {
     let mut provider = Provider::by_hand();
     let gateway = Gateway::before(&provider).await;

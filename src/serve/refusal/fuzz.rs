@@ -12,7 +12,7 @@ pub(crate) fn refused_head(data: &[u8]) {
             assert!(matches!(Outcome::of_version(&corrected), Outcome::Refused(_)));
         }
         Outcome::Refused(error) => {
-            let response = response(error);
+            let response = response(error, false);
             assert!(response.starts_with(b"HTTP/1.1 4") || response.starts_with(b"HTTP/1.1 5"));
         }
     }
