@@ -192,6 +192,22 @@ async fn a_function_waits_for_its_secrets_and_the_rest_starts() {
 }
 
 #[tokio::test]
+async fn a_change_that_waits_for_a_secret_is_forgotten_when_the_file_takes_it_back() {
+    let directory = TempDir::new().unwrap();
+    let late = |name: &str| format!("  {name}: {{fprocess: echo two, secrets: [late]}}\n");
+    let first = stack(&[("a", "echo one")]);
+    let up = Up::start(directory.path(), &first, &[]).await;
+    up.write(&format!("functions:\n{}", late("a")));
+    up.says("is not deployed before its secrets exist").await;
+    // The other function is deployed after this one, and shows that the secret was seen.
+    up.write(&format!("{}{}", stack(&[("a", "echo one"), ("b", "echo one")]), late("c")));
+    up.answers("b", "one\n").await;
+    up.secret("late", "s").await;
+    up.answers("c", "two\n").await;
+    assert_eq!(up.call("a").await, "one\n");
+}
+
+#[tokio::test]
 async fn what_the_file_lost_while_nothing_ran_is_removed_and_the_rest_is_kept() {
     let directory = TempDir::new().unwrap();
     let both = stack(&[("a", "echo one"), ("b", "echo one")]);

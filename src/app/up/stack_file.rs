@@ -147,7 +147,11 @@ impl<'a> StackFile<'a> {
             tracing::warn!(function = %name, "Function {name} stays as it is, because of what is wrong with it in the stack file");
         }
         for function in &stack.functions {
-            if self.deployed.get(&named(function)) != Some(function) {
+            let name = named(function);
+            if self.deployed.get(&name) == Some(function) {
+                // Another version may have waited for secrets.
+                self.waiting.remove(&name);
+            } else {
                 self.change(function).await;
             }
         }
