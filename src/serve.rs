@@ -30,7 +30,7 @@ use crate::serve::caller::{Caller, CallerStream};
 use crate::serve::connection::Connection;
 use crate::serve::heads::Heads;
 use crate::serve::pacing::Pacing;
-use crate::serve::register::{Register, Seated};
+use crate::serve::register::{Leaving, Register, Seated};
 use crate::shutdown::Stages;
 
 /// How long to wait before accepting again when the process is out of files or memory.
@@ -169,8 +169,12 @@ impl Server {
             return Some(permit);
         }
         let mut waiting = pin!(Arc::clone(&self.connections).acquire_owned());
+        let mut leaving = None::<Leaving>;
         loop {
-            self.register.make_room();
+            // One connection for one place: another is closed only if the first does not end.
+            if !leaving.as_ref().is_some_and(Leaving::is_expected) {
+                leaving = self.register.make_room();
+            }
             // Cancel-safe: the place in the line is kept outside.
             tokio::select! {
                 permit = &mut waiting => return permit.ok(),

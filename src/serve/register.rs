@@ -33,6 +33,24 @@ struct Candidate {
     since: Instant,
 }
 
+/// A connection that was told to close.
+#[derive(Debug)]
+pub(super) struct Leaving {
+    shard: Arc<Shard>,
+    key: u64,
+    told: Instant,
+}
+
+impl Leaving {
+    /// How long the task of a connection may take to heed what it was told, on a busy machine.
+    const PATIENCE: Duration = Duration::from_secs(1);
+
+    /// Whether the connection is open still, and may be expected to close.
+    pub(super) fn is_expected(&self) -> bool {
+        self.told.elapsed() < Self::PATIENCE && self.shard.lock().open.contains_key(&self.key)
+    }
+}
+
 /// The connections of one thread.
 #[derive(Debug, Default)]
 pub(super) struct Shard(Mutex<Connections>);
@@ -81,7 +99,8 @@ impl Register {
     }
 
     /// Has the connection closed that has been idle longest; without one, that whose head takes longest to come.
-    pub(super) fn make_room(&self) {
+    /// Returns that connection, which ends when its task runs next.
+    pub(super) fn make_room(&self) -> Option<Leaving> {
         let mut candidates = lock(&self.candidates);
         for looked in [false, true] {
             if looked {
@@ -89,10 +108,12 @@ impl Register {
             }
             while let Some(candidate) = candidates.pop() {
                 if candidate.close() {
-                    return;
+                    let Candidate { shard, key, .. } = candidate;
+                    return Some(Leaving { shard, key, told: Instant::now() });
                 }
             }
         }
+        None
     }
 
     fn look(&self, now: Instant) -> Vec<Candidate> {

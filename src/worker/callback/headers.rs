@@ -46,12 +46,22 @@ static NOT_COPIED: [HeaderName; 17] = [
 ];
 
 /// The same by the beginnings of their names.
-const NOT_COPIED_FAMILIES: [&str; 6] =
-    ["x-forwarded-", "x-gateway-", "x-http-method", "x-real-", "sec-", "webhook-"];
+const NOT_COPIED_FAMILIES: [&str; 8] = [
+    "x-forwarded-",
+    "x-gateway-",
+    "x-http-method",
+    "x-original-",
+    "x-real-",
+    "x-rewrite-",
+    "sec-",
+    "webhook-",
+];
 
 fn is_copied(name: &HeaderName) -> bool {
-    !NOT_COPIED.contains(name)
-        && !NOT_COPIED_FAMILIES.iter().any(|start| name.as_str().starts_with(start))
+    // Servers that map names to variables read all of these alike.
+    let plain = name.as_str().replace(['_', '.'], "-");
+    !NOT_COPIED.iter().any(|one| one.as_str() == plain)
+        && !NOT_COPIED_FAMILIES.iter().any(|start| plain.starts_with(start))
 }
 
 /// The headers of a callback to `target`, but for its signature.
@@ -105,6 +115,9 @@ mod tests {
             "x-http-method-override",
             "sec-fetch-site",
             "webhook-signature",
+            "x_callback_url",
+            "x.forwarded_host",
+            "x-rewrite-url",
         ] {
             assert!(!is_copied(&HeaderName::from_static(name)), "{name}");
         }

@@ -54,6 +54,19 @@ impl NatsStreaming {
     /// Has the server stand still; its connections stay.
     pub(crate) fn freeze(&self) {
         self.signal(Signal::STOP);
+        // The signal has been sent when `kill` returns, but each thread stops when it is next scheduled.
+        let tasks = format!("/proc/{}/task", self.process.id());
+        let all_stopped = || {
+            std::fs::read_dir(&tasks).unwrap().flatten().all(|task| {
+                let stat = std::fs::read_to_string(task.path().join("stat")).unwrap_or_default();
+                stat.rsplit(") ").next().is_some_and(|rest| rest.starts_with('T'))
+            })
+        };
+        let deadline = std::time::Instant::now() + std::time::Duration::from_secs(10);
+        while !all_stopped() {
+            assert!(std::time::Instant::now() < deadline, "the server does not stop");
+            std::thread::yield_now();
+        }
     }
 
     /// Has it go on.
