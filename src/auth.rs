@@ -89,7 +89,7 @@ impl Credentials {
         self.pairs.load().admit_recent(&given, Instant::now())
     }
 
-    /// Has the next request to the provider try the current credentials first, whatever it accepted before.
+    /// Has the next request to the provider try the current credentials first, also where it has accepted others.
     pub fn prefer_current(&self) {
         self.update(|pairs| pairs.accepted(pairs.current()));
     }

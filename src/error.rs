@@ -163,7 +163,7 @@ impl Error {
         self.answer_to(call_id, false)
     }
 
-    /// The answer; `call_id` is named where there is one. `operator`: whoever gets it may know everything.
+    /// The answer; `call_id` is named where there is one. `operator`: the client may know everything.
     pub fn answer_to(&self, call_id: Option<&HeaderValue>, operator: bool) -> Response<String> {
         let status = self.status();
         let call_id = call_id.and_then(|id| id.to_str().ok());

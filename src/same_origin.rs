@@ -69,7 +69,7 @@ pub fn guard_queued(headers: &HeaderMap, names: Names) -> Result<(), &'static st
 }
 
 /// Whether a page may make such a request of the API: it may read, and do what the page under `/ui/` does. A page that a
-/// function has answered with is of the same origin, and what it contains may be somebody else's.
+/// function has answered with is of the same origin, and its content may come from another party.
 fn is_for_pages(method: &Method, path: &str) -> bool {
     method.is_safe() || path.starts_with("/system/calls/")
 }

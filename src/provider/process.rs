@@ -156,7 +156,7 @@ impl Process {
         .await
     }
 
-    /// Deploys a function, unless it is deployed in just this way already: then it is left alone, whatever it is doing.
+    /// Deploys a function, unless it is deployed in exactly this way already: then it is left alone, also while it starts or stops.
     /// Returns whether anything has changed.
     ///
     /// # Errors

@@ -93,7 +93,7 @@ mod tests {
             (503, false, false, Ending::Answered(status(503)), true),
             (503, true, false, Ending::Internal(status(503)), false),
             (404, true, false, Ending::Internal(status(404)), false),
-            // A success is no error of the provider's, whatever it carries.
+            // A success is not an error of the provider, even if it has the header.
             (200, true, false, Ending::Answered(status(200)), true),
             (101, false, true, Ending::Answered(status(101)), true),
             (101, false, false, Ending::Unasked, false),

@@ -98,7 +98,7 @@ fn take_authority<B>(request: &mut Request<B>) -> Result<(), Early> {
     Ok(())
 }
 
-/// OPTIONS may concern the gateway, or be forwarded so many times only (RFC 9110, 7.6.2).
+/// OPTIONS may concern the gateway itself, or limit how often it is forwarded (RFC 9110, 7.6.2).
 fn check_options<B>(request: &mut Request<B>) -> Result<(), Early> {
     let path = request.uri().path();
     if path == "*" {

@@ -21,7 +21,7 @@ pub(super) struct Node {
 pub(super) enum Value {
     /// Nothing, `~` or `null`.
     Null,
-    /// Any other scalar, as it is written: a variable's value is text, whatever it looks like.
+    /// Any other scalar, as it is written: a variable's value is text, even if it looks like a number.
     Text(String),
     List(Vec<Rc<Node>>),
     /// In the order of the file; the same key may come twice.

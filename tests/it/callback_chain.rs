@@ -147,7 +147,7 @@ async fn a_chain_of_callbacks_ends() {
     assert_eq!(eighth.head.header("x-gateway-callbacks"), Some("8"));
     eighth.answer(200, "").await;
     drop(eighth);
-    // A smaller number beside the true one does not begin the count anew.
+    // A smaller number beside the true one does not reset the count.
     let both = ["X-Gateway-Callbacks: 0", "X-Gateway-Callbacks: 8"];
     for count in [&both[1..], &both[..]] {
         let headers: Vec<&str> = [callback.as_str()].iter().chain(count).copied().collect();

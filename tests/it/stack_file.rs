@@ -27,7 +27,7 @@ impl Up {
 
     async fn restart(directory: &Path, arguments: &[&str]) -> Self {
         let file = |name: &str| std::fs::File::create(directory.join(name)).unwrap();
-        // The session of whoever runs the tests may have a terminal.
+        // The tests themselves may run with a terminal.
         let gateway = command();
         let mut setsid = Command::new("setsid");
         setsid.arg(gateway.as_std().get_program()).arg("up").arg(directory.join("stack.yaml"));

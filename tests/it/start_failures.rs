@@ -51,7 +51,7 @@ async fn a_call_of_a_function_that_does_not_start_is_refused_at_once_and_this_ma
         (&failure["reason"], &failure["lastOutput"]),
         (&"exit status: 3".into(), &"no such key".into())
     );
-    // Whoever does not come as this machine's own is told no more than that.
+    // Clients of other machines are told no more than that.
     for headers in ["Origin: https://a.example\r\n", "X-Forwarded-For: 10.0.0.1\r\n"] {
         let answer = soon("a stranger's call", up.get("/function/crash", headers)).await;
         assert_eq!(answer.status(), 503, "{answer}");

@@ -249,7 +249,7 @@ impl<'a> StackFile<'a> {
                 Ok(()) => {
                     tracing::info!(function = %function, "Removed {function}, which the stack file has no more");
                 }
-                // Somebody else was faster.
+                // Another program was faster.
                 Err(Refusal::NotFound(_) | Refusal::NoSuchFunction(_)) => {}
                 Err(refusal) => {
                     tracing::warn!(function = %function, "{function} cannot be removed: {refusal}");

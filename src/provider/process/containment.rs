@@ -57,7 +57,7 @@ impl Containment {
         Ok((child, Held { cgroup, marked }))
     }
 
-    /// Lets go of what the system keeps for it. Nothing runs any more.
+    /// Releases what the system keeps for it. Nothing runs any more.
     pub(super) fn close(&self) {
         if let Some(cgroups) = &self.cgroups {
             cgroups.close();

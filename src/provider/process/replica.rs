@@ -44,7 +44,7 @@ pub(super) struct Replica {
     state: Mutex<State>,
     /// Told whenever the last call in flight ends.
     idle: Notify,
-    /// Told when somebody was refused a connection although the replica counts as ready.
+    /// Notified when a connection was refused although the replica counts as ready.
     refused: Notify,
     /// Cancelled when it is no longer wanted.
     pub(super) retire: CancellationToken,
@@ -121,7 +121,7 @@ impl Replica {
         state.ready.is_none() && state.failed_starts.told().is_some()
     }
 
-    /// Nobody accepts connections at `address`: no more calls go there until somebody does.
+    /// No process accepts connections at `address`: no more calls go there until one does.
     pub(super) fn is_refused_at(&self, address: SocketAddr) {
         let mut state = lock(&self.state);
         if state.ready == Some(address) {
@@ -264,7 +264,7 @@ impl Seat {
 impl Output {
     /// The last line that the process has written, which has ended.
     async fn last_line(mut self, logs: &Logs) -> String {
-        // Somebody who has inherited its output may keep it open.
+        // A process that has inherited its output may keep it open.
         let _ = timeout(LAST_OUTPUT, self.logged.recv()).await;
         logs.last_of(&self.instance)
     }

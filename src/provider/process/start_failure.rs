@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use crate::provider::types::StartFailure;
 
-/// After so many failed starts in a row, calls are not kept waiting for the next one.
+/// The number of failed starts in a row after which calls do not wait for the next one.
 const ENOUGH: u64 = 3;
 /// A replica that can be called for so long has been started.
 const SETTLED: Duration = Duration::from_secs(5);

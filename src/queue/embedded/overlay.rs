@@ -21,7 +21,7 @@ const STATE: usize = MAGIC.len();
 const UNCLEAN: u8 = 2 | 8;
 /// Of that: which of the two last commits is the last.
 const LAST: u8 = 1;
-/// So many reads lead to an entry at most: a tree that is deeper leads back to itself.
+/// The most reads that lead to an entry: a deeper tree has a cycle.
 const READS: usize = 1000;
 
 /// The file.

@@ -20,7 +20,7 @@ const COMPACT_AFTER: Duration = Duration::from_secs(2);
 const COMPACT_AT_LEAST_AFTER: Duration = Duration::from_secs(60);
 /// A compaction is followed by a pause of this many times its own duration, so that it takes a small part of the time.
 const PAUSE_FACTOR: u32 = 20;
-/// So many results are forgotten at once to make room.
+/// The number of results that are removed at once to make room.
 const FORGET_AT_ONCE: usize = 500;
 /// A record of at most this length is kept as it is, however little room there is.
 const SMALL: usize = 4 << 10;

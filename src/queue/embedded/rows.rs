@@ -15,7 +15,7 @@ const LONGEST: usize = 60 << 10;
 const PLACE: usize = 8 + 4 + 4;
 /// The same in a row of the former format, which has no checksums.
 const FORMER_PLACE: usize = 8 + 4;
-/// In the count of entries: they have checksums. No row of the former format has so many.
+/// In the count of entries: they have checksums. A row of the former format never has this bit set.
 const CHECKED: u16 = 1 << 15;
 
 /// A row: how many entries it has, their numbers, ends and checksums, the entries.

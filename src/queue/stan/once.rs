@@ -266,7 +266,7 @@ async fn subscribe(
         start_time_delta: i64::try_from(REMEMBERED * 1_000_000).unwrap_or(i64::MAX),
         ..Subscribe::default()
     };
-    // The log is read anew: a server that has lost it must not have calls refused by what it said before.
+    // The log is read again from its start: a server that has lost it must not cause refusals by its former content.
     {
         let mut state = shared.once.state();
         state.executed = Executed::default();
@@ -284,12 +284,12 @@ async fn subscribe(
 
 /// Why the log is not read any further.
 enum End {
-    /// A message was lost on its way here: the log is read anew.
+    /// A message was lost on its way here: the log is read again from its start.
     Gap,
     Over(Fault),
 }
 
-/// Lets go of a subscription that has missed a message.
+/// Closes a subscription that has missed a message.
 async fn unsubscribe(shared: &Shared, session: &Session, acks: String) {
     let request = Unsubscribe {
         client_id: shared.worker.id().to_owned(),

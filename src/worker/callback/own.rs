@@ -1,6 +1,6 @@
 //! Addresses that no callback may connect to: this process's own ports, and those that take its orders.
 //!
-//! Whoever chooses a callback's URL must not gain what only this process may do. Its own gateway is told apart, since a
+//! A client that chooses a callback's URL must not gain what only this process may do. Its own gateway is told apart, since a
 //! callback may call a function there (see [`super::local`]).
 
 use std::io::ErrorKind;

@@ -85,7 +85,7 @@ impl NatsStreaming {
         channel.and_then(|channel| channel["last_seq"].as_u64()).unwrap_or_default()
     }
 
-    /// Waits until workers have acknowledged so many calls, and all that there are.
+    /// Waits until workers have acknowledged this number of calls, and no call is left.
     pub(crate) async fn drained(&self, calls: u64) {
         eventually("all is acknowledged", async || {
             let channel = self.state(&format!("channelsz?channel={CHANNEL}&subs=1")).await;
