@@ -31,7 +31,7 @@ use std::fs::DirBuilder;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -94,6 +94,8 @@ struct Shared {
     path: PathBuf,
     /// `None` while the file cannot be opened again after a failure.
     store: RwLock<Option<Store>>,
+    /// Whether `store` is being opened again, and a notification when it no longer is.
+    opening: (Mutex<bool>, Condvar),
     /// How often the file has been changed, as far as is known here.
     changes: AtomicU64,
     pressure: Pressure,
@@ -141,6 +143,7 @@ impl Embedded {
         let shared = Arc::new(Shared {
             path,
             store: RwLock::new(Some(store)),
+            opening: Default::default(),
             changes: AtomicU64::new(mark.changes),
             pressure,
             usable: AtomicBool::new(true),
@@ -284,18 +287,19 @@ impl Embedded {
 
     pub(super) async fn status(&self, id: &str) -> Result<Option<Status>, Error> {
         let (shared, id) = (Arc::clone(&self.shared), id.to_owned());
-        blocking(move || shared.status(&id)).await
+        shared.blocking(move |shared| shared.status(&id)).await
     }
 
     pub(super) async fn answer(&self, id: &str) -> Result<Option<Answer>, Error> {
         let (shared, id) = (Arc::clone(&self.shared), id.to_owned());
-        blocking(move || {
-            shared.view(|view| {
-                let Some(number) = view.number(&id)? else { return Ok(None) };
-                Ok(view.finished(number)?.and_then(|(_, answer)| answer))
+        shared
+            .blocking(move |shared| {
+                shared.view(|view| {
+                    let Some(number) = view.number(&id)? else { return Ok(None) };
+                    Ok(view.finished(number)?.and_then(|(_, answer)| answer))
+                })
             })
-        })
-        .await
+            .await
     }
 
     pub(super) async fn cancel(&self, id: &str) -> Result<Changed, Error> {
@@ -314,19 +318,20 @@ impl Embedded {
     ) -> Result<Vec<Status>, Error> {
         let (shared, filter) = (Arc::clone(&self.shared), filter.clone());
         let after = after.map(str::to_owned);
-        blocking(move || {
-            let first = match (&after, filter.order) {
-                // No call follows one that is not known.
-                (Some(id), order) => {
-                    shared.view(|view| view.number(id))?.and_then(|last| following(order, last))
-                }
-                (None, Order::OldestFirst) => Some(0),
-                (None, Order::NewestFirst) => Some(Number::MAX),
-            };
-            let found = shared.find(&filter, first, limit)?;
-            Ok(found.into_iter().map(|(_, status)| status).collect())
-        })
-        .await
+        shared
+            .blocking(move |shared| {
+                let first = match (&after, filter.order) {
+                    // No call follows one that is not known.
+                    (Some(id), order) => {
+                        shared.view(|view| view.number(id))?.and_then(|last| following(order, last))
+                    }
+                    (None, Order::OldestFirst) => Some(0),
+                    (None, Order::NewestFirst) => Some(Number::MAX),
+                };
+                let found = shared.find(&filter, first, limit)?;
+                Ok(found.into_iter().map(|(_, status)| status).collect())
+            })
+            .await
     }
 
     pub(super) async fn purge(&self, filter: &Filter) -> Result<u64, Error> {
@@ -334,7 +339,7 @@ impl Embedded {
         loop {
             let shared = Arc::clone(&self.shared);
             let filter = Filter { order: Order::OldestFirst, ..filter.clone() };
-            let found = blocking(move || shared.find(&filter, first, SCAN)).await?;
+            let found = shared.blocking(move |shared| shared.find(&filter, first, SCAN)).await?;
             let Some((last, _)) = found.last() else { return Ok(purged) };
             first = last.checked_add(1);
             let ids = found.into_iter().map(|(_, status)| status.id).collect();
@@ -344,7 +349,7 @@ impl Embedded {
 
     pub(super) async fn counts(&self) -> Result<Vec<(Function, Counts)>, Error> {
         let shared = Arc::clone(&self.shared);
-        blocking(move || shared.counts()).await
+        shared.blocking(|shared| shared.counts()).await
     }
 
     /// Forgets what has been kept for long enough. To be called every second or so.
@@ -369,14 +374,19 @@ fn survive_limits() {
     let _ = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::from_raw(exceeded));
 }
 
-/// Reads the file where waiting for the disk holds nobody up.
-async fn blocking<T: Send + 'static>(
-    read: impl FnOnce() -> Result<T, Error> + Send + 'static,
-) -> Result<T, Error> {
-    tokio::task::spawn_blocking(read).await.map_err(|_| Error::Failed)?
-}
-
 impl Shared {
+    /// Reads the file on a thread that may wait for the disk, and for a file that is being opened again.
+    async fn blocking<T: Send + 'static>(
+        self: Arc<Self>,
+        read: impl FnOnce(&Self) -> Result<T, Error> + Send + 'static,
+    ) -> Result<T, Error> {
+        let read = move || {
+            self.await_open();
+            read(&self)
+        };
+        tokio::task::spawn_blocking(read).await.map_err(|_| Error::Failed)?
+    }
+
     fn next_number(&self) -> Number {
         self.next.fetch_add(1, Relaxed)
     }

@@ -3,6 +3,7 @@
 use std::path::Path;
 use std::sync::PoisonError;
 use std::sync::atomic::Ordering::Relaxed;
+use std::time::Duration;
 
 use crate::queue::Error;
 use crate::queue::embedded::Shared;
@@ -20,6 +21,9 @@ pub(super) fn remedy(path: &Path) -> String {
     )
 }
 
+/// How long a reader waits for a file that is being opened again.
+const OPENED_WITHIN: Duration = Duration::from_secs(10);
+
 impl Shared {
     pub(super) fn view<T>(&self, read: impl FnOnce(&View) -> store::Result<T>) -> Result<T, Error> {
         if self.damaged.load(Relaxed) {
@@ -31,6 +35,21 @@ impl Shared {
             guarded(|| read(&store.view()?))
         };
         read.map_err(|error| self.failed(&error))
+    }
+
+    /// Waits while the file is opened again after a failure, for a limited time: then reading it fails.
+    pub(super) fn await_open(&self) {
+        let (opening, ended) = &self.opening;
+        let opening = opening.lock().unwrap_or_else(PoisonError::into_inner);
+        drop(ended.wait_timeout_while(opening, OPENED_WITHIN, |opening| *opening));
+    }
+
+    fn set_opening(&self, is_opening: bool) {
+        let (opening, ended) = &self.opening;
+        *opening.lock().unwrap_or_else(PoisonError::into_inner) = is_opening;
+        if !is_opening {
+            ended.notify_all();
+        }
     }
 
     /// Changes the file; opens it again if it has failed before. Called by one thread alone.
@@ -77,14 +96,27 @@ impl Shared {
         let _ = self.reopen();
     }
 
-    /// Closes the file. The next change opens it again.
+    /// Closes the file. The writer opens it again at once, or with the next change.
     pub(super) fn close(&self) {
+        self.set_opening(!self.damaged.load(Relaxed));
         let store = self.store.write().unwrap_or_else(PoisonError::into_inner).take();
         drop_guarded(store);
     }
 
+    /// Closes the file for good.
+    pub(super) fn end(&self) {
+        self.close();
+        self.set_opening(false);
+    }
+
     /// Opens the file if it is closed. A change that failed may be in it all the same: then all is read again.
     pub(super) fn reopen(&self) -> Result<(), Error> {
+        let opened = self.open_if_closed();
+        self.set_opening(false);
+        opened
+    }
+
+    fn open_if_closed(&self) -> Result<(), Error> {
         if self.damaged.load(Relaxed) {
             self.close();
             return Err(Error::Failed);

@@ -137,7 +137,7 @@ pub(super) fn run(shared: &Arc<Shared>, mut ops: mpsc::Receiver<Op>) {
         usual = batch.together.len();
         write(shared, batch.together);
         if let Some(reply) = batch.closing {
-            shared.close();
+            shared.end();
             return reply.send(Ok(()));
         }
     }
