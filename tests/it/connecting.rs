@@ -26,10 +26,11 @@ async fn silent(address: SocketAddr) -> (SocketAddr, (TcpListener, Vec<TcpStream
 
 #[tokio::test]
 async fn an_address_that_is_cut_off_is_passed_over_whatever_the_method_is() {
-    let other = SocketAddr::from(([127, 0, 0, 2], 0));
+    // The system chooses a port that is free on 127.0.0.1, which other tests use. 127.0.0.2 is used by this test alone.
+    let (silent, _silent) = silent(SocketAddr::from(([127, 0, 0, 1], 0))).await;
+    let port = silent.port();
+    let other = SocketAddr::from(([127, 0, 0, 2], port));
     let provider = Provider::builder().at(other).answering(|call| always(call, "hello")).start();
-    let port = provider.address.port();
-    let (_, _silent) = silent(SocketAddr::from(([127, 0, 0, 1], port))).await;
     let hosts = tempfile::NamedTempFile::new().unwrap();
     std::fs::write(hosts.path(), "127.0.0.1 provider.test\n127.0.0.2 provider.test\n").unwrap();
     let gateway = Gateway::builder()
