@@ -18,7 +18,7 @@ use crate::proxy::buffers;
 use crate::proxy::stream::UpstreamStream;
 use crate::proxy::upload::{self, Upload};
 use crate::proxy::wire::Malformed;
-use crate::proxy::wire::answer::{Head, MAX_HEAD, Taken, take_head};
+use crate::proxy::wire::answer::{Head, MAX_HEAD, take_head};
 use crate::proxy::wire::decoder::Decoder;
 use crate::proxy::wire::interim;
 use crate::watch::Watch;
@@ -126,17 +126,17 @@ impl Link {
     fn poll_head(&mut self, cx: &mut Context<'_>, watch: &Watch) -> Poll<Result<Head, Failure>> {
         loop {
             if may_be_whole(&self.input, self.looked_at) {
-                let taken = take_head(&mut self.input, self.upload.is_head());
-                match taken {
-                    Ok(Some(Taken::Interim(head, length))) => {
-                        if !self.interim.admit(length) {
+                let before = self.input.len();
+                match take_head(&mut self.input, self.upload.is_head()) {
+                    Ok(Some(head)) if head.is_interim() => {
+                        if !self.interim.admit(before - self.input.len()) {
                             return Poll::Ready(Err(Failure::HeadTooLarge));
                         }
-                        self.pass_on(&head, watch);
+                        self.pass_on(&head.answer, watch);
                         self.looked_at = 0;
                         continue;
                     }
-                    Ok(Some(Taken::Final(head))) => {
+                    Ok(Some(head)) => {
                         if let Err(malformed) = head.body.check_beginning(&self.input) {
                             return Poll::Ready(Err(Failure::Malformed(malformed)));
                         }

@@ -9,6 +9,7 @@ pub(super) mod answer;
 pub(super) mod decoder;
 pub(super) mod interim;
 pub(super) mod request;
+mod spaces;
 
 /// Why what an upstream says is not HTTP, or not such that it could be passed on safely.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]

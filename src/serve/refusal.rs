@@ -110,13 +110,29 @@ fn version(head: &[u8]) -> Option<Range<usize>> {
 }
 
 /// What hyper calls too large: the head at the front of `unparsed`, or a length in one that it has taken already.
+///
+/// Lines are counted without httparse: a second use of its parser keeps the compiler from inlining the first, which
+/// every request passes.
 fn too_large(unparsed: &[u8]) -> HeadError {
-    let mut room = [httparse::EMPTY_HEADER; MAX_HEADERS];
-    match httparse::Request::new(&mut room).parse(unparsed) {
-        Err(httparse::Error::TooManyHeaders) => HeadError::TooManyHeaders,
-        Ok(httparse::Status::Complete(length)) if length > MAX_HEAD => HeadError::TooLarge,
-        Ok(httparse::Status::Partial) if unparsed.len() >= MAX_HEAD => HeadError::TooLarge,
-        Ok(_) | Err(_) => HeadError::ContentLength,
+    // Empty lines may precede a request line.
+    let start = unparsed.iter().position(|byte| !b"\r\n".contains(byte)).unwrap_or(unparsed.len());
+    let (mut lines, mut end) = (0, None);
+    let mut from = start;
+    while let Some(length) = memchr::memchr(b'\n', &unparsed[from..]) {
+        let line = &unparsed[from..from + length];
+        from += length + 1;
+        if line.is_empty() || line == b"\r" {
+            end = Some(from);
+            break;
+        }
+        lines += 1;
+    }
+    match end {
+        // One line is the request line.
+        _ if lines > MAX_HEADERS + 1 => HeadError::TooManyHeaders,
+        Some(end) if end > MAX_HEAD => HeadError::TooLarge,
+        None if unparsed.len() >= MAX_HEAD => HeadError::TooLarge,
+        Some(_) | None => HeadError::ContentLength,
     }
 }
 

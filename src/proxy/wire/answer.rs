@@ -12,6 +12,7 @@ use crate::proxy::codings::is_chunked;
 use crate::proxy::headers::{Kind, announce_upgrade, named_by_connection, take_named};
 use crate::proxy::wire::Malformed;
 use crate::proxy::wire::decoder::Decoder;
+use crate::proxy::wire::spaces::{may_be_before_colon, without_spaces};
 
 /// The most headers of an answer.
 const MAX_HEADERS: usize = 100;
@@ -27,37 +28,49 @@ pub(in crate::proxy) struct Head {
     pub(in crate::proxy) keep_alive: bool,
 }
 
-/// A head at the front of what an upstream has sent.
-#[derive(Debug)]
-pub(in crate::proxy) enum Taken {
-    /// One of an interim response, which another follows. It was so long.
-    Interim(Response<()>, usize),
-    Final(Head),
+impl Head {
+    /// Whether it is that of an interim response, which another follows.
+    pub(in crate::proxy) fn is_interim(&self) -> bool {
+        let status = self.answer.status();
+        status.is_informational() && status != StatusCode::SWITCHING_PROTOCOLS
+    }
 }
 
 /// Takes the head of a response (`to_head`: to HEAD) from the front of `input`; `None` while it is not there as a whole.
 pub(in crate::proxy) fn take_head(
     input: &mut BytesMut,
     to_head: bool,
-) -> Result<Option<Taken>, Malformed> {
+) -> Result<Option<Head>, Malformed> {
     if input.is_empty() {
         return Ok(None);
     }
-    let mut room = [const { MaybeUninit::uninit() }; MAX_HEADERS];
-    let mut parsed = httparse::Response::new(&mut []);
-    let status = parser().parse_response_with_uninit_headers(&mut parsed, input, &mut room)?;
-    let Status::Complete(length) = status else { return Ok(None) };
-    if length > MAX_HEAD {
-        return Err(Malformed::TooLarge);
+    let config = httparse::ParserConfig::default();
+    loop {
+        let mut room = [const { MaybeUninit::uninit() }; MAX_HEADERS];
+        let mut parsed = httparse::Response::new(&mut []);
+        match config.parse_response_with_uninit_headers(&mut parsed, input, &mut room) {
+            Ok(Status::Complete(length)) if length <= MAX_HEAD => {
+                let head = assemble(&parsed, &input[..length], to_head)?;
+                input.advance(length);
+                return Ok(Some(head));
+            }
+            Ok(Status::Complete(_)) => return Err(Malformed::TooLarge),
+            Ok(Status::Partial) => return Ok(None),
+            Err(httparse::Error::HeaderName) if remove_spaces(input) => {}
+            Err(httparse::Error::HeaderName) if may_be_before_colon(input) => return Ok(None),
+            Err(error) => return Err(error.into()),
+        }
     }
-    let head = assemble(&parsed, &input[..length], to_head)?;
-    input.advance(length);
-    let status = head.answer.status();
-    Ok(Some(if status.is_informational() && status != StatusCode::SWITCHING_PROTOCOLS {
-        Taken::Interim(head.answer, length)
-    } else {
-        Taken::Final(head)
-    }))
+}
+
+/// Removes whitespace before colons from the head at the front of `input`. Whether there was any.
+#[cold]
+fn remove_spaces(input: &mut BytesMut) -> bool {
+    let Some(start) = memchr::memchr(b'\n', input).map(|at| at + 1) else { return false };
+    let Some(fields) = without_spaces(&input[start..]) else { return false };
+    input.truncate(start);
+    input.extend_from_slice(&fields);
+    true
 }
 
 /// Takes the final head; those of interim responses are skipped.
@@ -66,20 +79,12 @@ pub(in crate::proxy) fn take_final(
     input: &mut BytesMut,
     to_head: bool,
 ) -> Result<Option<Head>, Malformed> {
-    loop {
-        match take_head(input, to_head)? {
-            Some(Taken::Final(head)) => return Ok(Some(head)),
-            Some(Taken::Interim(..)) => {}
-            None => return Ok(None),
+    while let Some(head) = take_head(input, to_head)? {
+        if !head.is_interim() {
+            return Ok(Some(head));
         }
     }
-}
-
-/// How heads are parsed. Whitespace before a colon is removed, not refused: RFC 9112, 5.1.
-pub(super) fn parser() -> httparse::ParserConfig {
-    let mut config = httparse::ParserConfig::default();
-    config.allow_spaces_after_header_name_in_responses(true);
-    config
+    Ok(None)
 }
 
 fn assemble(
@@ -129,26 +134,36 @@ fn keep_reason(answer: &mut Response<()>, reason: &str) {
 }
 
 /// What the head of an answer says of its connection and its body's frame: no matter of the caller's.
+///
+/// Most responses have one Content-Length and none of the others, and need no memory for it.
 #[derive(Default)]
 struct Says {
-    connection: Vec<HeaderValue>,
-    upgrades: Vec<HeaderValue>,
-    codings: Vec<HeaderValue>,
-    lengths: Vec<HeaderValue>,
+    /// The first one.
+    length: Option<HeaderValue>,
+    others: Vec<(Kind, HeaderValue)>,
 }
 
 impl Says {
     /// Takes a header in; gives back one that is for the caller.
     fn take(&mut self, kind: Kind, value: HeaderValue) -> Option<HeaderValue> {
         match kind {
-            Kind::Connection => self.connection.push(value),
-            Kind::Upgrade => self.upgrades.push(value),
-            Kind::TransferEncoding => self.codings.push(value),
-            Kind::ContentLength => self.lengths.push(value),
+            Kind::ContentLength if self.length.is_none() => self.length = Some(value),
+            Kind::Connection | Kind::Upgrade | Kind::TransferEncoding | Kind::ContentLength => {
+                self.others.push((kind, value));
+            }
             kind if kind.is_hop_by_hop() => {}
             _ => return Some(value),
         }
         None
+    }
+
+    /// All of one kind; of Content-Length, those behind the first.
+    fn all(&self, kind: Kind) -> impl Iterator<Item = &HeaderValue> {
+        self.others.iter().filter(move |(of, _)| *of == kind).map(|(_, value)| value)
+    }
+
+    fn has(&self, kind: Kind) -> bool {
+        self.all(kind).next().is_some()
     }
 
     /// How the body is framed (RFC 9112, 6.3).
@@ -158,7 +173,7 @@ impl Says {
         bodiless: bool,
         is_1_0: bool,
     ) -> Result<Decoder, Malformed> {
-        if is_chunked(&self.codings)? {
+        if is_chunked(self.all(Kind::TransferEncoding))? {
             // HTTP/1.0 has no transfer codings, so the sender may mean something else.
             return match (is_1_0, bodiless) {
                 (true, _) => Err(Malformed::VersionWithCoding),
@@ -176,10 +191,10 @@ impl Says {
     /// The one length that all headers agree on. One beside a coding counts for nothing.
     fn length(&self) -> Result<Option<u64>, Malformed> {
         let mut length = None;
-        if !self.codings.is_empty() {
+        if self.has(Kind::TransferEncoding) {
             return Ok(length);
         }
-        for value in &self.lengths {
+        for value in self.length.iter().chain(self.all(Kind::ContentLength)) {
             for text in value.as_bytes().split(|byte| *byte == b',') {
                 let number = parse_length(text.trim_ascii()).ok_or(Malformed::Length)?;
                 if length.is_some_and(|length| length != number) {
@@ -194,36 +209,36 @@ impl Says {
     /// Whether the peer goes on after this answer.
     fn keeps_alive(&self, is_1_0: bool) -> bool {
         let says = |what: &str| {
-            self.connection.iter().any(|value| {
+            self.all(Kind::Connection).any(|value| {
                 let mut options = value.as_bytes().split(|byte| *byte == b',');
                 options.any(|option| option.trim_ascii().eq_ignore_ascii_case(what.as_bytes()))
             })
         };
-        // Whoever gives both may mean another end than the one that is seen here (RFC 9112, 6.3).
-        let ambiguous = !self.codings.is_empty() && !self.lengths.is_empty();
+        // A peer that gives both may mean another end than the one that is seen here (RFC 9112, 6.3).
+        let ambiguous = self.length.is_some() && self.has(Kind::TransferEncoding);
         !ambiguous && !says("close") && (!is_1_0 || says("keep-alive"))
     }
 
     /// Puts right what the caller is to know of all this, and takes out what it is not.
-    fn settle(self, headers: &mut HeaderMap, length: Option<u64>, status: StatusCode) {
-        let named = named_by_connection(&self.connection);
+    fn settle(mut self, headers: &mut HeaderMap, length: Option<u64>, status: StatusCode) {
+        let named = named_by_connection(self.all(Kind::Connection));
         take_named(headers, &named);
-        if let (Some(length), [first, others @ ..]) = (length, &self.lengths[..]) {
-            let is_plain = others.is_empty() && !first.as_bytes().contains(&b',');
-            let value = if is_plain { first.clone() } else { length.into() };
+        if let (Some(length), Some(first)) = (length, self.length.take()) {
+            let is_plain = !self.has(Kind::ContentLength) && !first.as_bytes().contains(&b',');
+            let value = if is_plain { first } else { length.into() };
             headers.insert(CONTENT_LENGTH, value);
         }
         match status {
             StatusCode::SWITCHING_PROTOCOLS if named.contains(&UPGRADE) => {
-                if let Some(upgrade) = self.upgrades.last() {
+                if let Some(upgrade) = self.all(Kind::Upgrade).last() {
                     announce_upgrade(headers, upgrade);
                 }
             }
             // The protocols that are required are what the response is about (RFC 9110, 15.5.22).
-            StatusCode::UPGRADE_REQUIRED if !self.upgrades.is_empty() => {
+            StatusCode::UPGRADE_REQUIRED if self.has(Kind::Upgrade) => {
                 headers.insert(CONNECTION, HeaderValue::from_static("upgrade"));
-                for upgrade in self.upgrades {
-                    headers.append(UPGRADE, upgrade);
+                for upgrade in self.all(Kind::Upgrade) {
+                    headers.append(UPGRADE, upgrade.clone());
                 }
             }
             _ => {}
@@ -312,12 +327,26 @@ mod tests {
 
     #[test]
     fn whitespace_before_a_colon_is_removed() {
-        let text = "HTTP/1.1 200 OK\r\nA : b\r\nTransfer-Encoding \t: chunked\r\n\r\n";
-        let head = take(text).unwrap().unwrap();
-        assert_eq!(
-            (&head.answer.headers()["a"], head.body),
-            (&"b".parse().unwrap(), Decoder::chunked())
-        );
+        let text = "HTTP/1.1 200 OK : x\r\nA : b : c\r\nTransfer-Encoding \t: chunked\r\n\r\nD : e";
+        for size in 1..text.len() {
+            let (mut input, mut head) = (BytesMut::new(), None);
+            for piece in text.as_bytes().chunks(size) {
+                input.extend_from_slice(piece);
+                head = head.or_else(|| take_final(&mut input, false).unwrap());
+            }
+            let head = head.unwrap();
+            assert_eq!(
+                (&head.answer.headers()["a"], head.body),
+                (&"b : c".parse().unwrap(), Decoder::chunked())
+            );
+            assert_eq!(&input[..], b"D : e");
+        }
+        for text in ["A b: c", " : b", "A \x01: b", ": b"] {
+            refuses(
+                &format!("HTTP/1.1 200 OK\r\nC : d\r\n{text}\r\n\r\n"),
+                Malformed::Head(httparse::Error::HeaderName),
+            );
+        }
     }
 
     #[test]

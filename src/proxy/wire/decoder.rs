@@ -7,7 +7,7 @@ use httparse::Status;
 
 use crate::proxy::headers::may_trail;
 use crate::proxy::wire::Malformed;
-use crate::proxy::wire::answer::parser;
+use crate::proxy::wire::spaces::{may_be_before_colon, without_spaces};
 
 /// The longest line with a chunk's size, extensions included, and the longest trailers.
 const MAX_LINES: usize = 16 << 10;
@@ -242,27 +242,39 @@ fn take_trailers(input: &mut BytesMut) -> Result<Option<HeaderMap>, Malformed> {
         input.advance(2);
         return Ok(Some(HeaderMap::new()));
     }
-    match parse_trailers(input) {
+    let result = match parse_trailers(input) {
+        Err(Malformed::Head(httparse::Error::HeaderName)) => {
+            let lines = &input[..input.len().min(MAX_LINES + 1)];
+            if let Some(tight) = without_spaces(lines) {
+                let rest = input.split_off(lines.len());
+                input.clear();
+                input.extend_from_slice(&tight);
+                input.unsplit(rest);
+            }
+            parse_trailers(input)
+        }
+        result => result,
+    };
+    match result {
         Ok(Status::Complete((length, trailers))) if length <= MAX_LINES => {
             input.advance(length);
             Ok(Some(trailers))
         }
         Ok(Status::Partial) if input.len() <= MAX_LINES => Ok(None),
+        Err(Malformed::Head(_)) if input.len() <= MAX_LINES && may_be_before_colon(input) => {
+            Ok(None)
+        }
         Ok(_) | Err(_) => Err(Malformed::Trailers),
     }
 }
 
 fn parse_trailers(input: &[u8]) -> Result<Status<(usize, HeaderMap)>, Malformed> {
-    // Whitespace before a colon is removed as in a head, which httparse does for a head alone.
-    const START: &[u8] = b"HTTP/1.1 200\r\n";
-    let head = [START, &input[..input.len().min(MAX_LINES + 1)]].concat();
     let mut room = [httparse::EMPTY_HEADER; MAX_TRAILERS];
-    let mut parsed = httparse::Response::new(&mut room);
-    let Status::Complete(length) = parser().parse_response(&mut parsed, &head)? else {
+    let Status::Complete((length, lines)) = httparse::parse_headers(input, &mut room)? else {
         return Ok(Status::Partial);
     };
     let mut trailers = HeaderMap::new();
-    for line in &*parsed.headers {
+    for line in lines {
         let name = HeaderName::from_bytes(line.name.as_bytes());
         let value = HeaderValue::from_bytes(line.value);
         let (Ok(name), Ok(value)) = (name, value) else { return Err(Malformed::Trailers) };
@@ -270,7 +282,7 @@ fn parse_trailers(input: &[u8]) -> Result<Status<(usize, HeaderMap)>, Malformed>
             trailers.append(name, value);
         }
     }
-    Ok(Status::Complete((length - START.len(), trailers)))
+    Ok(Status::Complete((length, trailers)))
 }
 
 #[cfg(test)]
@@ -314,6 +326,17 @@ mod tests {
             let (data, trailers, left) = decode(Decoder::chunked(), text, size);
             assert_eq!(data, b"Wikipedia in \r\n\r\nchunks.");
             assert_eq!((trailers, &left[..]), (None, &b"HTTP"[..]));
+        }
+    }
+
+    #[test]
+    fn whitespace_before_the_colon_of_a_trailer_is_removed() {
+        let text = b"0\r\nX-One : 1\r\nX-Two\t : 2 : 3\r\n\r\nX : 4";
+        for size in 1..text.len() {
+            let (_, trailers, left) = decode(Decoder::chunked(), text, size);
+            let trailers = trailers.unwrap();
+            assert_eq!([&trailers["x-one"], &trailers["x-two"]], ["1", "2 : 3"]);
+            assert_eq!(left, b"X : 4");
         }
     }
 

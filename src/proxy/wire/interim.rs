@@ -62,14 +62,14 @@ mod tests {
     use bytes::BytesMut;
 
     use super::*;
-    use crate::proxy::wire::answer::{Taken, take_head};
+    use crate::proxy::wire::answer::take_head;
 
     #[track_caller]
     fn check(sent: &str, expect: Option<&str>) {
-        let taken = take_head(&mut BytesMut::from(sent), false).unwrap().unwrap();
-        let Taken::Interim(head, length) = taken else { panic!("final: {sent:?}") };
-        assert_eq!(length, sent.len());
-        let text = encode(&head).map(|text| String::from_utf8(text).unwrap());
+        let mut input = BytesMut::from(sent);
+        let head = take_head(&mut input, false).unwrap().unwrap();
+        assert!(head.is_interim() && input.is_empty(), "{sent:?}");
+        let text = encode(&head.answer).map(|text| String::from_utf8(text).unwrap());
         assert_eq!(text.as_deref(), expect);
     }
 
