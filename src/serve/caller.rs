@@ -216,7 +216,21 @@ impl CallerStream {
         Poll::Ready(Ok(()))
     }
 
-    /// Sees to what hyper is about to write. `Some`: it is not to be written.
+    /// Whether what hyper is about to write is written as it is, as it mostly is.
+    fn is_plain_write(&mut self) -> bool {
+        if !self.output.is_empty() {
+            return false;
+        }
+        let begins = !self.writing;
+        if begins && (self.interim.is_waiting() || self.watch.is_between_calls()) {
+            return false;
+        }
+        self.writing = true;
+        true
+    }
+
+    /// Sees to what hyper is about to write if it is not a plain write. `Some`: it is not to be written.
+    #[cold]
     fn poll_before_write(
         &mut self,
         cx: &mut Context<'_>,
@@ -237,6 +251,7 @@ impl CallerStream {
     }
 
     /// Writes interim responses while hyper has nothing to write.
+    #[cold]
     fn poll_interim(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         loop {
             ready!(self.poll_output(cx))?;
@@ -252,8 +267,8 @@ impl CallerStream {
     }
 
     /// Sees to what has just been read, between two calls or in a head. Whether hyper may have it.
-    fn admit(&mut self, read: &[u8]) -> bool {
-        if self.watch.stage() == Stage::Idle {
+    fn admit(&mut self, stage: Stage, read: &[u8]) -> bool {
+        if stage == Stage::Idle {
             self.head_begins(0);
             self.is_head = read.starts_with(HEAD);
         }
@@ -285,15 +300,6 @@ impl CallerStream {
         self.counted = self.head;
         self.watch.note(Note::LargeHead);
         self.seat.heads.grows(&self.seat, self.head)
-    }
-
-    /// How much may be read at once: little where it may be more than one request, or an incomplete head.
-    fn read_limit(&self) -> u64 {
-        match self.watch.stage() {
-            Stage::Head => HEAD_AT_ONCE,
-            Stage::Call if !self.watch.body_outstanding() => AHEAD,
-            Stage::Idle | Stage::Call => READ_AT_ONCE,
-        }
     }
 
     /// Waits until there is something to read, the end among it.
@@ -344,21 +350,23 @@ impl AsyncRead for CallerStream {
             buf.put_slice(&self.unread.split_to(count));
             return Poll::Ready(Ok(()));
         }
-        if self.head > ONE_READ && self.watch.stage() == Stage::Head && !self.head_grows() {
+        let (stage, in_body) = (self.watch.stage(), self.watch.body_outstanding());
+        if stage == Stage::Head && self.head > ONE_READ && !self.head_grows() {
             self.watch.note(Note::Refuse);
             cx.waker().wake_by_ref();
             return Poll::Pending;
         }
+        // Little where it may be more than one request, or an incomplete head.
+        self.tcp.set_limit(match stage {
+            Stage::Head => HEAD_AT_ONCE,
+            Stage::Call if !in_body => AHEAD,
+            Stage::Idle | Stage::Call => READ_AT_ONCE,
+        });
         let before = buf.filled().len();
-        let limit = self.read_limit();
-        self.tcp.set_limit(limit);
         let result = Pin::new(&mut self.tcp).poll_read(cx, buf);
         if buf.filled().len() == before {
             self.ended |= result.is_ready();
-        } else if self.watch.stage() != Stage::Call
-            && !self.watch.body_outstanding()
-            && !self.admit(&buf.filled()[before..])
-        {
+        } else if stage != Stage::Call && !in_body && !self.admit(stage, &buf.filled()[before..]) {
             buf.set_filled(before);
             cx.waker().wake_by_ref();
             return Poll::Pending;
@@ -373,7 +381,9 @@ impl AsyncWrite for CallerStream {
         cx: &mut Context<'_>,
         buf: &[u8],
     ) -> Poll<io::Result<usize>> {
-        if let Some(taken) = ready!(self.poll_before_write(cx, &[io::IoSlice::new(buf)]))? {
+        if !self.is_plain_write()
+            && let Some(taken) = ready!(self.poll_before_write(cx, &[io::IoSlice::new(buf)]))?
+        {
             return Poll::Ready(Ok(taken));
         }
         let result = Pin::new(self.tcp.get_mut()).poll_write(cx, buf);
@@ -385,7 +395,9 @@ impl AsyncWrite for CallerStream {
         cx: &mut Context<'_>,
         bufs: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        if let Some(taken) = ready!(self.poll_before_write(cx, bufs))? {
+        if !self.is_plain_write()
+            && let Some(taken) = ready!(self.poll_before_write(cx, bufs))?
+        {
             return Poll::Ready(Ok(taken));
         }
         let tcp = Pin::new(self.tcp.get_mut());
