@@ -66,7 +66,8 @@ pub struct Errand<'a> {
 /// A caller's request as it will be sent.
 pub struct Prepared {
     /// Gone while the request is under way.
-    upload: Upload,
+    /// Boxed: it is moved several times before it is sent.
+    upload: Box<Upload>,
     /// The caller's connection, if it wants to change protocols.
     upgrade: Option<OnUpgrade>,
     idempotent: bool,
@@ -102,7 +103,7 @@ impl Prepared {
             return false;
         }
         match answer.body_mut().give_back_request() {
-            Some(upload) => self.upload = upload,
+            Some(upload) => *self.upload = upload,
             None => return false,
         }
         true
@@ -139,11 +140,11 @@ pub fn prepare(
     let body = std::mem::replace(request.body_mut(), RequestBody::empty());
     let (method, headers) = (request.method(), request.headers());
     let mut wanted = None;
-    let mut upload = Upload::write(method, headers, body, |out| {
+    let mut upload = Box::new(Upload::write(method, headers, body, |out| {
         write_start(out, method, [origin.path(), path_and_query(request.uri())]);
         let put = |name: &HeaderName, value: &HeaderValue| write_header(out, name, value);
         wanted = headers::to_upstream(headers, &origin.host, errand.peer, stamps, put);
-    });
+    }));
     if !errand.is_clients || request.version() < Version::HTTP_11 {
         // RFC 9110, 15.2.
         upload.drop_interim();

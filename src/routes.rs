@@ -161,7 +161,6 @@ pub struct Entered {
 }
 
 /// What is to be done for it.
-#[expect(clippy::large_enum_variant, reason = "most are calls, and none is kept")]
 enum Errand {
     Call(invoke::Prepared),
     /// A call to be queued, and the route that it is counted under.
