@@ -5,9 +5,9 @@ use std::fmt;
 use http::uri::{Authority, Scheme, Uri};
 
 /// What [`BaseUrl::parse`] takes, for messages.
-pub const EXPECTED: &str = "an http(s) URL such as http://127.0.0.1:8081";
+pub const EXPECTED: &str = "an http(s) URL in ASCII, such as http://127.0.0.1:8081";
 
-/// An `http://` or `https://` URL without credentials, query or fragment; a slash at its end counts for nothing.
+/// An ASCII `http://` or `https://` URL without credentials, query or fragment; a slash at its end counts for nothing.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct BaseUrl {
     /// Whether the peer is spoken to over TLS.
@@ -29,6 +29,10 @@ impl BaseUrl {
         }
         let authority = uri.authority()?.clone();
         if authority.as_str().contains('@') || uri.query().is_some() {
+            return None;
+        }
+        // A target on the wire is ASCII (RFC 3986, 2): other characters have to be percent-encoded.
+        if !uri.path().is_ascii() {
             return None;
         }
         let url = Self { tls, authority, path: uri.path().trim_end_matches('/').to_owned() };
@@ -107,6 +111,9 @@ mod tests {
             "http://[]:8",
             "http://a?b",
             "http://u:p@a",
+            "http://a/gr\u{fc}n",
+            // Space to `trim`, but none that ends a URL.
+            "http://a/\u{85}/",
         ] {
             check(text, None);
         }
