@@ -92,10 +92,19 @@ fn take_authority<B>(request: &mut Request<B>) -> Result<(), Early> {
     let Some(host) = host.ok().filter(|host| is_host(host) && !authority.host().is_empty()) else {
         return bad("the host in the target is malformed");
     };
-    let path = uri.path_and_query().cloned().unwrap_or_else(|| PathAndQuery::from_static("/"));
-    *request.uri_mut() = Uri::from(path);
+    *request.uri_mut() = Uri::from(origin_form(uri));
     request.headers_mut().insert(HOST, host);
     Ok(())
+}
+
+/// The path and query of a URL. A path that is missing is `/`: one that is empty would be written as an empty target.
+fn origin_form(url: &Uri) -> PathAndQuery {
+    let root = || PathAndQuery::from_static("/");
+    match (url.path(), url.query()) {
+        ("" | "/", None) => root(),
+        ("" | "/", Some(query)) => format!("/?{query}").parse().unwrap_or_else(|_| root()),
+        _ => url.path_and_query().cloned().unwrap_or_else(root),
+    }
 }
 
 /// OPTIONS may concern the gateway itself, or limit how often it is forwarded (RFC 9110, 7.6.2).
@@ -247,6 +256,28 @@ mod tests {
             ("1 ", None),
         ] {
             assert_eq!(parse_forwards(digits.as_bytes()), expect, "{digits:?}");
+        }
+    }
+
+    #[test]
+    fn a_target_in_absolute_form_becomes_a_path_whatever_follows_the_authority() {
+        for (url, expect) in [
+            ("http://g", "/"),
+            ("http://g/", "/"),
+            ("http://g#part", "/"),
+            ("http://g?q#part", "/?q"),
+            ("http://g/?q", "/?q"),
+            ("http://g/a?q#part", "/a?q"),
+        ] {
+            let mut request = Request::get(url).body(String::new()).unwrap();
+            request.headers_mut().insert(HOST, HeaderValue::from_static("other"));
+            check(&mut request).unwrap();
+            assert_eq!(
+                (request.uri().to_string().as_str(), request.uri().path()),
+                (expect, expect.split('?').next().unwrap()),
+                "{url}"
+            );
+            assert_eq!(request.headers()[HOST], "g");
         }
     }
 }
