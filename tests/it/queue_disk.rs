@@ -4,6 +4,7 @@ use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+use rustix::process::Signal;
 use tokio::sync::watch;
 
 use crate::support::disk::Disk;
@@ -143,6 +144,25 @@ async fn large_calls_that_fill_a_disk_are_executed_once() {
 async fn large_responses_are_no_reason_to_stop() {
     let Some(disk) = Disk::tmpfs(96) else { return };
     fill_and_drain(&disk, 100_000, 900_000, false).await;
+}
+
+#[tokio::test]
+async fn large_responses_that_come_together_do_not_use_up_the_reserve() {
+    let Some(disk) = Disk::tmpfs(96) else { return };
+    let function = Function::responding(900_000);
+    let gateway = queueing(&function.provider, &disk.path().join("queue")).on(&disk).start().await;
+    let accepted = until_full(&gateway, 100_000).await;
+    // All of them arrive at the same pace once the gateway goes on, and are settled together.
+    gateway.signal(Signal::STOP);
+    let running = function.provider.calls();
+    function.open.send_replace(true);
+    eventually("all respond", async || function.executed().len() >= running).await;
+    gateway.signal(Signal::CONT);
+    drained(&gateway).await;
+    let executed = function.executed();
+    assert!(accepted.iter().all(|id| executed.contains_key(id)));
+    assert!(executed.values().all(|times| *times == 1), "{executed:?}");
+    accepts_again(&gateway, 100_000).await;
 }
 
 #[tokio::test]

@@ -1,9 +1,12 @@
 //! What the thread that writes does while the disk is full: it enqueues nothing, writes little at a time, and finds out
 //! when there is room again.
 
+use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
+
+use bytes::Bytes;
 
 use crate::queue::embedded::reserve::Reserve;
 use crate::queue::embedded::store::Store;
@@ -93,46 +96,43 @@ impl Pressure {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Leaves out of `ops` what there is no room for: large results. The calls are settled all the same.
-    pub(super) fn shorten(&self, ops: &mut [Op]) {
-        let most = if self.reserve.is_low() { SMALL } else { self.reserve.part() };
-        let mut dropped = 0;
-        for op in ops {
-            let Op::Settle(_, settled, _) = op else { continue };
-            match settled {
-                Settled::Over { record, .. } if record.len() > most => {
-                    if let Some(shorter) = finished::without_result(record) {
-                        *record = shorter.into();
-                        dropped += 1;
-                    }
-                }
-                Settled::Dead { record, .. } if record.len() > most => {
-                    let whole = std::mem::take(record).into();
-                    *record = finished::without_result(&whole).unwrap_or_else(|| whole.to_vec());
-                    dropped += 1;
-                }
-                _ => {}
+    /// Takes the first of `ops` that are small enough to be written together, at least one; `None` at the end. Large
+    /// results that there is no room for are left out: the calls are settled all the same. Whether there is room is
+    /// judged for each piece, since those before it may have used the reserve.
+    pub(super) fn next_piece(&self, ops: &mut VecDeque<Op>) -> Option<Vec<Op>> {
+        let part = self.reserve.part();
+        let longest = if self.reserve.is_low() { SMALL } else { part };
+        let (mut piece, mut length) = (Vec::new(), 0);
+        while let Some(op) = ops.front_mut() {
+            if shorten(op, longest) {
+                self.state().results_dropped += 1;
             }
-        }
-        self.state().results_dropped += dropped;
-    }
-
-    /// `ops` in pieces that are small enough to be written one after the other.
-    pub(super) fn pieces(&self, ops: Vec<Op>) -> Vec<Vec<Op>> {
-        let most = self.reserve.part();
-        let (mut pieces, mut length) = (Vec::<Vec<Op>>::new(), 0);
-        for op in ops {
             length += op.length();
-            match pieces.last_mut() {
-                Some(piece) if length <= most => piece.push(op),
-                _ => {
-                    length = op.length();
-                    pieces.push(vec![op]);
-                }
+            if length > part && !piece.is_empty() {
+                break;
             }
+            piece.extend(ops.pop_front());
         }
-        pieces
+        (!piece.is_empty()).then_some(piece)
     }
+}
+
+/// Leaves out the result that `op` would keep if its record is longer than `longest`; whether it has.
+fn shorten(op: &mut Op, longest: usize) -> bool {
+    let Op::Settle(_, settled, _) = op else { return false };
+    match settled {
+        Settled::Over { record, .. } if record.len() > longest => {
+            let Some(shorter) = finished::without_result(record) else { return false };
+            *record = shorter.into();
+        }
+        Settled::Dead { record, .. } if record.len() > longest => {
+            let whole = Bytes::copy_from_slice(record);
+            let Some(shorter) = finished::without_result(&whole) else { return false };
+            *record = shorter;
+        }
+        _ => return false,
+    }
+    true
 }
 
 impl Shared {

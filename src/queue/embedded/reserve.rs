@@ -2,7 +2,8 @@
 //!
 //! A settlement needs space before it frees any: the queue's file is copied on write. So a file of allocated blocks lies
 //! beside it. When the disk is full, the reserve gives its space back in steps, each for a write that failed. It is
-//! filled again as soon as the disk has room. What enqueues calls must not use it.
+//! filled again as soon as the disk has room. What enqueues calls must not use it, nor a change larger than
+//! [`Reserve::part`].
 
 use std::fs::{File, OpenOptions};
 use std::io;

@@ -1,6 +1,6 @@
 //! The one thread that changes the file. What comes while it writes is written together next: one `fsync` for all.
 
-use std::collections::HashSet;
+use std::collections::{HashSet, VecDeque};
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::Duration;
@@ -191,10 +191,16 @@ fn write(shared: &Arc<Shared>, mut ops: Vec<Op>) {
     if !full {
         return write_together(shared, ops);
     }
-    shared.forget_results();
-    shared.pressure.shorten(&mut ops);
-    for piece in shared.pressure.pieces(ops) {
-        write_together(shared, piece);
+    let (mut ops, mut has_forgotten) = (VecDeque::from(ops), false);
+    while !ops.is_empty() {
+        // Pieces that were written before may have used the reserve.
+        if !has_forgotten && shared.pressure.reserve.is_low() {
+            shared.forget_results();
+            has_forgotten = true;
+        }
+        if let Some(piece) = shared.pressure.next_piece(&mut ops) {
+            write_together(shared, piece);
+        }
     }
 }
 
@@ -207,8 +213,10 @@ fn write_together(shared: &Arc<Shared>, mut ops: Vec<Op>) {
     let enqueues = ops.iter().any(|op| matches!(op, Op::Publish(..)));
     let settles = ops.iter().any(|op| !matches!(op, Op::Publish(..) | Op::Expire(_)));
     let full = shared.pressure.is_full();
-    // The reserve is for calls that are queued already.
-    shared.pressure.reserve.allow(!enqueues);
+    // The reserve is for calls that are queued already. A large change could use up all of it and fail all the same, and
+    // the space would belong to the queue's file from then on. It is repeated in pieces once the disk is known to be full.
+    let is_small = length <= shared.pressure.reserve.part();
+    shared.pressure.reserve.allow(!enqueues && (full || is_small));
     let now = now();
     let mut withdrawn = Vec::new();
     let changed = shared.change(|change| {
