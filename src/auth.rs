@@ -310,4 +310,33 @@ mod tests {
         check("", false);
         assert!(!credentials().admit(&HeaderMap::new()));
     }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_password_that_is_read_while_it_is_written_is_not_believed() {
+        let directory = tempfile::tempdir().unwrap();
+        let write = |name: &str, text: &str| std::fs::write(directory.path().join(name), text);
+        write("basic-auth-user", "admin").unwrap();
+        write("basic-auth-password", "old").unwrap();
+        let credentials = Credentials::read(directory.path()).unwrap();
+        let accepts = |password: &str| {
+            let header = Pair::new("admin", password).unwrap().header().clone();
+            credentials.admit(&HeaderMap::from_iter([(AUTHORIZATION, header)]))
+        };
+        let (_reload, reloads) = watch::channel(0);
+        let stopping = CancellationToken::new();
+        let following = Arc::clone(&credentials).follow(stopping.clone(), reloads);
+        let changes = async {
+            tokio::time::sleep(REREAD_EVERY / 2).await;
+            write("basic-auth-password", "ne").unwrap();
+            tokio::time::sleep(REREAD_EVERY / 2 + REREAD_AFTER_CHANGE / 2).await;
+            // Half of it has been read by now.
+            write("basic-auth-password", "new").unwrap();
+            tokio::time::sleep(REREAD_AFTER_CHANGE).await;
+            assert_eq!(["old", "ne", "new"].map(accepts), [true, false, false]);
+            tokio::time::sleep(REREAD_AFTER_CHANGE).await;
+            assert_eq!(["old", "ne", "new"].map(accepts), [false, false, true]);
+            stopping.cancel();
+        };
+        tokio::join!(following, changes);
+    }
 }

@@ -7,7 +7,7 @@ use tokio::task::JoinSet;
 use crate::support::gateway::Gateway;
 use crate::support::provider::Provider;
 use crate::support::wire::{Wire, get};
-use crate::support::within;
+use crate::support::{eventually, within};
 
 /// The beginning of a head, of some `length` bytes.
 fn incomplete(length: usize) -> String {
@@ -123,12 +123,15 @@ async fn the_connection_that_has_been_idle_longest_makes_room() {
 async fn beginnings_of_heads_do_not_lock_others_out() {
     let provider = Provider::saying("hello");
     let gateway = Gateway::builder().provider(&provider).var("max_connections", "20").start().await;
+    let before = gateway.open_files();
     let mut slow = Vec::new();
     for _ in 0..20 {
         let mut caller = gateway.connect().await;
         caller.send("G").await;
         slow.push(caller);
     }
+    // Each thread accepts its own connections: another one could be accepted before these.
+    eventually("all are accepted", async || gateway.open_files() >= before + slow.len()).await;
     assert_eq!(gateway.get("/function/echo").await.text(), "hello");
 }
 

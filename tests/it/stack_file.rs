@@ -163,9 +163,14 @@ async fn a_file_that_says_nothing_or_half_of_it_removes_nothing() {
 
 #[tokio::test]
 async fn with_once_the_file_is_not_followed() {
-    let directory = TempDir::new().unwrap();
+    let (directory, other) = (TempDir::new().unwrap(), TempDir::new().unwrap());
     let once = Up::start(directory.path(), &stack(&[("a", "echo one")]), &["--once"]).await;
-    once.write(&stack(&[("a", "echo two")]));
+    let follows = Up::start(other.path(), &stack(&[("a", "echo one")]), &[]).await;
+    for up in [&once, &follows] {
+        up.write(&stack(&[("a", "echo two")]));
+    }
+    // The file would have been read again by then.
+    follows.answers("a", "two\n").await;
     // A signal asks for it all the same, and what it has read is then the present state.
     assert_eq!(once.call("a").await, "one\n");
     once.signal(Signal::HUP);
