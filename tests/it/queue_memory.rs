@@ -3,15 +3,16 @@
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
+use std::time::{Duration, Instant};
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
 
+use crate::support::eventually;
 use crate::support::gateway::Gateway;
 use crate::support::provider::Provider;
 use crate::support::queue::{patient, queueing};
-use crate::support::{eventually, within};
 
 const MIB: u64 = 1 << 20;
 /// What the bodies may take together.
@@ -19,6 +20,8 @@ const BUDGET: u64 = 256 * MIB;
 /// What the process takes beside them at its peak, most of it memory that the allocator has not returned yet. Without
 /// the budget, the bodies of either test are over 480 MiB, and their copies as much again.
 const BESIDE: u64 = 180 * MIB;
+/// How long an exchange may take, and the memory to be given back: half a gigabyte is written meanwhile.
+const PATIENCE: Duration = Duration::from_secs(120);
 /// What an idle process holds at most.
 const IDLE: u64 = 120 * MIB;
 
@@ -90,7 +93,7 @@ async fn responses_wait_for_callbacks_in_bounded_memory() {
     eventually("nothing changes any more", async || {
         let before = seen;
         seen = silent.connections.load(SeqCst);
-        tokio::time::sleep(std::time::Duration::from_millis(500)).await;
+        tokio::time::sleep(Duration::from_millis(500)).await;
         before == seen && before > 0
     })
     .await;
@@ -109,16 +112,15 @@ async fn responses_wait_for_callbacks_in_bounded_memory() {
 
 /// Waits until the memory is given back. The allocator does that while other calls go on.
 async fn given_back(gateway: &Gateway) {
-    let start = std::time::Instant::now();
+    let start = Instant::now();
     loop {
         gateway.queue("echo", &[], "x").await;
         let (queues, memory) = (gateway.get("/system/queues").await, gateway.memory());
         if memory < IDLE {
             return;
         }
-        let took = start.elapsed().as_secs();
-        assert!(took < 120, "{} MiB after {took} s: {queues}", memory / MIB);
-        tokio::time::sleep(std::time::Duration::from_millis(200)).await;
+        assert!(start.elapsed() < PATIENCE, "{} MiB: {queues}", memory / MIB);
+        tokio::time::sleep(Duration::from_millis(200)).await;
     }
 }
 
@@ -152,6 +154,6 @@ async fn send(address: SocketAddr, body: Arc<[u8]>) -> bool {
         connection.write_all(&body).await.ok()?;
         connection.read_to_end(&mut response).await.ok()
     };
-    let exchanged = within("an exchange", exchange).await;
+    let exchanged = tokio::time::timeout(PATIENCE, exchange).await.expect("it ends");
     exchanged.is_some() && response.starts_with(b"HTTP/1.1 202")
 }

@@ -52,7 +52,7 @@ async fn a_server_that_stands_still_is_noticed_at_once() {
     let frozen = Instant::now();
     eventually("the queue is away", async || is_degraded(&gateway).await).await;
     // Three seconds on a machine that has time for it; it was twenty.
-    assert!(frozen.elapsed() < Duration::from_secs(6), "{:?}", frozen.elapsed());
+    assert!(frozen.elapsed() < Duration::from_secs(12), "{:?}", frozen.elapsed());
     // What is refused from now on is not stored later.
     let answers = (0..4).map(|_| gateway.queue("echo", &[], ""));
     for answer in futures_util::future::join_all(answers).await {

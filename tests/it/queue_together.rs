@@ -338,19 +338,18 @@ async fn what_one_does_not_come_to_is_soon_there_for_another() {
 #[tokio::test]
 async fn one_who_stops_gives_back_at_once_what_was_not_begun() {
     let nats = Nats::start();
-    let (it, other) = (Gateway::on(&nats).await, Gateway::on(&nats).await);
+    // It is given back: the server would not find it out in time.
+    let (it, other) = (Gateway::leasing_long(&nats).await, Gateway::leasing_long(&nats).await);
     let ids = it.publish_at_once(CALLS, fresh).await;
     let delivery = it.take().await;
     let mut made = BTreeSet::from([delivery.call.id.clone()]);
     it.settle(delivery, succeeded()).await;
-    let start = Instant::now();
     it.queue.stop().await;
     while made.len() < CALLS {
         let delivery = other.take().await;
         assert!(made.insert(delivery.call.id.clone()));
         other.settle(delivery, succeeded()).await;
     }
-    assert!(start.elapsed() < LEASE, "given back, not found out by the server");
     assert_eq!(made, set(&ids));
     other.is_empty().await;
 }
