@@ -141,6 +141,12 @@ impl Watch {
         self.until.store(nanos(now + read), Relaxed);
     }
 
+    /// The head that is being read must be complete `limit` after its first byte came, unless it must be so earlier.
+    pub fn head_within(&self, limit: Duration) {
+        let latest = self.head_at.load(Relaxed).saturating_add(nanos(limit));
+        self.until.store(latest.min(self.until.load(Relaxed)), Relaxed);
+    }
+
     /// A whole head has come. Returns when its first byte did, so that the call need not read the clock again.
     pub fn call_begins(&self) -> Instant {
         let head_at = match self.stage() {

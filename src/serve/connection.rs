@@ -1,5 +1,8 @@
 //! One connection of a caller: hyper drives HTTP, this drives hyper, the connection's timer and its end.
 
+#[cfg(test)]
+mod tests;
+
 use std::error::Error;
 use std::future::Future;
 use std::pin::Pin;
@@ -18,7 +21,7 @@ use crate::echo::OwnWakes;
 use crate::serve::caller::{Caller, CallerStream, HEAD};
 use crate::serve::linger::Linger;
 use crate::serve::refusal::{self, HeadError, Outcome};
-use crate::serve::register::Seated;
+use crate::serve::register::{self, Seated};
 use crate::watch::{BodyState, Note, Overdue, Stage};
 
 /// The largest head of a request.
@@ -48,7 +51,7 @@ pub(super) struct Connection<S: HttpService<Incoming>> {
     armed: Option<Instant>,
     closing: CancellationToken,
     until_closing: Pin<Box<WaitForCancellationFutureOwned>>,
-    /// Whether `until_closing` knows this task, so that it need not be polled again.
+    /// Whether this task is woken by `closing` and by notes.
     registered: bool,
     told_to_close: bool,
     own_wakes: OwnWakes,
@@ -115,7 +118,7 @@ where
                     self.hyper_ended(ended.err().as_ref());
                 }
                 Http::Lingering(linger) => {
-                    if self.caller.watch.takes(Note::Leave) {
+                    if self.caller.watch.has(Note::Leave) {
                         return Poll::Ready(());
                     }
                     if self.closing.is_cancelled() {
@@ -164,6 +167,10 @@ where
 
     /// Closes the connection in a way that lets a client that still sends read its response.
     fn linger(&mut self, stream: CallerStream) {
+        if self.caller.watch.takes(Note::LargeHead) {
+            // Its buffer is gone, so it no longer counts against the budget.
+            self.seat.0.heads.end(&self.seat.0);
+        }
         self.caller.watch.lingers();
         self.http = Http::Lingering(Box::new(Linger::new(stream)));
     }
@@ -204,24 +211,33 @@ where
         }
     }
 
-    /// Whether this was the moment: then hyper is to be polled again.
-    fn close_if_asked(&mut self, cx: &mut Context<'_>) -> bool {
-        if self.told_to_close {
-            return false;
-        }
-        if !self.registered {
-            self.seat.0.wake_by(cx.waker());
-            self.registered = self.until_closing.as_mut().poll(cx).is_pending();
-        }
-        if !self.closing.is_cancelled() {
+    /// Has this task woken by notes and by `closing`. A note that was added before is found when notes are checked.
+    fn register(&mut self, cx: &mut Context<'_>) {
+        self.seat.0.wake_by(cx.waker());
+        // If it is ready, the process stops already, which every poll checks.
+        let _ = self.until_closing.as_mut().poll(cx);
+        self.registered = true;
+    }
+
+    /// Closes the connection if the process stops and no request is on its way. Whether hyper is to be polled again.
+    fn close_if_asked(&mut self) -> bool {
+        if self.told_to_close || !self.closing.is_cancelled() {
             return false;
         }
         let watch = &self.caller.watch;
-        if watch.stage() == Stage::Idle
-            && let Some(left) = YOUNG.checked_sub(self.accepted.elapsed())
-        {
-            watch.call_ended(Instant::now(), left);
-            return false;
+        match watch.stage() {
+            Stage::Idle => {
+                if let Some(left) = YOUNG.checked_sub(self.accepted.elapsed()) {
+                    watch.call_ended(Instant::now(), left);
+                    return false;
+                }
+            }
+            Stage::Head => {
+                // hyper would close the connection. Once the head is complete, its call is answered like any other.
+                watch.head_within(register::HEAD);
+                return false;
+            }
+            Stage::Call => {}
         }
         self.told_to_close = true;
         match &mut self.http {
@@ -250,16 +266,23 @@ where
             self.seat.0.heads.end(&self.seat.0);
             return true;
         }
-        if watch.takes(Note::Leave) && watch.waits_since().is_some() {
-            tracing::debug!(caller = %self.caller.address, "Closed to make room for another connection");
-            self.http = Http::Over;
-            return true;
+        if watch.has(Note::Leave) {
+            if register::dispensable_since(watch, Instant::now()).is_some() {
+                tracing::debug!(caller = %self.caller.address, "Closed to make room for another connection");
+                self.http = Http::Over;
+                return true;
+            }
+            // A request has begun since. Without the note, the acceptor does not wait for this connection.
+            watch.takes(Note::Leave);
         }
         false
     }
 
     /// Drives what there is to drive, for as long as that changes what there is.
     fn drive(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        if !self.registered {
+            self.register(cx);
+        }
         loop {
             if self.poll_http(cx).is_ready() {
                 return Poll::Ready(());
@@ -273,7 +296,7 @@ where
             if self.caller.watch.has_notes() && self.heed() {
                 continue;
             }
-            if self.close_if_asked(cx) {
+            if self.close_if_asked() {
                 continue;
             }
             match self.poll_overdue(cx) {

@@ -71,6 +71,8 @@ impl Heads {
         self.used.fetch_sub(head, Relaxed);
         if std::mem::take(&mut entry.refused) {
             self.leaving.fetch_sub(head, Relaxed);
+            // The note is added under the same lock. It must not reach the next head on this connection.
+            entry.watch.takes(Note::Refuse);
         }
     }
 
@@ -114,6 +116,22 @@ mod tests {
     use super::*;
     use crate::serve::register::{Register, Seated};
     use crate::watch::Watch;
+
+    #[test]
+    fn a_head_that_came_whole_takes_its_refusal_along() {
+        let (register, heads) = (Register::default(), Arc::new(Heads::new(100)));
+        let shard = register.shard(&heads);
+        let watches = [(); 2].map(|()| Arc::new(Watch::new()));
+        let seats = watches.each_ref().map(|watch| Seated(shard.enter(watch, &heads)));
+        assert!(heads.grows(&seats[0].0, 60));
+        assert!(heads.grows(&seats[1].0, 50));
+        assert!(watches[0].has(Note::Refuse));
+        heads.end(&seats[0].0);
+        assert!(!watches[0].has(Note::Refuse), "the next head would be refused");
+        // That head is refused only for its own size.
+        assert!(heads.grows(&seats[0].0, 50));
+        assert!(!heads.grows(&seats[0].0, 51) && watches[0].has(Note::Refuse));
+    }
 
     #[test]
     fn the_largest_heads_are_refused_until_the_rest_is_within_the_budget() {

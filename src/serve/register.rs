@@ -13,8 +13,8 @@ use crate::watch::{Note, Stage, Watch};
 
 /// A connection that has been idle for less keeps its place: its next request may be on its way.
 const IDLE: Duration = Duration::from_secs(1);
-/// One whose head is on its way keeps its place for so long.
-const HEAD: Duration = Duration::from_secs(5);
+/// How long one keeps its place while a head is on its way.
+pub(super) const HEAD: Duration = Duration::from_secs(5);
 /// How many idle connections are remembered after one look.
 const REMEMBERED: usize = 256;
 
@@ -45,9 +45,11 @@ impl Leaving {
     /// How long the task of a connection may take to heed what it was told, on a busy machine.
     const PATIENCE: Duration = Duration::from_secs(1);
 
-    /// Whether the connection is open still, and may be expected to close.
+    /// Whether the connection is still open, and may be expected to close. One that is needed again removes the note.
     pub(super) fn is_expected(&self) -> bool {
-        self.told.elapsed() < Self::PATIENCE && self.shard.lock().open.contains_key(&self.key)
+        let leaves = |entry: &Entry| entry.watch.has(Note::Leave);
+        self.told.elapsed() < Self::PATIENCE
+            && self.shard.lock().open.get(&self.key).is_some_and(leaves)
     }
 }
 
@@ -80,13 +82,13 @@ impl Entry {
             waker.wake_by_ref();
         }
     }
+}
 
-    /// Since when it has done nothing that would be missed; `None` if it is needed.
-    fn dispensable_since(&self, now: Instant) -> Option<(Stage, Instant)> {
-        let (stage, since) = self.watch.waits_since()?;
-        let patience = if stage == Stage::Idle { IDLE } else { HEAD };
-        (now.saturating_duration_since(since) >= patience).then_some((stage, since))
-    }
+/// Since when the connection with this `watch` has done nothing that would be missed; `None` if it is needed.
+pub(super) fn dispensable_since(watch: &Watch, now: Instant) -> Option<(Stage, Instant)> {
+    let (stage, since) = watch.waits_since()?;
+    let patience = if stage == Stage::Idle { IDLE } else { HEAD };
+    (now.saturating_duration_since(since) >= patience).then_some((stage, since))
 }
 
 impl Register {
@@ -120,7 +122,7 @@ impl Register {
         let (mut idle, mut heads) = (Vec::new(), Vec::new());
         for shard in lock(&self.shards).iter() {
             for (key, entry) in &shard.lock().open {
-                let Some((stage, since)) = entry.dispensable_since(now) else { continue };
+                let Some((stage, since)) = dispensable_since(&entry.watch, now) else { continue };
                 let found = if stage == Stage::Idle { &mut idle } else { &mut heads };
                 found.push(Candidate { shard: Arc::clone(shard), key: *key, since });
             }
