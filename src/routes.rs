@@ -2,6 +2,7 @@
 
 #[cfg(any(test, fuzzing))]
 pub(crate) mod fuzz;
+mod host;
 mod request;
 
 use std::convert::Infallible;

@@ -10,6 +10,7 @@ use hyper::body::Body;
 
 use crate::error::Error;
 use crate::proxy::codings;
+use crate::routes::host::is_host;
 
 /// The methods that requests in general may have. Functions may define others.
 const METHODS: &str = "GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS";
@@ -89,7 +90,7 @@ fn take_authority<B>(request: &mut Request<B>) -> Result<(), Early> {
         return bad("the URL in the target has user information");
     }
     let host = HeaderValue::from_str(authority.as_str());
-    let Some(host) = host.ok().filter(|host| is_host(host) && !authority.host().is_empty()) else {
+    let Some(host) = host.ok().filter(|host| !host.is_empty() && is_host(host.as_bytes())) else {
         return bad("the host in the target is malformed");
     };
     *request.uri_mut() = Uri::from(origin_form(uri));
@@ -145,17 +146,9 @@ fn has_one_good_host(headers: &HeaderMap, version: Version) -> bool {
     let mut hosts = headers.get_all(HOST).iter();
     match (hosts.next(), hosts.next()) {
         (None, _) => version < Version::HTTP_11,
-        (Some(host), None) => is_host(host),
+        (Some(host), None) => is_host(host.as_bytes()),
         (Some(_), Some(_)) => false,
     }
-}
-
-fn is_host(host: &HeaderValue) -> bool {
-    host.as_bytes().iter().all(is_host_byte)
-}
-
-fn is_host_byte(byte: &u8) -> bool {
-    byte.is_ascii_alphanumeric() || b"-._~!$&'()*+,;=:[]%".contains(byte)
 }
 
 /// Whether a segment of `path` is `.` or `..`, however dots and slashes are written: it could lead out of
