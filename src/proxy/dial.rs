@@ -33,12 +33,8 @@ async fn dial_for(
         let mut is_silent = false;
         let mut last = io::Error::new(io::ErrorKind::NotFound, "the name has no address");
         for address in addresses {
-            match timeout(each, TcpStream::connect(address)).await {
-                // While nobody listens on a port of this machine, the kernel may pick that very port as the client's
-                // own, and connect it with itself.
-                Ok(Ok(stream)) if stream.local_addr()? == stream.peer_addr()? => {
-                    last = io::ErrorKind::ConnectionRefused.into();
-                }
+            let connected = timeout(each, TcpStream::connect(address)).await;
+            match connected.map(|stream| stream.and_then(checked)) {
                 Ok(Ok(stream)) => return Ok(stream),
                 Ok(Err(error)) => last = error,
                 Err(_) => (is_silent, last) = (true, io::ErrorKind::TimedOut.into()),
@@ -48,6 +44,18 @@ async fn dial_for(
             return Err(last);
         }
     }
+}
+
+/// `stream`, if it is connected with another socket.
+///
+/// # Errors
+/// The peer has already reset the connection, or is the socket itself: while nothing listens on a port of this machine,
+/// the kernel may choose that very port for the client.
+fn checked(stream: TcpStream) -> io::Result<TcpStream> {
+    if stream.local_addr()? == stream.peer_addr()? {
+        return Err(io::ErrorKind::ConnectionRefused.into());
+    }
+    Ok(stream)
 }
 
 #[cfg(test)]
@@ -82,6 +90,50 @@ mod tests {
         let [silent, open] = [silent, open].map(|it| (it.local_addr().unwrap(), it));
         let stream = dial(&[silent.0, closed().await, open.0], SHORT).await.unwrap();
         assert_eq!(stream.peer_addr().unwrap(), open.0);
+    }
+
+    /// A port that resets every connection, on a thread of its own.
+    fn resetting() -> SocketAddr {
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap();
+        std::thread::spawn(move || {
+            while let Ok((stream, _)) = listener.accept() {
+                reset(stream);
+            }
+        });
+        address
+    }
+
+    fn reset(stream: std::net::TcpStream) {
+        socket2::SockRef::from(&stream).set_linger(Some(Duration::ZERO)).unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_connection_that_is_reset_or_its_own_peer_is_none() {
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let stream = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
+        let stream = checked(stream).unwrap();
+        reset(listener.accept().unwrap().0);
+        // Reads the reset.
+        timeout(Duration::from_secs(10), stream.readable()).await.unwrap().unwrap();
+        assert_eq!(checked(stream).unwrap_err().kind(), io::ErrorKind::NotConnected);
+
+        let socket = TcpSocket::new_v4().unwrap();
+        socket.bind("127.0.0.1:0".parse().unwrap()).unwrap();
+        let own = socket.local_addr().unwrap();
+        let stream = socket.connect(own).await.unwrap();
+        assert_eq!(checked(stream).unwrap_err().kind(), io::ErrorKind::ConnectionRefused);
+    }
+
+    #[tokio::test]
+    async fn an_address_that_resets_connections_is_passed_over() {
+        let open = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let addresses = [resetting(), open.local_addr().unwrap()];
+        // The reset comes before, while or after the connection is looked at.
+        for _ in 0..1000 {
+            dial(&addresses, Duration::from_secs(10)).await.unwrap();
+            while let Ok(Ok(_)) = timeout(Duration::ZERO, open.accept()).await {}
+        }
     }
 
     #[tokio::test]
