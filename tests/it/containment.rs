@@ -137,6 +137,32 @@ async fn nothing_outlives_its_call_where_there_are_none() {
     nothing_outlives_its_call(&place, up).await;
 }
 
+/// The directory of a provider's cgroups; `None` where none can be created.
+fn cgroups(place: &Place) -> Option<std::path::PathBuf> {
+    let log = place.log();
+    let (_, line) = log.split_once("is ended by a cgroup of each call")?;
+    Some(line.split_once("path=")?.1.split_whitespace().next()?.into())
+}
+
+#[tokio::test]
+async fn the_cgroups_of_a_provider_go_with_it_or_with_the_start_of_another() {
+    const CAT: &str = "functions: {cat: {fprocess: cat}}";
+    let (killed, next) = (Place::new(), Place::new());
+    let up = killed.up(CAT, &[]).await;
+    assert_eq!(up.post("/function/cat", "hello").await.text(), "hello");
+    let Some(left) = cgroups(&killed) else { return };
+    assert!(left.join("0").exists());
+    up.killed().await;
+    // Another one has no record of it.
+    let up = next.up(CAT, &[]).await;
+    assert!(!left.exists());
+    let own = cgroups(&next).unwrap();
+    assert_eq!(up.post("/function/cat", "hello").await.text(), "hello");
+    assert!(own.exists());
+    up.terminated().await;
+    assert!(!own.exists());
+}
+
 /// A cgroup in which the kernel holds processes so that they cannot even be killed.
 struct Freezer(std::path::PathBuf);
 

@@ -1,22 +1,25 @@
 //! Cgroups (version 2) of the provider's own, one for each process that a function runs as.
 
-use std::fs;
+use std::fs::{self, File, TryLockError};
 use std::io;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use anyhow::{Context, ensure};
+use anyhow::{Context, bail, ensure};
 use tokio::process::Command;
 use tokio::time::{sleep, timeout};
 
 use crate::provider::process::command::find;
 use crate::provider::process::sync::lock;
 
-/// How the provider's directories begin.
-const PREFIX: &str = "gateway-";
+/// How the names of providers' directories begin.
+const PREFIX: &str = "gateway-provider-";
+/// How often a directory is created, in case another provider that starts removes it before it is locked.
+const CREATIONS: usize = 10;
 /// Cgroups that are kept for the next call. To create one costs little, but the kernel takes time to forget it.
 const KEPT: usize = 64;
 /// How many kept ones are looked at for one that is empty.
@@ -31,6 +34,8 @@ const PROBE: Duration = Duration::from_secs(5);
 #[derive(Debug)]
 pub(super) struct Cgroups {
     root: PathBuf,
+    /// The directory, locked: nobody else removes it while this process lives.
+    _lock: File,
     /// Names the directory for the next provider, should this one be killed.
     record: PathBuf,
     made: AtomicU64,
@@ -47,16 +52,18 @@ pub(super) struct Cgroup {
 
 impl Cgroups {
     /// Creates a directory and finds out whether a process can be put there and killed; an error says why not. Kills
-    /// what an earlier provider, which has written `record`, has left in its own.
+    /// what an earlier provider, which has written `record`, has left in its own, and removes the empty ones that other
+    /// providers have left.
     pub(super) async fn open(record: PathBuf, path: &str) -> anyhow::Result<Arc<Self>> {
         kill_left(&record).await;
         let mounts = fs::read_to_string("/proc/self/mountinfo").context("no mountinfo")?;
         let own = fs::read_to_string("/proc/self/cgroup").context("no cgroup")?;
         let home = home(&mounts, &own).context("no cgroup of version 2 is mounted")?;
-        let root = home.join(format!("{PREFIX}{}", uuid::Uuid::new_v4().simple()));
-        fs::create_dir(&root).context("no cgroup can be created")?;
+        let (root, lock) = create(&home)?;
+        remove_abandoned(&home);
         let cgroups = Arc::new(Self {
             root,
+            _lock: lock,
             record,
             made: AtomicU64::new(0),
             idle: Mutex::default(),
@@ -215,6 +222,44 @@ fn home(mountinfo: &str, own: &str) -> Option<PathBuf> {
     })
 }
 
+/// Creates a provider's directory in `home`, and locks it.
+fn create(home: &Path) -> anyhow::Result<(PathBuf, File)> {
+    for _ in 0..CREATIONS {
+        let root = home.join(format!("{PREFIX}{}", uuid::Uuid::new_v4().simple()));
+        fs::create_dir(&root).context("no cgroup can be created")?;
+        if let Some(lock) = lock_directory(&root) {
+            return Ok((root, lock));
+        }
+    }
+    bail!("other providers remove each cgroup that is created")
+}
+
+/// Locks a provider's directory; `None` if another process has locked or removed it.
+fn lock_directory(root: &Path) -> Option<File> {
+    let directory = File::open(root).ok()?;
+    if let Err(TryLockError::WouldBlock) = directory.try_lock() {
+        return None;
+    }
+    let locked = directory.metadata().ok()?;
+    let there = fs::metadata(root).ok()?;
+    (locked.ino() == there.ino()).then_some(directory)
+}
+
+/// Removes the directories in `home` of providers that were killed, unless a process is in them. A provider that lives
+/// has locked its own.
+fn remove_abandoned(home: &Path) {
+    for entry in fs::read_dir(home).into_iter().flatten().flatten() {
+        let is_providers = entry.file_name().to_string_lossy().starts_with(PREFIX);
+        let path = entry.path();
+        if is_providers
+            && let Some(_lock) = lock_directory(&path)
+            && is_empty(&path)
+        {
+            remove(&path);
+        }
+    }
+}
+
 /// Kills what is left of an earlier provider.
 async fn kill_left(record: &Path) {
     let Ok(text) = fs::read_to_string(record) else { return };
@@ -271,6 +316,36 @@ mod tests {
         // One that was killed would not get as far as this signal.
         kill_process(Pid::from_raw(pid.cast_signed()).unwrap(), Signal::TERM).unwrap();
         assert_eq!(function.wait().await.unwrap().signal(), Some(Signal::TERM.as_raw()));
+    }
+
+    #[tokio::test]
+    async fn only_empty_cgroups_of_providers_that_are_gone_are_removed() {
+        let place = tempfile::tempdir().unwrap();
+        let open = async |name: &str| Cgroups::open(place.path().join(name), "/usr/bin:/bin").await;
+        // Not every machine lets this process create cgroups.
+        let Ok(living) = open("living").await else { return };
+        let home = living.root.parent().unwrap();
+        // As a provider leaves them that is killed: after calls, and with a process that it could not end.
+        let left = |name: &str| {
+            let root = home.join(format!("{PREFIX}test-{name}-{}", std::process::id()));
+            fs::create_dir(&root).unwrap();
+            fs::create_dir(root.join("0")).unwrap();
+            root
+        };
+        let (empty, populated) = (left("empty"), left("populated"));
+        let mut process = Command::new("sleep").arg("1000").kill_on_drop(true).spawn().unwrap();
+        fs::write(populated.join("0/cgroup.procs"), process.id().unwrap().to_string()).unwrap();
+
+        let next = open("next").await.unwrap();
+        assert!(!empty.exists() && populated.join("0").exists());
+        assert!(living.root.exists() && living.take().unwrap().path.exists());
+
+        process.kill().await.unwrap();
+        let roots = [living.root.clone(), next.root.clone(), populated];
+        drop((living, next));
+        // The next one to start clears the rest.
+        drop(open("last").await.unwrap());
+        assert!(!roots.iter().any(|root| root.exists()));
     }
 
     #[test]

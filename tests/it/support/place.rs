@@ -116,6 +116,11 @@ impl Up<'_> {
             .await;
     }
 
+    /// Kills it, and waits until it is gone.
+    pub(crate) async fn killed(mut self) {
+        within("it ends", self.child.kill()).await.unwrap();
+    }
+
     /// Asks it to end, and waits for that.
     pub(crate) async fn terminated(mut self) {
         let id = self.child.id().expect("it runs");
