@@ -16,6 +16,7 @@ use http::header::{
 use http::{HeaderMap, Method, StatusCode, Uri};
 use http_body_util::{BodyExt, Limited};
 use serde_json::{Value, json};
+use tokio::sync::Semaphore;
 
 use crate::auth::{Credentials, too_large_or_broken};
 use crate::autoscale::alerts::Ignored;
@@ -36,6 +37,7 @@ use crate::serve::caller::Caller;
 
 pub use change::change;
 pub use list::list;
+pub use send::MAX_KEPT;
 
 /// The largest body of an alert or a scale request.
 pub const MAX_BODY: usize = 1 << 20;
@@ -58,6 +60,8 @@ pub struct Api {
     pub ignored_alerts: Option<Arc<Ignored>>,
     /// Takes queued calls in, where there is a queue.
     pub intake: Option<Arc<Intake>>,
+    /// A permit for each body that is kept to be sent again: [`MAX_KEPT`] for all threads.
+    pub kept: Arc<Semaphore>,
 }
 
 /// `auth_proxy_url`, and whether it is sent bodies.

@@ -8,6 +8,7 @@ use axum::Router;
 use hyper::Request;
 use hyper::body::Incoming;
 use hyper::service::service_fn;
+use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 
 use crate::app::threads::{Threads, Work};
@@ -34,7 +35,7 @@ use crate::serve::listener::bind;
 use crate::serve::pacing::Pacing;
 use crate::serve::{Server, raise_file_limit};
 use crate::shutdown::{Stages, Tasks};
-use crate::system::{Api, AuthProxy};
+use crate::system::{Api, AuthProxy, MAX_KEPT};
 use crate::trace::{Observer, Tracer};
 use crate::worker::Worker;
 use crate::worker::attempt::Caller;
@@ -85,6 +86,8 @@ struct Parts {
     observer: Option<Arc<Observer>>,
     stages: Stages,
     heads: Arc<Heads>,
+    /// For bodies of requests to the API that may have to be sent again.
+    kept: Arc<Semaphore>,
 }
 
 impl Gateway {
@@ -220,6 +223,7 @@ impl Parts {
             client,
             stages: stages.clone(),
             heads: Arc::new(Heads::new(config.limits.heads)),
+            kept: Arc::new(Semaphore::new(MAX_KEPT)),
             config,
         })
     }
@@ -375,6 +379,7 @@ impl Parts {
             counts: Arc::clone(&self.counts),
             ignored_alerts: self.ignored_alerts.clone(),
             intake: self.intake.as_ref().map(|intake| intake.for_thread()),
+            kept: Arc::clone(&self.kept),
         };
         let api = Arc::new(api);
         Door {

@@ -11,7 +11,6 @@ use bytes::Bytes;
 use http::header::{AUTHORIZATION, CONTENT_LENGTH};
 use http::{HeaderMap, Response};
 use http_body::Body as _;
-use tokio::sync::Semaphore;
 
 use crate::auth::tries::Tries;
 use crate::error::Error;
@@ -22,8 +21,8 @@ use crate::proxy::{Errand, forward};
 use crate::serve::caller::Caller;
 use crate::system::{Api, MAX_BODY, read};
 
-/// Bodies of at most [`MAX_BODY`] bytes that are kept at a time, in the whole process.
-static KEPT: Semaphore = Semaphore::const_new(64);
+/// How many bodies of at most [`MAX_BODY`] bytes may be kept at a time, over all threads.
+pub const MAX_KEPT: usize = 64;
 
 impl Api {
     /// Sends a client's request on to `origin`, with this gateway's credentials.
@@ -53,7 +52,7 @@ impl Api {
         let mut kept = Bytes::new();
         let mut _room = None;
         if !body.is_end_stream() {
-            _room = KEPT.try_acquire().ok().filter(|_| is_short(&parts.headers));
+            _room = self.kept.try_acquire().ok().filter(|_| is_short(&parts.headers));
             if _room.is_none() {
                 // If that fails, the request meets the same, and its client is told.
                 let _ = self.provider.try_credentials().await;

@@ -37,6 +37,27 @@ fn no_source_file_is_too_long() {
     }
 }
 
+/// What is shared by the whole process belongs to a value that `app` creates: two gateways in one process must not share
+/// a limit. The values that a thread has of its own save work and limit nothing.
+#[test]
+fn there_is_no_mutable_global() {
+    const ALLOWED: &[&str] = &["ALLOCATOR", "POLLED", "HEARD", "LENT"];
+    for path in sources(&root().join("src")) {
+        let source = fs::read_to_string(&path).unwrap();
+        for line in source.lines().map(str::trim_start) {
+            let item = line.split_once("static ").filter(|(before, _)| {
+                before.is_empty() || before.starts_with("pub") && !before.contains(['"', '\''])
+            });
+            let Some((name, kind)) = item.and_then(|(_, item)| item.split_once(':')) else {
+                continue;
+            };
+            // Tables of constants.
+            let is_table = kind.trim_start().starts_with("[HeaderName; ");
+            assert!(is_table || ALLOWED.contains(&name), "{}: {line}", path.display());
+        }
+    }
+}
+
 #[test]
 fn every_setting_is_in_the_readme_with_its_default() {
     let readme = fs::read_to_string(root().join("README.md")).unwrap();
