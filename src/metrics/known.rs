@@ -42,11 +42,13 @@ struct Seen {
     as_of: Option<Instant>,
     /// When somebody changed the function last.
     changed: Option<Instant>,
+    /// Why it does not start, as it was logged last.
+    failure: Option<String>,
 }
 
 impl Seen {
     fn new(last: Option<Instant>) -> Self {
-        Self { last, warm: Arc::default(), as_of: None, changed: None }
+        Self { last, warm: Arc::default(), as_of: None, changed: None, failure: None }
     }
 
     /// The provider was asked at `at`, and it has replicas to call, or none.
@@ -54,6 +56,9 @@ impl Seen {
         if self.as_of.is_none_or(|as_of| at >= as_of) {
             self.as_of = Some(at);
             self.warm.0.store(warm, Relaxed);
+            if warm {
+                self.failure = None;
+            }
         }
     }
 }
@@ -110,6 +115,18 @@ impl Known {
         }
     }
 
+    /// The provider says that `function` does not start, because of `reason`. Whether that is news: it has had replicas
+    /// to call since it was said last, or was changed, or the reason is another.
+    pub fn does_not_start(&self, function: &Function, reason: &str) -> bool {
+        let mut functions = self.functions();
+        let Some(seen) = functions.get_mut(function) else { return true };
+        let is_news = seen.failure.as_deref() != Some(reason);
+        if is_news {
+            seen.failure = Some(reason.to_owned());
+        }
+        is_news
+    }
+
     /// Somebody has just changed the functions called `name`, in whatever namespace; or, without a name, any: what was
     /// known of their replicas says nothing any more.
     pub fn changed(&self, name: Option<&str>) {
@@ -117,6 +134,7 @@ impl Known {
         for (function, seen) in &mut *self.functions() {
             if name.is_none_or(|name| function.name == name) {
                 seen.changed = Some(now);
+                seen.failure = None;
                 seen.found(false, now);
             }
         }
@@ -204,6 +222,24 @@ mod tests {
         assert!(warm.is_warm() && !known.changed_since(&echo, after + Duration::from_nanos(1)));
         known.changed(None);
         assert!(!warm.is_warm());
+    }
+
+    #[test]
+    fn that_a_function_does_not_start_is_news_once_until_it_has_started_or_changed() {
+        let (known, start) = (Known::default(), Instant::now());
+        let echo = function("echo");
+        known.learn(&echo);
+        assert!(known.does_not_start(&echo, "exit status: 1"));
+        assert!(!known.does_not_start(&echo, "exit status: 1"));
+        known.found(&echo, false, start);
+        assert!(!known.does_not_start(&echo, "exit status: 1"));
+        assert!(known.does_not_start(&echo, "exit status: 2"));
+        known.listed(&list(&[("echo", true)]), start + Duration::from_secs(1));
+        assert!(known.does_not_start(&echo, "exit status: 2"));
+        known.changed(Some("other"));
+        assert!(!known.does_not_start(&echo, "exit status: 2"));
+        known.changed(Some("echo"));
+        assert!(known.does_not_start(&echo, "exit status: 2"));
     }
 
     #[test]

@@ -94,9 +94,12 @@ impl Driver {
         // One that is at zero may have been mended meanwhile: it is started first.
         if let Some(failure) = failure.filter(|_| replicas.available == 0 && replicas.wanted > 0) {
             scaling.known.found(function, false, asked);
-            let (starts, reason, last_output) =
-                (failure.starts, &failure.reason, &failure.last_output);
-            tracing::warn!(function = %function, starts, reason, last_output, "{function} does not start");
+            // Each call asks, for as long as that lasts.
+            if scaling.known.does_not_start(function, &failure.reason) {
+                let (starts, reason, last_output) =
+                    (failure.starts, &failure.reason, &failure.last_output);
+                tracing::warn!(function = %function, starts, reason, last_output, "{function} does not start");
+            }
             self.close(Over::DoesNotStart(failure.into()));
             return Ok(());
         }

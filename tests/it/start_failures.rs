@@ -72,6 +72,21 @@ async fn a_call_of_a_function_that_does_not_start_is_refused_at_once_and_this_ma
 }
 
 #[tokio::test]
+async fn that_a_function_does_not_start_is_logged_once() {
+    let place = Place::new();
+    let up = place.up(CRASHES, &[]).await;
+    crashed_thrice(&up).await;
+    for _ in 0..5 {
+        assert_eq!(soon("a call", up.get("/function/crash", "")).await.status(), 503);
+    }
+    let log = place.log();
+    let told =
+        log.lines().filter(|line| line.contains("does not start") && line.contains("starts="));
+    assert_eq!(told.count(), 1, "{log}");
+    up.terminated().await;
+}
+
+#[tokio::test]
 async fn with_credentials_whoever_has_them_is_told_why() {
     let place = Place::new();
     std::fs::write(place.path("basic-auth-user"), "admin").unwrap();
