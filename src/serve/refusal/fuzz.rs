@@ -1,10 +1,11 @@
 //! What the fuzzer checks of heads of requests that hyper refuses.
 
-use crate::serve::refusal::{HeadError, Outcome, response, too_large};
+use crate::serve::refusal::{HeadError, Outcome, has_long_target, response, too_large};
 
 /// A head whose version is corrected differs in one byte, and is then one of HTTP/1.1; any other gets a response.
 pub(crate) fn refused_head(data: &[u8]) {
     let _: HeadError = too_large(data);
+    let _ = has_long_target(data);
     match Outcome::of_version(data) {
         Outcome::Corrected(corrected) => {
             let changed = corrected.iter().zip(data).filter(|(new, old)| new != old).count();
