@@ -1,6 +1,10 @@
 //! A function's name and namespace. No I/O.
 
+mod path;
+
 use std::fmt;
+
+pub use path::has_dot_segment;
 
 /// A function, as the provider knows it. Parsed at the door: past `routes` no string is a function's name.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]

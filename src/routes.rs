@@ -22,12 +22,13 @@ use tower::ServiceExt;
 
 use crate::answer::{Answer, Content, early};
 use crate::error::Error;
+use crate::function::has_dot_segment;
 use crate::health::Health;
 use crate::invoke::{self, Invoker};
 use crate::metrics::Metrics;
 use crate::proxy::body::CallerBody;
 use crate::queued::{operate, other_method};
-use crate::routes::request::{Early, check, close_after, fit_http_1_0, has_dot_segment};
+use crate::routes::request::{Early, check, close_after, fit_http_1_0};
 use crate::same_origin::InternalNames;
 use crate::serve::caller::Caller;
 use crate::shutdown::Stages;

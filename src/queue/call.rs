@@ -8,7 +8,7 @@ use ring::digest;
 use serde::{Deserialize, Serialize};
 
 use crate::chain::{X_GATEWAY_CALLBACK, X_GATEWAY_CALLBACKS};
-use crate::function::Function;
+use crate::function::{Function, has_dot_segment};
 
 /// Milliseconds since 1970.
 pub type Millis = u64;
@@ -261,15 +261,6 @@ fn value_of(text: &str) -> Option<HeaderValue> {
 fn is_behind_a_name(target: &str) -> bool {
     let path = target.split_once('?').map_or(target, |(path, _)| path);
     (path.is_empty() || path.starts_with('/')) && !has_dot_segment(path)
-}
-
-/// Whether a part of `path` could lead out of `/function/NAME` once somebody further on decodes it.
-pub fn has_dot_segment(path: &str) -> bool {
-    let mut path = path.to_ascii_lowercase();
-    for (code, character) in [("%2e", "."), ("%2f", "/"), ("%5c", "/"), ("\\", "/")] {
-        path = path.replace(code, character);
-    }
-    path.split('/').any(|segment| segment == "." || segment == "..")
 }
 
 /// The metadata of an encoded call, and where its body begins.

@@ -4,7 +4,8 @@ use http::header::HOST;
 use http::{Method, Request, Version};
 use http_body_util::Empty;
 
-use crate::routes::request::{check, has_dot_segment};
+use crate::function::has_dot_segment;
+use crate::routes::request::check;
 
 /// A request that passes the check is one that every other HTTP program reads in the same way.
 pub(crate) fn request_head(data: &[u8]) {

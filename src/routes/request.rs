@@ -151,24 +151,6 @@ fn has_one_good_host(headers: &HeaderMap, version: Version) -> bool {
     }
 }
 
-/// Whether a segment of `path` is `.` or `..`, however dots and slashes are written: it could lead out of
-/// `/function/NAME` when the next server decodes it.
-pub(super) fn has_dot_segment(path: &str) -> bool {
-    // Most paths have neither; they are done with one walk.
-    let bytes = path.as_bytes();
-    let odd = bytes.windows(2).any(|two| two == b"/.") || bytes.iter().any(|b| b"%\\".contains(b));
-    odd && decoded(path).split(['/', '\\']).any(|segment| segment == "." || segment == "..")
-}
-
-/// `path` with dots and slashes decoded, and nothing else.
-fn decoded(path: &str) -> String {
-    let mut decoded = path.to_ascii_lowercase();
-    for (code, character) in [("%2e", "."), ("%2f", "/"), ("%5c", "\\")] {
-        decoded = decoded.replace(code, character);
-    }
-    decoded
-}
-
 /// Has the connection closed behind the response that `headers` belong to. What else they say of the connection stays.
 pub(super) fn close_after(headers: &mut HeaderMap) {
     if !says_close(headers) {
@@ -196,28 +178,6 @@ pub(super) fn fit_http_1_0<B: Body>(response: &mut http::Response<B>) {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn dot_segments_are_seen_however_they_are_written() {
-        for path in [
-            "/function/a/..",
-            "/a/../b",
-            "/a/./b",
-            "/a/%2e%2E/b",
-            "/a/.%2e",
-            "/..",
-            "/a/..\\b",
-            "/a/..%2f..%2Fb",
-            "/a%5C..%5cb",
-        ] {
-            assert!(has_dot_segment(path), "{path}");
-        }
-        for path in
-            ["/", "/function/a.b/c.json", "/a/...", "/a/..b", "/a/.well-known", "/a//b", "/a/%2f"]
-        {
-            assert!(!has_dot_segment(path), "{path}");
-        }
-    }
 
     #[test]
     fn a_host_is_one_and_well_formed() {

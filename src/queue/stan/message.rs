@@ -15,9 +15,9 @@ use http::{HeaderMap, HeaderName, HeaderValue};
 use serde_json::{Map, Value};
 
 use crate::call_id::{X_CALL_ID, X_START_TIME};
-use crate::function::Function;
+use crate::function::{Function, has_dot_segment};
 use crate::proxy::headers::end_to_end;
-use crate::queue::call::{Call, MOST_HEADERS, Millis, Options, has_dot_segment};
+use crate::queue::call::{Call, MOST_HEADERS, Millis, Options};
 use crate::queue::stan::callback::{CallbackUrl, escaped};
 use crate::queue::stan::payload::{Payload, canonical};
 

@@ -11,11 +11,11 @@ use http::{HeaderMap, HeaderValue, StatusCode};
 
 use crate::call_id::Stamps;
 use crate::error::Error;
-use crate::function::Function;
+use crate::function::{Function, has_dot_segment};
 use crate::limit::{CallLimit, Share};
 use crate::metrics::known::Known;
 use crate::provider::Provider;
-use crate::queue::call::{Call, Options, has_dot_segment};
+use crate::queue::call::{Call, Options};
 use crate::queue::now;
 use crate::queued::{Intake, must_exist, passed_on};
 use crate::worker::attempt::Caller;
