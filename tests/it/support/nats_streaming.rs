@@ -118,7 +118,7 @@ impl Drop for NatsStreaming {
 }
 
 /// Where the script puts the server.
-fn program() -> PathBuf {
+pub(crate) fn program() -> PathBuf {
     let folder = |name: &str| std::env::var_os(name).map(PathBuf::from);
     let cache = folder("XDG_CACHE_HOME").or_else(|| Some(folder("HOME")?.join(".cache")));
     let server = format!("gateway-tests/nats-streaming-server-{VERSION}/nats-streaming-server");
