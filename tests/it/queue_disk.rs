@@ -225,6 +225,55 @@ async fn a_full_queue_without_a_reserve_uses_the_space_of_its_journal() {
     accepts_again(&gateway, 300_000).await;
 }
 
+/// Fills `disk`, takes the blocks of the journal away and gives them to another program; whether the gateway is running
+/// meanwhile or started afterwards, it executes what it has accepted.
+async fn drain_with_a_sparse_journal(disk: &Disk, is_running: bool) {
+    let function = Function::responding(1000);
+    let start = || queueing(&function.provider, &disk.path().join("queue")).on(disk).start();
+    let gateway = start().await;
+    let accepted = until_full(&gateway, 300_000).await;
+    let take_blocks = || {
+        disk.make_sparse("queue/queue.journal");
+        disk.fill(u64::MAX);
+    };
+    let gateway = if is_running {
+        // Refusals are answered before the gateway has its file in order again.
+        gateway.logs("The queue's file is open again").await;
+        take_blocks();
+        gateway
+    } else {
+        gateway.kill().await;
+        take_blocks();
+        start().await
+    };
+    function.open.send_replace(true);
+    drained(&gateway).await;
+    let executed = function.executed();
+    assert!(accepted.iter().all(|id| executed.contains_key(id)));
+    // A call that was being executed when the gateway was killed is executed again.
+    assert!(!is_running || executed.values().all(|times| *times == 1), "{executed:?}");
+    disk.clear();
+    accepts_again(&gateway, 300_000).await;
+}
+
+#[tokio::test]
+async fn a_sparse_journal_on_a_full_disk_does_not_stop_settlements() {
+    let Some(disk) = Disk::tmpfs(96) else { return };
+    drain_with_a_sparse_journal(&disk, true).await;
+}
+
+#[tokio::test]
+async fn a_sparse_journal_on_a_full_disk_does_not_stop_a_start() {
+    let Some(disk) = Disk::tmpfs(96) else { return };
+    drain_with_a_sparse_journal(&disk, false).await;
+}
+
+#[tokio::test]
+async fn a_sparse_journal_on_a_full_ext4_does_not_stop_a_start() {
+    let Some(disk) = Disk::ext4(96) else { return };
+    drain_with_a_sparse_journal(&disk, false).await;
+}
+
 #[tokio::test]
 async fn readiness_names_a_full_disk_until_it_has_room() {
     let Some(disk) = Disk::tmpfs(96) else { return };

@@ -5,6 +5,9 @@
 //! Until then a power failure may lose any of them: then they are taken from the journal before the file is opened. The
 //! file's header is written last, after the record that has it, so that it tells whether a journal belongs to a file:
 //! to one that was changed without it, or another, it does not.
+//!
+//! A write to the journal or the file may need blocks that neither has: one of them can be sparse, or lie on a file
+//! system that never overwrites a block. While the disk is full, those blocks come from the reserve.
 
 mod flusher;
 #[cfg(any(test, fuzzing))]
@@ -14,7 +17,7 @@ pub(super) mod record;
 use std::fs::{File, OpenOptions, TryLockError};
 use std::io;
 use std::ops::Bound;
-use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -49,6 +52,7 @@ pub(super) struct Journaled {
 struct Journal {
     file: File,
     flusher: Flusher,
+    reserve: Arc<Reserve>,
     /// Its length.
     room: u64,
     /// Where the next record goes.
@@ -88,7 +92,7 @@ impl Journaled {
             reserve.fill()?;
         }
         let journal = if make_room(&journal, &beside, length)? {
-            Some(Mutex::new(Journal::begin(journal, length, &file)?))
+            Some(Mutex::new(Journal::begin(journal, length, &file, reserve)?))
         } else {
             tracing::warn!(
                 "There is no room for the queue's journal: without it, the queue is slow"
@@ -133,9 +137,10 @@ impl StorageBackend for Journaled {
     }
 
     fn set_len(&self, length: u64) -> io::Result<()> {
-        let Some(mut journal) = self.journal() else { return self.file.set_len(length) };
+        let set = || self.reserve.with(|| self.file.set_len(length));
+        let Some(mut journal) = self.journal() else { return set() };
         journal.length = length;
-        journal.watch(self.file.set_len(length))
+        journal.watch(set())
     }
 
     fn write(&self, offset: u64, data: &[u8]) -> io::Result<()> {
@@ -201,11 +206,12 @@ impl StorageBackend for Journaled {
 
 impl Journal {
     /// Begins a journal for `file`, all of which is on the disk.
-    fn begin(journal: File, room: u64, file: &File) -> io::Result<Self> {
+    fn begin(journal: File, room: u64, file: &File, reserve: &Arc<Reserve>) -> io::Result<Self> {
         let header = Header::of(file)?;
         let mut journal = Self {
             file: journal,
             flusher: Flusher::start(file)?,
+            reserve: Arc::clone(reserve),
             room,
             end: 0,
             round: 0,
@@ -223,7 +229,7 @@ impl Journal {
 
     /// Begins anew: all that is in the journal is in the file, and on the disk.
     fn empty(&mut self) -> io::Result<()> {
-        self.file.write_all_at(&[0; BLOCK], 0)?;
+        self.reserve.with(|| self.file.write_all_at(&[0; BLOCK], 0))?;
         self.file.sync_data()?;
         (self.end, self.round) = (0, Uuid::new_v4().as_u64_pair().0);
         self.base = self.header.digest();
@@ -243,18 +249,18 @@ impl Journal {
         self.flusher.check()?;
         if self.overflows {
             // The pages before the header: what is in the journal would not fit to a file with another.
-            file.sync_data()?;
+            self.sync(file)?;
             self.empty()?;
             self.write_header(file)?;
-            file.sync_data()?;
+            self.sync(file)?;
             self.base = self.header.digest();
         } else if !self.record.is_empty() {
             if self.end + self.record.sealed_length() as u64 > self.room {
-                file.sync_data()?;
+                self.sync(file)?;
                 self.empty()?;
             }
             let sealed = self.record.seal(self.round, self.length, self.base);
-            self.file.write_all_at(sealed, self.end)?;
+            self.reserve.with(|| self.file.write_all_at(sealed, self.end))?;
             self.file.sync_data()?;
             let (before, part) = (self.end, self.room / FLUSHES);
             self.end += sealed.len() as u64;
@@ -270,7 +276,7 @@ impl Journal {
 
     fn write_header(&mut self, file: &FileBackend) -> io::Result<()> {
         if let Some(header) = self.next_header.take() {
-            file.write(0, &header)?;
+            self.reserve.with(|| file.write(0, &header))?;
             self.header.change(&header);
         }
         Ok(())
@@ -279,8 +285,14 @@ impl Journal {
     fn close(&mut self, file: &FileBackend) -> io::Result<()> {
         self.flusher.check()?;
         self.write_header(file)?;
-        file.sync_data()?;
+        self.sync(file)?;
         self.empty()
+    }
+
+    /// Waits until all of `file` is on the disk.
+    fn sync(&self, file: &FileBackend) -> io::Result<()> {
+        file.sync_data()?;
+        self.flusher.finish()
     }
 
     fn watch<T>(&mut self, result: io::Result<T>) -> io::Result<T> {
@@ -306,11 +318,12 @@ fn open(path: &Path) -> io::Result<File> {
     }
 }
 
-/// Sees to it that the journal has its length, and its blocks: it is written to its end once. `false` if there is no
-/// room for that.
+/// Gives the journal its length and its blocks: it is written to its end once. `false` if there is no room for that.
 fn make_room(journal: &File, path: &Path, length: u64) -> io::Result<bool> {
     use io::ErrorKind::{FileTooLarge, QuotaExceeded, StorageFull};
-    if journal.metadata()?.len() == length {
+    let known = journal.metadata()?;
+    // A copy of a state directory may be sparse.
+    if known.len() == length && known.blocks() * 512 >= length {
         return Ok(true);
     }
     let zeros = vec![0; 1 << 20];

@@ -2,9 +2,9 @@
 
 use std::fs::File;
 use std::io;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::mpsc::{SyncSender, sync_channel};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 
 /// A thread that does so when it is asked to.
@@ -13,6 +13,8 @@ pub(super) struct Flusher {
     /// `None` once the thread is to end.
     asks: Option<SyncSender<()>>,
     failed: Arc<AtomicBool>,
+    /// Locked by the thread while it writes the file to the disk.
+    syncing: Arc<Mutex<()>>,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -21,9 +23,12 @@ impl Flusher {
         let (file, failed) = (file.try_clone()?, Arc::<AtomicBool>::default());
         let (asks, asked) = sync_channel(1);
         let fails = Arc::clone(&failed);
+        let syncing = Arc::<Mutex<()>>::default();
+        let syncs = Arc::clone(&syncing);
         let flush = move || {
             while asked.recv().is_ok() {
-                // The system tells of a page that it could not write but once, and that was here.
+                let _syncing = syncs.lock().unwrap_or_else(PoisonError::into_inner);
+                // The system reports a page that it could not write once, and this was the report.
                 if let Err(error) = file.sync_data() {
                     tracing::error!(%error, "The queue's file cannot be written to the disk");
                     fails.store(true, Relaxed);
@@ -31,7 +36,7 @@ impl Flusher {
             }
         };
         let thread = std::thread::Builder::new().name("queue-flush".to_owned()).spawn(flush)?;
-        Ok(Self { asks: Some(asks), failed, thread: Some(thread) })
+        Ok(Self { asks: Some(asks), failed, syncing, thread: Some(thread) })
     }
 
     /// Asks for it, and does not wait.
@@ -40,6 +45,15 @@ impl Flusher {
             // If it has been asked for before, that is enough.
             let _ = asks.try_send(());
         }
+    }
+
+    /// Waits for a sync that is in progress: its error may be one that no other sync of the file returns.
+    ///
+    /// # Errors
+    /// As [`Self::check`].
+    pub(super) fn finish(&self) -> io::Result<()> {
+        drop(self.syncing.lock().unwrap_or_else(PoisonError::into_inner));
+        self.check()
     }
 
     /// # Errors

@@ -146,7 +146,7 @@ pub(super) fn replay(journal: &File, file: &File, reserve: &Reserve) -> io::Resu
     let Some(found) = records(journal, file)? else { return Ok(false) };
     // Once: what was cut off by an earlier record would have to be there for a later one.
     if file.metadata()?.len() != found.length {
-        file.set_len(found.length)?;
+        reserve.with(|| file.set_len(found.length))?;
     }
     found.pages(journal, |offset, page| reserve.with(|| file.write_all_at(page, offset)))?;
     let records = found.starts.len();
