@@ -53,6 +53,11 @@ fn text(found: &Found) -> String {
     if *gaps > 0 {
         let _ = writeln!(text, "pieces that cannot be read, whatever was in them: {gaps}");
     }
+    if found.undone {
+        text.push_str(
+            "the last change did not reach the disk: it is not counted, and is undone when the queue is opened\n",
+        );
+    }
     if found.uncertain {
         text.push_str(
             "it cannot be read which calls are over: some of those above may have been executed\n",

@@ -50,6 +50,7 @@ mod queue_loss;
 mod queue_memory;
 mod queue_odd;
 mod queue_policies;
+mod queue_salvage;
 mod queue_stan;
 mod queue_stan_messages;
 mod queue_stan_once;

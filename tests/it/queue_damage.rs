@@ -19,7 +19,7 @@ const BLOCK: usize = 4096;
 const LONG: Duration = Duration::from_secs(60);
 
 /// A function that answers nobody, so that its calls stay in the file.
-fn silent() -> Provider {
+pub(crate) fn silent() -> Provider {
     let silent = |call| async move {
         let _held = call;
         std::future::pending().await
@@ -29,7 +29,7 @@ fn silent() -> Provider {
 
 /// A directory with the file of a queue: `small` calls of some bytes and `large` ones of many wait, and some are over.
 /// With their ids.
-async fn queue_with(small: usize, large: usize) -> (TempDir, BTreeSet<String>) {
+pub(crate) async fn queue_with(small: usize, large: usize) -> (TempDir, BTreeSet<String>) {
     let directory = TempDir::new().unwrap();
     let quick = answering(&[200], "made");
     let gateway = queueing(&quick, directory.path()).start().await;
@@ -52,7 +52,7 @@ async fn queue_with(small: usize, large: usize) -> (TempDir, BTreeSet<String>) {
     (directory, ids)
 }
 
-fn file(directory: &TempDir) -> PathBuf {
+pub(crate) fn file(directory: &TempDir) -> PathBuf {
     directory.path().join("queue.redb")
 }
 
@@ -67,18 +67,18 @@ fn copy_with(from: &[u8], flips: &[usize]) -> TempDir {
     directory
 }
 
-async fn run(arguments: &[&str]) -> Output {
+pub(crate) async fn run(arguments: &[&str]) -> Output {
     let output = command().args(arguments).kill_on_drop(true).output();
     tokio::time::timeout(LONG, output).await.expect("it ends").unwrap()
 }
 
-fn text(output: &Output) -> String {
+pub(crate) fn text(output: &Output) -> String {
     let of = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
     of(&output.stdout) + &of(&output.stderr)
 }
 
 /// The first number on the line that begins with `name`.
-fn count(output: &Output, name: &str) -> usize {
+pub(crate) fn count(output: &Output, name: &str) -> usize {
     let text = text(output);
     let line = text.lines().find_map(|line| line.strip_prefix(name)).expect("a line for it");
     line.split_whitespace().next().unwrap().parse().unwrap()

@@ -98,15 +98,22 @@ impl Shared {
 
     /// Closes the file. The writer opens it again at once, or with the next change.
     pub(super) fn close(&self) {
-        self.set_opening(!self.damaged.load(Relaxed));
-        let store = self.store.write().unwrap_or_else(PoisonError::into_inner).take();
-        drop_guarded(store);
+        drop_guarded(self.take_store());
     }
 
     /// Closes the file for good.
     pub(super) fn end(&self) {
-        self.close();
+        let closed = guarded(|| self.take_store().map_or(Ok(()), Store::close));
+        if let Err(error) = closed {
+            // The journal has what the file lacks.
+            tracing::warn!(%error, "The queue's file could not be closed: it is repaired at the next start");
+        }
         self.set_opening(false);
+    }
+
+    fn take_store(&self) -> Option<Store> {
+        self.set_opening(!self.damaged.load(Relaxed));
+        self.store.write().unwrap_or_else(PoisonError::into_inner).take()
     }
 
     /// Opens the file if it is closed. A change that failed may be in it all the same: then all is read again.

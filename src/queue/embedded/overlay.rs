@@ -11,7 +11,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use redb::{BackendError, StorageBackend};
 
-use crate::queue::embedded::journal::record::{BLOCK, records};
+use crate::queue::embedded::journal::record::{BLOCK, Header, records};
 
 /// With what each file begins.
 const MAGIC: [u8; 9] = *b"redb\x1a\x0a\xa9\x0d\x0a";
@@ -31,6 +31,8 @@ pub(super) struct Overlay {
     length: AtomicU64,
     blocks: Mutex<BTreeMap<u64, Vec<u8>>>,
     reads: Option<Arc<Reads>>,
+    /// Nothing of the file's last commit is missing.
+    is_whole: bool,
 }
 
 /// How often the file may be read before the next entry must have been found.
@@ -53,14 +55,25 @@ impl Overlay {
             return Err(io::Error::new(io::ErrorKind::ResourceBusy, text));
         }
         let length = file.metadata()?.len();
-        let overlay =
-            Self { file, length: AtomicU64::new(length), blocks: Mutex::default(), reads: None };
-        match File::open(path.with_extension("journal")) {
+        let is_closed = Header::of(&file)?.is_closed();
+        let overlay = Self {
+            file,
+            length: AtomicU64::new(length),
+            blocks: Mutex::default(),
+            reads: None,
+            is_whole: is_closed,
+        };
+        let has_records = match File::open(path.with_extension("journal")) {
             Ok(journal) => overlay.add_journal(&journal)?,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Err(error) if error.kind() == io::ErrorKind::NotFound => false,
             Err(error) => return Err(error),
-        }
-        Ok(overlay)
+        };
+        Ok(Self { is_whole: is_closed || has_records, ..overlay })
+    }
+
+    /// Whether nothing of the file's last commit is missing, as when the queue is opened: redb must not undo that.
+    pub(super) fn is_whole(&self) -> bool {
+        self.is_whole
     }
 
     /// The same, for who reads it however it was left and whatever is wrong with it; `before_last`: without the last
@@ -76,10 +89,12 @@ impl Overlay {
         Ok((Self { reads: Some(Arc::clone(&reads)), ..overlay }, reads))
     }
 
-    fn add_journal(&self, journal: &File) -> io::Result<()> {
-        let Some(records) = records(journal, &self.file)? else { return Ok(()) };
+    /// Lays what the journal has over the file; whether there was anything.
+    fn add_journal(&self, journal: &File) -> io::Result<bool> {
+        let Some(records) = records(journal, &self.file)? else { return Ok(false) };
         self.length.store(records.length, Relaxed);
-        records.pages(journal, |offset, page| self.write_at(offset, page))
+        records.pages(journal, |offset, page| self.write_at(offset, page))?;
+        Ok(true)
     }
 
     fn read_at(&self, offset: u64, out: &mut [u8]) -> io::Result<()> {

@@ -3,6 +3,7 @@
 use std::collections::{HashMap, HashSet};
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 
 use anyhow::{Context, bail};
 use bytes::Bytes;
@@ -44,6 +45,8 @@ pub struct Found {
     pub damaged_results: u64,
     /// Pieces of the file that cannot be read; what was in them is not counted.
     pub gaps: u64,
+    /// The last change did not reach the disk, and is undone when the queue is opened.
+    pub undone: bool,
     /// It could not be read which calls are over: some of `calls` may have been executed.
     pub uncertain: bool,
 }
@@ -68,21 +71,28 @@ enum Item {
 /// # Errors
 /// When it is in use, or nothing of it can be read.
 pub fn check(path: &Path) -> anyhow::Result<Found> {
+    let undone = Arc::<AtomicBool>::default();
     let refused = guarded(|| {
+        let overlay = Overlay::open(path)?;
+        let (is_whole, undoes) = (overlay.is_whole(), Arc::clone(&undone));
         let mut builder = Database::builder();
         builder.set_check_integrity_on_open(true).set_cache_size(CACHE);
-        // What would be rolled back was durable once.
-        builder.set_repair_callback(|repair| {
-            if store::rolls_back(repair) {
-                repair.abort();
-            }
+        // As when the queue is opened: without a journal, the last change may not have reached the disk.
+        builder.set_repair_callback(move |repair| match store::rolls_back(repair) {
+            true if is_whole => repair.abort(),
+            rolls_back => _ = undoes.fetch_or(rolls_back, Relaxed),
         });
-        builder.create_with_backend(Overlay::open(path)?)?;
+        builder.create_with_backend(overlay)?;
         Ok(())
     });
     let refused = refused.err().map(|error| error.to_string());
-    let mut found = Remains::open(path)?.read(&mut |_| Ok(()))?;
-    found.refused = refused;
+    let undone = undone.load(Relaxed) && refused.is_none();
+    let states: &[State] = match undone {
+        true => &[State::BeforeLast],
+        false => &State::ALL,
+    };
+    let mut found = Remains::open(path, states)?.read(&mut |_| Ok(()))?;
+    (found.refused, found.undone) = (refused, undone);
     Ok(found)
 }
 
@@ -94,25 +104,30 @@ pub fn salvage(path: &Path, out: &Path) -> anyhow::Result<Found> {
     if out.exists() {
         bail!("{} exists already", out.display());
     }
-    let remains = Remains::open(path)?;
+    let remains = Remains::open(path, &State::ALL)?;
     let beside = ["journal", "reserve"].map(|name| out.with_extension(name));
-    let reserve = Arc::new(Reserve::open(&beside[1])?);
-    let mut copy = Copy {
-        store: Store::open_with(out, &reserve, remains.ids())?,
-        // Ids say which number a call has only if they were made with the same secret.
-        chosen: remains.ids().is_none(),
-        mark: Mark::default(),
-        together: Vec::new(),
-        length: 0,
-    };
-    let found = remains.read(&mut |item| copy.add(item));
-    copy.flush()?;
-    drop(copy);
+    let found = remains.copy(out, &beside[1]).with_context(|| {
+        let out = out.display();
+        format!("the copy {out} is incomplete: remove it, its .journal and its .reserve")
+    })?;
     // The copy was closed, and is whole without them.
     for path in beside {
         std::fs::remove_file(&path).with_context(|| format!("cannot remove {}", path.display()))?;
     }
-    found
+    Ok(found)
+}
+
+/// Which of the two states that a file has is read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum State {
+    Last,
+    /// Without the last change.
+    BeforeLast,
+}
+
+impl State {
+    /// The state before the last change is better than nothing.
+    const ALL: [Self; 2] = [Self::Last, Self::BeforeLast];
 }
 
 /// A file that is read as it is.
@@ -122,11 +137,12 @@ struct Remains {
 }
 
 impl Remains {
-    fn open(path: &Path) -> anyhow::Result<Self> {
+    /// Opens the first of `states` that can be opened.
+    fn open(path: &Path, states: &[State]) -> anyhow::Result<Self> {
         let mut last = None;
-        // The state before the last change is better than nothing.
-        for before_last in [false, true] {
+        for state in states {
             let opened = guarded(|| {
+                let before_last = *state == State::BeforeLast;
                 let (overlay, reads) = Overlay::open_as_it_is(path, before_last)?;
                 let mut builder = Database::builder();
                 // In this mode redb needs the trees alone. Without a cache each of its reads is counted.
@@ -145,6 +161,24 @@ impl Remains {
         }
         let error = last.map_or_else(String::new, |error| error.to_string());
         bail!("nothing of {} can be read: {error}", path.display())
+    }
+
+    /// Copies all that can be read to a new file at `out`, with a reserve at `reserve`.
+    fn copy(&self, out: &Path, reserve: &Path) -> anyhow::Result<Found> {
+        let reserve = Arc::new(Reserve::open(reserve)?);
+        let mut copy = Copy {
+            store: Store::open_with(out, &reserve, self.ids())?,
+            // Ids say which number a call has only if they were made with the same secret.
+            chosen: self.ids().is_none(),
+            mark: Mark::default(),
+            together: Vec::new(),
+            length: 0,
+        };
+        let found = self.read(&mut |item| copy.add(item))?;
+        copy.flush()?;
+        // Until it is closed, a part of it may be in its journal alone.
+        guarded(|| copy.store.close())?;
+        Ok(found)
     }
 
     /// The ids that the file gave its calls.

@@ -103,6 +103,11 @@ impl Store {
         self.database.compact().map(drop)
     }
 
+    /// Closes the file; an error says that a part of it may not be on the disk.
+    pub(super) fn close(self) -> Result<()> {
+        Ok(self.database.close()?)
+    }
+
     /// How far the file has come.
     pub(super) fn mark(&self) -> Result<Mark> {
         let about = self.database.begin_read()?.open_table(ABOUT)?;

@@ -27,6 +27,35 @@ impl Disk {
         ))
     }
 
+    /// An ext4 in an image without blocks, on a tmpfs of its own; see [`Self::starve`]. `None`, with a message, where
+    /// none can be made or mounted.
+    pub(crate) fn ext4_on_tmpfs() -> Option<Self> {
+        // Every inode is in a block that is written at once.
+        Self::mounted(
+            "mkdir \"$1/under\" && mount -t tmpfs -o size=128m gateway-test \"$1/under\" \
+             && truncate -s 96M \"$1/under/image\" \
+             && mkfs.ext4 -q -m 0 -b 4096 -N 32 -O ^has_journal -E nodiscard,lazy_itable_init=0 \
+                \"$1/under/image\" \
+             && mount -o loop \"$1/under/image\" \"$1/disk\"",
+        )
+    }
+
+    /// Fills the tmpfs below the disk: from now on, only blocks that were written before can be written. Others seem to
+    /// be, until the file is synced, as on a disk that fails.
+    pub(crate) fn starve(&self) {
+        let mut other = File::create(self.root().join("under/other")).unwrap();
+        let zeros = vec![0; 4 << 10];
+        while other.write_all(&zeros).is_ok() {}
+    }
+
+    /// Writes a file to the disk.
+    pub(crate) fn write(&self, name: &str, bytes: &[u8]) {
+        let mut file = File::create(self.seen_from_here().join(name)).unwrap();
+        file.write_all(bytes).unwrap();
+        // Not the file alone, but what is known of it.
+        rustix::fs::syncfs(&file).unwrap();
+    }
+
     fn mounted(mount: &str) -> Option<Self> {
         let directory = TempDir::new().unwrap();
         std::fs::create_dir(directory.path().join("disk")).unwrap();
@@ -59,8 +88,12 @@ impl Disk {
 
     /// The same directory, seen from this process.
     fn seen_from_here(&self) -> PathBuf {
-        let path = self.path();
-        let path = path.strip_prefix("/").unwrap();
+        self.root().join("disk")
+    }
+
+    /// The directory in which it is mounted, seen from this process.
+    fn root(&self) -> PathBuf {
+        let path = self.directory.path().strip_prefix("/").unwrap();
         Path::new(&format!("/proc/{}/root", self.holder.id())).join(path)
     }
 
@@ -87,6 +120,16 @@ impl Disk {
         std::fs::remove_file(self.seen_from_here().join(name)).unwrap();
     }
 
+    /// Takes the blocks of a file away and leaves its length, as a copy that keeps holes does.
+    pub(crate) fn make_sparse(&self, name: &str) {
+        let path = self.seen_from_here().join(name);
+        let file = OpenOptions::new().write(true).open(path).unwrap();
+        let length = file.metadata().unwrap().len();
+        file.set_len(0).unwrap();
+        file.set_len(length).unwrap();
+        file.sync_all().unwrap();
+    }
+
     /// A file of the queue.
     pub(crate) fn open(&self, name: &str) -> File {
         File::open(self.seen_from_here().join(name)).unwrap()
@@ -99,13 +142,3 @@ impl Drop for Disk {
         let _ = self.holder.wait();
     }
 }
-    /// Takes the blocks of a file away and leaves its length, as a copy that keeps holes does.
-    pub(crate) fn make_sparse(&self, name: &str) {
-        let path = self.seen_from_here().join(name);
-        let file = OpenOptions::new().write(true).open(path).unwrap();
-        let length = file.metadata().unwrap().len();
-        file.set_len(0).unwrap();
-        file.set_len(length).unwrap();
-        file.sync_all().unwrap();
-    }
-

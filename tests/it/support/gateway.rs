@@ -243,6 +243,11 @@ pub(crate) fn command() -> Command {
     command
 }
 
+/// The binary where `disk` is mounted.
+pub(crate) fn command_on(disk: &Disk) -> Command {
+    command_in(Some(disk.process()))
+}
+
 /// The binary in the mount namespace of another process. `nsenter` becomes the gateway.
 fn command_in(process: Option<u32>) -> Command {
     let Some(process) = process else { return command() };

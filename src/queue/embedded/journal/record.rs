@@ -108,10 +108,10 @@ fn checksum(record: &[u8]) -> u32 {
 
 /// The beginning of the queue's file, which every commit changes.
 #[derive(Debug)]
-pub(super) struct Header([u8; HEADER]);
+pub(in crate::queue::embedded) struct Header([u8; HEADER]);
 
 impl Header {
-    pub(super) fn of(file: &File) -> io::Result<Self> {
+    pub(in crate::queue::embedded) fn of(file: &File) -> io::Result<Self> {
         let mut header = [0; HEADER];
         let length = usize::try_from(file.metadata()?.len()).unwrap_or(HEADER).min(HEADER);
         file.read_exact_at(&mut header[..length], 0)?;
@@ -129,7 +129,7 @@ impl Header {
     }
 
     /// Whether the file was closed, so that nothing of its last commit is missing.
-    pub(super) fn is_closed(&self) -> bool {
+    pub(in crate::queue::embedded) fn is_closed(&self) -> bool {
         /// Where redb says so, and the bit that says otherwise.
         const STATE: (usize, u8) = (9, 2);
         self.0[STATE.0] & STATE.1 == 0
