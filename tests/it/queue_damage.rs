@@ -294,3 +294,63 @@ async fn names_the_damage(gateway: &Gateway) -> bool {
     let degraded = ready.json()["degraded"].to_string();
     ready.status() == 200 && degraded.contains("queue: file damaged")
 }
+
+#[tokio::test]
+async fn damaged_calls_in_rows_can_be_cancelled() {
+    let directory = TempDir::new().unwrap();
+    let open = watch::Sender::new(false);
+    let gate = open.subscribe();
+    let provider = patient()
+        .answering(move |mut call| {
+            let mut gate = gate.clone();
+            async move {
+                call.body().await.ok()?;
+                gate.wait_for(|open| *open).await.ok()?;
+                call.answer_with(200, b"made").await;
+                Some(call.wire)
+            }
+        })
+        .start();
+    let gateway = queueing(&provider, directory.path()).var("max_inflight", "1").start().await;
+    let first = gateway.queued("echo", &[], "first").await;
+    // Small calls that come at the same time are one row.
+    let (in_body, in_head, whole) = tokio::join!(
+        gateway.queued("echo", &[], "damaged!"),
+        gateway.queued("echo", &["X-Marker: head"], "x"),
+        gateway.queued("echo", &[], "whole"),
+    );
+    assert!(flip_all(&file(&directory), "damaged!").await >= 1);
+    // A quotation mark: what is left cannot be parsed.
+    assert!(flip_all(&file(&directory), "\"x-marker\"").await >= 1);
+    // The file's cache holds the last few MB, and what is read often for longer.
+    let filler = "f".repeat(1 << 20);
+    eventually("the file is read again", async || {
+        for _ in 0..20 {
+            gateway.queued("echo", &["X-Delay-Seconds: 600"], &filler).await;
+        }
+        gateway.get(&format!("/async-function/{in_head}")).await.status() == 404
+    })
+    .await;
+    open.send_replace(true);
+    for id in [&first, &whole] {
+        gateway.becomes(id, "succeeded").await;
+    }
+    eventually("both are set aside", async || {
+        let set_aside = "A queued call is damaged and set aside";
+        gateway.log().iter().filter(|line| line.contains(set_aside)).count() == 2
+    })
+    .await;
+    assert_eq!(gateway.state(&in_body).await["state"], "queued");
+    assert_eq!(gateway.cancel(&in_body).await.status(), 204);
+    assert_eq!(gateway.state(&in_body).await["state"], "cancelled");
+    // Only its number is known: whether its id opens it is not. Operators can remove it.
+    assert_eq!(gateway.cancel(&in_head).await.status(), 404);
+    let path = format!("/system/calls/{in_head}");
+    assert_eq!(gateway.ask("DELETE", &path, &[]).await.status(), 204);
+    assert_eq!(gateway.ask("DELETE", &path, &[]).await.status(), 404);
+    eventually("readiness is content", async || {
+        gateway.get("/_/ready").await.json()["degraded"] == serde_json::json!([])
+    })
+    .await;
+    assert_eq!(gateway.state(&whole).await["state"], "succeeded");
+}

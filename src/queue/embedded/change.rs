@@ -356,7 +356,8 @@ impl<'t> Change<'t> {
             Some(touched) => touched.marks.has(index),
             None => self.over.get()?.get(key)?.is_some_and(|it| Marks::new(it.value()).has(index)),
         };
-        let stored = row.entry(index).filter(|_| !over);
+        // As with a call that is kept alone: one that is damaged can still be cancelled.
+        let stored = row.unchecked(index).filter(|_| !over);
         Ok(stored.and_then(|stored| Status::of_stored(stored).ok()))
     }
 

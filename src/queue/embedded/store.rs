@@ -319,7 +319,8 @@ impl View {
         if marks.is_some_and(|marks| Marks::new(marks.value()).has(index)) {
             return Ok(None);
         }
-        Ok(row.entry(index).and_then(|stored| Status::of_stored(stored).ok()))
+        // As with a call that is kept alone: one that is damaged has a status, and can be cancelled.
+        Ok(row.unchecked(index).and_then(|stored| Status::of_stored(stored).ok()))
     }
 
     /// What has been noted of a call that is not over.

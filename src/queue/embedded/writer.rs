@@ -370,7 +370,7 @@ impl Batch<'_, '_> {
 
     fn cancel(&mut self, id: &str) -> StoreResult<Applied> {
         let Some((number, mut status)) = self.change.find(id)? else {
-            return Ok(Applied::Changed(Changed::Unknown));
+            return self.cancel_unreadable(id);
         };
         if status.state.is_final() && !status.dead {
             return Ok(Applied::Changed(Changed::No(status.state)));
@@ -386,6 +386,15 @@ impl Batch<'_, '_> {
         let record = finished::encode(&status, None);
         self.change.finish(number, record.into(), is_chosen(&status), until, true)?;
         Ok(Applied::Cancelled { number, label: status.function, was_dead })
+    }
+
+    /// Removes a call that is set aside and whose head cannot be read: nothing is left that could be kept of it.
+    fn cancel_unreadable(&mut self, id: &str) -> StoreResult<Applied> {
+        let number = self.shared.ids.number_in(id);
+        let set_aside = number.filter(|it| self.shared.waiting().damaged.contains(it));
+        let Some(number) = set_aside else { return Ok(Applied::Changed(Changed::Unknown)) };
+        self.change.remove(number, id)?;
+        Ok(Applied::Cancelled { number, label: String::new(), was_dead: false })
     }
 
     /// Sees to it that a waiting call is not handed out; `false` if it runs, or is only about to wait.
