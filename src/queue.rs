@@ -15,8 +15,6 @@ mod tasks;
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use tokio::sync::OwnedSemaphorePermit;
-
 use crate::function::Function;
 use crate::queue::call::{Call, Millis};
 use crate::queue::discovery::Discovery;
@@ -75,7 +73,7 @@ pub enum Condition {
 }
 
 /// A part of the memory that bodies may take.
-pub type Room = Option<OwnedSemaphorePermit>;
+pub type Room = Option<memory::Reservation>;
 
 /// A call that has been taken in.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -1,10 +1,13 @@
 //! The memory that the bodies of queued calls take: of requests that are being enqueued, of calls that a worker holds, of
 //! their responses until they are stored and reported. All share one budget.
+//!
+//! Large requests wait in a line of their own. The first of them collects what is free, and leaves a share for small ones:
+//! these do not wait until there is room for it.
 
 use std::sync::Arc;
 
 use bytes::Bytes;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
 use tokio::time::{Instant, timeout_at};
 
 use crate::config::MAX_BODY;
@@ -19,13 +22,61 @@ const LEAST: usize = 64 << 10;
 /// A buffer grows by at most this, or a quarter of its length, more than is needed now.
 const PIECE: usize = 256 << 10;
 
+/// A large request that waits leaves this much free.
+const SHARE: usize = LIMIT / 8;
+/// What is larger than this is a large request.
+const SMALL: usize = SHARE / 16;
+
 /// The budget. Cheap to clone.
 #[derive(Clone, Debug)]
-pub struct BodyBudget(Arc<Semaphore>);
+pub struct BodyBudget(Arc<Budget>);
+
+#[derive(Debug)]
+struct Budget {
+    free: Arc<Semaphore>,
+    /// One permit: its holder is the first of the large requests that wait.
+    first: Semaphore,
+    freed: Freed,
+}
+
+/// Tells the first of the large requests that wait, when it is dropped, that there may be more room.
+#[derive(Clone, Debug, Default)]
+struct Freed(Arc<Notify>);
+
+impl Drop for Freed {
+    fn drop(&mut self) {
+        self.0.notify_one();
+    }
+}
+
+/// A part of the budget, until it is dropped.
+#[derive(Debug)]
+pub struct Reservation {
+    // Dropped in this order: there is more room once the permits are back.
+    permits: OwnedSemaphorePermit,
+    freed: Freed,
+}
+
+impl Reservation {
+    /// Adds `other` to this.
+    pub fn merge(&mut self, other: Self) {
+        self.permits.merge(other.permits);
+    }
+
+    /// Gives back all but `units`.
+    fn keep(&mut self, units: usize) {
+        let excess = self.permits.num_permits().saturating_sub(units);
+        if excess > 0 {
+            drop(self.permits.split(excess));
+            self.freed.0.notify_one();
+        }
+    }
+}
 
 impl Default for BodyBudget {
     fn default() -> Self {
-        Self(Arc::new(Semaphore::new(LIMIT / UNIT)))
+        let free = Arc::new(Semaphore::new(LIMIT / UNIT));
+        Self(Arc::new(Budget { free, first: Semaphore::new(1), freed: Freed::default() }))
     }
 }
 
@@ -35,15 +86,52 @@ impl BodyBudget {
         u32::try_from(bytes.min(LIMIT).div_ceil(UNIT)).unwrap_or(u32::MAX)
     }
 
+    fn reservation(&self, permits: OwnedSemaphorePermit) -> Reservation {
+        Reservation { permits, freed: self.0.freed.clone() }
+    }
+
+    fn try_units(&self, units: u32) -> Room {
+        let permits = Arc::clone(&self.0.free).try_acquire_many_owned(units);
+        permits.ok().map(|permits| self.reservation(permits))
+    }
+
     /// Room for `bytes`, if there is as much.
-    pub fn try_reserve(&self, bytes: usize) -> Option<OwnedSemaphorePermit> {
-        Arc::clone(&self.0).try_acquire_many_owned(Self::units(bytes)).ok()
+    pub fn try_reserve(&self, bytes: usize) -> Room {
+        self.try_units(Self::units(bytes))
     }
 
     /// Waits for room for `bytes`. Cancel-safe.
     pub async fn reserve(&self, bytes: usize) -> Room {
-        // The semaphore is never closed.
-        Arc::clone(&self.0).acquire_many_owned(Self::units(bytes)).await.ok()
+        let units = Self::units(bytes);
+        if bytes > SMALL {
+            return self.collect(units).await;
+        }
+        // The semaphores are never closed.
+        let permits = Arc::clone(&self.0.free).acquire_many_owned(units).await.ok()?;
+        Some(self.reservation(permits))
+    }
+
+    /// Waits for `units` behind the large requests that came before.
+    async fn collect(&self, units: u32) -> Room {
+        let _first = self.0.first.acquire().await.ok()?;
+        let mut collected = self.try_units(0)?;
+        loop {
+            let missing = (units as usize).saturating_sub(collected.permits.num_permits());
+            if missing == 0 {
+                return Some(collected);
+            }
+            let free = self.0.free.available_permits();
+            let takes = if free >= missing { missing } else { free.saturating_sub(SHARE / UNIT) };
+            if takes == 0 {
+                // What was freed since then has left its notification.
+                self.0.freed.0.notified().await;
+                continue;
+            }
+            // Another may have taken it by now; then there is less.
+            if let Some(more) = self.try_units(u32::try_from(takes).unwrap_or(u32::MAX)) {
+                collected.merge(more);
+            }
+        }
     }
 
     /// Waits until another call may be taken. Cancel-safe.
@@ -54,9 +142,9 @@ impl BodyBudget {
 
 /// Gives back what `room` has beyond `bytes`.
 pub fn shrink(room: &mut Room, bytes: usize) {
-    let Some(permit) = room else { return };
-    let kept = BodyBudget::units(bytes) as usize;
-    drop(permit.split(permit.num_permits().saturating_sub(kept)));
+    if let Some(reservation) = room {
+        reservation.keep(BodyBudget::units(bytes) as usize);
+    }
 }
 
 /// A body that is being read, and its room.
@@ -122,7 +210,7 @@ impl<'a> BodyBuffer<'a> {
         needs.checked_sub(has).filter(|growth| *growth > 0)
     }
 
-    fn grow(&mut self, more: OwnedSemaphorePermit, by: usize) {
+    fn grow(&mut self, more: Reservation, by: usize) {
         let capacity = self.bytes.capacity() + by;
         self.bytes.reserve_exact(capacity - self.bytes.len());
         match &mut self.room {
@@ -146,7 +234,7 @@ mod tests {
     #[test]
     fn what_is_read_is_counted_until_its_room_is_dropped() {
         let budget = BodyBudget::default();
-        let free = || budget.0.available_permits() * UNIT;
+        let free = || budget.0.free.available_permits() * UNIT;
         let mut buffer = BodyBuffer::new(&budget);
         for _ in 0..1000 {
             assert!(buffer.try_add(&[b'x'; 10_000]));
@@ -176,5 +264,66 @@ mod tests {
         let deadline = Instant::now() + Duration::from_secs(2);
         let (added, ()) = tokio::join!(buffer.add_by(b"x", deadline), freed);
         assert!(added && buffer.length() == 1);
+    }
+
+    const MIB: usize = 1 << 20;
+
+    /// Polls `future` until it waits; what it returned, if it did.
+    async fn poll_once<F: Future + Unpin>(future: &mut F) -> Option<F::Output> {
+        tokio::select! {
+            biased;
+            output = future => Some(output),
+            () = std::future::ready(()) => None,
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn small_requests_do_not_wait_for_a_large_one() {
+        let budget = BodyBudget::default();
+        let held = budget.try_reserve(LIMIT - 40 * MIB).unwrap();
+        let mut large = std::pin::pin!(budget.reserve(100 * MIB));
+        assert!(poll_once(&mut large).await.is_none());
+        let small = budget.try_reserve(20 * MIB);
+        assert!(small.is_some());
+        let mut waits = std::pin::pin!(budget.reserve(SMALL));
+        assert!(poll_once(&mut waits).await.is_some());
+        // Of what is freed they have their share, too.
+        drop(held);
+        let held = large.await.unwrap();
+        assert_eq!(held.permits.num_permits() * UNIT, 100 * MIB);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_large_request_is_served_while_small_ones_come_and_go() {
+        let budget = BodyBudget::default();
+        let mut held: Vec<_> = (0..25).map(|_| budget.try_reserve(10 * MIB).unwrap()).collect();
+        let mut large = std::pin::pin!(budget.reserve(100 * MIB));
+        let mut small = std::collections::VecDeque::new();
+        let served = loop {
+            if let Some(served) = poll_once(&mut large).await {
+                break served;
+            }
+            drop(held.pop().expect("it is served before the others are gone"));
+            // There are always some of them, and none is refused.
+            small.push_back(budget.try_reserve(SMALL).expect("its share"));
+            if small.len() > 10 {
+                small.pop_front();
+            }
+        };
+        assert!(served.is_some() && held.len() > 5, "{}", held.len());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_large_request_that_gives_up_leaves_what_it_collected_to_the_next() {
+        let budget = BodyBudget::default();
+        let held = budget.try_reserve(LIMIT - 100 * MIB).unwrap();
+        let later = Instant::now() + Duration::from_secs(1);
+        let (first, second) = (budget.reserve(150 * MIB), budget.reserve(90 * MIB));
+        let (gave_up, served) = tokio::join!(timeout_at(later, first), second);
+        assert!(gave_up.is_err());
+        assert_eq!(served.unwrap().permits.num_permits() * UNIT, 90 * MIB);
+        assert_eq!(budget.0.free.available_permits() * UNIT, 100 * MIB);
+        drop(held);
+        assert!(budget.reserve(LIMIT).await.is_some());
     }
 }
