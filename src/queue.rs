@@ -108,6 +108,14 @@ const UNTOLD: Error = Error::Unsupported("NATS Streaming does not tell what beca
 const FIXED: Error = Error::Unsupported("NATS Streaming does not give back what was queued");
 const UNLISTED: Error = Error::Unsupported("NATS Streaming does not tell what is queued");
 
+/// A page of a list of calls.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Listed {
+    pub calls: Vec<Status>,
+    /// Whether every call was looked at. Otherwise some calls may be on no page.
+    pub complete: bool,
+}
+
 /// What came of an attempt to cancel a call, or to try a dead one again.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Changed {
@@ -370,9 +378,12 @@ impl Queue {
         filter: &Filter,
         after: Option<&str>,
         limit: usize,
-    ) -> Result<Vec<Status>, Error> {
+    ) -> Result<Listed, Error> {
         match self.known()? {
-            Self::Embedded(queue) => queue.list(filter, after, limit).await,
+            Self::Embedded(queue) => {
+                let calls = queue.list(filter, after, limit).await?;
+                Ok(Listed { calls, complete: true })
+            }
             Self::JetStream(queue) => queue.list(filter, after, limit).await,
             Self::Stan(_) => Err(UNLISTED),
             Self::Discovered(_) => Err(Error::Away),

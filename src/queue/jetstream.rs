@@ -63,7 +63,7 @@ use crate::queue::jetstream::taken::Taken;
 use crate::queue::jetstream::tries::Tries;
 use crate::queue::status::{Answer, Settlement, Status};
 use crate::queue::tasks::Tasks;
-use crate::queue::{Changed, Counts, Delivery, Error, Filter, Published, Room};
+use crate::queue::{Changed, Counts, Delivery, Error, Filter, Listed, Published, Room};
 
 /// A publish is answered within this time, one of a large body within the other.
 const PUBLISH: Duration = Duration::from_millis(1900);
@@ -270,7 +270,7 @@ impl JetStream {
         filter: &Filter,
         after: Option<&str>,
         limit: usize,
-    ) -> Result<Vec<Status>, Error> {
+    ) -> Result<Listed, Error> {
         Ok(self.shared.ready().await?.list(filter, after, limit).await?)
     }
 

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use axum::Json;
 use axum::extract::{Path, Query, State};
 use axum::response::{IntoResponse, Response};
+use http::HeaderValue;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
@@ -99,8 +100,12 @@ pub async fn calls(
     let filter = selection.filter(&api.default_namespace)?;
     let limit = selection.limit.unwrap_or(USUAL_LIST).min(LONGEST_LIST);
     let found = intake(&api)?.queue.list(&filter, selection.after.as_deref(), limit).await?;
-    let states: Vec<_> = found.iter().map(view::State::of).collect();
-    Ok(Json(states).into_response())
+    let states: Vec<_> = found.calls.iter().map(view::State::of).collect();
+    let mut response = Json(states).into_response();
+    if !found.complete {
+        response.headers_mut().insert(view::X_TRUNCATED, HeaderValue::from_static("true"));
+    }
+    Ok(response)
 }
 
 /// `POST /system/calls/CALL-ID/retry`: has a dead call made again.

@@ -12,7 +12,7 @@ use crate::queue::status::{self, Answer, Status};
 /// In an answer: the function's own status.
 const X_FUNCTION_STATUS: HeaderName = HeaderName::from_static("x-function-status");
 /// In an answer: its body was longer than what is kept.
-const X_TRUNCATED: HeaderName = HeaderName::from_static("x-truncated");
+pub(super) const X_TRUNCATED: HeaderName = HeaderName::from_static("x-truncated");
 
 /// The state of a call, as JSON. Times are RFC 3339.
 #[derive(Debug, Serialize)]

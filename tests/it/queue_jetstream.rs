@@ -286,7 +286,7 @@ async fn a_dead_call_is_kept_until_it_is_revived() {
     let counts = it.queue.counts().await.unwrap();
     assert_eq!((counts[0].0.to_string(), counts[0].1.dead), ("echo.fn".to_owned(), 1));
     let filter = Filter { dead: Some(true), ..Filter::default() };
-    assert_eq!(it.queue.list(&filter, None, 10).await.unwrap()[0].id, "a");
+    assert_eq!(it.queue.list(&filter, None, 10).await.unwrap().calls[0].id, "a");
     assert_eq!(it.queue.revive("a").await, Ok(Changed::Yes));
     let delivery = it.take().await;
     assert_eq!((delivery.call.id.as_str(), delivery.attempts), ("a", 0));
@@ -394,7 +394,7 @@ async fn a_list_is_in_order_and_goes_on_where_it_ended() {
     it.publish(call_of("other", "f")).await;
     let ids = async |filter: &Filter, after, limit| {
         let found = it.queue.list(filter, after, limit).await.unwrap();
-        found.into_iter().map(|status| status.id).collect::<Vec<_>>().concat()
+        found.calls.into_iter().map(|status| status.id).collect::<Vec<_>>().concat()
     };
     let all = Filter::default();
     assert_eq!(ids(&all, None, 10).await, "abcdef");

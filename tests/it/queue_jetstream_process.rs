@@ -10,7 +10,7 @@ use crate::support::nats::Nats;
 use crate::support::provider::{Call, Provider};
 use crate::support::queue::{answering, patient};
 
-fn on(nats: &Nats, builder: Builder) -> Builder {
+pub(crate) fn on(nats: &Nats, builder: Builder) -> Builder {
     builder
         .var("faas_nats_address", "127.0.0.1")
         .var("faas_nats_port", nats.port())
@@ -26,7 +26,7 @@ async fn lacks_queue(gateway: &Gateway) -> bool {
 }
 
 /// It has started, and found its queue.
-async fn has_queue(gateway: &Gateway) {
+pub(crate) async fn has_queue(gateway: &Gateway) {
     eventually("it is ready", async || gateway.is_ready().await).await;
     eventually("the queue is there", async || !lacks_queue(gateway).await).await;
 }

@@ -1,6 +1,13 @@
 //! `GET /system/calls`: the order of the list and its pages.
 
+use futures_util::StreamExt;
+use gateway::queue::embedded::Limits;
+use gateway::queue::jetstream::Options;
+
+use crate::queue_jetstream::{self as jetstream, call_of};
+use crate::queue_jetstream_process::{has_queue, on};
 use crate::support::gateway::Gateway;
+use crate::support::nats::Nats;
 use crate::support::queue::{answering, queueing};
 
 async fn page(gateway: &Gateway, query: &str) -> Vec<String> {
@@ -33,4 +40,31 @@ async fn every_call_can_be_reached_from_the_newest_on() {
     let refused = gateway.get("/system/calls?order=random").await;
     assert_eq!(refused.status(), 400);
     assert!(refused.text().contains("order is neither oldest nor newest"), "{refused}");
+}
+
+#[tokio::test]
+async fn a_list_of_more_calls_than_are_looked_at_says_so() {
+    /// More than are looked at on JetStream.
+    const CALLS: usize = 10_100;
+    let nats = Nats::start();
+    let options = jetstream::options(&nats);
+    let limits = Limits { pending: 2 * CALLS, ..jetstream::LIMITS };
+    let queue = jetstream::Gateway::open(Options { limits, ..options }).await;
+    let provider = answering(&[200], "done");
+    let builder = on(&nats, Gateway::builder()).provider(&provider).var("with_worker", "false");
+    let gateway = builder.start().await;
+    has_queue(&gateway).await;
+    queue.publish(call_of("other", "other")).await;
+    let calls = (0..CALLS).map(|number| queue.publish(call_of("echo", &format!("call-{number}"))));
+    futures_util::stream::iter(calls)
+        .buffer_unordered(256)
+        .for_each(|_| std::future::ready(()))
+        .await;
+    let list = async |query: &str| gateway.get(&format!("/system/calls?limit=1&{query}")).await;
+    let all = list("function=echo").await;
+    assert_eq!((all.status(), all.header("x-truncated")), (200, Some("true")), "{all}");
+    assert_eq!(all.json().as_array().unwrap().len(), 1);
+    let other = list("function=other").await;
+    assert_eq!((other.status(), other.header("x-truncated")), (200, None), "{other}");
+    assert_eq!(other.json()[0]["callId"], "other");
 }

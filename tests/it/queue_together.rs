@@ -63,7 +63,7 @@ async fn each_of_them_goes_through_its_states() {
         assert_eq!(it.queue.answer(id).await, Ok(None));
     }
     assert_eq!(it.count("echo.fn").await, (CALLS as u64, 0, 0, 0));
-    let listed = it.queue.list(&Filter::default(), None, 100).await.unwrap();
+    let listed = it.queue.list(&Filter::default(), None, 100).await.unwrap().calls;
     assert_eq!(listed.iter().map(|it| it.id.clone()).collect::<BTreeSet<_>>(), set(&ids));
     // No other id is one of them, however like it is.
     let other = ids[1].replace(&ids[1][16..18], if &ids[1][16..18] == "00" { "01" } else { "00" });
@@ -96,7 +96,7 @@ async fn each_of_them_goes_through_its_states() {
         assert!(it.queue.answer(id).await.unwrap().is_some());
     }
     let filter = Filter { state: Some(State::Succeeded), ..Filter::default() };
-    assert_eq!(it.queue.list(&filter, None, 100).await.unwrap().len(), CALLS);
+    assert_eq!(it.queue.list(&filter, None, 100).await.unwrap().calls.len(), CALLS);
     eventually("no record is left open", async || messages(&nats, "open").await == 0).await;
     assert_eq!(messages(&nats, "calls").await, 0);
 }
@@ -119,7 +119,7 @@ async fn each_of_them_can_be_retried_die_and_be_revived() {
     assert_eq!((&again.call.id, again.attempts), (&ids[0], 1));
     it.settle(again, succeeded()).await;
     let filter = Filter { dead: Some(true), ..Filter::default() };
-    assert_eq!(it.queue.list(&filter, None, 9).await.unwrap()[0].id, ids[1]);
+    assert_eq!(it.queue.list(&filter, None, 9).await.unwrap().calls[0].id, ids[1]);
     assert_eq!(it.queue.revive(&ids[0]).await, Ok(Changed::No(State::Succeeded)));
     assert_eq!(it.queue.revive(&ids[1]).await, Ok(Changed::Yes));
     let revived = it.take().await;
@@ -252,7 +252,7 @@ async fn what_one_who_died_has_not_made_is_made_by_another_and_nothing_else() {
         }
     }
     let filter = Filter { dead: Some(true), ..Filter::default() };
-    let dead = it.queue.list(&filter, None, 9).await.unwrap()[0].id.clone();
+    let dead = it.queue.list(&filter, None, 9).await.unwrap().calls[0].id.clone();
     let running = it.take().await;
     let died = running.call.id.clone();
     it.queue.stop().await;

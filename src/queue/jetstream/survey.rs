@@ -20,11 +20,11 @@ use crate::queue::jetstream::subject::{self, CALLS, DEAD, ENDS, consumed, named}
 use crate::queue::jetstream::together::Bundled;
 use crate::queue::now;
 use crate::queue::status::Status;
-use crate::queue::{Changed, Counts, Filter, Order};
+use crate::queue::{Changed, Counts, Filter, Listed, Order};
 
 /// So many questions are on their way at a time.
 const TOGETHER: usize = 32;
-/// At most so many calls of a kind are looked at: a list of more is one of some of them.
+/// At most this many calls of a kind are looked at. A list of more is one of some of them, and says so.
 const MOST: usize = 10_000;
 /// So many calls at most are looked at one by one to count them. Of more, the consumers say how many there are: then
 /// a call that is put off counts as delayed only after it was given to a worker, one that a worker has but has not
@@ -38,24 +38,36 @@ pub(super) struct Counted {
 }
 
 impl Shared {
-    /// The last messages of all subjects that fit `filter`, `most` of them at most.
+    /// The last messages of all subjects that fit `filter`, with `most` calls at most, and whether these are all.
     async fn read(
         &self,
         stream: &str,
         filter: &str,
         most: usize,
-    ) -> Result<Vec<StreamMessage>, Fault> {
-        let subjects = self.server.subjects(stream, filter, most).await?;
-        if subjects.len() > most {
-            tracing::debug!(stream, found = subjects.len(), most, "More calls than are looked at");
-        }
-        let mut calls = 0;
-        let subjects = subjects.into_iter().take_while(|subject| {
+    ) -> Result<(Vec<StreamMessage>, bool), Fault> {
+        let all = self.server.subjects(stream, filter, most.saturating_add(1)).await?;
+        let (found, mut calls) = (all.len(), 0);
+        let subjects = all.into_iter().take_while(|subject| {
             let before = calls;
             calls += subject::calls(subject);
             before < most
         });
-        stream::iter(subjects.collect::<Vec<_>>())
+        let subjects: Vec<_> = subjects.collect();
+        let complete = subjects.len() == found;
+        if !complete {
+            tracing::debug!(stream, found, most, "More calls than are looked at");
+        }
+        let messages = self.last_of(stream, subjects).await?;
+        Ok((messages, complete))
+    }
+
+    /// The last message of each of `subjects`.
+    async fn last_of(
+        &self,
+        stream: &str,
+        subjects: Vec<String>,
+    ) -> Result<Vec<StreamMessage>, Fault> {
+        stream::iter(subjects)
             .map(|subject| async move { self.server.last(stream, &subject).await })
             .buffer_unordered(TOGETHER)
             // What is gone by now is not there.
@@ -69,8 +81,8 @@ impl Shared {
         filter: &Filter,
         after: Option<&str>,
         limit: usize,
-    ) -> Result<Vec<Status>, Fault> {
-        let mut all = self.all(filter).await?;
+    ) -> Result<Listed, Fault> {
+        let (mut all, complete) = self.all(filter).await?;
         all.sort_unstable_by(|a, b| compare(filter.order, a, b));
         let first = match after {
             Some(id) => match all.iter().position(|status| status.id == id) {
@@ -85,11 +97,11 @@ impl Shared {
             },
             None => 0,
         };
-        Ok(all.into_iter().skip(first).take(limit).collect())
+        Ok(Listed { calls: all.into_iter().skip(first).take(limit).collect(), complete })
     }
 
-    /// All calls that `filter` means, in no order.
-    async fn all(&self, filter: &Filter) -> Result<Vec<Status>, Fault> {
+    /// All calls that `filter` means, in no order, and whether none of them may be missing.
+    async fn all(&self, filter: &Filter) -> Result<(Vec<Status>, bool), Fault> {
         let (names, function) = (&self.names, filter.function.as_ref());
         let means = |status: &Status| {
             (status.dead || self.is_kept(status))
@@ -97,9 +109,11 @@ impl Shared {
                 && filter.dead.is_none_or(|dead| dead == status.dead)
         };
         let mut all: HashMap<String, (u64, Status)> = HashMap::new();
-        let mut filed = HashMap::new();
+        let (mut filed, mut complete) = (HashMap::new(), true);
         if filter.dead != Some(true) {
-            for found in self.read(&names.notes, &names.of(ENDS, function), MOST).await? {
+            let (ends, are_all) = self.read(&names.notes, &names.of(ENDS, function), MOST).await?;
+            complete &= are_all;
+            for found in ends {
                 if let Some(end) = message::end(&found.headers) {
                     all.insert(end.status.id.clone(), (end.sequence, end.status));
                 } else if let Some((key, record)) = record(found) {
@@ -108,7 +122,9 @@ impl Shared {
             }
         }
         if filter.dead != Some(false) {
-            for found in self.read(&names.dead, &names.of(DEAD, function), MOST).await? {
+            let (dead, are_all) = self.read(&names.dead, &names.of(DEAD, function), MOST).await?;
+            complete &= are_all;
+            for found in dead {
                 let Some(Dead { status, was, .. }) = Dead::new(found) else { continue };
                 // A server that was killed may have kept it beyond its time.
                 if all.get(&status.id).is_none_or(|(of, _)| *of < was) {
@@ -117,10 +133,12 @@ impl Shared {
             }
         }
         if filter.dead == Some(true) {
-            return Ok(all.into_values().map(|(_, status)| status).filter(means).collect());
+            let dead = all.into_values().map(|(_, status)| status).filter(means);
+            return Ok((dead.collect(), complete));
         }
         let runs = self.runs().await?;
-        let waiting = self.read(&names.calls, &names.of(CALLS, function), MOST).await?;
+        let (waiting, are_all) = self.read(&names.calls, &names.of(CALLS, function), MOST).await?;
+        complete &= are_all;
         let mut records = self.records(&waiting).await?;
         for (key, record) in filed {
             records.entry(key).or_insert_with(|| Record::of(record.sequence)).add(record);
@@ -139,15 +157,15 @@ impl Shared {
                 all.extend(status.map(|status| (id.clone(), (sequence, status))));
             }
         }
-        Ok(all.into_values().map(|(_, status)| status).filter(means).collect())
+        let all = all.into_values().map(|(_, status)| status).filter(means);
+        Ok((all.collect(), complete))
     }
 
     /// Drops the calls that `filter` means and that do not run.
     pub(super) async fn purge_all(&self, filter: &Filter) -> Result<u64, Fault> {
         let mut purged = 0;
         loop {
-            let found = self.all(filter).await?;
-            let few = found.len() < MOST / 2;
+            let (found, complete) = self.all(filter).await?;
             let gone: Vec<bool> = stream::iter(found)
                 .map(|status| async move { self.purge_one(&status.id).await })
                 .buffer_unordered(TOGETHER / 4)
@@ -155,8 +173,7 @@ impl Shared {
                 .await?;
             let gone = gone.into_iter().filter(|gone| *gone).count() as u64;
             purged += gone;
-            // Of more, some were not looked at.
-            if few || gone == 0 {
+            if complete || gone == 0 {
                 return Ok(purged);
             }
         }
@@ -219,7 +236,7 @@ impl Shared {
     async fn count_each(&self, counts: &mut HashMap<Function, Counts>) -> Result<(), Fault> {
         let names = &self.names;
         let runs = self.runs().await?;
-        let found = self.read(&names.calls, &names.of(CALLS, None), usize::MAX).await?;
+        let (found, _) = self.read(&names.calls, &names.of(CALLS, None), usize::MAX).await?;
         let records = self.records(&found).await?;
         for waiting in found.into_iter().flat_map(|found| each(found, &records)) {
             let running = runs.contains_key(&waiting.place());
