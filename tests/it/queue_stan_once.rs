@@ -73,16 +73,27 @@ async fn a_call_that_is_sent_again_with_its_id_is_executed_once() {
     let worker = || on_real(&server, Gateway::worker()).provider(&provider).start();
     let running = worker().await;
     running.logs("NATS Streaming is there").await;
-    server.freeze();
-    // Nobody has noticed yet: these are stored once the server goes on.
     let send = || gateway.queue("echo", &["X-Call-Id: a"], "body");
-    for answer in futures_util::future::join_all((0..AGAIN).map(|_| send())).await {
-        assert_eq!((answer.status(), answer.header("x-call-id")), (503, Some("a")), "{answer}");
-        assert!(answer.text().contains("executed once"), "{answer}");
-    }
-    server.thaw();
-    eventually("it takes in", async || send().await.status() == 202).await;
-    server.drained(AGAIN + 1).await;
+    eventually("calls are sent before the gateway notices", async || {
+        server.freeze();
+        let mut sent = 0;
+        for answer in futures_util::future::join_all((0..AGAIN).map(|_| send())).await {
+            // On a busy machine, the gateway may have noticed: then the call is not sent.
+            if answer.status() == 503 && answer.text().contains("cannot be reached") {
+                continue;
+            }
+            assert_eq!((answer.status(), answer.header("x-call-id")), (503, Some("a")), "{answer}");
+            assert!(answer.text().contains("executed once"), "{answer}");
+            sent += 1;
+        }
+        server.thaw();
+        eventually("it takes in", async || send().await.status() == 202).await;
+        sent > 0
+    })
+    .await;
+    // What was sent is stored once the server goes on.
+    eventually("it is stored several times", async || server.stored().await > 1).await;
+    server.drained(server.stored().await).await;
     assert_eq!(provider.calls(), 1);
     // It is remembered by those who come later.
     assert!(running.terminate().await.success());
