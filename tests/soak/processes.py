@@ -1,20 +1,31 @@
 """The processes of the soak test: started, killed, started again, and looked at."""
 
 import os
+import random
 import signal
 import socket
 import subprocess
 import time
 import urllib.request
+from pathlib import Path
 
 # A process is there long before this.
 START = 60
 
 
 def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """A port that no connection is given by the system: a process that was killed needs it again."""
+    first, last = map(int, Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split())
+    while True:
+        port = random.randrange(10_000, 65_536)
+        if first <= port <= last:
+            continue
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+        return port
 
 
 class Process:

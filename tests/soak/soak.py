@@ -112,13 +112,18 @@ class Soak:
                 victim.kill()
                 victim.start()
                 kills += 1
-                print(f"{now:6.0f} s: killed {victim.name}", flush=True)
+                print(f"{now:6.0f} s: killed {victim.name}; {self.use()}", flush=True)
             for process in self.processes:
                 process.sample(now)
             time.sleep(LOOK)
         self.load.stop()
         self.drain()
         return self.report(kills)
+
+    def use(self):
+        """What the processes used when they were looked at last."""
+        used = ((process.name, process.samples[-1][1] / 1024) for process in self.processes if process.samples)
+        return ", ".join(f"{name} {memory:.0f} MiB" for name, memory in used)
 
     def deploy(self):
         host, port = self.gateways[0]
