@@ -32,9 +32,10 @@ fmt:
 lint:
 	cargo clippy --locked --all-targets -- -D warnings
 
-# Unit, integration and conformance tests: real sockets, real processes, the real binary.
+# Unit, integration and conformance tests: real sockets, real processes, the real binary. Some send SIGHUP, which `nohup`
+# has ignored.
 unit:
-	cargo test --locked
+	env --default-signal=HUP cargo test --locked
 
 docs:
 	RUSTDOCFLAGS="-D warnings" cargo doc --locked --no-deps --document-private-items
