@@ -57,7 +57,9 @@ pub(in crate::proxy) fn take_head(
             Ok(Status::Complete(_)) => return Err(Malformed::TooLarge),
             Ok(Status::Partial) => return Ok(None),
             Err(httparse::Error::HeaderName) if remove_spaces(input) => {}
-            Err(httparse::Error::HeaderName) if may_be_before_colon(input) => return Ok(None),
+            Err(httparse::Error::HeaderName) if may_be_before_colon(fields(input)) => {
+                return Ok(None);
+            }
             Err(error) => return Err(error.into()),
         }
     }
@@ -66,11 +68,19 @@ pub(in crate::proxy) fn take_head(
 /// Removes whitespace before colons from the head at the front of `input`. Whether there was any.
 #[cold]
 fn remove_spaces(input: &mut BytesMut) -> bool {
-    let Some(start) = memchr::memchr(b'\n', input).map(|at| at + 1) else { return false };
-    let Some(fields) = without_spaces(&input[start..]) else { return false };
+    let fields = fields(input);
+    let start = input.len() - fields.len();
+    let Some(fields) = without_spaces(fields) else { return false };
     input.truncate(start);
     input.extend_from_slice(&fields);
     true
+}
+
+/// What follows the first line of `input`. Empty lines may precede it.
+fn fields(input: &[u8]) -> &[u8] {
+    let start = input.iter().position(|byte| !b"\r\n".contains(byte)).unwrap_or(input.len());
+    let line = &input[start..];
+    &line[memchr::memchr(b'\n', line).map_or(line.len(), |at| at + 1)..]
 }
 
 /// Takes the final head; those of interim responses are skipped.
@@ -343,7 +353,7 @@ mod tests {
         }
         for text in ["A b: c", " : b", "A \x01: b", ": b"] {
             refuses(
-                &format!("HTTP/1.1 200 OK\r\nC : d\r\n{text}\r\n\r\n"),
+                &format!("HTTP/1.1 200 OK\r\nC : d\r\n{text}\r\n\r\nbody "),
                 Malformed::Head(httparse::Error::HeaderName),
             );
         }

@@ -261,7 +261,9 @@ fn take_trailers(input: &mut BytesMut) -> Result<Option<HeaderMap>, Malformed> {
             Ok(Some(trailers))
         }
         Ok(Status::Partial) if input.len() <= MAX_LINES => Ok(None),
-        Err(Malformed::Head(_)) if input.len() <= MAX_LINES && may_be_before_colon(input) => {
+        Err(Malformed::Head(httparse::Error::HeaderName))
+            if input.len() <= MAX_LINES && may_be_before_colon(input) =>
+        {
             Ok(None)
         }
         Ok(_) | Err(_) => Err(Malformed::Trailers),

@@ -19,9 +19,16 @@ pub(super) fn without_spaces(text: &[u8]) -> Option<Vec<u8>> {
     removed.then_some(out)
 }
 
-/// Whether `text` ends with a name and whitespace, behind which a colon may come.
+/// Whether the fields at the front of `text` end with a name and whitespace, behind which a colon may come.
 pub(super) fn may_be_before_colon(text: &[u8]) -> bool {
-    let line = &text[memchr::memrchr(b'\n', text).map_or(0, |at| at + 1)..];
+    let mut line = text;
+    while let Some(end) = memchr::memchr(b'\n', line) {
+        if matches!(line[..end], [] | [b'\r']) {
+            // All fields have come.
+            return false;
+        }
+        line = &line[end + 1..];
+    }
     let (name, spaces) = name_and_spaces(line);
     name > 0 && spaces > 0 && name + spaces == line.len()
 }
@@ -72,6 +79,8 @@ mod tests {
             (" ", false),
             ("", false),
             ("A \n", false),
+            ("A b: c\r\n\r\nD ", false),
+            ("A b: c\n\nD ", false),
         ] {
             assert_eq!(may_be_before_colon(text.as_bytes()), expect, "{text:?}");
         }
