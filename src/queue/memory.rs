@@ -5,6 +5,7 @@
 //! these do not wait until there is room for it.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use bytes::Bytes;
 use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
@@ -24,6 +25,8 @@ const PIECE: usize = 256 << 10;
 
 /// A large request that waits leaves this much free.
 const SHARE: usize = LIMIT / 8;
+/// It does so for this time. Then it takes what there is: without an end, small ones could keep it waiting for ever.
+const SHARES_FOR: Duration = Duration::from_secs(5);
 /// What is larger than this is a large request.
 const SMALL: usize = SHARE / 16;
 
@@ -97,7 +100,13 @@ impl BodyBudget {
 
     /// Room for `bytes`, if there is as much.
     pub fn try_reserve(&self, bytes: usize) -> Room {
-        self.try_units(Self::units(bytes))
+        let units = Self::units(bytes);
+        // A large request must not overtake those that wait, nor use the share of the small ones.
+        let is_line = bytes > SMALL && self.0.first.available_permits() == 0;
+        if is_line && self.0.free.available_permits() < units as usize + SHARE / UNIT {
+            return None;
+        }
+        self.try_units(units)
     }
 
     /// Waits for room for `bytes`. Cancel-safe.
@@ -106,25 +115,35 @@ impl BodyBudget {
         if bytes > SMALL {
             return self.collect(units).await;
         }
+        // Dropped behind the permits if this is cancelled when it has been given them.
+        let freed = self.0.freed.clone();
         // The semaphores are never closed.
         let permits = Arc::clone(&self.0.free).acquire_many_owned(units).await.ok()?;
-        Some(self.reservation(permits))
+        Some(Reservation { permits, freed })
     }
 
     /// Waits for `units` behind the large requests that came before.
     async fn collect(&self, units: u32) -> Room {
         let _first = self.0.first.acquire().await.ok()?;
         let mut collected = self.try_units(0)?;
+        let shares_until = Instant::now() + SHARES_FOR;
         loop {
             let missing = (units as usize).saturating_sub(collected.permits.num_permits());
             if missing == 0 {
                 return Some(collected);
             }
             let free = self.0.free.available_permits();
-            let takes = if free >= missing { missing } else { free.saturating_sub(SHARE / UNIT) };
+            let shares = Instant::now() < shares_until;
+            let share = if shares { SHARE / UNIT } else { 0 };
+            let takes = if free >= missing { missing } else { free.saturating_sub(share) };
             if takes == 0 {
                 // What was freed since then has left its notification.
-                self.0.freed.0.notified().await;
+                let freed = self.0.freed.0.notified();
+                if shares {
+                    let _ = timeout_at(shares_until, freed).await;
+                } else {
+                    freed.await;
+                }
                 continue;
             }
             // Another may have taken it by now; then there is less.
@@ -227,8 +246,6 @@ impl<'a> BodyBuffer<'a> {
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
-
     use super::*;
 
     #[test]
@@ -283,8 +300,8 @@ mod tests {
         let held = budget.try_reserve(LIMIT - 40 * MIB).unwrap();
         let mut large = std::pin::pin!(budget.reserve(100 * MIB));
         assert!(poll_once(&mut large).await.is_none());
-        let small = budget.try_reserve(20 * MIB);
-        assert!(small.is_some());
+        let small: Vec<_> = (0..10).map(|_| budget.try_reserve(SMALL)).collect();
+        assert!(small.iter().all(Option::is_some));
         let mut waits = std::pin::pin!(budget.reserve(SMALL));
         assert!(poll_once(&mut waits).await.is_some());
         // Of what is freed they have their share, too.
@@ -325,5 +342,38 @@ mod tests {
         assert_eq!(budget.0.free.available_permits() * UNIT, 100 * MIB);
         drop(held);
         assert!(budget.reserve(LIMIT).await.is_some());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_large_request_that_does_not_wait_leaves_the_share_of_small_ones() {
+        let budget = BodyBudget::default();
+        let held = budget.try_reserve(LIMIT - 40 * MIB).unwrap();
+        let mut large = std::pin::pin!(budget.reserve(100 * MIB));
+        assert!(poll_once(&mut large).await.is_none());
+        assert!(budget.try_reserve(SMALL + 1).is_none());
+        assert!(budget.try_reserve(SMALL).is_some());
+        drop(held);
+        assert!(large.await.is_some());
+        assert!(budget.try_reserve(SMALL + 1).is_some());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn the_largest_request_is_served_though_small_ones_overlap() {
+        let budget = BodyBudget::default();
+        let mut small = budget.try_reserve(SMALL);
+        let mut large = std::pin::pin!(budget.reserve(LIMIT));
+        for _ in 0..4 {
+            assert!(poll_once(&mut large).await.is_none());
+            let next = budget.try_reserve(SMALL);
+            assert!(next.is_some());
+            small = next;
+            tokio::time::advance(Duration::from_secs(1)).await;
+        }
+        tokio::time::advance(SHARES_FOR).await;
+        // From now on it takes what is freed.
+        assert!(poll_once(&mut large).await.is_none());
+        assert!(budget.try_reserve(SMALL).is_none());
+        drop(small);
+        assert!(large.await.is_some());
     }
 }
