@@ -132,7 +132,7 @@ pub(super) const HEAD: &[u8] = b"HEAD ";
 
 /// Heads with fewer lines fit the room that hyper has on its stack. To make room for more costs every head an eighth
 /// of what its whole call does, so it is made when it is needed.
-const FEW_LINES: usize = 100;
+pub(super) const FEW_LINES: usize = 100;
 
 /// How many lines end in `read`, or that there are more than a few.
 fn lines(read: &[u8]) -> usize {
@@ -179,6 +179,10 @@ impl CallerStream {
     /// hyper has room for as many headers as are allowed.
     pub(super) fn has_room(&mut self) {
         self.roomy = true;
+    }
+
+    pub(super) fn is_roomy(&self) -> bool {
+        self.roomy
     }
 
     /// Whether the head that came last is that of a HEAD request.

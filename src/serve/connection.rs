@@ -143,6 +143,13 @@ where
                 stream.read_again(&head);
                 self.http = Http::Resting(stream, service);
             }
+            Some(Outcome::NeedsRoom) if !stream.is_roomy() => {
+                self.builder.max_headers(MAX_HEADERS);
+                stream.has_room();
+                stream.read_again(&unparsed);
+                self.http = Http::Resting(stream, service);
+            }
+            Some(Outcome::NeedsRoom) => self.refuse(stream, HeadError::Malformed, &unparsed),
             Some(Outcome::Refused(error)) => {
                 self.refuse(stream, error, &unparsed);
             }
@@ -171,6 +178,8 @@ where
             // Its buffer is gone, so it no longer counts against the budget.
             self.seat.0.heads.end(&self.seat.0);
         }
+        // It was meant for what the connection did before, and would cut off the response.
+        self.caller.watch.takes(Note::Leave);
         self.caller.watch.lingers();
         self.http = Http::Lingering(Box::new(Linger::new(stream)));
     }

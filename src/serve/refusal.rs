@@ -12,6 +12,7 @@ use std::time::SystemTime;
 use bytes::Bytes;
 
 use crate::error::Error;
+use crate::serve::caller::FEW_LINES;
 use crate::serve::connection::{MAX_HEAD, MAX_HEADERS};
 
 /// The longest target that hyper accepts.
@@ -55,6 +56,8 @@ pub enum HeadError {
 pub(super) enum Outcome {
     /// It is read once more, as these bytes.
     Corrected(Bytes),
+    /// It is read once more, with room for more headers: it came while another was answered, so nothing has counted them.
+    NeedsRoom,
     Refused(HeadError),
 }
 
@@ -65,10 +68,12 @@ impl Outcome {
             return Self::Refused(HeadError::UnsupportedVersion);
         }
         if error.is_parse_too_large() {
-            return Self::Refused(match too_large(unparsed) {
-                HeadError::ContentLength if has_long_target(unparsed) => HeadError::TargetTooLong,
-                error => error,
-            });
+            return match too_large(unparsed) {
+                Self::Refused(HeadError::ContentLength) if has_long_target(unparsed) => {
+                    Self::Refused(HeadError::TargetTooLong)
+                }
+                outcome => outcome,
+            };
         }
         // For these, hyper has no methods. A test compares the texts with hyper's.
         Self::Refused(match error.to_string().as_str() {
@@ -129,11 +134,15 @@ fn has_long_target(head: &[u8]) -> bool {
     target.is_some_and(|(before, behind)| behind - before - 1 > MAX_TARGET)
 }
 
+fn is_request_line(text: &[u8]) -> bool {
+    version(text).is_some_and(|at| text[at].starts_with(b"HTTP/"))
+}
+
 /// What hyper calls too large: the head at the front of `unparsed`, or a length in one that it has taken already.
 ///
 /// Lines are counted without httparse: a second use of its parser keeps the compiler from inlining the first, which
 /// every request passes.
-fn too_large(unparsed: &[u8]) -> HeadError {
+fn too_large(unparsed: &[u8]) -> Outcome {
     // Empty lines may precede a request line.
     let start = unparsed.iter().position(|byte| !b"\r\n".contains(byte)).unwrap_or(unparsed.len());
     let (mut lines, mut end) = (0, None);
@@ -147,13 +156,16 @@ fn too_large(unparsed: &[u8]) -> HeadError {
         }
         lines += 1;
     }
-    match end {
+    Outcome::Refused(match end {
+        // It is a body: hyper has taken the head.
+        _ if lines > 0 && !is_request_line(unparsed) => HeadError::ContentLength,
         // One line is the request line.
         _ if lines > MAX_HEADERS + 1 => HeadError::TooManyHeaders,
         Some(end) if end > MAX_HEAD => HeadError::TooLarge,
         None if unparsed.len() >= MAX_HEAD => HeadError::TooLarge,
+        _ if lines > FEW_LINES => return Outcome::NeedsRoom,
         Some(_) | None => HeadError::ContentLength,
-    }
+    })
 }
 
 /// The whole response that says so; in reply to HEAD (`to_head`) without its body (RFC 9110, 9.3.2).

@@ -133,6 +133,26 @@ async fn many_headers_pass_at_once_and_in_pieces_and_on_a_connection_that_had_fe
 }
 
 #[tokio::test]
+async fn many_headers_pass_while_another_request_is_answered() {
+    let mut provider = Provider::by_hand();
+    let gateway = Gateway::before(&provider).await;
+    for headers in [150, 255] {
+        let mut caller = gateway.connect().await;
+        caller.send(get("/function/echo")).await;
+        let mut first = provider.call().await;
+        let many = many_headers(headers);
+        caller.send(format!("GET /function/echo HTTP/1.1\r\nHost: g\r\n{many}\r\n")).await;
+        first.wire.send("HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok").await;
+        assert_eq!(caller.answer().await.status(), 200);
+        drop(first);
+        let mut second = provider.call().await;
+        assert_eq!(count_many(&second.head.headers), headers);
+        second.wire.send("HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok").await;
+        assert_eq!(caller.answer().await.status(), 200);
+    }
+}
+
+#[tokio::test]
 async fn too_many_headers_are_refused_on_either_side() {
     let mut provider = Provider::by_hand();
     let gateway = Gateway::before(&provider).await;

@@ -1,10 +1,10 @@
 //! What the fuzzer checks of heads of requests that hyper refuses.
 
-use crate::serve::refusal::{HeadError, Outcome, has_long_target, response, too_large};
+use crate::serve::refusal::{Outcome, has_long_target, response, too_large};
 
 /// A head whose version is corrected differs in one byte, and is then one of HTTP/1.1; any other gets a response.
 pub(crate) fn refused_head(data: &[u8]) {
-    let _: HeadError = too_large(data);
+    let _: Outcome = too_large(data);
     let _ = has_long_target(data);
     match Outcome::of_version(data) {
         Outcome::Corrected(corrected) => {
@@ -12,6 +12,7 @@ pub(crate) fn refused_head(data: &[u8]) {
             assert!(changed == 1 && corrected.len() == data.len());
             assert!(matches!(Outcome::of_version(&corrected), Outcome::Refused(_)));
         }
+        Outcome::NeedsRoom => panic!("a version needs no room"),
         Outcome::Refused(error) => {
             let response = response(error, false);
             assert!(response.starts_with(b"HTTP/1.1 4") || response.starts_with(b"HTTP/1.1 5"));

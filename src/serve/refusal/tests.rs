@@ -44,12 +44,16 @@ fn other_versions_are_refused() {
 fn what_is_too_large_is_found_out() {
     let head =
         |count: usize| format!("GET / HTTP/1.1\r\n{}\r\n", "A: b\r\n".repeat(count)).into_bytes();
-    assert_eq!(too_large(&head(MAX_HEADERS + 1)), HeadError::TooManyHeaders);
-    assert_eq!(too_large(&head(1)), HeadError::ContentLength);
-    assert_eq!(too_large(b""), HeadError::ContentLength);
-    assert_eq!(too_large(&vec![b'x'; MAX_HEAD]), HeadError::TooLarge);
+    let refused = Outcome::Refused;
+    assert_eq!(too_large(&head(MAX_HEADERS + 1)), refused(HeadError::TooManyHeaders));
+    assert_eq!(too_large(&head(FEW_LINES + 1)), Outcome::NeedsRoom);
+    assert_eq!(too_large(&head(1)), refused(HeadError::ContentLength));
+    assert_eq!(too_large(b""), refused(HeadError::ContentLength));
+    assert_eq!(too_large(&vec![b'x'; MAX_HEAD]), refused(HeadError::TooLarge));
     let large = format!("GET / HTTP/1.1\r\nA: {}\r\n\r\n", "x".repeat(MAX_HEAD));
-    assert_eq!(too_large(large.as_bytes()), HeadError::TooLarge);
+    assert_eq!(too_large(large.as_bytes()), refused(HeadError::TooLarge));
+    // A body, whose head hyper has taken.
+    assert_eq!(too_large("A: b\n".repeat(300).as_bytes()), refused(HeadError::ContentLength));
 }
 
 #[test]
@@ -92,6 +96,10 @@ async fn every_reason_of_hypers_is_recognised() {
         (line("Content-Length: x"), HeadError::ContentLength),
         (line("Content-Length: 1\r\nContent-Length: 2"), HeadError::ContentLength),
         (line("Content-Length: 18446744073709551615"), HeadError::ContentLength),
+        (
+            line("Content-Length: 18446744073709551615") + &"a body\n".repeat(300),
+            HeadError::ContentLength,
+        ),
         (line("Transfer-Encoding: gzip"), HeadError::TransferEncoding),
         (
             "GET / HTTP/1.0\r\nTransfer-Encoding: chunked\r\n\r\n".to_owned(),
