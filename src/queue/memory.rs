@@ -1,7 +1,7 @@
 //! The memory that the bodies of queued calls take: of requests that are being enqueued, of calls that a worker holds, of
 //! their responses until they are stored and reported. All share one budget.
 //!
-//! Large requests wait in a line of their own. The first of them collects what is free, and leaves a share for small ones:
+//! Large requests wait in a line of their own. The first of them collects free memory, and leaves a share for small ones:
 //! these do not wait until there is room for it.
 
 use std::sync::Arc;
@@ -25,9 +25,9 @@ const PIECE: usize = 256 << 10;
 
 /// A large request that waits leaves this much free.
 const SHARE: usize = LIMIT / 8;
-/// It does so for this time. Then it takes what there is: without an end, small ones could keep it waiting for ever.
+/// It does so for this time, and then takes all free memory. Otherwise small ones could keep it waiting for ever.
 const SHARES_FOR: Duration = Duration::from_secs(5);
-/// What is larger than this is a large request.
+/// Requests above this size are large.
 const SMALL: usize = SHARE / 16;
 
 /// The budget. Cheap to clone.
@@ -304,7 +304,7 @@ mod tests {
         assert!(small.iter().all(Option::is_some));
         let mut waits = std::pin::pin!(budget.reserve(SMALL));
         assert!(poll_once(&mut waits).await.is_some());
-        // Of what is freed they have their share, too.
+        // Small ones have a share of freed memory, too.
         drop(held);
         let held = large.await.unwrap();
         assert_eq!(held.permits.num_permits() * UNIT, 100 * MIB);
@@ -370,7 +370,7 @@ mod tests {
             tokio::time::advance(Duration::from_secs(1)).await;
         }
         tokio::time::advance(SHARES_FOR).await;
-        // From now on it takes what is freed.
+        // From now on it takes all freed memory.
         assert!(poll_once(&mut large).await.is_none());
         assert!(budget.try_reserve(SMALL).is_none());
         drop(small);

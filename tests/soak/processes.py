@@ -85,6 +85,13 @@ class Process:
         except (OSError, KeyError, ValueError):
             pass
 
+    def files(self):
+        """How many files it has open; none if it does not run."""
+        try:
+            return len(os.listdir(f"/proc/{self.child.pid}/fd"))
+        except OSError:
+            return 0
+
     def between(self, begin, end):
         """The medians of memory, files and threads in a part of the run."""
         found = [sample[1:] for sample in self.samples if begin <= sample[0] <= end]

@@ -164,8 +164,12 @@ class Soak:
             if missing != last:
                 last, since = missing, time.monotonic()
             time.sleep(0.5)
-        # Connections that were in use are closed meanwhile, or idle.
-        time.sleep(LOOK)
+        # Connections that were in use are closed meanwhile. Idle ones are kept for 50 s.
+        deadline = time.monotonic() + STILL
+        while any(process.files() > process.samples[0][2] + KEPT_FILES for process in self.processes):
+            if time.monotonic() > deadline:
+                break
+            time.sleep(LOOK)
 
     def report(self, kills):
         failures = []
