@@ -12,7 +12,7 @@ use tokio::sync::watch;
 use crate::support::eventually;
 use crate::support::gateway::{Gateway, command};
 use crate::support::provider::Provider;
-use crate::support::queue::{answering, patient, queueing};
+use crate::support::queue::{answering, patient, queueing, responding};
 
 const BLOCK: usize = 4096;
 /// No look at a file of a few MB takes longer.
@@ -299,18 +299,7 @@ async fn names_the_damage(gateway: &Gateway) -> bool {
 async fn damaged_calls_in_rows_can_be_cancelled() {
     let directory = TempDir::new().unwrap();
     let open = watch::Sender::new(false);
-    let gate = open.subscribe();
-    let provider = patient()
-        .answering(move |mut call| {
-            let mut gate = gate.clone();
-            async move {
-                call.body().await.ok()?;
-                gate.wait_for(|open| *open).await.ok()?;
-                call.answer_with(200, b"made").await;
-                Some(call.wire)
-            }
-        })
-        .start();
+    let provider = responding(*b"made", &open);
     let gateway = queueing(&provider, directory.path()).var("max_inflight", "1").start().await;
     let first = gateway.queued("echo", &[], "first").await;
     // Small calls that come at the same time are one row.

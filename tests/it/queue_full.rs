@@ -2,7 +2,7 @@
 
 use crate::support::eventually;
 use crate::support::gateway::Gateway;
-use crate::support::queue::{patient, queueing};
+use crate::support::queue::{queueing, responding};
 use tokio::sync::watch;
 
 /// Queues calls of `echo` until there is no room for another; the ids of those that were taken in.
@@ -22,18 +22,7 @@ async fn until_full(gateway: &Gateway) -> Vec<String> {
 #[tokio::test]
 async fn a_full_disk_takes_nothing_in_and_hinders_nothing_that_is_there() {
     let (state, open) = (tempfile::tempdir().unwrap(), watch::Sender::new(false));
-    let gate = open.subscribe();
-    let provider = patient()
-        .answering(move |mut call| {
-            let mut gate = gate.clone();
-            async move {
-                call.body().await.ok()?;
-                gate.wait_for(|open| *open).await.ok()?;
-                call.answer_with(200, b"made").await;
-                Some(call.wire)
-            }
-        })
-        .start();
+    let provider = responding(*b"made", &open);
     let gateway = queueing(&provider, state.path()).var("max_inflight", "4").start().await;
     gateway.limit_files(Some(4 << 20));
     let taken = until_full(&gateway).await;

@@ -11,8 +11,7 @@ use tokio::sync::watch;
 
 use crate::support::eventually;
 use crate::support::gateway::Gateway;
-use crate::support::provider::Provider;
-use crate::support::queue::{patient, queueing};
+use crate::support::queue::{queueing, responding};
 
 const MIB: u64 = 1 << 20;
 /// What the bodies may take together.
@@ -55,28 +54,12 @@ impl Silent {
     }
 }
 
-/// Functions that respond with `length` bytes once `open` is.
-fn responding(length: usize, open: &watch::Sender<bool>) -> Provider {
-    let gate = open.subscribe();
-    patient()
-        .answering(move |mut call| {
-            let mut gate = gate.clone();
-            async move {
-                call.body().await.ok()?;
-                gate.wait_for(|open| *open).await.ok()?;
-                call.answer_with(200, &vec![b'r'; length]).await;
-                Some(call.wire)
-            }
-        })
-        .start()
-}
-
 #[tokio::test]
 async fn responses_wait_for_callbacks_in_bounded_memory() {
     const CALLS: usize = 70;
     let (directory, silent) = (tempfile::tempdir().unwrap(), Silent::start().await);
     let open = watch::Sender::new(false);
-    let provider = responding(12 << 20, &open);
+    let provider = responding(vec![b'r'; 12 << 20], &open);
     let gateway = queueing(&provider, directory.path()).start().await;
     let callback = format!("X-Callback-Url: {}", silent.url);
     for _ in 0..CALLS {
@@ -128,7 +111,7 @@ async fn given_back(gateway: &Gateway) {
 async fn bodies_that_are_enqueued_together_are_counted_with_their_copies() {
     let directory = tempfile::tempdir().unwrap();
     let never = watch::Sender::new(false);
-    let provider = responding(1, &never);
+    let provider = responding(*b"r", &never);
     let gateway = queueing(&provider, directory.path()).start().await;
     let body: Arc<[u8]> = vec![b'x'; 8 << 20].into();
     let senders: Vec<_> =

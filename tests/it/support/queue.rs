@@ -1,9 +1,11 @@
 //! Queued calls: a gateway with a queue, and what is asked of it.
 
 use std::path::Path;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
 
 use serde_json::Value;
+use tokio::sync::watch;
 
 use crate::support::eventually;
 use crate::support::gateway::{Builder, Gateway};
@@ -22,6 +24,22 @@ pub(crate) fn queueing(provider: &Provider, state: &Path) -> Builder {
 /// A provider whose functions, all but `unknown`, are made three times in quick succession if they fail.
 pub(crate) fn patient() -> provider::Builder {
     Provider::builder().api(|head, _| function(head))
+}
+
+/// Functions that respond with `response` once `open` is.
+pub(crate) fn responding(response: impl Into<Arc<[u8]>>, open: &watch::Sender<bool>) -> Provider {
+    let (response, gate) = (response.into(), open.subscribe());
+    patient()
+        .answering(move |mut call| {
+            let (response, mut gate) = (Arc::clone(&response), gate.clone());
+            async move {
+                call.body().await.ok()?;
+                gate.wait_for(|open| *open).await.ok()?;
+                call.answer_with(200, &response).await;
+                Some(call.wire)
+            }
+        })
+        .start()
 }
 
 /// What such a provider says of a function.
