@@ -144,10 +144,9 @@ where
                 self.http = Http::Resting(stream, service);
             }
             Some(Outcome::NeedsRoom) if !stream.is_roomy() => {
-                self.builder.max_headers(MAX_HEADERS);
-                stream.has_room();
                 stream.read_again(&unparsed);
                 self.http = Http::Resting(stream, service);
+                self.make_room();
             }
             Some(Outcome::NeedsRoom) => self.refuse(stream, HeadError::Malformed, &unparsed),
             Some(Outcome::Refused(error)) => {
