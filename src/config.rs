@@ -43,7 +43,7 @@ pub struct Serve {
     pub metrics_hosts: Vec<String>,
     /// `threads`: how many threads carry calls; 0: one for each core.
     pub threads: usize,
-    /// `tcp_congestion`: how callers' connections control congestion; `None`: as the system says.
+    /// `tcp_congestion_control`: how callers' connections control congestion; `None`: as the system says.
     pub congestion: Option<String>,
     /// `functions_provider_url`
     pub provider: BaseUrl,
@@ -130,16 +130,16 @@ pub struct Queue {
     pub state_dir: PathBuf,
     /// `max_inflight`
     pub max_inflight: usize,
-    /// `max_queued_body`
+    /// `max_async_body_bytes`
     pub max_body: usize,
-    /// `max_pending`
-    pub max_pending: usize,
+    /// `max_pending_calls`
+    pub max_pending_calls: usize,
     /// `result_ttl`
     pub result_ttl: Duration,
-    /// `max_result_body`
-    pub max_result_body: usize,
-    /// `callback_allow`
-    pub callback_allow: Allow,
+    /// `max_result_body_bytes`
+    pub max_result_body_bytes: usize,
+    /// `callback_allowlist`
+    pub callback_allowlist: Allow,
     /// `secret_mount_path`, where the secret that signs callbacks may be.
     pub secrets: PathBuf,
 }
@@ -156,7 +156,7 @@ pub enum Backend {
     Nats,
 }
 
-/// The most that `max_queued_body` can be, and what all bodies that wait to be stored may have together.
+/// The most that `max_async_body_bytes` can be, and what all bodies that wait to be stored may have together.
 pub const MAX_BODY: usize = 256 << 20;
 
 /// How the process ends.
@@ -226,7 +226,7 @@ impl Serve {
             metrics: host.port(from, "metrics_port"),
             metrics_hosts: metrics_hosts(from),
             threads: from.count("threads", 0..=1024),
-            congestion: Some(from.text("tcp_congestion")).filter(|name| !name.is_empty()),
+            congestion: Some(from.text("tcp_congestion_control")).filter(|name| !name.is_empty()),
             logs_provider: provider.clone(),
             provider,
             namespace: from.text("function_namespace"),
@@ -306,12 +306,12 @@ impl Queue {
             with_worker: with_worker.unwrap_or_default() && backend != Backend::None,
             state_dir: PathBuf::from(from.text("state_dir")),
             max_inflight: from.count("max_inflight", 1..=10_000),
-            max_body: from.count("max_queued_body", 0..=MAX_BODY),
-            max_pending: from.count("max_pending", 1..=1_000_000_000),
+            max_body: from.count("max_async_body_bytes", 0..=MAX_BODY),
+            max_pending_calls: from.count("max_pending_calls", 1..=1_000_000_000),
             result_ttl: from.duration("result_ttl"),
-            max_result_body: from.count("max_result_body", 0..=(1 << 30)),
-            callback_allow: from
-                .parsed("callback_allow", allow::EXPECTED, |text| match text {
+            max_result_body_bytes: from.count("max_result_body_bytes", 0..=(1 << 30)),
+            callback_allowlist: from
+                .parsed("callback_allowlist", allow::EXPECTED, |text| match text {
                     "auto" => Allow::parse(callbacks),
                     text => Allow::parse(text),
                 })

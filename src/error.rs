@@ -34,7 +34,9 @@ pub enum Error {
     NoSuchFunction(Function),
     #[error("too many calls in flight")]
     Overloaded,
-    #[error("function {0} is starting, and as many calls wait for it as cold_start_queue allows")]
+    #[error(
+        "function {0} is starting, and as many calls wait for it as cold_start_queue_limit allows"
+    )]
     LineFull(Function),
     #[error("function {0} is not ready: {1}")]
     NotReady(Function, String),

@@ -48,7 +48,7 @@ pub struct Worker {
     pub policies: Arc<Policies>,
     pub callbacks: Callbacks,
     /// So much of an answer's body is kept.
-    pub max_result_body: usize,
+    pub max_result_body_bytes: usize,
     pub prints: Prints,
     /// Tells of each attempt, if somebody wants to know.
     pub tracer: Option<Tracer>,
@@ -222,7 +222,7 @@ impl Worker {
     /// So much of an answer is read: all that a callback can be told, or what is kept.
     fn keeps(&self, call: &Call) -> usize {
         let told = if call.options.callback.is_some() { attempt::MAX_TOLD } else { 0 };
-        self.max_result_body.max(told)
+        self.max_result_body_bytes.max(told)
     }
 
     async fn settlement(
@@ -249,7 +249,7 @@ impl Worker {
         if let Some(failure) = self.tell(call, &attempt, made, policy.attempts, context).await {
             reason = Some(failure);
         }
-        let answer = attempt.into_answer(self.max_result_body);
+        let answer = attempt.into_answer(self.max_result_body_bytes);
         let over = |state, answer: Option<Answer>| Settlement::Finished {
             state,
             status,

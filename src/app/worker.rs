@@ -107,7 +107,7 @@ pub(super) fn worker(config: &config::Queue, parts: Parts) -> anyhow::Result<Wor
         caller,
         policies,
         callbacks: callbacks(config, own, tls)?.with_local(local),
-        max_result_body: config.max_result_body,
+        max_result_body_bytes: config.max_result_body_bytes,
         prints: Prints::default(),
         tracer,
     })
@@ -127,7 +127,7 @@ fn callbacks(config: &config::Queue, own: Own, tls: Tls) -> anyhow::Result<Callb
             }
         }
     }
-    Ok(Callbacks::new(config.callback_allow.clone(), own, secrets, Pace::default(), tls))
+    Ok(Callbacks::new(config.callback_allowlist.clone(), own, secrets, Pace::default(), tls))
 }
 
 /// What a process does with its queue.
@@ -183,7 +183,7 @@ pub(super) async fn intake(
 
 fn limits(config: &config::Queue) -> Limits {
     let ttl = u64::try_from(config.result_ttl.as_millis()).unwrap_or(u64::MAX / 2);
-    Limits { pending: config.max_pending, result_ttl: ttl, key_ttl: ttl }
+    Limits { pending: config.max_pending_calls, result_ttl: ttl, key_ttl: ttl }
 }
 
 /// How NATS is reached.

@@ -101,7 +101,7 @@ impl Reason {
             Self::Idle => "idle",
             Self::Load => "load",
             Self::Panic => "panic",
-            Self::Held => "held",
+            Self::Held => "stabilization",
         }
     }
 }

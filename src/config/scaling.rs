@@ -9,7 +9,7 @@ use crate::config::reader::Reader;
 pub struct ColdStart {
     /// `cold_start_timeout`
     pub timeout: Duration,
-    /// `cold_start_queue`: how many may wait for one function.
+    /// `cold_start_queue_limit`: how many may wait for one function.
     pub queue: usize,
 }
 
@@ -17,7 +17,7 @@ impl ColdStart {
     pub(super) fn parse(from: &mut Reader<'_>) -> Self {
         Self {
             timeout: from.positive_duration("cold_start_timeout"),
-            queue: from.count("cold_start_queue", 1..=1_000_000),
+            queue: from.count("cold_start_queue_limit", 1..=1_000_000),
         }
     }
 

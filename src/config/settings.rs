@@ -93,8 +93,8 @@ settings! {
         "Connections of callers; beyond it the one that has been idle longest is closed for each further one, which waits while none is idle. Bounded by the limit on open files."
     max_head_memory BYTES "67108864" SU
         "What incomplete request heads may have together, those of up to 8 KiB not counted; beyond it the largest are answered 503."
-    tcp_congestion NAME "" SU
-        "How sending to callers is paced, such as reno: one that net.ipv4.tcp_allowed_congestion_control lists, any other stops the start; empty: as the system says at the start, but where that is bbr, callers over loopback or from an address of this machine are sent to by reno, which takes a quarter less CPU for a large answer. With tcp_congestion=bbr they are paced as all others."
+    tcp_congestion_control NAME "" SU
+        "How sending to callers is paced, such as reno: one that net.ipv4.tcp_allowed_congestion_control lists, any other stops the start; empty: as the system says at the start, but where that is bbr, callers over loopback or from an address of this machine are sent to by reno, which takes a quarter less CPU for a large answer. With tcp_congestion_control=bbr they are paced as all others."
     # "Stop"
     shutdown_delay DURATION "0s" SU
         "After SIGTERM, how long new connections are still taken, while /_/ready already says 503."
@@ -119,7 +119,7 @@ settings! {
         "Wake a function at zero replicas when it is called, and have its callers wait (`up` always does)."
     cold_start_timeout DURATION "60s" SUW
         "How long a call waits for its function to become ready; then it is answered 503."
-    cold_start_queue COUNT "1000" SUW
+    cold_start_queue_limit COUNT "1000" SUW
         "Calls that wait for one function; beyond it further ones are answered 503."
     autoscale CHOICE "auto" SU
         "Scale functions by their load, if their labels com.openfaas.scale.* say how: true, false, or auto (for up alone). Several gateways need faas_nats_address to see each other's calls."
@@ -186,15 +186,15 @@ settings! {
         "Log the body of each queued call, or the first 1 KiB of it. Bodies may hold secrets."
     write_debug BOOLEAN "false" W
         "Log each queued call that was made, and what came of it, at level info instead of debug."
-    max_queued_body BYTES "16777216" SU
+    max_async_body_bytes BYTES "16777216" SU
         "The largest body of a queued call."
-    max_pending COUNT "1000000" SUW
+    max_pending_calls COUNT "1000000" SUW
         "Queued calls that may wait; beyond it new ones are answered 503."
     result_ttl DURATION "1h" SUW
         "How long state and answer of a finished queued call can be asked for, and an Idempotency-Key stands for its call."
-    max_result_body BYTES "1048576" SUW
+    max_result_body_bytes BYTES "1048576" SUW
         "So much of the answer to a queued call is kept; what is longer is marked truncated."
-    callback_allow LIST "auto" SUW
+    callback_allowlist LIST "auto" SUW
         "Where callbacks may go beside public and private addresses: networks, addresses, names, loopback or *, separated by commas; auto: loopback for up, nothing for serve. They are signed if secret_mount_path has a file callback-secret, and during a change also with callback-secret-previous."
     # "Files"
     state_dir DIRECTORY ".gateway" SPU
@@ -206,7 +206,7 @@ settings! {
         "Send traces to this collector, by OTLP over HTTP (JSON), at its path /v1/traces. The header traceparent says which trace a request belongs to."
     otlp_headers LIST "" SUW
         "Headers that the collector wants, such as Authorization=Bearer KEY, separated by commas."
-    otlp_sampling PART "1" SUW
+    otlp_sampling_ratio PART "1" SUW
         "So great a part, from 0 to 1, of the traces that begin here is sent; those of callers go by their own flag."
     log_level FILTER "info" ALL
         "error, warn, info, debug or trace; also as target=level, separated by commas."

@@ -68,7 +68,7 @@ pub struct Traces {
     pub endpoint: Option<BaseUrl>,
     /// `otlp_headers`
     pub headers: HeaderMap,
-    /// `otlp_sampling`
+    /// `otlp_sampling_ratio`
     pub sampling: f64,
 }
 
@@ -81,7 +81,7 @@ impl std::fmt::Debug for Traces {
 
 impl Traces {
     pub(super) fn parse(from: &mut Reader<'_>) -> Self {
-        let sampling = from.parsed("otlp_sampling", "a number from 0 to 1", |text| {
+        let sampling = from.parsed("otlp_sampling_ratio", "a number from 0 to 1", |text| {
             text.parse().ok().filter(|part| (0.0..=1.0).contains(part))
         });
         let headers = from.text("otlp_headers");

@@ -34,7 +34,10 @@ impl AutoscaleMetrics {
     pub(super) fn register(registry: &Registry) -> Result<Self, prometheus::Error> {
         let it = Self {
             desired: IntGaugeVec::new(
-                Opts::new("gateway_autoscale_desired", "Replicas that the function should have."),
+                Opts::new(
+                    "gateway_autoscale_desired_replicas",
+                    "Replicas that the function should have.",
+                ),
                 &["function_name"],
             )?,
             load: GaugeVec::new(
@@ -52,11 +55,11 @@ impl AutoscaleMetrics {
                 &["function_name", "reason"],
             )?,
             acting: IntGauge::new(
-                "gateway_autoscale_acting",
+                "gateway_autoscale_leader",
                 "Whether this gateway is the one that scales.",
             )?,
             gateways: IntGauge::new(
-                "gateway_autoscale_gateways",
+                "gateway_autoscale_members",
                 "Gateways whose numbers are added up.",
             )?,
             shown: Mutex::default(),
@@ -134,7 +137,7 @@ mod tests {
         metrics.scaled("a.fn", "load");
         let line = "gateway_autoscale_load{function_name=\"a.fn\",scaling_type=\"rps\"} 1.5";
         assert!(text().contains(line), "{}", text());
-        assert!(text().contains("gateway_autoscale_desired{function_name=\"b.fn\"} 3"));
+        assert!(text().contains("gateway_autoscale_desired_replicas{function_name=\"b.fn\"} 3"));
         assert!(!text().contains("scaling_type=\"cpu\""));
         metrics.sees(&[scaled("a", "capacity", Some(1.0)), scaled("b", "cpu", None)]);
         assert!(!text().contains("scaling_type=\"rps\""), "{}", text());

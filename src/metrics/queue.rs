@@ -100,7 +100,7 @@ impl QueueMetrics {
                 gauge("queue_worker_function_invocation_inflight", "Queued calls being made")?,
                 gauge("gateway_queue_delayed_messages", "Queued calls whose time has not come")?,
                 gauge(
-                    "gateway_queue_dead_messages",
+                    "gateway_queue_dead_letter_messages",
                     "Queued calls that were given up and are kept",
                 )?,
                 gauge(

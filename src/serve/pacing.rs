@@ -13,7 +13,7 @@ const UNPACED: &[u8] = b"reno";
 /// Why callers cannot be sent to in the way that was chosen.
 #[derive(Debug, thiserror::Error)]
 #[error(
-    "cannot use tcp_congestion={algorithm}: name one that net.ipv4.tcp_allowed_congestion_control lists, \
+    "cannot use tcp_congestion_control={algorithm}: name one that net.ipv4.tcp_allowed_congestion_control lists, \
      or leave it empty for what the system uses"
 )]
 pub struct CongestionError {
@@ -55,7 +55,7 @@ impl Pacing {
         match may_change_to(system).and_then(|()| set_all(listeners, UNPACED)) {
             Ok(()) => Self { beyond: Some(system.into()) },
             Err(error) => {
-                tracing::debug!(%error, "All callers are sent to as the system says: tcp_congestion cannot be changed");
+                tracing::debug!(%error, "All callers are sent to as the system says: tcp_congestion_control cannot be changed");
                 Self::default()
             }
         }
@@ -148,7 +148,10 @@ mod tests {
     async fn one_that_the_system_lacks_is_refused() {
         let (pacing, _) = accepted(|all| Pacing::chosen(all, "none-such")).await;
         let said = pacing.unwrap_err().to_string();
-        assert!(said.starts_with("cannot use tcp_congestion=none-such: name one that "), "{said}");
+        assert!(
+            said.starts_with("cannot use tcp_congestion_control=none-such: name one that "),
+            "{said}"
+        );
     }
 
     #[tokio::test]

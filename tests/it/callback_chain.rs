@@ -14,7 +14,7 @@ fn guarded(provider: &Provider, state: &Path) -> Builder {
     std::fs::write(state.join("basic-auth-user"), "admin").unwrap();
     std::fs::write(state.join("basic-auth-password"), "hidden").unwrap();
     queueing(provider, state)
-        .var("callback_allow", "auto")
+        .var("callback_allowlist", "auto")
         .var("basic_auth", "true")
         .var("secret_mount_path", state.display())
 }

@@ -27,7 +27,7 @@ async fn taking_in(nats: &Nats, provider: &Provider) -> Gateway {
 
 fn worker(nats: &Nats, gateway: &Gateway) -> Builder {
     on(nats, Gateway::worker())
-        .var("callback_allow", "*")
+        .var("callback_allowlist", "*")
         .var("faas_gateway_address", "localhost")
         .var("faas_gateway_port", gateway.address.port())
 }

@@ -106,7 +106,7 @@ async fn no_callback_reaches_what_serve_guards_whatever_is_allowed() {
     let state = tempfile::tempdir().unwrap();
     // On every address of this machine, as gateways mostly do.
     let gateway = queueing(&provider, state.path())
-        .var("callback_allow", "*")
+        .var("callback_allowlist", "*")
         .var("listen_address", "0.0.0.0")
         .var("logs_provider_url", logs.url())
         .start()

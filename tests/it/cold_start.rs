@@ -154,13 +154,13 @@ async fn a_full_line_turns_callers_away_and_one_who_leaves_frees_a_place() {
         let replicas = Replicas::at(1, 0);
         replicas.with(|it| it.starts_after = usize::MAX);
         let provider = replicas.provider().start();
-        let gateway = waking(&provider).var("cold_start_queue", "1").start().await;
+        let gateway = waking(&provider).var("cold_start_queue_limit", "1").start().await;
         let mut first = gateway.connect().await;
         first.send(&request).await;
         eventually("the first waits", async || replicas.with(|it| it.questions > 0)).await;
         let answer = gateway.get("/function/echo").await;
         assert_eq!(answer.status(), 503, "{answer}");
-        assert!(answer.text().contains("cold_start_queue"), "{answer}");
+        assert!(answer.text().contains("cold_start_queue_limit"), "{answer}");
         assert!(answer.header("retry-after").is_some());
         drop(first);
         let mut second = gateway.connect().await;

@@ -129,7 +129,7 @@ async fn refusals_of_the_gateway_itself_are_heard() {
         .provider(&provider)
         .var("queue", "embedded")
         .var("state_dir", state.path().display())
-        .var("max_queued_body", "1000000")
+        .var("max_async_body_bytes", "1000000")
         .var("max_calls", "1")
         .start()
         .await;

@@ -109,7 +109,7 @@ async fn a_call_that_fails_is_made_again_and_called_back_for_once() {
 async fn a_callback_that_may_not_be_sent_is_no_failure_of_the_call() {
     let (state, provider) = (tempfile::tempdir().unwrap(), answering(&[200], "done"));
     let receiver = Provider::by_hand();
-    let gateway = queueing(&provider, state.path()).var("callback_allow", "auto").start().await;
+    let gateway = queueing(&provider, state.path()).var("callback_allowlist", "auto").start().await;
     let callback = format!("X-Callback-Url: {}/function/hook", receiver.url());
     let id = gateway.queued("echo", &[&callback], "").await;
     let told = gateway.becomes(&id, "succeeded").await;

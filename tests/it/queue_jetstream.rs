@@ -679,7 +679,7 @@ async fn a_stream_that_is_there_is_left_as_it_is() {
         .var("queue", "jetstream")
         .var("faas_nats_address", "127.0.0.1")
         .var("faas_nats_port", nats.port())
-        .var("max_pending", "7")
+        .var("max_pending_calls", "7")
         .start()
         .await;
     eventually("it is queued", async || gateway.queue("echo", &[], "").await.status() == 202).await;

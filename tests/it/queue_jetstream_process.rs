@@ -15,7 +15,7 @@ pub(crate) fn on(nats: &Nats, builder: Builder) -> Builder {
         .var("faas_nats_address", "127.0.0.1")
         .var("faas_nats_port", nats.port())
         .var("queue", "jetstream")
-        .var("callback_allow", "loopback")
+        .var("callback_allowlist", "loopback")
 }
 
 /// Whether `/_/ready` says that the queue cannot be reached; it is ready all the same.

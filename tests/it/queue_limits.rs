@@ -60,7 +60,8 @@ async fn other_methods_are_told_what_there_is() {
 #[tokio::test]
 async fn a_body_that_is_too_large_is_refused() {
     let (state, provider) = (tempfile::tempdir().unwrap(), answering(&[200], ""));
-    let gateway = queueing(&provider, state.path()).var("max_queued_body", "1000").start().await;
+    let gateway =
+        queueing(&provider, state.path()).var("max_async_body_bytes", "1000").start().await;
     let whole = "x".repeat(1000);
     gateway.queued("echo", &[], &whole).await;
 
@@ -114,7 +115,7 @@ async fn pages_of_others_may_read_what_they_may_ask() {
 async fn a_queue_that_is_full_says_so() {
     let (state, provider) = (tempfile::tempdir().unwrap(), patient().start());
     let gateway = queueing(&provider, state.path())
-        .var("max_pending", "1")
+        .var("max_pending_calls", "1")
         .var("with_worker", "false")
         .start()
         .await;
@@ -135,7 +136,8 @@ async fn a_queue_that_is_full_says_so() {
 async fn so_much_of_an_answer_is_kept() {
     let (state, provider) = (tempfile::tempdir().unwrap(), answering(&[200], "0123456789"));
     for (most, kept, truncated) in [("9", "012345678", Some("true")), ("10", "0123456789", None)] {
-        let gateway = queueing(&provider, state.path()).var("max_result_body", most).start().await;
+        let gateway =
+            queueing(&provider, state.path()).var("max_result_body_bytes", most).start().await;
         let id = gateway.queued("echo", &[], "").await;
         gateway.becomes(&id, "succeeded").await;
         let result = gateway.result(&id).await;
@@ -232,7 +234,7 @@ async fn what_the_queue_does_and_holds_is_counted() {
         format!("queue_worker_pending_messages{function} 0"),
         format!("queue_worker_function_invocation_inflight{function} 0"),
         format!("gateway_queue_delayed_messages{function} 1"),
-        format!("gateway_queue_dead_messages{function} 0"),
+        format!("gateway_queue_dead_letter_messages{function} 0"),
         format!("gateway_queue_oldest_age_seconds{function} 0"),
     ];
     gateway

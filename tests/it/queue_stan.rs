@@ -38,7 +38,7 @@ pub(crate) fn on(nats: &Nats, builder: Builder) -> Builder {
         .var("queue", "stan")
         .var("faas_nats_address", "127.0.0.1")
         .var("faas_nats_port", nats.port())
-        .var("callback_allow", "loopback")
+        .var("callback_allowlist", "loopback")
 }
 
 /// A gateway that takes calls in and makes them, once it does.

@@ -154,12 +154,12 @@ async fn a_port_that_another_process_has_is_named_with_the_setting_that_chose_it
 async fn callers_are_sent_to_in_the_way_that_was_chosen_or_not_at_all() {
     let provider = Provider::saying("hello");
     let builder = || Gateway::builder().provider(&provider);
-    let gateway = builder().var("tcp_congestion", "reno").start().await;
+    let gateway = builder().var("tcp_congestion_control", "reno").start().await;
     assert_eq!(gateway.get("/function/echo").await.text(), "hello");
-    let output = builder().var("tcp_congestion", "none-such").output(&[]).await;
+    let output = builder().var("tcp_congestion_control", "none-such").output(&[]).await;
     let said = stderr(&output);
     assert_eq!(output.status.code(), Some(1), "{said}");
-    assert!(said.contains("cannot use tcp_congestion=none-such: name one"), "{said}");
+    assert!(said.contains("cannot use tcp_congestion_control=none-such: name one"), "{said}");
 }
 
 #[tokio::test]

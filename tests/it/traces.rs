@@ -64,7 +64,7 @@ async fn a_call_belongs_to_its_callers_trace() {
     let gateway = Gateway::builder()
         .provider(&provider)
         .var("otlp_endpoint", collector.url())
-        .var("otlp_sampling", "0")
+        .var("otlp_sampling_ratio", "0")
         .start()
         .await;
     let parent = format!("traceparent: 00-{TRACE}-{PARENT}-01");

@@ -104,7 +104,7 @@ async fn a_worker_shows_what_the_queue_holds_as_a_gateway_does() {
         format!("queue_worker_pending_messages{labels} 1"),
         format!("queue_worker_function_invocation_inflight{labels} 1"),
         format!("gateway_queue_delayed_messages{labels} 1"),
-        format!("gateway_queue_dead_messages{labels} 0"),
+        format!("gateway_queue_dead_letter_messages{labels} 0"),
     ];
     for process in [&gateway, &worker] {
         process

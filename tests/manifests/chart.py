@@ -23,7 +23,7 @@ SWITCHES = {
     ),
     "autoscaled": (["gateway.autoscaling.enabled=true"], []),
     "no disruption budget": (["gateway.podDisruptionBudget.enabled=false"], []),
-    "env": (["gateway.env.max_calls=2000000", "worker.env.max_result_body=4096"], []),
+    "env": (["gateway.env.max_calls=2000000", "worker.env.max_result_body_bytes=4096"], []),
     "files and secrets": (
         [
             "queue.backend=external",
@@ -60,7 +60,7 @@ SWITCHES = {
         ],
         ["tls"],
     ),
-    "traces": (["tracing.otlpEndpoint=http://collector:4318", "tracing.sampling=0.1", "gateway.accessLog=errors"], []),
+    "traces": (["tracing.otlpEndpoint=http://collector:4318", "tracing.samplingRatio=0.1", "gateway.accessLog=errors"], []),
     "from zero": (["gateway.scaleFromZero=true", "gateway.env.cold_start_timeout=90s"], []),
     "scaled by load": (
         ["gateway.autoscale.enabled=true", "gateway.autoscale.window=30s", "gateway.replicas=2"],

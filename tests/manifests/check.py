@@ -105,7 +105,7 @@ class Checks:
             "gateway.upstreamTimeout=1 minute",
             "gateway.env.max_cals=5",
             "gateway.env.port=8081",
-            "worker.env.max_queued_body=5",
+            "worker.env.max_async_body_bytes=5",
             "queue.backend=kafka",
             "queue.jetstream.replicas=2",
             "external.serviceType=Nodeport",

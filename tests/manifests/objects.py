@@ -257,7 +257,7 @@ class Objects:
             self.refers(item, "Service", env["faas_nats_address"])
         if role == "worker":
             # The largest body, and as much of the answer as a callback is told.
-            body = int(env_of(self.find("Deployment", "gateway"))["max_queued_body"])
+            body = int(env_of(self.find("Deployment", "gateway"))["max_async_body_bytes"])
             most = int(env["max_inflight"]) * (body + (16 << 20))
             limit = container["resources"]["limits"]["memory"]
             self.expect(bytes_of(limit) > most, item, f"may need {most} bytes, but is killed at {limit}")

@@ -165,7 +165,7 @@ faas_nats_address: {{ required "queue.external.address: where NATS is, for queue
 nats_replicas: {{ $queue.external.replicas | quote }}
 nats_tls: {{ $queue.external.tls | quote }}
 {{- end }}
-max_pending: {{ int64 $queue.maxPending | quote }}
+max_pending_calls: {{ int64 $queue.maxPendingCalls | quote }}
 result_ttl: {{ $queue.resultTtl }}
 {{- end }}
 
@@ -174,7 +174,7 @@ result_ttl: {{ $queue.resultTtl }}
 {{- with .Values.tracing }}
 {{- if .otlpEndpoint }}
 otlp_endpoint: {{ .otlpEndpoint | quote }}
-otlp_sampling: {{ .sampling | quote }}
+otlp_sampling_ratio: {{ .samplingRatio | quote }}
 {{- end }}
 {{- end }}
 {{- end }}

@@ -41,8 +41,11 @@ async fn replicas_come_with_the_load_and_go_with_it() {
     let metrics = gateway.metrics().await;
     let labels = [("function_name", "f.fn"), ("scaling_type", "capacity")];
     assert_eq!(metrics.get("gateway_service_target_load", &labels), Some(1.0));
-    assert_eq!(metrics.get("gateway_autoscale_acting", &[]), Some(1.0));
-    assert_eq!(metrics.get("gateway_autoscale_desired", &[("function_name", "other.fn")]), None);
+    assert_eq!(metrics.get("gateway_autoscale_leader", &[]), Some(1.0));
+    assert_eq!(
+        metrics.get("gateway_autoscale_desired_replicas", &[("function_name", "other.fn")]),
+        None
+    );
 }
 
 #[tokio::test]
@@ -139,7 +142,7 @@ async fn without_the_setting_alerts_are_all_there_is() {
     let alert = r#"{"alerts":[{"status":"firing","labels":{"function_name":"f.fn"}}]}"#;
     assert_eq!(gateway.post("/system/alert", alert).await.status(), 200);
     assert_eq!(script.asked("f"), [2]);
-    assert_eq!(gateway.metrics().await.get("gateway_autoscale_acting", &[]), None);
+    assert_eq!(gateway.metrics().await.get("gateway_autoscale_leader", &[]), None);
     held.release().await;
 }
 

@@ -23,8 +23,8 @@ fn on(nats: &Nats, builder: Builder) -> Builder {
 async fn stands(gateway: &Gateway, acting: bool, gateways: f64) {
     gateway
         .metrics_show("who acts", |metrics| {
-            metrics.get("gateway_autoscale_acting", &[]) == Some(f64::from(u8::from(acting)))
-                && metrics.get("gateway_autoscale_gateways", &[]) == Some(gateways)
+            metrics.get("gateway_autoscale_leader", &[]) == Some(f64::from(u8::from(acting)))
+                && metrics.get("gateway_autoscale_members", &[]) == Some(gateways)
         })
         .await;
 }

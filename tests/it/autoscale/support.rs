@@ -182,7 +182,7 @@ pub(super) async fn scales(gateway: &Gateway, function: &str) {
     let labels = [("function_name", function)];
     gateway
         .metrics_show("it scales the function", |metrics| {
-            metrics.get("gateway_autoscale_desired", &labels).is_some()
+            metrics.get("gateway_autoscale_desired_replicas", &labels).is_some()
         })
         .await;
 }

@@ -18,7 +18,7 @@ pub(crate) fn queueing(provider: &Provider, state: &Path) -> Builder {
         .provider(provider)
         .var("queue", "embedded")
         .var("state_dir", state.display())
-        .var("callback_allow", "loopback")
+        .var("callback_allowlist", "loopback")
 }
 
 /// A provider whose functions, all but `unknown`, are made three times in quick succession if they fail.
