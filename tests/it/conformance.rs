@@ -4,9 +4,9 @@ use std::path::Path;
 use std::process::Command;
 use std::sync::{Mutex, PoisonError};
 
+use crate::support::fake_stan::CLUSTER;
 use crate::support::nats::free_port;
 use crate::support::nats_streaming;
-use crate::support::stan::CLUSTER;
 
 /// Suites whose every case passes. The last one leaves a list of functions behind in the scripted provider.
 const SUITES: [&str; 7] = ["proxy", "system", "auth", "scale", "metrics", "hardening", "async"];

@@ -8,6 +8,7 @@
 
 mod api;
 mod fork;
+mod fork_limits;
 mod http_mode;
 mod logs;
 mod secrets;

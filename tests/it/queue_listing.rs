@@ -4,9 +4,9 @@ use futures_util::StreamExt;
 use gateway::queue::embedded::Limits;
 use gateway::queue::jetstream::Options;
 
-use crate::queue_jetstream::{self as jetstream, call_of};
-use crate::queue_jetstream_process::{has_queue, on};
+use crate::jetstream::processes::{has_queue, on};
 use crate::support::gateway::Gateway;
+use crate::support::jetstream_queue::{self as jetstream, call_of};
 use crate::support::nats::Nats;
 use crate::support::queue::{answering, queueing};
 

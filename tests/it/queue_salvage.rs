@@ -4,7 +4,7 @@ use std::io::Read;
 
 use tempfile::TempDir;
 
-use crate::queue_damage::{count, file, queue_with, run, silent, text};
+use crate::queue_corruption::{count, file, queue_with, run, silent, text};
 use crate::support::disk::Disk;
 use crate::support::gateway::command_on;
 use crate::support::queue::queueing;

@@ -2,18 +2,21 @@
 //! sockets. Nothing here waits for ever, and nothing sleeps in hope: see [`eventually`].
 
 pub(crate) mod disk;
+pub(crate) mod fake_stan;
 pub(crate) mod gateway;
+pub(crate) mod jetstream_batch;
+pub(crate) mod jetstream_queue;
 pub(crate) mod metrics;
 pub(crate) mod nats;
 pub(crate) mod nats_streaming;
-pub(crate) mod place;
 pub(crate) mod provider;
 pub(crate) mod queue;
 pub(crate) mod replicas;
-pub(crate) mod stan;
+pub(crate) mod stan_queue;
 pub(crate) mod up;
 pub(crate) mod webhook;
 pub(crate) mod wire;
+pub(crate) mod workspace;
 
 use std::time::{Duration, Instant};
 

@@ -154,7 +154,7 @@ async fn a_function_sleeps_when_nobody_calls_and_wakes_when_somebody_does() {
 async fn an_interim_response_of_a_server_reaches_its_client_before_the_final_one() {
     let directory = tempfile::tempdir().unwrap();
     let gate = directory.path().join("gate");
-    let script = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/it/interim.py");
+    let script = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/it/interim_responses.py");
     let environment = format!("{{mode: http, gate: '{}'}}", gate.display());
     let stack =
         format!("functions: {{hints: {{fprocess: python3 {script}, environment: {environment}}}}}");

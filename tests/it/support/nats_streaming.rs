@@ -9,8 +9,8 @@ use serde_json::Value;
 use tempfile::TempDir;
 
 use crate::support::eventually;
+use crate::support::fake_stan::{CHANNEL, CLUSTER};
 use crate::support::nats::free_port;
-use crate::support::stan::{CHANNEL, CLUSTER};
 use crate::support::wire::Wire;
 
 /// The version that `tests/tools/nats-streaming.sh` installs.

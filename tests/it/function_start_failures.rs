@@ -1,6 +1,6 @@
 //! Functions whose processes end at their start: nobody waits for them, and only operators learn why.
 
-use crate::support::place::{Place, Up};
+use crate::support::workspace::{Place, Up};
 use crate::support::{eventually, within};
 
 /// Both lines go to one pipe: of two, either may be read first.

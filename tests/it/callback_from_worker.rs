@@ -1,11 +1,11 @@
 //! Callbacks of a worker that is a process of its own: it knows the gateway by a setting.
 
 use crate::support::eventually;
+use crate::support::fake_stan::{CHANNEL, Stan};
 use crate::support::gateway::{Builder, Gateway};
 use crate::support::nats::Nats;
 use crate::support::provider::Provider;
 use crate::support::queue::patient;
-use crate::support::stan::{CHANNEL, Stan};
 
 fn on(nats: &Nats, builder: Builder) -> Builder {
     builder

@@ -16,12 +16,12 @@ use prost::Message;
 use serde_json::Value;
 use tokio::task::JoinHandle;
 
-use crate::support::nats::Nats;
-use crate::support::stan::proto::{
+use crate::support::fake_stan::proto::{
     Ack, CloseRequest, Complaint, ConnectRequest, ConnectResponse, Ping, PubAck, PubMsg,
     SubscriptionRequest, SubscriptionResponse,
 };
-use crate::support::stan::store::Store;
+use crate::support::fake_stan::store::Store;
+use crate::support::nats::Nats;
 
 pub(crate) const CLUSTER: &str = "faas-cluster";
 pub(crate) const CHANNEL: &str = "faas-request";

@@ -1,7 +1,7 @@
 //! Requests as faas-cli and other clients make them, against `gateway up`.
 
-use crate::support::place::{Place, Up};
 use crate::support::wire::{Answer, Wire};
+use crate::support::workspace::{Place, Up};
 
 const STACK: &str = "functions: {echo: {fprocess: cat}}";
 

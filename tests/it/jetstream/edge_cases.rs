@@ -9,7 +9,9 @@ use gateway::queue::status::{Settlement, State};
 use gateway::queue::{Changed, Error};
 use http::{HeaderName, HeaderValue};
 
-use crate::queue_jetstream::{Gateway, LEASE, call, call_of, dead, now, retry, stream, succeeded};
+use crate::support::jetstream_queue::{
+    Gateway, LEASE, call, call_of, dead, now, retry, stream, succeeded,
+};
 use crate::support::nats::Nats;
 use crate::support::{eventually, within};
 

@@ -4,13 +4,13 @@ use std::time::{Duration, Instant};
 
 use serde_json::json;
 
-use crate::queue_stan::{all_done, on};
 use crate::support::eventually;
+use crate::support::fake_stan::{CHANNEL, Stan};
 use crate::support::gateway::Gateway;
 use crate::support::nats::Nats;
 use crate::support::provider::Provider;
 use crate::support::queue::{answering, patient, queueing};
-use crate::support::stan::{CHANNEL, Stan};
+use crate::support::stan_queue::{all_done, on};
 
 const LATER: &str = "faas-request.later";
 const DEAD: &str = "faas-request.dead";

@@ -2,9 +2,9 @@
 
 use std::time::Duration;
 
-use crate::queue_jetstream::stream;
 use crate::support::eventually;
 use crate::support::gateway::{Builder, Gateway};
+use crate::support::jetstream_queue::stream;
 use crate::support::metrics::Metrics;
 use crate::support::nats::Nats;
 use crate::support::provider::{Call, Provider};

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use bytes::Bytes;
 use prost::Message;
 
-use crate::support::stan::proto::{Ack, MsgProto, SubscriptionRequest};
+use crate::support::fake_stan::proto::{Ack, MsgProto, SubscriptionRequest};
 
 #[derive(Default)]
 pub(super) struct Store {

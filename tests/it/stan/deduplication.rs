@@ -7,14 +7,14 @@ use std::time::{Duration, Instant};
 use gateway::queue::Queue;
 use serde_json::json;
 
-use crate::queue_stan::{all_done, member_at, on, over, take, working};
 use crate::support::eventually;
+use crate::support::fake_stan::{CHANNEL, Stan};
 use crate::support::gateway::{Builder, Gateway};
 use crate::support::nats::Nats;
 use crate::support::nats_streaming::NatsStreaming;
 use crate::support::provider::Provider;
 use crate::support::queue::answering;
-use crate::support::stan::{CHANNEL, Stan};
+use crate::support::stan_queue::{all_done, member_at, on, over, take, working};
 
 const LOG: &str = "faas-request.executed";
 const LATER: &str = "faas-request.later";

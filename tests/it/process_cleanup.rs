@@ -2,7 +2,7 @@
 //! the parent of orphans.
 
 use crate::support::eventually;
-use crate::support::place::{Place, Up};
+use crate::support::workspace::{Place, Up};
 
 /// Each leaves a process that writes its id to the file `pid`, and is in a session of its own.
 const LEAVERS: [(&str, &str); 5] = [
