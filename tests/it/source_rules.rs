@@ -1,19 +1,20 @@
-//! What holds for the source as a whole.
+//! Rules that hold for all sources of the project.
 
 use std::fs;
 use std::path::{Path, PathBuf};
 
 use gateway::config::settings::SETTINGS;
 
-/// A file longer than this is one a reader dreads.
-const LONGEST: usize = 500;
+/// Maximum number of lines of a source file.
+const MAX_LINES: usize = 500;
 
-fn sources(under: &Path) -> Vec<PathBuf> {
+/// Returns all Rust files in `directory` and below it.
+fn rust_files(directory: &Path) -> Vec<PathBuf> {
     let mut found = Vec::new();
-    for entry in fs::read_dir(under).unwrap() {
+    for entry in fs::read_dir(directory).unwrap() {
         let path = entry.unwrap().path();
         if path.is_dir() {
-            found.extend(sources(&path));
+            found.extend(rust_files(&path));
         } else if path.extension().is_some_and(|e| e == "rs") {
             found.push(path);
         }
@@ -27,22 +28,23 @@ fn root() -> &'static Path {
 
 #[test]
 fn no_source_file_is_too_long() {
-    for path in sources(&root().join("src")) {
+    let directories = ["src", "tests/it"].map(|name| root().join(name));
+    for path in directories.iter().flat_map(|directory| rust_files(directory)) {
         let lines = fs::read_to_string(&path).unwrap().lines().count();
-        assert!(lines <= LONGEST, "{} has {lines} lines", path.display());
+        assert!(lines <= MAX_LINES, "{} has {lines} lines", path.display());
     }
-    for (path, most) in [("src/main.rs", 60), ("src/lib.rs", 60), ("ARCHITECTURE.md", 200)] {
+    for (path, limit) in [("src/main.rs", 60), ("src/lib.rs", 60), ("ARCHITECTURE.md", 200)] {
         let lines = fs::read_to_string(root().join(path)).unwrap().lines().count();
-        assert!(lines <= most, "{path} has {lines} lines");
+        assert!(lines <= limit, "{path} has {lines} lines");
     }
 }
 
-/// What is shared by the whole process belongs to a value that `app` creates: two gateways in one process must not share
-/// a limit. The values that a thread has of its own save work and limit nothing.
+/// State of the whole process belongs to a value that `app` creates, because two gateways in one process must not share
+/// a limit. The allowed thread-local values are caches: they limit nothing.
 #[test]
 fn there_is_no_mutable_global() {
     const ALLOWED: &[&str] = &["ALLOCATOR", "POLLED", "HEARD", "LENT"];
-    for path in sources(&root().join("src")) {
+    for path in rust_files(&root().join("src")) {
         let source = fs::read_to_string(&path).unwrap();
         for line in source.lines().map(str::trim_start) {
             let item = line.split_once("static ").filter(|(before, _)| {
@@ -68,20 +70,24 @@ fn every_setting_is_in_the_readme_with_its_default() {
         .collect();
     for setting in SETTINGS {
         let name = format!("`{}`", setting.name);
-        // Settings that belong together share a row: `a`, `b` | 1, 2.
+        // Related settings share a row: `a`, `b` | 1, 2.
         let defaults: Vec<&str> = rows
             .iter()
-            // Of three columns: what functions are set by has two.
+            // Tables of settings have three columns; those of annotations and labels have two.
             .filter(|cells| cells.len() == 5 && cells[1].starts_with('`'))
             .filter_map(|cells| {
                 let at = cells[1].split(", ").position(|cell| cell == name)?;
                 cells[2].split(", ").nth(at).or_else(|| cells[2].split(", ").last())
             })
             .collect();
-        let [told] = defaults[..] else {
+        let [documented] = defaults[..] else {
             panic!("{name} is in {} rows of README.md", defaults.len())
         };
-        let empty = setting.default.is_empty() && ["–", "the provider"].contains(&told);
-        assert!(told == setting.default || empty, "{name}: {told:?} is not {:?}", setting.default);
+        let empty = setting.default.is_empty() && ["–", "the provider"].contains(&documented);
+        assert!(
+            documented == setting.default || empty,
+            "{name}: {documented:?} is not {:?}",
+            setting.default
+        );
     }
 }

@@ -2,7 +2,6 @@
 
 use std::time::Duration;
 
-use futures_util::StreamExt as _;
 use gateway::queue::embedded::Limits;
 use gateway::queue::status::{Settlement, State};
 use gateway::queue::{Delivery, Queue, jetstream, stan};
