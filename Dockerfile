@@ -1,12 +1,11 @@
-# The gateway as an image of one static program and the certificates it trusts. Made by BuildKit, for
-# linux/amd64, linux/arm64 and linux/arm/v7, on a machine of any of them (docs/INSTALL.md).
+# The image holds one static binary and the CA certificates. BuildKit builds it for linux/amd64, linux/arm64 and
+# linux/arm/v7 on a machine of any of these platforms (docs/INSTALL.md).
 
 FROM --platform=$BUILDPLATFORM docker.io/library/rust:1.95.0-slim-bookworm AS build
 SHELL ["/bin/bash", "-euo", "pipefail", "-c"]
 WORKDIR /src
 
-# clang makes objects for every kind of machine, given the headers of its C library, musl; rustc brings a linker
-# and the library itself.
+# clang cross-compiles C code, given the headers of the target's musl; rustc includes a linker and musl itself.
 ARG TARGETPLATFORM
 COPY docker/target.sh /
 # hadolint ignore=DL3008,SC2154
@@ -18,7 +17,7 @@ RUN source /target.sh; \
     rustup target add "$triple"; \
     cargo_config > "$CARGO_HOME/config.toml"
 
-# The dependencies alone: a layer that stays until they change.
+# Builds the dependencies alone: this layer is cached until they change.
 COPY Cargo.toml Cargo.lock ./
 RUN mkdir -p src benches tests/it; \
     echo 'fn main() {}' | tee src/main.rs benches/call.rs > tests/it/main.rs; \
@@ -26,7 +25,7 @@ RUN mkdir -p src benches tests/it; \
     cargo build --release --locked; \
     rm -r src
 
-# The commit, which /system/info tells: no repository comes along to ask.
+# The commit that /system/info reports; the build context has no git repository.
 ARG REVISION=unknown
 ENV GATEWAY_COMMIT=$REVISION
 COPY build.rs ./
@@ -45,9 +44,9 @@ LABEL org.opencontainers.image.title="gateway" \
       org.opencontainers.image.revision="$REVISION"
 COPY --from=build /etc/ssl/certs/ca-certificates.crt /etc/ssl/certs/
 COPY --from=build /gateway /
-# Any other user will do, and a root file system that is read-only.
+# Any other user works as well, and so does a read-only root file system.
 USER 65532:65532
-# Callers; numbers of a gateway; numbers of a worker.
+# Client requests; metrics of a gateway; metrics of a worker.
 EXPOSE 8080 8082 8083
 STOPSIGNAL SIGTERM
 HEALTHCHECK --interval=10s --timeout=6s --start-period=5s CMD ["/gateway", "healthcheck", "http://127.0.0.1:8082/_/healthz"]

@@ -1,4 +1,4 @@
-# Thin over cargo: `make up` runs functions on this machine, `make test` runs every test there is.
+# A thin layer over cargo. `make up` runs functions on this machine, `make test` runs all tests.
 
 .PHONY: up build test needs fmt lint unit docs manifests browser yaml chaos fuzz soak
 
@@ -10,10 +10,10 @@ build:
 
 test: needs fmt lint unit docs manifests browser
 
-# What the tests call beside cargo: Python plays the conformance suites, unshare gives them a network of their own,
-# nats-server keeps the queue of some, promtool and amtool read the rules and configurations of the chart.
-# nats-streaming-server, which Debian has not, is built by Go.
-# RUNLEVEL: none of it is to be started as a service.
+# Programs that the tests need besides cargo: Python runs the conformance suites, unshare gives them a separate network
+# namespace, nats-server is the queue of some tests, promtool and amtool check the rules and configurations of the chart.
+# Debian has no package of nats-streaming-server, so Go builds it.
+# RUNLEVEL=1 keeps apt from starting services.
 needs:
 	@for tool in python3:python3 unshare:util-linux ip:iproute2 perl:perl-base cc:gcc nats-server:nats-server \
 	    promtool:prometheus amtool:prometheus-alertmanager curl:curl go:golang-go openssl:openssl node:nodejs npm:npm; do \
@@ -32,28 +32,28 @@ fmt:
 lint:
 	cargo clippy --locked --all-targets -- -D warnings
 
-# Unit, integration and conformance tests: real sockets, real processes, the real binary. Some send SIGHUP, which `nohup`
-# has ignored.
+# Unit, integration and conformance tests, with real sockets, processes and the real binary. Some tests send SIGHUP,
+# which `nohup` would have set to be ignored.
 unit:
 	env --default-signal=HUP cargo test --locked
 
 docs:
 	RUSTDOCFLAGS="-D warnings" cargo doc --locked --no-deps --document-private-items
 
-# The image's recipe, the chart, plain manifests, rules and dashboards, and all of it at work on this machine:
-# tests/manifests/check.py says what is checked.
+# Checks the Dockerfile, the chart, plain manifests, rules and dashboards, and runs them on this machine:
+# tests/manifests/check.py lists the checks.
 manifests:
 	cargo build --locked
 	tests/manifests/tools.sh
 	target/manifests/venv/bin/python -B tests/manifests/check.py
 
-# The page under /ui/ in a real Chromium, on a phone and on a desktop.
+# Tests the page under /ui/ in Chromium, in a phone and a desktop viewport.
 browser:
 	cargo build --locked
 	BROWSER_MODULES=$$(tests/browser/tools.sh) node tests/browser/run.mjs
 
-# Chart, plain manifests and a changed Secret on a real control plane, which is built from Go modules the first time:
-# some ten minutes. Needs Go 1.26 or what can fetch it (1.21 and later), and root for a network of its own.
+# Tests the chart, plain manifests and a changed Secret on a real Kubernetes control plane. The first run builds it from
+# Go modules, in about ten minutes. Needs Go 1.26, or Go 1.21 and later to fetch it, and root for a network namespace.
 .PHONY: kubernetes
 test: kubernetes
 kubernetes:
@@ -61,23 +61,23 @@ kubernetes:
 	@if command -v go >/dev/null; then \
 	  tools=$$(tests/kubernetes/tools.sh) && python3 -B tests/kubernetes/check.py "$$tools"; \
 	else \
-	  echo "SKIPPED: the checks on a real control plane (tests/kubernetes/), since there is no Go to build it with"; \
+	  echo "SKIPPED: the checks on a real control plane (tests/kubernetes/): Go, which builds it, is not installed"; \
 	fi
 
-# yaml/, yaml_arm/ and namespaces.yml, from the chart.
+# Renders yaml/, yaml_arm/ and namespaces.yml from the chart.
 yaml:
 	tests/manifests/tools.sh
 	target/manifests/venv/bin/python -B tests/manifests/plain.py --write
 
-# What becomes of queued calls while everything that handles them is killed again and again, with counts.
+# Kills gateways, workers and NATS repeatedly under a load of queued calls, and counts lost and duplicate calls.
 chaos: needs
 	CHAOS_CALLS=$${CHAOS_CALLS:-50000} cargo test --release --locked --test it queue_chaos -- --nocapture --test-threads 1
 
-# Every parser of bytes from outside under libFuzzer, FUZZ_SECONDS each (60). `make test` replays what it has found.
+# Runs every parser of external input under libFuzzer, for FUZZ_SECONDS (60) each. `make test` replays the seeds.
 fuzz: needs
 	fuzz/run.sh
 
-# Half an hour (SOAK_MINUTES) of mixed load with a kill -9 each minute: tests/soak/soak.py says what is counted.
+# Mixed load for SOAK_MINUTES (30) with one kill -9 each minute: tests/soak/soak.py describes the counts.
 soak: needs
 	cargo build --release --locked
 	python3 -B tests/soak/soak.py target/release/gateway

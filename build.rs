@@ -1,12 +1,12 @@
-//! Tells the program which commit it is built from: by the variables `GATEWAY_COMMIT` and `GATEWAY_COMMIT_MESSAGE`, as
-//! an image's build sets them, or else by git. Without either, the program says nothing.
+//! Passes the commit to the program: from the variables `GATEWAY_COMMIT` and `GATEWAY_COMMIT_MESSAGE`, which an image
+//! build sets, or from git. Without either, the program reports no commit.
 
 use std::path::Path;
 use std::process::Command;
 
 #[expect(
     clippy::disallowed_methods,
-    reason = "a build is told by its environment, and this is no part of the program"
+    reason = "a build script gets its input from the environment and is not part of the program"
 )]
 fn main() {
     println!("cargo:rerun-if-changed=build.rs");
@@ -21,7 +21,7 @@ fn main() {
     if commit.is_none() && is_own_repository() {
         commit = git(&["rev-parse", "HEAD"]);
         message = git(&["log", "-1", "--format=%s"]);
-        // Where a new commit shows: the branch itself, or the list of all its commits.
+        // Files that change with each commit: HEAD, its reflog, and the branch.
         let branch = git(&["symbolic-ref", "-q", "HEAD"]);
         for name in ["HEAD", "logs/HEAD"].into_iter().chain(branch.as_deref()) {
             if let Some(path) = git(&["rev-parse", "--git-path", name])
@@ -35,7 +35,7 @@ fn main() {
     println!("cargo:rustc-env=GATEWAY_COMMIT_MESSAGE={}", message.unwrap_or_default());
 }
 
-/// Whether the sources are a repository's, and not only unpacked somewhere inside of one.
+/// Returns whether the sources are the root of a git repository, not a directory inside another repository.
 fn is_own_repository() -> bool {
     let top =
         git(&["rev-parse", "--show-toplevel"]).and_then(|top| Path::new(&top).canonicalize().ok());
@@ -43,7 +43,7 @@ fn is_own_repository() -> bool {
     top.is_some() && top == here
 }
 
-/// The first line that git says; `None` if it fails, or is not installed.
+/// Returns the first line of git's output; `None` if git fails or is not installed.
 fn git(arguments: &[&str]) -> Option<String> {
     let output = Command::new("git").args(arguments).output().ok()?;
     let text = String::from_utf8(output.stdout).ok()?;

@@ -1,4 +1,4 @@
-# What the machine that is built for is called: by Debian, by Rust, and as a folder of headers. Sourced by the Dockerfile.
+# Names of the target platform: Debian architecture, Rust target triple, directory of C headers. Sourced by the Dockerfile.
 case "${TARGETPLATFORM:-linux/$(dpkg --print-architecture)}" in
   linux/amd64) debian=amd64 triple=x86_64-unknown-linux-musl headers=x86_64-linux-musl ;;
   linux/arm64*) debian=arm64 triple=aarch64-unknown-linux-musl headers=aarch64-linux-musl ;;
@@ -6,9 +6,9 @@ case "${TARGETPLATFORM:-linux/$(dpkg --print-architecture)}" in
   *) echo "no build for ${TARGETPLATFORM}" >&2; exit 1 ;;
 esac
 
-# Cargo's configuration for it: everything that is built is built for it, with one compiler and one linker.
-# mimalloc notes the date and time at which it was compiled: they are made empty, so that two builds of the same sources
-# are the same. The flags are split at spaces, and keep the quotes that TOML leaves them.
+# Prints cargo's configuration for the target platform: one compiler and one linker for everything.
+# mimalloc embeds the date and time of its compilation; both are empty here, so that builds are reproducible.
+# The flags are split at spaces, and keep the quotes that remain after TOML parsing.
 cargo_config() {
   local name=${triple//-/_}
   local timeless='-Wno-builtin-macro-redefined -D__DATE__=\"\" -D__TIME__=\"\"'

@@ -1,4 +1,4 @@
-//! One program for all targets: `FUZZ_TARGET` names the one that this run checks.
+//! One program for all fuzz targets: the variable `FUZZ_TARGET` selects the target.
 
 #![no_main]
 
@@ -12,7 +12,7 @@ static TARGET: OnceLock<fuzzing::Target> = OnceLock::new();
 fuzz_target!(|data: &[u8]| {
     let target = TARGET.get_or_init(|| {
         let name = std::env::var("FUZZ_TARGET").unwrap_or_default();
-        fuzzing::target(&name).unwrap_or_else(|| panic!("FUZZ_TARGET={name:?} is no target"))
+        fuzzing::target(&name).unwrap_or_else(|| panic!("FUZZ_TARGET={name:?} is not a target"))
     });
     target(data);
 });

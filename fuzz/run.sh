@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
-# Runs every fuzz target, or those that are named, for FUZZ_SECONDS each (60 by default), on the stable toolchain.
-# An input that breaks a property fails its target; it is printed as a line for fuzz/seeds/, where the tests replay it.
+# Runs every fuzz target, or those given as arguments, for FUZZ_SECONDS each (60 by default), on the stable toolchain.
+# An input that violates a property fails its target. It is printed as a line for fuzz/seeds/, which the tests replay.
 set -euo pipefail
 cd "$(dirname "$0")"
 seconds=${FUZZ_SECONDS:-60}
 out=../target/fuzz
 target=$(rustc -vV | sed -n 's/^host: //p')
 
-# What cargo-fuzz passes, without a sanitizer: the crate has no unsafe code, and a sanitizer needs an unstable toolchain.
+# The flags of cargo-fuzz without a sanitizer: the crate has no unsafe code, and sanitizers need a nightly toolchain.
 export RUSTFLAGS="--cfg fuzzing -Cpasses=sancov-module -Cllvm-args=-sanitizer-coverage-level=4 \
 -Cllvm-args=-sanitizer-coverage-inline-8bit-counters -Cllvm-args=-sanitizer-coverage-pc-table \
 -Cllvm-args=-sanitizer-coverage-trace-compares"
-# With --target the flags do not reach build scripts, which have no libFuzzer to call.
+# With --target the flags do not apply to build scripts, which are not linked with libFuzzer.
 cargo build --release --locked --target "$target" --target-dir "$out/build"
 parsers=$out/build/$target/release/parsers
 

@@ -1,15 +1,15 @@
-// What the page shows while its gateway or the provider behind it is away, and that it recovers by itself.
+// The page while the gateway or the provider is unreachable, and its recovery.
 
 import assert from "node:assert/strict";
 import { mkdtempSync, rmSync } from "node:fs";
 import { tmpdir } from "node:os";
 import path from "node:path";
 
-import { background, check, says, text } from "./browser.mjs";
+import { background, check, showsText, text } from "./browser.mjs";
 import { Program, Up, eventually, freePort } from "./program.mjs";
 
-// A gateway and a provider, each in a process of its own.
-async function apart() {
+// Starts a gateway and a provider as separate processes.
+async function startSeparately() {
   const directory = mkdtempSync(path.join(tmpdir(), "gateway-browser-"));
   const [port, providerPort] = [await freePort(), await freePort()];
   const url = `http://127.0.0.1:${port}`;
@@ -27,17 +27,17 @@ async function apart() {
 }
 
 export default {
-  before: async () => ({ up: await Up.start("functions: {echo: {fprocess: cat}}\n"), apart: await apart() }),
-  after: async ({ up, apart: { provider, gateway, directory } }) => {
+  before: async () => ({ up: await Up.start("functions: {echo: {fprocess: cat}}\n"), separate: await startSeparately() }),
+  after: async ({ up, separate: { provider, gateway, directory } }) => {
     await up.remove();
     await gateway.stop();
     await provider.stop();
     rmSync(directory, { recursive: true, force: true });
   },
   tests: {
-    "with the gateway gone the page says since when it is old, and recovers without a reload": async ({ world: { up }, tab }) => {
+    "while the gateway is down the page shows the age of its data, and it recovers without a reload": async ({ world: { up }, tab }) => {
       const id = await up.queue("echo");
-      await up.becomes(id, "succeeded");
+      await up.waitForState(id, "succeeded");
       const it = await tab(`${up.url}/ui/`);
       const { page } = it;
       await page.evaluate(() => { globalThis.notReloaded = true; });
@@ -46,37 +46,37 @@ export default {
       for (const badge of badges) fresh.push(await background(badge));
       assert.equal(new Set(fresh).size, 1, "ready and succeeded are both green");
       await up.stop("SIGKILL");
-      await says(page, "#troubleText", /cannot be reached.*greyed out is as of \d/);
-      await says(page, "#healthText", /^unreachable$/);
-      for (const badge of badges) assert.notEqual(await background(badge), fresh[0], "green though it is old");
+      await showsText(page, "#troubleText", /cannot be reached.*greyed out is as of \d/);
+      await showsText(page, "#healthText", /^unreachable$/);
+      for (const badge of badges) assert.notEqual(await background(badge), fresh[0], "green although the data is old");
       for (const old of ["lister", "queue"]) assert.match(await page.getAttribute(`#${old}`, "data-old"), /^since \d/);
       await check(it, "gateway gone");
       await up.restart();
       await page.locator("#trouble").waitFor({ state: "hidden" });
-      await says(page, "#healthText", /^ready$/);
+      await showsText(page, "#healthText", /^ready$/);
       assert.equal(await background(badges[0]), fresh[0]);
       assert.equal(await page.locator("[data-old]").count(), 0);
       assert.equal(await page.evaluate(() => globalThis.notReloaded), true);
     },
-    "with the provider away the list says so instead of loading for ever": async ({ world: { apart: it }, tab }) => {
+    "while the provider is down the list shows an error instead of loading forever": async ({ world: { separate: it }, tab }) => {
       const loaded = await tab(`${it.url}/ui/`);
-      await says(loaded.page, "#count", /^1$/);
+      await showsText(loaded.page, "#count", /^1$/);
       const green = await background(loaded.page.locator("#rows .state"));
       await it.provider.stop("SIGKILL");
       const opened = await tab(`${it.url}/ui/`);
-      await says(opened.page, "#loading", /^The list of functions cannot be loaded: .*provider/);
+      await showsText(opened.page, "#loading", /^The list of functions cannot be loaded: .*provider/);
       assert.doesNotMatch(await text(opened.page, "#lister"), /Loading/);
-      await says(opened.page, "#queueTitle", /Queued calls/);
+      await showsText(opened.page, "#queueTitle", /Queued calls/);
       await check(opened, "provider away at the start");
-      await says(loaded.page, "#troubleText", /provider.*greyed out is as of \d/);
+      await showsText(loaded.page, "#troubleText", /provider.*greyed out is as of \d/);
       assert.notEqual(await background(loaded.page.locator("#rows .state")), green);
       assert.equal(await loaded.page.getAttribute("#queue", "data-old"), null, "the queue is not the provider's");
       await check(loaded, "provider away later");
       await it.provider.start(it.providerUrl);
       for (const { page } of [opened, loaded]) {
-        await says(page, "#count", /^1$/);
+        await showsText(page, "#count", /^1$/);
         await page.locator("#trouble").waitFor({ state: "hidden" });
-        await eventually("it is green", async () => (await background(page.locator("#rows .state"))) === green);
+        await eventually("the badge is green", async () => (await background(page.locator("#rows .state"))) === green);
       }
     },
   },

@@ -1,4 +1,4 @@
-// Pages in a real Chromium, on a phone and on a desktop, each with its console and its breaches of the policy recorded.
+// Opens pages in Chromium with a phone or desktop viewport, and records console messages and policy violations.
 
 import assert from "node:assert/strict";
 import { mkdirSync, readFileSync } from "node:fs";
@@ -22,8 +22,8 @@ const ARGS = [
 export const launch = () =>
   chromium.launch({ executablePath: process.env.CHROMIUM ?? "/usr/bin/chromium", headless: true, args: ARGS });
 
-// A tab on the page of `url`. What the network says of requests that fail is expected where a test takes the gateway
-// away; every other line of the console is an error.
+// Opens a tab on `url`. Failed requests are expected where a test stops the gateway; any other console error or warning
+// is recorded as a fault.
 export async function open(browser, device, url) {
   const context = await browser.newContext(VIEWPORTS[device]);
   const page = await context.newPage();
@@ -35,9 +35,9 @@ export async function open(browser, device, url) {
     if (["error", "warning"].includes(message.type())) faults.push(`${message.type()}: ${text}`);
   });
   await page.addInitScript(() => {
-    globalThis.breaches = [];
+    globalThis.policyViolations = [];
     document.addEventListener("securitypolicyviolation", (event) => {
-      globalThis.breaches.push(`${event.violatedDirective}: ${event.blockedURI}`);
+      globalThis.policyViolations.push(`${event.violatedDirective}: ${event.blockedURI}`);
     });
   });
   page.setDefaultTimeout(20_000);
@@ -45,15 +45,15 @@ export async function open(browser, device, url) {
   return { page, context, faults, device };
 }
 
-// Checks what has to hold in every state: no violation of the accessibility rules in light and dark, nothing wider
-// than the screen, nothing in the console, no breach of the policy.
+// Checks the invariants of every state: no accessibility violation in the light and the dark scheme, nothing wider than
+// the screen, an empty console, no policy violation.
 export async function check({ page, faults, device }, state) {
   for (const colorScheme of ["light", "dark"]) {
     await page.emulateMedia({ colorScheme });
     await page.evaluate(axe);
     const { violations } = await page.evaluate(() => globalThis.axe.run(document, { resultTypes: ["violations"] }));
-    const told = violations.flatMap(({ id, nodes }) => nodes.map((node) => `${id}: ${node.html}: ${node.failureSummary}`));
-    assert.deepEqual(told, [], `${state}, ${colorScheme}`);
+    const found = violations.flatMap(({ id, nodes }) => nodes.map((node) => `${id}: ${node.html}: ${node.failureSummary}`));
+    assert.deepEqual(found, [], `${state}, ${colorScheme}`);
     if (process.env.SCREENSHOTS) {
       mkdirSync(process.env.SCREENSHOTS, { recursive: true });
       const path = `${process.env.SCREENSHOTS}/${device}-${state.replaceAll(/\W+/g, "-")}-${colorScheme}.png`;
@@ -66,13 +66,13 @@ export async function check({ page, faults, device }, state) {
   const cut = await page.evaluate(() =>
     [...document.querySelectorAll(".card")].filter((card) => card.scrollWidth > card.clientWidth + 1).map((card) => card.id));
   assert.deepEqual(cut, [], `${state}: wider than its card`);
-  assert.deepEqual([...faults, ...(await page.evaluate(() => globalThis.breaches))], [], state);
+  assert.deepEqual([...faults, ...(await page.evaluate(() => globalThis.policyViolations))], [], state);
 }
 
 export const text = (page, selector) => page.locator(selector).innerText();
 
-// Waits until the element says something that matches.
-export async function says(page, selector, pattern) {
+// Waits until the text of the element matches.
+export async function showsText(page, selector, pattern) {
   const holds = ([selector, source]) => {
     const node = document.querySelector(selector);
     return node && node.checkVisibility() && new RegExp(source, "s").test(node.innerText);
@@ -80,8 +80,8 @@ export async function says(page, selector, pattern) {
   try {
     await page.waitForFunction(holds, [selector, pattern.source]);
   } catch (error) {
-    const said = await page.locator(selector).innerText().catch(() => "");
-    throw new Error(`${selector} says ${JSON.stringify(said)}, never ${pattern}`, { cause: error });
+    const shown = await page.locator(selector).innerText().catch(() => "");
+    throw new Error(`${selector} shows ${JSON.stringify(shown)}, never ${pattern}`, { cause: error });
   }
 }
 

@@ -1,8 +1,8 @@
-// The form that calls a function.
+// The form for calling a function.
 
 import assert from "node:assert/strict";
 
-import { check, says, text } from "./browser.mjs";
+import { check, showsText, text } from "./browser.mjs";
 import { Up } from "./program.mjs";
 
 const STACK = "functions: {echo: {fprocess: cat}, env: {fprocess: env}}\n";
@@ -11,22 +11,22 @@ export default {
   before: () => Up.start(STACK),
   after: (up) => up.remove(),
   tests: {
-    "a function is called and its response shown": async ({ world: up, tab }) => {
+    "the response of a called function is shown": async ({ world: up, tab }) => {
       const it = await tab(`${up.url}/ui/#echo.openfaas-fn`);
       await it.page.fill("#body", "hello from a page");
       await it.page.click("#send");
-      await says(it.page, "#answer pre", /^hello from a page$/);
+      await showsText(it.page, "#answer pre", /^hello from a page$/);
       assert.match(await text(it.page, "#summary"), /^200 OK/);
       await check(it, "called");
     },
-    "an invalid header is named beside its field, and the URL stays": async ({ world: up, tab }) => {
+    "an invalid header is reported next to its field, and the URL is unchanged": async ({ world: up, tab }) => {
       const it = await tab(`${up.url}/ui/#echo.openfaas-fn`);
       const { page } = it;
-      await says(page, "#url", /^http:.*\/function\/echo\.openfaas-fn$/);
+      await showsText(page, "#url", /^http:.*\/function\/echo\.openfaas-fn$/);
       const url = await text(page, "#url");
       await page.fill("#headers", "X-Good: 1\nno header");
       await page.click("#send");
-      await says(page, "#headersError", /no header/);
+      await showsText(page, "#headersError", /no header/);
       assert.equal(await text(page, "#url"), url);
       assert.equal(await page.getAttribute("#headers", "aria-invalid"), "true");
       assert.equal(await page.getAttribute("#headers", "aria-describedby"), "headersError");
@@ -38,13 +38,13 @@ export default {
       await page.fill("#headers", "X-Good: 1");
       assert.equal(await page.isVisible("#headersError"), false);
       await page.click("#send");
-      await says(page, "#summary", /^200 OK/);
+      await showsText(page, "#summary", /^200 OK/);
     },
-    "a path that leaves the function is named beside its field": async ({ world: up, tab }) => {
+    "a path outside of the function is reported next to its field": async ({ world: up, tab }) => {
       const it = await tab(`${up.url}/ui/#env.openfaas-fn`);
       await it.page.fill("#path", "/../../system/functions");
       await it.page.click("#send");
-      await says(it.page, "#pathError", /must stay below the function/);
+      await showsText(it.page, "#pathError", /must stay below the function/);
       assert.equal(await it.page.isVisible("#urlLine"), false);
       assert.equal(await it.page.isVisible("#result"), false);
       await check(it, "invalid path");

@@ -1,4 +1,4 @@
-// The program under test: the real binary, in roles that the tests choose, with a state directory of its own.
+// Starts the program under test: the real binary, in the role that a test needs, with a separate state directory.
 
 import { spawn } from "node:child_process";
 import { mkdtempSync, rmSync, writeFileSync } from "node:fs";
@@ -27,7 +27,7 @@ export const freePort = () =>
     });
   });
 
-// A process of the program. `stop` ends it, and what it has started.
+// A process of the program. `stop` terminates it and its child processes.
 export class Program {
   constructor(args, settings = {}) {
     this.args = args;
@@ -41,7 +41,7 @@ export class Program {
     for (const stream of [this.child.stdout, this.child.stderr]) stream.on("data", (text) => { this.output += text; });
     this.ended = new Promise((done) => this.child.once("exit", done));
     await eventually(`${this.args.join(" ")} serves`, async () => {
-      if (this.child.exitCode !== null) throw new Error(`it ended: ${this.output}`);
+      if (this.child.exitCode !== null) throw new Error(`the process exited: ${this.output}`);
       return fetch(url).then(() => true, () => false);
     });
     return this;
@@ -53,7 +53,7 @@ export class Program {
   }
 }
 
-// `gateway up` with the functions of a stack file, which may be started again on the same port.
+// `gateway up` with the functions of a stack file. It can be restarted on the same port.
 export class Up {
   static async start(stack) {
     const up = new Up();
@@ -74,14 +74,14 @@ export class Up {
 
   get = async (target) => (await fetch(this.url + target)).json();
 
-  // Queues a call; its id.
+  // Queues a call and returns its id.
   async queue(name, headers = {}) {
     const response = await fetch(`${this.url}/async-function/${name}`, { method: "POST", headers, body: "x" });
     if (response.status !== 202) throw new Error(`${response.status}: ${await response.text()}`);
     return response.headers.get("x-call-id");
   }
 
-  becomes = (id, state) =>
+  waitForState = (id, state) =>
     eventually(`call ${id} is ${state}`, async () => (await this.get(`/async-function/${id}`)).state === state);
 
   async stop(signal) {

@@ -2,7 +2,7 @@
 
 import assert from "node:assert/strict";
 
-import { background, check, says, text } from "./browser.mjs";
+import { background, check, showsText, text } from "./browser.mjs";
 import { Up, eventually } from "./program.mjs";
 
 const STACK = `
@@ -16,12 +16,12 @@ functions:
 `;
 const LONG = "other-function-with-quite-a-long-name";
 
-// 77 calls that succeed, one of each other state, all in the order in which they were submitted.
+// Queues 77 calls that succeed and one for each other state. Returns the ids, newest first.
 async function before() {
   const up = await Up.start(STACK);
   const ids = [];
   for (let number = 0; number < 77; number += 1) ids.push(await up.queue(number % 10 === 0 ? LONG : "echo"));
-  for (const id of ids) await up.becomes(id, "succeeded");
+  for (const id of ids) await up.waitForState(id, "succeeded");
   const states = { succeeded: ids.at(-1) };
   states.dead = await up.queue("broken", { "X-Max-Attempts": "1" });
   states.retrying = await up.queue("broken");
@@ -30,7 +30,7 @@ async function before() {
   states.cancelled = await up.queue("echo", { "X-Delay-Seconds": "1000" });
   states.failed = await up.queue("echo", { "X-Delay-Seconds": "2", "X-Expires-Seconds": "1" });
   await fetch(`${up.url}/async-function/${states.cancelled}`, { method: "DELETE" });
-  for (const [state, id] of Object.entries(states)) await up.becomes(id, state === "dead" ? "failed" : state);
+  for (const [state, id] of Object.entries(states)) await up.waitForState(id, state === "dead" ? "failed" : state);
   const all = [...ids, ...Object.values(states).slice(1)].reverse();
   return { up, states, all };
 }
@@ -42,7 +42,7 @@ export default {
   before,
   after: ({ up }) => up.remove(),
   tests: {
-    "every queued call can be reached, newest first": async ({ world: { up, all }, tab }) => {
+    "all queued calls are listed in pages, newest first": async ({ world: { up, all }, tab }) => {
       const it = await tab(`${up.url}/ui/`);
       const { page } = it;
       await shows(page, all.slice(0, 50));
@@ -61,7 +61,7 @@ export default {
       await page.click("#queueNewest");
       await shows(page, all.slice(0, 50));
     },
-    "calls are filtered by state and function, and the address says how": async ({ world: { up, all, states }, tab }) => {
+    "calls are filtered by state and function, and the URL has the filter": async ({ world: { up, all, states }, tab }) => {
       const it = await tab(`${up.url}/ui/`);
       const { page } = it;
       await page.selectOption("#queueState", "dead");
@@ -84,11 +84,11 @@ export default {
       await shows(page, [states.cancelled]);
       assert.equal(await page.inputValue("#queueState"), "cancelled");
       await page.selectOption("#queueState", "running");
-      await says(page, "#queueNone", /No queued call matches/);
+      await showsText(page, "#queueNone", /No queued call matches/);
       await check(it, "no call");
       await page.fill("#queueFunction", "no/name");
       await page.keyboard.press("Enter");
-      await says(page, "#queueInvalid", /not a function's name/);
+      await showsText(page, "#queueInvalid", /not a function's name/);
       await check(it, "invalid function");
     },
     "each state of a call has a colour and a name of its own": async ({ world: { up, states }, tab }) => {
@@ -103,7 +103,7 @@ export default {
       assert.equal(Object.keys(colours).length, 7);
       assert.equal(new Set(Object.values(colours)).size, 7, JSON.stringify(colours));
     },
-    "the table of calls fits its card, and everything in it can be read": async ({ world: { up, states }, tab, device }) => {
+    "the table of calls fits its card, and all of its text is visible": async ({ world: { up, states }, tab, device }) => {
       const it = await tab(`${up.url}/ui/?function=${LONG}`);
       const { page } = it;
       await page.locator("#queueRows tr").first().waitFor();
@@ -127,8 +127,8 @@ export default {
       const id = await up.queue("other-function-with-quite-a-long-name", { "X-Delay-Seconds": "900" });
       const it = await tab(`${up.url}/ui/?state=queued`);
       await it.page.click(`[data-call="${id}"] button`);
-      await up.becomes(id, "cancelled");
-      await eventually("it is not listed", async () => !(await shown(it.page)).includes(id));
+      await up.waitForState(id, "cancelled");
+      await eventually("the call is not listed", async () => !(await shown(it.page)).includes(id));
       await fetch(`${up.url}/system/queues/purge?function=${LONG}&state=cancelled`, { method: "POST" });
       assert.equal(await text(it.page, "#queueTitle").then((title) => title.startsWith("Queued calls")), true);
     },

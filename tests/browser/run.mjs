@@ -1,5 +1,5 @@
 #!/usr/bin/env node
-// Runs all tests, each on both devices, one after the other; prints what failed, and the counts.
+// Runs all tests one after the other, each on both devices; prints failures and counts.
 
 import { launch, open } from "./browser.mjs";
 import form from "./form.mjs";
@@ -8,7 +8,7 @@ import queue from "./queue.mjs";
 import away from "./away.mjs";
 
 const words = process.argv.slice(2).join(" ");
-const LONGEST_MS = 120_000;
+const TEST_TIMEOUT_MS = 120_000;
 let [passed, failed] = [0, 0];
 
 const browser = await launch();
@@ -24,9 +24,9 @@ for (const group of [form, list, queue, away]) {
         return tabs.at(-1);
       };
       let timer;
-      const late = new Promise((_, fail) => { timer = setTimeout(() => fail(new Error("took too long")), LONGEST_MS); });
+      const timeout = new Promise((_, fail) => { timer = setTimeout(() => fail(new Error("took too long")), TEST_TIMEOUT_MS); });
       try {
-        await Promise.race([test({ world, tab, device }), late]);
+        await Promise.race([test({ world, tab, device }), timeout]);
         passed += 1;
         console.log(`ok     ${device}: ${name}`);
       } catch (error) {

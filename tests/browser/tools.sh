@@ -1,9 +1,9 @@
 #!/bin/sh
-# Installs what the browser tests call, once: Chromium from Debian, and the packages of package-lock.json into the
-# cache directory, whose name it prints.
+# Installs Chromium from Debian and the packages of package-lock.json, once, for the browser tests. Prints the cache
+# directory with the packages.
 set -eu
 cd "$(dirname "$0")"
-# RUNLEVEL: nothing is to be started as a service.
+# RUNLEVEL=1 keeps apt from starting services.
 command -v chromium >/dev/null ||
   { apt-get update -q && RUNLEVEL=1 apt-get install -yq --no-install-recommends chromium; } >&2
 

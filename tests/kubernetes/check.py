@@ -1,7 +1,7 @@
-"""Checks on a real control plane: the chart and the plain manifests as they are installed, and a gateway beside the
-cluster while its Secret changes. `make kubernetes` runs them.
+"""Checks on a real control plane: installs the chart and the plain manifests, and changes the Secret of a gateway that
+runs beside the cluster. `make kubernetes` runs them.
 
-They have a network of their own, so that no other program of the machine has their ports."""
+They run in a separate network namespace, so that their ports are free."""
 
 import os
 import shutil
@@ -16,13 +16,13 @@ from secret import a_changed_password
 
 ROOT = Path(__file__).resolve().parents[2]
 CHART = str(ROOT / "chart/gateway")
-# Of the release that most checks look at.
+# The release of most checks.
 NAMESPACE = "second"
 NETES = ["--values", f"{CHART}/values-faas-netes.yaml"]
 
 
 def workloads_of(cluster, namespace):
-    """Name → (wanted pods, pods that are there), of all that has pods."""
+    """Name → (wanted pods, existing pods) of each workload."""
     items = cluster.get("-n", namespace, "deployments,statefulsets")["items"]
     pods = cluster.get("-n", namespace, "pods")["items"]
     count = {}
@@ -33,7 +33,7 @@ def workloads_of(cluster, namespace):
 
 
 def plain_manifests(cluster):
-    """Files in the order in which kubectl takes them: each workload has its pods before the next file comes."""
+    """Applies the files in kubectl's order: each workload has its pods before the next file is applied."""
     cluster.kubectl("apply", "-f", str(ROOT / "namespaces.yml"))
     cluster.kubectl("-n", "openfaas", "create", "secret", "generic", "basic-auth", "--from-literal=basic-auth-user=admin",
                     "--from-literal=basic-auth-password=s3cret")
@@ -42,22 +42,22 @@ def plain_manifests(cluster):
     for path in files:
         cluster.kubectl("apply", "-f", str(path))
         if path.stem.endswith(("-deployment", "-statefulset")):
-            def all_there():
-                return all(wanted == there for wanted, there in workloads_of(cluster, "openfaas").values())
+            def complete():
+                return all(wanted == existing for wanted, existing in workloads_of(cluster, "openfaas").values())
 
-            cluster.until(f"{path.name} has pods", all_there, 20)
+            cluster.until(f"{path.name} has pods", complete, 20)
     for pod in cluster.get("-n", "openfaas", "pods")["items"]:
-        missing(cluster, pod)
-    refused = [e["message"] for e in cluster.get("-n", "openfaas", "events")["items"] if e["reason"] == "FailedCreate"]
-    assert not refused, refused
-    # As INSTALL has it; now there is nothing left to do.
+        require_mounts(cluster, pod)
+    rejected = [e["message"] for e in cluster.get("-n", "openfaas", "events")["items"] if e["reason"] == "FailedCreate"]
+    assert not rejected, rejected
+    # The commands of docs/INSTALL.md; everything exists already.
     cluster.kubectl("apply", "-f", str(ROOT / "namespaces.yml"), "-f", str(ROOT / "yaml"))
     cluster.kubectl("-n", "openfaas", "rollout", "status", "--timeout=60s", "deployment/gateway")
     return f"{len(files)} files"
 
 
-def missing(cluster, pod):
-    """Fails if a ConfigMap or Secret that a pod mounts is not there yet."""
+def require_mounts(cluster, pod):
+    """Fails if a ConfigMap or Secret that a pod mounts does not exist."""
     for volume in pod["spec"].get("volumes", []):
         for kind, key in (("configMap", "name"), ("secret", "secretName")):
             if name := volume.get(kind, {}).get(key):
@@ -65,7 +65,7 @@ def missing(cluster, pod):
 
 
 def existing_namespace(cluster):
-    """A namespace for functions that is there is used, and not claimed; one that was made by the release stays its."""
+    """An existing namespace for functions is used but not adopted; one that the release created remains its own."""
     release = ["gateway", CHART, "-n", "one"]
     cluster.kubectl("create", "namespace", "one-fn")
     before = cluster.get("namespace", "one-fn")["metadata"]
@@ -77,62 +77,62 @@ def existing_namespace(cluster):
         cluster.helm("upgrade", *release, "--reset-then-reuse-values")
     cluster.helm("uninstall", "gateway", "-n", "one")
     assert cluster.get("namespace", "one-fn")["status"]["phase"] == "Active"
-    # One that the chart has made outlives it, and is its own again.
+    # A namespace that the chart created is kept on uninstall, and adopted again on install.
     release = ["gateway", CHART, "-n", "two"]
     for _ in range(2):
         cluster.helm("install", *release, "--create-namespace", *NETES, "--set=functionNamespace.name=two-fn")
         cluster.helm("upgrade", *release, "--reset-then-reuse-values")
-        made = cluster.get("namespace", "two-fn")["metadata"]
-        assert made["annotations"]["meta.helm.sh/release-namespace"] == "two", made
-        assert made["labels"]["app.kubernetes.io/part-of"] == "gateway", made
+        created = cluster.get("namespace", "two-fn")["metadata"]
+        assert created["annotations"]["meta.helm.sh/release-namespace"] == "two", created
+        assert created["labels"]["app.kubernetes.io/part-of"] == "gateway", created
         cluster.helm("uninstall", "gateway", "-n", "two")
-    return "used as it is, or made and kept"
+    return "used unchanged, or created and kept"
 
 
 def second_release(cluster):
-    """A port of the nodes that is taken, here by the plain manifests, is refused by the name of its value."""
+    """A node port in use, here by the plain manifests, is rejected with the name of the chart's value."""
     install = ["install", "gateway", CHART, "-n", NAMESPACE, "--create-namespace", *NETES,
                f"--set=functionNamespace.name={NAMESPACE}-fn", "--set=external.serviceType=NodePort"]
-    said = cluster.helm(*install, check=False)
-    assert "external.nodePort: 31112 is taken by Service gateway-external in namespace openfaas" in said, said
+    output = cluster.helm(*install, check=False)
+    assert "external.nodePort: 31112 is in use by Service gateway-external in namespace openfaas" in output, output
     cluster.helm(*install, "--set=external.nodePort=31113")
     for values, port in (((), 31113), (("--set=external.nodePort=0",), None)):
         cluster.helm("upgrade", "gateway", CHART, "-n", NAMESPACE, "--reset-then-reuse-values", *values)
         [now] = cluster.get("-n", NAMESPACE, "service", "gateway-external")["spec"]["ports"]
         assert now["nodePort"] == port or port is None, now
-    return "refused on 31112, installed on 31113"
+    return "rejected on 31112, installed on 31113"
 
 
 def helm_test(cluster):
-    """Its pod is gone after it has ended well. The release is that of `second_release`."""
-    said = cluster.helm("test", "gateway", "-n", NAMESPACE, "--timeout=60s")
-    assert "Succeeded" in said, said
+    """The test pod is deleted after it succeeded. Uses the release of `second_release`."""
+    output = cluster.helm("test", "gateway", "-n", NAMESPACE, "--timeout=60s")
+    assert "Succeeded" in output, output
     pods = cluster.get("-n", NAMESPACE, "pods", "-l", "app=gateway-test")["items"]
     assert not pods, [pod["metadata"]["name"] for pod in pods]
-    return "its pod is gone"
+    return "the pod is deleted"
 
 
 def scaled_by_hand(cluster):
-    """What docs/INSTALL.md says of Helm 4 after `kubectl scale`. The release is that of `second_release`."""
+    """The behaviour of Helm 4 after `kubectl scale` as in docs/INSTALL.md. Uses the release of `second_release`."""
     cluster.kubectl("-n", NAMESPACE, "scale", "deployment/queue-worker", "--replicas=5")
 
     def worker():
         return cluster.get("-n", NAMESPACE, "deployment", "queue-worker")["spec"]["replicas"]
 
     upgrade = ["upgrade", "gateway", CHART, "-n", NAMESPACE, "--reset-then-reuse-values"]
-    said = cluster.helm(*upgrade, check=False)
-    assert 'conflict with "kubectl" with subresource "scale"' in said and ".spec.replicas" in said, said
+    output = cluster.helm(*upgrade, check=False)
+    assert 'conflict with "kubectl" with subresource "scale"' in output and ".spec.replicas" in output, output
     assert worker() == 5
     cluster.helm(*upgrade, "--set=worker.replicas=5")
     assert worker() == 5
     cluster.kubectl("-n", NAMESPACE, "scale", "deployment/queue-worker", "--replicas=4")
     cluster.helm(*upgrade, "--set=worker.replicas=3", "--force-conflicts")
     assert worker() == 3
-    return "a conflict, ended by the same number or by --force-conflicts"
+    return "a conflict, resolved by the same number or by --force-conflicts"
 
 
 def changed_password(cluster):
-    """The release is that of `second_release`: its settings are those of the gateway."""
+    """Uses the settings of the gateway from the release of `second_release`."""
     return a_changed_password(cluster, NAMESPACE, ROOT / "target/debug/gateway")
 
 
@@ -146,7 +146,7 @@ def main():
             checks = [
                 plain_manifests, existing_namespace, second_release, helm_test, scaled_by_hand, changed_password,
             ]
-            # Each goes on with what the one before has left.
+            # Each check continues with the cluster that the previous one left.
             for check in checks:
                 start = time.monotonic()
                 try:

@@ -1,6 +1,6 @@
 """A real control plane on this machine: etcd, the API server, controllers and the scheduler.
 
-Nobody runs containers: kwok plays the kubelets of all nodes, and reports their pods as running."""
+No containers run: kwok simulates the kubelets of all nodes, and reports their pods as running."""
 
 import base64
 import contextlib
@@ -12,7 +12,7 @@ import subprocess
 import time
 from pathlib import Path
 
-# How kwok's pods live: they run at once, and go when they are deleted. Those of `helm test` end well.
+# Life cycle of kwok's pods: they run immediately, and disappear when deleted. Pods of `helm test` succeed.
 STAGES = """
 apiVersion: kwok.x-k8s.io/v1alpha1
 kind: Stage
@@ -80,13 +80,13 @@ spec:
 
 
 class Cluster:
-    """Programs of `tools`, with all their files in `place`. Stopped at the end of a `with`."""
+    """Runs the programs in `tools`, with all their files in `place`. The end of a `with` block stops them."""
 
     def __init__(self, tools, place):
         self.tools, self.place, self.programs = Path(tools), Path(place), []
         (self.place / "pki").mkdir(parents=True)
         self.config = self.place / "kubeconfig"
-        # Whatever else is configured here is none of the checks' business.
+        # Keeps kubectl and helm from reading other configuration of this machine.
         keep = {name: os.environ[name] for name in ("HOME", "TMPDIR") if name in os.environ}
         path = f"{self.tools}:/usr/sbin:/usr/bin:/sbin:/bin"
         self.env = {**keep, "PATH": path, "KUBECONFIG": str(self.config), "HELM_CACHE_HOME": f"{place}/helm"}
@@ -123,7 +123,7 @@ class Cluster:
         )
         self.run_program(
             "kube-apiserver", f"--etcd-servers=http://127.0.0.1:{etcd}", "--bind-address=127.0.0.1", f"--secure-port={api}",
-            # There is no other interface to find an address on.
+            # The network namespace has no other interface with an address.
             "--advertise-address=192.0.2.1", "--endpoint-reconciler-type=none", "--service-cluster-ip-range=10.96.0.0/16",
             "--authorization-mode=RBAC", f"--client-ca-file={pki}/ca.crt",
             f"--tls-cert-file={pki}/server.crt", f"--tls-private-key-file={pki}/server.key",
@@ -149,7 +149,7 @@ class Cluster:
         self.until("namespaces get accounts", lambda: self.kubectl(*account, check=False))
 
     def certificates(self, pki):
-        """An authority, a certificate for the server and one for the administrator, and the key of accounts."""
+        """Creates a CA, certificates of the server and the administrator, and the service account key."""
         def openssl(*arguments):
             subprocess.run(["openssl", *arguments], cwd=pki, check=True, capture_output=True)
 
@@ -181,7 +181,7 @@ class Cluster:
                 program.wait()
 
     def until(self, what, holds, seconds=60):
-        """Waits until `holds()` is true, and returns what it is; fails if a program of the cluster has ended."""
+        """Waits until `holds()` is true, and returns its value; fails if a program of the cluster has ended."""
         end = time.monotonic() + seconds
         while True:
             if result := holds():
@@ -207,7 +207,7 @@ class Cluster:
         return self.call("helm", *arguments, check=check)
 
     def call(self, program, *arguments, given=None, check=True):
-        """What the program prints; with `check` it has to succeed."""
+        """Returns the output of the program; with `check`, raises if it fails."""
         done = subprocess.run([str(self.tools / program), *arguments], input=given, capture_output=True, text=True,
                               timeout=120, env=self.env)
         if check and done.returncode != 0:

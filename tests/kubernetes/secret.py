@@ -1,5 +1,5 @@
-"""A Secret that changes under a gateway and its provider: both are processes beside the cluster, with the settings that
-the chart gives them, and get the Secret as files, as a kubelet would bring it to their pods."""
+"""Changes the Secret of a running gateway and provider. Both are processes beside the cluster, with the settings of the
+chart, and read the Secret from files that are updated in the way of a kubelet."""
 
 import base64
 import http.client
@@ -11,14 +11,14 @@ import threading
 import time
 from pathlib import Path
 
-# The kubelets of two nodes bring a change to their pods at different times.
-GATEWAY_SEES_IT_AFTER = 1
-PROVIDER_SEES_IT_AFTER = 9
+# Delays in seconds: the kubelets of two nodes update the files of their pods at different times.
+GATEWAY_DELAY = 1
+PROVIDER_DELAY = 9
 FUNCTION = "echo"
 
 
 class Mount:
-    """A folder with the files of a Secret, which change all at once."""
+    """A folder with the files of a Secret, which are replaced atomically."""
 
     def __init__(self, place):
         self.place, self.version = Path(place), 0
@@ -37,7 +37,7 @@ class Mount:
 
 
 class Kubelet(threading.Thread):
-    """Brings the Secret `basic-auth` to mounts, each some seconds after it has changed."""
+    """Copies the Secret `basic-auth` to mounts, each with a delay after a change."""
 
     def __init__(self, cluster, namespace, mounts):
         super().__init__(daemon=True)
@@ -67,11 +67,11 @@ class Kubelet(threading.Thread):
 
 
 class Calls(threading.Thread):
-    """Calls the function, and asks whether the gateway is ready, again and again: what was refused."""
+    """Calls the function and the readiness endpoint repeatedly, and records failed requests."""
 
     def __init__(self, port):
         super().__init__(daemon=True)
-        self.port, self.stopped, self.made, self.refused = port, threading.Event(), 0, []
+        self.port, self.stopped, self.count, self.failed = port, threading.Event(), 0, []
 
     def run(self):
         while not self.stopped.wait(0.02):
@@ -81,8 +81,8 @@ class Calls(threading.Thread):
                 except OSError as error:
                     status, text = None, str(error)
                 if status != 200:
-                    self.refused.append(f"{method} {path}: {status} {text}")
-            self.made += 1
+                    self.failed.append(f"{method} {path}: {status} {text}")
+            self.count += 1
 
 
 def request(port, method, path, body=None, login=None):
@@ -92,26 +92,26 @@ def request(port, method, path, body=None, login=None):
         headers["Authorization"] = "Basic " + base64.b64encode(login.encode()).decode()
     try:
         connection.request(method, path, body=body if method != "GET" else None, headers=headers)
-        answer = connection.getresponse()
-        return answer.status, answer.read().decode(errors="replace")
+        response = connection.getresponse()
+        return response.status, response.read().decode(errors="replace")
     finally:
         connection.close()
 
 
 def settings(cluster, namespace, container):
-    """The variables that the chart gives a container of the gateway's Deployment, as far as they are plain."""
+    """The environment variables with plain values of a container of the gateway's Deployment."""
     pod = cluster.get("-n", namespace, "deployment", "gateway")["spec"]["template"]["spec"]
     [found] = [c for c in [*pod["containers"], *pod.get("initContainers", [])] if c["name"] == container]
     return {variable["name"]: variable["value"] for variable in found["env"] if "value" in variable}
 
 
 def a_changed_password(cluster, namespace, binary):
-    """Patches the Secret while calls flow: none is refused, before, while and after gateway and provider read it."""
+    """Patches the Secret under load: no call fails before, while or after gateway and provider read the new one."""
     place = cluster.place / "beside"
     place.mkdir()
     mounts = {name: Mount(place / name) for name in ("gateway", "provider")}
     kubelet = Kubelet(cluster, namespace, [
-        (mounts["gateway"], GATEWAY_SEES_IT_AFTER), (mounts["provider"], PROVIDER_SEES_IT_AFTER)])
+        (mounts["gateway"], GATEWAY_DELAY), (mounts["provider"], PROVIDER_DELAY)])
     kubelet.step()
     old = "admin:" + secret(cluster, namespace)
     path = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin"}
@@ -123,9 +123,9 @@ def a_changed_password(cluster, namespace, binary):
         "gateway": (["serve"], {
             **path, **settings(cluster, namespace, "gateway"), "secret_mount_path": str(mounts["gateway"].place),
             "functions_provider_url": "http://127.0.0.1:8081/", "scale_from_zero": "true",
-            # Where the provider has its functions.
+            # The namespace of the provider's functions.
             "function_namespace": "openfaas-fn",
-            # Neither is here.
+            # Neither NATS nor Prometheus runs here.
             "queue": "none", "faas_prometheus_host": "127.0.0.1",
         }),
     }
@@ -159,14 +159,14 @@ def while_it_changes(cluster, kubelet, old, deployment):
     cluster.kubectl("-n", kubelet.namespace, "patch", "secret", "basic-auth", "--patch",
                     json.dumps({"stringData": {"basic-auth-password": "another"}}))
 
-    def is_known(login):
+    def is_accepted(login):
         return request(8080, "GET", "/system/functions", login=login)[0] == 200
 
-    # Its clients need the new one from the moment on at which the gateway has read it.
-    cluster.until("the gateway takes the new password", lambda: is_known(new), 30)
-    assert not is_known(old), "the gateway takes both passwords"
-    said = cluster.until("the provider is behind", lambda: "credentials" in request(8080, "GET", "/_/ready")[1], 15)
-    assert said
+    # Clients need the new password as soon as the gateway has read it.
+    cluster.until("the gateway accepts the new password", lambda: is_accepted(new), 30)
+    assert not is_accepted(old), "the gateway accepts both passwords"
+    degraded = cluster.until("the provider has the old one", lambda: "credentials" in request(8080, "GET", "/_/ready")[1], 15)
+    assert degraded
     status, text = request(8080, "PUT", "/system/functions", deployment, new)
     assert status in (200, 202), (status, text)
     cluster.until("the provider has read it", lambda: '"degraded":[]' in request(8080, "GET", "/_/ready")[1], 60)
@@ -175,9 +175,9 @@ def while_it_changes(cluster, kubelet, old, deployment):
     calls.stopped.set()
     calls.join(60)
     assert kubelet.failure is None, kubelet.failure
-    assert calls.made > 100, calls.made
-    assert not calls.refused, f"{len(calls.refused)} of {calls.made}: {calls.refused[:3]}"
-    return f"{calls.made} calls, none refused"
+    assert calls.count > 100, calls.count
+    assert not calls.failed, f"{len(calls.failed)} of {calls.count}: {calls.failed[:3]}"
+    return f"{calls.count} calls, none failed"
 
 
 def secret(cluster, namespace):

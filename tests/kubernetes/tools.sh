@@ -1,8 +1,8 @@
 #!/bin/sh
-# Builds what the checks on a real control plane run, once: etcd, kube-apiserver, kube-controller-manager, kube-scheduler,
-# kubectl, helm, and kwok, which reports pods as running that nobody runs. Prints the folder that they are in.
+# Builds the programs of the checks on a real control plane, once: etcd, kube-apiserver, kube-controller-manager,
+# kube-scheduler, kubectl, helm, and kwok, which reports pods as running without running them. Prints their directory.
 #
-# From Go modules, in some ten minutes on two cores; another version is another number here and in go.mod.
+# The build from Go modules takes about ten minutes on two cores. Versions are set here and in go.mod.
 set -eu
 cd "$(dirname "$0")"
 version=1.37.2 helm=v4.3.1 kwok=v0.8.0
@@ -11,7 +11,7 @@ mkdir -p "$tools"
 tools=$(cd "$tools" && pwd)
 export CGO_ENABLED=0 GOFLAGS=-buildvcs=false GOTOOLCHAIN=auto
 
-# What is built under another name first is whole once it has its own.
+# Programs are built in a temporary directory and moved into place, so that an aborted build leaves none incomplete.
 built() { mv "$tools/.new/$1" "$tools/$1"; }
 rm -rf "$tools/.new"
 mkdir "$tools/.new"

@@ -1,4 +1,4 @@
-"""The chart, rendered: with every values file, and with every switch turned."""
+"""Renders the chart with every values file, and with many sets of values."""
 
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
@@ -11,10 +11,10 @@ CHART = ROOT / "chart" / "gateway"
 HELM = ROOT / "target" / "manifests" / "bin" / "helm"
 NAMESPACE = "openfaas"
 
-# Loads some ten times faster where the C library is there.
+# The C loader is about ten times faster.
 Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
-# What is turned, by `--set`, and in brackets the Secrets that somebody else has to make then.
+# Name → (values for `--set`, names of the Secrets that the user has to create).
 SWITCHES = {
     "no auth": (["basicAuth.enabled=false"], []),
     "given secrets": (
@@ -176,7 +176,7 @@ SWITCHES = {
 
 
 class Refused(Exception):
-    """What helm says of values that it does not take."""
+    """Helm's error for values that it rejects."""
 
 
 def values_files():
@@ -184,11 +184,11 @@ def values_files():
 
 
 def cases():
-    """Name, arguments of `helm template`, and the Secrets that are not of the chart."""
+    """Name, arguments of `helm template`, and the Secrets that the chart does not create."""
     yield "defaults", [], []
     for path in values_files():
         yield path.name, ["--values", str(path)], []
-    # As it is installed: a provider for Kubernetes, on any kind of machine.
+    # The usual installation: with the provider for Kubernetes, on any platform.
     netes = CHART / "values-faas-netes.yaml"
     for path in values_files():
         if path != netes:
@@ -199,7 +199,7 @@ def cases():
 
 
 def helm(*arguments):
-    """What helm prints; fails with its own words."""
+    """Returns helm's output; raises Refused with helm's error."""
     run = subprocess.run([HELM, *arguments], capture_output=True, text=True, timeout=60)
     if run.returncode != 0:
         raise Refused((run.stdout + run.stderr).strip())
@@ -207,13 +207,13 @@ def helm(*arguments):
 
 
 def template(arguments, chart=CHART):
-    """The objects that the chart makes."""
+    """The rendered objects of the chart."""
     text = helm("template", "gateway", str(chart), "--namespace", NAMESPACE, *arguments)
     return [found for found in yaml.load_all(text, Loader) if found]
 
 
 def rendered():
-    """Every case with its objects: (name, objects, secrets of others)."""
+    """Every case with its objects: (name, objects, Secrets that the chart does not create)."""
     def case(name, arguments, secrets):
         try:
             return name, template(arguments), secrets

@@ -25,39 +25,42 @@ from objects import Objects, containers, pod_of
 TOOLS = ROOT / "target" / "manifests"
 VENV = TOOLS / "venv" / "bin"
 KUBERNETES = ("1.28", "1.34")
-# Of operators: their schemas are not Kubernetes's.
+# Custom resources: Kubernetes has no schemas of them.
 CUSTOM = {"ServiceMonitor", "PrometheusRule", "HTTPRoute"}
-# Older than the customs that promtool knows.
+# Names of OpenFaaS that do not follow promtool's conventions.
 LEGACY_NAMES = {"gateway_function_invocation_started", "gateway_service_count", "gateway_service_ready_count"}
 
 
 class Wrong(Exception):
-    """What a check found, one line each."""
+    """The problems that a check found, one per line."""
 
 
 def run(*command, **options):
-    """Runs a program; what it prints is what is wrong if it fails."""
+    """Runs a program and returns its output; raises Wrong with the output if it fails."""
     done = subprocess.run([str(c) for c in command], capture_output=True, text=True, timeout=120, cwd=ROOT, **options)
     if done.returncode != 0:
         raise Wrong((done.stdout + done.stderr).strip() or f"{command[0]}: exit status {done.returncode}")
     return done.stdout
 
 
-def no(wrong):
+def require_none(wrong):
     if wrong:
         raise Wrong("\n".join(wrong))
 
 
-def no_in_cases(wrong):
-    """`wrong`: (case, what). What is wrong in many cases is said once."""
-    by_what = {}
-    for case, what in wrong:
-        by_what.setdefault(what, []).append(case)
-    no([f"{cases[0]}{f' and {len(cases) - 1} more' if cases[1:] else ''}: {what}" for what, cases in by_what.items()])
+def require_none_in_cases(wrong):
+    """`wrong`: (case, problem). A problem of several cases is reported once."""
+    by_problem = {}
+    for case, problem in wrong:
+        by_problem.setdefault(problem, []).append(case)
+    require_none([
+        f"{cases[0]}{f' and {len(cases) - 1} more' if cases[1:] else ''}: {problem}"
+        for problem, cases in by_problem.items()
+    ])
 
 
 class Checks:
-    """Each method is a check; its name is what it is about, its result how much it looked at."""
+    """Each method is a check; its name is the subject, its result a summary of what was checked."""
 
     @functools.cached_property
     def cases(self):
@@ -72,11 +75,11 @@ class Checks:
             raise Wrong(f"Dockerfile does not build with Rust {needed}, which Cargo.toml asks for")
         version = re.search(r'^version = "(.*)"', cargo, re.M)[1]
         meta = yaml.load((CHART / "Chart.yaml").read_text(), Loader)
-        no([f"the version is {version}, but {where} says {told}" for where, told in (
+        require_none([f"the version is {version}, but {where} has {other}" for where, other in (
             ("Chart.yaml", meta["appVersion"]),
             ("Dockerfile", re.search(r"^ARG VERSION=(.*)", text, re.M)[1]),
-        ) if told != version])
-        return "1 Dockerfile, of the same versions as Cargo.toml and the chart"
+        ) if other != version])
+        return "1 Dockerfile, with the versions of Cargo.toml and the chart"
 
     def yamllint(self):
         files = [*(CHART.glob("*.yaml")), *(CHART / "rules").glob("*"), ROOT / "yaml", ROOT / "yaml_arm"]
@@ -97,7 +100,7 @@ class Checks:
         return f"{len(self.cases)} renderings, {sum(len(objects) for _, objects, _ in self.cases)} objects"
 
     def refused_values(self):
-        """The schema knows every value, and refuses what it does not know."""
+        """The schema rejects unknown and invalid values, and the templates reject incomplete ones."""
         bad = [
             "gatway.replicas=2",
             "gateway.replica=2",
@@ -122,24 +125,24 @@ class Checks:
                 chart.template([f"--set={switch}"])
             except Refused:
                 continue
-            raise Wrong(f"--set {switch} is not refused")
+            raise Wrong(f"--set {switch} is not rejected")
         incomplete = (
             ("queue.backend=external", "queue.external.address"),
             ("provider.image.repository=x", "provider.image.tag"),
-            ("gateway.autoscale.enabled=true,queue.backend=none,gateway.replicas=2", "hear of each other"),
-            ("gateway.autoscale.enabled=true,queue.backend=none,gateway.autoscaling.enabled=true", "hear of each other"),
+            ("gateway.autoscale.enabled=true,queue.backend=none,gateway.replicas=2", "share their load"),
+            ("gateway.autoscale.enabled=true,queue.backend=none,gateway.autoscaling.enabled=true", "share their load"),
         )
-        for switch, told in incomplete:
+        for switch, expected in incomplete:
             try:
                 chart.template([f"--set={switch}"])
             except Refused as error:
-                if told in str(error):
+                if expected in str(error):
                     continue
-            raise Wrong(f"--set {switch} does not ask for {told}")
-        return f"{len(bad) + len(incomplete)} mistakes"
+            raise Wrong(f"--set {switch}: the error does not mention {expected}")
+        return f"{len(bad) + len(incomplete)} invalid values"
 
     def own_variables(self):
-        """What a user sets wins over what the chart sets, whatever it is."""
+        """The user's variables override those of the chart, with any value."""
         wrong, count = [], 0
         beside = ["--set=provider.image.repository=x", "--set=provider.image.tag=y"]
         for of, deployment, name in (
@@ -151,11 +154,11 @@ class Checks:
                 objects = chart.template([*beside, f"--set={of}.env.{name}={value}"])
                 [item] = [i for i in objects if (i["kind"], i["metadata"]["name"]) == ("Deployment", deployment)]
                 [container] = [c for c in containers(pod_of(item)) if c["name"] == of]
-                told = [v["value"] for v in container["env"] if v["name"] == name]
+                rendered = [v["value"] for v in container["env"] if v["name"] == name]
                 count += 1
-                if told != [value]:
-                    wrong.append(f"{of}.env.{name}={value!r} becomes {told}")
-        no(wrong)
+                if rendered != [value]:
+                    wrong.append(f"{of}.env.{name}={value!r} becomes {rendered}")
+        require_none(wrong)
         return f"{count} variables"
 
     def kubernetes_schemas(self):
@@ -177,64 +180,64 @@ class Checks:
                 except kubernetes_validate.ValidationError as error:
                     what = f"{'.'.join(map(str, error.path))}: {error.message}"
                     wrong.append((name, f"{item['kind']} {item['metadata']['name']} in {version}: {what}"))
-        no_in_cases(wrong)
+        require_none_in_cases(wrong)
         return f"{len(distinct)} distinct objects, {checked} validations for {' and '.join(KUBERNETES)}"
 
     def references(self):
-        """Selectors, ports, ConfigMaps, Secrets, ServiceAccounts; restricted pods; settings that exist."""
+        """References to pods, ports, ConfigMaps, Secrets and ServiceAccounts; restricted pods; names of settings."""
         known, checked, wrong = settings.by_role(), 0, []
         plains = [(name, objects, ["basic-auth"]) for name, objects in plain.parsed()]
         for name, objects, secrets in [*self.cases, *plains]:
             one = Objects(objects, secrets, known)
             wrong += [(name, what) for what in one.check()]
             checked += one.checked
-        no_in_cases(wrong)
-        return f"{checked} statements"
+        require_none_in_cases(wrong)
+        return f"{checked} conditions"
 
     def plain_manifests(self):
         count, wrong = plain.drift()
         needs, early = plain.order()
-        no(wrong + early)
-        return f"{count} files are what `make yaml` makes, {needs} needs of earlier ones"
+        require_none(wrong + early)
+        return f"{count} files match the output of `make yaml`, {needs} references to earlier files"
 
     def upgrade(self):
-        """A new chart restarts what it changes, and nothing else."""
+        """A new chart version restarts changed pods, and no others."""
         count, wrong = upgrades.of_versions()
         configs, stale = upgrades.of_configs(self.cases)
         live, lost = upgrades.of_live_objects()
-        no(wrong + stale + lost)
+        require_none(wrong + stale + lost)
         return f"{count} pod templates, {configs} configurations, {live} upgrades of a live cluster"
 
     def settings_in_schema(self):
-        """`env` takes each setting of the program and nothing else, but for ports, which probes and Services know."""
+        """`env` accepts exactly the settings of the program, except for the ports of probes and Services."""
         definitions = json.loads((CHART / "values.schema.json").read_text())["definitions"]
         known, wrong = settings.by_role(), []
         for of, role in (("gateway", "serve"), ("worker", "worker")):
             should = known[role] - {"port", "metrics_port", "worker_metrics_port"}
             taken = set(definitions[f"{of}Settings"]["enum"])
-            wrong += [f"{of}.env does not take {name}" for name in should - taken]
-            wrong += [f"{of}.env takes {name}, which is no setting" for name in taken - should]
-        no(sorted(wrong))
+            wrong += [f"{of}.env does not accept {name}" for name in should - taken]
+            wrong += [f"{of}.env accepts {name}, which is not a setting" for name in taken - should]
+        require_none(sorted(wrong))
         return f"{len(known['serve'] | known['worker'])} settings"
 
     def chart_readme(self):
-        """README.md of the chart has each value with its default; each value is used in a template."""
+        """README.md of the chart lists each value with its default; a template uses each value."""
         values = yaml.load((CHART / "values.yaml").read_text(), Loader)
         leaves = dict(flat(values))
         readme = (CHART / "README.md").read_text()
-        told = dict(re.findall(r"^\| `([\w.]+)` \| `(.*?)` \|", readme, re.M))
-        wrong = [f"{path} is not in README.md" for path in leaves.keys() - told.keys()]
-        wrong += [f"{path} of README.md is no value" for path in told.keys() - leaves.keys()]
-        for path in leaves.keys() & told.keys():
-            if told[path] != json.dumps(leaves[path]):
-                wrong.append(f"{path}: README.md says {told[path]}, values.yaml {json.dumps(leaves[path])}")
+        documented = dict(re.findall(r"^\| `([\w.]+)` \| `(.*?)` \|", readme, re.M))
+        wrong = [f"{path} is not in README.md" for path in leaves.keys() - documented.keys()]
+        wrong += [f"{path} of README.md is not a value" for path in documented.keys() - leaves.keys()]
+        for path in leaves.keys() & documented.keys():
+            if documented[path] != json.dumps(leaves[path]):
+                wrong.append(f"{path}: README.md has {documented[path]}, values.yaml {json.dumps(leaves[path])}")
         texts = "".join(path.read_text() for path in (CHART / "templates").rglob("*.*"))
         for path in leaves:
-            # A template names the value, or takes what it is in and then the last part of it.
+            # A template refers to the value by its full path, or by its last part inside of a `with`.
             parts = path.split(".")
             if f".Values.{path}" not in texts and not re.search(rf"\.{parts[-1]}\b", texts):
                 wrong.append(f"{path} is in no template")
-        no(sorted(wrong))
+        require_none(sorted(wrong))
         return f"{len(leaves)} values"
 
     def prometheus_config(self):
@@ -249,7 +252,7 @@ class Checks:
                 for path in Path(place).iterdir():
                     path.unlink()
         run("promtool", "check", "rules", names.RULES)
-        # The same for an operator's Prometheus: its object is a rule file with something around.
+        # The same for the Prometheus operator: the spec of its object is a rule file.
         for _, objects, _ in self.cases:
             for item in (i for i in objects if i["kind"] == "PrometheusRule"):
                 with tempfile.NamedTemporaryFile("w", suffix=".yml") as file:
@@ -261,7 +264,7 @@ class Checks:
     def prometheus_rules(self):
         tests = sorted((ROOT / "tests/manifests/rules").glob("*.yml"))
         with tempfile.TemporaryDirectory() as place:
-            # As values files make them, each with the tests that are named after it.
+            # The rules as rendered with a values file, with the test file of the same name.
             for name, objects, _ in self.cases:
                 test = ROOT / "tests/manifests/rules" / name.replace(".yaml", ".yml")
                 if test in tests:
@@ -270,15 +273,15 @@ class Checks:
                     run("promtool", "test", "rules", shutil.copy(test, place))
         run("promtool", "test", "rules", ROOT / "tests/manifests/rules/gateway.yml")
         texts = "".join(path.read_text() for path in tests)
-        wrong = [f"no test of {r['alert']}" for r in names.rules() if "alert" in r and r["alert"] not in texts]
-        no(wrong)
+        wrong = [f"{r['alert']} has no test" for r in names.rules() if "alert" in r and r["alert"] not in texts]
+        require_none(wrong)
         return f"{len(tests)} files, {texts.count('eval_time')} evaluations"
 
     def single_numbers(self):
-        """Panels of dashboards that show one number get one, of functions that are called, idle, and fail."""
+        """Single-value panels of dashboards get exactly one value, for busy, idle and new functions."""
         series = {
             "busy.fn": {"200": "0+90x60", "502": "0+10x60"},
-            # Failed once, and was not called since.
+            # Failed once, and has not been called since.
             "idle.fn": {"200": "7x60", "502": "1x60"},
             "new.fn": {},
         }
@@ -291,7 +294,7 @@ class Checks:
         asked = [
             names.filled(query, function) for path in names.DASHBOARDS for query in names.single(path) for function in series
         ]
-        # Those that end in a number of their own have one always; NaN is not above or below anything.
+        # A query with `or vector(0)` always has a value; the comparison drops NaN.
         tests = [
             {"expr": f"count(({query}) >= 0)", "eval_time": "14m", "exp_samples": [{"value": 1}]}
             for query in dict.fromkeys(asked)
@@ -315,7 +318,7 @@ class Checks:
         return f"{len(configs)} configurations"
 
     def nats_config(self):
-        """By the server itself."""
+        """The server accepts its configuration."""
         configs = {text["nats.conf"] for text in self.config_maps("nats")}
         env = {**os.environ, "POD_NAME": "nats-0", "NATS_USER": "gateway", "NATS_PASSWORD": "p1e9"}
         for text in configs:
@@ -326,23 +329,23 @@ class Checks:
         return f"{len(configs)} configurations"
 
     def metric_names(self):
-        """Source, docs/METRICS.md, rules and dashboards agree."""
+        """Source, docs/METRICS.md, rules and dashboards have the same metrics."""
         source, docs = names.in_source(), names.in_docs()
         wrong = [f"{name} is exported, but not in docs/METRICS.md" for name in source - docs.keys()]
         wrong += [f"{name} is in docs/METRICS.md, but not exported" for name in docs.keys() - source]
         asked, missing = names.unknown()
-        wrong += [f"{where} asks for {name}, which nobody exports" for where, name in missing]
-        no(sorted(wrong))
+        wrong += [f"{where} queries {name}, which is not exported" for where, name in missing]
+        require_none(sorted(wrong))
         return f"{len(source)} metrics, {asked} queries of rules and {len(names.DASHBOARDS)} dashboards"
 
     def alerts_have_a_page(self):
         page = (ROOT / "docs/OPERATE.md").read_text()
         alerts = [rule["alert"] for rule in names.rules() if "alert" in rule]
-        no([f"docs/OPERATE.md says nothing of {alert}" for alert in alerts if f"### {alert}\n" not in page])
+        require_none([f"docs/OPERATE.md has no section {alert}" for alert in alerts if f"### {alert}\n" not in page])
         return f"{len(alerts)} alerts"
 
     def everything_at_work(self):
-        """See live.py: a queued call, a scrape, a rule that fires and scales its function, the queries of dashboards."""
+        """See live.py: a queued call, a scrape, an alert that scales its function, and the queries of dashboards."""
         with tempfile.TemporaryDirectory() as folder, live.Machine(folder) as machine:
             try:
                 return self.look_at(machine)
@@ -352,16 +355,16 @@ class Checks:
     def look_at(self, machine):
         machine.start_all()
         live.eventually("the gateway is ready", lambda: live.get(machine.url("http", "/_/ready")))
-        # The worker asks the gateway, and may have done so before that was there.
+        # The worker depends on the gateway, and may have started first.
         live.eventually("the worker is ready", lambda: live.get(machine.url("worker_metrics", "/_/ready")))
-        said = machine.helm_test()
-        assert "404 is right" in said, said
+        output = machine.helm_test()
+        assert "expected: 404" in output, output
         machine.deploy(service="echo", image="-", envProcess="cat", labels={"com.openfaas.scale.max": "5"})
-        # It calls no function that it was not told to.
-        said = machine.helm_test()
-        assert "404 is right" in said, said
-        said = machine.helm_test("echo")
-        assert "made: succeeded" in said, said
+        # Without test.function it calls no function.
+        output = machine.helm_test()
+        assert "expected: 404" in output, output
+        output = machine.helm_test("echo")
+        assert "executed: succeeded" in output, output
 
         def fires():
             for _ in range(20):
@@ -372,20 +375,20 @@ class Checks:
         fired = live.eventually("an alert fires", fires)
         assert fired == {"APIHighInvocationRate"}, fired
         echo = live.eventually(
-            "Alertmanager has the function scaled",
+            "Alertmanager scales the function",
             lambda: next((f for f in [machine.functions()["echo"]] if f["replicas"] > 1), None),
         )
         assert echo["invocationCount"] > 20, echo
         exported, lint = machine.exported()
         docs = names.in_docs()
-        no([f"{name} {kind} is shown, but docs/METRICS.md has {docs.get(name)}" for name, kind in exported.items()
+        require_none([f"{name} is exported as {kind}, but docs/METRICS.md has {docs.get(name)}" for name, kind in exported.items()
             if docs.get(name) != kind])
-        # The names that operators know; promtool would have them otherwise.
-        no([line for line in lint if line.split()[0] not in LEGACY_NAMES])
+        # promtool's findings, except for names that operators know from OpenFaaS.
+        require_none([line for line in lint if line.split()[0] not in LEGACY_NAMES])
         queries = [query for path in names.DASHBOARDS for query in names.queries(path) if "label_values" not in query]
         with_data = sum(bool(machine.query(names.filled(query, "echo.openfaas-fn"))) for query in queries)
         return (
-            f"queued call made, alert fired, {echo['replicas']} replicas, {echo['invocationCount']} calls counted, "
+            f"queued call executed, alert fired, {echo['replicas']} replicas, {echo['invocationCount']} calls counted, "
             f"{len(exported)} metrics, {len(queries)} queries of dashboards ({with_data} with data)"
         )
 
@@ -398,7 +401,7 @@ HELPERS = {"config_maps", "look_at"}
 
 
 def flat(value, path=""):
-    """Path and value of each leaf; what is empty is a leaf, too."""
+    """Path and value of each leaf; an empty map is a leaf as well."""
     if isinstance(value, dict) and value and not path.endswith("resources") and not path.endswith("labels"):
         for key, inner in value.items():
             yield from flat(inner, f"{path}.{key}" if path else key)

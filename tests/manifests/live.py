@@ -1,5 +1,5 @@
-"""The chart's own files at work: gateway and worker with the variables of their Deployments, NATS, Prometheus and
-Alertmanager with their configurations, on this machine. Only addresses and folders are replaced."""
+"""Runs the chart's programs on this machine: gateway and worker with the variables of their Deployments, NATS, Prometheus
+and Alertmanager with their configurations. Only addresses and directories are replaced."""
 
 import contextlib
 import json
@@ -21,12 +21,12 @@ from chart import CHART, ROOT, template
 
 GATEWAY = Path(os.environ.get("CARGO_TARGET_DIR", ROOT / "target")) / "debug" / "gateway"
 USER, PASSWORD = "admin", "p1e9-secret"
-# Far more than anything takes: a busy machine fails no check.
+# Generous, so that a busy machine fails no check.
 DEADLINE = 90
 
 
 def eventually(what, holds):
-    """What `holds` returns once that is true."""
+    """Waits until `holds` returns a true value, and returns it."""
     start, last = time.monotonic(), None
     while time.monotonic() - start < DEADLINE:
         try:
@@ -45,12 +45,12 @@ def get(url, method="GET", data=None, login=False):
     request = urllib.request.Request(url, data, method=method)
     if login:
         request.add_header("Authorization", "Basic " + b64encode(f"{USER}:{PASSWORD}".encode()).decode())
-    with urllib.request.urlopen(request, timeout=10) as answer:
-        return answer.read().decode()
+    with urllib.request.urlopen(request, timeout=10) as response:
+        return response.read().decode()
 
 
 class Machine:
-    """What runs, in a folder that is gone afterwards."""
+    """The running programs, with their files in a temporary directory."""
 
     def __init__(self, folder):
         self.folder = Path(folder)
@@ -90,7 +90,7 @@ class Machine:
         return str(path)
 
     def env(self, deployment, **replaced):
-        """The variables of a Deployment's first container, each that `replaced` has with another value."""
+        """The variables of a Deployment's first container, with the values in `replaced`."""
         [container] = self.objects["Deployment", deployment]["spec"]["template"]["spec"]["containers"]
         env = {v["name"]: v.get("value", "given") for v in container["env"]}
         missing = replaced.keys() - env.keys() - {"port", "metrics_port", "worker_metrics_port", "listen_address"}
@@ -133,7 +133,7 @@ class Machine:
             ("/etc/prometheus/", f"{self.folder}/"), ("alertmanager:9093", f"127.0.0.1:{self.ports['alertmanager']}"),
         )
         self.file("prometheus", "gateway.rules.yml")
-        # Debian's Prometheus asks no name servers here; all else stays.
+        # Replaces service discovery by DNS with fixed targets; the rest stays.
         parsed = yaml.safe_load(Path(config).read_text())
         for job in parsed["scrape_configs"]:
             port = {"gateway": "metrics", "queue-worker": "worker_metrics"}[job["job_name"]]
@@ -153,7 +153,7 @@ class Machine:
             "--cluster.listen-address=", f"--web.listen-address=127.0.0.1:{self.ports['alertmanager']}",
         )
 
-    # --- what it is asked ---
+    # --- requests ---
 
     def functions(self):
         return {f["name"]: f for f in json.loads(get(self.url("http", "/system/functions"), login=True))}
@@ -167,7 +167,7 @@ class Machine:
         eventually("the function can be called", lambda: get(self.url("http", f"/function/{function['service']}")) or True)
 
     def helm_test(self, function=""):
-        """What `helm test` runs, with `test.function`."""
+        """Runs the script of `helm test`, with `test.function`, and returns its output."""
         run = subprocess.run(
             ["sh", "-ec", (CHART / "files/test.sh").read_text()], capture_output=True, text=True, timeout=DEADLINE,
             env={"PATH": os.environ["PATH"], "GATEWAY": self.url("http"), "FUNCTION": function, "QUEUE": "jetstream",
@@ -177,22 +177,22 @@ class Machine:
         return run.stdout
 
     def exported(self):
-        """Names that gateway and worker show, each with its kind, and what promtool says of them."""
-        found, said = {}, set()
+        """Names and kinds of the metrics of gateway and worker, and promtool's findings."""
+        found, findings = {}, set()
         for port in ("metrics", "worker_metrics"):
             text = get(self.url(port, "/metrics"))
             found.update(re.findall(r"^# TYPE (\S+) (\S+)$", text, re.M))
             lint = subprocess.run(["promtool", "check", "metrics"], input=text, capture_output=True, text=True, timeout=60)
             assert lint.returncode in (0, 3), lint.stderr
-            said.update(lint.stderr.strip().splitlines())
-        return found, said
+            findings.update(lint.stderr.strip().splitlines())
+        return found, findings
 
     def logs(self):
         return "".join(f"{path.name}: {path.read_text()[-2000:]}\n" for path in sorted(self.folder.glob("*.log")))
 
 
 def free_ports(count):
-    """Ports that nobody listens on."""
+    """Returns unused ports."""
     sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
     ports = [one.getsockname()[1] for one in sockets]
     for one in sockets:

@@ -1,4 +1,4 @@
-"""Names of metrics: those in the source, those in docs/METRICS.md, and those that rules and dashboards ask for."""
+"""Names of metrics in the source, in docs/METRICS.md, and in the queries of rules and dashboards."""
 
 import json
 import re
@@ -9,8 +9,8 @@ from chart import CHART, ROOT
 
 RULES = CHART / "rules" / "gateway.yml"
 DASHBOARDS = sorted((CHART / "dashboards").glob("*.json"))
-# Prometheus's own.
-GIVEN = {"up"}
+# Metrics of Prometheus itself.
+BUILT_IN = {"up"}
 PREFIX = r"(?:gateway|queue_worker|http)"
 # Words of PromQL that look like names.
 WORDS = set(
@@ -27,14 +27,14 @@ def in_source():
 
 
 def in_docs():
-    """Name → kind, as docs/METRICS.md has it."""
+    """Name → kind in docs/METRICS.md."""
     text = (ROOT / "docs/METRICS.md").read_text()
     rows = re.findall(r"^\| `([a-z_]+)(?:\{[a-z_, ]*\})?` \| (counter|gauge|histogram) \|", text, re.M)
     return dict(rows)
 
 
 def series(documented):
-    """What a name may be followed by in a query."""
+    """Names of the series of each metric: histograms have three."""
     for name, kind in documented.items():
         if kind == "histogram":
             yield from (f"{name}_bucket", f"{name}_sum", f"{name}_count")
@@ -49,13 +49,13 @@ def rules():
 
 
 def single(dashboard):
-    """The queries of panels that show one number."""
+    """The queries of single-value panels."""
     panels = json.loads(dashboard.read_text())["panels"]
     return [target["expr"] for panel in panels if panel["type"] == "stat" for target in panel["targets"]]
 
 
 def queries(dashboard):
-    """What a dashboard asks Prometheus for."""
+    """All queries of a dashboard."""
     def walk(value):
         if isinstance(value, dict):
             if isinstance(value.get("expr"), str):
@@ -72,7 +72,7 @@ def queries(dashboard):
 
 
 def filled(query, function):
-    """A dashboard's query, with its variables as Grafana would fill them in."""
+    """A dashboard's query with its variables replaced, as Grafana does."""
     return query.replace("$__rate_interval", "1m").replace("$function", function).replace("$queue", ".+")
 
 
@@ -80,18 +80,18 @@ def used(expression):
     """Names of series in a PromQL expression."""
     bare = re.sub(r'"[^"]*"|\'[^\']*\'', "", expression)
     bare = re.sub(r"\{[^}]*\}|\[[^\]]*\]", "", bare)
-    # Labels of an aggregation or a match.
+    # Removes the labels of aggregations and vector matches.
     bare = re.sub(r"\b(by|without|on|ignoring|group_left|group_right)\s*\([^)]*\)", "", bare)
-    # The second argument of label_values() is a label; $ and what follows are variables of the dashboard.
+    # The second argument of label_values() is a label; names after $ are variables of the dashboard.
     bare = re.sub(r"label_values\(([^,()]+),[^)]*\)", r"\1", bare)
     bare = re.sub(r"\$\w+", "", bare)
     return {name for name in re.findall(r"[a-zA-Z_:][a-zA-Z0-9_:]*", bare) if name not in WORDS}
 
 
 def unknown():
-    """Everything that is asked for and that nobody exports: (where, name)."""
+    """The number of queries, and the names in them that are not exported: (where, name)."""
     recorded = {rule["record"] for rule in rules() if "record" in rule}
-    known = set(series(in_docs())) | recorded | GIVEN
+    known = set(series(in_docs())) | recorded | BUILT_IN
     asked = [(f"rule {rule.get('alert') or rule['record']}", rule["expr"]) for rule in rules()]
     asked += [(path.name, query) for path in DASHBOARDS for query in queries(path)]
     missing = [(where, name) for where, query in asked for name in sorted(used(query) - known)]

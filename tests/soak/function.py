@@ -1,4 +1,4 @@
-"""The function of the soak test: it notes the id of each call, streams, and speaks WebSocket."""
+"""The function of the soak test: records the id of each call, streams events, and echoes WebSocket messages."""
 
 import base64
 import hashlib
@@ -14,7 +14,7 @@ GUID = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
-    def answer(self, body):
+    def respond(self, body):
         self.send_response(200)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
@@ -22,9 +22,9 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self):
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        # One write of a short line is not mixed with others.
+        # A single short write in append mode is not interleaved with others.
         os.write(EXECUTED, (self.headers.get("X-Call-Id", "-") + "\n").encode())
-        self.answer(body)
+        self.respond(body)
 
     def do_GET(self):
         if self.headers.get("Upgrade", "").lower() == "websocket":
@@ -40,7 +40,7 @@ class Handler(BaseHTTPRequestHandler):
                 time.sleep(0.05)
             self.wfile.write(b"0\r\n\r\n")
         else:
-            self.answer(b"here\n")
+            self.respond(b"here\n")
 
     def echo_frames(self):
         key = self.headers["Sec-WebSocket-Key"].encode()

@@ -1,4 +1,4 @@
-"""The load of the soak test: each kind of traffic is a loop in a thread of its own, which survives every failure."""
+"""The load of the soak test: each kind of traffic runs in its own thread, and continues after every failure."""
 
 import base64
 import collections
@@ -15,7 +15,7 @@ TIMEOUT = 30
 
 
 class Load:
-    """What is sent to some gateways, and what came of it."""
+    """The threads that send requests to the gateways, and the counts of their outcomes."""
 
     def __init__(self, gateways, metrics, functions):
         self.gateways, self.metrics, self.functions = gateways, metrics, functions
@@ -33,7 +33,7 @@ class Load:
             kinds += [(self.queued, gateway, 0.02)] * 2
             kinds += [(self.stream, gateway, 0.2), (self.websocket, gateway, 0.2)]
         kinds += [(self.scrape, metrics, 1) for metrics in self.metrics]
-        # Of the API, one at a time.
+        # One thread for each kind of API request.
         first = self.gateways[0]
         kinds += [(self.cold_start, first, 2), (self.redeploy, first, 10)]
         for kind, target, pause in kinds:
@@ -55,7 +55,7 @@ class Load:
             except (OSError, http.client.HTTPException, EOFError) as error:
                 outcome = type(error).__name__
             if outcome != "ok":
-                # What is left of a failed exchange must not be taken for the next response.
+                # The rest of a failed response must not be read as the next one.
                 if connection:
                     connection.close()
                 connection = None
@@ -63,7 +63,7 @@ class Load:
                 self.counts[kind.__name__, outcome] += 1
 
     @staticmethod
-    def ask(connection, method, path, body=None, headers=None):
+    def send(connection, method, path, body=None, headers=None):
         connection.request(method, path, body, headers or {})
         response = connection.getresponse()
         return response, response.read()
@@ -71,7 +71,7 @@ class Load:
     def synchronous(self, connection, _target):
         body = os.urandom(random.choice([0, 10, 1000, 100_000]))
         name = random.choice(["count", "count", "forked"])
-        response, text = self.ask(connection, "POST", f"/function/{name}", body)
+        response, text = self.send(connection, "POST", f"/function/{name}", body)
         if response.status != 200:
             return str(response.status)
         return "ok" if name == "forked" or text == body else "another body"
@@ -79,7 +79,7 @@ class Load:
     def queued(self, connection, target):
         body = os.urandom(random.randrange(2000))
         name = random.choice(["count", "count", "count", "forked"])
-        response, _ = self.ask(connection, "POST", f"/async-function/{name}", body)
+        response, _ = self.send(connection, "POST", f"/async-function/{name}", body)
         if response.status != 202:
             return str(response.status)
         with self.lock:
@@ -87,7 +87,7 @@ class Load:
         return "ok"
 
     def stream(self, connection, _target):
-        response, text = self.ask(connection, "GET", "/function/count/stream")
+        response, text = self.send(connection, "GET", "/function/count/stream")
         if response.status != 200:
             return str(response.status)
         return "ok" if text.count(b"data:") == 20 else "cut short"
@@ -120,15 +120,15 @@ class Load:
         return "ok"
 
     def scrape(self, connection, _target):
-        response, text = self.ask(connection, "GET", "/metrics")
+        response, text = self.send(connection, "GET", "/metrics")
         return "ok" if response.status == 200 and b"gateway" in text else str(response.status)
 
     def cold_start(self, connection, _target):
         asleep = json.dumps({"serviceName": "sleepy", "replicas": 0})
-        response, _ = self.ask(connection, "POST", "/system/scale-function/sleepy", asleep)
+        response, _ = self.send(connection, "POST", "/system/scale-function/sleepy", asleep)
         if response.status not in (200, 202):
             return f"scaling: {response.status}"
-        response, text = self.ask(connection, "GET", "/function/sleepy")
+        response, text = self.send(connection, "GET", "/function/sleepy")
         return "ok" if text == b"here\n" else str(response.status)
 
     def redeploy(self, connection, _target):
@@ -136,5 +136,5 @@ class Load:
         function["envVars"] = {**function["envVars"], "version": str(time.time())}
         headers = {"Content-Type": "application/json"}
         body = json.dumps(function)
-        response, _ = self.ask(connection, "PUT", "/system/functions", body, headers)
+        response, _ = self.send(connection, "PUT", "/system/functions", body, headers)
         return "ok" if response.status in (200, 202) else str(response.status)

@@ -1,4 +1,4 @@
-"""The processes of the soak test: started, killed, started again, and looked at."""
+"""Starts, kills, restarts and measures the processes of the soak test."""
 
 import os
 import random
@@ -9,12 +9,12 @@ import time
 import urllib.request
 from pathlib import Path
 
-# A process is there long before this.
-START = 60
+# Time limit in seconds for a process to become ready.
+START_TIMEOUT = 60
 
 
 def free_port():
-    """A port that no connection is given by the system: a process that was killed needs it again."""
+    """A free port outside of the ephemeral range: no connection may take it while its process restarts."""
     first, last = map(int, Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split())
     while True:
         port = random.randrange(10_000, 65_536)
@@ -29,7 +29,7 @@ def free_port():
 
 
 class Process:
-    """One of them. It keeps its ports and its files over kills."""
+    """One process. It keeps its ports and files across restarts."""
 
     def __init__(self, name, command, variables, ready, directory):
         self.name, self.command, self.ready = name, command, ready
@@ -45,12 +45,12 @@ class Process:
         self.child = subprocess.Popen(
             self.command, env=self.variables, cwd=self.directory, stdout=self.log, stderr=self.log
         )
-        deadline = time.monotonic() + START
+        deadline = time.monotonic() + START_TIMEOUT
         while not self.is_ready():
             if self.child.poll() is not None:
                 raise SystemExit(f"{self.name} ended with {self.child.returncode}: see {self.log.name}")
             if time.monotonic() > deadline:
-                raise SystemExit(f"{self.name} is not ready after {START} s: see {self.log.name}")
+                raise SystemExit(f"{self.name} is not ready after {START_TIMEOUT} s: see {self.log.name}")
             time.sleep(0.05)
 
     def is_ready(self):
@@ -75,7 +75,7 @@ class Process:
                 self.child.wait()
 
     def sample(self, at):
-        """Notes what it uses now; nothing if it has just been killed."""
+        """Records the current resource use; does nothing if the process has just been killed."""
         root = f"/proc/{self.child.pid}"
         try:
             with open(f"{root}/status") as file:
@@ -86,7 +86,7 @@ class Process:
             pass
 
     def files(self):
-        """How many files it has open; none if it does not run."""
+        """The number of open files; 0 if the process does not run."""
         try:
             return len(os.listdir(f"/proc/{self.child.pid}/fd"))
         except OSError:

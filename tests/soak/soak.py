@@ -2,9 +2,10 @@
 
     python3 tests/soak/soak.py target/release/gateway
 
-One gateway keeps its queue in a file; another, with a worker beside it, on NATS JetStream if there is a nats-server.
-It prints what became of each queued call by its id, and what the processes use at the start, in the middle and at the
-end. It fails if a call is lost, if a process that was never killed grows, or if one holds files when nothing happens.
+One gateway has its queue in a file; another one, with a separate worker, uses NATS JetStream if nats-server is installed.
+The test counts by call id how often each queued call was executed, and prints the resource use of the processes at the
+start, in the middle and at the end. It fails if a call is lost, if a process that was never killed grows, or if a process
+keeps files open after the load.
 """
 
 import collections
@@ -21,16 +22,16 @@ from load import Load
 from processes import Process, free_port
 
 MINUTE = 60
-# Between two looks at the processes.
-LOOK = 5
-# So long the queues may stand still in the end.
-STILL = 90
-# What a process may use more in the end than in the middle: KiB, files, threads.
+# Seconds between two samples of the processes.
+SAMPLE_INTERVAL = 5
+# Seconds without progress of the queues after which the drain ends.
+DRAIN_TIMEOUT = 90
+# Allowed growth from the middle to the end of a process that was never killed: KiB, files, threads.
 GROWTH = (16 << 10, 64, 8)
-# What any process, killed or not, may use more in the end than at the start: KiB.
-MOST_GROWTH = 256 << 10
-# Files that a process may hold more after the load than before it: idle connections to functions and NATS.
-KEPT_FILES = 64
+# Allowed growth in KiB from the start to the end of any process.
+MAX_GROWTH = 256 << 10
+# Allowed additional open files after the load: idle connections to functions and NATS.
+MAX_KEPT_FILES = 64
 
 
 class Soak:
@@ -48,7 +49,7 @@ class Soak:
                 "envProcess": f"sh -c 'cat >/dev/null; echo $Http_X_Call_Id >>{self.executed}; echo done'",
             },
         }
-        self.processes, self.mortal = [], []
+        self.processes, self.killable = [], []
         self.gateways, self.metrics = [], []
         self.make_processes(binary)
         self.load = Load(self.gateways, self.metrics, self.functions)
@@ -72,29 +73,29 @@ class Soak:
             command += ["-sd", str(self.root / "nats")]
             self.add("nats", command, {}, f"http://127.0.0.1:{monitor}/healthz", True)
             queue = {"queue": "jetstream", "faas_nats_address": "127.0.0.1", "faas_nats_port": str(nats)}
-            # Killed never: what it uses shows whether it grows.
+            # Never killed: its resource use shows whether it grows.
             self.add_gateway("gateway-jetstream", binary, {**common, **queue, "with_worker": "false"}, False)
             port = free_port()
             worker = {**common, **queue, "worker_metrics_port": str(port), "ack_wait": "5s"}
             self.add("worker", [binary, "worker"], worker, f"http://127.0.0.1:{port}/healthz", True)
             self.metrics.append(("127.0.0.1", port))
         else:
-            print("there is no nats-server: calls are queued in a file only", flush=True)
+            print("nats-server is not installed: calls are queued in a file only", flush=True)
         queue = {"queue": "embedded", "state_dir": str(self.root / "embedded")}
         self.add_gateway("gateway-embedded", binary, {**common, **queue}, True)
 
-    def add_gateway(self, name, binary, variables, mortal):
+    def add_gateway(self, name, binary, variables, killable):
         port, metrics = free_port(), free_port()
         variables = {**variables, "port": str(port), "metrics_port": str(metrics)}
-        self.add(name, [binary, "serve"], variables, f"http://127.0.0.1:{port}/_/ready", mortal)
+        self.add(name, [binary, "serve"], variables, f"http://127.0.0.1:{port}/_/ready", killable)
         self.gateways.append(("127.0.0.1", port))
         self.metrics.append(("127.0.0.1", metrics))
 
-    def add(self, name, command, variables, ready, mortal):
+    def add(self, name, command, variables, ready, killable):
         process = Process(name, command, variables, ready, self.root)
         self.processes.append(process)
-        if mortal:
-            self.mortal.append(process)
+        if killable:
+            self.killable.append(process)
 
     def run(self):
         for process in self.processes:
@@ -106,22 +107,22 @@ class Soak:
         self.load.start()
         began, kills = time.monotonic(), 0
         while (now := time.monotonic() - began) < self.minutes * MINUTE:
-            # In the middle of each minute, one after the other.
+            # One process in the middle of each minute, in turn.
             if now >= (kills + 0.5) * MINUTE:
-                victim = self.mortal[kills % len(self.mortal)]
+                victim = self.killable[kills % len(self.killable)]
                 victim.kill()
                 victim.start()
                 kills += 1
                 print(f"{now:6.0f} s: killed {victim.name}; {self.use()}", flush=True)
             for process in self.processes:
                 process.sample(now)
-            time.sleep(LOOK)
+            time.sleep(SAMPLE_INTERVAL)
         self.load.stop()
         self.drain()
         return self.report(kills)
 
     def use(self):
-        """What the processes used when they were looked at last."""
+        """The memory of each process in its last sample."""
         used = ((process.name, process.samples[-1][1] / 1024) for process in self.processes if process.samples)
         return ", ".join(f"{name} {memory:.0f} MiB" for name, memory in used)
 
@@ -135,10 +136,10 @@ class Soak:
             )
             urllib.request.urlopen(request, timeout=60).close()
         for name in self.functions:
-            self.call_until_it_answers(f"http://{host}:{port}/function/{name}")
+            self.call_until_success(f"http://{host}:{port}/function/{name}")
 
     @staticmethod
-    def call_until_it_answers(url):
+    def call_until_success(url):
         deadline = time.monotonic() + MINUTE
         while True:
             try:
@@ -158,18 +159,18 @@ class Soak:
         return [call for call in ids if call not in executed]
 
     def drain(self):
-        """Waits until each accepted call has been executed, or nothing moves any more."""
+        """Waits until each accepted call has been executed, or until there is no progress."""
         last, since = None, time.monotonic()
-        while (missing := len(self.missing())) and time.monotonic() - since < STILL:
+        while (missing := len(self.missing())) and time.monotonic() - since < DRAIN_TIMEOUT:
             if missing != last:
                 last, since = missing, time.monotonic()
             time.sleep(0.5)
-        # Connections that were in use are closed meanwhile. Idle ones are kept for 50 s.
-        deadline = time.monotonic() + STILL
-        while any(process.files() > process.samples[0][2] + KEPT_FILES for process in self.processes):
+        # Waits for connections to close: idle ones are kept for 50 s.
+        deadline = time.monotonic() + DRAIN_TIMEOUT
+        while any(process.files() > process.samples[0][2] + MAX_KEPT_FILES for process in self.processes):
             if time.monotonic() > deadline:
                 break
-            time.sleep(LOOK)
+            time.sleep(SAMPLE_INTERVAL)
 
     def report(self, kills):
         failures = []
@@ -182,35 +183,35 @@ class Soak:
             times = collections.Counter(min(executed[call], 3) for call in ids)
             print(f"{name:<20}{len(ids):>11}{times[1]:>9}{times[2]:>7}{times[3]:>6}{times[0]:>6}")
             if len(set(ids)) < len(ids):
-                failures.append(f"{name}: {len(ids) - len(set(ids))} ids were given twice")
+                failures.append(f"{name}: {len(ids) - len(set(ids))} ids were assigned twice")
             if not ids:
                 failures.append(f"{name} accepted no call")
             if times[0]:
-                failures.append(f"{name}: {times[0]} calls are lost: {self.told_of(target, ids, executed)}")
+                failures.append(f"{name}: {times[0]} calls are lost: {self.states_of_lost(target, ids, executed)}")
         print(f"\n{'traffic':<14}{'ok':>9}  others")
         for kind in sorted({kind for kind, _ in self.load.counts}):
             counts = {outcome: n for (of, outcome), n in self.load.counts.items() if of == kind}
-            well = counts.pop("ok", 0)
-            print(f"{kind:<14}{well:>9}  {', '.join(f'{n} {outcome}' for outcome, n in counts.items())}")
-            if not well:
-                failures.append(f"{kind}: nothing went well")
+            succeeded = counts.pop("ok", 0)
+            print(f"{kind:<14}{succeeded:>9}  {', '.join(f'{n} {outcome}' for outcome, n in counts.items())}")
+            if not succeeded:
+                failures.append(f"{kind}: no request succeeded")
             failures += [f"{kind}: {outcome}" for outcome in counts if outcome.startswith("another")]
         failures += self.report_use()
         for failure in failures:
             print(f"FAILED: {failure}")
         return not failures
 
-    def told_of(self, target, ids, executed):
-        """What the gateway says of some lost calls."""
-        told = []
+    def states_of_lost(self, target, ids, executed):
+        """The gateway's records of some lost calls."""
+        states = []
         for call in [call for call in ids if call not in executed][:5]:
             try:
                 url = f"http://{target[0]}:{target[1]}/async-function/{call}"
                 with urllib.request.urlopen(url, timeout=5) as response:
-                    told.append(response.read().decode().strip())
+                    states.append(response.read().decode().strip())
             except OSError as error:
-                told.append(f"{call}: {error}")
-        return "; ".join(told)
+                states.append(f"{call}: {error}")
+        return "; ".join(states)
 
     def report_use(self):
         failures, whole = [], self.minutes * MINUTE
@@ -220,7 +221,7 @@ class Soak:
             use = [process.between(begin, end) for _, begin, end in parts]
             cells = [f"{of[0] / 1024:.1f}, {of[1]}, {of[2]}" if of else "-" for of in use]
             print(f"{process.name:<20}{process.kills:>6}   " + "".join(f"{cell:<32}" for cell in cells))
-            if use[0] and use[2] and use[2][0] > use[0][0] + MOST_GROWTH:
+            if use[0] and use[2] and use[2][0] > use[0][0] + MAX_GROWTH:
                 failures.append(f"{process.name}: memory grew from {use[0][0]} to {use[2][0]} KiB")
             if process.kills == 0 and process.name != "nats" and use[1] and use[2]:
                 for what, middle, end, growth in zip(("memory", "files", "threads"), use[1], use[2], GROWTH):
@@ -229,9 +230,9 @@ class Soak:
             before, now = process.samples[0], len(process.samples)
             process.sample(whole)
             if len(process.samples) == now:
-                failures.append(f"{process.name} does not run any more")
-            elif process.samples[-1][2] > before[2] + KEPT_FILES:
-                failures.append(f"{process.name} holds {process.samples[-1][2]} files with nothing to do")
+                failures.append(f"{process.name} is not running any more")
+            elif process.samples[-1][2] > before[2] + MAX_KEPT_FILES:
+                failures.append(f"{process.name} keeps {process.samples[-1][2]} files open after the load")
         return failures
 
     def stop(self):
@@ -243,14 +244,14 @@ def main():
     binary = os.path.abspath(sys.argv[1])
     minutes = float(os.environ.get("SOAK_MINUTES", "30"))
     root = Path(tempfile.mkdtemp(prefix="soak-"))
-    soak, well = Soak(binary, minutes, root), False
+    soak, passed = Soak(binary, minutes, root), False
     try:
-        well = soak.run()
+        passed = soak.run()
     finally:
         soak.stop()
-        if well:
+        if passed:
             shutil.rmtree(root)
-    sys.exit(0 if well else 1)
+    sys.exit(0 if passed else 1)
 
 
 main()

@@ -1,7 +1,7 @@
-# `helm test`: asks the gateway for its health, and queues a call. Reads GATEWAY, FUNCTION, QUEUE.
+# `helm test`: checks the health of the gateway, and queues a call. Reads GATEWAY, FUNCTION, QUEUE.
 secrets=${SECRETS:-/var/secrets/gateway}
 set -- --silent --show-error --max-time 10
-# From a file that curl reads, so that no list of processes shows the password.
+# The password goes through curl's configuration on stdin: an argument would be visible in the process list.
 api() {
   if [ -f "$secrets/basic-auth-user" ]; then
     printf 'user = "%s:%s"\n' "$(cat "$secrets/basic-auth-user")" "$(cat "$secrets/basic-auth-password")"
@@ -14,11 +14,11 @@ api --fail --output /dev/null "$GATEWAY/system/functions"
 echo "OK /system/functions"
 [ "$QUEUE" != none ] || exit 0
 
-# Only a function that was named for it is called: who knows what another one does.
+# Calls only the function named by test.function: calling any other could have side effects.
 if [ -z "$FUNCTION" ]; then
-  # A queue that works looks for the function first.
+  # A working queue checks first that the function exists.
   status=$(curl "$@" --output /dev/null --write-out '%{http_code}' --data '' "$GATEWAY/async-function/gateway-test")
-  echo "$status for a queued call of no function (404 is right)"
+  echo "$status for a queued call of a function that does not exist (expected: 404)"
   [ "$status" = 404 ]
   exit
 fi
@@ -27,14 +27,14 @@ id=$(curl "$@" --fail --dump-header - --output /dev/null --data '' "$GATEWAY/asy
 [ -n "$id" ]
 echo "queued a call of $FUNCTION: $id"
 if [ "$(curl "$@" --output /dev/null --write-out '%{http_code}' "$GATEWAY/async-function/$id")" = 501 ]; then
-  echo "this queue does not tell what became of it"
+  echo "this queue does not report the state of a call"
   exit 0
 fi
 for _ in $(seq 60); do
   state=$(curl "$@" --fail "$GATEWAY/async-function/$id" | sed -n 's/.*"state": *"\([a-z]*\)".*/\1/p')
-  # A function's own failure is an answer: the queue has done its part.
+  # A failure of the function is a result as well: the queue works.
   case $state in
-    succeeded | failed | retrying) echo "made: $state"; exit 0 ;;
+    succeeded | failed | retrying) echo "executed: $state"; exit 0 ;;
     *) sleep 1 ;;
   esac
 done

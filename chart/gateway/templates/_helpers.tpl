@@ -7,7 +7,7 @@ app.kubernetes.io/version: {{ $root.Chart.AppVersion | quote }}
 helm.sh/chart: {{ printf "%s-%s" $root.Chart.Name $root.Chart.Version }}
 {{- end }}
 
-{{/* Labels of a pod: without versions, so that a new chart restarts nothing that is as before: (list $ "component"). */}}
+{{/* Labels of a pod: without versions, so that a new chart version restarts no unchanged pod: (list $ "component"). */}}
 {{- define "gateway.podLabels" -}}
 app: {{ index . 1 }}
 app.kubernetes.io/name: {{ index . 1 }}
@@ -21,7 +21,7 @@ app.kubernetes.io/instance: {{ (index . 0).Release.Name }}
 {{- end }}
 {{- end }}
 
-{{/* What holds for every pod: user, group, and the profile of system calls. */}}
+{{/* Security context of every pod: user, group, seccomp profile. */}}
 {{- define "gateway.podSecurity" -}}
 runAsNonRoot: true
 {{- with .Values.runAsUser }}
@@ -33,7 +33,7 @@ seccompProfile:
   type: RuntimeDefault
 {{- end }}
 
-{{/* What holds for every container. */}}
+{{/* Security context of every container. */}}
 {{- define "gateway.containerSecurity" -}}
 allowPrivilegeEscalation: false
 readOnlyRootFilesystem: true
@@ -41,7 +41,7 @@ capabilities:
   drop: [ALL]
 {{- end }}
 
-{{/* Where pods go, and whose registries they may read. */}}
+{{/* Image pull secrets, node selector, affinity and tolerations of a pod. */}}
 {{- define "gateway.placement" -}}
 {{- with .Values.imagePullSecrets }}
 imagePullSecrets: {{- toYaml . | nindent 2 }}
@@ -57,8 +57,8 @@ affinity: {{- toYaml . | nindent 2 }}
 {{- end }}
 {{- end }}
 
-{{/* Replicas of a component, apart from each other: (list "component" machines), on so many machines or not at all;
-     0 machines: if that can be. */}}
+{{/* Spreads the replicas of a component over nodes: (list "component" nodes). `nodes` is the required minimum;
+     with 0 the spread is only preferred. */}}
 {{- define "gateway.spread" -}}
 topologySpreadConstraints:
   - maxSkew: 1
@@ -72,17 +72,17 @@ topologySpreadConstraints:
         app: {{ index . 0 }}
 {{- end }}
 
-{{/* Puts what the user says over what the chart says: (list settings map). `merge` would leave out false, 0 and "". */}}
+{{/* Overrides the chart's settings by the user's: (list settings map). `merge` would ignore false, 0 and "". */}}
 {{- define "gateway.override" -}}
 {{- range $name, $value := index . 1 }}
 {{- $_ := set (index $ 0) $name $value }}
 {{- end }}
 {{- end }}
 
-{{/* A map of settings as a container's env, sorted by name. What is a map itself says where the value is. */}}
+{{/* A map of settings as a container's env, sorted by name. A value that is a map becomes `valueFrom`. */}}
 {{- define "gateway.env" -}}
 {{- range $name, $value := . }}
-{{- /* Whole numbers come as floats, and would be written as 1e+06. */}}
+{{- /* Helm parses whole numbers as floats, and would print them as 1e+06. */}}
 {{- if kindIs "float64" $value }}
 {{- if eq $value (floor $value) }}{{ $value = int64 $value }}{{ end }}
 {{- end }}
@@ -99,14 +99,14 @@ topologySpreadConstraints:
 {{ .Values.basicAuth.existingSecret | default "basic-auth" }}
 {{- end }}
 
-{{/* The user in it; before it is there, the one that it is made with. */}}
+{{/* The user name in the Secret; before the Secret exists, the name that it is created with. */}}
 {{- define "gateway.authUser" -}}
 {{- $name := include "gateway.authSecret" . }}
 {{- $live := lookup "v1" "Secret" .Release.Namespace $name | default dict }}
 {{- dig "data" "basic-auth-user" "" $live | b64dec | trim | default .Values.basicAuth.user }}
 {{- end }}
 
-{{/* Whether there is a queue, and who makes its calls: "yes" or nothing. */}}
+{{/* hasQueue: whether there is a queue; hasWorker: whether a worker executes its calls: "yes" or nothing. */}}
 {{- define "gateway.hasQueue" -}}
 {{- if ne .Values.queue.backend "none" }}yes{{ end }}
 {{- end }}
@@ -117,7 +117,7 @@ topologySpreadConstraints:
 {{- if .Values.provider.image.repository }}yes{{ end }}
 {{- end }}
 
-{{/* Who has numbers, and on which port. */}}
+{{/* Components that export metrics, and the port of each. */}}
 {{- define "gateway.metricsPorts" -}}
 gateway: 8082
 {{- if include "gateway.hasWorker" . }}
@@ -125,14 +125,14 @@ queue-worker: 8083
 {{- end }}
 {{- end }}
 
-{{/* The rules, for numbers that come every so many seconds: (list $ "15s"). What scales functions looks back over four
-     of them, or one that is late would end the alert, and take the replicas away in the midst of the load. */}}
+{{/* The rules for a scrape interval: (list $ "15s"). The alert that scales functions uses a window of four intervals:
+     otherwise one late scrape would resolve the alert and scale the function down under load. */}}
 {{- define "gateway.rules" -}}
 {{- $window := max 30 (mul 4 (index . 1 | trimSuffix "s" | int)) -}}
 {{ (index . 0).Files.Get "rules/gateway.yml" | replace "[30s]" (printf "[%ds]" $window) }}
 {{- end }}
 
-{{/* The Secret with user and password of NATS, if it asks for them. */}}
+{{/* The Secret with user and password of NATS, if authentication is enabled. */}}
 {{- define "gateway.natsSecret" -}}
 {{- with .Values.queue }}
 {{- if and (eq .backend "jetstream") .jetstream.auth.enabled }}
@@ -143,7 +143,7 @@ queue-worker: 8083
 {{- end }}
 {{- end }}
 
-{{/* Settings of the queue, which gateway and worker share. */}}
+{{/* Settings of the queue, shared by gateway and worker. */}}
 {{- define "gateway.queueSettings" -}}
 {{- $queue := .Values.queue }}
 faas_nats_channel: {{ $queue.channel }}
@@ -169,7 +169,7 @@ max_pending_calls: {{ int64 $queue.maxPendingCalls | quote }}
 result_ttl: {{ $queue.resultTtl }}
 {{- end }}
 
-{{/* Settings of tracing, which gateway and worker share. */}}
+{{/* Settings of tracing, shared by gateway and worker. */}}
 {{- define "gateway.tracing" -}}
 {{- with .Values.tracing }}
 {{- if .otlpEndpoint }}
@@ -179,8 +179,8 @@ otlp_sampling_ratio: {{ .samplingRatio | quote }}
 {{- end }}
 {{- end }}
 
-{{/* The variables of gateway or worker: (list $ settings values-of-it). Each is there once: extraEnv comes before env,
-     and that before the chart. */}}
+{{/* Environment variables of gateway or worker: (list $ settings values). Each appears once: extraEnv overrides env,
+     and env overrides the chart's settings. */}}
 {{- define "gateway.variables" -}}
 {{- $settings := index . 1 }}
 {{- $own := index . 2 }}
@@ -198,14 +198,14 @@ otlp_sampling_ratio: {{ .samplingRatio | quote }}
 {{- end }}
 {{- end }}
 
-{{/* Bytes of a quantity such as 8Gi. */}}
+{{/* A quantity such as 8Gi, in bytes. */}}
 {{- define "gateway.bytes" -}}
 {{- $units := dict "Ki" 1024 "Mi" 1048576 "Gi" 1073741824 "Ti" 1099511627776 "K" 1000 "k" 1000 "M" 1000000 "G" 1000000000 "T" 1000000000000 "" 1 }}
 {{- mulf (regexFind "^[0-9.]+" . | float64) (get $units (regexFind "[A-Za-z]*$" .)) | int64 }}
 {{- end }}
 
-{{/* Says what to do where the volumes of a StatefulSet that is there would change, which Kubernetes refuses without
-     saying more: (list $ "name" storage). */}}
+{{/* Fails with a remedy if the volumes of an existing StatefulSet would change; Kubernetes rejects that without
+     an explanation: (list $ "name" storage). */}}
 {{- define "gateway.sameVolume" -}}
 {{- $root := index . 0 }}
 {{- $name := index . 1 }}
@@ -215,14 +215,14 @@ otlp_sampling_ratio: {{ .samplingRatio | quote }}
 {{- $size := .spec.resources.requests.storage }}
 {{- $class := .spec.storageClassName | default "" }}
 {{- if ne (include "gateway.bytes" $size) (include "gateway.bytes" $storage.size) }}
-{{- fail (printf "StatefulSet %s has volumes of %s, and cannot be given others: \"A larger disk\" in docs/OPERATE.md says how" $name $size) }}
+{{- fail (printf "StatefulSet %s has volumes of %s, and cannot be given others: see \"A larger disk\" in docs/OPERATE.md" $name $size) }}
 {{- else if ne $class $storage.className }}
 {{- fail (printf "StatefulSet %s has volumes of the class %q, and cannot be given others: see \"A larger disk\" in docs/OPERATE.md" $name $class) }}
 {{- end }}
 {{- end }}
 {{- end }}
 
-{{/* Whole seconds of a duration such as 1m30s, rounded up. */}}
+{{/* A duration such as 1m30s in whole seconds, rounded up. */}}
 {{- define "gateway.seconds" -}}
 {{- $units := dict "h" 3600 "m" 60 "s" 1 "ms" 0.001 "us" 0.000001 "µs" 0.000001 "ns" 0.000000001 "" 1 }}
 {{- $sum := 0.0 }}
@@ -232,13 +232,13 @@ otlp_sampling_ratio: {{ .samplingRatio | quote }}
 {{- ceil $sum | int64 }}
 {{- end }}
 
-{{/* The most that the gateway may take for a call: the wait for its function, the call, and a little more. */}}
+{{/* The longest time in seconds that the gateway spends on a call: cold start, upstream timeout, and a margin. */}}
 {{- define "gateway.longestCall" -}}
 {{- $start := .Values.gateway.scaleFromZero | ternary (get .Values.gateway.env "cold_start_timeout" | default "60s") "0s" }}
 {{- add (include "gateway.seconds" .Values.gateway.upstreamTimeout) (include "gateway.seconds" (toString $start)) 5 }}
 {{- end }}
 
-{{/* What else a container of gateway or worker reads: (list $ values-of-it). */}}
+{{/* envFrom and volume mounts of a gateway or worker container: (list $ values). */}}
 {{- define "gateway.files" -}}
 {{- $own := index . 1 }}
 {{- with $own.envFrom }}
@@ -258,7 +258,7 @@ volumeMounts:
 {{- end }}
 {{- end }}
 
-{{/* The volumes for it. */}}
+{{/* The volumes for these mounts. */}}
 {{- define "gateway.volumes" -}}
 {{- $root := index . 0 }}
 {{- if $root.Values.basicAuth.enabled }}

@@ -1,4 +1,4 @@
-{{/* The container of a provider beside the gateway. */}}
+{{/* The container of a provider in the gateway's pod. */}}
 {{- define "gateway.provider" -}}
 - name: provider
   image: {{ printf "%s:%s" .Values.provider.image.repository (required "provider.image.tag: which version of the provider" .Values.provider.image.tag) }}
@@ -7,7 +7,7 @@
   args: {{- toYaml . | nindent 4 }}
   {{- end }}
   env:
-    {{- /* It may mean the whole of a call by these, and is not to be the one that gives up. */}}
+    {{- /* A provider may apply these timeouts to a whole call; they are longer than the gateway's, which times out first. */}}
     {{- $timeout := .Values.provider.timeout | default (printf "%ds" (add (include "gateway.seconds" .Values.gateway.upstreamTimeout) 5)) }}
     {{- $own := dict
       "port" (int .Values.provider.port)
