@@ -1,14 +1,14 @@
 //! Calls that are made later: taken in durably, handed to workers, settled, and remembered for a while.
 
 pub mod call;
-mod desk;
-pub mod discovery;
+pub mod detector;
 pub mod embedded;
+pub(crate) mod fair_share;
 #[cfg(any(test, fuzzing))]
 pub(crate) mod fuzz;
 pub mod jetstream;
 pub mod memory;
-pub(crate) mod share;
+mod reply_batch;
 pub mod stan;
 pub mod status;
 mod tasks;
@@ -16,12 +16,12 @@ mod tasks;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use crate::function::Function;
-use crate::queue::call::{Call, Millis};
-use crate::queue::discovery::Discovery;
+use crate::queue::call::{QueuedCall, UnixMillis};
+use crate::queue::detector::Discovery;
 use crate::queue::embedded::Embedded;
 use crate::queue::jetstream::JetStream;
 use crate::queue::stan::Stan;
-use crate::queue::status::{Answer, Settlement, State, Status};
+use crate::queue::status::{CallRecord, CallState, Settlement, StoredResponse};
 
 /// A queue of calls. Cheap to clone.
 #[derive(Clone)]
@@ -86,7 +86,7 @@ pub struct Published {
 /// A call that a worker has taken. One that is dropped without being settled is taken again.
 #[derive(Debug)]
 pub struct Delivery {
-    pub call: Call,
+    pub call: QueuedCall,
     /// How often it has been made before.
     pub attempts: u32,
     /// It cannot be made: its body is not there any more.
@@ -111,7 +111,7 @@ const UNLISTED: Error = Error::Unsupported("NATS Streaming does not tell what is
 /// A page of a list of calls.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Listed {
-    pub calls: Vec<Status>,
+    pub calls: Vec<CallRecord>,
     /// Whether every call was looked at. Otherwise some calls may be on no page.
     pub complete: bool,
 }
@@ -121,14 +121,14 @@ pub struct Listed {
 pub enum Changed {
     Yes,
     /// It is in a state that does not allow it.
-    No(State),
+    No(CallState),
     Unknown,
 }
 
 /// Which calls are meant, and the order in which they are listed.
 #[derive(Clone, Debug, Default)]
 pub struct Filter {
-    pub state: Option<State>,
+    pub state: Option<CallState>,
     pub function: Option<Function>,
     pub dead: Option<bool>,
     pub order: Order,
@@ -150,20 +150,20 @@ pub struct Counts {
     pub delayed: u64,
     pub dead: u64,
     /// When the oldest that waits was submitted.
-    pub oldest: Option<Millis>,
+    pub oldest: Option<UnixMillis>,
 }
 
 /// The time in milliseconds since 1970.
-pub fn now() -> Millis {
+pub fn now() -> UnixMillis {
     let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    Millis::try_from(since.as_millis()).unwrap_or(Millis::MAX)
+    UnixMillis::try_from(since.as_millis()).unwrap_or(UnixMillis::MAX)
 }
 
 impl Queue {
     /// This, or the queue that was found; there is none before.
     fn known(&self) -> Result<&Self, Error> {
         match self {
-            Self::Discovered(discovery) => discovery.found().ok_or(Error::Away),
+            Self::Discovered(detector) => detector.found().ok_or(Error::Away),
             known => Ok(known),
         }
     }
@@ -174,7 +174,7 @@ impl Queue {
         match self {
             Self::Embedded(queue) => Self::Embedded(queue.for_thread()),
             Self::JetStream(queue) => Self::JetStream(queue.for_thread()),
-            Self::Discovered(discovery) => Self::Discovered(discovery.for_thread()),
+            Self::Discovered(detector) => Self::Discovered(detector.for_thread()),
             other => other.clone(),
         }
     }
@@ -232,8 +232,8 @@ impl Queue {
 
     /// Ends what goes on by itself. All that was taken must have been settled or dropped.
     pub async fn stop(&self) {
-        if let Self::Discovered(discovery) = self {
-            discovery.stop().await;
+        if let Self::Discovered(detector) = self {
+            detector.stop().await;
         }
         match self.known() {
             Ok(Self::Embedded(queue)) => queue.close().await,
@@ -253,12 +253,12 @@ impl Queue {
     }
 
     /// Takes `call` in. Returns when it is durable.
-    pub async fn publish(&self, call: Call) -> Result<Published, Error> {
+    pub async fn publish(&self, call: QueuedCall) -> Result<Published, Error> {
         self.publish_with(call, None).await
     }
 
     /// The same; `room` is what the call takes of the memory, and is let go of with the call.
-    pub async fn publish_with(&self, call: Call, room: Room) -> Result<Published, Error> {
+    pub async fn publish_with(&self, call: QueuedCall, room: Room) -> Result<Published, Error> {
         match self.known()? {
             Self::Embedded(queue) => queue.publish(call, room).await,
             Self::JetStream(queue) => queue.publish(call, room).await,
@@ -270,8 +270,8 @@ impl Queue {
     /// The next call whose time has come, for one who makes at most `places` calls at a time. Cancel-safe: a call that
     /// nobody received is taken again.
     pub async fn take(&self, places: usize) -> Result<Delivery, Error> {
-        if let Self::Discovered(discovery) = self {
-            discovery.until_found().await;
+        if let Self::Discovered(detector) = self {
+            detector.until_found().await;
         }
         match self.known()? {
             Self::Embedded(queue) => queue.take(places).await,
@@ -333,7 +333,7 @@ impl Queue {
     }
 
     /// The state of a call; `None` if it is not known, or not any more.
-    pub async fn status(&self, id: &str) -> Result<Option<Status>, Error> {
+    pub async fn status(&self, id: &str) -> Result<Option<CallRecord>, Error> {
         match self.known()? {
             Self::Embedded(queue) => queue.status(id).await,
             Self::JetStream(queue) => queue.status(id).await,
@@ -343,7 +343,7 @@ impl Queue {
     }
 
     /// The stored answer of a finished call.
-    pub async fn answer(&self, id: &str) -> Result<Option<Answer>, Error> {
+    pub async fn answer(&self, id: &str) -> Result<Option<StoredResponse>, Error> {
         match self.known()? {
             Self::Embedded(queue) => queue.answer(id).await,
             Self::JetStream(queue) => queue.answer(id).await,

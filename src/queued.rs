@@ -23,9 +23,9 @@ use crate::metrics::known::Known;
 use crate::metrics::queue::{Line, QueueMetrics};
 use crate::provider::Provider;
 use crate::proxy::headers::to_upstream;
-use crate::queue::call::Call;
+use crate::queue::call::QueuedCall;
 use crate::queue::memory::{BodyBudget, BodyBuffer, LIMIT};
-use crate::queue::status::Status;
+use crate::queue::status::CallRecord;
 use crate::queue::{self, Changed, Counts, Queue, Room, now};
 use crate::queued::unverified::Unverified;
 use crate::queued::wishes::{X_DELAY_SECONDS, X_EXPIRES_SECONDS, X_MAX_ATTEMPTS, options, text};
@@ -208,7 +208,7 @@ async fn take_in(
     must_exist(&api.metrics.known, &api.provider, intake, &function, &id).await?;
     let (body, room) = intake.read(body).await?;
     let headers = passed_on(&parts.headers, &caller.forwarded_for, stamps);
-    let mut call = Call { id, function, target, headers, body, options };
+    let mut call = QueuedCall { id, function, target, headers, body, options };
     call.options.digest = Some(call.digest());
     let began = Instant::now();
     let published = intake.queue.publish_with(call, room).await?;
@@ -357,7 +357,11 @@ pub fn intake(api: &Api) -> Result<&Intake, Error> {
 /// An id that the gateway made is known to its client alone, and opens its call while that is remembered. For any other
 /// id the client needs to be admitted to the API, before it learns whether there is such a call: an id that a client
 /// chose can be guessed.
-async fn known(api: &Api, id: &str, request: Request) -> Result<Result<Status, Response>, Error> {
+async fn known(
+    api: &Api,
+    id: &str,
+    request: Request,
+) -> Result<Result<CallRecord, Response>, Error> {
     let queue = &intake(api)?.queue;
     // Ids that can be guessed are not looked up before: even the time that takes would tell whether they are there.
     let status = if is_unguessable(id) { queue.status(id).await? } else { None };

@@ -18,8 +18,8 @@ use tokio_util::task::TaskTracker;
 
 use crate::chain;
 use crate::error::Causes;
-use crate::queue::call::{Call, Millis};
-use crate::queue::status::{Answer, Settlement, State};
+use crate::queue::call::{QueuedCall, UnixMillis};
+use crate::queue::status::{CallState, Settlement, StoredResponse};
 use crate::queue::{Delivery, Error, Room, memory, now};
 use crate::queued::Intake;
 use crate::shutdown::Stages;
@@ -132,11 +132,11 @@ impl Worker {
         let mut response_room: Room = None;
         let mut settlement = if delivery.lost {
             let reason = Box::pin(self.not_made(&delivery, &Attempt::lost())).await;
-            Settlement::Dead { status: None, reason, answer: None }
+            Settlement::DeadLetter { status: None, reason, response: None }
         } else if call.options.expires_at.is_some_and(|at| at <= now()) {
             let reason = Box::pin(self.not_made(&delivery, &Attempt::expired())).await;
-            let (state, status) = (State::Failed, None);
-            Settlement::Finished { state, status, reason, answer: None, made: false }
+            let (state, status) = (CallState::Failed, None);
+            Settlement::Finished { state, status, reason, response: None, executed: false }
         } else {
             let span = self.begin_span(&delivery);
             let context = span.as_ref().and_then(Open::context);
@@ -152,7 +152,7 @@ impl Worker {
         delivery.call.body = Bytes::new();
         drop(room);
         // The queue stores a copy of what is kept.
-        memory::shrink(&mut response_room, 2 * settlement.body_length());
+        memory::shrink(&mut response_room, 2 * settlement.response_length());
         let (id, function) = (&delivery.call.id, &delivery.call.function);
         let _noting = notes.room(function).await;
         self.intake.queue.answered(&delivery);
@@ -164,22 +164,22 @@ impl Worker {
                 return;
             }
             // It would never be taken as it is.
-            if matches!(error, Error::TooLarge(_)) && settlement.has_answer() {
-                settlement = settlement.without_answer();
+            if matches!(error, Error::TooLarge(_)) && settlement.has_response() {
+                settlement = settlement.without_response();
                 continue;
             }
             tokio::time::sleep(PAUSE).await;
         }
         match settlement {
             Settlement::Retry { .. } => self.intake.metrics.retried(),
-            Settlement::Dead { .. } => self.intake.metrics.buried(),
+            Settlement::DeadLetter { .. } => self.intake.metrics.buried(),
             Settlement::Finished { .. } => self.intake.metrics.processed(),
         }
     }
 
     /// Makes the call. How it is to be retried is asked meanwhile, if that was never heard: if it takes the provider
     /// down with it, nobody says.
-    async fn attempt(&self, call: &Call, context: Option<Context>) -> Attempt {
+    async fn attempt(&self, call: &QueuedCall, context: Option<Context>) -> Attempt {
         self.intake.metrics.attempted();
         let learn = async {
             self.policies.learn(&call.function).await;
@@ -220,7 +220,7 @@ impl Worker {
     }
 
     /// So much of an answer is read: all that a callback can be told, or what is kept.
-    fn keeps(&self, call: &Call) -> usize {
+    fn keeps(&self, call: &QueuedCall) -> usize {
         let told = if call.options.callback.is_some() { attempt::MAX_TOLD } else { 0 };
         self.max_result_body_bytes.max(told)
     }
@@ -243,24 +243,24 @@ impl Worker {
         let decision = decide(&policy, made, outcome, random());
         let (status, mut reason) = (attempt.status, attempt.reason.clone());
         if let Decision::RetryIn(pause) = decision {
-            let at = now() + Millis::try_from(pause.as_millis()).unwrap_or(Millis::MAX / 2);
+            let at = now() + UnixMillis::try_from(pause.as_millis()).unwrap_or(UnixMillis::MAX / 2);
             return Settlement::Retry { at, status, reason };
         }
         if let Some(failure) = self.tell(call, &attempt, made, policy.attempts, context).await {
             reason = Some(failure);
         }
         let answer = attempt.into_answer(self.max_result_body_bytes);
-        let over = |state, answer: Option<Answer>| Settlement::Finished {
+        let over = |state, answer: Option<StoredResponse>| Settlement::Finished {
             state,
             status,
             reason: reason.clone(),
-            answer,
-            made: true,
+            response: answer,
+            executed: true,
         };
         match decision {
-            Decision::Succeeded => over(State::Succeeded, answer),
-            Decision::Bury => Settlement::Dead { status, reason, answer },
-            Decision::Failed | Decision::RetryIn(_) => over(State::Failed, answer),
+            Decision::Succeeded => over(CallState::Succeeded, answer),
+            Decision::Bury => Settlement::DeadLetter { status, reason, response: answer },
+            Decision::Failed | Decision::RetryIn(_) => over(CallState::Failed, answer),
         }
     }
 
@@ -281,7 +281,7 @@ impl Worker {
     /// Calls back whoever asked for it; why that failed, if it did.
     async fn tell(
         &self,
-        call: &Call,
+        call: &QueuedCall,
         attempt: &Attempt,
         attempts: u32,
         max_attempts: u32,
@@ -324,7 +324,7 @@ fn end_span(mut span: Open, attempt: &Attempt) {
 }
 
 /// What the receiver of a callback is told of the trace that its call belongs to.
-fn trace_of(call: &Call, span: Option<&Open>) -> HeaderMap {
+fn trace_of(call: &QueuedCall, span: Option<&Open>) -> HeaderMap {
     let of_call = [TRACEPARENT, TRACESTATE]
         .into_iter()
         .filter_map(|name| Some((call.headers.get(&name)?.clone(), name)));

@@ -16,7 +16,7 @@ use crate::metrics::queue::{GATEWAY_RECONNECTS, WORKER_RECONNECTS};
 use crate::provider::Provider;
 use crate::proxy::client::Tls;
 use crate::queue::Queue;
-use crate::queue::discovery::Discovery;
+use crate::queue::detector::Discovery;
 use crate::queue::embedded::{Embedded, Limits};
 use crate::queue::jetstream::{Auth, JetStream, Options};
 use crate::queue::stan::{self, Stan};

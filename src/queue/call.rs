@@ -11,11 +11,11 @@ use crate::chain::{X_GATEWAY_CALLBACK, X_GATEWAY_CALLBACKS};
 use crate::function::{Function, has_dot_segment};
 
 /// Milliseconds since 1970.
-pub type Millis = u64;
+pub type UnixMillis = u64;
 
 /// A call that is made later.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Call {
+pub struct QueuedCall {
     pub id: String,
     pub function: Function,
     /// Path and query behind the function's name, as they came; mostly nothing.
@@ -23,48 +23,48 @@ pub struct Call {
     /// The caller's headers, those that concern its connection apart.
     pub headers: HeaderMap,
     pub body: Bytes,
-    pub options: Options,
+    pub options: CallOptions,
 }
 
 /// What a caller wants of its call beyond that it is made.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Options {
+pub struct CallOptions {
     /// Where the answer goes.
     pub callback: Option<String>,
-    pub submitted_at: Millis,
+    pub submitted_at: UnixMillis,
     /// Not made before.
-    pub not_before: Option<Millis>,
+    pub not_before: Option<UnixMillis>,
     /// Not made later.
-    pub expires_at: Option<Millis>,
+    pub expires_at: Option<UnixMillis>,
     pub max_attempts: Option<u32>,
     /// The caller's own name for the call: the same one is not queued twice.
     pub idempotency_key: Option<String>,
     /// The caller chose the id, so that knowing it proves nothing.
     pub chosen_id: bool,
-    /// Tells the call from others under the same id: [`Call::digest`].
+    /// Tells the call from others under the same id: [`QueuedCall::digest`].
     pub digest: Option<String>,
 }
 
 /// Why stored bytes are no call.
 #[derive(Debug, thiserror::Error)]
-pub enum Unreadable {
+pub enum DecodeError {
     #[error("a queued call of version {0}, which this gateway does not know")]
-    Version(u8),
+    UnsupportedVersion(u8),
     #[error("a queued call is cut short")]
-    Short,
+    Truncated,
     #[error("a queued call cannot be parsed")]
-    Json(#[from] serde_json::Error),
+    InvalidJson(#[from] serde_json::Error),
     #[error("a queued call has an invalid function, target or header")]
-    Invalid,
+    InvalidField,
 }
 
 /// Text that is read in place, where it is written without escapes.
 #[derive(Serialize, Deserialize)]
-struct Text<'a>(#[serde(borrow)] Cow<'a, str>);
+struct CowStr<'a>(#[serde(borrow)] Cow<'a, str>);
 
 /// All but the body. Members may be added; one that is not known is skipped.
 #[derive(Serialize, Deserialize)]
-pub struct Meta<'a> {
+pub struct Envelope<'a> {
     #[serde(borrow)]
     id: Cow<'a, str>,
     #[serde(borrow)]
@@ -75,16 +75,16 @@ pub struct Meta<'a> {
     target: Cow<'a, str>,
     /// Values byte for byte as characters: a header need not be UTF-8.
     #[serde(borrow, default)]
-    headers: Vec<(Text<'a>, Text<'a>)>,
-    // Those of `Options`, one by one: flattened they would be gathered before they are read, at twice the price.
+    headers: Vec<(CowStr<'a>, CowStr<'a>)>,
+    // Those of `CallOptions`, one by one: flattened they would be gathered before they are read, at twice the price.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     callback: Option<Cow<'a, str>>,
     #[serde(default)]
-    submitted_at: Millis,
+    submitted_at: UnixMillis,
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    not_before: Option<Millis>,
+    not_before: Option<UnixMillis>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    expires_at: Option<Millis>,
+    expires_at: Option<UnixMillis>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     max_attempts: Option<u32>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -97,20 +97,20 @@ pub struct Meta<'a> {
 
 /// Headers that a call may have, which leaves room for those that are added on its way to the function: a map of
 /// headers that is full takes no more.
-pub(in crate::queue) const MOST_HEADERS: usize = 4096;
+pub(in crate::queue) const MAX_HEADERS: usize = 4096;
 
 /// How the names of headers begin that gateways and workers write for each other.
-const INTERNAL: &str = "x-gateway-";
+const INTERNAL_HEADER_PREFIX: &str = "x-gateway-";
 
 /// Raised when an older gateway could not make the call rightly.
-const VERSION: u8 = 1;
+const FORMAT_VERSION: u8 = 1;
 
-impl Call {
+impl QueuedCall {
     /// The version, the length of what follows it, the metadata as JSON, the body.
     pub fn encode(&self) -> Bytes {
-        let meta = serde_json::to_vec(&self.meta()).unwrap_or_default();
+        let meta = serde_json::to_vec(&self.envelope()).unwrap_or_default();
         let mut bytes = BytesMut::with_capacity(5 + meta.len() + self.body.len());
-        bytes.put_u8(VERSION);
+        bytes.put_u8(FORMAT_VERSION);
         bytes.put_u32(u32::try_from(meta.len()).unwrap_or(u32::MAX));
         bytes.put_slice(&meta);
         bytes.put_slice(&self.body);
@@ -121,21 +121,21 @@ impl Call {
     ///
     /// # Errors
     /// When they are none, or of a version to come.
-    pub fn decode(bytes: &Bytes) -> Result<Self, Unreadable> {
-        let (meta, body_at) = split(bytes)?;
-        Self::from_meta(meta, bytes.slice(body_at..))
+    pub fn decode(bytes: &Bytes) -> Result<Self, DecodeError> {
+        let (meta, body_at) = split_envelope(bytes)?;
+        Self::from_envelope(meta, bytes.slice(body_at..))
     }
 
     /// The call that `bytes` hold, but without its body, which may be large.
     ///
     /// # Errors
     /// As those of `decode`.
-    pub fn decode_head(bytes: &[u8]) -> Result<Self, Unreadable> {
-        Self::from_meta(split(bytes)?.0, Bytes::new())
+    pub fn decode_without_body(bytes: &[u8]) -> Result<Self, DecodeError> {
+        Self::from_envelope(split_envelope(bytes)?.0, Bytes::new())
     }
 
     /// The id in `bytes` that hold no call that can be made, if it can be read all the same: for the log.
-    pub fn id_in(bytes: &[u8]) -> Option<String> {
+    pub fn extract_id(bytes: &[u8]) -> Option<String> {
         #[derive(Deserialize)]
         struct Named {
             id: String,
@@ -160,7 +160,7 @@ impl Call {
 
     /// This call under another id, which a gateway made: the one that its caller chose is another call's.
     #[must_use]
-    pub fn renamed(mut self, id: String) -> Self {
+    pub fn with_new_id(mut self, id: String) -> Self {
         // The key by which the id is told can be guessed.
         self.options.chosen_id = self.options.idempotency_key.is_some();
         Self { id, ..self }
@@ -171,7 +171,7 @@ impl Call {
     pub fn function_headers(&self) -> HeaderMap {
         let mut headers = self.headers.clone();
         let is_internal = |name: &&HeaderName| {
-            name.as_str().starts_with(INTERNAL)
+            name.as_str().starts_with(INTERNAL_HEADER_PREFIX)
                 && **name != X_GATEWAY_CALLBACK
                 && **name != X_GATEWAY_CALLBACKS
         };
@@ -183,9 +183,9 @@ impl Call {
     }
 
     /// All but the body.
-    pub fn meta(&self) -> Meta<'_> {
+    pub fn envelope(&self) -> Envelope<'_> {
         let options = &self.options;
-        Meta {
+        Envelope {
             id: (&self.id).into(),
             name: (&self.function.name).into(),
             namespace: (&self.function.namespace).into(),
@@ -193,7 +193,7 @@ impl Call {
             headers: self
                 .headers
                 .iter()
-                .map(|(n, v)| (Text(n.as_str().into()), Text(text_of(v))))
+                .map(|(n, v)| (CowStr(n.as_str().into()), CowStr(header_text(v))))
                 .collect(),
             callback: options.callback.as_deref().map(Cow::from),
             submitted_at: options.submitted_at,
@@ -206,23 +206,23 @@ impl Call {
         }
     }
 
-    /// The call that `meta` and `body` make.
+    /// The call that `envelope` and `body` make.
     ///
     /// # Errors
-    /// `Unreadable::Invalid` when it has a function, a target or headers that cannot be: who stored it may be a stranger.
-    pub fn from_meta(meta: Meta<'_>, body: Bytes) -> Result<Self, Unreadable> {
-        if meta.headers.len() > MOST_HEADERS || !is_behind_a_name(&meta.target) {
-            return Err(Unreadable::Invalid);
+    /// `DecodeError::InvalidField` when it has a function, a target or headers that cannot be: who stored it may be a stranger.
+    pub fn from_envelope(meta: Envelope<'_>, body: Bytes) -> Result<Self, DecodeError> {
+        if meta.headers.len() > MAX_HEADERS || !is_valid_target(&meta.target) {
+            return Err(DecodeError::InvalidField);
         }
         let mut headers = HeaderMap::with_capacity(meta.headers.len());
-        for (Text(name), Text(value)) in &meta.headers {
+        for (CowStr(name), CowStr(value)) in &meta.headers {
             let name = HeaderName::from_bytes(name.as_bytes());
-            let (Ok(name), Some(value)) = (name, value_of(value)) else {
-                return Err(Unreadable::Invalid);
+            let (Ok(name), Some(value)) = (name, parse_header_text(value)) else {
+                return Err(DecodeError::InvalidField);
             };
             headers.append(name, value);
         }
-        let options = Options {
+        let options = CallOptions {
             callback: meta.callback.map(Cow::into_owned),
             submitted_at: meta.submitted_at,
             not_before: meta.not_before,
@@ -236,7 +236,7 @@ impl Call {
             Function { name: meta.name.into_owned(), namespace: meta.namespace.into_owned() };
         // As its label it must lead to itself.
         if Function::parse(&function.to_string(), "").as_ref() != Some(&function) {
-            return Err(Unreadable::Invalid);
+            return Err(DecodeError::InvalidField);
         }
         let (id, target) = (meta.id.into_owned(), meta.target.into_owned());
         Ok(Self { id, function, target, headers, body, options })
@@ -244,12 +244,12 @@ impl Call {
 }
 
 /// A header's value, each of its bytes as a character: it need not be UTF-8.
-fn text_of(value: &HeaderValue) -> Cow<'_, str> {
+fn header_text(value: &HeaderValue) -> Cow<'_, str> {
     let text = value.to_str().map(Cow::Borrowed);
     text.unwrap_or_else(|_| value.as_bytes().iter().map(|byte| *byte as char).collect())
 }
 
-fn value_of(text: &str) -> Option<HeaderValue> {
+fn parse_header_text(text: &str) -> Option<HeaderValue> {
     if text.is_ascii() {
         return HeaderValue::from_str(text).ok();
     }
@@ -258,20 +258,20 @@ fn value_of(text: &str) -> Option<HeaderValue> {
 }
 
 /// Whether `target` can stand behind a function's name without leading to another place.
-fn is_behind_a_name(target: &str) -> bool {
+fn is_valid_target(target: &str) -> bool {
     let path = target.split_once('?').map_or(target, |(path, _)| path);
     (path.is_empty() || path.starts_with('/')) && !has_dot_segment(path)
 }
 
 /// The metadata of an encoded call, and where its body begins.
-fn split(bytes: &[u8]) -> Result<(Meta<'_>, usize), Unreadable> {
-    let (version, rest) = bytes.split_first().ok_or(Unreadable::Short)?;
-    if *version != VERSION {
-        return Err(Unreadable::Version(*version));
+fn split_envelope(bytes: &[u8]) -> Result<(Envelope<'_>, usize), DecodeError> {
+    let (version, rest) = bytes.split_first().ok_or(DecodeError::Truncated)?;
+    if *version != FORMAT_VERSION {
+        return Err(DecodeError::UnsupportedVersion(*version));
     }
-    let (length, _) = rest.split_first_chunk::<4>().ok_or(Unreadable::Short)?;
+    let (length, _) = rest.split_first_chunk::<4>().ok_or(DecodeError::Truncated)?;
     let body_at = 5 + u32::from_be_bytes(*length) as usize;
-    let meta = bytes.get(5..body_at).ok_or(Unreadable::Short)?;
+    let meta = bytes.get(5..body_at).ok_or(DecodeError::Truncated)?;
     Ok((serde_json::from_slice(meta)?, body_at))
 }
 
@@ -279,28 +279,28 @@ fn split(bytes: &[u8]) -> Result<(Meta<'_>, usize), Unreadable> {
 mod tests {
     use super::*;
 
-    fn call() -> Call {
+    fn call() -> QueuedCall {
         let mut headers = HeaderMap::new();
         headers.append("x-a", HeaderValue::from_static("1"));
         headers.append("x-a", HeaderValue::from_bytes(b"\xff\xfe").unwrap());
-        Call {
+        QueuedCall {
             id: "id-1".to_owned(),
             function: Function { name: "echo".to_owned(), namespace: "dev".to_owned() },
             target: "/p/q?x=1".to_owned(),
             headers,
             body: Bytes::from_static(b"\x00\xffbody"),
-            options: Options {
+            options: CallOptions {
                 callback: Some("http://c/".to_owned()),
                 submitted_at: 5,
                 max_attempts: Some(3),
-                ..Options::default()
+                ..CallOptions::default()
             },
         }
     }
 
     #[test]
     fn what_is_decoded_is_what_was_encoded() {
-        assert_eq!(Call::decode(&call().encode()).unwrap(), call());
+        assert_eq!(QueuedCall::decode(&call().encode()).unwrap(), call());
     }
 
     #[test]
@@ -320,31 +320,32 @@ mod tests {
     fn a_member_that_is_not_known_is_skipped() {
         let json =
             br#"{"id":"a","name":"echo","namespace":"dev","submitted_at":5,"of_tomorrow":[1]}"#;
-        let mut bytes = vec![VERSION];
+        let mut bytes = vec![FORMAT_VERSION];
         bytes.extend_from_slice(&u32::try_from(json.len()).unwrap().to_be_bytes());
         bytes.extend_from_slice(json);
         bytes.extend_from_slice(b"body");
-        let call = Call::decode(&bytes.into()).unwrap();
+        let call = QueuedCall::decode(&bytes.into()).unwrap();
         assert_eq!((call.id.as_str(), &call.body[..]), ("a", &b"body"[..]));
     }
 
     #[test]
     fn a_stranger_can_say_no_more_of_a_call_than_a_caller() {
-        let read = |change: &dyn Fn(&mut Meta<'_>)| {
+        let read = |change: &dyn Fn(&mut Envelope<'_>)| {
             let call = call();
-            let mut meta = call.meta();
+            let mut meta = call.envelope();
             change(&mut meta);
-            Call::from_meta(meta, Bytes::new())
+            QueuedCall::from_envelope(meta, Bytes::new())
         };
         let headers = |count: usize| {
-            move |meta: &mut Meta<'_>| {
-                meta.headers =
-                    (0..count).map(|n| (Text(format!("h{n}").into()), Text("1".into()))).collect();
+            move |meta: &mut Envelope<'_>| {
+                meta.headers = (0..count)
+                    .map(|n| (CowStr(format!("h{n}").into()), CowStr("1".into())))
+                    .collect();
             }
         };
-        assert_eq!(read(&headers(MOST_HEADERS)).unwrap().headers.len(), MOST_HEADERS);
-        for count in [MOST_HEADERS + 1, 40_000] {
-            assert!(matches!(read(&headers(count)), Err(Unreadable::Invalid)), "{count}");
+        assert_eq!(read(&headers(MAX_HEADERS)).unwrap().headers.len(), MAX_HEADERS);
+        for count in [MAX_HEADERS + 1, 40_000] {
+            assert!(matches!(read(&headers(count)), Err(DecodeError::InvalidField)), "{count}");
         }
         let target = |target: &str| read(&|meta| meta.target = target.to_owned().into()).is_ok();
         for good in ["", "/", "/p/q?x=/../", "?x", "/a..b/.c"] {
@@ -359,10 +360,13 @@ mod tests {
     fn what_is_no_call_is_refused() {
         let whole = call().encode();
         for end in 0..whole.len() - call().body.len() {
-            assert!(Call::decode(&whole.slice(..end)).is_err(), "{end}");
+            assert!(QueuedCall::decode(&whole.slice(..end)).is_err(), "{end}");
         }
         let mut later = whole.to_vec();
         later[0] = 2;
-        assert!(matches!(Call::decode(&later.into()), Err(Unreadable::Version(2))));
+        assert!(matches!(
+            QueuedCall::decode(&later.into()),
+            Err(DecodeError::UnsupportedVersion(2))
+        ));
     }
 }

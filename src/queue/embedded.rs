@@ -38,8 +38,7 @@ use bytes::Bytes;
 use tokio::sync::{Notify, mpsc, oneshot};
 
 use crate::function::Function;
-use crate::queue::call::{Call, Millis};
-use crate::queue::desk::{Desk, Reply};
+use crate::queue::call::{QueuedCall, UnixMillis};
 use crate::queue::embedded::guard::{guarded, is_damage};
 use crate::queue::embedded::ids::Ids;
 use crate::queue::embedded::look::following;
@@ -50,7 +49,8 @@ use crate::queue::embedded::schedule::Number;
 use crate::queue::embedded::store::Store;
 use crate::queue::embedded::waiting::{Began, Waiting};
 use crate::queue::embedded::writer::{Incoming, Op, Settled};
-use crate::queue::status::{Answer, Settlement, Status};
+use crate::queue::reply_batch::{Desk, Reply};
+use crate::queue::status::{CallRecord, Settlement, StoredResponse};
 use crate::queue::{
     Changed, Condition, Counts, Delivery, Error, Filter, Handle, Order, Published, Room, now,
 };
@@ -76,9 +76,9 @@ pub struct Limits {
     /// Calls that wait.
     pub pending: usize,
     /// How long state and answer of a finished call are kept, in milliseconds.
-    pub result_ttl: Millis,
+    pub result_ttl: UnixMillis,
     /// How long an idempotency key stands for its call.
-    pub key_ttl: Millis,
+    pub key_ttl: UnixMillis,
 }
 
 /// The queue. Cheap to clone; the file is closed when the last clone is gone.
@@ -198,7 +198,7 @@ impl Embedded {
         self.shared.ids.make(self.shared.next_number())
     }
 
-    pub(super) async fn publish(&self, call: Call, room: Room) -> Result<Published, Error> {
+    pub(super) async fn publish(&self, call: QueuedCall, room: Room) -> Result<Published, Error> {
         let incoming = self.shared.incoming(call, room);
         let published = self.ask(|reply| Op::Publish(incoming, reply));
         tokio::time::timeout(PUBLISH, published).await.unwrap_or_else(|_| {
@@ -242,9 +242,9 @@ impl Embedded {
             Some(stored) => Some(stored),
             None => self.shared.read(number)?,
         };
-        let call = stored.as_ref().and_then(|stored| Call::decode(stored).ok());
+        let call = stored.as_ref().and_then(|stored| QueuedCall::decode(stored).ok());
         let Some(call) = call else {
-            let id = stored.and_then(|stored| Call::id_in(&stored));
+            let id = stored.and_then(|stored| QueuedCall::extract_id(&stored));
             let id = id.or_else(|| self.shared.view(|view| view.id_as_it_is(number)).ok()?);
             let mut waiting = self.shared.waiting();
             // It is not given back, but it does not run either.
@@ -271,26 +271,26 @@ impl Embedded {
     pub(super) async fn settle(
         &self,
         lease: &Lease,
-        call: &Call,
+        call: &QueuedCall,
         settlement: &Settlement,
     ) -> Result<(), Error> {
         if !self.shared.waiting().is_held(lease.held) {
             return Err(Error::Gone);
         }
         let (attempts, status) = lease.before;
-        let running = Status { status, ..Status::queued(call) };
+        let running = CallRecord { status, ..CallRecord::queued(call) };
         let running = Began { attempts: attempts + 1, at: lease.at }.of(running);
         let status = running.settled(settlement, now());
         let settled = Settled::new(&status, settlement);
         self.ask(|reply| Op::Settle(lease.held, settled, reply)).await
     }
 
-    pub(super) async fn status(&self, id: &str) -> Result<Option<Status>, Error> {
+    pub(super) async fn status(&self, id: &str) -> Result<Option<CallRecord>, Error> {
         let (shared, id) = (Arc::clone(&self.shared), id.to_owned());
         shared.blocking(move |shared| shared.status(&id)).await
     }
 
-    pub(super) async fn answer(&self, id: &str) -> Result<Option<Answer>, Error> {
+    pub(super) async fn answer(&self, id: &str) -> Result<Option<StoredResponse>, Error> {
         let (shared, id) = (Arc::clone(&self.shared), id.to_owned());
         shared
             .blocking(move |shared| {
@@ -315,7 +315,7 @@ impl Embedded {
         filter: &Filter,
         after: Option<&str>,
         limit: usize,
-    ) -> Result<Vec<Status>, Error> {
+    ) -> Result<Vec<CallRecord>, Error> {
         let (shared, filter) = (Arc::clone(&self.shared), filter.clone());
         let after = after.map(str::to_owned);
         shared
@@ -392,7 +392,7 @@ impl Shared {
     }
 
     /// `call` as it is written, and nothing else of it.
-    fn incoming(&self, call: Call, room: Room) -> Incoming {
+    fn incoming(&self, call: QueuedCall, room: Room) -> Incoming {
         Incoming {
             label: call.function.to_string(),
             due: call.options.not_before.unwrap_or(0),
@@ -408,7 +408,7 @@ impl Shared {
     /// `call` under an id that is made here; `None` if it cannot be read.
     fn renamed(&self, call: &Incoming) -> Option<Incoming> {
         let id = self.ids.make(self.next_number());
-        let renamed = Call::decode(&call.encoded).ok()?.renamed(id);
+        let renamed = QueuedCall::decode(&call.encoded).ok()?.with_new_id(id);
         Some(self.incoming(renamed, None))
     }
 

@@ -46,8 +46,7 @@ pub use self::options::{Auth, Options};
 pub use self::subject::token;
 
 use crate::function::Function;
-use crate::queue::call::Call;
-use crate::queue::desk::Desk;
+use crate::queue::call::QueuedCall;
 use crate::queue::jetstream::begun::Begun;
 use crate::queue::jetstream::consumers::Consumers;
 use crate::queue::jetstream::fill::Fill;
@@ -61,7 +60,8 @@ use crate::queue::jetstream::server::{Fault, Server};
 use crate::queue::jetstream::subject::Names;
 use crate::queue::jetstream::taken::Taken;
 use crate::queue::jetstream::tries::Tries;
-use crate::queue::status::{Answer, Settlement, Status};
+use crate::queue::reply_batch::Desk;
+use crate::queue::status::{CallRecord, Settlement, StoredResponse};
 use crate::queue::tasks::Tasks;
 use crate::queue::{Changed, Counts, Delivery, Error, Filter, Listed, Published, Room};
 
@@ -231,7 +231,7 @@ impl JetStream {
     }
 
     /// Takes `call` in; its body has `room` until that is done, whoever still waits for it.
-    pub(super) async fn publish(&self, call: Call, room: Room) -> Result<Published, Error> {
+    pub(super) async fn publish(&self, call: QueuedCall, room: Room) -> Result<Published, Error> {
         match &self.desk {
             Some(desk) => {
                 let deadline = self.shared.deadline(&call);
@@ -249,11 +249,11 @@ impl JetStream {
         lease.settle(settlement).await
     }
 
-    pub(super) async fn status(&self, id: &str) -> Result<Option<Status>, Error> {
+    pub(super) async fn status(&self, id: &str) -> Result<Option<CallRecord>, Error> {
         within(QUESTION, async { Ok(self.shared.ready().await?.status(id).await?) }).await
     }
 
-    pub(super) async fn answer(&self, id: &str) -> Result<Option<Answer>, Error> {
+    pub(super) async fn answer(&self, id: &str) -> Result<Option<StoredResponse>, Error> {
         within(QUESTION, async { Ok(self.shared.ready().await?.answer(id).await?) }).await
     }
 
@@ -307,11 +307,11 @@ impl Shared {
     }
 
     /// Takes a call in, or says after a while that the server is away.
-    async fn publish_in_time(&self, call: &Call) -> Result<Published, Error> {
+    async fn publish_in_time(&self, call: &QueuedCall) -> Result<Published, Error> {
         within(self.deadline(call), self.publish(call)).await
     }
 
-    fn deadline(&self, call: &Call) -> Duration {
+    fn deadline(&self, call: &QueuedCall) -> Duration {
         if self.server.fits(0, call.body.len()) { PUBLISH } else { PUBLISH_LARGE }
     }
 

@@ -32,7 +32,7 @@ use tokio::sync::Notify;
 
 pub(super) use self::lease::Lease;
 
-use crate::queue::call::Call;
+use crate::queue::call::QueuedCall;
 use crate::queue::jetstream;
 use crate::queue::stan::channels::{COUNT, Channel};
 use crate::queue::stan::client::Client;
@@ -163,7 +163,7 @@ impl Stan {
         (whole - whole / 16).saturating_sub(ENVELOPE) / 4 * 3
     }
 
-    pub(super) async fn publish(&self, call: Call) -> Result<Published, Error> {
+    pub(super) async fn publish(&self, call: QueuedCall) -> Result<Published, Error> {
         if call.options.idempotency_key.is_some() {
             return Err(Error::Unsupported("NATS Streaming does not know a call again"));
         }
@@ -265,7 +265,7 @@ impl Shared {
 }
 
 /// What is said of a fault with `call` to whoever uses the queue.
-fn told(fault: Fault, call: &Call) -> Error {
+fn told(fault: Fault, call: &QueuedCall) -> Error {
     match fault {
         Fault::Away | Fault::Nobody => Error::Away,
         Fault::Unconfirmed => Error::Unconfirmed,

@@ -6,8 +6,8 @@ use http::{HeaderName, HeaderValue, StatusCode};
 use jiff::Timestamp;
 use serde::Serialize;
 
-use crate::queue::call::Millis;
-use crate::queue::status::{self, Answer, Status};
+use crate::queue::call::UnixMillis;
+use crate::queue::status::{self, CallRecord, StoredResponse};
 
 /// In an answer: the function's own status.
 const X_FUNCTION_STATUS: HeaderName = HeaderName::from_static("x-function-status");
@@ -39,7 +39,7 @@ pub struct State<'a> {
 }
 
 impl<'a> State<'a> {
-    pub fn of(status: &'a Status) -> Self {
+    pub fn of(status: &'a CallRecord) -> Self {
         Self {
             call_id: &status.id,
             function: &status.function,
@@ -51,38 +51,38 @@ impl<'a> State<'a> {
             started_at: status.started_at.and_then(time),
             finished_at: status.finished_at.and_then(time),
             next_attempt_at: status.next_attempt_at.and_then(time),
-            dead: status.dead,
+            dead: status.dead_letter,
         }
     }
 }
 
 /// A state as it is written.
-pub fn word(state: status::State) -> &'static str {
+pub fn word(state: status::CallState) -> &'static str {
     match state {
-        status::State::Queued => "queued",
-        status::State::Running => "running",
-        status::State::Retrying => "retrying",
-        status::State::Succeeded => "succeeded",
-        status::State::Failed => "failed",
-        status::State::Cancelled => "cancelled",
+        status::CallState::Queued => "queued",
+        status::CallState::Running => "running",
+        status::CallState::Retrying => "retrying",
+        status::CallState::Succeeded => "succeeded",
+        status::CallState::Failed => "failed",
+        status::CallState::Cancelled => "cancelled",
     }
 }
 
 /// The state that `word` names.
-pub fn state(word: &str) -> Option<status::State> {
-    use status::State::{Cancelled, Failed, Queued, Retrying, Running, Succeeded};
+pub fn state(word: &str) -> Option<status::CallState> {
+    use status::CallState::{Cancelled, Failed, Queued, Retrying, Running, Succeeded};
     [Queued, Running, Retrying, Succeeded, Failed, Cancelled]
         .into_iter()
         .find(|state| self::word(*state) == word)
 }
 
-fn time(at: Millis) -> Option<String> {
+fn time(at: UnixMillis) -> Option<String> {
     let at = Timestamp::from_millisecond(i64::try_from(at).ok()?).ok()?;
     Some(format!("{at:.3}"))
 }
 
 /// A stored answer, as the function gave it; its status is told beside it, since this one says that there is an answer.
-pub fn answer(answer: Answer) -> Response {
+pub fn answer(answer: StoredResponse) -> Response {
     let mut response = Response::new(Body::from(answer.body));
     let headers = response.headers_mut();
     for (name, value) in &answer.headers {

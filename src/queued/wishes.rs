@@ -3,7 +3,7 @@
 use http::{HeaderMap, HeaderName, HeaderValue};
 
 use crate::error::Error;
-use crate::queue::call::{Millis, Options};
+use crate::queue::call::{CallOptions, UnixMillis};
 use crate::worker::callback::target::Target;
 
 pub(crate) const X_CALLBACK_URL: HeaderName = HeaderName::from_static("x-callback-url");
@@ -17,12 +17,16 @@ const MAX_NAME: usize = 256;
 /// The longest delay and life that can be asked for.
 const MAX_SECONDS: u64 = 366 * 24 * 3600;
 /// All that its headers ask for.
-pub(super) fn options(headers: &HeaderMap, chosen_id: bool, now: Millis) -> Result<Options, Error> {
-    let later = |name: &HeaderName| -> Result<Option<Millis>, Error> {
+pub(super) fn options(
+    headers: &HeaderMap,
+    chosen_id: bool,
+    now: UnixMillis,
+) -> Result<CallOptions, Error> {
+    let later = |name: &HeaderName| -> Result<Option<UnixMillis>, Error> {
         Ok(number(headers, name, 0..=MAX_SECONDS)?.map(|seconds| now + seconds * 1000))
     };
     let attempts = number(headers, &X_MAX_ATTEMPTS, 1..=1000)?;
-    Ok(Options {
+    Ok(CallOptions {
         callback: callback(headers)?,
         submitted_at: now,
         not_before: later(&X_DELAY_SECONDS)?.filter(|at| *at > now),

@@ -19,9 +19,9 @@ use crate::proxy::ending::Ending;
 use crate::proxy::headers::to_caller;
 use crate::proxy::upstream_body::{BodyFailure, UpstreamBody};
 use crate::queue::Room;
-use crate::queue::call::Call;
+use crate::queue::call::QueuedCall;
 use crate::queue::memory::{BodyBudget, BodyBuffer};
-use crate::queue::status::Answer;
+use crate::queue::status::StoredResponse;
 use crate::scaling::Scaling;
 use crate::scaling::fault::{Fault, MAX_SENDS, Repeat, Way};
 use crate::trace::context::Context;
@@ -73,7 +73,7 @@ impl Caller {
     /// executed, should it come to that.
     pub async fn make(
         &self,
-        call: &Call,
+        call: &QueuedCall,
         keeps: usize,
         context: Option<Context>,
         policies: &Policies,
@@ -108,7 +108,7 @@ impl Caller {
     /// [`MAX_SENDS`] times, and never more often than the policy has attempts.
     async fn exchange(
         &self,
-        call: &Call,
+        call: &QueuedCall,
         label: &str,
         counted: &mut calls::Call,
         keeps: usize,
@@ -166,7 +166,7 @@ impl Caller {
 
     fn request(
         &self,
-        call: &Call,
+        call: &QueuedCall,
         label: &str,
         context: Option<Context>,
     ) -> Result<Request<RequestBody>, Error> {
@@ -188,7 +188,7 @@ impl Caller {
 }
 
 /// How often one attempt at `call` may send it.
-async fn max_sends(call: &Call, policies: &Policies) -> u32 {
+async fn max_sends(call: &QueuedCall, policies: &Policies) -> u32 {
     match call.options.max_attempts {
         Some(1) => 1,
         most => policies.of(call).await.at_most(most).attempts.min(MAX_SENDS),
@@ -270,12 +270,12 @@ impl Attempt {
     }
 
     /// What is kept of the answer, if there was one: at most `most` bytes of its body.
-    pub fn into_answer(self, most: usize) -> Option<Answer> {
+    pub fn into_answer(self, most: usize) -> Option<StoredResponse> {
         let status = self.status?;
         let text = |value: &HeaderValue| value.to_str().ok().map(str::to_owned);
         let headers = self.headers.iter();
         let headers = headers.filter_map(|(n, v)| Some((n.as_str().to_owned(), text(v)?)));
-        Some(Answer {
+        Some(StoredResponse {
             status,
             headers: headers.collect(),
             truncated: self.truncated || self.body.len() > most,

@@ -6,7 +6,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use tokio::sync::Notify;
 
 use crate::function::Function;
-use crate::queue::share::has_room;
+use crate::queue::fair_share::has_room;
 
 /// Room for so many, of which each function has its share: what cannot be noted of one holds up no other.
 pub(super) struct Notes {

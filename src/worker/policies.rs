@@ -12,7 +12,7 @@ use tokio::time::{Instant, sleep, timeout};
 use crate::error::Error;
 use crate::function::Function;
 use crate::provider::Provider;
-use crate::queue::call::Call;
+use crate::queue::call::QueuedCall;
 use crate::worker::retry::Policy;
 
 /// Functions that are remembered.
@@ -75,7 +75,7 @@ impl Policies {
 
     /// The policy of the function of `call`: if the provider does not say, the last that is known. If none is, it is
     /// asked for a while, and only then the default one is used.
-    pub async fn of(&self, call: &Call) -> Policy {
+    pub async fn of(&self, call: &QueuedCall) -> Policy {
         let entry = self.entry(&call.function);
         let mut known = entry.lock().await;
         loop {

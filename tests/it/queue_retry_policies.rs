@@ -6,7 +6,7 @@ use bytes::Bytes;
 use gateway::config::base_url::BaseUrl;
 use gateway::function::Function;
 use gateway::proxy::client::{Client, Origin, Tls};
-use gateway::queue::call::{Call, Options};
+use gateway::queue::call::{CallOptions, QueuedCall};
 use gateway::worker::policies::{Pace, Policies};
 use gateway::worker::retry::Policy;
 use http::HeaderMap;
@@ -70,14 +70,14 @@ fn policies(url: &str, pace: Pace) -> Policies {
     Policies::paced(provider, pace)
 }
 
-fn call() -> Call {
-    Call {
+fn call() -> QueuedCall {
+    QueuedCall {
         id: "id".to_owned(),
         function: Function { name: "echo".to_owned(), namespace: "fn".to_owned() },
         target: String::new(),
         headers: HeaderMap::new(),
         body: Bytes::new(),
-        options: Options::default(),
+        options: CallOptions::default(),
     }
 }
 

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 use redb::{Key, ReadableTable, Table, TableDefinition, Value, WriteTransaction};
 
-use crate::queue::call::Millis;
+use crate::queue::call::UnixMillis;
 use crate::queue::embedded::ids::Ids;
 use crate::queue::embedded::rows::{Marks, Row, SHORT, SPAN, rows};
 use crate::queue::embedded::schedule::Number;
@@ -15,7 +15,7 @@ use crate::queue::embedded::tables::{
     BATCHES, CALLS, ENDED, EXPIRY, FINISHED, KEY, KEYS, NUMBERS, OVER, PROGRESS, ROW,
 };
 use crate::queue::embedded::{finished, sealed};
-use crate::queue::status::Status;
+use crate::queue::status::CallRecord;
 
 /// One change of the file.
 pub(super) struct Change<'t> {
@@ -28,11 +28,11 @@ pub(super) struct Change<'t> {
     finished: Lazy<'t, Number, &'static [u8]>,
     ended: Lazy<'t, Number, &'static [u8]>,
     keys: Lazy<'t, &'static str, &'static str>,
-    expiry: Lazy<'t, (Millis, &'static str), ()>,
+    expiry: Lazy<'t, (UnixMillis, &'static str), ()>,
     /// Calls that are about to be a row.
     fresh: BTreeMap<Number, Bytes>,
     /// What is kept of calls that have ended, about to be a row, and until when.
-    endings: BTreeMap<Number, (Millis, Bytes)>,
+    endings: BTreeMap<Number, (UnixMillis, Bytes)>,
     /// Rows some of whose calls are over by now.
     touched: BTreeMap<Number, Touched>,
     /// Calls of which something is noted now.
@@ -133,7 +133,7 @@ impl<'t> Change<'t> {
 
     /// Adds a row of calls that have ended, to the one under its key if there is one: what was under it first may have
     /// been taken out, and has ended again.
-    fn end_row(&mut self, key: Number, row: Vec<u8>, until: Millis) -> Result<()> {
+    fn end_row(&mut self, key: Number, row: Vec<u8>, until: UnixMillis) -> Result<()> {
         let mut left = vec![(key, row)];
         while let Some((key, mut row)) = left.pop() {
             let before = self.ended.get()?.get(key)?.map(|before| before.value().to_vec());
@@ -182,7 +182,7 @@ impl<'t> Change<'t> {
         Ok(())
     }
 
-    pub(super) fn remember_key(&mut self, key: &str, id: &str, until: Millis) -> Result<()> {
+    pub(super) fn remember_key(&mut self, key: &str, id: &str, until: UnixMillis) -> Result<()> {
         self.keys.get()?.insert(key, format!("{id}\n{until}").as_str())?;
         self.expiry.get()?.insert((until, format!("{KEY}{key}").as_str()), ())?;
         Ok(())
@@ -208,7 +208,7 @@ impl<'t> Change<'t> {
         number: Number,
         record: Bytes,
         chosen: bool,
-        until: Millis,
+        until: UnixMillis,
         noted: bool,
     ) -> Result<bool> {
         let was_there = self.call_is_over(number)?;
@@ -305,7 +305,7 @@ impl<'t> Change<'t> {
     }
 
     /// The call with `id`, and what the file says of it.
-    pub(super) fn find(&mut self, id: &str) -> Result<Option<(Number, Status)>> {
+    pub(super) fn find(&mut self, id: &str) -> Result<Option<(Number, CallRecord)>> {
         if let Some(number) = self.ids.number_in(id)
             && let Some(status) = self.status(number)?
             && status.id == id
@@ -318,7 +318,7 @@ impl<'t> Change<'t> {
         Ok(self.status(number)?.map(|status| (number, status)))
     }
 
-    fn status(&mut self, number: Number) -> Result<Option<Status>> {
+    fn status(&mut self, number: Number) -> Result<Option<CallRecord>> {
         if let Some(status) = self.progress.get()?.get(number)?.and_then(|json| parse(json.value()))
         {
             return Ok(Some(status));
@@ -342,12 +342,12 @@ impl<'t> Change<'t> {
     }
 
     /// The status of a call that is not over, as if nothing had been noted of it.
-    fn queued(&mut self, number: Number) -> Result<Option<Status>> {
+    fn queued(&mut self, number: Number) -> Result<Option<CallRecord>> {
         if let Some(stored) = self.fresh.get(&number) {
-            return Ok(Status::of_stored(stored).ok());
+            return Ok(CallRecord::from_stored(stored).ok());
         }
         if let Some(stored) = self.calls.get()?.get(number)? {
-            return Ok(Status::of_stored(sealed::peek(stored.value())).ok());
+            return Ok(CallRecord::from_stored(sealed::peek(stored.value())).ok());
         }
         let Some((key, row)) = row_with(self.batches.get()?, number)? else { return Ok(None) };
         let row = Row::new(row.value());
@@ -358,7 +358,7 @@ impl<'t> Change<'t> {
         };
         // As with a call that is kept alone: one that is damaged can still be cancelled.
         let stored = row.unchecked(index).filter(|_| !over);
-        Ok(stored.and_then(|stored| Status::of_stored(stored).ok()))
+        Ok(stored.and_then(|stored| CallRecord::from_stored(stored).ok()))
     }
 
     /// Forgets the results, or rows of them, that would be forgotten next, at most `most`; how many.
@@ -383,7 +383,7 @@ impl<'t> Change<'t> {
     }
 
     /// Forgets what has been kept until `now`, at most `most` of it; whether there is more.
-    pub(super) fn expire(&mut self, now: Millis, most: usize) -> Result<bool> {
+    pub(super) fn expire(&mut self, now: UnixMillis, most: usize) -> Result<bool> {
         let mut due = Vec::new();
         for entry in self.expiry.get()?.range(..(now, ""))?.take(most) {
             let (entry, ()) = entry.map(|(key, _)| (key, ()))?;
@@ -397,7 +397,7 @@ impl<'t> Change<'t> {
         Ok(more)
     }
 
-    fn expire_entry(&mut self, at: Millis, what: &str) -> Result<()> {
+    fn expire_entry(&mut self, at: UnixMillis, what: &str) -> Result<()> {
         self.expiry.get()?.remove((at, what))?;
         if let Some(key) = what.strip_prefix(KEY) {
             self.expire_key(key, at)?;
@@ -415,7 +415,7 @@ impl<'t> Change<'t> {
         Ok(())
     }
 
-    fn expire_key(&mut self, key: &str, at: Millis) -> Result<()> {
+    fn expire_key(&mut self, key: &str, at: UnixMillis) -> Result<()> {
         // A key whose call was purged may stand for a later one meanwhile.
         let known = self.keys.get()?.get(key)?;
         let is_due = known.is_none_or(|it| id_and_end(it.value()).1.is_none_or(|end| end <= at));
@@ -438,7 +438,7 @@ fn put_sealed(
 }
 
 /// The id that a key stands for, and until when, if that is known.
-fn id_and_end(stored: &str) -> (&str, Option<Millis>) {
+fn id_and_end(stored: &str) -> (&str, Option<UnixMillis>) {
     match stored.split_once('\n') {
         Some((id, end)) => (id, end.parse().ok()),
         None => (stored, None),

@@ -3,7 +3,7 @@
 use bytes::{BufMut, Bytes};
 use serde::{Deserialize, Serialize};
 
-use crate::queue::status::{Answer, Status};
+use crate::queue::status::{CallRecord, StoredResponse};
 
 /// The head of a stored answer.
 #[derive(Serialize, Deserialize)]
@@ -34,7 +34,7 @@ fn none<A>() -> Option<A> {
     None
 }
 
-pub(super) fn encode(status: &Status, answer: Option<&Answer>) -> Vec<u8> {
+pub(super) fn encode(status: &CallRecord, answer: Option<&StoredResponse>) -> Vec<u8> {
     let head = answer.map(|answer| AnswerHeadRef {
         status: answer.status,
         headers: &answer.headers,
@@ -58,12 +58,12 @@ pub(super) fn without_result(record: &Bytes) -> Option<Vec<u8>> {
     Some(encode(&status, None))
 }
 
-pub(super) fn decode(bytes: &Bytes) -> Option<(Status, Option<Answer>)> {
+pub(super) fn decode(bytes: &Bytes) -> Option<(CallRecord, Option<StoredResponse>)> {
     let (length, rest) = bytes.split_first_chunk::<4>()?;
     let length = u32::from_be_bytes(*length) as usize;
-    let head: Head<Status, AnswerHead> = serde_json::from_slice(rest.get(..length)?).ok()?;
+    let head: Head<CallRecord, AnswerHead> = serde_json::from_slice(rest.get(..length)?).ok()?;
     let body = bytes.slice(4 + length..);
-    let answer = head.answer.map(|answer| Answer {
+    let answer = head.answer.map(|answer| StoredResponse {
         status: answer.status,
         headers: answer.headers,
         body,

@@ -6,7 +6,7 @@ use crate::function::Function;
 use crate::queue::embedded::schedule::Number;
 use crate::queue::embedded::store::{self, Shelf, View};
 use crate::queue::embedded::{SCAN, Shared};
-use crate::queue::status::Status;
+use crate::queue::status::CallRecord;
 use crate::queue::{Counts, Error, Filter, Order};
 
 /// The number after which a list goes on, if there is one.
@@ -18,14 +18,14 @@ pub(super) fn following(order: Order, number: Number) -> Option<Number> {
 }
 
 impl Shared {
-    pub(super) fn status(&self, id: &str) -> Result<Option<Status>, Error> {
+    pub(super) fn status(&self, id: &str) -> Result<Option<CallRecord>, Error> {
         self.view(|view| {
             let Some(number) = view.number(id)? else { return Ok(None) };
             self.status_of(view, number)
         })
     }
 
-    fn status_of(&self, view: &View, number: Number) -> store::Result<Option<Status>> {
+    fn status_of(&self, view: &View, number: Number) -> store::Result<Option<CallRecord>> {
         let began = self.waiting().running.get(&number).and_then(|run| run.began);
         let noted = match view.progress(number)? {
             Some(noted) => Some(noted),
@@ -50,11 +50,11 @@ impl Shared {
         filter: &Filter,
         first: Option<Number>,
         limit: usize,
-    ) -> Result<Vec<(Number, Status)>, Error> {
+    ) -> Result<Vec<(Number, CallRecord)>, Error> {
         let label = filter.function.as_ref().map(Function::to_string);
-        let means = |status: &Status| {
+        let means = |status: &CallRecord| {
             filter.state.is_none_or(|state| state == status.state)
-                && filter.dead.is_none_or(|dead| dead == status.dead)
+                && filter.dead.is_none_or(|dead| dead == status.dead_letter)
                 && label.as_ref().is_none_or(|label| *label == status.function)
         };
         let shelves = Shelf::with(filter);

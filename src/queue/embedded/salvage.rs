@@ -9,7 +9,7 @@ use anyhow::{Context, bail};
 use bytes::Bytes;
 use redb::{ConcurrencyMode, Database, ReadOnlyDatabase, ReadableDatabase, ReadableTable};
 
-use crate::queue::call::Millis;
+use crate::queue::call::UnixMillis;
 use crate::queue::embedded::change::Change;
 use crate::queue::embedded::guard::guarded;
 use crate::queue::embedded::ids::Ids;
@@ -23,10 +23,10 @@ use crate::queue::embedded::tables::{
 };
 use crate::queue::embedded::{finished, sealed};
 use crate::queue::now;
-use crate::queue::status::Status;
+use crate::queue::status::CallRecord;
 
 /// How long a copied result is kept: when it was to go may not be readable.
-const KEPT: Millis = 60 * 60 * 1000;
+const KEPT: UnixMillis = 60 * 60 * 1000;
 /// So much is written to the copy at once.
 const TOGETHER: usize = 512;
 const LENGTH_TOGETHER: usize = 4 << 20;
@@ -60,10 +60,10 @@ impl Found {
 
 /// Something that can be copied.
 enum Item {
-    Call { number: Number, status: Status, stored: Bytes },
-    Result { number: Number, status: Status, record: Bytes },
+    Call { number: Number, status: CallRecord, stored: Bytes },
+    Result { number: Number, status: CallRecord, record: Bytes },
     Progress { number: Number, json: Vec<u8> },
-    Key { key: String, id: String, until: Millis },
+    Key { key: String, id: String, until: UnixMillis },
 }
 
 /// Looks at all that is in the file at `path`, which is not changed.
@@ -212,7 +212,7 @@ impl Remains {
                         continue;
                     };
                     found.results += 1;
-                    if !status.dead {
+                    if !status.dead_letter {
                         finished.insert(number);
                     }
                     take(Item::Result { number, status, record })?;
@@ -228,7 +228,7 @@ impl Remains {
                     if finished.contains(&number) || marks.is_some_and(|it| it.has(index)) {
                         continue;
                     }
-                    let status = stored.and_then(|stored| Status::of_stored(stored).ok());
+                    let status = stored.and_then(|stored| CallRecord::from_stored(stored).ok());
                     let (Some(stored), Some(status)) = (stored, status) else {
                         found.damaged_calls += 1;
                         continue;
@@ -400,7 +400,7 @@ fn put(change: &mut Change<'_>, item: &Item, chosen: bool) -> store::Result<()> 
             let chosen = chosen || status.chosen_id || !Ids::looks_numbered(&status.id);
             change.add(*number, &status.id, chosen, stored)
         }
-        Item::Result { number, status, record } if status.dead => {
+        Item::Result { number, status, record } if status.dead_letter => {
             change.keep_answer(*number, &serde_json::to_vec(status).unwrap_or_default(), record)
         }
         Item::Result { number, status, record } => {

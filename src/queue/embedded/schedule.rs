@@ -4,8 +4,8 @@ use std::cmp::Reverse;
 use std::collections::{BinaryHeap, HashMap, HashSet, VecDeque};
 use std::sync::Arc;
 
-use crate::queue::call::Millis;
-use crate::queue::share::has_room;
+use crate::queue::call::UnixMillis;
+use crate::queue::fair_share::has_room;
 
 /// A call's number: calls are numbered as they are taken in.
 pub(super) type Number = u64;
@@ -20,11 +20,11 @@ pub(super) struct Schedule {
     /// Functions with calls that can be made now, each once, in turn.
     turn: VecDeque<usize>,
     /// Calls whose time has not come.
-    delayed: BinaryHeap<Reverse<(Millis, Number, u32)>>,
+    delayed: BinaryHeap<Reverse<(UnixMillis, Number, u32)>>,
     /// Waiting calls that were taken back. They are skipped when their turn comes.
     dropped: HashSet<Number>,
     /// What is due by now is in its line, what is due later is delayed.
-    clock: Millis,
+    clock: UnixMillis,
     /// Calls that have a place.
     placed: usize,
     waiting: usize,
@@ -103,7 +103,7 @@ impl Schedule {
     }
 
     /// Adds a call that can be made from `due` on.
-    pub(super) fn add(&mut self, line: usize, number: Number, due: Millis, now: Millis) {
+    pub(super) fn add(&mut self, line: usize, number: Number, due: UnixMillis, now: UnixMillis) {
         self.ripen(now);
         self.waiting += 1;
         if due > self.clock {
@@ -153,7 +153,7 @@ impl Schedule {
     }
 
     /// A call that waits, and was to be made from `due` on, is not to be made.
-    pub(super) fn drop_waiting(&mut self, line: usize, number: Number, due: Millis) {
+    pub(super) fn drop_waiting(&mut self, line: usize, number: Number, due: UnixMillis) {
         self.waiting = self.waiting.saturating_sub(1);
         self.dropped.insert(number);
         let line = &mut self.functions[line];
@@ -165,7 +165,7 @@ impl Schedule {
     }
 
     /// A call that was dropped is to be made after all.
-    pub(super) fn restore(&mut self, line: usize, number: Number, due: Millis) {
+    pub(super) fn restore(&mut self, line: usize, number: Number, due: UnixMillis) {
         if !self.dropped.remove(&number) {
             // Its turn has come meanwhile, and it was skipped.
             return self.add(line, number, due, self.clock);
@@ -182,7 +182,7 @@ impl Schedule {
     /// The next call to make, if any can be made at `now` by one who makes at most `places` at a time.
     ///
     /// The functions take turns, and each has its share of the places.
-    pub(super) fn pick(&mut self, now: Millis, places: usize) -> Option<Picked> {
+    pub(super) fn pick(&mut self, now: UnixMillis, places: usize) -> Option<Picked> {
         self.ripen(now);
         for _ in 0..self.turn.len() {
             let line = self.turn.pop_front()?;
@@ -219,7 +219,7 @@ impl Schedule {
     }
 
     /// When the next delayed call can be made.
-    pub(super) fn next_due(&self) -> Option<Millis> {
+    pub(super) fn next_due(&self) -> Option<UnixMillis> {
         self.delayed.peek().map(|Reverse((due, ..))| *due)
     }
 
@@ -241,7 +241,7 @@ impl Schedule {
         })
     }
 
-    fn ripen(&mut self, now: Millis) {
+    fn ripen(&mut self, now: UnixMillis) {
         // The clock of the system may be set back; what has ripened stays so.
         self.clock = self.clock.max(now);
         while let Some(Reverse((due, number, line))) = self.delayed.peek().copied()
@@ -272,7 +272,7 @@ mod tests {
 
     const PLACES: usize = 8;
 
-    fn picks(schedule: &mut Schedule, now: Millis) -> Vec<Number> {
+    fn picks(schedule: &mut Schedule, now: UnixMillis) -> Vec<Number> {
         std::iter::from_fn(|| schedule.pick(now, PLACES)).map(|picked| picked.number).collect()
     }
 

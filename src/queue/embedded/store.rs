@@ -10,7 +10,7 @@ use redb::{
 };
 
 use crate::queue::Filter;
-use crate::queue::call::{Call, Millis};
+use crate::queue::call::{QueuedCall, UnixMillis};
 use crate::queue::embedded::change::Change;
 use crate::queue::embedded::guard::guarded;
 use crate::queue::embedded::ids::Ids;
@@ -22,7 +22,7 @@ use crate::queue::embedded::tables::{
     ABOUT, BATCHES, CALLS, CHANGES, ENDED, FINISHED, NUMBERS, OVER, PROGRESS, SECRET,
 };
 use crate::queue::embedded::{finished, sealed};
-use crate::queue::status::{Answer, State, Status};
+use crate::queue::status::{CallRecord, CallState, StoredResponse};
 
 /// Memory for pages of the file.
 const CACHE: usize = 12 << 20;
@@ -47,7 +47,7 @@ pub(super) fn rolls_back(repair: &RepairSession) -> bool {
 pub(super) struct Found {
     pub(super) number: Number,
     pub(super) label: String,
-    pub(super) due: Millis,
+    pub(super) due: UnixMillis,
     pub(super) dead: bool,
     /// Something is noted of it: it has been made before.
     pub(super) noted: bool,
@@ -129,16 +129,16 @@ impl Store {
         let mut see = |number: Number, stored: Option<&[u8]>, raw: Option<&[u8]>| -> Result<()> {
             next = next.max(number + 1);
             let Some(stored) = stored else {
-                let id = raw.and_then(Call::id_in);
+                let id = raw.and_then(QueuedCall::extract_id);
                 tracing::error!(call_id = id, number, "A queued call is damaged and set aside");
                 found(Found { number, damaged: true, ..Found::default() });
                 return Ok(());
             };
-            let call = match Status::of_stored(stored) {
+            let call = match CallRecord::from_stored(stored) {
                 Ok(call) => call,
                 Err(error) => {
                     // One of a version to come stays where it is.
-                    let id = Call::id_in(stored);
+                    let id = QueuedCall::extract_id(stored);
                     tracing::error!(call_id = id, number, %error, "A queued call cannot be read");
                     return Ok(());
                 }
@@ -150,7 +150,7 @@ impl Store {
                 label: call.function,
                 due: due.or(call.next_attempt_at).unwrap_or(0),
                 noted: status.is_some(),
-                dead: status.is_some_and(|status| status.dead),
+                dead: status.is_some_and(|status| status.dead_letter),
                 damaged: false,
             });
             Ok(())
@@ -281,12 +281,12 @@ impl View {
     /// The id of a call that is damaged, as far as it can be read.
     pub(super) fn id_as_it_is(&self, number: Number) -> Result<Option<String>> {
         if let Some(stored) = self.read.open_table(CALLS)?.get(number)? {
-            return Ok(Call::id_in(sealed::peek(stored.value())));
+            return Ok(QueuedCall::extract_id(sealed::peek(stored.value())));
         }
         let batches = self.read.open_table(BATCHES)?;
         let in_row = row_with(&batches, number)?.and_then(|(_, row)| {
             let row = Row::new(row.value());
-            Call::id_in(row.unchecked(row.find(number)?)?)
+            QueuedCall::extract_id(row.unchecked(row.find(number)?)?)
         });
         let known = || Ok(self.progress(number)?.map(|status| status.id));
         in_row.map_or_else(known, |id| Ok(Some(id)))
@@ -307,9 +307,9 @@ impl View {
     }
 
     /// The status of a call as if nothing had been noted of it.
-    pub(super) fn queued(&self, number: Number) -> Result<Option<Status>> {
+    pub(super) fn queued(&self, number: Number) -> Result<Option<CallRecord>> {
         if let Some(stored) = self.read.open_table(CALLS)?.get(number)? {
-            return Ok(Status::of_stored(sealed::peek(stored.value())).ok());
+            return Ok(CallRecord::from_stored(sealed::peek(stored.value())).ok());
         }
         let batches = self.read.open_table(BATCHES)?;
         let Some((key, row)) = row_with(&batches, number)? else { return Ok(None) };
@@ -320,16 +320,19 @@ impl View {
             return Ok(None);
         }
         // As with a call that is kept alone: one that is damaged has a status, and can be cancelled.
-        Ok(row.unchecked(index).and_then(|stored| Status::of_stored(stored).ok()))
+        Ok(row.unchecked(index).and_then(|stored| CallRecord::from_stored(stored).ok()))
     }
 
     /// What has been noted of a call that is not over.
-    pub(super) fn progress(&self, number: Number) -> Result<Option<Status>> {
+    pub(super) fn progress(&self, number: Number) -> Result<Option<CallRecord>> {
         let json = self.read.open_table(PROGRESS)?.get(number)?;
         Ok(json.and_then(|json| parse(json.value())))
     }
 
-    pub(super) fn finished(&self, number: Number) -> Result<Option<(Status, Option<Answer>)>> {
+    pub(super) fn finished(
+        &self,
+        number: Number,
+    ) -> Result<Option<(CallRecord, Option<StoredResponse>)>> {
         if let Some(stored) = self.read.open_table(FINISHED)?.get(number)? {
             let stored = sealed::open(stored.value()).ok();
             return Ok(stored.and_then(|it| finished::decode(&Bytes::copy_from_slice(it))));
@@ -408,9 +411,11 @@ impl Shelf {
     /// The shelves with all that `filter` can mean. To look for a handful of dead calls must not read a million others.
     pub(super) fn with(filter: &Filter) -> &'static [Self] {
         match (filter.dead, filter.state) {
-            (Some(true), _) | (_, Some(State::Retrying)) => &[Self::Progress],
-            (_, Some(State::Queued | State::Running)) => &[Self::Calls],
-            (_, Some(State::Succeeded | State::Failed | State::Cancelled)) => &[Self::Finished],
+            (Some(true), _) | (_, Some(CallState::Retrying)) => &[Self::Progress],
+            (_, Some(CallState::Queued | CallState::Running)) => &[Self::Calls],
+            (_, Some(CallState::Succeeded | CallState::Failed | CallState::Cancelled)) => {
+                &[Self::Finished]
+            }
             (_, None) => &[Self::Calls, Self::Finished],
         }
     }
@@ -425,6 +430,6 @@ impl Shelf {
     }
 }
 
-pub(super) fn parse(json: &[u8]) -> Option<Status> {
+pub(super) fn parse(json: &[u8]) -> Option<CallRecord> {
     serde_json::from_slice(json).ok()
 }

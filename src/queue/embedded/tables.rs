@@ -2,7 +2,7 @@
 
 use redb::TableDefinition;
 
-use crate::queue::call::Millis;
+use crate::queue::call::UnixMillis;
 use crate::queue::embedded::schedule::Number;
 
 /// Calls that are not over, and those that failed for good: as `Call::encode` writes them. Long ones, and those of a file
@@ -24,7 +24,8 @@ pub(super) const ENDED: TableDefinition<'_, Number, &[u8]> = TableDefinition::ne
 /// By idempotency key: the id that it stands for, and until when, on a line of its own.
 pub(super) const KEYS: TableDefinition<'_, &str, &str> = TableDefinition::new("keys");
 /// When what is kept for a while goes, and what it is.
-pub(super) const EXPIRY: TableDefinition<'_, (Millis, &str), ()> = TableDefinition::new("expiry");
+pub(super) const EXPIRY: TableDefinition<'_, (UnixMillis, &str), ()> =
+    TableDefinition::new("expiry");
 
 /// What the file needs to know of itself.
 pub(super) const ABOUT: TableDefinition<'_, &str, &[u8]> = TableDefinition::new("about");

@@ -7,10 +7,10 @@ use tempfile::TempDir;
 
 use super::*;
 use crate::queue::Order;
-use crate::queue::call::Options;
+use crate::queue::call::CallOptions;
 use crate::queue::embedded::change::Change;
 use crate::queue::embedded::store::Mark;
-use crate::queue::status::State;
+use crate::queue::status::CallState;
 
 const LIMITS: Limits = Limits { pending: 5, result_ttl: 3_600_000, key_ttl: 3_600_000 };
 const PLACES: usize = 10;
@@ -19,14 +19,14 @@ fn open(directory: &TempDir) -> Embedded {
     Embedded::open(directory.path(), LIMITS).unwrap()
 }
 
-fn call(id: &str) -> Call {
-    Call {
+fn call(id: &str) -> QueuedCall {
+    QueuedCall {
         id: id.to_owned(),
         function: Function { name: "echo".to_owned(), namespace: "fn".to_owned() },
         target: String::new(),
         headers: HeaderMap::new(),
         body: Bytes::from_static(b"body"),
-        options: Options { submitted_at: now(), chosen_id: true, ..Options::default() },
+        options: CallOptions { submitted_at: now(), chosen_id: true, ..CallOptions::default() },
     }
 }
 
@@ -36,21 +36,27 @@ async fn settle(queue: &Embedded, delivery: Delivery, settlement: Settlement) {
 }
 
 fn succeeded() -> Settlement {
-    let answer = Answer {
+    let answer = StoredResponse {
         status: 200,
         headers: vec![("x-a".to_owned(), "1".to_owned())],
         body: Bytes::from_static(b"answer"),
         truncated: false,
     };
     let (status, answer) = (Some(200), Some(answer));
-    Settlement::Finished { state: State::Succeeded, status, reason: None, answer, made: true }
+    Settlement::Finished {
+        state: CallState::Succeeded,
+        status,
+        reason: None,
+        response: answer,
+        executed: true,
+    }
 }
 
 fn dead() -> Settlement {
-    Settlement::Dead { status: Some(500), reason: Some("gave up".to_owned()), answer: None }
+    Settlement::DeadLetter { status: Some(500), reason: Some("gave up".to_owned()), response: None }
 }
 
-async fn state(queue: &Embedded, id: &str) -> Option<State> {
+async fn state(queue: &Embedded, id: &str) -> Option<CallState> {
     queue.status(id).await.unwrap().map(|status| status.state)
 }
 
@@ -60,21 +66,24 @@ async fn a_call_goes_through_its_states() {
     let queue = open(&directory);
     let published = queue.publish(call("a"), None).await.unwrap();
     assert_eq!(published, Published { id: "a".to_owned(), repeated: false });
-    assert_eq!(state(&queue, "a").await, Some(State::Queued));
+    assert_eq!(state(&queue, "a").await, Some(CallState::Queued));
     let delivery = queue.take(PLACES).await.unwrap();
     assert_eq!((&delivery.call, delivery.attempts), (&call_at("a", &delivery), 0));
-    assert_eq!(state(&queue, "a").await, Some(State::Running));
-    assert_eq!(queue.cancel("a").await.unwrap(), Changed::No(State::Running));
+    assert_eq!(state(&queue, "a").await, Some(CallState::Running));
+    assert_eq!(queue.cancel("a").await.unwrap(), Changed::No(CallState::Running));
     settle(&queue, delivery, succeeded()).await;
     let status = queue.status("a").await.unwrap().unwrap();
-    assert_eq!((status.state, status.attempts, status.status), (State::Succeeded, 1, Some(200)));
+    assert_eq!(
+        (status.state, status.attempts, status.status),
+        (CallState::Succeeded, 1, Some(200))
+    );
     assert_eq!(queue.answer("a").await.unwrap().unwrap().body, "answer");
     assert_eq!(queue.status("b").await.unwrap(), None);
 }
 
 /// `call(id)` at the time of `delivery`.
-fn call_at(id: &str, delivery: &Delivery) -> Call {
-    Call { options: delivery.call.options.clone(), ..call(id) }
+fn call_at(id: &str, delivery: &Delivery) -> QueuedCall {
+    QueuedCall { options: delivery.call.options.clone(), ..call(id) }
 }
 
 #[tokio::test]
@@ -106,8 +115,8 @@ async fn what_was_not_settled_is_there_after_a_restart() {
     std::mem::forget(running);
     close(queue);
     let queue = open(&directory);
-    assert_eq!(state(&queue, "done").await, Some(State::Succeeded));
-    assert_eq!(state(&queue, "dead").await, Some(State::Failed));
+    assert_eq!(state(&queue, "done").await, Some(CallState::Succeeded));
+    assert_eq!(state(&queue, "dead").await, Some(CallState::Failed));
     let mut again = Vec::new();
     for _ in 0..3 {
         let delivery = queue.take(PLACES).await.unwrap();
@@ -153,7 +162,7 @@ async fn a_full_queue_says_so() {
     assert_eq!(queue.publish(call("more"), None).await, Err(Error::Full));
     assert_eq!(queue.cancel("0").await.unwrap(), Changed::Yes);
     assert!(queue.publish(call("more"), None).await.is_ok());
-    assert_eq!(state(&queue, "0").await, Some(State::Cancelled));
+    assert_eq!(state(&queue, "0").await, Some(CallState::Cancelled));
     assert_eq!(queue.take(PLACES).await.unwrap().call.id, "1");
 }
 
@@ -171,7 +180,7 @@ async fn a_dead_call_is_kept_until_it_is_revived() {
     assert_eq!(queue.revive("a").await.unwrap(), Changed::Yes);
     let delivery = queue.take(PLACES).await.unwrap();
     assert_eq!((delivery.call.id.as_str(), delivery.attempts), ("a", 0));
-    assert_eq!(queue.revive("a").await.unwrap(), Changed::No(State::Running));
+    assert_eq!(queue.revive("a").await.unwrap(), Changed::No(CallState::Running));
     settle(&queue, delivery, dead()).await;
     assert_eq!(queue.purge(&filter).await.unwrap(), 1);
     assert_eq!(queue.status("a").await.unwrap(), None);
@@ -184,7 +193,7 @@ async fn a_delivery_that_is_dropped_is_taken_again() {
     let queue = open(&directory);
     queue.publish(call("a"), None).await.unwrap();
     drop(queue.take(PLACES).await.unwrap());
-    assert_eq!(state(&queue, "a").await, Some(State::Queued));
+    assert_eq!(state(&queue, "a").await, Some(CallState::Queued));
     assert_eq!(queue.take(PLACES).await.unwrap().call.id, "a");
 }
 
@@ -212,7 +221,7 @@ async fn a_call_is_found_by_an_id_that_was_made_here() {
     let mut made = call(&queue.fresh_id());
     made.options.chosen_id = false;
     queue.publish(made.clone(), None).await.unwrap();
-    assert_eq!(state(&queue, &made.id).await, Some(State::Queued));
+    assert_eq!(state(&queue, &made.id).await, Some(CallState::Queued));
     // Another id with the same number is not this call's.
     let mut guessed = made.id.clone();
     guessed.replace_range(35.., if guessed.ends_with('0') { "1" } else { "0" });
@@ -220,7 +229,7 @@ async fn a_call_is_found_by_an_id_that_was_made_here() {
     // Whoever chooses an id that is taken meets that call.
     assert!(queue.publish(call(&made.id), None).await.unwrap().repeated);
     settle(&queue, queue.take(PLACES).await.unwrap(), succeeded()).await;
-    assert_eq!(state(&queue, &made.id).await, Some(State::Succeeded));
+    assert_eq!(state(&queue, &made.id).await, Some(CallState::Succeeded));
 }
 
 #[tokio::test]
@@ -238,7 +247,7 @@ async fn a_call_that_is_published_and_cancelled_at_once_is_counted_right() {
             assert_eq!(queue.cancel("a").await.unwrap(), Changed::Yes);
         }
         assert_eq!(queue.shared.waiting().schedule.waiting(), 0);
-        let filter = Filter { state: Some(State::Cancelled), ..Filter::default() };
+        let filter = Filter { state: Some(CallState::Cancelled), ..Filter::default() };
         assert_eq!(queue.purge(&filter).await.unwrap(), 1);
     }
 }
@@ -250,7 +259,7 @@ async fn a_call_that_is_about_to_be_made_cannot_be_taken_back() {
     queue.publish(call("a"), None).await.unwrap();
     let (held, stored) = queue.shared.waiting().pick(now(), PLACES).unwrap();
     let lease = Lease::new(Arc::clone(&queue.shared), held);
-    assert_eq!(queue.cancel("a").await.unwrap(), Changed::No(State::Running));
+    assert_eq!(queue.cancel("a").await.unwrap(), Changed::No(CallState::Running));
     drop(queue.deliver(lease, stored).unwrap().unwrap());
     assert_eq!(queue.cancel("a").await.unwrap(), Changed::Yes);
     assert_eq!(queue.counts().await.unwrap(), []);
@@ -268,9 +277,9 @@ async fn an_old_lease_does_not_give_back_a_call_that_is_made_again() {
     let second = queue.take(PLACES).await.unwrap();
     assert_eq!(queue.settle(lease, &first.call, &retry).await, Err(Error::Gone));
     drop(first);
-    assert_eq!(state(&queue, "a").await, Some(State::Running));
+    assert_eq!(state(&queue, "a").await, Some(CallState::Running));
     settle(&queue, second, succeeded()).await;
-    assert_eq!(state(&queue, "a").await, Some(State::Succeeded));
+    assert_eq!(state(&queue, "a").await, Some(CallState::Succeeded));
 }
 
 #[tokio::test]
@@ -285,10 +294,10 @@ async fn a_settlement_that_comes_too_late_touches_nobody_elses_call() {
     drop(first);
     let second = queue.take(PLACES).await.unwrap();
     let retry = Settlement::Retry { at: now(), status: Some(503), reason: None };
-    let status = Status::queued(&second.call).settled(&retry, now());
+    let status = CallRecord::queued(&second.call).settled(&retry, now());
     let settled = Settled::new(&status, &retry);
     queue.shared.waiting().settled(held, &settled, false);
-    assert_eq!(state(&queue, "a").await, Some(State::Running));
+    assert_eq!(state(&queue, "a").await, Some(CallState::Running));
     settle(&queue, second, succeeded()).await;
     assert_eq!(queue.counts().await.unwrap(), []);
 }
@@ -302,13 +311,13 @@ async fn a_call_that_ends_after_it_was_given_back_is_not_made_again() {
     }
     let first = queue.take(PLACES).await.unwrap();
     let Handle::Embedded(lease) = &first.handle else { panic!("not embedded") };
-    let status = Status::queued(&first.call).settled(&succeeded(), now());
+    let status = CallRecord::queued(&first.call).settled(&succeeded(), now());
     let settled = Settled::new(&status, &succeeded());
     let held = lease.held;
     // Whoever had it was cut off while its settlement was on its way.
     drop(first);
     queue.ask(|reply| Op::Settle(held, settled, reply)).await.unwrap();
-    assert_eq!(state(&queue, "a").await, Some(State::Succeeded));
+    assert_eq!(state(&queue, "a").await, Some(CallState::Succeeded));
     assert_eq!(queue.shared.waiting().schedule.waiting(), 2);
     // And the same of one that is made again by then.
     let second = queue.take(PLACES).await.unwrap();
@@ -317,7 +326,7 @@ async fn a_call_that_ends_after_it_was_given_back_is_not_made_again() {
     let (held, again) = (lease.held, second.call.clone());
     drop(second);
     let third = queue.take(PLACES).await.unwrap();
-    let status = Status::queued(&again).settled(&succeeded(), now());
+    let status = CallRecord::queued(&again).settled(&succeeded(), now());
     let settled = Settled::new(&status, &succeeded());
     queue.ask(|reply| Op::Settle(held, settled, reply)).await.unwrap();
     settle(&queue, third, succeeded()).await;
@@ -338,7 +347,7 @@ async fn a_key_stands_for_no_call_that_was_purged() {
         call
     };
     queue.publish(keyed("a"), None).await.unwrap();
-    let filter = Filter { state: Some(State::Queued), ..Filter::default() };
+    let filter = Filter { state: Some(CallState::Queued), ..Filter::default() };
     assert_eq!(queue.purge(&filter).await.unwrap(), 1);
     assert!(!queue.publish(keyed("b"), None).await.unwrap().repeated);
     assert_eq!(queue.take(PLACES).await.unwrap().call.id, "b");
@@ -385,15 +394,15 @@ async fn each_kind_of_call_is_found_and_paged() {
     assert_eq!(find(None, None, Some("dead")).await, all[2..]);
     assert_eq!(find(None, Some(true), None).await, ["dead"]);
     for (state, id) in [
-        (State::Succeeded, "done"),
-        (State::Failed, "dead"),
-        (State::Retrying, "retried"),
-        (State::Running, "running"),
-        (State::Queued, "waiting"),
+        (CallState::Succeeded, "done"),
+        (CallState::Failed, "dead"),
+        (CallState::Retrying, "retried"),
+        (CallState::Running, "running"),
+        (CallState::Queued, "waiting"),
     ] {
         assert_eq!(find(Some(state), None, None).await, [id], "{state:?}");
     }
-    assert!(find(Some(State::Cancelled), None, None).await.is_empty());
+    assert!(find(Some(CallState::Cancelled), None, None).await.is_empty());
 }
 
 #[tokio::test]

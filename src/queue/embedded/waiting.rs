@@ -5,14 +5,14 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 
-use crate::queue::call::Millis;
+use crate::queue::call::UnixMillis;
 use crate::queue::embedded::Shared;
 use crate::queue::embedded::rows::Recent;
 use crate::queue::embedded::schedule::{Number, Picked, Schedule};
 use crate::queue::embedded::store::Found;
 use crate::queue::embedded::writer::Settled;
 use crate::queue::now;
-use crate::queue::status::{State, Status};
+use crate::queue::status::{CallRecord, CallState};
 
 /// What is known in memory.
 #[derive(Default)]
@@ -23,7 +23,7 @@ pub(super) struct Waiting {
     runs: u64,
     pub(super) dead: HashMap<String, u64>,
     /// Calls that were given back by a panic: how often, and when they are made again.
-    panicked: HashMap<Number, (u32, Millis)>,
+    panicked: HashMap<Number, (u32, UnixMillis)>,
     /// Calls of which something is noted in the file: they have been made before.
     noted: HashSet<Number>,
     /// Calls that cannot be read: they stay in the file, and are not executed.
@@ -32,7 +32,7 @@ pub(super) struct Waiting {
 }
 
 /// The pause after the first panic; it doubles with each.
-const AFTER_PANIC: Millis = 1000;
+const AFTER_PANIC: UnixMillis = 1000;
 /// So often it doubles.
 const DOUBLINGS: u32 = 10;
 
@@ -51,14 +51,14 @@ pub(super) struct Run {
 pub(super) struct Began {
     /// How often it has been made, this time among them.
     pub(super) attempts: u32,
-    pub(super) at: Millis,
+    pub(super) at: UnixMillis,
 }
 
 impl Began {
     /// The status of the call, of which `noted` was known before.
-    pub(super) fn of(self, noted: Status) -> Status {
-        Status {
-            state: State::Running,
+    pub(super) fn of(self, noted: CallRecord) -> CallRecord {
+        CallRecord {
+            state: CallState::Running,
             attempts: self.attempts,
             started_at: Some(self.at),
             next_attempt_at: None,
@@ -74,7 +74,7 @@ pub(in crate::queue) struct Lease {
     pub(super) shared: Arc<Shared>,
     pub(super) held: Held,
     /// Since when.
-    pub(super) at: Millis,
+    pub(super) at: UnixMillis,
     /// How often the call was made before, and what the function said last.
     pub(super) before: (u32, Option<u16>),
 }
@@ -103,7 +103,7 @@ pub(super) struct Held {
 }
 
 impl Waiting {
-    pub(super) fn add(&mut self, label: &str, number: Number, due: Millis) {
+    pub(super) fn add(&mut self, label: &str, number: Number, due: UnixMillis) {
         let line = self.schedule.line(label);
         self.schedule.add(line, number, due, now());
     }
@@ -139,7 +139,7 @@ impl Waiting {
     }
 
     /// The next call to make, and what is stored of it if that is at hand. From here on it runs: nobody can take it back.
-    pub(super) fn pick(&mut self, now: Millis, places: usize) -> Option<(Held, Option<Bytes>)> {
+    pub(super) fn pick(&mut self, now: UnixMillis, places: usize) -> Option<(Held, Option<Bytes>)> {
         let picked = self.schedule.pick(now, places)?;
         self.runs += 1;
         let run = Run { run: self.runs, answered: false, began: None };
@@ -182,7 +182,7 @@ impl Waiting {
     }
 
     /// Takes a waiting call out; `false` if it runs.
-    pub(super) fn withdraw(&mut self, number: Number, status: &Status) -> bool {
+    pub(super) fn withdraw(&mut self, number: Number, status: &CallRecord) -> bool {
         let waits = !self.running.contains_key(&number);
         // One that was set aside is in no line.
         if waits && !self.damaged.contains(&number) {
@@ -193,7 +193,7 @@ impl Waiting {
     }
 
     /// A call that was taken out waits again.
-    pub(super) fn restore(&mut self, number: Number, status: &Status) {
+    pub(super) fn restore(&mut self, number: Number, status: &CallRecord) {
         if self.damaged.contains(&number) {
             return;
         }
@@ -202,7 +202,7 @@ impl Waiting {
     }
 
     /// From when on a waiting call can be made.
-    fn due(&self, number: Number, status: &Status) -> Millis {
+    fn due(&self, number: Number, status: &CallRecord) -> UnixMillis {
         let panicked = self.panicked.get(&number).map(|(_, due)| *due);
         panicked.or(status.next_attempt_at).unwrap_or(0)
     }
@@ -220,8 +220,8 @@ impl Waiting {
     }
 
     /// The state of a call of which the file says `status`.
-    pub(super) fn state(&self, number: Number, status: &Status) -> State {
-        self.running.get(&number).map_or(status.state, |_| State::Running)
+    pub(super) fn state(&self, number: Number, status: &CallRecord) -> CallState {
+        self.running.get(&number).map_or(status.state, |_| CallState::Running)
     }
 
     /// A call was settled; `ended`: it is over by that.

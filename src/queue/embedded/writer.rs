@@ -8,15 +8,15 @@ use std::time::Duration;
 use bytes::Bytes;
 use tokio::sync::mpsc;
 
-use crate::queue::call::Millis;
-use crate::queue::desk::{Outbox, Reply};
+use crate::queue::call::UnixMillis;
 use crate::queue::embedded::change::Change;
 use crate::queue::embedded::ids::Ids;
 use crate::queue::embedded::schedule::Number;
 use crate::queue::embedded::store::Result as StoreResult;
 use crate::queue::embedded::waiting::{Held, Waiting};
 use crate::queue::embedded::{Shared, finished};
-use crate::queue::status::{Settlement, State, Status};
+use crate::queue::reply_batch::{Outbox, Reply};
+use crate::queue::status::{CallRecord, CallState, Settlement};
 use crate::queue::{Changed, Error, Published, Room, now};
 
 /// So many changes are made durable together, at most.
@@ -35,7 +35,7 @@ pub(super) struct Incoming {
     pub(super) key: Option<String>,
     pub(super) label: String,
     pub(super) digest: Option<String>,
-    pub(super) due: Millis,
+    pub(super) due: UnixMillis,
     pub(super) encoded: Bytes,
     /// Held until the call is written or refused, however long that takes and whoever still waits for it.
     pub(super) _room: Room,
@@ -50,7 +50,7 @@ pub(super) enum Settled {
     },
     Retry {
         note: Vec<u8>,
-        at: Millis,
+        at: UnixMillis,
     },
     Dead {
         note: Vec<u8>,
@@ -61,15 +61,15 @@ pub(super) enum Settled {
 
 impl Settled {
     /// `settlement`, by which a call comes to `status`.
-    pub(super) fn new(status: &Status, settlement: &Settlement) -> Self {
+    pub(super) fn new(status: &CallRecord, settlement: &Settlement) -> Self {
         let note = || serde_json::to_vec(status).unwrap_or_default();
         match settlement {
-            Settlement::Finished { answer, .. } => Self::Over {
+            Settlement::Finished { response: answer, .. } => Self::Over {
                 record: finished::encode(status, answer.as_ref()).into(),
                 chosen: is_chosen(status),
             },
             Settlement::Retry { at, .. } => Self::Retry { note: note(), at: *at },
-            Settlement::Dead { answer, .. } => Self::Dead {
+            Settlement::DeadLetter { response: answer, .. } => Self::Dead {
                 note: note(),
                 record: finished::encode(status, answer.as_ref()),
                 label: status.function.clone(),
@@ -79,7 +79,7 @@ impl Settled {
 }
 
 /// Whether a call is found by a table of ids, since its own has no number in it.
-fn is_chosen(status: &Status) -> bool {
+fn is_chosen(status: &CallRecord) -> bool {
     status.chosen_id || !Ids::looks_numbered(&status.id)
 }
 
@@ -266,11 +266,11 @@ fn write_together(shared: &Arc<Shared>, mut ops: Vec<Op>) {
 /// Changes that become durable together.
 struct Batch<'a, 't> {
     shared: &'a Shared,
-    now: Millis,
+    now: UnixMillis,
     /// Calls that wait once this batch is durable, and not before.
     added: HashSet<Number>,
     /// Calls that are not handed out any more. They are again if this batch fails.
-    withdrawn: &'a mut Vec<(Number, Status)>,
+    withdrawn: &'a mut Vec<(Number, CallRecord)>,
     change: &'a mut Change<'t>,
 }
 
@@ -330,7 +330,7 @@ impl Batch<'_, '_> {
         // A caller may choose the id of a call that is there, made here or not.
         let first = if call.number.is_none() { self.change.find(&call.id)? } else { None };
         let renamed = match first {
-            Some((_, first)) if first.is_repeated_by(&call.label, call.digest.as_deref()) => {
+            Some((_, first)) if first.is_same_call(&call.label, call.digest.as_deref()) => {
                 return repeated(first.id);
             }
             Some(_) => Some(self.shared.renamed(call)),
@@ -372,15 +372,15 @@ impl Batch<'_, '_> {
         let Some((number, mut status)) = self.change.find(id)? else {
             return self.cancel_unreadable(id);
         };
-        if status.state.is_final() && !status.dead {
+        if status.state.is_final() && !status.dead_letter {
             return Ok(Applied::Changed(Changed::No(status.state)));
         }
         // From here on nobody takes it.
-        if !status.dead && !self.withdraw(number, &status) {
-            return Ok(Applied::Changed(Changed::No(State::Running)));
+        if !status.dead_letter && !self.withdraw(number, &status) {
+            return Ok(Applied::Changed(Changed::No(CallState::Running)));
         }
-        let was_dead = std::mem::take(&mut status.dead);
-        (status.state, status.finished_at) = (State::Cancelled, Some(self.now));
+        let was_dead = std::mem::take(&mut status.dead_letter);
+        (status.state, status.finished_at) = (CallState::Cancelled, Some(self.now));
         status.next_attempt_at = None;
         let until = self.now + self.shared.limits.result_ttl;
         let record = finished::encode(&status, None);
@@ -398,7 +398,7 @@ impl Batch<'_, '_> {
     }
 
     /// Sees to it that a waiting call is not handed out; `false` if it runs, or is only about to wait.
-    fn withdraw(&mut self, number: Number, status: &Status) -> bool {
+    fn withdraw(&mut self, number: Number, status: &CallRecord) -> bool {
         if self.added.contains(&number) || !self.shared.waiting().withdraw(number, status) {
             return false;
         }
@@ -410,7 +410,7 @@ impl Batch<'_, '_> {
         let Some((number, status)) = self.change.find(id)? else {
             return Ok(Applied::Changed(Changed::Unknown));
         };
-        if !status.dead {
+        if !status.dead_letter {
             return Ok(Applied::Changed(Changed::No(self.shared.waiting().state(number, &status))));
         }
         self.change.forget_progress(number)?;
@@ -423,12 +423,12 @@ impl Batch<'_, '_> {
         let mut purged = Vec::new();
         for id in ids {
             let Some((number, status)) = self.change.find(id)? else { continue };
-            let waits = !status.dead && !status.state.is_final();
+            let waits = !status.dead_letter && !status.state.is_final();
             if waits && !self.withdraw(number, &status) {
                 continue;
             }
             self.change.remove(number, id)?;
-            purged.push((number, status.function, status.dead));
+            purged.push((number, status.function, status.dead_letter));
         }
         Ok(Applied::Purged(purged))
     }

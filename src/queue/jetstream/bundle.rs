@@ -8,10 +8,10 @@ use std::collections::BTreeMap;
 use bytes::{Buf, BufMut, Bytes, BytesMut};
 
 use crate::function::Function;
-use crate::queue::call::{Call, Unreadable};
+use crate::queue::call::{DecodeError, QueuedCall};
 use crate::queue::jetstream::ids::{Key, MOST};
 use crate::queue::jetstream::message::{AnswerHead, End};
-use crate::queue::status::{Answer, Status};
+use crate::queue::status::{CallRecord, StoredResponse};
 
 /// So many calls go together at most: fewer than a worker makes at a time, for it is best if all of them are over before
 /// that is noted.
@@ -59,8 +59,8 @@ impl std::fmt::Display for Place {
 }
 
 /// What is stored of `calls`.
-pub(super) fn encode(calls: &[Call]) -> Bytes {
-    let encoded: Vec<Bytes> = calls.iter().map(Call::encode).collect();
+pub(super) fn encode(calls: &[QueuedCall]) -> Bytes {
+    let encoded: Vec<Bytes> = calls.iter().map(QueuedCall::encode).collect();
     let length = encoded.iter().map(|call| 4 + call.len()).sum();
     let mut bytes = BytesMut::with_capacity(length);
     for call in encoded {
@@ -77,16 +77,16 @@ pub(super) fn decode(
     mut payload: Bytes,
     function: &Function,
     key: Key,
-) -> Result<Vec<Call>, Unreadable> {
+) -> Result<Vec<QueuedCall>, DecodeError> {
     let mut calls = Vec::with_capacity(key.count());
     while payload.has_remaining() {
-        let call = Call::decode(&piece(&mut payload).ok_or(Unreadable::Short)?)?;
+        let call = QueuedCall::decode(&piece(&mut payload).ok_or(DecodeError::Truncated)?)?;
         if call.function != *function || Key::of(&call.id) != Some(key) {
-            return Err(Unreadable::Invalid);
+            return Err(DecodeError::InvalidField);
         }
         calls.push(call);
     }
-    if calls.len() == key.count() { Ok(calls) } else { Err(Unreadable::Short) }
+    if calls.len() == key.count() { Ok(calls) } else { Err(DecodeError::Truncated) }
 }
 
 /// Which of the calls in a message are over, or somewhere else.
@@ -112,7 +112,11 @@ pub(super) enum Closed {
 
 impl Closed {
     /// A final state, with an answer if there is one that is small.
-    pub(super) fn ended(sequence: u64, mut status: Status, answer: Option<&Answer>) -> Self {
+    pub(super) fn ended(
+        sequence: u64,
+        mut status: CallRecord,
+        answer: Option<&StoredResponse>,
+    ) -> Self {
         status.reason = status.reason.map(|reason| reason.chars().take(REASON).collect());
         let answer = answer.filter(|answer| Self::holds(answer));
         let head = answer.map(|answer| AnswerHead::of(answer, 0));
@@ -124,7 +128,7 @@ impl Closed {
     }
 
     /// Whether `answer` is small.
-    pub(super) fn holds(answer: &Answer) -> bool {
+    pub(super) fn holds(answer: &StoredResponse) -> bool {
         let headers: usize = answer.headers.iter().map(|(n, v)| n.len() + v.len() + 8).sum();
         answer.body.len() + headers <= SMALL
     }
@@ -256,19 +260,19 @@ fn piece(bytes: &mut Bytes) -> Option<Bytes> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::queue::call::Options;
+    use crate::queue::call::CallOptions;
     use crate::queue::jetstream::ids::Keys;
-    use crate::queue::status::State;
+    use crate::queue::status::CallState;
 
-    fn calls(key: Key) -> Vec<Call> {
+    fn calls(key: Key) -> Vec<QueuedCall> {
         let function = Function { name: "echo".to_owned(), namespace: "fn".to_owned() };
-        let call = |body: &'static str| Call {
+        let call = |body: &'static str| QueuedCall {
             id: key.id(&function),
             function: function.clone(),
             target: String::new(),
             headers: http::HeaderMap::new(),
             body: Bytes::from_static(body.as_bytes()),
-            options: Options::default(),
+            options: CallOptions::default(),
         };
         ["a", "", "c"].map(call).to_vec()
     }
@@ -290,8 +294,8 @@ mod tests {
     #[test]
     fn a_record_says_once_what_became_of_a_call() {
         let key = Keys::new().next(3, 1);
-        let status = Status { state: State::Failed, ..Status::queued(&calls(key)[0]) };
-        let answer = Answer {
+        let status = CallRecord { state: CallState::Failed, ..CallRecord::queued(&calls(key)[0]) };
+        let answer = StoredResponse {
             status: 500,
             headers: Vec::new(),
             body: Bytes::from_static(b"no"),

@@ -6,7 +6,7 @@ use crate::queue::jetstream::Shared;
 use crate::queue::jetstream::server::Fault;
 use crate::queue::jetstream::state::{Dead, Ended, Found, cancelled};
 use crate::queue::jetstream::subject::{CALLS, ENDS};
-use crate::queue::status::State;
+use crate::queue::status::CallState;
 
 impl Shared {
     /// Drops a dead call, with a note of it or without; `false` if somebody else has dropped it or tries it again.
@@ -73,7 +73,7 @@ impl Shared {
         let stored = match self.server.put(subject, headers, body, Some(0)).await {
             Ok(stored) => stored.sequence,
             // Somebody else was faster.
-            Err(fault) if fault.is_conflict() => return Ok(Changed::No(State::Queued)),
+            Err(fault) if fault.is_conflict() => return Ok(Changed::No(CallState::Queued)),
             Err(fault) => return Err(fault),
         };
         // It is tried again, whatever becomes of the rest. When it is over, what says that it is dead goes at the latest.
@@ -87,7 +87,7 @@ impl Shared {
             Ok(false) => {
                 if self.server.delete(&self.names.calls, stored).await? {
                     self.forget_parts(message.parts().as_ref()).await;
-                    return Ok(Changed::No(State::Cancelled));
+                    return Ok(Changed::No(CallState::Cancelled));
                 }
             }
             Err(error) => {

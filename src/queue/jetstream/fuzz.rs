@@ -3,7 +3,7 @@
 use async_nats::HeaderMap;
 use bytes::{Buf, Bytes};
 
-use crate::queue::call::Call;
+use crate::queue::call::QueuedCall;
 use crate::queue::jetstream::bundle::{self, Record};
 use crate::queue::jetstream::ids::Key;
 use crate::queue::jetstream::message::{self, Message, together_version};
@@ -14,7 +14,7 @@ pub(crate) fn batch(data: &[u8]) {
     let mut rest = data;
     let Ok(length) = rest.try_get_u32() else { return };
     let Some(first) = rest.get(..length as usize) else { return };
-    let Ok(head) = Call::decode_head(first) else { return };
+    let Ok(head) = QueuedCall::decode_without_body(first) else { return };
     let Some(key) = Key::of(&head.id) else { return };
     let decoded = bundle::decode(Bytes::copy_from_slice(data), &head.function, key);
     if let Ok(calls) = decoded {

@@ -13,13 +13,13 @@ use tokio::sync::{Mutex as AsyncMutex, mpsc, oneshot};
 
 use crate::call_id::X_CALL_ID;
 use crate::function::Function;
-use crate::queue::call::Call;
-use crate::queue::desk::{Desk, Outbox, Reply};
+use crate::queue::call::QueuedCall;
 use crate::queue::jetstream::bundle::{self, LARGEST, LONGEST, ROOM, TOGETHER};
 use crate::queue::jetstream::fill::Admitted;
 use crate::queue::jetstream::message::together_headers;
 use crate::queue::jetstream::subject::CALLS;
 use crate::queue::jetstream::{PUBLISH, Shared, within};
+use crate::queue::reply_batch::{Desk, Outbox, Reply};
 use crate::queue::{Error, Published, Room, now};
 
 /// So many calls are brought at a time.
@@ -44,7 +44,7 @@ pub(super) struct Gather {
 }
 
 struct Waiting {
-    call: Call,
+    call: QueuedCall,
     answer: Reply<Published>,
     /// Held for as long as the call is here.
     room: Room,
@@ -84,10 +84,10 @@ impl Gather {
         shared.tasks.keep_up("publishing", move || run(Arc::clone(&all)));
     }
 
-    /// Has a call sent, for one who hears of it at `desk`.
+    /// Has a call sent, for one who hears of it at `reply_batch`.
     pub(super) async fn publish(
         &self,
-        call: Call,
+        call: QueuedCall,
         room: Room,
         desk: Desk,
     ) -> Result<Published, Error> {
@@ -107,7 +107,7 @@ impl Gather {
 
 /// Whether a call may be stored with others: one that is looked for by a name that its caller has chosen may not, nor one
 /// that is not made at once.
-fn may_join(call: &Call, max_payload: usize) -> bool {
+fn may_join(call: &QueuedCall, max_payload: usize) -> bool {
     let options = &call.options;
     !options.chosen_id
         && options.idempotency_key.is_none()
@@ -219,12 +219,12 @@ impl Line {
 }
 
 /// How much is stored of a call, at most.
-fn stored(call: &Call) -> usize {
+fn stored(call: &QueuedCall) -> usize {
     call.body.len() + beside(call)
 }
 
 /// The same without its body.
-fn beside(call: &Call) -> usize {
+fn beside(call: &QueuedCall) -> usize {
     let headers: usize = call.headers.iter().map(|(n, v)| n.as_str().len() + v.len() + 8).sum();
     let callback = call.options.callback.as_ref().map_or(0, String::len);
     // What is written as JSON may take two bytes for one.
@@ -269,7 +269,7 @@ impl Shared {
     async fn publish_together(
         &self,
         function: &Function,
-        mut calls: Vec<Call>,
+        mut calls: Vec<QueuedCall>,
     ) -> Result<Vec<String>, Error> {
         // First the consumer: without one, nobody would look for the calls.
         self.consumer(function).await?;
@@ -290,13 +290,13 @@ impl Shared {
 }
 
 /// The call under another id, which its function is told, too.
-fn under(mut call: Call, id: String) -> Call {
+fn under(mut call: QueuedCall, id: String) -> QueuedCall {
     if let Some(told) = call.headers.get_mut(&X_CALL_ID)
         && let Ok(id) = http::HeaderValue::from_str(&id)
     {
         *told = id;
     }
-    call.renamed(id)
+    call.with_new_id(id)
 }
 
 #[cfg(test)]
@@ -304,11 +304,11 @@ mod tests {
     use bytes::Bytes;
 
     use super::*;
-    use crate::queue::call::Options;
+    use crate::queue::call::CallOptions;
 
     fn waiting(body: usize) -> (Waiting, oneshot::Receiver<Result<Published, Error>>) {
         let (answer, answered) = oneshot::channel();
-        let call = Call {
+        let call = QueuedCall {
             id: "first".to_owned(),
             function: Function { name: "echo".to_owned(), namespace: "fn".to_owned() },
             target: String::new(),
@@ -317,7 +317,7 @@ mod tests {
                 http::HeaderValue::from_static("first"),
             )]),
             body: Bytes::from(vec![0; body]),
-            options: Options::default(),
+            options: CallOptions::default(),
         };
         (Waiting { call, answer: Reply::new(answer, None), room: None }, answered)
     }

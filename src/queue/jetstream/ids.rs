@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use uuid::Uuid;
 
 use crate::function::Function;
-use crate::queue::call::Millis;
+use crate::queue::call::UnixMillis;
 
 /// What follows the function's 16 bits: an id that somebody has chosen hardly ever has it.
 const MADE_HERE: u16 = 0x6a73;
@@ -44,7 +44,7 @@ impl Keys {
     }
 
     /// One for so many calls, at most [`MOST`].
-    pub(super) fn next(&self, count: usize, now: Millis) -> Key {
+    pub(super) fn next(&self, count: usize, now: UnixMillis) -> Key {
         let after = |last: u64| Some(now.max(last + 1));
         let last = self.last.fetch_update(Relaxed, Relaxed, after).unwrap_or_default();
         let count = count.clamp(1, MOST) as u64 - 1;

@@ -16,7 +16,7 @@ use crate::queue::jetstream::subject::{ANSWERS, CALLS, DEAD, ENDS, Named, token}
 use crate::queue::jetstream::unpack::Bundle;
 use crate::queue::jetstream::{Shared, parts};
 use crate::queue::now;
-use crate::queue::status::{Answer, Settlement, Status};
+use crate::queue::status::{CallRecord, Settlement, StoredResponse};
 use crate::queue::{Delivery, Error, Handle};
 
 /// One who takes a call back is done with that within this time, or has died over it.
@@ -157,11 +157,11 @@ impl Lease {
     }
 
     /// The call's status while it is made.
-    fn status(&self) -> Status {
+    fn status(&self) -> CallRecord {
         let since = self.shared.roll.since(self.hold).unwrap_or_else(now);
         let status = self.arrived.message.running(&self.arrived.call, since);
         // One that is lost is not made once more.
-        Status { attempts: status.attempts - u32::from(self.lost), ..status }
+        CallRecord { attempts: status.attempts - u32::from(self.lost), ..status }
     }
 
     /// Settles the call. While the server is away this waits as long as the call is ours: a settlement that is lost
@@ -188,7 +188,7 @@ impl Lease {
     }
 
     /// Each step may be done twice; none but the last makes the call's message go.
-    async fn store(&self, status: &Status, settlement: &Settlement) -> Result<(), Fault> {
+    async fn store(&self, status: &CallRecord, settlement: &Settlement) -> Result<(), Fault> {
         let (shared, arrived) = (&self.shared, &self.arrived);
         shared.ready().await?;
         let (server, sequence, message) = (&shared.server, arrived.sequence, &arrived.message);
@@ -197,8 +197,10 @@ impl Lease {
             return self.store_among(bundle, slot, status, settlement).await;
         }
         match settlement {
-            Settlement::Finished { answer, .. } => self.end(status, answer.as_ref()).await?,
-            Settlement::Dead { answer, .. } => {
+            Settlement::Finished { response: answer, .. } => {
+                self.end(status, answer.as_ref()).await?
+            }
+            Settlement::DeadLetter { response: answer, .. } => {
                 Box::pin(shared.store_answer(&arrived.call.id, answer.as_ref())).await?;
                 let headers = message.progressed(status, sequence);
                 server.put(self.subject(DEAD), headers, message.body.clone(), None).await?;
@@ -233,12 +235,12 @@ impl Lease {
         &self,
         bundle: &Arc<Bundle>,
         slot: Slot,
-        status: &Status,
+        status: &CallRecord,
         settlement: &Settlement,
     ) -> Result<(), Fault> {
         let (shared, Arrived { call, sequence, .. }) = (&self.shared, &*self.arrived);
         match settlement {
-            Settlement::Finished { answer, .. } => {
+            Settlement::Finished { response: answer, .. } => {
                 let answer = answer.as_ref();
                 if !answer.is_none_or(Closed::holds) {
                     shared.store_answer(&call.id, answer).await?;
@@ -251,7 +253,7 @@ impl Lease {
                 let headers = Message::new(call).progressed(status, *sequence);
                 bundle.move_out(shared, call, slot, headers).await?;
             }
-            Settlement::Dead { answer, .. } => {
+            Settlement::DeadLetter { response: answer, .. } => {
                 shared.store_answer(&call.id, answer.as_ref()).await?;
                 if bundle.close(shared, slot, Closed::Moved, true).await? {
                     // It was no message of its own that could be there still.
@@ -266,7 +268,7 @@ impl Lease {
     }
 
     /// Stores the final state, with the answer in it if that is small.
-    async fn end(&self, status: &Status, answer: Option<&Answer>) -> Result<(), Fault> {
+    async fn end(&self, status: &CallRecord, answer: Option<&StoredResponse>) -> Result<(), Fault> {
         let (shared, arrived) = (&self.shared, &self.arrived);
         let small = answer.filter(|answer| answer.body.len() <= SMALL);
         if small.is_none() {
@@ -297,11 +299,11 @@ impl Lease {
 }
 
 impl Shared {
-    /// Stores `answer`, or forgets the one that was there.
+    /// Stores `response`, or forgets the one that was there.
     pub(super) async fn store_answer(
         &self,
         id: &str,
-        answer: Option<&Answer>,
+        answer: Option<&StoredResponse>,
     ) -> Result<(), Fault> {
         let Some(answer) = answer else { return Ok(()) };
         let size = self.server.client.max_payload() / 2;

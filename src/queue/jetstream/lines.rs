@@ -7,9 +7,9 @@ use std::collections::{HashMap, VecDeque};
 use std::time::{Duration, Instant};
 
 use crate::function::Function;
+use crate::queue::fair_share::has_room;
 use crate::queue::jetstream::bundle::TOGETHER;
 use crate::queue::jetstream::pace::Pace;
-use crate::queue::share::has_room;
 
 /// At most so many calls of a function are asked for at once.
 const MOST: usize = 64;

@@ -6,9 +6,9 @@ use async_nats::HeaderMap;
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 
-use crate::queue::call::{Call, Meta, Millis, Unreadable};
+use crate::queue::call::{DecodeError, Envelope, QueuedCall, UnixMillis};
 use crate::queue::jetstream::bundle::Place;
-use crate::queue::status::{Answer, State, Status};
+use crate::queue::status::{CallRecord, CallState, StoredResponse};
 
 /// All of a call but its body.
 const CALL: &str = "Gateway-Call";
@@ -17,7 +17,7 @@ const VERSION_NAME: &str = "Gateway-Version";
 const VERSION: u8 = 1;
 /// That of a message with several calls.
 const VERSION_TOGETHER: u8 = 2;
-/// [`Status`] of a call that has been made before, or that is dead.
+/// [`CallRecord`] of a call that has been made before, or that is dead.
 const PROGRESS: &str = "Gateway-Progress";
 /// [`Parts`], when the body is not in the message.
 const BODY: &str = "Gateway-Body";
@@ -52,15 +52,15 @@ pub(super) struct Message {
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub(super) struct List {
     /// By the names of consumers: the number of each call's message, and since when it is made.
-    pub(super) calls: BTreeMap<String, Vec<(u64, Millis)>>,
+    pub(super) calls: BTreeMap<String, Vec<(u64, UnixMillis)>>,
     /// The same of calls in messages with several: which ones, as the bits of their slots.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
-    pub(super) together: BTreeMap<String, Vec<(u64, Millis, u64)>>,
+    pub(super) together: BTreeMap<String, Vec<(u64, UnixMillis, u64)>>,
 }
 
 impl List {
     /// Adds calls of a consumer, all of which are made since then.
-    pub(super) fn add(&mut self, consumer: &str, place: Place, since: Millis) {
+    pub(super) fn add(&mut self, consumer: &str, place: Place, since: UnixMillis) {
         match place.slot {
             None => {
                 let calls = self.calls.entry(consumer.to_owned()).or_default();
@@ -83,7 +83,7 @@ impl List {
     }
 
     /// All of them, and since when they are made.
-    pub(super) fn places(&self) -> impl Iterator<Item = (Place, Millis)> {
+    pub(super) fn places(&self) -> impl Iterator<Item = (Place, UnixMillis)> {
         let alone = self.calls.values().flatten();
         let alone = alone.map(|(sequence, since)| (Place::alone(*sequence), *since));
         let among = self.together.values().flatten().flat_map(|(sequence, since, bits)| {
@@ -108,7 +108,7 @@ impl List {
 pub(super) struct End {
     /// The number of the message that the call was.
     pub(super) sequence: u64,
-    pub(super) status: Status,
+    pub(super) status: CallRecord,
     /// The head of the answer whose body is this message's.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(super) answer: Option<AnswerHead>,
@@ -126,10 +126,10 @@ pub(super) struct AnswerHead {
 
 impl Message {
     /// The message of a call that was not made yet.
-    pub(super) fn new(call: &Call) -> Self {
+    pub(super) fn new(call: &QueuedCall) -> Self {
         let mut headers = HeaderMap::new();
         headers.insert(VERSION_NAME, VERSION.to_string());
-        headers.insert(CALL, json(&call.meta()).as_str());
+        headers.insert(CALL, json(&call.envelope()).as_str());
         Self { headers, body: call.body.clone() }
     }
 
@@ -153,7 +153,7 @@ impl Message {
     }
 
     /// The same call after it was made, and was the message `was` then.
-    pub(super) fn progressed(&self, status: &Status, was: u64) -> HeaderMap {
+    pub(super) fn progressed(&self, status: &CallRecord, was: u64) -> HeaderMap {
         let mut status = status.clone();
         status.reason = status.reason.map(|reason| reason.chars().take(REASON).collect());
         let mut headers = self.fresh();
@@ -178,7 +178,7 @@ impl Message {
     }
 
     /// What is left of a call that is taken back: it is not made, whoever is given it.
-    pub(super) fn taken_back(&self, status: &Status, was: u64) -> HeaderMap {
+    pub(super) fn taken_back(&self, status: &CallRecord, was: u64) -> HeaderMap {
         let mut headers = self.progressed(status, was);
         headers.insert(BODY, "");
         headers
@@ -186,7 +186,7 @@ impl Message {
 
     /// Whether its call is taken back, and not to be made.
     pub(super) fn is_taken_back(&self) -> bool {
-        self.progress().is_some_and(|status| status.state == State::Cancelled)
+        self.progress().is_some_and(|status| status.state == CallState::Cancelled)
     }
 
     /// The same call as if it had never been made.
@@ -209,7 +209,7 @@ impl Message {
         serde_json::from_str(self.headers.get(BODY)?.as_str()).ok()
     }
 
-    pub(super) fn progress(&self) -> Option<Status> {
+    pub(super) fn progress(&self) -> Option<CallRecord> {
         serde_json::from_str(self.headers.get(PROGRESS)?.as_str()).ok()
     }
 
@@ -222,36 +222,36 @@ impl Message {
     ///
     /// # Errors
     /// When the message holds none, or one of a version to come.
-    pub(super) fn call(&self) -> Result<Call, Unreadable> {
+    pub(super) fn call(&self) -> Result<QueuedCall, DecodeError> {
         must_be(&self.headers, VERSION)?;
-        let meta = self.headers.get(CALL).ok_or(Unreadable::Short)?;
-        let meta: Meta<'_> = serde_json::from_str(meta.as_str())?;
-        Call::from_meta(meta, self.body.clone())
+        let meta = self.headers.get(CALL).ok_or(DecodeError::Truncated)?;
+        let meta: Envelope<'_> = serde_json::from_str(meta.as_str())?;
+        QueuedCall::from_envelope(meta, self.body.clone())
     }
 
     /// The state of the call while nobody makes it.
-    pub(super) fn status(&self) -> Option<Status> {
-        self.progress().or_else(|| self.call().ok().map(|call| Status::queued(&call)))
+    pub(super) fn status(&self) -> Option<CallRecord> {
+        self.progress().or_else(|| self.call().ok().map(|call| CallRecord::queued(&call)))
     }
 
     /// The state of `call` while it is made.
-    pub(super) fn running(&self, call: &Call, since: Millis) -> Status {
+    pub(super) fn running(&self, call: &QueuedCall, since: UnixMillis) -> CallRecord {
         let (attempts, status) =
             self.progress().map_or((0, None), |known| (known.attempts, known.status));
-        Status {
-            state: State::Running,
+        CallRecord {
+            state: CallState::Running,
             attempts: attempts + 1,
             status,
             started_at: Some(since),
-            ..Status::queued(call)
+            ..CallRecord::queued(call)
         }
     }
 
     /// When the call can be made, at the earliest.
-    pub(super) fn due(&self, call: &Call) -> Millis {
+    pub(super) fn due(&self, call: &QueuedCall) -> UnixMillis {
         match self.progress() {
-            Some(Status { state: State::Cancelled, .. }) => 0,
-            Some(Status { next_attempt_at: Some(again), .. }) => again,
+            Some(CallRecord { state: CallState::Cancelled, .. }) => 0,
+            Some(CallRecord { next_attempt_at: Some(again), .. }) => again,
             _ => call.options.not_before.unwrap_or(0),
         }
     }
@@ -268,20 +268,20 @@ pub(super) fn together_headers() -> HeaderMap {
 ///
 /// # Errors
 /// When it is not.
-pub(super) fn together_version(headers: Option<&HeaderMap>) -> Result<(), Unreadable> {
-    must_be(headers.ok_or(Unreadable::Short)?, VERSION_TOGETHER)
+pub(super) fn together_version(headers: Option<&HeaderMap>) -> Result<(), DecodeError> {
+    must_be(headers.ok_or(DecodeError::Truncated)?, VERSION_TOGETHER)
 }
 
-fn must_be(headers: &HeaderMap, known: u8) -> Result<(), Unreadable> {
+fn must_be(headers: &HeaderMap, known: u8) -> Result<(), DecodeError> {
     let version = headers.get(VERSION_NAME).and_then(|it| it.as_str().parse().ok());
-    match version.ok_or(Unreadable::Short)? {
+    match version.ok_or(DecodeError::Truncated)? {
         version if version == known => Ok(()),
-        version => Err(Unreadable::Version(version)),
+        version => Err(DecodeError::UnsupportedVersion(version)),
     }
 }
 
 /// The head of `answer`, whose body is stored in so many parts.
-pub(super) fn answer_headers(answer: &Answer, parts: usize) -> HeaderMap {
+pub(super) fn answer_headers(answer: &StoredResponse, parts: usize) -> HeaderMap {
     let mut headers = HeaderMap::new();
     headers.insert(ANSWER, json(&AnswerHead::of(answer, parts)).as_str());
     headers
@@ -303,14 +303,14 @@ pub(super) fn answer_head(headers: &HeaderMap) -> Option<AnswerHead> {
 }
 
 impl AnswerHead {
-    pub(super) fn of(answer: &Answer, parts: usize) -> Self {
-        let Answer { status, headers, truncated, .. } = answer;
+    pub(super) fn of(answer: &StoredResponse, parts: usize) -> Self {
+        let StoredResponse { status, headers, truncated, .. } = answer;
         Self { status: *status, headers: headers.clone(), truncated: *truncated, parts }
     }
 
-    pub(super) fn with(self, body: Bytes) -> Answer {
+    pub(super) fn with(self, body: Bytes) -> StoredResponse {
         let Self { status, headers, truncated, .. } = self;
-        Answer { status, headers, body, truncated }
+        StoredResponse { status, headers, body, truncated }
     }
 }
 
@@ -325,18 +325,18 @@ mod tests {
 
     use super::*;
     use crate::function::Function;
-    use crate::queue::call::Options;
+    use crate::queue::call::CallOptions;
 
-    fn call() -> Call {
+    fn call() -> QueuedCall {
         let mut headers = http::HeaderMap::new();
         headers.append("x-a", HeaderValue::from_bytes(b"\xff\xfe").unwrap());
-        Call {
+        QueuedCall {
             id: "id-1".to_owned(),
             function: Function { name: "echo".to_owned(), namespace: "dev".to_owned() },
             target: "/p?x=1".to_owned(),
             headers,
             body: Bytes::from_static(b"\x00\xffbody"),
-            options: Options { submitted_at: 5, not_before: Some(9), ..Options::default() },
+            options: CallOptions { submitted_at: 5, not_before: Some(9), ..CallOptions::default() },
         }
     }
 
@@ -345,7 +345,8 @@ mod tests {
         let message = Message::new(&call());
         assert_eq!(message.call().unwrap(), call());
         assert_eq!((message.due(&call()), message.progress()), (9, None));
-        let status = Status { attempts: 2, next_attempt_at: Some(20), ..Status::queued(&call()) };
+        let status =
+            CallRecord { attempts: 2, next_attempt_at: Some(20), ..CallRecord::queued(&call()) };
         let later = Message::stored(message.progressed(&status, 7), message.body);
         assert_eq!(later.call().unwrap(), call());
         assert_eq!((later.progress(), later.was()), (Some(status), Some(7)));
@@ -386,7 +387,7 @@ mod tests {
         let mut headers = Message::new(&call()).headers;
         headers.insert(VERSION_NAME, "2");
         let later = Message::stored(headers, Bytes::new());
-        assert!(matches!(later.call(), Err(Unreadable::Version(2))));
+        assert!(matches!(later.call(), Err(DecodeError::UnsupportedVersion(2))));
         let foreign = Message::stored(HeaderMap::new(), Bytes::new());
         assert!(foreign.call().is_err() && foreign.status().is_none());
     }

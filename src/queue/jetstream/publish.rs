@@ -4,7 +4,7 @@ use async_nats::HeaderMap;
 use bytes::Bytes;
 
 use crate::function::Function;
-use crate::queue::call::Call;
+use crate::queue::call::QueuedCall;
 use crate::queue::jetstream::message::{Message, Parts};
 use crate::queue::jetstream::server::Fault;
 use crate::queue::jetstream::subject::{CALLS, Names, consumed, consumer};
@@ -28,7 +28,7 @@ const FUNCTION: &str = "Gateway-Function";
 
 impl Shared {
     /// Takes `call` in.
-    pub(super) async fn publish(&self, call: &Call) -> Result<Published, Error> {
+    pub(super) async fn publish(&self, call: &QueuedCall) -> Result<Published, Error> {
         self.ready().await?;
         let (id, key) = (&call.id, call.options.idempotency_key.as_deref());
         let keyed = match key {
@@ -87,24 +87,23 @@ impl Shared {
 
     /// Whether the call under the same id is this one once more; `None` if there is no such call. It is looked for where
     /// it would be: an id that was chosen says nothing of its function, and two functions may have one under the same.
-    async fn repeats(&self, call: &Call) -> Result<Option<bool>, Fault> {
+    async fn repeats(&self, call: &QueuedCall) -> Result<Option<bool>, Fault> {
         let found = self.find_in(Some(&call.function), &call.id).await?;
         let (function, digest) = (call.function.to_string(), call.options.digest.as_deref());
-        Ok(found.map(|first| {
-            first.status().is_some_and(|first| first.is_repeated_by(&function, digest))
-        }))
+        Ok(found
+            .map(|first| first.status().is_some_and(|first| first.is_same_call(&function, digest))))
     }
 
     /// Takes another call under a known id in, under one of its own.
-    async fn publish_renamed(&self, call: &Call) -> Result<Published, Error> {
-        let renamed = call.clone().renamed(JetStream::fresh_id(&call.function));
+    async fn publish_renamed(&self, call: &QueuedCall) -> Result<Published, Error> {
+        let renamed = call.clone().with_new_id(JetStream::fresh_id(&call.function));
         Box::pin(self.publish(&renamed)).await
     }
 
     /// Stores the call's message, unless there is one; then the id of that call. `note` is what was noted of its key.
     async fn store(
         &self,
-        call: &Call,
+        call: &QueuedCall,
         message: &Message,
         note: u64,
     ) -> Result<Option<String>, Fault> {
@@ -142,7 +141,7 @@ impl Shared {
         &self,
         sequence: u64,
         key: Option<&str>,
-        call: &Call,
+        call: &QueuedCall,
     ) -> Result<Option<String>, Fault> {
         if let Some(found) = self.server.at(&self.names.calls, sequence).await?
             && let Ok(call) = Message::stored(found.headers, found.payload).call()

@@ -11,7 +11,7 @@ use serde_json::json;
 use tokio::sync::Mutex as AsyncMutex;
 
 use crate::function::Function;
-use crate::queue::call::{Call, Unreadable};
+use crate::queue::call::{DecodeError, QueuedCall};
 use crate::queue::jetstream::Shared;
 use crate::queue::jetstream::bundle::{Place, Slot};
 use crate::queue::jetstream::ids::Key;
@@ -38,7 +38,7 @@ const LONGEST: Duration = Duration::from_secs(24 * 3600);
 
 /// A call that has come.
 pub(super) struct Arrived {
-    pub(super) call: Call,
+    pub(super) call: QueuedCall,
     /// Its own message; where it has none, the one that it would have.
     pub(super) message: Message,
     pub(super) sequence: u64,
@@ -352,7 +352,7 @@ pub(super) async fn unreadable(
     sequence: u64,
     subject: &str,
     reply: &str,
-    error: &Unreadable,
+    error: &DecodeError,
 ) {
     // One with several has none that is known.
     let alone = subject::key(subject).is_none();

@@ -12,7 +12,7 @@ use async_nats::HeaderMap;
 use futures_util::{StreamExt, TryStreamExt, stream};
 use tokio::sync::oneshot;
 
-use crate::queue::call::Millis;
+use crate::queue::call::UnixMillis;
 use crate::queue::jetstream::Shared;
 use crate::queue::jetstream::begun;
 use crate::queue::jetstream::bundle::Place;
@@ -59,7 +59,7 @@ struct Inner {
 struct Held {
     arrived: Arc<Arrived>,
     /// Since when it is on our list.
-    since: Option<Millis>,
+    since: Option<UnixMillis>,
     /// When the server has last heard of it.
     told: Instant,
 }
@@ -101,7 +101,7 @@ impl Roll {
     }
 
     /// Since when the call has been on the list.
-    pub(super) fn since(&self, hold: u64) -> Option<Millis> {
+    pub(super) fn since(&self, hold: u64) -> Option<UnixMillis> {
         self.inner().held.get(&hold)?.since
     }
 
@@ -298,7 +298,7 @@ impl Inner {
 
 impl Shared {
     /// The calls that somebody makes at this moment, and since when.
-    pub(super) async fn runs(&self) -> Result<HashMap<Place, Millis>, Fault> {
+    pub(super) async fn runs(&self) -> Result<HashMap<Place, UnixMillis>, Fault> {
         Ok(self.lists().await?.iter().flat_map(List::places).collect())
     }
 

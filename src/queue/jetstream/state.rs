@@ -11,7 +11,7 @@ use futures_util::{StreamExt, TryStreamExt, stream};
 
 use crate::function::Function;
 use crate::queue::Changed;
-use crate::queue::call::Millis;
+use crate::queue::call::UnixMillis;
 use crate::queue::jetstream::bundle::{Place, Slot};
 use crate::queue::jetstream::ids::Key;
 use crate::queue::jetstream::message::{self, End, Message, answer_head, end_headers};
@@ -23,7 +23,7 @@ use crate::queue::jetstream::together::Among;
 use crate::queue::jetstream::unpack::Which;
 use crate::queue::jetstream::{Shared, ids};
 use crate::queue::now;
-use crate::queue::status::{Answer, State, Status};
+use crate::queue::status::{CallRecord, CallState, StoredResponse};
 
 /// So many functions at most are looked at for one call.
 const MANY: usize = 32;
@@ -59,14 +59,14 @@ pub(super) struct Waiting {
     pub(super) sequence: u64,
     pub(super) message: Message,
     /// Since when it is made.
-    pub(super) since: Option<Millis>,
+    pub(super) since: Option<UnixMillis>,
     /// Which of the calls in its message it is, where that has others.
     pub(super) among: Option<(Which, Slot)>,
 }
 
 /// A call that failed for good.
 pub(super) struct Dead {
-    pub(super) status: Status,
+    pub(super) status: CallRecord,
     pub(super) message: Message,
     pub(super) number: u64,
     /// The number of the message that it was.
@@ -75,7 +75,7 @@ pub(super) struct Dead {
 
 impl Found {
     /// Its state, as far as its record tells it.
-    pub(super) fn status(&self) -> Option<Status> {
+    pub(super) fn status(&self) -> Option<CallRecord> {
         match self {
             Self::Waiting(waiting) => waiting.status(None),
             Self::Dead(dead) => Some(dead.status.clone()),
@@ -104,7 +104,7 @@ impl Waiting {
     }
 
     /// Its state, if it is made since then.
-    pub(super) fn status(&self, since: Option<Millis>) -> Option<Status> {
+    pub(super) fn status(&self, since: Option<UnixMillis>) -> Option<CallRecord> {
         match since {
             Some(since) => Some(self.message.running(&self.message.call().ok()?, since)),
             None => self.message.status(),
@@ -224,12 +224,12 @@ impl Shared {
     }
 
     /// Whether a final state is still to be shown.
-    pub(super) fn is_kept(&self, status: &Status) -> bool {
+    pub(super) fn is_kept(&self, status: &CallRecord) -> bool {
         let kept = self.options.limits.result_ttl;
         status.finished_at.is_none_or(|at| at.saturating_add(kept) > now())
     }
 
-    pub(super) async fn status(&self, id: &str) -> Result<Option<Status>, Fault> {
+    pub(super) async fn status(&self, id: &str) -> Result<Option<CallRecord>, Fault> {
         Ok(self.find(id).await?.and_then(|found| match found {
             Found::Waiting(waiting) => waiting.status(waiting.since),
             Found::Dead(Dead { status, .. })
@@ -253,7 +253,7 @@ impl Shared {
         Ok(dead == Some(sequence) || end.is_some_and(|end| end.sequence == sequence))
     }
 
-    pub(super) async fn answer(&self, id: &str) -> Result<Option<Answer>, Fault> {
+    pub(super) async fn answer(&self, id: &str) -> Result<Option<StoredResponse>, Fault> {
         let part = |number: usize| self.names.part(ANSWERS, &token(id), number);
         let first = match self.find(id).await? {
             None | Some(Found::Waiting(_)) => return Ok(None),
@@ -283,7 +283,7 @@ impl Shared {
             match self.find(id).await? {
                 None => return Ok(Changed::Unknown),
                 Some(Found::Ended(Ended { end, .. }))
-                    if tried_again && end.status.state == State::Cancelled =>
+                    if tried_again && end.status.state == CallState::Cancelled =>
                 {
                     return Ok(Changed::Yes);
                 }
@@ -306,7 +306,7 @@ impl Shared {
                 }
             }
         }
-        Ok(Changed::No(State::Running))
+        Ok(Changed::No(CallState::Running))
     }
 
     /// Takes a call out that waits, with a note of it or without; `None` if it has moved meanwhile.
@@ -326,7 +326,7 @@ impl Shared {
             Err(fault) => return Err(fault),
         };
         let changed = match self.runs().await {
-            Ok(runs) if runs.contains_key(&place) => Ok(Some(Changed::No(State::Running))),
+            Ok(runs) if runs.contains_key(&place) => Ok(Some(Changed::No(CallState::Running))),
             Ok(_) => self.take_out(waiting, note, start).await,
             Err(fault) => Err(fault),
         };
@@ -406,7 +406,7 @@ impl Shared {
     async fn put_end(
         &self,
         function: &Function,
-        status: Status,
+        status: CallRecord,
         sequence: u64,
     ) -> Result<(), Fault> {
         self.put_end_over(function, status, sequence, None).await
@@ -416,7 +416,7 @@ impl Shared {
     pub(super) async fn put_end_over(
         &self,
         function: &Function,
-        status: Status,
+        status: CallRecord,
         sequence: u64,
         last: Option<u64>,
     ) -> Result<(), Fault> {
@@ -440,12 +440,12 @@ impl Shared {
     }
 }
 
-pub(super) fn cancelled(status: Status) -> Status {
-    Status {
-        state: State::Cancelled,
+pub(super) fn cancelled(status: CallRecord) -> CallRecord {
+    CallRecord {
+        state: CallState::Cancelled,
         finished_at: Some(now()),
         next_attempt_at: None,
-        dead: false,
+        dead_letter: false,
         ..status
     }
 }

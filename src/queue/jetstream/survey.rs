@@ -19,7 +19,7 @@ use crate::queue::jetstream::state::{Dead, Ended, Found, Waiting};
 use crate::queue::jetstream::subject::{self, CALLS, DEAD, ENDS, consumed, named};
 use crate::queue::jetstream::together::Bundled;
 use crate::queue::now;
-use crate::queue::status::Status;
+use crate::queue::status::CallRecord;
 use crate::queue::{Changed, Counts, Filter, Listed, Order};
 
 /// So many questions are on their way at a time.
@@ -101,14 +101,14 @@ impl Shared {
     }
 
     /// All calls that `filter` means, in no order, and whether none of them may be missing.
-    async fn all(&self, filter: &Filter) -> Result<(Vec<Status>, bool), Fault> {
+    async fn all(&self, filter: &Filter) -> Result<(Vec<CallRecord>, bool), Fault> {
         let (names, function) = (&self.names, filter.function.as_ref());
-        let means = |status: &Status| {
-            (status.dead || self.is_kept(status))
+        let means = |status: &CallRecord| {
+            (status.dead_letter || self.is_kept(status))
                 && filter.state.is_none_or(|state| state == status.state)
-                && filter.dead.is_none_or(|dead| dead == status.dead)
+                && filter.dead.is_none_or(|dead| dead == status.dead_letter)
         };
-        let mut all: HashMap<String, (u64, Status)> = HashMap::new();
+        let mut all: HashMap<String, (u64, CallRecord)> = HashMap::new();
         let (mut filed, mut complete) = (HashMap::new(), true);
         if filter.dead != Some(true) {
             let (ends, are_all) = self.read(&names.notes, &names.of(ENDS, function), MOST).await?;
@@ -336,7 +336,7 @@ impl Shared {
 }
 
 /// The order of two calls in a list. Calls of the same millisecond are in the order of their ids.
-fn compare(order: Order, a: &Status, b: &Status) -> Ordering {
+fn compare(order: Order, a: &CallRecord, b: &CallRecord) -> Ordering {
     let oldest_first = (a.submitted_at, &a.id).cmp(&(b.submitted_at, &b.id));
     match order {
         Order::OldestFirst => oldest_first,

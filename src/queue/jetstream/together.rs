@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use async_nats::jetstream::message::StreamMessage;
 
 use crate::function::Function;
-use crate::queue::call::Call;
+use crate::queue::call::QueuedCall;
 use crate::queue::jetstream::Shared;
 use crate::queue::jetstream::bundle::{self, Closed, Record, Slot};
 use crate::queue::jetstream::ids::Key;
@@ -18,7 +18,7 @@ use crate::queue::jetstream::state::{Ended, Found, Waiting};
 use crate::queue::jetstream::subject::{self, CALLS, DEAD, ENDS, Named, OPEN, named};
 use crate::queue::jetstream::unpack::{TRIES, Which};
 use crate::queue::now;
-use crate::queue::status::Status;
+use crate::queue::status::CallRecord;
 
 /// Where a call is whose message has others.
 pub(super) enum Among {
@@ -34,7 +34,7 @@ pub(super) enum Among {
 /// A message with several calls.
 pub(super) struct Bundled {
     pub(super) which: Which,
-    pub(super) calls: Vec<Call>,
+    pub(super) calls: Vec<QueuedCall>,
 }
 
 impl Bundled {
@@ -56,7 +56,7 @@ impl Bundled {
     }
 }
 
-fn waiting(which: &Which, slot: Slot, call: &Call) -> Waiting {
+fn waiting(which: &Which, slot: Slot, call: &QueuedCall) -> Waiting {
     let named = Named { function: call.function.clone(), id: call.id.clone() };
     Waiting {
         named,
@@ -69,7 +69,7 @@ fn waiting(which: &Which, slot: Slot, call: &Call) -> Waiting {
 
 impl Shared {
     /// Whether a call whose message had others has one of its own, or had one.
-    pub(super) async fn has_trace(&self, call: &Call) -> Result<bool, Fault> {
+    pub(super) async fn has_trace(&self, call: &QueuedCall) -> Result<bool, Fault> {
         let (server, names) = (&self.server, &self.names);
         let places = [(&names.calls, CALLS), (&names.dead, DEAD), (&names.notes, ENDS)];
         for (stream, root) in places {
@@ -149,7 +149,7 @@ impl Shared {
         &self,
         which: &Which,
         slot: Slot,
-        status: Option<Status>,
+        status: Option<CallRecord>,
         until: Instant,
     ) -> Result<bool, Fault> {
         let closed = match status {

@@ -11,7 +11,7 @@ use bytes::Bytes;
 use tokio::sync::oneshot;
 
 use crate::function::Function;
-use crate::queue::call::Call;
+use crate::queue::call::QueuedCall;
 use crate::queue::jetstream::Shared;
 use crate::queue::jetstream::bundle::{self, Closed, Record, Slot};
 use crate::queue::jetstream::ids::Key;
@@ -204,7 +204,12 @@ impl Bundle {
 
     /// Gives a call a message of its own, so that anybody can take it. If that fails, the server gives all that is left
     /// of this message to somebody when it has not heard of it for long enough.
-    pub(super) async fn let_go(self: &Arc<Self>, shared: &Arc<Shared>, call: &Call, slot: Slot) {
+    pub(super) async fn let_go(
+        self: &Arc<Self>,
+        shared: &Arc<Shared>,
+        call: &QueuedCall,
+        slot: Slot,
+    ) {
         let headers = Message::new(call).fresh();
         for pause in [PAUSE; ATTEMPTS] {
             match self.move_out(shared, call, slot, headers.clone()).await {
@@ -221,7 +226,7 @@ impl Bundle {
     pub(super) async fn move_out(
         self: &Arc<Self>,
         shared: &Arc<Shared>,
-        call: &Call,
+        call: &QueuedCall,
         slot: Slot,
         headers: HeaderMap,
     ) -> Result<(), Fault> {
@@ -444,7 +449,7 @@ impl Shared {
     }
 
     /// Gives a call a message of its own, unless it has one.
-    pub(super) async fn place(&self, call: &Call, headers: HeaderMap) -> Result<(), Fault> {
+    pub(super) async fn place(&self, call: &QueuedCall, headers: HeaderMap) -> Result<(), Fault> {
         let subject = self.names.call(CALLS, &call.function, &call.id);
         match self.server.put(subject, headers, call.body.clone(), Some(0)).await {
             Err(fault) if !fault.is_conflict() => Err(fault),

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use crate::queue::call::Millis;
+use crate::queue::call::UnixMillis;
 use crate::queue::now;
 use crate::queue::stan::channels::Channel;
 use crate::queue::stan::ledger::Key;
@@ -61,7 +61,7 @@ async fn set_aside(shared: &Shared, channel: Channel) -> bool {
 
 /// Moves a call that is executed at the time `at`, and is where gateways queue, to a channel of such calls. It waits here if
 /// the server does not store it there.
-pub(super) fn move_to_later(shared: &Arc<Shared>, key: Key, at: Millis, mut arrived: Arrived) {
+pub(super) fn move_to_later(shared: &Arc<Shared>, key: Key, at: UnixMillis, mut arrived: Arrived) {
     shared.ledger().leaves(key);
     let moving = Arc::clone(shared);
     // No session's end cuts it short: it would be there twice.
@@ -73,7 +73,12 @@ pub(super) fn move_to_later(shared: &Arc<Shared>, key: Key, at: Millis, mut arri
 }
 
 /// Stores a call at the end of the channel of those that are executed at about the time `at`, unless a duplicate was.
-async fn store(shared: &Shared, key: Key, at: Millis, arrived: &mut Arrived) -> Result<(), Fault> {
+async fn store(
+    shared: &Shared,
+    key: Key,
+    at: UnixMillis,
+    arrived: &mut Arrived,
+) -> Result<(), Fault> {
     let Arrived { call, progress } = arrived;
     let to = shared.channel(Channel::later(at.saturating_sub(now())));
     let stored = async {

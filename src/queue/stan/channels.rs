@@ -4,13 +4,17 @@
 //! has not come are in several channels, by how far off it is: one that is made in a second does not wait behind those of
 //! next week.
 
-use crate::queue::call::Millis;
+use crate::queue::call::UnixMillis;
 
 /// For which channel the time of a call is near enough; for the last, all others.
-const HORIZONS: [(&str, Millis); 4] =
-    [("later", NEAR), ("later.1m", 60_000), ("later.1h", 3_600_000), ("later.far", Millis::MAX)];
+const HORIZONS: [(&str, UnixMillis); 4] = [
+    ("later", NEAR),
+    ("later.1m", 60_000),
+    ("later.1h", 3_600_000),
+    ("later.far", UnixMillis::MAX),
+];
 /// Nothing in the first of them is worth being moved.
-pub(super) const NEAR: Millis = 10_000;
+pub(super) const NEAR: UnixMillis = 10_000;
 /// How many channels have calls that are to be made.
 pub(super) const COUNT: usize = 1 + HORIZONS.len();
 
@@ -32,7 +36,7 @@ impl Channel {
     }
 
     /// Where a call belongs whose time comes in `wait`.
-    pub(super) fn later(wait: Millis) -> Self {
+    pub(super) fn later(wait: UnixMillis) -> Self {
         let [_, later @ ..] = Self::all();
         let mut channels = later.into_iter().zip(HORIZONS);
         let near = channels.find(|(_, (_, horizon))| wait <= *horizon);
@@ -74,7 +78,7 @@ mod tests {
             (10_001, "q.later.1m"),
             (60_001, "q.later.1h"),
             (3_600_001, "q.later.far"),
-            (Millis::MAX, "q.later.far"),
+            (UnixMillis::MAX, "q.later.far"),
         ] {
             assert_eq!(Channel::later(wait).name("q"), expect, "{wait}");
         }

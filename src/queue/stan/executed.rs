@@ -9,14 +9,14 @@ use std::collections::{HashMap, VecDeque};
 
 use ring::digest::{Context, SHA256};
 
-use crate::queue::call::{Call, Millis};
+use crate::queue::call::{QueuedCall, UnixMillis};
 use crate::queue::stan::ledger::Key;
 
 /// For how long an execution is remembered.
-pub(super) const REMEMBERED: Millis = 3_600_000;
+pub(super) const REMEMBERED: UnixMillis = 3_600_000;
 /// However far apart the clocks of the server and of this machine are, an execution is remembered for this time at least:
 /// a claim that was forgotten before its call is executed would be written again and again.
-const LEAST: Millis = 120_000;
+const LEAST: UnixMillis = 120_000;
 /// Executions that are remembered, some 50 bytes each; the oldest are forgotten first.
 const MOST: usize = 900_000;
 /// The first byte of a message of the log.
@@ -50,7 +50,7 @@ pub(super) enum Claimed {
 
 impl Step {
     /// `attempts` and `moves` say how far the call has come. Workers of different groups have nothing to do with each other.
-    pub(super) fn of(call: &Call, attempts: u32, moves: u32, group: &str) -> Self {
+    pub(super) fn of(call: &QueuedCall, attempts: u32, moves: u32, group: &str) -> Self {
         let mut context = Context::new(&SHA256);
         let (digest, attempts, moves) = (call.digest(), attempts.to_string(), moves.to_string());
         for part in [group, &call.id, &digest, &attempts, &moves] {
@@ -106,7 +106,7 @@ pub(super) struct Executed {
 
 impl Executed {
     /// Notes a record that is read at the time `now`, and was written at the time `at` of another clock.
-    pub(super) fn apply(&mut self, record: Record, at: Millis, now: Millis) {
+    pub(super) fn apply(&mut self, record: Record, at: UnixMillis, now: UnixMillis) {
         use std::collections::hash_map::Entry;
         let at = at.clamp(now.saturating_sub(REMEMBERED - LEAST), now);
         match self.steps.entry(record.step.0) {
@@ -126,7 +126,7 @@ impl Executed {
     }
 
     /// Forgets what is older than an hour.
-    pub(super) fn expire(&mut self, now: Millis) {
+    pub(super) fn expire(&mut self, now: UnixMillis) {
         let until = seconds(now.saturating_sub(REMEMBERED));
         while self.order.front().is_some_and(|(_, at)| *at < until) {
             self.forget_oldest();
@@ -148,7 +148,7 @@ impl Executed {
     }
 }
 
-fn seconds(at: Millis) -> u32 {
+fn seconds(at: UnixMillis) -> u32 {
     u32::try_from(at / 1000).unwrap_or(u32::MAX)
 }
 
@@ -156,7 +156,7 @@ fn seconds(at: Millis) -> u32 {
 mod tests {
     use super::*;
     use crate::function::Function;
-    use crate::queue::call::Options;
+    use crate::queue::call::CallOptions;
     use crate::queue::stan::channels::Channel;
 
     fn owner(sequence: u64) -> Owner {
@@ -164,13 +164,13 @@ mod tests {
     }
 
     fn step(id: &str, body: &'static str, attempts: u32, moves: u32) -> Step {
-        let call = Call {
+        let call = QueuedCall {
             id: id.to_owned(),
             function: Function { name: "echo".to_owned(), namespace: "fn".to_owned() },
             target: String::new(),
             headers: http::HeaderMap::new(),
             body: bytes::Bytes::from_static(body.as_bytes()),
-            options: Options::default(),
+            options: CallOptions::default(),
         };
         Step::of(&call, attempts, moves, "faas")
     }

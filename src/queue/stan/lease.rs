@@ -3,7 +3,7 @@
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Arc, OnceLock};
 
-use crate::queue::call::{Call, Millis};
+use crate::queue::call::{QueuedCall, UnixMillis};
 use crate::queue::stan::channels::Channel;
 use crate::queue::stan::executed::Step;
 use crate::queue::stan::ledger::Key;
@@ -11,14 +11,14 @@ use crate::queue::stan::message::{self, Progress};
 use crate::queue::stan::nats::Fault;
 use crate::queue::stan::take::Arrived;
 use crate::queue::stan::{Shared, once, told};
-use crate::queue::status::{Settlement, State};
+use crate::queue::status::{CallState, Settlement};
 use crate::queue::{Error, now};
 
 /// What is known of a call that was taken.
 pub(in crate::queue) struct Lease {
     shared: Arc<Shared>,
     key: Key,
-    call: Call,
+    call: QueuedCall,
     progress: Progress,
     settled: AtomicBool,
     /// What this message was claimed for.
@@ -26,7 +26,7 @@ pub(in crate::queue) struct Lease {
 }
 
 impl Lease {
-    pub(super) fn new(shared: Arc<Shared>, key: Key, call: Call, progress: Progress) -> Self {
+    pub(super) fn new(shared: Arc<Shared>, key: Key, call: QueuedCall, progress: Progress) -> Self {
         Self {
             shared,
             key,
@@ -63,7 +63,7 @@ impl Lease {
         }
         match settlement {
             // Nobody can ask what became of it.
-            Settlement::Finished { state: State::Failed, status: None, reason, .. } => {
+            Settlement::Finished { state: CallState::Failed, status: None, reason, .. } => {
                 tracing::warn!(
                     call_id = self.call.id, function = %self.call.function, reason,
                     "A queued call failed, and is not made again"
@@ -83,7 +83,7 @@ impl Lease {
                     stored => stored.map_err(|fault| told(fault, &self.call))?,
                 }
             }
-            Settlement::Dead { status, reason, .. } => {
+            Settlement::DeadLetter { status, reason, .. } => {
                 let why = status.map(|status| format!("status {status}"));
                 if !self.bury(reason.clone().or(why).unwrap_or_default()).await? {
                     self.settled.store(true, Relaxed);
@@ -135,7 +135,7 @@ impl Lease {
         Ok(stored.is_ok())
     }
 
-    fn wait_here(&self, at: Millis) {
+    fn wait_here(&self, at: UnixMillis) {
         self.settled.store(true, Relaxed);
         let waits = Arrived { call: self.call.clone(), progress: self.made() };
         self.shared.wait(self.key, at, waits);

@@ -8,16 +8,16 @@
 use std::collections::{BTreeMap, HashMap, VecDeque};
 
 use crate::function::Function;
-use crate::queue::call::Millis;
-use crate::queue::share::has_room;
+use crate::queue::call::UnixMillis;
+use crate::queue::fair_share::has_room;
 use crate::queue::stan::channels::{COUNT, Channel, NEAR};
 
 /// Messages that are done and known to be so: the server may not have heard of it.
 const REMEMBERED: usize = 16 * 1024;
 /// A call that has waited for so long for its function's share may be set aside.
-const LONG: Millis = 1000;
+const LONG: UnixMillis = 1000;
 /// For so long after that the function's calls are set aside at once.
-const SLOW: Millis = 10_000;
+const SLOW: UnixMillis = 10_000;
 
 /// What a message is known by. A server that has lost what it stored counts from one again; then the time differs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -59,7 +59,7 @@ pub(super) enum Arrival {
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Next<T> {
     Now(Key, T),
-    NotBefore(Millis),
+    NotBefore(UnixMillis),
     Nothing,
 }
 
@@ -98,7 +98,7 @@ struct Waiting<T> {
 /// The messages; `T` is what waits.
 pub(super) struct Ledger<T> {
     entries: HashMap<Key, Entry>,
-    line: BTreeMap<(Millis, u64), Waiting<T>>,
+    line: BTreeMap<(UnixMillis, u64), Waiting<T>>,
     order: u64,
     done: VecDeque<Key>,
     room: Room,
@@ -108,7 +108,7 @@ pub(super) struct Ledger<T> {
     closed: bool,
     running: HashMap<Function, usize>,
     /// Functions whose calls are set aside, and until when.
-    slow: HashMap<Function, Millis>,
+    slow: HashMap<Function, UnixMillis>,
 }
 
 impl<T> Ledger<T> {
@@ -173,7 +173,7 @@ impl<T> Ledger<T> {
     }
 
     /// Has a call of `function` wait until `at`.
-    pub(super) fn waits(&mut self, key: Key, function: Function, at: Millis, message: T) {
+    pub(super) fn waits(&mut self, key: Key, function: Function, at: UnixMillis, message: T) {
         if self.closed {
             self.forget(key);
         } else if self.entries.contains_key(&key) {
@@ -185,7 +185,7 @@ impl<T> Ledger<T> {
 
     /// Takes the call that has waited longest since its time came, among those whose functions have not got their share:
     /// three quarters of the places that the others leave free, and always one.
-    pub(super) fn next(&mut self, now: Millis) -> Next<T> {
+    pub(super) fn next(&mut self, now: UnixMillis) -> Next<T> {
         let due = self.line.iter().take_while(|((at, _), _)| *at <= now);
         let next = due.filter(|(_, it)| self.may_run(&it.function)).map(|(order, _)| *order).next();
         if let Some(Waiting { key, function, message }) = next.and_then(|it| self.line.remove(&it))
@@ -207,7 +207,11 @@ impl<T> Ledger<T> {
 
     /// Takes a call of `channel` that holds others up, which the server does not send while it is here: one whose function
     /// has its share, or the one that waits longest for its time. The moment for which it is meant comes with it.
-    pub(super) fn set_aside(&mut self, channel: Channel, now: Millis) -> Option<(Key, Millis, T)> {
+    pub(super) fn set_aside(
+        &mut self,
+        channel: Channel,
+        now: UnixMillis,
+    ) -> Option<(Key, UnixMillis, T)> {
         if !self.is_crowded(channel) {
             return None;
         }
@@ -242,7 +246,7 @@ impl<T> Ledger<T> {
     }
 
     /// The call of `channel` that waits longest for its time, if that is far off.
-    fn farthest(&self, channel: Channel, now: Millis) -> Option<(Millis, u64)> {
+    fn farthest(&self, channel: Channel, now: UnixMillis) -> Option<(UnixMillis, u64)> {
         let far = self.line.range((now + NEAR + 1, 0)..).rev();
         let mut far = far.filter(|(_, it)| channel.is_later() && it.key.channel == channel);
         far.next().map(|(order, _)| *order)

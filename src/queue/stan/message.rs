@@ -17,7 +17,7 @@ use serde_json::{Map, Value};
 use crate::call_id::{X_CALL_ID, X_START_TIME};
 use crate::function::{Function, has_dot_segment};
 use crate::proxy::headers::end_to_end;
-use crate::queue::call::{Call, MOST_HEADERS, Millis, Options};
+use crate::queue::call::{CallOptions, MAX_HEADERS, QueuedCall, UnixMillis};
 use crate::queue::stan::callback::{CallbackUrl, escaped};
 use crate::queue::stan::payload::{Payload, canonical};
 
@@ -59,7 +59,7 @@ pub(super) struct Progress {
     /// How often it has been made.
     pub(super) attempts: u32,
     /// It is not made before.
-    pub(super) not_before: Option<Millis>,
+    pub(super) not_before: Option<UnixMillis>,
     /// Why it was given up.
     pub(super) reason: Option<String>,
     /// How often it was moved to another channel, or back from the dead: tells its messages from duplicates of them.
@@ -69,7 +69,7 @@ pub(super) struct Progress {
 }
 
 /// The message that `call` is.
-pub(super) fn encode(call: &Call, progress: &Progress) -> Bytes {
+pub(super) fn encode(call: &QueuedCall, progress: &Progress) -> Bytes {
     let mut headers: BTreeMap<String, Vec<String>> = BTreeMap::new();
     for (name, value) in &call.headers {
         if !OURS.contains(name) && *name != CONTENT_LENGTH {
@@ -112,8 +112,8 @@ pub(super) fn decode(
     message: &[u8],
     default_namespace: &str,
     fresh_id: impl FnOnce() -> String,
-    stored_at: Millis,
-) -> Result<(Call, Progress), Unreadable> {
+    stored_at: UnixMillis,
+) -> Result<(QueuedCall, Progress), Unreadable> {
     let mut payload = Payload::of_json(message)?;
     let function = Function::parse(&payload.function, default_namespace);
     let function = function.ok_or(Unreadable::Invalid("function"))?;
@@ -130,18 +130,18 @@ pub(super) fn decode(
     let callback = payload.callback_url.as_ref().map(|url| url.url(written));
     let nanoseconds: Option<u64> = number(&headers, &X_START_TIME);
     let id = text(&X_CALL_ID).filter(|id| !id.is_empty()).map_or_else(fresh_id, str::to_owned);
-    let after = |name: &HeaderName| -> Option<Millis> {
+    let after = |name: &HeaderName| -> Option<UnixMillis> {
         let seconds = number::<u64>(&headers, name).filter(|seconds| *seconds <= LONGEST)?;
         Some(stored_at.saturating_add(seconds * 1000))
     };
     let most = number(&headers, &X_MAX_ATTEMPTS).filter(|it| (1..=MOST_REQUESTED).contains(it));
-    let options = Options {
+    let options = CallOptions {
         callback,
         submitted_at: nanoseconds.map_or(stored_at, |time| time / 1_000_000),
         not_before: after(&X_DELAY_SECONDS).filter(|at| *at > stored_at),
         expires_at: number(&headers, &EXPIRES_AT).or_else(|| after(&X_EXPIRES_SECONDS)),
         max_attempts: number(&headers, &MAX_ATTEMPTS).or(most),
-        ..Options::default()
+        ..CallOptions::default()
     };
     for name in OURS.into_iter().chain(REQUESTED) {
         headers.remove(name);
@@ -151,7 +151,7 @@ pub(super) fn decode(
     }
     let target = target(&payload)?;
     let body = STANDARD.decode(payload.body.unwrap_or_default())?.into();
-    Ok((Call { id, function, target, headers, body, options }, progress))
+    Ok((QueuedCall { id, function, target, headers, body, options }, progress))
 }
 
 /// The id that a message names which is no call that can be made: for the log.
@@ -172,7 +172,7 @@ fn number<T: FromStr>(headers: &HeaderMap, name: &HeaderName) -> Option<T> {
 /// The headers that are meant for the function.
 fn headers(payload: &Payload) -> Result<HeaderMap, Unreadable> {
     let mut headers = HeaderMap::new();
-    if payload.header.iter().flatten().map(|(_, values)| values.len()).sum::<usize>() > MOST_HEADERS
+    if payload.header.iter().flatten().map(|(_, values)| values.len()).sum::<usize>() > MAX_HEADERS
     {
         return Err(Unreadable::Invalid("number of headers"));
     }

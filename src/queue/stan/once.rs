@@ -14,7 +14,7 @@ use futures_util::StreamExt as _;
 use prost::Message as _;
 use tokio::sync::{Notify, oneshot};
 
-use crate::queue::call::{Call, Millis};
+use crate::queue::call::{QueuedCall, UnixMillis};
 use crate::queue::now;
 use crate::queue::stan::Shared;
 use crate::queue::stan::client::Session;
@@ -117,7 +117,7 @@ impl Once {
 }
 
 /// The step that comes next for `call`.
-pub(super) fn step(shared: &Shared, call: &Call, progress: &Progress) -> Step {
+pub(super) fn step(shared: &Shared, call: &QueuedCall, progress: &Progress) -> Step {
     Step::of(call, progress.attempts, progress.moves, &shared.options.group)
 }
 
@@ -317,7 +317,7 @@ async fn read(shared: &Shared, mut deliveries: async_nats::Subscriber, acks: &st
             Some((_, last)) if sequence != last + 1 => return End::Gap,
             _ => {
                 seen = Some((seen.map_or(sequence, |(first, _)| first), sequence));
-                let at = Millis::try_from(timestamp / 1_000_000).unwrap_or_default();
+                let at = UnixMillis::try_from(timestamp / 1_000_000).unwrap_or_default();
                 let (mut state, now) = (shared.once.state(), now());
                 state.executed.expire(now);
                 for record in executed::decode(&data) {

@@ -8,7 +8,7 @@ use futures_util::StreamExt as _;
 use futures_util::future::join_all;
 use prost::Message as _;
 
-use crate::queue::call::{Call, Millis};
+use crate::queue::call::{QueuedCall, UnixMillis};
 use crate::queue::stan::channels::Channel;
 use crate::queue::stan::client::Session;
 use crate::queue::stan::lease::Lease;
@@ -29,7 +29,7 @@ pub(super) const LATER: usize = 256;
 /// A call that came and waits.
 #[derive(Debug)]
 pub(super) struct Arrived {
-    pub(super) call: Call,
+    pub(super) call: QueuedCall,
     pub(super) progress: Progress,
 }
 
@@ -158,7 +158,7 @@ async fn receive(shared: &Arc<Shared>, channel: Channel, mut subscription: Subsc
 pub(super) fn admit(shared: &Arc<Shared>, key: Key, data: Bytes) {
     let options = &shared.options;
     // Its gateway may not have said when the call was submitted; the server says when it was stored.
-    let stored_at = Millis::try_from(key.timestamp / 1_000_000).unwrap_or_default();
+    let stored_at = UnixMillis::try_from(key.timestamp / 1_000_000).unwrap_or_default();
     let decoded = message::decode(&data, &options.default_namespace, fresh_id, stored_at);
     let (call, progress) = match decoded {
         Ok(decoded) => decoded,
@@ -205,7 +205,7 @@ async fn put_aside(shared: &Shared, key: Key, data: Bytes, error: &Unreadable) {
 
 impl Shared {
     /// Has a call wait until `at`.
-    pub(super) fn wait(&self, key: Key, at: Millis, arrived: Arrived) {
+    pub(super) fn wait(&self, key: Key, at: UnixMillis, arrived: Arrived) {
         self.ledger().waits(key, arrived.call.function.clone(), at, arrived);
         self.ready.notify_one();
         self.crowded[key.channel.number()].notify_one();

@@ -15,7 +15,7 @@ use crate::function::{Function, has_dot_segment};
 use crate::limit::{CallLimit, Share};
 use crate::metrics::known::Known;
 use crate::provider::Provider;
-use crate::queue::call::{Call, Options};
+use crate::queue::call::{CallOptions, QueuedCall};
 use crate::queue::now;
 use crate::queued::{Intake, must_exist, passed_on};
 use crate::worker::attempt::Caller;
@@ -80,13 +80,13 @@ impl Local {
         let call = |id: HeaderValue| {
             let stamps = Stamps { call_id: id, ..Stamps::of(headers) };
             let peer = HeaderValue::from_static("127.0.0.1");
-            Call {
+            QueuedCall {
                 id: stamps.call_id.to_str().unwrap_or_default().to_owned(),
                 headers: passed_on(headers, &peer, &stamps),
                 function: function.clone(),
                 target: target.to_owned(),
                 body,
-                options: Options { submitted_at: now(), ..Options::default() },
+                options: CallOptions { submitted_at: now(), ..CallOptions::default() },
             }
         };
         if wish.queued {
@@ -100,7 +100,7 @@ impl Local {
         }
     }
 
-    async fn call(&self, call: Call) -> StatusCode {
+    async fn call(&self, call: QueuedCall) -> StatusCode {
         let permit = self.limit.as_ref().map(|(limit, share)| limit.enter(share));
         if matches!(permit, Some(None)) {
             return Error::Overloaded.status();
@@ -112,7 +112,7 @@ impl Local {
         status.unwrap_or(StatusCode::SERVICE_UNAVAILABLE)
     }
 
-    async fn queue(&self, mut call: Call) -> Result<(), Error> {
+    async fn queue(&self, mut call: QueuedCall) -> Result<(), Error> {
         let limit = self.intake.limit();
         if call.body.len() > limit {
             return Err(Error::TooLarge(limit));

@@ -3,10 +3,10 @@
 use std::collections::BTreeMap;
 
 use bytes::Bytes;
-use gateway::queue::call::Call;
+use gateway::queue::call::QueuedCall;
 use gateway::queue::embedded::Limits;
 use gateway::queue::jetstream::Options;
-use gateway::queue::status::{Answer, Settlement, State};
+use gateway::queue::status::{CallState, Settlement, StoredResponse};
 use gateway::queue::{Error, Filter};
 
 use crate::support::jetstream_batch::{CALLS, fresh, messages, set};
@@ -18,7 +18,7 @@ use crate::support::{eventually, within};
 async fn long_paths_of_some_do_not_make_the_others_too_large() {
     let nats = Nats::start();
     let it = Gateway::on(&nats).await;
-    let long = || Call { target: format!("/{}", "x".repeat(60_000)), ..fresh() };
+    let long = || QueuedCall { target: format!("/{}", "x".repeat(60_000)), ..fresh() };
     let ids = it.publish_at_once(CALLS, long).await;
     assert_eq!(set(&ids).len(), CALLS);
     for _ in 0..CALLS {
@@ -33,14 +33,14 @@ async fn long_paths_of_some_do_not_make_the_others_too_large() {
 async fn only_what_is_small_and_due_goes_together() {
     let nats = Nats::start();
     let it = Gateway::on(&nats).await;
-    let large = || Call { body: Bytes::from(vec![7; 20_000]), ..call("same") };
+    let large = || QueuedCall { body: Bytes::from(vec![7; 20_000]), ..call("same") };
     let queue = it.queue.for_thread();
     for (number, call) in
         [large(), call("keyed"), call("later"), call("chosen")].into_iter().enumerate()
     {
         let mut calls = vec![
-            Call { id: format!("{number}a"), ..call.clone() },
-            Call { id: format!("{number}b"), ..call },
+            QueuedCall { id: format!("{number}a"), ..call.clone() },
+            QueuedCall { id: format!("{number}b"), ..call },
         ];
         for call in &mut calls {
             match number {
@@ -111,11 +111,20 @@ async fn a_large_answer_is_kept_beside_them() {
     for _ in 0..CALLS {
         let delivery = it.take().await;
         let is_first = delivery.call.id == ids[3];
-        let answer =
-            Answer { status: 200, headers: Vec::new(), body: body.clone(), truncated: false };
-        let (state, status) = (State::Succeeded, Some(200));
-        let finished =
-            Settlement::Finished { state, status, reason: None, answer: Some(answer), made: true };
+        let answer = StoredResponse {
+            status: 200,
+            headers: Vec::new(),
+            body: body.clone(),
+            truncated: false,
+        };
+        let (state, status) = (CallState::Succeeded, Some(200));
+        let finished = Settlement::Finished {
+            state,
+            status,
+            reason: None,
+            response: Some(answer),
+            executed: true,
+        };
         it.settle(delivery, if is_first { finished } else { succeeded() }).await;
     }
     assert!(it.queue.answer(&ids[3]).await.unwrap().unwrap().body == body);

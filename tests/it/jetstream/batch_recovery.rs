@@ -7,7 +7,7 @@ use bytes::Bytes;
 use gateway::queue::Filter;
 use gateway::queue::embedded::Limits;
 use gateway::queue::jetstream::Options;
-use gateway::queue::status::State;
+use gateway::queue::status::CallState;
 
 use crate::support::eventually;
 use crate::support::jetstream_batch::{CALLS, fresh, set};
@@ -64,7 +64,7 @@ async fn one_that_was_made_and_purged_is_not_made_with_those_that_are_left() {
     let again = it.take().await;
     assert_eq!((&again.call.id, again.attempts), (&id, 1));
     it.settle(again, succeeded()).await;
-    let succeeded_ones = Filter { state: Some(State::Succeeded), ..Filter::default() };
+    let succeeded_ones = Filter { state: Some(CallState::Succeeded), ..Filter::default() };
     assert_eq!(it.queue.purge(&succeeded_ones).await, Ok(1));
     assert_eq!(it.state(&id).await, None);
     let left = BTreeSet::from([second.call.id.clone(), third.call.id.clone()]);
@@ -93,7 +93,7 @@ async fn what_one_does_not_come_to_is_soon_there_for_another() {
         other.settle(delivery, succeeded()).await;
     }
     assert!(start.elapsed() < LEASE * 2, "given back, not found out by the server");
-    assert_eq!(it.state(&slow.call.id).await, Some(State::Running));
+    assert_eq!(it.state(&slow.call.id).await, Some(CallState::Running));
     // It stays with the one who makes it.
     assert!(other.takes_nothing(LEASE * 3 / 2).await);
     made.insert(slow.call.id.clone());
@@ -148,7 +148,7 @@ async fn a_server_that_is_killed_while_they_are_made_loses_none() {
         for id in &ids {
             eventually("it has succeeded", async || {
                 let status = it.queue.status(id).await;
-                status.is_ok_and(|it| it.is_some_and(|it| it.state == State::Succeeded))
+                status.is_ok_and(|it| it.is_some_and(|it| it.state == CallState::Succeeded))
             })
             .await;
         }

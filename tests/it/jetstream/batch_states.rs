@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
-use gateway::queue::status::State;
+use gateway::queue::status::CallState;
 use gateway::queue::{Changed, Filter};
 
 use crate::support::eventually;
@@ -19,7 +19,7 @@ async fn each_of_them_goes_through_its_states() {
     assert_eq!(set(&ids).len(), CALLS);
     assert!(messages(&nats, "calls").await < 5, "they are together");
     for id in &ids {
-        assert_eq!(it.state(id).await, Some(State::Queued));
+        assert_eq!(it.state(id).await, Some(CallState::Queued));
         assert_eq!(it.queue.answer(id).await, Ok(None));
     }
     assert_eq!(it.count("echo.fn").await, (CALLS as u64, 0, 0, 0));
@@ -33,16 +33,19 @@ async fn each_of_them_goes_through_its_states() {
         (first.attempts, &first.call.body[..], first.call.target.as_str()),
         (0, &b"body"[..], "/p?x=1")
     );
-    assert_eq!(it.state(&first.call.id).await, Some(State::Running));
-    assert_eq!(it.queue.cancel(&first.call.id).await, Ok(Changed::No(State::Running)));
+    assert_eq!(it.state(&first.call.id).await, Some(CallState::Running));
+    assert_eq!(it.queue.cancel(&first.call.id).await, Ok(Changed::No(CallState::Running)));
     assert_eq!(it.count("echo.fn").await.1, 1);
     let id = first.call.id.clone();
     it.settle(first, succeeded()).await;
     let status = it.queue.status(&id).await.unwrap().unwrap();
-    assert_eq!((status.state, status.attempts, status.status), (State::Succeeded, 1, Some(200)));
+    assert_eq!(
+        (status.state, status.attempts, status.status),
+        (CallState::Succeeded, 1, Some(200))
+    );
     let answer = it.queue.answer(&id).await.unwrap().unwrap();
     assert_eq!((answer.status, &answer.body[..], answer.headers.len()), (200, &b"answer"[..], 1));
-    assert_eq!(it.queue.cancel(&id).await, Ok(Changed::No(State::Succeeded)));
+    assert_eq!(it.queue.cancel(&id).await, Ok(Changed::No(CallState::Succeeded)));
     let mut made = BTreeSet::from([id]);
     while made.len() < CALLS {
         let delivery = it.take().await;
@@ -52,10 +55,10 @@ async fn each_of_them_goes_through_its_states() {
     assert_eq!(made, set(&ids));
     it.is_empty().await;
     for id in &ids {
-        assert_eq!(it.state(id).await, Some(State::Succeeded));
+        assert_eq!(it.state(id).await, Some(CallState::Succeeded));
         assert!(it.queue.answer(id).await.unwrap().is_some());
     }
-    let filter = Filter { state: Some(State::Succeeded), ..Filter::default() };
+    let filter = Filter { state: Some(CallState::Succeeded), ..Filter::default() };
     assert_eq!(it.queue.list(&filter, None, 100).await.unwrap().calls.len(), CALLS);
     eventually("no record is left open", async || messages(&nats, "open").await == 0).await;
     assert_eq!(messages(&nats, "calls").await, 0);
@@ -70,28 +73,28 @@ async fn each_of_them_can_be_retried_die_and_be_revived() {
     taken.sort_by_key(|delivery| ids.iter().position(|id| *id == delivery.call.id));
     let [first, second, third] = taken;
     it.settle(first, retry(now() + 500)).await;
-    assert_eq!(it.state(&ids[0]).await, Some(State::Retrying));
+    assert_eq!(it.state(&ids[0]).await, Some(CallState::Retrying));
     it.settle(second, dead()).await;
     it.settle(third, succeeded()).await;
-    assert_eq!(it.state(&ids[1]).await, Some(State::Failed));
+    assert_eq!(it.state(&ids[1]).await, Some(CallState::Failed));
     assert_eq!(it.count("echo.fn").await.3, 1);
     let again = it.take().await;
     assert_eq!((&again.call.id, again.attempts), (&ids[0], 1));
     it.settle(again, succeeded()).await;
     let filter = Filter { dead: Some(true), ..Filter::default() };
     assert_eq!(it.queue.list(&filter, None, 9).await.unwrap().calls[0].id, ids[1]);
-    assert_eq!(it.queue.revive(&ids[0]).await, Ok(Changed::No(State::Succeeded)));
+    assert_eq!(it.queue.revive(&ids[0]).await, Ok(Changed::No(CallState::Succeeded)));
     assert_eq!(it.queue.revive(&ids[1]).await, Ok(Changed::Yes));
     let revived = it.take().await;
     assert_eq!((&revived.call.id, revived.attempts), (&ids[1], 0));
     it.settle(revived, dead()).await;
     assert_eq!(it.queue.cancel(&ids[1]).await, Ok(Changed::Yes));
-    assert_eq!(it.state(&ids[1]).await, Some(State::Cancelled));
+    assert_eq!(it.state(&ids[1]).await, Some(CallState::Cancelled));
     it.is_empty().await;
     assert_eq!(it.count("echo.fn").await, (0, 0, 0, 0));
     let states: Vec<_> = [&ids[0], &ids[2]].into_iter().map(|id| it.state(id)).collect();
     let states = futures_util::future::join_all(states).await;
-    assert_eq!(states, [Some(State::Succeeded), Some(State::Succeeded)]);
+    assert_eq!(states, [Some(CallState::Succeeded), Some(CallState::Succeeded)]);
 }
 
 #[tokio::test]
@@ -121,11 +124,11 @@ async fn those_that_are_cancelled_or_purged_are_not_made() {
     let ids = it.publish_at_once(CALLS, fresh).await;
     for id in &ids[..5] {
         assert_eq!(it.queue.cancel(id).await, Ok(Changed::Yes));
-        assert_eq!(it.state(id).await, Some(State::Cancelled));
-        assert_eq!(it.queue.cancel(id).await, Ok(Changed::No(State::Cancelled)));
+        assert_eq!(it.state(id).await, Some(CallState::Cancelled));
+        assert_eq!(it.queue.cancel(id).await, Ok(Changed::No(CallState::Cancelled)));
     }
     assert_eq!(it.count("echo.fn").await.0, CALLS as u64 - 5);
-    let cancelled = Filter { state: Some(State::Cancelled), ..Filter::default() };
+    let cancelled = Filter { state: Some(CallState::Cancelled), ..Filter::default() };
     assert_eq!(it.queue.purge(&cancelled).await, Ok(5));
     assert_eq!(it.state(&ids[0]).await, None);
     let mut made = BTreeSet::new();
@@ -173,7 +176,7 @@ async fn a_call_is_made_or_cancelled_but_not_both() {
             // Not by the counts: they are read message by message, and can miss a call that is being claimed.
             for id in &ids {
                 eventually("it is over", async || {
-                    matches!(it.state(id).await, Some(State::Succeeded | State::Cancelled))
+                    matches!(it.state(id).await, Some(CallState::Succeeded | CallState::Cancelled))
                 })
                 .await;
             }
@@ -187,7 +190,8 @@ async fn a_call_is_made_or_cancelled_but_not_both() {
         assert!(made.is_disjoint(&cancelled), "{round}");
         assert_eq!(&made | &cancelled, set(&ids), "{round}");
         for id in &ids {
-            let expect = if made.contains(id) { State::Succeeded } else { State::Cancelled };
+            let expect =
+                if made.contains(id) { CallState::Succeeded } else { CallState::Cancelled };
             assert_eq!(it.state(id).await, Some(expect), "{round}");
         }
     }

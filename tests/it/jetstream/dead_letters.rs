@@ -1,9 +1,9 @@
 //! Dead letters: calls that have used up their attempts.
 
 use bytes::Bytes;
-use gateway::queue::call::Call;
+use gateway::queue::call::QueuedCall;
 use gateway::queue::jetstream::{Auth, Options};
-use gateway::queue::status::State;
+use gateway::queue::status::CallState;
 use gateway::queue::{Changed, Filter};
 
 use crate::support::eventually;
@@ -23,7 +23,7 @@ async fn a_dead_call_is_kept_until_it_is_revived() {
     assert_eq!(it.queue.revive("a").await, Ok(Changed::Yes));
     let delivery = it.take().await;
     assert_eq!((delivery.call.id.as_str(), delivery.attempts), ("a", 0));
-    assert_eq!(it.queue.revive("a").await, Ok(Changed::No(State::Running)));
+    assert_eq!(it.queue.revive("a").await, Ok(Changed::No(CallState::Running)));
     it.settle(delivery, dead()).await;
     assert_eq!(it.queue.purge(&filter).await, Ok(1));
     assert_eq!(it.queue.status("a").await, Ok(None));
@@ -53,12 +53,12 @@ async fn a_dead_call_that_succeeds_in_the_end_is_dead_no_more() {
     it.settle(it.take().await, dead()).await;
     assert_eq!(halting.queue.revive("a").await, Ok(Changed::Yes));
     // It is not made twice by one who saw it dead.
-    assert_eq!(it.queue.revive("a").await, Ok(Changed::No(State::Queued)));
+    assert_eq!(it.queue.revive("a").await, Ok(Changed::No(CallState::Queued)));
     it.settle(it.take().await, retry(now())).await;
     it.settle(it.take().await, succeeded()).await;
     it.is_empty().await;
-    let dead = it.queue.counts().await.unwrap().iter().map(|(_, it)| it.dead).sum::<u64>();
-    assert_eq!((it.state("a").await, dead), (Some(State::Succeeded), 0));
+    let dead = it.queue.counts().await.unwrap().iter().map(|(_, it)| it.dead_letter).sum::<u64>();
+    assert_eq!((it.state("a").await, dead), (Some(CallState::Succeeded), 0));
 }
 
 #[tokio::test]
@@ -68,7 +68,7 @@ async fn a_dead_call_is_dropped_or_tried_again_but_not_half_of_each() {
     let body = Bytes::from(vec![7; 1_100_000]);
     for round in 0..8 {
         let id = round.to_string();
-        one.publish(Call { body: body.clone(), ..call(&id) }).await;
+        one.publish(QueuedCall { body: body.clone(), ..call(&id) }).await;
         one.settle(one.take().await, dead()).await;
         let (dropped, revived) = tokio::join!(two.queue.cancel(&id), one.queue.revive(&id));
         let (dropped, revived) = (dropped.unwrap(), revived.unwrap());
@@ -77,7 +77,8 @@ async fn a_dead_call_is_dropped_or_tried_again_but_not_half_of_each() {
             assert!(delivery.call.body == body);
             one.settle(delivery, succeeded()).await;
         }
-        let expect = if dropped == Changed::Yes { State::Cancelled } else { State::Succeeded };
+        let expect =
+            if dropped == Changed::Yes { CallState::Cancelled } else { CallState::Succeeded };
         assert_eq!(one.state(&id).await, Some(expect), "{round}: {dropped:?} {revived:?}");
         one.is_empty().await;
     }

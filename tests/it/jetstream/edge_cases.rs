@@ -4,8 +4,8 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use futures_util::TryStreamExt;
-use gateway::queue::call::Call;
-use gateway::queue::status::{Settlement, State};
+use gateway::queue::call::QueuedCall;
+use gateway::queue::status::{CallState, Settlement};
 use gateway::queue::{Changed, Error};
 use http::{HeaderName, HeaderValue};
 
@@ -18,7 +18,7 @@ use crate::support::{eventually, within};
 const CALLS: usize = 20;
 
 /// A call with so many bytes of headers.
-fn with_head(id: &str, size: usize) -> Call {
+fn with_head(id: &str, size: usize) -> QueuedCall {
     let mut call = call(id);
     let value = HeaderValue::try_from("x".repeat(size)).unwrap();
     call.headers.insert(HeaderName::from_static("x-long"), value);
@@ -52,8 +52,8 @@ async fn a_call_whose_body_is_lost_is_handed_out_as_such() {
     let it = Gateway::on(&nats).await;
     let body = Bytes::from(vec![7; 2_000_000]);
     let start = Instant::now();
-    it.publish(Call { body: body.clone(), ..call("lost") }).await;
-    it.publish(Call { body, ..call("whole") }).await;
+    it.publish(QueuedCall { body: body.clone(), ..call("lost") }).await;
+    it.publish(QueuedCall { body, ..call("whole") }).await;
     let bodies = stream(&nats, "gateway-faas-request-bodies").await;
     bodies.purge().filter("faas-body.faas-request.lost.>").await.unwrap();
     let delivery = it.take().await;
@@ -64,10 +64,10 @@ async fn a_call_whose_body_is_lost_is_handed_out_as_such() {
     assert!(delivery.lost && start.elapsed() > LEASE, "{delivery:?}");
     it.settle(delivery, dead()).await;
     let status = it.queue.status("lost").await.unwrap().unwrap();
-    assert!(status.dead && status.attempts == 0, "{status:?}");
+    assert!(status.dead_letter && status.attempts == 0, "{status:?}");
     assert_eq!(it.unfinished().await, 0);
     assert_eq!(it.queue.cancel("lost").await, Ok(Changed::Yes));
-    assert_eq!(it.state("lost").await, Some(State::Cancelled));
+    assert_eq!(it.state("lost").await, Some(CallState::Cancelled));
 }
 
 #[tokio::test]
@@ -79,9 +79,13 @@ async fn a_call_that_expires_keeps_what_was_answered_last() {
     it.settle(delivery, retry(now())).await;
     let delivery = it.take().await;
     let running = it.queue.status("late").await.unwrap().unwrap();
-    assert_eq!((running.state, running.attempts, running.status), (State::Running, 2, Some(503)));
-    let (state, reason) = (State::Failed, Some("late".to_owned()));
-    let expired = Settlement::Finished { state, status: None, reason, answer: None, made: false };
+    assert_eq!(
+        (running.state, running.attempts, running.status),
+        (CallState::Running, 2, Some(503))
+    );
+    let (state, reason) = (CallState::Failed, Some("late".to_owned()));
+    let expired =
+        Settlement::Finished { state, status: None, reason, response: None, executed: false };
     it.settle(delivery, expired).await;
     let status = it.queue.status("late").await.unwrap().unwrap();
     assert_eq!((status.state, status.attempts, status.status), (state, 1, Some(503)));

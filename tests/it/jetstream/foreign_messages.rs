@@ -1,6 +1,6 @@
 //! Messages that no gateway wrote, and messages that cannot be deleted.
 
-use gateway::queue::status::State;
+use gateway::queue::status::CallState;
 use gateway::queue::{Changed, Error, Filter};
 
 use crate::support::eventually;
@@ -69,9 +69,9 @@ async fn a_cancelled_call_is_not_made_though_its_message_cannot_be_removed() {
     it.publish(call("a")).await;
     it.publish(call("b")).await;
     assert_eq!(it.queue.cancel("a").await, Ok(Changed::Yes));
-    assert_eq!(it.state("a").await, Some(State::Cancelled));
+    assert_eq!(it.state("a").await, Some(CallState::Cancelled));
     // To purge a call is nothing but to remove it: that it is there is said.
-    let queued = Filter { state: Some(State::Queued), ..Filter::default() };
+    let queued = Filter { state: Some(CallState::Queued), ..Filter::default() };
     assert_eq!(it.queue.purge(&queued).await, Err(Error::Failed));
     let delivery = it.take().await;
     assert_eq!(delivery.call.id, "b");
@@ -82,5 +82,5 @@ async fn a_cancelled_call_is_not_made_though_its_message_cannot_be_removed() {
         taken = it.queue.take(PLACES) => panic!("made though it was cancelled: {taken:?}"),
         () = eventually("it is gone", async || calls.info().await.unwrap().state.messages == 0) => {}
     }
-    assert_eq!(it.state("a").await, Some(State::Cancelled));
+    assert_eq!(it.state("a").await, Some(CallState::Cancelled));
 }

@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use gateway::queue::embedded::Limits;
 use gateway::queue::jetstream::Options;
-use gateway::queue::status::State;
+use gateway::queue::status::CallState;
 
 use crate::support::jetstream_queue::{
     Gateway, LEASE, LIMITS, PLACES, call, call_of, options, stream, succeeded,
@@ -24,7 +24,7 @@ async fn a_call_that_runs_for_long_is_delivered_once() {
     it.publish(call("slow")).await;
     let delivery = it.take().await;
     assert!(other.takes_nothing(lease * 7 / 2).await);
-    assert_eq!(it.state("slow").await, Some(State::Running));
+    assert_eq!(it.state("slow").await, Some(CallState::Running));
     it.settle(delivery, succeeded()).await;
     assert!(other.takes_nothing(lease * 3 / 2).await);
     assert_eq!(it.queue.status("slow").await.unwrap().unwrap().attempts, 1);
@@ -45,7 +45,7 @@ async fn a_call_that_comes_again_to_one_who_makes_it_is_made_once() {
     it.settle(delivery, succeeded()).await;
     it.is_empty().await;
     let status = it.queue.status("a").await.unwrap().unwrap();
-    assert_eq!((status.state, status.attempts), (State::Succeeded, 1));
+    assert_eq!((status.state, status.attempts), (CallState::Succeeded, 1));
 }
 
 #[tokio::test]
@@ -72,7 +72,7 @@ async fn a_call_of_one_who_died_is_taken_by_another() {
     let delivery = other.take().await;
     assert_eq!((delivery.call.id.as_str(), delivery.attempts), ("a", 0));
     other.settle(delivery, succeeded()).await;
-    assert_eq!(other.state("a").await, Some(State::Succeeded));
+    assert_eq!(other.state("a").await, Some(CallState::Succeeded));
 }
 
 #[tokio::test]

@@ -6,7 +6,7 @@ use std::time::Instant;
 use gateway::queue::Error;
 use gateway::queue::embedded::Limits;
 use gateway::queue::jetstream::Options;
-use gateway::queue::status::State;
+use gateway::queue::status::CallState;
 
 use crate::support::eventually;
 use crate::support::gateway::Gateway as Process;
@@ -32,9 +32,9 @@ async fn what_was_not_settled_is_there_after_a_restart() {
     nats.kill();
     nats.restart();
     let it = Gateway::on(&nats).await;
-    assert_eq!(it.state("done").await, Some(State::Succeeded));
-    assert_eq!(it.state("dead").await, Some(State::Failed));
-    assert_eq!(it.state("retried").await, Some(State::Retrying));
+    assert_eq!(it.state("done").await, Some(CallState::Succeeded));
+    assert_eq!(it.state("dead").await, Some(CallState::Failed));
+    assert_eq!(it.state("retried").await, Some(CallState::Retrying));
     let mut again = BTreeMap::new();
     for _ in 0..3 {
         let delivery = it.take().await;
@@ -80,7 +80,7 @@ async fn a_server_that_is_killed_in_mid_work_loses_nothing() {
     let (made, ()) = tokio::join!(work, trouble);
     assert!(made.values().sum::<usize>() <= CALLS + 2, "{made:?}");
     for number in 0..CALLS {
-        assert_eq!(it.state(&number.to_string()).await, Some(State::Succeeded), "{number}");
+        assert_eq!(it.state(&number.to_string()).await, Some(CallState::Succeeded), "{number}");
     }
     assert!(it.queue.is_reachable());
     it.lets_go().await;
@@ -187,7 +187,7 @@ async fn what_was_accepted_is_made_however_often_the_server_is_killed() {
             let id = number.to_string();
             eventually("it has succeeded", async || {
                 let status = it.queue.status(&id).await;
-                status.is_ok_and(|it| it.is_some_and(|it| it.state == State::Succeeded))
+                status.is_ok_and(|it| it.is_some_and(|it| it.state == CallState::Succeeded))
             })
             .await;
         }

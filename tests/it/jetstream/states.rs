@@ -1,9 +1,9 @@
 //! The states of a call, the lists of calls, and the limits of the queue.
 
-use gateway::queue::call::{Call, Millis};
+use gateway::queue::call::{QueuedCall, UnixMillis};
 use gateway::queue::embedded::Limits;
 use gateway::queue::jetstream::Options;
-use gateway::queue::status::State;
+use gateway::queue::status::CallState;
 use gateway::queue::{Changed, Error, Filter, Order, Published};
 
 use crate::support::eventually;
@@ -18,21 +18,24 @@ async fn a_call_goes_through_its_states() {
     let it = Gateway::on(&nats).await;
     let published = it.publish(call("a")).await;
     assert_eq!(published, Published { id: "a".to_owned(), repeated: false });
-    assert_eq!(it.state("a").await, Some(State::Queued));
+    assert_eq!(it.state("a").await, Some(CallState::Queued));
     let delivery = it.take().await;
-    let taken = Call { options: delivery.call.options.clone(), ..call("a") };
+    let taken = QueuedCall { options: delivery.call.options.clone(), ..call("a") };
     assert_eq!((&delivery.call, delivery.attempts), (&taken, 0));
-    assert_eq!(it.state("a").await, Some(State::Running));
-    assert_eq!(it.queue.cancel("a").await, Ok(Changed::No(State::Running)));
+    assert_eq!(it.state("a").await, Some(CallState::Running));
+    assert_eq!(it.queue.cancel("a").await, Ok(Changed::No(CallState::Running)));
     let counts = it.queue.counts().await.unwrap();
     assert_eq!((counts[0].1.running, counts[0].1.pending), (1, 0));
     it.settle(delivery, succeeded()).await;
     let status = it.queue.status("a").await.unwrap().unwrap();
-    assert_eq!((status.state, status.attempts, status.status), (State::Succeeded, 1, Some(200)));
+    assert_eq!(
+        (status.state, status.attempts, status.status),
+        (CallState::Succeeded, 1, Some(200))
+    );
     let answer = it.queue.answer("a").await.unwrap().unwrap();
     assert_eq!((answer.status, &answer.body[..], answer.headers.len()), (200, &b"answer"[..], 1));
     assert_eq!(it.queue.status("b").await, Ok(None));
-    assert_eq!(it.queue.cancel("a").await, Ok(Changed::No(State::Succeeded)));
+    assert_eq!(it.queue.cancel("a").await, Ok(Changed::No(CallState::Succeeded)));
     assert_eq!(it.queue.cancel("b").await, Ok(Changed::Unknown));
     it.is_empty().await;
 }
@@ -49,12 +52,12 @@ async fn a_full_queue_says_so() {
     assert_eq!(it.queue.publish(call("more")).await, Err(Error::Full));
     assert_eq!(it.queue.cancel("0").await, Ok(Changed::Yes));
     it.publish(call("more")).await;
-    assert_eq!(it.state("0").await, Some(State::Cancelled));
+    assert_eq!(it.state("0").await, Some(CallState::Cancelled));
     let first = it.take().await;
     assert_eq!(first.call.id, "1");
     // To try again is no new call.
     it.settle(first, retry(now())).await;
-    assert_eq!(it.state("1").await, Some(State::Retrying));
+    assert_eq!(it.state("1").await, Some(CallState::Retrying));
 }
 
 #[tokio::test]
@@ -64,7 +67,7 @@ async fn a_delivery_that_is_dropped_is_taken_again() {
     let it = Gateway::leasing_long(&nats).await;
     it.publish(call("a")).await;
     drop(it.take().await);
-    eventually("it waits again", async || it.state("a").await == Some(State::Queued)).await;
+    eventually("it waits again", async || it.state("a").await == Some(CallState::Queued)).await;
     let delivery = it.take().await;
     assert_eq!((delivery.call.id.as_str(), delivery.attempts), ("a", 0));
     drop(delivery);
@@ -95,7 +98,7 @@ async fn a_list_is_in_order_and_goes_on_where_it_ended() {
     let it = Gateway::on(&nats).await;
     for (number, id) in ["a", "b", "c", "d", "e"].into_iter().enumerate() {
         let mut call = call(id);
-        call.options.submitted_at = number as Millis;
+        call.options.submitted_at = number as UnixMillis;
         it.publish(call).await;
     }
     it.publish(call_of("other", "f")).await;
@@ -117,7 +120,7 @@ async fn a_list_is_in_order_and_goes_on_where_it_ended() {
     let other = Filter { function: Some(call_of("other", "").function), ..all.clone() };
     assert_eq!(ids(&other, None, 10).await, "f");
     assert_eq!(it.queue.cancel("b").await, Ok(Changed::Yes));
-    let cancelled = Filter { state: Some(State::Cancelled), ..all.clone() };
+    let cancelled = Filter { state: Some(CallState::Cancelled), ..all.clone() };
     assert_eq!(
         (ids(&cancelled, None, 9).await, ids(&all, None, 9).await),
         ("b".into(), "abcdef".into())
@@ -147,7 +150,7 @@ async fn a_delayed_call_waits_for_its_time_and_loses_no_attempt() {
     // The same for one that is tried again.
     let due = now() + 1000;
     it.settle(second, retry(due)).await;
-    assert_eq!(it.state("later").await, Some(State::Retrying));
+    assert_eq!(it.state("later").await, Some(CallState::Retrying));
     let third = it.take().await;
     assert!(now() >= due);
     assert_eq!((third.call.id.as_str(), third.attempts), ("later", 1));

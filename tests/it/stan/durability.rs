@@ -26,7 +26,9 @@ async fn second_worker(queue: Queue, made: Arc<Mutex<HashMap<String, usize>>>) {
                 *made.lock().unwrap().entry(delivery.call.id.clone()).or_default() += 1;
                 over()
             }
-            ("fails", 1..) => Settlement::Dead { status: Some(500), reason: None, answer: None },
+            ("fails", 1..) => {
+                Settlement::DeadLetter { status: Some(500), reason: None, response: None }
+            }
             _ => Settlement::Retry { at: gateway::queue::now() + 100, status: None, reason: None },
         };
         while queue.settle(&delivery, &settlement).await.is_err() {

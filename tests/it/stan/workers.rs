@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use gateway::function::Function;
-use gateway::queue::call::{Call, Options as CallOptions};
+use gateway::queue::call::{CallOptions, QueuedCall};
 use http::HeaderMap;
 
 use crate::support::eventually;
@@ -42,7 +42,7 @@ async fn workers_ask_each_other_before_they_make_a_call_again() {
         workers.count() == 2
     })
     .await;
-    let call = Call {
+    let call = QueuedCall {
         id: "a".to_owned(),
         function: Function { name: "echo".to_owned(), namespace: "fn".to_owned() },
         target: String::new(),

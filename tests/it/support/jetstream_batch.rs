@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 
-use gateway::queue::call::Call;
+use gateway::queue::call::QueuedCall;
 
 use crate::support::jetstream_queue::{Gateway, call, stream};
 use crate::support::nats::Nats;
@@ -16,7 +16,7 @@ impl Gateway {
     pub(crate) async fn publish_at_once(
         &self,
         count: usize,
-        call: impl Fn() -> Call,
+        call: impl Fn() -> QueuedCall,
     ) -> Vec<String> {
         let queue = self.queue.for_thread();
         let published = (0..count).map(|_| queue.publish(call()));
@@ -37,7 +37,7 @@ pub(crate) async fn messages(nats: &Nats, what: &str) -> u64 {
 }
 
 /// One under an id that it will not be known by.
-pub(crate) fn fresh() -> Call {
+pub(crate) fn fresh() -> QueuedCall {
     static NUMBER: AtomicUsize = AtomicUsize::new(0);
     call(&NUMBER.fetch_add(1, Relaxed).to_string())
 }

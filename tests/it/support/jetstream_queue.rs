@@ -4,10 +4,10 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use bytes::Bytes;
 use gateway::function::Function;
-use gateway::queue::call::{Call, Millis, Options as CallOptions};
+use gateway::queue::call::{CallOptions, QueuedCall, UnixMillis};
 use gateway::queue::embedded::Limits;
 use gateway::queue::jetstream::{Auth, JetStream, Options};
-use gateway::queue::status::{Answer, Settlement, State};
+use gateway::queue::status::{CallState, Settlement, StoredResponse};
 use gateway::queue::{Delivery, Error, Published, Queue};
 use http::HeaderMap;
 
@@ -64,7 +64,7 @@ impl Gateway {
         gateway
     }
 
-    pub(crate) async fn publish(&self, call: Call) -> Published {
+    pub(crate) async fn publish(&self, call: QueuedCall) -> Published {
         within("publish", self.queue.publish(call)).await.unwrap()
     }
 
@@ -76,7 +76,7 @@ impl Gateway {
         within("settle", self.queue.settle(&delivery, &settlement)).await.unwrap();
     }
 
-    pub(crate) async fn state(&self, id: &str) -> Option<State> {
+    pub(crate) async fn state(&self, id: &str) -> Option<CallState> {
         self.queue.status(id).await.unwrap().map(|status| status.state)
     }
 
@@ -114,12 +114,12 @@ impl Gateway {
     }
 }
 
-pub(crate) fn now() -> Millis {
+pub(crate) fn now() -> UnixMillis {
     SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_millis().try_into().unwrap()
 }
 
-pub(crate) fn call_of(function: &str, id: &str) -> Call {
-    Call {
+pub(crate) fn call_of(function: &str, id: &str) -> QueuedCall {
+    QueuedCall {
         id: id.to_owned(),
         function: Function { name: function.to_owned(), namespace: "fn".to_owned() },
         target: "/p?x=1".to_owned(),
@@ -132,26 +132,32 @@ pub(crate) fn call_of(function: &str, id: &str) -> Call {
     }
 }
 
-pub(crate) fn call(id: &str) -> Call {
+pub(crate) fn call(id: &str) -> QueuedCall {
     call_of("echo", id)
 }
 
 pub(crate) fn succeeded() -> Settlement {
-    let answer = Answer {
+    let answer = StoredResponse {
         status: 200,
         headers: vec![("x-a".to_owned(), "1".to_owned())],
         body: Bytes::from_static(b"answer"),
         truncated: false,
     };
     let (status, answer) = (Some(200), Some(answer));
-    Settlement::Finished { state: State::Succeeded, status, reason: None, answer, made: true }
+    Settlement::Finished {
+        state: CallState::Succeeded,
+        status,
+        reason: None,
+        response: answer,
+        executed: true,
+    }
 }
 
 pub(crate) fn dead() -> Settlement {
-    Settlement::Dead { status: Some(500), reason: Some("gave up".to_owned()), answer: None }
+    Settlement::DeadLetter { status: Some(500), reason: Some("gave up".to_owned()), response: None }
 }
 
-pub(crate) fn retry(at: Millis) -> Settlement {
+pub(crate) fn retry(at: UnixMillis) -> Settlement {
     Settlement::Retry { at, status: Some(503), reason: Some("busy".to_owned()) }
 }
 

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use gateway::queue::embedded::Limits;
-use gateway::queue::status::{Settlement, State};
+use gateway::queue::status::{CallState, Settlement};
 use gateway::queue::{Delivery, Queue, jetstream, stan};
 use serde_json::Value;
 
@@ -103,11 +103,11 @@ pub(crate) async fn take(queue: &Queue) -> Delivery {
 
 pub(crate) fn over() -> Settlement {
     Settlement::Finished {
-        state: State::Succeeded,
+        state: CallState::Succeeded,
         status: Some(200),
         reason: None,
-        answer: None,
-        made: true,
+        response: None,
+        executed: true,
     }
 }
 

@@ -17,7 +17,7 @@ async fn a_call_that_cannot_be_read_is_named_by_its_id() {
     let queue = open(&directory);
     // Nobody takes such a name in; a gateway to come may.
     let function = Function { name: "a/b".to_owned(), namespace: "fn".to_owned() };
-    queue.publish(Call { function, ..call("a") }, None).await.unwrap();
+    queue.publish(QueuedCall { function, ..call("a") }, None).await.unwrap();
     queue.publish(call("b"), None).await.unwrap();
     let taken = [queue.take(PLACES).await.unwrap().call.id];
     assert_eq!(taken, ["b"]);

@@ -22,7 +22,7 @@ struct Walk {
     queue: Embedded,
     dice: Dice,
     /// All calls that should be known, and as what.
-    known: BTreeMap<String, State>,
+    known: BTreeMap<String, CallState>,
     dead: Vec<String>,
 }
 
@@ -58,7 +58,7 @@ impl Walk {
         for published in futures_util::future::try_join_all(published).await.unwrap() {
             assert!(!published.repeated);
         }
-        self.known.extend(ids.into_iter().map(|id| (id, State::Queued)));
+        self.known.extend(ids.into_iter().map(|id| (id, CallState::Queued)));
     }
 
     async fn work(&mut self) {
@@ -72,15 +72,15 @@ impl Walk {
             let (settlement, state) = match self.dice.roll(8) {
                 0 => {
                     let retry = Settlement::Retry { at: 0, status: Some(503), reason: None };
-                    (retry, State::Retrying)
+                    (retry, CallState::Retrying)
                 }
                 1 => {
                     self.dead.push(id.clone());
-                    (dead(), State::Failed)
+                    (dead(), CallState::Failed)
                 }
                 // Given back.
                 2 => continue,
-                _ => (succeeded(), State::Succeeded),
+                _ => (succeeded(), CallState::Succeeded),
             };
             settle(&self.queue, delivery, settlement).await;
             self.known.insert(id, state);
@@ -96,7 +96,7 @@ impl Walk {
         let dead = self.dead.iter().position(|dead| *dead == id);
         if dead.is_some() && self.dice.roll(2) == 0 {
             assert_eq!(self.queue.revive(&id).await.unwrap(), Changed::Yes);
-            self.known.insert(id, State::Queued);
+            self.known.insert(id, CallState::Queued);
         } else {
             let expect = match (state.is_final(), dead) {
                 (true, None) => Changed::No(state),
@@ -104,15 +104,15 @@ impl Walk {
             };
             assert_eq!(self.queue.cancel(&id).await.unwrap(), expect, "{id} {state:?}");
             if expect == Changed::Yes {
-                self.known.insert(id, State::Cancelled);
+                self.known.insert(id, CallState::Cancelled);
             }
         }
         dead.map(|dead| self.dead.swap_remove(dead));
     }
 
     async fn purge(&mut self) {
-        const STATES: [State; 4] =
-            [State::Cancelled, State::Retrying, State::Queued, State::Succeeded];
+        const STATES: [CallState; 4] =
+            [CallState::Cancelled, CallState::Retrying, CallState::Queued, CallState::Succeeded];
         let state = STATES[self.dice.roll(STATES.len())];
         let filter = Filter { state: Some(state), ..Filter::default() };
         let gone: Vec<_> = self.known.extract_if(.., |_, it| *it == state).collect();
@@ -128,9 +128,9 @@ impl Walk {
     }
 
     /// All calls that `filter` means, read in pages of `limit` from the newest on.
-    async fn newest_first(&self, filter: &Filter, limit: usize) -> Vec<Status> {
+    async fn newest_first(&self, filter: &Filter, limit: usize) -> Vec<CallRecord> {
         let filter = Filter { order: Order::NewestFirst, ..filter.clone() };
-        let mut all: Vec<Status> = Vec::new();
+        let mut all: Vec<CallRecord> = Vec::new();
         loop {
             let after = all.last().map(|status| status.id.as_str());
             let page = self.queue.list(&filter, after, limit).await.unwrap();
@@ -147,14 +147,14 @@ impl Walk {
             let status = self.queue.status(id).await.unwrap();
             assert_eq!(status.map(|status| status.state), Some(*state), "{id}");
             let answer = self.queue.answer(id).await.unwrap();
-            assert_eq!(answer.is_some(), *state == State::Succeeded, "{id} {state:?}");
+            assert_eq!(answer.is_some(), *state == CallState::Succeeded, "{id} {state:?}");
         }
         let listed = self.queue.list(&Filter::default(), None, usize::MAX / 2).await.unwrap();
         let mut newest_first = self.newest_first(&Filter::default(), 97).await;
         newest_first.reverse();
         assert!(newest_first == listed, "{} and {}", newest_first.len(), listed.len());
-        let is_over = |status: &Status| status.state == State::Succeeded;
-        let mut over = self.newest_first(&filter_of(State::Succeeded), 7).await;
+        let is_over = |status: &CallRecord| status.state == CallState::Succeeded;
+        let mut over = self.newest_first(&filter_of(CallState::Succeeded), 7).await;
         over.reverse();
         assert!(over.iter().eq(listed.iter().filter(|status| is_over(status))));
         let mut listed: Vec<_> = listed.into_iter().map(|it| (it.id, it.state)).collect();
@@ -168,7 +168,7 @@ impl Walk {
     }
 }
 
-fn filter_of(state: State) -> Filter {
+fn filter_of(state: CallState) -> Filter {
     Filter { state: Some(state), ..Filter::default() }
 }
 

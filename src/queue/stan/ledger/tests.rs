@@ -13,7 +13,7 @@ fn function(name: &str) -> Function {
 }
 
 fn far(sequence: u64) -> Key {
-    Key { channel: Channel::later(Millis::MAX), ..key(sequence) }
+    Key { channel: Channel::later(UnixMillis::MAX), ..key(sequence) }
 }
 
 type Messages = Ledger<&'static str>;
@@ -25,11 +25,11 @@ fn ledger() -> Messages {
 }
 
 /// Has a new call wait, each of a function of its own.
-fn comes(it: &mut Messages, key: Key, at: Millis) {
+fn comes(it: &mut Messages, key: Key, at: UnixMillis) {
     comes_of(it, &key.sequence.to_string(), key, at);
 }
 
-fn comes_of(it: &mut Messages, name: &str, key: Key, at: Millis) {
+fn comes_of(it: &mut Messages, name: &str, key: Key, at: UnixMillis) {
     assert_eq!(it.arrives(key, false, 10, "a"), Arrival::New);
     it.waits(key, function(name), at, "x");
 }

@@ -3,7 +3,7 @@ use prost::Message as _;
 use super::*;
 use crate::queue::stan::proto::Publish;
 
-const NOW: Millis = 7;
+const NOW: UnixMillis = 7;
 
 /// The three jobs that the recorded Go gateway published.
 fn recorded() -> Vec<Bytes> {
@@ -17,11 +17,11 @@ fn recorded() -> Vec<Bytes> {
         .collect()
 }
 
-fn decoded(message: &[u8]) -> (Call, Progress) {
+fn decoded(message: &[u8]) -> (QueuedCall, Progress) {
     decode(message, "fn", || "fresh".to_owned(), NOW).unwrap()
 }
 
-fn header<'a>(call: &'a Call, name: &str) -> Vec<&'a str> {
+fn header<'a>(call: &'a QueuedCall, name: &str) -> Vec<&'a str> {
     call.headers.get_all(name).iter().map(|value| value.to_str().unwrap()).collect()
 }
 
@@ -49,7 +49,7 @@ fn what_the_go_gateway_wrote_is_written_the_same_again() {
 
 #[test]
 fn a_call_of_the_go_gateway_is_what_its_caller_meant() {
-    let calls: Vec<Call> = recorded().iter().map(|message| decoded(message).0).collect();
+    let calls: Vec<QueuedCall> = recorded().iter().map(|message| decoded(message).0).collect();
     let [first, second, third] = calls.as_slice() else { panic!("{calls:?}") };
     assert_eq!(first.id, "10a17e36-996d-4dcd-a42f-e6984d2f1364");
     assert_eq!((first.target.as_str(), &first.body[..]), ("/p/q?a=1&b=%20", &b"first job"[..]));
@@ -101,7 +101,11 @@ fn what_a_client_of_a_go_gateway_asks_for_is_heeded_and_kept_from_the_function()
         r#""X-Delay-Seconds":["-1"],"X-Expires-Seconds":["soon"],"X-Max-Attempts":["1001"]"#,
         r#""X-Delay-Seconds":["31622401"],"X-Expires-Seconds":["18446744073709551615"]"#,
     ] {
-        assert_eq!(read(odd), Options { submitted_at: 1000, ..Options::default() }, "{odd}");
+        assert_eq!(
+            read(odd),
+            CallOptions { submitted_at: 1000, ..CallOptions::default() },
+            "{odd}"
+        );
     }
 }
 
@@ -160,7 +164,7 @@ fn what_a_stranger_says_of_a_call_is_kept_within_bounds() {
     };
     let decode = |message: &str| decode(message.as_bytes(), "fn", || "fresh".to_owned(), NOW);
     // One is added, the call's id.
-    assert_eq!(decode(&headers(MOST_HEADERS)).unwrap().0.headers.len(), MOST_HEADERS + 1);
+    assert_eq!(decode(&headers(MAX_HEADERS)).unwrap().0.headers.len(), MAX_HEADERS + 1);
     assert!(matches!(decode(&headers(40_000)), Err(Unreadable::Invalid(_))));
     let often = r#"{"Function":"echo","Header":{"X-Gateway-Attempts":["4294967295"]}}"#;
     assert_eq!(decode(often).unwrap().1.attempts, MOST_ATTEMPTS);
