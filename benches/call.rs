@@ -5,8 +5,8 @@ use std::hint::black_box;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use gateway::call_id::Stamps;
-use gateway::limit::CallLimit;
+use gateway::call_id::RequestIds;
+use gateway::limit::ConcurrencyLimit;
 use gateway::metrics::calls::End;
 use gateway::metrics::{Metrics, calls::Shard};
 use gateway::proxy::headers::{to_caller, to_upstream};
@@ -69,11 +69,11 @@ fn shard(functions: usize) -> Arc<Shard> {
 
 fn main() {
     time("stamps", request, |headers| {
-        black_box(Stamps::of(&headers));
+        black_box(RequestIds::from_headers(&headers));
     });
     let (host, peer) =
         (HeaderValue::from_static("provider:8081"), HeaderValue::from_static("10.0.0.9"));
-    let stamps = Stamps::of(&HeaderMap::new());
+    let stamps = RequestIds::from_headers(&HeaderMap::new());
     time("a request's headers, made an upstream's", request, |headers| {
         let mut length = 0;
         let put =
@@ -92,9 +92,9 @@ fn main() {
             call.ended(End::Whole, now);
         });
     }
-    let limit = CallLimit::new(10_000, 2);
-    let share = limit.share(0);
-    time("take a place and give it back", || (), |()| drop(black_box(limit.enter(&share))));
+    let limit = ConcurrencyLimit::new(10_000, 2);
+    let share = limit.permit_cache(0);
+    time("take a place and give it back", || (), |()| drop(black_box(limit.try_acquire(&share))));
     let watch = Watch::new();
     time("the deadlines of a call", Instant::now, |now| {
         watch.head_begins(Duration::from_secs(60));

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use http_body::{Body, Frame, SizeHint};
 
-use crate::limit::Place;
+use crate::limit::Permit;
 use crate::metrics::calls::{Call, End};
 use crate::proxy::ending::Ending;
 use crate::proxy::upstream_body::UpstreamBody;
@@ -34,7 +34,7 @@ pub enum Content {
 /// A call that ends with its answer.
 pub struct InFlight {
     pub call: Call,
-    pub place: Place,
+    pub place: Permit,
 }
 
 /// An answer's body, observed to its end.

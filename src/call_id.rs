@@ -11,24 +11,24 @@ pub const X_START_TIME: HeaderName = HeaderName::from_static("x-start-time");
 const X_SERVED_BY: HeaderName = HeaderName::from_static("x-served-by");
 
 /// `<product>/<version>`
-pub const PRODUCT: HeaderValue =
+pub const USER_AGENT_VALUE: HeaderValue =
     HeaderValue::from_static(concat!("gateway/", env!("CARGO_PKG_VERSION")));
 
 /// A call's id and the time it began.
 #[derive(Clone, Debug)]
-pub struct Stamps {
+pub struct RequestIds {
     pub call_id: HeaderValue,
     /// Unix time in nanoseconds.
     pub start_time: HeaderValue,
 }
 
-impl Stamps {
+impl RequestIds {
     /// The stamps of a request with these headers: an id that the caller chose is kept, the time is ours.
-    pub fn of(headers: &HeaderMap) -> Self {
+    pub fn from_headers(headers: &HeaderMap) -> Self {
         // Both are parts of one text, which the request and the answer share.
         let mut text = [0; ID_LENGTH + TIME_LENGTH];
         let chosen = headers.get(&X_CALL_ID).filter(|id| !id.is_empty()).cloned();
-        let id_length = if chosen.is_some() { 0 } else { write_fresh_id(&mut text) };
+        let id_length = if chosen.is_some() { 0 } else { write_new_id(&mut text) };
         let length = id_length + write_start_time(&mut text[id_length..]);
         let text = Bytes::copy_from_slice(&text[..length]);
         let call_id = chosen.unwrap_or_else(|| header_value(text.slice(..id_length)));
@@ -36,10 +36,10 @@ impl Stamps {
     }
 
     /// Stamps the answer to the caller.
-    pub fn put_on_answer(self, headers: &mut HeaderMap) {
+    pub fn apply_to_response(self, headers: &mut HeaderMap) {
         headers.insert(X_CALL_ID, self.call_id);
         headers.insert(X_START_TIME, self.start_time);
-        headers.insert(X_SERVED_BY, PRODUCT);
+        headers.insert(X_SERVED_BY, USER_AGENT_VALUE);
     }
 }
 
@@ -48,7 +48,7 @@ const ID_LENGTH: usize = uuid::fmt::Hyphenated::LENGTH;
 const TIME_LENGTH: usize = 20;
 
 /// Writes a UUID of version 4, which nobody guesses; returns its length.
-fn write_fresh_id(out: &mut [u8]) -> usize {
+fn write_new_id(out: &mut [u8]) -> usize {
     Uuid::new_v4().hyphenated().encode_lower(out).len()
 }
 
@@ -73,18 +73,18 @@ mod tests {
     fn a_callers_id_is_kept_and_told() {
         let mut request = HeaderMap::new();
         request.insert(X_CALL_ID, HeaderValue::from_static("mine"));
-        let stamps = Stamps::of(&request);
+        let stamps = RequestIds::from_headers(&request);
         assert_eq!(stamps.call_id, "mine");
         let start_time = stamps.start_time.clone();
         let mut answer = HeaderMap::new();
-        stamps.put_on_answer(&mut answer);
+        stamps.apply_to_response(&mut answer);
         assert_eq!(answer[X_CALL_ID], "mine");
         assert_eq!(answer[X_START_TIME], start_time);
     }
 
     #[test]
     fn fresh_ids_are_uuids_and_differ() {
-        let id = || Stamps::of(&HeaderMap::new()).call_id;
+        let id = || RequestIds::from_headers(&HeaderMap::new()).call_id;
         let (a, b) = (id(), id());
         assert_ne!(a, b);
         let id = Uuid::parse_str(a.to_str().unwrap()).unwrap();
@@ -93,6 +93,6 @@ mod tests {
 
     #[test]
     fn a_start_time_is_nanoseconds_since_1970() {
-        assert_eq!(Stamps::of(&HeaderMap::new()).start_time.len(), 19);
+        assert_eq!(RequestIds::from_headers(&HeaderMap::new()).start_time.len(), 19);
     }
 }

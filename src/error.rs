@@ -120,7 +120,7 @@ impl Error {
             | Self::Upstream(client::Error::Exhausted(_))
             | Self::Queue(
                 queue::Error::Full
-                | queue::Error::Away
+                | queue::Error::Unreachable
                 | queue::Error::Unconfirmed
                 | queue::Error::Failed,
             ) => {
@@ -250,7 +250,7 @@ fn upstream_status(error: &client::Error) -> StatusCode {
 fn queue_status(error: &queue::Error) -> StatusCode {
     match error {
         queue::Error::Full
-        | queue::Error::Away
+        | queue::Error::Unreachable
         | queue::Error::Unconfirmed
         | queue::Error::Failed => StatusCode::SERVICE_UNAVAILABLE,
         queue::Error::NoSpace => StatusCode::INSUFFICIENT_STORAGE,

@@ -11,7 +11,7 @@ use http::header::RETRY_AFTER;
 use serde::Serialize;
 
 use crate::error::{Causes, Error};
-use crate::limit::CallLimit;
+use crate::limit::ConcurrencyLimit;
 use crate::queue::Condition;
 use crate::serve::caller::Caller;
 use crate::shutdown::Stages;
@@ -20,7 +20,7 @@ use crate::system::{Api, stream};
 /// What readiness is made of.
 pub struct Health {
     pub stages: Stages,
-    pub limit: Arc<CallLimit>,
+    pub limit: Arc<ConcurrencyLimit>,
     provider: Mutex<ProviderState>,
     queue_away: AtomicBool,
     queue_condition: Mutex<Option<Condition>>,
@@ -67,7 +67,7 @@ impl ProviderState {
 }
 
 impl Health {
-    pub fn new(stages: Stages, limit: Arc<CallLimit>) -> Arc<Self> {
+    pub fn new(stages: Stages, limit: Arc<ConcurrencyLimit>) -> Arc<Self> {
         let provider = Mutex::new(ProviderState::NotAskedYet);
         let (queue_away, queue_condition) = (AtomicBool::new(false), Mutex::new(None));
         Arc::new(Self { stages, limit, provider, queue_away, queue_condition })

@@ -11,14 +11,14 @@ use http::{HeaderMap, HeaderValue, Request, Response, Uri};
 use hyper::body::{Body, Incoming};
 
 use crate::answer::{Answer, Content, InFlight};
-use crate::call_id::Stamps;
+use crate::call_id::RequestIds;
 use crate::config::Timeouts;
 use crate::config::base_url::BaseUrl;
 use crate::error::Error;
 use crate::function::Function;
 use crate::invoke::careful::{Target, through};
 use crate::invoke::operators::Operators;
-use crate::limit::{CallLimit, Share};
+use crate::limit::{ConcurrencyLimit, PermitCache};
 use crate::metrics::calls::{Call, End, Shard};
 use crate::provider::Provider;
 use crate::proxy::body::{CallerBody, RequestBody};
@@ -37,8 +37,8 @@ const DIRECT_PORT: u16 = 8080;
 pub struct Invoker {
     pub client: Arc<Client>,
     pub calls: Arc<Shard>,
-    pub limit: Arc<CallLimit>,
-    pub share: Arc<Share>,
+    pub limit: Arc<ConcurrencyLimit>,
+    pub share: Arc<PermitCache>,
     pub timeouts: Timeouts,
     /// Where functions are called: through the provider, or each by itself.
     pub route: Route,
@@ -68,7 +68,7 @@ struct Naming<'a> {
 /// A call that is about to be made.
 pub struct Prepared {
     way: Way,
-    stamps: Stamps,
+    stamps: RequestIds,
     in_flight: InFlight,
     /// The call is an operator's. Found out for functions that are not ready only: others have no need of it.
     operator: bool,
@@ -106,12 +106,12 @@ impl Invoker {
         let Some(mut call) = self.calls.begin(segment(request.uri().path()), began) else {
             return Err(self.refuse(caller, &Error::NoSuchPath, request.headers()));
         };
-        let Some(place) = self.limit.enter(&self.share) else {
+        let Some(place) = self.limit.try_acquire(&self.share) else {
             call.answered(Error::Overloaded.status());
             call.ended(End::Whole, Instant::now());
             return Err(self.refuse(caller, &Error::Overloaded, request.headers()));
         };
-        let stamps = Stamps::of(request.headers());
+        let stamps = RequestIds::from_headers(request.headers());
         let operator = self.scaling.is_some()
             && !call.is_warm()
             && self.operators.include(request.headers(), caller.address.ip());
@@ -142,7 +142,7 @@ impl Invoker {
                 Err(error) => (text(&error, Some(&stamps.call_id), operator), None),
             };
         in_flight.call.answered(answer.status());
-        stamps.put_on_answer(answer.headers_mut());
+        stamps.apply_to_response(answer.headers_mut());
         if let Some(tunnel) = tunnel {
             let mut trip = trip.take();
             if let Some(trip) = &mut trip {
@@ -158,7 +158,7 @@ impl Invoker {
         &self,
         caller: &Caller,
         call: &mut Call,
-        stamps: &Stamps,
+        stamps: &RequestIds,
         way: &mut Way,
     ) -> Result<Forwarded, Error> {
         let mut with_care = true;
@@ -206,7 +206,7 @@ impl Invoker {
         &self,
         caller: &Caller,
         call: &mut Call,
-        stamps: &Stamps,
+        stamps: &RequestIds,
         naming: Naming<'_>,
         mut request: Request<RequestBody>,
     ) -> Result<Forwarded, Error> {
@@ -255,9 +255,9 @@ impl Invoker {
         error: &Error,
         request: &HeaderMap,
     ) -> Box<Response<Answer>> {
-        let stamps = Stamps::of(request);
+        let stamps = RequestIds::from_headers(request);
         let mut answer = text(error, Some(&stamps.call_id), false);
-        stamps.put_on_answer(answer.headers_mut());
+        stamps.apply_to_response(answer.headers_mut());
         Box::new(answer.map(|content| self.answer(caller, content, None)))
     }
 

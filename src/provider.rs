@@ -189,7 +189,7 @@ pub fn question(
     *request.method_mut() = method;
     *request.headers_mut() = headers;
     request.headers_mut().insert(HOST, origin.host.clone());
-    request.headers_mut().insert(http::header::USER_AGENT, crate::call_id::PRODUCT);
+    request.headers_mut().insert(http::header::USER_AGENT, crate::call_id::USER_AGENT_VALUE);
     let uri = target.parse().map_err(|_| Error::BadRequest(format!("no such path: {target}")))?;
     *request.uri_mut() = origin.target(&uri).map_err(crate::proxy::client::Error::Target)?;
     Ok(request)

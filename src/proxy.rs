@@ -27,7 +27,7 @@ use http::header::{CONTENT_ENCODING, CONTENT_TYPE};
 use http::{HeaderName, HeaderValue, Request, Response, StatusCode, Version};
 use hyper::upgrade::OnUpgrade;
 
-use crate::call_id::Stamps;
+use crate::call_id::RequestIds;
 use crate::proxy::body::{BodyError, RequestBody};
 use crate::proxy::client::{Client, Error, Origin};
 use crate::proxy::ending::Ending;
@@ -130,7 +130,7 @@ pub struct Forwarded {
 pub fn prepare(
     origin: &Origin,
     mut request: Request<RequestBody>,
-    stamps: Option<&Stamps>,
+    stamps: Option<&RequestIds>,
     errand: Errand<'_>,
 ) -> Result<Prepared, Error> {
     errand.watch.call_until(errand.began + errand.timeout);

@@ -13,11 +13,13 @@ pub mod stan;
 pub mod status;
 mod tasks;
 
+pub use self::memory::MemoryPermit;
+
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use crate::function::Function;
 use crate::queue::call::{QueuedCall, UnixMillis};
-use crate::queue::detector::Discovery;
+use crate::queue::detector::BackendDetector;
 use crate::queue::embedded::Embedded;
 use crate::queue::jetstream::JetStream;
 use crate::queue::stan::Stan;
@@ -33,7 +35,7 @@ pub enum Queue {
     /// NATS Streaming.
     Stan(Stan),
     /// One of the two, when it has been found out which.
-    Discovered(Discovery),
+    Detected(BackendDetector),
 }
 
 /// Why a queue does not do what it is asked.
@@ -44,7 +46,7 @@ pub enum Error {
     #[error("there is no room left on the disk of the queue")]
     NoSpace,
     #[error("the queue cannot be reached")]
-    Away,
+    Unreachable,
     #[error(
         "the queue has not confirmed the call, which may be stored: sent again with the same X-Call-Id, it is executed once"
     )]
@@ -72,15 +74,12 @@ pub enum Condition {
     Damaged,
 }
 
-/// A part of the memory that bodies may take.
-pub type Room = Option<memory::Reservation>;
-
 /// A call that has been taken in.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Published {
     pub id: String,
     /// It had been taken in before, under the same id or the same idempotency key.
-    pub repeated: bool,
+    pub duplicate: bool,
 }
 
 /// A call that a worker has taken. One that is dropped without being settled is taken again.
@@ -90,27 +89,30 @@ pub struct Delivery {
     /// How often it has been made before.
     pub attempts: u32,
     /// It cannot be made: its body is not there any more.
-    pub lost: bool,
+    pub body_missing: bool,
     /// What its queue knows it by.
-    handle: Handle,
+    handle: LeaseHandle,
 }
 
 /// What a queue knows a delivery by.
 #[derive(Debug)]
-enum Handle {
+enum LeaseHandle {
     Embedded(embedded::Lease),
     JetStream(Box<jetstream::Lease>),
     Stan(Box<stan::Lease>),
 }
 
 /// What NATS Streaming is not asked for.
-const UNTOLD: Error = Error::Unsupported("NATS Streaming does not tell what became of a call");
-const FIXED: Error = Error::Unsupported("NATS Streaming does not give back what was queued");
-const UNLISTED: Error = Error::Unsupported("NATS Streaming does not tell what is queued");
+const STATUS_UNSUPPORTED: Error =
+    Error::Unsupported("NATS Streaming does not tell what became of a call");
+const CHANGES_UNSUPPORTED: Error =
+    Error::Unsupported("NATS Streaming does not give back what was queued");
+const LISTING_UNSUPPORTED: Error =
+    Error::Unsupported("NATS Streaming does not tell what is queued");
 
 /// A page of a list of calls.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Listed {
+pub struct CallPage {
     pub calls: Vec<CallRecord>,
     /// Whether every call was looked at. Otherwise some calls may be on no page.
     pub complete: bool,
@@ -118,11 +120,11 @@ pub struct Listed {
 
 /// What came of an attempt to cancel a call, or to try a dead one again.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Changed {
-    Yes,
+pub enum ChangeOutcome {
+    Applied,
     /// It is in a state that does not allow it.
-    No(CallState),
-    Unknown,
+    WrongState(CallState),
+    NotFound,
 }
 
 /// Which calls are meant, and the order in which they are listed.
@@ -130,7 +132,7 @@ pub enum Changed {
 pub struct Filter {
     pub state: Option<CallState>,
     pub function: Option<Function>,
-    pub dead: Option<bool>,
+    pub dead_letter: Option<bool>,
     pub order: Order,
 }
 
@@ -144,11 +146,11 @@ pub enum Order {
 
 /// The calls of one function.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Counts {
+pub struct QueueDepth {
     pub pending: u64,
     pub running: u64,
     pub delayed: u64,
-    pub dead: u64,
+    pub dead_letters: u64,
     /// When the oldest that waits was submitted.
     pub oldest: Option<UnixMillis>,
 }
@@ -161,9 +163,9 @@ pub fn now() -> UnixMillis {
 
 impl Queue {
     /// This, or the queue that was found; there is none before.
-    fn known(&self) -> Result<&Self, Error> {
+    fn backend(&self) -> Result<&Self, Error> {
         match self {
-            Self::Discovered(detector) => detector.found().ok_or(Error::Away),
+            Self::Detected(detector) => detector.found().ok_or(Error::Unreachable),
             known => Ok(known),
         }
     }
@@ -174,39 +176,39 @@ impl Queue {
         match self {
             Self::Embedded(queue) => Self::Embedded(queue.for_thread()),
             Self::JetStream(queue) => Self::JetStream(queue.for_thread()),
-            Self::Discovered(detector) => Self::Discovered(detector.for_thread()),
+            Self::Detected(detector) => Self::Detected(detector.for_thread()),
             other => other.clone(),
         }
     }
 
     /// Whether the queue can be used at this moment, as far as is known.
     pub fn is_reachable(&self) -> bool {
-        match self.known() {
+        match self.backend() {
             Ok(Self::Embedded(queue)) => queue.is_usable(),
             Ok(Self::JetStream(queue)) => queue.is_reachable(),
             Ok(Self::Stan(queue)) => queue.is_reachable(),
-            Ok(Self::Discovered(_)) | Err(_) => false,
+            Ok(Self::Detected(_)) | Err(_) => false,
         }
     }
 
     /// What is wrong with the queue though it can be used, as far as is known.
     pub fn condition(&self) -> Option<Condition> {
-        match self.known() {
+        match self.backend() {
             Ok(Self::Embedded(queue)) => queue.condition(),
             _ => None,
         }
     }
 
     /// Finds out whether the queue can be used, where that is not known without asking.
-    pub async fn look(&self) {
-        if let Ok(Self::JetStream(queue)) = self.known() {
-            queue.look().await;
+    pub async fn probe(&self) {
+        if let Ok(Self::JetStream(queue)) = self.backend() {
+            queue.probe().await;
         }
     }
 
     /// How often the connection to the queue's server has come back.
     pub fn reconnects(&self) -> u64 {
-        match self.known() {
+        match self.backend() {
             Ok(Self::JetStream(queue)) => queue.reconnects(),
             Ok(Self::Stan(queue)) => queue.reconnects(),
             _ => 0,
@@ -214,77 +216,81 @@ impl Queue {
     }
 
     /// The largest body that the queue takes, if it has a say in that.
-    pub fn max_body(&self) -> Option<usize> {
-        match self.known() {
-            Ok(Self::Stan(queue)) => Some(queue.max_body()),
+    pub fn max_body_bytes(&self) -> Option<usize> {
+        match self.backend() {
+            Ok(Self::Stan(queue)) => Some(queue.max_body_bytes()),
             _ => None,
         }
     }
 
     /// Forgets what has been kept for long enough. To be called every second or so.
-    pub async fn expire(&self) {
-        match self.known() {
-            Ok(Self::Embedded(queue)) => queue.expire().await,
-            Ok(Self::JetStream(queue)) => queue.expire().await,
-            Ok(Self::Stan(_) | Self::Discovered(_)) | Err(_) => {}
+    pub async fn sweep_expired(&self) {
+        match self.backend() {
+            Ok(Self::Embedded(queue)) => queue.sweep_expired().await,
+            Ok(Self::JetStream(queue)) => queue.sweep_expired().await,
+            Ok(Self::Stan(_) | Self::Detected(_)) | Err(_) => {}
         }
     }
 
     /// Ends what goes on by itself. All that was taken must have been settled or dropped.
     pub async fn stop(&self) {
-        if let Self::Discovered(detector) = self {
+        if let Self::Detected(detector) = self {
             detector.stop().await;
         }
-        match self.known() {
+        match self.backend() {
             Ok(Self::Embedded(queue)) => queue.close().await,
             Ok(Self::JetStream(queue)) => queue.stop().await,
             Ok(Self::Stan(queue)) => queue.stop().await,
-            Ok(Self::Discovered(_)) | Err(_) => {}
+            Ok(Self::Detected(_)) | Err(_) => {}
         }
     }
 
     /// An id for a call of `function` whose caller has not chosen one.
-    pub fn fresh_id(&self, function: &Function) -> String {
-        match self.known() {
-            Ok(Self::Embedded(queue)) => queue.fresh_id(),
-            Ok(Self::JetStream(_)) => JetStream::fresh_id(function),
-            Ok(Self::Stan(_) | Self::Discovered(_)) | Err(_) => uuid::Uuid::new_v4().to_string(),
+    pub fn new_call_id(&self, function: &Function) -> String {
+        match self.backend() {
+            Ok(Self::Embedded(queue)) => queue.new_call_id(),
+            Ok(Self::JetStream(_)) => JetStream::new_call_id(function),
+            Ok(Self::Stan(_) | Self::Detected(_)) | Err(_) => uuid::Uuid::new_v4().to_string(),
         }
     }
 
     /// Takes `call` in. Returns when it is durable.
     pub async fn publish(&self, call: QueuedCall) -> Result<Published, Error> {
-        self.publish_with(call, None).await
+        self.publish_with_permit(call, None).await
     }
 
     /// The same; `room` is what the call takes of the memory, and is let go of with the call.
-    pub async fn publish_with(&self, call: QueuedCall, room: Room) -> Result<Published, Error> {
-        match self.known()? {
+    pub async fn publish_with_permit(
+        &self,
+        call: QueuedCall,
+        room: Option<MemoryPermit>,
+    ) -> Result<Published, Error> {
+        match self.backend()? {
             Self::Embedded(queue) => queue.publish(call, room).await,
             Self::JetStream(queue) => queue.publish(call, room).await,
             Self::Stan(queue) => Box::pin(queue.publish(call)).await,
-            Self::Discovered(_) => Err(Error::Away),
+            Self::Detected(_) => Err(Error::Unreachable),
         }
     }
 
     /// The next call whose time has come, for one who makes at most `places` calls at a time. Cancel-safe: a call that
     /// nobody received is taken again.
-    pub async fn take(&self, places: usize) -> Result<Delivery, Error> {
-        if let Self::Discovered(detector) = self {
+    pub async fn receive(&self, places: usize) -> Result<Delivery, Error> {
+        if let Self::Detected(detector) = self {
             detector.until_found().await;
         }
-        match self.known()? {
-            Self::Embedded(queue) => queue.take(places).await,
-            Self::JetStream(queue) => queue.take(places).await,
-            Self::Stan(queue) => queue.take(places).await,
-            Self::Discovered(_) => Err(Error::Away),
+        match self.backend()? {
+            Self::Embedded(queue) => queue.receive(places).await,
+            Self::JetStream(queue) => queue.receive(places).await,
+            Self::Stan(queue) => queue.receive(places).await,
+            Self::Detected(_) => Err(Error::Unreachable),
         }
     }
 
     /// Nobody here takes another call, though those that were taken are still being made.
-    pub fn take_no_more(&self) {
-        if let Ok(Self::Stan(queue)) = self.known() {
-            queue.take_no_more();
+    pub fn stop_receiving(&self) {
+        if let Ok(Self::Stan(queue)) = self.backend() {
+            queue.stop_receiving();
         }
     }
 
@@ -293,21 +299,21 @@ impl Queue {
     ///
     /// # Errors
     /// When that cannot be found out. The call is taken again later.
-    pub async fn begin(&self, delivery: &Delivery) -> Result<bool, Error> {
-        match (self.known()?, &delivery.handle) {
-            (Self::Stan(queue), Handle::Stan(lease)) => Box::pin(queue.begin(lease)).await,
+    pub async fn claim(&self, delivery: &Delivery) -> Result<bool, Error> {
+        match (self.backend()?, &delivery.handle) {
+            (Self::Stan(queue), LeaseHandle::Stan(lease)) => Box::pin(queue.claim(lease)).await,
             _ => Ok(true),
         }
     }
 
     /// It is decided what becomes of the call, and whoever is to be called back has been: another call may have its
     /// place, though nothing is noted yet.
-    pub fn answered(&self, delivery: &Delivery) {
+    pub fn release_slot(&self, delivery: &Delivery) {
         match &delivery.handle {
-            Handle::Embedded(lease) => lease.answered(),
-            Handle::JetStream(lease) => lease.answered(),
+            LeaseHandle::Embedded(lease) => lease.release_slot(),
+            LeaseHandle::JetStream(lease) => lease.release_slot(),
             // The server counts what is not acknowledged.
-            Handle::Stan(_) => {}
+            LeaseHandle::Stan(_) => {}
         }
     }
 
@@ -316,14 +322,14 @@ impl Queue {
     /// # Errors
     /// `Gone` when the call is no longer this delivery's; after any other it can be tried again.
     pub async fn settle(&self, delivery: &Delivery, settlement: &Settlement) -> Result<(), Error> {
-        match (self.known()?, &delivery.handle) {
-            (Self::Embedded(queue), Handle::Embedded(lease)) => {
+        match (self.backend()?, &delivery.handle) {
+            (Self::Embedded(queue), LeaseHandle::Embedded(lease)) => {
                 queue.settle(lease, &delivery.call, settlement).await
             }
-            (Self::JetStream(queue), Handle::JetStream(lease)) => {
+            (Self::JetStream(queue), LeaseHandle::JetStream(lease)) => {
                 queue.settle(lease, settlement).await
             }
-            (Self::Stan(queue), Handle::Stan(lease)) => {
+            (Self::Stan(queue), LeaseHandle::Stan(lease)) => {
                 // Larger than the others, which are one with the future of the call.
                 Box::pin(queue.settle(lease, settlement)).await
             }
@@ -334,41 +340,41 @@ impl Queue {
 
     /// The state of a call; `None` if it is not known, or not any more.
     pub async fn status(&self, id: &str) -> Result<Option<CallRecord>, Error> {
-        match self.known()? {
+        match self.backend()? {
             Self::Embedded(queue) => queue.status(id).await,
             Self::JetStream(queue) => queue.status(id).await,
-            Self::Stan(_) => Err(UNTOLD),
-            Self::Discovered(_) => Err(Error::Away),
+            Self::Stan(_) => Err(STATUS_UNSUPPORTED),
+            Self::Detected(_) => Err(Error::Unreachable),
         }
     }
 
     /// The stored answer of a finished call.
-    pub async fn answer(&self, id: &str) -> Result<Option<StoredResponse>, Error> {
-        match self.known()? {
-            Self::Embedded(queue) => queue.answer(id).await,
-            Self::JetStream(queue) => queue.answer(id).await,
-            Self::Stan(_) => Err(UNTOLD),
-            Self::Discovered(_) => Err(Error::Away),
+    pub async fn result(&self, id: &str) -> Result<Option<StoredResponse>, Error> {
+        match self.backend()? {
+            Self::Embedded(queue) => queue.result(id).await,
+            Self::JetStream(queue) => queue.result(id).await,
+            Self::Stan(_) => Err(STATUS_UNSUPPORTED),
+            Self::Detected(_) => Err(Error::Unreachable),
         }
     }
 
     /// Takes back a call that has not been made yet.
-    pub async fn cancel(&self, id: &str) -> Result<Changed, Error> {
-        match self.known()? {
+    pub async fn cancel(&self, id: &str) -> Result<ChangeOutcome, Error> {
+        match self.backend()? {
             Self::Embedded(queue) => queue.cancel(id).await,
             Self::JetStream(queue) => queue.cancel(id).await,
-            Self::Stan(_) => Err(FIXED),
-            Self::Discovered(_) => Err(Error::Away),
+            Self::Stan(_) => Err(CHANGES_UNSUPPORTED),
+            Self::Detected(_) => Err(Error::Unreachable),
         }
     }
 
     /// Has a dead call tried again, with all its attempts.
-    pub async fn revive(&self, id: &str) -> Result<Changed, Error> {
-        match self.known()? {
-            Self::Embedded(queue) => queue.revive(id).await,
-            Self::JetStream(queue) => queue.revive(id).await,
-            Self::Stan(_) => Err(FIXED),
-            Self::Discovered(_) => Err(Error::Away),
+    pub async fn redrive(&self, id: &str) -> Result<ChangeOutcome, Error> {
+        match self.backend()? {
+            Self::Embedded(queue) => queue.redrive(id).await,
+            Self::JetStream(queue) => queue.redrive(id).await,
+            Self::Stan(_) => Err(CHANGES_UNSUPPORTED),
+            Self::Detected(_) => Err(Error::Unreachable),
         }
     }
 
@@ -378,35 +384,35 @@ impl Queue {
         filter: &Filter,
         after: Option<&str>,
         limit: usize,
-    ) -> Result<Listed, Error> {
-        match self.known()? {
+    ) -> Result<CallPage, Error> {
+        match self.backend()? {
             Self::Embedded(queue) => {
                 let calls = queue.list(filter, after, limit).await?;
-                Ok(Listed { calls, complete: true })
+                Ok(CallPage { calls, complete: true })
             }
             Self::JetStream(queue) => queue.list(filter, after, limit).await,
-            Self::Stan(_) => Err(UNLISTED),
-            Self::Discovered(_) => Err(Error::Away),
+            Self::Stan(_) => Err(LISTING_UNSUPPORTED),
+            Self::Detected(_) => Err(Error::Unreachable),
         }
     }
 
     /// Drops the calls that `filter` means and that do not run; how many there were.
     pub async fn purge(&self, filter: &Filter) -> Result<u64, Error> {
-        match self.known()? {
+        match self.backend()? {
             Self::Embedded(queue) => queue.purge(filter).await,
             Self::JetStream(queue) => queue.purge(filter).await,
-            Self::Stan(_) => Err(UNLISTED),
-            Self::Discovered(_) => Err(Error::Away),
+            Self::Stan(_) => Err(LISTING_UNSUPPORTED),
+            Self::Detected(_) => Err(Error::Unreachable),
         }
     }
 
     /// How many calls there are, by function.
-    pub async fn counts(&self) -> Result<Vec<(Function, Counts)>, Error> {
-        match self.known()? {
-            Self::Embedded(queue) => queue.counts().await,
-            Self::JetStream(queue) => queue.counts().await,
-            Self::Stan(_) => Err(UNLISTED),
-            Self::Discovered(_) => Err(Error::Away),
+    pub async fn depths(&self) -> Result<Vec<(Function, QueueDepth)>, Error> {
+        match self.backend()? {
+            Self::Embedded(queue) => queue.depths().await,
+            Self::JetStream(queue) => queue.depths().await,
+            Self::Stan(_) => Err(LISTING_UNSUPPORTED),
+            Self::Detected(_) => Err(Error::Unreachable),
         }
     }
 }

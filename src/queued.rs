@@ -16,7 +16,7 @@ use http::header::{ACCESS_CONTROL_REQUEST_METHOD, ALLOW, CONTENT_LENGTH, HOST, O
 use http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, Uri};
 
 use crate::auth::too_large_or_broken;
-use crate::call_id::{Stamps, X_CALL_ID};
+use crate::call_id::{RequestIds, X_CALL_ID};
 use crate::error::Error;
 use crate::function::Function;
 use crate::metrics::known::Known;
@@ -24,9 +24,9 @@ use crate::metrics::queue::{Line, QueueMetrics};
 use crate::provider::Provider;
 use crate::proxy::headers::to_upstream;
 use crate::queue::call::QueuedCall;
-use crate::queue::memory::{BodyBudget, BodyBuffer, LIMIT};
+use crate::queue::memory::{BodyBudget, BodyBuffer, MAX_TOTAL_BYTES};
 use crate::queue::status::CallRecord;
-use crate::queue::{self, Changed, Counts, Queue, Room, now};
+use crate::queue::{self, ChangeOutcome, MemoryPermit, Queue, QueueDepth, now};
 use crate::queued::unverified::Unverified;
 use crate::queued::wishes::{X_DELAY_SECONDS, X_EXPIRES_SECONDS, X_MAX_ATTEMPTS, options, text};
 use crate::serve::caller::Caller;
@@ -71,7 +71,7 @@ impl Intake {
     /// Counts what the queue holds.
     pub async fn count(&self) -> Result<(), queue::Error> {
         let now = now();
-        let counts = match self.queue.counts().await {
+        let counts = match self.queue.depths().await {
             // One that cannot tell holds nothing, for all that is known.
             Err(queue::Error::Unsupported(_)) => Vec::new(),
             counts => counts?,
@@ -81,12 +81,12 @@ impl Intake {
             (function.to_string().into(), counts.pending + counts.running)
         });
         self.held.store(Some(Arc::new(held.collect())));
-        let line = |(function, counts): (Function, Counts)| Line {
+        let line = |(function, counts): (Function, QueueDepth)| Line {
             label: function.to_string(),
             pending: counts.pending,
             running: counts.running,
             delayed: counts.delayed,
-            dead: counts.dead,
+            dead: counts.dead_letters,
             oldest: Duration::from_millis(counts.oldest.map_or(0, |at| now.saturating_sub(at))),
         };
         self.metrics.holds(counts.into_iter().map(line).collect());
@@ -100,11 +100,11 @@ impl Intake {
 
     /// The largest body that is taken in.
     pub fn limit(&self) -> usize {
-        self.queue.max_body().map_or(self.max_body, |most| most.min(self.max_body))
+        self.queue.max_body_bytes().map_or(self.max_body, |most| most.min(self.max_body))
     }
 
     /// Reads `body` whole. It has its room until that is dropped.
-    async fn read(&self, body: Body) -> Result<(Bytes, Room), Error> {
+    async fn read(&self, body: Body) -> Result<(Bytes, Option<MemoryPermit>), Error> {
         let limit = self.limit();
         let mut kept = BodyBuffer::new(&self.budget);
         let mut frames = body.into_data_stream();
@@ -119,7 +119,7 @@ impl Intake {
         }
         let (body, mut room) = kept.finish();
         // The queue stores a copy. A body that takes half of the budget has no more room than it has.
-        let copy = body.len().min(LIMIT - body.len());
+        let copy = body.len().min(MAX_TOTAL_BYTES - body.len());
         let copy = self.budget.try_reserve(copy).ok_or(Error::Overloaded)?;
         match &mut room {
             Some(room) => room.merge(copy),
@@ -147,18 +147,18 @@ pub async fn submit(api: &Api, caller: &Caller, mut request: Request) -> Respons
     let chosen_id = request.headers().get(X_CALL_ID).is_some_and(|id| !id.is_empty());
     if let (Ok(intake), false) = (intake(api), chosen_id)
         && let Ok((function, _)) = destination(request.uri(), &api.default_namespace)
-        && let Ok(id) = HeaderValue::try_from(intake.queue.fresh_id(&function))
+        && let Ok(id) = HeaderValue::try_from(intake.queue.new_call_id(&function))
     {
         request.headers_mut().insert(X_CALL_ID, id);
     }
-    let stamps = Stamps::of(request.headers());
+    let stamps = RequestIds::from_headers(request.headers());
     let mut answer = match take_in(api, caller, request, &stamps, chosen_id).await {
         Ok((published, took)) => {
             let mut answer = StatusCode::ACCEPTED.into_response();
-            if !published.repeated {
+            if !published.duplicate {
                 answer.extensions_mut().insert(Stored(took));
             }
-            stamps.put_on_answer(answer.headers_mut());
+            stamps.apply_to_response(answer.headers_mut());
             // One that was queued before is known by its first id; one whose id is another call's, by one of its own.
             if let Ok(id) = HeaderValue::try_from(published.id) {
                 answer.headers_mut().insert(X_CALL_ID, id);
@@ -167,7 +167,7 @@ pub async fn submit(api: &Api, caller: &Caller, mut request: Request) -> Respons
         }
         Err(error) => {
             let mut answer = error.answer(Some(&stamps.call_id)).map(Body::from);
-            stamps.put_on_answer(answer.headers_mut());
+            stamps.apply_to_response(answer.headers_mut());
             answer
         }
     };
@@ -182,7 +182,7 @@ async fn take_in(
     api: &Api,
     caller: &Caller,
     request: Request,
-    stamps: &Stamps,
+    stamps: &RequestIds,
     chosen_id: bool,
 ) -> Result<(queue::Published, Duration), Error> {
     let intake = intake(api)?;
@@ -211,16 +211,16 @@ async fn take_in(
     let mut call = QueuedCall { id, function, target, headers, body, options };
     call.options.digest = Some(call.digest());
     let began = Instant::now();
-    let published = intake.queue.publish_with(call, room).await?;
+    let published = intake.queue.publish_with_permit(call, room).await?;
     let took = began.elapsed();
-    if !published.repeated {
+    if !published.duplicate {
         intake.metrics.submitted(took);
     }
     Ok((published, took))
 }
 
 /// The headers that the function will see. The worker says where it goes; what the caller called is told as for any call.
-pub fn passed_on(headers: &HeaderMap, peer: &HeaderValue, stamps: &Stamps) -> HeaderMap {
+pub fn passed_on(headers: &HeaderMap, peer: &HeaderValue, stamps: &RequestIds) -> HeaderMap {
     const NOT_PASSED_ON: [HeaderName; 5] =
         [HOST, CONTENT_LENGTH, X_DELAY_SECONDS, X_MAX_ATTEMPTS, X_EXPIRES_SECONDS];
     let mut kept = HeaderMap::with_capacity(headers.len() + 4);
@@ -261,7 +261,7 @@ pub async fn result(
     if !status.state.is_final() {
         return Err(Error::Conflict("the call is not finished".to_owned()));
     }
-    let answer = intake(&api)?.queue.answer(&id).await?;
+    let answer = intake(&api)?.queue.result(&id).await?;
     let answer = answer.ok_or(Error::NotFound("the call has no answer"))?;
     Ok(view::answer(answer))
 }
@@ -279,14 +279,14 @@ pub async fn cancel(
 }
 
 /// What is said of an attempt to change a call.
-pub fn changed(changed: Changed, done: &str) -> Result<Response, Error> {
+pub fn changed(changed: ChangeOutcome, done: &str) -> Result<Response, Error> {
     match changed {
-        Changed::Yes => Ok(StatusCode::NO_CONTENT.into_response()),
-        Changed::No(state) => {
+        ChangeOutcome::Applied => Ok(StatusCode::NO_CONTENT.into_response()),
+        ChangeOutcome::WrongState(state) => {
             let state = view::word(state);
             Err(Error::Conflict(format!("the call is {state}: it cannot be {done}")))
         }
-        Changed::Unknown => Err(NO_SUCH_CALL),
+        ChangeOutcome::NotFound => Err(NO_SUCH_CALL),
     }
 }
 

@@ -232,7 +232,7 @@ impl Door {
         }
         if let Some(interim) = caller.watch.interim() {
             // Nothing is awaited from here on: what is late is not written by itself any more.
-            interim.end();
+            interim.final_response_ready();
         }
         if let Some(mut trip) = trip {
             trip.answered(&answer);
@@ -312,7 +312,7 @@ pub fn plain(
             }
             if let Some(interim) = watch.interim() {
                 // As in `Door::answer`, nothing is awaited from here on.
-                interim.end();
+                interim.final_response_ready();
             }
             if is_1_0 {
                 fit_http_1_0(&mut answer);

@@ -11,7 +11,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
-use crate::interim::Interim;
+use crate::interim::InterimQueue;
 pub use crate::watch::notes::Note;
 use crate::watch::notes::Notes;
 
@@ -80,7 +80,7 @@ pub struct Watch {
     responding: AtomicBool,
     notes: Notes,
     /// Where interim responses wait for the client, if there is one that takes them.
-    interim: Option<Arc<Interim>>,
+    interim: Option<Arc<InterimQueue>>,
 }
 
 impl Watch {
@@ -110,13 +110,13 @@ impl Watch {
     }
 
     /// The same, with a client that takes interim responses.
-    pub fn with_interim(mut self, interim: Option<Arc<Interim>>) -> Self {
+    pub fn with_interim(mut self, interim: Option<Arc<InterimQueue>>) -> Self {
         self.interim = interim;
         self
     }
 
     /// Where interim responses wait for the client.
-    pub fn interim(&self) -> Option<&Arc<Interim>> {
+    pub fn interim(&self) -> Option<&Arc<InterimQueue>> {
         self.interim.as_ref()
     }
 

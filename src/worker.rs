@@ -20,7 +20,7 @@ use crate::chain;
 use crate::error::Causes;
 use crate::queue::call::{QueuedCall, UnixMillis};
 use crate::queue::status::{CallState, Settlement, StoredResponse};
-use crate::queue::{Delivery, Error, Room, memory, now};
+use crate::queue::{Delivery, Error, MemoryPermit, memory, now};
 use crate::queued::Intake;
 use crate::shutdown::Stages;
 use crate::trace::context::{Context, TRACEPARENT, TRACESTATE};
@@ -78,7 +78,7 @@ impl Worker {
             let (worker, notes) = (Arc::clone(&self), Arc::clone(&notes));
             running.spawn(async move { worker.carry_out(delivery, place, room, &notes).await });
         }
-        self.intake.queue.take_no_more();
+        self.intake.queue.stop_receiving();
         running.close();
         // What is cut here is dropped unsettled: it is made again, by whoever takes it next.
         tokio::select! {
@@ -90,14 +90,17 @@ impl Worker {
     }
 
     /// A place, a call for it, and room for its body in memory.
-    async fn next(&self, places: &Arc<Semaphore>) -> (OwnedSemaphorePermit, Delivery, Room) {
+    async fn next(
+        &self,
+        places: &Arc<Semaphore>,
+    ) -> (OwnedSemaphorePermit, Delivery, Option<MemoryPermit>) {
         loop {
             // The semaphore is never closed.
             let Ok(place) = Arc::clone(places).acquire_owned().await else {
                 std::future::pending().await
             };
-            self.intake.budget.until_some_is_free().await;
-            match self.intake.queue.take(self.places).await {
+            self.intake.budget.wait_until_available().await;
+            match self.intake.queue.receive(self.places).await {
                 Ok(delivery) => {
                     let room = self.intake.budget.reserve(delivery.call.body.len()).await;
                     return (place, delivery, room);
@@ -115,11 +118,11 @@ impl Worker {
         &self,
         mut delivery: Delivery,
         place: OwnedSemaphorePermit,
-        room: Room,
+        room: Option<MemoryPermit>,
         notes: &Notes,
     ) {
         let call = &delivery.call;
-        match self.intake.queue.begin(&delivery).await {
+        match self.intake.queue.claim(&delivery).await {
             Ok(true) => {}
             Ok(false) => return,
             // It is dropped unsettled, and so taken again.
@@ -129,8 +132,8 @@ impl Worker {
             }
         }
         // Held until the response is stored.
-        let mut response_room: Room = None;
-        let mut settlement = if delivery.lost {
+        let mut response_room: Option<MemoryPermit> = None;
+        let mut settlement = if delivery.body_missing {
             let reason = Box::pin(self.not_made(&delivery, &Attempt::lost())).await;
             Settlement::DeadLetter { status: None, reason, response: None }
         } else if call.options.expires_at.is_some_and(|at| at <= now()) {
@@ -152,10 +155,10 @@ impl Worker {
         delivery.call.body = Bytes::new();
         drop(room);
         // The queue stores a copy of what is kept.
-        memory::shrink(&mut response_room, 2 * settlement.response_length());
+        memory::shrink_permit(&mut response_room, 2 * settlement.response_length());
         let (id, function) = (&delivery.call.id, &delivery.call.function);
         let _noting = notes.room(function).await;
-        self.intake.queue.answered(&delivery);
+        self.intake.queue.release_slot(&delivery);
         drop(place);
         // One that cannot be settled must not be made again at once: the queue would be asked until it can.
         while let Err(error) = self.intake.queue.settle(&delivery, &settlement).await {

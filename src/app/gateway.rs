@@ -20,7 +20,7 @@ use crate::config::{Access, Backend, Serve, Timeouts, Traces};
 use crate::health::Health;
 use crate::invoke::operators::Operators;
 use crate::invoke::{Invoker, Route};
-use crate::limit::CallLimit;
+use crate::limit::ConcurrencyLimit;
 use crate::metrics::Metrics;
 use crate::metrics::query::Counts;
 use crate::metrics::replicas::Poll;
@@ -71,7 +71,7 @@ struct Parts {
     credentials: Option<Arc<Credentials>>,
     /// Of the provider.
     provider_credentials: Option<Arc<Credentials>>,
-    limit: Arc<CallLimit>,
+    limit: Arc<ConcurrencyLimit>,
     metrics: Arc<Metrics>,
     health: Arc<Health>,
     counts: Arc<Counts>,
@@ -183,7 +183,7 @@ impl Parts {
         };
         let provider_credentials = provider_credentials.or_else(|| credentials.clone());
         let namespace: Arc<str> = config.namespace.as_str().into();
-        let limit = CallLimit::new(config.limits.calls, threads);
+        let limit = ConcurrencyLimit::new(config.limits.calls, threads);
         // One shard more, for the worker.
         let metrics = Metrics::new(threads + 1, &namespace)?;
         let intake = worker::intake(&config.queue, &metrics, &namespace, Part::TakesIn).await?;
@@ -327,7 +327,7 @@ impl Parts {
             own,
             known: Arc::clone(&self.metrics.known),
             default_namespace: Arc::clone(&self.namespace),
-            limit: Some((Arc::clone(&self.limit), self.limit.share(number))),
+            limit: Some((Arc::clone(&self.limit), self.limit.permit_cache(number))),
         };
         worker::worker(config, parts).map(Some)
     }
@@ -357,7 +357,7 @@ impl Parts {
             client: Arc::clone(client),
             calls: self.metrics.shard(thread),
             limit: Arc::clone(&self.limit),
-            share: self.limit.share(thread),
+            share: self.limit.permit_cache(thread),
             timeouts: self.config.timeouts,
             route,
             provider: provider.clone(),

@@ -6,7 +6,7 @@ use std::path::Path;
 
 use anyhow::{Context, bail};
 
-use crate::queue::embedded::salvage::{self, Found};
+use crate::queue::embedded::salvage::{self, SalvageReport};
 
 /// Prints what is in `file`; fails if it is damaged.
 pub(super) fn check(file: &Path) -> anyhow::Result<()> {
@@ -14,12 +14,12 @@ pub(super) fn check(file: &Path) -> anyhow::Result<()> {
     let name = file.display();
     let found = salvage::check(file).with_context(|| format!("cannot check {name}"))?;
     let mut text = text(&found);
-    if found.is_sound() {
+    if found.is_intact() {
         print(&format!("{text}{name} is sound\n"));
         return Ok(());
     }
-    if let Some(refused) = &found.refused {
-        let _ = writeln!(text, "it cannot be opened: {refused}");
+    if let Some(open_error) = &found.open_error {
+        let _ = writeln!(text, "it cannot be opened: {open_error}");
     }
     print(&text);
     bail!("{name} is damaged: `gateway queue salvage {name} OUT` copies what can be read")
@@ -43,22 +43,24 @@ fn expect_panics() {
     std::panic::set_hook(Box::new(|_| {}));
 }
 
-fn text(found: &Found) -> String {
-    let Found { calls, damaged_calls, results, damaged_results, gaps, .. } = found;
+fn text(found: &SalvageReport) -> String {
+    let SalvageReport { calls, damaged_calls, results, damaged_results, unreadable_ranges, .. } =
+        found;
     let mut text = format!(
         "calls: {calls} can be read, {damaged_calls} are damaged\n\
          results: {results} can be read, {damaged_results} are damaged\n"
     );
     // Writing to memory does not fail.
-    if *gaps > 0 {
-        let _ = writeln!(text, "pieces that cannot be read, whatever was in them: {gaps}");
+    if *unreadable_ranges > 0 {
+        let _ =
+            writeln!(text, "pieces that cannot be read, whatever was in them: {unreadable_ranges}");
     }
-    if found.undone {
+    if found.last_commit_rolled_back {
         text.push_str(
             "the last change did not reach the disk: it is not counted, and is undone when the queue is opened\n",
         );
     }
-    if found.uncertain {
+    if found.completion_unknown {
         text.push_str(
             "it cannot be read which calls are over: some of those above may have been executed\n",
         );

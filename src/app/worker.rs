@@ -9,14 +9,14 @@ use tokio_util::sync::CancellationToken;
 
 use crate::config::{self, Backend};
 use crate::health::Health;
-use crate::limit::{CallLimit, Share};
+use crate::limit::{ConcurrencyLimit, PermitCache};
 use crate::metrics::Metrics;
 use crate::metrics::known::Known;
 use crate::metrics::queue::{GATEWAY_RECONNECTS, WORKER_RECONNECTS};
 use crate::provider::Provider;
 use crate::proxy::client::Tls;
 use crate::queue::Queue;
-use crate::queue::detector::Discovery;
+use crate::queue::detector::BackendDetector;
 use crate::queue::embedded::{Embedded, Limits};
 use crate::queue::jetstream::{Auth, JetStream, Options};
 use crate::queue::stan::{self, Stan};
@@ -83,7 +83,7 @@ pub(super) struct Parts {
     pub(super) known: Arc<Known>,
     pub(super) default_namespace: Arc<str>,
     /// The limit on calls in flight that callbacks to functions count against.
-    pub(super) limit: Option<(Arc<CallLimit>, Arc<Share>)>,
+    pub(super) limit: Option<(Arc<ConcurrencyLimit>, Arc<PermitCache>)>,
 }
 
 /// What makes queued calls.
@@ -171,7 +171,7 @@ pub(super) async fn intake(
         Backend::Embedded => Queue::Embedded(Embedded::open(&config.state_dir, limits)?),
         Backend::JetStream => Queue::JetStream(JetStream::open(nats()).await?),
         Backend::Stan => Queue::Stan(Stan::open(nats(), stan()).await?),
-        Backend::Nats => Queue::Discovered(Discovery::open(nats(), stan()).await?),
+        Backend::Nats => Queue::Detected(BackendDetector::open(nats(), stan()).await?),
     };
     let (name, reconnects) = match (config.backend, part) {
         (Backend::Embedded, _) => ("embedded", None),
@@ -183,7 +183,7 @@ pub(super) async fn intake(
 
 fn limits(config: &config::Queue) -> Limits {
     let ttl = u64::try_from(config.result_ttl.as_millis()).unwrap_or(u64::MAX / 2);
-    Limits { pending: config.max_pending_calls, result_ttl: ttl, key_ttl: ttl }
+    Limits { max_pending: config.max_pending_calls, result_ttl: ttl, idempotency_ttl: ttl }
 }
 
 /// How NATS is reached.
@@ -234,13 +234,13 @@ pub(super) async fn keep_tidy(
 ) {
     // Each by itself: a queue that takes long to be counted, or a disk that hangs, must not hide how it is.
     let look = every(LOOK_EVERY, "look", &stopping, || async {
-        let _ = tokio::time::timeout(LOOK, intake.queue.look()).await;
+        let _ = tokio::time::timeout(LOOK, intake.queue.probe()).await;
         health.queue_is(intake.queue.is_reachable());
         health.queue_has(intake.queue.condition());
         intake.metrics.reconnected(intake.queue.reconnects());
     });
     let forget = every(FORGET_EVERY, "forget", &stopping, || async {
-        let _ = tokio::time::timeout(FORGET, intake.queue.expire()).await;
+        let _ = tokio::time::timeout(FORGET, intake.queue.sweep_expired()).await;
     });
     let count = every(COUNT_EVERY, "count", &stopping, || async {
         if !counted.now() {

@@ -10,7 +10,7 @@ use crate::app::{autoscale, gateway, until_stopped, worker};
 use crate::auth::Credentials;
 use crate::config::{self, Shutdown, Target};
 use crate::health::Health;
-use crate::limit::CallLimit;
+use crate::limit::ConcurrencyLimit;
 use crate::metrics::Metrics;
 use crate::metrics::replicas::Poll;
 use crate::provider::Provider;
@@ -99,7 +99,7 @@ async fn start(config: config::Worker, stages: &Stages, tasks: &Tasks) -> anyhow
     };
     let mut made = worker::worker(&config.queue, parts)?;
     made.prints = Prints { bodies: config.print_bodies, calls: config.print_calls };
-    let health = Health::new(stages.clone(), CallLimit::new(config.queue.max_inflight, 1));
+    let health = Health::new(stages.clone(), ConcurrencyLimit::new(config.queue.max_inflight, 1));
     let poll = Poll {
         provider: provider(Arc::clone(&polls), config.timeout.min(gateway::LONGEST_POLL)),
         default_namespace: namespace,

@@ -9,7 +9,7 @@ use http::header::{
 };
 use http::{HeaderMap, HeaderName, HeaderValue};
 
-use crate::call_id::{PRODUCT, Stamps, X_CALL_ID, X_START_TIME};
+use crate::call_id::{RequestIds, USER_AGENT_VALUE, X_CALL_ID, X_START_TIME};
 
 const KEEP_ALIVE: HeaderName = HeaderName::from_static("keep-alive");
 const PROXY_CONNECTION: HeaderName = HeaderName::from_static("proxy-connection");
@@ -28,7 +28,7 @@ pub fn to_upstream(
     headers: &HeaderMap,
     host: &HeaderValue,
     peer: &HeaderValue,
-    stamps: Option<&Stamps>,
+    stamps: Option<&RequestIds>,
     mut put: impl FnMut(&HeaderName, &HeaderValue),
 ) -> Option<HeaderValue> {
     let named = named_by_connection(headers.get_all(CONNECTION));
@@ -60,7 +60,7 @@ pub fn to_upstream(
         put(&X_FORWARDED_FOR, peer);
     }
     if !tells_agent {
-        put(&USER_AGENT, &PRODUCT);
+        put(&USER_AGENT, &USER_AGENT_VALUE);
     }
     if let Some(stamps) = stamps {
         put(&X_CALL_ID, &stamps.call_id);
@@ -279,7 +279,7 @@ mod tests {
         let put = |name: &HeaderName, value: &HeaderValue| {
             headers.append(name.clone(), value.clone());
         };
-        let upgrade = to_upstream(sent, &host, &peer, Some(&Stamps::of(sent)), put);
+        let upgrade = to_upstream(sent, &host, &peer, Some(&RequestIds::from_headers(sent)), put);
         (headers, upgrade)
     }
 

@@ -25,7 +25,7 @@ const STOP: Duration = Duration::from_secs(1);
 
 /// What is found out. Cheap to clone.
 #[derive(Clone)]
-pub struct Discovery {
+pub struct BackendDetector {
     shared: Arc<Shared>,
     /// What was found, for one thread.
     own: Arc<OnceLock<Queue>>,
@@ -38,7 +38,7 @@ struct Shared {
     tracker: TaskTracker,
 }
 
-impl Discovery {
+impl BackendDetector {
     /// Begins to ask. The server may be away: then it is asked when it comes.
     ///
     /// # Errors

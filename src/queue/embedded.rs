@@ -49,10 +49,11 @@ use crate::queue::embedded::schedule::Number;
 use crate::queue::embedded::store::Store;
 use crate::queue::embedded::waiting::{Began, Waiting};
 use crate::queue::embedded::writer::{Incoming, Op, Settled};
-use crate::queue::reply_batch::{Desk, Reply};
+use crate::queue::reply_batch::{Reply, ReplyChannel};
 use crate::queue::status::{CallRecord, Settlement, StoredResponse};
 use crate::queue::{
-    Changed, Condition, Counts, Delivery, Error, Filter, Handle, Order, Published, Room, now,
+    ChangeOutcome, Condition, Delivery, Error, Filter, LeaseHandle, MemoryPermit, Order, Published,
+    QueueDepth, now,
 };
 
 /// Changes that wait for the one thread that makes them.
@@ -74,11 +75,11 @@ const SCAN: usize = 1000;
 #[derive(Clone, Copy, Debug)]
 pub struct Limits {
     /// Calls that wait.
-    pub pending: usize,
+    pub max_pending: usize,
     /// How long state and answer of a finished call are kept, in milliseconds.
     pub result_ttl: UnixMillis,
     /// How long an idempotency key stands for its call.
-    pub key_ttl: UnixMillis,
+    pub idempotency_ttl: UnixMillis,
 }
 
 /// The queue. Cheap to clone; the file is closed when the last clone is gone.
@@ -87,7 +88,7 @@ pub struct Embedded {
     shared: Arc<Shared>,
     ops: mpsc::Sender<Op>,
     /// Where answers are given; they are given one by one where there is none.
-    desk: Option<Desk>,
+    desk: Option<ReplyChannel>,
 }
 
 struct Shared {
@@ -165,7 +166,7 @@ impl Embedded {
 
     /// This queue, for one who asks much of it on the current thread and its runtime.
     pub(super) fn for_thread(&self) -> Self {
-        Self { desk: Some(Desk::open()), ..self.clone() }
+        Self { desk: Some(ReplyChannel::open()), ..self.clone() }
     }
 
     /// Whether the file could be used when it was used last.
@@ -194,20 +195,24 @@ impl Embedded {
     }
 
     /// An id for a call that is about to be published. Calls with one of these are found without a table of ids.
-    pub(super) fn fresh_id(&self) -> String {
+    pub(super) fn new_call_id(&self) -> String {
         self.shared.ids.make(self.shared.next_number())
     }
 
-    pub(super) async fn publish(&self, call: QueuedCall, room: Room) -> Result<Published, Error> {
+    pub(super) async fn publish(
+        &self,
+        call: QueuedCall,
+        room: Option<MemoryPermit>,
+    ) -> Result<Published, Error> {
         let incoming = self.shared.incoming(call, room);
         let published = self.ask(|reply| Op::Publish(incoming, reply));
         tokio::time::timeout(PUBLISH, published).await.unwrap_or_else(|_| {
             self.shared.usable.store(false, Relaxed);
-            Err(Error::Away)
+            Err(Error::Unreachable)
         })
     }
 
-    pub(super) async fn take(&self, places: usize) -> Result<Delivery, Error> {
+    pub(super) async fn receive(&self, places: usize) -> Result<Delivery, Error> {
         loop {
             let (picked, wait) = {
                 let mut waiting = self.shared.waiting();
@@ -263,8 +268,8 @@ impl Embedded {
         Ok(Some(Delivery {
             call,
             attempts: lease.before.0,
-            lost: false,
-            handle: Handle::Embedded(lease),
+            body_missing: false,
+            handle: LeaseHandle::Embedded(lease),
         }))
     }
 
@@ -290,7 +295,7 @@ impl Embedded {
         shared.blocking(move |shared| shared.status(&id)).await
     }
 
-    pub(super) async fn answer(&self, id: &str) -> Result<Option<StoredResponse>, Error> {
+    pub(super) async fn result(&self, id: &str) -> Result<Option<StoredResponse>, Error> {
         let (shared, id) = (Arc::clone(&self.shared), id.to_owned());
         shared
             .blocking(move |shared| {
@@ -302,11 +307,11 @@ impl Embedded {
             .await
     }
 
-    pub(super) async fn cancel(&self, id: &str) -> Result<Changed, Error> {
+    pub(super) async fn cancel(&self, id: &str) -> Result<ChangeOutcome, Error> {
         self.ask(|reply| Op::Cancel(id.to_owned(), reply)).await
     }
 
-    pub(super) async fn revive(&self, id: &str) -> Result<Changed, Error> {
+    pub(super) async fn redrive(&self, id: &str) -> Result<ChangeOutcome, Error> {
         self.ask(|reply| Op::Revive(id.to_owned(), reply)).await
     }
 
@@ -347,13 +352,13 @@ impl Embedded {
         }
     }
 
-    pub(super) async fn counts(&self) -> Result<Vec<(Function, Counts)>, Error> {
+    pub(super) async fn depths(&self) -> Result<Vec<(Function, QueueDepth)>, Error> {
         let shared = Arc::clone(&self.shared);
-        shared.blocking(|shared| shared.counts()).await
+        shared.blocking(|shared| shared.depths()).await
     }
 
     /// Forgets what has been kept for long enough. To be called every second or so.
-    pub async fn expire(&self) {
+    pub async fn sweep_expired(&self) {
         // A failure has been told where it happened; this is tried again soon.
         while let Ok(true) = self.ask(Op::Expire).await {}
     }
@@ -392,7 +397,7 @@ impl Shared {
     }
 
     /// `call` as it is written, and nothing else of it.
-    fn incoming(&self, call: QueuedCall, room: Room) -> Incoming {
+    fn incoming(&self, call: QueuedCall, room: Option<MemoryPermit>) -> Incoming {
         Incoming {
             label: call.function.to_string(),
             due: call.options.not_before.unwrap_or(0),

@@ -5,7 +5,7 @@
 ///
 /// A function may have three quarters of the places that the others leave free, and always one: however many of its
 /// calls hang, some places stay free for the others, if there is more than one.
-pub(crate) fn has_room(running: usize, all: usize, places: usize) -> bool {
+pub(crate) fn may_start(running: usize, all: usize, places: usize) -> bool {
     let free = places.saturating_sub(all);
     running == 0 || running + 4 <= free * 3
 }
@@ -16,7 +16,7 @@ mod tests {
 
     /// How many a function takes that is alone, but for `others` calls.
     fn takes(places: usize, others: usize) -> usize {
-        (0..).take_while(|running| has_room(*running, others + running, places)).count()
+        (0..).take_while(|running| may_start(*running, others + running, places)).count()
     }
 
     #[test]

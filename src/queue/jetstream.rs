@@ -60,10 +60,12 @@ use crate::queue::jetstream::server::{Fault, Server};
 use crate::queue::jetstream::subject::Names;
 use crate::queue::jetstream::taken::Taken;
 use crate::queue::jetstream::tries::Tries;
-use crate::queue::reply_batch::Desk;
+use crate::queue::reply_batch::ReplyChannel;
 use crate::queue::status::{CallRecord, Settlement, StoredResponse};
 use crate::queue::tasks::Tasks;
-use crate::queue::{Changed, Counts, Delivery, Error, Filter, Listed, Published, Room};
+use crate::queue::{
+    CallPage, ChangeOutcome, Delivery, Error, Filter, MemoryPermit, Published, QueueDepth,
+};
 
 /// A publish is answered within this time, one of a large body within the other.
 const PUBLISH: Duration = Duration::from_millis(1900);
@@ -80,7 +82,7 @@ const STOP: Duration = Duration::from_secs(2);
 pub struct JetStream {
     shared: Arc<Shared>,
     /// Where the thread that publishes much gets its answers.
-    desk: Option<Desk>,
+    desk: Option<ReplyChannel>,
 }
 
 struct Shared {
@@ -156,11 +158,11 @@ impl JetStream {
 
     /// This queue, for one who publishes much on the current thread and its runtime.
     pub(super) fn for_thread(&self) -> Self {
-        Self { shared: Arc::clone(&self.shared), desk: Some(Desk::open()) }
+        Self { shared: Arc::clone(&self.shared), desk: Some(ReplyChannel::open()) }
     }
 
     /// An id by which a call of `function` is found quickly.
-    pub(super) fn fresh_id(function: &Function) -> String {
+    pub(super) fn new_call_id(function: &Function) -> String {
         ids::fresh(function)
     }
 
@@ -173,7 +175,7 @@ impl JetStream {
         drop(begun);
         let back = async {
             begun::go_back(&self.shared, ahead).await;
-            self.shared.tasks.ended().await;
+            self.shared.tasks.wait().await;
             self.shared.roll.leave(&self.shared).await;
             // What was not sent by now is found out by the server itself.
             let _ = self.shared.server.client.flush().await;
@@ -186,7 +188,7 @@ impl JetStream {
     }
 
     /// Finds out whether the queue can be used.
-    pub(super) async fn look(&self) {
+    pub(super) async fn probe(&self) {
         if let Ok(shared) = self.shared.ready().await
             && let Err(error) = shared.server.look(&shared.names).await
         {
@@ -212,7 +214,7 @@ impl JetStream {
     }
 
     /// Counts calls and tidies up when it is time. To be called every second or so.
-    pub async fn expire(&self) {
+    pub async fn sweep_expired(&self) {
         if let Err(error) = self.shared.count_again().await {
             tracing::debug!(%error, "The calls cannot be counted");
         }
@@ -231,7 +233,11 @@ impl JetStream {
     }
 
     /// Takes `call` in; its body has `room` until that is done, whoever still waits for it.
-    pub(super) async fn publish(&self, call: QueuedCall, room: Room) -> Result<Published, Error> {
+    pub(super) async fn publish(
+        &self,
+        call: QueuedCall,
+        room: Option<MemoryPermit>,
+    ) -> Result<Published, Error> {
         match &self.desk {
             Some(desk) => {
                 let deadline = self.shared.deadline(&call);
@@ -241,7 +247,7 @@ impl JetStream {
         }
     }
 
-    pub(super) async fn take(&self, places: usize) -> Result<Delivery, Error> {
+    pub(super) async fn receive(&self, places: usize) -> Result<Delivery, Error> {
         begun::take(&self.shared, places).await
     }
 
@@ -253,15 +259,15 @@ impl JetStream {
         within(QUESTION, async { Ok(self.shared.ready().await?.status(id).await?) }).await
     }
 
-    pub(super) async fn answer(&self, id: &str) -> Result<Option<StoredResponse>, Error> {
+    pub(super) async fn result(&self, id: &str) -> Result<Option<StoredResponse>, Error> {
         within(QUESTION, async { Ok(self.shared.ready().await?.answer(id).await?) }).await
     }
 
-    pub(super) async fn cancel(&self, id: &str) -> Result<Changed, Error> {
+    pub(super) async fn cancel(&self, id: &str) -> Result<ChangeOutcome, Error> {
         Ok(self.shared.ready().await?.cancel(id).await?)
     }
 
-    pub(super) async fn revive(&self, id: &str) -> Result<Changed, Error> {
+    pub(super) async fn redrive(&self, id: &str) -> Result<ChangeOutcome, Error> {
         Ok(self.shared.ready().await?.revive(id).await?)
     }
 
@@ -270,7 +276,7 @@ impl JetStream {
         filter: &Filter,
         after: Option<&str>,
         limit: usize,
-    ) -> Result<Listed, Error> {
+    ) -> Result<CallPage, Error> {
         Ok(self.shared.ready().await?.list(filter, after, limit).await?)
     }
 
@@ -278,7 +284,7 @@ impl JetStream {
         Ok(self.shared.ready().await?.purge_all(filter).await?)
     }
 
-    pub(super) async fn counts(&self) -> Result<Vec<(Function, Counts)>, Error> {
+    pub(super) async fn depths(&self) -> Result<Vec<(Function, QueueDepth)>, Error> {
         Ok(self.shared.ready().await?.counts().await?)
     }
 }
@@ -332,5 +338,5 @@ fn within<T>(
     task: impl Future<Output = Result<T, Error>>,
 ) -> impl Future<Output = Result<T, Error>> {
     // Not `async`: the future of one would be twice as large.
-    tokio::time::timeout(deadline, task).map(|done| done.unwrap_or(Err(Error::Away)))
+    tokio::time::timeout(deadline, task).map(|done| done.unwrap_or(Err(Error::Unreachable)))
 }

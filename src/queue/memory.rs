@@ -12,19 +12,18 @@ use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
 use tokio::time::{Instant, timeout_at};
 
 use crate::config::MAX_BODY;
-use crate::queue::Room;
 
 /// The unit in which it is counted.
 const UNIT: usize = 1024;
 /// All bodies together.
-pub const LIMIT: usize = MAX_BODY;
+pub const MAX_TOTAL_BYTES: usize = MAX_BODY;
 /// A worker takes no call while less than this is free.
 const LEAST: usize = 64 << 10;
 /// A buffer grows by at most this, or a quarter of its length, more than is needed now.
 const PIECE: usize = 256 << 10;
 
 /// A large request that waits leaves this much free.
-const SHARE: usize = LIMIT / 8;
+const SHARE: usize = MAX_TOTAL_BYTES / 8;
 /// It does so for this time, and then takes all free memory. Otherwise small ones could keep it waiting for ever.
 const SHARES_FOR: Duration = Duration::from_secs(5);
 /// Requests above this size are large.
@@ -54,13 +53,13 @@ impl Drop for Freed {
 
 /// A part of the budget, until it is dropped.
 #[derive(Debug)]
-pub struct Reservation {
+pub struct MemoryPermit {
     // Dropped in this order: there is more room once the permits are back.
     permits: OwnedSemaphorePermit,
     freed: Freed,
 }
 
-impl Reservation {
+impl MemoryPermit {
     /// Adds `other` to this.
     pub fn merge(&mut self, other: Self) {
         self.permits.merge(other.permits);
@@ -78,7 +77,7 @@ impl Reservation {
 
 impl Default for BodyBudget {
     fn default() -> Self {
-        let free = Arc::new(Semaphore::new(LIMIT / UNIT));
+        let free = Arc::new(Semaphore::new(MAX_TOTAL_BYTES / UNIT));
         Self(Arc::new(Budget { free, first: Semaphore::new(1), freed: Freed::default() }))
     }
 }
@@ -86,20 +85,20 @@ impl Default for BodyBudget {
 impl BodyBudget {
     fn units(bytes: usize) -> u32 {
         // What is larger than all there is gets all there is.
-        u32::try_from(bytes.min(LIMIT).div_ceil(UNIT)).unwrap_or(u32::MAX)
+        u32::try_from(bytes.min(MAX_TOTAL_BYTES).div_ceil(UNIT)).unwrap_or(u32::MAX)
     }
 
-    fn reservation(&self, permits: OwnedSemaphorePermit) -> Reservation {
-        Reservation { permits, freed: self.0.freed.clone() }
+    fn reservation(&self, permits: OwnedSemaphorePermit) -> MemoryPermit {
+        MemoryPermit { permits, freed: self.0.freed.clone() }
     }
 
-    fn try_units(&self, units: u32) -> Room {
+    fn try_units(&self, units: u32) -> Option<MemoryPermit> {
         let permits = Arc::clone(&self.0.free).try_acquire_many_owned(units);
         permits.ok().map(|permits| self.reservation(permits))
     }
 
     /// Room for `bytes`, if there is as much.
-    pub fn try_reserve(&self, bytes: usize) -> Room {
+    pub fn try_reserve(&self, bytes: usize) -> Option<MemoryPermit> {
         let units = Self::units(bytes);
         // A large request must not overtake those that wait, nor use the share of the small ones.
         let is_line = bytes > SMALL && self.0.first.available_permits() == 0;
@@ -110,7 +109,7 @@ impl BodyBudget {
     }
 
     /// Waits for room for `bytes`. Cancel-safe.
-    pub async fn reserve(&self, bytes: usize) -> Room {
+    pub async fn reserve(&self, bytes: usize) -> Option<MemoryPermit> {
         let units = Self::units(bytes);
         if bytes > SMALL {
             return self.collect(units).await;
@@ -119,11 +118,11 @@ impl BodyBudget {
         let freed = self.0.freed.clone();
         // The semaphores are never closed.
         let permits = Arc::clone(&self.0.free).acquire_many_owned(units).await.ok()?;
-        Some(Reservation { permits, freed })
+        Some(MemoryPermit { permits, freed })
     }
 
     /// Waits for `units` behind the large requests that came before.
-    async fn collect(&self, units: u32) -> Room {
+    async fn collect(&self, units: u32) -> Option<MemoryPermit> {
         let _first = self.0.first.acquire().await.ok()?;
         let mut collected = self.try_units(0)?;
         let shares_until = Instant::now() + SHARES_FOR;
@@ -154,13 +153,13 @@ impl BodyBudget {
     }
 
     /// Waits until another call may be taken. Cancel-safe.
-    pub async fn until_some_is_free(&self) {
+    pub async fn wait_until_available(&self) {
         drop(self.reserve(LEAST).await);
     }
 }
 
 /// Gives back what `room` has beyond `bytes`.
-pub fn shrink(room: &mut Room, bytes: usize) {
+pub fn shrink_permit(room: &mut Option<MemoryPermit>, bytes: usize) {
     if let Some(reservation) = room {
         reservation.keep(BodyBudget::units(bytes) as usize);
     }
@@ -170,7 +169,7 @@ pub fn shrink(room: &mut Room, bytes: usize) {
 pub struct BodyBuffer<'a> {
     budget: &'a BodyBudget,
     bytes: Vec<u8>,
-    room: Room,
+    room: Option<MemoryPermit>,
 }
 
 impl<'a> BodyBuffer<'a> {
@@ -199,7 +198,7 @@ impl<'a> BodyBuffer<'a> {
     }
 
     /// Adds `data` as soon as there is room for it; `false` if there is none by `deadline`.
-    pub async fn add_by(&mut self, data: &[u8], deadline: Instant) -> bool {
+    pub async fn add_before(&mut self, data: &[u8], deadline: Instant) -> bool {
         if self.try_add(data) {
             return true;
         }
@@ -214,7 +213,7 @@ impl<'a> BodyBuffer<'a> {
 
     /// Waits until there is room for `length` bytes, which are about to come. If there is none by `deadline`, they get
     /// what there is when they come.
-    pub async fn expect(&mut self, length: usize, deadline: Instant) {
+    pub async fn reserve_expected(&mut self, length: usize, deadline: Instant) {
         let growth = length.saturating_sub(self.bytes.capacity());
         if growth > 0
             && let Ok(Some(more)) = timeout_at(deadline, self.budget.reserve(growth)).await
@@ -229,7 +228,7 @@ impl<'a> BodyBuffer<'a> {
         needs.checked_sub(has).filter(|growth| *growth > 0)
     }
 
-    fn grow(&mut self, more: Reservation, by: usize) {
+    fn grow(&mut self, more: MemoryPermit, by: usize) {
         let capacity = self.bytes.capacity() + by;
         self.bytes.reserve_exact(capacity - self.bytes.len());
         match &mut self.room {
@@ -239,7 +238,7 @@ impl<'a> BodyBuffer<'a> {
     }
 
     /// What was read. It has its room until that is dropped.
-    pub fn finish(self) -> (Bytes, Room) {
+    pub fn finish(self) -> (Bytes, Option<MemoryPermit>) {
         (self.bytes.into(), self.room)
     }
 }
@@ -258,28 +257,28 @@ mod tests {
         }
         let (bytes, mut room) = buffer.finish();
         assert_eq!(bytes.len(), 10_000_000);
-        let taken = LIMIT - free();
+        let taken = MAX_TOTAL_BYTES - free();
         assert!((10_000_000..13_000_000).contains(&taken), "{taken}");
-        shrink(&mut room, 2000);
-        assert_eq!(LIMIT - free(), 2048);
+        shrink_permit(&mut room, 2000);
+        assert_eq!(MAX_TOTAL_BYTES - free(), 2048);
         drop(room);
-        assert_eq!(free(), LIMIT);
+        assert_eq!(free(), MAX_TOTAL_BYTES);
     }
 
     #[tokio::test(start_paused = true)]
     async fn who_finds_no_room_waits_for_a_while() {
         let budget = BodyBudget::default();
-        let all = budget.try_reserve(LIMIT + 1).unwrap();
+        let all = budget.try_reserve(MAX_TOTAL_BYTES + 1).unwrap();
         assert!(budget.try_reserve(1).is_none());
         let mut buffer = BodyBuffer::new(&budget);
         assert!(!buffer.try_add(b"x"));
-        assert!(!buffer.add_by(b"x", Instant::now() + Duration::from_secs(1)).await);
+        assert!(!buffer.add_before(b"x", Instant::now() + Duration::from_secs(1)).await);
         let freed = async {
             tokio::time::sleep(Duration::from_secs(1)).await;
             drop(all);
         };
         let deadline = Instant::now() + Duration::from_secs(2);
-        let (added, ()) = tokio::join!(buffer.add_by(b"x", deadline), freed);
+        let (added, ()) = tokio::join!(buffer.add_before(b"x", deadline), freed);
         assert!(added && buffer.length() == 1);
     }
 
@@ -297,7 +296,7 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn small_requests_do_not_wait_for_a_large_one() {
         let budget = BodyBudget::default();
-        let held = budget.try_reserve(LIMIT - 40 * MIB).unwrap();
+        let held = budget.try_reserve(MAX_TOTAL_BYTES - 40 * MIB).unwrap();
         let mut large = std::pin::pin!(budget.reserve(100 * MIB));
         assert!(poll_once(&mut large).await.is_none());
         let small: Vec<_> = (0..10).map(|_| budget.try_reserve(SMALL)).collect();
@@ -333,7 +332,7 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn a_large_request_that_gives_up_leaves_what_it_collected_to_the_next() {
         let budget = BodyBudget::default();
-        let held = budget.try_reserve(LIMIT - 100 * MIB).unwrap();
+        let held = budget.try_reserve(MAX_TOTAL_BYTES - 100 * MIB).unwrap();
         let later = Instant::now() + Duration::from_secs(1);
         let (first, second) = (budget.reserve(150 * MIB), budget.reserve(90 * MIB));
         let (gave_up, served) = tokio::join!(timeout_at(later, first), second);
@@ -341,13 +340,13 @@ mod tests {
         assert_eq!(served.unwrap().permits.num_permits() * UNIT, 90 * MIB);
         assert_eq!(budget.0.free.available_permits() * UNIT, 100 * MIB);
         drop(held);
-        assert!(budget.reserve(LIMIT).await.is_some());
+        assert!(budget.reserve(MAX_TOTAL_BYTES).await.is_some());
     }
 
     #[tokio::test(start_paused = true)]
     async fn a_large_request_that_does_not_wait_leaves_the_share_of_small_ones() {
         let budget = BodyBudget::default();
-        let held = budget.try_reserve(LIMIT - 40 * MIB).unwrap();
+        let held = budget.try_reserve(MAX_TOTAL_BYTES - 40 * MIB).unwrap();
         let mut large = std::pin::pin!(budget.reserve(100 * MIB));
         assert!(poll_once(&mut large).await.is_none());
         assert!(budget.try_reserve(SMALL + 1).is_none());
@@ -361,7 +360,7 @@ mod tests {
     async fn the_largest_request_is_served_though_small_ones_overlap() {
         let budget = BodyBudget::default();
         let mut small = budget.try_reserve(SMALL);
-        let mut large = std::pin::pin!(budget.reserve(LIMIT));
+        let mut large = std::pin::pin!(budget.reserve(MAX_TOTAL_BYTES));
         for _ in 0..4 {
             assert!(poll_once(&mut large).await.is_none());
             let next = budget.try_reserve(SMALL);

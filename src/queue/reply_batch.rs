@@ -6,20 +6,20 @@ use tokio::sync::{mpsc, oneshot};
 use crate::queue::Error;
 
 /// An answer, about to be given.
-type Parcel = Box<dyn FnOnce() + Send>;
+type Completion = Box<dyn FnOnce() + Send>;
 
 /// So many deliveries wait for a thread that is busy.
 const WAITING: usize = 16;
 
 /// Where a thread gets its answers.
 #[derive(Clone)]
-pub(super) struct Desk(mpsc::Sender<Vec<Parcel>>);
+pub(super) struct ReplyChannel(mpsc::Sender<Vec<Completion>>);
 
-impl Desk {
+impl ReplyChannel {
     /// One on the current runtime, where it stays open as long as somebody may have an answer for it.
     #[expect(clippy::disallowed_methods, reason = "it ends with its runtime, and holds nothing")]
     pub(super) fn open() -> Self {
-        let (parcels, mut delivered) = mpsc::channel::<Vec<Parcel>>(WAITING);
+        let (parcels, mut delivered) = mpsc::channel::<Vec<Completion>>(WAITING);
         tokio::spawn(async move {
             while let Some(parcels) = delivered.recv().await {
                 parcels.into_iter().for_each(|parcel| parcel());
@@ -32,11 +32,11 @@ impl Desk {
 /// Whom to answer, and where.
 pub(super) struct Reply<T> {
     to: oneshot::Sender<Result<T, Error>>,
-    desk: Option<Desk>,
+    desk: Option<ReplyChannel>,
 }
 
 impl<T: Send + 'static> Reply<T> {
-    pub(super) fn new(to: oneshot::Sender<Result<T, Error>>, desk: Option<Desk>) -> Self {
+    pub(super) fn new(to: oneshot::Sender<Result<T, Error>>, desk: Option<ReplyChannel>) -> Self {
         Self { to, desk }
     }
 
@@ -54,14 +54,14 @@ impl<T: Send + 'static> Reply<T> {
 
 /// Answers that are given together.
 #[derive(Default)]
-pub(super) struct Outbox {
-    by_desk: Vec<(Desk, Vec<Parcel>)>,
+pub(super) struct ReplyBatch {
+    by_desk: Vec<(ReplyChannel, Vec<Completion>)>,
 }
 
-impl Outbox {
-    pub(super) fn put<T: Send + 'static>(&mut self, reply: Reply<T>, answer: Result<T, Error>) {
+impl ReplyBatch {
+    pub(super) fn push<T: Send + 'static>(&mut self, reply: Reply<T>, answer: Result<T, Error>) {
         let Some(desk) = reply.desk.clone() else { return reply.send(answer) };
-        let parcel: Parcel = Box::new(move || reply.send(answer));
+        let parcel: Completion = Box::new(move || reply.send(answer));
         match self.by_desk.iter_mut().find(|(known, _)| known.0.same_channel(&desk.0)) {
             Some((_, parcels)) => parcels.push(parcel),
             None => self.by_desk.push((desk, vec![parcel])),

@@ -126,7 +126,7 @@ impl Stan {
         );
         if shared.options.publishes {
             let publishing = Arc::clone(&shared);
-            shared.tasks.keep_to_end("publisher", move || {
+            shared.tasks.supervise_to_end("publisher", move || {
                 let publishing = Arc::clone(&publishing);
                 async move {
                     let stopping = &publishing.tasks.stopping;
@@ -141,7 +141,7 @@ impl Stan {
     pub async fn stop(&self) {
         self.shared.once.flush().await;
         self.shared.tasks.stop();
-        let _ = tokio::time::timeout(STOP, self.shared.tasks.ended()).await;
+        let _ = tokio::time::timeout(STOP, self.shared.tasks.wait()).await;
         self.shared.nats.flush().await;
     }
 
@@ -157,7 +157,7 @@ impl Stan {
     }
 
     /// The largest body that fits into a message beside headers of the usual size.
-    pub(super) fn max_body(&self) -> usize {
+    pub(super) fn max_body_bytes(&self) -> usize {
         let whole = self.shared.nats.max_payload();
         // Base64 makes four bytes of three.
         (whole - whole / 16).saturating_sub(ENVELOPE) / 4 * 3
@@ -170,7 +170,7 @@ impl Stan {
         let not_before = call.options.not_before;
         let data = message::encode(&call, &Progress { not_before, ..Progress::default() });
         if data.len() + ENVELOPE > self.shared.nats.max_payload() {
-            return Err(Error::TooLarge(self.max_body()));
+            return Err(Error::TooLarge(self.max_body_bytes()));
         }
         let channel = match not_before {
             Some(at) => Channel::later(at.saturating_sub(now())),
@@ -181,22 +181,22 @@ impl Stan {
         let client = if options.publishes { publisher } else { worker };
         let stored = client.publish(self.shared.channel(channel), data).await;
         stored.map_err(|fault| match fault {
-            Fault::TooLarge => Error::TooLarge(self.max_body()),
+            Fault::TooLarge => Error::TooLarge(self.max_body_bytes()),
             fault => told(fault, &call),
         })?;
-        Ok(Published { id: call.id, repeated: false })
+        Ok(Published { id: call.id, duplicate: false })
     }
 
-    pub(super) async fn take(&self, places: usize) -> Result<Delivery, Error> {
+    pub(super) async fn receive(&self, places: usize) -> Result<Delivery, Error> {
         take::take(&self.shared, places).await
     }
 
     /// Takes no more: the server gives to others what nobody has taken here.
-    pub(super) fn take_no_more(&self) {
+    pub(super) fn stop_receiving(&self) {
         self.shared.ledger().close();
     }
 
-    pub(super) async fn begin(&self, lease: &Lease) -> Result<bool, Error> {
+    pub(super) async fn claim(&self, lease: &Lease) -> Result<bool, Error> {
         lease.begin().await
     }
 
@@ -237,23 +237,23 @@ impl Shared {
         self.ledger().make_room(Room { places, later: LATER, later_bytes: LATER_BYTES });
         for channel in Channel::all() {
             let crowded = Arc::clone(self);
-            self.tasks.keep_to_end("room", move || {
+            self.tasks.supervise_to_end("room", move || {
                 let crowded = Arc::clone(&crowded);
                 async move { aside::make_room(&crowded, channel).await }
             });
         }
         let answering = Arc::clone(self);
-        self.tasks.keep_to_end("peers", move || {
+        self.tasks.supervise_to_end("peers", move || {
             let answering = Arc::clone(&answering);
             async move { peers::answer_all(&answering).await }
         });
         let writing = Arc::clone(self);
-        self.tasks.keep_to_end("log of executions", move || {
+        self.tasks.supervise_to_end("log of executions", move || {
             let writing = Arc::clone(&writing);
             async move { once::write_all(&writing).await }
         });
         let working = Arc::clone(self);
-        self.tasks.keep_to_end("worker", move || {
+        self.tasks.supervise_to_end("worker", move || {
             let working = Arc::clone(&working);
             async move {
                 let stopping = &working.tasks.stopping;
@@ -267,7 +267,7 @@ impl Shared {
 /// What is said of a fault with `call` to whoever uses the queue.
 fn told(fault: Fault, call: &QueuedCall) -> Error {
     match fault {
-        Fault::Away | Fault::Nobody => Error::Away,
+        Fault::Away | Fault::Nobody => Error::Unreachable,
         Fault::Unconfirmed => Error::Unconfirmed,
         Fault::TooLarge => Error::TooLarge(0),
         Fault::Refused(_) | Fault::Odd => {

@@ -36,7 +36,7 @@ impl Tasks {
 
     /// Runs what others rely on until it ends or the queue is stopped: if it breaks, it is begun anew, since nobody
     /// else would notice that it is gone.
-    pub(super) fn keep_up<F>(&self, name: &'static str, task: impl Fn() -> F + Send + 'static)
+    pub(super) fn supervise<F>(&self, name: &'static str, task: impl Fn() -> F + Send + 'static)
     where
         F: Future<Output = ()> + Send + 'static,
     {
@@ -44,15 +44,18 @@ impl Tasks {
     }
 
     /// The same for what has something to do when the queue is stopped, and ends by itself then.
-    pub(super) fn keep_to_end<F>(&self, name: &'static str, task: impl Fn() -> F + Send + 'static)
-    where
+    pub(super) fn supervise_to_end<F>(
+        &self,
+        name: &'static str,
+        task: impl Fn() -> F + Send + 'static,
+    ) where
         F: Future<Output = ()> + Send + 'static,
     {
-        self.finish(keep_up(name, self.stopping.clone(), task));
+        self.spawn_to_completion(keep_up(name, self.stopping.clone(), task));
     }
 
     /// Runs `task`, which ends soon by itself. Who stops the queue waits for it.
-    pub(super) fn finish(&self, task: impl Future<Output = ()> + Send + 'static) {
+    pub(super) fn spawn_to_completion(&self, task: impl Future<Output = ()> + Send + 'static) {
         self.tracker.spawn_on(task, &self.runtime);
     }
 
@@ -63,7 +66,7 @@ impl Tasks {
     }
 
     /// Waits until all have ended.
-    pub(super) async fn ended(&self) {
+    pub(super) async fn wait(&self) {
         self.tracker.wait().await;
     }
 }
@@ -80,17 +83,17 @@ mod tests {
         let tasks = Tasks::new();
         let begun = Arc::new(AtomicUsize::new(0));
         let counts = Arc::clone(&begun);
-        tasks.keep_up("test", move || {
+        tasks.supervise("test", move || {
             let number = counts.fetch_add(1, SeqCst);
             async move { assert_eq!(number, 2, "it breaks") }
         });
         tasks.tracker.close();
-        tasks.ended().await;
+        tasks.wait().await;
         assert_eq!(begun.load(SeqCst), 3);
-        tasks.keep_up("test", || async { panic!("it breaks") });
-        tasks.keep_to_end("test", || async { panic!("it breaks") });
+        tasks.supervise("test", || async { panic!("it breaks") });
+        tasks.supervise_to_end("test", || async { panic!("it breaks") });
         tokio::task::yield_now().await;
         tasks.stop();
-        tasks.ended().await;
+        tasks.wait().await;
     }
 }

@@ -38,7 +38,7 @@ impl Selection {
         let mut filter = Filter::default();
         match self.state.as_deref() {
             None | Some("") => {}
-            Some("dead") => filter.dead = Some(true),
+            Some("dead") => filter.dead_letter = Some(true),
             Some(word) => {
                 filter.state = Some(view::state(word).ok_or_else(|| {
                     Error::BadRequest(
@@ -80,13 +80,13 @@ struct Line {
 /// `GET /system/queues`: how many calls there are, by function.
 pub async fn queues(State(api): State<Arc<Api>>) -> Result<Response, Error> {
     let now = now();
-    let counts = intake(&api)?.queue.counts().await?;
+    let counts = intake(&api)?.queue.depths().await?;
     let lines = counts.into_iter().map(|(function, counts)| Line {
         function: function.to_string(),
         pending: counts.pending,
         running: counts.running,
         delayed: counts.delayed,
-        dead: counts.dead,
+        dead: counts.dead_letters,
         oldest_age_seconds: counts.oldest.map(|oldest| now.saturating_sub(oldest) / 1000),
     });
     Ok(Json(lines.collect::<Vec<_>>()).into_response())
@@ -110,7 +110,7 @@ pub async fn calls(
 
 /// `POST /system/calls/CALL-ID/retry`: has a dead call made again.
 pub async fn retry(State(api): State<Arc<Api>>, Path(id): Path<String>) -> Result<Response, Error> {
-    changed(intake(&api)?.queue.revive(&id).await?, "tried again")
+    changed(intake(&api)?.queue.redrive(&id).await?, "tried again")
 }
 
 /// `DELETE /system/calls/CALL-ID`: takes back a call that waits, or lets go of a dead one.
@@ -128,7 +128,7 @@ pub async fn purge(
 ) -> Result<Response, Error> {
     let filter = selection.filter(&api.default_namespace)?;
     // Everything there is, by a slip of the hand, is too much.
-    if filter.function.is_none() && filter.state.is_none() && filter.dead.is_none() {
+    if filter.function.is_none() && filter.state.is_none() && filter.dead_letter.is_none() {
         return Err(Error::BadRequest("name a function or a state to be purged".to_owned()));
     }
     let purged = intake(&api)?.queue.purge(&filter).await?;

@@ -14,7 +14,7 @@ use tokio::sync::OwnedSemaphorePermit;
 use tokio_util::task::TaskTracker;
 
 use crate::config::Timeouts;
-use crate::interim::Interim;
+use crate::interim::InterimQueue;
 use crate::serve::register::Seat;
 use crate::watch::{Note, Stage, Watch};
 
@@ -96,7 +96,7 @@ pub struct CallerStream {
     output: Bytes,
     /// hyper has something to write, of which nothing or a part has been written.
     writing: bool,
-    interim: Arc<Interim>,
+    interim: Arc<InterimQueue>,
     /// hyper has refused the head of a request. Its response was not written.
     refused: bool,
     /// The peer has closed its side, or the connection has failed.
@@ -226,7 +226,7 @@ impl CallerStream {
             return false;
         }
         let begins = !self.writing;
-        if begins && (self.interim.is_waiting() || self.watch.is_between_calls()) {
+        if begins && (self.interim.has_queued() || self.watch.is_between_calls()) {
             return false;
         }
         self.writing = true;
@@ -246,7 +246,7 @@ impl CallerStream {
                 return Poll::Ready(Ok(Some(bufs.iter().map(|buf| buf.len()).sum())));
             }
             self.writing = true;
-            if self.interim.is_waiting() {
+            if self.interim.has_queued() {
                 // The final response begins here.
                 self.output = [&self.output[..], &self.interim.take()].concat().into();
             }
@@ -259,11 +259,11 @@ impl CallerStream {
     fn poll_interim(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         loop {
             ready!(self.poll_output(cx))?;
-            if !self.interim.is_waiting() {
+            if !self.interim.has_queued() {
                 return Poll::Ready(Ok(()));
             }
             // If they are late, their final response has just been written, together with the end of the one before.
-            let (late, heads) = (self.interim.is_late(), self.interim.take());
+            let (late, heads) = (self.interim.is_final_ready(), self.interim.take());
             if !late {
                 self.output = heads.into();
             }
@@ -429,7 +429,7 @@ impl AsyncWrite for CallerStream {
         // hyper has nothing more to write, or it would not flush.
         self.writing = false;
         self.watch.flushed();
-        if self.interim.is_waiting() || !self.output.is_empty() {
+        if self.interim.has_queued() || !self.output.is_empty() {
             ready!(self.poll_interim(cx))?;
         }
         Pin::new(self.tcp.get_mut()).poll_flush(cx)

@@ -12,7 +12,7 @@ use http_body_util::{BodyExt, Limited};
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
-use crate::call_id::PRODUCT;
+use crate::call_id::USER_AGENT_VALUE;
 use crate::config::base_url::BaseUrl;
 use crate::metrics::traces::SpansDropped;
 use crate::proxy::body::RequestBody;
@@ -137,7 +137,7 @@ impl Exporter {
         *request.uri_mut() = origin.target(&http::Uri::from_static("/v1/traces"))?;
         let headers = request.headers_mut();
         headers.insert(HOST, origin.host.clone());
-        headers.insert(USER_AGENT, PRODUCT);
+        headers.insert(USER_AGENT, USER_AGENT_VALUE);
         headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
         headers.extend(self.headers.clone());
         let watch = Arc::new(Watch::new());

@@ -18,7 +18,7 @@ use crate::proxy::client::{Client, Origin};
 use crate::proxy::ending::Ending;
 use crate::proxy::headers::to_caller;
 use crate::proxy::upstream_body::{BodyFailure, UpstreamBody};
-use crate::queue::Room;
+use crate::queue::MemoryPermit;
 use crate::queue::call::QueuedCall;
 use crate::queue::memory::{BodyBudget, BodyBuffer};
 use crate::queue::status::StoredResponse;
@@ -57,7 +57,7 @@ pub struct Attempt {
     pub headers: HeaderMap,
     pub body: Bytes,
     /// What the body takes of the memory for bodies.
-    pub room: Room,
+    pub room: Option<MemoryPermit>,
     /// The body was longer, or there was no room for all of it.
     pub truncated: bool,
     pub took: Duration,
@@ -209,7 +209,7 @@ async fn read(
     {
         // Of many responses that come at once, some are read whole before the others.
         let until = *deadline.insert(Instant::now() + patience);
-        kept.expect(length.min(keeps), until.into()).await;
+        kept.reserve_expected(length.min(keeps), until.into()).await;
     }
     while let Some(frame) = body.frame().await {
         let frame = frame.map_err(|failure: BodyFailure| Error::Answer(failure))?;
@@ -224,7 +224,7 @@ async fn read(
         if !kept.try_add(data) {
             // The call was executed, and will not be executed again because of its response.
             let deadline = *deadline.get_or_insert_with(|| Instant::now() + patience);
-            has_room = kept.add_by(data, deadline.into()).await;
+            has_room = kept.add_before(data, deadline.into()).await;
             truncated |= !has_room;
         }
     }

@@ -6,7 +6,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use tokio::sync::Notify;
 
 use crate::function::Function;
-use crate::queue::fair_share::has_room;
+use crate::queue::fair_share::may_start;
 
 /// Room for so many, of which each function has its share: what cannot be noted of one holds up no other.
 pub(super) struct Notes {
@@ -54,7 +54,7 @@ impl Notes {
 impl Taken {
     fn take(&mut self, function: &Function, room: usize) -> bool {
         let ours = self.by_function.get(function).copied().unwrap_or_default();
-        let may = has_room(ours, self.all, room);
+        let may = may_start(ours, self.all, room);
         if may {
             self.all += 1;
             *self.by_function.entry(function.clone()).or_default() += 1;

@@ -48,7 +48,7 @@ async fn a_list_of_more_calls_than_are_looked_at_says_so() {
     const CALLS: usize = 10_100;
     let nats = Nats::start();
     let options = jetstream::options(&nats);
-    let limits = Limits { pending: 2 * CALLS, ..jetstream::LIMITS };
+    let limits = Limits { max_pending: 2 * CALLS, ..jetstream::LIMITS };
     let queue = jetstream::Gateway::open(Options { limits, ..options }).await;
     let provider = answering(&[200], "done");
     let builder = on(&nats, Gateway::builder()).provider(&provider).var("with_worker", "false");

@@ -13,7 +13,7 @@ use tokio::net::TcpStream;
 use tokio::time::timeout;
 
 use crate::config::base_url::BaseUrl;
-use crate::interim::Interim;
+use crate::interim::InterimQueue;
 use crate::provider::process::runner::RunnerTasks;
 use crate::proxy::body::RequestBody;
 use crate::proxy::client::Origin;
@@ -34,7 +34,7 @@ pub(super) struct ReplicaRequest {
     /// The caller's connection, if it wants to change protocols.
     upgrade: Option<OnUpgrade>,
     /// Where the client's connection takes interim responses.
-    interim: Option<Arc<Interim>>,
+    interim: Option<Arc<InterimQueue>>,
 }
 
 /// Why a replica gave no answer.
@@ -49,7 +49,7 @@ impl ReplicaRequest {
     /// `request`'s URI is path and query; `host` is for one that names none.
     pub(super) fn new(request: Request<Body>, host: SocketAddr) -> anyhow::Result<Self> {
         let mut request = request.map(RequestBody::Api);
-        let interim = request.extensions().get::<Arc<Interim>>().cloned();
+        let interim = request.extensions().get::<Arc<InterimQueue>>().cloned();
         let upgrade = headers::end_to_end(request.headers_mut());
         if !request.headers().contains_key(HOST) {
             request.headers_mut().insert(HOST, HeaderValue::from_str(&host.to_string())?);

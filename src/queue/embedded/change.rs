@@ -383,7 +383,7 @@ impl<'t> Change<'t> {
     }
 
     /// Forgets what has been kept until `now`, at most `most` of it; whether there is more.
-    pub(super) fn expire(&mut self, now: UnixMillis, most: usize) -> Result<bool> {
+    pub(super) fn sweep_expired(&mut self, now: UnixMillis, most: usize) -> Result<bool> {
         let mut due = Vec::new();
         for entry in self.expiry.get()?.range(..(now, ""))?.take(most) {
             let (entry, ()) = entry.map(|(key, _)| (key, ()))?;

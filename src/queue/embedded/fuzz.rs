@@ -7,7 +7,7 @@ use crate::queue::embedded::journal::fuzz::replay_payload;
 use crate::queue::embedded::rows::{Marks, Row};
 
 /// Any bytes are a row, if an empty one.
-pub(crate) fn row(data: &[u8]) {
+pub(crate) fn packed_batch(data: &[u8]) {
     let row = Row::new(data);
     for (number, entry) in row.entries() {
         assert!(entry.len() <= data.len());
@@ -18,7 +18,7 @@ pub(crate) fn row(data: &[u8]) {
 }
 
 /// A journal whose checksums are right, but whose content is not, changes at most its file, up to the length that it names.
-pub(crate) fn journal(data: &[u8]) {
+pub(crate) fn wal(data: &[u8]) {
     let (Ok(journal), Ok(file)) = (temporary(), temporary()) else { return };
     let written = file.write_all_at(&[7; 1024], 0);
     if written.is_ok() {

@@ -7,7 +7,7 @@ use crate::queue::embedded::schedule::Number;
 use crate::queue::embedded::store::{self, Shelf, View};
 use crate::queue::embedded::{SCAN, Shared};
 use crate::queue::status::CallRecord;
-use crate::queue::{Counts, Error, Filter, Order};
+use crate::queue::{Error, Filter, Order, QueueDepth};
 
 /// The number after which a list goes on, if there is one.
 pub(super) fn following(order: Order, number: Number) -> Option<Number> {
@@ -54,7 +54,7 @@ impl Shared {
         let label = filter.function.as_ref().map(Function::to_string);
         let means = |status: &CallRecord| {
             filter.state.is_none_or(|state| state == status.state)
-                && filter.dead.is_none_or(|dead| dead == status.dead_letter)
+                && filter.dead_letter.is_none_or(|dead| dead == status.dead_letter)
                 && label.as_ref().is_none_or(|label| *label == status.function)
         };
         let shelves = Shelf::with(filter);
@@ -79,16 +79,16 @@ impl Shared {
         })
     }
 
-    pub(super) fn counts(&self) -> Result<Vec<(Function, Counts)>, Error> {
+    pub(super) fn depths(&self) -> Result<Vec<(Function, QueueDepth)>, Error> {
         let waiting = self.waiting();
-        let mut counts: HashMap<String, (Counts, Option<Number>)> = HashMap::new();
+        let mut counts: HashMap<String, (QueueDepth, Option<Number>)> = HashMap::new();
         for (label, ready, delayed, running, oldest) in waiting.schedule.counts() {
             let (pending, delayed, running) = (ready as u64, delayed as u64, running as u64);
-            let known = Counts { pending, delayed, running, ..Counts::default() };
+            let known = QueueDepth { pending, delayed, running, ..QueueDepth::default() };
             counts.insert(label.to_owned(), (known, oldest));
         }
         for (label, dead) in &waiting.dead {
-            counts.entry(label.clone()).or_default().0.dead = *dead;
+            counts.entry(label.clone()).or_default().0.dead_letters = *dead;
         }
         drop(waiting);
         let mut all = Vec::new();
@@ -98,7 +98,7 @@ impl Shared {
                 counts.oldest = call.map(|call| call.submitted_at);
             }
             let function = Function::parse(&label, "");
-            all.extend(function.filter(|_| counts != Counts::default()).map(|f| (f, counts)));
+            all.extend(function.filter(|_| counts != QueueDepth::default()).map(|f| (f, counts)));
         }
         all.sort_unstable_by(|a, b| a.0.cmp(&b.0));
         Ok(all)

@@ -35,26 +35,26 @@ const CACHE: usize = 4 << 20;
 
 /// What was found.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Found {
+pub struct SalvageReport {
     /// Why redb does not open the file.
-    pub refused: Option<String>,
+    pub open_error: Option<String>,
     /// Calls that wait, or have failed for good.
     pub calls: u64,
     pub damaged_calls: u64,
     pub results: u64,
     pub damaged_results: u64,
     /// Pieces of the file that cannot be read; what was in them is not counted.
-    pub gaps: u64,
+    pub unreadable_ranges: u64,
     /// The last change did not reach the disk, and is undone when the queue is opened.
-    pub undone: bool,
+    pub last_commit_rolled_back: bool,
     /// It could not be read which calls are over: some of `calls` may have been executed.
-    pub uncertain: bool,
+    pub completion_unknown: bool,
 }
 
-impl Found {
-    pub fn is_sound(&self) -> bool {
-        let Self { refused, damaged_calls, damaged_results, gaps, .. } = self;
-        refused.is_none() && damaged_calls + damaged_results + gaps == 0
+impl SalvageReport {
+    pub fn is_intact(&self) -> bool {
+        let Self { open_error, damaged_calls, damaged_results, unreadable_ranges, .. } = self;
+        open_error.is_none() && damaged_calls + damaged_results + unreadable_ranges == 0
     }
 }
 
@@ -70,7 +70,7 @@ enum Item {
 ///
 /// # Errors
 /// When it is in use, or nothing of it can be read.
-pub fn check(path: &Path) -> anyhow::Result<Found> {
+pub fn check(path: &Path) -> anyhow::Result<SalvageReport> {
     let undone = Arc::<AtomicBool>::default();
     let refused = guarded(|| {
         let overlay = Overlay::open(path)?;
@@ -92,7 +92,7 @@ pub fn check(path: &Path) -> anyhow::Result<Found> {
         false => &State::ALL,
     };
     let mut found = Remains::open(path, states)?.read(&mut |_| Ok(()))?;
-    (found.refused, found.undone) = (refused, undone);
+    (found.open_error, found.last_commit_rolled_back) = (refused, undone);
     Ok(found)
 }
 
@@ -100,7 +100,7 @@ pub fn check(path: &Path) -> anyhow::Result<Found> {
 ///
 /// # Errors
 /// When nothing can be read, or the copy cannot be written.
-pub fn salvage(path: &Path, out: &Path) -> anyhow::Result<Found> {
+pub fn salvage(path: &Path, out: &Path) -> anyhow::Result<SalvageReport> {
     if out.exists() {
         bail!("{} exists already", out.display());
     }
@@ -164,7 +164,7 @@ impl Remains {
     }
 
     /// Copies all that can be read to a new file at `out`, with a reserve at `reserve`.
-    fn copy(&self, out: &Path, reserve: &Path) -> anyhow::Result<Found> {
+    fn copy(&self, out: &Path, reserve: &Path) -> anyhow::Result<SalvageReport> {
         let reserve = Arc::new(Reserve::open(reserve)?);
         let mut copy = Copy {
             store: Store::open_with(out, &reserve, self.ids())?,
@@ -192,17 +192,20 @@ impl Remains {
     }
 
     /// Gives all that can be read to `take`, results first.
-    fn read(&self, take: &mut dyn FnMut(Item) -> store::Result<()>) -> anyhow::Result<Found> {
-        let mut found = Found::default();
+    fn read(
+        &self,
+        take: &mut dyn FnMut(Item) -> store::Result<()>,
+    ) -> anyhow::Result<SalvageReport> {
+        let mut found = SalvageReport::default();
         let mut over = HashMap::new();
         let missing = self.walk(OVER, &mut |key, marks| {
             over.insert(key, Marks::new(marks));
             Ok(())
         })?;
-        (found.uncertain, found.gaps) = (missing > 0, missing);
+        (found.completion_unknown, found.unreadable_ranges) = (missing > 0, missing);
         let mut finished = HashSet::new();
         for (table, in_rows) in [(FINISHED, false), (ENDED, true)] {
-            found.gaps += self.walk(table, &mut |key, value| {
+            found.unreadable_ranges += self.walk(table, &mut |key, value| {
                 for (number, stored) in entries(in_rows, key, value) {
                     let record = stored.map(Bytes::copy_from_slice);
                     let Some((record, (status, _))) = record
@@ -222,7 +225,7 @@ impl Remains {
         }
         let mut waiting = HashSet::new();
         for (table, in_rows) in [(CALLS, false), (BATCHES, true)] {
-            found.gaps += self.walk(table, &mut |key, value| {
+            found.unreadable_ranges += self.walk(table, &mut |key, value| {
                 let marks = over.get(&key).filter(|_| in_rows);
                 for (index, (number, stored)) in entries(in_rows, key, value).enumerate() {
                     if finished.contains(&number) || marks.is_some_and(|it| it.has(index)) {
@@ -240,13 +243,13 @@ impl Remains {
                 Ok(())
             })?;
         }
-        found.gaps += self.walk(PROGRESS, &mut |number, json| {
+        found.unreadable_ranges += self.walk(PROGRESS, &mut |number, json| {
             if waiting.contains(&number) && parse(json).is_some() {
                 take(Item::Progress { number, json: json.to_vec() })?;
             }
             Ok(())
         })?;
-        found.gaps += self.keys(take)?;
+        found.unreadable_ranges += self.keys(take)?;
         Ok(found)
     }
 

@@ -5,7 +5,7 @@ use std::collections::{BinaryHeap, HashMap, HashSet, VecDeque};
 use std::sync::Arc;
 
 use crate::queue::call::UnixMillis;
-use crate::queue::fair_share::has_room;
+use crate::queue::fair_share::may_start;
 
 /// A call's number: calls are numbered as they are taken in.
 pub(super) type Number = u64;
@@ -186,7 +186,7 @@ impl Schedule {
         self.ripen(now);
         for _ in 0..self.turn.len() {
             let line = self.turn.pop_front()?;
-            if !has_room(self.functions[line].placed, self.placed, places) {
+            if !may_start(self.functions[line].placed, self.placed, places) {
                 self.turn.push_back(line);
                 continue;
             }

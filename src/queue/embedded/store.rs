@@ -410,7 +410,7 @@ pub(super) type Stored = TableDefinition<'static, Number, &'static [u8]>;
 impl Shelf {
     /// The shelves with all that `filter` can mean. To look for a handful of dead calls must not read a million others.
     pub(super) fn with(filter: &Filter) -> &'static [Self] {
-        match (filter.dead, filter.state) {
+        match (filter.dead_letter, filter.state) {
             (Some(true), _) | (_, Some(CallState::Retrying)) => &[Self::Progress],
             (_, Some(CallState::Queued | CallState::Running)) => &[Self::Calls],
             (_, Some(CallState::Succeeded | CallState::Failed | CallState::Cancelled)) => {

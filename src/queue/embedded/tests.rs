@@ -12,7 +12,7 @@ use crate::queue::embedded::change::Change;
 use crate::queue::embedded::store::Mark;
 use crate::queue::status::CallState;
 
-const LIMITS: Limits = Limits { pending: 5, result_ttl: 3_600_000, key_ttl: 3_600_000 };
+const LIMITS: Limits = Limits { max_pending: 5, result_ttl: 3_600_000, idempotency_ttl: 3_600_000 };
 const PLACES: usize = 10;
 
 fn open(directory: &TempDir) -> Embedded {
@@ -31,7 +31,7 @@ fn call(id: &str) -> QueuedCall {
 }
 
 async fn settle(queue: &Embedded, delivery: Delivery, settlement: Settlement) {
-    let Handle::Embedded(lease) = &delivery.handle else { panic!("of another queue") };
+    let LeaseHandle::Embedded(lease) = &delivery.handle else { panic!("of another queue") };
     queue.settle(lease, &delivery.call, &settlement).await.unwrap();
 }
 
@@ -65,19 +65,19 @@ async fn a_call_goes_through_its_states() {
     let directory = TempDir::new().unwrap();
     let queue = open(&directory);
     let published = queue.publish(call("a"), None).await.unwrap();
-    assert_eq!(published, Published { id: "a".to_owned(), repeated: false });
+    assert_eq!(published, Published { id: "a".to_owned(), duplicate: false });
     assert_eq!(state(&queue, "a").await, Some(CallState::Queued));
-    let delivery = queue.take(PLACES).await.unwrap();
+    let delivery = queue.receive(PLACES).await.unwrap();
     assert_eq!((&delivery.call, delivery.attempts), (&call_at("a", &delivery), 0));
     assert_eq!(state(&queue, "a").await, Some(CallState::Running));
-    assert_eq!(queue.cancel("a").await.unwrap(), Changed::No(CallState::Running));
+    assert_eq!(queue.cancel("a").await.unwrap(), ChangeOutcome::WrongState(CallState::Running));
     settle(&queue, delivery, succeeded()).await;
     let status = queue.status("a").await.unwrap().unwrap();
     assert_eq!(
         (status.state, status.attempts, status.status),
         (CallState::Succeeded, 1, Some(200))
     );
-    assert_eq!(queue.answer("a").await.unwrap().unwrap().body, "answer");
+    assert_eq!(queue.result("a").await.unwrap().unwrap().body, "answer");
     assert_eq!(queue.status("b").await.unwrap(), None);
 }
 
@@ -106,11 +106,11 @@ async fn what_was_not_settled_is_there_after_a_restart() {
     for id in ["done", "retried", "dead", "running", "waiting"] {
         queue.publish(call(id), None).await.unwrap();
     }
-    settle(&queue, queue.take(PLACES).await.unwrap(), succeeded()).await;
+    settle(&queue, queue.receive(PLACES).await.unwrap(), succeeded()).await;
     let retry = Settlement::Retry { at: now(), status: Some(503), reason: None };
-    settle(&queue, queue.take(PLACES).await.unwrap(), retry).await;
-    settle(&queue, queue.take(PLACES).await.unwrap(), dead()).await;
-    let running = queue.take(PLACES).await.unwrap();
+    settle(&queue, queue.receive(PLACES).await.unwrap(), retry).await;
+    settle(&queue, queue.receive(PLACES).await.unwrap(), dead()).await;
+    let running = queue.receive(PLACES).await.unwrap();
     // Without a word to the queue, as when the process is killed.
     std::mem::forget(running);
     close(queue);
@@ -119,7 +119,7 @@ async fn what_was_not_settled_is_there_after_a_restart() {
     assert_eq!(state(&queue, "dead").await, Some(CallState::Failed));
     let mut again = Vec::new();
     for _ in 0..3 {
-        let delivery = queue.take(PLACES).await.unwrap();
+        let delivery = queue.receive(PLACES).await.unwrap();
         again.push((delivery.call.id.clone(), delivery.attempts));
         settle(&queue, delivery, succeeded()).await;
     }
@@ -145,8 +145,8 @@ async fn the_same_id_and_the_same_key_are_queued_once() {
         call.options.idempotency_key = Some("k".to_owned());
         call
     };
-    assert!(!queue.publish(keyed("a"), None).await.unwrap().repeated);
-    let again = Published { id: "a".to_owned(), repeated: true };
+    assert!(!queue.publish(keyed("a"), None).await.unwrap().duplicate);
+    let again = Published { id: "a".to_owned(), duplicate: true };
     assert_eq!(queue.publish(keyed("b"), None).await.unwrap(), again);
     assert_eq!(queue.publish(call("a"), None).await.unwrap(), again);
     assert_eq!(queue.shared.waiting().schedule.waiting(), 1);
@@ -156,14 +156,14 @@ async fn the_same_id_and_the_same_key_are_queued_once() {
 async fn a_full_queue_says_so() {
     let directory = TempDir::new().unwrap();
     let queue = open(&directory);
-    for number in 0..LIMITS.pending {
+    for number in 0..LIMITS.max_pending {
         queue.publish(call(&number.to_string()), None).await.unwrap();
     }
     assert_eq!(queue.publish(call("more"), None).await, Err(Error::Full));
-    assert_eq!(queue.cancel("0").await.unwrap(), Changed::Yes);
+    assert_eq!(queue.cancel("0").await.unwrap(), ChangeOutcome::Applied);
     assert!(queue.publish(call("more"), None).await.is_ok());
     assert_eq!(state(&queue, "0").await, Some(CallState::Cancelled));
-    assert_eq!(queue.take(PLACES).await.unwrap().call.id, "1");
+    assert_eq!(queue.receive(PLACES).await.unwrap().call.id, "1");
 }
 
 #[tokio::test]
@@ -171,20 +171,20 @@ async fn a_dead_call_is_kept_until_it_is_revived() {
     let directory = TempDir::new().unwrap();
     let queue = open(&directory);
     queue.publish(call("a"), None).await.unwrap();
-    settle(&queue, queue.take(PLACES).await.unwrap(), dead()).await;
-    let counts = queue.counts().await.unwrap();
-    assert_eq!((counts[0].0.to_string(), counts[0].1.dead), ("echo.fn".to_owned(), 1));
-    let filter = Filter { dead: Some(true), ..Filter::default() };
+    settle(&queue, queue.receive(PLACES).await.unwrap(), dead()).await;
+    let counts = queue.depths().await.unwrap();
+    assert_eq!((counts[0].0.to_string(), counts[0].1.dead_letters), ("echo.fn".to_owned(), 1));
+    let filter = Filter { dead_letter: Some(true), ..Filter::default() };
     let listed = queue.list(&filter, None, 10).await.unwrap();
     assert_eq!(listed.iter().map(|status| &*status.id).collect::<Vec<_>>(), ["a"]);
-    assert_eq!(queue.revive("a").await.unwrap(), Changed::Yes);
-    let delivery = queue.take(PLACES).await.unwrap();
+    assert_eq!(queue.redrive("a").await.unwrap(), ChangeOutcome::Applied);
+    let delivery = queue.receive(PLACES).await.unwrap();
     assert_eq!((delivery.call.id.as_str(), delivery.attempts), ("a", 0));
-    assert_eq!(queue.revive("a").await.unwrap(), Changed::No(CallState::Running));
+    assert_eq!(queue.redrive("a").await.unwrap(), ChangeOutcome::WrongState(CallState::Running));
     settle(&queue, delivery, dead()).await;
     assert_eq!(queue.purge(&filter).await.unwrap(), 1);
     assert_eq!(queue.status("a").await.unwrap(), None);
-    assert_eq!(queue.counts().await.unwrap(), []);
+    assert_eq!(queue.depths().await.unwrap(), []);
 }
 
 #[tokio::test]
@@ -192,25 +192,25 @@ async fn a_delivery_that_is_dropped_is_taken_again() {
     let directory = TempDir::new().unwrap();
     let queue = open(&directory);
     queue.publish(call("a"), None).await.unwrap();
-    drop(queue.take(PLACES).await.unwrap());
+    drop(queue.receive(PLACES).await.unwrap());
     assert_eq!(state(&queue, "a").await, Some(CallState::Queued));
-    assert_eq!(queue.take(PLACES).await.unwrap().call.id, "a");
+    assert_eq!(queue.receive(PLACES).await.unwrap().call.id, "a");
 }
 
 #[tokio::test]
 async fn what_has_been_kept_for_long_enough_is_forgotten() {
     let directory = TempDir::new().unwrap();
-    let limits = Limits { result_ttl: 0, key_ttl: 0, ..LIMITS };
+    let limits = Limits { result_ttl: 0, idempotency_ttl: 0, ..LIMITS };
     let queue = Embedded::open(directory.path(), limits).unwrap();
     let mut first = call("a");
     first.options.idempotency_key = Some("k".to_owned());
     queue.publish(first, None).await.unwrap();
-    settle(&queue, queue.take(PLACES).await.unwrap(), succeeded()).await;
+    settle(&queue, queue.receive(PLACES).await.unwrap(), succeeded()).await;
     tokio::time::sleep(Duration::from_millis(5)).await;
-    queue.expire().await;
+    queue.sweep_expired().await;
     let mut second = call("b");
     second.options.idempotency_key = Some("k".to_owned());
-    assert!(!queue.publish(second, None).await.unwrap().repeated);
+    assert!(!queue.publish(second, None).await.unwrap().duplicate);
     assert_eq!(queue.status("a").await.unwrap(), None);
 }
 
@@ -218,7 +218,7 @@ async fn what_has_been_kept_for_long_enough_is_forgotten() {
 async fn a_call_is_found_by_an_id_that_was_made_here() {
     let directory = TempDir::new().unwrap();
     let queue = open(&directory);
-    let mut made = call(&queue.fresh_id());
+    let mut made = call(&queue.new_call_id());
     made.options.chosen_id = false;
     queue.publish(made.clone(), None).await.unwrap();
     assert_eq!(state(&queue, &made.id).await, Some(CallState::Queued));
@@ -227,8 +227,8 @@ async fn a_call_is_found_by_an_id_that_was_made_here() {
     guessed.replace_range(35.., if guessed.ends_with('0') { "1" } else { "0" });
     assert_eq!(state(&queue, &guessed).await, None);
     // Whoever chooses an id that is taken meets that call.
-    assert!(queue.publish(call(&made.id), None).await.unwrap().repeated);
-    settle(&queue, queue.take(PLACES).await.unwrap(), succeeded()).await;
+    assert!(queue.publish(call(&made.id), None).await.unwrap().duplicate);
+    settle(&queue, queue.receive(PLACES).await.unwrap(), succeeded()).await;
     assert_eq!(state(&queue, &made.id).await, Some(CallState::Succeeded));
 }
 
@@ -241,10 +241,10 @@ async fn a_call_that_is_published_and_cancelled_at_once_is_counted_right() {
         let (published, cancelled) =
             tokio::join!(queue.publish(call("a"), None), queue.cancel("a"));
         published.unwrap();
-        let cancelled_now = cancelled.unwrap() == Changed::Yes;
+        let cancelled_now = cancelled.unwrap() == ChangeOutcome::Applied;
         if !cancelled_now {
             assert_eq!(queue.shared.waiting().schedule.waiting(), 1);
-            assert_eq!(queue.cancel("a").await.unwrap(), Changed::Yes);
+            assert_eq!(queue.cancel("a").await.unwrap(), ChangeOutcome::Applied);
         }
         assert_eq!(queue.shared.waiting().schedule.waiting(), 0);
         let filter = Filter { state: Some(CallState::Cancelled), ..Filter::default() };
@@ -259,10 +259,10 @@ async fn a_call_that_is_about_to_be_made_cannot_be_taken_back() {
     queue.publish(call("a"), None).await.unwrap();
     let (held, stored) = queue.shared.waiting().pick(now(), PLACES).unwrap();
     let lease = Lease::new(Arc::clone(&queue.shared), held);
-    assert_eq!(queue.cancel("a").await.unwrap(), Changed::No(CallState::Running));
+    assert_eq!(queue.cancel("a").await.unwrap(), ChangeOutcome::WrongState(CallState::Running));
     drop(queue.deliver(lease, stored).unwrap().unwrap());
-    assert_eq!(queue.cancel("a").await.unwrap(), Changed::Yes);
-    assert_eq!(queue.counts().await.unwrap(), []);
+    assert_eq!(queue.cancel("a").await.unwrap(), ChangeOutcome::Applied);
+    assert_eq!(queue.depths().await.unwrap(), []);
 }
 
 #[tokio::test]
@@ -270,11 +270,11 @@ async fn an_old_lease_does_not_give_back_a_call_that_is_made_again() {
     let directory = TempDir::new().unwrap();
     let queue = open(&directory);
     queue.publish(call("a"), None).await.unwrap();
-    let first = queue.take(PLACES).await.unwrap();
-    let Handle::Embedded(lease) = &first.handle else { panic!("not embedded") };
+    let first = queue.receive(PLACES).await.unwrap();
+    let LeaseHandle::Embedded(lease) = &first.handle else { panic!("not embedded") };
     let retry = Settlement::Retry { at: now(), status: Some(503), reason: None };
     queue.settle(lease, &first.call, &retry).await.unwrap();
-    let second = queue.take(PLACES).await.unwrap();
+    let second = queue.receive(PLACES).await.unwrap();
     assert_eq!(queue.settle(lease, &first.call, &retry).await, Err(Error::Gone));
     drop(first);
     assert_eq!(state(&queue, "a").await, Some(CallState::Running));
@@ -287,19 +287,19 @@ async fn a_settlement_that_comes_too_late_touches_nobody_elses_call() {
     let directory = TempDir::new().unwrap();
     let queue = open(&directory);
     queue.publish(call("a"), None).await.unwrap();
-    let first = queue.take(PLACES).await.unwrap();
-    let Handle::Embedded(lease) = &first.handle else { panic!("not embedded") };
+    let first = queue.receive(PLACES).await.unwrap();
+    let LeaseHandle::Embedded(lease) = &first.handle else { panic!("not embedded") };
     let held = lease.held;
     // Whoever had it was cut off while its settlement was on its way.
     drop(first);
-    let second = queue.take(PLACES).await.unwrap();
+    let second = queue.receive(PLACES).await.unwrap();
     let retry = Settlement::Retry { at: now(), status: Some(503), reason: None };
     let status = CallRecord::queued(&second.call).settled(&retry, now());
     let settled = Settled::new(&status, &retry);
     queue.shared.waiting().settled(held, &settled, false);
     assert_eq!(state(&queue, "a").await, Some(CallState::Running));
     settle(&queue, second, succeeded()).await;
-    assert_eq!(queue.counts().await.unwrap(), []);
+    assert_eq!(queue.depths().await.unwrap(), []);
 }
 
 #[tokio::test]
@@ -309,8 +309,8 @@ async fn a_call_that_ends_after_it_was_given_back_is_not_made_again() {
     for id in ["a", "b", "c"] {
         queue.publish(call(id), None).await.unwrap();
     }
-    let first = queue.take(PLACES).await.unwrap();
-    let Handle::Embedded(lease) = &first.handle else { panic!("not embedded") };
+    let first = queue.receive(PLACES).await.unwrap();
+    let LeaseHandle::Embedded(lease) = &first.handle else { panic!("not embedded") };
     let status = CallRecord::queued(&first.call).settled(&succeeded(), now());
     let settled = Settled::new(&status, &succeeded());
     let held = lease.held;
@@ -320,12 +320,12 @@ async fn a_call_that_ends_after_it_was_given_back_is_not_made_again() {
     assert_eq!(state(&queue, "a").await, Some(CallState::Succeeded));
     assert_eq!(queue.shared.waiting().schedule.waiting(), 2);
     // And the same of one that is made again by then.
-    let second = queue.take(PLACES).await.unwrap();
+    let second = queue.receive(PLACES).await.unwrap();
     assert_eq!(second.call.id, "b");
-    let Handle::Embedded(lease) = &second.handle else { panic!("not embedded") };
+    let LeaseHandle::Embedded(lease) = &second.handle else { panic!("not embedded") };
     let (held, again) = (lease.held, second.call.clone());
     drop(second);
-    let third = queue.take(PLACES).await.unwrap();
+    let third = queue.receive(PLACES).await.unwrap();
     let status = CallRecord::queued(&again).settled(&succeeded(), now());
     let settled = Settled::new(&status, &succeeded());
     queue.ask(|reply| Op::Settle(held, settled, reply)).await.unwrap();
@@ -349,15 +349,15 @@ async fn a_key_stands_for_no_call_that_was_purged() {
     queue.publish(keyed("a"), None).await.unwrap();
     let filter = Filter { state: Some(CallState::Queued), ..Filter::default() };
     assert_eq!(queue.purge(&filter).await.unwrap(), 1);
-    assert!(!queue.publish(keyed("b"), None).await.unwrap().repeated);
-    assert_eq!(queue.take(PLACES).await.unwrap().call.id, "b");
+    assert!(!queue.publish(keyed("b"), None).await.unwrap().duplicate);
+    assert_eq!(queue.receive(PLACES).await.unwrap().call.id, "b");
 }
 
 #[tokio::test]
 async fn all_that_has_expired_is_forgotten_at_once() {
     const CALLS: usize = 2500;
     let directory = TempDir::new().unwrap();
-    let limits = Limits { pending: CALLS, result_ttl: 0, key_ttl: 0 };
+    let limits = Limits { max_pending: CALLS, result_ttl: 0, idempotency_ttl: 0 };
     let queue = Embedded::open(directory.path(), limits).unwrap();
     let ids: Vec<_> = (0..CALLS).map(|number| number.to_string()).collect();
     let published = ids.iter().map(|id| queue.publish(call(id), None));
@@ -368,7 +368,7 @@ async fn all_that_has_expired_is_forgotten_at_once() {
     while now() == over {
         tokio::task::yield_now().await;
     }
-    queue.expire().await;
+    queue.sweep_expired().await;
     assert_eq!(queue.list(&Filter::default(), None, 10).await.unwrap(), []);
 }
 
@@ -379,13 +379,13 @@ async fn each_kind_of_call_is_found_and_paged() {
     for id in ["done", "dead", "retried", "running", "waiting"] {
         queue.publish(call(id), None).await.unwrap();
     }
-    settle(&queue, queue.take(PLACES).await.unwrap(), succeeded()).await;
-    settle(&queue, queue.take(PLACES).await.unwrap(), dead()).await;
+    settle(&queue, queue.receive(PLACES).await.unwrap(), succeeded()).await;
+    settle(&queue, queue.receive(PLACES).await.unwrap(), dead()).await;
     let retry = Settlement::Retry { at: now() + 60_000, status: Some(503), reason: None };
-    settle(&queue, queue.take(PLACES).await.unwrap(), retry).await;
-    let _running = queue.take(PLACES).await.unwrap();
+    settle(&queue, queue.receive(PLACES).await.unwrap(), retry).await;
+    let _running = queue.receive(PLACES).await.unwrap();
     let find = async |state, dead, after: Option<&str>| -> Vec<String> {
-        let filter = Filter { state, dead, ..Filter::default() };
+        let filter = Filter { state, dead_letter: dead, ..Filter::default() };
         let found = queue.list(&filter, after, 10).await.unwrap();
         found.into_iter().map(|status| status.id).collect()
     };
@@ -412,7 +412,7 @@ async fn what_is_in_the_file_though_its_change_failed_is_known_after_it_is_open_
     for id in ["dead", "gone", "running"] {
         queue.publish(call(id), None).await.unwrap();
     }
-    settle(&queue, queue.take(PLACES).await.unwrap(), dead()).await;
+    settle(&queue, queue.receive(PLACES).await.unwrap(), dead()).await;
     let (shared, number) = (&queue.shared, queue.shared.next_number());
     // It is on the disk, and whoever asked for it was told that it failed.
     let mark = Mark { changes: shared.changes.load(Relaxed) + 1, next: number + 1 };
@@ -427,16 +427,16 @@ async fn what_is_in_the_file_though_its_change_failed_is_known_after_it_is_open_
     };
     store.change(mark, change).unwrap();
     drop(store);
-    assert!(queue.publish(call("unheard"), None).await.unwrap().repeated);
+    assert!(queue.publish(call("unheard"), None).await.unwrap().duplicate);
     assert_eq!(shared.waiting().schedule.waiting(), 3);
     let mut taken = Vec::new();
     for _ in 0..3 {
-        let delivery = queue.take(PLACES).await.unwrap();
+        let delivery = queue.receive(PLACES).await.unwrap();
         taken.push(delivery.call.id.clone());
         settle(&queue, delivery, succeeded()).await;
     }
     assert_eq!(taken, ["dead", "running", "unheard"]);
-    assert_eq!(queue.counts().await.unwrap(), []);
+    assert_eq!(queue.depths().await.unwrap(), []);
     assert_eq!(shared.waiting().schedule.waiting(), 0);
 }
 
@@ -446,18 +446,18 @@ async fn a_call_that_makes_its_worker_panic_is_not_made_again_at_once() {
     let queue = open(&directory);
     for id in ["a", "b"] {
         queue.publish(call(id), None).await.unwrap();
-        let delivery = queue.take(PLACES).await.unwrap();
+        let delivery = queue.receive(PLACES).await.unwrap();
         let panics = move || {
             let _delivery = delivery;
             panic!("as a test wants it")
         };
         std::thread::spawn(panics).join().unwrap_err();
     }
-    let counts = queue.counts().await.unwrap().remove(0).1;
+    let counts = queue.depths().await.unwrap().remove(0).1;
     assert_eq!((counts.pending, counts.running, counts.delayed), (0, 0, 2));
-    assert_eq!(queue.cancel("a").await.unwrap(), Changed::Yes);
-    assert_eq!(queue.counts().await.unwrap().remove(0).1.delayed, 1);
-    let delivery = queue.take(PLACES).await.unwrap();
+    assert_eq!(queue.cancel("a").await.unwrap(), ChangeOutcome::Applied);
+    assert_eq!(queue.depths().await.unwrap().remove(0).1.delayed, 1);
+    let delivery = queue.receive(PLACES).await.unwrap();
     assert_eq!(delivery.call.id, "b");
     assert_eq!(queue.shared.waiting().schedule.waiting(), 0);
 }
@@ -470,7 +470,7 @@ async fn what_was_remembered_of_a_purged_call_does_not_end_the_next_under_its_ke
         call.options.idempotency_key = Some("k".to_owned());
         call
     };
-    let queue = Embedded::open(directory.path(), Limits { key_ttl: 0, ..LIMITS }).unwrap();
+    let queue = Embedded::open(directory.path(), Limits { idempotency_ttl: 0, ..LIMITS }).unwrap();
     queue.publish(keyed("a"), None).await.unwrap();
     queue.purge(&Filter::default()).await.unwrap();
     queue.close().await;
@@ -480,8 +480,8 @@ async fn what_was_remembered_of_a_purged_call_does_not_end_the_next_under_its_ke
     }
     drop(queue);
     let queue = open(&directory);
-    assert!(!queue.publish(keyed("b"), None).await.unwrap().repeated);
-    queue.expire().await;
-    let again = Published { id: "b".to_owned(), repeated: true };
+    assert!(!queue.publish(keyed("b"), None).await.unwrap().duplicate);
+    queue.sweep_expired().await;
+    let again = Published { id: "b".to_owned(), duplicate: true };
     assert_eq!(queue.publish(keyed("c"), None).await.unwrap(), again);
 }

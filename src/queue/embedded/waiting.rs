@@ -85,8 +85,8 @@ impl Lease {
     }
 
     /// The call's place is free.
-    pub(in crate::queue) fn answered(&self) {
-        let news = self.shared.waiting().answered(self.held);
+    pub(in crate::queue) fn release_slot(&self) {
+        let news = self.shared.waiting().release_slot(self.held);
         if news {
             self.shared.ready.notify_one();
         }
@@ -155,7 +155,7 @@ impl Waiting {
     }
 
     /// A call has been made, which is to be noted; whether that is news.
-    fn answered(&mut self, held: Held) -> bool {
+    fn release_slot(&mut self, held: Held) -> bool {
         let run = self.running.get_mut(&held.picked.number).filter(|run| run.run == held.run);
         let news = run.is_some_and(|run| !std::mem::replace(&mut run.answered, true));
         if news {
@@ -167,7 +167,7 @@ impl Waiting {
     /// The call does not run any more; `false` if it did not already, or is another's.
     pub(super) fn ended(&mut self, held: Held) -> bool {
         let number = held.picked.number;
-        self.answered(held);
+        self.release_slot(held);
         let runs = self.is_held(held);
         if runs {
             self.running.remove(&number);

@@ -15,9 +15,9 @@ use crate::queue::embedded::schedule::Number;
 use crate::queue::embedded::store::Result as StoreResult;
 use crate::queue::embedded::waiting::{Held, Waiting};
 use crate::queue::embedded::{Shared, finished};
-use crate::queue::reply_batch::{Outbox, Reply};
+use crate::queue::reply_batch::{Reply, ReplyBatch};
 use crate::queue::status::{CallRecord, CallState, Settlement};
-use crate::queue::{Changed, Error, Published, Room, now};
+use crate::queue::{ChangeOutcome, Error, MemoryPermit, Published, now};
 
 /// So many changes are made durable together, at most.
 const TOGETHER: usize = 512;
@@ -38,7 +38,7 @@ pub(super) struct Incoming {
     pub(super) due: UnixMillis,
     pub(super) encoded: Bytes,
     /// Held until the call is written or refused, however long that takes and whoever still waits for it.
-    pub(super) _room: Room,
+    pub(super) _room: Option<MemoryPermit>,
 }
 
 /// How a call goes on, as it is written.
@@ -87,8 +87,8 @@ fn is_chosen(status: &CallRecord) -> bool {
 pub(super) enum Op {
     Publish(Incoming, Reply<Published>),
     Settle(Held, Settled, Reply<()>),
-    Cancel(String, Reply<Changed>),
-    Revive(String, Reply<Changed>),
+    Cancel(String, Reply<ChangeOutcome>),
+    Revive(String, Reply<ChangeOutcome>),
     /// Removes calls that do not run, all trace of them.
     Purge(Vec<String>, Reply<u64>),
     /// Forgets what has been kept for long enough, or some of it; whether there is more.
@@ -227,7 +227,7 @@ fn write_together(shared: &Arc<Shared>, mut ops: Vec<Op>) {
     shared.pressure.reserve.allow(true);
     match changed {
         Ok(applied) => {
-            let (mut waiting, mut outbox) = (shared.waiting(), Outbox::default());
+            let (mut waiting, mut outbox) = (shared.waiting(), ReplyBatch::default());
             for (op, applied) in ops.into_iter().zip(applied) {
                 applied.take_effect(op, &mut waiting, &mut outbox);
             }
@@ -285,7 +285,7 @@ enum Applied {
     Settled {
         ended: bool,
     },
-    Changed(Changed),
+    ChangeOutcome(ChangeOutcome),
     Cancelled {
         number: Number,
         label: String,
@@ -310,18 +310,18 @@ impl Batch<'_, '_> {
                 Ok(Applied::Settled { ended })
             }
             Op::Cancel(id, _) => self.cancel(id),
-            Op::Revive(id, _) => self.revive(id),
+            Op::Revive(id, _) => self.redrive(id),
             Op::Purge(ids, _) => self.purge(ids),
             Op::Close(_) => unreachable!("it is no change"),
             Op::Expire(_) => {
-                let more = self.change.expire(self.now, EXPIRE_AT_ONCE)?;
+                let more = self.change.sweep_expired(self.now, EXPIRE_AT_ONCE)?;
                 Ok(Applied::Expired { more })
             }
         }
     }
 
     fn publish(&mut self, call: &Incoming) -> StoreResult<Applied> {
-        let repeated = |id| Ok(Applied::Published(Ok(Published { id, repeated: true })));
+        let repeated = |id| Ok(Applied::Published(Ok(Published { id, duplicate: true })));
         if let Some(key) = &call.key
             && let Some(id) = self.change.keyed(key)?
         {
@@ -341,7 +341,8 @@ impl Batch<'_, '_> {
             Some(Some(renamed)) => renamed,
             None => call,
         };
-        if self.shared.waiting().schedule.waiting() + self.added.len() >= self.shared.limits.pending
+        if self.shared.waiting().schedule.waiting() + self.added.len()
+            >= self.shared.limits.max_pending
         {
             return Ok(Applied::Published(Err(Error::Full)));
         }
@@ -349,7 +350,11 @@ impl Batch<'_, '_> {
         self.added.insert(number);
         self.change.add(number, &call.id, call.number.is_none(), &call.encoded)?;
         if let Some(key) = &call.key {
-            self.change.remember_key(key, &call.id, self.now + self.shared.limits.key_ttl)?;
+            self.change.remember_key(
+                key,
+                &call.id,
+                self.now + self.shared.limits.idempotency_ttl,
+            )?;
         }
         Ok(Applied::Added { number, id: call.id.clone() })
     }
@@ -373,11 +378,11 @@ impl Batch<'_, '_> {
             return self.cancel_unreadable(id);
         };
         if status.state.is_final() && !status.dead_letter {
-            return Ok(Applied::Changed(Changed::No(status.state)));
+            return Ok(Applied::ChangeOutcome(ChangeOutcome::WrongState(status.state)));
         }
         // From here on nobody takes it.
         if !status.dead_letter && !self.withdraw(number, &status) {
-            return Ok(Applied::Changed(Changed::No(CallState::Running)));
+            return Ok(Applied::ChangeOutcome(ChangeOutcome::WrongState(CallState::Running)));
         }
         let was_dead = std::mem::take(&mut status.dead_letter);
         (status.state, status.finished_at) = (CallState::Cancelled, Some(self.now));
@@ -392,7 +397,9 @@ impl Batch<'_, '_> {
     fn cancel_unreadable(&mut self, id: &str) -> StoreResult<Applied> {
         let number = self.shared.ids.number_in(id);
         let set_aside = number.filter(|it| self.shared.waiting().damaged.contains(it));
-        let Some(number) = set_aside else { return Ok(Applied::Changed(Changed::Unknown)) };
+        let Some(number) = set_aside else {
+            return Ok(Applied::ChangeOutcome(ChangeOutcome::NotFound));
+        };
         self.change.remove(number, id)?;
         Ok(Applied::Cancelled { number, label: String::new(), was_dead: false })
     }
@@ -406,12 +413,14 @@ impl Batch<'_, '_> {
         true
     }
 
-    fn revive(&mut self, id: &str) -> StoreResult<Applied> {
+    fn redrive(&mut self, id: &str) -> StoreResult<Applied> {
         let Some((number, status)) = self.change.find(id)? else {
-            return Ok(Applied::Changed(Changed::Unknown));
+            return Ok(Applied::ChangeOutcome(ChangeOutcome::NotFound));
         };
         if !status.dead_letter {
-            return Ok(Applied::Changed(Changed::No(self.shared.waiting().state(number, &status))));
+            return Ok(Applied::ChangeOutcome(ChangeOutcome::WrongState(
+                self.shared.waiting().state(number, &status),
+            )));
         }
         self.change.forget_progress(number)?;
         self.change.drop_answer(number)?;
@@ -435,38 +444,38 @@ impl Batch<'_, '_> {
 }
 
 impl Applied {
-    fn take_effect(self, op: Op, waiting: &mut Waiting, outbox: &mut Outbox) {
+    fn take_effect(self, op: Op, waiting: &mut Waiting, outbox: &mut ReplyBatch) {
         match (op, self) {
-            (Op::Publish(_, reply), Self::Published(answer)) => outbox.put(reply, answer),
+            (Op::Publish(_, reply), Self::Published(answer)) => outbox.push(reply, answer),
             (Op::Publish(call, reply), Self::Added { number, id }) => {
                 waiting.add(&call.label, number, call.due);
-                outbox.put(reply, Ok(Published { id, repeated: false }));
+                outbox.push(reply, Ok(Published { id, duplicate: false }));
             }
             (Op::Settle(held, settled, reply), Self::Settled { ended }) => {
                 waiting.settled(held, &settled, ended);
-                outbox.put(reply, Ok(()));
+                outbox.push(reply, Ok(()));
             }
-            (Op::Cancel(_, reply) | Op::Revive(_, reply), Self::Changed(changed)) => {
-                outbox.put(reply, Ok(changed));
+            (Op::Cancel(_, reply) | Op::Revive(_, reply), Self::ChangeOutcome(changed)) => {
+                outbox.push(reply, Ok(changed));
             }
             (Op::Cancel(_, reply), Self::Cancelled { number, label, was_dead }) => {
                 waiting.forget(number);
                 waiting.buried(&label, was_dead);
-                outbox.put(reply, Ok(Changed::Yes));
+                outbox.push(reply, Ok(ChangeOutcome::Applied));
             }
             (Op::Revive(_, reply), Self::Revived { number, label }) => {
                 waiting.buried(&label, true);
                 waiting.add(&label, number, 0);
-                outbox.put(reply, Ok(Changed::Yes));
+                outbox.push(reply, Ok(ChangeOutcome::Applied));
             }
             (Op::Purge(_, reply), Self::Purged(purged)) => {
                 for (number, label, was_dead) in &purged {
                     waiting.forget(*number);
                     waiting.buried(label, *was_dead);
                 }
-                outbox.put(reply, Ok(purged.len() as u64));
+                outbox.push(reply, Ok(purged.len() as u64));
             }
-            (Op::Expire(reply), Self::Expired { more }) => outbox.put(reply, Ok(more)),
+            (Op::Expire(reply), Self::Expired { more }) => outbox.push(reply, Ok(more)),
             _ => unreachable!("each change has its own effect"),
         }
     }

@@ -11,7 +11,7 @@ use crate::queue::jetstream::lease::Lease;
 use crate::queue::jetstream::lines::Lines;
 use crate::queue::jetstream::pace::Pace;
 use crate::queue::jetstream::pull::{Arrived, LOOK_AGAIN, ask, look_around};
-use crate::queue::{Delivery, Error, Handle};
+use crate::queue::{Delivery, Error, LeaseHandle};
 
 /// How long a call waits here for one who takes it.
 pub(super) const HOLD: Duration = Duration::from_secs(1);
@@ -40,7 +40,7 @@ impl Begun {
         let next = self.ready.iter().position(|(_, line, _)| lines.may_take(*line, places))?;
         let (_, line, delivery) = self.ready.remove(next)?;
         lines.take(line);
-        if let Handle::JetStream(lease) = &delivery.handle {
+        if let LeaseHandle::JetStream(lease) = &delivery.handle {
             lease.placed();
         }
         self.pace.came(Instant::now());

@@ -1,7 +1,7 @@
 //! Calls that failed for good: they are dropped, or tried again.
 
 use crate::function::Function;
-use crate::queue::Changed;
+use crate::queue::ChangeOutcome;
 use crate::queue::jetstream::Shared;
 use crate::queue::jetstream::server::Fault;
 use crate::queue::jetstream::state::{Dead, Ended, Found, cancelled};
@@ -46,18 +46,22 @@ impl Shared {
         Ok(true)
     }
 
-    pub(super) async fn revive(&self, id: &str) -> Result<Changed, Fault> {
+    pub(super) async fn revive(&self, id: &str) -> Result<ChangeOutcome, Fault> {
         let Dead { status, message, number, was } = match self.find(id).await? {
-            None => return Ok(Changed::Unknown),
-            Some(Found::Ended(Ended { end, .. })) => return Ok(Changed::No(end.status.state)),
+            None => return Ok(ChangeOutcome::NotFound),
+            Some(Found::Ended(Ended { end, .. })) => {
+                return Ok(ChangeOutcome::WrongState(end.status.state));
+            }
             Some(Found::Waiting(waiting)) => {
                 let status = waiting.status(waiting.since);
-                return Ok(status.map_or(Changed::Unknown, |status| Changed::No(status.state)));
+                return Ok(status.map_or(ChangeOutcome::NotFound, |status| {
+                    ChangeOutcome::WrongState(status.state)
+                }));
             }
             Some(Found::Dead(dead)) => dead,
         };
         let Some(function) = Function::parse(&status.function, "") else {
-            return Ok(Changed::Unknown);
+            return Ok(ChangeOutcome::NotFound);
         };
         self.consumer(&function).await?;
         // The message that it was may be there still: who settled it did not come so far, or the server forgot.
@@ -67,13 +71,17 @@ impl Shared {
         if self.server.at(&self.names.dead, number).await?.is_none() {
             // Somebody else was faster, and it may be over again.
             let status = self.status(id).await?;
-            return Ok(status.map_or(Changed::Unknown, |status| Changed::No(status.state)));
+            return Ok(status.map_or(ChangeOutcome::NotFound, |status| {
+                ChangeOutcome::WrongState(status.state)
+            }));
         }
         let (headers, body) = (message.revived(number), message.body.clone());
         let stored = match self.server.put(subject, headers, body, Some(0)).await {
             Ok(stored) => stored.sequence,
             // Somebody else was faster.
-            Err(fault) if fault.is_conflict() => return Ok(Changed::No(CallState::Queued)),
+            Err(fault) if fault.is_conflict() => {
+                return Ok(ChangeOutcome::WrongState(CallState::Queued));
+            }
             Err(fault) => return Err(fault),
         };
         // It is tried again, whatever becomes of the rest. When it is over, what says that it is dead goes at the latest.
@@ -87,14 +95,14 @@ impl Shared {
             Ok(false) => {
                 if self.server.delete(&self.names.calls, stored).await? {
                     self.forget_parts(message.parts().as_ref()).await;
-                    return Ok(Changed::No(CallState::Cancelled));
+                    return Ok(ChangeOutcome::WrongState(CallState::Cancelled));
                 }
             }
             Err(error) => {
                 tracing::warn!(%error, call_id = id, "A dead call is tried again, but counts as dead for now");
             }
         }
-        Ok(Changed::Yes)
+        Ok(ChangeOutcome::Applied)
     }
 
     /// Removes the message that a dead call was, if it had one of its own.

@@ -84,7 +84,7 @@ impl Shared {
     /// # Errors
     /// [`Error::Full`] when there is none.
     pub(super) async fn make_room(&self, calls: usize) -> Result<Admitted<'_>, Error> {
-        let (calls, limit) = (calls as u64, self.options.limits.pending as u64);
+        let (calls, limit) = (calls as u64, self.options.limits.max_pending as u64);
         match self.fill.take(calls, limit) {
             Some(taken) => Ok(taken),
             None => Box::pin(self.count_room(calls, limit)).await,
@@ -94,7 +94,7 @@ impl Shared {
     async fn count_room(&self, calls: u64, limit: u64) -> Result<Admitted<'_>, Error> {
         let turn = tokio::time::timeout(PATIENCE, self.fill.turn.acquire()).await;
         let known = self.fill.known().times.is_some();
-        let _turn = turn.map_err(|_| if known { Error::Full } else { Error::Away })?;
+        let _turn = turn.map_err(|_| if known { Error::Full } else { Error::Unreachable })?;
         // Whoever was here before may have found some.
         if let Some(taken) = self.fill.take(calls, limit) {
             return Ok(taken);
@@ -116,7 +116,7 @@ impl Shared {
         let times = self.fill.known().times;
         let due = times.is_some_and(|(at, again)| at.elapsed() > OLD && again < Instant::now());
         match self.fill.turn.try_acquire() {
-            Ok(_turn) if due => self.count(self.options.limits.pending as u64).await,
+            Ok(_turn) if due => self.count(self.options.limits.max_pending as u64).await,
             _ => Ok(()),
         }
     }

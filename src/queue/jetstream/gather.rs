@@ -19,8 +19,8 @@ use crate::queue::jetstream::fill::Admitted;
 use crate::queue::jetstream::message::together_headers;
 use crate::queue::jetstream::subject::CALLS;
 use crate::queue::jetstream::{PUBLISH, Shared, within};
-use crate::queue::reply_batch::{Desk, Outbox, Reply};
-use crate::queue::{Error, Published, Room, now};
+use crate::queue::reply_batch::{Reply, ReplyBatch, ReplyChannel};
+use crate::queue::{Error, MemoryPermit, Published, now};
 
 /// So many calls are brought at a time.
 const WAITING: usize = 1024;
@@ -47,7 +47,7 @@ struct Waiting {
     call: QueuedCall,
     answer: Reply<Published>,
     /// Held for as long as the call is here.
-    room: Room,
+    room: Option<MemoryPermit>,
 }
 
 /// The calls of one function.
@@ -81,15 +81,15 @@ impl Gather {
     /// Sends what is brought, for as long as there is a queue.
     pub(super) fn start(shared: &Arc<Shared>) {
         let all = Arc::clone(shared);
-        shared.tasks.keep_up("publishing", move || run(Arc::clone(&all)));
+        shared.tasks.supervise("publishing", move || run(Arc::clone(&all)));
     }
 
     /// Has a call sent, for one who hears of it at `reply_batch`.
     pub(super) async fn publish(
         &self,
         call: QueuedCall,
-        room: Room,
-        desk: Desk,
+        room: Option<MemoryPermit>,
+        desk: ReplyChannel,
     ) -> Result<Published, Error> {
         let (answer, answered) = oneshot::channel();
         let waiting = Waiting { call, answer: Reply::new(answer, Some(desk)), room };
@@ -97,11 +97,11 @@ impl Gather {
             Ok(()) => {}
             // On the heap, lest the call's size be that of every future twice.
             Err(TrySendError::Full(waiting)) => {
-                Box::pin(self.bring.send(waiting)).await.map_err(|_| Error::Away)?;
+                Box::pin(self.bring.send(waiting)).await.map_err(|_| Error::Unreachable)?;
             }
-            Err(TrySendError::Closed(_)) => return Err(Error::Away),
+            Err(TrySendError::Closed(_)) => return Err(Error::Unreachable),
         }
-        answered.await.unwrap_or(Err(Error::Away))
+        answered.await.unwrap_or(Err(Error::Unreachable))
     }
 }
 
@@ -250,13 +250,13 @@ async fn send(shared: &Shared, function: Function, waiting: Vec<Waiting>) {
             Err(error) => vec![Err(error); calls.len()],
         },
     };
-    let mut outbox = Outbox::default();
-    answers.into_iter().zip(published).for_each(|((answer, _), it)| outbox.put(answer, it));
+    let mut outbox = ReplyBatch::default();
+    answers.into_iter().zip(published).for_each(|((answer, _), it)| outbox.push(answer, it));
     outbox.send();
 }
 
 fn first(id: String) -> Result<Published, Error> {
-    Ok(Published { id, repeated: false })
+    Ok(Published { id, duplicate: false })
 }
 
 impl Shared {

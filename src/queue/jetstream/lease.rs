@@ -17,7 +17,7 @@ use crate::queue::jetstream::unpack::Bundle;
 use crate::queue::jetstream::{Shared, parts};
 use crate::queue::now;
 use crate::queue::status::{CallRecord, Settlement, StoredResponse};
-use crate::queue::{Delivery, Error, Handle};
+use crate::queue::{Delivery, Error, LeaseHandle};
 
 /// One who takes a call back is done with that within this time, or has died over it.
 const TAKEN_BACK: Duration = Duration::from_secs(1);
@@ -47,7 +47,7 @@ pub(in crate::queue) struct Lease {
     stage: AtomicU8,
     settled: AtomicBool,
     /// Its body is not there any more.
-    lost: bool,
+    body_missing: bool,
     /// When it is given back: not before so long.
     delay: Option<Duration>,
 }
@@ -59,7 +59,7 @@ impl Lease {
         Roll::keep(shared);
         let (stage, settled) = (AtomicU8::new(BEGUN), AtomicBool::new(false));
         let (shared, delay) = (Arc::clone(shared), Some(PAUSE));
-        Self { shared, line, arrived, hold, stage, settled, lost: false, delay }
+        Self { shared, line, arrived, hold, stage, settled, body_missing: false, delay }
     }
 
     /// Somebody takes it, and there is a place for it.
@@ -68,7 +68,7 @@ impl Lease {
     }
 
     /// Its place is free.
-    pub(in crate::queue) fn answered(&self) {
+    pub(in crate::queue) fn release_slot(&self) {
         let left = self.stage.compare_exchange(PLACED, LEFT, Relaxed, Relaxed);
         if left.is_ok() {
             self.shared.lines().leaves(self.line);
@@ -102,7 +102,7 @@ impl Lease {
                 shared.looks.forget(&call.id);
                 call.body = body;
             } else if self.is_lost().await? {
-                self.lost = true;
+                self.body_missing = true;
             } else {
                 return Ok(None);
             }
@@ -116,8 +116,8 @@ impl Lease {
         Ok(Some(Delivery {
             call,
             attempts,
-            lost: self.lost,
-            handle: Handle::JetStream(Box::new(self)),
+            body_missing: self.body_missing,
+            handle: LeaseHandle::JetStream(Box::new(self)),
         }))
     }
 
@@ -161,7 +161,7 @@ impl Lease {
         let since = self.shared.roll.since(self.hold).unwrap_or_else(now);
         let status = self.arrived.message.running(&self.arrived.call, since);
         // One that is lost is not made once more.
-        CallRecord { attempts: status.attempts - u32::from(self.lost), ..status }
+        CallRecord { attempts: status.attempts - u32::from(self.body_missing), ..status }
     }
 
     /// Settles the call. While the server is away this waits as long as the call is ours: a settlement that is lost
@@ -178,7 +178,7 @@ impl Lease {
                 Ok(()) => return Ok(()),
                 Err(fault) => {
                     let error = Error::from(fault);
-                    if error != Error::Away || start.elapsed() > patience {
+                    if error != Error::Unreachable || start.elapsed() > patience {
                         return Err(error);
                     }
                     tokio::time::sleep(PAUSE).await;
@@ -329,7 +329,7 @@ impl Drop for Lease {
             self.shared.lines().unpick(self.line);
             self.shared.ready.notify_one();
         }
-        self.answered();
+        self.release_slot();
         if settled {
             return;
         }
@@ -340,7 +340,7 @@ impl Drop for Lease {
             ),
             false => self.delay,
         };
-        self.shared.tasks.finish(async move { arrived.not_now(&shared, delay).await });
+        self.shared.tasks.spawn_to_completion(async move { arrived.not_now(&shared, delay).await });
     }
 }
 

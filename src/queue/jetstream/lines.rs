@@ -7,7 +7,7 @@ use std::collections::{HashMap, VecDeque};
 use std::time::{Duration, Instant};
 
 use crate::function::Function;
-use crate::queue::fair_share::has_room;
+use crate::queue::fair_share::may_start;
 use crate::queue::jetstream::bundle::TOGETHER;
 use crate::queue::jetstream::pace::Pace;
 
@@ -281,7 +281,7 @@ impl<A> Lines<A> {
     /// How many calls more the line may have, at most `most`.
     fn room(&self, line: usize, places: usize, most: usize) -> usize {
         let placed = self.lines[line].placed;
-        (0..most).take_while(|more| has_room(placed + more, self.placed + more, places)).count()
+        (0..most).take_while(|more| may_start(placed + more, self.placed + more, places)).count()
     }
 }
 
@@ -364,7 +364,7 @@ mod tests {
         for call in 0..100 {
             lines.arrived(0, call, now);
         }
-        let share = (0..).take_while(|running| has_room(*running, *running, 8)).count();
+        let share = (0..).take_while(|running| may_start(*running, *running, 8)).count();
         assert_eq!(lines.takeable(8), 0);
         let begun = picks(&mut lines, 8, now).len();
         assert!((20..64).contains(&(begun - share)), "{begun}");

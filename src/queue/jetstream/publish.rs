@@ -36,11 +36,11 @@ impl Shared {
             None => Keyed::default(),
         };
         if let Some(id) = keyed.id {
-            return Ok(Published { id, repeated: true });
+            return Ok(Published { id, duplicate: true });
         }
         if call.options.chosen_id {
             match Box::pin(self.repeats(call)).await? {
-                Some(true) => return Ok(Published { id: id.clone(), repeated: true }),
+                Some(true) => return Ok(Published { id: id.clone(), duplicate: true }),
                 Some(false) => return self.publish_renamed(call).await,
                 None => {}
             }
@@ -60,7 +60,7 @@ impl Shared {
         let first = match self.store(call, &message, keyed.note).await {
             Ok(first) => first,
             // The message may be there all the same: then its parts are needed.
-            Err(Fault::Away) => return Err(Error::Away),
+            Err(Fault::Away) => return Err(Error::Unreachable),
             Err(fault) => {
                 Box::pin(self.forget_parts(message.parts().as_ref())).await;
                 return Err(match fault {
@@ -77,7 +77,7 @@ impl Shared {
             }
         }
         let repeated = first.is_some();
-        let published = Published { id: first.unwrap_or_else(|| id.clone()), repeated };
+        let published = Published { id: first.unwrap_or_else(|| id.clone()), duplicate: repeated };
         if let Some(key) = key {
             let remembered = self.remember_over(key, &call.function, &published.id, keyed.note);
             Box::pin(remembered).await?;
@@ -96,7 +96,7 @@ impl Shared {
 
     /// Takes another call under a known id in, under one of its own.
     async fn publish_renamed(&self, call: &QueuedCall) -> Result<Published, Error> {
-        let renamed = call.clone().with_new_id(JetStream::fresh_id(&call.function));
+        let renamed = call.clone().with_new_id(JetStream::new_call_id(&call.function));
         Box::pin(self.publish(&renamed)).await
     }
 

@@ -223,11 +223,11 @@ async fn listen(shared: &Arc<Shared>) -> Result<String, Fault> {
     let taken = subscribe(shared.names.taken()).await?;
     let [calls, news, taken] = [calls, news, taken].map(AsyncMutex::new).map(Arc::new);
     let all = Arc::clone(shared);
-    shared.tasks.keep_up("taken", move || hear_taken(Arc::clone(&all), Arc::clone(&taken)));
+    shared.tasks.supervise("taken", move || hear_taken(Arc::clone(&all), Arc::clone(&taken)));
     let all = Arc::clone(shared);
-    shared.tasks.keep_up("calls", move || hear_calls(Arc::clone(&all), Arc::clone(&calls)));
+    shared.tasks.supervise("calls", move || hear_calls(Arc::clone(&all), Arc::clone(&calls)));
     let all = Arc::clone(shared);
-    shared.tasks.keep_up("news", move || hear_news(Arc::clone(&all), Arc::clone(&news)));
+    shared.tasks.supervise("news", move || hear_news(Arc::clone(&all), Arc::clone(&news)));
     Ok(inbox)
 }
 

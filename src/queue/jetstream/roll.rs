@@ -215,7 +215,7 @@ impl Roll {
         }
         let shared = Arc::clone(shared);
         let tasks = Arc::clone(&shared);
-        tasks.tasks.keep_up("leases", move || Self::keep_all(Arc::clone(&shared)));
+        tasks.tasks.supervise("leases", move || Self::keep_all(Arc::clone(&shared)));
     }
 
     async fn keep_all(shared: Arc<Shared>) {

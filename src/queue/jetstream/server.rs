@@ -60,8 +60,8 @@ impl Fault {
 impl From<Fault> for Error {
     fn from(fault: Fault) -> Self {
         match &fault {
-            Fault::Away => Self::Away,
-            Fault::Refused(code, _) if NOT_NOW.contains(code) => Self::Away,
+            Fault::Away => Self::Unreachable,
+            Fault::Refused(code, _) if NOT_NOW.contains(code) => Self::Unreachable,
             Fault::Refused(STORE_FAILED, text) if text.contains("maximum messages") => Self::Full,
             Fault::Refused(code, _) if NO_ROOM.contains(code) => Self::NoSpace,
             Fault::TooLarge | Fault::Refused(LARGE_HEAD, _) => Self::TooLarge(0),

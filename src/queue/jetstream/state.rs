@@ -10,7 +10,7 @@ use bytes::{Bytes, BytesMut};
 use futures_util::{StreamExt, TryStreamExt, stream};
 
 use crate::function::Function;
-use crate::queue::Changed;
+use crate::queue::ChangeOutcome;
 use crate::queue::call::UnixMillis;
 use crate::queue::jetstream::bundle::{Place, Slot};
 use crate::queue::jetstream::ids::Key;
@@ -277,27 +277,29 @@ impl Shared {
         Ok(Some(head.with(body.freeze())))
     }
 
-    pub(super) async fn cancel(&self, id: &str) -> Result<Changed, Fault> {
+    pub(super) async fn cancel(&self, id: &str) -> Result<ChangeOutcome, Fault> {
         let mut tried_again = false;
         for _ in 0..LOOKS {
             match self.find(id).await? {
-                None => return Ok(Changed::Unknown),
+                None => return Ok(ChangeOutcome::NotFound),
                 Some(Found::Ended(Ended { end, .. }))
                     if tried_again && end.status.state == CallState::Cancelled =>
                 {
-                    return Ok(Changed::Yes);
+                    return Ok(ChangeOutcome::Applied);
                 }
-                Some(Found::Ended(Ended { end, .. })) => return Ok(Changed::No(end.status.state)),
+                Some(Found::Ended(Ended { end, .. })) => {
+                    return Ok(ChangeOutcome::WrongState(end.status.state));
+                }
                 Some(Found::Dead(dead)) => {
                     if self.drop_dead(id, dead, true).await? {
-                        return Ok(Changed::Yes);
+                        return Ok(ChangeOutcome::Applied);
                     }
                     tried_again = true;
                 }
                 // Whoever took it back did not come to the end of that.
                 Some(Found::Waiting(waiting)) if waiting.message.is_taken_back() => {
                     self.finish_off(&waiting.named, &waiting.message, waiting.sequence).await?;
-                    return Ok(Changed::Yes);
+                    return Ok(ChangeOutcome::Applied);
                 }
                 Some(Found::Waiting(waiting)) => {
                     if let Some(changed) = self.withdraw(&waiting, true).await? {
@@ -306,7 +308,7 @@ impl Shared {
                 }
             }
         }
-        Ok(Changed::No(CallState::Running))
+        Ok(ChangeOutcome::WrongState(CallState::Running))
     }
 
     /// Takes a call out that waits, with a note of it or without; `None` if it has moved meanwhile.
@@ -314,7 +316,7 @@ impl Shared {
         &self,
         waiting: &Waiting,
         note: bool,
-    ) -> Result<Option<Changed>, Fault> {
+    ) -> Result<Option<ChangeOutcome>, Fault> {
         let (server, place) = (&self.server, waiting.place());
         let start = Instant::now();
         // From here on nobody begins it. One who had begun it before has it on his list.
@@ -326,13 +328,17 @@ impl Shared {
             Err(fault) => return Err(fault),
         };
         let changed = match self.runs().await {
-            Ok(runs) if runs.contains_key(&place) => Ok(Some(Changed::No(CallState::Running))),
+            Ok(runs) if runs.contains_key(&place) => {
+                Ok(Some(ChangeOutcome::WrongState(CallState::Running)))
+            }
             Ok(_) => self.take_out(waiting, note, start).await,
             Err(fault) => Err(fault),
         };
         match changed {
             // The mark stays, for those who have been given the call but not begun it.
-            Ok(Some(Changed::Yes)) => self.forget_parts(waiting.message.parts().as_ref()).await,
+            Ok(Some(ChangeOutcome::Applied)) => {
+                self.forget_parts(waiting.message.parts().as_ref()).await
+            }
             // It goes by itself otherwise.
             Ok(_) => drop(server.delete(&self.names.claims, mark).await),
             // The call may be taken back all the same.
@@ -347,12 +353,12 @@ impl Shared {
         waiting: &Waiting,
         note: bool,
         start: Instant,
-    ) -> Result<Option<Changed>, Fault> {
+    ) -> Result<Option<ChangeOutcome>, Fault> {
         let Waiting { named: Named { function, id }, sequence, message, .. } = waiting;
         if let Some((which, slot)) = &waiting.among {
             let status = message.status().filter(|_| note).map(cancelled);
             let closed = self.close_among(which, *slot, status, start + HEEDED / 2).await?;
-            return Ok(closed.then_some(Changed::Yes));
+            return Ok(closed.then_some(ChangeOutcome::Applied));
         }
         // Before it was ours, it may have been made.
         let subject = self.names.call(CALLS, function, id);
@@ -370,7 +376,7 @@ impl Shared {
             Some(status) if note => status,
             _ => {
                 self.server.delete(&self.names.calls, *sequence).await?;
-                return Ok(Some(Changed::Yes));
+                return Ok(Some(ChangeOutcome::Applied));
             }
         };
         // One step, behind which nobody makes the call, whatever becomes of us. The rest can be done by anybody.
@@ -385,7 +391,7 @@ impl Shared {
         if let Err(error) = self.finish_off(&waiting.named, &message, stored).await {
             tracing::warn!(%error, call_id = id, "A call was cancelled, but is not gone yet");
         }
-        Ok(Some(Changed::Yes))
+        Ok(Some(ChangeOutcome::Applied))
     }
 
     /// Removes the message of a call that was taken back, and notes its final state.

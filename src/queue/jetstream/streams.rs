@@ -37,12 +37,12 @@ fn wanted(names: &Names, options: &Options) -> Vec<Config> {
     // Somebody may be given a message again whose call is over, and sees that by its final state: it is there for longer
     // than that may take, even if nobody else sees it by then.
     let results = kept(options.limits.result_ttl).max(options.lease * 2 + roll::HEEDED);
-    let keys = kept(options.limits.key_ttl);
+    let keys = kept(options.limits.idempotency_ttl);
     let calls = Config {
         retention: RetentionPolicy::WorkQueue,
         discard: DiscardPolicy::New,
         // More than there may be calls: each of those in a message with others may come to have its own.
-        max_messages: i64::try_from(options.limits.pending * 2 + 1024).unwrap_or(i64::MAX),
+        max_messages: i64::try_from(options.limits.max_pending * 2 + 1024).unwrap_or(i64::MAX),
         duplicate_window: keys.min(REPEATS),
         ..stream(&names.calls, &[CALLS], Duration::ZERO)
     };
@@ -175,7 +175,7 @@ mod tests {
     #[test]
     fn all_streams_are_where_they_are_wanted() {
         for (in_memory, storage) in [(false, StorageType::File), (true, StorageType::Memory)] {
-            let limits = Limits { pending: 1, result_ttl: 1, key_ttl: 1 };
+            let limits = Limits { max_pending: 1, result_ttl: 1, idempotency_ttl: 1 };
             let options = Options {
                 servers: Vec::new(),
                 auth: Auth::Nobody,

@@ -20,7 +20,7 @@ use crate::queue::jetstream::subject::{self, CALLS, DEAD, ENDS, consumed, named}
 use crate::queue::jetstream::together::Bundled;
 use crate::queue::now;
 use crate::queue::status::CallRecord;
-use crate::queue::{Changed, Counts, Filter, Listed, Order};
+use crate::queue::{CallPage, ChangeOutcome, Filter, Order, QueueDepth};
 
 /// So many questions are on their way at a time.
 const TOGETHER: usize = 32;
@@ -34,7 +34,7 @@ const COUNTED: u64 = 200;
 /// The counts of a large queue, and how long they are good enough.
 pub(super) struct Counted {
     until: Instant,
-    counts: HashMap<Function, Counts>,
+    counts: HashMap<Function, QueueDepth>,
 }
 
 impl Shared {
@@ -81,7 +81,7 @@ impl Shared {
         filter: &Filter,
         after: Option<&str>,
         limit: usize,
-    ) -> Result<Listed, Fault> {
+    ) -> Result<CallPage, Fault> {
         let (mut all, complete) = self.all(filter).await?;
         all.sort_unstable_by(|a, b| compare(filter.order, a, b));
         let first = match after {
@@ -97,7 +97,7 @@ impl Shared {
             },
             None => 0,
         };
-        Ok(Listed { calls: all.into_iter().skip(first).take(limit).collect(), complete })
+        Ok(CallPage { calls: all.into_iter().skip(first).take(limit).collect(), complete })
     }
 
     /// All calls that `filter` means, in no order, and whether none of them may be missing.
@@ -106,11 +106,11 @@ impl Shared {
         let means = |status: &CallRecord| {
             (status.dead_letter || self.is_kept(status))
                 && filter.state.is_none_or(|state| state == status.state)
-                && filter.dead.is_none_or(|dead| dead == status.dead_letter)
+                && filter.dead_letter.is_none_or(|dead| dead == status.dead_letter)
         };
         let mut all: HashMap<String, (u64, CallRecord)> = HashMap::new();
         let (mut filed, mut complete) = (HashMap::new(), true);
-        if filter.dead != Some(true) {
+        if filter.dead_letter != Some(true) {
             let (ends, are_all) = self.read(&names.notes, &names.of(ENDS, function), MOST).await?;
             complete &= are_all;
             for found in ends {
@@ -121,7 +121,7 @@ impl Shared {
                 }
             }
         }
-        if filter.dead != Some(false) {
+        if filter.dead_letter != Some(false) {
             let (dead, are_all) = self.read(&names.dead, &names.of(DEAD, function), MOST).await?;
             complete &= are_all;
             for found in dead {
@@ -132,7 +132,7 @@ impl Shared {
                 }
             }
         }
-        if filter.dead == Some(true) {
+        if filter.dead_letter == Some(true) {
             let dead = all.into_values().map(|(_, status)| status).filter(means);
             return Ok((dead.collect(), complete));
         }
@@ -188,7 +188,7 @@ impl Shared {
                 return server.delete(&names.calls, waiting.sequence).await;
             }
             Some(Found::Waiting(waiting)) => {
-                return Ok(self.withdraw(&waiting, false).await? == Some(Changed::Yes));
+                return Ok(self.withdraw(&waiting, false).await? == Some(ChangeOutcome::Applied));
             }
             Some(Found::Dead(dead)) => return self.drop_dead(id, dead, false).await,
             Some(Found::Ended(Ended { among: Some((which, slot)), end, .. })) => {
@@ -211,29 +211,29 @@ impl Shared {
         Ok(true)
     }
 
-    pub(super) async fn counts(&self) -> Result<Vec<(Function, Counts)>, Fault> {
+    pub(super) async fn counts(&self) -> Result<Vec<(Function, QueueDepth)>, Fault> {
         let (server, names) = (&self.server, &self.names);
-        let mut counts: HashMap<Function, Counts> = HashMap::new();
+        let mut counts: HashMap<Function, QueueDepth> = HashMap::new();
         let dead = server.subjects(&names.dead, &names.of(DEAD, None), usize::MAX).await?;
         for named in dead.iter().filter_map(|subject| named(subject)) {
-            counts.entry(named.function).or_default().dead += 1;
+            counts.entry(named.function).or_default().dead_letters += 1;
         }
         if server.messages(&names.calls).await? <= COUNTED {
             self.count_each(&mut counts).await?;
         } else {
             for (function, counted) in self.count_seldom().await? {
-                let dead = counts.get(&function).map_or(0, |counts| counts.dead);
-                counts.insert(function, Counts { dead, ..counted });
+                let dead = counts.get(&function).map_or(0, |counts| counts.dead_letters);
+                counts.insert(function, QueueDepth { dead_letters: dead, ..counted });
             }
         }
         let mut all: Vec<_> =
-            counts.into_iter().filter(|(_, counts)| *counts != Counts::default()).collect();
+            counts.into_iter().filter(|(_, counts)| *counts != QueueDepth::default()).collect();
         all.sort_unstable_by(|a, b| a.0.cmp(&b.0));
         Ok(all)
     }
 
     /// Counts the calls that are not over by looking at each.
-    async fn count_each(&self, counts: &mut HashMap<Function, Counts>) -> Result<(), Fault> {
+    async fn count_each(&self, counts: &mut HashMap<Function, QueueDepth>) -> Result<(), Fault> {
         let names = &self.names;
         let runs = self.runs().await?;
         let (found, _) = self.read(&names.calls, &names.of(CALLS, None), usize::MAX).await?;
@@ -261,7 +261,7 @@ impl Shared {
 
     /// What their consumers and takers say. The more there are, the longer the server is busy with that, and the more
     /// seldom it is asked: it has nothing else to do for a hundredth of the time at most.
-    async fn count_seldom(&self) -> Result<HashMap<Function, Counts>, Fault> {
+    async fn count_seldom(&self) -> Result<HashMap<Function, QueueDepth>, Fault> {
         if let Some(Counted { until, counts }) = &*self.counted()
             && *until > Instant::now()
         {
@@ -278,7 +278,7 @@ impl Shared {
         self.counted.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    async fn count_all(&self, counts: &mut HashMap<Function, Counts>) -> Result<(), Fault> {
+    async fn count_all(&self, counts: &mut HashMap<Function, QueueDepth>) -> Result<(), Fault> {
         let (server, names) = (&self.server, &self.names);
         let lists = self.lists().await?;
         let sizes = self.sizes().await?;

@@ -133,10 +133,10 @@ impl Bundle {
         let tasks = Arc::clone(&shared);
         if all || at_once {
             inner.writing = true;
-            tasks.tasks.finish(async move { this.write(&shared).await });
+            tasks.tasks.spawn_to_completion(async move { this.write(&shared).await });
         } else {
             inner.timed = true;
-            tasks.tasks.finish(async move {
+            tasks.tasks.spawn_to_completion(async move {
                 tokio::time::sleep(ENDING).await;
                 let mut inner = this.inner();
                 inner.timed = false;

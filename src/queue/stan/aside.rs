@@ -65,7 +65,7 @@ pub(super) fn move_to_later(shared: &Arc<Shared>, key: Key, at: UnixMillis, mut 
     shared.ledger().leaves(key);
     let moving = Arc::clone(shared);
     // No session's end cuts it short: it would be there twice.
-    shared.tasks.finish(async move {
+    shared.tasks.spawn_to_completion(async move {
         if store(&moving, key, at, &mut arrived).await.is_err() {
             moving.wait(key, at, arrived);
         }

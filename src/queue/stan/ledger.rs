@@ -9,7 +9,7 @@ use std::collections::{BTreeMap, HashMap, VecDeque};
 
 use crate::function::Function;
 use crate::queue::call::UnixMillis;
-use crate::queue::fair_share::has_room;
+use crate::queue::fair_share::may_start;
 use crate::queue::stan::channels::{COUNT, Channel, NEAR};
 
 /// Messages that are done and known to be so: the server may not have heard of it.
@@ -202,7 +202,7 @@ impl<T> Ledger<T> {
 
     fn may_run(&self, function: &Function) -> bool {
         let running = self.running.get(function).copied().unwrap_or_default();
-        has_room(running, self.running.values().sum(), self.room.places)
+        may_start(running, self.running.values().sum(), self.room.places)
     }
 
     /// Takes a call of `channel` that holds others up, which the server does not send while it is here: one whose function

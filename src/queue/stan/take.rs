@@ -17,7 +17,7 @@ use crate::queue::stan::message::{self, Progress, Unreadable};
 use crate::queue::stan::nats::Fault;
 use crate::queue::stan::proto::{Ack, Delivered, FIRST, Subscribe, Subscribed};
 use crate::queue::stan::{Shared, aside, once, peers};
-use crate::queue::{Delivery, Error, Handle, now};
+use crate::queue::{Delivery, Error, LeaseHandle, now};
 
 /// Subscribing takes no longer.
 const SUBSCRIBING: Duration = Duration::from_secs(5);
@@ -48,8 +48,8 @@ pub(super) async fn take(shared: &Arc<Shared>, places: usize) -> Result<Delivery
                 return Ok(Delivery {
                     call,
                     attempts,
-                    lost: false,
-                    handle: Handle::Stan(Box::new(lease)),
+                    body_missing: false,
+                    handle: LeaseHandle::Stan(Box::new(lease)),
                 });
             }
             Next::NotBefore(at) => Duration::from_millis(at.saturating_sub(now()) + 1),
@@ -147,7 +147,9 @@ async fn receive(shared: &Arc<Shared>, channel: Channel, mut subscription: Subsc
             Arrival::New => admit(shared, key, data),
             Arrival::SentBefore => {
                 let asking = Arc::clone(shared);
-                shared.tasks.finish(async move { peers::admit_if_free(&asking, key, data).await });
+                shared.tasks.spawn_to_completion(async move {
+                    peers::admit_if_free(&asking, key, data).await
+                });
             }
             Arrival::Nothing => {}
             Arrival::Done => shared.acknowledge(key).await,
@@ -165,7 +167,9 @@ pub(super) fn admit(shared: &Arc<Shared>, key: Key, data: Bytes) {
         Err(error) => {
             // Whatever becomes of the session, this comes to an end.
             let aside = Arc::clone(shared);
-            return shared.tasks.finish(async move { put_aside(&aside, key, data, &error).await });
+            return shared
+                .tasks
+                .spawn_to_completion(async move { put_aside(&aside, key, data, &error).await });
         }
     };
     if key.channel.is_later() {

@@ -6,7 +6,7 @@ use http::header::{
 };
 use http::{HeaderMap, HeaderName, HeaderValue};
 
-use crate::call_id::{PRODUCT, X_CALL_ID};
+use crate::call_id::{USER_AGENT_VALUE, X_CALL_ID};
 use crate::chain::{X_GATEWAY_CALLBACK, X_GATEWAY_CALLBACKS, YES};
 use crate::proxy::headers::to_caller;
 use crate::queued::wishes::{
@@ -78,7 +78,7 @@ pub(super) fn of(target: &Target, report: &Report) -> HeaderMap {
         headers.insert(X_TRUNCATED, HeaderValue::from_static("true"));
     }
     headers.insert(HOST, target.origin.host.clone());
-    headers.insert(USER_AGENT, PRODUCT);
+    headers.insert(USER_AGENT, USER_AGENT_VALUE);
     if let Some(authorization) = &target.authorization {
         headers.insert(AUTHORIZATION, authorization.clone());
     }

@@ -9,10 +9,10 @@ use std::time::Instant;
 use bytes::Bytes;
 use http::{HeaderMap, HeaderValue, StatusCode};
 
-use crate::call_id::Stamps;
+use crate::call_id::RequestIds;
 use crate::error::Error;
 use crate::function::{Function, has_dot_segment};
-use crate::limit::{CallLimit, Share};
+use crate::limit::{ConcurrencyLimit, PermitCache};
 use crate::metrics::known::Known;
 use crate::provider::Provider;
 use crate::queue::call::{CallOptions, QueuedCall};
@@ -32,7 +32,7 @@ pub struct Local {
     pub known: Arc<Known>,
     pub default_namespace: Arc<str>,
     /// The gateway's limit on calls in flight, where it is in this process.
-    pub limit: Option<(Arc<CallLimit>, Arc<Share>)>,
+    pub limit: Option<(Arc<ConcurrencyLimit>, Arc<PermitCache>)>,
 }
 
 /// What a callback wants of its own gateway.
@@ -78,7 +78,7 @@ impl Local {
             return StatusCode::NOT_FOUND;
         };
         let call = |id: HeaderValue| {
-            let stamps = Stamps { call_id: id, ..Stamps::of(headers) };
+            let stamps = RequestIds { call_id: id, ..RequestIds::from_headers(headers) };
             let peer = HeaderValue::from_static("127.0.0.1");
             QueuedCall {
                 id: stamps.call_id.to_str().unwrap_or_default().to_owned(),
@@ -91,17 +91,17 @@ impl Local {
         };
         if wish.queued {
             // Not the id of the call that is called back for, which has not ended yet.
-            let id = id.get_or_insert_with(|| self.intake.queue.fresh_id(&function));
+            let id = id.get_or_insert_with(|| self.intake.queue.new_call_id(&function));
             let Ok(id) = HeaderValue::try_from(id.as_str()) else { return StatusCode::BAD_REQUEST };
             let queued = self.queue(call(id)).await;
             queued.map_or_else(|error| error.status(), |()| StatusCode::ACCEPTED)
         } else {
-            self.call(call(Stamps::of(headers).call_id)).await
+            self.call(call(RequestIds::from_headers(headers).call_id)).await
         }
     }
 
     async fn call(&self, call: QueuedCall) -> StatusCode {
-        let permit = self.limit.as_ref().map(|(limit, share)| limit.enter(share));
+        let permit = self.limit.as_ref().map(|(limit, share)| limit.try_acquire(share));
         if matches!(permit, Some(None)) {
             return Error::Overloaded.status();
         }
@@ -120,7 +120,7 @@ impl Local {
         must_exist(&self.known, &self.provider, &self.intake, &call.function, &call.id).await?;
         call.options.digest = Some(call.digest());
         let began = Instant::now();
-        if !self.intake.queue.publish(call).await?.repeated {
+        if !self.intake.queue.publish(call).await?.duplicate {
             self.intake.metrics.submitted(began.elapsed());
         }
         Ok(())

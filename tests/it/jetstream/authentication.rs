@@ -19,7 +19,7 @@ async fn one_who_is_not_let_in_is_told_so_and_one_who_is_works() {
     let it = Gateway::open(auth("secret")).await;
     eventually("the server answers", async || it.queue.status("x").await.is_ok()).await;
     let other = Gateway::open(auth("wrong")).await;
-    assert_eq!(other.queue.publish(call("a")).await, Err(Error::Away));
+    assert_eq!(other.queue.publish(call("a")).await, Err(Error::Unreachable));
     assert!(!format!("{:?}", auth("secret")).contains("secret"));
 
     let nats = Nats::start_with(&["--auth", "a-token"]);
@@ -67,7 +67,7 @@ async fn a_credentials_file_lets_in() {
     it.publish(call("a")).await;
     it.settle(it.take().await, succeeded()).await;
     let other = Gateway::open(options(&nats)).await;
-    assert_eq!(other.queue.publish(call("b")).await, Err(Error::Away));
+    assert_eq!(other.queue.publish(call("b")).await, Err(Error::Unreachable));
 }
 
 #[tokio::test]
@@ -84,8 +84,8 @@ async fn a_server_is_believed_by_its_certificate() {
     it.settle(it.take().await, succeeded()).await;
     // Not by one who does not know who signed it, nor is one without any.
     let stranger = Gateway::open(over_tls).await;
-    assert_eq!(stranger.queue.publish(call("b")).await, Err(Error::Away));
+    assert_eq!(stranger.queue.publish(call("b")).await, Err(Error::Unreachable));
     let plain = Nats::start();
     let deceived = Gateway::open(Options { servers: servers(&plain), ..known }).await;
-    assert_eq!(deceived.queue.publish(call("b")).await, Err(Error::Away));
+    assert_eq!(deceived.queue.publish(call("b")).await, Err(Error::Unreachable));
 }

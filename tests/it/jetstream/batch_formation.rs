@@ -84,7 +84,7 @@ async fn each_function_has_its_own() {
 #[tokio::test]
 async fn a_full_queue_takes_no_more_of_them() {
     let nats = Nats::start();
-    let limits = Limits { pending: 30, ..LIMITS };
+    let limits = Limits { max_pending: 30, ..LIMITS };
     let it = Gateway::open(Options { limits, ..options(&nats) }).await;
     eventually("the server answers", async || it.queue.status("x").await.is_ok()).await;
     it.publish_at_once(CALLS, fresh).await;
@@ -127,9 +127,9 @@ async fn a_large_answer_is_kept_beside_them() {
         };
         it.settle(delivery, if is_first { finished } else { succeeded() }).await;
     }
-    assert!(it.queue.answer(&ids[3]).await.unwrap().unwrap().body == body);
-    assert_eq!(&it.queue.answer(&ids[4]).await.unwrap().unwrap().body[..], b"answer");
+    assert!(it.queue.result(&ids[3]).await.unwrap().unwrap().body == body);
+    assert_eq!(&it.queue.result(&ids[4]).await.unwrap().unwrap().body[..], b"answer");
     let all = Filter::default();
     assert_eq!(it.queue.purge(&all).await, Ok(CALLS as u64));
-    assert_eq!(it.queue.answer(&ids[3]).await, Ok(None));
+    assert_eq!(it.queue.result(&ids[3]).await, Ok(None));
 }

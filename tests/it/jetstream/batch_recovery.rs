@@ -34,7 +34,7 @@ async fn what_one_who_died_has_not_made_is_made_by_another_and_nothing_else() {
             }
         }
     }
-    let filter = Filter { dead: Some(true), ..Filter::default() };
+    let filter = Filter { dead_letter: Some(true), ..Filter::default() };
     let dead = it.queue.list(&filter, None, 9).await.unwrap().calls[0].id.clone();
     let running = it.take().await;
     let died = running.call.id.clone();
@@ -126,14 +126,14 @@ async fn one_who_stops_gives_back_at_once_what_was_not_begun() {
 async fn a_server_that_is_killed_while_they_are_made_loses_none() {
     const ALL: usize = 200;
     let mut nats = Nats::start();
-    let limits = Limits { pending: 1000, ..LIMITS };
+    let limits = Limits { max_pending: 1000, ..LIMITS };
     let it = Gateway::open(Options { limits, ..options(&nats) }).await;
     eventually("the server answers", async || it.queue.status("x").await.is_ok()).await;
     let ids = it.publish_at_once(ALL, fresh).await;
     let made = std::sync::Mutex::new(BTreeMap::new());
     let work = async {
         loop {
-            let delivery = it.queue.take(PLACES).await.unwrap();
+            let delivery = it.queue.receive(PLACES).await.unwrap();
             *made.lock().unwrap().entry(delivery.call.id.clone()).or_insert(0) += 1;
             // One that cannot be settled comes again.
             let _ = it.queue.settle(&delivery, &succeeded()).await;
@@ -185,7 +185,7 @@ async fn a_message_that_no_gateway_wrote_holds_up_none_of_them() {
         it.settle(delivery, succeeded()).await;
     }
     assert_eq!(made, set(&ids));
-    assert!(it.queue.counts().await.is_ok());
+    assert!(it.queue.depths().await.is_ok());
     assert!(it.queue.list(&Filter::default(), None, 99).await.is_ok());
     assert!(it.takes_nothing(Duration::from_secs(1)).await);
 }

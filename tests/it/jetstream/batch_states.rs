@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use gateway::queue::status::CallState;
-use gateway::queue::{Changed, Filter};
+use gateway::queue::{ChangeOutcome, Filter};
 
 use crate::support::eventually;
 use crate::support::jetstream_batch::{CALLS, fresh, messages, set};
@@ -20,7 +20,7 @@ async fn each_of_them_goes_through_its_states() {
     assert!(messages(&nats, "calls").await < 5, "they are together");
     for id in &ids {
         assert_eq!(it.state(id).await, Some(CallState::Queued));
-        assert_eq!(it.queue.answer(id).await, Ok(None));
+        assert_eq!(it.queue.result(id).await, Ok(None));
     }
     assert_eq!(it.count("echo.fn").await, (CALLS as u64, 0, 0, 0));
     let listed = it.queue.list(&Filter::default(), None, 100).await.unwrap().calls;
@@ -34,7 +34,10 @@ async fn each_of_them_goes_through_its_states() {
         (0, &b"body"[..], "/p?x=1")
     );
     assert_eq!(it.state(&first.call.id).await, Some(CallState::Running));
-    assert_eq!(it.queue.cancel(&first.call.id).await, Ok(Changed::No(CallState::Running)));
+    assert_eq!(
+        it.queue.cancel(&first.call.id).await,
+        Ok(ChangeOutcome::WrongState(CallState::Running))
+    );
     assert_eq!(it.count("echo.fn").await.1, 1);
     let id = first.call.id.clone();
     it.settle(first, succeeded()).await;
@@ -43,9 +46,9 @@ async fn each_of_them_goes_through_its_states() {
         (status.state, status.attempts, status.status),
         (CallState::Succeeded, 1, Some(200))
     );
-    let answer = it.queue.answer(&id).await.unwrap().unwrap();
+    let answer = it.queue.result(&id).await.unwrap().unwrap();
     assert_eq!((answer.status, &answer.body[..], answer.headers.len()), (200, &b"answer"[..], 1));
-    assert_eq!(it.queue.cancel(&id).await, Ok(Changed::No(CallState::Succeeded)));
+    assert_eq!(it.queue.cancel(&id).await, Ok(ChangeOutcome::WrongState(CallState::Succeeded)));
     let mut made = BTreeSet::from([id]);
     while made.len() < CALLS {
         let delivery = it.take().await;
@@ -56,7 +59,7 @@ async fn each_of_them_goes_through_its_states() {
     it.is_empty().await;
     for id in &ids {
         assert_eq!(it.state(id).await, Some(CallState::Succeeded));
-        assert!(it.queue.answer(id).await.unwrap().is_some());
+        assert!(it.queue.result(id).await.unwrap().is_some());
     }
     let filter = Filter { state: Some(CallState::Succeeded), ..Filter::default() };
     assert_eq!(it.queue.list(&filter, None, 100).await.unwrap().calls.len(), CALLS);
@@ -81,14 +84,17 @@ async fn each_of_them_can_be_retried_die_and_be_revived() {
     let again = it.take().await;
     assert_eq!((&again.call.id, again.attempts), (&ids[0], 1));
     it.settle(again, succeeded()).await;
-    let filter = Filter { dead: Some(true), ..Filter::default() };
+    let filter = Filter { dead_letter: Some(true), ..Filter::default() };
     assert_eq!(it.queue.list(&filter, None, 9).await.unwrap().calls[0].id, ids[1]);
-    assert_eq!(it.queue.revive(&ids[0]).await, Ok(Changed::No(CallState::Succeeded)));
-    assert_eq!(it.queue.revive(&ids[1]).await, Ok(Changed::Yes));
+    assert_eq!(
+        it.queue.redrive(&ids[0]).await,
+        Ok(ChangeOutcome::WrongState(CallState::Succeeded))
+    );
+    assert_eq!(it.queue.redrive(&ids[1]).await, Ok(ChangeOutcome::Applied));
     let revived = it.take().await;
     assert_eq!((&revived.call.id, revived.attempts), (&ids[1], 0));
     it.settle(revived, dead()).await;
-    assert_eq!(it.queue.cancel(&ids[1]).await, Ok(Changed::Yes));
+    assert_eq!(it.queue.cancel(&ids[1]).await, Ok(ChangeOutcome::Applied));
     assert_eq!(it.state(&ids[1]).await, Some(CallState::Cancelled));
     it.is_empty().await;
     assert_eq!(it.count("echo.fn").await, (0, 0, 0, 0));
@@ -105,7 +111,7 @@ async fn one_that_is_dead_while_the_others_are_not_made_leaves_them_alone() {
     let delivery = it.take().await;
     let id = delivery.call.id.clone();
     it.settle(delivery, dead()).await;
-    assert_eq!(it.queue.revive(&id).await, Ok(Changed::Yes));
+    assert_eq!(it.queue.redrive(&id).await, Ok(ChangeOutcome::Applied));
     let mut made = BTreeMap::new();
     for _ in 0..CALLS {
         let delivery = it.take().await;
@@ -123,9 +129,9 @@ async fn those_that_are_cancelled_or_purged_are_not_made() {
     let it = Gateway::on(&nats).await;
     let ids = it.publish_at_once(CALLS, fresh).await;
     for id in &ids[..5] {
-        assert_eq!(it.queue.cancel(id).await, Ok(Changed::Yes));
+        assert_eq!(it.queue.cancel(id).await, Ok(ChangeOutcome::Applied));
         assert_eq!(it.state(id).await, Some(CallState::Cancelled));
-        assert_eq!(it.queue.cancel(id).await, Ok(Changed::No(CallState::Cancelled)));
+        assert_eq!(it.queue.cancel(id).await, Ok(ChangeOutcome::WrongState(CallState::Cancelled)));
     }
     assert_eq!(it.count("echo.fn").await.0, CALLS as u64 - 5);
     let cancelled = Filter { state: Some(CallState::Cancelled), ..Filter::default() };
@@ -169,7 +175,7 @@ async fn a_call_is_made_or_cancelled_but_not_both() {
         let cancel = async {
             let mut cancelled = BTreeSet::new();
             for id in ids.iter().rev() {
-                if other.queue.cancel(id).await.unwrap() == Changed::Yes {
+                if other.queue.cancel(id).await.unwrap() == ChangeOutcome::Applied {
                     cancelled.insert(id.clone());
                 }
             }

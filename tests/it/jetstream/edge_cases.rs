@@ -6,7 +6,7 @@ use bytes::Bytes;
 use futures_util::TryStreamExt;
 use gateway::queue::call::QueuedCall;
 use gateway::queue::status::{CallState, Settlement};
-use gateway::queue::{Changed, Error};
+use gateway::queue::{ChangeOutcome, Error};
 use http::{HeaderName, HeaderValue};
 
 use crate::support::jetstream_queue::{
@@ -57,16 +57,16 @@ async fn a_call_whose_body_is_lost_is_handed_out_as_such() {
     let bodies = stream(&nats, "gateway-faas-request-bodies").await;
     bodies.purge().filter("faas-body.faas-request.lost.>").await.unwrap();
     let delivery = it.take().await;
-    assert_eq!((delivery.call.id.as_str(), delivery.lost), ("whole", false));
+    assert_eq!((delivery.call.id.as_str(), delivery.body_missing), ("whole", false));
     it.settle(delivery, succeeded()).await;
     // It was looked for some times, the first time perhaps before the other one was settled.
     let delivery = it.take().await;
-    assert!(delivery.lost && start.elapsed() > LEASE, "{delivery:?}");
+    assert!(delivery.body_missing && start.elapsed() > LEASE, "{delivery:?}");
     it.settle(delivery, dead()).await;
     let status = it.queue.status("lost").await.unwrap().unwrap();
     assert!(status.dead_letter && status.attempts == 0, "{status:?}");
     assert_eq!(it.unfinished().await, 0);
-    assert_eq!(it.queue.cancel("lost").await, Ok(Changed::Yes));
+    assert_eq!(it.queue.cancel("lost").await, Ok(ChangeOutcome::Applied));
     assert_eq!(it.state("lost").await, Some(CallState::Cancelled));
 }
 

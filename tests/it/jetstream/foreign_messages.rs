@@ -1,7 +1,7 @@
 //! Messages that no gateway wrote, and messages that cannot be deleted.
 
 use gateway::queue::status::CallState;
-use gateway::queue::{Changed, Error, Filter};
+use gateway::queue::{ChangeOutcome, Error, Filter};
 
 use crate::support::eventually;
 use crate::support::jetstream_queue::{Gateway, LEASE, PLACES, call, stranger, stream, succeeded};
@@ -40,7 +40,7 @@ async fn a_message_that_no_gateway_wrote_holds_up_nobody() {
     }
     assert!(it.takes_nothing(LEASE).await);
     assert!(
-        it.queue.counts().await.is_ok() && it.queue.list(&Filter::default(), None, 9).await.is_ok()
+        it.queue.depths().await.is_ok() && it.queue.list(&Filter::default(), None, 9).await.is_ok()
     );
 }
 
@@ -68,7 +68,7 @@ async fn a_cancelled_call_is_not_made_though_its_message_cannot_be_removed() {
     let it = Gateway::on(&nats).await;
     it.publish(call("a")).await;
     it.publish(call("b")).await;
-    assert_eq!(it.queue.cancel("a").await, Ok(Changed::Yes));
+    assert_eq!(it.queue.cancel("a").await, Ok(ChangeOutcome::Applied));
     assert_eq!(it.state("a").await, Some(CallState::Cancelled));
     // To purge a call is nothing but to remove it: that it is there is said.
     let queued = Filter { state: Some(CallState::Queued), ..Filter::default() };
@@ -79,7 +79,7 @@ async fn a_cancelled_call_is_not_made_though_its_message_cannot_be_removed() {
     // Whoever is given it has it go.
     let mut calls = stream(&nats, "gateway-faas-request-calls").await;
     tokio::select! {
-        taken = it.queue.take(PLACES) => panic!("made though it was cancelled: {taken:?}"),
+        taken = it.queue.receive(PLACES) => panic!("made though it was cancelled: {taken:?}"),
         () = eventually("it is gone", async || calls.info().await.unwrap().state.messages == 0) => {}
     }
     assert_eq!(it.state("a").await, Some(CallState::Cancelled));

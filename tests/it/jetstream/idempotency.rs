@@ -15,7 +15,7 @@ async fn the_same_id_and_the_same_key_are_queued_once() {
         call.options.idempotency_key = Some("a key.*>\r\nä".to_owned());
         call
     };
-    assert!(!it.publish(keyed("a")).await.repeated);
+    assert!(!it.publish(keyed("a")).await.duplicate);
     let again = Published { id: "a".to_owned(), repeated: true };
     assert_eq!(it.publish(keyed("b")).await, again);
     assert_eq!(it.publish(call("a")).await, again);
@@ -54,7 +54,7 @@ async fn a_call_that_was_purged_can_be_queued_again() {
     let nats = Nats::start();
     let it = Gateway::on(&nats).await;
     for _ in 0..2 {
-        assert!(!it.publish(call("a")).await.repeated);
+        assert!(!it.publish(call("a")).await.duplicate);
         assert_eq!(it.queue.purge(&Filter::default()).await, Ok(1));
     }
 }
@@ -71,11 +71,11 @@ async fn a_key_stands_for_no_call_that_was_purged() {
     // One that waits, one that is over, and one that is dead.
     for (round, settlement) in [None, Some(succeeded()), Some(dead())].into_iter().enumerate() {
         let (first, second) = (format!("a{round}"), format!("b{round}"));
-        assert!(!it.publish(keyed(&first)).await.repeated, "{first}");
+        assert!(!it.publish(keyed(&first)).await.duplicate, "{first}");
         if let Some(settlement) = settlement {
             it.settle(it.take().await, settlement).await;
         }
-        let known = Published { id: first, repeated: true };
+        let known = Published { id: first, duplicate: true };
         assert_eq!(it.publish(keyed(&second)).await, known);
         assert_eq!(it.queue.purge(&Filter::default()).await, Ok(1));
     }
@@ -97,7 +97,7 @@ async fn one_id_can_name_a_call_of_each_function() {
     for _ in 0..2 {
         let repeated = it.unfinished().await > 0;
         for function in ["echo", "other"] {
-            assert_eq!(it.publish(chosen(function)).await.repeated, repeated, "{function}");
+            assert_eq!(it.publish(chosen(function)).await.duplicate, repeated, "{function}");
         }
     }
     assert_eq!(it.unfinished().await, 2);

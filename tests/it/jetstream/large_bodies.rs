@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use bytes::Bytes;
-use gateway::queue::Changed;
+use gateway::queue::ChangeOutcome;
 use gateway::queue::call::QueuedCall;
 use gateway::queue::status::{CallState, Settlement, StoredResponse};
 
@@ -23,7 +23,7 @@ async fn a_body_larger_than_a_message_passes() {
     let delivery = it.take().await;
     assert_eq!((delivery.call.body == body, delivery.attempts), (true, 1));
     it.settle(delivery, dead()).await;
-    assert_eq!(it.queue.revive("a").await, Ok(Changed::Yes));
+    assert_eq!(it.queue.redrive("a").await, Ok(ChangeOutcome::Applied));
     let delivery = it.take().await;
     assert!(delivery.call.body == body);
     let answer =
@@ -37,10 +37,10 @@ async fn a_body_larger_than_a_message_passes() {
         executed: true,
     };
     it.settle(delivery, done).await;
-    assert!(it.queue.answer("a").await.unwrap().unwrap().body == body);
+    assert!(it.queue.result("a").await.unwrap().unwrap().body == body);
     it.publish(large("b")).await;
-    assert!(it.publish(large("b")).await.repeated);
-    assert_eq!(it.queue.cancel("b").await, Ok(Changed::Yes));
+    assert!(it.publish(large("b")).await.duplicate);
+    assert_eq!(it.queue.cancel("b").await, Ok(ChangeOutcome::Applied));
     // Nothing is left of bodies whose calls are over.
     let stored = stream(&nats, "gateway-faas-request-bodies").await;
     assert_eq!(stored.cached_info().state.messages, 0);

@@ -51,7 +51,7 @@ async fn a_call_that_comes_again_to_one_who_makes_it_is_made_once() {
 #[tokio::test]
 async fn a_final_state_is_there_for_as_long_as_its_message_may_come_again() {
     let nats = Nats::start();
-    let limits = Limits { result_ttl: 0, key_ttl: 0, ..LIMITS };
+    let limits = Limits { result_ttl: 0, idempotency_ttl: 0, ..LIMITS };
     let it = Gateway::open(Options { limits, ..options(&nats) }).await;
     eventually("the server answers", async || it.queue.status("x").await.is_ok()).await;
     it.publish(call("a")).await;
@@ -87,7 +87,7 @@ async fn two_takers_share_the_work() {
     let work = async |it: &Gateway| {
         let mut mine = 0;
         while made.lock().unwrap().len() < CALLS {
-            let taken = tokio::time::timeout(Duration::from_millis(500), it.queue.take(PLACES));
+            let taken = tokio::time::timeout(Duration::from_millis(500), it.queue.receive(PLACES));
             let Ok(delivery) = taken.await else { continue };
             let delivery = delivery.unwrap();
             // So that the other has a chance.
@@ -116,7 +116,7 @@ async fn a_slow_function_does_not_hold_up_another() {
     }
     // It takes what one function may have, and none of it ends.
     let mut hanging = Vec::new();
-    while let Ok(taken) = tokio::time::timeout(LEASE, it.queue.take(PLACES)).await {
+    while let Ok(taken) = tokio::time::timeout(LEASE, it.queue.receive(PLACES)).await {
         hanging.push(taken.unwrap());
     }
     assert!((PLACES / 2..PLACES).contains(&hanging.len()), "{}", hanging.len());

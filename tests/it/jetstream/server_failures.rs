@@ -71,9 +71,9 @@ async fn a_server_that_is_killed_in_mid_work_loses_nothing() {
         .await;
         nats.kill();
         let start = Instant::now();
-        assert_eq!(it.queue.publish(call("away")).await, Err(Error::Away));
+        assert_eq!(it.queue.publish(call("away")).await, Err(Error::Unreachable));
         assert!(start.elapsed() < REFUSED_WITHIN, "{:?}", start.elapsed());
-        assert_eq!(it.queue.status("5").await, Err(Error::Away));
+        assert_eq!(it.queue.status("5").await, Err(Error::Unreachable));
         assert!(!it.queue.is_reachable());
         nats.restart();
     };
@@ -92,7 +92,7 @@ async fn a_server_that_is_away_at_start_is_found_later() {
     let it = Gateway::open(options(&nats)).await;
     for _ in 0..2 {
         let start = Instant::now();
-        assert_eq!(it.queue.publish(call("a")).await, Err(Error::Away));
+        assert_eq!(it.queue.publish(call("a")).await, Err(Error::Unreachable));
         assert!(start.elapsed() < REFUSED_WITHIN, "{:?}", start.elapsed());
     }
     assert!(!it.queue.is_reachable());
@@ -110,7 +110,7 @@ async fn a_server_that_is_away_at_start_is_found_later() {
 async fn a_stream_that_is_there_is_left_as_it_is() {
     let nats = Nats::start();
     drop(Gateway::on(&nats).await);
-    let limits = Limits { pending: 7, ..LIMITS };
+    let limits = Limits { max_pending: 7, ..LIMITS };
     let it = Gateway::open(Options { limits, ..options(&nats) }).await;
     eventually("the server answers", async || it.queue.status("x").await.is_ok()).await;
     let calls = stream(&nats, "gateway-faas-request-calls").await;
@@ -162,7 +162,7 @@ async fn what_was_accepted_is_made_however_often_the_server_is_killed() {
     let work = async {
         loop {
             // How long it takes is up to the server: it may be away several times meanwhile.
-            let delivery = worker.queue.take(PLACES).await.unwrap();
+            let delivery = worker.queue.receive(PLACES).await.unwrap();
             *made.lock().unwrap().entry(delivery.call.id.clone()).or_insert(0) += 1;
             let first = delivery.attempts == 0;
             let settlement = if first { retry(now() + 50) } else { succeeded() };

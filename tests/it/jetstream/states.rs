@@ -4,7 +4,7 @@ use gateway::queue::call::{QueuedCall, UnixMillis};
 use gateway::queue::embedded::Limits;
 use gateway::queue::jetstream::Options;
 use gateway::queue::status::CallState;
-use gateway::queue::{Changed, Error, Filter, Order, Published};
+use gateway::queue::{ChangeOutcome, Error, Filter, Order, Published};
 
 use crate::support::eventually;
 use crate::support::jetstream_queue::{
@@ -23,8 +23,8 @@ async fn a_call_goes_through_its_states() {
     let taken = QueuedCall { options: delivery.call.options.clone(), ..call("a") };
     assert_eq!((&delivery.call, delivery.attempts), (&taken, 0));
     assert_eq!(it.state("a").await, Some(CallState::Running));
-    assert_eq!(it.queue.cancel("a").await, Ok(Changed::No(CallState::Running)));
-    let counts = it.queue.counts().await.unwrap();
+    assert_eq!(it.queue.cancel("a").await, Ok(ChangeOutcome::WrongState(CallState::Running)));
+    let counts = it.queue.depths().await.unwrap();
     assert_eq!((counts[0].1.running, counts[0].1.pending), (1, 0));
     it.settle(delivery, succeeded()).await;
     let status = it.queue.status("a").await.unwrap().unwrap();
@@ -32,25 +32,25 @@ async fn a_call_goes_through_its_states() {
         (status.state, status.attempts, status.status),
         (CallState::Succeeded, 1, Some(200))
     );
-    let answer = it.queue.answer("a").await.unwrap().unwrap();
+    let answer = it.queue.result("a").await.unwrap().unwrap();
     assert_eq!((answer.status, &answer.body[..], answer.headers.len()), (200, &b"answer"[..], 1));
     assert_eq!(it.queue.status("b").await, Ok(None));
-    assert_eq!(it.queue.cancel("a").await, Ok(Changed::No(CallState::Succeeded)));
-    assert_eq!(it.queue.cancel("b").await, Ok(Changed::Unknown));
+    assert_eq!(it.queue.cancel("a").await, Ok(ChangeOutcome::WrongState(CallState::Succeeded)));
+    assert_eq!(it.queue.cancel("b").await, Ok(ChangeOutcome::NotFound));
     it.is_empty().await;
 }
 
 #[tokio::test]
 async fn a_full_queue_says_so() {
     let nats = Nats::start();
-    let limits = Limits { pending: 5, ..LIMITS };
+    let limits = Limits { max_pending: 5, ..LIMITS };
     let it = Gateway::open(Options { limits, ..options(&nats) }).await;
     eventually("the server answers", async || it.queue.status("x").await.is_ok()).await;
-    for number in 0..limits.pending {
+    for number in 0..limits.max_pending {
         it.publish(call(&number.to_string())).await;
     }
     assert_eq!(it.queue.publish(call("more")).await, Err(Error::Full));
-    assert_eq!(it.queue.cancel("0").await, Ok(Changed::Yes));
+    assert_eq!(it.queue.cancel("0").await, Ok(ChangeOutcome::Applied));
     it.publish(call("more")).await;
     assert_eq!(it.state("0").await, Some(CallState::Cancelled));
     let first = it.take().await;
@@ -77,7 +77,7 @@ async fn a_delivery_that_is_dropped_is_taken_again() {
 #[tokio::test]
 async fn what_has_been_kept_for_long_enough_is_forgotten() {
     let nats = Nats::start();
-    let limits = Limits { result_ttl: 0, key_ttl: 0, ..LIMITS };
+    let limits = Limits { result_ttl: 0, idempotency_ttl: 0, ..LIMITS };
     let it = Gateway::open(Options { limits, ..options(&nats) }).await;
     eventually("the server answers", async || it.queue.status("x").await.is_ok()).await;
     let keyed = |id: &str| {
@@ -88,8 +88,8 @@ async fn what_has_been_kept_for_long_enough_is_forgotten() {
     it.publish(keyed("a")).await;
     it.settle(it.take().await, succeeded()).await;
     eventually("it is forgotten", async || it.queue.status("a").await == Ok(None)).await;
-    assert_eq!(it.queue.answer("a").await, Ok(None));
-    eventually("the key is forgotten", async || !it.publish(keyed("b")).await.repeated).await;
+    assert_eq!(it.queue.result("a").await, Ok(None));
+    eventually("the key is forgotten", async || !it.publish(keyed("b")).await.duplicate).await;
 }
 
 #[tokio::test]
@@ -119,7 +119,7 @@ async fn a_list_is_in_order_and_goes_on_where_it_ended() {
     assert_eq!(ids(&newest, Some("a"), 3).await, "");
     let other = Filter { function: Some(call_of("other", "").function), ..all.clone() };
     assert_eq!(ids(&other, None, 10).await, "f");
-    assert_eq!(it.queue.cancel("b").await, Ok(Changed::Yes));
+    assert_eq!(it.queue.cancel("b").await, Ok(ChangeOutcome::Applied));
     let cancelled = Filter { state: Some(CallState::Cancelled), ..all.clone() };
     assert_eq!(
         (ids(&cancelled, None, 9).await, ids(&all, None, 9).await),
@@ -142,7 +142,7 @@ async fn a_delayed_call_waits_for_its_time_and_loses_no_attempt() {
     let first = it.take().await;
     assert_eq!(first.call.id, "now");
     it.settle(first, succeeded()).await;
-    let counts = it.queue.counts().await.unwrap();
+    let counts = it.queue.depths().await.unwrap();
     assert_eq!((counts[0].1.delayed, counts[0].1.pending), (1, 0));
     let second = it.take().await;
     assert!(now() >= due);

@@ -116,8 +116,8 @@ async fn a_call_that_is_sent_again_with_its_id_is_executed_once() {
 /// Executes calls, and counts them, as a worker of another machine does.
 async fn count(queue: Queue, executed: Arc<Mutex<HashMap<String, usize>>>) {
     loop {
-        let Ok(delivery) = queue.take(4).await else { continue };
-        if queue.begin(&delivery).await == Ok(true) {
+        let Ok(delivery) = queue.receive(4).await else { continue };
+        if queue.claim(&delivery).await == Ok(true) {
             *executed.lock().unwrap().entry(delivery.call.id.clone()).or_default() += 1;
             while queue.settle(&delivery, &over()).await.is_err() {}
         }
@@ -162,20 +162,20 @@ async fn a_call_whose_worker_has_died_is_executed_by_another_and_then_no_more() 
     let one = working(&nats, &stan, "one").await;
     stan.store_message(CHANNEL, message.clone());
     let delivery = take(&one).await;
-    assert_eq!(one.begin(&delivery).await, Ok(true));
+    assert_eq!(one.claim(&delivery).await, Ok(true));
     // It has executed the call, for all that anybody knows, and says so to nobody.
     drop(delivery);
     one.stop().await;
     let two = working(&nats, &stan, "two").await;
     let delivery = take(&two).await;
-    assert_eq!(two.begin(&delivery).await, Ok(true));
+    assert_eq!(two.claim(&delivery).await, Ok(true));
     two.settle(&delivery, &over()).await.unwrap();
     all_done(&stan, CHANNEL).await;
     two.stop().await;
     let three = working(&nats, &stan, "three").await;
     stan.store_message(CHANNEL, message);
     let delivery = take(&three).await;
-    assert_eq!(three.begin(&delivery).await, Ok(false));
+    assert_eq!(three.claim(&delivery).await, Ok(false));
     all_done(&stan, CHANNEL).await;
     // One that was dead and is published again is executed again.
     let dead = json!({
@@ -184,7 +184,7 @@ async fn a_call_whose_worker_has_died_is_executed_by_another_and_then_no_more() 
     });
     stan.store_message(CHANNEL, dead.to_string());
     let delivery = take(&three).await;
-    assert_eq!((three.begin(&delivery).await, delivery.attempts), (Ok(true), 0));
+    assert_eq!((three.claim(&delivery).await, delivery.attempts), (Ok(true), 0));
     three.settle(&delivery, &over()).await.unwrap();
     all_done(&stan, CHANNEL).await;
 }
@@ -196,14 +196,14 @@ async fn an_acknowledgement_that_is_lost_with_its_worker_repeats_nothing() {
     let one = working(&nats, &stan, "one").await;
     stan.store_message(CHANNEL, r#"{"Function":"echo","Header":{"X-Call-Id":["a"]}}"#);
     let delivery = take(&one).await;
-    assert_eq!(one.begin(&delivery).await, Ok(true));
+    assert_eq!(one.claim(&delivery).await, Ok(true));
     stan.lose_acknowledgements(CHANNEL, true);
     one.settle(&delivery, &over()).await.unwrap();
     one.stop().await;
     stan.lose_acknowledgements(CHANNEL, false);
     let two = working(&nats, &stan, "two").await;
     let delivery = take(&two).await;
-    assert_eq!(two.begin(&delivery).await, Ok(false));
+    assert_eq!(two.claim(&delivery).await, Ok(false));
     all_done(&stan, CHANNEL).await;
 }
 
@@ -228,7 +228,7 @@ async fn a_call_that_was_moved_is_executed_once_though_its_acknowledgement_is_lo
     let mut executions = 0;
     for _ in 0..2 {
         let delivery = take(&two).await;
-        if two.begin(&delivery).await == Ok(true) {
+        if two.claim(&delivery).await == Ok(true) {
             executions += 1;
             two.settle(&delivery, &over()).await.unwrap();
         }

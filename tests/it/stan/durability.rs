@@ -17,8 +17,8 @@ use crate::support::{eventually, within};
 /// Takes calls as a worker of another machine does: it has those of `echo` made, puts others off, and buries them.
 async fn second_worker(queue: Queue, made: Arc<Mutex<HashMap<String, usize>>>) {
     loop {
-        let Ok(delivery) = queue.take(4).await else { continue };
-        if !matches!(queue.begin(&delivery).await, Ok(true)) {
+        let Ok(delivery) = queue.receive(4).await else { continue };
+        if !matches!(queue.claim(&delivery).await, Ok(true)) {
             continue;
         }
         let settlement = match (delivery.call.function.name.as_str(), delivery.attempts) {

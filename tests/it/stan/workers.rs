@@ -34,7 +34,7 @@ async fn workers_ask_each_other_before_they_make_a_call_again() {
     let nats = Nats::start();
     let stan = Stan::start(&nats).await;
     let (one, two) = (member(&nats, "one").await, member(&nats, "two").await);
-    let both = async { tokio::join!(one.take(4), two.take(4)) };
+    let both = async { tokio::join!(one.receive(4), two.receive(4)) };
     // The first take has a worker registered; nothing is there yet.
     assert!(tokio::time::timeout(Duration::from_millis(1), both).await.is_err());
     eventually("both work", async || {
@@ -58,7 +58,7 @@ async fn workers_ask_each_other_before_they_make_a_call_again() {
     assert_eq!((delivery.call.body.as_ref(), delivery.attempts), (&b"body"[..], 0));
     assert_eq!(delivery.call.options.expires_at, Some(7));
     eventually("it is sent to both", async || {
-        let again = tokio::time::timeout(Duration::from_millis(1), other.take(4)).await;
+        let again = tokio::time::timeout(Duration::from_millis(1), other.receive(4)).await;
         assert!(again.is_err(), "{again:?}");
         stan.sent(CHANNEL).0 >= 5
     })
@@ -89,7 +89,7 @@ async fn a_worker_that_the_server_does_not_know_answers_the_others() {
     let two = working(&nats, &stan, "two").await;
     stan.shut_out("faas-worker-one");
     eventually("it is sent to the other", async || {
-        let again = tokio::time::timeout(Duration::from_millis(1), two.take(4)).await;
+        let again = tokio::time::timeout(Duration::from_millis(1), two.receive(4)).await;
         assert!(again.is_err(), "{again:?}");
         stan.sent(CHANNEL).0 >= 4
     })
@@ -111,7 +111,7 @@ async fn a_worker_that_stops_takes_nothing_more() {
     let running = take(&one).await;
     eventually("all are with it", async || stan.sent(CHANNEL).0 >= 3).await;
     let two = working(&nats, &stan, "two").await;
-    one.take_no_more();
+    one.stop_receiving();
     stan.store_message(CHANNEL, r#"{"Function":"echo"}"#);
     stan.store_message(CHANNEL, r#"{"Function":"echo"}"#);
     for _ in 0..4 {

@@ -25,10 +25,10 @@ impl Gateway {
     }
 
     pub(crate) async fn count(&self, id: &str) -> (u64, u64, u64, u64) {
-        let counts = self.queue.counts().await.unwrap();
+        let counts = self.queue.depths().await.unwrap();
         let counts = counts.iter().find(|(function, _)| function.to_string() == id);
         let counts = counts.map(|(_, counts)| counts.clone()).unwrap_or_default();
-        (counts.pending, counts.running, counts.delayed, counts.dead)
+        (counts.pending, counts.running, counts.delayed, counts.dead_letters)
     }
 }
 

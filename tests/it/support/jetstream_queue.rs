@@ -14,7 +14,8 @@ use http::HeaderMap;
 use crate::support::nats::Nats;
 use crate::support::{eventually, within};
 
-pub(crate) const LIMITS: Limits = Limits { pending: 50, result_ttl: 3_600_000, key_ttl: 3_600_000 };
+pub(crate) const LIMITS: Limits =
+    Limits { max_pending: 50, result_ttl: 3_600_000, idempotency_ttl: 3_600_000 };
 pub(crate) const PLACES: usize = 10;
 /// As short as it can be without a busy machine losing a lease that it means to keep.
 pub(crate) const LEASE: Duration = Duration::from_secs(2);
@@ -69,7 +70,7 @@ impl Gateway {
     }
 
     pub(crate) async fn take(&self) -> Delivery {
-        within("take", self.queue.take(PLACES)).await.unwrap()
+        within("take", self.queue.receive(PLACES)).await.unwrap()
     }
 
     pub(crate) async fn settle(&self, delivery: Delivery, settlement: Settlement) {
@@ -82,7 +83,7 @@ impl Gateway {
 
     /// Nothing is there to take for some time.
     pub(crate) async fn takes_nothing(&self, time: Duration) -> bool {
-        tokio::time::timeout(time, self.queue.take(PLACES)).await.is_err()
+        tokio::time::timeout(time, self.queue.receive(PLACES)).await.is_err()
     }
 
     pub(crate) async fn tidy(&self, age: Duration, idle: Duration) -> Result<u64, Error> {
@@ -90,7 +91,7 @@ impl Gateway {
     }
 
     pub(crate) async fn unfinished(&self) -> u64 {
-        let counts = self.queue.counts().await.unwrap();
+        let counts = self.queue.depths().await.unwrap();
         counts.iter().map(|(_, it)| it.pending + it.running + it.delayed).sum()
     }
 
@@ -102,7 +103,7 @@ impl Gateway {
     /// A killed server may forget removals. Whoever takes next sees that these calls are over, and lets go of them.
     pub(crate) async fn lets_go(&self) {
         tokio::select! {
-            taken = self.queue.take(PLACES) => panic!("made once more: {taken:?}"),
+            taken = self.queue.receive(PLACES) => panic!("made once more: {taken:?}"),
             () = self.is_empty() => {}
         }
     }

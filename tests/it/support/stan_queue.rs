@@ -84,7 +84,7 @@ pub(crate) async fn member_at(url: String, host: &str) -> Queue {
         replicas: 1,
         in_memory: false,
         lease: Duration::from_secs(1),
-        limits: Limits { pending: 0, result_ttl: 0, key_ttl: 0 },
+        limits: Limits { max_pending: 0, result_ttl: 0, idempotency_ttl: 0 },
     };
     let options = stan::Options {
         cluster: CLUSTER.to_owned(),
@@ -98,7 +98,7 @@ pub(crate) async fn member_at(url: String, host: &str) -> Queue {
 }
 
 pub(crate) async fn take(queue: &Queue) -> Delivery {
-    within("take", queue.take(4)).await.unwrap()
+    within("take", queue.receive(4)).await.unwrap()
 }
 
 pub(crate) fn over() -> Settlement {
@@ -114,7 +114,7 @@ pub(crate) fn over() -> Settlement {
 /// A worker that has been registered, and has taken nothing yet.
 pub(crate) async fn working(nats: &Nats, stan: &Stan, host: &str) -> Queue {
     let worker = member(nats, host).await;
-    assert!(tokio::time::timeout(Duration::from_millis(1), worker.take(4)).await.is_err());
+    assert!(tokio::time::timeout(Duration::from_millis(1), worker.receive(4)).await.is_err());
     let id = format!("faas-worker-{host}");
     eventually("it works", async || stan.clients().contains(&id)).await;
     worker

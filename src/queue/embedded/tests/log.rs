@@ -19,7 +19,7 @@ async fn a_call_that_cannot_be_read_is_named_by_its_id() {
     let function = Function { name: "a/b".to_owned(), namespace: "fn".to_owned() };
     queue.publish(QueuedCall { function, ..call("a") }, None).await.unwrap();
     queue.publish(call("b"), None).await.unwrap();
-    let taken = [queue.take(PLACES).await.unwrap().call.id];
+    let taken = [queue.receive(PLACES).await.unwrap().call.id];
     assert_eq!(taken, ["b"]);
     queue.close().await;
     drop(queue);

@@ -15,7 +15,7 @@ impl Dice {
     }
 }
 
-const LIMITS: Limits = Limits { pending: 100_000, ..super::LIMITS };
+const LIMITS: Limits = Limits { max_pending: 100_000, ..super::LIMITS };
 
 struct Walk {
     directory: TempDir,
@@ -40,7 +40,7 @@ impl Walk {
             let chosen_id = self.dice.roll(10) == 0;
             let id = match chosen_id {
                 true => format!("chosen-{}", self.queue.shared.next_number()),
-                false => self.queue.fresh_id(),
+                false => self.queue.new_call_id(),
             };
             let mut call = call(&id);
             call.options.chosen_id = chosen_id;
@@ -56,7 +56,7 @@ impl Walk {
         let ids: Vec<_> = calls.iter().map(|call| call.id.clone()).collect();
         let published = calls.into_iter().map(|call| self.queue.publish(call, None));
         for published in futures_util::future::try_join_all(published).await.unwrap() {
-            assert!(!published.repeated);
+            assert!(!published.duplicate);
         }
         self.known.extend(ids.into_iter().map(|id| (id, CallState::Queued)));
     }
@@ -65,7 +65,7 @@ impl Walk {
         let waiting = self.queue.shared.waiting().schedule.waiting();
         let mut taken = Vec::new();
         for _ in 0..self.dice.roll(60).min(waiting) {
-            taken.push(self.queue.take(1000).await.unwrap());
+            taken.push(self.queue.receive(1000).await.unwrap());
         }
         for delivery in taken {
             let id = delivery.call.id.clone();
@@ -95,15 +95,15 @@ impl Walk {
         };
         let dead = self.dead.iter().position(|dead| *dead == id);
         if dead.is_some() && self.dice.roll(2) == 0 {
-            assert_eq!(self.queue.revive(&id).await.unwrap(), Changed::Yes);
+            assert_eq!(self.queue.redrive(&id).await.unwrap(), ChangeOutcome::Applied);
             self.known.insert(id, CallState::Queued);
         } else {
             let expect = match (state.is_final(), dead) {
-                (true, None) => Changed::No(state),
-                _ => Changed::Yes,
+                (true, None) => ChangeOutcome::WrongState(state),
+                _ => ChangeOutcome::Applied,
             };
             assert_eq!(self.queue.cancel(&id).await.unwrap(), expect, "{id} {state:?}");
-            if expect == Changed::Yes {
+            if expect == ChangeOutcome::Applied {
                 self.known.insert(id, CallState::Cancelled);
             }
         }
@@ -146,7 +146,7 @@ impl Walk {
         for (id, state) in &self.known {
             let status = self.queue.status(id).await.unwrap();
             assert_eq!(status.map(|status| status.state), Some(*state), "{id}");
-            let answer = self.queue.answer(id).await.unwrap();
+            let answer = self.queue.result(id).await.unwrap();
             assert_eq!(answer.is_some(), *state == CallState::Succeeded, "{id} {state:?}");
         }
         let listed = self.queue.list(&Filter::default(), None, usize::MAX / 2).await.unwrap();
@@ -161,10 +161,10 @@ impl Walk {
         listed.sort_unstable_by(|a, b| a.0.cmp(&b.0));
         let known: Vec<_> = self.known.clone().into_iter().collect();
         assert!(listed == known, "{} listed, {} known", listed.len(), known.len());
-        let counts = self.queue.counts().await.unwrap().pop().map(|(_, counts)| counts);
+        let counts = self.queue.depths().await.unwrap().pop().map(|(_, counts)| counts);
         let counts = counts.unwrap_or_default();
         let waiting = known.iter().filter(|(_, it)| !it.is_final()).count() as u64;
-        assert_eq!((counts.pending, counts.dead), (waiting, self.dead.len() as u64));
+        assert_eq!((counts.pending, counts.dead_letters), (waiting, self.dead.len() as u64));
     }
 }
 
