@@ -69,6 +69,19 @@ yaml:
 	tests/manifests/tools.sh
 	target/manifests/venv/bin/python -B tests/manifests/plain.py --write
 
+# docs/SETTINGS.md, from the table of settings.
+.PHONY: settings screenshot chart
+settings:
+	UPDATE_DOCS=1 cargo test --locked --test it the_settings_page_is_current
+
+# The pictures of README.md: the page under /ui/ in Chromium, and the chart of docs/images/cpu-per-call.json.
+screenshot:
+	cargo build --locked
+	BROWSER_MODULES=$$(tests/browser/tools.sh) node tests/browser/screenshot.mjs
+
+chart:
+	docs/images/chart.py docs/images/cpu-per-call.json > docs/images/cpu-per-call.svg
+
 # Kills gateways, workers and NATS repeatedly under a load of queued calls, and counts lost and duplicate calls.
 chaos: needs
 	CHAOS_CALLS=$${CHAOS_CALLS:-50000} cargo test --release --locked --test it queue_chaos -- --nocapture --test-threads 1

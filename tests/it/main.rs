@@ -26,6 +26,7 @@ mod connection_pool;
 mod credential_rotation;
 mod cross_site_requests;
 mod disconnects;
+mod documentation;
 mod early_responses;
 mod function_metrics;
 mod function_start_failures;

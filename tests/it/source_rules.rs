@@ -3,8 +3,6 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use gateway::config::settings::SETTINGS;
-
 /// Maximum number of lines of a source file.
 const MAX_LINES: usize = 500;
 
@@ -57,37 +55,5 @@ fn there_is_no_mutable_global() {
             let is_table = kind.trim_start().starts_with("[HeaderName; ");
             assert!(is_table || ALLOWED.contains(&name), "{}: {line}", path.display());
         }
-    }
-}
-
-#[test]
-fn every_setting_is_in_the_readme_with_its_default() {
-    let readme = fs::read_to_string(root().join("README.md")).unwrap();
-    let rows: Vec<Vec<&str>> = readme
-        .lines()
-        .filter(|line| line.starts_with('|'))
-        .map(|line| line.split('|').map(str::trim).collect())
-        .collect();
-    for setting in SETTINGS {
-        let name = format!("`{}`", setting.name);
-        // Related settings share a row: `a`, `b` | 1, 2.
-        let defaults: Vec<&str> = rows
-            .iter()
-            // Tables of settings have three columns; those of annotations and labels have two.
-            .filter(|cells| cells.len() == 5 && cells[1].starts_with('`'))
-            .filter_map(|cells| {
-                let at = cells[1].split(", ").position(|cell| cell == name)?;
-                cells[2].split(", ").nth(at).or_else(|| cells[2].split(", ").last())
-            })
-            .collect();
-        let [documented] = defaults[..] else {
-            panic!("{name} is in {} rows of README.md", defaults.len())
-        };
-        let empty = setting.default.is_empty() && ["–", "the provider"].contains(&documented);
-        assert!(
-            documented == setting.default || empty,
-            "{name}: {documented:?} is not {:?}",
-            setting.default
-        );
     }
 }
