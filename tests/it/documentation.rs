@@ -99,6 +99,17 @@ fn tests_named_in_the_readme_exist() {
     }
 }
 
+/// The recipes of CONTRIBUTING.md name files in backticks.
+#[test]
+fn paths_named_for_contributors_exist() {
+    let text = fs::read_to_string(root().join("CONTRIBUTING.md")).unwrap();
+    let prefixes = ["src/", "tests/", "docs/", "chart/", "fuzz/"];
+    let named = text.split('`').skip(1).step_by(2);
+    for path in named.filter(|name| prefixes.iter().any(|prefix| name.starts_with(prefix))) {
+        assert!(root().join(path).exists(), "CONTRIBUTING.md names {path}");
+    }
+}
+
 #[test]
 fn the_readme_is_short() {
     let words = Page::read(root(), &root().join("README.md")).words();

@@ -88,11 +88,18 @@ def used(expression):
     return {name for name in re.findall(r"[a-zA-Z_:][a-zA-Z0-9_:]*", bare) if name not in WORDS}
 
 
+def documented_queries():
+    """PromQL of the table in docs/METRICS.md."""
+    section = (ROOT / "docs/METRICS.md").read_text().split("## Queries")[1].split("\n## ")[0]
+    return re.findall(r"^\| .* \| `(.*)` \|$", section, re.M)
+
+
 def unknown():
     """The number of queries, and the names in them that are not exported: (where, name)."""
     recorded = {rule["record"] for rule in rules() if "record" in rule}
     known = set(series(in_docs())) | recorded | BUILT_IN
     asked = [(f"rule {rule.get('alert') or rule['record']}", rule["expr"]) for rule in rules()]
     asked += [(path.name, query) for path in DASHBOARDS for query in queries(path)]
+    asked += [("docs/METRICS.md", query) for query in documented_queries()]
     missing = [(where, name) for where, query in asked for name in sorted(used(query) - known)]
     return len(asked), missing
