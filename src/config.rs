@@ -1,5 +1,5 @@
-//! Every setting, parsed once into types; after this no string means a duration or a URL. No I/O: the environment
-//! comes in as a function, so that a test passes a table.
+//! All settings, parsed once into types. No other module parses a duration or URL of a setting. No I/O: the environment is
+//! passed as a function, so that tests can pass a table.
 
 pub mod allow;
 pub mod autoscale;
@@ -35,15 +35,15 @@ pub use crate::config::worker::{Target, Worker};
 /// Settings of `gateway serve`.
 #[derive(Clone, Debug)]
 pub struct Serve {
-    /// `listen_address`, `port`: what callers use.
+    /// `listen_address`, `port`: the port for clients.
     pub listen: Listen,
     /// `listen_address`, `metrics_port`.
     pub metrics: Listen,
     /// `metrics_hosts`
     pub metrics_hosts: Vec<String>,
-    /// `threads`: how many threads carry calls; 0: one for each core.
+    /// `threads`: number of proxy threads; 0: one per core.
     pub threads: usize,
-    /// `tcp_congestion_control`: how callers' connections control congestion; `None`: as the system says.
+    /// `tcp_congestion_control` of client connections; `None`: the system's default.
     pub congestion: Option<String>,
     /// `functions_provider_url`
     pub provider: BaseUrl,
@@ -51,16 +51,16 @@ pub struct Serve {
     pub logs_provider: BaseUrl,
     /// `function_namespace`
     pub namespace: String,
-    /// `direct_functions`, and its suffix.
+    /// `direct_functions_suffix`; `None`: functions are called through the provider.
     pub direct_functions: Option<String>,
-    /// `scale_from_zero`: how calls of functions that are not ready are treated; `None`: as all others.
+    /// `scale_from_zero`; `None`: calls do not wait for functions that are not ready.
     pub cold_start: Option<ColdStart>,
     /// `autoscale`
     pub autoscale: Option<Autoscale>,
-    /// `faas_prometheus_host`, `faas_prometheus_port`; `None`: counts come from this process's own metrics.
+    /// `faas_prometheus_host`, `faas_prometheus_port`; `None`: counts come from this process's metrics.
     pub prometheus: Option<BaseUrl>,
     pub timeouts: Timeouts,
-    /// `connect_timeout`: how long an address of a provider or function may take to accept a connection.
+    /// `connect_timeout`: maximum time for connecting to one address of a provider or function.
     pub connect: Duration,
     pub limits: Limits,
     pub auth: Auth,
@@ -68,25 +68,25 @@ pub struct Serve {
     pub traces: Traces,
     /// `access_log`
     pub access_log: Access,
-    /// Whether the API is for this machine alone.
+    /// The API accepts only host names of this machine.
     pub local_only: bool,
     pub shutdown: Shutdown,
 }
 
-/// Limits on one exchange with a caller.
+/// Timeouts of an exchange with a client.
 #[derive(Clone, Copy, Debug)]
 pub struct Timeouts {
-    /// `read_timeout`: the most time a caller may take to send its request.
+    /// `read_timeout`: maximum time for receiving a request.
     pub read: Duration,
-    /// `write_timeout`: the longest time a caller may take nothing of its answer.
+    /// `write_timeout`: maximum time during which a client accepts none of its response.
     pub write: Duration,
-    /// `upstream_timeout`: from the first byte sent to a function until its last byte back.
+    /// `upstream_timeout`: from the first byte sent to a function until the last byte of its response.
     pub upstream: Duration,
-    /// `idle_timeout`: how long a connection may stay open without a call.
+    /// `idle_timeout`: maximum time for which a connection may stay open without a request.
     pub idle: Duration,
 }
 
-/// Bounds on what this process holds open.
+/// Limits of this process.
 #[derive(Clone, Copy, Debug)]
 pub struct Limits {
     pub idle: Idle,
@@ -98,7 +98,7 @@ pub struct Limits {
     pub heads: usize,
 }
 
-/// Bounds on idle connections to upstreams.
+/// Limits of the pool of idle upstream connections.
 #[derive(Clone, Copy, Debug)]
 pub struct Idle {
     /// `max_idle_conns`
@@ -107,7 +107,7 @@ pub struct Idle {
     pub per_host: usize,
 }
 
-/// Who may use the API.
+/// Access control of the API.
 #[derive(Clone, Debug)]
 pub struct Auth {
     /// `basic_auth`: the directory that holds the credentials' files.
@@ -118,7 +118,7 @@ pub struct Auth {
     pub proxy_pass_body: bool,
 }
 
-/// Where queued calls are kept, and who makes them.
+/// Settings of queued calls.
 #[derive(Clone, Debug)]
 pub struct Queue {
     /// `queue`
@@ -140,11 +140,11 @@ pub struct Queue {
     pub max_result_body_bytes: usize,
     /// `callback_allowlist`
     pub callback_allowlist: Allow,
-    /// `secret_mount_path`, where the secret that signs callbacks may be.
+    /// `secret_mount_path`: directory of the secrets that sign callbacks.
     pub secrets: PathBuf,
 }
 
-/// The kind of a queue.
+/// Kind of queue.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Backend {
     None,
@@ -152,14 +152,14 @@ pub enum Backend {
     JetStream,
     /// NATS Streaming.
     Stan,
-    /// Whichever of the two answers.
+    /// The one of the two that answers.
     Nats,
 }
 
-/// The most that `max_async_body_bytes` can be, and what all bodies that wait to be stored may have together.
+/// Maximum of `max_async_body_bytes`, and of the memory for all bodies that are being stored.
 pub const MAX_BODY: usize = 256 << 20;
 
-/// How the process ends.
+/// Shutdown of the process.
 #[derive(Clone, Copy, Debug)]
 pub struct Shutdown {
     /// `shutdown_delay`
@@ -179,7 +179,7 @@ pub struct Provider {
     pub secrets: Option<PathBuf>,
     /// `shutdown_grace`
     pub grace: Duration,
-    /// What functions inherit of this process's environment. All else stays out: it may hold secrets.
+    /// Environment variables that functions inherit. All others may be secrets and are not inherited.
     pub environment: Vec<(String, String)>,
 }
 
@@ -188,16 +188,20 @@ pub struct Provider {
 pub struct Up {
     pub serve: Serve,
     pub provider: Provider,
-    /// The stack file to deploy, if one was named.
+    /// Stack file to deploy.
     pub stack: Option<PathBuf>,
-    /// What is said at the start of settings that have no effect here.
+    /// Warnings about settings that have no effect on this role.
     pub warnings: Vec<String>,
 }
 
-/// The variables of this process that functions on it get to see.
+/// Variables of this process that functions inherit.
 const INHERITED: [&str; 5] = ["PATH", "HOME", "LANG", "TZ", "TMPDIR"];
 
 impl Serve {
+    /// Parses the settings of `gateway serve`.
+    ///
+    /// # Errors
+    /// All invalid settings, for the user.
     pub fn parse(mut from: Reader<'_>) -> Result<Self, Vec<Mistake>> {
         let provider = from.url("functions_provider_url");
         if provider.is_none() && from.text("functions_provider_url").is_empty() {
@@ -219,7 +223,7 @@ impl Serve {
         from.finish(serve)
     }
 
-    /// What `serve` and `up` have in common.
+    /// Parses the settings that `serve` and `up` share.
     fn common(from: &mut Reader<'_>, host: Host, provider: BaseUrl, queue: Queue) -> Self {
         Self {
             listen: host.port(from, "port"),
@@ -274,7 +278,8 @@ impl Idle {
 }
 
 impl Queue {
-    /// `auto`: the kind where none is named; `callbacks`: where they may go in that case.
+    /// Parses settings of the queue. `auto` is the kind of queue for `queue=auto`, `callbacks` the list for
+    /// `callback_allowlist=auto`.
     fn common(from: &mut Reader<'_>, auto: Backend, callbacks: &str, nats: Nats) -> Self {
         let auto = if nats.servers.is_empty() { auto } else { Backend::Nats };
         let expected = "auto, embedded, jetstream, stan or none";
@@ -291,7 +296,7 @@ impl Queue {
             from.mistake(
                 "faas_nats_address",
                 None,
-                "where NATS is, for queue=jetstream and queue=stan",
+                "the address of NATS, for queue=jetstream and queue=stan",
             );
         }
         let with_worker = from.parsed("with_worker", "auto, true or false", |text| match text {
@@ -322,6 +327,10 @@ impl Queue {
 }
 
 impl Provider {
+    /// Parses the settings of `gateway provider process`.
+    ///
+    /// # Errors
+    /// All invalid settings, for the user.
     pub fn parse(mut from: Reader<'_>) -> Result<Self, Vec<Mistake>> {
         let host = Host::read(&mut from, "provider_address");
         let provider = Self::common(&mut from, host);
@@ -330,8 +339,8 @@ impl Provider {
             from.mistake(
                 "provider_address",
                 Some(address.to_string()),
-                "a loopback address, while basic_auth is false: whoever reaches the provider can run commands as \
-                 its user",
+                "a loopback address, while basic_auth is false: a client of the provider can run commands as its \
+                 user",
             );
         }
         from.finish(provider)
@@ -352,7 +361,11 @@ impl Provider {
 }
 
 impl Up {
-    /// Everything on loopback: a bare machine has nothing in front of it that would keep strangers out.
+    /// Parses the settings of `gateway up`, which listens on loopback only, since nothing in front of it keeps untrusted
+    /// clients out.
+    ///
+    /// # Errors
+    /// All invalid settings, for the user.
     pub fn parse(mut from: Reader<'_>, stack: Option<PathBuf>) -> Result<Self, Vec<Mistake>> {
         let provider = Provider::common(&mut from, Host::LOOPBACK);
         let queue = Queue::common(&mut from, Backend::Embedded, "loopback", Nats::default());
@@ -365,13 +378,13 @@ impl Up {
     }
 }
 
-/// The names by which the metrics port may be asked.
+/// Additional host names under which the metrics port answers.
 fn metrics_hosts(from: &Reader<'_>) -> Vec<String> {
     let hosts = from.text("metrics_hosts");
     hosts.split(',').map(str::trim).filter(|host| !host.is_empty()).map(str::to_owned).collect()
 }
 
-/// The directory of the credentials' files, if they are asked for.
+/// Directory of the credential files, with `basic_auth`.
 fn basic_auth(from: &mut Reader<'_>) -> Option<PathBuf> {
     from.boolean("basic_auth").then(|| PathBuf::from(from.text("secret_mount_path")))
 }
@@ -383,7 +396,7 @@ fn prometheus(from: &mut Reader<'_>) -> Option<BaseUrl> {
     })
 }
 
-/// Stands in where a URL is missing, and a mistake on the list or a later step says so.
+/// Placeholder for a URL that is missing or set later. A missing one is reported as an error.
 fn nowhere() -> BaseUrl {
     BaseUrl {
         tls: false,
@@ -403,7 +416,7 @@ mod tests {
     }
 
     #[test]
-    fn defaults_are_those_of_the_table() {
+    fn defaults_come_from_the_table() {
         let config = serve(&[("functions_provider_url", "http://p:8081/")]).unwrap();
         assert_eq!(config.listen.address.to_string(), "0.0.0.0:8080");
         assert_eq!(config.metrics.address.to_string(), "0.0.0.0:8082");
@@ -416,7 +429,7 @@ mod tests {
     }
 
     #[test]
-    fn every_mistake_is_reported_in_one_start() {
+    fn all_errors_are_reported_together() {
         let mistakes = serve(&[
             ("read_timeout", "ten"),
             ("port", "70000"),
@@ -433,7 +446,7 @@ mod tests {
     }
 
     #[test]
-    fn a_flag_wins_over_a_variable_and_an_empty_value_is_none() {
+    fn a_flag_has_precedence_over_a_variable_and_an_empty_value_is_unset() {
         let flag = |name: &str| (name == "port").then(|| "1".to_owned());
         let var = |name: &str| match name {
             "port" => Some("2".to_owned()),
@@ -446,7 +459,7 @@ mod tests {
     }
 
     #[test]
-    fn calls_are_kept_on_disks_unless_memory_is_wanted() {
+    fn calls_are_stored_on_disk_unless_memory_is_set() {
         let in_memory = |storage: &str| {
             serve(&[("functions_provider_url", "http://p"), ("nats_storage", storage)])
                 .map(|config| config.queue.nats.in_memory)
@@ -456,7 +469,7 @@ mod tests {
     }
 
     #[test]
-    fn where_nats_is_the_queue_is_found_there_or_named() {
+    fn the_backend_is_discovered_on_nats_or_named() {
         let backend = |vars: &[(&str, &str)]| {
             serve(&[vars, &[("functions_provider_url", "http://p")]].concat())
                 .map(|config| config.queue.backend)
@@ -473,7 +486,7 @@ mod tests {
     }
 
     #[test]
-    fn a_provider_off_loopback_needs_credentials() {
+    fn a_provider_on_another_address_than_loopback_requires_credentials() {
         let var = |name: &str| (name == "provider_address").then(|| "0.0.0.0".to_owned());
         let mistakes = Provider::parse(Reader::new(&|_| None, &var)).unwrap_err();
         assert!(mistakes[0].to_string().contains("loopback"), "{}", mistakes[0]);

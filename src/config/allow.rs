@@ -1,33 +1,33 @@
-//! Where callbacks may go. The URL is a stranger's wish, and this process may reach what the stranger must not: itself,
-//! its neighbours on the link, and what tells a cloud's secrets to whoever asks from inside. No I/O.
+//! Allow-list of callback destinations. A client chooses the URL, and this process can reach addresses that the client must
+//! not reach: its own ports, link-local hosts, and metadata services of clouds, which reveal credentials. No I/O.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
-/// What [`Allow::parse`] takes, for messages.
+/// Format that [`Allow::parse`] accepts, for messages.
 pub const EXPECTED: &str = "a list such as loopback, 169.254.1.0/24, 10.0.0.1, hooks.internal or *";
 
-/// Refused unless allowed. Private networks are not among them: the services of a cluster are there.
+/// Networks that are denied unless they are listed. Private networks are not denied: a cluster's services are there.
 const REFUSED: [Network; 16] = [
-    // Unspecified, which leads to this very host, and its network; loopback.
+    // Unspecified addresses, which reach this host, and their network; loopback.
     v4(0, 0, 0, 0, 8),
     v4(127, 0, 0, 0, 8),
     Network(IpAddr::V6(Ipv6Addr::UNSPECIFIED), 128),
     Network(IpAddr::V6(Ipv6Addr::LOCALHOST), 128),
-    // Link-local, where most metadata services are.
+    // Link-local; most metadata services are there.
     v4(169, 254, 0, 0, 16),
     v6(0xfe80, 0, 0, 10),
     // Multicast and broadcast.
     v4(224, 0, 0, 0, 4),
     v4(255, 255, 255, 255, 32),
     v6(0xff00, 0, 0, 8),
-    // Metadata services elsewhere: Alibaba's, Azure's, Oracle's; those of EC2, Google and Scaleway over IPv6.
+    // Other metadata services: Alibaba, Azure, Oracle; EC2, Google and Scaleway over IPv6.
     v4(100, 100, 100, 200, 32),
     v4(168, 63, 129, 16, 32),
     v4(192, 0, 0, 192, 32),
     v6(0xfd00, 0xec2, 0x254, 128),
     v6(0xfd20, 0xce, 0x254, 128),
     v6(0xfd00, 0x42, 0x42, 128),
-    // Site-local, as it was before fc00::/7.
+    // Site-local, the predecessor of fc00::/7.
     v6(0xfec0, 0, 0, 10),
 ];
 
@@ -35,15 +35,15 @@ const LOOPBACK: [Network; 2] = [v4(127, 0, 0, 0, 8), Network(IpAddr::V6(Ipv6Addr
 
 const ALL: [Network; 2] = [v4(0, 0, 0, 0, 0), v6(0, 0, 0, 0)];
 
-/// Exceptions from what is refused. The default has none.
+/// Exceptions from the denied networks. The default has none.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Allow {
     networks: Vec<Network>,
-    /// In lower case. Whoever lists a name trusts those who say where it leads.
+    /// In lower case. A listed name is permitted at any address that it resolves to.
     hosts: Vec<String>,
 }
 
-/// The addresses that have their first bits in common with this one.
+/// An address and the length of its prefix.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Network(IpAddr, u8);
 
@@ -57,7 +57,7 @@ const fn v6(first: u16, second: u16, last: u16, bits: u8) -> Network {
 }
 
 impl Network {
-    /// `10.0.0.0/8`, `fd00::/8`, or one address, an IPv6 one also in brackets.
+    /// Parses `10.0.0.0/8`, `fd00::/8`, or an address. An IPv6 address may be in brackets.
     fn parse(text: &str) -> Option<Self> {
         let (address, bits) = match text.split_once('/') {
             Some((address, bits)) => (address, Some(bits.parse().ok()?)),
@@ -85,8 +85,8 @@ impl Network {
 }
 
 impl Allow {
-    /// Reads a list, separated by commas: networks, addresses, names of hosts, `loopback`, `*` for everything.
-    /// `None` if an entry is none of these.
+    /// Parses a list, separated by commas: networks, addresses, host names, `loopback`, or `*` for everything.
+    /// Returns `None` if an entry is none of these.
     pub fn parse(text: &str) -> Option<Self> {
         let mut allow = Self::default();
         for entry in text.split(',').map(str::trim).filter(|entry| !entry.is_empty()) {
@@ -103,7 +103,7 @@ impl Allow {
         Some(allow)
     }
 
-    /// Whether a callback to `host` may connect to `address`, which is one that the host resolves to.
+    /// Returns whether a callback to `host` may connect to `address`, to which the host resolves.
     pub fn permits(&self, host: &str, address: IpAddr) -> bool {
         let host = host.strip_suffix('.').unwrap_or(host);
         if self.hosts.iter().any(|listed| listed.eq_ignore_ascii_case(host)) {
@@ -118,9 +118,9 @@ impl Allow {
     }
 }
 
-/// `address` in its usual form, and the addresses that it leads to where a translator or a tunnel is in place.
+/// Returns `address` in its canonical form, and the IPv4 addresses that it reaches through a translator or tunnel.
 ///
-/// The mapped form is another way to write an address of version 4. The other forms are addresses of their own.
+/// The IPv4-mapped form is only another notation. The other forms are distinct addresses.
 pub fn forms(address: IpAddr) -> impl Iterator<Item = IpAddr> {
     let address = address.to_canonical();
     let inner = match address {
@@ -130,18 +130,18 @@ pub fn forms(address: IpAddr) -> impl Iterator<Item = IpAddr> {
     std::iter::once(address).chain(inner.into_iter().flatten().map(IpAddr::V4))
 }
 
-/// A name that may be a host's, in lower case without its last dot.
+/// Returns a valid host name in lower case, without its last dot.
 fn host_name(text: &str) -> Option<String> {
     let name = text.strip_suffix('.').unwrap_or(text);
     let letter = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_');
     let labels = || name.split('.');
     let well_formed = labels().all(|label| !label.is_empty() && label.bytes().all(letter));
-    // No top-level domain is a number: this was meant to be an address.
+    // No top-level domain is a number, so this is a malformed address.
     let numeric = labels().next_back().is_some_and(|last| last.bytes().all(|b| b.is_ascii_digit()));
     (well_formed && !numeric).then(|| name.to_ascii_lowercase())
 }
 
-/// The addresses of version 4 that one of version 6 leads to where a translator or a tunnel is in place.
+/// Returns the IPv4 addresses that an IPv6 address reaches through a translator or tunnel.
 fn embedded(address: Ipv6Addr) -> [Option<Ipv4Addr>; 2] {
     let part =
         |high: u16, low: u16| Some(Ipv4Addr::from_bits(u32::from(high) << 16 | u32::from(low)));
@@ -152,13 +152,13 @@ fn embedded(address: Ipv6Addr) -> [Option<Ipv4Addr>; 2] {
         [0, 0, 0, 0, 0, 0, a, b]
         | [0, 0, 0, 0, 0xffff, 0, a, b]
         | [0x64, 0xff9b, 0, 0, 0, 0, a, b] => [part(a, b), None],
-        // NAT64 of one's own: behind a prefix of 96 bits, or of 48 with a byte of zeros inside the address. What would
-        // be no address but zeros is the other form's padding.
+        // Local-use NAT64: after a prefix of 96 bits, or of 48 bits with a zero byte inside the address. An address of
+        // zeros is the padding of the other form.
         [0x64, 0xff9b, 1, a, b, c, d, e] => [part(d, e), part(a, b << 8 | c >> 8)]
             .map(|inner| inner.filter(|inner| !inner.is_unspecified())),
         // 6to4
         [0x2002, a, b, ..] => [part(a, b), None],
-        // Teredo: the server, and the client with its bits turned.
+        // Teredo: the server, and the client with its bits inverted.
         [0x2001, 0, a, b, _, _, c, d] => [part(a, b), part(!c, !d)],
         // ISATAP
         [_, _, _, _, 0 | 0x200, 0x5efe, a, b] => [part(a, b), None],
@@ -180,7 +180,7 @@ mod tests {
     }
 
     #[test]
-    fn by_default_the_inside_is_refused_and_the_cluster_is_not() {
+    fn by_default_local_addresses_are_denied_and_private_ones_are_not() {
         check(
             "",
             true,
@@ -225,7 +225,7 @@ mod tests {
     }
 
     #[test]
-    fn an_address_inside_another_counts() {
+    fn an_embedded_address_is_checked() {
         check(
             "",
             false,
@@ -236,11 +236,11 @@ mod tests {
                 "::ffff:0:127.0.0.1",
                 "64:ff9b::169.254.169.254",
                 "64:ff9b:1::127.0.0.1",
-                // The same with a prefix of 48 bits.
+                // With a prefix of 48 bits.
                 "64:ff9b:1:7f00:0:100::",
                 "2002:7f00:1::",
                 "2002:a9fe:a9fe::1",
-                // Teredo's client 127.0.0.1, its bits turned; and as server.
+                // Teredo with client 127.0.0.1, its bits inverted, and with server 127.0.0.1.
                 "2001:0:101:101:0:0:80ff:fffe",
                 "2001:0:7f00:1::",
                 "2a00::5efe:127.0.0.1",
@@ -261,7 +261,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_listed_is_allowed_and_nothing_else() {
+    fn only_listed_addresses_are_permitted() {
         check("loopback", true, &["127.0.0.1", "127.1.2.3", "::1", "10.0.0.1"]);
         check("loopback", false, &["0.0.0.0", "::", "169.254.169.254"]);
         check("127.0.0.1", true, &["127.0.0.1", "::ffff:127.0.0.1"]);
@@ -275,7 +275,7 @@ mod tests {
     }
 
     #[test]
-    fn a_listed_host_is_allowed_wherever_it_leads() {
+    fn a_listed_host_is_permitted_at_any_address() {
         let allow = Allow::parse("Hooks.internal., other").unwrap();
         let loopback = IpAddr::V4(Ipv4Addr::LOCALHOST);
         for (host, expect) in [
@@ -290,7 +290,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_list_is_refused() {
+    fn a_malformed_list_is_rejected() {
         for text in [
             "10.0.0.0/33",
             "::/129",

@@ -5,7 +5,7 @@ use std::time::Duration;
 use crate::config::duration;
 use crate::config::reader::Reader;
 
-/// Scaling by load.
+/// Settings of the autoscaler.
 #[derive(Clone, Copy, Debug)]
 pub struct Autoscale {
     /// `autoscale_window`
@@ -13,7 +13,7 @@ pub struct Autoscale {
 }
 
 impl Autoscale {
-    /// `None`: nothing is scaled by load. `auto`: what holds where nothing is said.
+    /// Returns `None` if functions are not scaled by load. `auto` is the value of `autoscale=auto`.
     pub(super) fn parse(from: &mut Reader<'_>, auto: bool) -> Option<Self> {
         let on = from.parsed("autoscale", "auto, true or false", |text| match text {
             "auto" => Some(auto),

@@ -1,25 +1,25 @@
-//! The address of a peer: scheme, authority and a path to put before every target. No I/O.
+//! URL of a peer: scheme, authority, and a prefix for all paths. No I/O.
 
 use std::fmt;
 
 use http::uri::{Authority, Scheme, Uri};
 
-/// What [`BaseUrl::parse`] takes, for messages.
+/// Format that [`BaseUrl::parse`] accepts, for messages.
 pub const EXPECTED: &str = "an http(s) URL in ASCII, such as http://127.0.0.1:8081";
 
-/// An ASCII `http://` or `https://` URL without credentials, query or fragment; a slash at its end counts for nothing.
+/// An ASCII `http://` or `https://` URL without credentials, query or fragment. A trailing slash is ignored.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct BaseUrl {
-    /// Whether the peer is spoken to over TLS.
+    /// The scheme is https.
     pub tls: bool,
-    /// `host` or `host:port`, as it goes into `Host`.
+    /// `host` or `host:port`, for the header `Host`.
     pub authority: Authority,
-    /// The path in front of every target, without its last slash; mostly empty.
+    /// Prefix of all paths, without a trailing slash; usually empty.
     pub path: String,
 }
 
 impl BaseUrl {
-    /// `None` for anything but an absolute http(s) URL.
+    /// Returns `None` for anything but an absolute http(s) URL.
     pub fn parse(text: &str) -> Option<Self> {
         let uri: Uri = text.trim().parse().ok()?;
         let scheme = uri.scheme()?;
@@ -31,32 +31,32 @@ impl BaseUrl {
         if authority.as_str().contains('@') || uri.query().is_some() {
             return None;
         }
-        // A target on the wire is ASCII (RFC 3986, 2): other characters have to be percent-encoded.
+        // A request target is ASCII (RFC 3986, 2): other characters must be percent-encoded.
         if !uri.path().is_ascii() {
             return None;
         }
         let url = Self { tls, authority, path: uri.path().trim_end_matches('/').to_owned() };
-        // `[]` is a host to the URL's parser.
+        // The URL parser accepts `[]` as a host.
         (!url.host().is_empty()).then_some(url)
     }
 
-    /// The http URL of `port` at `host`, a name or an IP address.
+    /// Returns the http URL of `port` at `host`, a name or an IP address.
     pub fn of_host(host: &str, port: u16) -> Option<Self> {
         let host = match host.parse::<std::net::Ipv6Addr>() {
             Ok(address) => format!("[{address}]"),
             Err(_) => host.to_owned(),
         };
         let url = Self::parse(&format!("http://{host}:{port}"))?;
-        // Nothing but a host: no port of its own, no path.
+        // `host` must not contain a port or a path.
         (url.authority.host() == host && url.path.is_empty()).then_some(url)
     }
 
-    /// The host alone, brackets of an IPv6 address taken off.
+    /// Returns the host, an IPv6 address without its brackets.
     pub fn host(&self) -> &str {
         self.authority.host().trim_start_matches('[').trim_end_matches(']')
     }
 
-    /// The port, or the scheme's own.
+    /// Returns the port, or the default port of the scheme.
     pub fn port(&self) -> u16 {
         self.authority.port_u16().unwrap_or(if self.tls { 443 } else { 80 })
     }
@@ -81,7 +81,7 @@ mod tests {
     }
 
     #[test]
-    fn a_host_is_nothing_more() {
+    fn a_host_has_no_port_or_path() {
         let url = |host: &str| BaseUrl::of_host(host, 80).map(|url| url.to_string());
         assert_eq!(url("gateway.openfaas").as_deref(), Some("http://gateway.openfaas:80"));
         assert_eq!(url("::1").as_deref(), Some("http://[::1]:80"));
@@ -92,7 +92,7 @@ mod tests {
     }
 
     #[test]
-    fn absolute_http_urls_are_taken() {
+    fn absolute_http_urls_are_accepted() {
         check("http://127.0.0.1:8081/", Some(("127.0.0.1", 8081, "")));
         check("http://provider", Some(("provider", 80, "")));
         check("https://provider/base/", Some(("provider", 443, "/base")));
@@ -112,7 +112,7 @@ mod tests {
             "http://a?b",
             "http://u:p@a",
             "http://a/gr\u{fc}n",
-            // Space to `trim`, but none that ends a URL.
+            // Whitespace for `trim`, but not for the URL parser.
             "http://a/\u{85}/",
         ] {
             check(text, None);

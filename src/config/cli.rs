@@ -1,4 +1,4 @@
-//! The command line: roles, flags and `--help`, all made from the table of settings. No I/O.
+//! The command line: roles, flags and `--help`, generated from the table of settings. No I/O.
 
 use std::ffi::OsString;
 use std::path::PathBuf;
@@ -10,7 +10,7 @@ use clap_complete::shells::{Bash, Fish, Zsh};
 use crate::config::help;
 use crate::config::settings::{Role, SETTINGS, Setting};
 
-/// What the command line asks for; settings given as flags are in `flags`.
+/// A parsed subcommand. [`CommandLine::flag`] returns settings given as flags.
 #[derive(Debug)]
 pub enum Asked {
     Serve,
@@ -18,7 +18,7 @@ pub enum Asked {
     Provider,
     Up {
         stack: Option<PathBuf>,
-        /// The stack file is read at the start alone.
+        /// The stack file is read only at the start.
         once: bool,
     },
     /// `gateway secret set NAME`
@@ -26,7 +26,7 @@ pub enum Asked {
         name: String,
         /// Empty for the default.
         namespace: String,
-        /// `None`: the value comes from standard input.
+        /// `None`: the value is read from standard input.
         from_file: Option<PathBuf>,
     },
     /// `gateway queue check FILE`
@@ -42,7 +42,7 @@ pub enum Asked {
     Healthcheck {
         url: String,
     },
-    /// `gateway completions SHELL`: the script.
+    /// `gateway completions SHELL`
     Completions {
         script: Vec<u8>,
     },
@@ -56,7 +56,10 @@ pub struct CommandLine {
 }
 
 impl CommandLine {
-    /// Reads `args`, the program's name first. The error renders help, version or a usage line.
+    /// Parses `args`, which begin with the name of the program.
+    ///
+    /// # Errors
+    /// Help, version or a usage error, to be printed.
     pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Self, clap::Error> {
         let matches = command().try_get_matches_from(joined(args))?;
         Ok(match matches.subcommand() {
@@ -109,27 +112,27 @@ impl CommandLine {
         })
     }
 
-    /// The value of a setting's flag, by the setting's name.
+    /// Returns the value of a flag, by the name of its setting.
     pub fn flag(&self, name: &str) -> Option<String> {
         self.matches.try_get_one::<String>(name).ok().flatten().cloned()
     }
 }
 
-/// The command line as it can be written.
+/// Returns the definition of the command line.
 pub(super) fn command() -> Command {
     Command::new("gateway")
         .version(env!("CARGO_PKG_VERSION"))
-        .about("An API gateway for functions. Without a command it serves, in front of a provider.")
+        .about("An API gateway for functions. Without a command, the same as serve.")
         .after_help(help::after(&[
-            ("gateway up stack.yaml", "functions of this machine, with everything they need"),
+            ("gateway up stack.yaml", "functions on this machine, with everything they need"),
             ("gateway serve --functions-provider-url http://provider:8081", "in front of a provider"),
-            ("gateway completions bash", "what bash completes commands and flags with"),
+            ("gateway completions bash", "script for completion in bash"),
         ]))
         .args_conflicts_with_subcommands(true)
         .args(flags(Role::Serve))
         .subcommand(
             Command::new("serve")
-                .about("Serve calls, in front of a provider")
+                .about("Proxy calls of functions to a provider")
                 .after_help(help::after(&[
                     ("gateway serve --functions-provider-url http://provider:8081 --scale-from-zero", ""),
                     ("functions_provider_url=http://provider:8081 basic_auth=true gateway serve", ""),
@@ -142,19 +145,19 @@ pub(super) fn command() -> Command {
         )
         .subcommand(
             Command::new("worker")
-                .about("Execute queued calls, in a process of its own beside gateways that queue them")
+                .about("Execute the queued calls of gateways, in a separate process")
                 .after_help(help::after(&[
                     ("gateway worker --faas-nats-address nats --max-inflight 100", ""),
                     (
                         "gateway worker --faas-nats-address nats --functions-provider-url http://provider:8081",
-                        "without a gateway in between",
+                        "without calling through a gateway",
                     ),
                 ]))
                 .args(flags(Role::Worker)),
         )
         .subcommand(
             Command::new("up")
-                .about("Gateway and provider in one process, on loopback, with the functions of a stack file")
+                .about("Run gateway and provider in one process, on loopback, with the functions of a stack file")
                 .after_help(help::after(&[
                     ("gateway up examples/stack.yaml", ""),
                     ("gateway up stack.yaml --port 9000 --with-worker=false", ""),
@@ -163,7 +166,7 @@ pub(super) fn command() -> Command {
                     Arg::new("STACK")
                         .value_parser(clap::value_parser!(PathBuf))
                         .value_hint(ValueHint::FilePath)
-                        .help("An OpenFaaS stack file (YAML), whose functions are deployed, and changed when it changes"),
+                        .help("OpenFaaS stack file (YAML). Its functions are deployed, and updated when it changes"),
                 )
                 .arg(once())
                 .args(flags(Role::Up)),
@@ -171,11 +174,11 @@ pub(super) fn command() -> Command {
         .subcommand(secret())
         .subcommand(
             Command::new("provider")
-                .about("Run functions, behind the provider API")
+                .about("Run functions behind the provider API")
                 .subcommand_required(true)
                 .subcommand(
                     Command::new("process")
-                        .about("Functions as local processes")
+                        .about("Run functions as local processes")
                         .after_help(help::after(&[(
                             "gateway provider process --state-dir /var/lib/gateway",
                             "",
@@ -186,11 +189,11 @@ pub(super) fn command() -> Command {
         .subcommand(queue_command())
         .subcommand(
             Command::new("healthcheck")
-                .about("Ask a URL for its health: exit status 0 for 2xx, 1 otherwise")
+                .about("Request a URL: exit status 0 for a 2xx response, 1 otherwise")
                 .arg(
                     Arg::new("URL")
                         .default_value("http://127.0.0.1:8080/_/healthz")
-                        .help("The http URL to ask"),
+                        .help("The http URL to request"),
                 ),
         )
         .subcommand(completions_command())
@@ -198,7 +201,7 @@ pub(super) fn command() -> Command {
 
 fn completions_command() -> Command {
     Command::new("completions")
-        .about("Print what a shell completes commands and flags with")
+        .about("Print the script with which a shell completes commands and flags")
         .after_help(help::after(&[
             ("gateway completions bash > /etc/bash_completion.d/gateway", ""),
             ("gateway completions zsh > /usr/local/share/zsh/site-functions/_gateway", ""),
@@ -207,7 +210,7 @@ fn completions_command() -> Command {
         .arg(Arg::new("SHELL").required(true).value_parser(["bash", "zsh", "fish"]))
 }
 
-/// The script with which `shell` completes commands and flags.
+/// Returns the script with which `shell` completes commands and flags.
 fn completions(shell: &str) -> Vec<u8> {
     let (mut command, mut script) = (command(), Vec::new());
     match shell {
@@ -218,23 +221,23 @@ fn completions(shell: &str) -> Vec<u8> {
     script
 }
 
-/// `gateway queue`: what to do with a queue's file while no gateway uses it.
+/// `gateway queue`: maintenance of a queue file that no gateway uses.
 fn queue_command() -> Command {
     let path = |name: &'static str, help: &'static str| {
         Arg::new(name).required(true).value_parser(clap::value_parser!(PathBuf)).help(help)
     };
-    let file = || path("FILE", "The queue's file, queue.redb in the state directory");
+    let file = || path("FILE", "The queue file, queue.redb in the state directory");
     Command::new("queue")
-        .about("Check a queue's file, or copy what can be read of a damaged one")
+        .about("Check a queue file, or copy the readable part of a damaged one")
         .subcommand_required(true)
         .subcommand(
             Command::new("check")
-                .about("Count what can be read of FILE, which is not changed: exit status 0 if it is sound")
+                .about("Count the readable calls and results of FILE, without changing it: exit status 0 if it is sound")
                 .arg(file()),
         )
         .subcommand(
             Command::new("salvage")
-                .about("Copy what can be read of FILE, which is not changed, to the new file OUT")
+                .about("Copy the readable part of FILE to the new file OUT, without changing FILE")
                 .arg(file())
                 .arg(path("OUT", "The new file")),
         )
@@ -244,27 +247,27 @@ fn once() -> Arg {
     Arg::new("once")
         .long("once")
         .action(ArgAction::SetTrue)
-        .help("Read the stack file at the start alone, and do not follow its changes")
+        .help("Read the stack file only at the start, and do not follow its changes")
 }
 
 fn secret() -> Command {
     let state_dir = SETTINGS.iter().filter(|setting| setting.name == "state_dir").map(flag);
-    Command::new("secret").about("Secrets of functions").subcommand_required(true).subcommand(
+    Command::new("secret").about("Manage secrets of functions").subcommand_required(true).subcommand(
         Command::new("set")
-            .about("Create a secret in a state directory, or change it; functions that run see the new value")
-            .arg(Arg::new("NAME").required(true).help("The secret's name"))
+            .about("Create or change a secret in a state directory; running functions see the new value")
+            .arg(Arg::new("NAME").required(true).help("Name of the secret"))
             .arg(
                 Arg::new("from-file")
                     .long("from-file")
                     .value_name("FILE")
                     .value_parser(clap::value_parser!(PathBuf))
-                    .help("Where the value is; without it, standard input, whose last line break is left out"),
+                    .help("File with the value; default: standard input, without its last line break"),
             )
             .arg(
                 Arg::new("namespace")
                     .long("namespace")
                     .value_name("NAME")
-                    .help("The namespace of the functions that use it [default: openfaas-fn]"),
+                    .help("Namespace of the functions that use it [default: openfaas-fn]"),
             )
             .args(state_dir),
     )
@@ -284,13 +287,13 @@ fn flag(setting: &'static Setting) -> Arg {
         .help(help::short(setting))
         .long_help(help::long(setting));
     match alone(setting) {
-        // Another value follows an equals sign, or what comes next on the line would be taken for it.
+        // Any other value needs an equals sign, or the next argument would be taken for it.
         Some(value) => flag.num_args(0..=1).require_equals(true).default_missing_value(value),
         None => flag,
     }
 }
 
-/// What the flag stands for if it has no value.
+/// Returns the value of a flag that is given without one, if that is permitted.
 fn alone(setting: &Setting) -> Option<&'static str> {
     match (setting.value, setting.name) {
         ("BOOLEAN", _) | (_, "autoscale" | "with_worker") => Some("true"),
@@ -299,7 +302,7 @@ fn alone(setting: &Setting) -> Option<&'static str> {
     }
 }
 
-/// `--flag value` made `--flag=value`, for flags that need no value and for what can only be one.
+/// Joins `--flag value` to `--flag=value` for flags that may have no value, if the next argument can only be a value.
 fn joined(args: impl IntoIterator<Item = OsString>) -> impl Iterator<Item = OsString> {
     const VALUES: [&str; 8] = ["true", "false", "1", "0", "auto", "on", "off", "errors"];
     let needs_none = |flag: &OsString| {
@@ -330,7 +333,7 @@ mod tests {
     }
 
     #[test]
-    fn the_command_tree_is_sound() {
+    fn the_definition_is_valid() {
         command().debug_assert();
     }
 
@@ -343,7 +346,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_done_with_a_queues_file_is_asked_by_its_name() {
+    fn queue_subcommands_take_files() {
         let Asked::QueueSalvage { file, out } = parse("gateway queue salvage a b").unwrap().asked
         else {
             panic!("not salvage")
@@ -356,7 +359,7 @@ mod tests {
     }
 
     #[test]
-    fn roles_take_their_own_flags_only() {
+    fn roles_accept_only_their_own_flags() {
         let line = parse("gateway provider process --provider-port 1").unwrap();
         assert!(matches!(line.asked, Asked::Provider));
         assert!(parse("gateway provider process --port 1").is_err());
@@ -370,10 +373,12 @@ mod tests {
     }
 
     #[test]
-    fn a_secret_has_a_name_and_comes_from_a_file_or_from_standard_input() {
+    fn a_secret_has_a_name_and_is_read_from_a_file_or_standard_input() {
         let line = parse("gateway secret set token --from-file f --state-dir d").unwrap();
         assert_eq!(line.flag("state_dir").as_deref(), Some("d"));
-        let Asked::SecretSet { name, namespace, from_file } = line.asked else { panic!("not it") };
+        let Asked::SecretSet { name, namespace, from_file } = line.asked else {
+            panic!("not secret set")
+        };
         assert_eq!((name.as_str(), namespace.as_str()), ("token", ""));
         assert_eq!(from_file, Some(PathBuf::from("f")));
         assert!(parse("gateway secret set").is_err() && parse("gateway secret").is_err());
@@ -399,12 +404,12 @@ mod tests {
         {
             assert_eq!(line.flag(name).as_deref(), Some(expect), "{name}");
         }
-        // What is no value of such a flag is refused where nothing else can stand.
+        // Another argument is refused where only a value can follow.
         assert!(parse("gateway --basic-auth perhaps").is_err());
     }
 
     #[test]
-    fn each_shell_has_a_script_that_knows_the_flags() {
+    fn the_script_of_each_shell_has_the_flags() {
         for shell in ["bash", "zsh", "fish"] {
             let line = parse(&format!("gateway completions {shell}")).unwrap();
             let Asked::Completions { script } = line.asked else { panic!("no completions") };
@@ -416,7 +421,7 @@ mod tests {
     }
 
     #[test]
-    fn short_help_has_what_is_set_often_and_long_help_has_groups() {
+    fn short_help_has_common_settings_and_long_help_has_groups() {
         let mut command = command();
         let up = command.find_subcommand_mut("up").unwrap();
         let (short, long) = (up.render_help().to_string(), up.render_long_help().to_string());
@@ -433,7 +438,7 @@ mod tests {
     }
 
     #[test]
-    fn help_names_every_setting_of_its_role() {
+    fn help_lists_all_settings_of_its_role_and_no_others() {
         for (name, role) in [("serve", Role::Serve), ("worker", Role::Worker), ("up", Role::Up)] {
             let help = command().find_subcommand_mut(name).unwrap().render_long_help().to_string();
             let help = help.split_whitespace().collect::<Vec<_>>().join(" ");

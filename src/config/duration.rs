@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-/// Units by name, in nanoseconds. `µ` is written in two ways in the wild.
+/// Units in nanoseconds. There are two characters for `µ`.
 const UNITS: [(&str, u64); 8] = [
     ("ns", 1),
     ("us", 1_000),
@@ -14,10 +14,10 @@ const UNITS: [(&str, u64); 8] = [
     ("h", 3_600_000_000_000),
 ];
 
-/// What [`parse`] takes, for messages.
+/// Format that [`parse`] accepts, for messages.
 pub const EXPECTED: &str = "a duration such as 1m30s, 700ms or 60 (whole seconds)";
 
-/// Parses a duration that is not negative; `None` for anything else, or beyond some 292 years.
+/// Parses a duration that is not negative. Returns `None` for anything else, and above 292 years.
 pub fn parse(text: &str) -> Option<Duration> {
     let text = text.strip_prefix('+').unwrap_or(text);
     if text.is_empty() {
@@ -42,7 +42,7 @@ pub fn parse(text: &str) -> Option<Duration> {
     i64::try_from(total).is_ok().then(|| Duration::from_nanos(total))
 }
 
-/// `number` (digits with at most one dot) of `unit`, in whole nanoseconds.
+/// Returns `number` (digits with at most one dot) times `unit`, in whole nanoseconds.
 fn nanoseconds(number: &str, unit: &str) -> Option<u64> {
     let (_, scale) = UNITS.iter().find(|(name, _)| *name == unit)?;
     let (whole, fraction) = number.split_once('.').unwrap_or((number, ""));
@@ -69,7 +69,7 @@ mod tests {
     }
 
     #[test]
-    fn go_durations_and_whole_seconds_are_read() {
+    fn go_durations_and_whole_seconds_are_parsed() {
         check("60", Some(Duration::from_secs(60)));
         check("0", Some(Duration::ZERO));
         check("0s", Some(Duration::ZERO));

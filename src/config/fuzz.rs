@@ -1,4 +1,4 @@
-//! What the fuzzer checks of settings.
+//! Fuzz targets of settings.
 
 use std::net::IpAddr;
 
@@ -6,7 +6,7 @@ use crate::config::allow::Allow;
 use crate::config::base_url::BaseUrl;
 use crate::config::duration;
 
-/// A list is read or refused, and then decides on any address.
+/// A list is accepted or rejected; an accepted one decides on any address.
 pub(crate) fn allow_list(data: &[u8]) {
     let Ok(text) = std::str::from_utf8(data) else { return };
     let Some(allow) = Allow::parse(text) else { return };
@@ -16,12 +16,12 @@ pub(crate) fn allow_list(data: &[u8]) {
         let host = text.split(',').next().unwrap_or_default().trim();
         let _ = allow.permits(host, address);
     }
-    // Whatever else a list says, one more network takes nothing away.
+    // A list with one more entry permits no less.
     let wider = Allow::parse(&format!("{text},*"));
     assert!(wider.is_some_and(|all| all.permits("any.test", IpAddr::from([127, 0, 0, 1]))));
 }
 
-/// A base URL is shown as one that is read in the same way.
+/// A base URL is displayed as a URL that parses to the same value.
 pub(crate) fn base_url(data: &[u8]) {
     let Ok(text) = std::str::from_utf8(data) else { return };
     let Some(url) = BaseUrl::parse(text) else { return };
@@ -30,7 +30,7 @@ pub(crate) fn base_url(data: &[u8]) {
     let _ = url.port();
 }
 
-/// A duration, written in nanoseconds, is the same.
+/// A duration written in nanoseconds parses to the same value.
 pub(crate) fn duration(data: &[u8]) {
     let Ok(text) = std::str::from_utf8(data) else { return };
     let Some(parsed) = duration::parse(text) else { return };

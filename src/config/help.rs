@@ -1,8 +1,8 @@
-//! What `-h` and `--help` say. No I/O.
+//! Texts of `-h` and `--help`. No I/O.
 
 use crate::config::settings::Setting;
 
-/// What `-h` shows; `--help` shows all settings.
+/// Settings that `-h` shows; `--help` shows all.
 pub(super) const COMMON: &[&str] = &[
     "functions_provider_url",
     "function_namespace",
@@ -28,7 +28,7 @@ pub(super) fn is_common(setting: &Setting) -> bool {
     COMMON.contains(&setting.name)
 }
 
-/// The first sentence, and what holds if the setting is not set.
+/// Returns the first sentence of the description, with variable and default.
 pub(super) fn short(setting: &Setting) -> String {
     let about = setting.about;
     let is_outside = |at: &usize| {
@@ -53,7 +53,7 @@ fn described(about: &str, setting: &Setting) -> String {
     format!("{about} [env: {}]{default}", setting.name)
 }
 
-/// What stands behind the settings: `examples`, each with what it is for, and how settings are given.
+/// Returns the text after the settings: `examples`, each with its purpose, and how settings are given.
 pub(super) fn after(examples: &[(&str, &str)]) -> String {
     let mut text = String::from("Examples:\n");
     for (line, meaning) in examples {
@@ -61,9 +61,9 @@ pub(super) fn after(examples: &[(&str, &str)]) -> String {
         text.push_str(&format!("  {line}{meaning}\n"));
     }
     text.push_str(
-        "\nEvery setting can be given as a flag or as the environment variable that its line names; the flag wins. \
-         Durations are Go's (1m30s, 700ms) or whole seconds. A flag for true or false needs no value. \
-         -h shows the settings that are used most, --help shows all.",
+        "\nEach setting can be given as a flag or as the environment variable named in its line; the flag has precedence. \
+         Durations are those of Go (1m30s, 700ms) or whole seconds. A flag for true or false needs no value. \
+         -h shows the most common settings, --help shows all.",
     );
     text
 }

@@ -1,11 +1,11 @@
-//! Variables that have no effect on `gateway up`. No I/O.
+//! Warnings about variables that have no effect on `gateway up`. No I/O.
 
 use std::net::IpAddr;
 
 use crate::config::reader::Reader;
 use crate::config::settings::{Role, SETTINGS};
 
-/// What `up` says of variables that other roles read, and it does not.
+/// Returns a warning for each variable that only other roles read.
 pub(super) fn warnings(from: &Reader<'_>) -> Vec<String> {
     let foreign = SETTINGS.iter().filter(|setting| !setting.roles.contains(&Role::Up));
     let set = foreign.filter_map(|setting| Some((setting.name, from.inherited(setting.name)?)));
@@ -14,8 +14,8 @@ pub(super) fn warnings(from: &Reader<'_>) -> Vec<String> {
     set.filter_map(|(name, value)| match name {
         "listen_address" | "provider_address" if is_loopback(&value) => None,
         "listen_address" | "provider_address" => Some(format!(
-            "{name} is ignored: gateway up listens on 127.0.0.1 alone. To be reached from other machines, put a \
-             reverse proxy in front of it, or run gateway serve and gateway provider process"
+            "{name} is ignored: gateway up listens on 127.0.0.1 only. For access from other machines, put a reverse \
+             proxy in front of it, or run gateway serve and gateway provider process"
         )),
         _ => Some(format!("{name} is ignored: gateway up does not have this setting")),
     })
@@ -28,7 +28,7 @@ mod tests {
     use crate::config::Up;
 
     #[test]
-    fn up_tells_of_settings_that_it_does_not_have() {
+    fn up_warns_of_settings_that_it_does_not_have() {
         let warnings = |name: &'static str, value: &'static str| {
             let var = |asked: &str| (asked == name).then(|| value.to_owned());
             Up::parse(Reader::new(&|_| None, &var), None).unwrap().warnings

@@ -1,5 +1,4 @@
-//! Where a port is listened on, and by which settings, so that whoever cannot listen there can say what to change.
-//! No I/O.
+//! Addresses to listen on, with the settings that chose them, for error messages. No I/O.
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 
@@ -9,13 +8,13 @@ use crate::config::reader::Reader;
 #[derive(Clone, Copy, Debug)]
 pub struct Listen {
     pub address: SocketAddr,
-    /// The setting of its port.
+    /// Setting of the port.
     pub port: &'static str,
-    /// The setting of its IP address; `None`: that cannot be chosen.
+    /// Setting of the IP address; `None`: it is fixed.
     pub host: Option<&'static str>,
 }
 
-/// The IP address that a role listens on.
+/// IP address that a role listens on.
 #[derive(Clone, Copy, Debug)]
 pub struct Host {
     address: IpAddr,
@@ -23,15 +22,15 @@ pub struct Host {
 }
 
 impl Host {
-    /// Loopback, whatever is set.
+    /// Loopback, independent of settings.
     pub const LOOPBACK: Self = Self { address: IpAddr::V4(Ipv4Addr::LOCALHOST), setting: None };
 
-    /// The one that `setting` chooses.
+    /// Reads the IP address from `setting`.
     pub fn read(from: &mut Reader<'_>, setting: &'static str) -> Self {
         Self { address: from.address(setting), setting: Some(setting) }
     }
 
-    /// The port of it that `setting` chooses.
+    /// Returns this IP address with the port from `setting`.
     pub fn port(self, from: &mut Reader<'_>, setting: &'static str) -> Listen {
         let address = SocketAddr::new(self.address, from.port(setting));
         Listen { address, port: setting, host: self.setting }

@@ -1,11 +1,11 @@
-//! Where NATS is, and who one is to it.
+//! Address and credentials of NATS. No I/O.
 
 use std::path::PathBuf;
 use std::time::Duration;
 
 use crate::config::reader::Reader;
 
-/// How to reach NATS.
+/// Connection to NATS, and names on it.
 #[derive(Clone, Default)]
 pub struct Nats {
     /// `faas_nats_address`, each with its port.
@@ -26,7 +26,7 @@ pub struct Nats {
     pub ca: Option<PathBuf>,
     /// `nats_replicas`
     pub replicas: usize,
-    /// `nats_storage`: calls are kept in the servers' memory instead of on their disks.
+    /// `nats_storage=memory`: servers store calls in memory instead of on disk.
     pub in_memory: bool,
     /// `ack_wait`
     pub lease: Duration,
@@ -39,7 +39,7 @@ pub struct Nats {
 }
 
 impl std::fmt::Debug for Nats {
-    /// Without the secrets.
+    /// Omits secrets.
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Nats").field("servers", &self.servers).finish_non_exhaustive()
     }
@@ -52,7 +52,7 @@ impl Nats {
         let file = |name: &str| text(name).map(PathBuf::from);
         let (nkey_seed, creds, ca) = (file("nats_nkey_seed"), file("nats_creds"), file("nats_ca"));
         let password = from.text("nats_password");
-        // A number that was meant, and that nobody heeds.
+        // Only validated: reconnecting has no limit.
         from.parsed("faas_max_reconnect", "a whole number", |text| {
             (text.is_empty() || text.parse::<i64>().is_ok()).then_some(())
         });
@@ -64,7 +64,7 @@ impl Nats {
         let port = from.port("faas_nats_port");
         let address = from.text("faas_nats_address");
         let hosts = address.split(',').map(str::trim).filter(|host| !host.is_empty());
-        // An address of IPv6 has colons of its own, and a port only behind its bracket.
+        // An IPv6 address contains colons; its port follows the bracket.
         let has_port = |host: &str| host.rsplit(']').next().is_some_and(|rest| rest.contains(':'));
         let servers = hosts.map(|host| match has_port(host) {
             true => host.to_owned(),

@@ -1,9 +1,9 @@
-//! Environment variables that are probably settings with a typing error. No I/O.
+//! Environment variables that are probably misspelt settings. No I/O.
 
 use crate::config::settings::{Role, SETTINGS};
 
-/// Those of `names` that are one edit away from a setting of `role`, each with that setting. A name of one word, such as
-/// `port`, is like too many others.
+/// Returns those of `names` that are one edit away from a setting of `role`, each with that setting. Settings of one word,
+/// such as `port`, are not considered: they resemble too many other variables.
 pub fn misses<'a>(
     role: Role,
     names: impl Iterator<Item = &'a str>,
@@ -19,7 +19,7 @@ pub fn misses<'a>(
     })
 }
 
-/// Whether one letter more, less or changed, or two that have changed places, make the one the other.
+/// Returns whether inserting, deleting or replacing one letter, or swapping two adjacent ones, turns one name into the other.
 fn is_one_edit(mut one: &[u8], mut other: &[u8]) -> bool {
     while let (Some((a, rest_of_one)), Some((b, rest_of_other))) =
         (one.split_first(), other.split_first())
@@ -45,7 +45,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_name_one_edit_away_is_probably_meant() {
+    fn a_name_one_edit_away_from_a_setting_is_reported() {
         let meant = |name: &'static str| misses(Role::Serve, [name].into_iter()).next();
         for (name, setting) in [
             ("read_timeuot", "read_timeout"),

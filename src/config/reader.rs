@@ -1,4 +1,4 @@
-//! Reads settings from flags and variables, and gathers every mistake on the way. No I/O.
+//! Reads settings from flags and variables, and collects all errors. No I/O.
 
 use std::fmt;
 use std::net::IpAddr;
@@ -7,7 +7,7 @@ use std::time::Duration;
 use crate::config::base_url::{self, BaseUrl};
 use crate::config::{duration, settings};
 
-/// A value that cannot be used.
+/// An invalid or missing setting.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Mistake {
     name: &'static str,
@@ -24,7 +24,7 @@ impl fmt::Display for Mistake {
     }
 }
 
-/// Looks values up: a flag wins over a variable, a variable over the default. An empty value counts as none.
+/// Looks up values: flags have precedence over variables, and variables over defaults. An empty value counts as unset.
 pub struct Reader<'a> {
     flag: &'a dyn Fn(&str) -> Option<String>,
     var: &'a dyn Fn(&str) -> Option<String>,
@@ -32,7 +32,7 @@ pub struct Reader<'a> {
 }
 
 impl<'a> Reader<'a> {
-    /// Reads from `flag` and `var`, both asked by a setting's name.
+    /// Creates a reader of `flag` and `var`, which return values by the name of the setting.
     pub fn new(
         flag: &'a dyn Fn(&str) -> Option<String>,
         var: &'a dyn Fn(&str) -> Option<String>,
@@ -40,12 +40,15 @@ impl<'a> Reader<'a> {
         Self { flag, var, mistakes: Vec::new() }
     }
 
-    /// `value` if nothing was wrong on the way to it, else every mistake.
+    /// Returns `value` if all settings read so far are valid.
+    ///
+    /// # Errors
+    /// All invalid settings otherwise.
     pub fn finish<T>(self, value: T) -> Result<T, Vec<Mistake>> {
         if self.mistakes.is_empty() { Ok(value) } else { Err(self.mistakes) }
     }
 
-    /// The value as text; empty if there is none.
+    /// Returns the value as text; empty if it is unset and has no default.
     pub fn text(&self, name: &str) -> String {
         let setting = settings::find(name);
         (self.flag)(name)
@@ -54,7 +57,7 @@ impl<'a> Reader<'a> {
             .map_or_else(|| setting.default.to_owned(), |v| v.trim().to_owned())
     }
 
-    /// A variable of the environment that is no setting.
+    /// Returns an environment variable, which need not be a setting.
     pub fn inherited(&self, name: &str) -> Option<String> {
         (self.var)(name)
     }
@@ -72,14 +75,14 @@ impl<'a> Reader<'a> {
         self.parsed(name, duration::EXPECTED, duration::parse).unwrap_or_default()
     }
 
-    /// A duration that would make no sense at zero.
+    /// Reads a duration above zero.
     pub fn positive_duration(&mut self, name: &str) -> Duration {
         let expected = format!("{}, above zero", duration::EXPECTED);
         self.parsed(name, &expected, |text| duration::parse(text).filter(|d| !d.is_zero()))
             .unwrap_or_default()
     }
 
-    /// A whole number within `range`.
+    /// Reads a whole number within `range`.
     pub fn count(&mut self, name: &str, range: std::ops::RangeInclusive<usize>) -> usize {
         let expected = format!("a whole number from {} to {}", range.start(), range.end());
         self.parsed(name, &expected, |text| text.parse().ok().filter(|n| range.contains(n)))
@@ -103,7 +106,7 @@ impl<'a> Reader<'a> {
         self.parsed(name, base_url::EXPECTED, BaseUrl::parse)
     }
 
-    /// A value that `parse` takes; `None`, and a mistake on the list, for one that it does not.
+    /// Reads a value with `parse`. If that returns `None`, adds an error that says what was `expected`.
     pub fn parsed<T>(
         &mut self,
         name: &str,
@@ -118,10 +121,10 @@ impl<'a> Reader<'a> {
         parsed
     }
 
-    /// Puts a mistake on the list.
+    /// Adds an error. `value` is `None` if the setting is missing.
     pub fn mistake(&mut self, name: &str, value: Option<String>, expected: &str) {
         let name = settings::find(name).name;
-        // A URL with credentials in it is not to be repeated.
+        // Credentials in a URL are not printed.
         let value = value.map(|text| match text.rsplit_once('@') {
             Some((before, host)) if before.contains("://") => {
                 let scheme = before.split("://").next().unwrap_or_default();

@@ -1,15 +1,15 @@
-//! Settings of what wakes functions. No I/O.
+//! Settings of scaling from zero. No I/O.
 
 use std::time::Duration;
 
 use crate::config::reader::Reader;
 
-/// How calls wait for a function that is not ready.
+/// Limits for calls that wait for a function to become ready.
 #[derive(Clone, Copy, Debug)]
 pub struct ColdStart {
     /// `cold_start_timeout`
     pub timeout: Duration,
-    /// `cold_start_queue_limit`: how many may wait for one function.
+    /// `cold_start_queue_limit`: maximum number of calls that wait for one function.
     pub queue: usize,
 }
 
@@ -21,7 +21,7 @@ impl ColdStart {
         }
     }
 
-    /// `scale_from_zero`
+    /// Parses the limits if `scale_from_zero` is set.
     pub(super) fn if_asked_for(from: &mut Reader<'_>) -> Option<Self> {
         let limits = Self::parse(from);
         from.boolean("scale_from_zero").then_some(limits)

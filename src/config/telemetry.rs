@@ -1,4 +1,4 @@
-//! What is told of what goes on: log, access log, traces.
+//! Settings of log, access log and traces.
 
 use http::{HeaderMap, HeaderName, HeaderValue};
 use tracing_subscriber::filter::{LevelFilter, Targets};
@@ -6,16 +6,20 @@ use tracing_subscriber::filter::{LevelFilter, Targets};
 use crate::config::base_url::BaseUrl;
 use crate::config::reader::{Mistake, Reader};
 
-/// How the process logs; every role has these.
+/// Settings of the log, of all roles.
 #[derive(Clone, Debug)]
 pub struct Log {
-    /// `log_level`: a filter as `tracing_subscriber::EnvFilter` takes it.
+    /// `log_level`: a filter in the syntax of `tracing_subscriber::EnvFilter`.
     pub filter: String,
     /// `log_format`
     pub json: bool,
 }
 
 impl Log {
+    /// Parses `log_level` and `log_format`.
+    ///
+    /// # Errors
+    /// All invalid settings, for the user.
     pub fn parse(mut from: Reader<'_>) -> Result<Self, Vec<Mistake>> {
         let json = from.parsed("log_format", "text or json", |text| match text {
             "text" => Some(false),
@@ -32,19 +36,19 @@ impl Log {
     }
 }
 
-/// Whether a part of a filter is a level, or one for a target. A word that is no level would be read as a target of which
-/// all is logged.
+/// Returns whether a part of a filter is `level` or `target=level`. Any other word would be taken for a target, of which
+/// everything is logged.
 fn has_level(part: &str) -> bool {
     let level = part.rsplit_once('=').map_or(part, |(_, level)| level);
     !level.is_empty() && level.parse::<LevelFilter>().is_ok()
 }
 
-/// Which requests get a line in the log.
+/// Requests that are logged.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Access {
     #[default]
     Off,
-    /// Those whose answer is 500 or above, or was cut short.
+    /// Status 500 and above, and responses that were cut short.
     Errors,
     On,
 }
@@ -61,7 +65,7 @@ impl Access {
     }
 }
 
-/// Which requests are told to a collector of traces.
+/// Settings of traces.
 #[derive(Clone)]
 pub struct Traces {
     /// `otlp_endpoint`
@@ -73,7 +77,7 @@ pub struct Traces {
 }
 
 impl std::fmt::Debug for Traces {
-    /// Without the headers: they have keys in them.
+    /// Omits the headers, which contain keys.
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Traces").field("endpoint", &self.endpoint).finish_non_exhaustive()
     }
@@ -86,7 +90,7 @@ impl Traces {
         });
         let headers = from.text("otlp_headers");
         let headers = header_map(&headers).unwrap_or_else(|| {
-            // What they are is not repeated: they have keys in them.
+            // The value is not printed, since it contains keys.
             let expected = "headers such as NAME=VALUE, separated by commas";
             from.mistake("otlp_headers", Some("…".to_owned()), expected);
             HeaderMap::new()
@@ -113,7 +117,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn headers_are_pairs() {
+    fn headers_are_parsed_as_pairs() {
         let headers = header_map("Authorization=Basic a=, x-scope = one ,").unwrap();
         assert_eq!(
             (&headers["authorization"], &headers["x-scope"]),

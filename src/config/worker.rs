@@ -17,9 +17,9 @@ pub struct Worker {
     pub metrics: Listen,
     /// `metrics_hosts`
     pub metrics_hosts: Vec<String>,
-    /// Where functions are called, and asked about.
+    /// Where functions are called and queried.
     pub target: Target,
-    /// `faas_gateway_address`, `faas_gateway_port`, whether or not functions are called there.
+    /// `faas_gateway_address`, `faas_gateway_port`, also if functions are called elsewhere: callbacks must not reach it.
     pub gateway: BaseUrl,
     /// `function_namespace`
     pub namespace: String,
@@ -42,16 +42,20 @@ pub struct Worker {
     pub grace: Duration,
 }
 
-/// Whom a worker calls.
+/// Where a worker calls functions.
 #[derive(Clone, Debug)]
 pub enum Target {
     /// `functions_provider_url`
     Provider(BaseUrl),
-    /// `faas_gateway_address`, `faas_gateway_port`: that gateway counts the calls.
+    /// `faas_gateway_address`, `faas_gateway_port`: the gateway counts the calls.
     Gateway(BaseUrl),
 }
 
 impl Worker {
+    /// Parses the settings of `gateway worker`.
+    ///
+    /// # Errors
+    /// All invalid settings, for the user.
     pub fn parse(mut from: Reader<'_>) -> Result<Self, Vec<Mistake>> {
         let host = Host::read(&mut from, "listen_address");
         let provider = from.url("functions_provider_url");
@@ -66,14 +70,14 @@ impl Worker {
             Backend::Embedded => from.mistake(
                 "queue",
                 Some("embedded".to_owned()),
-                "a queue that processes can share: a file belongs to one (see with_worker), so it takes NATS",
+                "a queue that several processes can share, which is one on NATS; a file belongs to one process (see with_worker)",
             ),
             Backend::None if without => from.mistake(
                 "faas_nats_address",
                 None,
-                "where NATS is, which has the queue that this worker takes calls from",
+                "the address of NATS, from which this worker receives calls",
             ),
-            Backend::None => from.mistake("queue", Some("none".to_owned()), "a queue to take calls from"),
+            Backend::None => from.mistake("queue", Some("none".to_owned()), "a queue from which a worker can receive calls"),
             Backend::JetStream | Backend::Stan | Backend::Nats => {}
         }
         let gateway = gateway.unwrap_or_else(nowhere);

@@ -70,7 +70,7 @@ async fn up_says_that_it_does_not_listen_where_it_is_told() {
     let mut lines = BufReader::new(child.stderr.take().unwrap()).lines();
     let told = async {
         while let Some(line) = lines.next_line().await.unwrap() {
-            if line.contains("listen_address is ignored: gateway up listens on 127.0.0.1 alone") {
+            if line.contains("listen_address is ignored: gateway up listens on 127.0.0.1 only") {
                 return true;
             }
         }
