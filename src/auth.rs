@@ -23,7 +23,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::auth::pairs::{Pair, Pairs};
 use crate::error::Error;
-use crate::provider::collect;
+use crate::provider::collect_response;
 use crate::proxy::body::RequestBody;
 use crate::proxy::{Errand, forward};
 use crate::serve::caller::Caller;
@@ -247,7 +247,7 @@ async fn ask_proxy(api: &Api, request: Request) -> Result<Result<Request, Respon
         caller.watch.call_goes_on();
         return Ok(Ok(Request::from_parts(parts, body)));
     }
-    let (status, headers, text) = collect(answer).await?;
+    let (status, headers, text) = collect_response(answer).await?;
     let mut refusal = (status, text).into_response();
     for name in [CONTENT_TYPE, WWW_AUTHENTICATE] {
         if let Some(value) = headers.get(&name) {

@@ -9,17 +9,17 @@ use anyhow::{Context, anyhow, bail, ensure};
 use crate::config::base_url::BaseUrl;
 
 /// A probe that takes longer has failed.
-const TIMEOUT: Duration = Duration::from_secs(5);
+const PROBE_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Asks `url`.
 ///
 /// # Errors
 /// When nothing answers there, or not with 2xx.
 pub fn run(url: &str) -> anyhow::Result<()> {
-    ask(url, TIMEOUT)
+    probe(url, PROBE_TIMEOUT)
 }
 
-fn ask(url: &str, timeout: Duration) -> anyhow::Result<()> {
+fn probe(url: &str, timeout: Duration) -> anyhow::Result<()> {
     let parsed = BaseUrl::parse(url).filter(|url| !url.tls);
     let Some(parsed) = parsed else { bail!("{url:?} is not an http URL") };
     let path = if parsed.path.is_empty() { "/" } else { parsed.path.as_str() };
@@ -35,14 +35,14 @@ fn ask(url: &str, timeout: Duration) -> anyhow::Result<()> {
     let host = &parsed.authority;
     write!(tcp, "GET {path} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n")?;
     // The status line is all that matters.
-    let mut head = [0; 12];
-    tcp.read_exact(&mut head).map_err(|error| no_answer(error, timeout))?;
-    let status = String::from_utf8_lossy(&head[9..]).into_owned();
-    ensure!(head.starts_with(b"HTTP/1.") && status.starts_with('2'), "status {status}");
+    let mut status_line = [0; 12];
+    tcp.read_exact(&mut status_line).map_err(|error| read_error(error, timeout))?;
+    let status = String::from_utf8_lossy(&status_line[9..]).into_owned();
+    ensure!(status_line.starts_with(b"HTTP/1.") && status.starts_with('2'), "status {status}");
     Ok(())
 }
 
-fn no_answer(error: io::Error, timeout: Duration) -> anyhow::Error {
+fn read_error(error: io::Error, timeout: Duration) -> anyhow::Error {
     match error.kind() {
         // The system calls it "try again", which tells nobody what happened.
         io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => {
@@ -63,7 +63,7 @@ mod tests {
         // The system takes connections for it, as it does for a process that hangs.
         let hanging = TcpListener::bind("127.0.0.1:0").unwrap();
         let url = format!("http://{}/_/healthz", hanging.local_addr().unwrap());
-        let error = ask(&url, Duration::from_millis(50)).unwrap_err();
+        let error = probe(&url, Duration::from_millis(50)).unwrap_err();
         assert_eq!(format!("{error:#}"), "no answer within 50ms");
     }
 }

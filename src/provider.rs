@@ -1,4 +1,4 @@
-//! A client of the provider's REST API, the types it speaks, and a provider of our own.
+//! Client of the provider's REST API, its JSON types, and the process provider.
 
 pub mod process;
 pub mod signals;
@@ -25,60 +25,66 @@ use crate::proxy::client::{Client, Origin};
 use crate::proxy::upstream_body::{BodyFailure, UpstreamBody};
 use crate::watch::Watch;
 
-/// What a caller would like (RFC 7240).
+/// The header of a client's preferences (RFC 7240).
 const PREFER: HeaderName = HeaderName::from_static("prefer");
-/// The largest answer that is read whole: some 10 000 functions with long labels.
-const MAX_ANSWER: usize = 32 << 20;
+/// Maximum size of a response body that is read into memory: about 10 000 functions with long labels.
+const MAX_RESPONSE_BYTES: usize = 32 << 20;
 
-/// The provider, as its own client sees it.
+/// Client of one provider.
 #[derive(Clone)]
 pub struct Provider {
     pub client: Arc<Client>,
     pub origin: Origin,
     pub credentials: Option<Arc<Credentials>>,
-    /// For a whole question and answer.
+    /// Limit for one request including its response.
     pub timeout: Duration,
 }
 
 impl Provider {
     /// `GET /system/namespaces`
+    ///
+    /// # Errors
+    /// The request failed, or the response is an error or not the expected JSON.
     pub async fn namespaces(&self) -> Result<Vec<String>, Error> {
-        self.list("/system/namespaces").await
+        self.get_list("/system/namespaces").await
     }
 
-    /// `GET /system/functions`, of one namespace if `namespace` is not empty.
+    /// `GET /system/functions`; an empty `namespace` means the provider's default.
+    ///
+    /// # Errors
+    /// The request failed, or the response is an error or not the expected JSON.
     pub async fn functions(&self, namespace: &str) -> Result<Vec<FunctionSummary>, Error> {
         if namespace.is_empty() {
-            return self.list("/system/functions").await;
+            return self.get_list("/system/functions").await;
         }
-        self.list(&format!("/system/functions?namespace={namespace}")).await
+        self.get_list(&format!("/system/functions?namespace={namespace}")).await
     }
 
     /// `GET /system/function/NAME`
     ///
     /// # Errors
-    /// `NoSuchFunction` when the provider does not know it.
+    /// `NoSuchFunction` if the provider responds 404; other errors as in `functions`.
     pub async fn status(&self, function: &Function) -> Result<FunctionSummary, Error> {
         self.summary(function, false, Duration::ZERO).await
     }
 
-    /// `GET /system/function/NAME`, whose answer the provider may hold back until the function can be called, for at
-    /// most `hold` (`Prefer: wait`, RFC 7240). One that does not know of this answers at once.
+    /// `GET /system/function/NAME` with `Prefer: wait` (RFC 7240): the provider may delay the response until the function
+    /// is ready, for at most `max_wait`. A provider without support for this responds immediately.
     ///
     /// # Errors
-    /// `NoSuchFunction` when the provider does not know it.
-    pub async fn status_held(
+    /// `NoSuchFunction` if the provider responds 404; other errors as in `functions`.
+    pub async fn status_wait_ready(
         &self,
         function: &Function,
-        hold: Duration,
+        max_wait: Duration,
     ) -> Result<FunctionSummary, Error> {
-        self.summary(function, false, hold).await
+        self.summary(function, false, max_wait).await
     }
 
-    /// What all replicas of a function use together, if the provider tells.
+    /// Returns the resource usage of all replicas of a function, or `None` if the provider does not report it.
     ///
     /// # Errors
-    /// `NoSuchFunction` when the provider does not know it.
+    /// `NoSuchFunction` if the provider responds 404; other errors as in `functions`.
     pub async fn usage(&self, function: &Function) -> Result<Option<Usage>, Error> {
         Ok(self.summary(function, true, Duration::ZERO).await?.usage)
     }
@@ -86,52 +92,60 @@ impl Provider {
     async fn summary(
         &self,
         function: &Function,
-        usage: bool,
-        hold: Duration,
+        with_usage: bool,
+        max_wait: Duration,
     ) -> Result<FunctionSummary, Error> {
-        let target = format!("/system/function/{}{}&usage={usage}", function.name, query(function));
+        let target = format!(
+            "/system/function/{}{}&usage={with_usage}",
+            function.name,
+            namespace_query(function)
+        );
         let mut headers = HeaderMap::new();
-        if !hold.is_zero() {
-            headers.insert(PREFER, wait(hold));
+        if !max_wait.is_zero() {
+            headers.insert(PREFER, prefer_wait(max_wait));
         }
-        let (status, body) = self.call(Method::GET, &target, headers, Bytes::new()).await?;
+        let (status, body) = self.send(Method::GET, &target, headers, Bytes::new()).await?;
         match status {
             StatusCode::NOT_FOUND => Err(Error::NoSuchFunction(function.clone())),
-            status if status.is_success() => parse(&body),
-            status => Err(refused(status)),
+            status if status.is_success() => parse_json(&body),
+            status => Err(unexpected_status(status)),
         }
     }
 
     /// `POST /system/scale-function/NAME`
-    pub async fn scale(&self, function: &Function, replicas: u64) -> Result<(), Error> {
-        let target = format!("/system/scale-function/{}{}", function.name, query(function));
-        let body = json(&ScaleRequest { service_name: function.name.clone(), replicas });
-        match self.call(Method::POST, &target, HeaderMap::new(), body).await? {
-            (status, _) if status.is_success() => Ok(()),
-            (status, _) => Err(refused(status)),
-        }
-    }
-
-    /// A list; `null`, which is how Go writes one that nothing was ever put into, is an empty one.
-    async fn list<T: DeserializeOwned>(&self, target: &str) -> Result<Vec<T>, Error> {
-        match self.call(Method::GET, target, HeaderMap::new(), Bytes::new()).await? {
-            (status, body) if status.is_success() => {
-                parse::<Option<Vec<T>>>(&body).map(Option::unwrap_or_default)
-            }
-            (status, _) => Err(refused(status)),
-        }
-    }
-
-    /// Has the next request go out with credentials that the provider accepts, for one that cannot be sent twice.
     ///
     /// # Errors
-    /// When the provider does not answer.
-    pub async fn try_credentials(&self) -> Result<(), Error> {
-        self.call(Method::GET, "/system/info", HeaderMap::new(), Bytes::new()).await.map(|_| ())
+    /// The request failed, or the provider rejected it.
+    pub async fn scale(&self, function: &Function, replicas: u64) -> Result<(), Error> {
+        let target =
+            format!("/system/scale-function/{}{}", function.name, namespace_query(function));
+        let body = to_json(&ScaleRequest { service_name: function.name.clone(), replicas });
+        match self.send(Method::POST, &target, HeaderMap::new(), body).await? {
+            (status, _) if status.is_success() => Ok(()),
+            (status, _) => Err(unexpected_status(status)),
+        }
     }
 
-    /// Asks with each of the known credentials until one is accepted.
-    async fn call(
+    /// Requests a JSON array. `null`, which Go writes for a nil slice, is an empty one.
+    async fn get_list<T: DeserializeOwned>(&self, target: &str) -> Result<Vec<T>, Error> {
+        match self.send(Method::GET, target, HeaderMap::new(), Bytes::new()).await? {
+            (status, body) if status.is_success() => {
+                parse_json::<Option<Vec<T>>>(&body).map(Option::unwrap_or_default)
+            }
+            (status, _) => Err(unexpected_status(status)),
+        }
+    }
+
+    /// Finds the credentials that the provider accepts, for a following request that cannot be sent twice.
+    ///
+    /// # Errors
+    /// The provider did not respond.
+    pub async fn try_credentials(&self) -> Result<(), Error> {
+        self.send(Method::GET, "/system/info", HeaderMap::new(), Bytes::new()).await.map(|_| ())
+    }
+
+    /// Sends a request with each of the credentials in turn until the provider accepts one.
+    async fn send(
         &self,
         method: Method,
         target: &str,
@@ -141,16 +155,17 @@ impl Provider {
         if !body.is_empty() {
             headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
         }
-        let until = Instant::now() + self.timeout;
+        let deadline = Instant::now() + self.timeout;
         let mut tries = Tries::of(self.credentials.as_ref());
         loop {
             if let Some(authorization) = tries.header() {
                 headers.insert(AUTHORIZATION, authorization);
             }
             let (headers, body) = (headers.clone(), body.clone());
-            let question = question(method.clone(), &self.origin, target, headers, body)?;
-            let left = until.saturating_duration_since(Instant::now());
-            let (status, body) = ask(&self.client, &self.origin, question, left).await?;
+            let request = build_request(method.clone(), &self.origin, target, headers, body)?;
+            let remaining = deadline.saturating_duration_since(Instant::now());
+            let (status, body) =
+                send_and_collect(&self.client, &self.origin, request, remaining).await?;
             if !tries.again(status) {
                 return Ok((status, body));
             }
@@ -158,17 +173,21 @@ impl Provider {
     }
 }
 
-/// Asks `origin`, and reads the whole answer, in at most `timeout`.
-pub async fn ask(
+/// Sends `request` to `origin` and reads the whole response, within `timeout`.
+///
+/// # Errors
+/// The request failed or timed out, or the response is too large.
+pub async fn send_and_collect(
     client: &Arc<Client>,
     origin: &Origin,
-    question: Request<RequestBody>,
+    request: Request<RequestBody>,
     timeout: Duration,
 ) -> Result<(StatusCode, Bytes), Error> {
     let watch = Arc::new(Watch::new());
     watch.call_until(Instant::now() + timeout);
     let answered = async {
-        let (status, _, body) = collect(client.send(origin, question, &watch).await?).await?;
+        let (status, _, body) =
+            collect_response(client.send(origin, request, &watch).await?).await?;
         Ok((status, body))
     };
     match tokio::time::timeout(timeout, answered).await {
@@ -177,8 +196,11 @@ pub async fn ask(
     }
 }
 
-/// A request of the gateway's own.
-pub fn question(
+/// Builds a request of the gateway itself, with the URL and `Host` of `origin`.
+///
+/// # Errors
+/// `target` is not a valid path and query.
+pub fn build_request(
     method: Method,
     origin: &Origin,
     target: &str,
@@ -195,49 +217,60 @@ pub fn question(
     Ok(request)
 }
 
-/// Reads an answer whole, up to a limit.
-pub async fn collect(
-    answer: Response<UpstreamBody>,
+/// Reads the whole response body, up to `MAX_RESPONSE_BYTES`.
+///
+/// # Errors
+/// The response was aborted, or its body is too large.
+pub async fn collect_response(
+    response: Response<UpstreamBody>,
 ) -> Result<(StatusCode, HeaderMap, Bytes), Error> {
-    let (parts, body) = answer.into_parts();
-    match Limited::new(body, MAX_ANSWER).collect().await {
+    let (parts, body) = response.into_parts();
+    match Limited::new(body, MAX_RESPONSE_BYTES).collect().await {
         Ok(collected) => Ok((parts.status, parts.headers, collected.to_bytes())),
         Err(error) => Err(match error.downcast::<BodyFailure>() {
             Ok(failure) => Error::Answer(*failure),
             Err(error) => {
                 debug_assert!(error.is::<LengthLimitError>());
-                Error::Provider(format!("the provider's answer exceeds {MAX_ANSWER} bytes"))
+                Error::Provider(format!(
+                    "the provider's response exceeds {MAX_RESPONSE_BYTES} bytes"
+                ))
             }
         }),
     }
 }
 
-/// Parses what the provider said.
-pub fn parse<T: DeserializeOwned>(body: &[u8]) -> Result<T, Error> {
+/// Parses a response body of the provider.
+///
+/// # Errors
+/// `Error::Provider` if the body is not the expected JSON; the cause is logged at level debug.
+pub fn parse_json<T: DeserializeOwned>(body: &[u8]) -> Result<T, Error> {
     serde_json::from_slice(body).map_err(|error| {
-        tracing::debug!(error = &error as &dyn StdError, "The provider's JSON is not as expected");
-        Error::Provider("the provider's answer is not the JSON that was expected".to_owned())
+        tracing::debug!(
+            error = &error as &dyn StdError,
+            "The provider's response is not the expected JSON"
+        );
+        Error::Provider("the provider's response is not the expected JSON".to_owned())
     })
 }
 
-fn refused(status: StatusCode) -> Error {
+fn unexpected_status(status: StatusCode) -> Error {
     if is_refusal(status) {
         return Error::CredentialsRefused(status);
     }
-    Error::Provider(format!("the provider answered {status}"))
+    Error::Provider(format!("the provider responded {status}"))
 }
 
-fn query(function: &Function) -> String {
+fn namespace_query(function: &Function) -> String {
     format!("?namespace={}", function.namespace)
 }
 
-/// How long an answer may be held back.
-fn wait(hold: Duration) -> HeaderValue {
-    HeaderValue::from_str(&format!("wait={}", hold.as_secs()))
+/// Builds the value of `Prefer`, in whole seconds.
+fn prefer_wait(max_wait: Duration) -> HeaderValue {
+    HeaderValue::from_str(&format!("wait={}", max_wait.as_secs()))
         .unwrap_or_else(|_| HeaderValue::from_static("wait=0"))
 }
 
-fn json(value: &impl Serialize) -> Bytes {
-    // The types serialized here have no map with keys that are no strings.
+fn to_json(value: &impl Serialize) -> Bytes {
+    // Cannot fail: the types serialized here have no maps with non-string keys.
     serde_json::to_vec(value).unwrap_or_default().into()
 }

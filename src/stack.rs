@@ -17,8 +17,8 @@ use std::io;
 use std::path::Path;
 
 use crate::provider::types::FunctionDeployment;
-use crate::stack::fields::Reader;
-pub use crate::stack::shell::quoted;
+use crate::stack::fields::FieldReader;
+pub use crate::stack::shell::single_quoted;
 
 /// What a stack file is read with.
 pub struct Source<'a> {
@@ -36,9 +36,9 @@ pub struct Stack {
     /// The functions that nothing is wrong with, in the order of their names.
     pub functions: Vec<FunctionDeployment>,
     /// The names of those that something is wrong with.
-    pub faulty: BTreeSet<String>,
+    pub invalid: BTreeSet<String>,
     /// Everything that is wrong, in the order of the lines.
-    pub mistakes: Vec<Mistake>,
+    pub errors: Vec<StackError>,
     /// The line that each function begins on.
     pub lines: BTreeMap<String, usize>,
     /// Whether the functions could be read at all. If not, the file says nothing about which there are.
@@ -47,14 +47,14 @@ pub struct Stack {
 
 /// Something wrong in a stack file, and what to do about it.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Mistake {
+pub struct StackError {
     pub line: usize,
     /// Such as `functions.echo.fprocess`; empty for the file as a whole.
     pub key: String,
     pub text: String,
 }
 
-impl fmt::Display for Mistake {
+impl fmt::Display for StackError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self.key.as_str() {
             "" => write!(f, "line {}: {}", self.line, self.text),
@@ -68,44 +68,44 @@ pub fn parse(text: &str, source: &Source<'_>) -> Stack {
     let root = match yaml::parse(text) {
         Ok(root) => root,
         Err(fault) => {
-            let mistake = Mistake { line: fault.line, key: String::new(), text: fault.text };
-            return Stack { mistakes: vec![mistake], ..Stack::default() };
+            let error = StackError { line: fault.line, key: String::new(), text: fault.text };
+            return Stack { errors: vec![error], ..Stack::default() };
         }
     };
-    let mut reader = Reader { var: source.var, mistakes: Vec::new() };
+    let mut reader = FieldReader { var: source.var, errors: Vec::new() };
     let top = reader.map("", &root);
-    reader.only(&top, &["version", "provider", "functions", "configuration"]);
+    reader.reject_unknown_keys(&top, &["version", "provider", "functions", "configuration"]);
     if let Some(provider) = top.get("provider") {
         let provider = reader.map("provider", provider);
-        reader.only(&provider, &["name", "gateway", "network"]);
+        reader.reject_unknown_keys(&provider, &["name", "gateway", "network"]);
     }
     let mut stack = Stack::default();
     if let Some(node) = top.get("functions") {
-        let before = reader.mistakes.len();
+        let before = reader.errors.len();
         let functions = reader.map("functions", node);
-        let doubled: BTreeSet<String> = reader.mistakes[before..]
+        let doubled: BTreeSet<String> = reader.errors[before..]
             .iter()
-            .filter_map(|mistake| mistake.key.strip_prefix("functions.").map(str::to_owned))
+            .filter_map(|error| error.key.strip_prefix("functions.").map(str::to_owned))
             .collect();
         for (key, node) in functions.entries() {
-            let before = reader.mistakes.len();
+            let before = reader.errors.len();
             stack.lines.insert(key.name.clone(), key.line);
-            let function = function::read(&mut reader, source, &key.name, key.line, node);
+            let function = function::read_function(&mut reader, source, &key.name, key.line, node);
             // Of two under one name, either may be meant.
-            if reader.mistakes.len() > before || doubled.contains(&key.name) {
-                stack.faulty.insert(key.name.clone());
+            if reader.errors.len() > before || doubled.contains(&key.name) {
+                stack.invalid.insert(key.name.clone());
             } else {
                 stack.functions.push(function);
             }
         }
     }
-    if stack.functions.is_empty() && stack.faulty.is_empty() {
+    if stack.functions.is_empty() && stack.invalid.is_empty() {
         let text = "it has no functions: add a map `functions`, such as `functions: {echo: {fprocess: cat}}`";
-        reader.mistake(root.line, "", text);
+        reader.error(root.line, "", text);
     } else {
         stack.is_readable = true;
     }
     stack.functions.sort_by(|a, b| a.service.cmp(&b.service));
-    reader.mistakes.sort_by_key(|mistake| mistake.line);
-    Stack { mistakes: reader.mistakes, ..stack }
+    reader.errors.sort_by_key(|error| error.line);
+    Stack { errors: reader.errors, ..stack }
 }

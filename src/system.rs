@@ -28,7 +28,7 @@ use crate::health::Health;
 use crate::metrics::Metrics;
 use crate::metrics::query::Counts;
 use crate::provider::types::ScaleRequest;
-use crate::provider::{Provider, collect, parse};
+use crate::provider::{Provider, collect_response, parse_json};
 use crate::proxy::client::{Client, Origin};
 use crate::proxy::upstream_body::UpstreamBody;
 use crate::queued::Intake;
@@ -134,7 +134,7 @@ pub async fn info(
     if !status.is_success() {
         return Ok((status, body).into_response());
     }
-    let provider: Value = parse(&body)?;
+    let provider: Value = parse_json(&body)?;
     Ok(axum::Json(json!({
         "provider": provider,
         "version": {
@@ -159,7 +159,7 @@ impl Api {
         for name in [ACCEPT_ENCODING, IF_MODIFIED_SINCE, IF_NONE_MATCH, IF_RANGE, RANGE] {
             request.headers_mut().remove(name);
         }
-        collect(self.send(caller, &self.provider.origin, request).await?).await
+        collect_response(self.send(caller, &self.provider.origin, request).await?).await
     }
 }
 

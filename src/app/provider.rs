@@ -10,7 +10,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::auth::{self, Credentials};
 use crate::config::{self, Timeouts};
-use crate::provider::process::{self, Process};
+use crate::provider::process::{self, ProcessProvider};
 use crate::routes;
 use crate::same_origin::{self, Names};
 use crate::serve::heads::Heads;
@@ -33,7 +33,7 @@ const MAX_CONNECTIONS: usize = 10_000;
 /// A running process provider.
 pub(super) struct Provider {
     pub(super) address: SocketAddr,
-    pub(super) process: Arc<Process>,
+    pub(super) process: Arc<ProcessProvider>,
     listener: Option<TcpListener>,
     credentials: Option<Arc<Credentials>>,
     /// Its users have credentials, and may call it by any name.
@@ -93,7 +93,7 @@ impl Provider {
     ) -> anyhow::Result<Self> {
         let listener = bind(config.listen, 1)?.remove(0);
         raise_file_limit();
-        let process = Process::open_alone(config, tasks).await?;
+        let process = ProcessProvider::open_adopting_orphans(config, tasks).await?;
         Ok(Self {
             address: listener.local_addr()?,
             process,

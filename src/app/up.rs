@@ -16,14 +16,14 @@ use crate::app::up::stack_file::StackFile;
 use crate::auth::Credentials;
 use crate::config::Up;
 use crate::config::base_url::BaseUrl;
-use crate::provider::process::{Process, Stored};
+use crate::provider::process::{ProcessProvider, SecretsSnapshot};
 use crate::shutdown::{Event, OnHangup, Signals, Stages, Tasks};
 
 /// Where functions live when nobody says otherwise.
-const NAMESPACE: &str = "openfaas-fn";
+const DEFAULT_NAMESPACE: &str = "openfaas-fn";
 
 /// How often the stack file and the secrets are looked at.
-const LOOK_EVERY: Duration = Duration::from_secs(1);
+const POLL_INTERVAL: Duration = Duration::from_secs(1);
 
 /// `once`: the stack file is not followed. `var` looks up the variables that it names.
 pub(super) fn run(
@@ -31,7 +31,7 @@ pub(super) fn run(
     once: bool,
     var: &dyn Fn(&str) -> Option<String>,
 ) -> anyhow::Result<()> {
-    resolve(&mut config)?;
+    resolve_paths(&mut config)?;
     if let Some(path) = &config.stack {
         // Before anything is started or created.
         std::fs::metadata(path)
@@ -41,7 +41,7 @@ pub(super) fn run(
 }
 
 /// Makes the paths absolute. Where things are kept belongs to the stack file, wherever the command is typed.
-fn resolve(config: &mut Up) -> anyhow::Result<()> {
+fn resolve_paths(config: &mut Up) -> anyhow::Result<()> {
     let here = "cannot find the current directory";
     let base = match &mut config.stack {
         Some(path) => {
@@ -86,7 +86,7 @@ async fn up(
         let Some(url) = BaseUrl::parse(&url) else { bail!("{url} is no URL") };
         (config.serve.provider, config.serve.logs_provider) = (url.clone(), url);
         if config.serve.namespace.is_empty() {
-            NAMESPACE.clone_into(&mut config.serve.namespace);
+            DEFAULT_NAMESPACE.clone_into(&mut config.serve.namespace);
         }
         Gateway::start(config.serve, Some(credentials), &stages, &tasks).await
     };
@@ -99,14 +99,14 @@ async fn up(
     };
     let names = stack.as_ref().map(StackFile::names).unwrap_or_default();
     let first = names.first().copied();
-    block_in_place(|| announce(&gateway, &provider, &config.provider.state_dir, first));
-    let mut secrets = Stored::default();
+    block_in_place(|| print_banner(&gateway, &provider, &config.provider.state_dir, first));
+    let mut secrets = SecretsSnapshot::default();
     let signal = loop {
         let event = tokio::select! {
             event = signals.event(OnHangup::Stop) => event,
             end = gateway.threads.unexpected_end() => bail!("{end}"),
-            () = tokio::time::sleep(LOOK_EVERY) => {
-                look(&process, &mut secrets, stack.as_mut(), once).await;
+            () = tokio::time::sleep(POLL_INTERVAL) => {
+                poll_changes(&process, &mut secrets, stack.as_mut(), once).await;
                 continue;
             }
         };
@@ -133,24 +133,24 @@ async fn up(
 }
 
 /// Follows secrets that other processes write, and the stack file.
-async fn look(
-    process: &Arc<Process>,
-    secrets: &mut Stored,
+async fn poll_changes(
+    process: &Arc<ProcessProvider>,
+    secrets: &mut SecretsSnapshot,
     stack: Option<&mut StackFile<'_>>,
     once: bool,
 ) {
-    if let Err(error) = block_in_place(|| process.follow_secrets(secrets)) {
+    if let Err(error) = block_in_place(|| process.refresh_changed_secrets(secrets)) {
         tracing::warn!(%error, "Secrets cannot be read again");
     }
     let Some(stack) = stack else { return };
-    stack.look_for_secrets().await;
+    stack.deploy_waiting().await;
     if !once {
         stack.poll().await;
     }
 }
 
 /// Says where things are, in lines that can be pasted.
-fn announce(gateway: &Gateway, provider: &Provider, state: &Path, function: Option<&str>) {
+fn print_banner(gateway: &Gateway, provider: &Provider, state: &Path, function: Option<&str>) {
     let base = format!("http://{}", gateway.address);
     println!("Gateway    {base}        (page: {base}/ui/)");
     println!("Metrics    http://{}/metrics", gateway.metrics_address);

@@ -9,7 +9,7 @@ use serde::Deserialize;
 
 use crate::error::Error;
 use crate::metrics::Metrics;
-use crate::provider::{ask, parse, question};
+use crate::provider::{build_request, parse_json, send_and_collect};
 use crate::proxy::client::{Client, Origin};
 
 const TARGET: &str =
@@ -77,9 +77,9 @@ impl Counts {
 
 async fn query(client: &Arc<Client>, prometheus: &Origin) -> Result<HashMap<String, u64>, Error> {
     let question =
-        question(Method::GET, prometheus, TARGET, HeaderMap::new(), bytes::Bytes::new())?;
-    let (_, body) = ask(client, prometheus, question, TIMEOUT).await?;
-    Ok(counts(parse(&body)?))
+        build_request(Method::GET, prometheus, TARGET, HeaderMap::new(), bytes::Bytes::new())?;
+    let (_, body) = send_and_collect(client, prometheus, question, TIMEOUT).await?;
+    Ok(counts(parse_json(&body)?))
 }
 
 fn counts(answer: Answer) -> HashMap<String, u64> {
@@ -100,7 +100,7 @@ mod tests {
 
     #[test]
     fn an_answer_of_prometheus_is_read() {
-        let answer = parse(
+        let answer = parse_json(
             br#"{"status":"success","data":{"resultType":"vector","result":[
                 {"metric":{"function_name":"echo.fn"},"value":[1700000000.1,"42"]},
                 {"metric":{},"value":[1,"1"]},

@@ -1,50 +1,50 @@
-//! A provider of our own: functions as processes of this machine.
+//! The process provider: runs functions as processes of this machine.
 //!
-//! It speaks the same REST contract as any other provider. What is not in here: authentication, listening, and any
-//! isolation; functions run as the user of the provider, and only those that have secrets are kept from others'.
+//! It implements the REST API of providers. It does not include authentication, a listener, or isolation: functions run
+//! as the user of the provider. Only functions with secrets are separated from the secrets of others.
 
 mod activity;
 mod api;
-mod call;
+mod api_error;
+mod balancer;
 mod cgi;
 mod cgroup;
+mod channel_body;
 mod command;
 mod containment;
+mod deployed_function;
 mod descendants;
-mod drive;
-mod entry;
 mod files;
 mod fork;
-mod group;
+mod fork_limiter;
+mod fork_session;
+mod function_table;
 mod http_mode;
 mod input;
-mod lines;
+mod invocation;
+mod launcher;
+mod line_splitter;
 mod log_api;
 mod log_query;
 mod logs;
 mod mounts;
 mod namespaces;
 mod orphans;
-mod pick;
-mod places;
 mod pool;
+mod process_group;
 mod procfs;
-mod refusal;
 mod replica;
 mod replica_client;
 mod requests;
-mod runner;
 mod secret_api;
 mod secret_files;
 mod secrets;
+mod shell_words;
 mod spec;
 mod start_failure;
 mod store;
-mod stream;
 mod sync;
-mod table;
 mod usage;
-mod words;
 mod workload;
 
 use std::path::PathBuf;
@@ -54,89 +54,93 @@ use std::time::Duration;
 use anyhow::Context;
 
 pub use self::api::router;
-pub use self::refusal::Refusal;
-pub use self::secret_files::{Stored, set_secret};
+pub use self::api_error::ApiError;
+pub use self::secret_files::{SecretsSnapshot, set_secret};
 use crate::config;
 use crate::function::Function;
 use crate::provider::process::cgroup::Cgroups;
-use crate::provider::process::command::{DEFAULT_PATH, find};
+use crate::provider::process::command::{DEFAULT_PATH, find_program};
 use crate::provider::process::containment::Containment;
+use crate::provider::process::deployed_function::DeployedFunction;
 use crate::provider::process::descendants::Descendants;
-use crate::provider::process::entry::Entry;
+use crate::provider::process::function_table::FunctionTable;
+use crate::provider::process::launcher::ProcessLauncher;
 use crate::provider::process::logs::Logs;
-use crate::provider::process::mounts::{Mounts, SECRETS};
+use crate::provider::process::mounts::{Mounts, SECRETS_DIRECTORY};
 use crate::provider::process::orphans::Orphans;
-use crate::provider::process::runner::Runner;
 use crate::provider::process::secrets::Secrets;
-use crate::provider::process::spec::{Mode, Spec, initial_replicas, is_label};
+use crate::provider::process::spec::{FunctionSpec, Mode, initial_replicas, is_dns_label};
 use crate::provider::process::store::{SavedFunction, Store};
-use crate::provider::process::sync::lock;
-use crate::provider::process::table::Table;
+use crate::provider::process::sync::lock_unpoisoned;
 use crate::provider::process::workload::Workload;
 use crate::provider::types::{FunctionDeployment, FunctionStatus};
 use crate::shutdown::Tasks;
 
-/// Where a function lives that is deployed without a namespace.
+/// Namespace of functions that are deployed without one.
 pub const DEFAULT_NAMESPACE: &str = "openfaas-fn";
 
-/// The most processes that one function may have.
-const MAX_PROCESSES: u64 = 1000;
+/// Maximum number of processes of one function.
+const MAX_PROCESSES_PER_FUNCTION: u64 = 1000;
 
 /// The provider.
 #[derive(Debug)]
-pub struct Process {
+pub struct ProcessProvider {
     store: Store,
-    table: Table,
-    runner: Arc<Runner>,
-    /// Held during a change, so that files and table say the same.
-    changes: Mutex<()>,
+    table: FunctionTable,
+    launcher: Arc<ProcessLauncher>,
+    /// Held during each change, so that files and function table stay consistent.
+    change_lock: Mutex<()>,
 }
 
-impl Process {
-    /// Opens the state directory, ends what an earlier provider has left running, and starts the functions.
+impl ProcessProvider {
+    /// Opens the state directory, kills processes left by an earlier provider, and starts the functions.
     ///
     /// # Errors
-    /// When the state directory cannot be written, is in use by another provider, or is damaged.
+    /// The state directory is not writable, is in use by another provider, or is damaged.
     pub async fn open(config: &config::Provider, tasks: &Tasks) -> anyhow::Result<Arc<Self>> {
         Self::open_in(config, tasks, false).await
     }
 
-    /// Does the same for a process that has no children but the provider's, and so can adopt their orphans.
+    /// Does the same as `open`, and makes this process adopt orphans of functions. This requires that the process has no
+    /// child processes besides the provider's.
     ///
     /// # Errors
-    /// Those of `open`.
-    pub async fn open_alone(config: &config::Provider, tasks: &Tasks) -> anyhow::Result<Arc<Self>> {
+    /// The errors of `open`.
+    pub async fn open_adopting_orphans(
+        config: &config::Provider,
+        tasks: &Tasks,
+    ) -> anyhow::Result<Arc<Self>> {
         Self::open_in(config, tasks, true).await
     }
 
     async fn open_in(
         config: &config::Provider,
         tasks: &Tasks,
-        is_alone: bool,
+        adopts_orphans: bool,
     ) -> anyhow::Result<Arc<Self>> {
         let store = Store::open(&config.state_dir)?;
         let root = &store.root;
         let mut orphans = Orphans::open(root.join("running"))?;
         let killed =
-            orphans.kill_all().context("cannot end the processes of an earlier provider")?;
+            orphans.kill_all().context("cannot kill the processes of an earlier provider")?;
         if killed > 0 {
-            tracing::warn!(processes = killed, "Ended processes that an earlier provider has left");
+            tracing::warn!(processes = killed, "Killed processes left by an earlier provider");
         }
         let secrets = Secrets::open(root.join("secrets"))?;
         let mounts = probe_mounts(&secrets, config).await;
-        // The last that starts a process by itself: the provider has no unknown children from here on.
-        orphans.containment = contain(root.join("cgroup"), config, is_alone).await;
+        // From here on, only the containment starts processes: an unknown child is an orphan.
+        orphans.containment = detect_containment(root.join("cgroup"), config, adopts_orphans).await;
         if let Some(descendants) = orphans.containment.descendants.clone() {
-            tasks.spawn(|stopping| descendants.watch(stopping));
+            tasks.spawn(|stopping| descendants.run(stopping));
         }
-        orphans.containment.announce();
+        orphans.containment.log_method();
         let environment = config.environment.clone();
-        let runner = Arc::new(Runner::new(tasks, orphans, secrets, mounts, environment));
+        let launcher = Arc::new(ProcessLauncher::new(tasks, orphans, secrets, mounts, environment));
         let process = Arc::new(Self {
-            table: Table::new(store.namespaces()?),
+            table: FunctionTable::new(store.namespaces()?),
             store,
-            runner,
-            changes: Mutex::default(),
+            launcher: launcher,
+            change_lock: Mutex::default(),
         });
         for (function, saved) in process.store.functions()? {
             process.restore(function, saved)?;
@@ -144,72 +148,75 @@ impl Process {
         Ok(process)
     }
 
-    /// Deploys a function, or replaces one of the same name.
+    /// Deploys a function, or replaces the function of the same name.
     ///
     /// # Errors
-    /// `Refusal::Invalid` with the reason when it cannot run here.
-    pub async fn deploy(self: &Arc<Self>, deployment: FunctionDeployment) -> Result<(), Refusal> {
-        self.change(move |process| {
-            let function = process.admit(&deployment)?;
-            process.install(&function, deployment)
+    /// `ApiError::Invalid` with the reason if the deployment cannot run here.
+    pub async fn deploy(self: &Arc<Self>, deployment: FunctionDeployment) -> Result<(), ApiError> {
+        self.run_exclusively(move |process| {
+            let function = process.validate(&deployment)?;
+            process.save_and_start(&function, deployment)
         })
         .await
     }
 
-    /// Deploys a function, unless it is deployed in exactly this way already: then it is left alone, also while it starts or stops.
+    /// Deploys a function unless the same deployment is active already, which then continues undisturbed.
     /// Returns whether anything has changed.
     ///
     /// # Errors
-    /// `Refusal::Invalid` with the reason when it cannot run here.
-    pub async fn apply(self: &Arc<Self>, deployment: FunctionDeployment) -> Result<bool, Refusal> {
-        self.change(move |process| {
-            let function = process.admit(&deployment)?;
+    /// `ApiError::Invalid` with the reason if the deployment cannot run here.
+    pub async fn deploy_if_changed(
+        self: &Arc<Self>,
+        deployment: FunctionDeployment,
+    ) -> Result<bool, ApiError> {
+        self.run_exclusively(move |process| {
+            let function = process.validate(&deployment)?;
             if process.table.get(&function).is_some_and(|entry| entry.is_deployed_as(&deployment)) {
                 tracing::info!(function = %function, "{function} is unchanged");
                 return Ok(false);
             }
-            process.install(&function, deployment).map(|()| true)
+            process.save_and_start(&function, deployment).map(|()| true)
         })
         .await
     }
 
-    /// Replaces a function that is there.
+    /// Replaces an existing function.
     pub(crate) async fn update(
         self: &Arc<Self>,
         deployment: FunctionDeployment,
-    ) -> Result<(), Refusal> {
-        self.change(move |process| {
-            let function = named(&deployment);
-            process.entry(&function)?;
-            process.admit(&deployment)?;
-            process.install(&function, deployment)
+    ) -> Result<(), ApiError> {
+        self.run_exclusively(move |process| {
+            let function = function_of(&deployment);
+            process.find(&function)?;
+            process.validate(&deployment)?;
+            process.save_and_start(&function, deployment)
         })
         .await
     }
 
-    /// Removes a function; its processes end their calls first.
-    pub(crate) async fn delete(self: &Arc<Self>, function: Function) -> Result<(), Refusal> {
-        self.change(move |process| {
-            process.entry(&function)?;
+    /// Removes a function. Its processes finish their calls first.
+    pub(crate) async fn delete(self: &Arc<Self>, function: Function) -> Result<(), ApiError> {
+        self.run_exclusively(move |process| {
+            process.find(&function)?;
             process.store.remove_function(&function)?;
             if let Some(entry) = process.table.remove(&function) {
                 entry.retire();
             }
-            process.runner.secrets.remove_view(&function)?;
+            process.launcher.secrets.remove_view(&function)?;
             tracing::info!(function = %function, "Deleted {function}");
             Ok(())
         })
         .await
     }
 
-    /// Sets how many replicas a function has.
+    /// Sets the number of replicas of a function.
     pub(crate) async fn scale(
         self: &Arc<Self>,
         function: Function,
         replicas: u64,
-    ) -> Result<(), Refusal> {
-        self.change(move |process| {
-            let entry = process.entry(&function)?;
+    ) -> Result<(), ApiError> {
+        self.run_exclusively(move |process| {
+            let entry = process.find(&function)?;
             check_replicas(&entry.workload.spec, replicas)?;
             process.store.save_function(&function, &entry.saved(replicas))?;
             entry.scale(replicas);
@@ -219,44 +226,45 @@ impl Process {
         .await
     }
 
-    /// The functions of a namespace, by name.
+    /// Returns the functions of a namespace, ordered by name.
     pub(crate) fn list(&self, namespace: &str) -> Vec<FunctionStatus> {
-        let entries = self.table.entries();
-        let in_namespace = |entry: &&Arc<Entry>| entry.workload.function.namespace == namespace;
+        let entries = self.table.functions();
+        let in_namespace =
+            |entry: &&Arc<DeployedFunction>| entry.workload.function.namespace == namespace;
         entries.iter().filter(in_namespace).map(|entry| entry.status()).collect()
     }
 
-    /// Stops all processes: asks them to end, and kills those that have not after `grace`.
+    /// Stops all processes: sends SIGTERM, and SIGKILL to those that still run after `grace`.
     pub async fn stop(&self, grace: Duration) {
-        self.runner.tasks.stop(grace).await;
-        self.runner.orphans.containment.close();
+        self.launcher.tasks.stop(grace).await;
+        self.launcher.orphans.containment.close();
     }
 
-    fn entry(&self, function: &Function) -> Result<Arc<Entry>, Refusal> {
-        let missing = || Refusal::NoSuchFunction(function.to_string());
+    fn find(&self, function: &Function) -> Result<Arc<DeployedFunction>, ApiError> {
+        let missing = || ApiError::NoSuchFunction(function.to_string());
         self.table.get(function).ok_or_else(missing)
     }
 
-    /// Makes a change to files and table: one at a time, off the threads that carry calls, since it waits for the disk.
-    /// A caller who leaves does not leave it half done.
-    async fn change<T: Send + 'static>(
+    /// Runs a change of files and function table. Changes run one at a time on a blocking thread, since they wait for
+    /// the disk. A client that disconnects does not abort a change.
+    async fn run_exclusively<T: Send + 'static>(
         self: &Arc<Self>,
-        change: impl FnOnce(&Self) -> Result<T, Refusal> + Send + 'static,
-    ) -> Result<T, Refusal> {
+        change: impl FnOnce(&Self) -> Result<T, ApiError> + Send + 'static,
+    ) -> Result<T, ApiError> {
         let process = Arc::clone(self);
         let changing = tokio::task::spawn_blocking(move || {
-            let _one_at_a_time = lock(&process.changes);
+            let _one_at_a_time = lock_unpoisoned(&process.change_lock);
             change(&process)
         });
-        changing.await.map_err(|error| Refusal::Internal(error.into()))?
+        changing.await.map_err(|error| ApiError::Internal(error.into()))?
     }
 
-    /// Checks all that can be wrong with a deployment, in itself and with what it refers to.
-    fn admit(&self, deployment: &FunctionDeployment) -> Result<Function, Refusal> {
-        let function = self.check(deployment)?;
+    /// Validates a deployment, including its references to secrets.
+    fn validate(&self, deployment: &FunctionDeployment) -> Result<Function, ApiError> {
+        let function = self.validate_except_secrets(deployment)?;
         let missing = self.missing_secrets(deployment);
         if !missing.is_empty() {
-            return Err(Refusal::Invalid(format!(
+            return Err(ApiError::Invalid(format!(
                 "secrets that do not exist in namespace {}: {missing:?}",
                 function.namespace
             )));
@@ -264,105 +272,114 @@ impl Process {
         Ok(function)
     }
 
-    /// Checks all that can be wrong with a deployment, but for its secrets.
+    /// Validates a deployment, except for the existence of its secrets.
     ///
     /// # Errors
-    /// `Refusal::Invalid` with the reason.
-    pub fn check(&self, deployment: &FunctionDeployment) -> Result<Function, Refusal> {
-        let function = named(deployment);
-        if !is_label(&function.name) {
-            return Err(Refusal::Invalid(format!(
+    /// `ApiError::Invalid` with the reason.
+    pub fn validate_except_secrets(
+        &self,
+        deployment: &FunctionDeployment,
+    ) -> Result<Function, ApiError> {
+        let function = function_of(deployment);
+        if !is_dns_label(&function.name) {
+            return Err(ApiError::Invalid(format!(
                 "service: {:?} is not a name of at most 63 of a-z, 0-9 and -",
                 function.name
             )));
         }
         if !self.table.has_namespace(&function.namespace) {
             let reason = format!("namespace {} does not exist", function.namespace);
-            return Err(Refusal::Invalid(reason));
+            return Err(ApiError::Invalid(reason));
         }
-        let spec = Spec::parse(deployment).map_err(Refusal::Invalid)?;
-        if let Some(directory) = spec.directory.as_ref().filter(|path| !path.is_dir()) {
+        let spec = FunctionSpec::parse(deployment).map_err(ApiError::Invalid)?;
+        if let Some(directory) = spec.working_directory.as_ref().filter(|path| !path.is_dir()) {
             let reason = format!("workingDirectory: {} is not a directory", directory.display());
-            return Err(Refusal::Invalid(reason));
+            return Err(ApiError::Invalid(reason));
         }
-        let path = self.runner.path(&spec);
-        if find(&spec.words[0], path).is_none() {
-            return Err(Refusal::Invalid(format!(
+        let path = self.launcher.search_path(&spec);
+        if find_program(&spec.argv[0], path).is_none() {
+            return Err(ApiError::Invalid(format!(
                 "envProcess: {:?} is not a program that can be run (PATH: {path})",
-                spec.words[0]
+                spec.argv[0]
             )));
         }
-        check_replicas(&spec, initial_replicas(deployment).map_err(Refusal::Invalid)?)?;
+        check_replicas(&spec, initial_replicas(deployment).map_err(ApiError::Invalid)?)?;
         Ok(function)
     }
 
-    /// Saves and starts a function. One that was there before keeps its replicas, its logs and its age.
-    fn install(
+    /// Saves and starts a function. A replaced function keeps its number of replicas, its logs and its creation time.
+    fn save_and_start(
         &self,
         function: &Function,
         mut deployment: FunctionDeployment,
-    ) -> Result<(), Refusal> {
+    ) -> Result<(), ApiError> {
         deployment.namespace.clone_from(&function.namespace);
-        let initial = initial_replicas(&deployment).map_err(Refusal::Invalid)?;
-        let before = self.table.get(function);
+        let initial = initial_replicas(&deployment).map_err(ApiError::Invalid)?;
+        let old = self.table.get(function);
         let saved = SavedFunction {
             deployment,
-            replicas: match &before {
-                // What was scaled to zero stays there, and the next call wakes the new version.
+            replicas: match &old {
+                // A function at zero stays at zero; the next call starts the new version.
                 Some(before) if before.replicas() == 0 => 0,
                 Some(before) => before.replicas().max(initial),
                 None => initial,
             },
-            created_at: before.as_ref().map_or_else(now, |before| before.created_at.clone()),
+            created_at: old.as_ref().map_or_else(current_time, |before| before.created_at.clone()),
         };
-        let spec = Spec::parse(&saved.deployment).map_err(Refusal::Invalid)?;
-        // Replicas cost nothing in fork mode, so there may be more of them than there may be processes.
+        let spec = FunctionSpec::parse(&saved.deployment).map_err(ApiError::Invalid)?;
+        // The old version may be in fork mode, where the number of replicas is not limited.
         check_replicas(&spec, saved.replicas)?;
-        self.runner.secrets.refresh_view(function, &spec.secrets)?;
+        self.launcher.secrets.refresh_view(function, &spec.secrets)?;
         self.store.save_function(function, &saved)?;
-        self.start(function, spec, saved, before.as_deref());
+        self.start(function, spec, saved, old.as_deref());
         tracing::info!(function = %function, "Deployed {function}");
         Ok(())
     }
 
-    /// Starts a function of an earlier provider. What it refers to may have gone since: then its calls fail and say so.
+    /// Starts a function from the state directory. If a program or directory that it needs is missing, its calls fail
+    /// with the reason.
     fn restore(&self, function: Function, mut saved: SavedFunction) -> anyhow::Result<()> {
-        let spec = Spec::parse(&saved.deployment).map_err(anyhow::Error::msg);
+        let spec = FunctionSpec::parse(&saved.deployment).map_err(anyhow::Error::msg);
         let spec = spec.with_context(|| format!("the state of function {function} is damaged"))?;
         if let Err(refusal) = check_replicas(&spec, saved.replicas) {
             tracing::warn!(
                 function = %function,
                 replicas = saved.replicas,
-                "Starting {function} with {MAX_PROCESSES} replicas: {refusal}"
+                "Starting {function} with {MAX_PROCESSES_PER_FUNCTION} replicas: {refusal}"
             );
-            saved.replicas = MAX_PROCESSES;
+            saved.replicas = MAX_PROCESSES_PER_FUNCTION;
         }
-        self.runner.secrets.refresh_view(&function, &spec.secrets)?;
+        self.launcher.secrets.refresh_view(&function, &spec.secrets)?;
         self.start(&function, spec, saved, None);
         Ok(())
     }
 
-    fn start(&self, function: &Function, spec: Spec, saved: SavedFunction, before: Option<&Entry>) {
+    fn start(
+        &self,
+        function: &Function,
+        spec: FunctionSpec,
+        saved: SavedFunction,
+        old: Option<&DeployedFunction>,
+    ) {
         let replicas = saved.replicas;
         let workload = Arc::new(Workload {
             function: function.clone(),
             spec,
-            logs: before
+            logs: old
                 .map_or_else(|| Arc::new(Logs::new()), |before| Arc::clone(&before.workload.logs)),
-            activity: before
-                .map_or_else(Arc::default, |before| Arc::clone(&before.workload.activity)),
+            activity: old.map_or_else(Arc::default, |before| Arc::clone(&before.workload.activity)),
         });
-        let entry = Arc::new(Entry::new(saved, workload, &self.runner));
+        let entry = Arc::new(DeployedFunction::new(saved, workload, &self.launcher));
         entry.scale(replicas);
-        if let Some(before) = before {
-            entry.take_over(before, &self.runner);
+        if let Some(before) = old {
+            entry.replace(before, &self.launcher);
         }
         self.table.insert(entry);
     }
 }
 
-/// The function that a deployment names.
-fn named(deployment: &FunctionDeployment) -> Function {
+/// Returns name and namespace of the function in a deployment.
+fn function_of(deployment: &FunctionDeployment) -> Function {
     let namespace = match deployment.namespace.as_str() {
         "" => DEFAULT_NAMESPACE,
         namespace => namespace,
@@ -370,23 +387,29 @@ fn named(deployment: &FunctionDeployment) -> Function {
     Function { name: deployment.service.clone(), namespace: namespace.to_owned() }
 }
 
-fn check_replicas(spec: &Spec, replicas: u64) -> Result<(), Refusal> {
+fn check_replicas(spec: &FunctionSpec, replicas: u64) -> Result<(), ApiError> {
     match spec.mode {
-        Mode::Http { .. } if replicas > MAX_PROCESSES => Err(Refusal::Invalid(format!(
-            "{replicas} replicas are more than the {MAX_PROCESSES} processes that a function may have"
-        ))),
+        Mode::Http { .. } if replicas > MAX_PROCESSES_PER_FUNCTION => {
+            Err(ApiError::Invalid(format!(
+                "{replicas} replicas are more than the {MAX_PROCESSES_PER_FUNCTION} processes that a function may have"
+            )))
+        }
         Mode::Http { .. } | Mode::Fork(_) => Ok(()),
     }
 }
 
-/// Finds out how what functions start can be held together.
-async fn contain(record: PathBuf, config: &config::Provider, is_alone: bool) -> Containment {
-    let cgroups = Cgroups::open(record, path(config)).await;
+/// Detects which mechanisms can contain the descendants of function processes.
+async fn detect_containment(
+    record: PathBuf,
+    config: &config::Provider,
+    adopts_orphans: bool,
+) -> Containment {
+    let cgroups = Cgroups::open(record, search_path(config)).await;
     let cgroups = cgroups.inspect_err(|error| tracing::debug!("No cgroups: {error:#}")).ok();
-    let descendants = match is_alone.then(Descendants::adopt) {
+    let descendants = match adopts_orphans.then(Descendants::adopt) {
         Some(Ok(descendants)) => Some(descendants),
         Some(Err(error)) => {
-            tracing::warn!(%error, "Orphans cannot be adopted");
+            tracing::warn!(%error, "This process cannot adopt orphans");
             None
         }
         None => None,
@@ -394,34 +417,34 @@ async fn contain(record: PathBuf, config: &config::Provider, is_alone: bool) -> 
     Containment { cgroups, descendants }
 }
 
-/// The PATH that the provider's own programs are looked up in.
-fn path(config: &config::Provider) -> &str {
+/// Returns the PATH for looking up the provider's own helper programs.
+fn search_path(config: &config::Provider) -> &str {
     let path = config.environment.iter().find(|(name, _)| name == "PATH");
     path.map_or(DEFAULT_PATH, |(_, path)| path.as_str())
 }
 
-/// Finds out how functions get to see their secrets.
+/// Detects whether secrets can be mounted for functions.
 async fn probe_mounts(secrets: &Secrets, config: &config::Provider) -> Option<Mounts> {
-    match Mounts::probe(&secrets.root, path(config)).await {
+    match Mounts::probe(&secrets.root, search_path(config)).await {
         Ok(mounts) => {
             tracing::info!(
-                can_be_undone = !mounts.stay(),
-                "Functions find their secrets in {SECRETS}, mounted for each that asks for some"
+                can_be_undone = !mounts.are_protected(),
+                "Secrets are mounted at {SECRETS_DIRECTORY} for each function that uses secrets"
             );
             Some(mounts)
         }
         Err(error) => {
             tracing::info!(
                 reason = format!("{error:#}"),
-                "Functions find their secrets in the directory named by secrets_path: {SECRETS} cannot be mounted"
+                "Functions read their secrets from the directory in secrets_path: {SECRETS_DIRECTORY} cannot be mounted"
             );
             None
         }
     }
 }
 
-/// RFC 3339, to the second.
-fn now() -> String {
+/// Returns the current time in RFC 3339, in whole seconds.
+fn current_time() -> String {
     let now = jiff::Timestamp::now();
     jiff::Timestamp::from_second(now.as_second()).unwrap_or(now).to_string()
 }

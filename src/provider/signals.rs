@@ -1,36 +1,36 @@
-//! What a provider says to a gateway beside its answers. docs/PROVIDER.md describes these for other implementations.
-//! No I/O.
+//! Response headers that a provider sends to the gateway. docs/PROVIDER.md specifies them for other providers. No I/O.
 //!
-//! A provider that passes on whatever its functions send lets a function say the same. So a gateway may wait less
-//! because of these, or answer differently, but it never sends a call again on their word alone.
+//! A provider that forwards all headers of its functions lets a function forge them. So the gateway may shorten a wait or
+//! change a response because of these headers, but it never retries a request based on them alone.
 
 use http::{HeaderMap, HeaderName, HeaderValue};
 
-/// In an error: the provider made it itself, without the function.
+/// Marks an error response that was created by the provider, not by the function.
 pub const X_OPENFAAS_INTERNAL: HeaderName = HeaderName::from_static("x-openfaas-internal");
-/// Why a provider or a gateway answers with an error, as one word.
+/// Machine-readable reason of an error response of a provider or gateway.
 pub const X_GATEWAY_REASON: HeaderName = HeaderName::from_static("x-gateway-reason");
 
-/// The value of `X-Gateway-Reason` where the function's processes end at their start.
+/// Value of `X-Gateway-Reason`: the function's processes exit during startup.
 pub const DOES_NOT_START: HeaderValue = HeaderValue::from_static("does-not-start");
-/// The value of `X-Gateway-Reason` where there is no such function.
+/// Value of `X-Gateway-Reason`: the function does not exist.
 pub const NO_SUCH_FUNCTION: HeaderValue = HeaderValue::from_static("no-such-function");
 
-/// The start of all names that gateways use among themselves.
-const OURS: &str = "x-gateway-";
+/// Prefix of headers that only providers and gateways may set.
+const RESERVED_PREFIX: &str = "x-gateway-";
 
-/// Removes from what a function sends all that only a provider or a gateway may say.
-pub fn remove(headers: &mut HeaderMap) {
-    let is_signal =
-        |name: &HeaderName| *name == X_OPENFAAS_INTERNAL || name.as_str().starts_with(OURS);
-    // Few answers have any.
+/// Removes headers of a function's response that only a provider or gateway may set.
+pub fn remove_reserved(headers: &mut HeaderMap) {
+    let is_signal = |name: &HeaderName| {
+        *name == X_OPENFAAS_INTERNAL || name.as_str().starts_with(RESERVED_PREFIX)
+    };
+    // Few responses have any.
     let found: Vec<HeaderName> = headers.keys().filter(|name| is_signal(name)).cloned().collect();
     for name in found {
         headers.remove(name);
     }
 }
 
-/// `proxy`, which is what this header has always said.
+/// Value of `X-OpenFaaS-Internal`, for compatibility with OpenFaaS.
 pub const INTERNAL: HeaderValue = HeaderValue::from_static("proxy");
 
 #[cfg(test)]
@@ -38,7 +38,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_only_a_provider_may_say_is_removed_and_all_else_stays() {
+    fn only_reserved_headers_are_removed() {
         let mut headers = HeaderMap::new();
         for name in
             ["x-openfaas-internal", "x-gateway-reason", "x-gateway-callback", "x-gate", "etag"]
@@ -46,7 +46,7 @@ mod tests {
             headers.append(name, HeaderValue::from_static("1"));
             headers.append(name, HeaderValue::from_static("2"));
         }
-        remove(&mut headers);
+        remove_reserved(&mut headers);
         let mut left: Vec<_> = headers.keys().map(HeaderName::as_str).collect();
         left.sort_unstable();
         assert_eq!(left, ["etag", "x-gate"]);

@@ -1,4 +1,4 @@
-//! The JSON that a provider speaks: functions, scale requests, secrets, namespaces, log lines. No I/O.
+//! JSON types of the provider API: functions, scale requests, secrets, namespaces, log lines. No I/O.
 
 use std::collections::BTreeMap;
 
@@ -32,22 +32,22 @@ pub struct FunctionStatus {
     pub read_only_root_filesystem: bool,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub invocation_count: Option<f64>,
-    /// How many replicas are wanted.
+    /// Number of desired replicas.
     pub replicas: u64,
-    /// How many of them can be called.
+    /// Number of ready replicas.
     pub available_replicas: u64,
     /// RFC 3339.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub created_at: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub usage: Option<Usage>,
-    /// Why there is no replica to call, if none can be started.
+    /// Reason why no replica is ready, if replicas fail to start.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub start_failure: Option<StartFailure>,
 }
 
-/// What the gateway itself needs of a function's status. The rest is passed on, not understood: an odd value there is
-/// none of the gateway's business.
+/// The fields of a function's status that the gateway uses. The gateway forwards other fields without parsing them, so
+/// an unexpected value there is not an error.
 #[derive(Clone, Debug, Default, PartialEq, Deserialize)]
 #[serde(rename_all = "camelCase", default)]
 pub struct FunctionSummary {
@@ -58,26 +58,26 @@ pub struct FunctionSummary {
     pub replicas: u64,
     pub available_replicas: u64,
     pub usage: Option<Usage>,
-    /// Read only if it is what our own provider would write.
-    #[serde(deserialize_with = "if_understood")]
+    /// `None` unless it has the format of the process provider.
+    #[serde(deserialize_with = "none_if_invalid")]
     pub start_failure: Option<StartFailure>,
 }
 
-/// How the starts of a function fail. For operators: the last line may say anything.
+/// Failed starts of a function, for operators. `last_output` is untrusted text.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct StartFailure {
-    /// How many have failed in a row.
+    /// Number of consecutive failed starts.
     pub starts: u64,
-    /// How the last one ended, such as `exit status: 1`.
+    /// Reason of the last failure, such as `exit status: 1`.
     pub reason: String,
-    /// The last line that it wrote.
+    /// Last output line of the last failed process.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub last_output: String,
 }
 
-/// What is not understood counts as absent.
-fn if_understood<'de, D, T>(deserializer: D) -> Result<Option<T>, D::Error>
+/// Deserializes a value of an unexpected format as `None`.
+fn none_if_invalid<'de, D, T>(deserializer: D) -> Result<Option<T>, D::Error>
 where
     D: serde::Deserializer<'de>,
     T: serde::de::DeserializeOwned,
@@ -86,7 +86,7 @@ where
     Ok(serde_json::from_value(value).ok())
 }
 
-/// A function as it is to be deployed.
+/// Request body for deploying a function.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", default)]
 pub struct FunctionDeployment {
@@ -96,7 +96,7 @@ pub struct FunctionDeployment {
     pub image: String,
     #[serde(skip_serializing_if = "String::is_empty")]
     pub env_process: String,
-    /// The process provider's own: where the command runs, as an absolute path; empty: where the provider does.
+    /// Extension of the process provider: absolute path of the working directory; empty: that of the provider.
     #[serde(skip_serializing_if = "String::is_empty")]
     pub working_directory: String,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -117,7 +117,7 @@ pub struct FunctionDeployment {
     pub read_only_root_filesystem: bool,
 }
 
-/// Memory and CPU, as Kubernetes writes them (`128Mi`, `100m`).
+/// Memory and CPU in the notation of Kubernetes (`128Mi`, `100m`).
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Resources {
@@ -127,7 +127,7 @@ pub struct Resources {
     pub cpu: String,
 }
 
-/// What a function's processes use.
+/// Resource usage of a function's processes.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", default)]
 pub struct Usage {
@@ -154,7 +154,7 @@ pub struct ScaleRequest {
     pub replicas: u64,
 }
 
-/// A secret. Never printed with its value.
+/// A secret. `Debug` does not print its value.
 #[derive(Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", default)]
 pub struct Secret {
@@ -163,7 +163,7 @@ pub struct Secret {
     pub namespace: String,
     #[serde(skip_serializing_if = "String::is_empty")]
     pub value: String,
-    /// Base64, for a value that is no text.
+    /// Base64, for a binary value.
     #[serde(skip_serializing_if = "String::is_empty")]
     pub raw_value: String,
 }
@@ -184,7 +184,7 @@ pub struct Namespace {
 pub struct LogLine {
     pub name: String,
     pub namespace: String,
-    /// Which replica wrote it.
+    /// Name of the replica that wrote the line.
     pub instance: String,
     /// RFC 3339, with nanoseconds.
     pub timestamp: String,
@@ -202,7 +202,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_start_failure_of_another_kind_spoils_no_status() {
+    fn an_invalid_start_failure_is_ignored() {
         let read = |failure: &str| {
             let text = format!(r#"{{"name":"f","replicas":1,"startFailure":{failure}}}"#);
             let summary: FunctionSummary = serde_json::from_str(&text).unwrap();

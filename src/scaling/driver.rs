@@ -75,7 +75,7 @@ impl Driver {
         let (scaling, line) = (Arc::clone(&self.scaling), Arc::clone(&self.line));
         let function = &line.function;
         let hold = if self.cold { HOLD } else { Duration::ZERO };
-        let (replicas, failure) = match scaling.provider.status_held(function, hold).await {
+        let (replicas, failure) = match scaling.provider.status_wait_ready(function, hold).await {
             Ok(status) => (Replicas::from(&status), status.start_failure),
             Err(Error::NoSuchFunction(_)) => {
                 scaling.known.found(function, false, asked);

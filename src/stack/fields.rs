@@ -3,14 +3,14 @@
 use std::collections::BTreeMap;
 use std::rc::Rc;
 
-use crate::stack::Mistake;
+use crate::stack::StackError;
 use crate::stack::substitute::substitute;
 use crate::stack::yaml::{Key, Node, Value};
 
 /// What is read so far, and what was wrong with it.
-pub(super) struct Reader<'a> {
+pub(super) struct FieldReader<'a> {
     pub(super) var: &'a dyn Fn(&str) -> Option<String>,
-    pub(super) mistakes: Vec<Mistake>,
+    pub(super) errors: Vec<StackError>,
 }
 
 /// One map, whose keys are known.
@@ -29,7 +29,7 @@ impl<'n> Map<'n> {
         self.entries.iter().copied()
     }
 
-    pub(super) fn at(&self, name: &str) -> String {
+    pub(super) fn child_path(&self, name: &str) -> String {
         match self.path.as_str() {
             "" => name.to_owned(),
             path => format!("{path}.{name}"),
@@ -37,9 +37,9 @@ impl<'n> Map<'n> {
     }
 }
 
-impl Reader<'_> {
-    pub(super) fn mistake(&mut self, line: usize, key: &str, text: impl Into<String>) {
-        self.mistakes.push(Mistake { line, key: key.to_owned(), text: text.into() });
+impl FieldReader<'_> {
+    pub(super) fn error(&mut self, line: usize, key: &str, text: impl Into<String>) {
+        self.errors.push(StackError { line, key: key.to_owned(), text: text.into() });
     }
 
     /// The map that `node` is; empty if it is something else, and then a mistake says so. A key that comes twice counts
@@ -51,7 +51,7 @@ impl Reader<'_> {
             Value::Null => return map,
             other => {
                 let text = format!("this is {}, and must be a map of keys to values", other.kind());
-                self.mistake(node.line, path, text);
+                self.error(node.line, path, text);
                 return map;
             }
         };
@@ -62,7 +62,7 @@ impl Reader<'_> {
                         "comes twice, first on line {}: remove or rename one of them",
                         first.line
                     );
-                    self.mistake(key.line, &map.at(&key.name), text);
+                    self.error(key.line, &map.child_path(&key.name), text);
                 }
                 None => map.entries.push((key, value)),
             }
@@ -71,7 +71,7 @@ impl Reader<'_> {
     }
 
     /// Has every key of `map` that is not among `known` be a mistake. Keys that begin with `x-` are for other tools.
-    pub(super) fn only(&mut self, map: &Map<'_>, known: &[&str]) {
+    pub(super) fn reject_unknown_keys(&mut self, map: &Map<'_>, known: &[&str]) {
         for (key, _) in map.entries() {
             if known.contains(&key.name.as_str()) || key.name.starts_with("x-") {
                 continue;
@@ -84,7 +84,7 @@ impl Reader<'_> {
                 }
                 _ => format!("unknown key: remove it, or use one of {}", known.join(", ")),
             };
-            self.mistake(key.line, &map.at(&key.name), text);
+            self.error(key.line, &map.child_path(&key.name), text);
         }
     }
 
@@ -96,21 +96,21 @@ impl Reader<'_> {
             Value::Text(text) => match substitute(text, self.var) {
                 Ok(text) => Some(text),
                 Err(error) => {
-                    self.mistake(node.line, path, error);
+                    self.error(node.line, path, error);
                     None
                 }
             },
             other => {
                 let text =
                     format!("this is {}, and must be a text: put it in quotes", other.kind());
-                self.mistake(node.line, path, text);
+                self.error(node.line, path, text);
                 None
             }
         }
     }
 
     /// The list of texts that `node` is; a single text counts as a list of one.
-    pub(super) fn texts(&mut self, path: &str, node: Option<&Node>) -> Option<Vec<String>> {
+    pub(super) fn text_list(&mut self, path: &str, node: Option<&Node>) -> Option<Vec<String>> {
         let node = node?;
         match &node.value {
             Value::Null => None,
@@ -120,7 +120,7 @@ impl Reader<'_> {
             }
             Value::Text(_) => Some(self.text(path, Some(node)).into_iter().collect()),
             Value::Map(_) => {
-                self.mistake(node.line, path, "this is a map, and must be a list, such as [a, b]");
+                self.error(node.line, path, "this is a map, and must be a list, such as [a, b]");
                 None
             }
         }
@@ -136,7 +136,7 @@ impl Reader<'_> {
         let map = self.map(path, node);
         let mut texts = BTreeMap::new();
         for (key, value) in map.entries() {
-            let text = self.text(&map.at(&key.name), Some(value));
+            let text = self.text(&map.child_path(&key.name), Some(value));
             texts.insert(key.name.clone(), text.unwrap_or_default());
         }
         Some(texts)
@@ -149,7 +149,7 @@ impl Reader<'_> {
             Some("true" | "True" | "TRUE" | "1") => true,
             Some("false" | "False" | "FALSE" | "0") => false,
             Some(other) => {
-                self.mistake(line, path, format!("{other:?} is not true or false"));
+                self.error(line, path, format!("{other:?} is not true or false"));
                 false
             }
         }

@@ -5,7 +5,7 @@ use std::path::Path;
 
 use crate::provider::types::{FunctionDeployment, Resources};
 use crate::stack::Source;
-use crate::stack::fields::{Map, Reader};
+use crate::stack::fields::{FieldReader, Map};
 use crate::stack::shell;
 use crate::stack::yaml::{self, Node};
 
@@ -36,111 +36,113 @@ const KEYS: &[&str] = &[
 ];
 
 /// What `node` describes, under `name`. What is wrong with it is among the mistakes of `reader`.
-pub(super) fn read(
-    reader: &mut Reader<'_>,
+pub(super) fn read_function(
+    reader: &mut FieldReader<'_>,
     source: &Source<'_>,
     name: &str,
     line: usize,
     node: &Node,
 ) -> FunctionDeployment {
     let map = reader.map(&format!("functions.{name}"), node);
-    reader.only(&map, KEYS);
+    reader.reject_unknown_keys(&map, KEYS);
     check_name(reader, &map, name, line);
-    let mut env_vars = reader.text_map(&map.at("environment"), map.get("environment"));
-    for (name, value) in environment_files(reader, source, &map) {
+    let mut env_vars = reader.text_map(&map.child_path("environment"), map.get("environment"));
+    for (name, value) in read_environment_files(reader, source, &map) {
         env_vars.get_or_insert_default().insert(name, value);
     }
     FunctionDeployment {
         service: name.to_owned(),
         namespace: text(reader, &map, "namespace"),
         image: text(reader, &map, "image"),
-        env_process: command(reader, &map, line),
+        env_process: read_command(reader, &map, line),
         working_directory: source.directory.to_string_lossy().into_owned(),
         env_vars: Some(env_vars.unwrap_or_default()),
-        constraints: reader.texts(&map.at("constraints"), map.get("constraints")),
-        secrets: reader.texts(&map.at("secrets"), map.get("secrets")),
-        labels: reader.text_map(&map.at("labels"), map.get("labels")),
-        annotations: reader.text_map(&map.at("annotations"), map.get("annotations")),
-        limits: resources(reader, &map, "limits"),
-        requests: resources(reader, &map, "requests"),
-        read_only_root_filesystem: reader
-            .boolean(&map.at("readonly_root_filesystem"), map.get("readonly_root_filesystem")),
+        constraints: reader.text_list(&map.child_path("constraints"), map.get("constraints")),
+        secrets: reader.text_list(&map.child_path("secrets"), map.get("secrets")),
+        labels: reader.text_map(&map.child_path("labels"), map.get("labels")),
+        annotations: reader.text_map(&map.child_path("annotations"), map.get("annotations")),
+        limits: read_resources(reader, &map, "limits"),
+        requests: read_resources(reader, &map, "requests"),
+        read_only_root_filesystem: reader.boolean(
+            &map.child_path("readonly_root_filesystem"),
+            map.get("readonly_root_filesystem"),
+        ),
     }
 }
 
-fn text(reader: &mut Reader<'_>, map: &Map<'_>, name: &str) -> String {
-    reader.text(&map.at(name), map.get(name)).unwrap_or_default()
+fn text(reader: &mut FieldReader<'_>, map: &Map<'_>, name: &str) -> String {
+    reader.text(&map.child_path(name), map.get(name)).unwrap_or_default()
 }
 
-fn check_name(reader: &mut Reader<'_>, map: &Map<'_>, name: &str, line: usize) {
+fn check_name(reader: &mut FieldReader<'_>, map: &Map<'_>, name: &str, line: usize) {
     let plain = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-';
     let fits = (1..=63).contains(&name.len()) && name.bytes().all(plain);
     if !fits || name.starts_with('-') || name.ends_with('-') {
         let text =
             "not a function's name: use at most 63 of a-z, 0-9 and -, none of them - at either end";
-        reader.mistake(line, &map.path, text);
+        reader.error(line, &map.path, text);
     }
 }
 
 /// The command, which no shell reads.
-fn command(reader: &mut Reader<'_>, map: &Map<'_>, line: usize) -> String {
+fn read_command(reader: &mut FieldReader<'_>, map: &Map<'_>, line: usize) -> String {
     let names = ["fprocess", "envProcess"].into_iter().filter(|name| map.get(name).is_some());
     let names: Vec<_> = names.collect();
     let Some(name) = names.first() else {
         let text = "missing: here a function is a command, such as `fprocess: cat`";
-        reader.mistake(line, &map.at("fprocess"), text);
+        reader.error(line, &map.child_path("fprocess"), text);
         return String::new();
     };
-    let (key, node) = (map.at(name), map.get(name));
+    let (key, node) = (map.child_path(name), map.get(name));
     let line = node.map_or(line, |node| node.line);
     if names.len() > 1 {
-        reader.mistake(line, &key, "given beside envProcess, which means the same: remove one");
+        reader.error(line, &key, "given beside envProcess, which means the same: remove one");
     }
-    let before = reader.mistakes.len();
+    let before = reader.errors.len();
     let command = reader.text(&key, node).unwrap_or_default();
-    if reader.mistakes.len() > before {
+    if reader.errors.len() > before {
         return command;
     }
     if command.trim().is_empty() {
-        reader.mistake(line, &key, "empty: here a function is a command, such as `fprocess: cat`");
-    } else if let Some(operator) = shell::operator(&command) {
+        reader.error(line, &key, "empty: here a function is a command, such as `fprocess: cat`");
+    } else if let Some(operator) = shell::shell_operator(&command) {
         // As it is written: the value of a variable is none of the log's business.
-        let written = node.map_or("", |node| node.value.written()).trim();
+        let written = node.map_or("", |node| node.value.as_written()).trim();
         let text = format!(
             "{operator} needs a shell, and none reads this command: write sh -c {}, or put {operator} in quotes",
-            shell::quoted(written)
+            shell::single_quoted(written)
         );
-        reader.mistake(line, &key, text);
+        reader.error(line, &key, text);
     }
     command
 }
 
-fn resources(reader: &mut Reader<'_>, map: &Map<'_>, name: &str) -> Option<Resources> {
-    let map = reader.map(&map.at(name), map.get(name)?);
-    reader.only(&map, &["memory", "cpu"]);
+fn read_resources(reader: &mut FieldReader<'_>, map: &Map<'_>, name: &str) -> Option<Resources> {
+    let map = reader.map(&map.child_path(name), map.get(name)?);
+    reader.reject_unknown_keys(&map, &["memory", "cpu"]);
     Some(Resources { memory: text(reader, &map, "memory"), cpu: text(reader, &map, "cpu") })
 }
 
 /// The variables in the files that `environment_file` names, the last of which wins.
-fn environment_files(
-    reader: &mut Reader<'_>,
+fn read_environment_files(
+    reader: &mut FieldReader<'_>,
     source: &Source<'_>,
     map: &Map<'_>,
 ) -> BTreeMap<String, String> {
-    let (key, node) = (map.at("environment_file"), map.get("environment_file"));
+    let (key, node) = (map.child_path("environment_file"), map.get("environment_file"));
     let line = node.map_or(0, |node| node.line);
     let mut variables = BTreeMap::new();
-    for name in reader.texts(&key, node).unwrap_or_default() {
-        match environment_file(reader, source, &name) {
+    for name in reader.text_list(&key, node).unwrap_or_default() {
+        match read_environment_file(reader, source, &name) {
             Ok(found) => variables.extend(found),
-            Err(error) => reader.mistake(line, &key, error),
+            Err(error) => reader.error(line, &key, error),
         }
     }
     variables
 }
 
-fn environment_file(
-    reader: &Reader<'_>,
+fn read_environment_file(
+    reader: &FieldReader<'_>,
     source: &Source<'_>,
     name: &str,
 ) -> Result<BTreeMap<String, String>, String> {
@@ -150,14 +152,14 @@ fn environment_file(
     })?;
     let root = yaml::parse(&text).map_err(|it| format!("{name}: line {}: {}", it.line, it.text))?;
     // A reader of its own, since lines and keys are those of the other file.
-    let mut inner = Reader { var: reader.var, mistakes: Vec::new() };
+    let mut inner = FieldReader { var: reader.var, errors: Vec::new() };
     let top = inner.map("", &root);
-    inner.only(&top, &["environment"]);
+    inner.reject_unknown_keys(&top, &["environment"]);
     let found = inner.text_map("environment", top.get("environment"));
-    match inner.mistakes.as_slice() {
+    match inner.errors.as_slice() {
         [] => found.ok_or_else(|| format!("{name} has no map `environment`")),
-        mistakes => {
-            let told: Vec<_> = mistakes.iter().map(ToString::to_string).collect();
+        errors => {
+            let told: Vec<_> = errors.iter().map(ToString::to_string).collect();
             Err(format!("{name}: {}", told.join("; ")))
         }
     }

@@ -12,9 +12,9 @@ pub(crate) fn stack_file(data: &[u8]) {
     let read = |_: &Path| Err(io::ErrorKind::NotFound.into());
     let stack = parse(text, &Source { directory: Path::new("/"), var: &var, read: &read });
     assert!(stack.functions.iter().all(|function| !function.env_process.trim().is_empty()));
-    assert!(stack.is_readable || !stack.mistakes.is_empty());
-    assert!(stack.faulty.is_empty() || !stack.mistakes.is_empty());
-    for mistake in &stack.mistakes {
-        assert!(mistake.line > 0 && !mistake.text.is_empty(), "{mistake:?}");
+    assert!(stack.is_readable || !stack.errors.is_empty());
+    assert!(stack.invalid.is_empty() || !stack.errors.is_empty());
+    for error in &stack.errors {
+        assert!(error.line > 0 && !error.text.is_empty(), "{error:?}");
     }
 }

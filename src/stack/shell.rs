@@ -1,7 +1,7 @@
 //! What a command line would need a shell for. No I/O.
 
 /// The first thing in `line`, outside of quotes, that only a shell would understand.
-pub(super) fn operator(line: &str) -> Option<String> {
+pub(super) fn shell_operator(line: &str) -> Option<String> {
     let mut chars = line.chars().peekable();
     while let Some(c) = chars.next() {
         match c {
@@ -43,7 +43,7 @@ pub(super) fn operator(line: &str) -> Option<String> {
 }
 
 /// `line` as one word in single quotes.
-pub fn quoted(line: &str) -> String {
+pub fn single_quoted(line: &str) -> String {
     format!("'{}'", line.replace('\'', r"'\''"))
 }
 
@@ -72,8 +72,8 @@ mod tests {
             (r#"sh -c "a | \" | b""#, None),
             (r"jq .a\|.b", None),
         ] {
-            assert_eq!(operator(line).as_deref(), expect, "{line}");
+            assert_eq!(shell_operator(line).as_deref(), expect, "{line}");
         }
-        assert_eq!(quoted("it's"), r"'it'\''s'");
+        assert_eq!(single_quoted("it's"), r"'it'\''s'");
     }
 }

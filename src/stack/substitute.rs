@@ -18,14 +18,14 @@ pub(super) fn substitute(
         let Some((inside, behind)) = from[2..].split_once('}') else {
             return Err("${ has no closing brace; $${ stands for a plain ${".to_owned());
         };
-        done.push_str(&value(inside, var)?);
+        done.push_str(&variable_value(inside, var)?);
         rest = behind;
     }
     done.push_str(rest);
     Ok(done)
 }
 
-fn value(inside: &str, var: &dyn Fn(&str) -> Option<String>) -> Result<String, String> {
+fn variable_value(inside: &str, var: &dyn Fn(&str) -> Option<String>) -> Result<String, String> {
     let (name, default) = match inside.split_once(":-") {
         Some((name, default)) => (name, Some(default)),
         None => (inside, None),

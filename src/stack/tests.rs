@@ -12,8 +12,8 @@ fn read(text: &str, files: &[(&str, &str)]) -> Stack {
 }
 
 #[track_caller]
-fn mistakes(text: &str) -> Vec<String> {
-    read(text, &[]).mistakes.iter().map(ToString::to_string).collect()
+fn errors(text: &str) -> Vec<String> {
+    read(text, &[]).errors.iter().map(ToString::to_string).collect()
 }
 
 #[test]
@@ -30,7 +30,7 @@ fn a_stack_file_as_faas_cli_writes_it_is_read() {
          configuration:\n  templates: []\n",
         &[],
     );
-    assert_eq!(stack.mistakes, []);
+    assert_eq!(stack.errors, []);
     let [also, echo] = stack.functions.as_slice() else { panic!("{stack:?}") };
     assert_eq!((also.service.as_str(), also.namespace.as_str()), ("also", "dev"));
     assert_eq!(also.secrets.as_deref(), Some(&["token".to_owned()][..]));
@@ -51,7 +51,7 @@ fn variables_and_environment_files_are_understood() {
             ("sub/two.yml", "environment: {c: true}"),
         ],
     );
-    assert_eq!(stack.mistakes, []);
+    assert_eq!(stack.errors, []);
     let [function] = stack.functions.as_slice() else { panic!("{stack:?}") };
     assert_eq!(function.env_process, "echo world nobody");
     let vars: Vec<_> = function.env_vars.as_ref().unwrap().values().map(String::as_str).collect();
@@ -76,7 +76,7 @@ fn all_mistakes_are_named_in_one_run_with_line_key_and_remedy() {
          \x20 Bad_Name: {fprocess: cat}\n",
         &[],
     );
-    let told: Vec<_> = stack.mistakes.iter().map(ToString::to_string).collect();
+    let told: Vec<_> = stack.errors.iter().map(ToString::to_string).collect();
     let expected = [
         ("line 2: provder: ", "did you mean provider?"),
         ("line 7: functions.typo.environement: ", "did you mean environment?"),
@@ -97,7 +97,7 @@ fn all_mistakes_are_named_in_one_run_with_line_key_and_remedy() {
         assert!(named, "{place} {remedy}: {told:#?}");
     }
     assert!(stack.is_readable && stack.functions.iter().map(|f| &f.service).eq(["good"]));
-    assert_eq!(stack.faulty.len(), 8, "{:?}", stack.faulty);
+    assert_eq!(stack.invalid.len(), 8, "{:?}", stack.invalid);
 }
 
 #[test]
@@ -106,10 +106,10 @@ fn a_file_that_says_nothing_about_functions_is_not_readable() {
         ["", "version: 1.0\n", "functions:\n", "functions: {}", "functions: [", "functions: 5"]
     {
         let stack = read(text, &[]);
-        assert!(!stack.is_readable && !stack.mistakes.is_empty(), "{text:?}: {stack:?}");
+        assert!(!stack.is_readable && !stack.errors.is_empty(), "{text:?}: {stack:?}");
     }
-    assert!(mistakes("functions: {")[0].contains("not YAML"));
-    assert!(mistakes("functions: {f: {fprocess: cat}, g: 7}")[0].contains("functions.g"));
+    assert!(errors("functions: {")[0].contains("not YAML"));
+    assert!(errors("functions: {f: {fprocess: cat}, g: 7}")[0].contains("functions.g"));
 }
 
 #[test]
@@ -123,7 +123,7 @@ fn a_mistake_in_an_environment_file_is_named_with_its_file() {
         ("environment: {a: '${NONE}'}", "e.yml: line 1: environment.a: the variable NONE"),
     ] {
         let stack = read(text, &[("e.yml", file)]);
-        let told = stack.mistakes[0].to_string();
+        let told = stack.errors[0].to_string();
         assert!(told.starts_with("line 1: functions.f.environment_file: "), "{told}");
         assert!(told.contains(expect), "{file}: {told}");
     }

@@ -36,34 +36,34 @@ pub(super) struct Key {
 
 /// What is wrong, on which line.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) struct Fault {
+pub(super) struct YamlError {
     pub(super) line: usize,
     pub(super) text: String,
 }
 
-impl Fault {
+impl YamlError {
     fn new(line: usize, text: impl Into<String>) -> Self {
         Self { line, text: text.into() }
     }
 }
 
 /// What the parser says of `text`. Tabs in an indentation it takes for a part of the line before.
-fn refused(text: &str, error: &ScanError) -> Fault {
+fn syntax_error(text: &str, error: &ScanError) -> YamlError {
     let marker = error.marker();
     let from = marker.line().saturating_sub(1);
     let is_tab = |line: &str| line.trim_start_matches(' ').starts_with('\t');
     match text.lines().skip(from).take(2).position(is_tab) {
-        Some(at) => Fault::new(from + at + 1, "not YAML: indent with spaces, not with tabs"),
+        Some(at) => YamlError::new(from + at + 1, "not YAML: indent with spaces, not with tabs"),
         None => {
             let text = format!("not YAML: {} (column {})", error.info(), marker.col() + 1);
-            Fault::new(marker.line(), text)
+            YamlError::new(marker.line(), text)
         }
     }
 }
 
 impl Value {
     /// The text as it stands in the file.
-    pub(super) fn written(&self) -> &str {
+    pub(super) fn as_written(&self) -> &str {
         match self {
             Self::Text(text) => text,
             Self::Null | Self::List(_) | Self::Map(_) => "",
@@ -82,24 +82,27 @@ impl Value {
 }
 
 /// Reads the one document in `text`; an empty one is `Null`.
-pub(super) fn parse(text: &str) -> Result<Rc<Node>, Fault> {
-    let mut reader =
-        Reader { text, events: Parser::new_from_str(text), anchors: HashMap::new(), nodes: 0 };
+pub(super) fn parse(text: &str) -> Result<Rc<Node>, YamlError> {
+    let mut builder =
+        TreeBuilder { text, events: Parser::new_from_str(text), anchors: HashMap::new(), nodes: 0 };
     let mut root = None;
-    while let Some((event, line)) = reader.next()? {
+    while let Some((event, line)) = builder.next()? {
         match event {
             Event::StreamStart | Event::DocumentEnd | Event::StreamEnd | Event::Nothing => {}
             Event::DocumentStart(_) if root.is_some() => {
-                return Err(Fault::new(line, "a second document begins: one file has one stack"));
+                return Err(YamlError::new(
+                    line,
+                    "a second document begins: one file has one stack",
+                ));
             }
             Event::DocumentStart(_) => {}
-            event => root = Some(reader.node(event, line, 0)?.0),
+            event => root = Some(builder.node(event, line, 0)?.0),
         }
     }
     Ok(root.unwrap_or_else(|| Rc::new(Node { line: 1, value: Value::Null })))
 }
 
-struct Reader<'a> {
+struct TreeBuilder<'a> {
     text: &'a str,
     events: Parser<'a, saphyr_parser::StrInput<'a>>,
     /// What an alias can mean, and how many nodes that is.
@@ -107,11 +110,11 @@ struct Reader<'a> {
     nodes: usize,
 }
 
-impl<'a> Reader<'a> {
-    fn next(&mut self) -> Result<Option<(Event<'a>, usize)>, Fault> {
+impl<'a> TreeBuilder<'a> {
+    fn next(&mut self) -> Result<Option<(Event<'a>, usize)>, YamlError> {
         match self.events.next() {
             Some(Ok((event, span))) => Ok(Some((event, span.start.line()))),
-            Some(Err(error)) => Err(refused(self.text, &error)),
+            Some(Err(error)) => Err(syntax_error(self.text, &error)),
             None => Ok(None),
         }
     }
@@ -122,9 +125,9 @@ impl<'a> Reader<'a> {
         event: Event<'a>,
         line: usize,
         depth: usize,
-    ) -> Result<(Rc<Node>, usize), Fault> {
+    ) -> Result<(Rc<Node>, usize), YamlError> {
         if depth > MAX_DEPTH {
-            return Err(Fault::new(line, format!("more than {MAX_DEPTH} levels")));
+            return Err(YamlError::new(line, format!("more than {MAX_DEPTH} levels")));
         }
         let before = self.nodes;
         self.count(1, line)?;
@@ -134,12 +137,12 @@ impl<'a> Reader<'a> {
             Event::MappingStart(anchor, _) => (self.map(line, depth)?, anchor),
             Event::Alias(anchor) => {
                 let Some((node, size)) = self.anchors.get(&anchor).cloned() else {
-                    return Err(Fault::new(line, "an alias inside of what it means"));
+                    return Err(YamlError::new(line, "an alias inside of what it means"));
                 };
                 self.count(size, line)?;
                 return Ok((node, size + 1));
             }
-            _ => return Err(Fault::new(line, "not YAML: a value is missing")),
+            _ => return Err(YamlError::new(line, "not YAML: a value is missing")),
         };
         let (node, size) = (Rc::new(Node { line, value }), self.nodes - before);
         if anchor > 0 {
@@ -148,40 +151,40 @@ impl<'a> Reader<'a> {
         Ok((node, size))
     }
 
-    fn count(&mut self, nodes: usize, line: usize) -> Result<(), Fault> {
+    fn count(&mut self, nodes: usize, line: usize) -> Result<(), YamlError> {
         self.nodes = self.nodes.saturating_add(nodes);
         if self.nodes > MAX_NODES {
-            return Err(Fault::new(line, format!("more than {MAX_NODES} values in one file")));
+            return Err(YamlError::new(line, format!("more than {MAX_NODES} values in one file")));
         }
         Ok(())
     }
 
-    fn list(&mut self, line: usize, depth: usize) -> Result<Value, Fault> {
+    fn list(&mut self, line: usize, depth: usize) -> Result<Value, YamlError> {
         let mut items = Vec::new();
         loop {
             match self.next()? {
                 Some((Event::SequenceEnd, _)) => return Ok(Value::List(items)),
                 Some((event, line)) => items.push(self.node(event, line, depth + 1)?.0),
-                None => return Err(Fault::new(line, "not YAML: the list has no end")),
+                None => return Err(YamlError::new(line, "not YAML: the list has no end")),
             }
         }
     }
 
-    fn map(&mut self, line: usize, depth: usize) -> Result<Value, Fault> {
+    fn map(&mut self, line: usize, depth: usize) -> Result<Value, YamlError> {
         let mut entries: Vec<(Key, Rc<Node>)> = Vec::new();
         let mut merged = Vec::new();
         loop {
             let (key, key_line) = match self.next()? {
                 Some((Event::MappingEnd, _)) => break,
                 Some((event, line)) => (self.node(event, line, depth + 1)?.0, line),
-                None => return Err(Fault::new(line, "not YAML: the map has no end")),
+                None => return Err(YamlError::new(line, "not YAML: the map has no end")),
             };
             let Value::Text(name) = &key.value else {
                 let text = format!("a key is {}, and must be a text", key.value.kind());
-                return Err(Fault::new(key_line, text));
+                return Err(YamlError::new(key_line, text));
             };
             let Some((event, value_line)) = self.next()? else {
-                return Err(Fault::new(key_line, "not YAML: a value is missing"));
+                return Err(YamlError::new(key_line, "not YAML: a value is missing"));
             };
             let value = self.node(event, value_line, depth + 1)?.0;
             if name == "<<" {
@@ -201,19 +204,19 @@ impl<'a> Reader<'a> {
 }
 
 /// Adds the entries that `<<: value` stands for.
-fn merge(value: &Node, merged: &mut Vec<(Key, Rc<Node>)>) -> Result<(), Fault> {
+fn merge(value: &Node, merged: &mut Vec<(Key, Rc<Node>)>) -> Result<(), YamlError> {
     match &value.value {
         Value::Map(entries) => merged.extend(entries.iter().cloned()),
         Value::List(maps) => {
             for map in maps {
                 let Value::Map(entries) = &map.value else {
-                    return Err(Fault::new(map.line, "<< takes a map or a list of maps"));
+                    return Err(YamlError::new(map.line, "<< takes a map or a list of maps"));
                 };
                 merged.extend(entries.iter().cloned());
             }
         }
         Value::Null | Value::Text(_) => {
-            return Err(Fault::new(value.line, "<< takes a map or a list of maps"));
+            return Err(YamlError::new(value.line, "<< takes a map or a list of maps"));
         }
     }
     Ok(())

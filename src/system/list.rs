@@ -8,7 +8,7 @@ use axum::response::{IntoResponse, Response};
 use serde_json::{Map, Value};
 
 use crate::error::Error;
-use crate::provider::parse;
+use crate::provider::parse_json;
 use crate::serve::caller::Caller;
 use crate::system::{Api, json_answer};
 
@@ -26,7 +26,7 @@ pub async fn list(
         }
         return Ok(answer);
     }
-    let mut functions = parse::<Option<Vec<Map<String, Value>>>>(&body)?.unwrap_or_default();
+    let mut functions = parse_json::<Option<Vec<Map<String, Value>>>>(&body)?.unwrap_or_default();
     if !functions.is_empty() {
         let counts = api.counts.by_function(&api.client, &api.metrics).await;
         mix_in(&mut functions, &counts, &api.default_namespace);

@@ -8,24 +8,24 @@ use serde::{Deserialize, Serialize};
 use crate::function::Function;
 
 /// What a stack file has deployed, as `stack.json` in the state directory says.
-pub(super) struct Record {
+pub(super) struct StackRecord {
     pub(super) state_dir: PathBuf,
     stack_file: PathBuf,
     pub(super) functions: BTreeSet<Function>,
 }
 
 #[derive(Serialize, Deserialize)]
-struct Stored {
+struct StoredRecord {
     stack_file: PathBuf,
     /// Namespace and name.
     functions: BTreeSet<(String, String)>,
 }
 
-impl Record {
+impl StackRecord {
     /// What is known of `stack_file`: nothing if the directory was used with another one last.
-    pub(super) fn at(state_dir: &Path, stack_file: &Path) -> Self {
+    pub(super) fn load(state_dir: &Path, stack_file: &Path) -> Self {
         let stored = std::fs::read(path(state_dir)).ok();
-        let stored = stored.and_then(|json| serde_json::from_slice::<Stored>(&json).ok());
+        let stored = stored.and_then(|json| serde_json::from_slice::<StoredRecord>(&json).ok());
         let functions = stored.filter(|stored| stored.stack_file == stack_file).map(|stored| {
             let functions = stored.functions.into_iter();
             functions.map(|(namespace, name)| Function { name, namespace }).collect()
@@ -38,10 +38,10 @@ impl Record {
     }
 
     /// Writes down what the file has now.
-    pub(super) fn write(&mut self, functions: BTreeSet<Function>) {
+    pub(super) fn save(&mut self, functions: BTreeSet<Function>) {
         self.functions = functions;
         let pair = |function: &Function| (function.namespace.clone(), function.name.clone());
-        let stored = Stored {
+        let stored = StoredRecord {
             stack_file: self.stack_file.clone(),
             functions: self.functions.iter().map(pair).collect(),
         };
@@ -70,12 +70,14 @@ mod tests {
     fn a_record_is_of_one_stack_file() {
         let state = tempfile::tempdir().unwrap();
         let function = Function { name: "f".to_owned(), namespace: "ns".to_owned() };
-        let mut record = Record::at(state.path(), Path::new("/a.yaml"));
+        let mut record = StackRecord::load(state.path(), Path::new("/a.yaml"));
         assert!(record.functions.is_empty());
-        record.write([function.clone()].into());
-        assert!(Record::at(state.path(), Path::new("/a.yaml")).functions.contains(&function));
-        assert!(Record::at(state.path(), Path::new("/b.yaml")).functions.is_empty());
+        record.save([function.clone()].into());
+        assert!(
+            StackRecord::load(state.path(), Path::new("/a.yaml")).functions.contains(&function)
+        );
+        assert!(StackRecord::load(state.path(), Path::new("/b.yaml")).functions.is_empty());
         std::fs::write(state.path().join("stack.json"), "{").unwrap();
-        assert!(Record::at(state.path(), Path::new("/a.yaml")).functions.is_empty());
+        assert!(StackRecord::load(state.path(), Path::new("/a.yaml")).functions.is_empty());
     }
 }

@@ -1,71 +1,71 @@
-//! What a function is doing right now: calls in flight and process groups. Outlives updates of the function.
+//! Calls in flight and process groups of a function. Shared by all versions of the function.
 
 use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex};
 
-use crate::provider::process::sync::lock;
-use crate::provider::process::usage::{SHORTEST, Sample};
+use crate::provider::process::sync::lock_unpoisoned;
+use crate::provider::process::usage::{MIN_SAMPLE_INTERVAL, Sample};
 use crate::provider::types::Usage;
 
 #[derive(Debug, Default)]
 pub(super) struct Activity {
-    calls: Mutex<u64>,
-    groups: Mutex<BTreeSet<i32>>,
-    /// What the CPU time of the next question is counted from.
-    sample: Mutex<Option<Sample>>,
+    in_flight: Mutex<u64>,
+    process_groups: Mutex<BTreeSet<i32>>,
+    /// Start of the interval for the next CPU measurement.
+    last_sample: Mutex<Option<Sample>>,
 }
 
-/// A call that counts until this is dropped.
+/// Counts a call as in flight until it is dropped.
 #[derive(Debug)]
-pub(super) struct Call(Arc<Activity>);
+pub(super) struct InFlightGuard(Arc<Activity>);
 
 impl Activity {
-    /// Counts a call, unless there are `limit` of them already.
-    pub(super) fn begin_call(self: &Arc<Self>, limit: u64) -> Option<Call> {
-        let mut calls = lock(&self.calls);
+    /// Counts a call as in flight; `None` if `limit` calls are in flight already.
+    pub(super) fn begin_call(self: &Arc<Self>, limit: u64) -> Option<InFlightGuard> {
+        let mut calls = lock_unpoisoned(&self.in_flight);
         if *calls >= limit {
             return None;
         }
         *calls += 1;
-        Some(Call(Arc::clone(self)))
+        Some(InFlightGuard(Arc::clone(self)))
     }
 
     pub(super) fn group_started(&self, id: i32) {
-        lock(&self.groups).insert(id);
+        lock_unpoisoned(&self.process_groups).insert(id);
     }
 
     pub(super) fn group_ended(&self, id: i32) {
-        lock(&self.groups).remove(&id);
+        lock_unpoisoned(&self.process_groups).remove(&id);
     }
 
-    /// What the processes use, averaged since the last question, or over a moment if there was none.
+    /// Returns the usage of the processes, averaged since the last query, or over `MIN_SAMPLE_INTERVAL`.
     pub(super) async fn usage(&self) -> Usage {
-        let earlier = lock(&self.sample).take();
+        let earlier = lock_unpoisoned(&self.last_sample).take();
         let earlier = match earlier {
-            Some(sample) if sample.at.elapsed() >= SHORTEST => sample,
+            Some(sample) if sample.at.elapsed() >= MIN_SAMPLE_INTERVAL => sample,
             Some(_) | None => {
-                let sample = self.sample().await;
-                tokio::time::sleep(SHORTEST).await;
+                let sample = self.take_sample().await;
+                tokio::time::sleep(MIN_SAMPLE_INTERVAL).await;
                 sample
             }
         };
-        let now = self.sample().await;
-        let usage = now.since(&earlier);
-        *lock(&self.sample) = Some(now);
+        let now = self.take_sample().await;
+        let usage = now.usage_since(&earlier);
+        *lock_unpoisoned(&self.last_sample) = Some(now);
         usage
     }
 
-    async fn sample(&self) -> Sample {
-        let groups = lock(&self.groups).clone();
-        // There may be thousands of processes to look at.
+    async fn take_sample(&self) -> Sample {
+        let groups = lock_unpoisoned(&self.process_groups).clone();
+        // Reads /proc, with possibly thousands of processes.
         let sampling = tokio::task::spawn_blocking(move || Sample::take(&groups));
-        sampling.await.unwrap_or_else(|_| Sample::none())
+        sampling.await.unwrap_or_else(|_| Sample::empty())
     }
 }
 
-impl Drop for Call {
+impl Drop for InFlightGuard {
     fn drop(&mut self) {
-        *lock(&self.0.calls) -= 1;
+        *lock_unpoisoned(&self.0.in_flight) -= 1;
     }
 }
 
@@ -74,7 +74,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn calls_are_counted_up_to_a_limit_until_they_end() {
+    fn calls_are_limited_until_their_guard_is_dropped() {
         let activity = Arc::new(Activity::default());
         let first = activity.begin_call(2).unwrap();
         let _second = activity.begin_call(2).unwrap();

@@ -1,4 +1,4 @@
-//! What a forked process learns of its request: environment variables, as a classic watchdog sets them. No I/O.
+//! Environment variables with the request for a forked process, as the classic watchdog sets them. No I/O.
 
 use std::ffi::OsString;
 use std::os::unix::ffi::OsStringExt;
@@ -7,19 +7,19 @@ use axum::http::header::{COOKIE, HOST, TRANSFER_ENCODING};
 use axum::http::request::Parts;
 use axum::http::{HeaderMap, HeaderName};
 
-/// A header that is not passed on: its variable is, but for case, the one that tells HTTP clients which proxy to use.
+/// Not passed on: except for case, its variable is `HTTP_PROXY`, which configures HTTP clients.
 const PROXY: HeaderName = HeaderName::from_static("proxy");
 
-/// Whether a header becomes a variable. Of the characters that a name may have, only the hyphen has a place in a
-/// variable's name, as `_`. A header with any other could pose as one that the gateway or a proxy before it vouches
-/// for: `X_Real_Ip` and `X.Real.Ip` as `X-Real-Ip`, whether or not that comes along.
-fn is_plain(name: &HeaderName) -> bool {
+/// Returns whether a header is passed on as a variable. In a variable's name, `_` stands for the hyphen. Headers with
+/// other special characters could impersonate one that a trusted proxy sets: `X_Real_Ip` and `X.Real.Ip` would become
+/// the variable of `X-Real-Ip`.
+fn is_unambiguous(name: &HeaderName) -> bool {
     name.as_str().bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'-')
 }
 
-/// The variables of a request whose path behind the function's name is `path`.
+/// Returns the variables of a request. `path` is the path after the function's name.
 ///
-/// Those that describe the request itself come last, so that a header such as `Method` cannot pose as one.
+/// Variables of the request line come last, so that a header such as `Method` cannot override them.
 pub(super) fn variables(
     parts: &Parts,
     path: &str,
@@ -28,8 +28,8 @@ pub(super) fn variables(
     let mut variables: Vec<_> = parts
         .headers
         .keys()
-        .filter(|name| **name != PROXY && is_plain(name))
-        .map(|name| (variable(name.as_str()).into(), joined(&parts.headers, name)))
+        .filter(|name| **name != PROXY && is_unambiguous(name))
+        .map(|name| (variable_name(name.as_str()).into(), joined_values(&parts.headers, name)))
         .collect();
     let mut set =
         |name: &str, value: &[u8]| variables.push((name.into(), OsString::from_vec(value.into())));
@@ -39,7 +39,7 @@ pub(super) fn variables(
     if let Some(host) = parts.headers.get(HOST) {
         set("Http_Host", host.as_bytes());
     }
-    // -1 is how Go's net/http says that a length is not known; functions compare with it.
+    // -1 stands for an unknown length, as in Go's net/http; functions compare with it.
     let length = length.map_or_else(|| "-1".to_owned(), |length| length.to_string());
     set("Http_ContentLength", length.as_bytes());
     set("Http_Content_Length", length.as_bytes());
@@ -50,7 +50,7 @@ pub(super) fn variables(
 }
 
 /// `x-call-id` → `Http_X_Call_Id`.
-fn variable(header: &str) -> String {
+fn variable_name(header: &str) -> String {
     let mut name = String::with_capacity("Http_".len() + header.len());
     name.push_str("Http_");
     let mut first = true;
@@ -66,9 +66,9 @@ fn variable(header: &str) -> String {
     name
 }
 
-/// All values of a header in one: with commas, which RFC 9110 (5.3) declares to mean the same as repeating it, but
-/// for cookies, whose values may hold commas.
-fn joined(headers: &HeaderMap, name: &HeaderName) -> OsString {
+/// Joins all values of a header, by commas as in RFC 9110, 5.3. Cookies are joined by semicolons, since their values may
+/// contain commas.
+fn joined_values(headers: &HeaderMap, name: &HeaderName) -> OsString {
     let separator: &[u8] = if name == COOKIE { b"; " } else { b", " };
     let values: Vec<_> = headers.get_all(name).iter().map(|value| value.as_bytes()).collect();
     OsString::from_vec(values.join(separator))
@@ -82,11 +82,11 @@ mod tests {
 
     #[track_caller]
     fn check(header: &str, expect: &str) {
-        assert_eq!(variable(header), expect);
+        assert_eq!(variable_name(header), expect);
     }
 
     #[test]
-    fn headers_are_named_in_canonical_case() {
+    fn variable_names_have_canonical_case() {
         check("x-call-id", "Http_X_Call_Id");
         check("content-type", "Http_Content_Type");
         check("ETAG", "Http_Etag");
@@ -95,7 +95,7 @@ mod tests {
     }
 
     #[test]
-    fn a_header_poses_as_no_other_whether_or_not_that_one_comes_along() {
+    fn a_header_cannot_impersonate_another_one() {
         let odd = ["x_real_ip", "x.real.ip", "x-real_ip", "x~real~ip", "x!real'ip", "x|real`ip"];
         for plain in [Some("10.0.0.1"), None] {
             let mut request = Request::get("/");
@@ -107,17 +107,17 @@ mod tests {
             }
             let (parts, ()) = request.body(()).unwrap().into_parts();
             let variables = variables(&parts, "/", None);
-            let told: Vec<_> = variables
+            let values: Vec<_> = variables
                 .iter()
                 .filter(|(name, _)| name.to_str().unwrap().to_ascii_lowercase().contains("real"))
                 .map(|(_, value)| value.to_str().unwrap())
                 .collect();
-            assert_eq!(told, plain.into_iter().collect::<Vec<_>>());
+            assert_eq!(values, plain.into_iter().collect::<Vec<_>>());
         }
     }
 
     #[test]
-    fn a_request_is_told_whole_and_a_header_cannot_pose_as_another_part_of_it() {
+    fn variables_describe_the_request_and_headers_cannot_override_its_other_parts() {
         let request = Request::post("/function/f/a%20b?q=1&r")
             .header("host", "example.org")
             .header("method", "FAKE")

@@ -13,22 +13,22 @@ use anyhow::{Context, bail, ensure};
 use tokio::process::Command;
 use tokio::time::{sleep, timeout};
 
-use crate::provider::process::command::find;
-use crate::provider::process::sync::lock;
+use crate::provider::process::command::find_program;
+use crate::provider::process::sync::lock_unpoisoned;
 
 /// How the names of providers' directories begin.
-const PREFIX: &str = "gateway-provider-";
+const DIRECTORY_PREFIX: &str = "gateway-provider-";
 /// How often a directory is created, in case another provider that starts removes it before it is locked.
-const CREATIONS: usize = 10;
+const MAX_CREATE_ATTEMPTS: usize = 10;
 /// Cgroups that are kept for the next call. To create one costs little, but the kernel takes time to forget it.
-const KEPT: usize = 64;
+const MAX_IDLE_CGROUPS: usize = 64;
 /// How many kept ones are looked at for one that is empty.
-const LOOKS: usize = 4;
+const MAX_IDLE_CHECKS: usize = 4;
 /// How long killed processes may take to be gone.
-const KILLED: Duration = Duration::from_secs(5);
-const LOOK_AGAIN: Duration = Duration::from_millis(2);
+const KILL_TIMEOUT: Duration = Duration::from_secs(5);
+const EMPTY_POLL_INTERVAL: Duration = Duration::from_millis(2);
 /// How long trying it out may take.
-const PROBE: Duration = Duration::from_secs(5);
+const PROBE_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// The provider's cgroups, below one directory.
 #[derive(Debug)]
@@ -37,48 +37,48 @@ pub(super) struct Cgroups {
     /// The directory, locked: nobody else removes it while this process lives.
     _lock: File,
     /// Names the directory for the next provider, should this one be killed.
-    record: PathBuf,
-    made: AtomicU64,
+    record_path: PathBuf,
+    created: AtomicU64,
     idle: Mutex<Vec<PathBuf>>,
-    complained: AtomicBool,
+    warned: AtomicBool,
 }
 
 /// A cgroup with a process in it.
 #[derive(Debug)]
 pub(super) struct Cgroup {
     path: PathBuf,
-    all: Arc<Cgroups>,
+    cgroups: Arc<Cgroups>,
 }
 
 impl Cgroups {
     /// Creates a directory and finds out whether a process can be put there and killed; an error says why not. Kills
-    /// what an earlier provider, which has written `record`, has left in its own, and removes the empty ones that other
+    /// what an earlier provider, which has written `record_path`, has left in its own, and removes the empty ones that other
     /// providers have left.
     pub(super) async fn open(record: PathBuf, path: &str) -> anyhow::Result<Arc<Self>> {
-        kill_left(&record).await;
+        kill_leftovers(&record).await;
         let mounts = fs::read_to_string("/proc/self/mountinfo").context("no mountinfo")?;
         let own = fs::read_to_string("/proc/self/cgroup").context("no cgroup")?;
-        let home = home(&mounts, &own).context("no cgroup of version 2 is mounted")?;
-        let (root, lock) = create(&home)?;
+        let home = own_cgroup_path(&mounts, &own).context("no cgroup of version 2 is mounted")?;
+        let (root, lock) = create_root(&home)?;
         remove_abandoned(&home);
         let cgroups = Arc::new(Self {
             root,
             _lock: lock,
-            record,
-            made: AtomicU64::new(0),
+            record_path: record,
+            created: AtomicU64::new(0),
             idle: Mutex::default(),
-            complained: AtomicBool::new(false),
+            warned: AtomicBool::new(false),
         });
         cgroups.probe(path).await?;
         let shown = cgroups.root.display().to_string();
-        fs::write(&cgroups.record, shown).context("cannot write to the state directory")?;
+        fs::write(&cgroups.record_path, shown).context("cannot write to the state directory")?;
         Ok(cgroups)
     }
 
     /// Removes the directory. What cannot be removed is left for the next provider to clear.
     pub(super) fn close(&self) {
-        if remove(&self.root) {
-            let _ = fs::remove_file(&self.record);
+        if remove_root(&self.root) {
+            let _ = fs::remove_file(&self.record_path);
         }
     }
 
@@ -90,48 +90,49 @@ impl Cgroups {
     ///
     /// It runs already: what it has started before belongs there, too. The system offers to start a process in a
     /// cgroup, but not without `unsafe`.
-    pub(super) fn hold(self: &Arc<Self>, pid: u32) -> Option<Cgroup> {
-        let held = self.take().and_then(|cgroup| {
+    pub(super) fn contain(self: &Arc<Self>, pid: u32) -> Option<Cgroup> {
+        let held = self.acquire().and_then(|cgroup| {
             cgroup.add(pid)?;
             Ok(cgroup)
         });
-        let held = held.inspect_err(|error| self.complain(error)).ok()?;
-        held.add_below(pid, children);
+        let held = held.inspect_err(|error| self.warn_once(error)).ok()?;
+        held.add_descendants(pid, children);
         Some(held)
     }
 
     /// Logs the first failure to put a process into a cgroup. A process that has ended is no failure.
-    fn complain(&self, error: &io::Error) {
+    fn warn_once(&self, error: &io::Error) {
         let ended = error.raw_os_error() == Some(rustix::io::Errno::SRCH.raw_os_error());
-        if !ended && !self.complained.swap(true, Relaxed) {
+        if !ended && !self.warned.swap(true, Relaxed) {
             tracing::warn!(%error, "A process cannot be put into a cgroup");
         }
     }
 
-    fn take(self: &Arc<Self>) -> io::Result<Cgroup> {
-        let mut idle = lock(&self.idle);
-        let empty = idle.iter().take(LOOKS).position(|path| is_empty(path));
+    fn acquire(self: &Arc<Self>) -> io::Result<Cgroup> {
+        let mut idle = lock_unpoisoned(&self.idle);
+        let empty = idle.iter().take(MAX_IDLE_CHECKS).position(|path| is_empty(path));
         let path = match empty {
             Some(at) => idle.swap_remove(at),
             None => {
-                let path = self.root.join(self.made.fetch_add(1, Relaxed).to_string());
+                let path = self.root.join(self.created.fetch_add(1, Relaxed).to_string());
                 fs::create_dir(&path)?;
                 path
             }
         };
         drop(idle);
-        Ok(Cgroup { path, all: Arc::clone(self) })
+        Ok(Cgroup { path, cgroups: Arc::clone(self) })
     }
 
     async fn probe(self: &Arc<Self>, path: &str) -> anyhow::Result<()> {
-        let program = find("sleep", path).context("sleep is not installed")?;
+        let program = find_program("sleep", path).context("sleep is not installed")?;
         let mut command = Command::new(program);
         command.arg("60").stdin(Stdio::null()).stdout(Stdio::null()).kill_on_drop(true);
         let mut child = command.spawn()?;
-        let cgroup = self.take()?;
+        let cgroup = self.acquire()?;
         cgroup.add(child.id().context("the process has no id")?).context("it takes no process")?;
         fs::write(cgroup.path.join("cgroup.kill"), "1").context("it cannot be killed")?;
-        let ended = timeout(PROBE, child.wait()).await.context("what is in it does not end")??;
+        let ended =
+            timeout(PROBE_TIMEOUT, child.wait()).await.context("what is in it does not end")??;
         ensure!(!ended.success(), "what is in it was not killed");
         Ok(())
     }
@@ -149,12 +150,12 @@ impl Cgroup {
     }
 
     /// Adds all that `pid`, which is in here, had started before. Any of it may end meanwhile: that must not end `pid`.
-    fn add_below(&self, pid: u32, children: impl Fn(u32) -> Vec<u32>) {
+    fn add_descendants(&self, pid: u32, children: impl Fn(u32) -> Vec<u32>) {
         let mut pids = children(pid);
         while let Some(pid) = pids.pop() {
             match self.add(pid) {
                 Ok(()) => pids.extend(children(pid)),
-                Err(error) => self.all.complain(&error),
+                Err(error) => self.cgroups.warn_once(&error),
             }
         }
     }
@@ -169,14 +170,14 @@ impl Cgroup {
     }
 
     /// Waits until all that is in it is gone, which has been killed.
-    pub(super) async fn emptied(&self) {
+    pub(super) async fn kill_and_wait(&self) {
         self.kill();
         let emptied = async {
             while !is_empty(&self.path) {
-                sleep(LOOK_AGAIN).await;
+                sleep(EMPTY_POLL_INTERVAL).await;
             }
         };
-        if timeout(KILLED, emptied).await.is_err() {
+        if timeout(KILL_TIMEOUT, emptied).await.is_err() {
             tracing::warn!(path = %self.path.display(), "Killed processes do not end");
         }
     }
@@ -186,9 +187,9 @@ impl Drop for Cgroup {
     fn drop(&mut self) {
         self.kill();
         let path = std::mem::take(&mut self.path);
-        let mut idle = lock(&self.all.idle);
+        let mut idle = lock_unpoisoned(&self.cgroups.idle);
         // One that is not empty yet cannot be removed, and is looked at again.
-        if idle.len() < KEPT || fs::remove_dir(&path).is_err() {
+        if idle.len() < MAX_IDLE_CGROUPS || fs::remove_dir(&path).is_err() {
             idle.push(path);
         }
     }
@@ -207,7 +208,7 @@ fn children(pid: u32) -> Vec<u32> {
 }
 
 /// Where this process may create cgroups: its own cgroup, as it is mounted. `None` without version 2.
-fn home(mountinfo: &str, own: &str) -> Option<PathBuf> {
+fn own_cgroup_path(mountinfo: &str, own: &str) -> Option<PathBuf> {
     let own = own.lines().find_map(|line| line.strip_prefix("0::"))?;
     mountinfo.lines().find_map(|line| {
         // Fields before the dash: id, parent, device, root, mount point, …; after it: type, source, options.
@@ -222,10 +223,10 @@ fn home(mountinfo: &str, own: &str) -> Option<PathBuf> {
     })
 }
 
-/// Creates a provider's directory in `home`, and locks it.
-fn create(home: &Path) -> anyhow::Result<(PathBuf, File)> {
-    for _ in 0..CREATIONS {
-        let root = home.join(format!("{PREFIX}{}", uuid::Uuid::new_v4().simple()));
+/// Creates a provider's directory in `own_cgroup_path`, and locks it.
+fn create_root(home: &Path) -> anyhow::Result<(PathBuf, File)> {
+    for _ in 0..MAX_CREATE_ATTEMPTS {
+        let root = home.join(format!("{DIRECTORY_PREFIX}{}", uuid::Uuid::new_v4().simple()));
         fs::create_dir(&root).context("no cgroup can be created")?;
         if let Some(lock) = lock_directory(&root) {
             return Ok((root, lock));
@@ -245,34 +246,35 @@ fn lock_directory(root: &Path) -> Option<File> {
     (locked.ino() == there.ino()).then_some(directory)
 }
 
-/// Removes the directories in `home` of providers that were killed, unless a process is in them. A provider that lives
+/// Removes the directories in `own_cgroup_path` of providers that were killed, unless a process is in them. A provider that lives
 /// has locked its own.
 fn remove_abandoned(home: &Path) {
     for entry in fs::read_dir(home).into_iter().flatten().flatten() {
-        let is_providers = entry.file_name().to_string_lossy().starts_with(PREFIX);
+        let is_providers = entry.file_name().to_string_lossy().starts_with(DIRECTORY_PREFIX);
         let path = entry.path();
         if is_providers
             && let Some(_lock) = lock_directory(&path)
             && is_empty(&path)
         {
-            remove(&path);
+            remove_root(&path);
         }
     }
 }
 
 /// Kills what is left of an earlier provider.
-async fn kill_left(record: &Path) {
+async fn kill_leftovers(record: &Path) {
     let Ok(text) = fs::read_to_string(record) else { return };
     let root = Path::new(text.trim());
-    let is_ours = root.file_name().is_some_and(|name| name.to_string_lossy().starts_with(PREFIX));
+    let is_ours =
+        root.file_name().is_some_and(|name| name.to_string_lossy().starts_with(DIRECTORY_PREFIX));
     if is_ours && root.join("cgroup.procs").exists() {
         let _ = fs::write(root.join("cgroup.kill"), "1");
         let removed = async {
-            while !remove(root) {
-                sleep(LOOK_AGAIN).await;
+            while !remove_root(root) {
+                sleep(EMPTY_POLL_INTERVAL).await;
             }
         };
-        if timeout(KILLED, removed).await.is_err() {
+        if timeout(KILL_TIMEOUT, removed).await.is_err() {
             tracing::warn!(path = %root.display(), "Processes of an earlier provider do not end");
         }
     }
@@ -280,7 +282,7 @@ async fn kill_left(record: &Path) {
 }
 
 /// Removes a directory of cgroups without processes; whether it is gone.
-fn remove(root: &Path) -> bool {
+fn remove_root(root: &Path) -> bool {
     for entry in fs::read_dir(root).into_iter().flatten().flatten() {
         let _ = fs::remove_dir(entry.path());
     }
@@ -309,8 +311,8 @@ mod tests {
         let (pid, ended) = (function.id().unwrap(), below.id().unwrap());
         below.wait().await.unwrap();
 
-        let held = cgroups.hold(pid).unwrap();
-        held.add_below(pid, |of| if of == pid { vec![ended] } else { Vec::new() });
+        let held = cgroups.contain(pid).unwrap();
+        held.add_descendants(pid, |of| if of == pid { vec![ended] } else { Vec::new() });
         let inside = fs::read_to_string(held.path.join("cgroup.procs")).unwrap();
         assert_eq!(inside.trim(), pid.to_string());
         // One that was killed would not get as far as this signal.
@@ -327,7 +329,7 @@ mod tests {
         let home = living.root.parent().unwrap();
         // As a provider leaves them that is killed: after calls, and with a process that it could not end.
         let left = |name: &str| {
-            let root = home.join(format!("{PREFIX}test-{name}-{}", std::process::id()));
+            let root = home.join(format!("{DIRECTORY_PREFIX}test-{name}-{}", std::process::id()));
             fs::create_dir(&root).unwrap();
             fs::create_dir(root.join("0")).unwrap();
             root
@@ -338,7 +340,7 @@ mod tests {
 
         let next = open("next").await.unwrap();
         assert!(!empty.exists() && populated.join("0").exists());
-        assert!(living.root.exists() && living.take().unwrap().path.exists());
+        assert!(living.root.exists() && living.acquire().unwrap().path.exists());
 
         process.kill().await.unwrap();
         let roots = [living.root.clone(), next.root.clone(), populated];
@@ -354,7 +356,9 @@ mod tests {
         let hybrid = "29 23 0:25 / /sys/fs/cgroup/cpu rw - cgroup cgroup rw,cpu\n\
                       30 23 0:26 / /sys/fs/cgroup/unified rw shared:9 - cgroup2 none rw";
         let container = "30 23 0:26 /docker/abc /sys/fs/cgroup ro - cgroup2 cgroup rw";
-        let of = |mounts: &str, own: &str| home(mounts, own).map(|path| path.display().to_string());
+        let of = |mounts: &str, own: &str| {
+            own_cgroup_path(mounts, own).map(|path| path.display().to_string())
+        };
         let is = |path: &str| Some(path.to_owned());
         assert_eq!(of(unified, "0::/a.slice/b\n"), is("/sys/fs/cgroup/a.slice/b"));
         assert_eq!(of(hybrid, "1:cpu:/x\n0::/\n"), is("/sys/fs/cgroup/unified/"));

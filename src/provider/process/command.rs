@@ -9,7 +9,7 @@ pub(super) const DEFAULT_PATH: &str =
     "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
 /// The file that running `program` would run: itself if it holds a slash, else the first in `path`.
-pub(super) fn find(program: &str, path: &str) -> Option<PathBuf> {
+pub(super) fn find_program(program: &str, path: &str) -> Option<PathBuf> {
     if program.contains('/') {
         return Some(PathBuf::from(program)).filter(|path| is_executable(path));
     }
@@ -28,12 +28,12 @@ mod tests {
 
     #[test]
     fn programs_are_found_as_a_shell_finds_them() {
-        assert!(find("sh", DEFAULT_PATH).unwrap().ends_with("sh"));
-        assert_eq!(find("/bin/sh", "/nowhere"), Some(PathBuf::from("/bin/sh")));
-        assert_eq!(find("sh", "/nowhere"), None);
-        assert_eq!(find("no-such-program", DEFAULT_PATH), None);
+        assert!(find_program("sh", DEFAULT_PATH).unwrap().ends_with("sh"));
+        assert_eq!(find_program("/bin/sh", "/nowhere"), Some(PathBuf::from("/bin/sh")));
+        assert_eq!(find_program("sh", "/nowhere"), None);
+        assert_eq!(find_program("no-such-program", DEFAULT_PATH), None);
         // Neither a directory nor a file without the permission can be run.
-        assert_eq!(find("/etc", DEFAULT_PATH), None);
-        assert_eq!(find("/etc/passwd", DEFAULT_PATH), None);
+        assert_eq!(find_program("/etc", DEFAULT_PATH), None);
+        assert_eq!(find_program("/etc/passwd", DEFAULT_PATH), None);
     }
 }

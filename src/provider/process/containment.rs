@@ -11,7 +11,7 @@ use std::sync::Arc;
 use tokio::process::{Child, Command};
 
 use crate::provider::process::cgroup::{Cgroup, Cgroups};
-use crate::provider::process::descendants::{Descendants, Marked};
+use crate::provider::process::descendants::{Descendants, MarkedProcess};
 
 /// How processes are held together, beside their groups.
 #[derive(Debug, Default)]
@@ -22,14 +22,14 @@ pub(super) struct Containment {
 
 /// What one process has started, itself included.
 #[derive(Debug)]
-pub(super) struct Held {
+pub(super) struct ContainedProcess {
     cgroup: Option<Cgroup>,
-    marked: Option<Marked>,
+    marked: Option<MarkedProcess>,
 }
 
 impl Containment {
     /// Says how processes are held together. To be called once.
-    pub(super) fn announce(&self) {
+    pub(super) fn log_method(&self) {
         match self {
             Self { cgroups: Some(cgroups), .. } => {
                 let path = cgroups.path().display();
@@ -45,7 +45,7 @@ impl Containment {
     }
 
     /// Starts `command`, and holds all that it starts.
-    pub(super) fn spawn(&self, command: &mut Command) -> io::Result<(Child, Held)> {
+    pub(super) fn spawn(&self, command: &mut Command) -> io::Result<(Child, ContainedProcess)> {
         let (child, marked) = match &self.descendants {
             Some(descendants) => {
                 let (child, marked) = Descendants::spawn(descendants, command)?;
@@ -53,8 +53,8 @@ impl Containment {
             }
             None => (command.spawn()?, None),
         };
-        let cgroup = self.cgroups.as_ref().zip(child.id()).and_then(|(all, id)| all.hold(id));
-        Ok((child, Held { cgroup, marked }))
+        let cgroup = self.cgroups.as_ref().zip(child.id()).and_then(|(all, id)| all.contain(id));
+        Ok((child, ContainedProcess { cgroup, marked }))
     }
 
     /// Releases what the system keeps for it. Nothing runs any more.
@@ -65,7 +65,7 @@ impl Containment {
     }
 }
 
-impl Held {
+impl ContainedProcess {
     /// Kills all that can be killed at once.
     pub(super) fn kill(&self) {
         if let Some(cgroup) = &self.cgroup {
@@ -77,12 +77,12 @@ impl Held {
     }
 
     /// The process itself has ended: kills what it has left, and waits until that is gone.
-    pub(super) async fn ended(&self) {
+    pub(super) async fn kill_rest_and_wait(&self) {
         if let Some(cgroup) = &self.cgroup {
-            cgroup.emptied().await;
+            cgroup.kill_and_wait().await;
         }
         if let Some(marked) = &self.marked {
-            marked.ended().await;
+            marked.kill_rest_and_wait().await;
         }
     }
 }

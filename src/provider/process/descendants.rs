@@ -23,50 +23,50 @@ use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
 use crate::provider::process::procfs::{self, Stat};
-use crate::provider::process::sync::lock;
+use crate::provider::process::sync::lock_unpoisoned;
 
 /// The variable that has a process's mark.
-const VARIABLE: &str = "GATEWAY_PROCESS";
+const MARK_VARIABLE: &str = "GATEWAY_PROCESS";
 /// Where marks begin: in microseconds, some 12 days.
-const FIRST: u64 = 1 << 40;
+const FIRST_MARK: u64 = 1 << 40;
 /// How long killed processes may take to be gone.
-const KILLED: Duration = Duration::from_secs(5);
-const LOOK_AGAIN: Duration = Duration::from_millis(2);
+const KILL_TIMEOUT: Duration = Duration::from_secs(5);
+const SWEEP_INTERVAL: Duration = Duration::from_millis(2);
 
 /// All that this process has started or adopted. It must have no children but those.
 #[derive(Debug)]
 pub(super) struct Descendants {
-    own: i32,
-    next: AtomicU64,
+    own_pid: i32,
+    next_mark: AtomicU64,
     /// Held while a process is started: it inherits its own mark, and a child that is not known yet is not taken for an
     /// orphan.
-    starting: Mutex<()>,
-    known: Mutex<Known>,
+    spawn_lock: Mutex<()>,
+    processes: Mutex<Processes>,
     /// Held while orphans are looked at: an id that one look has found must not be freed by another.
-    looking: Mutex<()>,
+    sweep_lock: Mutex<()>,
 }
 
 #[derive(Debug, Default)]
-struct Known {
+struct Processes {
     /// Processes that were started here and have not been waited for.
-    started: BTreeMap<i32, Started>,
+    started: BTreeMap<i32, StartedProcess>,
     /// Orphans without a mark, by id and start, each with the marks of the calls that it may belong to.
-    unmarked: BTreeMap<(i32, u64), BTreeSet<u64>>,
+    unmarked_orphans: BTreeMap<(i32, u64), BTreeSet<u64>>,
 }
 
 #[derive(Debug)]
-struct Started {
+struct StartedProcess {
     mark: u64,
     /// What it has left is to be killed, even if the process itself has not been waited for yet.
-    is_over: bool,
+    call_ended: bool,
 }
 
 /// A process that was started with a mark.
 #[derive(Debug)]
-pub(super) struct Marked {
+pub(super) struct MarkedProcess {
     pid: i32,
     mark: u64,
-    all: Arc<Descendants>,
+    descendants: Arc<Descendants>,
 }
 
 impl Descendants {
@@ -75,33 +75,38 @@ impl Descendants {
         let own = rustix::process::getpid();
         set_child_subreaper(Some(own))?;
         let own = own.as_raw_nonzero().get();
-        let next = AtomicU64::new(FIRST);
+        let next = AtomicU64::new(FIRST_MARK);
         Ok(Arc::new(Self {
-            own,
-            next,
-            starting: Mutex::default(),
-            known: Mutex::default(),
-            looking: Mutex::default(),
+            own_pid: own,
+            next_mark: next,
+            spawn_lock: Mutex::default(),
+            processes: Mutex::default(),
+            sweep_lock: Mutex::default(),
         }))
     }
 
     /// Starts `command` with a mark that all it starts will have.
-    pub(super) fn spawn(all: &Arc<Self>, command: &mut Command) -> io::Result<(Child, Marked)> {
-        let mark = all.next.fetch_add(1, Relaxed);
-        command.env(VARIABLE, mark.to_string());
-        let _starting = lock(&all.starting);
+    pub(super) fn spawn(
+        descendants: &Arc<Self>,
+        command: &mut Command,
+    ) -> io::Result<(Child, MarkedProcess)> {
+        let mark = descendants.next_mark.fetch_add(1, Relaxed);
+        command.env(MARK_VARIABLE, mark.to_string());
+        let _starting = lock_unpoisoned(&descendants.spawn_lock);
         let limit = Rlimit { current: Some(mark), ..getrlimit(Resource::Rttime) };
         // If it is lower, the variable has to do.
         let _ = setrlimit(Resource::Rttime, limit);
         let child = command.spawn()?;
         let pid = child.id().and_then(|id| i32::try_from(id).ok());
         let pid = pid.ok_or_else(|| io::Error::other("the process has no id"))?;
-        lock(&all.known).started.insert(pid, Started { mark, is_over: false });
-        Ok((child, Marked { pid, mark, all: Arc::clone(all) }))
+        lock_unpoisoned(&descendants.processes)
+            .started
+            .insert(pid, StartedProcess { mark, call_ended: false });
+        Ok((child, MarkedProcess { pid, mark, descendants: Arc::clone(descendants) }))
     }
 
     /// Buries orphans that have ended, and kills those whose call has, whenever a child ends, until `stopping`.
-    pub(super) async fn watch(self: Arc<Self>, stopping: CancellationToken) {
+    pub(super) async fn run(self: Arc<Self>, stopping: CancellationToken) {
         let Ok(mut ended) = signal(SignalKind::child()) else { return };
         loop {
             // Both branches are cancel-safe.
@@ -115,23 +120,24 @@ impl Descendants {
 
     /// Buries orphans that have ended, and kills those whose call has. Returns the marks of the latter.
     fn sweep(&self) -> Vec<Option<u64>> {
-        let _looking = lock(&self.looking);
+        let _looking = lock_unpoisoned(&self.sweep_lock);
         let (mut doomed, mut marks) = (Vec::new(), Vec::new());
         let orphans = self.orphans();
-        let mut known = lock(&self.known);
-        let live = known.started.values().filter(|started| !started.is_over);
+        let mut known = lock_unpoisoned(&self.processes);
+        let live = known.started.values().filter(|started| !started.call_ended);
         let live: BTreeSet<u64> = live.map(|started| started.mark).collect();
         let mut unmarked = BTreeMap::new();
         for orphan in &orphans {
-            if orphan.is_zombie && is_buried(orphan.pid) {
+            if orphan.is_zombie && reap_zombie(orphan.pid) {
                 continue;
             }
-            let mark = mark_of(orphan.pid);
+            let mark = inherited_mark(orphan.pid);
             let is_over = match mark {
                 Some(mark) => !live.contains(&mark),
                 None => {
                     let name = (orphan.pid, orphan.started);
-                    let may_be = known.unmarked.remove(&name).unwrap_or_else(|| live.clone());
+                    let may_be =
+                        known.unmarked_orphans.remove(&name).unwrap_or_else(|| live.clone());
                     let may_be: BTreeSet<_> = may_be.intersection(&live).copied().collect();
                     let is_over = may_be.is_empty();
                     if !is_over {
@@ -146,7 +152,7 @@ impl Descendants {
             }
         }
         // Of the others, none is there any more.
-        known.unmarked = unmarked;
+        known.unmarked_orphans = unmarked;
         drop(known);
         if doomed.is_empty() {
             return marks;
@@ -167,60 +173,61 @@ impl Descendants {
 
     /// This process's children that it has not started.
     fn orphans(&self) -> Vec<Stat> {
-        let _nobody_starts = lock(&self.starting);
-        let known = lock(&self.known);
+        let _nobody_starts = lock_unpoisoned(&self.spawn_lock);
+        let known = lock_unpoisoned(&self.processes);
         // The kernel gives orphans to the first thread.
-        let children = match procfs::children(self.own) {
+        let children = match procfs::children(self.own_pid) {
             Some(children) => children.into_iter().filter_map(procfs::stat).collect(),
             None => procfs::all(),
         };
         let is_orphan =
-            |stat: &Stat| stat.parent == self.own && !known.started.contains_key(&stat.pid);
+            |stat: &Stat| stat.parent == self.own_pid && !known.started.contains_key(&stat.pid);
         children.into_iter().filter(is_orphan).collect()
     }
 }
 
 /// Takes the exit status of an orphan, which nobody else waits for: it was not started here. `false`: its first thread
 /// alone has ended, which looks the same.
-fn is_buried(pid: i32) -> bool {
+fn reap_zombie(pid: i32) -> bool {
     let waited = Pid::from_raw(pid).map(|pid| waitpid(Some(pid), WaitOptions::NOHANG));
     !matches!(waited, Some(Ok(None)))
 }
 
 /// The mark that a process has inherited.
-fn mark_of(pid: i32) -> Option<u64> {
-    let variable = || procfs::variable(pid, VARIABLE)?.parse().ok();
-    procfs::realtime_limit(pid).filter(|limit| *limit >= FIRST).or_else(variable)
+fn inherited_mark(pid: i32) -> Option<u64> {
+    let variable = || procfs::environment_variable(pid, MARK_VARIABLE)?.parse().ok();
+    procfs::realtime_limit(pid).filter(|limit| *limit >= FIRST_MARK).or_else(variable)
 }
 
-impl Marked {
+impl MarkedProcess {
     /// Kills what the process has left. What it would still leave is killed when it has ended.
     pub(super) fn kill(&self) {
-        if let Some(started) = lock(&self.all.known).started.get_mut(&self.pid)
+        if let Some(started) =
+            lock_unpoisoned(&self.descendants.processes).started.get_mut(&self.pid)
             && started.mark == self.mark
         {
-            started.is_over = true;
+            started.call_ended = true;
         }
-        self.all.sweep();
+        self.descendants.sweep();
     }
 
     /// The process has been waited for: kills what it has left, and waits until that is gone.
-    pub(super) async fn ended(&self) {
-        self.forget();
+    pub(super) async fn kill_rest_and_wait(&self) {
+        self.unregister();
         // One without a mark may be its own. One of another call may be stuck, which is not waited for here.
         let may_be_own = |mark: &Option<u64>| mark.is_none_or(|mark| mark == self.mark);
         let emptied = async {
-            while self.all.sweep().iter().any(may_be_own) {
-                sleep(LOOK_AGAIN).await;
+            while self.descendants.sweep().iter().any(may_be_own) {
+                sleep(SWEEP_INTERVAL).await;
             }
         };
-        if timeout(KILLED, emptied).await.is_err() {
+        if timeout(KILL_TIMEOUT, emptied).await.is_err() {
             tracing::warn!("What a function has started does not end");
         }
     }
 
-    fn forget(&self) {
-        let mut known = lock(&self.all.known);
+    fn unregister(&self) {
+        let mut known = lock_unpoisoned(&self.descendants.processes);
         // The id may be another's by now.
         if known.started.get(&self.pid).is_some_and(|started| started.mark == self.mark) {
             known.started.remove(&self.pid);
@@ -228,9 +235,9 @@ impl Marked {
     }
 }
 
-impl Drop for Marked {
+impl Drop for MarkedProcess {
     fn drop(&mut self) {
-        self.forget();
-        self.all.sweep();
+        self.unregister();
+        self.descendants.sweep();
     }
 }

@@ -6,7 +6,7 @@ use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::Path;
 
 /// What a file is called until it is whole. Nothing that is kept begins with a dot.
-const UNFINISHED: &str = ".unfinished-";
+const TEMPORARY_PREFIX: &str = ".unfinished-";
 
 /// Replaces `path` by a file with `bytes`, which only this user may read. On disk when it returns.
 pub(super) fn replace(path: &Path, bytes: &[u8]) -> io::Result<()> {
@@ -15,19 +15,19 @@ pub(super) fn replace(path: &Path, bytes: &[u8]) -> io::Result<()> {
         return Err(io::ErrorKind::InvalidInput.into());
     };
     create_private_directory(directory)?;
-    let unfinished = directory.join(format!("{UNFINISHED}{name}"));
+    let unfinished = directory.join(format!("{TEMPORARY_PREFIX}{name}"));
     let mut file =
         OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&unfinished)?;
     file.write_all(bytes)?;
     file.sync_all()?;
     fs::rename(&unfinished, path)?;
-    sync(directory)
+    sync_directory(directory)
 }
 
 /// Removes `path`. Gone from the disk when it returns.
 pub(super) fn remove(path: &Path) -> io::Result<()> {
     fs::remove_file(path)?;
-    path.parent().map_or(Ok(()), sync)
+    path.parent().map_or(Ok(()), sync_directory)
 }
 
 /// Creates a directory, and those above it, that only this user may look into.
@@ -36,11 +36,11 @@ pub(super) fn create_private_directory(path: &Path) -> io::Result<()> {
         return Ok(());
     }
     DirBuilder::new().recursive(true).mode(0o700).create(path)?;
-    path.parent().map_or(Ok(()), sync)
+    path.parent().map_or(Ok(()), sync_directory)
 }
 
 /// The names of what is in a directory, in order; none if it is not there. What was never finished is removed.
-pub(super) fn names(directory: &Path) -> io::Result<Vec<String>> {
+pub(super) fn file_names(directory: &Path) -> io::Result<Vec<String>> {
     let entries = match fs::read_dir(directory) {
         Ok(entries) => entries,
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
@@ -50,7 +50,7 @@ pub(super) fn names(directory: &Path) -> io::Result<Vec<String>> {
     for entry in entries {
         let entry = entry?;
         match entry.file_name().into_string() {
-            Ok(name) if name.starts_with(UNFINISHED) => fs::remove_file(entry.path())?,
+            Ok(name) if name.starts_with(TEMPORARY_PREFIX) => fs::remove_file(entry.path())?,
             Ok(name) if !name.starts_with('.') => names.push(name),
             // Not ours.
             Ok(_) | Err(_) => {}
@@ -60,7 +60,7 @@ pub(super) fn names(directory: &Path) -> io::Result<Vec<String>> {
     Ok(names)
 }
 
-fn sync(directory: &Path) -> io::Result<()> {
+fn sync_directory(directory: &Path) -> io::Result<()> {
     File::open(directory)?.sync_all()
 }
 
@@ -90,8 +90,8 @@ mod tests {
         replace(&root.path().join("kept"), b"").unwrap();
         let unfinished = root.path().join(".unfinished-kept");
         fs::write(&unfinished, b"torn").unwrap();
-        assert_eq!(names(root.path()).unwrap(), ["kept"]);
+        assert_eq!(file_names(root.path()).unwrap(), ["kept"]);
         assert!(!unfinished.exists());
-        assert!(names(&root.path().join("missing")).unwrap().is_empty());
+        assert!(file_names(&root.path().join("missing")).unwrap().is_empty());
     }
 }

@@ -12,82 +12,86 @@ use bytes::Bytes;
 use http_body::{Frame, SizeHint};
 use tokio::time::{Instant, Sleep, timeout};
 
-use crate::provider::process::call::{Call, CallError, note_duration};
-use crate::provider::process::replica::Seat;
-use crate::provider::process::replica_client::{Failure, ReplicaRequest};
-use crate::provider::process::runner::RunnerTasks;
+use crate::provider::process::invocation::{Invocation, InvocationError, set_duration_header};
+use crate::provider::process::launcher::ProcessTasks;
+use crate::provider::process::replica::ReplicaPermit;
+use crate::provider::process::replica_client::{ReplicaRequest, SendError};
 use crate::provider::process::workload::Workload;
 use crate::provider::signals;
 
 /// An answer that never begins nor goes on, when its function sets no limit. Long enough to be no limit in practice.
-const UNLIMITED: Duration = Duration::from_secs(365 * 24 * 3600);
+const NO_TIMEOUT: Duration = Duration::from_secs(365 * 24 * 3600);
 
 /// How many replicas one call is offered to, at most.
-const MAX_OFFERS: usize = 8;
+const MAX_REPLICA_ATTEMPTS: usize = 8;
 
 /// Passes `call` on to the replica of `seat`. Where nobody accepts connections, nothing of the call has reached a
 /// function: it goes to `another` replica instead.
 ///
 /// `exec_timeout` bounds the wait for the answer's head, and then between two pieces of its body: a stream that keeps
 /// flowing may go on.
-pub(super) async fn call(
-    tasks: &RunnerTasks,
+pub(super) async fn invoke(
+    tasks: &ProcessTasks,
     workload: &Workload,
-    mut seat: Seat,
-    another: impl Fn(&Seat) -> Result<Seat, CallError>,
-    call: Call,
-) -> Result<Response, CallError> {
+    mut permit: ReplicaPermit,
+    next_permit: impl Fn(&ReplicaPermit) -> Result<ReplicaPermit, InvocationError>,
+    invocation: Invocation,
+) -> Result<Response, InvocationError> {
     let function = &workload.function;
-    let started = call.started;
-    let invalid = |error: anyhow::Error| CallError::Replica(function.clone(), error);
-    let request = request(call, &seat).map_err(|error| invalid(error.into()))?;
-    let mut request = ReplicaRequest::new(request, seat.address).map_err(invalid)?;
-    let patience = workload.spec.exec_timeout.unwrap_or(UNLIMITED);
-    let sending = timeout(patience, async {
-        for _ in 0..MAX_OFFERS {
-            match request.send(tasks, seat.address).await {
+    let started = invocation.started;
+    let invalid = |error: anyhow::Error| InvocationError::InvalidResponse(function.clone(), error);
+    let request = replica_request(invocation, &permit).map_err(|error| invalid(error.into()))?;
+    let mut request = ReplicaRequest::new(request, permit.address).map_err(invalid)?;
+    let exec_timeout = workload.spec.exec_timeout.unwrap_or(NO_TIMEOUT);
+    let sending = timeout(exec_timeout, async {
+        for _ in 0..MAX_REPLICA_ATTEMPTS {
+            match request.send(tasks, permit.address).await {
                 Ok(response) => return Ok(response),
-                Err(Failure::Refused) => seat = another(&seat)?,
-                Err(Failure::Other(error)) => return Err(invalid(error)),
+                Err(SendError::Refused) => permit = next_permit(&permit)?,
+                Err(SendError::Other(error)) => return Err(invalid(error)),
             }
         }
-        Err(CallError::NotReady(function.clone()))
+        Err(InvocationError::NotReady(function.clone()))
     });
-    let response = sending.await.map_err(|_| CallError::Timeout(function.clone(), patience))?;
+    let response =
+        sending.await.map_err(|_| InvocationError::Timeout(function.clone(), exec_timeout))?;
     let mut response = response?;
-    signals::remove(response.headers_mut());
+    signals::remove_reserved(response.headers_mut());
     let mut response = response.map(|body| {
-        let silence = Box::pin(tokio::time::sleep(patience));
-        Body::new(Seated { body, silence, patience, seat: Some(seat) })
+        let idle_timer = Box::pin(tokio::time::sleep(exec_timeout));
+        Body::new(BodyWithPermit { body, idle_timer, exec_timeout, permit: Some(permit) })
     });
-    note_duration(&mut response, started.elapsed());
+    set_duration_header(&mut response, started.elapsed());
     Ok(response)
 }
 
-fn request(call: Call, seat: &Seat) -> Result<Request<Body>, http::Error> {
-    let path_and_query = match call.head.uri.query() {
-        Some(query) => format!("{}?{query}", call.path),
-        None => call.path,
+fn replica_request(
+    invocation: Invocation,
+    permit: &ReplicaPermit,
+) -> Result<Request<Body>, http::Error> {
+    let path_and_query = match invocation.head.uri.query() {
+        Some(query) => format!("{}?{query}", invocation.path),
+        None => invocation.path,
     };
-    let mut request = Request::from_parts(call.head, call.body);
+    let mut request = Request::from_parts(invocation.head, invocation.body);
     *request.uri_mut() = Uri::builder().path_and_query(path_and_query).build()?;
     *request.version_mut() = Version::HTTP_11;
     if !request.headers().contains_key(HOST) {
-        let host = HeaderValue::from_str(&seat.address.to_string())?;
+        let host = HeaderValue::from_str(&permit.address.to_string())?;
         request.headers_mut().insert(HOST, host);
     }
     Ok(request)
 }
 
 /// An answer's body. Its replica is busy with it until it has ended or is dropped.
-struct Seated {
+struct BodyWithPermit {
     body: Body,
-    silence: Pin<Box<Sleep>>,
-    patience: Duration,
-    seat: Option<Seat>,
+    idle_timer: Pin<Box<Sleep>>,
+    exec_timeout: Duration,
+    permit: Option<ReplicaPermit>,
 }
 
-impl http_body::Body for Seated {
+impl http_body::Body for BodyWithPermit {
     type Data = Bytes;
     type Error = axum::Error;
 
@@ -100,18 +104,18 @@ impl http_body::Body for Seated {
                 if let Some(Ok(frame)) = &mut frame
                     && let Some(trailers) = frame.trailers_mut()
                 {
-                    signals::remove(trailers);
+                    signals::remove_reserved(trailers);
                 }
                 // Before the caller learns of the end: its next call must find room.
                 if !matches!(frame, Some(Ok(_))) || self.body.is_end_stream() {
-                    self.seat = None;
+                    self.permit = None;
                 }
-                let next = Instant::now() + self.patience;
-                self.silence.as_mut().reset(next);
+                let next = Instant::now() + self.exec_timeout;
+                self.idle_timer.as_mut().reset(next);
                 Poll::Ready(frame)
             }
-            Poll::Pending => self.silence.as_mut().poll(cx).map(|()| {
-                let reason = format!("the function was silent for {:?}", self.patience);
+            Poll::Pending => self.idle_timer.as_mut().poll(cx).map(|()| {
+                let reason = format!("the function was silent for {:?}", self.exec_timeout);
                 Some(Err(axum::Error::new(std::io::Error::other(reason))))
             }),
         }

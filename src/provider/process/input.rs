@@ -9,11 +9,11 @@ use tokio::process::ChildStdin;
 use tokio::time::timeout;
 
 /// How much of a body that nobody wants is still read, and how long that may take.
-const DISCARDED: usize = 16 << 20;
-const DISCARDING: Duration = Duration::from_secs(10);
+const MAX_DISCARDED_BYTES: usize = 16 << 20;
+const DISCARD_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Passes the body on as the process takes it: a chunk is read from the caller when the one before has been written.
-pub(super) struct Input {
+pub(super) struct StdinForwarder {
     /// `None` once the process takes no more.
     stdin: Option<ChildStdin>,
     /// `None` once it has been read whole.
@@ -22,21 +22,21 @@ pub(super) struct Input {
 
 /// The body broke off before its end: what the process has been given is not the request.
 #[derive(Debug)]
-pub(super) struct Broken;
+pub(super) struct RequestAborted;
 
-impl Input {
+impl StdinForwarder {
     pub(super) fn new(stdin: Option<ChildStdin>, body: Body) -> Self {
         Self { stdin, body: Some(body) }
     }
 
     /// Passes on the whole body. A process need not read it; then the rest is only read.
-    pub(super) async fn pass_on(&mut self) -> Result<(), Broken> {
+    pub(super) async fn forward(&mut self) -> Result<(), RequestAborted> {
         while let Some(body) = &mut self.body {
             let Some(frame) = body.frame().await else {
                 self.body = None;
                 break;
             };
-            let Ok(data) = frame.map_err(|_| Broken)?.into_data() else { continue };
+            let Ok(data) = frame.map_err(|_| RequestAborted)?.into_data() else { continue };
             if let Some(stdin) = &mut self.stdin
                 && stdin.write_all(&data).await.is_err()
             {
@@ -54,7 +54,7 @@ impl Input {
         self.stdin = None;
         let Some(mut body) = self.body else { return };
         let discarding = async {
-            let mut left = DISCARDED;
+            let mut left = MAX_DISCARDED_BYTES;
             while let Some(Ok(frame)) = body.frame().await {
                 let size = frame.data_ref().map_or(0, |data| data.len());
                 let Some(rest) = left.checked_sub(size) else { return };
@@ -62,6 +62,6 @@ impl Input {
             }
         };
         // A caller that sends for longer is cut off, which it may be.
-        let _ = timeout(DISCARDING, discarding).await;
+        let _ = timeout(DISCARD_TIMEOUT, discarding).await;
     }
 }

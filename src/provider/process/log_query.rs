@@ -7,7 +7,7 @@ use jiff::Timestamp;
 use serde::Deserialize;
 
 use crate::config::duration;
-use crate::provider::process::logs::Line;
+use crate::provider::process::logs::LogEntry;
 
 /// The query of `GET /system/logs`, as it was sent.
 #[derive(Debug, Default, Deserialize)]
@@ -50,7 +50,7 @@ impl RawLogQuery {
             "" => None,
             text => {
                 let expected = "a time (RFC 3339), or a duration back from now such as 10m";
-                Some(since(text, now).ok_or_else(|| wrong("since", text, expected))?)
+                Some(parse_since(text, now).ok_or_else(|| wrong("since", text, expected))?)
             }
         };
         let follow = match self.follow.trim().to_ascii_lowercase().as_str() {
@@ -65,21 +65,21 @@ impl RawLogQuery {
 
 impl LogQuery {
     /// Whether `line` is asked for, leaving aside how many are.
-    pub(super) fn wants(&self, line: &Line) -> bool {
+    pub(super) fn matches(&self, line: &LogEntry) -> bool {
         self.since.is_none_or(|since| line.at >= since)
             && self.instance.as_deref().is_none_or(|instance| instance == &*line.instance)
     }
 
     /// What is asked for of `lines`, oldest first.
-    pub(super) fn select(&self, lines: &VecDeque<Arc<Line>>) -> Vec<Arc<Line>> {
-        let wanted = lines.iter().rev().filter(|line| self.wants(line));
+    pub(super) fn select(&self, lines: &VecDeque<Arc<LogEntry>>) -> Vec<Arc<LogEntry>> {
+        let wanted = lines.iter().rev().filter(|line| self.matches(line));
         let mut selected: Vec<_> = wanted.take(self.tail.unwrap_or(usize::MAX)).cloned().collect();
         selected.reverse();
         selected
     }
 }
 
-fn since(text: &str, now: Timestamp) -> Option<Timestamp> {
+fn parse_since(text: &str, now: Timestamp) -> Option<Timestamp> {
     match duration::parse(text) {
         Some(ago) => now.checked_sub(ago).ok(),
         None => text.parse().ok(),
@@ -125,7 +125,7 @@ mod tests {
     #[track_caller]
     fn check(tail: Option<usize>, since: Option<i64>, instance: Option<&str>, expect: &[&str]) {
         let line = |at: Timestamp, instance: &str, text: &str| {
-            Arc::new(Line { at, instance: instance.into(), text: text.to_owned() })
+            Arc::new(LogEntry { at, instance: instance.into(), text: text.to_owned() })
         };
         let lines = VecDeque::from([
             line(at(1), "a", "one"),

@@ -9,22 +9,22 @@ use tokio::io::{AsyncRead, AsyncReadExt};
 use tokio::sync::broadcast;
 
 use crate::function::Function;
-use crate::provider::process::lines::Lines;
+use crate::provider::process::line_splitter::LineSplitter;
 use crate::provider::process::log_query::LogQuery;
-use crate::provider::process::sync::lock;
+use crate::provider::process::sync::lock_unpoisoned;
 use crate::provider::types::LogLine;
 
 /// How many lines of a function are kept, and of how many bytes in all.
 const MAX_LINES: usize = 4000;
-const MAX_BYTES: usize = 1 << 20;
+const MAX_LOG_BYTES: usize = 1 << 20;
 /// How far a reader may fall behind before it misses lines.
-const BACKLOG: usize = 512;
+const FOLLOWER_CAPACITY: usize = 512;
 /// How much of a process's output is read at once.
-const CHUNK: usize = 8 << 10;
+const READ_CHUNK_BYTES: usize = 8 << 10;
 
 /// One line, of a function that is known from the context.
 #[derive(Debug)]
-pub(super) struct Line {
+pub(super) struct LogEntry {
     pub(super) at: Timestamp,
     pub(super) instance: Arc<str>,
     pub(super) text: String,
@@ -33,35 +33,36 @@ pub(super) struct Line {
 /// The logs of one function.
 #[derive(Debug)]
 pub(super) struct Logs {
-    kept: Mutex<Kept>,
-    live: broadcast::Sender<Arc<Line>>,
+    buffer: Mutex<LogBuffer>,
+    live: broadcast::Sender<Arc<LogEntry>>,
 }
 
 #[derive(Debug, Default)]
-struct Kept {
-    lines: VecDeque<Arc<Line>>,
+struct LogBuffer {
+    entries: VecDeque<Arc<LogEntry>>,
     bytes: usize,
 }
 
 impl Logs {
     pub(super) fn new() -> Self {
-        Self { kept: Mutex::default(), live: broadcast::Sender::new(BACKLOG) }
+        Self { buffer: Mutex::default(), live: broadcast::Sender::new(FOLLOWER_CAPACITY) }
     }
 
     /// Adds a line that `instance` has written.
     pub(super) fn write(&self, instance: &Arc<str>, text: impl Into<String>) {
-        let line = Line { at: Timestamp::now(), instance: Arc::clone(instance), text: text.into() };
+        let line =
+            LogEntry { at: Timestamp::now(), instance: Arc::clone(instance), text: text.into() };
         let line = Arc::new(line);
-        let mut kept = lock(&self.kept);
-        kept.push(Arc::clone(&line));
+        let mut buffer = lock_unpoisoned(&self.buffer);
+        buffer.push(Arc::clone(&line));
         // Sent while locked, so that a follower gets each line either from the kept ones or from here.
         let _ = self.live.send(line);
     }
 
     /// Adds whatever comes from `source`, line by line, until it ends.
     pub(super) async fn write_all(&self, instance: Arc<str>, mut source: impl AsyncRead + Unpin) {
-        let mut lines = Lines::default();
-        let mut buffer = [0; CHUNK];
+        let mut lines = LineSplitter::default();
+        let mut buffer = [0; READ_CHUNK_BYTES];
         while let Ok(count @ 1..) = source.read(&mut buffer).await {
             lines.push(&buffer[..count], |line| self.write(&instance, line));
         }
@@ -69,9 +70,9 @@ impl Logs {
     }
 
     /// The last line that `instance` has written, blank ones left aside; empty if there is none.
-    pub(super) fn last_of(&self, instance: &str) -> String {
-        let kept = lock(&self.kept);
-        let mut own = kept.lines.iter().rev().filter(|line| &*line.instance == instance);
+    pub(super) fn last_line_of(&self, instance: &str) -> String {
+        let buffer = lock_unpoisoned(&self.buffer);
+        let mut own = buffer.entries.iter().rev().filter(|line| &*line.instance == instance);
         let last = own.find(|line| !line.text.trim().is_empty());
         last.map(|line| line.text.clone()).unwrap_or_default()
     }
@@ -80,15 +81,15 @@ impl Logs {
     pub(super) fn read(
         &self,
         query: &LogQuery,
-    ) -> (Vec<Arc<Line>>, broadcast::Receiver<Arc<Line>>) {
-        let kept = lock(&self.kept);
-        (query.select(&kept.lines), self.live.subscribe())
+    ) -> (Vec<Arc<LogEntry>>, broadcast::Receiver<Arc<LogEntry>>) {
+        let buffer = lock_unpoisoned(&self.buffer);
+        (query.select(&buffer.entries), self.live.subscribe())
     }
 }
 
-impl Line {
+impl LogEntry {
     /// This line as the API gives it out.
-    pub(super) fn shown(&self, function: &Function) -> LogLine {
+    pub(super) fn to_log_line(&self, function: &Function) -> LogLine {
         LogLine {
             name: function.name.clone(),
             namespace: function.namespace.clone(),
@@ -99,12 +100,12 @@ impl Line {
     }
 }
 
-impl Kept {
-    fn push(&mut self, line: Arc<Line>) {
+impl LogBuffer {
+    fn push(&mut self, line: Arc<LogEntry>) {
         self.bytes += line.text.len();
-        self.lines.push_back(line);
-        while self.lines.len() > MAX_LINES || self.bytes > MAX_BYTES {
-            let Some(oldest) = self.lines.pop_front() else { break };
+        self.entries.push_back(line);
+        while self.entries.len() > MAX_LINES || self.bytes > MAX_LOG_BYTES {
+            let Some(oldest) = self.entries.pop_front() else { break };
             self.bytes -= oldest.text.len();
         }
     }
@@ -124,10 +125,10 @@ mod tests {
         let lines = logs.read(&LogQuery::default()).0;
         assert_eq!((lines.len(), lines[0].text.as_str()), (MAX_LINES, "line 10"));
         for _ in 0..20 {
-            logs.write(&instance, "x".repeat(MAX_BYTES / 10));
+            logs.write(&instance, "x".repeat(MAX_LOG_BYTES / 10));
         }
         let lines = logs.read(&LogQuery::default()).0;
-        assert!(lines.iter().map(|line| line.text.len()).sum::<usize>() <= MAX_BYTES);
+        assert!(lines.iter().map(|line| line.text.len()).sum::<usize>() <= MAX_LOG_BYTES);
         assert_eq!(lines.len(), 10);
     }
 
@@ -151,7 +152,7 @@ mod tests {
         let texts: Vec<_> = lines.iter().map(|line| line.text.as_str()).collect();
         assert_eq!(texts, ["one", "two", "", "three"]);
         let function = Function { name: "f".to_owned(), namespace: "ns".to_owned() };
-        let shown = lines[0].shown(&function);
+        let shown = lines[0].to_log_line(&function);
         assert_eq!((shown.name.as_str(), shown.instance.as_str()), ("f", "f-1"));
         assert!(shown.timestamp.ends_with('Z'), "{}", shown.timestamp);
     }

@@ -8,82 +8,82 @@ use axum::body::Body;
 use axum::extract::{Path, State};
 use axum::http::StatusCode;
 
-use crate::provider::process::requests::{self, json_or_default};
-use crate::provider::process::spec::is_label;
-use crate::provider::process::{DEFAULT_NAMESPACE, Process, Refusal};
+use crate::provider::process::requests::{self, read_json_or_default};
+use crate::provider::process::spec::is_dns_label;
+use crate::provider::process::{ApiError, DEFAULT_NAMESPACE, ProcessProvider};
 use crate::provider::types::Namespace;
 
-pub(super) async fn list(State(process): State<Arc<Process>>) -> Json<Vec<String>> {
+pub(super) async fn list(State(process): State<Arc<ProcessProvider>>) -> Json<Vec<String>> {
     Json(process.table.namespaces())
 }
 
 pub(super) async fn get(
-    State(process): State<Arc<Process>>,
+    State(process): State<Arc<ProcessProvider>>,
     name: Option<Path<String>>,
     body: Body,
-) -> Result<Json<Namespace>, Refusal> {
-    let Namespace { name, .. } = read(name, body).await?;
-    process.table.namespace(&name).map(Json).ok_or_else(|| Refusal::no_namespace(&name))
+) -> Result<Json<Namespace>, ApiError> {
+    let Namespace { name, .. } = read_namespace(name, body).await?;
+    process.table.namespace(&name).map(Json).ok_or_else(|| ApiError::no_such_namespace(&name))
 }
 
 pub(super) async fn create(
-    State(process): State<Arc<Process>>,
+    State(process): State<Arc<ProcessProvider>>,
     name: Option<Path<String>>,
     body: Body,
-) -> Result<StatusCode, Refusal> {
-    let namespace = read(name, body).await?;
-    if !is_label(&namespace.name) {
+) -> Result<StatusCode, ApiError> {
+    let namespace = read_namespace(name, body).await?;
+    if !is_dns_label(&namespace.name) {
         let reason = format!("{:?} is not a name of at most 63 of a-z, 0-9 and -", namespace.name);
-        return Err(Refusal::Invalid(reason));
+        return Err(ApiError::Invalid(reason));
     }
-    let create = |process: &Process| {
+    let create = |process: &ProcessProvider| {
         if process.table.has_namespace(&namespace.name) {
             let reason = format!("namespace {} exists already", namespace.name);
-            return Err(Refusal::Conflict(reason));
+            return Err(ApiError::Conflict(reason));
         }
         process.save_namespace(namespace)
     };
-    process.change(create).await.map(|()| StatusCode::CREATED)
+    process.run_exclusively(create).await.map(|()| StatusCode::CREATED)
 }
 
 pub(super) async fn update(
-    State(process): State<Arc<Process>>,
+    State(process): State<Arc<ProcessProvider>>,
     name: Option<Path<String>>,
     body: Body,
-) -> Result<StatusCode, Refusal> {
-    let namespace = read(name, body).await?;
-    let update = |process: &Process| {
+) -> Result<StatusCode, ApiError> {
+    let namespace = read_namespace(name, body).await?;
+    let update = |process: &ProcessProvider| {
         if !process.table.has_namespace(&namespace.name) {
-            return Err(Refusal::no_namespace(&namespace.name));
+            return Err(ApiError::no_such_namespace(&namespace.name));
         }
         process.save_namespace(namespace)
     };
-    process.change(update).await.map(|()| StatusCode::ACCEPTED)
+    process.run_exclusively(update).await.map(|()| StatusCode::ACCEPTED)
 }
 
 pub(super) async fn delete(
-    State(process): State<Arc<Process>>,
+    State(process): State<Arc<ProcessProvider>>,
     name: Option<Path<String>>,
     body: Body,
-) -> Result<StatusCode, Refusal> {
+) -> Result<StatusCode, ApiError> {
     let name = match name {
         Some(Path(name)) => {
             // Clients send a body; it says nothing that the path does not.
-            requests::read(body).await?;
+            requests::read_body(body).await?;
             name
         }
-        None => read(None, body).await?.name,
+        None => read_namespace(None, body).await?.name,
     };
-    process.change(move |process| process.delete_namespace(&name)).await?;
+    process.run_exclusively(move |process| process.delete_namespace(&name)).await?;
     Ok(StatusCode::ACCEPTED)
 }
 
 /// The namespace in the body, under the name in the path if there is one.
-async fn read(name: Option<Path<String>>, body: Body) -> Result<Namespace, Refusal> {
-    let sent: Namespace = json_or_default(body).await?;
+async fn read_namespace(name: Option<Path<String>>, body: Body) -> Result<Namespace, ApiError> {
+    let sent: Namespace = read_json_or_default(body).await?;
     match name {
         Some(Path(name)) => Ok(Namespace { name, ..sent }),
-        None if sent.name.is_empty() => Err(Refusal::Invalid(
+        None if sent.name.is_empty() => Err(ApiError::Invalid(
             "the namespace's name is missing: it stands in the path, or in the body as {\"name\":NAME}"
                 .to_owned(),
         )),
@@ -91,26 +91,26 @@ async fn read(name: Option<Path<String>>, body: Body) -> Result<Namespace, Refus
     }
 }
 
-impl Process {
-    fn save_namespace(&self, namespace: Namespace) -> Result<(), Refusal> {
+impl ProcessProvider {
+    fn save_namespace(&self, namespace: Namespace) -> Result<(), ApiError> {
         self.store.save_namespace(&namespace)?;
         self.table.insert_namespace(namespace);
         Ok(())
     }
 
     /// Deletes a namespace that nothing lives in.
-    fn delete_namespace(&self, name: &str) -> Result<(), Refusal> {
+    fn delete_namespace(&self, name: &str) -> Result<(), ApiError> {
         if !self.table.has_namespace(name) {
-            return Err(Refusal::no_namespace(name));
+            return Err(ApiError::no_such_namespace(name));
         }
         if name == DEFAULT_NAMESPACE {
             let reason = format!("{name} is the default namespace and cannot be deleted");
-            return Err(Refusal::Conflict(reason));
+            return Err(ApiError::Conflict(reason));
         }
         let functions = self.list(name).len();
-        let secrets = self.runner.secrets.names(name)?.len();
+        let secrets = self.launcher.secrets.names(name)?.len();
         if functions + secrets > 0 {
-            return Err(Refusal::Conflict(format!(
+            return Err(ApiError::Conflict(format!(
                 "namespace {name} is not empty: it has {functions} functions and {secrets} secrets"
             )));
         }

@@ -19,7 +19,7 @@ pub(super) struct Orphans {
 
 /// A process that is remembered until this is dropped.
 #[derive(Debug)]
-pub(super) struct Record(Option<PathBuf>);
+pub(super) struct ProcessRecord(Option<PathBuf>);
 
 impl Orphans {
     pub(super) fn open(directory: PathBuf) -> std::io::Result<Self> {
@@ -32,7 +32,7 @@ impl Orphans {
         let mut killed = 0;
         for entry in fs::read_dir(&self.directory)? {
             let path = entry?.path();
-            if let Some(pid) = self.still_runs(&path) {
+            if let Some(pid) = self.running_process(&path) {
                 killed += 1;
                 // It may have ended since; that is as good.
                 let _ = rustix::process::kill_process_group(pid, Signal::KILL);
@@ -45,21 +45,21 @@ impl Orphans {
     /// Remembers a process that has just been started as the leader of a group.
     ///
     /// Not synced to disk: a crash of the machine ends its processes too. A failure is not worth a failed call.
-    pub(super) fn record(&self, pid: Pid) -> Record {
+    pub(super) fn record(&self, pid: Pid) -> ProcessRecord {
         let pid = pid.as_raw_nonzero().get();
         let path = self.directory.join(pid.to_string());
         let (Some(boot_id), Some(stat)) = (&self.boot_id, procfs::stat(pid)) else {
-            return Record(None);
+            return ProcessRecord(None);
         };
         if let Err(error) = fs::write(&path, format!("{boot_id} {}", stat.started)) {
             tracing::warn!(%error, pid, "Cannot remember a process in the state directory");
         }
-        Record(Some(path))
+        ProcessRecord(Some(path))
     }
 
     /// The process that was recorded in `path`, unless it has ended. An id alone proves nothing: the kernel gives
     /// it away again.
-    fn still_runs(&self, path: &Path) -> Option<Pid> {
+    fn running_process(&self, path: &Path) -> Option<Pid> {
         let pid: i32 = path.file_name()?.to_str()?.parse().ok()?;
         let text = fs::read_to_string(path).ok()?;
         let (boot_id, started) = text.split_once(' ')?;
@@ -70,7 +70,7 @@ impl Orphans {
     }
 }
 
-impl Drop for Record {
+impl Drop for ProcessRecord {
     fn drop(&mut self) {
         if let Some(path) = &self.0 {
             let _ = fs::remove_file(path);

@@ -20,7 +20,7 @@ pub(super) struct Stat {
 
 /// The process with this id.
 pub(super) fn stat(pid: i32) -> Option<Stat> {
-    parse(&fs::read_to_string(format!("/proc/{pid}/stat")).ok()?)
+    parse_stat(&fs::read_to_string(format!("/proc/{pid}/stat")).ok()?)
 }
 
 /// All processes that can be seen.
@@ -47,7 +47,7 @@ pub(super) fn realtime_limit(pid: i32) -> Option<u64> {
 }
 
 /// What the environment that a process was started with says of `name`; `None` if it cannot be read.
-pub(super) fn variable(pid: i32, name: &str) -> Option<String> {
+pub(super) fn environment_variable(pid: i32, name: &str) -> Option<String> {
     let environment = fs::read(format!("/proc/{pid}/environ")).ok()?;
     let value = environment
         .split(|byte| *byte == 0)
@@ -61,7 +61,7 @@ pub(super) fn boot_id() -> Option<String> {
     Some(id.trim().to_owned())
 }
 
-fn parse(text: &str) -> Option<Stat> {
+fn parse_stat(text: &str) -> Option<Stat> {
     // The second field is the program's name in parentheses; it may itself hold blanks and parentheses.
     let (pid, rest) = text.split_once(" (")?;
     let (_name, rest) = rest.rsplit_once(") ")?;
@@ -97,9 +97,9 @@ mod tests {
             started: 1234,
             pages: 567,
         };
-        assert_eq!(parse(text), Some(expect));
-        assert_eq!(parse("42 (cut off"), None);
-        assert_eq!(parse("42 (short) S 1 2"), None);
+        assert_eq!(parse_stat(text), Some(expect));
+        assert_eq!(parse_stat("42 (cut off"), None);
+        assert_eq!(parse_stat("42 (short) S 1 2"), None);
     }
 
     #[test]

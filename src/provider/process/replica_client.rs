@@ -14,7 +14,7 @@ use tokio::time::timeout;
 
 use crate::config::base_url::BaseUrl;
 use crate::interim::InterimQueue;
-use crate::provider::process::runner::RunnerTasks;
+use crate::provider::process::launcher::ProcessTasks;
 use crate::proxy::body::RequestBody;
 use crate::proxy::client::Origin;
 use crate::proxy::headers;
@@ -24,9 +24,9 @@ use crate::proxy::upstream_body::UpstreamBody;
 use crate::watch::Watch;
 
 /// A connection within the machine is there at once, or the replica has more to do than accept it.
-const CONNECT: Duration = Duration::from_secs(2);
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
 /// A changed protocol on which nothing is said for so long has ended.
-const LONGEST_SILENCE: Duration = Duration::from_secs(3600);
+const TUNNEL_IDLE_TIMEOUT: Duration = Duration::from_secs(3600);
 
 /// A request that is about to be sent to a replica.
 pub(super) struct ReplicaRequest {
@@ -39,7 +39,7 @@ pub(super) struct ReplicaRequest {
 
 /// Why a replica gave no answer.
 #[derive(Debug)]
-pub(super) enum Failure {
+pub(super) enum SendError {
     /// Nobody accepts connections there, and the request can be sent to another one.
     Refused,
     Other(anyhow::Error),
@@ -63,36 +63,36 @@ impl ReplicaRequest {
     /// The caller sees to deadlines: dropping the future, or the answer, ends the call.
     pub(super) async fn send(
         &mut self,
-        tasks: &RunnerTasks,
+        tasks: &ProcessTasks,
         address: SocketAddr,
-    ) -> Result<Response<Body>, Failure> {
+    ) -> Result<Response<Body>, SendError> {
         let url = BaseUrl::parse(&format!("http://{address}")).context("no address");
-        let origin = Origin::new(url.map_err(Failure::Other)?);
+        let origin = Origin::new(url.map_err(SendError::Other)?);
         let watch = Arc::new(Watch::new().with_interim(self.interim.clone()));
         let mut answer = match self.outgoing.send(&tasks.client, &origin, &watch).await {
             Ok(answer) => answer,
-            Err(error) if error.is_connect() => return Err(Failure::Refused),
-            Err(error) => return Err(Failure::Other(error.into())),
+            Err(error) if error.is_connect() => return Err(SendError::Refused),
+            Err(error) => return Err(SendError::Other(error.into())),
         };
         if answer.status() == StatusCode::SWITCHING_PROTOCOLS {
-            self.change_protocols(tasks, &mut answer).map_err(Failure::Other)?;
+            self.start_tunnel(tasks, &mut answer).map_err(SendError::Other)?;
         }
         Ok(answer.map(Body::new))
     }
 
-    fn change_protocols(
+    fn start_tunnel(
         &mut self,
-        tasks: &RunnerTasks,
+        tasks: &ProcessTasks,
         answer: &mut Response<UpstreamBody>,
     ) -> anyhow::Result<()> {
         let caller = self.upgrade.take().context("it changed protocols unasked")?;
-        let tunnel = Tunnel::new(caller, answer, LONGEST_SILENCE);
-        let cut = tasks.cut.clone();
+        let tunnel = Tunnel::new(caller, answer, TUNNEL_IDLE_TIMEOUT);
+        let force_kill = tasks.force_kill.clone();
         tasks.spawn(async move {
             // Both branches are cancel-safe: what is cut is lost on purpose.
             tokio::select! {
                 () = tunnel.run() => {}
-                () = cut.cancelled() => {}
+                () = force_kill.cancelled() => {}
             }
         });
         Ok(())
@@ -101,7 +101,7 @@ impl ReplicaRequest {
 
 /// Connects to a replica.
 pub(super) async fn connect(address: SocketAddr) -> anyhow::Result<TcpStream> {
-    let connecting = timeout(CONNECT, TcpStream::connect(address)).await;
+    let connecting = timeout(CONNECT_TIMEOUT, TcpStream::connect(address)).await;
     let tcp =
         connecting.context("it accepts no connection")?.context("it accepts no connection")?;
     // The kernel may connect a port with itself while nobody listens there.

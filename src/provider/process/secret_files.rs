@@ -6,14 +6,14 @@ use std::time::SystemTime;
 use anyhow::{Context, bail};
 
 use crate::provider::process::secrets::{Secrets, is_secret_name};
-use crate::provider::process::spec::is_label;
-use crate::provider::process::sync::lock;
-use crate::provider::process::{DEFAULT_NAMESPACE, Process, named};
+use crate::provider::process::spec::is_dns_label;
+use crate::provider::process::sync::lock_unpoisoned;
+use crate::provider::process::{DEFAULT_NAMESPACE, ProcessProvider, function_of};
 use crate::provider::types::FunctionDeployment;
 
 /// What the stored secrets looked like: namespace, name, size and time of each.
 #[derive(Debug, Default, PartialEq, Eq)]
-pub struct Stored(Vec<(String, String, u64, Option<SystemTime>)>);
+pub struct SecretsSnapshot(Vec<(String, String, u64, Option<SystemTime>)>);
 
 /// Writes a secret into a state directory, whether or not a provider uses it at this moment. Returns whether it is new.
 ///
@@ -29,7 +29,7 @@ pub fn set_secret(
         bail!("{name:?} is not a secret's name: use at most 200 of a-z, A-Z, 0-9, -, _ and .");
     }
     let namespace = if namespace.is_empty() { DEFAULT_NAMESPACE } else { namespace };
-    if !is_label(namespace) {
+    if !is_dns_label(namespace) {
         bail!("{namespace:?} is not a namespace: use at most 63 of a-z, 0-9 and -");
     }
     let shown = state_dir.display();
@@ -42,12 +42,12 @@ pub fn set_secret(
     Ok(is_new)
 }
 
-impl Process {
+impl ProcessProvider {
     /// The secrets that a function asks for and that do not exist.
     pub fn missing_secrets(&self, deployment: &FunctionDeployment) -> Vec<String> {
-        let namespace = named(deployment).namespace;
+        let namespace = function_of(deployment).namespace;
         let wanted = deployment.secrets.iter().flatten();
-        let missing = wanted.filter(|name| !self.runner.secrets.has(&namespace, name));
+        let missing = wanted.filter(|name| !self.launcher.secrets.has(&namespace, name));
         let mut missing: Vec<_> = missing.cloned().collect();
         missing.sort_unstable();
         missing.dedup();
@@ -58,16 +58,16 @@ impl Process {
     ///
     /// # Errors
     /// When a file cannot be read or written.
-    pub fn follow_secrets(&self, seen: &mut Stored) -> std::io::Result<()> {
-        let stored = self.runner.secrets.stored()?;
+    pub fn refresh_changed_secrets(&self, seen: &mut SecretsSnapshot) -> std::io::Result<()> {
+        let stored = self.launcher.secrets.snapshot()?;
         if stored == *seen {
             return Ok(());
         }
-        let _one_at_a_time = lock(&self.changes);
-        for entry in self.table.entries() {
+        let _one_at_a_time = lock_unpoisoned(&self.change_lock);
+        for entry in self.table.functions() {
             let workload = &entry.workload;
             if !workload.spec.secrets.is_empty() {
-                self.runner.secrets.refresh_view(&workload.function, &workload.spec.secrets)?;
+                self.launcher.secrets.refresh_view(&workload.function, &workload.spec.secrets)?;
             }
         }
         *seen = stored;
@@ -76,7 +76,7 @@ impl Process {
 }
 
 impl Secrets {
-    fn stored(&self) -> std::io::Result<Stored> {
+    fn snapshot(&self) -> std::io::Result<SecretsSnapshot> {
         let mut stored = Vec::new();
         for namespace in self.namespaces()? {
             for name in self.names(&namespace)? {
@@ -84,6 +84,6 @@ impl Secrets {
                 stored.push((namespace.clone(), name, file.len(), file.modified().ok()));
             }
         }
-        Ok(Stored(stored))
+        Ok(SecretsSnapshot(stored))
     }
 }

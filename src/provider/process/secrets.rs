@@ -8,8 +8,8 @@ use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 
 use crate::function::Function;
+use crate::provider::process::api_error::ApiError;
 use crate::provider::process::files;
-use crate::provider::process::refusal::Refusal;
 use crate::provider::types::Secret;
 
 /// All secrets, below one directory: `store/NAMESPACE/SECRET`, and copies in `views/NAMESPACE/FUNCTION/SECRET`.
@@ -26,28 +26,28 @@ impl Secrets {
 
     /// Namespaces that have had a secret.
     pub(super) fn namespaces(&self) -> io::Result<Vec<String>> {
-        files::names(&self.root.join("store"))
+        files::file_names(&self.root.join("store"))
     }
 
     pub(super) fn metadata(&self, namespace: &str, name: &str) -> io::Result<fs::Metadata> {
-        fs::metadata(self.store(namespace).join(name))
+        fs::metadata(self.namespace_directory(namespace).join(name))
     }
 
     /// Names of the secrets in `namespace`.
     pub(super) fn names(&self, namespace: &str) -> io::Result<Vec<String>> {
-        files::names(&self.store(namespace))
+        files::file_names(&self.namespace_directory(namespace))
     }
 
     pub(super) fn has(&self, namespace: &str, name: &str) -> bool {
-        is_secret_name(name) && self.store(namespace).join(name).is_file()
+        is_secret_name(name) && self.namespace_directory(namespace).join(name).is_file()
     }
 
     pub(super) fn put(&self, namespace: &str, name: &str, value: &[u8]) -> io::Result<()> {
-        files::replace(&self.store(namespace).join(name), value)
+        files::replace(&self.namespace_directory(namespace).join(name), value)
     }
 
     pub(super) fn remove(&self, namespace: &str, name: &str) -> io::Result<()> {
-        files::remove(&self.store(namespace).join(name))
+        files::remove(&self.namespace_directory(namespace).join(name))
     }
 
     /// The directory that `function` finds its secrets in.
@@ -62,13 +62,13 @@ impl Secrets {
     pub(super) fn refresh_view(&self, function: &Function, wanted: &[String]) -> io::Result<()> {
         let view = self.view(function);
         files::create_private_directory(&view)?;
-        for name in files::names(&view)? {
+        for name in files::file_names(&view)? {
             if !(wanted.contains(&name) && self.has(&function.namespace, &name)) {
                 files::remove(&view.join(name))?;
             }
         }
         for name in wanted.iter().filter(|name| self.has(&function.namespace, name)) {
-            let value = fs::read(self.store(&function.namespace).join(name))?;
+            let value = fs::read(self.namespace_directory(&function.namespace).join(name))?;
             let copy = view.join(name);
             if !fs::read(&copy).is_ok_and(|old| old == value) {
                 files::replace(&copy, &value)?;
@@ -84,7 +84,7 @@ impl Secrets {
         }
     }
 
-    fn store(&self, namespace: &str) -> PathBuf {
+    fn namespace_directory(&self, namespace: &str) -> PathBuf {
         let store: &Path = self.root.as_ref();
         store.join("store").join(namespace)
     }
@@ -98,13 +98,13 @@ pub(super) fn is_secret_name(name: &str) -> bool {
 
 /// The bytes of a secret as it was sent. Some clients send a file's content twice, as text and in Base64: the latter is
 /// what holds any bytes.
-pub(super) fn value(secret: &Secret) -> Result<Vec<u8>, Refusal> {
+pub(super) fn decode_value(secret: &Secret) -> Result<Vec<u8>, ApiError> {
     if secret.raw_value.is_empty() {
         return Ok(secret.value.as_bytes().to_vec());
     }
     STANDARD
         .decode(&secret.raw_value)
-        .map_err(|error| Refusal::Invalid(format!("rawValue is not base64: {error}")))
+        .map_err(|error| ApiError::Invalid(format!("rawValue is not base64: {error}")))
 }
 
 #[cfg(test)]
@@ -122,11 +122,11 @@ mod tests {
         }
         let view = secrets.view(&function);
         secrets.refresh_view(&function, &wanted).unwrap();
-        assert_eq!(files::names(&view).unwrap(), ["a", "b"]);
+        assert_eq!(files::file_names(&view).unwrap(), ["a", "b"]);
         secrets.put("ns", "a", b"new").unwrap();
         secrets.remove("ns", "b").unwrap();
         secrets.refresh_view(&function, &wanted).unwrap();
-        assert_eq!(files::names(&view).unwrap(), ["a"]);
+        assert_eq!(files::file_names(&view).unwrap(), ["a"]);
         assert_eq!(fs::read(view.join("a")).unwrap(), b"new");
         assert_eq!(secrets.names("ns").unwrap(), ["a", "c"]);
         secrets.remove_view(&function).unwrap();
@@ -141,11 +141,11 @@ mod tests {
             raw_value: raw_value.to_owned(),
             ..Secret::default()
         };
-        assert_eq!(value(&secret("text", "")).unwrap(), b"text");
-        assert_eq!(value(&secret("", "AP8=")).unwrap(), b"\x00\xff");
-        assert!(value(&secret("", "%")).unwrap_err().to_string().contains("base64"));
+        assert_eq!(decode_value(&secret("text", "")).unwrap(), b"text");
+        assert_eq!(decode_value(&secret("", "AP8=")).unwrap(), b"\x00\xff");
+        assert!(decode_value(&secret("", "%")).unwrap_err().to_string().contains("base64"));
         // Sent as both: Base64 holds any bytes.
-        assert_eq!(value(&secret("a", "AP8=")).unwrap(), b"\x00\xff");
+        assert_eq!(decode_value(&secret("a", "AP8=")).unwrap(), b"\x00\xff");
     }
 
     #[test]

@@ -8,20 +8,20 @@ use std::time::Duration;
 use axum::http::HeaderValue;
 
 use crate::config::duration;
-use crate::provider::process::words;
+use crate::provider::process::shell_words;
 use crate::provider::types::FunctionDeployment;
 
 /// How long a call may take when its function does not say. The gateway before us mostly gives up sooner; this is for
 /// callers without a deadline of their own.
-const EXEC_TIMEOUT: Duration = Duration::from_secs(600);
+const DEFAULT_EXEC_TIMEOUT: Duration = Duration::from_secs(600);
 
 /// A function, ready to be run.
 #[derive(Debug, PartialEq)]
-pub(super) struct Spec {
+pub(super) struct FunctionSpec {
     /// The program and its arguments; never empty.
-    pub(super) words: Vec<String>,
+    pub(super) argv: Vec<String>,
     /// Where it runs; `None`: where the provider does.
-    pub(super) directory: Option<PathBuf>,
+    pub(super) working_directory: Option<PathBuf>,
     pub(super) env: BTreeMap<String, String>,
     pub(super) secrets: Vec<String>,
     /// `exec_timeout`; `None` (written as 0): for as long as the caller waits.
@@ -34,7 +34,7 @@ pub(super) struct Spec {
 #[derive(Debug, PartialEq)]
 pub(super) enum Mode {
     /// One process for each call.
-    Fork(Fork),
+    Fork(ForkOptions),
     /// Processes that listen on a port.
     Http {
         /// `ready_path`: answered 200 by a replica that can be called; `None`: whoever accepts can be.
@@ -43,7 +43,7 @@ pub(super) enum Mode {
 }
 
 #[derive(Debug, PartialEq)]
-pub(super) struct Fork {
+pub(super) struct ForkOptions {
     /// `content_type` of every answer.
     pub(super) content_type: Option<HeaderValue>,
     /// `combine_output`: whether standard error belongs to the answer.
@@ -54,13 +54,13 @@ pub(super) struct Fork {
     pub(super) write_debug: bool,
 }
 
-impl Spec {
+impl FunctionSpec {
     /// Reads a deployment; an error says what is wrong with it, for its sender.
     pub(super) fn parse(deployment: &FunctionDeployment) -> Result<Self, String> {
         let env = deployment.env_vars.clone().unwrap_or_default();
         check_environment(&env)?;
-        let mut words = command(&deployment.env_process, &env)?;
-        let directory = directory(&deployment.working_directory)?;
+        let mut words = parse_command(&deployment.env_process, &env)?;
+        let directory = parse_directory(&deployment.working_directory)?;
         // The kernel would look for it where the provider runs.
         if let Some(directory) = &directory
             && words[0].contains('/')
@@ -69,26 +69,33 @@ impl Spec {
         }
         let mode = match env.get("mode").map_or("fork", |mode| mode.trim()) {
             // `streaming` and `serializing` are watchdogs' names for ways of forking.
-            "" | "fork" | "streaming" | "serializing" => Mode::Fork(Fork {
-                content_type: value(&env, "content_type", "a header's value", |text| {
+            "" | "fork" | "streaming" | "serializing" => Mode::Fork(ForkOptions {
+                content_type: parse_variable(&env, "content_type", "a header's value", |text| {
                     HeaderValue::from_str(text).ok()
                 })?,
-                combine_output: boolean(&env, "combine_output", true)?,
-                cgi_headers: boolean(&env, "cgi_headers", true)?,
-                write_debug: boolean(&env, "write_debug", false)?,
+                combine_output: parse_boolean(&env, "combine_output", true)?,
+                cgi_headers: parse_boolean(&env, "cgi_headers", true)?,
+                write_debug: parse_boolean(&env, "write_debug", false)?,
             }),
             "http" => Mode::Http {
-                ready_path: value(&env, "ready_path", "a path such as /_/ready", ready_path)?,
+                ready_path: parse_variable(
+                    &env,
+                    "ready_path",
+                    "a path such as /_/ready",
+                    parse_ready_path,
+                )?,
             },
             other => return Err(format!("envVars: mode: {other:?} is not fork or http")),
         };
-        let exec_timeout = value(&env, "exec_timeout", duration::EXPECTED, duration::parse)?;
-        let max_inflight = value(&env, "max_inflight", "a whole number", from_str)?;
+        let exec_timeout =
+            parse_variable(&env, "exec_timeout", duration::EXPECTED, duration::parse)?;
+        let max_inflight = parse_variable(&env, "max_inflight", "a whole number", from_str)?;
         Ok(Self {
-            words,
-            directory,
+            argv: words,
+            working_directory: directory,
             secrets: deployment.secrets.clone().unwrap_or_default(),
-            exec_timeout: Some(exec_timeout.unwrap_or(EXEC_TIMEOUT)).filter(|d| !d.is_zero()),
+            exec_timeout: Some(exec_timeout.unwrap_or(DEFAULT_EXEC_TIMEOUT))
+                .filter(|d| !d.is_zero()),
             max_inflight: max_inflight.unwrap_or_default(),
             mode,
             env,
@@ -103,13 +110,13 @@ pub(super) fn initial_replicas(deployment: &FunctionDeployment) -> Result<u64, S
         None => Ok(1),
         Some(text) => {
             let parsed = from_str::<u64>(text);
-            parsed.map(|n| n.max(1)).ok_or_else(|| wrong("label", LABEL, text, "a whole number"))
+            parsed.map(|n| n.max(1)).ok_or_else(|| invalid("label", LABEL, text, "a whole number"))
         }
     }
 }
 
 /// Whether `name` may name a function or a namespace: a DNS label, as Kubernetes would have it.
-pub(super) fn is_label(name: &str) -> bool {
+pub(super) fn is_dns_label(name: &str) -> bool {
     let inner = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-';
     (1..=63).contains(&name.len())
         && name.bytes().all(inner)
@@ -117,7 +124,7 @@ pub(super) fn is_label(name: &str) -> bool {
         && !name.ends_with('-')
 }
 
-fn command(env_process: &str, env: &BTreeMap<String, String>) -> Result<Vec<String>, String> {
+fn parse_command(env_process: &str, env: &BTreeMap<String, String>) -> Result<Vec<String>, String> {
     let line = match env_process.trim() {
         "" => env.get("fprocess").map_or("", |line| line.trim()),
         line => line,
@@ -125,7 +132,8 @@ fn command(env_process: &str, env: &BTreeMap<String, String>) -> Result<Vec<Stri
     if line.contains('\0') {
         return Err("envProcess: a command cannot hold a NUL character".to_owned());
     }
-    let words = words::split(line).map_err(|error| format!("envProcess: {line:?}: {error}"))?;
+    let words =
+        shell_words::split(line).map_err(|error| format!("envProcess: {line:?}: {error}"))?;
     if words.first().is_none_or(String::is_empty) {
         return Err(
             "envProcess is missing: this provider runs commands, not images, so a function needs \
@@ -136,7 +144,7 @@ fn command(env_process: &str, env: &BTreeMap<String, String>) -> Result<Vec<Stri
     Ok(words)
 }
 
-fn directory(path: &str) -> Result<Option<PathBuf>, String> {
+fn parse_directory(path: &str) -> Result<Option<PathBuf>, String> {
     match path {
         "" => Ok(None),
         path if path.starts_with('/') && !path.contains('\0') => Ok(Some(PathBuf::from(path))),
@@ -152,8 +160,12 @@ fn check_environment(env: &BTreeMap<String, String>) -> Result<(), String> {
     }
 }
 
-fn boolean(env: &BTreeMap<String, String>, name: &str, default: bool) -> Result<bool, String> {
-    let parsed = value(env, name, "true or false", |text| match text {
+fn parse_boolean(
+    env: &BTreeMap<String, String>,
+    name: &str,
+    default: bool,
+) -> Result<bool, String> {
+    let parsed = parse_variable(&env, name, "true or false", |text| match text {
         "true" | "1" => Some(true),
         "false" | "0" => Some(false),
         _ => None,
@@ -162,7 +174,7 @@ fn boolean(env: &BTreeMap<String, String>, name: &str, default: bool) -> Result<
 }
 
 /// The variable `name`, if it is there and not empty.
-fn value<T>(
+fn parse_variable<T>(
     env: &BTreeMap<String, String>,
     name: &str,
     expected: &str,
@@ -170,11 +182,11 @@ fn value<T>(
 ) -> Result<Option<T>, String> {
     match env.get(name).map(|text| text.trim()) {
         None | Some("") => Ok(None),
-        Some(text) => parse(text).map(Some).ok_or_else(|| wrong("envVars", name, text, expected)),
+        Some(text) => parse(text).map(Some).ok_or_else(|| invalid("envVars", name, text, expected)),
     }
 }
 
-fn wrong(place: &str, name: &str, text: &str, expected: &str) -> String {
+fn invalid(place: &str, name: &str, text: &str, expected: &str) -> String {
     format!("{place}: {name}: {text:?} is not {expected}")
 }
 
@@ -182,7 +194,7 @@ fn from_str<T: FromStr>(text: &str) -> Option<T> {
     text.parse().ok()
 }
 
-fn ready_path(text: &str) -> Option<String> {
+fn parse_ready_path(text: &str) -> Option<String> {
     let valid = text.starts_with('/') && text.parse::<http::Uri>().is_ok();
     valid.then(|| text.to_owned())
 }
@@ -202,15 +214,15 @@ mod tests {
 
     #[track_caller]
     fn refused(env_process: &str, env: &[(&str, &str)], expect: &str) {
-        let reason = Spec::parse(&deployment(env_process, env)).unwrap_err();
+        let reason = FunctionSpec::parse(&deployment(env_process, env)).unwrap_err();
         assert!(reason.contains(expect), "{reason}");
     }
 
     #[test]
     fn a_command_alone_is_forked_with_the_defaults_of_a_classic_watchdog() {
-        let spec = Spec::parse(&deployment("cat -n", &[])).unwrap();
-        assert_eq!(spec.words, ["cat", "-n"]);
-        assert_eq!(spec.exec_timeout, Some(EXEC_TIMEOUT));
+        let spec = FunctionSpec::parse(&deployment("cat -n", &[])).unwrap();
+        assert_eq!(spec.argv, ["cat", "-n"]);
+        assert_eq!(spec.exec_timeout, Some(DEFAULT_EXEC_TIMEOUT));
         assert_eq!(spec.max_inflight, 0);
         let Mode::Fork(fork) = spec.mode else { panic!("{:?}", spec.mode) };
         assert!(fork.combine_output && fork.cgi_headers && !fork.write_debug);
@@ -221,7 +233,8 @@ mod tests {
         let words = |command: &str, directory: &str| {
             let mut deployment = deployment(command, &[]);
             directory.clone_into(&mut deployment.working_directory);
-            Spec::parse(&deployment).map(|spec| (spec.words.concat(), spec.directory))
+            FunctionSpec::parse(&deployment)
+                .map(|spec| (spec.argv.concat(), spec.working_directory))
         };
         let stacks = Some(PathBuf::from("/stacks"));
         assert_eq!(words("./run.sh", "/stacks").unwrap().0, "/stacks/./run.sh");
@@ -240,12 +253,12 @@ mod tests {
             ("max_inflight", "7"),
             ("ready_path", "/ready"),
         ];
-        let spec = Spec::parse(&deployment("", &env)).unwrap();
-        assert_eq!(spec.words, ["node", "index.js"]);
+        let spec = FunctionSpec::parse(&deployment("", &env)).unwrap();
+        assert_eq!(spec.argv, ["node", "index.js"]);
         assert_eq!(spec.exec_timeout, Some(Duration::from_secs(90)));
         assert_eq!(spec.max_inflight, 7);
         assert_eq!(spec.mode, Mode::Http { ready_path: Some("/ready".to_owned()) });
-        let unbounded = Spec::parse(&deployment("cat", &[("exec_timeout", "0")])).unwrap();
+        let unbounded = FunctionSpec::parse(&deployment("cat", &[("exec_timeout", "0")])).unwrap();
         assert_eq!(unbounded.exec_timeout, None);
     }
 
@@ -277,10 +290,10 @@ mod tests {
     #[test]
     fn names_are_dns_labels() {
         for name in ["a", "figlet", "a-1", "0", &"x".repeat(63)] {
-            assert!(is_label(name), "{name}");
+            assert!(is_dns_label(name), "{name}");
         }
         for name in ["", "-a", "a-", "A", "a_b", "a.b", "..", "a/b", "ä", &"x".repeat(64)] {
-            assert!(!is_label(name), "{name}");
+            assert!(!is_dns_label(name), "{name}");
         }
     }
 }

@@ -14,8 +14,8 @@ use crate::function::Function;
 use crate::provider::process::files;
 use crate::provider::types::{FunctionDeployment, Namespace};
 
-const LOCK_TRIES: u32 = 20;
-const LOCK_PAUSE: Duration = Duration::from_millis(25);
+const MAX_LOCK_ATTEMPTS: u32 = 20;
+const LOCK_RETRY_INTERVAL: Duration = Duration::from_millis(25);
 
 /// A state directory that no other provider uses.
 #[derive(Debug)]
@@ -53,7 +53,7 @@ impl Store {
             .truncate(false)
             .open(root.join("lock"))
             .with_context(|| format!("cannot write to the state directory {shown}"))?;
-        match lock_soon(&lock) {
+        match lock_with_retry(&lock) {
             Ok(()) => Ok(Self { root, _lock: lock }),
             Err(rustix::io::Errno::WOULDBLOCK) => {
                 bail!("the state directory {shown} is in use by another provider")
@@ -112,7 +112,7 @@ impl Store {
 }
 
 fn names(directory: &Path) -> anyhow::Result<Vec<String>> {
-    files::names(directory).with_context(|| format!("cannot read {}", directory.display()))
+    files::file_names(directory).with_context(|| format!("cannot read {}", directory.display()))
 }
 
 /// Name without `.json`, and path.
@@ -142,14 +142,14 @@ fn remove(path: &Path) -> anyhow::Result<()> {
 
 /// Takes the lock, for which it may try a few times: a process that was forked from the provider before holds it, too,
 /// until it has become its command.
-fn lock_soon(lock: &File) -> rustix::io::Result<()> {
+fn lock_with_retry(lock: &File) -> rustix::io::Result<()> {
     let mut locked = Err(rustix::io::Errno::WOULDBLOCK);
-    for _ in 0..LOCK_TRIES {
+    for _ in 0..MAX_LOCK_ATTEMPTS {
         locked = rustix::fs::flock(lock, FlockOperation::NonBlockingLockExclusive);
         if locked != Err(rustix::io::Errno::WOULDBLOCK) {
             break;
         }
-        std::thread::sleep(LOCK_PAUSE);
+        std::thread::sleep(LOCK_RETRY_INTERVAL);
     }
     locked
 }

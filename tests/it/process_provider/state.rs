@@ -3,7 +3,7 @@ use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::time::Duration;
 
-use gateway::provider::process::Process;
+use gateway::provider::process::ProcessProvider;
 use gateway::provider::types::FunctionDeployment;
 use gateway::shutdown::Tasks;
 use http::Method;
@@ -64,7 +64,7 @@ async fn no_more_processes_are_started_than_a_function_may_have() {
 async fn helper_a_provider_that_runs_until_it_is_killed() {
     let Some(root) = std::env::var_os(CHILD).map(PathBuf::from) else { return };
     let tasks = Tasks::default();
-    let process = Process::open(&config(&root.join("state")), &tasks).await.unwrap();
+    let process = ProcessProvider::open(&config(&root.join("state")), &tasks).await.unwrap();
     let pid = root.join("pid");
     let script = format!("sh -c 'echo $$ > {}; sleep 1000; true'", pid.display());
     let deployment = FunctionDeployment {
@@ -99,7 +99,8 @@ async fn what_a_killed_provider_leaves_behind_is_ended_and_its_state_is_whole() 
     let pid_file = directory.path().join("pid");
     let orphan = pid_in(&pid_file).await;
 
-    let error = Process::open(&config(&directory.path().join("state")), &Tasks::default()).await;
+    let error =
+        ProcessProvider::open(&config(&directory.path().join("state")), &Tasks::default()).await;
     let error = format!("{:#}", error.unwrap_err());
     assert!(error.contains("in use by another provider"), "{error}");
 
@@ -122,7 +123,8 @@ async fn a_damaged_state_stops_the_start_and_is_named() {
     let directory = provider.stop().await;
     std::fs::write(&file, b"{").unwrap();
     let tasks = Tasks::default();
-    let error = Process::open(&config(&directory.path().join("state")), &tasks).await.unwrap_err();
+    let error =
+        ProcessProvider::open(&config(&directory.path().join("state")), &tasks).await.unwrap_err();
     assert!(format!("{error:#}").contains("openfaas-fn/f.json is damaged"), "{error:#}");
     tasks.stop(Duration::from_secs(5)).await.unwrap();
 }

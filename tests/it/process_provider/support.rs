@@ -9,7 +9,7 @@ use axum::body::Body;
 use bytes::Bytes;
 use gateway::config;
 use gateway::config::listen::Listen;
-use gateway::provider::process::{Process, router};
+use gateway::provider::process::{ProcessProvider, router};
 use gateway::shutdown::Tasks;
 use http::{HeaderMap, Method, Request, Response, StatusCode};
 use http_body_util::BodyExt;
@@ -25,7 +25,7 @@ use tokio::time::timeout;
 pub const DEADLINE: Duration = Duration::from_secs(30);
 
 pub struct Provider {
-    pub process: Arc<Process>,
+    pub process: Arc<ProcessProvider>,
     pub address: SocketAddr,
     tasks: Tasks,
     directory: Arc<TempDir>,
@@ -66,7 +66,7 @@ impl Provider {
 
     pub async fn start_with(directory: Arc<TempDir>, config: config::Provider) -> Self {
         let tasks = Tasks::default();
-        let process = Process::open(&config, &tasks).await.unwrap();
+        let process = ProcessProvider::open(&config, &tasks).await.unwrap();
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let router = router(Arc::clone(&process));

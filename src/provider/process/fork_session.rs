@@ -15,71 +15,71 @@ use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
 use crate::provider::process::activity;
-use crate::provider::process::group::Group;
-use crate::provider::process::input::{Broken, Input};
-use crate::provider::process::lines::Lines;
-use crate::provider::process::places::Place;
-use crate::provider::process::runner::{RunnerTasks, TERMINATION};
-use crate::provider::process::stream::Writer;
+use crate::provider::process::channel_body::BodyWriter;
+use crate::provider::process::fork_limiter::ForkPermit;
+use crate::provider::process::input::{RequestAborted, StdinForwarder};
+use crate::provider::process::launcher::{ProcessTasks, TERMINATION_GRACE};
+use crate::provider::process::line_splitter::LineSplitter;
+use crate::provider::process::process_group::ProcessGroup;
 use crate::provider::process::workload::Workload;
 
 /// How much output is read at once.
-const CHUNK: usize = 32 << 10;
+const READ_CHUNK_BYTES: usize = 32 << 10;
 /// How long what a process has started may outlive it, while the output is still open.
-const LINGER: Duration = Duration::from_secs(5);
+const OUTPUT_LINGER_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// How a process ended.
 #[derive(Debug)]
 pub(super) enum Outcome {
-    CallerLeft,
-    Ended(ExitStatus),
+    ClientDisconnected,
+    Exited(ExitStatus),
     Failed(io::Error),
-    RequestBroken,
+    RequestAborted,
     Stopped,
     Timeout(Duration),
 }
 
 /// Everything about one running process.
-pub(super) struct Driver {
+pub(super) struct ForkSession {
     pub(super) workload: Arc<Workload>,
     pub(super) instance: Arc<str>,
-    pub(super) group: Group,
-    pub(super) input: Input,
+    pub(super) group: ProcessGroup,
+    pub(super) input: StdinForwarder,
     pub(super) output: pipe::Receiver,
     /// Standard error, where it is not part of the answer.
-    pub(super) errors: Option<ChildStderr>,
+    pub(super) stderr: Option<ChildStderr>,
     pub(super) log_output: bool,
     pub(super) started: Instant,
-    pub(super) permit: activity::Call,
-    pub(super) place: Place,
+    pub(super) in_flight: activity::InFlightGuard,
+    pub(super) fork_permit: ForkPermit,
     /// Cancelled when the caller is gone.
-    pub(super) left: CancellationToken,
+    pub(super) client_gone: CancellationToken,
 }
 
-impl Driver {
+impl ForkSession {
     /// Runs the process to its end, writes the output to `writer` and then says how it ended.
     pub(super) async fn run(
         mut self,
-        writer: Writer,
+        writer: BodyWriter,
         report: oneshot::Sender<Outcome>,
-        tasks: &RunnerTasks,
+        tasks: &ProcessTasks,
     ) {
         self.log("Forking fprocess.".to_owned());
         let mut written = 0;
-        let outcome = self.outcome(&writer, &mut written, tasks).await;
+        let outcome = self.wait_outcome(&writer, &mut written, tasks).await;
         self.log_end(&outcome, written);
         match &outcome {
-            Outcome::Stopped => self.group.end(TERMINATION, &tasks.cut).await,
+            Outcome::Stopped => self.group.terminate(TERMINATION_GRACE, &tasks.force_kill).await,
             // Nothing outlives its call.
-            _ => self.group.reap().await,
+            _ => self.group.kill_and_wait().await,
         }
         // Before the caller learns of it: its next call must find room.
-        drop((self.permit, self.place));
-        let success = matches!(&outcome, Outcome::Ended(status) if status.success());
+        drop((self.in_flight, self.fork_permit));
+        let success = matches!(&outcome, Outcome::Exited(status) if status.success());
         // Said first: whoever finds the output at its end, or broken off, asks why.
         let _ = report.send(outcome);
         if success {
-            let _ = writer.end().await;
+            let _ = writer.finish().await;
         } else {
             drop(writer);
         }
@@ -87,14 +87,14 @@ impl Driver {
     }
 
     /// Waits for the process to end, or for a reason to end it.
-    async fn outcome(
+    async fn wait_outcome(
         &mut self,
-        writer: &Writer,
+        writer: &BodyWriter,
         written: &mut usize,
-        tasks: &RunnerTasks,
+        tasks: &ProcessTasks,
     ) -> Outcome {
         let limit = self.workload.spec.exec_timeout;
-        let left = self.left.clone();
+        let left = self.client_gone.clone();
         let deadline = async {
             match limit {
                 Some(limit) => tokio::time::sleep(limit).await,
@@ -103,38 +103,39 @@ impl Driver {
         };
         // All branches are cancel-safe, or end the process whose state they would lose.
         tokio::select! {
-            ended = self.exchange(writer, written) => match ended {
-                Ok(Ok(status)) => Outcome::Ended(status),
-                Ok(Err(Broken)) => Outcome::RequestBroken,
+            ended = self.pump_until_exit(writer, written) => match ended {
+                Ok(Ok(status)) => Outcome::Exited(status),
+                Ok(Err(RequestAborted)) => Outcome::RequestAborted,
                 Err(error) => Outcome::Failed(error),
             },
             () = deadline => Outcome::Timeout(limit.unwrap_or_default()),
-            () = left.cancelled() => Outcome::CallerLeft,
+            () = left.cancelled() => Outcome::ClientDisconnected,
             () = tasks.stopping.cancelled() => Outcome::Stopped,
         }
     }
 
     /// Passes input and output until the process has ended.
-    async fn exchange(
+    async fn pump_until_exit(
         &mut self,
-        writer: &Writer,
+        writer: &BodyWriter,
         written: &mut usize,
-    ) -> io::Result<Result<ExitStatus, Broken>> {
-        let Self { workload, instance, group, input, output, errors, log_output, .. } = self;
-        let mut lines = log_output.then(Lines::default);
+    ) -> io::Result<Result<ExitStatus, RequestAborted>> {
+        let Self { workload, instance, group, input, output, stderr: errors, log_output, .. } =
+            self;
+        let mut lines = log_output.then(LineSplitter::default);
         let logs = &workload.logs;
         let log = |line: String| logs.write(instance, line);
         let pass_output = async {
             let mut buffer = BytesMut::new();
             loop {
-                buffer.reserve(CHUNK);
+                buffer.reserve(READ_CHUNK_BYTES);
                 if output.read_buf(&mut buffer).await? == 0 {
                     lines.iter_mut().for_each(|lines| lines.finish(log));
                     return Ok(());
                 }
                 lines.iter_mut().for_each(|lines| lines.push(&buffer, log));
                 *written += buffer.len();
-                if writer.data(buffer.split().freeze()).await.is_err() {
+                if writer.write(buffer.split().freeze()).await.is_err() {
                     return Ok(());
                 }
             }
@@ -146,12 +147,12 @@ impl Driver {
             io::Result::Ok(())
         };
         let mut outputs = pin!(async { tokio::try_join!(pass_output, log_errors) });
-        let mut input = pin!(input.pass_on());
+        let mut input = pin!(input.forward());
         let (mut outputs_done, mut input_done) = (false, false);
         let status = loop {
-            // Cancel-safe: the futures are pinned outside, and `leader_ended` takes nothing.
+            // Cancel-safe: the futures are pinned outside, and `wait_leader` takes nothing.
             tokio::select! {
-                status = group.leader_ended() => break status?,
+                status = group.wait_leader() => break status?,
                 done = &mut outputs, if !outputs_done => {
                     done?;
                     outputs_done = true;
@@ -164,7 +165,7 @@ impl Driver {
         };
         // What has left the group may have the output open, too.
         if !outputs_done {
-            match timeout(LINGER, &mut outputs).await {
+            match timeout(OUTPUT_LINGER_TIMEOUT, &mut outputs).await {
                 Ok(done) => outputs_done = done.map(|_| true)?,
                 Err(_) => group.kill(),
             }
@@ -177,11 +178,11 @@ impl Driver {
 
     fn log_end(&self, outcome: &Outcome, written: usize) {
         match outcome {
-            Outcome::CallerLeft => self.log("Killed: the caller has left".to_owned()),
-            Outcome::Ended(status) if status.success() => {}
-            Outcome::Ended(status) => self.log(format!("Failed: {status}")),
+            Outcome::ClientDisconnected => self.log("Killed: the caller has left".to_owned()),
+            Outcome::Exited(status) if status.success() => {}
+            Outcome::Exited(status) => self.log(format!("Failed: {status}")),
             Outcome::Failed(error) => self.log(format!("Killed: {error}")),
-            Outcome::RequestBroken => self.log("Killed: the request broke off".to_owned()),
+            Outcome::RequestAborted => self.log("Killed: the request broke off".to_owned()),
             Outcome::Stopped => self.log("Ended: the provider stops".to_owned()),
             Outcome::Timeout(limit) => {
                 self.log(format!("Killed: exec_timeout of {limit:?} reached"))

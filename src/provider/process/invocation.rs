@@ -1,4 +1,4 @@
-//! A call of a function, and why it can fail.
+//! An invocation of a function, and its errors.
 
 use std::io;
 use std::time::{Duration, Instant};
@@ -16,75 +16,79 @@ use crate::provider::signals::{
 
 const X_DURATION_SECONDS: HeaderName = HeaderName::from_static("x-duration-seconds");
 
-/// A call on its way to a function.
-pub(super) struct Call {
+/// A request for a function.
+pub(super) struct Invocation {
     pub(super) head: Parts,
     pub(super) body: Body,
-    /// What stands behind the function's name, `/` at least.
+    /// The path after the function's name; at least `/`.
     pub(super) path: String,
     pub(super) started: Instant,
 }
 
-/// Why a call has no answer of its function.
+/// An invocation that has no response of its function.
 #[derive(Debug, thiserror::Error)]
-pub(super) enum CallError {
+pub(super) enum InvocationError {
     #[error("function {0} is not deployed")]
     NotFound(Function),
     #[error("function {0} is scaled to zero")]
     ScaledToZero(Function),
-    #[error("function {0} has no replica that is ready")]
+    #[error("function {0} has no ready replica")]
     NotReady(Function),
-    #[error("function {0} does not start")]
+    #[error("function {0} fails to start")]
     DoesNotStart(Function),
-    #[error("function {0} has {1} calls in flight, which is all that max_inflight allows")]
-    Busy(Function, u64),
-    #[error(
-        "function {0} cannot be started: {1} calls run here already, which is all that the provider allows"
-    )]
-    Full(Function, usize),
+    #[error("function {0} has {1} calls in flight, the limit of its max_inflight")]
+    TooManyInFlight(Function, u64),
+    #[error("function {0} cannot be started: {1} calls are running, the limit of the provider")]
+    ForkLimitReached(Function, usize),
     #[error("function {0} cannot be started: {1}")]
-    Start(Function, #[source] io::Error),
-    #[error("function {0} was not done within its exec_timeout of {1:?}")]
+    StartFailed(Function, #[source] io::Error),
+    #[error("function {0} did not finish within its exec_timeout of {1:?}")]
     Timeout(Function, Duration),
-    #[error("function {0} was stopped together with its provider")]
+    #[error("function {0} was stopped: the provider is shutting down")]
     Stopped(Function),
-    #[error("the body of the call to {0} broke off")]
-    Request(Function),
-    #[error("function {0} gave no valid answer: {1}")]
-    Replica(Function, #[source] anyhow::Error),
+    #[error("the request body of the call to {0} was aborted")]
+    RequestAborted(Function),
+    #[error("function {0} sent no valid response: {1}")]
+    InvalidResponse(Function, #[source] anyhow::Error),
 }
 
-impl CallError {
+impl InvocationError {
     fn status(&self) -> StatusCode {
         match self {
             Self::NotFound(_) => StatusCode::NOT_FOUND,
-            Self::Full(..)
+            Self::ForkLimitReached(..)
             | Self::ScaledToZero(_)
             | Self::NotReady(_)
             | Self::DoesNotStart(_)
             | Self::Stopped(_) => StatusCode::SERVICE_UNAVAILABLE,
-            Self::Busy(..) => StatusCode::TOO_MANY_REQUESTS,
-            Self::Start(_, error) => match error.kind() {
-                // All headers are given to the process in its environment, which the kernel limits.
+            Self::TooManyInFlight(..) => StatusCode::TOO_MANY_REQUESTS,
+            Self::StartFailed(_, error) => match error.kind() {
+                // The environment has all request headers, and the kernel limits its size.
                 io::ErrorKind::ArgumentListTooLong => StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE,
-                // The limit on processes is reached at the moment.
+                // The system's limit of processes is reached.
                 io::ErrorKind::WouldBlock => StatusCode::SERVICE_UNAVAILABLE,
                 _ => StatusCode::INTERNAL_SERVER_ERROR,
             },
             Self::Timeout(..) => StatusCode::GATEWAY_TIMEOUT,
-            Self::Request(_) => StatusCode::BAD_REQUEST,
-            Self::Replica(..) => StatusCode::BAD_GATEWAY,
+            Self::RequestAborted(_) => StatusCode::BAD_REQUEST,
+            Self::InvalidResponse(..) => StatusCode::BAD_GATEWAY,
         }
     }
 
-    /// Whether the function had no part in it. Limits and timeouts are a watchdog's, and count as the function's; and one
-    /// that broke off has seen the call.
+    /// Returns whether the provider created the error without the function. Limits and timeouts are those of a watchdog
+    /// and count as the function's; and with an aborted request or response the function may have received the call.
     fn is_internal(&self) -> bool {
-        !matches!(self, Self::Busy(..) | Self::Replica(..) | Self::Timeout(..) | Self::Request(_))
+        !matches!(
+            self,
+            Self::TooManyInFlight(..)
+                | Self::InvalidResponse(..)
+                | Self::Timeout(..)
+                | Self::RequestAborted(_)
+        )
     }
 }
 
-impl IntoResponse for CallError {
+impl IntoResponse for InvocationError {
     fn into_response(self) -> Response {
         tracing::debug!(error = %self, "Call failed");
         let mut response = (self.status(), format!("{self}\n")).into_response();
@@ -107,8 +111,8 @@ impl IntoResponse for CallError {
     }
 }
 
-/// Notes on an answer how long its function took, unless the function has done so.
-pub(super) fn note_duration(response: &mut Response, took: Duration) {
+/// Adds the duration of the invocation to a response, unless the function has set the header.
+pub(super) fn set_duration_header(response: &mut Response, took: Duration) {
     if let Ok(value) = HeaderValue::from_str(&format!("{:.6}", took.as_secs_f64())) {
         response.headers_mut().entry(X_DURATION_SECONDS).or_insert(value);
     }

@@ -7,7 +7,7 @@ use crate::provider::signals::{NO_SUCH_FUNCTION, X_GATEWAY_REASON};
 
 /// A refusal. Its text is the answer's body, so it says what to change.
 #[derive(Debug, thiserror::Error)]
-pub enum Refusal {
+pub enum ApiError {
     #[error("{0}")]
     Invalid(String),
     #[error("{0}")]
@@ -24,9 +24,9 @@ pub enum Refusal {
     Internal(#[from] anyhow::Error),
 }
 
-impl Refusal {
+impl ApiError {
     /// The namespace that was named is not there.
-    pub(super) fn no_namespace(namespace: &str) -> Self {
+    pub(super) fn no_such_namespace(namespace: &str) -> Self {
         Self::NotFound(format!("namespace {namespace} does not exist"))
     }
 
@@ -42,13 +42,13 @@ impl Refusal {
     }
 }
 
-impl From<std::io::Error> for Refusal {
+impl From<std::io::Error> for ApiError {
     fn from(error: std::io::Error) -> Self {
         Self::Internal(error.into())
     }
 }
 
-impl IntoResponse for Refusal {
+impl IntoResponse for ApiError {
     fn into_response(self) -> Response {
         match &self {
             Self::Internal(error) => {

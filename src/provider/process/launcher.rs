@@ -12,62 +12,62 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::config::Idle;
-use crate::provider::process::command::{DEFAULT_PATH, find};
-use crate::provider::process::mounts::{Mounts, SECRETS};
+use crate::provider::process::command::{DEFAULT_PATH, find_program};
+use crate::provider::process::fork_limiter::ForkLimiter;
+use crate::provider::process::mounts::{Mounts, SECRETS_DIRECTORY};
 use crate::provider::process::orphans::Orphans;
-use crate::provider::process::places::Places;
 use crate::provider::process::secrets::Secrets;
-use crate::provider::process::spec::Spec;
-use crate::provider::process::sync::lock;
+use crate::provider::process::spec::FunctionSpec;
+use crate::provider::process::sync::lock_unpoisoned;
 use crate::provider::process::workload::Workload;
 use crate::proxy::client::Client;
 use crate::shutdown::Tasks;
 
 /// How long a process that was asked to end may take.
-pub(super) const TERMINATION: Duration = Duration::from_secs(10);
+pub(super) const TERMINATION_GRACE: Duration = Duration::from_secs(10);
 /// Connections to replicas that are kept open.
-const IDLE_LINKS: Idle = Idle { all: 1024, per_host: 64 };
+const REPLICA_POOL_LIMITS: Idle = Idle { all: 1024, per_host: 64 };
 /// How long killed processes may take to be gone when the provider stops.
-const CUT: Duration = Duration::from_secs(6);
+const KILL_GRACE: Duration = Duration::from_secs(6);
 
 /// Calls that may be forked at once, by all functions together. A few pipes and some memory each, before what the
 /// function itself needs.
-const MAX_FORKED: usize = 1000;
+const MAX_FORKED_CALLS: usize = 1000;
 
 /// Shared by all functions.
 #[derive(Debug)]
-pub(super) struct Runner {
-    pub(super) tasks: RunnerTasks,
+pub(super) struct ProcessLauncher {
+    pub(super) tasks: ProcessTasks,
     pub(super) orphans: Orphans,
     pub(super) secrets: Secrets,
-    pub(super) places: Places,
+    pub(super) fork_limiter: ForkLimiter,
     /// `None`: secrets stay in the function's directory, which `secrets_path` names.
     mounts: Option<Mounts>,
     environment: Vec<(String, String)>,
-    ports: Arc<Mutex<BTreeSet<u16>>>,
+    reserved_ports: Arc<Mutex<BTreeSet<u16>>>,
 }
 
 /// The tasks that own processes, and the two signals that end them.
 #[derive(Clone)]
-pub(super) struct RunnerTasks {
+pub(super) struct ProcessTasks {
     tasks: Tasks,
-    running: TaskTracker,
+    tracker: TaskTracker,
     /// Processes are to end.
     pub(super) stopping: CancellationToken,
     /// Those that have not are to be killed.
-    pub(super) cut: CancellationToken,
+    pub(super) force_kill: CancellationToken,
     /// Calls replicas.
     pub(super) client: Arc<Client>,
 }
 
 /// A port of this machine that no other replica is given, until this is dropped.
 #[derive(Debug)]
-pub(super) struct Port {
+pub(super) struct ReservedPort {
     pub(super) number: u16,
-    given: Arc<Mutex<BTreeSet<u16>>>,
+    reserved: Arc<Mutex<BTreeSet<u16>>>,
 }
 
-impl Runner {
+impl ProcessLauncher {
     pub(super) fn new(
         tasks: &Tasks,
         orphans: Orphans,
@@ -75,9 +75,17 @@ impl Runner {
         mounts: Option<Mounts>,
         environment: Vec<(String, String)>,
     ) -> Self {
-        let tasks = RunnerTasks::new(tasks.clone());
-        let places = Places::new(MAX_FORKED);
-        Self { tasks, orphans, secrets, places, mounts, environment, ports: Arc::default() }
+        let tasks = ProcessTasks::new(tasks.clone());
+        let fork_limiter = ForkLimiter::new(MAX_FORKED_CALLS);
+        Self {
+            tasks,
+            orphans,
+            secrets,
+            fork_limiter,
+            mounts,
+            environment,
+            reserved_ports: Arc::default(),
+        }
     }
 
     /// A command that runs a function, with its environment and secrets, and nothing of this process's own.
@@ -86,13 +94,14 @@ impl Runner {
         let view = self.secrets.view(function);
         let mounts = self.mounts.as_ref().filter(|_| !spec.secrets.is_empty());
         let mut command = match mounts {
-            Some(mounts) => mounts.wrap(&view, &spec.words),
+            Some(mounts) => mounts.wrap(&view, &spec.argv),
             None => {
-                let name = &spec.words[0];
+                let name = &spec.argv[0];
                 // By its path: to look a name up in the child's PATH, the whole process would be forked for it.
-                let program = find(name, self.path(spec)).unwrap_or_else(|| name.into());
+                let program =
+                    find_program(name, self.search_path(spec)).unwrap_or_else(|| name.into());
                 let mut command = Command::new(program);
-                command.arg0(name).args(&spec.words[1..]);
+                command.arg0(name).args(&spec.argv[1..]);
                 command
             }
         };
@@ -100,10 +109,10 @@ impl Runner {
         command.envs(self.environment.iter().map(|(name, value)| (name, value)));
         command.envs(&spec.env);
         match self.mounts {
-            Some(_) => command.env("secrets_path", SECRETS),
+            Some(_) => command.env("secrets_path", SECRETS_DIRECTORY),
             None => command.env("secrets_path", view),
         };
-        if let Some(directory) = &spec.directory {
+        if let Some(directory) = &spec.working_directory {
             command.current_dir(directory);
         }
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
@@ -111,27 +120,27 @@ impl Runner {
     }
 
     /// The PATH that a function's command is looked up in.
-    pub(super) fn path<'a>(&'a self, spec: &'a Spec) -> &'a str {
+    pub(super) fn search_path<'a>(&'a self, spec: &'a FunctionSpec) -> &'a str {
         let inherited = || self.environment.iter().find(|(name, _)| name == "PATH").map(|(_, v)| v);
         spec.env.get("PATH").or_else(inherited).map_or(DEFAULT_PATH, String::as_str)
     }
 
     /// A port that is free now. Another program may still take it first; then the replica fails and gets another.
-    pub(super) fn free_port(&self) -> io::Result<Port> {
+    pub(super) fn reserve_port(&self) -> io::Result<ReservedPort> {
         // Held until one is found that no replica has been given: the kernel would offer the same again.
         let mut held = Vec::new();
         loop {
             let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
             let number = listener.local_addr()?.port();
-            if lock(&self.ports).insert(number) {
-                return Ok(Port { number, given: Arc::clone(&self.ports) });
+            if lock_unpoisoned(&self.reserved_ports).insert(number) {
+                return Ok(ReservedPort { number, reserved: Arc::clone(&self.reserved_ports) });
             }
             held.push(listener);
         }
     }
 }
 
-impl RunnerTasks {
+impl ProcessTasks {
     fn new(tasks: Tasks) -> Self {
         let stopping = CancellationToken::new();
         let stop_all = stopping.clone();
@@ -143,7 +152,7 @@ impl RunnerTasks {
                 () = stop_all.cancelled() => {}
             }
         });
-        let client = Client::to_processes(IDLE_LINKS);
+        let client = Client::to_processes(REPLICA_POOL_LIMITS);
         let swept = Arc::clone(&client);
         tasks.spawn(|asked| async move {
             // The sweep holds nothing over an await.
@@ -152,12 +161,18 @@ impl RunnerTasks {
                 () = swept.keep_swept() => {}
             }
         });
-        Self { tasks, running: TaskTracker::new(), stopping, cut: CancellationToken::new(), client }
+        Self {
+            tasks,
+            tracker: TaskTracker::new(),
+            stopping,
+            force_kill: CancellationToken::new(),
+            client,
+        }
     }
 
     /// Spawns a task that watches `stopping` and `cut` by itself.
     pub(super) fn spawn(&self, task: impl Future<Output = ()> + Send + 'static) {
-        let running = self.running.token();
+        let running = self.tracker.token();
         self.tasks.spawn(|_| async move {
             task.await;
             drop(running);
@@ -167,35 +182,35 @@ impl RunnerTasks {
     /// Ends all processes: asks them to, and kills those that are still there after `grace`.
     pub(super) async fn stop(&self, grace: Duration) {
         self.stopping.cancel();
-        self.running.close();
-        if tokio::time::timeout(grace, self.running.wait()).await.is_ok() {
+        self.tracker.close();
+        if tokio::time::timeout(grace, self.tracker.wait()).await.is_ok() {
             return;
         }
         tracing::warn!(
-            tasks = self.running.len(),
+            tasks = self.tracker.len(),
             "Processes killed at the end of the grace period"
         );
-        self.cut.cancel();
-        if tokio::time::timeout(CUT, self.running.wait()).await.is_err() {
-            tracing::error!(tasks = self.running.len(), "Killed processes do not end");
+        self.force_kill.cancel();
+        if tokio::time::timeout(KILL_GRACE, self.tracker.wait()).await.is_err() {
+            tracing::error!(tasks = self.tracker.len(), "Killed processes do not end");
         }
     }
 }
 
-impl std::fmt::Debug for RunnerTasks {
+impl std::fmt::Debug for ProcessTasks {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("RunnerTasks").field("running", &self.running.len()).finish_non_exhaustive()
+        f.debug_struct("RunnerTasks").field("running", &self.tracker.len()).finish_non_exhaustive()
     }
 }
 
-impl Port {
+impl ReservedPort {
     pub(super) fn address(&self) -> SocketAddr {
         (Ipv4Addr::LOCALHOST, self.number).into()
     }
 }
 
-impl Drop for Port {
+impl Drop for ReservedPort {
     fn drop(&mut self) {
-        lock(&self.given).remove(&self.number);
+        lock_unpoisoned(&self.reserved).remove(&self.number);
     }
 }

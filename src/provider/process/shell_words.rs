@@ -14,7 +14,7 @@ pub(super) fn split(line: &str) -> Result<Vec<String>, Unbalanced> {
     while let Some(c) = chars.next() {
         match c {
             c if c.is_whitespace() => words.extend(word.take()),
-            '\'' => quoted(&mut chars, word.get_or_insert_default())?,
+            '\'' => single_quoted(&mut chars, word.get_or_insert_default())?,
             '"' => double_quoted(&mut chars, word.get_or_insert_default())?,
             '\\' => {
                 let next = chars.next().ok_or(Unbalanced("a backslash"))?;
@@ -27,7 +27,7 @@ pub(super) fn split(line: &str) -> Result<Vec<String>, Unbalanced> {
     Ok(words)
 }
 
-fn quoted(chars: &mut std::str::Chars<'_>, word: &mut String) -> Result<(), Unbalanced> {
+fn single_quoted(chars: &mut std::str::Chars<'_>, word: &mut String) -> Result<(), Unbalanced> {
     for c in chars {
         if c == '\'' {
             return Ok(());

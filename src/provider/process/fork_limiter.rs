@@ -7,24 +7,27 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 /// Places for forked calls. Nobody waits for one.
 #[derive(Debug)]
-pub(super) struct Places {
-    free: Arc<Semaphore>,
-    pub(super) all: usize,
+pub(super) struct ForkLimiter {
+    semaphore: Arc<Semaphore>,
+    pub(super) limit: usize,
 }
 
 /// A place that is taken until this is dropped.
 #[derive(Debug)]
-pub(super) struct Place {
+pub(super) struct ForkPermit {
     _permit: OwnedSemaphorePermit,
 }
 
-impl Places {
-    pub(super) fn new(all: usize) -> Self {
-        Self { free: Arc::new(Semaphore::new(all)), all }
+impl ForkLimiter {
+    pub(super) fn new(limit: usize) -> Self {
+        Self { semaphore: Arc::new(Semaphore::new(limit)), limit }
     }
 
     /// Takes a place; `None` if there is none left.
-    pub(super) fn take(&self) -> Option<Place> {
-        Arc::clone(&self.free).try_acquire_owned().ok().map(|permit| Place { _permit: permit })
+    pub(super) fn try_acquire(&self) -> Option<ForkPermit> {
+        Arc::clone(&self.semaphore)
+            .try_acquire_owned()
+            .ok()
+            .map(|permit| ForkPermit { _permit: permit })
     }
 }

@@ -9,22 +9,22 @@ use axum::response::Response;
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
-use crate::provider::process::call::{Call, CallError};
-use crate::provider::process::pool::{NoSeat, Pool};
-use crate::provider::process::replica::Seat;
-use crate::provider::process::runner::Runner;
+use crate::provider::process::invocation::{Invocation, InvocationError};
+use crate::provider::process::launcher::ProcessLauncher;
+use crate::provider::process::pool::{AcquireError, Pool};
+use crate::provider::process::replica::ReplicaPermit;
 use crate::provider::process::spec::Mode;
 use crate::provider::process::store::SavedFunction;
-use crate::provider::process::sync::lock;
+use crate::provider::process::sync::lock_unpoisoned;
 use crate::provider::process::workload::Workload;
 use crate::provider::process::{fork, http_mode};
 use crate::provider::types::{FunctionDeployment, FunctionStatus, Resources, StartFailure};
 
 /// The label by which clients find the function that something belongs to. Every function has it.
-const FAAS_FUNCTION: &str = "faas_function";
+const FUNCTION_LABEL: &str = "faas_function";
 
 /// `deployment` with nothing in place of what is empty, which means the same.
-fn without_empty(deployment: FunctionDeployment) -> FunctionDeployment {
+fn normalized(deployment: FunctionDeployment) -> FunctionDeployment {
     let map = |map: Option<BTreeMap<_, _>>| map.filter(|map| !map.is_empty());
     let list = |list: Option<Vec<_>>| list.filter(|list| !list.is_empty());
     FunctionDeployment {
@@ -40,7 +40,7 @@ fn without_empty(deployment: FunctionDeployment) -> FunctionDeployment {
 }
 
 #[derive(Debug)]
-pub(super) struct Entry {
+pub(super) struct DeployedFunction {
     pub(super) workload: Arc<Workload>,
     pub(super) deployment: FunctionDeployment,
     /// RFC 3339.
@@ -49,17 +49,21 @@ pub(super) struct Entry {
     /// The processes, in HTTP mode.
     pool: Option<Arc<Pool>>,
     /// The processes of the version before, which take the calls until those of this one can.
-    previous: Mutex<Option<Arc<Pool>>>,
-    /// Cancelled when `previous` has been dealt with.
-    settled: CancellationToken,
+    old_pool: Mutex<Option<Arc<Pool>>>,
+    /// Cancelled when `old_pool` has been dealt with.
+    replaced: CancellationToken,
 }
 
-impl Entry {
+impl DeployedFunction {
     /// An entry whose processes are not started yet.
-    pub(super) fn new(saved: SavedFunction, workload: Arc<Workload>, runner: &Arc<Runner>) -> Self {
+    pub(super) fn new(
+        saved: SavedFunction,
+        workload: Arc<Workload>,
+        launcher: &Arc<ProcessLauncher>,
+    ) -> Self {
         let pool = match workload.spec.mode {
             Mode::Http { .. } => {
-                Some(Arc::new(Pool::new(Arc::clone(&workload), Arc::clone(runner))))
+                Some(Arc::new(Pool::new(Arc::clone(&workload), Arc::clone(launcher))))
             }
             Mode::Fork(_) => None,
         };
@@ -69,8 +73,8 @@ impl Entry {
             created_at: saved.created_at,
             replicas: AtomicU64::new(saved.replicas),
             pool,
-            previous: Mutex::new(None),
-            settled: CancellationToken::new(),
+            old_pool: Mutex::new(None),
+            replaced: CancellationToken::new(),
         }
     }
 
@@ -92,7 +96,7 @@ impl Entry {
     pub(super) fn is_deployed_as(&self, deployment: &FunctionDeployment) -> bool {
         let namespace = self.workload.function.namespace.clone();
         let wanted = FunctionDeployment { namespace, ..deployment.clone() };
-        without_empty(wanted) == without_empty(self.deployment.clone())
+        normalized(wanted) == normalized(self.deployment.clone())
     }
 
     /// Starts or stops processes until there are as many as wanted.
@@ -102,28 +106,28 @@ impl Entry {
             pool.scale(replicas);
         }
         if replicas == 0 {
-            self.retire_previous();
+            self.retire_old_pool();
         }
     }
 
     /// Takes over from `before`: its processes take the calls until those of this entry can.
-    pub(super) fn take_over(self: &Arc<Self>, before: &Self, runner: &Runner) {
-        let Some(old) = before.give_up_pool() else { return };
+    pub(super) fn replace(self: &Arc<Self>, before: &Self, launcher: &ProcessLauncher) {
+        let Some(old) = before.detach_pool() else { return };
         // One that cannot be called has nothing to bridge, and would only be started again and again beside this one.
-        let bridges = self.replicas() > 0 && old.ready() > 0;
+        let bridges = self.replicas() > 0 && old.ready_count() > 0;
         let Some(pool) = self.pool.clone().filter(|_| bridges) else {
             old.scale(0);
             return;
         };
-        *lock(&self.previous) = Some(Arc::clone(&old));
+        *lock_unpoisoned(&self.old_pool) = Some(Arc::clone(&old));
         let entry = Arc::clone(self);
-        let stopping = runner.tasks.stopping.clone();
-        runner.tasks.spawn(async move {
+        let stopping = launcher.tasks.stopping.clone();
+        launcher.tasks.spawn(async move {
             // All branches are cancel-safe.
             tokio::select! {
-                () = pool.until_ready(entry.replicas().max(1)) => entry.retire_previous(),
-                () = old.until_failing() => entry.retire_previous(),
-                () = entry.settled.cancelled() => {}
+                () = pool.wait_ready(entry.replicas().max(1)) => entry.retire_old_pool(),
+                () = old.wait_failing() => entry.retire_old_pool(),
+                () = entry.replaced.cancelled() => {}
                 () = stopping.cancelled() => {}
             }
         });
@@ -134,31 +138,37 @@ impl Entry {
         self.scale(0);
     }
 
-    /// Carries `call` out.
-    pub(super) async fn call(&self, runner: &Runner, call: Call) -> Result<Response, CallError> {
+    /// Carries `invoke` out.
+    pub(super) async fn invoke(
+        &self,
+        launcher: &ProcessLauncher,
+        call: Invocation,
+    ) -> Result<Response, InvocationError> {
         let function = &self.workload.function;
         if self.replicas() == 0 {
-            return Err(CallError::ScaledToZero(function.clone()));
+            return Err(InvocationError::ScaledToZero(function.clone()));
         }
-        let limit = self.call_limit();
+        let limit = self.max_in_flight();
         match &self.workload.spec.mode {
-            Mode::Fork(fork) => fork::call(runner, &self.workload, fork, limit, call).await,
+            Mode::Fork(fork) => fork::invoke(launcher, &self.workload, fork, limit, call).await,
             Mode::Http { .. } => {
                 let seat = || {
-                    self.seat().map_err(|reason| match reason {
-                        NoSeat::Busy => CallError::Busy(function.clone(), limit),
-                        NoSeat::NoneReady if self.start_failure().is_some() => {
-                            CallError::DoesNotStart(function.clone())
+                    self.acquire_permit().map_err(|reason| match reason {
+                        AcquireError::Busy => {
+                            InvocationError::TooManyInFlight(function.clone(), limit)
                         }
-                        NoSeat::NoneReady => CallError::NotReady(function.clone()),
+                        AcquireError::NoneReady if self.start_failure().is_some() => {
+                            InvocationError::DoesNotStart(function.clone())
+                        }
+                        AcquireError::NoneReady => InvocationError::NotReady(function.clone()),
                     })
                 };
-                let another = |refused: &Seat| {
-                    refused.is_refused();
-                    self.readiness_changed();
+                let another = |refused: &ReplicaPermit| {
+                    refused.mark_unreachable();
+                    self.update_readiness();
                     seat()
                 };
-                http_mode::call(&runner.tasks, &self.workload, seat()?, another, call).await
+                http_mode::invoke(&launcher.tasks, &self.workload, seat()?, another, call).await
             }
         }
     }
@@ -167,7 +177,7 @@ impl Entry {
     pub(super) fn status(&self) -> FunctionStatus {
         let it = self.deployment.clone();
         let mut labels = it.labels.unwrap_or_default();
-        labels.insert(FAAS_FUNCTION.to_owned(), it.service.clone());
+        labels.insert(FUNCTION_LABEL.to_owned(), it.service.clone());
         FunctionStatus {
             name: it.service,
             namespace: it.namespace,
@@ -196,58 +206,61 @@ impl Entry {
         pool.start_failure()
     }
 
-    fn readiness_changed(&self) {
-        for pool in self.pool.iter().chain(lock(&self.previous).as_ref()) {
-            pool.readiness_changed();
+    fn update_readiness(&self) {
+        for pool in self.pool.iter().chain(lock_unpoisoned(&self.old_pool).as_ref()) {
+            pool.update_readiness();
         }
     }
 
     /// How many replicas can be called. In fork mode there is nothing to wait for.
     fn available(&self) -> u64 {
         let Some(pool) = &self.pool else { return self.replicas() };
-        match pool.ready() {
-            0 => lock(&self.previous).as_ref().map_or(0, |previous| previous.ready()),
+        match pool.ready_count() {
+            0 => lock_unpoisoned(&self.old_pool)
+                .as_ref()
+                .map_or(0, |previous| previous.ready_count()),
             ready => ready,
         }
     }
 
     /// Waits until a replica can be called, for at most `patience`; not at all if none is wanted, or none can be
     /// started.
-    pub(super) async fn until_available(&self, patience: Duration) {
+    pub(super) async fn wait_available(&self, patience: Duration) {
         if self.replicas() == 0 || self.available() > 0 {
             return;
         }
         if let Some(pool) = &self.pool {
             // Both branches are cancel-safe: waiting changes nothing.
             tokio::select! {
-                _ = timeout(patience, pool.until_ready_or_failing()) => {}
-                () = pool.runner.tasks.stopping.cancelled() => {}
+                _ = timeout(patience, pool.wait_ready_or_failing()) => {}
+                () = pool.launcher.tasks.stopping.cancelled() => {}
             }
         }
     }
 
     /// How many calls may be in flight at once.
-    fn call_limit(&self) -> u64 {
+    fn max_in_flight(&self) -> u64 {
         match self.workload.spec.max_inflight {
             0 => u64::MAX,
             each => each.saturating_mul(self.replicas()),
         }
     }
 
-    fn seat(&self) -> Result<Seat, NoSeat> {
-        let seat = self.pool.as_ref().map_or(Err(NoSeat::NoneReady), |pool| pool.seat());
-        match (seat, lock(&self.previous).as_ref()) {
-            (Err(NoSeat::NoneReady), Some(previous)) => previous.seat(),
-            (seat, _) => seat,
+    fn acquire_permit(&self) -> Result<ReplicaPermit, AcquireError> {
+        let permit =
+            self.pool.as_ref().map_or(Err(AcquireError::NoneReady), |pool| pool.acquire_permit());
+        match (permit, lock_unpoisoned(&self.old_pool).as_ref()) {
+            (Err(AcquireError::NoneReady), Some(old_pool)) => old_pool.acquire_permit(),
+            (permit, _) => permit,
         }
     }
 
     /// The processes that the next version has to replace. Of two, those that can be called.
-    fn give_up_pool(&self) -> Option<Arc<Pool>> {
-        self.settled.cancel();
-        let previous = lock(&self.previous).take();
+    fn detach_pool(&self) -> Option<Arc<Pool>> {
+        self.replaced.cancel();
+        let previous = lock_unpoisoned(&self.old_pool).take();
         let (kept, retired) = match (&self.pool, previous) {
-            (Some(current), Some(previous)) if current.ready() == 0 => {
+            (Some(current), Some(previous)) if current.ready_count() == 0 => {
                 (Some(previous), Some(Arc::clone(current)))
             }
             (current, previous) => (current.clone(), previous),
@@ -258,9 +271,9 @@ impl Entry {
         kept
     }
 
-    fn retire_previous(&self) {
-        self.settled.cancel();
-        let previous = lock(&self.previous).take();
+    fn retire_old_pool(&self) {
+        self.replaced.cancel();
+        let previous = lock_unpoisoned(&self.old_pool).take();
         if let Some(pool) = previous {
             pool.scale(0);
         }

@@ -1,0 +1,149 @@
+//! A body that comes through a channel of a few chunks, and whose end has to be said.
+
+use std::io;
+use std::pin::Pin;
+use std::task::{Context, Poll, ready};
+
+use bytes::Bytes;
+use http_body::{Body, Frame};
+use tokio::sync::mpsc;
+
+/// How many chunks may wait for whoever reads the body.
+const CHANNEL_CAPACITY: usize = 4;
+
+#[derive(Debug)]
+enum Chunk {
+    Data(Bytes),
+    End,
+}
+
+/// The writing end. Dropped without `end`, it breaks the body off.
+#[derive(Clone, Debug)]
+pub(super) struct BodyWriter(mpsc::Sender<Chunk>);
+
+/// Nobody reads the body any more.
+#[derive(Debug)]
+pub(super) struct ReaderGone;
+
+/// The body. Whatever `guard` does when dropped happens when the body is.
+#[derive(Debug)]
+pub(super) struct ChannelBody<G> {
+    prefix: Option<Bytes>,
+    chunks: mpsc::Receiver<Chunk>,
+    finished: bool,
+    _guard: G,
+}
+
+/// A body, and the way to write it.
+pub(super) fn channel() -> (BodyWriter, ChannelBody<()>) {
+    let (writer, chunks) = mpsc::channel(CHANNEL_CAPACITY);
+    (BodyWriter(writer), ChannelBody { prefix: None, chunks, finished: false, _guard: () })
+}
+
+impl BodyWriter {
+    /// Waits for room and writes.
+    pub(super) async fn write(&self, data: Bytes) -> Result<(), ReaderGone> {
+        self.0.send(Chunk::Data(data)).await.map_err(|_| ReaderGone)
+    }
+
+    /// Ends the body, so that it counts as whole.
+    pub(super) async fn finish(self) -> Result<(), ReaderGone> {
+        self.0.send(Chunk::End).await.map_err(|_| ReaderGone)
+    }
+
+    /// Waits until nobody reads the body any more.
+    pub(super) async fn reader_gone(&self) {
+        self.0.closed().await;
+    }
+}
+
+/// What a reader finds next.
+#[derive(Debug, PartialEq)]
+pub(super) enum BodyEvent {
+    Data(Bytes),
+    End,
+    Aborted,
+}
+
+impl<G> ChannelBody<G> {
+    /// The next chunk, for one who reads the body in place of a caller. Cancel-safe.
+    pub(super) async fn next(&mut self) -> BodyEvent {
+        std::future::poll_fn(|cx| self.poll_next(cx)).await
+    }
+
+    /// The rest of this body behind `first`, which has been read before; `guard` lives as long as it does.
+    pub(super) fn with_prefix<H>(self, prefix: Bytes, guard: H) -> ChannelBody<H> {
+        ChannelBody {
+            prefix: Some(prefix),
+            chunks: self.chunks,
+            finished: self.finished,
+            _guard: guard,
+        }
+    }
+
+    fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<BodyEvent> {
+        if let Some(data) = self.prefix.take() {
+            return Poll::Ready(BodyEvent::Data(data));
+        }
+        if self.finished {
+            return Poll::Ready(BodyEvent::End);
+        }
+        Poll::Ready(match ready!(self.chunks.poll_recv(cx)) {
+            Some(Chunk::Data(data)) => BodyEvent::Data(data),
+            Some(Chunk::End) => {
+                self.finished = true;
+                BodyEvent::End
+            }
+            None => BodyEvent::Aborted,
+        })
+    }
+}
+
+impl<G: Unpin> Body for ChannelBody<G> {
+    type Data = Bytes;
+    type Error = io::Error;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, io::Error>>> {
+        Poll::Ready(match ready!(self.poll_next(cx)) {
+            BodyEvent::Data(data) => Some(Ok(Frame::data(data))),
+            BodyEvent::End => None,
+            BodyEvent::Aborted => Some(Err(io::Error::other("broken off by its source"))),
+        })
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.finished && self.prefix.is_none()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use http_body_util::BodyExt;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_body_is_whole_only_if_its_end_was_said() {
+        let (writer, stream) = channel();
+        writer.write("b".into()).await.unwrap();
+        writer.finish().await.unwrap();
+        let whole = stream.with_prefix("a".into(), ()).collect().await.unwrap();
+        assert_eq!(whole.to_bytes(), "ab");
+
+        let (writer, stream) = channel();
+        writer.write("b".into()).await.unwrap();
+        drop(writer);
+        assert!(stream.collect().await.is_err());
+    }
+
+    #[tokio::test]
+    async fn a_writer_learns_that_nobody_reads() {
+        let (writer, stream) = channel();
+        drop(stream);
+        writer.reader_gone().await;
+        assert!(writer.write("a".into()).await.is_err());
+    }
+}
