@@ -195,84 +195,90 @@ pub struct Up {
 }
 
 /// Variables of this process that functions inherit.
-const INHERITED: [&str; 5] = ["PATH", "HOME", "LANG", "TZ", "TMPDIR"];
+const INHERITED_VARIABLES: [&str; 5] = ["PATH", "HOME", "LANG", "TZ", "TMPDIR"];
 
 impl Serve {
     /// Parses the settings of `gateway serve`.
     ///
     /// # Errors
     /// All invalid settings, for the user.
-    pub fn parse(mut from: Reader<'_>) -> Result<Self, Vec<Mistake>> {
-        let provider = from.url("functions_provider_url");
-        if provider.is_none() && from.text("functions_provider_url").is_empty() {
-            from.mistake("functions_provider_url", None, base_url::EXPECTED);
+    pub fn parse(mut settings: Reader<'_>) -> Result<Self, Vec<Mistake>> {
+        let provider = settings.url("functions_provider_url");
+        if provider.is_none() && settings.text("functions_provider_url").is_empty() {
+            settings.mistake("functions_provider_url", None, base_url::EXPECTED);
         }
-        let host = Host::read(&mut from, "listen_address");
-        let prometheus = prometheus(&mut from);
-        let direct = from.boolean("direct_functions");
-        let direct_functions = direct.then(|| from.text("direct_functions_suffix"));
-        let provider = provider.unwrap_or_else(nowhere);
-        let nats = Nats::parse(&mut from);
-        let queue = Queue::common(&mut from, Backend::None, "", nats);
-        let mut serve = Self::common(&mut from, host, provider, queue);
-        serve.logs_provider = from.url("logs_provider_url").unwrap_or(serve.logs_provider);
+        let host = Host::read(&mut settings, "listen_address");
+        let prometheus = prometheus(&mut settings);
+        let direct = settings.boolean("direct_functions");
+        let direct_functions = direct.then(|| settings.text("direct_functions_suffix"));
+        let provider = provider.unwrap_or_else(placeholder_url);
+        let nats = Nats::parse(&mut settings);
+        let queue = Queue::parse(&mut settings, Backend::None, "", nats);
+        let mut serve = Self::parse_common(&mut settings, host, provider, queue);
+        serve.logs_provider = settings.url("logs_provider_url").unwrap_or(serve.logs_provider);
         serve.prometheus = prometheus;
         serve.direct_functions = direct_functions;
-        serve.cold_start = ColdStart::if_asked_for(&mut from);
-        serve.autoscale = Autoscale::parse(&mut from, false);
-        from.finish(serve)
+        serve.cold_start = ColdStart::if_asked_for(&mut settings);
+        serve.autoscale = Autoscale::parse(&mut settings, false);
+        settings.finish(serve)
     }
 
     /// Parses the settings that `serve` and `up` share.
-    fn common(from: &mut Reader<'_>, host: Host, provider: BaseUrl, queue: Queue) -> Self {
+    fn parse_common(
+        settings: &mut Reader<'_>,
+        host: Host,
+        provider: BaseUrl,
+        queue: Queue,
+    ) -> Self {
         Self {
-            listen: host.port(from, "port"),
-            metrics: host.port(from, "metrics_port"),
-            metrics_hosts: metrics_hosts(from),
-            threads: from.count("threads", 0..=1024),
-            congestion: Some(from.text("tcp_congestion_control")).filter(|name| !name.is_empty()),
+            listen: host.port(settings, "port"),
+            metrics: host.port(settings, "metrics_port"),
+            metrics_hosts: metrics_hosts(settings),
+            threads: settings.count("threads", 0..=1024),
+            congestion: Some(settings.text("tcp_congestion_control"))
+                .filter(|name| !name.is_empty()),
             logs_provider: provider.clone(),
             provider,
-            namespace: from.text("function_namespace"),
+            namespace: settings.text("function_namespace"),
             direct_functions: None,
             cold_start: None,
             autoscale: None,
             prometheus: None,
             timeouts: Timeouts {
-                read: from.positive_duration("read_timeout"),
-                write: from.positive_duration("write_timeout"),
-                upstream: from.positive_duration("upstream_timeout"),
-                idle: from.positive_duration("idle_timeout"),
+                read: settings.positive_duration("read_timeout"),
+                write: settings.positive_duration("write_timeout"),
+                upstream: settings.positive_duration("upstream_timeout"),
+                idle: settings.positive_duration("idle_timeout"),
             },
-            connect: from.positive_duration("connect_timeout"),
+            connect: settings.positive_duration("connect_timeout"),
             limits: Limits {
-                idle: Idle::parse(from),
-                calls: from.count("max_calls", 1..=10_000_000),
-                connections: from.count("max_connections", 1..=10_000_000),
-                heads: from.count("max_head_memory", 1 << 20..=1 << 30),
+                idle: Idle::parse(settings),
+                calls: settings.count("max_calls", 1..=10_000_000),
+                connections: settings.count("max_connections", 1..=10_000_000),
+                heads: settings.count("max_head_memory", 1 << 20..=1 << 30),
             },
             auth: Auth {
-                secrets: basic_auth(from),
-                proxy: from.url("auth_proxy_url"),
-                proxy_pass_body: from.boolean("auth_proxy_pass_body"),
+                secrets: credentials_dir(settings),
+                proxy: settings.url("auth_proxy_url"),
+                proxy_pass_body: settings.boolean("auth_proxy_pass_body"),
             },
             queue,
-            traces: Traces::parse(from),
-            access_log: Access::parse(from),
+            traces: Traces::parse(settings),
+            access_log: Access::parse(settings),
             local_only: false,
             shutdown: Shutdown {
-                delay: from.duration("shutdown_delay"),
-                grace: from.duration("shutdown_grace"),
+                delay: settings.duration("shutdown_delay"),
+                grace: settings.duration("shutdown_grace"),
             },
         }
     }
 }
 
 impl Idle {
-    fn parse(from: &mut Reader<'_>) -> Self {
+    fn parse(settings: &mut Reader<'_>) -> Self {
         Self {
-            all: from.count("max_idle_conns", 0..=1_000_000),
-            per_host: from.count("max_idle_conns_per_host", 0..=1_000_000),
+            all: settings.count("max_idle_conns", 0..=1_000_000),
+            per_host: settings.count("max_idle_conns_per_host", 0..=1_000_000),
         }
     }
 }
@@ -280,10 +286,10 @@ impl Idle {
 impl Queue {
     /// Parses settings of the queue. `auto` is the kind of queue for `queue=auto`, `callbacks` the list for
     /// `callback_allowlist=auto`.
-    fn common(from: &mut Reader<'_>, auto: Backend, callbacks: &str, nats: Nats) -> Self {
+    fn parse(settings: &mut Reader<'_>, auto: Backend, callbacks: &str, nats: Nats) -> Self {
         let auto = if nats.servers.is_empty() { auto } else { Backend::Nats };
         let expected = "auto, embedded, jetstream, stan or none";
-        let backend = from.parsed("queue", expected, |text| match text {
+        let backend = settings.parsed("queue", expected, |text| match text {
             "auto" => Some(auto),
             "embedded" => Some(Backend::Embedded),
             "jetstream" => Some(Backend::JetStream),
@@ -293,35 +299,36 @@ impl Queue {
         });
         let backend = backend.unwrap_or(auto);
         if matches!(backend, Backend::JetStream | Backend::Stan) && nats.servers.is_empty() {
-            from.mistake(
+            settings.mistake(
                 "faas_nats_address",
                 None,
                 "the address of NATS, for queue=jetstream and queue=stan",
             );
         }
-        let with_worker = from.parsed("with_worker", "auto, true or false", |text| match text {
-            "auto" => Some(backend != Backend::None),
-            "true" | "1" => Some(true),
-            "false" | "0" => Some(false),
-            _ => None,
-        });
+        let with_worker =
+            settings.parsed("with_worker", "auto, true or false", |text| match text {
+                "auto" => Some(backend != Backend::None),
+                "true" | "1" => Some(true),
+                "false" | "0" => Some(false),
+                _ => None,
+            });
         Self {
             backend,
             nats,
             with_worker: with_worker.unwrap_or_default() && backend != Backend::None,
-            state_dir: PathBuf::from(from.text("state_dir")),
-            max_inflight: from.count("max_inflight", 1..=10_000),
-            max_body: from.count("max_async_body_bytes", 0..=MAX_BODY),
-            max_pending_calls: from.count("max_pending_calls", 1..=1_000_000_000),
-            result_ttl: from.duration("result_ttl"),
-            max_result_body_bytes: from.count("max_result_body_bytes", 0..=(1 << 30)),
-            callback_allowlist: from
+            state_dir: PathBuf::from(settings.text("state_dir")),
+            max_inflight: settings.count("max_inflight", 1..=10_000),
+            max_body: settings.count("max_async_body_bytes", 0..=MAX_BODY),
+            max_pending_calls: settings.count("max_pending_calls", 1..=1_000_000_000),
+            result_ttl: settings.duration("result_ttl"),
+            max_result_body_bytes: settings.count("max_result_body_bytes", 0..=(1 << 30)),
+            callback_allowlist: settings
                 .parsed("callback_allowlist", allow::EXPECTED, |text| match text {
                     "auto" => Allow::parse(callbacks),
                     text => Allow::parse(text),
                 })
                 .unwrap_or_default(),
-            secrets: PathBuf::from(from.text("secret_mount_path")),
+            secrets: PathBuf::from(settings.text("secret_mount_path")),
         }
     }
 }
@@ -331,30 +338,30 @@ impl Provider {
     ///
     /// # Errors
     /// All invalid settings, for the user.
-    pub fn parse(mut from: Reader<'_>) -> Result<Self, Vec<Mistake>> {
-        let host = Host::read(&mut from, "provider_address");
-        let provider = Self::common(&mut from, host);
+    pub fn parse(mut settings: Reader<'_>) -> Result<Self, Vec<Mistake>> {
+        let host = Host::read(&mut settings, "provider_address");
+        let provider = Self::parse_common(&mut settings, host);
         let address = provider.listen.address.ip();
         if !address.is_loopback() && provider.secrets.is_none() {
-            from.mistake(
+            settings.mistake(
                 "provider_address",
                 Some(address.to_string()),
                 "a loopback address, while basic_auth is false: a client of the provider can run commands as its \
                  user",
             );
         }
-        from.finish(provider)
+        settings.finish(provider)
     }
 
-    fn common(from: &mut Reader<'_>, host: Host) -> Self {
+    fn parse_common(settings: &mut Reader<'_>, host: Host) -> Self {
         Self {
-            listen: host.port(from, "provider_port"),
-            state_dir: PathBuf::from(from.text("state_dir")),
-            secrets: basic_auth(from),
-            grace: from.duration("shutdown_grace"),
-            environment: INHERITED
+            listen: host.port(settings, "provider_port"),
+            state_dir: PathBuf::from(settings.text("state_dir")),
+            secrets: credentials_dir(settings),
+            grace: settings.duration("shutdown_grace"),
+            environment: INHERITED_VARIABLES
                 .iter()
-                .filter_map(|name| Some(((*name).to_owned(), from.inherited(name)?)))
+                .filter_map(|name| Some(((*name).to_owned(), settings.inherited(name)?)))
                 .collect(),
         }
     }
@@ -366,38 +373,39 @@ impl Up {
     ///
     /// # Errors
     /// All invalid settings, for the user.
-    pub fn parse(mut from: Reader<'_>, stack: Option<PathBuf>) -> Result<Self, Vec<Mistake>> {
-        let provider = Provider::common(&mut from, Host::LOOPBACK);
-        let queue = Queue::common(&mut from, Backend::Embedded, "loopback", Nats::default());
-        let mut serve = Serve::common(&mut from, Host::LOOPBACK, nowhere(), queue);
-        serve.cold_start = Some(ColdStart::parse(&mut from));
-        serve.autoscale = Autoscale::parse(&mut from, true);
+    pub fn parse(mut settings: Reader<'_>, stack: Option<PathBuf>) -> Result<Self, Vec<Mistake>> {
+        let provider = Provider::parse_common(&mut settings, Host::LOOPBACK);
+        let queue = Queue::parse(&mut settings, Backend::Embedded, "loopback", Nats::default());
+        let mut serve =
+            Serve::parse_common(&mut settings, Host::LOOPBACK, placeholder_url(), queue);
+        serve.cold_start = Some(ColdStart::parse(&mut settings));
+        serve.autoscale = Autoscale::parse(&mut settings, true);
         serve.local_only = serve.auth.secrets.is_none() && serve.auth.proxy.is_none();
-        let warnings = ignored::warnings(&from);
-        from.finish(Self { serve, provider, stack, warnings })
+        let warnings = ignored::warnings(&settings);
+        settings.finish(Self { serve, provider, stack, warnings })
     }
 }
 
 /// Additional host names under which the metrics port answers.
-fn metrics_hosts(from: &Reader<'_>) -> Vec<String> {
-    let hosts = from.text("metrics_hosts");
+fn metrics_hosts(settings: &Reader<'_>) -> Vec<String> {
+    let hosts = settings.text("metrics_hosts");
     hosts.split(',').map(str::trim).filter(|host| !host.is_empty()).map(str::to_owned).collect()
 }
 
 /// Directory of the credential files, with `basic_auth`.
-fn basic_auth(from: &mut Reader<'_>) -> Option<PathBuf> {
-    from.boolean("basic_auth").then(|| PathBuf::from(from.text("secret_mount_path")))
+fn credentials_dir(settings: &mut Reader<'_>) -> Option<PathBuf> {
+    settings.boolean("basic_auth").then(|| PathBuf::from(settings.text("secret_mount_path")))
 }
 
-fn prometheus(from: &mut Reader<'_>) -> Option<BaseUrl> {
-    let port = from.port("faas_prometheus_port");
-    from.parsed("faas_prometheus_host", "a host name or IP address", |host| {
+fn prometheus(settings: &mut Reader<'_>) -> Option<BaseUrl> {
+    let port = settings.port("faas_prometheus_port");
+    settings.parsed("faas_prometheus_host", "a host name or IP address", |host| {
         BaseUrl::of_host(host, port)
     })
 }
 
 /// Placeholder for a URL that is missing or set later. A missing one is reported as an error.
-fn nowhere() -> BaseUrl {
+fn placeholder_url() -> BaseUrl {
     BaseUrl {
         tls: false,
         authority: http::uri::Authority::from_static("127.0.0.1"),
@@ -474,15 +482,15 @@ mod tests {
             serve(&[vars, &[("functions_provider_url", "http://p")]].concat())
                 .map(|config| config.queue.backend)
         };
-        let there = ("faas_nats_address", "nats");
+        let address = ("faas_nats_address", "nats");
         assert_eq!(backend(&[]), Ok(Backend::None));
-        assert_eq!(backend(&[there]), Ok(Backend::Nats));
-        assert_eq!(backend(&[there, ("queue", "stan")]), Ok(Backend::Stan));
-        assert_eq!(backend(&[there, ("queue", "jetstream")]), Ok(Backend::JetStream));
+        assert_eq!(backend(&[address]), Ok(Backend::Nats));
+        assert_eq!(backend(&[address, ("queue", "stan")]), Ok(Backend::Stan));
+        assert_eq!(backend(&[address, ("queue", "jetstream")]), Ok(Backend::JetStream));
         assert!(backend(&[("queue", "stan")]).unwrap_err()[0].starts_with("faas_nats_address"));
-        let limited = backend(&[there, ("faas_max_reconnect", "120")]);
+        let limited = backend(&[address, ("faas_max_reconnect", "120")]);
         assert_eq!(limited, Ok(Backend::Nats));
-        assert!(backend(&[there, ("faas_max_reconnect", "often")]).is_err());
+        assert!(backend(&[address, ("faas_max_reconnect", "often")]).is_err());
     }
 
     #[test]

@@ -7,7 +7,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 pub const EXPECTED: &str = "a list such as loopback, 169.254.1.0/24, 10.0.0.1, hooks.internal or *";
 
 /// Networks that are denied unless they are listed. Private networks are not denied: a cluster's services are there.
-const REFUSED: [Network; 16] = [
+const DENIED_NETWORKS: [Network; 16] = [
     // Unspecified addresses, which reach this host, and their network; loopback.
     v4(0, 0, 0, 0, 8),
     v4(127, 0, 0, 0, 8),
@@ -31,9 +31,10 @@ const REFUSED: [Network; 16] = [
     v6(0xfec0, 0, 0, 10),
 ];
 
-const LOOPBACK: [Network; 2] = [v4(127, 0, 0, 0, 8), Network(IpAddr::V6(Ipv6Addr::LOCALHOST), 128)];
+const LOOPBACK_NETWORKS: [Network; 2] =
+    [v4(127, 0, 0, 0, 8), Network(IpAddr::V6(Ipv6Addr::LOCALHOST), 128)];
 
-const ALL: [Network; 2] = [v4(0, 0, 0, 0, 0), v6(0, 0, 0, 0)];
+const ALL_ADDRESSES: [Network; 2] = [v4(0, 0, 0, 0, 0), v6(0, 0, 0, 0)];
 
 /// Exceptions from the denied networks. The default has none.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -65,9 +66,9 @@ impl Network {
         };
         let bare = address.strip_prefix('[').and_then(|rest| rest.strip_suffix(']'));
         let address: IpAddr = bare.unwrap_or(address).parse().ok()?;
-        let most = if address.is_ipv4() { 32 } else { 128 };
-        let bits = bits.unwrap_or(most);
-        (bits <= most).then_some(Self(address, bits))
+        let max_bits = if address.is_ipv4() { 32 } else { 128 };
+        let bits = bits.unwrap_or(max_bits);
+        (bits <= max_bits).then_some(Self(address, bits))
     }
 
     fn contains(self, address: IpAddr) -> bool {
@@ -91,9 +92,9 @@ impl Allow {
         let mut allow = Self::default();
         for entry in text.split(',').map(str::trim).filter(|entry| !entry.is_empty()) {
             if entry == "*" {
-                allow.networks.extend(ALL);
+                allow.networks.extend(ALL_ADDRESSES);
             } else if entry.eq_ignore_ascii_case("loopback") {
-                allow.networks.extend(LOOPBACK);
+                allow.networks.extend(LOOPBACK_NETWORKS);
             } else if let Some(network) = Network::parse(entry) {
                 allow.networks.push(network);
             } else {
@@ -109,12 +110,12 @@ impl Allow {
         if self.hosts.iter().any(|listed| listed.eq_ignore_ascii_case(host)) {
             return true;
         }
-        forms(address).all(|form| self.permits_plainly(form))
+        forms(address).all(|form| self.permits_address(form))
     }
 
-    fn permits_plainly(&self, address: IpAddr) -> bool {
-        let holds = |network: &Network| network.contains(address);
-        !REFUSED.iter().any(holds) || self.networks.iter().any(holds)
+    fn permits_address(&self, address: IpAddr) -> bool {
+        let contains_address = |network: &Network| network.contains(address);
+        !DENIED_NETWORKS.iter().any(contains_address) || self.networks.iter().any(contains_address)
     }
 }
 
@@ -124,7 +125,7 @@ impl Allow {
 pub fn forms(address: IpAddr) -> impl Iterator<Item = IpAddr> {
     let address = address.to_canonical();
     let inner = match address {
-        IpAddr::V6(address) => embedded(address),
+        IpAddr::V6(address) => embedded_ipv4(address),
         IpAddr::V4(_) => [None, None],
     };
     std::iter::once(address).chain(inner.into_iter().flatten().map(IpAddr::V4))
@@ -142,7 +143,7 @@ fn host_name(text: &str) -> Option<String> {
 }
 
 /// Returns the IPv4 addresses that an IPv6 address reaches through a translator or tunnel.
-fn embedded(address: Ipv6Addr) -> [Option<Ipv4Addr>; 2] {
+fn embedded_ipv4(address: Ipv6Addr) -> [Option<Ipv4Addr>; 2] {
     let part =
         |high: u16, low: u16| Some(Ipv4Addr::from_bits(u32::from(high) << 16 | u32::from(low)));
     match address.segments() {

@@ -14,14 +14,14 @@ pub struct Autoscale {
 
 impl Autoscale {
     /// Returns `None` if functions are not scaled by load. `auto` is the value of `autoscale=auto`.
-    pub(super) fn parse(from: &mut Reader<'_>, auto: bool) -> Option<Self> {
-        let on = from.parsed("autoscale", "auto, true or false", |text| match text {
+    pub(super) fn parse(settings: &mut Reader<'_>, auto: bool) -> Option<Self> {
+        let on = settings.parsed("autoscale", "auto, true or false", |text| match text {
             "auto" => Some(auto),
             "true" | "1" => Some(true),
             "false" | "0" => Some(false),
             _ => None,
         });
-        let window = from.parsed("autoscale_window", "a duration from 2s to 1h", |text| {
+        let window = settings.parsed("autoscale_window", "a duration from 2s to 1h", |text| {
             let allowed = Duration::from_secs(2)..=Duration::from_secs(3600);
             duration::parse(text).filter(|window| allowed.contains(window))
         });

@@ -61,7 +61,7 @@ impl CommandLine {
     /// # Errors
     /// Help, version or a usage error, to be printed.
     pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Self, clap::Error> {
-        let matches = command().try_get_matches_from(joined(args))?;
+        let matches = command().try_get_matches_from(join_flag_values(args))?;
         Ok(match matches.subcommand() {
             None => Self { asked: Asked::Serve, matches },
             Some(("serve", sub)) => Self { asked: Asked::Serve, matches: sub.clone() },
@@ -88,9 +88,9 @@ impl CommandLine {
                 Self { asked: Asked::Provider, matches: process.clone() }
             }
             Some(("queue", sub)) => {
-                let (what, sub) = sub.subcommand().unwrap_or_else(|| unreachable!("required"));
+                let (action, sub) = sub.subcommand().unwrap_or_else(|| unreachable!("required"));
                 let path = |name: &str| sub.get_one::<PathBuf>(name).cloned().unwrap_or_default();
-                let asked = match what {
+                let asked = match action {
                     "check" => Asked::QueueCheck { file: path("FILE") },
                     _ => Asked::QueueSalvage { file: path("FILE"), out: path("OUT") },
                 };
@@ -123,7 +123,7 @@ pub(super) fn command() -> Command {
     Command::new("gateway")
         .version(env!("CARGO_PKG_VERSION"))
         .about("An API gateway for functions. Without a command, the same as serve.")
-        .after_help(help::after(&[
+        .after_help(help::after_help(&[
             ("gateway up stack.yaml", "functions on this machine, with everything they need"),
             ("gateway serve --functions-provider-url http://provider:8081", "in front of a provider"),
             ("gateway completions bash", "script for completion in bash"),
@@ -133,7 +133,7 @@ pub(super) fn command() -> Command {
         .subcommand(
             Command::new("serve")
                 .about("Proxy calls of functions to a provider")
-                .after_help(help::after(&[
+                .after_help(help::after_help(&[
                     ("gateway serve --functions-provider-url http://provider:8081 --scale-from-zero", ""),
                     ("functions_provider_url=http://provider:8081 basic_auth=true gateway serve", ""),
                     (
@@ -146,7 +146,7 @@ pub(super) fn command() -> Command {
         .subcommand(
             Command::new("worker")
                 .about("Execute the queued calls of gateways, in a separate process")
-                .after_help(help::after(&[
+                .after_help(help::after_help(&[
                     ("gateway worker --faas-nats-address nats --max-inflight 100", ""),
                     (
                         "gateway worker --faas-nats-address nats --functions-provider-url http://provider:8081",
@@ -158,7 +158,7 @@ pub(super) fn command() -> Command {
         .subcommand(
             Command::new("up")
                 .about("Run gateway and provider in one process, on loopback, with the functions of a stack file")
-                .after_help(help::after(&[
+                .after_help(help::after_help(&[
                     ("gateway up examples/stack.yaml", ""),
                     ("gateway up stack.yaml --port 9000 --with-worker=false", ""),
                 ]))
@@ -168,10 +168,10 @@ pub(super) fn command() -> Command {
                         .value_hint(ValueHint::FilePath)
                         .help("OpenFaaS stack file (YAML). Its functions are deployed, and updated when it changes"),
                 )
-                .arg(once())
+                .arg(once_flag())
                 .args(flags(Role::Up)),
         )
-        .subcommand(secret())
+        .subcommand(secret_command())
         .subcommand(
             Command::new("provider")
                 .about("Run functions behind the provider API")
@@ -179,7 +179,7 @@ pub(super) fn command() -> Command {
                 .subcommand(
                     Command::new("process")
                         .about("Run functions as local processes")
-                        .after_help(help::after(&[(
+                        .after_help(help::after_help(&[(
                             "gateway provider process --state-dir /var/lib/gateway",
                             "",
                         )]))
@@ -202,7 +202,7 @@ pub(super) fn command() -> Command {
 fn completions_command() -> Command {
     Command::new("completions")
         .about("Print the script with which a shell completes commands and flags")
-        .after_help(help::after(&[
+        .after_help(help::after_help(&[
             ("gateway completions bash > /etc/bash_completion.d/gateway", ""),
             ("gateway completions zsh > /usr/local/share/zsh/site-functions/_gateway", ""),
             ("gateway completions fish > ~/.config/fish/completions/gateway.fish", ""),
@@ -243,14 +243,14 @@ fn queue_command() -> Command {
         )
 }
 
-fn once() -> Arg {
+fn once_flag() -> Arg {
     Arg::new("once")
         .long("once")
         .action(ArgAction::SetTrue)
         .help("Read the stack file only at the start, and do not follow its changes")
 }
 
-fn secret() -> Command {
+fn secret_command() -> Command {
     let state_dir = SETTINGS.iter().filter(|setting| setting.name == "state_dir").map(flag);
     Command::new("secret").about("Manage secrets of functions").subcommand_required(true).subcommand(
         Command::new("set")
@@ -286,7 +286,7 @@ fn flag(setting: &'static Setting) -> Arg {
         .hide_short_help(!help::is_common(setting))
         .help(help::short(setting))
         .long_help(help::long(setting));
-    match alone(setting) {
+    match implied_value(setting) {
         // Any other value needs an equals sign, or the next argument would be taken for it.
         Some(value) => flag.num_args(0..=1).require_equals(true).default_missing_value(value),
         None => flag,
@@ -294,7 +294,7 @@ fn flag(setting: &'static Setting) -> Arg {
 }
 
 /// Returns the value of a flag that is given without one, if that is permitted.
-fn alone(setting: &Setting) -> Option<&'static str> {
+fn implied_value(setting: &Setting) -> Option<&'static str> {
     match (setting.value, setting.name) {
         ("BOOLEAN", _) | (_, "autoscale" | "with_worker") => Some("true"),
         (_, "access_log") => Some("on"),
@@ -303,18 +303,18 @@ fn alone(setting: &Setting) -> Option<&'static str> {
 }
 
 /// Joins `--flag value` to `--flag=value` for flags that may have no value, if the next argument can only be a value.
-fn joined(args: impl IntoIterator<Item = OsString>) -> impl Iterator<Item = OsString> {
+fn join_flag_values(args: impl IntoIterator<Item = OsString>) -> impl Iterator<Item = OsString> {
     const VALUES: [&str; 8] = ["true", "false", "1", "0", "auto", "on", "off", "errors"];
-    let needs_none = |flag: &OsString| {
+    let may_have_no_value = |flag: &OsString| {
         let flag = flag.to_str().and_then(|flag| flag.strip_prefix("--"));
         let name = flag.unwrap_or_default().replace('-', "_");
-        SETTINGS.iter().any(|setting| setting.name == name && alone(setting).is_some())
+        SETTINGS.iter().any(|setting| setting.name == name && implied_value(setting).is_some())
     };
     let mut args = args.into_iter().peekable();
     std::iter::from_fn(move || {
         let mut arg = args.next()?;
         let is_value = |next: &OsString| next.to_str().is_some_and(|next| VALUES.contains(&next));
-        if needs_none(&arg)
+        if may_have_no_value(&arg)
             && let Some(value) = args.next_if(is_value)
         {
             arg.push("=");

@@ -31,21 +31,21 @@ pub(super) fn is_common(setting: &Setting) -> bool {
 /// Returns the first sentence of the description, with variable and default.
 pub(super) fn short(setting: &Setting) -> String {
     let about = setting.about;
-    let is_outside = |at: &usize| {
+    let is_outside_parentheses = |at: &usize| {
         let before = &about[..*at];
         before.matches('(').count() == before.matches(')').count()
     };
     let ends = [". ", "; "].into_iter().flat_map(|end| about.match_indices(end));
-    let ends = ends.map(|(at, _)| at).filter(is_outside).min();
+    let ends = ends.map(|(at, _)| at).filter(is_outside_parentheses).min();
     let sentence = about[..ends.unwrap_or(about.len())].trim_end_matches('.');
-    described(sentence, setting)
+    with_variable_and_default(sentence, setting)
 }
 
 pub(super) fn long(setting: &Setting) -> String {
-    described(setting.about, setting)
+    with_variable_and_default(setting.about, setting)
 }
 
-fn described(about: &str, setting: &Setting) -> String {
+fn with_variable_and_default(about: &str, setting: &Setting) -> String {
     let default = match setting.default {
         "" => String::new(),
         default => format!(" [default: {default}]"),
@@ -54,7 +54,7 @@ fn described(about: &str, setting: &Setting) -> String {
 }
 
 /// Returns the text after the settings: `examples`, each with its purpose, and how settings are given.
-pub(super) fn after(examples: &[(&str, &str)]) -> String {
+pub(super) fn after_help(examples: &[(&str, &str)]) -> String {
     let mut text = String::from("Examples:\n");
     for (line, meaning) in examples {
         let meaning = if meaning.is_empty() { String::new() } else { format!("  # {meaning}") };

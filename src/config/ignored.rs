@@ -6,9 +6,9 @@ use crate::config::reader::Reader;
 use crate::config::settings::{Role, SETTINGS};
 
 /// Returns a warning for each variable that only other roles read.
-pub(super) fn warnings(from: &Reader<'_>) -> Vec<String> {
+pub(super) fn warnings(settings: &Reader<'_>) -> Vec<String> {
     let foreign = SETTINGS.iter().filter(|setting| !setting.roles.contains(&Role::Up));
-    let set = foreign.filter_map(|setting| Some((setting.name, from.inherited(setting.name)?)));
+    let set = foreign.filter_map(|setting| Some((setting.name, settings.inherited(setting.name)?)));
     let set = set.filter(|(_, value)| !value.trim().is_empty());
     let is_loopback = |value: &str| value.trim().parse().is_ok_and(|ip: IpAddr| ip.is_loopback());
     set.filter_map(|(name, value)| match name {

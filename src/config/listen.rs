@@ -26,13 +26,13 @@ impl Host {
     pub const LOOPBACK: Self = Self { address: IpAddr::V4(Ipv4Addr::LOCALHOST), setting: None };
 
     /// Reads the IP address from `setting`.
-    pub fn read(from: &mut Reader<'_>, setting: &'static str) -> Self {
-        Self { address: from.address(setting), setting: Some(setting) }
+    pub fn read(settings: &mut Reader<'_>, setting: &'static str) -> Self {
+        Self { address: settings.address(setting), setting: Some(setting) }
     }
 
     /// Returns this IP address with the port from `setting`.
-    pub fn port(self, from: &mut Reader<'_>, setting: &'static str) -> Listen {
-        let address = SocketAddr::new(self.address, from.port(setting));
+    pub fn port(self, settings: &mut Reader<'_>, setting: &'static str) -> Listen {
+        let address = SocketAddr::new(self.address, settings.port(setting));
         Listen { address, port: setting, host: self.setting }
     }
 }

@@ -46,23 +46,23 @@ impl std::fmt::Debug for Nats {
 }
 
 impl Nats {
-    pub(super) fn parse(from: &mut Reader<'_>) -> Self {
-        let text = |name: &str| Some(from.text(name)).filter(|text| !text.is_empty());
+    pub(super) fn parse(settings: &mut Reader<'_>) -> Self {
+        let text = |name: &str| Some(settings.text(name)).filter(|text| !text.is_empty());
         let (user, token) = (text("nats_user"), text("nats_token"));
         let file = |name: &str| text(name).map(PathBuf::from);
         let (nkey_seed, creds, ca) = (file("nats_nkey_seed"), file("nats_creds"), file("nats_ca"));
-        let password = from.text("nats_password");
+        let password = settings.text("nats_password");
         // Only validated: reconnecting has no limit.
-        from.parsed("faas_max_reconnect", "a whole number", |text| {
+        settings.parsed("faas_max_reconnect", "a whole number", |text| {
             (text.is_empty() || text.parse::<i64>().is_ok()).then_some(())
         });
-        let in_memory = from.parsed("nats_storage", "file or memory", |text| match text {
+        let in_memory = settings.parsed("nats_storage", "file or memory", |text| match text {
             "file" => Some(false),
             "memory" => Some(true),
             _ => None,
         });
-        let port = from.port("faas_nats_port");
-        let address = from.text("faas_nats_address");
+        let port = settings.port("faas_nats_port");
+        let address = settings.text("faas_nats_address");
         let hosts = address.split(',').map(str::trim).filter(|host| !host.is_empty());
         // An IPv6 address contains colons; its port follows the bracket.
         let has_port = |host: &str| host.rsplit(']').next().is_some_and(|rest| rest.contains(':'));
@@ -72,19 +72,19 @@ impl Nats {
         });
         Self {
             servers: servers.collect(),
-            queue: from.text("faas_nats_channel"),
+            queue: settings.text("faas_nats_channel"),
             login: user.map(|user| (user, password)),
             token,
             nkey_seed,
             creds,
-            tls: from.boolean("nats_tls"),
+            tls: settings.boolean("nats_tls"),
             ca,
-            replicas: from.count("nats_replicas", 1..=5),
+            replicas: settings.count("nats_replicas", 1..=5),
             in_memory: in_memory.unwrap_or_default(),
-            lease: from.positive_duration("ack_wait"),
-            cluster: from.text("faas_nats_cluster_name"),
-            group: from.text("faas_nats_queue_group"),
-            reconnect_delay: from.positive_duration("faas_reconnect_delay"),
+            lease: settings.positive_duration("ack_wait"),
+            cluster: settings.text("faas_nats_cluster_name"),
+            group: settings.text("faas_nats_queue_group"),
+            reconnect_delay: settings.positive_duration("faas_reconnect_delay"),
         }
     }
 }

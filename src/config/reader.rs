@@ -28,7 +28,7 @@ impl fmt::Display for Mistake {
 pub struct Reader<'a> {
     flag: &'a dyn Fn(&str) -> Option<String>,
     var: &'a dyn Fn(&str) -> Option<String>,
-    mistakes: Vec<Mistake>,
+    errors: Vec<Mistake>,
 }
 
 impl<'a> Reader<'a> {
@@ -37,7 +37,7 @@ impl<'a> Reader<'a> {
         flag: &'a dyn Fn(&str) -> Option<String>,
         var: &'a dyn Fn(&str) -> Option<String>,
     ) -> Self {
-        Self { flag, var, mistakes: Vec::new() }
+        Self { flag, var, errors: Vec::new() }
     }
 
     /// Returns `value` if all settings read so far are valid.
@@ -45,7 +45,7 @@ impl<'a> Reader<'a> {
     /// # Errors
     /// All invalid settings otherwise.
     pub fn finish<T>(self, value: T) -> Result<T, Vec<Mistake>> {
-        if self.mistakes.is_empty() { Ok(value) } else { Err(self.mistakes) }
+        if self.errors.is_empty() { Ok(value) } else { Err(self.errors) }
     }
 
     /// Returns the value as text; empty if it is unset and has no default.
@@ -132,6 +132,6 @@ impl<'a> Reader<'a> {
             }
             _ => text,
         });
-        self.mistakes.push(Mistake { name, value, expected: expected.to_owned() });
+        self.errors.push(Mistake { name, value, expected: expected.to_owned() });
     }
 }

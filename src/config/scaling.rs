@@ -14,16 +14,16 @@ pub struct ColdStart {
 }
 
 impl ColdStart {
-    pub(super) fn parse(from: &mut Reader<'_>) -> Self {
+    pub(super) fn parse(settings: &mut Reader<'_>) -> Self {
         Self {
-            timeout: from.positive_duration("cold_start_timeout"),
-            queue: from.count("cold_start_queue_limit", 1..=1_000_000),
+            timeout: settings.positive_duration("cold_start_timeout"),
+            queue: settings.count("cold_start_queue_limit", 1..=1_000_000),
         }
     }
 
     /// Parses the limits if `scale_from_zero` is set.
-    pub(super) fn if_asked_for(from: &mut Reader<'_>) -> Option<Self> {
-        let limits = Self::parse(from);
-        from.boolean("scale_from_zero").then_some(limits)
+    pub(super) fn if_asked_for(settings: &mut Reader<'_>) -> Option<Self> {
+        let limits = Self::parse(settings);
+        settings.boolean("scale_from_zero").then_some(limits)
     }
 }

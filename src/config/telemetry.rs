@@ -20,19 +20,19 @@ impl Log {
     ///
     /// # Errors
     /// All invalid settings, for the user.
-    pub fn parse(mut from: Reader<'_>) -> Result<Self, Vec<Mistake>> {
-        let json = from.parsed("log_format", "text or json", |text| match text {
+    pub fn parse(mut settings: Reader<'_>) -> Result<Self, Vec<Mistake>> {
+        let json = settings.parsed("log_format", "text or json", |text| match text {
             "text" => Some(false),
             "json" => Some(true),
             _ => None,
         });
         let expected =
             "error, warn, info, debug, trace or off; or target=level, separated by commas";
-        let filter = from.parsed("log_level", expected, |text| {
+        let filter = settings.parsed("log_level", expected, |text| {
             let is_known = text.split(',').all(has_level) && text.parse::<Targets>().is_ok();
             is_known.then(|| text.to_owned())
         });
-        from.finish(Self { filter: filter.unwrap_or_default(), json: json.unwrap_or_default() })
+        settings.finish(Self { filter: filter.unwrap_or_default(), json: json.unwrap_or_default() })
     }
 }
 
@@ -54,8 +54,8 @@ pub enum Access {
 }
 
 impl Access {
-    pub(super) fn parse(from: &mut Reader<'_>) -> Self {
-        let access = from.parsed("access_log", "off, on or errors", |text| match text {
+    pub(super) fn parse(settings: &mut Reader<'_>) -> Self {
+        let access = settings.parsed("access_log", "off, on or errors", |text| match text {
             "off" => Some(Self::Off),
             "errors" => Some(Self::Errors),
             "on" => Some(Self::On),
@@ -84,18 +84,18 @@ impl std::fmt::Debug for Traces {
 }
 
 impl Traces {
-    pub(super) fn parse(from: &mut Reader<'_>) -> Self {
-        let sampling = from.parsed("otlp_sampling_ratio", "a number from 0 to 1", |text| {
+    pub(super) fn parse(settings: &mut Reader<'_>) -> Self {
+        let sampling = settings.parsed("otlp_sampling_ratio", "a number from 0 to 1", |text| {
             text.parse().ok().filter(|part| (0.0..=1.0).contains(part))
         });
-        let headers = from.text("otlp_headers");
+        let headers = settings.text("otlp_headers");
         let headers = header_map(&headers).unwrap_or_else(|| {
             // The value is not printed, since it contains keys.
             let expected = "headers such as NAME=VALUE, separated by commas";
-            from.mistake("otlp_headers", Some("…".to_owned()), expected);
+            settings.mistake("otlp_headers", Some("…".to_owned()), expected);
             HeaderMap::new()
         });
-        let endpoint = from.url("otlp_endpoint");
+        let endpoint = settings.url("otlp_endpoint");
         Self { endpoint, headers, sampling: sampling.unwrap_or_default() }
     }
 }

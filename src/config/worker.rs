@@ -7,7 +7,7 @@ use crate::config::base_url::BaseUrl;
 use crate::config::listen::{Host, Listen};
 use crate::config::reader::{Mistake, Reader};
 use crate::config::{
-    Backend, ColdStart, Idle, Nats, Queue, Traces, basic_auth, metrics_hosts, nowhere,
+    Backend, ColdStart, Idle, Nats, Queue, Traces, credentials_dir, metrics_hosts, placeholder_url,
 };
 
 /// Settings of `gateway worker`.
@@ -56,51 +56,52 @@ impl Worker {
     ///
     /// # Errors
     /// All invalid settings, for the user.
-    pub fn parse(mut from: Reader<'_>) -> Result<Self, Vec<Mistake>> {
-        let host = Host::read(&mut from, "listen_address");
-        let provider = from.url("functions_provider_url");
-        let port = from.port("faas_gateway_port");
-        let gateway = from.parsed("faas_gateway_address", "a host name or IP address", |host| {
-            BaseUrl::of_host(host, port)
-        });
-        let nats = Nats::parse(&mut from);
-        let without = nats.servers.is_empty();
-        let queue = Queue::common(&mut from, Backend::None, "", nats);
+    pub fn parse(mut settings: Reader<'_>) -> Result<Self, Vec<Mistake>> {
+        let host = Host::read(&mut settings, "listen_address");
+        let provider = settings.url("functions_provider_url");
+        let port = settings.port("faas_gateway_port");
+        let gateway =
+            settings.parsed("faas_gateway_address", "a host name or IP address", |host| {
+                BaseUrl::of_host(host, port)
+            });
+        let nats = Nats::parse(&mut settings);
+        let has_no_servers = nats.servers.is_empty();
+        let queue = Queue::parse(&mut settings, Backend::None, "", nats);
         match queue.backend {
-            Backend::Embedded => from.mistake(
+            Backend::Embedded => settings.mistake(
                 "queue",
                 Some("embedded".to_owned()),
                 "a queue that several processes can share, which is one on NATS; a file belongs to one process (see with_worker)",
             ),
-            Backend::None if without => from.mistake(
+            Backend::None if has_no_servers => settings.mistake(
                 "faas_nats_address",
                 None,
                 "the address of NATS, from which this worker receives calls",
             ),
-            Backend::None => from.mistake("queue", Some("none".to_owned()), "a queue from which a worker can receive calls"),
+            Backend::None => settings.mistake("queue", Some("none".to_owned()), "a queue from which a worker can receive calls"),
             Backend::JetStream | Backend::Stan | Backend::Nats => {}
         }
-        let gateway = gateway.unwrap_or_else(nowhere);
+        let gateway = gateway.unwrap_or_else(placeholder_url);
         let worker = Self {
-            metrics: host.port(&mut from, "worker_metrics_port"),
-            metrics_hosts: metrics_hosts(&from),
+            metrics: host.port(&mut settings, "worker_metrics_port"),
+            metrics_hosts: metrics_hosts(&settings),
             target: match provider {
                 Some(provider) => Target::Provider(provider),
                 None => Target::Gateway(gateway.clone()),
             },
             gateway,
-            namespace: from.text("function_namespace"),
-            timeout: from.positive_duration("upstream_timeout"),
-            connect: from.positive_duration("connect_timeout"),
-            cold_start: ColdStart::if_asked_for(&mut from),
-            idle: Idle::parse(&mut from),
-            secrets: basic_auth(&mut from),
+            namespace: settings.text("function_namespace"),
+            timeout: settings.positive_duration("upstream_timeout"),
+            connect: settings.positive_duration("connect_timeout"),
+            cold_start: ColdStart::if_asked_for(&mut settings),
+            idle: Idle::parse(&mut settings),
+            secrets: credentials_dir(&mut settings),
             queue: Queue { with_worker: true, ..queue },
-            traces: Traces::parse(&mut from),
-            print_bodies: from.boolean("faas_print_body"),
-            print_calls: from.boolean("write_debug"),
-            grace: from.duration("shutdown_grace"),
+            traces: Traces::parse(&mut settings),
+            print_bodies: settings.boolean("faas_print_body"),
+            print_calls: settings.boolean("write_debug"),
+            grace: settings.duration("shutdown_grace"),
         };
-        from.finish(worker)
+        settings.finish(worker)
     }
 }
