@@ -20,10 +20,10 @@ use tokio::runtime::Runtime;
 
 use crate::app::gateway::Gateway;
 use crate::app::threads::Threads;
-use crate::config::cli::{Asked, CommandLine};
-use crate::config::reader::{Mistake, Reader};
+use crate::config::cli::{CommandLine, Subcommand};
+use crate::config::reader::{ConfigError, SettingsReader};
 use crate::config::settings::Role;
-use crate::config::{self, Log, Shutdown, near};
+use crate::config::{self, LogConfig, Shutdown, typos};
 use crate::shutdown::{Event, OnHangup, Signals, Stages, Tasks};
 use crate::{healthcheck, telemetry};
 
@@ -42,13 +42,13 @@ const TASKS_GRACE: Duration = Duration::from_secs(2);
 /// Runs what `line` asks for, with settings from its flags and from `var`; `names` are those of all variables.
 pub fn run(line: &CommandLine, var: &dyn Fn(&str) -> Option<String>, names: &[String]) -> ExitCode {
     let flag = |name: &str| line.flag(name);
-    let read = || Reader::new(&flag, var);
-    let log = Log::parse(read());
+    let read = || SettingsReader::new(&flag, var);
+    let log = LogConfig::parse(read());
     let _written = log.as_ref().ok().map(telemetry::init);
     let log = log.map(|_| ());
-    warn_of_names(&line.asked, names);
-    match &line.asked {
-        Asked::Serve => {
+    warn_of_names(&line.subcommand, names);
+    match &line.subcommand {
+        Subcommand::Serve => {
             let config = config::Serve::parse(read());
             let lacks_provider = read().text("functions_provider_url").is_empty();
             let exit = start(log, config, serve);
@@ -57,40 +57,40 @@ pub fn run(line: &CommandLine, var: &dyn Fn(&str) -> Option<String>, names: &[St
             }
             exit
         }
-        Asked::Worker => start(log, config::Worker::parse(read()), worker_process::run),
-        Asked::Provider => start(log, config::Provider::parse(read()), provider::run),
-        Asked::QueueCheck { file } => exit(queue_file::check(file)),
-        Asked::QueueSalvage { file, out } => exit(queue_file::salvage(file, out)),
-        Asked::Up { stack, once } => {
+        Subcommand::Worker => start(log, config::Worker::parse(read()), worker_process::run),
+        Subcommand::Provider => start(log, config::Provider::parse(read()), provider::run),
+        Subcommand::QueueCheck { file } => exit(queue_file::check(file)),
+        Subcommand::QueueSalvage { file, out } => exit(queue_file::salvage(file, out)),
+        Subcommand::Up { stack, once } => {
             start(log, config::Up::parse(read(), stack.clone()), |config| {
                 up::run(config, *once, var)
             })
         }
-        Asked::SecretSet { name, namespace, from_file } => {
+        Subcommand::SecretSet { name, namespace, from_file } => {
             let state_dir = read().text("state_dir");
             exit(secret::set(state_dir.as_ref(), namespace, name, from_file.as_deref()))
         }
-        Asked::Healthcheck { url } => exit(healthcheck::run(url)),
-        Asked::Completions { script } => {
+        Subcommand::Healthcheck { url } => exit(healthcheck::run(url)),
+        Subcommand::Completions { script } => {
             exit(io::stdout().write_all(script).context("cannot print the completions"))
         }
     }
 }
 
 /// Says which variables are probably settings with a typing error.
-fn warn_of_names(asked: &Asked, names: &[String]) {
+fn warn_of_names(asked: &Subcommand, names: &[String]) {
     let role = match asked {
-        Asked::Serve => Role::Serve,
-        Asked::Worker => Role::Worker,
-        Asked::Provider => Role::Provider,
-        Asked::Up { .. } => Role::Up,
-        Asked::Healthcheck { .. }
-        | Asked::Completions { .. }
-        | Asked::SecretSet { .. }
-        | Asked::QueueCheck { .. }
-        | Asked::QueueSalvage { .. } => return,
+        Subcommand::Serve => Role::Serve,
+        Subcommand::Worker => Role::Worker,
+        Subcommand::Provider => Role::Provider,
+        Subcommand::Up { .. } => Role::Up,
+        Subcommand::Healthcheck { .. }
+        | Subcommand::Completions { .. }
+        | Subcommand::SecretSet { .. }
+        | Subcommand::QueueCheck { .. }
+        | Subcommand::QueueSalvage { .. } => return,
     };
-    for (name, meant) in near::misses(role, names.iter().map(String::as_str)) {
+    for (name, meant) in typos::likely_typos(role, names.iter().map(String::as_str)) {
         tracing::warn!(
             "The environment variable {name} is no setting, and is ignored: {meant} is one"
         );
@@ -99,8 +99,8 @@ fn warn_of_names(asked: &Asked, names: &[String]) {
 
 /// Reports every mistake, or runs `role`.
 fn start<C>(
-    log: Result<(), Vec<Mistake>>,
-    config: Result<C, Vec<Mistake>>,
+    log: Result<(), Vec<ConfigError>>,
+    config: Result<C, Vec<ConfigError>>,
     role: impl FnOnce(C) -> anyhow::Result<()>,
 ) -> ExitCode {
     match (log, config) {
@@ -133,7 +133,7 @@ fn serve(config: config::Serve) -> anyhow::Result<()> {
         let signals = Signals::listen().context("cannot listen for signals")?;
         let (stages, tasks) = (Stages::default(), Tasks::default());
         let shutdown = config.shutdown;
-        if config.auth.secrets.is_none() && config.auth.proxy.is_none() {
+        if config.auth.credentials_dir.is_none() && config.auth.proxy_url.is_none() {
             tracing::warn!(
                 "The API is open: anyone who reaches the port can deploy and change functions. Set basic_auth=true or \
                  auth_proxy_url"

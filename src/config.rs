@@ -1,7 +1,7 @@
 //! All settings, parsed once into types. No other module parses a duration or URL of a setting. No I/O: the environment is
 //! passed as a function, so that tests can pass a table.
 
-pub mod allow;
+pub mod allowlist;
 pub mod autoscale;
 pub mod base_url;
 pub mod cli;
@@ -12,39 +12,39 @@ mod help;
 mod ignored;
 pub mod listen;
 pub mod nats;
-pub mod near;
 pub mod reader;
 mod scaling;
 pub mod settings;
 mod telemetry;
+pub mod typos;
 pub mod worker;
 
 use std::path::PathBuf;
 use std::time::Duration;
 
-use crate::config::allow::Allow;
+use crate::config::allowlist::CallbackAllowlist;
 use crate::config::autoscale::Autoscale;
 use crate::config::base_url::BaseUrl;
-use crate::config::listen::{Host, Listen};
+use crate::config::listen::{ListenAddress, ListenHost};
 pub use crate::config::nats::Nats;
-use crate::config::reader::{Mistake, Reader};
+use crate::config::reader::{ConfigError, SettingsReader};
 pub use crate::config::scaling::ColdStart;
-pub use crate::config::telemetry::{Access, Log, Traces};
-pub use crate::config::worker::{Target, Worker};
+pub use crate::config::telemetry::{AccessLogMode, LogConfig, TracingConfig};
+pub use crate::config::worker::{Worker, WorkerTarget};
 
 /// Settings of `gateway serve`.
 #[derive(Clone, Debug)]
 pub struct Serve {
     /// `listen_address`, `port`: the port for clients.
-    pub listen: Listen,
+    pub listen: ListenAddress,
     /// `listen_address`, `metrics_port`.
-    pub metrics: Listen,
+    pub metrics: ListenAddress,
     /// `metrics_hosts`
     pub metrics_hosts: Vec<String>,
     /// `threads`: number of proxy threads; 0: one per core.
     pub threads: usize,
     /// `tcp_congestion_control` of client connections; `None`: the system's default.
-    pub congestion: Option<String>,
+    pub congestion_control: Option<String>,
     /// `functions_provider_url`
     pub provider: BaseUrl,
     /// `logs_provider_url`
@@ -61,13 +61,13 @@ pub struct Serve {
     pub prometheus: Option<BaseUrl>,
     pub timeouts: Timeouts,
     /// `connect_timeout`: maximum time for connecting to one address of a provider or function.
-    pub connect: Duration,
+    pub connect_timeout: Duration,
     pub limits: Limits,
     pub auth: Auth,
     pub queue: Queue,
-    pub traces: Traces,
+    pub tracing: TracingConfig,
     /// `access_log`
-    pub access_log: Access,
+    pub access_log: AccessLogMode,
     /// The API accepts only host names of this machine.
     pub local_only: bool,
     pub shutdown: Shutdown,
@@ -89,20 +89,20 @@ pub struct Timeouts {
 /// Limits of this process.
 #[derive(Clone, Copy, Debug)]
 pub struct Limits {
-    pub idle: Idle,
+    pub pool: PoolLimits,
     /// `max_calls`
     pub calls: usize,
     /// `max_connections`
     pub connections: usize,
     /// `max_head_memory`
-    pub heads: usize,
+    pub head_memory: usize,
 }
 
 /// Limits of the pool of idle upstream connections.
 #[derive(Clone, Copy, Debug)]
-pub struct Idle {
+pub struct PoolLimits {
     /// `max_idle_conns`
-    pub all: usize,
+    pub total: usize,
     /// `max_idle_conns_per_host`
     pub per_host: usize,
 }
@@ -111,9 +111,9 @@ pub struct Idle {
 #[derive(Clone, Debug)]
 pub struct Auth {
     /// `basic_auth`: the directory that holds the credentials' files.
-    pub secrets: Option<PathBuf>,
+    pub credentials_dir: Option<PathBuf>,
     /// `auth_proxy_url`
-    pub proxy: Option<BaseUrl>,
+    pub proxy_url: Option<BaseUrl>,
     /// `auth_proxy_pass_body`
     pub proxy_pass_body: bool,
 }
@@ -131,7 +131,7 @@ pub struct Queue {
     /// `max_inflight`
     pub max_inflight: usize,
     /// `max_async_body_bytes`
-    pub max_body: usize,
+    pub max_body_bytes: usize,
     /// `max_pending_calls`
     pub max_pending_calls: usize,
     /// `result_ttl`
@@ -139,9 +139,9 @@ pub struct Queue {
     /// `max_result_body_bytes`
     pub max_result_body_bytes: usize,
     /// `callback_allowlist`
-    pub callback_allowlist: Allow,
+    pub callback_allowlist: CallbackAllowlist,
     /// `secret_mount_path`: directory of the secrets that sign callbacks.
-    pub secrets: PathBuf,
+    pub secrets_dir: PathBuf,
 }
 
 /// Kind of queue.
@@ -157,7 +157,7 @@ pub enum Backend {
 }
 
 /// Maximum of `max_async_body_bytes`, and of the memory for all bodies that are being stored.
-pub const MAX_BODY: usize = 256 << 20;
+pub const MAX_ASYNC_BODY_BYTES: usize = 256 << 20;
 
 /// Shutdown of the process.
 #[derive(Clone, Copy, Debug)]
@@ -172,13 +172,13 @@ pub struct Shutdown {
 #[derive(Clone, Debug)]
 pub struct Provider {
     /// `provider_address`, `provider_port`
-    pub listen: Listen,
+    pub listen: ListenAddress,
     /// `state_dir`
     pub state_dir: PathBuf,
     /// `basic_auth`: the directory that holds the credentials' files.
-    pub secrets: Option<PathBuf>,
+    pub credentials_dir: Option<PathBuf>,
     /// `shutdown_grace`
-    pub grace: Duration,
+    pub shutdown_grace: Duration,
     /// Environment variables that functions inherit. All others may be secrets and are not inherited.
     pub environment: Vec<(String, String)>,
 }
@@ -202,12 +202,12 @@ impl Serve {
     ///
     /// # Errors
     /// All invalid settings, for the user.
-    pub fn parse(mut settings: Reader<'_>) -> Result<Self, Vec<Mistake>> {
+    pub fn parse(mut settings: SettingsReader<'_>) -> Result<Self, Vec<ConfigError>> {
         let provider = settings.url("functions_provider_url");
         if provider.is_none() && settings.text("functions_provider_url").is_empty() {
-            settings.mistake("functions_provider_url", None, base_url::EXPECTED);
+            settings.add_error("functions_provider_url", None, base_url::EXPECTED);
         }
-        let host = Host::read(&mut settings, "listen_address");
+        let host = ListenHost::parse(&mut settings, "listen_address");
         let prometheus = prometheus(&mut settings);
         let direct = settings.boolean("direct_functions");
         let direct_functions = direct.then(|| settings.text("direct_functions_suffix"));
@@ -218,24 +218,24 @@ impl Serve {
         serve.logs_provider = settings.url("logs_provider_url").unwrap_or(serve.logs_provider);
         serve.prometheus = prometheus;
         serve.direct_functions = direct_functions;
-        serve.cold_start = ColdStart::if_asked_for(&mut settings);
+        serve.cold_start = ColdStart::parse_if_enabled(&mut settings);
         serve.autoscale = Autoscale::parse(&mut settings, false);
         settings.finish(serve)
     }
 
     /// Parses the settings that `serve` and `up` share.
     fn parse_common(
-        settings: &mut Reader<'_>,
-        host: Host,
+        settings: &mut SettingsReader<'_>,
+        host: ListenHost,
         provider: BaseUrl,
         queue: Queue,
     ) -> Self {
         Self {
-            listen: host.port(settings, "port"),
-            metrics: host.port(settings, "metrics_port"),
+            listen: host.with_port(settings, "port"),
+            metrics: host.with_port(settings, "metrics_port"),
             metrics_hosts: metrics_hosts(settings),
             threads: settings.count("threads", 0..=1024),
-            congestion: Some(settings.text("tcp_congestion_control"))
+            congestion_control: Some(settings.text("tcp_congestion_control"))
                 .filter(|name| !name.is_empty()),
             logs_provider: provider.clone(),
             provider,
@@ -250,21 +250,21 @@ impl Serve {
                 upstream: settings.positive_duration("upstream_timeout"),
                 idle: settings.positive_duration("idle_timeout"),
             },
-            connect: settings.positive_duration("connect_timeout"),
+            connect_timeout: settings.positive_duration("connect_timeout"),
             limits: Limits {
-                idle: Idle::parse(settings),
+                pool: PoolLimits::parse(settings),
                 calls: settings.count("max_calls", 1..=10_000_000),
                 connections: settings.count("max_connections", 1..=10_000_000),
-                heads: settings.count("max_head_memory", 1 << 20..=1 << 30),
+                head_memory: settings.count("max_head_memory", 1 << 20..=1 << 30),
             },
             auth: Auth {
-                secrets: credentials_dir(settings),
-                proxy: settings.url("auth_proxy_url"),
+                credentials_dir: credentials_dir(settings),
+                proxy_url: settings.url("auth_proxy_url"),
                 proxy_pass_body: settings.boolean("auth_proxy_pass_body"),
             },
             queue,
-            traces: Traces::parse(settings),
-            access_log: Access::parse(settings),
+            tracing: TracingConfig::parse(settings),
+            access_log: AccessLogMode::parse(settings),
             local_only: false,
             shutdown: Shutdown {
                 delay: settings.duration("shutdown_delay"),
@@ -274,10 +274,10 @@ impl Serve {
     }
 }
 
-impl Idle {
-    fn parse(settings: &mut Reader<'_>) -> Self {
+impl PoolLimits {
+    fn parse(settings: &mut SettingsReader<'_>) -> Self {
         Self {
-            all: settings.count("max_idle_conns", 0..=1_000_000),
+            total: settings.count("max_idle_conns", 0..=1_000_000),
             per_host: settings.count("max_idle_conns_per_host", 0..=1_000_000),
         }
     }
@@ -286,7 +286,12 @@ impl Idle {
 impl Queue {
     /// Parses settings of the queue. `auto` is the kind of queue for `queue=auto`, `callbacks` the list for
     /// `callback_allowlist=auto`.
-    fn parse(settings: &mut Reader<'_>, auto: Backend, callbacks: &str, nats: Nats) -> Self {
+    fn parse(
+        settings: &mut SettingsReader<'_>,
+        auto: Backend,
+        callbacks: &str,
+        nats: Nats,
+    ) -> Self {
         let auto = if nats.servers.is_empty() { auto } else { Backend::Nats };
         let expected = "auto, embedded, jetstream, stan or none";
         let backend = settings.parsed("queue", expected, |text| match text {
@@ -299,7 +304,7 @@ impl Queue {
         });
         let backend = backend.unwrap_or(auto);
         if matches!(backend, Backend::JetStream | Backend::Stan) && nats.servers.is_empty() {
-            settings.mistake(
+            settings.add_error(
                 "faas_nats_address",
                 None,
                 "the address of NATS, for queue=jetstream and queue=stan",
@@ -318,17 +323,17 @@ impl Queue {
             with_worker: with_worker.unwrap_or_default() && backend != Backend::None,
             state_dir: PathBuf::from(settings.text("state_dir")),
             max_inflight: settings.count("max_inflight", 1..=10_000),
-            max_body: settings.count("max_async_body_bytes", 0..=MAX_BODY),
+            max_body_bytes: settings.count("max_async_body_bytes", 0..=MAX_ASYNC_BODY_BYTES),
             max_pending_calls: settings.count("max_pending_calls", 1..=1_000_000_000),
             result_ttl: settings.duration("result_ttl"),
             max_result_body_bytes: settings.count("max_result_body_bytes", 0..=(1 << 30)),
             callback_allowlist: settings
-                .parsed("callback_allowlist", allow::EXPECTED, |text| match text {
-                    "auto" => Allow::parse(callbacks),
-                    text => Allow::parse(text),
+                .parsed("callback_allowlist", allowlist::EXPECTED, |text| match text {
+                    "auto" => CallbackAllowlist::parse(callbacks),
+                    text => CallbackAllowlist::parse(text),
                 })
                 .unwrap_or_default(),
-            secrets: PathBuf::from(settings.text("secret_mount_path")),
+            secrets_dir: PathBuf::from(settings.text("secret_mount_path")),
         }
     }
 }
@@ -338,12 +343,12 @@ impl Provider {
     ///
     /// # Errors
     /// All invalid settings, for the user.
-    pub fn parse(mut settings: Reader<'_>) -> Result<Self, Vec<Mistake>> {
-        let host = Host::read(&mut settings, "provider_address");
+    pub fn parse(mut settings: SettingsReader<'_>) -> Result<Self, Vec<ConfigError>> {
+        let host = ListenHost::parse(&mut settings, "provider_address");
         let provider = Self::parse_common(&mut settings, host);
         let address = provider.listen.address.ip();
-        if !address.is_loopback() && provider.secrets.is_none() {
-            settings.mistake(
+        if !address.is_loopback() && provider.credentials_dir.is_none() {
+            settings.add_error(
                 "provider_address",
                 Some(address.to_string()),
                 "a loopback address, while basic_auth is false: a client of the provider can run commands as its \
@@ -353,15 +358,15 @@ impl Provider {
         settings.finish(provider)
     }
 
-    fn parse_common(settings: &mut Reader<'_>, host: Host) -> Self {
+    fn parse_common(settings: &mut SettingsReader<'_>, host: ListenHost) -> Self {
         Self {
-            listen: host.port(settings, "provider_port"),
+            listen: host.with_port(settings, "provider_port"),
             state_dir: PathBuf::from(settings.text("state_dir")),
-            secrets: credentials_dir(settings),
-            grace: settings.duration("shutdown_grace"),
+            credentials_dir: credentials_dir(settings),
+            shutdown_grace: settings.duration("shutdown_grace"),
             environment: INHERITED_VARIABLES
                 .iter()
-                .filter_map(|name| Some(((*name).to_owned(), settings.inherited(name)?)))
+                .filter_map(|name| Some(((*name).to_owned(), settings.environment_variable(name)?)))
                 .collect(),
         }
     }
@@ -373,31 +378,34 @@ impl Up {
     ///
     /// # Errors
     /// All invalid settings, for the user.
-    pub fn parse(mut settings: Reader<'_>, stack: Option<PathBuf>) -> Result<Self, Vec<Mistake>> {
-        let provider = Provider::parse_common(&mut settings, Host::LOOPBACK);
+    pub fn parse(
+        mut settings: SettingsReader<'_>,
+        stack: Option<PathBuf>,
+    ) -> Result<Self, Vec<ConfigError>> {
+        let provider = Provider::parse_common(&mut settings, ListenHost::LOOPBACK);
         let queue = Queue::parse(&mut settings, Backend::Embedded, "loopback", Nats::default());
         let mut serve =
-            Serve::parse_common(&mut settings, Host::LOOPBACK, placeholder_url(), queue);
+            Serve::parse_common(&mut settings, ListenHost::LOOPBACK, placeholder_url(), queue);
         serve.cold_start = Some(ColdStart::parse(&mut settings));
         serve.autoscale = Autoscale::parse(&mut settings, true);
-        serve.local_only = serve.auth.secrets.is_none() && serve.auth.proxy.is_none();
+        serve.local_only = serve.auth.credentials_dir.is_none() && serve.auth.proxy_url.is_none();
         let warnings = ignored::warnings(&settings);
         settings.finish(Self { serve, provider, stack, warnings })
     }
 }
 
 /// Additional host names under which the metrics port answers.
-fn metrics_hosts(settings: &Reader<'_>) -> Vec<String> {
+fn metrics_hosts(settings: &SettingsReader<'_>) -> Vec<String> {
     let hosts = settings.text("metrics_hosts");
     hosts.split(',').map(str::trim).filter(|host| !host.is_empty()).map(str::to_owned).collect()
 }
 
 /// Directory of the credential files, with `basic_auth`.
-fn credentials_dir(settings: &mut Reader<'_>) -> Option<PathBuf> {
+fn credentials_dir(settings: &mut SettingsReader<'_>) -> Option<PathBuf> {
     settings.boolean("basic_auth").then(|| PathBuf::from(settings.text("secret_mount_path")))
 }
 
-fn prometheus(settings: &mut Reader<'_>) -> Option<BaseUrl> {
+fn prometheus(settings: &mut SettingsReader<'_>) -> Option<BaseUrl> {
     let port = settings.port("faas_prometheus_port");
     settings.parsed("faas_prometheus_host", "a host name or IP address", |host| {
         BaseUrl::of_host(host, port)
@@ -419,7 +427,7 @@ mod tests {
 
     fn serve(vars: &[(&str, &str)]) -> Result<Serve, Vec<String>> {
         let var = |name: &str| vars.iter().find(|(n, _)| *n == name).map(|(_, v)| (*v).to_owned());
-        Serve::parse(Reader::new(&|_| None, &var))
+        Serve::parse(SettingsReader::new(&|_| None, &var))
             .map_err(|mistakes| mistakes.iter().map(ToString::to_string).collect())
     }
 
@@ -433,7 +441,7 @@ mod tests {
         assert_eq!(config.logs_provider, config.provider);
         assert_eq!(config.limits.calls, 10_000);
         assert_eq!(config.prometheus.unwrap().to_string(), "http://prometheus:9090");
-        assert!(config.auth.secrets.is_none() && config.direct_functions.is_none());
+        assert!(config.auth.credentials_dir.is_none() && config.direct_functions.is_none());
     }
 
     #[test]
@@ -462,7 +470,7 @@ mod tests {
             "functions_provider_url" => Some("http://p".to_owned()),
             _ => None,
         };
-        let config = Serve::parse(Reader::new(&flag, &var)).unwrap();
+        let config = Serve::parse(SettingsReader::new(&flag, &var)).unwrap();
         assert_eq!((config.listen.address.port(), config.metrics.address.port()), (1, 8082));
     }
 
@@ -496,7 +504,7 @@ mod tests {
     #[test]
     fn a_provider_on_another_address_than_loopback_requires_credentials() {
         let var = |name: &str| (name == "provider_address").then(|| "0.0.0.0".to_owned());
-        let mistakes = Provider::parse(Reader::new(&|_| None, &var)).unwrap_err();
+        let mistakes = Provider::parse(SettingsReader::new(&|_| None, &var)).unwrap_err();
         assert!(mistakes[0].to_string().contains("loopback"), "{}", mistakes[0]);
     }
 }

@@ -100,7 +100,7 @@ impl Scaling {
             return Ok(Entered::Ready(ready));
         }
         // Under the lock: a line that is entered is not taken for abandoned.
-        let place = line.enter(since, self.limits.queue);
+        let place = line.enter(since, self.limits.queue_limit);
         drop(lines);
         self.drive(line, is_new);
         place.map(Entered::Waiting).ok_or_else(|| Error::LineFull(function.clone()))
@@ -179,17 +179,17 @@ impl Scaling {
 impl Scaling {
     /// One whose provider is away, with room for `queue` callers.
     fn alone(queue: usize) -> Arc<Self> {
-        use crate::config::Idle;
+        use crate::config::PoolLimits;
         use crate::config::base_url::BaseUrl;
         use crate::proxy::client::{Client, Origin, Tls};
 
         let provider = Provider {
-            client: Client::new(Idle { all: 0, per_host: 0 }, Tls::default()),
+            client: Client::new(PoolLimits { total: 0, per_host: 0 }, Tls::default()),
             origin: Origin::new(BaseUrl::parse("http://127.0.0.1:1").unwrap()),
             credentials: None,
             timeout: LONGEST_QUESTION,
         };
-        let limits = ColdStart { timeout: Duration::from_secs(60), queue };
+        let limits = ColdStart { timeout: Duration::from_secs(60), queue_limit: queue };
         Self::new(provider, Arc::default(), limits, &Tasks::default())
     }
 }

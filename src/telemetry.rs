@@ -7,14 +7,14 @@ use tracing_subscriber::filter::Targets;
 use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
 
-use crate::config::Log;
+use crate::config::LogConfig;
 
 /// Lines that wait to be written. More are dropped: no call waits for whoever reads the log.
 const WAITING: usize = 16 << 10;
 
 /// Installs the process's subscriber; a second call changes nothing. What is logged is written until what is returned is
 /// dropped.
-pub fn init(log: &Log) -> WorkerGuard {
+pub fn init(log: &LogConfig) -> WorkerGuard {
     // Parsed once before, when the settings were read. The access log has a switch of its own.
     let filter: Targets = format!("access=info,{}", log.filter).parse().unwrap_or_default();
     let registry = tracing_subscriber::registry().with(filter);

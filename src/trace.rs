@@ -18,7 +18,7 @@ use uuid::Uuid;
 pub use self::trip::{Stored, Trip};
 
 use crate::config::base_url::BaseUrl;
-use crate::config::{Access, Traces};
+use crate::config::{AccessLogMode, TracingConfig};
 use crate::metrics::traces::SpansDropped;
 use crate::proxy::client::Client;
 use crate::trace::context::{Context, span_id};
@@ -28,7 +28,7 @@ use crate::trace::span::{Attribute, Kind, Span};
 /// Watches requests.
 #[derive(Debug)]
 pub struct Observer {
-    pub access: Access,
+    pub access: AccessLogMode,
     pub tracer: Option<Tracer>,
 }
 
@@ -54,13 +54,13 @@ impl Tracer {
     /// A tracer, and what sends its spans to `endpoint` as `service`.
     pub fn new(
         endpoint: BaseUrl,
-        config: Traces,
+        config: TracingConfig,
         service: &'static str,
         client: Arc<Client>,
         dropped: SpansDropped,
     ) -> (Self, Exporter) {
         let (sender, spans) = mpsc::channel(WAITING);
-        let Traces { headers, sampling, .. } = config;
+        let TracingConfig { headers, sampling_ratio: sampling, .. } = config;
         let refused = dropped.clone();
         let exporter = Exporter { client, endpoint, headers, service, dropped: refused, spans };
         (Self { spans: sender, dropped, sampling }, exporter)

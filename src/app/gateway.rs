@@ -16,7 +16,7 @@ use crate::app::worker::{Counted, Part};
 use crate::app::{autoscale, worker};
 use crate::auth::Credentials;
 use crate::autoscale::alerts::Ignored;
-use crate::config::{Access, Backend, Serve, Timeouts, Traces};
+use crate::config::{AccessLogMode, Backend, Serve, Timeouts, TracingConfig};
 use crate::health::Health;
 use crate::invoke::operators::Operators;
 use crate::invoke::{Invoker, Route};
@@ -105,7 +105,7 @@ impl Gateway {
             threads => threads,
         };
         let listeners = bind(config.listen, threads)?;
-        let pacing = match &config.congestion {
+        let pacing = match &config.congestion_control {
             Some(algorithm) => Pacing::chosen(&listeners, algorithm)?,
             None => Pacing::of_system(&listeners),
         };
@@ -177,7 +177,7 @@ impl Parts {
         stages: &Stages,
         tasks: &Tasks,
     ) -> anyhow::Result<Self> {
-        let credentials = match &config.auth.secrets {
+        let credentials = match &config.auth.credentials_dir {
             Some(directory) => Some(Credentials::read(directory)?),
             None => None,
         };
@@ -188,8 +188,8 @@ impl Parts {
         let metrics = Metrics::new(threads + 1, &namespace)?;
         let intake = worker::intake(&config.queue, &metrics, &namespace, Part::TakesIn).await?;
         let tls = Tls::default();
-        let idle = config.limits.idle;
-        let client = Client::connecting_within(config.connect, idle, tls.clone());
+        let idle = config.limits.pool;
+        let client = Client::connecting_within(config.connect_timeout, idle, tls.clone());
         let origin = Origin::new(config.provider.clone());
         let scaling = config.cold_start.map(|limits| {
             let provider = Provider {
@@ -201,9 +201,9 @@ impl Parts {
             Scaling::new(provider, Arc::clone(&metrics.known), limits, tasks)
         });
         let collector = Client::new(idle, tls.clone());
-        let tracer = tracer(&config.traces, "gateway", &metrics, collector, tasks)?;
+        let tracer = tracer(&config.tracing, "gateway", &metrics, collector, tasks)?;
         let access = config.access_log;
-        let observer = (access != Access::Off || tracer.is_some())
+        let observer = (access != AccessLogMode::Off || tracer.is_some())
             .then(|| Arc::new(Observer { access, tracer: tracer.clone() }));
         Ok(Self {
             tracer,
@@ -222,7 +222,7 @@ impl Parts {
             tls,
             client,
             stages: stages.clone(),
-            heads: Arc::new(Heads::new(config.limits.heads)),
+            heads: Arc::new(Heads::new(config.limits.head_memory)),
             kept: Arc::new(Semaphore::new(MAX_KEPT)),
             config,
         })
@@ -230,7 +230,7 @@ impl Parts {
 
     fn new_client(&self) -> Arc<Client> {
         let config = &self.config;
-        Client::connecting_within(config.connect, config.limits.idle, self.tls.clone())
+        Client::connecting_within(config.connect_timeout, config.limits.pool, self.tls.clone())
     }
 
     fn server(&self) -> Server {
@@ -336,7 +336,7 @@ impl Parts {
     fn operators(&self) -> Operators {
         match &self.credentials {
             // Asking it for each call of a function that is not ready would be too much.
-            _ if self.config.auth.proxy.is_some() => Operators::Unknown,
+            _ if self.config.auth.proxy_url.is_some() => Operators::Unknown,
             Some(credentials) => Operators::Credentials(Arc::clone(credentials)),
             None if self.config.local_only => Operators::Local,
             None => Operators::Unknown,
@@ -370,7 +370,7 @@ impl Parts {
             provider,
             logs: Origin::new(self.config.logs_provider.clone()),
             credentials: self.credentials.clone(),
-            auth_proxy: auth.proxy.clone().map(|url| AuthProxy::new(url, auth.proxy_pass_body)),
+            auth_proxy: auth.proxy_url.clone().map(|url| AuthProxy::new(url, auth.proxy_pass_body)),
             names: if self.config.local_only { Names::Local } else { Names::Any },
             timeouts: self.config.timeouts,
             default_namespace: Arc::clone(&self.namespace),
@@ -397,7 +397,7 @@ const MAX_SCRAPERS: usize = 256;
 
 /// What tells of calls to a collector of traces, if there is one, as `service`.
 pub(super) fn tracer(
-    config: &Traces,
+    config: &TracingConfig,
     service: &'static str,
     metrics: &Metrics,
     client: Arc<Client>,

@@ -49,7 +49,7 @@ pub(super) fn run(config: config::Provider) -> anyhow::Result<()> {
     super::block_on(runtime()?, async {
         let mut signals = Signals::listen().context("cannot listen for signals")?;
         let tasks = Tasks::default();
-        let credentials = match &config.secrets {
+        let credentials = match &config.credentials_dir {
             Some(directory) => Some(Credentials::read(directory)?),
             None => None,
         };
@@ -98,9 +98,9 @@ impl Provider {
             address: listener.local_addr()?,
             process,
             listener: Some(listener),
-            is_public: config.secrets.is_some(),
+            is_public: config.credentials_dir.is_some(),
             credentials,
-            grace: config.grace,
+            grace: config.shutdown_grace,
             stages: Stages::default(),
             drained: CancellationToken::new(),
         })

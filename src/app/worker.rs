@@ -117,7 +117,7 @@ pub(super) fn worker(config: &config::Queue, parts: Parts) -> anyhow::Result<Wor
 fn callbacks(config: &config::Queue, own: Own, tls: Tls) -> anyhow::Result<Callbacks> {
     let mut secrets = Vec::new();
     for name in SECRETS {
-        let path = config.secrets.join(name);
+        let path = config.secrets_dir.join(name);
         match std::fs::read(&path).map(|text| Secret::parse(&text)) {
             Ok(Ok(secret)) => secrets.push(secret),
             Ok(Err(unusable)) => bail!("{} {unusable}", path.display()),
@@ -175,10 +175,10 @@ pub(super) async fn intake(
     };
     let (name, reconnects) = match (config.backend, part) {
         (Backend::Embedded, _) => ("embedded", None),
-        (_, Part::TakesIn) => (config.nats.queue.as_str(), Some(GATEWAY_RECONNECTS)),
-        (_, Part::Makes) => (config.nats.queue.as_str(), Some(WORKER_RECONNECTS)),
+        (_, Part::TakesIn) => (config.nats.queue_name.as_str(), Some(GATEWAY_RECONNECTS)),
+        (_, Part::Makes) => (config.nats.queue_name.as_str(), Some(WORKER_RECONNECTS)),
     };
-    Ok(Some(Intake::new(queue, config.max_body, metrics.queue(name, reconnects)?)))
+    Ok(Some(Intake::new(queue, config.max_body_bytes, metrics.queue(name, reconnects)?)))
 }
 
 fn limits(config: &config::Queue) -> Limits {
@@ -189,7 +189,7 @@ fn limits(config: &config::Queue) -> Limits {
 /// How NATS is reached.
 pub(super) fn options(config: &config::Queue) -> Options {
     let nats = &config.nats;
-    let auth = match (&nats.creds, &nats.nkey_seed, &nats.token, &nats.login) {
+    let auth = match (&nats.credentials_file, &nats.nkey_seed_file, &nats.token, &nats.login) {
         (Some(file), ..) => Auth::Credentials(file.clone()),
         (None, Some(file), ..) => Auth::NkeySeed(file.clone()),
         (None, None, Some(token), _) => Auth::Token(token.clone()),
@@ -203,20 +203,20 @@ pub(super) fn options(config: &config::Queue) -> Options {
         servers: nats.servers.iter().map(|server| format!("{scheme}://{server}")).collect(),
         auth,
         tls: nats.tls,
-        root_ca: nats.ca.clone(),
+        root_ca: nats.ca_file.clone(),
         name: concat!("gateway/", env!("CARGO_PKG_VERSION")).to_owned(),
-        queue: nats.queue.clone(),
+        queue: nats.queue_name.clone(),
         replicas: nats.replicas,
         in_memory: nats.in_memory,
-        lease: nats.lease,
+        lease: nats.ack_wait,
         limits: limits(config),
     }
 }
 
 fn stan_options(nats: &config::Nats, default_namespace: &str, part: Part) -> stan::Options {
     stan::Options {
-        cluster: nats.cluster.clone(),
-        group: nats.group.clone(),
+        cluster: nats.cluster_id.clone(),
+        group: nats.queue_group.clone(),
         host: rustix::system::uname().nodename().to_string_lossy().into_owned(),
         reconnect_delay: nats.reconnect_delay,
         default_namespace: default_namespace.to_owned(),

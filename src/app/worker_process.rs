@@ -8,7 +8,7 @@ use crate::app::threads::Threads;
 use crate::app::worker::{Counted, Part};
 use crate::app::{autoscale, gateway, until_stopped, worker};
 use crate::auth::Credentials;
-use crate::config::{self, Shutdown, Target};
+use crate::config::{self, Shutdown, WorkerTarget};
 use crate::health::Health;
 use crate::limit::ConcurrencyLimit;
 use crate::metrics::Metrics;
@@ -35,7 +35,7 @@ pub(super) fn run(config: config::Worker) -> anyhow::Result<()> {
         let signals = Signals::listen().context("cannot listen for signals")?;
         let (stages, tasks) = (Stages::default(), Tasks::default());
         // Nobody connects to it, so nothing is waited for before it takes no more.
-        let shutdown = Shutdown { delay: std::time::Duration::ZERO, grace: config.grace };
+        let shutdown = Shutdown { delay: std::time::Duration::ZERO, grace: config.shutdown_grace };
         let threads = start(config, &stages, &tasks).await?;
         until_stopped(threads, signals, stages, tasks, shutdown).await
     })
@@ -45,23 +45,23 @@ async fn start(config: config::Worker, stages: &Stages, tasks: &Tasks) -> anyhow
     let listener = bind(config.metrics, 1)?.remove(0);
     let address = listener.local_addr()?;
     raise_file_limit();
-    let credentials = match &config.secrets {
+    let credentials = match &config.credentials_dir {
         Some(directory) => Some(Credentials::read(directory)?),
         None => None,
     };
     let namespace: Arc<str> = config.namespace.as_str().into();
     let metrics = Metrics::new(1, &namespace)?;
     let (url, calls) = match &config.target {
-        Target::Provider(url) => (url, metrics.shard(0)),
+        WorkerTarget::Provider(url) => (url, metrics.shard(0)),
         // The gateway counts them; numbers that nobody scrapes are kept beside it.
-        Target::Gateway(url) => (url, Metrics::new(1, &namespace)?.shard(0)),
+        WorkerTarget::Gateway(url) => (url, Metrics::new(1, &namespace)?.shard(0)),
     };
     let Some(intake) = worker::intake(&config.queue, &metrics, &namespace, Part::Makes).await?
     else {
         bail!("there is no queue to take calls from");
     };
     let (origin, tls) = (Origin::new(url.clone()), Tls::default());
-    let client = || Client::connecting_within(config.connect, config.idle, tls.clone());
+    let client = || Client::connecting_within(config.connect_timeout, config.pool, tls.clone());
     let provider = |client, timeout| Provider {
         client,
         origin: origin.clone(),
@@ -70,21 +70,21 @@ async fn start(config: config::Worker, stages: &Stages, tasks: &Tasks) -> anyhow
     };
     let (ours, polls) = (client(), client());
     // A gateway wakes functions itself.
-    let limits = config.cold_start.filter(|_| matches!(config.target, Target::Provider(_)));
+    let limits = config.cold_start.filter(|_| matches!(config.target, WorkerTarget::Provider(_)));
     let scaling = limits.map(|limits| {
-        let asked = provider(Arc::clone(&polls), config.timeout);
+        let asked = provider(Arc::clone(&polls), config.upstream_timeout);
         Scaling::new(asked, Arc::clone(&metrics.known), limits, tasks)
     });
     let caller = Caller {
         client: Arc::clone(&ours),
         origin: origin.clone(),
         calls,
-        timeout: config.timeout,
+        timeout: config.upstream_timeout,
         scaling,
         budget: intake.budget.clone(),
     };
-    let asked = provider(ours, config.timeout);
-    let tracer = gateway::tracer(&config.traces, "gateway-worker", &metrics, client(), tasks)?;
+    let asked = provider(ours, config.upstream_timeout);
+    let tracer = gateway::tracer(&config.tracing, "gateway-worker", &metrics, client(), tasks)?;
     let parts = worker::Parts {
         intake: Arc::clone(&intake),
         caller,
@@ -98,10 +98,10 @@ async fn start(config: config::Worker, stages: &Stages, tasks: &Tasks) -> anyhow
         limit: None,
     };
     let mut made = worker::worker(&config.queue, parts)?;
-    made.prints = Prints { bodies: config.print_bodies, calls: config.print_calls };
+    made.prints = Prints { bodies: config.log_bodies, calls: config.log_calls };
     let health = Health::new(stages.clone(), ConcurrencyLimit::new(config.queue.max_inflight, 1));
     let poll = Poll {
-        provider: provider(Arc::clone(&polls), config.timeout.min(gateway::LONGEST_POLL)),
+        provider: provider(Arc::clone(&polls), config.upstream_timeout.min(gateway::LONGEST_POLL)),
         default_namespace: namespace,
         metrics: Arc::clone(&metrics),
         health: Arc::clone(&health),
@@ -113,7 +113,7 @@ async fn start(config: config::Worker, stages: &Stages, tasks: &Tasks) -> anyhow
     if let Some(credentials) = credentials {
         tasks.spawn(|stopping| credentials.follow(stopping, stages.reloads()));
     }
-    if matches!(config.target, Target::Provider(_)) {
+    if matches!(config.target, WorkerTarget::Provider(_)) {
         autoscale::tell(&config.queue, Arc::clone(&metrics), tasks).await?;
     }
     let (tidied, counted) = (Arc::clone(&health), Counted::WhileScraped(Arc::clone(&metrics)));
@@ -130,7 +130,7 @@ async fn start(config: config::Worker, stages: &Stages, tasks: &Tasks) -> anyhow
 fn own(config: &config::Worker, port: u16) -> Own {
     let own = Own::default().port(port).gateway(&config.gateway);
     match &config.target {
-        Target::Provider(url) => own.upstream(url),
-        Target::Gateway(_) => own,
+        WorkerTarget::Provider(url) => own.upstream(url),
+        WorkerTarget::Gateway(_) => own,
     }
 }

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use crate::config::duration;
-use crate::config::reader::Reader;
+use crate::config::reader::SettingsReader;
 
 /// Settings of the autoscaler.
 #[derive(Clone, Copy, Debug)]
@@ -14,7 +14,7 @@ pub struct Autoscale {
 
 impl Autoscale {
     /// Returns `None` if functions are not scaled by load. `auto` is the value of `autoscale=auto`.
-    pub(super) fn parse(settings: &mut Reader<'_>, auto: bool) -> Option<Self> {
+    pub(super) fn parse(settings: &mut SettingsReader<'_>, auto: bool) -> Option<Self> {
         let on = settings.parsed("autoscale", "auto, true or false", |text| match text {
             "auto" => Some(auto),
             "true" | "1" => Some(true),

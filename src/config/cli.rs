@@ -12,7 +12,7 @@ use crate::config::settings::{Role, SETTINGS, Setting};
 
 /// A parsed subcommand. [`CommandLine::flag`] returns settings given as flags.
 #[derive(Debug)]
-pub enum Asked {
+pub enum Subcommand {
     Serve,
     Worker,
     Provider,
@@ -51,7 +51,7 @@ pub enum Asked {
 /// A parsed command line.
 #[derive(Debug)]
 pub struct CommandLine {
-    pub asked: Asked,
+    pub subcommand: Subcommand,
     matches: ArgMatches,
 }
 
@@ -63,11 +63,11 @@ impl CommandLine {
     pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Self, clap::Error> {
         let matches = command().try_get_matches_from(join_flag_values(args))?;
         Ok(match matches.subcommand() {
-            None => Self { asked: Asked::Serve, matches },
-            Some(("serve", sub)) => Self { asked: Asked::Serve, matches: sub.clone() },
-            Some(("worker", sub)) => Self { asked: Asked::Worker, matches: sub.clone() },
+            None => Self { subcommand: Subcommand::Serve, matches },
+            Some(("serve", sub)) => Self { subcommand: Subcommand::Serve, matches: sub.clone() },
+            Some(("worker", sub)) => Self { subcommand: Subcommand::Worker, matches: sub.clone() },
             Some(("up", sub)) => Self {
-                asked: Asked::Up {
+                subcommand: Subcommand::Up {
                     stack: sub.get_one::<PathBuf>("STACK").cloned(),
                     once: sub.get_flag("once"),
                 },
@@ -76,35 +76,35 @@ impl CommandLine {
             Some(("secret", sub)) => {
                 let (_, set) = sub.subcommand().unwrap_or_else(|| unreachable!("required"));
                 let text = |name| set.get_one::<String>(name).cloned().unwrap_or_default();
-                let asked = Asked::SecretSet {
+                let asked = Subcommand::SecretSet {
                     name: text("NAME"),
                     namespace: text("namespace"),
                     from_file: set.get_one::<PathBuf>("from-file").cloned(),
                 };
-                Self { asked, matches: set.clone() }
+                Self { subcommand: asked, matches: set.clone() }
             }
             Some(("provider", sub)) => {
                 let (_, process) = sub.subcommand().unwrap_or_else(|| unreachable!("required"));
-                Self { asked: Asked::Provider, matches: process.clone() }
+                Self { subcommand: Subcommand::Provider, matches: process.clone() }
             }
             Some(("queue", sub)) => {
                 let (action, sub) = sub.subcommand().unwrap_or_else(|| unreachable!("required"));
                 let path = |name: &str| sub.get_one::<PathBuf>(name).cloned().unwrap_or_default();
                 let asked = match action {
-                    "check" => Asked::QueueCheck { file: path("FILE") },
-                    _ => Asked::QueueSalvage { file: path("FILE"), out: path("OUT") },
+                    "check" => Subcommand::QueueCheck { file: path("FILE") },
+                    _ => Subcommand::QueueSalvage { file: path("FILE"), out: path("OUT") },
                 };
-                Self { asked, matches: sub.clone() }
+                Self { subcommand: asked, matches: sub.clone() }
             }
             Some(("completions", sub)) => {
                 let shell = sub.get_one::<String>("SHELL").map_or("bash", String::as_str);
                 Self {
-                    asked: Asked::Completions { script: completions(shell) },
+                    subcommand: Subcommand::Completions { script: completions(shell) },
                     matches: sub.clone(),
                 }
             }
             Some((_, sub)) => Self {
-                asked: Asked::Healthcheck {
+                subcommand: Subcommand::Healthcheck {
                     url: sub.get_one::<String>("URL").cloned().unwrap_or_default(),
                 },
                 matches: sub.clone(),
@@ -280,7 +280,7 @@ fn flags(role: Role) -> impl Iterator<Item = Arg> {
 fn flag(setting: &'static Setting) -> Arg {
     let flag = Arg::new(setting.name)
         .long(setting.name.replace('_', "-"))
-        .value_name(setting.value)
+        .value_name(setting.value_kind)
         .allow_hyphen_values(true)
         .help_heading(setting.group)
         .hide_short_help(!help::is_common(setting))
@@ -295,7 +295,7 @@ fn flag(setting: &'static Setting) -> Arg {
 
 /// Returns the value of a flag that is given without one, if that is permitted.
 fn implied_value(setting: &Setting) -> Option<&'static str> {
-    match (setting.value, setting.name) {
+    match (setting.value_kind, setting.name) {
         ("BOOLEAN", _) | (_, "autoscale" | "with_worker") => Some("true"),
         (_, "access_log") => Some("on"),
         _ => None,
@@ -340,19 +340,23 @@ mod tests {
     #[test]
     fn no_command_means_serve() {
         let line = parse("gateway --port 9 --function-namespace x").unwrap();
-        assert!(matches!(line.asked, Asked::Serve));
+        assert!(matches!(line.subcommand, Subcommand::Serve));
         assert_eq!(line.flag("port").as_deref(), Some("9"));
         assert_eq!(line.flag("metrics_port"), None);
     }
 
     #[test]
     fn queue_subcommands_take_files() {
-        let Asked::QueueSalvage { file, out } = parse("gateway queue salvage a b").unwrap().asked
+        let Subcommand::QueueSalvage { file, out } =
+            parse("gateway queue salvage a b").unwrap().subcommand
         else {
             panic!("not salvage")
         };
         assert_eq!((file, out), (PathBuf::from("a"), PathBuf::from("b")));
-        assert!(matches!(parse("gateway queue check a").unwrap().asked, Asked::QueueCheck { .. }));
+        assert!(matches!(
+            parse("gateway queue check a").unwrap().subcommand,
+            Subcommand::QueueCheck { .. }
+        ));
         for line in ["gateway queue", "gateway queue check", "gateway queue salvage a"] {
             assert!(parse(line).is_err(), "{line}");
         }
@@ -361,22 +365,24 @@ mod tests {
     #[test]
     fn roles_accept_only_their_own_flags() {
         let line = parse("gateway provider process --provider-port 1").unwrap();
-        assert!(matches!(line.asked, Asked::Provider));
+        assert!(matches!(line.subcommand, Subcommand::Provider));
         assert!(parse("gateway provider process --port 1").is_err());
         assert!(parse("gateway provider").is_err());
-        let Asked::Up { stack, once } = parse("gateway up a.yaml --port 1").unwrap().asked else {
+        let Subcommand::Up { stack, once } =
+            parse("gateway up a.yaml --port 1").unwrap().subcommand
+        else {
             panic!("not up")
         };
         assert_eq!((stack, once), (Some(PathBuf::from("a.yaml")), false));
-        let once = parse("gateway up a.yaml --once").unwrap().asked;
-        assert!(matches!(once, Asked::Up { once: true, .. }));
+        let once = parse("gateway up a.yaml --once").unwrap().subcommand;
+        assert!(matches!(once, Subcommand::Up { once: true, .. }));
     }
 
     #[test]
     fn a_secret_has_a_name_and_is_read_from_a_file_or_standard_input() {
         let line = parse("gateway secret set token --from-file f --state-dir d").unwrap();
         assert_eq!(line.flag("state_dir").as_deref(), Some("d"));
-        let Asked::SecretSet { name, namespace, from_file } = line.asked else {
+        let Subcommand::SecretSet { name, namespace, from_file } = line.subcommand else {
             panic!("not secret set")
         };
         assert_eq!((name.as_str(), namespace.as_str()), ("token", ""));
@@ -395,7 +401,7 @@ mod tests {
         ] {
             let line = parse(line).unwrap();
             assert_eq!(line.flag("with_worker").as_deref(), Some(expect), "{line:?}");
-            let Asked::Up { stack, .. } = line.asked else { panic!("not up") };
+            let Subcommand::Up { stack, .. } = line.subcommand else { panic!("not up") };
             assert_eq!(stack, Some(PathBuf::from("a.yaml")));
         }
         let line = parse("gateway --access-log --basic-auth --port 9 --nats-tls").unwrap();
@@ -412,7 +418,9 @@ mod tests {
     fn the_script_of_each_shell_has_the_flags() {
         for shell in ["bash", "zsh", "fish"] {
             let line = parse(&format!("gateway completions {shell}")).unwrap();
-            let Asked::Completions { script } = line.asked else { panic!("no completions") };
+            let Subcommand::Completions { script } = line.subcommand else {
+                panic!("no completions")
+            };
             let script = String::from_utf8(script).unwrap();
             assert!(script.contains("with-worker") && script.contains("completions"), "{shell}");
         }

@@ -2,14 +2,14 @@
 
 use std::net::IpAddr;
 
-use crate::config::allow::Allow;
+use crate::config::allowlist::CallbackAllowlist;
 use crate::config::base_url::BaseUrl;
 use crate::config::duration;
 
 /// A list is accepted or rejected; an accepted one decides on any address.
 pub(crate) fn allow_list(data: &[u8]) {
     let Ok(text) = std::str::from_utf8(data) else { return };
-    let Some(allow) = Allow::parse(text) else { return };
+    let Some(allow) = CallbackAllowlist::parse(text) else { return };
     let addresses = ["127.0.0.1", "10.0.0.1", "::1", "::ffff:169.254.169.254", "64:ff9b::7f00:1"];
     for address in addresses {
         let address: IpAddr = address.parse().unwrap_or(IpAddr::from([0; 4]));
@@ -17,7 +17,7 @@ pub(crate) fn allow_list(data: &[u8]) {
         let _ = allow.permits(host, address);
     }
     // A list with one more entry permits no less.
-    let wider = Allow::parse(&format!("{text},*"));
+    let wider = CallbackAllowlist::parse(&format!("{text},*"));
     assert!(wider.is_some_and(|all| all.permits("any.test", IpAddr::from([127, 0, 0, 1]))));
 }
 

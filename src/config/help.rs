@@ -30,7 +30,7 @@ pub(super) fn is_common(setting: &Setting) -> bool {
 
 /// Returns the first sentence of the description, with variable and default.
 pub(super) fn short(setting: &Setting) -> String {
-    let about = setting.about;
+    let about = setting.help;
     let is_outside_parentheses = |at: &usize| {
         let before = &about[..*at];
         before.matches('(').count() == before.matches(')').count()
@@ -42,7 +42,7 @@ pub(super) fn short(setting: &Setting) -> String {
 }
 
 pub(super) fn long(setting: &Setting) -> String {
-    with_variable_and_default(setting.about, setting)
+    with_variable_and_default(setting.help, setting)
 }
 
 fn with_variable_and_default(about: &str, setting: &Setting) -> String {

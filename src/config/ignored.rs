@@ -2,13 +2,14 @@
 
 use std::net::IpAddr;
 
-use crate::config::reader::Reader;
+use crate::config::reader::SettingsReader;
 use crate::config::settings::{Role, SETTINGS};
 
 /// Returns a warning for each variable that only other roles read.
-pub(super) fn warnings(settings: &Reader<'_>) -> Vec<String> {
+pub(super) fn warnings(settings: &SettingsReader<'_>) -> Vec<String> {
     let foreign = SETTINGS.iter().filter(|setting| !setting.roles.contains(&Role::Up));
-    let set = foreign.filter_map(|setting| Some((setting.name, settings.inherited(setting.name)?)));
+    let set = foreign
+        .filter_map(|setting| Some((setting.name, settings.environment_variable(setting.name)?)));
     let set = set.filter(|(_, value)| !value.trim().is_empty());
     let is_loopback = |value: &str| value.trim().parse().is_ok_and(|ip: IpAddr| ip.is_loopback());
     set.filter_map(|(name, value)| match name {
@@ -31,7 +32,7 @@ mod tests {
     fn up_warns_of_settings_that_it_does_not_have() {
         let warnings = |name: &'static str, value: &'static str| {
             let var = |asked: &str| (asked == name).then(|| value.to_owned());
-            Up::parse(Reader::new(&|_| None, &var), None).unwrap().warnings
+            Up::parse(SettingsReader::new(&|_| None, &var), None).unwrap().warnings
         };
         let said = warnings("listen_address", "0.0.0.0");
         assert!(said[0].starts_with("listen_address is ignored: gateway up listens on 127.0.0.1"));

@@ -2,37 +2,41 @@
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 
-use crate::config::reader::Reader;
+use crate::config::reader::SettingsReader;
 
 /// An address to listen on.
 #[derive(Clone, Copy, Debug)]
-pub struct Listen {
+pub struct ListenAddress {
     pub address: SocketAddr,
     /// Setting of the port.
-    pub port: &'static str,
+    pub port_setting: &'static str,
     /// Setting of the IP address; `None`: it is fixed.
-    pub host: Option<&'static str>,
+    pub host_setting: Option<&'static str>,
 }
 
 /// IP address that a role listens on.
 #[derive(Clone, Copy, Debug)]
-pub struct Host {
+pub struct ListenHost {
     address: IpAddr,
     setting: Option<&'static str>,
 }
 
-impl Host {
+impl ListenHost {
     /// Loopback, independent of settings.
     pub const LOOPBACK: Self = Self { address: IpAddr::V4(Ipv4Addr::LOCALHOST), setting: None };
 
     /// Reads the IP address from `setting`.
-    pub fn read(settings: &mut Reader<'_>, setting: &'static str) -> Self {
+    pub fn parse(settings: &mut SettingsReader<'_>, setting: &'static str) -> Self {
         Self { address: settings.address(setting), setting: Some(setting) }
     }
 
     /// Returns this IP address with the port from `setting`.
-    pub fn port(self, settings: &mut Reader<'_>, setting: &'static str) -> Listen {
+    pub fn with_port(
+        self,
+        settings: &mut SettingsReader<'_>,
+        setting: &'static str,
+    ) -> ListenAddress {
         let address = SocketAddr::new(self.address, settings.port(setting));
-        Listen { address, port: setting, host: self.setting }
+        ListenAddress { address, port_setting: setting, host_setting: self.setting }
     }
 }

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use crate::config::reader::Reader;
+use crate::config::reader::SettingsReader;
 
 /// Connection to NATS, and names on it.
 #[derive(Clone, Default)]
@@ -11,29 +11,29 @@ pub struct Nats {
     /// `faas_nats_address`, each with its port.
     pub servers: Vec<String>,
     /// `faas_nats_channel`
-    pub queue: String,
+    pub queue_name: String,
     /// `nats_user`, `nats_password`
     pub login: Option<(String, String)>,
     /// `nats_token`
     pub token: Option<String>,
     /// `nats_nkey_seed`
-    pub nkey_seed: Option<PathBuf>,
+    pub nkey_seed_file: Option<PathBuf>,
     /// `nats_creds`
-    pub creds: Option<PathBuf>,
+    pub credentials_file: Option<PathBuf>,
     /// `nats_tls`
     pub tls: bool,
     /// `nats_ca`
-    pub ca: Option<PathBuf>,
+    pub ca_file: Option<PathBuf>,
     /// `nats_replicas`
     pub replicas: usize,
     /// `nats_storage=memory`: servers store calls in memory instead of on disk.
     pub in_memory: bool,
     /// `ack_wait`
-    pub lease: Duration,
+    pub ack_wait: Duration,
     /// `faas_nats_cluster_name`
-    pub cluster: String,
+    pub cluster_id: String,
     /// `faas_nats_queue_group`
-    pub group: String,
+    pub queue_group: String,
     /// `faas_reconnect_delay`
     pub reconnect_delay: Duration,
 }
@@ -46,7 +46,7 @@ impl std::fmt::Debug for Nats {
 }
 
 impl Nats {
-    pub(super) fn parse(settings: &mut Reader<'_>) -> Self {
+    pub(super) fn parse(settings: &mut SettingsReader<'_>) -> Self {
         let text = |name: &str| Some(settings.text(name)).filter(|text| !text.is_empty());
         let (user, token) = (text("nats_user"), text("nats_token"));
         let file = |name: &str| text(name).map(PathBuf::from);
@@ -72,18 +72,18 @@ impl Nats {
         });
         Self {
             servers: servers.collect(),
-            queue: settings.text("faas_nats_channel"),
+            queue_name: settings.text("faas_nats_channel"),
             login: user.map(|user| (user, password)),
             token,
-            nkey_seed,
-            creds,
+            nkey_seed_file: nkey_seed,
+            credentials_file: creds,
             tls: settings.boolean("nats_tls"),
-            ca,
+            ca_file: ca,
             replicas: settings.count("nats_replicas", 1..=5),
             in_memory: in_memory.unwrap_or_default(),
-            lease: settings.positive_duration("ack_wait"),
-            cluster: settings.text("faas_nats_cluster_name"),
-            group: settings.text("faas_nats_queue_group"),
+            ack_wait: settings.positive_duration("ack_wait"),
+            cluster_id: settings.text("faas_nats_cluster_name"),
+            queue_group: settings.text("faas_nats_queue_group"),
             reconnect_delay: settings.positive_duration("faas_reconnect_delay"),
         }
     }

@@ -9,13 +9,13 @@ use crate::config::{duration, settings};
 
 /// An invalid or missing setting.
 #[derive(Debug, PartialEq, Eq)]
-pub struct Mistake {
+pub struct ConfigError {
     name: &'static str,
     value: Option<String>,
     expected: String,
 }
 
-impl fmt::Display for Mistake {
+impl fmt::Display for ConfigError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match &self.value {
             Some(value) => write!(f, "{}: {value:?} is not {}", self.name, self.expected),
@@ -25,13 +25,13 @@ impl fmt::Display for Mistake {
 }
 
 /// Looks up values: flags have precedence over variables, and variables over defaults. An empty value counts as unset.
-pub struct Reader<'a> {
+pub struct SettingsReader<'a> {
     flag: &'a dyn Fn(&str) -> Option<String>,
     var: &'a dyn Fn(&str) -> Option<String>,
-    errors: Vec<Mistake>,
+    errors: Vec<ConfigError>,
 }
 
-impl<'a> Reader<'a> {
+impl<'a> SettingsReader<'a> {
     /// Creates a reader of `flag` and `var`, which return values by the name of the setting.
     pub fn new(
         flag: &'a dyn Fn(&str) -> Option<String>,
@@ -44,7 +44,7 @@ impl<'a> Reader<'a> {
     ///
     /// # Errors
     /// All invalid settings otherwise.
-    pub fn finish<T>(self, value: T) -> Result<T, Vec<Mistake>> {
+    pub fn finish<T>(self, value: T) -> Result<T, Vec<ConfigError>> {
         if self.errors.is_empty() { Ok(value) } else { Err(self.errors) }
     }
 
@@ -58,7 +58,7 @@ impl<'a> Reader<'a> {
     }
 
     /// Returns an environment variable, which need not be a setting.
-    pub fn inherited(&self, name: &str) -> Option<String> {
+    pub fn environment_variable(&self, name: &str) -> Option<String> {
         (self.var)(name)
     }
 
@@ -116,13 +116,13 @@ impl<'a> Reader<'a> {
         let text = self.text(name);
         let parsed = parse(&text);
         if parsed.is_none() {
-            self.mistake(name, (!text.is_empty()).then_some(text), expected);
+            self.add_error(name, (!text.is_empty()).then_some(text), expected);
         }
         parsed
     }
 
     /// Adds an error. `value` is `None` if the setting is missing.
-    pub fn mistake(&mut self, name: &str, value: Option<String>, expected: &str) {
+    pub fn add_error(&mut self, name: &str, value: Option<String>, expected: &str) {
         let name = settings::find(name).name;
         // Credentials in a URL are not printed.
         let value = value.map(|text| match text.rsplit_once('@') {
@@ -132,6 +132,6 @@ impl<'a> Reader<'a> {
             }
             _ => text,
         });
-        self.errors.push(Mistake { name, value, expected: expected.to_owned() });
+        self.errors.push(ConfigError { name, value, expected: expected.to_owned() });
     }
 }

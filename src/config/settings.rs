@@ -20,11 +20,11 @@ pub struct Setting {
     /// Name of the environment variable. Where OpenFaaS has the setting, the name is the same.
     pub name: &'static str,
     /// Kind of value, such as `DURATION`, for `--help`.
-    pub value: &'static str,
+    pub value_kind: &'static str,
     /// Value that applies when the setting is not set; empty for none.
     pub default: &'static str,
     /// Description. `-h` shows its first sentence.
-    pub about: &'static str,
+    pub help: &'static str,
     /// Roles that read the setting.
     pub roles: &'static [Role],
     /// Heading in `--help` and docs/SETTINGS.md.
@@ -42,10 +42,10 @@ const SERVE_PROVIDER_UP: &[Role] = &[Role::Serve, Role::Provider, Role::Up];
 const ALL_ROLES: &[Role] = &[Role::Serve, Role::Worker, Role::Provider, Role::Up];
 
 macro_rules! settings {
-    ($(# $group:literal $($name:ident $value:ident $default:literal $roles:ident $about:literal)*)*) => {
+    ($(# $group:literal $($name:ident $value:ident $default:literal $roles:ident $help:literal)*)*) => {
         /// All settings, in the order of `--help`.
         pub const SETTINGS: &[Setting] = &[$($(Setting {
-            name: stringify!($name), value: stringify!($value), default: $default, about: $about, roles: $roles,
+            name: stringify!($name), value_kind: stringify!($value), default: $default, help: $help, roles: $roles,
             group: $group,
         }),*),*];
     };

@@ -4,23 +4,23 @@ use http::{HeaderMap, HeaderName, HeaderValue};
 use tracing_subscriber::filter::{LevelFilter, Targets};
 
 use crate::config::base_url::BaseUrl;
-use crate::config::reader::{Mistake, Reader};
+use crate::config::reader::{ConfigError, SettingsReader};
 
 /// Settings of the log, of all roles.
 #[derive(Clone, Debug)]
-pub struct Log {
+pub struct LogConfig {
     /// `log_level`: a filter in the syntax of `tracing_subscriber::EnvFilter`.
     pub filter: String,
     /// `log_format`
     pub json: bool,
 }
 
-impl Log {
+impl LogConfig {
     /// Parses `log_level` and `log_format`.
     ///
     /// # Errors
     /// All invalid settings, for the user.
-    pub fn parse(mut settings: Reader<'_>) -> Result<Self, Vec<Mistake>> {
+    pub fn parse(mut settings: SettingsReader<'_>) -> Result<Self, Vec<ConfigError>> {
         let json = settings.parsed("log_format", "text or json", |text| match text {
             "text" => Some(false),
             "json" => Some(true),
@@ -45,7 +45,7 @@ fn has_level(part: &str) -> bool {
 
 /// Requests that are logged.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Access {
+pub enum AccessLogMode {
     #[default]
     Off,
     /// Status 500 and above, and responses that were cut short.
@@ -53,8 +53,8 @@ pub enum Access {
     On,
 }
 
-impl Access {
-    pub(super) fn parse(settings: &mut Reader<'_>) -> Self {
+impl AccessLogMode {
+    pub(super) fn parse(settings: &mut SettingsReader<'_>) -> Self {
         let access = settings.parsed("access_log", "off, on or errors", |text| match text {
             "off" => Some(Self::Off),
             "errors" => Some(Self::Errors),
@@ -67,24 +67,24 @@ impl Access {
 
 /// Settings of traces.
 #[derive(Clone)]
-pub struct Traces {
+pub struct TracingConfig {
     /// `otlp_endpoint`
     pub endpoint: Option<BaseUrl>,
     /// `otlp_headers`
     pub headers: HeaderMap,
     /// `otlp_sampling_ratio`
-    pub sampling: f64,
+    pub sampling_ratio: f64,
 }
 
-impl std::fmt::Debug for Traces {
+impl std::fmt::Debug for TracingConfig {
     /// Omits the headers, which contain keys.
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Traces").field("endpoint", &self.endpoint).finish_non_exhaustive()
     }
 }
 
-impl Traces {
-    pub(super) fn parse(settings: &mut Reader<'_>) -> Self {
+impl TracingConfig {
+    pub(super) fn parse(settings: &mut SettingsReader<'_>) -> Self {
         let sampling = settings.parsed("otlp_sampling_ratio", "a number from 0 to 1", |text| {
             text.parse().ok().filter(|part| (0.0..=1.0).contains(part))
         });
@@ -92,11 +92,11 @@ impl Traces {
         let headers = header_map(&headers).unwrap_or_else(|| {
             // The value is not printed, since it contains keys.
             let expected = "headers such as NAME=VALUE, separated by commas";
-            settings.mistake("otlp_headers", Some("…".to_owned()), expected);
+            settings.add_error("otlp_headers", Some("…".to_owned()), expected);
             HeaderMap::new()
         });
         let endpoint = settings.url("otlp_endpoint");
-        Self { endpoint, headers, sampling: sampling.unwrap_or_default() }
+        Self { endpoint, headers, sampling_ratio: sampling.unwrap_or_default() }
     }
 }
 

@@ -14,7 +14,7 @@ use tokio_rustls::rustls::crypto::ring;
 use tokio_rustls::rustls::pki_types::ServerName;
 use tokio_rustls::rustls::{ClientConfig, RootCertStore};
 
-use crate::config::Idle;
+use crate::config::PoolLimits;
 use crate::config::base_url::BaseUrl;
 use crate::proxy::body::{BodyError, RequestBody};
 use crate::proxy::buffers;
@@ -141,7 +141,7 @@ fn brief(error: &io::Error) -> &'static str {
 /// Sends requests over pooled links. One for each thread that carries calls.
 pub struct Client {
     pool: Mutex<Pool>,
-    limits: Idle,
+    limits: PoolLimits,
     tls: Tls,
     /// How long one address may take to accept a connection.
     connect_timeout: Duration,
@@ -164,12 +164,12 @@ struct IdleLink {
 
 impl Client {
     /// A client whose pool keeps to `limits`.
-    pub fn new(limits: Idle, tls: Tls) -> Arc<Self> {
+    pub fn new(limits: PoolLimits, tls: Tls) -> Arc<Self> {
         Self::connecting_within(CONNECT_TIMEOUT, limits, tls)
     }
 
     /// The same, where each address of an upstream has `connect_timeout` to accept a connection before another is tried.
-    pub fn connecting_within(connect_timeout: Duration, limits: Idle, tls: Tls) -> Arc<Self> {
+    pub fn connecting_within(connect_timeout: Duration, limits: PoolLimits, tls: Tls) -> Arc<Self> {
         Arc::new(Self {
             pool: Mutex::default(),
             limits,
@@ -183,7 +183,7 @@ impl Client {
     /// A client for processes of this machine, which may be killed at any time. It asks the system about each idle link
     /// before it uses it: the runtime hears of a peer's end a moment after it, and what is written in that moment
     /// cannot be told from what a process has read.
-    pub fn to_processes(limits: Idle) -> Arc<Self> {
+    pub fn to_processes(limits: PoolLimits) -> Arc<Self> {
         Arc::new(Self {
             pool: Mutex::default(),
             limits,
@@ -196,7 +196,7 @@ impl Client {
 
     /// A client that connects only to what `guard` admits. It is asked for each connection, since names change what they
     /// resolve to.
-    pub fn guarded(limits: Idle, tls: Tls, guard: impl Guard + 'static) -> Arc<Self> {
+    pub fn guarded(limits: PoolLimits, tls: Tls, guard: impl Guard + 'static) -> Arc<Self> {
         let guard: Option<Box<dyn Guard>> = Some(Box::new(guard));
         let connect_timeout = CONNECT_TIMEOUT;
         Arc::new(Self { pool: Mutex::default(), limits, tls, connect_timeout, guard, looks: false })
@@ -318,7 +318,7 @@ impl Client {
             return;
         }
         let mut pool = self.pool.lock().unwrap_or_else(PoisonError::into_inner);
-        if pool.count >= self.limits.all {
+        if pool.count >= self.limits.total {
             return;
         }
         let idle = match pool.idle.get_mut(&**key) {

@@ -11,12 +11,12 @@ use bytes::Bytes;
 use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
 use tokio::time::{Instant, timeout_at};
 
-use crate::config::MAX_BODY;
+use crate::config::MAX_ASYNC_BODY_BYTES;
 
 /// The unit in which it is counted.
 const UNIT: usize = 1024;
 /// All bodies together.
-pub const MAX_TOTAL_BYTES: usize = MAX_BODY;
+pub const MAX_TOTAL_BYTES: usize = MAX_ASYNC_BODY_BYTES;
 /// A worker takes no call while less than this is free.
 const LEAST: usize = 64 << 10;
 /// A buffer grows by at most this, or a quarter of its length, more than is needed now.

@@ -6,7 +6,7 @@ use std::net::{SocketAddr, TcpListener};
 
 use socket2::{Domain, Protocol, Socket, Type};
 
-use crate::config::listen::Listen;
+use crate::config::listen::ListenAddress;
 
 /// Connections that have not been accepted yet. Linux cuts it to `net.core.somaxconn`.
 const BACKLOG: i32 = 8192;
@@ -14,7 +14,7 @@ const BACKLOG: i32 = 8192;
 /// Why an address cannot be listened on.
 #[derive(Debug, thiserror::Error)]
 pub struct BindError {
-    listen: Listen,
+    listen: ListenAddress,
     #[source]
     source: io::Error,
 }
@@ -22,7 +22,7 @@ pub struct BindError {
 impl fmt::Display for BindError {
     /// Says what to change: which port is which setting's depends on the role.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Listen { address, port, host } = self.listen;
+        let ListenAddress { address, port_setting: port, host_setting: host } = self.listen;
         write!(f, "cannot listen on {address}: ")?;
         match (self.source.kind(), host) {
             (ErrorKind::AddrInUse, _) => {
@@ -44,7 +44,7 @@ impl fmt::Display for BindError {
 ///
 /// # Errors
 /// `BindError` when the address is taken, even by a process that would share it.
-pub fn bind(listen: Listen, count: usize) -> Result<Vec<TcpListener>, BindError> {
+pub fn bind(listen: ListenAddress, count: usize) -> Result<Vec<TcpListener>, BindError> {
     bind_all(listen.address, count).map_err(|source| BindError { listen, source })
 }
 
@@ -94,8 +94,12 @@ fn local_address(socket: &Socket) -> io::Result<SocketAddr> {
 mod tests {
     use super::*;
 
-    fn listen(address: impl Into<SocketAddr>) -> Listen {
-        Listen { address: address.into(), port: "metrics_port", host: Some("listen_address") }
+    fn listen(address: impl Into<SocketAddr>) -> ListenAddress {
+        ListenAddress {
+            address: address.into(),
+            port_setting: "metrics_port",
+            host_setting: Some("listen_address"),
+        }
     }
 
     #[test]
@@ -110,7 +114,7 @@ mod tests {
     #[test]
     fn an_address_that_cannot_be_listened_on_leads_to_the_setting_that_chose_it() {
         let check = |kind: ErrorKind, host: Option<&'static str>, names: &str| {
-            let listen = Listen { host, ..listen(([192, 0, 2, 1], 80)) };
+            let listen = ListenAddress { host_setting: host, ..listen(([192, 0, 2, 1], 80)) };
             let said = BindError { listen, source: kind.into() }.to_string();
             assert_eq!(said, format!("cannot listen on 192.0.2.1:80: {names}"));
         };

@@ -8,7 +8,7 @@ use http::header::USER_AGENT;
 use http::{HeaderValue, Method, Request, Response, StatusCode};
 
 use crate::call_id::X_CALL_ID;
-use crate::config::Access;
+use crate::config::AccessLogMode;
 use crate::error::client_left;
 use crate::metrics::calls::End;
 use crate::trace::context::{Context, span_id};
@@ -79,7 +79,7 @@ impl Observer {
         began: Instant,
     ) -> Option<Box<Trip>> {
         let spans = self.tracer.as_ref().and_then(|tracer| Spans::put_on(tracer, request));
-        if spans.is_none() && self.access == Access::Off {
+        if spans.is_none() && self.access == AccessLogMode::Off {
             return None;
         }
         Some(Box::new(Trip {
@@ -170,8 +170,8 @@ impl Trip {
 
     fn log(&self, failure: Option<&str>) {
         match (self.observer.access, failure) {
-            (Access::Off, _) | (Access::Errors, None) => return,
-            (Access::On, _) | (Access::Errors, Some(_)) => {}
+            (AccessLogMode::Off, _) | (AccessLogMode::Errors, None) => return,
+            (AccessLogMode::On, _) | (AccessLogMode::Errors, Some(_)) => {}
         }
         let text = |value: &Option<HeaderValue>| {
             value.as_ref().and_then(|v| v.to_str().ok()).map(|v| cut(v, LONGEST_ID).to_owned())

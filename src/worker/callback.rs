@@ -21,8 +21,8 @@ use http::{HeaderMap, Method, Request, Response, StatusCode};
 use uuid::Uuid;
 
 use crate::chain;
-use crate::config::Idle;
-use crate::config::allow::Allow;
+use crate::config::PoolLimits;
+use crate::config::allowlist::CallbackAllowlist;
 use crate::error::Causes;
 use crate::proxy::body::RequestBody;
 use crate::proxy::client::{self, Client, Tls};
@@ -37,7 +37,7 @@ use crate::worker::callback::target::{Invalid, Target};
 use crate::worker::retry;
 
 /// No connection is kept: one that is used again would skip the judgement of its address.
-const KEEP_NONE: Idle = Idle { all: 0, per_host: 0 };
+const KEEP_NONE: PoolLimits = PoolLimits { total: 0, per_host: 0 };
 
 /// How a call ended.
 #[derive(Clone, Debug)]
@@ -113,7 +113,7 @@ pub struct Callbacks {
 
 /// Where callbacks may connect to.
 struct Destinations {
-    allow: Allow,
+    allow: CallbackAllowlist,
     own: Own,
 }
 
@@ -145,7 +145,13 @@ struct Reply {
 
 impl Callbacks {
     /// Callbacks to where `allow` permits and that is not `own`, signed with each of `secrets`.
-    pub fn new(allow: Allow, own: Own, secrets: Vec<Secret>, pace: Pace, tls: Tls) -> Self {
+    pub fn new(
+        allow: CallbackAllowlist,
+        own: Own,
+        secrets: Vec<Secret>,
+        pace: Pace,
+        tls: Tls,
+    ) -> Self {
         let client = Client::guarded(KEEP_NONE, tls, Destinations { allow, own });
         Self { client, secrets, pace, local: None }
     }

@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
 use std::time::Duration;
 
 use bytes::Bytes;
-use gateway::config::allow::Allow;
+use gateway::config::allowlist::CallbackAllowlist;
 use gateway::proxy::client::Tls;
 use gateway::worker::callback::own::Own;
 use gateway::worker::callback::signature::Secret;
@@ -29,7 +29,13 @@ fn callbacks(allow: &str, secret: Option<&str>) -> Callbacks {
 
 fn paced(allow: &str, secret: Option<&str>, pace: Pace) -> Callbacks {
     let secrets = secret.iter().map(|secret| Secret::parse(secret.as_bytes()).unwrap()).collect();
-    Callbacks::new(Allow::parse(allow).unwrap(), Own::default(), secrets, pace, Tls::default())
+    Callbacks::new(
+        CallbackAllowlist::parse(allow).unwrap(),
+        Own::default(),
+        secrets,
+        pace,
+        Tls::default(),
+    )
 }
 
 /// A receiver whose answers, heads and all, are `answers` in turn, the last one for ever.

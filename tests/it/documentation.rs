@@ -173,6 +173,6 @@ fn row(setting: &Setting) -> String {
         Role::Up => "up",
     });
     let roles: Vec<_> = roles.collect();
-    let about = setting.about.replace('*', "\\*").replace('|', "\\|");
+    let about = setting.help.replace('*', "\\*").replace('|', "\\|");
     format!("| `{}` | {default} | {} | {about} |\n", setting.name, roles.join(", "))
 }

@@ -60,7 +60,8 @@ const QUICK: Pace = Pace {
 
 fn policies(url: &str, pace: Pace) -> Policies {
     let url = BaseUrl::parse(url).unwrap();
-    let client = Client::new(gateway::config::Idle { all: 10, per_host: 10 }, Tls::default());
+    let client =
+        Client::new(gateway::config::PoolLimits { total: 10, per_host: 10 }, Tls::default());
     let provider = gateway::provider::Provider {
         client,
         origin: Origin::new(url),

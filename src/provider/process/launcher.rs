@@ -11,7 +11,7 @@ use tokio::process::Command;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use crate::config::Idle;
+use crate::config::PoolLimits;
 use crate::provider::process::command::{DEFAULT_PATH, find_program};
 use crate::provider::process::fork_limiter::ForkLimiter;
 use crate::provider::process::mounts::{Mounts, SECRETS_DIRECTORY};
@@ -26,7 +26,7 @@ use crate::shutdown::Tasks;
 /// How long a process that was asked to end may take.
 pub(super) const TERMINATION_GRACE: Duration = Duration::from_secs(10);
 /// Connections to replicas that are kept open.
-const REPLICA_POOL_LIMITS: Idle = Idle { all: 1024, per_host: 64 };
+const REPLICA_POOL_LIMITS: PoolLimits = PoolLimits { total: 1024, per_host: 64 };
 /// How long killed processes may take to be gone when the provider stops.
 const KILL_GRACE: Duration = Duration::from_secs(6);
 

@@ -21,7 +21,7 @@ use crate::queue::now;
 const TOGETHER: usize = 4;
 
 /// No body is larger, and no answer.
-pub(super) const LARGEST: usize = crate::config::MAX_BODY;
+pub(super) const LARGEST: usize = crate::config::MAX_ASYNC_BODY_BYTES;
 
 /// A stored body: its call's id, as a token, and its own name.
 pub(super) type Body = (String, String);

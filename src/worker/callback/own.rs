@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use tokio::net::lookup_host;
 use tokio::sync::Semaphore;
 
-use crate::config::allow::forms;
+use crate::config::allowlist::equivalent_addresses;
 use crate::config::base_url::BaseUrl;
 
 /// The addresses of a name are looked up again after this time.
@@ -95,7 +95,7 @@ async fn is_among(peers: &[Peer], host: &str, addresses: &[SocketAddr]) -> bool 
 /// `address`, and those that it leads to where a translator is in place.
 fn all_forms(address: &SocketAddr) -> impl Iterator<Item = SocketAddr> + use<> {
     let address = *address;
-    forms(address.ip()).map(move |form| match address {
+    equivalent_addresses(address.ip()).map(move |form| match address {
         // Its scope belongs to it.
         SocketAddr::V6(whole) if form == IpAddr::V6(*whole.ip()) => address,
         _ => SocketAddr::new(form, address.port()),

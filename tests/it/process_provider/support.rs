@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use axum::body::Body;
 use bytes::Bytes;
 use gateway::config;
-use gateway::config::listen::Listen;
+use gateway::config::listen::ListenAddress;
 use gateway::provider::process::{ProcessProvider, router};
 use gateway::shutdown::Tasks;
 use http::{HeaderMap, Method, Request, Response, StatusCode};
@@ -167,14 +167,14 @@ pub fn request(method: Method, path: &str, body: Body) -> Request<Body> {
 pub fn config(state_dir: &Path) -> config::Provider {
     let path = std::env::var_os("PATH").unwrap().into_string().unwrap();
     config::Provider {
-        listen: Listen {
+        listen: ListenAddress {
             address: SocketAddr::from(([127, 0, 0, 1], 0)),
-            port: "provider_port",
-            host: None,
+            port_setting: "provider_port",
+            host_setting: None,
         },
         state_dir: state_dir.to_owned(),
-        secrets: None,
-        grace: Duration::from_secs(1),
+        credentials_dir: None,
+        shutdown_grace: Duration::from_secs(1),
         environment: vec![("PATH".to_owned(), path)],
     }
 }

@@ -3,7 +3,7 @@
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
-/// Format that [`Allow::parse`] accepts, for messages.
+/// Format that [`CallbackAllowlist::parse`] accepts, for messages.
 pub const EXPECTED: &str = "a list such as loopback, 169.254.1.0/24, 10.0.0.1, hooks.internal or *";
 
 /// Networks that are denied unless they are listed. Private networks are not denied: a cluster's services are there.
@@ -38,7 +38,7 @@ const ALL_ADDRESSES: [Network; 2] = [v4(0, 0, 0, 0, 0), v6(0, 0, 0, 0)];
 
 /// Exceptions from the denied networks. The default has none.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Allow {
+pub struct CallbackAllowlist {
     networks: Vec<Network>,
     /// In lower case. A listed name is permitted at any address that it resolves to.
     hosts: Vec<String>,
@@ -85,7 +85,7 @@ impl Network {
     }
 }
 
-impl Allow {
+impl CallbackAllowlist {
     /// Parses a list, separated by commas: networks, addresses, host names, `loopback`, or `*` for everything.
     /// Returns `None` if an entry is none of these.
     pub fn parse(text: &str) -> Option<Self> {
@@ -110,7 +110,7 @@ impl Allow {
         if self.hosts.iter().any(|listed| listed.eq_ignore_ascii_case(host)) {
             return true;
         }
-        forms(address).all(|form| self.permits_address(form))
+        equivalent_addresses(address).all(|form| self.permits_address(form))
     }
 
     fn permits_address(&self, address: IpAddr) -> bool {
@@ -122,7 +122,7 @@ impl Allow {
 /// Returns `address` in its canonical form, and the IPv4 addresses that it reaches through a translator or tunnel.
 ///
 /// The IPv4-mapped form is only another notation. The other forms are distinct addresses.
-pub fn forms(address: IpAddr) -> impl Iterator<Item = IpAddr> {
+pub fn equivalent_addresses(address: IpAddr) -> impl Iterator<Item = IpAddr> {
     let address = address.to_canonical();
     let inner = match address {
         IpAddr::V6(address) => embedded_ipv4(address),
@@ -173,7 +173,7 @@ mod tests {
 
     #[track_caller]
     fn check(list: &str, expect: bool, addresses: &[&str]) {
-        let allow = Allow::parse(list).unwrap();
+        let allow = CallbackAllowlist::parse(list).unwrap();
         for address in addresses {
             let got = allow.permits("host.example", address.parse().unwrap());
             assert_eq!(got, expect, "{address} with {list:?}");
@@ -277,7 +277,7 @@ mod tests {
 
     #[test]
     fn a_listed_host_is_permitted_at_any_address() {
-        let allow = Allow::parse("Hooks.internal., other").unwrap();
+        let allow = CallbackAllowlist::parse("Hooks.internal., other").unwrap();
         let loopback = IpAddr::V4(Ipv4Addr::LOCALHOST);
         for (host, expect) in [
             ("hooks.internal", true),
@@ -306,7 +306,7 @@ mod tests {
             "[::1",
             "127.1",
         ] {
-            assert_eq!(Allow::parse(text), None, "{text:?}");
+            assert_eq!(CallbackAllowlist::parse(text), None, "{text:?}");
         }
     }
 }

@@ -4,7 +4,7 @@ use crate::config::settings::{Role, SETTINGS};
 
 /// Returns those of `names` that are one edit away from a setting of `role`, each with that setting. Settings of one word,
 /// such as `port`, are not considered: they resemble too many other variables.
-pub fn misses<'a>(
+pub fn likely_typos<'a>(
     role: Role,
     names: impl Iterator<Item = &'a str>,
 ) -> impl Iterator<Item = (&'a str, &'static str)> {
@@ -46,7 +46,7 @@ mod tests {
 
     #[test]
     fn a_name_one_edit_away_from_a_setting_is_reported() {
-        let meant = |name: &'static str| misses(Role::Serve, [name].into_iter()).next();
+        let meant = |name: &'static str| likely_typos(Role::Serve, [name].into_iter()).next();
         for (name, setting) in [
             ("read_timeuot", "read_timeout"),
             ("read_timeou", "read_timeout"),
