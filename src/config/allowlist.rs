@@ -1,5 +1,5 @@
-//! Allow-list of callback destinations. A client chooses the URL, and this process can reach addresses that the client must
-//! not reach: its own ports, link-local hosts, and metadata services of clouds, which reveal credentials. No I/O.
+//! Allow-list of callback destinations. A client chooses the URL, and this process can reach addresses that the client
+//! must not reach: its own ports, link-local hosts, and metadata services of clouds, which reveal credentials. No I/O.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 

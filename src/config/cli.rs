@@ -232,7 +232,7 @@ fn queue_command() -> Command {
         .subcommand_required(true)
         .subcommand(
             Command::new("check")
-                .about("Count the readable calls and results of FILE, without changing it: exit status 0 if it is sound")
+                .about("Count the readable calls and results of FILE without changing it: exit status 0 if it is sound")
                 .arg(file()),
         )
         .subcommand(

@@ -61,8 +61,8 @@ pub(super) fn after_help(examples: &[(&str, &str)]) -> String {
         text.push_str(&format!("  {line}{meaning}\n"));
     }
     text.push_str(
-        "\nEach setting can be given as a flag or as the environment variable named in its line; the flag has precedence. \
-         Durations are those of Go (1m30s, 700ms) or whole seconds. A flag for true or false needs no value. \
+        "\nEach setting can be given as a flag or as the environment variable named in its line; the flag has \
+         precedence. Durations are those of Go (1m30s, 700ms) or whole seconds. A flag for true or false needs no value. \
          -h shows the most common settings, --help shows all.",
     );
     text

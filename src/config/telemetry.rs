@@ -36,8 +36,8 @@ impl LogConfig {
     }
 }
 
-/// Returns whether a part of a filter is `level` or `target=level`. Any other word would be taken for a target, of which
-/// everything is logged.
+/// Returns whether a part of a filter is `level` or `target=level`. Any other word would be taken for a target, of
+/// which everything is logged.
 fn has_level(part: &str) -> bool {
     let level = part.rsplit_once('=').map_or(part, |(_, level)| level);
     !level.is_empty() && level.parse::<LevelFilter>().is_ok()

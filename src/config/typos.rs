@@ -2,8 +2,8 @@
 
 use crate::config::settings::{Role, SETTINGS};
 
-/// Returns those of `names` that are one edit away from a setting of `role`, each with that setting. Settings of one word,
-/// such as `port`, are not considered: they resemble too many other variables.
+/// Returns those of `names` that are one edit away from a setting of `role`, each with that setting. Settings of one
+/// word, such as `port`, are not considered: they resemble too many other variables.
 pub fn likely_typos<'a>(
     role: Role,
     names: impl Iterator<Item = &'a str>,
@@ -19,7 +19,8 @@ pub fn likely_typos<'a>(
     })
 }
 
-/// Returns whether inserting, deleting or replacing one letter, or swapping two adjacent ones, turns one name into the other.
+/// Returns whether inserting, deleting or replacing one letter, or swapping two adjacent ones, turns one name into the
+/// other.
 fn is_one_edit(mut one: &[u8], mut other: &[u8]) -> bool {
     while let (Some((a, rest_of_one)), Some((b, rest_of_other))) =
         (one.split_first(), other.split_first())

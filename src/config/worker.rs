@@ -20,7 +20,8 @@ pub struct Worker {
     pub metrics_hosts: Vec<String>,
     /// Where functions are called and queried.
     pub target: WorkerTarget,
-    /// `faas_gateway_address`, `faas_gateway_port`, also if functions are called elsewhere: callbacks must not reach it.
+    /// `faas_gateway_address`, `faas_gateway_port`, also if functions are called elsewhere: callbacks must not reach
+    /// it.
     pub gateway: BaseUrl,
     /// `function_namespace`
     pub namespace: String,
@@ -72,14 +73,18 @@ impl Worker {
             Backend::Embedded => settings.add_error(
                 "queue",
                 Some("embedded".to_owned()),
-                "a queue that several processes can share, which is one on NATS; a file belongs to one process (see with_worker)",
+                "jetstream or stan, which several processes can share; a file belongs to one process (see with_worker)",
             ),
             Backend::None if has_no_servers => settings.add_error(
                 "faas_nats_address",
                 None,
                 "the address of NATS, from which this worker receives calls",
             ),
-            Backend::None => settings.add_error("queue", Some("none".to_owned()), "a queue from which a worker can receive calls"),
+            Backend::None => settings.add_error(
+                "queue",
+                Some("none".to_owned()),
+                "a queue from which a worker can receive calls",
+            ),
             Backend::JetStream | Backend::Stan | Backend::Nats => {}
         }
         let gateway = gateway.unwrap_or_else(placeholder_url);

@@ -1,4 +1,4 @@
-//! README and docs: commands that run, links that lead somewhere, tests that exist, a list of settings that is complete.
+//! README and docs: their commands run, their links work, the tests that they name exist, and the settings are complete.
 
 mod console;
 mod page;

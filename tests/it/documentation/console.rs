@@ -31,14 +31,14 @@ const PORTS: [(&str, &str); 4] = [
 ];
 
 /// A folder in which the blocks of one page run, one after the other.
-pub struct Workspace {
+pub(super) struct Workspace {
     folder: TempDir,
     ports: Vec<u16>,
     server: Option<Child>,
 }
 
 impl Workspace {
-    pub fn new(root: &Path) -> Self {
+    pub(super) fn new(root: &Path) -> Self {
         let folder = TempDir::new().unwrap();
         fs::create_dir(folder.path().join("bin")).unwrap();
         symlink(env!("CARGO_BIN_EXE_gateway"), folder.path().join("bin/gateway")).unwrap();
@@ -50,7 +50,7 @@ impl Workspace {
 
     /// # Errors
     /// What is wrong with the block.
-    pub fn run(&mut self, block: &Block) -> Result<(), String> {
+    pub(super) fn run(&mut self, block: &Block) -> Result<(), String> {
         let (word, argument) = block.comment.split_once(": ").unwrap_or((&block.comment, ""));
         if word == "file" {
             return fs::write(self.folder.path().join(argument), &block.text)

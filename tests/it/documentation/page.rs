@@ -4,29 +4,29 @@ use std::fs;
 use std::path::Path;
 
 /// A page, by its path relative to the root.
-pub struct Page {
-    pub name: String,
+pub(super) struct Page {
+    pub(super) name: String,
     text: String,
 }
 
 /// A fenced block, and the comment in the line before it.
-pub struct Block {
-    pub line: usize,
-    pub language: String,
-    pub text: String,
+pub(super) struct Block {
+    pub(super) line: usize,
+    pub(super) language: String,
+    pub(super) text: String,
     /// Content of `<!-- … -->`.
-    pub comment: String,
+    pub(super) comment: String,
 }
 
 impl Page {
-    pub fn read(root: &Path, path: &Path) -> Self {
+    pub(super) fn read(root: &Path, path: &Path) -> Self {
         let text =
             fs::read_to_string(path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
         let name = path.strip_prefix(root).unwrap_or(path).display().to_string();
         Self { name, text }
     }
 
-    pub fn blocks(&self) -> Vec<Block> {
+    pub(super) fn blocks(&self) -> Vec<Block> {
         let (mut blocks, mut open, mut comment) = (Vec::new(), None::<Block>, String::new());
         for (index, line) in self.text.lines().enumerate() {
             if let Some(mut block) = open.take() {
@@ -60,7 +60,7 @@ impl Page {
     }
 
     /// Targets of relative links and images.
-    pub fn links(&self) -> Vec<String> {
+    pub(super) fn links(&self) -> Vec<String> {
         let lines = self.prose().map(without_code);
         let targets = lines.flat_map(|line| {
             let rest: Vec<String> = line.split("](").skip(1).map(str::to_owned).collect();
@@ -70,7 +70,7 @@ impl Page {
     }
 
     /// Anchors of headings, as GitHub makes them.
-    pub fn anchors(&self) -> Vec<String> {
+    pub(super) fn anchors(&self) -> Vec<String> {
         let mut anchors: Vec<String> = Vec::new();
         for line in self.prose().filter(|line| line.starts_with('#')) {
             let title = line.trim_start_matches('#').trim().to_lowercase();
@@ -84,7 +84,7 @@ impl Page {
     }
 
     /// Number of words outside of blocks, tables and comments.
-    pub fn words(&self) -> usize {
+    pub(super) fn words(&self) -> usize {
         let lines = self.prose().filter(|line| !line.starts_with('|') && !line.starts_with("<!--"));
         lines.flat_map(str::split_whitespace).count()
     }
