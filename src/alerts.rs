@@ -1,5 +1,5 @@
-//! `POST /system/alert`: Alertmanager's webhook. A firing alert scales its function up by a step, a resolved one back
-//! to its minimum.
+//! `POST /system/alert`: webhook for Alertmanager. A firing alert scales its function up by one step, a resolved alert
+//! back to its minimum.
 
 mod step;
 
@@ -17,7 +17,7 @@ use crate::system::{Api, MAX_BODY, read};
 pub use step::Bounds;
 use step::{Alarm, replicas_after};
 
-/// What Alertmanager sends, as far as it matters.
+/// The used fields of a notification.
 #[derive(Debug, Deserialize)]
 struct Notification {
     #[serde(default)]
@@ -38,27 +38,30 @@ struct Labels {
     function_name: String,
 }
 
-/// Carries every alert out; one that fails does not keep the others from it.
+/// Applies every alert; a failed one does not stop the others.
+///
+/// # Errors
+/// The body is invalid, the timeout has passed, or an alert failed: then the last failure.
 pub async fn alert(State(api): State<Arc<Api>>, request: Request) -> Result<StatusCode, Error> {
     let body = read(request.into_body(), MAX_BODY).await?;
-    let notification: Notification = serde_json::from_slice(&body)
-        .map_err(|error| Error::BadRequest(format!("the body is no alert: {error}")))?;
-    // One deadline for all of them, however many there are.
-    let carried_out =
-        tokio::time::timeout(api.timeouts.upstream, carry_out_all(&api, notification));
-    match carried_out.await.map_err(|_| Error::Upstream(client::Error::Timeout))? {
+    let notification: Notification = serde_json::from_slice(&body).map_err(|error| {
+        Error::BadRequest(format!("the body is not a valid notification: {error}"))
+    })?;
+    // One timeout for all alerts.
+    let applied = tokio::time::timeout(api.timeouts.upstream, carry_out_all(&api, notification));
+    match applied.await.map_err(|_| Error::Upstream(client::Error::Timeout))? {
         None => Ok(StatusCode::OK),
         Some(error) => Err(Error::Provider(error.to_string())),
     }
 }
 
-/// Returns the last failure.
+/// Applies all alerts; returns the last failure.
 async fn carry_out_all(api: &Api, notification: Notification) -> Option<Error> {
     let mut failure = None;
     for alert in notification.alerts {
         if let Err(error) = carry_out(api, &alert).await {
             let name = &alert.labels.function_name;
-            tracing::warn!(function = name, error = %error, "An alert did not scale {name}");
+            tracing::warn!(function = name, error = %error, "Cannot scale {name} on an alert");
             failure = Some(error);
         }
     }
@@ -69,7 +72,7 @@ async fn carry_out(api: &Api, alert: &Alert) -> Result<(), Error> {
     let name = &alert.labels.function_name;
     let function = Function::parse(name, &api.default_namespace).ok_or_else(|| {
         Error::BadRequest(format!(
-            "an alert's label function_name is {name:?}, which names no function"
+            "an alert's label function_name is {name:?}, which is not a valid function name"
         ))
     })?;
     let alarm = match alert.status.as_str() {

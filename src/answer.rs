@@ -1,5 +1,5 @@
-//! The body of an answer on its way to the caller. It sees to what must happen when it ends: the call is counted,
-//! the link goes back to its pool, the connection waits for the next request.
+//! The response body on its way to the client. Its end triggers the rest of the exchange: the invocation is recorded,
+//! the upstream connection returns to its pool, and the client's connection waits for the next request.
 
 pub mod early;
 
@@ -21,28 +21,28 @@ use crate::watch::Watch;
 
 type BoxError = Box<dyn Error + Send + Sync>;
 
-/// What an answer says.
+/// Where the body comes from.
 pub enum Content {
-    /// What a function says, as it comes.
+    /// Streamed from an upstream.
     Upstream(UpstreamBody),
-    /// What is at hand.
+    /// In memory; `None` once it has been sent.
     Full(Option<Bytes>),
-    /// What the API's router made.
+    /// From the API's router.
     Api(axum::body::Body),
 }
 
-/// A call that ends with its answer.
+/// An invocation that ends with its response body.
 pub struct InFlight {
     pub call: Call,
     pub place: Permit,
 }
 
-/// An answer's body, observed to its end.
+/// A response body that is tracked to its end.
 pub struct Answer {
     content: Content,
     in_flight: Option<InFlight>,
     watch: Arc<Watch>,
-    /// How long the connection may wait for another request.
+    /// Idle timeout of the client's connection after this response.
     idle: Duration,
     end: End,
     trip: Option<Box<Trip>>,
@@ -58,7 +58,7 @@ impl Answer {
         Self { content, in_flight, watch, idle, end: End::Left, trip: None }
     }
 
-    /// Has `trip` hear of the answer and its end.
+    /// Attaches the request span, which ends with this body.
     pub fn watched_by(&mut self, trip: Box<Trip>) {
         self.trip = Some(trip);
     }
@@ -121,10 +121,10 @@ impl Body for Answer {
 }
 
 impl Drop for Answer {
-    /// hyper drops a body as soon as it has taken the last frame, or when the connection is gone.
+    /// hyper drops a body after its last frame, or when the connection is closed.
     fn drop(&mut self) {
         let now = Instant::now();
-        // In answer to HEAD nobody asks for the text that is at hand.
+        // The text of a response to HEAD is never polled.
         let nothing_missing = self.is_end_stream() || matches!(self.content, Content::Full(_));
         if self.end == End::Left && nothing_missing {
             self.end = End::Whole;

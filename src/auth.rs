@@ -1,5 +1,5 @@
-//! Who may use the API: credentials from mounted files, checked on the way in and put on the way out; or a service
-//! that is asked.
+//! Access to the API: credentials from mounted files, verified on incoming requests and added to requests to the
+//! provider; or an external authorization service.
 
 mod pairs;
 mod question;
@@ -29,43 +29,46 @@ use crate::proxy::{Errand, forward};
 use crate::serve::caller::Caller;
 use crate::system::{Api, read};
 
-/// How often the credentials' files are read again.
+/// Interval at which the files are read.
 const REREAD_EVERY: Duration = Duration::from_secs(2);
-/// A change is believed once the files say the same after this time: one that is read while the files are replaced may
-/// be half of a password, or a user with the password of another.
+/// A change is applied if the files have the same content after this time. A read during an update may return half of a
+/// password, or the user name with the old password.
 const REREAD_AFTER_CHANGE: Duration = Duration::from_millis(200);
-/// The most of a body that `auth_proxy_pass_body` passes on.
+/// Maximum bytes of a body that is sent to the authorization service.
 const MAX_PASSED_BODY: usize = 1 << 20;
 
-/// Why credentials cannot be had.
+/// Why credentials are unavailable.
 #[derive(Debug, thiserror::Error)]
 pub enum CredentialsError {
     #[error("basic_auth: cannot read {0}")]
     Unreadable(PathBuf, #[source] std::io::Error),
-    #[error("basic_auth: {0} is empty, or holds what no header can")]
+    #[error("basic_auth: {0} is empty, or has characters that are not allowed in a header")]
     Unusable(PathBuf),
-    #[error("the system gives no random numbers, from which the provider's credentials are made")]
+    #[error("the system has no random numbers to generate the provider's credentials")]
     NoRandomness,
 }
 
-/// User and password from `basic-auth-user` and `basic-auth-password`, and those that they replaced.
+/// User and password from `basic-auth-user` and `basic-auth-password`, and the pairs that they replaced.
 pub struct Credentials {
-    /// `None`: they are in no file.
+    /// `None` if the credentials were generated.
     directory: Option<PathBuf>,
     pairs: ArcSwap<Pairs>,
 }
 
 impl Credentials {
     /// Reads the files in `directory`.
+    ///
+    /// # Errors
+    /// A file cannot be read, or is empty or invalid. The process should not start.
     pub fn read(directory: &Path) -> Result<Arc<Self>, CredentialsError> {
         let pairs = ArcSwap::from_pointee(Pairs::new(read_pair(directory)?));
         Ok(Arc::new(Self { directory: Some(directory.to_owned()), pairs }))
     }
 
-    /// Credentials that nobody can know who is not given them. They last as long as the process.
+    /// Generates random credentials. They are valid for the lifetime of the process.
     ///
     /// # Errors
-    /// When the system has no random numbers.
+    /// The system has no random numbers.
     pub fn generated() -> Result<Arc<Self>, CredentialsError> {
         let mut password = [0; 32];
         let random = ring::rand::SystemRandom::new();
@@ -76,25 +79,25 @@ impl Credentials {
         Ok(Arc::new(Self { directory: None, pairs: ArcSwap::from_pointee(Pairs::new(pair)) }))
     }
 
-    /// Whether `headers` carry these credentials. Takes the same time for all wrong ones of one length.
+    /// Returns whether `headers` have the current credentials. Constant time for wrong ones of the same length.
     pub fn admit(&self, headers: &HeaderMap) -> bool {
         let Some(given) = headers.get(AUTHORIZATION).and_then(basic) else { return false };
         self.pairs.load().admit(&given)
     }
 
-    /// The same, where credentials that were replaced a short time ago do as well: gateways read a change at other
-    /// times than their provider.
+    /// Like [`verify`](Self::verify), but also accepts credentials replaced a short time ago: gateways load a change at
+    /// a different time than their provider.
     pub fn admit_recent(&self, headers: &HeaderMap) -> bool {
         let Some(given) = headers.get(AUTHORIZATION).and_then(basic) else { return false };
         self.pairs.load().admit_recent(&given, Instant::now())
     }
 
-    /// Has the next request to the provider try the current credentials first, also where it has accepted others.
+    /// Makes the next request to the provider use the current credentials first, even if it has accepted replaced ones.
     pub fn prefer_current(&self) {
         self.update(|pairs| pairs.accepted(pairs.current()));
     }
 
-    /// Whether the provider accepted replaced credentials when it was asked last.
+    /// Returns whether the provider accepted only replaced credentials when it was last queried.
     pub fn are_ahead_of_provider(&self) -> bool {
         self.pairs.load().is_behind()
     }
@@ -103,15 +106,15 @@ impl Credentials {
         self.update(|pairs| pairs.accepted(pair));
     }
 
-    /// Changes the pairs as `change` says, however many do so at a time.
+    /// Applies `change` atomically.
     fn update(&self, change: impl Fn(&Pairs) -> Option<Pairs>) {
-        // Most requests change nothing, and write nothing that other threads read.
+        // Most requests change nothing, and must not write to shared memory.
         if change(&self.pairs.load()).is_some() {
             self.pairs.rcu(|pairs| change(pairs).map_or_else(|| Arc::clone(pairs), Arc::new));
         }
     }
 
-    /// Follows changes of the files until `stopping`.
+    /// Applies changes of the files until `stopping`. `reloads` triggers an immediate read.
     pub async fn follow(
         self: Arc<Self>,
         stopping: CancellationToken,
@@ -121,7 +124,7 @@ impl Credentials {
         let (mut was_readable, mut seen) = (true, None);
         loop {
             let pause = if seen.is_some() { REREAD_AFTER_CHANGE } else { REREAD_EVERY };
-            // All branches are cancel-safe. A change that is being confirmed takes its time.
+            // All branches are cancel-safe. A reload does not shorten the confirmation delay.
             tokio::select! {
                 () = stopping.cancelled() => return,
                 Ok(()) = reloads.changed(), if seen.is_none() => {}
@@ -143,7 +146,7 @@ impl Credentials {
                         let error = &error as &dyn std::error::Error;
                         tracing::warn!(
                             error,
-                            "Credentials cannot be read again; the last ones hold"
+                            "Cannot read the credentials; the previous ones stay in use"
                         );
                     }
                 }
@@ -171,7 +174,7 @@ fn read_pair(directory: &Path) -> Result<Pair, CredentialsError> {
         .ok_or_else(|| CredentialsError::Unusable(directory.to_owned()))
 }
 
-/// `user:password` of a basic `Authorization`.
+/// Decodes a basic `Authorization` to `user:password`.
 fn basic(value: &HeaderValue) -> Option<Vec<u8>> {
     let (scheme, encoded) = value.to_str().ok()?.trim().split_once(' ')?;
     if !scheme.eq_ignore_ascii_case("basic") {
@@ -180,7 +183,7 @@ fn basic(value: &HeaderValue) -> Option<Vec<u8>> {
     STANDARD.decode(encoded.trim()).ok()
 }
 
-/// Lets a call of the API pass if it may.
+/// Middleware that authorizes requests to the API.
 pub async fn guard(State(api): State<Arc<Api>>, request: Request, next: Next) -> Response {
     match admit(&api, request).await {
         Ok(Ok(request)) => next.run(request).await,
@@ -189,10 +192,10 @@ pub async fn guard(State(api): State<Arc<Api>>, request: Request, next: Next) ->
     }
 }
 
-/// `request` itself if its client may use the API, else the response to it. Where the API is open, everybody may.
+/// Returns `request` if its client may use the API, otherwise the response to it. Without credentials every client may.
 ///
 /// # Errors
-/// When it cannot be found out.
+/// The credentials are missing or wrong, or the authorization service does not respond.
 pub async fn admit(api: &Api, request: Request) -> Result<Result<Request, Response>, Error> {
     if api.auth_proxy.is_some() {
         return ask_proxy(api, request).await;
@@ -203,7 +206,7 @@ pub async fn admit(api: &Api, request: Request) -> Result<Result<Request, Respon
     }
 }
 
-/// The provider's own guard: `/system/*` is for whoever has the credentials, functions are open.
+/// Middleware of the process provider: `/system/*` requires the credentials, functions are open.
 pub async fn guard_provider(
     State(credentials): State<Option<Arc<Credentials>>>,
     request: Request,
@@ -220,7 +223,8 @@ pub async fn guard_provider(
     }
 }
 
-/// Asks `auth_proxy_url` about `request`: the request itself if it may pass, else the answer to it.
+/// Sends `request` to `auth_proxy_url` for authorization. Returns the request if it is authorized, otherwise the
+/// response to it.
 async fn ask_proxy(api: &Api, request: Request) -> Result<Result<Request, Response>, Error> {
     let Some(proxy) = &api.auth_proxy else { return Ok(Ok(request)) };
     let (parts, body) = request.into_parts();
@@ -262,7 +266,7 @@ async fn ask_proxy(api: &Api, request: Request) -> Result<Result<Request, Respon
     Ok(Err(refusal))
 }
 
-/// Why a limited body could not be collected.
+/// Maps the error of reading a body of at most `limit` bytes.
 pub fn too_large_or_broken(error: &(dyn std::error::Error + 'static), limit: usize) -> Error {
     if error.is::<http_body_util::LengthLimitError>() {
         return Error::TooLarge(limit);
@@ -288,7 +292,7 @@ mod tests {
     }
 
     #[test]
-    fn generated_credentials_open_their_own_lock_alone() {
+    fn generated_credentials_are_distinct() {
         let [one, other] = [Credentials::generated().unwrap(), Credentials::generated().unwrap()];
         let mut headers = HeaderMap::new();
         headers.insert(AUTHORIZATION, one.pairs.load().current().header().clone());
@@ -297,7 +301,7 @@ mod tests {
     }
 
     #[test]
-    fn only_the_right_pair_is_let_in() {
+    fn only_the_right_credentials_are_accepted() {
         let good = STANDARD.encode("admin:s3cret");
         check(&format!("Basic {good}"), true);
         check(&format!("basic  {good} "), true);
@@ -312,7 +316,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_password_that_is_read_while_it_is_written_is_not_believed() {
+    async fn a_partially_written_password_is_not_applied() {
         let directory = tempfile::tempdir().unwrap();
         let write = |name: &str, text: &str| std::fs::write(directory.path().join(name), text);
         write("basic-auth-user", "admin").unwrap();
@@ -329,7 +333,7 @@ mod tests {
             tokio::time::sleep(REREAD_EVERY / 2).await;
             write("basic-auth-password", "ne").unwrap();
             tokio::time::sleep(REREAD_EVERY / 2 + REREAD_AFTER_CHANGE / 2).await;
-            // Half of it has been read by now.
+            // The incomplete password has been read by now.
             write("basic-auth-password", "new").unwrap();
             tokio::time::sleep(REREAD_AFTER_CHANGE).await;
             assert_eq!(["old", "ne", "new"].map(accepts), [true, false, false]);

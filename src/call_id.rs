@@ -1,4 +1,4 @@
-//! The stamps on a call: `X-Call-Id`, `X-Start-Time`, `X-Served-By`.
+//! Headers that identify a call: `X-Call-Id`, `X-Start-Time`, `X-Served-By`.
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -14,7 +14,7 @@ const X_SERVED_BY: HeaderName = HeaderName::from_static("x-served-by");
 pub const USER_AGENT_VALUE: HeaderValue =
     HeaderValue::from_static(concat!("gateway/", env!("CARGO_PKG_VERSION")));
 
-/// A call's id and the time it began.
+/// Id and start time of a call.
 #[derive(Clone, Debug)]
 pub struct RequestIds {
     pub call_id: HeaderValue,
@@ -23,9 +23,9 @@ pub struct RequestIds {
 }
 
 impl RequestIds {
-    /// The stamps of a request with these headers: an id that the caller chose is kept, the time is ours.
+    /// Takes the id of the request, or creates one. The start time is always the gateway's.
     pub fn from_headers(headers: &HeaderMap) -> Self {
-        // Both are parts of one text, which the request and the answer share.
+        // Both values share one buffer, which the request and the response reference.
         let mut text = [0; ID_LENGTH + TIME_LENGTH];
         let chosen = headers.get(&X_CALL_ID).filter(|id| !id.is_empty()).cloned();
         let id_length = if chosen.is_some() { 0 } else { write_new_id(&mut text) };
@@ -35,7 +35,7 @@ impl RequestIds {
         Self { call_id, start_time: header_value(text.slice(id_length..)) }
     }
 
-    /// Stamps the answer to the caller.
+    /// Sets the headers of the response to the client.
     pub fn apply_to_response(self, headers: &mut HeaderMap) {
         headers.insert(X_CALL_ID, self.call_id);
         headers.insert(X_START_TIME, self.start_time);
@@ -44,10 +44,10 @@ impl RequestIds {
 }
 
 const ID_LENGTH: usize = uuid::fmt::Hyphenated::LENGTH;
-/// The most digits of a number of 64 bits.
+/// Maximum digits of a 64-bit number.
 const TIME_LENGTH: usize = 20;
 
-/// Writes a UUID of version 4, which nobody guesses; returns its length.
+/// Writes a random (version 4) UUID; returns its length.
 fn write_new_id(out: &mut [u8]) -> usize {
     Uuid::new_v4().hyphenated().encode_lower(out).len()
 }
@@ -70,7 +70,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_callers_id_is_kept_and_told() {
+    fn the_id_of_the_client_is_kept_and_returned() {
         let mut request = HeaderMap::new();
         request.insert(X_CALL_ID, HeaderValue::from_static("mine"));
         let stamps = RequestIds::from_headers(&request);
@@ -83,7 +83,7 @@ mod tests {
     }
 
     #[test]
-    fn fresh_ids_are_uuids_and_differ() {
+    fn new_ids_are_distinct_uuids() {
         let id = || RequestIds::from_headers(&HeaderMap::new()).call_id;
         let (a, b) = (id(), id());
         assert_ne!(a, b);

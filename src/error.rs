@@ -1,4 +1,4 @@
-//! The one place where a failure becomes a status, and words for the caller.
+//! The only place that maps failures to a status and a text for the client.
 
 use std::fmt;
 use std::sync::Arc;
@@ -17,7 +17,7 @@ use crate::proxy::upstream_body::BodyFailure;
 use crate::queue;
 use crate::serve::refusal::HeadError;
 
-/// Why a request is not answered as its caller wished. What it says holds no address and no secret.
+/// Why a request fails. The text contains no address and no secret.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     #[error("{0}")]
@@ -26,7 +26,7 @@ pub enum Error {
     Head(#[from] HeadError),
     #[error("{0}")]
     Coding(CodingError),
-    #[error("the method is not allowed here: {0} are")]
+    #[error("method not allowed; allowed methods: {0}")]
     MethodNotAllowed(&'static str),
     #[error("no such path")]
     NoSuchPath,
@@ -35,22 +35,22 @@ pub enum Error {
     #[error("too many calls in flight")]
     Overloaded,
     #[error(
-        "function {0} is starting, and as many calls wait for it as cold_start_queue_limit allows"
+        "function {0} is starting, and its queue of waiting calls (cold_start_queue_limit) is full"
     )]
     LineFull(Function),
     #[error("function {0} is not ready: {1}")]
     NotReady(Function, String),
-    /// What its processes have said is for operators alone: see `Error::for_operators`.
+    /// The output of its processes is for operators only: see `Error::operator_details`.
     #[error("function {0} does not start")]
     DoesNotStart(Function, Arc<StartFailure>),
     #[error(
-        "the provider does not answer whether function {0} exists, and calls of {1} others that it did not answer for \
-         are queued already"
+        "the provider has not confirmed that function {0} exists, and calls of {1} other unconfirmed functions are \
+         queued already"
     )]
     Unverified(Function, usize),
     #[error("{0}")]
     Provider(String),
-    #[error("the provider refuses the credentials of this gateway: {0}")]
+    #[error("the provider rejects the gateway's credentials: {0}")]
     CredentialsRefused(StatusCode),
     #[error("{0}")]
     Forbidden(&'static str),
@@ -60,7 +60,7 @@ pub enum Error {
     NotImplemented(String),
     #[error("the body exceeds {0} bytes")]
     TooLarge(usize),
-    #[error("the call comes from a chain of more than {} callbacks", chain::MAX)]
+    #[error("the call follows a chain of more than {} callbacks", chain::MAX)]
     EndlessChain,
     #[error("{0}")]
     Conflict(String),
@@ -108,7 +108,7 @@ impl Error {
         }
     }
 
-    /// Headers that belong to the status.
+    /// Returns the headers of the error response.
     fn headers(&self) -> HeaderMap {
         let mut headers = HeaderMap::new();
         headers.insert(CONTENT_TYPE, HeaderValue::from_static("text/plain; charset=utf-8"));
@@ -126,7 +126,7 @@ impl Error {
             ) => {
                 headers.insert(RETRY_AFTER, HeaderValue::from_static("1"));
             }
-            // Where the body ends is not known, nor where another request begins.
+            // The end of the body is unknown, and so is the start of the next request.
             Self::Coding(_) | Self::Head(_) => {
                 if matches!(self, Self::Head(HeadError::OutOfMemory)) {
                     headers.insert(RETRY_AFTER, HeaderValue::from_static("1"));
@@ -149,7 +149,7 @@ impl Error {
         headers
     }
 
-    /// What an operator may know beyond the message itself.
+    /// Returns details that only operators may see.
     fn for_operators(&self) -> Option<String> {
         let Self::DoesNotStart(_, failure) = self else { return None };
         let StartFailure { starts, reason, last_output } = &**failure;
@@ -160,12 +160,13 @@ impl Error {
         Some(format!("the last of {starts} starts ended with {reason}, {output}"))
     }
 
-    /// The answer; `call_id` is named where there is one.
+    /// Returns the error response. Its text has the call id, if there is one.
     pub fn answer(&self, call_id: Option<&HeaderValue>) -> Response<String> {
         self.answer_to(call_id, false)
     }
 
-    /// The answer; `call_id` is named where there is one. `operator`: the client may know everything.
+    /// Returns the error response. Its text has the call id, if there is one. `operator`: the client may see the
+    /// details.
     pub fn answer_to(&self, call_id: Option<&HeaderValue>, operator: bool) -> Response<String> {
         let status = self.status();
         let call_id = call_id.and_then(|id| id.to_str().ok());
@@ -185,7 +186,7 @@ impl Error {
     }
 }
 
-/// An error with what has caused it, which is for the log alone: it may say what is none of a caller's business.
+/// Displays an error with its chain of causes, for logs only: causes may be confidential.
 pub struct Causes<'a>(pub &'a (dyn std::error::Error + 'static));
 
 impl fmt::Display for Causes<'_> {
@@ -194,7 +195,7 @@ impl fmt::Display for Causes<'_> {
         let mut next = self.0.source();
         while let Some(cause) = next {
             let told = cause.to_string();
-            // Some errors end in the words of their cause.
+            // Some errors already end in the text of their cause.
             if !said.ends_with(&told) {
                 said.push_str(": ");
                 said.push_str(&told);
@@ -205,7 +206,7 @@ impl fmt::Display for Causes<'_> {
     }
 }
 
-/// 499, as nginx made it known: the caller closed the connection before its answer was there.
+/// Returns 499 (nginx): the client closed the connection before the response.
 pub fn client_left() -> StatusCode {
     StatusCode::from_u16(499).unwrap_or(StatusCode::BAD_REQUEST)
 }
@@ -280,7 +281,7 @@ mod tests {
     }
 
     #[test]
-    fn the_log_names_causes_that_callers_are_not_told() {
+    fn the_log_has_causes_that_the_response_does_not_have() {
         let error = Error::from(tls_failed());
         assert_eq!(error.to_string(), "cannot connect to the upstream: TLS failed");
         assert_eq!(error.answer(None).into_body(), format!("{error}\n"));
@@ -288,7 +289,7 @@ mod tests {
     }
 
     #[test]
-    fn what_a_function_wrote_is_for_operators_alone() {
+    fn the_output_of_a_function_is_for_operators_only() {
         let failure = StartFailure {
             starts: 3,
             reason: "exit status: 1".to_owned(),
@@ -307,7 +308,7 @@ mod tests {
     }
 
     #[test]
-    fn what_an_error_says_of_its_cause_is_not_said_twice() {
+    fn a_cause_is_not_displayed_twice() {
         #[derive(Debug, thiserror::Error)]
         #[error("not sent: {0}")]
         struct Unsent(#[source] client::Error);

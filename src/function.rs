@@ -6,7 +6,7 @@ use std::fmt;
 
 pub use path::has_dot_segment;
 
-/// A function, as the provider knows it. Parsed at the door: past `routes` no string is a function's name.
+/// Name and namespace of a function. Parsed in `routes`: no later code handles a function's name as a string.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Function {
     /// The name without its namespace.
@@ -16,19 +16,19 @@ pub struct Function {
 }
 
 impl Function {
-    /// Splits `figlet.dev` at its last dot; `figlet` alone lives in `default_namespace`.
+    /// Splits `figlet.dev` at its last dot; `figlet` alone is in `default_namespace`.
     ///
-    /// `None` if a part of the name is missing or too long, or has a byte outside `[-a-zA-Z_0-9.]`.
+    /// Returns `None` if a part is empty or longer than 253 bytes, or has a byte outside `[-a-zA-Z_0-9.]`.
     pub fn parse(segment: &str, default_namespace: &str) -> Option<Self> {
         let (name, namespace) = segment.rsplit_once('.').unwrap_or((segment, default_namespace));
         if name.is_empty() || !segment.bytes().all(is_name_byte) {
             return None;
         }
-        // `figlet.` names no namespace; it is not the default one either.
+        // A trailing dot is an empty namespace, not the default one.
         if segment.ends_with('.') {
             return None;
         }
-        // The provider need not be asked, and names become parts of others.
+        // Longer names cannot exist, and names become parts of NATS subjects and file names.
         if name.len() > LONGEST || namespace.len() > LONGEST {
             return None;
         }
@@ -36,16 +36,16 @@ impl Function {
     }
 }
 
-/// A name or a namespace is no longer: as long as one of the DNS.
+/// Maximum bytes of a name or a namespace: the limit of DNS names.
 const LONGEST: usize = 253;
 
-/// Whether `byte` may stand in a function's name or namespace.
+/// Returns whether `byte` is allowed in a name or namespace.
 pub fn is_name_byte(byte: u8) -> bool {
     byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_' | b'.')
 }
 
 impl fmt::Display for Function {
-    /// `name.namespace`, or the name alone: what callers write, and metrics show.
+    /// `name.namespace`, or the name alone if there is no namespace: the form used in paths and metrics.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.name)?;
         if !self.namespace.is_empty() {
@@ -67,7 +67,7 @@ mod tests {
     }
 
     #[test]
-    fn the_last_dot_divides_name_and_namespace() {
+    fn the_last_dot_separates_name_and_namespace() {
         check("figlet", "openfaas-fn", Some(("figlet", "openfaas-fn")));
         check("figlet", "", Some(("figlet", "")));
         check("figlet.dev", "openfaas-fn", Some(("figlet", "dev")));
@@ -76,14 +76,14 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_name_is_refused() {
+    fn an_invalid_name_is_rejected() {
         for segment in ["", ".", ".dev", "figlet.", "bad$name", "a b", "a/b", "ä", "a%20b"] {
             check(segment, "openfaas-fn", None);
         }
     }
 
     #[test]
-    fn a_name_is_no_longer_than_one_of_the_dns() {
+    fn a_name_is_limited_to_253_bytes() {
         let (longest, longer) = ("a".repeat(253), "a".repeat(254));
         check(&longest, "fn", Some((longest.as_str(), "fn")));
         check(&format!("a.{longest}"), "fn", Some(("a", longest.as_str())));

@@ -1,4 +1,4 @@
-//! Liveness of this process, and its readiness with reasons.
+//! Liveness and readiness of this process, with the reasons.
 
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -17,7 +17,7 @@ use crate::serve::caller::Caller;
 use crate::shutdown::Stages;
 use crate::system::{Api, stream};
 
-/// What readiness is made of.
+/// Inputs of the readiness check.
 pub struct Health {
     pub stages: Stages,
     pub limit: Arc<ConcurrencyLimit>,
@@ -26,36 +26,36 @@ pub struct Health {
     queue_condition: Mutex<Option<Condition>>,
 }
 
-/// How the provider was when it was asked last.
+/// Result of the last poll of the provider.
 #[derive(Debug, PartialEq, Eq)]
 enum ProviderState {
     NotAskedYet,
     Answers,
-    /// It accepts only credentials that were replaced.
+    /// Reachable, but it accepts only credentials that have been replaced.
     IsBehind,
-    /// It accepts none of the credentials that are known.
+    /// Reachable, but it accepts none of the known credentials.
     RefusesCredentials(String),
-    /// It answers, but does not list its functions.
+    /// Reachable, but it does not list its functions.
     Fails(String),
-    /// It does not answer.
+    /// No response.
     Away(String),
 }
 
-/// The answer of `/_/ready`.
+/// Body of the response to `/_/ready`.
 #[derive(Debug, Serialize)]
 struct Readiness {
     ready: bool,
-    /// Why it is not ready, or degraded.
+    /// Why this process is not ready or degraded.
     reasons: Vec<String>,
     degraded: Vec<&'static str>,
 }
 
-/// What is said of a provider that has not read the changed credentials yet.
-const BEHIND: &str = "the provider accepts the previous credentials only: they are tried for an hour after the change; \
-                      a provider that reads its files only when it starts must be restarted";
+/// Reason of `ProviderState::StaleCredentials`.
+const BEHIND: &str = "the provider accepts only the previous credentials: they are tried for an hour after the change; \
+                      a provider that reads its files only at its start must be restarted";
 
 impl ProviderState {
-    /// What `error`, in place of the list of functions, says of the provider.
+    /// Returns the state of a provider that returned `error` instead of its functions.
     fn after(error: &Error) -> Self {
         let reason = error.to_string();
         match error {
@@ -73,18 +73,18 @@ impl Health {
         Arc::new(Self { stages, limit, provider, queue_away, queue_condition })
     }
 
-    /// Notes that the provider has listed its functions, and whether it accepts only credentials that were replaced.
+    /// Records that the provider listed its functions. `stale`: it accepts only credentials that have been replaced.
     pub fn provider_answered(&self, is_behind: bool) {
         let state = if is_behind { ProviderState::IsBehind } else { ProviderState::Answers };
         if self.provider_is(state) {
             match is_behind {
-                false => tracing::info!("The provider answers"),
+                false => tracing::info!("The provider responds"),
                 true => tracing::warn!("Degraded: {BEHIND}"),
             }
         }
     }
 
-    /// Notes that the provider has not listed its functions.
+    /// Records that the provider did not list its functions.
     pub fn provider_failed(&self, error: &Error) {
         let state = ProviderState::after(error);
         let answers = !matches!(state, ProviderState::Away(_));
@@ -94,12 +94,12 @@ impl Health {
                 true => {
                     tracing::warn!(%reason, "The provider does not list its functions: {error}")
                 }
-                false => tracing::warn!(%reason, "The provider does not answer: {error}"),
+                false => tracing::warn!(%reason, "The provider does not respond: {error}"),
             }
         }
     }
 
-    /// Notes `state`. Whether it is another than before.
+    /// Sets the state; returns whether it has changed.
     fn provider_is(&self, state: ProviderState) -> bool {
         let mut last = self.provider.lock().unwrap_or_else(PoisonError::into_inner);
         let changes = *last != state;
@@ -107,22 +107,22 @@ impl Health {
         changes
     }
 
-    /// Notes whether the queue can be reached. Calls go on without it.
+    /// Records whether the queue is reachable. Synchronous calls do not depend on it.
     pub fn queue_is(&self, reachable: bool) {
         if self.queue_away.swap(!reachable, Relaxed) == reachable {
             match reachable {
-                true => tracing::info!("The queue can be reached again"),
-                false => tracing::warn!("The queue cannot be reached"),
+                true => tracing::info!("The queue is reachable again"),
+                false => tracing::warn!("The queue is unreachable"),
             }
         }
     }
 
-    /// Notes what is wrong with a queue that can be reached.
+    /// Records a problem of a queue that is reachable, or that it has none.
     pub fn queue_has(&self, condition: Option<Condition>) {
         *self.queue_condition.lock().unwrap_or_else(PoisonError::into_inner) = condition;
     }
 
-    /// Whether this process is ready, and why not.
+    /// Returns the response to a readiness probe: 200 or 503, with a JSON body that lists the reasons.
     pub fn answer(&self) -> Response {
         let readiness = self.readiness();
         if readiness.ready {
@@ -137,17 +137,17 @@ impl Health {
             reasons.push("this process is stopping".to_owned());
         }
         if self.limit.is_exhausted() {
-            reasons.push("as many calls are in flight as max_calls allows".to_owned());
+            reasons.push("the limit of concurrent calls (max_calls) is reached".to_owned());
         }
-        // A provider that answers at all can be called: what it thinks of this gateway's own questions is no reason to
-        // send clients elsewhere, where it is the same.
+        // A provider that responds at all can be called. Errors of the gateway's own queries only degrade: another
+        // gateway would have the same provider, so sending clients there does not help.
         match &*self.provider.lock().unwrap_or_else(PoisonError::into_inner) {
             ProviderState::Answers => {}
             ProviderState::NotAskedYet => {
-                reasons.push("starting: the provider has not been asked yet".to_owned());
+                reasons.push("starting: the provider has not been polled yet".to_owned());
             }
             ProviderState::Away(reason) => {
-                reasons.push(format!("the provider does not answer: {reason}"));
+                reasons.push(format!("the provider does not respond: {reason}"));
             }
             ProviderState::IsBehind => {
                 degraded.push("credentials");

@@ -1,4 +1,4 @@
-//! The corridor of a call: prepare → forward → measure. One for each thread that carries calls.
+//! Invocation of a function: prepare, forward, record. One [`Invoker`] per proxy thread.
 
 mod careful;
 pub mod operators;
@@ -33,44 +33,44 @@ use crate::trace::Trip;
 /// Where functions listen when they are called directly.
 const DIRECT_PORT: u16 = 8080;
 
-/// What a thread needs to carry calls.
+/// Dependencies of a proxy thread.
 pub struct Invoker {
     pub client: Arc<Client>,
     pub calls: Arc<Shard>,
     pub limit: Arc<ConcurrencyLimit>,
     pub share: Arc<PermitCache>,
     pub timeouts: Timeouts,
-    /// Where functions are called: through the provider, or each by itself.
+    /// How requests are sent to functions.
     pub route: Route,
-    /// Vouches for functions that are called directly.
+    /// Confirms that functions called directly exist.
     pub provider: Provider,
-    /// Wakes functions, if that is to be done.
+    /// Cold starts, if enabled.
     pub scaling: Option<Arc<Scaling>>,
-    /// Who is told why a function does not start.
+    /// Which clients may see why a function does not start.
     pub operators: Operators,
 }
 
-/// The way to a function.
+/// How requests are sent to functions.
 pub enum Route {
-    /// At the provider, under the caller's own path.
+    /// To the provider, with the path of the client's request.
     Provider(Origin),
-    /// At `http://NAME.SUFFIX:8080`, under what stands behind the name.
+    /// To the function itself, at `http://NAME.SUFFIX:8080`, with the path after the name.
     Direct { suffix: String, default_namespace: Arc<str> },
 }
 
-/// How functions are called where they are called directly.
+/// Naming of functions that are called directly.
 #[derive(Clone, Copy)]
 struct Naming<'a> {
     suffix: &'a str,
     default_namespace: &'a str,
 }
 
-/// A call that is about to be made.
+/// An invocation that is ready to be executed.
 pub struct Prepared {
     way: Way,
     stamps: RequestIds,
     in_flight: InFlight,
-    /// The call is an operator's. Found out for functions that are not ready only: others have no need of it.
+    /// The client is an operator. Checked only for functions that are not ready; false for others.
     operator: bool,
 }
 
@@ -80,23 +80,23 @@ impl Prepared {
     }
 }
 
-/// How a call gets to its function.
+/// How the request is forwarded.
 enum Way {
     Provider(proxy::Prepared),
-    /// Where that is must be found out first.
+    /// Directly to the function, whose origin is not resolved yet. `None` once the request has been taken.
     Direct(Option<Box<Request<RequestBody>>>),
-    /// It does not get there.
+    /// Not at all. `None` once the error has been taken.
     Failed(Option<Error>),
 }
 
 impl Invoker {
-    /// Makes a call to the function that the path names out of `request`.
+    /// Prepares the invocation of the function in the path of `request`.
     ///
-    /// All that can be done at once is done here, and the request is gone when it is: what waits for the answer holds
-    /// little, and a thousand calls in flight fit the processor's cache.
+    /// All work that needs no waiting is done here, and `request` is dropped at the end. So an invocation that waits
+    /// for its response holds little memory, and a thousand of them fit into the processor's cache.
     ///
     /// # Errors
-    /// The answer to a call that is not made.
+    /// The response, if the path names no function or the concurrency limit is reached.
     pub fn prepare(
         &self,
         caller: &Caller,
@@ -127,8 +127,8 @@ impl Invoker {
         Ok(Prepared { way, stamps, in_flight: InFlight { call, place }, operator })
     }
 
-    /// Makes the call, and answers with what its function says. One that changes protocols is watched by `trip` to its
-    /// end.
+    /// Executes the invocation and returns the response of the function, or an error response. After a change of
+    /// protocols (101), `span` is moved into the tunnel and ends with it.
     pub async fn carry(
         &self,
         caller: &Caller,
@@ -165,7 +165,7 @@ impl Invoker {
         let mut forwarded = match (&mut *way, &self.route) {
             (Way::Provider(prepared), Route::Provider(origin)) => match &self.scaling {
                 Some(scaling) if !call.is_warm() => {
-                    // Boxed, lest its size be carried along by every call.
+                    // Boxed, so that the rare case does not enlarge the future of every invocation.
                     Box::pin(self.carefully(scaling, caller, call, through(origin), prepared, None))
                         .await?
                 }
@@ -176,7 +176,9 @@ impl Invoker {
                 }
             },
             (Way::Direct(request), Route::Direct { suffix, default_namespace }) => {
-                let Some(request) = request.take() else { unreachable!("it is sent once") };
+                let Some(request) = request.take() else {
+                    unreachable!("a direct request is sent once")
+                };
                 let naming = Naming { suffix, default_namespace };
                 Box::pin(self.forward_directly(caller, call, stamps, naming, *request)).await?
             }
@@ -238,17 +240,17 @@ impl Invoker {
         }
     }
 
-    /// Where the function of `call` itself is found.
+    /// Returns the origin of the function, after the provider has confirmed that it exists.
     async fn direct(&self, call: &mut Call, naming: Naming<'_>) -> Result<Origin, Error> {
         if call.is_stranger() {
-            // Without this, a name could lead to any host.
+            // Without this check, a name could lead to any host.
             self.provider.status(call.function()).await?;
             call.vouched_for(&self.calls);
         }
         direct_origin(call.function(), naming)
     }
 
-    /// Answers a call that is not made, and says why.
+    /// Returns the error response to a request that is not forwarded.
     pub fn refuse(
         &self,
         caller: &Caller,
@@ -266,7 +268,7 @@ impl Invoker {
     }
 }
 
-/// A changed protocol is a call in flight until it ends.
+/// Runs a tunnel after a change of protocols. The invocation is in flight until the tunnel ends.
 async fn keep_open(tunnel: Tunnel, in_flight: InFlight, trip: Option<Box<Trip>>) {
     tunnel.run().await;
     if let Some(trip) = trip {
@@ -279,18 +281,18 @@ fn text(error: &Error, call_id: Option<&HeaderValue>, operator: bool) -> Respons
     error.answer_to(call_id, operator).map(|text| Content::Full(Some(text.into())))
 }
 
-/// What stands between `/function/` and the next slash.
+/// Returns the segment after `/function/`.
 fn segment(path: &str) -> &str {
     let rest = path.strip_prefix("/function/").unwrap_or_default();
     rest.split_once('/').map_or(rest, |(segment, _)| segment)
 }
 
-/// Path and query as the function itself should see them.
+/// Returns the path after the function's name, and the query: what a function called directly receives.
 fn behind_name(uri: &Uri) -> Uri {
     let whole = uri.path_and_query().map_or("/", PathAndQuery::as_str);
     let rest = &whole["/function/".len() + segment(uri.path()).len()..];
     let rest = if rest.starts_with('/') { rest.to_owned() } else { format!("/{rest}") };
-    // A part of a valid path is one.
+    // A suffix of a valid path is valid.
     rest.parse().unwrap_or_default()
 }
 
@@ -302,8 +304,8 @@ fn caller_body(body: Incoming, caller: &Caller) -> RequestBody {
     }
 }
 
-/// `http://NAME.SUFFIX:8080`. A suffix that begins with the default namespace is one inside of it: a function of
-/// another namespace is found under its own.
+/// Returns the origin `http://NAME.SUFFIX:8080`. If the suffix begins with the default namespace, that part is replaced
+/// by the function's namespace.
 fn direct_origin(function: &Function, naming: Naming<'_>) -> Result<Origin, Error> {
     let Naming { suffix, default_namespace } = naming;
     let host = match suffix.strip_prefix(default_namespace) {
@@ -325,7 +327,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_name_is_what_stands_before_the_next_slash() {
+    fn the_function_segment_ends_at_the_next_slash() {
         assert_eq!(segment("/function/echo"), "echo");
         assert_eq!(segment("/function/echo.dev/a/b"), "echo.dev");
         assert_eq!(segment("/function/"), "");
@@ -333,7 +335,7 @@ mod tests {
     }
 
     #[test]
-    fn a_direct_call_sees_what_stands_behind_the_name() {
+    fn a_direct_call_receives_the_path_after_the_name() {
         let rest = |uri: &str| behind_name(&uri.parse().unwrap()).to_string();
         assert_eq!(rest("/function/echo"), "/");
         assert_eq!(rest("/function/echo?q=1"), "/?q=1");
@@ -341,7 +343,7 @@ mod tests {
     }
 
     #[test]
-    fn a_direct_function_is_found_in_its_own_namespace() {
+    fn a_direct_function_is_called_in_its_own_namespace() {
         let host = |name: &str, suffix: &str| {
             let function = Function::parse(name, "fn").unwrap();
             let naming = Naming { suffix, default_namespace: "fn" };

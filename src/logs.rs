@@ -1,4 +1,4 @@
-//! `GET /system/logs`: the log provider's stream, passed on line by line as it comes.
+//! `GET /system/logs`: streams the response of the log provider.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -13,10 +13,10 @@ use crate::provider::signals::{NO_SUCH_FUNCTION, X_GATEWAY_REASON};
 use crate::serve::caller::Caller;
 use crate::system::{Api, stream};
 
-/// A followed log may have nothing to say for long.
+/// A followed log may have no lines for a long time.
 const LONGEST_SILENCE: Duration = Duration::from_secs(3600);
 
-/// What is looked at of a query; the rest is for the log provider to read.
+/// The checked query parameters. The log provider reads the others.
 #[derive(Default, Deserialize)]
 #[serde(default)]
 struct LogQuery {
@@ -24,7 +24,7 @@ struct LogQuery {
     tail: String,
 }
 
-/// Refuses a query that no log provider could answer.
+/// Rejects a query that no log provider could handle.
 fn check(request: &Request) -> Result<(), Error> {
     let query = Query::<LogQuery>::try_from_uri(request.uri());
     let Query(LogQuery { name, tail }) =
@@ -48,7 +48,7 @@ pub async fn logs(
     check(&request)?;
     let mut answer = api.send(&caller, &api.logs, request).await?;
     match answer.status() {
-        // The function is not there. Without the mark it is the logs that are not.
+        // The function does not exist. Without this header the log provider has no such endpoint.
         StatusCode::NOT_FOUND
             if answer.headers().get(X_GATEWAY_REASON) == Some(&NO_SUCH_FUNCTION) =>
         {
@@ -62,6 +62,6 @@ pub async fn logs(
             answer.body_mut().bound_pauses(LONGEST_SILENCE);
             Ok(stream(answer))
         }
-        status => Err(Error::Provider(format!("the log provider answered {status}"))),
+        status => Err(Error::Provider(format!("the log provider returned {status}"))),
     }
 }

@@ -1,4 +1,4 @@
-//! Every metric there is, by its name; the only room that knows the names. Methods are named for events.
+//! All metrics, by name; no other module knows the names. Methods are named for events.
 
 pub mod autoscale;
 pub mod calls;
@@ -29,34 +29,37 @@ use crate::metrics::known::{FORGOTTEN_AFTER, Known};
 use crate::metrics::queue::QueueMetrics;
 use crate::metrics::traces::SpansDropped;
 
-/// What has not been scraped for so long is over for Prometheus, too.
+/// Prometheus marks a series as stale after this time without a scrape.
 const SCRAPED_WITHIN: Duration = Duration::from_secs(300);
 
-/// What a scrape shows.
+/// All metrics of the process.
 pub struct Metrics {
     registry: Registry,
     functions: Functions,
     shards: Vec<Arc<Shard>>,
     replicas: Arc<ArcSwap<Vec<Replicas>>>,
     pub known: Arc<Known>,
-    /// `http_requests_total`: requests of the API.
+    /// `http_requests_total`: requests to the API.
     requests: IntCounterVec,
-    /// `http_request_duration_seconds`: the time until the head of their answer.
+    /// `http_request_duration_seconds`: time until the response head.
     request_seconds: HistogramVec,
-    /// When all this was scraped last.
+    /// Time of the last scrape.
     scraped: Mutex<Option<Instant>>,
 }
 
-/// Calls of a function.
+/// Load of a function.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Activity {
-    /// Begun since the process did.
+    /// Calls started since the start of the process.
     pub started: u64,
     pub in_flight: u64,
 }
 
 impl Metrics {
-    /// Metrics for `threads` threads that carry calls.
+    /// Creates the metrics of a process with `threads` proxy threads.
+    ///
+    /// # Errors
+    /// A metric cannot be registered. No known input leads to this.
     pub fn new(
         threads: usize,
         default_namespace: &Arc<str>,
@@ -69,13 +72,13 @@ impl Metrics {
         let functions = Functions::new(shards.clone(), Arc::clone(&replicas));
         let labels = ["method", "path", "status"];
         let requests = IntCounterVec::new(
-            Opts::new("http_requests_total", "Requests of /system and /async-function."),
+            Opts::new("http_requests_total", "Requests to /system and /async-function."),
             &labels,
         )?;
         let request_seconds = HistogramVec::new(
             HistogramOpts::new(
                 "http_request_duration_seconds",
-                "Time until the head of the answer to a request of /system or /async-function.",
+                "Time until the response head of requests to /system and /async-function.",
             )
             .buckets(calls::BUCKETS.to_vec()),
             &labels,
@@ -96,10 +99,10 @@ impl Metrics {
         }))
     }
 
-    /// The families of a queue, where there is one; `reconnects` is that of its connection.
+    /// Registers the metrics of the queue `name`. `reconnects`: name of its counter of reconnections, if it has one.
     ///
     /// # Errors
-    /// When they are registered already.
+    /// They are registered already.
     pub fn queue(
         &self,
         name: &str,
@@ -108,23 +111,23 @@ impl Metrics {
         QueueMetrics::register(&self.registry, name, reconnects)
     }
 
-    /// The family of spans, where somebody collects them.
+    /// Registers the metric of dropped spans.
     ///
     /// # Errors
-    /// When it is registered already.
+    /// It is registered already.
     pub fn traces(&self) -> Result<SpansDropped, prometheus::Error> {
         SpansDropped::register(&self.registry)
     }
 
-    /// The families of the autoscaler, where there is one.
+    /// Registers the metrics of the autoscaler.
     ///
     /// # Errors
-    /// When they are registered already.
+    /// They are registered already.
     pub fn autoscale(&self) -> Result<AutoscaleMetrics, prometheus::Error> {
         AutoscaleMetrics::register(&self.registry)
     }
 
-    /// What functions are doing, over all threads, by label.
+    /// Returns the load of each function over all threads, by label.
     pub fn activity(&self) -> HashMap<Arc<str>, Activity> {
         let mut sums: HashMap<Arc<str>, Activity> = HashMap::new();
         for series in self.shards.iter().flat_map(|shard| shard.series()) {
@@ -134,23 +137,23 @@ impl Metrics {
             };
             let sum = sums.entry(Arc::clone(&series.label)).or_default();
             sum.started += started;
-            // Of two threads' numbers one may be newer than the other.
+            // The counters of two threads are read at different times, so the sum may be negative.
             sum.in_flight += u64::try_from(in_flight).unwrap_or_default();
         }
         sums
     }
 
-    /// The part of thread number `thread`.
+    /// Returns the shard of a thread.
     pub fn shard(&self, thread: usize) -> Arc<Shard> {
         Arc::clone(&self.shards[thread % self.shards.len()])
     }
 
-    /// The provider has reported all its functions.
+    /// Sets the replica gauges of all functions.
     pub fn replicas_reported(&self, replicas: Vec<Replicas>) {
         self.replicas.store(Arc::new(replicas));
     }
 
-    /// Lets go of functions that were deleted long ago.
+    /// Removes the series of functions deleted longer than [`RETENTION`] ago.
     pub fn forget_deleted(&self, now: Instant) {
         let Some(active) = now.checked_sub(FORGOTTEN_AFTER) else { return };
         for shard in &self.shards {
@@ -158,7 +161,7 @@ impl Metrics {
         }
     }
 
-    /// Calls that have ended, by function.
+    /// Returns the number of finished calls, by function.
     pub fn invocations(&self) -> HashMap<String, u64> {
         let calls = self.functions.calls();
         calls
@@ -169,16 +172,16 @@ impl Metrics {
             .collect()
     }
 
-    /// Whether there is somebody who scrapes.
+    /// Returns whether the metrics are being scraped.
     pub fn is_scraped(&self, now: Instant) -> bool {
         let scraped = *self.scraped.lock().unwrap_or_else(PoisonError::into_inner);
         scraped.is_some_and(|last| now.saturating_duration_since(last) < SCRAPED_WITHIN)
     }
 
-    /// The text that Prometheus reads.
+    /// Renders the metrics in the Prometheus text format.
     ///
     /// # Errors
-    /// When the text cannot be made; nothing known leads there.
+    /// A metric cannot be encoded. No known input leads to this.
     pub fn render(&self) -> Result<String, prometheus::Error> {
         *self.scraped.lock().unwrap_or_else(PoisonError::into_inner) = Some(Instant::now());
         TextEncoder::new().encode_to_string(&self.registry.gather())
@@ -197,7 +200,7 @@ impl Metrics {
     }
 }
 
-/// Counts requests of the API under their route, never under their raw path.
+/// Middleware that counts requests to the API, labelled with their route, never with the raw path.
 pub async fn count_request(
     State(metrics): State<Arc<Metrics>>,
     request: Request,
@@ -213,7 +216,7 @@ pub async fn count_request(
     answer
 }
 
-/// Any token can be a method; only those that a route may have become labels.
+/// Any token can be a method; only known ones become labels.
 fn method_label(method: &Method) -> &'static str {
     match *method {
         Method::GET => "GET",
@@ -232,7 +235,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_scrape_shows_that_somebody_scrapes_until_none_has_come_for_long() {
+    fn metrics_count_as_scraped_until_the_scrape_timeout() {
         let metrics = Metrics::new(1, &"fn".into()).unwrap();
         assert!(!metrics.is_scraped(Instant::now()));
         metrics.render().unwrap();

@@ -1,4 +1,5 @@
-//! Both URL tables. Read top to bottom: this is the API reference.
+//! The URL tables of the public and the internal port, and the service of a proxy thread. The tables are the API
+//! reference.
 
 #[cfg(any(test, fuzzing))]
 pub(crate) mod fuzz;
@@ -37,7 +38,8 @@ use crate::trace::{Observer, Trip};
 use crate::watch::BodyState;
 use crate::{alerts, auth, health, logs, metrics, queued, same_origin, ui};
 
-/// The public port, functions and what is queued for them apart: those are matched before, in [`Door::enter`].
+/// Router of the public port. Requests to functions and calls to enqueue are matched before, in
+/// [`GatewayService::classify`].
 pub fn api(api: Arc<Api>) -> Router {
     let system = Router::new()
         .route(
@@ -51,7 +53,7 @@ pub fn api(api: Arc<Api>) -> Router {
             get(system::pass).post(system::pass).put(system::pass).delete(system::pass),
         )
         .route("/system/namespaces", get(system::pass))
-        // With the name in the body.
+        // The name is in the body.
         .route(
             "/system/namespace/",
             get(system::pass).post(system::pass).put(system::pass).delete(system::pass),
@@ -112,20 +114,20 @@ pub fn api(api: Arc<Api>) -> Router {
         .with_state(api)
 }
 
-/// The internal port.
+/// Router of the internal (metrics) port.
 pub fn internal(metrics: Arc<Metrics>, names: InternalNames) -> Router {
     Router::new()
         .route("/metrics", get(scrape))
         .route_layer(from_fn_with_state(Arc::new(names), same_origin::guard_internal))
         .route("/healthz", get(|| async { "OK" }))
-        // For probes: this port takes them when the public one has no connection left.
+        // For probes: this port responds when the public one has reached its connection limit.
         .route("/_/healthz", get(health::live))
         .fallback(|| async { Error::NoSuchPath })
         .method_not_allowed_fallback(method_not_allowed)
         .with_state(metrics)
 }
 
-/// The port of a worker.
+/// Router of a worker's port.
 pub fn worker(metrics: Arc<Metrics>, names: InternalNames, health: Arc<Health>) -> Router {
     internal(metrics, names).route("/_/ready", get(|| async move { health.answer() }))
 }
@@ -134,46 +136,48 @@ async fn scrape(State(metrics): State<Arc<Metrics>>) -> Response {
     const TEXT: &str = "text/plain; version=0.0.4; charset=utf-8";
     match metrics.render() {
         Ok(text) => ([(http::header::CONTENT_TYPE, TEXT)], text).into_response(),
-        Err(error) => Error::Provider(format!("no metrics: {error}")).into_response(),
+        Err(error) => {
+            Error::Provider(format!("cannot render the metrics: {error}")).into_response()
+        }
     }
 }
 
-/// The router adds the methods that are, in `Allow`.
+/// The router adds `Allow`.
 async fn method_not_allowed() -> (StatusCode, &'static str) {
-    (StatusCode::METHOD_NOT_ALLOWED, "method not allowed here\n")
+    (StatusCode::METHOD_NOT_ALLOWED, "method not allowed\n")
 }
 
-/// What stands behind the public port. One for each thread that carries calls.
+/// HTTP service of the public port. One per proxy thread.
 pub struct Door {
     pub invoker: Invoker,
     pub api: Arc<Api>,
-    /// [`api`] of it.
+    /// The router made by [`api`].
     pub router: Router,
     pub stages: Stages,
-    /// Hears of each request, if somebody wants to know.
+    /// Access log and traces, if enabled.
     pub observer: Option<Arc<Observer>>,
 }
 
-/// A request that has been looked at, and is about to be answered.
+/// A classified request, before its response.
 pub struct Entered {
     errand: Errand,
-    /// The client speaks HTTP/1.0.
+    /// The client uses HTTP/1.0.
     is_1_0: bool,
     trip: Option<Box<Trip>>,
 }
 
-/// What is to be done for it.
+/// What handles a request.
 enum Errand {
     Call(invoke::Prepared),
-    /// A call to be queued, and the route that it is counted under.
+    /// Enqueue a call; the route under which it is counted.
     Queue(Box<Request<Incoming>>, &'static str),
-    /// One to the API, with nothing left to be said of its head here.
+    /// A request to the API, whose head has been checked.
     Api(Box<Request<Incoming>>),
     Refused(Box<http::Response<Answer>>),
 }
 
 impl Door {
-    /// Looks at a request, whatever it is.
+    /// Checks and classifies a request. Does not wait.
     pub fn enter(&self, caller: &Caller, mut request: Request<Incoming>) -> Entered {
         let began = caller.watch.call_begins();
         let is_1_0 = request.version() < Version::HTTP_11;
@@ -209,7 +213,7 @@ impl Door {
         }
     }
 
-    /// Answers it.
+    /// Executes the request and returns the response.
     pub async fn answer(
         &self,
         caller: &Caller,
@@ -218,7 +222,7 @@ impl Door {
         let Entered { errand, is_1_0, mut trip } = entered;
         let mut answer = match errand {
             Errand::Call(prepared) => self.invoker.carry(caller, prepared, &mut trip).await,
-            // Boxed, lest its size be carried along by every call.
+            // Boxed, so that the rare case does not enlarge the future of every invocation.
             Errand::Queue(request, route) => {
                 self.wrap(caller, Box::pin(self.queue(caller, *request, route)).await)
             }
@@ -231,14 +235,14 @@ impl Door {
             close_after(answer.headers_mut());
         }
         if let Some(interim) = caller.watch.interim() {
-            // Nothing is awaited from here on: what is late is not written by itself any more.
+            // No await follows: interim responses that come later are no longer written.
             interim.final_response_ready();
         }
         if let Some(mut trip) = trip {
             trip.answered(&answer);
             answer.body_mut().watched_by(trip);
         }
-        // After a change of protocols, `Connection` is what names the change.
+        // In a 101, `Connection` names the new protocol.
         if self.stages.is_leaving() && answer.status() != StatusCode::SWITCHING_PROTOCOLS {
             close_after(answer.headers_mut());
         }
@@ -276,12 +280,12 @@ impl Door {
 fn for_api(caller: &Caller, request: Request<Incoming>) -> Request<axum::body::Body> {
     let watch = Arc::clone(&caller.watch);
     let mut request = request.map(|body| axum::body::Body::new(CallerBody::new(body, watch)));
-    // Behind the API nobody would carry another protocol.
+    // The API supports no change of protocols.
     request.headers_mut().remove(UPGRADE);
     request
 }
 
-/// A service that answers every request of a connection by `router` alone.
+/// Returns a service that handles all requests of a connection with `router` only.
 pub fn plain(
     router: &Router,
     caller: Caller,
@@ -299,7 +303,7 @@ pub fn plain(
             let mut request = request
                 .map(|body| axum::body::Body::new(CallerBody::new(body, Arc::clone(&watch))));
             if let Some(interim) = watch.interim().filter(|_| !is_1_0) {
-                // For functions that are called from here.
+                // For functions that the handlers call.
                 request.extensions_mut().insert(Arc::clone(interim));
             }
             let mut answer = match checked {
@@ -311,7 +315,7 @@ pub fn plain(
                 close_after(answer.headers_mut());
             }
             if let Some(interim) = watch.interim() {
-                // As in `Door::answer`, nothing is awaited from here on.
+                // No await follows, as in [`GatewayService::respond`].
                 interim.final_response_ready();
             }
             if is_1_0 {
@@ -322,7 +326,7 @@ pub fn plain(
     })
 }
 
-/// Refuses a path that could lead out of `/function/NAME`.
+/// Rejects a path that could escape `/function/NAME`.
 fn check_path(path: &str) -> Result<(), Early> {
     if has_dot_segment(path) {
         return Err(Error::BadRequest("the path has a dot segment".to_owned()).into());

@@ -1,5 +1,5 @@
-//! Keeps web pages of others away from the API: a browser on the machine, or one that has the credentials, sends what
-//! any page asks it to.
+//! Protects the API from web pages of other origins: a browser that runs on this machine, or that has stored the
+//! credentials, sends requests on behalf of any page.
 
 mod internal;
 
@@ -17,17 +17,18 @@ pub use crate::same_origin::internal::{InternalNames, guard_internal};
 const SEC_FETCH_SITE: HeaderName = HeaderName::from_static("sec-fetch-site");
 const X_FORWARDED_HOST: HeaderName = HeaderName::from_static("x-forwarded-host");
 
-/// By which names the API may be called.
+/// Host names under which the API may be called.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Names {
-    /// Any that leads here.
+    /// Any name.
     Any,
-    /// Those of this machine itself. Without credentials, a page whose name was made to lead here (DNS rebinding) would
-    /// be as good as one of ours.
+    /// Names of this machine only. Required if the API has no credentials: otherwise a page whose name resolves to this
+    /// machine (DNS rebinding) would have the same origin.
     Local,
 }
 
-/// Lets a request pass unless a callback or a page of another origin has made it. Functions may be called by any.
+/// Rejects requests to `/system/` that were sent by a callback or a page of another origin. Functions may be called by
+/// any page.
 pub async fn guard(State(names): State<Names>, request: Request, next: Next) -> Response {
     let path = request.uri().path();
     if !path.starts_with("/system/") {
@@ -35,11 +36,11 @@ pub async fn guard(State(names): State<Names>, request: Request, next: Next) -> 
     }
     let headers = request.headers();
     let checked = match check(headers, names) {
-        // A callback goes where a client wanted it to, and this client may not be allowed to use the API.
+        // The target of a callback is chosen by a client, which may have no access to the API.
         _ if headers.contains_key(X_GATEWAY_CALLBACK) => Err("a callback cannot use the API"),
         Err(foreign) => Err(foreign.reason()),
         Ok(()) if is_from_page(headers) && !is_for_pages(request.method(), path) => Err(
-            "a web page cannot change functions, as pages of functions have the same origin: use a tool",
+            "a web page cannot change functions, because responses of functions have the same origin: use a command-line tool",
         ),
         Ok(()) => Ok(()),
     };
@@ -49,15 +50,15 @@ pub async fn guard(State(names): State<Names>, request: Request, next: Next) -> 
     }
 }
 
-/// The same for a request to queue a call: any page may send one, but not with a header that makes the gateway do more
-/// than call the function.
+/// The same check for a request that enqueues a call. Any page may send one, but not with headers that make the gateway
+/// do more than call the function.
 ///
 /// # Errors
-/// Why it is refused.
+/// The reason of the rejection, for the client.
 pub fn guard_queued(headers: &HeaderMap, names: Names) -> Result<(), &'static str> {
-    let does_more =
+    let is_restricted =
         |name: &HeaderName| *name == X_CALLBACK_URL || name.as_str().starts_with("x-gateway-");
-    if !headers.keys().any(does_more) {
+    if !headers.keys().any(is_restricted) {
         return Ok(());
     }
     check(headers, names).map_err(|foreign| match foreign {
@@ -68,21 +69,21 @@ pub fn guard_queued(headers: &HeaderMap, names: Names) -> Result<(), &'static st
     })
 }
 
-/// Whether a page may make such a request of the API: it may read, and do what the page under `/ui/` does. A page that a
-/// function has answered with is of the same origin, and its content may come from another party.
+/// Returns whether a page may send such a request to the API: pages may read, and do what the page under `/ui/` does. A
+/// page that a function returned has the same origin, and its content may come from a third party.
 fn is_for_pages(method: &Method, path: &str) -> bool {
     method.is_safe() || path.starts_with("/system/calls/")
 }
 
-/// Whether a page made the request: tools send neither header, and browsers say `none` when their user asks.
+/// Returns whether a page sent the request. Tools send neither header; browsers send `none` for requests of the user.
 fn is_from_page(headers: &HeaderMap) -> bool {
     headers.contains_key(ORIGIN) || headers.get(SEC_FETCH_SITE).is_some_and(|site| site != "none")
 }
 
-/// Why a request is not one of this origin.
+/// Why a request is rejected.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Foreign {
-    /// It was sent to a name that is not this machine's own.
+    /// It was sent to a name that is not this machine's.
     Name,
     /// A page of another origin sent it.
     Page,
@@ -91,16 +92,14 @@ enum Foreign {
 impl Foreign {
     fn reason(self) -> &'static str {
         match self {
-            Self::Name => {
-                "the API is open to this machine alone: call it as localhost or 127.0.0.1"
-            }
-            Self::Page => "the request was made by a web page of another origin",
+            Self::Name => "the API is open to this machine only: call it as localhost or 127.0.0.1",
+            Self::Page => "the request was sent by a web page of another origin",
         }
     }
 }
 
-/// Whether a request with these headers may be one of the machine's own operator, where the API is open to this machine
-/// alone: made by a tool or our own page, and not passed on by a proxy.
+/// Returns whether a request with these headers may come from the operator of this machine, if the API is open to this
+/// machine only: sent by a tool or the gateway's own page, and not forwarded by a proxy.
 pub fn is_of_this_machine(headers: &HeaderMap) -> bool {
     let forwarded_for = HeaderName::from_static("x-forwarded-for");
     let passed_on = [X_FORWARDED_HOST, forwarded_for, FORWARDED, X_GATEWAY_CALLBACK];
@@ -119,14 +118,14 @@ fn check(headers: &HeaderMap, names: Names) -> Result<(), Foreign> {
         Some(_) => return Err(Foreign::Page),
         None => {}
     }
-    // Tools send no Origin.
+    // Tools send no `Origin`.
     let Some(origin) = headers.get(ORIGIN) else { return Ok(()) };
     let host = origin.to_str().ok().and_then(|origin| origin.split_once("://")).map(|(_, h)| h);
     let ours = [text(HOST), text(X_FORWARDED_HOST)];
     if host.is_some() && ours.contains(&host) { Ok(()) } else { Err(Foreign::Page) }
 }
 
-/// Whether `host`, with or without a port, names this machine.
+/// Returns whether `host`, with or without a port, is a name of this machine.
 fn is_local(host: &str) -> bool {
     let name = without_port(host);
     let address = name.trim_start_matches('[').trim_end_matches(']').parse::<std::net::IpAddr>();
@@ -147,7 +146,7 @@ mod tests {
     use super::*;
 
     #[track_caller]
-    fn passes(names: Names, headers: &[(&'static str, &'static str)], expect: bool) {
+    fn check_headers(names: Names, headers: &[(&'static str, &'static str)], expect: bool) {
         let map = headers
             .iter()
             .map(|(name, value)| (HeaderName::from_static(name), HeaderValue::from_static(value)));
@@ -155,32 +154,36 @@ mod tests {
     }
 
     #[test]
-    fn tools_and_our_own_page_pass_and_other_pages_do_not() {
-        passes(Names::Any, &[("host", "faas.example")], true);
-        passes(Names::Any, &[("host", "a:8080"), ("origin", "http://a:8080")], true);
-        passes(Names::Any, &[("host", "a"), ("sec-fetch-site", "same-origin")], true);
-        passes(Names::Any, &[("host", "a"), ("sec-fetch-site", "none")], true);
-        passes(
+    fn tools_and_the_own_page_are_accepted_and_other_pages_are_not() {
+        check_headers(Names::Any, &[("host", "faas.example")], true);
+        check_headers(Names::Any, &[("host", "a:8080"), ("origin", "http://a:8080")], true);
+        check_headers(Names::Any, &[("host", "a"), ("sec-fetch-site", "same-origin")], true);
+        check_headers(Names::Any, &[("host", "a"), ("sec-fetch-site", "none")], true);
+        check_headers(
             Names::Any,
             &[("host", "a"), ("x-forwarded-host", "public"), ("origin", "https://public")],
             true,
         );
-        passes(Names::Any, &[("host", "a"), ("origin", "https://evil.example")], false);
-        passes(Names::Any, &[("host", "a"), ("origin", "null")], false);
-        passes(Names::Any, &[("host", "a"), ("sec-fetch-site", "cross-site")], false);
-        passes(Names::Any, &[("host", "a"), ("sec-fetch-site", "same-site")], false);
+        check_headers(Names::Any, &[("host", "a"), ("origin", "https://evil.example")], false);
+        check_headers(Names::Any, &[("host", "a"), ("origin", "null")], false);
+        check_headers(Names::Any, &[("host", "a"), ("sec-fetch-site", "cross-site")], false);
+        check_headers(Names::Any, &[("host", "a"), ("sec-fetch-site", "same-site")], false);
     }
 
     #[test]
-    fn without_credentials_a_name_from_elsewhere_does_not_lead_here() {
+    fn without_credentials_only_names_of_this_machine_are_accepted() {
         for host in
             ["localhost", "LOCALHOST:8080", "127.0.0.1:8080", "127.1.2.3", "[::1]:8080", "[::1]"]
         {
-            passes(Names::Local, &[("host", host)], true);
+            check_headers(Names::Local, &[("host", host)], true);
         }
         for host in ["rebind.evil", "localhost.evil:8080", "10.0.0.1", "127.0.0.1.evil"] {
-            passes(Names::Local, &[("host", host), ("sec-fetch-site", "same-origin")], false);
+            check_headers(
+                Names::Local,
+                &[("host", host), ("sec-fetch-site", "same-origin")],
+                false,
+            );
         }
-        passes(Names::Local, &[], true);
+        check_headers(Names::Local, &[], true);
     }
 }

@@ -1,10 +1,11 @@
-//! Can a function be called now? If not, it is woken, and its callers wait.
+//! Cold starts: holds requests of a function that is not ready, scales it up, and releases them when it is ready.
 //!
-//! A warm function costs its calls one look at a flag (`metrics::known::Warm`), which the poll of the provider keeps
-//! fresh. What is in here is for all others. For each of them there is one line of callers and one driver, which asks
-//! the provider and scales the function: however many callers there are, on whichever threads, the provider gets one
-//! question at a time and one request to scale.
-//! What is not in here: deciding how many replicas a load needs.
+//! For a ready function a request only reads a flag (`metrics::registry::ReadyFlag`), which the provider poller
+//! updates. This module handles all other requests. Each function that is not ready has one queue of waiting requests
+//! and one activation task, which polls the provider and scales the function. So the provider receives one status query
+//! at a time and one scale request, however many requests wait on however many threads.
+//!
+//! The number of replicas for a given load is not decided here: see `autoscale`.
 
 mod driver;
 pub mod fault;
@@ -30,33 +31,34 @@ use crate::shutdown::Tasks;
 
 pub use passage::Passage;
 
-/// A provider that has not answered a question by then is away. Longer than it may be asked to hold its answer back.
+/// Timeout of a status query. It exceeds `LONG_POLL`, the time for which the provider may delay its response.
 const LONGEST_QUESTION: Duration = Duration::from_secs(5);
-/// So much of a call's body is kept, to be sent once more if it met nobody.
+/// Maximum bytes of a request body that are buffered for a retry.
 pub const KEPT: usize = 64 << 10;
-/// What all calls that wait may keep, in KiB.
+/// Maximum of all buffered request bodies together, in KiB.
 const ALL_KEPT: usize = 64 << 10;
 
-/// What wakes functions. One for the process.
+/// Coordinates cold starts. One per process.
 pub struct Scaling {
     provider: Provider,
     known: Arc<Known>,
     limits: ColdStart,
     tasks: Tasks,
-    /// Where drivers run: a thread that carries calls may end before those that wait on others.
+    /// Runtime of the activation tasks. A proxy thread may end before requests on other threads have been released.
     runtime: Handle,
     lines: Mutex<HashMap<Function, Arc<Line>>>,
     room: Semaphore,
 }
 
-/// How a call finds its function.
+/// Result of joining the queue of a function.
 enum Entered {
     Ready(Ready),
     Waiting(Place),
 }
 
 impl Scaling {
-    /// Drivers run as `tasks` on the current runtime; `provider`'s client must be of that runtime, too.
+    /// Creates an activator whose activations run as `tasks` on the current runtime. The client of `provider` must
+    /// belong to the same runtime.
     pub fn new(
         provider: Provider,
         known: Arc<Known>,
@@ -74,20 +76,21 @@ impl Scaling {
         })
     }
 
-    /// The way of a call of `function`.
+    /// Starts the cold-start handling of one request of `function`.
     pub fn passage(self: &Arc<Self>, function: &Function) -> Passage {
         Passage::new(Arc::clone(self), function.clone())
     }
 
-    /// Room to keep a body of `length` bytes, if that is known; `None` while too many are kept.
+    /// Reserves memory to buffer a body of `length` bytes for a retry; an unknown length counts as [`MAX_REPLAY_BODY`].
+    /// Returns `None` while the budget is exhausted.
     pub fn room_for(&self, length: Option<u64>) -> Option<SemaphorePermit<'_>> {
         let length = length.and_then(|length| usize::try_from(length).ok());
         let kib = length.unwrap_or(KEPT).min(KEPT).div_ceil(1024);
         self.room.try_acquire_many(u32::try_from(kib).unwrap_or(u32::MAX)).ok()
     }
 
-    /// Joins the line for `function`, unless it is known to be ready. `doubt`: the caller's call was sent then, and has
-    /// met a sign that it is not.
+    /// Joins the queue of `function`, unless the function is ready. `suspect_since`: send time of the request that
+    /// received a sign of unavailability, if there was one.
     fn enter(
         self: &Arc<Self>,
         function: &Function,
@@ -99,14 +102,15 @@ impl Scaling {
         if let Phase::Ready(ready) = line.phase_since(since) {
             return Ok(Entered::Ready(ready));
         }
-        // Under the lock: a line that is entered is not taken for abandoned.
+        // Join under the lock, so that the activation cannot finish as unused in between.
         let place = line.enter(since, self.limits.queue_limit);
         drop(lines);
         self.drive(line, is_new);
         place.map(Entered::Waiting).ok_or_else(|| Error::LineFull(function.clone()))
     }
 
-    /// Has somebody ask whether `function` is ready, after a call that was sent at `sent`, and waits for nothing.
+    /// Reports that a request sent at `sent` received a sign that `function` is not ready. An activation queries the
+    /// provider; this function does not wait for it.
     fn doubt(self: &Arc<Self>, function: &Function, sent: Instant) {
         let mut lines = self.lines();
         let (line, is_new) = self.line(&mut lines, function);
@@ -128,7 +132,7 @@ impl Scaling {
         (line, true)
     }
 
-    /// Since when the provider must have been asked for its answer to say something to a caller with `doubt`.
+    /// Records the suspicion. Returns the earliest query time whose result this request may rely on.
     fn see_doubt(&self, line: &Line, doubt: Option<Instant>) -> Option<Instant> {
         let is_old = |ready: Ready| self.known.changed_since(&line.function, ready.asked);
         let doubt = if line.answer().is_some_and(is_old) { Some(Instant::now()) } else { doubt };
@@ -144,7 +148,7 @@ impl Scaling {
         }
         let driver = Driver::new(Arc::clone(self), line);
         self.tasks.spawn_on(&self.runtime, |stopping| async move {
-            // Whatever is cut here, the driver's end tells those who wait.
+            // If the activation is cancelled, its `Drop` releases the waiting requests.
             tokio::select! {
                 () = stopping.cancelled() => {}
                 () = driver.run() => {}
@@ -152,7 +156,7 @@ impl Scaling {
         });
     }
 
-    /// When `function` became ready, if that was just now.
+    /// Returns the time at which `function` became ready, if that was recent.
     fn woken(&self, function: &Function) -> Option<Instant> {
         match self.lines().get(function)?.phase() {
             Phase::Ready(ready) => ready.woken,
@@ -160,7 +164,7 @@ impl Scaling {
         }
     }
 
-    /// Takes `line` away if `condition` holds, while nobody can enter it. Whether it did.
+    /// Removes `queue` if `condition` holds, while no request can join it. Returns whether it did.
     fn remove(&self, line: &Line, condition: impl FnOnce(&Line) -> bool) -> bool {
         let mut lines = self.lines();
         let holds = condition(line);
@@ -177,8 +181,8 @@ impl Scaling {
 
 #[cfg(test)]
 impl Scaling {
-    /// One whose provider is away, with room for `queue` callers.
-    fn alone(queue: usize) -> Arc<Self> {
+    /// Creates an activator whose provider is unreachable and whose queue holds `limit` requests.
+    fn alone(limit: usize) -> Arc<Self> {
         use crate::config::PoolLimits;
         use crate::config::base_url::BaseUrl;
         use crate::proxy::client::{Client, Origin, Tls};

@@ -1,4 +1,4 @@
-//! `/system/*`: passed on to the provider, or enriched on the way.
+//! `/system/*`: requests that are proxied to the provider, some with additions to the response.
 
 mod change;
 mod list;
@@ -39,37 +39,37 @@ pub use change::change;
 pub use list::list;
 pub use send::MAX_KEPT;
 
-/// The largest body of an alert or a scale request.
+/// Maximum bytes of the body of an alert or a scale request.
 pub const MAX_BODY: usize = 1 << 20;
 
-/// What the API's handlers need. One for each thread that carries calls.
+/// State of the API's handlers. One per proxy thread.
 pub struct Api {
     pub client: Arc<Client>,
     pub provider: Provider,
     pub logs: Origin,
     pub credentials: Option<Arc<Credentials>>,
     pub auth_proxy: Option<AuthProxy>,
-    /// By which names it may be called.
+    /// Host names under which the API may be called.
     pub names: Names,
     pub timeouts: Timeouts,
     pub default_namespace: Arc<str>,
     pub metrics: Arc<Metrics>,
     pub health: Arc<Health>,
     pub counts: Arc<Counts>,
-    /// Which alerts mean nothing, where functions are scaled by their load.
+    /// Alerts to ignore, if the autoscaler is enabled.
     pub ignored_alerts: Option<Arc<Ignored>>,
-    /// Takes queued calls in, where there is a queue.
+    /// Enqueues calls, if there is a queue.
     pub intake: Option<Arc<Intake>>,
-    /// A permit for each body that is kept to be sent again: [`MAX_KEPT`] for all threads.
+    /// One permit per request body buffered for a retry: [`MAX_REPLAY_BODIES`] for all threads.
     pub kept: Arc<Semaphore>,
 }
 
-/// `auth_proxy_url`, and whether it is sent bodies.
+/// The setting `auth_proxy_url`, and whether request bodies are sent to it.
 #[derive(Clone)]
 pub struct AuthProxy {
-    /// The URL without its path.
+    /// The URL without the path.
     pub origin: Origin,
-    /// Its path, which is asked for as it is.
+    /// The path, which is requested unchanged.
     pub target: Uri,
     pub pass_body: bool,
 }
@@ -81,7 +81,7 @@ impl AuthProxy {
     }
 }
 
-/// Passes a request on as it is.
+/// Proxies a request unchanged.
 pub async fn pass(
     State(api): State<Arc<Api>>,
     Extension(caller): Extension<Caller>,
@@ -90,7 +90,7 @@ pub async fn pass(
     api.send(&caller, &api.provider.origin, request).await.map(stream).into_response()
 }
 
-/// Passes on a request whose path names a function or namespace.
+/// Proxies a request whose path names a function or namespace.
 pub async fn pass_named(
     state: State<Arc<Api>>,
     caller: Extension<Caller>,
@@ -103,7 +103,10 @@ pub async fn pass_named(
     pass(state, caller, request).await
 }
 
-/// `POST /system/scale-function/NAME`: only what can be understood is passed on.
+/// `POST /system/scale-function/NAME`: only a valid body is proxied.
+///
+/// # Errors
+/// The path names no function, the body is invalid, or the provider does not respond.
 pub async fn scale(
     State(api): State<Arc<Api>>,
     Extension(caller): Extension<Caller>,
@@ -124,7 +127,10 @@ pub async fn scale(
     api.send(&caller, &api.provider.origin, request).await.map(stream)
 }
 
-/// `GET /system/info`: the provider's, and this gateway's.
+/// `GET /system/info`: the provider's information, and this gateway's.
+///
+/// # Errors
+/// The provider does not respond, or not with JSON.
 pub async fn info(
     State(api): State<Arc<Api>>,
     Extension(caller): Extension<Caller>,
@@ -148,8 +154,8 @@ pub async fn info(
 }
 
 impl Api {
-    /// Asks the provider for JSON that is read here: whole and not compressed, whatever the caller would take. HEAD
-    /// gets the head of what GET would.
+    /// Fetches a JSON response that is read here, so neither compressed nor partial, whatever the client accepts. HEAD
+    /// is sent as GET.
     async fn fetch(
         &self,
         caller: &Caller,
@@ -163,17 +169,20 @@ impl Api {
     }
 }
 
-/// An upstream's answer as the router's own.
+/// Converts an upstream's response to a response of the router.
 pub fn stream(answer: http::Response<UpstreamBody>) -> Response {
     answer.map(Body::new)
 }
 
-/// An answer of `body`, JSON.
+/// Returns a 200 with a JSON body.
 pub fn json_answer(body: Vec<u8>) -> Response {
     (StatusCode::OK, [(CONTENT_TYPE, "application/json")], body).into_response()
 }
 
-/// Reads a body whole, up to `limit`.
+/// Reads a body of at most `limit` bytes.
+///
+/// # Errors
+/// The body is longer, or the client aborted it.
 pub async fn read(body: Body, limit: usize) -> Result<Bytes, Error> {
     match Limited::new(body, limit).collect().await {
         Ok(collected) => Ok(collected.to_bytes()),

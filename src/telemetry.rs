@@ -1,4 +1,4 @@
-//! Where log lines go: standard error, as text or JSON, filtered by `log_level`.
+//! Logging to standard error, as text or JSON, filtered by `log_level`.
 
 use std::io::{self, IsTerminal};
 
@@ -9,13 +9,13 @@ use tracing_subscriber::util::SubscriberInitExt;
 
 use crate::config::LogConfig;
 
-/// Lines that wait to be written. More are dropped: no call waits for whoever reads the log.
+/// Maximum buffered log lines. More are dropped: a slow reader of the log must not block calls.
 const WAITING: usize = 16 << 10;
 
-/// Installs the process's subscriber; a second call changes nothing. What is logged is written until what is returned is
+/// Installs the subscriber of the process; a second call has no effect. Logging works until the returned guard is
 /// dropped.
 pub fn init(log: &LogConfig) -> WorkerGuard {
-    // Parsed once before, when the settings were read. The access log has a switch of its own.
+    // The filter was validated with the settings. The access log has its own setting.
     let filter: Targets = format!("access=info,{}", log.filter).parse().unwrap_or_default();
     let registry = tracing_subscriber::registry().with(filter);
     let builder = NonBlockingBuilder::default().lossy(true).buffered_lines_limit(WAITING);
@@ -27,7 +27,7 @@ pub fn init(log: &LogConfig) -> WorkerGuard {
         registry.with(layer.with_ansi(io::stderr().is_terminal())).try_init()
     };
     if installed.is_err() {
-        tracing::debug!("A subscriber was installed already");
+        tracing::debug!("A log subscriber is already installed");
     }
     guard
 }

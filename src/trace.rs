@@ -1,5 +1,4 @@
-//! What is told of each request beside its numbers: a line in the access log, and spans for a collector of traces.
-//! Both are off unless they are asked for, and then no call waits for either.
+//! Access log and traces: a log line and spans for each request. Both are off by default, and no call waits for either.
 
 pub mod context;
 pub mod exporter;
@@ -25,33 +24,33 @@ use crate::trace::context::{Context, span_id};
 use crate::trace::exporter::{Exporter, WAITING};
 use crate::trace::span::{Attribute, Kind, Span};
 
-/// Watches requests.
+/// Starts the request spans: access log and tracing.
 #[derive(Debug)]
 pub struct Observer {
     pub access: AccessLogMode,
     pub tracer: Option<Tracer>,
 }
 
-/// Makes spans. Cheap to clone.
+/// Creates spans and sends them to the exporter. Cheap to clone.
 #[derive(Clone, Debug)]
 pub struct Tracer {
     spans: mpsc::Sender<Span>,
     dropped: SpansDropped,
-    /// So great a part of the traces that begin here is told.
+    /// Ratio, from 0 to 1, of the traces started here that are exported.
     sampling: f64,
 }
 
-/// A piece of work that goes on.
+/// A span that has not ended. It is exported when dropped.
 #[derive(Debug)]
 pub struct Open {
     tracer: Tracer,
-    /// `None` once it has been told.
+    /// `None` once exported.
     span: Option<Span>,
     began: Instant,
 }
 
 impl Tracer {
-    /// A tracer, and what sends its spans to `endpoint` as `service`.
+    /// Creates a tracer, and the exporter that sends its spans to `endpoint` as `service`.
     pub fn new(
         endpoint: BaseUrl,
         config: TracingConfig,
@@ -66,7 +65,7 @@ impl Tracer {
         (Self { spans: sender, dropped, sampling }, exporter)
     }
 
-    /// Where a request with `headers` belongs, and whether it belonged there before it came here.
+    /// Returns the trace context of a request, and whether the request had one.
     fn place(&self, headers: &HeaderMap) -> (Context, bool) {
         match Context::of(headers) {
             Some(context) => (context, true),
@@ -74,8 +73,8 @@ impl Tracer {
         }
     }
 
-    /// Begins work on the queued call `id` with `headers`; `None` if nobody wants to hear of it. All that is done for a
-    /// call without a trace belongs to one.
+    /// Starts a span for the queued call `id`; `None` if its trace is not sampled. A call without a trace context gets
+    /// a trace whose id is derived from its own, so that all its attempts belong to one trace.
     pub fn begin(&self, id: &str, headers: &HeaderMap, name: &'static str) -> Option<Open> {
         let context = Context::of(headers).unwrap_or_else(|| match Uuid::parse_str(id) {
             Ok(id) => Context::of_id(id, self.sampling),
@@ -84,7 +83,7 @@ impl Tracer {
         self.under(context, Kind::Consumer, name)
     }
 
-    /// Begins a part of the work that `context` tells of.
+    /// Starts a child span of `context`; `None` if its trace is not sampled.
     pub fn under(&self, context: Context, kind: Kind, name: &'static str) -> Option<Open> {
         if !context.sampled {
             return None;
@@ -98,13 +97,13 @@ impl Tracer {
             began: SystemTime::now(),
             took: Duration::ZERO,
             attributes: Vec::new(),
-            failure: Some("it was cut short".to_owned()),
+            failure: Some("it was interrupted".to_owned()),
         };
         Some(Open { tracer: self.clone(), span: Some(span), began: Instant::now() })
     }
 
     fn tell(&self, span: Span) {
-        // A collector that is too slow hears of fewer.
+        // If the queue of the exporter is full, the span is dropped.
         if self.spans.try_send(span).is_err() {
             self.dropped.crowded_out();
         }
@@ -112,7 +111,7 @@ impl Tracer {
 }
 
 impl Open {
-    /// What others who work on it are told.
+    /// Returns the trace context for child spans.
     pub fn context(&self) -> Option<Context> {
         let span = self.span.as_ref()?;
         Some(Context { trace: span.trace, span: span.id, sampled: true })
@@ -124,7 +123,7 @@ impl Open {
         }
     }
 
-    /// It is over, and has failed if there is a `failure`.
+    /// Ends the span, as failed if there is a `failure`.
     pub fn ended(mut self, failure: Option<String>) {
         if let Some(span) = &mut self.span {
             span.failure = failure;
@@ -133,7 +132,7 @@ impl Open {
 }
 
 impl Drop for Open {
-    /// One that did not come to its end is told of all the same: others may be its parts.
+    /// A span that was not ended is exported, too: other spans may be its children.
     fn drop(&mut self) {
         if let Some(span) = self.span.take() {
             self.tracer.tell(Span { took: self.began.elapsed(), ..span });

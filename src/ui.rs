@@ -1,4 +1,4 @@
-//! The web page under `/ui/`, carried inside the binary.
+//! The web page under `/ui/`, embedded in the binary.
 
 use axum::extract::Path;
 use axum::response::{IntoResponse, Response};
@@ -8,7 +8,7 @@ use http::{HeaderName, StatusCode};
 use crate::error::Error;
 
 const NOSNIFF: (HeaderName, &str) = (http::header::X_CONTENT_TYPE_OPTIONS, "nosniff");
-/// Nothing from elsewhere; `blob:` shows images that a function answers.
+/// No external resources. `blob:` allows images in responses of functions.
 const POLICY: &str =
     "default-src 'self'; img-src 'self' data: blob:; frame-ancestors 'none'; base-uri 'none'";
 
@@ -16,24 +16,25 @@ macro_rules! files {
     ($($name:literal)*) => { &[$(($name, include_str!(concat!("ui/", $name)))),*] };
 }
 
-/// What `index.html` loads.
+/// Files that `index.html` loads.
 const FILES: &[(&str, &str)] = files! {
     "address.js" "app.js" "body.js" "call.js" "dom.js" "form.js" "list.js" "poll.js" "queue.js" "style.css"
 };
 
-/// `/` leads to the page.
+/// Redirects `/` to the page.
 pub async fn redirect() -> Response {
     let headers = [(LOCATION, "/ui/"), (CONTENT_TYPE, "text/plain; charset=utf-8")];
     (StatusCode::TEMPORARY_REDIRECT, headers, "See /ui/\n").into_response()
 }
 
+/// Serves the page itself.
 pub async fn page() -> Response {
     asset("text/html; charset=utf-8", include_str!("ui/index.html"))
 }
 
-/// A file of the page, by its name.
+/// Serves a file of the page.
 pub async fn file(Path(name): Path<String>) -> Response {
-    match FILES.iter().find(|(known, _)| *known == name) {
+    match FILES.iter().find(|(file, _)| *file == name) {
         Some((name, text)) if name.ends_with(".css") => asset("text/css; charset=utf-8", text),
         Some((_, text)) => asset("text/javascript; charset=utf-8", text),
         None => Error::NoSuchPath.into_response(),
@@ -41,7 +42,7 @@ pub async fn file(Path(name): Path<String>) -> Response {
 }
 
 fn asset(kind: &'static str, text: &'static str) -> Response {
-    // A new version of the binary must not meet an old page.
+    // After an upgrade, the browser must not use an old page.
     let headers = [
         (CONTENT_TYPE, kind),
         (CACHE_CONTROL, "no-cache"),

@@ -1,27 +1,27 @@
-//! What an alert does to a function's replicas. No I/O.
+//! Effect of an alert on the replicas of a function. No I/O.
 
 use std::collections::BTreeMap;
 
-/// Whether an alert has begun or is over.
+/// Status of an alert.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Alarm {
     Firing,
     Resolved,
 }
 
-/// A function's own bounds, from its labels.
+/// Scaling limits of a function, from its labels.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Bounds {
     /// `com.openfaas.scale.min`
     pub min: u64,
     /// `com.openfaas.scale.max`
     pub max: u64,
-    /// `com.openfaas.scale.factor`: percent of `max` added for each alert; 0: never scaled by alerts.
+    /// `com.openfaas.scale.factor`: percent of `max` added by each alert; 0 disables scaling by alerts.
     pub factor: u64,
 }
 
 impl Bounds {
-    /// A label that is absent or no number counts as its default.
+    /// Reads the labels. A missing or invalid label has its default.
     pub fn from_labels(labels: &BTreeMap<String, String>) -> Self {
         let label = |name: &str, default| {
             labels.get(name).and_then(|text| text.trim().parse().ok()).unwrap_or(default)
@@ -34,12 +34,12 @@ impl Bounds {
     }
 }
 
-/// The replicas wanted after `alarm`; `None` if it changes nothing.
-pub(super) fn replicas_after(alarm: Alarm, replicas: u64, bounds: Bounds) -> Option<u64> {
+/// Returns the new number of replicas; `None` if it does not change.
+pub(super) fn replicas_after(status: Alarm, replicas: u64, bounds: Bounds) -> Option<u64> {
     if bounds.factor == 0 {
         return None;
     }
-    let wanted = match alarm {
+    let wanted = match status {
         Alarm::Firing => {
             let step = bounds.max.saturating_mul(bounds.factor).div_ceil(100);
             replicas.saturating_add(step).min(bounds.max)
@@ -54,8 +54,8 @@ mod tests {
     use super::*;
 
     #[track_caller]
-    fn check(alarm: Alarm, replicas: u64, min: u64, max: u64, factor: u64, expect: Option<u64>) {
-        assert_eq!(replicas_after(alarm, replicas, Bounds { min, max, factor }), expect);
+    fn check(status: Alarm, replicas: u64, min: u64, max: u64, factor: u64, expect: Option<u64>) {
+        assert_eq!(replicas_after(status, replicas, Bounds { min, max, factor }), expect);
     }
 
     #[test]
@@ -70,19 +70,19 @@ mod tests {
     }
 
     #[test]
-    fn a_resolved_alert_goes_back_to_min() {
+    fn a_resolved_alert_scales_to_min() {
         check(Alarm::Resolved, 4, 2, 20, 10, Some(2));
         check(Alarm::Resolved, 1, 1, 20, 10, None);
     }
 
     #[test]
-    fn factor_zero_switches_alerts_off() {
+    fn factor_zero_disables_alerts() {
         check(Alarm::Firing, 1, 1, 5, 0, None);
         check(Alarm::Resolved, 4, 1, 5, 0, None);
     }
 
     #[test]
-    fn labels_that_are_no_numbers_count_as_absent() {
+    fn invalid_labels_have_their_default() {
         let labels = BTreeMap::from([
             ("com.openfaas.scale.min".to_owned(), "two".to_owned()),
             ("com.openfaas.scale.max".to_owned(), " 7 ".to_owned()),

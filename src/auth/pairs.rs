@@ -1,8 +1,9 @@
-//! The credentials that hold, and those that they replaced. No I/O.
+//! The current credentials and those that they replaced. No I/O.
 //!
-//! A changed Secret reaches the pods of a cluster at different times, up to two minutes apart. Until a provider has read
-//! the change it accepts the previous credentials alone; until this process has, it sends them itself. So the previous
-//! ones are kept for a while, and only between gateway and provider: clients of the API need the current ones at once.
+//! A changed Secret reaches the pods of a cluster at different times, up to two minutes apart. Until a provider has
+//! loaded the change, it accepts only the previous credentials; until this process has, it sends them. So previous
+//! credentials are kept for a while, but only between gateway and provider: clients of the API need the current ones
+//! immediately.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -12,12 +13,12 @@ use base64::engine::general_purpose::STANDARD;
 use http::HeaderValue;
 use subtle::ConstantTimeEq;
 
-/// For so long replaced credentials are offered to a provider that refuses the current ones. One that reads its files
-/// only when it starts must be restarted by then.
+/// Time for which replaced credentials are tried with a provider that rejects the current ones. A provider that reads
+/// its files only at its start must be restarted in this time.
 pub(super) const OFFERED: Duration = Duration::from_secs(3600);
-/// For so long our own provider accepts replaced credentials.
+/// Time for which the process provider accepts replaced credentials.
 pub(super) const ACCEPTED: Duration = Duration::from_secs(300);
-/// Replaced credentials that are kept, however fast they change.
+/// Maximum replaced credentials that are kept.
 const MOST_REPLACED: usize = 3;
 
 /// User and password.
@@ -27,13 +28,13 @@ pub(super) struct Pair {
     header: HeaderValue,
 }
 
-/// All pairs that are known.
+/// All known credentials.
 #[derive(Clone)]
 pub(super) struct Pairs {
     current: Arc<Pair>,
-    /// The newest first, each with the time at which it was replaced.
+    /// Newest first, with the time of the replacement.
     replaced: Vec<(Arc<Pair>, Instant)>,
-    /// The one of `replaced` that the provider accepts, as long as it refuses the current one.
+    /// The one of `replaced` that the provider accepts while it rejects the current one.
     preferred: Option<Arc<Pair>>,
 }
 
@@ -44,7 +45,7 @@ impl PartialEq for Pair {
 }
 
 impl Pair {
-    /// `None` if no header can hold the two.
+    /// Returns `None` if they have characters that are not allowed in a header.
     pub(super) fn new(user: &str, password: &str) -> Option<Self> {
         let plain = format!("{user}:{password}");
         let header = HeaderValue::from_str(&format!("Basic {}", STANDARD.encode(&plain)));
@@ -57,7 +58,7 @@ impl Pair {
         &self.header
     }
 
-    /// Takes the same time for all wrong ones of one length.
+    /// Constant time for wrong credentials of the same length.
     fn is(&self, given: &[u8]) -> bool {
         bool::from(given.ct_eq(self.plain.as_bytes()))
     }
@@ -72,19 +73,20 @@ impl Pairs {
         &self.current
     }
 
-    /// Whether `given` is the current pair.
+    /// Returns whether `given` is the current pair.
     pub(super) fn admit(&self, given: &[u8]) -> bool {
         self.current.is(given)
     }
 
-    /// Whether `given` is the current pair, or one that was replaced less than [`ACCEPTED`] ago.
+    /// Returns whether `given` is the current pair, or one replaced less than [`REPLACED_ACCEPT_PERIOD`] ago.
     pub(super) fn admit_recent(&self, given: &[u8], now: Instant) -> bool {
         let recent = self.replaced.iter().filter(|(_, at)| now.duration_since(*at) < ACCEPTED);
-        // Each is compared, so that the time says nothing about which one it was.
+        // Compares with each of them, so that the duration does not reveal which one matched.
         recent.fold(self.admit(given), |admitted, (pair, _)| admitted | pair.is(given))
     }
 
-    /// What is to be sent to a provider: what it accepted last, then the current pair, then the replaced ones.
+    /// Returns the credentials to try with a provider: the one it accepted last, then the current one, then the
+    /// replaced ones.
     pub(super) fn offered(&self, now: Instant) -> Vec<Arc<Pair>> {
         let mut offered = Vec::with_capacity(1 + self.replaced.len());
         let kept = self.replaced.iter().filter(|(_, at)| now.duration_since(*at) < OFFERED);
@@ -98,7 +100,7 @@ impl Pairs {
         offered
     }
 
-    /// The same pairs once the files have `pair`.
+    /// Returns the set with `pair` as the current credentials.
     pub(super) fn changed_to(&self, pair: &Arc<Pair>, now: Instant) -> Self {
         let mut replaced = vec![(Arc::clone(&self.current), now)];
         replaced.extend(self.replaced.iter().filter(|(old, _)| old != pair).cloned());
@@ -106,7 +108,7 @@ impl Pairs {
         Self { current: Arc::clone(pair), replaced, preferred: None }
     }
 
-    /// The same pairs without those that nobody is offered any more; `None` if none is to go.
+    /// Returns the set without expired credentials; `None` if none has expired.
     pub(super) fn without_old(&self, now: Instant) -> Option<Self> {
         let is_kept = |(_, at): &(_, Instant)| now.duration_since(*at) < OFFERED;
         if self.replaced.iter().all(is_kept) {
@@ -118,12 +120,12 @@ impl Pairs {
         Some(Self { current: Arc::clone(&self.current), replaced, preferred })
     }
 
-    /// Whether a provider accepts a replaced pair only.
+    /// Returns whether the provider accepts only replaced credentials.
     pub(super) fn is_behind(&self) -> bool {
         self.preferred.is_some()
     }
 
-    /// The same pairs once a provider has accepted `pair`; `None` if nothing changes by that.
+    /// Returns the set after a provider has accepted `pair`; `None` if it does not change.
     pub(super) fn accepted(&self, pair: &Arc<Pair>) -> Option<Self> {
         let is_known = self.replaced.iter().any(|(replaced, _)| replaced == pair);
         let preferred = Some(pair).filter(|pair| **pair != self.current && is_known);
@@ -153,7 +155,7 @@ mod tests {
     }
 
     #[test]
-    fn replaced_pairs_are_offered_for_an_hour_and_accepted_for_five_minutes() {
+    fn replaced_credentials_are_tried_for_an_hour_and_accepted_for_five_minutes() {
         let start = Instant::now();
         let pairs = changed("old", "new", start);
         assert!(pairs.admit(b"admin:new") && !pairs.admit(b"admin:old"));
@@ -169,7 +171,7 @@ mod tests {
     }
 
     #[test]
-    fn what_was_accepted_last_is_offered_first() {
+    fn the_last_accepted_credentials_are_tried_first() {
         let start = Instant::now();
         let pairs = changed("old", "new", start);
         let [new, old] = pairs.offered(start).try_into().ok().unwrap();
@@ -177,7 +179,7 @@ mod tests {
         let behind = pairs.accepted(&old).unwrap();
         assert!(behind.is_behind() && behind.accepted(&old).is_none());
         assert_eq!(offered(&behind, start), ["old", "new"]);
-        // A pair that is not kept any more is not preferred either.
+        // Expired credentials are not preferred.
         assert_eq!(offered(&behind, start + OFFERED), ["new"]);
         assert!(!behind.without_old(start + OFFERED).unwrap().is_behind());
         assert_eq!(offered(&behind.accepted(&new).unwrap(), start), ["new", "old"]);
@@ -185,7 +187,7 @@ mod tests {
     }
 
     #[test]
-    fn a_pair_that_comes_back_is_there_once_and_few_are_kept() {
+    fn credentials_are_distinct_and_bounded_in_number() {
         let start = Instant::now();
         let pairs = changed("a", "b", start).changed_to(&pair("a"), start);
         assert_eq!(offered(&pairs, start), ["a", "b"]);

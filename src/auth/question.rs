@@ -1,4 +1,4 @@
-//! What `auth_proxy_url` is told of the request that it decides on. No I/O.
+//! Headers of the request to `auth_proxy_url`. No I/O.
 
 use http::header::{CONNECTION, CONTENT_LENGTH, HOST, UPGRADE};
 use http::request::Parts;
@@ -10,10 +10,10 @@ const X_FORWARDED_METHOD: HeaderName = HeaderName::from_static("x-forwarded-meth
 const X_FORWARDED_URI: HeaderName = HeaderName::from_static("x-forwarded-uri");
 const X_FORWARDED_HOST: HeaderName = HeaderName::from_static("x-forwarded-host");
 
-/// The headers of the question: the client's, and which method, path, query and host it asked for.
+/// Returns the client's headers, and the method, path, query and host of its request.
 pub(super) fn headers(request: &Parts) -> HeaderMap {
     let mut own = request.headers.clone();
-    // What `Connection` names goes now, or it could name what is added here.
+    // Remove the headers that `Connection` lists first: it must not list the headers added below.
     end_to_end(&mut own);
     let mut headers = HeaderMap::with_capacity(own.len() + 3);
     for (name, value) in &own {
@@ -23,8 +23,8 @@ pub(super) fn headers(request: &Parts) -> HeaderMap {
         }
     }
     let uri = request.uri.path_and_query().map_or("/", |uri| uri.as_str());
-    let said = [(X_FORWARDED_METHOD, request.method.as_str()), (X_FORWARDED_URI, uri)];
-    for (name, value) in said {
+    let added = [(X_FORWARDED_METHOD, request.method.as_str()), (X_FORWARDED_URI, uri)];
+    for (name, value) in added {
         if let Ok(value) = HeaderValue::from_bytes(value.as_bytes()) {
             headers.insert(name, value);
         }
@@ -35,8 +35,8 @@ pub(super) fn headers(request: &Parts) -> HeaderMap {
     headers
 }
 
-/// Whether `name` is one of those that are said here, or is read as one by a server that makes variables of headers: to
-/// many `_` is the same as `-`.
+/// Returns whether `name` is one of the headers set here, or is read as one by a server that maps headers to variables:
+/// for many servers `_` and `.` equal `-`.
 fn is_ours(name: &HeaderName) -> bool {
     let plain = name.as_str().replace(['_', '.'], "-");
     [X_FORWARDED_METHOD, X_FORWARDED_URI, X_FORWARDED_HOST]
@@ -48,13 +48,13 @@ fn is_ours(name: &HeaderName) -> bool {
 mod tests {
     use super::*;
 
-    fn asked(request: http::request::Builder) -> HeaderMap {
+    fn auth_headers(request: http::request::Builder) -> HeaderMap {
         headers(&request.body(()).unwrap().into_parts().0)
     }
 
     #[test]
-    fn the_request_is_described_and_its_client_cannot_describe_it() {
-        let headers = asked(
+    fn the_client_cannot_set_the_headers_that_describe_its_request() {
+        let headers = auth_headers(
             http::Request::delete("/system/functions?x=%2F")
                 .header("host", "faas.example:8080")
                 .header("cookie", "a=b")
@@ -66,9 +66,9 @@ mod tests {
                 .header("x-forwarded-host", "elsewhere")
                 .header("x-forwarded-proto", "https"),
         );
-        let mut said: Vec<_> =
+        let mut names: Vec<_> =
             headers.iter().map(|(name, value)| (name.as_str(), value.to_str().unwrap())).collect();
-        said.sort_unstable();
+        names.sort_unstable();
         let expect = [
             ("cookie", "a=b"),
             ("host", "faas.example:8080"),
@@ -77,12 +77,12 @@ mod tests {
             ("x-forwarded-proto", "https"),
             ("x-forwarded-uri", "/system/functions?x=%2F"),
         ];
-        assert_eq!(said, expect);
+        assert_eq!(names, expect);
     }
 
     #[test]
-    fn the_description_cannot_be_taken_away() {
-        let headers = asked(
+    fn the_client_cannot_remove_the_headers_that_describe_its_request() {
+        let headers = auth_headers(
             http::Request::get("/ui/")
                 .header("connection", "x-forwarded-uri, x-forwarded-method, upgrade")
                 .header("upgrade", "websocket"),

@@ -1,17 +1,18 @@
-//! What stands behind a function's name in a path.
+//! Check of the path after a function's name.
 
-/// Whether a segment of `path` is `.` or `..`, however dots and slashes are written: it could lead out of
-/// `/function/NAME` when the next server decodes it.
+/// Returns whether a segment of `path` is `.` or `..`, plain or percent-encoded. It could escape `/function/NAME` when
+/// the next server decodes the path.
 pub fn has_dot_segment(path: &str) -> bool {
-    // Most paths have neither; they are done with one walk.
+    // Fast path: most paths have no candidate.
     let bytes = path.as_bytes();
-    let odd = bytes.windows(2).any(|two| two == b"/.")
+    let is_candidate = bytes.windows(2).any(|two| two == b"/.")
         || bytes.first() == Some(&b'.')
         || bytes.iter().any(|byte| b"%\\".contains(byte));
-    odd && decoded(path).split(['/', '\\']).any(|segment| segment == "." || segment == "..")
+    is_candidate
+        && decoded(path).split(['/', '\\']).any(|segment| segment == "." || segment == "..")
 }
 
-/// `path` with dots and slashes decoded, and nothing else.
+/// Decodes percent-encoded dots, slashes and backslashes only.
 fn decoded(path: &str) -> String {
     let mut decoded = path.to_ascii_lowercase();
     for (code, character) in [("%2e", "."), ("%2f", "/"), ("%5c", "\\")] {
@@ -25,7 +26,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn dot_segments_are_seen_however_they_are_written() {
+    fn dot_segments_are_found_in_every_encoding() {
         for path in [
             "/function/a/..",
             "/a/../b",
@@ -36,7 +37,7 @@ mod tests {
             "/a/..\\b",
             "/a/..%2f..%2Fb",
             "/a%5C..%5cb",
-            // A message of the queue may have a path without its slash.
+            // The path of a queued message may have no leading slash.
             "..",
             "./b",
             "%2e%2e/b",

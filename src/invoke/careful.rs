@@ -1,4 +1,5 @@
-//! A call of a function that may not be ready: it waits until it is, and is made again if it met nobody.
+//! Forwards a request to a function that may not be ready: waits for readiness, and retries requests that were not
+//! delivered.
 
 use std::sync::Arc;
 use std::task::Poll;
@@ -14,26 +15,26 @@ use crate::scaling::fault::{Fault, Repeat, Way};
 use crate::scaling::{KEPT, Scaling};
 use crate::serve::caller::Caller;
 
-/// Why a call is not made where the provider would have to vouch for its function.
-const UNKNOWN: &str = "the provider refuses the credentials of this gateway";
+/// Reason why a function is not called directly if the provider cannot confirm it.
+const UNKNOWN: &str = "the provider rejects the gateway's credentials";
 
-/// What came of sending a call.
+/// Result of sending a request.
 type Sent = Result<Forwarded, client::Error>;
 
-/// Where a call goes.
+/// Where a request is sent.
 #[derive(Clone, Copy)]
 pub(super) struct Target<'a> {
     pub(super) origin: &'a Origin,
     pub(super) way: Way,
 }
 
-/// The way through the provider.
+/// The provider as target.
 pub(super) fn through(origin: &Origin) -> Target<'_> {
     Target { origin, way: Way::Through }
 }
 
 impl Target<'_> {
-    /// A sign that the function could not be called.
+    /// Returns the sign of unavailability in `result`, if there is one.
     fn fault(&self, sent: &Sent) -> Option<Fault> {
         let ending = match sent {
             Ok(forwarded) => forwarded.ending,
@@ -44,8 +45,11 @@ impl Target<'_> {
 }
 
 impl Invoker {
-    /// Makes a call of a function that is not known to be ready, or has just shown that it is not: `sent` is what came
-    /// of the call so far.
+    /// Forwards a request to a function that is not ready, or that has just given a sign of unavailability. `result`:
+    /// result of the first attempt, if the request was sent already.
+    ///
+    /// # Errors
+    /// The function cannot be called, or the last attempt failed. The error is the response to the client.
     pub(super) async fn carefully(
         &self,
         scaling: &Arc<Scaling>,
@@ -56,16 +60,16 @@ impl Invoker {
         mut sent: Option<Sent>,
     ) -> Result<Forwarded, Error> {
         let mut passage = scaling.passage(call.function());
-        // While there is no room, a body is passed on as it comes: it cannot be sent twice, which it rarely has to.
+        // Without a reservation the body is streamed and cannot be sent again, which is rarely necessary.
         let room = scaling.room_for(prepared.body_length());
         if room.is_some() {
             prepared.keep(KEPT);
         }
         if sent.is_none() {
-            // From then on it is in flight, and its function not put to sleep for want of calls.
+            // Confirming counts the invocation as in flight, so the autoscaler does not scale its function to zero.
             let ready = passage.ready(|| call.vouched_for(&self.calls));
             self.wait(caller, prepared, ready).await?;
-            // The provider has not answered for the name: it could lead to any host.
+            // The provider has not confirmed the name, which could lead to any host.
             if target.way == Way::Direct && call.is_stranger() {
                 return Err(Error::NotReady(call.function().clone(), UNKNOWN.to_owned()));
             }
@@ -81,7 +85,7 @@ impl Invoker {
                 }
             };
             let Some(fault) = target.fault(&outcome) else { return Ok(outcome?) };
-            // A request that has been sent as often as it may be cannot be taken back either.
+            // A request that has reached its maximum number of attempts cannot be recovered either.
             let repeat = match &outcome {
                 Ok(forwarded) if !Prepared::can_take_back(&forwarded.answer) => Repeat::Never,
                 Ok(_) | Err(_) if prepared.is_idempotent() => Repeat::Always,
@@ -99,8 +103,8 @@ impl Invoker {
         }
     }
 
-    /// Waits for the function. Meanwhile no deadline of the call runs, and what comes of its body is taken in: else
-    /// nobody would notice that its caller has left.
+    /// Waits for the activator. Meanwhile the deadlines of the exchange are suspended, and the request body is read
+    /// into its buffer: otherwise a disconnect of the client would not be noticed.
     async fn wait<T>(
         &self,
         caller: &Caller,

@@ -1,4 +1,4 @@
-//! Who is told why a function does not start: what it wrote may be none of a stranger's business.
+//! Which clients may see why a function does not start. The output of a function is confidential.
 
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -8,19 +8,19 @@ use http::HeaderMap;
 use crate::auth::Credentials;
 use crate::same_origin::is_of_this_machine;
 
-/// Whose calls are an operator's.
+/// How requests of operators are recognized.
 #[derive(Clone)]
 pub enum Operators {
-    /// Nobody's can be told apart.
+    /// Not at all: no request counts as an operator's.
     Unknown,
-    /// Those of this machine, for which the API is open.
+    /// Requests from this machine, if the API is open to this machine only.
     Local,
-    /// Those with the API's credentials.
+    /// Requests with the credentials of the API.
     Credentials(Arc<Credentials>),
 }
 
 impl Operators {
-    /// Whether a request with these headers, from `peer`, is an operator's.
+    /// Returns whether a request with these headers, from `peer`, is an operator's.
     pub fn include(&self, headers: &HeaderMap, peer: IpAddr) -> bool {
         match self {
             Self::Unknown => false,
@@ -37,7 +37,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn without_credentials_only_this_machine_itself_is_an_operator() {
+    fn without_credentials_only_local_requests_are_an_operators() {
         let check = |headers: &[(&'static str, &'static str)], peer: &str| {
             let headers = headers.iter().map(|(name, value)| {
                 (HeaderName::from_static(name), HeaderValue::from_static(value))

@@ -1,32 +1,32 @@
-//! What the autoscaler sees and does.
+//! Metrics of the autoscaler.
 
 use std::collections::HashSet;
 use std::sync::{Mutex, PoisonError};
 
 use prometheus::{GaugeVec, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry};
 
-/// A function as the autoscaler sees it.
+/// State of one function that the autoscaler manages.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Scaled {
     /// `function_name`
     pub label: String,
     /// `scaling_type`
     pub kind: &'static str,
-    /// Its load over the stable window, if that is known.
+    /// Load over the stable window, if known.
     pub load: Option<f64>,
     pub desired: u64,
 }
 
-/// The families of the autoscaler.
+/// The metrics of the autoscaler.
 pub struct AutoscaleMetrics {
     desired: IntGaugeVec,
     load: GaugeVec,
     decisions: IntCounterVec,
     acting: IntGauge,
     gateways: IntGauge,
-    /// Function and type of what is shown.
+    /// Function and scaling type of the exported gauges.
     shown: Mutex<HashSet<(String, &'static str)>>,
-    /// Function and reason of the decisions that are counted.
+    /// Function and reason of the exported decision counters.
     counted: Mutex<HashSet<(String, &'static str)>>,
 }
 
@@ -56,11 +56,11 @@ impl AutoscaleMetrics {
             )?,
             acting: IntGauge::new(
                 "gateway_autoscale_leader",
-                "Whether this gateway is the one that scales.",
+                "1 if this gateway is the leader, which scales the functions.",
             )?,
             gateways: IntGauge::new(
                 "gateway_autoscale_members",
-                "Gateways whose numbers are added up.",
+                "Gateways whose load is added up.",
             )?,
             shown: Mutex::default(),
             counted: Mutex::default(),
@@ -73,26 +73,26 @@ impl AutoscaleMetrics {
         Ok(it)
     }
 
-    /// Whether this gateway acts, and how many there are.
+    /// Sets whether this gateway is the leader, and the number of members.
     pub fn stands(&self, acting: bool, gateways: usize) {
         self.acting.set(acting.into());
         self.gateways.set(i64::try_from(gateways).unwrap_or(i64::MAX));
     }
 
-    /// The provider has accepted a change.
+    /// Counts a change that the provider has accepted.
     pub fn scaled(&self, label: &str, reason: &'static str) {
         self.decisions.with_label_values(&[label, reason]).inc();
         let mut counted = self.counted.lock().unwrap_or_else(PoisonError::into_inner);
         counted.insert((label.to_owned(), reason));
     }
 
-    /// All functions that are scaled.
+    /// Sets the gauges of all managed functions, and removes those of all others.
     pub fn sees(&self, all: &[Scaled]) {
         let mut shown = self.shown.lock().unwrap_or_else(PoisonError::into_inner);
         let now: HashSet<_> = all.iter().map(|it| (it.label.clone(), it.kind)).collect();
         let labels: HashSet<&str> = all.iter().map(|it| it.label.as_str()).collect();
         for (label, kind) in shown.difference(&now) {
-            // One that is not there need not be removed.
+            // A missing series is no error.
             let _ = self.load.remove_label_values(&[label.as_str(), kind]);
             if !labels.contains(label.as_str()) {
                 let _ = self.desired.remove_label_values(&[label]);
@@ -127,7 +127,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_function_that_is_not_scaled_any_more_is_not_shown() {
+    fn metrics_of_an_unmanaged_function_are_removed() {
         let registry = Registry::new();
         let metrics = AutoscaleMetrics::register(&registry).unwrap();
         let text = || TextEncoder::new().encode_to_string(&registry.gather()).unwrap();

@@ -1,5 +1,5 @@
-//! Calls counted for each function: one shard for each thread that carries calls, so that no call touches what
-//! another thread writes; a scrape adds the shards up.
+//! Call counters of each function: one shard per proxy thread, so that no call writes memory that another thread uses.
+//! A scrape adds the shards up.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -28,41 +28,41 @@ const BUCKET_NANOS: [u64; 11] = [
     10_000_000_000,
 ];
 
-/// The label of calls whose function the provider does not know.
+/// Label of calls to unregistered functions.
 pub const UNKNOWN: &str = "unknown";
 
-/// How a call ended.
+/// How an exchange ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum End {
-    /// The answer went out whole.
+    /// The whole response was sent.
     Whole,
-    /// The upstream broke off inside its answer.
+    /// The upstream aborted its response.
     Broken,
-    /// The upstream did not finish in time.
+    /// The upstream exceeded the timeout.
     TimedOut,
-    /// The caller left.
+    /// The client disconnected.
     Left,
 }
 
-/// What one thread has counted for one function.
+/// Counters of one function on one thread.
 #[derive(Debug)]
 pub struct Series {
     pub function: Function,
     /// `function_name`: name and namespace.
     pub label: Arc<str>,
-    /// Whether the function can be called without asking.
+    /// The function is ready: no status query is necessary.
     warm: Arc<Warm>,
     numbers: Mutex<Numbers>,
 }
 
-/// The numbers of a series.
+/// Values of a series.
 #[derive(Clone, Debug, Default)]
 pub struct Numbers {
     pub started: u64,
     pub in_flight: i64,
-    /// When the last call began.
+    /// Start time of the last call.
     pub last_began: Option<Instant>,
-    /// By status; a function answers with a handful of them.
+    /// By status. A linear list, since a function returns few different statuses.
     pub by_code: Vec<(u16, Durations)>,
 }
 
@@ -74,10 +74,10 @@ impl Numbers {
     }
 }
 
-/// A histogram of durations.
+/// Histogram of call durations.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Durations {
-    /// Not cumulative; the last is for what exceeds every bound.
+    /// Not cumulative. The last bucket is for durations above all bounds.
     pub buckets: [u64; BUCKETS.len() + 1],
     pub nanos: u64,
 }
@@ -93,7 +93,7 @@ impl Durations {
         self.nanos = self.nanos.saturating_add(nanos);
     }
 
-    /// Adds what another thread has seen.
+    /// Adds the histogram of another thread.
     pub fn add(&mut self, other: &Self) {
         for (mine, theirs) in self.buckets.iter_mut().zip(other.buckets) {
             *mine += theirs;
@@ -113,9 +113,9 @@ impl Series {
     }
 }
 
-/// One thread's series.
+/// The series of one thread.
 pub struct Shard {
-    /// By what stands in the path; only names that the provider knows get in.
+    /// By path segment. Only registered functions are in it.
     by_segment: Mutex<HashMap<Box<str>, Arc<Series>, RandomState>>,
     unknown: Arc<Series>,
     known: Arc<Known>,
@@ -133,7 +133,7 @@ impl Shard {
         }
     }
 
-    /// A call of the function that `segment` of the path names begins; `None` if it names none.
+    /// Starts a call of the function in the path segment `segment`; `None` if the segment is no function name.
     pub fn begin(&self, segment: &str, now: Instant) -> Option<Call> {
         let found = self.segments().get(segment).map(Arc::clone);
         let series = match found {
@@ -155,7 +155,7 @@ impl Shard {
         })
     }
 
-    /// Every series of this shard, the strangers' among them.
+    /// Returns all series of this shard, including the one of unregistered functions.
     pub fn series(&self) -> Vec<Arc<Series>> {
         let mut all: Vec<_> = self.segments().values().map(Arc::clone).collect();
         // `echo` and `echo.openfaas-fn` share one series.
@@ -165,7 +165,7 @@ impl Shard {
         all
     }
 
-    /// Forgets functions that are not known any more, unless they have been called since `active`.
+    /// Removes the series of functions that are no longer registered, unless they have been called since `active`.
     pub fn forget(&self, active: Instant) {
         self.segments().retain(|_, series| {
             let numbers = series.numbers();
@@ -175,7 +175,7 @@ impl Shard {
         });
     }
 
-    /// The series of `function`, under `segment` too from now on.
+    /// Inserts the series of `function`, under `segment` and under its label.
     fn insert(&self, segment: &str, function: Function) -> Arc<Series> {
         let label = function.to_string();
         let mut segments = self.segments();
@@ -197,11 +197,11 @@ impl Shard {
     }
 }
 
-/// A call in flight. Counted once, when it ends; one that is dropped has been left by its caller.
+/// A call in flight. Recorded once, when it ends; if dropped before, as a disconnect of the client.
 pub struct Call {
     series: Arc<Series>,
-    /// Segment and function, while nobody knows whether it exists. Such a call is counted as started when its
-    /// answer comes.
+    /// Segment and function, while the function is unregistered. Such a call counts as started when its response
+    /// arrives.
     stranger: Option<Box<(Box<str>, Function)>>,
     pub began: Instant,
     status: StatusCode,
@@ -217,27 +217,28 @@ impl Call {
         Self { series, stranger, began, status: client_left(), over: false }
     }
 
-    /// The function that is called.
+    /// Returns the called function.
     pub fn function(&self) -> &Function {
         self.stranger.as_ref().map_or(&self.series.function, |stranger| &stranger.1)
     }
 
-    /// Whether nobody has answered for the function yet.
+    /// Returns whether the function is unregistered.
     pub fn is_stranger(&self) -> bool {
         self.stranger.is_some()
     }
 
-    /// Whether the function can be called without asking whether it is ready.
+    /// Returns whether the function is ready.
     pub fn is_warm(&self) -> bool {
         self.series.warm.is_warm()
     }
 
-    /// The answer to the caller has `status`.
+    /// Sets the status of the response.
     pub fn answered(&mut self, status: StatusCode) {
         self.status = status;
     }
 
-    /// The provider has answered for the function: it exists. One too many to be known stays a stranger.
+    /// Registers the function, which the provider has confirmed. Beyond the maximum number of functions it stays
+    /// unregistered.
     pub fn vouched_for(&mut self, shard: &Shard) {
         let vouched = self.stranger.take_if(|stranger| shard.known.learn(&stranger.1));
         if let Some(stranger) = vouched {
@@ -247,7 +248,7 @@ impl Call {
         }
     }
 
-    /// The call is over.
+    /// Records the end of the call.
     pub fn ended(mut self, end: End, now: Instant) {
         self.count(end, now);
     }

@@ -1,4 +1,4 @@
-//! What a scrape says of functions: the shards' calls, added up, and the replicas that the provider reported last.
+//! Metrics of functions: the sums of all shards, and the replicas in the provider's last list.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -11,7 +11,7 @@ use prometheus::proto::{
 
 use crate::metrics::calls::{BUCKETS, Durations, Numbers, Shard};
 
-/// Calls of each function, and its replicas.
+/// Collector of call counters and replica gauges.
 #[derive(Clone)]
 pub(super) struct Functions {
     shards: Arc<[Arc<Shard>]>,
@@ -19,7 +19,7 @@ pub(super) struct Functions {
     descriptions: Arc<[Desc]>,
 }
 
-/// A function's replicas and bounds, as the provider reports them.
+/// Replicas and scaling limits of a function, as the provider reports them.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Replicas {
     /// `function_name`
@@ -39,12 +39,10 @@ const STARTED: (&str, &str) =
 const SECONDS: (&str, &str) = ("gateway_functions_seconds", "Function time taken");
 const IN_FLIGHT: (&str, &str) =
     ("gateway_function_invocation_inflight", "Calls of the function in flight.");
-const WANTED: (&str, &str) = ("gateway_service_count", "Replicas of the function that are wanted.");
-const READY: (&str, &str) =
-    ("gateway_service_ready_count", "Replicas of the function that can be called.");
-const MIN: (&str, &str) = ("gateway_service_min", "The fewest replicas the function is scaled to.");
-const TARGET: (&str, &str) =
-    ("gateway_service_target_load", "Load for each replica that scaling aims at.");
+const WANTED: (&str, &str) = ("gateway_service_count", "Desired replicas of the function.");
+const READY: (&str, &str) = ("gateway_service_ready_count", "Ready replicas of the function.");
+const MIN: (&str, &str) = ("gateway_service_min", "Minimum replicas of the function.");
+const TARGET: (&str, &str) = ("gateway_service_target_load", "Target load per replica.");
 
 impl Functions {
     pub(super) fn new(shards: Vec<Arc<Shard>>, replicas: Arc<ArcSwap<Vec<Replicas>>>) -> Self {
@@ -58,7 +56,7 @@ impl Functions {
         Self { shards: shards.into(), replicas, descriptions }
     }
 
-    /// Every function's numbers over all threads, by label.
+    /// Returns the counters of each function over all threads, by label.
     pub(super) fn calls(&self) -> BTreeMap<Arc<str>, Numbers> {
         let mut sums: BTreeMap<Arc<str>, Numbers> = BTreeMap::new();
         for series in self.shards.iter().flat_map(|shard| shard.series()) {
@@ -85,7 +83,7 @@ impl Collector for Functions {
     fn collect(&self) -> Vec<MetricFamily> {
         let calls = self.calls();
         let replicas = self.replicas.load();
-        // Whatever is deployed has a line, called or not; of the rest only what is being called.
+        // Deployed functions always have an in-flight gauge; others only while calls are in flight.
         let mut in_flight: BTreeMap<&str, i64> =
             replicas.iter().map(|r| (r.label.as_str(), 0)).collect();
         for (name, numbers) in &calls {

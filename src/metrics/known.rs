@@ -1,6 +1,5 @@
-//! Which functions there are: those that the provider lists, and those it has answered for; and which of them can be
-//! called without asking.
-//! Whatever is not here is counted as `unknown`, so that strangers cannot grow the metrics.
+//! Registry of existing functions and their readiness. A function is registered when the provider lists it or confirms
+//! it in a response. Calls of unregistered functions count as `unknown`, so clients cannot create metric series.
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
@@ -9,40 +8,40 @@ use std::time::{Duration, Instant};
 
 use crate::function::Function;
 
-/// A function's series go this long after it was last listed or answered for.
+/// Time after its last listing or confirmation at which a function and its series are removed.
 pub const FORGOTTEN_AFTER: Duration = Duration::from_secs(3600);
-/// Names learnt from answers alone: no provider should have more, whatever it answers.
+/// Maximum entries that confirmations may create. It bounds a provider that confirms every name.
 const MAX_LEARNT: usize = 5_000;
 
-/// The functions that exist, as far as this process knows.
+/// The registered functions.
 #[derive(Debug, Default)]
 pub struct Known {
     functions: Mutex<HashMap<Function, Seen>>,
 }
 
-/// Whether a function can be called without asking. One for the process, looked at by every call and written when that
-/// changes, which is rare.
+/// Readiness of a function. Shared by the process: every call reads it, and it is written only when it changes, which
+/// is rare.
 #[derive(Debug, Default)]
 pub struct Warm(AtomicBool);
 
 impl Warm {
-    /// Whether the provider had a replica to call when it was heard of last.
+    /// Returns whether the function had an available replica when the provider was last queried.
     pub fn is_warm(&self) -> bool {
         self.0.load(Relaxed)
     }
 }
 
-/// What is known of one function.
+/// Entry of one function.
 #[derive(Debug)]
 struct Seen {
-    /// When the provider listed it last, or answered for it; `None` once that is forgotten, or never was.
+    /// Time of the last listing or confirmation; `None` if it has expired, or there was none.
     last: Option<Instant>,
     warm: Arc<Warm>,
-    /// The time that `warm` is true to: what was found out before says nothing any more.
+    /// Time of the query that set `ready`. Results of older queries are ignored.
     as_of: Option<Instant>,
-    /// When somebody changed the function last.
+    /// Time of the last change of the function.
     changed: Option<Instant>,
-    /// Why it does not start, as it was logged last.
+    /// Reason of the last logged start failure.
     failure: Option<String>,
 }
 
@@ -51,7 +50,7 @@ impl Seen {
         Self { last, warm: Arc::default(), as_of: None, changed: None, failure: None }
     }
 
-    /// The provider was asked at `at`, and it has replicas to call, or none.
+    /// Sets readiness from a query sent at `at`.
     fn found(&mut self, warm: bool, at: Instant) {
         if self.as_of.is_none_or(|as_of| at >= as_of) {
             self.as_of = Some(at);
@@ -68,7 +67,7 @@ impl Known {
         self.functions().get(function).is_some_and(|seen| seen.last.is_some())
     }
 
-    /// The provider has answered for `function`. Whether it is known from now on.
+    /// Registers `function`, which the provider has confirmed. Returns whether it is registered now.
     pub fn learn(&self, function: &Function) -> bool {
         let mut functions = self.functions();
         let has_room = functions.len() < MAX_LEARNT || functions.contains_key(function);
@@ -79,7 +78,7 @@ impl Known {
         has_room
     }
 
-    /// The provider, asked at `at`, lists these functions and no others, each with replicas to call or without.
+    /// Applies the provider's complete list, queried at `at`: each function, and whether it has an available replica.
     pub fn listed(&self, listed: &HashMap<Function, bool>, at: Instant) {
         let mut functions = self.functions();
         for (function, warm) in listed {
@@ -96,27 +95,27 @@ impl Known {
             }
             let last = seen.last;
             seen.last = last.filter(|last| at.saturating_duration_since(*last) < FORGOTTEN_AFTER);
-            // What a thread still counts under must be found again if the function comes back.
+            // A shard that still uses the flag must get the same one when the function is listed again.
             seen.last.is_some() || Arc::strong_count(&seen.warm) > 1
         });
     }
 
-    /// What tells whether `function` can be called without asking.
+    /// Returns the readiness flag of `function`.
     pub fn warm(&self, function: &Function) -> Arc<Warm> {
         let mut functions = self.functions();
         let seen = functions.entry(function.clone()).or_insert_with(|| Seen::new(None));
         Arc::clone(&seen.warm)
     }
 
-    /// The provider, asked at `at`, has replicas of `function` to call, or none. Names that are not known stay so.
+    /// Sets readiness of `function` from a query sent at `at`. Has no effect on a function without an entry.
     pub fn found(&self, function: &Function, warm: bool, at: Instant) {
         if let Some(seen) = self.functions().get_mut(function) {
             seen.found(warm, at);
         }
     }
 
-    /// The provider says that `function` does not start, because of `reason`. Whether that is news: it has had replicas
-    /// to call since it was said last, or was changed, or the reason is another.
+    /// Records that `function` does not start, because of `reason`. Returns whether this is new: the reason differs, or
+    /// the function has been ready or changed since the last record.
     pub fn does_not_start(&self, function: &Function, reason: &str) -> bool {
         let mut functions = self.functions();
         let Some(seen) = functions.get_mut(function) else { return true };
@@ -127,8 +126,8 @@ impl Known {
         is_news
     }
 
-    /// Somebody has just changed the functions called `name`, in whatever namespace; or, without a name, any: what was
-    /// known of their replicas says nothing any more.
+    /// Clears the readiness of the functions called `name`, in any namespace, or of all functions without a name: they
+    /// have just been changed.
     pub fn changed(&self, name: Option<&str>) {
         let now = Instant::now();
         for (function, seen) in &mut *self.functions() {
@@ -140,7 +139,7 @@ impl Known {
         }
     }
 
-    /// Whether somebody has changed `function` since `at`.
+    /// Returns whether `function` has been invalidated since `at`.
     pub fn changed_since(&self, function: &Function, at: Instant) -> bool {
         let functions = self.functions();
         functions.get(function).and_then(|seen| seen.changed).is_some_and(|changed| changed >= at)
@@ -164,7 +163,7 @@ mod tests {
     }
 
     #[test]
-    fn a_deleted_function_is_forgotten_after_an_hour() {
+    fn a_deleted_function_is_removed_after_an_hour() {
         let known = Known::default();
         let (echo, start) = (function("echo"), Instant::now());
         known.listed(&list(&[("echo", true)]), start);
@@ -175,7 +174,7 @@ mod tests {
     }
 
     #[test]
-    fn an_answer_makes_a_function_known() {
+    fn a_confirmation_registers_a_function() {
         let known = Known::default();
         let echo = function("echo");
         assert!(!known.contains(&echo));
@@ -184,7 +183,7 @@ mod tests {
     }
 
     #[test]
-    fn a_provider_that_answers_for_anything_is_believed_so_often_only() {
+    fn the_number_of_confirmed_functions_is_bounded() {
         let known = Known::default();
         let numbered = |number: usize| function(&format!("f{number}"));
         assert!((0..MAX_LEARNT).all(|number| known.learn(&numbered(number))));
@@ -194,7 +193,7 @@ mod tests {
     }
 
     #[test]
-    fn a_function_is_warm_as_the_provider_lists_it() {
+    fn readiness_follows_the_providers_list() {
         let known = Known::default();
         let start = Instant::now();
         known.listed(&list(&[("echo", true), ("idle", false)]), start);
@@ -205,7 +204,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_older_than_a_change_says_nothing() {
+    fn a_query_before_a_change_is_ignored() {
         let known = Known::default();
         let before = Instant::now();
         known.listed(&list(&[("echo", true)]), before);
@@ -225,7 +224,7 @@ mod tests {
     }
 
     #[test]
-    fn that_a_function_does_not_start_is_news_once_until_it_has_started_or_changed() {
+    fn a_start_failure_is_new_once_until_a_start_or_a_change() {
         let (known, start) = (Known::default(), Instant::now());
         let echo = function("echo");
         known.learn(&echo);
@@ -243,7 +242,7 @@ mod tests {
     }
 
     #[test]
-    fn a_function_that_comes_back_is_told_to_whoever_remembers_it() {
+    fn a_function_that_is_listed_again_keeps_its_flag() {
         let known = Known::default();
         let start = Instant::now();
         known.listed(&list(&[("echo", true)]), start);

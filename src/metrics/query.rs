@@ -1,4 +1,4 @@
-//! How often each function has been called: asked of Prometheus, which remembers more than this process does.
+//! Invocation counts of functions, from Prometheus if configured: it has a longer history than this process.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -14,12 +14,12 @@ use crate::proxy::client::{Client, Origin};
 
 const TARGET: &str =
     "/api/v1/query?query=sum%20by%20(function_name)%20(gateway_function_invocation_total)";
-/// The list does not wait longer for what is nice to have.
+/// Counts are optional, so the list waits only this long for them.
 const TIMEOUT: Duration = Duration::from_secs(2);
-/// After a failure Prometheus is left alone for a while: a name that does not resolve can take seconds to say so.
+/// Time without queries after a failure: a name that does not resolve can take seconds to fail.
 const LEFT_ALONE: Duration = Duration::from_secs(10);
 
-/// Where counts come from.
+/// Source of invocation counts.
 pub struct Counts {
     prometheus: Option<Origin>,
     failed_at: Mutex<Option<Instant>>,
@@ -38,17 +38,17 @@ struct Data {
 #[derive(Deserialize)]
 struct Sample {
     metric: HashMap<String, String>,
-    /// Time, and the value as text.
+    /// Timestamp, and the value as a string.
     value: (f64, String),
 }
 
 impl Counts {
-    /// Counts from `prometheus`, or from this process's own metrics.
+    /// Counts from `prometheus`, or from this process's own metrics if it is `None`.
     pub fn new(prometheus: Option<Origin>) -> Arc<Self> {
         Arc::new(Self { prometheus, failed_at: Mutex::default() })
     }
 
-    /// Calls by `name.namespace`; empty while Prometheus is away.
+    /// Returns the counts by `name.namespace`; empty while Prometheus is unreachable.
     pub async fn by_function(
         &self,
         client: &Arc<Client>,
@@ -61,7 +61,7 @@ impl Counts {
         let answered = query(client, prometheus).await;
         self.note(answered.is_err().then(Instant::now));
         answered.unwrap_or_else(|error| {
-            tracing::debug!(%error, "Prometheus does not answer; functions are listed without counts");
+            tracing::debug!(%error, "Prometheus does not respond; functions are listed without counts");
             HashMap::new()
         })
     }
@@ -99,7 +99,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_answer_of_prometheus_is_read() {
+    fn a_response_of_prometheus_is_parsed() {
         let answer = parse_json(
             br#"{"status":"success","data":{"resultType":"vector","result":[
                 {"metric":{"function_name":"echo.fn"},"value":[1700000000.1,"42"]},

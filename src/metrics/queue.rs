@@ -1,4 +1,4 @@
-//! Numbers of queued calls.
+//! Metrics of queued calls.
 
 use std::collections::HashSet;
 use std::sync::{Mutex, PoisonError};
@@ -8,14 +8,14 @@ use prometheus::{
     Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGaugeVec, Opts, Registry,
 };
 
-/// Functions that are shown one by one: names that nobody vouches for may be queued while the provider is away.
+/// Maximum functions with gauges of their own. Unconfirmed names may be queued while the provider is unreachable.
 const MOST: usize = 1000;
 
-/// How often a connection to NATS has come back: that of a gateway, and that of a worker.
+/// Counters of NATS reconnections: of a gateway, and of a worker.
 pub const GATEWAY_RECONNECTS: &str = "gateway_nats_reconnect_total";
 pub const WORKER_RECONNECTS: &str = "queue_worker_nats_reconnect_total";
 
-/// What the queue holds of one function.
+/// Queue depth of one function.
 #[derive(Clone, Debug, Default)]
 pub struct Line {
     /// `function_name`
@@ -24,11 +24,11 @@ pub struct Line {
     pub running: u64,
     pub delayed: u64,
     pub dead: u64,
-    /// How long the oldest that waits has waited.
+    /// Age of the oldest pending call.
     pub oldest: Duration,
 }
 
-/// The families of one queue.
+/// The metrics of one queue.
 pub struct QueueMetrics {
     name: String,
     submitted: IntCounter,
@@ -43,7 +43,7 @@ pub struct QueueMetrics {
 }
 
 impl QueueMetrics {
-    /// Registers the families of the queue called `name`; `reconnects` is the one of its connection, if it has one.
+    /// Registers the metrics of the queue `name`. `reconnects`: name of its counter of reconnections, if it has one.
     pub(super) fn register(
         registry: &Registry,
         name: &str,
@@ -71,7 +71,7 @@ impl QueueMetrics {
         registry.register(Box::new(publish_seconds.clone()))?;
         let reconnects = match reconnects {
             Some(family) => {
-                let counter = IntCounter::new(family, "Connections to NATS after the first")?;
+                let counter = IntCounter::new(family, "Reconnections to NATS")?;
                 registry.register(Box::new(counter.clone()))?;
                 Some(counter)
             }
@@ -79,91 +79,82 @@ impl QueueMetrics {
         };
         Ok(Self {
             name: name.to_owned(),
-            submitted: counter(
-                "queue_worker_messages_submitted_total",
-                "Calls taken into the queue",
-            )?,
-            processed: counter(
-                "queue_worker_messages_processed_total",
-                "Queued calls that were settled for good",
-            )?,
+            submitted: counter("queue_worker_messages_submitted_total", "Enqueued calls")?,
+            processed: counter("queue_worker_messages_processed_total", "Finished queued calls")?,
             attempts: counter("gateway_queue_attempts_total", "Attempts at queued calls")?,
             retries: counter("gateway_queue_retries_total", "Attempts that will be repeated")?,
             dead_letters: counter(
                 "gateway_queue_dead_letters_total",
-                "Queued calls that were given up",
+                "Queued calls that became dead letters",
             )?,
             publish_seconds,
             reconnects,
             gauges: [
-                gauge("queue_worker_pending_messages", "Queued calls that could be made now")?,
-                gauge("queue_worker_function_invocation_inflight", "Queued calls being made")?,
-                gauge("gateway_queue_delayed_messages", "Queued calls whose time has not come")?,
-                gauge(
-                    "gateway_queue_dead_letter_messages",
-                    "Queued calls that were given up and are kept",
-                )?,
+                gauge("queue_worker_pending_messages", "Pending calls that are due")?,
+                gauge("queue_worker_function_invocation_inflight", "Queued calls being executed")?,
+                gauge("gateway_queue_delayed_messages", "Pending calls that are not due yet")?,
+                gauge("gateway_queue_dead_letter_messages", "Dead letters in the queue")?,
                 gauge(
                     "gateway_queue_oldest_age_seconds",
-                    "Age of the oldest call that could be made",
+                    "Age of the oldest pending call that is due",
                 )?,
             ],
             shown: Mutex::default(),
         })
     }
 
-    /// A call was taken in, and durable after `took`.
+    /// Counts an enqueued call, durable after `took`.
     pub fn submitted(&self, took: Duration) {
         self.submitted.inc();
         self.publish_seconds.observe(took.as_secs_f64());
     }
 
-    /// A call is over.
+    /// Counts a finished call.
     pub fn processed(&self) {
         self.processed.inc();
     }
 
-    /// A call is made, for the first time or once more.
+    /// Counts an attempt.
     pub fn attempted(&self) {
         self.attempts.inc();
     }
 
-    /// A call will be made again.
+    /// Counts an attempt that will be repeated.
     pub fn retried(&self) {
         self.retries.inc();
     }
 
-    /// A call was given up.
+    /// Counts a dead letter.
     pub fn buried(&self) {
         self.processed.inc();
         self.dead_letters.inc();
     }
 
-    /// So often the connection to the queue's server has come back so far.
+    /// Sets the total number of reconnections so far.
     pub fn reconnected(&self, times: u64) {
         if let Some(reconnects) = &self.reconnects {
             reconnects.inc_by(times.saturating_sub(reconnects.get()));
         }
     }
 
-    /// What the queue holds now.
-    pub fn holds(&self, mut lines: Vec<Line>) {
-        lines.sort_unstable_by_key(|line| std::cmp::Reverse(line.pending + line.dead));
-        lines.truncate(MOST);
+    /// Sets the gauges to the current depths.
+    pub fn holds(&self, mut depths: Vec<Line>) {
+        depths.sort_unstable_by_key(|depth| std::cmp::Reverse(depth.pending + depth.dead));
+        depths.truncate(MOST);
         let mut shown = self.shown.lock().unwrap_or_else(PoisonError::into_inner);
-        let now: HashSet<String> = lines.iter().map(|line| line.label.clone()).collect();
-        for gone in shown.difference(&now) {
+        let now: HashSet<String> = depths.iter().map(|depth| depth.label.clone()).collect();
+        for removed in shown.difference(&now) {
             for gauge in &self.gauges {
-                // One that is not there need not be removed.
-                let _ = gauge.remove_label_values(&[&self.name, gone]);
+                // A missing series is no error.
+                let _ = gauge.remove_label_values(&[&self.name, removed]);
             }
         }
-        for line in &lines {
+        for depth in &depths {
             let values =
-                [line.pending, line.running, line.delayed, line.dead, line.oldest.as_secs()];
+                [depth.pending, depth.running, depth.delayed, depth.dead, depth.oldest.as_secs()];
             for (gauge, value) in self.gauges.iter().zip(values) {
                 let value = i64::try_from(value).unwrap_or(i64::MAX);
-                gauge.with_label_values(&[&self.name, &line.label]).set(value);
+                gauge.with_label_values(&[&self.name, &depth.label]).set(value);
             }
         }
         *shown = now;
@@ -177,13 +168,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_function_without_calls_is_not_shown_any_more() {
+    fn gauges_of_a_function_without_calls_are_removed() {
         let registry = Registry::new();
         let metrics = QueueMetrics::register(&registry, "q", None).unwrap();
         let text = || TextEncoder::new().encode_to_string(&registry.gather()).unwrap();
         metrics.holds(vec![Line { label: "echo.fn".to_owned(), pending: 2, ..Line::default() }]);
-        let line = "queue_worker_pending_messages{function_name=\"echo.fn\",queue_name=\"q\"} 2";
-        assert!(text().contains(line), "{}", text());
+        let depth = "queue_worker_pending_messages{function_name=\"echo.fn\",queue_name=\"q\"} 2";
+        assert!(text().contains(depth), "{}", text());
         metrics.holds(Vec::new());
         assert!(!text().contains("echo.fn"), "{}", text());
         metrics.submitted(Duration::from_millis(1));

@@ -1,5 +1,5 @@
-//! Asks the provider for all its functions, again and again: the replica gauges, the names that exist, and whether
-//! the provider answers at all come from here.
+//! Polls the provider's list of functions. Source of the replica gauges, of the function registry, and of the
+//! provider's health.
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
@@ -18,16 +18,16 @@ use crate::provider::Provider;
 use crate::provider::types::FunctionSummary;
 
 const ASK_EVERY: Duration = Duration::from_secs(5);
-/// While the provider is away, so that its return is seen soon.
+/// Interval while the provider is unreachable, so that its recovery is noticed soon.
 const ASK_AGAIN: Duration = Duration::from_secs(1);
-/// What the poll needs.
+/// Polls the provider's list of functions.
 #[derive(Clone)]
 pub struct Poll {
     pub provider: Provider,
     pub default_namespace: Arc<str>,
     pub metrics: Arc<Metrics>,
     pub health: Arc<Health>,
-    /// Whether the gauges of replicas are to be filled.
+    /// Whether replica gauges are exported.
     pub shows_replicas: bool,
 }
 
@@ -35,7 +35,7 @@ impl Poll {
     /// Polls until `stopping`.
     pub async fn run(self, stopping: CancellationToken) {
         loop {
-            // Both branches are cancel-safe: a poll that is cut short has changed nothing.
+            // Both branches are cancel-safe: a cancelled poll has changed nothing.
             let pause = tokio::select! {
                 () = stopping.cancelled() => return,
                 pause = self.poll() => pause,
@@ -47,11 +47,11 @@ impl Poll {
         }
     }
 
-    /// Asks once; returns how long to wait until the next time.
+    /// Polls once; returns the time until the next poll.
     async fn poll(&self) -> Duration {
         let asked = Instant::now();
         let credentials = self.provider.credentials.as_deref();
-        // The provider may have read the current ones by now.
+        // The provider may have loaded the current credentials by now.
         credentials.inspect(|it| it.prefer_current());
         match self.functions().await {
             Ok(functions) => {
@@ -67,14 +67,14 @@ impl Poll {
         }
     }
 
-    /// The functions of every namespace that the provider lists.
+    /// Returns the functions of all namespaces that the provider lists.
     ///
     /// # Errors
-    /// When the provider does not answer, refuses the credentials, or lists the functions of no namespace.
+    /// The provider does not respond, rejects the credentials, or lists the functions of no namespace.
     pub async fn functions(&self) -> Result<Vec<FunctionSummary>, Error> {
         let namespaces = match self.provider.namespaces().await {
             Ok(namespaces) => namespaces,
-            // A provider need not have namespaces, but it must be there.
+            // Namespaces are optional, but the provider must respond.
             Err(Error::Provider(_) | Error::CredentialsRefused(StatusCode::FORBIDDEN)) => {
                 Vec::new()
             }
@@ -83,7 +83,7 @@ impl Poll {
         if namespaces.is_empty() {
             return self.provider.functions("").await;
         }
-        let (mut all, mut refusal, mut listed) = (Vec::new(), None, false);
+        let (mut all, mut failure, mut listed) = (Vec::new(), None, false);
         for namespace in &namespaces {
             match self.provider.functions(namespace).await {
                 Ok(mut functions) => {
@@ -93,24 +93,24 @@ impl Poll {
                     }
                     all.append(&mut functions);
                 }
-                // It did answer: one namespace that is closed to us says nothing about the others.
+                // The provider responded: a namespace that cannot be listed is no evidence about the others.
                 Err(
                     error @ (Error::Provider(_) | Error::CredentialsRefused(StatusCode::FORBIDDEN)),
                 ) => {
                     tracing::debug!(namespace, %error, "The functions of {namespace} cannot be listed");
-                    refusal = Some(error);
+                    failure = Some(error);
                 }
                 Err(error) => return Err(error),
             }
         }
-        match refusal {
+        match failure {
             Some(error) if !listed => Err(error),
             _ => Ok(all),
         }
     }
 
     fn report(&self, functions: &[FunctionSummary], asked: Instant) {
-        // A provider that knows no namespaces lists the same functions for each.
+        // A provider without namespaces lists the same functions for each namespace.
         let named: BTreeMap<Function, &FunctionSummary> =
             functions.iter().filter_map(|f| Some((self.name(f)?, f))).collect();
         let warm: HashMap<Function, bool> =
@@ -123,13 +123,13 @@ impl Poll {
         }
     }
 
-    /// The function that a status is of; `None` if its name is none.
+    /// Returns the function that `status` describes; `None` if its name is invalid.
     pub fn name(&self, status: &FunctionSummary) -> Option<Function> {
         let namespace = match status.namespace.as_deref() {
             None | Some("") => self.default_namespace.to_string(),
             Some(namespace) => namespace.to_owned(),
         };
-        // The name alone: a dot in it divides nothing here.
+        // The name may contain dots, which do not separate a namespace here.
         let valid = |text: &str| text.bytes().all(crate::function::is_name_byte);
         (!status.name.is_empty() && valid(&status.name) && valid(&namespace))
             .then(|| Function { name: status.name.clone(), namespace })

@@ -1,8 +1,8 @@
-//! What becomes of spans that nobody takes.
+//! Metric of dropped spans.
 
 use prometheus::{IntCounter, IntCounterVec, Opts, Registry};
 
-/// Spans that no collector has heard of.
+/// Counters of spans that were not exported.
 #[derive(Clone, Debug)]
 pub struct SpansDropped {
     crowded: IntCounter,
@@ -12,7 +12,7 @@ pub struct SpansDropped {
 impl SpansDropped {
     pub(super) fn register(registry: &Registry) -> Result<Self, prometheus::Error> {
         let dropped = IntCounterVec::new(
-            Opts::new("gateway_spans_dropped_total", "Spans that no collector of traces has."),
+            Opts::new("gateway_spans_dropped_total", "Spans that were not exported."),
             &["reason"],
         )?;
         registry.register(Box::new(dropped.clone()))?;
@@ -20,12 +20,12 @@ impl SpansDropped {
         Ok(Self { crowded: of("queue_full")?, refused: of("refused")? })
     }
 
-    /// More came than the collector takes.
+    /// Counts a span dropped because the export queue is full.
     pub fn crowded_out(&self) {
         self.crowded.inc();
     }
 
-    /// The collector was away, or refused so many.
+    /// Counts spans that the collector rejected, or that could not be sent to it.
     pub fn refused(&self, spans: u64) {
         self.refused.inc_by(spans);
     }

@@ -1,4 +1,4 @@
-//! What the fuzzer checks of heads of requests that hyper has taken.
+//! Fuzz target: request heads that hyper accepts.
 
 use http::header::HOST;
 use http::{Method, Request, Version};
@@ -7,7 +7,7 @@ use http_body_util::Empty;
 use crate::function::has_dot_segment;
 use crate::routes::request::check;
 
-/// A request that passes the check is one that every other HTTP program reads in the same way.
+/// A request that passes the check is read in the same way by every HTTP implementation.
 pub(crate) fn request_head(data: &[u8]) {
     let Some(mut request) = parse(data) else { return };
     if check(&mut request).is_err() {
@@ -21,10 +21,10 @@ pub(crate) fn request_head(data: &[u8]) {
     let _ = has_dot_segment(uri.path());
 }
 
-/// The head as hyper would hand it on; `None` where hyper refuses it.
+/// Parses the head as hyper does; `None` if hyper rejects it.
 fn parse(data: &[u8]) -> Option<Request<Empty<&'static [u8]>>> {
-    let mut room = [httparse::EMPTY_HEADER; 64];
-    let mut head = httparse::Request::new(&mut room);
+    let mut headers = [httparse::EMPTY_HEADER; 64];
+    let mut head = httparse::Request::new(&mut headers);
     if !head.parse(data).ok()?.is_complete() {
         return None;
     }

@@ -1,8 +1,8 @@
-//! What a host is, in Host and in a target in absolute form (RFC 9110, 7.2, and RFC 3986, 3.2.2).
+//! Syntax of a host in `Host` and in a target in absolute form (RFC 9110, 7.2, and RFC 3986, 3.2.2).
 
 use std::net::Ipv6Addr;
 
-/// Whether `host` is a host with or without a port, or empty, as it is where the target has no authority.
+/// Returns whether `host` is a host with or without a port, or empty, as for a target without an authority.
 pub(super) fn is_host(host: &[u8]) -> bool {
     match host.iter().position(|byte| !IN_NAME[usize::from(*byte)]) {
         None => true,
@@ -10,7 +10,7 @@ pub(super) fn is_host(host: &[u8]) -> bool {
     }
 }
 
-/// What a name may consist of beside escapes; by a byte's value, since every request has a host.
+/// Bytes allowed in a name besides escapes. A table, since every request has a host.
 const IN_NAME: [bool; 256] = {
     let mut table = [false; 256];
     let mut byte = 0;
@@ -25,7 +25,7 @@ const IN_NAME: [bool; 256] = {
     table
 };
 
-/// The same for one whose first byte that cannot be in a name is at `at`.
+/// The same check for a host whose first byte that is not allowed in a name is at `at`.
 fn is_host_with_port(host: &[u8], at: usize) -> bool {
     match host[at] {
         b':' => at > 0 && is_port(&host[at + 1..]),
@@ -39,7 +39,8 @@ fn is_host_with_port(host: &[u8], at: usize) -> bool {
     }
 }
 
-/// An IPv6 address and its bracket. Of other literals (`v1.x`) nothing is known that could be called.
+/// Checks an IPv6 address, its closing bracket and the port. Other literals (`v1.x`) are rejected: they cannot be
+/// called.
 fn is_literal_with_port(literal: &[u8]) -> bool {
     let Some(end) = memchr::memchr(b']', literal) else { return false };
     let address = std::str::from_utf8(&literal[..end]).unwrap_or_default();
@@ -59,7 +60,7 @@ fn is_escaped_name(name: &[u8]) -> bool {
         })
 }
 
-/// Any number of digits, or none, that name a port.
+/// Checks a port: any number of digits up to 65535 in value, or none.
 fn is_port(digits: &[u8]) -> bool {
     let port = digits.iter().try_fold(0_u16, |port, digit| {
         let digit = digit.is_ascii_digit().then(|| u16::from(digit - b'0'))?;
@@ -100,7 +101,7 @@ mod tests {
     }
 
     #[test]
-    fn what_could_be_read_in_two_ways_is_no_host() {
+    fn an_ambiguous_host_is_rejected() {
         for host in [
             "[]",
             "[]:8",

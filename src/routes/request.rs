@@ -1,5 +1,5 @@
-//! What is checked of every request before its path decides anything: framing, method, target and Host (RFC 9110 and
-//! 9112). What a function, or a proxy on the way to it, could read differently is refused.
+//! Checks of every request before it is routed: framing, method, target and `Host` (RFC 9110 and 9112). What a
+//! function, or a proxy in front of it, could read differently is rejected.
 
 use axum::body::Body as RouterBody;
 use axum::response::{IntoResponse, Response};
@@ -12,16 +12,16 @@ use crate::error::Error;
 use crate::proxy::codings;
 use crate::routes::host::is_host;
 
-/// The methods that requests in general may have. Functions may define others.
+/// The methods of the gateway itself. Functions may define others.
 const METHODS: &str = "GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS";
-/// Below this path, requests are forwarded to functions.
+/// Requests below this path are forwarded to functions.
 const FUNCTIONS: &str = "/function/";
 
-/// The response to a request that is not routed.
+/// Response to a request that is not routed.
 #[derive(Debug)]
 pub(super) enum Early {
     Refused(Error),
-    /// OPTIONS about the gateway itself: which methods it knows.
+    /// OPTIONS for the gateway itself: the allowed methods.
     Methods,
 }
 
@@ -42,13 +42,13 @@ impl IntoResponse for Early {
     }
 }
 
-/// Checks `request`, and puts into order what may be said in several ways.
+/// Checks and normalizes `request`.
 ///
 /// # Errors
-/// The response, when the request is not to be routed.
+/// The response, if the request is not to be routed.
 pub(super) fn check<B: Body>(request: &mut Request<B>) -> Result<(), Early> {
     let body = request.body();
-    // A body without a length is one with transfer codings; hyper has looked at the last line of them alone.
+    // A body without a length has transfer codings. hyper has checked only the last line of them.
     if !body.is_end_stream() && body.size_hint().exact().is_none() {
         codings::is_chunked(request.headers().get_all(TRANSFER_ENCODING)).map_err(Error::Coding)?;
     }
@@ -79,7 +79,7 @@ fn bad<T>(reason: &str) -> Result<T, Early> {
     Err(Error::BadRequest(reason.to_owned()).into())
 }
 
-/// Makes a target in absolute form one in origin form. Its authority replaces Host (RFC 9112, 3.2.2).
+/// Converts a target in absolute form to origin form. Its authority replaces `Host` (RFC 9112, 3.2.2).
 fn take_authority<B>(request: &mut Request<B>) -> Result<(), Early> {
     let uri = request.uri();
     let Some(authority) = uri.authority() else { return Ok(()) };
@@ -98,7 +98,8 @@ fn take_authority<B>(request: &mut Request<B>) -> Result<(), Early> {
     Ok(())
 }
 
-/// The path and query of a URL. A path that is missing is `/`: one that is empty would be written as an empty target.
+/// Returns the path and query of a URL. An empty path becomes `/`: otherwise the target would be written as an empty
+/// string.
 fn origin_form(url: &Uri) -> PathAndQuery {
     let root = || PathAndQuery::from_static("/");
     match (url.path(), url.query()) {
@@ -108,7 +109,7 @@ fn origin_form(url: &Uri) -> PathAndQuery {
     }
 }
 
-/// OPTIONS may concern the gateway itself, or limit how often it is forwarded (RFC 9110, 7.6.2).
+/// Handles OPTIONS for the gateway itself, and `Max-Forwards` (RFC 9110, 7.6.2).
 fn check_options<B>(request: &mut Request<B>) -> Result<(), Early> {
     let path = request.uri().path();
     if path == "*" {
@@ -133,7 +134,7 @@ fn check_options<B>(request: &mut Request<B>) -> Result<(), Early> {
     }
 }
 
-/// A number of any length; more than can be counted to is as much as can be.
+/// Parses a number of any length; values above `u64::MAX` become `u64::MAX`.
 fn parse_forwards(digits: &[u8]) -> Option<u64> {
     (!digits.is_empty() && digits.iter().all(u8::is_ascii_digit)).then(|| {
         digits.iter().fold(0_u64, |sum, digit| {
@@ -151,7 +152,7 @@ fn has_one_good_host(headers: &HeaderMap, version: Version) -> bool {
     }
 }
 
-/// Has the connection closed behind the response that `headers` belong to. What else they say of the connection stays.
+/// Adds `Connection: close`. Other connection options stay.
 pub(super) fn close_after(headers: &mut HeaderMap) {
     if !says_close(headers) {
         headers.append(CONNECTION, HeaderValue::from_static("close"));
@@ -165,12 +166,12 @@ fn says_close(headers: &HeaderMap) -> bool {
         .any(|option| option.trim_ascii().eq_ignore_ascii_case(b"close"))
 }
 
-/// Fits a response to a client of HTTP/1.0, which knows no chunks: a body of unknown length ends with its connection,
-/// so the response must not promise to keep it.
+/// Adapts a response to an HTTP/1.0 client, which does not know chunks: a body of unknown length ends with the
+/// connection, so the response must not offer to keep it.
 pub(super) fn fit_http_1_0<B: Body>(response: &mut http::Response<B>) {
     if response.body().size_hint().exact().is_none() || says_close(response.headers()) {
         response.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
-        // To a response of version 1.1, hyper would add keep-alive if the client asked for it.
+        // With version 1.1, hyper would add keep-alive if the client requested it.
         *response.version_mut() = Version::HTTP_10;
     }
 }
@@ -180,7 +181,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_host_is_one_and_well_formed() {
+    fn a_request_has_exactly_one_valid_host() {
         let check = |hosts: &[&'static str], version| {
             let hosts = hosts.iter().map(|host| (HOST, HeaderValue::from_static(host)));
             let mut headers = HeaderMap::new();
@@ -198,7 +199,7 @@ mod tests {
     }
 
     #[test]
-    fn max_forwards_of_any_length_are_counted() {
+    fn max_forwards_of_any_length_is_parsed() {
         for (digits, expect) in [
             ("0", Some(0)),
             ("007", Some(7)),

@@ -1,6 +1,6 @@
-//! By which names a port for machines may be asked. A web page can have a name of its own lead here (DNS rebinding), and
-//! a browser then takes what this port says for the page's own. Such a name is a public one; scrapers come by IP
-//! address or by a name of the network that they share with this machine.
+//! Host names under which the metrics port may be called. A web page can have its own public name resolve to this
+//! machine (DNS rebinding); a browser then treats the responses of this port as the page's own. Scrapers use an IP
+//! address, or a name of the network that they share with this machine.
 
 use std::fs;
 use std::net::IpAddr;
@@ -14,23 +14,23 @@ use http::header::HOST;
 use crate::error::Error;
 use crate::same_origin::{Foreign, Names, check, without_port};
 
-/// Ends of names that never lead from the internet to a private network: reserved (RFC 6761, 6762, 8375, ICANN's
+/// Domains that never resolve from the internet to a private network: reserved (RFC 6761, 6762, 8375, ICANN's
 /// `internal`), or used by Kubernetes.
 const PRIVATE: [&str; 8] =
     ["localhost", "local", "localdomain", "internal", "home.arpa", "lan", "svc", "test"];
 
-/// The names that are accepted.
+/// The accepted host names.
 #[derive(Debug)]
 pub struct InternalNames {
-    /// Whole names: those of the setting, and this machine's own.
+    /// Exact names: those of the setting, and this machine's own, in lower case.
     names: Vec<String>,
-    /// Ends of names, without their first dot.
+    /// Domain suffixes, without their leading dot, in lower case.
     domains: Vec<String>,
     any: bool,
 }
 
 impl InternalNames {
-    /// The names of `metrics_hosts`, and those that this machine's own configuration knows.
+    /// Accepts the names of the setting `metrics_hosts`, and those in this machine's own configuration.
     pub fn new(configured: &[String]) -> Self {
         let name = rustix::system::uname().nodename().to_string_lossy().into_owned();
         let resolver = fs::read_to_string("/etc/resolv.conf").unwrap_or_default();
@@ -50,11 +50,11 @@ impl InternalNames {
         }
     }
 
-    /// Whether `host`, with or without a port, is accepted.
+    /// Returns whether `host`, with or without a port, is accepted.
     fn accept(&self, host: &str) -> bool {
         let name = without_port(host);
         let literal = name.trim_start_matches('[').trim_end_matches(']');
-        // A name without a dot is looked up in the search domains of the client, not on the internet.
+        // A name without a dot is resolved in the client's search domains, not on the internet.
         if self.any || literal.parse::<IpAddr>().is_ok() || !name.contains('.') {
             return true;
         }
@@ -66,7 +66,7 @@ impl InternalNames {
     }
 }
 
-/// The domains in which this machine looks for names without a dot. One of a single label would be a whole top-level
+/// Returns the search domains of this machine. Domains of one label are left out: they would be a whole top-level
 /// domain.
 fn search_domains(resolver: &str) -> impl Iterator<Item = &str> {
     let lines = resolver.lines().filter_map(|line| {
@@ -76,7 +76,7 @@ fn search_domains(resolver: &str) -> impl Iterator<Item = &str> {
     lines.flatten().map(|domain| domain.trim_matches('.')).filter(|domain| domain.contains('.'))
 }
 
-/// Lets a request pass that no web page of others can have made.
+/// Rejects requests that a web page of another origin can have sent.
 pub async fn guard_internal(
     State(names): State<Arc<InternalNames>>,
     request: Request,
@@ -84,11 +84,11 @@ pub async fn guard_internal(
 ) -> Response {
     let headers = request.headers();
     let host = request.uri().authority().map(http::uri::Authority::as_str);
-    // What is no text is no name of ours.
+    // A `Host` that is not ASCII text is not accepted.
     let host = host.or_else(|| Some(headers.get(HOST)?.to_str().unwrap_or("?.?")));
     let checked = match host {
         Some(host) if !names.accept(host) => Err(
-            "the metrics port is not called by this name: use an IP address, or add the name to metrics_hosts",
+            "this host name is not allowed on the metrics port: use an IP address, or add the name to metrics_hosts",
         ),
         _ => check(headers, Names::Any).map_err(Foreign::reason),
     };
@@ -105,7 +105,7 @@ mod tests {
     const RESOLVER: &str = "nameserver 10.0.0.1\nsearch fn.svc.corp.example. example.net com\n";
 
     #[test]
-    fn names_of_the_own_network_are_accepted_and_public_ones_are_not() {
+    fn private_names_are_accepted_and_public_names_are_not() {
         let configured = ["metrics.example.org", "*.prod.example.org"].map(str::to_owned);
         let names = InternalNames::of(&configured, "Node1.example.com", RESOLVER);
         for host in [

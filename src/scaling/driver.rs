@@ -1,5 +1,4 @@
-//! Finds out whether one function can be called, and has it started if it is at zero: one driver for each line, however
-//! many callers wait.
+//! Activation of one function: polls its status and scales it up from zero. One task per cold-start queue.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -12,29 +11,30 @@ use crate::scaling::fault::STARTING;
 use crate::scaling::line::{Line, Over, Ready};
 use crate::scaling::step::{Replicas, Step, next_step};
 
-/// Between two questions: at first, and at most.
+/// Interval between two status queries: initial and maximum.
 const SHORTEST_PAUSE: Duration = Duration::from_millis(25);
 const LONGEST_PAUSE: Duration = Duration::from_millis(100);
-/// A provider that can is asked to answer when the function is ready, or after this time.
+/// Long-poll time of a status query: a provider that supports it delays its response until the function is ready, for
+/// at most this time.
 const HOLD: Duration = Duration::from_secs(2);
-/// A provider that has failed for so long is away: whoever waits is told.
+/// Waiting requests fail after the provider has returned errors for this time.
 const GIVE_UP: Duration = Duration::from_secs(2);
-/// A provider that still shows no replicas after this time has not done what it was asked for.
+/// The scale request is repeated if the provider still reports no replicas after this time.
 const SCALE_AGAIN: Duration = Duration::from_secs(10);
 
-/// What drives a line to its end.
+/// The task that serves one cold-start queue until the function is ready or cannot be called.
 pub(super) struct Driver {
     scaling: Arc<Scaling>,
     line: Arc<Line>,
-    /// The line has been closed.
+    /// The queue has been removed.
     closed: bool,
-    /// The function was found not to be ready, and when it was then.
+    /// Whether the last query found the function not ready; the time at which it became ready after that.
     cold: bool,
     woken: Option<Instant>,
-    /// When the last question was put that was answered with no replica to call.
+    /// Time of the last query that reported no available replica.
     had_none: Option<Instant>,
     scaled: Option<Instant>,
-    /// Since when the provider fails.
+    /// Time of the first of the consecutive provider errors.
     failing: Option<Instant>,
     pause: Duration,
 }
@@ -54,7 +54,7 @@ impl Driver {
         }
     }
 
-    /// Asks until the function is ready and has proven so, or cannot be called, or nobody waits any more.
+    /// Polls until the function has been ready for the startup window, cannot be called, or no request waits.
     pub(super) async fn run(mut self) {
         while !self.closed {
             let asked = Instant::now();
@@ -70,7 +70,7 @@ impl Driver {
         }
     }
 
-    /// Puts one question, and does what follows from the answer.
+    /// Sends one status query and acts on the result.
     async fn turn(&mut self, asked: Instant) -> Result<(), Error> {
         let (scaling, line) = (Arc::clone(&self.scaling), Arc::clone(&self.line));
         let function = &line.function;
@@ -82,7 +82,7 @@ impl Driver {
                 self.close(Over::NoSuchFunction);
                 return Ok(());
             }
-            // Its calls carry no credentials of the gateway, and can be made.
+            // Requests of functions carry no gateway credentials, so they can be forwarded without a status.
             Err(Error::CredentialsRefused(_)) if !self.cold => {
                 self.close(Over::Unsaid);
                 return Ok(());
@@ -91,10 +91,10 @@ impl Driver {
         };
         scaling.known.learn(function);
         line.exists();
-        // One that is at zero may have been mended meanwhile: it is started first.
+        // A failure of a function at zero replicas may be fixed by now: try to start it first.
         if let Some(failure) = failure.filter(|_| replicas.available == 0 && replicas.wanted > 0) {
             scaling.known.found(function, false, asked);
-            // Each call asks, for as long as that lasts.
+            // Every new request queries again while the failure lasts.
             if scaling.known.does_not_start(function, &failure.reason) {
                 let (starts, reason, last_output) =
                     (failure.starts, &failure.reason, &failure.last_output);
@@ -122,7 +122,7 @@ impl Driver {
         Ok(())
     }
 
-    /// The function can be called, says the answer to the question put at `asked`.
+    /// Handles a query, sent at `queried_at`, that reported the function ready.
     async fn ready(&mut self, asked: Instant) {
         if std::mem::take(&mut self.cold) {
             self.woken = Some(Instant::now());
@@ -131,7 +131,7 @@ impl Driver {
         self.scaled = None;
         let settled =
             self.line.release(Ready { asked, woken: self.woken, had_none: self.had_none });
-        // One that was ready all the time has nothing to prove.
+        // A function that was ready from the start needs no startup window.
         let care = self.woken.map_or(Duration::ZERO, |at| STARTING.saturating_sub(at.elapsed()));
         let proven = settled && (care.is_zero() || !self.line.is_doubted_within(care).await);
         if proven {
@@ -139,7 +139,7 @@ impl Driver {
         }
     }
 
-    /// Closes the line, unless the function has been doubted meanwhile: whoever is in it then needs a driver.
+    /// Finishes, unless readiness was suspected in the meantime: requests in the queue then need this task.
     fn close_as_ready(&mut self, asked: Instant) {
         if self.scaling.remove(&self.line, Line::is_ready) {
             self.closed = true;
@@ -149,12 +149,12 @@ impl Driver {
 
     fn failed(&mut self, error: &Error, asked: Instant) {
         let since = *self.failing.get_or_insert(asked);
-        let reason = format!("the provider does not do what it is asked: {error}");
+        let reason = format!("the provider returned an error: {error}");
         if since.elapsed() >= GIVE_UP {
             let function = &self.line.function;
             tracing::warn!(function = %function, reason, "{function} cannot be called: {reason}");
             self.close(match error {
-                // It may have become ready meanwhile.
+                // The function may have become ready in the meantime.
                 Error::CredentialsRefused(_) => Over::Unsaid,
                 _ => Over::Failed(reason.into()),
             });
@@ -163,15 +163,15 @@ impl Driver {
         }
     }
 
-    /// Closes the line if nobody waits, and nobody has had a doubt since the question put at `asked`: those who passed
-    /// their answers on rely on the next one.
+    /// Finishes if no request waits and none has reported a suspicion since the query sent at `queried_at`. Requests
+    /// that returned their response without waiting rely on the next query.
     fn close_if_abandoned(&mut self, asked: Instant) {
         let is_abandoned = |line: &Line| !line.has_waiting() && !line.is_doubted_since(asked);
         self.closed = self.closed || self.scaling.remove(&self.line, is_abandoned);
     }
 
     fn close(&mut self, over: Over) {
-        // Whoever comes from here on is asked for anew.
+        // Requests that arrive from here on start a new activation.
         self.scaling.remove(&self.line, |_| true);
         self.line.end(over);
         self.closed = true;
@@ -179,7 +179,7 @@ impl Driver {
 }
 
 impl Drop for Driver {
-    /// Nobody waits for a driver that is gone, whatever ended it.
+    /// Releases the waiting requests, whatever ended the task.
     fn drop(&mut self) {
         if !self.closed {
             self.close(Over::Failed("this gateway is stopping".into()));
@@ -192,7 +192,7 @@ mod tests {
     use super::*;
     use crate::function::Function;
 
-    /// The driver of a line that was entered, with nothing done yet.
+    /// Returns the activation of a new queue, before its first query.
     fn driver(scaling: &Arc<Scaling>, function: &Function) -> Driver {
         let (line, is_new) = scaling.line(&mut scaling.lines(), function);
         assert!(is_new);
@@ -204,7 +204,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_line_that_is_doubted_at_its_end_keeps_its_driver() {
+    async fn an_activation_whose_function_is_suspected_at_its_end_continues() {
         let (scaling, function) = (Scaling::alone(1), Function::parse("echo", "fn").unwrap());
         let mut driver = driver(&scaling, &function);
         let asked = Instant::now();
@@ -218,7 +218,7 @@ mod tests {
         assert!(driver.closed && !scaling.lines().contains_key(&function));
     }
     #[tokio::test]
-    async fn a_doubt_without_a_waiter_is_seen_to() {
+    async fn a_suspicion_without_a_waiting_request_is_checked() {
         let (scaling, function) = (Scaling::alone(1), Function::parse("echo", "fn").unwrap());
         let mut driver = driver(&scaling, &function);
         let asked = Instant::now();

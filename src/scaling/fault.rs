@@ -1,4 +1,4 @@
-//! Signs that a function cannot be called after all, and what they mean for the call that met them. No I/O.
+//! Signs that a function cannot be reached, and the decision whether the request is retried. No I/O.
 
 use std::time::Duration;
 
@@ -6,57 +6,55 @@ use http::StatusCode;
 
 use crate::proxy::ending::Ending;
 
-/// The most times that one attempt at a call sends it. A refused connection counts as nothing sent.
+/// Maximum times that one attempt sends the request. A refused connection does not count.
 pub const MAX_SENDS: u32 = crate::proxy::MAX_SENDS;
 
-/// For so long after a function has become ready, its calls are made with care: an error of the provider's is taken for
-/// a replica that does not listen yet.
+/// Time after a function has become ready in which an error of the provider is taken for a replica that does not listen
+/// yet.
 pub(super) const STARTING: Duration = Duration::from_secs(5);
 
-/// A sign that a function cannot be called.
+/// A sign that a function cannot be reached.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Fault {
-    /// The provider says that it could not reach the function, or got no valid answer of it.
+    /// 502 of the provider: it could not reach the function, or received an invalid response.
     BadGateway,
-    /// The provider says that the function has nobody to call.
+    /// 503 of the provider: the function has no replica to call.
     Unavailable,
-    /// Nobody accepts connections where the call goes.
+    /// The connection was refused.
     Unreached(Way),
 }
 
-/// Where a call goes.
+/// The peer that the request is sent to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Way {
-    /// To the provider.
     Through,
-    /// To the function itself.
     Direct,
 }
 
-/// Whether a call can be made again.
+/// Whether a request can be sent again.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Repeat {
-    /// Part of it is gone.
+    /// Part of the request is no longer available.
     Never,
-    /// All of it can be sent once more, if no function has seen it.
+    /// The whole request is available. It may be sent again only if the function has not received it.
     Unseen,
-    /// All of it can be sent once more, and its method promises that twice is as once.
+    /// The whole request is available, and its method is idempotent.
     Always,
 }
 
-/// What becomes of the call.
+/// What to do with the request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Next {
-    /// Its outcome is passed on, and says nothing of the function.
+    /// Return the result. It is no evidence about the function.
     Pass,
-    /// It is passed on, and somebody asks the provider how the function is.
+    /// Return the result, and query the provider in the background.
     Ask,
-    /// It waits for that, and is made again if the function was starting.
+    /// Query the provider, wait for readiness, and send the request again if the function was starting.
     Wait,
 }
 
 impl Fault {
-    /// The sign that an exchange which ended in this way gives, if any.
+    /// Returns the sign that an exchange with this end gives, if any.
     pub fn of(ending: Ending, way: Way) -> Option<Self> {
         match ending {
             Ending::Internal(StatusCode::BAD_GATEWAY) => Some(Self::BadGateway),
@@ -66,20 +64,21 @@ impl Fault {
         }
     }
 
-    /// Whether somebody has answered the call.
+    /// Returns whether there is a response to return to the client.
     pub(super) fn has_answer(self) -> bool {
         !matches!(self, Self::Unreached(_))
     }
 }
 
-/// What becomes of a call that met `fault`. `woken`: how long ago the function became ready, if it was not at first.
+/// Decides what to do with a request that received `signal`. `ready_for`: time since the function became ready, if the
+/// activation found it not ready before.
 pub(super) fn after(fault: Fault, repeat: Repeat, woken: Option<Duration>) -> Next {
     match (fault, repeat) {
-        // The provider is away, which says nothing of the function.
+        // The provider is unreachable, which is no evidence about the function.
         (Fault::Unreached(Way::Through), _) if woken.is_none() => Next::Pass,
         (_, Repeat::Never) => Next::Ask,
         (Fault::Unreached(_) | Fault::Unavailable, _) => Next::Wait,
-        // The function may have seen the call: even while it starts that is only unlikely.
+        // The function may have received the request: unlikely, but possible even during its start.
         (Fault::BadGateway, Repeat::Always) if woken.is_some_and(|ago| ago < STARTING) => {
             Next::Wait
         }
@@ -87,21 +86,21 @@ pub(super) fn after(fault: Fault, repeat: Repeat, woken: Option<Duration>) -> Ne
     }
 }
 
-/// What the provider has said by the time that a waiting call may go on.
+/// What the provider has reported when a waiting request is released.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Heard {
-    /// How long ago the function became ready, if it was not at first.
+    /// Time since the function became ready, if the activation found it not ready before.
     pub(super) woken: Option<Duration>,
-    /// The provider, asked after the call was sent, reported that it had no replica to call.
+    /// A query sent after the request reported no available replica.
     pub(super) had_none: bool,
 }
 
-/// Whether a call that met `fault` and has waited for its function is sent again.
+/// Returns whether a request that received `signal` and has waited for its function is sent again.
 ///
-/// `X-OpenFaaS-Internal` is a header that a function can send, too, and some providers pass it on. So a call that must
-/// not be executed twice is sent again only if the provider's API has confirmed that nobody was there.
+/// A function can send `X-OpenFaaS-Internal`, too, and some providers forward it. So a request that must not be
+/// executed twice is sent again only if the provider's API has confirmed that there was no replica.
 pub(super) fn is_sent_again(fault: Fault, repeat: Repeat, heard: Heard) -> bool {
-    // A provider that calls the function ready for that long has another reason to refuse.
+    // A provider that has reported the function as ready for longer has another reason to reject the request.
     let is_start = heard.woken.is_some_and(|ago| ago < STARTING);
     match (fault, repeat) {
         (_, Repeat::Never) | (Fault::BadGateway, Repeat::Unseen) => false,
@@ -121,7 +120,7 @@ mod tests {
     }
 
     #[test]
-    fn a_call_that_reached_nobody_waits() {
+    fn a_request_that_was_not_delivered_waits() {
         for woken in [None, Some(0), Some(100)] {
             for repeat in [Repeat::Unseen, Repeat::Always] {
                 check(Fault::Unreached(Way::Direct), repeat, woken, Next::Wait);
@@ -132,12 +131,12 @@ mod tests {
     }
 
     #[test]
-    fn a_provider_that_is_away_says_nothing_of_a_warm_function() {
+    fn an_unreachable_provider_is_no_evidence_about_a_warm_function() {
         check(Fault::Unreached(Way::Through), Repeat::Always, None, Next::Pass);
     }
 
     #[test]
-    fn a_bad_gateway_is_a_start_only_right_after_one() {
+    fn a_bad_gateway_counts_as_a_start_only_in_the_startup_window() {
         check(Fault::BadGateway, Repeat::Always, Some(0), Next::Wait);
         check(Fault::BadGateway, Repeat::Always, Some(4), Next::Wait);
         check(Fault::BadGateway, Repeat::Always, Some(5), Next::Ask);
@@ -145,14 +144,14 @@ mod tests {
     }
 
     #[test]
-    fn what_a_function_may_have_seen_and_must_not_see_twice_is_not_sent_again() {
+    fn a_non_idempotent_request_that_may_have_been_delivered_is_not_retried() {
         for woken in [None, Some(0), Some(100)] {
             check(Fault::BadGateway, Repeat::Unseen, woken, Next::Ask);
         }
     }
 
     #[test]
-    fn a_call_that_must_not_run_twice_needs_the_providers_word_that_nobody_was_there() {
+    fn a_non_idempotent_request_is_retried_only_if_the_provider_confirms_no_replica() {
         let woken = [None, Some(0), Some(4), Some(5)].map(|ago| ago.map(Duration::from_secs));
         for (woken, had_none) in woken.into_iter().flat_map(|w| [(w, false), (w, true)]) {
             let again = |fault, repeat| is_sent_again(fault, repeat, Heard { woken, had_none });
@@ -167,7 +166,7 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_sent_again_is_not() {
+    fn a_request_that_cannot_be_replayed_is_not_retried() {
         for woken in [None, Some(0)] {
             check(Fault::BadGateway, Repeat::Never, woken, Next::Ask);
             check(Fault::Unavailable, Repeat::Never, woken, Next::Ask);

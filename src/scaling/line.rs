@@ -1,4 +1,4 @@
-//! The callers that wait for one function, and what they are told.
+//! The requests that wait for one function to become ready, and the state that releases them.
 
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -9,28 +9,28 @@ use tokio::sync::watch;
 use crate::function::Function;
 use crate::provider::types::StartFailure;
 
-/// A function that is being asked about, or has become ready just now.
+/// Queue of requests that wait for one function, and what the activation knows about it.
 pub(super) struct Line {
     pub(super) function: Function,
     waiting: AtomicUsize,
     state: watch::Sender<State>,
-    /// Why the function is not ready, as far as is known.
+    /// Latest reason why the function is not ready, for error messages.
     reason: Mutex<String>,
 }
 
-/// What is known of the function.
+/// State of the function, written by the activation.
 #[derive(Default)]
 pub(super) struct State {
-    /// The provider has answered for it.
+    /// The provider has confirmed that the function exists.
     exists: bool,
-    /// What was answered last, if that was that it can be called.
+    /// Result of the last query, if the function was ready.
     answer: Option<Ready>,
-    /// The last of the calls that met a sign that it is not ready was sent then.
+    /// Send time of the latest request that received a sign that the function is not ready.
     doubted: Option<Instant>,
     over: Option<Over>,
 }
 
-/// What a caller is told.
+/// State of the function for one waiting request.
 
 #[derive(Clone, Debug)]
 pub(super) enum Phase {
@@ -39,37 +39,37 @@ pub(super) enum Phase {
     Over(Over),
 }
 
-/// The function can be called.
+/// The function is ready.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Ready {
-    /// When the question was put that this is the answer to.
+    /// Time of the query with this result.
     pub(super) asked: Instant,
-    /// When it became ready, if it was not at first.
+    /// Time at which it became ready, if the activation found it not ready before.
     pub(super) woken: Option<Instant>,
-    /// When the last question was put that was answered with no replica to call.
+    /// Time of the last query that reported no available replica.
     pub(super) had_none: Option<Instant>,
 }
 
-/// Nobody is asked any more.
+/// Why the activation has ended without a ready function.
 #[derive(Clone, Debug)]
 pub(super) enum Over {
     NoSuchFunction,
-    /// Its processes end at their start, again and again.
+    /// Its processes exit at their start, repeatedly.
     DoesNotStart(Arc<StartFailure>),
     Failed(Arc<str>),
-    /// The provider answers, but refuses to say: it refuses the credentials of this gateway.
+    /// The provider rejects the credentials of this gateway. The requests are forwarded without a status.
     Unsaid,
 }
 
-/// One of those that wait, until this is dropped.
+/// A waiting request. Leaves the queue when dropped.
 pub(super) struct Place {
     pub(super) line: Arc<Line>,
-    /// Answers to older questions say nothing to this one.
+    /// Results of older queries do not apply to this request.
     since: Option<Instant>,
 }
 
 impl State {
-    /// What this means for a caller who takes answers to questions put at `since` or later.
+    /// Returns the state for a request that accepts results of queries sent at `min_query_time` or later.
     fn phase_since(&self, since: Option<Instant>) -> Phase {
         match (&self.over, self.answer) {
             (Some(over), _) => Phase::Over(over.clone()),
@@ -80,7 +80,7 @@ impl State {
         }
     }
 
-    /// What this means for a caller who comes now.
+    /// Returns the state for a request that arrives now.
     fn phase(&self) -> Phase {
         self.phase_since(self.doubted)
     }
@@ -96,11 +96,12 @@ impl Line {
             function,
             waiting: AtomicUsize::new(0),
             state: watch::Sender::default(),
-            reason: Mutex::new("the provider has not said how many replicas it has".to_owned()),
+            reason: Mutex::new("the provider has not reported its replicas".to_owned()),
         })
     }
 
-    /// A place among at most `most`, for a caller who takes answers to questions put at `since` or later.
+    /// Joins the queue, which holds at most `limit` requests. The request accepts results of queries sent at
+    /// `min_query_time` or later.
     pub(super) fn enter(self: &Arc<Self>, since: Option<Instant>, most: usize) -> Option<Place> {
         let entered = self.waiting.try_update(Relaxed, Relaxed, |n| (n < most).then_some(n + 1));
         entered.ok().map(|_| Place { line: Arc::clone(self), since })
@@ -122,7 +123,7 @@ impl Line {
         self.state.borrow().is_ready()
     }
 
-    /// What was answered last, doubted or not.
+    /// Returns the last ready result, whether it is suspected or not.
     pub(super) fn answer(&self) -> Option<Ready> {
         self.state.borrow().answer
     }
@@ -135,7 +136,7 @@ impl Line {
         self.doubted() > Some(asked)
     }
 
-    /// A call that was sent at `sent` has met a sign that the function is not ready.
+    /// Records that a request sent at `sent` received a sign that the function is not ready.
     pub(super) fn doubt(&self, sent: Instant) {
         self.state.send_if_modified(|state| {
             let was_ready = state.is_ready();
@@ -144,30 +145,30 @@ impl Line {
         });
     }
 
-    /// The provider has answered for the function, ready or not.
+    /// Records that the provider has confirmed the function, ready or not.
     pub(super) fn exists(&self) {
         self.state.send_if_modified(|state| !std::mem::replace(&mut state.exists, true));
     }
 
-    /// Lets all callers go who take the answer `ready`. Whether those do who come now; else the question must be put
-    /// again. However many doubts come meanwhile, each caller waits for one question at most that is put after his.
+    /// Releases all requests that accept `readiness`. Returns whether requests that arrive now accept it; if not, the
+    /// provider must be queried again. Each request waits for at most one query sent after its own suspicion.
     pub(super) fn release(&self, ready: Ready) -> bool {
         self.state.send_modify(|state| state.answer = Some(ready));
         self.is_ready()
     }
 
-    /// The function cannot be called now, for this reason.
+    /// Records that the function is not ready, and why.
     pub(super) fn withdraw(&self, reason: String) {
         self.state.send_if_modified(|state| state.answer.take().is_some());
         self.is_not_ready_since(reason);
     }
 
-    /// Lets all callers go.
+    /// Releases all requests with an error.
     pub(super) fn end(&self, over: Over) {
         self.state.send_modify(|state| state.over = Some(over));
     }
 
-    /// Waits whether the function is doubted within `time`.
+    /// Waits up to `time` for a suspicion. Returns whether there was one.
     pub(super) async fn is_doubted_within(&self, time: Duration) -> bool {
         let mut state = self.state.subscribe();
         let doubted = state.wait_for(|state| !state.is_ready());
@@ -184,7 +185,7 @@ impl Line {
 }
 
 impl Place {
-    /// Waits for what its caller is told. `exists` is called as soon as the provider has answered for the function.
+    /// Waits for the result. Calls `on_confirmed` as soon as the provider has confirmed the function.
     pub(super) async fn settled(&self, exists: impl FnOnce()) -> Phase {
         let phase = |state: &State| state.phase_since(self.since);
         let mut state = self.line.state.subscribe();
@@ -193,7 +194,7 @@ impl Place {
             exists();
         }
         let settled = state.wait_for(|state| !matches!(phase(state), Phase::Asking)).await;
-        // The sender is in the line, which is held here: the channel stays open.
+        // The sender is in the queue, which is held here, so the channel stays open.
         settled.map_or(Phase::Asking, |state| phase(&state))
     }
 }
@@ -217,7 +218,7 @@ mod tests {
     }
 
     #[test]
-    fn whoever_leaves_frees_a_place() {
+    fn a_request_that_leaves_frees_its_slot() {
         let line = line();
         let first = line.enter(None, 2).unwrap();
         let _second = line.enter(None, 2).unwrap();
@@ -228,7 +229,7 @@ mod tests {
     }
 
     #[test]
-    fn a_doubt_during_a_question_has_it_put_again() {
+    fn a_suspicion_during_a_query_causes_another_query() {
         let (line, start) = (line(), Instant::now());
         line.doubt(start + Duration::from_millis(1));
         assert!(!line.release(ready(start)));
@@ -240,7 +241,7 @@ mod tests {
     }
 
     #[test]
-    fn a_call_that_was_sent_before_the_question_casts_no_doubt_on_its_answer() {
+    fn a_request_sent_before_the_query_does_not_invalidate_its_result() {
         let (line, start) = (line(), Instant::now());
         assert!(line.release(ready(start + Duration::from_millis(1))));
         line.doubt(start);
@@ -248,7 +249,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn whoever_is_answered_goes_however_many_doubts_have_come_since() {
+    async fn a_request_is_released_by_its_result_despite_later_suspicions() {
         let (line, start) = (line(), Instant::now());
         line.exists();
         let at = |ms| start + Duration::from_millis(ms);
@@ -259,7 +260,7 @@ mod tests {
         assert!(!line.release(ready(at(3))));
         assert!(matches!(early.settled(|| ()).await, Phase::Ready(_)));
         assert!(matches!(line.phase_since(late.since), Phase::Asking));
-        // What was answered before does not hold any more.
+        // The earlier result does not apply any more.
         line.withdraw("it is at zero".to_owned());
         assert!(matches!(line.phase_since(early.since), Phase::Asking));
         assert!(line.release(ready(at(6))));
@@ -267,7 +268,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn who_waits_hears_at_once_that_the_function_exists_and_never_of_one_that_does_not() {
+    async fn a_waiting_request_learns_immediately_whether_the_function_exists() {
         for exists in [true, false] {
             let (line, heard) = (line(), std::cell::Cell::new(false));
             let place = line.enter(None, 1).unwrap();
@@ -285,7 +286,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_function_that_nobody_doubts_stays_ready() {
+    async fn a_function_without_suspicions_stays_ready() {
         let (line, start) = (line(), Instant::now());
         assert!(line.release(ready(start)));
         assert!(!line.is_doubted_within(Duration::from_secs(5)).await);

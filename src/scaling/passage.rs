@@ -1,4 +1,4 @@
-//! One call's way to a function that may not be ready.
+//! Cold-start handling of one request: waits for its function, and decides on retries.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -11,20 +11,20 @@ use crate::scaling::fault::{Fault, Heard, Next, Repeat, after, is_sent_again};
 use crate::scaling::line::{Over, Phase, Ready};
 use crate::scaling::{Entered, Scaling};
 
-/// Before a call is made for the third time, and at most: a provider that refuses calls of a function it calls ready
-/// may be overloaded.
+/// Delay before the third and later attempts: minimum and maximum. A provider that rejects requests of a function it
+/// reports as ready may be overloaded.
 const SHORTEST_PAUSE: Duration = Duration::from_millis(25);
 const LONGEST_PAUSE: Duration = Duration::from_millis(400);
 
-/// A call that waits for its function, as often as it has to, and until its deadline at most.
+/// A request that waits for its function, several times if necessary, until its deadline.
 pub struct Passage {
     scaling: Arc<Scaling>,
     function: Function,
-    /// Its deadline, from the first time it waits on.
+    /// Set when the request waits for the first time.
     until: Option<Instant>,
-    /// When the function became ready last, if this call has waited for that.
+    /// Time at which the function became ready, if this request has waited for it.
     woken: Option<Instant>,
-    /// Before it is made again.
+    /// Delay before the next attempt.
     pause: Duration,
 }
 
@@ -33,21 +33,23 @@ impl Passage {
         Self { scaling, function, until: None, woken: None, pause: Duration::ZERO }
     }
 
-    /// Waits until the function can be called. `exists` is called as soon as the provider has answered for it, ready or
-    /// not: until the call counts under its function's name, nobody knows that it is called. It is never called while
-    /// the provider refuses to say, by which no call is held up.
+    /// Waits until the function is ready. Calls `on_confirmed` as soon as the provider has confirmed that the function
+    /// exists, ready or not: until then the request is not counted under the function's name, so the autoscaler does
+    /// not see it. If the provider rejects the gateway's credentials, `on_confirmed` is not called and the request
+    /// proceeds.
     ///
     /// # Errors
-    /// Why it cannot.
+    /// The function does not exist, does not start, is not ready in time, or its queue is full. The error is the
+    /// response to the client.
     pub async fn ready(&mut self, exists: impl FnOnce()) -> Result<(), Error> {
         self.pass(None, exists).await.map(|_| ())
     }
 
-    /// Handles `fault`, which the call has met that was sent at `sent`. Returns whether the call is to be sent again;
-    /// if so, the function is ready.
+    /// Handles `signal`, which the request sent at `sent` received. Returns whether the request is to be sent again; if
+    /// so, the function is ready.
     ///
     /// # Errors
-    /// Why the function cannot be called.
+    /// As for [`wait_ready`](Self::wait_ready).
     pub async fn again(
         &mut self,
         fault: Fault,
@@ -63,7 +65,7 @@ impl Passage {
             }
             Next::Wait => {
                 let ready = match self.pass(Some(sent), || ()).await {
-                    // There is an answer to pass on, which needs no place to wait in.
+                    // There is a response to return, so a full queue is no error.
                     Err(Error::LineFull(_)) if fault.has_answer() => return Ok(false),
                     passed => passed?,
                 };
@@ -129,7 +131,7 @@ mod tests {
     use crate::scaling::fault::Way;
 
     #[tokio::test]
-    async fn where_there_is_no_room_to_wait_the_answer_at_hand_is_passed_on() {
+    async fn if_the_queue_is_full_the_response_at_hand_is_returned() {
         let scaling = Scaling::alone(0);
         let mut passage = scaling.passage(&Function::parse("echo", "fn").unwrap());
         let sent = Instant::now();

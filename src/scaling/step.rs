@@ -1,21 +1,21 @@
-//! What to do with a function that somebody wants to call. No I/O.
+//! Next step of an activation. No I/O.
 
 use std::collections::BTreeMap;
 
 use crate::alerts::Bounds;
 use crate::provider::types::FunctionSummary;
 
-/// A function's replicas, as the provider reports them.
+/// Replica counts of a function, as the provider reports them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Replicas {
     pub wanted: u64,
-    /// How many of them can be called.
+    /// Replicas that are ready.
     pub available: u64,
     /// `com.openfaas.scale.min`
     pub min: u64,
 }
 
-/// What comes next.
+/// Next step of an activation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Step {
     Call,
@@ -31,8 +31,8 @@ impl From<&FunctionSummary> for Replicas {
     }
 }
 
-/// The step after the provider has said how many replicas there are. `scaled`: it has been asked for some just now, and
-/// may not show that yet.
+/// Returns the next step for these replica counts. `scaled`: a scale request was sent recently, and the counts may not
+/// show it yet.
 pub fn next_step(replicas: Replicas, scaled: bool) -> Step {
     match replicas {
         Replicas { available: 1.., .. } => Step::Call,
@@ -55,7 +55,7 @@ mod tests {
         check((1, 1, 1), false, Step::Call);
         check((5, 1, 3), false, Step::Call);
         check((1, 1, 1), true, Step::Call);
-        // The last one is about to go, but is still there.
+        // The last replica is about to stop, but still accepts requests.
         check((0, 1, 1), false, Step::Call);
     }
 
@@ -67,13 +67,13 @@ mod tests {
     }
 
     #[test]
-    fn a_function_that_starts_is_waited_for() {
+    fn a_starting_function_is_waited_for() {
         check((1, 0, 1), false, Step::Wait);
         check((3, 0, 5), false, Step::Wait);
     }
 
     #[test]
-    fn nobody_asks_twice_for_the_same_replicas() {
+    fn the_same_replicas_are_not_requested_twice() {
         check((0, 0, 1), true, Step::Wait);
         check((1, 0, 1), true, Step::Wait);
     }

@@ -1,5 +1,5 @@
-//! Requests that change functions. They are passed on as they are; but what was known of the replicas of a function that
-//! is deployed, updated, deleted or scaled says nothing any more, and the next call must not rely on it.
+//! Requests that change functions. They are proxied unchanged. Readiness recorded before a function is deployed,
+//! updated, deleted or scaled is outdated afterwards, and the next call must not rely on it.
 
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -16,22 +16,22 @@ use crate::metrics::known::Known;
 use crate::serve::caller::Caller;
 use crate::system::{Api, stream};
 
-/// So much of a body is listened to: far more than a deployment needs.
+/// Maximum bytes of a body that are captured: far more than a deployment needs.
 const MOST_HEARD: usize = 64 << 10;
 
-/// Passes on a request that deploys, updates or deletes the function that its body names.
+/// Proxies a request that deploys, updates or deletes the function named in its body.
 pub async fn change(
     State(api): State<Arc<Api>>,
     Extension(caller): Extension<Caller>,
     request: Request,
 ) -> Response {
-    let heard = Arc::default();
-    let _changed = Changed { known: &api.metrics.known, what: What::Heard(Arc::clone(&heard)) };
-    let request = request.map(|inner| Body::new(Overheard { inner, heard }));
+    let captured = Arc::default();
+    let _changed = Changed { known: &api.metrics.known, what: What::Heard(Arc::clone(&captured)) };
+    let request = request.map(|inner| Body::new(Overheard { inner, captured }));
     api.send(&caller, &api.provider.origin, request).await.map(stream).into_response()
 }
 
-/// Tells of a change when it is dropped, which is when the provider has answered, or nobody waits for that any more.
+/// Invalidates the readiness of a function when dropped: when the provider has responded, or the request was cancelled.
 pub(super) struct Changed<'a> {
     known: &'a Known,
     what: What,
@@ -39,18 +39,18 @@ pub(super) struct Changed<'a> {
 
 enum What {
     Named(String),
-    /// What has been heard of a body, which names it.
+    /// The function is named in this body.
     Heard(Arc<Mutex<Heard>>),
 }
 
-/// The beginning of a body.
+/// The first bytes of a body.
 #[derive(Default)]
 struct Heard {
     bytes: Vec<u8>,
     is_cut: bool,
 }
 
-/// The name of a function, in what deploys or deletes it.
+/// The field of a request body that names the function.
 #[derive(Deserialize)]
 struct Named {
     #[serde(alias = "functionName")]
@@ -67,13 +67,13 @@ impl Drop for Changed<'_> {
     fn drop(&mut self) {
         match &self.what {
             What::Named(name) => self.known.changed(Some(name)),
-            What::Heard(heard) => {
-                let heard = heard.lock().unwrap_or_else(PoisonError::into_inner);
-                match serde_json::from_slice::<Named>(&heard.bytes) {
+            What::Heard(captured) => {
+                let captured = captured.lock().unwrap_or_else(PoisonError::into_inner);
+                match serde_json::from_slice::<Named>(&captured.bytes) {
                     Ok(named) => self.known.changed(Some(&named.service)),
-                    // It may be any of them.
-                    Err(_) if heard.is_cut => self.known.changed(None),
-                    // No provider understands it either.
+                    // The truncated body may name any function.
+                    Err(_) if captured.is_cut => self.known.changed(None),
+                    // The provider cannot parse the body either.
                     Err(_) => {}
                 }
             }
@@ -81,10 +81,10 @@ impl Drop for Changed<'_> {
     }
 }
 
-/// A body that is listened to as it passes.
+/// A body whose first bytes are captured while it is forwarded.
 struct Overheard {
     inner: Body,
-    heard: Arc<Mutex<Heard>>,
+    captured: Arc<Mutex<Heard>>,
 }
 
 impl http_body::Body for Overheard {
@@ -99,7 +99,7 @@ impl http_body::Body for Overheard {
         if let Poll::Ready(Some(Ok(frame))) = &polled
             && let Some(data) = frame.data_ref()
         {
-            self.heard.lock().unwrap_or_else(PoisonError::into_inner).hear(data);
+            self.captured.lock().unwrap_or_else(PoisonError::into_inner).hear(data);
         }
         polled
     }
@@ -116,8 +116,8 @@ impl http_body::Body for Overheard {
 impl Heard {
     fn hear(&mut self, data: &[u8]) {
         let room = MOST_HEARD - self.bytes.len();
-        self.is_cut |= data.len() > room;
-        self.bytes.extend_from_slice(&data[..data.len().min(room)]);
+        self.is_cut |= data.len() > free;
+        self.bytes.extend_from_slice(&data[..data.len().min(free)]);
     }
 }
 
@@ -129,21 +129,21 @@ mod tests {
     use super::*;
     use crate::function::Function;
 
-    /// Whether a function `echo` counts as changed after a request with `body`, and one `other`.
+    /// Returns whether `echo` and `other` are invalidated by a request with `body`.
     fn changes(body: &[u8]) -> (bool, bool) {
         let known = Known::default();
         let functions = ["echo", "other"].map(|name| Function::parse(name, "fn").unwrap());
         let listed: HashMap<_, _> = functions.iter().map(|f| (f.clone(), true)).collect();
         known.listed(&listed, Instant::now());
         let warm = functions.map(|function| known.warm(&function));
-        let heard = Arc::<Mutex<Heard>>::default();
-        body.chunks(1000).for_each(|piece| heard.lock().unwrap().hear(piece));
-        drop(Changed { known: &known, what: What::Heard(heard) });
+        let captured = Arc::<Mutex<Heard>>::default();
+        body.chunks(1000).for_each(|piece| captured.lock().unwrap().hear(piece));
+        drop(Changed { known: &known, what: What::Heard(captured) });
         (!warm[0].is_warm(), !warm[1].is_warm())
     }
 
     #[test]
-    fn the_body_says_which_function_is_changed() {
+    fn the_function_named_in_the_body_is_invalidated() {
         assert_eq!(changes(br#"{"service":"echo","namespace":"dev","image":"i"}"#), (true, false));
         assert_eq!(changes(br#"{"functionName":"other"}"#), (false, true));
         assert_eq!(changes(b"{}"), (false, false));
@@ -151,7 +151,7 @@ mod tests {
     }
 
     #[test]
-    fn a_body_that_is_too_long_to_be_heard_may_change_any() {
+    fn a_truncated_body_invalidates_all_functions() {
         let long = format!(r#"{{"image":"{}","service":"echo"}}"#, "x".repeat(MOST_HEARD));
         assert_eq!(changes(long.as_bytes()), (true, true));
     }

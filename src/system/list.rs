@@ -1,4 +1,4 @@
-//! `GET /system/functions`: the provider's list, with the number of calls of each function.
+//! `GET /system/functions`: the provider's list, with the invocation count of each function.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -12,7 +12,10 @@ use crate::provider::parse_json;
 use crate::serve::caller::Caller;
 use crate::system::{Api, json_answer};
 
-/// The list. Without numbers when they cannot be had: it is worth more than they are.
+/// Returns the list. Counts are left out if they are unavailable: the list is worth more.
+///
+/// # Errors
+/// The provider does not respond, or not with a list.
 pub async fn list(
     State(api): State<Arc<Api>>,
     Extension(caller): Extension<Caller>,
@@ -32,11 +35,11 @@ pub async fn list(
         mix_in(&mut functions, &counts, &api.default_namespace);
     }
     let body = serde_json::to_vec(&functions)
-        .map_err(|error| Error::Provider(format!("the list cannot be written: {error}")))?;
+        .map_err(|error| Error::Provider(format!("cannot encode the list: {error}")))?;
     Ok(json_answer(body))
 }
 
-/// Sets `invocationCount` where a count is known; nothing else is touched.
+/// Sets `invocationCount` of each function whose count is known.
 fn mix_in(
     functions: &mut [Map<String, Value>],
     counts: &HashMap<String, u64>,

@@ -1,8 +1,8 @@
-//! A client's request on its way to the provider, with this gateway's credentials.
+//! Sends a client's request to the provider, with this gateway's credentials.
 //!
-//! While the provider may not have read a change of the credentials, the request may have to be sent with others. Then
-//! its body is kept; one that is too long for that is sent once, after a request of the gateway's own has shown which
-//! credentials are accepted.
+//! While the provider may not have loaded changed credentials, the request may have to be sent again with others, so
+//! its body is buffered. A body that is too long for that is sent once, after a request of the gateway's own has
+//! determined which credentials are accepted.
 
 use std::time::Instant;
 
@@ -12,7 +12,7 @@ use http::header::{AUTHORIZATION, CONTENT_LENGTH};
 use http::{HeaderMap, Response};
 use http_body::Body as _;
 
-use crate::auth::tries::Tries;
+use crate::auth::attempts::Tries;
 use crate::error::Error;
 use crate::proxy::body::RequestBody;
 use crate::proxy::client::Origin;
@@ -21,52 +21,55 @@ use crate::proxy::{Errand, forward};
 use crate::serve::caller::Caller;
 use crate::system::{Api, MAX_BODY, read};
 
-/// How many bodies of at most [`MAX_BODY`] bytes may be kept at a time, over all threads.
+/// Maximum bodies, of at most [`MAX_BODY`] bytes each, that are buffered at a time, over all threads.
 pub const MAX_KEPT: usize = 64;
 
 impl Api {
-    /// Sends a client's request on to `origin`, with this gateway's credentials.
+    /// Sends a client's request to `origin`, with this gateway's credentials.
+    ///
+    /// # Errors
+    /// The upstream does not respond, or the client aborted its body.
     pub async fn send(
         &self,
         caller: &Caller,
         origin: &Origin,
         request: Request,
     ) -> Result<Response<UpstreamBody>, Error> {
-        let tries = Tries::of(self.provider.credentials.as_ref());
-        if !tries.has_next() {
-            return self.send_once(caller, origin, request.map(RequestBody::Api), &tries).await;
+        let attempts = Tries::of(self.provider.credentials.as_ref());
+        if !attempts.has_next() {
+            return self.send_once(caller, origin, request.map(RequestBody::Api), &attempts).await;
         }
-        // On the heap: it is rare, and large.
-        Box::pin(self.send_with_each(caller, origin, request, tries)).await
+        // Boxed: the future is large and rarely used.
+        Box::pin(self.send_with_each(caller, origin, request, attempts)).await
     }
 
-    /// Sends a request with one of the known credentials after the other, until they are accepted.
+    /// Sends a request with each of the known credentials in turn, until they are accepted.
     async fn send_with_each(
         &self,
         caller: &Caller,
         origin: &Origin,
         request: Request,
-        mut tries: Tries,
+        mut attempts: Tries,
     ) -> Result<Response<UpstreamBody>, Error> {
         let (parts, body) = request.into_parts();
-        let mut kept = Bytes::new();
-        let mut _room = None;
+        let mut buffered = Bytes::new();
+        let mut _permit = None;
         if !body.is_end_stream() {
-            _room = self.kept.try_acquire().ok().filter(|_| is_short(&parts.headers));
-            if _room.is_none() {
-                // If that fails, the request meets the same, and its client is told.
+            _permit = self.kept.try_acquire().ok().filter(|_| is_short(&parts.headers));
+            if _permit.is_none() {
+                // If this fails, so does the request, and the client receives its error.
                 let _ = self.provider.try_credentials().await;
-                let tries = Tries::of(self.provider.credentials.as_ref());
+                let attempts = Tries::of(self.provider.credentials.as_ref());
                 let request = Request::from_parts(parts, RequestBody::Api(body));
-                return self.send_once(caller, origin, request, &tries).await;
+                return self.send_once(caller, origin, request, &attempts).await;
             }
             kept = read(body, MAX_BODY).await?;
         }
         loop {
-            let body = Some(kept.clone()).filter(|body| !body.is_empty());
+            let body = Some(buffered.clone()).filter(|body| !body.is_empty());
             let request = Request::from_parts(parts.clone(), RequestBody::Full(body));
-            let answer = self.send_once(caller, origin, request, &tries).await?;
-            if !tries.again(answer.status()) {
+            let answer = self.send_once(caller, origin, request, &attempts).await?;
+            if !attempts.again(answer.status()) {
                 return Ok(answer);
             }
         }
@@ -77,9 +80,9 @@ impl Api {
         caller: &Caller,
         origin: &Origin,
         mut request: http::Request<RequestBody>,
-        tries: &Tries,
+        attempts: &Tries,
     ) -> Result<Response<UpstreamBody>, Error> {
-        if let Some(authorization) = tries.header() {
+        if let Some(authorization) = attempts.header() {
             request.headers_mut().insert(AUTHORIZATION, authorization);
         }
         let errand = Errand {
@@ -93,7 +96,7 @@ impl Api {
     }
 }
 
-/// Whether `headers` say that a body has at most [`MAX_BODY`] bytes.
+/// Returns whether `headers` declare a body of at most [`MAX_BODY`] bytes.
 fn is_short(headers: &HeaderMap) -> bool {
     let length = headers.get(CONTENT_LENGTH).and_then(|length| length.to_str().ok());
     length.and_then(|length| length.parse().ok()).is_some_and(|length: usize| length <= MAX_BODY)
@@ -104,9 +107,10 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_body_is_kept_if_it_says_that_it_is_short() {
+    fn a_body_is_buffered_if_its_declared_length_is_short() {
         let check = |length: Option<&'static str>, expect: bool| {
-            let length = length.map(|it| (CONTENT_LENGTH, http::HeaderValue::from_static(it)));
+            let length =
+                length.map(|value| (CONTENT_LENGTH, http::HeaderValue::from_static(value)));
             assert_eq!(is_short(&length.into_iter().collect()), expect);
         };
         check(Some("0"), true);

@@ -1,4 +1,4 @@
-//! W3C Trace Context: which trace a request belongs to, and under which span. No I/O.
+//! W3C Trace Context. No I/O.
 
 use std::fmt::Write;
 
@@ -8,21 +8,21 @@ use uuid::Uuid;
 pub const TRACEPARENT: HeaderName = HeaderName::from_static("traceparent");
 pub const TRACESTATE: HeaderName = HeaderName::from_static("tracestate");
 
-/// Where a span belongs.
+/// Trace id, parent span id and sampling decision of a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Context {
     pub trace: u128,
-    /// The span that whatever comes next is a child of; 0: none.
+    /// Id of the parent span; 0 if there is none.
     pub span: u64,
     pub sampled: bool,
 }
 
 impl Context {
-    /// What `headers` say; `None` if that is nothing, or cannot be read.
+    /// Reads the context from `headers`; `None` if there is none, or it is invalid.
     pub fn of(headers: &HeaderMap) -> Option<Self> {
         let mut values = headers.get_all(&TRACEPARENT).iter();
         let text = values.next()?.to_str().ok()?;
-        // Two of them: neither is to be believed.
+        // With two headers it is unknown which one is right.
         if values.next().is_some() {
             return None;
         }
@@ -34,7 +34,7 @@ impl Context {
         let (version, trace, span, flags) =
             (parts.next()?, parts.next()?, parts.next()?, parts.next()?);
         let version = hex(version, 2)?;
-        // Version 0 has these four parts; later ones may have more, 255 is none.
+        // Version 0 has exactly four parts; later versions may have more; 255 is invalid.
         if version == 0xff || (version == 0 && parts.next().is_some()) {
             return None;
         }
@@ -43,27 +43,27 @@ impl Context {
         (trace != 0 && span != 0).then_some(Self { trace, span, sampled })
     }
 
-    /// A trace that begins here; of all such traces the part `sampling`, from 0 to 1, is to be told.
+    /// Starts a new trace, which is sampled with the probability `sampling`, from 0 to 1.
     pub fn fresh(sampling: f64) -> Self {
         Self::of_id(Uuid::new_v4(), sampling)
     }
 
-    /// The trace that is called `id`.
+    /// Starts the trace with the id of a call.
     pub fn of_id(id: Uuid, sampling: f64) -> Self {
-        /// So many of an id's last bits are drawn.
+        /// Number of low bits of a UUID that are random.
         const DRAWN: u32 = 56;
         let trace = id.as_u128().max(1);
         let drawn = trace & ((1 << DRAWN) - 1);
         Self { trace, span: 0, sampled: (drawn as f64) < sampling * (1_u64 << DRAWN) as f64 }
     }
 
-    /// The same trace, under the span `span`.
+    /// Returns the context for children of `span`.
     #[must_use]
     pub fn under(self, span: u64) -> Self {
         Self { span, ..self }
     }
 
-    /// Says so in `headers`. A `tracestate` that came without a trace belongs to none.
+    /// Writes the context to `headers`. `continued`: the request had a context; otherwise its `tracestate` is removed.
     pub fn put_on(self, headers: &mut HeaderMap, continued: bool) {
         let mut text = String::with_capacity(55);
         let flags = u8::from(self.sampled);
@@ -78,17 +78,17 @@ impl Context {
     }
 }
 
-/// A fresh span's id.
+/// Returns a random span id, not 0.
 pub fn span_id() -> u64 {
     let (high, low) = Uuid::new_v4().as_u64_pair();
-    // The fixed bits of either half meet drawn ones of the other.
+    // The fixed bits of each half are combined with random bits of the other.
     (high ^ low.rotate_left(32)).max(1)
 }
 
-/// `text` as a number, if it has just `digits` digits, all of them small.
+/// Parses exactly `digits` hexadecimal digits in lower case.
 fn hex(text: &str, digits: usize) -> Option<u128> {
-    let good = |byte: u8| byte.is_ascii_digit() || (b'a'..=b'f').contains(&byte);
-    if text.len() != digits || !text.bytes().all(good) {
+    let is_digit = |byte: u8| byte.is_ascii_digit() || (b'a'..=b'f').contains(&byte);
+    if text.len() != digits || !text.bytes().all(is_digit) {
         return None;
     }
     u128::from_str_radix(text, 16).ok()
@@ -101,7 +101,7 @@ mod tests {
     const GOOD: &str = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01";
 
     #[test]
-    fn what_is_written_can_be_read() {
+    fn an_injected_context_can_be_extracted() {
         let mut headers = HeaderMap::new();
         let context = Context::fresh(1.0).under(span_id());
         context.put_on(&mut headers, false);
@@ -113,14 +113,14 @@ mod tests {
     }
 
     #[test]
-    fn a_part_of_all_traces_is_told() {
+    fn traces_are_sampled_by_ratio() {
         let sampled = |sampling| (0..1000).filter(|_| Context::fresh(sampling).sampled).count();
         assert_eq!((sampled(0.0), sampled(1.0)), (0, 1000));
         assert!((100..900).contains(&sampled(0.5)));
     }
 
     #[test]
-    fn what_cannot_be_read_is_nothing() {
+    fn an_invalid_context_is_ignored() {
         for text in [
             "",
             "00",
@@ -142,7 +142,7 @@ mod tests {
     }
 
     #[test]
-    fn a_state_without_a_trace_is_not_passed_on() {
+    fn a_tracestate_without_a_trace_is_not_forwarded() {
         let mut headers = HeaderMap::new();
         headers.insert(TRACESTATE, HeaderValue::from_static("a=b"));
         Context::fresh(0.0).under(1).put_on(&mut headers, true);

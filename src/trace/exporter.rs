@@ -1,5 +1,5 @@
-//! Sends spans to a collector, by OTLP over HTTP with JSON. What the collector does not take is dropped: no
-//! call waits for it, and no memory grows.
+//! Exports spans to a collector by OTLP over HTTP with JSON. Spans that the collector does not accept are dropped: no
+//! call waits for it, and memory is bounded.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -20,20 +20,20 @@ use crate::proxy::client::{Client, Origin};
 use crate::trace::span::{Span, export};
 use crate::watch::Watch;
 
-/// Spans that wait to be sent.
+/// Maximum spans that wait for export.
 pub(super) const WAITING: usize = 8192;
-/// So many are sent at once.
+/// Maximum spans in one request.
 const TOGETHER: usize = 512;
-/// Spans wait so long for others to go with.
+/// Time to wait for more spans of a batch.
 const GATHER: Duration = Duration::from_secs(1);
-/// A collector that takes longer is away.
+/// Timeout of an export request.
 const ANSWER: Duration = Duration::from_secs(5);
-/// So much of an answer is read.
+/// Maximum bytes of a response that are read.
 const LONGEST_ANSWER: usize = 64 << 10;
-/// What is left at the end is sent within this time, or not at all.
+/// Timeout for the remaining spans at shutdown.
 const LAST: Duration = Duration::from_secs(1);
 
-/// The way to a collector.
+/// Exports the spans of a [`Tracer`](super::Tracer).
 pub struct Exporter {
     pub client: Arc<Client>,
     /// `otlp_endpoint`
@@ -46,33 +46,34 @@ pub struct Exporter {
 }
 
 impl Exporter {
-    /// Sends what comes until `stopping`, and then what is left.
+    /// Exports spans until `stopping`, then flushes the queue.
     pub async fn run(mut self, stopping: CancellationToken) {
-        let mut away = false;
+        let mut failing = false;
         loop {
             let mut batch = Vec::new();
-            // Cancel-safe: what was received is in `batch`.
-            let over = tokio::select! {
+            // Cancel-safe: received spans are in `batch`.
+            let ended = tokio::select! {
                 () = stopping.cancelled() => true,
                 received = self.gather(&mut batch) => !received,
             };
-            if over {
+            if ended {
                 return self.finish(batch).await;
             }
-            let patience = async {
+            let deadline = async {
                 stopping.cancelled().await;
                 tokio::time::sleep(LAST).await;
             };
-            // What is being sent at the stop has as long as what is left. It may have arrived: it is not sent twice.
+            // At shutdown, a request in progress has the same timeout as the flush. It is not repeated, as it may have
+            // been received.
             let sent = tokio::select! {
-                () = patience => return,
+                () = deadline => return,
                 sent = self.send(&batch) => sent,
             };
             away = self.note(sent, batch.len(), away);
         }
     }
 
-    /// Fills `batch`; `false` when nothing will come any more.
+    /// Fills `batch`; returns `false` when the channel is closed.
     async fn gather(&mut self, batch: &mut Vec<Span>) -> bool {
         if self.spans.recv_many(batch, TOGETHER).await == 0 {
             return false;
@@ -85,7 +86,7 @@ impl Exporter {
                 }
             }
         };
-        // Running out of time is how a batch usually ends.
+        // The timeout is the usual end of a batch.
         let _ = tokio::time::timeout(GATHER, more).await;
         true
     }
@@ -104,14 +105,16 @@ impl Exporter {
         let _ = tokio::time::timeout(LAST, all).await;
     }
 
-    /// Says once when the collector goes away, and when it is back.
-    fn note(&self, sent: anyhow::Result<u64>, spans: usize, was_away: bool) -> bool {
+    /// Counts dropped spans, and logs once when the collector fails and when it recovers. Returns whether it fails.
+    fn note(&self, sent: anyhow::Result<u64>, spans: usize, was_failing: bool) -> bool {
         self.dropped.refused(sent.as_ref().map_or(spans as u64, |refused| *refused));
         match sent {
-            Ok(1..) if !was_away => tracing::debug!(?sent, "The collector refused some spans"),
-            Ok(_) if was_away => tracing::info!("The collector of traces takes spans again"),
+            Ok(1..) if !was_failing => {
+                tracing::debug!(?sent, "The trace collector rejected some spans")
+            }
+            Ok(_) if was_failing => tracing::info!("The trace collector accepts spans again"),
             Ok(_) => {}
-            Err(error) if was_away => {
+            Err(error) if was_failing => {
                 tracing::debug!(error = format!("{error:#}"), spans, "Spans dropped");
                 return true;
             }
@@ -120,7 +123,7 @@ impl Exporter {
                 tracing::warn!(
                     error,
                     spans,
-                    "The collector of traces takes no spans: they are dropped"
+                    "The trace collector does not accept spans: they are dropped"
                 );
                 return true;
             }
@@ -128,7 +131,7 @@ impl Exporter {
         false
     }
 
-    /// Sends `spans`; how many of them the collector has refused one by one.
+    /// Sends `spans`; returns how many of them the collector rejected.
     async fn send(&self, spans: &[Span]) -> anyhow::Result<u64> {
         let origin = Origin::new(self.endpoint.clone());
         let body = Bytes::from(export(self.service, spans));
@@ -144,21 +147,21 @@ impl Exporter {
         let answered = async {
             let answer = self.client.send(&origin, request, &watch).await?;
             let status = answer.status();
-            // Read to its end, so that the connection can be used again.
+            // Read to the end, so that the connection can be reused.
             let body = Limited::new(answer.into_body(), LONGEST_ANSWER).collect().await;
             anyhow::Ok((status, body.map_or(0, |body| rejected(&body.to_bytes()))))
         };
         match tokio::time::timeout(ANSWER, answered).await {
-            Err(_) => bail!("it did not answer in time"),
+            Err(_) => bail!("timeout"),
             Ok(answered) => match answered? {
                 (status, rejected) if status.is_success() => Ok(rejected.min(spans.len() as u64)),
-                (status, _) => bail!("it answered {status}"),
+                (status, _) => bail!("status {status}"),
             },
         }
     }
 }
 
-/// How many spans an answer says were rejected. JSON writes a number of 64 bits as text, or as a number.
+/// Returns the number of rejected spans in a response. JSON encodes 64-bit integers as strings or as numbers.
 fn rejected(answer: &[u8]) -> u64 {
     let answer: serde_json::Value = serde_json::from_slice(answer).unwrap_or_default();
     let spans = &answer["partialSuccess"]["rejectedSpans"];
@@ -170,7 +173,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_collector_says_how_many_it_has_refused() {
+    fn the_number_of_rejected_spans_is_parsed() {
         assert_eq!(rejected(br#"{"partialSuccess":{"rejectedSpans":"3"}}"#), 3);
         assert_eq!(rejected(br#"{"partialSuccess":{"rejectedSpans":2,"errorMessage":"x"}}"#), 2);
         for answer in ["", "{}", "[]", "ok", r#"{"partialSuccess":null}"#] {

@@ -1,10 +1,10 @@
-//! What the fuzzer checks of trace contexts.
+//! Fuzz target: trace contexts.
 
 use http::{HeaderMap, HeaderValue};
 
 use crate::trace::context::{Context, TRACEPARENT};
 
-/// A context that is read is written as one that is read in the same way.
+/// A context that is extracted and injected again stays the same.
 pub(crate) fn trace_context(data: &[u8]) {
     let Ok(value) = HeaderValue::from_bytes(data) else { return };
     let mut headers = HeaderMap::from_iter([(TRACEPARENT, value)]);

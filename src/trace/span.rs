@@ -1,11 +1,11 @@
-//! What is told of a piece of work, and how OTLP writes it as JSON. No I/O.
+//! Ended spans, and their encoding as OTLP JSON. No I/O.
 
 use std::borrow::Cow;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use serde_json::{Value, json};
 
-/// The part that a span plays, by OTLP's numbers.
+/// Span kind, with the numbers of OTLP.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
     Server = 2,
@@ -14,31 +14,31 @@ pub enum Kind {
     Consumer = 5,
 }
 
-/// A piece of work that has ended.
+/// An ended span.
 #[derive(Clone, Debug)]
 pub struct Span {
     pub trace: u128,
     pub id: u64,
-    /// 0: none.
+    /// 0 if there is no parent.
     pub parent: u64,
     pub kind: Kind,
-    /// One of few: what differs from one to the next is told by attributes.
+    /// Low cardinality: variable parts are attributes.
     pub name: Cow<'static, str>,
     pub began: SystemTime,
     pub took: Duration,
     pub attributes: Vec<(&'static str, Attribute)>,
-    /// Why it failed, if it did.
+    /// Error message, if the operation failed.
     pub failure: Option<String>,
 }
 
-/// What an attribute says.
+/// Value of an attribute.
 #[derive(Clone, Debug)]
 pub enum Attribute {
     Text(String),
     Number(i64),
 }
 
-/// The longest text that is told: callers choose much of it.
+/// Maximum bytes of a text attribute: clients control much of it.
 const LONGEST: usize = 256;
 
 impl From<&str> for Attribute {
@@ -47,9 +47,9 @@ impl From<&str> for Attribute {
     }
 }
 
-/// The start of `text`, at most `most` bytes.
+/// Returns the first `max` bytes of `text`, or fewer at a character boundary.
 pub fn cut(text: &str, most: usize) -> &str {
-    &text[..text.floor_char_boundary(most)]
+    &text[..text.floor_char_boundary(max)]
 }
 
 impl From<i64> for Attribute {
@@ -70,7 +70,7 @@ impl From<u32> for Attribute {
     }
 }
 
-/// The body of a request to `/v1/traces` that tells of `spans`, all of them of `service`.
+/// Returns the body of a request to `/v1/traces` with `spans` of `service`.
 pub fn export(service: &str, spans: &[Span]) -> Vec<u8> {
     let version = env!("CARGO_PKG_VERSION");
     let resource =
@@ -111,7 +111,7 @@ impl Span {
 fn attribute(key: &str, value: &Attribute) -> Value {
     let value = match value {
         Attribute::Text(text) => json!({"stringValue": text}),
-        // JSON has no whole numbers of 64 bits, so they go as text.
+        // OTLP JSON encodes 64-bit integers as strings.
         Attribute::Number(number) => json!({"intValue": number.to_string()}),
     };
     json!({"key": key, "value": value})
@@ -122,14 +122,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_callers_choose_is_cut() {
+    fn long_text_is_truncated() {
         let Attribute::Text(text) = "ä".repeat(1000).as_str().into() else { panic!("no text") };
         assert_eq!(text, "ä".repeat(128));
         assert_eq!(cut("short", 256), "short");
     }
 
     #[test]
-    fn a_span_is_written_as_otlp_wants_it() {
+    fn a_span_is_encoded_as_otlp_json() {
         let span = Span {
             trace: 0xab,
             id: 0xc,

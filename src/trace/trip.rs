@@ -1,4 +1,4 @@
-//! A request on its way through the gateway, as the access log and traces tell of it.
+//! One request, as recorded by the access log and by traces.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -15,11 +15,11 @@ use crate::trace::context::{Context, span_id};
 use crate::trace::span::{Kind, Span, cut};
 use crate::trace::{Observer, Tracer};
 
-/// So much is told of what a caller may make as long as it likes.
+/// Maximum bytes of values that a client controls.
 const LONGEST_PATH: usize = 2048;
 const LONGEST_ID: usize = 256;
 
-/// A request that is watched. It is told of when this is dropped.
+/// Record of a request. Writes the access log and exports the spans when dropped.
 #[derive(Debug)]
 pub struct Trip {
     observer: Arc<Observer>,
@@ -31,25 +31,25 @@ pub struct Trip {
     at: SystemTime,
     spans: Option<Spans>,
     inner: Option<Inner>,
-    /// `None`: the caller left before there was an answer.
+    /// `None` if the client disconnected before the response.
     status: Option<StatusCode>,
     call_id: Option<HeaderValue>,
-    /// Of the answer's body.
+    /// Bytes of the response body.
     bytes: u64,
     end: End,
 }
 
-/// The ids of what is told of it.
+/// Ids of the spans of a request.
 #[derive(Debug)]
 struct Spans {
     tracer: Tracer,
     context: Context,
     server: u64,
-    /// What the gateway does for it: a call, or a call put into the queue.
+    /// Id of the inner span: an invocation, or an enqueue.
     inner: u64,
 }
 
-/// What the gateway does for it: when that began, and how long it took once it has ended.
+/// Start of the inner operation, and its duration once it has ended.
 #[derive(Debug)]
 struct Inner {
     at: SystemTime,
@@ -57,11 +57,11 @@ struct Inner {
     took: Option<Duration>,
 }
 
-/// In an answer: a call was put into the queue, which took so long.
+/// Response extension: time it took to enqueue the call.
 #[derive(Clone, Copy, Debug)]
 pub struct Stored(pub Duration);
 
-/// What a path leads to.
+/// Kind of route of a path.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Place<'a> {
     Function(&'a str),
@@ -70,8 +70,8 @@ enum Place<'a> {
 }
 
 impl Observer {
-    /// Watches `request`, which began at `began`; `None` if nobody wants to hear of it. The request says from here on
-    /// which span it belongs to.
+    /// Starts the record of `request`, received at `began`; `None` if neither access log nor tracing applies to it.
+    /// Sets the trace context of the request.
     pub fn begin<B>(
         self: &Arc<Self>,
         peer: SocketAddr,
@@ -104,7 +104,7 @@ impl Spans {
     fn put_on<B>(tracer: &Tracer, request: &mut Request<B>) -> Option<Self> {
         let (context, continued) = tracer.place(request.headers());
         let (server, inner) = (span_id(), span_id());
-        // Nobody must miss the parent of what comes next.
+        // Downstream spans need a parent that is exported.
         let parent = match (context.sampled, Place::of(request.uri().path())) {
             (true, Place::Other(_)) => server,
             (true, _) => inner,
@@ -117,13 +117,13 @@ impl Spans {
 }
 
 impl Trip {
-    /// It is a call to a function, which begins now.
+    /// The request is an invocation, which starts now.
     pub fn calls(&mut self, id: &HeaderValue) {
         self.call_id = Some(id.clone());
         self.inner = Some(Inner { at: SystemTime::now(), began: Instant::now(), took: None });
     }
 
-    /// The head of the answer is there.
+    /// The response head is available.
     pub fn answered<B>(&mut self, answer: &Response<B>) {
         self.status = Some(answer.status());
         if let Some(id) = answer.headers().get(X_CALL_ID) {
@@ -139,12 +139,12 @@ impl Trip {
         }
     }
 
-    /// So much more of its body is.
+    /// Counts bytes of the response body.
     pub fn passed(&mut self, bytes: usize) {
         self.bytes += bytes as u64;
     }
 
-    /// How the answer ended.
+    /// Ends the span with the outcome of the response.
     pub fn ended(mut self: Box<Self>, end: End) {
         self.end = end;
     }
@@ -158,10 +158,10 @@ impl Trip {
         cut(id.unwrap_or_default(), LONGEST_ID)
     }
 
-    /// Why this went wrong, if it did. A caller who leaves may do so.
+    /// Returns why the request failed, if it did. A client that disconnects is no failure.
     fn failure(&self) -> Option<String> {
         match (self.end, self.status()) {
-            (End::Broken, _) => Some("the function broke off".to_owned()),
+            (End::Broken, _) => Some("the function aborted the response".to_owned()),
             (End::TimedOut, _) => Some("the function did not finish in time".to_owned()),
             (_, status @ 500..) => Some(format!("status {status}")),
             _ => None,
@@ -261,7 +261,7 @@ impl<'a> Place<'a> {
         Self::Other(other.unwrap_or("/"))
     }
 
-    /// What the gateway does for a request there, and with which function.
+    /// Returns the inner span of such a request: kind, name, and the function's name.
     fn inner(self) -> Option<(Kind, &'static str, &'a str)> {
         match self {
             Self::Function(name) => Some((Kind::Client, "call", name)),
@@ -270,7 +270,7 @@ impl<'a> Place<'a> {
         }
     }
 
-    /// What is the same for all paths that lead there.
+    /// Returns the route template.
     fn route(self) -> &'static str {
         match self {
             Self::Function(_) => "/function/{name}",
@@ -280,9 +280,9 @@ impl<'a> Place<'a> {
     }
 }
 
-/// A method that is known; callers may choose any word.
+/// Returns the method, or `_OTHER` for unknown ones: clients may send any token.
 fn method(method: &Method) -> &str {
-    const KNOWN: [Method; 7] = [
+    const METHODS: [Method; 7] = [
         Method::GET,
         Method::HEAD,
         Method::POST,
@@ -291,7 +291,7 @@ fn method(method: &Method) -> &str {
         Method::OPTIONS,
         Method::PATCH,
     ];
-    if KNOWN.contains(method) { method.as_str() } else { "_OTHER" }
+    if METHODS.contains(method) { method.as_str() } else { "_OTHER" }
 }
 
 #[cfg(test)]
@@ -299,7 +299,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_path_leads_somewhere() {
+    fn a_path_has_a_route_kind() {
         assert_eq!(Place::of("/function/echo.fn/a/b"), Place::Function("echo.fn"));
         assert_eq!(Place::of("/async-function/echo"), Place::Queue("echo"));
         assert_eq!(Place::of("/system/functions"), Place::Other("/system/"));

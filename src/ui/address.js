@@ -1,6 +1,6 @@
-// What the page shows is in its address, so that it survives a reload, can be
-// sent to others, and "back" works: filters and pages in the query, the chosen
-// function in the fragment.
+// The address holds the state of the page: filters and page numbers in the query,
+// the selected function in the fragment. So a reload keeps the state, a link can
+// be shared, and the back button works.
 
 const NAMES = ["filter", "page", "state", "function", "after"];
 
@@ -9,11 +9,11 @@ export function read() {
   return Object.fromEntries(NAMES.map((name) => [name, query.get(name) ?? ""]));
 }
 
-// The cursors of the newer pages of queued calls, newest first; "" is the first page.
+// Cursors of the newer pages of queued calls, newest first; "" is the first page.
 export const trail = () => history.state?.trail ?? [];
 
-// Sets some of the names; an empty value removes one. `push`: "back" leads to
-// where the page is now.
+// Sets query parameters; an empty value removes the parameter. `push` adds an
+// entry to the history, so that the back button returns to the current state.
 export function write(changes, { push = false, newer = trail() } = {}) {
   const query = new URLSearchParams(location.search);
   for (const [name, value] of Object.entries(changes)) {

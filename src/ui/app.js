@@ -1,5 +1,5 @@
-// The page of the gateway: it lists the functions, live, calls the one that is
-// selected, and shows the queued calls.
+// Entry point of the page: live list of functions, form to call the selected
+// function, live list of queued calls.
 
 import { call, cancel } from "./call.js";
 import { asList, setText, ui } from "./dom.js";
@@ -19,13 +19,13 @@ async function pollFunctions() {
   const namespace = ui.namespace.value;
   const query = namespace ? `?${new URLSearchParams({ namespace })}` : "";
   const found = await askJson(`system/functions${query}`);
-  // The user may have chosen another namespace while this one was answered.
+  // Drop the response if the user has selected another namespace meanwhile.
   if (namespace === ui.namespace.value) list.showFunctions(asList(found));
 }
 
 const functions = part(ui.lister, () => pollFunctions().catch((error) => {
-  // With these the gateway says that the provider gave it no list.
-  if ([502, 503, 504].includes(error.status)) error.message = `the provider does not answer (${error.message})`;
+  // The gateway returns these when the provider did not return a list.
+  if ([502, 503, 504].includes(error.status)) error.message = `the provider does not respond (${error.message})`;
   throw error;
 }));
 functions.failed = ({ status, message }) => list.showListTrouble(status ? message : "the gateway cannot be reached");

@@ -1,70 +1,70 @@
-// Makes the call that the form describes, and shows what comes back.
+// Sends the request that the form describes, and shows the response.
 
 import { SHOWN_BYTES, releaseDownload, showBody, sizeText } from "./body.js";
 import { element, setLines, setText, ui } from "./dom.js";
 import { describeRequest, toRequest } from "./form.js";
-import { chosen } from "./list.js";
+import { selectedKey } from "./list.js";
 
-const KEPT_BYTES = 32 * 1024 * 1024;
+const MAX_BODY_BYTES = 32 * 1024 * 1024;
 
 let running = null;
 
 export async function call() {
-  if (running || chosen() === "") return;
-  let [described, request] = [];
+  if (running || selectedKey() === "") return;
+  let [description, request] = [];
   try {
-    described = describeRequest();
-    request = toRequest(described);
+    description = describeRequest();
+    request = toRequest(description);
     setLines(ui.invalid, []);
   } catch (error) {
     setLines(ui.invalid, [`The browser cannot send this request: ${error.message}`]);
     return;
   }
-  const taken = { name: chosen(), head: new Uint8Array(SHOWN_BYTES), chunks: [], size: 0, done: false, over: false };
+  const received = { name: selectedKey(), head: new Uint8Array(SHOWN_BYTES), chunks: [], size: 0, done: false, finished: false };
   const remarks = [];
-  const dropped = described.headers.map(([name]) => name).filter((name) => !request.headers.has(name));
-  if (dropped.length) remarks.push(`Browsers do not let a page send: ${dropped.join(", ")}`);
+  const dropped = description.headers.map(([name]) => name).filter((name) => !request.headers.has(name));
+  if (dropped.length) remarks.push(`The browser does not let a page send: ${dropped.join(", ")}`);
   running = new AbortController();
   const started = performance.now();
-  const clock = setInterval(() => showRunning(started), 100);
+  const timer = setInterval(() => showRunning(started), 100);
   showRunning(started);
-  clearResult(`${described.method} ${described.url.pathname}${described.url.search}`);
-  let answer = null;
+  clearResult(`${description.method} ${description.url.pathname}${description.url.search}`);
+  let response = null;
   try {
-    answer = await fetch(request, { signal: running.signal });
-    if (answer.redirected) remarks.push(`Redirected to ${answer.url}`);
-    setText(ui.headerLines, [...answer.headers].map(([name, value]) => `${name}: ${value}`).join("\n"));
-    ui.answerHeaders.hidden = false;
-    await take(answer, taken);
-    taken.done = true;
-    if (taken.size > KEPT_BYTES) remarks.push(`Reading stopped after ${sizeText(taken.size)}.`);
+    response = await fetch(request, { signal: running.signal });
+    if (response.redirected) remarks.push(`Redirected to ${response.url}`);
+    setText(ui.headerLines, [...response.headers].map(([name, value]) => `${name}: ${value}`).join("\n"));
+    ui.responseHeaders.hidden = false;
+    await readBody(response, received);
+    received.done = true;
+    if (received.size > MAX_BODY_BYTES) remarks.push(`Reading stopped after ${sizeText(received.size)}.`);
   } catch (error) {
-    if (error.name === "AbortError") remarks.push(answer ? "Cancelled while the body arrived." : "Cancelled.");
-    else if (answer) remarks.push("The connection broke off while the body arrived.");
-    else remarks.push("No answer: the gateway cannot be reached, or the function redirected to another site.");
+    if (error.name === "AbortError") remarks.push(response ? "Cancelled while the body was being received." : "Cancelled.");
+    else if (response) remarks.push("The connection was closed while the body was being received.");
+    else remarks.push("No response: the gateway cannot be reached, or the function redirected to another site.");
   }
-  clearInterval(clock);
+  clearInterval(timer);
   running = null;
-  taken.over = true;
+  received.finished = true;
   showIdle();
-  showSummary(answer, performance.now() - started, taken.size);
-  if (answer) showBody(answer, taken, remarks);
+  showSummary(response, performance.now() - started, received.size);
+  if (response) showBody(response, received, remarks);
   setLines(ui.remarks, remarks);
 }
 
-// Reads the body to its end, or to the bound; text is shown as it arrives.
-async function take(answer, taken) {
-  const reader = answer.body?.getReader();
+// Reads the body up to MAX_BODY_BYTES; text is shown as it arrives.
+async function readBody(response, received) {
+  const reader = response.body?.getReader();
   let painted = performance.now();
-  while (reader && taken.size <= KEPT_BYTES) {
+  while (reader && received.size <= MAX_BODY_BYTES) {
     const { done, value } = await reader.read();
     if (done) return;
-    const room = Math.max(0, SHOWN_BYTES - taken.size);
-    taken.head.set(value.subarray(0, room), Math.min(taken.size, SHOWN_BYTES));
-    taken.chunks.push(value);
-    taken.size += value.length;
+    const room = Math.max(0, SHOWN_BYTES - received.size);
+    received.head.set(value.subarray(0, room), Math.min(received.size, SHOWN_BYTES));
+    received.chunks.push(value);
+    received.size += value.length;
     if (room && performance.now() - painted > 250) {
-      showBody(answer, taken, []);
+      showBody(response, received, []);
       painted = performance.now();
     }
   }
@@ -86,20 +86,20 @@ function showIdle() {
 
 function clearResult(title) {
   releaseDownload();
-  setText(ui.asked, title);
+  setText(ui.requestLine, title);
   ui.summary.replaceChildren("Running…");
-  ui.answer.replaceChildren();
+  ui.response.replaceChildren();
   setLines(ui.remarks, []);
-  ui.answerHeaders.hidden = true;
+  ui.responseHeaders.hidden = true;
   ui.result.hidden = false;
 }
 
-function showSummary(answer, ms, size) {
-  const className = answer ? `status s${Math.floor(answer.status / 100)}` : "status";
-  const status = answer ? `${answer.status} ${answer.statusText}`.trim() : "no answer";
+function showSummary(response, ms, size) {
+  const className = response ? `status s${Math.floor(response.status / 100)}` : "status";
+  const status = response ? `${response.status} ${response.statusText}`.trim() : "no response";
   const parts = [element("strong", { className }, status), element("span", {}, `${ms.toFixed(ms < 10 ? 1 : 0)} ms`)];
-  if (answer) parts.push(element("span", {}, sizeText(size)));
-  const id = answer?.headers.get("x-call-id");
+  if (response) parts.push(element("span", {}, sizeText(size)));
+  const id = response?.headers.get("x-call-id");
   if (id) parts.push(element("span", { className: "id" }, `X-Call-Id ${id}`));
   ui.summary.replaceChildren(...parts.flatMap((part) => [part, " "]));
 }

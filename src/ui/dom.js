@@ -1,12 +1,12 @@
-// The page's elements, and the few things that are done to them everywhere.
+// The elements of the page, and shared helpers.
 
-// Every element with an id, under that id.
+// All elements that have an id, by id.
 export const ui = Object.fromEntries([...document.querySelectorAll("[id]")].map((node) => [node.id, node]));
 
 export const element = (tag, props, text = "") =>
   Object.assign(document.createElement(tag), { textContent: text }, props);
 
-// Writing only what changed keeps the user's text selection and avoids flicker.
+// Unchanged text is not written: this keeps the user's selection and avoids flicker.
 export const setText = (node, text) => {
   if (node.textContent !== text) node.textContent = text;
 };

@@ -1,11 +1,10 @@
-// The form that describes a call, and what it comes to: a request, a URL and a
-// line for curl.
+// The call form, and the request, URL and curl command line that it describes.
 
-import { chosen, itemOf } from "./list.js";
+import { itemOf, selectedKey } from "./list.js";
 import { setLines, setText, ui } from "./dom.js";
 import { root } from "./poll.js";
 
-// The field that cannot be used, and why.
+// A field has an invalid value.
 class Invalid extends Error {
   constructor(field, message) {
     super(message);
@@ -14,7 +13,7 @@ class Invalid extends Error {
 }
 
 function describeUrl() {
-  const url = new URL(`function/${encodeURIComponent(chosen())}`, root);
+  const url = new URL(`function/${encodeURIComponent(selectedKey())}`, root);
   const start = url.pathname;
   const path = ui.path.value.trim();
   if (path) url.pathname = `${start}/${path.replace(/^\//, "")}`;
@@ -25,13 +24,13 @@ function describeUrl() {
   return url;
 }
 
-// What the form says; throws `Invalid` when it makes no sense.
+// Reads the form; throws `Invalid` when a field has an invalid value.
 export function describeRequest() {
   const url = describeUrl();
   const method = ui.method.value;
   const headers = ui.headers.value.split("\n").filter((line) => line.trim()).map(parseHeader);
   const type = ui.contentType.value.trim();
-  if (method === "GET") return { method, url, headers, body: "" }; // fetch allows none there
+  if (method === "GET") return { method, url, headers, body: "" }; // fetch does not allow a body with GET
   if (type && !isTyped(headers)) headers.unshift(["Content-Type", type]);
   return { method, url, headers, body: ui.body.value };
 }
@@ -40,15 +39,15 @@ const isTyped = (headers) => headers.some(([name]) => name.toLowerCase() === "co
 
 function parseHeader(line) {
   const parts = /^\s*([\w!#$%&'*+.^`|~-]+)\s*:(.*)$/.exec(line);
-  if (!parts) throw new Invalid("headers", `Not a header, which is a name, a colon and a value: ${line.trim()}`);
+  if (!parts) throw new Invalid("headers", `Not a header (name, colon, value): ${line.trim()}`);
   const value = parts[2].trim();
-  // fetch takes no others.
+  // fetch accepts no other characters.
   if (/[^\t\x20-\xff]/.test(value)) throw new Invalid("headers", `The value of ${parts[1]} has a character that a header cannot have.`);
   return [parts[1], value];
 }
 
 export function toRequest({ method, url, headers, body }) {
-  // As bytes, since fetch would add a content type of its own to a string.
+  // Sent as bytes: fetch would add a Content-Type to a string.
   const bytes = body ? new TextEncoder().encode(body) : undefined;
   return new Request(url, { method, headers, body: bytes, cache: "no-store" });
 }
@@ -58,12 +57,12 @@ const shellQuote = (text) =>
 
 function curlLine({ method, url, headers, body }) {
   const words = ["curl"];
-  if (/[[\]{}]/.test(url.href)) words.push("-g"); // else curl expands them
+  if (/[[\]{}]/.test(url.href)) words.push("-g"); // curl would expand them
   if (method !== "GET") words.push("-X", method);
-  // "Name;" is how curl is told to send an empty header instead of none.
+  // "Name;" makes curl send an empty header.
   for (const [name, value] of headers) words.push("-H", value ? `${name}: ${value}` : `${name};`);
   if (body || ["POST", "PUT", "PATCH"].includes(method)) {
-    if (!isTyped(headers)) words.push("-H", "Content-Type:"); // else curl claims a form
+    if (!isTyped(headers)) words.push("-H", "Content-Type:"); // curl would set the type of a form
     words.push("--data-raw", body); // --data would read a file for "@name"
   }
   return [...words.map(shellQuote), shellQuote(url.href)].join(" ");
@@ -71,12 +70,12 @@ function curlLine({ method, url, headers, body }) {
 
 const FIELDS = ["path", "headers"];
 
-// Shows what is wrong beside the field that it is wrong in.
+// Shows the message beside the invalid field.
 function markField(invalid) {
   for (const field of FIELDS) {
-    const wrong = invalid?.field === field;
-    setLines(ui[`${field}Error`], wrong ? [invalid.message] : []);
-    if (wrong) {
+    const isInvalid = invalid?.field === field;
+    setLines(ui[`${field}Error`], isInvalid ? [invalid.message] : []);
+    if (isInvalid) {
       ui[field].setAttribute("aria-invalid", "true");
       ui[field].setAttribute("aria-describedby", `${field}Error`);
     } else {
@@ -86,8 +85,8 @@ function markField(invalid) {
   }
 }
 
-// Shows what the form comes to; `done` is false while a field is being typed,
-// when what is wrong may only be unfinished.
+// Shows the URL and the curl command line. `done` is false while the user types:
+// an invalid value may only be incomplete then, and is not marked.
 export function preview(done = true) {
   ui.body.disabled = ui.contentType.disabled = ui.method.value === "GET";
   ui.body.placeholder = ui.body.disabled ? "GET has no body" : "";
@@ -110,12 +109,12 @@ export function preview(done = true) {
 }
 
 export function showSelected(key) {
-  ui.unpicked.hidden = key !== "";
-  ui.picked.hidden = key === "";
+  ui.unselected.hidden = key !== "";
+  ui.selected.hidden = key === "";
   if (key === "") return;
   setText(ui.callTitle, `Call ${key}`);
   const item = itemOf(key);
-  setText(ui.about, item ? item.image ?? "" : "Not in the list right now.");
+  setText(ui.about, item ? item.image ?? "" : "Not in the list at present.");
   preview(document.activeElement?.form !== ui.form);
 }
 
@@ -124,7 +123,7 @@ async function copy(button) {
   try {
     await navigator.clipboard.writeText(source.textContent);
   } catch {
-    // Plain http from another machine has no clipboard API.
+    // The clipboard API is not available over plain HTTP from another machine.
     getSelection().selectAllChildren(source);
     document.execCommand("copy");
   }
@@ -134,7 +133,7 @@ async function copy(button) {
 
 export function start(call) {
   ui.form.addEventListener("input", () => preview(false));
-  // A message moves what is below it, and so the button under a pointer that is being pressed.
+  // A message moves the elements below it: it must not move the button while it is being pressed.
   ui.form.addEventListener("focusout", ({ relatedTarget }) => preview(relatedTarget !== ui.send));
   const submit = (event) => {
     event.preventDefault();

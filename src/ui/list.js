@@ -1,21 +1,21 @@
-// The list of functions: sorted, filtered, in pages. Text from the API only
-// ever enters the page as text.
+// The list of functions: sorted, filtered, paged. Text from the API is never
+// parsed as HTML.
 
 import * as address from "./address.js";
 import { asList, setLines, setText, ui } from "./dom.js";
 
 const PAGE = 50;
 
-// What stands in the URL is also unique in the list.
+// The name in the function's URL, which is unique.
 const keyOf = (item) => (item.namespace ? `${item.name}.${item.namespace}` : String(item.name));
 
-let items = new Map(); // key -> what the API says, sorted by key
-const rows = new Map(); // key -> { tr }, of those on the page shown
+let items = new Map(); // key -> item of the API, sorted by key
+const rows = new Map(); // key -> { tr }, rows of the current page
 let selected = address.readSelected();
 let loaded = false;
 let onSelect = () => {};
 
-export const chosen = () => selected;
+export const selectedKey = () => selected;
 export const itemOf = (key) => items.get(key);
 export const names = () => [...items.keys()];
 
@@ -26,7 +26,7 @@ export function showFunctions(list) {
   show();
 }
 
-// The list cannot be had. What was shown stays, marked as old by the caller.
+// The list cannot be loaded. The last one stays; the caller marks it as outdated.
 export function showListTrouble(text) {
   if (!loaded) setText(ui.loading, `The list of functions cannot be loaded: ${text}`);
 }
@@ -36,7 +36,7 @@ function matches(item, words) {
   return words.every((word) => text.includes(word));
 }
 
-// Draws the page of the list that the address names.
+// Draws the page of the list that the address selects.
 function show() {
   const { filter, page } = address.read();
   const words = filter.toLowerCase().split(/\s+/);
@@ -58,7 +58,7 @@ function show() {
   showSelection();
 }
 
-// Not `disabled`, which would take the focus away from the button.
+// Not `disabled`: the button would lose the focus.
 export function setAble(button, able) {
   if (able) button.removeAttribute("aria-disabled");
   else button.setAttribute("aria-disabled", "true");
@@ -69,7 +69,7 @@ export const isAble = (button) => button.getAttribute("aria-disabled") !== "true
 function fillRows(shown) {
   const byKey = new Map(shown);
   for (const [key, row] of rows) if (!byKey.has(key)) removeRow(key, row.tr);
-  // In a sorted list the rows that stay never move, so focus stays with them.
+  // The list is sorted, so remaining rows never move and keep the focus.
   let next = ui.rows.firstElementChild;
   for (const [key, item] of shown) {
     const row = rows.get(key) ?? newRow(key);
@@ -92,7 +92,7 @@ function removeRow(key, tr) {
   rows.delete(key);
 }
 
-// Why a function does not start, as its provider says: how the last start ended, and the last line it wrote.
+// Why a function does not start: how its last start ended, and the last line of its output.
 function failureOf({ startFailure }) {
   if (!startFailure) return [];
   const { starts, reason, lastOutput } = startFailure;
@@ -128,8 +128,8 @@ function select(key) {
   selected = key;
   address.writeSelected(key);
   showSelection();
-  // On a narrow screen the form lies below the list, out of sight.
-  if (ui.caller.getBoundingClientRect().top > innerHeight - 120) ui.caller.scrollIntoView();
+  // On a narrow screen the form is below the list, outside the viewport.
+  if (ui.callSection.getBoundingClientRect().top > innerHeight - 120) ui.callSection.scrollIntoView();
 }
 
 export function showSelection() {
@@ -180,7 +180,7 @@ export function start({ whenSelected, wake }) {
     selected = address.readSelected();
     if (loaded) show();
   });
-  // "/" leads to the filter, as in other tools, but not while something is typed.
+  // "/" focuses the filter, except while the user types in a field.
   addEventListener("keydown", (event) => {
     const typing = event.target.closest?.("input, textarea, select, [contenteditable]");
     if (event.key !== "/" || typing || event.ctrlKey || event.metaKey || event.altKey) return;

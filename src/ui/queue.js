@@ -1,6 +1,5 @@
-// The queued calls, live and newest first: what waits, what failed for good,
-// and the two things that can be done about a call. Hidden where the gateway
-// has no queue.
+// Live list of queued calls, newest first, with buttons to cancel a pending call
+// and to retry a dead letter. Hidden when the gateway has no queue.
 
 import * as address from "./address.js";
 import { asList, element, setLines, setText, ui } from "./dom.js";
@@ -11,7 +10,7 @@ const PAGE = 50;
 
 let names = () => [];
 let refresh = () => {};
-let shownIds = []; // of the page shown
+let shownIds = []; // calls of the current page
 let last = "";
 
 const cell = (label, text, className = "") => {
@@ -21,7 +20,7 @@ const cell = (label, text, className = "") => {
   return td;
 };
 
-// What can be done about a call: the word on the button, the method, the path.
+// The action on a call: label of the button, method, path.
 function actionOf(call) {
   const path = `system/calls/${encodeURIComponent(call.callId)}`;
   if (call.dead) return ["Retry", "POST", `${path}/retry`];
@@ -39,9 +38,9 @@ async function act(button, method, path) {
 
 function stateCell(call) {
   const td = cell("State", "");
-  const word = call.dead ? "dead" : call.state;
-  const badge = element("span", { className: "state" }, word);
-  badge.dataset.state = word;
+  const state = call.dead ? "dead" : call.state;
+  const badge = element("span", { className: "state" }, state);
+  badge.dataset.state = state;
   td.append(badge);
   if (call.reason) td.append(element("span", { className: "reason" }, call.reason));
   return td;
@@ -67,20 +66,20 @@ function rowOf(call) {
   return tr;
 }
 
-// Asks for the queue once. A gateway without one says 501, and nothing is shown.
+// Updates the list once. A gateway without a queue returns 501, and the list is hidden.
 export async function poll() {
-  let lines;
+  let depths;
   try {
-    lines = asList(await askJson("system/queues"));
+    depths = asList(await askJson("system/queues"));
   } catch (error) {
     if (error.status !== 501) throw error;
     ui.queue.hidden = true;
     return;
   }
-  const sum = (member) => lines.reduce((all, line) => all + line[member], 0);
-  const counts = ["pending", "running", "delayed", "dead"].map((member) => `${sum(member)} ${member}`);
+  const total = (member) => depths.reduce((sum, depth) => sum + depth[member], 0);
+  const counts = ["pending", "running", "delayed", "dead"].map((member) => `${total(member)} ${member}`);
   setText(ui.queueCounts, counts.join(" · "));
-  fillNames(lines);
+  fillNames(depths);
   ui.queue.hidden = false;
   const wanted = address.read();
   const query = new URLSearchParams({ order: "newest", limit: PAGE + 1 });
@@ -93,12 +92,12 @@ export async function poll() {
     if (error.status !== 400) throw error;
     setLines(ui.queueInvalid, [error.message]);
   }
-  // The filter may have been changed meanwhile; then it is asked again at once.
+  // Drop the response if the filter has changed meanwhile: the next poll follows immediately.
   if (JSON.stringify(wanted) === JSON.stringify(address.read())) show(calls, wanted);
 }
 
-function fillNames(lines) {
-  const all = [...new Set([...names(), ...lines.map((line) => line.function)])].sort().slice(0, 1000);
+function fillNames(depths) {
+  const all = [...new Set([...names(), ...depths.map((depth) => depth.function)])].sort().slice(0, 1000);
   if (all.join() === [...ui.queueNames.children].map(({ value }) => value).join()) return;
   ui.queueNames.replaceChildren(...all.map((value) => element("option", { value })));
 }
@@ -110,14 +109,14 @@ function show(found, { state, function: name, after }) {
   ui.queueTable.hidden = calls.length === 0;
   ui.queueNone.hidden = calls.length > 0 || !ui.queueInvalid.hidden;
   const filtered = state || name ? "No queued call matches the filter." : "No queued calls.";
-  setText(ui.queueNone, after ? "No calls are older." : filtered);
+  setText(ui.queueNone, after ? "No older calls." : filtered);
   setAble(ui.queueNewest, after !== "");
   setAble(ui.queueNewer, after !== "");
   setAble(ui.queueOlder, found.length > PAGE);
   ui.queuePager.hidden = after === "" && found.length <= PAGE;
   setText(ui.queuePageText, after ? "Older calls" : "The newest calls");
   shownIds = calls.map((call) => call.callId);
-  // Buttons that are drawn again lose the focus, so they are only when something changed.
+  // Redrawn buttons lose the focus, so rows are redrawn only after a change.
   const now = calls.map(key).join(";");
   if (now === last) return;
   last = now;
@@ -126,7 +125,7 @@ function show(found, { state, function: name, after }) {
   if (focused) ui.queueRows.querySelector(`[data-call="${CSS.escape(focused)}"] button`)?.focus();
 }
 
-// Shows the page that begins after the call `after`; `newer`: the pages before it.
+// Shows the page that begins after the call `after`. `newer`: cursors of the pages before it.
 function turn(after, newer) {
   address.write({ after }, { push: true, newer });
   refresh();

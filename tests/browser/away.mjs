@@ -46,7 +46,7 @@ export default {
       for (const badge of badges) fresh.push(await background(badge));
       assert.equal(new Set(fresh).size, 1, "ready and succeeded are both green");
       await up.stop("SIGKILL");
-      await showsText(page, "#troubleText", /cannot be reached.*greyed out is as of \d/);
+      await showsText(page, "#troubleText", /cannot be reached.*Greyed out parts are as of \d/);
       await showsText(page, "#healthText", /^unreachable$/);
       for (const badge of badges) assert.notEqual(await background(badge), fresh[0], "green although the data is old");
       for (const old of ["lister", "queue"]) assert.match(await page.getAttribute(`#${old}`, "data-old"), /^since \d/);
@@ -68,7 +68,7 @@ export default {
       assert.doesNotMatch(await text(opened.page, "#lister"), /Loading/);
       await showsText(opened.page, "#queueTitle", /Queued calls/);
       await check(opened, "provider away at the start");
-      await showsText(loaded.page, "#troubleText", /provider.*greyed out is as of \d/);
+      await showsText(loaded.page, "#troubleText", /provider.*Greyed out parts are as of \d/);
       assert.notEqual(await background(loaded.page.locator("#rows .state")), green);
       assert.equal(await loaded.page.getAttribute("#queue", "data-old"), null, "the queue is not the provider's");
       await check(loaded, "provider away later");

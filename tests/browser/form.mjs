@@ -15,7 +15,7 @@ export default {
       const it = await tab(`${up.url}/ui/#echo.openfaas-fn`);
       await it.page.fill("#body", "hello from a page");
       await it.page.click("#send");
-      await showsText(it.page, "#answer pre", /^hello from a page$/);
+      await showsText(it.page, "#response pre", /^hello from a page$/);
       assert.match(await text(it.page, "#summary"), /^200 OK/);
       await check(it, "called");
     },

@@ -59,7 +59,7 @@ async fn credentials_that_change_on_disk_change_in_use() {
 
     // Files that go away for a moment, or are being written, take nothing away.
     write(&secrets, "basic-auth-password", "");
-    gateway.logs("cannot be read again").await;
+    gateway.logs("Cannot read the credentials").await;
     assert_eq!(get_as(&gateway, "admin:new", "/system/functions").await.status(), 200);
 }
 

@@ -188,7 +188,7 @@ async fn a_provider_that_refuses_the_credentials_can_be_called_all_the_same() {
         eventually("ready", async || gateway.is_ready().await).await;
         let (_, degraded, reasons) = ready(&gateway).await;
         assert_eq!(degraded, r#"["credentials"]"#);
-        assert!(reasons.contains("refuses the credentials"), "{reasons}");
+        assert!(reasons.contains("rejects the gateway's credentials"), "{reasons}");
         assert!(reasons.contains(&status.to_string()), "{reasons}");
         for number in 0..3 {
             let answer = gateway.post("/function/echo", &number.to_string()).await;
@@ -241,7 +241,7 @@ async fn a_name_that_the_provider_refuses_to_answer_for_leads_to_no_host() {
         let gateway = secret.settings(builder).start().await;
         let answer = gateway.get("/function/localhost").await;
         assert!([500, 503].contains(&answer.status()), "{answer}");
-        assert!(answer.text().contains("refuses the credentials"), "{answer}");
+        assert!(answer.text().contains("rejects the gateway's credentials"), "{answer}");
     }
     if let Some(listener) = listener {
         use futures_util::FutureExt;
@@ -271,7 +271,7 @@ async fn files_that_are_being_replaced_are_not_believed() {
     eventually("ready", async || gateway.is_ready().await).await;
     let data = secret.directory.path().join("..data");
     std::fs::remove_file(&data).unwrap();
-    gateway.logs("cannot be read again").await;
+    gateway.logs("Cannot read the credentials").await;
     assert_eq!(with_password(&gateway, "old", &get("/system/functions")).await.status(), 200);
     secret.change("admin", "");
     secret.change("admin", "new");

@@ -219,7 +219,7 @@ async fn so_many_names_that_nobody_knows_are_queued_while_the_provider_is_away()
     join_all(callers).await;
     let answer = gateway.queue("another", &[], "").await;
     assert_eq!((answer.status(), answer.header("retry-after")), (503, Some("1")), "{answer}");
-    assert!(answer.text().contains("the provider does not answer"), "{answer}");
+    assert!(answer.text().contains("the provider has not confirmed"), "{answer}");
     // Neither one that it has answered for nor one that was taken is another name.
     gateway.queued("known", &[], "").await;
     gateway.queued("made-up-0", &[], "").await;

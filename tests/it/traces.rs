@@ -128,7 +128,7 @@ async fn calls_do_not_wait_for_a_collector() {
     for _ in 0..10 {
         assert_eq!(gateway.get("/function/echo").await.status(), 200);
     }
-    gateway.logs("The collector of traces takes no spans").await;
+    gateway.logs("The trace collector does not accept spans").await;
     let refused = [("reason", "refused")];
     eventually("the spans are counted as dropped", async || {
         let metrics = gateway.metrics().await;
