@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use gateway::call_id::RequestIds;
 use gateway::limit::ConcurrencyLimit;
-use gateway::metrics::calls::End;
+use gateway::metrics::calls::Outcome;
 use gateway::metrics::{Metrics, calls::Shard};
 use gateway::proxy::headers::{to_caller, to_upstream};
 use gateway::watch::Watch;
@@ -60,9 +60,9 @@ fn shard(functions: usize) -> Arc<Shard> {
     let shard = metrics.shard(0);
     for number in 0..functions {
         let mut call = shard.begin(&format!("f{number}"), Instant::now()).expect("a valid name");
-        call.vouched_for(&shard);
-        call.answered(StatusCode::OK);
-        call.ended(End::Whole, Instant::now());
+        call.confirm(&shard);
+        call.set_status(StatusCode::OK);
+        call.finish(Outcome::Complete, Instant::now());
     }
     shard
 }
@@ -88,8 +88,8 @@ fn main() {
         let shard = shard(functions);
         time(&format!("count a call, {functions} functions known"), Instant::now, |now| {
             let mut call = shard.begin("f0", now).expect("a valid name");
-            call.answered(StatusCode::OK);
-            call.ended(End::Whole, now);
+            call.set_status(StatusCode::OK);
+            call.finish(Outcome::Complete, now);
         });
     }
     let limit = ConcurrencyLimit::new(10_000, 2);

@@ -12,10 +12,10 @@ use serde::Deserialize;
 use crate::error::Error;
 use crate::function::Function;
 use crate::proxy::client;
-use crate::system::{Api, MAX_BODY, read};
+use crate::system::{ApiState, MAX_BODY, read_body};
 
-pub use step::Bounds;
-use step::{Alarm, replicas_after};
+pub use step::ScaleBounds;
+use step::{AlertStatus, replicas_after};
 
 /// The used fields of a notification.
 #[derive(Debug, Deserialize)]
@@ -42,13 +42,16 @@ struct Labels {
 ///
 /// # Errors
 /// The body is invalid, the timeout has passed, or an alert failed: then the last failure.
-pub async fn alert(State(api): State<Arc<Api>>, request: Request) -> Result<StatusCode, Error> {
-    let body = read(request.into_body(), MAX_BODY).await?;
+pub async fn alert(
+    State(api): State<Arc<ApiState>>,
+    request: Request,
+) -> Result<StatusCode, Error> {
+    let body = read_body(request.into_body(), MAX_BODY).await?;
     let notification: Notification = serde_json::from_slice(&body).map_err(|error| {
         Error::BadRequest(format!("the body is not a valid notification: {error}"))
     })?;
     // One timeout for all alerts.
-    let applied = tokio::time::timeout(api.timeouts.upstream, carry_out_all(&api, notification));
+    let applied = tokio::time::timeout(api.timeouts.upstream, apply_all(&api, notification));
     match applied.await.map_err(|_| Error::Upstream(client::Error::Timeout))? {
         None => Ok(StatusCode::OK),
         Some(error) => Err(Error::Provider(error.to_string())),
@@ -56,10 +59,10 @@ pub async fn alert(State(api): State<Arc<Api>>, request: Request) -> Result<Stat
 }
 
 /// Applies all alerts; returns the last failure.
-async fn carry_out_all(api: &Api, notification: Notification) -> Option<Error> {
+async fn apply_all(api: &ApiState, notification: Notification) -> Option<Error> {
     let mut failure = None;
     for alert in notification.alerts {
-        if let Err(error) = carry_out(api, &alert).await {
+        if let Err(error) = apply_alert(api, &alert).await {
             let name = &alert.labels.function_name;
             tracing::warn!(function = name, error = %error, "Cannot scale {name} on an alert");
             failure = Some(error);
@@ -68,26 +71,28 @@ async fn carry_out_all(api: &Api, notification: Notification) -> Option<Error> {
     failure
 }
 
-async fn carry_out(api: &Api, alert: &Alert) -> Result<(), Error> {
+async fn apply_alert(api: &ApiState, alert: &Alert) -> Result<(), Error> {
     let name = &alert.labels.function_name;
     let function = Function::parse(name, &api.default_namespace).ok_or_else(|| {
         Error::BadRequest(format!(
             "an alert's label function_name is {name:?}, which is not a valid function name"
         ))
     })?;
-    let alarm = match alert.status.as_str() {
-        "firing" => Alarm::Firing,
-        "resolved" => Alarm::Resolved,
+    let alert_status = match alert.status.as_str() {
+        "firing" => AlertStatus::Firing,
+        "resolved" => AlertStatus::Resolved,
         other => return Err(Error::BadRequest(format!("an alert's status is {other:?}"))),
     };
     let status = api.provider.status(&function).await?;
-    if api.ignored_alerts.as_ref().is_some_and(|ignored| ignored.ignores(&function, &status)) {
+    if api.alert_filter.as_ref().is_some_and(|filter| filter.ignores(&function, &status)) {
         return Ok(());
     }
-    let bounds = Bounds::from_labels(&status.labels.unwrap_or_default());
-    let Some(replicas) = replicas_after(alarm, status.replicas, bounds) else { return Ok(()) };
+    let bounds = ScaleBounds::from_labels(&status.labels.unwrap_or_default());
+    let Some(replicas) = replicas_after(alert_status, status.replicas, bounds) else {
+        return Ok(());
+    };
     let scaled = api.provider.scale(&function, replicas).await;
-    api.metrics.known.changed(Some(&function.name));
+    api.metrics.function_registry.invalidate(Some(&function.name));
     scaled?;
     tracing::info!(
         function = %function, from = status.replicas, replicas,

@@ -1,9 +1,9 @@
 //! Access to the API: credentials from mounted files, verified on incoming requests and added to requests to the
 //! provider; or an external authorization service.
 
-mod pairs;
-mod question;
-pub mod tries;
+pub mod attempts;
+mod auth_request;
+mod credential_set;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -21,21 +21,21 @@ use http::{HeaderMap, HeaderValue};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
-use crate::auth::pairs::{Pair, Pairs};
+use crate::auth::credential_set::{BasicCredentials, CredentialSet};
 use crate::error::Error;
 use crate::provider::collect_response;
 use crate::proxy::body::RequestBody;
 use crate::proxy::{Errand, forward};
 use crate::serve::caller::Caller;
-use crate::system::{Api, read};
+use crate::system::{ApiState, read_body};
 
 /// Interval at which the files are read.
-const REREAD_EVERY: Duration = Duration::from_secs(2);
+const REREAD_INTERVAL: Duration = Duration::from_secs(2);
 /// A change is applied if the files have the same content after this time. A read during an update may return half of a
 /// password, or the user name with the old password.
-const REREAD_AFTER_CHANGE: Duration = Duration::from_millis(200);
+const CONFIRMATION_DELAY: Duration = Duration::from_millis(200);
 /// Maximum bytes of a body that is sent to the authorization service.
-const MAX_PASSED_BODY: usize = 1 << 20;
+const MAX_AUTH_PROXY_BODY_BYTES: usize = 1 << 20;
 
 /// Why credentials are unavailable.
 #[derive(Debug, thiserror::Error)]
@@ -52,7 +52,7 @@ pub enum CredentialsError {
 pub struct Credentials {
     /// `None` if the credentials were generated.
     directory: Option<PathBuf>,
-    pairs: ArcSwap<Pairs>,
+    set: ArcSwap<CredentialSet>,
 }
 
 impl Credentials {
@@ -61,87 +61,87 @@ impl Credentials {
     /// # Errors
     /// A file cannot be read, or is empty or invalid. The process should not start.
     pub fn read(directory: &Path) -> Result<Arc<Self>, CredentialsError> {
-        let pairs = ArcSwap::from_pointee(Pairs::new(read_pair(directory)?));
-        Ok(Arc::new(Self { directory: Some(directory.to_owned()), pairs }))
+        let set = ArcSwap::from_pointee(CredentialSet::new(read_credentials(directory)?));
+        Ok(Arc::new(Self { directory: Some(directory.to_owned()), set }))
     }
 
     /// Generates random credentials. They are valid for the lifetime of the process.
     ///
     /// # Errors
     /// The system has no random numbers.
-    pub fn generated() -> Result<Arc<Self>, CredentialsError> {
+    pub fn generate() -> Result<Arc<Self>, CredentialsError> {
         let mut password = [0; 32];
         let random = ring::rand::SystemRandom::new();
         ring::rand::SecureRandom::fill(&random, &mut password)
             .map_err(|_| CredentialsError::NoRandomness)?;
-        let pair = Pair::new("gateway", &STANDARD.encode(password));
+        let pair = BasicCredentials::new("gateway", &STANDARD.encode(password));
         let pair = pair.ok_or(CredentialsError::NoRandomness)?;
-        Ok(Arc::new(Self { directory: None, pairs: ArcSwap::from_pointee(Pairs::new(pair)) }))
+        Ok(Arc::new(Self { directory: None, set: ArcSwap::from_pointee(CredentialSet::new(pair)) }))
     }
 
     /// Returns whether `headers` have the current credentials. Constant time for wrong ones of the same length.
-    pub fn admit(&self, headers: &HeaderMap) -> bool {
-        let Some(given) = headers.get(AUTHORIZATION).and_then(basic) else { return false };
-        self.pairs.load().admit(&given)
+    pub fn verify(&self, headers: &HeaderMap) -> bool {
+        let Some(given) = headers.get(AUTHORIZATION).and_then(decode_basic) else { return false };
+        self.set.load().verify(&given)
     }
 
     /// Like [`verify`](Self::verify), but also accepts credentials replaced a short time ago: gateways load a change at
     /// a different time than their provider.
-    pub fn admit_recent(&self, headers: &HeaderMap) -> bool {
-        let Some(given) = headers.get(AUTHORIZATION).and_then(basic) else { return false };
-        self.pairs.load().admit_recent(&given, Instant::now())
+    pub fn verify_recent(&self, headers: &HeaderMap) -> bool {
+        let Some(given) = headers.get(AUTHORIZATION).and_then(decode_basic) else { return false };
+        self.set.load().verify_recent(&given, Instant::now())
     }
 
     /// Makes the next request to the provider use the current credentials first, even if it has accepted replaced ones.
     pub fn prefer_current(&self) {
-        self.update(|pairs| pairs.accepted(pairs.current()));
+        self.update(|set| set.with_accepted(set.current()));
     }
 
     /// Returns whether the provider accepted only replaced credentials when it was last queried.
-    pub fn are_ahead_of_provider(&self) -> bool {
-        self.pairs.load().is_behind()
+    pub fn provider_accepts_replaced_only(&self) -> bool {
+        self.set.load().prefers_replaced()
     }
 
-    fn note_accepted(&self, pair: &Arc<Pair>) {
-        self.update(|pairs| pairs.accepted(pair));
+    fn record_accepted(&self, pair: &Arc<BasicCredentials>) {
+        self.update(|set| set.with_accepted(pair));
     }
 
     /// Applies `change` atomically.
-    fn update(&self, change: impl Fn(&Pairs) -> Option<Pairs>) {
+    fn update(&self, change: impl Fn(&CredentialSet) -> Option<CredentialSet>) {
         // Most requests change nothing, and must not write to shared memory.
-        if change(&self.pairs.load()).is_some() {
-            self.pairs.rcu(|pairs| change(pairs).map_or_else(|| Arc::clone(pairs), Arc::new));
+        if change(&self.set.load()).is_some() {
+            self.set.rcu(|set| change(set).map_or_else(|| Arc::clone(set), Arc::new));
         }
     }
 
     /// Applies changes of the files until `stopping`. `reloads` triggers an immediate read.
-    pub async fn follow(
+    pub async fn watch_files(
         self: Arc<Self>,
         stopping: CancellationToken,
         mut reloads: watch::Receiver<u64>,
     ) {
         let Some(directory) = &self.directory else { return };
-        let (mut was_readable, mut seen) = (true, None);
+        let (mut was_readable, mut candidate) = (true, None);
         loop {
-            let pause = if seen.is_some() { REREAD_AFTER_CHANGE } else { REREAD_EVERY };
+            let pause = if candidate.is_some() { CONFIRMATION_DELAY } else { REREAD_INTERVAL };
             // All branches are cancel-safe. A reload does not shorten the confirmation delay.
             tokio::select! {
                 () = stopping.cancelled() => return,
-                Ok(()) = reloads.changed(), if seen.is_none() => {}
+                Ok(()) = reloads.changed(), if candidate.is_none() => {}
                 () = tokio::time::sleep(pause) => {}
             }
-            self.update(|pairs| pairs.without_old(Instant::now()));
-            match read_pair(directory) {
-                Ok(pair) if pair == **self.pairs.load().current() => {
-                    (was_readable, seen) = (true, None);
+            self.update(|set| set.without_expired(Instant::now()));
+            match read_credentials(directory) {
+                Ok(pair) if pair == **self.set.load().current() => {
+                    (was_readable, candidate) = (true, None);
                 }
-                Ok(pair) if seen.as_ref() == Some(&pair) => {
-                    (was_readable, seen) = (true, None);
-                    self.change_to(pair);
+                Ok(pair) if candidate.as_ref() == Some(&pair) => {
+                    (was_readable, candidate) = (true, None);
+                    self.replace(pair);
                 }
-                Ok(pair) => seen = Some(pair),
+                Ok(pair) => candidate = Some(pair),
                 Err(error) => {
-                    seen = None;
+                    candidate = None;
                     if std::mem::take(&mut was_readable) {
                         let error = &error as &dyn std::error::Error;
                         tracing::warn!(
@@ -154,15 +154,15 @@ impl Credentials {
         }
     }
 
-    fn change_to(&self, pair: Pair) {
+    fn replace(&self, pair: BasicCredentials) {
         let (pair, now) = (Arc::new(pair), Instant::now());
-        self.pairs.rcu(|pairs| Arc::new(pairs.changed_to(&pair, now)));
+        self.set.rcu(|set| Arc::new(set.with_current(&pair, now)));
         tracing::info!("Credentials changed");
     }
 }
 
-fn read_pair(directory: &Path) -> Result<Pair, CredentialsError> {
-    let read = |name: &str| {
+fn read_credentials(directory: &Path) -> Result<BasicCredentials, CredentialsError> {
+    let read_file = |name: &str| {
         let path = directory.join(name);
         match std::fs::read_to_string(&path) {
             Ok(text) if text.trim().is_empty() => Err(CredentialsError::Unusable(path)),
@@ -170,12 +170,12 @@ fn read_pair(directory: &Path) -> Result<Pair, CredentialsError> {
             Err(error) => Err(CredentialsError::Unreadable(path, error)),
         }
     };
-    Pair::new(&read("basic-auth-user")?, &read("basic-auth-password")?)
+    BasicCredentials::new(&read_file("basic-auth-user")?, &read_file("basic-auth-password")?)
         .ok_or_else(|| CredentialsError::Unusable(directory.to_owned()))
 }
 
 /// Decodes a basic `Authorization` to `user:password`.
-fn basic(value: &HeaderValue) -> Option<Vec<u8>> {
+fn decode_basic(value: &HeaderValue) -> Option<Vec<u8>> {
     let (scheme, encoded) = value.to_str().ok()?.trim().split_once(' ')?;
     if !scheme.eq_ignore_ascii_case("basic") {
         return None;
@@ -184,8 +184,8 @@ fn basic(value: &HeaderValue) -> Option<Vec<u8>> {
 }
 
 /// Middleware that authorizes requests to the API.
-pub async fn guard(State(api): State<Arc<Api>>, request: Request, next: Next) -> Response {
-    match admit(&api, request).await {
+pub async fn guard(State(api): State<Arc<ApiState>>, request: Request, next: Next) -> Response {
+    match authorize(&api, request).await {
         Ok(Ok(request)) => next.run(request).await,
         Ok(Err(refusal)) => refusal,
         Err(error) => error.into_response(),
@@ -196,12 +196,15 @@ pub async fn guard(State(api): State<Arc<Api>>, request: Request, next: Next) ->
 ///
 /// # Errors
 /// The credentials are missing or wrong, or the authorization service does not respond.
-pub async fn admit(api: &Api, request: Request) -> Result<Result<Request, Response>, Error> {
+pub async fn authorize(
+    api: &ApiState,
+    request: Request,
+) -> Result<Result<Request, Response>, Error> {
     if api.auth_proxy.is_some() {
-        return ask_proxy(api, request).await;
+        return ask_auth_proxy(api, request).await;
     }
     match &api.credentials {
-        Some(credentials) if !credentials.admit(request.headers()) => Err(Error::Unauthorized),
+        Some(credentials) if !credentials.verify(request.headers()) => Err(Error::Unauthorized),
         _ => Ok(Ok(request)),
     }
 }
@@ -215,7 +218,7 @@ pub async fn guard_provider(
     match &credentials {
         Some(credentials)
             if request.uri().path().starts_with("/system/")
-                && !credentials.admit_recent(request.headers()) =>
+                && !credentials.verify_recent(request.headers()) =>
         {
             Error::Unauthorized.into_response()
         }
@@ -225,33 +228,36 @@ pub async fn guard_provider(
 
 /// Sends `request` to `auth_proxy_url` for authorization. Returns the request if it is authorized, otherwise the
 /// response to it.
-async fn ask_proxy(api: &Api, request: Request) -> Result<Result<Request, Response>, Error> {
+async fn ask_auth_proxy(
+    api: &ApiState,
+    request: Request,
+) -> Result<Result<Request, Response>, Error> {
     let Some(proxy) = &api.auth_proxy else { return Ok(Ok(request)) };
     let (parts, body) = request.into_parts();
-    let caller = parts.extensions.get::<Caller>().cloned().ok_or(Error::NoSuchPath)?;
-    let (asked, body) = if proxy.pass_body {
-        let bytes = read(body, MAX_PASSED_BODY).await?;
+    let connection = parts.extensions.get::<Caller>().cloned().ok_or(Error::NoSuchPath)?;
+    let (subrequest_body, body) = if proxy.pass_body {
+        let bytes = read_body(body, MAX_AUTH_PROXY_BODY_BYTES).await?;
         (RequestBody::Full(Some(bytes.clone()).filter(|b| !b.is_empty())), Body::from(bytes))
     } else {
         (RequestBody::empty(), body)
     };
-    let mut question = http::Request::new(asked);
-    *question.method_mut() = parts.method.clone();
-    *question.uri_mut() = proxy.target.clone();
-    *question.headers_mut() = question::headers(&parts);
-    let errand = Errand {
-        peer: &caller.forwarded_for,
-        watch: &caller.watch,
+    let mut subrequest = http::Request::new(subrequest_body);
+    *subrequest.method_mut() = parts.method.clone();
+    *subrequest.uri_mut() = proxy.target.clone();
+    *subrequest.headers_mut() = auth_request::headers(&parts);
+    let context = Errand {
+        peer: &connection.forwarded_for,
+        watch: &connection.watch,
         began: Instant::now(),
         timeout: api.timeouts.upstream,
         is_clients: false,
     };
-    let answer = forward(&api.client, &proxy.origin, question, errand).await?.answer;
-    if answer.status().is_success() {
-        caller.watch.call_goes_on();
+    let response = forward(&api.client, &proxy.origin, subrequest, context).await?.answer;
+    if response.status().is_success() {
+        connection.watch.call_goes_on();
         return Ok(Ok(Request::from_parts(parts, body)));
     }
-    let (status, headers, text) = collect_response(answer).await?;
+    let (status, headers, text) = collect_response(response).await?;
     let mut refusal = (status, text).into_response();
     for name in [CONTENT_TYPE, WWW_AUTHENTICATE] {
         if let Some(value) = headers.get(&name) {
@@ -267,7 +273,7 @@ async fn ask_proxy(api: &Api, request: Request) -> Result<Result<Request, Respon
 }
 
 /// Maps the error of reading a body of at most `limit` bytes.
-pub fn too_large_or_broken(error: &(dyn std::error::Error + 'static), limit: usize) -> Error {
+pub fn body_error(error: &(dyn std::error::Error + 'static), limit: usize) -> Error {
     if error.is::<http_body_util::LengthLimitError>() {
         return Error::TooLarge(limit);
     }
@@ -280,23 +286,23 @@ mod tests {
     use super::*;
 
     fn credentials() -> Credentials {
-        let pairs = Pairs::new(Pair::new("admin", "s3cret").unwrap());
-        Credentials { directory: None, pairs: ArcSwap::from_pointee(pairs) }
+        let set = CredentialSet::new(BasicCredentials::new("admin", "s3cret").unwrap());
+        Credentials { directory: None, set: ArcSwap::from_pointee(set) }
     }
 
     #[track_caller]
     fn check(authorization: &str, expect: bool) {
         let mut headers = HeaderMap::new();
         headers.insert(AUTHORIZATION, HeaderValue::from_str(authorization).unwrap());
-        assert_eq!(credentials().admit(&headers), expect, "{authorization:?}");
+        assert_eq!(credentials().verify(&headers), expect, "{authorization:?}");
     }
 
     #[test]
     fn generated_credentials_are_distinct() {
-        let [one, other] = [Credentials::generated().unwrap(), Credentials::generated().unwrap()];
+        let [one, other] = [Credentials::generate().unwrap(), Credentials::generate().unwrap()];
         let mut headers = HeaderMap::new();
-        headers.insert(AUTHORIZATION, one.pairs.load().current().header().clone());
-        assert!(one.admit(&headers) && !other.admit(&headers));
+        headers.insert(AUTHORIZATION, one.set.load().current().header().clone());
+        assert!(one.verify(&headers) && !other.verify(&headers));
         assert!(!format!("{headers:?}").contains("Basic"), "{headers:?}");
     }
 
@@ -312,7 +318,7 @@ mod tests {
         check("Basic !!!", false);
         check("Basic", false);
         check("", false);
-        assert!(!credentials().admit(&HeaderMap::new()));
+        assert!(!credentials().verify(&HeaderMap::new()));
     }
 
     #[tokio::test(start_paused = true)]
@@ -323,21 +329,21 @@ mod tests {
         write("basic-auth-password", "old").unwrap();
         let credentials = Credentials::read(directory.path()).unwrap();
         let accepts = |password: &str| {
-            let header = Pair::new("admin", password).unwrap().header().clone();
-            credentials.admit(&HeaderMap::from_iter([(AUTHORIZATION, header)]))
+            let header = BasicCredentials::new("admin", password).unwrap().header().clone();
+            credentials.verify(&HeaderMap::from_iter([(AUTHORIZATION, header)]))
         };
         let (_reload, reloads) = watch::channel(0);
         let stopping = CancellationToken::new();
-        let following = Arc::clone(&credentials).follow(stopping.clone(), reloads);
+        let following = Arc::clone(&credentials).watch_files(stopping.clone(), reloads);
         let changes = async {
-            tokio::time::sleep(REREAD_EVERY / 2).await;
+            tokio::time::sleep(REREAD_INTERVAL / 2).await;
             write("basic-auth-password", "ne").unwrap();
-            tokio::time::sleep(REREAD_EVERY / 2 + REREAD_AFTER_CHANGE / 2).await;
+            tokio::time::sleep(REREAD_INTERVAL / 2 + CONFIRMATION_DELAY / 2).await;
             // The incomplete password has been read by now.
             write("basic-auth-password", "new").unwrap();
-            tokio::time::sleep(REREAD_AFTER_CHANGE).await;
+            tokio::time::sleep(CONFIRMATION_DELAY).await;
             assert_eq!(["old", "ne", "new"].map(accepts), [true, false, false]);
-            tokio::time::sleep(REREAD_AFTER_CHANGE).await;
+            tokio::time::sleep(CONFIRMATION_DELAY).await;
             assert_eq!(["old", "ne", "new"].map(accepts), [false, false, true]);
             stopping.cancel();
         };

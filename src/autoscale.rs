@@ -31,7 +31,7 @@ use crate::autoscale::view::{Sampled, Standing, View};
 use crate::function::Function;
 use crate::metrics::Metrics;
 use crate::metrics::autoscale::AutoscaleMetrics;
-use crate::metrics::replicas::Poll;
+use crate::metrics::poller::ProviderPoller;
 use crate::queued::Intake;
 
 /// Between looks at what is in flight; so many make a sample.
@@ -45,7 +45,7 @@ const TIDY: u64 = 120;
 /// What an autoscaler is made from.
 pub struct Parts {
     /// Asks the provider.
-    pub poll: Poll,
+    pub poll: ProviderPoller,
     pub gauges: AutoscaleMetrics,
     pub intake: Option<Arc<Intake>>,
     pub rules: Rules,
@@ -134,7 +134,7 @@ impl Watcher {
         }
         let exists = |label: &str| {
             Function::parse(label, "")
-                .is_some_and(|function| self.metrics.known.contains(&function))
+                .is_some_and(|function| self.metrics.function_registry.contains(&function))
         };
         let connected = self.exchange.as_ref().is_some_and(Exchange::is_connected);
         let knows_queue = self.sampler.knows_queue();
@@ -166,7 +166,7 @@ async fn act(mut rounds: Rounds, mut beat: watch::Receiver<u64>) {
     while beat.changed().await.is_ok() {
         let number = *beat.borrow_and_update();
         let Standing { acts, gateways } = lock(&rounds.view).stand(millis(rounds.began));
-        rounds.gauges.stands(acts, gateways);
+        rounds.gauges.set_leadership(acts, gateways);
         match (std::mem::replace(&mut acted, acts), acts) {
             (false, true) => tracing::info!(gateways, "Scaling functions by their load"),
             (true, false) => tracing::info!(gateways, "Leaving it to another gateway to scale"),

@@ -27,11 +27,11 @@ impl RequestIds {
     pub fn from_headers(headers: &HeaderMap) -> Self {
         // Both values share one buffer, which the request and the response reference.
         let mut text = [0; ID_LENGTH + TIME_LENGTH];
-        let chosen = headers.get(&X_CALL_ID).filter(|id| !id.is_empty()).cloned();
-        let id_length = if chosen.is_some() { 0 } else { write_new_id(&mut text) };
+        let client_id = headers.get(&X_CALL_ID).filter(|id| !id.is_empty()).cloned();
+        let id_length = if client_id.is_some() { 0 } else { write_new_id(&mut text) };
         let length = id_length + write_start_time(&mut text[id_length..]);
         let text = Bytes::copy_from_slice(&text[..length]);
-        let call_id = chosen.unwrap_or_else(|| header_value(text.slice(..id_length)));
+        let call_id = client_id.unwrap_or_else(|| header_value(text.slice(..id_length)));
         Self { call_id, start_time: header_value(text.slice(id_length..)) }
     }
 
@@ -73,13 +73,13 @@ mod tests {
     fn the_id_of_the_client_is_kept_and_returned() {
         let mut request = HeaderMap::new();
         request.insert(X_CALL_ID, HeaderValue::from_static("mine"));
-        let stamps = RequestIds::from_headers(&request);
-        assert_eq!(stamps.call_id, "mine");
-        let start_time = stamps.start_time.clone();
-        let mut answer = HeaderMap::new();
-        stamps.apply_to_response(&mut answer);
-        assert_eq!(answer[X_CALL_ID], "mine");
-        assert_eq!(answer[X_START_TIME], start_time);
+        let ids = RequestIds::from_headers(&request);
+        assert_eq!(ids.call_id, "mine");
+        let start_time = ids.start_time.clone();
+        let mut response = HeaderMap::new();
+        ids.apply_to_response(&mut response);
+        assert_eq!(response[X_CALL_ID], "mine");
+        assert_eq!(response[X_START_TIME], start_time);
     }
 
     #[test]

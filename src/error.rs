@@ -25,7 +25,7 @@ pub enum Error {
     #[error(transparent)]
     Head(#[from] HeadError),
     #[error("{0}")]
-    Coding(CodingError),
+    TransferCoding(CodingError),
     #[error("method not allowed; allowed methods: {0}")]
     MethodNotAllowed(&'static str),
     #[error("no such path")]
@@ -37,7 +37,7 @@ pub enum Error {
     #[error(
         "function {0} is starting, and its queue of waiting calls (cold_start_queue_limit) is full"
     )]
-    LineFull(Function),
+    ColdStartQueueFull(Function),
     #[error("function {0} is not ready: {1}")]
     NotReady(Function, String),
     /// The output of its processes is for operators only: see `Error::operator_details`.
@@ -47,7 +47,7 @@ pub enum Error {
         "the provider has not confirmed that function {0} exists, and calls of {1} other unconfirmed functions are \
          queued already"
     )]
-    Unverified(Function, usize),
+    UnconfirmedLimit(Function, usize),
     #[error("{0}")]
     Provider(String),
     #[error("the provider rejects the gateway's credentials: {0}")]
@@ -61,7 +61,7 @@ pub enum Error {
     #[error("the body exceeds {0} bytes")]
     TooLarge(usize),
     #[error("the call follows a chain of more than {} callbacks", chain::MAX)]
-    EndlessChain,
+    CallbackLoop,
     #[error("{0}")]
     Conflict(String),
     #[error("{0}")]
@@ -71,7 +71,7 @@ pub enum Error {
     #[error(transparent)]
     Upstream(#[from] client::Error),
     #[error(transparent)]
-    Answer(#[from] BodyFailure),
+    ResponseBody(#[from] BodyFailure),
     #[error(transparent)]
     Body(#[from] BodyError),
 }
@@ -81,30 +81,30 @@ impl Error {
         match self {
             Self::BadRequest(_) | Self::Body(BodyError::Broken) => StatusCode::BAD_REQUEST,
             Self::Head(error) => head_status(*error),
-            Self::Coding(CodingError::Unsupported) => StatusCode::NOT_IMPLEMENTED,
-            Self::Coding(CodingError::NotChunked | CodingError::ChunkedTwice) => {
+            Self::TransferCoding(CodingError::Unsupported) => StatusCode::NOT_IMPLEMENTED,
+            Self::TransferCoding(CodingError::NotChunked | CodingError::ChunkedTwice) => {
                 StatusCode::BAD_REQUEST
             }
             Self::MethodNotAllowed(_) => StatusCode::METHOD_NOT_ALLOWED,
             Self::NoSuchPath | Self::NoSuchFunction(_) | Self::NotFound(_) => StatusCode::NOT_FOUND,
             Self::Conflict(_) => StatusCode::CONFLICT,
-            Self::EndlessChain => StatusCode::LOOP_DETECTED,
+            Self::CallbackLoop => StatusCode::LOOP_DETECTED,
             Self::Queue(error) => queue_status(error),
             Self::Unauthorized => StatusCode::UNAUTHORIZED,
             Self::Forbidden(_) => StatusCode::FORBIDDEN,
             Self::Overloaded
-            | Self::LineFull(_)
+            | Self::ColdStartQueueFull(_)
             | Self::NotReady(..)
             | Self::DoesNotStart(..)
-            | Self::Unverified(..) => StatusCode::SERVICE_UNAVAILABLE,
+            | Self::UnconfirmedLimit(..) => StatusCode::SERVICE_UNAVAILABLE,
             Self::Provider(_) | Self::CredentialsRefused(_) => StatusCode::INTERNAL_SERVER_ERROR,
             Self::NotImplemented(_) => StatusCode::NOT_IMPLEMENTED,
             Self::TooLarge(_) => StatusCode::PAYLOAD_TOO_LARGE,
             Self::Body(BodyError::Slow) => StatusCode::REQUEST_TIMEOUT,
-            Self::Body(BodyError::Left) => client_left(),
+            Self::Body(BodyError::Left) => client_closed_request(),
             Self::Upstream(error) => upstream_status(error),
-            Self::Answer(BodyFailure::Broken(_)) => StatusCode::BAD_GATEWAY,
-            Self::Answer(BodyFailure::Timeout) => StatusCode::GATEWAY_TIMEOUT,
+            Self::ResponseBody(BodyFailure::Broken(_)) => StatusCode::BAD_GATEWAY,
+            Self::ResponseBody(BodyFailure::Timeout) => StatusCode::GATEWAY_TIMEOUT,
         }
     }
 
@@ -114,9 +114,9 @@ impl Error {
         headers.insert(CONTENT_TYPE, HeaderValue::from_static("text/plain; charset=utf-8"));
         match self {
             Self::Overloaded
-            | Self::LineFull(_)
+            | Self::ColdStartQueueFull(_)
             | Self::NotReady(..)
-            | Self::Unverified(..)
+            | Self::UnconfirmedLimit(..)
             | Self::Upstream(client::Error::Exhausted(_))
             | Self::Queue(
                 queue::Error::Full
@@ -127,7 +127,7 @@ impl Error {
                 headers.insert(RETRY_AFTER, HeaderValue::from_static("1"));
             }
             // The end of the body is unknown, and so is the start of the next request.
-            Self::Coding(_) | Self::Head(_) => {
+            Self::TransferCoding(_) | Self::Head(_) => {
                 if matches!(self, Self::Head(HeadError::OutOfMemory)) {
                     headers.insert(RETRY_AFTER, HeaderValue::from_static("1"));
                 }
@@ -150,7 +150,7 @@ impl Error {
     }
 
     /// Returns details that only operators may see.
-    fn for_operators(&self) -> Option<String> {
+    fn operator_details(&self) -> Option<String> {
         let Self::DoesNotStart(_, failure) = self else { return None };
         let StartFailure { starts, reason, last_output } = &**failure;
         let output = match last_output.as_str() {
@@ -161,53 +161,53 @@ impl Error {
     }
 
     /// Returns the error response. Its text has the call id, if there is one.
-    pub fn answer(&self, call_id: Option<&HeaderValue>) -> Response<String> {
-        self.answer_to(call_id, false)
+    pub fn response(&self, call_id: Option<&HeaderValue>) -> Response<String> {
+        self.response_for(call_id, false)
     }
 
     /// Returns the error response. Its text has the call id, if there is one. `operator`: the client may see the
     /// details.
-    pub fn answer_to(&self, call_id: Option<&HeaderValue>, operator: bool) -> Response<String> {
+    pub fn response_for(&self, call_id: Option<&HeaderValue>, operator: bool) -> Response<String> {
         let status = self.status();
         let call_id = call_id.and_then(|id| id.to_str().ok());
-        tracing::debug!(call_id, %status, error = %Causes(self), "Request failed");
+        tracing::debug!(call_id, %status, error = %ErrorChain(self), "Request failed");
         let mut text = self.to_string();
-        if let Some(more) = self.for_operators().filter(|_| operator) {
-            text = format!("{text}: {more}");
+        if let Some(details) = self.operator_details().filter(|_| operator) {
+            text = format!("{text}: {details}");
         }
         let text = match call_id {
             Some(id) => format!("{text} (call {id})\n"),
             None => format!("{text}\n"),
         };
-        let mut answer = Response::new(text);
-        *answer.status_mut() = status;
-        *answer.headers_mut() = self.headers();
-        answer
+        let mut response = Response::new(text);
+        *response.status_mut() = status;
+        *response.headers_mut() = self.headers();
+        response
     }
 }
 
 /// Displays an error with its chain of causes, for logs only: causes may be confidential.
-pub struct Causes<'a>(pub &'a (dyn std::error::Error + 'static));
+pub struct ErrorChain<'a>(pub &'a (dyn std::error::Error + 'static));
 
-impl fmt::Display for Causes<'_> {
+impl fmt::Display for ErrorChain<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let mut said = self.0.to_string();
+        let mut text = self.0.to_string();
         let mut next = self.0.source();
         while let Some(cause) = next {
-            let told = cause.to_string();
+            let cause_text = cause.to_string();
             // Some errors already end in the text of their cause.
-            if !said.ends_with(&told) {
-                said.push_str(": ");
-                said.push_str(&told);
+            if !text.ends_with(&cause_text) {
+                text.push_str(": ");
+                text.push_str(&cause_text);
             }
             next = cause.source();
         }
-        f.write_str(&said)
+        f.write_str(&text)
     }
 }
 
 /// Returns 499 (nginx): the client closed the connection before the response.
-pub fn client_left() -> StatusCode {
+pub fn client_closed_request() -> StatusCode {
     StatusCode::from_u16(499).unwrap_or(StatusCode::BAD_REQUEST)
 }
 
@@ -235,7 +235,7 @@ fn upstream_status(error: &client::Error) -> StatusCode {
         client::Error::Timeout => StatusCode::GATEWAY_TIMEOUT,
         client::Error::Body(BodyError::Broken) => StatusCode::BAD_REQUEST,
         client::Error::Body(BodyError::Slow) => StatusCode::REQUEST_TIMEOUT,
-        client::Error::Body(BodyError::Left) => client_left(),
+        client::Error::Body(BodyError::Left) => client_closed_request(),
         client::Error::Target(_) => StatusCode::URI_TOO_LONG,
         client::Error::Exhausted(_) => StatusCode::SERVICE_UNAVAILABLE,
         client::Error::Connect(_)
@@ -264,7 +264,7 @@ fn queue_status(error: &queue::Error) -> StatusCode {
 
 impl axum::response::IntoResponse for Error {
     fn into_response(self) -> axum::response::Response {
-        self.answer(None).map(axum::body::Body::from)
+        self.response(None).map(axum::body::Body::from)
     }
 }
 
@@ -274,18 +274,18 @@ mod tests {
 
     use super::*;
 
-    const WHY: &str = "invalid peer certificate: UnknownIssuer";
+    const CAUSE: &str = "invalid peer certificate: UnknownIssuer";
 
     fn tls_failed() -> client::Error {
-        client::Error::Connect(io::Error::new(io::ErrorKind::InvalidData, WHY))
+        client::Error::Connect(io::Error::new(io::ErrorKind::InvalidData, CAUSE))
     }
 
     #[test]
     fn the_log_has_causes_that_the_response_does_not_have() {
         let error = Error::from(tls_failed());
         assert_eq!(error.to_string(), "cannot connect to the upstream: TLS failed");
-        assert_eq!(error.answer(None).into_body(), format!("{error}\n"));
-        assert_eq!(Causes(&error).to_string(), format!("{error}: {WHY}"));
+        assert_eq!(error.response(None).into_body(), format!("{error}\n"));
+        assert_eq!(ErrorChain(&error).to_string(), format!("{error}: {CAUSE}"));
     }
 
     #[test]
@@ -297,14 +297,16 @@ mod tests {
         };
         let function = Function::parse("f", "fn").unwrap();
         let error = Error::DoesNotStart(function, failure.into());
-        assert_eq!(error.answer(None).into_body(), "function f.fn does not start\n");
-        assert!(!Causes(&error).to_string().contains("s3cret"));
-        let told = error.answer_to(None, true);
+        assert_eq!(error.response(None).into_body(), "function f.fn does not start\n");
+        assert!(!ErrorChain(&error).to_string().contains("s3cret"));
+        let cause_text = error.response_for(None, true);
         assert_eq!(
-            (told.status().as_u16(), &told.headers()[X_GATEWAY_REASON]),
+            (cause_text.status().as_u16(), &cause_text.headers()[X_GATEWAY_REASON]),
             (503, &DOES_NOT_START)
         );
-        assert!(told.body().contains("exit status: 1") && told.body().contains("s3cret"));
+        assert!(
+            cause_text.body().contains("exit status: 1") && cause_text.body().contains("s3cret")
+        );
     }
 
     #[test]
@@ -313,7 +315,7 @@ mod tests {
         #[error("not sent: {0}")]
         struct Unsent(#[source] client::Error);
         let error = Unsent(tls_failed());
-        assert_eq!(Causes(&error).to_string(), format!("{error}: {WHY}"));
-        assert_eq!(Causes(&Error::Overloaded).to_string(), Error::Overloaded.to_string());
+        assert_eq!(ErrorChain(&error).to_string(), format!("{error}: {CAUSE}"));
+        assert_eq!(ErrorChain(&Error::Overloaded).to_string(), Error::Overloaded.to_string());
     }
 }

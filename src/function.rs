@@ -29,7 +29,7 @@ impl Function {
             return None;
         }
         // Longer names cannot exist, and names become parts of NATS subjects and file names.
-        if name.len() > LONGEST || namespace.len() > LONGEST {
+        if name.len() > MAX_NAME_BYTES || namespace.len() > MAX_NAME_BYTES {
             return None;
         }
         Some(Self { name: name.to_owned(), namespace: namespace.to_owned() })
@@ -37,7 +37,7 @@ impl Function {
 }
 
 /// Maximum bytes of a name or a namespace: the limit of DNS names.
-const LONGEST: usize = 253;
+const MAX_NAME_BYTES: usize = 253;
 
 /// Returns whether `byte` is allowed in a name or namespace.
 pub fn is_name_byte(byte: u8) -> bool {

@@ -10,40 +10,40 @@ use http::StatusCode;
 use http::header::RETRY_AFTER;
 use serde::Serialize;
 
-use crate::error::{Causes, Error};
+use crate::error::{Error, ErrorChain};
 use crate::limit::ConcurrencyLimit;
 use crate::queue::Condition;
 use crate::serve::caller::Caller;
 use crate::shutdown::Stages;
-use crate::system::{Api, stream};
+use crate::system::{ApiState, stream_response};
 
 /// Inputs of the readiness check.
 pub struct Health {
     pub stages: Stages,
     pub limit: Arc<ConcurrencyLimit>,
     provider: Mutex<ProviderState>,
-    queue_away: AtomicBool,
+    queue_unreachable: AtomicBool,
     queue_condition: Mutex<Option<Condition>>,
 }
 
 /// Result of the last poll of the provider.
 #[derive(Debug, PartialEq, Eq)]
 enum ProviderState {
-    NotAskedYet,
-    Answers,
+    NotPolledYet,
+    Reachable,
     /// Reachable, but it accepts only credentials that have been replaced.
-    IsBehind,
+    StaleCredentials,
     /// Reachable, but it accepts none of the known credentials.
-    RefusesCredentials(String),
+    RejectsCredentials(String),
     /// Reachable, but it does not list its functions.
-    Fails(String),
+    ListFails(String),
     /// No response.
-    Away(String),
+    Unreachable(String),
 }
 
 /// Body of the response to `/_/ready`.
 #[derive(Debug, Serialize)]
-struct Readiness {
+struct ReadinessReport {
     ready: bool,
     /// Why this process is not ready or degraded.
     reasons: Vec<String>,
@@ -51,46 +51,46 @@ struct Readiness {
 }
 
 /// Reason of `ProviderState::StaleCredentials`.
-const BEHIND: &str = "the provider accepts only the previous credentials: they are tried for an hour after the change; \
+const STALE_CREDENTIALS: &str = "the provider accepts only the previous credentials: they are tried for an hour after the change; \
                       a provider that reads its files only at its start must be restarted";
 
 impl ProviderState {
     /// Returns the state of a provider that returned `error` instead of its functions.
-    fn after(error: &Error) -> Self {
+    fn from_error(error: &Error) -> Self {
         let reason = error.to_string();
         match error {
-            Error::CredentialsRefused(_) => Self::RefusesCredentials(reason),
-            Error::Provider(_) => Self::Fails(reason),
-            _ => Self::Away(reason),
+            Error::CredentialsRefused(_) => Self::RejectsCredentials(reason),
+            Error::Provider(_) => Self::ListFails(reason),
+            _ => Self::Unreachable(reason),
         }
     }
 }
 
 impl Health {
     pub fn new(stages: Stages, limit: Arc<ConcurrencyLimit>) -> Arc<Self> {
-        let provider = Mutex::new(ProviderState::NotAskedYet);
-        let (queue_away, queue_condition) = (AtomicBool::new(false), Mutex::new(None));
-        Arc::new(Self { stages, limit, provider, queue_away, queue_condition })
+        let provider = Mutex::new(ProviderState::NotPolledYet);
+        let (queue_unreachable, queue_condition) = (AtomicBool::new(false), Mutex::new(None));
+        Arc::new(Self { stages, limit, provider, queue_unreachable, queue_condition })
     }
 
     /// Records that the provider listed its functions. `stale`: it accepts only credentials that have been replaced.
-    pub fn provider_answered(&self, is_behind: bool) {
-        let state = if is_behind { ProviderState::IsBehind } else { ProviderState::Answers };
-        if self.provider_is(state) {
-            match is_behind {
+    pub fn record_provider_success(&self, stale: bool) {
+        let state = if stale { ProviderState::StaleCredentials } else { ProviderState::Reachable };
+        if self.set_provider_state(state) {
+            match stale {
                 false => tracing::info!("The provider responds"),
-                true => tracing::warn!("Degraded: {BEHIND}"),
+                true => tracing::warn!("Degraded: {STALE_CREDENTIALS}"),
             }
         }
     }
 
     /// Records that the provider did not list its functions.
-    pub fn provider_failed(&self, error: &Error) {
-        let state = ProviderState::after(error);
-        let answers = !matches!(state, ProviderState::Away(_));
-        if self.provider_is(state) {
-            let reason = Causes(error);
-            match answers {
+    pub fn record_provider_failure(&self, error: &Error) {
+        let state = ProviderState::from_error(error);
+        let reachable = !matches!(state, ProviderState::Unreachable(_));
+        if self.set_provider_state(state) {
+            let reason = ErrorChain(error);
+            match reachable {
                 true => {
                     tracing::warn!(%reason, "The provider does not list its functions: {error}")
                 }
@@ -100,16 +100,16 @@ impl Health {
     }
 
     /// Sets the state; returns whether it has changed.
-    fn provider_is(&self, state: ProviderState) -> bool {
+    fn set_provider_state(&self, state: ProviderState) -> bool {
         let mut last = self.provider.lock().unwrap_or_else(PoisonError::into_inner);
-        let changes = *last != state;
+        let changed = *last != state;
         *last = state;
-        changes
+        changed
     }
 
     /// Records whether the queue is reachable. Synchronous calls do not depend on it.
-    pub fn queue_is(&self, reachable: bool) {
-        if self.queue_away.swap(!reachable, Relaxed) == reachable {
+    pub fn set_queue_reachable(&self, reachable: bool) {
+        if self.queue_unreachable.swap(!reachable, Relaxed) == reachable {
             match reachable {
                 true => tracing::info!("The queue is reachable again"),
                 false => tracing::warn!("The queue is unreachable"),
@@ -118,12 +118,12 @@ impl Health {
     }
 
     /// Records a problem of a queue that is reachable, or that it has none.
-    pub fn queue_has(&self, condition: Option<Condition>) {
+    pub fn set_queue_condition(&self, condition: Option<Condition>) {
         *self.queue_condition.lock().unwrap_or_else(PoisonError::into_inner) = condition;
     }
 
     /// Returns the response to a readiness probe: 200 or 503, with a JSON body that lists the reasons.
-    pub fn answer(&self) -> Response {
+    pub fn response(&self) -> Response {
         let readiness = self.readiness();
         if readiness.ready {
             return Json(readiness).into_response();
@@ -131,8 +131,9 @@ impl Health {
         (StatusCode::SERVICE_UNAVAILABLE, [(RETRY_AFTER, "1")], Json(readiness)).into_response()
     }
 
-    fn readiness(&self) -> Readiness {
-        let (mut reasons, mut flaws, mut degraded) = (Vec::new(), Vec::new(), Vec::new());
+    fn readiness(&self) -> ReadinessReport {
+        let (mut reasons, mut degraded_reasons, mut degraded) =
+            (Vec::new(), Vec::new(), Vec::new());
         if self.stages.is_leaving() {
             reasons.push("this process is stopping".to_owned());
         }
@@ -142,27 +143,28 @@ impl Health {
         // A provider that responds at all can be called. Errors of the gateway's own queries only degrade: another
         // gateway would have the same provider, so sending clients there does not help.
         match &*self.provider.lock().unwrap_or_else(PoisonError::into_inner) {
-            ProviderState::Answers => {}
-            ProviderState::NotAskedYet => {
+            ProviderState::Reachable => {}
+            ProviderState::NotPolledYet => {
                 reasons.push("starting: the provider has not been polled yet".to_owned());
             }
-            ProviderState::Away(reason) => {
+            ProviderState::Unreachable(reason) => {
                 reasons.push(format!("the provider does not respond: {reason}"));
             }
-            ProviderState::IsBehind => {
+            ProviderState::StaleCredentials => {
                 degraded.push("credentials");
-                flaws.push(BEHIND.to_owned());
+                degraded_reasons.push(STALE_CREDENTIALS.to_owned());
             }
-            ProviderState::RefusesCredentials(reason) => {
+            ProviderState::RejectsCredentials(reason) => {
                 degraded.push("credentials");
-                flaws.push(reason.clone());
+                degraded_reasons.push(reason.clone());
             }
-            ProviderState::Fails(reason) => {
+            ProviderState::ListFails(reason) => {
                 degraded.push("provider");
-                flaws.push(format!("the provider does not list its functions: {reason}"));
+                degraded_reasons
+                    .push(format!("the provider does not list its functions: {reason}"));
             }
         }
-        if self.queue_away.load(Relaxed) {
+        if self.queue_unreachable.load(Relaxed) {
             degraded.push("queue");
         }
         let condition = *self.queue_condition.lock().unwrap_or_else(PoisonError::into_inner);
@@ -172,8 +174,8 @@ impl Health {
             Condition::Damaged => "queue: file damaged",
         }));
         let ready = reasons.is_empty();
-        reasons.append(&mut flaws);
-        Readiness { ready, reasons, degraded }
+        reasons.append(&mut degraded_reasons);
+        ReadinessReport { ready, reasons, degraded }
     }
 }
 
@@ -183,15 +185,15 @@ pub async fn live() -> &'static str {
 }
 
 /// `GET /_/ready`
-pub async fn ready(State(api): State<Arc<Api>>) -> Response {
-    api.health.answer()
+pub async fn ready(State(api): State<Arc<ApiState>>) -> Response {
+    api.health.response()
 }
 
 /// `GET /healthz`: the provider's health.
 pub async fn provider(
-    State(api): State<Arc<Api>>,
-    Extension(caller): Extension<Caller>,
+    State(api): State<Arc<ApiState>>,
+    Extension(connection): Extension<Caller>,
     request: Request,
 ) -> Response {
-    api.send(&caller, &api.provider.origin, request).await.map(stream).into_response()
+    api.send(&connection, &api.provider.origin, request).await.map(stream_response).into_response()
 }

@@ -1,6 +1,6 @@
 //! Invocation of a function: prepare, forward, record. One [`Invoker`] per proxy thread.
 
-mod careful;
+mod cold_start;
 pub mod operators;
 
 use std::sync::Arc;
@@ -10,25 +10,25 @@ use http::uri::PathAndQuery;
 use http::{HeaderMap, HeaderValue, Request, Response, Uri};
 use hyper::body::{Body, Incoming};
 
-use crate::answer::{Answer, Content, InFlight};
+use crate::activator::Activator;
+use crate::activator::unavailable::{Hop, UnavailableSignal};
 use crate::call_id::RequestIds;
 use crate::config::Timeouts;
 use crate::config::base_url::BaseUrl;
 use crate::error::Error;
 use crate::function::Function;
-use crate::invoke::careful::{Target, through};
+use crate::invoke::cold_start::{UpstreamTarget, via_provider};
 use crate::invoke::operators::Operators;
 use crate::limit::{ConcurrencyLimit, PermitCache};
-use crate::metrics::calls::{Call, End, Shard};
+use crate::metrics::calls::{InFlightRecorder, Outcome, Shard};
 use crate::provider::Provider;
 use crate::proxy::body::{CallerBody, RequestBody};
 use crate::proxy::client::{Client, Origin};
 use crate::proxy::tunnel::Tunnel;
 use crate::proxy::{self, Errand, Forwarded};
-use crate::scaling::Scaling;
-use crate::scaling::fault::{self, Fault};
+use crate::response_body::{BodySource, InFlight, TrackedBody};
 use crate::serve::caller::Caller;
-use crate::trace::Trip;
+use crate::trace::RequestSpan;
 
 /// Where functions listen when they are called directly.
 const DIRECT_PORT: u16 = 8080;
@@ -36,16 +36,16 @@ const DIRECT_PORT: u16 = 8080;
 /// Dependencies of a proxy thread.
 pub struct Invoker {
     pub client: Arc<Client>,
-    pub calls: Arc<Shard>,
+    pub shard: Arc<Shard>,
     pub limit: Arc<ConcurrencyLimit>,
-    pub share: Arc<PermitCache>,
+    pub permit_cache: Arc<PermitCache>,
     pub timeouts: Timeouts,
     /// How requests are sent to functions.
     pub route: Route,
     /// Confirms that functions called directly exist.
     pub provider: Provider,
     /// Cold starts, if enabled.
-    pub scaling: Option<Arc<Scaling>>,
+    pub activator: Option<Arc<Activator>>,
     /// Which clients may see why a function does not start.
     pub operators: Operators,
 }
@@ -60,28 +60,28 @@ pub enum Route {
 
 /// Naming of functions that are called directly.
 #[derive(Clone, Copy)]
-struct Naming<'a> {
+struct DirectNaming<'a> {
     suffix: &'a str,
     default_namespace: &'a str,
 }
 
 /// An invocation that is ready to be executed.
-pub struct Prepared {
-    way: Way,
-    stamps: RequestIds,
+pub struct PreparedInvocation {
+    state: ForwardState,
+    ids: RequestIds,
     in_flight: InFlight,
     /// The client is an operator. Checked only for functions that are not ready; false for others.
-    operator: bool,
+    from_operator: bool,
 }
 
-impl Prepared {
+impl PreparedInvocation {
     pub fn call_id(&self) -> &HeaderValue {
-        &self.stamps.call_id
+        &self.ids.call_id
     }
 }
 
 /// How the request is forwarded.
-enum Way {
+enum ForwardState {
     Provider(proxy::Prepared),
     /// Directly to the function, whose origin is not resolved yet. `None` once the request has been taken.
     Direct(Option<Box<Request<RequestBody>>>),
@@ -99,141 +99,167 @@ impl Invoker {
     /// The response, if the path names no function or the concurrency limit is reached.
     pub fn prepare(
         &self,
-        caller: &Caller,
+        connection: &Caller,
         request: Request<Incoming>,
         began: Instant,
-    ) -> Result<Prepared, Box<Response<Answer>>> {
-        let Some(mut call) = self.calls.begin(segment(request.uri().path()), began) else {
-            return Err(self.refuse(caller, &Error::NoSuchPath, request.headers()));
+    ) -> Result<PreparedInvocation, Box<Response<TrackedBody>>> {
+        let Some(mut recorder) = self.shard.begin(function_segment(request.uri().path()), began)
+        else {
+            return Err(self.reject(connection, &Error::NoSuchPath, request.headers()));
         };
-        let Some(place) = self.limit.try_acquire(&self.share) else {
-            call.answered(Error::Overloaded.status());
-            call.ended(End::Whole, Instant::now());
-            return Err(self.refuse(caller, &Error::Overloaded, request.headers()));
+        let Some(permit) = self.limit.try_acquire(&self.permit_cache) else {
+            recorder.set_status(Error::Overloaded.status());
+            recorder.finish(Outcome::Complete, Instant::now());
+            return Err(self.reject(connection, &Error::Overloaded, request.headers()));
         };
-        let stamps = RequestIds::from_headers(request.headers());
-        let operator = self.scaling.is_some()
-            && !call.is_warm()
-            && self.operators.include(request.headers(), caller.address.ip());
-        let request = request.map(|body| caller_body(body, caller));
-        let way = match &self.route {
+        let ids = RequestIds::from_headers(request.headers());
+        let from_operator = self.activator.is_some()
+            && !recorder.is_warm()
+            && self.operators.include(request.headers(), connection.address.ip());
+        let request = request.map(|body| client_body(body, connection));
+        let state = match &self.route {
             Route::Provider(origin) => {
-                let errand = self.errand(caller, began);
-                let prepared = proxy::prepare(origin, request, Some(&stamps), errand);
-                prepared.map_or_else(|error| Way::Failed(Some(error.into())), Way::Provider)
+                let context = self.request_context(connection, began);
+                let prepared = proxy::prepare(origin, request, Some(&ids), context);
+                prepared.map_or_else(
+                    |error| ForwardState::Failed(Some(error.into())),
+                    ForwardState::Provider,
+                )
             }
-            Route::Direct { .. } => Way::Direct(Some(Box::new(request))),
+            Route::Direct { .. } => ForwardState::Direct(Some(Box::new(request))),
         };
-        Ok(Prepared { way, stamps, in_flight: InFlight { call, place }, operator })
+        Ok(PreparedInvocation {
+            state,
+            ids,
+            in_flight: InFlight { recorder, permit },
+            from_operator,
+        })
     }
 
     /// Executes the invocation and returns the response of the function, or an error response. After a change of
     /// protocols (101), `span` is moved into the tunnel and ends with it.
-    pub async fn carry(
+    pub async fn execute(
         &self,
-        caller: &Caller,
-        prepared: Prepared,
-        trip: &mut Option<Box<Trip>>,
-    ) -> Response<Answer> {
-        let Prepared { mut way, stamps, mut in_flight, operator } = prepared;
-        let (mut answer, tunnel) =
-            match self.forward(caller, &mut in_flight.call, &stamps, &mut way).await {
-                Ok(Forwarded { answer, tunnel, .. }) => (answer.map(Content::Upstream), tunnel),
-                Err(error) => (text(&error, Some(&stamps.call_id), operator), None),
+        connection: &Caller,
+        prepared: PreparedInvocation,
+        span: &mut Option<Box<RequestSpan>>,
+    ) -> Response<TrackedBody> {
+        let PreparedInvocation { mut state, ids, mut in_flight, from_operator } = prepared;
+        let (mut response, tunnel) =
+            match self.forward(connection, &mut in_flight.recorder, &ids, &mut state).await {
+                Ok(Forwarded { answer: upstream, tunnel, .. }) => {
+                    (upstream.map(BodySource::Upstream), tunnel)
+                }
+                Err(error) => (error_response(&error, Some(&ids.call_id), from_operator), None),
             };
-        in_flight.call.answered(answer.status());
-        stamps.apply_to_response(answer.headers_mut());
+        in_flight.recorder.set_status(response.status());
+        ids.apply_to_response(response.headers_mut());
         if let Some(tunnel) = tunnel {
-            let mut trip = trip.take();
-            if let Some(trip) = &mut trip {
-                trip.answered(&answer);
+            let mut span = span.take();
+            if let Some(span) = &mut span {
+                span.on_response(&response);
             }
-            caller.spawn(keep_open(tunnel, in_flight, trip));
-            return answer.map(|content| self.answer(caller, content, None));
+            connection.spawn(run_tunnel(tunnel, in_flight, span));
+            return response.map(|source| self.track_body(connection, source, None));
         }
-        answer.map(|content| self.answer(caller, content, Some(in_flight)))
+        response.map(|source| self.track_body(connection, source, Some(in_flight)))
     }
 
     async fn forward(
         &self,
-        caller: &Caller,
-        call: &mut Call,
-        stamps: &RequestIds,
-        way: &mut Way,
+        connection: &Caller,
+        recorder: &mut InFlightRecorder,
+        ids: &RequestIds,
+        state: &mut ForwardState,
     ) -> Result<Forwarded, Error> {
-        let mut with_care = true;
-        let mut forwarded = match (&mut *way, &self.route) {
-            (Way::Provider(prepared), Route::Provider(origin)) => match &self.scaling {
-                Some(scaling) if !call.is_warm() => {
+        let mut with_activation = true;
+        let mut forwarded = match (&mut *state, &self.route) {
+            (ForwardState::Provider(prepared), Route::Provider(origin)) => match &self.activator {
+                Some(activator) if !recorder.is_warm() => {
                     // Boxed, so that the rare case does not enlarge the future of every invocation.
-                    Box::pin(self.carefully(scaling, caller, call, through(origin), prepared, None))
-                        .await?
+                    Box::pin(self.forward_with_activation(
+                        activator,
+                        connection,
+                        recorder,
+                        via_provider(origin),
+                        prepared,
+                        None,
+                    ))
+                    .await?
                 }
                 _ => {
-                    with_care = false;
-                    let errand = self.errand(caller, call.began);
-                    proxy::send(&self.client, origin, prepared, errand).await?
+                    with_activation = false;
+                    let context = self.request_context(connection, recorder.began);
+                    proxy::send(&self.client, origin, prepared, context).await?
                 }
             },
-            (Way::Direct(request), Route::Direct { suffix, default_namespace }) => {
+            (ForwardState::Direct(request), Route::Direct { suffix, default_namespace }) => {
                 let Some(request) = request.take() else {
                     unreachable!("a direct request is sent once")
                 };
-                let naming = Naming { suffix, default_namespace };
-                Box::pin(self.forward_directly(caller, call, stamps, naming, *request)).await?
+                let naming = DirectNaming { suffix, default_namespace };
+                Box::pin(self.forward_direct(connection, recorder, ids, naming, *request)).await?
             }
-            (Way::Failed(error), _) => return Err(error.take().unwrap_or(Error::NoSuchPath)),
-            (Way::Provider(_) | Way::Direct(_), _) => unreachable!("there is one route"),
+            (ForwardState::Failed(error), _) => {
+                return Err(error.take().unwrap_or(Error::NoSuchPath));
+            }
+            (ForwardState::Provider(_) | ForwardState::Direct(_), _) => {
+                unreachable!("there is one route")
+            }
         };
-        if !with_care
-            && let Some(scaling) = &self.scaling
-            && Fault::of(forwarded.ending, fault::Way::Through).is_some()
-            && let (Way::Provider(prepared), Route::Provider(origin)) = (way, &self.route)
+        if !with_activation
+            && let Some(activator) = &self.activator
+            && UnavailableSignal::from_ending(forwarded.ending, Hop::Provider).is_some()
+            && let (ForwardState::Provider(prepared), Route::Provider(origin)) =
+                (state, &self.route)
         {
-            let sent = Some(Ok(forwarded));
-            let target = through(origin);
-            forwarded =
-                Box::pin(self.carefully(scaling, caller, call, target, prepared, sent)).await?;
+            let result = Some(Ok(forwarded));
+            let target = via_provider(origin);
+            forwarded = Box::pin(self.forward_with_activation(
+                activator, connection, recorder, target, prepared, result,
+            ))
+            .await?;
         }
-        if caller.watch.body_outstanding() && forwarded.tunnel.is_none() {
-            caller.while_blocked(forwarded.answer.body_mut().share_link());
+        if connection.watch.body_outstanding() && forwarded.tunnel.is_none() {
+            connection.while_blocked(forwarded.answer.body_mut().share_link());
         }
-        if call.is_stranger() && forwarded.ending.vouches() {
-            call.vouched_for(&self.calls);
+        if recorder.is_unregistered() && forwarded.ending.confirms_existence() {
+            recorder.confirm(&self.shard);
         }
         Ok(forwarded)
     }
 
-    async fn forward_directly(
+    async fn forward_direct(
         &self,
-        caller: &Caller,
-        call: &mut Call,
-        stamps: &RequestIds,
-        naming: Naming<'_>,
+        connection: &Caller,
+        recorder: &mut InFlightRecorder,
+        ids: &RequestIds,
+        naming: DirectNaming<'_>,
         mut request: Request<RequestBody>,
     ) -> Result<Forwarded, Error> {
-        *request.uri_mut() = behind_name(request.uri());
-        let errand = self.errand(caller, call.began);
-        let Some(scaling) = &self.scaling else {
-            let origin = self.direct(call, naming).await?;
-            let mut prepared = proxy::prepare(&origin, request, Some(stamps), errand)?;
-            return Ok(proxy::send(&self.client, &origin, &mut prepared, errand).await?);
+        *request.uri_mut() = path_after_function(request.uri());
+        let context = self.request_context(connection, recorder.began);
+        let Some(activator) = &self.activator else {
+            let origin = self.resolve_direct(recorder, naming).await?;
+            let mut prepared = proxy::prepare(&origin, request, Some(ids), context)?;
+            return Ok(proxy::send(&self.client, &origin, &mut prepared, context).await?);
         };
-        let origin = direct_origin(call.function(), naming)?;
-        let mut prepared = proxy::prepare(&origin, request, Some(stamps), errand)?;
-        let mut sent = None;
-        if call.is_warm() {
-            sent = Some(proxy::send(&self.client, &origin, &mut prepared, errand).await);
+        let origin = direct_origin(recorder.function(), naming)?;
+        let mut prepared = proxy::prepare(&origin, request, Some(ids), context)?;
+        let mut result = None;
+        if recorder.is_warm() {
+            result = Some(proxy::send(&self.client, &origin, &mut prepared, context).await);
         }
-        let target = Target { origin: &origin, way: fault::Way::Direct };
-        self.carefully(scaling, caller, call, target, &mut prepared, sent).await
+        let target = UpstreamTarget { origin: &origin, hop: Hop::Function };
+        self.forward_with_activation(activator, connection, recorder, target, &mut prepared, result)
+            .await
     }
 
-    fn errand<'a>(&self, caller: &'a Caller, began: Instant) -> Errand<'a> {
+    fn request_context<'a>(&self, connection: &'a Caller, began: Instant) -> Errand<'a> {
         let timeout = self.timeouts.upstream;
         Errand {
-            peer: &caller.forwarded_for,
-            watch: &caller.watch,
+            peer: &connection.forwarded_for,
+            watch: &connection.watch,
             began,
             timeout,
             is_clients: true,
@@ -241,73 +267,86 @@ impl Invoker {
     }
 
     /// Returns the origin of the function, after the provider has confirmed that it exists.
-    async fn direct(&self, call: &mut Call, naming: Naming<'_>) -> Result<Origin, Error> {
-        if call.is_stranger() {
+    async fn resolve_direct(
+        &self,
+        recorder: &mut InFlightRecorder,
+        naming: DirectNaming<'_>,
+    ) -> Result<Origin, Error> {
+        if recorder.is_unregistered() {
             // Without this check, a name could lead to any host.
-            self.provider.status(call.function()).await?;
-            call.vouched_for(&self.calls);
+            self.provider.status(recorder.function()).await?;
+            recorder.confirm(&self.shard);
         }
-        direct_origin(call.function(), naming)
+        direct_origin(recorder.function(), naming)
     }
 
     /// Returns the error response to a request that is not forwarded.
-    pub fn refuse(
+    pub fn reject(
         &self,
-        caller: &Caller,
+        connection: &Caller,
         error: &Error,
         request: &HeaderMap,
-    ) -> Box<Response<Answer>> {
-        let stamps = RequestIds::from_headers(request);
-        let mut answer = text(error, Some(&stamps.call_id), false);
-        stamps.apply_to_response(answer.headers_mut());
-        Box::new(answer.map(|content| self.answer(caller, content, None)))
+    ) -> Box<Response<TrackedBody>> {
+        let ids = RequestIds::from_headers(request);
+        let mut response = error_response(error, Some(&ids.call_id), false);
+        ids.apply_to_response(response.headers_mut());
+        Box::new(response.map(|source| self.track_body(connection, source, None)))
     }
 
-    fn answer(&self, caller: &Caller, content: Content, in_flight: Option<InFlight>) -> Answer {
-        Answer::new(content, in_flight, Arc::clone(&caller.watch), self.timeouts.idle)
+    fn track_body(
+        &self,
+        connection: &Caller,
+        source: BodySource,
+        in_flight: Option<InFlight>,
+    ) -> TrackedBody {
+        TrackedBody::new(source, in_flight, Arc::clone(&connection.watch), self.timeouts.idle)
     }
 }
 
 /// Runs a tunnel after a change of protocols. The invocation is in flight until the tunnel ends.
-async fn keep_open(tunnel: Tunnel, in_flight: InFlight, trip: Option<Box<Trip>>) {
+async fn run_tunnel(tunnel: Tunnel, in_flight: InFlight, span: Option<Box<RequestSpan>>) {
     tunnel.run().await;
-    if let Some(trip) = trip {
-        trip.ended(End::Whole);
+    if let Some(span) = span {
+        span.finish(Outcome::Complete);
     }
-    in_flight.call.ended(End::Whole, Instant::now());
+    in_flight.recorder.finish(Outcome::Complete, Instant::now());
 }
 
-fn text(error: &Error, call_id: Option<&HeaderValue>, operator: bool) -> Response<Content> {
-    error.answer_to(call_id, operator).map(|text| Content::Full(Some(text.into())))
+fn error_response(
+    error: &Error,
+    call_id: Option<&HeaderValue>,
+    from_operator: bool,
+) -> Response<BodySource> {
+    error.response_for(call_id, from_operator).map(|text| BodySource::Full(Some(text.into())))
 }
 
 /// Returns the segment after `/function/`.
-fn segment(path: &str) -> &str {
+fn function_segment(path: &str) -> &str {
     let rest = path.strip_prefix("/function/").unwrap_or_default();
     rest.split_once('/').map_or(rest, |(segment, _)| segment)
 }
 
 /// Returns the path after the function's name, and the query: what a function called directly receives.
-fn behind_name(uri: &Uri) -> Uri {
+fn path_after_function(uri: &Uri) -> Uri {
     let whole = uri.path_and_query().map_or("/", PathAndQuery::as_str);
-    let rest = &whole["/function/".len() + segment(uri.path()).len()..];
+    let rest = &whole["/function/".len() + function_segment(uri.path()).len()..];
     let rest = if rest.starts_with('/') { rest.to_owned() } else { format!("/{rest}") };
     // A suffix of a valid path is valid.
     rest.parse().unwrap_or_default()
 }
 
-fn caller_body(body: Incoming, caller: &Caller) -> RequestBody {
+fn client_body(body: Incoming, connection: &Caller) -> RequestBody {
     if body.is_end_stream() {
         RequestBody::empty()
     } else {
-        RequestBody::Caller(CallerBody::new(body, Arc::clone(&caller.watch)))
+        RequestBody::Caller(CallerBody::new(body, Arc::clone(&connection.watch)))
     }
 }
 
 /// Returns the origin `http://NAME.SUFFIX:8080`. If the suffix begins with the default namespace, that part is replaced
 /// by the function's namespace.
-fn direct_origin(function: &Function, naming: Naming<'_>) -> Result<Origin, Error> {
-    let Naming { suffix, default_namespace } = naming;
+fn direct_origin(function: &Function, naming: DirectNaming<'_>) -> Result<Origin, Error> {
+    let DirectNaming { suffix, default_namespace } = naming;
     let host = match suffix.strip_prefix(default_namespace) {
         _ if suffix.is_empty() => function.name.clone(),
         Some(rest)
@@ -328,15 +367,15 @@ mod tests {
 
     #[test]
     fn the_function_segment_ends_at_the_next_slash() {
-        assert_eq!(segment("/function/echo"), "echo");
-        assert_eq!(segment("/function/echo.dev/a/b"), "echo.dev");
-        assert_eq!(segment("/function/"), "");
-        assert_eq!(segment("/function//x"), "");
+        assert_eq!(function_segment("/function/echo"), "echo");
+        assert_eq!(function_segment("/function/echo.dev/a/b"), "echo.dev");
+        assert_eq!(function_segment("/function/"), "");
+        assert_eq!(function_segment("/function//x"), "");
     }
 
     #[test]
     fn a_direct_call_receives_the_path_after_the_name() {
-        let rest = |uri: &str| behind_name(&uri.parse().unwrap()).to_string();
+        let rest = |uri: &str| path_after_function(&uri.parse().unwrap()).to_string();
         assert_eq!(rest("/function/echo"), "/");
         assert_eq!(rest("/function/echo?q=1"), "/?q=1");
         assert_eq!(rest("/function/echo/a%2Fb//c?q"), "/a%2Fb//c?q");
@@ -346,7 +385,7 @@ mod tests {
     fn a_direct_function_is_called_in_its_own_namespace() {
         let host = |name: &str, suffix: &str| {
             let function = Function::parse(name, "fn").unwrap();
-            let naming = Naming { suffix, default_namespace: "fn" };
+            let naming = DirectNaming { suffix, default_namespace: "fn" };
             direct_origin(&function, naming).unwrap().url.to_string()
         };
         assert_eq!(host("echo", ""), "http://echo:8080");

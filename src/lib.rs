@@ -18,21 +18,21 @@ pub mod telemetry;
 pub mod watch;
 
 // The provider, and the way to it.
+pub mod activator;
 pub mod auth;
 pub mod provider;
 pub mod proxy;
 pub mod queue;
-pub mod scaling;
 pub mod trace;
 
 // What is done with a request.
 pub mod alerts;
-pub mod answer;
 pub mod autoscale;
 pub mod health;
 pub mod invoke;
 pub mod logs;
 pub mod queued;
+pub mod response_body;
 pub mod system;
 pub mod ui;
 pub mod worker;

@@ -11,10 +11,10 @@ use serde::Deserialize;
 use crate::error::Error;
 use crate::provider::signals::{NO_SUCH_FUNCTION, X_GATEWAY_REASON};
 use crate::serve::caller::Caller;
-use crate::system::{Api, stream};
+use crate::system::{ApiState, stream_response};
 
 /// A followed log may have no lines for a long time.
-const LONGEST_SILENCE: Duration = Duration::from_secs(3600);
+const STREAM_IDLE_TIMEOUT: Duration = Duration::from_secs(3600);
 
 /// The checked query parameters. The log provider reads the others.
 #[derive(Default, Deserialize)]
@@ -41,26 +41,26 @@ fn check(request: &Request) -> Result<(), Error> {
 }
 
 pub async fn logs(
-    State(api): State<Arc<Api>>,
-    Extension(caller): Extension<Caller>,
+    State(api): State<Arc<ApiState>>,
+    Extension(connection): Extension<Caller>,
     request: Request,
 ) -> Result<Response, Error> {
     check(&request)?;
-    let mut answer = api.send(&caller, &api.logs, request).await?;
-    match answer.status() {
+    let mut response = api.send(&connection, &api.logs, request).await?;
+    match response.status() {
         // The function does not exist. Without this header the log provider has no such endpoint.
         StatusCode::NOT_FOUND
-            if answer.headers().get(X_GATEWAY_REASON) == Some(&NO_SUCH_FUNCTION) =>
+            if response.headers().get(X_GATEWAY_REASON) == Some(&NO_SUCH_FUNCTION) =>
         {
-            Ok(stream(answer))
+            Ok(stream_response(response))
         }
         StatusCode::NOT_FOUND | StatusCode::NOT_IMPLEMENTED => {
             Ok(StatusCode::NOT_IMPLEMENTED.into_response())
         }
-        StatusCode::BAD_REQUEST => Ok(stream(answer)),
+        StatusCode::BAD_REQUEST => Ok(stream_response(response)),
         status if status.is_success() => {
-            answer.body_mut().bound_pauses(LONGEST_SILENCE);
-            Ok(stream(answer))
+            response.body_mut().bound_pauses(STREAM_IDLE_TIMEOUT);
+            Ok(stream_response(response))
         }
         status => Err(Error::Provider(format!("the log provider returned {status}"))),
     }

@@ -3,10 +3,10 @@
 pub mod autoscale;
 pub mod calls;
 mod families;
-pub mod known;
+pub mod poller;
 pub mod query;
 pub mod queue;
-pub mod replicas;
+pub mod registry;
 pub mod traces;
 
 use std::collections::HashMap;
@@ -20,36 +20,36 @@ use axum::response::Response;
 use http::{Method, StatusCode};
 use prometheus::{HistogramOpts, HistogramVec, IntCounterVec, Opts, Registry, TextEncoder};
 
-pub use families::Replicas;
+pub use families::ReplicaGauges;
 
 use crate::metrics::autoscale::AutoscaleMetrics;
 use crate::metrics::calls::Shard;
-use crate::metrics::families::Functions;
-use crate::metrics::known::{FORGOTTEN_AFTER, Known};
+use crate::metrics::families::FunctionCollector;
 use crate::metrics::queue::QueueMetrics;
+use crate::metrics::registry::{FunctionRegistry, RETENTION};
 use crate::metrics::traces::SpansDropped;
 
 /// Prometheus marks a series as stale after this time without a scrape.
-const SCRAPED_WITHIN: Duration = Duration::from_secs(300);
+const SCRAPE_TIMEOUT: Duration = Duration::from_secs(300);
 
 /// All metrics of the process.
 pub struct Metrics {
     registry: Registry,
-    functions: Functions,
+    function_collector: FunctionCollector,
     shards: Vec<Arc<Shard>>,
-    replicas: Arc<ArcSwap<Vec<Replicas>>>,
-    pub known: Arc<Known>,
+    replicas: Arc<ArcSwap<Vec<ReplicaGauges>>>,
+    pub function_registry: Arc<FunctionRegistry>,
     /// `http_requests_total`: requests to the API.
     requests: IntCounterVec,
     /// `http_request_duration_seconds`: time until the response head.
     request_seconds: HistogramVec,
     /// Time of the last scrape.
-    scraped: Mutex<Option<Instant>>,
+    last_scrape: Mutex<Option<Instant>>,
 }
 
 /// Load of a function.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Activity {
+pub struct FunctionLoad {
     /// Calls started since the start of the process.
     pub started: u64,
     pub in_flight: u64,
@@ -64,12 +64,14 @@ impl Metrics {
         threads: usize,
         default_namespace: &Arc<str>,
     ) -> Result<Arc<Self>, prometheus::Error> {
-        let known = Arc::new(Known::default());
+        let function_registry = Arc::new(FunctionRegistry::default());
         let shards: Vec<_> = (0..threads)
-            .map(|_| Arc::new(Shard::new(Arc::clone(&known), Arc::clone(default_namespace))))
+            .map(|_| {
+                Arc::new(Shard::new(Arc::clone(&function_registry), Arc::clone(default_namespace)))
+            })
             .collect();
         let replicas = Arc::new(ArcSwap::default());
-        let functions = Functions::new(shards.clone(), Arc::clone(&replicas));
+        let function_collector = FunctionCollector::new(shards.clone(), Arc::clone(&replicas));
         let labels = ["method", "path", "status"];
         let requests = IntCounterVec::new(
             Opts::new("http_requests_total", "Requests to /system and /async-function."),
@@ -84,18 +86,18 @@ impl Metrics {
             &labels,
         )?;
         let registry = Registry::new();
-        registry.register(Box::new(functions.clone()))?;
+        registry.register(Box::new(function_collector.clone()))?;
         registry.register(Box::new(requests.clone()))?;
         registry.register(Box::new(request_seconds.clone()))?;
         Ok(Arc::new(Self {
             registry,
-            functions,
+            function_collector,
             shards,
             replicas,
-            known,
+            function_registry,
             requests,
             request_seconds,
-            scraped: Mutex::default(),
+            last_scrape: Mutex::default(),
         }))
     }
 
@@ -128,12 +130,12 @@ impl Metrics {
     }
 
     /// Returns the load of each function over all threads, by label.
-    pub fn activity(&self) -> HashMap<Arc<str>, Activity> {
-        let mut sums: HashMap<Arc<str>, Activity> = HashMap::new();
+    pub fn function_loads(&self) -> HashMap<Arc<str>, FunctionLoad> {
+        let mut sums: HashMap<Arc<str>, FunctionLoad> = HashMap::new();
         for series in self.shards.iter().flat_map(|shard| shard.series()) {
             let (started, in_flight) = {
-                let numbers = series.numbers();
-                (numbers.started, numbers.in_flight)
+                let counters = series.counters();
+                (counters.started, counters.in_flight)
             };
             let sum = sums.entry(Arc::clone(&series.label)).or_default();
             sum.started += started;
@@ -149,33 +151,33 @@ impl Metrics {
     }
 
     /// Sets the replica gauges of all functions.
-    pub fn replicas_reported(&self, replicas: Vec<Replicas>) {
+    pub fn set_replicas(&self, replicas: Vec<ReplicaGauges>) {
         self.replicas.store(Arc::new(replicas));
     }
 
     /// Removes the series of functions deleted longer than [`RETENTION`] ago.
-    pub fn forget_deleted(&self, now: Instant) {
-        let Some(active) = now.checked_sub(FORGOTTEN_AFTER) else { return };
+    pub fn remove_deleted(&self, now: Instant) {
+        let Some(active) = now.checked_sub(RETENTION) else { return };
         for shard in &self.shards {
-            shard.forget(active);
+            shard.remove_inactive(active);
         }
     }
 
     /// Returns the number of finished calls, by function.
     pub fn invocations(&self) -> HashMap<String, u64> {
-        let calls = self.functions.calls();
+        let calls = self.function_collector.totals();
         calls
             .iter()
-            .map(|(label, numbers)| {
-                (label.to_string(), numbers.by_code.iter().map(|(_, d)| d.count()).sum())
+            .map(|(label, counters)| {
+                (label.to_string(), counters.by_code.iter().map(|(_, d)| d.count()).sum())
             })
             .collect()
     }
 
     /// Returns whether the metrics are being scraped.
     pub fn is_scraped(&self, now: Instant) -> bool {
-        let scraped = *self.scraped.lock().unwrap_or_else(PoisonError::into_inner);
-        scraped.is_some_and(|last| now.saturating_duration_since(last) < SCRAPED_WITHIN)
+        let last_scrape = *self.last_scrape.lock().unwrap_or_else(PoisonError::into_inner);
+        last_scrape.is_some_and(|last| now.saturating_duration_since(last) < SCRAPE_TIMEOUT)
     }
 
     /// Renders the metrics in the Prometheus text format.
@@ -183,11 +185,11 @@ impl Metrics {
     /// # Errors
     /// A metric cannot be encoded. No known input leads to this.
     pub fn render(&self) -> Result<String, prometheus::Error> {
-        *self.scraped.lock().unwrap_or_else(PoisonError::into_inner) = Some(Instant::now());
+        *self.last_scrape.lock().unwrap_or_else(PoisonError::into_inner) = Some(Instant::now());
         TextEncoder::new().encode_to_string(&self.registry.gather())
     }
 
-    pub fn request_answered(
+    pub fn record_api_request(
         &self,
         method: &Method,
         path: &str,
@@ -209,11 +211,11 @@ pub async fn count_request(
     let began = Instant::now();
     let method = request.method().clone();
     let path = request.extensions().get::<MatchedPath>().cloned();
-    let answer = next.run(request).await;
+    let response = next.run(request).await;
     if let Some(path) = path {
-        metrics.request_answered(&method, path.as_str(), answer.status(), began.elapsed());
+        metrics.record_api_request(&method, path.as_str(), response.status(), began.elapsed());
     }
-    answer
+    response
 }
 
 /// Any token can be a method; only known ones become labels.
@@ -240,6 +242,6 @@ mod tests {
         assert!(!metrics.is_scraped(Instant::now()));
         metrics.render().unwrap();
         assert!(metrics.is_scraped(Instant::now()));
-        assert!(!metrics.is_scraped(Instant::now() + SCRAPED_WITHIN));
+        assert!(!metrics.is_scraped(Instant::now() + SCRAPE_TIMEOUT));
     }
 }

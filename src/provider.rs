@@ -16,7 +16,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use crate::auth::Credentials;
-use crate::auth::tries::{Tries, is_refusal};
+use crate::auth::attempts::{CredentialAttempts, is_refusal};
 use crate::error::Error;
 use crate::function::Function;
 use crate::provider::types::{FunctionSummary, ScaleRequest, Usage};
@@ -156,9 +156,9 @@ impl Provider {
             headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
         }
         let deadline = Instant::now() + self.timeout;
-        let mut tries = Tries::of(self.credentials.as_ref());
+        let mut attempts = CredentialAttempts::new(self.credentials.as_ref());
         loop {
-            if let Some(authorization) = tries.header() {
+            if let Some(authorization) = attempts.header() {
                 headers.insert(AUTHORIZATION, authorization);
             }
             let (headers, body) = (headers.clone(), body.clone());
@@ -166,7 +166,7 @@ impl Provider {
             let remaining = deadline.saturating_duration_since(Instant::now());
             let (status, body) =
                 send_and_collect(&self.client, &self.origin, request, remaining).await?;
-            if !tries.again(status) {
+            if !attempts.advance(status) {
                 return Ok((status, body));
             }
         }
@@ -228,7 +228,7 @@ pub async fn collect_response(
     match Limited::new(body, MAX_RESPONSE_BYTES).collect().await {
         Ok(collected) => Ok((parts.status, parts.headers, collected.to_bytes())),
         Err(error) => Err(match error.downcast::<BodyFailure>() {
-            Ok(failure) => Error::Answer(*failure),
+            Ok(failure) => Error::ResponseBody(*failure),
             Err(error) => {
                 debug_assert!(error.is::<LengthLimitError>());
                 Error::Provider(format!(

@@ -130,7 +130,7 @@ pub struct Forwarded {
 pub fn prepare(
     origin: &Origin,
     mut request: Request<RequestBody>,
-    stamps: Option<&RequestIds>,
+    ids: Option<&RequestIds>,
     errand: Errand<'_>,
 ) -> Result<Prepared, Error> {
     errand.watch.call_until(errand.began + errand.timeout);
@@ -143,7 +143,7 @@ pub fn prepare(
     let mut upload = Box::new(Upload::write(method, headers, body, |out| {
         write_start(out, method, [origin.path(), path_and_query(request.uri())]);
         let put = |name: &HeaderName, value: &HeaderValue| write_header(out, name, value);
-        wanted = headers::to_upstream(headers, &origin.host, errand.peer, stamps, put);
+        wanted = headers::to_upstream(headers, &origin.host, errand.peer, ids, put);
     }));
     if !errand.is_clients || request.version() < Version::HTTP_11 {
         // RFC 9110, 15.2.

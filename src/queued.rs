@@ -15,12 +15,12 @@ use futures_util::StreamExt;
 use http::header::{ACCESS_CONTROL_REQUEST_METHOD, ALLOW, CONTENT_LENGTH, HOST, ORIGIN};
 use http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, Uri};
 
-use crate::auth::too_large_or_broken;
+use crate::auth::body_error;
 use crate::call_id::{RequestIds, X_CALL_ID};
 use crate::error::Error;
 use crate::function::Function;
-use crate::metrics::known::Known;
-use crate::metrics::queue::{Line, QueueMetrics};
+use crate::metrics::queue::{DepthGauges, QueueMetrics};
+use crate::metrics::registry::FunctionRegistry;
 use crate::provider::Provider;
 use crate::proxy::headers::to_upstream;
 use crate::queue::call::QueuedCall;
@@ -30,8 +30,8 @@ use crate::queue::{self, ChangeOutcome, MemoryPermit, Queue, QueueDepth, now};
 use crate::queued::unverified::Unverified;
 use crate::queued::wishes::{X_DELAY_SECONDS, X_EXPIRES_SECONDS, X_MAX_ATTEMPTS, options, text};
 use crate::serve::caller::Caller;
-use crate::system::Api;
-use crate::trace::Stored;
+use crate::system::ApiState;
+use crate::trace::PublishTiming;
 use crate::{auth, chain, same_origin};
 
 pub mod operate;
@@ -81,15 +81,15 @@ impl Intake {
             (function.to_string().into(), counts.pending + counts.running)
         });
         self.held.store(Some(Arc::new(held.collect())));
-        let line = |(function, counts): (Function, QueueDepth)| Line {
+        let gauges = |(function, counts): (Function, QueueDepth)| DepthGauges {
             label: function.to_string(),
             pending: counts.pending,
             running: counts.running,
             delayed: counts.delayed,
-            dead: counts.dead_letters,
-            oldest: Duration::from_millis(counts.oldest.map_or(0, |at| now.saturating_sub(at))),
+            dead_letters: counts.dead_letters,
+            oldest_age: Duration::from_millis(counts.oldest.map_or(0, |at| now.saturating_sub(at))),
         };
-        self.metrics.holds(counts.into_iter().map(line).collect());
+        self.metrics.set_depths(counts.into_iter().map(gauges).collect());
         Ok(())
     }
 
@@ -109,7 +109,7 @@ impl Intake {
         let mut kept = BodyBuffer::new(&self.budget);
         let mut frames = body.into_data_stream();
         while let Some(data) = frames.next().await {
-            let data = data.map_err(|error| too_large_or_broken(&error, limit))?;
+            let data = data.map_err(|error| body_error(&error, limit))?;
             if data.len() > limit - kept.length() {
                 return Err(Error::TooLarge(limit));
             }
@@ -142,7 +142,7 @@ pub fn route(method: &Method, path: &str) -> Option<&'static str> {
 }
 
 /// `POST /async-function/NAME…`: 202 when the call is durable.
-pub async fn submit(api: &Api, caller: &Caller, mut request: Request) -> Response {
+pub async fn submit(api: &ApiState, caller: &Caller, mut request: Request) -> Response {
     let from_page = is_from_page(&request);
     let chosen_id = request.headers().get(X_CALL_ID).is_some_and(|id| !id.is_empty());
     if let (Ok(intake), false) = (intake(api), chosen_id)
@@ -151,14 +151,14 @@ pub async fn submit(api: &Api, caller: &Caller, mut request: Request) -> Respons
     {
         request.headers_mut().insert(X_CALL_ID, id);
     }
-    let stamps = RequestIds::from_headers(request.headers());
-    let mut answer = match take_in(api, caller, request, &stamps, chosen_id).await {
+    let ids = RequestIds::from_headers(request.headers());
+    let mut answer = match take_in(api, caller, request, &ids, chosen_id).await {
         Ok((published, took)) => {
             let mut answer = StatusCode::ACCEPTED.into_response();
             if !published.duplicate {
-                answer.extensions_mut().insert(Stored(took));
+                answer.extensions_mut().insert(PublishTiming(took));
             }
-            stamps.apply_to_response(answer.headers_mut());
+            ids.apply_to_response(answer.headers_mut());
             // One that was queued before is known by its first id; one whose id is another call's, by one of its own.
             if let Ok(id) = HeaderValue::try_from(published.id) {
                 answer.headers_mut().insert(X_CALL_ID, id);
@@ -166,8 +166,8 @@ pub async fn submit(api: &Api, caller: &Caller, mut request: Request) -> Respons
             answer
         }
         Err(error) => {
-            let mut answer = error.answer(Some(&stamps.call_id)).map(Body::from);
-            stamps.apply_to_response(answer.headers_mut());
+            let mut answer = error.response(Some(&ids.call_id)).map(Body::from);
+            ids.apply_to_response(answer.headers_mut());
             answer
         }
     };
@@ -179,17 +179,18 @@ pub async fn submit(api: &Api, caller: &Caller, mut request: Request) -> Respons
 
 /// Takes a call in, and says how long the queue took for that.
 async fn take_in(
-    api: &Api,
+    api: &ApiState,
     caller: &Caller,
     request: Request,
-    stamps: &RequestIds,
+    ids: &RequestIds,
     chosen_id: bool,
 ) -> Result<(queue::Published, Duration), Error> {
     let intake = intake(api)?;
     let (parts, body) = request.into_parts();
-    same_origin::guard_queued(&parts.headers, api.names).map_err(Error::Forbidden)?;
+    same_origin::check_async_request(&parts.headers, api.allowed_hosts)
+        .map_err(Error::Forbidden)?;
     if chain::length(&parts.headers) > chain::MAX {
-        return Err(Error::EndlessChain);
+        return Err(Error::CallbackLoop);
     }
     let (function, target) = destination(&parts.uri, &api.default_namespace)?;
     let mut options = options(&parts.headers, chosen_id, now())?;
@@ -198,16 +199,16 @@ async fn take_in(
         *key = format!("{function} {key}");
         options.chosen_id = true;
     }
-    let id = text(&stamps.call_id, &X_CALL_ID)?;
+    let id = text(&ids.call_id, &X_CALL_ID)?;
     let length = parts.headers.get(CONTENT_LENGTH);
     let length = length.and_then(|length| length.to_str().ok()?.parse::<usize>().ok());
     let limit = intake.limit();
     if length.is_some_and(|length| length > limit) {
         return Err(Error::TooLarge(limit));
     }
-    must_exist(&api.metrics.known, &api.provider, intake, &function, &id).await?;
+    must_exist(&api.metrics.function_registry, &api.provider, intake, &function, &id).await?;
     let (body, room) = intake.read(body).await?;
-    let headers = passed_on(&parts.headers, &caller.forwarded_for, stamps);
+    let headers = passed_on(&parts.headers, &caller.forwarded_for, ids);
     let mut call = QueuedCall { id, function, target, headers, body, options };
     call.options.digest = Some(call.digest());
     let began = Instant::now();
@@ -220,7 +221,7 @@ async fn take_in(
 }
 
 /// The headers that the function will see. The worker says where it goes; what the caller called is told as for any call.
-pub fn passed_on(headers: &HeaderMap, peer: &HeaderValue, stamps: &RequestIds) -> HeaderMap {
+pub fn passed_on(headers: &HeaderMap, peer: &HeaderValue, ids: &RequestIds) -> HeaderMap {
     const NOT_PASSED_ON: [HeaderName; 5] =
         [HOST, CONTENT_LENGTH, X_DELAY_SECONDS, X_MAX_ATTEMPTS, X_EXPIRES_SECONDS];
     let mut kept = HeaderMap::with_capacity(headers.len() + 4);
@@ -229,13 +230,13 @@ pub fn passed_on(headers: &HeaderMap, peer: &HeaderValue, stamps: &RequestIds) -
             kept.append(name, value.clone());
         }
     };
-    to_upstream(headers, &HeaderValue::from_static("queued"), peer, Some(stamps), put);
+    to_upstream(headers, &HeaderValue::from_static("queued"), peer, Some(ids), put);
     kept
 }
 
 /// `GET /async-function/CALL-ID`
 pub async fn status(
-    State(api): State<Arc<Api>>,
+    State(api): State<Arc<ApiState>>,
     Path(id): Path<String>,
     request: Request,
 ) -> Result<Response, Error> {
@@ -247,7 +248,7 @@ pub async fn status(
 
 /// `GET /async-function/CALL-ID/result`
 pub async fn result(
-    State(api): State<Arc<Api>>,
+    State(api): State<Arc<ApiState>>,
     Path((id, rest)): Path<(String, String)>,
     request: Request,
 ) -> Result<Response, Error> {
@@ -268,7 +269,7 @@ pub async fn result(
 
 /// `DELETE /async-function/CALL-ID`
 pub async fn cancel(
-    State(api): State<Arc<Api>>,
+    State(api): State<Arc<ApiState>>,
     Path(id): Path<String>,
     request: Request,
 ) -> Result<Response, Error> {
@@ -342,8 +343,8 @@ pub async fn other_method(allow: &'static str) -> Response {
 }
 
 /// What takes calls in, if this gateway has a queue.
-pub fn intake(api: &Api) -> Result<&Intake, Error> {
-    api.intake.as_deref().ok_or_else(|| {
+pub fn intake(api: &ApiState) -> Result<&Intake, Error> {
+    api.queue_ingress.as_deref().ok_or_else(|| {
         Error::NotImplemented(
             "this gateway has no queue: set queue=embedded to keep queued calls in a file"
                 .to_owned(),
@@ -358,7 +359,7 @@ pub fn intake(api: &Api) -> Result<&Intake, Error> {
 /// id the client needs to be admitted to the API, before it learns whether there is such a call: an id that a client
 /// chose can be guessed.
 async fn known(
-    api: &Api,
+    api: &ApiState,
     id: &str,
     request: Request,
 ) -> Result<Result<CallRecord, Response>, Error> {
@@ -366,7 +367,7 @@ async fn known(
     // Ids that can be guessed are not looked up before: even the time that takes would tell whether they are there.
     let status = if is_unguessable(id) { queue.status(id).await? } else { None };
     let opens = status.as_ref().is_some_and(|status| !status.chosen_id);
-    if !opens && let Err(refusal) = auth::admit(api, request).await? {
+    if !opens && let Err(refusal) = auth::authorize(api, request).await? {
         return Ok(Err(refusal));
     }
     let status = match status {
@@ -393,7 +394,7 @@ fn destination(uri: &Uri, default_namespace: &str) -> Result<(Function, String),
 /// A provider that says that there is no such function is believed. One that is away is no reason to refuse: waiting is
 /// what a queue is for; but of names that it has not answered for, only so many are taken.
 pub async fn must_exist(
-    known: &Known,
+    known: &FunctionRegistry,
     provider: &Provider,
     intake: &Intake,
     function: &Function,
@@ -408,7 +409,7 @@ pub async fn must_exist(
     match Box::pin(provider.status(function)).await {
         Ok(_) => {
             intake.unverified.forget();
-            known.learn(function);
+            known.confirm(function);
             Ok(())
         }
         Err(error @ Error::NoSuchFunction(_)) => {

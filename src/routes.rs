@@ -21,7 +21,6 @@ use hyper::body::{Body, Incoming};
 use hyper::service::{Service, service_fn};
 use tower::ServiceExt;
 
-use crate::answer::{Answer, Content, early};
 use crate::error::Error;
 use crate::function::has_dot_segment;
 use crate::health::Health;
@@ -29,44 +28,45 @@ use crate::invoke::{self, Invoker};
 use crate::metrics::Metrics;
 use crate::proxy::body::CallerBody;
 use crate::queued::{operate, other_method};
-use crate::routes::request::{Early, check, close_after, fit_http_1_0};
-use crate::same_origin::InternalNames;
+use crate::response_body::{BodySource, TrackedBody, early};
+use crate::routes::request::{EarlyResponse, adapt_to_http_1_0, check, set_connection_close};
+use crate::same_origin::InternalHosts;
 use crate::serve::caller::Caller;
 use crate::shutdown::Stages;
-use crate::system::{self, Api};
-use crate::trace::{Observer, Trip};
+use crate::system::{self, ApiState};
+use crate::trace::{RequestObserver, RequestSpan};
 use crate::watch::BodyState;
 use crate::{alerts, auth, health, logs, metrics, queued, same_origin, ui};
 
 /// Router of the public port. Requests to functions and calls to enqueue are matched before, in
 /// [`GatewayService::classify`].
-pub fn api(api: Arc<Api>) -> Router {
+pub fn api(api: Arc<ApiState>) -> Router {
     let system = Router::new()
         .route(
             "/system/functions",
             get(system::list).post(system::change).put(system::change).delete(system::change),
         )
-        .route("/system/function/{name}", get(system::pass_named))
+        .route("/system/function/{name}", get(system::proxy_named))
         .route("/system/scale-function/{name}", post(system::scale))
         .route(
             "/system/secrets",
-            get(system::pass).post(system::pass).put(system::pass).delete(system::pass),
+            get(system::proxy).post(system::proxy).put(system::proxy).delete(system::proxy),
         )
-        .route("/system/namespaces", get(system::pass))
+        .route("/system/namespaces", get(system::proxy))
         // The name is in the body.
         .route(
             "/system/namespace/",
-            get(system::pass).post(system::pass).put(system::pass).delete(system::pass),
+            get(system::proxy).post(system::proxy).put(system::proxy).delete(system::proxy),
         )
         .route(
             "/system/namespace/{name}",
-            get(system::pass_named)
-                .post(system::pass_named)
-                .put(system::pass_named)
-                .delete(system::pass_named),
+            get(system::proxy_named)
+                .post(system::proxy_named)
+                .put(system::proxy_named)
+                .delete(system::proxy_named),
         )
         .route("/system/info", get(system::info))
-        .route("/system/telemetry", get(system::pass))
+        .route("/system/telemetry", get(system::proxy))
         .route("/system/logs", get(logs::logs))
         .route("/system/alert", post(alerts::alert))
         .route("/system/queues", get(operate::queues))
@@ -75,14 +75,14 @@ pub fn api(api: Arc<Api>) -> Router {
         .route("/system/calls/{id}", delete(operate::cancel))
         .route("/system/calls/{id}/retry", post(operate::retry))
         .route_layer(from_fn_with_state(Arc::clone(&api), auth::guard))
-        .route_layer(from_fn_with_state(api.names, same_origin::guard))
+        .route_layer(from_fn_with_state(api.allowed_hosts, same_origin::guard))
         .route_layer(from_fn_with_state(Arc::clone(&api.metrics), metrics::count_request));
     let page = Router::new()
         .route("/ui/", get(ui::page))
         .route("/ui/{file}", get(ui::file))
         .route_layer(from_fn_with_state(Arc::clone(&api), auth::guard));
     let calls = get(queued::status).delete(queued::cancel).options(queued::preflight);
-    let behind = get(queued::result).options(queued::preflight);
+    let results = get(queued::result).options(queued::preflight);
     let queued = Router::new()
         .route(
             "/async-function/{name}",
@@ -94,11 +94,11 @@ pub fn api(api: Arc<Api>) -> Router {
         )
         .route(
             "/async-function/{name}/{*rest}",
-            behind.fallback(|| other_method("POST, GET, HEAD, OPTIONS")),
+            results.fallback(|| other_method("POST, GET, HEAD, OPTIONS")),
         )
         .route_layer(from_fn(queued::allow_pages))
         .route_layer(from_fn_with_state(Arc::clone(&api.metrics), metrics::count_request));
-    let open = Router::new()
+    let public = Router::new()
         .route("/", get(ui::redirect))
         .route("/ui", get(ui::redirect))
         .route("/healthz", get(health::provider))
@@ -108,17 +108,17 @@ pub fn api(api: Arc<Api>) -> Router {
         .merge(system)
         .merge(page)
         .merge(queued)
-        .merge(open)
+        .merge(public)
         .fallback(|| async { Error::NoSuchPath })
         .method_not_allowed_fallback(method_not_allowed)
         .with_state(api)
 }
 
 /// Router of the internal (metrics) port.
-pub fn internal(metrics: Arc<Metrics>, names: InternalNames) -> Router {
+pub fn internal(metrics: Arc<Metrics>, hosts: InternalHosts) -> Router {
     Router::new()
         .route("/metrics", get(scrape))
-        .route_layer(from_fn_with_state(Arc::new(names), same_origin::guard_internal))
+        .route_layer(from_fn_with_state(Arc::new(hosts), same_origin::guard_internal))
         .route("/healthz", get(|| async { "OK" }))
         // For probes: this port responds when the public one has reached its connection limit.
         .route("/_/healthz", get(health::live))
@@ -128,8 +128,8 @@ pub fn internal(metrics: Arc<Metrics>, names: InternalNames) -> Router {
 }
 
 /// Router of a worker's port.
-pub fn worker(metrics: Arc<Metrics>, names: InternalNames, health: Arc<Health>) -> Router {
-    internal(metrics, names).route("/_/ready", get(|| async move { health.answer() }))
+pub fn worker(metrics: Arc<Metrics>, hosts: InternalHosts, health: Arc<Health>) -> Router {
+    internal(metrics, hosts).route("/_/ready", get(|| async move { health.response() }))
 }
 
 async fn scrape(State(metrics): State<Arc<Metrics>>) -> Response {
@@ -148,137 +148,149 @@ async fn method_not_allowed() -> (StatusCode, &'static str) {
 }
 
 /// HTTP service of the public port. One per proxy thread.
-pub struct Door {
+pub struct GatewayService {
     pub invoker: Invoker,
-    pub api: Arc<Api>,
+    pub api: Arc<ApiState>,
     /// The router made by [`api`].
     pub router: Router,
     pub stages: Stages,
     /// Access log and traces, if enabled.
-    pub observer: Option<Arc<Observer>>,
+    pub observer: Option<Arc<RequestObserver>>,
 }
 
 /// A classified request, before its response.
-pub struct Entered {
-    errand: Errand,
+pub struct AcceptedRequest {
+    dispatch: Dispatch,
     /// The client uses HTTP/1.0.
-    is_1_0: bool,
-    trip: Option<Box<Trip>>,
+    is_http_1_0: bool,
+    span: Option<Box<RequestSpan>>,
 }
 
 /// What handles a request.
-enum Errand {
-    Call(invoke::Prepared),
+enum Dispatch {
+    Invoke(invoke::PreparedInvocation),
     /// Enqueue a call; the route under which it is counted.
-    Queue(Box<Request<Incoming>>, &'static str),
+    Enqueue(Box<Request<Incoming>>, &'static str),
     /// A request to the API, whose head has been checked.
     Api(Box<Request<Incoming>>),
-    Refused(Box<http::Response<Answer>>),
+    Reject(Box<http::Response<TrackedBody>>),
 }
 
-impl Door {
+impl GatewayService {
     /// Checks and classifies a request. Does not wait.
-    pub fn enter(&self, caller: &Caller, mut request: Request<Incoming>) -> Entered {
-        let began = caller.watch.call_begins();
-        let is_1_0 = request.version() < Version::HTTP_11;
+    pub fn classify(&self, connection: &Caller, mut request: Request<Incoming>) -> AcceptedRequest {
+        let began = connection.watch.call_begins();
+        let is_http_1_0 = request.version() < Version::HTTP_11;
         let observer = self.observer.as_ref();
-        let mut trip = observer.and_then(|it| it.begin(caller.address, &mut request, began));
-        let errand = self.look_at(caller, request, began);
-        if let (Errand::Call(prepared), Some(trip)) = (&errand, &mut trip) {
-            trip.calls(prepared.call_id());
+        let mut span =
+            observer.and_then(|observer| observer.start(connection.address, &mut request, began));
+        let dispatch = self.dispatch(connection, request, began);
+        if let (Dispatch::Invoke(prepared), Some(span)) = (&dispatch, &mut span) {
+            span.on_invocation(prepared.call_id());
         }
-        Entered { errand, is_1_0, trip }
+        AcceptedRequest { dispatch, is_http_1_0, span }
     }
 
-    fn look_at(&self, caller: &Caller, mut request: Request<Incoming>, began: Instant) -> Errand {
+    fn dispatch(
+        &self,
+        connection: &Caller,
+        mut request: Request<Incoming>,
+        began: Instant,
+    ) -> Dispatch {
         if !request.body().is_end_stream() {
-            caller.watch.body_announced();
-            caller.watch.body_until(began + self.invoker.timeouts.read);
+            connection.watch.body_announced();
+            connection.watch.body_until(began + self.invoker.timeouts.read);
         }
         let checked = check(&mut request).and_then(|()| check_path(request.uri().path()));
         let is_call = request.uri().path().starts_with("/function/");
         match checked {
-            Err(Early::Refused(error)) if is_call => {
-                Errand::Refused(self.invoker.refuse(caller, &error, request.headers()))
+            Err(EarlyResponse::Error(error)) if is_call => {
+                Dispatch::Reject(self.invoker.reject(connection, &error, request.headers()))
             }
-            Err(early) => Errand::Refused(Box::new(self.wrap(caller, early.into_response()))),
+            Err(early) => {
+                Dispatch::Reject(Box::new(self.track_body(connection, early.into_response())))
+            }
             Ok(()) if is_call => self
                 .invoker
-                .prepare(caller, request, began)
-                .map_or_else(Errand::Refused, Errand::Call),
+                .prepare(connection, request, began)
+                .map_or_else(Dispatch::Reject, Dispatch::Invoke),
             Ok(()) => match queued::route(request.method(), request.uri().path()) {
-                Some(route) => Errand::Queue(Box::new(request), route),
-                None => Errand::Api(Box::new(request)),
+                Some(route) => Dispatch::Enqueue(Box::new(request), route),
+                None => Dispatch::Api(Box::new(request)),
             },
         }
     }
 
     /// Executes the request and returns the response.
-    pub async fn answer(
+    pub async fn respond(
         &self,
-        caller: &Caller,
-        entered: Entered,
-    ) -> Result<http::Response<Answer>, Infallible> {
-        let Entered { errand, is_1_0, mut trip } = entered;
-        let mut answer = match errand {
-            Errand::Call(prepared) => self.invoker.carry(caller, prepared, &mut trip).await,
-            // Boxed, so that the rare case does not enlarge the future of every invocation.
-            Errand::Queue(request, route) => {
-                self.wrap(caller, Box::pin(self.queue(caller, *request, route)).await)
+        connection: &Caller,
+        accepted: AcceptedRequest,
+    ) -> Result<http::Response<TrackedBody>, Infallible> {
+        let AcceptedRequest { dispatch, is_http_1_0, mut span } = accepted;
+        let mut response = match dispatch {
+            Dispatch::Invoke(prepared) => {
+                self.invoker.execute(connection, prepared, &mut span).await
             }
-            Errand::Api(request) => self.wrap(caller, Box::pin(self.route(caller, *request)).await),
-            Errand::Refused(answer) => *answer,
+            // Boxed, so that the rare case does not enlarge the future of every invocation.
+            Dispatch::Enqueue(request, route) => self
+                .track_body(connection, Box::pin(self.enqueue(connection, *request, route)).await),
+            Dispatch::Api(request) => {
+                self.track_body(connection, Box::pin(self.call_api(connection, *request)).await)
+            }
+            Dispatch::Reject(response) => *response,
         };
-        if caller.watch.body_state() != BodyState::Read
-            && early::closes(&caller.watch, &mut answer).await
+        if connection.watch.body_state() != BodyState::Read
+            && early::must_close(&connection.watch, &mut response).await
         {
-            close_after(answer.headers_mut());
+            set_connection_close(response.headers_mut());
         }
-        if let Some(interim) = caller.watch.interim() {
+        if let Some(interim) = connection.watch.interim() {
             // No await follows: interim responses that come later are no longer written.
             interim.final_response_ready();
         }
-        if let Some(mut trip) = trip {
-            trip.answered(&answer);
-            answer.body_mut().watched_by(trip);
+        if let Some(mut span) = span {
+            span.on_response(&response);
+            response.body_mut().set_span(span);
         }
         // In a 101, `Connection` names the new protocol.
-        if self.stages.is_leaving() && answer.status() != StatusCode::SWITCHING_PROTOCOLS {
-            close_after(answer.headers_mut());
+        if self.stages.is_leaving() && response.status() != StatusCode::SWITCHING_PROTOCOLS {
+            set_connection_close(response.headers_mut());
         }
-        if is_1_0 {
-            fit_http_1_0(&mut answer);
+        if is_http_1_0 {
+            adapt_to_http_1_0(&mut response);
         }
-        Ok(answer)
+        Ok(response)
     }
 
-    async fn queue(
+    async fn enqueue(
         &self,
-        caller: &Caller,
+        connection: &Caller,
         request: Request<Incoming>,
         route: &'static str,
     ) -> Response {
         let began = Instant::now();
-        let answer = queued::submit(&self.api, caller, for_api(caller, request)).await;
+        let response =
+            queued::submit(&self.api, connection, api_request(connection, request)).await;
         let metrics = &self.api.metrics;
-        metrics.request_answered(&Method::POST, route, answer.status(), began.elapsed());
-        answer
+        metrics.record_api_request(&Method::POST, route, response.status(), began.elapsed());
+        response
     }
 
-    async fn route(&self, caller: &Caller, request: Request<Incoming>) -> Response {
-        let mut request = for_api(caller, request);
-        request.extensions_mut().insert(caller.clone());
+    async fn call_api(&self, connection: &Caller, request: Request<Incoming>) -> Response {
+        let mut request = api_request(connection, request);
+        request.extensions_mut().insert(connection.clone());
         self.router.clone().oneshot(request).await.unwrap_or_else(|never| match never {})
     }
 
-    fn wrap(&self, caller: &Caller, answer: Response) -> http::Response<Answer> {
-        let (watch, idle) = (&caller.watch, self.invoker.timeouts.idle);
-        answer.map(|body| Answer::new(Content::Api(body), None, Arc::clone(watch), idle))
+    fn track_body(&self, connection: &Caller, response: Response) -> http::Response<TrackedBody> {
+        let (watch, idle) = (&connection.watch, self.invoker.timeouts.idle);
+        response.map(|body| TrackedBody::new(BodySource::Api(body), None, Arc::clone(watch), idle))
     }
 }
 
-fn for_api(caller: &Caller, request: Request<Incoming>) -> Request<axum::body::Body> {
-    let watch = Arc::clone(&caller.watch);
+fn api_request(connection: &Caller, request: Request<Incoming>) -> Request<axum::body::Body> {
+    let watch = Arc::clone(&connection.watch);
     let mut request = request.map(|body| axum::body::Body::new(CallerBody::new(body, watch)));
     // The API supports no change of protocols.
     request.headers_mut().remove(UPGRADE);
@@ -286,48 +298,54 @@ fn for_api(caller: &Caller, request: Request<Incoming>) -> Request<axum::body::B
 }
 
 /// Returns a service that handles all requests of a connection with `router` only.
-pub fn plain(
+pub fn router_service(
     router: &Router,
-    caller: Caller,
+    connection: Caller,
     idle: Duration,
-) -> impl Service<Request<Incoming>, Response = http::Response<Answer>, Error = Infallible, Future: Send>
-+ Send
+) -> impl Service<
+    Request<Incoming>,
+    Response = http::Response<TrackedBody>,
+    Error = Infallible,
+    Future: Send,
+> + Send
 + use<> {
     let router = router.clone();
     service_fn(move |mut request: Request<Incoming>| {
-        caller.watch.call_begins();
-        let is_1_0 = request.version() < Version::HTTP_11;
+        connection.watch.call_begins();
+        let is_http_1_0 = request.version() < Version::HTTP_11;
         let checked = check(&mut request);
-        let (router, watch) = (router.clone(), Arc::clone(&caller.watch));
+        let (router, watch) = (router.clone(), Arc::clone(&connection.watch));
         async move {
             let mut request = request
                 .map(|body| axum::body::Body::new(CallerBody::new(body, Arc::clone(&watch))));
-            if let Some(interim) = watch.interim().filter(|_| !is_1_0) {
+            if let Some(interim) = watch.interim().filter(|_| !is_http_1_0) {
                 // For functions that the handlers call.
                 request.extensions_mut().insert(Arc::clone(interim));
             }
-            let mut answer = match checked {
+            let mut response = match checked {
                 Ok(()) => router.oneshot(request).await.unwrap_or_else(|never| match never {}),
                 Err(early) => early.into_response(),
             }
-            .map(|body| Answer::new(Content::Api(body), None, Arc::clone(&watch), idle));
-            if watch.body_state() != BodyState::Read && early::closes(&watch, &mut answer).await {
-                close_after(answer.headers_mut());
+            .map(|body| TrackedBody::new(BodySource::Api(body), None, Arc::clone(&watch), idle));
+            if watch.body_state() != BodyState::Read
+                && early::must_close(&watch, &mut response).await
+            {
+                set_connection_close(response.headers_mut());
             }
             if let Some(interim) = watch.interim() {
                 // No await follows, as in [`GatewayService::respond`].
                 interim.final_response_ready();
             }
-            if is_1_0 {
-                fit_http_1_0(&mut answer);
+            if is_http_1_0 {
+                adapt_to_http_1_0(&mut response);
             }
-            Ok(answer)
+            Ok(response)
         }
     })
 }
 
 /// Rejects a path that could escape `/function/NAME`.
-fn check_path(path: &str) -> Result<(), Early> {
+fn check_path(path: &str) -> Result<(), EarlyResponse> {
     if has_dot_segment(path) {
         return Err(Error::BadRequest("the path has a dot segment".to_owned()).into());
     }

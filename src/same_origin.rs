@@ -12,14 +12,14 @@ use http::{HeaderMap, HeaderName, Method};
 use crate::chain::X_GATEWAY_CALLBACK;
 use crate::error::Error;
 use crate::queued::wishes::X_CALLBACK_URL;
-pub use crate::same_origin::internal::{InternalNames, guard_internal};
+pub use crate::same_origin::internal::{InternalHosts, guard_internal};
 
 const SEC_FETCH_SITE: HeaderName = HeaderName::from_static("sec-fetch-site");
 const X_FORWARDED_HOST: HeaderName = HeaderName::from_static("x-forwarded-host");
 
 /// Host names under which the API may be called.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Names {
+pub enum AllowedHosts {
     /// Any name.
     Any,
     /// Names of this machine only. Required if the API has no credentials: otherwise a page whose name resolves to this
@@ -29,17 +29,17 @@ pub enum Names {
 
 /// Rejects requests to `/system/` that were sent by a callback or a page of another origin. Functions may be called by
 /// any page.
-pub async fn guard(State(names): State<Names>, request: Request, next: Next) -> Response {
+pub async fn guard(State(allowed): State<AllowedHosts>, request: Request, next: Next) -> Response {
     let path = request.uri().path();
     if !path.starts_with("/system/") {
         return next.run(request).await;
     }
     let headers = request.headers();
-    let checked = match check(headers, names) {
+    let checked = match check(headers, allowed) {
         // The target of a callback is chosen by a client, which may have no access to the API.
         _ if headers.contains_key(X_GATEWAY_CALLBACK) => Err("a callback cannot use the API"),
-        Err(foreign) => Err(foreign.reason()),
-        Ok(()) if is_from_page(headers) && !is_for_pages(request.method(), path) => Err(
+        Err(rejection) => Err(rejection.reason()),
+        Ok(()) if is_from_page(headers) && !is_allowed_for_pages(request.method(), path) => Err(
             "a web page cannot change functions, because responses of functions have the same origin: use a command-line tool",
         ),
         Ok(()) => Ok(()),
@@ -55,23 +55,23 @@ pub async fn guard(State(names): State<Names>, request: Request, next: Next) -> 
 ///
 /// # Errors
 /// The reason of the rejection, for the client.
-pub fn guard_queued(headers: &HeaderMap, names: Names) -> Result<(), &'static str> {
+pub fn check_async_request(headers: &HeaderMap, allowed: AllowedHosts) -> Result<(), &'static str> {
     let is_restricted =
         |name: &HeaderName| *name == X_CALLBACK_URL || name.as_str().starts_with("x-gateway-");
     if !headers.keys().any(is_restricted) {
         return Ok(());
     }
-    check(headers, names).map_err(|foreign| match foreign {
-        Foreign::Page => {
+    check(headers, allowed).map_err(|rejection| match rejection {
+        Rejection::CrossOriginPage => {
             "a web page of another origin cannot send the headers x-callback-url and x-gateway-*"
         }
-        Foreign::Name => foreign.reason(),
+        Rejection::Host => rejection.reason(),
     })
 }
 
 /// Returns whether a page may send such a request to the API: pages may read, and do what the page under `/ui/` does. A
 /// page that a function returned has the same origin, and its content may come from a third party.
-fn is_for_pages(method: &Method, path: &str) -> bool {
+fn is_allowed_for_pages(method: &Method, path: &str) -> bool {
     method.is_safe() || path.starts_with("/system/calls/")
 }
 
@@ -82,47 +82,51 @@ fn is_from_page(headers: &HeaderMap) -> bool {
 
 /// Why a request is rejected.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Foreign {
+enum Rejection {
     /// It was sent to a name that is not this machine's.
-    Name,
+    Host,
     /// A page of another origin sent it.
-    Page,
+    CrossOriginPage,
 }
 
-impl Foreign {
+impl Rejection {
     fn reason(self) -> &'static str {
         match self {
-            Self::Name => "the API is open to this machine only: call it as localhost or 127.0.0.1",
-            Self::Page => "the request was sent by a web page of another origin",
+            Self::Host => "the API is open to this machine only: call it as localhost or 127.0.0.1",
+            Self::CrossOriginPage => "the request was sent by a web page of another origin",
         }
     }
 }
 
 /// Returns whether a request with these headers may come from the operator of this machine, if the API is open to this
 /// machine only: sent by a tool or the gateway's own page, and not forwarded by a proxy.
-pub fn is_of_this_machine(headers: &HeaderMap) -> bool {
+pub fn is_local_request(headers: &HeaderMap) -> bool {
     let forwarded_for = HeaderName::from_static("x-forwarded-for");
-    let passed_on = [X_FORWARDED_HOST, forwarded_for, FORWARDED, X_GATEWAY_CALLBACK];
+    let forwarding_headers = [X_FORWARDED_HOST, forwarded_for, FORWARDED, X_GATEWAY_CALLBACK];
     headers.contains_key(HOST)
-        && check(headers, Names::Local).is_ok()
-        && !passed_on.iter().any(|name| headers.contains_key(name))
+        && check(headers, AllowedHosts::Local).is_ok()
+        && !forwarding_headers.iter().any(|name| headers.contains_key(name))
 }
 
-fn check(headers: &HeaderMap, names: Names) -> Result<(), Foreign> {
+fn check(headers: &HeaderMap, allowed: AllowedHosts) -> Result<(), Rejection> {
     let text = |name: HeaderName| headers.get(name).and_then(|value| value.to_str().ok());
-    if names == Names::Local && !text(HOST).is_none_or(is_local) {
-        return Err(Foreign::Name);
+    if allowed == AllowedHosts::Local && !text(HOST).is_none_or(is_local) {
+        return Err(Rejection::Host);
     }
     match text(SEC_FETCH_SITE) {
         Some("same-origin" | "none") => return Ok(()),
-        Some(_) => return Err(Foreign::Page),
+        Some(_) => return Err(Rejection::CrossOriginPage),
         None => {}
     }
     // Tools send no `Origin`.
     let Some(origin) = headers.get(ORIGIN) else { return Ok(()) };
     let host = origin.to_str().ok().and_then(|origin| origin.split_once("://")).map(|(_, h)| h);
-    let ours = [text(HOST), text(X_FORWARDED_HOST)];
-    if host.is_some() && ours.contains(&host) { Ok(()) } else { Err(Foreign::Page) }
+    let own_hosts = [text(HOST), text(X_FORWARDED_HOST)];
+    if host.is_some() && own_hosts.contains(&host) {
+        Ok(())
+    } else {
+        Err(Rejection::CrossOriginPage)
+    }
 }
 
 /// Returns whether `host`, with or without a port, is a name of this machine.
@@ -146,28 +150,36 @@ mod tests {
     use super::*;
 
     #[track_caller]
-    fn check_headers(names: Names, headers: &[(&'static str, &'static str)], expect: bool) {
+    fn check_headers(
+        allowed: AllowedHosts,
+        headers: &[(&'static str, &'static str)],
+        expect: bool,
+    ) {
         let map = headers
             .iter()
             .map(|(name, value)| (HeaderName::from_static(name), HeaderValue::from_static(value)));
-        assert_eq!(check(&map.collect(), names).is_ok(), expect, "{headers:?}");
+        assert_eq!(check(&map.collect(), allowed).is_ok(), expect, "{headers:?}");
     }
 
     #[test]
     fn tools_and_the_own_page_are_accepted_and_other_pages_are_not() {
-        check_headers(Names::Any, &[("host", "faas.example")], true);
-        check_headers(Names::Any, &[("host", "a:8080"), ("origin", "http://a:8080")], true);
-        check_headers(Names::Any, &[("host", "a"), ("sec-fetch-site", "same-origin")], true);
-        check_headers(Names::Any, &[("host", "a"), ("sec-fetch-site", "none")], true);
+        check_headers(AllowedHosts::Any, &[("host", "faas.example")], true);
+        check_headers(AllowedHosts::Any, &[("host", "a:8080"), ("origin", "http://a:8080")], true);
+        check_headers(AllowedHosts::Any, &[("host", "a"), ("sec-fetch-site", "same-origin")], true);
+        check_headers(AllowedHosts::Any, &[("host", "a"), ("sec-fetch-site", "none")], true);
         check_headers(
-            Names::Any,
+            AllowedHosts::Any,
             &[("host", "a"), ("x-forwarded-host", "public"), ("origin", "https://public")],
             true,
         );
-        check_headers(Names::Any, &[("host", "a"), ("origin", "https://evil.example")], false);
-        check_headers(Names::Any, &[("host", "a"), ("origin", "null")], false);
-        check_headers(Names::Any, &[("host", "a"), ("sec-fetch-site", "cross-site")], false);
-        check_headers(Names::Any, &[("host", "a"), ("sec-fetch-site", "same-site")], false);
+        check_headers(
+            AllowedHosts::Any,
+            &[("host", "a"), ("origin", "https://evil.example")],
+            false,
+        );
+        check_headers(AllowedHosts::Any, &[("host", "a"), ("origin", "null")], false);
+        check_headers(AllowedHosts::Any, &[("host", "a"), ("sec-fetch-site", "cross-site")], false);
+        check_headers(AllowedHosts::Any, &[("host", "a"), ("sec-fetch-site", "same-site")], false);
     }
 
     #[test]
@@ -175,15 +187,15 @@ mod tests {
         for host in
             ["localhost", "LOCALHOST:8080", "127.0.0.1:8080", "127.1.2.3", "[::1]:8080", "[::1]"]
         {
-            check_headers(Names::Local, &[("host", host)], true);
+            check_headers(AllowedHosts::Local, &[("host", host)], true);
         }
         for host in ["rebind.evil", "localhost.evil:8080", "10.0.0.1", "127.0.0.1.evil"] {
             check_headers(
-                Names::Local,
+                AllowedHosts::Local,
                 &[("host", host), ("sec-fetch-site", "same-origin")],
                 false,
             );
         }
-        check_headers(Names::Local, &[], true);
+        check_headers(AllowedHosts::Local, &[], true);
     }
 }

@@ -18,7 +18,7 @@ use http_body_util::{BodyExt, Limited};
 use serde_json::{Value, json};
 use tokio::sync::Semaphore;
 
-use crate::auth::{Credentials, too_large_or_broken};
+use crate::auth::{Credentials, body_error};
 use crate::autoscale::alerts::Ignored;
 use crate::config::Timeouts;
 use crate::config::base_url::BaseUrl;
@@ -26,42 +26,42 @@ use crate::error::Error;
 use crate::function::Function;
 use crate::health::Health;
 use crate::metrics::Metrics;
-use crate::metrics::query::Counts;
+use crate::metrics::query::InvocationCounts;
 use crate::provider::types::ScaleRequest;
 use crate::provider::{Provider, collect_response, parse_json};
 use crate::proxy::client::{Client, Origin};
 use crate::proxy::upstream_body::UpstreamBody;
 use crate::queued::Intake;
-use crate::same_origin::Names;
+use crate::same_origin::AllowedHosts;
 use crate::serve::caller::Caller;
 
 pub use change::change;
 pub use list::list;
-pub use send::MAX_KEPT;
+pub use send::MAX_REPLAY_BODIES;
 
 /// Maximum bytes of the body of an alert or a scale request.
 pub const MAX_BODY: usize = 1 << 20;
 
 /// State of the API's handlers. One per proxy thread.
-pub struct Api {
+pub struct ApiState {
     pub client: Arc<Client>,
     pub provider: Provider,
     pub logs: Origin,
     pub credentials: Option<Arc<Credentials>>,
     pub auth_proxy: Option<AuthProxy>,
     /// Host names under which the API may be called.
-    pub names: Names,
+    pub allowed_hosts: AllowedHosts,
     pub timeouts: Timeouts,
     pub default_namespace: Arc<str>,
     pub metrics: Arc<Metrics>,
     pub health: Arc<Health>,
-    pub counts: Arc<Counts>,
+    pub invocation_counts: Arc<InvocationCounts>,
     /// Alerts to ignore, if the autoscaler is enabled.
-    pub ignored_alerts: Option<Arc<Ignored>>,
+    pub alert_filter: Option<Arc<Ignored>>,
     /// Enqueues calls, if there is a queue.
-    pub intake: Option<Arc<Intake>>,
+    pub queue_ingress: Option<Arc<Intake>>,
     /// One permit per request body buffered for a retry: [`MAX_REPLAY_BODIES`] for all threads.
-    pub kept: Arc<Semaphore>,
+    pub replay_permits: Arc<Semaphore>,
 }
 
 /// The setting `auth_proxy_url`, and whether request bodies are sent to it.
@@ -82,25 +82,25 @@ impl AuthProxy {
 }
 
 /// Proxies a request unchanged.
-pub async fn pass(
-    State(api): State<Arc<Api>>,
-    Extension(caller): Extension<Caller>,
+pub async fn proxy(
+    State(api): State<Arc<ApiState>>,
+    Extension(connection): Extension<Caller>,
     request: Request,
 ) -> Response {
-    api.send(&caller, &api.provider.origin, request).await.map(stream).into_response()
+    api.send(&connection, &api.provider.origin, request).await.map(stream_response).into_response()
 }
 
 /// Proxies a request whose path names a function or namespace.
-pub async fn pass_named(
-    state: State<Arc<Api>>,
-    caller: Extension<Caller>,
+pub async fn proxy_named(
+    state: State<Arc<ApiState>>,
+    connection: Extension<Caller>,
     Path(name): Path<String>,
     request: Request,
 ) -> Response {
     if !name.bytes().all(crate::function::is_name_byte) {
         return Error::NoSuchPath.into_response();
     }
-    pass(state, caller, request).await
+    proxy(state, connection, request).await
 }
 
 /// `POST /system/scale-function/NAME`: only a valid body is proxied.
@@ -108,23 +108,23 @@ pub async fn pass_named(
 /// # Errors
 /// The path names no function, the body is invalid, or the provider does not respond.
 pub async fn scale(
-    State(api): State<Arc<Api>>,
-    Extension(caller): Extension<Caller>,
+    State(api): State<Arc<ApiState>>,
+    Extension(connection): Extension<Caller>,
     Path(name): Path<String>,
     request: Request,
 ) -> Result<Response, Error> {
     let function = Function::parse(&name, &api.default_namespace).ok_or(Error::NoSuchPath)?;
     let (parts, body) = request.into_parts();
-    let bytes = read(body, MAX_BODY).await?;
+    let bytes = read_body(body, MAX_BODY).await?;
     let wanted = serde_json::from_slice::<ScaleRequest>(&bytes).map_err(|error| {
         Error::BadRequest(format!(
             "the body is not {{\"serviceName\":NAME,\"replicas\":COUNT}}: {error}"
         ))
     })?;
     let request = Request::from_parts(parts, Body::from(bytes));
-    let _changed =
-        [function.name, wanted.service_name].map(|name| change::Changed::named(&api, name));
-    api.send(&caller, &api.provider.origin, request).await.map(stream)
+    let _changed = [function.name, wanted.service_name]
+        .map(|name| change::InvalidateOnDrop::named(&api, name));
+    api.send(&connection, &api.provider.origin, request).await.map(stream_response)
 }
 
 /// `GET /system/info`: the provider's information, and this gateway's.
@@ -132,11 +132,11 @@ pub async fn scale(
 /// # Errors
 /// The provider does not respond, or not with JSON.
 pub async fn info(
-    State(api): State<Arc<Api>>,
-    Extension(caller): Extension<Caller>,
+    State(api): State<Arc<ApiState>>,
+    Extension(connection): Extension<Caller>,
     request: Request,
 ) -> Result<Response, Error> {
-    let (status, _, body) = api.fetch(&caller, request).await?;
+    let (status, _, body) = api.fetch_json(&connection, request).await?;
     if !status.is_success() {
         return Ok((status, body).into_response());
     }
@@ -153,29 +153,29 @@ pub async fn info(
     .into_response())
 }
 
-impl Api {
+impl ApiState {
     /// Fetches a JSON response that is read here, so neither compressed nor partial, whatever the client accepts. HEAD
     /// is sent as GET.
-    async fn fetch(
+    async fn fetch_json(
         &self,
-        caller: &Caller,
+        connection: &Caller,
         mut request: Request,
     ) -> Result<(StatusCode, HeaderMap, Bytes), Error> {
         *request.method_mut() = Method::GET;
         for name in [ACCEPT_ENCODING, IF_MODIFIED_SINCE, IF_NONE_MATCH, IF_RANGE, RANGE] {
             request.headers_mut().remove(name);
         }
-        collect_response(self.send(caller, &self.provider.origin, request).await?).await
+        collect_response(self.send(connection, &self.provider.origin, request).await?).await
     }
 }
 
 /// Converts an upstream's response to a response of the router.
-pub fn stream(answer: http::Response<UpstreamBody>) -> Response {
-    answer.map(Body::new)
+pub fn stream_response(response: http::Response<UpstreamBody>) -> Response {
+    response.map(Body::new)
 }
 
 /// Returns a 200 with a JSON body.
-pub fn json_answer(body: Vec<u8>) -> Response {
+pub fn json_response(body: Vec<u8>) -> Response {
     (StatusCode::OK, [(CONTENT_TYPE, "application/json")], body).into_response()
 }
 
@@ -183,9 +183,9 @@ pub fn json_answer(body: Vec<u8>) -> Response {
 ///
 /// # Errors
 /// The body is longer, or the client aborted it.
-pub async fn read(body: Body, limit: usize) -> Result<Bytes, Error> {
+pub async fn read_body(body: Body, limit: usize) -> Result<Bytes, Error> {
     match Limited::new(body, limit).collect().await {
         Ok(collected) => Ok(collected.to_bytes()),
-        Err(error) => Err(too_large_or_broken(&*error, limit)),
+        Err(error) => Err(body_error(&*error, limit)),
     }
 }

@@ -10,7 +10,7 @@ use tracing_subscriber::util::SubscriberInitExt;
 use crate::config::LogConfig;
 
 /// Maximum buffered log lines. More are dropped: a slow reader of the log must not block calls.
-const WAITING: usize = 16 << 10;
+const MAX_BUFFERED_LINES: usize = 16 << 10;
 
 /// Installs the subscriber of the process; a second call has no effect. Logging works until the returned guard is
 /// dropped.
@@ -18,7 +18,8 @@ pub fn init(log: &LogConfig) -> WorkerGuard {
     // The filter was validated with the settings. The access log has its own setting.
     let filter: Targets = format!("access=info,{}", log.filter).parse().unwrap_or_default();
     let registry = tracing_subscriber::registry().with(filter);
-    let builder = NonBlockingBuilder::default().lossy(true).buffered_lines_limit(WAITING);
+    let builder =
+        NonBlockingBuilder::default().lossy(true).buffered_lines_limit(MAX_BUFFERED_LINES);
     let (writer, guard) = builder.finish(io::stderr());
     let layer = tracing_subscriber::fmt::layer().with_writer(writer);
     let installed = if log.json {

@@ -4,8 +4,8 @@ pub mod context;
 pub mod exporter;
 #[cfg(any(test, fuzzing))]
 pub(crate) mod fuzz;
+mod request_span;
 pub mod span;
-mod trip;
 
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
@@ -14,20 +14,20 @@ use http::HeaderMap;
 use tokio::sync::mpsc;
 use uuid::Uuid;
 
-pub use self::trip::{Stored, Trip};
+pub use self::request_span::{PublishTiming, RequestSpan};
 
 use crate::config::base_url::BaseUrl;
 use crate::config::{AccessLogMode, TracingConfig};
 use crate::metrics::traces::SpansDropped;
 use crate::proxy::client::Client;
-use crate::trace::context::{Context, span_id};
-use crate::trace::exporter::{Exporter, WAITING};
-use crate::trace::span::{Attribute, Kind, Span};
+use crate::trace::context::{Context, new_span_id};
+use crate::trace::exporter::{Exporter, QUEUE_CAPACITY};
+use crate::trace::span::{AttributeValue, Span, SpanKind};
 
 /// Starts the request spans: access log and tracing.
 #[derive(Debug)]
-pub struct Observer {
-    pub access: AccessLogMode,
+pub struct RequestObserver {
+    pub access_log: AccessLogMode,
     pub tracer: Option<Tracer>,
 }
 
@@ -42,7 +42,7 @@ pub struct Tracer {
 
 /// A span that has not ended. It is exported when dropped.
 #[derive(Debug)]
-pub struct Open {
+pub struct ActiveSpan {
     tracer: Tracer,
     /// `None` once exported.
     span: Option<Span>,
@@ -58,39 +58,50 @@ impl Tracer {
         client: Arc<Client>,
         dropped: SpansDropped,
     ) -> (Self, Exporter) {
-        let (sender, spans) = mpsc::channel(WAITING);
+        let (sender, spans) = mpsc::channel(QUEUE_CAPACITY);
         let TracingConfig { headers, sampling_ratio: sampling, .. } = config;
-        let refused = dropped.clone();
-        let exporter = Exporter { client, endpoint, headers, service, dropped: refused, spans };
+        let exporter_dropped = dropped.clone();
+        let exporter =
+            Exporter { client, endpoint, headers, service, dropped: exporter_dropped, spans };
         (Self { spans: sender, dropped, sampling }, exporter)
     }
 
     /// Returns the trace context of a request, and whether the request had one.
-    fn place(&self, headers: &HeaderMap) -> (Context, bool) {
-        match Context::of(headers) {
+    fn context_for(&self, headers: &HeaderMap) -> (Context, bool) {
+        match Context::extract(headers) {
             Some(context) => (context, true),
-            None => (Context::fresh(self.sampling), false),
+            None => (Context::new_root(self.sampling), false),
         }
     }
 
     /// Starts a span for the queued call `id`; `None` if its trace is not sampled. A call without a trace context gets
     /// a trace whose id is derived from its own, so that all its attempts belong to one trace.
-    pub fn begin(&self, id: &str, headers: &HeaderMap, name: &'static str) -> Option<Open> {
-        let context = Context::of(headers).unwrap_or_else(|| match Uuid::parse_str(id) {
-            Ok(id) => Context::of_id(id, self.sampling),
-            Err(_) => Context::fresh(self.sampling),
+    pub fn start_span(
+        &self,
+        id: &str,
+        headers: &HeaderMap,
+        name: &'static str,
+    ) -> Option<ActiveSpan> {
+        let context = Context::extract(headers).unwrap_or_else(|| match Uuid::parse_str(id) {
+            Ok(id) => Context::from_call_id(id, self.sampling),
+            Err(_) => Context::new_root(self.sampling),
         });
-        self.under(context, Kind::Consumer, name)
+        self.child(context, SpanKind::Consumer, name)
     }
 
     /// Starts a child span of `context`; `None` if its trace is not sampled.
-    pub fn under(&self, context: Context, kind: Kind, name: &'static str) -> Option<Open> {
+    pub fn child(
+        &self,
+        context: Context,
+        kind: SpanKind,
+        name: &'static str,
+    ) -> Option<ActiveSpan> {
         if !context.sampled {
             return None;
         }
         let span = Span {
             trace: context.trace,
-            id: span_id(),
+            id: new_span_id(),
             parent: context.span,
             kind,
             name: name.into(),
@@ -99,43 +110,43 @@ impl Tracer {
             attributes: Vec::new(),
             failure: Some("it was interrupted".to_owned()),
         };
-        Some(Open { tracer: self.clone(), span: Some(span), began: Instant::now() })
+        Some(ActiveSpan { tracer: self.clone(), span: Some(span), began: Instant::now() })
     }
 
-    fn tell(&self, span: Span) {
+    fn export(&self, span: Span) {
         // If the queue of the exporter is full, the span is dropped.
         if self.spans.try_send(span).is_err() {
-            self.dropped.crowded_out();
+            self.dropped.queue_full();
         }
     }
 }
 
-impl Open {
+impl ActiveSpan {
     /// Returns the trace context for child spans.
     pub fn context(&self) -> Option<Context> {
         let span = self.span.as_ref()?;
         Some(Context { trace: span.trace, span: span.id, sampled: true })
     }
 
-    pub fn note(&mut self, name: &'static str, value: impl Into<Attribute>) {
+    pub fn set_attribute(&mut self, name: &'static str, value: impl Into<AttributeValue>) {
         if let Some(span) = &mut self.span {
             span.attributes.push((name, value.into()));
         }
     }
 
     /// Ends the span, as failed if there is a `failure`.
-    pub fn ended(mut self, failure: Option<String>) {
+    pub fn finish(mut self, failure: Option<String>) {
         if let Some(span) = &mut self.span {
             span.failure = failure;
         }
     }
 }
 
-impl Drop for Open {
+impl Drop for ActiveSpan {
     /// A span that was not ended is exported, too: other spans may be its children.
     fn drop(&mut self) {
         if let Some(span) = self.span.take() {
-            self.tracer.tell(Span { took: self.began.elapsed(), ..span });
+            self.tracer.export(Span { took: self.began.elapsed(), ..span });
         }
     }
 }

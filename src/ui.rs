@@ -9,7 +9,7 @@ use crate::error::Error;
 
 const NOSNIFF: (HeaderName, &str) = (http::header::X_CONTENT_TYPE_OPTIONS, "nosniff");
 /// No external resources. `blob:` allows images in responses of functions.
-const POLICY: &str =
+const PAGE_SECURITY_POLICY: &str =
     "default-src 'self'; img-src 'self' data: blob:; frame-ancestors 'none'; base-uri 'none'";
 
 macro_rules! files {
@@ -46,7 +46,7 @@ fn asset(kind: &'static str, text: &'static str) -> Response {
     let headers = [
         (CONTENT_TYPE, kind),
         (CACHE_CONTROL, "no-cache"),
-        (CONTENT_SECURITY_POLICY, POLICY),
+        (CONTENT_SECURITY_POLICY, PAGE_SECURITY_POLICY),
         NOSNIFF,
     ];
     (headers, text).into_response()

@@ -17,15 +17,15 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio_util::task::TaskTracker;
 
 use crate::chain;
-use crate::error::Causes;
+use crate::error::ErrorChain;
 use crate::queue::call::{QueuedCall, UnixMillis};
 use crate::queue::status::{CallState, Settlement, StoredResponse};
 use crate::queue::{Delivery, Error, MemoryPermit, memory, now};
 use crate::queued::Intake;
 use crate::shutdown::Stages;
 use crate::trace::context::{Context, TRACEPARENT, TRACESTATE};
-use crate::trace::span::Kind;
-use crate::trace::{Open, Tracer};
+use crate::trace::span::SpanKind;
+use crate::trace::{ActiveSpan, Tracer};
 use crate::worker::attempt::{Attempt, Caller};
 use crate::worker::callback::{Callbacks, Report, random};
 use crate::worker::notes::Notes;
@@ -142,7 +142,7 @@ impl Worker {
             Settlement::Finished { state, status, reason, response: None, executed: false }
         } else {
             let span = self.begin_span(&delivery);
-            let context = span.as_ref().and_then(Open::context);
+            let context = span.as_ref().and_then(ActiveSpan::context);
             let mut attempt = self.attempt(call, context).await;
             if let Some(span) = span {
                 end_span(span, &attempt);
@@ -175,7 +175,7 @@ impl Worker {
         }
         match settlement {
             Settlement::Retry { .. } => self.intake.metrics.retried(),
-            Settlement::DeadLetter { .. } => self.intake.metrics.buried(),
+            Settlement::DeadLetter { .. } => self.intake.metrics.dead_lettered(),
             Settlement::Finished { .. } => self.intake.metrics.processed(),
         }
     }
@@ -195,14 +195,14 @@ impl Worker {
         }
     }
 
-    fn begin_span(&self, delivery: &Delivery) -> Option<Open> {
+    fn begin_span(&self, delivery: &Delivery) -> Option<ActiveSpan> {
         let call = &delivery.call;
-        let mut span = self.tracer.as_ref()?.begin(&call.id, &call.headers, "process")?;
+        let mut span = self.tracer.as_ref()?.start_span(&call.id, &call.headers, "process")?;
         let waited = now().saturating_sub(call.options.submitted_at);
-        span.note("gateway.call_id", call.id.as_str());
-        span.note("faas.invoked_name", call.function.to_string().as_str());
-        span.note("gateway.attempt", delivery.attempts + 1);
-        span.note("gateway.queued_ms", i64::try_from(waited).unwrap_or(i64::MAX));
+        span.set_attribute("gateway.call_id", call.id.as_str());
+        span.set_attribute("faas.invoked_name", call.function.to_string().as_str());
+        span.set_attribute("gateway.attempt", delivery.attempts + 1);
+        span.set_attribute("gateway.queued_ms", i64::try_from(waited).unwrap_or(i64::MAX));
         Some(span)
     }
 
@@ -292,7 +292,7 @@ impl Worker {
     ) -> Option<String> {
         let url = call.options.callback.as_ref()?;
         let span = self.tracer.as_ref().zip(context);
-        let span = span.and_then(|(it, context)| it.under(context, Kind::Client, "callback"));
+        let span = span.and_then(|(it, context)| it.child(context, SpanKind::Client, "callback"));
         let report = Report {
             call_id: call.id.clone(),
             function: call.function.to_string(),
@@ -309,31 +309,31 @@ impl Worker {
         };
         let error = Box::pin(self.callbacks.send(url, &report)).await.err();
         if let Some(span) = span {
-            span.ended(error.as_ref().map(ToString::to_string));
+            span.finish(error.as_ref().map(ToString::to_string));
         }
         let error = error?;
-        tracing::warn!(call_id = call.id, function = %call.function, error = %Causes(&error), "A callback failed");
+        tracing::warn!(call_id = call.id, function = %call.function, error = %ErrorChain(&error), "A callback failed");
         Some(format!("the callback failed: {error}"))
     }
 }
 
-fn end_span(mut span: Open, attempt: &Attempt) {
+fn end_span(mut span: ActiveSpan, attempt: &Attempt) {
     if let Some(status) = attempt.status {
-        span.note("http.response.status_code", status);
+        span.set_attribute("http.response.status_code", status);
     }
     let failed = attempt.status.is_some_and(|status| status >= 500);
     let reason = attempt.reason.clone();
-    span.ended(reason.or_else(|| failed.then(|| "the function failed".to_owned())));
+    span.finish(reason.or_else(|| failed.then(|| "the function failed".to_owned())));
 }
 
 /// What the receiver of a callback is told of the trace that its call belongs to.
-fn trace_of(call: &QueuedCall, span: Option<&Open>) -> HeaderMap {
+fn trace_of(call: &QueuedCall, span: Option<&ActiveSpan>) -> HeaderMap {
     let of_call = [TRACEPARENT, TRACESTATE]
         .into_iter()
         .filter_map(|name| Some((call.headers.get(&name)?.clone(), name)));
     let mut headers: HeaderMap = of_call.map(|(value, name)| (name, value)).collect();
-    if let Some(context) = span.and_then(Open::context) {
-        context.put_on(&mut headers, Context::of(&call.headers).is_some());
+    if let Some(context) = span.and_then(ActiveSpan::context) {
+        context.inject(&mut headers, Context::extract(&call.headers).is_some());
     }
     headers
 }

@@ -4,14 +4,14 @@ use std::collections::BTreeMap;
 
 /// Status of an alert.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Alarm {
+pub(super) enum AlertStatus {
     Firing,
     Resolved,
 }
 
 /// Scaling limits of a function, from its labels.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Bounds {
+pub struct ScaleBounds {
     /// `com.openfaas.scale.min`
     pub min: u64,
     /// `com.openfaas.scale.max`
@@ -20,7 +20,7 @@ pub struct Bounds {
     pub factor: u64,
 }
 
-impl Bounds {
+impl ScaleBounds {
     /// Reads the labels. A missing or invalid label has its default.
     pub fn from_labels(labels: &BTreeMap<String, String>) -> Self {
         let label = |name: &str, default| {
@@ -35,16 +35,20 @@ impl Bounds {
 }
 
 /// Returns the new number of replicas; `None` if it does not change.
-pub(super) fn replicas_after(status: Alarm, replicas: u64, bounds: Bounds) -> Option<u64> {
+pub(super) fn replicas_after(
+    status: AlertStatus,
+    replicas: u64,
+    bounds: ScaleBounds,
+) -> Option<u64> {
     if bounds.factor == 0 {
         return None;
     }
     let wanted = match status {
-        Alarm::Firing => {
+        AlertStatus::Firing => {
             let step = bounds.max.saturating_mul(bounds.factor).div_ceil(100);
             replicas.saturating_add(step).min(bounds.max)
         }
-        Alarm::Resolved => bounds.min,
+        AlertStatus::Resolved => bounds.min,
     };
     (wanted != replicas).then_some(wanted)
 }
@@ -54,31 +58,38 @@ mod tests {
     use super::*;
 
     #[track_caller]
-    fn check(status: Alarm, replicas: u64, min: u64, max: u64, factor: u64, expect: Option<u64>) {
-        assert_eq!(replicas_after(status, replicas, Bounds { min, max, factor }), expect);
+    fn check(
+        status: AlertStatus,
+        replicas: u64,
+        min: u64,
+        max: u64,
+        factor: u64,
+        expect: Option<u64>,
+    ) {
+        assert_eq!(replicas_after(status, replicas, ScaleBounds { min, max, factor }), expect);
     }
 
     #[test]
     fn a_firing_alert_adds_a_step_up_to_max() {
-        check(Alarm::Firing, 1, 1, 5, 40, Some(3));
-        check(Alarm::Firing, 4, 1, 5, 100, Some(5));
-        check(Alarm::Firing, 1, 1, 20, 10, Some(3));
-        check(Alarm::Firing, 1, 1, 4, 10, Some(2));
-        check(Alarm::Firing, 5, 1, 5, 40, None);
-        check(Alarm::Firing, 9, 1, 5, 40, Some(5));
-        check(Alarm::Firing, 0, 0, u64::MAX, 100, Some(u64::MAX.div_ceil(100)));
+        check(AlertStatus::Firing, 1, 1, 5, 40, Some(3));
+        check(AlertStatus::Firing, 4, 1, 5, 100, Some(5));
+        check(AlertStatus::Firing, 1, 1, 20, 10, Some(3));
+        check(AlertStatus::Firing, 1, 1, 4, 10, Some(2));
+        check(AlertStatus::Firing, 5, 1, 5, 40, None);
+        check(AlertStatus::Firing, 9, 1, 5, 40, Some(5));
+        check(AlertStatus::Firing, 0, 0, u64::MAX, 100, Some(u64::MAX.div_ceil(100)));
     }
 
     #[test]
     fn a_resolved_alert_scales_to_min() {
-        check(Alarm::Resolved, 4, 2, 20, 10, Some(2));
-        check(Alarm::Resolved, 1, 1, 20, 10, None);
+        check(AlertStatus::Resolved, 4, 2, 20, 10, Some(2));
+        check(AlertStatus::Resolved, 1, 1, 20, 10, None);
     }
 
     #[test]
     fn factor_zero_disables_alerts() {
-        check(Alarm::Firing, 1, 1, 5, 0, None);
-        check(Alarm::Resolved, 4, 1, 5, 0, None);
+        check(AlertStatus::Firing, 1, 1, 5, 0, None);
+        check(AlertStatus::Resolved, 4, 1, 5, 0, None);
     }
 
     #[test]
@@ -88,6 +99,6 @@ mod tests {
             ("com.openfaas.scale.max".to_owned(), " 7 ".to_owned()),
             ("com.openfaas.scale.factor".to_owned(), "900".to_owned()),
         ]);
-        assert_eq!(Bounds::from_labels(&labels), Bounds { min: 1, max: 7, factor: 100 });
+        assert_eq!(ScaleBounds::from_labels(&labels), ScaleBounds { min: 1, max: 7, factor: 100 });
     }
 }

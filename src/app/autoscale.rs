@@ -9,7 +9,7 @@ use crate::autoscale::{self, Parts};
 use crate::config;
 use crate::config::autoscale::Autoscale;
 use crate::metrics::Metrics;
-use crate::metrics::replicas::Poll;
+use crate::metrics::poller::ProviderPoller;
 use crate::queued::Intake;
 use crate::shutdown::Tasks;
 
@@ -29,7 +29,7 @@ pub(super) async fn start(
     config: Autoscale,
     queue: &config::Queue,
     may_zero: bool,
-    poll: Poll,
+    poll: ProviderPoller,
     intake: Option<Arc<Intake>>,
     tasks: &Tasks,
 ) -> anyhow::Result<()> {

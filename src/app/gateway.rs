@@ -11,6 +11,7 @@ use hyper::service::service_fn;
 use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 
+use crate::activator::Activator;
 use crate::app::threads::{Threads, Work};
 use crate::app::worker::{Counted, Part};
 use crate::app::{autoscale, worker};
@@ -22,21 +23,20 @@ use crate::invoke::operators::Operators;
 use crate::invoke::{Invoker, Route};
 use crate::limit::ConcurrencyLimit;
 use crate::metrics::Metrics;
-use crate::metrics::query::Counts;
-use crate::metrics::replicas::Poll;
+use crate::metrics::poller::ProviderPoller;
+use crate::metrics::query::InvocationCounts;
 use crate::provider::Provider;
 use crate::proxy::client::{Client, Origin, Tls};
 use crate::queued::Intake;
-use crate::routes::{self, Door};
-use crate::same_origin::{InternalNames, Names};
-use crate::scaling::Scaling;
+use crate::routes::{self, GatewayService};
+use crate::same_origin::{AllowedHosts, InternalHosts};
 use crate::serve::heads::Heads;
 use crate::serve::listener::bind;
 use crate::serve::pacing::Pacing;
 use crate::serve::{Server, raise_file_limit};
 use crate::shutdown::{Stages, Tasks};
-use crate::system::{Api, AuthProxy, MAX_KEPT};
-use crate::trace::{Observer, Tracer};
+use crate::system::{ApiState, AuthProxy, MAX_REPLAY_BODIES};
+use crate::trace::{RequestObserver, Tracer};
 use crate::worker::Worker;
 use crate::worker::attempt::Caller;
 use crate::worker::callback::own::Own;
@@ -74,16 +74,16 @@ struct Parts {
     limit: Arc<ConcurrencyLimit>,
     metrics: Arc<Metrics>,
     health: Arc<Health>,
-    counts: Arc<Counts>,
+    counts: Arc<InvocationCounts>,
     intake: Option<Arc<Intake>>,
-    scaling: Option<Arc<Scaling>>,
+    scaling: Option<Arc<Activator>>,
     ignored_alerts: Option<Arc<Ignored>>,
     namespace: Arc<str>,
     tls: Tls,
     /// What background work calls the provider with.
     client: Arc<Client>,
     tracer: Option<Tracer>,
-    observer: Option<Arc<Observer>>,
+    observer: Option<Arc<RequestObserver>>,
     stages: Stages,
     heads: Arc<Heads>,
     /// For bodies of requests to the API that may have to be sent again.
@@ -150,8 +150,8 @@ fn carry_calls(parts: &Parts, number: usize, server: Server, listener: TcpListen
                 let both = Arc::new((Arc::clone(&door), caller));
                 service_fn(move |request: Request<Incoming>| {
                     let both = Arc::clone(&both);
-                    let entered = both.0.enter(&both.1, request);
-                    async move { both.0.answer(&both.1, entered).await }
+                    let entered = both.0.classify(&both.1, request);
+                    async move { both.0.respond(&both.1, entered).await }
                 })
             });
             // The sweep holds nothing over an await.
@@ -198,13 +198,13 @@ impl Parts {
                 credentials: provider_credentials.clone(),
                 timeout: config.timeouts.upstream,
             };
-            Scaling::new(provider, Arc::clone(&metrics.known), limits, tasks)
+            Activator::new(provider, Arc::clone(&metrics.function_registry), limits, tasks)
         });
         let collector = Client::new(idle, tls.clone());
         let tracer = tracer(&config.tracing, "gateway", &metrics, collector, tasks)?;
         let access = config.access_log;
         let observer = (access != AccessLogMode::Off || tracer.is_some())
-            .then(|| Arc::new(Observer { access, tracer: tracer.clone() }));
+            .then(|| Arc::new(RequestObserver { access_log: access, tracer: tracer.clone() }));
         Ok(Self {
             tracer,
             observer,
@@ -216,14 +216,14 @@ impl Parts {
             intake,
             scaling,
             ignored_alerts: config.autoscale.map(|_| Arc::default()),
-            counts: Counts::new(config.prometheus.clone().map(Origin::new)),
+            counts: InvocationCounts::new(config.prometheus.clone().map(Origin::new)),
             limit,
             namespace,
             tls,
             client,
             stages: stages.clone(),
             heads: Arc::new(Heads::new(config.limits.head_memory)),
-            kept: Arc::new(Semaphore::new(MAX_KEPT)),
+            kept: Arc::new(Semaphore::new(MAX_REPLAY_BODIES)),
             config,
         })
     }
@@ -257,14 +257,14 @@ impl Parts {
         tasks.spawn(|stopping| until(stopping, async move { client.keep_swept().await }));
         if let Some(credentials) = self.credentials.clone() {
             let reloads = self.stages.reloads();
-            tasks.spawn(|stopping| credentials.follow(stopping, reloads));
+            tasks.spawn(|stopping| credentials.watch_files(stopping, reloads));
         }
         if let Some(intake) = self.intake.clone() {
             let health = Arc::clone(&self.health);
             tasks.spawn(|stopping| worker::keep_tidy(intake, health, Counted::Always, stopping));
         }
-        let names = InternalNames::new(&self.config.metrics_hosts);
-        let router = routes::internal(Arc::clone(&self.metrics), names);
+        let hosts = InternalHosts::new(&self.config.metrics_hosts);
+        let router = routes::internal(Arc::clone(&self.metrics), hosts);
         let heads = Arc::clone(&self.heads);
         serve_metrics(router, metrics_listener, self.config.timeouts, heads, tasks);
     }
@@ -277,15 +277,15 @@ impl Parts {
         autoscale::start(config, &self.config.queue, may_zero, poll, intake, tasks).await
     }
 
-    fn poll(&self, client: &Arc<Client>) -> Poll {
+    fn poll(&self, client: &Arc<Client>) -> ProviderPoller {
         // Readiness hangs on it, so it does not wait for as long as a call may take.
         let timeout = self.config.timeouts.upstream.min(LONGEST_POLL);
-        Poll {
+        ProviderPoller {
             provider: Provider { timeout, ..self.provider(client) },
             default_namespace: Arc::clone(&self.namespace),
             metrics: Arc::clone(&self.metrics),
             health: Arc::clone(&self.health),
-            shows_replicas: true,
+            exports_replicas: true,
         }
     }
 
@@ -325,7 +325,7 @@ impl Parts {
             tls: self.tls.clone(),
             tracer: self.tracer.clone(),
             own,
-            known: Arc::clone(&self.metrics.known),
+            known: Arc::clone(&self.metrics.function_registry),
             default_namespace: Arc::clone(&self.namespace),
             limit: Some((Arc::clone(&self.limit), self.limit.permit_cache(number))),
         };
@@ -344,7 +344,7 @@ impl Parts {
     }
 
     /// What one thread answers callers with; to be called on its runtime.
-    fn door(&self, thread: usize, client: &Arc<Client>) -> Door {
+    fn door(&self, thread: usize, client: &Arc<Client>) -> GatewayService {
         let provider = self.provider(client);
         let route = match &self.config.direct_functions {
             Some(suffix) => Route::Direct {
@@ -355,34 +355,38 @@ impl Parts {
         };
         let invoker = Invoker {
             client: Arc::clone(client),
-            calls: self.metrics.shard(thread),
+            shard: self.metrics.shard(thread),
             limit: Arc::clone(&self.limit),
-            share: self.limit.permit_cache(thread),
+            permit_cache: self.limit.permit_cache(thread),
             timeouts: self.config.timeouts,
             route,
             provider: provider.clone(),
-            scaling: self.scaling.clone(),
+            activator: self.scaling.clone(),
             operators: self.operators(),
         };
         let auth = &self.config.auth;
-        let api = Api {
+        let api = ApiState {
             client: Arc::clone(client),
             provider,
             logs: Origin::new(self.config.logs_provider.clone()),
             credentials: self.credentials.clone(),
             auth_proxy: auth.proxy_url.clone().map(|url| AuthProxy::new(url, auth.proxy_pass_body)),
-            names: if self.config.local_only { Names::Local } else { Names::Any },
+            allowed_hosts: if self.config.local_only {
+                AllowedHosts::Local
+            } else {
+                AllowedHosts::Any
+            },
             timeouts: self.config.timeouts,
             default_namespace: Arc::clone(&self.namespace),
             metrics: Arc::clone(&self.metrics),
             health: Arc::clone(&self.health),
-            counts: Arc::clone(&self.counts),
-            ignored_alerts: self.ignored_alerts.clone(),
-            intake: self.intake.as_ref().map(|intake| intake.for_thread()),
-            kept: Arc::clone(&self.kept),
+            invocation_counts: Arc::clone(&self.counts),
+            alert_filter: self.ignored_alerts.clone(),
+            queue_ingress: self.intake.as_ref().map(|intake| intake.for_thread()),
+            replay_permits: Arc::clone(&self.kept),
         };
         let api = Arc::new(api);
-        Door {
+        GatewayService {
             invoker,
             router: routes::api(Arc::clone(&api)),
             api,
@@ -422,8 +426,9 @@ pub(super) fn serve_metrics(
 ) {
     let server = Server::new(timeouts, MAX_SCRAPERS, Stages::default(), heads);
     let serving = async move {
-        let served =
-            server.run(listener, |caller| routes::plain(&router, caller, timeouts.idle)).await;
+        let served = server
+            .run(listener, |caller| routes::router_service(&router, caller, timeouts.idle))
+            .await;
         if let Err(error) = served {
             tracing::error!(%error, "The metrics port cannot be served");
         }

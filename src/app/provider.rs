@@ -12,7 +12,7 @@ use crate::auth::{self, Credentials};
 use crate::config::{self, Timeouts};
 use crate::provider::process::{self, ProcessProvider};
 use crate::routes;
-use crate::same_origin::{self, Names};
+use crate::same_origin::{self, AllowedHosts};
 use crate::serve::heads::Heads;
 use crate::serve::listener::bind;
 use crate::serve::{Server, raise_file_limit};
@@ -109,20 +109,20 @@ impl Provider {
     pub(super) fn serve(&mut self, tasks: &Tasks) {
         let Some(listener) = self.listener.take() else { return };
         let local_only = self.address.ip().is_loopback() && !self.is_public;
-        let names = if local_only { Names::Local } else { Names::Any };
+        let allowed_hosts = if local_only { AllowedHosts::Local } else { AllowedHosts::Any };
         let router = process::router(Arc::clone(&self.process))
             .layer(from_fn_with_state(self.credentials.clone(), auth::guard_provider))
-            .layer(from_fn_with_state(names, same_origin::guard));
+            .layer(from_fn_with_state(allowed_hosts, same_origin::guard));
         if let Some(credentials) = self.credentials.clone() {
             let reloads = self.stages.reloads();
-            tasks.spawn(|stopping| credentials.follow(stopping, reloads));
+            tasks.spawn(|stopping| credentials.watch_files(stopping, reloads));
         }
         let heads = Arc::<Heads>::default();
         let server = Server::new(TIMEOUTS, MAX_CONNECTIONS, self.stages.clone(), heads);
         let drained = self.drained.clone();
         tasks.spawn(|_stopping| async move {
             let _drained = drained.drop_guard();
-            let service = |caller| routes::plain(&router, caller, TIMEOUTS.idle);
+            let service = |caller| routes::router_service(&router, caller, TIMEOUTS.idle);
             if let Err(error) = server.run(listener, service).await {
                 tracing::error!(%error, "The provider's port cannot be served");
             }

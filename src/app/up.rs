@@ -67,7 +67,7 @@ async fn up(
     let mut signals = Signals::listen().context("cannot listen for signals")?;
     let (tasks, provider_tasks, stages) = (Tasks::default(), Tasks::default(), Stages::default());
     // Kept in memory alone: only this gateway gives orders to this provider.
-    let credentials = Credentials::generated()?;
+    let credentials = Credentials::generate()?;
     let opened =
         Provider::open(&config.provider, Some(Arc::clone(&credentials)), &provider_tasks).await;
     let mut provider = opened?;

@@ -11,8 +11,8 @@ use crate::config::{self, Backend};
 use crate::health::Health;
 use crate::limit::{ConcurrencyLimit, PermitCache};
 use crate::metrics::Metrics;
-use crate::metrics::known::Known;
 use crate::metrics::queue::{GATEWAY_RECONNECTS, WORKER_RECONNECTS};
+use crate::metrics::registry::FunctionRegistry;
 use crate::provider::Provider;
 use crate::proxy::client::Tls;
 use crate::queue::Queue;
@@ -80,7 +80,7 @@ pub(super) struct Parts {
     /// Where no callback may connect to.
     pub(super) own: Own,
     /// Which functions exist.
-    pub(super) known: Arc<Known>,
+    pub(super) known: Arc<FunctionRegistry>,
     pub(super) default_namespace: Arc<str>,
     /// The limit on calls in flight that callbacks to functions count against.
     pub(super) limit: Option<(Arc<ConcurrencyLimit>, Arc<PermitCache>)>,
@@ -235,8 +235,8 @@ pub(super) async fn keep_tidy(
     // Each by itself: a queue that takes long to be counted, or a disk that hangs, must not hide how it is.
     let look = every(LOOK_EVERY, "look", &stopping, || async {
         let _ = tokio::time::timeout(LOOK, intake.queue.probe()).await;
-        health.queue_is(intake.queue.is_reachable());
-        health.queue_has(intake.queue.condition());
+        health.set_queue_reachable(intake.queue.is_reachable());
+        health.set_queue_condition(intake.queue.condition());
         intake.metrics.reconnected(intake.queue.reconnects());
     });
     let forget = every(FORGET_EVERY, "forget", &stopping, || async {
@@ -245,7 +245,7 @@ pub(super) async fn keep_tidy(
     let count = every(COUNT_EVERY, "count", &stopping, || async {
         if !counted.now() {
             // What was shown would be old once somebody looks again.
-            return intake.metrics.holds(Vec::new());
+            return intake.metrics.set_depths(Vec::new());
         }
         let start = Instant::now();
         if let Err(error) = intake.count().await {

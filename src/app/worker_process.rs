@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use anyhow::{Context, bail};
 
+use crate::activator::Activator;
 use crate::app::threads::Threads;
 use crate::app::worker::{Counted, Part};
 use crate::app::{autoscale, gateway, until_stopped, worker};
@@ -12,12 +13,11 @@ use crate::config::{self, Shutdown, WorkerTarget};
 use crate::health::Health;
 use crate::limit::ConcurrencyLimit;
 use crate::metrics::Metrics;
-use crate::metrics::replicas::Poll;
+use crate::metrics::poller::ProviderPoller;
 use crate::provider::Provider;
 use crate::proxy::client::{Client, Origin, Tls};
 use crate::routes;
-use crate::same_origin::InternalNames;
-use crate::scaling::Scaling;
+use crate::same_origin::InternalHosts;
 use crate::serve::listener::bind;
 use crate::serve::raise_file_limit;
 use crate::shutdown::{Signals, Stages, Tasks};
@@ -73,7 +73,7 @@ async fn start(config: config::Worker, stages: &Stages, tasks: &Tasks) -> anyhow
     let limits = config.cold_start.filter(|_| matches!(config.target, WorkerTarget::Provider(_)));
     let scaling = limits.map(|limits| {
         let asked = provider(Arc::clone(&polls), config.upstream_timeout);
-        Scaling::new(asked, Arc::clone(&metrics.known), limits, tasks)
+        Activator::new(asked, Arc::clone(&metrics.function_registry), limits, tasks)
     });
     let caller = Caller {
         client: Arc::clone(&ours),
@@ -92,7 +92,7 @@ async fn start(config: config::Worker, stages: &Stages, tasks: &Tasks) -> anyhow
         tls: tls.clone(),
         tracer,
         own: own(&config, address.port()),
-        known: Arc::clone(&metrics.known),
+        known: Arc::clone(&metrics.function_registry),
         default_namespace: Arc::clone(&namespace),
         // What bounds a worker is how many calls it executes at a time.
         limit: None,
@@ -100,25 +100,25 @@ async fn start(config: config::Worker, stages: &Stages, tasks: &Tasks) -> anyhow
     let mut made = worker::worker(&config.queue, parts)?;
     made.prints = Prints { bodies: config.log_bodies, calls: config.log_calls };
     let health = Health::new(stages.clone(), ConcurrencyLimit::new(config.queue.max_inflight, 1));
-    let poll = Poll {
+    let poll = ProviderPoller {
         provider: provider(Arc::clone(&polls), config.upstream_timeout.min(gateway::LONGEST_POLL)),
         default_namespace: namespace,
         metrics: Arc::clone(&metrics),
         health: Arc::clone(&health),
         // The gateways show them.
-        shows_replicas: false,
+        exports_replicas: false,
     };
     tasks.spawn(|stopping| poll.run(stopping));
     tasks.spawn(|stopping| gateway::until(stopping, async move { polls.keep_swept().await }));
     if let Some(credentials) = credentials {
-        tasks.spawn(|stopping| credentials.follow(stopping, stages.reloads()));
+        tasks.spawn(|stopping| credentials.watch_files(stopping, stages.reloads()));
     }
     if matches!(config.target, WorkerTarget::Provider(_)) {
         autoscale::tell(&config.queue, Arc::clone(&metrics), tasks).await?;
     }
     let (tidied, counted) = (Arc::clone(&health), Counted::WhileScraped(Arc::clone(&metrics)));
     tasks.spawn(|stopping| worker::keep_tidy(intake, tidied, counted, stopping));
-    let router = routes::worker(metrics, InternalNames::new(&config.metrics_hosts), health);
+    let router = routes::worker(metrics, InternalHosts::new(&config.metrics_hosts), health);
     gateway::serve_metrics(router, listener, gateway::INTERNAL, Arc::default(), tasks);
     tracing::info!(metrics = %address, calls = %url, "Making queued calls");
     let stages = stages.clone();

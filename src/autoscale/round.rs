@@ -13,8 +13,8 @@ use crate::autoscale::policy::{Kind, Policy, owns};
 use crate::autoscale::tended::{Change, Complaint, Tended};
 use crate::autoscale::view::{View, panic_window};
 use crate::function::Function;
-use crate::metrics::autoscale::{AutoscaleMetrics, Scaled};
-use crate::metrics::replicas::Poll;
+use crate::metrics::autoscale::{AutoscaleMetrics, ScaleSample};
+use crate::metrics::poller::ProviderPoller;
 use crate::queued::Intake;
 
 /// For the list of all functions.
@@ -32,7 +32,7 @@ const AT_ONCE: usize = 8;
 
 /// What goes from one round to the next.
 pub struct Rounds {
-    pub poll: Poll,
+    pub poll: ProviderPoller,
     pub gauges: AutoscaleMetrics,
     pub intake: Option<Arc<Intake>>,
     pub rules: Rules,
@@ -43,7 +43,7 @@ pub struct Rounds {
 
 impl Rounds {
     pub fn new(
-        poll: Poll,
+        poll: ProviderPoller,
         gauges: AutoscaleMetrics,
         intake: Option<Arc<Intake>>,
         rules: Rules,
@@ -68,7 +68,7 @@ impl Rounds {
     pub fn rest(&mut self) {
         if !self.functions.is_empty() {
             self.functions.clear();
-            self.gauges.sees(&[]);
+            self.gauges.set_functions(&[]);
         }
     }
 
@@ -78,7 +78,7 @@ impl Rounds {
             Ok(Ok(listed)) => {
                 let listed: HashMap<Function, _> = listed
                     .into_iter()
-                    .filter_map(|status| Some((self.poll.name(&status)?, status)))
+                    .filter_map(|status| Some((self.poll.function_of(&status)?, status)))
                     .filter(|(_, status)| status.labels.as_ref().is_some_and(owns))
                     .collect();
                 let now = self.now();
@@ -158,7 +158,7 @@ impl Rounds {
             let (decision, memory) =
                 decide(rules, &it.policy, seen, std::mem::take(&mut it.memory));
             it.memory = memory;
-            shown.push(Scaled {
+            shown.push(ScaleSample {
                 label: it.label.clone(),
                 kind: it.policy.kind.word(),
                 load: seen.stable,
@@ -170,7 +170,7 @@ impl Rounds {
             }
         }
         drop(view);
-        self.gauges.sees(&shown);
+        self.gauges.set_functions(&shown);
         changes
     }
 
@@ -186,11 +186,11 @@ impl Rounds {
             let waiting = waiting.clone();
             async move {
                 let Change { function, decision, .. } = &change;
-                let (provider, known) = (&this.poll.provider, &this.poll.metrics.known);
+                let (provider, known) = (&this.poll.provider, &this.poll.metrics.function_registry);
                 let sleeps = decision.desired == 0;
                 if sleeps {
                     // A call that comes from here on asks before it goes, and is counted before it asks.
-                    known.changed(Some(&function.name));
+                    known.invalidate(Some(&function.name));
                     if this.is_called(function, waiting.as_deref()) {
                         return (change, None);
                     }
@@ -198,7 +198,7 @@ impl Rounds {
                 let result = provider.scale(function, decision.desired).await;
                 if sleeps {
                     // What it was told meanwhile may be from before.
-                    known.changed(Some(&function.name));
+                    known.invalidate(Some(&function.name));
                 }
                 (change, Some(result))
             }
@@ -208,7 +208,9 @@ impl Rounds {
         for (change, result) in made {
             let Some(it) = self.functions.get_mut(&change.function) else { continue };
             match result {
-                Some(Ok(())) => self.gauges.scaled(&it.label, change.decision.reason.word()),
+                Some(Ok(())) => {
+                    self.gauges.record_decision(&it.label, change.decision.reason.word())
+                }
                 Some(Err(_)) => it.memory.failed(now),
                 None => it.memory.dropped(),
             }
@@ -247,7 +249,7 @@ impl Rounds {
         // One may have come since the last sample.
         !may_sleep
             || waiting.is_none_or(|waiting| waiting.contains_key(label))
-            || self.poll.metrics.activity().get(label).is_some_and(|it| it.in_flight > 0)
+            || self.poll.metrics.function_loads().get(label).is_some_and(|it| it.in_flight > 0)
     }
 
     fn now(&self) -> Millis {

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use crate::autoscale::decide::Millis;
 use crate::autoscale::loads::Load;
-use crate::metrics::{Activity, Metrics};
+use crate::metrics::{FunctionLoad, Metrics};
 use crate::queued::Intake;
 
 /// Looks at the metrics several times for each sample: calls in flight come and go.
@@ -22,18 +22,18 @@ pub struct Sampler {
 
 impl Sampler {
     pub fn new(metrics: Arc<Metrics>, intake: Option<Arc<Intake>>, now: Millis) -> Self {
-        let started = metrics.activity().into_iter().map(|(label, it)| (label, it.started));
+        let started = metrics.function_loads().into_iter().map(|(label, it)| (label, it.started));
         let started = started.collect();
         Self { metrics, intake, started, in_flight: HashMap::new(), looks: 0, last: now }
     }
 
     /// Looks at what is in flight.
     pub fn look(&mut self) {
-        let activity = self.metrics.activity();
+        let activity = self.metrics.function_loads();
         self.look_at(&activity);
     }
 
-    fn look_at(&mut self, activity: &HashMap<Arc<str>, Activity>) {
+    fn look_at(&mut self, activity: &HashMap<Arc<str>, FunctionLoad>) {
         self.looks += 1;
         for (label, it) in activity.iter().filter(|(_, it)| it.in_flight > 0) {
             *self.in_flight.entry(Arc::clone(label)).or_default() += it.in_flight;
@@ -42,7 +42,7 @@ impl Sampler {
 
     /// Looks once more, and says what was since the last sample, and for how long.
     pub fn sample(&mut self, now: Millis) -> (Millis, HashMap<Arc<str>, Load>) {
-        let activity = self.metrics.activity();
+        let activity = self.metrics.function_loads();
         self.look_at(&activity);
         let span = now.saturating_sub(self.last).max(1);
         #[expect(clippy::cast_precision_loss, reason = "far from 2^53 milliseconds or calls")]
@@ -78,7 +78,7 @@ impl Sampler {
 
     /// Forgets functions that are counted no more.
     pub fn forget(&mut self) {
-        let there = self.metrics.activity();
+        let there = self.metrics.function_loads();
         self.started.retain(|label, _| there.contains_key(label));
     }
 }

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use http::HeaderMap;
 
 use crate::auth::Credentials;
-use crate::same_origin::is_of_this_machine;
+use crate::same_origin::is_local_request;
 
 /// How requests of operators are recognized.
 #[derive(Clone)]
@@ -24,8 +24,8 @@ impl Operators {
     pub fn include(&self, headers: &HeaderMap, peer: IpAddr) -> bool {
         match self {
             Self::Unknown => false,
-            Self::Local => peer.is_loopback() && is_of_this_machine(headers),
-            Self::Credentials(credentials) => credentials.admit(headers),
+            Self::Local => peer.is_loopback() && is_local_request(headers),
+            Self::Credentials(credentials) => credentials.verify(headers),
         }
     }
 }

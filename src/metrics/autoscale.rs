@@ -7,7 +7,7 @@ use prometheus::{GaugeVec, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry}
 
 /// State of one function that the autoscaler manages.
 #[derive(Clone, Debug, PartialEq)]
-pub struct Scaled {
+pub struct ScaleSample {
     /// `function_name`
     pub label: String,
     /// `scaling_type`
@@ -22,8 +22,8 @@ pub struct AutoscaleMetrics {
     desired: IntGaugeVec,
     load: GaugeVec,
     decisions: IntCounterVec,
-    acting: IntGauge,
-    gateways: IntGauge,
+    leader: IntGauge,
+    members: IntGauge,
     /// Function and scaling type of the exported gauges.
     shown: Mutex<HashSet<(String, &'static str)>>,
     /// Function and reason of the exported decision counters.
@@ -32,7 +32,7 @@ pub struct AutoscaleMetrics {
 
 impl AutoscaleMetrics {
     pub(super) fn register(registry: &Registry) -> Result<Self, prometheus::Error> {
-        let it = Self {
+        let metrics = Self {
             desired: IntGaugeVec::new(
                 Opts::new(
                     "gateway_autoscale_desired_replicas",
@@ -54,43 +54,44 @@ impl AutoscaleMetrics {
                 ),
                 &["function_name", "reason"],
             )?,
-            acting: IntGauge::new(
+            leader: IntGauge::new(
                 "gateway_autoscale_leader",
                 "1 if this gateway is the leader, which scales the functions.",
             )?,
-            gateways: IntGauge::new(
+            members: IntGauge::new(
                 "gateway_autoscale_members",
                 "Gateways whose load is added up.",
             )?,
             shown: Mutex::default(),
             counted: Mutex::default(),
         };
-        registry.register(Box::new(it.desired.clone()))?;
-        registry.register(Box::new(it.load.clone()))?;
-        registry.register(Box::new(it.decisions.clone()))?;
-        registry.register(Box::new(it.acting.clone()))?;
-        registry.register(Box::new(it.gateways.clone()))?;
-        Ok(it)
+        registry.register(Box::new(metrics.desired.clone()))?;
+        registry.register(Box::new(metrics.load.clone()))?;
+        registry.register(Box::new(metrics.decisions.clone()))?;
+        registry.register(Box::new(metrics.leader.clone()))?;
+        registry.register(Box::new(metrics.members.clone()))?;
+        Ok(metrics)
     }
 
     /// Sets whether this gateway is the leader, and the number of members.
-    pub fn stands(&self, acting: bool, gateways: usize) {
-        self.acting.set(acting.into());
-        self.gateways.set(i64::try_from(gateways).unwrap_or(i64::MAX));
+    pub fn set_leadership(&self, leader: bool, members: usize) {
+        self.leader.set(leader.into());
+        self.members.set(i64::try_from(members).unwrap_or(i64::MAX));
     }
 
     /// Counts a change that the provider has accepted.
-    pub fn scaled(&self, label: &str, reason: &'static str) {
+    pub fn record_decision(&self, label: &str, reason: &'static str) {
         self.decisions.with_label_values(&[label, reason]).inc();
         let mut counted = self.counted.lock().unwrap_or_else(PoisonError::into_inner);
         counted.insert((label.to_owned(), reason));
     }
 
     /// Sets the gauges of all managed functions, and removes those of all others.
-    pub fn sees(&self, all: &[Scaled]) {
+    pub fn set_functions(&self, all: &[ScaleSample]) {
         let mut shown = self.shown.lock().unwrap_or_else(PoisonError::into_inner);
-        let now: HashSet<_> = all.iter().map(|it| (it.label.clone(), it.kind)).collect();
-        let labels: HashSet<&str> = all.iter().map(|it| it.label.as_str()).collect();
+        let now: HashSet<_> =
+            all.iter().map(|sample| (sample.label.clone(), sample.kind)).collect();
+        let labels: HashSet<&str> = all.iter().map(|sample| sample.label.as_str()).collect();
         for (label, kind) in shown.difference(&now) {
             // A missing series is no error.
             let _ = self.load.remove_label_values(&[label.as_str(), kind]);
@@ -106,13 +107,13 @@ impl AutoscaleMetrics {
             }
             kept
         });
-        for it in all {
-            let desired = i64::try_from(it.desired).unwrap_or(i64::MAX);
-            self.desired.with_label_values(&[&it.label]).set(desired);
-            match it.load {
-                Some(load) => self.load.with_label_values(&[&*it.label, it.kind]).set(load),
+        for sample in all {
+            let desired = i64::try_from(sample.desired).unwrap_or(i64::MAX);
+            self.desired.with_label_values(&[&sample.label]).set(desired);
+            match sample.load {
+                Some(load) => self.load.with_label_values(&[&*sample.label, sample.kind]).set(load),
                 None => {
-                    let _ = self.load.remove_label_values(&[&*it.label, it.kind]);
+                    let _ = self.load.remove_label_values(&[&*sample.label, sample.kind]);
                 }
             }
         }
@@ -131,18 +132,22 @@ mod tests {
         let registry = Registry::new();
         let metrics = AutoscaleMetrics::register(&registry).unwrap();
         let text = || TextEncoder::new().encode_to_string(&registry.gather()).unwrap();
-        let scaled =
-            |name: &str, kind, load| Scaled { label: format!("{name}.fn"), kind, load, desired: 3 };
-        metrics.sees(&[scaled("a", "rps", Some(1.5)), scaled("b", "cpu", None)]);
-        metrics.scaled("a.fn", "load");
+        let sample = |name: &str, kind, load| ScaleSample {
+            label: format!("{name}.fn"),
+            kind,
+            load,
+            desired: 3,
+        };
+        metrics.set_functions(&[sample("a", "rps", Some(1.5)), sample("b", "cpu", None)]);
+        metrics.record_decision("a.fn", "load");
         let line = "gateway_autoscale_load{function_name=\"a.fn\",scaling_type=\"rps\"} 1.5";
         assert!(text().contains(line), "{}", text());
         assert!(text().contains("gateway_autoscale_desired_replicas{function_name=\"b.fn\"} 3"));
         assert!(!text().contains("scaling_type=\"cpu\""));
-        metrics.sees(&[scaled("a", "capacity", Some(1.0)), scaled("b", "cpu", None)]);
+        metrics.set_functions(&[sample("a", "capacity", Some(1.0)), sample("b", "cpu", None)]);
         assert!(!text().contains("scaling_type=\"rps\""), "{}", text());
         assert!(text().contains("reason=\"load\"} 1"));
-        metrics.sees(&[scaled("b", "cpu", None)]);
+        metrics.set_functions(&[sample("b", "cpu", None)]);
         assert!(!text().contains("a.fn"), "{}", text());
     }
 }

@@ -8,9 +8,9 @@ use std::time::{Duration, Instant};
 use foldhash::fast::RandomState;
 use http::StatusCode;
 
-use crate::error::client_left;
+use crate::error::client_closed_request;
 use crate::function::Function;
-use crate::metrics::known::{Known, Warm};
+use crate::metrics::registry::{FunctionRegistry, ReadyFlag};
 
 /// Upper bounds of the duration histogram, in seconds.
 pub const BUCKETS: [f64; 11] = [0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0];
@@ -29,19 +29,19 @@ const BUCKET_NANOS: [u64; 11] = [
 ];
 
 /// Label of calls to unregistered functions.
-pub const UNKNOWN: &str = "unknown";
+pub const UNKNOWN_FUNCTION: &str = "unknown";
 
 /// How an exchange ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum End {
+pub enum Outcome {
     /// The whole response was sent.
-    Whole,
+    Complete,
     /// The upstream aborted its response.
-    Broken,
+    UpstreamAborted,
     /// The upstream exceeded the timeout.
     TimedOut,
     /// The client disconnected.
-    Left,
+    ClientDisconnected,
 }
 
 /// Counters of one function on one thread.
@@ -51,38 +51,38 @@ pub struct Series {
     /// `function_name`: name and namespace.
     pub label: Arc<str>,
     /// The function is ready: no status query is necessary.
-    warm: Arc<Warm>,
-    numbers: Mutex<Numbers>,
+    ready: Arc<ReadyFlag>,
+    counters: Mutex<Counters>,
 }
 
 /// Values of a series.
 #[derive(Clone, Debug, Default)]
-pub struct Numbers {
+pub struct Counters {
     pub started: u64,
     pub in_flight: i64,
     /// Start time of the last call.
-    pub last_began: Option<Instant>,
+    pub last_started: Option<Instant>,
     /// By status. A linear list, since a function returns few different statuses.
-    pub by_code: Vec<(u16, Durations)>,
+    pub by_code: Vec<(u16, DurationHistogram)>,
 }
 
-impl Numbers {
-    fn begin(&mut self, now: Instant) {
+impl Counters {
+    fn record_start(&mut self, now: Instant) {
         self.started += 1;
         self.in_flight += 1;
-        self.last_began = Some(now);
+        self.last_started = Some(now);
     }
 }
 
 /// Histogram of call durations.
 #[derive(Clone, Copy, Debug, Default)]
-pub struct Durations {
+pub struct DurationHistogram {
     /// Not cumulative. The last bucket is for durations above all bounds.
     pub buckets: [u64; BUCKETS.len() + 1],
     pub nanos: u64,
 }
 
-impl Durations {
+impl DurationHistogram {
     pub fn count(&self) -> u64 {
         self.buckets.iter().sum()
     }
@@ -103,13 +103,13 @@ impl Durations {
 }
 
 impl Series {
-    fn new(function: Function, warm: Arc<Warm>) -> Arc<Self> {
+    fn new(function: Function, ready: Arc<ReadyFlag>) -> Arc<Self> {
         let label = function.to_string().into();
-        Arc::new(Self { function, label, warm, numbers: Mutex::default() })
+        Arc::new(Self { function, label, ready, counters: Mutex::default() })
     }
 
-    pub fn numbers(&self) -> MutexGuard<'_, Numbers> {
-        self.numbers.lock().unwrap_or_else(PoisonError::into_inner)
+    pub fn counters(&self) -> MutexGuard<'_, Counters> {
+        self.counters.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -118,40 +118,44 @@ pub struct Shard {
     /// By path segment. Only registered functions are in it.
     by_segment: Mutex<HashMap<Box<str>, Arc<Series>, RandomState>>,
     unknown: Arc<Series>,
-    known: Arc<Known>,
+    registry: Arc<FunctionRegistry>,
     default_namespace: Arc<str>,
 }
 
 impl Shard {
-    pub fn new(known: Arc<Known>, default_namespace: Arc<str>) -> Self {
-        let unknown = Function { name: UNKNOWN.to_owned(), namespace: String::new() };
+    pub fn new(registry: Arc<FunctionRegistry>, default_namespace: Arc<str>) -> Self {
+        let unknown = Function { name: UNKNOWN_FUNCTION.to_owned(), namespace: String::new() };
         Self {
             by_segment: Mutex::default(),
             unknown: Series::new(unknown, Arc::default()),
-            known,
+            registry,
             default_namespace,
         }
     }
 
     /// Starts a call of the function in the path segment `segment`; `None` if the segment is no function name.
-    pub fn begin(&self, segment: &str, now: Instant) -> Option<Call> {
+    pub fn begin(&self, segment: &str, now: Instant) -> Option<InFlightRecorder> {
         let found = self.segments().get(segment).map(Arc::clone);
         let series = match found {
             Some(series) => Some(series),
             None => {
                 let function = Function::parse(segment, &self.default_namespace)?;
-                if !self.known.contains(&function) {
-                    let stranger = Some(Box::new((segment.into(), function)));
-                    return Some(Call::new(Arc::clone(&self.unknown), stranger, now));
+                if !self.registry.contains(&function) {
+                    let unregistered = Some(Box::new((segment.into(), function)));
+                    return Some(InFlightRecorder::new(
+                        Arc::clone(&self.unknown),
+                        unregistered,
+                        now,
+                    ));
                 }
                 Some(self.insert(segment, function))
             }
         };
         series.map(|series| {
-            let mut numbers = series.numbers();
-            numbers.begin(now);
-            drop(numbers);
-            Call::new(series, None, now)
+            let mut counters = series.counters();
+            counters.record_start(now);
+            drop(counters);
+            InFlightRecorder::new(series, None, now)
         })
     }
 
@@ -166,12 +170,12 @@ impl Shard {
     }
 
     /// Removes the series of functions that are no longer registered, unless they have been called since `active`.
-    pub fn forget(&self, active: Instant) {
+    pub fn remove_inactive(&self, active: Instant) {
         self.segments().retain(|_, series| {
-            let numbers = series.numbers();
-            numbers.in_flight > 0
-                || numbers.last_began.is_some_and(|began| began > active)
-                || self.known.contains(&series.function)
+            let counters = series.counters();
+            counters.in_flight > 0
+                || counters.last_started.is_some_and(|began| began > active)
+                || self.registry.contains(&series.function)
         });
     }
 
@@ -182,8 +186,8 @@ impl Shard {
         let series = match segments.get(label.as_str()) {
             Some(series) => Arc::clone(series),
             None => {
-                let warm = self.known.warm(&function);
-                let series = Series::new(function, warm);
+                let ready = self.registry.ready_flag(&function);
+                let series = Series::new(function, ready);
                 segments.insert(label.into(), Arc::clone(&series));
                 series
             }
@@ -198,92 +202,93 @@ impl Shard {
 }
 
 /// A call in flight. Recorded once, when it ends; if dropped before, as a disconnect of the client.
-pub struct Call {
+pub struct InFlightRecorder {
     series: Arc<Series>,
     /// Segment and function, while the function is unregistered. Such a call counts as started when its response
     /// arrives.
-    stranger: Option<Box<(Box<str>, Function)>>,
+    unregistered: Option<Box<(Box<str>, Function)>>,
     pub began: Instant,
     status: StatusCode,
-    over: bool,
+    finished: bool,
 }
 
-impl Call {
+impl InFlightRecorder {
     fn new(
         series: Arc<Series>,
-        stranger: Option<Box<(Box<str>, Function)>>,
+        unregistered: Option<Box<(Box<str>, Function)>>,
         began: Instant,
     ) -> Self {
-        Self { series, stranger, began, status: client_left(), over: false }
+        Self { series, unregistered, began, status: client_closed_request(), finished: false }
     }
 
     /// Returns the called function.
     pub fn function(&self) -> &Function {
-        self.stranger.as_ref().map_or(&self.series.function, |stranger| &stranger.1)
+        self.unregistered.as_ref().map_or(&self.series.function, |unregistered| &unregistered.1)
     }
 
     /// Returns whether the function is unregistered.
-    pub fn is_stranger(&self) -> bool {
-        self.stranger.is_some()
+    pub fn is_unregistered(&self) -> bool {
+        self.unregistered.is_some()
     }
 
     /// Returns whether the function is ready.
     pub fn is_warm(&self) -> bool {
-        self.series.warm.is_warm()
+        self.series.ready.is_warm()
     }
 
     /// Sets the status of the response.
-    pub fn answered(&mut self, status: StatusCode) {
+    pub fn set_status(&mut self, status: StatusCode) {
         self.status = status;
     }
 
     /// Registers the function, which the provider has confirmed. Beyond the maximum number of functions it stays
     /// unregistered.
-    pub fn vouched_for(&mut self, shard: &Shard) {
-        let vouched = self.stranger.take_if(|stranger| shard.known.learn(&stranger.1));
-        if let Some(stranger) = vouched {
-            let (segment, function) = *stranger;
+    pub fn confirm(&mut self, shard: &Shard) {
+        let confirmed =
+            self.unregistered.take_if(|unregistered| shard.registry.confirm(&unregistered.1));
+        if let Some(unregistered) = confirmed {
+            let (segment, function) = *unregistered;
             self.series = shard.insert(&segment, function);
-            self.series.numbers().begin(self.began);
+            self.series.counters().record_start(self.began);
         }
     }
 
     /// Records the end of the call.
-    pub fn ended(mut self, end: End, now: Instant) {
-        self.count(end, now);
+    pub fn finish(mut self, outcome: Outcome, now: Instant) {
+        self.record(outcome, now);
     }
 
-    fn count(&mut self, end: End, now: Instant) {
-        self.over = true;
-        let code = match end {
-            End::Whole => self.status,
-            End::Broken => StatusCode::BAD_GATEWAY,
-            End::TimedOut => StatusCode::GATEWAY_TIMEOUT,
-            End::Left => client_left(),
+    fn record(&mut self, outcome: Outcome, now: Instant) {
+        self.finished = true;
+        let code = match outcome {
+            Outcome::Complete => self.status,
+            Outcome::UpstreamAborted => StatusCode::BAD_GATEWAY,
+            Outcome::TimedOut => StatusCode::GATEWAY_TIMEOUT,
+            Outcome::ClientDisconnected => client_closed_request(),
         }
         .as_u16();
         let took = now.saturating_duration_since(self.began);
-        let mut numbers = self.series.numbers();
-        if self.stranger.is_some() {
-            numbers.started += 1;
+        let mut counters = self.series.counters();
+        if self.unregistered.is_some() {
+            counters.started += 1;
         } else {
-            numbers.in_flight -= 1;
+            counters.in_flight -= 1;
         }
-        let durations = match numbers.by_code.iter().position(|(c, _)| *c == code) {
+        let durations = match counters.by_code.iter().position(|(c, _)| *c == code) {
             Some(at) => at,
             None => {
-                numbers.by_code.push((code, Durations::default()));
-                numbers.by_code.len() - 1
+                counters.by_code.push((code, DurationHistogram::default()));
+                counters.by_code.len() - 1
             }
         };
-        numbers.by_code[durations].1.observe(took);
+        counters.by_code[durations].1.observe(took);
     }
 }
 
-impl Drop for Call {
+impl Drop for InFlightRecorder {
     fn drop(&mut self) {
-        if !self.over {
-            self.count(End::Left, Instant::now());
+        if !self.finished {
+            self.record(Outcome::ClientDisconnected, Instant::now());
         }
     }
 }

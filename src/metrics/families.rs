@@ -9,22 +9,22 @@ use prometheus::proto::{
     Bucket, Counter, Gauge, Histogram, LabelPair, Metric, MetricFamily, MetricType,
 };
 
-use crate::metrics::calls::{BUCKETS, Durations, Numbers, Shard};
+use crate::metrics::calls::{BUCKETS, Counters, DurationHistogram, Shard};
 
 /// Collector of call counters and replica gauges.
 #[derive(Clone)]
-pub(super) struct Functions {
+pub(super) struct FunctionCollector {
     shards: Arc<[Arc<Shard>]>,
-    replicas: Arc<ArcSwap<Vec<Replicas>>>,
+    replicas: Arc<ArcSwap<Vec<ReplicaGauges>>>,
     descriptions: Arc<[Desc]>,
 }
 
 /// Replicas and scaling limits of a function, as the provider reports them.
 #[derive(Clone, Debug, PartialEq)]
-pub struct Replicas {
+pub struct ReplicaGauges {
     /// `function_name`
     pub label: String,
-    pub wanted: u64,
+    pub desired: u64,
     pub ready: u64,
     pub min: u64,
     /// `com.openfaas.scale.type`
@@ -39,14 +39,14 @@ const STARTED: (&str, &str) =
 const SECONDS: (&str, &str) = ("gateway_functions_seconds", "Function time taken");
 const IN_FLIGHT: (&str, &str) =
     ("gateway_function_invocation_inflight", "Calls of the function in flight.");
-const WANTED: (&str, &str) = ("gateway_service_count", "Desired replicas of the function.");
+const DESIRED: (&str, &str) = ("gateway_service_count", "Desired replicas of the function.");
 const READY: (&str, &str) = ("gateway_service_ready_count", "Ready replicas of the function.");
 const MIN: (&str, &str) = ("gateway_service_min", "Minimum replicas of the function.");
 const TARGET: (&str, &str) = ("gateway_service_target_load", "Target load per replica.");
 
-impl Functions {
-    pub(super) fn new(shards: Vec<Arc<Shard>>, replicas: Arc<ArcSwap<Vec<Replicas>>>) -> Self {
-        let descriptions = [INVOCATIONS, STARTED, SECONDS, IN_FLIGHT, WANTED, READY, MIN, TARGET]
+impl FunctionCollector {
+    pub(super) fn new(shards: Vec<Arc<Shard>>, replicas: Arc<ArcSwap<Vec<ReplicaGauges>>>) -> Self {
+        let descriptions = [INVOCATIONS, STARTED, SECONDS, IN_FLIGHT, DESIRED, READY, MIN, TARGET]
             .into_iter()
             .filter_map(|(name, help)| {
                 let labels = vec!["function_name".to_owned()];
@@ -57,14 +57,14 @@ impl Functions {
     }
 
     /// Returns the counters of each function over all threads, by label.
-    pub(super) fn calls(&self) -> BTreeMap<Arc<str>, Numbers> {
-        let mut sums: BTreeMap<Arc<str>, Numbers> = BTreeMap::new();
+    pub(super) fn totals(&self) -> BTreeMap<Arc<str>, Counters> {
+        let mut sums: BTreeMap<Arc<str>, Counters> = BTreeMap::new();
         for series in self.shards.iter().flat_map(|shard| shard.series()) {
-            let numbers = series.numbers().clone();
+            let counters = series.counters().clone();
             let sum = sums.entry(Arc::clone(&series.label)).or_default();
-            sum.started += numbers.started;
-            sum.in_flight += numbers.in_flight;
-            for (code, durations) in numbers.by_code {
+            sum.started += counters.started;
+            sum.in_flight += counters.in_flight;
+            for (code, durations) in counters.by_code {
                 match sum.by_code.iter_mut().find(|(c, _)| *c == code) {
                     Some((_, mine)) => mine.add(&durations),
                     None => sum.by_code.push((code, durations)),
@@ -75,41 +75,41 @@ impl Functions {
     }
 }
 
-impl Collector for Functions {
+impl Collector for FunctionCollector {
     fn desc(&self) -> Vec<&Desc> {
         self.descriptions.iter().collect()
     }
 
     fn collect(&self) -> Vec<MetricFamily> {
-        let calls = self.calls();
+        let totals = self.totals();
         let replicas = self.replicas.load();
         // Deployed functions always have an in-flight gauge; others only while calls are in flight.
         let mut in_flight: BTreeMap<&str, i64> =
             replicas.iter().map(|r| (r.label.as_str(), 0)).collect();
-        for (name, numbers) in &calls {
-            if numbers.in_flight != 0 {
-                in_flight.insert(name, numbers.in_flight);
+        for (name, counters) in &totals {
+            if counters.in_flight != 0 {
+                in_flight.insert(name, counters.in_flight);
             }
         }
         let in_flight =
             in_flight.iter().map(|(name, count)| gauge(&[("function_name", name)], *count as f64));
-        let by_code = |make: fn(&[(&str, &str)], &Durations) -> Metric| {
-            calls
+        let by_code = |make: fn(&[(&str, &str)], &DurationHistogram) -> Metric| {
+            totals
                 .iter()
-                .flat_map(|(name, numbers)| numbers.by_code.iter().map(move |by| (name, by)))
+                .flat_map(|(name, counters)| counters.by_code.iter().map(move |by| (name, by)))
                 .map(|(name, (code, durations))| {
                     make(&[("code", &code.to_string()), ("function_name", name)], durations)
                 })
                 .collect::<Vec<_>>()
         };
-        let started = calls
+        let started = totals
             .iter()
-            .filter(|(_, numbers)| numbers.started > 0)
-            .map(|(name, numbers)| counter(&[("function_name", name)], numbers.started));
-        let of_replicas = |value: fn(&Replicas) -> f64| {
+            .filter(|(_, counters)| counters.started > 0)
+            .map(|(name, counters)| counter(&[("function_name", name)], counters.started));
+        let of_replicas = |value: fn(&ReplicaGauges) -> f64| {
             replicas.iter().map(|r| gauge(&[("function_name", &r.label)], value(r))).collect()
         };
-        let target = |r: &Replicas| {
+        let target = |r: &ReplicaGauges| {
             gauge(&[("function_name", &r.label), ("scaling_type", &r.scaling_type)], r.target)
         };
         vec![
@@ -117,7 +117,7 @@ impl Collector for Functions {
             family(IN_FLIGHT, MetricType::GAUGE, in_flight.collect()),
             family(INVOCATIONS, MetricType::COUNTER, by_code(|l, d| counter(l, d.count()))),
             family(SECONDS, MetricType::HISTOGRAM, by_code(histogram)),
-            family(WANTED, MetricType::GAUGE, of_replicas(|r| r.wanted as f64)),
+            family(DESIRED, MetricType::GAUGE, of_replicas(|r| r.desired as f64)),
             family(READY, MetricType::GAUGE, of_replicas(|r| r.ready as f64)),
             family(MIN, MetricType::GAUGE, of_replicas(|r| r.min as f64)),
             family(TARGET, MetricType::GAUGE, replicas.iter().map(target).collect()),
@@ -160,7 +160,7 @@ fn gauge(labels: &[(&str, &str)], value: f64) -> Metric {
     metric
 }
 
-fn histogram(labels: &[(&str, &str)], durations: &Durations) -> Metric {
+fn histogram(labels: &[(&str, &str)], durations: &DurationHistogram) -> Metric {
     let mut below = 0;
     let buckets = BUCKETS.iter().zip(durations.buckets).map(|(bound, count)| {
         below += count;

@@ -12,21 +12,21 @@ use crate::metrics::Metrics;
 use crate::provider::{build_request, parse_json, send_and_collect};
 use crate::proxy::client::{Client, Origin};
 
-const TARGET: &str =
+const QUERY_TARGET: &str =
     "/api/v1/query?query=sum%20by%20(function_name)%20(gateway_function_invocation_total)";
 /// Counts are optional, so the list waits only this long for them.
-const TIMEOUT: Duration = Duration::from_secs(2);
+const QUERY_TIMEOUT: Duration = Duration::from_secs(2);
 /// Time without queries after a failure: a name that does not resolve can take seconds to fail.
-const LEFT_ALONE: Duration = Duration::from_secs(10);
+const RETRY_AFTER_FAILURE: Duration = Duration::from_secs(10);
 
 /// Source of invocation counts.
-pub struct Counts {
+pub struct InvocationCounts {
     prometheus: Option<Origin>,
     failed_at: Mutex<Option<Instant>>,
 }
 
 #[derive(Deserialize)]
-struct Answer {
+struct QueryResponse {
     data: Data,
 }
 
@@ -42,7 +42,7 @@ struct Sample {
     value: (f64, String),
 }
 
-impl Counts {
+impl InvocationCounts {
     /// Counts from `prometheus`, or from this process's own metrics if it is `None`.
     pub fn new(prometheus: Option<Origin>) -> Arc<Self> {
         Arc::new(Self { prometheus, failed_at: Mutex::default() })
@@ -55,12 +55,12 @@ impl Counts {
         metrics: &Metrics,
     ) -> HashMap<String, u64> {
         let Some(prometheus) = &self.prometheus else { return metrics.invocations() };
-        if self.failed_at().is_some_and(|at| at.elapsed() < LEFT_ALONE) {
+        if self.failed_at().is_some_and(|at| at.elapsed() < RETRY_AFTER_FAILURE) {
             return HashMap::new();
         }
-        let answered = query(client, prometheus).await;
-        self.note(answered.is_err().then(Instant::now));
-        answered.unwrap_or_else(|error| {
+        let result = query(client, prometheus).await;
+        self.set_failed_at(result.is_err().then(Instant::now));
+        result.unwrap_or_else(|error| {
             tracing::debug!(%error, "Prometheus does not respond; functions are listed without counts");
             HashMap::new()
         })
@@ -70,20 +70,25 @@ impl Counts {
         *self.failed_at.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn note(&self, failed_at: Option<Instant>) {
+    fn set_failed_at(&self, failed_at: Option<Instant>) {
         *self.failed_at.lock().unwrap_or_else(PoisonError::into_inner) = failed_at;
     }
 }
 
 async fn query(client: &Arc<Client>, prometheus: &Origin) -> Result<HashMap<String, u64>, Error> {
-    let question =
-        build_request(Method::GET, prometheus, TARGET, HeaderMap::new(), bytes::Bytes::new())?;
-    let (_, body) = send_and_collect(client, prometheus, question, TIMEOUT).await?;
+    let question = build_request(
+        Method::GET,
+        prometheus,
+        QUERY_TARGET,
+        HeaderMap::new(),
+        bytes::Bytes::new(),
+    )?;
+    let (_, body) = send_and_collect(client, prometheus, question, QUERY_TIMEOUT).await?;
     Ok(counts(parse_json(&body)?))
 }
 
-fn counts(answer: Answer) -> HashMap<String, u64> {
-    answer
+fn counts(response: QueryResponse) -> HashMap<String, u64> {
+    response
         .data
         .result
         .into_iter()
@@ -100,13 +105,13 @@ mod tests {
 
     #[test]
     fn a_response_of_prometheus_is_parsed() {
-        let answer = parse_json(
+        let response = parse_json(
             br#"{"status":"success","data":{"resultType":"vector","result":[
                 {"metric":{"function_name":"echo.fn"},"value":[1700000000.1,"42"]},
                 {"metric":{},"value":[1,"1"]},
                 {"metric":{"function_name":"odd.fn"},"value":[1,"many"]}]}}"#,
         )
         .unwrap();
-        assert_eq!(counts(answer), HashMap::from([("echo.fn".to_owned(), 42)]));
+        assert_eq!(counts(response), HashMap::from([("echo.fn".to_owned(), 42)]));
     }
 }

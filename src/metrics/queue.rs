@@ -9,7 +9,7 @@ use prometheus::{
 };
 
 /// Maximum functions with gauges of their own. Unconfirmed names may be queued while the provider is unreachable.
-const MOST: usize = 1000;
+const MAX_FUNCTIONS: usize = 1000;
 
 /// Counters of NATS reconnections: of a gateway, and of a worker.
 pub const GATEWAY_RECONNECTS: &str = "gateway_nats_reconnect_total";
@@ -17,15 +17,15 @@ pub const WORKER_RECONNECTS: &str = "queue_worker_nats_reconnect_total";
 
 /// Queue depth of one function.
 #[derive(Clone, Debug, Default)]
-pub struct Line {
+pub struct DepthGauges {
     /// `function_name`
     pub label: String,
     pub pending: u64,
     pub running: u64,
     pub delayed: u64,
-    pub dead: u64,
+    pub dead_letters: u64,
     /// Age of the oldest pending call.
-    pub oldest: Duration,
+    pub oldest_age: Duration,
 }
 
 /// The metrics of one queue.
@@ -125,7 +125,7 @@ impl QueueMetrics {
     }
 
     /// Counts a dead letter.
-    pub fn buried(&self) {
+    pub fn dead_lettered(&self) {
         self.processed.inc();
         self.dead_letters.inc();
     }
@@ -138,9 +138,9 @@ impl QueueMetrics {
     }
 
     /// Sets the gauges to the current depths.
-    pub fn holds(&self, mut depths: Vec<Line>) {
-        depths.sort_unstable_by_key(|depth| std::cmp::Reverse(depth.pending + depth.dead));
-        depths.truncate(MOST);
+    pub fn set_depths(&self, mut depths: Vec<DepthGauges>) {
+        depths.sort_unstable_by_key(|depth| std::cmp::Reverse(depth.pending + depth.dead_letters));
+        depths.truncate(MAX_FUNCTIONS);
         let mut shown = self.shown.lock().unwrap_or_else(PoisonError::into_inner);
         let now: HashSet<String> = depths.iter().map(|depth| depth.label.clone()).collect();
         for removed in shown.difference(&now) {
@@ -150,8 +150,13 @@ impl QueueMetrics {
             }
         }
         for depth in &depths {
-            let values =
-                [depth.pending, depth.running, depth.delayed, depth.dead, depth.oldest.as_secs()];
+            let values = [
+                depth.pending,
+                depth.running,
+                depth.delayed,
+                depth.dead_letters,
+                depth.oldest_age.as_secs(),
+            ];
             for (gauge, value) in self.gauges.iter().zip(values) {
                 let value = i64::try_from(value).unwrap_or(i64::MAX);
                 gauge.with_label_values(&[&self.name, &depth.label]).set(value);
@@ -172,10 +177,14 @@ mod tests {
         let registry = Registry::new();
         let metrics = QueueMetrics::register(&registry, "q", None).unwrap();
         let text = || TextEncoder::new().encode_to_string(&registry.gather()).unwrap();
-        metrics.holds(vec![Line { label: "echo.fn".to_owned(), pending: 2, ..Line::default() }]);
+        metrics.set_depths(vec![DepthGauges {
+            label: "echo.fn".to_owned(),
+            pending: 2,
+            ..DepthGauges::default()
+        }]);
         let depth = "queue_worker_pending_messages{function_name=\"echo.fn\",queue_name=\"q\"} 2";
         assert!(text().contains(depth), "{}", text());
-        metrics.holds(Vec::new());
+        metrics.set_depths(Vec::new());
         assert!(!text().contains("echo.fn"), "{}", text());
         metrics.submitted(Duration::from_millis(1));
         assert!(text().contains("queue_worker_messages_submitted_total{queue_name=\"q\"} 1"));

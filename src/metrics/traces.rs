@@ -5,8 +5,8 @@ use prometheus::{IntCounter, IntCounterVec, Opts, Registry};
 /// Counters of spans that were not exported.
 #[derive(Clone, Debug)]
 pub struct SpansDropped {
-    crowded: IntCounter,
-    refused: IntCounter,
+    queue_overflows: IntCounter,
+    export_failures: IntCounter,
 }
 
 impl SpansDropped {
@@ -17,16 +17,16 @@ impl SpansDropped {
         )?;
         registry.register(Box::new(dropped.clone()))?;
         let of = |reason| dropped.get_metric_with_label_values(&[reason]);
-        Ok(Self { crowded: of("queue_full")?, refused: of("refused")? })
+        Ok(Self { queue_overflows: of("queue_full")?, export_failures: of("refused")? })
     }
 
     /// Counts a span dropped because the export queue is full.
-    pub fn crowded_out(&self) {
-        self.crowded.inc();
+    pub fn queue_full(&self) {
+        self.queue_overflows.inc();
     }
 
     /// Counts spans that the collector rejected, or that could not be sent to it.
-    pub fn refused(&self, spans: u64) {
-        self.refused.inc_by(spans);
+    pub fn export_failed(&self, spans: u64) {
+        self.export_failures.inc_by(spans);
     }
 }

@@ -64,7 +64,7 @@ impl Ending {
     }
 
     /// Whether this shows that the function exists.
-    pub fn vouches(self) -> bool {
+    pub fn confirms_existence(self) -> bool {
         matches!(self, Self::Answered(status) if status != StatusCode::NOT_FOUND)
     }
 }
@@ -87,7 +87,7 @@ mod tests {
     #[test]
     fn a_head_is_the_functions_or_the_providers_or_nobodys() {
         let status = |code| StatusCode::from_u16(code).unwrap();
-        for (code, is_internal, agreed, expect, vouches) in [
+        for (code, is_internal, agreed, expect, confirms_existence) in [
             (200, false, false, Ending::Answered(status(200)), true),
             (404, false, false, Ending::Answered(status(404)), false),
             (503, false, false, Ending::Answered(status(503)), true),
@@ -100,7 +100,11 @@ mod tests {
             (101, true, false, Ending::Unasked, false),
         ] {
             let ending = Ending::of_head(&head(code, is_internal), agreed);
-            assert_eq!((ending, ending.vouches()), (expect, vouches), "{code} {is_internal}");
+            assert_eq!(
+                (ending, ending.confirms_existence()),
+                (expect, confirms_existence),
+                "{code} {is_internal}"
+            );
         }
     }
 

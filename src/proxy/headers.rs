@@ -20,7 +20,7 @@ const X_FORWARDED_HOST: HeaderName = HeaderName::from_static("x-forwarded-host")
 static OURS: [HeaderName; 5] = [AUTHORIZATION, HOST, TRAILER, X_CALL_ID, X_START_TIME];
 
 /// Says by `put` which headers a request to `host` has, made on behalf of `peer`: the caller's own, but for what
-/// concerns its connection, and ours (`stamps`, if it is a call). What the caller sent is only read: a map that changes costs more than one walk.
+/// concerns its connection, and ours (`ids`, if it is a call). What the caller sent is only read: a map that changes costs more than one walk.
 ///
 /// Returns the protocol that the caller wants to change to, if any: an upgrade is the one hop-by-hop matter that
 /// is passed on.
@@ -28,7 +28,7 @@ pub fn to_upstream(
     headers: &HeaderMap,
     host: &HeaderValue,
     peer: &HeaderValue,
-    stamps: Option<&RequestIds>,
+    ids: Option<&RequestIds>,
     mut put: impl FnMut(&HeaderName, &HeaderValue),
 ) -> Option<HeaderValue> {
     let named = named_by_connection(headers.get_all(CONNECTION));
@@ -41,7 +41,7 @@ pub fn to_upstream(
             Kind::Upgrade => upgrade = Some(value),
             // hyper has answered 100-continue by the time the body is read.
             Kind::Connection | Kind::TransferEncoding | Kind::HopByHop | Kind::Expect => {}
-            Kind::Stamp if stamps.is_some() => {}
+            Kind::Stamp if ids.is_some() => {}
             _ if is_named(&named, name) => {}
             Kind::ForwardedFor => tells_peers = true,
             kind => {
@@ -62,9 +62,9 @@ pub fn to_upstream(
     if !tells_agent {
         put(&USER_AGENT, &USER_AGENT_VALUE);
     }
-    if let Some(stamps) = stamps {
-        put(&X_CALL_ID, &stamps.call_id);
-        put(&X_START_TIME, &stamps.start_time);
+    if let Some(ids) = ids {
+        put(&X_CALL_ID, &ids.call_id);
+        put(&X_START_TIME, &ids.start_time);
     }
     let upgrade = upgrade.filter(|it| named.contains(&UPGRADE) && is_harmless(it))?;
     put(&CONNECTION, &HeaderValue::from_static("upgrade"));

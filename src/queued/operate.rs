@@ -13,7 +13,7 @@ use crate::error::Error;
 use crate::function::Function;
 use crate::queue::{Filter, Order, now};
 use crate::queued::{changed, intake, view};
-use crate::system::Api;
+use crate::system::ApiState;
 
 /// Calls that are listed unless another number is asked for, and at most.
 const USUAL_LIST: usize = 100;
@@ -78,7 +78,7 @@ struct Line {
 }
 
 /// `GET /system/queues`: how many calls there are, by function.
-pub async fn queues(State(api): State<Arc<Api>>) -> Result<Response, Error> {
+pub async fn queues(State(api): State<Arc<ApiState>>) -> Result<Response, Error> {
     let now = now();
     let counts = intake(&api)?.queue.depths().await?;
     let lines = counts.into_iter().map(|(function, counts)| Line {
@@ -94,7 +94,7 @@ pub async fn queues(State(api): State<Arc<Api>>) -> Result<Response, Error> {
 
 /// `GET /system/calls?state=&function=&order=&limit=&after=`: calls, the oldest first unless `order=newest`.
 pub async fn calls(
-    State(api): State<Arc<Api>>,
+    State(api): State<Arc<ApiState>>,
     Query(selection): Query<Selection>,
 ) -> Result<Response, Error> {
     let filter = selection.filter(&api.default_namespace)?;
@@ -109,13 +109,16 @@ pub async fn calls(
 }
 
 /// `POST /system/calls/CALL-ID/retry`: has a dead call made again.
-pub async fn retry(State(api): State<Arc<Api>>, Path(id): Path<String>) -> Result<Response, Error> {
+pub async fn retry(
+    State(api): State<Arc<ApiState>>,
+    Path(id): Path<String>,
+) -> Result<Response, Error> {
     changed(intake(&api)?.queue.redrive(&id).await?, "tried again")
 }
 
 /// `DELETE /system/calls/CALL-ID`: takes back a call that waits, or lets go of a dead one.
 pub async fn cancel(
-    State(api): State<Arc<Api>>,
+    State(api): State<Arc<ApiState>>,
     Path(id): Path<String>,
 ) -> Result<Response, Error> {
     changed(intake(&api)?.queue.cancel(&id).await?, "cancelled")
@@ -123,7 +126,7 @@ pub async fn cancel(
 
 /// `POST /system/queues/purge?function=&state=`: removes calls that do not run, all trace of them.
 pub async fn purge(
-    State(api): State<Arc<Api>>,
+    State(api): State<Arc<ApiState>>,
     Query(selection): Query<Selection>,
 ) -> Result<Response, Error> {
     let filter = selection.filter(&api.default_namespace)?;

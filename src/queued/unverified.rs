@@ -26,7 +26,7 @@ impl Unverified {
     pub(super) fn admit(&self, function: &Function) -> Result<(), Error> {
         let mut names = self.names();
         if names.len() >= MOST && !names.contains(function) {
-            return Err(Error::Unverified(function.clone(), MOST));
+            return Err(Error::UnconfirmedLimit(function.clone(), MOST));
         }
         names.insert(function.clone());
         Ok(())

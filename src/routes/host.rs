@@ -4,14 +4,14 @@ use std::net::Ipv6Addr;
 
 /// Returns whether `host` is a host with or without a port, or empty, as for a target without an authority.
 pub(super) fn is_host(host: &[u8]) -> bool {
-    match host.iter().position(|byte| !IN_NAME[usize::from(*byte)]) {
+    match host.iter().position(|byte| !IS_NAME_BYTE[usize::from(*byte)]) {
         None => true,
         Some(at) => is_host_with_port(host, at),
     }
 }
 
 /// Bytes allowed in a name besides escapes. A table, since every request has a host.
-const IN_NAME: [bool; 256] = {
+const IS_NAME_BYTE: [bool; 256] = {
     let mut table = [false; 256];
     let mut byte = 0;
     while byte < table.len() {
@@ -29,7 +29,7 @@ const IN_NAME: [bool; 256] = {
 fn is_host_with_port(host: &[u8], at: usize) -> bool {
     match host[at] {
         b':' => at > 0 && is_port(&host[at + 1..]),
-        b'[' if at == 0 => is_literal_with_port(&host[1..]),
+        b'[' if at == 0 => is_ip_literal_with_port(&host[1..]),
         b'%' => {
             let colon = memchr::memchr(b':', host);
             let (name, port) = host.split_at(colon.unwrap_or(host.len()));
@@ -41,7 +41,7 @@ fn is_host_with_port(host: &[u8], at: usize) -> bool {
 
 /// Checks an IPv6 address, its closing bracket and the port. Other literals (`v1.x`) are rejected: they cannot be
 /// called.
-fn is_literal_with_port(literal: &[u8]) -> bool {
+fn is_ip_literal_with_port(literal: &[u8]) -> bool {
     let Some(end) = memchr::memchr(b']', literal) else { return false };
     let address = std::str::from_utf8(&literal[..end]).unwrap_or_default();
     let port = &literal[end + 1..];
@@ -51,7 +51,7 @@ fn is_literal_with_port(literal: &[u8]) -> bool {
 
 fn is_escaped_name(name: &[u8]) -> bool {
     let mut pieces = name.split(|byte| *byte == b'%');
-    let is_name = |piece: &[u8]| piece.iter().all(|byte| IN_NAME[usize::from(*byte)]);
+    let is_name = |piece: &[u8]| piece.iter().all(|byte| IS_NAME_BYTE[usize::from(*byte)]);
     pieces.next().is_some_and(is_name)
         && pieces.all(|piece| {
             piece.split_at_checked(2).is_some_and(|(digits, rest)| {

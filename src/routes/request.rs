@@ -15,27 +15,27 @@ use crate::routes::host::is_host;
 /// The methods of the gateway itself. Functions may define others.
 const METHODS: &str = "GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS";
 /// Requests below this path are forwarded to functions.
-const FUNCTIONS: &str = "/function/";
+const FUNCTION_PREFIX: &str = "/function/";
 
 /// Response to a request that is not routed.
 #[derive(Debug)]
-pub(super) enum Early {
-    Refused(Error),
+pub(super) enum EarlyResponse {
+    Error(Error),
     /// OPTIONS for the gateway itself: the allowed methods.
-    Methods,
+    AllowedMethods,
 }
 
-impl From<Error> for Early {
+impl From<Error> for EarlyResponse {
     fn from(error: Error) -> Self {
-        Self::Refused(error)
+        Self::Error(error)
     }
 }
 
-impl IntoResponse for Early {
+impl IntoResponse for EarlyResponse {
     fn into_response(self) -> Response {
         match self {
-            Self::Refused(error) => error.into_response(),
-            Self::Methods => {
+            Self::Error(error) => error.into_response(),
+            Self::AllowedMethods => {
                 (StatusCode::OK, [(ALLOW, METHODS)], RouterBody::empty()).into_response()
             }
         }
@@ -46,11 +46,12 @@ impl IntoResponse for Early {
 ///
 /// # Errors
 /// The response, if the request is not to be routed.
-pub(super) fn check<B: Body>(request: &mut Request<B>) -> Result<(), Early> {
+pub(super) fn check<B: Body>(request: &mut Request<B>) -> Result<(), EarlyResponse> {
     let body = request.body();
     // A body without a length has transfer codings. hyper has checked only the last line of them.
     if !body.is_end_stream() && body.size_hint().exact().is_none() {
-        codings::is_chunked(request.headers().get_all(TRANSFER_ENCODING)).map_err(Error::Coding)?;
+        codings::is_chunked(request.headers().get_all(TRANSFER_ENCODING))
+            .map_err(Error::TransferCoding)?;
     }
     if *request.method() == Method::CONNECT {
         return Err(Error::MethodNotAllowed(METHODS).into());
@@ -59,39 +60,39 @@ pub(super) fn check<B: Body>(request: &mut Request<B>) -> Result<(), Early> {
         // RFC 9110, 7.8.
         request.headers_mut().remove(UPGRADE);
     }
-    if !has_one_good_host(request.headers(), request.version()) {
-        return bad("the Host header is missing, repeated or malformed");
+    if !has_valid_host(request.headers(), request.version()) {
+        return bad_request("the Host header is missing, repeated or malformed");
     }
     if request.uri().authority().is_some() {
-        take_authority(request)?;
+        apply_authority(request)?;
     }
     match *request.method() {
-        Method::TRACE if request.uri().path().starts_with(FUNCTIONS) => {
+        Method::TRACE if request.uri().path().starts_with(FUNCTION_PREFIX) => {
             Err(Error::MethodNotAllowed(METHODS).into())
         }
         Method::OPTIONS => check_options(request),
-        _ if request.uri().path() == "*" => bad("the target * is for OPTIONS only"),
+        _ if request.uri().path() == "*" => bad_request("the target * is for OPTIONS only"),
         _ => Ok(()),
     }
 }
 
-fn bad<T>(reason: &str) -> Result<T, Early> {
+fn bad_request<T>(reason: &str) -> Result<T, EarlyResponse> {
     Err(Error::BadRequest(reason.to_owned()).into())
 }
 
 /// Converts a target in absolute form to origin form. Its authority replaces `Host` (RFC 9112, 3.2.2).
-fn take_authority<B>(request: &mut Request<B>) -> Result<(), Early> {
+fn apply_authority<B>(request: &mut Request<B>) -> Result<(), EarlyResponse> {
     let uri = request.uri();
     let Some(authority) = uri.authority() else { return Ok(()) };
     if !matches!(uri.scheme_str(), Some("http" | "https")) {
-        return bad("the target is neither a path nor a URL of http or https");
+        return bad_request("the target is neither a path nor a URL of http or https");
     }
     if authority.as_str().contains('@') {
-        return bad("the URL in the target has user information");
+        return bad_request("the URL in the target has user information");
     }
     let host = HeaderValue::from_str(authority.as_str());
     let Some(host) = host.ok().filter(|host| !host.is_empty() && is_host(host.as_bytes())) else {
-        return bad("the host in the target is malformed");
+        return bad_request("the host in the target is malformed");
     };
     *request.uri_mut() = Uri::from(origin_form(uri));
     request.headers_mut().insert(HOST, host);
@@ -110,12 +111,12 @@ fn origin_form(url: &Uri) -> PathAndQuery {
 }
 
 /// Handles OPTIONS for the gateway itself, and `Max-Forwards` (RFC 9110, 7.6.2).
-fn check_options<B>(request: &mut Request<B>) -> Result<(), Early> {
+fn check_options<B>(request: &mut Request<B>) -> Result<(), EarlyResponse> {
     let path = request.uri().path();
     if path == "*" {
-        return Err(Early::Methods);
+        return Err(EarlyResponse::AllowedMethods);
     }
-    if !path.starts_with(FUNCTIONS) {
+    if !path.starts_with(FUNCTION_PREFIX) {
         return Ok(());
     }
     let mut values = request.headers().get_all(MAX_FORWARDS).iter();
@@ -125,8 +126,8 @@ fn check_options<B>(request: &mut Request<B>) -> Result<(), Early> {
         (Some(_), Some(_)) => None,
     };
     match left {
-        None => bad("Max-Forwards is not a number"),
-        Some(0) => Err(Early::Methods),
+        None => bad_request("Max-Forwards is not a number"),
+        Some(0) => Err(EarlyResponse::AllowedMethods),
         Some(left) => {
             request.headers_mut().insert(MAX_FORWARDS, HeaderValue::from(left - 1));
             Ok(())
@@ -143,7 +144,7 @@ fn parse_forwards(digits: &[u8]) -> Option<u64> {
     })
 }
 
-fn has_one_good_host(headers: &HeaderMap, version: Version) -> bool {
+fn has_valid_host(headers: &HeaderMap, version: Version) -> bool {
     let mut hosts = headers.get_all(HOST).iter();
     match (hosts.next(), hosts.next()) {
         (None, _) => version < Version::HTTP_11,
@@ -153,13 +154,13 @@ fn has_one_good_host(headers: &HeaderMap, version: Version) -> bool {
 }
 
 /// Adds `Connection: close`. Other connection options stay.
-pub(super) fn close_after(headers: &mut HeaderMap) {
-    if !says_close(headers) {
+pub(super) fn set_connection_close(headers: &mut HeaderMap) {
+    if !has_connection_close(headers) {
         headers.append(CONNECTION, HeaderValue::from_static("close"));
     }
 }
 
-fn says_close(headers: &HeaderMap) -> bool {
+fn has_connection_close(headers: &HeaderMap) -> bool {
     let values = headers.get_all(CONNECTION).iter();
     values
         .flat_map(|value| value.as_bytes().split(|byte| *byte == b','))
@@ -168,8 +169,8 @@ fn says_close(headers: &HeaderMap) -> bool {
 
 /// Adapts a response to an HTTP/1.0 client, which does not know chunks: a body of unknown length ends with the
 /// connection, so the response must not offer to keep it.
-pub(super) fn fit_http_1_0<B: Body>(response: &mut http::Response<B>) {
-    if response.body().size_hint().exact().is_none() || says_close(response.headers()) {
+pub(super) fn adapt_to_http_1_0<B: Body>(response: &mut http::Response<B>) {
+    if response.body().size_hint().exact().is_none() || has_connection_close(response.headers()) {
         response.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
         // With version 1.1, hyper would add keep-alive if the client requested it.
         *response.version_mut() = Version::HTTP_10;
@@ -188,7 +189,7 @@ mod tests {
             hosts.for_each(|(name, value)| {
                 headers.append(name, value);
             });
-            has_one_good_host(&headers, version)
+            has_valid_host(&headers, version)
         };
         assert!(check(&["gateway.test:8080"], Version::HTTP_11));
         assert!(check(&["[::1]:8080"], Version::HTTP_11));

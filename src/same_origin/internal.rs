@@ -12,54 +12,54 @@ use axum::response::{IntoResponse, Response};
 use http::header::HOST;
 
 use crate::error::Error;
-use crate::same_origin::{Foreign, Names, check, without_port};
+use crate::same_origin::{AllowedHosts, Rejection, check, without_port};
 
 /// Domains that never resolve from the internet to a private network: reserved (RFC 6761, 6762, 8375, ICANN's
 /// `internal`), or used by Kubernetes.
-const PRIVATE: [&str; 8] =
+const PRIVATE_DOMAINS: [&str; 8] =
     ["localhost", "local", "localdomain", "internal", "home.arpa", "lan", "svc", "test"];
 
 /// The accepted host names.
 #[derive(Debug)]
-pub struct InternalNames {
+pub struct InternalHosts {
     /// Exact names: those of the setting, and this machine's own, in lower case.
-    names: Vec<String>,
+    hosts: Vec<String>,
     /// Domain suffixes, without their leading dot, in lower case.
     domains: Vec<String>,
-    any: bool,
+    allows_any: bool,
 }
 
-impl InternalNames {
+impl InternalHosts {
     /// Accepts the names of the setting `metrics_hosts`, and those in this machine's own configuration.
     pub fn new(configured: &[String]) -> Self {
         let name = rustix::system::uname().nodename().to_string_lossy().into_owned();
         let resolver = fs::read_to_string("/etc/resolv.conf").unwrap_or_default();
-        Self::of(configured, &name, &resolver)
+        Self::from_parts(configured, &name, &resolver)
     }
 
-    fn of(configured: &[String], own_name: &str, resolver: &str) -> Self {
+    fn from_parts(configured: &[String], own_name: &str, resolver: &str) -> Self {
         let configured = configured.iter().map(String::as_str);
-        let (domains, names): (Vec<&str>, Vec<&str>) =
+        let (domains, hosts): (Vec<&str>, Vec<&str>) =
             configured.clone().partition(|name| name.starts_with("*."));
         let domains = domains.iter().map(|domain| &domain[2..]);
-        let domains = domains.chain(search_domains(resolver)).chain(PRIVATE);
+        let domains = domains.chain(search_domains(resolver)).chain(PRIVATE_DOMAINS);
         Self {
-            names: names.into_iter().chain([own_name]).map(str::to_ascii_lowercase).collect(),
+            hosts: hosts.into_iter().chain([own_name]).map(str::to_ascii_lowercase).collect(),
             domains: domains.map(str::to_ascii_lowercase).collect(),
-            any: configured.clone().any(|name| name == "*"),
+            allows_any: configured.clone().any(|name| name == "*"),
         }
     }
 
     /// Returns whether `host`, with or without a port, is accepted.
-    fn accept(&self, host: &str) -> bool {
+    fn allows(&self, host: &str) -> bool {
         let name = without_port(host);
         let literal = name.trim_start_matches('[').trim_end_matches(']');
         // A name without a dot is resolved in the client's search domains, not on the internet.
-        if self.any || literal.parse::<IpAddr>().is_ok() || !name.contains('.') {
+        if self.allows_any || literal.parse::<IpAddr>().is_ok() || !name.contains('.') {
             return true;
         }
         let name = name.trim_end_matches('.').to_ascii_lowercase();
-        self.names.contains(&name)
+        self.hosts.contains(&name)
             || self.domains.iter().any(|domain| {
                 name.strip_suffix(domain.as_str()).is_some_and(|before| before.ends_with('.'))
             })
@@ -78,7 +78,7 @@ fn search_domains(resolver: &str) -> impl Iterator<Item = &str> {
 
 /// Rejects requests that a web page of another origin can have sent.
 pub async fn guard_internal(
-    State(names): State<Arc<InternalNames>>,
+    State(hosts): State<Arc<InternalHosts>>,
     request: Request,
     next: Next,
 ) -> Response {
@@ -87,10 +87,10 @@ pub async fn guard_internal(
     // A `Host` that is not ASCII text is not accepted.
     let host = host.or_else(|| Some(headers.get(HOST)?.to_str().unwrap_or("?.?")));
     let checked = match host {
-        Some(host) if !names.accept(host) => Err(
+        Some(host) if !hosts.allows(host) => Err(
             "this host name is not allowed on the metrics port: use an IP address, or add the name to metrics_hosts",
         ),
-        _ => check(headers, Names::Any).map_err(Foreign::reason),
+        _ => check(headers, AllowedHosts::Any).map_err(Rejection::reason),
     };
     match checked {
         Ok(()) => next.run(request).await,
@@ -107,7 +107,7 @@ mod tests {
     #[test]
     fn private_names_are_accepted_and_public_names_are_not() {
         let configured = ["metrics.example.org", "*.prod.example.org"].map(str::to_owned);
-        let names = InternalNames::of(&configured, "Node1.example.com", RESOLVER);
+        let hosts = InternalHosts::from_parts(&configured, "Node1.example.com", RESOLVER);
         for host in [
             "10.1.2.3:8082",
             "127.0.0.1",
@@ -126,7 +126,7 @@ mod tests {
             "metrics.example.org",
             "a.prod.example.org:8082",
         ] {
-            assert!(names.accept(host), "{host}");
+            assert!(hosts.allows(host), "{host}");
         }
         for host in [
             "rebind.evil",
@@ -139,9 +139,9 @@ mod tests {
             "svc.evil.com:8082",
             "10.0.0.1.nip.io",
         ] {
-            assert!(!names.accept(host), "{host}");
+            assert!(!hosts.allows(host), "{host}");
         }
-        let any = InternalNames::of(&["*".to_owned()], "node1", "");
-        assert!(any.accept("rebind.evil"));
+        let any = InternalHosts::from_parts(&["*".to_owned()], "node1", "");
+        assert!(any.allows("rebind.evil"));
     }
 }

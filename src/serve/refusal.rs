@@ -170,7 +170,7 @@ fn too_large(unparsed: &[u8]) -> Outcome {
 
 /// The whole response that says so; in reply to HEAD (`to_head`) without its body (RFC 9110, 9.3.2).
 pub(super) fn response(error: HeadError, to_head: bool) -> Bytes {
-    let (head, body) = Error::Head(error).answer(None).into_parts();
+    let (head, body) = Error::Head(error).response(None).into_parts();
     let reason = head.status.canonical_reason().unwrap_or_default();
     let date = httpdate::fmt_http_date(SystemTime::now());
     let mut text = format!("HTTP/1.1 {} {reason}\r\n", head.status.as_str()).into_bytes();

@@ -12,67 +12,70 @@ use bytes::Bytes;
 use http_body::{Frame, SizeHint};
 use serde::Deserialize;
 
-use crate::metrics::known::Known;
+use crate::metrics::registry::FunctionRegistry;
 use crate::serve::caller::Caller;
-use crate::system::{Api, stream};
+use crate::system::{ApiState, stream_response};
 
 /// Maximum bytes of a body that are captured: far more than a deployment needs.
-const MOST_HEARD: usize = 64 << 10;
+const MAX_CAPTURED_BYTES: usize = 64 << 10;
 
 /// Proxies a request that deploys, updates or deletes the function named in its body.
 pub async fn change(
-    State(api): State<Arc<Api>>,
-    Extension(caller): Extension<Caller>,
+    State(api): State<Arc<ApiState>>,
+    Extension(connection): Extension<Caller>,
     request: Request,
 ) -> Response {
     let captured = Arc::default();
-    let _changed = Changed { known: &api.metrics.known, what: What::Heard(Arc::clone(&captured)) };
-    let request = request.map(|inner| Body::new(Overheard { inner, captured }));
-    api.send(&caller, &api.provider.origin, request).await.map(stream).into_response()
+    let _changed = InvalidateOnDrop {
+        registry: &api.metrics.function_registry,
+        function: ChangedFunction::InBody(Arc::clone(&captured)),
+    };
+    let request = request.map(|inner| Body::new(CapturingBody { inner, captured }));
+    api.send(&connection, &api.provider.origin, request).await.map(stream_response).into_response()
 }
 
 /// Invalidates the readiness of a function when dropped: when the provider has responded, or the request was cancelled.
-pub(super) struct Changed<'a> {
-    known: &'a Known,
-    what: What,
+pub(super) struct InvalidateOnDrop<'a> {
+    registry: &'a FunctionRegistry,
+    function: ChangedFunction,
 }
 
-enum What {
+enum ChangedFunction {
     Named(String),
     /// The function is named in this body.
-    Heard(Arc<Mutex<Heard>>),
+    InBody(Arc<Mutex<CapturedBody>>),
 }
 
 /// The first bytes of a body.
 #[derive(Default)]
-struct Heard {
+struct CapturedBody {
     bytes: Vec<u8>,
-    is_cut: bool,
+    truncated: bool,
 }
 
 /// The field of a request body that names the function.
 #[derive(Deserialize)]
-struct Named {
+struct FunctionReference {
     #[serde(alias = "functionName")]
     service: String,
 }
 
-impl<'a> Changed<'a> {
-    pub(super) fn named(api: &'a Api, name: String) -> Self {
-        Self { known: &api.metrics.known, what: What::Named(name) }
+impl<'a> InvalidateOnDrop<'a> {
+    pub(super) fn named(api: &'a ApiState, name: String) -> Self {
+        Self { registry: &api.metrics.function_registry, function: ChangedFunction::Named(name) }
     }
 }
 
-impl Drop for Changed<'_> {
+impl Drop for InvalidateOnDrop<'_> {
     fn drop(&mut self) {
-        match &self.what {
-            What::Named(name) => self.known.changed(Some(name)),
-            What::Heard(captured) => {
+        match &self.function {
+            ChangedFunction::Named(name) => self.registry.invalidate(Some(name)),
+            ChangedFunction::InBody(captured) => {
                 let captured = captured.lock().unwrap_or_else(PoisonError::into_inner);
-                match serde_json::from_slice::<Named>(&captured.bytes) {
-                    Ok(named) => self.known.changed(Some(&named.service)),
+                match serde_json::from_slice::<FunctionReference>(&captured.bytes) {
+                    Ok(named) => self.registry.invalidate(Some(&named.service)),
                     // The truncated body may name any function.
-                    Err(_) if captured.is_cut => self.known.changed(None),
+                    Err(_) if captured.truncated => self.registry.invalidate(None),
                     // The provider cannot parse the body either.
                     Err(_) => {}
                 }
@@ -82,12 +85,12 @@ impl Drop for Changed<'_> {
 }
 
 /// A body whose first bytes are captured while it is forwarded.
-struct Overheard {
+struct CapturingBody {
     inner: Body,
-    captured: Arc<Mutex<Heard>>,
+    captured: Arc<Mutex<CapturedBody>>,
 }
 
-impl http_body::Body for Overheard {
+impl http_body::Body for CapturingBody {
     type Data = Bytes;
     type Error = axum::Error;
 
@@ -99,7 +102,7 @@ impl http_body::Body for Overheard {
         if let Poll::Ready(Some(Ok(frame))) = &polled
             && let Some(data) = frame.data_ref()
         {
-            self.captured.lock().unwrap_or_else(PoisonError::into_inner).hear(data);
+            self.captured.lock().unwrap_or_else(PoisonError::into_inner).capture(data);
         }
         polled
     }
@@ -113,10 +116,10 @@ impl http_body::Body for Overheard {
     }
 }
 
-impl Heard {
-    fn hear(&mut self, data: &[u8]) {
-        let room = MOST_HEARD - self.bytes.len();
-        self.is_cut |= data.len() > free;
+impl CapturedBody {
+    fn capture(&mut self, data: &[u8]) {
+        let free = MAX_CAPTURED_BYTES - self.bytes.len();
+        self.truncated |= data.len() > free;
         self.bytes.extend_from_slice(&data[..data.len().min(free)]);
     }
 }
@@ -131,15 +134,15 @@ mod tests {
 
     /// Returns whether `echo` and `other` are invalidated by a request with `body`.
     fn changes(body: &[u8]) -> (bool, bool) {
-        let known = Known::default();
+        let registry = FunctionRegistry::default();
         let functions = ["echo", "other"].map(|name| Function::parse(name, "fn").unwrap());
         let listed: HashMap<_, _> = functions.iter().map(|f| (f.clone(), true)).collect();
-        known.listed(&listed, Instant::now());
-        let warm = functions.map(|function| known.warm(&function));
-        let captured = Arc::<Mutex<Heard>>::default();
-        body.chunks(1000).for_each(|piece| captured.lock().unwrap().hear(piece));
-        drop(Changed { known: &known, what: What::Heard(captured) });
-        (!warm[0].is_warm(), !warm[1].is_warm())
+        registry.apply_listing(&listed, Instant::now());
+        let ready = functions.map(|function| registry.ready_flag(&function));
+        let captured = Arc::<Mutex<CapturedBody>>::default();
+        body.chunks(1000).for_each(|piece| captured.lock().unwrap().capture(piece));
+        drop(InvalidateOnDrop { registry: &registry, function: ChangedFunction::InBody(captured) });
+        (!ready[0].is_warm(), !ready[1].is_warm())
     }
 
     #[test]
@@ -152,7 +155,7 @@ mod tests {
 
     #[test]
     fn a_truncated_body_invalidates_all_functions() {
-        let long = format!(r#"{{"image":"{}","service":"echo"}}"#, "x".repeat(MOST_HEARD));
+        let long = format!(r#"{{"image":"{}","service":"echo"}}"#, "x".repeat(MAX_CAPTURED_BYTES));
         assert_eq!(changes(long.as_bytes()), (true, true));
     }
 }

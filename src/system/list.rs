@@ -10,37 +10,37 @@ use serde_json::{Map, Value};
 use crate::error::Error;
 use crate::provider::parse_json;
 use crate::serve::caller::Caller;
-use crate::system::{Api, json_answer};
+use crate::system::{ApiState, json_response};
 
 /// Returns the list. Counts are left out if they are unavailable: the list is worth more.
 ///
 /// # Errors
 /// The provider does not respond, or not with a list.
 pub async fn list(
-    State(api): State<Arc<Api>>,
-    Extension(caller): Extension<Caller>,
+    State(api): State<Arc<ApiState>>,
+    Extension(connection): Extension<Caller>,
     request: Request,
 ) -> Result<Response, Error> {
-    let (status, headers, body) = api.fetch(&caller, request).await?;
+    let (status, headers, body) = api.fetch_json(&connection, request).await?;
     if !status.is_success() {
-        let mut answer = (status, body).into_response();
+        let mut response = (status, body).into_response();
         if let Some(kind) = headers.get(http::header::CONTENT_TYPE) {
-            answer.headers_mut().insert(http::header::CONTENT_TYPE, kind.clone());
+            response.headers_mut().insert(http::header::CONTENT_TYPE, kind.clone());
         }
-        return Ok(answer);
+        return Ok(response);
     }
     let mut functions = parse_json::<Option<Vec<Map<String, Value>>>>(&body)?.unwrap_or_default();
     if !functions.is_empty() {
-        let counts = api.counts.by_function(&api.client, &api.metrics).await;
-        mix_in(&mut functions, &counts, &api.default_namespace);
+        let counts = api.invocation_counts.by_function(&api.client, &api.metrics).await;
+        add_invocation_counts(&mut functions, &counts, &api.default_namespace);
     }
     let body = serde_json::to_vec(&functions)
         .map_err(|error| Error::Provider(format!("cannot encode the list: {error}")))?;
-    Ok(json_answer(body))
+    Ok(json_response(body))
 }
 
 /// Sets `invocationCount` of each function whose count is known.
-fn mix_in(
+fn add_invocation_counts(
     functions: &mut [Map<String, Value>],
     counts: &HashMap<String, u64>,
     default_namespace: &str,
@@ -70,7 +70,7 @@ mod tests {
         )
         .unwrap();
         let counts = HashMap::from([("a.dev".to_owned(), 3), ("b.fn".to_owned(), 0)]);
-        mix_in(&mut functions, &counts, "fn");
+        add_invocation_counts(&mut functions, &counts, "fn");
         assert_eq!(
             serde_json::to_string(&functions).unwrap(),
             r#"[{"name":"a","namespace":"dev","x":1,"invocationCount":3},{"name":"b","invocationCount":0},{"name":"c"},{"odd":true}]"#

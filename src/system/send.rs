@@ -12,92 +12,98 @@ use http::header::{AUTHORIZATION, CONTENT_LENGTH};
 use http::{HeaderMap, Response};
 use http_body::Body as _;
 
-use crate::auth::attempts::Tries;
+use crate::auth::attempts::CredentialAttempts;
 use crate::error::Error;
 use crate::proxy::body::RequestBody;
 use crate::proxy::client::Origin;
 use crate::proxy::upstream_body::UpstreamBody;
 use crate::proxy::{Errand, forward};
 use crate::serve::caller::Caller;
-use crate::system::{Api, MAX_BODY, read};
+use crate::system::{ApiState, MAX_BODY, read_body};
 
 /// Maximum bodies, of at most [`MAX_BODY`] bytes each, that are buffered at a time, over all threads.
-pub const MAX_KEPT: usize = 64;
+pub const MAX_REPLAY_BODIES: usize = 64;
 
-impl Api {
+impl ApiState {
     /// Sends a client's request to `origin`, with this gateway's credentials.
     ///
     /// # Errors
     /// The upstream does not respond, or the client aborted its body.
     pub async fn send(
         &self,
-        caller: &Caller,
+        connection: &Caller,
         origin: &Origin,
         request: Request,
     ) -> Result<Response<UpstreamBody>, Error> {
-        let attempts = Tries::of(self.provider.credentials.as_ref());
+        let attempts = CredentialAttempts::new(self.provider.credentials.as_ref());
         if !attempts.has_next() {
-            return self.send_once(caller, origin, request.map(RequestBody::Api), &attempts).await;
+            return self
+                .send_once(connection, origin, request.map(RequestBody::Api), &attempts)
+                .await;
         }
         // Boxed: the future is large and rarely used.
-        Box::pin(self.send_with_each(caller, origin, request, attempts)).await
+        Box::pin(self.send_with_each_credential(connection, origin, request, attempts)).await
     }
 
     /// Sends a request with each of the known credentials in turn, until they are accepted.
-    async fn send_with_each(
+    async fn send_with_each_credential(
         &self,
-        caller: &Caller,
+        connection: &Caller,
         origin: &Origin,
         request: Request,
-        mut attempts: Tries,
+        mut attempts: CredentialAttempts,
     ) -> Result<Response<UpstreamBody>, Error> {
         let (parts, body) = request.into_parts();
         let mut buffered = Bytes::new();
         let mut _permit = None;
         if !body.is_end_stream() {
-            _permit = self.kept.try_acquire().ok().filter(|_| is_short(&parts.headers));
+            _permit = self
+                .replay_permits
+                .try_acquire()
+                .ok()
+                .filter(|_| fits_replay_limit(&parts.headers));
             if _permit.is_none() {
                 // If this fails, so does the request, and the client receives its error.
                 let _ = self.provider.try_credentials().await;
-                let attempts = Tries::of(self.provider.credentials.as_ref());
+                let attempts = CredentialAttempts::new(self.provider.credentials.as_ref());
                 let request = Request::from_parts(parts, RequestBody::Api(body));
-                return self.send_once(caller, origin, request, &attempts).await;
+                return self.send_once(connection, origin, request, &attempts).await;
             }
-            kept = read(body, MAX_BODY).await?;
+            buffered = read_body(body, MAX_BODY).await?;
         }
         loop {
             let body = Some(buffered.clone()).filter(|body| !body.is_empty());
             let request = Request::from_parts(parts.clone(), RequestBody::Full(body));
-            let answer = self.send_once(caller, origin, request, &attempts).await?;
-            if !attempts.again(answer.status()) {
-                return Ok(answer);
+            let response = self.send_once(connection, origin, request, &attempts).await?;
+            if !attempts.advance(response.status()) {
+                return Ok(response);
             }
         }
     }
 
     async fn send_once(
         &self,
-        caller: &Caller,
+        connection: &Caller,
         origin: &Origin,
         mut request: http::Request<RequestBody>,
-        attempts: &Tries,
+        attempts: &CredentialAttempts,
     ) -> Result<Response<UpstreamBody>, Error> {
         if let Some(authorization) = attempts.header() {
             request.headers_mut().insert(AUTHORIZATION, authorization);
         }
-        let errand = Errand {
-            peer: &caller.forwarded_for,
-            watch: &caller.watch,
+        let context = Errand {
+            peer: &connection.forwarded_for,
+            watch: &connection.watch,
             began: Instant::now(),
             timeout: self.timeouts.upstream,
             is_clients: true,
         };
-        Ok(forward(&self.client, origin, request, errand).await?.answer)
+        Ok(forward(&self.client, origin, request, context).await?.answer)
     }
 }
 
 /// Returns whether `headers` declare a body of at most [`MAX_BODY`] bytes.
-fn is_short(headers: &HeaderMap) -> bool {
+fn fits_replay_limit(headers: &HeaderMap) -> bool {
     let length = headers.get(CONTENT_LENGTH).and_then(|length| length.to_str().ok());
     length.and_then(|length| length.parse().ok()).is_some_and(|length: usize| length <= MAX_BODY)
 }
@@ -111,7 +117,7 @@ mod tests {
         let check = |length: Option<&'static str>, expect: bool| {
             let length =
                 length.map(|value| (CONTENT_LENGTH, http::HeaderValue::from_static(value)));
-            assert_eq!(is_short(&length.into_iter().collect()), expect);
+            assert_eq!(fits_replay_limit(&length.into_iter().collect()), expect);
         };
         check(Some("0"), true);
         check(Some("1048576"), true);

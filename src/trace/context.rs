@@ -19,7 +19,7 @@ pub struct Context {
 
 impl Context {
     /// Reads the context from `headers`; `None` if there is none, or it is invalid.
-    pub fn of(headers: &HeaderMap) -> Option<Self> {
+    pub fn extract(headers: &HeaderMap) -> Option<Self> {
         let mut values = headers.get_all(&TRACEPARENT).iter();
         let text = values.next()?.to_str().ok()?;
         // With two headers it is unknown which one is right.
@@ -44,27 +44,27 @@ impl Context {
     }
 
     /// Starts a new trace, which is sampled with the probability `sampling`, from 0 to 1.
-    pub fn fresh(sampling: f64) -> Self {
-        Self::of_id(Uuid::new_v4(), sampling)
+    pub fn new_root(sampling: f64) -> Self {
+        Self::from_call_id(Uuid::new_v4(), sampling)
     }
 
     /// Starts the trace with the id of a call.
-    pub fn of_id(id: Uuid, sampling: f64) -> Self {
+    pub fn from_call_id(id: Uuid, sampling: f64) -> Self {
         /// Number of low bits of a UUID that are random.
-        const DRAWN: u32 = 56;
+        const RANDOM_BITS: u32 = 56;
         let trace = id.as_u128().max(1);
-        let drawn = trace & ((1 << DRAWN) - 1);
-        Self { trace, span: 0, sampled: (drawn as f64) < sampling * (1_u64 << DRAWN) as f64 }
+        let random = trace & ((1 << RANDOM_BITS) - 1);
+        Self { trace, span: 0, sampled: (random as f64) < sampling * (1_u64 << RANDOM_BITS) as f64 }
     }
 
     /// Returns the context for children of `span`.
     #[must_use]
-    pub fn under(self, span: u64) -> Self {
+    pub fn child(self, span: u64) -> Self {
         Self { span, ..self }
     }
 
     /// Writes the context to `headers`. `continued`: the request had a context; otherwise its `tracestate` is removed.
-    pub fn put_on(self, headers: &mut HeaderMap, continued: bool) {
+    pub fn inject(self, headers: &mut HeaderMap, continued: bool) {
         let mut text = String::with_capacity(55);
         let flags = u8::from(self.sampled);
         // Writing to a string does not fail.
@@ -79,7 +79,7 @@ impl Context {
 }
 
 /// Returns a random span id, not 0.
-pub fn span_id() -> u64 {
+pub fn new_span_id() -> u64 {
     let (high, low) = Uuid::new_v4().as_u64_pair();
     // The fixed bits of each half are combined with random bits of the other.
     (high ^ low.rotate_left(32)).max(1)
@@ -103,18 +103,18 @@ mod tests {
     #[test]
     fn an_injected_context_can_be_extracted() {
         let mut headers = HeaderMap::new();
-        let context = Context::fresh(1.0).under(span_id());
-        context.put_on(&mut headers, false);
-        assert_eq!(Context::of(&headers), Some(context));
+        let context = Context::new_root(1.0).child(new_span_id());
+        context.inject(&mut headers, false);
+        assert_eq!(Context::extract(&headers), Some(context));
         let context = Context::parse(GOOD).unwrap();
         assert_eq!((context.span, context.sampled), (0x00f0_67aa_0ba9_02b7, true));
-        context.put_on(&mut headers, true);
+        context.inject(&mut headers, true);
         assert_eq!(headers[TRACEPARENT], GOOD);
     }
 
     #[test]
     fn traces_are_sampled_by_ratio() {
-        let sampled = |sampling| (0..1000).filter(|_| Context::fresh(sampling).sampled).count();
+        let sampled = |sampling| (0..1000).filter(|_| Context::new_root(sampling).sampled).count();
         assert_eq!((sampled(0.0), sampled(1.0)), (0, 1000));
         assert!((100..900).contains(&sampled(0.5)));
     }
@@ -138,16 +138,16 @@ mod tests {
         assert!(Context::parse(&GOOD.replacen("00", "01", 1).replace("-01", "-01-more")).is_some());
         let value = HeaderValue::from_static(GOOD);
         let twice = HeaderMap::from_iter([(TRACEPARENT, value.clone()), (TRACEPARENT, value)]);
-        assert_eq!(Context::of(&twice), None);
+        assert_eq!(Context::extract(&twice), None);
     }
 
     #[test]
     fn a_tracestate_without_a_trace_is_not_forwarded() {
         let mut headers = HeaderMap::new();
         headers.insert(TRACESTATE, HeaderValue::from_static("a=b"));
-        Context::fresh(0.0).under(1).put_on(&mut headers, true);
+        Context::new_root(0.0).child(1).inject(&mut headers, true);
         assert!(headers.contains_key(TRACESTATE));
-        Context::fresh(0.0).under(1).put_on(&mut headers, false);
+        Context::new_root(0.0).child(1).inject(&mut headers, false);
         assert!(!headers.contains_key(TRACESTATE));
     }
 }

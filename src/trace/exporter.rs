@@ -17,21 +17,21 @@ use crate::config::base_url::BaseUrl;
 use crate::metrics::traces::SpansDropped;
 use crate::proxy::body::RequestBody;
 use crate::proxy::client::{Client, Origin};
-use crate::trace::span::{Span, export};
+use crate::trace::span::{Span, export_request};
 use crate::watch::Watch;
 
 /// Maximum spans that wait for export.
-pub(super) const WAITING: usize = 8192;
+pub(super) const QUEUE_CAPACITY: usize = 8192;
 /// Maximum spans in one request.
-const TOGETHER: usize = 512;
+const MAX_BATCH_SPANS: usize = 512;
 /// Time to wait for more spans of a batch.
-const GATHER: Duration = Duration::from_secs(1);
+const BATCH_DELAY: Duration = Duration::from_secs(1);
 /// Timeout of an export request.
-const ANSWER: Duration = Duration::from_secs(5);
+const EXPORT_TIMEOUT: Duration = Duration::from_secs(5);
 /// Maximum bytes of a response that are read.
-const LONGEST_ANSWER: usize = 64 << 10;
+const MAX_RESPONSE_BYTES: usize = 64 << 10;
 /// Timeout for the remaining spans at shutdown.
-const LAST: Duration = Duration::from_secs(1);
+const FLUSH_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// Exports the spans of a [`Tracer`](super::Tracer).
 pub struct Exporter {
@@ -54,14 +54,14 @@ impl Exporter {
             // Cancel-safe: received spans are in `batch`.
             let ended = tokio::select! {
                 () = stopping.cancelled() => true,
-                received = self.gather(&mut batch) => !received,
+                received = self.collect_batch(&mut batch) => !received,
             };
             if ended {
-                return self.finish(batch).await;
+                return self.flush(batch).await;
             }
             let deadline = async {
                 stopping.cancelled().await;
-                tokio::time::sleep(LAST).await;
+                tokio::time::sleep(FLUSH_TIMEOUT).await;
             };
             // At shutdown, a request in progress has the same timeout as the flush. It is not repeated, as it may have
             // been received.
@@ -69,45 +69,45 @@ impl Exporter {
                 () = deadline => return,
                 sent = self.send(&batch) => sent,
             };
-            away = self.note(sent, batch.len(), away);
+            failing = self.record_result(sent, batch.len(), failing);
         }
     }
 
     /// Fills `batch`; returns `false` when the channel is closed.
-    async fn gather(&mut self, batch: &mut Vec<Span>) -> bool {
-        if self.spans.recv_many(batch, TOGETHER).await == 0 {
+    async fn collect_batch(&mut self, batch: &mut Vec<Span>) -> bool {
+        if self.spans.recv_many(batch, MAX_BATCH_SPANS).await == 0 {
             return false;
         }
         let more = async {
-            while batch.len() < TOGETHER {
-                let room = TOGETHER - batch.len();
-                if self.spans.recv_many(batch, room).await == 0 {
+            while batch.len() < MAX_BATCH_SPANS {
+                let free = MAX_BATCH_SPANS - batch.len();
+                if self.spans.recv_many(batch, free).await == 0 {
                     return;
                 }
             }
         };
         // The timeout is the usual end of a batch.
-        let _ = tokio::time::timeout(GATHER, more).await;
+        let _ = tokio::time::timeout(BATCH_DELAY, more).await;
         true
     }
 
-    async fn finish(mut self, mut batch: Vec<Span>) {
+    async fn flush(mut self, mut batch: Vec<Span>) {
         self.spans.close();
         let all = async {
             loop {
-                self.spans.recv_many(&mut batch, TOGETHER).await;
+                self.spans.recv_many(&mut batch, MAX_BATCH_SPANS).await;
                 if batch.is_empty() || self.send(&batch).await.is_err() {
                     return;
                 }
                 batch.clear();
             }
         };
-        let _ = tokio::time::timeout(LAST, all).await;
+        let _ = tokio::time::timeout(FLUSH_TIMEOUT, all).await;
     }
 
     /// Counts dropped spans, and logs once when the collector fails and when it recovers. Returns whether it fails.
-    fn note(&self, sent: anyhow::Result<u64>, spans: usize, was_failing: bool) -> bool {
-        self.dropped.refused(sent.as_ref().map_or(spans as u64, |refused| *refused));
+    fn record_result(&self, sent: anyhow::Result<u64>, spans: usize, was_failing: bool) -> bool {
+        self.dropped.export_failed(sent.as_ref().map_or(spans as u64, |refused| *refused));
         match sent {
             Ok(1..) if !was_failing => {
                 tracing::debug!(?sent, "The trace collector rejected some spans")
@@ -134,7 +134,7 @@ impl Exporter {
     /// Sends `spans`; returns how many of them the collector rejected.
     async fn send(&self, spans: &[Span]) -> anyhow::Result<u64> {
         let origin = Origin::new(self.endpoint.clone());
-        let body = Bytes::from(export(self.service, spans));
+        let body = Bytes::from(export_request(self.service, spans));
         let mut request = Request::new(RequestBody::Full(Some(body)));
         *request.method_mut() = Method::POST;
         *request.uri_mut() = origin.target(&http::Uri::from_static("/v1/traces"))?;
@@ -144,16 +144,16 @@ impl Exporter {
         headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
         headers.extend(self.headers.clone());
         let watch = Arc::new(Watch::new());
-        let answered = async {
-            let answer = self.client.send(&origin, request, &watch).await?;
-            let status = answer.status();
+        let exchange = async {
+            let response = self.client.send(&origin, request, &watch).await?;
+            let status = response.status();
             // Read to the end, so that the connection can be reused.
-            let body = Limited::new(answer.into_body(), LONGEST_ANSWER).collect().await;
-            anyhow::Ok((status, body.map_or(0, |body| rejected(&body.to_bytes()))))
+            let body = Limited::new(response.into_body(), MAX_RESPONSE_BYTES).collect().await;
+            anyhow::Ok((status, body.map_or(0, |body| rejected_spans(&body.to_bytes()))))
         };
-        match tokio::time::timeout(ANSWER, answered).await {
+        match tokio::time::timeout(EXPORT_TIMEOUT, exchange).await {
             Err(_) => bail!("timeout"),
-            Ok(answered) => match answered? {
+            Ok(exchange) => match exchange? {
                 (status, rejected) if status.is_success() => Ok(rejected.min(spans.len() as u64)),
                 (status, _) => bail!("status {status}"),
             },
@@ -162,9 +162,9 @@ impl Exporter {
 }
 
 /// Returns the number of rejected spans in a response. JSON encodes 64-bit integers as strings or as numbers.
-fn rejected(answer: &[u8]) -> u64 {
-    let answer: serde_json::Value = serde_json::from_slice(answer).unwrap_or_default();
-    let spans = &answer["partialSuccess"]["rejectedSpans"];
+fn rejected_spans(response: &[u8]) -> u64 {
+    let response: serde_json::Value = serde_json::from_slice(response).unwrap_or_default();
+    let spans = &response["partialSuccess"]["rejectedSpans"];
     spans.as_u64().or_else(|| spans.as_str()?.parse().ok()).unwrap_or(0)
 }
 
@@ -174,10 +174,13 @@ mod tests {
 
     #[test]
     fn the_number_of_rejected_spans_is_parsed() {
-        assert_eq!(rejected(br#"{"partialSuccess":{"rejectedSpans":"3"}}"#), 3);
-        assert_eq!(rejected(br#"{"partialSuccess":{"rejectedSpans":2,"errorMessage":"x"}}"#), 2);
-        for answer in ["", "{}", "[]", "ok", r#"{"partialSuccess":null}"#] {
-            assert_eq!(rejected(answer.as_bytes()), 0, "{answer}");
+        assert_eq!(rejected_spans(br#"{"partialSuccess":{"rejectedSpans":"3"}}"#), 3);
+        assert_eq!(
+            rejected_spans(br#"{"partialSuccess":{"rejectedSpans":2,"errorMessage":"x"}}"#),
+            2
+        );
+        for response in ["", "{}", "[]", "ok", r#"{"partialSuccess":null}"#] {
+            assert_eq!(rejected_spans(response.as_bytes()), 0, "{response}");
         }
     }
 }

@@ -8,7 +8,7 @@ use crate::trace::context::{Context, TRACEPARENT};
 pub(crate) fn trace_context(data: &[u8]) {
     let Ok(value) = HeaderValue::from_bytes(data) else { return };
     let mut headers = HeaderMap::from_iter([(TRACEPARENT, value)]);
-    let Some(context) = Context::of(&headers) else { return };
-    context.put_on(&mut headers, true);
-    assert_eq!(Context::of(&headers), Some(context), "{data:?}");
+    let Some(context) = Context::extract(&headers) else { return };
+    context.inject(&mut headers, true);
+    assert_eq!(Context::extract(&headers), Some(context), "{data:?}");
 }

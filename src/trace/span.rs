@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 
 /// Span kind, with the numbers of OTLP.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Kind {
+pub enum SpanKind {
     Server = 2,
     Client = 3,
     Producer = 4,
@@ -21,57 +21,57 @@ pub struct Span {
     pub id: u64,
     /// 0 if there is no parent.
     pub parent: u64,
-    pub kind: Kind,
+    pub kind: SpanKind,
     /// Low cardinality: variable parts are attributes.
     pub name: Cow<'static, str>,
     pub began: SystemTime,
     pub took: Duration,
-    pub attributes: Vec<(&'static str, Attribute)>,
+    pub attributes: Vec<(&'static str, AttributeValue)>,
     /// Error message, if the operation failed.
     pub failure: Option<String>,
 }
 
 /// Value of an attribute.
 #[derive(Clone, Debug)]
-pub enum Attribute {
+pub enum AttributeValue {
     Text(String),
     Number(i64),
 }
 
 /// Maximum bytes of a text attribute: clients control much of it.
-const LONGEST: usize = 256;
+const MAX_TEXT_BYTES: usize = 256;
 
-impl From<&str> for Attribute {
+impl From<&str> for AttributeValue {
     fn from(text: &str) -> Self {
-        Self::Text(cut(text, LONGEST).to_owned())
+        Self::Text(truncate(text, MAX_TEXT_BYTES).to_owned())
     }
 }
 
 /// Returns the first `max` bytes of `text`, or fewer at a character boundary.
-pub fn cut(text: &str, most: usize) -> &str {
+pub fn truncate(text: &str, max: usize) -> &str {
     &text[..text.floor_char_boundary(max)]
 }
 
-impl From<i64> for Attribute {
+impl From<i64> for AttributeValue {
     fn from(number: i64) -> Self {
         Self::Number(number)
     }
 }
 
-impl From<u16> for Attribute {
+impl From<u16> for AttributeValue {
     fn from(number: u16) -> Self {
         Self::Number(number.into())
     }
 }
 
-impl From<u32> for Attribute {
+impl From<u32> for AttributeValue {
     fn from(number: u32) -> Self {
         Self::Number(number.into())
     }
 }
 
 /// Returns the body of a request to `/v1/traces` with `spans` of `service`.
-pub fn export(service: &str, spans: &[Span]) -> Vec<u8> {
+pub fn export_request(service: &str, spans: &[Span]) -> Vec<u8> {
     let version = env!("CARGO_PKG_VERSION");
     let resource =
         [attribute("service.name", &service.into()), attribute("service.version", &version.into())];
@@ -108,11 +108,11 @@ impl Span {
     }
 }
 
-fn attribute(key: &str, value: &Attribute) -> Value {
+fn attribute(key: &str, value: &AttributeValue) -> Value {
     let value = match value {
-        Attribute::Text(text) => json!({"stringValue": text}),
+        AttributeValue::Text(text) => json!({"stringValue": text}),
         // OTLP JSON encodes 64-bit integers as strings.
-        Attribute::Number(number) => json!({"intValue": number.to_string()}),
+        AttributeValue::Number(number) => json!({"intValue": number.to_string()}),
     };
     json!({"key": key, "value": value})
 }
@@ -123,9 +123,11 @@ mod tests {
 
     #[test]
     fn long_text_is_truncated() {
-        let Attribute::Text(text) = "ä".repeat(1000).as_str().into() else { panic!("no text") };
+        let AttributeValue::Text(text) = "ä".repeat(1000).as_str().into() else {
+            panic!("no text")
+        };
         assert_eq!(text, "ä".repeat(128));
-        assert_eq!(cut("short", 256), "short");
+        assert_eq!(truncate("short", 256), "short");
     }
 
     #[test]
@@ -134,7 +136,7 @@ mod tests {
             trace: 0xab,
             id: 0xc,
             parent: 0,
-            kind: Kind::Server,
+            kind: SpanKind::Server,
             name: "GET /function/{name}".into(),
             began: UNIX_EPOCH + Duration::from_nanos(1_000_000_000_000_000_001),
             took: Duration::from_nanos(2),
@@ -142,7 +144,8 @@ mod tests {
             failure: Some("502".to_owned()),
         };
         let child = Span { parent: 0xc, failure: None, ..span.clone() };
-        let written: Value = serde_json::from_slice(&export("gateway", &[span, child])).unwrap();
+        let written: Value =
+            serde_json::from_slice(&export_request("gateway", &[span, child])).unwrap();
         let resource = &written["resourceSpans"][0];
         assert_eq!(
             resource["resource"]["attributes"][0],

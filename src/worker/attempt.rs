@@ -10,8 +10,10 @@ use http_body::Body;
 use http_body_util::BodyExt;
 use tokio::time::timeout_at as in_time;
 
+use crate::activator::Activator;
+use crate::activator::unavailable::{Hop, MAX_SENDS, RetrySafety, UnavailableSignal};
 use crate::error::Error;
-use crate::metrics::calls::{self, End, Shard};
+use crate::metrics::calls::{self, Outcome, Shard};
 use crate::proxy::body::RequestBody;
 use crate::proxy::client;
 use crate::proxy::client::{Client, Origin};
@@ -22,8 +24,6 @@ use crate::queue::MemoryPermit;
 use crate::queue::call::QueuedCall;
 use crate::queue::memory::{BodyBudget, BodyBuffer};
 use crate::queue::status::StoredResponse;
-use crate::scaling::Scaling;
-use crate::scaling::fault::{Fault, MAX_SENDS, Repeat, Way};
 use crate::trace::context::Context;
 use crate::watch::Watch;
 use crate::worker::policies::Policies;
@@ -45,7 +45,7 @@ pub struct Caller {
     /// From the first byte sent to the last byte back.
     pub timeout: Duration,
     /// Wakes functions, if that is to be done.
-    pub scaling: Option<Arc<Scaling>>,
+    pub scaling: Option<Arc<Activator>>,
     /// The memory that responses share with all other bodies of queued calls.
     pub budget: BodyBudget,
 }
@@ -87,7 +87,7 @@ impl Caller {
             match self.exchange(call, &label, &mut counted, keeps, context, policies).await {
                 Ok(attempt) => attempt,
                 Err(error) => {
-                    counted.answered(error.status());
+                    counted.set_status(error.status());
                     // In all other cases the function was out of reach, or broke off.
                     let is_answer = match &error {
                         Error::NoSuchFunction(_) => true,
@@ -98,7 +98,7 @@ impl Caller {
                     Attempt { status, ..Attempt::failed(error.to_string(), began) }
                 }
             };
-        counted.ended(End::Whole, Instant::now());
+        counted.finish(Outcome::Complete, Instant::now());
         attempt
     }
 
@@ -110,19 +110,20 @@ impl Caller {
         &self,
         call: &QueuedCall,
         label: &str,
-        counted: &mut calls::Call,
+        counted: &mut calls::InFlightRecorder,
         keeps: usize,
         context: Option<Context>,
         policies: &Policies,
     ) -> Result<Attempt, Error> {
         let began = counted.began;
         let mut sends = 0;
-        let mut passage = self.scaling.as_ref().map(|scaling| scaling.passage(&call.function));
-        if let Some(passage) = &mut passage
+        let mut cold_start =
+            self.scaling.as_ref().map(|scaling| scaling.start_wait(&call.function));
+        if let Some(cold_start) = &mut cold_start
             // A call that has one attempt must not spend it on a function that only seems to be ready.
             && (!counted.is_warm() || call.options.max_attempts == Some(1))
         {
-            passage.ready(|| counted.vouched_for(&self.calls)).await?;
+            cold_start.wait_ready(|| counted.confirm(&self.calls)).await?;
         }
         loop {
             let request = self.request(call, label, context)?;
@@ -137,13 +138,21 @@ impl Caller {
                 Err(error) => Ending::of_error(error),
             };
             sends += u32::from(ending != Ending::Unreached);
-            if let (Some(passage), Some(fault)) = (&mut passage, Fault::of(ending, Way::Through)) {
+            if let (Some(cold_start), Some(fault)) =
+                (&mut cold_start, UnavailableSignal::from_ending(ending, Hop::Provider))
+            {
                 let repeat = match fault {
-                    Fault::Unavailable if sends < max_sends(call, policies).await => Repeat::Unseen,
-                    Fault::Unreached(_) => Repeat::Unseen,
-                    Fault::Unavailable | Fault::BadGateway => Repeat::Never,
+                    UnavailableSignal::ServiceUnavailable
+                        if sends < max_sends(call, policies).await =>
+                    {
+                        RetrySafety::IfNotDelivered
+                    }
+                    UnavailableSignal::ConnectFailed(_) => RetrySafety::IfNotDelivered,
+                    UnavailableSignal::ServiceUnavailable | UnavailableSignal::BadGateway => {
+                        RetrySafety::None
+                    }
                 };
-                if passage.again(fault, repeat, sent_at).await? {
+                if cold_start.should_retry(fault, repeat, sent_at).await? {
                     continue;
                 }
             }
@@ -151,10 +160,10 @@ impl Caller {
             if ending == Ending::Unasked {
                 return Err(Error::Upstream(client::Error::Unasked));
             }
-            if counted.is_stranger() && ending.vouches() {
-                counted.vouched_for(&self.calls);
+            if counted.is_unregistered() && ending.confirms_existence() {
+                counted.confirm(&self.calls);
             }
-            counted.answered(answer.status());
+            counted.set_status(answer.status());
             // Most of the time is the function's.
             let patience = PATIENCE.min(until.saturating_duration_since(Instant::now()) / 2);
             let buffer = BodyBuffer::new(&self.budget);
@@ -180,7 +189,7 @@ impl Caller {
         headers.insert(HOST, self.origin.host.clone());
         headers.insert(USER_AGENT, PRODUCT);
         if let Some(context) = context {
-            context.put_on(&mut headers, Context::of(&call.headers).is_some());
+            context.inject(&mut headers, Context::extract(&call.headers).is_some());
         }
         *request.headers_mut() = headers;
         Ok(request)
@@ -212,7 +221,7 @@ async fn read(
         kept.reserve_expected(length.min(keeps), until.into()).await;
     }
     while let Some(frame) = body.frame().await {
-        let frame = frame.map_err(|failure: BodyFailure| Error::Answer(failure))?;
+        let frame = frame.map_err(|failure: BodyFailure| Error::ResponseBody(failure))?;
         let Ok(data) = frame.into_data() else { continue };
         let room = keeps - kept.length();
         truncated |= data.len() > room;

@@ -23,7 +23,7 @@ use uuid::Uuid;
 use crate::chain;
 use crate::config::PoolLimits;
 use crate::config::allowlist::CallbackAllowlist;
-use crate::error::Causes;
+use crate::error::ErrorChain;
 use crate::proxy::body::RequestBody;
 use crate::proxy::client::{self, Client, Tls};
 use crate::proxy::guard::{Guard, Refused};
@@ -92,7 +92,7 @@ pub enum Error {
     #[error(transparent)]
     Invalid(#[from] Invalid),
     #[error("it would be one of a chain of more than {} callbacks", chain::MAX)]
-    EndlessChain,
+    CallbackLoop,
     #[error("the callback was answered with {status} ({attempts} attempts)")]
     Answered { status: StatusCode, attempts: u32 },
     #[error("the callback could not be sent ({attempts} attempts): {last}")]
@@ -197,7 +197,7 @@ impl Callbacks {
                 Err(last) if last_one => return Err(Error::Unsent { attempts, last }),
                 Err(error) => {
                     let id = &report.call_id;
-                    tracing::debug!(call_id = id, %target, error = %Causes(&error), attempts, "A callback was not sent");
+                    tracing::debug!(call_id = id, %target, error = %ErrorChain(&error), attempts, "A callback was not sent");
                     Duration::ZERO
                 }
             };
@@ -217,7 +217,7 @@ impl Callbacks {
         let (Some(local), Some(wish)) = (&self.local, Wish::of(target)) else {
             return Err(Invalid::NotAllowed.into());
         };
-        if report.callbacks >= chain::MAX { Err(Error::EndlessChain) } else { Ok((local, wish)) }
+        if report.callbacks >= chain::MAX { Err(Error::CallbackLoop) } else { Ok((local, wish)) }
     }
 
     async fn attempt(

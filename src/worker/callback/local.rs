@@ -13,7 +13,7 @@ use crate::call_id::RequestIds;
 use crate::error::Error;
 use crate::function::{Function, has_dot_segment};
 use crate::limit::{ConcurrencyLimit, PermitCache};
-use crate::metrics::known::Known;
+use crate::metrics::registry::FunctionRegistry;
 use crate::provider::Provider;
 use crate::queue::call::{CallOptions, QueuedCall};
 use crate::queue::now;
@@ -29,7 +29,7 @@ pub struct Local {
     pub intake: Arc<Intake>,
     /// Says whether the function of a call to be queued exists.
     pub provider: Provider,
-    pub known: Arc<Known>,
+    pub known: Arc<FunctionRegistry>,
     pub default_namespace: Arc<str>,
     /// The gateway's limit on calls in flight, where it is in this process.
     pub limit: Option<(Arc<ConcurrencyLimit>, Arc<PermitCache>)>,
@@ -78,11 +78,11 @@ impl Local {
             return StatusCode::NOT_FOUND;
         };
         let call = |id: HeaderValue| {
-            let stamps = RequestIds { call_id: id, ..RequestIds::from_headers(headers) };
+            let ids = RequestIds { call_id: id, ..RequestIds::from_headers(headers) };
             let peer = HeaderValue::from_static("127.0.0.1");
             QueuedCall {
-                id: stamps.call_id.to_str().unwrap_or_default().to_owned(),
-                headers: passed_on(headers, &peer, &stamps),
+                id: ids.call_id.to_str().unwrap_or_default().to_owned(),
+                headers: passed_on(headers, &peer, &ids),
                 function: function.clone(),
                 target: target.to_owned(),
                 body,

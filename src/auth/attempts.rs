@@ -9,7 +9,7 @@ use std::time::Instant;
 use http::{HeaderValue, StatusCode};
 
 use crate::auth::Credentials;
-use crate::auth::pairs::Pair;
+use crate::auth::credential_set::BasicCredentials;
 
 /// Returns whether `status` means that the provider rejected the credentials.
 pub fn is_refusal(status: StatusCode) -> bool {
@@ -17,40 +17,45 @@ pub fn is_refusal(status: StatusCode) -> bool {
 }
 
 /// The credentials to try, one after the other.
-pub struct Tries {
+pub struct CredentialAttempts {
     credentials: Option<Arc<Credentials>>,
-    pairs: Vec<Arc<Pair>>,
-    at: usize,
+    candidates: Vec<Arc<BasicCredentials>>,
+    current: usize,
 }
 
-impl Tries {
+impl CredentialAttempts {
     /// Attempts with `credentials`, or a single attempt without any.
-    pub fn of(credentials: Option<&Arc<Credentials>>) -> Self {
-        let pairs = credentials.map(|it| it.pairs.load().offered(Instant::now()));
-        Self { credentials: credentials.cloned(), pairs: pairs.unwrap_or_default(), at: 0 }
+    pub fn new(credentials: Option<&Arc<Credentials>>) -> Self {
+        let candidates =
+            credentials.map(|credentials| credentials.set.load().candidates(Instant::now()));
+        Self {
+            credentials: credentials.cloned(),
+            candidates: candidates.unwrap_or_default(),
+            current: 0,
+        }
     }
 
     /// Returns the value of `Authorization` for this attempt; `None` without credentials.
     pub fn header(&self) -> Option<HeaderValue> {
-        self.pairs.get(self.at).map(|pair| pair.header().clone())
+        self.candidates.get(self.current).map(|pair| pair.header().clone())
     }
 
     /// Returns whether there are more credentials to try.
     pub fn has_next(&self) -> bool {
-        self.at + 1 < self.pairs.len()
+        self.current + 1 < self.candidates.len()
     }
 
     /// Records the status of the response. Returns whether the request is to be sent again, with the next credentials.
-    pub fn again(&mut self, status: StatusCode) -> bool {
+    pub fn advance(&mut self, status: StatusCode) -> bool {
         if is_refusal(status) {
-            let again = self.has_next();
-            self.at += usize::from(again);
-            return again;
+            let retry = self.has_next();
+            self.current += usize::from(retry);
+            return retry;
         }
         if let (true, Some(credentials), Some(pair)) =
-            (status.is_success(), &self.credentials, self.pairs.get(self.at))
+            (status.is_success(), &self.credentials, self.candidates.get(self.current))
         {
-            credentials.note_accepted(pair);
+            credentials.record_accepted(pair);
         }
         false
     }

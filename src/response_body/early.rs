@@ -6,25 +6,25 @@ use std::task::Poll;
 
 use http::{Response, StatusCode};
 
-use crate::answer::{Answer, Content};
+use crate::response_body::{BodySource, TrackedBody};
 use crate::watch::{BodyState, Watch};
 
 /// Returns whether `response` must have `Connection: close`, because the rest of the request will not be read. Call
 /// this only if the request body has not been read to its end.
-pub async fn closes(watch: &Watch, answer: &mut Response<Answer>) -> bool {
+pub async fn must_close(watch: &Watch, response: &mut Response<TrackedBody>) -> bool {
     // In a 101, `Connection` names the new protocol.
-    if answer.status() == StatusCode::SWITCHING_PROTOCOLS {
+    if response.status() == StatusCode::SWITCHING_PROTOCOLS {
         return false;
     }
     if watch.body_state() == BodyState::Unread {
         // hyper notices in its next poll that the body is not wanted. If the rest has been received, it reads it;
         // otherwise it adds `Connection: close` itself.
-        let mut turns = 0;
+        let mut polls = 0;
         poll_fn(|cx| {
-            if turns > 0 {
+            if polls > 0 {
                 return Poll::Ready(());
             }
-            turns += 1;
+            polls += 1;
             cx.waker().wake_by_ref();
             Poll::Pending
         })
@@ -35,23 +35,23 @@ pub async fn closes(watch: &Watch, answer: &mut Response<Answer>) -> bool {
         BodyState::Broken => true,
         // The body is still being forwarded. An error response, or a response that is complete, will not wait for the
         // rest.
-        BodyState::InUse => is_final(answer),
+        BodyState::InUse => is_complete(response),
     }
 }
 
 /// Returns whether a response that precedes the end of its request is final.
-fn is_final(answer: &Response<Answer>) -> bool {
-    let status = answer.status();
-    status.is_client_error() || status.is_server_error() || answer.body().has_come_whole()
+fn is_complete(response: &Response<TrackedBody>) -> bool {
+    let status = response.status();
+    status.is_client_error() || status.is_server_error() || response.body().is_fully_received()
 }
 
-impl Answer {
+impl TrackedBody {
     /// Returns whether the whole body has been received from its source.
-    fn has_come_whole(&self) -> bool {
-        match &self.content {
-            Content::Upstream(body) => body.has_come_whole(),
-            Content::Full(_) => true,
-            Content::Api(body) => http_body::Body::is_end_stream(body),
+    fn is_fully_received(&self) -> bool {
+        match &self.source {
+            BodySource::Upstream(body) => body.has_come_whole(),
+            BodySource::Full(_) => true,
+            BodySource::Api(body) => http_body::Body::is_end_stream(body),
         }
     }
 }

@@ -18,7 +18,7 @@ pub(super) fn headers(request: &Parts) -> HeaderMap {
     let mut headers = HeaderMap::with_capacity(own.len() + 3);
     for (name, value) in &own {
         let concerns_body = [CONNECTION, UPGRADE, CONTENT_LENGTH].contains(name);
-        if !concerns_body && !is_ours(name) {
+        if !concerns_body && !is_forwarded_header(name) {
             headers.append(name, value.clone());
         }
     }
@@ -37,7 +37,7 @@ pub(super) fn headers(request: &Parts) -> HeaderMap {
 
 /// Returns whether `name` is one of the headers set here, or is read as one by a server that maps headers to variables:
 /// for many servers `_` and `.` equal `-`.
-fn is_ours(name: &HeaderName) -> bool {
+fn is_forwarded_header(name: &HeaderName) -> bool {
     let plain = name.as_str().replace(['_', '.'], "-");
     [X_FORWARDED_METHOD, X_FORWARDED_URI, X_FORWARDED_HOST]
         .iter()

@@ -5,42 +5,42 @@ use std::sync::Arc;
 use std::task::Poll;
 use std::time::Instant;
 
+use crate::activator::unavailable::{Hop, RetrySafety, UnavailableSignal};
+use crate::activator::{Activator, MAX_REPLAY_BODY};
 use crate::error::Error;
 use crate::invoke::Invoker;
-use crate::metrics::calls::Call;
+use crate::metrics::calls::InFlightRecorder;
 use crate::proxy::client::{self, Origin};
 use crate::proxy::ending::Ending;
 use crate::proxy::{self, Forwarded, Prepared};
-use crate::scaling::fault::{Fault, Repeat, Way};
-use crate::scaling::{KEPT, Scaling};
 use crate::serve::caller::Caller;
 
 /// Reason why a function is not called directly if the provider cannot confirm it.
-const UNKNOWN: &str = "the provider rejects the gateway's credentials";
+const UNCONFIRMED_REASON: &str = "the provider rejects the gateway's credentials";
 
 /// Result of sending a request.
-type Sent = Result<Forwarded, client::Error>;
+type SendResult = Result<Forwarded, client::Error>;
 
 /// Where a request is sent.
 #[derive(Clone, Copy)]
-pub(super) struct Target<'a> {
+pub(super) struct UpstreamTarget<'a> {
     pub(super) origin: &'a Origin,
-    pub(super) way: Way,
+    pub(super) hop: Hop,
 }
 
 /// The provider as target.
-pub(super) fn through(origin: &Origin) -> Target<'_> {
-    Target { origin, way: Way::Through }
+pub(super) fn via_provider(origin: &Origin) -> UpstreamTarget<'_> {
+    UpstreamTarget { origin, hop: Hop::Provider }
 }
 
-impl Target<'_> {
+impl UpstreamTarget<'_> {
     /// Returns the sign of unavailability in `result`, if there is one.
-    fn fault(&self, sent: &Sent) -> Option<Fault> {
-        let ending = match sent {
+    fn unavailable_signal(&self, result: &SendResult) -> Option<UnavailableSignal> {
+        let ending = match result {
             Ok(forwarded) => forwarded.ending,
             Err(error) => Ending::of_error(error),
         };
-        Fault::of(ending, self.way)
+        UnavailableSignal::from_ending(ending, self.hop)
     }
 }
 
@@ -50,49 +50,52 @@ impl Invoker {
     ///
     /// # Errors
     /// The function cannot be called, or the last attempt failed. The error is the response to the client.
-    pub(super) async fn carefully(
+    pub(super) async fn forward_with_activation(
         &self,
-        scaling: &Arc<Scaling>,
-        caller: &Caller,
-        call: &mut Call,
-        target: Target<'_>,
+        activator: &Arc<Activator>,
+        connection: &Caller,
+        recorder: &mut InFlightRecorder,
+        target: UpstreamTarget<'_>,
         prepared: &mut Prepared,
-        mut sent: Option<Sent>,
+        mut result: Option<SendResult>,
     ) -> Result<Forwarded, Error> {
-        let mut passage = scaling.passage(call.function());
+        let mut cold_start = activator.start_wait(recorder.function());
         // Without a reservation the body is streamed and cannot be sent again, which is rarely necessary.
-        let room = scaling.room_for(prepared.body_length());
-        if room.is_some() {
-            prepared.keep(KEPT);
+        let reservation = activator.reserve_replay(prepared.body_length());
+        if reservation.is_some() {
+            prepared.keep(MAX_REPLAY_BODY);
         }
-        if sent.is_none() {
+        if result.is_none() {
             // Confirming counts the invocation as in flight, so the autoscaler does not scale its function to zero.
-            let ready = passage.ready(|| call.vouched_for(&self.calls));
-            self.wait(caller, prepared, ready).await?;
+            let ready = cold_start.wait_ready(|| recorder.confirm(&self.shard));
+            self.wait(connection, prepared, ready).await?;
             // The provider has not confirmed the name, which could lead to any host.
-            if target.way == Way::Direct && call.is_stranger() {
-                return Err(Error::NotReady(call.function().clone(), UNKNOWN.to_owned()));
+            if target.hop == Hop::Function && recorder.is_unregistered() {
+                return Err(Error::NotReady(
+                    recorder.function().clone(),
+                    UNCONFIRMED_REASON.to_owned(),
+                ));
             }
         }
-        let mut began = call.began;
+        let mut began = recorder.began;
         loop {
-            let mut outcome = match sent.take() {
+            let mut outcome = match result.take() {
                 Some(outcome) => outcome,
                 None => {
                     began = Instant::now();
-                    let errand = self.errand(caller, began);
-                    proxy::send(&self.client, target.origin, prepared, errand).await
+                    let context = self.request_context(connection, began);
+                    proxy::send(&self.client, target.origin, prepared, context).await
                 }
             };
-            let Some(fault) = target.fault(&outcome) else { return Ok(outcome?) };
+            let Some(signal) = target.unavailable_signal(&outcome) else { return Ok(outcome?) };
             // A request that has reached its maximum number of attempts cannot be recovered either.
-            let repeat = match &outcome {
-                Ok(forwarded) if !Prepared::can_take_back(&forwarded.answer) => Repeat::Never,
-                Ok(_) | Err(_) if prepared.is_idempotent() => Repeat::Always,
-                Ok(_) | Err(_) => Repeat::Unseen,
+            let safety = match &outcome {
+                Ok(forwarded) if !Prepared::can_take_back(&forwarded.answer) => RetrySafety::None,
+                Ok(_) | Err(_) if prepared.is_idempotent() => RetrySafety::Idempotent,
+                Ok(_) | Err(_) => RetrySafety::IfNotDelivered,
             };
-            let again = passage.again(fault, repeat, began);
-            if !self.wait(caller, prepared, again).await? {
+            let retry = cold_start.should_retry(signal, safety, began);
+            if !self.wait(connection, prepared, retry).await? {
                 return Ok(outcome?);
             }
             if let Ok(forwarded) = &mut outcome
@@ -107,11 +110,11 @@ impl Invoker {
     /// into its buffer: otherwise a disconnect of the client would not be noticed.
     async fn wait<T>(
         &self,
-        caller: &Caller,
+        connection: &Caller,
         prepared: &mut Prepared,
         ready: impl Future<Output = Result<T, Error>>,
     ) -> Result<T, Error> {
-        let watch = &caller.watch;
+        let watch = &connection.watch;
         watch.call_goes_on();
         let has_body = watch.body_outstanding();
         if has_body {

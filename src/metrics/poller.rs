@@ -13,32 +13,32 @@ use crate::autoscale::policy::Policy;
 use crate::error::Error;
 use crate::function::Function;
 use crate::health::Health;
-use crate::metrics::{Metrics, Replicas};
+use crate::metrics::{Metrics, ReplicaGauges};
 use crate::provider::Provider;
 use crate::provider::types::FunctionSummary;
 
-const ASK_EVERY: Duration = Duration::from_secs(5);
+const POLL_INTERVAL: Duration = Duration::from_secs(5);
 /// Interval while the provider is unreachable, so that its recovery is noticed soon.
-const ASK_AGAIN: Duration = Duration::from_secs(1);
+const UNREACHABLE_POLL_INTERVAL: Duration = Duration::from_secs(1);
 /// Polls the provider's list of functions.
 #[derive(Clone)]
-pub struct Poll {
+pub struct ProviderPoller {
     pub provider: Provider,
     pub default_namespace: Arc<str>,
     pub metrics: Arc<Metrics>,
     pub health: Arc<Health>,
     /// Whether replica gauges are exported.
-    pub shows_replicas: bool,
+    pub exports_replicas: bool,
 }
 
-impl Poll {
+impl ProviderPoller {
     /// Polls until `stopping`.
     pub async fn run(self, stopping: CancellationToken) {
         loop {
             // Both branches are cancel-safe: a cancelled poll has changed nothing.
             let pause = tokio::select! {
                 () = stopping.cancelled() => return,
-                pause = self.poll() => pause,
+                pause = self.poll_once() => pause,
             };
             tokio::select! {
                 () = stopping.cancelled() => return,
@@ -48,21 +48,21 @@ impl Poll {
     }
 
     /// Polls once; returns the time until the next poll.
-    async fn poll(&self) -> Duration {
-        let asked = Instant::now();
+    async fn poll_once(&self) -> Duration {
+        let queried_at = Instant::now();
         let credentials = self.provider.credentials.as_deref();
         // The provider may have loaded the current credentials by now.
-        credentials.inspect(|it| it.prefer_current());
+        credentials.inspect(|credentials| credentials.prefer_current());
         match self.functions().await {
             Ok(functions) => {
-                let is_behind = credentials.is_some_and(Credentials::are_ahead_of_provider);
-                self.health.provider_answered(is_behind);
-                self.report(&functions, asked);
-                ASK_EVERY
+                let stale = credentials.is_some_and(Credentials::provider_accepts_replaced_only);
+                self.health.record_provider_success(stale);
+                self.record(&functions, queried_at);
+                POLL_INTERVAL
             }
             Err(error) => {
-                self.health.provider_failed(&error);
-                ASK_AGAIN
+                self.health.record_provider_failure(&error);
+                UNREACHABLE_POLL_INTERVAL
             }
         }
     }
@@ -109,22 +109,22 @@ impl Poll {
         }
     }
 
-    fn report(&self, functions: &[FunctionSummary], asked: Instant) {
+    fn record(&self, functions: &[FunctionSummary], queried_at: Instant) {
         // A provider without namespaces lists the same functions for each namespace.
         let named: BTreeMap<Function, &FunctionSummary> =
-            functions.iter().filter_map(|f| Some((self.name(f)?, f))).collect();
-        let warm: HashMap<Function, bool> =
+            functions.iter().filter_map(|f| Some((self.function_of(f)?, f))).collect();
+        let ready: HashMap<Function, bool> =
             named.iter().map(|(name, f)| (name.clone(), f.available_replicas > 0)).collect();
-        self.metrics.known.listed(&warm, asked);
-        self.metrics.forget_deleted(Instant::now());
-        if self.shows_replicas {
-            let replicas = named.iter().map(|(name, f)| replicas(name, f));
-            self.metrics.replicas_reported(replicas.collect());
+        self.metrics.function_registry.apply_listing(&ready, queried_at);
+        self.metrics.remove_deleted(Instant::now());
+        if self.exports_replicas {
+            let replicas = named.iter().map(|(name, f)| replica_gauges(name, f));
+            self.metrics.set_replicas(replicas.collect());
         }
     }
 
     /// Returns the function that `status` describes; `None` if its name is invalid.
-    pub fn name(&self, status: &FunctionSummary) -> Option<Function> {
+    pub fn function_of(&self, status: &FunctionSummary) -> Option<Function> {
         let namespace = match status.namespace.as_deref() {
             None | Some("") => self.default_namespace.to_string(),
             Some(namespace) => namespace.to_owned(),
@@ -136,12 +136,12 @@ impl Poll {
     }
 }
 
-fn replicas(name: &Function, status: &FunctionSummary) -> Replicas {
+fn replica_gauges(name: &Function, status: &FunctionSummary) -> ReplicaGauges {
     let labels = status.labels.clone().unwrap_or_default();
     let (policy, _) = Policy::from_labels(&labels);
-    Replicas {
+    ReplicaGauges {
         label: name.to_string(),
-        wanted: status.replicas,
+        desired: status.replicas,
         ready: status.available_replicas,
         min: policy.min,
         scaling_type: policy.kind.word().to_owned(),

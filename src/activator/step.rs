@@ -2,13 +2,13 @@
 
 use std::collections::BTreeMap;
 
-use crate::alerts::Bounds;
+use crate::alerts::ScaleBounds;
 use crate::provider::types::FunctionSummary;
 
 /// Replica counts of a function, as the provider reports them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Replicas {
-    pub wanted: u64,
+pub struct ReplicaCounts {
+    pub desired: u64,
     /// Replicas that are ready.
     pub available: u64,
     /// `com.openfaas.scale.min`
@@ -23,21 +23,21 @@ pub enum Step {
     Wait,
 }
 
-impl From<&FunctionSummary> for Replicas {
+impl From<&FunctionSummary> for ReplicaCounts {
     fn from(status: &FunctionSummary) -> Self {
         let none = BTreeMap::new();
-        let bounds = Bounds::from_labels(status.labels.as_ref().unwrap_or(&none));
-        Self { wanted: status.replicas, available: status.available_replicas, min: bounds.min }
+        let bounds = ScaleBounds::from_labels(status.labels.as_ref().unwrap_or(&none));
+        Self { desired: status.replicas, available: status.available_replicas, min: bounds.min }
     }
 }
 
 /// Returns the next step for these replica counts. `scaled`: a scale request was sent recently, and the counts may not
 /// show it yet.
-pub fn next_step(replicas: Replicas, scaled: bool) -> Step {
+pub fn next_step(replicas: ReplicaCounts, scaled: bool) -> Step {
     match replicas {
-        Replicas { available: 1.., .. } => Step::Call,
-        Replicas { wanted: 0, min, .. } if !scaled => Step::Scale(min.max(1)),
-        Replicas { .. } => Step::Wait,
+        ReplicaCounts { available: 1.., .. } => Step::Call,
+        ReplicaCounts { desired: 0, min, .. } if !scaled => Step::Scale(min.max(1)),
+        ReplicaCounts { .. } => Step::Wait,
     }
 }
 
@@ -46,8 +46,8 @@ mod tests {
     use super::*;
 
     #[track_caller]
-    fn check((wanted, available, min): (u64, u64, u64), scaled: bool, expect: Step) {
-        assert_eq!(next_step(Replicas { wanted, available, min }, scaled), expect);
+    fn check((desired, available, min): (u64, u64, u64), scaled: bool, expect: Step) {
+        assert_eq!(next_step(ReplicaCounts { desired, available, min }, scaled), expect);
     }
 
     #[test]
@@ -83,9 +83,9 @@ mod tests {
         let min = |text: &str| {
             let labels = BTreeMap::from([("com.openfaas.scale.min".to_owned(), text.to_owned())]);
             let status = FunctionSummary { labels: Some(labels), ..FunctionSummary::default() };
-            Replicas::from(&status).min
+            ReplicaCounts::from(&status).min
         };
         assert_eq!((min("3"), min("0"), min("many")), (3, 0, 1));
-        assert_eq!(Replicas::from(&FunctionSummary::default()).min, 1);
+        assert_eq!(ReplicaCounts::from(&FunctionSummary::default()).min, 1);
     }
 }

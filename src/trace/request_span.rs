@@ -9,39 +9,39 @@ use http::{HeaderValue, Method, Request, Response, StatusCode};
 
 use crate::call_id::X_CALL_ID;
 use crate::config::AccessLogMode;
-use crate::error::client_left;
-use crate::metrics::calls::End;
-use crate::trace::context::{Context, span_id};
-use crate::trace::span::{Kind, Span, cut};
-use crate::trace::{Observer, Tracer};
+use crate::error::client_closed_request;
+use crate::metrics::calls::Outcome;
+use crate::trace::context::{Context, new_span_id};
+use crate::trace::span::{Span, SpanKind, truncate};
+use crate::trace::{RequestObserver, Tracer};
 
 /// Maximum bytes of values that a client controls.
-const LONGEST_PATH: usize = 2048;
-const LONGEST_ID: usize = 256;
+const MAX_PATH_BYTES: usize = 2048;
+const MAX_ID_BYTES: usize = 256;
 
 /// Record of a request. Writes the access log and exports the spans when dropped.
 #[derive(Debug)]
-pub struct Trip {
-    observer: Arc<Observer>,
+pub struct RequestSpan {
+    observer: Arc<RequestObserver>,
     method: Method,
     path: String,
     peer: SocketAddr,
     user_agent: Option<HeaderValue>,
     began: Instant,
-    at: SystemTime,
-    spans: Option<Spans>,
-    inner: Option<Inner>,
+    started_at: SystemTime,
+    ids: Option<SpanIds>,
+    inner: Option<InnerSpan>,
     /// `None` if the client disconnected before the response.
     status: Option<StatusCode>,
     call_id: Option<HeaderValue>,
     /// Bytes of the response body.
     bytes: u64,
-    end: End,
+    outcome: Outcome,
 }
 
 /// Ids of the spans of a request.
 #[derive(Debug)]
-struct Spans {
+struct SpanIds {
     tracer: Tracer,
     context: Context,
     server: u64,
@@ -51,143 +51,147 @@ struct Spans {
 
 /// Start of the inner operation, and its duration once it has ended.
 #[derive(Debug)]
-struct Inner {
-    at: SystemTime,
+struct InnerSpan {
+    started_at: SystemTime,
     began: Instant,
     took: Option<Duration>,
 }
 
 /// Response extension: time it took to enqueue the call.
 #[derive(Clone, Copy, Debug)]
-pub struct Stored(pub Duration);
+pub struct PublishTiming(pub Duration);
 
 /// Kind of route of a path.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Place<'a> {
+enum RouteKind<'a> {
     Function(&'a str),
     Queue(&'a str),
     Other(&'static str),
 }
 
-impl Observer {
+impl RequestObserver {
     /// Starts the record of `request`, received at `began`; `None` if neither access log nor tracing applies to it.
     /// Sets the trace context of the request.
-    pub fn begin<B>(
+    pub fn start<B>(
         self: &Arc<Self>,
         peer: SocketAddr,
         request: &mut Request<B>,
         began: Instant,
-    ) -> Option<Box<Trip>> {
-        let spans = self.tracer.as_ref().and_then(|tracer| Spans::put_on(tracer, request));
-        if spans.is_none() && self.access == AccessLogMode::Off {
+    ) -> Option<Box<RequestSpan>> {
+        let ids = self.tracer.as_ref().and_then(|tracer| SpanIds::start(tracer, request));
+        if ids.is_none() && self.access_log == AccessLogMode::Off {
             return None;
         }
-        Some(Box::new(Trip {
+        Some(Box::new(RequestSpan {
             observer: Arc::clone(self),
             method: request.method().clone(),
-            path: cut(request.uri().path(), LONGEST_PATH).to_owned(),
+            path: truncate(request.uri().path(), MAX_PATH_BYTES).to_owned(),
             peer,
             user_agent: request.headers().get(USER_AGENT).cloned(),
             began,
-            at: SystemTime::now(),
-            spans,
+            started_at: SystemTime::now(),
+            ids,
             inner: None,
             status: None,
             call_id: None,
             bytes: 0,
-            end: End::Left,
+            outcome: Outcome::ClientDisconnected,
         }))
     }
 }
 
-impl Spans {
-    fn put_on<B>(tracer: &Tracer, request: &mut Request<B>) -> Option<Self> {
-        let (context, continued) = tracer.place(request.headers());
-        let (server, inner) = (span_id(), span_id());
+impl SpanIds {
+    fn start<B>(tracer: &Tracer, request: &mut Request<B>) -> Option<Self> {
+        let (context, continued) = tracer.context_for(request.headers());
+        let (server, inner) = (new_span_id(), new_span_id());
         // Downstream spans need a parent that is exported.
-        let parent = match (context.sampled, Place::of(request.uri().path())) {
-            (true, Place::Other(_)) => server,
+        let parent = match (context.sampled, RouteKind::from_path(request.uri().path())) {
+            (true, RouteKind::Other(_)) => server,
             (true, _) => inner,
             (false, _) if continued => return None,
             (false, _) => server,
         };
-        context.under(parent).put_on(request.headers_mut(), continued);
+        context.child(parent).inject(request.headers_mut(), continued);
         context.sampled.then(|| Self { tracer: tracer.clone(), context, server, inner })
     }
 }
 
-impl Trip {
+impl RequestSpan {
     /// The request is an invocation, which starts now.
-    pub fn calls(&mut self, id: &HeaderValue) {
+    pub fn on_invocation(&mut self, id: &HeaderValue) {
         self.call_id = Some(id.clone());
-        self.inner = Some(Inner { at: SystemTime::now(), began: Instant::now(), took: None });
+        self.inner =
+            Some(InnerSpan { started_at: SystemTime::now(), began: Instant::now(), took: None });
     }
 
     /// The response head is available.
-    pub fn answered<B>(&mut self, answer: &Response<B>) {
-        self.status = Some(answer.status());
-        if let Some(id) = answer.headers().get(X_CALL_ID) {
+    pub fn on_response<B>(&mut self, response: &Response<B>) {
+        self.status = Some(response.status());
+        if let Some(id) = response.headers().get(X_CALL_ID) {
             self.call_id = Some(id.clone());
         }
-        if let Some(Inner { began, took, .. }) = &mut self.inner {
+        if let Some(InnerSpan { began, took, .. }) = &mut self.inner {
             *took = Some(began.elapsed());
         }
-        if let Some(Stored(took)) = answer.extensions().get() {
+        if let Some(PublishTiming(took)) = response.extensions().get() {
             let now = SystemTime::now();
-            let at = now.checked_sub(*took).unwrap_or(now);
-            self.inner = Some(Inner { at, began: Instant::now(), took: Some(*took) });
+            let started_at = now.checked_sub(*took).unwrap_or(now);
+            self.inner = Some(InnerSpan { started_at, began: Instant::now(), took: Some(*took) });
         }
     }
 
     /// Counts bytes of the response body.
-    pub fn passed(&mut self, bytes: usize) {
+    pub fn add_response_bytes(&mut self, bytes: usize) {
         self.bytes += bytes as u64;
     }
 
     /// Ends the span with the outcome of the response.
-    pub fn ended(mut self: Box<Self>, end: End) {
-        self.end = end;
+    pub fn finish(mut self: Box<Self>, outcome: Outcome) {
+        self.outcome = outcome;
     }
 
     fn status(&self) -> u16 {
-        self.status.unwrap_or_else(client_left).as_u16()
+        self.status.unwrap_or_else(client_closed_request).as_u16()
     }
 
     fn call_id(&self) -> &str {
         let id = self.call_id.as_ref().and_then(|id| id.to_str().ok());
-        cut(id.unwrap_or_default(), LONGEST_ID)
+        truncate(id.unwrap_or_default(), MAX_ID_BYTES)
     }
 
     /// Returns why the request failed, if it did. A client that disconnects is no failure.
     fn failure(&self) -> Option<String> {
-        match (self.end, self.status()) {
-            (End::Broken, _) => Some("the function aborted the response".to_owned()),
-            (End::TimedOut, _) => Some("the function did not finish in time".to_owned()),
+        match (self.outcome, self.status()) {
+            (Outcome::UpstreamAborted, _) => Some("the function aborted the response".to_owned()),
+            (Outcome::TimedOut, _) => Some("the function did not finish in time".to_owned()),
             (_, status @ 500..) => Some(format!("status {status}")),
             _ => None,
         }
     }
 
-    fn log(&self, failure: Option<&str>) {
-        match (self.observer.access, failure) {
+    fn write_access_log(&self, failure: Option<&str>) {
+        match (self.observer.access_log, failure) {
             (AccessLogMode::Off, _) | (AccessLogMode::Errors, None) => return,
             (AccessLogMode::On, _) | (AccessLogMode::Errors, Some(_)) => {}
         }
         let text = |value: &Option<HeaderValue>| {
-            value.as_ref().and_then(|v| v.to_str().ok()).map(|v| cut(v, LONGEST_ID).to_owned())
+            value
+                .as_ref()
+                .and_then(|v| v.to_str().ok())
+                .map(|v| truncate(v, MAX_ID_BYTES).to_owned())
         };
         tracing::info!(
             target: "access",
-            method = cut(self.method.as_str(), LONGEST_ID),
+            method = truncate(self.method.as_str(), MAX_ID_BYTES),
             path = self.path,
             status = self.status(),
             seconds = self.began.elapsed().as_secs_f64(),
             bytes = self.bytes,
-            end = match self.end {
-                End::Whole => "whole",
-                End::Broken => "broken",
-                End::TimedOut => "timeout",
-                End::Left => "left",
+            end = match self.outcome {
+                Outcome::Complete => "whole",
+                Outcome::UpstreamAborted => "broken",
+                Outcome::TimedOut => "timeout",
+                Outcome::ClientDisconnected => "left",
             },
             call_id = self.call_id(),
             peer = %self.peer,
@@ -197,8 +201,8 @@ impl Trip {
         );
     }
 
-    fn tell(&self, spans: &Spans, failure: Option<&str>) {
-        let place = Place::of(&self.path);
+    fn export_spans(&self, ids: &SpanIds, failure: Option<&str>) {
+        let route_kind = RouteKind::from_path(&self.path);
         let mut attributes = vec![
             ("http.request.method", method(&self.method).into()),
             ("url.path", self.path.as_str().into()),
@@ -207,48 +211,49 @@ impl Trip {
         if !self.call_id().is_empty() {
             attributes.push(("gateway.call_id", self.call_id().into()));
         }
-        let mut whole = Span {
-            trace: spans.context.trace,
-            id: spans.server,
-            parent: spans.context.span,
-            kind: Kind::Server,
-            name: format!("{} {}", method(&self.method), place.route()).into(),
-            began: self.at,
+        let mut server_span = Span {
+            trace: ids.context.trace,
+            id: ids.server,
+            parent: ids.context.span,
+            kind: SpanKind::Server,
+            name: format!("{} {}", method(&self.method), route_kind.route()).into(),
+            began: self.started_at,
             took: self.began.elapsed(),
             failure: failure.map(str::to_owned),
             attributes,
         };
-        if let (Some(inner), Some((kind, name, function))) = (&self.inner, place.inner()) {
-            let mut part = Span {
-                id: spans.inner,
-                parent: spans.server,
+        if let (Some(inner), Some((kind, name, function))) = (&self.inner, route_kind.inner_span())
+        {
+            let mut inner_span = Span {
+                id: ids.inner,
+                parent: ids.server,
                 kind,
                 name: name.into(),
-                began: inner.at,
+                began: inner.started_at,
                 took: inner.took.unwrap_or_else(|| inner.began.elapsed()),
-                ..whole.clone()
+                ..server_span.clone()
             };
-            part.attributes.push(("faas.invoked_name", function.into()));
-            spans.tracer.tell(part);
+            inner_span.attributes.push(("faas.invoked_name", function.into()));
+            ids.tracer.export(inner_span);
         }
-        whole.attributes.push(("http.route", place.route().into()));
-        whole.attributes.push(("client.address", self.peer.ip().to_string().as_str().into()));
-        spans.tracer.tell(whole);
+        server_span.attributes.push(("http.route", route_kind.route().into()));
+        server_span.attributes.push(("client.address", self.peer.ip().to_string().as_str().into()));
+        ids.tracer.export(server_span);
     }
 }
 
-impl Drop for Trip {
+impl Drop for RequestSpan {
     fn drop(&mut self) {
         let failure = self.failure();
-        self.log(failure.as_deref());
-        if let Some(spans) = self.spans.take() {
-            self.tell(&spans, failure.as_deref());
+        self.write_access_log(failure.as_deref());
+        if let Some(ids) = self.ids.take() {
+            self.export_spans(&ids, failure.as_deref());
         }
     }
 }
 
-impl<'a> Place<'a> {
-    fn of(path: &'a str) -> Self {
+impl<'a> RouteKind<'a> {
+    fn from_path(path: &'a str) -> Self {
         let name = |rest: &'a str| rest.split('/').next().unwrap_or_default();
         if let Some(rest) = path.strip_prefix("/function/") {
             return Self::Function(name(rest));
@@ -262,10 +267,10 @@ impl<'a> Place<'a> {
     }
 
     /// Returns the inner span of such a request: kind, name, and the function's name.
-    fn inner(self) -> Option<(Kind, &'static str, &'a str)> {
+    fn inner_span(self) -> Option<(SpanKind, &'static str, &'a str)> {
         match self {
-            Self::Function(name) => Some((Kind::Client, "call", name)),
-            Self::Queue(name) => Some((Kind::Producer, "publish", name)),
+            Self::Function(name) => Some((SpanKind::Client, "call", name)),
+            Self::Queue(name) => Some((SpanKind::Producer, "publish", name)),
             Self::Other(_) => None,
         }
     }
@@ -300,9 +305,9 @@ mod tests {
 
     #[test]
     fn a_path_has_a_route_kind() {
-        assert_eq!(Place::of("/function/echo.fn/a/b"), Place::Function("echo.fn"));
-        assert_eq!(Place::of("/async-function/echo"), Place::Queue("echo"));
-        assert_eq!(Place::of("/system/functions"), Place::Other("/system/"));
-        assert_eq!(Place::of("/anything/else"), Place::Other("/"));
+        assert_eq!(RouteKind::from_path("/function/echo.fn/a/b"), RouteKind::Function("echo.fn"));
+        assert_eq!(RouteKind::from_path("/async-function/echo"), RouteKind::Queue("echo"));
+        assert_eq!(RouteKind::from_path("/system/functions"), RouteKind::Other("/system/"));
+        assert_eq!(RouteKind::from_path("/anything/else"), RouteKind::Other("/"));
     }
 }
