@@ -1,5 +1,4 @@
-//! Where the rooms are introduced to each other: one builder for each role, and the way from a command line to an
-//! exit status.
+//! Composition root: one builder for each role, and the steps from a command line to an exit status.
 
 mod autoscale;
 pub mod gateway;
@@ -24,61 +23,62 @@ use crate::config::cli::{CommandLine, Subcommand};
 use crate::config::reader::{ConfigError, SettingsReader};
 use crate::config::settings::Role;
 use crate::config::{self, LogConfig, Shutdown, typos};
-use crate::shutdown::{Event, OnHangup, Signals, Stages, Tasks};
+use crate::shutdown::{Event, OnHangup, ShutdownPhases, Signals, Tasks};
 use crate::{healthcheck, telemetry};
 
-/// The command line or a setting cannot be used (EX_USAGE).
+/// Exit status when the command line or a setting is invalid (EX_USAGE).
 pub const USAGE: u8 = 64;
 
-/// What is said of `gateway serve` without a provider, and of `gateway` alone.
-const NO_PROVIDER: &str = "\
+/// Printed when `gateway serve`, or `gateway` alone, has no provider.
+const MISSING_PROVIDER_HELP: &str = "\
 To run functions on this machine:    gateway up [STACK]
 To serve in front of a provider:     gateway serve --functions-provider-url URL
 All commands and settings:           gateway --help";
 
-/// What background tasks get to end once the calls have.
-const TASKS_GRACE: Duration = Duration::from_secs(2);
+/// Time for background tasks to stop after the last request has finished.
+const BACKGROUND_STOP_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// Runs what `line` asks for, with settings from its flags and from `var`; `names` are those of all variables.
+/// Runs the command in `line`, with settings from its flags and from the environment by `var`. `names` are the names
+/// of all environment variables.
 pub fn run(line: &CommandLine, var: &dyn Fn(&str) -> Option<String>, names: &[String]) -> ExitCode {
     let flag = |name: &str| line.flag(name);
     let read = || SettingsReader::new(&flag, var);
     let log = LogConfig::parse(read());
     let _written = log.as_ref().ok().map(telemetry::init);
     let log = log.map(|_| ());
-    warn_of_names(&line.subcommand, names);
+    warn_misspelled_variables(&line.subcommand, names);
     match &line.subcommand {
         Subcommand::Serve => {
             let config = config::Serve::parse(read());
             let lacks_provider = read().text("functions_provider_url").is_empty();
-            let exit = start(log, config, serve);
+            let exit = run_role(log, config, serve);
             if lacks_provider {
-                eprintln!("{NO_PROVIDER}");
+                eprintln!("{MISSING_PROVIDER_HELP}");
             }
             exit
         }
-        Subcommand::Worker => start(log, config::Worker::parse(read()), worker_process::run),
-        Subcommand::Provider => start(log, config::Provider::parse(read()), provider::run),
-        Subcommand::QueueCheck { file } => exit(queue_file::check(file)),
-        Subcommand::QueueSalvage { file, out } => exit(queue_file::salvage(file, out)),
+        Subcommand::Worker => run_role(log, config::Worker::parse(read()), worker_process::run),
+        Subcommand::Provider => run_role(log, config::Provider::parse(read()), provider::run),
+        Subcommand::QueueCheck { file } => exit_code(queue_file::check(file)),
+        Subcommand::QueueSalvage { file, out } => exit_code(queue_file::salvage(file, out)),
         Subcommand::Up { stack, once } => {
-            start(log, config::Up::parse(read(), stack.clone()), |config| {
+            run_role(log, config::Up::parse(read(), stack.clone()), |config| {
                 up::run(config, *once, var)
             })
         }
         Subcommand::SecretSet { name, namespace, from_file } => {
             let state_dir = read().text("state_dir");
-            exit(secret::set(state_dir.as_ref(), namespace, name, from_file.as_deref()))
+            exit_code(secret::set(state_dir.as_ref(), namespace, name, from_file.as_deref()))
         }
-        Subcommand::Healthcheck { url } => exit(healthcheck::run(url)),
+        Subcommand::Healthcheck { url } => exit_code(healthcheck::run(url)),
         Subcommand::Completions { script } => {
-            exit(io::stdout().write_all(script).context("cannot print the completions"))
+            exit_code(io::stdout().write_all(script).context("cannot print the completions"))
         }
     }
 }
 
-/// Says which variables are probably settings with a typing error.
-fn warn_of_names(asked: &Subcommand, names: &[String]) {
+/// Logs environment variables whose names look like misspelled settings.
+fn warn_misspelled_variables(asked: &Subcommand, names: &[String]) {
     let role = match asked {
         Subcommand::Serve => Role::Serve,
         Subcommand::Worker => Role::Worker,
@@ -92,19 +92,19 @@ fn warn_of_names(asked: &Subcommand, names: &[String]) {
     };
     for (name, meant) in typos::likely_typos(role, names.iter().map(String::as_str)) {
         tracing::warn!(
-            "The environment variable {name} is no setting, and is ignored: {meant} is one"
+            "The environment variable {name} is not a setting and is ignored. Did you mean {meant}?"
         );
     }
 }
 
-/// Reports every mistake, or runs `role`.
-fn start<C>(
+/// Runs `role`, or prints all configuration errors.
+fn run_role<C>(
     log: Result<(), Vec<ConfigError>>,
     config: Result<C, Vec<ConfigError>>,
     role: impl FnOnce(C) -> anyhow::Result<()>,
 ) -> ExitCode {
     match (log, config) {
-        (Ok(()), Ok(config)) => exit(role(config)),
+        (Ok(()), Ok(config)) => exit_code(role(config)),
         (log, config) => {
             let mistakes = config.err().into_iter().chain(log.err()).flatten();
             mistakes.for_each(|mistake| eprintln!("gateway: {mistake}"));
@@ -113,7 +113,7 @@ fn start<C>(
     }
 }
 
-fn exit(result: anyhow::Result<()>) -> ExitCode {
+fn exit_code(result: anyhow::Result<()>) -> ExitCode {
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
@@ -131,7 +131,7 @@ fn serve(config: config::Serve) -> anyhow::Result<()> {
         .context("cannot start the runtime")?;
     block_on(runtime, async {
         let signals = Signals::listen().context("cannot listen for signals")?;
-        let (stages, tasks) = (Stages::default(), Tasks::default());
+        let (phases, tasks) = (ShutdownPhases::default(), Tasks::default());
         let shutdown = config.shutdown;
         if config.auth.credentials_dir.is_none() && config.auth.proxy_url.is_none() {
             tracing::warn!(
@@ -139,66 +139,68 @@ fn serve(config: config::Serve) -> anyhow::Result<()> {
                  auth_proxy_url"
             );
         }
-        let gateway = Gateway::start(config, None, &stages, &tasks).await?;
+        let gateway = Gateway::start(config, None, &phases, &tasks).await?;
         tracing::info!(address = %gateway.address, metrics = %gateway.metrics_address, "Serving");
-        until_stopped(gateway.threads, signals, stages, tasks, shutdown).await
+        run_until_signal(gateway.threads, signals, phases, tasks, shutdown).await
     })
 }
 
-/// Runs `role` to its end. What is left on the runtime's blocking threads, such as a name that is being resolved, is
-/// not waited for.
+/// Runs `role` until it returns. Does not wait for the runtime's blocking threads, which may still resolve a name.
 fn block_on<T>(runtime: Runtime, role: impl Future<Output = T>) -> T {
     let result = runtime.block_on(role);
     runtime.shutdown_background();
     result
 }
 
-/// Waits until a signal asks for the end, then leads `threads` through the stages of a stop.
-async fn until_stopped(
+/// Waits for a signal that requests a shutdown, then takes `threads` through the shutdown phases.
+///
+/// # Errors
+/// When a thread ended without being asked to, or when a second signal aborts the shutdown.
+async fn run_until_signal(
     mut threads: Threads,
     mut signals: Signals,
-    stages: Stages,
+    phases: ShutdownPhases,
     tasks: Tasks,
     shutdown: Shutdown,
 ) -> anyhow::Result<()> {
     let signal = loop {
         let event = tokio::select! {
-            event = signals.event(OnHangup::StopWithoutTerminal) => event,
-            end = threads.unexpected_end() => bail!("{end}"),
+            event = signals.next_event(OnHangup::StopWithoutTerminal) => event,
+            end = threads.wait_for_failure() => bail!("{end}"),
         };
         match event {
             Event::Stop(signal) => break signal,
             Event::Reload => {
-                tracing::info!("SIGHUP: files are read again");
-                stages.reload();
+                tracing::info!("SIGHUP: reloading files");
+                phases.reload();
             }
         }
     };
-    tracing::info!(signal, "Stopping: calls in flight may finish");
+    tracing::info!(signal, "Stopping: waiting for requests in flight");
     tokio::select! {
-        () = drain(threads, &stages, shutdown) => {}
-        signal = signals.next() => bail!("ended at once by a second signal, {signal}"),
+        () = drain(threads, &phases, shutdown) => {}
+        signal = signals.next_termination() => bail!("shutdown aborted by a second signal, {signal}"),
     }
-    end(tasks).await;
+    stop_background(tasks).await;
     Ok(())
 }
 
-/// Ends the background tasks, which is the last that a role does.
-async fn end(tasks: Tasks) {
-    if tasks.stop(TASKS_GRACE).await.is_err() {
-        tracing::warn!("Background work did not end in time");
+/// Stops the background tasks, the last step of a role.
+async fn stop_background(tasks: Tasks) {
+    if tasks.stop(BACKGROUND_STOP_TIMEOUT).await.is_err() {
+        tracing::warn!("Background tasks did not stop in time");
     }
     tracing::info!("Stopped");
 }
 
-/// Announces the stop, lets calls finish, and cuts what is left when the grace is over.
-async fn drain(mut threads: Threads, stages: &Stages, shutdown: Shutdown) {
-    stages.leave();
+/// Announces the shutdown, waits for requests in flight, and aborts those that still run after `shutdown_grace`.
+async fn drain(mut threads: Threads, phases: &ShutdownPhases, shutdown: Shutdown) {
+    phases.announce();
     tokio::time::sleep(shutdown.delay).await;
-    stages.closing.cancel();
-    if tokio::time::timeout(shutdown.grace, threads.ended()).await.is_err() {
-        stages.cut.cancel();
-        threads.ended().await;
+    phases.draining.cancel();
+    if tokio::time::timeout(shutdown.grace, threads.wait_for_all()).await.is_err() {
+        phases.forced.cancel();
+        threads.wait_for_all().await;
     }
     threads.join();
 }

@@ -22,6 +22,7 @@ use tokio::sync::watch;
 use tokio::time::MissedTickBehavior;
 use tokio_util::sync::CancellationToken;
 
+use crate::async_api::QueueIngress;
 use crate::autoscale::decide::{Millis, Rules};
 use crate::autoscale::exchange::{Ear, Exchange};
 use crate::autoscale::peers::Peers;
@@ -32,7 +33,6 @@ use crate::function::Function;
 use crate::metrics::Metrics;
 use crate::metrics::autoscale::AutoscaleMetrics;
 use crate::metrics::poller::ProviderPoller;
-use crate::queued::Intake;
 
 /// Between looks at what is in flight; so many make a sample.
 const LOOK_EVERY: Duration = Duration::from_millis(125);
@@ -47,7 +47,7 @@ pub struct Parts {
     /// Asks the provider.
     pub poll: ProviderPoller,
     pub gauges: AutoscaleMetrics,
-    pub intake: Option<Arc<Intake>>,
+    pub ingress: Option<Arc<QueueIngress>>,
     pub rules: Rules,
     /// The other gateways.
     pub exchange: Option<(Exchange, Ear)>,
@@ -55,7 +55,7 @@ pub struct Parts {
 
 /// Scales functions until `stopping`.
 pub async fn run(parts: Parts, stopping: CancellationToken) {
-    let Parts { poll, gauges, intake, rules, exchange } = parts;
+    let Parts { poll, gauges, ingress, rules, exchange } = parts;
     let began = Instant::now();
     let (exchange, ear) = exchange.unzip();
     let peers = exchange.as_ref().map(|exchange| Peers::new(exchange.id.clone(), 0));
@@ -63,14 +63,14 @@ pub async fn run(parts: Parts, stopping: CancellationToken) {
     let metrics = Arc::clone(&poll.metrics);
     let (beats, beat) = watch::channel(0);
     let watcher = Watcher {
-        sampler: Sampler::new(Arc::clone(&metrics), intake.clone(), 0),
+        sampler: Sampler::new(Arc::clone(&metrics), ingress.clone(), 0),
         metrics,
         exchange,
         view: Arc::clone(&view),
         beats,
         began,
     };
-    let rounds = Rounds::new(poll, gauges, intake, rules, Arc::clone(&view), began);
+    let rounds = Rounds::new(poll, gauges, ingress, rules, Arc::clone(&view), began);
     let (goes, stays) = (watcher.run(stopping.clone()), async {
         tokio::join!(listen(ear, &view, began), act(rounds, beat));
     });

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use http::header::{ALLOW, CONNECTION, CONTENT_TYPE, RETRY_AFTER};
 use http::{HeaderMap, HeaderValue, Response, StatusCode};
 
-use crate::chain;
+use crate::callback_chain;
 use crate::function::Function;
 use crate::provider::signals::{DOES_NOT_START, X_GATEWAY_REASON};
 use crate::provider::types::StartFailure;
@@ -60,7 +60,7 @@ pub enum Error {
     NotImplemented(String),
     #[error("the body exceeds {0} bytes")]
     TooLarge(usize),
-    #[error("the call follows a chain of more than {} callbacks", chain::MAX)]
+    #[error("the call follows a chain of more than {} callbacks", callback_chain::MAX_LENGTH)]
     CallbackLoop,
     #[error("{0}")]
     Conflict(String),

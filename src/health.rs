@@ -14,12 +14,12 @@ use crate::error::{Error, ErrorChain};
 use crate::limit::ConcurrencyLimit;
 use crate::queue::Condition;
 use crate::serve::caller::Caller;
-use crate::shutdown::Stages;
+use crate::shutdown::ShutdownPhases;
 use crate::system::{ApiState, stream_response};
 
 /// Inputs of the readiness check.
 pub struct Health {
-    pub stages: Stages,
+    pub phases: ShutdownPhases,
     pub limit: Arc<ConcurrencyLimit>,
     provider: Mutex<ProviderState>,
     queue_unreachable: AtomicBool,
@@ -67,10 +67,10 @@ impl ProviderState {
 }
 
 impl Health {
-    pub fn new(stages: Stages, limit: Arc<ConcurrencyLimit>) -> Arc<Self> {
+    pub fn new(phases: ShutdownPhases, limit: Arc<ConcurrencyLimit>) -> Arc<Self> {
         let provider = Mutex::new(ProviderState::NotPolledYet);
         let (queue_unreachable, queue_condition) = (AtomicBool::new(false), Mutex::new(None));
-        Arc::new(Self { stages, limit, provider, queue_unreachable, queue_condition })
+        Arc::new(Self { phases, limit, provider, queue_unreachable, queue_condition })
     }
 
     /// Records that the provider listed its functions. `stale`: it accepts only credentials that have been replaced.
@@ -134,7 +134,7 @@ impl Health {
     fn readiness(&self) -> ReadinessReport {
         let (mut reasons, mut degraded_reasons, mut degraded) =
             (Vec::new(), Vec::new(), Vec::new());
-        if self.stages.is_leaving() {
+        if self.phases.is_announced() {
             reasons.push("this process is stopping".to_owned());
         }
         if self.limit.is_exhausted() {

@@ -1,11 +1,11 @@
 //! An API gateway for functions.
 //!
-//! The map of the house, in reading order: down from what everybody may know to where the rooms are introduced to
-//! each other. ARCHITECTURE.md says who may know whom.
+//! Modules in reading order: from those that every other module may use to those that combine the others.
+//! ARCHITECTURE.md lists the allowed dependencies.
 
-// What every room may know.
+// Basics that every module may use.
 pub mod call_id;
-pub mod chain;
+pub mod callback_chain;
 pub mod config;
 pub mod echo;
 pub mod error;
@@ -17,7 +17,7 @@ pub mod shutdown;
 pub mod telemetry;
 pub mod watch;
 
-// The provider, and the way to it.
+// The provider, upstream connections, and the queue.
 pub mod activator;
 pub mod auth;
 pub mod provider;
@@ -25,19 +25,19 @@ pub mod proxy;
 pub mod queue;
 pub mod trace;
 
-// What is done with a request.
+// Request handling and background services.
 pub mod alerts;
+pub mod async_api;
 pub mod autoscale;
 pub mod health;
 pub mod invoke;
 pub mod logs;
-pub mod queued;
 pub mod response_body;
 pub mod system;
 pub mod ui;
 pub mod worker;
 
-// The doors, and the house.
+// Entry points: listeners, routes, command-line roles.
 pub mod app;
 pub mod healthcheck;
 pub mod routes;

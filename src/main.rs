@@ -1,20 +1,20 @@
-//! The `gateway` program. Exit status: 0 after a stop that was asked for, 64 when the command line or a setting
-//! cannot be used, 1 when something else went wrong.
+//! The `gateway` program. Exit status: 0 after a requested shutdown, 64 when the command line or a setting is invalid,
+//! 1 on any other failure.
 
 use std::process::ExitCode;
 
 use gateway::app;
 use gateway::config::cli::CommandLine;
 
-/// A call makes many small objects on one thread and frees them there, which mimalloc does in fewer instructions than
-/// the system's allocator.
+/// A request allocates many small objects and frees them on the same thread. mimalloc does this in fewer instructions
+/// than the system's allocator.
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 #[expect(clippy::disallowed_methods, reason = "the one place that reads the environment")]
 fn main() -> ExitCode {
     match CommandLine::parse(std::env::args_os()) {
-        // What is no text is no valid value either, and is refused as such.
+        // A value that is not valid UTF-8 is converted lossily; no setting accepts the result.
         Ok(line) => {
             let names: Vec<String> =
                 std::env::vars_os().filter_map(|(name, _)| name.into_string().ok()).collect();
@@ -24,7 +24,7 @@ fn main() -> ExitCode {
             app::run(&line, &var, &names)
         }
         Err(help) => {
-            // Nothing can be done about a closed standard output.
+            // A closed standard output cannot be reported anywhere.
             let _ = help.print();
             if help.use_stderr() { ExitCode::from(app::USAGE) } else { ExitCode::SUCCESS }
         }

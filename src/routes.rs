@@ -21,22 +21,22 @@ use hyper::body::{Body, Incoming};
 use hyper::service::{Service, service_fn};
 use tower::ServiceExt;
 
+use crate::async_api::{admin, unsupported_method};
 use crate::error::Error;
 use crate::function::has_dot_segment;
 use crate::health::Health;
 use crate::invoke::{self, Invoker};
 use crate::metrics::Metrics;
 use crate::proxy::body::CallerBody;
-use crate::queued::{operate, other_method};
 use crate::response_body::{BodySource, TrackedBody, early};
 use crate::routes::request::{EarlyResponse, adapt_to_http_1_0, check, set_connection_close};
 use crate::same_origin::InternalHosts;
 use crate::serve::caller::Caller;
-use crate::shutdown::Stages;
+use crate::shutdown::ShutdownPhases;
 use crate::system::{self, ApiState};
 use crate::trace::{RequestObserver, RequestSpan};
 use crate::watch::BodyState;
-use crate::{alerts, auth, health, logs, metrics, queued, same_origin, ui};
+use crate::{alerts, async_api, auth, health, logs, metrics, same_origin, ui};
 
 /// Router of the public port. Requests to functions and calls to enqueue are matched before, in
 /// [`GatewayService::classify`].
@@ -69,11 +69,11 @@ pub fn api(api: Arc<ApiState>) -> Router {
         .route("/system/telemetry", get(system::proxy))
         .route("/system/logs", get(logs::logs))
         .route("/system/alert", post(alerts::alert))
-        .route("/system/queues", get(operate::queues))
-        .route("/system/queues/purge", post(operate::purge))
-        .route("/system/calls", get(operate::calls))
-        .route("/system/calls/{id}", delete(operate::cancel))
-        .route("/system/calls/{id}/retry", post(operate::retry))
+        .route("/system/queues", get(admin::queues))
+        .route("/system/queues/purge", post(admin::purge))
+        .route("/system/calls", get(admin::calls))
+        .route("/system/calls/{id}", delete(admin::cancel))
+        .route("/system/calls/{id}/retry", post(admin::retry))
         .route_layer(from_fn_with_state(Arc::clone(&api), auth::guard))
         .route_layer(from_fn_with_state(api.allowed_hosts, same_origin::guard))
         .route_layer(from_fn_with_state(Arc::clone(&api.metrics), metrics::count_request));
@@ -81,22 +81,22 @@ pub fn api(api: Arc<ApiState>) -> Router {
         .route("/ui/", get(ui::page))
         .route("/ui/{file}", get(ui::file))
         .route_layer(from_fn_with_state(Arc::clone(&api), auth::guard));
-    let calls = get(queued::status).delete(queued::cancel).options(queued::preflight);
-    let results = get(queued::result).options(queued::preflight);
+    let calls = get(async_api::status).delete(async_api::cancel).options(async_api::preflight);
+    let results = get(async_api::result).options(async_api::preflight);
     let queued = Router::new()
         .route(
             "/async-function/{name}",
-            calls.fallback(|| other_method("POST, GET, HEAD, DELETE, OPTIONS")),
+            calls.fallback(|| unsupported_method("POST, GET, HEAD, DELETE, OPTIONS")),
         )
         .route(
             "/async-function/{name}/",
-            options(queued::preflight).fallback(|| other_method("POST, OPTIONS")),
+            options(async_api::preflight).fallback(|| unsupported_method("POST, OPTIONS")),
         )
         .route(
             "/async-function/{name}/{*rest}",
-            results.fallback(|| other_method("POST, GET, HEAD, OPTIONS")),
+            results.fallback(|| unsupported_method("POST, GET, HEAD, OPTIONS")),
         )
-        .route_layer(from_fn(queued::allow_pages))
+        .route_layer(from_fn(async_api::cors))
         .route_layer(from_fn_with_state(Arc::clone(&api.metrics), metrics::count_request));
     let public = Router::new()
         .route("/", get(ui::redirect))
@@ -153,7 +153,7 @@ pub struct GatewayService {
     pub api: Arc<ApiState>,
     /// The router made by [`api`].
     pub router: Router,
-    pub stages: Stages,
+    pub phases: ShutdownPhases,
     /// Access log and traces, if enabled.
     pub observer: Option<Arc<RequestObserver>>,
 }
@@ -214,7 +214,7 @@ impl GatewayService {
                 .invoker
                 .prepare(connection, request, began)
                 .map_or_else(Dispatch::Reject, Dispatch::Invoke),
-            Ok(()) => match queued::route(request.method(), request.uri().path()) {
+            Ok(()) => match async_api::route(request.method(), request.uri().path()) {
                 Some(route) => Dispatch::Enqueue(Box::new(request), route),
                 None => Dispatch::Api(Box::new(request)),
             },
@@ -254,7 +254,7 @@ impl GatewayService {
             response.body_mut().set_span(span);
         }
         // In a 101, `Connection` names the new protocol.
-        if self.stages.is_leaving() && response.status() != StatusCode::SWITCHING_PROTOCOLS {
+        if self.phases.is_announced() && response.status() != StatusCode::SWITCHING_PROTOCOLS {
             set_connection_close(response.headers_mut());
         }
         if is_http_1_0 {
@@ -271,7 +271,7 @@ impl GatewayService {
     ) -> Response {
         let began = Instant::now();
         let response =
-            queued::submit(&self.api, connection, api_request(connection, request)).await;
+            async_api::submit(&self.api, connection, api_request(connection, request)).await;
         let metrics = &self.api.metrics;
         metrics.record_api_request(&Method::POST, route, response.status(), began.elapsed());
         response

@@ -9,9 +9,9 @@ use axum::response::{IntoResponse, Response};
 use http::header::{FORWARDED, HOST, ORIGIN};
 use http::{HeaderMap, HeaderName, Method};
 
-use crate::chain::X_GATEWAY_CALLBACK;
+use crate::async_api::call_options::X_CALLBACK_URL;
+use crate::callback_chain::X_GATEWAY_CALLBACK;
 use crate::error::Error;
-use crate::queued::wishes::X_CALLBACK_URL;
 pub use crate::same_origin::internal::{InternalHosts, guard_internal};
 
 const SEC_FETCH_SITE: HeaderName = HeaderName::from_static("sec-fetch-site");

@@ -31,7 +31,7 @@ use crate::serve::connection::Connection;
 use crate::serve::heads::Heads;
 use crate::serve::pacing::Pacing;
 use crate::serve::register::{Leaving, Register, Seated};
-use crate::shutdown::Stages;
+use crate::shutdown::ShutdownPhases;
 
 /// How long to wait before accepting again when the process is out of files or memory.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
@@ -45,7 +45,7 @@ pub struct Server {
     pub timeouts: Timeouts,
     /// One permit for each open connection.
     pub connections: Arc<Semaphore>,
-    pub stages: Stages,
+    pub phases: ShutdownPhases,
     pub pacing: Pacing,
     /// The budget for incomplete heads.
     heads: Arc<Heads>,
@@ -57,21 +57,21 @@ impl Server {
     pub fn new(
         timeouts: Timeouts,
         max_connections: usize,
-        stages: Stages,
+        phases: ShutdownPhases,
         heads: Arc<Heads>,
     ) -> Self {
         let permits = max_connections.min(Semaphore::MAX_PERMITS);
         Self {
             timeouts,
             connections: Arc::new(Semaphore::new(permits)),
-            stages,
+            phases,
             pacing: Pacing::default(),
             heads,
             register: Arc::default(),
         }
     }
 
-    /// Serves `listener` until `stages.closing`, then waits for the open connections to end, or for `stages.cut`.
+    /// Serves `listener` until `phases.draining`, then waits for the open connections to end, or for `phases.forced`.
     ///
     /// `service` makes the service of one connection. Connections run as tasks of the current runtime.
     ///
@@ -96,7 +96,7 @@ impl Server {
         let builder = connection::builder();
         let connections = TaskTracker::new();
         // A token of this thread's own: looking at it must not touch what other threads write.
-        let closing = self.stages.closing.child_token();
+        let closing = self.phases.draining.child_token();
         let shard = self.register.shard(&self.heads);
         let carry = |tcp: TcpStream, permit| {
             let Ok(address) = tcp.peer_addr() else { return };
@@ -126,7 +126,7 @@ impl Server {
         // Both branches are cancel-safe. What still runs after the cut ends with the runtime.
         tokio::select! {
             () = connections.wait() => {}
-            () = self.stages.cut.cancelled() => {
+            () = self.phases.forced.cancelled() => {
                 tracing::warn!(connections = connections.len(), "Connections cut at the end of shutdown_grace");
             }
         }
@@ -156,7 +156,7 @@ impl Server {
         };
         // Both branches are cancel-safe: a connection without a place ends as those do that were not accepted yet.
         tokio::select! {
-            () = self.stages.closing.cancelled() => None,
+            () = self.phases.draining.cancelled() => None,
             next = next => next,
         }
     }

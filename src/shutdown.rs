@@ -1,6 +1,5 @@
-//! How the process ends: the signals that ask for it, the stages it goes through, and the background tasks that
-//! are waited for.
-//! Connections are not tasks of this room; `serve` owns and drains them.
+//! Shutdown: the signals that request it, its phases, and the background tasks that it waits for.
+//! Connections are not tasks of this module: `serve` owns and drains them.
 
 mod signals;
 
@@ -20,43 +19,45 @@ use tokio_util::task::TaskTracker;
 
 pub use self::signals::{Event, OnHangup, Signals};
 
-/// Before a task that broke is begun anew.
-const PAUSE: Duration = Duration::from_secs(1);
+/// Delay before a task that panicked is restarted.
+const RESTART_DELAY: Duration = Duration::from_secs(1);
 
-/// The stages of a stop, each visible to everyone who holds a clone; and how often files were to be read again.
+/// The phases of a shutdown, and a counter of requests to reload files. Clones share their state.
 #[derive(Clone, Default)]
-pub struct Stages {
+pub struct ShutdownPhases {
     reloads: watch::Sender<u64>,
-    leaving: Arc<AtomicBool>,
-    /// No more connections are accepted; open ones end with the call they carry.
-    pub closing: CancellationToken,
-    /// The grace is over: what still runs is cut.
-    pub cut: CancellationToken,
+    announced: Arc<AtomicBool>,
+    /// Cancelled when draining begins: no new connections are accepted, and open ones close after their current
+    /// exchange.
+    pub draining: CancellationToken,
+    /// Cancelled when `shutdown_grace` has passed: exchanges that still run are aborted.
+    pub forced: CancellationToken,
 }
 
-impl Stages {
-    /// Announces the stop: `/_/ready` turns, answers say `Connection: close`; calls are still taken.
-    pub fn leave(&self) {
-        self.leaving.store(true, Ordering::Relaxed);
+impl ShutdownPhases {
+    /// Announces the shutdown: `/_/ready` answers 503 and responses say `Connection: close`, but requests are still
+    /// accepted.
+    pub fn announce(&self) {
+        self.announced.store(true, Ordering::Relaxed);
     }
 
-    /// Has files be read again that are read while the process runs.
+    /// Requests that files such as credentials be read again.
     pub fn reload(&self) {
         self.reloads.send_modify(|count| *count += 1);
     }
 
-    /// Changes whenever files are to be read again.
+    /// A receiver that changes with each call of [`Self::reload`].
     pub fn reloads(&self) -> watch::Receiver<u64> {
         self.reloads.subscribe()
     }
 
-    /// Whether a stop has been announced.
-    pub fn is_leaving(&self) -> bool {
-        self.leaving.load(Ordering::Relaxed)
+    /// Returns whether the shutdown has been announced.
+    pub fn is_announced(&self) -> bool {
+        self.announced.load(Ordering::Relaxed)
     }
 }
 
-/// The process's background tasks and the one signal that ends them.
+/// The process's background tasks, and the token that stops them.
 #[derive(Clone, Default)]
 pub struct Tasks {
     tracker: TaskTracker,
@@ -64,7 +65,7 @@ pub struct Tasks {
 }
 
 impl Tasks {
-    /// Spawns `task` on the runtime of the caller, handing it the token it must watch.
+    /// Spawns `task` on the current runtime and passes it the token that it must watch.
     pub fn spawn<F>(&self, task: impl FnOnce(CancellationToken) -> F)
     where
         F: Future<Output = ()> + Send + 'static,
@@ -72,7 +73,7 @@ impl Tasks {
         self.tracker.spawn(task(self.stopping.child_token()));
     }
 
-    /// Spawns `task` as `spawn` does, but on `runtime`: for callers whose own may end before the task does.
+    /// Like [`Self::spawn`], but on `runtime`: for callers whose own runtime may end before the task does.
     pub fn spawn_on<F>(&self, runtime: &Handle, task: impl FnOnce(CancellationToken) -> F)
     where
         F: Future<Output = ()> + Send + 'static,
@@ -80,7 +81,10 @@ impl Tasks {
         self.tracker.spawn_on(task(self.stopping.child_token()), runtime);
     }
 
-    /// Asks every task to stop; `Err` if some are still running after `grace`.
+    /// Requests that all tasks stop, and waits for them.
+    ///
+    /// # Errors
+    /// When tasks still run after `grace`. They are not aborted; the caller logs this and goes on.
     pub async fn stop(&self, grace: Duration) -> Result<(), Elapsed> {
         self.stopping.cancel();
         self.tracker.close();
@@ -88,16 +92,16 @@ impl Tasks {
     }
 }
 
-/// Runs what others rely on until it ends. If it breaks, it is begun anew unless `stopping`, since nobody else would
-/// notice that it is gone.
-pub async fn keep_up<F: Future<Output = ()>>(
+/// Runs `task` until it returns, and restarts it when it panics, unless `stopping` is cancelled. For tasks that others
+/// depend on, whose end would go unnoticed.
+pub async fn supervise<F: Future<Output = ()>>(
     name: &'static str,
     stopping: CancellationToken,
     task: impl Fn() -> F,
 ) {
     while AssertUnwindSafe(task()).catch_unwind().await.is_err() {
-        tracing::error!(task = name, "A background task broke, and is begun anew");
-        let pause = timeout(PAUSE, stopping.cancelled());
+        tracing::error!(task = name, "A background task panicked and is restarted");
+        let pause = timeout(RESTART_DELAY, stopping.cancelled());
         if pause.await.is_ok() {
             return;
         }

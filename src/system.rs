@@ -18,6 +18,7 @@ use http_body_util::{BodyExt, Limited};
 use serde_json::{Value, json};
 use tokio::sync::Semaphore;
 
+use crate::async_api::QueueIngress;
 use crate::auth::{Credentials, body_error};
 use crate::autoscale::alerts::Ignored;
 use crate::config::Timeouts;
@@ -31,7 +32,6 @@ use crate::provider::types::ScaleRequest;
 use crate::provider::{Provider, collect_response, parse_json};
 use crate::proxy::client::{Client, Origin};
 use crate::proxy::upstream_body::UpstreamBody;
-use crate::queued::Intake;
 use crate::same_origin::AllowedHosts;
 use crate::serve::caller::Caller;
 
@@ -59,7 +59,7 @@ pub struct ApiState {
     /// Alerts to ignore, if the autoscaler is enabled.
     pub alert_filter: Option<Arc<Ignored>>,
     /// Enqueues calls, if there is a queue.
-    pub queue_ingress: Option<Arc<Intake>>,
+    pub queue_ingress: Option<Arc<QueueIngress>>,
     /// One permit per request body buffered for a retry: [`MAX_REPLAY_BODIES`] for all threads.
     pub replay_permits: Arc<Semaphore>,
 }

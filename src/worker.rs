@@ -1,12 +1,12 @@
-//! Makes queued calls: takes them from the queue, calls their functions, decides what comes next, and says so.
+//! The worker: receives queued calls, executes them, decides about retries, sends callbacks, and settles.
 
 pub mod attempt;
 pub mod callback;
 #[cfg(any(test, fuzzing))]
 pub(crate) mod fuzz;
-mod notes;
-pub mod policies;
 pub mod retry;
+pub mod retry_policies;
+mod settlement_limit;
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -16,186 +16,193 @@ use http::HeaderMap;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio_util::task::TaskTracker;
 
-use crate::chain;
+use crate::async_api::QueueIngress;
+use crate::callback_chain;
 use crate::error::ErrorChain;
 use crate::queue::call::{QueuedCall, UnixMillis};
 use crate::queue::status::{CallState, Settlement, StoredResponse};
 use crate::queue::{Delivery, Error, MemoryPermit, memory, now};
-use crate::queued::Intake;
-use crate::shutdown::Stages;
+use crate::shutdown::ShutdownPhases;
 use crate::trace::context::{Context, TRACEPARENT, TRACESTATE};
 use crate::trace::span::SpanKind;
 use crate::trace::{ActiveSpan, Tracer};
-use crate::worker::attempt::{Attempt, Caller};
-use crate::worker::callback::{Callbacks, Report, random};
-use crate::worker::notes::Notes;
-use crate::worker::policies::Policies;
+use crate::worker::attempt::{Attempt, FunctionClient};
+use crate::worker::callback::{CallbackPayload, CallbackSender, random};
 use crate::worker::retry::{Decision, Outcome, decide};
+use crate::worker::retry_policies::RetryPolicyCache;
+use crate::worker::settlement_limit::SettlementLimiter;
 
-/// How long to wait before a queue that failed is asked again.
-const PAUSE: Duration = Duration::from_secs(1);
-/// So much of a body is logged.
-const PRINTED: usize = 1024;
-/// What has become of so many calls is being noted at a time, at most, for each place where one is made.
-const UNNOTED: usize = 2;
+/// Delay before a failed queue operation is retried.
+const QUEUE_RETRY_INTERVAL: Duration = Duration::from_secs(1);
+/// Number of bytes of a body that are logged.
+const MAX_LOGGED_BODY_BYTES: usize = 1024;
+/// Maximum number of calls that await settlement, per execution slot.
+const UNSETTLED_PER_SLOT: usize = 2;
 
-/// What makes queued calls.
+/// Executes queued calls.
 pub struct Worker {
-    pub intake: Arc<Intake>,
-    /// Calls made at a time. What becomes of a call is noted when it has left its place.
-    pub places: usize,
-    pub caller: Arc<Caller>,
-    pub policies: Arc<Policies>,
-    pub callbacks: Callbacks,
-    /// So much of an answer's body is kept.
+    pub ingress: Arc<QueueIngress>,
+    /// Maximum number of parallel executions. A call releases its slot before it is settled.
+    pub concurrency: usize,
+    pub function_client: Arc<FunctionClient>,
+    pub retry_policies: Arc<RetryPolicyCache>,
+    pub callbacks: CallbackSender,
+    /// Maximum number of bytes of a response body that are stored.
     pub max_result_body_bytes: usize,
-    pub prints: Prints,
-    /// Tells of each attempt, if somebody wants to know.
+    pub logging: CallLogging,
+    /// Creates a span for each attempt, if tracing is enabled.
     pub tracer: Option<Tracer>,
 }
 
-/// What of each call is logged beside its failures.
+/// What is logged of each call in addition to failures.
 #[derive(Clone, Copy, Debug, Default)]
-pub struct Prints {
-    /// The start of its body.
+pub struct CallLogging {
+    /// The beginning of its body.
     pub bodies: bool,
-    /// That it was made, and what came of it.
+    /// Its execution and outcome.
     pub calls: bool,
 }
 
 impl Worker {
-    /// Makes calls until `stages.closing`, then finishes those that run, or gives them back at `stages.cut`.
-    pub async fn run(self: Arc<Self>, stages: &Stages) {
-        let places = Arc::new(Semaphore::new(self.places));
-        let notes = Arc::new(Notes::new(self.places.saturating_mul(UNNOTED)));
+    /// Executes calls until `phases.draining`, then waits for the running ones, or drops them unsettled at
+    /// `phases.forced`.
+    pub async fn run(self: Arc<Self>, phases: &ShutdownPhases) {
+        let slots = Arc::new(Semaphore::new(self.concurrency));
+        let limiter =
+            Arc::new(SettlementLimiter::new(self.concurrency.saturating_mul(UNSETTLED_PER_SLOT)));
         let running = TaskTracker::new();
-        // Cancel-safe: a place or a call that was not received goes back.
+        // Cancel-safe: a permit or a call that was not returned here is released.
         while let Some(next) = tokio::select! {
-            () = stages.closing.cancelled() => None,
-            next = self.next(&places) => Some(next),
+            () = phases.draining.cancelled() => None,
+            next = self.receive(&slots) => Some(next),
         } {
-            let (place, delivery, room) = next;
-            let (worker, notes) = (Arc::clone(&self), Arc::clone(&notes));
-            running.spawn(async move { worker.carry_out(delivery, place, room, &notes).await });
+            let (slot_permit, delivery, body_memory) = next;
+            let (worker, limiter) = (Arc::clone(&self), Arc::clone(&limiter));
+            running.spawn(async move {
+                worker.process(delivery, slot_permit, body_memory, &limiter).await
+            });
         }
-        self.intake.queue.stop_receiving();
+        self.ingress.queue.stop_receiving();
         running.close();
-        // What is cut here is dropped unsettled: it is made again, by whoever takes it next.
+        // Calls that are aborted here are dropped unsettled, so the queue delivers them again.
         tokio::select! {
             () = running.wait() => {}
-            () = stages.cut.cancelled() => {
-                tracing::warn!(calls = running.len(), "Queued calls cut at the end of shutdown_grace");
+            () = phases.forced.cancelled() => {
+                tracing::warn!(calls = running.len(), "Queued calls aborted at the end of shutdown_grace");
             }
         }
     }
 
-    /// A place, a call for it, and room for its body in memory.
-    async fn next(
+    /// Waits for an execution slot, a call, and memory for its body.
+    async fn receive(
         &self,
-        places: &Arc<Semaphore>,
+        slots: &Arc<Semaphore>,
     ) -> (OwnedSemaphorePermit, Delivery, Option<MemoryPermit>) {
         loop {
             // The semaphore is never closed.
-            let Ok(place) = Arc::clone(places).acquire_owned().await else {
+            let Ok(slot_permit) = Arc::clone(slots).acquire_owned().await else {
                 std::future::pending().await
             };
-            self.intake.budget.wait_until_available().await;
-            match self.intake.queue.receive(self.places).await {
+            self.ingress.budget.wait_until_available().await;
+            match self.ingress.queue.receive(self.concurrency).await {
                 Ok(delivery) => {
-                    let room = self.intake.budget.reserve(delivery.call.body.len()).await;
-                    return (place, delivery, room);
+                    let body_memory = self.ingress.budget.reserve(delivery.call.body.len()).await;
+                    return (slot_permit, delivery, body_memory);
                 }
                 Err(error) => {
-                    tracing::warn!(%error, "No queued calls can be taken");
-                    tokio::time::sleep(PAUSE).await;
+                    tracing::warn!(%error, "Queued calls cannot be received");
+                    tokio::time::sleep(QUEUE_RETRY_INTERVAL).await;
                 }
             }
         }
     }
 
-    /// Makes a call in its place, and notes what becomes of it beside those for which there is room in `notes`.
-    async fn carry_out(
+    /// Processes one call: executes it, releases its slot, and settles it within the limit of `limiter`.
+    async fn process(
         &self,
         mut delivery: Delivery,
-        place: OwnedSemaphorePermit,
-        room: Option<MemoryPermit>,
-        notes: &Notes,
+        slot_permit: OwnedSemaphorePermit,
+        body_memory: Option<MemoryPermit>,
+        limiter: &SettlementLimiter,
     ) {
         let call = &delivery.call;
-        match self.intake.queue.claim(&delivery).await {
+        match self.ingress.queue.claim(&delivery).await {
             Ok(true) => {}
             Ok(false) => return,
-            // It is dropped unsettled, and so taken again.
+            // Dropped unsettled, so the queue delivers it again.
             Err(error) => {
                 let (id, function) = (&call.id, &call.function);
-                return tracing::warn!(call_id = id, %function, %error, "A queued call cannot be begun");
+                return tracing::warn!(call_id = id, %function, %error, "A queued call cannot be started");
             }
         }
         // Held until the response is stored.
-        let mut response_room: Option<MemoryPermit> = None;
+        let mut response_memory: Option<MemoryPermit> = None;
         let mut settlement = if delivery.body_missing {
-            let reason = Box::pin(self.not_made(&delivery, &Attempt::lost())).await;
+            let reason = Box::pin(self.skip(&delivery, &Attempt::body_missing())).await;
             Settlement::DeadLetter { status: None, reason, response: None }
         } else if call.options.expires_at.is_some_and(|at| at <= now()) {
-            let reason = Box::pin(self.not_made(&delivery, &Attempt::expired())).await;
+            let reason = Box::pin(self.skip(&delivery, &Attempt::expired())).await;
             let (state, status) = (CallState::Failed, None);
             Settlement::Finished { state, status, reason, response: None, executed: false }
         } else {
-            let span = self.begin_span(&delivery);
+            let span = self.start_span(&delivery);
             let context = span.as_ref().and_then(ActiveSpan::context);
             let mut attempt = self.attempt(call, context).await;
             if let Some(span) = span {
                 end_span(span, &attempt);
             }
-            response_room = attempt.room.take();
+            response_memory = attempt.memory.take();
             self.settlement(&delivery, attempt, context).await
         };
-        self.print(&delivery, &settlement);
-        // It is not made any more, and may have to wait for the queue.
+        self.log_outcome(&delivery, &settlement);
+        // The body is not needed any more, and settling may take long.
         delivery.call.body = Bytes::new();
-        drop(room);
-        // The queue stores a copy of what is kept.
-        memory::shrink_permit(&mut response_room, 2 * settlement.response_length());
+        drop(body_memory);
+        // The queue makes a copy of the stored part.
+        memory::shrink_permit(&mut response_memory, 2 * settlement.response_length());
         let (id, function) = (&delivery.call.id, &delivery.call.function);
-        let _noting = notes.room(function).await;
-        self.intake.queue.release_slot(&delivery);
-        drop(place);
-        // One that cannot be settled must not be made again at once: the queue would be asked until it can.
-        while let Err(error) = self.intake.queue.settle(&delivery, &settlement).await {
+        let _settlement_permit = limiter.acquire(function).await;
+        self.ingress.queue.release_slot(&delivery);
+        drop(slot_permit);
+        // A call that cannot be settled is not dropped: the queue would deliver it again, and it would be executed
+        // again.
+        while let Err(error) = self.ingress.queue.settle(&delivery, &settlement).await {
             tracing::warn!(call_id = id, %function, %error, "A queued call cannot be settled");
             if error == Error::Gone {
                 return;
             }
-            // It would never be taken as it is.
+            // The queue would reject it each time.
             if matches!(error, Error::TooLarge(_)) && settlement.has_response() {
                 settlement = settlement.without_response();
                 continue;
             }
-            tokio::time::sleep(PAUSE).await;
+            tokio::time::sleep(QUEUE_RETRY_INTERVAL).await;
         }
         match settlement {
-            Settlement::Retry { .. } => self.intake.metrics.retried(),
-            Settlement::DeadLetter { .. } => self.intake.metrics.dead_lettered(),
-            Settlement::Finished { .. } => self.intake.metrics.processed(),
+            Settlement::Retry { .. } => self.ingress.metrics.retried(),
+            Settlement::DeadLetter { .. } => self.ingress.metrics.dead_lettered(),
+            Settlement::Finished { .. } => self.ingress.metrics.processed(),
         }
     }
 
-    /// Makes the call. How it is to be retried is asked meanwhile, if that was never heard: if it takes the provider
-    /// down with it, nobody says.
+    /// Executes the call. Meanwhile fetches its retry policy if it is not cached: if the call crashes the provider,
+    /// the policy is not available afterwards.
     async fn attempt(&self, call: &QueuedCall, context: Option<Context>) -> Attempt {
-        self.intake.metrics.attempted();
-        let learn = async {
-            self.policies.learn(&call.function).await;
+        self.ingress.metrics.attempted();
+        let prefetch = async {
+            self.retry_policies.prefetch(&call.function).await;
             std::future::pending::<Attempt>().await
         };
-        // What was not heard when the call is over is asked again if it is needed.
+        // A fetch that is cancelled here is repeated if the policy is needed.
         tokio::select! {
-            attempt = self.caller.make(call, self.keeps(call), context, &self.policies) => attempt,
-            never = learn => never,
+            attempt = self.function_client.execute(
+                call, self.response_limit(call), context, &self.retry_policies
+            ) => attempt,
+            never = prefetch => never,
         }
     }
 
-    fn begin_span(&self, delivery: &Delivery) -> Option<ActiveSpan> {
+    fn start_span(&self, delivery: &Delivery) -> Option<ActiveSpan> {
         let call = &delivery.call;
         let mut span = self.tracer.as_ref()?.start_span(&call.id, &call.headers, "process")?;
         let waited = now().saturating_sub(call.options.submitted_at);
@@ -206,26 +213,27 @@ impl Worker {
         Some(span)
     }
 
-    fn print(&self, delivery: &Delivery, settlement: &Settlement) {
+    fn log_outcome(&self, delivery: &Delivery, settlement: &Settlement) {
         let (id, function) = (&delivery.call.id, &delivery.call.function);
         let attempt = delivery.attempts + 1;
         let (state, status) = settlement.outcome();
-        if self.prints.calls {
-            tracing::info!(call_id = id, %function, attempt, ?state, status, "Queued call made");
+        if self.logging.calls {
+            tracing::info!(call_id = id, %function, attempt, ?state, status, "Queued call executed");
         } else {
-            tracing::debug!(call_id = id, %function, attempt, ?state, status, "Queued call made");
+            tracing::debug!(call_id = id, %function, attempt, ?state, status, "Queued call executed");
         }
-        if self.prints.bodies {
+        if self.logging.bodies {
             let body = &delivery.call.body;
-            let body = String::from_utf8_lossy(&body[..body.len().min(PRINTED)]);
+            let body = String::from_utf8_lossy(&body[..body.len().min(MAX_LOGGED_BODY_BYTES)]);
             tracing::info!(call_id = id, %function, %body, "Body of a queued call");
         }
     }
 
-    /// So much of an answer is read: all that a callback can be told, or what is kept.
-    fn keeps(&self, call: &QueuedCall) -> usize {
-        let told = if call.options.callback.is_some() { attempt::MAX_TOLD } else { 0 };
-        self.max_result_body_bytes.max(told)
+    /// Returns how many bytes of the response are read: the maximum for a callback, if there is one, or for storage.
+    fn response_limit(&self, call: &QueuedCall) -> usize {
+        let callback_limit =
+            if call.options.callback.is_some() { attempt::MAX_CALLBACK_BODY_BYTES } else { 0 };
+        self.max_result_body_bytes.max(callback_limit)
     }
 
     async fn settlement(
@@ -235,25 +243,27 @@ impl Worker {
         context: Option<Context>,
     ) -> Settlement {
         let call = &delivery.call;
-        let made = delivery.attempts + 1;
-        // A success that nobody is told of needs no policy, and so no question to the provider.
+        let attempts_made = delivery.attempts + 1;
+        // A success without a callback needs no policy, and thus no request to the provider.
         let policy = match attempt.status {
-            Some(..400) if call.options.callback.is_none() => retry::Policy::default(),
-            _ => Box::pin(self.policies.of(call)).await,
+            Some(..400) if call.options.callback.is_none() => retry::RetryPolicy::default(),
+            _ => Box::pin(self.retry_policies.get(call)).await,
         };
-        let policy = policy.at_most(call.options.max_attempts);
+        let policy = policy.capped(call.options.max_attempts);
         let outcome = Outcome { status: attempt.status, retry_after: attempt.retry_after };
-        let decision = decide(&policy, made, outcome, random());
+        let decision = decide(&policy, attempts_made, outcome, random());
         let (status, mut reason) = (attempt.status, attempt.reason.clone());
-        if let Decision::RetryIn(pause) = decision {
-            let at = now() + UnixMillis::try_from(pause.as_millis()).unwrap_or(UnixMillis::MAX / 2);
+        if let Decision::RetryIn(delay) = decision {
+            let at = now() + UnixMillis::try_from(delay.as_millis()).unwrap_or(UnixMillis::MAX / 2);
             return Settlement::Retry { at, status, reason };
         }
-        if let Some(failure) = self.tell(call, &attempt, made, policy.attempts, context).await {
+        if let Some(failure) =
+            self.send_callback(call, &attempt, attempts_made, policy.attempts, context).await
+        {
             reason = Some(failure);
         }
-        let answer = attempt.into_answer(self.max_result_body_bytes);
-        let over = |state, answer: Option<StoredResponse>| Settlement::Finished {
+        let answer = attempt.into_response(self.max_result_body_bytes);
+        let finished = |state, answer: Option<StoredResponse>| Settlement::Finished {
             state,
             status,
             reason: reason.clone(),
@@ -261,28 +271,29 @@ impl Worker {
             executed: true,
         };
         match decision {
-            Decision::Succeeded => over(CallState::Succeeded, answer),
-            Decision::Bury => Settlement::DeadLetter { status, reason, response: answer },
-            Decision::Failed | Decision::RetryIn(_) => over(CallState::Failed, answer),
+            Decision::Succeeded => finished(CallState::Succeeded, answer),
+            Decision::DeadLetter => Settlement::DeadLetter { status, reason, response: answer },
+            Decision::Failed | Decision::RetryIn(_) => finished(CallState::Failed, answer),
         }
     }
 
-    /// Why a call is not made, as `attempt` says; whoever wants to be called back is told.
-    async fn not_made(&self, delivery: &Delivery, attempt: &Attempt) -> Option<String> {
-        let (call, made) = (&delivery.call, delivery.attempts);
+    /// Returns why a call is not executed (the reason in `attempt`), after it has sent the callback.
+    async fn skip(&self, delivery: &Delivery, attempt: &Attempt) -> Option<String> {
+        let (call, attempts_made) = (&delivery.call, delivery.attempts);
         let reason = attempt.reason.clone();
         if call.options.callback.is_none() {
             return reason;
         }
-        let most = self.policies.of(call).await.at_most(call.options.max_attempts).attempts;
-        match self.tell(call, attempt, made, most, None).await {
+        let max_attempts =
+            self.retry_policies.get(call).await.capped(call.options.max_attempts).attempts;
+        match self.send_callback(call, attempt, attempts_made, max_attempts, None).await {
             Some(failure) => reason.map(|reason| format!("{reason}; {failure}")),
             None => reason,
         }
     }
 
-    /// Calls back whoever asked for it; why that failed, if it did.
-    async fn tell(
+    /// Sends the callback, if one was requested. Returns the reason if it failed.
+    async fn send_callback(
         &self,
         call: &QueuedCall,
         attempt: &Attempt,
@@ -292,22 +303,23 @@ impl Worker {
     ) -> Option<String> {
         let url = call.options.callback.as_ref()?;
         let span = self.tracer.as_ref().zip(context);
-        let span = span.and_then(|(it, context)| it.child(context, SpanKind::Client, "callback"));
-        let report = Report {
+        let span =
+            span.and_then(|(tracer, context)| tracer.child(context, SpanKind::Client, "callback"));
+        let payload = CallbackPayload {
             call_id: call.id.clone(),
             function: call.function.to_string(),
-            // Out of reach.
+            // 503 stands for an unreachable function.
             status: attempt.status.unwrap_or(503),
             headers: attempt.headers.clone(),
             body: attempt.body.clone(),
             truncated: attempt.truncated,
-            took: attempt.took,
+            duration: attempt.duration,
             attempts,
             max_attempts,
-            callbacks: chain::length(&call.headers),
-            trace: trace_of(call, span.as_ref()),
+            callbacks: callback_chain::length(&call.headers),
+            trace: callback_trace_headers(call, span.as_ref()),
         };
-        let error = Box::pin(self.callbacks.send(url, &report)).await.err();
+        let error = Box::pin(self.callbacks.send(url, &payload)).await.err();
         if let Some(span) = span {
             span.finish(error.as_ref().map(ToString::to_string));
         }
@@ -326,8 +338,8 @@ fn end_span(mut span: ActiveSpan, attempt: &Attempt) {
     span.finish(reason.or_else(|| failed.then(|| "the function failed".to_owned())));
 }
 
-/// What the receiver of a callback is told of the trace that its call belongs to.
-fn trace_of(call: &QueuedCall, span: Option<&ActiveSpan>) -> HeaderMap {
+/// Returns the trace headers of a callback: those of the call, or of the callback's span if there is one.
+fn callback_trace_headers(call: &QueuedCall, span: Option<&ActiveSpan>) -> HeaderMap {
     let of_call = [TRACEPARENT, TRACESTATE]
         .into_iter()
         .filter_map(|name| Some((call.headers.get(&name)?.clone(), name)));

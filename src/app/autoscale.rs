@@ -1,8 +1,9 @@
-//! The autoscaler, put together.
+//! Builds the autoscaler.
 
 use std::sync::Arc;
 
 use crate::app::worker;
+use crate::async_api::QueueIngress;
 use crate::autoscale::decide::{Millis, Rules};
 use crate::autoscale::exchange::Exchange;
 use crate::autoscale::{self, Parts};
@@ -10,36 +11,42 @@ use crate::config;
 use crate::config::autoscale::Autoscale;
 use crate::metrics::Metrics;
 use crate::metrics::poller::ProviderPoller;
-use crate::queued::Intake;
 use crate::shutdown::Tasks;
 
-/// Tells the gateways what a worker calls by itself.
-pub(super) async fn tell(
+/// Publishes the load that a worker generates to the gateways, which make the scaling decisions.
+///
+/// # Errors
+/// When the NATS options are invalid.
+pub(super) async fn publish_load_only(
     queue: &config::Queue,
     metrics: Arc<Metrics>,
     tasks: &Tasks,
 ) -> anyhow::Result<()> {
-    let (exchange, _ear) = Exchange::open(&worker::options(queue), true).await?;
+    let (exchange, _ear) = Exchange::open(&worker::nats_options(queue), true).await?;
     tasks.spawn(|stopping| autoscale::tell(metrics, exchange, stopping));
     Ok(())
 }
 
-/// Starts to scale functions by their load. `may_zero`: something wakes those that are at zero.
+/// Starts the autoscaler. `may_zero`: functions at zero replicas are started by requests, so scaling to zero is
+/// allowed.
+///
+/// # Errors
+/// When the NATS options are invalid or a metric is registered twice.
 pub(super) async fn start(
     config: Autoscale,
     queue: &config::Queue,
     may_zero: bool,
     poll: ProviderPoller,
-    intake: Option<Arc<Intake>>,
+    ingress: Option<Arc<QueueIngress>>,
     tasks: &Tasks,
 ) -> anyhow::Result<()> {
     let exchange = match queue.nats.servers.is_empty() {
         true => None,
-        false => Some(Exchange::open(&worker::options(queue), false).await?),
+        false => Some(Exchange::open(&worker::nats_options(queue), false).await?),
     };
     let gauges = poll.metrics.autoscale()?;
     let window = Millis::try_from(config.window.as_millis()).unwrap_or(Millis::MAX);
-    let parts = Parts { poll, gauges, intake, rules: Rules { window, may_zero }, exchange };
+    let parts = Parts { poll, gauges, ingress, rules: Rules { window, may_zero }, exchange };
     tasks.spawn(|stopping| autoscale::run(parts, stopping));
     Ok(())
 }

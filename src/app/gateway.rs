@@ -1,4 +1,4 @@
-//! The gateway role, put together: threads that carry calls, background work, the end.
+//! Builds the gateway role: proxy threads, background tasks, and their shutdown.
 
 use std::net::{SocketAddr, TcpListener};
 use std::sync::Arc;
@@ -12,9 +12,10 @@ use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 
 use crate::activator::Activator;
-use crate::app::threads::{Threads, Work};
-use crate::app::worker::{Counted, Part};
+use crate::app::threads::{ThreadMain, Threads};
+use crate::app::worker::{DepthPolling, QueueRole};
 use crate::app::{autoscale, worker};
+use crate::async_api::QueueIngress;
 use crate::auth::Credentials;
 use crate::autoscale::alerts::Ignored;
 use crate::config::{AccessLogMode, Backend, Serve, Timeouts, TracingConfig};
@@ -27,31 +28,30 @@ use crate::metrics::poller::ProviderPoller;
 use crate::metrics::query::InvocationCounts;
 use crate::provider::Provider;
 use crate::proxy::client::{Client, Origin, Tls};
-use crate::queued::Intake;
 use crate::routes::{self, GatewayService};
 use crate::same_origin::{AllowedHosts, InternalHosts};
 use crate::serve::heads::Heads;
 use crate::serve::listener::bind;
 use crate::serve::pacing::Pacing;
 use crate::serve::{Server, raise_file_limit};
-use crate::shutdown::{Stages, Tasks};
+use crate::shutdown::{ShutdownPhases, Tasks};
 use crate::system::{ApiState, AuthProxy, MAX_REPLAY_BODIES};
 use crate::trace::{RequestObserver, Tracer};
 use crate::worker::Worker;
-use crate::worker::attempt::Caller;
-use crate::worker::callback::own::Own;
+use crate::worker::attempt::FunctionClient;
+use crate::worker::callback::own_addresses::OwnAddresses;
 
-/// Files that are neither a caller's nor an upstream's connection.
-const OTHER_FILES: usize = 128;
+/// File descriptors reserved for other uses than client and upstream connections.
+const RESERVED_FILES: usize = 128;
 
-/// A provider that has not said within this time what functions there are is away.
-pub(super) const LONGEST_POLL: Duration = Duration::from_secs(5);
+/// Timeout for listing the provider's functions. After it the provider counts as unavailable.
+pub(super) const PROVIDER_LIST_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// What a port for machines holds its callers to, where no setting does.
-pub(super) const INTERNAL: Timeouts = Timeouts {
+/// Timeouts of the metrics port, which no setting changes.
+pub(super) const ADMIN_TIMEOUTS: Timeouts = Timeouts {
     read: Duration::from_secs(60),
     write: Duration::from_secs(60),
-    // Not used: nothing is forwarded.
+    // Not used: this port forwards nothing.
     upstream: Duration::MAX,
     idle: Duration::from_secs(120),
 };
@@ -63,41 +63,44 @@ pub struct Gateway {
     pub(super) threads: Threads,
 }
 
-/// What the threads are made from.
-struct Parts {
+/// Dependencies that all threads share.
+struct GatewayDeps {
     config: Serve,
     provider: Origin,
-    /// Of the API.
+    /// Credentials that the API requires.
     credentials: Option<Arc<Credentials>>,
-    /// Of the provider.
+    /// Credentials for requests to the provider.
     provider_credentials: Option<Arc<Credentials>>,
     limit: Arc<ConcurrencyLimit>,
     metrics: Arc<Metrics>,
     health: Arc<Health>,
-    counts: Arc<InvocationCounts>,
-    intake: Option<Arc<Intake>>,
-    scaling: Option<Arc<Activator>>,
-    ignored_alerts: Option<Arc<Ignored>>,
+    invocation_counts: Arc<InvocationCounts>,
+    ingress: Option<Arc<QueueIngress>>,
+    activator: Option<Arc<Activator>>,
+    alert_filter: Option<Arc<Ignored>>,
     namespace: Arc<str>,
     tls: Tls,
-    /// What background work calls the provider with.
+    /// Client that background tasks use for the provider.
     client: Arc<Client>,
     tracer: Option<Tracer>,
     observer: Option<Arc<RequestObserver>>,
-    stages: Stages,
+    phases: ShutdownPhases,
     heads: Arc<Heads>,
-    /// For bodies of requests to the API that may have to be sent again.
-    kept: Arc<Semaphore>,
+    /// Permits for bodies of API requests that are kept in memory to be sent again.
+    replay_body_permits: Arc<Semaphore>,
 }
 
 impl Gateway {
-    /// Binds, and starts to serve. Background work runs on the current runtime.
+    /// Binds the listeners and starts to serve. Background tasks run on the current runtime.
     ///
-    /// `provider_credentials` are what the provider asks for, if that is not what the API asks for.
+    /// `provider_credentials` are the provider's, if they differ from those of the API.
+    ///
+    /// # Errors
+    /// When a port cannot be bound, a file cannot be read, or the queue cannot be opened.
     pub async fn start(
         config: Serve,
         provider_credentials: Option<Arc<Credentials>>,
-        stages: &Stages,
+        phases: &ShutdownPhases,
         tasks: &Tasks,
     ) -> anyhow::Result<Self> {
         let threads = match config.threads {
@@ -112,69 +115,70 @@ impl Gateway {
         let metrics_listener = bind(config.metrics, 1)?.remove(0);
         let address = listeners[0].local_addr()?;
         let metrics_address = metrics_listener.local_addr()?;
-        let parts =
-            Arc::new(Parts::new(config, provider_credentials, threads, stages, tasks).await?);
-        parts.start_background(metrics_listener, tasks);
-        parts.start_autoscale(tasks).await?;
-        let mut server = parts.server();
+        let deps =
+            Arc::new(GatewayDeps::new(config, provider_credentials, threads, phases, tasks).await?);
+        deps.start_background(metrics_listener, tasks);
+        deps.start_autoscale(tasks).await?;
+        let mut server = deps.build_server();
         server.pacing = pacing;
-        let own = Own::default()
+        let own_addresses = OwnAddresses::default()
             .gateway_port(address.port())
             .port(metrics_address.port())
-            .upstream(&parts.config.provider)
-            .upstream(&parts.config.logs_provider);
-        let worker = parts.worker(threads, own)?.map(|worker| {
-            let stages = stages.clone();
-            let work: Work = ("worker".to_owned(), Box::new(move || worker::run(worker, &stages)));
-            work
+            .upstream(&deps.config.provider)
+            .upstream(&deps.config.logs_provider);
+        let worker = deps.build_worker(threads, own_addresses)?.map(|worker| {
+            let phases = phases.clone();
+            let thread: ThreadMain =
+                ("worker".to_owned(), Box::new(move || worker::run_worker_thread(worker, &phases)));
+            thread
         });
-        let carriers = listeners.into_iter().enumerate().map(|(number, listener)| {
-            let (parts, server) = (Arc::clone(&parts), server.clone());
-            let work = move || carry_calls(&parts, number, server, listener);
-            let work: Work = (format!("calls-{number}"), Box::new(work));
-            work
+        let proxy_threads = listeners.into_iter().enumerate().map(|(number, listener)| {
+            let (deps, server) = (Arc::clone(&deps), server.clone());
+            let main = move || run_proxy_thread(&deps, number, server, listener);
+            let thread: ThreadMain = (format!("calls-{number}"), Box::new(main));
+            thread
         });
-        let threads = Threads::start(carriers.chain(worker))?;
+        let threads = Threads::start(proxy_threads.chain(worker))?;
         Ok(Self { address, metrics_address, threads })
     }
 }
 
-/// Runs one thread: its own runtime, listener, links and numbers.
-fn carry_calls(parts: &Parts, number: usize, server: Server, listener: TcpListener) {
+/// Body of one proxy thread, which has its own runtime, listener, upstream connections and counters.
+fn run_proxy_thread(deps: &GatewayDeps, number: usize, server: Server, listener: TcpListener) {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     let served = runtime.and_then(|runtime| {
         let served = runtime.block_on(async {
-            let client = parts.new_client();
-            let door = Arc::new(parts.door(number, &client));
+            let client = deps.build_client();
+            let service = Arc::new(deps.build_service(number, &client));
             let serving = server.run(listener, |caller| {
-                let both = Arc::new((Arc::clone(&door), caller));
+                let context = Arc::new((Arc::clone(&service), caller));
                 service_fn(move |request: Request<Incoming>| {
-                    let both = Arc::clone(&both);
-                    let entered = both.0.classify(&both.1, request);
-                    async move { both.0.respond(&both.1, entered).await }
+                    let context = Arc::clone(&context);
+                    let accepted = context.0.classify(&context.1, request);
+                    async move { context.0.respond(&context.1, accepted).await }
                 })
             });
-            // The sweep holds nothing over an await.
+            // Cancel-safe: the idle reaper holds nothing across an await.
             tokio::select! {
                 served = serving => served,
                 () = client.keep_swept() => Ok(()),
             }
         });
-        // A name that is still being resolved is not waited for.
+        // Does not wait for a name resolution in progress.
         runtime.shutdown_background();
         served
     });
     if let Err(error) = served {
-        tracing::error!(%error, "A thread that carries calls cannot go on");
+        tracing::error!(%error, "A proxy thread failed");
     }
 }
 
-impl Parts {
+impl GatewayDeps {
     async fn new(
         config: Serve,
         provider_credentials: Option<Arc<Credentials>>,
         threads: usize,
-        stages: &Stages,
+        phases: &ShutdownPhases,
         tasks: &Tasks,
     ) -> anyhow::Result<Self> {
         let credentials = match &config.auth.credentials_dir {
@@ -184,14 +188,15 @@ impl Parts {
         let provider_credentials = provider_credentials.or_else(|| credentials.clone());
         let namespace: Arc<str> = config.namespace.as_str().into();
         let limit = ConcurrencyLimit::new(config.limits.calls, threads);
-        // One shard more, for the worker.
+        // One more shard, for the worker.
         let metrics = Metrics::new(threads + 1, &namespace)?;
-        let intake = worker::intake(&config.queue, &metrics, &namespace, Part::TakesIn).await?;
+        let ingress =
+            worker::open_queue(&config.queue, &metrics, &namespace, QueueRole::Producer).await?;
         let tls = Tls::default();
         let idle = config.limits.pool;
         let client = Client::connecting_within(config.connect_timeout, idle, tls.clone());
         let origin = Origin::new(config.provider.clone());
-        let scaling = config.cold_start.map(|limits| {
+        let activator = config.cold_start.map(|limits| {
             let provider = Provider {
                 client: Arc::clone(&client),
                 origin: origin.clone(),
@@ -201,7 +206,7 @@ impl Parts {
             Activator::new(provider, Arc::clone(&metrics.function_registry), limits, tasks)
         });
         let collector = Client::new(idle, tls.clone());
-        let tracer = tracer(&config.tracing, "gateway", &metrics, collector, tasks)?;
+        let tracer = build_tracer(&config.tracing, "gateway", &metrics, collector, tasks)?;
         let access = config.access_log;
         let observer = (access != AccessLogMode::Off || tracer.is_some())
             .then(|| Arc::new(RequestObserver { access_log: access, tracer: tracer.clone() }));
@@ -212,32 +217,32 @@ impl Parts {
             credentials,
             provider_credentials,
             metrics,
-            health: Health::new(stages.clone(), Arc::clone(&limit)),
-            intake,
-            scaling,
-            ignored_alerts: config.autoscale.map(|_| Arc::default()),
-            counts: InvocationCounts::new(config.prometheus.clone().map(Origin::new)),
+            health: Health::new(phases.clone(), Arc::clone(&limit)),
+            ingress,
+            activator,
+            alert_filter: config.autoscale.map(|_| Arc::default()),
+            invocation_counts: InvocationCounts::new(config.prometheus.clone().map(Origin::new)),
             limit,
             namespace,
             tls,
             client,
-            stages: stages.clone(),
+            phases: phases.clone(),
             heads: Arc::new(Heads::new(config.limits.head_memory)),
-            kept: Arc::new(Semaphore::new(MAX_REPLAY_BODIES)),
+            replay_body_permits: Arc::new(Semaphore::new(MAX_REPLAY_BODIES)),
             config,
         })
     }
 
-    fn new_client(&self) -> Arc<Client> {
+    fn build_client(&self) -> Arc<Client> {
         let config = &self.config;
         Client::connecting_within(config.connect_timeout, config.limits.pool, self.tls.clone())
     }
 
-    fn server(&self) -> Server {
+    fn build_server(&self) -> Server {
         let files = raise_file_limit();
-        // A call needs a connection on either side, but most callers' connections are idle at any time.
+        // A request needs a client and an upstream connection, but most client connections are idle.
         let upstream = self.config.limits.calls.min(files / 3);
-        let most = files.saturating_sub(OTHER_FILES + upstream);
+        let most = files.saturating_sub(RESERVED_FILES + upstream);
         let connections = self.config.limits.connections.min(most.max(1));
         if connections < self.config.limits.connections {
             tracing::info!(
@@ -247,21 +252,25 @@ impl Parts {
             );
         }
         let heads = Arc::clone(&self.heads);
-        Server::new(self.config.timeouts, connections, self.stages.clone(), heads)
+        Server::new(self.config.timeouts, connections, self.phases.clone(), heads)
     }
 
     fn start_background(self: &Arc<Self>, metrics_listener: TcpListener, tasks: &Tasks) {
         let client = Arc::clone(&self.client);
-        let poll = self.poll(&client);
+        let poll = self.provider_poller(&client);
         tasks.spawn(|stopping| poll.run(stopping));
-        tasks.spawn(|stopping| until(stopping, async move { client.keep_swept().await }));
+        tasks.spawn(|stopping| {
+            run_until_cancelled(stopping, async move { client.keep_swept().await })
+        });
         if let Some(credentials) = self.credentials.clone() {
-            let reloads = self.stages.reloads();
+            let reloads = self.phases.reloads();
             tasks.spawn(|stopping| credentials.watch_files(stopping, reloads));
         }
-        if let Some(intake) = self.intake.clone() {
+        if let Some(ingress) = self.ingress.clone() {
             let health = Arc::clone(&self.health);
-            tasks.spawn(|stopping| worker::keep_tidy(intake, health, Counted::Always, stopping));
+            tasks.spawn(|stopping| {
+                worker::run_queue_maintenance(ingress, health, DepthPolling::Always, stopping)
+            });
         }
         let hosts = InternalHosts::new(&self.config.metrics_hosts);
         let router = routes::internal(Arc::clone(&self.metrics), hosts);
@@ -269,17 +278,17 @@ impl Parts {
         serve_metrics(router, metrics_listener, self.config.timeouts, heads, tasks);
     }
 
-    /// Scales functions by their load, if that is asked for.
+    /// Starts the autoscaler, if it is enabled.
     async fn start_autoscale(&self, tasks: &Tasks) -> anyhow::Result<()> {
         let Some(config) = self.config.autoscale else { return Ok(()) };
-        let (poll, intake) = (self.poll(&self.client), self.intake.clone());
-        let may_zero = self.scaling.is_some();
-        autoscale::start(config, &self.config.queue, may_zero, poll, intake, tasks).await
+        let (poll, ingress) = (self.provider_poller(&self.client), self.ingress.clone());
+        let may_zero = self.activator.is_some();
+        autoscale::start(config, &self.config.queue, may_zero, poll, ingress, tasks).await
     }
 
-    fn poll(&self, client: &Arc<Client>) -> ProviderPoller {
-        // Readiness hangs on it, so it does not wait for as long as a call may take.
-        let timeout = self.config.timeouts.upstream.min(LONGEST_POLL);
+    fn provider_poller(&self, client: &Arc<Client>) -> ProviderPoller {
+        // Readiness depends on this request, so its timeout is shorter than that of an invocation.
+        let timeout = self.config.timeouts.upstream.min(PROVIDER_LIST_TIMEOUT);
         ProviderPoller {
             provider: Provider { timeout, ..self.provider(client) },
             default_namespace: Arc::clone(&self.namespace),
@@ -298,44 +307,50 @@ impl Parts {
         }
     }
 
-    /// What makes queued calls, if that is to be done here. `number`: its shard of the metrics. `own`: where callbacks
-    /// may not connect to.
-    fn worker(&self, number: usize, own: Own) -> anyhow::Result<Option<Worker>> {
+    /// Builds the worker, if this process has one. `number` is its metrics shard; callbacks must not connect to
+    /// `own_addresses`.
+    fn build_worker(
+        &self,
+        number: usize,
+        own_addresses: OwnAddresses,
+    ) -> anyhow::Result<Option<Worker>> {
         let config = &self.config.queue;
-        let Some(intake) = self.intake.as_ref().filter(|_| config.with_worker) else {
-            // A queue on NATS may have workers elsewhere.
-            if self.intake.is_some() && config.backend == Backend::Embedded {
-                tracing::warn!("Calls are queued, but with_worker is false: nobody makes them");
+        let Some(ingress) = self.ingress.as_ref().filter(|_| config.with_worker) else {
+            // With a queue on NATS, other processes may be workers.
+            if self.ingress.is_some() && config.backend == Backend::Embedded {
+                tracing::warn!(
+                    "Calls are queued, but with_worker is false: no worker executes them"
+                );
             }
             return Ok(None);
         };
-        let client = self.new_client();
-        let caller = Caller {
+        let client = self.build_client();
+        let function_client = FunctionClient {
             client: Arc::clone(&client),
             origin: self.provider.clone(),
             calls: self.metrics.shard(number),
             timeout: self.config.timeouts.upstream,
-            scaling: self.scaling.clone(),
-            budget: intake.budget.clone(),
+            activator: self.activator.clone(),
+            budget: ingress.budget.clone(),
         };
-        let parts = worker::Parts {
-            intake: Arc::clone(intake),
-            caller,
+        let deps = worker::WorkerDeps {
+            ingress: Arc::clone(ingress),
+            function_client,
             provider: self.provider(&client),
             tls: self.tls.clone(),
             tracer: self.tracer.clone(),
-            own,
-            known: Arc::clone(&self.metrics.function_registry),
+            own_addresses,
+            registry: Arc::clone(&self.metrics.function_registry),
             default_namespace: Arc::clone(&self.namespace),
             limit: Some((Arc::clone(&self.limit), self.limit.permit_cache(number))),
         };
-        worker::worker(config, parts).map(Some)
+        worker::build_worker(config, deps).map(Some)
     }
 
-    /// Who is known to be an operator by a call alone.
+    /// How an invocation can prove that it comes from an operator.
     fn operators(&self) -> Operators {
         match &self.credentials {
-            // Asking it for each call of a function that is not ready would be too much.
+            // One request to the auth proxy for each invocation of a function that is not ready would be too much.
             _ if self.config.auth.proxy_url.is_some() => Operators::Unknown,
             Some(credentials) => Operators::Credentials(Arc::clone(credentials)),
             None if self.config.local_only => Operators::Local,
@@ -343,8 +358,8 @@ impl Parts {
         }
     }
 
-    /// What one thread answers callers with; to be called on its runtime.
-    fn door(&self, thread: usize, client: &Arc<Client>) -> GatewayService {
+    /// Builds the HTTP service of one thread. Must be called on that thread's runtime.
+    fn build_service(&self, thread: usize, client: &Arc<Client>) -> GatewayService {
         let provider = self.provider(client);
         let route = match &self.config.direct_functions {
             Some(suffix) => Route::Direct {
@@ -361,7 +376,7 @@ impl Parts {
             timeouts: self.config.timeouts,
             route,
             provider: provider.clone(),
-            activator: self.scaling.clone(),
+            activator: self.activator.clone(),
             operators: self.operators(),
         };
         let auth = &self.config.auth;
@@ -380,27 +395,30 @@ impl Parts {
             default_namespace: Arc::clone(&self.namespace),
             metrics: Arc::clone(&self.metrics),
             health: Arc::clone(&self.health),
-            invocation_counts: Arc::clone(&self.counts),
-            alert_filter: self.ignored_alerts.clone(),
-            queue_ingress: self.intake.as_ref().map(|intake| intake.for_thread()),
-            replay_permits: Arc::clone(&self.kept),
+            invocation_counts: Arc::clone(&self.invocation_counts),
+            alert_filter: self.alert_filter.clone(),
+            queue_ingress: self.ingress.as_ref().map(|ingress| ingress.for_thread()),
+            replay_permits: Arc::clone(&self.replay_body_permits),
         };
         let api = Arc::new(api);
         GatewayService {
             invoker,
             router: routes::api(Arc::clone(&api)),
             api,
-            stages: self.stages.clone(),
+            phases: self.phases.clone(),
             observer: self.observer.clone(),
         }
     }
 }
 
-/// Connections to the metrics port.
-const MAX_SCRAPERS: usize = 256;
+/// Maximum number of connections to the metrics port.
+const MAX_METRICS_CONNECTIONS: usize = 256;
 
-/// What tells of calls to a collector of traces, if there is one, as `service`.
-pub(super) fn tracer(
+/// Builds the tracer of `service` and starts its exporter, if a trace collector is configured.
+///
+/// # Errors
+/// When a metric is registered twice.
+pub(super) fn build_tracer(
     config: &TracingConfig,
     service: &'static str,
     metrics: &Metrics,
@@ -412,11 +430,11 @@ pub(super) fn tracer(
     let (tracer, exporter) =
         Tracer::new(endpoint, config.clone(), service, Arc::clone(&client), dropped);
     tasks.spawn(|stopping| exporter.run(stopping));
-    tasks.spawn(|stopping| until(stopping, async move { client.keep_swept().await }));
+    tasks.spawn(|stopping| run_until_cancelled(stopping, async move { client.keep_swept().await }));
     Ok(Some(tracer))
 }
 
-/// Serves the port that is for machines only. It stays open while calls are drained.
+/// Serves the metrics port, which stays open while requests are drained.
 pub(super) fn serve_metrics(
     router: Router,
     listener: TcpListener,
@@ -424,7 +442,7 @@ pub(super) fn serve_metrics(
     heads: Arc<Heads>,
     tasks: &Tasks,
 ) {
-    let server = Server::new(timeouts, MAX_SCRAPERS, Stages::default(), heads);
+    let server = Server::new(timeouts, MAX_METRICS_CONNECTIONS, ShutdownPhases::default(), heads);
     let serving = async move {
         let served = server
             .run(listener, |caller| routes::router_service(&router, caller, timeouts.idle))
@@ -433,11 +451,15 @@ pub(super) fn serve_metrics(
             tracing::error!(%error, "The metrics port cannot be served");
         }
     };
-    tasks.spawn(|stopping| until(stopping, serving));
+    tasks.spawn(|stopping| run_until_cancelled(stopping, serving));
 }
 
-pub(super) async fn until(stopping: CancellationToken, work: impl Future<Output = ()>) {
-    // Work that is cut here holds nothing that must be settled.
+/// Runs `work` until it ends or `stopping` is cancelled.
+pub(super) async fn run_until_cancelled(
+    stopping: CancellationToken,
+    work: impl Future<Output = ()>,
+) {
+    // Cancel-safe: `work` holds nothing that must be settled.
     tokio::select! {
         () = stopping.cancelled() => {}
         () = work => {}

@@ -1,4 +1,4 @@
-//! The role of the process provider: its API on a port of its own.
+//! The process provider role: its API on its own port.
 
 use std::net::{SocketAddr, TcpListener};
 use std::sync::Arc;
@@ -16,67 +16,67 @@ use crate::same_origin::{self, AllowedHosts};
 use crate::serve::heads::Heads;
 use crate::serve::listener::bind;
 use crate::serve::{Server, raise_file_limit};
-use crate::shutdown::{Event, OnHangup, Signals, Stages, Tasks};
+use crate::shutdown::{Event, OnHangup, ShutdownPhases, Signals, Tasks};
 
-/// What the provider holds its callers to: they are gateways, which have deadlines of their own.
-const TIMEOUTS: Timeouts = Timeouts {
+/// Timeouts of the provider's API. Its clients are gateways, which have their own deadlines.
+const API_TIMEOUTS: Timeouts = Timeouts {
     read: Duration::from_secs(60),
     write: Duration::from_secs(300),
-    // Not used: how long a function may take is the function's own setting.
+    // Not used: the execution time limit is a setting of each function.
     upstream: Duration::MAX,
     idle: Duration::from_secs(300),
 };
-/// What processes get to end by themselves once no call needs them.
-const PROCESSES_GRACE: Duration = Duration::from_secs(5);
+/// Time for processes to exit after SIGTERM, once no invocation needs them.
+const PROCESS_STOP_TIMEOUT: Duration = Duration::from_secs(5);
 const MAX_CONNECTIONS: usize = 10_000;
 
 /// A running process provider.
-pub(super) struct Provider {
+pub(super) struct ProviderServer {
     pub(super) address: SocketAddr,
     pub(super) process: Arc<ProcessProvider>,
     listener: Option<TcpListener>,
     credentials: Option<Arc<Credentials>>,
-    /// Its users have credentials, and may call it by any name.
+    /// Clients have credentials of their own, and may use any host name.
     is_public: bool,
     grace: Duration,
-    stages: Stages,
-    /// No connection is open any more.
+    phases: ShutdownPhases,
+    /// Cancelled when the last connection has closed.
     drained: CancellationToken,
 }
 
 /// `gateway provider process`
 pub(super) fn run(config: config::Provider) -> anyhow::Result<()> {
-    super::block_on(runtime()?, async {
+    super::block_on(build_runtime()?, async {
         let mut signals = Signals::listen().context("cannot listen for signals")?;
         let tasks = Tasks::default();
         let credentials = match &config.credentials_dir {
             Some(directory) => Some(Credentials::read(directory)?),
             None => None,
         };
-        let mut provider = Provider::open(&config, credentials, &tasks).await?;
+        let mut provider = ProviderServer::open(&config, credentials, &tasks).await?;
         provider.serve(&tasks);
         tracing::info!(address = %provider.address, state = %config.state_dir.display(), "Serving");
         let signal = loop {
-            match signals.event(OnHangup::StopWithoutTerminal).await {
+            match signals.next_event(OnHangup::StopWithoutTerminal).await {
                 Event::Stop(signal) => break signal,
                 Event::Reload => {
-                    tracing::info!("SIGHUP: files are read again");
-                    provider.stages.reload();
+                    tracing::info!("SIGHUP: reloading files");
+                    provider.phases.reload();
                 }
             }
         };
         tracing::info!("Stopping on {signal}");
         tokio::select! {
             () = provider.stop(&tasks) => {}
-            signal = signals.next() => bail!("ended at once by a second signal, {signal}"),
+            signal = signals.next_termination() => bail!("shutdown aborted by a second signal, {signal}"),
         }
         tracing::info!("Stopped");
         Ok(())
     })
 }
 
-/// Processes are started, fed and read by many tasks at a time.
-pub(super) fn runtime() -> anyhow::Result<tokio::runtime::Runtime> {
+/// Builds a multi-threaded runtime: many tasks start processes and copy their input and output concurrently.
+pub(super) fn build_runtime() -> anyhow::Result<tokio::runtime::Runtime> {
     tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .enable_all()
@@ -84,8 +84,11 @@ pub(super) fn runtime() -> anyhow::Result<tokio::runtime::Runtime> {
         .context("cannot start the runtime")
 }
 
-impl Provider {
-    /// Takes the port and the state directory; serves nothing yet. Its API asks for `credentials`.
+impl ProviderServer {
+    /// Binds the port and locks the state directory, but serves nothing yet. The API requires `credentials`.
+    ///
+    /// # Errors
+    /// When the port cannot be bound, or the state directory is in use or damaged.
     pub(super) async fn open(
         config: &config::Provider,
         credentials: Option<Arc<Credentials>>,
@@ -101,11 +104,12 @@ impl Provider {
             is_public: config.credentials_dir.is_some(),
             credentials,
             grace: config.shutdown_grace,
-            stages: Stages::default(),
+            phases: ShutdownPhases::default(),
             drained: CancellationToken::new(),
         })
     }
 
+    /// Starts to serve the API. Does nothing when called again.
     pub(super) fn serve(&mut self, tasks: &Tasks) {
         let Some(listener) = self.listener.take() else { return };
         let local_only = self.address.ip().is_loopback() && !self.is_public;
@@ -114,33 +118,33 @@ impl Provider {
             .layer(from_fn_with_state(self.credentials.clone(), auth::guard_provider))
             .layer(from_fn_with_state(allowed_hosts, same_origin::guard));
         if let Some(credentials) = self.credentials.clone() {
-            let reloads = self.stages.reloads();
+            let reloads = self.phases.reloads();
             tasks.spawn(|stopping| credentials.watch_files(stopping, reloads));
         }
         let heads = Arc::<Heads>::default();
-        let server = Server::new(TIMEOUTS, MAX_CONNECTIONS, self.stages.clone(), heads);
+        let server = Server::new(API_TIMEOUTS, MAX_CONNECTIONS, self.phases.clone(), heads);
         let drained = self.drained.clone();
         tasks.spawn(|_stopping| async move {
             let _drained = drained.drop_guard();
-            let service = |caller| routes::router_service(&router, caller, TIMEOUTS.idle);
+            let service = |caller| routes::router_service(&router, caller, API_TIMEOUTS.idle);
             if let Err(error) = server.run(listener, service).await {
-                tracing::error!(%error, "The provider's port cannot be served");
+                tracing::error!(%error, "The provider's API failed");
             }
         });
     }
 
-    /// Takes no more calls, lets those in flight finish, and stops every process.
+    /// Stops accepting requests, waits for those in flight, and stops all processes.
     pub(super) async fn stop(self, tasks: &Tasks) {
-        self.stages.closing.cancel();
+        self.phases.draining.cancel();
         let serves = self.listener.is_none();
         let drained = tokio::time::timeout(self.grace, self.drained.cancelled());
         if serves && drained.await.is_err() {
-            tracing::warn!("Calls cut at the end of shutdown_grace");
+            tracing::warn!("Requests aborted at the end of shutdown_grace");
         }
-        self.process.stop(PROCESSES_GRACE).await;
-        self.stages.cut.cancel();
-        if tasks.stop(super::TASKS_GRACE).await.is_err() {
-            tracing::warn!("Background work did not end in time");
+        self.process.stop(PROCESS_STOP_TIMEOUT).await;
+        self.phases.forced.cancel();
+        if tasks.stop(super::BACKGROUND_STOP_TIMEOUT).await.is_err() {
+            tracing::warn!("Background tasks did not stop in time");
         }
     }
 }

@@ -1,4 +1,4 @@
-//! `gateway secret set`: writes a secret where a provider on this machine finds it.
+//! `gateway secret set`: writes a secret to the state directory of a provider on this machine.
 
 use std::io::{self, Read};
 use std::path::Path;
@@ -7,9 +7,13 @@ use anyhow::{Context, bail};
 
 use crate::provider::process;
 
-/// Longer values belong into files.
-const MAX_VALUE: u64 = 1 << 20;
+/// Maximum size of a secret's value.
+const MAX_VALUE_BYTES: u64 = 1 << 20;
 
+/// Sets the secret `name` to the content of `from_file`, or of standard input.
+///
+/// # Errors
+/// When the value cannot be read, is empty or too long, or the secret cannot be written.
 pub(super) fn set(
     state_dir: &Path,
     namespace: &str,
@@ -28,8 +32,8 @@ pub(super) fn set(
     if value.is_empty() {
         bail!("the value is empty: give it on standard input, or with --from-file");
     }
-    if value.len() as u64 > MAX_VALUE {
-        bail!("the value has more than {MAX_VALUE} bytes");
+    if value.len() as u64 > MAX_VALUE_BYTES {
+        bail!("the value has more than {MAX_VALUE_BYTES} bytes");
     }
     let is_new = process::set_secret(state_dir, namespace, name, &value)?;
     let done = if is_new { "Created" } else { "Changed" };
@@ -37,14 +41,14 @@ pub(super) fn set(
     Ok(())
 }
 
-/// At most one byte more than a value may have.
+/// Reads at most one byte more than the maximum, so that a longer value is noticed.
 fn read(source: impl Read) -> io::Result<Vec<u8>> {
     let mut value = Vec::new();
-    source.take(MAX_VALUE + 1).read_to_end(&mut value)?;
+    source.take(MAX_VALUE_BYTES + 1).read_to_end(&mut value)?;
     Ok(value)
 }
 
-/// `echo` and a terminal end a value with a line break that is not part of it.
+/// Removes one final line break: `echo` and terminals append one that is not part of the value.
 fn without_line_break(mut value: Vec<u8>) -> Vec<u8> {
     if value.last() == Some(&b'\n') {
         value.pop();
@@ -60,7 +64,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn one_line_break_is_left_out() {
+    fn one_final_line_break_is_removed() {
         for (given, expect) in
             [("a\n", "a"), ("a\r\n", "a"), ("a\n\n", "a\n"), ("a", "a"), ("", "")]
         {

@@ -1,78 +1,81 @@
-//! Threads that carry calls, and their end.
+//! The process's main threads, and how their end is noticed.
 
 use std::thread::JoinHandle;
 
 use anyhow::Context;
 use tokio::sync::mpsc;
 
-/// What a thread does, and its name.
-pub(super) type Work = (String, Box<dyn FnOnce() + Send>);
+/// A thread's name and main function.
+pub(super) type ThreadMain = (String, Box<dyn FnOnce() + Send>);
 
-/// Running threads.
+/// The running threads.
 pub(super) struct Threads {
     handles: Vec<JoinHandle<()>>,
-    /// Closed when the last thread has ended; one that panics says so before.
-    ended: mpsc::Receiver<()>,
+    /// Receives a message from a thread that panics. Closed when the last thread has ended.
+    exits: mpsc::Receiver<()>,
 }
 
-/// Held by a thread as long as it runs.
-struct Alive(mpsc::Sender<()>);
+/// Held by a thread while it runs; reports a panic when it is dropped.
+struct ThreadGuard(mpsc::Sender<()>);
 
-impl Drop for Alive {
+impl Drop for ThreadGuard {
     fn drop(&mut self) {
         if std::thread::panicking() {
-            // If there is no room for it, another has said so.
+            // If the channel is full, another thread has reported a panic.
             let _ = self.0.try_send(());
         }
     }
 }
 
 impl Threads {
-    /// Starts a thread for each of `works`.
-    pub(super) fn start(works: impl IntoIterator<Item = Work>) -> anyhow::Result<Self> {
-        let (alive, ended) = mpsc::channel(1);
-        let start = |(name, work): Work| {
-            let alive = Alive(alive.clone());
+    /// Starts a thread for each of `mains`.
+    ///
+    /// # Errors
+    /// When a thread cannot be started.
+    pub(super) fn start(mains: impl IntoIterator<Item = ThreadMain>) -> anyhow::Result<Self> {
+        let (guard, exits) = mpsc::channel(1);
+        let start = |(name, work): ThreadMain| {
+            let guard = ThreadGuard(guard.clone());
             std::thread::Builder::new().name(name).spawn(move || {
                 work();
-                drop(alive);
+                drop(guard);
             })
         };
-        let handles = works.into_iter().map(start).collect::<Result<_, _>>();
-        Ok(Self { handles: handles.context("cannot start a thread")?, ended })
+        let handles = mains.into_iter().map(start).collect::<Result<_, _>>();
+        Ok(Self { handles: handles.context("cannot start a thread")?, exits })
     }
 
-    /// The same for work that is done on the current thread and its runtime.
-    #[expect(clippy::disallowed_methods, reason = "it is waited for as a thread is")]
-    pub(super) fn of_task(work: impl Future<Output = ()> + Send + 'static) -> Self {
-        let (alive, ended) = mpsc::channel(1);
-        let alive = Alive(alive);
+    /// Runs `work` as a task of the current runtime instead of a thread, with the same supervision.
+    #[expect(clippy::disallowed_methods, reason = "the caller waits for it as for a thread")]
+    pub(super) fn from_task(work: impl Future<Output = ()> + Send + 'static) -> Self {
+        let (guard, exits) = mpsc::channel(1);
+        let guard = ThreadGuard(guard);
         tokio::spawn(async move {
             work.await;
-            drop(alive);
+            drop(guard);
         });
-        Self { handles: Vec::new(), ended }
+        Self { handles: Vec::new(), exits }
     }
 
-    /// Waits for what happens when something is very wrong: a thread has panicked, or all have ended. What they did is
-    /// done by nobody.
-    pub(super) async fn unexpected_end(&mut self) -> &'static str {
-        match self.ended.recv().await {
-            Some(()) => "a thread that carries calls panicked",
-            None => "no thread carries calls any more",
+    /// Waits until a thread panics or all threads have ended, and returns a description. Neither happens before a
+    /// shutdown unless something has failed.
+    pub(super) async fn wait_for_failure(&mut self) -> &'static str {
+        match self.exits.recv().await {
+            Some(()) => "a main thread panicked",
+            None => "all main threads have ended",
         }
     }
 
     /// Waits until every thread has ended.
-    pub(super) async fn ended(&mut self) {
-        while self.ended.recv().await.is_some() {}
+    pub(super) async fn wait_for_all(&mut self) {
+        while self.exits.recv().await.is_some() {}
     }
 
-    /// Takes the threads back; they must have ended.
+    /// Joins the threads. All must have ended.
     pub(super) fn join(self) {
         for thread in self.handles {
             if thread.join().is_err() {
-                tracing::error!("A thread that carries calls panicked");
+                tracing::error!("A main thread panicked");
             }
         }
     }
@@ -82,25 +85,25 @@ impl Threads {
 mod tests {
     use super::*;
 
-    fn works(works: [fn(); 2]) -> Threads {
-        let named = |work: fn()| -> Work { ("test".to_owned(), Box::new(work)) };
-        Threads::start(works.map(named)).unwrap()
+    fn mains(mains: [fn(); 2]) -> Threads {
+        let named = |work: fn()| -> ThreadMain { ("test".to_owned(), Box::new(work)) };
+        Threads::start(mains.map(named)).unwrap()
     }
 
     #[tokio::test]
-    async fn a_thread_that_panics_is_noticed_while_others_go_on() {
-        let goes_on = || loop {
+    async fn a_panicking_thread_is_noticed_while_others_run() {
+        let runs_forever = || loop {
             std::thread::park();
         };
-        let mut threads = works([goes_on, || panic!("as a test wants it")]);
-        assert_eq!(threads.unexpected_end().await, "a thread that carries calls panicked");
+        let mut threads = mains([runs_forever, || panic!("expected by the test")]);
+        assert_eq!(threads.wait_for_failure().await, "a main thread panicked");
     }
 
     #[tokio::test]
-    async fn all_have_ended_when_the_last_has() {
-        let mut threads = works([|| (), || ()]);
-        threads.ended().await;
-        assert_eq!(threads.unexpected_end().await, "no thread carries calls any more");
+    async fn all_threads_have_ended_when_the_last_one_ends() {
+        let mut threads = mains([|| (), || ()]);
+        threads.wait_for_all().await;
+        assert_eq!(threads.wait_for_failure().await, "all main threads have ended");
         threads.join();
     }
 }

@@ -11,13 +11,13 @@ use anyhow::{Context, bail};
 use tokio::task::block_in_place;
 
 use crate::app::gateway::Gateway;
-use crate::app::provider::{Provider, runtime};
+use crate::app::provider::{ProviderServer, build_runtime};
 use crate::app::up::stack_file::StackFile;
 use crate::auth::Credentials;
 use crate::config::Up;
 use crate::config::base_url::BaseUrl;
 use crate::provider::process::{ProcessProvider, SecretsSnapshot};
-use crate::shutdown::{Event, OnHangup, Signals, Stages, Tasks};
+use crate::shutdown::{Event, OnHangup, ShutdownPhases, Signals, Tasks};
 
 /// Where functions live when nobody says otherwise.
 const DEFAULT_NAMESPACE: &str = "openfaas-fn";
@@ -37,7 +37,7 @@ pub(super) fn run(
         std::fs::metadata(path)
             .with_context(|| format!("cannot read the stack file {}", path.display()))?;
     }
-    super::block_on(runtime()?, up(config, once, var))
+    super::block_on(build_runtime()?, up(config, once, var))
 }
 
 /// Makes the paths absolute. Where things are kept belongs to the stack file, wherever the command is typed.
@@ -65,11 +65,13 @@ async fn up(
         tracing::warn!("{warning}");
     }
     let mut signals = Signals::listen().context("cannot listen for signals")?;
-    let (tasks, provider_tasks, stages) = (Tasks::default(), Tasks::default(), Stages::default());
+    let (tasks, provider_tasks, phases) =
+        (Tasks::default(), Tasks::default(), ShutdownPhases::default());
     // Kept in memory alone: only this gateway gives orders to this provider.
     let credentials = Credentials::generate()?;
     let opened =
-        Provider::open(&config.provider, Some(Arc::clone(&credentials)), &provider_tasks).await;
+        ProviderServer::open(&config.provider, Some(Arc::clone(&credentials)), &provider_tasks)
+            .await;
     let mut provider = opened?;
     let process = Arc::clone(&provider.process);
     let mut stack = config
@@ -88,7 +90,7 @@ async fn up(
         if config.serve.namespace.is_empty() {
             DEFAULT_NAMESPACE.clone_into(&mut config.serve.namespace);
         }
-        Gateway::start(config.serve, Some(credentials), &stages, &tasks).await
+        Gateway::start(config.serve, Some(credentials), &phases, &tasks).await
     };
     let mut gateway = match started.await {
         Ok(gateway) => gateway,
@@ -103,8 +105,8 @@ async fn up(
     let mut secrets = SecretsSnapshot::default();
     let signal = loop {
         let event = tokio::select! {
-            event = signals.event(OnHangup::Stop) => event,
-            end = gateway.threads.unexpected_end() => bail!("{end}"),
+            event = signals.next_event(OnHangup::Stop) => event,
+            end = gateway.threads.wait_for_failure() => bail!("{end}"),
             () = tokio::time::sleep(POLL_INTERVAL) => {
                 poll_changes(&process, &mut secrets, stack.as_mut(), once).await;
                 continue;
@@ -118,17 +120,17 @@ async fn up(
                 stack.apply().await;
             }
         }
-        stages.reload();
+        phases.reload();
     };
     tracing::info!(signal, "Stopping: calls in flight may finish");
     let stop = async {
-        super::drain(gateway.threads, &stages, shutdown).await;
+        super::drain(gateway.threads, &phases, shutdown).await;
         provider.stop(&provider_tasks).await;
-        super::end(tasks).await;
+        super::stop_background(tasks).await;
     };
     tokio::select! {
         () = stop => Ok(()),
-        signal = signals.next() => bail!("ended at once by a second signal, {signal}"),
+        signal = signals.next_termination() => bail!("ended at once by a second signal, {signal}"),
     }
 }
 
@@ -150,7 +152,12 @@ async fn poll_changes(
 }
 
 /// Says where things are, in lines that can be pasted.
-fn print_banner(gateway: &Gateway, provider: &Provider, state: &Path, function: Option<&str>) {
+fn print_banner(
+    gateway: &Gateway,
+    provider: &ProviderServer,
+    state: &Path,
+    function: Option<&str>,
+) {
     let base = format!("http://{}", gateway.address);
     println!("Gateway    {base}        (page: {base}/ui/)");
     println!("Metrics    http://{}/metrics", gateway.metrics_address);

@@ -1,4 +1,4 @@
-//! Queue and worker, put together: what keeps calls, a thread that makes them, and what it needs to call back.
+//! Builds the queue and the worker, and runs the queue's maintenance.
 
 use std::io;
 use std::sync::Arc;
@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, bail};
 use tokio_util::sync::CancellationToken;
 
+use crate::async_api::QueueIngress;
 use crate::config::{self, Backend};
 use crate::health::Health;
 use crate::limit::{ConcurrencyLimit, PermitCache};
@@ -20,103 +21,117 @@ use crate::queue::detector::BackendDetector;
 use crate::queue::embedded::{Embedded, Limits};
 use crate::queue::jetstream::{Auth, JetStream, Options};
 use crate::queue::stan::{self, Stan};
-use crate::queued::Intake;
-use crate::shutdown::{Stages, keep_up};
+use crate::shutdown::{ShutdownPhases, supervise};
 use crate::trace::Tracer;
-use crate::worker::attempt::Caller;
-use crate::worker::callback::local::Local;
-use crate::worker::callback::own::Own;
+use crate::worker::attempt::FunctionClient;
+use crate::worker::callback::local::LocalExecutor;
+use crate::worker::callback::own_addresses::OwnAddresses;
 use crate::worker::callback::signature::Secret;
-use crate::worker::callback::{Callbacks, Pace};
-use crate::worker::policies::Policies;
-use crate::worker::{Prints, Worker};
+use crate::worker::callback::{CallbackRetry, CallbackSender};
+use crate::worker::retry_policies::RetryPolicyCache;
+use crate::worker::{CallLogging, Worker};
 
-/// The files in `secret_mount_path` with which callbacks are signed. The second one is for a change of secrets: with both
-/// there, callbacks have a signature by each.
-const SECRETS: [&str; 2] = ["callback-secret", "callback-secret-previous"];
-/// How often it is looked whether the queue can be reached, and how long that may take.
-const LOOK_EVERY: Duration = Duration::from_secs(1);
-const LOOK: Duration = Duration::from_secs(2);
-/// How often what has been kept for long enough is forgotten.
-const FORGET_EVERY: Duration = Duration::from_secs(1);
-/// What that may take before something else is done.
-const FORGET: Duration = Duration::from_secs(5);
-/// How often it is counted what the queue holds.
-const COUNT_EVERY: Duration = Duration::from_secs(1);
+/// Files in `secret_mount_path` with the secrets that sign callbacks. The second one is for key rotation: while both
+/// exist, callbacks carry a signature by each.
+const CALLBACK_SECRET_FILES: [&str; 2] = ["callback-secret", "callback-secret-previous"];
+/// Interval and timeout of the check whether the queue is reachable.
+const PROBE_INTERVAL: Duration = Duration::from_secs(1);
+const PROBE_TIMEOUT: Duration = Duration::from_secs(2);
+/// Interval and timeout of the removal of expired results.
+const EXPIRY_INTERVAL: Duration = Duration::from_secs(1);
+const EXPIRY_TIMEOUT: Duration = Duration::from_secs(5);
+/// Minimum interval between two queries of the queue's depth.
+const DEPTH_POLL_INTERVAL: Duration = Duration::from_secs(1);
 
-/// Runs `worker` on this thread, with a runtime of its own, until the stop.
-pub(super) fn run(mut worker: Worker, stages: &Stages) {
+/// Runs `worker` on this thread, with its own runtime, until the shutdown.
+pub(super) fn run_worker_thread(mut worker: Worker, phases: &ShutdownPhases) {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     match runtime {
         Ok(runtime) => {
             runtime.block_on(async {
-                worker.intake = worker.intake.for_thread();
-                make_calls(worker, stages).await;
+                worker.ingress = worker.ingress.for_thread();
+                run_worker(worker, phases).await;
             });
             runtime.shutdown_background();
         }
-        Err(error) => tracing::error!(%error, "The thread that makes queued calls cannot start"),
+        Err(error) => tracing::error!(%error, "The worker thread cannot start"),
     }
 }
 
-/// Runs `worker` until the stop.
-pub(super) async fn make_calls(worker: Worker, stages: &Stages) {
-    let client = Arc::clone(&worker.caller.client);
-    // The sweep holds nothing over an await.
+/// Runs `worker` and the idle reaper of its client until the shutdown.
+pub(super) async fn run_worker(worker: Worker, phases: &ShutdownPhases) {
+    let client = Arc::clone(&worker.function_client.client);
+    // Cancel-safe: the idle reaper holds nothing across an await.
     tokio::select! {
-        () = Arc::new(worker).run(stages) => {}
+        () = Arc::new(worker).run(phases) => {}
         () = client.keep_swept() => {}
     }
 }
 
-/// What a worker is made from.
-pub(super) struct Parts {
-    pub(super) intake: Arc<Intake>,
-    pub(super) caller: Caller,
-    /// Is asked how functions want to be retried.
+/// Dependencies of a worker.
+pub(super) struct WorkerDeps {
+    pub(super) ingress: Arc<QueueIngress>,
+    pub(super) function_client: FunctionClient,
+    /// Source of the functions' retry policies.
     pub(super) provider: Provider,
     pub(super) tls: Tls,
     pub(super) tracer: Option<Tracer>,
-    /// Where no callback may connect to.
-    pub(super) own: Own,
-    /// Which functions exist.
-    pub(super) known: Arc<FunctionRegistry>,
+    /// Addresses that callbacks must not connect to.
+    pub(super) own_addresses: OwnAddresses,
+    /// Registry of existing functions.
+    pub(super) registry: Arc<FunctionRegistry>,
     pub(super) default_namespace: Arc<str>,
-    /// The limit on calls in flight that callbacks to functions count against.
+    /// Limit on invocations in flight that callbacks to functions count against.
     pub(super) limit: Option<(Arc<ConcurrencyLimit>, Arc<PermitCache>)>,
 }
 
-/// What makes queued calls.
-pub(super) fn worker(config: &config::Queue, parts: Parts) -> anyhow::Result<Worker> {
-    let Parts { intake, caller, provider, tls, tracer, own, known, default_namespace, limit } =
-        parts;
-    let caller = Arc::new(caller);
-    let policies = Arc::new(Policies::new(provider.clone()));
-    let local = Local {
-        caller: Arc::clone(&caller),
-        policies: Arc::clone(&policies),
-        intake: Arc::clone(&intake),
+/// Builds the worker.
+///
+/// # Errors
+/// When a file with a callback secret cannot be read or is invalid.
+pub(super) fn build_worker(config: &config::Queue, deps: WorkerDeps) -> anyhow::Result<Worker> {
+    let WorkerDeps {
+        ingress,
+        function_client,
         provider,
-        known,
+        tls,
+        tracer,
+        own_addresses,
+        registry,
+        default_namespace,
+        limit,
+    } = deps;
+    let function_client = Arc::new(function_client);
+    let retry_policies = Arc::new(RetryPolicyCache::new(provider.clone()));
+    let local = LocalExecutor {
+        function_client: Arc::clone(&function_client),
+        retry_policies: Arc::clone(&retry_policies),
+        ingress: Arc::clone(&ingress),
+        provider,
+        registry,
         default_namespace,
         limit,
     };
     Ok(Worker {
-        intake,
-        places: config.max_inflight,
-        caller,
-        policies,
-        callbacks: callbacks(config, own, tls)?.with_local(local),
+        ingress,
+        concurrency: config.max_inflight,
+        function_client,
+        retry_policies,
+        callbacks: build_callback_sender(config, own_addresses, tls)?.with_local(local),
         max_result_body_bytes: config.max_result_body_bytes,
-        prints: Prints::default(),
+        logging: CallLogging::default(),
         tracer,
     })
 }
 
-/// What sends callbacks, with the secrets that there are.
-fn callbacks(config: &config::Queue, own: Own, tls: Tls) -> anyhow::Result<Callbacks> {
+/// Builds the callback sender, with the secrets that exist.
+fn build_callback_sender(
+    config: &config::Queue,
+    own_addresses: OwnAddresses,
+    tls: Tls,
+) -> anyhow::Result<CallbackSender> {
     let mut secrets = Vec::new();
-    for name in SECRETS {
+    for name in CALLBACK_SECRET_FILES {
         let path = config.secrets_dir.join(name);
         match std::fs::read(&path).map(|text| Secret::parse(&text)) {
             Ok(Ok(secret)) => secrets.push(secret),
@@ -127,28 +142,34 @@ fn callbacks(config: &config::Queue, own: Own, tls: Tls) -> anyhow::Result<Callb
             }
         }
     }
-    Ok(Callbacks::new(config.callback_allowlist.clone(), own, secrets, Pace::default(), tls))
+    Ok(CallbackSender::new(
+        config.callback_allowlist.clone(),
+        own_addresses,
+        secrets,
+        CallbackRetry::default(),
+        tls,
+    ))
 }
 
-/// What a process does with its queue.
+/// The role of a process towards its queue.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Part {
-    /// It takes calls in, and may make them.
-    TakesIn,
-    /// It makes them, and no more.
-    Makes,
+pub(super) enum QueueRole {
+    /// Enqueues calls, and may execute them.
+    Producer,
+    /// Only executes calls.
+    Consumer,
 }
 
-/// When it is counted what a queue holds.
-pub(super) enum Counted {
-    /// Always: what scales functions has to know.
+/// When the queue's depth is queried.
+pub(super) enum DepthPolling {
+    /// Always: the autoscaler needs the depth.
     Always,
-    /// While these are scraped. There may be many workers, and each that counts keeps the queue's server busy.
+    /// While these metrics are scraped. There may be many workers, and each query loads the queue's server.
     WhileScraped(Arc<Metrics>),
 }
 
-impl Counted {
-    fn now(&self) -> bool {
+impl DepthPolling {
+    fn is_enabled(&self) -> bool {
         match self {
             Self::Always => true,
             Self::WhileScraped(metrics) => metrics.is_scraped(Instant::now()),
@@ -156,16 +177,19 @@ impl Counted {
     }
 }
 
-/// Opens the queue, if there is to be one.
-pub(super) async fn intake(
+/// Opens the configured queue; `None` if there is none.
+///
+/// # Errors
+/// When the queue's file cannot be opened, the NATS options are invalid, or a metric is registered twice.
+pub(super) async fn open_queue(
     config: &config::Queue,
     metrics: &Metrics,
     default_namespace: &str,
-    part: Part,
-) -> anyhow::Result<Option<Arc<Intake>>> {
-    let limits = limits(config);
-    let nats = || options(config);
-    let stan = || stan_options(&config.nats, default_namespace, part);
+    role: QueueRole,
+) -> anyhow::Result<Option<Arc<QueueIngress>>> {
+    let limits = queue_limits(config);
+    let nats = || nats_options(config);
+    let stan = || stan_options(&config.nats, default_namespace, role);
     let queue = match config.backend {
         Backend::None => return Ok(None),
         Backend::Embedded => Queue::Embedded(Embedded::open(&config.state_dir, limits)?),
@@ -173,21 +197,21 @@ pub(super) async fn intake(
         Backend::Stan => Queue::Stan(Stan::open(nats(), stan()).await?),
         Backend::Nats => Queue::Detected(BackendDetector::open(nats(), stan()).await?),
     };
-    let (name, reconnects) = match (config.backend, part) {
+    let (name, reconnects) = match (config.backend, role) {
         (Backend::Embedded, _) => ("embedded", None),
-        (_, Part::TakesIn) => (config.nats.queue_name.as_str(), Some(GATEWAY_RECONNECTS)),
-        (_, Part::Makes) => (config.nats.queue_name.as_str(), Some(WORKER_RECONNECTS)),
+        (_, QueueRole::Producer) => (config.nats.queue_name.as_str(), Some(GATEWAY_RECONNECTS)),
+        (_, QueueRole::Consumer) => (config.nats.queue_name.as_str(), Some(WORKER_RECONNECTS)),
     };
-    Ok(Some(Intake::new(queue, config.max_body_bytes, metrics.queue(name, reconnects)?)))
+    Ok(Some(QueueIngress::new(queue, config.max_body_bytes, metrics.queue(name, reconnects)?)))
 }
 
-fn limits(config: &config::Queue) -> Limits {
+fn queue_limits(config: &config::Queue) -> Limits {
     let ttl = u64::try_from(config.result_ttl.as_millis()).unwrap_or(u64::MAX / 2);
     Limits { max_pending: config.max_pending_calls, result_ttl: ttl, idempotency_ttl: ttl }
 }
 
-/// How NATS is reached.
-pub(super) fn options(config: &config::Queue) -> Options {
+/// Returns the options for connecting to NATS.
+pub(super) fn nats_options(config: &config::Queue) -> Options {
     let nats = &config.nats;
     let auth = match (&nats.credentials_file, &nats.nkey_seed_file, &nats.token, &nats.login) {
         (Some(file), ..) => Auth::Credentials(file.clone()),
@@ -209,63 +233,63 @@ pub(super) fn options(config: &config::Queue) -> Options {
         replicas: nats.replicas,
         in_memory: nats.in_memory,
         lease: nats.ack_wait,
-        limits: limits(config),
+        limits: queue_limits(config),
     }
 }
 
-fn stan_options(nats: &config::Nats, default_namespace: &str, part: Part) -> stan::Options {
+fn stan_options(nats: &config::Nats, default_namespace: &str, role: QueueRole) -> stan::Options {
     stan::Options {
         cluster: nats.cluster_id.clone(),
         group: nats.queue_group.clone(),
         host: rustix::system::uname().nodename().to_string_lossy().into_owned(),
         reconnect_delay: nats.reconnect_delay,
         default_namespace: default_namespace.to_owned(),
-        publishes: part == Part::TakesIn,
+        publishes: role == QueueRole::Producer,
     }
 }
 
-/// Has the queue forget what has been kept for long enough, counts what is there, and says whether it can be reached,
-/// again and again until `stopping`.
-pub(super) async fn keep_tidy(
-    intake: Arc<Intake>,
+/// Maintains the queue until `stopping` is cancelled, then stops it: removes expired results, updates the depth
+/// metrics, and reports whether the queue is reachable.
+pub(super) async fn run_queue_maintenance(
+    ingress: Arc<QueueIngress>,
     health: Arc<Health>,
-    counted: Counted,
+    depth_polling: DepthPolling,
     stopping: CancellationToken,
 ) {
-    // Each by itself: a queue that takes long to be counted, or a disk that hangs, must not hide how it is.
-    let look = every(LOOK_EVERY, "look", &stopping, || async {
-        let _ = tokio::time::timeout(LOOK, intake.queue.probe()).await;
-        health.set_queue_reachable(intake.queue.is_reachable());
-        health.set_queue_condition(intake.queue.condition());
-        intake.metrics.reconnected(intake.queue.reconnects());
+    // The loops are independent: a slow depth query or a hanging disk must not delay the health check.
+    let probe = run_periodically(PROBE_INTERVAL, "queue probe", &stopping, || async {
+        let _ = tokio::time::timeout(PROBE_TIMEOUT, ingress.queue.probe()).await;
+        health.set_queue_reachable(ingress.queue.is_reachable());
+        health.set_queue_condition(ingress.queue.condition());
+        ingress.metrics.reconnected(ingress.queue.reconnects());
     });
-    let forget = every(FORGET_EVERY, "forget", &stopping, || async {
-        let _ = tokio::time::timeout(FORGET, intake.queue.sweep_expired()).await;
+    let expire = run_periodically(EXPIRY_INTERVAL, "queue expiry", &stopping, || async {
+        let _ = tokio::time::timeout(EXPIRY_TIMEOUT, ingress.queue.sweep_expired()).await;
     });
-    let count = every(COUNT_EVERY, "count", &stopping, || async {
-        if !counted.now() {
-            // What was shown would be old once somebody looks again.
-            return intake.metrics.set_depths(Vec::new());
+    let poll_depth = run_periodically(DEPTH_POLL_INTERVAL, "queue depth", &stopping, || async {
+        if !depth_polling.is_enabled() {
+            // Old values must not be shown at the next scrape.
+            return ingress.metrics.set_depths(Vec::new());
         }
         let start = Instant::now();
-        if let Err(error) = intake.count().await {
-            tracing::debug!(%error, "What the queue holds cannot be counted");
+        if let Err(error) = ingress.update_depths().await {
+            tracing::debug!(%error, "The queue's depth cannot be queried");
         }
-        // A queue that is long to count is counted less often.
-        tokio::time::sleep((start.elapsed() * 20).saturating_sub(COUNT_EVERY)).await;
+        // The slower the query, the longer the pause: at most 5 % of the time is spent on it.
+        tokio::time::sleep((start.elapsed() * 20).saturating_sub(DEPTH_POLL_INTERVAL)).await;
     });
-    let tidy = async { tokio::join!(look, forget, count) };
-    // What is cut here is done again next time.
+    let maintenance = async { tokio::join!(probe, expire, poll_depth) };
+    // Cancel-safe: each step is repeated at the next start.
     tokio::select! {
         () = stopping.cancelled() => {}
-        _ = tidy => {}
+        _ = maintenance => {}
     }
-    // All that was taken has been settled or dropped by now.
-    intake.queue.stop().await;
+    // By now all received calls have been settled or dropped.
+    ingress.queue.stop().await;
 }
 
-/// Does `work` after each `pause`, for ever: if it breaks, it is done again next time.
-async fn every<F: Future<Output = ()>>(
+/// Runs `work` after each `pause`, forever. A panic ends one iteration only.
+async fn run_periodically<F: Future<Output = ()>>(
     pause: Duration,
     name: &'static str,
     stopping: &CancellationToken,
@@ -277,7 +301,7 @@ async fn every<F: Future<Output = ()>>(
             work().await;
         }
     };
-    keep_up(name, stopping.clone(), repeat).await;
+    supervise(name, stopping.clone(), repeat).await;
 }
 
 #[cfg(test)]
@@ -287,17 +311,17 @@ mod tests {
     use super::*;
 
     #[tokio::test(start_paused = true)]
-    async fn what_breaks_is_done_again() {
+    async fn work_that_panics_is_run_again() {
         let (done, stopping) = (AtomicUsize::new(0), CancellationToken::new());
         let work = || async {
             let number = done.fetch_add(1, SeqCst);
-            assert_ne!(number, 1, "it breaks");
+            assert_ne!(number, 1, "expected by the test");
             if number == 3 {
                 stopping.cancel();
             }
         };
         tokio::select! {
-            () = every(Duration::from_secs(1), "test", &stopping, work) => {}
+            () = run_periodically(Duration::from_secs(1), "test", &stopping, work) => {}
             () = stopping.cancelled() => {}
         }
         assert_eq!(done.load(SeqCst), 4);

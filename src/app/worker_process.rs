@@ -1,4 +1,4 @@
-//! The role of a worker: it makes queued calls that gateways have taken in, and has a port for its numbers.
+//! The worker role: executes queued calls, and serves metrics on its own port.
 
 use std::sync::Arc;
 
@@ -6,8 +6,8 @@ use anyhow::{Context, bail};
 
 use crate::activator::Activator;
 use crate::app::threads::Threads;
-use crate::app::worker::{Counted, Part};
-use crate::app::{autoscale, gateway, until_stopped, worker};
+use crate::app::worker::{DepthPolling, QueueRole};
+use crate::app::{autoscale, gateway, run_until_signal, worker};
 use crate::auth::Credentials;
 use crate::config::{self, Shutdown, WorkerTarget};
 use crate::health::Health;
@@ -20,10 +20,10 @@ use crate::routes;
 use crate::same_origin::InternalHosts;
 use crate::serve::listener::bind;
 use crate::serve::raise_file_limit;
-use crate::shutdown::{Signals, Stages, Tasks};
-use crate::worker::Prints;
-use crate::worker::attempt::Caller;
-use crate::worker::callback::own::Own;
+use crate::shutdown::{ShutdownPhases, Signals, Tasks};
+use crate::worker::CallLogging;
+use crate::worker::attempt::FunctionClient;
+use crate::worker::callback::own_addresses::OwnAddresses;
 
 /// `gateway worker`
 pub(super) fn run(config: config::Worker) -> anyhow::Result<()> {
@@ -33,15 +33,19 @@ pub(super) fn run(config: config::Worker) -> anyhow::Result<()> {
         .context("cannot start the runtime")?;
     super::block_on(runtime, async {
         let signals = Signals::listen().context("cannot listen for signals")?;
-        let (stages, tasks) = (Stages::default(), Tasks::default());
-        // Nobody connects to it, so nothing is waited for before it takes no more.
+        let (phases, tasks) = (ShutdownPhases::default(), Tasks::default());
+        // No load balancer sends it requests, so draining needs no delay.
         let shutdown = Shutdown { delay: std::time::Duration::ZERO, grace: config.shutdown_grace };
-        let threads = start(config, &stages, &tasks).await?;
-        until_stopped(threads, signals, stages, tasks, shutdown).await
+        let threads = start(config, &phases, &tasks).await?;
+        run_until_signal(threads, signals, phases, tasks, shutdown).await
     })
 }
 
-async fn start(config: config::Worker, stages: &Stages, tasks: &Tasks) -> anyhow::Result<Threads> {
+async fn start(
+    config: config::Worker,
+    phases: &ShutdownPhases,
+    tasks: &Tasks,
+) -> anyhow::Result<Threads> {
     let listener = bind(config.metrics, 1)?.remove(0);
     let address = listener.local_addr()?;
     raise_file_limit();
@@ -53,12 +57,13 @@ async fn start(config: config::Worker, stages: &Stages, tasks: &Tasks) -> anyhow
     let metrics = Metrics::new(1, &namespace)?;
     let (url, calls) = match &config.target {
         WorkerTarget::Provider(url) => (url, metrics.shard(0)),
-        // The gateway counts them; numbers that nobody scrapes are kept beside it.
+        // The gateway counts these invocations. The worker's own counters go to a registry that is not scraped.
         WorkerTarget::Gateway(url) => (url, Metrics::new(1, &namespace)?.shard(0)),
     };
-    let Some(intake) = worker::intake(&config.queue, &metrics, &namespace, Part::Makes).await?
+    let Some(ingress) =
+        worker::open_queue(&config.queue, &metrics, &namespace, QueueRole::Consumer).await?
     else {
-        bail!("there is no queue to take calls from");
+        bail!("no queue is configured to receive calls from");
     };
     let (origin, tls) = (Origin::new(url.clone()), Tls::default());
     let client = || Client::connecting_within(config.connect_timeout, config.pool, tls.clone());
@@ -68,69 +73,78 @@ async fn start(config: config::Worker, stages: &Stages, tasks: &Tasks) -> anyhow
         credentials: credentials.clone(),
         timeout,
     };
-    let (ours, polls) = (client(), client());
-    // A gateway wakes functions itself.
+    let (worker_client, background_client) = (client(), client());
+    // A gateway starts functions at zero replicas itself.
     let limits = config.cold_start.filter(|_| matches!(config.target, WorkerTarget::Provider(_)));
-    let scaling = limits.map(|limits| {
-        let asked = provider(Arc::clone(&polls), config.upstream_timeout);
-        Activator::new(asked, Arc::clone(&metrics.function_registry), limits, tasks)
+    let activator = limits.map(|limits| {
+        let provider = provider(Arc::clone(&background_client), config.upstream_timeout);
+        Activator::new(provider, Arc::clone(&metrics.function_registry), limits, tasks)
     });
-    let caller = Caller {
-        client: Arc::clone(&ours),
+    let function_client = FunctionClient {
+        client: Arc::clone(&worker_client),
         origin: origin.clone(),
         calls,
         timeout: config.upstream_timeout,
-        scaling,
-        budget: intake.budget.clone(),
+        activator,
+        budget: ingress.budget.clone(),
     };
-    let asked = provider(ours, config.upstream_timeout);
-    let tracer = gateway::tracer(&config.tracing, "gateway-worker", &metrics, client(), tasks)?;
-    let parts = worker::Parts {
-        intake: Arc::clone(&intake),
-        caller,
-        provider: asked,
+    let policy_source = provider(worker_client, config.upstream_timeout);
+    let tracer =
+        gateway::build_tracer(&config.tracing, "gateway-worker", &metrics, client(), tasks)?;
+    let deps = worker::WorkerDeps {
+        ingress: Arc::clone(&ingress),
+        function_client,
+        provider: policy_source,
         tls: tls.clone(),
         tracer,
-        own: own(&config, address.port()),
-        known: Arc::clone(&metrics.function_registry),
+        own_addresses: own_addresses(&config, address.port()),
+        registry: Arc::clone(&metrics.function_registry),
         default_namespace: Arc::clone(&namespace),
-        // What bounds a worker is how many calls it executes at a time.
+        // A worker is bounded by its concurrency.
         limit: None,
     };
-    let mut made = worker::worker(&config.queue, parts)?;
-    made.prints = Prints { bodies: config.log_bodies, calls: config.log_calls };
-    let health = Health::new(stages.clone(), ConcurrencyLimit::new(config.queue.max_inflight, 1));
+    let mut worker = worker::build_worker(&config.queue, deps)?;
+    worker.logging = CallLogging { bodies: config.log_bodies, calls: config.log_calls };
+    let health = Health::new(phases.clone(), ConcurrencyLimit::new(config.queue.max_inflight, 1));
     let poll = ProviderPoller {
-        provider: provider(Arc::clone(&polls), config.upstream_timeout.min(gateway::LONGEST_POLL)),
+        provider: provider(
+            Arc::clone(&background_client),
+            config.upstream_timeout.min(gateway::PROVIDER_LIST_TIMEOUT),
+        ),
         default_namespace: namespace,
         metrics: Arc::clone(&metrics),
         health: Arc::clone(&health),
-        // The gateways show them.
+        // The gateways export these metrics.
         exports_replicas: false,
     };
     tasks.spawn(|stopping| poll.run(stopping));
-    tasks.spawn(|stopping| gateway::until(stopping, async move { polls.keep_swept().await }));
+    tasks.spawn(|stopping| {
+        gateway::run_until_cancelled(stopping, async move { background_client.keep_swept().await })
+    });
     if let Some(credentials) = credentials {
-        tasks.spawn(|stopping| credentials.watch_files(stopping, stages.reloads()));
+        tasks.spawn(|stopping| credentials.watch_files(stopping, phases.reloads()));
     }
     if matches!(config.target, WorkerTarget::Provider(_)) {
-        autoscale::tell(&config.queue, Arc::clone(&metrics), tasks).await?;
+        autoscale::publish_load_only(&config.queue, Arc::clone(&metrics), tasks).await?;
     }
-    let (tidied, counted) = (Arc::clone(&health), Counted::WhileScraped(Arc::clone(&metrics)));
-    tasks.spawn(|stopping| worker::keep_tidy(intake, tidied, counted, stopping));
+    let (checked, depth_polling) =
+        (Arc::clone(&health), DepthPolling::WhileScraped(Arc::clone(&metrics)));
+    tasks
+        .spawn(|stopping| worker::run_queue_maintenance(ingress, checked, depth_polling, stopping));
     let router = routes::worker(metrics, InternalHosts::new(&config.metrics_hosts), health);
-    gateway::serve_metrics(router, listener, gateway::INTERNAL, Arc::default(), tasks);
-    tracing::info!(metrics = %address, calls = %url, "Making queued calls");
-    let stages = stages.clone();
-    // On the thread that has the connection to the queue: what passes from one to another costs more than a call.
-    Ok(Threads::of_task(async move { worker::make_calls(made, &stages).await }))
+    gateway::serve_metrics(router, listener, gateway::ADMIN_TIMEOUTS, Arc::default(), tasks);
+    tracing::info!(metrics = %address, calls = %url, "Executing queued calls");
+    let phases = phases.clone();
+    // Runs on the thread that has the connection to the queue: passing work between threads costs more than executing
+    // a call.
+    Ok(Threads::from_task(async move { worker::run_worker(worker, &phases).await }))
 }
 
-/// Where callbacks may not connect to.
-fn own(config: &config::Worker, port: u16) -> Own {
-    let own = Own::default().port(port).gateway(&config.gateway);
+/// Returns the addresses that callbacks must not connect to.
+fn own_addresses(config: &config::Worker, port: u16) -> OwnAddresses {
+    let own_addresses = OwnAddresses::default().port(port).gateway(&config.gateway);
     match &config.target {
-        WorkerTarget::Provider(url) => own.upstream(url),
-        WorkerTarget::Gateway(_) => own,
+        WorkerTarget::Provider(url) => own_addresses.upstream(url),
+        WorkerTarget::Gateway(_) => own_addresses,
     }
 }

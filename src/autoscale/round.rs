@@ -8,6 +8,7 @@ use futures_util::StreamExt as _;
 use futures_util::stream;
 use tokio::time::timeout;
 
+use crate::async_api::QueueIngress;
 use crate::autoscale::decide::{Millis, Rules, decide, may_sleep};
 use crate::autoscale::policy::{Kind, Policy, owns};
 use crate::autoscale::tended::{Change, Complaint, Tended};
@@ -15,7 +16,6 @@ use crate::autoscale::view::{View, panic_window};
 use crate::function::Function;
 use crate::metrics::autoscale::{AutoscaleMetrics, ScaleSample};
 use crate::metrics::poller::ProviderPoller;
-use crate::queued::Intake;
 
 /// For the list of all functions.
 const LIST: Duration = Duration::from_secs(5);
@@ -34,7 +34,7 @@ const AT_ONCE: usize = 8;
 pub struct Rounds {
     pub poll: ProviderPoller,
     pub gauges: AutoscaleMetrics,
-    pub intake: Option<Arc<Intake>>,
+    pub ingress: Option<Arc<QueueIngress>>,
     pub rules: Rules,
     pub view: Arc<Mutex<View>>,
     pub began: Instant,
@@ -45,12 +45,12 @@ impl Rounds {
     pub fn new(
         poll: ProviderPoller,
         gauges: AutoscaleMetrics,
-        intake: Option<Arc<Intake>>,
+        ingress: Option<Arc<QueueIngress>>,
         rules: Rules,
         view: Arc<Mutex<View>>,
         began: Instant,
     ) -> Self {
-        Self { poll, gauges, intake, rules, view, began, functions: HashMap::new() }
+        Self { poll, gauges, ingress, rules, view, began, functions: HashMap::new() }
     }
 
     /// Whether a function needs more replicas before the next round is due.
@@ -229,9 +229,9 @@ impl Rounds {
 
     /// Queued calls by function, counted now; `None`: they cannot be counted.
     async fn waiting(&self) -> Option<Arc<HashMap<Arc<str>, u64>>> {
-        let Some(intake) = &self.intake else { return Some(Arc::default()) };
-        match timeout(COUNT, intake.count()).await {
-            Ok(Ok(())) => intake.held(),
+        let Some(ingress) = &self.ingress else { return Some(Arc::default()) };
+        match timeout(COUNT, ingress.update_depths()).await {
+            Ok(Ok(())) => ingress.pending_by_function(),
             Ok(Err(_)) | Err(_) => None,
         }
     }

@@ -3,15 +3,15 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
+use crate::async_api::QueueIngress;
 use crate::autoscale::decide::Millis;
 use crate::autoscale::loads::Load;
 use crate::metrics::{FunctionLoad, Metrics};
-use crate::queued::Intake;
 
 /// Looks at the metrics several times for each sample: calls in flight come and go.
 pub struct Sampler {
     metrics: Arc<Metrics>,
-    intake: Option<Arc<Intake>>,
+    ingress: Option<Arc<QueueIngress>>,
     /// Calls that had begun at the last sample.
     started: HashMap<Arc<str>, u64>,
     /// Calls in flight, added up over the looks since.
@@ -21,10 +21,10 @@ pub struct Sampler {
 }
 
 impl Sampler {
-    pub fn new(metrics: Arc<Metrics>, intake: Option<Arc<Intake>>, now: Millis) -> Self {
+    pub fn new(metrics: Arc<Metrics>, ingress: Option<Arc<QueueIngress>>, now: Millis) -> Self {
         let started = metrics.function_loads().into_iter().map(|(label, it)| (label, it.started));
         let started = started.collect();
-        Self { metrics, intake, started, in_flight: HashMap::new(), looks: 0, last: now }
+        Self { metrics, ingress, started, in_flight: HashMap::new(), looks: 0, last: now }
     }
 
     /// Looks at what is in flight.
@@ -62,7 +62,8 @@ impl Sampler {
             let mean = sum as f64 / looks;
             loads.entry(label).or_default().in_flight = mean;
         }
-        if let Some(held) = self.intake.as_ref().and_then(|intake| intake.held()) {
+        if let Some(held) = self.ingress.as_ref().and_then(|ingress| ingress.pending_by_function())
+        {
             for (label, calls) in held.iter() {
                 loads.entry(Arc::clone(label)).or_default().queued = *calls;
             }
@@ -73,7 +74,7 @@ impl Sampler {
 
     /// Whether it is known what the queue holds, where there is one.
     pub fn knows_queue(&self) -> bool {
-        self.intake.as_ref().is_none_or(|intake| intake.held().is_some())
+        self.ingress.as_ref().is_none_or(|ingress| ingress.pending_by_function().is_some())
     }
 
     /// Forgets functions that are counted no more.

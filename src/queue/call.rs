@@ -7,7 +7,7 @@ use http::{HeaderMap, HeaderName, HeaderValue};
 use ring::digest;
 use serde::{Deserialize, Serialize};
 
-use crate::chain::{X_GATEWAY_CALLBACK, X_GATEWAY_CALLBACKS};
+use crate::callback_chain::{X_GATEWAY_CALLBACK, X_GATEWAY_CALLBACKS};
 use crate::function::{Function, has_dot_segment};
 
 /// Milliseconds since 1970.

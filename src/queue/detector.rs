@@ -11,7 +11,7 @@ use tokio_util::task::TaskTracker;
 
 use crate::queue::Queue;
 use crate::queue::jetstream::{self, JetStream};
-use crate::queue::stan::probe::{Probe, Seen, Sight};
+use crate::queue::stan::probe::{Probe, ProbeResult, StanPresence};
 use crate::queue::stan::{self, Stan};
 
 /// Between two times of asking.
@@ -120,11 +120,11 @@ enum Kind {
 
 /// Who is taken, after NATS Streaming has not been there for so long, while JetStream was. It comes first, since whoever
 /// runs it has queued calls there, and it may be away for a moment; JetStream is certain at once if it has the queue.
-fn choose(seen: Seen, absent: Duration) -> Option<Kind> {
+fn choose(seen: ProbeResult, absent: Duration) -> Option<Kind> {
     match seen {
-        Seen { stan: Sight::There, .. } => Some(Kind::Stan),
-        Seen { has_ours: true, .. } => Some(Kind::JetStream),
-        Seen { jetstream: true, .. } if absent >= PATIENCE => Some(Kind::JetStream),
+        ProbeResult { stan: StanPresence::Present, .. } => Some(Kind::Stan),
+        ProbeResult { has_queue_stream: true, .. } => Some(Kind::JetStream),
+        ProbeResult { jetstream: true, .. } if absent >= PATIENCE => Some(Kind::JetStream),
         _ => None,
     }
 }
@@ -132,7 +132,7 @@ fn choose(seen: Seen, absent: Duration) -> Option<Kind> {
 async fn find(probe: &Probe, nats: &jetstream::Options, stan: &stan::Options) -> Queue {
     let (mut absent, mut nobody) = (None, Some(Instant::now()));
     loop {
-        let seen = probe.ask().await;
+        let seen = probe.run().await;
         let jetstream = seen.is_some_and(|seen| seen.jetstream);
         let since = *absent.get_or_insert_with(Instant::now);
         if !jetstream {
@@ -168,8 +168,8 @@ async fn find(probe: &Probe, nats: &jetstream::Options, stan: &stan::Options) ->
     }
 }
 
-fn tell_of_jetstream(seen: Option<Seen>) {
-    if seen.is_some_and(|seen| seen.stan == Sight::Silent) {
+fn tell_of_jetstream(seen: Option<ProbeResult>) {
+    if seen.is_some_and(|seen| seen.stan == StanPresence::Unknown) {
         tracing::info!(
             "Queued calls are kept by JetStream; whether there is NATS Streaming cannot be told, since the server does not \
              answer, or does not let us ask"
@@ -183,11 +183,11 @@ fn tell_of_jetstream(seen: Option<Seen>) {
 async fn look_out(probe: &Probe) {
     loop {
         tokio::time::sleep(LOOK_OUT).await;
-        match probe.stan().await {
-            Sight::There => break,
-            Sight::Absent => {}
+        match probe.stan_presence().await {
+            StanPresence::Present => break,
+            StanPresence::Absent => {}
             // One that may not ask need not ask again.
-            Sight::Silent => return,
+            StanPresence::Unknown => return,
         }
     }
     tracing::warn!(
@@ -202,18 +202,18 @@ mod tests {
     #[test]
     fn nats_streaming_is_waited_for_unless_jetstream_has_the_queue() {
         let soon = Duration::ZERO;
-        for (stan, jetstream, has_ours, absent, expect) in [
-            (Sight::There, true, true, PATIENCE, Some(Kind::Stan)),
-            (Sight::There, false, false, soon, Some(Kind::Stan)),
-            (Sight::Absent, true, true, soon, Some(Kind::JetStream)),
-            (Sight::Silent, true, true, soon, Some(Kind::JetStream)),
-            (Sight::Absent, true, false, soon, None),
-            (Sight::Silent, true, false, soon, None),
-            (Sight::Absent, true, false, PATIENCE, Some(Kind::JetStream)),
-            (Sight::Silent, true, false, PATIENCE, Some(Kind::JetStream)),
-            (Sight::Absent, false, false, PATIENCE, None),
+        for (stan, jetstream, has_queue_stream, absent, expect) in [
+            (StanPresence::Present, true, true, PATIENCE, Some(Kind::Stan)),
+            (StanPresence::Present, false, false, soon, Some(Kind::Stan)),
+            (StanPresence::Absent, true, true, soon, Some(Kind::JetStream)),
+            (StanPresence::Unknown, true, true, soon, Some(Kind::JetStream)),
+            (StanPresence::Absent, true, false, soon, None),
+            (StanPresence::Unknown, true, false, soon, None),
+            (StanPresence::Absent, true, false, PATIENCE, Some(Kind::JetStream)),
+            (StanPresence::Unknown, true, false, PATIENCE, Some(Kind::JetStream)),
+            (StanPresence::Absent, false, false, PATIENCE, None),
         ] {
-            let seen = Seen { stan, jetstream, has_ours };
+            let seen = ProbeResult { stan, jetstream, has_queue_stream };
             assert_eq!(choose(seen, absent), expect, "{seen:?} {absent:?}");
         }
     }

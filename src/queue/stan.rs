@@ -1,28 +1,28 @@
-//! The queue on NATS Streaming, shared with Go gateways and Go workers.
+//! Queue backend on NATS Streaming, compatible with Go gateways and Go workers.
 //!
-//! The channel has calls as the Go gateway writes them. Beside it are some of our own: `CHANNEL.later` and those whose names
-//! begin so have calls whose time has not come, and `CHANNEL.dead` those that failed for good. A call goes from one to
-//! another by being stored there before it is acknowledged here. Nothing can be looked up in a channel, so there are no states, no results,
-//! no lists, and no taking back.
+//! The main channel holds calls in the Go gateway's format. This gateway adds channels: `CHANNEL.later` and others
+//! with this prefix hold delayed calls, and `CHANNEL.dead` holds dead letters. A call moves between channels by being
+//! published to the next one before it is acknowledged in the previous one. NATS Streaming cannot look up a message,
+//! so this backend supports no states, results, lists or cancelling.
 
-mod aside;
 mod callback;
 mod channels;
 mod client;
-mod executed;
+mod dedup;
+mod execution_log;
 #[cfg(any(test, fuzzing))]
 pub(crate) mod fuzz;
+mod inflight;
 mod lease;
-mod ledger;
 mod members;
 mod message;
 mod nats;
-mod once;
+mod ownership;
+mod parking;
 mod payload;
-mod peers;
 pub(super) mod probe;
 mod proto;
-mod take;
+mod subscribe;
 
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -34,31 +34,31 @@ pub(super) use self::lease::Lease;
 
 use crate::queue::call::QueuedCall;
 use crate::queue::jetstream;
-use crate::queue::stan::channels::{COUNT, Channel};
+use crate::queue::stan::channels::{CHANNEL_COUNT, Channel};
 use crate::queue::stan::client::Client;
-use crate::queue::stan::ledger::{Ledger, Room};
+use crate::queue::stan::dedup::Deduplicator;
+use crate::queue::stan::inflight::{Capacity, InflightTable};
 use crate::queue::stan::message::Progress;
-use crate::queue::stan::nats::{Fault, Nats};
-use crate::queue::stan::once::Once;
-use crate::queue::stan::take::{Arrived, LATER};
+use crate::queue::stan::nats::{NatsConnection, NatsError};
+use crate::queue::stan::subscribe::{MAX_DELAYED, ReceivedCall};
 use crate::queue::status::Settlement;
 use crate::queue::tasks::Tasks;
 use crate::queue::{Delivery, Error, Published, now};
 
-/// What is needed beside a connection to NATS.
+/// Options in addition to those of the NATS connection.
 #[derive(Clone, Debug)]
 pub struct Options {
-    /// The cluster's id.
+    /// Id of the cluster.
     pub cluster: String,
-    /// Workers of one group share the calls.
+    /// Queue group: its workers share the calls.
     pub group: String,
-    /// The name of this machine, part of the clients' ids: a cluster has each id but once.
+    /// Name of this machine, part of the client ids, which must be unique in a cluster.
     pub host: String,
-    /// The longest pause between attempts to reach the cluster.
+    /// Maximum delay between attempts to register with the cluster.
     pub reconnect_delay: Duration,
-    /// Where a function lives whose caller did not say.
+    /// Namespace of functions that are named without one.
     pub default_namespace: String,
-    /// Calls are taken in here.
+    /// This process enqueues calls.
     pub publishes: bool,
 }
 
@@ -71,58 +71,58 @@ pub struct Stan {
 struct Shared {
     options: Options,
     connection: jetstream::Options,
-    /// The names of the channels of calls, and of the one of what was given up.
-    channels: [String; COUNT],
-    dead: String,
-    /// The channel of what was executed.
-    log: String,
-    once: Once,
-    nats: Nats,
+    /// Names of the channels with calls, and of the channel with dead letters.
+    channels: [String; CHANNEL_COUNT],
+    dead_channel: String,
+    /// Name of the channel with the execution log.
+    log_channel: String,
+    dedup: Deduplicator,
+    nats: NatsConnection,
     publisher: Client,
     worker: Client,
-    works: AtomicBool,
-    ledger: Mutex<Ledger<Arrived>>,
-    /// Somebody may find a call now.
+    worker_started: AtomicBool,
+    inflight: Mutex<InflightTable<ReceivedCall>>,
+    /// Notified when a call may have become runnable.
     ready: Notify,
-    /// Some of a channel may hold others up.
-    crowded: [Notify; COUNT],
+    /// Notified when a channel may be congested.
+    congested: [Notify; CHANNEL_COUNT],
     tasks: Tasks,
 }
 
 impl Stan {
-    /// Begins to connect. The server may be away: then the queue comes to life when the server does.
+    /// Starts to connect. If the server is unavailable, the queue becomes usable when the server does.
     ///
     /// # Errors
-    /// When the options cannot be: a file that is not there, an address that is none.
+    /// When the options are invalid, for example a missing file or an invalid address.
     pub async fn open(connection: jetstream::Options, options: Options) -> anyhow::Result<Self> {
-        let nats = Nats::open(&connection).await?;
+        let nats = NatsConnection::open(&connection).await?;
         let client = |role: &str| {
-            let id = format!("faas-{role}-{}", part_of_id(&options.host));
+            let id = format!("faas-{role}-{}", client_id_part(&options.host));
             Client::new(nats.clone(), &options.cluster, id, options.reconnect_delay)
         };
         let tasks = Tasks::new();
         let (publisher, worker) = (client("publisher"), client("worker"));
         let shared = Arc::new(Shared {
-            dead: format!("{}.dead", connection.queue),
-            log: format!("{}.executed", connection.queue),
-            once: Once::default(),
+            dead_channel: format!("{}.dead", connection.queue),
+            log_channel: format!("{}.executed", connection.queue),
+            dedup: Deduplicator::default(),
             channels: Channel::all().map(|channel| channel.name(&connection.queue)),
             options,
             connection,
             nats,
             publisher,
             worker,
-            works: AtomicBool::new(false),
-            ledger: Mutex::new(Ledger::new()),
+            worker_started: AtomicBool::new(false),
+            inflight: Mutex::new(InflightTable::new()),
             ready: Notify::new(),
-            crowded: [(); COUNT].map(|()| Notify::new()),
+            congested: [(); CHANNEL_COUNT].map(|()| Notify::new()),
             tasks,
         });
         tracing::info!(
             cluster = shared.options.cluster,
-            "Queued calls are kept by NATS Streaming, which cannot tell what became of one: states, results, lists, \
-             cancelling and Idempotency-Key are answered 501, and calls that fail for good go to the channel {}",
-            shared.dead
+            "Queued calls are kept by NATS Streaming, which cannot look up a call: states, results, lists, \
+             cancelling and Idempotency-Key are answered 501, and dead letters go to the channel {}",
+            shared.dead_channel
         );
         if shared.options.publishes {
             let publishing = Arc::clone(&shared);
@@ -137,67 +137,76 @@ impl Stan {
         Ok(Self { shared })
     }
 
-    /// Signs off: what was taken and not settled goes to others at once.
+    /// Closes the sessions. The server immediately redelivers unsettled calls to other workers.
     pub async fn stop(&self) {
-        self.shared.once.flush().await;
+        self.shared.dedup.flush().await;
         self.shared.tasks.stop();
-        let _ = tokio::time::timeout(STOP, self.shared.tasks.wait()).await;
+        let _ = tokio::time::timeout(STOP_TIMEOUT, self.shared.tasks.wait()).await;
         self.shared.nats.flush().await;
     }
 
+    /// Returns whether all required connections and sessions are usable.
     pub(super) fn is_reachable(&self) -> bool {
-        let Shared { nats, publisher, worker, options, works, .. } = &*self.shared;
+        let Shared { nats, publisher, worker, options, worker_started, .. } = &*self.shared;
         nats.is_connected()
             && (!options.publishes || publisher.is_usable())
-            && (!works.load(Relaxed) || worker.is_usable())
+            && (!worker_started.load(Relaxed) || worker.is_usable())
     }
 
+    /// Returns how often the connection has been re-established.
     pub(super) fn reconnects(&self) -> u64 {
-        self.shared.nats.connections().borrow().saturating_sub(1)
+        self.shared.nats.connection_count().borrow().saturating_sub(1)
     }
 
-    /// The largest body that fits into a message beside headers of the usual size.
+    /// Returns the maximum size of a body whose message has headers of ordinary size.
     pub(super) fn max_body_bytes(&self) -> usize {
         let whole = self.shared.nats.max_payload();
-        // Base64 makes four bytes of three.
-        (whole - whole / 16).saturating_sub(ENVELOPE) / 4 * 3
+        // Base64 encodes three bytes as four.
+        (whole - whole / 16).saturating_sub(ENVELOPE_BYTES) / 4 * 3
     }
 
+    /// Enqueues `call`. Returns when the server has stored it.
+    ///
+    /// # Errors
+    /// `Away` and `TooLarge`: the call is not stored. `Unconfirmed`: it may be stored; if it is sent again with the
+    /// same id, it is executed once. `Failed`: the server rejected it, or its response was invalid. `Unsupported`: it
+    /// has an idempotency key.
     pub(super) async fn publish(&self, call: QueuedCall) -> Result<Published, Error> {
         if call.options.idempotency_key.is_some() {
-            return Err(Error::Unsupported("NATS Streaming does not know a call again"));
+            return Err(Error::Unsupported("NATS Streaming does not detect duplicates"));
         }
         let not_before = call.options.not_before;
         let data = message::encode(&call, &Progress { not_before, ..Progress::default() });
-        if data.len() + ENVELOPE > self.shared.nats.max_payload() {
+        if data.len() + ENVELOPE_BYTES > self.shared.nats.max_payload() {
             return Err(Error::TooLarge(self.max_body_bytes()));
         }
         let channel = match not_before {
-            Some(at) => Channel::later(at.saturating_sub(now())),
+            Some(at) => Channel::for_delay(at.saturating_sub(now())),
             None => Channel::CALLS,
         };
         let Shared { options, publisher, worker, .. } = &*self.shared;
-        // A process that only executes calls has no publisher: what it queues are calls that callbacks ask for.
+        // A process that only executes calls has no publisher session. It enqueues only calls that callbacks request.
         let client = if options.publishes { publisher } else { worker };
         let stored = client.publish(self.shared.channel(channel), data).await;
-        stored.map_err(|fault| match fault {
-            Fault::TooLarge => Error::TooLarge(self.max_body_bytes()),
-            fault => told(fault, &call),
+        stored.map_err(|error| match error {
+            NatsError::TooLarge => Error::TooLarge(self.max_body_bytes()),
+            error => queue_error(error, &call),
         })?;
         Ok(Published { id: call.id, duplicate: false })
     }
 
-    pub(super) async fn receive(&self, places: usize) -> Result<Delivery, Error> {
-        take::take(&self.shared, places).await
+    /// Waits for the next runnable call.
+    pub(super) async fn receive(&self, concurrency: usize) -> Result<Delivery, Error> {
+        subscribe::receive(&self.shared, concurrency).await
     }
 
-    /// Takes no more: the server gives to others what nobody has taken here.
+    /// Stops receiving: the server redelivers pending calls to other workers.
     pub(super) fn stop_receiving(&self) {
-        self.shared.ledger().close();
+        self.shared.inflight().close();
     }
 
     pub(super) async fn claim(&self, lease: &Lease) -> Result<bool, Error> {
-        lease.begin().await
+        lease.claim().await
     }
 
     pub(super) async fn settle(&self, lease: &Lease, settlement: &Settlement) -> Result<(), Error> {
@@ -205,83 +214,88 @@ impl Stan {
     }
 }
 
-/// How long what goes on may take to end.
-const STOP: Duration = Duration::from_secs(2);
-/// Bytes of calls of one channel that are made later, and wait here: others wait in the channel.
-const LATER_BYTES: usize = 16 << 20;
-/// What a message has beside the call: ids, the channel, and what is noted of the call later.
-const ENVELOPE: usize = 1024;
+/// Time for the background tasks to stop.
+const STOP_TIMEOUT: Duration = Duration::from_secs(2);
+/// Maximum size of one channel's delayed calls in memory; the others stay in the channel.
+const MAX_DELAYED_BYTES: usize = 16 << 20;
+/// Space that is reserved in a message for ids, the channel name, and retry metadata.
+const ENVELOPE_BYTES: usize = 1024;
 
 impl Shared {
-    fn ledger(&self) -> MutexGuard<'_, Ledger<Arrived>> {
-        self.ledger.lock().unwrap_or_else(PoisonError::into_inner)
+    fn inflight(&self) -> MutexGuard<'_, InflightTable<ReceivedCall>> {
+        self.inflight.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The name of a channel.
+    /// Returns the name of a channel.
     fn channel(&self, channel: Channel) -> &str {
         &self.channels[channel.number()]
     }
 
-    /// How long the server waits before it sends a call again: whole seconds.
-    fn lease(&self) -> Duration {
+    /// Returns the server's redelivery timeout, in whole seconds.
+    fn ack_wait(&self) -> Duration {
         Duration::from_secs(
             self.connection.lease.as_millis().div_ceil(1000).try_into().unwrap_or(u64::MAX),
         )
     }
 
-    /// Has calls delivered, `places` at a time, from the first time on that somebody wants one.
-    fn start_worker(self: &Arc<Self>, places: usize) {
-        if self.works.swap(true, Relaxed) {
+    /// Subscribes to calls at the first call of this function. `concurrency` is the maximum number of unacknowledged
+    /// calls.
+    fn start_worker(self: &Arc<Self>, concurrency: usize) {
+        if self.worker_started.swap(true, Relaxed) {
             return;
         }
-        self.ledger().make_room(Room { places, later: LATER, later_bytes: LATER_BYTES });
+        self.inflight().set_capacity(Capacity {
+            concurrency,
+            max_delayed: MAX_DELAYED,
+            max_delayed_bytes: MAX_DELAYED_BYTES,
+        });
         for channel in Channel::all() {
-            let crowded = Arc::clone(self);
-            self.tasks.supervise_to_end("room", move || {
-                let crowded = Arc::clone(&crowded);
-                async move { aside::make_room(&crowded, channel).await }
+            let shared = Arc::clone(self);
+            self.tasks.supervise_to_end("parking", move || {
+                let shared = Arc::clone(&shared);
+                async move { parking::run_parking(&shared, channel).await }
             });
         }
-        let answering = Arc::clone(self);
-        self.tasks.supervise_to_end("peers", move || {
-            let answering = Arc::clone(&answering);
-            async move { peers::answer_all(&answering).await }
+        let shared = Arc::clone(self);
+        self.tasks.supervise_to_end("ownership queries", move || {
+            let shared = Arc::clone(&shared);
+            async move { ownership::serve_queries(&shared).await }
         });
-        let writing = Arc::clone(self);
-        self.tasks.supervise_to_end("log of executions", move || {
-            let writing = Arc::clone(&writing);
-            async move { once::write_all(&writing).await }
+        let shared = Arc::clone(self);
+        self.tasks.supervise_to_end("execution log writer", move || {
+            let shared = Arc::clone(&shared);
+            async move { dedup::run_writer(&shared).await }
         });
-        let working = Arc::clone(self);
+        let shared = Arc::clone(self);
         self.tasks.supervise_to_end("worker", move || {
-            let working = Arc::clone(&working);
+            let shared = Arc::clone(&shared);
             async move {
-                let stopping = &working.tasks.stopping;
-                let work = |session| take::serve(&working, places, session);
-                working.worker.run(stopping, work).await;
+                let stopping = &shared.tasks.stopping;
+                let work = |session| subscribe::run_subscriptions(&shared, concurrency, session);
+                shared.worker.run(stopping, work).await;
             }
         });
     }
 }
 
-/// What is said of a fault with `call` to whoever uses the queue.
-fn told(fault: Fault, call: &QueuedCall) -> Error {
-    match fault {
-        Fault::Away | Fault::Nobody => Error::Unreachable,
-        Fault::Unconfirmed => Error::Unconfirmed,
-        Fault::TooLarge => Error::TooLarge(0),
-        Fault::Refused(_) | Fault::Odd => {
+/// Converts a NATS error about `call` to the queue's error.
+fn queue_error(error: NatsError, call: &QueuedCall) -> Error {
+    match error {
+        NatsError::Unreachable | NatsError::NoResponders => Error::Unreachable,
+        NatsError::Unconfirmed => Error::Unconfirmed,
+        NatsError::TooLarge => Error::TooLarge(0),
+        NatsError::Rejected(_) | NatsError::UnexpectedResponse => {
             tracing::warn!(
-                call_id = call.id, function = %call.function, error = %fault,
-                "NATS Streaming does not store a call: {fault}"
+                call_id = call.id, function = %call.function, error = %error,
+                "NATS Streaming rejected a call: {error}"
             );
             Error::Failed
         }
     }
 }
 
-/// `host` with all that an id may not have replaced.
-fn part_of_id(host: &str) -> String {
+/// Returns `host` with characters that are invalid in a client id replaced.
+fn client_id_part(host: &str) -> String {
     let allowed = |c: char| c.is_ascii_alphanumeric() || c == '_' || c == '-';
     host.chars().map(|c| if allowed(c) { c } else { '_' }).collect()
 }
@@ -291,8 +305,8 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_machines_name_is_made_part_of_an_id() {
-        assert_eq!(part_of_id("gateway-7f.example_1"), "gateway-7f_example_1");
-        assert_eq!(part_of_id("höst:1"), "h_st_1");
+    fn invalid_characters_of_a_host_name_are_replaced() {
+        assert_eq!(client_id_part("gateway-7f.example_1"), "gateway-7f_example_1");
+        assert_eq!(client_id_part("höst:1"), "h_st_1");
     }
 }

@@ -4,7 +4,7 @@ use tokio::runtime::Handle as Runtime;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use crate::shutdown::keep_up;
+use crate::shutdown::supervise;
 
 /// The tasks, and the one signal that ends them.
 pub(super) struct Tasks {
@@ -40,7 +40,7 @@ impl Tasks {
     where
         F: Future<Output = ()> + Send + 'static,
     {
-        self.spawn(keep_up(name, self.stopping.clone(), task));
+        self.spawn(supervise(name, self.stopping.clone(), task));
     }
 
     /// The same for what has something to do when the queue is stopped, and ends by itself then.
@@ -51,7 +51,7 @@ impl Tasks {
     ) where
         F: Future<Output = ()> + Send + 'static,
     {
-        self.spawn_to_completion(keep_up(name, self.stopping.clone(), task));
+        self.spawn_to_completion(supervise(name, self.stopping.clone(), task));
     }
 
     /// Runs `task`, which ends soon by itself. Who stops the queue waits for it.

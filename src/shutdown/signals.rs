@@ -1,44 +1,49 @@
-//! The signals that a role reacts to.
+//! The signals that a process handles.
 
 use std::fs::{self, File};
 use std::io;
 
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
-/// SIGTERM, SIGINT and SIGHUP. From its creation on they no longer end the process by themselves.
+/// Receiver of SIGTERM, SIGINT and SIGHUP. As long as it exists, these signals do not terminate the process by
+/// default.
 pub struct Signals {
     terminate: Signal,
     interrupt: Signal,
-    /// `None` if SIGHUP was ignored when the process started, as `nohup` has it: then it stays ignored.
+    /// `None` if SIGHUP was ignored when the process started (as under `nohup`): then it stays ignored.
     hangup: Option<Signal>,
-    /// Whether the process had a controlling terminal when it started.
+    /// The process had a controlling terminal when it started.
     had_terminal: bool,
 }
 
-/// What SIGHUP means to a process with a controlling terminal. Without one it always means to read files again.
+/// Meaning of SIGHUP for a process that has a controlling terminal. Without one, SIGHUP always means to reload files.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum OnHangup {
-    /// The end: the process belongs to the terminal.
+    /// Stop: the process belongs to the terminal.
     Stop,
-    /// The end if the terminal is gone; else to read files again.
+    /// Stop if the terminal is gone, otherwise reload files.
     StopWithoutTerminal,
 }
 
-/// What a signal asks for.
+/// The action that a signal requests.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Event {
-    /// A graceful stop, and by which signal.
+    /// A graceful shutdown, requested by the named signal.
     Stop(&'static str),
-    /// To read files again.
+    /// Reload files.
     Reload,
 }
 
 impl Signals {
+    /// Registers the signal handlers.
+    ///
+    /// # Errors
+    /// When a handler cannot be registered. The process cannot be stopped gracefully then, so it should not start.
     pub fn listen() -> io::Result<Self> {
         Ok(Self {
             terminate: signal(SignalKind::terminate())?,
             interrupt: signal(SignalKind::interrupt())?,
-            hangup: match ignores_hangup() {
+            hangup: match is_hangup_ignored() {
                 true => None,
                 false => Some(signal(SignalKind::hangup())?),
             },
@@ -46,17 +51,17 @@ impl Signals {
         })
     }
 
-    /// Waits for the next signal, and says what it asks for.
-    pub async fn event(&mut self, on_hangup: OnHangup) -> Event {
+    /// Waits for the next signal and returns the action that it requests.
+    pub async fn next_event(&mut self, on_hangup: OnHangup) -> Event {
         let had_terminal = self.had_terminal;
         let hangup = async {
             match &mut self.hangup {
                 Some(hangup) => hangup.recv().await,
                 None => std::future::pending().await,
             };
-            meaning(on_hangup, had_terminal, has_terminal)
+            hangup_event(on_hangup, had_terminal, has_terminal)
         };
-        // All branches are cancel-safe: a signal that is not returned stays pending.
+        // All branches are cancel-safe: a signal that is not returned here remains pending.
         tokio::select! {
             _ = self.terminate.recv() => Event::Stop("SIGTERM"),
             _ = self.interrupt.recv() => Event::Stop("SIGINT"),
@@ -64,9 +69,9 @@ impl Signals {
         }
     }
 
-    /// Waits for a signal that ends the process at once while it stops. SIGHUP does not: a terminal that is closed sends
-    /// it more than once.
-    pub async fn next(&mut self) -> &'static str {
+    /// Waits for a signal that aborts a shutdown that is in progress. SIGHUP is not one: a closing terminal sends it
+    /// more than once.
+    pub async fn next_termination(&mut self) -> &'static str {
         // Both branches are cancel-safe.
         tokio::select! {
             _ = self.terminate.recv() => "SIGTERM",
@@ -75,7 +80,12 @@ impl Signals {
     }
 }
 
-fn meaning(on_hangup: OnHangup, had_terminal: bool, has_terminal: impl FnOnce() -> bool) -> Event {
+/// Returns the action for SIGHUP.
+fn hangup_event(
+    on_hangup: OnHangup,
+    had_terminal: bool,
+    has_terminal: impl FnOnce() -> bool,
+) -> Event {
     match on_hangup {
         OnHangup::Stop if had_terminal => Event::Stop("SIGHUP"),
         OnHangup::StopWithoutTerminal if had_terminal && !has_terminal() => Event::Stop("SIGHUP"),
@@ -87,11 +97,11 @@ fn has_terminal() -> bool {
     File::open("/dev/tty").is_ok()
 }
 
-fn ignores_hangup() -> bool {
+fn is_hangup_ignored() -> bool {
     fs::read_to_string("/proc/self/status").is_ok_and(|status| hangup_is_ignored_in(&status))
 }
 
-/// Reads the mask of ignored signals, in which SIGHUP is the lowest bit.
+/// Parses the mask of ignored signals, whose lowest bit is SIGHUP.
 fn hangup_is_ignored_in(status: &str) -> bool {
     let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
     mask.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok())
@@ -103,7 +113,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_hangup_means_the_end_only_with_a_terminal() {
+    fn a_hangup_stops_the_process_only_if_it_had_a_terminal() {
         let (stop, reload) = (Event::Stop("SIGHUP"), Event::Reload);
         for (on_hangup, had, has, expect) in [
             (OnHangup::Stop, true, true, stop),
@@ -113,12 +123,12 @@ mod tests {
             (OnHangup::StopWithoutTerminal, true, false, stop),
             (OnHangup::StopWithoutTerminal, false, false, reload),
         ] {
-            assert_eq!(meaning(on_hangup, had, || has), expect, "{on_hangup:?} {had} {has}");
+            assert_eq!(hangup_event(on_hangup, had, || has), expect, "{on_hangup:?} {had} {has}");
         }
     }
 
     #[test]
-    fn an_ignored_hangup_is_told_from_the_mask() {
+    fn an_ignored_hangup_is_read_from_the_signal_mask() {
         assert!(hangup_is_ignored_in("Name:\tx\nSigIgn:\t0000000000001001\nSigCgt:\t0\n"));
         assert!(!hangup_is_ignored_in("SigIgn:\t0000000000001000\nSigCgt:\t1\n"));
         assert!(!hangup_is_ignored_in(""));

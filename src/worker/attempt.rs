@@ -1,4 +1,4 @@
-//! One attempt at a queued call: the same way to the function as any other call, and the same numbers.
+//! One attempt to execute a queued call, with the same upstream handling and metrics as any other invocation.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
@@ -26,101 +26,106 @@ use crate::queue::memory::{BodyBudget, BodyBuffer};
 use crate::queue::status::StoredResponse;
 use crate::trace::context::Context;
 use crate::watch::Watch;
-use crate::worker::policies::Policies;
 use crate::worker::retry::parse_retry_after;
+use crate::worker::retry_policies::RetryPolicyCache;
 
-/// The most of an answer that a callback is told.
-pub const MAX_TOLD: usize = 16 << 20;
-/// A response for which there is no room for this long in all, or for half of the time that is left, is cut off.
-const PATIENCE: Duration = Duration::from_secs(10);
-const PRODUCT: HeaderValue =
+/// Maximum number of bytes of a response body in a callback.
+pub const MAX_CALLBACK_BODY_BYTES: usize = 16 << 20;
+/// Total time to wait for memory for a response body, at most half of the remaining time. After it the body is
+/// truncated.
+const BODY_MEMORY_TIMEOUT: Duration = Duration::from_secs(10);
+const USER_AGENT_VALUE: HeaderValue =
     HeaderValue::from_static(concat!("gateway-worker/", env!("CARGO_PKG_VERSION")));
 
-/// What calls functions.
-pub struct Caller {
+/// Invokes functions for the worker.
+pub struct FunctionClient {
     pub client: Arc<Client>,
-    /// Where functions are called.
+    /// Base URL of the functions.
     pub origin: Origin,
     pub calls: Arc<Shard>,
-    /// From the first byte sent to the last byte back.
+    /// Timeout from the first byte of the request to the last byte of the response.
     pub timeout: Duration,
-    /// Wakes functions, if that is to be done.
-    pub scaling: Option<Arc<Activator>>,
-    /// The memory that responses share with all other bodies of queued calls.
+    /// Cold-start handling, if it is enabled.
+    pub activator: Option<Arc<Activator>>,
+    /// Memory budget that responses share with all other bodies of queued calls.
     pub budget: BodyBudget,
 }
 
-/// How an attempt ended.
+/// The result of an attempt.
 pub struct Attempt {
-    /// `None`: the function was out of reach, or broke off. A change of protocols that was not asked for is 502.
+    /// Status of the response; `None` if the function was unreachable or aborted its response. A protocol switch that
+    /// was not requested is a 502.
     pub status: Option<u16>,
     pub headers: HeaderMap,
     pub body: Bytes,
-    /// What the body takes of the memory for bodies.
-    pub room: Option<MemoryPermit>,
-    /// The body was longer, or there was no room for all of it.
+    /// The body's reservation in the memory budget.
+    pub memory: Option<MemoryPermit>,
+    /// The body was longer than the limit, or memory did not suffice.
     pub truncated: bool,
-    pub took: Duration,
+    pub duration: Duration,
     pub retry_after: Option<Duration>,
-    /// Why there is no answer.
+    /// Why there is no response.
     pub reason: Option<String>,
 }
 
-impl Caller {
-    /// Makes `call`; reads at most `keeps` bytes of the answer, and lets the rest go by.
+impl FunctionClient {
+    /// Executes `call`, and keeps at most `response_limit` bytes of the response body; the rest is read and discarded.
     ///
-    /// `context` is the span that the function belongs to, if there is one. `policies` say how often a call may be
-    /// executed, should it come to that.
-    pub async fn make(
+    /// `context` is the parent span for the function, if there is one. `retry_policies` is asked for the maximum
+    /// number of attempts if the request may have to be sent again.
+    pub async fn execute(
         &self,
         call: &QueuedCall,
-        keeps: usize,
+        response_limit: usize,
         context: Option<Context>,
-        policies: &Policies,
+        retry_policies: &RetryPolicyCache,
     ) -> Attempt {
-        let began = Instant::now();
+        let started = Instant::now();
         let label = call.function.to_string();
-        let Some(mut counted) = self.calls.begin(&label, began) else {
-            return Attempt::failed("the function's name is not valid".to_owned(), began);
+        let Some(mut counted) = self.calls.begin(&label, started) else {
+            return Attempt::failed("the function's name is not valid".to_owned(), started);
         };
-        let attempt =
-            match self.exchange(call, &label, &mut counted, keeps, context, policies).await {
-                Ok(attempt) => attempt,
-                Err(error) => {
-                    counted.set_status(error.status());
-                    // In all other cases the function was out of reach, or broke off.
-                    let is_answer = match &error {
-                        Error::NoSuchFunction(_) => true,
-                        Error::Upstream(error) => Ending::of_error(error) == Ending::Unasked,
-                        _ => false,
-                    };
-                    let status = is_answer.then(|| error.status().as_u16());
-                    Attempt { status, ..Attempt::failed(error.to_string(), began) }
-                }
-            };
+        let attempt = match self
+            .exchange(call, &label, &mut counted, response_limit, context, retry_policies)
+            .await
+        {
+            Ok(attempt) => attempt,
+            Err(error) => {
+                counted.set_status(error.status());
+                // In all other cases the function was unreachable or aborted its response.
+                let has_status = match &error {
+                    Error::NoSuchFunction(_) => true,
+                    Error::Upstream(error) => Ending::of_error(error) == Ending::Unasked,
+                    _ => false,
+                };
+                let status = has_status.then(|| error.status().as_u16());
+                Attempt { status, ..Attempt::failed(error.to_string(), started) }
+            }
+        };
         counted.finish(Outcome::Complete, Instant::now());
         attempt
     }
 
-    /// Waits for the function where that is to be done, sends the call, and sends it again if it met nobody.
+    /// Waits until the function is ready (if cold starts are handled), sends the call, and sends it again if it did
+    /// not reach the function.
     ///
-    /// How often a call is executed is for the retry policy to say: within one attempt it is sent at most
-    /// [`MAX_SENDS`] times, and never more often than the policy has attempts.
+    /// The retry policy decides how often a call is executed: one attempt sends it at most [`MAX_SENDS`] times, and
+    /// never more often than the policy has attempts.
     async fn exchange(
         &self,
         call: &QueuedCall,
         label: &str,
         counted: &mut calls::InFlightRecorder,
-        keeps: usize,
+        response_limit: usize,
         context: Option<Context>,
-        policies: &Policies,
+        retry_policies: &RetryPolicyCache,
     ) -> Result<Attempt, Error> {
-        let began = counted.began;
+        let started = counted.began;
         let mut sends = 0;
         let mut cold_start =
-            self.scaling.as_ref().map(|scaling| scaling.start_wait(&call.function));
+            self.activator.as_ref().map(|activator| activator.start_wait(&call.function));
         if let Some(cold_start) = &mut cold_start
-            // A call that has one attempt must not spend it on a function that only seems to be ready.
+            // A call with a single attempt must not use it up on a function that only seems ready.
             && (!counted.is_warm() || call.options.max_attempts == Some(1))
         {
             cold_start.wait_ready(|| counted.confirm(&self.calls)).await?;
@@ -134,7 +139,7 @@ impl Caller {
             let sent = in_time(until.into(), self.client.send(&self.origin, request, &watch));
             let sent = sent.await.unwrap_or(Err(client::Error::Timeout));
             let ending = match &sent {
-                Ok(answer) => Ending::of_head(answer, false),
+                Ok(response) => Ending::of_head(response, false),
                 Err(error) => Ending::of_error(error),
             };
             sends += u32::from(ending != Ending::Unreached);
@@ -143,7 +148,7 @@ impl Caller {
             {
                 let repeat = match fault {
                     UnavailableSignal::ServiceUnavailable
-                        if sends < max_sends(call, policies).await =>
+                        if sends < max_sends(call, retry_policies).await =>
                     {
                         RetrySafety::IfNotDelivered
                     }
@@ -156,18 +161,19 @@ impl Caller {
                     continue;
                 }
             }
-            let answer = sent?;
+            let response = sent?;
             if ending == Ending::Unasked {
                 return Err(Error::Upstream(client::Error::Unasked));
             }
             if counted.is_unregistered() && ending.confirms_existence() {
                 counted.confirm(&self.calls);
             }
-            counted.set_status(answer.status());
-            // Most of the time is the function's.
-            let patience = PATIENCE.min(until.saturating_duration_since(Instant::now()) / 2);
+            counted.set_status(response.status());
+            // Waiting for memory must leave time for the function's response.
+            let memory_timeout =
+                BODY_MEMORY_TIMEOUT.min(until.saturating_duration_since(Instant::now()) / 2);
             let buffer = BodyBuffer::new(&self.budget);
-            let reading = read(answer, keeps, began, buffer, patience);
+            let reading = read_response(response, response_limit, started, buffer, memory_timeout);
             let read = in_time(until.into(), reading).await;
             return read.unwrap_or(Err(Error::Upstream(client::Error::Timeout)));
         }
@@ -187,7 +193,7 @@ impl Caller {
         *request.uri_mut() = self.origin.target(&target).map_err(client::Error::Target)?;
         let mut headers = call.function_headers();
         headers.insert(HOST, self.origin.host.clone());
-        headers.insert(USER_AGENT, PRODUCT);
+        headers.insert(USER_AGENT, USER_AGENT_VALUE);
         if let Some(context) = context {
             context.inject(&mut headers, Context::extract(&call.headers).is_some());
         }
@@ -196,48 +202,51 @@ impl Caller {
     }
 }
 
-/// How often one attempt at `call` may send it.
-async fn max_sends(call: &QueuedCall, policies: &Policies) -> u32 {
+/// Returns how often one attempt may send `call`.
+async fn max_sends(call: &QueuedCall, retry_policies: &RetryPolicyCache) -> u32 {
     match call.options.max_attempts {
         Some(1) => 1,
-        most => policies.of(call).await.at_most(most).attempts.min(MAX_SENDS),
+        max_attempts => retry_policies.get(call).await.capped(max_attempts).attempts.min(MAX_SENDS),
     }
 }
 
-async fn read(
-    answer: Response<UpstreamBody>,
-    keeps: usize,
-    began: Instant,
+/// Reads a response. Keeps at most `response_limit` bytes of its body, and waits for memory for at most
+/// `memory_timeout` in total.
+async fn read_response(
+    response: Response<UpstreamBody>,
+    response_limit: usize,
+    started: Instant,
     mut kept: BodyBuffer<'_>,
-    patience: Duration,
+    memory_timeout: Duration,
 ) -> Result<Attempt, Error> {
-    let (mut head, mut body) = answer.into_parts();
-    let (mut truncated, mut has_room, mut deadline) = (false, true, None);
+    let (mut head, mut body) = response.into_parts();
+    let (mut truncated, mut has_memory, mut deadline) = (false, true, None);
     if let Some(length) = body.size_hint().exact().and_then(|length| usize::try_from(length).ok())
         && length > 0
     {
-        // Of many responses that come at once, some are read whole before the others.
-        let until = *deadline.insert(Instant::now() + patience);
-        kept.reserve_expected(length.min(keeps), until.into()).await;
+        // Memory for the whole body is reserved in advance, so that of many concurrent responses some are read
+        // completely first.
+        let until = *deadline.insert(Instant::now() + memory_timeout);
+        kept.reserve_expected(length.min(response_limit), until.into()).await;
     }
     while let Some(frame) = body.frame().await {
         let frame = frame.map_err(|failure: BodyFailure| Error::ResponseBody(failure))?;
         let Ok(data) = frame.into_data() else { continue };
-        let room = keeps - kept.length();
-        truncated |= data.len() > room;
-        let data = &data[..data.len().min(room)];
-        if !has_room {
+        let remaining = response_limit - kept.length();
+        truncated |= data.len() > remaining;
+        let data = &data[..data.len().min(remaining)];
+        if !has_memory {
             truncated |= !data.is_empty();
             continue;
         }
         if !kept.try_add(data) {
-            // The call was executed, and will not be executed again because of its response.
-            let deadline = *deadline.get_or_insert_with(|| Instant::now() + patience);
-            has_room = kept.add_before(data, deadline.into()).await;
-            truncated |= !has_room;
+            // The call has been executed, and is not executed again because its response is too large.
+            let deadline = *deadline.get_or_insert_with(|| Instant::now() + memory_timeout);
+            has_memory = kept.add_before(data, deadline.into()).await;
+            truncated |= !has_memory;
         }
     }
-    let (kept, body_room) = kept.finish();
+    let (kept, body_memory) = kept.finish();
     to_caller(&mut head.headers, false);
     let retry_after = head.headers.get(RETRY_AFTER);
     let retry_after = retry_after.and_then(|value| parse_retry_after(value, SystemTime::now()));
@@ -245,41 +254,41 @@ async fn read(
         status: Some(head.status.as_u16()),
         headers: head.headers,
         body: kept,
-        room: body_room,
+        memory: body_memory,
         truncated,
-        took: began.elapsed(),
+        duration: started.elapsed(),
         retry_after,
         reason: None,
     })
 }
 
 impl Attempt {
-    fn failed(reason: String, began: Instant) -> Self {
+    fn failed(reason: String, started: Instant) -> Self {
         Self {
             status: None,
             headers: HeaderMap::new(),
             body: Bytes::new(),
-            room: None,
+            memory: None,
             truncated: false,
-            took: began.elapsed(),
+            duration: started.elapsed(),
             retry_after: None,
             reason: Some(reason),
         }
     }
 
-    /// What becomes of a call that is not made: it has expired.
+    /// The result of a call that has expired before its execution.
     pub fn expired() -> Self {
-        let reason = "it was not made before it expired".to_owned();
+        let reason = "it expired before it was executed".to_owned();
         Self { status: Some(504), ..Self::failed(reason, Instant::now()) }
     }
 
-    /// What becomes of one whose body is not there any more.
-    pub fn lost() -> Self {
-        Self { status: Some(500), ..Self::failed("its body is lost".to_owned(), Instant::now()) }
+    /// The result of a call whose stored body is missing.
+    pub fn body_missing() -> Self {
+        Self { status: Some(500), ..Self::failed("its body is missing".to_owned(), Instant::now()) }
     }
 
-    /// What is kept of the answer, if there was one: at most `most` bytes of its body.
-    pub fn into_answer(self, most: usize) -> Option<StoredResponse> {
+    /// Returns the response to store, if there was one, with at most `max_attempts` bytes of its body.
+    pub fn into_response(self, max_attempts: usize) -> Option<StoredResponse> {
         let status = self.status?;
         let text = |value: &HeaderValue| value.to_str().ok().map(str::to_owned);
         let headers = self.headers.iter();
@@ -287,9 +296,9 @@ impl Attempt {
         Some(StoredResponse {
             status,
             headers: headers.collect(),
-            truncated: self.truncated || self.body.len() > most,
-            // A part of it would keep all of it in memory.
-            body: match self.body.get(..most) {
+            truncated: self.truncated || self.body.len() > max_attempts,
+            // A slice would keep the whole body in memory.
+            body: match self.body.get(..max_attempts) {
                 Some(start) => Bytes::copy_from_slice(start),
                 None => self.body,
             },

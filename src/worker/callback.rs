@@ -1,12 +1,12 @@
-//! Callbacks: how a queued call ended, told to the URL that its caller gave.
+//! Callbacks: the result of a queued call, sent to the URL that its client has given.
 //!
-//! The client chooses the URL, so each attempt resolves its host again and connects to no address that `allow` refuses,
-//! and to none of the gateway's own; connections are not kept, redirects not followed, and only the head of the
-//! receiver's response is read. A callback to a function of the gateway itself needs no connection ([`local`]).
+//! The client chooses the URL. So each attempt resolves its host again, and connects to no address that the allow-list
+//! denies and to none of the gateway's own. Connections are not reused, redirects are not followed, and only the head
+//! of the receiver's response is read. A callback to a function of the gateway itself needs no connection ([`local`]).
 
 mod headers;
 pub mod local;
-pub mod own;
+pub mod own_addresses;
 pub mod signature;
 pub mod target;
 
@@ -20,7 +20,7 @@ use http::header::RETRY_AFTER;
 use http::{HeaderMap, Method, Request, Response, StatusCode};
 use uuid::Uuid;
 
-use crate::chain;
+use crate::callback_chain;
 use crate::config::PoolLimits;
 use crate::config::allowlist::CallbackAllowlist;
 use crate::error::ErrorChain;
@@ -30,52 +30,52 @@ use crate::proxy::guard::{Guard, Refused};
 use crate::proxy::upstream_body::UpstreamBody;
 use crate::queue::now;
 use crate::watch::Watch;
-use crate::worker::callback::local::{Local, Wish};
-use crate::worker::callback::own::{Own, Whose};
+use crate::worker::callback::local::{LocalCall, LocalExecutor};
+use crate::worker::callback::own_addresses::{AddressOwner, OwnAddresses};
 use crate::worker::callback::signature::Secret;
-use crate::worker::callback::target::{Invalid, Target};
+use crate::worker::callback::target::{CallbackTarget, CallbackUrlError};
 use crate::worker::retry;
 
-/// No connection is kept: one that is used again would skip the judgement of its address.
-const KEEP_NONE: PoolLimits = PoolLimits { total: 0, per_host: 0 };
+/// Connections are not reused: the address filter checks each new connection.
+const NO_IDLE_CONNECTIONS: PoolLimits = PoolLimits { total: 0, per_host: 0 };
 
-/// How a call ended.
+/// The result of a call, as a callback reports it.
 #[derive(Clone, Debug)]
-pub struct Report {
+pub struct CallbackPayload {
     pub call_id: String,
-    /// The function as its caller named it.
+    /// The function, by its full name.
     pub function: String,
-    /// What it answered; 503 if it was out of reach.
+    /// Status of the function's response; 503 if the function was unreachable.
     pub status: u16,
-    /// The headers of its answer, as they came.
+    /// Headers of the function's response, unfiltered.
     pub headers: HeaderMap,
     pub body: Bytes,
-    /// The body was longer.
+    /// The body is incomplete.
     pub truncated: bool,
-    /// Since the call was taken from the queue.
-    pub took: Duration,
-    /// How often the function was called, and how often it would have been at most.
+    /// Time since the call was received from the queue.
+    pub duration: Duration,
+    /// Number of attempts made, and their maximum.
     pub attempts: u32,
     pub max_attempts: u32,
-    /// How many callbacks in a row led to the call.
+    /// Number of callbacks in a row that have led to the call.
     pub callbacks: u32,
-    /// The trace that the call belongs to, in headers.
+    /// Trace context headers.
     pub trace: HeaderMap,
 }
 
-/// How patiently a callback is sent.
+/// Timeout and retries of a callback.
 #[derive(Clone, Copy, Debug)]
-pub struct Pace {
-    /// In all, the first one included.
+pub struct CallbackRetry {
+    /// Maximum number of attempts, including the first one.
     pub attempts: u32,
-    /// For one attempt, from the look-up of the name to the head of the answer.
+    /// Timeout of one attempt, from the name resolution to the head of the response.
     pub timeout: Duration,
-    /// The pause between two attempts doubles from the first to the second; less by chance.
+    /// Minimum and maximum of the delay between attempts, which doubles and has jitter.
     pub min_wait: Duration,
     pub max_wait: Duration,
 }
 
-impl Default for Pace {
+impl Default for CallbackRetry {
     fn default() -> Self {
         Self {
             attempts: 6,
@@ -86,17 +86,17 @@ impl Default for Pace {
     }
 }
 
-/// Why a callback was not delivered. Says nothing about where it went.
+/// Why a callback was not delivered. Does not reveal its destination.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     #[error(transparent)]
-    Invalid(#[from] Invalid),
-    #[error("it would be one of a chain of more than {} callbacks", chain::MAX)]
+    Invalid(#[from] CallbackUrlError),
+    #[error("it would exceed the maximum of {} callbacks in a row", callback_chain::MAX_LENGTH)]
     CallbackLoop,
     #[error("the callback was answered with {status} ({attempts} attempts)")]
-    Answered { status: StatusCode, attempts: u32 },
+    UnexpectedStatus { status: StatusCode, attempts: u32 },
     #[error("the callback could not be sent ({attempts} attempts): {last}")]
-    Unsent {
+    NotSent {
         attempts: u32,
         #[source]
         last: client::Error,
@@ -104,17 +104,17 @@ pub enum Error {
 }
 
 /// Sends callbacks.
-pub struct Callbacks {
+pub struct CallbackSender {
     client: Arc<Client>,
     secrets: Vec<Secret>,
-    pace: Pace,
-    local: Option<Local>,
+    retry: CallbackRetry,
+    local: Option<LocalExecutor>,
 }
 
-/// Where callbacks may connect to.
+/// Filters the addresses that callbacks connect to.
 struct Destinations {
     allow: CallbackAllowlist,
-    own: Own,
+    own: OwnAddresses,
 }
 
 impl Guard for Destinations {
@@ -124,105 +124,114 @@ impl Guard for Destinations {
         addresses: Vec<SocketAddr>,
     ) -> BoxFuture<'a, Result<Vec<SocketAddr>, Refused>> {
         Box::pin(async move {
-            match self.own.whose(host, &addresses).await {
-                Whose::Gateway => return Err(Refused::Own),
-                Whose::Guarded => return Err(Refused::NotAllowed),
-                Whose::Others => {}
+            match self.own.owner_of(host, &addresses).await {
+                AddressOwner::Gateway => return Err(Refused::Own),
+                AddressOwner::Protected => return Err(Refused::NotAllowed),
+                AddressOwner::Other => {}
             }
-            let permitted = addresses.into_iter().filter(|it| self.allow.permits(host, it.ip()));
+            let permitted =
+                addresses.into_iter().filter(|address| self.allow.permits(host, address.ip()));
             let permitted: Vec<_> = permitted.collect();
             if permitted.is_empty() { Err(Refused::NotAllowed) } else { Ok(permitted) }
         })
     }
 }
 
-/// What a receiver said.
-struct Reply {
+/// The receiver's response.
+struct ReceiverResponse {
     status: StatusCode,
-    /// The pause that it asks for.
-    pause: Duration,
+    /// The delay that it requests by `Retry-After`.
+    delay: Duration,
 }
 
-impl Callbacks {
-    /// Callbacks to where `allow` permits and that is not `own`, signed with each of `secrets`.
+impl CallbackSender {
+    /// Creates a sender. Callbacks connect only to addresses that `allow` permits and that are not `own`, and are
+    /// signed with each of `secrets`.
     pub fn new(
         allow: CallbackAllowlist,
-        own: Own,
+        own: OwnAddresses,
         secrets: Vec<Secret>,
-        pace: Pace,
+        retry: CallbackRetry,
         tls: Tls,
     ) -> Self {
-        let client = Client::guarded(KEEP_NONE, tls, Destinations { allow, own });
-        Self { client, secrets, pace, local: None }
+        let client = Client::guarded(NO_IDLE_CONNECTIONS, tls, Destinations { allow, own });
+        Self { client, secrets, retry, local: None }
     }
 
-    /// Has callbacks to functions of the gateway itself executed by `local`; without it they are refused.
+    /// Executes callbacks to functions of the gateway itself by `local`. Without it, they are rejected.
     #[must_use]
-    pub fn with_local(self, local: Local) -> Self {
+    pub fn with_local(self, local: LocalExecutor) -> Self {
         Self { local: Some(local), ..self }
     }
 
-    /// Sends `report` to `url`, and returns once it has been taken, or will not be.
+    /// Sends `payload` to `url`, with retries. Returns when the receiver has accepted it.
     ///
     /// # Errors
-    /// When the receiver refuses it for good, may not be called, or took none of the attempts.
-    pub async fn send(&self, url: &str, report: &Report) -> Result<(), Error> {
-        let target = Target::parse(url)?;
-        let mut headers = headers::of(&target, report);
+    /// When the URL is invalid or not allowed, the receiver rejects the callback, or all attempts have failed.
+    pub async fn send(&self, url: &str, payload: &CallbackPayload) -> Result<(), Error> {
+        let target = CallbackTarget::parse(url)?;
+        let mut headers = headers::build(&target, payload);
         let mut queued_as = None;
         for attempts in 1.. {
-            // The same message each time, sent at another time.
+            // Each attempt has the same message id and body, but its own timestamp.
             let now = now() / 1000;
-            signature::sign(&self.secrets, &report.call_id, now, &report.body, &mut headers);
-            let outcome = match self.attempt(&target, headers.clone(), report.body.clone()).await {
-                Ok(answer) => Ok(Reply { status: answer.status(), pause: asked_pause(&answer) }),
-                Err(client::Error::NotAllowed) => return Err(Invalid::NotAllowed.into()),
+            signature::sign(&self.secrets, &payload.call_id, now, &payload.body, &mut headers);
+            let outcome = match self.attempt(&target, headers.clone(), payload.body.clone()).await {
+                Ok(response) => Ok(ReceiverResponse {
+                    status: response.status(),
+                    delay: requested_delay(&response),
+                }),
+                Err(client::Error::NotAllowed) => return Err(CallbackUrlError::NotAllowed.into()),
                 Err(client::Error::Own) => {
-                    let (local, wish) = self.local(&target, report)?;
-                    let body = report.body.clone();
-                    let status = local.execute(&wish, &headers, body, &mut queued_as).await;
-                    Ok(Reply { status, pause: Duration::ZERO })
+                    let (local, local_call) = self.local(&target, payload)?;
+                    let body = payload.body.clone();
+                    let status = local.execute(&local_call, &headers, body, &mut queued_as).await;
+                    Ok(ReceiverResponse { status, delay: Duration::ZERO })
                 }
                 Err(error) => Err(error),
             };
-            let last_one = attempts >= self.pace.attempts;
-            let asked = match outcome {
-                Ok(Reply { status, pause }) => match verdict(status) {
-                    Verdict::Taken => return Ok(()),
-                    Verdict::Again if !last_one => pause,
-                    Verdict::Again | Verdict::Refused => {
-                        return Err(Error::Answered { status, attempts });
+            let last_one = attempts >= self.retry.attempts;
+            let requested = match outcome {
+                Ok(ReceiverResponse { status, delay }) => match verdict(status) {
+                    Verdict::Accepted => return Ok(()),
+                    Verdict::Retry if !last_one => delay,
+                    Verdict::Retry | Verdict::Rejected => {
+                        return Err(Error::UnexpectedStatus { status, attempts });
                     }
                 },
-                Err(last) if last_one => return Err(Error::Unsent { attempts, last }),
+                Err(last) if last_one => return Err(Error::NotSent { attempts, last }),
                 Err(error) => {
-                    let id = &report.call_id;
-                    tracing::debug!(call_id = id, %target, error = %ErrorChain(&error), attempts, "A callback was not sent");
+                    let id = &payload.call_id;
+                    tracing::debug!(call_id = id, %target, error = %ErrorChain(&error), attempts, "An attempt to send a callback failed");
                     Duration::ZERO
                 }
             };
-            let Pace { min_wait, max_wait, .. } = self.pace;
-            let pause = retry::backoff(min_wait, max_wait, attempts, random());
-            tokio::time::sleep(pause.max(asked.min(max_wait))).await;
+            let CallbackRetry { min_wait, max_wait, .. } = self.retry;
+            let delay = retry::backoff(min_wait, max_wait, attempts, random());
+            tokio::time::sleep(delay.max(requested.min(max_wait))).await;
         }
-        unreachable!("one attempt is the last")
+        unreachable!("the loop returns at the last attempt")
     }
 
-    /// What executes a callback to the gateway itself, and what that is.
+    /// Returns the executor for a callback to the gateway itself, and the parsed call.
     fn local<'a>(
         &'a self,
-        target: &'a Target,
-        report: &Report,
-    ) -> Result<(&'a Local, Wish<'a>), Error> {
-        let (Some(local), Some(wish)) = (&self.local, Wish::of(target)) else {
-            return Err(Invalid::NotAllowed.into());
+        target: &'a CallbackTarget,
+        payload: &CallbackPayload,
+    ) -> Result<(&'a LocalExecutor, LocalCall<'a>), Error> {
+        let (Some(local), Some(local_call)) = (&self.local, LocalCall::parse(target)) else {
+            return Err(CallbackUrlError::NotAllowed.into());
         };
-        if report.callbacks >= chain::MAX { Err(Error::CallbackLoop) } else { Ok((local, wish)) }
+        if payload.callbacks >= callback_chain::MAX_LENGTH {
+            Err(Error::CallbackLoop)
+        } else {
+            Ok((local, local_call))
+        }
     }
 
     async fn attempt(
         &self,
-        target: &Target,
+        target: &CallbackTarget,
         headers: HeaderMap,
         body: Bytes,
     ) -> Result<Response<UpstreamBody>, client::Error> {
@@ -232,47 +241,47 @@ impl Callbacks {
         *request.uri_mut() = target.uri.clone();
         *request.headers_mut() = headers;
         let watch = Arc::new(Watch::new());
-        watch.call_until(Instant::now() + self.pace.timeout);
-        let answered = self.client.send(&target.origin, request, &watch);
-        match tokio::time::timeout(self.pace.timeout, answered).await {
-            Ok(answered) => answered,
+        watch.call_until(Instant::now() + self.retry.timeout);
+        let sent = self.client.send(&target.origin, request, &watch);
+        match tokio::time::timeout(self.retry.timeout, sent).await {
+            Ok(sent) => sent,
             Err(_) => Err(client::Error::Timeout),
         }
     }
 }
 
-/// What a receiver's answer means.
+/// The meaning of the receiver's status.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Verdict {
-    Taken,
-    Refused,
-    Again,
+    Accepted,
+    Rejected,
+    Retry,
 }
 
 fn verdict(status: StatusCode) -> Verdict {
     match status.as_u16() {
-        200..300 => Verdict::Taken,
-        408 | 425 | 429 => Verdict::Again,
-        // Redirects are not followed: they could lead to where callbacks may not go.
-        300..500 => Verdict::Refused,
-        // A chain of callbacks that is too long: it does not become shorter.
-        508 => Verdict::Refused,
-        _ => Verdict::Again,
+        200..300 => Verdict::Accepted,
+        408 | 425 | 429 => Verdict::Retry,
+        // Redirects are not followed: they could lead to an address that is not allowed.
+        300..500 => Verdict::Rejected,
+        // Too many callbacks in a row: a retry would fail, too.
+        508 => Verdict::Rejected,
+        _ => Verdict::Retry,
     }
 }
 
-/// The pause that the receiver asks for.
-fn asked_pause(answer: &Response<UpstreamBody>) -> Duration {
-    let value = answer.headers().get(RETRY_AFTER);
+/// Returns the delay that the receiver requests.
+fn requested_delay(response: &Response<UpstreamBody>) -> Duration {
+    let value = response.headers().get(RETRY_AFTER);
     value.and_then(|v| retry::parse_retry_after(v, SystemTime::now())).unwrap_or_default()
 }
 
-/// A number from 0 up to 1, by chance.
+/// Returns a random number from 0 up to, but excluding, 1.
 pub fn random() -> f64 {
     const BITS: u32 = 53;
-    // Of a UUID of version 4 the last 62 bits are drawn.
-    let drawn = Uuid::new_v4().as_u128() & ((1 << BITS) - 1);
-    drawn as f64 / (1_u64 << BITS) as f64
+    // The last 62 bits of a version 4 UUID are random.
+    let random = Uuid::new_v4().as_u128() & ((1 << BITS) - 1);
+    random as f64 / (1_u64 << BITS) as f64
 }
 
 #[cfg(test)]
@@ -280,29 +289,31 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_answer_is_final_or_not() {
+    fn the_status_decides_whether_a_callback_is_retried() {
         for (status, expect) in [
-            (200, Verdict::Taken),
-            (204, Verdict::Taken),
-            (302, Verdict::Refused),
-            (400, Verdict::Refused),
-            (404, Verdict::Refused),
-            (408, Verdict::Again),
-            (410, Verdict::Refused),
-            (425, Verdict::Again),
-            (429, Verdict::Again),
-            (500, Verdict::Again),
-            (503, Verdict::Again),
-            (508, Verdict::Refused),
+            (200, Verdict::Accepted),
+            (204, Verdict::Accepted),
+            (302, Verdict::Rejected),
+            (400, Verdict::Rejected),
+            (404, Verdict::Rejected),
+            (408, Verdict::Retry),
+            (410, Verdict::Rejected),
+            (425, Verdict::Retry),
+            (429, Verdict::Retry),
+            (500, Verdict::Retry),
+            (503, Verdict::Retry),
+            (508, Verdict::Rejected),
         ] {
             assert_eq!(verdict(StatusCode::from_u16(status).unwrap()), expect, "{status}");
         }
     }
 
     #[test]
-    fn chance_is_between_nothing_and_all() {
-        let drawn: Vec<f64> = (0..100).map(|_| random()).collect();
-        assert!(drawn.iter().all(|drawn| (0.0..1.0).contains(drawn)), "{drawn:?}");
-        assert!(drawn.iter().any(|drawn| *drawn < 0.5) && drawn.iter().any(|drawn| *drawn > 0.5));
+    fn random_numbers_are_between_0_and_1() {
+        let random: Vec<f64> = (0..100).map(|_| random()).collect();
+        assert!(random.iter().all(|random| (0.0..1.0).contains(random)), "{random:?}");
+        assert!(
+            random.iter().any(|random| *random < 0.5) && random.iter().any(|random| *random > 0.5)
+        );
     }
 }

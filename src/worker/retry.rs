@@ -1,5 +1,5 @@
-//! What comes after an attempt at a call: it is over, or it is made again, some time later. No I/O, no clock; chance
-//! is handed in.
+//! Decides after an attempt whether the call is finished or retried, and when. No I/O and no clock; random numbers are
+//! passed in.
 
 use std::time::{Duration, SystemTime};
 
@@ -7,33 +7,33 @@ use http::HeaderValue;
 
 use crate::config::duration;
 
-const ATTEMPTS: &str = "com.openfaas.retry.attempts";
-const CODES: &str = "com.openfaas.retry.codes";
-const MIN_WAIT: &str = "com.openfaas.retry.min_wait";
-const MAX_WAIT: &str = "com.openfaas.retry.max_wait";
+const ATTEMPTS_ANNOTATION: &str = "com.openfaas.retry.attempts";
+const CODES_ANNOTATION: &str = "com.openfaas.retry.codes";
+const MIN_WAIT_ANNOTATION: &str = "com.openfaas.retry.min_wait";
+const MAX_WAIT_ANNOTATION: &str = "com.openfaas.retry.max_wait";
 
-/// More attempts than this keep a worker busy with what does not work.
-const MOST_ATTEMPTS: u32 = 100;
-/// Less of a pause is none: a function that fails at once would be called in a tight loop.
-const SHORTEST_WAIT: Duration = Duration::from_millis(100);
-const LONGEST_WAIT: Duration = Duration::from_secs(24 * 60 * 60);
-/// What a function may ask for by `Retry-After`.
-const LONGEST_RETRY_AFTER: Duration = Duration::from_secs(60 * 60);
+/// Maximum number of attempts that an annotation can set: more would keep a worker busy with a failing call.
+const MAX_ATTEMPTS: u32 = 100;
+/// Minimum of a configurable delay: a function that fails immediately must not be called in a tight loop.
+const MIN_WAIT: Duration = Duration::from_millis(100);
+const MAX_WAIT: Duration = Duration::from_secs(24 * 60 * 60);
+/// Maximum delay that a function can request by `Retry-After`.
+const MAX_RETRY_AFTER: Duration = Duration::from_secs(60 * 60);
 
-/// How often a call is made, and after which answers.
+/// How often, when, and after which responses a call is retried.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Policy {
-    /// In all, the first one included; never 0.
+pub struct RetryPolicy {
+    /// Maximum number of attempts, including the first one; never 0.
     pub attempts: u32,
-    /// The statuses after which it is made again.
+    /// Status codes after which the call is retried.
     pub codes: Vec<u16>,
-    /// The first pause is at most this.
+    /// Maximum of the first delay.
     pub min_wait: Duration,
-    /// No pause is longer, unless the function asks for it.
+    /// Maximum of all delays, unless `Retry-After` asks for a longer one.
     pub max_wait: Duration,
 }
 
-impl Default for Policy {
+impl Default for RetryPolicy {
     fn default() -> Self {
         Self {
             attempts: 5,
@@ -44,11 +44,11 @@ impl Default for Policy {
     }
 }
 
-impl Policy {
-    /// This policy with what a function's annotations say instead, and a warning for each value that says nothing
-    /// usable. A value beyond a limit is brought to it; no attempts count as one.
+impl RetryPolicy {
+    /// Returns this policy with the values in a function's annotations, and a warning for each invalid value. Values
+    /// outside the limits are clamped; 0 attempts count as one.
     #[must_use]
-    pub fn annotated<'a>(
+    pub fn with_annotations<'a>(
         mut self,
         annotation: impl Fn(&str) -> Option<&'a str>,
     ) -> (Self, Vec<String>) {
@@ -57,28 +57,30 @@ impl Policy {
         let mut warn = |name: &str, value: &str, expected: &str| {
             warnings.push(format!("{name}: {value:?} is not {expected}"));
         };
-        if let Some(text) = value(ATTEMPTS) {
+        if let Some(text) = value(ATTEMPTS_ANNOTATION) {
             match text.parse::<u32>() {
-                Ok(attempts) => self.attempts = attempts.clamp(1, MOST_ATTEMPTS),
-                Err(_) => warn(ATTEMPTS, text, "a number of attempts"),
+                Ok(attempts) => self.attempts = attempts.clamp(1, MAX_ATTEMPTS),
+                Err(_) => warn(ATTEMPTS_ANNOTATION, text, "a number of attempts"),
             }
         }
-        if let Some(text) = value(CODES) {
+        if let Some(text) = value(CODES_ANNOTATION) {
             let mut codes = Vec::new();
             for part in text.split(',').map(str::trim).filter(|part| !part.is_empty()) {
                 match part.parse() {
                     Ok(code) if (400..600).contains(&code) => codes.push(code),
-                    _ => warn(CODES, part, "a status from 400 to 599"),
+                    _ => warn(CODES_ANNOTATION, part, "a status from 400 to 599"),
                 }
             }
             if !codes.is_empty() {
                 self.codes = codes;
             }
         }
-        for (name, wait) in [(MIN_WAIT, &mut self.min_wait), (MAX_WAIT, &mut self.max_wait)] {
+        for (name, wait) in
+            [(MIN_WAIT_ANNOTATION, &mut self.min_wait), (MAX_WAIT_ANNOTATION, &mut self.max_wait)]
+        {
             let Some(text) = value(name) else { continue };
             match duration::parse(text) {
-                Some(parsed) => *wait = parsed.clamp(SHORTEST_WAIT, LONGEST_WAIT),
+                Some(parsed) => *wait = parsed.clamp(MIN_WAIT, MAX_WAIT),
                 None => warn(name, text, duration::EXPECTED),
             }
         }
@@ -86,40 +88,40 @@ impl Policy {
         (self, warnings)
     }
 
-    /// This policy for a caller that wants no more than `attempts`, if it said so.
+    /// Returns this policy with at most `attempts` attempts.
     #[must_use]
-    pub fn at_most(mut self, attempts: Option<u32>) -> Self {
+    pub fn capped(mut self, attempts: Option<u32>) -> Self {
         self.attempts = self.attempts.min(attempts.unwrap_or(u32::MAX)).max(1);
         self
     }
 }
 
-/// How an attempt ended.
+/// The result of an attempt.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Outcome {
-    /// `None`: the function was out of reach.
+    /// Status of the response; `None` if the function was unreachable.
     pub status: Option<u16>,
-    /// How long the function asks to be left alone.
+    /// Delay that the function requests by `Retry-After`.
     pub retry_after: Option<Duration>,
 }
 
-/// What comes next.
+/// What is done with the call next.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Decision {
-    /// It is over, and well.
+    /// It has succeeded.
     Succeeded,
-    /// It is over: the answer is an error that another attempt would not change.
+    /// It has failed: the response is an error that another attempt would not change.
     Failed,
-    /// It is made again, not before this time has passed.
+    /// It is retried, not before this delay has passed.
     RetryIn(Duration),
-    /// It goes to the dead letters: the last attempt failed, too.
-    Bury,
+    /// It becomes a dead letter: its last attempt has failed.
+    DeadLetter,
 }
 
-/// Decides what comes after the attempt that ended with `outcome`, the last of `attempts_made`.
+/// Decides what to do after the last of `attempts_made` attempts, which ended with `outcome`.
 ///
-/// An answer below 400 is a success, a redirect included: what it means is for the caller to say.
-pub fn decide(policy: &Policy, attempts_made: u32, outcome: Outcome, random: f64) -> Decision {
+/// A response below 400 is a success, including redirects, which the client may interpret.
+pub fn decide(policy: &RetryPolicy, attempts_made: u32, outcome: Outcome, random: f64) -> Decision {
     match outcome.status {
         Some(status) if policy.codes.contains(&status) => {}
         Some(..400) => return Decision::Succeeded,
@@ -127,23 +129,23 @@ pub fn decide(policy: &Policy, attempts_made: u32, outcome: Outcome, random: f64
         None => {}
     }
     if attempts_made >= policy.attempts {
-        return Decision::Bury;
+        return Decision::DeadLetter;
     }
-    let floor = outcome.retry_after.unwrap_or_default().min(LONGEST_RETRY_AFTER);
-    let pause = backoff(policy.min_wait, policy.max_wait, attempts_made, random);
-    Decision::RetryIn(pause.max(floor))
+    let floor = outcome.retry_after.unwrap_or_default().min(MAX_RETRY_AFTER);
+    let delay = backoff(policy.min_wait, policy.max_wait, attempts_made, random);
+    Decision::RetryIn(delay.max(floor))
 }
 
-/// The pause after the attempt number `attempts_made`: full jitter, that is `random` (0 to 1) of a ceiling that doubles
-/// from `min` to `max`. At least a tenth of `min`, since a pause of nothing spares nobody.
+/// Returns the delay after the attempt number `attempts_made`: full jitter, that is the fraction `random` (0 to 1) of
+/// a ceiling that doubles from `min` to `max`, but at least a tenth of `min`.
 pub fn backoff(min: Duration, max: Duration, attempts_made: u32, random: f64) -> Duration {
     let doublings = attempts_made.saturating_sub(1).min(31);
     let ceiling = min.saturating_mul(1 << doublings).min(max);
-    let drawn = Duration::try_from_secs_f64(ceiling.as_secs_f64() * random).unwrap_or(ceiling);
-    drawn.min(ceiling).max(min / 10)
+    let jittered = Duration::try_from_secs_f64(ceiling.as_secs_f64() * random).unwrap_or(ceiling);
+    jittered.min(ceiling).max(min / 10)
 }
 
-/// How long `Retry-After` asks for, be it in seconds or by a date, which is a pause of nothing when it has passed.
+/// Parses `Retry-After`, in seconds or as a date. A date in the past is a delay of zero.
 pub fn parse_retry_after(value: &HeaderValue, now: SystemTime) -> Option<Duration> {
     let text = value.to_str().ok()?.trim();
     if !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit()) {
@@ -160,13 +162,17 @@ mod tests {
     const SECOND: Duration = Duration::from_secs(1);
 
     #[track_caller]
-    fn check(made: u32, status: Option<u16>, expect: Decision) {
+    fn check(attempts_made: u32, status: Option<u16>, expect: Decision) {
         let outcome = Outcome { status, retry_after: None };
-        assert_eq!(decide(&Policy::default(), made, outcome, 1.0), expect, "{status:?}");
+        assert_eq!(
+            decide(&RetryPolicy::default(), attempts_made, outcome, 1.0),
+            expect,
+            "{status:?}"
+        );
     }
 
     #[test]
-    fn an_answer_ends_a_call_or_has_it_made_again() {
+    fn the_status_decides_whether_a_call_is_retried() {
         check(1, Some(200), Decision::Succeeded);
         check(1, Some(302), Decision::Succeeded);
         check(5, Some(202), Decision::Succeeded);
@@ -180,64 +186,64 @@ mod tests {
     }
 
     #[test]
-    fn the_last_attempt_is_followed_by_none() {
+    fn no_retry_follows_the_last_attempt() {
         check(4, Some(500), Decision::RetryIn(80 * SECOND));
-        check(5, Some(500), Decision::Bury);
-        check(6, None, Decision::Bury);
+        check(5, Some(500), Decision::DeadLetter);
+        check(6, None, Decision::DeadLetter);
         check(5, Some(404), Decision::Failed);
     }
 
     #[test]
-    fn pauses_double_up_to_the_longest() {
+    fn delays_double_up_to_the_maximum() {
         let (min, max) = (10 * SECOND, 120 * SECOND);
-        for (made, seconds) in
+        for (attempts_made, seconds) in
             [(0, 10), (1, 10), (2, 20), (3, 40), (4, 80), (5, 120), (60, 120), (u32::MAX, 120)]
         {
-            assert_eq!(backoff(min, max, made, 1.0), seconds * SECOND, "{made}");
+            assert_eq!(backoff(min, max, attempts_made, 1.0), seconds * SECOND, "{attempts_made}");
         }
     }
 
     #[test]
-    fn chance_takes_of_a_pause_what_it_will_but_for_a_tenth_of_the_shortest() {
-        let pause = |random| backoff(10 * SECOND, 120 * SECOND, 2, random);
+    fn jitter_leaves_at_least_a_tenth_of_the_minimum_delay() {
+        let delay = |random| backoff(10 * SECOND, 120 * SECOND, 2, random);
         for (random, expect) in [
             (0.0, SECOND),
             (0.01, SECOND),
             (0.25, 5 * SECOND),
             (0.5, 10 * SECOND),
             (1.0, 20 * SECOND),
-            // No chance at all, but no reason to panic.
+            // Out of range, but must not panic.
             (f64::NAN, 20 * SECOND),
             (-1.0, 20 * SECOND),
             (7.0, 20 * SECOND),
         ] {
-            assert_eq!(pause(random), expect, "{random}");
+            assert_eq!(delay(random), expect, "{random}");
         }
     }
 
     #[test]
-    fn a_function_may_ask_for_a_longer_pause_up_to_an_hour() {
+    fn retry_after_extends_the_delay_up_to_an_hour() {
         for (asked, expect) in [(0, 10), (5, 10), (300, 300), (3600, 3600), (u64::MAX, 3600)] {
             let retry_after = Some(Duration::from_secs(asked));
             let outcome = Outcome { status: Some(503), retry_after };
-            let got = decide(&Policy::default(), 1, outcome, 1.0);
+            let got = decide(&RetryPolicy::default(), 1, outcome, 1.0);
             assert_eq!(got, Decision::RetryIn(expect * SECOND), "{asked}");
         }
     }
 
     #[test]
-    fn annotations_override_one_by_one() {
+    fn each_annotation_overrides_one_value() {
         let read = |pairs: &[(&str, &'static str)]| {
             let find = |name: &str| {
                 pairs.iter().find(|(n, _)| name == format!("com.openfaas.retry.{n}")).map(|p| p.1)
             };
-            let (policy, warnings) = Policy::default().annotated(find);
-            let Policy { attempts, codes, min_wait, max_wait } = policy;
+            let (policy, warnings) = RetryPolicy::default().with_annotations(find);
+            let RetryPolicy { attempts, codes, min_wait, max_wait } = policy;
             (attempts, codes, min_wait.as_millis(), max_wait.as_millis(), warnings.len())
         };
-        let usual = vec![408, 429, 500, 502, 503, 504];
+        let default_codes = vec![408, 429, 500, 502, 503, 504];
         let cases: [(&[_], _); 10] = [
-            (&[], (5, usual.clone(), 10_000, 120_000, 0)),
+            (&[], (5, default_codes.clone(), 10_000, 120_000, 0)),
             (
                 &[
                     ("attempts", "3"),
@@ -247,14 +253,20 @@ mod tests {
                 ],
                 (3, vec![404, 503], 1000, 90_000, 0),
             ),
-            (&[("attempts", "0")], (1, usual.clone(), 10_000, 120_000, 0)),
-            (&[("attempts", "1000000")], (100, usual.clone(), 10_000, 120_000, 0)),
-            (&[("attempts", "-1"), ("min_wait", "2s")], (5, usual.clone(), 2000, 120_000, 1)),
+            (&[("attempts", "0")], (1, default_codes.clone(), 10_000, 120_000, 0)),
+            (&[("attempts", "1000000")], (100, default_codes.clone(), 10_000, 120_000, 0)),
+            (
+                &[("attempts", "-1"), ("min_wait", "2s")],
+                (5, default_codes.clone(), 2000, 120_000, 1),
+            ),
             (&[("codes", "200,x,418,,700")], (5, vec![418], 10_000, 120_000, 3)),
-            (&[("codes", "soon")], (5, usual.clone(), 10_000, 120_000, 1)),
-            (&[("min_wait", "0s"), ("max_wait", "soon")], (5, usual.clone(), 100, 120_000, 1)),
-            (&[("min_wait", "5m")], (5, usual.clone(), 300_000, 300_000, 0)),
-            (&[("max_wait", "9999h"), ("codes", " ")], (5, usual, 10_000, 86_400_000, 0)),
+            (&[("codes", "soon")], (5, default_codes.clone(), 10_000, 120_000, 1)),
+            (
+                &[("min_wait", "0s"), ("max_wait", "soon")],
+                (5, default_codes.clone(), 100, 120_000, 1),
+            ),
+            (&[("min_wait", "5m")], (5, default_codes.clone(), 300_000, 300_000, 0)),
+            (&[("max_wait", "9999h"), ("codes", " ")], (5, default_codes, 10_000, 86_400_000, 0)),
         ];
         for (annotations, expect) in cases {
             assert_eq!(read(annotations), expect, "{annotations:?}");
@@ -262,9 +274,9 @@ mod tests {
     }
 
     #[test]
-    fn the_lower_count_of_attempts_holds() {
+    fn the_lower_maximum_of_attempts_applies() {
         for (asked, expect) in [(None, 5), (Some(2), 2), (Some(9), 5), (Some(0), 1)] {
-            assert_eq!(Policy::default().at_most(asked).attempts, expect, "{asked:?}");
+            assert_eq!(RetryPolicy::default().capped(asked).attempts, expect, "{asked:?}");
         }
     }
 

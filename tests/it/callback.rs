@@ -6,32 +6,32 @@ use std::time::Duration;
 use bytes::Bytes;
 use gateway::config::allowlist::CallbackAllowlist;
 use gateway::proxy::client::Tls;
-use gateway::worker::callback::own::Own;
+use gateway::worker::callback::own_addresses::OwnAddresses;
 use gateway::worker::callback::signature::Secret;
-use gateway::worker::callback::target::Invalid;
-use gateway::worker::callback::{Callbacks, Error, Pace, Report};
+use gateway::worker::callback::target::CallbackUrlError;
+use gateway::worker::callback::{CallbackPayload, CallbackRetry, CallbackSender, Error};
 use http::{HeaderMap, HeaderName, HeaderValue, StatusCode};
 
 use crate::support::provider::{Call, Provider};
 use crate::support::{eventually, webhook, within};
 
 /// A pace at which a test need not wait.
-const QUICK: Pace = Pace {
+const QUICK: CallbackRetry = CallbackRetry {
     attempts: 3,
     timeout: Duration::from_secs(10),
     min_wait: Duration::from_millis(1),
     max_wait: Duration::from_millis(2),
 };
 
-fn callbacks(allow: &str, secret: Option<&str>) -> Callbacks {
+fn callbacks(allow: &str, secret: Option<&str>) -> CallbackSender {
     paced(allow, secret, QUICK)
 }
 
-fn paced(allow: &str, secret: Option<&str>, pace: Pace) -> Callbacks {
+fn paced(allow: &str, secret: Option<&str>, pace: CallbackRetry) -> CallbackSender {
     let secrets = secret.iter().map(|secret| Secret::parse(secret.as_bytes()).unwrap()).collect();
-    Callbacks::new(
+    CallbackSender::new(
         CallbackAllowlist::parse(allow).unwrap(),
-        Own::default(),
+        OwnAddresses::default(),
         secrets,
         pace,
         Tls::default(),
@@ -58,19 +58,19 @@ fn url(receiver: &Provider) -> String {
     format!("{}/function/hook", receiver.url())
 }
 
-fn report(headers: &[(&'static str, &'static str)], body: &'static str) -> Report {
+fn report(headers: &[(&'static str, &'static str)], body: &'static str) -> CallbackPayload {
     let headers: HeaderMap = headers
         .iter()
         .map(|(n, v)| (HeaderName::from_static(n), HeaderValue::from_static(v)))
         .collect();
-    Report {
+    CallbackPayload {
         call_id: "id-1".to_owned(),
         function: "echo.dev".to_owned(),
         status: 418,
         headers,
         body: Bytes::from_static(body.as_bytes()),
         truncated: false,
-        took: Duration::from_micros(1_123_456),
+        duration: Duration::from_micros(1_123_456),
         attempts: 2,
         max_attempts: 5,
         callbacks: 0,
@@ -79,7 +79,7 @@ fn report(headers: &[(&'static str, &'static str)], body: &'static str) -> Repor
 }
 
 /// Sends an empty report and returns how that went.
-async fn send(callbacks: &Callbacks, url: &str) -> Result<(), Error> {
+async fn send(callbacks: &CallbackSender, url: &str) -> Result<(), Error> {
     within("a callback", callbacks.send(url, &report(&[], ""))).await
 }
 
@@ -183,7 +183,7 @@ async fn a_callback_to_this_host_is_refused_however_it_is_written() {
         ["127.0.0.1", "[::ffff:127.0.0.1]", "[::1]", "0.0.0.0", "localhost", "2130706433", "127.1"]
     {
         let failed = send(&callbacks, &format!("http://{host}:{port}/function/hook")).await;
-        let refused = matches!(failed, Err(Error::Invalid(Invalid::NotAllowed)));
+        let refused = matches!(failed, Err(Error::Invalid(CallbackUrlError::NotAllowed)));
         assert!(refused, "{host}: {failed:?}");
         let said = failed.unwrap_err().to_string();
         assert_eq!(said, "the callback's address is not allowed");
@@ -230,7 +230,8 @@ async fn a_callback_that_fails_is_sent_again_until_it_is_taken() {
 async fn a_callback_is_given_up_after_its_last_attempt() {
     let receiver = receiver(&["503 X"]);
     let failed = send(&callbacks("loopback", None), &url(&receiver)).await;
-    let Err(Error::Answered { status: StatusCode::SERVICE_UNAVAILABLE, attempts: 3 }) = failed
+    let Err(Error::UnexpectedStatus { status: StatusCode::SERVICE_UNAVAILABLE, attempts: 3 }) =
+        failed
     else {
         panic!("{failed:?}")
     };
@@ -241,7 +242,7 @@ async fn a_callback_is_given_up_after_its_last_attempt() {
 async fn a_receivers_no_is_final() {
     let receiver = receiver(&["410 X"]);
     let failed = send(&callbacks("loopback", None), &url(&receiver)).await;
-    let Err(Error::Answered { status: StatusCode::GONE, attempts: 1 }) = failed else {
+    let Err(Error::UnexpectedStatus { status: StatusCode::GONE, attempts: 1 }) = failed else {
         panic!("{failed:?}")
     };
     assert_eq!(receiver.calls(), 1);
@@ -258,7 +259,10 @@ async fn a_redirect_is_not_followed() {
         let head = format!("HTTP/1.1 302 X\r\n{location}\r\nContent-Length: 0\r\n\r\n");
         call.wire.send(head).await;
     });
-    assert!(matches!(failed, Err(Error::Answered { status: StatusCode::FOUND, .. })), "{failed:?}");
+    assert!(
+        matches!(failed, Err(Error::UnexpectedStatus { status: StatusCode::FOUND, .. })),
+        "{failed:?}"
+    );
     // Nor tried again: it would be the same.
     assert_eq!(by_hand.calls(), 1);
 }
@@ -267,9 +271,9 @@ async fn a_redirect_is_not_followed() {
 async fn a_receiver_that_says_nothing_is_not_waited_for() {
     // The calls lie in its queue, and their connections stay open.
     let receiver = Provider::by_hand();
-    let pace = Pace { timeout: Duration::from_millis(50), attempts: 2, ..QUICK };
+    let pace = CallbackRetry { timeout: Duration::from_millis(50), attempts: 2, ..QUICK };
     let failed = send(&paced("loopback", None, pace), &url(&receiver)).await;
-    let Err(Error::Unsent { attempts: 2, last }) = failed else { panic!("{failed:?}") };
+    let Err(Error::NotSent { attempts: 2, last }) = failed else { panic!("{failed:?}") };
     assert_eq!(last.to_string(), "the upstream did not answer in time");
 }
 
@@ -279,13 +283,13 @@ async fn a_receiver_that_is_away_is_tried_again() {
     let url = url(&receiver);
     drop(receiver);
     let failed = send(&callbacks("loopback", None), &url).await;
-    assert!(matches!(failed, Err(Error::Unsent { attempts: 3, .. })), "{failed:?}");
+    assert!(matches!(failed, Err(Error::NotSent { attempts: 3, .. })), "{failed:?}");
 }
 
 #[tokio::test]
 async fn what_is_said_of_a_failure_holds_no_address_and_no_secret() {
     // A resolver may take its time over a name that is none.
-    let pace = Pace { timeout: Duration::from_secs(1), ..QUICK };
+    let pace = CallbackRetry { timeout: Duration::from_secs(1), ..QUICK };
     let callbacks = paced("loopback", None, pace);
     for url in ["http://me:secret@127.0.0.1:1/token", "http://me:secret@nowhere.invalid/token", "x"]
     {
@@ -302,7 +306,7 @@ async fn a_body_that_was_cut_says_so() {
     let mut receiver = Provider::by_hand();
     let (callbacks, url) = (callbacks("loopback", None), url(&receiver));
     for (truncated, expect) in [(true, Some("true")), (false, None)] {
-        let report = Report { truncated, ..report(&[("x-truncated", "forged")], "part") };
+        let report = CallbackPayload { truncated, ..report(&[("x-truncated", "forged")], "part") };
         let (sent, head) = tokio::join!(callbacks.send(&url, &report), async {
             let mut call = receiver.call().await;
             call.answer(202, "").await;

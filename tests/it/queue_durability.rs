@@ -190,7 +190,7 @@ async fn a_call_waits_for_a_provider_that_is_away() {
     let gateway = away.start().await;
     let id = gateway.queued("echo", &[], "").await;
     // It has been made once; nobody says how it is to be retried.
-    gateway.logs("How it is to be retried is not known yet").await;
+    gateway.logs("The retry policy of a queued call is not known yet").await;
     assert_eq!(gateway.state(&id).await["state"], "running");
     let provider = patient().at(address).answering(async |mut call| {
         call.answer(200, "back").await;

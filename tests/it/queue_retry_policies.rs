@@ -7,8 +7,8 @@ use gateway::config::base_url::BaseUrl;
 use gateway::function::Function;
 use gateway::proxy::client::{Client, Origin, Tls};
 use gateway::queue::call::{CallOptions, QueuedCall};
-use gateway::worker::policies::{Pace, Policies};
-use gateway::worker::retry::Policy;
+use gateway::worker::retry::RetryPolicy;
+use gateway::worker::retry_policies::{CacheTiming, RetryPolicyCache};
 use http::HeaderMap;
 
 use crate::support::provider::{self, Provider};
@@ -31,7 +31,7 @@ async fn a_function_that_must_not_be_called_twice_is_not_though_its_provider_die
     let id = gateway.queued("echo", &[], "").await;
     let mut call = provider.call().await;
     call.body().await.unwrap();
-    gateway.logs("wants to be retried was heard").await;
+    gateway.logs("The retry policy of a function was fetched").await;
     drop((call, provider));
     let told = gateway.becomes(&id, "failed").await;
     assert_eq!((&told["attempts"], &told["dead"]), (&1.into(), &true.into()), "{told}");
@@ -44,21 +44,21 @@ async fn a_provider_that_comes_back_is_asked_before_a_call_is_made_again() {
     drop(provider);
     let gateway = away.start().await;
     let id = gateway.queued("echo", &[], "").await;
-    gateway.logs("How it is to be retried is not known yet").await;
+    gateway.logs("The retry policy of a queued call is not known yet").await;
     let provider = once().at(address).start();
     let told = gateway.becomes(&id, "failed").await;
     assert_eq!((&told["attempts"], &told["dead"]), (&1.into(), &true.into()), "{told}");
     assert_eq!(provider.calls(), 0);
 }
 
-const QUICK: Pace = Pace {
-    fresh: Duration::ZERO,
-    question: Duration::from_secs(10),
-    pause: Duration::from_millis(10),
-    patience: Duration::from_millis(300),
+const QUICK: CacheTiming = CacheTiming {
+    ttl: Duration::ZERO,
+    query_timeout: Duration::from_secs(10),
+    retry_interval: Duration::from_millis(10),
+    give_up_after: Duration::from_millis(300),
 };
 
-fn policies(url: &str, pace: Pace) -> Policies {
+fn retry_policies(url: &str, timing: CacheTiming) -> RetryPolicyCache {
     let url = BaseUrl::parse(url).unwrap();
     let client =
         Client::new(gateway::config::PoolLimits { total: 10, per_host: 10 }, Tls::default());
@@ -68,7 +68,7 @@ fn policies(url: &str, pace: Pace) -> Policies {
         credentials: None,
         timeout: Duration::from_secs(60),
     };
-    Policies::paced(provider, pace)
+    RetryPolicyCache::with_timing(provider, timing)
 }
 
 fn call() -> QueuedCall {
@@ -85,41 +85,43 @@ fn call() -> QueuedCall {
 #[tokio::test]
 async fn what_was_heard_last_holds_while_the_provider_is_away() {
     let provider = patient().start();
-    let policies = policies(&provider.url(), QUICK);
-    let known = policies.of(&call()).await;
+    let retry_policies = retry_policies(&provider.url(), QUICK);
+    let known = retry_policies.get(&call()).await;
     assert_eq!(known.attempts, 3);
     drop(provider);
     for _ in 0..3 {
-        assert_eq!(policies.of(&call()).await, known);
+        assert_eq!(retry_policies.get(&call()).await, known);
     }
 }
 
 #[tokio::test]
 async fn a_provider_that_never_said_anything_is_waited_for_no_longer_than_that() {
     let provider = Provider::by_hand();
-    let policies = policies(&provider.url(), QUICK);
+    let retry_policies = retry_policies(&provider.url(), QUICK);
     drop(provider);
     let began = Instant::now();
-    let policy = within("a policy", policies.of(&call())).await;
-    assert_eq!(policy, Policy::default());
-    assert!(began.elapsed() >= QUICK.patience, "{:?}", began.elapsed());
+    let policy = within("a policy", retry_policies.get(&call())).await;
+    assert_eq!(policy, RetryPolicy::default());
+    assert!(began.elapsed() >= QUICK.give_up_after, "{:?}", began.elapsed());
 }
 
 #[tokio::test]
 async fn a_provider_that_does_not_answer_is_not_waited_for_either() {
     // Connections to it are made, and never accepted.
     let silent = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let pace = Pace { question: Duration::from_millis(50), ..QUICK };
-    let policies = policies(&format!("http://{}", silent.local_addr().unwrap()), pace);
-    assert_eq!(within("a policy", policies.of(&call())).await, Policy::default());
+    let timing = CacheTiming { query_timeout: Duration::from_millis(50), ..QUICK };
+    let retry_policies =
+        retry_policies(&format!("http://{}", silent.local_addr().unwrap()), timing);
+    assert_eq!(within("a policy", retry_policies.get(&call())).await, RetryPolicy::default());
 }
 
 #[tokio::test]
 async fn one_question_at_a_time_is_asked_for_a_function() {
     let provider = patient().start();
-    let policies = policies(&provider.url(), Pace { fresh: Duration::from_secs(60), ..QUICK });
+    let retry_policies =
+        retry_policies(&provider.url(), CacheTiming { ttl: Duration::from_secs(60), ..QUICK });
     let call = call();
-    let heard = futures_util::future::join_all((0..50).map(|_| policies.of(&call))).await;
+    let heard = futures_util::future::join_all((0..50).map(|_| retry_policies.get(&call))).await;
     assert!(heard.iter().all(|policy| policy.attempts == 3));
     assert_eq!(provider.asked().len(), 1);
 }

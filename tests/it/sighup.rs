@@ -100,7 +100,7 @@ async fn with_a_terminal_up_stops_and_leaves_no_process_behind() {
         let told = String::from_utf8_lossy(&output.stdout).into_owned();
         let log = std::fs::read_to_string(directory.path().join("out")).unwrap();
         assert_eq!(told.lines().nth(1), Some("0"), "{how}: {told} {log}");
-        assert!(log.contains("Stopping: calls in flight may finish"), "{how}: {log}");
+        assert!(log.contains("Stopping: waiting for requests in flight"), "{how}: {log}");
         for id in replicas {
             eventually("no replica is left", async || !alive(id)).await;
         }
@@ -131,7 +131,7 @@ async fn serve_reads_its_credentials_again_and_goes_on() {
     std::fs::write(secrets.path().join("basic-auth-password"), "new").unwrap();
     gateway.signal(Signal::HUP);
     eventually("the new password holds", async || status("new").await == 200).await;
-    assert!(gateway.log().iter().any(|line| line.contains("SIGHUP: files are read again")));
+    assert!(gateway.log().iter().any(|line| line.contains("SIGHUP: reloading files")));
 }
 
 #[tokio::test]

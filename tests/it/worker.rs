@@ -86,7 +86,7 @@ async fn a_worker_without_a_provider_calls_through_the_gateway() {
     gateway.metrics_show("the gateway has counted", |it| it.text.contains(counted)).await;
     assert!(!worker.metrics().await.text.contains("gateway_function_invocation_total{"));
     worker.logs("what is in it").await;
-    worker.logs("Queued call made").await;
+    worker.logs("Queued call executed").await;
 }
 
 #[tokio::test]

@@ -1,14 +1,14 @@
-//! A callback's URL as Go takes it apart. No I/O.
+//! A callback URL in the structure of Go's `url.URL`. No I/O.
 
 use serde::Serialize;
 use serde::de::{Deserialize, Deserializer, IgnoredAny, MapAccess};
 use serde_json::{Map, Value};
 
-use crate::queue::stan::members::{self, Members, set};
+use crate::queue::stan::members::{self, Members, set_unless_null};
 
-/// The parts, in the order in which they are written.
+/// The members, in the order in which Go writes them.
 ///
-/// User and password have no place in it: Go writes that there are some, and not which.
+/// User name and password are not included: Go writes only that they exist.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "PascalCase")]
 pub(super) struct CallbackUrl {
@@ -16,37 +16,37 @@ pub(super) struct CallbackUrl {
     opaque: String,
     user: Option<Map<String, Value>>,
     host: String,
-    /// Decoded.
+    /// Percent-decoded.
     path: String,
     fragment: String,
     raw_query: String,
-    /// As it was written, unless that is what the decoded one is written as.
+    /// The original text, if encoding the decoded one would give another.
     raw_path: String,
     raw_fragment: String,
-    /// There is a `?`, and nothing behind it.
+    /// The URL ends with an empty query (`?`).
     force_query: bool,
     omit_host: bool,
 }
 
 impl Members for CallbackUrl {
-    fn read<'de, A: MapAccess<'de>>(
+    fn read_member<'de, A: MapAccess<'de>>(
         &mut self,
         name: &str,
         _: &str,
         map: &mut A,
     ) -> Result<(), A::Error> {
         match name {
-            "scheme" => set(&mut self.scheme, map),
-            "opaque" => set(&mut self.opaque, map),
+            "scheme" => set_unless_null(&mut self.scheme, map),
+            "opaque" => set_unless_null(&mut self.opaque, map),
             "user" => map.next_value().map(|user| self.user = user),
-            "host" => set(&mut self.host, map),
-            "path" => set(&mut self.path, map),
-            "fragment" => set(&mut self.fragment, map),
-            "rawquery" => set(&mut self.raw_query, map),
-            "rawpath" => set(&mut self.raw_path, map),
-            "rawfragment" => set(&mut self.raw_fragment, map),
-            "forcequery" => set(&mut self.force_query, map),
-            "omithost" => set(&mut self.omit_host, map),
+            "host" => set_unless_null(&mut self.host, map),
+            "path" => set_unless_null(&mut self.path, map),
+            "fragment" => set_unless_null(&mut self.fragment, map),
+            "rawquery" => set_unless_null(&mut self.raw_query, map),
+            "rawpath" => set_unless_null(&mut self.raw_path, map),
+            "rawfragment" => set_unless_null(&mut self.raw_fragment, map),
+            "forcequery" => set_unless_null(&mut self.force_query, map),
+            "omithost" => set_unless_null(&mut self.omit_host, map),
             _ => map.next_value::<IgnoredAny>().map(drop),
         }
     }
@@ -59,8 +59,8 @@ impl<'de> Deserialize<'de> for CallbackUrl {
 }
 
 impl CallbackUrl {
-    /// Takes an absolute URL apart; `None` if it is none.
-    pub(super) fn of(url: &str) -> Option<Self> {
+    /// Parses an absolute URL; `None` if `url` is not one.
+    pub(super) fn parse(url: &str) -> Option<Self> {
         let (scheme, rest) = url.split_once("://")?;
         let (rest, fragment) = rest.split_once('#').unwrap_or((rest, ""));
         let (rest, query) = match rest.split_once('?') {
@@ -72,8 +72,8 @@ impl CallbackUrl {
             Some((_, host)) => (Some(Map::new()), host),
             None => (None, authority),
         };
-        let (path, raw_path) = both(path, is_plain_in_path);
-        let (fragment, raw_fragment) = both(fragment, is_plain_in_fragment);
+        let (path, raw_path) = decode_and_raw(path, is_plain_in_path);
+        let (fragment, raw_fragment) = decode_and_raw(fragment, is_plain_in_fragment);
         Some(Self {
             scheme: scheme.to_ascii_lowercase(),
             user,
@@ -88,20 +88,20 @@ impl CallbackUrl {
         })
     }
 
-    /// The URL. `written` is how its caller wrote it, which alone has user and password.
-    pub(super) fn url(&self, written: Option<&str>) -> String {
+    /// Returns the URL. `written` is the client's original text, the only source of user name and password.
+    pub(super) fn to_url(&self, written: Option<&str>) -> String {
         if self.user.is_some()
             && let Some(written) = written
-            && Self::of(written).as_ref() == Some(self)
+            && Self::parse(written).as_ref() == Some(self)
         {
             return written.to_owned();
         }
         let path = match self.raw_path.as_str() {
-            "" => escaped(&self.path, is_plain_in_path),
+            "" => percent_encode(&self.path, is_plain_in_path),
             raw => raw.to_owned(),
         };
         let fragment = match self.raw_fragment.as_str() {
-            "" => escaped(&self.fragment, is_plain_in_fragment),
+            "" => percent_encode(&self.fragment, is_plain_in_fragment),
             raw => raw.to_owned(),
         };
         let mark = if self.raw_query.is_empty() && !self.force_query { "" } else { "?" };
@@ -111,17 +111,17 @@ impl CallbackUrl {
     }
 }
 
-/// `text` decoded, and as it is unless that is what the decoded one is written as.
-fn both(text: &str, is_plain: fn(u8) -> bool) -> (String, String) {
-    match decoded(text) {
-        Some(decoded) if escaped(&decoded, is_plain) == text => (decoded, String::new()),
+/// Returns `text` decoded, and the original if encoding the decoded text would not restore it.
+fn decode_and_raw(text: &str, is_plain: fn(u8) -> bool) -> (String, String) {
+    match percent_decode(text) {
+        Some(decoded) if percent_encode(&decoded, is_plain) == text => (decoded, String::new()),
         Some(decoded) => (decoded, text.to_owned()),
         None => (text.to_owned(), String::new()),
     }
 }
 
-/// `None` if an escape is none, or what it stands for is no text.
-fn decoded(text: &str) -> Option<String> {
+/// Decodes percent-encoding; `None` if an escape is invalid or the result is not UTF-8.
+fn percent_decode(text: &str) -> Option<String> {
     let mut bytes = Vec::with_capacity(text.len());
     let mut rest = text.as_bytes();
     while let Some((&byte, behind)) = rest.split_first() {
@@ -137,18 +137,18 @@ fn decoded(text: &str) -> Option<String> {
     String::from_utf8(bytes).ok()
 }
 
-/// `text` with all escaped that `is_plain` does not take.
-pub(super) fn escaped(text: &str, is_plain: fn(u8) -> bool) -> String {
+/// Percent-encodes all bytes of `text` that `is_plain` rejects.
+pub(super) fn percent_encode(text: &str, is_plain: fn(u8) -> bool) -> String {
     use std::fmt::Write as _;
-    let mut escaped = String::with_capacity(text.len());
+    let mut encoded = String::with_capacity(text.len());
     for byte in text.bytes() {
         match is_plain(byte) {
-            true => escaped.push(char::from(byte)),
-            // A string takes all.
-            false => drop(write!(escaped, "%{byte:02X}")),
+            true => encoded.push(char::from(byte)),
+            // Writing to a string does not fail.
+            false => drop(write!(encoded, "%{byte:02X}")),
         }
     }
-    escaped
+    encoded
 }
 
 fn is_plain_in_path(byte: u8) -> bool {
@@ -164,11 +164,11 @@ mod tests {
     use super::*;
 
     fn json(url: &str) -> String {
-        serde_json::to_string(&CallbackUrl::of(url).unwrap()).unwrap()
+        serde_json::to_string(&CallbackUrl::parse(url).unwrap()).unwrap()
     }
 
     #[test]
-    fn a_url_is_taken_apart_as_go_does() {
+    fn a_url_is_parsed_as_go_does() {
         let recorded = r#"{"Scheme":"http","Opaque":"","User":{},"Host":"127.0.0.1:8081","Path":"/function/callback","Fragment":"frag","RawQuery":"x=1","RawPath":"","RawFragment":"","ForceQuery":false,"OmitHost":false}"#;
         assert_eq!(json("http://user:pw@127.0.0.1:8081/function/callback?x=1#frag"), recorded);
         let bare = r#"{"Scheme":"https","Opaque":"","User":null,"Host":"h","Path":"","Fragment":"","RawQuery":"","RawPath":"","RawFragment":"","ForceQuery":true,"OmitHost":false}"#;
@@ -176,7 +176,7 @@ mod tests {
     }
 
     #[test]
-    fn what_decoding_would_lose_is_kept_beside_it() {
+    fn the_original_is_kept_if_decoding_loses_information() {
         for (url, path, raw) in [
             ("http://h/a%20b", "/a b", ""),
             ("http://h/a%2Fb", "/a/b", "/a%2Fb"),
@@ -185,13 +185,13 @@ mod tests {
             ("http://h/%zz", "/%zz", ""),
             ("http://h/100%", "/100%", ""),
         ] {
-            let taken = CallbackUrl::of(url).unwrap();
-            assert_eq!((taken.path.as_str(), taken.raw_path.as_str()), (path, raw), "{url}");
+            let parsed = CallbackUrl::parse(url).unwrap();
+            assert_eq!((parsed.path.as_str(), parsed.raw_path.as_str()), (path, raw), "{url}");
         }
     }
 
     #[test]
-    fn it_is_put_together_again() {
+    fn a_parsed_url_is_restored() {
         for url in [
             "http://h",
             "http://h:1/a%2Fb?c=%20&d",
@@ -200,13 +200,13 @@ mod tests {
             "http://user:pw@h/x?y",
             "http://h/#a?!%20b",
         ] {
-            assert_eq!(CallbackUrl::of(url).unwrap().url(Some(url)), url);
+            assert_eq!(CallbackUrl::parse(url).unwrap().to_url(Some(url)), url);
         }
-        let taken = CallbackUrl::of("http://user:pw@h/x#f").unwrap();
-        assert_eq!(taken.url(Some("http://user:pw@h/x#f")), "http://user:pw@h/x#f");
-        // Credentials go nowhere but where they were meant to.
-        assert_eq!(taken.url(Some("http://user:pw@elsewhere/x#f")), "http://h/x#f");
-        assert_eq!(taken.url(None), "http://h/x#f");
-        assert_eq!(CallbackUrl::of("h/x"), None);
+        let parsed = CallbackUrl::parse("http://user:pw@h/x#f").unwrap();
+        assert_eq!(parsed.to_url(Some("http://user:pw@h/x#f")), "http://user:pw@h/x#f");
+        // Credentials are used only for the URL that they were given for.
+        assert_eq!(parsed.to_url(Some("http://user:pw@elsewhere/x#f")), "http://h/x#f");
+        assert_eq!(parsed.to_url(None), "http://h/x#f");
+        assert_eq!(CallbackUrl::parse("h/x"), None);
     }
 }

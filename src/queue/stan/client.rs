@@ -1,5 +1,5 @@
-//! One client of a NATS Streaming cluster: registered under its id, alive as long as it answers the server's heartbeats,
-//! and registered anew whenever the server does not know it any more.
+//! A client of a NATS Streaming cluster. It registers under its id, answers the server's heartbeats, and registers
+//! again when the server does not know it any more.
 
 use std::future::Future;
 use std::sync::Arc;
@@ -13,82 +13,90 @@ use tokio::sync::{Notify, Semaphore, watch};
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
-use crate::queue::stan::nats::{Fault, Nats};
+use crate::queue::stan::nats::{NatsConnection, NatsError};
 use crate::queue::stan::proto::{
-    Close, Closed, ConnectRequest, ConnectResponse, PROTOCOL, Ping, Pong, Publish, Published,
+    Close, Closed, ConnectRequest, ConnectResponse, PROTOCOL_VERSION, Ping, Pong, Publish,
+    Published,
 };
 
-/// A server that finds the id taken asks whoever has it before it answers, and gives him time.
-const REGISTERING: Duration = Duration::from_secs(5);
-const CLOSING: Duration = Duration::from_secs(1);
-/// What was published is stored within this time, or the call is not taken in.
-const STORING: Duration = Duration::from_secs(5);
-/// For one that nobody waits for. It is not stored anew while the server may be at it: it would be there twice.
-const STORING_AT_LENGTH: Duration = Duration::from_secs(60);
-/// How long a call waits for a server that is away.
-const PATIENCE: Duration = Duration::from_millis(800);
-/// The pause before the second attempt to register; it doubles.
-const FIRST_PAUSE: Duration = Duration::from_millis(100);
-/// A session that has lasted for so long was no mere attempt.
-const SETTLED: Duration = Duration::from_secs(1);
-/// Messages on their way to be stored.
-const MOST_UNSTORED: usize = 1024;
-/// Seconds between two pings, and pings without an answer that mean that the server is gone.
-pub(super) const PING_INTERVAL: i32 = 5;
+/// Timeout of the registration. If the id is in use, the server first waits for a response of the client that has it.
+const REGISTER_TIMEOUT: Duration = Duration::from_secs(5);
+const CLOSE_TIMEOUT: Duration = Duration::from_secs(1);
+/// Timeout of a publish, after which the call counts as not enqueued.
+const PUBLISH_TIMEOUT: Duration = Duration::from_secs(5);
+/// Timeout of a publish that no client waits for. It is long because the message must not be published again while the
+/// server may still store it: it would be stored twice.
+const BACKGROUND_PUBLISH_TIMEOUT: Duration = Duration::from_secs(60);
+/// Time to wait for a connection and a session before a publish fails.
+const SESSION_TIMEOUT: Duration = Duration::from_millis(800);
+/// Delay before the second attempt to register, doubled after each further attempt.
+const MIN_REGISTER_BACKOFF: Duration = Duration::from_millis(100);
+/// A session that lasts this long counts as stable.
+const STABLE_SESSION_AFTER: Duration = Duration::from_secs(1);
+/// Maximum number of concurrent publishes.
+const MAX_UNCONFIRMED_PUBLISHES: usize = 1024;
+/// Ping settings that the client announces: seconds between pings, and unanswered pings after which the server counts
+/// as lost.
+pub(super) const PING_INTERVAL_SECONDS: i32 = 5;
 pub(super) const PING_MAX_OUT: i32 = 3;
-/// Between two pings at most: a server that stands still is noticed by them.
-const PROBING: Duration = Duration::from_millis(500);
-/// A server that has not been heard of for so long does not answer at this moment. Its session goes on.
-const SILENCE: Duration = Duration::from_millis(1500);
-/// How long a message waits for a server that does not answer at this moment: it may just be slow.
-const WAKING: Duration = Duration::from_secs(3);
-/// Signs of the server that follow each other so closely are not noted one by one.
-const SIGNS: Duration = Duration::from_millis(50);
-/// What the server says of an id that somebody has.
-const TAKEN: &str = "already registered";
+/// Actual interval of the pings, by which an unresponsive server is noticed.
+const PROBE_INTERVAL: Duration = Duration::from_millis(500);
+/// Time since the last contact after which the server counts as unresponsive. Its session remains.
+const UNRESPONSIVE_AFTER: Duration = Duration::from_millis(1500);
+/// Time to wait for an unresponsive server before a publish fails: it may only be slow.
+const RESPONSIVE_TIMEOUT: Duration = Duration::from_secs(3);
+/// Minimum interval between two updates of the last contact.
+const CONTACT_RESOLUTION: Duration = Duration::from_millis(50);
+/// Part of the server's error when another client has the id.
+const ID_IN_USE: &str = "already registered";
 
-/// The client.
+/// A client and its session.
 pub(super) struct Client {
-    nats: Nats,
+    nats: NatsConnection,
     cluster: String,
     id: String,
-    /// The longest pause between attempts to register.
-    longest_pause: Duration,
+    /// Maximum delay between attempts to register.
+    max_register_backoff: Duration,
     session: watch::Sender<Option<Arc<Session>>>,
-    /// Something failed that would not if the server knew us.
-    suspect: Notify,
-    unstored: Semaphore,
-    /// When the server was heard of last.
-    heard: watch::Sender<Instant>,
+    /// Notified after a failure that may be due to a lost session, to ping the server early.
+    ping_requested: Notify,
+    unconfirmed: Semaphore,
+    /// Time of the last contact with the server.
+    last_contact: watch::Sender<Instant>,
 }
 
-/// What the server knows us by, and where it wants to hear what.
+/// A registration: the connection id, and the subjects for requests to the server.
 #[derive(Debug)]
 pub(super) struct Session {
     connection: Bytes,
     pub(super) server: ConnectResponse,
 }
 
-/// Ends the session that there is.
-struct Over<'a>(&'a watch::Sender<Option<Arc<Session>>>);
+/// Ends the current session when it is dropped.
+struct SessionGuard<'a>(&'a watch::Sender<Option<Arc<Session>>>);
 
-impl Drop for Over<'_> {
+impl Drop for SessionGuard<'_> {
     fn drop(&mut self) {
         self.0.send_replace(None);
     }
 }
 
 impl Client {
-    pub(super) fn new(nats: Nats, cluster: &str, id: String, longest_pause: Duration) -> Self {
+    pub(super) fn new(
+        nats: NatsConnection,
+        cluster: &str,
+        id: String,
+        max_register_backoff: Duration,
+    ) -> Self {
         Self {
             nats,
             cluster: cluster.to_owned(),
             id,
-            longest_pause,
+            max_register_backoff,
             session: watch::Sender::new(None),
-            suspect: Notify::new(),
-            unstored: Semaphore::new(MOST_UNSTORED),
-            heard: watch::Sender::new(Instant::now()),
+            ping_requested: Notify::new(),
+            unconfirmed: Semaphore::new(MAX_UNCONFIRMED_PUBLISHES),
+            last_contact: watch::Sender::new(Instant::now()),
         }
     }
 
@@ -96,285 +104,302 @@ impl Client {
         &self.id
     }
 
-    /// The client is registered, and the server answers.
+    /// Returns whether the client is registered and the server responds.
     pub(super) fn is_usable(&self) -> bool {
-        self.session.borrow().is_some() && is_recent(&self.heard.borrow())
+        self.session.borrow().is_some() && is_recent(&self.last_contact.borrow())
     }
 
-    fn hears(&self) {
+    /// Records that the server has responded.
+    fn record_contact(&self) {
         let now = Instant::now();
-        self.heard.send_if_modified(|heard| {
-            let is_news = now.duration_since(*heard) >= SIGNS;
-            if is_news {
-                *heard = now;
+        self.last_contact.send_if_modified(|last_contact| {
+            let is_due = now.duration_since(*last_contact) >= CONTACT_RESOLUTION;
+            if is_due {
+                *last_contact = now;
             }
-            is_news
+            is_due
         });
     }
 
-    /// Keeps the client registered until `stopping`. `work` is done in each session; one in which it ends is given up.
+    /// Keeps the client registered until `stopping` is cancelled. Runs `work` in each session; when `work` returns,
+    /// the session is given up.
     pub(super) async fn run<W>(
         &self,
         stopping: &CancellationToken,
         work: impl Fn(Arc<Session>) -> W,
     ) where
-        W: Future<Output = Fault>,
+        W: Future<Output = NatsError>,
     {
-        let (mut pause, mut told, mut settled) = (FIRST_PAUSE, None, true);
+        let (mut backoff, mut last_logged, mut was_stable) = (MIN_REGISTER_BACKOFF, None, true);
         while !stopping.is_cancelled() {
-            let fault = tokio::select! {
-                // A registration that is cut short is one that the server lets go of by itself.
+            let error = tokio::select! {
+                // The server drops an interrupted registration by itself.
                 () = stopping.cancelled() => return,
                 registered = self.register() => match registered {
                     Ok((session, heartbeats)) => {
-                        if settled {
-                            tracing::info!(client = self.id, "NATS Streaming is there");
+                        if was_stable {
+                            tracing::info!(client = self.id, "Registered with NATS Streaming");
                         }
-                        let began = Instant::now();
-                        let fault = self.keep(session, heartbeats, stopping, &work).await;
-                        // One that ends at once is told of once, and not begun anew at once.
-                        settled = began.elapsed() >= SETTLED;
-                        if settled {
-                            (pause, told) = (FIRST_PAUSE, None);
+                        let started = Instant::now();
+                        let error = self.run_session(session, heartbeats, stopping, &work).await;
+                        // A session that ends immediately is logged once, and the backoff goes on.
+                        was_stable = started.elapsed() >= STABLE_SESSION_AFTER;
+                        if was_stable {
+                            (backoff, last_logged) = (MIN_REGISTER_BACKOFF, None);
                         }
-                        fault
+                        error
                     }
-                    Err(fault) => Some(fault),
+                    Err(error) => Some(error),
                 }
             };
-            let Some(fault) = fault else { return };
-            if told.as_ref() != Some(&fault) {
-                self.tell(&fault);
-                told = Some(fault);
+            let Some(error) = error else { return };
+            if last_logged.as_ref() != Some(&error) {
+                self.log_error(&error);
+                last_logged = Some(error);
             }
             tokio::select! {
                 () = stopping.cancelled() => {}
-                () = tokio::time::sleep(pause) => {}
+                () = tokio::time::sleep(backoff) => {}
             }
-            pause = (pause * 2).min(self.longest_pause);
+            backoff = (backoff * 2).min(self.max_register_backoff);
         }
     }
 
-    fn tell(&self, fault: &Fault) {
+    fn log_error(&self, error: &NatsError) {
         let client = &self.id;
-        match fault {
-            Fault::Refused(text) if text.contains(TAKEN) => tracing::warn!(
+        match error {
+            NatsError::Rejected(text) if text.contains(ID_IN_USE) => tracing::warn!(
                 client,
-                "NATS Streaming has another client with this id: waiting until it is gone"
+                "NATS Streaming has another client with this id: waiting for it to disconnect"
             ),
-            fault => tracing::warn!(client, error = %fault, "NATS Streaming is away: {fault}"),
+            error => {
+                tracing::warn!(client, error = %error, "NATS Streaming is unavailable: {error}")
+            }
         }
     }
 
-    async fn register(&self) -> Result<(Session, Subscriber), Fault> {
-        self.nats.connected(REGISTERING).await?;
-        let connection = Bytes::from(name());
+    async fn register(&self) -> Result<(Session, Subscriber), NatsError> {
+        self.nats.wait_connected(REGISTER_TIMEOUT).await?;
+        let connection = Bytes::from(unique_name());
         let heartbeat_inbox = self.nats.inbox();
         let heartbeats = self.nats.subscribe(heartbeat_inbox.clone()).await?;
         let request = ConnectRequest {
             client_id: self.id.clone(),
             heartbeat_inbox,
-            protocol: PROTOCOL,
+            protocol: PROTOCOL_VERSION,
             connection: connection.clone(),
-            ping_interval: PING_INTERVAL,
+            ping_interval: PING_INTERVAL_SECONDS,
             ping_max_out: PING_MAX_OUT,
         };
-        let subject = discover(&self.cluster);
-        let server: ConnectResponse = self.nats.request(&subject, &request, REGISTERING).await?;
+        let subject = discover_subject(&self.cluster);
+        let server: ConnectResponse =
+            self.nats.request(&subject, &request, REGISTER_TIMEOUT).await?;
         if !server.error.is_empty() {
-            return Err(Fault::Refused(server.error));
+            return Err(NatsError::Rejected(server.error));
         }
         Ok((Session { connection, server }, heartbeats))
     }
 
-    /// Keeps a session up; what ended it, or `None` if that was the stop.
-    async fn keep<W>(
+    /// Runs a session. Returns the error that ended it, or `None` after a requested stop.
+    async fn run_session<W>(
         &self,
         session: Session,
         heartbeats: Subscriber,
         stopping: &CancellationToken,
         work: impl Fn(Arc<Session>) -> W,
-    ) -> Option<Fault>
+    ) -> Option<NatsError>
     where
-        W: Future<Output = Fault>,
+        W: Future<Output = NatsError>,
     {
         let session = Arc::new(session);
-        self.hears();
+        self.record_contact();
         self.session.send_replace(Some(Arc::clone(&session)));
-        // However this ends, the client is not registered any more.
-        let over = Over(&self.session);
-        // None of them holds anything that would be lost.
-        let fault = tokio::select! {
+        // Dropping this future also ends the session.
+        let guard = SessionGuard(&self.session);
+        // Cancel-safe: no branch holds anything that could be lost.
+        let error = tokio::select! {
             () = stopping.cancelled() => None,
-            fault = self.answer(heartbeats) => Some(fault),
-            fault = self.ping(&session) => Some(fault),
-            fault = work(Arc::clone(&session)) => Some(fault),
+            error = self.answer_heartbeats(heartbeats) => Some(error),
+            error = self.ping(&session) => Some(error),
+            error = work(Arc::clone(&session)) => Some(error),
         };
-        drop(over);
-        if fault.is_none() {
+        drop(guard);
+        if error.is_none() {
             let close = Close { client_id: self.id.clone() };
             let closed: Result<Closed, _> =
-                self.nats.request(&session.server.close, &close, CLOSING).await;
-            tracing::debug!(client = self.id, ?closed, "Signed off from NATS Streaming");
+                self.nats.request(&session.server.close, &close, CLOSE_TIMEOUT).await;
+            tracing::debug!(client = self.id, ?closed, "Closed the NATS Streaming session");
         }
-        fault
+        error
     }
 
-    /// Says that we are alive whenever the server asks.
-    async fn answer(&self, mut heartbeats: Subscriber) -> Fault {
+    /// Answers the server's heartbeats.
+    async fn answer_heartbeats(&self, mut heartbeats: Subscriber) -> NatsError {
         while let Some(heartbeat) = heartbeats.next().await {
-            self.hears();
+            self.record_contact();
             if let Some(reply) = heartbeat.reply {
-                // One that is lost is asked for again.
+                // The server repeats a heartbeat whose response is lost.
                 let _ = self.nats.send(reply.to_string(), Bytes::new()).await;
             }
         }
-        Fault::Away
+        NatsError::Unreachable
     }
 
-    /// Asks the server again and again whether it knows this client, until it does not, or has not answered for long.
-    async fn ping(&self, session: &Session) -> Fault {
+    /// Pings the server until it rejects this client or too many pings are unanswered. Returns the error.
+    async fn ping(&self, session: &Session) -> NatsError {
         let interval = match session.server.ping_interval {
             seconds @ 1..=60 => Duration::from_secs(seconds.unsigned_abs().into()),
-            _ => Duration::from_secs(PING_INTERVAL.unsigned_abs().into()),
+            _ => Duration::from_secs(PING_INTERVAL_SECONDS.unsigned_abs().into()),
         };
-        let most = session.server.ping_max_out.clamp(1, 100);
+        let max_unanswered = session.server.ping_max_out.clamp(1, 100);
         let ping = Ping { connection: session.connection.clone() };
-        let mut connections = self.nats.connections();
+        let mut connections = self.nats.connection_count();
         let mut unanswered = 0;
         loop {
             tokio::select! {
-                () = tokio::time::sleep(PROBING) => {}
-                () = self.suspect.notified() => {}
+                () = tokio::time::sleep(PROBE_INTERVAL) => {}
+                () = self.ping_requested.notified() => {}
                 Ok(()) = connections.changed() => {}
             }
             match self.nats.request::<Pong>(&session.server.ping, &ping, interval).await {
                 Ok(pong) if pong.error.is_empty() => {
-                    self.hears();
+                    self.record_contact();
                     unanswered = 0;
                 }
-                Ok(pong) => return Fault::Refused(pong.error),
-                Err(Fault::Nobody) => return Fault::Nobody,
-                Err(fault) => {
+                Ok(pong) => return NatsError::Rejected(pong.error),
+                Err(NatsError::NoResponders) => return NatsError::NoResponders,
+                Err(error) => {
                     unanswered += 1;
-                    if unanswered >= most {
-                        return fault;
+                    if unanswered >= max_unanswered {
+                        return error;
                     }
                 }
             }
         }
     }
 
-    /// Stores `data` in `channel`. Returns when it is there.
-    pub(super) async fn publish(&self, channel: &str, data: Bytes) -> Result<(), Fault> {
-        self.publish_within(STORING, channel, data).await
+    /// Publishes `data` to `channel`. Returns when the server has stored it.
+    ///
+    /// # Errors
+    /// `Unconfirmed` and `UnexpectedResponse` when the server may have stored it; after the other errors it is not
+    /// stored.
+    pub(super) async fn publish(&self, channel: &str, data: Bytes) -> Result<(), NatsError> {
+        self.publish_with_timeout(PUBLISH_TIMEOUT, channel, data).await
     }
 
-    /// The same, with a server that takes its time.
-    pub(super) async fn publish_patiently(&self, channel: &str, data: Bytes) -> Result<(), Fault> {
-        self.publish_within(STORING_AT_LENGTH, channel, data).await
-    }
-
-    async fn publish_within(
+    /// Like [`Self::publish`], with a long timeout.
+    pub(super) async fn publish_in_background(
         &self,
-        patience: Duration,
         channel: &str,
         data: Bytes,
-    ) -> Result<(), Fault> {
+    ) -> Result<(), NatsError> {
+        self.publish_with_timeout(BACKGROUND_PUBLISH_TIMEOUT, channel, data).await
+    }
+
+    async fn publish_with_timeout(
+        &self,
+        timeout: Duration,
+        channel: &str,
+        data: Bytes,
+    ) -> Result<(), NatsError> {
         let sent = AtomicBool::new(false);
-        let stored = self.store(patience, channel, data, &sent);
-        let stored = tokio::time::timeout(patience, stored).await.unwrap_or(Err(Fault::Away));
+        let stored = self.store(timeout, channel, data, &sent);
+        let stored =
+            tokio::time::timeout(timeout, stored).await.unwrap_or(Err(NatsError::Unreachable));
         let stored = match stored {
-            // The server may have the message, or get it once it goes on.
-            Err(Fault::Away) if sent.load(Relaxed) => Err(Fault::Unconfirmed),
+            // The server may have received the message, or receive it later.
+            Err(NatsError::Unreachable) if sent.load(Relaxed) => Err(NatsError::Unconfirmed),
             stored => stored,
         };
-        if !matches!(stored, Ok(()) | Err(Fault::Odd | Fault::TooLarge)) {
-            self.suspect.notify_one();
+        if !matches!(stored, Ok(()) | Err(NatsError::UnexpectedResponse | NatsError::TooLarge)) {
+            self.ping_requested.notify_one();
         }
         stored
     }
 
-    /// Waits until the server answers. What it is sent before, it may store long after the caller has given up.
-    async fn is_answering(&self) -> Result<(), Fault> {
-        let mut heard = self.heard.subscribe();
-        let answers = tokio::time::timeout(WAKING, heard.wait_for(is_recent)).await;
-        // The sender lives as long as the client.
-        answers.map_err(|_| Fault::Away)?.map(drop).map_err(|_| Fault::Away)
+    /// Waits until the server is responsive. It could store a message that is sent before long after the publisher has
+    /// given up.
+    async fn wait_responsive(&self) -> Result<(), NatsError> {
+        let mut last_contact = self.last_contact.subscribe();
+        let answers =
+            tokio::time::timeout(RESPONSIVE_TIMEOUT, last_contact.wait_for(is_recent)).await;
+        // The sender is never dropped before the client.
+        answers.map_err(|_| NatsError::Unreachable)?.map(drop).map_err(|_| NatsError::Unreachable)
     }
 
     async fn store(
         &self,
-        patience: Duration,
+        timeout: Duration,
         channel: &str,
         data: Bytes,
         sent: &AtomicBool,
-    ) -> Result<(), Fault> {
+    ) -> Result<(), NatsError> {
         // The semaphore is never closed.
-        let _place = self.unstored.acquire().await.map_err(|_| Fault::Away)?;
-        self.nats.connected(PATIENCE).await?;
+        let _permit = self.unconfirmed.acquire().await.map_err(|_| NatsError::Unreachable)?;
+        self.nats.wait_connected(SESSION_TIMEOUT).await?;
         let mut sessions = self.session.subscribe();
-        let session = tokio::time::timeout(PATIENCE, sessions.wait_for(Option::is_some)).await;
-        session.map_err(|_| Fault::Away)?.map_err(|_| Fault::Away)?;
-        self.is_answering().await?;
-        // It may be another one by now.
-        let session = sessions.borrow_and_update().clone().ok_or(Fault::Away)?;
+        let session =
+            tokio::time::timeout(SESSION_TIMEOUT, sessions.wait_for(Option::is_some)).await;
+        session.map_err(|_| NatsError::Unreachable)?.map_err(|_| NatsError::Unreachable)?;
+        self.wait_responsive().await?;
+        // The session may have been replaced meanwhile.
+        let session = sessions.borrow_and_update().clone().ok_or(NatsError::Unreachable)?;
         let message = Publish {
             client_id: self.id.clone(),
-            guid: name(),
+            guid: unique_name(),
             channel: channel.to_owned(),
             data,
             connection: session.connection.clone(),
         };
         let subject = format!("{}.{channel}", session.server.publish_prefix);
-        let mut connections = self.nats.connections();
+        let mut connections = self.nats.connection_count();
         connections.mark_unchanged();
         sent.store(true, Relaxed);
         let published = tokio::select! {
-            published = self.nats.request::<Published>(&subject, &message, patience) => published?,
-            () = is_lost(sessions, &session, connections) => return Err(Fault::Away),
+            published = self.nats.request::<Published>(&subject, &message, timeout) => published?,
+            () = wait_lost(sessions, &session, connections) => return Err(NatsError::Unreachable),
         };
-        self.hears();
+        self.record_contact();
         match published {
-            Published { error, .. } if !error.is_empty() => Err(Fault::Refused(error)),
-            Published { guid, .. } if guid != message.guid => Err(Fault::Odd),
+            Published { error, .. } if !error.is_empty() => Err(NatsError::Rejected(error)),
+            Published { guid, .. } if guid != message.guid => Err(NatsError::UnexpectedResponse),
             Published { .. } => Ok(()),
         }
     }
 }
 
-/// Waits until no answer is to be expected any more in `session`: it is over, or the connection was lost, and the answer
-/// with it.
-async fn is_lost(
+/// Waits until no response can be expected any more: `session` has ended, or the connection, and thus the response,
+/// was lost.
+async fn wait_lost(
     mut sessions: watch::Receiver<Option<Arc<Session>>>,
     session: &Arc<Session>,
     mut connections: watch::Receiver<u64>,
 ) {
-    let is_over =
+    let is_ended =
         |now: &Option<Arc<Session>>| !now.as_ref().is_some_and(|now| Arc::ptr_eq(now, session));
     let reconnected = async {
-        // One whose sender is gone changes no more.
+        // The sender is gone: there will be no further change.
         if connections.changed().await.is_err() {
             std::future::pending::<()>().await;
         }
-        tokio::time::sleep(STORING).await;
+        tokio::time::sleep(PUBLISH_TIMEOUT).await;
     };
     tokio::select! {
-        _ = sessions.wait_for(is_over) => {}
+        _ = sessions.wait_for(is_ended) => {}
         () = reconnected => {}
     }
 }
 
-fn is_recent(heard: &Instant) -> bool {
-    heard.elapsed() < SILENCE
+fn is_recent(last_contact: &Instant) -> bool {
+    last_contact.elapsed() < UNRESPONSIVE_AFTER
 }
 
-/// Where a cluster is asked for.
-pub(super) fn discover(cluster: &str) -> String {
+/// Returns the subject for registrations with `cluster`.
+pub(super) fn discover_subject(cluster: &str) -> String {
     format!("_STAN.discover.{cluster}")
 }
 
-/// A name that nobody else has.
-pub(super) fn name() -> String {
+/// Returns a unique name.
+pub(super) fn unique_name() -> String {
     Uuid::new_v4().simple().to_string()
 }

@@ -1,11 +1,11 @@
-//! What the fuzzer checks of messages on NATS Streaming, which other programs write.
+//! Fuzz targets for messages on NATS Streaming, which other programs write.
 
 use crate::queue::stan::callback::CallbackUrl;
-use crate::queue::stan::message::{decode, encode, id_in};
+use crate::queue::stan::message::{call_id_in, decode, encode};
 
-/// A message that is a call is written as one that is the same call.
+/// A decoded call survives encoding and decoding.
 pub(crate) fn message(data: &[u8]) {
-    let _ = id_in(data);
+    let _ = call_id_in(data);
     let Ok((call, progress)) = decode(data, "fn", || "fresh".to_owned(), 1) else { return };
     let written = encode(&call, &progress);
     let again = decode(&written, "fn", || "fresh".to_owned(), 1);
@@ -22,11 +22,11 @@ pub(crate) fn message(data: &[u8]) {
     );
 }
 
-/// A URL is taken apart into what leads back to it.
+/// A parsed URL survives formatting and parsing.
 pub(crate) fn callback_url(data: &[u8]) {
     let Ok(text) = std::str::from_utf8(data) else { return };
-    let Some(parts) = CallbackUrl::of(text) else { return };
-    let url = parts.url(Some(text));
-    let again = CallbackUrl::of(&url);
-    assert_eq!(again.map(|it| it.url(Some(text))), Some(url), "{text:?}");
+    let Some(parts) = CallbackUrl::parse(text) else { return };
+    let url = parts.to_url(Some(text));
+    let again = CallbackUrl::parse(&url);
+    assert_eq!(again.map(|parts| parts.to_url(Some(text))), Some(url), "{text:?}");
 }

@@ -1,54 +1,63 @@
-//! A call that was taken, until it is settled or dropped.
+//! A received call, until it is settled or dropped.
 
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Arc, OnceLock};
 
 use crate::queue::call::{QueuedCall, UnixMillis};
 use crate::queue::stan::channels::Channel;
-use crate::queue::stan::executed::Step;
-use crate::queue::stan::ledger::Key;
+use crate::queue::stan::execution_log::Step;
+use crate::queue::stan::inflight::MessageKey;
 use crate::queue::stan::message::{self, Progress};
-use crate::queue::stan::nats::Fault;
-use crate::queue::stan::take::Arrived;
-use crate::queue::stan::{Shared, once, told};
+use crate::queue::stan::nats::NatsError;
+use crate::queue::stan::subscribe::ReceivedCall;
+use crate::queue::stan::{Shared, dedup, queue_error};
 use crate::queue::status::{CallState, Settlement};
 use crate::queue::{Error, now};
 
-/// What is known of a call that was taken.
+/// A received call and its message. Dropping it unsettled releases the message, which the server redelivers.
 pub(in crate::queue) struct Lease {
     shared: Arc<Shared>,
-    key: Key,
+    key: MessageKey,
     call: QueuedCall,
     progress: Progress,
     settled: AtomicBool,
-    /// What this message was claimed for.
-    claimed: OnceLock<Step>,
+    /// The step that this message has claimed.
+    claimed_step: OnceLock<Step>,
 }
 
 impl Lease {
-    pub(super) fn new(shared: Arc<Shared>, key: Key, call: QueuedCall, progress: Progress) -> Self {
+    pub(super) fn new(
+        shared: Arc<Shared>,
+        key: MessageKey,
+        call: QueuedCall,
+        progress: Progress,
+    ) -> Self {
         Self {
             shared,
             key,
             call,
             progress,
             settled: AtomicBool::new(false),
-            claimed: OnceLock::new(),
+            claimed_step: OnceLock::new(),
         }
     }
 
-    /// Whether the call is to be executed: it is not when another message of it was, or is being.
-    pub(super) async fn begin(&self) -> Result<bool, Error> {
+    /// Returns whether the call is to be executed. It is not if another message of the same step was executed or is
+    /// executing.
+    ///
+    /// # Errors
+    /// When this cannot be determined. The caller drops the lease, and the server redelivers the message.
+    pub(super) async fn claim(&self) -> Result<bool, Error> {
         let (call, key) = (&self.call, self.key);
-        let step = once::step(&self.shared, call, &self.progress);
-        let is_first = once::claim(&self.shared, key, step).await;
-        let is_first = is_first.map_err(|fault| told(fault, call))?;
+        let step = dedup::next_step(&self.shared, call, &self.progress);
+        let is_first = dedup::claim(&self.shared, key, step).await;
+        let is_first = is_first.map_err(|error| queue_error(error, call))?;
         if is_first {
-            let _ = self.claimed.set(step);
+            let _ = self.claimed_step.set(step);
         } else {
             tracing::info!(
                 call_id = call.id, function = %call.function, sequence = key.sequence,
-                "NATS Streaming has a call twice, and it is executed once"
+                "NATS Streaming has stored a call twice; this duplicate is not executed"
             );
             self.settled.store(true, Relaxed);
             self.shared.acknowledge(key).await;
@@ -56,100 +65,111 @@ impl Lease {
         Ok(is_first)
     }
 
-    /// What comes of the call is stored before its message is acknowledged: at worst it is made twice.
+    /// Settles the call. A retry or dead letter is stored before the message is acknowledged: a crash in between
+    /// executes the call twice at worst.
+    ///
+    /// # Errors
+    /// `Gone` when it is settled already. After other errors nothing is acknowledged, and the caller tries again
+    /// later.
     pub(super) async fn settle(&self, settlement: &Settlement) -> Result<(), Error> {
         if self.settled.load(Relaxed) {
             return Err(Error::Gone);
         }
         match settlement {
-            // Nobody can ask what became of it.
+            // The outcome cannot be queried, so a failure is logged.
             Settlement::Finished { state: CallState::Failed, status: None, reason, .. } => {
                 tracing::warn!(
                     call_id = self.call.id, function = %self.call.function, reason,
-                    "A queued call failed, and is not made again"
+                    "A queued call failed, and is not retried"
                 )
             }
             Settlement::Finished { .. } => {}
             Settlement::Retry { at, .. } => {
-                let progress = Progress { not_before: Some(*at), ..self.made() };
-                let channel = Channel::later(at.saturating_sub(now()));
+                let progress = Progress { not_before: Some(*at), ..self.next_progress() };
+                let channel = Channel::for_delay(at.saturating_sub(now()));
                 match self.store(self.shared.channel(channel), &progress).await {
-                    // With what is noted of it, it is larger than it was; or the server has no place for those that are
-                    // made later. It stays where it is, and waits here.
-                    Err(Fault::TooLarge | Fault::Refused(_)) => {
-                        self.wait_here(*at);
+                    // Its metadata has made it too large, or the server has no channel for delayed calls. It stays in
+                    // its channel and waits in memory.
+                    Err(NatsError::TooLarge | NatsError::Rejected(_)) => {
+                        self.requeue_locally(*at);
                         return Ok(());
                     }
-                    stored => stored.map_err(|fault| told(fault, &self.call))?,
+                    stored => stored.map_err(|error| queue_error(error, &self.call))?,
                 }
             }
             Settlement::DeadLetter { status, reason, .. } => {
-                let why = status.map(|status| format!("status {status}"));
-                if !self.bury(reason.clone().or(why).unwrap_or_default()).await? {
+                let status_text = status.map(|status| format!("status {status}"));
+                if !self.dead_letter(reason.clone().or(status_text).unwrap_or_default()).await? {
                     self.settled.store(true, Relaxed);
-                    self.shared.ledger().keep(self.key);
+                    self.shared.inflight().mark_stuck(self.key);
                     self.shared.ready.notify_one();
                     return Ok(());
                 }
             }
         }
-        if let Some(step) = self.claimed.get() {
-            self.shared.once.is_over(*step);
+        if let Some(step) = self.claimed_step.get() {
+            self.shared.dedup.mark_finished(*step);
         }
         self.settled.store(true, Relaxed);
         self.shared.acknowledge(self.key).await;
         Ok(())
     }
 
-    fn made(&self) -> Progress {
-        Progress { attempts: self.progress.attempts.saturating_add(1), ..self.untold() }
+    /// Returns the progress after this attempt.
+    fn next_progress(&self) -> Progress {
+        Progress { attempts: self.progress.attempts.saturating_add(1), ..self.original_metadata() }
     }
 
-    /// What the call came with.
-    fn untold(&self) -> Progress {
-        let Progress { moves, others, .. } = &self.progress;
-        Progress { moves: *moves, others: others.clone(), ..Progress::default() }
+    /// Returns the metadata with which the call was received, without its progress.
+    fn original_metadata(&self) -> Progress {
+        let Progress { moves, unknown_members, .. } = &self.progress;
+        Progress { moves: *moves, unknown_members: unknown_members.clone(), ..Progress::default() }
     }
 
-    /// Keeps the call where nobody takes it; whether it is there. What the server refuses now it may take in a moment.
-    async fn bury(&self, reason: String) -> Result<bool, Error> {
-        let (id, function, dead) = (&self.call.id, &self.call.function, &self.shared.dead);
-        let progress = Progress { reason: Some(reason.clone()), ..self.made() };
+    /// Publishes the call to the dead-letter channel. Returns whether it is stored there. After an error the server
+    /// may accept it later.
+    async fn dead_letter(&self, reason: String) -> Result<bool, Error> {
+        let (id, function, dead) = (&self.call.id, &self.call.function, &self.shared.dead_channel);
+        let progress = Progress { reason: Some(reason.clone()), ..self.next_progress() };
         let stored = match self.store(dead, &progress).await {
             // With what is noted of it, it is larger than it was.
-            Err(Fault::TooLarge) => self.store(dead, &self.untold()).await,
+            Err(NatsError::TooLarge) => self.store(dead, &self.original_metadata()).await,
             stored => stored,
         };
         match stored {
             Ok(()) => tracing::error!(
                 call_id = id, %function, reason,
-                "A queued call failed for good, and was put into the channel {dead}"
+                "A queued call failed for good, and was moved to the dead-letter channel {dead}"
             ),
-            Err(Fault::TooLarge) => tracing::error!(
+            Err(NatsError::TooLarge) => tracing::error!(
                 call_id = id, %function, reason,
-                "A queued call failed for good, and is too large for the channel {dead}: it stays where it is, and is made \
-                 again once this worker is gone"
+                "A queued call failed for good, and is too large for the dead-letter channel {dead}: it stays in its channel, and \
+                 is executed again after this worker has stopped"
             ),
-            Err(fault) => return Err(told(fault, &self.call)),
+            Err(error) => return Err(queue_error(error, &self.call)),
         }
         Ok(stored.is_ok())
     }
 
-    fn wait_here(&self, at: UnixMillis) {
+    /// Keeps the call in memory until `at`.
+    fn requeue_locally(&self, at: UnixMillis) {
         self.settled.store(true, Relaxed);
-        let waits = Arrived { call: self.call.clone(), progress: self.made() };
-        self.shared.wait(self.key, at, waits);
+        let pending = ReceivedCall { call: self.call.clone(), progress: self.next_progress() };
+        self.shared.enqueue(self.key, at, pending);
     }
 
-    async fn store(&self, channel: &str, progress: &Progress) -> Result<(), Fault> {
-        self.shared.worker.publish_patiently(channel, message::encode(&self.call, progress)).await
+    async fn store(&self, channel: &str, progress: &Progress) -> Result<(), NatsError> {
+        self.shared
+            .worker
+            .publish_in_background(channel, message::encode(&self.call, progress))
+            .await
     }
 }
 
 impl Drop for Lease {
     fn drop(&mut self) {
         if !self.settled.load(Relaxed) {
-            self.shared.ledger().forget(self.key);
+            self.shared.inflight().release(self.key);
             self.shared.ready.notify_one();
         }
     }

@@ -1,5 +1,5 @@
-//! Members of JSON objects as Go reads them: their names match without regard to case, the last one of a name counts, and
-//! `null` leaves text as it is. No I/O.
+//! Members of JSON objects as Go reads them: names are case-insensitive, the last duplicate wins, and `null` leaves a
+//! text unchanged. No I/O.
 
 use std::fmt;
 use std::marker::PhantomData;
@@ -7,10 +7,10 @@ use std::marker::PhantomData;
 use serde::Deserialize;
 use serde::de::{Deserializer, MapAccess, Visitor};
 
-/// What is read member by member.
+/// A type that is deserialized member by member.
 pub(super) trait Members: Default {
-    /// Reads the value of the member with that name, which is in lower case as `name` and as it was written as `written`.
-    fn read<'de, A: MapAccess<'de>>(
+    /// Reads the value of the member `name` (in lower case), which the JSON spells `written`.
+    fn read_member<'de, A: MapAccess<'de>>(
         &mut self,
         name: &str,
         written: &str,
@@ -18,13 +18,13 @@ pub(super) trait Members: Default {
     ) -> Result<(), A::Error>;
 }
 
-/// Reads an object.
+/// Deserializes an object.
 pub(super) fn read<'de, M: Members, D: Deserializer<'de>>(deserializer: D) -> Result<M, D::Error> {
-    deserializer.deserialize_map(Object(PhantomData))
+    deserializer.deserialize_map(MembersVisitor(PhantomData))
 }
 
-/// Reads a value into `member`, which stays as it is if there is none.
-pub(super) fn set<'de, A: MapAccess<'de>, T: Deserialize<'de>>(
+/// Reads a value into `member`, which `null` leaves unchanged.
+pub(super) fn set_unless_null<'de, A: MapAccess<'de>, T: Deserialize<'de>>(
     member: &mut T,
     map: &mut A,
 ) -> Result<(), A::Error> {
@@ -34,9 +34,9 @@ pub(super) fn set<'de, A: MapAccess<'de>, T: Deserialize<'de>>(
     Ok(())
 }
 
-struct Object<M>(PhantomData<M>);
+struct MembersVisitor<M>(PhantomData<M>);
 
-impl<'de, M: Members> Visitor<'de> for Object<M> {
+impl<'de, M: Members> Visitor<'de> for MembersVisitor<M> {
     type Value = M;
 
     fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -46,14 +46,14 @@ impl<'de, M: Members> Visitor<'de> for Object<M> {
     fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<M, A::Error> {
         let mut members = M::default();
         while let Some(written) = map.next_key::<String>()? {
-            members.read(&folded(&written), &written, &mut map)?;
+            members.read_member(&fold_name(&written), &written, &mut map)?;
         }
         Ok(members)
     }
 }
 
-/// The same for names that Go takes for the same. The Kelvin sign is a `k` as well, and the long s an `s`.
-fn folded(name: &str) -> String {
+/// Folds names that Go treats as equal to the same text. Unicode includes the Kelvin sign (`k`) and the long s (`s`).
+fn fold_name(name: &str) -> String {
     match name.is_ascii() {
         true => name.to_ascii_lowercase(),
         false => name.to_uppercase().to_lowercase(),
@@ -67,9 +67,9 @@ mod tests {
     #[test]
     fn names_are_folded_as_go_does() {
         for name in ["QueryString", "querystring", "QUERYSTRING", "query\u{17f}tring"] {
-            assert_eq!(folded(name), "querystring", "{name}");
+            assert_eq!(fold_name(name), "querystring", "{name}");
         }
-        assert_eq!(folded("Callbac\u{212a}Url"), "callbackurl");
-        assert_ne!(folded("Query_String"), "querystring");
+        assert_eq!(fold_name("Callbac\u{212a}Url"), "callbackurl");
+        assert_ne!(fold_name("Query_String"), "querystring");
     }
 }

@@ -1,4 +1,4 @@
-//! A queued call as the Go gateway writes it and the Go worker reads it: JSON, byte for byte. No I/O.
+//! A queued call in the JSON format of the Go gateway and the Go worker, byte for byte. No I/O.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -10,9 +10,9 @@ use serde_json::ser::{CharEscape, CompactFormatter, Formatter, Serializer};
 use serde_json::{Map, Value};
 
 use crate::queue::stan::callback::CallbackUrl;
-use crate::queue::stan::members::{self, Members, set};
+use crate::queue::stan::members::{self, Members, set_unless_null};
 
-/// The members, in the order in which they are written. Those that are empty are not.
+/// The members, in the order in which they are written. Empty ones are omitted.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "PascalCase")]
 pub(super) struct Payload {
@@ -20,12 +20,12 @@ pub(super) struct Payload {
     pub(super) header: Option<BTreeMap<String, Vec<String>>>,
     #[serde(skip_serializing_if = "String::is_empty")]
     pub(super) host: String,
-    /// In base64.
+    /// Base64.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(super) body: Option<String>,
     #[serde(skip_serializing_if = "String::is_empty")]
     pub(super) method: String,
-    /// What stands behind the function's name.
+    /// The path after the function's name.
     #[serde(skip_serializing_if = "String::is_empty")]
     pub(super) path: String,
     #[serde(skip_serializing_if = "String::is_empty")]
@@ -33,13 +33,13 @@ pub(super) struct Payload {
     pub(super) function: String,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(super) callback_url: Option<CallbackUrl>,
-    /// Those that are not known here.
+    /// Members that this gateway does not know.
     #[serde(flatten)]
-    pub(super) others: Map<String, Value>,
+    pub(super) unknown_members: Map<String, Value>,
 }
 
 impl Members for Payload {
-    fn read<'de, A: MapAccess<'de>>(
+    fn read_member<'de, A: MapAccess<'de>>(
         &mut self,
         name: &str,
         written: &str,
@@ -47,14 +47,14 @@ impl Members for Payload {
     ) -> Result<(), A::Error> {
         match name {
             "header" => self.header = map.next_value()?,
-            "host" => set(&mut self.host, map)?,
+            "host" => set_unless_null(&mut self.host, map)?,
             "body" => self.body = map.next_value()?,
-            "method" => set(&mut self.method, map)?,
-            "path" => set(&mut self.path, map)?,
-            "querystring" => set(&mut self.query_string, map)?,
-            "function" => set(&mut self.function, map)?,
+            "method" => set_unless_null(&mut self.method, map)?,
+            "path" => set_unless_null(&mut self.path, map)?,
+            "querystring" => set_unless_null(&mut self.query_string, map)?,
+            "function" => set_unless_null(&mut self.function, map)?,
             "callbackurl" => self.callback_url = map.next_value()?,
-            _ => drop(self.others.insert(written.to_owned(), map.next_value()?)),
+            _ => drop(self.unknown_members.insert(written.to_owned(), map.next_value()?)),
         }
         Ok(())
     }
@@ -69,18 +69,21 @@ impl<'de> Deserialize<'de> for Payload {
 impl Payload {
     pub(super) fn to_json(&self) -> Bytes {
         let mut json = Vec::new();
-        // Nothing in it fails to be written, and a vector takes all.
-        let _ = self.serialize(&mut Serializer::with_formatter(&mut json, AsGo(CompactFormatter)));
+        // Serializing these types to a vector does not fail.
+        let _ = self.serialize(&mut Serializer::with_formatter(
+            &mut json,
+            GoJsonFormatter(CompactFormatter),
+        ));
         json.into()
     }
 
-    pub(super) fn of_json(json: &[u8]) -> Result<Self, serde_json::Error> {
+    pub(super) fn from_json(json: &[u8]) -> Result<Self, serde_json::Error> {
         serde_json::from_slice(json)
     }
 }
 
-/// A header's name as Go spells it.
-pub(super) fn canonical(name: &str) -> String {
+/// Returns a header name in Go's canonical spelling.
+pub(super) fn canonical_header_name(name: &str) -> String {
     let mut starts = true;
     let spell = |character: char| {
         let spelt =
@@ -91,10 +94,10 @@ pub(super) fn canonical(name: &str) -> String {
     name.chars().map(spell).collect()
 }
 
-/// JSON as Go writes it: what HTML or JavaScript could stumble over is escaped, too.
-struct AsGo(CompactFormatter);
+/// Formats JSON as Go does, which also escapes characters that are special in HTML and JavaScript.
+struct GoJsonFormatter(CompactFormatter);
 
-impl Formatter for AsGo {
+impl Formatter for GoJsonFormatter {
     fn write_string_fragment<W>(&mut self, writer: &mut W, fragment: &str) -> io::Result<()>
     where
         W: ?Sized + io::Write,
@@ -123,7 +126,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn text_is_escaped_as_go_does() {
+    fn text_is_escaped_as_in_go() {
         let payload = Payload {
             function: "echo".to_owned(),
             query_string: "a=<1>&b=\"\\\u{2028}é\u{7f}\n\u{1}".to_owned(),
@@ -133,11 +136,11 @@ mod tests {
             + "\u{7f}"
             + r#"\n\u0001","Function":"echo"}"#;
         assert_eq!(payload.to_json(), expect);
-        assert_eq!(Payload::of_json(expect.as_bytes()).unwrap(), payload);
+        assert_eq!(Payload::from_json(expect.as_bytes()).unwrap(), payload);
     }
 
     #[test]
-    fn a_headers_name_is_spelt_as_go_does() {
+    fn a_header_name_is_spelled_as_in_go() {
         for (name, expect) in [
             ("x-call-id", "X-Call-Id"),
             ("etag", "Etag"),
@@ -145,19 +148,19 @@ mod tests {
             ("WWW-AUTHENTICATE", "Www-Authenticate"),
             ("-", "-"),
         ] {
-            assert_eq!(canonical(name), expect);
+            assert_eq!(canonical_header_name(name), expect);
         }
     }
 
     #[test]
-    fn members_are_known_by_their_names_in_any_case() {
+    fn member_names_are_case_insensitive() {
         let json = br#"{"HEADER":{"X-a":["1"]},"host":"h","bODY":"eA==","method":"GET","PATH":"/p","querystring":"a=1","function":"f","CallbackURL":{"scheme":"http","HOST":"h","rawquery":"x"}}"#;
-        let payload = Payload::of_json(json).unwrap();
+        let payload = Payload::from_json(json).unwrap();
         let expect = r#"{"Header":{"X-a":["1"]},"Host":"h","Body":"eA==","Method":"GET","Path":"/p","QueryString":"a=1","Function":"f","CallbackUrl":{"Scheme":"http","Opaque":"","User":null,"Host":"h","Path":"","Fragment":"","RawQuery":"x","RawPath":"","RawFragment":"","ForceQuery":false,"OmitHost":false}}"#;
         assert_eq!(payload.to_json(), expect);
-        // The last one counts.
+        // The last duplicate wins.
         let json = br#"{"Path":"/a","path":"/b","Function":"f","FUNCTION":"g"}"#;
-        let payload = Payload::of_json(json).unwrap();
+        let payload = Payload::from_json(json).unwrap();
         assert_eq!((payload.path.as_str(), payload.function.as_str()), ("/b", "g"));
     }
 
@@ -165,14 +168,14 @@ mod tests {
     fn members_may_be_missing_null_or_unknown() {
         let json = br#"{"Header":null,"Body":null,"Annotations":{"a":"b"},"CallbackUrl":null,"Function":"f"}"#;
         let mut expect = Payload { function: "f".to_owned(), ..Payload::default() };
-        expect.others.insert("Annotations".to_owned(), serde_json::json!({ "a": "b" }));
-        assert_eq!(Payload::of_json(json).unwrap(), expect);
-        // What is not known is passed on.
+        expect.unknown_members.insert("Annotations".to_owned(), serde_json::json!({ "a": "b" }));
+        assert_eq!(Payload::from_json(json).unwrap(), expect);
+        // Unknown members are preserved.
         assert_eq!(expect.to_json(), r#"{"Function":"f","Annotations":{"a":"b"}}"#);
         let json = br#"{"Host":null,"Function":"f","Function":null}"#;
         let expect = Payload { function: "f".to_owned(), ..Payload::default() };
-        assert_eq!(Payload::of_json(json).unwrap(), expect);
-        assert!(Payload::of_json(b"1").is_err());
-        assert!(Payload::of_json(br#"{"Function":1}"#).is_err());
+        assert_eq!(Payload::from_json(json).unwrap(), expect);
+        assert!(Payload::from_json(b"1").is_err());
+        assert!(Payload::from_json(br#"{"Function":1}"#).is_err());
     }
 }

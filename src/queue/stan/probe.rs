@@ -1,4 +1,4 @@
-//! Asks a NATS server who keeps queues there.
+//! Detects whether a NATS server offers NATS Streaming or JetStream.
 
 use std::time::Duration;
 
@@ -6,98 +6,110 @@ use bytes::Bytes;
 use serde::Deserialize;
 
 use crate::queue::jetstream::Options;
-use crate::queue::stan::client::{PING_INTERVAL, PING_MAX_OUT, discover, name};
-use crate::queue::stan::nats::{Fault, Nats};
-use crate::queue::stan::proto::{Close, Closed, ConnectRequest, ConnectResponse, PROTOCOL};
+use crate::queue::stan::client::{
+    PING_INTERVAL_SECONDS, PING_MAX_OUT, discover_subject, unique_name,
+};
+use crate::queue::stan::nats::{NatsConnection, NatsError};
+use crate::queue::stan::proto::{Close, Closed, ConnectRequest, ConnectResponse, PROTOCOL_VERSION};
 
-const ASKING: Duration = Duration::from_secs(2);
-const CONNECTING: Duration = Duration::from_secs(5);
+const REQUEST_TIMEOUT: Duration = Duration::from_secs(2);
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// What is seen of NATS Streaming.
+/// Whether a NATS Streaming server was found.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(in crate::queue) enum Sight {
-    There,
-    /// Nobody listens where it would.
+pub(in crate::queue) enum StanPresence {
+    Present,
+    /// There is no subscriber to its subject.
     Absent,
-    /// Somebody may listen, or one may not ask: a server of before 2.2 does not tell, and none tells what is forbidden.
-    Silent,
+    /// Unknown: servers before 2.2 do not report missing subscribers, and none does where publishing is forbidden.
+    Unknown,
 }
 
-/// What is seen of a NATS server.
+/// The result of a probe.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(in crate::queue) struct Seen {
-    pub(in crate::queue) stan: Sight,
+pub(in crate::queue) struct ProbeResult {
+    pub(in crate::queue) stan: StanPresence,
     pub(in crate::queue) jetstream: bool,
-    /// JetStream has this queue.
-    pub(in crate::queue) has_ours: bool,
+    /// JetStream has a stream of this queue.
+    pub(in crate::queue) has_queue_stream: bool,
 }
 
-/// What asks.
+/// A connection for probes.
 pub(in crate::queue) struct Probe {
-    nats: Nats,
+    nats: NatsConnection,
     cluster: String,
     queue: String,
 }
 
 impl Probe {
-    /// Begins to connect.
+    /// Starts to connect.
     ///
     /// # Errors
-    /// When the options cannot be.
+    /// When the options are invalid.
     pub(in crate::queue) async fn open(options: &Options, cluster: &str) -> anyhow::Result<Self> {
         let (cluster, queue) = (cluster.to_owned(), options.queue.clone());
-        Ok(Self { nats: Nats::open(options).await?, cluster, queue })
+        Ok(Self { nats: NatsConnection::open(options).await?, cluster, queue })
     }
 
-    /// Who answers; `None`: there is no connection.
-    pub(in crate::queue) async fn ask(&self) -> Option<Seen> {
-        self.nats.connected(CONNECTING).await.ok()?;
+    /// Probes the server; `None` if there is no connection.
+    pub(in crate::queue) async fn run(&self) -> Option<ProbeResult> {
+        self.nats.wait_connected(CONNECT_TIMEOUT).await.ok()?;
         let ours = format!("$JS.API.STREAM.INFO.gateway-{}-calls", self.queue);
-        let (stan, jetstream, has_ours) = tokio::join!(
-            self.stan(),
-            self.jetstream_knows("$JS.API.INFO".to_owned()),
-            self.jetstream_knows(ours)
+        let (stan, jetstream, has_queue_stream) = tokio::join!(
+            self.stan_presence(),
+            self.jetstream_answers("$JS.API.INFO".to_owned()),
+            self.jetstream_answers(ours)
         );
-        let (jetstream, has_ours) = (jetstream || has_ours, has_ours);
-        Some(Seen { stan, jetstream, has_ours })
+        let (jetstream, has_queue_stream) = (jetstream || has_queue_stream, has_queue_stream);
+        Some(ProbeResult { stan, jetstream, has_queue_stream })
     }
 
-    pub(in crate::queue) async fn stan(&self) -> Sight {
+    /// Checks only for NATS Streaming.
+    pub(in crate::queue) async fn stan_presence(&self) -> StanPresence {
         match self.register().await {
-            Ok(()) | Err(Fault::Refused(_) | Fault::Odd) => Sight::There,
-            Err(Fault::Nobody) => Sight::Absent,
-            Err(Fault::Away | Fault::Unconfirmed | Fault::TooLarge) => Sight::Silent,
+            Ok(()) | Err(NatsError::Rejected(_) | NatsError::UnexpectedResponse) => {
+                StanPresence::Present
+            }
+            Err(NatsError::NoResponders) => StanPresence::Absent,
+            Err(NatsError::Unreachable | NatsError::Unconfirmed | NatsError::TooLarge) => {
+                StanPresence::Unknown
+            }
         }
     }
 
-    /// Registers a client, which is what the server answers for certain, and signs it off.
-    async fn register(&self) -> Result<(), Fault> {
-        let client_id = format!("gateway-probe-{}", name());
+    /// Registers a client, the one request that every server answers, and closes its session.
+    async fn register(&self) -> Result<(), NatsError> {
+        let client_id = format!("gateway-probe-{}", unique_name());
         let request = ConnectRequest {
             client_id: client_id.clone(),
             heartbeat_inbox: self.nats.inbox(),
-            protocol: PROTOCOL,
-            connection: name().into(),
-            ping_interval: PING_INTERVAL,
+            protocol: PROTOCOL_VERSION,
+            connection: unique_name().into(),
+            ping_interval: PING_INTERVAL_SECONDS,
             ping_max_out: PING_MAX_OUT,
         };
-        let subject = discover(&self.cluster);
-        let server: ConnectResponse = self.nats.request(&subject, &request, ASKING).await?;
+        let subject = discover_subject(&self.cluster);
+        let server: ConnectResponse =
+            self.nats.request(&subject, &request, REQUEST_TIMEOUT).await?;
         if server.error.is_empty() {
-            // One that is lost is found out by the server, since nobody answers for the client.
+            // If the request is lost, the server drops the client, which answers no heartbeats.
             let close = Close { client_id };
-            let _: Result<Closed, _> = self.nats.request(&server.close, &close, ASKING).await;
+            let _: Result<Closed, _> =
+                self.nats.request(&server.close, &close, REQUEST_TIMEOUT).await;
         }
         Ok(())
     }
 
-    /// Whether JetStream answers that question, and not with an error.
-    async fn jetstream_knows(&self, question: String) -> bool {
+    /// Returns whether JetStream answers a request, and without an error.
+    async fn jetstream_answers(&self, request: String) -> bool {
         #[derive(Deserialize)]
-        struct Answer {
+        struct Response {
             error: Option<serde_json::Value>,
         }
-        let Ok(answer) = self.nats.ask(question, Bytes::new(), ASKING).await else { return false };
-        serde_json::from_slice::<Answer>(&answer).is_ok_and(|answer| answer.error.is_none())
+        let Ok(response) = self.nats.request_raw(request, Bytes::new(), REQUEST_TIMEOUT).await
+        else {
+            return false;
+        };
+        serde_json::from_slice::<Response>(&response).is_ok_and(|response| response.error.is_none())
     }
 }

@@ -1,14 +1,14 @@
-//! The messages of NATS Streaming. Field numbers are the protocol's; what is not used here is left out. No I/O.
+//! The messages of the NATS Streaming protocol, with the fields that are used here. No I/O.
 
 use bytes::Bytes;
 use prost::Message;
 
-/// The version of the protocol in which clients are pinged.
-pub(super) const PROTOCOL: i32 = 1;
-/// `startPosition`: what was stored within the time that `startTimeDelta` says.
-pub(super) const TIME_DELTA: i32 = 3;
-/// `startPosition`: all that the channel has.
-pub(super) const FIRST: i32 = 4;
+/// The protocol version with client pings.
+pub(super) const PROTOCOL_VERSION: i32 = 1;
+/// `startPosition`: messages stored within the last `startTimeDelta`.
+pub(super) const START_AT_TIME_DELTA: i32 = 3;
+/// `startPosition`: all messages of the channel.
+pub(super) const START_AT_FIRST: i32 = 4;
 
 /// Registers a client.
 #[derive(Clone, PartialEq, Eq, Message)]
@@ -28,7 +28,7 @@ pub(super) struct ConnectRequest {
     pub(super) ping_max_out: i32,
 }
 
-/// Where a registered client sends what.
+/// The subjects for a registered client's requests.
 #[derive(Clone, PartialEq, Eq, Message)]
 pub(super) struct ConnectResponse {
     #[prost(string, tag = "1")]
@@ -67,7 +67,7 @@ pub(super) struct Publish {
     pub(super) connection: Bytes,
 }
 
-/// What was published is stored, unless it has an error.
+/// Confirms that a message is stored, unless `error` is set.
 #[derive(Clone, PartialEq, Eq, Message)]
 pub(super) struct Published {
     #[prost(string, tag = "1")]
@@ -128,7 +128,7 @@ pub(super) struct Delivered {
     pub(super) channel: String,
     #[prost(bytes = "bytes", tag = "4")]
     pub(super) data: Bytes,
-    /// When it was stored, in nanoseconds.
+    /// Time of storage, in nanoseconds since 1970.
     #[prost(int64, tag = "5")]
     pub(super) timestamp: i64,
     #[prost(bool, tag = "6")]
@@ -149,7 +149,7 @@ pub(super) struct Ping {
     pub(super) connection: Bytes,
 }
 
-/// The client is registered, unless it has an error.
+/// Confirms that the client is registered, unless `error` is set.
 #[derive(Clone, PartialEq, Eq, Message)]
 pub(super) struct Pong {
     #[prost(string, tag = "1")]
@@ -175,48 +175,48 @@ mod tests {
 
     use super::*;
 
-    /// What the recorded clients and server said: the subject, and the message.
+    /// The recorded messages of clients and server: subject and payload.
     fn transcript() -> Vec<(String, Vec<u8>)> {
         let lines = include_str!("../../../tests/stan/transcript.jsonl").lines();
         let rows = lines.map(|line| serde_json::from_str::<serde_json::Value>(line).unwrap());
-        let said = rows.filter_map(|row| {
+        let messages = rows.filter_map(|row| {
             let payload = STANDARD.decode(row["payload_base64"].as_str()?).unwrap();
             let subject = row["line"].as_str()?.split(' ').nth(1)?;
             Some((subject.to_owned(), payload))
         });
-        said.collect()
+        messages.collect()
     }
 
     #[track_caller]
-    fn again<M: Message + Default + std::fmt::Debug>(payload: &[u8]) -> M {
+    fn round_trip<M: Message + Default + std::fmt::Debug>(payload: &[u8]) -> M {
         let message = M::decode(payload).unwrap();
         assert_eq!(message.encode_to_vec(), payload, "{message:?}");
         message
     }
 
     #[test]
-    fn what_was_recorded_is_written_as_it_is_read() {
+    fn recorded_messages_are_reencoded_identically() {
         let mut seen = 0;
         for (subject, payload) in transcript() {
             let subject = subject.strip_prefix("_STAN.").unwrap_or(&subject);
             match subject.split('.').next().unwrap() {
-                "discover" if subject.ends_with(".pings") => drop(again::<Ping>(&payload)),
+                "discover" if subject.ends_with(".pings") => drop(round_trip::<Ping>(&payload)),
                 "discover" => {
-                    let request: ConnectRequest = again(&payload);
-                    assert_eq!((request.protocol, request.ping_interval), (PROTOCOL, 5));
+                    let request: ConnectRequest = round_trip(&payload);
+                    assert_eq!((request.protocol, request.ping_interval), (PROTOCOL_VERSION, 5));
                     assert!(request.client_id.ends_with("-gateway-host"));
                 }
-                "pub" => assert_eq!(again::<Publish>(&payload).channel, "faas-request"),
-                "acks" => assert_eq!(again::<Published>(&payload).guid.len(), 22),
+                "pub" => assert_eq!(round_trip::<Publish>(&payload).channel, "faas-request"),
+                "acks" => assert_eq!(round_trip::<Published>(&payload).guid.len(), 22),
                 "sub" => {
-                    let request: Subscribe = again(&payload);
+                    let request: Subscribe = round_trip(&payload);
                     assert_eq!((&*request.group, &*request.durable_name), ("faas", "faas-request"));
                     assert_eq!((request.max_in_flight, request.ack_wait), (1, 5));
-                    assert_eq!(request.start_position, FIRST);
+                    assert_eq!(request.start_position, START_AT_FIRST);
                 }
-                "close" => drop(again::<Close>(&payload)),
+                "close" => drop(round_trip::<Close>(&payload)),
                 _ if payload.is_empty() => {
-                    drop((again::<Pong>(&payload), again::<Closed>(&payload)))
+                    drop((round_trip::<Pong>(&payload), round_trip::<Closed>(&payload)))
                 }
                 _ => inbox(&payload),
             }
@@ -225,19 +225,19 @@ mod tests {
         assert_eq!(seen, 22);
     }
 
-    /// Answers and deliveries, which come to inboxes.
+    /// Checks responses and deliveries, which are sent to inboxes.
     fn inbox(payload: &[u8]) {
         if payload.starts_with(b"\n\x16_STAN") {
-            let response: ConnectResponse = again(payload);
+            let response: ConnectResponse = round_trip(payload);
             assert_eq!(response.publish_prefix, "_STAN.pub.faas-cluster");
             assert_eq!(response.ping, "_STAN.discover.faas-cluster.pings");
         } else if payload.starts_with(b"\x12") {
-            assert!(again::<Subscribed>(payload).ack_inbox.starts_with("_INBOX."));
+            assert!(round_trip::<Subscribed>(payload).ack_inbox.starts_with("_INBOX."));
         } else if payload.starts_with(b"\x08") {
-            let delivered: Delivered = again(payload);
+            let delivered: Delivered = round_trip(payload);
             assert!((1..=3).contains(&delivered.sequence) && !delivered.redelivered);
         } else {
-            assert_eq!(again::<Ack>(payload).channel, "faas-request");
+            assert_eq!(round_trip::<Ack>(payload).channel, "faas-request");
         }
     }
 }

@@ -1,4 +1,4 @@
-//! The headers of a callback: the function's own, and what is said of the call. No I/O.
+//! The headers of a callback: those of the function's response, and those that describe the call. No I/O.
 
 use http::header::{
     AUTHORIZATION, CONTENT_LENGTH, COOKIE, EXPECT, FORWARDED, HOST, MAX_FORWARDS, ORIGIN, TRAILER,
@@ -6,15 +6,15 @@ use http::header::{
 };
 use http::{HeaderMap, HeaderName, HeaderValue};
 
-use crate::call_id::{USER_AGENT_VALUE, X_CALL_ID};
-use crate::chain::{X_GATEWAY_CALLBACK, X_GATEWAY_CALLBACKS, YES};
-use crate::proxy::headers::to_caller;
-use crate::queued::wishes::{
+use crate::async_api::call_options::{
     IDEMPOTENCY_KEY, X_CALLBACK_URL, X_DELAY_SECONDS, X_EXPIRES_SECONDS, X_MAX_ATTEMPTS,
 };
+use crate::call_id::{USER_AGENT_VALUE, X_CALL_ID};
+use crate::callback_chain::{CALLBACK_MARK, X_GATEWAY_CALLBACK, X_GATEWAY_CALLBACKS};
+use crate::proxy::headers::to_caller;
 use crate::trace::context::{TRACEPARENT, TRACESTATE};
-use crate::worker::callback::Report;
-use crate::worker::callback::target::Target;
+use crate::worker::callback::CallbackPayload;
+use crate::worker::callback::target::CallbackTarget;
 
 const X_DURATION_SECONDS: HeaderName = HeaderName::from_static("x-duration-seconds");
 const X_FUNCTION_STATUS: HeaderName = HeaderName::from_static("x-function-status");
@@ -23,8 +23,8 @@ const X_RETRY: HeaderName = HeaderName::from_static("x-retry");
 const X_RETRY_MAX: HeaderName = HeaderName::from_static("x-retry-max");
 const X_TRUNCATED: HeaderName = HeaderName::from_static("x-truncated");
 
-/// Response headers that would mean something else in a request: they frame the body, steer a gateway, carry
-/// credentials, or say where a request comes from.
+/// Response headers that would have another meaning in a request: they frame the body, control a gateway, carry
+/// credentials, or describe the request's origin.
 static NOT_COPIED: [HeaderName; 17] = [
     AUTHORIZATION,
     CONTENT_LENGTH,
@@ -45,7 +45,7 @@ static NOT_COPIED: [HeaderName; 17] = [
     X_TRUNCATED,
 ];
 
-/// The same by the beginnings of their names.
+/// The same, by prefix.
 const NOT_COPIED_FAMILIES: [&str; 8] = [
     "x-forwarded-",
     "x-gateway-",
@@ -58,15 +58,15 @@ const NOT_COPIED_FAMILIES: [&str; 8] = [
 ];
 
 fn is_copied(name: &HeaderName) -> bool {
-    // Servers that map names to variables read all of these alike.
+    // Servers that map header names to variables treat `-`, `_` and `.` alike.
     let plain = name.as_str().replace(['_', '.'], "-");
     !NOT_COPIED.iter().any(|one| one.as_str() == plain)
         && !NOT_COPIED_FAMILIES.iter().any(|start| plain.starts_with(start))
 }
 
-/// The headers of a callback to `target`, but for its signature.
-pub(super) fn of(target: &Target, report: &Report) -> HeaderMap {
-    let mut response = report.headers.clone();
+/// Builds the headers of a callback to `target`, without its signature.
+pub(super) fn build(target: &CallbackTarget, payload: &CallbackPayload) -> HeaderMap {
+    let mut response = payload.headers.clone();
     to_caller(&mut response, false);
     let mut headers = HeaderMap::with_capacity(response.len() + 16);
     for (name, value) in &response {
@@ -74,7 +74,7 @@ pub(super) fn of(target: &Target, report: &Report) -> HeaderMap {
             headers.append(name, value.clone());
         }
     }
-    if report.truncated {
+    if payload.truncated {
         headers.insert(X_TRUNCATED, HeaderValue::from_static("true"));
     }
     headers.insert(HOST, target.origin.host.clone());
@@ -82,19 +82,19 @@ pub(super) fn of(target: &Target, report: &Report) -> HeaderMap {
     if let Some(authorization) = &target.authorization {
         headers.insert(AUTHORIZATION, authorization.clone());
     }
-    headers.extend(report.trace.clone());
-    headers.insert(X_GATEWAY_CALLBACK, YES);
-    headers.insert(X_GATEWAY_CALLBACKS, report.callbacks.saturating_add(1).into());
-    headers.insert(X_CALL_ID, text(&report.call_id));
-    headers.insert(X_FUNCTION_NAME, text(&report.function));
-    headers.insert(X_FUNCTION_STATUS, report.status.into());
-    headers.insert(X_DURATION_SECONDS, text(&format!("{:.6}", report.took.as_secs_f64())));
-    headers.insert(X_RETRY, report.attempts.into());
-    headers.insert(X_RETRY_MAX, report.max_attempts.into());
+    headers.extend(payload.trace.clone());
+    headers.insert(X_GATEWAY_CALLBACK, CALLBACK_MARK);
+    headers.insert(X_GATEWAY_CALLBACKS, payload.callbacks.saturating_add(1).into());
+    headers.insert(X_CALL_ID, text(&payload.call_id));
+    headers.insert(X_FUNCTION_NAME, text(&payload.function));
+    headers.insert(X_FUNCTION_STATUS, payload.status.into());
+    headers.insert(X_DURATION_SECONDS, text(&format!("{:.6}", payload.duration.as_secs_f64())));
+    headers.insert(X_RETRY, payload.attempts.into());
+    headers.insert(X_RETRY_MAX, payload.max_attempts.into());
     headers
 }
 
-/// `value` as a header's, empty if it cannot be one.
+/// Converts `value` to a header value; empty if it is not a valid one.
 fn text(value: &str) -> HeaderValue {
     HeaderValue::from_str(value).unwrap_or_else(|_| HeaderValue::from_static(""))
 }
@@ -104,7 +104,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_steers_or_carries_credentials_is_not_copied() {
+    fn control_and_credential_headers_are_not_copied() {
         for name in [
             "authorization",
             "cookie",

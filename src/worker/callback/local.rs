@@ -1,7 +1,7 @@
-//! Callbacks to functions of the gateway itself, `http://gateway:8080/function/next`: executed as calls of a client
-//! without credentials, and without a connection.
+//! Callbacks to functions of the gateway itself, such as `http://gateway:8080/function/next`. They are executed
+//! without a connection, with the rights of a client without credentials.
 //!
-//! A connection would come from this machine, from which more may be allowed than to the client that chose the URL.
+//! A connection would come from this machine, which may have more rights than the client that chose the URL.
 
 use std::sync::Arc;
 use std::time::Instant;
@@ -9,6 +9,7 @@ use std::time::Instant;
 use bytes::Bytes;
 use http::{HeaderMap, HeaderValue, StatusCode};
 
+use crate::async_api::{QueueIngress, check_function_exists, function_headers};
 use crate::call_id::RequestIds;
 use crate::error::Error;
 use crate::function::{Function, has_dot_segment};
@@ -17,36 +18,35 @@ use crate::metrics::registry::FunctionRegistry;
 use crate::provider::Provider;
 use crate::queue::call::{CallOptions, QueuedCall};
 use crate::queue::now;
-use crate::queued::{Intake, must_exist, passed_on};
-use crate::worker::attempt::Caller;
-use crate::worker::callback::target::Target;
-use crate::worker::policies::Policies;
+use crate::worker::attempt::FunctionClient;
+use crate::worker::callback::target::CallbackTarget;
+use crate::worker::retry_policies::RetryPolicyCache;
 
-/// What executes such callbacks.
-pub struct Local {
-    pub caller: Arc<Caller>,
-    pub policies: Arc<Policies>,
-    pub intake: Arc<Intake>,
-    /// Says whether the function of a call to be queued exists.
+/// Executes such callbacks.
+pub struct LocalExecutor {
+    pub function_client: Arc<FunctionClient>,
+    pub retry_policies: Arc<RetryPolicyCache>,
+    pub ingress: Arc<QueueIngress>,
+    /// Confirms that the function of a call to enqueue exists.
     pub provider: Provider,
-    pub known: Arc<FunctionRegistry>,
+    pub registry: Arc<FunctionRegistry>,
     pub default_namespace: Arc<str>,
-    /// The gateway's limit on calls in flight, where it is in this process.
+    /// The gateway's limit on invocations in flight, if the gateway is in this process.
     pub limit: Option<(Arc<ConcurrencyLimit>, Arc<PermitCache>)>,
 }
 
-/// What a callback wants of its own gateway.
+/// A callback to the gateway itself, parsed.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) struct Wish<'a> {
-    /// The call is queued, and not executed at once.
+pub(super) struct LocalCall<'a> {
+    /// The call is enqueued instead of executed immediately.
     queued: bool,
-    /// What stands behind `/function/` or `/async-function/`.
+    /// The part of the path after `/function/` or `/async-function/`, and the query.
     rest: &'a str,
 }
 
-impl<'a> Wish<'a> {
-    /// `None` when `target` is not the path of a call.
-    pub(super) fn of(target: &'a Target) -> Option<Self> {
+impl<'a> LocalCall<'a> {
+    /// Parses `target`; `None` if its path is not that of an invocation.
+    pub(super) fn parse(target: &'a CallbackTarget) -> Option<Self> {
         let whole = target.uri.path_and_query()?.as_str();
         if target.origin.url.tls || has_dot_segment(target.uri.path()) {
             return None;
@@ -63,18 +63,18 @@ impl<'a> Wish<'a> {
     }
 }
 
-impl Local {
-    /// Executes a callback with `headers` and `body`. The status that its client would get.
+impl LocalExecutor {
+    /// Executes a callback with `headers` and `body`. Returns the status that a client would receive.
     ///
-    /// `id` is the id of the call that is queued: the same one for each attempt, so that it is queued once.
+    /// `id` keeps the id of the enqueued call between attempts, so that it is enqueued once.
     pub(super) async fn execute(
         &self,
-        wish: &Wish<'_>,
+        local_call: &LocalCall<'_>,
         headers: &HeaderMap,
         body: Bytes,
         id: &mut Option<String>,
     ) -> StatusCode {
-        let Some((function, target)) = wish.function(&self.default_namespace) else {
+        let Some((function, target)) = local_call.function(&self.default_namespace) else {
             return StatusCode::NOT_FOUND;
         };
         let call = |id: HeaderValue| {
@@ -82,46 +82,53 @@ impl Local {
             let peer = HeaderValue::from_static("127.0.0.1");
             QueuedCall {
                 id: ids.call_id.to_str().unwrap_or_default().to_owned(),
-                headers: passed_on(headers, &peer, &ids),
+                headers: function_headers(headers, &peer, &ids),
                 function: function.clone(),
                 target: target.to_owned(),
                 body,
                 options: CallOptions { submitted_at: now(), ..CallOptions::default() },
             }
         };
-        if wish.queued {
-            // Not the id of the call that is called back for, which has not ended yet.
-            let id = id.get_or_insert_with(|| self.intake.queue.new_call_id(&function));
+        if local_call.queued {
+            // Not the id of the call that this callback reports, which has not finished yet.
+            let id = id.get_or_insert_with(|| self.ingress.queue.new_call_id(&function));
             let Ok(id) = HeaderValue::try_from(id.as_str()) else { return StatusCode::BAD_REQUEST };
-            let queued = self.queue(call(id)).await;
+            let queued = self.enqueue(call(id)).await;
             queued.map_or_else(|error| error.status(), |()| StatusCode::ACCEPTED)
         } else {
-            self.call(call(RequestIds::from_headers(headers).call_id)).await
+            self.call_function(call(RequestIds::from_headers(headers).call_id)).await
         }
     }
 
-    async fn call(&self, call: QueuedCall) -> StatusCode {
+    async fn call_function(&self, call: QueuedCall) -> StatusCode {
         let permit = self.limit.as_ref().map(|(limit, share)| limit.try_acquire(share));
         if matches!(permit, Some(None)) {
             return Error::Overloaded.status();
         }
-        let attempt = self.caller.make(&call, 0, None, &self.policies).await;
+        let attempt = self.function_client.execute(&call, 0, None, &self.retry_policies).await;
         drop(permit);
-        // Out of reach.
+        // The function was unreachable.
         let status = attempt.status.and_then(|status| StatusCode::from_u16(status).ok());
         status.unwrap_or(StatusCode::SERVICE_UNAVAILABLE)
     }
 
-    async fn queue(&self, mut call: QueuedCall) -> Result<(), Error> {
-        let limit = self.intake.limit();
+    async fn enqueue(&self, mut call: QueuedCall) -> Result<(), Error> {
+        let limit = self.ingress.body_limit();
         if call.body.len() > limit {
             return Err(Error::TooLarge(limit));
         }
-        must_exist(&self.known, &self.provider, &self.intake, &call.function, &call.id).await?;
+        check_function_exists(
+            &self.registry,
+            &self.provider,
+            &self.ingress,
+            &call.function,
+            &call.id,
+        )
+        .await?;
         call.options.digest = Some(call.digest());
         let began = Instant::now();
-        if !self.intake.queue.publish(call).await?.duplicate {
-            self.intake.metrics.submitted(began.elapsed());
+        if !self.ingress.queue.publish(call).await?.duplicate {
+            self.ingress.metrics.submitted(began.elapsed());
         }
         Ok(())
     }
@@ -132,19 +139,22 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_the_paths_of_calls_are_wishes() {
-        let wish = |url: &str| {
-            let target = Target::parse(url).unwrap();
-            let wish = Wish::of(&target)?;
-            let named = wish.function("fn").map(|(name, rest)| format!("{name} {rest}"));
-            Some((wish.queued, named.unwrap_or_default()))
+    fn only_paths_of_invocations_are_local_calls() {
+        let local_call = |url: &str| {
+            let target = CallbackTarget::parse(url).unwrap();
+            let local_call = LocalCall::parse(&target)?;
+            let named = local_call.function("fn").map(|(name, rest)| format!("{name} {rest}"));
+            Some((local_call.queued, named.unwrap_or_default()))
         };
         let some = |queued, named: &str| Some((queued, named.to_owned()));
-        assert_eq!(wish("http://g/function/a"), some(false, "a.fn "));
-        assert_eq!(wish("http://g/function/a.b/c%2Fd//?e=/f"), some(false, "a.b /c%2Fd//?e=/f"));
-        assert_eq!(wish("http://g/async-function/a?b"), some(true, "a.fn ?b"));
-        assert_eq!(wish("http://g/function/"), some(false, ""));
-        assert_eq!(wish("http://g/function/a%2F"), some(false, ""));
+        assert_eq!(local_call("http://g/function/a"), some(false, "a.fn "));
+        assert_eq!(
+            local_call("http://g/function/a.b/c%2Fd//?e=/f"),
+            some(false, "a.b /c%2Fd//?e=/f")
+        );
+        assert_eq!(local_call("http://g/async-function/a?b"), some(true, "a.fn ?b"));
+        assert_eq!(local_call("http://g/function/"), some(false, ""));
+        assert_eq!(local_call("http://g/function/a%2F"), some(false, ""));
         for url in [
             "https://g/function/a",
             "http://g/",
@@ -157,7 +167,7 @@ mod tests {
             "http://g/function/a/%2e%2E/b",
             "http://g/function/a/..%2f..%5Cb",
         ] {
-            assert_eq!(wish(url), None, "{url}");
+            assert_eq!(local_call(url), None, "{url}");
         }
     }
 }

@@ -1,5 +1,5 @@
-//! Proof that a callback comes from here, as Standard Webhooks has it: the receiver checks who sent it, that nobody changed
-//! it, and when it was sent, so that one that was observed cannot be sent again later. No I/O.
+//! Signatures of callbacks as defined by Standard Webhooks. The receiver can verify the sender, the content and the
+//! time, so a recorded callback cannot be replayed later. No I/O.
 
 use base64::Engine;
 use base64::alphabet::STANDARD as ALPHABET;
@@ -12,43 +12,43 @@ const WEBHOOK_ID: HeaderName = HeaderName::from_static("webhook-id");
 const WEBHOOK_TIMESTAMP: HeaderName = HeaderName::from_static("webhook-timestamp");
 const WEBHOOK_SIGNATURE: HeaderName = HeaderName::from_static("webhook-signature");
 
-/// Begins a secret whose bytes are written as base64.
-const PREFIX: &[u8] = b"whsec_";
+/// Prefix of a secret in base64.
+const BASE64_PREFIX: &[u8] = b"whsec_";
 const BASE64: GeneralPurpose = GeneralPurpose::new(
     &ALPHABET,
     GeneralPurposeConfig::new().with_decode_padding_mode(DecodePaddingMode::Indifferent),
 );
 
-/// Why a text is no secret.
+/// Why a text is not a valid secret.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum Unusable {
-    #[error("is empty: anybody could sign with it")]
+pub enum InvalidSecret {
+    #[error("is empty: anyone could sign with it")]
     Empty,
-    #[error("begins with whsec_, but what follows is not base64")]
+    #[error("begins with whsec_, but the rest is not base64")]
     NotBase64,
 }
 
-/// What callbacks are signed with. Not shown by `Debug`.
+/// A key that signs callbacks. `Debug` does not show it.
 #[derive(Clone, Debug)]
 pub struct Secret(hmac::Key);
 
 impl Secret {
-    /// The secret that a file contains: `whsec_` and base64, or else its bytes as they are. White space around it does not
-    /// count.
+    /// Parses the content of a file: `whsec_` and base64, otherwise the bytes as they are. Surrounding white space is
+    /// ignored.
     ///
     /// # Errors
-    /// When it is none.
-    pub fn parse(text: &[u8]) -> Result<Self, Unusable> {
+    /// When the secret is empty or not valid base64.
+    pub fn parse(text: &[u8]) -> Result<Self, InvalidSecret> {
         let text = text.trim_ascii();
-        let decoded = text.strip_prefix(PREFIX).map(|encoded| BASE64.decode(encoded));
-        let bytes = decoded.transpose().map_err(|_| Unusable::NotBase64)?;
+        let decoded = text.strip_prefix(BASE64_PREFIX).map(|encoded| BASE64.decode(encoded));
+        let bytes = decoded.transpose().map_err(|_| InvalidSecret::NotBase64)?;
         match bytes.as_deref().unwrap_or(text) {
-            [] => Err(Unusable::Empty),
+            [] => Err(InvalidSecret::Empty),
             bytes => Ok(Self(hmac::Key::new(hmac::HMAC_SHA256, bytes))),
         }
     }
 
-    /// `v1,` and the HMAC-SHA256 of id, time and body in base64.
+    /// Returns `v1,` and the HMAC-SHA256 of id, time and body in base64.
     fn sign(&self, id: &str, timestamp: u64, body: &[u8]) -> String {
         let mut context = hmac::Context::with_key(&self.0);
         context.update(format!("{id}.{timestamp}.").as_bytes());
@@ -57,8 +57,8 @@ impl Secret {
     }
 }
 
-/// Signs one attempt at a callback for the call `id`, sent at `timestamp` (seconds since 1970), with each of `secrets`:
-/// during a change of secrets a receiver knows one or the other. Nothing without a secret.
+/// Signs one attempt of the callback for the call `call_id`, sent at `timestamp` (Unix time in seconds), with each of
+/// `secrets`: during a key rotation a receiver knows only one of them. Does nothing without secrets.
 pub(super) fn sign(
     secrets: &[Secret],
     call_id: &str,
@@ -72,7 +72,7 @@ pub(super) fn sign(
     let id = message_id(call_id);
     let signatures: Vec<_> =
         secrets.iter().map(|secret| secret.sign(&id, timestamp, body)).collect();
-    // All of them are visible characters, as a call's id is.
+    // All values consist of visible characters, as call ids do.
     let values = [
         (WEBHOOK_ID, HeaderValue::try_from(id)),
         (WEBHOOK_SIGNATURE, HeaderValue::try_from(signatures.join(" "))),
@@ -85,8 +85,8 @@ pub(super) fn sign(
     headers.insert(WEBHOOK_TIMESTAMP, timestamp.into());
 }
 
-/// The id of a call as that of a message. A client may have chosen it, and a dot in it would make what is signed
-/// ambiguous: the id of one message could be the id, the time and the start of the body of another.
+/// Converts a call id to a message id. A client may have chosen the call id, and a dot in it would make the signed
+/// text ambiguous: the id of one message could equal id, time and start of the body of another.
 fn message_id(call_id: &str) -> String {
     call_id.replace('%', "%25").replace('.', "%2E")
 }
@@ -103,14 +103,14 @@ mod tests {
         headers
     }
 
-    /// The example that the libraries of Standard Webhooks test themselves with.
+    /// The example from the test suites of the Standard Webhooks libraries.
     const SECRET: &str = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw";
     const ID: &str = "msg_p5jXN8AQM9LWM0D4loKWxJek";
     const BODY: &str = r#"{"test": 2432232314}"#;
     const SIGNATURE: &str = "v1,g0hM9SsE+OTPJTGt/tmIKtSyZlE3uFJELVlNIOLJ1OE=";
 
     #[test]
-    fn a_signature_is_that_of_the_standard() {
+    fn the_signature_matches_the_example_of_the_standard() {
         let headers = signed(&[SECRET], ID, 1_614_265_330, BODY);
         assert_eq!(headers[WEBHOOK_ID], ID);
         assert_eq!(headers[WEBHOOK_TIMESTAMP], "1614265330");
@@ -120,7 +120,7 @@ mod tests {
     }
 
     #[test]
-    fn id_time_and_body_are_all_signed() {
+    fn id_time_and_body_are_signed() {
         let others =
             [(ID, 1_614_265_331, BODY), ("other", 1_614_265_330, BODY), (ID, 1_614_265_330, "")];
         for (id, timestamp, body) in others {
@@ -137,7 +137,7 @@ mod tests {
     }
 
     #[test]
-    fn no_id_reaches_into_the_time_or_the_body() {
+    fn an_id_cannot_extend_into_time_or_body() {
         let headers = signed(&[SECRET], "a.1.b%", 2, "c");
         assert_eq!(headers[WEBHOOK_ID], "a%2E1%2Eb%25");
         let other = signed(&[SECRET], "a", 1, "b%.2.c");
@@ -152,19 +152,20 @@ mod tests {
             (SECRET, Ok(())),
             ("whsec_SmVmZQ==", Ok(())),
             ("whsec_SmVmZQ", Ok(())),
-            ("", Err(Unusable::Empty)),
-            (" \n", Err(Unusable::Empty)),
-            ("whsec_", Err(Unusable::Empty)),
-            ("whsec_!", Err(Unusable::NotBase64)),
+            ("", Err(InvalidSecret::Empty)),
+            (" \n", Err(InvalidSecret::Empty)),
+            ("whsec_", Err(InvalidSecret::Empty)),
+            ("whsec_!", Err(InvalidSecret::NotBase64)),
         ] {
             assert_eq!(Secret::parse(text.as_bytes()).map(|_| ()), expect, "{text:?}");
         }
-        let [text, encoded] = ["Jefe", "whsec_SmVmZQ=="].map(|it| signed(&[it], "id", 1, "body"));
+        let [text, encoded] =
+            ["Jefe", "whsec_SmVmZQ=="].map(|secret| signed(&[secret], "id", 1, "body"));
         assert_eq!(text, encoded);
     }
 
     #[test]
-    fn a_secret_is_not_shown() {
+    fn debug_does_not_show_a_secret() {
         assert!(!format!("{:?}", Secret::parse(b"Jefe")).contains("Jefe"));
     }
 }

@@ -1,4 +1,4 @@
-//! Where one callback goes. No I/O.
+//! The destination of a callback. No I/O.
 
 use std::fmt;
 
@@ -10,77 +10,78 @@ use http::{HeaderValue, Uri};
 use crate::config::base_url::BaseUrl;
 use crate::proxy::client::Origin;
 
-/// Why a URL is none to call back.
+/// Why a callback URL is rejected.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum Invalid {
+pub enum CallbackUrlError {
     #[error("the callback's URL is not an absolute http(s) URL")]
     Url,
     #[error("the callback's address is not allowed")]
     NotAllowed,
 }
 
-/// A callback's URL, taken apart. Shows neither its credentials nor its path, which may hold a token.
-pub struct Target {
+/// A parsed callback URL. Its display forms show neither credentials nor path, which may hold a token.
+pub struct CallbackTarget {
     pub(super) origin: Origin,
     /// Path and query.
     pub(super) uri: Uri,
-    /// The credentials that stood in the URL.
+    /// Credentials from the URL.
     pub(super) authorization: Option<HeaderValue>,
 }
 
-impl Target {
-    /// Takes an absolute http(s) URL apart; a fragment is dropped. Where it leads is judged when it is connected to.
+impl CallbackTarget {
+    /// Parses an absolute http(s) URL; a fragment is dropped. The address is checked later, when a connection is
+    /// opened.
     ///
     /// # Errors
-    /// When it is not one.
-    pub fn parse(url: &str) -> Result<Self, Invalid> {
+    /// When it is not such a URL.
+    pub fn parse(url: &str) -> Result<Self, CallbackUrlError> {
         let (rest, fragment) = url.split_once('#').unwrap_or((url, ""));
-        // In the query a lone `%` is common, and Go takes it, too.
+        // A lone `%` is common in queries, and Go accepts it, too.
         let path = rest.split_once('?').map_or(rest, |(path, _)| path);
-        if decoded(path).is_none() || decoded(fragment).is_none() {
-            return Err(Invalid::Url);
+        if percent_decode(path).is_none() || percent_decode(fragment).is_none() {
+            return Err(CallbackUrlError::Url);
         }
-        let uri: Uri = url.trim().parse().map_err(|_| Invalid::Url)?;
+        let uri: Uri = url.trim().parse().map_err(|_| CallbackUrlError::Url)?;
         let tls = match uri.scheme() {
             Some(scheme) if *scheme == Scheme::HTTPS => true,
             Some(scheme) if *scheme == Scheme::HTTP => false,
-            _ => return Err(Invalid::Url),
+            _ => return Err(CallbackUrlError::Url),
         };
-        let authority = uri.authority().ok_or(Invalid::Url)?.as_str();
-        let (user, place) = match authority.rsplit_once('@') {
-            Some((user, place)) => (Some(user), place),
+        let authority = uri.authority().ok_or(CallbackUrlError::Url)?.as_str();
+        let (user, host_port) = match authority.rsplit_once('@') {
+            Some((user, host_port)) => (Some(user), host_port),
             None => (None, authority),
         };
-        let authority: Authority = place.parse().map_err(|_| Invalid::Url)?;
-        let behind_host = place.strip_prefix(authority.host()).unwrap_or_default();
-        if authority.host().is_empty() || !is_port(behind_host) {
-            return Err(Invalid::Url);
+        let authority: Authority = host_port.parse().map_err(|_| CallbackUrlError::Url)?;
+        let port_suffix = host_port.strip_prefix(authority.host()).unwrap_or_default();
+        if authority.host().is_empty() || !is_port(port_suffix) {
+            return Err(CallbackUrlError::Url);
         }
         let base = BaseUrl { tls, authority, path: String::new() };
-        // `[]` is a host to the URL's parser.
+        // The URL parser accepts `[]` as a host.
         if base.host().is_empty() {
-            return Err(Invalid::Url);
+            return Err(CallbackUrlError::Url);
         }
-        let path = uri.path_and_query().cloned().ok_or(Invalid::Url)?;
+        let path = uri.path_and_query().cloned().ok_or(CallbackUrlError::Url)?;
         let authorization = user.map(basic).transpose()?;
         Ok(Self { origin: Origin::new(base), uri: Uri::from(path), authorization })
     }
 }
 
-/// For logs: who is called, and no more.
-impl fmt::Display for Target {
+/// For logs: scheme, host and port only.
+impl fmt::Display for CallbackTarget {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         self.origin.url.fmt(f)
     }
 }
 
-impl fmt::Debug for Target {
+impl fmt::Debug for CallbackTarget {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "Target({self})")
     }
 }
 
-/// Nothing, `:`, or a port that is one.
+/// Returns whether `text` is empty, `:`, or `:` and a valid port.
 fn is_port(text: &str) -> bool {
     match text.strip_prefix(':') {
         Some(port) => port.is_empty() || port.parse::<u16>().is_ok_and(|port| port > 0),
@@ -88,21 +89,21 @@ fn is_port(text: &str) -> bool {
     }
 }
 
-/// `user:password`, as it stands in a URL, as a header.
-fn basic(user: &str) -> Result<HeaderValue, Invalid> {
-    let mut plain = decoded(user).ok_or(Invalid::Url)?;
+/// Converts `user:password` from a URL to an `Authorization` header.
+fn basic(user: &str) -> Result<HeaderValue, CallbackUrlError> {
+    let mut plain = percent_decode(user).ok_or(CallbackUrlError::Url)?;
     if !user.contains(':') {
         plain.push(b':');
     }
     let text = format!("Basic {}", STANDARD.encode(plain));
-    let mut header =
-        HeaderValue::from_maybe_shared(bytes::Bytes::from(text)).map_err(|_| Invalid::Url)?;
+    let mut header = HeaderValue::from_maybe_shared(bytes::Bytes::from(text))
+        .map_err(|_| CallbackUrlError::Url)?;
     header.set_sensitive(true);
     Ok(header)
 }
 
-/// Undoes percent-encoding; `None` if it is broken.
-fn decoded(text: &str) -> Option<Vec<u8>> {
+/// Decodes percent-encoding; `None` if it is invalid.
+fn percent_decode(text: &str) -> Option<Vec<u8>> {
     let mut out = Vec::with_capacity(text.len());
     let mut rest = text.as_bytes();
     while let Some((byte, tail)) = rest.split_first() {
@@ -123,13 +124,13 @@ fn decoded(text: &str) -> Option<Vec<u8>> {
 mod tests {
     use super::*;
 
-    fn parse(url: &str) -> Result<Target, Invalid> {
-        Target::parse(url)
+    fn parse(url: &str) -> Result<CallbackTarget, CallbackUrlError> {
+        CallbackTarget::parse(url)
     }
 
     #[test]
-    fn a_url_is_taken_apart() {
-        for (url, place, path) in [
+    fn a_url_is_parsed() {
+        for (url, host_port, path) in [
             ("http://hooks/a?b=c&d", "http://hooks", "/a?b=c&d"),
             ("HTTPS://hooks:8443", "https://hooks:8443", "/"),
             ("http://[fd00::1]:81/x/", "http://[fd00::1]:81", "/x/"),
@@ -139,14 +140,14 @@ mod tests {
             ("http://hooks/a%2Fb?c=50%&d=%zz", "http://hooks", "/a%2Fb?c=50%&d=%zz"),
         ] {
             let target = parse(url).unwrap();
-            assert_eq!(target.to_string(), place, "{url:?}");
+            assert_eq!(target.to_string(), host_port, "{url:?}");
             assert_eq!(target.uri.to_string(), path, "{url:?}");
             assert_eq!(target.authorization, None, "{url:?}");
         }
     }
 
     #[test]
-    fn credentials_become_a_header_and_are_never_shown() {
+    fn credentials_become_a_header_and_are_not_displayed() {
         for (url, expect) in [
             ("http://me:s%3Acret@hooks/token", "Basic bWU6czpjcmV0"),
             ("http://me@hooks/token", "Basic bWU6"),
@@ -160,7 +161,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_url_is_refused() {
+    fn an_invalid_url_is_rejected() {
         for url in [
             "",
             "hooks",
@@ -185,7 +186,7 @@ mod tests {
             "http://hooks/a\r\nX: y",
             "*",
         ] {
-            assert_eq!(parse(url).unwrap_err(), Invalid::Url, "{url:?}");
+            assert_eq!(parse(url).unwrap_err(), CallbackUrlError::Url, "{url:?}");
         }
     }
 }

@@ -143,7 +143,7 @@ async fn a_call_whose_body_is_lost_is_dead_and_its_caller_is_told() {
     let bodies = stream(&nats, "gateway-faas-request-bodies").await;
     assert!(bodies.purge().await.unwrap().purged > 0);
     let told = gateway.becomes(&id, "failed").await;
-    assert_eq!((&told["dead"], &told["reason"]), (&true.into(), &"its body is lost".into()));
+    assert_eq!((&told["dead"], &told["reason"]), (&true.into(), &"its body is missing".into()));
     assert_eq!((provider.calls(), hook.calls()), (0, 1));
     let buried = |it: &Metrics| it.get("gateway_queue_dead_letters_total", &[]) == Some(1.0);
     gateway.metrics_show("it is counted", buried).await;

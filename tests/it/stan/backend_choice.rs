@@ -14,7 +14,7 @@ async fn nats_streaming_that_is_away_for_a_moment_is_waited_for() {
     let gateway = on(&nats, Gateway::builder()).provider(&provider).var("queue", "auto");
     let gateway = gateway.start().await;
     eventually("it has looked", async || {
-        gateway.log().iter().any(|it| it.contains("NATS is there"))
+        gateway.log().iter().any(|it| it.contains("Connected to the NATS server"))
     })
     .await;
     assert_eq!(gateway.queue("echo", &[], "").await.status(), 503);

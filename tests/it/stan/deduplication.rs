@@ -33,7 +33,7 @@ async fn publisher(server: &NatsStreaming, provider: &Provider) -> Gateway {
     let gateway =
         on_real(server, Gateway::builder()).provider(provider).var("with_worker", "false");
     let gateway = gateway.start().await;
-    gateway.logs("NATS Streaming is there").await;
+    gateway.logs("Registered with NATS Streaming").await;
     gateway
 }
 
@@ -72,7 +72,7 @@ async fn a_call_that_is_sent_again_with_its_id_is_executed_once() {
     let gateway = publisher(&server, &provider).await;
     let worker = || on_real(&server, Gateway::worker()).provider(&provider).start();
     let running = worker().await;
-    running.logs("NATS Streaming is there").await;
+    running.logs("Registered with NATS Streaming").await;
     let send = || gateway.queue("echo", &["X-Call-Id: a"], "body");
     eventually("calls are sent before the gateway notices", async || {
         server.freeze();
@@ -106,7 +106,7 @@ async fn a_call_that_is_sent_again_with_its_id_is_executed_once() {
     let running = worker().await;
     server.drained(stored + 2).await;
     assert_eq!(provider.calls(), 1);
-    running.logs("executed once").await;
+    running.logs("this duplicate is not executed").await;
     // Another call under the same id is another call.
     assert_eq!(gateway.queue("echo", &["X-Call-Id: a"], "other").await.status(), 202);
     server.drained(stored + 3).await;

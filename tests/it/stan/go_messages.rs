@@ -56,7 +56,7 @@ async fn a_go_gateways_clients_choose_attempts_life_and_delay() {
     stan.store_message(CHANNEL, message("late", "X-Expires-Seconds", "0"));
     let worker = on(&nats, Gateway::worker()).provider(&provider).start().await;
     all_done(&stan, CHANNEL).await;
-    worker.logs("not made before it expired").await;
+    worker.logs("expired before it was executed").await;
     eventually("it is dead", async || stan.messages(DEAD).len() == 1).await;
     assert_eq!(stan.messages(DEAD)[0]["Header"]["X-Call-Id"][0], "once");
     assert_eq!((provider.calls(), stan.messages(LATER).len()), (1, 0));

@@ -28,7 +28,10 @@ async fn a_message_that_is_no_call_holds_up_nobody() {
     // They are stored side by side.
     dead.sort_by_key(|message| queued.iter().position(|it| it == message));
     assert_eq!(dead, queued[..4]);
-    eventually("it is told of", async || tells(&worker, "no call was put into", "outside")).await;
+    eventually("it is told of", async || {
+        tells(&worker, "cannot be decoded was moved to", "outside")
+    })
+    .await;
 }
 
 #[tokio::test]
@@ -37,7 +40,7 @@ async fn what_cannot_be_done_is_said() {
     let stan = Stan::start(&nats).await;
     let gateway = on(&nats, Gateway::builder()).provider(&provider).var("with_worker", "false");
     let gateway = gateway.start().await;
-    gateway.logs("NATS Streaming is there").await;
+    gateway.logs("Registered with NATS Streaming").await;
     gateway.logs("states, results, lists, cancelling").await;
     let id = gateway.queued("echo", &[], "").await;
     for (method, target) in [

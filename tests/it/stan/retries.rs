@@ -87,7 +87,7 @@ async fn calls_are_made_and_made_again_without_the_channels_for_later() {
     let worker = on(&nats, Gateway::worker()).provider(&provider).start().await;
     stan.store_message(CHANNEL, r#"{"Function":"echo"}"#);
     all_done(&stan, CHANNEL).await;
-    worker.logs("delivers nothing of a channel").await;
+    worker.logs("rejects the subscription to a channel").await;
     assert_eq!(provider.calls(), 3);
     assert_eq!((stan.messages(LATER), stan.messages(DEAD)), (vec![], vec![]));
 }

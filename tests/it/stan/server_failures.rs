@@ -19,13 +19,13 @@ async fn what_the_server_does_not_store_is_told_of_with_its_id() {
     let stan = Stan::start(&nats).await;
     let builder = on(&nats, Gateway::builder()).provider(&provider).var("log_level", "debug");
     let gateway = builder.var("with_worker", "false").start().await;
-    gateway.logs("NATS Streaming is there").await;
+    gateway.logs("Registered with NATS Streaming").await;
     stan.refuse(CHANNEL, 1);
     let answer = gateway.queue("echo", &[], "").await;
     let id = answer.header("x-call-id").unwrap();
     assert_eq!(answer.status(), 503, "{answer}");
     eventually("both are told of", async || {
-        tells(&gateway, "does not store a call", id) && tells(&gateway, "Request failed", id)
+        tells(&gateway, "rejected a call", id) && tells(&gateway, "Request failed", id)
     })
     .await;
 }

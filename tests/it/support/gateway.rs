@@ -274,7 +274,7 @@ fn addresses(line: &str) -> Option<(SocketAddr, SocketAddr)> {
     match fields["message"].as_str()? {
         // A provider has one port.
         "Serving" => Some((address("address")?, address("metrics").or(address("address"))?)),
-        "Making queued calls" => Some((address("metrics")?, address("metrics")?)),
+        "Executing queued calls" => Some((address("metrics")?, address("metrics")?)),
         _ => None,
     }
 }

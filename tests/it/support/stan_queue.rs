@@ -31,7 +31,8 @@ pub(crate) fn on(nats: &Nats, builder: Builder) -> Builder {
 pub(crate) async fn gateway(nats: &Nats, provider: &Provider) -> Gateway {
     let gateway = on(nats, Gateway::builder()).provider(provider).start().await;
     eventually("both its clients are registered", async || {
-        gateway.log().iter().filter(|line| line.contains("NATS Streaming is there")).count() == 2
+        gateway.log().iter().filter(|line| line.contains("Registered with NATS Streaming")).count()
+            == 2
     })
     .await;
     gateway

@@ -26,12 +26,12 @@ fn header<'a>(call: &'a QueuedCall, name: &str) -> Vec<&'a str> {
 }
 
 #[test]
-fn what_the_go_gateway_wrote_is_written_the_same_again() {
+fn a_message_of_the_go_gateway_is_reencoded_identically() {
     let recorded = recorded();
     assert_eq!(recorded.len(), 3);
     for message in recorded {
-        assert_eq!(Payload::of_json(&message).unwrap().to_json(), message);
-        // What it did not write, and we do: the function as its caller meant it, and under which name it was called.
+        assert_eq!(Payload::from_json(&message).unwrap().to_json(), message);
+        // This gateway also writes the namespace of the function and the host that the client used.
         let (mut call, progress) = decoded(&message);
         let text = std::str::from_utf8(&message).unwrap();
         if text.contains(r#""Function":"echo""#) {
@@ -48,7 +48,7 @@ fn what_the_go_gateway_wrote_is_written_the_same_again() {
 }
 
 #[test]
-fn a_call_of_the_go_gateway_is_what_its_caller_meant() {
+fn a_call_of_the_go_gateway_is_decoded() {
     let calls: Vec<QueuedCall> = recorded().iter().map(|message| decoded(message).0).collect();
     let [first, second, third] = calls.as_slice() else { panic!("{calls:?}") };
     assert_eq!(first.id, "10a17e36-996d-4dcd-a42f-e6984d2f1364");
@@ -65,13 +65,13 @@ fn a_call_of_the_go_gateway_is_what_its_caller_meant() {
 }
 
 #[test]
-fn what_go_has_no_member_for_is_carried_and_kept_from_the_function() {
+fn additional_headers_are_stored_and_hidden_from_the_function() {
     let (mut call, _) = decoded(&recorded()[0]);
     call.options.expires_at = Some(9);
     call.options.max_attempts = Some(4);
     let progress = Progress { attempts: 2, not_before: Some(8), ..Progress::default() };
     assert_eq!(decoded(&encode(&call, &progress)), (call.clone(), progress));
-    // A caller says nothing of the kind.
+    // A client cannot set them.
     let mut forged = call.clone();
     forged.options.max_attempts = None;
     forged.headers.insert(ATTEMPTS, HeaderValue::from_static("7"));
@@ -84,7 +84,7 @@ fn what_go_has_no_member_for_is_carried_and_kept_from_the_function() {
 }
 
 #[test]
-fn what_a_client_of_a_go_gateway_asks_for_is_heeded_and_kept_from_the_function() {
+fn option_headers_of_a_go_gateways_client_are_evaluated_and_hidden_from_the_function() {
     let read = |headers: &str| {
         let message = format!(r#"{{"Function":"f","Header":{{{headers}}}}}"#);
         let (call, progress) = decode(message.as_bytes(), "fn", String::new, 1000).unwrap();
@@ -96,21 +96,21 @@ fn what_a_client_of_a_go_gateway_asks_for_is_heeded_and_kept_from_the_function()
     let options = read(all);
     assert_eq!((options.not_before, options.expires_at), (Some(3000), Some(6000)));
     assert_eq!(options.max_attempts, Some(3));
-    for odd in [
+    for invalid in [
         r#""X-Delay-Seconds":["0"],"X-Max-Attempts":["0"]"#,
         r#""X-Delay-Seconds":["-1"],"X-Expires-Seconds":["soon"],"X-Max-Attempts":["1001"]"#,
         r#""X-Delay-Seconds":["31622401"],"X-Expires-Seconds":["18446744073709551615"]"#,
     ] {
         assert_eq!(
-            read(odd),
+            read(invalid),
             CallOptions { submitted_at: 1000, ..CallOptions::default() },
-            "{odd}"
+            "{invalid}"
         );
     }
 }
 
 #[test]
-fn a_path_is_made_one_that_can_be_sent() {
+fn a_path_is_encoded_for_a_request() {
     let target = |path: &str, query: &str| {
         let payload =
             Payload { path: path.to_owned(), query_string: query.to_owned(), ..Payload::default() };
@@ -132,7 +132,7 @@ fn a_path_is_made_one_that_can_be_sent() {
 }
 
 #[test]
-fn what_is_no_call_is_refused() {
+fn an_invalid_message_is_rejected() {
     for message in [
         &b""[..],
         b"{}",
@@ -149,7 +149,7 @@ fn what_is_no_call_is_refused() {
 }
 
 #[test]
-fn what_concerns_the_callers_connection_stays_behind() {
+fn connection_headers_are_removed() {
     let message = br#"{"Function":"f","Header":{"Connection":["x-a, Upgrade"],"Upgrade":["websocket"],"X-A":["1"],"Transfer-Encoding":["chunked"],"Host":["h"],"X-B":["2"]}}"#;
     let (call, _) = decoded(message);
     let names: Vec<&str> = call.headers.keys().map(HeaderName::as_str).collect();
@@ -157,15 +157,15 @@ fn what_concerns_the_callers_connection_stays_behind() {
 }
 
 #[test]
-fn what_a_stranger_says_of_a_call_is_kept_within_bounds() {
+fn headers_and_attempts_of_other_programs_are_limited() {
     let headers = |count: usize| -> String {
         let names: Vec<String> = (0..count).map(|number| format!(r#""h{number}":["1"]"#)).collect();
         format!(r#"{{"Function":"echo","Header":{{{}}}}}"#, names.join(","))
     };
     let decode = |message: &str| decode(message.as_bytes(), "fn", || "fresh".to_owned(), NOW);
-    // One is added, the call's id.
+    // The call's id is one more.
     assert_eq!(decode(&headers(MAX_HEADERS)).unwrap().0.headers.len(), MAX_HEADERS + 1);
-    assert!(matches!(decode(&headers(40_000)), Err(Unreadable::Invalid(_))));
+    assert!(matches!(decode(&headers(40_000)), Err(DecodeError::Invalid(_))));
     let often = r#"{"Function":"echo","Header":{"X-Gateway-Attempts":["4294967295"]}}"#;
-    assert_eq!(decode(often).unwrap().1.attempts, MOST_ATTEMPTS);
+    assert_eq!(decode(often).unwrap().1.attempts, MAX_STORED_ATTEMPTS);
 }

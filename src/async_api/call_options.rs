@@ -1,10 +1,10 @@
-//! What a caller wants of its queued call, by headers.
+//! Options of a queued call, from request headers.
 
 use http::{HeaderMap, HeaderName, HeaderValue};
 
 use crate::error::Error;
 use crate::queue::call::{CallOptions, UnixMillis};
-use crate::worker::callback::target::Target;
+use crate::worker::callback::target::CallbackTarget;
 
 pub(crate) const X_CALLBACK_URL: HeaderName = HeaderName::from_static("x-callback-url");
 pub(crate) const X_DELAY_SECONDS: HeaderName = HeaderName::from_static("x-delay-seconds");
@@ -12,12 +12,12 @@ pub(crate) const X_MAX_ATTEMPTS: HeaderName = HeaderName::from_static("x-max-att
 pub(crate) const X_EXPIRES_SECONDS: HeaderName = HeaderName::from_static("x-expires-seconds");
 pub(crate) const IDEMPOTENCY_KEY: HeaderName = HeaderName::from_static("idempotency-key");
 
-/// The longest name that a caller may give a call, as an id or as an idempotency key.
-const MAX_NAME: usize = 256;
-/// The longest delay and life that can be asked for.
+/// Maximum length of a chosen call id or idempotency key.
+const MAX_NAME_BYTES: usize = 256;
+/// Maximum delay and time to expiry that a client can request.
 const MAX_SECONDS: u64 = 366 * 24 * 3600;
-/// All that its headers ask for.
-pub(super) fn options(
+/// Parses the call options in `headers`.
+pub(super) fn call_options(
     headers: &HeaderMap,
     chosen_id: bool,
     now: UnixMillis,
@@ -55,25 +55,28 @@ fn number(
     }
 }
 
-/// A name that a caller gives its call.
+/// Parses a header with a name that the client has chosen.
 fn name(headers: &HeaderMap, header: &HeaderName) -> Result<Option<String>, Error> {
-    headers.get(header).map(|value| text(value, header)).transpose()
+    headers.get(header).map(|value| name_text(value, header)).transpose()
 }
 
-/// A header's value, if it can be a name.
-pub(super) fn text(value: &HeaderValue, header: &HeaderName) -> Result<String, Error> {
+/// Returns a header's value as a chosen name.
+///
+/// # Errors
+/// Bad request when it is empty, too long, or has other than visible characters.
+pub(super) fn name_text(value: &HeaderValue, header: &HeaderName) -> Result<String, Error> {
     match value.to_str() {
-        Ok(text) if !text.is_empty() && text.len() <= MAX_NAME => Ok(text.to_owned()),
+        Ok(text) if !text.is_empty() && text.len() <= MAX_NAME_BYTES => Ok(text.to_owned()),
         _ => Err(Error::BadRequest(format!(
-            "{header} is empty, longer than {MAX_NAME} bytes, or has other than visible characters"
+            "{header} is empty, longer than {MAX_NAME_BYTES} bytes, or has other than visible characters"
         ))),
     }
 }
 
 fn callback(headers: &HeaderMap) -> Result<Option<String>, Error> {
     let Some(value) = headers.get(&X_CALLBACK_URL) else { return Ok(None) };
-    // Its form alone: which addresses are allowed is judged by the worker, when it calls back.
-    let is_one = |url: &&str| Target::parse(url).is_ok();
+    // Only the syntax is checked here. The worker checks the address when it sends the callback.
+    let is_one = |url: &&str| CallbackTarget::parse(url).is_ok();
     let url = value.to_str().ok().filter(is_one);
     let url = url.ok_or_else(|| {
         Error::BadRequest(format!("{X_CALLBACK_URL} is not an absolute http or https URL"))
@@ -86,19 +89,19 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_wish_that_cannot_be_read_is_refused() {
-        let wish = |name: &'static str, value: &'static str| {
+    fn an_invalid_option_is_rejected() {
+        let parse = |name: &'static str, value: &'static str| {
             let headers = HeaderMap::from_iter([(
                 HeaderName::from_static(name),
                 HeaderValue::from_static(value),
             )]);
-            options(&headers, false, 1000)
+            call_options(&headers, false, 1000)
         };
-        assert_eq!(wish("x-delay-seconds", "2").unwrap().not_before, Some(3000));
-        assert_eq!(wish("x-delay-seconds", "0").unwrap().not_before, None);
-        assert_eq!(wish("x-max-attempts", "3").unwrap().max_attempts, Some(3));
-        assert_eq!(wish("x-expires-seconds", "1").unwrap().expires_at, Some(2000));
-        let callback = wish("x-callback-url", "https://a.example/x?y").unwrap().callback;
+        assert_eq!(parse("x-delay-seconds", "2").unwrap().not_before, Some(3000));
+        assert_eq!(parse("x-delay-seconds", "0").unwrap().not_before, None);
+        assert_eq!(parse("x-max-attempts", "3").unwrap().max_attempts, Some(3));
+        assert_eq!(parse("x-expires-seconds", "1").unwrap().expires_at, Some(2000));
+        let callback = parse("x-callback-url", "https://a.example/x?y").unwrap().callback;
         assert_eq!(callback.as_deref(), Some("https://a.example/x?y"));
         for (name, value) in [
             ("x-delay-seconds", "-1"),
@@ -111,7 +114,7 @@ mod tests {
             ("x-callback-url", "http://u:%zz@hooks/"),
             ("idempotency-key", ""),
         ] {
-            assert!(wish(name, value).is_err(), "{name}: {value}");
+            assert!(parse(name, value).is_err(), "{name}: {value}");
         }
     }
 }

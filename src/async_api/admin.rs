@@ -1,4 +1,4 @@
-//! `/system/queues`, `/system/calls`: queued calls as their operators see them.
+//! `/system/queues`, `/system/calls`: queued calls for operators.
 
 use std::sync::Arc;
 
@@ -9,38 +9,38 @@ use http::HeaderValue;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
+use crate::async_api::{change_response, dto, ingress};
 use crate::error::Error;
 use crate::function::Function;
 use crate::queue::{Filter, Order, now};
-use crate::queued::{changed, intake, view};
 use crate::system::ApiState;
 
-/// Calls that are listed unless another number is asked for, and at most.
-const USUAL_LIST: usize = 100;
-const LONGEST_LIST: usize = 1000;
+/// Default and maximum number of calls on a page.
+const DEFAULT_LIST_LIMIT: usize = 100;
+const MAX_LIST_LIMIT: usize = 1000;
 
-/// Which calls are meant.
+/// Query parameters that select calls.
 #[derive(Debug, Default, Deserialize)]
 #[serde(default, deny_unknown_fields)]
-pub struct Selection {
-    /// A state, or `dead`: failed for good and kept.
+pub struct CallQuery {
+    /// A state, or `dead` for dead letters.
     state: Option<String>,
     function: Option<String>,
     limit: Option<usize>,
-    /// The id of the last call that has been seen.
+    /// Id of the last call of the previous page.
     after: Option<String>,
-    /// `oldest` (the default) or `newest`: which call comes first.
+    /// Sort order: `oldest` first (the default) or `newest` first.
     order: Option<String>,
 }
 
-impl Selection {
+impl CallQuery {
     fn filter(&self, default_namespace: &str) -> Result<Filter, Error> {
         let mut filter = Filter::default();
         match self.state.as_deref() {
             None | Some("") => {}
             Some("dead") => filter.dead_letter = Some(true),
             Some(word) => {
-                filter.state = Some(view::state(word).ok_or_else(|| {
+                filter.state = Some(dto::parse_state(word).ok_or_else(|| {
                     Error::BadRequest(
                         "state is none of queued, running, retrying, succeeded, failed, cancelled, dead".to_owned(),
                     )
@@ -64,10 +64,10 @@ impl Selection {
     }
 }
 
-/// The calls of one function.
+/// Number of calls of one function, by state.
 #[derive(Debug, Serialize)]
 #[serde(rename_all = "camelCase")]
-struct Line {
+struct QueueRow {
     function: String,
     pending: u64,
     running: u64,
@@ -77,11 +77,14 @@ struct Line {
     oldest_age_seconds: Option<u64>,
 }
 
-/// `GET /system/queues`: how many calls there are, by function.
+/// `GET /system/queues`: the number of calls, by function.
+///
+/// # Errors
+/// When the queue cannot be queried.
 pub async fn queues(State(api): State<Arc<ApiState>>) -> Result<Response, Error> {
     let now = now();
-    let counts = intake(&api)?.queue.depths().await?;
-    let lines = counts.into_iter().map(|(function, counts)| Line {
+    let counts = ingress(&api)?.queue.depths().await?;
+    let rows = counts.into_iter().map(|(function, counts)| QueueRow {
         function: function.to_string(),
         pending: counts.pending,
         running: counts.running,
@@ -89,51 +92,63 @@ pub async fn queues(State(api): State<Arc<ApiState>>) -> Result<Response, Error>
         dead: counts.dead_letters,
         oldest_age_seconds: counts.oldest.map(|oldest| now.saturating_sub(oldest) / 1000),
     });
-    Ok(Json(lines.collect::<Vec<_>>()).into_response())
+    Ok(Json(rows.collect::<Vec<_>>()).into_response())
 }
 
-/// `GET /system/calls?state=&function=&order=&limit=&after=`: calls, the oldest first unless `order=newest`.
+/// `GET /system/calls?state=&function=&order=&limit=&after=`: lists calls, the oldest first unless `order=newest`.
+///
+/// # Errors
+/// Bad request for an invalid parameter, or when the queue cannot be queried.
 pub async fn calls(
     State(api): State<Arc<ApiState>>,
-    Query(selection): Query<Selection>,
+    Query(query): Query<CallQuery>,
 ) -> Result<Response, Error> {
-    let filter = selection.filter(&api.default_namespace)?;
-    let limit = selection.limit.unwrap_or(USUAL_LIST).min(LONGEST_LIST);
-    let found = intake(&api)?.queue.list(&filter, selection.after.as_deref(), limit).await?;
-    let states: Vec<_> = found.calls.iter().map(view::State::of).collect();
+    let filter = query.filter(&api.default_namespace)?;
+    let limit = query.limit.unwrap_or(DEFAULT_LIST_LIMIT).min(MAX_LIST_LIMIT);
+    let found = ingress(&api)?.queue.list(&filter, query.after.as_deref(), limit).await?;
+    let states: Vec<_> = found.calls.iter().map(dto::CallStateDto::of).collect();
     let mut response = Json(states).into_response();
     if !found.complete {
-        response.headers_mut().insert(view::X_TRUNCATED, HeaderValue::from_static("true"));
+        response.headers_mut().insert(dto::X_TRUNCATED, HeaderValue::from_static("true"));
     }
     Ok(response)
 }
 
-/// `POST /system/calls/CALL-ID/retry`: has a dead call made again.
+/// `POST /system/calls/CALL-ID/retry`: redrives a dead letter.
+///
+/// # Errors
+/// Conflict when the call is not a dead letter; not found when it is unknown.
 pub async fn retry(
     State(api): State<Arc<ApiState>>,
     Path(id): Path<String>,
 ) -> Result<Response, Error> {
-    changed(intake(&api)?.queue.redrive(&id).await?, "tried again")
+    change_response(ingress(&api)?.queue.redrive(&id).await?, "tried again")
 }
 
-/// `DELETE /system/calls/CALL-ID`: takes back a call that waits, or lets go of a dead one.
+/// `DELETE /system/calls/CALL-ID`: cancels a pending call, or discards a dead letter.
+///
+/// # Errors
+/// Conflict when the call is running or finished; not found when it is unknown.
 pub async fn cancel(
     State(api): State<Arc<ApiState>>,
     Path(id): Path<String>,
 ) -> Result<Response, Error> {
-    changed(intake(&api)?.queue.cancel(&id).await?, "cancelled")
+    change_response(ingress(&api)?.queue.cancel(&id).await?, "cancelled")
 }
 
-/// `POST /system/queues/purge?function=&state=`: removes calls that do not run, all trace of them.
+/// `POST /system/queues/purge?function=&state=`: deletes calls that are not running, with their records.
+///
+/// # Errors
+/// Bad request when neither a function nor a state is given.
 pub async fn purge(
     State(api): State<Arc<ApiState>>,
-    Query(selection): Query<Selection>,
+    Query(query): Query<CallQuery>,
 ) -> Result<Response, Error> {
-    let filter = selection.filter(&api.default_namespace)?;
-    // Everything there is, by a slip of the hand, is too much.
+    let filter = query.filter(&api.default_namespace)?;
+    // A request without parameters, sent by mistake, must not delete everything.
     if filter.function.is_none() && filter.state.is_none() && filter.dead_letter.is_none() {
         return Err(Error::BadRequest("name a function or a state to be purged".to_owned()));
     }
-    let purged = intake(&api)?.queue.purge(&filter).await?;
+    let purged = ingress(&api)?.queue.purge(&filter).await?;
     Ok(Json(json!({ "purged": purged })).into_response())
 }

@@ -1,4 +1,4 @@
-//! What callers and operators are shown of queued calls.
+//! Queued calls as JSON and as responses, for clients and operators.
 
 use axum::body::Body;
 use axum::response::Response;
@@ -9,15 +9,15 @@ use serde::Serialize;
 use crate::queue::call::UnixMillis;
 use crate::queue::status::{self, CallRecord, StoredResponse};
 
-/// In an answer: the function's own status.
+/// Response header with the function's status code.
 const X_FUNCTION_STATUS: HeaderName = HeaderName::from_static("x-function-status");
-/// In an answer: its body was longer than what is kept.
+/// Response header: the stored body is truncated.
 pub(super) const X_TRUNCATED: HeaderName = HeaderName::from_static("x-truncated");
 
-/// The state of a call, as JSON. Times are RFC 3339.
+/// A call's state as JSON. Times are in RFC 3339.
 #[derive(Debug, Serialize)]
 #[serde(rename_all = "camelCase")]
-pub struct State<'a> {
+pub struct CallStateDto<'a> {
     call_id: &'a str,
     function: &'a str,
     state: &'static str,
@@ -33,17 +33,17 @@ pub struct State<'a> {
     finished_at: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     next_attempt_at: Option<String>,
-    /// It can be tried again on request.
+    /// The call is a dead letter, which can be redriven.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     dead: bool,
 }
 
-impl<'a> State<'a> {
+impl<'a> CallStateDto<'a> {
     pub fn of(status: &'a CallRecord) -> Self {
         Self {
             call_id: &status.id,
             function: &status.function,
-            state: word(status.state),
+            state: state_name(status.state),
             attempts: status.attempts,
             status: status.status,
             reason: status.reason.as_deref(),
@@ -56,8 +56,8 @@ impl<'a> State<'a> {
     }
 }
 
-/// A state as it is written.
-pub fn word(state: status::CallState) -> &'static str {
+/// Returns the name of a state.
+pub fn state_name(state: status::CallState) -> &'static str {
     match state {
         status::CallState::Queued => "queued",
         status::CallState::Running => "running",
@@ -68,12 +68,12 @@ pub fn word(state: status::CallState) -> &'static str {
     }
 }
 
-/// The state that `word` names.
-pub fn state(word: &str) -> Option<status::CallState> {
+/// Returns the state with the given name.
+pub fn parse_state(name: &str) -> Option<status::CallState> {
     use status::CallState::{Cancelled, Failed, Queued, Retrying, Running, Succeeded};
     [Queued, Running, Retrying, Succeeded, Failed, Cancelled]
         .into_iter()
-        .find(|state| self::word(*state) == word)
+        .find(|state| state_name(*state) == name)
 }
 
 fn time(at: UnixMillis) -> Option<String> {
@@ -81,11 +81,12 @@ fn time(at: UnixMillis) -> Option<String> {
     Some(format!("{at:.3}"))
 }
 
-/// A stored answer, as the function gave it; its status is told beside it, since this one says that there is an answer.
-pub fn answer(answer: StoredResponse) -> Response {
-    let mut response = Response::new(Body::from(answer.body));
+/// Returns a stored response as the function sent it. Its status is in a header, since the status of this response
+/// says that there is a result.
+pub fn result_response(stored: StoredResponse) -> Response {
+    let mut response = Response::new(Body::from(stored.body));
     let headers = response.headers_mut();
-    for (name, value) in &answer.headers {
+    for (name, value) in &stored.headers {
         let name = HeaderName::from_bytes(name.as_bytes());
         let value = HeaderValue::from_str(value);
         if let (Ok(name), Ok(value)) = (name, value) {
@@ -93,8 +94,8 @@ pub fn answer(answer: StoredResponse) -> Response {
         }
     }
     headers.remove(http::header::CONTENT_LENGTH);
-    headers.insert(X_FUNCTION_STATUS, HeaderValue::from(answer.status));
-    if answer.truncated {
+    headers.insert(X_FUNCTION_STATUS, HeaderValue::from(stored.status));
+    if stored.truncated {
         headers.insert(X_TRUNCATED, HeaderValue::from_static("true"));
     }
     *response.status_mut() = StatusCode::OK;

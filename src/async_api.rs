@@ -1,4 +1,4 @@
-//! `/async-function/…`: calls that are made later, what became of them, and their answers.
+//! `/async-function/…`: enqueues calls, and returns their state and their results.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -15,6 +15,10 @@ use futures_util::StreamExt;
 use http::header::{ACCESS_CONTROL_REQUEST_METHOD, ALLOW, CONTENT_LENGTH, HOST, ORIGIN};
 use http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, Uri};
 
+use crate::async_api::call_options::{
+    X_DELAY_SECONDS, X_EXPIRES_SECONDS, X_MAX_ATTEMPTS, call_options, name_text,
+};
+use crate::async_api::unconfirmed::UnconfirmedFunctions;
 use crate::auth::body_error;
 use crate::call_id::{RequestIds, X_CALL_ID};
 use crate::error::Error;
@@ -27,60 +31,62 @@ use crate::queue::call::QueuedCall;
 use crate::queue::memory::{BodyBudget, BodyBuffer, MAX_TOTAL_BYTES};
 use crate::queue::status::CallRecord;
 use crate::queue::{self, ChangeOutcome, MemoryPermit, Queue, QueueDepth, now};
-use crate::queued::unverified::Unverified;
-use crate::queued::wishes::{X_DELAY_SECONDS, X_EXPIRES_SECONDS, X_MAX_ATTEMPTS, options, text};
 use crate::serve::caller::Caller;
 use crate::system::ApiState;
 use crate::trace::PublishTiming;
-use crate::{auth, chain, same_origin};
+use crate::{auth, callback_chain, same_origin};
 
-pub mod operate;
-mod unverified;
-pub mod view;
-pub(crate) mod wishes;
+pub mod admin;
+pub(crate) mod call_options;
+pub mod dto;
+mod unconfirmed;
 
-/// A provider that has not said within this time whether there is a function is away.
-const LONGEST_QUESTION: Duration = Duration::from_secs(2);
+/// Timeout for asking the provider whether a function exists. After it the provider counts as unavailable.
+const FUNCTION_CHECK_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// What takes calls in. One for the process, and a clone for each thread that has much to do with it.
+/// The queue with what is needed to enqueue calls. One for the process; threads that use it much have a clone.
 #[derive(Clone)]
-pub struct Intake {
+pub struct QueueIngress {
     pub queue: Queue,
     pub max_body: usize,
     pub metrics: Arc<QueueMetrics>,
-    /// What waits for the queue, and what a worker holds, must not fill the memory.
+    /// Memory for bodies that wait for the queue or that a worker holds.
     pub budget: BodyBudget,
-    /// What could be made now or is being made, as it was counted last.
-    held: Arc<ArcSwapOption<HashMap<Arc<str>, u64>>>,
-    unverified: Arc<Unverified>,
+    /// Runnable and running calls by function, as of the last count.
+    pending_counts: Arc<ArcSwapOption<HashMap<Arc<str>, u64>>>,
+    unconfirmed: Arc<UnconfirmedFunctions>,
 }
 
-impl Intake {
+impl QueueIngress {
     pub fn new(queue: Queue, max_body: usize, metrics: QueueMetrics) -> Arc<Self> {
         let (budget, metrics) = (BodyBudget::default(), Arc::new(metrics));
-        let (held, unverified) = (Arc::default(), Arc::default());
-        Arc::new(Self { queue, max_body, metrics, budget, held, unverified })
+        let (pending_counts, unconfirmed) = (Arc::default(), Arc::default());
+        Arc::new(Self { queue, max_body, metrics, budget, pending_counts, unconfirmed })
     }
 
-    /// This one, for the current thread and its runtime.
+    /// Returns a clone for the current thread and its runtime.
     #[must_use]
     pub fn for_thread(&self) -> Arc<Self> {
         Arc::new(Self { queue: self.queue.for_thread(), ..self.clone() })
     }
 
-    /// Counts what the queue holds.
-    pub async fn count(&self) -> Result<(), queue::Error> {
+    /// Queries the queue's depth and updates the metrics.
+    ///
+    /// # Errors
+    /// When the queue cannot be queried. The previous values remain; the caller tries again later.
+    pub async fn update_depths(&self) -> Result<(), queue::Error> {
         let now = now();
         let counts = match self.queue.depths().await {
-            // One that cannot tell holds nothing, for all that is known.
+            // A queue that does not support counting is treated as empty.
             Err(queue::Error::Unsupported(_)) => Vec::new(),
             counts => counts?,
         };
-        let held = counts.iter().filter(|(_, counts)| counts.pending + counts.running > 0);
-        let held = held.map(|(function, counts)| {
+        let pending_counts =
+            counts.iter().filter(|(_, counts)| counts.pending + counts.running > 0);
+        let pending_counts = pending_counts.map(|(function, counts)| {
             (function.to_string().into(), counts.pending + counts.running)
         });
-        self.held.store(Some(Arc::new(held.collect())));
+        self.pending_counts.store(Some(Arc::new(pending_counts.collect())));
         let gauges = |(function, counts): (Function, QueueDepth)| DepthGauges {
             label: function.to_string(),
             pending: counts.pending,
@@ -93,19 +99,19 @@ impl Intake {
         Ok(())
     }
 
-    /// Calls by function that run or could be made, as they were counted last; `None`: they were not yet.
-    pub fn held(&self) -> Option<Arc<HashMap<Arc<str>, u64>>> {
-        self.held.load_full()
+    /// Runnable and running calls by function as of the last count; `None` before the first one.
+    pub fn pending_by_function(&self) -> Option<Arc<HashMap<Arc<str>, u64>>> {
+        self.pending_counts.load_full()
     }
 
-    /// The largest body that is taken in.
-    pub fn limit(&self) -> usize {
+    /// Returns the maximum size of a call's body in bytes.
+    pub fn body_limit(&self) -> usize {
         self.queue.max_body_bytes().map_or(self.max_body, |most| most.min(self.max_body))
     }
 
-    /// Reads `body` whole. It has its room until that is dropped.
-    async fn read(&self, body: Body) -> Result<(Bytes, Option<MemoryPermit>), Error> {
-        let limit = self.limit();
+    /// Reads `body` completely. The returned memory reservation must be held as long as the body.
+    async fn read_body(&self, body: Body) -> Result<(Bytes, Option<MemoryPermit>), Error> {
+        let limit = self.body_limit();
         let mut kept = BodyBuffer::new(&self.budget);
         let mut frames = body.into_data_stream();
         while let Some(data) = frames.next().await {
@@ -118,7 +124,8 @@ impl Intake {
             }
         }
         let (body, mut room) = kept.finish();
-        // The queue stores a copy. A body that takes half of the budget has no more room than it has.
+        // The queue makes a copy, for which memory is reserved, too. A body of more than half of the budget gets only
+        // the rest.
         let copy = body.len().min(MAX_TOTAL_BYTES - body.len());
         let copy = self.budget.try_reserve(copy).ok_or(Error::Overloaded)?;
         match &mut room {
@@ -129,7 +136,7 @@ impl Intake {
     }
 }
 
-/// The route that a request to queue a call belongs to, as its numbers are labelled; `None` if it is none.
+/// Returns the route label (for metrics) of a request that enqueues a call; `None` for other requests.
 pub fn route(method: &Method, path: &str) -> Option<&'static str> {
     let rest = path.strip_prefix("/async-function/").filter(|_| method == Method::POST)?;
     match rest.split_once('/') {
@@ -141,87 +148,90 @@ pub fn route(method: &Method, path: &str) -> Option<&'static str> {
     }
 }
 
-/// `POST /async-function/NAME…`: 202 when the call is durable.
+/// `POST /async-function/NAME…`: answers 202 when the call is stored durably.
 pub async fn submit(api: &ApiState, caller: &Caller, mut request: Request) -> Response {
-    let from_page = is_from_page(&request);
+    let cross_origin = is_cross_origin(&request);
     let chosen_id = request.headers().get(X_CALL_ID).is_some_and(|id| !id.is_empty());
-    if let (Ok(intake), false) = (intake(api), chosen_id)
-        && let Ok((function, _)) = destination(request.uri(), &api.default_namespace)
-        && let Ok(id) = HeaderValue::try_from(intake.queue.new_call_id(&function))
+    if let (Ok(ingress), false) = (ingress(api), chosen_id)
+        && let Ok((function, _)) = parse_target(request.uri(), &api.default_namespace)
+        && let Ok(id) = HeaderValue::try_from(ingress.queue.new_call_id(&function))
     {
         request.headers_mut().insert(X_CALL_ID, id);
     }
     let ids = RequestIds::from_headers(request.headers());
-    let mut answer = match take_in(api, caller, request, &ids, chosen_id).await {
+    let mut response = match enqueue(api, caller, request, &ids, chosen_id).await {
         Ok((published, took)) => {
-            let mut answer = StatusCode::ACCEPTED.into_response();
+            let mut response = StatusCode::ACCEPTED.into_response();
             if !published.duplicate {
-                answer.extensions_mut().insert(PublishTiming(took));
+                response.extensions_mut().insert(PublishTiming(took));
             }
-            ids.apply_to_response(answer.headers_mut());
-            // One that was queued before is known by its first id; one whose id is another call's, by one of its own.
+            ids.apply_to_response(response.headers_mut());
+            // A duplicate has the id of its first submission. A call whose chosen id belongs to another call gets a
+            // new id.
             if let Ok(id) = HeaderValue::try_from(published.id) {
-                answer.headers_mut().insert(X_CALL_ID, id);
+                response.headers_mut().insert(X_CALL_ID, id);
             }
-            answer
+            response
         }
         Err(error) => {
-            let mut answer = error.response(Some(&ids.call_id)).map(Body::from);
-            ids.apply_to_response(answer.headers_mut());
-            answer
+            let mut response = error.response(Some(&ids.call_id)).map(Body::from);
+            ids.apply_to_response(response.headers_mut());
+            response
         }
     };
-    if from_page {
-        let_pages_read(&mut answer);
+    if cross_origin {
+        add_cors_headers(&mut response);
     }
-    answer
+    response
 }
 
-/// Takes a call in, and says how long the queue took for that.
-async fn take_in(
+/// Enqueues a call, and returns how long the queue took for it.
+async fn enqueue(
     api: &ApiState,
     caller: &Caller,
     request: Request,
     ids: &RequestIds,
     chosen_id: bool,
 ) -> Result<(queue::Published, Duration), Error> {
-    let intake = intake(api)?;
+    let ingress = ingress(api)?;
     let (parts, body) = request.into_parts();
     same_origin::check_async_request(&parts.headers, api.allowed_hosts)
         .map_err(Error::Forbidden)?;
-    if chain::length(&parts.headers) > chain::MAX {
+    if callback_chain::length(&parts.headers) > callback_chain::MAX_LENGTH {
         return Err(Error::CallbackLoop);
     }
-    let (function, target) = destination(&parts.uri, &api.default_namespace)?;
-    let mut options = options(&parts.headers, chosen_id, now())?;
+    let (function, target) = parse_target(&parts.uri, &api.default_namespace)?;
+    let mut options = call_options(&parts.headers, chosen_id, now())?;
     if let Some(key) = &mut options.idempotency_key {
-        // One function's keys are none of another's. And a key can be guessed, as a chosen id can.
+        // Idempotency keys are scoped to the function. Like a chosen id, a key can be guessed.
         *key = format!("{function} {key}");
         options.chosen_id = true;
     }
-    let id = text(&ids.call_id, &X_CALL_ID)?;
+    let id = name_text(&ids.call_id, &X_CALL_ID)?;
     let length = parts.headers.get(CONTENT_LENGTH);
     let length = length.and_then(|length| length.to_str().ok()?.parse::<usize>().ok());
-    let limit = intake.limit();
+    let limit = ingress.body_limit();
     if length.is_some_and(|length| length > limit) {
         return Err(Error::TooLarge(limit));
     }
-    must_exist(&api.metrics.function_registry, &api.provider, intake, &function, &id).await?;
-    let (body, room) = intake.read(body).await?;
-    let headers = passed_on(&parts.headers, &caller.forwarded_for, ids);
+    check_function_exists(&api.metrics.function_registry, &api.provider, ingress, &function, &id)
+        .await?;
+    let (body, room) = ingress.read_body(body).await?;
+    let headers = function_headers(&parts.headers, &caller.forwarded_for, ids);
     let mut call = QueuedCall { id, function, target, headers, body, options };
     call.options.digest = Some(call.digest());
     let began = Instant::now();
-    let published = intake.queue.publish_with_permit(call, room).await?;
+    let published = ingress.queue.publish_with_permit(call, room).await?;
     let took = began.elapsed();
     if !published.duplicate {
-        intake.metrics.submitted(took);
+        ingress.metrics.submitted(took);
     }
     Ok((published, took))
 }
 
-/// The headers that the function will see. The worker says where it goes; what the caller called is told as for any call.
-pub fn passed_on(headers: &HeaderMap, peer: &HeaderValue, ids: &RequestIds) -> HeaderMap {
+/// Returns the headers that the function will receive. The worker sets `Host`; `X-Forwarded-*` are as for any
+/// invocation.
+pub fn function_headers(headers: &HeaderMap, peer: &HeaderValue, ids: &RequestIds) -> HeaderMap {
     const NOT_PASSED_ON: [HeaderName; 5] =
         [HOST, CONTENT_LENGTH, X_DELAY_SECONDS, X_MAX_ATTEMPTS, X_EXPIRES_SECONDS];
     let mut kept = HeaderMap::with_capacity(headers.len() + 4);
@@ -235,18 +245,24 @@ pub fn passed_on(headers: &HeaderMap, peer: &HeaderValue, ids: &RequestIds) -> H
 }
 
 /// `GET /async-function/CALL-ID`
+///
+/// # Errors
+/// Not found when the call is unknown.
 pub async fn status(
     State(api): State<Arc<ApiState>>,
     Path(id): Path<String>,
     request: Request,
 ) -> Result<Response, Error> {
-    Ok(match known(&api, &id, request).await? {
-        Ok(status) => Json(view::State::of(&status)).into_response(),
+    Ok(match authorized_record(&api, &id, request).await? {
+        Ok(status) => Json(dto::CallStateDto::of(&status)).into_response(),
         Err(refusal) => refusal,
     })
 }
 
 /// `GET /async-function/CALL-ID/result`
+///
+/// # Errors
+/// Conflict while the call is not finished; not found when it has no result.
 pub async fn result(
     State(api): State<Arc<ApiState>>,
     Path((id, rest)): Path<(String, String)>,
@@ -255,36 +271,42 @@ pub async fn result(
     if rest != "result" {
         return Err(Error::NoSuchPath);
     }
-    let status = match known(&api, &id, request).await? {
+    let status = match authorized_record(&api, &id, request).await? {
         Ok(status) => status,
         Err(refusal) => return Ok(refusal),
     };
     if !status.state.is_final() {
         return Err(Error::Conflict("the call is not finished".to_owned()));
     }
-    let answer = intake(&api)?.queue.result(&id).await?;
-    let answer = answer.ok_or(Error::NotFound("the call has no answer"))?;
-    Ok(view::answer(answer))
+    let response = ingress(&api)?.queue.result(&id).await?;
+    let response = response.ok_or(Error::NotFound("the call has no result"))?;
+    Ok(dto::result_response(response))
 }
 
 /// `DELETE /async-function/CALL-ID`
+///
+/// # Errors
+/// Conflict when the call is running or finished; not found when it is unknown.
 pub async fn cancel(
     State(api): State<Arc<ApiState>>,
     Path(id): Path<String>,
     request: Request,
 ) -> Result<Response, Error> {
-    if let Err(refusal) = known(&api, &id, request).await? {
+    if let Err(refusal) = authorized_record(&api, &id, request).await? {
         return Ok(refusal);
     }
-    changed(intake(&api)?.queue.cancel(&id).await?, "cancelled")
+    change_response(ingress(&api)?.queue.cancel(&id).await?, "cancelled")
 }
 
-/// What is said of an attempt to change a call.
-pub fn changed(changed: ChangeOutcome, done: &str) -> Result<Response, Error> {
+/// Converts the result of a change to a response. `done` is the past participle of the change, for the error text.
+///
+/// # Errors
+/// Conflict when the call's state does not allow the change; not found when it is unknown.
+pub fn change_response(changed: ChangeOutcome, done: &str) -> Result<Response, Error> {
     match changed {
         ChangeOutcome::Applied => Ok(StatusCode::NO_CONTENT.into_response()),
         ChangeOutcome::WrongState(state) => {
-            let state = view::word(state);
+            let state = dto::state_name(state);
             Err(Error::Conflict(format!("the call is {state}: it cannot be {done}")))
         }
         ChangeOutcome::NotFound => Err(NO_SUCH_CALL),
@@ -293,57 +315,61 @@ pub fn changed(changed: ChangeOutcome, done: &str) -> Result<Response, Error> {
 
 const NO_SUCH_CALL: Error = Error::NotFound("no such call, or not any more");
 
-/// What a page of another origin may say of a call that it queues. `X-Callback-Url` is not among it: it has this machine
-/// make a request, which may reach what the page cannot.
-const PAGE_HEADERS: HeaderValue = HeaderValue::from_static(
+/// Request headers that a page of another origin may send. `X-Callback-Url` is excluded: it makes this gateway send a
+/// request, which could reach addresses that the page cannot.
+const CORS_ALLOWED_HEADERS: HeaderValue = HeaderValue::from_static(
     "Content-Type, X-Call-Id, X-Delay-Seconds, X-Expires-Seconds, X-Max-Attempts, Idempotency-Key",
 );
 
-/// `OPTIONS /async-function/…`: any page may queue a call, as it may make one.
+/// `OPTIONS /async-function/…`: pages of any origin may enqueue calls, as they may invoke functions.
 pub async fn preflight(method: Method, headers: HeaderMap) -> Response {
     const METHODS: HeaderValue = HeaderValue::from_static("POST, GET, DELETE, OPTIONS");
-    let mut answer = StatusCode::NO_CONTENT.into_response();
-    answer.headers_mut().insert(ALLOW, METHODS);
+    let mut response = StatusCode::NO_CONTENT.into_response();
+    response.headers_mut().insert(ALLOW, METHODS);
     if method == Method::OPTIONS && headers.contains_key(ACCESS_CONTROL_REQUEST_METHOD) {
         use http::header::{
             ACCESS_CONTROL_ALLOW_HEADERS, ACCESS_CONTROL_ALLOW_METHODS, ACCESS_CONTROL_ALLOW_ORIGIN,
         };
         let any = HeaderValue::from_static("*");
-        answer.headers_mut().insert(ACCESS_CONTROL_ALLOW_ORIGIN, any);
-        answer.headers_mut().insert(ACCESS_CONTROL_ALLOW_METHODS, METHODS);
-        answer.headers_mut().insert(ACCESS_CONTROL_ALLOW_HEADERS, PAGE_HEADERS);
+        response.headers_mut().insert(ACCESS_CONTROL_ALLOW_ORIGIN, any);
+        response.headers_mut().insert(ACCESS_CONTROL_ALLOW_METHODS, METHODS);
+        response.headers_mut().insert(ACCESS_CONTROL_ALLOW_HEADERS, CORS_ALLOWED_HEADERS);
     }
-    answer
+    response
 }
 
-/// Lets pages read the answers to what [`preflight`] lets them ask. What a function answered is the function's to allow.
-pub async fn allow_pages(request: Request, next: Next) -> Response {
-    let from_page = is_from_page(&request);
-    let mut answer = next.run(request).await;
-    if from_page {
-        let_pages_read(&mut answer);
+/// Middleware that lets pages of other origins read responses. Results are excluded: their CORS headers are the
+/// function's.
+pub async fn cors(request: Request, next: Next) -> Response {
+    let cross_origin = is_cross_origin(&request);
+    let mut response = next.run(request).await;
+    if cross_origin {
+        add_cors_headers(&mut response);
     }
-    answer
+    response
 }
 
-fn is_from_page(request: &Request) -> bool {
+fn is_cross_origin(request: &Request) -> bool {
     request.headers().contains_key(ORIGIN) && !request.uri().path().ends_with("/result")
 }
 
-fn let_pages_read(answer: &mut Response) {
+fn add_cors_headers(response: &mut Response) {
     use http::header::{ACCESS_CONTROL_ALLOW_ORIGIN, ACCESS_CONTROL_EXPOSE_HEADERS};
     let any = HeaderValue::from_static("*");
-    answer.headers_mut().insert(ACCESS_CONTROL_ALLOW_ORIGIN, any.clone());
-    answer.headers_mut().insert(ACCESS_CONTROL_EXPOSE_HEADERS, any);
+    response.headers_mut().insert(ACCESS_CONTROL_ALLOW_ORIGIN, any.clone());
+    response.headers_mut().insert(ACCESS_CONTROL_EXPOSE_HEADERS, any);
 }
 
-/// A method that no call can be asked by; one can be by those in `allow`.
-pub async fn other_method(allow: &'static str) -> Response {
+/// Answers 405 with the methods in `allow`.
+pub async fn unsupported_method(allow: &'static str) -> Response {
     (StatusCode::METHOD_NOT_ALLOWED, [(ALLOW, allow)], "method not allowed here\n").into_response()
 }
 
-/// What takes calls in, if this gateway has a queue.
-pub fn intake(api: &ApiState) -> Result<&Intake, Error> {
+/// Returns the queue ingress.
+///
+/// # Errors
+/// Not implemented when this gateway has no queue.
+pub fn ingress(api: &ApiState) -> Result<&QueueIngress, Error> {
     api.queue_ingress.as_deref().ok_or_else(|| {
         Error::NotImplemented(
             "this gateway has no queue: set queue=embedded to keep queued calls in a file"
@@ -352,19 +378,19 @@ pub fn intake(api: &ApiState) -> Result<&Intake, Error> {
     })
 }
 
-/// The status of the call with `id` if the client that sent `request` may know it, else the response to it. The one rule
-/// for state, result and cancelling.
+/// Returns the record of the call `id` if the client that sent `request` may access it, otherwise the response that
+/// rejects the request. Used alike for state, result and cancelling.
 ///
-/// An id that the gateway made is known to its client alone, and opens its call while that is remembered. For any other
-/// id the client needs to be admitted to the API, before it learns whether there is such a call: an id that a client
-/// chose can be guessed.
-async fn known(
+/// Only its client knows an id that the gateway has generated, so this id grants access to its call. Any other id can
+/// be guessed: its client must be authorized for the API before it learns whether the call exists.
+async fn authorized_record(
     api: &ApiState,
     id: &str,
     request: Request,
 ) -> Result<Result<CallRecord, Response>, Error> {
-    let queue = &intake(api)?.queue;
-    // Ids that can be guessed are not looked up before: even the time that takes would tell whether they are there.
+    let queue = &ingress(api)?.queue;
+    // Ids that can be guessed are not looked up before authorization: the response time would reveal whether they
+    // exist.
     let status = if is_unguessable(id) { queue.status(id).await? } else { None };
     let opens = status.as_ref().is_some_and(|status| !status.chosen_id);
     if !opens && let Err(refusal) = auth::authorize(api, request).await? {
@@ -377,13 +403,13 @@ async fn known(
     status.ok_or(NO_SUCH_CALL).map(Ok)
 }
 
-/// Whether `id` has the form of those that gateways make: a random UUID.
+/// Returns whether `id` has the form of generated ids: a random UUID.
 fn is_unguessable(id: &str) -> bool {
     uuid::Uuid::try_parse(id).is_ok_and(|id| id.get_version_num() == 4)
 }
 
-/// The function that the path names, and path and query behind its name.
-fn destination(uri: &Uri, default_namespace: &str) -> Result<(Function, String), Error> {
+/// Returns the function in the path, and the path and query after its name.
+fn parse_target(uri: &Uri, default_namespace: &str) -> Result<(Function, String), Error> {
     let path = uri.path_and_query().map_or("", |path| path.as_str());
     let rest = path.strip_prefix("/async-function/").ok_or(Error::NoSuchPath)?;
     let end = rest.find(['/', '?']).unwrap_or(rest.len());
@@ -391,34 +417,39 @@ fn destination(uri: &Uri, default_namespace: &str) -> Result<(Function, String),
     Ok((function, rest[end..].to_owned()))
 }
 
-/// A provider that says that there is no such function is believed. One that is away is no reason to refuse: waiting is
-/// what a queue is for; but of names that it has not answered for, only so many are taken.
-pub async fn must_exist(
-    known: &FunctionRegistry,
+/// Checks that `function` exists.
+///
+/// While the provider is unavailable, calls of unconfirmed functions are accepted, up to a limit on the number of
+/// different names.
+///
+/// # Errors
+/// When the provider answers that the function does not exist, or when the limit is reached.
+pub async fn check_function_exists(
+    registry: &FunctionRegistry,
     provider: &Provider,
-    intake: &Intake,
+    ingress: &QueueIngress,
     function: &Function,
     id: &str,
 ) -> Result<(), Error> {
-    if known.contains(function) {
+    if registry.contains(function) {
         return Ok(());
     }
-    let timeout = provider.timeout.min(LONGEST_QUESTION);
+    let timeout = provider.timeout.min(FUNCTION_CHECK_TIMEOUT);
     let provider = Provider { timeout, ..provider.clone() };
-    // On the heap: it is rare, and large.
+    // Boxed: this future is rarely needed, and large.
     match Box::pin(provider.status(function)).await {
         Ok(_) => {
-            intake.unverified.forget();
-            known.confirm(function);
+            ingress.unconfirmed.clear();
+            registry.confirm(function);
             Ok(())
         }
         Err(error @ Error::NoSuchFunction(_)) => {
-            intake.unverified.forget();
+            ingress.unconfirmed.clear();
             Err(error)
         }
         Err(error) => {
-            tracing::debug!(call_id = id, %function, %error, "Nobody says whether the function of a queued call exists");
-            intake.unverified.admit(function)
+            tracing::debug!(call_id = id, %function, %error, "The provider could not confirm the function of a queued call");
+            ingress.unconfirmed.admit(function)
         }
     }
 }
@@ -428,26 +459,26 @@ mod tests {
     use super::*;
 
     #[test]
-    fn ids_that_gateways_make_cannot_be_guessed_and_others_may_be() {
-        // Both queues test that their ids have this form.
+    fn only_random_uuids_are_unguessable() {
+        // The tests of the queues check that generated ids have this form.
         assert!(is_unguessable(&uuid::Uuid::new_v4().to_string()));
-        // The last is a UUID of version 5, made of a name.
+        // The last one is a UUID of version 5, derived from a name.
         for id in ["", "order-42", "1", "886313e1-3b8a-5372-9b90-0c9aee199e5d"] {
             assert!(!is_unguessable(id), "{id}");
         }
     }
 
     #[test]
-    fn what_stands_behind_the_name_is_kept_as_it_is() {
+    fn path_and_query_after_the_name_are_kept_unchanged() {
         let check = |uri: &str, name: &str, target: &str| {
-            let (function, rest) = destination(&uri.parse().unwrap(), "fn").unwrap();
+            let (function, rest) = parse_target(&uri.parse().unwrap(), "fn").unwrap();
             assert_eq!((function.to_string().as_str(), rest.as_str()), (name, target), "{uri}");
         };
         check("/async-function/echo", "echo.fn", "");
         check("/async-function/echo.dev/", "echo.dev", "/");
         check("/async-function/echo/a%2Fb//c?x=%20", "echo.fn", "/a%2Fb//c?x=%20");
         check("/async-function/echo?x=1/2", "echo.fn", "?x=1/2");
-        assert!(destination(&"/async-function/".parse().unwrap(), "fn").is_err());
-        assert!(destination(&"/async-function/a%20b".parse().unwrap(), "fn").is_err());
+        assert!(parse_target(&"/async-function/".parse().unwrap(), "fn").is_err());
+        assert!(parse_target(&"/async-function/a%20b".parse().unwrap(), "fn").is_err());
     }
 }
