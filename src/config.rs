@@ -112,7 +112,7 @@ pub struct PoolLimits {
 /// Access control of the API.
 #[derive(Clone, Debug)]
 pub struct Auth {
-    /// `basic_auth`: the directory that holds the credentials' files.
+    /// Directory of the credential files, with `basic_auth`; `None`: no credentials.
     pub credentials_dir: Option<PathBuf>,
     /// `auth_proxy_url`
     pub proxy_url: Option<BaseUrl>,
@@ -154,7 +154,7 @@ pub enum Backend {
     JetStream,
     /// NATS Streaming.
     Stan,
-    /// The one of the two that answers.
+    /// JetStream or NATS Streaming, by discovery.
     Nats,
 }
 
@@ -177,7 +177,7 @@ pub struct Provider {
     pub listen: ListenAddress,
     /// `state_dir`
     pub state_dir: PathBuf,
-    /// `basic_auth`: the directory that holds the credentials' files.
+    /// Directory of the credential files, with `basic_auth`; `None`: no credentials.
     pub credentials_dir: Option<PathBuf>,
     /// `shutdown_grace`
     pub shutdown_grace: Duration,

@@ -32,7 +32,7 @@ pub struct Worker {
     /// `scale_from_zero`
     pub cold_start: Option<ColdStart>,
     pub pool: PoolLimits,
-    /// `basic_auth`: the directory that holds the credentials' files.
+    /// Directory of the credential files, with `basic_auth`; `None`: no credentials.
     pub credentials_dir: Option<PathBuf>,
     pub queue: Queue,
     pub tracing: TracingConfig,
