@@ -99,6 +99,19 @@ fn tests_named_in_the_readme_exist() {
     }
 }
 
+/// Filters of the log name modules, such as `gateway::queue=debug`.
+#[test]
+fn modules_named_in_log_filters_exist() {
+    for page in pages() {
+        for rest in page.text.split("gateway::").skip(1) {
+            let module: String =
+                rest.chars().take_while(|c| c.is_alphanumeric() || *c == '_').collect();
+            let file = root().join("src").join(&module).with_extension("rs");
+            assert!(file.exists(), "{} names gateway::{module}", page.name);
+        }
+    }
+}
+
 /// The recipes of CONTRIBUTING.md name files in backticks.
 #[test]
 fn paths_named_for_contributors_exist() {

@@ -6,7 +6,7 @@ use std::path::Path;
 /// A page, by its path relative to the root.
 pub(super) struct Page {
     pub(super) name: String,
-    text: String,
+    pub(super) text: String,
 }
 
 /// A fenced block, and the comment in the line before it.
