@@ -77,6 +77,7 @@ pub enum Error {
 }
 
 impl Error {
+    /// Returns the status of the error response.
     pub fn status(&self) -> StatusCode {
         match self {
             Self::BadRequest(_) | Self::Body(BodyError::Broken) => StatusCode::BAD_REQUEST,
@@ -154,10 +155,10 @@ impl Error {
         let Self::DoesNotStart(_, failure) = self else { return None };
         let StartFailure { starts, reason, last_output } = &**failure;
         let output = match last_output.as_str() {
-            "" => "and wrote nothing".to_owned(),
-            line => format!("and wrote as its last line: {line}"),
+            "" => "no output".to_owned(),
+            line => format!("last line of its output: {line}"),
         };
-        Some(format!("the last of {starts} starts ended with {reason}, {output}"))
+        Some(format!("the last of {starts} starts ended with {reason}; {output}"))
     }
 
     /// Returns the error response. Its text has the call id, if there is one.

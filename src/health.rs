@@ -52,7 +52,7 @@ struct ReadinessReport {
 
 /// Reason of `ProviderState::StaleCredentials`.
 const STALE_CREDENTIALS: &str = "the provider accepts only the previous credentials: they are tried for an hour after the change; \
-                      a provider that reads its files only at its start must be restarted";
+     a provider that reads its files only at its start must be restarted";
 
 impl ProviderState {
     /// Returns the state of a provider that returned `error` instead of its functions.
@@ -67,6 +67,7 @@ impl ProviderState {
 }
 
 impl Health {
+    /// Creates the state of a process whose provider has not been polled yet.
     pub fn new(phases: ShutdownPhases, limit: Arc<ConcurrencyLimit>) -> Arc<Self> {
         let provider = Mutex::new(ProviderState::NotPolledYet);
         let (queue_unreachable, queue_condition) = (AtomicBool::new(false), Mutex::new(None));

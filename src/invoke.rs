@@ -50,7 +50,7 @@ pub struct Invoker {
     pub operators: Operators,
 }
 
-/// How requests are sent to functions.
+/// How requests are routed to functions.
 pub enum Route {
     /// To the provider, with the path of the client's request.
     Provider(Origin),
@@ -75,6 +75,7 @@ pub struct PreparedInvocation {
 }
 
 impl PreparedInvocation {
+    /// Returns the id of the call.
     pub fn call_id(&self) -> &HeaderValue {
         &self.ids.call_id
     }
@@ -85,15 +86,15 @@ enum ForwardState {
     Provider(proxy::Prepared),
     /// Directly to the function, whose origin is not resolved yet. `None` once the request has been taken.
     Direct(Option<Box<Request<RequestBody>>>),
-    /// Not at all. `None` once the error has been taken.
+    /// The request is not forwarded: it could not be prepared. `None` once the error has been taken.
     Failed(Option<Error>),
 }
 
 impl Invoker {
     /// Prepares the invocation of the function in the path of `request`.
     ///
-    /// All work that needs no waiting is done here, and `request` is dropped at the end. So an invocation that waits
-    /// for its response holds little memory, and a thousand of them fit into the processor's cache.
+    /// All work that does not wait is done here, and `request` is dropped at the end. So an invocation that waits for its
+    /// response holds little memory: a thousand of them fit into the processor's cache.
     ///
     /// # Errors
     /// The response, if the path names no function or the concurrency limit is reached.

@@ -40,6 +40,10 @@ fn check(request: &Request) -> Result<(), Error> {
     Ok(())
 }
 
+/// Handles `GET /system/logs`.
+///
+/// # Errors
+/// The query is invalid, or the log provider does not respond or returns an unexpected status.
 pub async fn logs(
     State(api): State<Arc<ApiState>>,
     Extension(connection): Extension<Caller>,

@@ -189,6 +189,7 @@ impl Metrics {
         TextEncoder::new().encode_to_string(&self.registry.gather())
     }
 
+    /// Counts a request to the API and its duration.
     pub fn record_api_request(
         &self,
         method: &Method,

@@ -40,7 +40,7 @@ pub async fn guard(State(allowed): State<AllowedHosts>, request: Request, next: 
         _ if headers.contains_key(X_GATEWAY_CALLBACK) => Err("a callback cannot use the API"),
         Err(rejection) => Err(rejection.reason()),
         Ok(()) if is_from_page(headers) && !is_allowed_for_pages(request.method(), path) => Err(
-            "a web page cannot change functions, because responses of functions have the same origin: use a command-line tool",
+            "a web page cannot change functions, since responses of functions have the same origin: use a command line",
         ),
         Ok(()) => Ok(()),
     };

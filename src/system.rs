@@ -75,6 +75,7 @@ pub struct AuthProxy {
 }
 
 impl AuthProxy {
+    /// Splits `url` into origin and path.
     pub fn new(mut url: BaseUrl, pass_body: bool) -> Self {
         let target = std::mem::take(&mut url.path).parse().unwrap_or_default();
         Self { origin: Origin::new(url), target, pass_body }

@@ -128,6 +128,7 @@ impl ActiveSpan {
         Some(Context { trace: span.trace, span: span.id, sampled: true })
     }
 
+    /// Adds an attribute to the span.
     pub fn set_attribute(&mut self, name: &'static str, value: impl Into<AttributeValue>) {
         if let Some(span) = &mut self.span {
             span.attributes.push((name, value.into()));

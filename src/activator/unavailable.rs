@@ -27,7 +27,9 @@ pub enum UnavailableSignal {
 /// The peer that the request is sent to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Hop {
+    /// The provider, which forwards to the function.
     Provider,
+    /// The function itself.
     Function,
 }
 

@@ -41,7 +41,7 @@ fn is_forwarded_header(name: &HeaderName) -> bool {
     let plain = name.as_str().replace(['_', '.'], "-");
     [X_FORWARDED_METHOD, X_FORWARDED_URI, X_FORWARDED_HOST]
         .iter()
-        .any(|ours| ours.as_str() == plain)
+        .any(|forwarded| forwarded.as_str() == plain)
 }
 
 #[cfg(test)]

@@ -50,7 +50,7 @@ pub struct Series {
     pub function: Function,
     /// `function_name`: name and namespace.
     pub label: Arc<str>,
-    /// The function is ready: no status query is necessary.
+    /// Readiness flag of the function, shared by all threads.
     ready: Arc<ReadyFlag>,
     counters: Mutex<Counters>,
 }
@@ -83,6 +83,7 @@ pub struct DurationHistogram {
 }
 
 impl DurationHistogram {
+    /// Returns the number of observations.
     pub fn count(&self) -> u64 {
         self.buckets.iter().sum()
     }
@@ -108,6 +109,7 @@ impl Series {
         Arc::new(Self { function, label, ready, counters: Mutex::default() })
     }
 
+    /// Locks the counters.
     pub fn counters(&self) -> MutexGuard<'_, Counters> {
         self.counters.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -123,6 +125,7 @@ pub struct Shard {
 }
 
 impl Shard {
+    /// Creates an empty shard.
     pub fn new(registry: Arc<FunctionRegistry>, default_namespace: Arc<str>) -> Self {
         let unknown = Function { name: UNKNOWN_FUNCTION.to_owned(), namespace: String::new() };
         Self {

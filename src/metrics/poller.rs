@@ -32,7 +32,7 @@ pub struct ProviderPoller {
 }
 
 impl ProviderPoller {
-    /// Polls until `stopping`.
+    /// Polls until `stopping` is cancelled.
     pub async fn run(self, stopping: CancellationToken) {
         loop {
             // Both branches are cancel-safe: a cancelled poll has changed nothing.

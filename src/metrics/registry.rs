@@ -69,6 +69,7 @@ impl FunctionEntry {
 }
 
 impl FunctionRegistry {
+    /// Returns whether `function` is registered.
     pub fn contains(&self, function: &Function) -> bool {
         self.functions().get(function).is_some_and(|entry| entry.confirmed_at.is_some())
     }
@@ -137,8 +138,7 @@ impl FunctionRegistry {
         is_new
     }
 
-    /// Clears the readiness of the functions called `name`, in any namespace, or of all functions without a name: they
-    /// have just been changed.
+    /// Clears the readiness of the functions called `name`, in any namespace, after a change. `None` clears all functions.
     pub fn invalidate(&self, name: Option<&str>) {
         let now = Instant::now();
         for (function, entry) in &mut *self.functions() {

@@ -14,8 +14,8 @@ use http::header::HOST;
 use crate::error::Error;
 use crate::same_origin::{AllowedHosts, Rejection, check, without_port};
 
-/// Domains that never resolve from the internet to a private network: reserved (RFC 6761, 6762, 8375, ICANN's
-/// `internal`), or used by Kubernetes.
+/// Domains that cannot be registered on the internet, so that no web page can have such a name: reserved (RFC 6761, 6762,
+/// 8375, ICANN's `internal`), or used by Kubernetes.
 const PRIVATE_DOMAINS: [&str; 8] =
     ["localhost", "local", "localdomain", "internal", "home.arpa", "lan", "svc", "test"];
 

@@ -107,7 +107,7 @@ impl Exporter {
 
     /// Counts dropped spans, and logs once when the collector fails and when it recovers. Returns whether it fails.
     fn record_result(&self, sent: anyhow::Result<u64>, spans: usize, was_failing: bool) -> bool {
-        self.dropped.export_failed(sent.as_ref().map_or(spans as u64, |refused| *refused));
+        self.dropped.export_failed(sent.as_ref().map_or(spans as u64, |rejected| *rejected));
         match sent {
             Ok(1..) if !was_failing => {
                 tracing::debug!(?sent, "The trace collector rejected some spans")
