@@ -6,11 +6,11 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use gateway::call_id::RequestIds;
+use gateway::deadlines::Deadlines;
 use gateway::limit::ConcurrencyLimit;
 use gateway::metrics::calls::Outcome;
 use gateway::metrics::{Metrics, calls::Shard};
-use gateway::proxy::headers::{to_caller, to_upstream};
-use gateway::watch::Watch;
+use gateway::proxy::headers::{to_client, to_upstream};
 use http::header::{ACCEPT, CONNECTION, CONTENT_TYPE, DATE, HOST, SERVER, USER_AGENT};
 use http::{HeaderMap, HeaderName, HeaderValue, StatusCode};
 
@@ -82,7 +82,7 @@ fn main() {
         black_box(length);
     });
     time("an answer's headers, made a caller's", answer, |mut headers| {
-        to_caller(&mut headers, false)
+        to_client(&mut headers, false)
     });
     for functions in [1, 5_000] {
         let shard = shard(functions);
@@ -95,10 +95,10 @@ fn main() {
     let limit = ConcurrencyLimit::new(10_000, 2);
     let share = limit.permit_cache(0);
     time("take a place and give it back", || (), |()| drop(black_box(limit.try_acquire(&share))));
-    let watch = Watch::new();
+    let deadlines = Deadlines::new();
     time("the deadlines of a call", Instant::now, |now| {
-        watch.head_begins(Duration::from_secs(60));
-        watch.call_until(watch.call_begins() + Duration::from_secs(60));
-        watch.call_ended(now, Duration::from_secs(60));
+        deadlines.on_head_started(Duration::from_secs(60));
+        deadlines.set_exchange_deadline(deadlines.on_exchange_started() + Duration::from_secs(60));
+        deadlines.on_exchange_finished(now, Duration::from_secs(60));
     });
 }

@@ -31,7 +31,7 @@ use crate::queue::call::QueuedCall;
 use crate::queue::memory::{BodyBudget, BodyBuffer, MAX_TOTAL_BYTES};
 use crate::queue::status::CallRecord;
 use crate::queue::{self, ChangeOutcome, MemoryPermit, Queue, QueueDepth, now};
-use crate::serve::caller::Caller;
+use crate::serve::client_connection::ClientConnection;
 use crate::system::ApiState;
 use crate::trace::PublishTiming;
 use crate::{auth, callback_chain, same_origin};
@@ -149,7 +149,7 @@ pub fn route(method: &Method, path: &str) -> Option<&'static str> {
 }
 
 /// `POST /async-function/NAME…`: answers 202 when the call is stored durably.
-pub async fn submit(api: &ApiState, caller: &Caller, mut request: Request) -> Response {
+pub async fn submit(api: &ApiState, caller: &ClientConnection, mut request: Request) -> Response {
     let cross_origin = is_cross_origin(&request);
     let chosen_id = request.headers().get(X_CALL_ID).is_some_and(|id| !id.is_empty());
     if let (Ok(ingress), false) = (ingress(api), chosen_id)
@@ -188,7 +188,7 @@ pub async fn submit(api: &ApiState, caller: &Caller, mut request: Request) -> Re
 /// Enqueues a call, and returns how long the queue took for it.
 async fn enqueue(
     api: &ApiState,
-    caller: &Caller,
+    caller: &ClientConnection,
     request: Request,
     ids: &RequestIds,
     chosen_id: bool,

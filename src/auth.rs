@@ -25,8 +25,8 @@ use crate::auth::credential_set::{BasicCredentials, CredentialSet};
 use crate::error::Error;
 use crate::provider::collect_response;
 use crate::proxy::body::RequestBody;
-use crate::proxy::{Errand, forward};
-use crate::serve::caller::Caller;
+use crate::proxy::{RequestContext, forward};
+use crate::serve::client_connection::ClientConnection;
 use crate::system::{ApiState, read_body};
 
 /// Interval at which the files are read.
@@ -234,7 +234,8 @@ async fn ask_auth_proxy(
 ) -> Result<Result<Request, Response>, Error> {
     let Some(proxy) = &api.auth_proxy else { return Ok(Ok(request)) };
     let (parts, body) = request.into_parts();
-    let connection = parts.extensions.get::<Caller>().cloned().ok_or(Error::NoSuchPath)?;
+    let connection =
+        parts.extensions.get::<ClientConnection>().cloned().ok_or(Error::NoSuchPath)?;
     let (subrequest_body, body) = if proxy.pass_body {
         let bytes = read_body(body, MAX_AUTH_PROXY_BODY_BYTES).await?;
         (RequestBody::Full(Some(bytes.clone()).filter(|b| !b.is_empty())), Body::from(bytes))
@@ -245,16 +246,16 @@ async fn ask_auth_proxy(
     *subrequest.method_mut() = parts.method.clone();
     *subrequest.uri_mut() = proxy.target.clone();
     *subrequest.headers_mut() = auth_request::headers(&parts);
-    let context = Errand {
-        peer: &connection.forwarded_for,
-        watch: &connection.watch,
-        began: Instant::now(),
+    let context = RequestContext {
+        client_address: &connection.forwarded_for,
+        deadlines: &connection.deadlines,
+        started_at: Instant::now(),
         timeout: api.timeouts.upstream,
-        is_clients: false,
+        is_client_request: false,
     };
-    let response = forward(&api.client, &proxy.origin, subrequest, context).await?.answer;
+    let response = forward(&api.client, &proxy.origin, subrequest, context).await?.response;
     if response.status().is_success() {
-        connection.watch.call_goes_on();
+        connection.deadlines.clear_exchange_deadline();
         return Ok(Ok(Request::from_parts(parts, body)));
     }
     let (status, headers, text) = collect_response(response).await?;
@@ -277,8 +278,8 @@ pub fn body_error(error: &(dyn std::error::Error + 'static), limit: usize) -> Er
     if error.is::<http_body_util::LengthLimitError>() {
         return Error::TooLarge(limit);
     }
-    use crate::proxy::body::BodyError;
-    Error::Body(BodyError::among(error).unwrap_or(BodyError::Broken))
+    use crate::proxy::body::RequestBodyError;
+    Error::Body(RequestBodyError::find_in_chain(error).unwrap_or(RequestBodyError::Malformed))
 }
 
 #[cfg(test)]

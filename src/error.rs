@@ -10,10 +10,10 @@ use crate::callback_chain;
 use crate::function::Function;
 use crate::provider::signals::{DOES_NOT_START, X_GATEWAY_REASON};
 use crate::provider::types::StartFailure;
-use crate::proxy::body::BodyError;
+use crate::proxy::body::RequestBodyError;
 use crate::proxy::client;
 use crate::proxy::codings::CodingError;
-use crate::proxy::upstream_body::BodyFailure;
+use crate::proxy::upstream_body::ResponseBodyError;
 use crate::queue;
 use crate::serve::refusal::HeadError;
 
@@ -71,16 +71,18 @@ pub enum Error {
     #[error(transparent)]
     Upstream(#[from] client::Error),
     #[error(transparent)]
-    ResponseBody(#[from] BodyFailure),
+    ResponseBody(#[from] ResponseBodyError),
     #[error(transparent)]
-    Body(#[from] BodyError),
+    Body(#[from] RequestBodyError),
 }
 
 impl Error {
     /// Returns the status of the error response.
     pub fn status(&self) -> StatusCode {
         match self {
-            Self::BadRequest(_) | Self::Body(BodyError::Broken) => StatusCode::BAD_REQUEST,
+            Self::BadRequest(_) | Self::Body(RequestBodyError::Malformed) => {
+                StatusCode::BAD_REQUEST
+            }
             Self::Head(error) => head_status(*error),
             Self::TransferCoding(CodingError::Unsupported) => StatusCode::NOT_IMPLEMENTED,
             Self::TransferCoding(CodingError::NotChunked | CodingError::ChunkedTwice) => {
@@ -101,11 +103,11 @@ impl Error {
             Self::Provider(_) | Self::CredentialsRefused(_) => StatusCode::INTERNAL_SERVER_ERROR,
             Self::NotImplemented(_) => StatusCode::NOT_IMPLEMENTED,
             Self::TooLarge(_) => StatusCode::PAYLOAD_TOO_LARGE,
-            Self::Body(BodyError::Slow) => StatusCode::REQUEST_TIMEOUT,
-            Self::Body(BodyError::Left) => client_closed_request(),
+            Self::Body(RequestBodyError::TimedOut) => StatusCode::REQUEST_TIMEOUT,
+            Self::Body(RequestBodyError::ClientDisconnected) => client_closed_request(),
             Self::Upstream(error) => upstream_status(error),
-            Self::ResponseBody(BodyFailure::Broken(_)) => StatusCode::BAD_GATEWAY,
-            Self::ResponseBody(BodyFailure::Timeout) => StatusCode::GATEWAY_TIMEOUT,
+            Self::ResponseBody(ResponseBodyError::Aborted(_)) => StatusCode::BAD_GATEWAY,
+            Self::ResponseBody(ResponseBodyError::TimedOut) => StatusCode::GATEWAY_TIMEOUT,
         }
     }
 
@@ -234,18 +236,18 @@ fn head_status(error: HeadError) -> StatusCode {
 fn upstream_status(error: &client::Error) -> StatusCode {
     match error {
         client::Error::Timeout => StatusCode::GATEWAY_TIMEOUT,
-        client::Error::Body(BodyError::Broken) => StatusCode::BAD_REQUEST,
-        client::Error::Body(BodyError::Slow) => StatusCode::REQUEST_TIMEOUT,
-        client::Error::Body(BodyError::Left) => client_closed_request(),
-        client::Error::Target(_) => StatusCode::URI_TOO_LONG,
+        client::Error::RequestBody(RequestBodyError::Malformed) => StatusCode::BAD_REQUEST,
+        client::Error::RequestBody(RequestBodyError::TimedOut) => StatusCode::REQUEST_TIMEOUT,
+        client::Error::RequestBody(RequestBodyError::ClientDisconnected) => client_closed_request(),
+        client::Error::InvalidTarget(_) => StatusCode::URI_TOO_LONG,
         client::Error::Exhausted(_) => StatusCode::SERVICE_UNAVAILABLE,
         client::Error::Connect(_)
         | client::Error::NotAllowed
-        | client::Error::Own
+        | client::Error::OwnAddress
         | client::Error::Closed(_)
         | client::Error::HeadTooLarge
-        | client::Error::Invalid(_)
-        | client::Error::Unasked => StatusCode::BAD_GATEWAY,
+        | client::Error::InvalidResponse(_)
+        | client::Error::UnexpectedUpgrade => StatusCode::BAD_GATEWAY,
     }
 }
 

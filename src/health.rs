@@ -13,7 +13,7 @@ use serde::Serialize;
 use crate::error::{Error, ErrorChain};
 use crate::limit::ConcurrencyLimit;
 use crate::queue::Condition;
-use crate::serve::caller::Caller;
+use crate::serve::client_connection::ClientConnection;
 use crate::shutdown::ShutdownPhases;
 use crate::system::{ApiState, stream_response};
 
@@ -193,7 +193,7 @@ pub async fn ready(State(api): State<Arc<ApiState>>) -> Response {
 /// `GET /healthz`: the provider's health.
 pub async fn provider(
     State(api): State<Arc<ApiState>>,
-    Extension(connection): Extension<Caller>,
+    Extension(connection): Extension<ClientConnection>,
     request: Request,
 ) -> Response {
     api.send(&connection, &api.provider.origin, request).await.map(stream_response).into_response()

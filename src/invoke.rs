@@ -22,12 +22,12 @@ use crate::invoke::operators::Operators;
 use crate::limit::{ConcurrencyLimit, PermitCache};
 use crate::metrics::calls::{InFlightRecorder, Outcome, Shard};
 use crate::provider::Provider;
-use crate::proxy::body::{CallerBody, RequestBody};
+use crate::proxy::body::{ClientBody, RequestBody};
 use crate::proxy::client::{Client, Origin};
 use crate::proxy::tunnel::Tunnel;
-use crate::proxy::{self, Errand, Forwarded};
+use crate::proxy::{self, RequestContext, UpstreamResponse};
 use crate::response_body::{BodySource, InFlight, TrackedBody};
-use crate::serve::caller::Caller;
+use crate::serve::client_connection::ClientConnection;
 use crate::trace::RequestSpan;
 
 /// Where functions listen when they are called directly.
@@ -83,7 +83,7 @@ impl PreparedInvocation {
 
 /// How the request is forwarded.
 enum ForwardState {
-    Provider(proxy::Prepared),
+    Provider(proxy::OutgoingRequest),
     /// Directly to the function, whose origin is not resolved yet. `None` once the request has been taken.
     Direct(Option<Box<Request<RequestBody>>>),
     /// The request is not forwarded: it could not be prepared. `None` once the error has been taken.
@@ -100,7 +100,7 @@ impl Invoker {
     /// The response, if the path names no function or the concurrency limit is reached.
     pub fn prepare(
         &self,
-        connection: &Caller,
+        connection: &ClientConnection,
         request: Request<Incoming>,
         began: Instant,
     ) -> Result<PreparedInvocation, Box<Response<TrackedBody>>> {
@@ -141,14 +141,14 @@ impl Invoker {
     /// protocols (101), `span` is moved into the tunnel and ends with it.
     pub async fn execute(
         &self,
-        connection: &Caller,
+        connection: &ClientConnection,
         prepared: PreparedInvocation,
         span: &mut Option<Box<RequestSpan>>,
     ) -> Response<TrackedBody> {
         let PreparedInvocation { mut state, ids, mut in_flight, from_operator } = prepared;
         let (mut response, tunnel) =
             match self.forward(connection, &mut in_flight.recorder, &ids, &mut state).await {
-                Ok(Forwarded { answer: upstream, tunnel, .. }) => {
+                Ok(UpstreamResponse { response: upstream, tunnel, .. }) => {
                     (upstream.map(BodySource::Upstream), tunnel)
                 }
                 Err(error) => (error_response(&error, Some(&ids.call_id), from_operator), None),
@@ -168,11 +168,11 @@ impl Invoker {
 
     async fn forward(
         &self,
-        connection: &Caller,
+        connection: &ClientConnection,
         recorder: &mut InFlightRecorder,
         ids: &RequestIds,
         state: &mut ForwardState,
-    ) -> Result<Forwarded, Error> {
+    ) -> Result<UpstreamResponse, Error> {
         let mut with_activation = true;
         let mut forwarded = match (&mut *state, &self.route) {
             (ForwardState::Provider(prepared), Route::Provider(origin)) => match &self.activator {
@@ -210,7 +210,7 @@ impl Invoker {
         };
         if !with_activation
             && let Some(activator) = &self.activator
-            && UnavailableSignal::from_ending(forwarded.ending, Hop::Provider).is_some()
+            && UnavailableSignal::from_outcome(forwarded.outcome, Hop::Provider).is_some()
             && let (ForwardState::Provider(prepared), Route::Provider(origin)) =
                 (state, &self.route)
         {
@@ -221,10 +221,10 @@ impl Invoker {
             ))
             .await?;
         }
-        if connection.watch.body_outstanding() && forwarded.tunnel.is_none() {
-            connection.while_blocked(forwarded.answer.body_mut().share_link());
+        if connection.deadlines.has_outstanding_body() && forwarded.tunnel.is_none() {
+            connection.on_write_blocked(forwarded.response.body_mut().background_writer());
         }
-        if recorder.is_unregistered() && forwarded.ending.confirms_existence() {
+        if recorder.is_unregistered() && forwarded.outcome.confirms_existence() {
             recorder.confirm(&self.shard);
         }
         Ok(forwarded)
@@ -232,12 +232,12 @@ impl Invoker {
 
     async fn forward_direct(
         &self,
-        connection: &Caller,
+        connection: &ClientConnection,
         recorder: &mut InFlightRecorder,
         ids: &RequestIds,
         naming: DirectNaming<'_>,
         mut request: Request<RequestBody>,
-    ) -> Result<Forwarded, Error> {
+    ) -> Result<UpstreamResponse, Error> {
         *request.uri_mut() = path_after_function(request.uri());
         let context = self.request_context(connection, recorder.began);
         let Some(activator) = &self.activator else {
@@ -256,14 +256,18 @@ impl Invoker {
             .await
     }
 
-    fn request_context<'a>(&self, connection: &'a Caller, began: Instant) -> Errand<'a> {
+    fn request_context<'a>(
+        &self,
+        connection: &'a ClientConnection,
+        began: Instant,
+    ) -> RequestContext<'a> {
         let timeout = self.timeouts.upstream;
-        Errand {
-            peer: &connection.forwarded_for,
-            watch: &connection.watch,
-            began,
+        RequestContext {
+            client_address: &connection.forwarded_for,
+            deadlines: &connection.deadlines,
+            started_at: began,
             timeout,
-            is_clients: true,
+            is_client_request: true,
         }
     }
 
@@ -284,7 +288,7 @@ impl Invoker {
     /// Returns the error response to a request that is not forwarded.
     pub fn reject(
         &self,
-        connection: &Caller,
+        connection: &ClientConnection,
         error: &Error,
         request: &HeaderMap,
     ) -> Box<Response<TrackedBody>> {
@@ -296,11 +300,11 @@ impl Invoker {
 
     fn track_body(
         &self,
-        connection: &Caller,
+        connection: &ClientConnection,
         source: BodySource,
         in_flight: Option<InFlight>,
     ) -> TrackedBody {
-        TrackedBody::new(source, in_flight, Arc::clone(&connection.watch), self.timeouts.idle)
+        TrackedBody::new(source, in_flight, Arc::clone(&connection.deadlines), self.timeouts.idle)
     }
 }
 
@@ -336,11 +340,11 @@ fn path_after_function(uri: &Uri) -> Uri {
     rest.parse().unwrap_or_default()
 }
 
-fn client_body(body: Incoming, connection: &Caller) -> RequestBody {
+fn client_body(body: Incoming, connection: &ClientConnection) -> RequestBody {
     if body.is_end_stream() {
         RequestBody::empty()
     } else {
-        RequestBody::Caller(CallerBody::new(body, Arc::clone(&connection.watch)))
+        RequestBody::Client(ClientBody::new(body, Arc::clone(&connection.deadlines)))
     }
 }
 

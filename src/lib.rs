@@ -7,15 +7,15 @@
 pub mod call_id;
 pub mod callback_chain;
 pub mod config;
-pub mod echo;
+pub mod deadlines;
 pub mod error;
 pub mod function;
 pub mod interim;
 pub mod limit;
 pub mod metrics;
+pub mod self_wake;
 pub mod shutdown;
 pub mod telemetry;
-pub mod watch;
 
 // The provider, upstream connections, and the queue.
 pub mod activator;

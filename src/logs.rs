@@ -10,7 +10,7 @@ use serde::Deserialize;
 
 use crate::error::Error;
 use crate::provider::signals::{NO_SUCH_FUNCTION, X_GATEWAY_REASON};
-use crate::serve::caller::Caller;
+use crate::serve::client_connection::ClientConnection;
 use crate::system::{ApiState, stream_response};
 
 /// A followed log may have no lines for a long time.
@@ -46,7 +46,7 @@ fn check(request: &Request) -> Result<(), Error> {
 /// The query is invalid, or the log provider does not respond or returns an unexpected status.
 pub async fn logs(
     State(api): State<Arc<ApiState>>,
-    Extension(connection): Extension<Caller>,
+    Extension(connection): Extension<ClientConnection>,
     request: Request,
 ) -> Result<Response, Error> {
     check(&request)?;
@@ -63,7 +63,7 @@ pub async fn logs(
         }
         StatusCode::BAD_REQUEST => Ok(stream_response(response)),
         status if status.is_success() => {
-            response.body_mut().bound_pauses(STREAM_IDLE_TIMEOUT);
+            response.body_mut().set_idle_timeout(STREAM_IDLE_TIMEOUT);
             Ok(stream_response(response))
         }
         status => Err(Error::Provider(format!("the log provider returned {status}"))),

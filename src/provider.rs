@@ -17,13 +17,13 @@ use serde::de::DeserializeOwned;
 
 use crate::auth::Credentials;
 use crate::auth::attempts::{CredentialAttempts, is_refusal};
+use crate::deadlines::Deadlines;
 use crate::error::Error;
 use crate::function::Function;
 use crate::provider::types::{FunctionSummary, ScaleRequest, Usage};
 use crate::proxy::body::RequestBody;
 use crate::proxy::client::{Client, Origin};
-use crate::proxy::upstream_body::{BodyFailure, UpstreamBody};
-use crate::watch::Watch;
+use crate::proxy::upstream_body::{ResponseBodyError, UpstreamBody};
 
 /// The header of a client's preferences (RFC 7240).
 const PREFER: HeaderName = HeaderName::from_static("prefer");
@@ -183,11 +183,11 @@ pub async fn send_and_collect(
     request: Request<RequestBody>,
     timeout: Duration,
 ) -> Result<(StatusCode, Bytes), Error> {
-    let watch = Arc::new(Watch::new());
-    watch.call_until(Instant::now() + timeout);
+    let deadlines = Arc::new(Deadlines::new());
+    deadlines.set_exchange_deadline(Instant::now() + timeout);
     let answered = async {
         let (status, _, body) =
-            collect_response(client.send(origin, request, &watch).await?).await?;
+            collect_response(client.send(origin, request, &deadlines).await?).await?;
         Ok((status, body))
     };
     match tokio::time::timeout(timeout, answered).await {
@@ -213,7 +213,7 @@ pub fn build_request(
     request.headers_mut().insert(HOST, origin.host.clone());
     request.headers_mut().insert(http::header::USER_AGENT, crate::call_id::USER_AGENT_VALUE);
     let uri = target.parse().map_err(|_| Error::BadRequest(format!("no such path: {target}")))?;
-    *request.uri_mut() = origin.target(&uri).map_err(crate::proxy::client::Error::Target)?;
+    *request.uri_mut() = origin.target(&uri).map_err(crate::proxy::client::Error::InvalidTarget)?;
     Ok(request)
 }
 
@@ -227,7 +227,7 @@ pub async fn collect_response(
     let (parts, body) = response.into_parts();
     match Limited::new(body, MAX_RESPONSE_BYTES).collect().await {
         Ok(collected) => Ok((parts.status, parts.headers, collected.to_bytes())),
-        Err(error) => Err(match error.downcast::<BodyFailure>() {
+        Err(error) => Err(match error.downcast::<ResponseBodyError>() {
             Ok(failure) => Error::ResponseBody(*failure),
             Err(error) => {
                 debug_assert!(error.is::<LengthLimitError>());

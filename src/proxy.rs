@@ -1,21 +1,21 @@
-//! A caller's request, made one to an upstream; the upstream's answer, made one to the caller. Nothing is collected.
+//! Forwards the request of a client to an upstream, and the response to the client. Bodies are streamed, not collected.
 
 pub mod body;
-mod buffers;
+mod buffer_pool;
 pub mod client;
 pub mod codings;
 mod dial;
-pub mod ending;
+pub mod egress_filter;
+pub mod exchange_outcome;
+pub mod failover;
 #[cfg(any(test, fuzzing))]
 pub(crate) mod fuzz;
-pub mod guard;
 pub mod headers;
-mod link;
-pub mod outgoing;
+mod http1_connection;
+mod io;
+mod request_writer;
 mod sniff;
-mod stream;
 pub mod tunnel;
-mod upload;
 pub mod upstream_body;
 mod wire;
 
@@ -28,17 +28,17 @@ use http::{HeaderName, HeaderValue, Request, Response, StatusCode, Version};
 use hyper::upgrade::OnUpgrade;
 
 use crate::call_id::RequestIds;
-use crate::proxy::body::{BodyError, RequestBody};
+use crate::deadlines::Deadlines;
+use crate::proxy::body::{RequestBody, RequestBodyError};
 use crate::proxy::client::{Client, Error, Origin};
-use crate::proxy::ending::Ending;
+use crate::proxy::exchange_outcome::ExchangeOutcome;
+use crate::proxy::request_writer::RequestWriter;
 use crate::proxy::tunnel::Tunnel;
-use crate::proxy::upload::Upload;
 use crate::proxy::upstream_body::UpstreamBody;
-use crate::proxy::wire::request::{path_and_query, write_header, write_start};
-use crate::watch::Watch;
+use crate::proxy::wire::request::{path_and_query, write_header, write_request_line};
 
-/// What answers for as long as it has something to say: its deadline is one for each pause.
-const STREAMS: [&str; 5] = [
+/// Content types of responses without an end in sight. Their timeout applies to each pause, not to the whole response.
+const STREAMING_CONTENT_TYPES: [&str; 5] = [
     "text/event-stream",
     "application/x-ndjson",
     "application/ndjson",
@@ -46,174 +46,176 @@ const STREAMS: [&str; 5] = [
     "application/grpc",
 ];
 
-/// The most times that one request is sent, should it turn out that nobody has executed it. A connection that fails
-/// before anything is written counts as nothing sent.
+/// Maximum number of times that one request is sent, if no upstream seems to have executed it. A connection that fails
+/// before the first byte is written does not count.
 pub const MAX_SENDS: u32 = 3;
 
-/// On whose behalf a request is made, and how long it may take.
+/// The client of a request, and how long the request may take.
 #[derive(Clone, Copy)]
-pub struct Errand<'a> {
-    /// The caller's address, for `X-Forwarded-For`.
-    pub peer: &'a HeaderValue,
-    pub watch: &'a Arc<Watch>,
-    pub began: Instant,
-    /// From `began` to the last byte; for a stream the longest pause.
+pub struct RequestContext<'a> {
+    /// The IP address of the client, for `X-Forwarded-For`.
+    pub client_address: &'a HeaderValue,
+    pub deadlines: &'a Arc<Deadlines>,
+    pub started_at: Instant,
+    /// Maximum time from `started_at` to the last byte of the response; for a streaming response the longest pause.
     pub timeout: Duration,
-    /// Whether it is the client's own request: then interim responses to it are for the client.
-    pub is_clients: bool,
+    /// The request was sent by the client, not by the gateway itself: interim responses are forwarded to the client.
+    pub is_client_request: bool,
 }
 
-/// A caller's request as it will be sent.
-pub struct Prepared {
-    /// Gone while the request is under way.
-    /// Boxed: it is moved several times before it is sent.
-    upload: Box<Upload>,
-    /// The caller's connection, if it wants to change protocols.
+/// A request of a client, ready to be sent.
+pub struct OutgoingRequest {
+    /// Empty while the request is in flight.
+    /// Boxed, because it is moved several times before it is sent.
+    writer: Box<RequestWriter>,
+    /// The connection of a client that asks for a change of protocols.
     upgrade: Option<OnUpgrade>,
     idempotent: bool,
 }
 
-impl Prepared {
-    /// Whether the request's method promises that twice is as once.
+impl OutgoingRequest {
+    /// Returns whether the method of the request is idempotent.
     pub fn is_idempotent(&self) -> bool {
         self.idempotent
     }
 
-    /// Keeps the request to be sent once more, for as long as it has no more than `most` bytes.
-    pub fn keep(&mut self, most: usize) {
-        self.upload.keep(most);
+    /// Keeps the bytes of the request so that it can be sent again, as long as there are at most `limit` bytes.
+    pub fn enable_replay(&mut self, limit: usize) {
+        self.writer.enable_replay(limit);
     }
 
-    /// How long what is left of the body is, if that is known.
-    pub fn body_length(&self) -> Option<u64> {
-        self.upload.body_length()
+    /// Returns the length of the remaining body in bytes, if known.
+    pub fn remaining_body_length(&self) -> Option<u64> {
+        self.writer.remaining_body_length()
     }
 
-    /// Takes in what comes of the body before it can be sent, as far as it is kept. Ready when there is no more to do.
+    /// Reads the body into the replay buffer before the request is sent. Ready when the body ends or the buffer is
+    /// full.
     ///
     /// # Errors
-    /// Why the body does not come.
-    pub fn poll_ahead(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), BodyError>> {
-        self.upload.poll_ahead(cx)
+    /// When the body cannot be read: the request cannot be sent then.
+    pub fn poll_buffer_body(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), RequestBodyError>> {
+        self.writer.poll_buffer_body(cx)
     }
 
-    /// Takes back the request that `answer` answers, to send it once more. Whether that can be done.
-    pub fn take_back(&mut self, answer: &mut Response<UpstreamBody>) -> bool {
-        if !answer.body().can_give_back_request() {
+    /// Recovers the request of `response` so that it can be sent again. Returns false if that is not possible.
+    pub fn recover(&mut self, response: &mut Response<UpstreamBody>) -> bool {
+        if !response.body().can_recover_request() {
             return false;
         }
-        match answer.body_mut().give_back_request() {
-            Some(upload) => *self.upload = upload,
+        match response.body_mut().recover_request() {
+            Some(writer) => *self.writer = writer,
             None => return false,
         }
         true
     }
 
-    /// Whether the request that `answer` answers could be taken back.
-    pub fn can_take_back(answer: &Response<UpstreamBody>) -> bool {
-        answer.body().can_give_back_request()
+    /// Returns whether the request of `response` can be recovered.
+    pub fn can_recover(response: &Response<UpstreamBody>) -> bool {
+        response.body().can_recover_request()
     }
 }
 
-/// An answer on its way to the caller; with a tunnel if both sides change protocols.
-pub struct Forwarded {
-    pub answer: Response<UpstreamBody>,
-    /// What its head shows.
-    pub ending: Ending,
+/// A response of an upstream, with a tunnel if both sides change protocols.
+pub struct UpstreamResponse {
+    pub response: Response<UpstreamBody>,
+    /// The outcome according to the response head.
+    pub outcome: ExchangeOutcome,
     pub tunnel: Option<Tunnel>,
 }
 
-/// Makes `request` one to `origin`, at the same path and query. Its time runs from now on.
+/// Converts `request` into one to `origin`, with the same path and query. Sets the deadline of the exchange.
 ///
 /// # Errors
-/// `client::Error::Target` when the path is too long.
+/// `client::Error::InvalidTarget` when the path is too long. The client gets a 414.
 pub fn prepare(
     origin: &Origin,
     mut request: Request<RequestBody>,
-    ids: Option<&RequestIds>,
-    errand: Errand<'_>,
-) -> Result<Prepared, Error> {
-    errand.watch.call_until(errand.began + errand.timeout);
+    request_ids: Option<&RequestIds>,
+    context: RequestContext<'_>,
+) -> Result<OutgoingRequest, Error> {
+    context.deadlines.set_exchange_deadline(context.started_at + context.timeout);
     if !origin.path().is_empty() {
         origin.target(request.uri())?;
     }
     let body = std::mem::replace(request.body_mut(), RequestBody::empty());
     let (method, headers) = (request.method(), request.headers());
-    let mut wanted = None;
-    let mut upload = Box::new(Upload::write(method, headers, body, |out| {
-        write_start(out, method, [origin.path(), path_and_query(request.uri())]);
+    let mut upgrade_protocol = None;
+    let mut writer = Box::new(RequestWriter::with_head(method, headers, body, |out| {
+        write_request_line(out, method, [origin.path(), path_and_query(request.uri())]);
         let put = |name: &HeaderName, value: &HeaderValue| write_header(out, name, value);
-        wanted = headers::to_upstream(headers, &origin.host, errand.peer, ids, put);
+        upgrade_protocol =
+            headers::to_upstream(headers, &origin.host, context.client_address, request_ids, put);
     }));
-    if !errand.is_clients || request.version() < Version::HTTP_11 {
+    if !context.is_client_request || request.version() < Version::HTTP_11 {
         // RFC 9110, 15.2.
-        upload.drop_interim();
+        writer.discard_interim();
     }
     let idempotent = method.is_idempotent();
-    let upgrade = wanted.map(|_| hyper::upgrade::on(&mut request));
-    Ok(Prepared { upload, upgrade, idempotent })
+    let upgrade = upgrade_protocol.map(|_| hyper::upgrade::on(&mut request));
+    Ok(OutgoingRequest { writer, upgrade, idempotent })
 }
 
-/// Sends what was prepared to `origin`, and returns with the head of the answer.
+/// Sends a prepared request to `origin`, and returns when the head of the response has been received.
 ///
 /// # Errors
-/// `client::Error` when there is none; its text can be shown to the caller. After one that `is_connect`, all that was
-/// prepared is still there, and can be sent once more.
+/// `client::Error` when there is no response; its text may be shown to the client. After an error for which
+/// `is_connect` returns true, `request` is unchanged and can be sent again.
 pub async fn send(
     client: &Arc<Client>,
     origin: &Origin,
-    prepared: &mut Prepared,
-    errand: Errand<'_>,
-) -> Result<Forwarded, Error> {
-    let mut answer = client.carry(origin, &mut prepared.upload, errand.watch).await?;
-    let mut wanted = None;
-    if answer.status() == StatusCode::SWITCHING_PROTOCOLS {
-        // An upstream that changes in the middle of the request would take its rest for the new protocol.
-        wanted = prepared.upgrade.take().filter(|_| answer.body().is_request_sent());
+    request: &mut OutgoingRequest,
+    context: RequestContext<'_>,
+) -> Result<UpstreamResponse, Error> {
+    let mut response = client.send_request(origin, &mut request.writer, context.deadlines).await?;
+    let mut upgrade = None;
+    if response.status() == StatusCode::SWITCHING_PROTOCOLS {
+        // After a change in the middle of the request, the upstream would parse the rest as the new protocol.
+        upgrade = request.upgrade.take().filter(|_| response.body().is_request_sent());
     }
-    let ending = Ending::of_head(&answer, wanted.is_some());
-    if ending == Ending::Unasked {
-        return Err(Error::Unasked);
+    let outcome = ExchangeOutcome::from_head(&response, upgrade.is_some());
+    if outcome == ExchangeOutcome::UnexpectedUpgrade {
+        return Err(Error::UnexpectedUpgrade);
     }
-    let tunnel = wanted.map(|caller| Tunnel::new(caller, &mut answer, errand.timeout));
-    match answer.headers().get(CONTENT_TYPE) {
-        Some(content_type) if is_stream(content_type) => {
-            answer.body_mut().bound_pauses(errand.timeout);
+    let tunnel = upgrade.map(|upgrade| Tunnel::new(upgrade, &mut response, context.timeout));
+    match response.headers().get(CONTENT_TYPE) {
+        Some(content_type) if is_streaming(content_type) => {
+            response.body_mut().set_idle_timeout(context.timeout);
         }
         Some(_) => {}
-        None => name_content(&mut answer),
+        None => sniff_content_type(&mut response),
     }
-    Ok(Forwarded { answer, ending, tunnel })
+    Ok(UpstreamResponse { response, outcome, tunnel })
 }
 
-/// Prepares `request`, which is not a call, and sends it.
+/// Prepares and sends `request`, which is not an invocation of a function.
 ///
 /// # Errors
-/// Those of `send`.
+/// Those of [`prepare`] and [`send`].
 pub async fn forward(
     client: &Arc<Client>,
     origin: &Origin,
     request: Request<RequestBody>,
-    errand: Errand<'_>,
-) -> Result<Forwarded, Error> {
-    send(client, origin, &mut prepare(origin, request, None, errand)?, errand).await
+    context: RequestContext<'_>,
+) -> Result<UpstreamResponse, Error> {
+    send(client, origin, &mut prepare(origin, request, None, context)?, context).await
 }
 
-/// Says what an answer is that does not say so itself, if the beginning of its content came along with its head.
-fn name_content(answer: &mut Response<UpstreamBody>) {
-    if answer.headers().contains_key(CONTENT_ENCODING) {
+/// Sets the content type of a response that has none, if the start of its body was received together with its head.
+fn sniff_content_type(response: &mut Response<UpstreamBody>) {
+    if response.headers().contains_key(CONTENT_ENCODING) {
         return;
     }
-    let content_type = match answer.body().beginning() {
+    let content_type = match response.body().peek() {
         [] => return,
         beginning => sniff::content_type(beginning),
     };
-    answer.headers_mut().insert(CONTENT_TYPE, content_type);
+    response.headers_mut().insert(CONTENT_TYPE, content_type);
 }
 
-fn is_stream(content_type: &HeaderValue) -> bool {
+fn is_streaming(content_type: &HeaderValue) -> bool {
     let content_type = content_type.as_bytes();
-    STREAMS.iter().any(|stream| {
+    STREAMING_CONTENT_TYPES.iter().any(|stream| {
         content_type.get(..stream.len()).is_some_and(|start| {
             start.eq_ignore_ascii_case(stream.as_bytes())
                 && matches!(content_type.get(stream.len()), None | Some(b';' | b' ' | b'+' | b'-'))
@@ -228,11 +230,11 @@ mod tests {
     #[track_caller]
     fn check(content_type: &'static str, expect: bool) {
         let value = HeaderValue::from_static(content_type);
-        assert_eq!(is_stream(&value), expect, "{content_type}");
+        assert_eq!(is_streaming(&value), expect, "{content_type}");
     }
 
     #[test]
-    fn streams_are_known_by_their_content_type() {
+    fn streaming_responses_are_recognized_by_content_type() {
         check("text/event-stream", true);
         check("Text/Event-Stream; charset=utf-8", true);
         check("application/x-ndjson", true);

@@ -12,12 +12,12 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use http_body::{Body, Frame, SizeHint};
 
+use crate::deadlines::Deadlines;
 use crate::limit::Permit;
 use crate::metrics::calls::{InFlightRecorder, Outcome};
-use crate::proxy::ending::Ending;
+use crate::proxy::exchange_outcome::ExchangeOutcome;
 use crate::proxy::upstream_body::UpstreamBody;
 use crate::trace::RequestSpan;
-use crate::watch::Watch;
 
 type BoxError = Box<dyn Error + Send + Sync>;
 
@@ -41,7 +41,7 @@ pub struct InFlight {
 pub struct TrackedBody {
     source: BodySource,
     in_flight: Option<InFlight>,
-    watch: Arc<Watch>,
+    deadlines: Arc<Deadlines>,
     /// Idle timeout of the client's connection after this response.
     idle_timeout: Duration,
     outcome: Outcome,
@@ -53,13 +53,13 @@ impl TrackedBody {
     pub fn new(
         source: BodySource,
         in_flight: Option<InFlight>,
-        watch: Arc<Watch>,
+        deadlines: Arc<Deadlines>,
         idle_timeout: Duration,
     ) -> Self {
         Self {
             source,
             in_flight,
-            watch,
+            deadlines,
             idle_timeout,
             outcome: Outcome::ClientDisconnected,
             span: None,
@@ -83,8 +83,8 @@ impl Body for TrackedBody {
         let polled = match &mut self.source {
             BodySource::Upstream(body) => match Pin::new(body).poll_frame(cx) {
                 Poll::Ready(Some(Err(failure))) => {
-                    self.outcome = match Ending::of_body(&failure) {
-                        Ending::TimedOut => Outcome::TimedOut,
+                    self.outcome = match ExchangeOutcome::from_body_error(&failure) {
+                        ExchangeOutcome::TimedOut => Outcome::TimedOut,
                         _ => Outcome::UpstreamAborted,
                     };
                     Poll::Ready(Some(Err(failure.into())))
@@ -149,6 +149,6 @@ impl Drop for TrackedBody {
         if let Some(span) = self.span.take() {
             span.finish(self.outcome);
         }
-        self.watch.call_ended(now, self.idle_timeout);
+        self.deadlines.on_exchange_finished(now, self.idle_timeout);
     }
 }

@@ -22,20 +22,20 @@ use hyper::service::{Service, service_fn};
 use tower::ServiceExt;
 
 use crate::async_api::{admin, unsupported_method};
+use crate::deadlines::BodyState;
 use crate::error::Error;
 use crate::function::has_dot_segment;
 use crate::health::Health;
 use crate::invoke::{self, Invoker};
 use crate::metrics::Metrics;
-use crate::proxy::body::CallerBody;
+use crate::proxy::body::ClientBody;
 use crate::response_body::{BodySource, TrackedBody, early};
 use crate::routes::request::{EarlyResponse, adapt_to_http_1_0, check, set_connection_close};
 use crate::same_origin::InternalHosts;
-use crate::serve::caller::Caller;
+use crate::serve::client_connection::ClientConnection;
 use crate::shutdown::ShutdownPhases;
 use crate::system::{self, ApiState};
 use crate::trace::{RequestObserver, RequestSpan};
-use crate::watch::BodyState;
 use crate::{alerts, async_api, auth, health, logs, metrics, same_origin, ui};
 
 /// Router of the public port. Requests to functions and calls to enqueue are matched before, in
@@ -178,8 +178,12 @@ enum Dispatch {
 
 impl GatewayService {
     /// Checks and classifies a request. Does not wait.
-    pub fn classify(&self, connection: &Caller, mut request: Request<Incoming>) -> AcceptedRequest {
-        let began = connection.watch.call_begins();
+    pub fn classify(
+        &self,
+        connection: &ClientConnection,
+        mut request: Request<Incoming>,
+    ) -> AcceptedRequest {
+        let began = connection.deadlines.on_exchange_started();
         let is_http_1_0 = request.version() < Version::HTTP_11;
         let observer = self.observer.as_ref();
         let mut span =
@@ -193,13 +197,13 @@ impl GatewayService {
 
     fn dispatch(
         &self,
-        connection: &Caller,
+        connection: &ClientConnection,
         mut request: Request<Incoming>,
         began: Instant,
     ) -> Dispatch {
         if !request.body().is_end_stream() {
-            connection.watch.body_announced();
-            connection.watch.body_until(began + self.invoker.timeouts.read);
+            connection.deadlines.on_body_announced();
+            connection.deadlines.set_body_deadline(began + self.invoker.timeouts.read);
         }
         let checked = check(&mut request).and_then(|()| check_path(request.uri().path()));
         let is_call = request.uri().path().starts_with("/function/");
@@ -224,7 +228,7 @@ impl GatewayService {
     /// Executes the request and returns the response.
     pub async fn respond(
         &self,
-        connection: &Caller,
+        connection: &ClientConnection,
         accepted: AcceptedRequest,
     ) -> Result<http::Response<TrackedBody>, Infallible> {
         let AcceptedRequest { dispatch, is_http_1_0, mut span } = accepted;
@@ -240,12 +244,12 @@ impl GatewayService {
             }
             Dispatch::Reject(response) => *response,
         };
-        if connection.watch.body_state() != BodyState::Read
-            && early::must_close(&connection.watch, &mut response).await
+        if connection.deadlines.body_state() != BodyState::Complete
+            && early::must_close(&connection.deadlines, &mut response).await
         {
             set_connection_close(response.headers_mut());
         }
-        if let Some(interim) = connection.watch.interim() {
+        if let Some(interim) = connection.deadlines.interim() {
             // No await follows: interim responses that come later are no longer written.
             interim.final_response_ready();
         }
@@ -265,7 +269,7 @@ impl GatewayService {
 
     async fn enqueue(
         &self,
-        connection: &Caller,
+        connection: &ClientConnection,
         request: Request<Incoming>,
         route: &'static str,
     ) -> Response {
@@ -277,21 +281,33 @@ impl GatewayService {
         response
     }
 
-    async fn call_api(&self, connection: &Caller, request: Request<Incoming>) -> Response {
+    async fn call_api(
+        &self,
+        connection: &ClientConnection,
+        request: Request<Incoming>,
+    ) -> Response {
         let mut request = api_request(connection, request);
         request.extensions_mut().insert(connection.clone());
         self.router.clone().oneshot(request).await.unwrap_or_else(|never| match never {})
     }
 
-    fn track_body(&self, connection: &Caller, response: Response) -> http::Response<TrackedBody> {
-        let (watch, idle) = (&connection.watch, self.invoker.timeouts.idle);
-        response.map(|body| TrackedBody::new(BodySource::Api(body), None, Arc::clone(watch), idle))
+    fn track_body(
+        &self,
+        connection: &ClientConnection,
+        response: Response,
+    ) -> http::Response<TrackedBody> {
+        let (deadlines, idle) = (&connection.deadlines, self.invoker.timeouts.idle);
+        response
+            .map(|body| TrackedBody::new(BodySource::Api(body), None, Arc::clone(deadlines), idle))
     }
 }
 
-fn api_request(connection: &Caller, request: Request<Incoming>) -> Request<axum::body::Body> {
-    let watch = Arc::clone(&connection.watch);
-    let mut request = request.map(|body| axum::body::Body::new(CallerBody::new(body, watch)));
+fn api_request(
+    connection: &ClientConnection,
+    request: Request<Incoming>,
+) -> Request<axum::body::Body> {
+    let deadlines = Arc::clone(&connection.deadlines);
+    let mut request = request.map(|body| axum::body::Body::new(ClientBody::new(body, deadlines)));
     // The API supports no change of protocols.
     request.headers_mut().remove(UPGRADE);
     request
@@ -300,7 +316,7 @@ fn api_request(connection: &Caller, request: Request<Incoming>) -> Request<axum:
 /// Returns a service that handles all requests of a connection with `router` only.
 pub fn router_service(
     router: &Router,
-    connection: Caller,
+    connection: ClientConnection,
     idle: Duration,
 ) -> impl Service<
     Request<Incoming>,
@@ -311,14 +327,14 @@ pub fn router_service(
 + use<> {
     let router = router.clone();
     service_fn(move |mut request: Request<Incoming>| {
-        connection.watch.call_begins();
+        connection.deadlines.on_exchange_started();
         let is_http_1_0 = request.version() < Version::HTTP_11;
         let checked = check(&mut request);
-        let (router, watch) = (router.clone(), Arc::clone(&connection.watch));
+        let (router, deadlines) = (router.clone(), Arc::clone(&connection.deadlines));
         async move {
             let mut request = request
-                .map(|body| axum::body::Body::new(CallerBody::new(body, Arc::clone(&watch))));
-            if let Some(interim) = watch.interim().filter(|_| !is_http_1_0) {
+                .map(|body| axum::body::Body::new(ClientBody::new(body, Arc::clone(&deadlines))));
+            if let Some(interim) = deadlines.interim().filter(|_| !is_http_1_0) {
                 // For functions that the handlers call.
                 request.extensions_mut().insert(Arc::clone(interim));
             }
@@ -326,13 +342,15 @@ pub fn router_service(
                 Ok(()) => router.oneshot(request).await.unwrap_or_else(|never| match never {}),
                 Err(early) => early.into_response(),
             }
-            .map(|body| TrackedBody::new(BodySource::Api(body), None, Arc::clone(&watch), idle));
-            if watch.body_state() != BodyState::Read
-                && early::must_close(&watch, &mut response).await
+            .map(|body| {
+                TrackedBody::new(BodySource::Api(body), None, Arc::clone(&deadlines), idle)
+            });
+            if deadlines.body_state() != BodyState::Complete
+                && early::must_close(&deadlines, &mut response).await
             {
                 set_connection_close(response.headers_mut());
             }
-            if let Some(interim) = watch.interim() {
+            if let Some(interim) = deadlines.interim() {
                 // No await follows, as in [`GatewayService::respond`].
                 interim.final_response_ready();
             }

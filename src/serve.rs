@@ -1,14 +1,14 @@
-//! Accepts connections and carries them to their end: limits, deadlines, drain.
-//! What is answered on them is the service's business.
+//! The HTTP server: accepts connections and serves them until they end, with limits, deadlines and graceful shutdown.
+//! A service passed by the caller produces the responses.
 
-pub mod caller;
+pub mod client_connection;
+pub mod congestion;
 mod connection;
-pub mod heads;
+pub mod head_budget;
 mod linger;
 pub mod listener;
-pub mod pacing;
 pub mod refusal;
-mod register;
+mod registry;
 
 use std::convert::Infallible;
 use std::error::Error;
@@ -26,61 +26,62 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio_util::task::TaskTracker;
 
 use crate::config::Timeouts;
-use crate::serve::caller::{Caller, CallerStream};
+use crate::serve::client_connection::{ClientConnection, ClientIo};
+use crate::serve::congestion::CongestionControl;
 use crate::serve::connection::Connection;
-use crate::serve::heads::Heads;
-use crate::serve::pacing::Pacing;
-use crate::serve::register::{Leaving, Register, Seated};
+use crate::serve::head_budget::HeadBudget;
+use crate::serve::registry::{ConnectionRegistry, Eviction, RegistrationGuard};
 use crate::shutdown::ShutdownPhases;
 
-/// How long to wait before accepting again when the process is out of files or memory.
-const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+/// Pause before the next accept when the process has no more file descriptors or memory.
+const ACCEPT_RETRY_INTERVAL: Duration = Duration::from_millis(100);
 
-/// How long to wait for a place before another idle connection is closed.
-const ROOM_PAUSE: Duration = Duration::from_millis(50);
+/// Interval at which a new connection that waits for a permit checks the eviction of another.
+const EVICTION_POLL_INTERVAL: Duration = Duration::from_millis(50);
 
-/// What all listeners of one port share.
+/// State that all listeners of one port share.
 #[derive(Clone)]
 pub struct Server {
     pub timeouts: Timeouts,
     /// One permit for each open connection.
-    pub connections: Arc<Semaphore>,
+    pub connection_permits: Arc<Semaphore>,
     pub phases: ShutdownPhases,
-    pub pacing: Pacing,
-    /// The budget for incomplete heads.
-    heads: Arc<Heads>,
-    register: Arc<Register>,
+    pub congestion: CongestionControl,
+    /// The memory budget for incomplete heads.
+    head_budget: Arc<HeadBudget>,
+    registry: Arc<ConnectionRegistry>,
 }
 
 impl Server {
-    /// A server that holds at most `max_connections` open at a time.
+    /// Creates a server with at most `max_connections` open connections.
     pub fn new(
         timeouts: Timeouts,
         max_connections: usize,
         phases: ShutdownPhases,
-        heads: Arc<Heads>,
+        head_budget: Arc<HeadBudget>,
     ) -> Self {
         let permits = max_connections.min(Semaphore::MAX_PERMITS);
         Self {
             timeouts,
-            connections: Arc::new(Semaphore::new(permits)),
+            connection_permits: Arc::new(Semaphore::new(permits)),
             phases,
-            pacing: Pacing::default(),
-            heads,
-            register: Arc::default(),
+            congestion: CongestionControl::default(),
+            head_budget,
+            registry: Arc::default(),
         }
     }
 
-    /// Serves `listener` until `phases.draining`, then waits for the open connections to end, or for `phases.forced`.
+    /// Serves `listener` until shutdown starts to drain, then waits for the open connections to end or for the forced
+    /// end.
     ///
-    /// `service` makes the service of one connection. Connections run as tasks of the current runtime.
+    /// `service` creates the service of one connection. Connections run as tasks of the current runtime.
     ///
     /// # Errors
-    /// Only when the listener cannot be registered with the runtime.
+    /// When the listener cannot be registered with the runtime: nothing is served.
     pub async fn run<S, B>(
         self,
         listener: TcpListener,
-        service: impl Fn(Caller) -> S,
+        service: impl Fn(ClientConnection) -> S,
     ) -> io::Result<()>
     where
         S: Service<Request<Incoming>, Response = Response<B>, Error = Infallible>
@@ -95,45 +96,57 @@ impl Server {
         let listener = tokio::net::TcpListener::from_std(listener)?;
         let builder = connection::builder();
         let connections = TaskTracker::new();
-        // A token of this thread's own: looking at it must not touch what other threads write.
+        // A child token for this thread, so that checks of it do not touch memory that other threads write.
         let closing = self.phases.draining.child_token();
-        let shard = self.register.shard(&self.heads);
-        let carry = |tcp: TcpStream, permit| {
+        let shard = self.registry.add_shard(&self.head_budget);
+        let serve_connection = |tcp: TcpStream, permit| {
             let Ok(address) = tcp.peer_addr() else { return };
             let _ = tcp.set_nodelay(true);
-            self.pacing.apply(&tcp, address.ip());
-            let caller = Caller::new(address, connections.clone(), permit);
-            // Whoever connects is expected to say something soon.
+            self.congestion.apply(&tcp, address.ip());
+            let client = ClientConnection::new(address, connections.clone(), permit);
+            // The first request must start soon after the connection.
             let first = self.timeouts.idle.min(self.timeouts.read);
-            caller.watch.call_ended(Instant::now(), first);
-            let seat = shard.enter(&caller.watch, &self.heads);
-            let stream =
-                CallerStream::new(tcp, Arc::clone(&caller.watch), self.timeouts, Arc::clone(&seat));
-            let service = service(caller.clone());
+            client.deadlines.on_exchange_finished(Instant::now(), first);
+            let registration = shard.register(&client.deadlines, &self.head_budget);
+            let stream = ClientIo::new(
+                tcp,
+                Arc::clone(&client.deadlines),
+                self.timeouts,
+                Arc::clone(&registration),
+            );
+            let service = service(client.clone());
             let closing = closing.clone();
-            let connection =
-                Connection::new(builder.clone(), stream, caller, service, closing, Seated(seat));
+            let connection = Connection::new(
+                builder.clone(),
+                stream,
+                client,
+                service,
+                closing,
+                RegistrationGuard(registration),
+            );
             connections.spawn(connection);
         };
         while let Some((tcp, permit)) = self.accept(&listener).await {
-            carry(tcp, permit);
+            serve_connection(tcp, permit);
         }
-        for tcp in queued(listener) {
-            let Ok(permit) = Arc::clone(&self.connections).try_acquire_owned() else { break };
-            carry(tcp, permit);
+        for tcp in drain_backlog(listener) {
+            let Ok(permit) = Arc::clone(&self.connection_permits).try_acquire_owned() else {
+                break;
+            };
+            serve_connection(tcp, permit);
         }
         connections.close();
-        // Both branches are cancel-safe. What still runs after the cut ends with the runtime.
+        // Both branches are cancel-safe. The end of the runtime stops connections that are still open.
         tokio::select! {
             () = connections.wait() => {}
             () = self.phases.forced.cancelled() => {
-                tracing::warn!(connections = connections.len(), "Connections cut at the end of shutdown_grace");
+                tracing::warn!(connections = connections.len(), "Connections closed at the end of shutdown_grace");
             }
         }
         Ok(())
     }
 
-    /// The next connection, once there is room for it; `None` when no more are taken.
+    /// Returns the next connection with its permit; `None` when no more connections are accepted.
     async fn accept(
         &self,
         listener: &tokio::net::TcpListener,
@@ -141,20 +154,20 @@ impl Server {
         let next = async {
             loop {
                 match listener.accept().await {
-                    // The place comes second: a thread that waits for callers must not keep one from the others.
+                    // Accept first: a thread that waits for clients must not hold a permit that others need.
                     Ok((tcp, _)) => {
-                        return Some((tcp, self.place().await?));
+                        return Some((tcp, self.acquire_permit().await?));
                     }
-                    // The peer has gone already.
+                    // The client has already closed the connection.
                     Err(e) if e.kind() == io::ErrorKind::ConnectionAborted => {}
                     Err(error) => {
                         tracing::warn!(%error, "Cannot accept connections");
-                        tokio::time::sleep(ACCEPT_PAUSE).await;
+                        tokio::time::sleep(ACCEPT_RETRY_INTERVAL).await;
                     }
                 }
             }
         };
-        // Both branches are cancel-safe: a connection without a place ends as those do that were not accepted yet.
+        // Both branches are cancel-safe: a connection without a permit is closed like one that was not accepted.
         tokio::select! {
             () = self.phases.draining.cancelled() => None,
             next = next => next,
@@ -163,29 +176,29 @@ impl Server {
 }
 
 impl Server {
-    /// A place for one more connection. If there is none, the connection that has been idle longest makes room.
-    async fn place(&self) -> Option<OwnedSemaphorePermit> {
-        if let Ok(permit) = Arc::clone(&self.connections).try_acquire_owned() {
+    /// Acquires a permit for a connection. If there is none, evicts the connection that has been idle longest.
+    async fn acquire_permit(&self) -> Option<OwnedSemaphorePermit> {
+        if let Ok(permit) = Arc::clone(&self.connection_permits).try_acquire_owned() {
             return Some(permit);
         }
-        let mut waiting = pin!(Arc::clone(&self.connections).acquire_owned());
-        let mut leaving = None::<Leaving>;
+        let mut waiting = pin!(Arc::clone(&self.connection_permits).acquire_owned());
+        let mut eviction = None::<Eviction>;
         loop {
-            // One connection for one place: another is closed only if the first does not end.
-            if !leaving.as_ref().is_some_and(Leaving::is_expected) {
-                leaving = self.register.make_room();
+            // Evict one connection for one permit; another only if the first does not end.
+            if !eviction.as_ref().is_some_and(Eviction::is_pending) {
+                eviction = self.registry.evict_one();
             }
-            // Cancel-safe: the place in the line is kept outside.
+            // Cancel-safe: `waiting` keeps its position in the queue of the semaphore.
             tokio::select! {
                 permit = &mut waiting => return permit.ok(),
-                () = tokio::time::sleep(ROOM_PAUSE) => {}
+                () = tokio::time::sleep(EVICTION_POLL_INTERVAL) => {}
             }
         }
     }
 }
 
-/// Closes `listener`, and returns who the kernel has let in already: they may have sent a call.
-fn queued(listener: tokio::net::TcpListener) -> Vec<TcpStream> {
+/// Closes `listener`, and returns the connections that the kernel has already accepted: they may have sent a request.
+fn drain_backlog(listener: tokio::net::TcpListener) -> Vec<TcpStream> {
     let Ok(listener) = listener.into_std() else { return Vec::new() };
     let accepted = std::iter::from_fn(|| listener.accept().ok());
     accepted
@@ -196,7 +209,7 @@ fn queued(listener: tokio::net::TcpListener) -> Vec<TcpStream> {
         .collect()
 }
 
-/// Raises the limit on open files as far as it goes, and returns it.
+/// Raises the soft limit on open files to the hard limit, and returns it.
 pub fn raise_file_limit() -> usize {
     use rustix::process::{Resource, getrlimit, setrlimit};
     let mut limit = getrlimit(Resource::Nofile);

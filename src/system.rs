@@ -33,7 +33,7 @@ use crate::provider::{Provider, collect_response, parse_json};
 use crate::proxy::client::{Client, Origin};
 use crate::proxy::upstream_body::UpstreamBody;
 use crate::same_origin::AllowedHosts;
-use crate::serve::caller::Caller;
+use crate::serve::client_connection::ClientConnection;
 
 pub use change::change;
 pub use list::list;
@@ -85,7 +85,7 @@ impl AuthProxy {
 /// Proxies a request unchanged.
 pub async fn proxy(
     State(api): State<Arc<ApiState>>,
-    Extension(connection): Extension<Caller>,
+    Extension(connection): Extension<ClientConnection>,
     request: Request,
 ) -> Response {
     api.send(&connection, &api.provider.origin, request).await.map(stream_response).into_response()
@@ -94,7 +94,7 @@ pub async fn proxy(
 /// Proxies a request whose path names a function or namespace.
 pub async fn proxy_named(
     state: State<Arc<ApiState>>,
-    connection: Extension<Caller>,
+    connection: Extension<ClientConnection>,
     Path(name): Path<String>,
     request: Request,
 ) -> Response {
@@ -110,7 +110,7 @@ pub async fn proxy_named(
 /// The path names no function, the body is invalid, or the provider does not respond.
 pub async fn scale(
     State(api): State<Arc<ApiState>>,
-    Extension(connection): Extension<Caller>,
+    Extension(connection): Extension<ClientConnection>,
     Path(name): Path<String>,
     request: Request,
 ) -> Result<Response, Error> {
@@ -134,7 +134,7 @@ pub async fn scale(
 /// The provider does not respond, or not with JSON.
 pub async fn info(
     State(api): State<Arc<ApiState>>,
-    Extension(connection): Extension<Caller>,
+    Extension(connection): Extension<ClientConnection>,
     request: Request,
 ) -> Result<Response, Error> {
     let (status, _, body) = api.fetch_json(&connection, request).await?;
@@ -159,7 +159,7 @@ impl ApiState {
     /// is sent as GET.
     async fn fetch_json(
         &self,
-        connection: &Caller,
+        connection: &ClientConnection,
         mut request: Request,
     ) -> Result<(StatusCode, HeaderMap, Bytes), Error> {
         *request.method_mut() = Method::GET;

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use http::StatusCode;
 
-use crate::proxy::ending::Ending;
+use crate::proxy::exchange_outcome::ExchangeOutcome;
 
 /// Maximum times that one attempt sends the request. A refused connection does not count.
 pub const MAX_SENDS: u32 = crate::proxy::MAX_SENDS;
@@ -57,11 +57,13 @@ pub(super) enum RetryAction {
 
 impl UnavailableSignal {
     /// Returns the sign that an exchange with this end gives, if any.
-    pub fn from_ending(ending: Ending, hop: Hop) -> Option<Self> {
-        match ending {
-            Ending::Internal(StatusCode::BAD_GATEWAY) => Some(Self::BadGateway),
-            Ending::Internal(StatusCode::SERVICE_UNAVAILABLE) => Some(Self::ServiceUnavailable),
-            Ending::Unreached => Some(Self::ConnectFailed(hop)),
+    pub fn from_outcome(outcome: ExchangeOutcome, hop: Hop) -> Option<Self> {
+        match outcome {
+            ExchangeOutcome::ProviderError(StatusCode::BAD_GATEWAY) => Some(Self::BadGateway),
+            ExchangeOutcome::ProviderError(StatusCode::SERVICE_UNAVAILABLE) => {
+                Some(Self::ServiceUnavailable)
+            }
+            ExchangeOutcome::ConnectFailed => Some(Self::ConnectFailed(hop)),
             _ => None,
         }
     }

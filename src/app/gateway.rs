@@ -30,9 +30,9 @@ use crate::provider::Provider;
 use crate::proxy::client::{Client, Origin, Tls};
 use crate::routes::{self, GatewayService};
 use crate::same_origin::{AllowedHosts, InternalHosts};
-use crate::serve::heads::Heads;
+use crate::serve::congestion::CongestionControl;
+use crate::serve::head_budget::HeadBudget;
 use crate::serve::listener::bind;
-use crate::serve::pacing::Pacing;
 use crate::serve::{Server, raise_file_limit};
 use crate::shutdown::{ShutdownPhases, Tasks};
 use crate::system::{ApiState, AuthProxy, MAX_REPLAY_BODIES};
@@ -85,7 +85,7 @@ struct GatewayDeps {
     tracer: Option<Tracer>,
     observer: Option<Arc<RequestObserver>>,
     phases: ShutdownPhases,
-    heads: Arc<Heads>,
+    heads: Arc<HeadBudget>,
     /// Permits for bodies of API requests that are kept in memory to be sent again.
     replay_body_permits: Arc<Semaphore>,
 }
@@ -109,8 +109,8 @@ impl Gateway {
         };
         let listeners = bind(config.listen, threads)?;
         let pacing = match &config.congestion_control {
-            Some(algorithm) => Pacing::chosen(&listeners, algorithm)?,
-            None => Pacing::of_system(&listeners),
+            Some(algorithm) => CongestionControl::fixed(&listeners, algorithm)?,
+            None => CongestionControl::from_system(&listeners),
         };
         let metrics_listener = bind(config.metrics, 1)?.remove(0);
         let address = listeners[0].local_addr()?;
@@ -120,7 +120,7 @@ impl Gateway {
         deps.start_background(metrics_listener, tasks);
         deps.start_autoscale(tasks).await?;
         let mut server = deps.build_server();
-        server.pacing = pacing;
+        server.congestion = pacing;
         let own_addresses = OwnAddresses::default()
             .gateway_port(address.port())
             .port(metrics_address.port())
@@ -161,7 +161,7 @@ fn run_proxy_thread(deps: &GatewayDeps, number: usize, server: Server, listener:
             // Cancel-safe: the idle reaper holds nothing across an await.
             tokio::select! {
                 served = serving => served,
-                () = client.keep_swept() => Ok(()),
+                () = client.run_idle_reaper() => Ok(()),
             }
         });
         // Does not wait for a name resolution in progress.
@@ -194,7 +194,7 @@ impl GatewayDeps {
             worker::open_queue(&config.queue, &metrics, &namespace, QueueRole::Producer).await?;
         let tls = Tls::default();
         let idle = config.limits.pool;
-        let client = Client::connecting_within(config.connect_timeout, idle, tls.clone());
+        let client = Client::with_connect_timeout(config.connect_timeout, idle, tls.clone());
         let origin = Origin::new(config.provider.clone());
         let activator = config.cold_start.map(|limits| {
             let provider = Provider {
@@ -227,7 +227,7 @@ impl GatewayDeps {
             tls,
             client,
             phases: phases.clone(),
-            heads: Arc::new(Heads::new(config.limits.head_memory)),
+            heads: Arc::new(HeadBudget::new(config.limits.head_memory)),
             replay_body_permits: Arc::new(Semaphore::new(MAX_REPLAY_BODIES)),
             config,
         })
@@ -235,7 +235,7 @@ impl GatewayDeps {
 
     fn build_client(&self) -> Arc<Client> {
         let config = &self.config;
-        Client::connecting_within(config.connect_timeout, config.limits.pool, self.tls.clone())
+        Client::with_connect_timeout(config.connect_timeout, config.limits.pool, self.tls.clone())
     }
 
     fn build_server(&self) -> Server {
@@ -260,7 +260,7 @@ impl GatewayDeps {
         let poll = self.provider_poller(&client);
         tasks.spawn(|stopping| poll.run(stopping));
         tasks.spawn(|stopping| {
-            run_until_cancelled(stopping, async move { client.keep_swept().await })
+            run_until_cancelled(stopping, async move { client.run_idle_reaper().await })
         });
         if let Some(credentials) = self.credentials.clone() {
             let reloads = self.phases.reloads();
@@ -430,7 +430,9 @@ pub(super) fn build_tracer(
     let (tracer, exporter) =
         Tracer::new(endpoint, config.clone(), service, Arc::clone(&client), dropped);
     tasks.spawn(|stopping| exporter.run(stopping));
-    tasks.spawn(|stopping| run_until_cancelled(stopping, async move { client.keep_swept().await }));
+    tasks.spawn(|stopping| {
+        run_until_cancelled(stopping, async move { client.run_idle_reaper().await })
+    });
     Ok(Some(tracer))
 }
 
@@ -439,7 +441,7 @@ pub(super) fn serve_metrics(
     router: Router,
     listener: TcpListener,
     timeouts: Timeouts,
-    heads: Arc<Heads>,
+    heads: Arc<HeadBudget>,
     tasks: &Tasks,
 ) {
     let server = Server::new(timeouts, MAX_METRICS_CONNECTIONS, ShutdownPhases::default(), heads);

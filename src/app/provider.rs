@@ -13,7 +13,7 @@ use crate::config::{self, Timeouts};
 use crate::provider::process::{self, ProcessProvider};
 use crate::routes;
 use crate::same_origin::{self, AllowedHosts};
-use crate::serve::heads::Heads;
+use crate::serve::head_budget::HeadBudget;
 use crate::serve::listener::bind;
 use crate::serve::{Server, raise_file_limit};
 use crate::shutdown::{Event, OnHangup, ShutdownPhases, Signals, Tasks};
@@ -121,7 +121,7 @@ impl ProviderServer {
             let reloads = self.phases.reloads();
             tasks.spawn(|stopping| credentials.watch_files(stopping, reloads));
         }
-        let heads = Arc::<Heads>::default();
+        let heads = Arc::<HeadBudget>::default();
         let server = Server::new(API_TIMEOUTS, MAX_CONNECTIONS, self.phases.clone(), heads);
         let drained = self.drained.clone();
         tasks.spawn(|_stopping| async move {

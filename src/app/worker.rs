@@ -64,7 +64,7 @@ pub(super) async fn run_worker(worker: Worker, phases: &ShutdownPhases) {
     // Cancel-safe: the idle reaper holds nothing across an await.
     tokio::select! {
         () = Arc::new(worker).run(phases) => {}
-        () = client.keep_swept() => {}
+        () = client.run_idle_reaper() => {}
     }
 }
 

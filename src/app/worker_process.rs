@@ -66,7 +66,7 @@ async fn start(
         bail!("no queue is configured to receive calls from");
     };
     let (origin, tls) = (Origin::new(url.clone()), Tls::default());
-    let client = || Client::connecting_within(config.connect_timeout, config.pool, tls.clone());
+    let client = || Client::with_connect_timeout(config.connect_timeout, config.pool, tls.clone());
     let provider = |client, timeout| Provider {
         client,
         origin: origin.clone(),
@@ -119,7 +119,10 @@ async fn start(
     };
     tasks.spawn(|stopping| poll.run(stopping));
     tasks.spawn(|stopping| {
-        gateway::run_until_cancelled(stopping, async move { background_client.keep_swept().await })
+        gateway::run_until_cancelled(
+            stopping,
+            async move { background_client.run_idle_reaper().await },
+        )
     });
     if let Some(credentials) = credentials {
         tasks.spawn(|stopping| credentials.watch_files(stopping, phases.reloads()));

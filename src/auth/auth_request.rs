@@ -4,7 +4,7 @@ use http::header::{CONNECTION, CONTENT_LENGTH, HOST, UPGRADE};
 use http::request::Parts;
 use http::{HeaderMap, HeaderName, HeaderValue};
 
-use crate::proxy::headers::end_to_end;
+use crate::proxy::headers::keep_end_to_end;
 
 const X_FORWARDED_METHOD: HeaderName = HeaderName::from_static("x-forwarded-method");
 const X_FORWARDED_URI: HeaderName = HeaderName::from_static("x-forwarded-uri");
@@ -14,7 +14,7 @@ const X_FORWARDED_HOST: HeaderName = HeaderName::from_static("x-forwarded-host")
 pub(super) fn headers(request: &Parts) -> HeaderMap {
     let mut own = request.headers.clone();
     // Remove the headers that `Connection` lists first: it must not list the headers added below.
-    end_to_end(&mut own);
+    keep_end_to_end(&mut own);
     let mut headers = HeaderMap::with_capacity(own.len() + 3);
     for (name, value) in &own {
         let concerns_body = [CONNECTION, UPGRADE, CONTENT_LENGTH].contains(name);

@@ -11,15 +11,15 @@ use crate::error::Error;
 use crate::invoke::Invoker;
 use crate::metrics::calls::InFlightRecorder;
 use crate::proxy::client::{self, Origin};
-use crate::proxy::ending::Ending;
-use crate::proxy::{self, Forwarded, Prepared};
-use crate::serve::caller::Caller;
+use crate::proxy::exchange_outcome::ExchangeOutcome;
+use crate::proxy::{self, OutgoingRequest, UpstreamResponse};
+use crate::serve::client_connection::ClientConnection;
 
 /// Reason why a function is not called directly if the provider cannot confirm it.
 const UNCONFIRMED_REASON: &str = "the provider rejects the gateway's credentials";
 
 /// Result of sending a request.
-type SendResult = Result<Forwarded, client::Error>;
+type SendResult = Result<UpstreamResponse, client::Error>;
 
 /// Where a request is sent.
 #[derive(Clone, Copy)]
@@ -36,11 +36,11 @@ pub(super) fn via_provider(origin: &Origin) -> UpstreamTarget<'_> {
 impl UpstreamTarget<'_> {
     /// Returns the sign of unavailability in `result`, if there is one.
     fn unavailable_signal(&self, result: &SendResult) -> Option<UnavailableSignal> {
-        let ending = match result {
-            Ok(forwarded) => forwarded.ending,
-            Err(error) => Ending::of_error(error),
+        let outcome = match result {
+            Ok(forwarded) => forwarded.outcome,
+            Err(error) => ExchangeOutcome::from_error(error),
         };
-        UnavailableSignal::from_ending(ending, self.hop)
+        UnavailableSignal::from_outcome(outcome, self.hop)
     }
 }
 
@@ -53,17 +53,17 @@ impl Invoker {
     pub(super) async fn forward_with_activation(
         &self,
         activator: &Arc<Activator>,
-        connection: &Caller,
+        connection: &ClientConnection,
         recorder: &mut InFlightRecorder,
         target: UpstreamTarget<'_>,
-        prepared: &mut Prepared,
+        prepared: &mut OutgoingRequest,
         mut result: Option<SendResult>,
-    ) -> Result<Forwarded, Error> {
+    ) -> Result<UpstreamResponse, Error> {
         let mut cold_start = activator.start_wait(recorder.function());
         // Without a reservation the body is streamed and cannot be sent again, which is rarely necessary.
-        let reservation = activator.reserve_replay(prepared.body_length());
+        let reservation = activator.reserve_replay(prepared.remaining_body_length());
         if reservation.is_some() {
-            prepared.keep(MAX_REPLAY_BODY);
+            prepared.enable_replay(MAX_REPLAY_BODY);
         }
         if result.is_none() {
             // Confirming counts the invocation as in flight, so the autoscaler does not scale its function to zero.
@@ -90,7 +90,9 @@ impl Invoker {
             let Some(signal) = target.unavailable_signal(&outcome) else { return Ok(outcome?) };
             // A request that has reached its maximum number of attempts cannot be recovered either.
             let safety = match &outcome {
-                Ok(forwarded) if !Prepared::can_take_back(&forwarded.answer) => RetrySafety::None,
+                Ok(forwarded) if !OutgoingRequest::can_recover(&forwarded.response) => {
+                    RetrySafety::None
+                }
                 Ok(_) | Err(_) if prepared.is_idempotent() => RetrySafety::Idempotent,
                 Ok(_) | Err(_) => RetrySafety::IfNotDelivered,
             };
@@ -99,7 +101,7 @@ impl Invoker {
                 return Ok(outcome?);
             }
             if let Ok(forwarded) = &mut outcome
-                && !prepared.take_back(&mut forwarded.answer)
+                && !prepared.recover(&mut forwarded.response)
             {
                 return Ok(outcome?);
             }
@@ -110,31 +112,31 @@ impl Invoker {
     /// into its buffer: otherwise a disconnect of the client would not be noticed.
     async fn wait<T>(
         &self,
-        connection: &Caller,
-        prepared: &mut Prepared,
+        connection: &ClientConnection,
+        prepared: &mut OutgoingRequest,
         ready: impl Future<Output = Result<T, Error>>,
     ) -> Result<T, Error> {
-        let watch = &connection.watch;
-        watch.call_goes_on();
-        let has_body = watch.body_outstanding();
+        let watch = &connection.deadlines;
+        watch.clear_exchange_deadline();
+        let has_body = watch.has_outstanding_body();
         if has_body {
-            watch.body_goes_on();
+            watch.clear_body_deadline();
         }
         let mut ready = std::pin::pin!(ready);
         let waited = std::future::poll_fn(|cx| {
             if let Poll::Ready(waited) = ready.as_mut().poll(cx) {
                 return Poll::Ready(waited);
             }
-            match prepared.poll_ahead(cx) {
+            match prepared.poll_buffer_body(cx) {
                 Poll::Ready(Err(error)) => Poll::Ready(Err(Error::Body(error))),
                 Poll::Ready(Ok(())) | Poll::Pending => Poll::Pending,
             }
         })
         .await;
         let now = Instant::now();
-        watch.call_until(now + self.timeouts.upstream);
-        if has_body && watch.body_outstanding() {
-            watch.body_until(now + self.timeouts.read);
+        watch.set_exchange_deadline(now + self.timeouts.upstream);
+        if has_body && watch.has_outstanding_body() {
+            watch.set_body_deadline(now + self.timeouts.read);
         }
         waited
     }

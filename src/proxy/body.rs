@@ -1,4 +1,4 @@
-//! Bodies on their way to an upstream.
+//! Bodies of requests to upstreams.
 
 use std::error::Error;
 use std::pin::Pin;
@@ -9,16 +9,16 @@ use bytes::Bytes;
 use http_body::{Body, Frame, SizeHint};
 use hyper::body::Incoming;
 
-use crate::echo::Mark;
-use crate::watch::{BodyState, Watch};
+use crate::deadlines::{BodyState, Deadlines};
+use crate::self_wake::WakeCheckpoint;
 
 /// The body of a request to an upstream.
 pub enum RequestBody {
-    /// A caller's, as it comes in.
-    Caller(CallerBody),
-    /// What is at hand already, mostly nothing.
+    /// The body of a client's request, streamed.
+    Client(ClientBody),
+    /// A body that is complete in memory; often empty.
     Full(Option<Bytes>),
-    /// One that has come through the API's router.
+    /// A body that passed through the router of the API.
     Api(axum::body::Body),
 }
 
@@ -30,24 +30,24 @@ impl RequestBody {
 
 impl Body for RequestBody {
     type Data = Bytes;
-    type Error = BodyError;
+    type Error = RequestBodyError;
 
     fn poll_frame(
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
-    ) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
+    ) -> Poll<Option<Result<Frame<Bytes>, RequestBodyError>>> {
         match &mut *self {
-            Self::Caller(body) => Pin::new(body).poll_frame(cx),
+            Self::Client(body) => Pin::new(body).poll_frame(cx),
             Self::Full(bytes) => Poll::Ready(bytes.take().map(|bytes| Ok(Frame::data(bytes)))),
-            Self::Api(body) => Pin::new(body)
-                .poll_frame(cx)
-                .map_err(|error| BodyError::among(&error).unwrap_or(BodyError::Broken)),
+            Self::Api(body) => Pin::new(body).poll_frame(cx).map_err(|error| {
+                RequestBodyError::find_in_chain(&error).unwrap_or(RequestBodyError::Malformed)
+            }),
         }
     }
 
     fn is_end_stream(&self) -> bool {
         match self {
-            Self::Caller(body) => body.is_end_stream(),
+            Self::Client(body) => body.is_end_stream(),
             Self::Full(bytes) => bytes.is_none(),
             Self::Api(body) => body.is_end_stream(),
         }
@@ -55,37 +55,37 @@ impl Body for RequestBody {
 
     fn size_hint(&self) -> SizeHint {
         match self {
-            Self::Caller(body) => body.size_hint(),
+            Self::Client(body) => body.size_hint(),
             Self::Full(bytes) => SizeHint::with_exact(bytes.as_ref().map_or(0, Bytes::len) as u64),
             Self::Api(body) => body.size_hint(),
         }
     }
 }
 
-/// Why a caller's body could not be read to its end. It travels through hyper's errors as their source.
+/// Why the request body of a client could not be read completely. hyper's errors carry it as their source.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum BodyError {
-    #[error("the request's body is malformed")]
-    Broken,
-    #[error("the caller left before its request had come whole")]
-    Left,
-    #[error("the request's body did not come within read_timeout")]
-    Slow,
+pub enum RequestBodyError {
+    #[error("the request body is malformed")]
+    Malformed,
+    #[error("the client disconnected before its request was complete")]
+    ClientDisconnected,
+    #[error("the request body was not complete within read_timeout")]
+    TimedOut,
 }
 
-impl BodyError {
-    /// What hyper's `error` on a caller's body means.
-    fn of(error: &hyper::Error) -> Self {
+impl RequestBodyError {
+    /// Classifies an error of hyper while it read the body of a client's request.
+    fn from_hyper(error: &hyper::Error) -> Self {
         use std::io::ErrorKind::{BrokenPipe, ConnectionReset, UnexpectedEof};
         let io = error.source().and_then(|source| source.downcast_ref::<std::io::Error>());
         match io.map(std::io::Error::kind) {
-            Some(UnexpectedEof | ConnectionReset | BrokenPipe) => Self::Left,
-            _ => Self::Broken,
+            Some(UnexpectedEof | ConnectionReset | BrokenPipe) => Self::ClientDisconnected,
+            _ => Self::Malformed,
         }
     }
 
-    /// Finds one among the causes of `error`.
-    pub fn among(error: &(dyn Error + 'static)) -> Option<Self> {
+    /// Finds a `RequestBodyError` in the chain of `error` and its sources.
+    pub fn find_in_chain(error: &(dyn Error + 'static)) -> Option<Self> {
         let mut cause = Some(error);
         while let Some(error) = cause {
             if let Some(found) = error.downcast_ref::<Self>() {
@@ -97,57 +97,57 @@ impl BodyError {
     }
 }
 
-/// A caller's body: it must come whole in the time that the watch allows.
+/// The body of a client's request. It must be complete within the body deadline of `deadlines`.
 #[derive(Debug)]
-pub struct CallerBody {
+pub struct ClientBody {
     inner: Incoming,
-    watch: Arc<Watch>,
-    /// It has been read to its end. From then on the watch may concern another request.
-    ended: bool,
+    deadlines: Arc<Deadlines>,
+    /// The body has been read completely. From then on `deadlines` may belong to the next request.
+    finished: bool,
 }
 
-impl CallerBody {
-    pub fn new(inner: Incoming, watch: Arc<Watch>) -> Self {
-        let ended = inner.is_end_stream();
-        if !ended {
-            watch.body_begins();
+impl ClientBody {
+    pub fn new(inner: Incoming, deadlines: Arc<Deadlines>) -> Self {
+        let finished = inner.is_end_stream();
+        if !finished {
+            deadlines.on_body_started();
         }
-        Self { inner, watch, ended }
+        Self { inner, deadlines, finished }
     }
 }
 
-impl Body for CallerBody {
+impl Body for ClientBody {
     type Data = Bytes;
-    type Error = BodyError;
+    type Error = RequestBodyError;
 
     fn poll_frame(
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
-    ) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
-        if self.watch.body_expired() {
-            return Poll::Ready(Some(Err(BodyError::Slow)));
+    ) -> Poll<Option<Result<Frame<Bytes>, RequestBodyError>>> {
+        if self.deadlines.body_expired() {
+            return Poll::Ready(Some(Err(RequestBodyError::TimedOut)));
         }
-        let before = Mark::now();
+        let before = WakeCheckpoint::now();
         let polled = Pin::new(&mut self.inner).poll_frame(cx);
         if let Poll::Ready(Some(Err(error))) = &polled {
-            tracing::debug!(%error, "A caller's body broke off");
-            self.watch.body_broke();
+            tracing::debug!(%error, "The body of a client's request ended early");
+            self.deadlines.on_body_aborted();
         }
         let is_last = match &polled {
-            // After an error there is nothing more either.
-            Poll::Ready(None) => self.watch.body_state() != BodyState::Broken,
+            // hyper also returns `None` after an error.
+            Poll::Ready(None) => self.deadlines.body_state() != BodyState::Aborted,
             Poll::Ready(Some(Ok(frame))) => frame.is_trailers() || self.inner.is_end_stream(),
             Poll::Ready(Some(Err(_))) | Poll::Pending => self.inner.is_end_stream(),
         };
         if is_last {
-            if !self.ended {
-                self.ended = true;
-                self.watch.body_ended();
+            if !self.finished {
+                self.finished = true;
+                self.deadlines.on_body_finished();
             }
-            // The wake tells hyper that it may bring more: there is no more.
-            before.forget_since();
+            // This wake-up asks hyper for more of the body, but the body is complete.
+            before.discard_later();
         }
-        polled.map_err(|error| BodyError::of(&error))
+        polled.map_err(|error| RequestBodyError::from_hyper(&error))
     }
 
     fn is_end_stream(&self) -> bool {
@@ -159,10 +159,10 @@ impl Body for CallerBody {
     }
 }
 
-impl Drop for CallerBody {
+impl Drop for ClientBody {
     fn drop(&mut self) {
-        if !self.ended {
-            self.watch.body_dropped();
+        if !self.finished {
+            self.deadlines.on_body_dropped();
         }
     }
 }
@@ -182,42 +182,44 @@ mod tests {
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
     use super::*;
-    use crate::echo::OwnWakes;
+    use crate::self_wake::SelfWakeCoalescer;
 
-    /// Answers with the body of the request.
-    async fn say(request: Request<Incoming>) -> Result<Response<Full<Bytes>>, Infallible> {
-        let body = CallerBody::new(request.into_body(), Arc::new(Watch::new()));
+    /// Responds with the body of the request.
+    async fn echo_body(request: Request<Incoming>) -> Result<Response<Full<Bytes>>, Infallible> {
+        let body = ClientBody::new(request.into_body(), Arc::new(Deadlines::new()));
         Ok(Response::new(Full::new(body.collect().await.unwrap().to_bytes())))
     }
 
     #[derive(Default)]
-    struct Wakes(AtomicUsize);
+    struct WakeCounter(AtomicUsize);
 
-    impl Wake for Wakes {
+    impl Wake for WakeCounter {
         fn wake(self: Arc<Self>) {
             self.0.fetch_add(1, Relaxed);
         }
     }
 
     #[tokio::test]
-    async fn a_request_that_has_come_whole_is_answered_in_one_poll() {
+    async fn a_complete_request_is_answered_in_one_poll() {
         let (ours, mut theirs) = tokio::io::duplex(1 << 10);
-        let mut http = http1::Builder::new().serve_connection(TokioIo::new(ours), service_fn(say));
-        let (mut own, wakes) = (OwnWakes::default(), Arc::<Wakes>::default());
-        let waker = Waker::from(Arc::clone(&wakes));
+        let mut http =
+            http1::Builder::new().serve_connection(TokioIo::new(ours), service_fn(echo_body));
+        let (mut coalescer, counter) =
+            (SelfWakeCoalescer::default(), Arc::<WakeCounter>::default());
+        let waker = Waker::from(Arc::clone(&counter));
         for _ in 0..2 {
             let request = b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 5\r\n\r\nhello";
             theirs.write_all(request).await.unwrap();
-            let (woken, mut polls) = (wakes.0.load(Relaxed), 0);
-            let polled = own.poll(&Context::from_waker(&waker), |cx| {
+            let (woken, mut polls) = (counter.0.load(Relaxed), 0);
+            let polled = coalescer.poll(&Context::from_waker(&waker), |cx| {
                 polls += 1;
                 Pin::new(&mut http).poll(cx)
             });
             assert!(polled.is_pending());
-            assert_eq!((polls, wakes.0.load(Relaxed)), (1, woken));
-            let mut answer = [0; 1 << 10];
-            let read = theirs.read(&mut answer).now_or_never().unwrap().unwrap();
-            assert!(answer[..read].ends_with(b"\r\n\r\nhello"));
+            assert_eq!((polls, counter.0.load(Relaxed)), (1, woken));
+            let mut response = [0; 1 << 10];
+            let read = theirs.read(&mut response).now_or_never().unwrap().unwrap();
+            assert!(response[..read].ends_with(b"\r\n\r\nhello"));
         }
     }
 }

@@ -1,4 +1,4 @@
-//! Connections to upstreams: a pool of idle links, one pool for each thread that carries calls.
+//! HTTP client for upstreams with a pool of idle connections. Each proxy thread has its own.
 
 use std::collections::HashMap;
 use std::io;
@@ -16,35 +16,36 @@ use tokio_rustls::rustls::{ClientConfig, RootCertStore};
 
 use crate::config::PoolLimits;
 use crate::config::base_url::BaseUrl;
-use crate::proxy::body::{BodyError, RequestBody};
-use crate::proxy::buffers;
+use crate::deadlines::Deadlines;
+use crate::proxy::body::{RequestBody, RequestBodyError};
+use crate::proxy::buffer_pool;
 use crate::proxy::dial::dial;
-use crate::proxy::guard::{Guard, Refused};
-use crate::proxy::link::{Failure, Link};
-use crate::proxy::stream::UpstreamStream;
-use crate::proxy::upload::Upload;
+use crate::proxy::egress_filter::{AddressDenied, EgressFilter};
+use crate::proxy::http1_connection::{ExchangeError, Http1Connection};
+use crate::proxy::io::MaybeTlsStream;
+use crate::proxy::request_writer::RequestWriter;
 use crate::proxy::upstream_body::UpstreamBody;
-use crate::proxy::wire::Malformed;
-use crate::proxy::wire::answer::Head;
-use crate::watch::Watch;
+use crate::proxy::wire::ParseError;
+use crate::proxy::wire::response::ResponseHead;
 
-/// An idle link is dropped after this time. Most servers close theirs after 60 s or more.
-const MAX_IDLE: Duration = Duration::from_secs(50);
-/// How often the pool is looked through.
-const SWEEP_EVERY: Duration = Duration::from_secs(5);
-/// How long one address may take to accept a connection, where no setting says so.
+/// An idle connection is closed after this time. Most servers close theirs after 60 s or later.
+const MAX_IDLE_TIME: Duration = Duration::from_secs(50);
+/// Interval at which idle connections are checked.
+const REAP_INTERVAL: Duration = Duration::from_secs(5);
+/// Default time for one address to accept a connection.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
-/// How long it may take to resolve a name, and to agree on TLS.
+/// Time to resolve a name.
 const RESOLVE_TIMEOUT: Duration = Duration::from_secs(10);
+/// Time for a TLS handshake.
 const TLS_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// An upstream, with what every request to it needs.
+/// An upstream, with values that every request to it needs.
 #[derive(Clone, Debug)]
 pub struct Origin {
     pub url: Arc<BaseUrl>,
-    /// The URL as text, under which its idle links are kept.
-    pub(super) key: Arc<str>,
-    /// What `Host` says.
+    /// The URL as text: the key of its idle connections in the pool.
+    pub(super) pool_key: Arc<str>,
+    /// Value of the `Host` header.
     pub host: HeaderValue,
 }
 
@@ -52,68 +53,68 @@ impl Origin {
     pub fn new(url: BaseUrl) -> Self {
         let host = HeaderValue::from_str(url.authority.as_str())
             .unwrap_or_else(|_| HeaderValue::from_static("upstream"));
-        Self { key: url.to_string().into(), url: Arc::new(url), host }
+        Self { pool_key: url.to_string().into(), url: Arc::new(url), host }
     }
 
-    /// What stands before every path there, mostly nothing.
+    /// Prefix of all paths at this upstream; usually empty.
     pub(super) fn path(&self) -> &str {
         &self.url.path
     }
 
-    /// `target` (path and query) behind the origin's own path.
+    /// Returns `target` (path and query) with the path prefix of this origin.
     ///
     /// # Errors
-    /// When the two together are no URI, for length mostly.
+    /// When the result is not a valid URI, usually because it is too long.
     pub fn target(&self, target: &Uri) -> Result<Uri, http::Error> {
         let path = target.path_and_query().map_or("/", |path| path.as_str());
         match (self.url.path.as_str(), target.path_and_query()) {
-            // As sent, byte for byte.
+            // Unchanged, byte for byte.
             ("", Some(path)) => Ok(Uri::from(path.clone())),
             (prefix, _) => Uri::builder().path_and_query(format!("{prefix}{path}")).build(),
         }
     }
 }
 
-/// Why an upstream gave no answer. Says nothing about where it is.
+/// Why there is no response from an upstream. The text contains no address of the upstream.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    #[error("cannot connect to the upstream: {}", brief(.0))]
+    #[error("cannot connect to the upstream: {}", public_io_message(.0))]
     Connect(#[source] io::Error),
     #[error("the address is not allowed")]
     NotAllowed,
     #[error("the address is this gateway's own")]
-    Own,
+    OwnAddress,
     #[error("no more connections can be opened")]
     Exhausted(#[source] io::Error),
-    #[error("the upstream closed the connection without an answer")]
+    #[error("the upstream closed the connection without a response")]
     Closed(#[source] io::Error),
-    #[error("the upstream's answer is not valid HTTP")]
-    Invalid(#[source] Malformed),
-    #[error("the upstream's answer has a head beyond 1 MiB, or more than 100 headers")]
+    #[error("the upstream's response is not valid HTTP")]
+    InvalidResponse(#[source] ParseError),
+    #[error("the upstream's response has a head of more than 1 MiB, or more than 100 headers")]
     HeadTooLarge,
-    #[error("the upstream changed protocols unasked")]
-    Unasked,
-    #[error("the upstream did not answer in time")]
+    #[error("the upstream changed protocols without a request to do so")]
+    UnexpectedUpgrade,
+    #[error("the upstream did not respond in time")]
     Timeout,
     #[error("the path is too long")]
-    Target(#[from] http::Error),
+    InvalidTarget(#[from] http::Error),
     #[error(transparent)]
-    Body(BodyError),
+    RequestBody(RequestBodyError),
 }
 
 impl Error {
-    /// Whether the request cannot have reached anyone.
+    /// Returns whether no byte of the request has reached an upstream.
     pub fn is_connect(&self) -> bool {
         matches!(self, Self::Connect(_))
     }
 }
 
-/// The fault is the upstream's, unless this process is out of what a connection needs.
-fn connect_error(error: io::Error) -> Error {
+/// Distinguishes failures of the upstream from a lack of local resources and from denied addresses.
+fn classify_connect_error(error: io::Error) -> Error {
     use rustix::io::Errno;
-    match error.get_ref().and_then(|cause| cause.downcast_ref::<Refused>()) {
-        Some(Refused::NotAllowed) => return Error::NotAllowed,
-        Some(Refused::Own) => return Error::Own,
+    match error.get_ref().and_then(|cause| cause.downcast_ref::<AddressDenied>()) {
+        Some(AddressDenied::NotAllowed) => return Error::NotAllowed,
+        Some(AddressDenied::OwnAddress) => return Error::OwnAddress,
         None => {}
     }
     let out_of = [Errno::MFILE, Errno::NFILE, Errno::NOBUFS, Errno::ADDRNOTAVAIL];
@@ -124,251 +125,291 @@ fn connect_error(error: io::Error) -> Error {
     Error::Connect(error)
 }
 
-/// What went wrong, in words that hold no address.
-fn brief(error: &io::Error) -> &'static str {
+/// Describes `error` without an address.
+fn public_io_message(error: &io::Error) -> &'static str {
     match error.kind() {
         io::ErrorKind::ConnectionRefused => "connection refused",
         io::ErrorKind::ConnectionReset => "connection reset",
-        io::ErrorKind::HostUnreachable | io::ErrorKind::NetworkUnreachable => "no route to it",
+        io::ErrorKind::HostUnreachable | io::ErrorKind::NetworkUnreachable => "no route to host",
         io::ErrorKind::TimedOut => "no reply to the connection attempt",
         io::ErrorKind::InvalidData => "TLS failed",
-        // What the resolver reports has no number of the system's.
-        _ if error.raw_os_error().is_none() => "its name cannot be resolved",
+        // Errors of the resolver have no OS error code.
+        _ if error.raw_os_error().is_none() => "the name cannot be resolved",
         _ => "network error",
     }
 }
 
-/// Sends requests over pooled links. One for each thread that carries calls.
+/// Sends requests over pooled connections.
 pub struct Client {
     pool: Mutex<Pool>,
     limits: PoolLimits,
     tls: Tls,
-    /// How long one address may take to accept a connection.
+    /// Time for one address to accept a connection.
     connect_timeout: Duration,
-    /// Where it may connect to; `None`: anywhere.
-    guard: Option<Box<dyn Guard>>,
-    /// Whether the system is asked about an idle link before it is used.
-    looks: bool,
+    /// Decides which addresses may be connected to; `None` allows all.
+    egress_filter: Option<Box<dyn EgressFilter>>,
+    /// Check the socket of an idle connection for data or a close before the connection is used.
+    checks_before_use: bool,
 }
 
 #[derive(Default)]
 struct Pool {
-    idle: HashMap<Arc<str>, Vec<IdleLink>, RandomState>,
+    idle: HashMap<Arc<str>, Vec<IdleConnection>, RandomState>,
     count: usize,
 }
 
-struct IdleLink {
-    link: Box<Link>,
-    since: Instant,
+struct IdleConnection {
+    connection: Box<Http1Connection>,
+    idle_since: Instant,
 }
 
 impl Client {
-    /// A client whose pool keeps to `limits`.
+    /// Creates a client whose pool is bounded by `limits`.
     pub fn new(limits: PoolLimits, tls: Tls) -> Arc<Self> {
-        Self::connecting_within(CONNECT_TIMEOUT, limits, tls)
+        Self::with_connect_timeout(CONNECT_TIMEOUT, limits, tls)
     }
 
-    /// The same, where each address of an upstream has `connect_timeout` to accept a connection before another is tried.
-    pub fn connecting_within(connect_timeout: Duration, limits: PoolLimits, tls: Tls) -> Arc<Self> {
+    /// The same, with `connect_timeout` for each address of an upstream before the next one is tried.
+    pub fn with_connect_timeout(
+        connect_timeout: Duration,
+        limits: PoolLimits,
+        tls: Tls,
+    ) -> Arc<Self> {
         Arc::new(Self {
             pool: Mutex::default(),
             limits,
             tls,
             connect_timeout,
-            guard: None,
-            looks: false,
+            egress_filter: None,
+            checks_before_use: false,
         })
     }
 
-    /// A client for processes of this machine, which may be killed at any time. It asks the system about each idle link
-    /// before it uses it: the runtime hears of a peer's end a moment after it, and what is written in that moment
-    /// cannot be told from what a process has read.
-    pub fn to_processes(limits: PoolLimits) -> Arc<Self> {
+    /// Creates a client for processes of this machine, which may be killed at any time.
+    ///
+    /// It checks the socket of each idle connection before it uses the connection: the runtime learns of a close a
+    /// moment later, and a request written in that moment may or may not have been read by the process.
+    pub fn for_local_processes(limits: PoolLimits) -> Arc<Self> {
         Arc::new(Self {
             pool: Mutex::default(),
             limits,
             tls: Tls::default(),
             connect_timeout: CONNECT_TIMEOUT,
-            guard: None,
-            looks: true,
+            egress_filter: None,
+            checks_before_use: true,
         })
     }
 
-    /// A client that connects only to what `guard` admits. It is asked for each connection, since names change what they
-    /// resolve to.
-    pub fn guarded(limits: PoolLimits, tls: Tls, guard: impl Guard + 'static) -> Arc<Self> {
-        let guard: Option<Box<dyn Guard>> = Some(Box::new(guard));
+    /// Creates a client that connects only to addresses allowed by `egress_filter`. The filter is called for each
+    /// connection, because the addresses of a name may change.
+    pub fn with_egress_filter(
+        limits: PoolLimits,
+        tls: Tls,
+        egress_filter: impl EgressFilter + 'static,
+    ) -> Arc<Self> {
+        let egress_filter: Option<Box<dyn EgressFilter>> = Some(Box::new(egress_filter));
         let connect_timeout = CONNECT_TIMEOUT;
-        Arc::new(Self { pool: Mutex::default(), limits, tls, connect_timeout, guard, looks: false })
+        Arc::new(Self {
+            pool: Mutex::default(),
+            limits,
+            tls,
+            connect_timeout,
+            egress_filter,
+            checks_before_use: false,
+        })
     }
 
-    /// Sends `request`, whose headers are ready for the wire, as `carry` does.
+    /// Sends `request`, whose headers are not changed, and returns when the head of the response has been received.
+    ///
+    /// # Errors
+    /// When there is no response. After `Error::Connect` the request may be sent again.
     pub async fn send(
         self: &Arc<Self>,
         origin: &Origin,
         request: Request<RequestBody>,
-        watch: &Arc<Watch>,
+        deadlines: &Arc<Deadlines>,
     ) -> Result<Response<UpstreamBody>, Error> {
         let (head, body) = request.into_parts();
-        self.carry(origin, &mut Upload::new(&head, body), watch).await
+        self.send_request(origin, &mut RequestWriter::new(&head, body), deadlines).await
     }
 
-    /// Carries a request to `origin`; returns as soon as the head of the answer is there. `watch` bounds all of it, the
-    /// answer's body included.
+    /// Sends a request to `origin`, and returns when the head of the response has been received. `deadlines` applies to
+    /// the whole exchange, including the response body.
     ///
-    /// A link that turns out to have been closed while it idled is replaced, if nothing of the request was sent or if
-    /// sending it twice does no harm. After `Error::Connect` all of `upload` is still there.
-    pub(super) async fn carry(
+    /// An idle connection that turns out to be closed is replaced if nothing of the request was sent, or if the request
+    /// is safe to resend. After `Error::Connect`, `request` is complete and can be sent again.
+    pub(super) async fn send_request(
         self: &Arc<Self>,
         origin: &Origin,
-        upload: &mut Upload,
-        watch: &Arc<Watch>,
+        request: &mut RequestWriter,
+        deadlines: &Arc<Deadlines>,
     ) -> Result<Response<UpstreamBody>, Error> {
-        let repeatable = upload.is_repeatable();
+        let safe_to_resend = request.is_safe_to_resend();
         let mut closed = None;
-        while let Some(mut link) = self.checkout(&origin.key) {
-            if self.looks && link.has_news() {
+        while let Some(mut connection) = self.check_out(&origin.pool_key) {
+            if self.checks_before_use && connection.is_readable() {
                 continue;
             }
-            match link.exchange(upload, watch).await {
-                Ok(answer) => return Ok(self.answer(origin, link, answer, watch)),
-                Err(Failure::Unsent(unsent)) => *upload = unsent,
-                Err(Failure::Closed(error)) if repeatable && link.can_give_back_request() => {
+            match connection.send_request(request, deadlines).await {
+                Ok(response) => {
+                    return Ok(self.build_response(origin, connection, response, deadlines));
+                }
+                Err(ExchangeError::NotSent(unsent)) => *request = unsent,
+                Err(ExchangeError::Closed(error))
+                    if safe_to_resend && connection.can_recover_request() =>
+                {
                     tracing::debug!(%error, "An idle connection was closed: trying a new one");
-                    (*upload, closed) = (link.into_upload(), Some(error));
+                    (*request, closed) = (connection.into_request(), Some(error));
                     break;
                 }
-                Err(failure) => return Err(failure.into()),
+                Err(error) => return Err(error.into()),
             }
         }
-        // Boxed, lest its size be carried along by every call.
-        let opened = Box::pin(self.connect(origin, watch)).await;
+        // Boxed, so that this future does not increase the size of every exchange.
+        let opened = Box::pin(self.connect(origin, deadlines)).await;
         let error = match opened {
-            Ok(mut link) => match link.exchange(upload, watch).await {
-                Ok(answer) => return Ok(self.answer(origin, link, answer, watch)),
-                // A link that was opened for this request alone.
-                Err(Failure::Unsent(unsent)) => {
-                    *upload = unsent;
+            Ok(mut connection) => match connection.send_request(request, deadlines).await {
+                Ok(response) => {
+                    return Ok(self.build_response(origin, connection, response, deadlines));
+                }
+                // A connection that was opened for this request.
+                Err(ExchangeError::NotSent(unsent)) => {
+                    *request = unsent;
                     Error::Connect(io::ErrorKind::ConnectionReset.into())
                 }
-                Err(failure) => failure.into(),
+                Err(error) => error.into(),
             },
             Err(error) => error,
         };
-        // Somebody may have seen the request, if not this time.
+        // An earlier upstream connection may have received the request.
         Err(match closed {
             Some(closed) if error.is_connect() => Error::Closed(closed),
             _ => error,
         })
     }
 
-    fn answer(
+    fn build_response(
         self: &Arc<Self>,
         origin: &Origin,
-        link: Box<Link>,
-        head: Head,
-        watch: &Arc<Watch>,
+        connection: Box<Http1Connection>,
+        head: ResponseHead,
+        deadlines: &Arc<Deadlines>,
     ) -> Response<UpstreamBody> {
-        let (client, key, watch) = (Arc::clone(self), Arc::clone(&origin.key), Arc::clone(watch));
-        head.answer.map(|()| UpstreamBody::new(head.body, link, client, key, watch))
+        let (client, pool_key, deadlines) =
+            (Arc::clone(self), Arc::clone(&origin.pool_key), Arc::clone(deadlines));
+        head.response
+            .map(|()| UpstreamBody::new(head.body, connection, client, pool_key, deadlines))
     }
 
-    async fn connect(&self, origin: &Origin, watch: &Watch) -> Result<Box<Link>, Error> {
-        let mut connect = std::pin::pin!(self.open(&origin.url));
+    async fn connect(
+        &self,
+        origin: &Origin,
+        deadlines: &Deadlines,
+    ) -> Result<Box<Http1Connection>, Error> {
+        let mut connect = std::pin::pin!(self.open_stream(&origin.url));
         let stream = std::future::poll_fn(|cx| {
-            if watch.call_expired() {
+            if deadlines.exchange_expired() {
                 return std::task::Poll::Ready(Err(Error::Timeout));
             }
-            connect.as_mut().poll(cx).map_err(connect_error)
+            connect.as_mut().poll(cx).map_err(classify_connect_error)
         })
         .await?;
-        Ok(Box::new(Link::new(stream)))
+        Ok(Box::new(Http1Connection::new(stream)))
     }
 
-    async fn open(&self, url: &BaseUrl) -> io::Result<UpstreamStream> {
-        let found = timeout(RESOLVE_TIMEOUT, lookup_host((url.host(), url.port()))).await??;
-        let addresses = match &self.guard {
-            None => found.collect(),
-            Some(guard) => timeout(RESOLVE_TIMEOUT, guard.admit(url.host(), found.collect()))
-                .await?
-                .map_err(io::Error::other)?,
+    async fn open_stream(&self, url: &BaseUrl) -> io::Result<MaybeTlsStream> {
+        let resolved = timeout(RESOLVE_TIMEOUT, lookup_host((url.host(), url.port()))).await??;
+        let addresses = match &self.egress_filter {
+            None => resolved.collect(),
+            Some(egress_filter) => {
+                timeout(RESOLVE_TIMEOUT, egress_filter.filter(url.host(), resolved.collect()))
+                    .await?
+                    .map_err(io::Error::other)?
+            }
         };
         let tcp = dial(&addresses, self.connect_timeout).await?;
         tcp.set_nodelay(true)?;
-        // A peer that vanishes without a word is noticed even by a stream without deadline.
+        // Detects a vanished peer on streams without a deadline.
         socket2::SockRef::from(&tcp).set_keepalive(true)?;
         if !url.tls {
-            return Ok(UpstreamStream::Plain(tcp));
+            return Ok(MaybeTlsStream::Plain(tcp));
         }
         let name = ServerName::try_from(url.host().to_owned()).map_err(io::Error::other)?;
-        let agreed = timeout(TLS_TIMEOUT, self.tls.connector().connect(name, tcp)).await??;
-        Ok(UpstreamStream::Tls(Box::new(agreed)))
+        let tls = timeout(TLS_TIMEOUT, self.tls.connector().connect(name, tcp)).await??;
+        Ok(MaybeTlsStream::Tls(Box::new(tls)))
     }
 
-    fn checkout(&self, key: &str) -> Option<Box<Link>> {
+    fn check_out(&self, pool_key: &str) -> Option<Box<Http1Connection>> {
         let mut pool = self.pool.lock().unwrap_or_else(PoisonError::into_inner);
-        let link = pool.idle.get_mut(key)?.pop()?.link;
+        let connection = pool.idle.get_mut(pool_key)?.pop()?.connection;
         pool.count -= 1;
-        Some(link)
+        Some(connection)
     }
 
-    /// Takes a link back after its answer's end, if it can be used again.
-    pub(super) fn give_back(&self, key: &Arc<str>, link: Box<Link>, now: Instant) {
-        if !link.is_reusable() {
+    /// Returns a connection to the pool after the end of its response, if it is reusable.
+    pub(super) fn check_in(
+        &self,
+        pool_key: &Arc<str>,
+        connection: Box<Http1Connection>,
+        now: Instant,
+    ) {
+        if !connection.is_reusable() {
             return;
         }
         let mut pool = self.pool.lock().unwrap_or_else(PoisonError::into_inner);
         if pool.count >= self.limits.total {
             return;
         }
-        let idle = match pool.idle.get_mut(&**key) {
+        let idle = match pool.idle.get_mut(&**pool_key) {
             Some(idle) => idle,
-            None => pool.idle.entry(Arc::clone(key)).or_default(),
+            None => pool.idle.entry(Arc::clone(pool_key)).or_default(),
         };
         if idle.len() < self.limits.per_host {
-            idle.push(IdleLink { link, since: now });
+            idle.push(IdleConnection { connection, idle_since: now });
             pool.count += 1;
         }
     }
 
-    /// Drops links that were closed or have been idle for long, and the thread's free buffers, every few seconds. Does
-    /// not end.
-    pub async fn keep_swept(&self) {
+    /// Closes connections that were closed by the peer or idle for too long, and frees pooled buffers of this thread,
+    /// at intervals of `REAP_INTERVAL`. Never returns.
+    pub async fn run_idle_reaper(&self) {
         loop {
-            tokio::time::sleep(SWEEP_EVERY).await;
-            // Unconstrained, since beyond its budget the runtime says of each link that there is nothing to read.
-            tokio::task::unconstrained(async { self.sweep() }).await;
-            buffers::forget();
+            tokio::time::sleep(REAP_INTERVAL).await;
+            // Unconstrained: beyond the task's budget, the runtime reports each connection as not readable.
+            tokio::task::unconstrained(async { self.reap() }).await;
+            buffer_pool::clear();
         }
     }
 
-    fn sweep(&self) {
+    fn reap(&self) {
         let mut pool = self.pool.lock().unwrap_or_else(PoisonError::into_inner);
         let Pool { idle, count } = &mut *pool;
         let now = Instant::now();
-        idle.retain(|_, links| {
-            links
-                .retain_mut(|idle| now.duration_since(idle.since) < MAX_IDLE && idle.link.settle());
-            !links.is_empty()
+        idle.retain(|_, connections| {
+            connections.retain_mut(|idle| {
+                now.duration_since(idle.idle_since) < MAX_IDLE_TIME
+                    && idle.connection.prepare_idle()
+            });
+            !connections.is_empty()
         });
         *count = idle.values().map(Vec::len).sum();
     }
 }
 
-impl From<Failure> for Error {
-    fn from(failure: Failure) -> Self {
-        match failure {
-            Failure::Expired => Self::Timeout,
-            Failure::Unsent(_) => Self::Connect(io::ErrorKind::ConnectionReset.into()),
-            Failure::Closed(error) => Self::Closed(error),
-            Failure::Malformed(malformed) => Self::Invalid(malformed),
-            Failure::HeadTooLarge => Self::HeadTooLarge,
-            Failure::Body(error) => Self::Body(error),
+impl From<ExchangeError> for Error {
+    fn from(error: ExchangeError) -> Self {
+        match error {
+            ExchangeError::Expired => Self::Timeout,
+            ExchangeError::NotSent(_) => Self::Connect(io::ErrorKind::ConnectionReset.into()),
+            ExchangeError::Closed(error) => Self::Closed(error),
+            ExchangeError::InvalidResponse(error) => Self::InvalidResponse(error),
+            ExchangeError::HeadTooLarge => Self::HeadTooLarge,
+            ExchangeError::RequestBody(error) => Self::RequestBody(error),
         }
     }
 }
 
-/// TLS to upstreams. The system's certificates are read when the first upstream with https is called: most have none.
+/// TLS to upstreams. The system's root certificates are read for the first https upstream; most gateways have none.
 #[derive(Clone, Default)]
 pub struct Tls(Arc<OnceLock<TlsConnector>>);
 

@@ -1,9 +1,8 @@
-//! Transfer codings, as `Transfer-Encoding` lists them (RFC 9112, 6.1 and 6.3): one rule for requests and responses.
-//! No I/O.
+//! Transfer codings in `Transfer-Encoding` (RFC 9112, 6.1 and 6.3), with one rule for requests and responses. No I/O.
 
 use http::HeaderValue;
 
-/// Why a message with these transfer codings is refused.
+/// Why a message with given transfer codings is refused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum CodingError {
     #[error("the final transfer coding is not chunked, so the end of the body is unknown")]
@@ -14,11 +13,11 @@ pub enum CodingError {
     Unsupported,
 }
 
-/// Whether the body is chunked. All `lines` of the header are one list; its empty elements do not count.
+/// Returns whether the body is chunked. The values of all header lines form one list; empty elements are ignored.
 ///
 /// # Errors
-/// When the list says anything other than `chunked`. A coding that is removed from the header but not decoded would
-/// reach the other side as content.
+/// When the list is not empty and anything other than `chunked`: the message must be refused. A coding that is removed
+/// from the header but not decoded would reach the other side as content.
 pub fn is_chunked<'a>(
     lines: impl IntoIterator<Item = &'a HeaderValue>,
 ) -> Result<bool, CodingError> {

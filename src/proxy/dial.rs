@@ -1,8 +1,8 @@
 //! Opens a connection to one of an upstream's addresses.
 //!
-//! Nothing has been sent by then, so any request may go to the next address. An address that does not answer belongs to
-//! a machine that is cut off, or to a Service of Kubernetes, which has one address for all its pods and chooses a pod
-//! for each attempt: so where nobody refuses, all addresses are tried again.
+//! Nothing of a request has been sent yet, so the next address may be tried for any request. An address that does not
+//! respond belongs to an unreachable machine, or to a Service of Kubernetes, which has one address for all its pods
+//! and selects a pod for each attempt. Therefore all addresses are tried again if any of them timed out.
 
 use std::io;
 use std::net::SocketAddr;
@@ -11,47 +11,47 @@ use std::time::{Duration, Instant};
 use tokio::net::TcpStream;
 use tokio::time::timeout;
 
-/// After this time no round of attempts begins. Each address has been tried once by then, or the call's deadline ends
-/// this.
-const PATIENCE: Duration = Duration::from_secs(10);
+/// No round of attempts starts after this time. The first round always completes, unless the deadline of the exchange
+/// cancels it.
+const RETRY_WINDOW: Duration = Duration::from_secs(10);
 
-/// Connects to the first of `addresses` that takes the connection within `each`.
+/// Connects to the first of `addresses` that accepts the connection within `per_address`.
 ///
 /// # Errors
-/// Why the last address that was tried did not.
-pub(super) async fn dial(addresses: &[SocketAddr], each: Duration) -> io::Result<TcpStream> {
-    dial_for(addresses, each, PATIENCE).await
+/// The error of the last address that was tried, or `NotFound` if there are no addresses.
+pub(super) async fn dial(addresses: &[SocketAddr], per_address: Duration) -> io::Result<TcpStream> {
+    dial_within(addresses, per_address, RETRY_WINDOW).await
 }
 
-async fn dial_for(
+async fn dial_within(
     addresses: &[SocketAddr],
-    each: Duration,
-    patience: Duration,
+    per_address: Duration,
+    retry_window: Duration,
 ) -> io::Result<TcpStream> {
     let start = Instant::now();
     loop {
-        let mut is_silent = false;
+        let mut any_timed_out = false;
         let mut last = io::Error::new(io::ErrorKind::NotFound, "the name has no address");
         for address in addresses {
-            let connected = timeout(each, TcpStream::connect(address)).await;
-            match connected.map(|stream| stream.and_then(checked)) {
+            let connected = timeout(per_address, TcpStream::connect(address)).await;
+            match connected.map(|stream| stream.and_then(verify_connected)) {
                 Ok(Ok(stream)) => return Ok(stream),
                 Ok(Err(error)) => last = error,
-                Err(_) => (is_silent, last) = (true, io::ErrorKind::TimedOut.into()),
+                Err(_) => (any_timed_out, last) = (true, io::ErrorKind::TimedOut.into()),
             }
         }
-        if !is_silent || start.elapsed() >= patience {
+        if !any_timed_out || start.elapsed() >= retry_window {
             return Err(last);
         }
     }
 }
 
-/// `stream`, if it is connected with another socket.
+/// Returns `stream` if it is connected to another socket.
 ///
 /// # Errors
-/// The peer has already reset the connection, or is the socket itself: while nothing listens on a port of this machine,
-/// the kernel may choose that very port for the client.
-fn checked(stream: TcpStream) -> io::Result<TcpStream> {
+/// When the peer has already reset the connection, or when the socket is connected to itself: while nothing listens on
+/// a local port, the kernel may choose the same port for the client.
+fn verify_connected(stream: TcpStream) -> io::Result<TcpStream> {
     if stream.local_addr()? == stream.peer_addr()? {
         return Err(io::ErrorKind::ConnectionRefused.into());
     }
@@ -64,18 +64,18 @@ mod tests {
 
     use super::*;
 
-    const SHORT: Duration = Duration::from_millis(100);
+    const SHORT_TIMEOUT: Duration = Duration::from_millis(100);
 
-    /// A port that answers no attempt to connect: its queue is full.
-    async fn silent() -> (TcpListener, Vec<TcpStream>) {
+    /// A port that does not respond to connection attempts, because its backlog is full.
+    async fn unresponsive() -> (TcpListener, Vec<TcpStream>) {
         let socket = TcpSocket::new_v4().unwrap();
         socket.bind("127.0.0.1:0".parse().unwrap()).unwrap();
         let listener = socket.listen(1).unwrap();
-        let (address, mut waiting) = (listener.local_addr().unwrap(), Vec::new());
-        while let Ok(stream) = timeout(SHORT, TcpStream::connect(address)).await {
-            waiting.push(stream.unwrap());
+        let (address, mut backlog) = (listener.local_addr().unwrap(), Vec::new());
+        while let Ok(stream) = timeout(SHORT_TIMEOUT, TcpStream::connect(address)).await {
+            backlog.push(stream.unwrap());
         }
-        (listener, waiting)
+        (listener, backlog)
     }
 
     /// A port that refuses connections.
@@ -84,11 +84,12 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn an_address_that_is_silent_or_refuses_is_passed_over() {
-        let (silent, _waiting) = silent().await;
+    async fn an_unresponsive_or_refusing_address_is_skipped() {
+        let (unresponsive, _backlog) = unresponsive().await;
         let open = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let [silent, open] = [silent, open].map(|it| (it.local_addr().unwrap(), it));
-        let stream = dial(&[silent.0, closed().await, open.0], SHORT).await.unwrap();
+        let [unresponsive, open] =
+            [unresponsive, open].map(|listener| (listener.local_addr().unwrap(), listener));
+        let stream = dial(&[unresponsive.0, closed().await, open.0], SHORT_TIMEOUT).await.unwrap();
         assert_eq!(stream.peer_addr().unwrap(), open.0);
     }
 
@@ -109,27 +110,27 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_connection_that_is_reset_or_its_own_peer_is_none() {
+    async fn a_reset_or_self_connected_stream_is_rejected() {
         let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
         let stream = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
-        let stream = checked(stream).unwrap();
+        let stream = verify_connected(stream).unwrap();
         reset(listener.accept().unwrap().0);
         // Reads the reset.
         timeout(Duration::from_secs(10), stream.readable()).await.unwrap().unwrap();
-        assert_eq!(checked(stream).unwrap_err().kind(), io::ErrorKind::NotConnected);
+        assert_eq!(verify_connected(stream).unwrap_err().kind(), io::ErrorKind::NotConnected);
 
         let socket = TcpSocket::new_v4().unwrap();
         socket.bind("127.0.0.1:0".parse().unwrap()).unwrap();
         let own = socket.local_addr().unwrap();
         let stream = socket.connect(own).await.unwrap();
-        assert_eq!(checked(stream).unwrap_err().kind(), io::ErrorKind::ConnectionRefused);
+        assert_eq!(verify_connected(stream).unwrap_err().kind(), io::ErrorKind::ConnectionRefused);
     }
 
     #[tokio::test]
-    async fn an_address_that_resets_connections_is_passed_over() {
+    async fn an_address_that_resets_connections_is_skipped() {
         let open = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let addresses = [resetting(), open.local_addr().unwrap()];
-        // The reset comes before, while or after the connection is looked at.
+        // The reset arrives before, during or after the check of the connection.
         for _ in 0..1000 {
             dial(&addresses, Duration::from_secs(10)).await.unwrap();
             while let Ok(Ok(_)) = timeout(Duration::ZERO, open.accept()).await {}
@@ -137,19 +138,19 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_silent_address_is_tried_again_and_one_that_refuses_is_not() {
-        let (listener, waiting) = silent().await;
+    async fn an_unresponsive_address_is_retried_and_a_refusing_one_is_not() {
+        let (listener, backlog) = unresponsive().await;
         let address = listener.local_addr().unwrap();
         let accepting = async {
-            // Not before the first attempt has been given up.
-            tokio::time::sleep(3 * SHORT).await;
-            for _ in &waiting {
+            // Only after the first attempt has timed out.
+            tokio::time::sleep(3 * SHORT_TIMEOUT).await;
+            for _ in &backlog {
                 listener.accept().await.unwrap();
             }
         };
-        // The system itself repeats an attempt after a second, which would be too late for each of these.
+        // The kernel repeats its SYN after a second, which is too late for each of these attempts.
         let addresses = [address];
-        let (stream, ()) = tokio::join!(dial(&addresses, SHORT), accepting);
+        let (stream, ()) = tokio::join!(dial(&addresses, SHORT_TIMEOUT), accepting);
         assert_eq!(stream.unwrap().peer_addr().unwrap(), address);
         let long = Duration::from_secs(3600);
         let refused = timeout(long, dial(&[closed().await], long)).await.unwrap().unwrap_err();
@@ -157,14 +158,14 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn each_address_is_tried_once_at_least_and_none_for_ever() {
-        let (listener, _waiting) = silent().await;
-        let silent = listener.local_addr().unwrap();
+    async fn each_address_is_tried_at_least_once_and_retries_end() {
+        let (listener, _backlog) = unresponsive().await;
+        let unresponsive = listener.local_addr().unwrap();
         let open = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let addresses = [silent, silent, open.local_addr().unwrap()];
-        assert!(dial_for(&addresses, SHORT, Duration::ZERO).await.is_ok());
-        let error = dial_for(&[silent], SHORT, SHORT).await.unwrap_err();
+        let addresses = [unresponsive, unresponsive, open.local_addr().unwrap()];
+        assert!(dial_within(&addresses, SHORT_TIMEOUT, Duration::ZERO).await.is_ok());
+        let error = dial_within(&[unresponsive], SHORT_TIMEOUT, SHORT_TIMEOUT).await.unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::TimedOut);
-        assert_eq!(dial(&[], SHORT).await.unwrap_err().kind(), io::ErrorKind::NotFound);
+        assert_eq!(dial(&[], SHORT_TIMEOUT).await.unwrap_err().kind(), io::ErrorKind::NotFound);
     }
 }

@@ -1,29 +1,29 @@
-//! What the fuzzer checks of responses from upstreams.
+//! Properties of the response parser that the fuzzer checks.
 
 use bytes::BytesMut;
 use http::HeaderMap;
 
-use crate::proxy::wire::Malformed;
-use crate::proxy::wire::answer::take_final;
-use crate::proxy::wire::decoder::Decoder;
+use crate::proxy::wire::ParseError;
+use crate::proxy::wire::body_decoder::BodyDecoder;
+use crate::proxy::wire::response::parse_final_head;
 
-/// A head is read in the same way however its bytes arrive.
+/// A head is parsed to the same result however its bytes are split.
 pub(crate) fn response_head(data: &[u8]) {
     let Some((first, text)) = data.split_first() else { return };
     let to_head = first & 1 == 1;
     let mut whole = BytesMut::from(text);
-    let at_once = take_final(&mut whole, to_head);
+    let whole_result = parse_final_head(&mut whole, to_head);
     let mut pieces = BytesMut::new();
     for piece in text.chunks(usize::from(first >> 1).max(1)) {
         pieces.extend_from_slice(piece);
-        match (take_final(&mut pieces, to_head), &at_once) {
+        match (parse_final_head(&mut pieces, to_head), &whole_result) {
             (Ok(None), _) => {}
             (Ok(Some(got)), Ok(Some(head))) => {
-                let told = |head: &crate::proxy::wire::answer::Head| {
-                    format!("{:?}", (&head.answer, head.body, head.keep_alive))
+                let summary = |head: &crate::proxy::wire::response::ResponseHead| {
+                    format!("{:?}", (&head.response, head.body, head.keep_alive))
                 };
-                assert_eq!(told(&got), told(head));
-                // What is left of the piece is the beginning of what was left of all.
+                assert_eq!(summary(&got), summary(head));
+                // The rest of the piece is a prefix of the rest of the whole input.
                 assert!(whole.starts_with(&pieces));
                 return;
             }
@@ -33,30 +33,30 @@ pub(crate) fn response_head(data: &[u8]) {
     }
 }
 
-/// A body that is framed in chunks is the same however its bytes arrive.
+/// A chunked body is decoded to the same result however its bytes are split.
 pub(crate) fn chunked_body(data: &[u8]) {
     let Some((first, text)) = data.split_first() else { return };
-    let at_once = decode(text, text.len().max(1));
+    let whole_result = decode(text, text.len().max(1));
     let in_pieces = decode(text, usize::from(*first).max(1));
-    assert_eq!(at_once, in_pieces);
+    assert_eq!(whole_result, in_pieces);
 }
 
-type Decoded = (Vec<u8>, Option<HeaderMap>, Result<bool, Malformed>);
+type Decoded = (Vec<u8>, Option<HeaderMap>, Result<bool, ParseError>);
 
-/// Data and trailers of what is fed in pieces of `size`, and whether the body is done.
+/// Decodes `text` in pieces of `size` bytes. Returns data, trailers, and whether the body is complete.
 fn decode(text: &[u8], size: usize) -> Decoded {
-    let (mut decoder, mut input) = (Decoder::chunked(), BytesMut::new());
+    let (mut decoder, mut input) = (BodyDecoder::chunked(), BytesMut::new());
     let (mut data, mut trailers) = (Vec::new(), None);
     for piece in text.chunks(size) {
         input.extend_from_slice(piece);
         loop {
-            match decoder.take_frame(&mut input) {
+            match decoder.decode_frame(&mut input) {
                 Ok(Some(frame)) => match frame.into_data() {
                     Ok(piece) => data.extend_from_slice(&piece),
                     Err(frame) => trailers = frame.into_trailers().ok(),
                 },
                 Ok(None) => break,
-                Err(malformed) => return (data, trailers, Err(malformed)),
+                Err(error) => return (data, trailers, Err(error)),
             }
         }
     }

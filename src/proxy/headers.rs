@@ -1,4 +1,4 @@
-//! Which headers cross the gateway, and which are added. The only place that knows hop-by-hop headers. No I/O.
+//! Headers that are forwarded, removed and added. The only place that knows hop-by-hop headers. No I/O.
 
 use bytes::{BufMut, BytesMut};
 use http::header::{
@@ -16,77 +16,84 @@ const PROXY_CONNECTION: HeaderName = HeaderName::from_static("proxy-connection")
 const X_FORWARDED_FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
 const X_FORWARDED_HOST: HeaderName = HeaderName::from_static("x-forwarded-host");
 
-/// What `Connection` cannot take away: these were put there by the gateway, or it sees to them itself.
-static OURS: [HeaderName; 5] = [AUTHORIZATION, HOST, TRAILER, X_CALL_ID, X_START_TIME];
+/// Headers that `Connection` cannot remove: the gateway sets or handles them itself.
+static PROTECTED: [HeaderName; 5] = [AUTHORIZATION, HOST, TRAILER, X_CALL_ID, X_START_TIME];
 
-/// Says by `put` which headers a request to `host` has, made on behalf of `peer`: the caller's own, but for what
-/// concerns its connection, and ours (`ids`, if it is a call). What the caller sent is only read: a map that changes costs more than one walk.
+/// Calls `put` for each header of a request to `host` on behalf of the client at `client_address`: the headers of the
+/// client without those of its connection, and headers of the gateway (with `request_ids` for an invocation). `headers`
+/// is not modified, because changes to a map cost more than one pass over it.
 ///
-/// Returns the protocol that the caller wants to change to, if any: an upgrade is the one hop-by-hop matter that
-/// is passed on.
+/// Returns the protocol that the client wants to change to, if any: an upgrade is the only hop-by-hop information that
+/// is forwarded.
 pub fn to_upstream(
     headers: &HeaderMap,
     host: &HeaderValue,
-    peer: &HeaderValue,
-    ids: Option<&RequestIds>,
+    client_address: &HeaderValue,
+    request_ids: Option<&RequestIds>,
     mut put: impl FnMut(&HeaderName, &HeaderValue),
 ) -> Option<HeaderValue> {
-    let named = named_by_connection(headers.get_all(CONNECTION));
-    let (mut caller_host, mut upgrade) = (None, None);
-    let (mut tells_host, mut tells_agent, mut tells_peers) = (false, false, false);
+    let named = connection_options(headers.get_all(CONNECTION));
+    let (mut client_host, mut upgrade) = (None, None);
+    let (mut has_forwarded_host, mut has_user_agent, mut has_forwarded_for) = (false, false, false);
     put(&HOST, host);
     for (name, value) in headers {
-        match Kind::of(name) {
-            Kind::Host => caller_host = caller_host.or(Some(value)),
-            Kind::Upgrade => upgrade = Some(value),
-            // hyper has answered 100-continue by the time the body is read.
-            Kind::Connection | Kind::TransferEncoding | Kind::HopByHop | Kind::Expect => {}
-            Kind::Stamp if ids.is_some() => {}
-            _ if is_named(&named, name) => {}
-            Kind::ForwardedFor => tells_peers = true,
+        match HeaderKind::of(name) {
+            HeaderKind::Host => client_host = client_host.or(Some(value)),
+            HeaderKind::Upgrade => upgrade = Some(value),
+            // hyper sends 100-continue before it reads the body.
+            HeaderKind::Connection
+            | HeaderKind::TransferEncoding
+            | HeaderKind::HopByHop
+            | HeaderKind::Expect => {}
+            HeaderKind::CallId if request_ids.is_some() => {}
+            _ if is_connection_named(&named, name) => {}
+            HeaderKind::ForwardedFor => has_forwarded_for = true,
             kind => {
-                tells_host |= kind == Kind::ForwardedHost;
-                tells_agent |= kind == Kind::UserAgent;
+                has_forwarded_host |= kind == HeaderKind::ForwardedHost;
+                has_user_agent |= kind == HeaderKind::UserAgent;
                 put(name, value);
             }
         }
     }
-    if let Some(caller_host) = caller_host.filter(|_| !tells_host) {
-        put(&X_FORWARDED_HOST, caller_host);
+    if let Some(client_host) = client_host.filter(|_| !has_forwarded_host) {
+        put(&X_FORWARDED_HOST, client_host);
     }
-    if tells_peers {
-        put(&X_FORWARDED_FOR, &chain(headers.get_all(X_FORWARDED_FOR), peer));
+    if has_forwarded_for {
+        put(
+            &X_FORWARDED_FOR,
+            &append_forwarded_for(headers.get_all(X_FORWARDED_FOR), client_address),
+        );
     } else {
-        put(&X_FORWARDED_FOR, peer);
+        put(&X_FORWARDED_FOR, client_address);
     }
-    if !tells_agent {
+    if !has_user_agent {
         put(&USER_AGENT, &USER_AGENT_VALUE);
     }
-    if let Some(ids) = ids {
-        put(&X_CALL_ID, &ids.call_id);
-        put(&X_START_TIME, &ids.start_time);
+    if let Some(request_ids) = request_ids {
+        put(&X_CALL_ID, &request_ids.call_id);
+        put(&X_START_TIME, &request_ids.start_time);
     }
-    let upgrade = upgrade.filter(|it| named.contains(&UPGRADE) && is_harmless(it))?;
+    let upgrade =
+        upgrade.filter(|protocol| named.contains(&UPGRADE) && is_allowed_upgrade(protocol))?;
     put(&CONNECTION, &HeaderValue::from_static("upgrade"));
     put(&UPGRADE, upgrade);
     Some(upgrade.clone())
 }
 
-/// Leaves a request's headers that are meant for its destination, and the wish to change protocols, which is
-/// returned.
-pub fn end_to_end(headers: &mut HeaderMap) -> Option<HeaderValue> {
-    let upgrade = take_hop_by_hop(headers).filter(is_harmless);
-    // hyper has answered 100-continue by the time the body is read.
+/// Keeps the end-to-end headers of a request and a request to change protocols, which is returned.
+pub fn keep_end_to_end(headers: &mut HeaderMap) -> Option<HeaderValue> {
+    let upgrade = remove_hop_by_hop(headers).filter(is_allowed_upgrade);
+    // hyper sends 100-continue before it reads the body.
     headers.remove(EXPECT);
     if let Some(protocol) = &upgrade {
-        announce_upgrade(headers, protocol);
+        set_upgrade(headers, protocol);
     }
     upgrade
 }
 
-/// Whether a change to `protocol` keeps what the connection can reach to what was asked for. One to another HTTP or
-/// to TLS opens all of the upstream, past every check that is made here.
-fn is_harmless(protocol: &HeaderValue) -> bool {
+/// Returns whether a change to `protocol` is allowed. After a change to another version of HTTP or to TLS, the client
+/// could send any request to the upstream, past all checks of the gateway.
+fn is_allowed_upgrade(protocol: &HeaderValue) -> bool {
     let starts_with = |name: &[u8], start: &str| {
         name.get(..start.len()).is_some_and(|n| n.eq_ignore_ascii_case(start.as_bytes()))
     };
@@ -97,18 +104,18 @@ fn is_harmless(protocol: &HeaderValue) -> bool {
         .all(|name| !["h2", "http", "tls"].iter().any(|start| starts_with(name, start)))
 }
 
-/// Leaves the headers of an answer that are meant for the caller; `upgraded`: it may change protocols.
-pub fn to_caller(headers: &mut HeaderMap, upgraded: bool) {
-    let upgrade = take_hop_by_hop(headers);
+/// Keeps the end-to-end headers of a response, and those of an upgrade if `upgraded`.
+pub fn to_client(headers: &mut HeaderMap, upgraded: bool) {
+    let upgrade = remove_hop_by_hop(headers);
     if upgraded && let Some(protocol) = upgrade {
-        announce_upgrade(headers, &protocol);
+        set_upgrade(headers, &protocol);
     }
 }
 
-/// Whether a field may follow a body. One that frames, routes or vouches comes too late there, and is not to be taken for
-/// a header by those who join the two.
-pub(super) fn may_trail(name: &HeaderName) -> bool {
-    static TOO_LATE: [HeaderName; 20] = [
+/// Returns whether a field may be sent as a trailer. Fields for framing, routing or authentication are forbidden,
+/// because a recipient that merges trailers into the headers would use them.
+pub(super) fn is_allowed_trailer(name: &HeaderName) -> bool {
+    static FORBIDDEN_TRAILERS: [HeaderName; 20] = [
         AUTHORIZATION,
         CACHE_CONTROL,
         CONTENT_ENCODING,
@@ -130,10 +137,10 @@ pub(super) fn may_trail(name: &HeaderName) -> bool {
         X_FORWARDED_HOST,
         X_START_TIME,
     ];
-    !HOP_BY_HOP.contains(name) && !TOO_LATE.contains(name)
+    !HOP_BY_HOP.contains(name) && !FORBIDDEN_TRAILERS.contains(name)
 }
 
-/// Headers that concern one connection alone.
+/// Headers that apply to a single connection.
 static HOP_BY_HOP: [HeaderName; 8] = [
     CONNECTION,
     UPGRADE,
@@ -145,26 +152,26 @@ static HOP_BY_HOP: [HeaderName; 8] = [
     PROXY_AUTHORIZATION,
 ];
 
-/// What a header is to a proxy.
+/// The meaning of a header for a proxy.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Kind {
+pub(super) enum HeaderKind {
     Connection,
     Upgrade,
     TransferEncoding,
-    /// Another one that concerns one connection alone.
+    /// Any other hop-by-hop header.
     HopByHop,
     ContentLength,
     Expect,
     ForwardedFor,
     ForwardedHost,
     Host,
-    Stamp,
+    CallId,
     UserAgent,
     Other,
 }
 
-impl Kind {
-    /// Compared as text, which costs a tenth of comparing names with each.
+impl HeaderKind {
+    /// Matches the name as text, at a tenth of the cost of comparing it with each `HeaderName`.
     pub(super) fn of(name: &HeaderName) -> Self {
         match name.as_str() {
             "connection" => Self::Connection,
@@ -180,27 +187,27 @@ impl Kind {
             "x-forwarded-for" => Self::ForwardedFor,
             "x-forwarded-host" => Self::ForwardedHost,
             "host" => Self::Host,
-            "x-call-id" | "x-start-time" => Self::Stamp,
+            "x-call-id" | "x-start-time" => Self::CallId,
             "user-agent" => Self::UserAgent,
             _ => Self::Other,
         }
     }
 
-    /// Whether the header concerns one connection alone.
+    /// Returns whether the header is hop-by-hop.
     pub(super) fn is_hop_by_hop(self) -> bool {
         matches!(self, Self::Connection | Self::Upgrade | Self::TransferEncoding | Self::HopByHop)
     }
 }
 
-/// Takes out what concerns one connection alone, the announcement of trailers apart: hyper passes on to callers just
-/// those trailers that are announced. Returns what `Upgrade` said, if `Connection` names it.
-fn take_hop_by_hop(headers: &mut HeaderMap) -> Option<HeaderValue> {
-    // One walk is cheaper than looking for each: most heads have none of them, or one.
-    if !headers.keys().any(|name| Kind::of(name).is_hop_by_hop()) {
+/// Removes all hop-by-hop headers except `Trailer`, because hyper sends only announced trailers to clients. Returns the
+/// value of `Upgrade`, if `Connection` names it.
+fn remove_hop_by_hop(headers: &mut HeaderMap) -> Option<HeaderValue> {
+    // One pass is cheaper than a lookup of each: most heads have at most one of them.
+    if !headers.keys().any(|name| HeaderKind::of(name).is_hop_by_hop()) {
         return None;
     }
-    let named = named_by_connection(headers.get_all(CONNECTION));
-    take_named(headers, &named);
+    let named = connection_options(headers.get_all(CONNECTION));
+    remove_connection_named(headers, &named);
     let upgrade = headers.remove(UPGRADE);
     for name in &HOP_BY_HOP {
         headers.remove(name);
@@ -208,23 +215,23 @@ fn take_hop_by_hop(headers: &mut HeaderMap) -> Option<HeaderValue> {
     upgrade.filter(|_| named.contains(&UPGRADE))
 }
 
-/// Takes out what `Connection` names.
-pub(super) fn take_named(headers: &mut HeaderMap, named: &[HeaderName]) {
-    for name in named.iter().filter(|name| !OURS.contains(*name) && **name != UPGRADE) {
+/// Removes the headers that `Connection` names, except protected ones and `Upgrade`.
+pub(super) fn remove_connection_named(headers: &mut HeaderMap, named: &[HeaderName]) {
+    for name in named.iter().filter(|name| !PROTECTED.contains(*name) && **name != UPGRADE) {
         headers.remove(name);
     }
 }
 
-/// Whether `Connection` takes a header away.
-fn is_named(named: &[HeaderName], name: &HeaderName) -> bool {
-    // Mostly it names none.
+/// Returns whether `Connection` names the header, and it is not protected.
+fn is_connection_named(named: &[HeaderName], name: &HeaderName) -> bool {
+    // Usually it names no header.
     !named.is_empty()
         && named.binary_search_by(|other| other.as_str().cmp(name.as_str())).is_ok()
-        && !OURS.contains(name)
+        && !PROTECTED.contains(name)
 }
 
-/// The headers that `Connection` names; what it says of the connection itself is no header.
-pub(super) fn named_by_connection<'a>(
+/// Returns the headers that `Connection` names, without `keep-alive` and `close`.
+pub(super) fn connection_options<'a>(
     values: impl IntoIterator<Item = &'a HeaderValue>,
 ) -> Vec<HeaderName> {
     let values = values.into_iter().filter_map(|value| value.to_str().ok());
@@ -236,25 +243,28 @@ pub(super) fn named_by_connection<'a>(
         })
         .filter_map(|name| HeaderName::from_bytes(name.as_bytes()).ok())
         .collect();
-    // In order: a head of 1 MiB can name very many, and each header is looked for among them.
+    // Sorted for binary search: a head of 1 MiB can name very many headers.
     named.sort_unstable_by(|one, other| one.as_str().cmp(other.as_str()));
     named
 }
 
-pub(super) fn announce_upgrade(headers: &mut HeaderMap, protocol: &HeaderValue) {
+pub(super) fn set_upgrade(headers: &mut HeaderMap, protocol: &HeaderValue) {
     headers.insert(CONNECTION, HeaderValue::from_static("upgrade"));
     headers.insert(UPGRADE, protocol.clone());
 }
 
-/// Those that passed the request on, and `peer` behind them: one header whatever came.
-fn chain<'a>(told: impl IntoIterator<Item = &'a HeaderValue>, peer: &HeaderValue) -> HeaderValue {
+/// Joins all values of `X-Forwarded-For` and `client_address` into one value.
+fn append_forwarded_for<'a>(
+    values: impl IntoIterator<Item = &'a HeaderValue>,
+    client_address: &HeaderValue,
+) -> HeaderValue {
     let mut list = BytesMut::new();
-    for value in told {
+    for value in values {
         list.put_slice(value.as_bytes());
         list.put_slice(b", ");
     }
-    list.put_slice(peer.as_bytes());
-    HeaderValue::from_maybe_shared(list.freeze()).unwrap_or_else(|_| peer.clone())
+    list.put_slice(client_address.as_bytes());
+    HeaderValue::from_maybe_shared(list.freeze()).unwrap_or_else(|_| client_address.clone())
 }
 
 #[cfg(test)]
@@ -269,24 +279,25 @@ mod tests {
         headers
     }
 
-    fn passed_on(
+    fn forwarded(
         sent: &HeaderMap,
         host: &'static str,
-        peer: &'static str,
+        client_address: &'static str,
     ) -> (HeaderMap, Option<HeaderValue>) {
-        let [host, peer] = [host, peer].map(HeaderValue::from_static);
+        let [host, client_address] = [host, client_address].map(HeaderValue::from_static);
         let mut headers = HeaderMap::new();
         let put = |name: &HeaderName, value: &HeaderValue| {
             headers.append(name.clone(), value.clone());
         };
-        let upgrade = to_upstream(sent, &host, &peer, Some(&RequestIds::from_headers(sent)), put);
+        let upgrade =
+            to_upstream(sent, &host, &client_address, Some(&RequestIds::from_headers(sent)), put);
         (headers, upgrade)
     }
 
     #[track_caller]
     fn check(sent: &[(&'static str, &'static str)], expect: &[(&'static str, &'static str)]) {
-        let (host, peer) = ("provider:8081", "10.0.0.9");
-        let (mut headers, _) = passed_on(&map(sent), host, peer);
+        let (host, client_address) = ("provider:8081", "10.0.0.9");
+        let (mut headers, _) = forwarded(&map(sent), host, client_address);
         headers.remove(USER_AGENT);
         headers.remove(X_START_TIME);
         if !sent.iter().any(|(name, _)| *name == X_CALL_ID) {
@@ -296,7 +307,7 @@ mod tests {
     }
 
     #[test]
-    fn the_callers_host_and_address_are_told() {
+    fn the_host_and_address_of_the_client_are_forwarded() {
         check(
             &[("host", "gateway.test")],
             &[
@@ -308,7 +319,7 @@ mod tests {
     }
 
     #[test]
-    fn a_chain_of_proxies_is_kept_in_one_header() {
+    fn the_addresses_of_earlier_proxies_are_joined_in_one_header() {
         check(
             &[
                 ("host", "g"),
@@ -325,7 +336,7 @@ mod tests {
     }
 
     #[test]
-    fn what_concerns_the_connection_stays_here() {
+    fn hop_by_hop_headers_are_removed() {
         check(
             &[
                 ("host", "g"),
@@ -352,7 +363,7 @@ mod tests {
     }
 
     #[test]
-    fn what_the_gateway_says_is_said_once() {
+    fn headers_of_the_gateway_are_sent_once() {
         let sent = map(&[
             ("user-agent", "curl"),
             ("x-call-id", "mine"),
@@ -360,7 +371,7 @@ mod tests {
             ("x-start-time", "0"),
             ("host", "a"),
         ]);
-        let (headers, _) = passed_on(&sent, "p", "p");
+        let (headers, _) = forwarded(&sent, "p", "p");
         for name in [USER_AGENT, X_CALL_ID, X_START_TIME, HOST] {
             assert_eq!(headers.get_all(&name).iter().count(), 1, "{name}");
         }
@@ -372,15 +383,15 @@ mod tests {
     }
 
     #[test]
-    fn an_upgrade_is_passed_on_and_so_is_its_acceptance() {
+    fn an_upgrade_and_its_acceptance_are_forwarded() {
         let sent = map(&[("host", "g"), ("connection", "Upgrade"), ("upgrade", "websocket")]);
-        let (headers, wanted) = passed_on(&sent, "p", "p");
-        assert_eq!(wanted, Some(HeaderValue::from_static("websocket")));
+        let (headers, protocol) = forwarded(&sent, "p", "p");
+        assert_eq!(protocol, Some(HeaderValue::from_static("websocket")));
         assert_eq!(headers[CONNECTION], "upgrade");
-        let mut answer = map(&[("connection", "upgrade"), ("upgrade", "websocket")]);
-        to_caller(&mut answer, true);
-        assert_eq!(answer[UPGRADE], "websocket");
-        to_caller(&mut answer, false);
-        assert!(answer.is_empty());
+        let mut response = map(&[("connection", "upgrade"), ("upgrade", "websocket")]);
+        to_client(&mut response, true);
+        assert_eq!(response[UPGRADE], "websocket");
+        to_client(&mut response, false);
+        assert!(response.is_empty());
     }
 }

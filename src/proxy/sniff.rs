@@ -1,12 +1,12 @@
-//! What an answer is that does not say so itself, judged by its beginning as browsers do (WHATWG, MIME Sniffing).
-//! Callers of the gateways that this one replaces rely on an answer with content having a type. No I/O.
+//! Detects the content type of a response without `Content-Type` from its first bytes, as browsers do (WHATWG, MIME
+//! Sniffing). Clients of the gateway that this one replaces rely on the type. No I/O.
 
 use http::HeaderValue;
 
-/// What is looked at.
-const BEGINNING: usize = 512;
-/// Elements that a page begins with.
-const TAGS: [&str; 17] = [
+/// Number of bytes that are inspected.
+const MAX_SNIFFED_BYTES: usize = 512;
+/// Tags at the start of an HTML document.
+const HTML_TAGS: [&str; 17] = [
     "<!doctype html",
     "<html",
     "<head",
@@ -25,13 +25,13 @@ const TAGS: [&str; 17] = [
     "<p",
     "<!--",
 ];
-/// Beginnings that say it all.
+/// First bytes of other types.
 const SIGNATURES: [(&[u8], &str); 12] = [
     (b"%PDF-", "application/pdf"),
     (b"%!PS-Adobe-", "application/postscript"),
     (b"\xfe\xff", "text/plain; charset=utf-16be"),
     (b"\xff\xfe", "text/plain; charset=utf-16le"),
-    (b"\xef\xbb\xbf", TEXT),
+    (b"\xef\xbb\xbf", TEXT_PLAIN),
     (b"GIF87a", "image/gif"),
     (b"GIF89a", "image/gif"),
     (b"\x89PNG\r\n\x1a\n", "image/png"),
@@ -40,16 +40,16 @@ const SIGNATURES: [(&[u8], &str); 12] = [
     (b"\x1f\x8b\x08", "application/x-gzip"),
     (b"PK\x03\x04", "application/zip"),
 ];
-const TEXT: &str = "text/plain; charset=utf-8";
+const TEXT_PLAIN: &str = "text/plain; charset=utf-8";
 
-/// The type of content with this beginning.
+/// Returns the type of content that starts with `beginning`.
 pub(super) fn content_type(beginning: &[u8]) -> HeaderValue {
-    HeaderValue::from_static(kind(&beginning[..beginning.len().min(BEGINNING)]))
+    HeaderValue::from_static(sniff(&beginning[..beginning.len().min(MAX_SNIFFED_BYTES)]))
 }
 
-fn kind(beginning: &[u8]) -> &'static str {
+fn sniff(beginning: &[u8]) -> &'static str {
     let text = beginning.trim_ascii_start();
-    if TAGS.iter().any(|tag| begins_with_tag(text, tag)) {
+    if HTML_TAGS.iter().any(|tag| starts_with_tag(text, tag)) {
         return "text/html; charset=utf-8";
     }
     if text.starts_with(b"<?xml") {
@@ -61,19 +61,19 @@ fn kind(beginning: &[u8]) -> &'static str {
         None if beginning.starts_with(b"RIFF") && beginning.get(8..14) == Some(b"WEBPVP") => {
             "image/webp"
         }
-        None if beginning.iter().any(is_binary) => "application/octet-stream",
-        None => TEXT,
+        None if beginning.iter().any(is_binary_byte) => "application/octet-stream",
+        None => TEXT_PLAIN,
     }
 }
 
-fn begins_with_tag(text: &[u8], tag: &str) -> bool {
+fn starts_with_tag(text: &[u8], tag: &str) -> bool {
     let is_tag =
         text.get(..tag.len()).is_some_and(|start| start.eq_ignore_ascii_case(tag.as_bytes()));
     is_tag && (tag == "<!--" || matches!(text.get(tag.len()), Some(b' ' | b'>')))
 }
 
-/// Whether text has no such byte.
-fn is_binary(byte: &u8) -> bool {
+/// Returns whether `byte` does not occur in text.
+fn is_binary_byte(byte: &u8) -> bool {
     matches!(byte, 0x00..=0x08 | 0x0b | 0x0e..=0x1a | 0x1c..=0x1f)
 }
 
@@ -83,32 +83,32 @@ mod tests {
 
     #[track_caller]
     fn check(beginning: &[u8], expect: &str) {
-        assert_eq!(kind(beginning), expect, "{}", beginning.escape_ascii());
+        assert_eq!(sniff(beginning), expect, "{}", beginning.escape_ascii());
     }
 
     #[test]
-    fn text_is_text_whatever_it_is_about() {
+    fn text_is_detected() {
         for text in
             ["warm", "{\"json\": true}", "a\tb\r\nc\x0c\x1b[0m", "größer", "<unknown>", "<bold>"]
         {
-            check(text.as_bytes(), TEXT);
+            check(text.as_bytes(), TEXT_PLAIN);
         }
-        check(b"\xef\xbb\xbfwith a mark", TEXT);
+        check(b"\xef\xbb\xbfwith a mark", TEXT_PLAIN);
     }
 
     #[test]
-    fn pages_are_known_by_how_they_begin() {
+    fn markup_is_detected_by_its_first_tag() {
         for page in
             ["<!DOCTYPE HTML>", " \r\n<html>", "<P>", "<a href=x>", "<!-- x", "<Body class=x>"]
         {
             check(page.as_bytes(), "text/html; charset=utf-8");
         }
         check(b"<?xml version=\"1.0\"?>", "text/xml; charset=utf-8");
-        check(b"<p", TEXT);
+        check(b"<p", TEXT_PLAIN);
     }
 
     #[test]
-    fn files_are_known_by_their_signatures() {
+    fn binary_formats_are_detected_by_their_signatures() {
         check(b"%PDF-1.7", "application/pdf");
         check(b"\x89PNG\r\n\x1a\n....", "image/png");
         check(b"RIFF\x01\x02\x03\x04WEBPVP8 ", "image/webp");
@@ -116,12 +116,12 @@ mod tests {
     }
 
     #[test]
-    fn what_is_neither_is_bytes() {
+    fn unknown_binary_content_is_an_octet_stream() {
         check(b"\x00\x01", "application/octet-stream");
         check(b"RIFF\x00", "application/octet-stream");
-        // Only the beginning counts.
-        let mut long = vec![b'x'; BEGINNING];
+        // Later bytes are not inspected.
+        let mut long = vec![b'x'; MAX_SNIFFED_BYTES];
         long.push(0);
-        assert_eq!(content_type(&long), TEXT);
+        assert_eq!(content_type(&long), TEXT_PLAIN);
     }
 }

@@ -1,4 +1,4 @@
-//! Two connections that changed protocols, joined: bytes pass both ways until one side ends or both fall silent.
+//! Relays bytes between two connections that changed protocols, until one side ends or both are idle for too long.
 
 use std::io;
 use std::pin::Pin;
@@ -13,70 +13,74 @@ use hyper::upgrade::{OnUpgrade, Upgraded};
 use hyper_util::rt::TokioIo;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf, copy_bidirectional};
 
-use crate::proxy::link::Link;
+use crate::proxy::http1_connection::Http1Connection;
 use crate::proxy::upstream_body::UpstreamBody;
 
-/// A connection to the caller and one to the function, both about to change protocols.
+/// The connections to the client and to the function, both about to change protocols.
 pub struct Tunnel {
-    caller: OnUpgrade,
-    upstream: Option<Box<Link>>,
-    /// Both sides silent for so long: the end.
-    idle: Duration,
+    client: OnUpgrade,
+    upstream: Option<Box<Http1Connection>>,
+    /// The tunnel is closed after this time without data.
+    idle_timeout: Duration,
 }
 
 impl Tunnel {
-    /// Joins `caller` with the upstream that agreed to change protocols in `answer`.
-    pub fn new(caller: OnUpgrade, answer: &mut Response<UpstreamBody>, idle: Duration) -> Self {
-        Self { caller, upstream: answer.body_mut().take_link(), idle }
+    /// Joins `client` with the upstream that accepted the change of protocols in `response`.
+    pub fn new(
+        client: OnUpgrade,
+        response: &mut Response<UpstreamBody>,
+        idle_timeout: Duration,
+    ) -> Self {
+        Self { client, upstream: response.body_mut().take_connection(), idle_timeout }
     }
 
     /// Runs until the tunnel ends.
     pub async fn run(self) {
         let Some(upstream) = self.upstream else { return };
-        match tokio::time::timeout(self.idle, self.caller).await {
-            Ok(Ok(caller)) => relay(caller, *upstream, self.idle).await,
+        match tokio::time::timeout(self.idle_timeout, self.client).await {
+            Ok(Ok(client)) => relay(client, *upstream, self.idle_timeout).await,
             Ok(Err(error)) => tracing::debug!(%error, "A change of protocols failed"),
             Err(_) => tracing::debug!("A change of protocols took too long"),
         }
     }
 }
 
-async fn relay(caller: Upgraded, upstream: Link, idle: Duration) {
+async fn relay(client: Upgraded, upstream: Http1Connection, idle_timeout: Duration) {
     let active = Arc::new(AtomicBool::new(true));
     let (upstream, unread) = upstream.into_parts();
-    let mut caller = Active::new(TokioIo::new(caller), Bytes::new(), &active);
-    let mut upstream = Active::new(upstream, unread, &active);
-    let silence = async {
+    let mut client = ActivityIo::new(TokioIo::new(client), Bytes::new(), &active);
+    let mut upstream = ActivityIo::new(upstream, unread, &active);
+    let idle_timer = async {
         while active.swap(false, Relaxed) {
-            tokio::time::sleep(idle).await;
+            tokio::time::sleep(idle_timeout).await;
         }
     };
-    // Whichever ends first ends the tunnel; dropping the copy closes both sides.
+    // The first branch that completes ends the tunnel; dropping the other closes both connections.
     tokio::select! {
-        copied = copy_bidirectional(&mut caller, &mut upstream) => {
+        copied = copy_bidirectional(&mut client, &mut upstream) => {
             if let Err(error) = copied {
-                tracing::debug!(%error, "A tunnel broke off");
+                tracing::debug!(%error, "A tunnel failed");
             }
         }
-        () = silence => tracing::debug!("A tunnel was silent for too long"),
+        () = idle_timer => tracing::debug!("A tunnel was idle for too long"),
     }
 }
 
-/// A stream that notes when bytes come in.
-struct Active<S> {
+/// A stream that records received data as activity.
+struct ActivityIo<S> {
     inner: S,
-    /// What had been read before the change, and comes first.
+    /// Data received before the change of protocols; read first.
     unread: Bytes,
     active: Arc<AtomicBool>,
 }
 
-impl<S> Active<S> {
+impl<S> ActivityIo<S> {
     fn new(inner: S, unread: Bytes, active: &Arc<AtomicBool>) -> Self {
         Self { inner, unread, active: Arc::clone(active) }
     }
 }
 
-impl<S: AsyncRead + Unpin> AsyncRead for Active<S> {
+impl<S: AsyncRead + Unpin> AsyncRead for ActivityIo<S> {
     fn poll_read(
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
@@ -95,7 +99,7 @@ impl<S: AsyncRead + Unpin> AsyncRead for Active<S> {
     }
 }
 
-impl<S: AsyncWrite + Unpin> AsyncWrite for Active<S> {
+impl<S: AsyncWrite + Unpin> AsyncWrite for ActivityIo<S> {
     fn poll_write(
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,

@@ -1,4 +1,4 @@
-//! The body of an upstream's answer: it drives the link that it comes in on, and gives it back at its end.
+//! The body of a response from an upstream. It drives its connection, and returns it to the pool at the end.
 
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -8,199 +8,209 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use http_body::{Body, Frame, SizeHint};
 
+use crate::deadlines::Deadlines;
 use crate::proxy::client::Client;
-use crate::proxy::link::{Broken, Link};
-use crate::proxy::upload::Upload;
-use crate::proxy::wire::decoder::Decoder;
-use crate::watch::Watch;
+use crate::proxy::http1_connection::{Http1Connection, ResponseAborted};
+use crate::proxy::request_writer::RequestWriter;
+use crate::proxy::wire::body_decoder::BodyDecoder;
 
-/// After so much one poll says that there is nothing, so that hyper writes while the bytes are still in the cache.
-const AT_ONCE: usize = 256 << 10;
+/// After this many bytes one poll returns `Pending`, so that hyper writes while the bytes are still in the CPU cache.
+const POLL_BUDGET_BYTES: usize = 256 << 10;
 
-/// Why an answer's body ended before its end.
+/// Why a response body ended early.
 #[derive(Debug, thiserror::Error)]
-pub enum BodyFailure {
-    #[error("the upstream broke off inside its answer")]
-    Broken(#[source] Broken),
-    #[error("the upstream did not finish its answer in time")]
-    Timeout,
+pub enum ResponseBodyError {
+    #[error("the upstream aborted its response")]
+    Aborted(#[source] ResponseAborted),
+    #[error("the upstream did not complete its response in time")]
+    TimedOut,
 }
 
-/// An answer's body.
+/// A response body.
 pub struct UpstreamBody {
-    decoder: Decoder,
-    link: Hold,
-    /// Why there will be no more frames. Told one poll later, so that what came before can be written to the caller.
-    failure: Option<BodyFailure>,
+    decoder: BodyDecoder,
+    connection: ConnectionSlot,
+    /// An error to return from the next poll, so that hyper first writes the frames before it to the client.
+    pending_error: Option<ResponseBodyError>,
     client: Arc<Client>,
-    /// Where the link is given back.
-    key: Arc<str>,
-    watch: Arc<Watch>,
-    /// For a stream: the longest pause between two frames.
-    pause: Option<Duration>,
-    /// How much was handed over since a poll last said that there is nothing.
-    at_once: usize,
+    /// The pool entry to which the connection is returned.
+    pool_key: Arc<str>,
+    deadlines: Arc<Deadlines>,
+    /// For a streaming response: the longest pause between two frames.
+    idle_timeout: Option<Duration>,
+    /// Bytes returned since the last poll that returned `Pending`.
+    polled_bytes: usize,
 }
 
-/// The link that a body comes in on. Gone once the body has failed, or has been released.
-enum Hold {
-    Own(Option<Box<Link>>),
-    /// Somebody else drives it, too.
-    Shared(Arc<Mutex<Option<Box<Link>>>>),
+/// The connection of a response body. `None` once the body has failed or been released.
+enum ConnectionSlot {
+    Owned(Option<Box<Http1Connection>>),
+    /// The background writer of the request drives the connection, too.
+    Shared(Arc<Mutex<Option<Box<Http1Connection>>>>),
 }
 
-impl Hold {
-    fn take(&mut self) -> Option<Box<Link>> {
+impl ConnectionSlot {
+    fn take(&mut self) -> Option<Box<Http1Connection>> {
         match self {
-            Self::Own(link) => link.take(),
-            Self::Shared(link) => link.lock().unwrap_or_else(PoisonError::into_inner).take(),
+            Self::Owned(connection) => connection.take(),
+            Self::Shared(connection) => {
+                connection.lock().unwrap_or_else(PoisonError::into_inner).take()
+            }
         }
     }
 
     fn poll_frame(
         &mut self,
         cx: &mut Context<'_>,
-        decoder: &mut Decoder,
-    ) -> Poll<Option<Result<Frame<Bytes>, Broken>>> {
+        decoder: &mut BodyDecoder,
+    ) -> Poll<Option<Result<Frame<Bytes>, ResponseAborted>>> {
         let mut shared;
-        let link = match self {
-            Self::Own(link) => link,
-            Self::Shared(link) => {
-                shared = link.lock().unwrap_or_else(PoisonError::into_inner);
+        let connection = match self {
+            Self::Owned(connection) => connection,
+            Self::Shared(connection) => {
+                shared = connection.lock().unwrap_or_else(PoisonError::into_inner);
                 &mut *shared
             }
         };
-        link.as_mut().map_or(Poll::Ready(None), |link| link.poll_frame(cx, decoder))
+        connection
+            .as_mut()
+            .map_or(Poll::Ready(None), |connection| connection.poll_frame(cx, decoder))
     }
 }
 
 impl UpstreamBody {
     pub(super) fn new(
-        decoder: Decoder,
-        link: Box<Link>,
+        decoder: BodyDecoder,
+        connection: Box<Http1Connection>,
         client: Arc<Client>,
-        key: Arc<str>,
-        watch: Arc<Watch>,
+        pool_key: Arc<str>,
+        deadlines: Arc<Deadlines>,
     ) -> Self {
         Self {
             decoder,
-            link: Hold::Own(Some(link)),
-            failure: None,
+            connection: ConnectionSlot::Owned(Some(connection)),
+            pending_error: None,
             client,
-            key,
-            watch,
-            pause: None,
-            at_once: 0,
+            pool_key,
+            deadlines,
+            idle_timeout: None,
+            polled_bytes: 0,
         }
     }
 
-    /// From here on the deadline is no longer one for the whole, but one for each pause.
-    pub fn bound_pauses(&mut self, pause: Duration) {
-        self.watch.call_until(Instant::now() + pause);
-        self.pause = Some(pause);
+    /// Replaces the deadline of the exchange by one for each pause between frames.
+    pub fn set_idle_timeout(&mut self, idle_timeout: Duration) {
+        self.deadlines.set_exchange_deadline(Instant::now() + idle_timeout);
+        self.idle_timeout = Some(idle_timeout);
     }
 
-    /// Gives the link back if the body has ended; closes it if not.
+    /// Returns the connection to the pool if the body is complete; closes it otherwise.
     pub fn release(&mut self, now: Instant) {
-        if let Some(link) = self.link.take()
+        if let Some(connection) = self.connection.take()
             && self.is_end_stream()
         {
-            self.client.give_back(&self.key, link, now);
+            self.client.check_in(&self.pool_key, connection, now);
         }
     }
 
-    /// A way for the rest of the request to go on while nobody asks for this body.
-    pub fn share_link(&mut self) -> impl FnMut(&mut Context<'_>) + Send + use<> {
-        let shared = Arc::new(Mutex::new(self.link.take()));
-        self.link = Hold::Shared(Arc::clone(&shared));
+    /// Returns a function that continues to send the request while this body is not polled.
+    pub fn background_writer(&mut self) -> impl FnMut(&mut Context<'_>) + Send + use<> {
+        let shared = Arc::new(Mutex::new(self.connection.take()));
+        self.connection = ConnectionSlot::Shared(Arc::clone(&shared));
         move |cx| {
-            if let Some(link) = &mut *shared.lock().unwrap_or_else(PoisonError::into_inner) {
-                // What is wrong with the request is told when this body is asked for.
-                let _ = link.poll_upload(cx);
+            if let Some(connection) = &mut *shared.lock().unwrap_or_else(PoisonError::into_inner) {
+                // The next poll of this body reports errors of the request.
+                let _ = connection.poll_write_request(cx);
             }
         }
     }
 
-    /// The beginning of the content, as far as it came along with the head.
-    pub(super) fn beginning(&self) -> &[u8] {
-        match &self.link {
-            Hold::Own(Some(link)) => self.decoder.beginning(link.input()),
-            Hold::Own(None) | Hold::Shared(_) => &[],
+    /// Returns the first bytes of the content, if they were received together with the head.
+    pub(super) fn peek(&self) -> &[u8] {
+        match &self.connection {
+            ConnectionSlot::Owned(Some(connection)) => {
+                self.decoder.peek(connection.buffered_input())
+            }
+            ConnectionSlot::Owned(None) | ConnectionSlot::Shared(_) => &[],
         }
     }
 
-    /// Whether all of it has been received from the upstream.
-    pub fn has_come_whole(&self) -> bool {
-        let received = |link: &Option<Box<Link>>| {
-            link.as_ref().map_or(0, |link| self.decoder.beginning(link.input()).len() as u64)
+    /// Returns whether the whole body has been received from the upstream.
+    pub fn is_fully_received(&self) -> bool {
+        let received = |connection: &Option<Box<Http1Connection>>| {
+            connection
+                .as_ref()
+                .map_or(0, |connection| self.decoder.peek(connection.buffered_input()).len() as u64)
         };
-        let received = match &self.link {
-            Hold::Own(link) => received(link),
-            Hold::Shared(link) => received(&link.lock().unwrap_or_else(PoisonError::into_inner)),
+        let received = match &self.connection {
+            ConnectionSlot::Owned(connection) => received(connection),
+            ConnectionSlot::Shared(connection) => {
+                received(&connection.lock().unwrap_or_else(PoisonError::into_inner))
+            }
         };
         self.size_hint().exact().is_some_and(|missing| missing <= received)
     }
 
-    /// Whether the upstream has been sent all of the request.
+    /// Returns whether the whole request has been sent to the upstream.
     pub(super) fn is_request_sent(&self) -> bool {
-        matches!(&self.link, Hold::Own(Some(link)) if link.is_sent())
+        matches!(&self.connection, ConnectionSlot::Owned(Some(connection)) if connection.is_request_sent())
     }
 
-    /// Whether the request that this answers can be had back, to be sent once more.
-    pub(super) fn can_give_back_request(&self) -> bool {
-        matches!(&self.link, Hold::Own(Some(link)) if link.can_give_back_request())
+    /// Returns whether the request of this response can be recovered, to be sent again.
+    pub(super) fn can_recover_request(&self) -> bool {
+        matches!(&self.connection, ConnectionSlot::Owned(Some(connection)) if connection.can_recover_request())
     }
 
-    /// The request that this answers.
-    pub(super) fn give_back_request(&mut self) -> Option<Upload> {
-        match &mut self.link {
-            Hold::Own(Some(link)) => Some(link.give_back_request()),
-            Hold::Own(None) | Hold::Shared(_) => None,
+    /// Recovers the request of this response.
+    pub(super) fn recover_request(&mut self) -> Option<RequestWriter> {
+        match &mut self.connection {
+            ConnectionSlot::Owned(Some(connection)) => Some(connection.recover_request()),
+            ConnectionSlot::Owned(None) | ConnectionSlot::Shared(_) => None,
         }
     }
 
-    /// Takes the link out of an answer that changed protocols.
-    pub(super) fn take_link(&mut self) -> Option<Box<Link>> {
-        self.link.take()
+    /// Removes the connection from a response that changed protocols.
+    pub(super) fn take_connection(&mut self) -> Option<Box<Http1Connection>> {
+        self.connection.take()
     }
 }
 
 impl Body for UpstreamBody {
     type Data = Bytes;
-    type Error = BodyFailure;
+    type Error = ResponseBodyError;
 
     fn poll_frame(
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
-    ) -> Poll<Option<Result<Frame<Bytes>, BodyFailure>>> {
-        if let Some(failure) = self.failure.take() {
+    ) -> Poll<Option<Result<Frame<Bytes>, ResponseBodyError>>> {
+        if let Some(failure) = self.pending_error.take() {
             return Poll::Ready(Some(Err(failure)));
         }
-        if self.watch.call_expired() {
-            self.link.take();
-            return Poll::Ready(Some(Err(BodyFailure::Timeout)));
+        if self.deadlines.exchange_expired() {
+            self.connection.take();
+            return Poll::Ready(Some(Err(ResponseBodyError::TimedOut)));
         }
         let this = &mut *self;
-        if this.at_once >= AT_ONCE {
-            this.at_once = 0;
+        if this.polled_bytes >= POLL_BUDGET_BYTES {
+            this.polled_bytes = 0;
             cx.waker().wake_by_ref();
             return Poll::Pending;
         }
-        let Poll::Ready(polled) = this.link.poll_frame(cx, &mut this.decoder) else {
-            this.at_once = 0;
+        let Poll::Ready(polled) = this.connection.poll_frame(cx, &mut this.decoder) else {
+            this.polled_bytes = 0;
             return Poll::Pending;
         };
         match polled {
             Some(Ok(frame)) => {
-                this.at_once += frame.data_ref().map_or(0, Bytes::len);
-                if let Some(pause) = self.pause {
-                    self.watch.call_until(Instant::now() + pause);
+                this.polled_bytes += frame.data_ref().map_or(0, Bytes::len);
+                if let Some(idle_timeout) = self.idle_timeout {
+                    self.deadlines.set_exchange_deadline(Instant::now() + idle_timeout);
                 }
                 Poll::Ready(Some(Ok(frame)))
             }
             Some(Err(error)) => {
-                self.link.take();
-                self.failure = Some(BodyFailure::Broken(error));
+                self.connection.take();
+                self.pending_error = Some(ResponseBodyError::Aborted(error));
                 cx.waker().wake_by_ref();
                 Poll::Pending
             }
@@ -218,7 +228,7 @@ impl Body for UpstreamBody {
 }
 
 impl Drop for UpstreamBody {
-    /// For answers whose end nobody announces by `release`.
+    /// For responses that were not released.
     fn drop(&mut self) {
         self.release(Instant::now());
     }

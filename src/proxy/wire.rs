@@ -1,19 +1,19 @@
-//! HTTP/1.1 as an upstream hears and says it. No I/O.
+//! HTTP/1.1 messages to and from upstreams. No I/O.
 //!
-//! hyper serves the callers. On this side a call needs little of what its client does, and what it does besides was a
-//! third of the cost of a call (docs/PERFORMANCE.md). Heads and chunk sizes are parsed by httparse, as hyper does.
+//! hyper serves the clients. Towards upstreams, an exchange needs few features of hyper's client, and the others cost a
+//! third of an exchange (docs/PERFORMANCE.md). As in hyper, httparse parses heads and chunk sizes.
 
 use crate::proxy::codings::CodingError;
 
-pub(super) mod answer;
-pub(super) mod decoder;
+pub(super) mod body_decoder;
 pub(super) mod interim;
 pub(super) mod request;
-mod spaces;
+pub(super) mod response;
+mod space_before_colon;
 
-/// Why what an upstream says is not HTTP, or not such that it could be passed on safely.
+/// Why a message of an upstream is not valid HTTP, or cannot be forwarded safely.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum Malformed {
+pub enum ParseError {
     #[error("invalid head: {0}")]
     Head(#[from] httparse::Error),
     #[error("a head of more than 1 MiB")]
@@ -23,19 +23,19 @@ pub enum Malformed {
     #[error("invalid header")]
     Header,
     #[error("invalid Content-Length")]
-    Length,
+    ContentLength,
     #[error("invalid Transfer-Encoding: {0}")]
     TransferEncoding(#[from] CodingError),
     #[error("Transfer-Encoding in HTTP/1.0")]
-    VersionWithCoding,
+    CodingInHttp10,
     #[error("invalid chunk")]
     Chunk,
     #[error("invalid trailers")]
     Trailers,
 }
 
-impl Malformed {
-    /// Whether it may be HTTP, but more of it than is taken.
+impl ParseError {
+    /// Returns whether the message exceeds a limit, and may be valid otherwise.
     pub(super) fn is_too_large(self) -> bool {
         matches!(self, Self::TooLarge | Self::Head(httparse::Error::TooManyHeaders))
     }

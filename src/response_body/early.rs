@@ -6,17 +6,17 @@ use std::task::Poll;
 
 use http::{Response, StatusCode};
 
+use crate::deadlines::{BodyState, Deadlines};
 use crate::response_body::{BodySource, TrackedBody};
-use crate::watch::{BodyState, Watch};
 
 /// Returns whether `response` must have `Connection: close`, because the rest of the request will not be read. Call
 /// this only if the request body has not been read to its end.
-pub async fn must_close(watch: &Watch, response: &mut Response<TrackedBody>) -> bool {
+pub async fn must_close(deadlines: &Deadlines, response: &mut Response<TrackedBody>) -> bool {
     // In a 101, `Connection` names the new protocol.
     if response.status() == StatusCode::SWITCHING_PROTOCOLS {
         return false;
     }
-    if watch.body_state() == BodyState::Unread {
+    if deadlines.body_state() == BodyState::Unread {
         // hyper notices in its next poll that the body is not wanted. If the rest has been received, it reads it;
         // otherwise it adds `Connection: close` itself.
         let mut polls = 0;
@@ -30,12 +30,12 @@ pub async fn must_close(watch: &Watch, response: &mut Response<TrackedBody>) -> 
         })
         .await;
     }
-    match watch.body_state() {
-        BodyState::Read | BodyState::Unread => false,
-        BodyState::Broken => true,
+    match deadlines.body_state() {
+        BodyState::Complete | BodyState::Unread => false,
+        BodyState::Aborted => true,
         // The body is still being forwarded. An error response, or a response that is complete, will not wait for the
         // rest.
-        BodyState::InUse => is_complete(response),
+        BodyState::Reading => is_complete(response),
     }
 }
 
@@ -49,7 +49,7 @@ impl TrackedBody {
     /// Returns whether the whole body has been received from its source.
     fn is_fully_received(&self) -> bool {
         match &self.source {
-            BodySource::Upstream(body) => body.has_come_whole(),
+            BodySource::Upstream(body) => body.is_fully_received(),
             BodySource::Full(_) => true,
             BodySource::Api(body) => http_body::Body::is_end_stream(body),
         }

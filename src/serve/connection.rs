@@ -1,4 +1,4 @@
-//! One connection of a caller: hyper drives HTTP, this drives hyper, the connection's timer and its end.
+//! The task of one client connection. It drives hyper, which speaks HTTP, and the timer and the end of the connection.
 
 #[cfg(test)]
 mod tests;
@@ -17,58 +17,58 @@ use hyper_util::rt::TokioIo;
 use tokio::time::Sleep;
 use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
 
-use crate::echo::OwnWakes;
-use crate::serve::caller::{Caller, CallerStream, HEAD};
+use crate::deadlines::{BodyState, ConnectionState, Expired, Signal};
+use crate::self_wake::SelfWakeCoalescer;
+use crate::serve::client_connection::{ClientConnection, ClientIo, HEAD_METHOD};
 use crate::serve::linger::Linger;
-use crate::serve::refusal::{self, HeadError, Outcome};
-use crate::serve::register::{self, Seated};
-use crate::watch::{BodyState, Note, Overdue, Stage};
+use crate::serve::refusal::{self, HeadError, HeadOutcome};
+use crate::serve::registry::{self, RegistrationGuard};
 
-/// The largest head of a request.
-pub(super) const MAX_HEAD: usize = 1 << 20;
-/// Room for the largest head, and for as much of a body as is passed on at once.
-const MAX_BUFFER: usize = MAX_HEAD + (64 << 10);
-/// The most headers of a request.
+/// Maximum size of a request head.
+pub(super) const MAX_HEAD_BYTES: usize = 1 << 20;
+/// Maximum size of hyper's read buffer: the largest head, and one read of a body.
+const MAX_BUFFER_BYTES: usize = MAX_HEAD_BYTES + (64 << 10);
+/// Maximum number of headers in a request.
 pub(super) const MAX_HEADERS: usize = 256;
-/// The first request on a connection younger than this may still be on its way.
-const YOUNG: Duration = Duration::from_secs(1);
+/// Age up to which a connection without a request is kept at shutdown, because its first request may be in transit.
+const NEW_CONNECTION_GRACE: Duration = Duration::from_secs(1);
 
-/// How hyper serves connections of callers.
+/// Returns the configuration of hyper for client connections.
 pub(super) fn builder() -> Builder {
     let mut builder = Builder::new();
-    builder.max_header_size(MAX_HEAD).max_buf_size(MAX_BUFFER);
+    builder.max_header_size(MAX_HEAD_BYTES).max_buf_size(MAX_BUFFER_BYTES);
     builder
 }
 
-/// A future that ends when the connection does.
+/// A client connection; a future that completes when the connection is closed.
 pub(super) struct Connection<S: HttpService<Incoming>> {
     http: Http<S>,
     builder: Builder,
-    caller: Caller,
-    accepted: Instant,
-    /// Armed at or before the watch's earliest deadline.
+    client: ClientConnection,
+    accepted_at: Instant,
+    /// Fires at or before the earliest deadline.
     timer: Pin<Box<Sleep>>,
-    armed: Option<Instant>,
+    armed_for: Option<Instant>,
     closing: CancellationToken,
-    until_closing: Pin<Box<WaitForCancellationFutureOwned>>,
-    /// Whether this task is woken by `closing` and by notes.
-    registered: bool,
-    told_to_close: bool,
-    own_wakes: OwnWakes,
-    seat: Seated,
+    closing_signal: Pin<Box<WaitForCancellationFutureOwned>>,
+    /// `closing` and signals wake this task.
+    wakers_registered: bool,
+    shutdown_started: bool,
+    self_wakes: SelfWakeCoalescer,
+    registration: RegistrationGuard,
 }
 
 #[expect(
     clippy::large_enum_variant,
-    reason = "most connections rest, and are to need no more memory"
+    reason = "most connections hibernate, and must not need a second allocation"
 )]
 enum Http<S: HttpService<Incoming>> {
-    Awake(Box<UpgradeableConnection<TokioIo<CallerStream>, S>>),
-    /// Nothing is under way: hyper's state and buffers are not needed until something can be read.
-    Resting(CallerStream, S),
-    /// All has been answered; the client may still be sending.
+    Active(Box<UpgradeableConnection<TokioIo<ClientIo>, S>>),
+    /// Idle without state or buffers of hyper, until data can be read.
+    Hibernating(ClientIo, S),
+    /// All responses are complete; the client may still be sending.
     Lingering(Box<Linger>),
-    Over,
+    Closed,
 }
 
 impl<S, B> Connection<S>
@@ -80,263 +80,274 @@ where
 {
     pub(super) fn new(
         builder: Builder,
-        stream: CallerStream,
-        caller: Caller,
+        stream: ClientIo,
+        client: ClientConnection,
         service: S,
         closing: CancellationToken,
-        seat: Seated,
+        registration: RegistrationGuard,
     ) -> Self {
         Self {
-            http: Http::Resting(stream, service),
+            http: Http::Hibernating(stream, service),
             builder,
-            caller,
-            accepted: Instant::now(),
-            // Never polled before it is armed.
+            client,
+            accepted_at: Instant::now(),
+            // Not polled before it is armed.
             timer: Box::pin(tokio::time::sleep(Duration::ZERO)),
-            armed: None,
-            until_closing: Box::pin(closing.clone().cancelled_owned()),
+            armed_for: None,
+            closing_signal: Box::pin(closing.clone().cancelled_owned()),
             closing,
-            registered: false,
-            told_to_close: false,
-            own_wakes: OwnWakes::default(),
-            seat,
+            wakers_registered: false,
+            shutdown_started: false,
+            self_wakes: SelfWakeCoalescer::default(),
+            registration,
         }
     }
 
     fn poll_http(&mut self, cx: &mut Context<'_>) -> Poll<()> {
         loop {
             match &mut self.http {
-                Http::Resting(stream, _) => {
+                Http::Hibernating(stream, _) => {
                     ready!(stream.poll_readable(cx));
-                    self.wake();
+                    self.activate();
                 }
-                Http::Awake(http) => {
+                Http::Active(http) => {
                     let ended = ready!(Pin::new(&mut **http).poll(cx));
                     if let Err(error) = &ended {
-                        tracing::debug!(caller = %self.caller.address, %error, "Connection ended");
+                        tracing::debug!(client = %self.client.address, %error, "Connection ended");
                     }
-                    self.hyper_ended(ended.err().as_ref());
+                    self.on_hyper_finished(ended.err().as_ref());
                 }
                 Http::Lingering(linger) => {
-                    if self.caller.watch.has(Note::Leave) {
+                    if self.client.deadlines.has_signal(Signal::Evict) {
                         return Poll::Ready(());
                     }
                     if self.closing.is_cancelled() {
-                        linger.hurry();
+                        linger.shorten();
                     }
                     return Pin::new(&mut **linger).poll(cx);
                 }
-                Http::Over => return Poll::Ready(()),
+                Http::Closed => return Poll::Ready(()),
             }
         }
     }
 
-    /// Takes the connection from hyper, which has ended. It may not have taken the head of a request, or not have read
-    /// all of its body.
-    fn hyper_ended(&mut self, error: Option<&hyper::Error>) {
-        let Some((mut stream, service, unparsed)) = self.take_from_hyper() else {
-            return self.caller.watch.protocol_changed();
+    /// Takes the connection back from hyper, which has ended. hyper may have refused a head, or not have read a whole
+    /// body.
+    fn on_hyper_finished(&mut self, error: Option<&hyper::Error>) {
+        let Some((mut stream, service, unparsed)) = self.detach_hyper() else {
+            return self.client.deadlines.on_protocol_switched();
         };
-        let refused = error.filter(|error| stream.takes_refusal(error));
-        match refused.map(|error| Outcome::of(error, &unparsed)) {
-            Some(Outcome::Corrected(head)) => {
-                stream.read_again(&head);
-                self.http = Http::Resting(stream, service);
+        let refused = error.filter(|error| stream.take_refusal(error));
+        match refused.map(|error| HeadOutcome::from_hyper(error, &unparsed)) {
+            Some(HeadOutcome::Corrected(head)) => {
+                stream.push_back(&head);
+                self.http = Http::Hibernating(stream, service);
             }
-            Some(Outcome::NeedsRoom) if !stream.is_roomy() => {
-                stream.read_again(&unparsed);
-                self.http = Http::Resting(stream, service);
-                self.make_room();
+            Some(HeadOutcome::NeedsManyHeaders) if !stream.allows_many_headers() => {
+                stream.push_back(&unparsed);
+                self.http = Http::Hibernating(stream, service);
+                self.restart_with_many_headers();
             }
-            Some(Outcome::NeedsRoom) => self.refuse(stream, HeadError::Malformed, &unparsed),
-            Some(Outcome::Refused(error)) => {
-                self.refuse(stream, error, &unparsed);
+            Some(HeadOutcome::NeedsManyHeaders) => {
+                self.refuse_head(stream, HeadError::Malformed, &unparsed);
             }
-            None if self.caller.watch.body_state() != BodyState::Read => self.linger(stream),
+            Some(HeadOutcome::Refused(error)) => {
+                self.refuse_head(stream, error, &unparsed);
+            }
+            None if self.client.deadlines.body_state() != BodyState::Complete => {
+                self.start_linger(stream);
+            }
             None => {}
         }
     }
 
-    /// Ends what hyper does. `None` if a changed protocol has taken the connection.
-    fn take_from_hyper(&mut self) -> Option<(CallerStream, S, Bytes)> {
-        let Http::Awake(http) = std::mem::replace(&mut self.http, Http::Over) else { return None };
+    /// Drops hyper, and returns its stream, service and unparsed data; `None` if the connection has changed protocols.
+    fn detach_hyper(&mut self) -> Option<(ClientIo, S, Bytes)> {
+        let Http::Active(http) = std::mem::replace(&mut self.http, Http::Closed) else {
+            return None;
+        };
         let parts = http.into_parts()?;
         Some((parts.io.into_inner(), parts.service, parts.read_buf))
     }
 
-    /// Refuses a head, of which hyper has left `unparsed`, and closes the connection.
-    fn refuse(&mut self, mut stream: CallerStream, error: HeadError, unparsed: &[u8]) {
-        let is_head = stream.head_is_of_head() || unparsed.starts_with(HEAD);
-        stream.write_first(&refusal::response(error, is_head));
-        self.linger(stream);
+    /// Responds to a refused head, of which `unparsed` is left, and closes the connection.
+    fn refuse_head(&mut self, mut stream: ClientIo, error: HeadError, unparsed: &[u8]) {
+        let is_head = stream.last_head_is_head_request() || unparsed.starts_with(HEAD_METHOD);
+        stream.queue_output(&refusal::response(error, is_head));
+        self.start_linger(stream);
     }
 
-    /// Closes the connection in a way that lets a client that still sends read its response.
-    fn linger(&mut self, stream: CallerStream) {
-        if self.caller.watch.takes(Note::LargeHead) {
-            // Its buffer is gone, so it no longer counts against the budget.
-            self.seat.0.heads.end(&self.seat.0);
+    /// Starts a lingering close, so that a client that is still sending can read its response.
+    fn start_linger(&mut self, stream: ClientIo) {
+        if self.client.deadlines.take_signal(Signal::CountedHead) {
+            // The buffer of the head has been dropped.
+            self.registration.0.head_budget.release(&self.registration.0);
         }
-        // It was meant for what the connection did before, and would cut off the response.
-        self.caller.watch.takes(Note::Leave);
-        self.caller.watch.lingers();
+        // An earlier eviction was meant for an idle connection, and would cut off the response.
+        self.client.deadlines.take_signal(Signal::Evict);
+        self.client.deadlines.on_linger_started();
         self.http = Http::Lingering(Box::new(Linger::new(stream)));
     }
 
-    /// Whether only the end of the connection is waited for.
-    fn lingers(&self) -> bool {
+    /// Returns whether the connection is in a lingering close.
+    fn is_lingering(&self) -> bool {
         matches!(self.http, Http::Lingering(_))
     }
 
-    fn wake(&mut self) {
-        if let Http::Resting(stream, service) = std::mem::replace(&mut self.http, Http::Over) {
+    fn activate(&mut self) {
+        if let Http::Hibernating(stream, service) = std::mem::replace(&mut self.http, Http::Closed)
+        {
             let http = self.builder.serve_connection(TokioIo::new(stream), service);
-            self.http = Http::Awake(Box::new(http.with_upgrades()));
-            // This one does not know it yet.
-            self.told_to_close = false;
+            self.http = Http::Active(Box::new(http.with_upgrades()));
+            // The new hyper connection has not been told to shut down.
+            self.shutdown_started = false;
         }
     }
 
-    fn rest(&mut self) {
-        match std::mem::replace(&mut self.http, Http::Over) {
-            Http::Awake(http) => {
+    fn hibernate(&mut self) {
+        match std::mem::replace(&mut self.http, Http::Closed) {
+            Http::Active(http) => {
                 if let Some(parts) = http.into_parts() {
                     let mut stream = parts.io.into_inner();
-                    stream.read_again(&parts.read_buf);
-                    self.http = Http::Resting(stream, parts.service);
+                    stream.push_back(&parts.read_buf);
+                    self.http = Http::Hibernating(stream, parts.service);
                 }
             }
             other => self.http = other,
         }
     }
 
-    /// Starts hyper anew, with room for more headers, on a head that turns out to have many.
-    fn make_room(&mut self) {
-        self.rest();
+    /// Restarts hyper with a higher limit of headers, on a head that has many.
+    fn restart_with_many_headers(&mut self) {
+        self.hibernate();
         self.builder.max_headers(MAX_HEADERS);
-        if let Http::Resting(stream, _) = &mut self.http {
-            stream.has_room();
+        if let Http::Hibernating(stream, _) = &mut self.http {
+            stream.allow_many_headers();
         }
     }
 
-    /// Has this task woken by notes and by `closing`. A note that was added before is found when notes are checked.
-    fn register(&mut self, cx: &mut Context<'_>) {
-        self.seat.0.wake_by(cx.waker());
-        // If it is ready, the process stops already, which every poll checks.
-        let _ = self.until_closing.as_mut().poll(cx);
-        self.registered = true;
+    /// Registers this task to be woken by signals and by `closing`. Each poll checks for signals set earlier.
+    fn register_wakers(&mut self, cx: &mut Context<'_>) {
+        self.registration.0.set_waker(cx.waker());
+        // If it is ready, shutdown has started, which each poll checks.
+        let _ = self.closing_signal.as_mut().poll(cx);
+        self.wakers_registered = true;
     }
 
-    /// Closes the connection if the process stops and no request is on its way. Whether hyper is to be polled again.
-    fn close_if_asked(&mut self) -> bool {
-        if self.told_to_close || !self.closing.is_cancelled() {
+    /// Closes the connection if shutdown has started and no request is in progress. Returns whether to poll again.
+    fn close_if_draining(&mut self) -> bool {
+        if self.shutdown_started || !self.closing.is_cancelled() {
             return false;
         }
-        let watch = &self.caller.watch;
-        match watch.stage() {
-            Stage::Idle => {
-                if let Some(left) = YOUNG.checked_sub(self.accepted.elapsed()) {
-                    watch.call_ended(Instant::now(), left);
+        let deadlines = &self.client.deadlines;
+        match deadlines.state() {
+            ConnectionState::Idle => {
+                if let Some(left) = NEW_CONNECTION_GRACE.checked_sub(self.accepted_at.elapsed()) {
+                    deadlines.on_exchange_finished(Instant::now(), left);
                     return false;
                 }
             }
-            Stage::Head => {
-                // hyper would close the connection. Once the head is complete, its call is answered like any other.
-                watch.head_within(register::HEAD);
+            ConnectionState::ReadingHead => {
+                // hyper would close the connection immediately. Wait until the head is complete, and serve its request.
+                deadlines.limit_head_time(registry::HEAD_GRACE);
                 return false;
             }
-            Stage::Call => {}
+            ConnectionState::InExchange => {}
         }
-        self.told_to_close = true;
+        self.shutdown_started = true;
         match &mut self.http {
-            Http::Awake(http) => Pin::new(&mut **http).graceful_shutdown(),
-            Http::Resting(..) | Http::Lingering(_) | Http::Over => self.http = Http::Over,
+            Http::Active(http) => Pin::new(&mut **http).graceful_shutdown(),
+            Http::Hibernating(..) | Http::Lingering(_) | Http::Closed => self.http = Http::Closed,
         }
         true
     }
 
-    /// Sees to what this connection has been told. Whether that changes what there is to drive.
-    fn heed(&mut self) -> bool {
-        let watch = &self.caller.watch;
-        if watch.takes(Note::Room) {
-            self.make_room();
+    /// Handles pending signals. Returns whether to poll again.
+    fn handle_signals(&mut self) -> bool {
+        let deadlines = &self.client.deadlines;
+        if deadlines.take_signal(Signal::ManyHeaders) {
+            self.restart_with_many_headers();
             return true;
         }
-        if watch.has(Note::LargeHead) && watch.stage() != Stage::Head {
-            watch.takes(Note::LargeHead);
-            self.seat.0.heads.end(&self.seat.0);
+        if deadlines.has_signal(Signal::CountedHead)
+            && deadlines.state() != ConnectionState::ReadingHead
+        {
+            deadlines.take_signal(Signal::CountedHead);
+            self.registration.0.head_budget.release(&self.registration.0);
         }
-        if watch.takes(Note::Refuse) && watch.stage() == Stage::Head {
-            tracing::debug!(caller = %self.caller.address, "An incomplete head is refused");
-            if let Some((stream, _, unparsed)) = self.take_from_hyper() {
-                self.refuse(stream, HeadError::OutOfMemory, &unparsed);
+        if deadlines.take_signal(Signal::RefuseHead)
+            && deadlines.state() == ConnectionState::ReadingHead
+        {
+            tracing::debug!(client = %self.client.address, "An incomplete head is refused");
+            if let Some((stream, _, unparsed)) = self.detach_hyper() {
+                self.refuse_head(stream, HeadError::OutOfMemory, &unparsed);
             }
-            self.seat.0.heads.end(&self.seat.0);
+            self.registration.0.head_budget.release(&self.registration.0);
             return true;
         }
-        if watch.has(Note::Leave) {
-            if register::dispensable_since(watch, Instant::now()).is_some() {
-                tracing::debug!(caller = %self.caller.address, "Closed to make room for another connection");
-                self.http = Http::Over;
+        if deadlines.has_signal(Signal::Evict) {
+            if registry::evictable_since(deadlines, Instant::now()).is_some() {
+                tracing::debug!(client = %self.client.address, "Evicted: another connection needs the permit");
+                self.http = Http::Closed;
                 return true;
             }
-            // A request has begun since. Without the note, the acceptor does not wait for this connection.
-            watch.takes(Note::Leave);
+            // A request has started since. Without the signal, the acceptor stops waiting for this connection.
+            deadlines.take_signal(Signal::Evict);
         }
         false
     }
 
-    /// Drives what there is to drive, for as long as that changes what there is.
+    /// Polls the connection until nothing changes its state any more.
     fn drive(&mut self, cx: &mut Context<'_>) -> Poll<()> {
-        if !self.registered {
-            self.register(cx);
+        if !self.wakers_registered {
+            self.register_wakers(cx);
         }
         loop {
             if self.poll_http(cx).is_ready() {
                 return Poll::Ready(());
             }
-            if self.lingers() {
+            if self.is_lingering() {
                 return Poll::Pending;
             }
-            if self.caller.watch.is_stalled() {
-                self.caller.drive_blocked(cx);
+            if self.client.deadlines.is_write_blocked() {
+                self.client.poll_blocked_write_hook(cx);
             }
-            if self.caller.watch.has_notes() && self.heed() {
+            if self.client.deadlines.has_signals() && self.handle_signals() {
                 continue;
             }
-            if self.close_if_asked() {
+            if self.close_if_draining() {
                 continue;
             }
-            match self.poll_overdue(cx) {
+            match self.poll_timer(cx) {
                 None => return Poll::Pending,
-                Some(Overdue::Connection) => return Poll::Ready(()),
-                Some(Overdue::Rest) => self.rest(),
-                // The party that waits learns of it when hyper polls it.
-                Some(Overdue::Party) => {}
+                Some(Expired::Connection) => return Poll::Ready(()),
+                Some(Expired::HibernateDelay) => self.hibernate(),
+                // The code that waits sees its flag when hyper polls it.
+                Some(Expired::Exchange) => {}
             }
         }
     }
 
-    /// Sees to the timer; `Some` if a deadline has passed.
-    fn poll_overdue(&mut self, cx: &mut Context<'_>) -> Option<Overdue> {
+    /// Arms the timer, or returns the deadline that expired.
+    fn poll_timer(&mut self, cx: &mut Context<'_>) -> Option<Expired> {
         loop {
-            let due = self.caller.watch.due();
-            let fired = self.armed.is_some() && self.timer.is_elapsed();
+            let next = self.client.deadlines.next_deadline();
+            let fired = self.armed_for.is_some() && self.timer.is_elapsed();
             if fired {
-                self.armed = None;
+                self.armed_for = None;
                 let now = Instant::now();
-                if due.is_some_and(|due| due <= now)
-                    && let Some(overdue) = self.caller.watch.expire(now)
+                if next.is_some_and(|next| next <= now)
+                    && let Some(expired) = self.client.deadlines.fire_expired(now)
                 {
-                    return Some(overdue);
+                    return Some(expired);
                 }
             }
-            let due = self.caller.watch.due()?;
-            if self.armed.is_some_and(|armed| armed <= due) {
+            let next = self.client.deadlines.next_deadline()?;
+            if self.armed_for.is_some_and(|armed_for| armed_for <= next) {
                 return None;
             }
-            self.timer.as_mut().reset(due.into());
-            self.armed = Some(due);
+            self.timer.as_mut().reset(next.into());
+            self.armed_for = Some(next);
             if self.timer.as_mut().poll(cx).is_pending() {
                 return None;
             }
@@ -354,10 +365,10 @@ where
     type Output = ();
 
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
-        // Out of `self`, which the poll borrows.
-        let mut own_wakes = std::mem::take(&mut self.own_wakes);
-        let polled = own_wakes.poll(cx, |cx| self.drive(cx));
-        self.own_wakes = own_wakes;
+        // Moved out of `self`, which the closure borrows.
+        let mut self_wakes = std::mem::take(&mut self.self_wakes);
+        let polled = self_wakes.poll(cx, |cx| self.drive(cx));
+        self.self_wakes = self_wakes;
         polled
     }
 }

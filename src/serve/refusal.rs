@@ -1,5 +1,5 @@
-//! Heads of requests that hyper refuses by itself: its responses say nothing, so the client gets one from here that
-//! says what was wrong. A minor version that hyper does not know is corrected instead.
+//! Request heads that hyper refuses. Its own responses do not name the error, so the client gets a response of this
+//! module instead. A minor version that hyper does not know is corrected, and the request is served.
 
 #[cfg(any(test, fuzzing))]
 pub(crate) mod fuzz;
@@ -12,16 +12,16 @@ use std::time::SystemTime;
 use bytes::Bytes;
 
 use crate::error::Error;
-use crate::serve::caller::FEW_LINES;
-use crate::serve::connection::{MAX_HEAD, MAX_HEADERS};
+use crate::serve::client_connection::DEFAULT_MAX_HEADERS;
+use crate::serve::connection::{MAX_HEAD_BYTES, MAX_HEADERS};
 
-/// The longest target that hyper accepts.
-const MAX_TARGET: usize = (64 << 10) - 2;
+/// Maximum length of a request target that hyper accepts.
+const MAX_TARGET_BYTES: usize = (64 << 10) - 2;
 
-/// Why the head of a request is refused.
+/// Why a request head is refused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum HeadError {
-    #[error("the head of the request exceeds {MAX_HEAD} bytes")]
+    #[error("the head of the request exceeds {MAX_HEAD_BYTES} bytes")]
     TooLarge,
     #[error(
         "incomplete request heads use all that max_head_memory allows, and this one is the largest"
@@ -51,33 +51,34 @@ pub enum HeadError {
     Malformed,
 }
 
-/// What becomes of a request that hyper does not take.
+/// How to proceed with a request head that hyper has refused.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) enum Outcome {
-    /// It is read once more, as these bytes.
+pub(super) enum HeadOutcome {
+    /// Parse these bytes instead.
     Corrected(Bytes),
-    /// It is read once more, with room for more headers: it came while another was answered, so nothing has counted them.
-    NeedsRoom,
+    /// Parse it again with a higher limit of headers. Its lines were not counted, because it arrived during an
+    /// exchange.
+    NeedsManyHeaders,
     Refused(HeadError),
 }
 
-impl Outcome {
-    /// After `error` of hyper's; `unparsed` is what it has read and not taken.
-    pub(super) fn of(error: &hyper::Error, unparsed: &[u8]) -> Self {
+impl HeadOutcome {
+    /// Classifies `error` of hyper; `unparsed` is the data that hyper has read and not parsed.
+    pub(super) fn from_hyper(error: &hyper::Error, unparsed: &[u8]) -> Self {
         if error.is_parse_version_h2() {
             return Self::Refused(HeadError::UnsupportedVersion);
         }
         if error.is_parse_too_large() {
-            return match too_large(unparsed) {
+            return match classify_too_large(unparsed) {
                 Self::Refused(HeadError::ContentLength) if has_long_target(unparsed) => {
                     Self::Refused(HeadError::TargetTooLong)
                 }
                 outcome => outcome,
             };
         }
-        // For these, hyper has no methods. A test compares the texts with hyper's.
+        // hyper has no methods for these errors. A test compares the texts with those of hyper.
         Self::Refused(match error.to_string().as_str() {
-            "invalid HTTP version parsed" => return Self::of_version(unparsed),
+            "invalid HTTP version parsed" => return Self::from_version(unparsed),
             "invalid HTTP method parsed" => HeadError::Method,
             "invalid URI" => HeadError::Target,
             "invalid HTTP header parsed" => HeadError::Header,
@@ -88,10 +89,9 @@ impl Outcome {
         })
     }
 
-    /// A higher minor version is 1.1 to a server that knows no more (RFC 9112, 2.3); another major one is another
-    /// protocol.
-    fn of_version(head: &[u8]) -> Self {
-        let Some(at) = version(head) else { return Self::Refused(HeadError::Version) };
+    /// A higher minor version is served as 1.1 (RFC 9112, 2.3); another major version is another protocol.
+    fn from_version(head: &[u8]) -> Self {
+        let Some(at) = version_range(head) else { return Self::Refused(HeadError::Version) };
         match head[at.clone()] {
             [b'H', b'T', b'T', b'P', b'/', b'1', b'.', b'2'..=b'9'] => {
                 let mut corrected = head.to_vec();
@@ -103,7 +103,7 @@ impl Outcome {
             {
                 Self::Refused(HeadError::UnsupportedVersion)
             }
-            // The rest of it has not come.
+            // An incomplete version.
             [b'H', b'T', b'T', b'P', b'/', b'0' | b'2'..=b'9']
             | [b'H', b'T', b'T', b'P', b'/', b'0' | b'2'..=b'9', b'.'] => {
                 Self::Refused(HeadError::UnsupportedVersion)
@@ -113,8 +113,8 @@ impl Outcome {
     }
 }
 
-/// Where the version stands in a request line at the front of `head`.
-fn version(head: &[u8]) -> Option<Range<usize>> {
+/// Returns the range of the version in a request line at the front of `head`.
+fn version_range(head: &[u8]) -> Option<Range<usize>> {
     let start = head.iter().position(|byte| !b"\r\n".contains(byte))?;
     let end = memchr::memchr(b'\n', &head[start..]).map_or(head.len(), |at| start + at);
     let line = &head[start..end];
@@ -124,25 +124,26 @@ fn version(head: &[u8]) -> Option<Range<usize>> {
     Some(start + from..start + line.len())
 }
 
-/// Whether the request line at the front of `head` has a target that is longer than hyper accepts.
+/// Returns whether the request line at the front of `head` has a target that is longer than hyper accepts.
 fn has_long_target(head: &[u8]) -> bool {
     let start = head.iter().position(|byte| !b"\r\n".contains(byte)).unwrap_or(head.len());
     let line = &head[start..];
     let line = &line[..memchr::memchr(b'\n', line).unwrap_or(line.len())];
     let mut spaces = memchr::memchr_iter(b' ', line);
     let target = spaces.next().zip(spaces.next());
-    target.is_some_and(|(before, behind)| behind - before - 1 > MAX_TARGET)
+    target.is_some_and(|(before, behind)| behind - before - 1 > MAX_TARGET_BYTES)
 }
 
 fn is_request_line(text: &[u8]) -> bool {
-    version(text).is_some_and(|at| text[at].starts_with(b"HTTP/"))
+    version_range(text).is_some_and(|at| text[at].starts_with(b"HTTP/"))
 }
 
-/// What hyper calls too large: the head at the front of `unparsed`, or a length in one that it has taken already.
+/// Classifies an error that hyper reports as too large: the head at the front of `unparsed`, or the Content-Length of a
+/// head that hyper has already removed.
 ///
-/// Lines are counted without httparse: a second use of its parser keeps the compiler from inlining the first, which
-/// every request passes.
-fn too_large(unparsed: &[u8]) -> Outcome {
+/// Counts lines without httparse: a second use of its parser prevents the compiler from inlining the first, which is
+/// on the path of every request.
+fn classify_too_large(unparsed: &[u8]) -> HeadOutcome {
     // Empty lines may precede a request line.
     let start = unparsed.iter().position(|byte| !b"\r\n".contains(byte)).unwrap_or(unparsed.len());
     let (mut lines, mut end) = (0, None);
@@ -156,19 +157,19 @@ fn too_large(unparsed: &[u8]) -> Outcome {
         }
         lines += 1;
     }
-    Outcome::Refused(match end {
-        // It is a body: hyper has taken the head.
+    HeadOutcome::Refused(match end {
+        // This is a body: hyper has removed the head.
         _ if lines > 0 && !is_request_line(unparsed) => HeadError::ContentLength,
-        // One line is the request line.
+        // One of the lines is the request line.
         _ if lines > MAX_HEADERS + 1 => HeadError::TooManyHeaders,
-        Some(end) if end > MAX_HEAD => HeadError::TooLarge,
-        None if unparsed.len() >= MAX_HEAD => HeadError::TooLarge,
-        _ if lines > FEW_LINES => return Outcome::NeedsRoom,
+        Some(end) if end > MAX_HEAD_BYTES => HeadError::TooLarge,
+        None if unparsed.len() >= MAX_HEAD_BYTES => HeadError::TooLarge,
+        _ if lines > DEFAULT_MAX_HEADERS => return HeadOutcome::NeedsManyHeaders,
         Some(_) | None => HeadError::ContentLength,
     })
 }
 
-/// The whole response that says so; in reply to HEAD (`to_head`) without its body (RFC 9110, 9.3.2).
+/// Returns the response for `error` as bytes; without a body in reply to HEAD (`to_head`; RFC 9110, 9.3.2).
 pub(super) fn response(error: HeadError, to_head: bool) -> Bytes {
     let (head, body) = Error::Head(error).response(None).into_parts();
     let reason = head.status.canonical_reason().unwrap_or_default();

@@ -13,7 +13,7 @@ use http_body::{Frame, SizeHint};
 use serde::Deserialize;
 
 use crate::metrics::registry::FunctionRegistry;
-use crate::serve::caller::Caller;
+use crate::serve::client_connection::ClientConnection;
 use crate::system::{ApiState, stream_response};
 
 /// Maximum bytes of a body that are captured: far more than a deployment needs.
@@ -22,7 +22,7 @@ const MAX_CAPTURED_BYTES: usize = 64 << 10;
 /// Proxies a request that deploys, updates or deletes the function named in its body.
 pub async fn change(
     State(api): State<Arc<ApiState>>,
-    Extension(connection): Extension<Caller>,
+    Extension(connection): Extension<ClientConnection>,
     request: Request,
 ) -> Response {
     let captured = Arc::default();

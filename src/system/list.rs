@@ -9,7 +9,7 @@ use serde_json::{Map, Value};
 
 use crate::error::Error;
 use crate::provider::parse_json;
-use crate::serve::caller::Caller;
+use crate::serve::client_connection::ClientConnection;
 use crate::system::{ApiState, json_response};
 
 /// Returns the list. Counts are left out if they are unavailable: the list is worth more.
@@ -18,7 +18,7 @@ use crate::system::{ApiState, json_response};
 /// The provider does not respond, or not with a list.
 pub async fn list(
     State(api): State<Arc<ApiState>>,
-    Extension(connection): Extension<Caller>,
+    Extension(connection): Extension<ClientConnection>,
     request: Request,
 ) -> Result<Response, Error> {
     let (status, headers, body) = api.fetch_json(&connection, request).await?;

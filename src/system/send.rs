@@ -17,8 +17,8 @@ use crate::error::Error;
 use crate::proxy::body::RequestBody;
 use crate::proxy::client::Origin;
 use crate::proxy::upstream_body::UpstreamBody;
-use crate::proxy::{Errand, forward};
-use crate::serve::caller::Caller;
+use crate::proxy::{RequestContext, forward};
+use crate::serve::client_connection::ClientConnection;
 use crate::system::{ApiState, MAX_BODY, read_body};
 
 /// Maximum bodies, of at most [`MAX_BODY`] bytes each, that are buffered at a time, over all threads.
@@ -31,7 +31,7 @@ impl ApiState {
     /// The upstream does not respond, or the client aborted its body.
     pub async fn send(
         &self,
-        connection: &Caller,
+        connection: &ClientConnection,
         origin: &Origin,
         request: Request,
     ) -> Result<Response<UpstreamBody>, Error> {
@@ -48,7 +48,7 @@ impl ApiState {
     /// Sends a request with each of the known credentials in turn, until they are accepted.
     async fn send_with_each_credential(
         &self,
-        connection: &Caller,
+        connection: &ClientConnection,
         origin: &Origin,
         request: Request,
         mut attempts: CredentialAttempts,
@@ -83,7 +83,7 @@ impl ApiState {
 
     async fn send_once(
         &self,
-        connection: &Caller,
+        connection: &ClientConnection,
         origin: &Origin,
         mut request: http::Request<RequestBody>,
         attempts: &CredentialAttempts,
@@ -91,14 +91,14 @@ impl ApiState {
         if let Some(authorization) = attempts.header() {
             request.headers_mut().insert(AUTHORIZATION, authorization);
         }
-        let context = Errand {
-            peer: &connection.forwarded_for,
-            watch: &connection.watch,
-            began: Instant::now(),
+        let context = RequestContext {
+            client_address: &connection.forwarded_for,
+            deadlines: &connection.deadlines,
+            started_at: Instant::now(),
             timeout: self.timeouts.upstream,
-            is_clients: true,
+            is_client_request: true,
         };
-        Ok(forward(&self.client, origin, request, context).await?.answer)
+        Ok(forward(&self.client, origin, request, context).await?.response)
     }
 }
 

@@ -14,11 +14,11 @@ use tokio_util::sync::CancellationToken;
 
 use crate::call_id::USER_AGENT_VALUE;
 use crate::config::base_url::BaseUrl;
+use crate::deadlines::Deadlines;
 use crate::metrics::traces::SpansDropped;
 use crate::proxy::body::RequestBody;
 use crate::proxy::client::{Client, Origin};
 use crate::trace::span::{Span, export_request};
-use crate::watch::Watch;
 
 /// Maximum spans that wait for export.
 pub(super) const QUEUE_CAPACITY: usize = 8192;
@@ -143,9 +143,9 @@ impl Exporter {
         headers.insert(USER_AGENT, USER_AGENT_VALUE);
         headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
         headers.extend(self.headers.clone());
-        let watch = Arc::new(Watch::new());
+        let deadlines = Arc::new(Deadlines::new());
         let exchange = async {
-            let response = self.client.send(&origin, request, &watch).await?;
+            let response = self.client.send(&origin, request, &deadlines).await?;
             let status = response.status();
             // Read to the end, so that the connection can be reused.
             let body = Limited::new(response.into_body(), MAX_RESPONSE_BYTES).collect().await;

@@ -12,20 +12,20 @@ use tokio::time::timeout_at as in_time;
 
 use crate::activator::Activator;
 use crate::activator::unavailable::{Hop, MAX_SENDS, RetrySafety, UnavailableSignal};
+use crate::deadlines::Deadlines;
 use crate::error::Error;
 use crate::metrics::calls::{self, Outcome, Shard};
 use crate::proxy::body::RequestBody;
 use crate::proxy::client;
 use crate::proxy::client::{Client, Origin};
-use crate::proxy::ending::Ending;
-use crate::proxy::headers::to_caller;
-use crate::proxy::upstream_body::{BodyFailure, UpstreamBody};
+use crate::proxy::exchange_outcome::ExchangeOutcome;
+use crate::proxy::headers::to_client;
+use crate::proxy::upstream_body::{ResponseBodyError, UpstreamBody};
 use crate::queue::MemoryPermit;
 use crate::queue::call::QueuedCall;
 use crate::queue::memory::{BodyBudget, BodyBuffer};
 use crate::queue::status::StoredResponse;
 use crate::trace::context::Context;
-use crate::watch::Watch;
 use crate::worker::retry::parse_retry_after;
 use crate::worker::retry_policies::RetryPolicyCache;
 
@@ -95,7 +95,9 @@ impl FunctionClient {
                 // In all other cases the function was unreachable or aborted its response.
                 let has_status = match &error {
                     Error::NoSuchFunction(_) => true,
-                    Error::Upstream(error) => Ending::of_error(error) == Ending::Unasked,
+                    Error::Upstream(error) => {
+                        ExchangeOutcome::from_error(error) == ExchangeOutcome::UnexpectedUpgrade
+                    }
                     _ => false,
                 };
                 let status = has_status.then(|| error.status().as_u16());
@@ -132,19 +134,19 @@ impl FunctionClient {
         }
         loop {
             let request = self.request(call, label, context)?;
-            let watch = Arc::new(Watch::new());
+            let deadlines = Arc::new(Deadlines::new());
             let sent_at = Instant::now();
             let until = sent_at + self.timeout;
-            watch.call_until(until);
-            let sent = in_time(until.into(), self.client.send(&self.origin, request, &watch));
+            deadlines.set_exchange_deadline(until);
+            let sent = in_time(until.into(), self.client.send(&self.origin, request, &deadlines));
             let sent = sent.await.unwrap_or(Err(client::Error::Timeout));
-            let ending = match &sent {
-                Ok(response) => Ending::of_head(response, false),
-                Err(error) => Ending::of_error(error),
+            let outcome = match &sent {
+                Ok(response) => ExchangeOutcome::from_head(response, false),
+                Err(error) => ExchangeOutcome::from_error(error),
             };
-            sends += u32::from(ending != Ending::Unreached);
+            sends += u32::from(outcome != ExchangeOutcome::ConnectFailed);
             if let (Some(cold_start), Some(fault)) =
-                (&mut cold_start, UnavailableSignal::from_ending(ending, Hop::Provider))
+                (&mut cold_start, UnavailableSignal::from_outcome(outcome, Hop::Provider))
             {
                 let repeat = match fault {
                     UnavailableSignal::ServiceUnavailable
@@ -162,10 +164,10 @@ impl FunctionClient {
                 }
             }
             let response = sent?;
-            if ending == Ending::Unasked {
-                return Err(Error::Upstream(client::Error::Unasked));
+            if outcome == ExchangeOutcome::UnexpectedUpgrade {
+                return Err(Error::Upstream(client::Error::UnexpectedUpgrade));
             }
-            if counted.is_unregistered() && ending.confirms_existence() {
+            if counted.is_unregistered() && outcome.confirms_existence() {
                 counted.confirm(&self.calls);
             }
             counted.set_status(response.status());
@@ -190,7 +192,7 @@ impl FunctionClient {
         *request.method_mut() = Method::POST;
         let target = format!("/function/{label}{}", call.target);
         let target = target.parse().map_err(|_| Error::NoSuchPath)?;
-        *request.uri_mut() = self.origin.target(&target).map_err(client::Error::Target)?;
+        *request.uri_mut() = self.origin.target(&target).map_err(client::Error::InvalidTarget)?;
         let mut headers = call.function_headers();
         headers.insert(HOST, self.origin.host.clone());
         headers.insert(USER_AGENT, USER_AGENT_VALUE);
@@ -230,7 +232,7 @@ async fn read_response(
         kept.reserve_expected(length.min(response_limit), until.into()).await;
     }
     while let Some(frame) = body.frame().await {
-        let frame = frame.map_err(|failure: BodyFailure| Error::ResponseBody(failure))?;
+        let frame = frame.map_err(|failure: ResponseBodyError| Error::ResponseBody(failure))?;
         let Ok(data) = frame.into_data() else { continue };
         let remaining = response_limit - kept.length();
         truncated |= data.len() > remaining;
@@ -247,7 +249,7 @@ async fn read_response(
         }
     }
     let (kept, body_memory) = kept.finish();
-    to_caller(&mut head.headers, false);
+    to_client(&mut head.headers, false);
     let retry_after = head.headers.get(RETRY_AFTER);
     let retry_after = retry_after.and_then(|value| parse_retry_after(value, SystemTime::now()));
     Ok(Attempt {

@@ -23,13 +23,13 @@ use uuid::Uuid;
 use crate::callback_chain;
 use crate::config::PoolLimits;
 use crate::config::allowlist::CallbackAllowlist;
+use crate::deadlines::Deadlines;
 use crate::error::ErrorChain;
 use crate::proxy::body::RequestBody;
 use crate::proxy::client::{self, Client, Tls};
-use crate::proxy::guard::{Guard, Refused};
+use crate::proxy::egress_filter::{AddressDenied, EgressFilter};
 use crate::proxy::upstream_body::UpstreamBody;
 use crate::queue::now;
-use crate::watch::Watch;
 use crate::worker::callback::local::{LocalCall, LocalExecutor};
 use crate::worker::callback::own_addresses::{AddressOwner, OwnAddresses};
 use crate::worker::callback::signature::Secret;
@@ -117,22 +117,22 @@ struct Destinations {
     own: OwnAddresses,
 }
 
-impl Guard for Destinations {
-    fn admit<'a>(
+impl EgressFilter for Destinations {
+    fn filter<'a>(
         &'a self,
         host: &'a str,
         addresses: Vec<SocketAddr>,
-    ) -> BoxFuture<'a, Result<Vec<SocketAddr>, Refused>> {
+    ) -> BoxFuture<'a, Result<Vec<SocketAddr>, AddressDenied>> {
         Box::pin(async move {
             match self.own.owner_of(host, &addresses).await {
-                AddressOwner::Gateway => return Err(Refused::Own),
-                AddressOwner::Protected => return Err(Refused::NotAllowed),
+                AddressOwner::Gateway => return Err(AddressDenied::OwnAddress),
+                AddressOwner::Protected => return Err(AddressDenied::NotAllowed),
                 AddressOwner::Other => {}
             }
             let permitted =
                 addresses.into_iter().filter(|address| self.allow.permits(host, address.ip()));
             let permitted: Vec<_> = permitted.collect();
-            if permitted.is_empty() { Err(Refused::NotAllowed) } else { Ok(permitted) }
+            if permitted.is_empty() { Err(AddressDenied::NotAllowed) } else { Ok(permitted) }
         })
     }
 }
@@ -154,7 +154,8 @@ impl CallbackSender {
         retry: CallbackRetry,
         tls: Tls,
     ) -> Self {
-        let client = Client::guarded(NO_IDLE_CONNECTIONS, tls, Destinations { allow, own });
+        let client =
+            Client::with_egress_filter(NO_IDLE_CONNECTIONS, tls, Destinations { allow, own });
         Self { client, secrets, retry, local: None }
     }
 
@@ -182,7 +183,7 @@ impl CallbackSender {
                     delay: requested_delay(&response),
                 }),
                 Err(client::Error::NotAllowed) => return Err(CallbackUrlError::NotAllowed.into()),
-                Err(client::Error::Own) => {
+                Err(client::Error::OwnAddress) => {
                     let (local, local_call) = self.local(&target, payload)?;
                     let body = payload.body.clone();
                     let status = local.execute(&local_call, &headers, body, &mut queued_as).await;
@@ -240,9 +241,9 @@ impl CallbackSender {
         *request.method_mut() = Method::POST;
         *request.uri_mut() = target.uri.clone();
         *request.headers_mut() = headers;
-        let watch = Arc::new(Watch::new());
-        watch.call_until(Instant::now() + self.retry.timeout);
-        let sent = self.client.send(&target.origin, request, &watch);
+        let deadlines = Arc::new(Deadlines::new());
+        deadlines.set_exchange_deadline(Instant::now() + self.retry.timeout);
+        let sent = self.client.send(&target.origin, request, &deadlines);
         match tokio::time::timeout(self.retry.timeout, sent).await {
             Ok(sent) => sent,
             Err(_) => Err(client::Error::Timeout),

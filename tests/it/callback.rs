@@ -274,7 +274,7 @@ async fn a_receiver_that_says_nothing_is_not_waited_for() {
     let pace = CallbackRetry { timeout: Duration::from_millis(50), attempts: 2, ..QUICK };
     let failed = send(&paced("loopback", None, pace), &url(&receiver)).await;
     let Err(Error::NotSent { attempts: 2, last }) = failed else { panic!("{failed:?}") };
-    assert_eq!(last.to_string(), "the upstream did not answer in time");
+    assert_eq!(last.to_string(), "the upstream did not respond in time");
 }
 
 #[tokio::test]

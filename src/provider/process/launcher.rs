@@ -152,13 +152,13 @@ impl ProcessTasks {
                 () = stop_all.cancelled() => {}
             }
         });
-        let client = Client::to_processes(REPLICA_POOL_LIMITS);
+        let client = Client::for_local_processes(REPLICA_POOL_LIMITS);
         let swept = Arc::clone(&client);
         tasks.spawn(|asked| async move {
             // The sweep holds nothing over an await.
             tokio::select! {
                 () = asked.cancelled() => {}
-                () = swept.keep_swept() => {}
+                () = swept.run_idle_reaper() => {}
             }
         });
         Self {

@@ -13,15 +13,15 @@ use tokio::net::TcpStream;
 use tokio::time::timeout;
 
 use crate::config::base_url::BaseUrl;
+use crate::deadlines::Deadlines;
 use crate::interim::InterimQueue;
 use crate::provider::process::launcher::ProcessTasks;
 use crate::proxy::body::RequestBody;
 use crate::proxy::client::Origin;
+use crate::proxy::failover::FailoverRequest;
 use crate::proxy::headers;
-use crate::proxy::outgoing::Outgoing;
 use crate::proxy::tunnel::Tunnel;
 use crate::proxy::upstream_body::UpstreamBody;
-use crate::watch::Watch;
 
 /// A connection within the machine is there at once, or the replica has more to do than accept it.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
@@ -30,7 +30,7 @@ const TUNNEL_IDLE_TIMEOUT: Duration = Duration::from_secs(3600);
 
 /// A request that is about to be sent to a replica.
 pub(super) struct ReplicaRequest {
-    outgoing: Outgoing,
+    outgoing: FailoverRequest,
     /// The caller's connection, if it wants to change protocols.
     upgrade: Option<OnUpgrade>,
     /// Where the client's connection takes interim responses.
@@ -50,12 +50,12 @@ impl ReplicaRequest {
     pub(super) fn new(request: Request<Body>, host: SocketAddr) -> anyhow::Result<Self> {
         let mut request = request.map(RequestBody::Api);
         let interim = request.extensions().get::<Arc<InterimQueue>>().cloned();
-        let upgrade = headers::end_to_end(request.headers_mut());
+        let upgrade = headers::keep_end_to_end(request.headers_mut());
         if !request.headers().contains_key(HOST) {
             request.headers_mut().insert(HOST, HeaderValue::from_str(&host.to_string())?);
         }
         let upgrade = upgrade.map(|_| hyper::upgrade::on(&mut request));
-        Ok(Self { outgoing: Outgoing::new(request), upgrade, interim })
+        Ok(Self { outgoing: FailoverRequest::new(request), upgrade, interim })
     }
 
     /// Sends it to the replica at `address`, and returns when the answer's head is there. Bodies stream.
@@ -68,8 +68,8 @@ impl ReplicaRequest {
     ) -> Result<Response<Body>, SendError> {
         let url = BaseUrl::parse(&format!("http://{address}")).context("no address");
         let origin = Origin::new(url.map_err(SendError::Other)?);
-        let watch = Arc::new(Watch::new().with_interim(self.interim.clone()));
-        let mut answer = match self.outgoing.send(&tasks.client, &origin, &watch).await {
+        let deadlines = Arc::new(Deadlines::new().with_interim(self.interim.clone()));
+        let mut answer = match self.outgoing.send(&tasks.client, &origin, &deadlines).await {
             Ok(answer) => answer,
             Err(error) if error.is_connect() => return Err(SendError::Refused),
             Err(error) => return Err(SendError::Other(error.into())),

@@ -1,33 +1,34 @@
-//! Interim responses, as a client gets them (RFC 9110, 15.2).
+//! Interim responses that are forwarded to a client (RFC 9110, 15.2).
 
 use http::header::{CONTENT_LENGTH, TRAILER};
 use http::{Response, StatusCode};
 use hyper::ext::ReasonPhrase;
 
-/// The most that one exchange may have.
-const MAX_COUNT: usize = 1000;
-/// What all their heads may have together. A final head has as much again.
-const MAX_BYTES: usize = super::answer::MAX_HEAD;
+/// Maximum number of interim responses in one exchange.
+const MAX_INTERIM_RESPONSES: usize = 1000;
+/// Maximum size of all their heads together. The final head has its own limit.
+const MAX_INTERIM_BYTES: usize = super::response::MAX_HEAD_BYTES;
 
-/// How many there were in one exchange.
+/// The interim responses of one exchange so far.
 #[derive(Clone, Copy, Debug, Default)]
-pub(in crate::proxy) struct Budget {
+pub(in crate::proxy) struct InterimBudget {
     count: usize,
     bytes: usize,
 }
 
-impl Budget {
-    /// Counts one more, whose head has `length` bytes. Whether it may come.
-    pub(in crate::proxy) fn admit(&mut self, length: usize) -> bool {
+impl InterimBudget {
+    /// Counts an interim response whose head has `length` bytes. Returns whether it is within the limits.
+    pub(in crate::proxy) fn charge(&mut self, length: usize) -> bool {
         self.count += 1;
         self.bytes += length;
-        self.count <= MAX_COUNT && self.bytes <= MAX_BYTES
+        self.count <= MAX_INTERIM_RESPONSES && self.bytes <= MAX_INTERIM_BYTES
     }
 }
 
-/// `head` as it is passed on, if it is. Its fields about the connection have been removed.
+/// Serializes `head`, whose hop-by-hop headers have been removed; `None` if it is not forwarded.
 ///
-/// A 100 is not: the client got one from here if it asked for it, before anything of its body was sent on.
+/// A 100 is not forwarded: a client that asked for it got one from the gateway, before its body was sent to the
+/// upstream.
 pub(in crate::proxy) fn encode(head: &Response<()>) -> Option<Vec<u8>> {
     let status = head.status();
     if status == StatusCode::CONTINUE {
@@ -45,7 +46,7 @@ pub(in crate::proxy) fn encode(head: &Response<()>) -> Option<Vec<u8>> {
     ] {
         text.extend_from_slice(part);
     }
-    // There is no body that these could be about.
+    // These headers describe a body, which an interim response does not have.
     let fields =
         head.headers().iter().filter(|(name, _)| ![CONTENT_LENGTH, TRAILER].contains(*name));
     for (name, value) in fields {
@@ -62,19 +63,19 @@ mod tests {
     use bytes::BytesMut;
 
     use super::*;
-    use crate::proxy::wire::answer::take_head;
+    use crate::proxy::wire::response::parse_head;
 
     #[track_caller]
     fn check(sent: &str, expect: Option<&str>) {
         let mut input = BytesMut::from(sent);
-        let head = take_head(&mut input, false).unwrap().unwrap();
+        let head = parse_head(&mut input, false).unwrap().unwrap();
         assert!(head.is_interim() && input.is_empty(), "{sent:?}");
-        let text = encode(&head.answer).map(|text| String::from_utf8(text).unwrap());
+        let text = encode(&head.response).map(|text| String::from_utf8(text).unwrap());
         assert_eq!(text.as_deref(), expect);
     }
 
     #[test]
-    fn fields_pass_but_for_those_about_the_connection_and_a_body() {
+    fn headers_are_forwarded_except_those_of_connection_and_body() {
         check(
             "HTTP/1.1 103 Early Hints\r\nLink: </a>; rel=preload\r\nConnection: x-hop\r\nX-Hop: 1\r\n\
              Keep-Alive: timeout=5\r\nContent-Length: 5\r\nTrailer: x\r\nLink: </b>\r\n\r\n",
@@ -85,16 +86,16 @@ mod tests {
     }
 
     #[test]
-    fn a_100_is_not_passed_on() {
+    fn a_100_is_not_forwarded() {
         check("HTTP/1.1 100 Continue\r\n\r\n", None);
     }
 
     #[test]
-    fn there_are_not_more_than_are_reasonable() {
-        let mut budget = Budget::default();
-        assert!((0..MAX_COUNT).all(|_| budget.admit(1)));
-        assert!(!budget.admit(1));
-        let mut budget = Budget::default();
-        assert!(budget.admit(MAX_BYTES) && !budget.admit(1));
+    fn the_number_and_size_of_interim_responses_are_limited() {
+        let mut budget = InterimBudget::default();
+        assert!((0..MAX_INTERIM_RESPONSES).all(|_| budget.charge(1)));
+        assert!(!budget.charge(1));
+        let mut budget = InterimBudget::default();
+        assert!(budget.charge(MAX_INTERIM_BYTES) && !budget.charge(1));
     }
 }

@@ -1,4 +1,4 @@
-//! The head of a request, and how its body is framed.
+//! Writes the head of a request and the framing of its body.
 
 use std::io::Write;
 
@@ -7,28 +7,29 @@ use http::uri::PathAndQuery;
 use http::{HeaderMap, HeaderName, HeaderValue, Method, Uri};
 use http_body::Body;
 
-use crate::proxy::headers::may_trail;
+use crate::proxy::headers::is_allowed_trailer;
 
-/// How an upstream is told where a body ends.
+/// The framing of a request body: how the upstream finds its end.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(in crate::proxy) enum Framing {
-    /// There is no body.
+    /// No body.
     #[default]
-    Bare,
-    /// Bytes that are still to come.
+    NoBody,
+    /// A body of known length, with the given number of bytes left to send.
     Length(u64),
     Chunked,
 }
 
 impl Framing {
-    /// How `body` is sent. A caller's own length is that of its body: it came framed by it.
+    /// Selects the framing for `body`. The length that a client sent is that of its body, because hyper used it as
+    /// framing.
     pub(in crate::proxy) fn of(method: &Method, headers: &HeaderMap, body: &impl Body) -> Self {
         match body.size_hint().exact() {
-            // Some servers want to hear of a body that could be there but is not.
+            // Some servers require a Content-Length for methods that usually have a body.
             Some(0) | None if body.is_end_stream() => {
-                let says = matches!(*method, Method::POST | Method::PUT | Method::PATCH)
+                let sends_length = matches!(*method, Method::POST | Method::PUT | Method::PATCH)
                     || headers.contains_key(CONTENT_LENGTH);
-                if says { Self::Length(0) } else { Self::Bare }
+                if sends_length { Self::Length(0) } else { Self::NoBody }
             }
             Some(length) => Self::Length(length),
             None => Self::Chunked,
@@ -36,54 +37,54 @@ impl Framing {
     }
 }
 
-/// Path and query as they are sent.
+/// Returns path and query as they are sent.
 pub(in crate::proxy) fn path_and_query(uri: &Uri) -> &str {
     uri.path_and_query().map_or("/", PathAndQuery::as_str)
 }
 
-/// Writes the first line of a request for HTTP/1.1. Its target comes in two parts.
-pub(in crate::proxy) fn write_start(out: &mut Vec<u8>, method: &Method, target: [&str; 2]) {
+/// Writes the request line for HTTP/1.1. The target is the concatenation of two parts.
+pub(in crate::proxy) fn write_request_line(out: &mut Vec<u8>, method: &Method, target: [&str; 2]) {
     for part in [method.as_str(), " ", target[0], target[1], " HTTP/1.1\r\n"] {
         out.extend_from_slice(part.as_bytes());
     }
 }
 
-/// Writes a header, unless it says how the body is framed: that is for each connection to say.
+/// Writes a header, unless it concerns the framing, which each connection determines itself.
 pub(in crate::proxy) fn write_header(out: &mut Vec<u8>, name: &HeaderName, value: &HeaderValue) {
     if *name != CONTENT_LENGTH && *name != TRANSFER_ENCODING {
-        write_line(out, name.as_str(), value.as_bytes());
+        write_field(out, name.as_str(), value.as_bytes());
     }
 }
 
-/// Writes how the body is framed, and the end of the head.
-pub(in crate::proxy) fn write_end(out: &mut Vec<u8>, framing: Framing) {
+/// Writes the framing header and the end of the head.
+pub(in crate::proxy) fn write_head_end(out: &mut Vec<u8>, framing: Framing) {
     match framing {
-        Framing::Bare => {}
+        Framing::NoBody => {}
         Framing::Length(length) => {
             let mut digits = itoa::Buffer::new();
-            write_line(out, "content-length", digits.format(length).as_bytes());
+            write_field(out, "content-length", digits.format(length).as_bytes());
         }
-        Framing::Chunked => write_line(out, "transfer-encoding", b"chunked"),
+        Framing::Chunked => write_field(out, "transfer-encoding", b"chunked"),
     }
     out.extend_from_slice(b"\r\n");
 }
 
-/// Writes what precedes `length` bytes of a chunk.
+/// Writes the chunk-size line of a chunk of `length` bytes.
 pub(in crate::proxy) fn write_chunk_size(out: &mut Vec<u8>, length: usize) {
-    // Writing to memory does not fail.
+    // Writes to memory do not fail.
     let _ = write!(out, "{length:x}\r\n");
 }
 
-/// Writes the end of a chunked body.
+/// Writes the last chunk and the trailers of a chunked body.
 pub(in crate::proxy) fn write_last_chunk(out: &mut Vec<u8>, trailers: &HeaderMap) {
     out.extend_from_slice(b"0\r\n");
-    for (name, value) in trailers.iter().filter(|(name, _)| may_trail(name)) {
-        write_line(out, name.as_str(), value.as_bytes());
+    for (name, value) in trailers.iter().filter(|(name, _)| is_allowed_trailer(name)) {
+        write_field(out, name.as_str(), value.as_bytes());
     }
     out.extend_from_slice(b"\r\n");
 }
 
-fn write_line(out: &mut Vec<u8>, name: &str, value: &[u8]) {
+fn write_field(out: &mut Vec<u8>, name: &str, value: &[u8]) {
     for part in [name.as_bytes(), b": ", value, b"\r\n"] {
         out.extend_from_slice(part);
     }
@@ -109,14 +110,14 @@ mod tests {
     fn check(request: Request<()>, body: impl Body, expect: &str) {
         let (head, ()) = request.into_parts();
         let mut out = Vec::new();
-        write_start(&mut out, &head.method, ["", path_and_query(&head.uri)]);
+        write_request_line(&mut out, &head.method, ["", path_and_query(&head.uri)]);
         head.headers.iter().for_each(|(name, value)| write_header(&mut out, name, value));
-        write_end(&mut out, Framing::of(&head.method, &head.headers, &body));
+        write_head_end(&mut out, Framing::of(&head.method, &head.headers, &body));
         assert_eq!(String::from_utf8(out).unwrap(), expect);
     }
 
     #[test]
-    fn a_request_without_body_says_nothing_of_one() {
+    fn a_get_without_body_has_no_content_length() {
         check(
             request(Method::GET),
             Empty::<Bytes>::new(),
@@ -125,7 +126,7 @@ mod tests {
     }
 
     #[test]
-    fn a_method_that_expects_a_body_says_that_there_is_none() {
+    fn a_post_without_body_has_a_content_length_of_zero() {
         check(
             request(Method::POST),
             Empty::<Bytes>::new(),
@@ -134,7 +135,7 @@ mod tests {
     }
 
     #[test]
-    fn the_framing_is_our_own() {
+    fn the_framing_is_determined_by_the_gateway() {
         let mut sized = request(Method::PUT);
         sized.headers_mut().insert(CONTENT_LENGTH, HeaderValue::from_static("5"));
         sized.headers_mut().insert("x-kept", HeaderValue::from_static("a b"));
@@ -153,7 +154,7 @@ mod tests {
     }
 
     #[test]
-    fn trailers_that_frame_or_route_stay_here() {
+    fn trailers_for_framing_or_routing_are_removed() {
         let trailers = HeaderMap::from_iter([
             (CONTENT_LENGTH, HeaderValue::from_static("5")),
             (http::header::HOST, HeaderValue::from_static("else.where")),

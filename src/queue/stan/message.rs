@@ -16,7 +16,7 @@ use serde_json::{Map, Value};
 
 use crate::call_id::{X_CALL_ID, X_START_TIME};
 use crate::function::{Function, has_dot_segment};
-use crate::proxy::headers::end_to_end;
+use crate::proxy::headers::keep_end_to_end;
 use crate::queue::call::{CallOptions, MAX_HEADERS, QueuedCall, UnixMillis};
 use crate::queue::stan::callback::{CallbackUrl, percent_encode};
 use crate::queue::stan::payload::{Payload, canonical_header_name};
@@ -196,7 +196,7 @@ fn function_headers(payload: &Payload) -> Result<HeaderMap, DecodeError> {
         }
     }
     // A queued call cannot switch protocols.
-    if end_to_end(&mut headers).is_some() {
+    if keep_end_to_end(&mut headers).is_some() {
         headers.remove(http::header::UPGRADE);
         headers.remove(http::header::CONNECTION);
     }

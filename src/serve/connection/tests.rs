@@ -1,4 +1,5 @@
-//! A connection over real sockets whose task is polled by hand, so that what it is told comes at a known moment.
+//! Tests of a connection over real sockets. The tests poll its task themselves, so that signals arrive at known
+//! moments.
 
 use std::convert::Infallible;
 use std::future::Ready;
@@ -15,27 +16,27 @@ use tokio_util::task::TaskTracker;
 
 use super::*;
 use crate::config::Timeouts;
-use crate::serve::heads::Heads;
-use crate::serve::register::{Register, Seat, Shard};
-use crate::watch::Watch;
+use crate::deadlines::Deadlines;
+use crate::serve::head_budget::HeadBudget;
+use crate::serve::registry::{ConnectionRegistry, Registration, Shard};
 
 const LONG: Duration = Duration::from_secs(3600);
 const TIMEOUTS: Timeouts = Timeouts { read: LONG, write: LONG, idle: LONG, upstream: LONG };
 
-type Answer = Ready<Result<Response<String>, Infallible>>;
+type HelloResponse = Ready<Result<Response<String>, Infallible>>;
 
-/// Says `hello` to every request.
+/// Responds `hello` to every request.
 #[derive(Clone)]
-struct Hello(Arc<Watch>);
+struct Hello(Arc<Deadlines>);
 
 impl Service<Request<Incoming>> for Hello {
     type Response = Response<String>;
     type Error = Infallible;
-    type Future = Answer;
+    type Future = HelloResponse;
 
-    fn call(&self, _: Request<Incoming>) -> Answer {
-        self.0.call_begins();
-        self.0.call_ended(Instant::now(), LONG);
+    fn call(&self, _: Request<Incoming>) -> HelloResponse {
+        self.0.on_exchange_started();
+        self.0.on_exchange_finished(Instant::now(), LONG);
         std::future::ready(Ok(Response::new("hello".to_owned())))
     }
 }
@@ -49,20 +50,21 @@ impl Wake for Woken {
     }
 }
 
-/// A connection, its task, and its client.
-struct ByHand {
+/// A connection, polled by the test, and its client.
+struct ManualConnection {
     connection: Pin<Box<Connection<Hello>>>,
     woken: Arc<Woken>,
     client: TcpStream,
-    watch: Arc<Watch>,
+    deadlines: Arc<Deadlines>,
     closing: CancellationToken,
-    heads: Arc<Heads>,
+    head_budget: Arc<HeadBudget>,
     shard: Arc<Shard>,
-    seat: Arc<Seat>,
+    registration: Arc<Registration>,
 }
 
-impl ByHand {
-    /// A connection that was accepted an hour ago, before `first` came. Incomplete heads have `budget` bytes.
+impl ManualConnection {
+    /// Creates a connection that was accepted an hour ago and then received `first`. Incomplete heads have `budget`
+    /// bytes.
     async fn new(first: &[u8], budget: usize) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let mut client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
@@ -77,26 +79,37 @@ impl ByHand {
         }
 
         let long_ago = Instant::now().checked_sub(LONG).unwrap();
-        let watch = Arc::new(Watch::at(long_ago));
-        watch.call_ended(long_ago, 2 * LONG);
-        let place = Arc::new(Semaphore::new(1)).try_acquire_owned().unwrap();
-        let mut caller = Caller::new(address, TaskTracker::new(), place);
-        caller.watch = Arc::clone(&watch);
-        let (heads, register) = (Arc::new(Heads::new(budget)), Register::default());
-        let shard = register.shard(&heads);
-        let seat = shard.enter(&watch, &heads);
-        let stream = CallerStream::new(tcp, Arc::clone(&watch), TIMEOUTS, Arc::clone(&seat));
+        let deadlines = Arc::new(Deadlines::with_base(long_ago));
+        deadlines.on_exchange_finished(long_ago, 2 * LONG);
+        let permit = Arc::new(Semaphore::new(1)).try_acquire_owned().unwrap();
+        let mut handle = ClientConnection::new(address, TaskTracker::new(), permit);
+        handle.deadlines = Arc::clone(&deadlines);
+        let (head_budget, registry) =
+            (Arc::new(HeadBudget::new(budget)), ConnectionRegistry::default());
+        let shard = registry.add_shard(&head_budget);
+        let registration = shard.register(&deadlines, &head_budget);
+        let stream =
+            ClientIo::new(tcp, Arc::clone(&deadlines), TIMEOUTS, Arc::clone(&registration));
         let closing = CancellationToken::new();
-        let seated = Seated(Arc::clone(&seat));
-        let service = Hello(Arc::clone(&watch));
+        let guard = RegistrationGuard(Arc::clone(&registration));
+        let service = Hello(Arc::clone(&deadlines));
         let mut connection =
-            Connection::new(builder(), stream, caller, service, closing.clone(), seated);
-        connection.accepted = long_ago;
+            Connection::new(builder(), stream, handle, service, closing.clone(), guard);
+        connection.accepted_at = long_ago;
         let connection = Box::pin(connection);
-        Self { connection, woken: Arc::default(), client, watch, closing, heads, shard, seat }
+        Self {
+            connection,
+            woken: Arc::default(),
+            client,
+            deadlines,
+            closing,
+            head_budget,
+            shard,
+            registration,
+        }
     }
 
-    /// Polls once; whether the connection has ended.
+    /// Polls once. Returns whether the connection has ended.
     fn ends(&mut self) -> bool {
         self.woken.0.store(false, SeqCst);
         let waker = Waker::from(Arc::clone(&self.woken));
@@ -114,7 +127,7 @@ impl ByHand {
                 tokio::task::yield_now().await;
             }
         };
-        tokio::time::timeout(Duration::from_secs(10), woken).await.expect("it is woken");
+        tokio::time::timeout(Duration::from_secs(10), woken).await.expect("the task is woken");
     }
 
     /// Sends `bytes`, and waits until the connection may read them.
@@ -123,150 +136,152 @@ impl ByHand {
         self.woken().await;
     }
 
-    /// Tells the connection something, as another task does.
-    fn tell(&self, note: Note) {
-        self.shard.lock().open[&self.seat.key].tell(note);
+    /// Sends `signal` to the connection, as another task does.
+    fn signal(&self, signal: Signal) {
+        self.shard.lock().open[&self.registration.key].signal(signal);
     }
 
-    /// Polls, whenever the task is woken, until the client has received something that ends with `end`.
+    /// Polls whenever the task is woken, until the client has received data that ends with `end`.
     async fn until(&mut self, end: &str) -> String {
         let (mut received, mut piece) = (String::new(), [0; 1 << 10]);
         let deadline = Instant::now() + Duration::from_secs(10);
         while !received.ends_with(end) {
             assert!(Instant::now() < deadline, "{received:?}");
             match self.client.read(&mut piece) {
-                Ok(0) => panic!("it is closed after {received:?}"),
+                Ok(0) => panic!("closed after {received:?}"),
                 Ok(length) => received.push_str(std::str::from_utf8(&piece[..length]).unwrap()),
                 Err(error) => assert_eq!(error.kind(), ErrorKind::WouldBlock),
             }
             if self.is_woken() {
-                assert!(!self.ends(), "it has ended after {received:?}");
+                assert!(!self.ends(), "ended after {received:?}");
             }
             tokio::task::yield_now().await;
         }
         received
     }
 
-    /// Whether the client sees the end of the connection next.
+    /// Returns whether the client's next read shows the end of the connection.
     fn is_closed(&mut self) -> bool {
         matches!(self.client.read(&mut [0]), Ok(0))
     }
 }
 
-const BEGUN: &[u8] = b"GET / HTTP/1.1\r\nHost: g\r\n";
+const STARTED_HEAD: &[u8] = b"GET / HTTP/1.1\r\nHost: g\r\n";
 const MALFORMED: &[u8] = b"GET / HTTP/1.1\r\nHost g\r\n\r\n";
 
 #[tokio::test]
-async fn a_connection_that_lingers_in_its_first_poll_hears_that_it_is_to_leave() {
-    let mut it = ByHand::new(MALFORMED, 1 << 20).await;
-    assert!(!it.ends());
-    assert!(it.until("malformed\n").await.starts_with("HTTP/1.1 400 "));
-    it.tell(Note::Leave);
-    assert!(it.is_woken());
-    assert!(it.ends());
+async fn a_connection_that_lingers_after_its_first_poll_can_be_evicted() {
+    let mut test = ManualConnection::new(MALFORMED, 1 << 20).await;
+    assert!(!test.ends());
+    assert!(test.until("malformed\n").await.starts_with("HTTP/1.1 400 "));
+    test.signal(Signal::Evict);
+    assert!(test.is_woken());
+    assert!(test.ends());
 }
 
 #[tokio::test]
-async fn a_connection_that_lingers_in_its_first_poll_hears_that_the_process_stops() {
-    let mut it = ByHand::new(MALFORMED, 1 << 20).await;
-    assert!(!it.ends());
-    it.closing.cancel();
-    assert!(it.is_woken());
+async fn a_connection_that_lingers_after_its_first_poll_is_woken_by_shutdown() {
+    let mut test = ManualConnection::new(MALFORMED, 1 << 20).await;
+    assert!(!test.ends());
+    test.closing.cancel();
+    assert!(test.is_woken());
 }
 
 #[tokio::test]
-async fn a_connection_whose_head_begins_before_it_heeds_that_it_is_to_leave_stays() {
-    let mut it = ByHand::new(b"", 1 << 20).await;
-    assert!(!it.ends());
-    it.send(BEGUN).await;
-    it.tell(Note::Leave);
-    assert!(!it.ends(), "closed in the middle of a head");
-    assert_eq!(it.watch.stage(), Stage::Head);
-    // The acceptor need not wait for this connection any longer.
-    assert!(!it.watch.has(Note::Leave));
-    it.send(b"\r\n").await;
-    assert!(it.until("hello").await.starts_with("HTTP/1.1 200 "));
+async fn a_head_that_starts_before_an_eviction_is_handled_cancels_it() {
+    let mut test = ManualConnection::new(b"", 1 << 20).await;
+    assert!(!test.ends());
+    test.send(STARTED_HEAD).await;
+    test.signal(Signal::Evict);
+    assert!(!test.ends(), "closed in the middle of a head");
+    assert_eq!(test.deadlines.state(), ConnectionState::ReadingHead);
+    // The acceptor must not wait for this connection any longer.
+    assert!(!test.deadlines.has_signal(Signal::Evict));
+    test.send(b"\r\n").await;
+    assert!(test.until("hello").await.starts_with("HTTP/1.1 200 "));
 }
 
 #[tokio::test]
-async fn a_connection_that_is_idle_or_whose_head_takes_too_long_leaves() {
-    let mut idle = ByHand::new(b"", 1 << 20).await;
+async fn an_idle_connection_and_one_with_a_slow_head_can_be_evicted() {
+    let mut idle = ManualConnection::new(b"", 1 << 20).await;
     assert!(!idle.ends());
-    idle.tell(Note::Leave);
+    idle.signal(Signal::Evict);
     assert!(idle.ends());
-    let mut slow = ByHand::new(b"", 1 << 20).await;
+    let mut slow = ManualConnection::new(b"", 1 << 20).await;
     assert!(!slow.ends());
-    slow.send(BEGUN).await;
+    slow.send(STARTED_HEAD).await;
     assert!(!slow.ends());
-    slow.watch.head_began(Instant::now().checked_sub(register::HEAD).unwrap(), LONG);
-    slow.tell(Note::Leave);
+    slow.deadlines
+        .on_head_started_at(Instant::now().checked_sub(registry::HEAD_GRACE).unwrap(), LONG);
+    slow.signal(Signal::Evict);
     assert!(slow.ends());
 }
 
 #[tokio::test]
-async fn a_call_that_ends_before_its_connection_heeds_that_it_is_to_leave_keeps_it() {
-    let mut it = ByHand::new(b"", 1 << 20).await;
-    assert!(!it.ends());
-    it.send(&[BEGUN, b"\r\n"].concat()).await;
-    it.tell(Note::Leave);
-    assert!(!it.ends());
-    assert!(it.until("hello").await.starts_with("HTTP/1.1 200 "));
-    it.send(&[BEGUN, b"\r\n"].concat()).await;
-    assert!(it.until("hello").await.starts_with("HTTP/1.1 200 "));
+async fn a_request_that_ends_before_an_eviction_is_handled_cancels_it() {
+    let mut test = ManualConnection::new(b"", 1 << 20).await;
+    assert!(!test.ends());
+    test.send(&[STARTED_HEAD, b"\r\n"].concat()).await;
+    test.signal(Signal::Evict);
+    assert!(!test.ends());
+    assert!(test.until("hello").await.starts_with("HTTP/1.1 200 "));
+    test.send(&[STARTED_HEAD, b"\r\n"].concat()).await;
+    assert!(test.until("hello").await.starts_with("HTTP/1.1 200 "));
 }
 
 #[tokio::test]
-async fn the_rest_of_a_head_is_waited_for_when_the_process_stops() {
-    let mut it = ByHand::new(&[BEGUN, b"\r\n"].concat(), 1 << 20).await;
-    assert!(!it.ends());
-    it.until("hello").await;
-    it.send(BEGUN).await;
-    assert!(!it.ends());
-    it.closing.cancel();
-    assert!(it.is_woken());
-    assert!(!it.ends(), "closed in the middle of a head");
-    let due = it.watch.due().unwrap();
-    assert!(due <= Instant::now() + register::HEAD);
-    it.client.write_all(b"\r\n").unwrap();
-    it.woken().await;
-    assert!(it.ends());
+async fn shutdown_waits_for_the_rest_of_a_head() {
+    let mut test = ManualConnection::new(&[STARTED_HEAD, b"\r\n"].concat(), 1 << 20).await;
+    assert!(!test.ends());
+    test.until("hello").await;
+    test.send(STARTED_HEAD).await;
+    assert!(!test.ends());
+    test.closing.cancel();
+    assert!(test.is_woken());
+    assert!(!test.ends(), "closed in the middle of a head");
+    let next = test.deadlines.next_deadline().unwrap();
+    assert!(next <= Instant::now() + registry::HEAD_GRACE);
+    test.client.write_all(b"\r\n").unwrap();
+    test.woken().await;
+    assert!(test.ends());
     let mut response = [0; 1 << 10];
-    let length = it.client.read(&mut response).unwrap();
+    let length = test.client.read(&mut response).unwrap();
     let response = std::str::from_utf8(&response[..length]).unwrap();
     assert!(response.starts_with("HTTP/1.1 200 ") && response.ends_with("hello"), "{response}");
-    assert!(it.is_closed());
+    assert!(test.is_closed());
 }
 
 #[tokio::test]
-async fn a_head_that_takes_too_long_is_not_waited_for_when_the_process_stops() {
-    let mut it = ByHand::new(b"", 1 << 20).await;
-    assert!(!it.ends());
-    it.send(BEGUN).await;
-    assert!(!it.ends());
-    it.watch.head_began(Instant::now().checked_sub(register::HEAD).unwrap(), LONG);
-    it.closing.cancel();
-    // It closes when its timer fires, which is due.
-    if !it.ends() {
-        it.woken().await;
-        assert!(it.ends());
+async fn shutdown_does_not_wait_for_a_slow_head() {
+    let mut test = ManualConnection::new(b"", 1 << 20).await;
+    assert!(!test.ends());
+    test.send(STARTED_HEAD).await;
+    assert!(!test.ends());
+    test.deadlines
+        .on_head_started_at(Instant::now().checked_sub(registry::HEAD_GRACE).unwrap(), LONG);
+    test.closing.cancel();
+    // The connection closes when its timer fires, whose deadline has passed.
+    if !test.ends() {
+        test.woken().await;
+        assert!(test.ends());
     }
 }
 
 #[tokio::test]
-async fn a_refused_head_counts_no_more_while_its_connection_lingers() {
+async fn a_refused_head_is_released_while_its_connection_lingers() {
     const SIZE: usize = 60 << 10;
-    let mut it = ByHand::new(b"", SIZE * 3 / 2).await;
-    assert!(!it.ends());
-    let head = [BEGUN, b"A: ", &[b'a'; SIZE]].concat();
+    let mut test = ManualConnection::new(b"", SIZE * 3 / 2).await;
+    assert!(!test.ends());
+    let head = [STARTED_HEAD, b"A: ", &[b'a'; SIZE]].concat();
     for piece in head.chunks(8 << 10) {
-        it.send(piece).await;
-        assert!(!it.ends());
+        test.send(piece).await;
+        assert!(!test.ends());
     }
-    it.send(b"\r\nmalformed\r\n\r\n").await;
-    assert!(!it.ends());
-    assert!(it.until("malformed\n").await.starts_with("HTTP/1.1 400 "));
-    let other = Arc::new(Watch::new());
-    let seat = Seated(it.shard.enter(&other, &it.heads));
-    assert!(it.heads.grows(&seat.0, SIZE));
-    assert!(!it.watch.has(Note::Refuse));
+    test.send(b"\r\nmalformed\r\n\r\n").await;
+    assert!(!test.ends());
+    assert!(test.until("malformed\n").await.starts_with("HTTP/1.1 400 "));
+    let other = Arc::new(Deadlines::new());
+    let registration = RegistrationGuard(test.shard.register(&other, &test.head_budget));
+    assert!(test.head_budget.charge(&registration.0, SIZE));
+    assert!(!test.deadlines.has_signal(Signal::RefuseHead));
 }

@@ -1,19 +1,19 @@
-//! What the fuzzer checks of heads of requests that hyper refuses.
+//! Properties of refused request heads that the fuzzer checks.
 
-use crate::serve::refusal::{Outcome, has_long_target, response, too_large};
+use crate::serve::refusal::{HeadOutcome, classify_too_large, has_long_target, response};
 
 /// A head whose version is corrected differs in one byte, and is then one of HTTP/1.1; any other gets a response.
 pub(crate) fn refused_head(data: &[u8]) {
-    let _: Outcome = too_large(data);
+    let _: HeadOutcome = classify_too_large(data);
     let _ = has_long_target(data);
-    match Outcome::of_version(data) {
-        Outcome::Corrected(corrected) => {
+    match HeadOutcome::from_version(data) {
+        HeadOutcome::Corrected(corrected) => {
             let changed = corrected.iter().zip(data).filter(|(new, old)| new != old).count();
             assert!(changed == 1 && corrected.len() == data.len());
-            assert!(matches!(Outcome::of_version(&corrected), Outcome::Refused(_)));
+            assert!(matches!(HeadOutcome::from_version(&corrected), HeadOutcome::Refused(_)));
         }
-        Outcome::NeedsRoom => panic!("a version needs no room"),
-        Outcome::Refused(error) => {
+        HeadOutcome::NeedsManyHeaders => panic!("a version does not need more headers"),
+        HeadOutcome::Refused(error) => {
             let response = response(error, false);
             assert!(response.starts_with(b"HTTP/1.1 4") || response.starts_with(b"HTTP/1.1 5"));
         }

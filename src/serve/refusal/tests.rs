@@ -1,4 +1,4 @@
-//! What the client is told about each head that hyper refuses, by hyper itself.
+//! Tests of refused request heads, with the errors of hyper itself.
 
 use std::convert::Infallible;
 use std::time::Duration;
@@ -14,14 +14,14 @@ use crate::serve::connection::builder;
 #[track_caller]
 fn check(head: &str, expect: Result<&'static str, HeadError>) {
     let expect = match expect {
-        Ok(corrected) => Outcome::Corrected(Bytes::from_static(corrected.as_bytes())),
-        Err(error) => Outcome::Refused(error),
+        Ok(corrected) => HeadOutcome::Corrected(Bytes::from_static(corrected.as_bytes())),
+        Err(error) => HeadOutcome::Refused(error),
     };
-    assert_eq!(Outcome::of_version(head.as_bytes()), expect, "{head:?}");
+    assert_eq!(HeadOutcome::from_version(head.as_bytes()), expect, "{head:?}");
 }
 
 #[test]
-fn a_higher_minor_version_is_corrected_where_it_stands() {
+fn a_higher_minor_version_is_corrected_in_place() {
     check("GET / HTTP/1.2\r\nA: HTTP/1.3\r\n\r\n", Ok("GET / HTTP/1.1\r\nA: HTTP/1.3\r\n\r\n"));
     check("\r\nGET /HTTP/1.2 HTTP/1.9\n\n", Ok("\r\nGET /HTTP/1.2 HTTP/1.1\n\n"));
     check("GET / HTTP/1.7", Ok("GET / HTTP/1.1"));
@@ -41,23 +41,26 @@ fn other_versions_are_refused() {
 }
 
 #[test]
-fn what_is_too_large_is_found_out() {
+fn too_large_heads_and_lengths_are_distinguished() {
     let head =
         |count: usize| format!("GET / HTTP/1.1\r\n{}\r\n", "A: b\r\n".repeat(count)).into_bytes();
-    let refused = Outcome::Refused;
-    assert_eq!(too_large(&head(MAX_HEADERS + 1)), refused(HeadError::TooManyHeaders));
-    assert_eq!(too_large(&head(FEW_LINES + 1)), Outcome::NeedsRoom);
-    assert_eq!(too_large(&head(1)), refused(HeadError::ContentLength));
-    assert_eq!(too_large(b""), refused(HeadError::ContentLength));
-    assert_eq!(too_large(&vec![b'x'; MAX_HEAD]), refused(HeadError::TooLarge));
-    let large = format!("GET / HTTP/1.1\r\nA: {}\r\n\r\n", "x".repeat(MAX_HEAD));
-    assert_eq!(too_large(large.as_bytes()), refused(HeadError::TooLarge));
-    // A body, whose head hyper has taken.
-    assert_eq!(too_large("A: b\n".repeat(300).as_bytes()), refused(HeadError::ContentLength));
+    let refused = HeadOutcome::Refused;
+    assert_eq!(classify_too_large(&head(MAX_HEADERS + 1)), refused(HeadError::TooManyHeaders));
+    assert_eq!(classify_too_large(&head(DEFAULT_MAX_HEADERS + 1)), HeadOutcome::NeedsManyHeaders);
+    assert_eq!(classify_too_large(&head(1)), refused(HeadError::ContentLength));
+    assert_eq!(classify_too_large(b""), refused(HeadError::ContentLength));
+    assert_eq!(classify_too_large(&vec![b'x'; MAX_HEAD_BYTES]), refused(HeadError::TooLarge));
+    let large = format!("GET / HTTP/1.1\r\nA: {}\r\n\r\n", "x".repeat(MAX_HEAD_BYTES));
+    assert_eq!(classify_too_large(large.as_bytes()), refused(HeadError::TooLarge));
+    // A body whose head hyper has removed.
+    assert_eq!(
+        classify_too_large("A: b\n".repeat(300).as_bytes()),
+        refused(HeadError::ContentLength)
+    );
 }
 
 #[test]
-fn a_response_is_whole_and_closes() {
+fn a_response_is_complete_and_closes_the_connection() {
     let text = response(HeadError::Method, false);
     let text = std::str::from_utf8(&text).unwrap();
     let (head, body) = text.split_once("\r\n\r\n").unwrap();
@@ -67,8 +70,8 @@ fn a_response_is_whole_and_closes() {
     assert_eq!(body, "the method of the request is malformed\n");
 }
 
-/// What becomes of `head`, with what hyper itself says of it.
-async fn refused(head: &[u8]) -> Outcome {
+/// Passes `head` to hyper, and classifies its error.
+async fn refused(head: &[u8]) -> HeadOutcome {
     let (mut client, server) = tokio::io::duplex(4 << 20);
     client.write_all(head).await.unwrap();
     let service = service_fn(|_| async { Ok::<_, Infallible>(Response::new(String::new())) });
@@ -77,11 +80,11 @@ async fn refused(head: &[u8]) -> Outcome {
     let mut connection = builder.serve_connection(TokioIo::new(server), service);
     let served = tokio::time::timeout(Duration::from_secs(10), &mut connection).await;
     let error = served.expect("hyper ends").expect_err("hyper refuses it");
-    Outcome::of(&error, &connection.into_parts().read_buf)
+    HeadOutcome::from_hyper(&error, &connection.into_parts().read_buf)
 }
 
 #[tokio::test]
-async fn every_reason_of_hypers_is_recognised() {
+async fn every_error_of_hyper_is_recognized() {
     let line = |line: &str| format!("GET / HTTP/1.1\r\n{line}\r\n\r\n");
     let target = |length: usize| format!("GET /{} HTTP/1.1\r\n\r\n", "x".repeat(length));
     for (head, expect) in [
@@ -105,14 +108,14 @@ async fn every_reason_of_hypers_is_recognised() {
             "GET / HTTP/1.0\r\nTransfer-Encoding: chunked\r\n\r\n".to_owned(),
             HeadError::TransferEncodingInHttp10,
         ),
-        (target(MAX_TARGET), HeadError::TargetTooLong),
-        (target(MAX_HEAD), HeadError::TooLarge),
-        (format!("GET / HTTP/1.1\r\nA: {}", "x".repeat(2 * MAX_HEAD)), HeadError::TooLarge),
+        (target(MAX_TARGET_BYTES), HeadError::TargetTooLong),
+        (target(MAX_HEAD_BYTES), HeadError::TooLarge),
+        (format!("GET / HTTP/1.1\r\nA: {}", "x".repeat(2 * MAX_HEAD_BYTES)), HeadError::TooLarge),
         (line(&"A: b\r\n".repeat(MAX_HEADERS + 1)), HeadError::TooManyHeaders),
     ] {
         let shown = head.get(..80).unwrap_or(&head);
-        assert_eq!(refused(head.as_bytes()).await, Outcome::Refused(expect), "{shown:?}");
+        assert_eq!(refused(head.as_bytes()).await, HeadOutcome::Refused(expect), "{shown:?}");
     }
-    let corrected = Outcome::Corrected(Bytes::from_static(b"GET / HTTP/1.1\r\n\r\n"));
+    let corrected = HeadOutcome::Corrected(Bytes::from_static(b"GET / HTTP/1.1\r\n\r\n"));
     assert_eq!(refused(b"GET / HTTP/1.7\r\n\r\n").await, corrected);
 }

@@ -11,7 +11,7 @@ use crate::async_api::call_options::{
 };
 use crate::call_id::{USER_AGENT_VALUE, X_CALL_ID};
 use crate::callback_chain::{CALLBACK_MARK, X_GATEWAY_CALLBACK, X_GATEWAY_CALLBACKS};
-use crate::proxy::headers::to_caller;
+use crate::proxy::headers::to_client;
 use crate::trace::context::{TRACEPARENT, TRACESTATE};
 use crate::worker::callback::CallbackPayload;
 use crate::worker::callback::target::CallbackTarget;
@@ -67,7 +67,7 @@ fn is_copied(name: &HeaderName) -> bool {
 /// Builds the headers of a callback to `target`, without its signature.
 pub(super) fn build(target: &CallbackTarget, payload: &CallbackPayload) -> HeaderMap {
     let mut response = payload.headers.clone();
-    to_caller(&mut response, false);
+    to_client(&mut response, false);
     let mut headers = HeaderMap::with_capacity(response.len() + 16);
     for (name, value) in &response {
         if is_copied(name) {

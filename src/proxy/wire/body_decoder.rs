@@ -1,49 +1,49 @@
-//! The body of an answer, taken out of its frame.
+//! Decodes the body of a response according to its framing.
 
 use bytes::{Buf, Bytes, BytesMut};
 use http::{HeaderMap, HeaderName, HeaderValue};
 use http_body::{Frame, SizeHint};
 use httparse::Status;
 
-use crate::proxy::headers::may_trail;
-use crate::proxy::wire::Malformed;
-use crate::proxy::wire::spaces::{may_be_before_colon, without_spaces};
+use crate::proxy::headers::is_allowed_trailer;
+use crate::proxy::wire::ParseError;
+use crate::proxy::wire::space_before_colon::{may_precede_colon, remove_space_before_colons};
 
-/// The longest line with a chunk's size, extensions included, and the longest trailers.
-const MAX_LINES: usize = 16 << 10;
+/// Maximum length of a chunk-size line with its extensions, and of all trailers.
+const MAX_LINE_BYTES: usize = 16 << 10;
 const MAX_TRAILERS: usize = 100;
-/// Pieces of up to this size are copied: to share a buffer costs more, and keeps all of it.
-const SMALL: usize = 4 << 10;
+/// Data up to this size is copied: to share the read buffer costs more, and keeps the whole buffer allocated.
+const COPY_THRESHOLD_BYTES: usize = 4 << 10;
 
-/// Where in a body we are.
+/// The decoder of a body, and its position in it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(in crate::proxy) enum Decoder {
-    /// So many bytes are to come, at least one.
+pub(in crate::proxy) enum BodyDecoder {
+    /// A body with the given number of bytes left, at least one.
     Length(u64),
-    Chunked(Chunk),
+    Chunked(ChunkState),
     /// The body ends with its connection.
     UntilClose,
     Done,
 }
 
-/// Where in a chunked body we are.
+/// The position in a chunked body.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(in crate::proxy) enum Chunk {
+pub(in crate::proxy) enum ChunkState {
     Size,
-    /// So many bytes of it are to come, at least one.
+    /// In the data of a chunk, with the given number of bytes left, at least one.
     Data(u64),
-    /// The end of the line behind its data.
-    End,
+    /// Before the line end that follows the data of a chunk.
+    DataEnd,
     Trailers,
 }
 
-impl Decoder {
+impl BodyDecoder {
     pub(in crate::proxy) fn length(length: u64) -> Self {
         if length == 0 { Self::Done } else { Self::Length(length) }
     }
 
     pub(in crate::proxy) fn chunked() -> Self {
-        Self::Chunked(Chunk::Size)
+        Self::Chunked(ChunkState::Size)
     }
 
     pub(in crate::proxy) fn is_done(&self) -> bool {
@@ -58,16 +58,16 @@ impl Decoder {
         }
     }
 
-    /// How many more bytes belong to this body for certain.
-    pub(in crate::proxy) fn expects(&self) -> u64 {
+    /// Returns a lower bound of the number of bytes left.
+    pub(in crate::proxy) fn remaining_hint(&self) -> u64 {
         match self {
-            Self::Length(length) | Self::Chunked(Chunk::Data(length)) => *length,
+            Self::Length(length) | Self::Chunked(ChunkState::Data(length)) => *length,
             Self::Chunked(_) | Self::UntilClose | Self::Done => 0,
         }
     }
 
-    /// The content at the front of `input`, before any of it has been taken; no more of it than one chunk.
-    pub(in crate::proxy) fn beginning<'a>(&self, input: &'a [u8]) -> &'a [u8] {
+    /// Returns the content at the front of `input`, at most one chunk. Only before the first `decode_frame`.
+    pub(in crate::proxy) fn peek<'a>(&self, input: &'a [u8]) -> &'a [u8] {
         match self {
             Self::Done => &[],
             Self::Length(length) => {
@@ -85,39 +85,40 @@ impl Decoder {
         }
     }
 
-    /// Checks what has come of the body before any of it is taken: one that cannot be read is known before its head is
-    /// passed on.
-    pub(in crate::proxy) fn check_beginning(&self, input: &[u8]) -> Result<(), Malformed> {
+    /// Checks the first chunk size, if received, so that an invalid body is detected before its head is forwarded.
+    pub(in crate::proxy) fn check_first_chunk(&self, input: &[u8]) -> Result<(), ParseError> {
         match self {
-            Self::Chunked(Chunk::Size) if !input.is_empty() => parse_size(input).map(|_| ()),
+            Self::Chunked(ChunkState::Size) if !input.is_empty() => {
+                parse_chunk_size(input).map(|_| ())
+            }
             _ => Ok(()),
         }
     }
 
-    /// The connection has been closed. Whether the body is whole.
-    pub(in crate::proxy) fn close(&mut self) -> bool {
+    /// The connection has been closed. Returns whether the body is complete.
+    pub(in crate::proxy) fn on_eof(&mut self) -> bool {
         if *self == Self::UntilClose {
             *self = Self::Done;
         }
         self.is_done()
     }
 
-    /// Takes the next frame from the front of `input`; `None` while there is none, or when the body is done.
-    pub(in crate::proxy) fn take_frame(
+    /// Removes the next frame from the front of `input`; `None` while there is none, or when the body is complete.
+    pub(in crate::proxy) fn decode_frame(
         &mut self,
         input: &mut BytesMut,
-    ) -> Result<Option<Frame<Bytes>>, Malformed> {
+    ) -> Result<Option<Frame<Bytes>>, ParseError> {
         match self {
             Self::Done => Ok(None),
-            Self::UntilClose => Ok(take(input, u64::MAX)),
+            Self::UntilClose => Ok(take_data(input, u64::MAX)),
             Self::Length(left) => {
-                let frame = take(input, *left);
-                *self = Self::length(*left - length_of(frame.as_ref()));
+                let frame = take_data(input, *left);
+                *self = Self::length(*left - data_length(frame.as_ref()));
                 Ok(frame)
             }
             Self::Chunked(chunk) => {
                 let mut at = *chunk;
-                let frame = self.take_chunked(&mut at, input)?;
+                let frame = self.decode_chunked(&mut at, input)?;
                 if !self.is_done() {
                     *self = Self::Chunked(at);
                 }
@@ -126,35 +127,35 @@ impl Decoder {
         }
     }
 
-    /// Goes on to the end of the first data, and over the end of the body if that is all that follows: so the last
-    /// data and the end go out together.
-    fn take_chunked(
+    /// Decodes up to the end of the first data, and also the end of the body if nothing else follows. The last data and
+    /// the end of the body are then sent to the client together.
+    fn decode_chunked(
         &mut self,
-        at: &mut Chunk,
+        at: &mut ChunkState,
         input: &mut BytesMut,
-    ) -> Result<Option<Frame<Bytes>>, Malformed> {
+    ) -> Result<Option<Frame<Bytes>>, ParseError> {
         let mut frame = None;
         while !input.is_empty() {
             match *at {
-                Chunk::Data(_) if frame.is_some() => break,
-                // What is wrong behind the data is found again when it is their turn.
-                Chunk::Trailers if frame.is_some() && !input.starts_with(b"\r\n") => break,
-                Chunk::Data(left) => {
-                    frame = take(input, left);
-                    let left = left - length_of(frame.as_ref());
-                    *at = if left == 0 { Chunk::End } else { Chunk::Data(left) };
+                ChunkState::Data(_) if frame.is_some() => break,
+                // Errors after the data are reported by the next call.
+                ChunkState::Trailers if frame.is_some() && !input.starts_with(b"\r\n") => break,
+                ChunkState::Data(left) => {
+                    frame = take_data(input, left);
+                    let left = left - data_length(frame.as_ref());
+                    *at = if left == 0 { ChunkState::DataEnd } else { ChunkState::Data(left) };
                 }
-                Chunk::Trailers => {
+                ChunkState::Trailers => {
                     let Some(trailers) = take_trailers(input)? else { break };
                     *self = Self::Done;
                     let trailers = (!trailers.is_empty()).then(|| Frame::trailers(trailers));
                     return Ok(frame.or(trailers));
                 }
-                Chunk::Size | Chunk::End => match at.take_line(input) {
+                ChunkState::Size | ChunkState::DataEnd => match at.parse_line(input) {
                     Ok(Some(next)) => *at = next,
                     Ok(None) => break,
                     Err(_) if frame.is_some() => break,
-                    Err(malformed) => return Err(malformed),
+                    Err(error) => return Err(error),
                 },
             }
         }
@@ -162,11 +163,11 @@ impl Decoder {
     }
 }
 
-impl Chunk {
-    /// Takes the line that is next, and says what follows it.
-    fn take_line(self, input: &mut BytesMut) -> Result<Option<Self>, Malformed> {
+impl ChunkState {
+    /// Removes the next line, and returns the state after it.
+    fn parse_line(self, input: &mut BytesMut) -> Result<Option<Self>, ParseError> {
         if self == Self::Size {
-            return Ok(take_size(input)?.map(|size| match size {
+            return Ok(take_chunk_size(input)?.map(|size| match size {
                 0 => Self::Trailers,
                 size => Self::Data(size),
             }));
@@ -177,22 +178,22 @@ impl Chunk {
                 Ok(Some(Self::Size))
             }
             [b'\r'] => Ok(None),
-            _ => Err(Malformed::Chunk),
+            _ => Err(ParseError::Chunk),
         }
     }
 }
 
-fn length_of(frame: Option<&Frame<Bytes>>) -> u64 {
+fn data_length(frame: Option<&Frame<Bytes>>) -> u64 {
     frame.and_then(Frame::data_ref).map_or(0, |data| data.len() as u64)
 }
 
-/// Takes data of at most `most` bytes.
-fn take(input: &mut BytesMut, most: u64) -> Option<Frame<Bytes>> {
-    let length = input.len().min(usize::try_from(most).unwrap_or(usize::MAX));
+/// Removes data of at most `limit` bytes.
+fn take_data(input: &mut BytesMut, limit: u64) -> Option<Frame<Bytes>> {
+    let length = input.len().min(usize::try_from(limit).unwrap_or(usize::MAX));
     if length == 0 {
         return None;
     }
-    let data = if length <= SMALL || length <= input.capacity() / 4 {
+    let data = if length <= COPY_THRESHOLD_BYTES || length <= input.capacity() / 4 {
         let data = Bytes::copy_from_slice(&input[..length]);
         input.advance(length);
         data
@@ -204,48 +205,49 @@ fn take(input: &mut BytesMut, most: u64) -> Option<Frame<Bytes>> {
     Some(Frame::data(data))
 }
 
-fn take_size(input: &mut BytesMut) -> Result<Option<u64>, Malformed> {
-    Ok(parse_size(input)?.map(|(length, size)| {
+fn take_chunk_size(input: &mut BytesMut) -> Result<Option<u64>, ParseError> {
+    Ok(parse_chunk_size(input)?.map(|(length, size)| {
         input.advance(length);
         size
     }))
 }
 
-/// The line with a chunk's size at the front of `input`: its length, and the size. `None` while it is not there.
-fn parse_size(input: &[u8]) -> Result<Option<(usize, u64)>, Malformed> {
-    // httparse takes an empty line for a size of zero.
+/// Parses the chunk-size line at the front of `input`. Returns the length of the line and the size of the chunk; `None`
+/// while the line is incomplete.
+fn parse_chunk_size(input: &[u8]) -> Result<Option<(usize, u64)>, ParseError> {
+    // httparse accepts an empty line as a size of zero.
     if !input[0].is_ascii_hexdigit() {
-        return Err(Malformed::Chunk);
+        return Err(ParseError::Chunk);
     }
     match httparse::parse_chunk_size(input) {
         Ok(Status::Complete((length, size)))
-            if length <= MAX_LINES && is_plain(&input[..length - 2]) =>
+            if length <= MAX_LINE_BYTES && has_no_control_chars(&input[..length - 2]) =>
         {
             Ok(Some((length, size)))
         }
-        Ok(Status::Partial) if input.len() <= MAX_LINES => {
+        Ok(Status::Partial) if input.len() <= MAX_LINE_BYTES => {
             let line = input.strip_suffix(b"\r").unwrap_or(input);
-            if is_plain(line) { Ok(None) } else { Err(Malformed::Chunk) }
+            if has_no_control_chars(line) { Ok(None) } else { Err(ParseError::Chunk) }
         }
-        Ok(_) | Err(_) => Err(Malformed::Chunk),
+        Ok(_) | Err(_) => Err(ParseError::Chunk),
     }
 }
 
-/// Whether a line with a chunk's size has no control characters. httparse takes any in an extension, and others may
-/// take a bare LF there for the end of the line.
-fn is_plain(line: &[u8]) -> bool {
+/// Returns whether a chunk-size line has no control characters. httparse accepts them in an extension, where another
+/// recipient may accept a bare LF as the end of the line.
+fn has_no_control_chars(line: &[u8]) -> bool {
     line.iter().all(|byte| *byte == b'\t' || !byte.is_ascii_control())
 }
 
-fn take_trailers(input: &mut BytesMut) -> Result<Option<HeaderMap>, Malformed> {
+fn take_trailers(input: &mut BytesMut) -> Result<Option<HeaderMap>, ParseError> {
     if input.starts_with(b"\r\n") {
         input.advance(2);
         return Ok(Some(HeaderMap::new()));
     }
     let result = match parse_trailers(input) {
-        Err(Malformed::Head(httparse::Error::HeaderName)) => {
-            let lines = &input[..input.len().min(MAX_LINES + 1)];
-            if let Some(tight) = without_spaces(lines) {
+        Err(ParseError::Head(httparse::Error::HeaderName)) => {
+            let lines = &input[..input.len().min(MAX_LINE_BYTES + 1)];
+            if let Some(tight) = remove_space_before_colons(lines) {
                 let rest = input.split_off(lines.len());
                 input.clear();
                 input.extend_from_slice(&tight);
@@ -256,21 +258,21 @@ fn take_trailers(input: &mut BytesMut) -> Result<Option<HeaderMap>, Malformed> {
         result => result,
     };
     match result {
-        Ok(Status::Complete((length, trailers))) if length <= MAX_LINES => {
+        Ok(Status::Complete((length, trailers))) if length <= MAX_LINE_BYTES => {
             input.advance(length);
             Ok(Some(trailers))
         }
-        Ok(Status::Partial) if input.len() <= MAX_LINES => Ok(None),
-        Err(Malformed::Head(httparse::Error::HeaderName))
-            if input.len() <= MAX_LINES && may_be_before_colon(input) =>
+        Ok(Status::Partial) if input.len() <= MAX_LINE_BYTES => Ok(None),
+        Err(ParseError::Head(httparse::Error::HeaderName))
+            if input.len() <= MAX_LINE_BYTES && may_precede_colon(input) =>
         {
             Ok(None)
         }
-        Ok(_) | Err(_) => Err(Malformed::Trailers),
+        Ok(_) | Err(_) => Err(ParseError::Trailers),
     }
 }
 
-fn parse_trailers(input: &[u8]) -> Result<Status<(usize, HeaderMap)>, Malformed> {
+fn parse_trailers(input: &[u8]) -> Result<Status<(usize, HeaderMap)>, ParseError> {
     let mut room = [httparse::EMPTY_HEADER; MAX_TRAILERS];
     let Status::Complete((length, lines)) = httparse::parse_headers(input, &mut room)? else {
         return Ok(Status::Partial);
@@ -279,8 +281,8 @@ fn parse_trailers(input: &[u8]) -> Result<Status<(usize, HeaderMap)>, Malformed>
     for line in lines {
         let name = HeaderName::from_bytes(line.name.as_bytes());
         let value = HeaderValue::from_bytes(line.value);
-        let (Ok(name), Ok(value)) = (name, value) else { return Err(Malformed::Trailers) };
-        if may_trail(&name) {
+        let (Ok(name), Ok(value)) = (name, value) else { return Err(ParseError::Trailers) };
+        if is_allowed_trailer(&name) {
             trailers.append(name, value);
         }
     }
@@ -291,16 +293,16 @@ fn parse_trailers(input: &[u8]) -> Result<Status<(usize, HeaderMap)>, Malformed>
 mod tests {
     use super::*;
 
-    /// Feeds `text` in pieces of `size`; returns the data, the trailers and what is left.
+    /// Decodes `text` in pieces of `size` bytes. Returns the data, the trailers and the rest.
     fn decode(
-        mut decoder: Decoder,
+        mut decoder: BodyDecoder,
         text: &[u8],
         size: usize,
     ) -> (Vec<u8>, Option<HeaderMap>, Vec<u8>) {
         let (mut input, mut data, mut trailers) = (BytesMut::new(), Vec::new(), None);
         for piece in text.chunks(size) {
             input.extend_from_slice(piece);
-            while let Some(frame) = decoder.take_frame(&mut input).unwrap() {
+            while let Some(frame) = decoder.decode_frame(&mut input).unwrap() {
                 match frame.into_data() {
                     Ok(piece) => data.extend_from_slice(&piece),
                     Err(frame) => trailers = frame.into_trailers().ok(),
@@ -314,18 +316,18 @@ mod tests {
     #[test]
     fn a_body_of_known_length_ends_there() {
         for size in 1..8 {
-            let (data, _, left) = decode(Decoder::length(5), b"12345HTTP", size);
+            let (data, _, left) = decode(BodyDecoder::length(5), b"12345HTTP", size);
             assert_eq!((&data[..], &left[..]), (&b"12345"[..], &b"HTTP"[..]));
         }
-        assert!(Decoder::length(0).is_done());
+        assert!(BodyDecoder::length(0).is_done());
     }
 
     #[test]
-    fn chunks_are_taken_apart_however_they_come() {
+    fn chunks_are_decoded_however_they_are_split() {
         let text =
             b"4\r\nWiki\r\n6;ext=\"a\"\r\npedia \r\n0E\r\nin \r\n\r\nchunks.\r\n0\r\n\r\nHTTP";
         for size in 1..text.len() {
-            let (data, trailers, left) = decode(Decoder::chunked(), text, size);
+            let (data, trailers, left) = decode(BodyDecoder::chunked(), text, size);
             assert_eq!(data, b"Wikipedia in \r\n\r\nchunks.");
             assert_eq!((trailers, &left[..]), (None, &b"HTTP"[..]));
         }
@@ -335,7 +337,7 @@ mod tests {
     fn whitespace_before_the_colon_of_a_trailer_is_removed() {
         let text = b"0\r\nX-One : 1\r\nX-Two\t : 2 : 3\r\n\r\nX : 4";
         for size in 1..text.len() {
-            let (_, trailers, left) = decode(Decoder::chunked(), text, size);
+            let (_, trailers, left) = decode(BodyDecoder::chunked(), text, size);
             let trailers = trailers.unwrap();
             assert_eq!([&trailers["x-one"], &trailers["x-two"]], ["1", "2 : 3"]);
             assert_eq!(left, b"X : 4");
@@ -343,11 +345,11 @@ mod tests {
     }
 
     #[test]
-    fn trailers_follow_the_last_chunk() {
+    fn trailers_after_the_last_chunk_are_decoded() {
         let text =
             b"1\r\na\r\n000\r\nX-Checksum: 42\r\nContent-Length: 3\r\nx-checksum \t: 43\r\n\r\n";
         for size in 1..text.len() {
-            let (data, trailers, left) = decode(Decoder::chunked(), text, size);
+            let (data, trailers, left) = decode(BodyDecoder::chunked(), text, size);
             let trailers = trailers.unwrap();
             assert_eq!((&data[..], left.len(), trailers.len()), (&b"a"[..], 0, 2));
             assert_eq!(trailers.get_all("x-checksum").iter().collect::<Vec<_>>(), ["42", "43"]);
@@ -355,21 +357,21 @@ mod tests {
     }
 
     #[test]
-    fn the_end_comes_along_with_the_last_data() {
+    fn the_end_is_decoded_together_with_the_last_data() {
         let mut input = BytesMut::from("4\r\ndata\r\n0\r\n\r\n");
-        let mut decoder = Decoder::chunked();
-        let frame = decoder.take_frame(&mut input).unwrap().unwrap();
+        let mut decoder = BodyDecoder::chunked();
+        let frame = decoder.decode_frame(&mut input).unwrap().unwrap();
         assert_eq!(frame.into_data().unwrap(), "data");
         assert!(decoder.is_done());
     }
 
     #[test]
-    fn nonsense_is_refused() {
+    fn invalid_chunks_and_trailers_are_refused() {
         let refused = |text: &str| {
-            let mut decoder = Decoder::chunked();
+            let mut decoder = BodyDecoder::chunked();
             let mut input = BytesMut::from(text);
             loop {
-                match decoder.take_frame(&mut input) {
+                match decoder.decode_frame(&mut input) {
                     Ok(Some(_)) => {}
                     Ok(None) => return false,
                     Err(_) => return true,
@@ -395,43 +397,43 @@ mod tests {
         ] {
             assert!(refused(text), "{text:?}");
         }
-        assert!(refused(&format!("1;{}", "x".repeat(MAX_LINES))));
-        assert!(refused(&format!("0\r\na: {}", "x".repeat(MAX_LINES))));
+        assert!(refused(&format!("1;{}", "x".repeat(MAX_LINE_BYTES))));
+        assert!(refused(&format!("0\r\na: {}", "x".repeat(MAX_LINE_BYTES))));
         assert!(!refused("ffffffffffffffff\r\na"));
     }
 
     #[test]
-    fn the_beginning_is_what_came_of_the_content_and_no_more() {
-        let check = |decoder: Decoder, input: &'static [u8], expect: &[u8]| {
-            assert_eq!(decoder.beginning(input), expect, "{decoder:?}");
+    fn peek_returns_only_received_content() {
+        let check = |decoder: BodyDecoder, input: &'static [u8], expect: &[u8]| {
+            assert_eq!(decoder.peek(input), expect, "{decoder:?}");
         };
-        check(Decoder::length(4), b"datamore", b"data");
-        check(Decoder::length(u64::MAX), b"data", b"data");
-        check(Decoder::chunked(), b"4;x=y\r\ndata\r\n0\r\n\r\n", b"data");
-        check(Decoder::chunked(), b"ffff\r\ndata", b"data");
-        check(Decoder::UntilClose, b"data", b"data");
+        check(BodyDecoder::length(4), b"datamore", b"data");
+        check(BodyDecoder::length(u64::MAX), b"data", b"data");
+        check(BodyDecoder::chunked(), b"4;x=y\r\ndata\r\n0\r\n\r\n", b"data");
+        check(BodyDecoder::chunked(), b"ffff\r\ndata", b"data");
+        check(BodyDecoder::UntilClose, b"data", b"data");
         for nothing in [&b""[..], b"4", b"4\r\n", b"x\r\n", b"0\r\n\r\n"] {
-            check(Decoder::chunked(), nothing, b"");
+            check(BodyDecoder::chunked(), nothing, b"");
         }
-        check(Decoder::Done, b"data", b"");
+        check(BodyDecoder::Done, b"data", b"");
     }
 
     #[test]
     fn a_body_without_a_length_ends_with_its_connection() {
         let mut input = BytesMut::from("all of it");
-        let mut decoder = Decoder::UntilClose;
-        assert!(decoder.take_frame(&mut input).unwrap().is_some());
-        assert!(decoder.close() && decoder.is_done());
-        assert!(!Decoder::Length(1).close());
-        assert!(!Decoder::chunked().close());
+        let mut decoder = BodyDecoder::UntilClose;
+        assert!(decoder.decode_frame(&mut input).unwrap().is_some());
+        assert!(decoder.on_eof() && decoder.is_done());
+        assert!(!BodyDecoder::Length(1).on_eof());
+        assert!(!BodyDecoder::chunked().on_eof());
     }
 
     #[test]
-    fn a_large_piece_is_not_copied() {
+    fn large_data_is_not_copied() {
         let mut input = BytesMut::with_capacity(1 << 16);
         input.resize(1 << 16, b'x');
         let start = input.as_ptr();
-        let frame = Decoder::length(1 << 16).take_frame(&mut input).unwrap().unwrap();
+        let frame = BodyDecoder::length(1 << 16).decode_frame(&mut input).unwrap().unwrap();
         assert_eq!(frame.data_ref().unwrap().as_ptr(), start);
     }
 }

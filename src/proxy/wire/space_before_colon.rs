@@ -1,14 +1,15 @@
-//! Whitespace between the name of a field and its colon. A proxy removes it from a response (RFC 9112, 5.1), while
-//! httparse refuses it, or costs every response more than it needs to. So it is removed when a parser has failed.
+//! Removes whitespace between the name of a field and its colon, as a proxy must do in a response (RFC 9112, 5.1).
+//! httparse refuses such whitespace, or makes every response more expensive. It is therefore removed only after the
+//! parser has failed.
 
-/// The fields at the front of `text`, without whitespace before their colons; what follows their blank line stays as it
-/// is. `None`: there is no such whitespace.
-pub(super) fn without_spaces(text: &[u8]) -> Option<Vec<u8>> {
+/// Returns `text` without whitespace before the colons of the fields at its front; the text after their blank line is
+/// unchanged. `None` if there is no such whitespace.
+pub(super) fn remove_space_before_colons(text: &[u8]) -> Option<Vec<u8>> {
     let mut out = Vec::with_capacity(text.len());
     let (mut rest, mut removed) = (text, false);
     while !rest.is_empty() && !rest.starts_with(b"\r\n") && !rest.starts_with(b"\n") {
         let end = memchr::memchr(b'\n', rest).map_or(rest.len(), |at| at + 1);
-        let (name, spaces) = name_and_spaces(&rest[..end]);
+        let (name, spaces) = name_and_space_lengths(&rest[..end]);
         let has_spaces = name > 0 && spaces > 0 && rest[name + spaces..end].starts_with(b":");
         removed |= has_spaces;
         out.extend_from_slice(&rest[..name]);
@@ -19,22 +20,22 @@ pub(super) fn without_spaces(text: &[u8]) -> Option<Vec<u8>> {
     removed.then_some(out)
 }
 
-/// Whether the fields at the front of `text` end with a name and whitespace, behind which a colon may come.
-pub(super) fn may_be_before_colon(text: &[u8]) -> bool {
+/// Returns whether the fields at the front of `text` end with a name and whitespace, which a colon may follow.
+pub(super) fn may_precede_colon(text: &[u8]) -> bool {
     let mut line = text;
     while let Some(end) = memchr::memchr(b'\n', line) {
         if matches!(line[..end], [] | [b'\r']) {
-            // All fields have come.
+            // All fields are complete.
             return false;
         }
         line = &line[end + 1..];
     }
-    let (name, spaces) = name_and_spaces(line);
+    let (name, spaces) = name_and_space_lengths(line);
     name > 0 && spaces > 0 && name + spaces == line.len()
 }
 
-/// How long the name at the front of `line` is, and the whitespace behind it.
-fn name_and_spaces(line: &[u8]) -> (usize, usize) {
+/// Returns the lengths of the name at the front of `line` and of the whitespace after it.
+fn name_and_space_lengths(line: &[u8]) -> (usize, usize) {
     let is_space = |byte: &u8| matches!(byte, b' ' | b'\t');
     let name = line.iter().position(|byte| is_space(byte) || *byte == b':').unwrap_or(line.len());
     (name, line[name..].iter().take_while(|byte| is_space(byte)).count())
@@ -46,7 +47,7 @@ mod tests {
 
     #[track_caller]
     fn check(text: &str, expect: Option<&str>) {
-        let result = without_spaces(text.as_bytes());
+        let result = remove_space_before_colons(text.as_bytes());
         assert_eq!(result.as_deref(), expect.map(str::as_bytes), "{text:?}");
     }
 
@@ -82,7 +83,7 @@ mod tests {
             ("A b: c\r\n\r\nD ", false),
             ("A b: c\n\nD ", false),
         ] {
-            assert_eq!(may_be_before_colon(text.as_bytes()), expect, "{text:?}");
+            assert_eq!(may_precede_colon(text.as_bytes()), expect, "{text:?}");
         }
     }
 }

@@ -12,19 +12,18 @@ use tokio_rustls::client::TlsStream;
 
 /// A socket to an upstream, with or without TLS.
 #[derive(Debug)]
-pub(super) enum UpstreamStream {
+pub(super) enum MaybeTlsStream {
     Plain(TcpStream),
     Tls(Box<TlsStream<TcpStream>>),
 }
 
-impl UpstreamStream {
+impl MaybeTlsStream {
     pub(super) fn is_tls(&self) -> bool {
         matches!(self, Self::Tls(_))
     }
 
-    /// Whether there is anything to read, the peer's end included, by the system's word: the runtime may not have heard
-    /// of it yet.
-    pub(super) fn has_news(&self) -> bool {
+    /// Returns whether data or a close can be read, according to the kernel. The runtime may not know yet.
+    pub(super) fn is_readable(&self) -> bool {
         let tcp = match self {
             Self::Plain(tcp) => tcp,
             Self::Tls(tls) => tls.get_ref().0,
@@ -34,7 +33,7 @@ impl UpstreamStream {
     }
 }
 
-impl AsyncRead for UpstreamStream {
+impl AsyncRead for MaybeTlsStream {
     fn poll_read(
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
@@ -47,7 +46,7 @@ impl AsyncRead for UpstreamStream {
     }
 }
 
-impl AsyncWrite for UpstreamStream {
+impl AsyncWrite for MaybeTlsStream {
     fn poll_write(
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
