@@ -112,6 +112,28 @@ fn modules_named_in_log_filters_exist() {
     }
 }
 
+/// The table of modules in ARCHITECTURE.md lists all modules and no others.
+#[test]
+fn the_table_of_modules_is_complete() {
+    let text = fs::read_to_string(root().join("ARCHITECTURE.md")).unwrap();
+    let first_cells = text.lines().filter_map(|line| line.strip_prefix("| `")?.split(" | ").next());
+    let listed: Vec<&str> = first_cells
+        .flat_map(|cell| cell.split("`, `").map(|name| name.trim_matches('`')))
+        .collect();
+    for name in &listed {
+        assert!(
+            root().join("src").join(name).with_extension("rs").exists(),
+            "there is no module {name}"
+        );
+    }
+    let lib = fs::read_to_string(root().join("src/lib.rs")).unwrap();
+    let modules = lib.lines().filter_map(|line| line.strip_prefix("pub mod ")?.strip_suffix(';'));
+    for module in modules.filter(|module| !["fuzzing", "healthcheck", "telemetry"].contains(module))
+    {
+        assert!(listed.contains(&module), "ARCHITECTURE.md does not list {module}");
+    }
+}
+
 /// The recipes of CONTRIBUTING.md name files in backticks.
 #[test]
 fn paths_named_for_contributors_exist() {
