@@ -8,7 +8,9 @@ up: build
 build:
 	cargo build --release --locked
 
-test: needs fmt lint unit docs manifests browser
+# Every test. The parts run in this order; a table of their results comes last.
+test: needs
+	@MAKE="$(MAKE)" python3 -B tests/summary.py fmt lint unit docs manifests browser kubernetes
 
 # Programs that the tests need besides cargo: Python runs the conformance suites, unshare gives them a separate network
 # namespace, nats-server is the queue of some tests, promtool and amtool check the rules and configurations of the chart.
@@ -55,13 +57,12 @@ browser:
 # Tests the chart, plain manifests and a changed Secret on a real Kubernetes control plane. The first run builds it from
 # Go modules, in about ten minutes. Needs Go 1.26, or Go 1.21 and later to fetch it, and root for a network namespace.
 .PHONY: kubernetes
-test: kubernetes
 kubernetes:
 	cargo build --locked
 	@if command -v go >/dev/null; then \
 	  tools=$$(tests/kubernetes/tools.sh) && python3 -B tests/kubernetes/check.py "$$tools"; \
 	else \
-	  echo "SKIPPED: the checks on a real control plane (tests/kubernetes/): Go, which builds it, is not installed"; \
+	  echo "SKIPPED: kubernetes: Go, which builds the control plane, is not installed"; \
 	fi
 
 # Renders yaml/, yaml_arm/ and namespaces.yml from the chart.

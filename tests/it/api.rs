@@ -1,14 +1,14 @@
-//! The API where it does more than pass on: the list with its counts, logs, direct calls, readiness.
+//! API requests that are more than forwarded: the function list with counts, logs, direct calls, readiness.
 
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 use tokio::net::TcpListener;
 
+use crate::support::connection::{Connection, get};
 use crate::support::eventually;
 use crate::support::gateway::{Builder, Gateway};
-use crate::support::provider::{Provider, always};
-use crate::support::wire::{Wire, get};
+use crate::support::provider::{Provider, respond_ok};
 
 const LISTED: &str = r#"[{"name":"echo","namespace":"fn","image":"i","replicas":1,
     "odd":{"big":18446744073709551615,"small":-0.1,"text":"\u00e9\"\\/","none":null,"z":1,"a":[true,[]]},
@@ -24,21 +24,22 @@ fn with_prometheus(provider: &Provider, url: &str) -> Builder {
 }
 
 async fn list(gateway: &Gateway) -> Value {
-    let answer = gateway.get("/system/functions").await;
-    assert_eq!(answer.status(), 200, "{answer}");
-    answer.json()
+    let response = gateway.get("/system/functions").await;
+    assert_eq!(response.status(), 200, "{response}");
+    response.json()
 }
 
 #[tokio::test]
-async fn the_list_has_counts_from_prometheus() {
-    let provider = Provider::builder().lists(LISTED).start();
+async fn the_function_list_has_invocation_counts_from_prometheus() {
+    let provider = Provider::builder().listing(LISTED).start();
     let prometheus = Provider::builder()
         .api(|head, _| {
             assert!(head.target().starts_with("/api/v1/query?query="), "{}", head.target());
             let sample =
                 r#"{"metric":{"function_name":"echo.fn"},"value":[1700000000.123,"1234"]}"#;
-            let answer = r#"{"status":"success","data":{"resultType":"vector","result":[SAMPLE]}}"#;
-            Some((200, answer.replace("SAMPLE", sample)))
+            let response =
+                r#"{"status":"success","data":{"resultType":"vector","result":[SAMPLE]}}"#;
+            Some((200, response.replace("SAMPLE", sample)))
         })
         .start();
     let gateway = with_prometheus(&provider, &prometheus.url()).start().await;
@@ -46,19 +47,19 @@ async fn the_list_has_counts_from_prometheus() {
 }
 
 #[tokio::test]
-async fn the_list_keeps_what_the_gateway_does_not_know() {
-    let provider = Provider::builder().lists(LISTED).start();
-    let gateway = Gateway::before(&provider).await;
-    let said: Value = serde_json::from_str(LISTED).unwrap();
+async fn unknown_fields_of_the_function_list_are_kept() {
+    let provider = Provider::builder().listing(LISTED).start();
+    let gateway = Gateway::in_front_of(&provider).await;
+    let expected: Value = serde_json::from_str(LISTED).unwrap();
     let listed = list(&gateway).await;
-    assert_eq!(listed, said);
+    assert_eq!(listed, expected);
     let keys = |value: &Value| value[0].as_object().unwrap().keys().cloned().collect::<Vec<_>>();
-    assert_eq!(keys(&listed), keys(&said));
+    assert_eq!(keys(&listed), keys(&expected));
 }
 
 #[tokio::test]
-async fn the_list_comes_without_counts_while_prometheus_is_silent() {
-    let provider = Provider::builder().lists(LISTED).start();
+async fn the_function_list_has_no_counts_while_prometheus_does_not_respond() {
+    let provider = Provider::builder().listing(LISTED).start();
     let silent = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let url = format!("http://{}", silent.local_addr().unwrap());
     let gateway = with_prometheus(&provider, &url).start().await;
@@ -69,8 +70,8 @@ async fn the_list_comes_without_counts_while_prometheus_is_silent() {
 }
 
 #[tokio::test]
-async fn logs_are_followed_line_by_line_for_as_long_as_they_come() {
-    let provider = Provider::by_hand();
+async fn followed_logs_are_streamed_line_by_line() {
+    let provider = Provider::manual();
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let gateway = Gateway::builder()
         .provider(&provider)
@@ -78,26 +79,26 @@ async fn logs_are_followed_line_by_line_for_as_long_as_they_come() {
         .var("upstream_timeout", "500ms")
         .start()
         .await;
-    let mut caller = gateway.connect().await;
-    caller.send(get("/system/logs?name=echo&follow=true")).await;
+    let mut client = gateway.connect().await;
+    client.send(get("/system/logs?name=echo&follow=true")).await;
     let (tcp, _) = listener.accept().await.unwrap();
-    let mut logs = Wire::new(tcp);
-    assert_eq!(logs.head().await.target(), "/system/logs?name=echo&follow=true");
+    let mut logs = Connection::new(tcp);
+    assert_eq!(logs.read_head().await.target(), "/system/logs?name=echo&follow=true");
     logs.send("HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n").await;
     let start = Instant::now();
     for number in 0..5 {
         logs.send_chunk(&format!("{{\"text\":\"line {number}\"}}\n")).await;
-        caller.until(&format!("line {number}\"}}\n")).await;
+        client.read_until(&format!("line {number}\"}}\n")).await;
         tokio::time::sleep(Duration::from_millis(200)).await;
     }
-    // Longer than any call of a function may take.
+    // Longer than the timeout of a function call.
     assert!(start.elapsed() > Duration::from_millis(500));
-    drop(caller);
-    logs.closed().await;
+    drop(client);
+    logs.read_to_close().await;
 }
 
 #[tokio::test]
-async fn functions_called_directly_must_be_known_to_the_provider() {
+async fn direct_calls_need_a_function_that_the_provider_knows() {
     let provider = Provider::builder().start();
     let gateway = Gateway::builder()
         .provider(&provider)
@@ -106,25 +107,28 @@ async fn functions_called_directly_must_be_known_to_the_provider() {
         .start()
         .await;
     for name in ["made-up", "127.0.0.1", "localhost"] {
-        let answer = gateway.get(&format!("/function/{name}")).await;
-        assert_eq!(answer.status(), 404, "{answer}");
-        assert!(answer.text().contains("not found"), "{answer}");
+        let response = gateway.get(&format!("/function/{name}")).await;
+        assert_eq!(response.status(), 404, "{response}");
+        assert!(response.text().contains("not found"), "{response}");
     }
-    let asked: Vec<_> = provider.asked().iter().map(|(head, _)| head.target().to_owned()).collect();
-    assert_eq!(asked[0], "/system/function/made-up?namespace=fn&usage=false");
-    assert_eq!((asked.len(), provider.calls()), (3, 0));
-    gateway.metrics_show("strangers", |m| m.calls("unknown", "404") == 3).await;
+    let queries: Vec<_> =
+        provider.api_requests().iter().map(|(head, _)| head.target().to_owned()).collect();
+    assert_eq!(queries[0], "/system/function/made-up?namespace=fn&usage=false");
+    assert_eq!((queries.len(), provider.call_count()), (3, 0));
+    gateway
+        .wait_for_metric("the unknown functions are counted", |m| m.calls("unknown", "404") == 3)
+        .await;
     drop(provider);
-    let answer = gateway.get("/function/made-up").await;
-    assert_eq!(answer.status(), 502, "{answer}");
+    let response = gateway.get("/function/made-up").await;
+    assert_eq!(response.status(), 502, "{response}");
 }
 
 #[tokio::test]
-async fn a_provider_may_come_and_go() {
-    let provider = Provider::saying("hello");
+async fn a_provider_that_restarts_is_used_again() {
+    let provider = Provider::replying("hello");
     let address = provider.address;
-    let gateway = Gateway::before(&provider).await;
-    eventually("ready", async || gateway.is_ready().await).await;
+    let gateway = Gateway::in_front_of(&provider).await;
+    eventually("the gateway is ready", async || gateway.is_ready().await).await;
     assert_eq!(gateway.get("/function/echo").await.status(), 200);
 
     drop(provider);
@@ -136,47 +140,48 @@ async fn a_provider_may_come_and_go() {
     assert_eq!(gateway.get("/healthz").await.status(), 502);
     assert_eq!(gateway.get("/_/healthz").await.status(), 200);
 
-    let _again = Provider::builder().at(address).answering(|call| always(call, "again")).start();
+    let _again =
+        Provider::builder().listen_on(address).handler(|call| respond_ok(call, "again")).start();
     assert_eq!(gateway.get("/function/echo").await.text(), "again");
-    eventually("ready again", async || gateway.is_ready().await).await;
+    eventually("the gateway is ready again", async || gateway.is_ready().await).await;
 }
 
 #[tokio::test]
-async fn a_provider_that_was_never_there_is_waited_for() {
-    let provider = Provider::by_hand();
+async fn the_gateway_starts_without_a_provider_and_uses_it_later() {
+    let provider = Provider::manual();
     let address = provider.address;
     drop(provider);
     let url = format!("http://{address}");
     let gateway = Gateway::builder().var("functions_provider_url", url).start().await;
     assert!(!gateway.is_ready().await);
     assert_eq!(gateway.get("/_/healthz").await.status(), 200);
-    let _provider = Provider::builder().at(address).start();
-    eventually("ready", async || gateway.is_ready().await).await;
+    let _provider = Provider::builder().listen_on(address).start();
+    eventually("the gateway is ready", async || gateway.is_ready().await).await;
 }
 
 #[tokio::test]
 async fn a_provider_that_lists_null_has_no_functions() {
-    // What a Go program makes of a slice that it never put anything into.
+    // A nil slice in Go is `null` in JSON.
     let provider = Provider::builder()
-        .lists("null")
+        .listing("null")
         .api(|head, _| (head.target() == "/system/namespaces").then(|| (200, "null".to_owned())))
         .start();
-    let gateway = Gateway::before(&provider).await;
+    let gateway = Gateway::in_front_of(&provider).await;
     assert_eq!(list(&gateway).await, json!([]));
-    eventually("ready", async || gateway.is_ready().await).await;
+    eventually("the gateway is ready", async || gateway.is_ready().await).await;
 }
 
 #[tokio::test]
-async fn the_list_is_asked_for_in_plain_json() {
-    let provider = Provider::builder().lists(LISTED).start();
-    let gateway = Gateway::before(&provider).await;
+async fn the_function_list_is_requested_without_compression() {
+    let provider = Provider::builder().listing(LISTED).start();
+    let gateway = Gateway::in_front_of(&provider).await;
     for target in ["/system/functions", "/system/info"] {
         let request = format!(
             "GET {target} HTTP/1.1\r\nHost: g\r\nAccept-Encoding: gzip\r\nIf-None-Match: \"x\"\r\n\
              Range: bytes=0-1\r\n\r\n"
         );
-        gateway.connect().await.ask(request).await;
-        let (head, _) = provider.asked().pop().unwrap();
+        gateway.connect().await.exchange(request).await;
+        let (head, _) = provider.api_requests().pop().unwrap();
         assert_eq!(head.target(), target);
         for name in ["accept-encoding", "if-none-match", "range"] {
             assert_eq!(head.header(name), None, "{target}");
@@ -185,29 +190,32 @@ async fn the_list_is_asked_for_in_plain_json() {
 }
 
 #[tokio::test]
-async fn the_head_of_the_list_can_be_had_alone() {
-    let provider = Provider::builder().lists(LISTED).start();
-    let gateway = Gateway::before(&provider).await;
-    let mut caller = gateway.connect().await;
-    caller.send("HEAD /system/functions HTTP/1.1\r\nHost: g\r\n\r\n").await;
-    let status = caller.head().await.status();
+async fn head_requests_for_the_function_list_are_answered() {
+    let provider = Provider::builder().listing(LISTED).start();
+    let gateway = Gateway::in_front_of(&provider).await;
+    let mut client = gateway.connect().await;
+    client.send("HEAD /system/functions HTTP/1.1\r\nHost: g\r\n\r\n").await;
+    let status = client.read_head().await.status();
     assert!(matches!(status, 200 | 405), "{status}");
 }
 
 #[tokio::test]
-async fn a_refusal_of_the_providers_own_is_passed_on_to_the_letter() {
+async fn errors_of_the_provider_are_passed_on_unchanged() {
     let provider = Provider::builder()
         .api(|head, _| (head.method() == "PUT").then(|| (405, "no updates here".to_owned())))
         .start();
-    let gateway = Gateway::before(&provider).await;
-    let mut caller = gateway.connect().await;
+    let gateway = Gateway::in_front_of(&provider).await;
+    let mut client = gateway.connect().await;
     let put = "PUT /system/functions HTTP/1.1\r\nHost: g\r\nContent-Length: 2\r\n\r\n{}";
     for _ in 0..2 {
-        let answer = caller.ask(put).await;
-        assert_eq!((answer.status(), answer.text()), (405, "no updates here"));
+        let response = client.exchange(put).await;
+        assert_eq!((response.status(), response.text()), (405, "no updates here"));
     }
-    // The gateway's own says what is allowed.
-    let answer = caller.ask("PATCH /system/functions HTTP/1.1\r\nHost: g\r\n\r\n").await;
-    assert_eq!((answer.status(), answer.header("allow")), (405, Some("GET,HEAD,POST,PUT,DELETE")));
-    assert_eq!(caller.get("/_/healthz").await.text(), "OK");
+    // The gateway's own 405 lists the allowed methods.
+    let response = client.exchange("PATCH /system/functions HTTP/1.1\r\nHost: g\r\n\r\n").await;
+    assert_eq!(
+        (response.status(), response.header("allow")),
+        (405, Some("GET,HEAD,POST,PUT,DELETE"))
+    );
+    assert_eq!(client.get("/_/healthz").await.text(), "OK");
 }

@@ -1,4 +1,4 @@
-//! Scaling by load: a provider that keeps count, calls that are held, and windows as short as they may be.
+//! Autoscaling by load: a provider that counts scale requests, calls that are held open, and the shortest windows.
 
 mod by_load;
 mod several;

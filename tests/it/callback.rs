@@ -1,4 +1,4 @@
-//! Callbacks, to receivers over real sockets.
+//! Callbacks to receivers over real sockets.
 
 use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
 use std::time::Duration;
@@ -12,22 +12,22 @@ use gateway::worker::callback::target::CallbackUrlError;
 use gateway::worker::callback::{CallbackPayload, CallbackRetry, CallbackSender, Error};
 use http::{HeaderMap, HeaderName, HeaderValue, StatusCode};
 
-use crate::support::provider::{Call, Provider};
+use crate::support::provider::{Invocation, Provider};
 use crate::support::{eventually, webhook, within};
 
-/// A pace at which a test need not wait.
-const QUICK: CallbackRetry = CallbackRetry {
+/// Retry intervals short enough for a test.
+const FAST_RETRY: CallbackRetry = CallbackRetry {
     attempts: 3,
     timeout: Duration::from_secs(10),
     min_wait: Duration::from_millis(1),
     max_wait: Duration::from_millis(2),
 };
 
-fn callbacks(allow: &str, secret: Option<&str>) -> CallbackSender {
-    paced(allow, secret, QUICK)
+fn sender(allow: &str, secret: Option<&str>) -> CallbackSender {
+    sender_with_retry(allow, secret, FAST_RETRY)
 }
 
-fn paced(allow: &str, secret: Option<&str>, pace: CallbackRetry) -> CallbackSender {
+fn sender_with_retry(allow: &str, secret: Option<&str>, pace: CallbackRetry) -> CallbackSender {
     let secrets = secret.iter().map(|secret| Secret::parse(secret.as_bytes()).unwrap()).collect();
     CallbackSender::new(
         CallbackAllowlist::parse(allow).unwrap(),
@@ -38,27 +38,29 @@ fn paced(allow: &str, secret: Option<&str>, pace: CallbackRetry) -> CallbackSend
     )
 }
 
-/// A receiver whose answers, heads and all, are `answers` in turn, the last one for ever.
-fn receiver(answers: &'static [&'static str]) -> Provider {
-    let come = AtomicUsize::new(0);
+/// A receiver that sends `answers` (heads included) in turn; the last one is repeated.
+fn receiver(responses: &'static [&'static str]) -> Provider {
+    let count = AtomicUsize::new(0);
     Provider::builder()
-        .answering(move |mut call: Call| {
-            let answer = answers[come.fetch_add(1, SeqCst).min(answers.len() - 1)];
+        .handler(move |mut call: Invocation| {
+            let response = responses[count.fetch_add(1, SeqCst).min(responses.len() - 1)];
             async move {
-                call.body().await.unwrap();
-                call.wire.send(format!("HTTP/1.1 {answer}\r\nContent-Length: 0\r\n\r\n")).await;
-                Some(call.wire)
+                call.read_body().await.unwrap();
+                call.connection
+                    .send(format!("HTTP/1.1 {response}\r\nContent-Length: 0\r\n\r\n"))
+                    .await;
+                Some(call.connection)
             }
         })
         .start()
 }
 
-/// Where a receiver takes its callbacks.
+/// Callback URL of a receiver.
 fn url(receiver: &Provider) -> String {
     format!("{}/function/hook", receiver.url())
 }
 
-fn report(headers: &[(&'static str, &'static str)], body: &'static str) -> CallbackPayload {
+fn payload(headers: &[(&'static str, &'static str)], body: &'static str) -> CallbackPayload {
     let headers: HeaderMap = headers
         .iter()
         .map(|(n, v)| (HeaderName::from_static(n), HeaderValue::from_static(v)))
@@ -78,15 +80,15 @@ fn report(headers: &[(&'static str, &'static str)], body: &'static str) -> Callb
     }
 }
 
-/// Sends an empty report and returns how that went.
+/// Sends an empty payload.
 async fn send(callbacks: &CallbackSender, url: &str) -> Result<(), Error> {
-    within("a callback", callbacks.send(url, &report(&[], ""))).await
+    within("a callback", callbacks.send(url, &payload(&[], ""))).await
 }
 
 #[tokio::test]
-async fn a_callback_carries_the_answer_and_how_it_came_about() {
-    let mut receiver = Provider::by_hand();
-    let answer = [
+async fn a_callback_carries_the_response_and_its_metadata() {
+    let mut receiver = Provider::manual();
+    let response = [
         ("content-type", "text/x-tea"),
         ("content-length", "9999"),
         ("connection", "x-hop"),
@@ -100,13 +102,13 @@ async fn a_callback_carries_the_answer_and_how_it_came_about() {
         ("webhook-signature", "forged"),
         ("x-own", "kept"),
     ];
-    let report = report(&answer, "what do ya want for nothing?");
-    let callbacks = callbacks("loopback", Some("Jefe"));
+    let report = payload(&response, "what do ya want for nothing?");
+    let callbacks = sender("loopback", Some("Jefe"));
     let url = format!("http://me:secret@{}/function/hook?a=b", receiver.address);
     let (sent, head) = tokio::join!(callbacks.send(&url, &report), async {
-        let mut call = receiver.call().await;
-        assert_eq!(call.body().await.unwrap(), report.body);
-        call.answer_with(202, b"thanks").await;
+        let mut call = receiver.next_call().await;
+        assert_eq!(call.read_body().await.unwrap(), report.body);
+        call.send_response(202, b"thanks").await;
         call.head
     });
     sent.unwrap();
@@ -134,38 +136,38 @@ async fn a_callback_carries_the_answer_and_how_it_came_about() {
         let count = head.headers.iter().filter(|(n, _)| n == name).count();
         assert!(count <= 1, "{name}: {count} times");
     }
-    webhook::check(&head, "id-1", &report.body, &[b"Jefe"]);
+    webhook::assert_signed(&head, "id-1", &report.body, &[b"Jefe"]);
 }
 
 #[tokio::test]
-async fn each_attempt_is_signed_for_its_own_time() {
-    let mut receiver = Provider::by_hand();
-    let (callbacks, url) = (callbacks("loopback", Some("whsec_SmVmZQ==")), url(&receiver));
-    let report = report(&[], "body");
+async fn each_attempt_is_signed_with_its_own_timestamp() {
+    let mut receiver = Provider::manual();
+    let (callbacks, url) = (sender("loopback", Some("whsec_SmVmZQ==")), url(&receiver));
+    let report = payload(&[], "body");
     let (sent, ()) = tokio::join!(callbacks.send(&url, &report), async {
-        let mut first = receiver.call().await;
-        first.body().await.unwrap();
-        webhook::check(&first.head, "id-1", b"body", &[b"Jefe"]);
+        let mut first = receiver.next_call().await;
+        first.read_body().await.unwrap();
+        webhook::assert_signed(&first.head, "id-1", b"body", &[b"Jefe"]);
         let sent_at = webhook::timestamp(&first.head);
-        eventually("another second", async || webhook::seconds() > sent_at).await;
-        first.answer_with(500, b"").await;
-        let mut second = receiver.call().await;
-        second.body().await.unwrap();
-        webhook::check(&second.head, "id-1", b"body", &[b"Jefe"]);
+        eventually("another second", async || webhook::unix_seconds() > sent_at).await;
+        first.send_response(500, b"").await;
+        let mut second = receiver.next_call().await;
+        second.read_body().await.unwrap();
+        webhook::assert_signed(&second.head, "id-1", b"body", &[b"Jefe"]);
         assert!(webhook::timestamp(&second.head) > sent_at);
-        second.answer_with(200, b"").await;
+        second.send_response(200, b"").await;
     });
     sent.unwrap();
 }
 
 #[tokio::test]
-async fn without_a_secret_there_is_no_signature_not_even_a_functions() {
-    let mut receiver = Provider::by_hand();
-    let report = report(&[("webhook-signature", "forged"), ("webhook-id", "forged")], "");
-    let (callbacks, url) = (callbacks("loopback", None), url(&receiver));
+async fn without_a_secret_signature_headers_of_functions_are_removed() {
+    let mut receiver = Provider::manual();
+    let report = payload(&[("webhook-signature", "forged"), ("webhook-id", "forged")], "");
+    let (callbacks, url) = (sender("loopback", None), url(&receiver));
     let (sent, head) = tokio::join!(callbacks.send(&url, &report), async {
-        let mut call = receiver.call().await;
-        call.answer(200, "").await;
+        let mut call = receiver.next_call().await;
+        call.respond(200, "").await;
         call.head
     });
     sent.unwrap();
@@ -174,25 +176,25 @@ async fn without_a_secret_there_is_no_signature_not_even_a_functions() {
 }
 
 #[tokio::test]
-async fn a_callback_to_this_host_is_refused_however_it_is_written() {
-    let receiver = Provider::saying("taken");
+async fn callbacks_to_loopback_addresses_are_refused_in_every_notation() {
+    let receiver = Provider::replying("taken");
     let port = receiver.address.port();
-    let callbacks = callbacks("10.0.0.1, elsewhere", None);
-    // The last two are the resolver's to understand.
+    let callbacks = sender("10.0.0.1, elsewhere", None);
+    // The last two are parsed by the resolver.
     for host in
         ["127.0.0.1", "[::ffff:127.0.0.1]", "[::1]", "0.0.0.0", "localhost", "2130706433", "127.1"]
     {
         let failed = send(&callbacks, &format!("http://{host}:{port}/function/hook")).await;
         let refused = matches!(failed, Err(Error::Invalid(CallbackUrlError::NotAllowed)));
         assert!(refused, "{host}: {failed:?}");
-        let said = failed.unwrap_err().to_string();
-        assert_eq!(said, "the callback's address is not allowed");
+        let text = failed.unwrap_err().to_string();
+        assert_eq!(text, "the callback's address is not allowed");
     }
-    assert_eq!(receiver.connections(), 0);
+    assert_eq!(receiver.connection_count(), 0);
 }
 
 #[tokio::test]
-async fn a_callback_goes_where_it_is_allowed_to() {
+async fn a_callback_to_an_allowed_address_is_sent() {
     let receiver = receiver(&["200 X"]);
     let port = receiver.address.port();
     for (allow, host) in [
@@ -203,113 +205,113 @@ async fn a_callback_goes_where_it_is_allowed_to() {
         ("*", "0.0.0.0"),
     ] {
         let url = format!("http://{host}:{port}/function/hook");
-        let sent = send(&callbacks(allow, None), &url).await;
+        let sent = send(&sender(allow, None), &url).await;
         assert!(sent.is_ok(), "{host} with {allow}: {sent:?}");
     }
-    assert_eq!(receiver.calls(), 5);
+    assert_eq!(receiver.call_count(), 5);
 }
 
 #[tokio::test]
-async fn no_connection_is_used_for_two_callbacks() {
+async fn each_callback_has_its_own_connection() {
     let receiver = receiver(&["200 X"]);
-    let callbacks = callbacks("loopback", None);
+    let callbacks = sender("loopback", None);
     for _ in 0..3 {
         send(&callbacks, &url(&receiver)).await.unwrap();
     }
-    assert_eq!(receiver.connections(), 3);
+    assert_eq!(receiver.connection_count(), 3);
 }
 
 #[tokio::test]
-async fn a_callback_that_fails_is_sent_again_until_it_is_taken() {
+async fn a_failed_callback_is_retried_until_it_is_accepted() {
     let receiver = receiver(&["500 X\r\nRetry-After: 3600", "200 X"]);
-    send(&callbacks("loopback", None), &url(&receiver)).await.unwrap();
-    assert_eq!(receiver.calls(), 2);
+    send(&sender("loopback", None), &url(&receiver)).await.unwrap();
+    assert_eq!(receiver.call_count(), 2);
 }
 
 #[tokio::test]
 async fn a_callback_is_given_up_after_its_last_attempt() {
     let receiver = receiver(&["503 X"]);
-    let failed = send(&callbacks("loopback", None), &url(&receiver)).await;
+    let failed = send(&sender("loopback", None), &url(&receiver)).await;
     let Err(Error::UnexpectedStatus { status: StatusCode::SERVICE_UNAVAILABLE, attempts: 3 }) =
         failed
     else {
         panic!("{failed:?}")
     };
-    assert_eq!(receiver.calls(), 3);
+    assert_eq!(receiver.call_count(), 3);
 }
 
 #[tokio::test]
-async fn a_receivers_no_is_final() {
+async fn a_client_error_from_the_receiver_is_final() {
     let receiver = receiver(&["410 X"]);
-    let failed = send(&callbacks("loopback", None), &url(&receiver)).await;
+    let failed = send(&sender("loopback", None), &url(&receiver)).await;
     let Err(Error::UnexpectedStatus { status: StatusCode::GONE, attempts: 1 }) = failed else {
         panic!("{failed:?}")
     };
-    assert_eq!(receiver.calls(), 1);
+    assert_eq!(receiver.call_count(), 1);
 }
 
 #[tokio::test]
-async fn a_redirect_is_not_followed() {
-    let mut by_hand = Provider::by_hand();
-    let (callbacks, url) = (callbacks("loopback", None), url(&by_hand));
+async fn redirects_are_not_followed() {
+    let mut by_hand = Provider::manual();
+    let (callbacks, url) = (sender("loopback", None), url(&by_hand));
     let (failed, ()) = tokio::join!(send(&callbacks, &url), async {
-        let mut call = by_hand.call().await;
+        let mut call = by_hand.next_call().await;
         assert_eq!(call.head.target(), "/function/hook");
         let location = "Location: /function/elsewhere";
         let head = format!("HTTP/1.1 302 X\r\n{location}\r\nContent-Length: 0\r\n\r\n");
-        call.wire.send(head).await;
+        call.connection.send(head).await;
     });
     assert!(
         matches!(failed, Err(Error::UnexpectedStatus { status: StatusCode::FOUND, .. })),
         "{failed:?}"
     );
-    // Nor tried again: it would be the same.
-    assert_eq!(by_hand.calls(), 1);
+    // It is not retried either: the result would be the same.
+    assert_eq!(by_hand.call_count(), 1);
 }
 
 #[tokio::test]
-async fn a_receiver_that_says_nothing_is_not_waited_for() {
-    // The calls lie in its queue, and their connections stay open.
-    let receiver = Provider::by_hand();
-    let pace = CallbackRetry { timeout: Duration::from_millis(50), attempts: 2, ..QUICK };
-    let failed = send(&paced("loopback", None, pace), &url(&receiver)).await;
+async fn a_receiver_that_does_not_respond_times_out() {
+    // The calls wait in the receiver's queue, and their connections stay open.
+    let receiver = Provider::manual();
+    let pace = CallbackRetry { timeout: Duration::from_millis(50), attempts: 2, ..FAST_RETRY };
+    let failed = send(&sender_with_retry("loopback", None, pace), &url(&receiver)).await;
     let Err(Error::NotSent { attempts: 2, last }) = failed else { panic!("{failed:?}") };
     assert_eq!(last.to_string(), "the upstream did not respond in time");
 }
 
 #[tokio::test]
-async fn a_receiver_that_is_away_is_tried_again() {
-    let receiver = Provider::saying("taken");
+async fn an_unreachable_receiver_is_retried() {
+    let receiver = Provider::replying("taken");
     let url = url(&receiver);
     drop(receiver);
-    let failed = send(&callbacks("loopback", None), &url).await;
+    let failed = send(&sender("loopback", None), &url).await;
     assert!(matches!(failed, Err(Error::NotSent { attempts: 3, .. })), "{failed:?}");
 }
 
 #[tokio::test]
-async fn what_is_said_of_a_failure_holds_no_address_and_no_secret() {
-    // A resolver may take its time over a name that is none.
-    let pace = CallbackRetry { timeout: Duration::from_secs(1), ..QUICK };
-    let callbacks = paced("loopback", None, pace);
+async fn failure_texts_contain_no_address_and_no_secret() {
+    // A resolver may need long for a name that does not exist.
+    let pace = CallbackRetry { timeout: Duration::from_secs(1), ..FAST_RETRY };
+    let callbacks = sender_with_retry("loopback", None, pace);
     for url in ["http://me:secret@127.0.0.1:1/token", "http://me:secret@nowhere.invalid/token", "x"]
     {
-        let said = send(&callbacks, url).await.unwrap_err();
-        let said = format!("{said} {said:?}");
-        for told in ["127.0.0.1", "nowhere", "secret", "token"] {
-            assert!(!said.contains(told), "{said}");
+        let text = send(&callbacks, url).await.unwrap_err();
+        let text = format!("{text} {text:?}");
+        for secret_part in ["127.0.0.1", "nowhere", "secret", "token"] {
+            assert!(!text.contains(secret_part), "{text}");
         }
     }
 }
 
 #[tokio::test]
-async fn a_body_that_was_cut_says_so() {
-    let mut receiver = Provider::by_hand();
-    let (callbacks, url) = (callbacks("loopback", None), url(&receiver));
+async fn a_truncated_body_is_marked() {
+    let mut receiver = Provider::manual();
+    let (callbacks, url) = (sender("loopback", None), url(&receiver));
     for (truncated, expect) in [(true, Some("true")), (false, None)] {
-        let report = CallbackPayload { truncated, ..report(&[("x-truncated", "forged")], "part") };
+        let report = CallbackPayload { truncated, ..payload(&[("x-truncated", "forged")], "part") };
         let (sent, head) = tokio::join!(callbacks.send(&url, &report), async {
-            let mut call = receiver.call().await;
-            call.answer(202, "").await;
+            let mut call = receiver.next_call().await;
+            call.respond(202, "").await;
             call.head
         });
         sent.unwrap();

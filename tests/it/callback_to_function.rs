@@ -1,4 +1,4 @@
-//! Callbacks to functions of the gateway itself: they are called without a connection, as any client would call them.
+//! Callbacks to functions of the gateway itself: they are invoked without a connection, like requests of any client.
 
 use std::path::Path;
 
@@ -6,38 +6,38 @@ use tempfile::TempDir;
 
 use crate::support::eventually;
 use crate::support::gateway::{Builder, Gateway};
-use crate::support::provider::{Call, Provider};
-use crate::support::queue::{patient, queueing};
+use crate::support::provider::{Invocation, Provider};
+use crate::support::queue::{fast_retry, with_embedded_queue};
 
-/// A gateway with credentials that it must not give away, and that may call back to nothing on this machine.
-fn guarded(provider: &Provider, state: &Path) -> Builder {
+/// A gateway with credentials that must not leak, and whose callbacks may reach no address of this machine.
+fn with_credentials(provider: &Provider, state: &Path) -> Builder {
     std::fs::write(state.join("basic-auth-user"), "admin").unwrap();
     std::fs::write(state.join("basic-auth-password"), "hidden").unwrap();
-    queueing(provider, state)
+    with_embedded_queue(provider, state)
         .var("callback_allowlist", "auto")
         .var("basic_auth", "true")
         .var("secret_mount_path", state.display())
 }
 
 async fn start() -> (TempDir, Provider, Gateway) {
-    let (state, provider) = (tempfile::tempdir().unwrap(), patient().start());
-    let gateway = guarded(&provider, state.path()).start().await;
+    let (state, provider) = (tempfile::tempdir().unwrap(), fast_retry().start());
+    let gateway = with_credentials(&provider, state.path()).start().await;
     (state, provider, gateway)
 }
 
-/// Answers the first function of a chain with headers that are not to get further.
-async fn answer_first(mut call: Call) {
-    call.body().await.unwrap();
+/// Responds to the first function of a chain, with headers that must not be forwarded.
+async fn respond_first(mut call: Invocation) {
+    call.read_body().await.unwrap();
     let head = "HTTP/1.1 201 X\r\nContent-Type: text/x-own\r\nX-Own: kept\r\nX-Delay-Seconds: 600\r\n\
                 X-Callback-Url: http://127.0.0.1:1/\r\nIdempotency-Key: k\r\nX-Max-Attempts: 9\r\n\
                 X-Expires-Seconds: 1\r\nAuthorization: Basic eDp5\r\nCookie: a=b\r\n\
                 X-Gateway-Callbacks: 0\r\nX-Forwarded-For: 1.2.3.4\r\nForwarded: for=1.2.3.4\r\n\
                 Origin: http://a\r\nContent-Length: 5\r\n\r\nfirst";
-    call.wire.send(head).await;
+    call.connection.send(head).await;
 }
 
-/// What is sent of the first function's answer, and what is not.
-fn check(call: &Call, id: &str) {
+/// Checks which parts of the first function's response the callback contains.
+fn assert_callback(call: &Invocation, id: &str) {
     for (name, expect) in [
         ("x-gateway-callback", Some("1")),
         ("x-gateway-callbacks", Some("1")),
@@ -65,107 +65,109 @@ fn check(call: &Call, id: &str) {
 }
 
 #[tokio::test]
-async fn a_callback_to_a_function_of_this_gateway_calls_it() {
+async fn a_callback_to_a_function_of_this_gateway_invokes_it() {
     let (_state, mut provider, gateway) = start().await;
     let port = gateway.address.port();
     let callback =
         format!("X-Callback-Url: http://localhost:{port}/function/next.dev/a%2Fb//?c=%20");
-    let id = gateway.queued("echo", &[&callback], "start").await;
-    answer_first(provider.call().await).await;
-    let mut next = provider.call().await;
+    let id = gateway.enqueue("echo", &[&callback], "start").await;
+    respond_first(provider.next_call().await).await;
+    let mut next = provider.next_call().await;
     assert_eq!(
         (next.head.method(), next.head.target()),
         ("POST", "/function/next.dev/a%2Fb//?c=%20")
     );
-    check(&next, &id);
+    assert_callback(&next, &id);
     assert_eq!(next.head.header("x-forwarded-host"), Some(format!("localhost:{port}").as_str()));
-    assert_eq!(next.body().await.unwrap(), b"first");
+    assert_eq!(next.read_body().await.unwrap(), b"first");
     let inflight = "gateway_function_invocation_inflight{function_name=\"next.dev\"} 1";
     let started = "gateway_function_invocation_started{function_name=\"next.dev\"} 1";
-    next.answer_with(200, b"second").await;
+    next.send_response(200, b"second").await;
     let counted = "gateway_function_invocation_total{code=\"200\",function_name=\"next.dev\"} 1";
     gateway
-        .metrics_show("it is counted", |it| it.text.contains(counted) && it.text.contains(started))
+        .wait_for_metric("the metric is updated", |metrics| {
+            metrics.text.contains(counted) && metrics.text.contains(started)
+        })
         .await;
     assert!(!gateway.metrics().await.text.contains(inflight));
-    let told = gateway.becomes(&id, "succeeded").await;
-    assert!(told["reason"].is_null(), "{told}");
+    let call_status = gateway.wait_for_state(&id, "succeeded").await;
+    assert!(call_status["reason"].is_null(), "{call_status}");
     assert_eq!(gateway.result(&id).await.text(), "first");
 }
 
 #[tokio::test]
-async fn a_callback_may_queue_a_call_of_this_gateway() {
+async fn a_callback_to_async_function_enqueues_a_call() {
     let (_state, mut provider, gateway) = start().await;
-    // The same function with the same body, under the same id, would be the same call.
+    // The same function, body and id would be the same call.
     let callback = format!(
         "X-Callback-Url: http://127.0.0.1:{}/async-function/echo?n",
         gateway.address.port()
     );
-    let id = gateway.queued("echo?n", &[&callback], "first").await;
-    answer_first(provider.call().await).await;
-    let mut next = provider.call().await;
+    let id = gateway.enqueue("echo?n", &[&callback], "first").await;
+    respond_first(provider.next_call().await).await;
+    let mut next = provider.next_call().await;
     assert_eq!(next.head.target(), "/function/echo.fn?n");
-    assert_eq!(next.body().await.unwrap(), b"first");
+    assert_eq!(next.read_body().await.unwrap(), b"first");
     let other = next.head.header("x-call-id").unwrap().to_owned();
     assert_ne!(other, id);
-    check(&next, &other);
-    next.answer_with(200, b"second").await;
-    gateway.becomes(&id, "succeeded").await;
-    gateway.becomes(&other, "succeeded").await;
+    assert_callback(&next, &other);
+    next.send_response(200, b"second").await;
+    gateway.wait_for_state(&id, "succeeded").await;
+    gateway.wait_for_state(&other, "succeeded").await;
     assert_eq!(gateway.result(&other).await.text(), "second");
 }
 
 #[tokio::test]
-async fn a_function_that_fails_fails_the_callback() {
+async fn a_failing_function_fails_its_callback() {
     let (_state, mut provider, gateway) = start().await;
     let port = gateway.address.port();
     let callback = format!("X-Callback-Url: http://127.0.0.1:{port}/function/next");
-    let id = gateway.queued("echo", &[&callback], "").await;
-    answer_first(provider.call().await).await;
-    let mut next = provider.call().await;
-    next.answer(418, "no").await;
-    // Its connection would be used again.
+    let id = gateway.enqueue("echo", &[&callback], "").await;
+    respond_first(provider.next_call().await).await;
+    let mut next = provider.next_call().await;
+    next.respond(418, "no").await;
+    // Otherwise its connection would be reused.
     drop(next);
-    let told = gateway.becomes(&id, "succeeded").await;
-    assert!(told["reason"].as_str().unwrap().contains("answered with 418"), "{told}");
-    // One that is not there is not asked for again.
+    let call_status = gateway.wait_for_state(&id, "succeeded").await;
+    assert!(call_status["reason"].as_str().unwrap().contains("answered with 418"), "{call_status}");
+    // An unknown function is not queried again.
     let callback = format!("X-Callback-Url: http://127.0.0.1:{port}/async-function/unknown");
-    let id = gateway.queued("echo", &[&callback], "").await;
-    answer_first(provider.call().await).await;
-    let told = gateway.becomes(&id, "succeeded").await;
-    assert!(told["reason"].as_str().unwrap().contains("answered with 404"), "{told}");
+    let id = gateway.enqueue("echo", &[&callback], "").await;
+    respond_first(provider.next_call().await).await;
+    let call_status = gateway.wait_for_state(&id, "succeeded").await;
+    assert!(call_status["reason"].as_str().unwrap().contains("answered with 404"), "{call_status}");
 }
 
 #[tokio::test]
-async fn a_chain_of_callbacks_ends() {
+async fn a_chain_of_callbacks_is_limited() {
     let (_state, mut provider, gateway) = start().await;
     let port = gateway.address.port();
     let callback = format!("X-Callback-Url: http://127.0.0.1:{port}/function/next");
-    gateway.queued("echo", &[&callback, "X-Gateway-Callbacks: 7"], "").await;
-    answer_first(provider.call().await).await;
-    let mut eighth = provider.call().await;
+    gateway.enqueue("echo", &[&callback, "X-Gateway-Callbacks: 7"], "").await;
+    respond_first(provider.next_call().await).await;
+    let mut eighth = provider.next_call().await;
     assert_eq!(eighth.head.header("x-gateway-callbacks"), Some("8"));
-    eighth.answer(200, "").await;
+    eighth.respond(200, "").await;
     drop(eighth);
-    // A smaller number beside the true one does not reset the count.
+    // A second, smaller value does not reset the count.
     let both = ["X-Gateway-Callbacks: 0", "X-Gateway-Callbacks: 8"];
     for count in [&both[1..], &both[..]] {
         let headers: Vec<&str> = [callback.as_str()].iter().chain(count).copied().collect();
-        let id = gateway.queued("echo", &headers, "").await;
-        answer_first(provider.call().await).await;
-        let told = gateway.becomes(&id, "succeeded").await;
-        assert!(told["reason"].as_str().unwrap().contains("8 callbacks"), "{told}");
+        let id = gateway.enqueue("echo", &headers, "").await;
+        respond_first(provider.next_call().await).await;
+        let call_status = gateway.wait_for_state(&id, "succeeded").await;
+        assert!(call_status["reason"].as_str().unwrap().contains("8 callbacks"), "{call_status}");
     }
     for count in ["9", "-1", "many", ""] {
         let header = format!("X-Gateway-Callbacks: {count}");
-        let refused = gateway.queue("echo", &[&header], "").await;
+        let refused = gateway.send_async("echo", &[&header], "").await;
         assert_eq!(refused.status(), 508, "{refused}");
     }
-    assert_eq!(provider.calls(), 2 + 2);
+    assert_eq!(provider.call_count(), 2 + 2);
 }
 
 #[tokio::test]
-async fn only_paths_of_functions_are_called() {
+async fn only_function_paths_are_invoked() {
     let (_state, mut provider, gateway) = start().await;
     let port = gateway.address.port();
     for (path, reason) in [
@@ -181,10 +183,13 @@ async fn only_paths_of_functions_are_called() {
         ("/async-function//x", "answered with 404"),
     ] {
         let callback = format!("X-Callback-Url: http://127.0.0.1:{port}{path}");
-        let id = gateway.queued("echo", &[&callback], "").await;
-        answer_first(provider.call().await).await;
-        let told = gateway.becomes(&id, "succeeded").await;
-        assert!(told["reason"].as_str().unwrap_or_default().contains(reason), "{path}: {told}");
+        let id = gateway.enqueue("echo", &[&callback], "").await;
+        respond_first(provider.next_call().await).await;
+        let call_status = gateway.wait_for_state(&id, "succeeded").await;
+        assert!(
+            call_status["reason"].as_str().unwrap_or_default().contains(reason),
+            "{path}: {call_status}"
+        );
     }
-    eventually("nothing else was called", async || provider.calls() == 10).await;
+    eventually("nothing else was called", async || provider.call_count() == 10).await;
 }

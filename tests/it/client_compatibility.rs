@@ -1,25 +1,25 @@
-//! Requests as faas-cli and other clients make them, against `gateway up`.
+//! Requests as faas-cli and other clients send them, against `gateway up`.
 
-use crate::support::wire::{Answer, Wire};
-use crate::support::workspace::{Place, Up};
+use crate::support::connection::{Connection, Response};
+use crate::support::workspace::{Up, Workspace};
 
 const STACK: &str = "functions: {echo: {fprocess: cat}}";
 
-/// A request of the API with a JSON body.
-async fn api(up: &Up<'_>, method: &str, target: &str, body: &serde_json::Value) -> Answer {
+/// Sends an API request with a JSON body.
+async fn api(up: &Up<'_>, method: &str, target: &str, body: &serde_json::Value) -> Response {
     let body = body.to_string();
     let length = body.len();
     let request = format!(
         "{method} {target} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n\
          Content-Length: {length}\r\n\r\n{body}"
     );
-    Wire::connect(up.gateway).await.ask(request).await
+    Connection::connect(up.gateway).await.exchange(request).await
 }
 
 #[tokio::test]
-async fn a_namespace_may_be_named_in_the_body_alone() {
-    let place = Place::new();
-    let up = place.up(STACK, &[]).await;
+async fn a_namespace_can_be_named_in_the_body_only() {
+    let workspace = Workspace::new();
+    let up = workspace.up(STACK, &[]).await;
     let named = serde_json::json!({ "name": "dev", "labels": { "team": "a" } });
     let target = "/system/namespace/";
     assert_eq!(api(&up, "PUT", target, &named).await.status(), 404);
@@ -31,19 +31,19 @@ async fn a_namespace_may_be_named_in_the_body_alone() {
     let listed = up.get("/system/namespaces", "").await.json();
     assert_eq!(listed, serde_json::json!(["dev", "openfaas-fn"]));
     for method in ["GET", "POST", "PUT", "DELETE"] {
-        let answer = api(&up, method, target, &serde_json::json!({})).await;
-        assert_eq!(answer.status(), 400, "{method}: {answer}");
-        assert!(answer.text().contains("name is missing"), "{method}: {answer}");
+        let response = api(&up, method, target, &serde_json::json!({})).await;
+        assert_eq!(response.status(), 400, "{method}: {response}");
+        assert!(response.text().contains("name is missing"), "{method}: {response}");
     }
     assert_eq!(api(&up, "DELETE", target, &named).await.status(), 202);
     assert_eq!(api(&up, "GET", target, &named).await.status(), 404);
-    up.terminated().await;
+    up.terminate_and_wait().await;
 }
 
 #[tokio::test]
-async fn a_secret_from_a_file_comes_as_text_and_in_base64_and_the_latter_holds() {
-    let place = Place::new();
-    let up = place.up(STACK, &[]).await;
+async fn the_base64_value_of_a_secret_takes_precedence() {
+    let workspace = Workspace::new();
+    let up = workspace.up(STACK, &[]).await;
     let secret = serde_json::json!({ "name": "key", "value": "a?b", "rawValue": "YQBi" });
     let created = api(&up, "POST", "/system/secrets", &secret).await;
     assert_eq!(created.status(), 201, "{created}");
@@ -52,13 +52,13 @@ async fn a_secret_from_a_file_comes_as_text_and_in_base64_and_the_latter_holds()
     });
     assert_eq!(api(&up, "POST", "/system/functions", &function).await.status(), 202);
     assert_eq!(up.post("/function/show", "").await.text().trim(), "61 00 62");
-    up.terminated().await;
+    up.terminate_and_wait().await;
 }
 
 #[tokio::test]
-async fn logs_that_cannot_be_had_are_refused_with_a_reason() {
-    let place = Place::new();
-    let up = place.up(STACK, &[]).await;
+async fn invalid_log_queries_are_refused_with_a_reason() {
+    let workspace = Workspace::new();
+    let up = workspace.up(STACK, &[]).await;
     for (target, status, reason) in [
         ("/system/logs?name=nobody", 404, "function nobody"),
         ("/system/logs?name=echo&namespace=dev", 404, "function echo.dev"),
@@ -68,37 +68,37 @@ async fn logs_that_cannot_be_had_are_refused_with_a_reason() {
         ("/system/logs?name=echo&tail=1.5", 400, "tail: \"1.5\""),
         ("/system/logs?name=echo&since=noon", 400, "since: \"noon\""),
     ] {
-        let answer = up.get(target, "").await;
-        assert_eq!(answer.status(), status, "{target}: {answer}");
-        assert!(answer.text().contains(reason), "{target}: {answer}");
+        let response = up.get(target, "").await;
+        assert_eq!(response.status(), status, "{target}: {response}");
+        assert!(response.text().contains(reason), "{target}: {response}");
     }
     for tail in ["", "&tail=-1", "&tail=10", "&tail="] {
         assert_eq!(up.get(&format!("/system/logs?name=echo{tail}"), "").await.status(), 200);
     }
-    up.terminated().await;
+    up.terminate_and_wait().await;
 }
 
 #[tokio::test]
-async fn the_commit_is_told_by_gateway_and_provider() {
-    let place = Place::new();
-    let up = place.up(STACK, &[]).await;
+async fn gateway_and_provider_report_the_commit() {
+    let workspace = Workspace::new();
+    let up = workspace.up(STACK, &[]).await;
     let info = up.get("/system/info", "").await.json();
     let repository = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join(".git").exists();
     let sha = info["version"]["sha"].as_str().unwrap();
     assert!(sha.len() == 40 && sha.bytes().all(|b| b.is_ascii_hexdigit()) || !repository, "{info}");
     assert_eq!(info["provider"]["version"]["sha"], sha);
-    up.terminated().await;
+    up.terminate_and_wait().await;
 }
 
 #[tokio::test]
-async fn every_function_has_the_label_that_clients_look_for() {
-    let place = Place::new();
+async fn every_function_has_the_faas_function_label() {
+    let workspace = Workspace::new();
     let stack = "functions: {echo: {fprocess: cat}, other: {fprocess: cat, labels: {team: a}}}";
-    let up = place.up(stack, &[]).await;
+    let up = workspace.up(stack, &[]).await;
     let listed = up.get("/system/functions", "").await.json();
     for function in listed.as_array().unwrap() {
         assert_eq!(function["labels"]["faas_function"], function["name"]);
     }
     assert_eq!(up.get("/system/function/other", "").await.json()["labels"]["team"], "a");
-    up.terminated().await;
+    up.terminate_and_wait().await;
 }

@@ -1,4 +1,4 @@
-//! Plays the recorded conformance suites against the real binary.
+//! Runs the recorded conformance suites against the real binary.
 
 use std::path::Path;
 use std::process::Command;
@@ -7,45 +7,47 @@ use std::sync::{Mutex, PoisonError};
 use crate::support::fake_stan::CLUSTER;
 use crate::support::nats::free_port;
 use crate::support::nats_streaming;
+use crate::support::report;
 
 /// Suites whose every case passes. The last one leaves a list of functions behind in the scripted provider.
 const SUITES: [&str; 7] = ["proxy", "system", "auth", "scale", "metrics", "hardening", "async"];
 
-/// The player's ports are always the same, and it may not be allowed to have a network of its own.
-static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
+/// The runner's ports are fixed, and it may not be allowed to create a network namespace.
+static SUITE_LOCK: Mutex<()> = Mutex::new(());
 
-/// Plays `suites` against what `gateway` starts, with `settings`; `least` cases are there at least.
-fn play(suites: &[&str], gateway: &str, settings: &[(&str, &str)], only: &str, least: u32) {
-    let _turn = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
+/// Runs `suites` against a gateway with `settings`. At least `least` cases must have run.
+fn run_suites(suites: &[&str], gateway: &str, settings: &[(&str, &str)], only: &str, least: u32) {
+    let _guard = SUITE_LOCK.lock().unwrap_or_else(PoisonError::into_inner);
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/conformance");
-    let mut player = Command::new("python3");
-    player.arg(folder.join("conformance")).args(["--gateway", gateway, "--only", only]);
+    let mut runner = Command::new("python3");
+    runner.arg(folder.join("conformance")).args(["--gateway", gateway, "--only", only]);
     for (name, value) in settings {
-        player.args(["--env", &format!("{name}={value}")]);
+        runner.args(["--env", &format!("{name}={value}")]);
     }
-    player.args(suites.iter().map(|suite| folder.join(format!("{suite}.json"))));
-    let played = player.output().expect("python3 plays the suites");
-    let told = String::from_utf8_lossy(&played.stdout);
-    println!("{told}{}", String::from_utf8_lossy(&played.stderr));
-    assert!(played.status.success());
-    // A player that finds no case says so with a success.
-    let passed: u32 = told.lines().last().unwrap().split(' ').next().unwrap().parse().unwrap();
-    assert!(passed >= least, "only {passed} cases were played");
+    runner.args(suites.iter().map(|suite| folder.join(format!("{suite}.json"))));
+    let output = runner.output().expect("python3 runs the suites");
+    let report_text = String::from_utf8_lossy(&output.stdout);
+    println!("{report_text}{}", String::from_utf8_lossy(&output.stderr));
+    assert!(output.status.success());
+    // A runner that finds no case exits successfully.
+    let passed: u32 =
+        report_text.lines().last().unwrap().split(' ').next().unwrap().parse().unwrap();
+    assert!(passed >= least, "only {passed} cases were run");
+    report(&format!("CONFORMANCE: {passed} cases passed"));
 }
 
 #[test]
-fn every_case_of_the_suites_holds() {
+fn all_conformance_cases_pass() {
     let state = tempfile::tempdir().unwrap();
     let settings = [("queue", "embedded"), ("state_dir", state.path().to_str().unwrap())];
-    play(&SUITES, env!("CARGO_BIN_EXE_gateway"), &settings, "", 167);
+    run_suites(&SUITES, env!("CARGO_BIN_EXE_gateway"), &settings, "", 167);
 }
 
-/// Plays the suite of queued calls on the server that `server` starts in the background, which listens on `port`.
-///
-/// `only`: the cases by a regular expression.
-fn play_queued(server: &str, port: u16, settings: &[(&str, &str)], only: &str, least: u32) {
+/// Runs the suite of queued calls with the server that `server` starts in the background, which listens on `port`.
+/// `only` is a regular expression for the cases.
+fn run_async_suite(server: &str, port: u16, settings: &[(&str, &str)], only: &str, least: u32) {
     let state = tempfile::tempdir().unwrap();
-    // In the player's network, which may be one of its own. All end when the player is done with the gateway.
+    // In the runner's network namespace, if it has one. All processes end when the runner stops the gateway.
     let all = state.path().join("all");
     let script = format!(
         "cd {state} || exit\n\
@@ -61,7 +63,7 @@ fn play_queued(server: &str, port: u16, settings: &[(&str, &str)], only: &str, l
     std::fs::write(&all, script).unwrap();
     let port = port.to_string();
     let address = [("faas_nats_address", "127.0.0.1"), ("faas_nats_port", port.as_str())];
-    play(
+    run_suites(
         &["async"],
         &format!("bash {}", all.display()),
         &[&address, settings].concat(),
@@ -71,14 +73,14 @@ fn play_queued(server: &str, port: u16, settings: &[(&str, &str)], only: &str, l
 }
 
 #[test]
-fn every_case_of_queued_calls_holds_on_jetstream() {
+fn all_async_conformance_cases_pass_on_jetstream() {
     let port = free_port();
     let server = format!("nats-server -a 127.0.0.1 -p {port} -js -sd store");
-    play_queued(&server, port, &[("queue", "jetstream")], "", 11);
+    run_async_suite(&server, port, &[("queue", "jetstream")], "", 11);
 }
 
 #[test]
-fn every_case_of_queued_calls_holds_on_nats_streaming() {
+fn all_async_conformance_cases_pass_on_nats_streaming() {
     let port = free_port();
     let program = nats_streaming::program();
     let server = format!(
@@ -86,6 +88,6 @@ fn every_case_of_queued_calls_holds_on_nats_streaming() {
         program.display()
     );
     let settings = [("queue", "stan"), ("faas_nats_cluster_name", CLUSTER)];
-    // `.ci/run` says why `async_get` is not among them.
-    play_queued(&server, port, &settings, "^(?!async_get$)", 10);
+    // `.ci/run` explains why `async_get` is excluded.
+    run_async_suite(&server, port, &settings, "^(?!async_get$)", 10);
 }

@@ -1,4 +1,4 @@
-//! Credentials that change while everything runs: gateway and provider read the change at different times.
+//! Credentials that change at runtime: gateway and provider read the change at different times.
 
 use std::path::Path;
 use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
@@ -10,13 +10,13 @@ use serde_json::json;
 use tempfile::TempDir;
 use tokio_util::sync::CancellationToken;
 
+use crate::support::connection::{Connection, Response, get, post, request};
 use crate::support::eventually;
 use crate::support::gateway::{Builder, Gateway};
 use crate::support::provider::{self, Provider};
-use crate::support::replicas::Replicas;
-use crate::support::wire::{Answer, Wire, get, post, request};
+use crate::support::scalable_function::ScalableFunction;
 
-/// A Secret as the kubelet mounts it: all files change at once, when a link is moved.
+/// A Secret as the kubelet mounts it: all files change together when a symbolic link is replaced.
 struct Mounted {
     directory: TempDir,
     versions: AtomicUsize,
@@ -53,7 +53,7 @@ fn basic(password: &str) -> String {
     format!("Basic {}", STANDARD.encode(format!("admin:{password}")))
 }
 
-/// A function that can be called.
+/// A function with a replica.
 const ECHO: &str = r#"{"name":"echo","namespace":"fn","replicas":1,"availableReplicas":1}"#;
 
 /// The passwords that a provider accepts.
@@ -69,10 +69,10 @@ impl Accepted {
         passwords.clone_into(&mut self.0.lock().unwrap());
     }
 
-    /// A provider that answers all others with `status`, and calls of functions in any case.
+    /// A provider that responds to other passwords with `status`, and to function calls always.
     fn provider(&self, status: u16) -> provider::Builder {
         let accepted = self.clone();
-        let api = move |head: &crate::support::wire::Head, _: &[u8]| {
+        let api = move |head: &crate::support::connection::Head, _: &[u8]| {
             let given = head.header("authorization");
             let is_one = |password: &&str| given == Some(basic(password).as_str());
             let is_accepted = accepted.0.lock().unwrap().iter().any(is_one);
@@ -85,38 +85,38 @@ impl Accepted {
                 _ => None,
             }
         };
-        Provider::builder().lists(&format!("[{ECHO}]")).api(api).answering(echo)
+        Provider::builder().listing(&format!("[{ECHO}]")).api(api).handler(echo)
     }
 }
 
-async fn echo(mut call: provider::Call) -> Option<Wire> {
-    let body = call.body().await.ok()?;
-    call.answer_with(200, &body).await;
-    Some(call.wire)
+async fn echo(mut call: provider::Invocation) -> Option<Connection> {
+    let body = call.read_body().await.ok()?;
+    call.send_response(200, &body).await;
+    Some(call.connection)
 }
 
-async fn with_password(gateway: &Gateway, password: &str, asked: &str) -> Answer {
-    let (line, rest) = asked.split_once("\r\n").unwrap();
+async fn with_password(gateway: &Gateway, password: &str, api_request: &str) -> Response {
+    let (line, rest) = api_request.split_once("\r\n").unwrap();
     let authorization = basic(password);
-    let asked = format!("{line}\r\nAuthorization: {authorization}\r\n{rest}");
-    gateway.connect().await.ask(asked).await
+    let api_request = format!("{line}\r\nAuthorization: {authorization}\r\n{rest}");
+    gateway.connect().await.exchange(api_request).await
 }
 
-/// What `/_/ready` says: its status, what is degraded, and why.
+/// The response of `/_/ready`: its status, the degraded parts, and the reason.
 async fn ready(gateway: &Gateway) -> (u16, String, String) {
-    let answer = gateway.get("/_/ready").await;
-    let state = answer.json();
-    (answer.status(), state["degraded"].to_string(), state["reasons"].to_string())
+    let response = gateway.get("/_/ready").await;
+    let state = response.json();
+    (response.status(), state["degraded"].to_string(), state["reasons"].to_string())
 }
 
-/// Calls `echo`, and asks whether the gateway is ready, again and again until told to stop: what was refused.
+/// Calls `echo` and queries readiness until it is stopped. Returns the number of calls and what was refused.
 async fn keep_calling(gateway: &Gateway, stop: CancellationToken) -> (usize, Vec<String>) {
     let (mut calls, mut refused) = (0, Vec::new());
     while !stop.is_cancelled() {
-        for asked in [get("/_/ready"), post("/function/echo", "hello")] {
-            let answer = gateway.connect().await.ask(asked).await;
-            if answer.status() != 200 {
-                refused.push(answer.to_string());
+        for api_request in [get("/_/ready"), post("/function/echo", "hello")] {
+            let response = gateway.connect().await.exchange(api_request).await;
+            if response.status() != 200 {
+                refused.push(response.to_string());
             }
         }
         calls += 1;
@@ -126,50 +126,50 @@ async fn keep_calling(gateway: &Gateway, stop: CancellationToken) -> (usize, Vec
 }
 
 #[tokio::test]
-async fn a_changed_password_that_the_provider_reads_later_refuses_no_call() {
+async fn no_call_fails_while_the_provider_still_has_the_old_password() {
     let (accepted, secret) = (Accepted::only("old"), Mounted::with("old"));
     let provider = accepted.provider(401).start();
     let builder = Gateway::builder().provider(&provider).var("scale_from_zero", "true");
     let gateway = secret.settings(builder).start().await;
-    eventually("ready", async || gateway.is_ready().await).await;
+    eventually("the gateway is ready", async || gateway.is_ready().await).await;
     let stop = CancellationToken::new();
     let change = async {
         secret.change("admin", "new");
-        gateway.logs("Credentials changed").await;
-        eventually("the provider is behind", async || {
+        gateway.wait_for_log("Credentials changed").await;
+        eventually("the provider still has the old password", async || {
             let (status, degraded, reasons) = ready(&gateway).await;
             assert_eq!(status, 200, "{reasons}");
             degraded == r#"["credentials"]"# && reasons.contains("previous credentials")
         })
         .await;
-        // Clients of the gateway's own API need the new one at once.
+        // Clients of the gateway's own API need the new password immediately.
         assert_eq!(with_password(&gateway, "old", &get("/system/functions")).await.status(), 401);
         let long = format!(r#"{{"service":"echo","image":"{}"}}"#, "x".repeat(2 << 20));
         for body in [r#"{"service":"echo"}"#, &long] {
-            let asked = request("PUT", "/system/functions", &[], body);
-            let answer = with_password(&gateway, "new", &asked).await;
-            assert_eq!(answer.status(), 200, "{answer}");
+            let api_request = request("PUT", "/system/functions", &[], body);
+            let response = with_password(&gateway, "new", &api_request).await;
+            assert_eq!(response.status(), 200, "{response}");
         }
         let chunked = "PUT /system/functions HTTP/1.1\r\nHost: g\r\nTransfer-Encoding: chunked\r\n\r\n\
                        2\r\n{}\r\n0\r\n\r\n";
-        for asked in [chunked, &get("/system/logs?name=echo"), &get("/system/functions")] {
-            let answer = with_password(&gateway, "new", asked).await;
-            assert_eq!(answer.status(), 200, "{answer}");
+        for api_request in [chunked, &get("/system/logs?name=echo"), &get("/system/functions")] {
+            let response = with_password(&gateway, "new", api_request).await;
+            assert_eq!(response.status(), 200, "{response}");
         }
         accepted.set(&["new"]);
-        eventually("all is well", async || ready(&gateway).await.1 == "[]").await;
-        let asked = request("PUT", "/system/functions", &[], "last");
-        assert_eq!(with_password(&gateway, "new", &asked).await.status(), 200);
+        eventually("readiness reports no problem", async || ready(&gateway).await.1 == "[]").await;
+        let api_request = request("PUT", "/system/functions", &[], "last");
+        assert_eq!(with_password(&gateway, "new", &api_request).await.status(), 200);
         stop.cancel();
     };
     let ((calls, refused), ()) = tokio::join!(keep_calling(&gateway, stop.clone()), change);
     assert!(calls > 0 && refused.is_empty(), "of {calls}: {refused:#?}");
-    // Whatever was accepted was accepted once, with its whole body.
-    let asked = provider.asked();
+    // Every accepted request was accepted once, with its complete body.
+    let requests = provider.api_requests();
     let bodies = |password: &str| {
         let given = basic(password);
         let accepted =
-            asked.iter().filter(|(head, _)| head.header("authorization") == Some(&given));
+            requests.iter().filter(|(head, _)| head.header("authorization") == Some(&given));
         let puts = accepted.filter(|(head, _)| head.method() == "PUT");
         puts.map(|(_, body)| body.len()).collect::<Vec<_>>()
     };
@@ -179,57 +179,58 @@ async fn a_changed_password_that_the_provider_reads_later_refuses_no_call() {
 }
 
 #[tokio::test]
-async fn a_provider_that_refuses_the_credentials_can_be_called_all_the_same() {
+async fn functions_can_be_called_while_the_provider_refuses_the_credentials() {
     for (status, scales) in [(401, "true"), (403, "true"), (401, "false")] {
         let provider = Accepted::only("another").provider(status).start();
         let secret = Mounted::with("s3cret");
         let builder = Gateway::builder().provider(&provider).var("scale_from_zero", scales);
         let gateway = secret.settings(builder).start().await;
-        eventually("ready", async || gateway.is_ready().await).await;
+        eventually("the gateway is ready", async || gateway.is_ready().await).await;
         let (_, degraded, reasons) = ready(&gateway).await;
         assert_eq!(degraded, r#"["credentials"]"#);
         assert!(reasons.contains("rejects the gateway's credentials"), "{reasons}");
         assert!(reasons.contains(&status.to_string()), "{reasons}");
         for number in 0..3 {
-            let answer = gateway.post("/function/echo", &number.to_string()).await;
-            assert_eq!((answer.status(), answer.text()), (200, &*number.to_string()));
+            let response = gateway.post("/function/echo", &number.to_string()).await;
+            assert_eq!((response.status(), response.text()), (200, &*number.to_string()));
         }
-        assert_eq!(provider.calls(), 3);
-        // Functions without replicas get what the provider says, once.
+        assert_eq!(provider.call_count(), 3);
+        // For functions without replicas, the provider's response is passed on once.
         assert_eq!(gateway.post("/function/made-up", "x").await.status(), 200);
-        assert_eq!(provider.calls(), 4);
+        assert_eq!(provider.call_count(), 4);
     }
 }
 
 #[tokio::test]
-async fn a_function_at_zero_is_called_once_while_nobody_says_how_it_is() {
-    let replicas = Replicas::at(0, 0);
+async fn a_function_at_zero_is_called_once_while_its_status_is_unknown() {
+    let replicas = ScalableFunction::with_replicas(0, 0);
     let inner = replicas.provider().start();
     // The API refuses; calls go to a function without replicas.
     let target = inner.address;
     let provider = Provider::builder()
         .api(|_, _| Some((401, String::new())))
-        .answering(move |mut call| async move {
-            let body = String::from_utf8(call.body().await.ok()?).unwrap();
-            let answer = Wire::connect(target).await.ask(post("/function/echo", &body)).await;
+        .handler(move |mut call| async move {
+            let body = String::from_utf8(call.read_body().await.ok()?).unwrap();
+            let response =
+                Connection::connect(target).await.exchange(post("/function/echo", &body)).await;
             let head = format!(
                 "HTTP/1.1 {} X\r\nX-OpenFaaS-Internal: proxy\r\nContent-Length: 0\r\n\r\n",
-                answer.status()
+                response.status()
             );
-            call.wire.send(head).await;
-            Some(call.wire)
+            call.connection.send(head).await;
+            Some(call.connection)
         })
         .start();
     let secret = Mounted::with("s3cret");
     let builder = Gateway::builder().provider(&provider).var("scale_from_zero", "true");
     let gateway = secret.settings(builder).start().await;
-    let answer = gateway.post("/function/echo", "hello").await;
-    assert_eq!(answer.status(), 503, "{answer}");
-    assert_eq!((provider.calls(), replicas.with(|it| it.calls.len())), (1, 1));
+    let response = gateway.post("/function/echo", "hello").await;
+    assert_eq!(response.status(), 503, "{response}");
+    assert_eq!((provider.call_count(), replicas.with(|state| state.calls.len())), (1, 1));
 }
 
 #[tokio::test]
-async fn a_name_that_the_provider_refuses_to_answer_for_leads_to_no_host() {
+async fn a_function_name_without_a_status_is_not_used_as_a_host_name() {
     let provider = Accepted::only("another").provider(401).start();
     let listener = tokio::net::TcpListener::bind("127.0.0.1:8080").await.ok();
     for scales in ["true", "false"] {
@@ -239,9 +240,9 @@ async fn a_name_that_the_provider_refuses_to_answer_for_leads_to_no_host() {
             .var("scale_from_zero", scales)
             .var("direct_functions", "true");
         let gateway = secret.settings(builder).start().await;
-        let answer = gateway.get("/function/localhost").await;
-        assert!([500, 503].contains(&answer.status()), "{answer}");
-        assert!(answer.text().contains("rejects the gateway's credentials"), "{answer}");
+        let response = gateway.get("/function/localhost").await;
+        assert!([500, 503].contains(&response.status()), "{response}");
+        assert!(response.text().contains("rejects the gateway's credentials"), "{response}");
     }
     if let Some(listener) = listener {
         use futures_util::FutureExt;
@@ -250,13 +251,13 @@ async fn a_name_that_the_provider_refuses_to_answer_for_leads_to_no_host() {
 }
 
 #[tokio::test]
-async fn a_provider_that_answers_with_an_error_can_be_called() {
+async fn functions_can_be_called_while_status_queries_fail() {
     let provider = Provider::builder()
         .api(|_, _| Some((500, "the cluster is away".to_owned())))
-        .answering(echo)
+        .handler(echo)
         .start();
-    let gateway = Gateway::before(&provider).await;
-    eventually("ready", async || gateway.is_ready().await).await;
+    let gateway = Gateway::in_front_of(&provider).await;
+    eventually("the gateway is ready", async || gateway.is_ready().await).await;
     let (_, degraded, reasons) = ready(&gateway).await;
     assert_eq!(degraded, r#"["provider"]"#);
     assert!(reasons.contains("500"), "{reasons}");
@@ -264,76 +265,78 @@ async fn a_provider_that_answers_with_an_error_can_be_called() {
 }
 
 #[tokio::test]
-async fn files_that_are_being_replaced_are_not_believed() {
+async fn incomplete_credential_files_are_ignored() {
     let (accepted, secret) = (Accepted::only("old"), Mounted::with("old"));
     let provider = accepted.provider(401).start();
     let gateway = secret.settings(Gateway::builder().provider(&provider)).start().await;
-    eventually("ready", async || gateway.is_ready().await).await;
+    eventually("the gateway is ready", async || gateway.is_ready().await).await;
     let data = secret.directory.path().join("..data");
     std::fs::remove_file(&data).unwrap();
-    gateway.logs("Cannot read the credentials").await;
+    gateway.wait_for_log("Cannot read the credentials").await;
     assert_eq!(with_password(&gateway, "old", &get("/system/functions")).await.status(), 200);
     secret.change("admin", "");
     secret.change("admin", "new");
     accepted.set(&["new"]);
-    eventually("the new one is let in", async || {
+    eventually("the new password is accepted", async || {
         with_password(&gateway, "new", &get("/system/functions")).await.status() == 200
     })
     .await;
     assert_eq!(with_password(&gateway, "old", &get("/system/functions")).await.status(), 401);
 }
 
-/// Changes `first` and then `second`, with a gateway before a real process provider: what is refused meanwhile.
-async fn changed_one_after_the_other(gateway_first: bool) {
-    let (ours, theirs) = (Mounted::with("old"), Mounted::with("old"));
+/// Changes the credentials of gateway and process provider one after the other. No request may be refused meanwhile.
+async fn change_one_after_the_other(gateway_first: bool) {
+    let (gateway_secret, provider_secret) = (Mounted::with("old"), Mounted::with("old"));
     let state = tempfile::tempdir().unwrap();
-    let provider = theirs.settings(Gateway::process_provider(state.path())).start().await;
+    let provider = provider_secret.settings(Gateway::process_provider(state.path())).start().await;
     let builder = Gateway::builder()
         .var("functions_provider_url", format!("http://{}", provider.address))
         .var("scale_from_zero", "true")
         .var("function_namespace", "openfaas-fn");
-    let gateway = ours.settings(builder).start().await;
+    let gateway = gateway_secret.settings(builder).start().await;
     let deployment = json!({ "service": "echo", "image": "", "envProcess": "cat" }).to_string();
     let deploy = request("POST", "/system/functions", &[], &deployment);
-    let answer = with_password(&gateway, "old", &deploy).await;
-    assert_eq!(answer.status(), 202, "{answer}");
-    eventually("it is ready", async || {
+    let response = with_password(&gateway, "old", &deploy).await;
+    assert_eq!(response.status(), 202, "{response}");
+    eventually("the function is ready", async || {
         gateway.is_ready().await && gateway.post("/function/echo", "x").await.status() == 200
     })
     .await;
     let stop = CancellationToken::new();
     let change = async {
         let (first, second) = match gateway_first {
-            true => ((&ours, &gateway), (&theirs, &provider)),
-            false => ((&theirs, &provider), (&ours, &gateway)),
+            true => ((&gateway_secret, &gateway), (&provider_secret, &provider)),
+            false => ((&provider_secret, &provider), (&gateway_secret, &gateway)),
         };
         for (step, (secret, process)) in [first, second].into_iter().enumerate() {
             secret.change("admin", "new");
-            process.logs("Credentials changed").await;
+            process.wait_for_log("Credentials changed").await;
             let password = if gateway_first || step == 1 { "new" } else { "old" };
             let update = request("PUT", "/system/functions", &[], &deployment);
             let scale = json!({ "serviceName": "echo", "replicas": 1 }).to_string();
             let scale = post("/system/scale-function/echo", &scale);
-            for asked in [update, scale, get("/system/function/echo"), get("/system/functions")] {
-                let answer = with_password(&gateway, password, &asked).await;
-                assert!(answer.status() < 300, "{asked}\n{answer}");
+            for api_request in
+                [update, scale, get("/system/function/echo"), get("/system/functions")]
+            {
+                let response = with_password(&gateway, password, &api_request).await;
+                assert!(response.status() < 300, "{api_request}\n{response}");
             }
         }
-        eventually("all is well", async || ready(&gateway).await.1 == "[]").await;
+        eventually("readiness reports no problem", async || ready(&gateway).await.1 == "[]").await;
         stop.cancel();
     };
     let ((calls, refused), ()) = tokio::join!(keep_calling(&gateway, stop.clone()), change);
     assert!(calls > 0 && refused.is_empty(), "of {calls}: {refused:#?}");
-    let asked = with_password(&provider, "wrong", &get("/system/functions")).await;
-    assert_eq!(asked.status(), 401);
+    let response = with_password(&provider, "wrong", &get("/system/functions")).await;
+    assert_eq!(response.status(), 401);
 }
 
 #[tokio::test]
-async fn a_process_provider_that_reads_the_change_after_its_gateway_refuses_nothing() {
-    changed_one_after_the_other(true).await;
+async fn no_call_fails_when_the_process_provider_reloads_after_its_gateway() {
+    change_one_after_the_other(true).await;
 }
 
 #[tokio::test]
-async fn a_process_provider_that_reads_the_change_before_its_gateway_refuses_nothing() {
-    changed_one_after_the_other(false).await;
+async fn no_call_fails_when_the_process_provider_reloads_before_its_gateway() {
+    change_one_after_the_other(false).await;
 }

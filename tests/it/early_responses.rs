@@ -1,4 +1,4 @@
-//! Responses to requests whose body is still being sent: clients that send first and read later get them, too.
+//! Responses to requests whose body is still being sent: clients that read only after sending receive them, too.
 
 use std::net::SocketAddr;
 use std::process::Stdio;
@@ -8,17 +8,17 @@ use tempfile::TempDir;
 use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
 use tokio::process::Command;
 
+use crate::support::connection::{Connection, get, post};
 use crate::support::gateway::{Gateway, command};
-use crate::support::provider::{Call, Provider};
-use crate::support::wire::{Wire, get, post};
+use crate::support::provider::{Invocation, Provider};
 use crate::support::{eventually, within};
 
-/// More than the sockets between a client and a function hold.
-const LARGE: usize = 20 << 20;
-/// How often each client tries: what gets lost is lost in a race.
-const TIMES: usize = 5;
+/// More than the socket buffers between a client and a function hold.
+const LARGE_BODY: usize = 20 << 20;
+/// Attempts per client, because a lost response is a race.
+const ATTEMPTS: usize = 5;
 
-/// Sends a large body as Python's standard library does: all of it, then it reads.
+/// Sends a large body as Python's standard library does: it reads only after it has sent everything.
 const PYTHON: &str = "
 import http.client, sys
 host, path, size, times = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
@@ -30,10 +30,10 @@ for _ in range(times):
     connection.close()
 ";
 
-/// What Python says of its requests, a line for each.
+/// Python's report of its requests, one line each.
 async fn python(gateway: &Gateway, path: &str) -> Vec<String> {
     let host = gateway.address.to_string();
-    let (size, times) = (LARGE.to_string(), TIMES.to_string());
+    let (size, times) = (LARGE_BODY.to_string(), ATTEMPTS.to_string());
     let mut python = Command::new("python3");
     python.args(["-c", PYTHON, &host, path, &size, &times]).kill_on_drop(true);
     let output = within("python", python.output()).await.unwrap();
@@ -41,7 +41,7 @@ async fn python(gateway: &Gateway, path: &str) -> Vec<String> {
     String::from_utf8(output.stdout).unwrap().lines().map(str::to_owned).collect()
 }
 
-/// What curl says of an upload of `file`, or of its standard input if that is `-`.
+/// curl's report of an upload of `file`, or of its standard input if that is `-`.
 async fn curl(gateway: &Gateway, path: &str, file: &str) -> String {
     let url = format!("http://{}{path}", gateway.address);
     let mut curl = Command::new("curl");
@@ -64,66 +64,69 @@ async fn curl(gateway: &Gateway, path: &str, file: &str) -> String {
     let mut stdin = child.stdin.take().unwrap();
     let feed = async move {
         if file == "-" {
-            // It need not take all of it.
-            let _ = stdin.write_all(&vec![b'x'; LARGE]).await;
+            // curl need not read all of it.
+            let _ = stdin.write_all(&vec![b'x'; LARGE_BODY]).await;
         }
     };
     let (output, ()) = tokio::join!(within("curl", child.wait_with_output()), feed);
     let output = output.unwrap();
-    let said = String::from_utf8_lossy(&output.stdout).into_owned();
-    assert!(output.status.success(), "{said}: {}", String::from_utf8_lossy(&output.stderr));
-    said
+    let reported = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert!(output.status.success(), "{reported}: {}", String::from_utf8_lossy(&output.stderr));
+    reported
 }
 
-/// All clients send a large body to `path`, and each gets a response with `status` and this first word.
-async fn all_are_told(gateway: &Gateway, path: &str, status: &str, word: &str) {
+/// Asserts that all clients that send a large body to `path` receive a response with `status` and this first word.
+async fn assert_all_clients_receive(gateway: &Gateway, path: &str, status: &str, word: &str) {
     let directory = TempDir::new().unwrap();
     let file = directory.path().join("large");
-    std::fs::write(&file, vec![b'x'; LARGE]).unwrap();
+    std::fs::write(&file, vec![b'x'; LARGE_BODY]).unwrap();
     let file = file.to_str().unwrap();
-    assert_eq!(python(gateway, path).await, vec![format!("{status} close {word}"); TIMES]);
-    for _ in 0..TIMES {
+    assert_eq!(python(gateway, path).await, vec![format!("{status} close {word}"); ATTEMPTS]);
+    for _ in 0..ATTEMPTS {
         for source in ["-", file] {
-            let said = curl(gateway, path, source).await;
-            assert!(said.starts_with(word) && said.ends_with(status), "{path}, {source}: {said}");
+            let reported = curl(gateway, path, source).await;
+            assert!(
+                reported.starts_with(word) && reported.ends_with(status),
+                "{path}, {source}: {reported}"
+            );
         }
     }
 }
 
-async fn refuse(call: &mut Call) {
-    call.answer_with(413, b"large bodies are refused").await;
+async fn refuse(call: &mut Invocation) {
+    call.send_response(413, b"large bodies are refused").await;
 }
 
 #[tokio::test]
-async fn a_function_that_refuses_and_closes_is_heard() {
+async fn a_client_receives_the_refusal_of_a_function_that_closes() {
     let provider = Provider::builder()
-        .answering(async |mut call| {
+        .handler(async |mut call| {
             refuse(&mut call).await;
-            // Closed with unread data: the kernel resets the connection.
+            // Closing with unread data makes the kernel reset the connection.
             None
         })
         .start();
-    let gateway = Gateway::before(&provider).await;
-    all_are_told(&gateway, "/function/upload", "413", "large").await;
+    let gateway = Gateway::in_front_of(&provider).await;
+    assert_all_clients_receive(&gateway, "/function/upload", "413", "large").await;
 }
 
 #[tokio::test]
-async fn a_function_that_refuses_and_reads_no_more_is_heard() {
+async fn a_client_receives_the_refusal_of_a_function_that_stops_reading() {
     let provider = Provider::builder()
-        .answering(async |mut call| {
+        .handler(async |mut call| {
             refuse(&mut call).await;
-            call.wire.closed().await;
+            call.connection.read_to_close().await;
             None
         })
         .start();
-    let gateway = Gateway::before(&provider).await;
-    all_are_told(&gateway, "/function/upload", "413", "large").await;
+    let gateway = Gateway::in_front_of(&provider).await;
+    assert_all_clients_receive(&gateway, "/function/upload", "413", "large").await;
 }
 
 #[tokio::test]
-async fn refusals_of_the_gateway_itself_are_heard() {
+async fn a_client_receives_refusals_of_the_gateway() {
     let listed = r#"[{"name":"upload","namespace":"fn","replicas":1,"availableReplicas":1}]"#;
-    let mut provider = Provider::builder().lists(listed).start();
+    let mut provider = Provider::builder().listing(listed).start();
     let state = TempDir::new().unwrap();
     let gateway = Gateway::builder()
         .provider(&provider)
@@ -133,66 +136,68 @@ async fn refusals_of_the_gateway_itself_are_heard() {
         .var("max_calls", "1")
         .start()
         .await;
-    gateway.metrics_show("it is listed", |m| m.text.contains("gateway_service_count{")).await;
-    all_are_told(&gateway, "/nowhere", "404", "no").await;
-    all_are_told(&gateway, "/async-function/upload", "413", "the").await;
-    let mut caller = gateway.connect().await;
-    caller.send(get("/function/slow")).await;
-    let _held = provider.call().await;
-    all_are_told(&gateway, "/function/upload", "503", "too").await;
+    gateway
+        .wait_for_metric("the function is listed", |m| m.text.contains("gateway_service_count{"))
+        .await;
+    assert_all_clients_receive(&gateway, "/nowhere", "404", "no").await;
+    assert_all_clients_receive(&gateway, "/async-function/upload", "413", "the").await;
+    let mut client = gateway.connect().await;
+    client.send(get("/function/slow")).await;
+    let _held = provider.next_call().await;
+    assert_all_clients_receive(&gateway, "/function/upload", "503", "too").await;
 }
 
 #[tokio::test]
-async fn the_sending_side_is_closed_at_once_and_the_rest_is_read_for_a_while() {
-    let provider = Provider::by_hand();
-    let gateway = Gateway::before(&provider).await;
-    eventually("ready", async || gateway.is_ready().await).await;
-    let mut caller = gateway.connect().await;
+async fn after_an_early_response_the_rest_of_the_request_is_drained() {
+    let provider = Provider::manual();
+    let gateway = Gateway::in_front_of(&provider).await;
+    eventually("the gateway is ready", async || gateway.is_ready().await).await;
+    let mut client = gateway.connect().await;
     let head = "POST /nowhere HTTP/1.1\r\nHost: g\r\nContent-Length: 1000000000\r\n\r\n";
-    caller.send(head).await;
-    let answer = caller.answer().await;
-    assert_eq!((answer.status(), answer.header("connection")), (404, Some("close")));
-    assert!(!caller.readable().await);
+    client.send(head).await;
+    let response = client.read_response().await;
+    assert_eq!((response.status(), response.header("connection")), (404, Some("close")));
+    assert!(!client.wait_readable().await);
     let piece = vec![b'x'; 1 << 20];
     for _ in 0..8 {
-        caller.send(&piece).await;
+        client.send(&piece).await;
     }
-    // A client that neither sends nor closes does not hold its connection.
+    // A client that neither sends nor closes does not keep its connection.
     let open = gateway.open_files();
     eventually("the connection is closed", async || gateway.open_files() < open).await;
-    // Nor does one that never stops.
-    let mut caller = gateway.connect().await;
-    caller.send(head).await;
-    assert_eq!(caller.answer().await.status(), 404);
-    let endless = async { while caller.try_send(&piece).await.is_ok() {} };
+    // Nor does a client that never stops sending.
+    let mut client = gateway.connect().await;
+    client.send(head).await;
+    assert_eq!(client.read_response().await.status(), 404);
+    let endless = async { while client.try_send(&piece).await.is_ok() {} };
     tokio::time::timeout(Duration::from_secs(60), endless).await.unwrap();
 }
 
 #[tokio::test]
-async fn a_small_body_that_has_come_whole_keeps_the_connection() {
-    let provider = Provider::by_hand();
-    let gateway = Gateway::before(&provider).await;
-    let mut caller = gateway.connect().await;
+async fn a_small_complete_body_keeps_the_connection() {
+    let provider = Provider::manual();
+    let gateway = Gateway::in_front_of(&provider).await;
+    let mut client = gateway.connect().await;
     for _ in 0..3 {
-        let answer = caller.ask(post("/nowhere", "small")).await;
-        assert_eq!((answer.status(), answer.header("connection")), (404, None));
+        let response = client.exchange(post("/nowhere", "small")).await;
+        assert_eq!((response.status(), response.header("connection")), (404, None));
     }
 }
 
 #[tokio::test]
-async fn a_head_that_is_too_large_is_answered_to_a_client_that_sends_on() {
-    let provider = Provider::by_hand();
-    let gateway = Gateway::before(&provider).await;
-    for _ in 0..TIMES {
-        let mut caller = gateway.connect().await;
+async fn a_client_that_keeps_sending_receives_the_refusal_of_a_large_head() {
+    let provider = Provider::manual();
+    let gateway = Gateway::in_front_of(&provider).await;
+    for _ in 0..ATTEMPTS {
+        let mut client = gateway.connect().await;
         let pad = "p".repeat(8 << 20);
-        caller.send(format!("GET / HTTP/1.1\r\nHost: g\r\nX-Pad: {pad}\r\n\r\n")).await;
-        assert_eq!(caller.head().await.status(), 431);
+        client.send(format!("GET / HTTP/1.1\r\nHost: g\r\nX-Pad: {pad}\r\n\r\n")).await;
+        assert_eq!(client.read_head().await.status(), 431);
     }
 }
 
-/// A function in HTTP mode that refuses what it has not read.
-const PICKY: &str = "
+/// A function in HTTP mode that refuses a request without reading its body.
+const REFUSING_SERVER: &str = "
 import http.server, os
 class Handler(http.server.BaseHTTPRequestHandler):
     def do_POST(self):
@@ -210,12 +215,12 @@ functions:
 ";
 
 #[tokio::test]
-async fn functions_of_the_process_provider_that_read_nothing_are_heard() {
+async fn clients_receive_responses_of_forked_functions_that_read_nothing() {
     let state = TempDir::new().unwrap();
-    let picky = state.path().join("picky.py");
-    std::fs::write(&picky, PICKY).unwrap();
+    let script = state.path().join("picky.py");
+    std::fs::write(&script, REFUSING_SERVER).unwrap();
     let stack = state.path().join("stack.yaml");
-    std::fs::write(&stack, STACK.replace("picky.py", picky.to_str().unwrap())).unwrap();
+    std::fs::write(&stack, STACK.replace("picky.py", script.to_str().unwrap())).unwrap();
     let mut up = command();
     up.arg("up").arg(&stack).env("PATH", std::env::var("PATH").unwrap());
     up.envs([("port", "0"), ("metrics_port", "0"), ("provider_port", "0")]);
@@ -224,7 +229,7 @@ async fn functions_of_the_process_provider_that_read_nothing_are_heard() {
     let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
     let mut addresses: Vec<SocketAddr> = Vec::new();
     while addresses.len() < 2 {
-        let line = within("it starts", lines.next_line()).await.unwrap().unwrap();
+        let line = within("the function starts", lines.next_line()).await.unwrap().unwrap();
         if line.starts_with("Gateway") || line.starts_with("Provider") {
             let url = line.split_whitespace().nth(1).unwrap();
             addresses.push(url.strip_prefix("http://").unwrap().parse().unwrap());
@@ -232,26 +237,27 @@ async fn functions_of_the_process_provider_that_read_nothing_are_heard() {
     }
     let gateway = addresses[0];
     eventually("the replica is ready", async || {
-        Wire::connect(gateway).await.ask(post("/function/picky", "")).await.status() == 413
+        Connection::connect(gateway).await.exchange(post("/function/picky", "")).await.status()
+            == 413
     })
     .await;
-    // The provider of `up` may want credentials that only its gateway has.
+    // The provider of `up` requires credentials that only its gateway has.
     for (path, status, text) in
         [("/function/deaf", 200, "large enough\n"), ("/function/picky", 413, "large")]
     {
-        for _ in 0..TIMES {
-            let mut caller = Wire::connect(gateway).await;
+        for _ in 0..ATTEMPTS {
+            let mut client = Connection::connect(gateway).await;
             let head = format!("POST {path} HTTP/1.1\r\nHost: 127.0.0.1\r\n");
-            caller.send(format!("{head}Content-Length: {LARGE}\r\n\r\n")).await;
-            caller.send(vec![b'x'; LARGE]).await;
-            let answer = caller.answer().await;
-            assert_eq!((answer.status(), answer.text()), (status, text));
+            client.send(format!("{head}Content-Length: {LARGE_BODY}\r\n\r\n")).await;
+            client.send(vec![b'x'; LARGE_BODY]).await;
+            let response = client.read_response().await;
+            assert_eq!((response.status(), response.text()), (status, text));
         }
     }
 }
 
 #[tokio::test]
-async fn the_process_provider_itself_is_heard() {
+async fn clients_receive_refusals_of_the_process_provider() {
     let state = TempDir::new().unwrap();
     let mut provider = command();
     provider.args(["provider", "process"]).current_dir(state.path());
@@ -260,7 +266,7 @@ async fn the_process_provider_itself_is_heard() {
     let mut child = provider.kill_on_drop(true).spawn().unwrap();
     let mut lines = BufReader::new(child.stderr.take().unwrap()).lines();
     let address: SocketAddr = loop {
-        let line = within("it starts", lines.next_line()).await.unwrap().unwrap();
+        let line = within("the function starts", lines.next_line()).await.unwrap().unwrap();
         let line: serde_json::Value = serde_json::from_str(&line).unwrap();
         if let Some(address) = line["fields"]["address"].as_str() {
             break address.parse().unwrap();
@@ -272,18 +278,18 @@ async fn the_process_provider_itself_is_heard() {
         "POST /system/functions HTTP/1.1\r\n{host}\r\nContent-Length: {}\r\n\r\n{deaf}",
         deaf.len()
     );
-    assert_eq!(Wire::connect(address).await.ask(deploy).await.status(), 202);
+    assert_eq!(Connection::connect(address).await.exchange(deploy).await.status(), 202);
     for (path, status, text) in
         [("/function/deaf", 200, "large enough\n"), ("/function/none", 404, "function none")]
     {
-        for _ in 0..TIMES {
-            let mut caller = Wire::connect(address).await;
+        for _ in 0..ATTEMPTS {
+            let mut client = Connection::connect(address).await;
             let head = format!("POST {path} HTTP/1.1\r\n{host}\r\n");
-            caller.send(format!("{head}Content-Length: {LARGE}\r\n\r\n")).await;
-            caller.send(vec![b'x'; LARGE]).await;
-            let answer = caller.answer().await;
-            assert_eq!(answer.status(), status);
-            assert!(answer.text().starts_with(text), "{answer}");
+            client.send(format!("{head}Content-Length: {LARGE_BODY}\r\n\r\n")).await;
+            client.send(vec![b'x'; LARGE_BODY]).await;
+            let response = client.read_response().await;
+            assert_eq!(response.status(), status);
+            assert!(response.text().starts_with(text), "{response}");
         }
     }
 }

@@ -1,10 +1,10 @@
-//! What the metrics show: functions that exist, under bounded names, whatever strangers call.
+//! Function metrics: existing functions, under bounded names, whatever names clients send.
 
 use std::fmt::Write as _;
 
+use crate::support::connection::{get, post};
 use crate::support::gateway::Gateway;
-use crate::support::provider::{Provider, always};
-use crate::support::wire::{get, post};
+use crate::support::provider::{Provider, respond_ok};
 
 const LISTED: &str = r#"[
     {"name":"echo","namespace":"fn","image":"i","replicas":3,"availableReplicas":2,"labels":
@@ -12,20 +12,20 @@ const LISTED: &str = r#"[
     {"name":"plain","image":"i","replicas":1,"availableReplicas":1,"labels":null}]"#;
 
 #[tokio::test]
-async fn names_that_strangers_make_up_grow_nothing() {
+async fn made_up_function_names_do_not_grow_the_metrics() {
     const BATCHES: usize = 50;
     const CALLS: usize = 100;
     let provider = Provider::builder()
-        .answering(async |mut call| {
-            call.answer(404, "").await;
-            Some(call.wire)
+        .handler(async |mut call| {
+            call.respond(404, "").await;
+            Some(call.connection)
         })
         .start();
-    let gateway = Gateway::before(&provider).await;
+    let gateway = Gateway::in_front_of(&provider).await;
     let before = gateway.metrics().await.len();
     let mut strangers = tokio::task::JoinSet::new();
     for stranger in 0..4 {
-        let mut caller = gateway.connect().await;
+        let mut client = gateway.connect().await;
         strangers.spawn(async move {
             for batch in 0..BATCHES {
                 let mut requests = String::new();
@@ -33,16 +33,16 @@ async fn names_that_strangers_make_up_grow_nothing() {
                     let target = format!("/function/made-up-{stranger}-{batch}-{call}.ns{call}");
                     let _ = write!(requests, "{}", get(&target));
                 }
-                caller.send(requests).await;
+                client.send(requests).await;
                 for _ in 0..CALLS {
-                    assert_eq!(caller.answer().await.status(), 404);
+                    assert_eq!(client.read_response().await.status(), 404);
                 }
             }
         });
     }
     strangers.join_all().await;
     let all = (4 * BATCHES * CALLS) as u64;
-    gateway.metrics_show("all are counted", |m| m.calls("unknown", "404") == all).await;
+    gateway.wait_for_metric("all calls are counted", |m| m.calls("unknown", "404") == all).await;
     let metrics = gateway.metrics().await;
     assert!(!metrics.text.contains("made-up"));
     let grown = metrics.len() - before;
@@ -50,42 +50,48 @@ async fn names_that_strangers_make_up_grow_nothing() {
 }
 
 #[tokio::test]
-async fn a_function_that_answers_is_known_from_then_on() {
+async fn a_function_that_responds_is_registered() {
     let provider = Provider::builder()
-        .answering(async |mut call| {
+        .handler(async |mut call| {
             let status = if call.head.target().ends_with("/missing") { 404 } else { 200 };
-            call.answer(status, "").await;
-            Some(call.wire)
+            call.respond(status, "").await;
+            Some(call.connection)
         })
         .start();
-    let gateway = Gateway::before(&provider).await;
+    let gateway = Gateway::in_front_of(&provider).await;
     gateway.get("/function/new/missing").await;
-    gateway.metrics_show("a stranger", |m| m.calls("unknown", "404") == 1).await;
+    gateway
+        .wait_for_metric("the unknown function is counted", |m| m.calls("unknown", "404") == 1)
+        .await;
     gateway.get("/function/new/page").await;
-    gateway.metrics_show("known", |m| m.calls("new.fn", "200") == 1).await;
-    // Whichever thread it comes to, and however it is written.
+    gateway.wait_for_metric("the function is registered", |m| m.calls("new.fn", "200") == 1).await;
+    // On any thread, and in every notation of the name.
     for _ in 0..10 {
         gateway.get("/function/new.fn/missing").await;
     }
-    gateway.metrics_show("still known", |m| m.calls("new.fn", "404") == 10).await;
+    gateway
+        .wait_for_metric("the function is still registered", |m| m.calls("new.fn", "404") == 10)
+        .await;
     assert_eq!(gateway.metrics().await.calls("unknown", "404"), 1);
 }
 
 #[tokio::test]
-async fn an_error_of_the_providers_own_makes_nobody_known() {
+async fn an_error_of_the_provider_registers_no_function() {
     let provider = Provider::builder()
-        .answering(async |mut call| {
-            call.body().await.ok()?;
-            let answer =
+        .handler(async |mut call| {
+            call.read_body().await.ok()?;
+            let response =
                 "HTTP/1.1 500 X\r\nX-OpenFaaS-Internal: proxy\r\nContent-Length: 0\r\n\r\n";
-            call.wire.send(answer).await;
-            Some(call.wire)
+            call.connection.send(response).await;
+            Some(call.connection)
         })
         .start();
-    let gateway = Gateway::before(&provider).await;
-    let answer = gateway.get("/function/made-up").await;
-    assert_eq!((answer.status(), answer.header("x-openfaas-internal")), (500, Some("proxy")));
-    gateway.metrics_show("a stranger", |m| m.calls("unknown", "500") == 1).await;
+    let gateway = Gateway::in_front_of(&provider).await;
+    let response = gateway.get("/function/made-up").await;
+    assert_eq!((response.status(), response.header("x-openfaas-internal")), (500, Some("proxy")));
+    gateway
+        .wait_for_metric("the unknown function is counted", |m| m.calls("unknown", "500") == 1)
+        .await;
 }
 
 #[tokio::test]
@@ -102,9 +108,9 @@ async fn functions_of_every_namespace_are_shown() {
             _ => None,
         })
         .start();
-    let gateway = Gateway::before(&provider).await;
+    let gateway = Gateway::in_front_of(&provider).await;
     gateway
-        .metrics_show("both are listed", |m| {
+        .wait_for_metric("both are listed", |m| {
             let count = |name| m.get("gateway_service_count", &[("function_name", name)]);
             (count("echo.fn"), count("echo.dev")) == (Some(1.0), Some(7.0))
         })
@@ -113,15 +119,15 @@ async fn functions_of_every_namespace_are_shown() {
 
 #[tokio::test]
 async fn requests_of_the_api_are_counted_under_their_route() {
-    let provider = Provider::by_hand();
-    let gateway = Gateway::before(&provider).await;
+    let provider = Provider::manual();
+    let gateway = Gateway::in_front_of(&provider).await;
     for number in 0..5 {
         gateway.get(&format!("/system/function/made-up-{number}")).await;
         gateway.get(&format!("/system/made-up/{number}")).await;
         gateway.post(&format!("/system/scale-function/made-up-{number}"), "{").await;
     }
-    gateway.connect().await.ask("BREW /system/functions HTTP/1.1\r\nHost: g\r\n\r\n").await;
-    gateway.connect().await.ask(post("/system/info", "")).await;
+    gateway.connect().await.exchange("BREW /system/functions HTTP/1.1\r\nHost: g\r\n\r\n").await;
+    gateway.connect().await.exchange(post("/system/info", "")).await;
     let metrics = gateway.metrics().await;
     assert!(!metrics.text.contains("made-up") && !metrics.text.contains("BREW"));
     let count = |method, path, status| {
@@ -135,15 +141,19 @@ async fn requests_of_the_api_are_counted_under_their_route() {
 }
 
 #[tokio::test]
-async fn a_call_is_observed_when_its_body_has_ended() {
-    let mut provider = Provider::builder().lists(LISTED).start();
-    let gateway = Gateway::before(&provider).await;
-    gateway.metrics_show("listed", |m| m.text.contains("gateway_service_count{")).await;
-    let mut caller = gateway.connect().await;
-    caller.send(get("/function/echo")).await;
-    let mut call = provider.call().await;
-    call.wire.send("HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n4\r\nhalf\r\n").await;
-    caller.until("half").await;
+async fn a_call_is_recorded_when_its_response_body_ends() {
+    let mut provider = Provider::builder().listing(LISTED).start();
+    let gateway = Gateway::in_front_of(&provider).await;
+    gateway
+        .wait_for_metric("the function is listed", |m| m.text.contains("gateway_service_count{"))
+        .await;
+    let mut client = gateway.connect().await;
+    client.send(get("/function/echo")).await;
+    let mut call = provider.next_call().await;
+    call.connection
+        .send("HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n4\r\nhalf\r\n")
+        .await;
+    client.read_until("half").await;
     let metrics = gateway.metrics().await;
     assert_eq!((metrics.in_flight("echo.fn"), metrics.calls("echo.fn", "200")), (1.0, 0));
     let labels = [("function_name", "echo.fn")];
@@ -151,9 +161,9 @@ async fn a_call_is_observed_when_its_body_has_ended() {
     let began = std::time::Instant::now();
     tokio::time::sleep(std::time::Duration::from_millis(300)).await;
     let paused = began.elapsed().as_secs_f64();
-    call.wire.send("0\r\n\r\n").await;
-    caller.until("0\r\n\r\n").await;
-    gateway.metrics_show("over", |m| m.calls("echo.fn", "200") == 1).await;
+    call.connection.send("0\r\n\r\n").await;
+    client.read_until("0\r\n\r\n").await;
+    gateway.wait_for_metric("the call has finished", |m| m.calls("echo.fn", "200") == 1).await;
     let metrics = gateway.metrics().await;
     assert_eq!(metrics.in_flight("echo.fn"), 0.0);
     assert!(metrics.get("gateway_functions_seconds_sum", &labels).unwrap() >= paused);
@@ -162,11 +172,13 @@ async fn a_call_is_observed_when_its_body_has_ended() {
 }
 
 #[tokio::test]
-async fn listed_functions_are_shown_as_the_provider_reports_them() {
+async fn replica_gauges_show_what_the_provider_reports() {
     let provider =
-        Provider::builder().lists(LISTED).answering(|call| always(call, "hello")).start();
-    let gateway = Gateway::before(&provider).await;
-    gateway.metrics_show("listed", |m| m.text.contains("gateway_service_count{")).await;
+        Provider::builder().listing(LISTED).handler(|call| respond_ok(call, "hello")).start();
+    let gateway = Gateway::in_front_of(&provider).await;
+    gateway
+        .wait_for_metric("the function is listed", |m| m.text.contains("gateway_service_count{"))
+        .await;
     let metrics = gateway.metrics().await;
     let of = |name: &str, function: &str| metrics.get(name, &[("function_name", function)]);
     assert_eq!(of("gateway_service_count", "echo.fn"), Some(3.0));
@@ -183,10 +195,11 @@ async fn listed_functions_are_shown_as_the_provider_reports_them() {
         assert_eq!(of("gateway_function_invocation_total", function), None);
     }
 
-    provider.lists(r#"[{"name":"echo","namespace":"fn","replicas":5,"availableReplicas":5}]"#);
+    provider
+        .set_functions(r#"[{"name":"echo","namespace":"fn","replicas":5,"availableReplicas":5}]"#);
     let count = |m: &crate::support::metrics::Metrics, function| {
         m.get("gateway_service_count", &[("function_name", function)])
     };
-    gateway.metrics_show("scaled", |m| count(m, "echo.fn") == Some(5.0)).await;
+    gateway.wait_for_metric("the function is scaled", |m| count(m, "echo.fn") == Some(5.0)).await;
     assert_eq!(count(&gateway.metrics().await, "plain.fn"), None);
 }

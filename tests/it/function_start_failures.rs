@@ -1,14 +1,14 @@
-//! Functions whose processes end at their start: nobody waits for them, and only operators learn why.
+//! Functions whose processes exit at startup: requests do not wait for them, and only operators receive the reason.
 
-use crate::support::workspace::{Place, Up};
+use crate::support::workspace::{Up, Workspace};
 use crate::support::{eventually, within};
 
-/// Both lines go to one pipe: of two, either may be read first.
+/// Both lines are written to one pipe; either may be read first.
 const CRASHES: &str = "functions: {crash: {\
     fprocess: sh -c 'echo start >> starts; echo one >&2; echo \"no such key\" >&2; exit 3', \
     environment: {mode: http}}}";
-/// Crashes until the file `mended` is there.
-const MENDED: &str = "{fprocess: sh -c 'test -e mended && exec perl server.pl; exit 3', \
+/// Crashes until the file `mended` exists.
+const RECOVERING_FUNCTION: &str = "{fprocess: sh -c 'test -e mended && exec perl server.pl; exit 3', \
     environment: {mode: http}}";
 const SERVER: &str = r#"
 use IO::Socket::INET;
@@ -19,34 +19,34 @@ while (my $c = $s->accept) {
 }
 "#;
 
-/// A call waits for its function far longer than a test waits for a call.
-async fn soon<T>(what: &str, answer: impl Future<Output = T>) -> T {
-    within(what, answer).await
+/// Fails if a response takes as long as a request waits for its function.
+async fn without_waiting<T>(what: &str, response: impl Future<Output = T>) -> T {
+    within(what, response).await
 }
 
-async fn crashed_thrice(up: &Up<'_>) {
-    up.logged("crash", "next try in 400ms").await;
+async fn wait_for_three_crashes(up: &Up<'_>) {
+    up.wait_for_log("crash", "next try in 400ms").await;
 }
 
 #[tokio::test]
-async fn a_call_of_a_function_that_does_not_start_is_refused_at_once_and_this_machine_told_why() {
-    let place = Place::new();
-    let up = place.up(CRASHES, &[]).await;
-    // It waits for the starts that are to come, and for no more.
-    let answer = soon("the first call", up.get("/function/crash", "")).await;
-    assert_eq!(answer.status(), 503, "{answer}");
-    assert_eq!(answer.header("x-gateway-reason"), Some("does-not-start"));
-    assert!(answer.header("retry-after").is_some());
+async fn a_call_to_a_crashing_function_fails_immediately_with_its_reason_for_local_clients() {
+    let workspace = Workspace::new();
+    let up = workspace.up(CRASHES, &[]).await;
+    // The call waits for the scheduled restarts only.
+    let response = without_waiting("the first call", up.get("/function/crash", "")).await;
+    assert_eq!(response.status(), 503, "{response}");
+    assert_eq!(response.header("x-gateway-reason"), Some("does-not-start"));
+    assert!(response.header("retry-after").is_some());
     for part in ["crash.openfaas-fn does not start", "exit status: 3"] {
-        assert!(answer.text().contains(part), "{answer}");
+        assert!(response.text().contains(part), "{response}");
     }
-    // The output is waited for only briefly: on a busy machine, that of one start may come too late.
-    eventually("the last line is told", async || {
-        let answer = soon("a call", up.get("/function/crash", "")).await;
-        answer.text().contains("no such key")
+    // The output is awaited only briefly: on a busy machine, that of one start may come too late.
+    eventually("the last line is reported", async || {
+        let response = without_waiting("a call", up.get("/function/crash", "")).await;
+        response.text().contains("no such key")
     })
     .await;
-    eventually("the provider tells it, too", async || {
+    eventually("the provider reports it, too", async || {
         let status = up.get("/system/function/crash", "").await.json();
         let failure = &status["startFailure"];
         assert!(failure["starts"].as_u64().unwrap() >= 3, "{status}");
@@ -54,115 +54,122 @@ async fn a_call_of_a_function_that_does_not_start_is_refused_at_once_and_this_ma
         failure["lastOutput"] == "no such key"
     })
     .await;
-    // Clients of other machines are told no more than that.
+    // Clients of other machines receive no more than that.
     for headers in ["Origin: https://a.example\r\n", "X-Forwarded-For: 10.0.0.1\r\n"] {
-        let answer = soon("a stranger's call", up.get("/function/crash", headers)).await;
-        assert_eq!(answer.status(), 503, "{answer}");
+        let response =
+            without_waiting("a stranger's call", up.get("/function/crash", headers)).await;
+        assert_eq!(response.status(), 503, "{response}");
         assert!(
-            answer.text().starts_with("function crash.openfaas-fn does not start (call"),
-            "{answer}"
+            response.text().starts_with("function crash.openfaas-fn does not start (call"),
+            "{response}"
         );
     }
     let queued = up.post("/async-function/crash", "").await;
     let state = format!("/async-function/{}", queued.header("x-call-id").unwrap());
     eventually("the queued call has failed", async || {
-        let told = up.get(&state, "").await;
-        assert!(!told.text().contains("no such key"), "{told}");
-        told.json()["attempts"].as_u64() >= Some(1)
+        let status = up.get(&state, "").await;
+        assert!(!status.text().contains("no such key"), "{status}");
+        status.json()["attempts"].as_u64() >= Some(1)
     })
     .await;
-    up.terminated().await;
+    up.terminate_and_wait().await;
 }
 
 #[tokio::test]
-async fn that_a_function_does_not_start_is_logged_once() {
-    let place = Place::new();
-    let up = place.up(CRASHES, &[]).await;
-    crashed_thrice(&up).await;
+async fn a_crashing_function_is_logged_once() {
+    let workspace = Workspace::new();
+    let up = workspace.up(CRASHES, &[]).await;
+    wait_for_three_crashes(&up).await;
     for _ in 0..5 {
-        assert_eq!(soon("a call", up.get("/function/crash", "")).await.status(), 503);
+        assert_eq!(without_waiting("a call", up.get("/function/crash", "")).await.status(), 503);
     }
-    let log = place.log();
-    let told =
+    let log = workspace.log();
+    let failures =
         log.lines().filter(|line| line.contains("does not start") && line.contains("starts="));
-    assert_eq!(told.count(), 1, "{log}");
-    up.terminated().await;
+    assert_eq!(failures.count(), 1, "{log}");
+    up.terminate_and_wait().await;
 }
 
 #[tokio::test]
-async fn with_credentials_whoever_has_them_is_told_why() {
-    let place = Place::new();
-    std::fs::write(place.path("basic-auth-user"), "admin").unwrap();
-    std::fs::write(place.path("basic-auth-password"), "secret").unwrap();
-    let secrets = place.path("").display().to_string();
-    let up = place.up(CRASHES, &[("basic_auth", "true"), ("secret_mount_path", &secrets)]).await;
-    let answer = soon("a stranger's call", up.get("/function/crash", "")).await;
-    assert_eq!(answer.status(), 503, "{answer}");
+async fn with_credentials_authorized_clients_receive_the_reason() {
+    let workspace = Workspace::new();
+    std::fs::write(workspace.path("basic-auth-user"), "admin").unwrap();
+    std::fs::write(workspace.path("basic-auth-password"), "secret").unwrap();
+    let secrets = workspace.path("").display().to_string();
+    let up =
+        workspace.up(CRASHES, &[("basic_auth", "true"), ("secret_mount_path", &secrets)]).await;
+    let response = without_waiting("a stranger's call", up.get("/function/crash", "")).await;
+    assert_eq!(response.status(), 503, "{response}");
     assert!(
-        answer.text().starts_with("function crash.openfaas-fn does not start (call"),
-        "{answer}"
+        response.text().starts_with("function crash.openfaas-fn does not start (call"),
+        "{response}"
     );
     let wrong = "Authorization: Basic YWRtaW46d3Jvbmc=\r\n";
-    let answer = soon("a guess", up.get("/function/crash", wrong)).await;
-    assert!(!answer.text().contains("no such key"), "{answer}");
+    let response = without_waiting("a guess", up.get("/function/crash", wrong)).await;
+    assert!(!response.text().contains("no such key"), "{response}");
     let right = "Authorization: Basic YWRtaW46c2VjcmV0\r\n";
-    eventually("an operator is told", async || {
-        let answer = soon("an operator's call", up.get("/function/crash", right)).await;
-        assert_eq!(answer.status(), 503, "{answer}");
-        answer.text().contains("no such key")
+    eventually("an operator receives the reason", async || {
+        let response =
+            without_waiting("an operator's call", up.get("/function/crash", right)).await;
+        assert_eq!(response.status(), 503, "{response}");
+        response.text().contains("no such key")
     })
     .await;
-    up.terminated().await;
+    up.terminate_and_wait().await;
 }
 
 #[tokio::test]
-async fn a_function_that_starts_after_all_is_called() {
-    let place = Place::new();
-    std::fs::write(place.path("server.pl"), SERVER).unwrap();
-    let up = place.up(&format!("functions: {{crash: {MENDED}}}"), &[]).await;
-    crashed_thrice(&up).await;
-    assert_eq!(soon("a call", up.get("/function/crash", "")).await.status(), 503);
-    std::fs::write(place.path("mended"), "").unwrap();
-    eventually("it is called", async || {
-        let answer = soon("a call", up.get("/function/crash", "")).await;
-        answer.status() == 200 && answer.text() == "hello"
+async fn a_function_that_recovers_is_called() {
+    let workspace = Workspace::new();
+    std::fs::write(workspace.path("server.pl"), SERVER).unwrap();
+    let up = workspace.up(&format!("functions: {{crash: {RECOVERING_FUNCTION}}}"), &[]).await;
+    wait_for_three_crashes(&up).await;
+    assert_eq!(without_waiting("a call", up.get("/function/crash", "")).await.status(), 503);
+    std::fs::write(workspace.path("mended"), "").unwrap();
+    eventually("the function is called", async || {
+        let response = without_waiting("a call", up.get("/function/crash", "")).await;
+        response.status() == 200 && response.text() == "hello"
     })
     .await;
     let status = up.get("/system/function/crash", "").await.json();
     assert!(status.get("startFailure").is_none(), "{status}");
-    up.terminated().await;
+    up.terminate_and_wait().await;
 }
 
 #[tokio::test]
-async fn a_new_version_is_waited_for_again_and_the_old_one_started_no_more() {
-    let place = Place::new();
-    std::fs::write(place.path("server.pl"), SERVER).unwrap();
-    let up = place.up(CRASHES, &[]).await;
-    crashed_thrice(&up).await;
-    let starts = place.lines("starts");
+async fn a_new_version_is_awaited_and_the_old_one_no_longer_restarted() {
+    let workspace = Workspace::new();
+    std::fs::write(workspace.path("server.pl"), SERVER).unwrap();
+    let up = workspace.up(CRASHES, &[]).await;
+    wait_for_three_crashes(&up).await;
+    let starts = workspace.line_count("starts");
     let deploy = serde_json::json!({
         "service": "crash",
-        "envProcess": format!("sh -c 'cd {}; sleep 2; exec perl server.pl'", place.path("").display()),
+        "envProcess": format!("sh -c 'cd {}; sleep 2; exec perl server.pl'", workspace.path("").display()),
         "envVars": { "mode": "http" },
     });
     let length = deploy.to_string().len();
     let request = format!(
         "POST /system/functions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {length}\r\n\r\n{deploy}"
     );
-    let mut operator = crate::support::wire::Wire::connect(up.gateway).await;
-    assert_eq!(operator.ask(request).await.status(), 202);
-    // It takes two seconds to start, in which the old one would be started again.
-    let answer = up.post("/function/crash", "").await;
-    assert_eq!((answer.status(), answer.text()), (200, "hello"), "{answer}");
-    // The start that was under way when it was replaced may have been one more.
-    assert!(place.lines("starts") <= starts + 1, "{starts}, {}", place.lines("starts"));
-    up.terminated().await;
+    let mut operator = crate::support::connection::Connection::connect(up.gateway).await;
+    assert_eq!(operator.exchange(request).await.status(), 202);
+    // The new version needs two seconds to start; the old one would be restarted in that time.
+    let response = up.post("/function/crash", "").await;
+    assert_eq!((response.status(), response.text()), (200, "hello"), "{response}");
+    // The start in progress during the replacement may count as well.
+    assert!(
+        workspace.line_count("starts") <= starts + 1,
+        "{starts}, {}",
+        workspace.line_count("starts")
+    );
+    up.terminate_and_wait().await;
 }
 
 #[tokio::test]
 async fn a_restart_leaves_unchanged_functions_alone() {
-    let place = Place::new();
-    std::fs::write(place.path("server.pl"), SERVER).unwrap();
+    let workspace = Workspace::new();
+    std::fs::write(workspace.path("server.pl"), SERVER).unwrap();
     let counted =
         "fprocess: sh -c 'echo start >> served; exec perl server.pl', environment: {mode: http}";
     let changed = |version: u32| {
@@ -173,28 +180,28 @@ async fn a_restart_leaves_unchanged_functions_alone() {
              other: {{fprocess: echo {version}}}}}"
         )
     };
-    let up = place.up(&changed(1), &[]).await;
+    let up = workspace.up(&changed(1), &[]).await;
     assert_eq!(up.post("/function/served", "").await.text(), "hello");
-    crashed_thrice(&up).await;
-    up.terminated().await;
-    assert_eq!(place.lines("served"), 1);
+    wait_for_three_crashes(&up).await;
+    up.terminate_and_wait().await;
+    assert_eq!(workspace.line_count("served"), 1);
 
-    let up = place.up(&changed(2), &[]).await;
+    let up = workspace.up(&changed(2), &[]).await;
     assert_eq!(up.post("/function/served", "").await.text(), "hello");
     assert_eq!(up.post("/function/other", "").await.text(), "2\n");
-    // Every loop of starts has one pause of each length.
-    crashed_thrice(&up).await;
+    // Each restart loop uses each pause once.
+    wait_for_three_crashes(&up).await;
     let first = |line: &String| line.contains("next try in 100ms");
     assert_eq!(up.logs("crash").await.iter().filter(|line| first(line)).count(), 1);
-    assert_eq!(place.lines("served"), 2, "started once by each");
-    up.terminated().await;
+    assert_eq!(workspace.line_count("served"), 2, "started once by each");
+    up.terminate_and_wait().await;
 }
 
 #[tokio::test]
-async fn the_first_call_after_a_replica_was_killed_is_no_bad_gateway() {
-    let place = Place::new();
+async fn the_first_call_after_a_replica_was_killed_succeeds() {
+    let workspace = Workspace::new();
     let server = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/it/process_provider/replica.py");
-    let up = place
+    let up = workspace
         .up(
             &format!(
                 "functions: {{f: {{fprocess: python3 {server}, environment: {{mode: http}}}}}}"
@@ -203,22 +210,24 @@ async fn the_first_call_after_a_replica_was_killed_is_no_bad_gateway() {
         )
         .await;
     for _ in 0..4 {
-        let answer = up.get("/function/f", "").await;
-        let pid: i32 = answer.text().parse().unwrap();
+        let response = up.get("/function/f", "").await;
+        let pid: i32 = response.text().parse().unwrap();
         let pid = rustix::process::Pid::from_raw(pid).unwrap();
         rustix::process::kill_process(pid, rustix::process::Signal::KILL).unwrap();
-        eventually("it is gone", async || {
+        eventually("the process has ended", async || {
             let process = format!("/proc/{}", pid.as_raw_nonzero());
             let stat = std::fs::read_to_string(format!("{process}/stat"));
-            // Its other threads hold its sockets until they have ended, too.
+            // The sockets of a process stay open until all of its threads have ended.
             let threads = std::fs::read_dir(format!("{process}/task")).map_or(0, Iterator::count);
             stat.map_or(true, |stat| stat.contains(") Z ") && threads <= 1)
         })
         .await;
-        let answer = up.get("/function/f", "").await;
-        assert_ne!(answer.status(), 502, "{answer}");
-        eventually("another is there", async || up.get("/function/f", "").await.status() == 200)
-            .await;
+        let response = up.get("/function/f", "").await;
+        assert_ne!(response.status(), 502, "{response}");
+        eventually("another call arrives", async || {
+            up.get("/function/f", "").await.status() == 200
+        })
+        .await;
     }
-    up.terminated().await;
+    up.terminate_and_wait().await;
 }

@@ -1,5 +1,5 @@
-//! Hostile requests and responses, as data: `tests/hostile/`. Each row says which bytes come in, and what must go out on
-//! both sides of the gateway. The files' README explains the notation.
+//! Hostile requests and responses, as data in `tests/hostile/`. Each row has the incoming bytes and the expected
+//! messages on both sides of the gateway. The README there explains the notation.
 
 mod rows;
 mod upstream;
@@ -14,11 +14,11 @@ use crate::hostile::rows::{End, Expected, Row, read_rows};
 use crate::hostile::upstream::{Message, Upstream, messages};
 use crate::support::gateway::Gateway;
 
-/// What is sent behind a row whose connection has to stay open. Its response shows that it did, and that nothing of the
-/// row was read as a part of it.
+/// Sent after a row whose connection must stay open. Its response shows that the connection is open and that no part of
+/// the row was parsed as part of this request.
 const AFTER: &[u8] = b"GET /function/after HTTP/1.1\r\nHost: g\r\nConnection: close\r\n\r\n";
 
-/// Rows that wait for a rest that does not come are answered after `read_timeout`, well before this.
+/// Rows with an incomplete message are answered after `read_timeout`, well before this.
 const DEADLINE: Duration = Duration::from_secs(4);
 
 async fn start(upstream: &Upstream) -> Gateway {
@@ -30,7 +30,7 @@ async fn start(upstream: &Upstream) -> Gateway {
         .await
 }
 
-/// Everything that the gateway sends after `bytes`, and whether it closed the connection.
+/// Returns everything that the gateway sends after `bytes`, and whether it closed the connection.
 async fn exchange(address: SocketAddr, bytes: &[u8]) -> (Vec<u8>, bool) {
     let mut tcp = TcpStream::connect(address).await.unwrap();
     tcp.set_nodelay(true).unwrap();
@@ -46,7 +46,7 @@ async fn exchange(address: SocketAddr, bytes: &[u8]) -> (Vec<u8>, bool) {
     (received, closed)
 }
 
-/// What is wrong with `got`, where `expected` had to come.
+/// The difference between `got` and the expected messages.
 fn difference(side: &str, expected: &[Expected], got: &[Message]) -> Option<String> {
     if expected.len() != got.len() {
         let starts: Vec<&str> = got.iter().map(|message| message.start.as_str()).collect();
@@ -70,7 +70,7 @@ async fn check_request(gateway: &Gateway, upstream: &Upstream, row: &Row) -> Opt
     let heads = bytes.starts_with(b"HEAD ");
     let mut responses = messages(&received, heads);
     let mut requests = upstream.received().await;
-    // The gateway gives such requests up in the middle. Their end may be seen when the next rows are played.
+    // The gateway aborts such requests. Their end may be seen while the next rows run.
     if row.upstream.iter().all(|expected| !expected.partial) {
         requests.retain(|request| request.whole);
     } else if let Some(whole) = requests.iter().find(|request| request.whole && !is_after(request))
@@ -116,7 +116,7 @@ async fn check_response(gateway: &Gateway, upstream: &Upstream, row: &Row) -> Op
     difference("the client", &row.client, &responses)
 }
 
-/// Plays every row of a folder, and reports all that fail.
+/// Runs every row of a folder, and reports all that fail.
 async fn play(
     folder: &str,
     least: usize,
@@ -138,11 +138,11 @@ async fn play(
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn hostile_requests_are_answered_as_the_rfcs_say_and_reach_functions_in_one_reading() {
+async fn hostile_requests_are_handled_as_the_rfcs_require() {
     play("requests", 300, check_request).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn hostile_responses_reach_clients_whole_or_as_errors() {
+async fn hostile_responses_reach_clients_complete_or_as_errors() {
     play("responses", 100, check_response).await;
 }

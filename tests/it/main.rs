@@ -1,4 +1,4 @@
-//! All integration tests, one binary: the real gateway, real sockets, real processes.
+//! All integration tests in one binary: the real gateway, real sockets, real processes.
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
 #![expect(clippy::disallowed_methods, reason = "tests spawn what they drop")]

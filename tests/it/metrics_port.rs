@@ -1,39 +1,39 @@
-//! Who may read the metrics port: scrapers of the own network, and no page of a browser.
+//! Access to the metrics port: scrapers of the own network, but no web page.
 
 use std::process::Stdio;
 
 use tokio::io::{AsyncBufReadExt, BufReader};
 
+use crate::support::connection::{Connection, Response};
 use crate::support::gateway::{Gateway, command};
 use crate::support::provider::Provider;
-use crate::support::wire::{Answer, Wire};
 use crate::support::within;
 
-async fn ask(gateway: &Gateway, target: &str, headers: &str) -> Answer {
+async fn ask(gateway: &Gateway, target: &str, headers: &str) -> Response {
     let request = format!("GET {target} HTTP/1.1\r\n{headers}\r\n\r\n");
-    Wire::connect(gateway.metrics_address).await.ask(request).await
+    Connection::connect(gateway.metrics_address).await.exchange(request).await
 }
 
 #[tokio::test]
-async fn a_name_that_was_made_to_lead_here_reads_no_metrics() {
-    let provider = Provider::saying("hello");
-    let gateway = Gateway::before(&provider).await;
+async fn a_rebound_host_name_cannot_read_the_metrics() {
+    let provider = Provider::replying("hello");
+    let gateway = Gateway::in_front_of(&provider).await;
     for host in ["rebind.example.com:8082", "localhost.example.com", "127.0.0.1.example.com"] {
-        let answer = ask(&gateway, "/metrics", &format!("Host: {host}")).await;
-        assert_eq!(answer.status(), 403, "{host}");
-        assert!(answer.text().contains("metrics_hosts"), "{answer}");
+        let response = ask(&gateway, "/metrics", &format!("Host: {host}")).await;
+        assert_eq!(response.status(), 403, "{host}");
+        assert!(response.text().contains("metrics_hosts"), "{response}");
     }
     let absolute = ask(&gateway, "http://rebind.example.com/metrics", "Host: 127.0.0.1").await;
     assert_eq!(absolute.status(), 403);
     for foreign in ["Origin: http://page.example.com", "Sec-Fetch-Site: cross-site"] {
-        let answer = ask(&gateway, "/metrics", &format!("Host: 127.0.0.1\r\n{foreign}")).await;
-        assert_eq!(answer.status(), 403, "{foreign}");
+        let response = ask(&gateway, "/metrics", &format!("Host: 127.0.0.1\r\n{foreign}")).await;
+        assert_eq!(response.status(), 403, "{foreign}");
     }
 }
 
 #[tokio::test]
-async fn scrapers_and_probes_of_the_own_network_read_it() {
-    let provider = Provider::saying("hello");
+async fn scrapers_and_probes_can_read_the_metrics() {
+    let provider = Provider::replying("hello");
     let gateway = Gateway::builder()
         .provider(&provider)
         .var("metrics_hosts", "metrics.example.com, *.prod.example.com")
@@ -60,7 +60,7 @@ async fn scrapers_and_probes_of_the_own_network_read_it() {
 }
 
 #[tokio::test]
-async fn up_says_that_it_does_not_listen_where_it_is_told() {
+async fn up_logs_that_it_ignores_the_listen_address() {
     let state = tempfile::TempDir::new().unwrap();
     let mut up = command();
     up.arg("up").env("PATH", "/usr/bin:/bin").env("listen_address", "0.0.0.0");
@@ -68,7 +68,7 @@ async fn up_says_that_it_does_not_listen_where_it_is_told() {
     up.current_dir(state.path()).stdout(Stdio::null()).stderr(Stdio::piped());
     let mut child = up.kill_on_drop(true).spawn().unwrap();
     let mut lines = BufReader::new(child.stderr.take().unwrap()).lines();
-    let told = async {
+    let is_logged = async {
         while let Some(line) = lines.next_line().await.unwrap() {
             if line.contains("listen_address is ignored: gateway up listens on 127.0.0.1 only") {
                 return true;
@@ -76,5 +76,5 @@ async fn up_says_that_it_does_not_listen_where_it_is_told() {
         }
         false
     };
-    assert!(within("a warning", told).await);
+    assert!(within("a warning is logged", is_logged).await);
 }

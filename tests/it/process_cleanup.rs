@@ -1,23 +1,23 @@
-//! What a function starts ends with its call, however it has left its process group: by a cgroup, or by the provider as
-//! the parent of orphans.
+//! Processes that a function starts end with its call, even in another process group: by a cgroup, or by the provider
+//! as subreaper of orphans.
 
-use crate::support::eventually;
-use crate::support::workspace::{Place, Up};
+use crate::support::workspace::{Up, Workspace};
+use crate::support::{eventually, report_skipped};
 
-/// Each leaves a process that writes its id to the file `pid`, and is in a session of its own.
-const LEAVERS: [(&str, &str); 5] = [
-    // Its parent has ended before it.
+/// Each command leaves a process in its own session that writes its id to the file `pid`.
+const ESCAPES: [(&str, &str); 5] = [
+    // The parent has ended before the process.
     ("orphan", "(setsid sh leave.sh >&- 2>&- <&- &); until [ -s pid ]; do :; done; echo ok"),
-    // Its parent is the function.
+    // The parent is the function.
     ("child", "setsid sh leave.sh >&- 2>&- <&- & until [ -s pid ]; do :; done; echo ok"),
-    // It has nothing in its environment.
+    // The environment is empty.
     (
         "bare",
         "(env -i /usr/bin/setsid /bin/sh leave.sh >&- 2>&- <&- &); until [ -s pid ]; do :; done; echo ok",
     ),
-    // Its first thread has ended.
+    // The first thread has ended.
     ("thread", "(setsid python3 leave.py >&- 2>&- <&- &); until [ -s pid ]; do :; done; echo ok"),
-    // It holds the output open.
+    // The process keeps the output open.
     ("open", "(setsid sh leave.sh &); until [ -s pid ]; do :; done; echo ok"),
 ];
 const LEAVE: &str = "echo $$ > pid; exec /bin/sleep 1000";
@@ -32,19 +32,19 @@ def stay():
 threading.Thread(target=stay).start()
 ctypes.CDLL(None).pthread_exit(None)
 "#;
-/// Ends its call when what it has started has been frozen.
-const STUCK: &str = "functions:
+/// Ends its call when the process that it started has been frozen.
+const STUCK_FUNCTION: &str = "functions:
   stuck:
     fprocess: sh -c '(setsid sh leave.sh >&- 2>&- <&- &); until [ -e frozen ]; do :; done; echo ok'
   other:
     fprocess: cat
 ";
 
-fn stack(place: &Place) -> String {
-    std::fs::write(place.path("leave.sh"), LEAVE).unwrap();
-    std::fs::write(place.path("leave.py"), LEAVE_AS_THREAD).unwrap();
+fn stack(workspace: &Workspace) -> String {
+    std::fs::write(workspace.path("leave.sh"), LEAVE).unwrap();
+    std::fs::write(workspace.path("leave.py"), LEAVE_AS_THREAD).unwrap();
     let mut stack = "functions:\n".to_owned();
-    for (name, script) in LEAVERS {
+    for (name, script) in ESCAPES {
         stack += &format!("  {name}:\n    fprocess: sh -c '{script}'\n");
     }
     stack += "  slow:\n    fprocess: sh -c '(setsid sh leave.sh &); sleep 1000'\n    \
@@ -57,16 +57,16 @@ fn stack(place: &Place) -> String {
     stack
 }
 
-/// The process that a function has left, whose id nobody else writes from here on.
-async fn left(place: &Place) -> u32 {
+/// The id of the process that a function has left; no other process writes the file from here on.
+async fn escaped_pid(workspace: &Workspace) -> u32 {
     let mut pid = None;
-    eventually("a process is left", async || {
-        let text = std::fs::read_to_string(place.path("pid")).unwrap_or_default();
+    eventually("a process is running", async || {
+        let text = std::fs::read_to_string(workspace.path("pid")).unwrap_or_default();
         pid = text.strip_suffix('\n').and_then(|text| text.parse().ok());
         pid.is_some()
     })
     .await;
-    std::fs::remove_file(place.path("pid")).unwrap();
+    std::fs::remove_file(workspace.path("pid")).unwrap();
     pid.unwrap()
 }
 
@@ -77,97 +77,100 @@ fn stat(pid: u32) -> Option<(String, u32)> {
     Some((fields.next()?.to_owned(), fields.next()?.parse().ok()?))
 }
 
-/// Whether any thread of a process runs: the process itself looks ended once its first thread has.
-fn runs(pid: u32) -> bool {
+/// Returns whether any thread of a process runs: a process looks ended once its first thread has ended.
+fn is_running(pid: u32) -> bool {
     let threads = std::fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten();
-    let stats = threads.filter_map(|it| std::fs::read_to_string(it.ok()?.path().join("stat")).ok());
+    let stats =
+        threads.filter_map(|thread| std::fs::read_to_string(thread.ok()?.path().join("stat")).ok());
     stats.filter_map(|stat| stat.rsplit(") ").next()?.chars().next()).any(|state| state != 'Z')
 }
 
-async fn gone(pid: u32) {
-    eventually("it is gone", async || !runs(pid)).await;
+async fn wait_until_gone(pid: u32) {
+    eventually("the process has ended", async || !is_running(pid)).await;
 }
 
-/// Children of `parent` that have ended and nobody has waited for.
+/// Number of children of `parent` that have ended and are not reaped.
 fn zombies(parent: u32) -> usize {
     let ids = std::fs::read_dir("/proc").unwrap();
     let ids = ids.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok());
     ids.filter_map(stat).filter(|(state, of)| state == "Z" && *of == parent).count()
 }
 
-async fn nothing_outlives_its_call(place: &Place, up: Up<'_>) {
-    // It starts with the server, and lives as long as that does.
-    let daemon = left(place).await;
-    for (name, _) in LEAVERS {
-        let answer = up.post(&format!("/function/{name}"), "").await;
-        assert_eq!((answer.status(), answer.text()), (200, "ok\n"), "{name}");
-        gone(left(place).await).await;
+async fn assert_nothing_outlives_its_call(workspace: &Workspace, up: Up<'_>) {
+    // It starts with the server, and lives as long as the server does.
+    let daemon = escaped_pid(workspace).await;
+    for (name, _) in ESCAPES {
+        let response = up.post(&format!("/function/{name}"), "").await;
+        assert_eq!((response.status(), response.text()), (200, "ok\n"), "{name}");
+        wait_until_gone(escaped_pid(workspace).await).await;
     }
     assert_eq!(up.post("/function/slow", "").await.status(), 504);
-    gone(left(place).await).await;
+    wait_until_gone(escaped_pid(workspace).await).await;
     assert_eq!(up.get("/function/server", "").await.status(), 200);
     assert!(
         stat(daemon).is_some_and(|(state, _)| state != "Z"),
-        "what a replica has started is gone"
+        "the process of a replica was killed"
     );
-    eventually("orphans are buried", async || zombies(up.id()) == 0).await;
-    up.terminated().await;
-    gone(daemon).await;
+    eventually("orphans are reaped", async || zombies(up.id()) == 0).await;
+    up.terminate_and_wait().await;
+    wait_until_gone(daemon).await;
 }
 
 #[tokio::test]
-async fn nothing_outlives_its_call_where_there_are_cgroups() {
-    let place = Place::new();
-    let stack = stack(&place);
-    let up = place.up(&stack, &[]).await;
-    let told = place.log();
+async fn no_process_outlives_its_call_with_cgroups() {
+    let workspace = Workspace::new();
+    let stack = stack(&workspace);
+    let up = workspace.up(&stack, &[]).await;
+    let log = workspace.log();
     let way = "What functions start is ended by";
-    // On a machine without cgroups of version 2, it is the other way again.
-    assert_eq!(told.matches(way).count(), 1, "{told}");
-    nothing_outlives_its_call(&place, up).await;
+    // Without cgroups v2, the other way is used.
+    assert_eq!(log.matches(way).count(), 1, "{log}");
+    assert_nothing_outlives_its_call(&workspace, up).await;
 }
 
 #[tokio::test]
-async fn nothing_outlives_its_call_where_there_are_none() {
-    let place = Place::new();
-    let stack = stack(&place);
-    let up = place.up_without_cgroups(&stack).await;
-    let told = place.log();
-    assert!(told.contains("ended by this process, which adopts it"), "{told}");
-    nothing_outlives_its_call(&place, up).await;
+async fn no_process_outlives_its_call_without_cgroups() {
+    let workspace = Workspace::new();
+    let stack = stack(&workspace);
+    let up = workspace.up_without_cgroups(&stack).await;
+    let log = workspace.log();
+    assert!(log.contains("ended by this process, which adopts it"), "{log}");
+    assert_nothing_outlives_its_call(&workspace, up).await;
 }
 
 /// The directory of a provider's cgroups; `None` where none can be created.
-fn cgroups(place: &Place) -> Option<std::path::PathBuf> {
-    let log = place.log();
+fn cgroups(workspace: &Workspace) -> Option<std::path::PathBuf> {
+    let log = workspace.log();
     let (_, line) = log.split_once("is ended by a cgroup of each call")?;
     Some(line.split_once("path=")?.1.split_whitespace().next()?.into())
 }
 
 #[tokio::test]
-async fn the_cgroups_of_a_provider_go_with_it_or_with_the_start_of_another() {
+async fn cgroups_are_removed_at_the_end_or_at_the_next_start() {
     const CAT: &str = "functions: {cat: {fprocess: cat}}";
-    let (killed, next) = (Place::new(), Place::new());
+    let (killed, next) = (Workspace::new(), Workspace::new());
     let up = killed.up(CAT, &[]).await;
     assert_eq!(up.post("/function/cat", "hello").await.text(), "hello");
-    let Some(left) = cgroups(&killed) else { return };
+    let Some(left) = cgroups(&killed) else {
+        return report_skipped("the provider can create no cgroup");
+    };
     assert!(left.join("0").exists());
-    up.killed().await;
-    // Another one has no record of it.
+    up.kill_and_wait().await;
+    // Another provider has no record of it.
     let up = next.up(CAT, &[]).await;
     assert!(!left.exists());
     let own = cgroups(&next).unwrap();
     assert_eq!(up.post("/function/cat", "hello").await.text(), "hello");
     assert!(own.exists());
-    up.terminated().await;
+    up.terminate_and_wait().await;
     assert!(!own.exists());
 }
 
-/// A cgroup in which the kernel holds processes so that they cannot even be killed.
+/// A cgroup in which the kernel freezes processes, so that they cannot even be killed.
 struct Freezer(std::path::PathBuf);
 
 impl Freezer {
-    /// `None` where there is none: it takes cgroups of version 1.
+    /// Requires cgroups v1; `None` without them.
     fn new() -> Option<Self> {
         let name = format!("gateway-test-{}", std::process::id());
         let path = std::path::Path::new("/sys/fs/cgroup/freezer").join(name);
@@ -188,7 +191,7 @@ impl Freezer {
 impl Drop for Freezer {
     fn drop(&mut self) {
         self.thaw();
-        // What was in there takes a moment to end.
+        // Processes in the cgroup need a moment to end.
         for _ in 0..1000 {
             if std::fs::remove_dir(&self.0).is_ok() {
                 return;
@@ -199,20 +202,22 @@ impl Drop for Freezer {
 }
 
 #[tokio::test]
-async fn what_does_not_end_holds_up_no_other_call() {
-    let place = Place::new();
-    let Some(freezer) = Freezer::new() else { return };
-    std::fs::write(place.path("leave.sh"), LEAVE).unwrap();
-    let up = place.up_without_cgroups(STUCK).await;
-    let warnings = || place.log().matches("What a function has started does not end").count();
-    let freeze = async {
-        freezer.freeze(left(&place).await);
-        std::fs::write(place.path("frozen"), "").unwrap();
+async fn a_process_that_cannot_be_killed_does_not_block_other_calls() {
+    let workspace = Workspace::new();
+    let Some(freezer) = Freezer::new() else {
+        return report_skipped("there is no freezer of cgroups v1");
     };
-    let (answer, ()) = tokio::join!(up.post("/function/stuck", ""), freeze);
-    assert_eq!((answer.text(), warnings()), ("ok\n", 1));
-    let answer = up.post("/function/other", "hello").await;
-    assert_eq!((answer.text(), warnings()), ("hello", 1));
+    std::fs::write(workspace.path("leave.sh"), LEAVE).unwrap();
+    let up = workspace.up_without_cgroups(STUCK_FUNCTION).await;
+    let warnings = || workspace.log().matches("What a function has started does not end").count();
+    let freeze = async {
+        freezer.freeze(escaped_pid(&workspace).await);
+        std::fs::write(workspace.path("frozen"), "").unwrap();
+    };
+    let (response, ()) = tokio::join!(up.post("/function/stuck", ""), freeze);
+    assert_eq!((response.text(), warnings()), ("ok\n", 1));
+    let response = up.post("/function/other", "hello").await;
+    assert_eq!((response.text(), warnings()), ("hello", 1));
     drop(freezer);
-    up.terminated().await;
+    up.terminate_and_wait().await;
 }

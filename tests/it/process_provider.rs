@@ -1,4 +1,4 @@
-//! The process provider, from outside: its REST API over a socket, and what its processes do.
+//! The process provider from outside: its REST API over a socket, and its processes.
 
 #![expect(
     clippy::unwrap_used,

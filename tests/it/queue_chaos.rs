@@ -1,6 +1,6 @@
-//! What becomes of queued calls while gateway, worker and NATS server are killed again and again: every call that was
-//! accepted is made, and none more than once but those that were under way at a kill. `make chaos` does this with many
-//! calls, and prints how many there were of each kind.
+//! Queued calls while gateway, worker and NATS server are killed repeatedly: every accepted call is executed, and only
+//! those in flight at a kill are executed more than once. `make chaos` runs this with many calls and prints the counts
+//! of each kind.
 
 use std::collections::HashMap;
 use std::net::SocketAddr;
@@ -10,20 +10,20 @@ use std::time::{Duration, Instant};
 use tokio::net::TcpStream;
 use tokio::task::JoinSet;
 
+use crate::support::connection::{Connection, post};
 use crate::support::gateway::{Builder, Gateway};
 use crate::support::nats::{Nats, free_port};
 use crate::support::provider::Provider;
-use crate::support::queue::{patient, queueing};
-use crate::support::wire::{Wire, post};
+use crate::support::queue::{fast_retry, with_embedded_queue};
 use crate::support::within;
 
-const CALLERS: usize = 32;
-/// Calls that are made at a time, the default of `max_inflight`.
-const PLACES: usize = 50;
-/// So long nothing may stand still: a killed worker's calls are taken by another after `ack_wait`.
-const STILL: Duration = Duration::from_secs(40);
+const CLIENTS: usize = 32;
+/// Concurrent executions, the default of `max_inflight`.
+const CONCURRENCY: usize = 50;
+/// Maximum time without progress: the calls of a killed worker are redelivered after `ack_wait`.
+const PROGRESS_TIMEOUT: Duration = Duration::from_secs(40);
 
-/// How many calls there are, and how often each part is killed.
+/// The number of calls, and of kills of each part.
 fn size() -> (usize, usize) {
     match std::env::var("CHAOS_CALLS").ok().and_then(|calls| calls.parse().ok()) {
         Some(calls) => (calls, 3),
@@ -31,11 +31,11 @@ fn size() -> (usize, usize) {
     }
 }
 
-/// What is known of the calls, by their ids.
+/// Record of the calls, by id.
 #[derive(Default)]
 struct Tally {
     accepted: Mutex<Vec<String>>,
-    made: Mutex<HashMap<String, usize>>,
+    executed: Mutex<HashMap<String, usize>>,
 }
 
 impl Tally {
@@ -43,51 +43,51 @@ impl Tally {
         self.accepted.lock().unwrap().len()
     }
 
-    /// How many accepted calls have not been made.
-    fn unmade(&self) -> usize {
-        let made = self.made.lock().unwrap();
-        self.accepted.lock().unwrap().iter().filter(|id| !made.contains_key(*id)).count()
+    /// Number of accepted calls that have not been executed.
+    fn unexecuted(&self) -> usize {
+        let executed = self.executed.lock().unwrap();
+        self.accepted.lock().unwrap().iter().filter(|id| !executed.contains_key(*id)).count()
     }
 }
 
-/// A provider that notes which calls are made.
-fn noting(tally: &Arc<Tally>) -> Provider {
+/// A provider that records the executed calls.
+fn recording_provider(tally: &Arc<Tally>) -> Provider {
     let tally = Arc::clone(tally);
-    patient()
-        .answering(move |mut call| {
+    fast_retry()
+        .handler(move |mut call| {
             let tally = Arc::clone(&tally);
             async move {
-                call.body().await.ok()?;
+                call.read_body().await.ok()?;
                 let id = call.head.header("x-call-id").unwrap_or_default().to_owned();
-                *tally.made.lock().unwrap().entry(id).or_insert(0) += 1;
-                let answer = "HTTP/1.1 200 X\r\nContent-Length: 4\r\n\r\ndone";
-                // Whoever asked may have been killed.
-                call.wire.try_send(answer).await.ok()?;
-                Some(call.wire)
+                *tally.executed.lock().unwrap().entry(id).or_insert(0) += 1;
+                let response = "HTTP/1.1 200 X\r\nContent-Length: 4\r\n\r\ndone";
+                // The client may have been killed.
+                call.connection.try_send(response).await.ok()?;
+                Some(call.connection)
             }
         })
         .start()
 }
 
-/// Queues one call after the other until `calls` were accepted, whatever happens to the gateway meanwhile.
-async fn call_until(tally: Arc<Tally>, address: SocketAddr, calls: usize) {
+/// Enqueues calls sequentially until `calls` were accepted, whatever happens to the gateway meanwhile.
+async fn enqueue_until(tally: Arc<Tally>, address: SocketAddr, calls: usize) {
     let body = "x".repeat(100);
     while tally.accepted() < calls {
         let Ok(tcp) = TcpStream::connect(address).await else {
             tokio::time::sleep(Duration::from_millis(20)).await;
             continue;
         };
-        let mut caller = Wire::new(tcp);
+        let mut client = Connection::new(tcp);
         while tally.accepted() < calls {
-            if caller.try_send(post("/async-function/echo", &body)).await.is_err() {
+            if client.try_send(post("/async-function/echo", &body)).await.is_err() {
                 break;
             }
-            match caller.try_head().await {
+            match client.try_read_head().await {
                 Some(head) if head.status() == 202 => {
                     let id = head.header("x-call-id").unwrap().to_owned();
                     tally.accepted.lock().unwrap().push(id);
                 }
-                // The queue is away for the moment.
+                // The queue is unavailable at the moment.
                 Some(_) => {
                     tokio::time::sleep(Duration::from_millis(20)).await;
                     break;
@@ -98,11 +98,11 @@ async fn call_until(tally: Arc<Tally>, address: SocketAddr, calls: usize) {
     }
 }
 
-/// Waits until `count` is as `holds` wants it. It may take long, but not stand still.
-async fn moves(what: &str, count: impl Fn() -> usize, holds: impl Fn(usize) -> bool) {
+/// Waits until `holds` accepts `count`. It may take long, but the count must keep changing.
+async fn wait_with_progress(what: &str, count: impl Fn() -> usize, holds: impl Fn(usize) -> bool) {
     let (mut last, mut since) = (count(), Instant::now());
     while !holds(last) {
-        assert!(since.elapsed() < STILL, "{what}: it stands still at {last}");
+        assert!(since.elapsed() < PROGRESS_TIMEOUT, "{what}: no progress at {last}");
         tokio::time::sleep(Duration::from_millis(10)).await;
         let now = count();
         if now != last {
@@ -111,8 +111,8 @@ async fn moves(what: &str, count: impl Fn() -> usize, holds: impl Fn(usize) -> b
     }
 }
 
-/// Queues calls and has `kill` kill something in between, so many times; then looks at what became of each call.
-async fn account(
+/// Enqueues calls while `kill` kills processes repeatedly; then checks each call.
+async fn check_all_calls(
     queue: &str,
     tally: &Arc<Tally>,
     address: SocketAddr,
@@ -121,51 +121,66 @@ async fn account(
 ) {
     let (calls, _) = size();
     let start = Instant::now();
-    let mut callers = JoinSet::new();
-    for _ in 0..CALLERS {
-        callers.spawn(call_until(Arc::clone(tally), address, calls));
+    let mut clients = JoinSet::new();
+    for _ in 0..CLIENTS {
+        clients.spawn(enqueue_until(Arc::clone(tally), address, calls));
     }
     for number in 0..kills {
         let enough = calls * (number + 1) / (kills + 1);
-        moves("calls are accepted", || tally.accepted(), |accepted| accepted >= enough).await;
+        wait_with_progress(
+            "calls are accepted",
+            || tally.accepted(),
+            |accepted| accepted >= enough,
+        )
+        .await;
         kill(number).await;
     }
-    moves("calls are accepted", || tally.accepted(), |accepted| accepted >= calls).await;
-    callers.join_all().await;
-    moves("accepted calls are made", || tally.unmade(), |unmade| unmade == 0).await;
+    wait_with_progress("calls are accepted", || tally.accepted(), |accepted| accepted >= calls)
+        .await;
+    clients.join_all().await;
+    wait_with_progress(
+        "accepted calls are executed",
+        || tally.unexecuted(),
+        |unexecuted| unexecuted == 0,
+    )
+    .await;
     let accepted = tally.accepted.lock().unwrap().clone();
-    succeed(address, &accepted).await;
-    let made = tally.made.lock().unwrap().clone();
-    let more: Vec<usize> = accepted.iter().map(|id| made[id]).filter(|times| *times > 1).collect();
+    wait_until_succeeded(address, &accepted).await;
+    let executed = tally.executed.lock().unwrap().clone();
+    let more: Vec<usize> =
+        accepted.iter().map(|id| executed[id]).filter(|times| *times > 1).collect();
     let (repeated, most) = (more.len(), more.iter().max().copied().unwrap_or(1));
-    // A gateway that is killed may have stored a call that it has not answered for yet.
-    let untold = made.len() - accepted.len();
+    // A killed gateway may have stored a call without having responded.
+    let unacknowledged = executed.len() - accepted.len();
     let took = start.elapsed().as_secs();
     println!(
-        "{queue}: {} accepted, {kills} kills, 0 lost, {repeated} made more than once (at most {most} times), \
-         {untold} made that were not answered for, {took} s",
+        "{queue}: {} accepted, {kills} kills, 0 lost, {repeated} executed more than once (at most {most} times), \
+         {unacknowledged} executed without a response to the client, {took} s",
         accepted.len(),
     );
-    assert!(repeated <= kills * PLACES * 3, "{repeated} made more than once");
-    assert!(untold <= kills * CALLERS, "{untold} made that nobody has heard of");
+    assert!(repeated <= kills * CONCURRENCY * 3, "{repeated} executed more than once");
+    assert!(
+        unacknowledged <= kills * CLIENTS,
+        "{unacknowledged} executed without an accepted response"
+    );
 }
 
 /// Waits until all these calls have succeeded.
-async fn succeed(address: SocketAddr, ids: &[String]) {
+async fn wait_until_succeeded(address: SocketAddr, ids: &[String]) {
     let mut checks = JoinSet::new();
     for part in ids.chunks(ids.len().div_ceil(8)) {
         let part = part.to_vec();
         checks.spawn(async move {
-            let mut asking = Wire::connect(address).await;
+            let mut client = Connection::connect(address).await;
             for id in part {
                 let start = Instant::now();
                 loop {
-                    let told = asking.get(&format!("/async-function/{id}")).await;
-                    // Its state may not be to be had for a moment: 503.
-                    if told.status() == 200 && told.json()["state"] == "succeeded" {
+                    let response = client.get(&format!("/async-function/{id}")).await;
+                    // The state may be briefly unavailable (503).
+                    if response.status() == 200 && response.json()["state"] == "succeeded" {
                         break;
                     }
-                    assert!(start.elapsed() < STILL, "{id}: {told}");
+                    assert!(start.elapsed() < PROGRESS_TIMEOUT, "{id}: {response}");
                     tokio::time::sleep(Duration::from_millis(20)).await;
                 }
             }
@@ -175,13 +190,14 @@ async fn succeed(address: SocketAddr, ids: &[String]) {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn every_accepted_call_is_made_however_often_a_gateway_with_a_file_is_killed() {
+async fn every_accepted_call_is_executed_while_a_gateway_with_an_embedded_queue_is_killed() {
     let (state, tally) = (tempfile::tempdir().unwrap(), Arc::new(Tally::default()));
-    let (provider, port) = (noting(&tally), free_port());
-    let start = async || queueing(&provider, state.path()).var("port", port).start().await;
+    let (provider, port) = (recording_provider(&tally), free_port());
+    let start =
+        async || with_embedded_queue(&provider, state.path()).var("port", port).start().await;
     let mut gateway = Some(start().await);
     let address = gateway.as_ref().unwrap().address;
-    account("embedded", &tally, address, size().1, async |_| {
+    check_all_calls("embedded", &tally, address, size().1, async |_| {
         gateway.take().unwrap().kill().await;
         gateway = Some(start().await);
     })
@@ -189,9 +205,9 @@ async fn every_accepted_call_is_made_however_often_a_gateway_with_a_file_is_kill
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn every_accepted_call_is_made_however_often_all_that_has_to_do_with_nats_is_killed() {
+async fn every_accepted_call_is_executed_while_gateway_worker_and_nats_are_killed() {
     let tally = Arc::new(Tally::default());
-    let (mut nats, provider, port) = (Nats::start(), noting(&tally), free_port());
+    let (mut nats, provider, port) = (Nats::start(), recording_provider(&tally), free_port());
     let nats_port = nats.port();
     let on_nats = |builder: Builder| {
         let builder = builder.provider(&provider).var("queue", "jetstream").var("ack_wait", "5s");
@@ -205,7 +221,7 @@ async fn every_accepted_call_is_made_however_often_all_that_has_to_do_with_nats_
     let mut gateway = Some(start_gateway().await);
     let mut worker = Some(start_worker().await);
     let address = gateway.as_ref().unwrap().address;
-    account("jetstream", &tally, address, 3 * size().1, async |number| match number % 3 {
+    check_all_calls("jetstream", &tally, address, 3 * size().1, async |number| match number % 3 {
         0 => {
             gateway.take().unwrap().kill().await;
             gateway = Some(start_gateway().await);

@@ -7,17 +7,17 @@ use std::time::{Duration, Instant};
 use rustix::process::Signal;
 use tokio::sync::watch;
 
+use crate::support::connection::request;
 use crate::support::disk::Disk;
 use crate::support::eventually;
 use crate::support::gateway::{self, Gateway};
 use crate::support::provider::Provider;
-use crate::support::queue::{patient, queueing};
-use crate::support::wire::request;
+use crate::support::queue::{fast_retry, with_embedded_queue};
 
 /// Long enough for some hundred calls on a machine that is busy with other tests.
 const DRAINED_WITHIN: Duration = Duration::from_secs(120);
 
-/// A function that waits until it is let go, and how often it executed each call.
+/// A function that waits until it is released, and counts the executions of each call.
 struct Function {
     provider: Provider,
     open: watch::Sender<bool>,
@@ -25,20 +25,20 @@ struct Function {
 }
 
 impl Function {
-    /// One whose responses have `length` bytes.
+    /// A function whose responses have `length` bytes.
     fn responding(length: usize) -> Self {
         let (open, executed) = (watch::Sender::new(false), Arc::<Mutex<HashMap<_, _>>>::default());
         let (gate, counts) = (open.subscribe(), Arc::clone(&executed));
-        let provider = patient()
-            .answering(move |mut call| {
+        let provider = fast_retry()
+            .handler(move |mut call| {
                 let (mut gate, counts) = (gate.clone(), Arc::clone(&counts));
                 async move {
-                    call.body().await.ok()?;
+                    call.read_body().await.ok()?;
                     gate.wait_for(|open| *open).await.ok()?;
                     let id = call.head.header("x-call-id")?.to_owned();
                     *counts.lock().unwrap().entry(id).or_default() += 1;
-                    call.answer_with(200, &vec![b'r'; length]).await;
-                    Some(call.wire)
+                    call.send_response(200, &vec![b'r'; length]).await;
+                    Some(call.connection)
                 }
             })
             .start();
@@ -50,43 +50,46 @@ impl Function {
     }
 }
 
-/// A gateway whose queue is on `disk`. Calls that are held while the disk is filled do not time out: a call that timed out
-/// would rightly be executed again.
-fn queueing_on(disk: &Disk, provider: &Provider) -> gateway::Builder {
-    queueing(provider, &disk.path().join("queue")).var("upstream_timeout", "10m").on(disk)
+/// A gateway whose queue is on `disk`. Calls that are held while the disk is filled do not time out: a call that timed
+/// out would rightly be executed again.
+fn with_queue_on(disk: &Disk, provider: &Provider) -> gateway::Builder {
+    with_embedded_queue(provider, &disk.path().join("queue"))
+        .var("upstream_timeout", "10m")
+        .on_disk(disk)
 }
 
-/// Queues calls of `length` bytes until there is no room for another; the ids of those that were accepted.
+/// Enqueues calls of `length` bytes until the disk is full. Returns the accepted ids.
 async fn until_full(gateway: &Gateway, length: usize) -> HashSet<String> {
     let (mut accepted, body) = (HashSet::new(), "x".repeat(length));
-    let mut wire = gateway.connect().await;
+    let mut connection = gateway.connect().await;
     let deadline = Instant::now() + DRAINED_WITHIN;
     loop {
-        let response = wire.ask(request("POST", "/async-function/echo", &[], &body)).await;
+        let response =
+            connection.exchange(request("POST", "/async-function/echo", &[], &body)).await;
         match response.status() {
             202 => accepted.insert(response.header("x-call-id").unwrap().to_owned()),
             507 => return accepted,
-            // The file is being opened again, which takes long on a busy machine.
+            // The file is being reopened, which takes long on a busy machine.
             503 if Instant::now() < deadline => false,
             _ => panic!("{response}"),
         };
-        assert!(accepted.len() < 100_000, "it is never full");
+        assert!(accepted.len() < 100_000, "the queue never fills up");
     }
 }
 
-async fn says_that_it_is_full(gateway: &Gateway) -> bool {
+async fn reports_full_disk(gateway: &Gateway) -> bool {
     let ready = gateway.get("/_/ready").await;
     assert_eq!(ready.status(), 200);
     ready.json()["degraded"] == serde_json::json!(["queue: disk full"])
 }
 
-fn executed_once(executed: &HashMap<String, usize>) {
+fn assert_executed_once(executed: &HashMap<String, usize>) {
     let repeated: Vec<_> = executed.iter().filter(|(_, times)| **times != 1).collect();
     assert!(repeated.is_empty(), "{repeated:?}");
 }
 
-/// Waits until no call waits or is executed.
-async fn drained(gateway: &Gateway) {
+/// Waits until no call is pending or running.
+async fn wait_until_drained(gateway: &Gateway) {
     let start = Instant::now();
     loop {
         let queues = gateway.get("/system/queues").await;
@@ -102,23 +105,23 @@ async fn drained(gateway: &Gateway) {
     }
 }
 
-async fn accepts_again(gateway: &Gateway, length: usize) {
+async fn assert_accepts_again(gateway: &Gateway, length: usize) {
     let body = "x".repeat(length);
     eventually("calls are accepted again", async || {
-        gateway.queue("echo", &[], &body).await.status() == 202
+        gateway.send_async("echo", &[], &body).await.status() == 202
     })
     .await;
-    eventually("it is not degraded", async || {
+    eventually("the gateway is not degraded", async || {
         gateway.get("/_/ready").await.json()["degraded"] == serde_json::json!([])
     })
     .await;
 }
 
-/// Fills `disk` with calls of `body` bytes, and with the file of another program if `shared`; has them executed, kills
-/// the gateway, and starts it again.
+/// Fills `disk` with calls of `body` bytes, and with the file of another program if `shared`. Has the calls executed,
+/// kills the gateway, and restarts it.
 async fn fill_and_drain(disk: &Disk, body: usize, response: usize, shared: bool) {
     let function = Function::responding(response);
-    let start = || queueing_on(disk, &function.provider).start();
+    let start = || with_queue_on(disk, &function.provider).start();
     let gateway = start().await;
     let accepted = until_full(&gateway, body).await;
     assert!(accepted.len() > 3, "{}", accepted.len());
@@ -126,20 +129,20 @@ async fn fill_and_drain(disk: &Disk, body: usize, response: usize, shared: bool)
         disk.fill(u64::MAX);
     }
     function.open.send_replace(true);
-    drained(&gateway).await;
+    wait_until_drained(&gateway).await;
     let executed = function.executed();
     assert!(accepted.iter().all(|id| executed.contains_key(id)));
-    // One that was answered 503 may have been accepted all the same; it is executed once, too.
-    executed_once(&executed);
-    // That the calls are over is on the disk.
+    // A call that was answered 503 may have been accepted; it is executed once, too.
+    assert_executed_once(&executed);
+    // The final states are on the disk.
     gateway.kill().await;
     let gateway = start().await;
-    drained(&gateway).await;
+    wait_until_drained(&gateway).await;
     if shared {
         disk.clear();
     }
-    accepts_again(&gateway, body).await;
-    drained(&gateway).await;
+    assert_accepts_again(&gateway, body).await;
+    wait_until_drained(&gateway).await;
     let executed = function.executed();
     assert!(accepted.iter().all(|id| executed.get(id) == Some(&1)));
     assert_eq!(gateway.terminate().await.code(), Some(0));
@@ -152,55 +155,55 @@ async fn large_calls_that_fill_a_disk_are_executed_once() {
 }
 
 #[tokio::test]
-async fn large_responses_are_no_reason_to_stop() {
+async fn large_responses_do_not_stop_a_full_queue() {
     let Some(disk) = Disk::tmpfs(96) else { return };
     fill_and_drain(&disk, 100_000, 900_000, false).await;
 }
 
 #[tokio::test]
-async fn large_responses_that_come_together_do_not_use_up_the_reserve() {
+async fn simultaneous_large_responses_do_not_use_up_the_reserve() {
     let Some(disk) = Disk::tmpfs(96) else { return };
     let function = Function::responding(900_000);
-    let gateway = queueing_on(&disk, &function.provider).start().await;
+    let gateway = with_queue_on(&disk, &function.provider).start().await;
     let accepted = until_full(&gateway, 100_000).await;
-    // All of them arrive at the same pace once the gateway goes on, and are settled together.
+    // All responses arrive at the same time once the gateway continues, and are settled together.
     gateway.signal(Signal::STOP);
-    let running = function.provider.calls();
+    let running = function.provider.call_count();
     function.open.send_replace(true);
     eventually("all respond", async || function.executed().len() >= running).await;
     gateway.signal(Signal::CONT);
-    drained(&gateway).await;
+    wait_until_drained(&gateway).await;
     let executed = function.executed();
     assert!(accepted.iter().all(|id| executed.contains_key(id)));
-    executed_once(&executed);
-    accepts_again(&gateway, 100_000).await;
+    assert_executed_once(&executed);
+    assert_accepts_again(&gateway, 100_000).await;
 }
 
 #[tokio::test]
 async fn small_calls_that_fill_a_disk_are_executed_once() {
     let Some(disk) = Disk::tmpfs(64) else { return };
-    // What is left is filled by some thousand calls.
+    // The rest is filled by some thousand calls.
     disk.fill(18 << 20);
     fill_and_drain(&disk, 2000, 1500, false).await;
 }
 
 #[tokio::test]
-async fn another_program_that_takes_what_is_left_is_no_reason_to_stop() {
+async fn a_disk_filled_by_another_program_does_not_stop_the_queue() {
     let Some(disk) = Disk::tmpfs(96) else { return };
     fill_and_drain(&disk, 300_000, 1000, true).await;
 }
 
 #[tokio::test]
-async fn a_full_ext4_is_drained() {
+async fn a_queue_on_a_full_ext4_is_drained() {
     let Some(disk) = Disk::ext4(96) else { return };
     fill_and_drain(&disk, 300_000, 1000, true).await;
 }
 
 #[tokio::test]
-async fn calls_on_a_disk_that_is_full_are_executed_after_a_restart() {
+async fn calls_on_a_full_disk_are_executed_after_a_restart() {
     let Some(disk) = Disk::tmpfs(96) else { return };
     let function = Function::responding(1000);
-    let start = || queueing_on(&disk, &function.provider).start();
+    let start = || with_queue_on(&disk, &function.provider).start();
     let gateway = start().await;
     let mut accepted = until_full(&gateway, 300_000).await;
     disk.fill(u64::MAX);
@@ -208,39 +211,39 @@ async fn calls_on_a_disk_that_is_full_are_executed_after_a_restart() {
     let gateway = start().await;
     accepted.extend(until_full(&gateway, 300_000).await);
     function.open.send_replace(true);
-    drained(&gateway).await;
-    // Those that were being executed when the gateway was killed never got past the gate.
+    wait_until_drained(&gateway).await;
+    // Calls that were running when the gateway was killed never passed the gate.
     let executed = function.executed();
     assert!(accepted.iter().all(|id| executed.contains_key(id)));
     disk.clear();
-    accepts_again(&gateway, 300_000).await;
+    assert_accepts_again(&gateway, 300_000).await;
 }
 
 #[tokio::test]
-async fn a_full_queue_without_a_reserve_uses_the_space_of_its_journal() {
+async fn a_full_queue_without_a_reserve_uses_the_space_of_its_write_ahead_log() {
     let Some(disk) = Disk::tmpfs(96) else { return };
     let function = Function::responding(1000);
-    let start = || queueing_on(&disk, &function.provider).start();
+    let start = || with_queue_on(&disk, &function.provider).start();
     let gateway = start().await;
     let accepted = until_full(&gateway, 300_000).await;
     gateway.kill().await;
-    // As a gateway left it that kept none.
+    // As an older gateway without a reserve would have left it.
     disk.remove("queue/queue.reserve");
     disk.fill(u64::MAX);
     let gateway = start().await;
     function.open.send_replace(true);
-    drained(&gateway).await;
+    wait_until_drained(&gateway).await;
     let executed = function.executed();
     assert!(accepted.iter().all(|id| executed.contains_key(id)));
     disk.clear();
-    accepts_again(&gateway, 300_000).await;
+    assert_accepts_again(&gateway, 300_000).await;
 }
 
-/// Fills `disk`, takes the blocks of the journal away and gives them to another program; whether the gateway is running
-/// meanwhile or started afterwards, it executes what it has accepted.
+/// Fills `disk`, makes the write-ahead log sparse and gives its blocks to another program. The gateway, running
+/// meanwhile or started afterwards, executes all accepted calls.
 async fn drain_with_a_sparse_journal(disk: &Disk, is_running: bool) {
     let function = Function::responding(1000);
-    let start = || queueing_on(disk, &function.provider).start();
+    let start = || with_queue_on(disk, &function.provider).start();
     let gateway = start().await;
     let accepted = until_full(&gateway, 300_000).await;
     let take_blocks = || {
@@ -248,8 +251,8 @@ async fn drain_with_a_sparse_journal(disk: &Disk, is_running: bool) {
         disk.fill(u64::MAX);
     };
     let gateway = if is_running {
-        // Refusals are answered before the gateway has its file in order again.
-        gateway.logs("The queue's file is open again").await;
+        // Refusals are sent before the gateway has reopened its file.
+        gateway.wait_for_log("The queue's file is open again").await;
         take_blocks();
         gateway
     } else {
@@ -258,54 +261,54 @@ async fn drain_with_a_sparse_journal(disk: &Disk, is_running: bool) {
         start().await
     };
     function.open.send_replace(true);
-    drained(&gateway).await;
+    wait_until_drained(&gateway).await;
     let executed = function.executed();
     assert!(accepted.iter().all(|id| executed.contains_key(id)));
-    // A call that was being executed when the gateway was killed is executed again.
+    // A call that was running when the gateway was killed is executed again.
     assert!(!is_running || executed.values().all(|times| *times == 1), "{executed:?}");
     disk.clear();
-    accepts_again(&gateway, 300_000).await;
+    assert_accepts_again(&gateway, 300_000).await;
 }
 
 #[tokio::test]
-async fn a_sparse_journal_on_a_full_disk_does_not_stop_settlements() {
+async fn a_sparse_write_ahead_log_on_a_full_disk_does_not_stop_settlements() {
     let Some(disk) = Disk::tmpfs(96) else { return };
     drain_with_a_sparse_journal(&disk, true).await;
 }
 
 #[tokio::test]
-async fn a_sparse_journal_on_a_full_disk_does_not_stop_a_start() {
+async fn a_sparse_write_ahead_log_on_a_full_disk_does_not_stop_a_start() {
     let Some(disk) = Disk::tmpfs(96) else { return };
     drain_with_a_sparse_journal(&disk, false).await;
 }
 
 #[tokio::test]
-async fn a_sparse_journal_on_a_full_ext4_does_not_stop_a_start() {
+async fn a_sparse_write_ahead_log_on_a_full_ext4_does_not_stop_a_start() {
     let Some(disk) = Disk::ext4(96) else { return };
     drain_with_a_sparse_journal(&disk, false).await;
 }
 
 #[tokio::test]
-async fn readiness_names_a_full_disk_until_it_has_room() {
+async fn readiness_reports_a_full_disk_until_it_has_space() {
     let Some(disk) = Disk::tmpfs(96) else { return };
     let function = Function::responding(1);
-    let gateway = queueing_on(&disk, &function.provider).start().await;
+    let gateway = with_queue_on(&disk, &function.provider).start().await;
     disk.fill(u64::MAX);
     until_full(&gateway, 100_000).await;
-    eventually("readiness names it", async || says_that_it_is_full(&gateway).await).await;
+    eventually("readiness reports it", async || reports_full_disk(&gateway).await).await;
     disk.clear();
-    eventually("it is not degraded", async || !says_that_it_is_full(&gateway).await).await;
-    assert_eq!(gateway.queue("echo", &[], "x").await.status(), 202);
+    eventually("the gateway is not degraded", async || !reports_full_disk(&gateway).await).await;
+    assert_eq!(gateway.send_async("echo", &[], "x").await.status(), 202);
     function.open.send_replace(true);
 }
 
 #[tokio::test]
-async fn the_reserve_is_allocated() {
+async fn the_reserve_file_occupies_disk_blocks() {
     use std::os::unix::fs::MetadataExt;
     let Some(disk) = Disk::tmpfs(96) else { return };
     let function = Function::responding(1);
     let state = disk.path().join("queue");
-    let _gateway = queueing(&function.provider, &state).on(&disk).start().await;
+    let _gateway = with_embedded_queue(&function.provider, &state).on_disk(&disk).start().await;
     let reserve = disk.open("queue/queue.reserve").metadata().unwrap();
     assert!(reserve.len() >= 8 << 20 && reserve.blocks() * 512 >= reserve.len());
 }

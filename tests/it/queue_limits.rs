@@ -1,49 +1,49 @@
-//! Queued calls: what is refused, how much is kept, and who may know.
+//! Queued calls: what is refused, how much is stored, and who has access.
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 
 use crate::support::gateway::Gateway;
-use crate::support::queue::{answering, patient, queueing};
+use crate::support::queue::{fast_retry, replying_with, with_embedded_queue};
 
 #[tokio::test]
-async fn without_a_queue_it_is_told_how_to_get_one() {
-    let provider = patient().start();
-    let gateway = Gateway::before(&provider).await;
-    let answer = gateway.queue("echo", &[], "x").await;
-    assert_eq!(answer.status(), 501);
-    assert!(answer.text().contains("queue=embedded"), "{answer}");
+async fn without_a_queue_the_response_names_the_setting() {
+    let provider = fast_retry().start();
+    let gateway = Gateway::in_front_of(&provider).await;
+    let response = gateway.send_async("echo", &[], "x").await;
+    assert_eq!(response.status(), 501);
+    assert!(response.text().contains("queue=embedded"), "{response}");
     for target in ["/async-function/some-id", "/system/queues", "/system/calls"] {
         assert_eq!(gateway.get(target).await.status(), 501, "{target}");
     }
 }
 
 #[tokio::test]
-async fn other_methods_are_told_what_there_is() {
-    let (state, provider) = (tempfile::tempdir().unwrap(), patient().start());
-    let gateway = queueing(&provider, state.path()).start().await;
+async fn other_methods_receive_405_with_allow() {
+    let (state, provider) = (tempfile::tempdir().unwrap(), fast_retry().start());
+    let gateway = with_embedded_queue(&provider, state.path()).start().await;
     let headers = [
         "Origin: http://page.test",
         "Access-Control-Request-Method: POST",
         "Access-Control-Request-Headers: x-own",
     ];
     for target in ["/async-function/echo", "/async-function/echo/", "/async-function/echo/a/b"] {
-        let answer = gateway.ask("OPTIONS", target, &headers).await;
+        let response = gateway.request("OPTIONS", target, &headers).await;
         assert_eq!(
-            (answer.status(), answer.header("access-control-allow-origin")),
+            (response.status(), response.header("access-control-allow-origin")),
             (204, Some("*"))
         );
-        assert!(answer.header("access-control-allow-methods").unwrap().contains("POST"));
-        let headers = answer.header("access-control-allow-headers").unwrap();
-        assert!(headers.contains("X-Delay-Seconds") && !headers.contains("x-own"), "{answer}");
-        let answer = gateway.ask("PUT", target, &[]).await;
-        assert_eq!(answer.status(), 405, "{answer}");
-        assert!(answer.header("allow").unwrap().contains("POST"), "{answer}");
+        assert!(response.header("access-control-allow-methods").unwrap().contains("POST"));
+        let headers = response.header("access-control-allow-headers").unwrap();
+        assert!(headers.contains("X-Delay-Seconds") && !headers.contains("x-own"), "{response}");
+        let response = gateway.request("PUT", target, &[]).await;
+        assert_eq!(response.status(), 405, "{response}");
+        assert!(response.header("allow").unwrap().contains("POST"), "{response}");
     }
     for target in ["/async-function/unknown-id", "/async-function/unknown-id/result"] {
         assert_eq!(gateway.get(target).await.status(), 404);
     }
-    assert_eq!(gateway.queue("unknown", &[], "").await.status(), 404);
+    assert_eq!(gateway.send_async("unknown", &[], "").await.status(), 404);
     for wish in [
         "X-Callback-Url: /relative",
         "X-Callback-Url: http://hooks:99999/",
@@ -52,94 +52,98 @@ async fn other_methods_are_told_what_there_is() {
         "X-Delay-Seconds: soon",
         "X-Max-Attempts: 0",
     ] {
-        assert_eq!(gateway.queue("echo", &[wish], "").await.status(), 400, "{wish}");
+        assert_eq!(gateway.send_async("echo", &[wish], "").await.status(), 400, "{wish}");
     }
-    assert_eq!(provider.calls(), 0);
+    assert_eq!(provider.call_count(), 0);
 }
 
 #[tokio::test]
 async fn a_body_that_is_too_large_is_refused() {
-    let (state, provider) = (tempfile::tempdir().unwrap(), answering(&[200], ""));
-    let gateway =
-        queueing(&provider, state.path()).var("max_async_body_bytes", "1000").start().await;
+    let (state, provider) = (tempfile::tempdir().unwrap(), replying_with(&[200], ""));
+    let gateway = with_embedded_queue(&provider, state.path())
+        .var("max_async_body_bytes", "1000")
+        .start()
+        .await;
     let whole = "x".repeat(1000);
-    gateway.queued("echo", &[], &whole).await;
+    gateway.enqueue("echo", &[], &whole).await;
 
-    // Before any of it is sent.
+    // Before the body is sent.
     let head = "POST /async-function/echo HTTP/1.1\r\nHost: g\r\n";
-    let mut caller = gateway.connect().await;
-    let answer = caller.ask(format!("{head}Content-Length: 1001\r\n\r\n")).await;
-    assert_eq!(answer.status(), 413, "{answer}");
-    let mut caller = gateway.connect().await;
-    caller.send(format!("{head}Transfer-Encoding: chunked\r\n\r\n")).await;
-    caller.send_chunk(&whole).await;
-    caller.send_chunk("x").await;
-    // Without an end.
-    assert_eq!(caller.answer().await.status(), 413);
+    let mut client = gateway.connect().await;
+    let response = client.exchange(format!("{head}Content-Length: 1001\r\n\r\n")).await;
+    assert_eq!(response.status(), 413, "{response}");
+    let mut client = gateway.connect().await;
+    client.send(format!("{head}Transfer-Encoding: chunked\r\n\r\n")).await;
+    client.send_chunk(&whole).await;
+    client.send_chunk("x").await;
+    // A body without an end.
+    assert_eq!(client.read_response().await.status(), 413);
 }
 
 #[tokio::test]
-async fn bodies_of_unknown_length_take_the_room_that_they_need() {
-    let (state, provider) = (tempfile::tempdir().unwrap(), answering(&[200], ""));
-    let gateway = queueing(&provider, state.path()).start().await;
-    let mut callers = Vec::new();
+async fn chunked_bodies_use_the_budget_that_they_need() {
+    let (state, provider) = (tempfile::tempdir().unwrap(), replying_with(&[200], ""));
+    let gateway = with_embedded_queue(&provider, state.path()).start().await;
+    let mut clients = Vec::new();
     for _ in 0..100 {
-        let mut caller = gateway.connect().await;
+        let mut client = gateway.connect().await;
         let head = "POST /async-function/echo HTTP/1.1\r\nHost: g\r\n";
-        caller.send(format!("{head}Transfer-Encoding: chunked\r\n\r\n")).await;
-        caller.send_chunk("some").await;
-        callers.push(caller);
+        client.send(format!("{head}Transfer-Encoding: chunked\r\n\r\n")).await;
+        client.send_chunk("some").await;
+        clients.push(client);
     }
-    for mut caller in callers {
-        assert_eq!(caller.ask("0\r\n\r\n").await.status(), 202);
+    for mut client in clients {
+        assert_eq!(client.exchange("0\r\n\r\n").await.status(), 202);
     }
 }
 
 #[tokio::test]
-async fn pages_of_others_may_read_what_they_may_ask() {
-    let (state, provider) = (tempfile::tempdir().unwrap(), answering(&[200], ""));
-    let gateway = queueing(&provider, state.path()).start().await;
+async fn cross_origin_pages_can_read_allowed_responses() {
+    let (state, provider) = (tempfile::tempdir().unwrap(), replying_with(&[200], ""));
+    let gateway = with_embedded_queue(&provider, state.path()).start().await;
     for (headers, allowed) in [(&["Origin: http://page.test"][..], Some("*")), (&[], None)] {
-        let answer = gateway.queue("echo", headers, "").await;
-        assert_eq!(answer.status(), 202);
-        assert_eq!(answer.header("access-control-allow-origin"), allowed);
-        let state = format!("/async-function/{}", answer.header("x-call-id").unwrap());
-        let answer = gateway.ask("GET", &state, headers).await;
-        assert_eq!(answer.header("access-control-allow-origin"), allowed);
-        let answer = gateway.ask("GET", "/system/queues", headers).await;
-        assert_eq!(answer.header("access-control-allow-origin"), None);
+        let response = gateway.send_async("echo", headers, "").await;
+        assert_eq!(response.status(), 202);
+        assert_eq!(response.header("access-control-allow-origin"), allowed);
+        let state = format!("/async-function/{}", response.header("x-call-id").unwrap());
+        let response = gateway.request("GET", &state, headers).await;
+        assert_eq!(response.header("access-control-allow-origin"), allowed);
+        let response = gateway.request("GET", "/system/queues", headers).await;
+        assert_eq!(response.header("access-control-allow-origin"), None);
     }
 }
 
 #[tokio::test]
-async fn a_queue_that_is_full_says_so() {
-    let (state, provider) = (tempfile::tempdir().unwrap(), patient().start());
-    let gateway = queueing(&provider, state.path())
+async fn a_full_queue_is_a_503() {
+    let (state, provider) = (tempfile::tempdir().unwrap(), fast_retry().start());
+    let gateway = with_embedded_queue(&provider, state.path())
         .var("max_pending_calls", "1")
         .var("with_worker", "false")
         .start()
         .await;
-    let id = gateway.queued("echo", &["Idempotency-Key: mine"], "").await;
-    let answer = gateway.queue("echo", &[], "").await;
-    assert_eq!(answer.status(), 503, "{answer}");
-    assert!(answer.header("retry-after").is_some(), "{answer}");
-    // One that has its place keeps it.
-    assert_eq!(gateway.queued("echo", &["Idempotency-Key: mine"], "").await, id);
+    let id = gateway.enqueue("echo", &["Idempotency-Key: mine"], "").await;
+    let response = gateway.send_async("echo", &[], "").await;
+    assert_eq!(response.status(), 503, "{response}");
+    assert!(response.header("retry-after").is_some(), "{response}");
+    // A call that has its capacity keeps it.
+    assert_eq!(gateway.enqueue("echo", &["Idempotency-Key: mine"], "").await, id);
     let queues = gateway.get("/system/queues").await.json();
     assert_eq!((&queues[0]["pending"], &queues[0]["running"]), (&1.into(), &0.into()));
     assert_eq!(gateway.cancel(&id).await.status(), 204);
-    gateway.queued("echo", &[], "").await;
-    assert_eq!(provider.calls(), 0);
+    gateway.enqueue("echo", &[], "").await;
+    assert_eq!(provider.call_count(), 0);
 }
 
 #[tokio::test]
-async fn so_much_of_an_answer_is_kept() {
-    let (state, provider) = (tempfile::tempdir().unwrap(), answering(&[200], "0123456789"));
+async fn a_stored_response_is_truncated_at_its_limit() {
+    let (state, provider) = (tempfile::tempdir().unwrap(), replying_with(&[200], "0123456789"));
     for (most, kept, truncated) in [("9", "012345678", Some("true")), ("10", "0123456789", None)] {
-        let gateway =
-            queueing(&provider, state.path()).var("max_result_body_bytes", most).start().await;
-        let id = gateway.queued("echo", &[], "").await;
-        gateway.becomes(&id, "succeeded").await;
+        let gateway = with_embedded_queue(&provider, state.path())
+            .var("max_result_body_bytes", most)
+            .start()
+            .await;
+        let id = gateway.enqueue("echo", &[], "").await;
+        gateway.wait_for_state(&id, "succeeded").await;
         let result = gateway.result(&id).await;
         assert_eq!((result.text(), result.header("x-truncated")), (kept, truncated));
         assert!(gateway.terminate().await.success());
@@ -147,41 +151,42 @@ async fn so_much_of_an_answer_is_kept() {
 }
 
 #[tokio::test]
-async fn what_is_kept_is_forgotten_after_a_while() {
-    let (state, provider) = (tempfile::tempdir().unwrap(), answering(&[200], ""));
-    let gateway = queueing(&provider, state.path()).var("result_ttl", "1s").start().await;
-    let id = gateway.queued("echo", &["Idempotency-Key: mine"], "").await;
-    crate::support::eventually("it is forgotten", async || {
+async fn stored_results_expire() {
+    let (state, provider) = (tempfile::tempdir().unwrap(), replying_with(&[200], ""));
+    let gateway =
+        with_embedded_queue(&provider, state.path()).var("result_ttl", "1s").start().await;
+    let id = gateway.enqueue("echo", &["Idempotency-Key: mine"], "").await;
+    crate::support::eventually("the result expires", async || {
         gateway.get(&format!("/async-function/{id}")).await.status() == 404
     })
     .await;
     assert_eq!(gateway.result(&id).await.status(), 404);
-    crate::support::eventually("its key stands for another", async || {
-        gateway.queued("echo", &["Idempotency-Key: mine"], "").await != id
+    crate::support::eventually("its key belongs to another call", async || {
+        gateway.enqueue("echo", &["Idempotency-Key: mine"], "").await != id
     })
     .await;
 }
 
 #[tokio::test]
-async fn an_id_that_can_be_guessed_opens_nothing() {
-    let (state, provider) = (tempfile::tempdir().unwrap(), answering(&[200], "secret"));
+async fn a_chosen_id_gives_no_access() {
+    let (state, provider) = (tempfile::tempdir().unwrap(), replying_with(&[200], "secret"));
     std::fs::write(state.path().join("basic-auth-user"), "admin").unwrap();
     std::fs::write(state.path().join("basic-auth-password"), "s3cret").unwrap();
-    let gateway = queueing(&provider, state.path())
+    let gateway = with_embedded_queue(&provider, state.path())
         .var("basic_auth", "true")
         .var("secret_mount_path", state.path().display())
         .start()
         .await;
     let admin = format!("Authorization: Basic {}", STANDARD.encode("admin:s3cret"));
     let admin: &[&str] = &[&admin];
-    let made = gateway.queued("echo", &[], "").await;
-    let chosen = gateway.queued("echo", &["X-Call-Id: chosen"], "").await;
-    gateway.becomes(&made, "succeeded").await;
+    let made = gateway.enqueue("echo", &[], "").await;
+    let chosen = gateway.enqueue("echo", &["X-Call-Id: chosen"], "").await;
+    gateway.wait_for_state(&made, "succeeded").await;
     assert_eq!(gateway.result(&made).await.text(), "secret");
 
     let target = format!("/async-function/{chosen}");
-    crate::support::eventually("the other is made", async || {
-        gateway.ask("GET", &target, admin).await.json()["state"] == "succeeded"
+    crate::support::eventually("the other call is executed", async || {
+        gateway.request("GET", &target, admin).await.json()["state"] == "succeeded"
     })
     .await;
     let result = format!("{target}/result");
@@ -195,33 +200,33 @@ async fn an_id_that_can_be_guessed_opens_nothing() {
         ("POST", "/system/calls/x/retry", 404),
         ("DELETE", "/system/calls/x", 404),
     ] {
-        let answer = gateway.ask(method, target, &[]).await;
-        assert_eq!(answer.status(), 401, "{method} {target}: {answer}");
-        let answer = gateway.ask(method, target, admin).await;
-        assert_eq!(answer.status(), expect, "{method} {target}: {answer}");
+        let response = gateway.request(method, target, &[]).await;
+        assert_eq!(response.status(), 401, "{method} {target}: {response}");
+        let response = gateway.request(method, target, admin).await;
+        assert_eq!(response.status(), expect, "{method} {target}: {response}");
     }
 }
 
 #[tokio::test]
-async fn a_secret_that_is_empty_is_refused_at_the_start() {
-    let (state, provider) = (tempfile::tempdir().unwrap(), patient().start());
+async fn an_empty_secret_stops_the_start() {
+    let (state, provider) = (tempfile::tempdir().unwrap(), fast_retry().start());
     std::fs::write(state.path().join("callback-secret"), " \n").unwrap();
-    let gateway = queueing(&provider, state.path());
-    let ended = gateway.var("secret_mount_path", state.path().display()).output(&[]).await;
-    let said = String::from_utf8_lossy(&ended.stderr);
-    assert_eq!(ended.status.code(), Some(1), "{said}");
-    assert!(said.contains("callback-secret is empty"), "{said}");
+    let gateway = with_embedded_queue(&provider, state.path());
+    let ended = gateway.var("secret_mount_path", state.path().display()).run_to_exit(&[]).await;
+    let stderr = String::from_utf8_lossy(&ended.stderr);
+    assert_eq!(ended.status.code(), Some(1), "{stderr}");
+    assert!(stderr.contains("callback-secret is empty"), "{stderr}");
 }
 
 #[tokio::test]
-async fn what_the_queue_does_and_holds_is_counted() {
-    let (state, provider) = (tempfile::tempdir().unwrap(), answering(&[503, 200, 400], ""));
-    let gateway = queueing(&provider, state.path()).start().await;
-    let id = gateway.queued("echo", &[], "").await;
-    gateway.becomes(&id, "succeeded").await;
-    let dead = gateway.queued("echo", &["X-Max-Attempts: 1"], "").await;
-    gateway.becomes(&dead, "failed").await;
-    gateway.queued("echo", &["X-Delay-Seconds: 3600"], "").await;
+async fn queue_metrics_count_operations_and_depths() {
+    let (state, provider) = (tempfile::tempdir().unwrap(), replying_with(&[503, 200, 400], ""));
+    let gateway = with_embedded_queue(&provider, state.path()).start().await;
+    let id = gateway.enqueue("echo", &[], "").await;
+    gateway.wait_for_state(&id, "succeeded").await;
+    let dead = gateway.enqueue("echo", &["X-Max-Attempts: 1"], "").await;
+    gateway.wait_for_state(&dead, "failed").await;
+    gateway.enqueue("echo", &["X-Delay-Seconds: 3600"], "").await;
     let queue = "{queue_name=\"embedded\"}";
     let function = "{function_name=\"echo.fn\",queue_name=\"embedded\"}";
     let expect = [
@@ -238,8 +243,8 @@ async fn what_the_queue_does_and_holds_is_counted() {
         format!("gateway_queue_oldest_age_seconds{function} 0"),
     ];
     gateway
-        .metrics_show("all is counted", |metrics| {
-            expect.iter().all(|line| metrics.text.lines().any(|it| it == line))
+        .wait_for_metric("everything is counted", |metrics| {
+            expect.iter().all(|line| metrics.text.lines().any(|shown| shown == line))
         })
         .await;
 }

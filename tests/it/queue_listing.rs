@@ -4,28 +4,28 @@ use futures_util::StreamExt;
 use gateway::queue::embedded::Limits;
 use gateway::queue::jetstream::Options;
 
-use crate::jetstream::processes::{has_queue, on};
+use crate::jetstream::processes::{on_jetstream, wait_for_queue};
 use crate::support::gateway::Gateway;
-use crate::support::jetstream_queue::{self as jetstream, call_of};
+use crate::support::jetstream_queue::{self as jetstream, call_to};
 use crate::support::nats::Nats;
-use crate::support::queue::{answering, queueing};
+use crate::support::queue::{replying_with, with_embedded_queue};
 
 async fn page(gateway: &Gateway, query: &str) -> Vec<String> {
-    let answer = gateway.get(&format!("/system/calls?{query}")).await;
-    assert_eq!(answer.status(), 200, "{answer}");
-    let calls = answer.json();
+    let response = gateway.get(&format!("/system/calls?{query}")).await;
+    assert_eq!(response.status(), 200, "{response}");
+    let calls = response.json();
     let calls = calls.as_array().unwrap().iter();
     calls.map(|call| call["callId"].as_str().unwrap().to_owned()).collect()
 }
 
 #[tokio::test]
-async fn every_call_can_be_reached_from_the_newest_on() {
-    let (state, provider) = (tempfile::tempdir().unwrap(), answering(&[200], "done"));
-    let gateway = queueing(&provider, state.path()).start().await;
+async fn pages_from_the_newest_call_cover_all_calls() {
+    let (state, provider) = (tempfile::tempdir().unwrap(), replying_with(&[200], "done"));
+    let gateway = with_embedded_queue(&provider, state.path()).start().await;
     let mut ids = Vec::new();
     for number in 0..77 {
         let function = if number % 7 == 0 { "seventh" } else { "echo" };
-        ids.push(gateway.queued(function, &[], "").await);
+        ids.push(gateway.enqueue(function, &[], "").await);
     }
     assert_eq!(page(&gateway, "limit=50").await, ids[..50], "oldest first by default");
     assert_eq!(page(&gateway, "limit=50&order=oldest").await, ids[..50]);
@@ -43,19 +43,20 @@ async fn every_call_can_be_reached_from_the_newest_on() {
 }
 
 #[tokio::test]
-async fn a_list_of_more_calls_than_are_looked_at_says_so() {
-    /// More than are looked at on JetStream.
+async fn an_incomplete_list_is_marked() {
+    /// More than a list on JetStream examines.
     const CALLS: usize = 10_100;
     let nats = Nats::start();
     let options = jetstream::options(&nats);
     let limits = Limits { max_pending: 2 * CALLS, ..jetstream::LIMITS };
-    let queue = jetstream::Gateway::open(Options { limits, ..options }).await;
-    let provider = answering(&[200], "done");
-    let builder = on(&nats, Gateway::builder()).provider(&provider).var("with_worker", "false");
+    let queue = jetstream::TestQueue::open(Options { limits, ..options }).await;
+    let provider = replying_with(&[200], "done");
+    let builder =
+        on_jetstream(&nats, Gateway::builder()).provider(&provider).var("with_worker", "false");
     let gateway = builder.start().await;
-    has_queue(&gateway).await;
-    queue.publish(call_of("other", "other")).await;
-    let calls = (0..CALLS).map(|number| queue.publish(call_of("echo", &format!("call-{number}"))));
+    wait_for_queue(&gateway).await;
+    queue.publish(call_to("other", "other")).await;
+    let calls = (0..CALLS).map(|number| queue.publish(call_to("echo", &format!("call-{number}"))));
     futures_util::stream::iter(calls)
         .buffer_unordered(256)
         .for_each(|_| std::future::ready(()))

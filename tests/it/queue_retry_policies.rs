@@ -1,4 +1,4 @@
-//! How a function wants to be retried is heeded when its provider cannot be asked, too.
+//! Retry policies of functions hold while the provider cannot be queried.
 
 use std::time::{Duration, Instant};
 
@@ -12,46 +12,54 @@ use gateway::worker::retry_policies::{CacheTiming, RetryPolicyCache};
 use http::HeaderMap;
 
 use crate::support::provider::{self, Provider};
-use crate::support::queue::{function, patient, queueing};
+use crate::support::queue::{fast_retry, function_status, with_embedded_queue};
 use crate::support::within;
 
-/// A provider whose functions must not be called twice.
-fn once() -> provider::Builder {
+/// A provider whose functions allow a single attempt.
+fn single_attempt_provider() -> provider::Builder {
     Provider::builder().api(|head, _| {
-        let (status, text) = function(head)?;
+        let (status, text) = function_status(head)?;
         Some((status, text.replace("\"3\"", "\"1\"")))
     })
 }
 
 #[tokio::test]
-async fn a_function_that_must_not_be_called_twice_is_not_though_its_provider_dies_meanwhile() {
-    let (state, mut provider) = (tempfile::tempdir().unwrap(), once().start());
-    let gateway = queueing(&provider, state.path());
+async fn a_single_attempt_policy_holds_when_the_provider_dies() {
+    let (state, mut provider) = (tempfile::tempdir().unwrap(), single_attempt_provider().start());
+    let gateway = with_embedded_queue(&provider, state.path());
     let gateway = gateway.var("log_level", "info,gateway::worker=debug").start().await;
-    let id = gateway.queued("echo", &[], "").await;
-    let mut call = provider.call().await;
-    call.body().await.unwrap();
-    gateway.logs("The retry policy of a function was fetched").await;
+    let id = gateway.enqueue("echo", &[], "").await;
+    let mut call = provider.next_call().await;
+    call.read_body().await.unwrap();
+    gateway.wait_for_log("The retry policy of a function was fetched").await;
     drop((call, provider));
-    let told = gateway.becomes(&id, "failed").await;
-    assert_eq!((&told["attempts"], &told["dead"]), (&1.into(), &true.into()), "{told}");
+    let call_status = gateway.wait_for_state(&id, "failed").await;
+    assert_eq!(
+        (&call_status["attempts"], &call_status["dead"]),
+        (&1.into(), &true.into()),
+        "{call_status}"
+    );
 }
 
 #[tokio::test]
-async fn a_provider_that_comes_back_is_asked_before_a_call_is_made_again() {
-    let (state, provider) = (tempfile::tempdir().unwrap(), Provider::by_hand());
-    let (address, away) = (provider.address, queueing(&provider, state.path()));
+async fn the_retry_policy_is_queried_before_a_retry() {
+    let (state, provider) = (tempfile::tempdir().unwrap(), Provider::manual());
+    let (address, builder) = (provider.address, with_embedded_queue(&provider, state.path()));
     drop(provider);
-    let gateway = away.start().await;
-    let id = gateway.queued("echo", &[], "").await;
-    gateway.logs("The retry policy of a queued call is not known yet").await;
-    let provider = once().at(address).start();
-    let told = gateway.becomes(&id, "failed").await;
-    assert_eq!((&told["attempts"], &told["dead"]), (&1.into(), &true.into()), "{told}");
-    assert_eq!(provider.calls(), 0);
+    let gateway = builder.start().await;
+    let id = gateway.enqueue("echo", &[], "").await;
+    gateway.wait_for_log("The retry policy of a queued call is not known yet").await;
+    let provider = single_attempt_provider().listen_on(address).start();
+    let call_status = gateway.wait_for_state(&id, "failed").await;
+    assert_eq!(
+        (&call_status["attempts"], &call_status["dead"]),
+        (&1.into(), &true.into()),
+        "{call_status}"
+    );
+    assert_eq!(provider.call_count(), 0);
 }
 
-const QUICK: CacheTiming = CacheTiming {
+const SHORT_TIMING: CacheTiming = CacheTiming {
     ttl: Duration::ZERO,
     query_timeout: Duration::from_secs(10),
     retry_interval: Duration::from_millis(10),
@@ -83,9 +91,9 @@ fn call() -> QueuedCall {
 }
 
 #[tokio::test]
-async fn what_was_heard_last_holds_while_the_provider_is_away() {
-    let provider = patient().start();
-    let retry_policies = retry_policies(&provider.url(), QUICK);
+async fn the_last_known_policy_holds_while_the_provider_is_unavailable() {
+    let provider = fast_retry().start();
+    let retry_policies = retry_policies(&provider.url(), SHORT_TIMING);
     let known = retry_policies.get(&call()).await;
     assert_eq!(known.attempts, 3);
     drop(provider);
@@ -95,33 +103,35 @@ async fn what_was_heard_last_holds_while_the_provider_is_away() {
 }
 
 #[tokio::test]
-async fn a_provider_that_never_said_anything_is_waited_for_no_longer_than_that() {
-    let provider = Provider::by_hand();
-    let retry_policies = retry_policies(&provider.url(), QUICK);
+async fn the_wait_for_a_first_policy_is_limited() {
+    let provider = Provider::manual();
+    let retry_policies = retry_policies(&provider.url(), SHORT_TIMING);
     drop(provider);
     let began = Instant::now();
-    let policy = within("a policy", retry_policies.get(&call())).await;
+    let policy = within("a retry policy", retry_policies.get(&call())).await;
     assert_eq!(policy, RetryPolicy::default());
-    assert!(began.elapsed() >= QUICK.give_up_after, "{:?}", began.elapsed());
+    assert!(began.elapsed() >= SHORT_TIMING.give_up_after, "{:?}", began.elapsed());
 }
 
 #[tokio::test]
-async fn a_provider_that_does_not_answer_is_not_waited_for_either() {
-    // Connections to it are made, and never accepted.
+async fn an_unresponsive_provider_does_not_delay_retries() {
+    // Connections to it are established, and never accepted.
     let silent = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let timing = CacheTiming { query_timeout: Duration::from_millis(50), ..QUICK };
+    let timing = CacheTiming { query_timeout: Duration::from_millis(50), ..SHORT_TIMING };
     let retry_policies =
         retry_policies(&format!("http://{}", silent.local_addr().unwrap()), timing);
-    assert_eq!(within("a policy", retry_policies.get(&call())).await, RetryPolicy::default());
+    assert_eq!(within("a retry policy", retry_policies.get(&call())).await, RetryPolicy::default());
 }
 
 #[tokio::test]
-async fn one_question_at_a_time_is_asked_for_a_function() {
-    let provider = patient().start();
-    let retry_policies =
-        retry_policies(&provider.url(), CacheTiming { ttl: Duration::from_secs(60), ..QUICK });
+async fn a_function_has_one_policy_query_at_a_time() {
+    let provider = fast_retry().start();
+    let retry_policies = retry_policies(
+        &provider.url(),
+        CacheTiming { ttl: Duration::from_secs(60), ..SHORT_TIMING },
+    );
     let call = call();
     let heard = futures_util::future::join_all((0..50).map(|_| retry_policies.get(&call))).await;
     assert!(heard.iter().all(|policy| policy.attempts == 3));
-    assert_eq!(provider.asked().len(), 1);
+    assert_eq!(provider.api_requests().len(), 1);
 }

@@ -1,21 +1,24 @@
-//! Heads of requests that are refused before they are routed, and versions of HTTP other than 1.1 (RFC 9112, 2.3).
+//! Request heads that are refused before routing, and versions of HTTP other than 1.1 (RFC 9112, 2.3).
 
+use crate::support::connection::{Connection, Response, get};
 use crate::support::gateway::Gateway;
 use crate::support::provider::Provider;
-use crate::support::wire::{Answer, Wire, get};
 
-fn is_explained(answer: &Answer, expect: u16, what: &str, sent: &str) {
-    assert_eq!(answer.status(), expect, "{sent:?}: {answer}");
-    assert!(answer.text().contains(what), "{sent:?}: {answer}");
-    assert!(answer.header("content-type").is_some_and(|t| t.starts_with("text/plain")), "{answer}");
-    assert_eq!(answer.header("connection"), Some("close"), "{sent:?}: {answer}");
-    assert!(answer.header("date").is_some(), "{answer}");
+fn assert_refusal(response: &Response, expect: u16, what: &str, sent: &str) {
+    assert_eq!(response.status(), expect, "{sent:?}: {response}");
+    assert!(response.text().contains(what), "{sent:?}: {response}");
+    assert!(
+        response.header("content-type").is_some_and(|t| t.starts_with("text/plain")),
+        "{response}"
+    );
+    assert_eq!(response.header("connection"), Some("close"), "{sent:?}: {response}");
+    assert!(response.header("date").is_some(), "{response}");
 }
 
 #[tokio::test]
-async fn a_head_that_cannot_be_read_is_answered_with_what_is_wrong() {
-    let provider = Provider::saying("called");
-    let gateway = Gateway::before(&provider).await;
+async fn a_malformed_head_is_refused_with_a_reason() {
+    let provider = Provider::replying("called");
+    let gateway = Gateway::in_front_of(&provider).await;
     let many = "X-Many: 1\r\n".repeat(300);
     let long = "q".repeat(70 << 10);
     for (start, lines, expect, what) in [
@@ -60,28 +63,28 @@ async fn a_head_that_cannot_be_read_is_answered_with_what_is_wrong() {
             let mut client = gateway.connect().await;
             client.send(format!("{before}{start}\r\n{lines}\r\n\r\n")).await;
             if !before.is_empty() {
-                assert_eq!(client.answer().await.text(), "called");
+                assert_eq!(client.read_response().await.text(), "called");
             }
-            is_explained(&client.answer().await, expect, what, start);
-            assert_eq!(client.closed().await, b"", "{start}");
+            assert_refusal(&client.read_response().await, expect, what, start);
+            assert_eq!(client.read_to_close().await, b"", "{start}");
         }
     }
-    // The metrics port has the same eyes.
-    let mut client = Wire::connect(gateway.metrics_address).await;
+    // The metrics port uses the same parser.
+    let mut client = Connection::connect(gateway.metrics_address).await;
     let sent = "GET /metrics HTTP/1.1\r\nHost: g\r\nX Y: z\r\n\r\n";
-    is_explained(&client.ask(sent).await, 400, "header", sent);
+    assert_refusal(&client.exchange(sent).await, 400, "header", sent);
     gateway
-        .metrics_show("only good requests were forwarded", |m| {
-            m.calls("unknown", "200") + m.calls("echo.fn", "200") == provider.calls() as u64
+        .wait_for_metric("only good requests were forwarded", |m| {
+            m.calls("unknown", "200") + m.calls("echo.fn", "200") == provider.call_count() as u64
         })
         .await;
-    assert_eq!(provider.calls(), 21);
+    assert_eq!(provider.call_count(), 21);
 }
 
 #[tokio::test]
-async fn the_refusal_of_a_head_request_has_no_body() {
-    let provider = Provider::saying("called");
-    let gateway = Gateway::before(&provider).await;
+async fn a_refused_head_request_has_no_response_body() {
+    let provider = Provider::replying("called");
+    let gateway = Gateway::in_front_of(&provider).await;
     let many = "X-Many: 1\r\n".repeat(300);
     for (start, lines, expect) in [
         ("HEAD /function/echo HTTP/1.1", "Host : g", 400),
@@ -92,59 +95,59 @@ async fn the_refusal_of_a_head_request_has_no_body() {
     ] {
         let mut client = gateway.connect().await;
         client.send(format!("{start}\r\n{lines}\r\n\r\n")).await;
-        let head = client.head().await;
+        let head = client.read_head().await;
         assert_eq!((head.status(), head.header("connection")), (expect, Some("close")), "{lines}");
-        assert_eq!(client.closed().await, b"", "{start}\r\n{lines}");
+        assert_eq!(client.read_to_close().await, b"", "{start}\r\n{lines}");
     }
 }
 
 #[tokio::test]
-async fn a_response_that_looks_like_a_refusal_passes_as_it_is() {
-    let mut provider = Provider::by_hand();
-    let gateway = Gateway::before(&provider).await;
+async fn a_response_that_looks_like_a_refusal_passes_unchanged() {
+    let mut provider = Provider::manual();
+    let gateway = Gateway::in_front_of(&provider).await;
     let mut client = gateway.connect().await;
     let text = "HTTP/1.1 400 Bad Request\r\nconnection: close\r\ncontent-length: 0\r\n\r\n";
     client.send(get("/function/echo")).await;
-    let mut call = provider.call().await;
-    call.wire.send("HTTP/1.1 200 OK\r\nContent-Length: ").await;
-    call.wire.send(format!("{}\r\n\r\n", text.len())).await;
-    let head = client.head().await;
+    let mut call = provider.next_call().await;
+    call.connection.send("HTTP/1.1 200 OK\r\nContent-Length: ").await;
+    call.connection.send(format!("{}\r\n\r\n", text.len())).await;
+    let head = client.read_head().await;
     assert_eq!(head.status(), 200);
-    // Its body is written by itself.
-    call.wire.send(text).await;
-    assert_eq!(client.body(&head).await.unwrap(), text.as_bytes());
-    provider.keep(call);
+    // The body is sent separately.
+    call.connection.send(text).await;
+    assert_eq!(client.read_body(&head).await.unwrap(), text.as_bytes());
+    provider.reuse_connection(call);
     client.send(get("/function/echo")).await;
-    let mut call = provider.call().await;
-    call.wire.send(text).await;
-    let answer = client.answer().await;
-    assert_eq!((answer.status(), answer.text()), (400, ""));
+    let mut call = provider.next_call().await;
+    call.connection.send(text).await;
+    let response = client.read_response().await;
+    assert_eq!((response.status(), response.text()), (400, ""));
 }
 
 #[tokio::test]
-async fn the_preface_of_http_2_is_answered() {
-    let provider = Provider::saying("called");
-    let gateway = Gateway::before(&provider).await;
+async fn the_http_2_preface_is_refused_with_a_response() {
+    let provider = Provider::replying("called");
+    let gateway = Gateway::in_front_of(&provider).await;
     let preface = "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
     for pieces in [1, 2, preface.len()] {
         let mut client = gateway.connect().await;
         for piece in preface.as_bytes().chunks(preface.len().div_ceil(pieces)) {
             let _ = client.try_send(piece).await;
         }
-        is_explained(&client.answer().await, 505, "HTTP/1.1", preface);
+        assert_refusal(&client.read_response().await, 505, "HTTP/1.1", preface);
     }
     let mut client = gateway.connect().await;
     assert_eq!(client.get("/function/echo").await.text(), "called");
-    is_explained(&client.ask(preface).await, 505, "HTTP/1.1", preface);
+    assert_refusal(&client.exchange(preface).await, 505, "HTTP/1.1", preface);
 }
 
 #[tokio::test]
 async fn a_higher_minor_version_is_treated_as_1_1() {
-    let mut provider = Provider::by_hand();
-    let gateway = Gateway::before(&provider).await;
+    let mut provider = Provider::manual();
+    let gateway = Gateway::in_front_of(&provider).await;
     let mut client = gateway.connect().await;
     for version in ["1.2", "1.9", "1.1", "1.3"] {
-        // The digit comes alone, or behind the rest, or a second request comes with it.
+        // The digit arrives alone, with the rest, or with a second request.
         let request =
             format!("POST /function/echo HTTP/{version}\r\nHost: g\r\nContent-Length: 5\r\n\r\n");
         let at = request.find(version).unwrap();
@@ -155,39 +158,39 @@ async fn a_higher_minor_version_is_treated_as_1_1() {
                 from = cut;
             }
             client.send(format!("{}hello", &request[from..])).await;
-            let mut call = provider.call().await;
+            let mut call = provider.next_call().await;
             assert_eq!(call.head.start, "POST /function/echo HTTP/1.1");
-            assert_eq!(call.body().await.unwrap(), b"hello");
-            call.wire.send("HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n").await;
-            call.wire.send_chunk("ok").await;
-            call.wire.send("0\r\n\r\n").await;
-            let answer = client.answer().await;
-            assert!(answer.head.start.starts_with("HTTP/1.1 200"), "{answer}");
+            assert_eq!(call.read_body().await.unwrap(), b"hello");
+            call.connection.send("HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n").await;
+            call.connection.send_chunk("ok").await;
+            call.connection.send("0\r\n\r\n").await;
+            let response = client.read_response().await;
+            assert!(response.head.start.starts_with("HTTP/1.1 200"), "{response}");
             assert_eq!(
-                (answer.text(), answer.header("transfer-encoding")),
+                (response.text(), response.header("transfer-encoding")),
                 ("ok", Some("chunked"))
             );
-            provider.keep(call);
+            provider.reuse_connection(call);
         }
     }
 }
 
 #[tokio::test]
-async fn pipelined_requests_of_a_higher_version_are_answered_in_order() {
-    let provider = Provider::saying("called");
-    let gateway = Gateway::before(&provider).await;
+async fn pipelined_requests_of_a_higher_minor_version_are_answered_in_order() {
+    let provider = Provider::replying("called");
+    let gateway = Gateway::in_front_of(&provider).await;
     let mut client = gateway.connect().await;
     let requests = "GET /function/echo HTTP/1.5\r\nHost: g\r\n\r\n".repeat(50);
     client.send(requests).await;
     for _ in 0..50 {
-        assert_eq!(client.answer().await.text(), "called");
+        assert_eq!(client.read_response().await.text(), "called");
     }
 }
 
 #[tokio::test]
 async fn every_refusal_of_the_gateway_has_a_body() {
-    let provider = Provider::by_hand();
-    let gateway = Gateway::before(&provider).await;
+    let provider = Provider::manual();
+    let gateway = Gateway::in_front_of(&provider).await;
     for (request, expect) in [
         ("GET /nowhere HTTP/1.1\r\nHost: g\r\n\r\n", 404),
         ("PATCH /system/functions HTTP/1.1\r\nHost: g\r\n\r\n", 405),
@@ -207,12 +210,12 @@ async fn every_refusal_of_the_gateway_has_a_body() {
         ("GET /system/functions HTTP/1.1\r\nHost: g\r\nOrigin: http://x\r\n\r\n", 403),
     ] {
         let mut client = gateway.connect().await;
-        let answer = client.ask(request).await;
-        assert_eq!(answer.status(), expect, "{request:?}: {answer}");
-        assert!(!answer.text().trim().is_empty(), "{request:?}: {answer}");
-        assert!(answer.header("content-type").is_some(), "{request:?}: {answer}");
+        let response = client.exchange(request).await;
+        assert_eq!(response.status(), expect, "{request:?}: {response}");
+        assert!(!response.text().trim().is_empty(), "{request:?}: {response}");
+        assert!(response.header("content-type").is_some(), "{request:?}: {response}");
         if expect == 405 {
-            assert!(answer.header("allow").is_some_and(|allow| !allow.is_empty()), "{answer}");
+            assert!(response.header("allow").is_some_and(|allow| !allow.is_empty()), "{response}");
         }
     }
 }

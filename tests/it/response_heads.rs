@@ -1,45 +1,45 @@
-//! Responses of functions whose heads or chunks could be read in two ways, and those that are about the protocol.
+//! Responses of functions whose heads or chunks are ambiguous, and responses about the protocol.
 
+use crate::support::connection::{Response, get};
 use crate::support::gateway::Gateway;
 use crate::support::provider::Provider;
-use crate::support::wire::{Answer, get};
 
-/// What the client gets when a function sends `said` and closes.
-async fn response_to(said: &[u8]) -> Answer {
-    let mut provider = Provider::by_hand();
-    let gateway = Gateway::before(&provider).await;
+/// The client's response when a function sends `said` and closes.
+async fn response_to(sent: &[u8]) -> Response {
+    let mut provider = Provider::manual();
+    let gateway = Gateway::in_front_of(&provider).await;
     let mut client = gateway.connect().await;
     client.send(get("/function/odd")).await;
-    let mut call = provider.call().await;
-    // A gateway that has seen enough closes before all of it is written.
-    let _ = call.wire.try_send(said).await;
+    let mut call = provider.next_call().await;
+    // A gateway that refuses the response may close before all of it is written.
+    let _ = call.connection.try_send(sent).await;
     drop(call);
-    client.answer().await
+    client.read_response().await
 }
 
 #[tokio::test]
 async fn whitespace_before_the_colon_of_a_header_is_removed() {
-    let answer = response_to(
+    let response = response_to(
         b"HTTP/1.1 200 OK\r\nX-A : 1\r\nX-B \t : 2\r\nTransfer-Encoding : chunked\r\n\r\n2\r\nok\r\n0\r\n\r\n",
     )
     .await;
-    assert_eq!((answer.status(), answer.text()), (200, "ok"));
-    assert_eq!((answer.header("x-a"), answer.header("x-b")), (Some("1"), Some("2")));
+    assert_eq!((response.status(), response.text()), (200, "ok"));
+    assert_eq!((response.header("x-a"), response.header("x-b")), (Some("1"), Some("2")));
 }
 
 #[tokio::test]
 async fn a_control_character_in_the_extension_of_a_chunk_is_a_bad_gateway() {
     for extension in ["a\nb", "a\0b", "a=\"\n\"", "\n0\r\n\r\n"] {
-        let said = format!(
+        let sent = format!(
             "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2;{extension}\r\nok\r\n0\r\n\r\n"
         );
-        let answer = response_to(said.as_bytes()).await;
-        assert_eq!(answer.status(), 502, "{extension:?}: {answer}");
-        assert!(answer.text().contains("not valid HTTP"), "{answer}");
+        let response = response_to(sent.as_bytes()).await;
+        assert_eq!(response.status(), 502, "{extension:?}: {response}");
+        assert!(response.text().contains("not valid HTTP"), "{response}");
     }
-    let said =
+    let sent =
         "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2;a=\"\tb\" ;c\r\nok\r\n0\r\n\r\n";
-    assert_eq!(response_to(said.as_bytes()).await.text(), "ok");
+    assert_eq!(response_to(sent.as_bytes()).await.text(), "ok");
 }
 
 #[tokio::test]
@@ -49,36 +49,36 @@ async fn a_head_of_a_mebibyte_is_the_largest() {
         let pad = "p".repeat(length - frame);
         format!("HTTP/1.1 200 OK\r\nContent-Length: 2\r\nX-Pad: {pad}\r\n\r\nok")
     };
-    let answer = response_to(head(1 << 20).as_bytes()).await;
-    assert_eq!((answer.status(), answer.text()), (200, "ok"));
+    let response = response_to(head(1 << 20).as_bytes()).await;
+    assert_eq!((response.status(), response.text()), (200, "ok"));
     for length in [(1 << 20) + 1, (1 << 20) + (100 << 10), 3 << 20] {
-        let answer = response_to(head(length).as_bytes()).await;
-        assert_eq!(answer.status(), 502, "{length}");
-        assert!(answer.text().contains("1 MiB"), "{answer}");
+        let response = response_to(head(length).as_bytes()).await;
+        assert_eq!(response.status(), 502, "{length}");
+        assert!(response.text().contains("1 MiB"), "{response}");
     }
 }
 
 #[tokio::test]
-async fn a_426_says_which_protocols_are_required() {
-    let answer = response_to(
+async fn a_426_names_the_required_protocols() {
+    let response = response_to(
         b"HTTP/1.1 426 Upgrade Required\r\nConnection: Upgrade, X-Hop\r\nX-Hop: 1\r\nUpgrade: a/1\r\n\
           Upgrade: b\r\nContent-Length: 4\r\n\r\nthis",
     )
     .await;
-    assert_eq!((answer.status(), answer.text()), (426, "this"));
-    let upgrades = answer.head.headers.iter().filter(|(name, _)| name == "upgrade");
+    assert_eq!((response.status(), response.text()), (426, "this"));
+    let upgrades = response.head.headers.iter().filter(|(name, _)| name == "upgrade");
     assert_eq!(upgrades.map(|(_, value)| value.as_str()).collect::<Vec<_>>(), ["a/1", "b"]);
-    assert_eq!(answer.header("connection"), Some("upgrade"));
-    assert_eq!(answer.header("x-hop"), None);
+    assert_eq!(response.header("connection"), Some("upgrade"));
+    assert_eq!(response.header("x-hop"), None);
 }
 
 #[tokio::test]
-async fn other_responses_have_no_upgrade() {
+async fn other_responses_have_no_upgrade_header() {
     for status in ["200 OK", "400 Bad Request"] {
-        let said = format!(
+        let sent = format!(
             "HTTP/1.1 {status}\r\nConnection: Upgrade\r\nUpgrade: a/1\r\nContent-Length: 0\r\n\r\n"
         );
-        let answer = response_to(said.as_bytes()).await;
-        assert_eq!((answer.header("upgrade"), answer.header("connection")), (None, None));
+        let response = response_to(sent.as_bytes()).await;
+        assert_eq!((response.header("upgrade"), response.header("connection")), (None, None));
     }
 }

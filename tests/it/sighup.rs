@@ -21,7 +21,7 @@ fn with_server() -> TempDir {
 }
 
 #[tokio::test]
-async fn without_a_terminal_up_reads_its_stack_file_again() {
+async fn without_a_terminal_sighup_reloads_the_stack_file() {
     let directory = TempDir::new().unwrap();
     let up = Up::start(directory.path(), "functions: {a: {fprocess: echo one}}", &["--once"]).await;
     up.write("functions: {b: {fprocess: echo two}}");
@@ -35,7 +35,7 @@ async fn without_a_terminal_up_reads_its_stack_file_again() {
     assert_eq!(up.call("b").await, "two\n");
 }
 
-/// Runs the program in a terminal of its own, which is closed as soon as the program says so on `out`; prints the
+/// Runs the program in its own terminal, which is closed when the program reports readiness on `out`. Prints the
 /// program's exit status.
 const IN_A_TERMINAL: &str = r#"
 import os, pty, sys, time
@@ -61,7 +61,7 @@ print(os.waitstatus_to_exitcode(status), flush=True)
 "#;
 
 #[tokio::test]
-async fn with_a_terminal_up_stops_and_leaves_no_process_behind() {
+async fn with_a_terminal_sighup_stops_up_and_all_its_processes() {
     for how in ["close", "signal"] {
         let directory = with_server();
         std::fs::write(directory.path().join("stack.yaml"), SERVER).unwrap();
@@ -94,12 +94,12 @@ async fn with_a_terminal_up_stops_and_leaves_no_process_behind() {
         let replicas = replicas();
         let alive = |id: i32| Pid::from_raw(id).is_some_and(|id| test_kill_process(id).is_ok());
         assert!(replicas.iter().all(|id| alive(*id)), "{replicas:?}");
-        // Closes its input: the script goes on.
+        // Closing its input lets the script continue.
         drop(python.stdin.take());
-        let output = within("it ends", python.wait_with_output()).await.unwrap();
-        let told = String::from_utf8_lossy(&output.stdout).into_owned();
+        let output = within("the process exits", python.wait_with_output()).await.unwrap();
+        let text = String::from_utf8_lossy(&output.stdout).into_owned();
         let log = std::fs::read_to_string(directory.path().join("out")).unwrap();
-        assert_eq!(told.lines().nth(1), Some("0"), "{how}: {told} {log}");
+        assert_eq!(text.lines().nth(1), Some("0"), "{how}: {text} {log}");
         assert!(log.contains("Stopping: waiting for requests in flight"), "{how}: {log}");
         for id in replicas {
             eventually("no replica is left", async || !alive(id)).await;
@@ -108,11 +108,11 @@ async fn with_a_terminal_up_stops_and_leaves_no_process_behind() {
 }
 
 #[tokio::test]
-async fn serve_reads_its_credentials_again_and_goes_on() {
+async fn sighup_reloads_the_credentials_of_serve() {
     let secrets = TempDir::new().unwrap();
     std::fs::write(secrets.path().join("basic-auth-user"), "admin").unwrap();
     std::fs::write(secrets.path().join("basic-auth-password"), "old").unwrap();
-    let provider = Provider::by_hand();
+    let provider = Provider::manual();
     let gateway = Gateway::builder()
         .provider(&provider)
         .var("basic_auth", "true")
@@ -125,12 +125,12 @@ async fn serve_reads_its_credentials_again_and_goes_on() {
             format!("admin:{password}"),
         );
         let header = format!("Authorization: Basic {pair}");
-        gateway.ask("GET", "/ui/", &[&header]).await.status()
+        gateway.request("GET", "/ui/", &[&header]).await.status()
     };
     assert_eq!((status("old").await, status("new").await), (200, 401));
     std::fs::write(secrets.path().join("basic-auth-password"), "new").unwrap();
     gateway.signal(Signal::HUP);
-    eventually("the new password holds", async || status("new").await == 200).await;
+    eventually("the new password is accepted", async || status("new").await == 200).await;
     assert!(gateway.log().iter().any(|line| line.contains("SIGHUP: reloading files")));
 }
 
@@ -157,10 +157,10 @@ async fn an_ignored_hangup_stays_ignored() {
     let says = |name: &str, what: &str| {
         std::fs::read_to_string(directory.path().join(name)).unwrap().contains(what)
     };
-    eventually("it runs", async || says("out", "Ctrl-C stops it.")).await;
+    eventually("the process runs", async || says("out", "Ctrl-C stops it.")).await;
     let id = Pid::from_raw(child.id().unwrap().try_into().unwrap()).unwrap();
     kill_process(id, Signal::HUP).unwrap();
     kill_process(id, Signal::TERM).unwrap();
-    assert!(within("it ends", child.wait()).await.unwrap().success());
+    assert!(within("the process exits", child.wait()).await.unwrap().success());
     assert!(!says("log", "SIGHUP") && says("log", "SIGTERM"));
 }

@@ -1,4 +1,4 @@
-//! The stack file of `gateway up`: what is refused, and how its changes and its secrets are followed.
+//! The stack file of `gateway up`: what is refused, and how changes and secrets are applied.
 
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -8,8 +8,8 @@ use rustix::process::{Pid, Signal, kill_process};
 use tempfile::TempDir;
 use tokio::process::{Child, Command};
 
+use crate::support::connection::{Connection, post};
 use crate::support::gateway::command;
-use crate::support::wire::{Wire, post};
 use crate::support::{eventually, within};
 
 /// A running `gateway up` with the stack file `stack.yaml`, in a session without a terminal. Killed when dropped.
@@ -27,7 +27,7 @@ impl Up {
 
     async fn restart(directory: &Path, arguments: &[&str]) -> Self {
         let file = |name: &str| std::fs::File::create(directory.join(name)).unwrap();
-        // The tests themselves may run with a terminal.
+        // The tests themselves may run in a terminal.
         let gateway = command();
         let mut setsid = Command::new("setsid");
         setsid.arg(gateway.as_std().get_program()).arg("up").arg(directory.join("stack.yaml"));
@@ -48,13 +48,13 @@ impl Up {
             let line = out.lines().find_map(|line| line.strip_prefix("Gateway"))?;
             line.split_whitespace().next()?.strip_prefix("http://")?.parse().ok()
         };
-        eventually("it says where it is", async || address().is_some()).await;
+        eventually("the addresses are printed", async || address().is_some()).await;
         let gateway = address().unwrap();
         Self { child, directory: directory.to_owned(), gateway }
     }
 
     pub(crate) fn signal(&self, signal: Signal) {
-        let id = self.child.id().expect("it runs");
+        let id = self.child.id().expect("the process runs");
         kill_process(Pid::from_raw(id.try_into().unwrap()).unwrap(), signal).unwrap();
     }
 
@@ -79,8 +79,8 @@ impl Up {
 
     /// The function's response to a call, or its status.
     pub(crate) async fn call(&self, function: &str) -> String {
-        let mut client = Wire::connect(self.gateway).await;
-        let response = client.ask(post(&format!("/function/{function}"), "in")).await;
+        let mut client = Connection::connect(self.gateway).await;
+        let response = client.exchange(post(&format!("/function/{function}"), "in")).await;
         if response.status() == 200 {
             response.text().to_owned()
         } else {
@@ -115,7 +115,7 @@ fn stack(functions: &[(&str, &str)]) -> String {
 }
 
 #[tokio::test]
-async fn changes_of_the_file_are_applied_while_it_runs() {
+async fn stack_file_changes_are_applied_at_runtime() {
     let directory = TempDir::new().unwrap();
     let up = Up::start(
         directory.path(),
@@ -136,20 +136,20 @@ async fn changes_of_the_file_are_applied_while_it_runs() {
 }
 
 #[tokio::test]
-async fn a_file_that_says_nothing_or_half_of_it_removes_nothing() {
+async fn an_empty_or_incomplete_stack_file_removes_nothing() {
     let directory = TempDir::new().unwrap();
     let up =
         Up::start(directory.path(), &stack(&[("a", "echo one"), ("b", "echo one")]), &[]).await;
     for nothing in ["", "functions: {a: {fpro", "functions:\n"] {
         let before = up.log().matches("Nothing of the stack file").count();
         up.write(nothing);
-        eventually("it is refused", async || {
+        eventually("the call is refused", async || {
             up.log().matches("Nothing of the stack file").count() > before
         })
         .await;
         assert_eq!((up.call("a").await, up.call("b").await), ("one\n".into(), "one\n".into()));
     }
-    // One function is wrong, one has changed, one is new.
+    // One function is invalid, one has changed, one is new.
     up.write(&stack(&[("a", "cat | cat"), ("b", "echo two"), ("c", "echo new")]));
     up.answers("b", "two\n").await;
     up.answers("c", "new\n").await;
@@ -162,23 +162,23 @@ async fn a_file_that_says_nothing_or_half_of_it_removes_nothing() {
 }
 
 #[tokio::test]
-async fn with_once_the_file_is_not_followed() {
+async fn with_once_the_stack_file_is_not_watched() {
     let (directory, other) = (TempDir::new().unwrap(), TempDir::new().unwrap());
     let once = Up::start(directory.path(), &stack(&[("a", "echo one")]), &["--once"]).await;
     let follows = Up::start(other.path(), &stack(&[("a", "echo one")]), &[]).await;
     for up in [&once, &follows] {
         up.write(&stack(&[("a", "echo two")]));
     }
-    // The file would have been read again by then.
+    // The file would have been reloaded by then.
     follows.answers("a", "two\n").await;
-    // A signal asks for it all the same, and what it has read is then the present state.
+    // A signal reloads it anyway, and the loaded file is the current state.
     assert_eq!(once.call("a").await, "one\n");
     once.signal(Signal::HUP);
     once.answers("a", "two\n").await;
 }
 
 #[tokio::test]
-async fn a_function_waits_for_its_secrets_and_the_rest_starts() {
+async fn a_function_waits_for_its_secrets_while_others_start() {
     let directory = TempDir::new().unwrap();
     let text = "functions:\n  a: {fprocess: echo one}\n  b:\n    fprocess: sh -c 'cat $secrets_path/key'\n    secrets: [key, other]\n";
     let up = Up::start(directory.path(), text, &[]).await;
@@ -191,20 +191,20 @@ async fn a_function_waits_for_its_secrets_and_the_rest_starts() {
     up.secret("key", "k1").await;
     up.secret("other", "o1").await;
     up.answers("b", "k1").await;
-    // A new value reaches a function that is deployed.
+    // A new value reaches a deployed function.
     up.secret("key", "k2").await;
     up.answers("b", "k2").await;
 }
 
 #[tokio::test]
-async fn a_change_that_waits_for_a_secret_is_forgotten_when_the_file_takes_it_back() {
+async fn a_reverted_change_no_longer_waits_for_its_secret() {
     let directory = TempDir::new().unwrap();
     let late = |name: &str| format!("  {name}: {{fprocess: echo two, secrets: [late]}}\n");
     let first = stack(&[("a", "echo one")]);
     let up = Up::start(directory.path(), &first, &[]).await;
     up.write(&format!("functions:\n{}", late("a")));
     up.says("is not deployed before its secrets exist").await;
-    // The other function is deployed after this one, and shows that the secret was seen.
+    // The other function is deployed after this one, and shows that the secret was read.
     up.write(&format!("{}{}", stack(&[("a", "echo one"), ("b", "echo one")]), late("c")));
     up.answers("b", "one\n").await;
     up.secret("late", "s").await;
@@ -213,19 +213,19 @@ async fn a_change_that_waits_for_a_secret_is_forgotten_when_the_file_takes_it_ba
 }
 
 #[tokio::test]
-async fn what_the_file_lost_while_nothing_ran_is_removed_and_the_rest_is_kept() {
+async fn functions_removed_from_the_file_are_deleted_at_the_next_start() {
     let directory = TempDir::new().unwrap();
     let both = stack(&[("a", "echo one"), ("b", "echo one")]);
     let mut up = Up::start(directory.path(), &both, &[]).await;
     let body = r#"{"service":"by-hand","envProcess":"echo hand"}"#;
-    let mut client = Wire::connect(up.gateway).await;
+    let mut client = Connection::connect(up.gateway).await;
     let request = format!(
         "POST /system/functions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {}\r\n\r\n{body}",
         body.len()
     );
-    assert_eq!(client.ask(request).await.status(), 202);
+    assert_eq!(client.exchange(request).await.status(), 202);
     up.signal(Signal::TERM);
-    assert!(within("it ends", up.child.wait()).await.unwrap().success());
+    assert!(within("the process exits", up.child.wait()).await.unwrap().success());
     up.write(&stack(&[("a", "echo one")]));
     let up = Up::restart(directory.path(), &[]).await;
     assert_eq!((up.call("a").await, up.call("b").await), ("one\n".into(), "404".into()));
@@ -245,12 +245,12 @@ async fn commands_and_files_are_relative_to_the_stack_file() {
         (up.call("script").await, up.call("argument").await),
         ("hello".into(), "hello".into())
     );
-    // Started from `/`, yet this is where it keeps its state.
+    // It was started from `/`, but keeps its state here.
     assert!(directory.path().join(".gateway/functions").is_dir());
 }
 
 #[tokio::test]
-async fn all_mistakes_are_told_in_one_run() {
+async fn all_errors_of_the_stack_file_are_reported_together() {
     let directory = TempDir::new().unwrap();
     let file = directory.path().join("stack.yaml");
     let text = "functions:\n  a: {fproces: cat}\n  b: {fprocess: no-such-program}\n  a: {fprocess: cat}\n  \
@@ -264,9 +264,9 @@ async fn all_mistakes_are_told_in_one_run() {
         .stdin(Stdio::null())
         .kill_on_drop(true)
         .output();
-    let output = within("it ends", up).await.unwrap();
+    let output = within("the process exits", up).await.unwrap();
     assert!(!output.status.success());
-    let told = String::from_utf8_lossy(&output.stderr).into_owned();
+    let stderr = String::from_utf8_lossy(&output.stderr).into_owned();
     for expect in [
         "line 2: functions.a.fproces: unknown key: did you mean fprocess?",
         "line 3: functions.b: envProcess: \"no-such-program\" is not a program",
@@ -274,7 +274,7 @@ async fn all_mistakes_are_told_in_one_run() {
         "line 5: functions.c: envVars: mode",
         "line 6: functions.d.fprocess: > needs a shell",
     ] {
-        assert!(told.contains(expect), "{expect}: {told}");
+        assert!(stderr.contains(expect), "{expect}: {stderr}");
     }
-    assert!(!told.contains("serde") && !told.contains("Stack {"), "{told}");
+    assert!(!stderr.contains("serde") && !stderr.contains("Stack {"), "{stderr}");
 }

@@ -1,6 +1,7 @@
-//! What the tests are built from: the gateway's own binary as a child process, a provider and callers over real
-//! sockets. Nothing here waits for ever, and nothing sleeps in hope: see [`eventually`].
+//! Shared parts of the tests: the gateway's binary as a child process, a provider and clients over real sockets. Every
+//! wait has a deadline, and no test relies on a fixed sleep: see [`eventually`].
 
+pub(crate) mod connection;
 pub(crate) mod disk;
 pub(crate) mod fake_stan;
 pub(crate) mod gateway;
@@ -11,19 +12,19 @@ pub(crate) mod nats;
 pub(crate) mod nats_streaming;
 pub(crate) mod provider;
 pub(crate) mod queue;
-pub(crate) mod replicas;
+pub(crate) mod scalable_function;
 pub(crate) mod stan_queue;
 pub(crate) mod up;
 pub(crate) mod webhook;
-pub(crate) mod wire;
 pub(crate) mod workspace;
 
+use std::io::Write as _;
 use std::time::{Duration, Instant};
 
-/// The most time anything may take. Far more than it does, so that a busy machine fails no test.
+/// Maximum time of any step. Far more than any step takes, so that a busy machine fails no test.
 pub(crate) const DEADLINE: Duration = Duration::from_secs(20);
 
-/// Waits until `holds`, and fails with `what` if it never does.
+/// Polls until `holds` returns true. Fails with `what` after [`DEADLINE`].
 #[track_caller]
 pub(crate) fn eventually(
     what: &str,
@@ -39,7 +40,7 @@ pub(crate) fn eventually(
     }
 }
 
-/// What `future` results in; fails with `what` if it takes longer than [`DEADLINE`].
+/// Returns the output of `future`. Fails with `what` if it takes longer than [`DEADLINE`].
 #[track_caller]
 pub(crate) fn within<F: Future>(what: &str, future: F) -> impl Future<Output = F::Output> {
     let place = std::panic::Location::caller();
@@ -49,4 +50,16 @@ pub(crate) fn within<F: Future>(what: &str, future: F) -> impl Future<Output = F
             Err(_) => panic!("took too long: {what} ({place})"),
         }
     }
+}
+
+/// Reports that the current test cannot run on this machine, for the table of `make test`.
+pub(crate) fn report_skipped(reason: &str) {
+    let thread = std::thread::current();
+    report(&format!("SKIPPED: {}: {reason}", thread.name().unwrap_or("a test")));
+}
+
+/// Writes a line that `tests/summary.py` reads. It bypasses the output capture of the test harness, which drops what
+/// passing tests print.
+pub(crate) fn report(line: &str) {
+    let _ = writeln!(std::io::stderr(), "{line}");
 }

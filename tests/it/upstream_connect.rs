@@ -1,4 +1,4 @@
-//! Upstreams with addresses that take no connection.
+//! Upstreams with addresses that accept no connection.
 
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
@@ -6,13 +6,13 @@ use std::time::{Duration, Instant};
 use tokio::net::{TcpListener, TcpSocket, TcpStream};
 use tokio::time::timeout;
 
+use crate::support::connection::post;
 use crate::support::eventually;
 use crate::support::gateway::Gateway;
-use crate::support::provider::{Provider, always};
-use crate::support::wire::post;
+use crate::support::provider::{Provider, respond_ok};
 
-/// A port that answers no attempt to connect, as that of a machine which is cut off: its queue is full.
-async fn silent(address: SocketAddr) -> (SocketAddr, (TcpListener, Vec<TcpStream>)) {
+/// A port that responds to no attempt to connect, as that of an unreachable machine: its accept queue is full.
+async fn unresponsive_port(address: SocketAddr) -> (SocketAddr, (TcpListener, Vec<TcpStream>)) {
     let socket = TcpSocket::new_v4().unwrap();
     socket.bind(address).unwrap();
     let listener = socket.listen(1).unwrap();
@@ -25,34 +25,35 @@ async fn silent(address: SocketAddr) -> (SocketAddr, (TcpListener, Vec<TcpStream
 }
 
 #[tokio::test]
-async fn an_address_that_is_cut_off_is_passed_over_whatever_the_method_is() {
+async fn an_unreachable_address_is_skipped_for_every_method() {
     // The system chooses a port that is free on 127.0.0.1, which other tests use. 127.0.0.2 is used by this test alone.
-    let (silent, _silent) = silent(SocketAddr::from(([127, 0, 0, 1], 0))).await;
+    let (silent, _silent) = unresponsive_port(SocketAddr::from(([127, 0, 0, 1], 0))).await;
     let port = silent.port();
     let other = SocketAddr::from(([127, 0, 0, 2], port));
-    let provider = Provider::builder().at(other).answering(|call| always(call, "hello")).start();
+    let provider =
+        Provider::builder().listen_on(other).handler(|call| respond_ok(call, "hello")).start();
     let hosts = tempfile::NamedTempFile::new().unwrap();
     std::fs::write(hosts.path(), "127.0.0.1 provider.test\n127.0.0.2 provider.test\n").unwrap();
     let gateway = Gateway::builder()
         .var("functions_provider_url", format!("http://provider.test:{port}"))
         .var("connect_timeout", "200ms")
-        .hosts(hosts.path())
+        .hosts_file(hosts.path())
         .start()
         .await;
     let start = Instant::now();
     for number in 1..=3 {
-        let answer = gateway.post("/function/echo", "body").await;
-        assert_eq!((answer.status(), answer.text()), (200, "hello"));
-        assert_eq!(provider.calls(), number);
+        let response = gateway.post("/function/echo", "body").await;
+        assert_eq!((response.status(), response.text()), (200, "hello"));
+        assert_eq!(provider.call_count(), number);
     }
-    // The time after which an attempt was given up without the setting.
+    // The connect timeout without the setting.
     assert!(start.elapsed() < Duration::from_secs(10));
-    eventually("ready", async || gateway.is_ready().await).await;
+    eventually("the gateway is ready", async || gateway.is_ready().await).await;
 }
 
 #[tokio::test]
-async fn attempts_to_connect_end_with_the_time_of_the_call() {
-    let (address, _silent) = silent(SocketAddr::from(([127, 0, 0, 1], 0))).await;
+async fn connection_attempts_end_at_the_request_timeout() {
+    let (address, _silent) = unresponsive_port(SocketAddr::from(([127, 0, 0, 1], 0))).await;
     let gateway = Gateway::builder()
         .var("functions_provider_url", format!("http://{address}"))
         .var("connect_timeout", "100ms")
@@ -62,7 +63,7 @@ async fn attempts_to_connect_end_with_the_time_of_the_call() {
     let mut client = gateway.connect().await;
     let start = Instant::now();
     client.send(post("/function/echo", "body")).await;
-    let answer = client.answer().await;
-    assert_eq!(answer.status(), 504, "{answer}");
+    let response = client.read_response().await;
+    assert_eq!(response.status(), 504, "{response}");
     assert!(start.elapsed() >= Duration::from_millis(700));
 }

@@ -139,7 +139,7 @@ def changed_password(cluster):
 def main():
     tools = sys.argv[1]
     place = tempfile.mkdtemp(prefix="gateway-kubernetes-")
-    failed = False
+    passed = failed = 0
     try:
         with Cluster(tools, f"{place}/cluster") as cluster:
             cluster.nodes(3)
@@ -151,13 +151,15 @@ def main():
                 start = time.monotonic()
                 try:
                     print(f"{check.__name__}: {check(cluster)} ({time.monotonic() - start:.1f} s)", flush=True)
+                    passed += 1
                 except AssertionError as error:
-                    failed = True
+                    failed += 1
                     print(f"{check.__name__}: FAILED\n  {error}", flush=True)
                     break
     finally:
         shutil.rmtree(place, ignore_errors=True)
-    return failed
+    print(f"{passed} passed, {failed} failed")
+    return failed != 0
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-//! A provider whose functions have replicas, and that remembers how it was told to change them.
+//! A provider whose functions have replicas, and that records the scale requests.
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::SeqCst};
@@ -6,42 +6,42 @@ use std::sync::{Arc, Mutex};
 
 use serde_json::{Value, json};
 
+use crate::support::connection::{Connection, Head, request};
 use crate::support::gateway::{self, Gateway};
-use crate::support::provider::{Call, Provider};
-use crate::support::wire::{Head, Wire, request};
+use crate::support::provider::{Invocation, Provider};
 use crate::support::within;
 
-/// What the provider knows and was told.
+/// The provider's functions and its scripted failures.
 #[derive(Default)]
-pub(super) struct Script {
+pub(super) struct ScalingProvider {
     functions: Mutex<BTreeMap<&'static str, Function>>,
-    /// It answers nothing but 500.
-    pub(super) broken: AtomicBool,
-    /// It lists no functions.
-    pub(super) silent: AtomicBool,
-    /// Requests to scale that it refuses before it takes one.
+    /// Every response is a 500.
+    pub(super) failing: AtomicBool,
+    /// The function list is empty.
+    pub(super) lists_nothing: AtomicBool,
+    /// Scale requests to refuse before one is accepted.
     pub(super) refusals: AtomicUsize,
-    /// Millicores that every function uses.
+    /// CPU usage of every function, in millicores.
     pub(super) cpu: AtomicU64,
-    /// How often it has listed its functions.
+    /// Number of function lists sent.
     pub(super) lists: AtomicUsize,
 }
 
 struct Function {
     labels: Value,
     replicas: u64,
-    asked: Vec<u64>,
+    scale_requests: Vec<u64>,
 }
 
-impl Script {
-    /// A provider with functions of these names and `com.openfaas.scale.*` labels, each with one replica.
+impl ScalingProvider {
+    /// Starts a provider with functions of these names and `com.openfaas.scale.*` labels, each with one replica.
     pub(super) fn start(functions: &[(&'static str, Value)]) -> (Arc<Self>, Provider) {
-        let script = Self::of(functions);
+        let script = Self::with_functions(functions);
         let provider = script.builder().start();
         (script, provider)
     }
 
-    pub(super) fn of(functions: &[(&'static str, Value)]) -> Arc<Self> {
+    pub(super) fn with_functions(functions: &[(&'static str, Value)]) -> Arc<Self> {
         let script = Arc::new(Self::default());
         for (name, short) in functions {
             let labels: BTreeMap<_, _> = short
@@ -50,40 +50,41 @@ impl Script {
                 .iter()
                 .map(|(label, value)| (format!("com.openfaas.scale.{label}"), value.clone()))
                 .collect();
-            let function = Function { labels: json!(labels), replicas: 1, asked: Vec::new() };
+            let function =
+                Function { labels: json!(labels), replicas: 1, scale_requests: Vec::new() };
             script.functions.lock().unwrap().insert(name, function);
         }
         script
     }
 
-    /// One whose calls are handed to the test.
+    /// A provider whose function calls are handed to the test.
     pub(super) fn builder(self: &Arc<Self>) -> crate::support::provider::Builder {
         let script = Arc::clone(self);
-        Provider::builder().api(move |head, body| script.answer(head, body))
+        Provider::builder().api(move |head, body| script.api_response(head, body))
     }
 
-    /// What it was told for `function`, in order.
-    pub(super) fn asked(&self, function: &str) -> Vec<u64> {
-        self.functions.lock().unwrap()[function].asked.clone()
+    /// Replica counts requested for `function`, in order.
+    pub(super) fn scale_requests(&self, function: &str) -> Vec<u64> {
+        self.functions.lock().unwrap()[function].scale_requests.clone()
     }
 
-    /// Fails if it was told anything for `function`.
+    /// Fails if `function` was scaled.
     #[track_caller]
-    pub(super) fn untouched(&self, function: &str) {
-        let asked = self.asked(function);
-        assert!(asked.is_empty(), "{function} was scaled to {asked:?}");
+    pub(super) fn assert_not_scaled(&self, function: &str) {
+        let scale_requests = self.scale_requests(function);
+        assert!(scale_requests.is_empty(), "{function} was scaled to {scale_requests:?}");
     }
 
-    /// As if it had one replica, and nobody had ever asked for another count.
+    /// Resets the function to one replica and no scale requests.
     pub(super) fn reset(&self, function: &str) {
         let mut functions = self.functions.lock().unwrap();
-        let it = functions.get_mut(function).unwrap();
-        it.replicas = 1;
-        it.asked.clear();
+        let entry = functions.get_mut(function).unwrap();
+        entry.replicas = 1;
+        entry.scale_requests.clear();
     }
 
-    /// As if an operator had scaled it.
-    pub(super) fn scaled_by_hand(&self, function: &str, replicas: u64) {
+    /// Sets the replica count as an operator would.
+    pub(super) fn set_replicas(&self, function: &str, replicas: u64) {
         self.functions.lock().unwrap().get_mut(function).unwrap().replicas = replicas;
     }
 
@@ -91,22 +92,23 @@ impl Script {
         self.functions.lock().unwrap()[function].replicas
     }
 
-    pub(super) fn lists(&self) -> usize {
+    pub(super) fn list_count(&self) -> usize {
         self.lists.load(SeqCst)
     }
 
-    fn answer(&self, head: &Head, body: &[u8]) -> Option<(u16, String)> {
+    fn api_response(&self, head: &Head, body: &[u8]) -> Option<(u16, String)> {
         let path = head.target().split('?').next()?;
-        if path.starts_with("/system/") && self.broken.load(SeqCst) {
+        if path.starts_with("/system/") && self.failing.load(SeqCst) {
             return Some((500, "broken".to_owned()));
         }
-        if path == "/system/functions" && self.silent.load(SeqCst) {
+        if path == "/system/functions" && self.lists_nothing.load(SeqCst) {
             return Some((200, "[]".to_owned()));
         }
         let mut functions = self.functions.lock().unwrap();
         if path == "/system/functions" {
             self.lists.fetch_add(1, SeqCst);
-            let all: Vec<Value> = functions.iter().map(|(name, it)| it.status(name)).collect();
+            let all: Vec<Value> =
+                functions.iter().map(|(name, function)| function.status(name)).collect();
             return Some((200, json!(all).to_string()));
         }
         if let Some(name) = path.strip_prefix("/system/function/") {
@@ -124,7 +126,7 @@ impl Script {
         }
         let request: Value = serde_json::from_slice(body).unwrap();
         function.replicas = request["replicas"].as_u64().unwrap();
-        function.asked.push(function.replicas);
+        function.scale_requests.push(function.replicas);
         Some((202, String::new()))
     }
 }
@@ -138,8 +140,8 @@ impl Function {
     }
 }
 
-/// A gateway that scales, with windows of 2 seconds.
-pub(super) fn scaling(provider: &Provider) -> gateway::Builder {
+/// A gateway with autoscaling and a window of 2 seconds.
+pub(super) fn autoscaling_gateway(provider: &Provider) -> gateway::Builder {
     Gateway::builder()
         .provider(provider)
         .var("autoscale", "true")
@@ -147,12 +149,12 @@ pub(super) fn scaling(provider: &Provider) -> gateway::Builder {
         .var("scale_from_zero", "true")
 }
 
-/// Calls that run until they are let go.
+/// Calls that run until they are released.
 #[derive(Default)]
-pub(super) struct Held(Vec<(Wire, Call)>);
+pub(super) struct HeldCalls(Vec<(Connection, Invocation)>);
 
-impl Held {
-    /// Makes `count` calls of `function`, and waits until each has reached the provider.
+impl HeldCalls {
+    /// Starts `count` calls of `function`, and waits until each has reached the provider.
     pub(super) async fn hold(
         &mut self,
         gateway: &Gateway,
@@ -161,38 +163,38 @@ impl Held {
         count: usize,
     ) {
         for _ in 0..count {
-            let mut caller = gateway.connect().await;
-            caller.send(request("GET", &format!("/function/{function}"), &[], "")).await;
-            self.0.push((caller, provider.call().await));
+            let mut client = gateway.connect().await;
+            client.send(request("GET", &format!("/function/{function}"), &[], "")).await;
+            self.0.push((client, provider.next_call().await));
         }
     }
 
-    /// Answers them all.
+    /// Responds to all of them.
     pub(super) async fn release(&mut self) {
-        for (mut caller, mut call) in self.0.drain(..) {
-            call.answer(200, "done").await;
-            let answer = within("the answer of a held call", caller.answer()).await;
-            assert_eq!(answer.status(), 200);
+        for (mut client, mut call) in self.0.drain(..) {
+            call.respond(200, "done").await;
+            let response = within("the response of a held call", client.read_response()).await;
+            assert_eq!(response.status(), 200);
         }
     }
 }
 
-/// Waits until `gateway` scales `function`.
-pub(super) async fn scales(gateway: &Gateway, function: &str) {
+/// Waits until the autoscaler of `gateway` manages `function`.
+pub(super) async fn wait_until_scaled(gateway: &Gateway, function: &str) {
     let labels = [("function_name", function)];
     gateway
-        .metrics_show("it scales the function", |metrics| {
+        .wait_for_metric("the autoscaler manages the function", |metrics| {
             metrics.get("gateway_autoscale_desired_replicas", &labels).is_some()
         })
         .await;
 }
 
-/// How often a line of the log has `text`.
-pub(super) fn said(gateway: &Gateway, text: &str) -> usize {
+/// Number of log lines that contain `text`.
+pub(super) fn log_count(gateway: &Gateway, text: &str) -> usize {
     gateway.log().iter().filter(|line| line.contains(text)).count()
 }
 
-/// Whether each is above the one before it.
-pub(super) fn rises(counts: &[u64]) -> bool {
+/// Returns whether each number is greater than the one before it.
+pub(super) fn is_increasing(counts: &[u64]) -> bool {
     counts.windows(2).all(|pair| pair[0] < pair[1])
 }

@@ -11,16 +11,16 @@ pub(super) struct Row {
     /// File and line.
     pub(super) place: String,
     pub(super) name: String,
-    /// What the hostile side sends.
+    /// Bytes that the hostile side sends.
     pub(super) sent: Vec<u8>,
-    /// Of a hostile response: the request that gets it, where it is not a plain GET.
+    /// For a hostile response: its request, if that is not a plain GET.
     pub(super) request: Option<Vec<u8>>,
     pub(super) client: Vec<Expected>,
     pub(super) upstream: Vec<Expected>,
     pub(super) end: End,
 }
 
-/// What becomes of the client's connection.
+/// The expected end of the client's connection.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) enum End {
     #[default]
@@ -28,22 +28,22 @@ pub(super) enum End {
     Open,
 }
 
-/// What one message has to be.
+/// The expected properties of one message.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Expected {
-    /// A status, or method and target.
+    /// Status, or method and target.
     start: String,
     headers: Vec<(String, String)>,
     absent: Vec<String>,
     body: Option<Vec<u8>>,
-    /// The message breaks off inside its body.
+    /// The message is aborted inside its body.
     broken: bool,
     /// At most a part of the message arrives, perhaps nothing.
     pub(super) partial: bool,
 }
 
 impl Expected {
-    /// What of it `got` lacks.
+    /// Returns the first property that `got` lacks.
     pub(super) fn difference(&self, got: &Message) -> Option<String> {
         if self.start != got.short_start() {
             return Some(format!("{:?}, not {:?}", got.short_start(), self.start));
@@ -62,7 +62,7 @@ impl Expected {
         if self.broken == got.whole {
             return Some(format!("whole: {}", got.whole));
         }
-        // An error without a word is a riddle. The rows check the words where they matter.
+        // An error response needs a text. Rows check the text itself where it matters.
         if matches!(got.status(), 400..600) && got.body.is_empty() && got.expects_body {
             return Some("an error without a body".to_owned());
         }
@@ -139,7 +139,7 @@ fn row(place: &str, lines: &[&str]) -> Row {
     row
 }
 
-/// A line about the message that is expected last, or the beginning of another.
+/// Applies a line to the last expected message, or starts another one.
 fn expect(messages: &mut Vec<Expected>, line: &str) {
     let header = line.split_once(": ").filter(|(name, _)| !name.contains([' ', '/']));
     let last = messages.last_mut();
@@ -163,7 +163,7 @@ fn expect(messages: &mut Vec<Expected>, line: &str) {
     }
 }
 
-/// Escapes of bytes (`\r`, `\n`, `\t`, `\\`, `\xNN`), and repetitions: `{100*text}`.
+/// Decodes escapes of bytes (`\r`, `\n`, `\t`, `\\`, `\xNN`) and repetitions: `{100*text}`.
 fn unescape(line: &str) -> Vec<u8> {
     let mut bytes = Vec::new();
     let mut rest = line;

@@ -1,4 +1,4 @@
-//! A function server that records every request byte for byte, and answers with any bytes it is told to.
+//! A function server that records every request byte for byte, and responds with any given bytes.
 
 use std::sync::{Arc, Mutex};
 
@@ -11,17 +11,17 @@ use crate::support::eventually;
 #[derive(Clone, Debug)]
 pub(super) struct Message {
     pub(super) start: String,
-    /// Names in lower case, values as they came.
+    /// Names in lower case, values unchanged.
     pub(super) headers: Vec<(String, String)>,
     pub(super) body: Vec<u8>,
-    /// All of it has come.
+    /// The message is complete.
     pub(super) whole: bool,
-    /// It may have a body: it is no response to HEAD, no 1xx, 204 or 304.
+    /// Whether the message may have a body: it is no response to HEAD, no 1xx, 204 or 304.
     pub(super) expects_body: bool,
 }
 
 impl Message {
-    /// A status, or method and target.
+    /// Status, or method and target.
     pub(super) fn short_start(&self) -> &str {
         match self.start.strip_prefix("HTTP/") {
             Some(_) => self.start.split(' ').nth(1).unwrap_or_default(),
@@ -29,7 +29,7 @@ impl Message {
         }
     }
 
-    /// 0 of a request.
+    /// 0 for a request.
     pub(super) fn status(&self) -> u16 {
         self.short_start().parse().unwrap_or_default()
     }
@@ -39,7 +39,8 @@ impl Message {
     }
 }
 
-/// The messages in `bytes`. Strict: what is no message is one whose start is the text itself.
+/// Parses the messages in `bytes` strictly. Bytes that are no message become a message whose start line is the text
+/// itself.
 pub(super) fn messages(bytes: &[u8], to_head: bool) -> Vec<Message> {
     let (mut found, mut rest) = (Vec::new(), bytes);
     while !rest.is_empty() {
@@ -51,7 +52,7 @@ pub(super) fn messages(bytes: &[u8], to_head: bool) -> Vec<Message> {
     found
 }
 
-/// The first message of `bytes`, and how long it is.
+/// The first message of `bytes`, and its length.
 fn read(bytes: &[u8], to_head: bool) -> (Message, usize) {
     let end = bytes.windows(4).position(|window| window == b"\r\n\r\n");
     let head = String::from_utf8_lossy(&bytes[..end.unwrap_or(bytes.len())]).into_owned();
@@ -82,7 +83,7 @@ fn read(bytes: &[u8], to_head: bool) -> (Message, usize) {
         length.min(body.len())
     } else {
         message.whole = true;
-        // A response without a length ends with its connection, a request has no body.
+        // A response without a length ends with its connection; a request without one has no body.
         let length = if is_response { body.len() } else { 0 };
         message.body = body[..length].to_vec();
         length
@@ -90,7 +91,7 @@ fn read(bytes: &[u8], to_head: bool) -> (Message, usize) {
     (message, end + 4 + length)
 }
 
-/// Content, length and wholeness of a chunked body. Trailers are taken off with it.
+/// Content and length of a chunked body, and whether it is complete. The length includes trailers.
 fn dechunk(body: &[u8]) -> (Vec<u8>, usize, bool) {
     let (mut content, mut at) = (Vec::new(), 0);
     loop {
@@ -98,7 +99,8 @@ fn dechunk(body: &[u8]) -> (Vec<u8>, usize, bool) {
             return (content, body.len(), false);
         };
         let size = std::str::from_utf8(&body[at..at + line]).ok();
-        let size = size.and_then(|it| usize::from_str_radix(it.split(';').next()?.trim(), 16).ok());
+        let size =
+            size.and_then(|line| usize::from_str_radix(line.split(';').next()?.trim(), 16).ok());
         let Some(size) = size else { return (content, body.len(), false) };
         at += line + 2;
         if size == 0 {
@@ -120,7 +122,7 @@ fn dechunk(body: &[u8]) -> (Vec<u8>, usize, bool) {
     }
 }
 
-/// The recording server. It is the gateway's provider, and knows every function.
+/// The recording server. It is the gateway's provider, and has every function.
 pub(super) struct Upstream {
     port: u16,
     state: Arc<Mutex<State>>,
@@ -129,9 +131,9 @@ pub(super) struct Upstream {
 #[derive(Default)]
 struct State {
     received: Vec<Message>,
-    /// Bytes to answer functions with, and then to close; otherwise with 200.
+    /// Response to function calls, after which the connection is closed. Without it, the response is a 200.
     response: Option<Vec<u8>>,
-    /// Connections on which a part of a request has come.
+    /// Number of connections with an incomplete request.
     busy: usize,
 }
 
@@ -157,21 +159,21 @@ impl Upstream {
         format!("http://127.0.0.1:{}/", self.port)
     }
 
-    /// Forgets what was received, and answers with 200 again.
+    /// Clears the record, and responds with 200 again.
     pub(super) fn clear(&self) {
         let mut state = self.state.lock().unwrap();
         state.received.clear();
         state.response = None;
     }
 
-    /// Answers calls of functions with `bytes`, and closes behind them.
+    /// Responds to function calls with `bytes`, and then closes the connection.
     pub(super) fn respond(&self, bytes: &[u8]) {
         self.state.lock().unwrap().response = Some(bytes.to_vec());
     }
 
-    /// What has come, once no request is half there: one that the gateway gives up ends with its connection.
+    /// Returns the recorded requests once none is incomplete: an aborted request ends with its connection.
     pub(super) async fn received(&self) -> Vec<Message> {
-        eventually("no request is half there", async || self.state.lock().unwrap().busy == 0).await;
+        eventually("no request is incomplete", async || self.state.lock().unwrap().busy == 0).await;
         self.state.lock().unwrap().received.clone()
     }
 }
@@ -187,7 +189,7 @@ async fn serve(mut tcp: TcpStream, state: Arc<Mutex<State>>) {
         let Some((message, length)) = request else {
             match tcp.read(&mut piece).await {
                 Ok(0) | Err(_) => {
-                    // What cannot be read as a request was sent all the same.
+                    // Bytes that are no request are recorded as well.
                     if !buffer.is_empty() {
                         let mut state = state.lock().unwrap();
                         state.received.push(read(&buffer, false).0);
@@ -203,7 +205,7 @@ async fn serve(mut tcp: TcpStream, state: Arc<Mutex<State>>) {
             continue;
         };
         buffer.drain(..length);
-        // The gateway's own questions are no part of any row.
+        // The gateway's own queries are not part of a row.
         let own = message.headers.iter().all(|(name, _)| name != "x-call-id");
         let response = {
             let mut state = state.lock().unwrap();

@@ -10,145 +10,151 @@ use gateway::queue::jetstream::Options;
 use gateway::queue::status::CallState;
 
 use crate::support::eventually;
-use crate::support::jetstream_batch::{CALLS, fresh, set};
+use crate::support::jetstream_batch::{CALLS, id_set, new_call};
 use crate::support::jetstream_queue::{
-    Gateway, LEASE, LIMITS, PLACES, dead, now, options, retry, stranger, succeeded,
+    CONCURRENCY, LEASE, LIMITS, TestQueue, dead_lettered, foreign_client, options, retry,
+    succeeded, unix_millis,
 };
 use crate::support::nats::Nats;
 
 #[tokio::test]
-async fn what_one_who_died_has_not_made_is_made_by_another_and_nothing_else() {
+async fn another_worker_executes_the_rest_of_a_dead_workers_batch() {
     let nats = Nats::start();
-    let (it, other) = (Gateway::on(&nats).await, Gateway::on(&nats).await);
-    let ids = it.publish_at_once(CALLS, fresh).await;
+    let (queue, other) = (TestQueue::connected(&nats).await, TestQueue::connected(&nats).await);
+    let ids = queue.publish_batch(CALLS, new_call).await;
     let mut done = BTreeSet::new();
     for number in 0..6 {
-        let delivery = it.take().await;
+        let delivery = queue.receive().await;
         let id = delivery.call.id.clone();
         match number {
-            4 => it.settle(delivery, retry(now())).await,
-            5 => it.settle(delivery, dead()).await,
+            4 => queue.settle(delivery, retry(unix_millis())).await,
+            5 => queue.settle(delivery, dead_lettered()).await,
             _ => {
-                it.settle(delivery, succeeded()).await;
+                queue.settle(delivery, succeeded()).await;
                 done.insert(id);
             }
         }
     }
     let filter = Filter { dead_letter: Some(true), ..Filter::default() };
-    let dead = it.queue.list(&filter, None, 9).await.unwrap().calls[0].id.clone();
-    let running = it.take().await;
+    let dead = queue.inner.list(&filter, None, 9).await.unwrap().calls[0].id.clone();
+    let running = queue.receive().await;
     let died = running.call.id.clone();
-    it.queue.stop().await;
+    queue.inner.stop().await;
     std::mem::forget(running);
-    let mut made = BTreeMap::new();
-    while made.len() < CALLS - done.len() - 1 {
-        let delivery = other.take().await;
-        *made.entry(delivery.call.id.clone()).or_insert(0) += 1;
+    let mut executed = BTreeMap::new();
+    while executed.len() < CALLS - done.len() - 1 {
+        let delivery = other.receive().await;
+        *executed.entry(delivery.call.id.clone()).or_insert(0) += 1;
         other.settle(delivery, succeeded()).await;
     }
-    assert!(made.values().all(|times| *times == 1), "{made:?}");
-    assert!(made.contains_key(&died) && !made.contains_key(&dead));
-    let made = made.into_keys().collect();
-    assert_eq!(&(&made | &done) | &BTreeSet::from([dead]), set(&ids));
-    other.lets_go().await;
+    assert!(executed.values().all(|times| *times == 1), "{executed:?}");
+    assert!(executed.contains_key(&died) && !executed.contains_key(&dead));
+    let executed = executed.into_keys().collect();
+    assert_eq!(&(&executed | &done) | &BTreeSet::from([dead]), id_set(&ids));
+    other.assert_nothing_redelivered().await;
 }
 
 #[tokio::test]
-async fn one_that_was_made_and_purged_is_not_made_with_those_that_are_left() {
+async fn a_purged_call_is_not_executed_with_the_rest_of_its_batch() {
     let nats = Nats::start();
-    let (it, other) = (Gateway::on(&nats).await, Gateway::on(&nats).await);
-    let ids = it.publish_at_once(3, fresh).await;
-    let (first, second, third) = (it.take().await, it.take().await, it.take().await);
+    let (queue, other) = (TestQueue::connected(&nats).await, TestQueue::connected(&nats).await);
+    let ids = queue.publish_batch(3, new_call).await;
+    let (first, second, third) =
+        (queue.receive().await, queue.receive().await, queue.receive().await);
     let id = first.call.id.clone();
-    it.settle(first, retry(now())).await;
-    let again = it.take().await;
+    queue.settle(first, retry(unix_millis())).await;
+    let again = queue.receive().await;
     assert_eq!((&again.call.id, again.attempts), (&id, 1));
-    it.settle(again, succeeded()).await;
+    queue.settle(again, succeeded()).await;
     let succeeded_ones = Filter { state: Some(CallState::Succeeded), ..Filter::default() };
-    assert_eq!(it.queue.purge(&succeeded_ones).await, Ok(1));
-    assert_eq!(it.state(&id).await, None);
+    assert_eq!(queue.inner.purge(&succeeded_ones).await, Ok(1));
+    assert_eq!(queue.state(&id).await, None);
     let left = BTreeSet::from([second.call.id.clone(), third.call.id.clone()]);
-    it.dies(vec![second, third]).await;
-    let mut made = BTreeSet::new();
+    queue.crash(vec![second, third]).await;
+    let mut executed = BTreeSet::new();
     for _ in 0..2 {
-        let delivery = other.take().await;
-        made.insert(delivery.call.id.clone());
+        let delivery = other.receive().await;
+        executed.insert(delivery.call.id.clone());
         other.settle(delivery, succeeded()).await;
     }
-    assert_eq!((made, ids.len()), (left, 3));
-    other.lets_go().await;
+    assert_eq!((executed, ids.len()), (left, 3));
+    other.assert_nothing_redelivered().await;
 }
 
 #[tokio::test]
-async fn what_one_does_not_come_to_is_soon_there_for_another() {
+async fn unstarted_calls_of_a_busy_worker_go_to_another() {
     let nats = Nats::start();
-    let (it, other) = (Gateway::on(&nats).await, Gateway::on(&nats).await);
-    let ids = it.publish_at_once(CALLS, fresh).await;
+    let (queue, other) = (TestQueue::connected(&nats).await, TestQueue::connected(&nats).await);
+    let ids = queue.publish_batch(CALLS, new_call).await;
     let start = Instant::now();
-    let slow = it.take().await;
-    let mut made = BTreeSet::new();
-    while made.len() < CALLS - 1 {
-        let delivery = other.take().await;
-        assert!(made.insert(delivery.call.id.clone()));
+    let slow = queue.receive().await;
+    let mut executed = BTreeSet::new();
+    while executed.len() < CALLS - 1 {
+        let delivery = other.receive().await;
+        assert!(executed.insert(delivery.call.id.clone()));
         other.settle(delivery, succeeded()).await;
     }
-    assert!(start.elapsed() < LEASE * 2, "given back, not found out by the server");
-    assert_eq!(it.state(&slow.call.id).await, Some(CallState::Running));
-    // It stays with the one who makes it.
-    assert!(other.takes_nothing(LEASE * 3 / 2).await);
-    made.insert(slow.call.id.clone());
-    it.settle(slow, succeeded()).await;
-    assert_eq!(made, set(&ids));
-    it.is_empty().await;
-    assert!(other.takes_nothing(LEASE * 3 / 2).await);
+    assert!(start.elapsed() < LEASE * 2, "released, not expired");
+    assert_eq!(queue.state(&slow.call.id).await, Some(CallState::Running));
+    // The call in execution stays with its worker.
+    assert!(other.receives_nothing(LEASE * 3 / 2).await);
+    executed.insert(slow.call.id.clone());
+    queue.settle(slow, succeeded()).await;
+    assert_eq!(executed, id_set(&ids));
+    queue.wait_until_empty().await;
+    assert!(other.receives_nothing(LEASE * 3 / 2).await);
 }
 
 #[tokio::test]
-async fn one_who_stops_gives_back_at_once_what_was_not_begun() {
+async fn a_stopping_worker_releases_unstarted_calls_immediately() {
     let nats = Nats::start();
-    // It is given back: the server would not find it out in time.
-    let (it, other) = (Gateway::leasing_long(&nats).await, Gateway::leasing_long(&nats).await);
-    let ids = it.publish_at_once(CALLS, fresh).await;
-    let delivery = it.take().await;
-    let mut made = BTreeSet::from([delivery.call.id.clone()]);
-    it.settle(delivery, succeeded()).await;
-    it.queue.stop().await;
-    while made.len() < CALLS {
-        let delivery = other.take().await;
-        assert!(made.insert(delivery.call.id.clone()));
+    // With this lease, only a release can explain a redelivery in time.
+    let (queue, other) =
+        (TestQueue::with_long_lease(&nats).await, TestQueue::with_long_lease(&nats).await);
+    let ids = queue.publish_batch(CALLS, new_call).await;
+    let delivery = queue.receive().await;
+    let mut executed = BTreeSet::from([delivery.call.id.clone()]);
+    queue.settle(delivery, succeeded()).await;
+    queue.inner.stop().await;
+    while executed.len() < CALLS {
+        let delivery = other.receive().await;
+        assert!(executed.insert(delivery.call.id.clone()));
         other.settle(delivery, succeeded()).await;
     }
-    assert_eq!(made, set(&ids));
-    other.is_empty().await;
+    assert_eq!(executed, id_set(&ids));
+    other.wait_until_empty().await;
 }
 
 #[tokio::test]
-async fn a_server_that_is_killed_while_they_are_made_loses_none() {
+async fn no_batched_call_is_lost_when_the_server_is_killed() {
     const ALL: usize = 200;
     let mut nats = Nats::start();
     let limits = Limits { max_pending: 1000, ..LIMITS };
-    let it = Gateway::open(Options { limits, ..options(&nats) }).await;
-    eventually("the server answers", async || it.queue.status("x").await.is_ok()).await;
-    let ids = it.publish_at_once(ALL, fresh).await;
-    let made = std::sync::Mutex::new(BTreeMap::new());
+    let queue = TestQueue::open(Options { limits, ..options(&nats) }).await;
+    eventually("the server responds", async || queue.inner.status("x").await.is_ok()).await;
+    let ids = queue.publish_batch(ALL, new_call).await;
+    let executed = std::sync::Mutex::new(BTreeMap::new());
     let work = async {
         loop {
-            let delivery = it.queue.receive(PLACES).await.unwrap();
-            *made.lock().unwrap().entry(delivery.call.id.clone()).or_insert(0) += 1;
-            // One that cannot be settled comes again.
-            let _ = it.queue.settle(&delivery, &succeeded()).await;
+            let delivery = queue.inner.receive(CONCURRENCY).await.unwrap();
+            *executed.lock().unwrap().entry(delivery.call.id.clone()).or_insert(0) += 1;
+            // A call that cannot be settled is redelivered.
+            let _ = queue.inner.settle(&delivery, &succeeded()).await;
         }
     };
     let trouble = async {
         for at in [30, 90, 150] {
-            eventually("some are made", async || made.lock().unwrap().len() >= at).await;
+            eventually("some calls are executed", async || executed.lock().unwrap().len() >= at)
+                .await;
             nats.kill();
             nats.restart();
         }
         for id in &ids {
-            eventually("it has succeeded", async || {
-                let status = it.queue.status(id).await;
-                status.is_ok_and(|it| it.is_some_and(|it| it.state == CallState::Succeeded))
+            eventually("the call has succeeded", async || {
+                let status = queue.inner.status(id).await;
+                status.is_ok_and(|status| {
+                    status.is_some_and(|status| status.state == CallState::Succeeded)
+                })
             })
             .await;
         }
@@ -157,35 +163,35 @@ async fn a_server_that_is_killed_while_they_are_made_loses_none() {
         () = work => {}
         () = trouble => {}
     }
-    let made = made.into_inner().unwrap();
-    let twice = made.values().filter(|times| **times > 1).count();
-    assert!(made.len() == ALL && twice <= 3 * PLACES, "{twice} made twice");
-    it.lets_go().await;
+    let executed = executed.into_inner().unwrap();
+    let twice = executed.values().filter(|times| **times > 1).count();
+    assert!(executed.len() == ALL && twice <= 3 * CONCURRENCY, "{twice} executed twice");
+    queue.assert_nothing_redelivered().await;
 }
 
 #[tokio::test]
-async fn a_message_that_no_gateway_wrote_holds_up_none_of_them() {
+async fn an_invalid_batch_does_not_block_other_batches() {
     let nats = Nats::start();
-    let it = Gateway::on(&nats).await;
-    let ids = it.publish_at_once(CALLS, fresh).await;
-    let strange = stranger(&nats).await;
+    let queue = TestQueue::connected(&nats).await;
+    let ids = queue.publish_batch(CALLS, new_call).await;
+    let foreign = foreign_client(&nats).await;
     for (key, payload) in
         [("+000000000001", ""), ("+000000000002", "\0\0\0\u{7f}x"), ("+00000000003f", "{}")]
     {
         let subject = format!("faas.faas-request.fn.echo.{key}");
         let payload = Bytes::from_static(payload.as_bytes());
-        strange.publish(subject, payload.clone()).await.unwrap().await.unwrap();
+        foreign.publish(subject, payload.clone()).await.unwrap().await.unwrap();
         let subject = format!("faas-open.faas-request.fn.echo.{key}");
-        strange.publish(subject, payload).await.unwrap().await.unwrap();
+        foreign.publish(subject, payload).await.unwrap().await.unwrap();
     }
-    let mut made = BTreeSet::new();
+    let mut executed = BTreeSet::new();
     for _ in 0..CALLS {
-        let delivery = it.take().await;
-        made.insert(delivery.call.id.clone());
-        it.settle(delivery, succeeded()).await;
+        let delivery = queue.receive().await;
+        executed.insert(delivery.call.id.clone());
+        queue.settle(delivery, succeeded()).await;
     }
-    assert_eq!(made, set(&ids));
-    assert!(it.queue.depths().await.is_ok());
-    assert!(it.queue.list(&Filter::default(), None, 99).await.is_ok());
-    assert!(it.takes_nothing(Duration::from_secs(1)).await);
+    assert_eq!(executed, id_set(&ids));
+    assert!(queue.inner.depths().await.is_ok());
+    assert!(queue.inner.list(&Filter::default(), None, 99).await.is_ok());
+    assert!(queue.receives_nothing(Duration::from_secs(1)).await);
 }

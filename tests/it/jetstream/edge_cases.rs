@@ -1,4 +1,4 @@
-//! The queue on a NATS server: calls that cannot be stored, have lost their body, or break those who make them.
+//! JetStream: calls that cannot be stored, calls that have lost their body, and calls that panic their worker.
 
 use std::time::{Duration, Instant};
 
@@ -10,15 +10,15 @@ use gateway::queue::{ChangeOutcome, Error};
 use http::{HeaderName, HeaderValue};
 
 use crate::support::jetstream_queue::{
-    Gateway, LEASE, call, call_of, dead, now, retry, stream, succeeded,
+    LEASE, TestQueue, call, call_to, dead_lettered, retry, stream, succeeded, unix_millis,
 };
 use crate::support::nats::Nats;
 use crate::support::{eventually, within};
 
 const CALLS: usize = 20;
 
-/// A call with so many bytes of headers.
-fn with_head(id: &str, size: usize) -> QueuedCall {
+/// A call with `size` bytes of headers.
+fn call_with_headers(id: &str, size: usize) -> QueuedCall {
     let mut call = call(id);
     let value = HeaderValue::try_from("x".repeat(size)).unwrap();
     call.headers.insert(HeaderName::from_static("x-long"), value);
@@ -26,59 +26,60 @@ fn with_head(id: &str, size: usize) -> QueuedCall {
 }
 
 #[tokio::test]
-async fn headers_that_the_server_does_not_take_are_refused_and_long_ones_pass() {
+async fn headers_above_the_server_limit_are_refused_and_long_ones_pass() {
     let nats = Nats::start();
-    let it = Gateway::on(&nats).await;
-    let refused = within("publish", it.queue.publish(with_head("large", 64_000))).await;
+    let queue = TestQueue::connected(&nats).await;
+    let refused = within("publish", queue.inner.publish(call_with_headers("large", 64_000))).await;
     assert!(matches!(refused, Err(Error::HeadTooLarge(63_488))), "{refused:?}");
-    assert_eq!(it.state("large").await, None);
-    // So many at a time would go together, if they were smaller.
-    let queue = it.queue.for_thread();
-    let sent = (0..CALLS).map(|number| queue.publish(with_head(&number.to_string(), 50_000)));
+    assert_eq!(queue.state("large").await, None);
+    // Smaller calls would be batched at this rate.
+    let publisher = queue.inner.for_thread();
+    let sent =
+        (0..CALLS).map(|number| publisher.publish(call_with_headers(&number.to_string(), 50_000)));
     within("publish", futures_util::future::try_join_all(sent)).await.unwrap();
     for attempts in [0; CALLS].into_iter().chain([1; CALLS]) {
-        let delivery = it.take().await;
+        let delivery = queue.receive().await;
         assert_eq!(delivery.call.headers["x-long"].len(), 50_000);
         assert_eq!(delivery.attempts, attempts);
-        let again = if attempts == 0 { retry(now()) } else { succeeded() };
-        it.settle(delivery, again).await;
+        let again = if attempts == 0 { retry(unix_millis()) } else { succeeded() };
+        queue.settle(delivery, again).await;
     }
-    it.is_empty().await;
+    queue.wait_until_empty().await;
 }
 
 #[tokio::test]
-async fn a_call_whose_body_is_lost_is_handed_out_as_such() {
+async fn a_call_without_its_body_is_delivered_as_such() {
     let nats = Nats::start();
-    let it = Gateway::on(&nats).await;
+    let queue = TestQueue::connected(&nats).await;
     let body = Bytes::from(vec![7; 2_000_000]);
     let start = Instant::now();
-    it.publish(QueuedCall { body: body.clone(), ..call("lost") }).await;
-    it.publish(QueuedCall { body, ..call("whole") }).await;
+    queue.publish(QueuedCall { body: body.clone(), ..call("lost") }).await;
+    queue.publish(QueuedCall { body, ..call("whole") }).await;
     let bodies = stream(&nats, "gateway-faas-request-bodies").await;
     bodies.purge().filter("faas-body.faas-request.lost.>").await.unwrap();
-    let delivery = it.take().await;
+    let delivery = queue.receive().await;
     assert_eq!((delivery.call.id.as_str(), delivery.body_missing), ("whole", false));
-    it.settle(delivery, succeeded()).await;
-    // It was looked for some times, the first time perhaps before the other one was settled.
-    let delivery = it.take().await;
+    queue.settle(delivery, succeeded()).await;
+    // Several lookups were made, the first one perhaps before the other call was settled.
+    let delivery = queue.receive().await;
     assert!(delivery.body_missing && start.elapsed() > LEASE, "{delivery:?}");
-    it.settle(delivery, dead()).await;
-    let status = it.queue.status("lost").await.unwrap().unwrap();
+    queue.settle(delivery, dead_lettered()).await;
+    let status = queue.inner.status("lost").await.unwrap().unwrap();
     assert!(status.dead_letter && status.attempts == 0, "{status:?}");
-    assert_eq!(it.unfinished().await, 0);
-    assert_eq!(it.queue.cancel("lost").await, Ok(ChangeOutcome::Applied));
-    assert_eq!(it.state("lost").await, Some(CallState::Cancelled));
+    assert_eq!(queue.unfinished().await, 0);
+    assert_eq!(queue.inner.cancel("lost").await, Ok(ChangeOutcome::Applied));
+    assert_eq!(queue.state("lost").await, Some(CallState::Cancelled));
 }
 
 #[tokio::test]
-async fn a_call_that_expires_keeps_what_was_answered_last() {
+async fn an_expired_call_keeps_its_last_response_status() {
     let nats = Nats::start();
-    let it = Gateway::on(&nats).await;
-    it.publish(call("late")).await;
-    let delivery = it.take().await;
-    it.settle(delivery, retry(now())).await;
-    let delivery = it.take().await;
-    let running = it.queue.status("late").await.unwrap().unwrap();
+    let queue = TestQueue::connected(&nats).await;
+    queue.publish(call("late")).await;
+    let delivery = queue.receive().await;
+    queue.settle(delivery, retry(unix_millis())).await;
+    let delivery = queue.receive().await;
+    let running = queue.inner.status("late").await.unwrap().unwrap();
     assert_eq!(
         (running.state, running.attempts, running.status),
         (CallState::Running, 2, Some(503))
@@ -86,94 +87,95 @@ async fn a_call_that_expires_keeps_what_was_answered_last() {
     let (state, reason) = (CallState::Failed, Some("late".to_owned()));
     let expired =
         Settlement::Finished { state, status: None, reason, response: None, executed: false };
-    it.settle(delivery, expired).await;
-    let status = it.queue.status("late").await.unwrap().unwrap();
+    queue.settle(delivery, expired).await;
+    let status = queue.inner.status("late").await.unwrap().unwrap();
     assert_eq!((status.state, status.attempts, status.status), (state, 1, Some(503)));
 }
 
 #[tokio::test]
-async fn a_call_that_breaks_its_worker_waits_before_it_is_made_again() {
+async fn a_call_that_panics_its_worker_is_retried_after_a_pause() {
     let nats = Nats::start();
-    let it = Gateway::on(&nats).await;
-    it.publish(call("odd")).await;
-    let delivery = it.take().await;
+    let queue = TestQueue::connected(&nats).await;
+    queue.publish(call("odd")).await;
+    let delivery = queue.receive().await;
     let began = Instant::now();
     let broken = tokio::spawn(async move {
         let _delivery = delivery;
         panic!("meant to be");
     });
     assert!(broken.await.unwrap_err().is_panic());
-    assert_eq!(it.take().await.call.id, "odd");
+    assert_eq!(queue.receive().await.call.id, "odd");
     assert!(began.elapsed() >= Duration::from_millis(900), "{:?}", began.elapsed());
 }
 
 #[tokio::test]
-async fn one_who_makes_no_more_calls_leaves_none_behind_as_running() {
+async fn a_stopped_worker_leaves_no_call_in_state_running() {
     let nats = Nats::start();
-    let it = Gateway::on(&nats).await;
+    let queue = TestQueue::connected(&nats).await;
     let claims = async || stream(&nats, "gateway-faas-request-claims").await;
     let list = async || loop {
         let claims = claims().await;
         let last = claims.cached_info().state.last_sequence;
-        // There may be another one by now.
+        // There may be a newer one by now.
         if let Ok(list) = claims.get_raw_message(last).await {
             return String::from_utf8(list.payload.to_vec()).unwrap();
         }
     };
-    it.publish(call("first")).await;
-    let delivery = it.take().await;
+    queue.publish(call("first")).await;
+    let delivery = queue.receive().await;
     assert!(list().await.contains("echo"));
-    it.settle(delivery, succeeded()).await;
-    eventually("its list is empty", async || list().await == r#"{"calls":{}}"#).await;
-    it.publish(call("second")).await;
-    let delivery = it.take().await;
+    queue.settle(delivery, succeeded()).await;
+    eventually("its list of running calls is empty", async || list().await == r#"{"calls":{}}"#)
+        .await;
+    queue.publish(call("second")).await;
+    let delivery = queue.receive().await;
     assert!(list().await.contains("echo"));
-    it.settle(delivery, succeeded()).await;
-    it.dies(Vec::new()).await;
+    queue.settle(delivery, succeeded()).await;
+    queue.crash(Vec::new()).await;
     assert_eq!(list().await, r#"{"calls":{}}"#);
 }
 
-/// Of each consumer, how many ask it for calls.
+/// The number of waiting pull requests of each consumer.
 async fn consumers(nats: &Nats) -> Vec<usize> {
     let calls = stream(nats, "gateway-faas-request-calls").await;
     calls.consumers().map_ok(|consumer| consumer.num_waiting).try_collect().await.unwrap()
 }
 
 #[tokio::test]
-async fn consumers_of_functions_without_calls_are_tidied_away_and_come_back() {
+async fn idle_consumers_are_deleted_and_created_again() {
     let nats = Nats::start();
-    let (it, other) = (Gateway::on(&nats).await, Gateway::on(&nats).await);
-    it.publish(call_of("gone", "1")).await;
-    it.publish(call_of("kept", "2")).await;
-    let mut taken = [it.take().await, it.take().await];
-    taken.sort_by_key(|delivery| delivery.call.id.clone());
-    let [gone, kept] = taken;
-    it.settle(gone, succeeded()).await;
-    eventually("one is left", async || it.unfinished().await == 1).await;
+    let (queue, other) = (TestQueue::connected(&nats).await, TestQueue::connected(&nats).await);
+    queue.publish(call_to("gone", "1")).await;
+    queue.publish(call_to("kept", "2")).await;
+    let mut received = [queue.receive().await, queue.receive().await];
+    received.sort_by_key(|delivery| delivery.call.id.clone());
+    let [gone, kept] = received;
+    queue.settle(gone, succeeded()).await;
+    eventually("one call is left", async || queue.unfinished().await == 1).await;
     let age = LEASE * 1000;
-    it.tidy(age, age).await.unwrap();
+    queue.collect_garbage(age, age).await.unwrap();
     assert_eq!(consumers(&nats).await.len(), 2);
-    let asked = async || consumers(&nats).await;
-    eventually("nobody asks for calls", async || asked().await == [0, 0]).await;
+    let waiting_pulls = async || consumers(&nats).await;
+    eventually("no consumer has pull requests", async || waiting_pulls().await == [0, 0]).await;
     let waits = async {
-        eventually("another one does", async || asked().await == [1, 1]).await;
-        it.tidy(age, Duration::ZERO).await.unwrap();
+        eventually("another consumer has", async || waiting_pulls().await == [1, 1]).await;
+        queue.collect_garbage(age, Duration::ZERO).await.unwrap();
         assert_eq!(consumers(&nats).await.len(), 1);
         tokio::time::sleep(LEASE).await;
         assert_eq!(consumers(&nats).await.len(), 1, "nobody makes it anew for nothing");
-        // Who published before believes that it is there still.
-        it.publish(call_of("gone", "3")).await;
+        // A client that has published before assumes that the consumer still exists.
+        queue.publish(call_to("gone", "3")).await;
         std::future::pending::<()>().await;
     };
     let delivery = tokio::select! {
-        delivery = other.take() => delivery,
+        delivery = other.receive() => delivery,
         () = waits => unreachable!(),
     };
     assert_eq!(delivery.call.id, "3");
     assert_eq!(consumers(&nats).await.len(), 2);
     other.settle(delivery, succeeded()).await;
-    it.settle(kept, succeeded()).await;
-    it.is_empty().await;
-    it.tidy(age, Duration::ZERO).await.unwrap();
+    queue.settle(kept, succeeded()).await;
+    queue.wait_until_empty().await;
+    queue.collect_garbage(age, Duration::ZERO).await.unwrap();
     assert!(consumers(&nats).await.is_empty());
 }

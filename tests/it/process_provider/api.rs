@@ -5,7 +5,7 @@ use serde_json::{Value, json};
 use super::support::{Provider, request};
 
 #[tokio::test]
-async fn a_function_is_deployed_listed_updated_and_deleted() {
+async fn a_function_can_be_deployed_listed_updated_and_deleted() {
     let provider = Provider::start().await;
     let deployment = json!({
         "service": "figlet",
@@ -19,15 +19,15 @@ async fn a_function_is_deployed_listed_updated_and_deleted() {
         "requests": { "memory": "64Mi" },
         "readOnlyRootFilesystem": true,
     });
-    let answer = provider.api(Method::PUT, "/system/functions", deployment.clone()).await;
-    assert_eq!(answer.status, StatusCode::NOT_FOUND);
-    let answer = provider.api(Method::POST, "/system/functions", deployment.clone()).await;
-    assert_eq!(answer.status, StatusCode::ACCEPTED);
+    let response = provider.api(Method::PUT, "/system/functions", deployment.clone()).await;
+    assert_eq!(response.status, StatusCode::NOT_FOUND);
+    let response = provider.api(Method::POST, "/system/functions", deployment.clone()).await;
+    assert_eq!(response.status, StatusCode::ACCEPTED);
 
     let status = provider.status("figlet").await;
     for (name, mut value) in deployment.as_object().unwrap().clone() {
         if name == "labels" {
-            // By which clients find what belongs to a function.
+            // Clients find the objects of a function by this label.
             value["faas_function"] = json!("figlet");
         }
         let name = if name == "service" { "name" } else { name.as_str() };
@@ -43,30 +43,30 @@ async fn a_function_is_deployed_listed_updated_and_deleted() {
 
     provider.scale("figlet", 5).await;
     let update = json!({ "service": "figlet", "image": "figlet:2", "envProcess": "tac" });
-    let answer = provider.api(Method::PUT, "/system/functions", update).await;
-    assert_eq!(answer.status, StatusCode::ACCEPTED);
+    let response = provider.api(Method::PUT, "/system/functions", update).await;
+    assert_eq!(response.status, StatusCode::ACCEPTED);
     let updated = provider.status("figlet").await;
     assert_eq!((&updated["image"], &updated["replicas"]), (&json!("figlet:2"), &json!(5)));
     assert_eq!(updated["createdAt"], status["createdAt"]);
     assert_eq!(provider.post("/function/figlet", "1\n2\n").await.text(), "2\n1\n");
 
     let name = json!({ "functionName": "figlet", "namespace": "openfaas-fn" });
-    let answer = provider.api(Method::DELETE, "/system/functions", name.clone()).await;
-    assert_eq!(answer.status, StatusCode::ACCEPTED);
-    let answer = provider.api(Method::DELETE, "/system/functions", name).await;
-    assert_eq!(answer.status, StatusCode::NOT_FOUND);
+    let response = provider.api(Method::DELETE, "/system/functions", name.clone()).await;
+    assert_eq!(response.status, StatusCode::ACCEPTED);
+    let response = provider.api(Method::DELETE, "/system/functions", name).await;
+    assert_eq!(response.status, StatusCode::NOT_FOUND);
     assert_eq!(provider.get("/system/function/figlet").await.status, StatusCode::NOT_FOUND);
     assert_eq!(provider.get("/function/figlet").await.status, StatusCode::NOT_FOUND);
     provider.stop().await;
 }
 
 #[tokio::test]
-async fn what_cannot_run_is_refused_with_a_reason() {
+async fn an_invalid_deployment_is_refused_with_a_reason() {
     let provider = Provider::start().await;
     let refused = async |deployment: Value, reason: &str| {
-        let answer = provider.api(Method::POST, "/system/functions", deployment).await;
-        assert_eq!(answer.status, StatusCode::BAD_REQUEST, "{}", answer.text());
-        assert!(answer.text().contains(reason), "{}", answer.text());
+        let response = provider.api(Method::POST, "/system/functions", deployment).await;
+        assert_eq!(response.status, StatusCode::BAD_REQUEST, "{}", response.text());
+        assert!(response.text().contains(reason), "{}", response.text());
     };
     refused(json!({ "service": "f", "image": "figlet" }), "commands, not images").await;
     refused(json!({ "service": "F", "envProcess": "cat" }), "\"F\" is not a name").await;
@@ -94,7 +94,7 @@ async fn what_cannot_run_is_refused_with_a_reason() {
 }
 
 #[tokio::test]
-async fn bodies_that_are_no_json_or_too_large_are_refused() {
+async fn invalid_json_and_large_bodies_are_refused() {
     let provider = Provider::start().await;
     provider.deploy("f", "cat", json!({})).await;
     for (method, path) in [
@@ -105,11 +105,11 @@ async fn bodies_that_are_no_json_or_too_large_are_refused() {
         (Method::POST, "/system/secrets"),
         (Method::POST, "/system/namespace/x"),
     ] {
-        let answer = provider.request(request(method.clone(), path, Body::from("{"))).await;
-        assert_eq!(answer.status, StatusCode::BAD_REQUEST, "{method} {path}");
+        let response = provider.request(request(method.clone(), path, Body::from("{"))).await;
+        assert_eq!(response.status, StatusCode::BAD_REQUEST, "{method} {path}");
         let large = Body::from(vec![b' '; (1 << 20) + 1]);
-        let answer = provider.request(request(method.clone(), path, large)).await;
-        assert_eq!(answer.status, StatusCode::PAYLOAD_TOO_LARGE, "{method} {path}");
+        let response = provider.request(request(method.clone(), path, large)).await;
+        assert_eq!(response.status, StatusCode::PAYLOAD_TOO_LARGE, "{method} {path}");
     }
     provider.stop().await;
 }
@@ -133,7 +133,7 @@ async fn scaling_needs_a_function_and_a_count() {
 }
 
 #[tokio::test]
-async fn namespaces_are_created_and_deleted_when_empty() {
+async fn namespaces_can_be_created_and_deleted_when_empty() {
     let provider = Provider::start().await;
     let namespace = async |method: Method, name: &str| {
         let body = json!({ "name": name, "labels": { "team": "a" } });
@@ -151,8 +151,8 @@ async fn namespaces_are_created_and_deleted_when_empty() {
     assert_eq!(provider.get("/system/namespace/prod").await.status, StatusCode::NOT_FOUND);
 
     let deployment = json!({ "service": "f", "namespace": "dev", "envProcess": "cat" });
-    let answer = provider.api(Method::POST, "/system/functions", deployment).await;
-    assert_eq!(answer.status, StatusCode::ACCEPTED);
+    let response = provider.api(Method::POST, "/system/functions", deployment).await;
+    assert_eq!(response.status, StatusCode::ACCEPTED);
     assert_eq!(provider.post("/function/f.dev", "x").await.text(), "x");
     assert_eq!(provider.get("/function/f").await.status, StatusCode::NOT_FOUND);
     assert_eq!(provider.get("/system/function/f?namespace=dev").await.status, StatusCode::OK);
@@ -167,7 +167,7 @@ async fn namespaces_are_created_and_deleted_when_empty() {
 }
 
 #[tokio::test]
-async fn the_provider_tells_what_it_is_and_that_it_is_well() {
+async fn the_provider_reports_its_version_and_health() {
     let provider = Provider::start().await;
     let info = provider.get("/system/info").await.json();
     assert_eq!((&info["provider"], &info["orchestration"]), (&json!("process"), &json!("process")));
@@ -175,19 +175,19 @@ async fn the_provider_tells_what_it_is_and_that_it_is_well() {
     let health = provider.get("/healthz").await;
     assert_eq!((health.status, health.text()), (StatusCode::OK, "OK"));
     assert_eq!(provider.get("/nowhere").await.status, StatusCode::NOT_FOUND);
-    let answer = provider.request(request(Method::POST, "/healthz", Body::empty())).await;
-    assert_eq!(answer.status, StatusCode::METHOD_NOT_ALLOWED);
+    let response = provider.request(request(Method::POST, "/healthz", Body::empty())).await;
+    assert_eq!(response.status, StatusCode::METHOD_NOT_ALLOWED);
     provider.stop().await;
 }
 
 #[tokio::test]
-async fn what_is_not_there_is_refused_with_words() {
+async fn unknown_resources_are_refused_with_a_text() {
     let provider = Provider::start().await;
-    let answer = provider.get("/nowhere").await;
-    assert_eq!((answer.status, answer.text()), (StatusCode::NOT_FOUND, "no such path\n"));
-    let answer = provider.api(Method::PATCH, "/system/functions", json!({})).await;
-    assert_eq!(answer.status, StatusCode::METHOD_NOT_ALLOWED);
-    assert!(answer.header("allow").unwrap().contains("POST"), "{answer:?}");
-    assert!(!answer.text().is_empty());
+    let response = provider.get("/nowhere").await;
+    assert_eq!((response.status, response.text()), (StatusCode::NOT_FOUND, "no such path\n"));
+    let response = provider.api(Method::PATCH, "/system/functions", json!({})).await;
+    assert_eq!(response.status, StatusCode::METHOD_NOT_ALLOWED);
+    assert!(response.header("allow").unwrap().contains("POST"), "{response:?}");
+    assert!(!response.text().is_empty());
     provider.stop().await;
 }

@@ -9,21 +9,21 @@ use tokio::time::timeout;
 
 use super::support::{DEADLINE, Provider, request};
 
-/// The next line of a followed log; `None` at its end.
+/// Next line of a followed log; `None` at its end.
 async fn next_line(body: &mut Incoming) -> Option<Value> {
     let frame = timeout(DEADLINE, body.frame()).await.expect("a line in time")?;
-    let data = frame.expect("no break").into_data().unwrap();
-    // Each line is flushed as it is written, so it comes as one piece.
-    Some(serde_json::from_slice(&data).expect("one whole line"))
+    let data = frame.expect("the body was not aborted").into_data().unwrap();
+    // Each line is flushed when it is written, so it arrives as one chunk.
+    Some(serde_json::from_slice(&data).expect("one complete line"))
 }
 
 #[tokio::test]
-async fn followed_logs_come_line_by_line_until_the_provider_stops() {
+async fn followed_logs_are_streamed_until_the_provider_stops() {
     let provider = Provider::start().await;
     let script = "sh -c 'echo $Http_Query >&2'";
     provider.deploy("f", script, json!({ "combine_output": "false" })).await;
     provider.get("/function/f?first").await;
-    provider.until_logged("f", "Wrote ").await;
+    provider.wait_for_log("f", "Wrote ").await;
     let call = request(Method::GET, "/system/logs?name=f&tail=0&follow=1", Body::empty());
     let mut follow = provider.send(call).await;
     assert_eq!(follow.status(), StatusCode::OK);
@@ -45,7 +45,7 @@ async fn followed_logs_come_line_by_line_until_the_provider_stops() {
 }
 
 #[tokio::test]
-async fn a_follower_is_let_go_when_the_function_is_deleted() {
+async fn followed_logs_end_when_the_function_is_deleted() {
     let provider = Provider::start().await;
     provider.deploy("f", "cat", json!({})).await;
     let call = request(Method::GET, "/system/logs?name=f&follow=true", Body::empty());
@@ -61,7 +61,7 @@ async fn logs_are_selected_by_tail_since_and_instance() {
     let provider = Provider::start().await;
     provider.deploy("f", "echo", json!({})).await;
     provider.get("/function/f").await;
-    provider.until_logged("f", "Wrote ").await;
+    provider.wait_for_log("f", "Wrote ").await;
     let all = provider.get("/system/logs?name=f&tail=-1&namespace=openfaas-fn").await;
     let lines: Vec<&str> = all.text().lines().collect();
     assert_eq!(lines.len(), 2);

@@ -9,13 +9,13 @@ use gateway::shutdown::Tasks;
 use http::Method;
 use serde_json::{Value, json};
 
-use super::support::{Provider, config, is_running, pid_in, until_gone};
+use super::support::{Provider, config, is_running, read_pid, wait_until_gone};
 
-/// Tells the helper below where to work.
+/// Passes the state directory to the helper below.
 const CHILD: &str = "GATEWAY_TEST_STATE_DIR";
 
 #[tokio::test]
-async fn functions_secrets_and_namespaces_are_there_after_a_restart() {
+async fn functions_secrets_and_namespaces_survive_a_restart() {
     let provider = Provider::start().await;
     provider.api(Method::POST, "/system/namespace/dev", json!({})).await;
     let secret = json!({ "name": "key", "namespace": "dev", "value": "hush" });
@@ -35,16 +35,16 @@ async fn functions_secrets_and_namespaces_are_there_after_a_restart() {
     provider.stop().await;
 }
 
-/// The processes themselves cannot be started: what counts is how many there would be.
+/// The processes cannot be started: the test counts the attempts.
 #[tokio::test]
-async fn no_more_processes_are_started_than_a_function_may_have() {
+async fn a_function_does_not_exceed_its_replica_limit() {
     let provider = Provider::start().await;
     provider.deploy("f", "cat", json!({})).await;
     provider.scale("f", 1_000_000_000).await;
     let http = json!({ "service": "f", "envProcess": "cat", "envVars": { "mode": "http" } });
-    let answer = provider.api(Method::PUT, "/system/functions", http).await;
-    assert_eq!(answer.status.as_u16(), 400, "{}", answer.text());
-    assert!(answer.text().contains("more than the 1000 processes"), "{}", answer.text());
+    let response = provider.api(Method::PUT, "/system/functions", http).await;
+    assert_eq!(response.status.as_u16(), 400, "{}", response.text());
+    assert!(response.text().contains("more than the 1000 processes"), "{}", response.text());
     let status = provider.status("f").await;
     assert_eq!((&status["replicas"], &status["envVars"]), (&json!(1_000_000_000), &json!({})));
 
@@ -59,9 +59,9 @@ async fn no_more_processes_are_started_than_a_function_may_have() {
     provider.stop().await;
 }
 
-/// Not a test of its own: what the next one runs in a process that it can kill.
+/// No test by itself: the next test runs it in a process that it can kill.
 #[tokio::test]
-async fn helper_a_provider_that_runs_until_it_is_killed() {
+async fn helper_run_a_provider_until_it_is_killed() {
     let Some(root) = std::env::var_os(CHILD).map(PathBuf::from) else { return };
     let tasks = Tasks::default();
     let process = ProcessProvider::open(&config(&root.join("state")), &tasks).await.unwrap();
@@ -87,7 +87,7 @@ impl Drop for Killed {
 }
 
 #[tokio::test]
-async fn what_a_killed_provider_leaves_behind_is_ended_and_its_state_is_whole() {
+async fn processes_of_a_killed_provider_are_ended_and_its_state_is_intact() {
     let directory = Arc::new(tempfile::tempdir().unwrap());
     let child = Command::new(std::env::current_exe().unwrap())
         .args(["helper_a_provider_that_runs_until_it_is_killed", "--nocapture"])
@@ -97,7 +97,7 @@ async fn what_a_killed_provider_leaves_behind_is_ended_and_its_state_is_whole() 
         .unwrap();
     let child = Killed(child);
     let pid_file = directory.path().join("pid");
-    let orphan = pid_in(&pid_file).await;
+    let orphan = read_pid(&pid_file).await;
 
     let error =
         ProcessProvider::open(&config(&directory.path().join("state")), &Tasks::default()).await;
@@ -108,15 +108,15 @@ async fn what_a_killed_provider_leaves_behind_is_ended_and_its_state_is_whole() 
     assert!(is_running(orphan));
     std::fs::remove_file(&pid_file).unwrap();
     let provider = Provider::start_in(directory).await;
-    until_gone(orphan).await;
+    wait_until_gone(orphan).await;
     assert_eq!(provider.status("replica").await["replicas"], 1);
-    let successor = pid_in(&pid_file).await;
+    let successor = read_pid(&pid_file).await;
     provider.stop().await;
     assert!(!is_running(successor));
 }
 
 #[tokio::test]
-async fn a_damaged_state_stops_the_start_and_is_named() {
+async fn a_damaged_state_file_stops_the_start_and_is_named() {
     let provider = Provider::start().await;
     provider.deploy("f", "cat", json!({})).await;
     let file = provider.path("state/functions/openfaas-fn/f.json");

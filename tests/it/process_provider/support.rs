@@ -1,4 +1,4 @@
-//! A provider on a free port, and a client for it.
+//! A provider on a free port, and an HTTP client for it.
 
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -31,15 +31,15 @@ pub struct Provider {
     directory: Arc<TempDir>,
 }
 
-/// An answer, read to its end.
+/// A completely read response.
 #[derive(Debug)]
-pub struct Answer {
+pub struct CollectedResponse {
     pub status: StatusCode,
     pub headers: HeaderMap,
     pub body: Bytes,
 }
 
-impl Answer {
+impl CollectedResponse {
     pub fn text(&self) -> &str {
         std::str::from_utf8(&self.body).unwrap()
     }
@@ -58,7 +58,7 @@ impl Provider {
         Self::start_in(Arc::new(tempfile::tempdir().unwrap())).await
     }
 
-    /// A provider on the state of an earlier one.
+    /// Starts a provider on the state of an earlier one.
     pub async fn start_in(directory: Arc<TempDir>) -> Self {
         let config = config(&directory.path().join("state"));
         Self::start_with(directory, config).await
@@ -77,19 +77,19 @@ impl Provider {
         Self { process, address, tasks, directory }
     }
 
-    /// Stops it, and returns what it has left on disk.
+    /// Stops the provider, and returns its directory.
     pub async fn stop(self) -> Arc<TempDir> {
         self.process.stop(Duration::from_secs(10)).await;
         self.tasks.stop(DEADLINE).await.unwrap();
         self.directory
     }
 
-    /// A path of the test's own.
+    /// A path in the test's directory.
     pub fn path(&self, name: &str) -> PathBuf {
         self.directory.path().join(name)
     }
 
-    /// Sends a request on a connection of its own, which ends when the answer is dropped.
+    /// Sends a request on its own connection, which is closed when the response is dropped.
     pub async fn send(&self, request: Request<Body>) -> Response<Incoming> {
         let sending = async {
             let tcp = TcpStream::connect(self.address).await.unwrap();
@@ -99,42 +99,42 @@ impl Provider {
             });
             sender.send_request(request).await.unwrap()
         };
-        timeout(DEADLINE, sending).await.expect("an answer in time")
+        timeout(DEADLINE, sending).await.expect("a response in time")
     }
 
-    pub async fn request(&self, request: Request<Body>) -> Answer {
+    pub async fn request(&self, request: Request<Body>) -> CollectedResponse {
         let (head, body) = self.send(request).await.into_parts();
         let body = timeout(DEADLINE, body.collect()).await.expect("a body in time");
-        let body = body.expect("a whole body").to_bytes();
-        Answer { status: head.status, headers: head.headers, body }
+        let body = body.expect("a complete body").to_bytes();
+        CollectedResponse { status: head.status, headers: head.headers, body }
     }
 
-    pub async fn get(&self, path: &str) -> Answer {
+    pub async fn get(&self, path: &str) -> CollectedResponse {
         self.request(request(Method::GET, path, Body::empty())).await
     }
 
-    pub async fn post(&self, path: &str, body: impl Into<Body>) -> Answer {
+    pub async fn post(&self, path: &str, body: impl Into<Body>) -> CollectedResponse {
         self.request(request(Method::POST, path, body.into())).await
     }
 
     /// Sends JSON to the API.
-    pub async fn api(&self, method: Method, path: &str, body: Value) -> Answer {
+    pub async fn api(&self, method: Method, path: &str, body: Value) -> CollectedResponse {
         self.request(request(method, path, Body::from(body.to_string()))).await
     }
 
-    /// Deploys a function that can be.
+    /// Deploys a function and asserts success.
     pub async fn deploy(&self, name: &str, env_process: &str, env_vars: Value) {
         let deployment =
             json!({ "service": name, "image": "", "envProcess": env_process, "envVars": env_vars });
-        let answer = self.api(Method::POST, "/system/functions", deployment).await;
-        assert_eq!(answer.status, StatusCode::ACCEPTED, "{}", answer.text());
+        let response = self.api(Method::POST, "/system/functions", deployment).await;
+        assert_eq!(response.status, StatusCode::ACCEPTED, "{}", response.text());
     }
 
     pub async fn scale(&self, name: &str, replicas: u64) {
         let body = json!({ "serviceName": name, "replicas": replicas });
         let path = format!("/system/scale-function/{name}");
-        let answer = self.api(Method::POST, &path, body).await;
-        assert_eq!(answer.status, StatusCode::ACCEPTED, "{}", answer.text());
+        let response = self.api(Method::POST, &path, body).await;
+        assert_eq!(response.status, StatusCode::ACCEPTED, "{}", response.text());
     }
 
     pub async fn status(&self, name: &str) -> Value {
@@ -143,19 +143,19 @@ impl Provider {
 
     /// Texts of the function's log lines.
     pub async fn logs(&self, name: &str) -> Vec<String> {
-        let answer = self.get(&format!("/system/logs?name={name}")).await;
-        assert_eq!(answer.status, StatusCode::OK);
+        let response = self.get(&format!("/system/logs?name={name}")).await;
+        assert_eq!(response.status, StatusCode::OK);
         let text = |line: &str| {
             serde_json::from_str::<Value>(line).unwrap()["text"].as_str().unwrap().to_owned()
         };
-        answer.text().lines().map(text).collect()
+        response.text().lines().map(text).collect()
     }
 
-    pub async fn until_available(&self, name: &str, replicas: u64) {
+    pub async fn wait_until_available(&self, name: &str, replicas: u64) {
         eventually(async || self.status(name).await["availableReplicas"] == replicas).await;
     }
 
-    pub async fn until_logged(&self, name: &str, text: &str) {
+    pub async fn wait_for_log(&self, name: &str, text: &str) {
         eventually(async || self.logs(name).await.iter().any(|line| line.contains(text))).await;
     }
 }
@@ -179,7 +179,7 @@ pub fn config(state_dir: &Path) -> config::Provider {
     }
 }
 
-/// Asks again until `condition` holds.
+/// Polls until `condition` holds.
 #[track_caller]
 pub fn eventually(mut condition: impl AsyncFnMut() -> bool) -> impl Future<Output = ()> {
     let caller = std::panic::Location::caller();
@@ -192,8 +192,8 @@ pub fn eventually(mut condition: impl AsyncFnMut() -> bool) -> impl Future<Outpu
     }
 }
 
-/// The process id that a function has written to `path`.
-pub async fn pid_in(path: &Path) -> u32 {
+/// Reads the process id that a function has written to `path`.
+pub async fn read_pid(path: &Path) -> u32 {
     let mut pid = None;
     eventually(async || {
         let text = std::fs::read_to_string(path).unwrap_or_default();
@@ -204,12 +204,12 @@ pub async fn pid_in(path: &Path) -> u32 {
     pid.unwrap()
 }
 
-/// Whether a process is there; one that has ended but has not been asked for its status is not.
+/// Returns whether a process runs; a zombie does not.
 pub fn is_running(pid: u32) -> bool {
     std::fs::read_to_string(format!("/proc/{pid}/stat"))
         .is_ok_and(|stat| !stat.rsplit(") ").next().unwrap().starts_with('Z'))
 }
 
-pub async fn until_gone(pid: u32) {
+pub async fn wait_until_gone(pid: u32) {
     eventually(async || !is_running(pid)).await;
 }

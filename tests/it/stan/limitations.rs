@@ -1,18 +1,18 @@
-//! What NATS Streaming cannot do, and messages that are no calls.
+//! Operations that NATS Streaming does not support, and messages that are no calls.
 
+use crate::support::connection::request;
 use crate::support::eventually;
-use crate::support::fake_stan::{CHANNEL, Stan};
+use crate::support::fake_stan::{CHANNEL, FakeStan};
 use crate::support::gateway::Gateway;
 use crate::support::nats::Nats;
-use crate::support::queue::{answering, patient};
-use crate::support::stan_queue::{DEAD, all_done, on, tells};
-use crate::support::wire::request;
+use crate::support::queue::{fast_retry, replying_with};
+use crate::support::stan_queue::{DEAD_LETTERS, logs_call, on_stan, wait_until_acknowledged};
 
 #[tokio::test]
-async fn a_message_that_is_no_call_holds_up_nobody() {
-    let (nats, provider) = (Nats::start(), answering(&[200], "done"));
-    let stan = Stan::start(&nats).await;
-    // More headers than there is room for.
+async fn an_undecodable_message_does_not_block_other_calls() {
+    let (nats, provider) = (Nats::start(), replying_with(&[200], "done"));
+    let stan = FakeStan::start(&nats).await;
+    // More headers than allowed.
     let names: Vec<String> = (0..30_000).map(|n| format!(r#""h{n}":["1"]"#)).collect();
     let crowd = format!(r#"{{"Function":"echo","Header":{{{}}}}}"#, names.join(","));
     let dots = r#"{"Function":"echo","Path":"/%2e%2e/x"}"#;
@@ -20,29 +20,30 @@ async fn a_message_that_is_no_call_holds_up_nobody() {
     for message in [outside, "7", dots, &crowd] {
         stan.store_message(CHANNEL, message.to_owned());
     }
-    let worker = on(&nats, Gateway::worker()).provider(&provider).start().await;
+    let worker = on_stan(&nats, Gateway::worker()).provider(&provider).start().await;
     stan.store_message(CHANNEL, r#"{"Function":"echo"}"#);
-    eventually("the call is made", async || provider.calls() == 1).await;
-    all_done(&stan, CHANNEL).await;
-    let (mut dead, queued) = (stan.messages(DEAD), stan.messages(CHANNEL));
-    // They are stored side by side.
-    dead.sort_by_key(|message| queued.iter().position(|it| it == message));
+    eventually("the call is executed", async || provider.call_count() == 1).await;
+    wait_until_acknowledged(&stan, CHANNEL).await;
+    let (mut dead, queued) = (stan.messages(DEAD_LETTERS), stan.messages(CHANNEL));
+    // They are published concurrently.
+    dead.sort_by_key(|message| queued.iter().position(|other| other == message));
     assert_eq!(dead, queued[..4]);
-    eventually("it is told of", async || {
-        tells(&worker, "cannot be decoded was moved to", "outside")
+    eventually("the message is logged", async || {
+        logs_call(&worker, "cannot be decoded was moved to", "outside")
     })
     .await;
 }
 
 #[tokio::test]
-async fn what_cannot_be_done_is_said() {
-    let (nats, provider) = (Nats::start(), patient().start());
-    let stan = Stan::start(&nats).await;
-    let gateway = on(&nats, Gateway::builder()).provider(&provider).var("with_worker", "false");
+async fn unsupported_operations_are_a_501() {
+    let (nats, provider) = (Nats::start(), fast_retry().start());
+    let stan = FakeStan::start(&nats).await;
+    let gateway =
+        on_stan(&nats, Gateway::builder()).provider(&provider).var("with_worker", "false");
     let gateway = gateway.start().await;
-    gateway.logs("Registered with NATS Streaming").await;
-    gateway.logs("states, results, lists, cancelling").await;
-    let id = gateway.queued("echo", &[], "").await;
+    gateway.wait_for_log("Registered withNATS Streaming").await;
+    gateway.wait_for_log("states, results, lists, cancelling").await;
+    let id = gateway.enqueue("echo", &[], "").await;
     for (method, target) in [
         ("GET", format!("/async-function/{id}")),
         ("GET", format!("/async-function/{id}/result")),
@@ -53,17 +54,17 @@ async fn what_cannot_be_done_is_said() {
         ("DELETE", format!("/system/calls/{id}")),
         ("POST", "/system/queues/purge?state=dead".to_owned()),
     ] {
-        let answer = gateway.ask(method, &target, &[]).await;
-        assert_eq!(answer.status(), 501, "{method} {target}: {answer}");
-        assert!(answer.text().contains("NATS Streaming"), "{answer}");
+        let response = gateway.request(method, &target, &[]).await;
+        assert_eq!(response.status(), 501, "{method} {target}: {response}");
+        assert!(response.text().contains("NATS Streaming"), "{response}");
     }
-    assert_eq!(gateway.queue("echo", &["Idempotency-Key: a"], "").await.status(), 501);
+    assert_eq!(gateway.send_async("echo", &["Idempotency-Key: a"], "").await.status(), 501);
     assert_eq!(stan.messages(CHANNEL).len(), 1);
-    // A body that the server would not take is refused before it comes.
-    let large = gateway.queue("echo", &[], &"x".repeat(700_000)).await;
+    // A body above the server's limit is refused before it is sent.
+    let large = gateway.send_async("echo", &[], &"x".repeat(700_000)).await;
     assert_eq!(large.status(), 202, "{large}");
-    let mut wire = gateway.connect().await;
+    let mut connection = gateway.connect().await;
     let head = request("POST", "/async-function/echo", &["Content-Length: 900000"], "");
-    wire.send(head.replace("Content-Length: 0\r\n", "")).await;
-    assert_eq!(wire.answer().await.status(), 413);
+    connection.send(head.replace("Content-Length: 0\r\n", "")).await;
+    assert_eq!(connection.read_response().await.status(), 413);
 }

@@ -6,139 +6,151 @@ use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 
 use crate::support::eventually;
-use crate::support::fake_stan::{CHANNEL, Stan};
+use crate::support::fake_stan::{CHANNEL, FakeStan};
 use crate::support::gateway::Gateway;
 use crate::support::nats::Nats;
 use crate::support::provider::Provider;
-use crate::support::queue::answering;
-use crate::support::stan_queue::{DEAD, FAR, HOUR, LATER, all_done, gateway, id_of, on, tells};
+use crate::support::queue::replying_with;
+use crate::support::stan_queue::{
+    DEAD_LETTERS, DELAYED, DELAYED_1H, DELAYED_FAR, call_id, logs_call, on_stan, start_gateway,
+    wait_until_acknowledged,
+};
 
 #[tokio::test]
-async fn a_call_that_fails_is_made_again_and_called_back_once() {
-    let (nats, provider) = (Nats::start(), answering(&[500, 503, 200], "done"));
-    let stan = Stan::start(&nats).await;
-    let mut receiver = Provider::by_hand();
-    let gateway = gateway(&nats, &provider).await;
+async fn a_failed_call_is_retried_with_one_callback() {
+    let (nats, provider) = (Nats::start(), replying_with(&[500, 503, 200], "done"));
+    let stan = FakeStan::start(&nats).await;
+    let mut receiver = Provider::manual();
+    let gateway = start_gateway(&nats, &provider).await;
     let callback = format!("X-Callback-Url: {}/function/hook", receiver.url());
-    gateway.queued("echo", &[&callback], "").await;
-    let mut called = receiver.call().await;
+    gateway.enqueue("echo", &[&callback], "").await;
+    let mut called = receiver.next_call().await;
     assert_eq!(called.head.header("x-retry"), Some("3"));
     assert_eq!(called.head.header("x-function-status"), Some("200"));
-    called.answer(200, "").await;
-    all_done(&stan, CHANNEL).await;
-    all_done(&stan, LATER).await;
-    assert_eq!((provider.calls(), receiver.calls()), (3, 1));
+    called.respond(200, "").await;
+    wait_until_acknowledged(&stan, CHANNEL).await;
+    wait_until_acknowledged(&stan, DELAYED).await;
+    assert_eq!((provider.call_count(), receiver.call_count()), (3, 1));
     let attempts: Vec<_> = stan
-        .messages(LATER)
+        .messages(DELAYED)
         .iter()
         .map(|message| message["Header"]["X-Gateway-Attempts"][0].clone())
         .collect();
     assert_eq!(attempts, ["1", "2"]);
-    assert!(stan.messages(DEAD).is_empty());
+    assert!(stan.messages(DEAD_LETTERS).is_empty());
 }
 
 #[tokio::test]
-async fn a_call_that_fails_for_good_is_kept_where_nobody_takes_it() {
-    let (nats, provider) = (Nats::start(), answering(&[500], "no"));
-    let stan = Stan::start(&nats).await;
-    let gateway = gateway(&nats, &provider).await;
-    let id = gateway.queued("echo", &["X-Max-Attempts: 2"], "body").await;
-    gateway.logs("failed for good").await;
-    all_done(&stan, LATER).await;
+async fn an_exhausted_call_is_stored_on_the_dead_letter_channel() {
+    let (nats, provider) = (Nats::start(), replying_with(&[500], "no"));
+    let stan = FakeStan::start(&nats).await;
+    let gateway = start_gateway(&nats, &provider).await;
+    let id = gateway.enqueue("echo", &["X-Max-Attempts: 2"], "body").await;
+    gateway.wait_for_log("failed for good").await;
+    wait_until_acknowledged(&stan, DELAYED).await;
     assert!(gateway.log().iter().any(|line| line.contains("ERROR") && line.contains(&id)));
-    let [dead] = &stan.messages(DEAD)[..] else { panic!("one dead call") };
+    let [dead] = &stan.messages(DEAD_LETTERS)[..] else { panic!("one dead call") };
     assert_eq!(dead["Header"]["X-Gateway-Reason"][0], "status 500");
     assert_eq!((&dead["Header"]["X-Call-Id"][0], &dead["Body"]), (&id.into(), &"Ym9keQ==".into()));
-    assert_eq!(provider.calls(), 2);
+    assert_eq!(provider.call_count(), 2);
 }
 
 #[tokio::test]
-async fn a_dead_call_that_the_server_refuses_is_offered_again() {
-    let (nats, provider) = (Nats::start(), answering(&[500], "no"));
-    let stan = Stan::start(&nats).await;
-    let gateway = gateway(&nats, &provider).await;
-    stan.refuse(DEAD, 2);
-    let id = gateway.queued("echo", &["X-Max-Attempts: 1"], "body").await;
-    eventually("it is kept", async || stan.messages(DEAD).len() == 1).await;
-    all_done(&stan, CHANNEL).await;
-    assert_eq!(stan.messages(DEAD)[0]["Header"]["X-Call-Id"][0], id.as_str());
-    assert_eq!((provider.calls(), stan.refusals(DEAD)), (1, 0));
+async fn a_refused_dead_letter_is_published_again() {
+    let (nats, provider) = (Nats::start(), replying_with(&[500], "no"));
+    let stan = FakeStan::start(&nats).await;
+    let gateway = start_gateway(&nats, &provider).await;
+    stan.refuse(DEAD_LETTERS, 2);
+    let id = gateway.enqueue("echo", &["X-Max-Attempts: 1"], "body").await;
+    eventually("the dead letter is stored", async || stan.messages(DEAD_LETTERS).len() == 1).await;
+    wait_until_acknowledged(&stan, CHANNEL).await;
+    assert_eq!(stan.messages(DEAD_LETTERS)[0]["Header"]["X-Call-Id"][0], id.as_str());
+    assert_eq!((provider.call_count(), stan.remaining_refusals(DEAD_LETTERS)), (1, 0));
 }
 
 #[tokio::test]
-async fn a_slow_store_does_not_multiply_a_retry() {
-    let (nats, provider) = (Nats::start(), answering(&[500, 200], "x"));
-    let stan = Stan::start(&nats).await;
-    stan.tell_later(LATER, Duration::from_secs(7));
-    let _worker = on(&nats, Gateway::worker()).provider(&provider).start().await;
+async fn a_slow_store_does_not_duplicate_a_retry() {
+    let (nats, provider) = (Nats::start(), replying_with(&[500, 200], "x"));
+    let stan = FakeStan::start(&nats).await;
+    stan.delay_publish_acks(DELAYED, Duration::from_secs(7));
+    let _worker = on_stan(&nats, Gateway::worker()).provider(&provider).start().await;
     stan.store_message(CHANNEL, r#"{"Function":"echo"}"#);
-    all_done(&stan, CHANNEL).await;
-    eventually("it is made again", async || provider.calls() == 2).await;
-    eventually("all is done", async || stan.sent(LATER) == (1, 0)).await;
-    assert_eq!((stan.messages(LATER).len(), provider.calls()), (1, 2));
+    wait_until_acknowledged(&stan, CHANNEL).await;
+    eventually("the call is retried", async || provider.call_count() == 2).await;
+    eventually("all messages are acknowledged", async || {
+        stan.deliveries_and_pending(DELAYED) == (1, 0)
+    })
+    .await;
+    assert_eq!((stan.messages(DELAYED).len(), provider.call_count()), (1, 2));
 }
 
 #[tokio::test]
-async fn calls_are_made_and_made_again_without_the_channels_for_later() {
-    let (nats, provider) = (Nats::start(), answering(&[500, 503, 200], "x"));
-    let stan = Stan::start(&nats).await;
-    stan.deliver_none_of(LATER);
-    stan.refuse(LATER, usize::MAX);
-    let worker = on(&nats, Gateway::worker()).provider(&provider).start().await;
+async fn retries_work_without_the_delay_channels() {
+    let (nats, provider) = (Nats::start(), replying_with(&[500, 503, 200], "x"));
+    let stan = FakeStan::start(&nats).await;
+    stan.withhold_channels(DELAYED);
+    stan.refuse(DELAYED, usize::MAX);
+    let worker = on_stan(&nats, Gateway::worker()).provider(&provider).start().await;
     stan.store_message(CHANNEL, r#"{"Function":"echo"}"#);
-    all_done(&stan, CHANNEL).await;
-    worker.logs("rejects the subscription to a channel").await;
-    assert_eq!(provider.calls(), 3);
-    assert_eq!((stan.messages(LATER), stan.messages(DEAD)), (vec![], vec![]));
+    wait_until_acknowledged(&stan, CHANNEL).await;
+    worker.wait_for_log("rejects the subscription to a channel").await;
+    assert_eq!(provider.call_count(), 3);
+    assert_eq!((stan.messages(DELAYED), stan.messages(DEAD_LETTERS)), (vec![], vec![]));
 }
 
 #[tokio::test]
-async fn large_calls_that_are_made_later_hold_up_no_others() {
+async fn large_delayed_calls_do_not_block_others() {
     const CALLS: usize = 60;
     const LARGE: usize = 700_000;
     let nats = Nats::start();
-    let stan = Stan::start(&nats).await;
+    let stan = FakeStan::start(&nats).await;
     let body = STANDARD.encode(vec![b'x'; LARGE]);
     let far = format!(
         r#"{{"Function":"far","Body":"{body}","Header":{{"X-Gateway-Not-Before":["9999999999999"],"X-Call-Id":["far"]}}}}"#
     );
     for _ in 0..CALLS {
-        stan.store_message(FAR, far.clone());
+        stan.store_message(DELAYED_FAR, far.clone());
     }
-    stan.refuse(FAR, 1);
-    let provider = answering(&[200], "x");
-    let worker = on(&nats, Gateway::worker()).provider(&provider).var("log_level", "debug");
+    stan.refuse(DELAYED_FAR, 1);
+    let provider = replying_with(&[200], "x");
+    let worker = on_stan(&nats, Gateway::worker()).provider(&provider).var("log_level", "debug");
     let worker = worker.start().await;
-    eventually("they are delivered", async || stan.sent(FAR).0 >= CALLS).await;
+    eventually("the calls are delivered", async || {
+        stan.deliveries_and_pending(DELAYED_FAR).0 >= CALLS
+    })
+    .await;
     stan.store_message(CHANNEL, r#"{"Function":"echo"}"#);
-    all_done(&stan, CHANNEL).await;
-    eventually("what stays is told of", async || tells(&worker, "stays where it is", "far")).await;
+    wait_until_acknowledged(&stan, CHANNEL).await;
+    eventually("the parked call is logged", async || {
+        logs_call(&worker, "stays where it is", "far")
+    })
+    .await;
 }
 
 #[tokio::test]
-async fn calls_with_a_time_wait_for_it_and_make_room_for_others() {
-    let (nats, provider) = (Nats::start(), answering(&[200], "done"));
-    let stan = Stan::start(&nats).await;
-    let gateway = gateway(&nats, &provider).await;
-    gateway.queued("echo", &["X-Delay-Seconds: 1000"], "").await;
-    let far = stan.messages(HOUR)[0].clone();
-    // More than a worker is sent at a time, each a call of its own.
-    let id = id_of(&far);
+async fn delayed_calls_do_not_block_due_ones() {
+    let (nats, provider) = (Nats::start(), replying_with(&[200], "done"));
+    let stan = FakeStan::start(&nats).await;
+    let gateway = start_gateway(&nats, &provider).await;
+    gateway.enqueue("echo", &["X-Delay-Seconds: 1000"], "").await;
+    let far = stan.messages(DELAYED_1H)[0].clone();
+    // More than a worker is sent at a time, each a separate call.
+    let id = call_id(&far);
     for number in 0..400 {
-        stan.store_message(HOUR, far.to_string().replace(&id, &number.to_string()));
+        stan.store_message(DELAYED_1H, far.to_string().replace(&id, &number.to_string()));
     }
-    // One of these, whose time has come, is behind them.
+    // A call that is due waits behind them.
     let due = far
         .to_string()
         .replace(&id, "due")
         .replace(far["Header"]["X-Gateway-Not-Before"][0].as_str().unwrap(), "1");
-    stan.store_message(HOUR, due);
-    gateway.queued("echo", &["X-Delay-Seconds: 1"], "").await;
-    eventually("both are made", async || provider.calls() == 2).await;
+    stan.store_message(DELAYED_1H, due);
+    gateway.enqueue("echo", &["X-Delay-Seconds: 1"], "").await;
+    eventually("both calls are executed", async || provider.call_count() == 2).await;
     assert!(stan.messages(CHANNEL).is_empty());
-    // What is to be made soon is not held up by what is not.
-    assert_eq!(stan.messages(LATER).len(), 1);
-    // Those that made room are at the end of the channel.
-    assert!(stan.messages(HOUR).len() > 402);
-    assert_eq!(provider.calls(), 2);
+    // Calls due soon are not blocked by later ones.
+    assert_eq!(stan.messages(DELAYED).len(), 1);
+    // The calls that were moved are at the end of the channel.
+    assert!(stan.messages(DELAYED_1H).len() > 402);
+    assert_eq!(provider.call_count(), 2);
 }

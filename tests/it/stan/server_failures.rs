@@ -5,110 +5,122 @@ use futures_util::StreamExt as _;
 use prost::Message as _;
 
 use crate::support::fake_stan::proto::{ConnectRequest, ConnectResponse};
-use crate::support::fake_stan::{CHANNEL, CLUSTER, Stan};
+use crate::support::fake_stan::{CHANNEL, CLUSTER, FakeStan};
 use crate::support::gateway::Gateway;
 use crate::support::metrics::Metrics;
 use crate::support::nats::Nats;
-use crate::support::queue::{answering, patient};
-use crate::support::stan_queue::{all_done, gateway, host, lacks_queue, on, tells};
+use crate::support::queue::{fast_retry, replying_with};
+use crate::support::stan_queue::{
+    host_id, is_queue_degraded, logs_call, on_stan, start_gateway, wait_until_acknowledged,
+};
 use crate::support::{eventually, within};
 
 #[tokio::test]
-async fn what_the_server_does_not_store_is_told_of_with_its_id() {
-    let (nats, provider) = (Nats::start(), answering(&[500], "no"));
-    let stan = Stan::start(&nats).await;
-    let builder = on(&nats, Gateway::builder()).provider(&provider).var("log_level", "debug");
+async fn a_call_that_the_server_refuses_is_logged_with_its_id() {
+    let (nats, provider) = (Nats::start(), replying_with(&[500], "no"));
+    let stan = FakeStan::start(&nats).await;
+    let builder = on_stan(&nats, Gateway::builder()).provider(&provider).var("log_level", "debug");
     let gateway = builder.var("with_worker", "false").start().await;
-    gateway.logs("Registered with NATS Streaming").await;
+    gateway.wait_for_log("Registered withNATS Streaming").await;
     stan.refuse(CHANNEL, 1);
-    let answer = gateway.queue("echo", &[], "").await;
-    let id = answer.header("x-call-id").unwrap();
-    assert_eq!(answer.status(), 503, "{answer}");
-    eventually("both are told of", async || {
-        tells(&gateway, "rejected a call", id) && tells(&gateway, "Request failed", id)
+    let response = gateway.send_async("echo", &[], "").await;
+    let id = response.header("x-call-id").unwrap();
+    assert_eq!(response.status(), 503, "{response}");
+    eventually("both are logged", async || {
+        logs_call(&gateway, "rejected a call", id) && logs_call(&gateway, "Request failed", id)
     })
     .await;
 }
 
 #[tokio::test]
-async fn calls_go_on_while_nats_is_away_and_all_heals() {
-    let (mut nats, provider) = (Nats::away(), patient().answering(echo).start());
-    let mut stan = Stan::away(&nats);
-    let gateway = on(&nats, Gateway::builder()).provider(&provider).var("queue", "auto");
+async fn synchronous_calls_continue_while_nats_is_unavailable() {
+    let (mut nats, provider) = (Nats::not_started(), fast_retry().handler(echo).start());
+    let mut stan = FakeStan::not_started(&nats);
+    let gateway = on_stan(&nats, Gateway::builder()).provider(&provider).var("queue", "auto");
     let gateway = gateway.start().await;
-    let away = async || {
-        eventually("the queue is away", async || lacks_queue(&gateway).await).await;
-        let answer = gateway.queue("echo", &[], "").await;
-        assert_eq!((answer.status(), answer.header("retry-after")), (503, Some("1")), "{answer}");
+    let assert_unavailable = async || {
+        eventually("the queue is unavailable", async || is_queue_degraded(&gateway).await).await;
+        let response = gateway.send_async("echo", &[], "").await;
+        assert_eq!(
+            (response.status(), response.header("retry-after")),
+            (503, Some("1")),
+            "{response}"
+        );
         assert_eq!(gateway.get("/_/ready").await.status(), 200);
         assert_eq!(gateway.post("/function/echo", "x").await.text(), "x");
     };
-    let mut made = 0;
-    let mut back = async |stan: &Stan| {
-        eventually("the queue is there", async || !lacks_queue(&gateway).await).await;
-        gateway.queued("echo", &[], "").await;
-        made += 1;
-        eventually("it is made", async || stan.messages(CHANNEL).len() == made).await;
-        all_done(stan, CHANNEL).await;
+    let mut executed = 0;
+    let mut assert_available = async |stan: &FakeStan| {
+        eventually("the queue is available", async || !is_queue_degraded(&gateway).await).await;
+        gateway.enqueue("echo", &[], "").await;
+        executed += 1;
+        eventually("the call is executed", async || stan.messages(CHANNEL).len() == executed).await;
+        wait_until_acknowledged(stan, CHANNEL).await;
     };
-    away().await;
+    assert_unavailable().await;
     nats.restart();
     stan.restart().await;
-    back(&stan).await;
+    assert_available(&stan).await;
     nats.kill();
-    away().await;
+    assert_unavailable().await;
     nats.restart();
-    back(&stan).await;
+    assert_available(&stan).await;
     stan.kill().await;
-    away().await;
+    assert_unavailable().await;
     stan.restart().await;
-    back(&stan).await;
-    let reconnected = |it: &Metrics| it.get("gateway_nats_reconnect_total", &[]) >= Some(1.0);
-    gateway.metrics_show("it has come back", reconnected).await;
+    assert_available(&stan).await;
+    let reconnected =
+        |metrics: &Metrics| metrics.get("gateway_nats_reconnect_total", &[]) >= Some(1.0);
+    gateway.wait_for_metric("the connection is counted as reestablished", reconnected).await;
 }
 
-async fn echo(mut call: crate::support::provider::Call) -> Option<crate::support::wire::Wire> {
-    let body = call.body().await.ok()?;
-    call.answer_with(200, &body).await;
-    Some(call.wire)
-}
-
-#[tokio::test]
-async fn a_server_that_has_forgotten_all_is_told_again() {
-    let (nats, provider) = (Nats::start(), answering(&[200], "done"));
-    let stan = Stan::start(&nats).await;
-    let gateway = gateway(&nats, &provider).await;
-    gateway.queued("echo", &[], "").await;
-    eventually("it is made", async || provider.calls() == 1).await;
-    all_done(&stan, CHANNEL).await;
-    stan.forget();
-    eventually("it takes in", async || gateway.queue("echo", &[], "").await.status() == 202).await;
-    // The new message has the number of the old one.
-    eventually("it is made", async || provider.calls() == 2).await;
-    all_done(&stan, CHANNEL).await;
+async fn echo(
+    mut call: crate::support::provider::Invocation,
+) -> Option<crate::support::connection::Connection> {
+    let body = call.read_body().await.ok()?;
+    call.send_response(200, &body).await;
+    Some(call.connection)
 }
 
 #[tokio::test]
-async fn a_server_that_answers_no_more_is_left_and_found_again() {
-    let (nats, provider) = (Nats::start(), answering(&[200], "done"));
-    let stan = Stan::start(&nats).await;
-    let gateway = gateway(&nats, &provider).await;
-    gateway.queued("echo", &[], "").await;
-    stan.be_silent(true);
-    eventually("the queue is away", async || lacks_queue(&gateway).await).await;
-    assert_eq!(gateway.queue("echo", &[], "").await.status(), 503);
-    stan.be_silent(false);
-    eventually("the queue is there", async || !lacks_queue(&gateway).await).await;
-    gateway.queued("echo", &[], "").await;
-    all_done(&stan, CHANNEL).await;
+async fn a_server_that_lost_its_state_is_used_again() {
+    let (nats, provider) = (Nats::start(), replying_with(&[200], "done"));
+    let stan = FakeStan::start(&nats).await;
+    let gateway = start_gateway(&nats, &provider).await;
+    gateway.enqueue("echo", &[], "").await;
+    eventually("the call is executed", async || provider.call_count() == 1).await;
+    wait_until_acknowledged(&stan, CHANNEL).await;
+    stan.lose_state();
+    eventually("calls are accepted", async || {
+        gateway.send_async("echo", &[], "").await.status() == 202
+    })
+    .await;
+    // The new message has the sequence number of the old one.
+    eventually("the call is executed", async || provider.call_count() == 2).await;
+    wait_until_acknowledged(&stan, CHANNEL).await;
+}
+
+#[tokio::test]
+async fn a_silent_server_is_reported_and_used_again_later() {
+    let (nats, provider) = (Nats::start(), replying_with(&[200], "done"));
+    let stan = FakeStan::start(&nats).await;
+    let gateway = start_gateway(&nats, &provider).await;
+    gateway.enqueue("echo", &[], "").await;
+    stan.set_silent(true);
+    eventually("the queue is unavailable", async || is_queue_degraded(&gateway).await).await;
+    assert_eq!(gateway.send_async("echo", &[], "").await.status(), 503);
+    stan.set_silent(false);
+    eventually("the queue is available", async || !is_queue_degraded(&gateway).await).await;
+    gateway.enqueue("echo", &[], "").await;
+    wait_until_acknowledged(&stan, CHANNEL).await;
     assert_eq!(stan.messages(CHANNEL).len(), 2);
 }
 
 #[tokio::test]
-async fn an_id_that_is_taken_is_waited_for() {
-    let (nats, provider) = (Nats::start(), answering(&[200], "done"));
-    let _stan = Stan::start(&nats).await;
-    let id = format!("faas-publisher-{}", host());
+async fn a_client_id_in_use_is_awaited() {
+    let (nats, provider) = (Nats::start(), replying_with(&[200], "done"));
+    let _stan = FakeStan::start(&nats).await;
+    let id = format!("faas-publisher-{}", host_id());
     let other = async_nats::connect(nats.url()).await.unwrap();
     let mut heartbeats = other.subscribe("other.heartbeats").await.unwrap();
     let register = ConnectRequest {
@@ -131,12 +143,16 @@ async fn an_id_that_is_taken_is_waited_for() {
             }
         })
     };
-    let gateway = on(&nats, Gateway::builder()).provider(&provider).var("with_worker", "false");
+    let gateway =
+        on_stan(&nats, Gateway::builder()).provider(&provider).var("with_worker", "false");
     let gateway = gateway.start().await;
-    gateway.logs("another client with this id").await;
-    assert_eq!(gateway.queue("echo", &[], "").await.status(), 503);
+    gateway.wait_for_log("another client with this id").await;
+    assert_eq!(gateway.send_async("echo", &[], "").await.status(), 503);
     answering.abort();
-    eventually("it is free", async || gateway.queue("echo", &[], "").await.status() == 202).await;
-    let said = |line: &&String| line.contains("another client with this id");
-    assert_eq!(gateway.log().iter().filter(said).count(), 1);
+    eventually("the client id is free", async || {
+        gateway.send_async("echo", &[], "").await.status() == 202
+    })
+    .await;
+    let mentions_id = |line: &&String| line.contains("another client with this id");
+    assert_eq!(gateway.log().iter().filter(mentions_id).count(), 1);
 }

@@ -1,4 +1,4 @@
-//! Disks of a chosen size, each mounted in a mount namespace of its own.
+//! Disks of a chosen size, each mounted in its own mount namespace.
 
 use std::fs::{File, OpenOptions};
 use std::io::{BufRead, BufReader, Write};
@@ -6,6 +6,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
 use tempfile::TempDir;
+
+use crate::support::report_skipped;
 
 /// A small disk. It exists in the namespace of a process that ends when this is dropped.
 pub(crate) struct Disk {
@@ -16,22 +18,22 @@ pub(crate) struct Disk {
 impl Disk {
     /// A tmpfs of `mib` MiB; `None`, with a message, where nothing can be mounted.
     pub(crate) fn tmpfs(mib: u32) -> Option<Self> {
-        Self::mounted(&format!("mount -t tmpfs -o size={mib}m gateway-test \"$1/disk\""))
+        Self::mount(&format!("mount -t tmpfs -o size={mib}m gateway-test \"$1/disk\""))
     }
 
-    /// An ext4 of `mib` MiB in an image; `None`, with a message, where none can be made or mounted.
+    /// An ext4 of `mib` MiB in an image; `None`, with a message, where none can be created or mounted.
     pub(crate) fn ext4(mib: u32) -> Option<Self> {
-        Self::mounted(&format!(
+        Self::mount(&format!(
             "truncate -s {mib}M \"$1/image\" && mkfs.ext4 -q -m 0 \"$1/image\" \
              && mount -o loop \"$1/image\" \"$1/disk\""
         ))
     }
 
-    /// An ext4 in an image without blocks, on a tmpfs of its own; see [`Self::starve`]. `None`, with a message, where
-    /// none can be made or mounted.
+    /// An ext4 in a sparse image on its own tmpfs; see [`Self::fill_backing_store`]. `None`, with a message, where none
+    /// can be created or mounted.
     pub(crate) fn ext4_on_tmpfs() -> Option<Self> {
-        // Every inode is in a block that is written at once.
-        Self::mounted(
+        // With these options, every inode is in a block that mkfs writes.
+        Self::mount(
             "mkdir \"$1/under\" && mount -t tmpfs -o size=128m gateway-test \"$1/under\" \
              && truncate -s 96M \"$1/under/image\" \
              && mkfs.ext4 -q -m 0 -b 4096 -N 32 -O ^has_journal -E nodiscard,lazy_itable_init=0 \
@@ -40,23 +42,23 @@ impl Disk {
         )
     }
 
-    /// Fills the tmpfs below the disk: from now on, only blocks that were written before can be written. Others seem to
-    /// be, until the file is synced, as on a disk that fails.
-    pub(crate) fn starve(&self) {
-        let mut other = File::create(self.root().join("under/other")).unwrap();
+    /// Fills the tmpfs below the disk. From now on, only blocks that were written before can be written. Writes to
+    /// others seem to succeed until the file is synced, as on a failing disk.
+    pub(crate) fn fill_backing_store(&self) {
+        let mut other = File::create(self.local_root().join("under/other")).unwrap();
         let zeros = vec![0; 4 << 10];
         while other.write_all(&zeros).is_ok() {}
     }
 
     /// Writes a file to the disk.
     pub(crate) fn write(&self, name: &str, bytes: &[u8]) {
-        let mut file = File::create(self.seen_from_here().join(name)).unwrap();
+        let mut file = File::create(self.local_path().join(name)).unwrap();
         file.write_all(bytes).unwrap();
-        // Not the file alone, but what is known of it.
+        // Syncs the metadata as well.
         rustix::fs::syncfs(&file).unwrap();
     }
 
-    fn mounted(mount: &str) -> Option<Self> {
+    fn mount(mount: &str) -> Option<Self> {
         let directory = TempDir::new().unwrap();
         std::fs::create_dir(directory.path().join("disk")).unwrap();
         let script = format!("{mount} && echo mounted && exec cat");
@@ -71,35 +73,35 @@ impl Disk {
         BufReader::new(holder.stdout.take().unwrap()).read_line(&mut line).unwrap();
         let disk = Self { holder, directory };
         if line.trim() != "mounted" {
-            println!("SKIPPED: no disk can be mounted on this machine by `{mount}`");
+            report_skipped("no disk can be mounted on this machine");
             return None;
         }
         Some(disk)
     }
 
-    pub(crate) fn process(&self) -> u32 {
+    pub(crate) fn namespace_pid(&self) -> u32 {
         self.holder.id()
     }
 
-    /// Where it is mounted, for a process in its namespace.
+    /// Mount point, for a process in the disk's namespace.
     pub(crate) fn path(&self) -> PathBuf {
         self.directory.path().join("disk")
     }
 
-    /// The same directory, seen from this process.
-    fn seen_from_here(&self) -> PathBuf {
-        self.root().join("disk")
+    /// Mount point, as a path of this process.
+    fn local_path(&self) -> PathBuf {
+        self.local_root().join("disk")
     }
 
-    /// The directory in which it is mounted, seen from this process.
-    fn root(&self) -> PathBuf {
+    /// Directory of the mount point, as a path of this process.
+    fn local_root(&self) -> PathBuf {
         let path = self.directory.path().strip_prefix("/").unwrap();
         Path::new(&format!("/proc/{}/root", self.holder.id())).join(path)
     }
 
-    /// Writes a file of another program until the disk is full, or has `most` bytes.
+    /// Writes a file of another program until the disk is full, or the file has `most` bytes.
     pub(crate) fn fill(&self, most: u64) {
-        let other = self.seen_from_here().join("other");
+        let other = self.local_path().join("other");
         let mut other = OpenOptions::new().create(true).append(true).open(other).unwrap();
         let mut left = most;
         for size in [64 << 10, 4 << 10, 512] {
@@ -117,12 +119,12 @@ impl Disk {
 
     /// Removes a file.
     pub(crate) fn remove(&self, name: &str) {
-        std::fs::remove_file(self.seen_from_here().join(name)).unwrap();
+        std::fs::remove_file(self.local_path().join(name)).unwrap();
     }
 
-    /// Takes the blocks of a file away and leaves its length, as a copy that keeps holes does.
+    /// Deallocates the blocks of a file and keeps its length, as a copy with holes does.
     pub(crate) fn make_sparse(&self, name: &str) {
-        let path = self.seen_from_here().join(name);
+        let path = self.local_path().join(name);
         let file = OpenOptions::new().write(true).open(path).unwrap();
         let length = file.metadata().unwrap().len();
         file.set_len(0).unwrap();
@@ -130,9 +132,9 @@ impl Disk {
         file.sync_all().unwrap();
     }
 
-    /// A file of the queue.
+    /// Opens a file on the disk.
     pub(crate) fn open(&self, name: &str) -> File {
-        File::open(self.seen_from_here().join(name)).unwrap()
+        File::open(self.local_path().join(name)).unwrap()
     }
 }
 

@@ -1,5 +1,5 @@
-//! A NATS Streaming server, as far as a queue needs one, on a real nats-server: durable groups of workers, redelivery,
-//! heartbeats, ids that are registered once.
+//! A fake NATS Streaming server on a real nats-server, with the parts that a queue needs: durable queue groups,
+//! redelivery, heartbeats, and unique client ids.
 
 pub(crate) mod proto;
 mod store;
@@ -25,15 +25,15 @@ use crate::support::nats::Nats;
 
 pub(crate) const CLUSTER: &str = "faas-cluster";
 pub(crate) const CHANNEL: &str = "faas-request";
-/// How often clients are asked whether they live, and how often one may be silent.
-const HEARTBEATS: Duration = Duration::from_millis(500);
-const MOST_MISSED: u32 = 3;
-const HEARTBEAT: Duration = Duration::from_millis(500);
-/// Between looks at what is to be sent.
-const TICK: Duration = Duration::from_millis(10);
+/// Interval of heartbeats, and the number that a client may miss.
+const HEARTBEAT_INTERVAL: Duration = Duration::from_millis(500);
+const MAX_MISSED_HEARTBEATS: u32 = 3;
+const HEARTBEAT_TIMEOUT: Duration = Duration::from_millis(500);
+/// Interval of deliveries.
+const DELIVERY_INTERVAL: Duration = Duration::from_millis(10);
 
-/// The server. What it has stored is kept when it is killed.
-pub(crate) struct Stan {
+/// The server. Its stored messages survive a kill.
+pub(crate) struct FakeStan {
     url: String,
     store: Arc<Mutex<Store>>,
     silent: Arc<AtomicBool>,
@@ -45,20 +45,20 @@ struct Running {
     task: JoinHandle<()>,
 }
 
-impl Stan {
+impl FakeStan {
     /// A running server on `nats`.
     pub(crate) async fn start(nats: &Nats) -> Self {
-        let mut stan = Self::away(nats);
+        let mut stan = Self::not_started(nats);
         stan.restart().await;
         stan
     }
 
     /// A server that has not been started.
-    pub(crate) fn away(nats: &Nats) -> Self {
+    pub(crate) fn not_started(nats: &Nats) -> Self {
         Self { url: nats.url(), store: Arc::default(), silent: Arc::default(), running: None }
     }
 
-    /// Starts the server on what it has stored before.
+    /// Starts the server on its stored messages.
     pub(crate) async fn restart(&mut self) {
         assert!(self.running.is_none(), "it runs");
         let options = async_nats::ConnectOptions::new().retry_on_initial_connect();
@@ -74,8 +74,8 @@ impl Stan {
         let silent = Arc::clone(&self.silent);
         let task = tokio::spawn(async move {
             let mut requests = select_all(subscriptions);
-            let mut tick = tokio::time::interval(TICK);
-            let mut heartbeats = tokio::time::interval(HEARTBEATS);
+            let mut tick = tokio::time::interval(DELIVERY_INTERVAL);
+            let mut heartbeats = tokio::time::interval(HEARTBEAT_INTERVAL);
             loop {
                 tokio::select! {
                     Some(request) = requests.next() => {
@@ -84,7 +84,7 @@ impl Stan {
                         }
                     }
                     _ = tick.tick() => {}
-                    _ = heartbeats.tick() => server.ask_all(),
+                    _ = heartbeats.tick() => server.send_heartbeats(),
                 }
                 server.deliver().await;
             }
@@ -92,55 +92,55 @@ impl Stan {
         self.running = Some(Running { client, task });
     }
 
-    /// Has the server die: it says nothing to anybody.
+    /// Kills the server: it sends nothing more.
     pub(crate) async fn kill(&mut self) {
         if let Some(Running { client, task }) = self.running.take() {
             task.abort();
             let _ = task.await;
-            // Nobody listens any more once this is over.
+            // Afterwards there are no subscriptions any more.
             client.drain().await.unwrap();
         }
     }
 
-    /// Has the server hear everything and say nothing, or go on as before.
-    pub(crate) fn be_silent(&self, silent: bool) {
+    /// Makes the server receive everything and send nothing, or continue as before.
+    pub(crate) fn set_silent(&self, silent: bool) {
         self.silent.store(silent, SeqCst);
     }
 
-    /// Has the server refuse the next messages for `channel`, so many of them.
+    /// Makes the server refuse the next `messages` messages for `channel`.
     pub(crate) fn refuse(&self, channel: &str, messages: usize) {
-        self.store().refusals.insert(channel.to_owned(), messages);
+        self.store().remaining_refusals.insert(channel.to_owned(), messages);
     }
 
-    /// Has the server let nobody have what is in channels whose names begin so.
-    pub(crate) fn deliver_none_of(&self, channels: &str) {
-        self.store().closed_channels = Some(channels.to_owned());
+    /// Makes the server deliver no messages of channels whose names begin with `channels`.
+    pub(crate) fn withhold_channels(&self, channels: &str) {
+        self.store().withheld_channels = Some(channels.to_owned());
     }
 
-    /// Has the server store messages for `channel` at once, and say so later.
-    pub(crate) fn tell_later(&self, channel: &str, delay: Duration) {
+    /// Makes the server store messages for `channel` immediately, and acknowledge them after `delay`.
+    pub(crate) fn delay_publish_acks(&self, channel: &str, delay: Duration) {
         self.store().delays.insert(channel.to_owned(), delay);
     }
 
-    /// Has the server not hear that messages of `channel` are over, or hear it again.
-    pub(crate) fn lose_acknowledgements(&self, channel: &str, lose: bool) {
-        self.store().deaf_for = lose.then(|| channel.to_owned());
+    /// Makes the server ignore acknowledgements of `channel`, or heed them again.
+    pub(crate) fn lose_acks(&self, channel: &str, lose: bool) {
+        self.store().lost_acks = lose.then(|| channel.to_owned());
     }
 
-    /// Has the server forget the client `id` and not let it in, until another one is named.
-    pub(crate) fn shut_out(&self, id: &str) {
+    /// Makes the server forget the client `id` and refuse it, until another one is named.
+    pub(crate) fn reject_client(&self, id: &str) {
         let mut store = self.store();
         store.close(id);
-        store.shut_out = id.to_owned();
+        store.rejected_client = id.to_owned();
     }
 
-    /// How many of them are left.
-    pub(crate) fn refusals(&self, channel: &str) -> usize {
-        self.store().refusals.get(channel).copied().unwrap_or_default()
+    /// Number of messages that will still be refused.
+    pub(crate) fn remaining_refusals(&self, channel: &str) -> usize {
+        self.store().remaining_refusals.get(channel).copied().unwrap_or_default()
     }
 
-    /// Loses all that was stored, as a server does that keeps it in memory.
-    pub(crate) fn forget(&self) {
+    /// Loses all stored messages, as a server with a memory store does.
+    pub(crate) fn lose_state(&self) {
         *self.store() = Store::default();
     }
 
@@ -149,27 +149,27 @@ impl Stan {
         self.store().append(channel, data.into());
     }
 
-    /// All that was ever stored in `channel`.
+    /// All messages that were ever stored in `channel`.
     pub(crate) fn messages(&self, channel: &str) -> Vec<Value> {
         let store = self.store();
         let messages = store.channels.get(channel).into_iter().flatten();
         messages.map(|(data, _)| serde_json::from_slice(data).unwrap()).collect()
     }
 
-    /// How many messages were ever stored in `channel`.
-    pub(crate) fn stored(&self, channel: &str) -> usize {
+    /// Number of messages that were ever stored in `channel`.
+    pub(crate) fn message_count(&self, channel: &str) -> usize {
         self.store().channels.get(channel).map_or(0, Vec::len)
     }
 
-    /// How often messages of `channel` were sent to workers, and how many are not acknowledged.
-    pub(crate) fn sent(&self, channel: &str) -> (usize, usize) {
+    /// Number of deliveries of `channel` to workers, and number of unacknowledged messages.
+    pub(crate) fn deliveries_and_pending(&self, channel: &str) -> (usize, usize) {
         let store = self.store();
         let group = store.groups.get(&format!("faas:{channel}"));
         group.map_or((0, 0), |group| (group.deliveries, group.pending.len()))
     }
 
-    /// The ids that are registered.
-    pub(crate) fn clients(&self) -> Vec<String> {
+    /// The registered client ids.
+    pub(crate) fn client_ids(&self) -> Vec<String> {
         self.store().clients.keys().cloned().collect()
     }
 
@@ -178,7 +178,7 @@ impl Stan {
     }
 }
 
-impl Drop for Stan {
+impl Drop for FakeStan {
     fn drop(&mut self) {
         if let Some(running) = &self.running {
             running.task.abort();
@@ -214,7 +214,7 @@ impl Server {
                 self.send(reply, &Complaint { error: error.to_owned() }).await;
             }
             "discover" => {
-                // It may take a while to find out whether the id is free.
+                // Checking whether the id is free may take a while.
                 let server = self.clone();
                 tokio::spawn(async move {
                     server.register(ConnectRequest::decode(payload).unwrap(), reply).await;
@@ -247,12 +247,12 @@ impl Server {
             |error: &str| ConnectResponse { error: error.to_owned(), ..Default::default() };
         assert!(!request.client_id.is_empty() && !request.heartbeat_inbox.is_empty());
         assert_eq!(request.protocol, 1);
-        if self.store().shut_out == request.client_id {
+        if self.store().rejected_client == request.client_id {
             return self.send(reply, &refused("stan: not now")).await;
         }
         let known = self.store().clients.get(&request.client_id).cloned();
         if let Some(known) = known {
-            if self.lives(&known.heartbeat_inbox).await {
+            if self.is_alive(&known.heartbeat_inbox).await {
                 return self.send(reply, &refused("stan: clientID already registered")).await;
             }
             self.store().close(&request.client_id);
@@ -272,7 +272,7 @@ impl Server {
             error: String::new(),
             sub_close_requests: subject("subclose"),
             ping_requests: subject("discover") + ".pings",
-            // It has a say in that, too.
+            // The server may shorten the interval.
             ping_interval: request.ping_interval.min(1),
             ping_max_out: request.ping_max_out.min(2),
             protocol: 1,
@@ -302,26 +302,26 @@ impl Server {
         });
     }
 
-    async fn lives(&self, inbox: &str) -> bool {
-        let asked = self.client.request(inbox.to_owned(), Bytes::new());
-        matches!(tokio::time::timeout(HEARTBEAT, asked).await, Ok(Ok(_)))
+    async fn is_alive(&self, inbox: &str) -> bool {
+        let heartbeat = self.client.request(inbox.to_owned(), Bytes::new());
+        matches!(tokio::time::timeout(HEARTBEAT_TIMEOUT, heartbeat).await, Ok(Ok(_)))
     }
 
-    /// Asks every client for a heartbeat, and closes those that have been silent for too long.
-    fn ask_all(&self) {
+    /// Sends every client a heartbeat, and closes those that have missed too many.
+    fn send_heartbeats(&self) {
         let clients: Vec<_> =
             self.store().clients.iter().map(|(id, client)| (id.clone(), client.clone())).collect();
         for (id, client) in clients {
             let server = self.clone();
             tokio::spawn(async move {
-                let lives = server.lives(&client.heartbeat_inbox).await;
+                let lives = server.is_alive(&client.heartbeat_inbox).await;
                 let mut store = server.store();
                 let Some(known) = store.clients.get_mut(&id) else { return };
                 if known.connection != client.connection {
                     return;
                 }
                 known.missed = if lives { 0 } else { known.missed + 1 };
-                if known.missed >= MOST_MISSED {
+                if known.missed >= MAX_MISSED_HEARTBEATS {
                     store.close(&id);
                 }
             });

@@ -1,4 +1,4 @@
-//! The gateway under test: the binary itself, with the environment that the test gives it and no other.
+//! The gateway under test: the binary itself, with only the environment that the test sets.
 
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -9,10 +9,10 @@ use rustix::process::{Pid, Signal, kill_process};
 use tokio::io::{AsyncBufReadExt, BufReader};
 use tokio::process::{Child, Command};
 
+use crate::support::connection::{self, Connection, Response};
 use crate::support::disk::Disk;
 use crate::support::metrics::Metrics;
 use crate::support::provider::Provider;
-use crate::support::wire::{self, Answer, Wire};
 use crate::support::{eventually, within};
 
 /// A running gateway. Killed when dropped.
@@ -23,13 +23,13 @@ pub(crate) struct Gateway {
     log: Arc<Mutex<Vec<String>>>,
 }
 
-/// How a gateway is to be started.
+/// Configuration of a gateway to start.
 pub(crate) struct Builder {
     role: &'static str,
     hosts: Option<PathBuf>,
     vars: Vec<(String, String)>,
-    /// The process in whose mount namespace it runs.
-    mounts_of: Option<u32>,
+    /// Process in whose mount namespace it runs.
+    mount_namespace_of: Option<u32>,
 }
 
 impl Builder {
@@ -37,30 +37,30 @@ impl Builder {
         self.var("functions_provider_url", provider.url())
     }
 
-    /// One of its settings, by its variable.
+    /// Sets a setting by its environment variable.
     pub(crate) fn var(mut self, name: &str, value: impl ToString) -> Self {
         self.vars.push((name.to_owned(), value.to_string()));
         self
     }
 
-    /// Has it see the file systems that are mounted on `disk`.
-    pub(crate) fn on(self, disk: &Disk) -> Self {
-        Self { mounts_of: Some(disk.process()), ..self }
+    /// Runs the gateway where `disk` is mounted.
+    pub(crate) fn on_disk(self, disk: &Disk) -> Self {
+        Self { mount_namespace_of: Some(disk.namespace_pid()), ..self }
     }
 
-    /// Names and addresses that it finds in `file` instead of in /etc/hosts.
-    pub(crate) fn hosts(mut self, file: &Path) -> Self {
+    /// Uses `file` instead of /etc/hosts.
+    pub(crate) fn hosts_file(mut self, file: &Path) -> Self {
         self.hosts = Some(file.to_owned());
         self
     }
 
-    /// Starts it, and returns once it serves.
+    /// Starts the gateway, and returns once it serves.
     pub(crate) async fn start(self) -> Gateway {
-        let on_disk = command_in(self.mounts_of);
+        let on_disk = command_in_namespace(self.mount_namespace_of);
         let mut child = self
             .hosts
             .as_deref()
-            .map_or(on_disk, command_with_hosts)
+            .map_or(on_disk, command_with_hosts_file)
             .args(self.role.split(' '))
             .envs(self.vars)
             .stderr(Stdio::piped())
@@ -75,7 +75,7 @@ impl Builder {
                 collected.lock().unwrap().push(line);
             }
         });
-        let serving = || log.lock().unwrap().iter().find_map(|line| addresses(line));
+        let serving = || log.lock().unwrap().iter().find_map(|line| listen_addresses(line));
         eventually("the gateway serves", async || {
             let ended = child.try_wait().unwrap();
             assert!(ended.is_none(), "ended with {ended:?}: {:?}", log.lock().unwrap());
@@ -86,32 +86,34 @@ impl Builder {
         Gateway { address, metrics_address, child, log }
     }
 
-    /// Starts one that is expected to end by itself, and returns how it did.
-    pub(crate) async fn output(self, arguments: &[&str]) -> Output {
+    /// Starts a process that is expected to exit by itself, and returns its output.
+    pub(crate) async fn run_to_exit(self, arguments: &[&str]) -> Output {
         let output = command().envs(self.vars).args(arguments).kill_on_drop(true).output();
-        within("a start that fails", output).await.unwrap()
+        within("the process exits", output).await.unwrap()
     }
 }
 
 impl Gateway {
-    /// A gateway with every default but for its ports.
+    /// A gateway with defaults, except for its ports.
     pub(crate) fn builder() -> Builder {
-        let builder = Builder { role: "serve", vars: Vec::new(), hosts: None, mounts_of: None };
+        let builder =
+            Builder { role: "serve", vars: Vec::new(), hosts: None, mount_namespace_of: None };
         builder
             .var("listen_address", "127.0.0.1")
             .var("port", "0")
             .var("metrics_port", "0")
             .var("log_format", "json")
             .var("threads", "2")
-            // Nothing listens there: counts are left out at once.
+            // Nothing listens there: counts are omitted immediately.
             .var("faas_prometheus_host", "127.0.0.1")
             .var("faas_prometheus_port", "1")
             .var("function_namespace", "fn")
     }
 
-    /// A worker, whose one port is that of its numbers.
+    /// A worker, whose only port is that of its metrics.
     pub(crate) fn worker() -> Builder {
-        let builder = Builder { role: "worker", vars: Vec::new(), hosts: None, mounts_of: None };
+        let builder =
+            Builder { role: "worker", vars: Vec::new(), hosts: None, mount_namespace_of: None };
         builder
             .var("listen_address", "127.0.0.1")
             .var("worker_metrics_port", "0")
@@ -119,10 +121,14 @@ impl Gateway {
             .var("function_namespace", "fn")
     }
 
-    /// A process provider, whose state is in `state`.
+    /// A process provider with its state in `state`.
     pub(crate) fn process_provider(state: &Path) -> Builder {
-        let builder =
-            Builder { role: "provider process", vars: Vec::new(), hosts: None, mounts_of: None };
+        let builder = Builder {
+            role: "provider process",
+            vars: Vec::new(),
+            hosts: None,
+            mount_namespace_of: None,
+        };
         builder
             .var("provider_port", "0")
             .var("state_dir", state.display())
@@ -130,38 +136,38 @@ impl Gateway {
             .var("PATH", "/usr/local/bin:/usr/bin:/bin")
     }
 
-    /// One before `provider`, with every default.
-    pub(crate) async fn before(provider: &Provider) -> Self {
+    /// Starts a gateway with defaults in front of `provider`.
+    pub(crate) async fn in_front_of(provider: &Provider) -> Self {
         Self::builder().provider(provider).start().await
     }
 
-    pub(crate) async fn connect(&self) -> Wire {
-        Wire::connect(self.address).await
+    pub(crate) async fn connect(&self) -> Connection {
+        Connection::connect(self.address).await
     }
 
-    /// `GET target` on a connection of its own.
-    pub(crate) async fn get(&self, target: &str) -> Answer {
+    /// `GET target` on a new connection.
+    pub(crate) async fn get(&self, target: &str) -> Response {
         self.connect().await.get(target).await
     }
 
-    /// `POST target` on a connection of its own.
-    pub(crate) async fn post(&self, target: &str, body: &str) -> Answer {
-        self.connect().await.ask(wire::post(target, body)).await
+    /// `POST target` on a new connection.
+    pub(crate) async fn post(&self, target: &str, body: &str) -> Response {
+        self.connect().await.exchange(connection::post(target, body)).await
     }
 
-    /// Whether `/_/ready` says 200.
+    /// Returns whether the status of `/_/ready` is 200.
     pub(crate) async fn is_ready(&self) -> bool {
         self.get("/_/ready").await.status() == 200
     }
 
     pub(crate) async fn metrics(&self) -> Metrics {
-        let answer = Wire::connect(self.metrics_address).await.get("/metrics").await;
-        Metrics { text: answer.text().to_owned() }
+        let response = Connection::connect(self.metrics_address).await.get("/metrics").await;
+        Metrics { text: response.text().to_owned() }
     }
 
-    /// Waits until the metrics are as `holds` wants them.
+    /// Waits until `holds` accepts the metrics.
     #[track_caller]
-    pub(crate) fn metrics_show(
+    pub(crate) fn wait_for_metric(
         &self,
         what: &str,
         holds: impl Fn(&Metrics) -> bool,
@@ -169,13 +175,13 @@ impl Gateway {
         eventually(what, async move || holds(&self.metrics().await))
     }
 
-    /// What it has logged so far.
+    /// The log lines so far.
     pub(crate) fn log(&self) -> Vec<String> {
         self.log.lock().unwrap().clone()
     }
 
-    /// Waits until a line of the log has `text`.
-    pub(crate) async fn logs(&self, text: &str) {
+    /// Waits until a log line contains `text`.
+    pub(crate) async fn wait_for_log(&self, text: &str) {
         eventually(text, async || self.log().iter().any(|line| line.contains(text))).await;
     }
 
@@ -183,29 +189,29 @@ impl Gateway {
         kill_process(self.pid(), signal).unwrap();
     }
 
-    /// Waits for its end.
-    pub(crate) async fn ended(&mut self) -> ExitStatus {
-        within("the end of the gateway", self.child.wait()).await.unwrap()
+    /// Waits for the process to exit.
+    pub(crate) async fn wait_for_exit(&mut self) -> ExitStatus {
+        within("the gateway exits", self.child.wait()).await.unwrap()
     }
 
-    /// Sends SIGTERM and waits for the end.
+    /// Sends SIGTERM and waits for the process to exit.
     pub(crate) async fn terminate(mut self) -> ExitStatus {
         self.signal(Signal::TERM);
-        self.ended().await
+        self.wait_for_exit().await
     }
 
-    /// Has it die on the spot, and waits for the end.
+    /// Sends SIGKILL and waits for the process to exit.
     pub(crate) async fn kill(mut self) {
         self.signal(Signal::KILL);
-        self.ended().await;
+        self.wait_for_exit().await;
     }
 
-    /// The most memory it has used so far, in bytes.
+    /// Peak memory so far, in bytes.
     pub(crate) fn peak_memory(&self) -> u64 {
         self.memory_of("VmHWM:")
     }
 
-    /// The memory that it uses now, in bytes.
+    /// Current memory, in bytes.
     pub(crate) fn memory(&self) -> u64 {
         self.memory_of("VmRSS:")
     }
@@ -217,13 +223,13 @@ impl Gateway {
         value.trim().trim_end_matches(" kB").parse::<u64>().unwrap() * 1024
     }
 
-    /// How many files and sockets it has open.
+    /// Number of open files and sockets.
     pub(crate) fn open_files(&self) -> usize {
         let path = format!("/proc/{}/fd", self.pid().as_raw_nonzero());
         std::fs::read_dir(path).unwrap().count()
     }
 
-    /// Has its files grow to no more than `bytes`, if that is to be limited.
+    /// Limits the size of its files to `bytes`; `None` removes the limit.
     pub(crate) fn limit_files(&self, bytes: Option<u64>) {
         use rustix::process::{Resource, Rlimit, prlimit};
         let limit = Rlimit { current: bytes, maximum: None };
@@ -231,12 +237,12 @@ impl Gateway {
     }
 
     fn pid(&self) -> Pid {
-        let id = self.child.id().expect("it runs");
+        let id = self.child.id().expect("the process runs");
         Pid::from_raw(id.try_into().unwrap()).unwrap()
     }
 }
 
-/// The binary, with an environment that is empty.
+/// The binary, with an empty environment.
 pub(crate) fn command() -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_gateway"));
     command.env_clear();
@@ -244,12 +250,12 @@ pub(crate) fn command() -> Command {
 }
 
 /// The binary where `disk` is mounted.
-pub(crate) fn command_on(disk: &Disk) -> Command {
-    command_in(Some(disk.process()))
+pub(crate) fn command_on_disk(disk: &Disk) -> Command {
+    command_in_namespace(Some(disk.namespace_pid()))
 }
 
 /// The binary in the mount namespace of another process. `nsenter` becomes the gateway.
-fn command_in(process: Option<u32>) -> Command {
+fn command_in_namespace(process: Option<u32>) -> Command {
     let Some(process) = process else { return command() };
     let mut command = Command::new("nsenter");
     command.env_clear();
@@ -257,8 +263,8 @@ fn command_in(process: Option<u32>) -> Command {
     command
 }
 
-/// The same, with another /etc/hosts.
-fn command_with_hosts(file: &Path) -> Command {
+/// The binary with another /etc/hosts.
+fn command_with_hosts_file(file: &Path) -> Command {
     let mut command = Command::new("unshare");
     command.env_clear().env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin");
     let mounted = r#"mount --bind "$0" /etc/hosts && exec "$@""#;
@@ -266,8 +272,8 @@ fn command_with_hosts(file: &Path) -> Command {
     command
 }
 
-/// The addresses in the log line that says where it serves.
-fn addresses(line: &str) -> Option<(SocketAddr, SocketAddr)> {
+/// The addresses in the log line that announces them.
+fn listen_addresses(line: &str) -> Option<(SocketAddr, SocketAddr)> {
     let line: serde_json::Value = serde_json::from_str(line).ok()?;
     let fields = line.get("fields")?;
     let address = |name: &str| fields[name].as_str()?.parse().ok();

@@ -1,4 +1,4 @@
-//! A JetStream queue that is used in this process, without a gateway, and calls and settlements for it.
+//! A JetStream queue in this process, without a gateway; and calls and settlements for it.
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -16,11 +16,11 @@ use crate::support::{eventually, within};
 
 pub(crate) const LIMITS: Limits =
     Limits { max_pending: 50, result_ttl: 3_600_000, idempotency_ttl: 3_600_000 };
-pub(crate) const PLACES: usize = 10;
-/// As short as it can be without a busy machine losing a lease that it means to keep.
+pub(crate) const CONCURRENCY: usize = 10;
+/// As short as possible without a busy machine losing a lease that it renews.
 pub(crate) const LEASE: Duration = Duration::from_secs(2);
-/// A call is refused in less than 2 s while the server is away; on a busy machine, in less than this.
-pub(crate) const REFUSED_WITHIN: Duration = Duration::from_secs(10);
+/// A call is refused in less than 2 s while the server is unavailable; on a busy machine, in less than this.
+pub(crate) const REFUSAL_TIMEOUT: Duration = Duration::from_secs(10);
 
 pub(crate) fn options(nats: &Nats) -> Options {
     Options {
@@ -37,89 +37,94 @@ pub(crate) fn options(nats: &Nats) -> Options {
     }
 }
 
-/// One gateway's view of the queue.
-pub(crate) struct Gateway {
+/// One client of the queue.
+pub(crate) struct TestQueue {
     jetstream: JetStream,
-    pub(crate) queue: Queue,
+    pub(crate) inner: Queue,
 }
 
-impl Gateway {
+impl TestQueue {
     pub(crate) async fn open(options: Options) -> Self {
         let jetstream = JetStream::open(options).await.unwrap();
-        Self { queue: Queue::JetStream(jetstream.clone()), jetstream }
+        Self { inner: Queue::JetStream(jetstream.clone()), jetstream }
     }
 
-    /// One whose server answers.
-    pub(crate) async fn on(nats: &Nats) -> Self {
-        Self::answered(options(nats)).await
+    /// A queue that is connected to its server.
+    pub(crate) async fn connected(nats: &Nats) -> Self {
+        Self::open_connected(options(nats)).await
     }
 
-    /// The same, where the server gives no call to another before the end of the test.
-    pub(crate) async fn leasing_long(nats: &Nats) -> Self {
-        Self::answered(Options { lease: Duration::from_secs(600), ..options(nats) }).await
+    /// A connected queue whose leases do not expire during the test.
+    pub(crate) async fn with_long_lease(nats: &Nats) -> Self {
+        Self::open_connected(Options { lease: Duration::from_secs(600), ..options(nats) }).await
     }
 
-    async fn answered(options: Options) -> Self {
-        let gateway = Self::open(options).await;
-        eventually("the server answers", async || gateway.queue.status("x").await.is_ok()).await;
-        gateway
+    async fn open_connected(options: Options) -> Self {
+        let queue = Self::open(options).await;
+        eventually("the server responds", async || queue.inner.status("x").await.is_ok()).await;
+        queue
     }
 
     pub(crate) async fn publish(&self, call: QueuedCall) -> Published {
-        within("publish", self.queue.publish(call)).await.unwrap()
+        within("publish", self.inner.publish(call)).await.unwrap()
     }
 
-    pub(crate) async fn take(&self) -> Delivery {
-        within("take", self.queue.receive(PLACES)).await.unwrap()
+    pub(crate) async fn receive(&self) -> Delivery {
+        within("receive a call", self.inner.receive(CONCURRENCY)).await.unwrap()
     }
 
     pub(crate) async fn settle(&self, delivery: Delivery, settlement: Settlement) {
-        within("settle", self.queue.settle(&delivery, &settlement)).await.unwrap();
+        within("settle", self.inner.settle(&delivery, &settlement)).await.unwrap();
     }
 
     pub(crate) async fn state(&self, id: &str) -> Option<CallState> {
-        self.queue.status(id).await.unwrap().map(|status| status.state)
+        self.inner.status(id).await.unwrap().map(|status| status.state)
     }
 
-    /// Nothing is there to take for some time.
-    pub(crate) async fn takes_nothing(&self, time: Duration) -> bool {
-        tokio::time::timeout(time, self.queue.receive(PLACES)).await.is_err()
+    /// Returns whether nothing is delivered for `time`.
+    pub(crate) async fn receives_nothing(&self, time: Duration) -> bool {
+        tokio::time::timeout(time, self.inner.receive(CONCURRENCY)).await.is_err()
     }
 
-    pub(crate) async fn tidy(&self, age: Duration, idle: Duration) -> Result<u64, Error> {
+    pub(crate) async fn collect_garbage(
+        &self,
+        age: Duration,
+        idle: Duration,
+    ) -> Result<u64, Error> {
         self.jetstream.tidy(age, idle).await
     }
 
     pub(crate) async fn unfinished(&self) -> u64 {
-        let counts = self.queue.depths().await.unwrap();
-        counts.iter().map(|(_, it)| it.pending + it.running + it.delayed).sum()
+        let counts = self.inner.depths().await.unwrap();
+        counts.iter().map(|(_, counts)| counts.pending + counts.running + counts.delayed).sum()
     }
 
-    /// Nothing is left to be made: the server removes a call's message a moment after its end.
-    pub(crate) async fn is_empty(&self) {
-        eventually("nothing is left", async || self.unfinished().await == 0).await;
+    /// Waits until no call is unfinished: the server deletes a call's message a moment after its end.
+    pub(crate) async fn wait_until_empty(&self) {
+        eventually("no call is unfinished", async || self.unfinished().await == 0).await;
     }
 
-    /// A killed server may forget removals. Whoever takes next sees that these calls are over, and lets go of them.
-    pub(crate) async fn lets_go(&self) {
+    /// A killed server may lose deletions. The next receiver notices that these calls have finished, and acknowledges
+    /// them.
+    pub(crate) async fn assert_nothing_redelivered(&self) {
         tokio::select! {
-            taken = self.queue.receive(PLACES) => panic!("made once more: {taken:?}"),
-            () = self.is_empty() => {}
+            taken = self.inner.receive(CONCURRENCY) => panic!("redelivered: {taken:?}"),
+            () = self.wait_until_empty() => {}
         }
     }
 
-    /// As when the process is killed: what it has taken is neither settled nor given back.
-    pub(crate) async fn dies(self, taken: Vec<Delivery>) {
+    /// Simulates a killed process: the received calls are neither settled nor released.
+    pub(crate) async fn crash(self, taken: Vec<Delivery>) {
         self.jetstream.stop().await;
         taken.into_iter().for_each(std::mem::forget);
     }
 }
 
-pub(crate) fn now() -> UnixMillis {
+pub(crate) fn unix_millis() -> UnixMillis {
     SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_millis().try_into().unwrap()
 }
 
-pub(crate) fn call_of(function: &str, id: &str) -> QueuedCall {
+pub(crate) fn call_to(function: &str, id: &str) -> QueuedCall {
     QueuedCall {
         id: id.to_owned(),
         function: Function { name: function.to_owned(), namespace: "fn".to_owned() },
@@ -129,12 +134,12 @@ pub(crate) fn call_of(function: &str, id: &str) -> QueuedCall {
             http::HeaderValue::from_bytes(b"a\xff").unwrap(),
         )]),
         body: Bytes::from_static(b"body"),
-        options: CallOptions { submitted_at: now(), ..CallOptions::default() },
+        options: CallOptions { submitted_at: unix_millis(), ..CallOptions::default() },
     }
 }
 
 pub(crate) fn call(id: &str) -> QueuedCall {
-    call_of("echo", id)
+    call_to("echo", id)
 }
 
 pub(crate) fn succeeded() -> Settlement {
@@ -154,7 +159,7 @@ pub(crate) fn succeeded() -> Settlement {
     }
 }
 
-pub(crate) fn dead() -> Settlement {
+pub(crate) fn dead_lettered() -> Settlement {
     Settlement::DeadLetter { status: Some(500), reason: Some("gave up".to_owned()), response: None }
 }
 
@@ -168,8 +173,8 @@ pub(crate) async fn stream(nats: &Nats, name: &str) -> async_nats::jetstream::st
     async_nats::jetstream::new(client).get_stream(name).await.unwrap()
 }
 
-/// One who may publish whatever it likes.
-pub(crate) async fn stranger(nats: &Nats) -> async_nats::jetstream::Context {
+/// A client that publishes arbitrary messages.
+pub(crate) async fn foreign_client(nats: &Nats) -> async_nats::jetstream::Context {
     let options = async_nats::ConnectOptions::new().retry_on_initial_connect();
     async_nats::jetstream::new(options.connect(nats.url()).await.unwrap())
 }

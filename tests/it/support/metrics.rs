@@ -1,4 +1,4 @@
-//! The gateway's metrics, read as Prometheus would.
+//! The gateway's metrics, as Prometheus reads them.
 
 /// One scrape.
 #[derive(Debug)]
@@ -7,7 +7,7 @@ pub(crate) struct Metrics {
 }
 
 impl Metrics {
-    /// The sum of the series `name` that have all of `labels`; `None` if there is none.
+    /// Sum of the series `name` that have all of `labels`; `None` if there is none.
     pub(crate) fn get(&self, name: &str, labels: &[(&str, &str)]) -> Option<f64> {
         let wanted: Vec<_> = labels.iter().map(|(n, v)| format!("{n}=\"{v}\"")).collect();
         let values: Vec<f64> = self
@@ -19,19 +19,19 @@ impl Metrics {
         (!values.is_empty()).then(|| values.iter().sum())
     }
 
-    /// Calls of `function` that ended with `code`.
+    /// Number of calls of `function` that ended with `code`.
     pub(crate) fn calls(&self, function: &str, code: &str) -> u64 {
         let labels = [("function_name", function), ("code", code)];
         self.get("gateway_function_invocation_total", &labels).unwrap_or_default() as u64
     }
 
-    /// Calls of `function` in flight.
+    /// Number of calls of `function` in flight.
     pub(crate) fn in_flight(&self, function: &str) -> f64 {
         let labels = [("function_name", function)];
         self.get("gateway_function_invocation_inflight", &labels).unwrap_or_default()
     }
 
-    /// How many series there are.
+    /// Number of series.
     pub(crate) fn len(&self) -> usize {
         self.series().count()
     }

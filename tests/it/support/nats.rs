@@ -1,4 +1,4 @@
-//! A real nats-server with JetStream, in a directory of its own.
+//! A real nats-server with JetStream, in its own directory.
 
 use std::fs::File;
 use std::net::{Ipv4Addr, TcpListener};
@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicU16, Ordering::Relaxed};
 
 use tempfile::TempDir;
 
-/// The server. It is killed when this is dropped; what it has stored goes as well.
+/// The server. It is killed, and its data deleted, when this is dropped.
 pub(crate) struct Nats {
     directory: TempDir,
     port: u16,
@@ -21,16 +21,16 @@ impl Nats {
         Self::start_with(&[])
     }
 
-    /// A running server, with arguments of its own.
+    /// A running server with additional arguments.
     pub(crate) fn start_with(arguments: &[&str]) -> Self {
-        let mut nats = Self::away();
+        let mut nats = Self::not_started();
         nats.arguments = arguments.iter().map(|&argument| argument.to_owned()).collect();
         nats.restart();
         nats
     }
 
     /// A server that has not been started.
-    pub(crate) fn away() -> Self {
+    pub(crate) fn not_started() -> Self {
         let port = free_port();
         Self { directory: TempDir::new().unwrap(), port, arguments: Vec::new(), process: None }
     }
@@ -43,7 +43,7 @@ impl Nats {
         self.port
     }
 
-    /// Starts the server on what it has stored before.
+    /// Starts the server on its stored data.
     pub(crate) fn restart(&mut self) {
         assert!(self.process.is_none(), "it runs");
         let process = Command::new("nats-server")
@@ -56,7 +56,7 @@ impl Nats {
         self.process = Some(process.expect("nats-server is needed for this test"));
     }
 
-    /// Kills the server: it has no time for anything.
+    /// Kills the server without a graceful shutdown.
     pub(crate) fn kill(&mut self) {
         if let Some(mut process) = self.process.take() {
             let ended = process.try_wait().unwrap();
@@ -65,8 +65,8 @@ impl Nats {
             if let Some(ended) = ended
                 && !std::thread::panicking()
             {
-                let said = std::fs::read_to_string(self.log()).unwrap_or_default();
-                panic!("nats-server ended by itself: {ended}\n{said}");
+                let log = std::fs::read_to_string(self.log()).unwrap_or_default();
+                panic!("nats-server ended by itself: {ended}\n{log}");
             }
         }
     }
@@ -76,13 +76,13 @@ impl Nats {
     }
 }
 
-/// A port that nobody listens on. It is none of those that the system gives to connections: one of them could have it
-/// when a server that was killed is started again.
+/// A port without a listener. It is outside of the range of ephemeral ports: a connection could occupy one of those
+/// before a killed server is restarted.
 pub(crate) fn free_port() -> u16 {
     const FIRST: u16 = 20_000;
     const COUNT: u16 = 12_000;
     static NEXT: AtomicU16 = AtomicU16::new(0);
-    // Test processes that run side by side begin at different places.
+    // Concurrent test processes begin at different ports.
     let begin = u16::try_from(std::process::id() * 61 % u32::from(COUNT)).unwrap();
     (0..COUNT)
         .map(|_| FIRST + (begin + NEXT.fetch_add(1, Relaxed) % COUNT) % COUNT)

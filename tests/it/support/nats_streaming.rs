@@ -1,4 +1,4 @@
-//! The real server of NATS Streaming, in a directory of its own: it can be stopped for a while, as by a hypervisor.
+//! The real NATS Streaming server, in its own directory. It can be frozen for a while.
 
 use std::fs::File;
 use std::path::PathBuf;
@@ -8,10 +8,10 @@ use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 use tempfile::TempDir;
 
+use crate::support::connection::Connection;
 use crate::support::eventually;
 use crate::support::fake_stan::{CHANNEL, CLUSTER};
 use crate::support::nats::free_port;
-use crate::support::wire::Wire;
 
 /// The version that `tests/tools/nats-streaming.sh` installs.
 const VERSION: &str = "0.25.6";
@@ -39,7 +39,10 @@ impl NatsStreaming {
             .spawn();
         let process = process.expect("nats-streaming-server: see tests/tools/nats-streaming.sh");
         let server = Self { port, monitoring, process, _directory: directory };
-        eventually("it serves", async || server.state("serverz").await.is_some()).await;
+        eventually("the server responds", async || {
+            server.monitoring_data("serverz").await.is_some()
+        })
+        .await;
         server
     }
 
@@ -51,7 +54,7 @@ impl NatsStreaming {
         self.port
     }
 
-    /// Has the server stand still; its connections stay.
+    /// Freezes the server; its connections stay open.
     pub(crate) fn freeze(&self) {
         self.signal(Signal::STOP);
         // The signal has been sent when `kill` returns, but each thread stops when it is next scheduled.
@@ -69,7 +72,7 @@ impl NatsStreaming {
         }
     }
 
-    /// Has it go on.
+    /// Resumes the server.
     pub(crate) fn thaw(&self) {
         self.signal(Signal::CONT);
     }
@@ -79,17 +82,20 @@ impl NatsStreaming {
         kill_process(pid, signal).unwrap();
     }
 
-    /// How many messages were ever stored in the channel of calls.
-    pub(crate) async fn stored(&self) -> u64 {
-        let channel = self.state(&format!("channelsz?channel={CHANNEL}")).await;
+    /// Number of messages that were ever stored in the channel of calls.
+    pub(crate) async fn message_count(&self) -> u64 {
+        let channel = self.monitoring_data(&format!("channelsz?channel={CHANNEL}")).await;
         channel.and_then(|channel| channel["last_seq"].as_u64()).unwrap_or_default()
     }
 
-    /// Waits until workers have acknowledged this number of calls, and no call is left.
-    pub(crate) async fn drained(&self, calls: u64) {
-        eventually("all is acknowledged", async || {
-            let channel = self.state(&format!("channelsz?channel={CHANNEL}&subs=1")).await;
-            let Some(channel) = channel.filter(|it| it["last_seq"].as_u64() >= Some(calls)) else {
+    /// Waits until workers have acknowledged `calls` calls, and no call is left.
+    pub(crate) async fn wait_until_drained(&self, calls: u64) {
+        eventually("all messages are acknowledged", async || {
+            let channel =
+                self.monitoring_data(&format!("channelsz?channel={CHANNEL}&subs=1")).await;
+            let Some(channel) =
+                channel.filter(|channel| channel["last_seq"].as_u64() >= Some(calls))
+            else {
                 return false;
             };
             // Each worker of the group has been sent a part.
@@ -101,12 +107,13 @@ impl NatsStreaming {
         .await;
     }
 
-    /// What the server's monitoring says, if it answers.
-    async fn state(&self, what: &str) -> Option<Value> {
+    /// Monitoring data of the server, if it responds.
+    async fn monitoring_data(&self, what: &str) -> Option<Value> {
         let address = (std::net::Ipv4Addr::LOCALHOST, self.monitoring);
         tokio::net::TcpStream::connect(address).await.ok()?;
-        let answer = Wire::connect(address.into()).await.get(&format!("/streaming/{what}")).await;
-        serde_json::from_str(answer.text()).ok()
+        let response =
+            Connection::connect(address.into()).await.get(&format!("/streaming/{what}")).await;
+        serde_json::from_str(response.text()).ok()
     }
 }
 
@@ -117,7 +124,7 @@ impl Drop for NatsStreaming {
     }
 }
 
-/// Where the script puts the server.
+/// Path at which the script installs the server.
 pub(crate) fn program() -> PathBuf {
     let folder = |name: &str| std::env::var_os(name).map(PathBuf::from);
     let cache = folder("XDG_CACHE_HOME").or_else(|| Some(folder("HOME")?.join(".cache")));

@@ -1,5 +1,5 @@
-//! A provider over real sockets. It answers the API by itself; what it does with calls of functions is the test's
-//! choice: hand them to the test one by one ([`Provider::by_hand`]), or answer each in the same way.
+//! A provider over real sockets. It serves the API by itself. Function calls are handed to the test one by one
+//! ([`Provider::manual`]), or served by a handler.
 
 use std::future::Future;
 use std::net::SocketAddr;
@@ -11,50 +11,50 @@ use tokio::net::{TcpListener, TcpSocket};
 use tokio::sync::{Semaphore, mpsc};
 use tokio::task::JoinSet;
 
-use crate::support::wire::{BrokenOff, Head, Wire};
+use crate::support::connection::{BodyAborted, Connection, Head};
 use crate::support::within;
 
-type Next = Pin<Box<dyn Future<Output = Option<Wire>> + Send>>;
-type Answering = dyn Fn(Call) -> Next + Send + Sync;
+type HandlerFuture = Pin<Box<dyn Future<Output = Option<Connection>> + Send>>;
+type Handler = dyn Fn(Invocation) -> HandlerFuture + Send + Sync;
 type Api = dyn Fn(&Head, &[u8]) -> Option<(u16, String)> + Send + Sync;
 
-/// A call of a function, as the provider sees it. Closed when dropped.
-pub(crate) struct Call {
+/// A function call, as the provider sees it. Closed when dropped.
+pub(crate) struct Invocation {
     pub(crate) head: Head,
-    pub(crate) wire: Wire,
+    pub(crate) connection: Connection,
 }
 
-impl Call {
-    pub(crate) async fn body(&mut self) -> Result<Vec<u8>, BrokenOff> {
-        self.wire.body(&self.head).await
+impl Invocation {
+    pub(crate) async fn read_body(&mut self) -> Result<Vec<u8>, BodyAborted> {
+        self.connection.read_body(&self.head).await
     }
 
-    /// Reads the request to its end, and answers it with a body of known length.
-    pub(crate) async fn answer(&mut self, status: u16, body: &str) {
-        self.body().await.unwrap();
-        self.answer_with(status, body.as_bytes()).await;
+    /// Reads the request to its end, and responds with a body of known length.
+    pub(crate) async fn respond(&mut self, status: u16, body: &str) {
+        self.read_body().await.unwrap();
+        self.send_response(status, body.as_bytes()).await;
     }
 
-    /// Answers a request that has been read.
-    pub(crate) async fn answer_with(&mut self, status: u16, body: &[u8]) {
+    /// Responds to a request that has been read.
+    pub(crate) async fn send_response(&mut self, status: u16, body: &[u8]) {
         let length = body.len();
         let head = format!("HTTP/1.1 {status} X\r\nContent-Length: {length}\r\n\r\n");
-        self.wire.send([head.as_bytes(), body].concat()).await;
+        self.connection.send([head.as_bytes(), body].concat()).await;
     }
 }
 
-/// Requests to scale wait here until it is opened.
-pub(crate) struct Gate {
+/// Scale requests wait here until the gate is opened.
+pub(crate) struct ScaleGate {
     waiting: Mutex<Vec<String>>,
     open: Semaphore,
 }
 
-impl Gate {
+impl ScaleGate {
     pub(crate) fn closed() -> Arc<Self> {
         Arc::new(Self { waiting: Mutex::default(), open: Semaphore::new(0) })
     }
 
-    /// What has come here, as targets.
+    /// Targets of the waiting requests.
     pub(crate) fn waiting(&self) -> Vec<String> {
         self.waiting.lock().unwrap().clone()
     }
@@ -66,49 +66,49 @@ impl Gate {
     async fn pass(&self, head: &Head) {
         if head.target().starts_with("/system/scale-function/") {
             self.waiting.lock().unwrap().push(head.target().to_owned());
-            // It is never given a place: it passes when the gate is open.
+            // There is never a permit: acquiring fails when the gate is opened.
             assert!(self.open.acquire().await.is_err());
         }
     }
 }
 
-/// The running provider. Gone, with its connections, when dropped.
+/// The running provider. It ends, with its connections, when dropped.
 pub(crate) struct Provider {
     pub(crate) address: SocketAddr,
     shared: Arc<Shared>,
-    calls: mpsc::UnboundedReceiver<Call>,
+    calls: mpsc::UnboundedReceiver<Invocation>,
     task: tokio::task::JoinHandle<()>,
 }
 
 struct Shared {
     functions: Mutex<String>,
     api: Option<Box<Api>>,
-    answering: Option<Box<Answering>>,
-    gate: Option<Arc<Gate>>,
-    handed: mpsc::UnboundedSender<Call>,
+    handler: Option<Box<Handler>>,
+    gate: Option<Arc<ScaleGate>>,
+    manual_calls: mpsc::UnboundedSender<Invocation>,
     connections: AtomicUsize,
     calls: AtomicUsize,
-    /// Requests of the API, without those that the gateway makes on its own.
-    asked: Mutex<Vec<(Head, Vec<u8>)>>,
+    /// API requests, without those that the gateway sends on its own.
+    api_requests: Mutex<Vec<(Head, Vec<u8>)>>,
 }
 
-/// How a provider is to be.
+/// Configuration of a provider to start.
 pub(crate) struct Builder {
     functions: String,
     api: Option<Box<Api>>,
-    answering: Option<Box<Answering>>,
-    gate: Option<Arc<Gate>>,
+    handler: Option<Box<Handler>>,
+    gate: Option<Arc<ScaleGate>>,
     address: SocketAddr,
 }
 
 impl Builder {
-    /// The functions it lists, as JSON.
-    pub(crate) fn lists(mut self, functions: &str) -> Self {
+    /// The function list, as JSON.
+    pub(crate) fn listing(mut self, functions: &str) -> Self {
         functions.clone_into(&mut self.functions);
         self
     }
 
-    /// Status and body for requests of the API that `api` has an answer to.
+    /// Status and body for the API requests for which `api` returns a response.
     pub(crate) fn api(
         mut self,
         api: impl Fn(&Head, &[u8]) -> Option<(u16, String)> + Send + Sync + 'static,
@@ -117,26 +117,26 @@ impl Builder {
         self
     }
 
-    /// What it does with each call; `Some` keeps the connection open.
-    pub(crate) fn answering<F>(
+    /// Handler of function calls; `Some` keeps the connection open.
+    pub(crate) fn handler<F>(
         mut self,
-        answering: impl Fn(Call) -> F + Send + Sync + 'static,
+        handler: impl Fn(Invocation) -> F + Send + Sync + 'static,
     ) -> Self
     where
-        F: Future<Output = Option<Wire>> + Send + 'static,
+        F: Future<Output = Option<Connection>> + Send + 'static,
     {
-        self.answering = Some(Box::new(move |call| Box::pin(answering(call))));
+        self.handler = Some(Box::new(move |call| Box::pin(handler(call))));
         self
     }
 
-    /// Where requests to scale wait before it heeds them.
-    pub(crate) fn behind(mut self, gate: &Arc<Gate>) -> Self {
+    /// Makes scale requests wait at `gate`.
+    pub(crate) fn scale_gate(mut self, gate: &Arc<ScaleGate>) -> Self {
         self.gate = Some(Arc::clone(gate));
         self
     }
 
-    /// Where it listens, instead of on a free port.
-    pub(crate) fn at(mut self, address: SocketAddr) -> Self {
+    /// The address to listen on, instead of a free port.
+    pub(crate) fn listen_on(mut self, address: SocketAddr) -> Self {
         self.address = address;
         self
     }
@@ -147,16 +147,16 @@ impl Builder {
         socket.bind(self.address).unwrap();
         let listener = socket.listen(4096).unwrap();
         let address = listener.local_addr().unwrap();
-        let (handed, calls) = mpsc::unbounded_channel();
+        let (manual_calls, calls) = mpsc::unbounded_channel();
         let shared = Arc::new(Shared {
             functions: Mutex::new(self.functions),
             api: self.api,
-            answering: self.answering,
+            handler: self.handler,
             gate: self.gate,
-            handed,
+            manual_calls,
             connections: AtomicUsize::new(0),
             calls: AtomicUsize::new(0),
-            asked: Mutex::default(),
+            api_requests: Mutex::default(),
         });
         let task = tokio::spawn(accept(listener, Arc::clone(&shared)));
         Provider { address, shared, calls, task }
@@ -168,54 +168,54 @@ impl Provider {
         Builder {
             functions: "[]".to_owned(),
             api: None,
-            answering: None,
+            handler: None,
             gate: None,
             address: SocketAddr::from(([127, 0, 0, 1], 0)),
         }
     }
 
-    /// One whose calls the test answers itself.
-    pub(crate) fn by_hand() -> Self {
+    /// A provider whose calls the test answers.
+    pub(crate) fn manual() -> Self {
         Self::builder().start()
     }
 
-    /// One that answers every call with 200 and `text`.
-    pub(crate) fn saying(text: &'static str) -> Self {
-        Self::builder().answering(move |call| always(call, text)).start()
+    /// A provider that responds to every call with 200 and `text`.
+    pub(crate) fn replying(text: &'static str) -> Self {
+        Self::builder().handler(move |call| respond_ok(call, text)).start()
     }
 
     pub(crate) fn url(&self) -> String {
         format!("http://{}", self.address)
     }
 
-    /// The next call, handed over.
-    pub(crate) async fn call(&mut self) -> Call {
+    /// The next function call.
+    pub(crate) async fn next_call(&mut self) -> Invocation {
         within("waiting for a call to reach the provider", self.calls.recv()).await.unwrap()
     }
 
-    /// Lists `functions` from now on.
-    pub(crate) fn lists(&self, functions: &str) {
+    /// Replaces the function list.
+    pub(crate) fn set_functions(&self, functions: &str) {
         functions.clone_into(&mut self.shared.functions.lock().unwrap());
     }
 
-    /// Takes the connection of a call back, for the next one on it.
-    pub(crate) fn keep(&self, call: Call) {
-        tokio::spawn(serve(call.wire, Arc::clone(&self.shared)));
+    /// Serves further requests on the connection of a call.
+    pub(crate) fn reuse_connection(&self, call: Invocation) {
+        tokio::spawn(serve(call.connection, Arc::clone(&self.shared)));
     }
 
-    /// How many connections were made to it.
-    pub(crate) fn connections(&self) -> usize {
+    /// Number of accepted connections.
+    pub(crate) fn connection_count(&self) -> usize {
         self.shared.connections.load(SeqCst)
     }
 
-    /// How many calls of functions have reached it.
-    pub(crate) fn calls(&self) -> usize {
+    /// Number of received function calls.
+    pub(crate) fn call_count(&self) -> usize {
         self.shared.calls.load(SeqCst)
     }
 
-    /// Requests of the API that were made of it on a caller's behalf, or for a call.
-    pub(crate) fn asked(&self) -> Vec<(Head, Vec<u8>)> {
-        self.shared.asked.lock().unwrap().clone()
+    /// API requests on behalf of a client, or for a call.
+    pub(crate) fn api_requests(&self) -> Vec<(Head, Vec<u8>)> {
+        self.shared.api_requests.lock().unwrap().clone()
     }
 }
 
@@ -225,10 +225,10 @@ impl Drop for Provider {
     }
 }
 
-/// Answers a call with 200 and `text`, and keeps the connection.
-pub(crate) async fn always(mut call: Call, text: &str) -> Option<Wire> {
-    call.answer(200, text).await;
-    Some(call.wire)
+/// Responds with 200 and `text`, and keeps the connection.
+pub(crate) async fn respond_ok(mut call: Invocation, text: &str) -> Option<Connection> {
+    call.respond(200, text).await;
+    Some(call.connection)
 }
 
 async fn accept(listener: TcpListener, shared: Arc<Shared>) {
@@ -236,53 +236,53 @@ async fn accept(listener: TcpListener, shared: Arc<Shared>) {
     loop {
         let Ok((tcp, _)) = listener.accept().await else { return };
         shared.connections.fetch_add(1, SeqCst);
-        connections.spawn(serve(Wire::new(tcp), Arc::clone(&shared)));
+        connections.spawn(serve(Connection::new(tcp), Arc::clone(&shared)));
         while connections.try_join_next().is_some() {}
     }
 }
 
-async fn serve(mut wire: Wire, shared: Arc<Shared>) {
-    // An idle connection may stay so for longer than a test waits for anything.
-    while wire.readable().await
-        && let Some(head) = wire.try_head().await
+async fn serve(mut connection: Connection, shared: Arc<Shared>) {
+    // An idle connection may stay idle for longer than the deadline of a test.
+    while connection.wait_readable().await
+        && let Some(head) = connection.try_read_head().await
     {
         if head.target().starts_with("/function/") {
             shared.calls.fetch_add(1, SeqCst);
-            let call = Call { head, wire };
-            match &shared.answering {
-                Some(answering) => match answering(call).await {
-                    Some(kept) => wire = kept,
+            let call = Invocation { head, connection };
+            match &shared.handler {
+                Some(handler) => match handler(call).await {
+                    Some(kept) => connection = kept,
                     None => return,
                 },
                 None => {
-                    let _ = shared.handed.send(call);
+                    let _ = shared.manual_calls.send(call);
                     return;
                 }
             }
             continue;
         }
-        let Ok(body) = wire.body(&head).await else { return };
+        let Ok(body) = connection.read_body(&head).await else { return };
         if let Some(gate) = &shared.gate {
             gate.pass(&head).await;
         }
-        let (status, text) = shared.answer(&head, body);
+        let (status, text) = shared.api_response(&head, body);
         let length = text.len();
-        let answer = format!(
+        let response = format!(
             "HTTP/1.1 {status} X\r\nContent-Type: application/json\r\nContent-Length: {length}\r\n\r\n{text}"
         );
-        if wire.try_send(answer).await.is_err() {
+        if connection.try_send(response).await.is_err() {
             return;
         }
     }
 }
 
 impl Shared {
-    fn answer(&self, head: &Head, body: Vec<u8>) -> (u16, String) {
+    fn api_response(&self, head: &Head, body: Vec<u8>) -> (u16, String) {
         let scripted = self.api.as_ref().and_then(|api| api(head, &body));
         let forwarded = head.header("x-forwarded-for").is_some();
         let noted = ["/system/function/", "/v1/traces"];
         if forwarded || noted.iter().any(|start| head.target().starts_with(start)) {
-            self.asked.lock().unwrap().push((head.clone(), body));
+            self.api_requests.lock().unwrap().push((head.clone(), body));
         }
         scripted.unwrap_or_else(|| match head.target().split('?').next() {
             Some("/system/functions") => (200, self.functions.lock().unwrap().clone()),

@@ -1,4 +1,4 @@
-//! Queued calls: a gateway with a queue, and what is asked of it.
+//! Queued calls: gateways with a queue, and requests about calls.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -7,13 +7,13 @@ use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
 use serde_json::Value;
 use tokio::sync::watch;
 
+use crate::support::connection::{Head, Response, request};
 use crate::support::eventually;
 use crate::support::gateway::{Builder, Gateway};
-use crate::support::provider::{self, Call, Provider};
-use crate::support::wire::{Answer, Head, request};
+use crate::support::provider::{self, Invocation, Provider};
 
-/// A gateway that keeps its queue in `state`, and may call back to this machine.
-pub(crate) fn queueing(provider: &Provider, state: &Path) -> Builder {
+/// A gateway with its queue in `state`, and callbacks to this machine allowed.
+pub(crate) fn with_embedded_queue(provider: &Provider, state: &Path) -> Builder {
     Gateway::builder()
         .provider(provider)
         .var("queue", "embedded")
@@ -21,29 +21,32 @@ pub(crate) fn queueing(provider: &Provider, state: &Path) -> Builder {
         .var("callback_allowlist", "loopback")
 }
 
-/// A provider whose functions, all but `unknown`, are made three times in quick succession if they fail.
-pub(crate) fn patient() -> provider::Builder {
-    Provider::builder().api(|head, _| function(head))
+/// A provider whose functions, except for `unknown`, allow three attempts at short intervals.
+pub(crate) fn fast_retry() -> provider::Builder {
+    Provider::builder().api(|head, _| function_status(head))
 }
 
-/// Functions that respond with `response` once `open` is.
-pub(crate) fn responding(response: impl Into<Arc<[u8]>>, open: &watch::Sender<bool>) -> Provider {
+/// A provider whose functions respond with `response` once `open` is true.
+pub(crate) fn replying_when_open(
+    response: impl Into<Arc<[u8]>>,
+    open: &watch::Sender<bool>,
+) -> Provider {
     let (response, gate) = (response.into(), open.subscribe());
-    patient()
-        .answering(move |mut call| {
+    fast_retry()
+        .handler(move |mut call| {
             let (response, mut gate) = (Arc::clone(&response), gate.clone());
             async move {
-                call.body().await.ok()?;
+                call.read_body().await.ok()?;
                 gate.wait_for(|open| *open).await.ok()?;
-                call.answer_with(200, &response).await;
-                Some(call.wire)
+                call.send_response(200, &response).await;
+                Some(call.connection)
             }
         })
         .start()
 }
 
-/// What such a provider says of a function.
-pub(crate) fn function(head: &Head) -> Option<(u16, String)> {
+/// Status of a function with such a retry policy.
+pub(crate) fn function_status(head: &Head) -> Option<(u16, String)> {
     let name = head.target().split('?').next()?.strip_prefix("/system/function/")?;
     if name == "unknown" {
         return Some((404, "no such function".to_owned()));
@@ -59,64 +62,69 @@ pub(crate) fn function(head: &Head) -> Option<(u16, String)> {
     Some((200, status.to_string()))
 }
 
-/// One whose functions answer with `statuses` in turn, the last one for ever; the body is `text`.
-pub(crate) fn answering(statuses: &'static [u16], text: &'static str) -> Provider {
+/// A provider whose functions respond with `statuses` in turn and the body `text`; the last status is repeated.
+pub(crate) fn replying_with(statuses: &'static [u16], text: &'static str) -> Provider {
     let come = AtomicUsize::new(0);
-    let answering = move |mut call: Call| {
+    let handler = move |mut call: Invocation| {
         let status = statuses[come.fetch_add(1, SeqCst).min(statuses.len() - 1)];
         async move {
-            call.answer(status, text).await;
-            Some(call.wire)
+            call.respond(status, text).await;
+            Some(call.connection)
         }
     };
-    patient().answering(answering).start()
+    fast_retry().handler(handler).start()
 }
 
 impl Gateway {
-    /// Makes a request with `headers` on a connection of its own.
-    pub(crate) async fn ask(&self, method: &str, target: &str, headers: &[&str]) -> Answer {
-        self.connect().await.ask(request(method, target, headers, "")).await
+    /// Sends a request with `headers` on a new connection.
+    pub(crate) async fn request(&self, method: &str, target: &str, headers: &[&str]) -> Response {
+        self.connect().await.exchange(request(method, target, headers, "")).await
     }
 
-    /// Queues a call of `function` with `headers` and `body`.
-    pub(crate) async fn queue(&self, function: &str, headers: &[&str], body: &str) -> Answer {
+    /// Sends an asynchronous call of `function` with `headers` and `body`.
+    pub(crate) async fn send_async(
+        &self,
+        function: &str,
+        headers: &[&str],
+        body: &str,
+    ) -> Response {
         let target = format!("/async-function/{function}");
-        self.connect().await.ask(request("POST", &target, headers, body)).await
+        self.connect().await.exchange(request("POST", &target, headers, body)).await
     }
 
-    /// Queues a call that is taken in; its id.
-    pub(crate) async fn queued(&self, function: &str, headers: &[&str], body: &str) -> String {
-        let answer = self.queue(function, headers, body).await;
-        assert_eq!(answer.status(), 202, "{answer}");
-        answer.header("x-call-id").unwrap().to_owned()
+    /// Enqueues a call, which must be accepted. Returns its id.
+    pub(crate) async fn enqueue(&self, function: &str, headers: &[&str], body: &str) -> String {
+        let response = self.send_async(function, headers, body).await;
+        assert_eq!(response.status(), 202, "{response}");
+        response.header("x-call-id").unwrap().to_owned()
     }
 
-    /// What is told of a call.
+    /// State of a call.
     pub(crate) async fn state(&self, id: &str) -> Value {
-        let answer = self.get(&format!("/async-function/{id}")).await;
-        assert_eq!(answer.status(), 200, "{answer}");
-        answer.json()
+        let response = self.get(&format!("/async-function/{id}")).await;
+        assert_eq!(response.status(), 200, "{response}");
+        response.json()
     }
 
-    /// Waits until a call is in `state`; what is then told of it.
-    pub(crate) async fn becomes(&self, id: &str, state: &str) -> Value {
-        let mut told = Value::Null;
+    /// Waits until a call is in `state`. Returns its status.
+    pub(crate) async fn wait_for_state(&self, id: &str, state: &str) -> Value {
+        let mut call_status = Value::Null;
         let what = format!("the call is {state}");
         eventually(&what, async || {
-            told = self.state(id).await;
-            told["state"] == state
+            call_status = self.state(id).await;
+            call_status["state"] == state
         })
         .await;
-        told
+        call_status
     }
 
-    /// Takes a call back.
-    pub(crate) async fn cancel(&self, id: &str) -> Answer {
-        self.ask("DELETE", &format!("/async-function/{id}"), &[]).await
+    /// Cancels a call.
+    pub(crate) async fn cancel(&self, id: &str) -> Response {
+        self.request("DELETE", &format!("/async-function/{id}"), &[]).await
     }
 
-    /// The answer that is kept of a call.
-    pub(crate) async fn result(&self, id: &str) -> Answer {
+    /// The stored response of a call.
+    pub(crate) async fn result(&self, id: &str) -> Response {
         self.get(&format!("/async-function/{id}/result")).await
     }
 }

@@ -1,4 +1,4 @@
-//! `gateway up` as it is run: the binary, with real functions.
+//! `gateway up` as users run it: the binary, with real functions.
 
 use std::fs::File;
 use std::net::SocketAddr;
@@ -37,7 +37,7 @@ impl Up {
             .arg(&file)
             .envs([("port", "0"), ("metrics_port", "0"), ("provider_port", "0")])
             .env("PATH", "/usr/local/bin:/usr/bin:/bin")
-            // State goes where it goes by default: into the current directory.
+            // The state directory is in the current directory by default.
             .current_dir(state.path())
             .stdout(Stdio::piped())
             .stderr(File::create(state.path().join("log")).unwrap())
@@ -48,8 +48,9 @@ impl Up {
         let (mut gateway, mut metrics, mut provider) = (None, None, None);
         while gateway.is_none() || provider.is_none() {
             let mut line = String::new();
-            let read = within("it says where it is", stdout.read_line(&mut line)).await.unwrap();
-            assert!(read > 0, "it ended");
+            let read =
+                within("the addresses are printed", stdout.read_line(&mut line)).await.unwrap();
+            assert!(read > 0, "the process exited");
             let address = |name: &str| {
                 let url = line.strip_prefix(name)?.split_whitespace().next()?;
                 url.strip_prefix("http://")?.trim_end_matches("/metrics").parse().ok()
@@ -62,14 +63,14 @@ impl Up {
         Self { gateway, metrics, provider: provider.unwrap(), child, _stdout: stdout, state }
     }
 
-    /// Asks it to end; its exit status.
-    pub(crate) async fn terminated(&mut self) -> ExitStatus {
+    /// Sends SIGTERM. Returns the exit status.
+    pub(crate) async fn terminate_and_wait(&mut self) -> ExitStatus {
         self.terminate();
-        within("it ends", self.child.wait()).await.unwrap()
+        within("the process exits", self.child.wait()).await.unwrap()
     }
 
     pub(crate) fn terminate(&self) {
-        let id = self.child.id().expect("it runs");
+        let id = self.child.id().expect("the process runs");
         kill_process(Pid::from_raw(id.try_into().unwrap()).unwrap(), Signal::TERM).unwrap();
     }
 }

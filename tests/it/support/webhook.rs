@@ -1,4 +1,4 @@
-//! What a receiver of Standard Webhooks checks.
+//! The checks of a Standard Webhooks receiver.
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -6,24 +6,24 @@ use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use ring::hmac;
 
-use crate::support::wire::Head;
+use crate::support::connection::Head;
 
 /// Seconds since 1970.
-pub(crate) fn seconds() -> u64 {
+pub(crate) fn unix_seconds() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs()
 }
 
-/// When the message was sent, as it says.
+/// Timestamp of the message.
 pub(crate) fn timestamp(head: &Head) -> u64 {
     head.header("webhook-timestamp").expect("a timestamp").parse().unwrap()
 }
 
-/// Asserts that the message `id` with `body` was sent lately and signed with each of `secrets`, in this order.
+/// Asserts that the message `id` with `body` is recent and signed with each of `secrets`, in this order.
 #[track_caller]
-pub(crate) fn check(head: &Head, id: &str, body: &[u8], secrets: &[&[u8]]) {
+pub(crate) fn assert_signed(head: &Head, id: &str, body: &[u8], secrets: &[&[u8]]) {
     assert_eq!(head.header("webhook-id"), Some(id));
     let timestamp = timestamp(head);
-    assert!(timestamp.abs_diff(seconds()) < 60, "{timestamp}");
+    assert!(timestamp.abs_diff(unix_seconds()) < 60, "{timestamp}");
     let message = [format!("{id}.{timestamp}.").as_bytes(), body].concat();
     let sign = |secret: &&[u8]| {
         let key = hmac::Key::new(hmac::HMAC_SHA256, secret);

@@ -1,4 +1,4 @@
-//! `gateway up` with a state directory that outlives it, and settings.
+//! `gateway up` with settings, and a state directory that outlives the process.
 
 use std::fs::File;
 use std::net::SocketAddr;
@@ -10,22 +10,22 @@ use tempfile::TempDir;
 use tokio::io::{AsyncBufReadExt, BufReader};
 use tokio::process::{Child, ChildStdout, Command};
 
+use crate::support::connection::{Connection, Response, post};
 use crate::support::gateway::command;
-use crate::support::wire::{Answer, Wire, post};
 use crate::support::{eventually, within};
 
-/// Where it works: its stack file, its state, its log, and what functions write.
-pub(crate) struct Place(TempDir);
+/// Directory with the stack file, the state, the log, and the files that functions write.
+pub(crate) struct Workspace(TempDir);
 
 /// A running `gateway up`. Killed when dropped.
 pub(crate) struct Up<'a> {
     pub(crate) gateway: SocketAddr,
-    place: &'a Place,
+    workspace: &'a Workspace,
     child: Child,
     _stdout: BufReader<ChildStdout>,
 }
 
-impl Place {
+impl Workspace {
     pub(crate) fn new() -> Self {
         Self(TempDir::new().unwrap())
     }
@@ -34,8 +34,8 @@ impl Place {
         self.0.path().join(name)
     }
 
-    /// How many lines functions have written to the file `name`.
-    pub(crate) fn lines(&self, name: &str) -> usize {
+    /// Number of lines that functions have written to the file `name`.
+    pub(crate) fn line_count(&self, name: &str) -> usize {
         std::fs::read_to_string(self.path(name)).unwrap_or_default().lines().count()
     }
 
@@ -69,7 +69,8 @@ impl Place {
         let mut gateway = None;
         while gateway.is_none() {
             let mut line = String::new();
-            let read = within("it says where it is", stdout.read_line(&mut line)).await.unwrap();
+            let read =
+                within("the addresses are printed", stdout.read_line(&mut line)).await.unwrap();
             assert!(read > 0, "it ended: {}", self.log());
             let address = |name: &str| {
                 let url = line.strip_prefix(name)?.split_whitespace().next()?;
@@ -77,7 +78,7 @@ impl Place {
             };
             gateway = gateway.or_else(|| address("Gateway"));
         }
-        Up { gateway: gateway.unwrap(), place: self, child, _stdout: stdout }
+        Up { gateway: gateway.unwrap(), workspace: self, child, _stdout: stdout }
     }
 
     pub(crate) fn log(&self) -> String {
@@ -87,45 +88,45 @@ impl Place {
 
 impl Up<'_> {
     pub(crate) fn id(&self) -> u32 {
-        self.child.id().expect("it runs")
+        self.child.id().expect("the process runs")
     }
 
-    /// A request for `target` with `headers`, on a connection of its own.
-    pub(crate) async fn get(&self, target: &str, headers: &str) -> Answer {
-        let mut caller = Wire::connect(self.gateway).await;
-        caller.ask(format!("GET {target} HTTP/1.1\r\nHost: localhost\r\n{headers}\r\n")).await
+    /// Sends a request for `target` with `headers` on a new connection.
+    pub(crate) async fn get(&self, target: &str, headers: &str) -> Response {
+        let mut client = Connection::connect(self.gateway).await;
+        client.exchange(format!("GET {target} HTTP/1.1\r\nHost: localhost\r\n{headers}\r\n")).await
     }
 
-    pub(crate) async fn post(&self, target: &str, body: &str) -> Answer {
-        Wire::connect(self.gateway).await.ask(post(target, body)).await
+    pub(crate) async fn post(&self, target: &str, body: &str) -> Response {
+        Connection::connect(self.gateway).await.exchange(post(target, body)).await
     }
 
-    /// The texts of what `function` and its replicas have logged.
+    /// Texts of the log lines of `function` and its replicas.
     pub(crate) async fn logs(&self, function: &str) -> Vec<String> {
-        let answer = self.get(&format!("/system/logs?name={function}"), "").await;
+        let response = self.get(&format!("/system/logs?name={function}"), "").await;
         let text = |line: &str| {
             let line: serde_json::Value = serde_json::from_str(line).unwrap();
             line["text"].as_str().unwrap().to_owned()
         };
-        answer.text().lines().map(text).collect()
+        response.text().lines().map(text).collect()
     }
 
     /// Waits until `function` has logged a line with `text`.
-    pub(crate) async fn logged(&self, function: &str, text: &str) {
+    pub(crate) async fn wait_for_log(&self, function: &str, text: &str) {
         eventually(text, async || self.logs(function).await.iter().any(|line| line.contains(text)))
             .await;
     }
 
     /// Kills it, and waits until it is gone.
-    pub(crate) async fn killed(mut self) {
-        within("it ends", self.child.kill()).await.unwrap();
+    pub(crate) async fn kill_and_wait(mut self) {
+        within("the process exits", self.child.kill()).await.unwrap();
     }
 
-    /// Asks it to end, and waits for that.
-    pub(crate) async fn terminated(mut self) {
-        let id = self.child.id().expect("it runs");
+    /// Sends SIGTERM, and waits for the process to exit.
+    pub(crate) async fn terminate_and_wait(mut self) {
+        let id = self.child.id().expect("the process runs");
         kill_process(Pid::from_raw(id.try_into().unwrap()).unwrap(), Signal::TERM).unwrap();
-        let status = within("it ends", self.child.wait()).await.unwrap();
-        assert!(status.success(), "{}", self.place.log());
+        let status = within("the process exits", self.child.wait()).await.unwrap();
+        assert!(status.success(), "{}", self.workspace.log());
     }
 }

@@ -1,4 +1,4 @@
-//! The messages of NATS Streaming as its server knows them.
+//! The protocol messages of NATS Streaming, from the server's side.
 
 use bytes::Bytes;
 use prost::Message;
@@ -14,7 +14,7 @@ macro_rules! messages {
     };
 }
 
-// `PingResponse` and `CloseResponse` are both a complaint, or none.
+// `PingResponse` and `CloseResponse` both consist of an error text, which may be empty.
 messages! {
     ConnectResponse {
         pub_prefix: String = string 1,
@@ -46,7 +46,7 @@ messages! {
     Complaint { error: String = string 1 }
 }
 
-/// With members in bytes.
+/// Messages with byte members.
 #[derive(Clone, PartialEq, Message)]
 pub(crate) struct ConnectRequest {
     #[prost(string, tag = "1")]

@@ -1,4 +1,4 @@
-//! What the server keeps: clients, channels, and how far each group of workers has come.
+//! State of the server: clients, channels, and the progress of each queue group.
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
@@ -13,18 +13,18 @@ pub(super) struct Store {
     pub(super) clients: HashMap<String, Client>,
     pub(super) channels: HashMap<String, Vec<(Bytes, i64)>>,
     pub(super) groups: HashMap<String, Group>,
-    /// Those that read a channel for themselves, from its first message on.
+    /// Subscriptions without a queue group, from the first message on.
     followers: Vec<Follower>,
-    /// Channels for which messages are refused, and how many.
-    pub(super) refusals: HashMap<String, usize>,
-    /// How long it takes to say that a message is stored, by channel.
+    /// Number of messages to refuse, by channel.
+    pub(super) remaining_refusals: HashMap<String, usize>,
+    /// Delay of publish acknowledgements, by channel.
     pub(super) delays: HashMap<String, Duration>,
-    /// Channels whose names begin so are for nobody.
-    pub(super) closed_channels: Option<String>,
-    /// The channel whose acknowledgements are not heard.
-    pub(super) deaf_for: Option<String>,
-    /// A client that is not let in.
-    pub(super) shut_out: String,
+    /// Prefix of channels that are not delivered.
+    pub(super) withheld_channels: Option<String>,
+    /// Channel whose acknowledgements are ignored.
+    pub(super) lost_acks: Option<String>,
+    /// Client id that is refused.
+    pub(super) rejected_client: String,
     names: u64,
     last_time: i64,
 }
@@ -36,7 +36,7 @@ pub(super) struct Client {
     pub(super) missed: u32,
 }
 
-/// One that reads all of a channel.
+/// A subscription without a queue group.
 struct Follower {
     request: SubscriptionRequest,
     next: usize,
@@ -49,9 +49,9 @@ pub(super) struct Group {
     members: Vec<Member>,
     /// Messages before this one were delivered at least once.
     next: usize,
-    /// Those that are not acknowledged: who has them, until when, and how often they were sent again.
+    /// Unacknowledged messages: their member, deadline, and number of redeliveries.
     pub(super) pending: BTreeMap<u64, Pending>,
-    again: VecDeque<(u64, u32)>,
+    redelivery: VecDeque<(u64, u32)>,
     pub(super) deliveries: usize,
     turn: usize,
 }
@@ -74,21 +74,22 @@ impl Store {
         self.channels.entry(channel.to_owned()).or_default().push((data, self.last_time));
     }
 
-    /// Whether a message for `channel` is refused.
+    /// Returns whether a message for `channel` is refused.
     pub(super) fn refuses(&mut self, channel: &str) -> bool {
-        let left = self.refusals.get_mut(channel).filter(|left| **left > 0);
+        let left = self.remaining_refusals.get_mut(channel).filter(|left| **left > 0);
         left.map(|left| *left -= 1).is_some()
     }
 
-    /// Where the member's ends are to be told; `None` if it gets nothing.
+    /// Registers a subscription. Returns its acknowledgement inbox; `None` if it is refused.
     pub(super) fn subscribe(&mut self, request: SubscriptionRequest) -> Option<String> {
-        if self.closed_channels.as_ref().is_some_and(|it| request.subject.starts_with(it)) {
+        if self.withheld_channels.as_ref().is_some_and(|prefix| request.subject.starts_with(prefix))
+        {
             return None;
         }
         self.names += 1;
         let acks = format!("_ACKS.{}", self.names);
         if request.group.is_empty() {
-            // The test is over before an hour is.
+            // The test ends before the hour does.
             assert_eq!((request.start_position, request.start_time_delta), (3, 3_600_000_000_000));
             assert_eq!(request.durable_name, "");
             self.followers.push(Follower { request, next: 0 });
@@ -104,29 +105,30 @@ impl Store {
     }
 
     pub(super) fn acknowledge(&mut self, acks: &str, ack: &Ack) {
-        if self.deaf_for.as_ref() == Some(&ack.subject) {
+        if self.lost_acks.as_ref() == Some(&ack.subject) {
             return;
         }
         for group in self.groups.values_mut() {
             if group.members.iter().any(|member| member.acks == acks) {
                 assert_eq!(ack.subject, group.channel);
                 group.pending.remove(&ack.sequence);
-                group.again.retain(|(sequence, _)| *sequence != ack.sequence);
+                group.redelivery.retain(|(sequence, _)| *sequence != ack.sequence);
             }
         }
     }
 
-    /// Lets a client go: what it has not acknowledged is for others.
+    /// Removes a client: its unacknowledged messages go to others.
     pub(super) fn close(&mut self, id: &str) -> bool {
         for group in self.groups.values_mut() {
             group.members.retain(|member| member.request.client_id != id);
-            group.give_back(|group, it| !group.iter().any(|m| m.request.inbox == it.member));
+            group
+                .requeue(|group, pending| !group.iter().any(|m| m.request.inbox == pending.member));
         }
         self.followers.retain(|follower| follower.request.client_id != id);
         self.clients.remove(id).is_some()
     }
 
-    /// What is to be sent now, and where to.
+    /// The messages to send now, with their inboxes.
     pub(super) fn deliver(&mut self) -> Vec<(String, Bytes)> {
         let now = Instant::now();
         let mut sent = Vec::new();
@@ -145,7 +147,7 @@ impl Store {
             }
         }
         for group in self.groups.values_mut() {
-            group.give_back(|_, it| it.until <= now);
+            group.requeue(|_, pending| pending.until <= now);
             let messages = self.channels.get(&group.channel).map_or(&[][..], Vec::as_slice);
             while let Some(delivery) = group.next_delivery(messages, now) {
                 sent.push(delivery);
@@ -156,7 +158,7 @@ impl Store {
 }
 
 impl Group {
-    fn give_back(&mut self, is_over: impl Fn(&[Member], &Pending) -> bool) {
+    fn requeue(&mut self, is_over: impl Fn(&[Member], &Pending) -> bool) {
         let over: Vec<u64> = self
             .pending
             .iter()
@@ -165,7 +167,7 @@ impl Group {
             .collect();
         for sequence in over {
             let pending = self.pending.remove(&sequence).unwrap();
-            self.again.push_back((sequence, pending.redeliveries + 1));
+            self.redelivery.push_back((sequence, pending.redeliveries + 1));
         }
     }
 
@@ -174,11 +176,11 @@ impl Group {
         messages: &[(Bytes, i64)],
         now: Instant,
     ) -> Option<(String, Bytes)> {
-        let waits = !self.again.is_empty() || self.next < messages.len();
+        let waits = !self.redelivery.is_empty() || self.next < messages.len();
         if !waits || self.members.is_empty() {
             return None;
         }
-        // In turn, so that what is sent again goes to another if there is one.
+        // Round robin, so that a redelivery goes to another member if there is one.
         let member = (0..self.members.len()).find_map(|step| {
             let at = (self.turn + step) % self.members.len();
             let member = &self.members[at];
@@ -188,7 +190,7 @@ impl Group {
         })?;
         self.turn = member + 1;
         let request = &self.members[member].request;
-        let (sequence, redeliveries) = self.again.pop_front().unwrap_or_else(|| {
+        let (sequence, redeliveries) = self.redelivery.pop_front().unwrap_or_else(|| {
             self.next += 1;
             (self.next as u64, 0)
         });

@@ -1,4 +1,4 @@
-//! HTTP/1.1 by hand: one end of a connection, for tests that care about framing and about when bytes come.
+//! Raw HTTP/1.1: one end of a connection, for tests that depend on framing and on the time at which bytes arrive.
 
 use std::fmt;
 use std::io;
@@ -11,29 +11,29 @@ use tokio::net::tcp::OwnedWriteHalf;
 use crate::support::within;
 
 /// One end of a connection.
-pub(crate) struct Wire {
+pub(crate) struct Connection {
     tcp: TcpStream,
     /// Read and not yet consumed.
     buffer: Vec<u8>,
 }
 
-/// The head of a request or an answer.
+/// Head of a request or a response.
 #[derive(Clone, Debug)]
 pub(crate) struct Head {
     pub(crate) start: String,
     pub(crate) headers: Vec<(String, String)>,
 }
 
-/// An answer read to its end.
+/// A completely read response.
 #[derive(Clone, Debug)]
-pub(crate) struct Answer {
+pub(crate) struct Response {
     pub(crate) head: Head,
     pub(crate) body: Vec<u8>,
 }
 
-/// The peer broke off inside a message; with what had come of its body.
+/// The peer aborted a message. Contains the received part of its body.
 #[derive(Debug)]
-pub(crate) struct BrokenOff(pub(crate) Vec<u8>);
+pub(crate) struct BodyAborted(pub(crate) Vec<u8>);
 
 impl Head {
     fn parse(text: &str) -> Self {
@@ -46,28 +46,28 @@ impl Head {
         Self { start, headers }
     }
 
-    /// The first header called `name`, which is in lower case.
+    /// First header called `name`, which is in lower case.
     pub(crate) fn header(&self, name: &str) -> Option<&str> {
         self.headers.iter().find(|(n, _)| n == name).map(|(_, value)| value.as_str())
     }
 
-    /// An answer's status.
+    /// Status of a response.
     pub(crate) fn status(&self) -> u16 {
         let status = self.start.split(' ').nth(1).and_then(|status| status.parse().ok());
         status.unwrap_or_else(|| panic!("no status line: {}", self.start))
     }
 
-    /// A request's method.
+    /// Method of a request.
     pub(crate) fn method(&self) -> &str {
         self.start.split(' ').next().unwrap_or_default()
     }
 
-    /// A request's target.
+    /// Target of a request.
     pub(crate) fn target(&self) -> &str {
         self.start.split(' ').nth(1).unwrap_or_default()
     }
 
-    /// How the body after this head is framed.
+    /// Framing of the body after this head.
     fn framing(&self) -> Framing {
         if self.header("transfer-encoding").is_some_and(|te| te.contains("chunked")) {
             return Framing::Chunked;
@@ -87,7 +87,7 @@ enum Framing {
     UntilClosed,
 }
 
-impl Answer {
+impl Response {
     pub(crate) fn status(&self) -> u16 {
         self.head.status()
     }
@@ -105,13 +105,13 @@ impl Answer {
     }
 }
 
-impl fmt::Display for Answer {
+impl fmt::Display for Response {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{:?} {:?}", self.head, String::from_utf8_lossy(&self.body))
     }
 }
 
-impl Wire {
+impl Connection {
     pub(crate) fn new(tcp: TcpStream) -> Self {
         tcp.set_nodelay(true).unwrap();
         Self { tcp, buffer: Vec::new() }
@@ -136,8 +136,8 @@ impl Wire {
         self.send(format!("{:x}\r\n{text}\r\n", text.len())).await;
     }
 
-    /// Reads some more; `false` when the peer has closed or reset the connection.
-    async fn fill(&mut self) -> bool {
+    /// Reads more data. Returns `false` when the peer has closed or reset the connection.
+    async fn read_more(&mut self) -> bool {
         let mut piece = [0; 16 << 10];
         match within("reading", self.tcp.read(&mut piece)).await {
             Ok(0) | Err(_) => false,
@@ -148,8 +148,8 @@ impl Wire {
         }
     }
 
-    /// The next head; `None` if the peer closes the connection instead.
-    pub(crate) async fn try_head(&mut self) -> Option<Head> {
+    /// Next head; `None` if the peer closes the connection instead.
+    pub(crate) async fn try_read_head(&mut self) -> Option<Head> {
         let mut searched = 0_usize;
         loop {
             let from = searched.saturating_sub(3);
@@ -158,56 +158,56 @@ impl Wire {
                 return Some(Head::parse(std::str::from_utf8(&head[..head.len() - 4]).unwrap()));
             }
             searched = self.buffer.len();
-            if !self.fill().await {
+            if !self.read_more().await {
                 return None;
             }
         }
     }
 
-    /// The next head.
-    pub(crate) async fn head(&mut self) -> Head {
-        self.try_head().await.expect("the connection was closed before a head came")
+    /// Next head.
+    pub(crate) async fn read_head(&mut self) -> Head {
+        self.try_read_head().await.expect("the connection was closed before a head came")
     }
 
     /// The body that follows `head`.
-    pub(crate) async fn body(&mut self, head: &Head) -> Result<Vec<u8>, BrokenOff> {
+    pub(crate) async fn read_body(&mut self, head: &Head) -> Result<Vec<u8>, BodyAborted> {
         let mut body = Vec::new();
         match head.framing() {
             Framing::Length(length) => {
                 while self.buffer.len() < length {
-                    if !self.fill().await {
-                        return Err(BrokenOff(std::mem::take(&mut self.buffer)));
+                    if !self.read_more().await {
+                        return Err(BodyAborted(std::mem::take(&mut self.buffer)));
                     }
                 }
                 body.extend(self.buffer.drain(..length));
             }
             Framing::Chunked => loop {
-                match self.chunk().await {
+                match self.read_chunk().await {
                     Some(chunk) if chunk.is_empty() => {
-                        self.trailers().await.ok_or_else(|| BrokenOff(body.clone()))?;
+                        self.read_trailers().await.ok_or_else(|| BodyAborted(body.clone()))?;
                         break;
                     }
                     Some(chunk) => body.extend(chunk),
-                    None => return Err(BrokenOff(body)),
+                    None => return Err(BodyAborted(body)),
                 }
             },
             Framing::UntilClosed => {
-                while self.fill().await {}
+                while self.read_more().await {}
                 body.append(&mut self.buffer);
             }
         }
         Ok(body)
     }
 
-    /// The next chunk, empty at the end of the body; `None` if the connection ends before.
-    pub(crate) async fn chunk(&mut self) -> Option<Vec<u8>> {
-        let size = self.line().await?;
+    /// Next chunk, empty at the end of the body; `None` if the connection ends before.
+    pub(crate) async fn read_chunk(&mut self) -> Option<Vec<u8>> {
+        let size = self.read_line().await?;
         let size = usize::from_str_radix(size.split(';').next()?, 16).expect("no chunk");
         if size == 0 {
             return Some(Vec::new());
         }
         while self.buffer.len() < size + 2 {
-            if !self.fill().await {
+            if !self.read_more().await {
                 return None;
             }
         }
@@ -216,85 +216,85 @@ impl Wire {
         Some(chunk)
     }
 
-    /// The trailers behind the last chunk.
-    pub(crate) async fn trailers(&mut self) -> Option<Vec<String>> {
+    /// The trailers after the last chunk.
+    pub(crate) async fn read_trailers(&mut self) -> Option<Vec<String>> {
         let mut trailers = Vec::new();
         loop {
-            match self.line().await? {
+            match self.read_line().await? {
                 line if line.is_empty() => return Some(trailers),
                 line => trailers.push(line.to_ascii_lowercase()),
             }
         }
     }
 
-    async fn line(&mut self) -> Option<String> {
+    async fn read_line(&mut self) -> Option<String> {
         loop {
             if let Some(end) = self.buffer.windows(2).position(|w| w == b"\r\n") {
                 let line: Vec<u8> = self.buffer.drain(..end + 2).collect();
                 return Some(String::from_utf8(line[..end].to_vec()).unwrap());
             }
-            if !self.fill().await {
+            if !self.read_more().await {
                 return None;
             }
         }
     }
 
-    /// Reads on until `text` has come, and consumes all up to its end.
-    pub(crate) async fn until(&mut self, text: &str) {
+    /// Reads until `text` has arrived, and consumes everything up to its end.
+    pub(crate) async fn read_until(&mut self, text: &str) {
         loop {
             if let Some(at) = self.buffer.windows(text.len()).position(|w| w == text.as_bytes()) {
                 self.buffer.drain(..at + text.len());
                 return;
             }
-            let came = self.fill().await;
+            let came = self.read_more().await;
             assert!(came, "closed before {text:?}: {:?}", String::from_utf8_lossy(&self.buffer));
         }
     }
 
-    /// Reads the whole answer to a request other than HEAD.
-    pub(crate) async fn answer(&mut self) -> Answer {
-        let head = self.head().await;
-        let body = self.body(&head).await.expect("the answer broke off");
-        Answer { head, body }
+    /// Reads a complete response to a request other than HEAD.
+    pub(crate) async fn read_response(&mut self) -> Response {
+        let head = self.read_head().await;
+        let body = self.read_body(&head).await.expect("the response was aborted");
+        Response { head, body }
     }
 
-    /// Sends `request` and reads its answer.
-    pub(crate) async fn ask(&mut self, request: impl AsRef<[u8]>) -> Answer {
+    /// Sends `request` and reads the response.
+    pub(crate) async fn exchange(&mut self, request: impl AsRef<[u8]>) -> Response {
         self.send(request).await;
-        self.answer().await
+        self.read_response().await
     }
 
     /// `GET target` on this connection.
-    pub(crate) async fn get(&mut self, target: &str) -> Answer {
-        self.ask(get(target)).await
+    pub(crate) async fn get(&mut self, target: &str) -> Response {
+        self.exchange(get(target)).await
     }
 
-    /// Waits for the peer to close; returns what it said before.
-    pub(crate) async fn closed(&mut self) -> Vec<u8> {
-        while self.fill().await {}
+    /// Waits for the peer to close. Returns everything that it sent before.
+    pub(crate) async fn read_to_close(&mut self) -> Vec<u8> {
+        while self.read_more().await {}
         std::mem::take(&mut self.buffer)
     }
 
-    /// Its two directions, to be used at the same time.
+    /// The two directions, for simultaneous use.
     pub(crate) fn into_halves(self) -> (impl AsyncRead + Unpin + Send, OwnedWriteHalf) {
         let (read, write) = self.tcp.into_split();
         (io::Cursor::new(self.buffer).chain(read), write)
     }
 
-    /// What still comes until the peer closes the connection, or has said nothing for a second.
-    pub(crate) async fn closed_or_silent(&mut self) -> Vec<u8> {
-        let mut told = std::mem::take(&mut self.buffer);
+    /// Returns everything that arrives until the peer closes the connection, or has sent nothing for a second.
+    pub(crate) async fn read_until_idle(&mut self) -> Vec<u8> {
+        let mut received = std::mem::take(&mut self.buffer);
         let mut piece = [0; 4096];
         let second = std::time::Duration::from_secs(1);
         while let Ok(Ok(read @ 1..)) = tokio::time::timeout(second, self.tcp.read(&mut piece)).await
         {
-            told.extend_from_slice(&piece[..read]);
+            received.extend_from_slice(&piece[..read]);
         }
-        told
+        received
     }
 
-    /// Reads `length` bytes and forgets them.
-    pub(crate) async fn skip(&mut self, length: usize) {
+    /// Reads and discards `length` bytes.
+    pub(crate) async fn discard(&mut self, length: usize) {
         let mut missing = length.saturating_sub(self.buffer.len());
         self.buffer.drain(..length.min(self.buffer.len()));
         let mut piece = vec![0; 64 << 10];
@@ -306,28 +306,28 @@ impl Wire {
         }
     }
 
-    /// Says that nothing more will be sent; what comes can still be read.
-    pub(crate) async fn finish(&mut self) {
+    /// Closes the write side; the read side stays open.
+    pub(crate) async fn shutdown_write(&mut self) {
         self.tcp.shutdown().await.unwrap();
     }
 
-    /// Closes the connection by a reset, as a process does that dies.
+    /// Resets the connection, as a dying process does.
     pub(crate) fn reset(self) {
         socket2::SockRef::from(&self.tcp).set_linger(Some(std::time::Duration::ZERO)).unwrap();
     }
 
-    /// Waits, for as long as it takes, until there is something to read; `false` when there never will be.
-    pub(crate) async fn readable(&self) -> bool {
+    /// Waits without a deadline until there is data to read. Returns `false` when there will be none.
+    pub(crate) async fn wait_readable(&self) -> bool {
         !self.buffer.is_empty() || self.tcp.peek(&mut [0]).await.is_ok_and(|n| n > 0)
     }
 }
 
-/// A `GET` as a caller writes it.
+/// A `GET` as a client writes it.
 pub(crate) fn get(target: &str) -> String {
     format!("GET {target} HTTP/1.1\r\nHost: gateway.test\r\n\r\n")
 }
 
-/// A `POST` as a caller writes it.
+/// A `POST` as a client writes it.
 pub(crate) fn post(target: &str, body: &str) -> String {
     let length = body.len();
     format!(

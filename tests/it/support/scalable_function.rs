@@ -1,46 +1,46 @@
-//! A function whose replicas come and go, as a provider keeps it.
+//! A provider with one function whose replicas change.
 
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use serde_json::json;
 
-use crate::support::provider::{self, Call, Provider};
-use crate::support::wire::{Head, Wire};
+use crate::support::connection::{Connection, Head};
+use crate::support::provider::{self, Invocation, Provider};
 
-/// The function `echo`, of a provider that answers for no other.
+/// The function `echo`; its provider has no other.
 #[derive(Clone, Default)]
-pub(crate) struct Replicas(Arc<Mutex<State>>);
+pub(crate) struct ScalableFunction(Arc<Mutex<State>>);
 
 #[derive(Default)]
 pub(crate) struct State {
     pub(crate) wanted: u64,
     pub(crate) available: u64,
-    /// So many questions are answered before what is wanted is available.
-    pub(crate) starts_after: usize,
-    /// How often the provider was asked how the function is.
-    pub(crate) questions: usize,
-    /// What it was scaled to.
-    pub(crate) scaled: Vec<u64>,
-    /// So many calls meet a replica that does not listen yet, with this status.
-    pub(crate) deaf: usize,
-    pub(crate) deaf_status: u16,
-    /// After each of them the provider reports no available replica, until it is asked again.
-    pub(crate) falls: bool,
-    /// The bodies of calls, with the status that each was answered with.
+    /// Number of status queries before the desired replicas are available.
+    pub(crate) queries_until_ready: usize,
+    /// Number of received status queries.
+    pub(crate) status_queries: usize,
+    /// The requested replica counts.
+    pub(crate) scale_requests: Vec<u64>,
+    /// Number of calls that reach a replica that does not listen yet, and receive this status.
+    pub(crate) calls_to_refuse: usize,
+    pub(crate) refusal_status: u16,
+    /// After each of these calls the provider reports no available replica, until it is queried again.
+    pub(crate) unavailable_after_refusal: bool,
+    /// Lengths of the bodies of calls, with the status of each response.
     pub(crate) calls: Vec<(usize, u16)>,
     pub(crate) deleted: bool,
-    /// Whether the list has it.
+    /// Whether the function is missing from the list.
     pub(crate) unlisted: bool,
 }
 
-impl Replicas {
-    pub(crate) fn at(wanted: u64, available: u64) -> Self {
+impl ScalableFunction {
+    pub(crate) fn with_replicas(wanted: u64, available: u64) -> Self {
         let replicas = Self::default();
-        *replicas.state() = State { wanted, available, deaf_status: 503, ..State::default() };
+        *replicas.state() = State { wanted, available, refusal_status: 503, ..State::default() };
         replicas
     }
 
-    /// Looks at it, or changes it.
+    /// Reads or changes the state.
     pub(crate) fn with<T>(&self, look: impl FnOnce(&mut State) -> T) -> T {
         look(&mut self.state())
     }
@@ -52,7 +52,7 @@ impl Replicas {
     /// A provider that has the function.
     pub(crate) fn provider(&self) -> provider::Builder {
         let (api, calls) = (self.clone(), self.clone());
-        Provider::builder().api(move |head, body| api.api(head, body)).answering(move |call| {
+        Provider::builder().api(move |head, body| api.api(head, body)).handler(move |call| {
             let replicas = calls.clone();
             async move { replicas.call(call).await }
         })
@@ -65,11 +65,11 @@ impl Replicas {
             ("GET", "/system/functions") if state.unlisted => Some((200, "[]".to_owned())),
             ("GET", "/system/functions") => Some((200, format!("[{}]", state.json()))),
             ("GET", "/system/function/echo") if !state.deleted => {
-                state.questions += 1;
+                state.status_queries += 1;
                 if state.available < state.wanted {
-                    match state.starts_after {
+                    match state.queries_until_ready {
                         0 => state.available = state.wanted,
-                        _ => state.starts_after -= 1,
+                        _ => state.queries_until_ready -= 1,
                     }
                 }
                 Some((200, state.json()))
@@ -77,7 +77,7 @@ impl Replicas {
             ("POST", "/system/scale-function/echo") => {
                 let wanted: serde_json::Value = serde_json::from_slice(body).unwrap();
                 let wanted = wanted["replicas"].as_u64().unwrap();
-                state.scaled.push(wanted);
+                state.scale_requests.push(wanted);
                 (state.wanted, state.available) = (wanted, state.available.min(wanted));
                 Some((202, String::new()))
             }
@@ -89,35 +89,35 @@ impl Replicas {
         }
     }
 
-    /// Answers with the body of the call, or says that there is nobody to do so.
-    async fn call(&self, mut call: Call) -> Option<Wire> {
-        let body = call.body().await.ok()?;
+    /// Responds with the body of the call, or with an error if no replica is available.
+    async fn call(&self, mut call: Invocation) -> Option<Connection> {
+        let body = call.read_body().await.ok()?;
         let status = {
             let mut state = self.state();
-            let status = match state.deaf {
+            let status = match state.calls_to_refuse {
                 0 if state.available > 0 => 200,
                 0 => 503,
                 _ => {
-                    state.deaf -= 1;
-                    if state.falls {
+                    state.calls_to_refuse -= 1;
+                    if state.unavailable_after_refusal {
                         state.available = 0;
-                        state.starts_after = 1;
+                        state.queries_until_ready = 1;
                     }
-                    state.deaf_status
+                    state.refusal_status
                 }
             };
             state.calls.push((body.len(), status));
             status
         };
         if status == 200 {
-            call.answer_with(200, &body).await;
+            call.send_response(200, &body).await;
         } else {
             let head = format!(
                 "HTTP/1.1 {status} X\r\nX-OpenFaaS-Internal: proxy\r\nContent-Length: 0\r\n\r\n"
             );
-            call.wire.try_send(head).await.ok()?;
+            call.connection.try_send(head).await.ok()?;
         }
-        Some(call.wire)
+        Some(call.connection)
     }
 }
 
