@@ -1,23 +1,23 @@
-//! Interim responses (1xx) on their way from an upstream to the client that waits for the final one.
+//! Interim responses (1xx) from an upstream to the client that waits for the final response.
 //!
-//! hyper's server cannot send them. So the task that drives both sides leaves their heads here, and the client's
-//! stream writes them while hyper has nothing to write. Only the final response must arrive: what has no room, or comes
-//! too late, is dropped.
+//! hyper's server cannot send them. The task that drives both connections therefore queues their heads here, and the
+//! client's stream writes them while hyper has nothing to write. Only the final response must arrive: interim responses
+//! that exceed the limit, or come too late, are dropped.
 
 use std::sync::atomic::{AtomicU8, Ordering::Relaxed};
 use std::sync::{Mutex, PoisonError};
 
-/// The most that waits for a client that takes nothing.
+/// Maximum number of bytes that wait for a client that does not read.
 pub const MAX_QUEUED_BYTES: usize = 64 << 10;
 
 const EMPTY: u8 = 0;
-/// Some wait to be written.
+/// Heads wait to be written.
 const QUEUED: u8 = 1;
-/// Some wait, and the final response of their exchange is there.
+/// Heads wait, and the final response of their exchange is ready.
 const FINAL_READY: u8 = 2;
 
 /// Heads of interim responses that wait to be written to one client. Both ends are in one task; the atomic makes the
-/// question whether there are any cheap.
+/// check for queued heads cheap.
 #[derive(Debug, Default)]
 pub struct InterimQueue {
     state: AtomicU8,
@@ -25,7 +25,7 @@ pub struct InterimQueue {
 }
 
 impl InterimQueue {
-    /// Adds the head of a response, unless too much is waiting.
+    /// Queues the head of a response, unless the limit is reached.
     pub fn push(&self, head: &[u8]) {
         let mut heads = self.heads.lock().unwrap_or_else(PoisonError::into_inner);
         if self.is_final_ready() {
@@ -37,24 +37,24 @@ impl InterimQueue {
         }
     }
 
-    /// The final response of the exchange is there.
+    /// Called when the final response of the exchange is ready.
     pub fn final_response_ready(&self) {
         if self.has_queued() {
             self.state.store(FINAL_READY, Relaxed);
         }
     }
 
-    /// Whether there is anything.
+    /// Returns whether any heads are queued.
     pub fn has_queued(&self) -> bool {
         self.state.load(Relaxed) != EMPTY
     }
 
-    /// Whether what there is must precede the final response, or be dropped.
+    /// Returns whether the queued heads must be written before the final response, or be dropped.
     pub fn is_final_ready(&self) -> bool {
         self.state.load(Relaxed) == FINAL_READY
     }
 
-    /// Takes all there is.
+    /// Removes and returns all queued heads.
     pub fn take(&self) -> Vec<u8> {
         self.state.store(EMPTY, Relaxed);
         std::mem::take(&mut *self.heads.lock().unwrap_or_else(PoisonError::into_inner))
@@ -66,7 +66,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_waits_is_taken_once_and_in_order() {
+    fn heads_are_returned_once_and_in_order() {
         let interim = InterimQueue::default();
         assert!(!interim.has_queued());
         interim.final_response_ready();
@@ -81,7 +81,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_too_much_is_dropped_and_so_is_what_an_earlier_exchange_has_left() {
+    fn heads_beyond_the_limit_or_of_an_earlier_exchange_are_dropped() {
         let interim = InterimQueue::default();
         interim.push(&vec![b'x'; MAX_QUEUED_BYTES + 1]);
         assert!(!interim.has_queued());

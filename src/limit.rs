@@ -1,43 +1,44 @@
-//! How many calls may be in flight, over all threads. Each thread holds a few free places of its own, so that most
-//! calls touch no number that another thread writes; all of a thread's places come from, and go back to, one pool.
+//! The limit of concurrent calls, over all threads. Each thread caches a few permits, so that most calls modify no
+//! counter that another thread writes. The permits of all threads come from, and return to, one pool.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 
-/// A thread takes at most one part in so many of all places at once, so that few lie idle while others lack them.
+/// A thread caches at most `max / (divisor * threads)` permits at a time, so that few are idle while other threads need
+/// them.
 const SHARD_CHUNK_DIVISOR: usize = 64;
 
-/// The process's limit.
+/// The limit of one process.
 #[derive(Debug)]
 pub struct ConcurrencyLimit {
     max: usize,
-    /// Places that no thread holds.
+    /// Permits in the pool.
     free: AtomicUsize,
     caches: Vec<Arc<PermitCache>>,
 }
 
-/// One thread's part of the limit.
+/// The permits of one thread.
 #[derive(Debug, Default)]
 pub struct PermitCache {
-    /// Places held and not in use.
+    /// Cached permits.
     cached: AtomicUsize,
-    /// Places in use.
+    /// Permits held by calls.
     in_use: AtomicUsize,
 }
 
 impl ConcurrencyLimit {
-    /// `max` calls, over `threads` threads.
+    /// A limit of `max` concurrent calls for `threads` threads.
     pub fn new(max: usize, threads: usize) -> Arc<Self> {
         let caches = (0..threads).map(|_| Arc::default()).collect();
         Arc::new(Self { max, free: AtomicUsize::new(max), caches })
     }
 
-    /// The part of thread number `thread`.
+    /// The permit cache of thread number `thread`.
     pub fn permit_cache(&self, thread: usize) -> Arc<PermitCache> {
         Arc::clone(&self.caches[thread % self.caches.len().max(1)])
     }
 
-    /// A place for a call; `None` when all are taken.
+    /// Acquires a permit for one call, or returns `None` if none is available to this thread.
     pub fn try_acquire(self: &Arc<Self>, cache: &Arc<PermitCache>) -> Option<Permit> {
         if !try_subtract(&cache.cached, 1) {
             let chunk = (1..=self.chunk()).rev().find(|n| try_subtract(&self.free, *n))?;
@@ -47,12 +48,12 @@ impl ConcurrencyLimit {
         Some(Permit { limit: Arc::clone(self), cache: Arc::clone(cache) })
     }
 
-    /// How many calls are in flight.
+    /// Number of calls in flight.
     pub fn in_flight(&self) -> usize {
         self.caches.iter().map(|cache| cache.in_use.load(Relaxed)).sum()
     }
 
-    /// Whether a thread would have to refuse a call now.
+    /// Returns whether some thread would refuse a call now.
     pub fn is_exhausted(&self) -> bool {
         self.free.load(Relaxed) == 0
             && self.caches.iter().any(|cache| cache.cached.load(Relaxed) == 0)
@@ -63,7 +64,7 @@ impl ConcurrencyLimit {
     }
 }
 
-/// A call's place; free again when dropped.
+/// A permit for one call in flight, released when dropped.
 #[derive(Debug)]
 pub struct Permit {
     limit: Arc<ConcurrencyLimit>,
@@ -75,7 +76,7 @@ impl Drop for Permit {
         self.cache.in_use.fetch_sub(1, Relaxed);
         let cached = self.cache.cached.fetch_add(1, Relaxed) + 1;
         let chunk = self.limit.chunk();
-        // Twice a chunk may stay, so that a steady load does not go to the pool for every call.
+        // Up to two chunks stay cached, so that a steady load does not use the pool for every call.
         if cached >= 2 * chunk - 1 && try_subtract(&self.cache.cached, chunk) {
             self.limit.free.fetch_add(chunk, Relaxed);
         }
@@ -105,7 +106,7 @@ mod tests {
     }
 
     #[test]
-    fn a_large_limit_can_be_used_up_by_one_thread_but_for_few() {
+    fn one_thread_can_use_almost_all_of_a_large_limit() {
         let limit = ConcurrencyLimit::new(10_000, 2);
         let (a, b) = (limit.permit_cache(0), limit.permit_cache(1));
         drop(limit.try_acquire(&b));

@@ -1,4 +1,8 @@
-//! Calls that are made later: taken in durably, handed to workers, settled, and remembered for a while.
+//! Asynchronous calls: durable queues of calls that workers receive, execute and settle.
+//!
+//! [`Queue`] is the interface of all backends: a file of this process (`embedded`), NATS JetStream (`jetstream`) and
+//! NATS Streaming (`stan`). Finished calls are kept for a limited time, so that clients can read their state and
+//! response.
 
 pub mod call;
 pub mod detector;
@@ -28,22 +32,22 @@ use crate::queue::status::{CallRecord, CallState, Settlement, StoredResponse};
 /// A queue of calls. Cheap to clone.
 #[derive(Clone)]
 pub enum Queue {
-    /// A file of this process.
+    /// A file owned by this process.
     Embedded(Embedded),
-    /// A NATS server with JetStream.
+    /// NATS JetStream.
     JetStream(JetStream),
     /// NATS Streaming.
     Stan(Stan),
-    /// One of the two, when it has been found out which.
+    /// JetStream or NATS Streaming, whichever the server turns out to run.
     Detected(BackendDetector),
 }
 
-/// Why a queue does not do what it is asked.
+/// Errors of queue operations.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Error {
     #[error("the queue is full")]
     Full,
-    #[error("there is no room left on the disk of the queue")]
+    #[error("the disk of the queue is full")]
     NoSpace,
     #[error("the queue cannot be reached")]
     Unreachable,
@@ -53,48 +57,48 @@ pub enum Error {
     Unconfirmed,
     #[error("the queue failed")]
     Failed,
-    #[error("the body exceeds what the queue takes: {0} bytes")]
+    #[error("the body exceeds the queue's limit: {0} bytes")]
     TooLarge(usize),
-    #[error("the headers and the target exceed what the queue takes: {0} bytes")]
+    #[error("the headers and the target exceed the queue's limit: {0} bytes")]
     HeadTooLarge(usize),
-    #[error("the call is not there any more")]
+    #[error("the lease of the call was lost")]
     Gone,
-    #[error("the queue cannot do that: {0}")]
+    #[error("the queue does not support this: {0}")]
     Unsupported(&'static str),
 }
 
-/// What is wrong with a queue that can be used all the same.
+/// Degraded states of a queue that still works.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Condition {
-    /// Nothing is enqueued, but calls that are queued are executed.
+    /// Nothing is enqueued. Calls that are already queued are still executed.
     DiskFull,
-    /// Some calls are damaged and set aside.
+    /// Some calls are damaged. They stay in the file and are not executed.
     DamagedCalls,
-    /// The queue's file is damaged and is not used any more.
+    /// The queue's file is damaged and no longer used.
     Damaged,
 }
 
-/// A call that has been taken in.
+/// A call that has been enqueued.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Published {
     pub id: String,
-    /// It had been taken in before, under the same id or the same idempotency key.
+    /// The call had already been enqueued under the same id or the same idempotency key.
     pub duplicate: bool,
 }
 
-/// A call that a worker has taken. One that is dropped without being settled is taken again.
+/// A call that a worker has received. If it is dropped without being settled, the queue delivers it again.
 #[derive(Debug)]
 pub struct Delivery {
     pub call: QueuedCall,
-    /// How often it has been made before.
+    /// Number of earlier executions.
     pub attempts: u32,
-    /// It cannot be made: its body is not there any more.
+    /// The call cannot be executed, because its body no longer exists.
     pub body_missing: bool,
-    /// What its queue knows it by.
+    /// Backend part of the delivery.
     handle: LeaseHandle,
 }
 
-/// What a queue knows a delivery by.
+/// Backend part of a delivery.
 #[derive(Debug)]
 enum LeaseHandle {
     Embedded(embedded::Lease),
@@ -102,32 +106,30 @@ enum LeaseHandle {
     Stan(Box<stan::Lease>),
 }
 
-/// What NATS Streaming is not asked for.
+/// Operations that NATS Streaming does not offer.
 const STATUS_UNSUPPORTED: Error =
-    Error::Unsupported("NATS Streaming does not tell what became of a call");
-const CHANGES_UNSUPPORTED: Error =
-    Error::Unsupported("NATS Streaming does not give back what was queued");
-const LISTING_UNSUPPORTED: Error =
-    Error::Unsupported("NATS Streaming does not tell what is queued");
+    Error::Unsupported("NATS Streaming does not store the state of calls");
+const CHANGES_UNSUPPORTED: Error = Error::Unsupported("NATS Streaming cannot change queued calls");
+const LISTING_UNSUPPORTED: Error = Error::Unsupported("NATS Streaming cannot list queued calls");
 
-/// A page of a list of calls.
+/// One page of a list of calls.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct CallPage {
     pub calls: Vec<CallRecord>,
-    /// Whether every call was looked at. Otherwise some calls may be on no page.
+    /// `false` if the list was cut short: some calls may then appear on no page.
     pub complete: bool,
 }
 
-/// What came of an attempt to cancel a call, or to try a dead one again.
+/// Result of a request to cancel a call or to redrive a dead letter.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ChangeOutcome {
     Applied,
-    /// It is in a state that does not allow it.
+    /// The call is in a state that does not allow the change.
     WrongState(CallState),
     NotFound,
 }
 
-/// Which calls are meant, and the order in which they are listed.
+/// Selects and orders calls.
 #[derive(Clone, Debug, Default)]
 pub struct Filter {
     pub state: Option<CallState>,
@@ -136,7 +138,7 @@ pub struct Filter {
     pub order: Order,
 }
 
-/// The order of a list of calls: by the time at which they were submitted.
+/// Order of a list of calls, by the time of submission.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Order {
     #[default]
@@ -144,33 +146,38 @@ pub enum Order {
     NewestFirst,
 }
 
-/// The calls of one function.
+/// Number of calls of one function, by state.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct QueueDepth {
     pub pending: u64,
     pub running: u64,
     pub delayed: u64,
     pub dead_letters: u64,
-    /// When the oldest that waits was submitted.
+    /// Submission time of the oldest pending call.
     pub oldest: Option<UnixMillis>,
 }
 
-/// The time in milliseconds since 1970.
+/// The current time in milliseconds since 1970.
 pub fn now() -> UnixMillis {
     let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     UnixMillis::try_from(since.as_millis()).unwrap_or(UnixMillis::MAX)
 }
 
 impl Queue {
-    /// This, or the queue that was found; there is none before.
+    /// The backend in use.
+    ///
+    /// # Errors
+    ///
+    /// `Unreachable` while the backend has not been detected yet.
     fn backend(&self) -> Result<&Self, Error> {
         match self {
-            Self::Detected(detector) => detector.found().ok_or(Error::Unreachable),
-            known => Ok(known),
+            Self::Detected(detector) => detector.detected().ok_or(Error::Unreachable),
+            backend => Ok(backend),
         }
     }
 
-    /// This queue, for one who asks much of it on the current thread and its runtime.
+    /// A handle for a thread that uses the queue often. It must be called on the runtime of that thread, where replies
+    /// are then delivered in batches.
     #[must_use]
     pub fn for_thread(&self) -> Self {
         match self {
@@ -181,7 +188,7 @@ impl Queue {
         }
     }
 
-    /// Whether the queue can be used at this moment, as far as is known.
+    /// Returns whether the backend was reachable when it was last used or probed.
     pub fn is_reachable(&self) -> bool {
         match self.backend() {
             Ok(Self::Embedded(queue)) => queue.is_usable(),
@@ -191,7 +198,7 @@ impl Queue {
         }
     }
 
-    /// What is wrong with the queue though it can be used, as far as is known.
+    /// Returns the degraded state of the queue, if any.
     pub fn condition(&self) -> Option<Condition> {
         match self.backend() {
             Ok(Self::Embedded(queue)) => queue.condition(),
@@ -199,14 +206,14 @@ impl Queue {
         }
     }
 
-    /// Finds out whether the queue can be used, where that is not known without asking.
+    /// Probes the backend. Only JetStream needs it; the others know their state without asking.
     pub async fn probe(&self) {
         if let Ok(Self::JetStream(queue)) = self.backend() {
             queue.probe().await;
         }
     }
 
-    /// How often the connection to the queue's server has come back.
+    /// Number of reconnects to the queue's server.
     pub fn reconnects(&self) -> u64 {
         match self.backend() {
             Ok(Self::JetStream(queue)) => queue.reconnects(),
@@ -215,7 +222,7 @@ impl Queue {
         }
     }
 
-    /// The largest body that the queue takes, if it has a say in that.
+    /// Largest body in bytes that the backend accepts, if it has a limit of its own.
     pub fn max_body_bytes(&self) -> Option<usize> {
         match self.backend() {
             Ok(Self::Stan(queue)) => Some(queue.max_body_bytes()),
@@ -223,7 +230,7 @@ impl Queue {
         }
     }
 
-    /// Forgets what has been kept for long enough. To be called every second or so.
+    /// Removes results and idempotency keys whose time to live has passed. The caller runs it about once a second.
     pub async fn sweep_expired(&self) {
         match self.backend() {
             Ok(Self::Embedded(queue)) => queue.sweep_expired().await,
@@ -232,7 +239,7 @@ impl Queue {
         }
     }
 
-    /// Ends what goes on by itself. All that was taken must have been settled or dropped.
+    /// Stops the background tasks of the queue. All deliveries must have been settled or dropped before.
     pub async fn stop(&self) {
         if let Self::Detected(detector) = self {
             detector.stop().await;
@@ -245,7 +252,7 @@ impl Queue {
         }
     }
 
-    /// An id for a call of `function` whose caller has not chosen one.
+    /// Generates an id for a call of `function`. The id is a UUID that the backend can look up without an index.
     pub fn new_call_id(&self, function: &Function) -> String {
         match self.backend() {
             Ok(Self::Embedded(queue)) => queue.new_call_id(),
@@ -254,51 +261,68 @@ impl Queue {
         }
     }
 
-    /// Takes `call` in. Returns when it is durable.
+    /// Enqueues `call`. Returns when the call is durable.
+    ///
+    /// # Errors
+    ///
+    /// `Full` and `NoSpace` when the call does not fit; the client should retry later. `TooLarge` and `HeadTooLarge`
+    /// when it never will. `Unreachable` and `Failed` when nothing was enqueued. `Unconfirmed` when the call may have
+    /// been stored: publishing it again under the same id is safe.
     pub async fn publish(&self, call: QueuedCall) -> Result<Published, Error> {
         self.publish_with_permit(call, None).await
     }
 
-    /// The same; `room` is what the call takes of the memory, and is let go of with the call.
+    /// As [`Self::publish`]. The queue drops `permit`, the memory permit of the body, together with its copy of the
+    /// call.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::publish`].
     pub async fn publish_with_permit(
         &self,
         call: QueuedCall,
-        room: Option<MemoryPermit>,
+        permit: Option<MemoryPermit>,
     ) -> Result<Published, Error> {
         match self.backend()? {
-            Self::Embedded(queue) => queue.publish(call, room).await,
-            Self::JetStream(queue) => queue.publish(call, room).await,
+            Self::Embedded(queue) => queue.publish(call, permit).await,
+            Self::JetStream(queue) => queue.publish(call, permit).await,
             Self::Stan(queue) => Box::pin(queue.publish(call)).await,
             Self::Detected(_) => Err(Error::Unreachable),
         }
     }
 
-    /// The next call whose time has come, for one who makes at most `places` calls at a time. Cancel-safe: a call that
-    /// nobody received is taken again.
-    pub async fn receive(&self, places: usize) -> Result<Delivery, Error> {
+    /// Waits for the next call that is due. `concurrency` is the number of calls that the receiver executes in
+    /// parallel; it bounds the share of each function. Cancel-safe: a call that was selected but not returned is
+    /// delivered again.
+    ///
+    /// # Errors
+    ///
+    /// When the backend fails. The receiver should retry after a pause.
+    pub async fn receive(&self, concurrency: usize) -> Result<Delivery, Error> {
         if let Self::Detected(detector) = self {
-            detector.until_found().await;
+            detector.wait_until_detected().await;
         }
         match self.backend()? {
-            Self::Embedded(queue) => queue.receive(places).await,
-            Self::JetStream(queue) => queue.receive(places).await,
-            Self::Stan(queue) => queue.receive(places).await,
+            Self::Embedded(queue) => queue.receive(concurrency).await,
+            Self::JetStream(queue) => queue.receive(concurrency).await,
+            Self::Stan(queue) => queue.receive(concurrency).await,
             Self::Detected(_) => Err(Error::Unreachable),
         }
     }
 
-    /// Nobody here takes another call, though those that were taken are still being made.
+    /// Stops receiving. Calls that have been received are not affected.
     pub fn stop_receiving(&self) {
         if let Ok(Self::Stan(queue)) = self.backend() {
             queue.stop_receiving();
         }
     }
 
-    /// Whether a call that was taken is to be executed. NATS Streaming may have stored it several times: then one of its
-    /// messages is, and the others are over with this.
+    /// Claims the execution of a delivery. Returns `false` if the call must not be executed: NATS Streaming may have
+    /// stored it several times, and then only one of its messages is executed. The others are finished by this.
     ///
     /// # Errors
-    /// When that cannot be found out. The call is taken again later.
+    ///
+    /// When the claim cannot be decided. The call is delivered again later.
     pub async fn claim(&self, delivery: &Delivery) -> Result<bool, Error> {
         match (self.backend()?, &delivery.handle) {
             (Self::Stan(queue), LeaseHandle::Stan(lease)) => Box::pin(queue.claim(lease)).await,
@@ -306,21 +330,22 @@ impl Queue {
         }
     }
 
-    /// It is decided what becomes of the call, and whoever is to be called back has been: another call may have its
-    /// place, though nothing is noted yet.
+    /// Releases the concurrency slot of a delivery whose execution and callback are complete, before its settlement is
+    /// durable.
     pub fn release_slot(&self, delivery: &Delivery) {
         match &delivery.handle {
             LeaseHandle::Embedded(lease) => lease.release_slot(),
             LeaseHandle::JetStream(lease) => lease.release_slot(),
-            // The server counts what is not acknowledged.
+            // The server limits unacknowledged messages itself.
             LeaseHandle::Stan(_) => {}
         }
     }
 
-    /// Says how a call that was taken goes on. Returns when that is durable.
+    /// Settles a delivery. Returns when the settlement is durable.
     ///
     /// # Errors
-    /// `Gone` when the call is no longer this delivery's; after any other it can be tried again.
+    ///
+    /// `Gone` when the lease was lost: another worker owns the call now. After any other error the caller may retry.
     pub async fn settle(&self, delivery: &Delivery, settlement: &Settlement) -> Result<(), Error> {
         match (self.backend()?, &delivery.handle) {
             (Self::Embedded(queue), LeaseHandle::Embedded(lease)) => {
@@ -330,15 +355,20 @@ impl Queue {
                 queue.settle(lease, settlement).await
             }
             (Self::Stan(queue), LeaseHandle::Stan(lease)) => {
-                // Larger than the others, which are one with the future of the call.
+                // Boxed: this future is larger than those of the other backends, which are part of the future of each
+                // call.
                 Box::pin(queue.settle(lease, settlement)).await
             }
-            // It goes back to where it is from when it is dropped here.
-            _ => Err(Error::Unsupported("settle a call of another queue")),
+            // The delivery belongs to another queue, which redelivers the call when the delivery is dropped.
+            _ => Err(Error::Unsupported("settling a call of another queue")),
         }
     }
 
-    /// The state of a call; `None` if it is not known, or not any more.
+    /// Returns the record of a call, or `None` if the id is unknown or no longer kept.
+    ///
+    /// # Errors
+    ///
+    /// When the backend fails, or does not store records (`Unsupported`).
     pub async fn status(&self, id: &str) -> Result<Option<CallRecord>, Error> {
         match self.backend()? {
             Self::Embedded(queue) => queue.status(id).await,
@@ -348,7 +378,11 @@ impl Queue {
         }
     }
 
-    /// The stored answer of a finished call.
+    /// Returns the stored response of a finished call, if one was kept.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::status`].
     pub async fn result(&self, id: &str) -> Result<Option<StoredResponse>, Error> {
         match self.backend()? {
             Self::Embedded(queue) => queue.result(id).await,
@@ -358,7 +392,11 @@ impl Queue {
         }
     }
 
-    /// Takes back a call that has not been made yet.
+    /// Cancels a call that is not running.
+    ///
+    /// # Errors
+    ///
+    /// When the backend fails, or cannot cancel (`Unsupported`). The caller may retry.
     pub async fn cancel(&self, id: &str) -> Result<ChangeOutcome, Error> {
         match self.backend()? {
             Self::Embedded(queue) => queue.cancel(id).await,
@@ -368,7 +406,11 @@ impl Queue {
         }
     }
 
-    /// Has a dead call tried again, with all its attempts.
+    /// Enqueues a dead letter again, with all its attempts.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::cancel`].
     pub async fn redrive(&self, id: &str) -> Result<ChangeOutcome, Error> {
         match self.backend()? {
             Self::Embedded(queue) => queue.redrive(id).await,
@@ -378,7 +420,11 @@ impl Queue {
         }
     }
 
-    /// At most `limit` calls that follow the one with the id `after` in the order of `filter`.
+    /// Lists at most `limit` calls after the one with the id `after`, in the order of `filter`.
+    ///
+    /// # Errors
+    ///
+    /// When the backend fails, or cannot list calls (`Unsupported`).
     pub async fn list(
         &self,
         filter: &Filter,
@@ -396,7 +442,11 @@ impl Queue {
         }
     }
 
-    /// Drops the calls that `filter` means and that do not run; how many there were.
+    /// Deletes the calls that match `filter` and do not run. Returns their number.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::list`]. Some calls may have been deleted.
     pub async fn purge(&self, filter: &Filter) -> Result<u64, Error> {
         match self.backend()? {
             Self::Embedded(queue) => queue.purge(filter).await,
@@ -406,7 +456,11 @@ impl Queue {
         }
     }
 
-    /// How many calls there are, by function.
+    /// Counts the calls of each function by state.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::list`].
     pub async fn depths(&self) -> Result<Vec<(Function, QueueDepth)>, Error> {
         match self.backend()? {
             Self::Embedded(queue) => queue.depths().await,

@@ -1,4 +1,4 @@
-//! A queued call, as it is stored and sent. No I/O.
+//! A queued call and its encoding in storage and messages. No I/O.
 
 use std::borrow::Cow;
 
@@ -13,44 +13,44 @@ use crate::function::{Function, has_dot_segment};
 /// Milliseconds since 1970.
 pub type UnixMillis = u64;
 
-/// A call that is made later.
+/// A call that is executed asynchronously.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct QueuedCall {
     pub id: String,
     pub function: Function,
-    /// Path and query behind the function's name, as they came; mostly nothing.
+    /// Path and query after the function's name, as received. Mostly empty.
     pub target: String,
-    /// The caller's headers, those that concern its connection apart.
+    /// Headers of the client's request, without the hop-by-hop headers.
     pub headers: HeaderMap,
     pub body: Bytes,
     pub options: CallOptions,
 }
 
-/// What a caller wants of its call beyond that it is made.
+/// Options of a call.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct CallOptions {
-    /// Where the answer goes.
+    /// URL that receives the response.
     pub callback: Option<String>,
     pub submitted_at: UnixMillis,
-    /// Not made before.
+    /// Earliest time of execution.
     pub not_before: Option<UnixMillis>,
-    /// Not made later.
+    /// Latest time of the start of an execution.
     pub expires_at: Option<UnixMillis>,
     pub max_attempts: Option<u32>,
-    /// The caller's own name for the call: the same one is not queued twice.
+    /// Key chosen by the client. Calls with the same key are enqueued once.
     pub idempotency_key: Option<String>,
-    /// The caller chose the id, so that knowing it proves nothing.
+    /// The client chose the id, so that knowing the id does not authorize a request.
     pub chosen_id: bool,
-    /// Tells the call from others under the same id: [`QueuedCall::digest`].
+    /// Digest of function, target and body ([`QueuedCall::digest`]). It distinguishes calls with the same id.
     pub digest: Option<String>,
 }
 
-/// Why stored bytes are no call.
+/// Errors of decoding a stored call.
 #[derive(Debug, thiserror::Error)]
 pub enum DecodeError {
-    #[error("a queued call of version {0}, which this gateway does not know")]
+    #[error("a queued call has version {0}, which this gateway does not support")]
     UnsupportedVersion(u8),
-    #[error("a queued call is cut short")]
+    #[error("a queued call is truncated")]
     Truncated,
     #[error("a queued call cannot be parsed")]
     InvalidJson(#[from] serde_json::Error),
@@ -58,11 +58,11 @@ pub enum DecodeError {
     InvalidField,
 }
 
-/// Text that is read in place, where it is written without escapes.
+/// A string that is borrowed from the input if it contains no escapes.
 #[derive(Serialize, Deserialize)]
 struct CowStr<'a>(#[serde(borrow)] Cow<'a, str>);
 
-/// All but the body. Members may be added; one that is not known is skipped.
+/// The metadata of a call: all but the body. Decoders ignore unknown members, so that members can be added.
 #[derive(Serialize, Deserialize)]
 pub struct Envelope<'a> {
     #[serde(borrow)]
@@ -73,10 +73,10 @@ pub struct Envelope<'a> {
     namespace: Cow<'a, str>,
     #[serde(borrow, default, skip_serializing_if = "str::is_empty")]
     target: Cow<'a, str>,
-    /// Values byte for byte as characters: a header need not be UTF-8.
+    /// Each byte of a value is stored as one character, since header values need not be UTF-8.
     #[serde(borrow, default)]
     headers: Vec<(CowStr<'a>, CowStr<'a>)>,
-    // Those of `CallOptions`, one by one: flattened they would be gathered before they are read, at twice the price.
+    // The members of `CallOptions` are repeated here: `#[serde(flatten)]` would buffer them first, at twice the cost.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     callback: Option<Cow<'a, str>>,
     #[serde(default)]
@@ -95,46 +95,48 @@ pub struct Envelope<'a> {
     digest: Option<Cow<'a, str>>,
 }
 
-/// Headers that a call may have, which leaves room for those that are added on its way to the function: a map of
-/// headers that is full takes no more.
+/// Maximum number of headers of a call. It leaves room for the headers that are added on the way to the function: a
+/// full `HeaderMap` accepts no more.
 pub(in crate::queue) const MAX_HEADERS: usize = 4096;
 
-/// How the names of headers begin that gateways and workers write for each other.
+/// Prefix of headers that gateways and workers add for each other.
 const INTERNAL_HEADER_PREFIX: &str = "x-gateway-";
 
-/// Raised when an older gateway could not make the call rightly.
+/// Version of the encoding. It is raised when an older gateway could not execute the call correctly.
 const FORMAT_VERSION: u8 = 1;
 
 impl QueuedCall {
-    /// The version, the length of what follows it, the metadata as JSON, the body.
+    /// Encodes the call: version (1 byte), length of the envelope (4 bytes, big-endian), envelope as JSON, body.
     pub fn encode(&self) -> Bytes {
-        let meta = serde_json::to_vec(&self.envelope()).unwrap_or_default();
-        let mut bytes = BytesMut::with_capacity(5 + meta.len() + self.body.len());
+        let envelope = serde_json::to_vec(&self.envelope()).unwrap_or_default();
+        let mut bytes = BytesMut::with_capacity(5 + envelope.len() + self.body.len());
         bytes.put_u8(FORMAT_VERSION);
-        bytes.put_u32(u32::try_from(meta.len()).unwrap_or(u32::MAX));
-        bytes.put_slice(&meta);
+        bytes.put_u32(u32::try_from(envelope.len()).unwrap_or(u32::MAX));
+        bytes.put_slice(&envelope);
         bytes.put_slice(&self.body);
         bytes.freeze()
     }
 
-    /// The call that `bytes` hold.
+    /// Decodes a call.
     ///
     /// # Errors
-    /// When they are none, or of a version to come.
+    ///
+    /// When `bytes` are not a call, or have an unsupported version. A retry cannot succeed.
     pub fn decode(bytes: &Bytes) -> Result<Self, DecodeError> {
-        let (meta, body_at) = split_envelope(bytes)?;
-        Self::from_envelope(meta, bytes.slice(body_at..))
+        let (envelope, body_at) = split_envelope(bytes)?;
+        Self::from_envelope(envelope, bytes.slice(body_at..))
     }
 
-    /// The call that `bytes` hold, but without its body, which may be large.
+    /// Decodes a call without its body, which may be large.
     ///
     /// # Errors
-    /// As those of `decode`.
+    ///
+    /// As [`Self::decode`].
     pub fn decode_without_body(bytes: &[u8]) -> Result<Self, DecodeError> {
         Self::from_envelope(split_envelope(bytes)?.0, Bytes::new())
     }
 
-    /// The id in `bytes` that hold no call that can be made, if it can be read all the same: for the log.
+    /// Extracts the id from bytes that cannot be decoded, for the log.
     pub fn extract_id(bytes: &[u8]) -> Option<String> {
         #[derive(Deserialize)]
         struct Named {
@@ -142,32 +144,32 @@ impl QueuedCall {
         }
         let (_version, rest) = bytes.split_first()?;
         let (length, rest) = rest.split_first_chunk::<4>()?;
-        let meta = rest.get(..u32::from_be_bytes(*length) as usize)?;
-        Some(serde_json::from_slice::<Named>(meta).ok()?.id)
+        let envelope = rest.get(..u32::from_be_bytes(*length) as usize)?;
+        Some(serde_json::from_slice::<Named>(envelope).ok()?.id)
     }
 
-    /// The same for calls of the same function with the same target and body, and for no others.
+    /// Returns a digest of function, target and body.
     pub fn digest(&self) -> String {
         let mut context = digest::Context::new(&digest::SHA256);
         for part in [self.function.to_string().as_bytes(), b"\n", self.target.as_bytes(), b"\n"] {
             context.update(part);
         }
         context.update(&self.body);
-        // Half of it is enough: whoever finds two that are alike fools nobody but himself.
+        // 128 bits are enough: a collision affects only the client that constructed it.
         let half = context.finish().as_ref().first_chunk().copied();
         format!("{:032x}", u128::from_be_bytes(half.unwrap_or_default()))
     }
 
-    /// This call under another id, which a gateway made: the one that its caller chose is another call's.
+    /// Returns the call under a generated id, because the id that the client chose belongs to another call.
     #[must_use]
     pub fn with_new_id(mut self, id: String) -> Self {
-        // The key by which the id is told can be guessed.
+        // Whoever guesses the idempotency key learns the id, so the id does not authorize a request either.
         self.options.chosen_id = self.options.idempotency_key.is_some();
         Self { id, ..self }
     }
 
-    /// The headers that the function is told: those that gateways and workers write for each other are not among them,
-    /// but for the marks of a callback. A function that passes its request on must pass these on, too.
+    /// Returns the headers for the function. Internal headers are removed, except for the marks of a callback: a
+    /// function that forwards its request must forward these as well.
     pub fn function_headers(&self) -> HeaderMap {
         let mut headers = self.headers.clone();
         let is_internal = |name: &&HeaderName| {
@@ -182,7 +184,7 @@ impl QueuedCall {
         headers
     }
 
-    /// All but the body.
+    /// Returns the metadata of the call: all but the body.
     pub fn envelope(&self) -> Envelope<'_> {
         let options = &self.options;
         Envelope {
@@ -206,16 +208,18 @@ impl QueuedCall {
         }
     }
 
-    /// The call that `envelope` and `body` make.
+    /// Builds a call from its parts.
     ///
     /// # Errors
-    /// `DecodeError::InvalidField` when it has a function, a target or headers that cannot be: who stored it may be a stranger.
-    pub fn from_envelope(meta: Envelope<'_>, body: Bytes) -> Result<Self, DecodeError> {
-        if meta.headers.len() > MAX_HEADERS || !is_valid_target(&meta.target) {
+    ///
+    /// `DecodeError::InvalidField` when the function, the target or a header is invalid. Whoever can write to the store
+    /// is not trusted.
+    pub fn from_envelope(envelope: Envelope<'_>, body: Bytes) -> Result<Self, DecodeError> {
+        if envelope.headers.len() > MAX_HEADERS || !is_valid_target(&envelope.target) {
             return Err(DecodeError::InvalidField);
         }
-        let mut headers = HeaderMap::with_capacity(meta.headers.len());
-        for (CowStr(name), CowStr(value)) in &meta.headers {
+        let mut headers = HeaderMap::with_capacity(envelope.headers.len());
+        for (CowStr(name), CowStr(value)) in &envelope.headers {
             let name = HeaderName::from_bytes(name.as_bytes());
             let (Ok(name), Some(value)) = (name, parse_header_text(value)) else {
                 return Err(DecodeError::InvalidField);
@@ -223,27 +227,29 @@ impl QueuedCall {
             headers.append(name, value);
         }
         let options = CallOptions {
-            callback: meta.callback.map(Cow::into_owned),
-            submitted_at: meta.submitted_at,
-            not_before: meta.not_before,
-            expires_at: meta.expires_at,
-            max_attempts: meta.max_attempts,
-            idempotency_key: meta.idempotency_key.map(Cow::into_owned),
-            chosen_id: meta.chosen_id,
-            digest: meta.digest.map(Cow::into_owned),
+            callback: envelope.callback.map(Cow::into_owned),
+            submitted_at: envelope.submitted_at,
+            not_before: envelope.not_before,
+            expires_at: envelope.expires_at,
+            max_attempts: envelope.max_attempts,
+            idempotency_key: envelope.idempotency_key.map(Cow::into_owned),
+            chosen_id: envelope.chosen_id,
+            digest: envelope.digest.map(Cow::into_owned),
         };
-        let function =
-            Function { name: meta.name.into_owned(), namespace: meta.namespace.into_owned() };
-        // As its label it must lead to itself.
+        let function = Function {
+            name: envelope.name.into_owned(),
+            namespace: envelope.namespace.into_owned(),
+        };
+        // The label of the function must parse to the same function.
         if Function::parse(&function.to_string(), "").as_ref() != Some(&function) {
             return Err(DecodeError::InvalidField);
         }
-        let (id, target) = (meta.id.into_owned(), meta.target.into_owned());
+        let (id, target) = (envelope.id.into_owned(), envelope.target.into_owned());
         Ok(Self { id, function, target, headers, body, options })
     }
 }
 
-/// A header's value, each of its bytes as a character: it need not be UTF-8.
+/// Converts a header value to text, one character per byte: a value need not be UTF-8.
 fn header_text(value: &HeaderValue) -> Cow<'_, str> {
     let text = value.to_str().map(Cow::Borrowed);
     text.unwrap_or_else(|_| value.as_bytes().iter().map(|byte| *byte as char).collect())
@@ -257,13 +263,13 @@ fn parse_header_text(text: &str) -> Option<HeaderValue> {
     HeaderValue::from_bytes(&bytes.ok()?).ok()
 }
 
-/// Whether `target` can stand behind a function's name without leading to another place.
+/// Returns whether `target` can follow a function's name without escaping its path.
 fn is_valid_target(target: &str) -> bool {
     let path = target.split_once('?').map_or(target, |(path, _)| path);
     (path.is_empty() || path.starts_with('/')) && !has_dot_segment(path)
 }
 
-/// The metadata of an encoded call, and where its body begins.
+/// Splits an encoded call into its envelope and the offset of its body.
 fn split_envelope(bytes: &[u8]) -> Result<(Envelope<'_>, usize), DecodeError> {
     let (version, rest) = bytes.split_first().ok_or(DecodeError::Truncated)?;
     if *version != FORMAT_VERSION {
@@ -271,8 +277,8 @@ fn split_envelope(bytes: &[u8]) -> Result<(Envelope<'_>, usize), DecodeError> {
     }
     let (length, _) = rest.split_first_chunk::<4>().ok_or(DecodeError::Truncated)?;
     let body_at = 5 + u32::from_be_bytes(*length) as usize;
-    let meta = bytes.get(5..body_at).ok_or(DecodeError::Truncated)?;
-    Ok((serde_json::from_slice(meta)?, body_at))
+    let envelope = bytes.get(5..body_at).ok_or(DecodeError::Truncated)?;
+    Ok((serde_json::from_slice(envelope)?, body_at))
 }
 
 #[cfg(test)]
@@ -299,12 +305,12 @@ mod tests {
     }
 
     #[test]
-    fn what_is_decoded_is_what_was_encoded() {
+    fn a_decoded_call_equals_the_encoded_one() {
         assert_eq!(QueuedCall::decode(&call().encode()).unwrap(), call());
     }
 
     #[test]
-    fn a_function_is_not_told_what_gateways_tell_each_other() {
+    fn internal_headers_are_not_sent_to_functions() {
         let mut call = call();
         for name in ["x-gateway-attempts", "x-gateway-of-tomorrow", "x-gatewayed"] {
             call.headers.append(name, HeaderValue::from_static("1"));
@@ -317,7 +323,7 @@ mod tests {
     }
 
     #[test]
-    fn a_member_that_is_not_known_is_skipped() {
+    fn unknown_envelope_members_are_ignored() {
         let json =
             br#"{"id":"a","name":"echo","namespace":"dev","submitted_at":5,"of_tomorrow":[1]}"#;
         let mut bytes = vec![FORMAT_VERSION];
@@ -329,16 +335,16 @@ mod tests {
     }
 
     #[test]
-    fn a_stranger_can_say_no_more_of_a_call_than_a_caller() {
+    fn invalid_envelopes_are_rejected() {
         let read = |change: &dyn Fn(&mut Envelope<'_>)| {
             let call = call();
-            let mut meta = call.envelope();
-            change(&mut meta);
-            QueuedCall::from_envelope(meta, Bytes::new())
+            let mut envelope = call.envelope();
+            change(&mut envelope);
+            QueuedCall::from_envelope(envelope, Bytes::new())
         };
         let headers = |count: usize| {
-            move |meta: &mut Envelope<'_>| {
-                meta.headers = (0..count)
+            move |envelope: &mut Envelope<'_>| {
+                envelope.headers = (0..count)
                     .map(|n| (CowStr(format!("h{n}").into()), CowStr("1".into())))
                     .collect();
             }
@@ -347,7 +353,8 @@ mod tests {
         for count in [MAX_HEADERS + 1, 40_000] {
             assert!(matches!(read(&headers(count)), Err(DecodeError::InvalidField)), "{count}");
         }
-        let target = |target: &str| read(&|meta| meta.target = target.to_owned().into()).is_ok();
+        let target =
+            |target: &str| read(&|envelope| envelope.target = target.to_owned().into()).is_ok();
         for good in ["", "/", "/p/q?x=/../", "?x", "/a..b/.c"] {
             assert!(target(good), "{good}");
         }
@@ -357,7 +364,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_call_is_refused() {
+    fn truncated_and_later_encodings_are_rejected() {
         let whole = call().encode();
         for end in 0..whole.len() - call().body.len() {
             assert!(QueuedCall::decode(&whole.slice(..end)).is_err(), "{end}");

@@ -1,5 +1,4 @@
-//! The queue on a NATS server of which it is not known yet what it speaks: JetStream or NATS Streaming. One of them is taken,
-//! once and for all.
+//! Detects the backend on a NATS server: JetStream or NATS Streaming. The decision is made once per process.
 
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
@@ -14,76 +13,74 @@ use crate::queue::jetstream::{self, JetStream};
 use crate::queue::stan::probe::{Probe, ProbeResult, StanPresence};
 use crate::queue::stan::{self, Stan};
 
-/// Between two times of asking.
-const AGAIN: Duration = Duration::from_millis(500);
-/// NATS Streaming that has not answered for so long is not about to.
-const PATIENCE: Duration = Duration::from_secs(10);
-/// Between two looks at whether it turns up after all.
-const LOOK_OUT: Duration = Duration::from_secs(10);
-/// How long the asking may take to end.
-const STOP: Duration = Duration::from_secs(1);
+const PROBE_INTERVAL: Duration = Duration::from_millis(500);
+/// NATS Streaming that has not answered for this time is assumed to be absent.
+const STAN_ABSENCE_TIMEOUT: Duration = Duration::from_secs(10);
+const STAN_WATCH_INTERVAL: Duration = Duration::from_secs(10);
+const STOP_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// What is found out. Cheap to clone.
+/// The detector and its result. Cheap to clone.
 #[derive(Clone)]
 pub struct BackendDetector {
     shared: Arc<Shared>,
-    /// What was found, for one thread.
-    own: Arc<OnceLock<Queue>>,
+    /// Handle of the detected queue for one thread.
+    thread_backend: Arc<OnceLock<Queue>>,
 }
 
 struct Shared {
-    found: OnceLock<Queue>,
-    is_found: watch::Sender<bool>,
+    backend: OnceLock<Queue>,
+    is_detected: watch::Sender<bool>,
     stopping: CancellationToken,
     tracker: TaskTracker,
 }
 
 impl BackendDetector {
-    /// Begins to ask. The server may be away: then it is asked when it comes.
+    /// Starts to probe the server. The server may be unreachable: probing goes on until it responds.
     ///
     /// # Errors
-    /// When the options cannot be.
+    ///
+    /// When the options are invalid, such as an unreadable credentials file.
     pub async fn open(nats: jetstream::Options, stan: stan::Options) -> anyhow::Result<Self> {
         let probe = Probe::open(&nats, &stan.cluster).await?;
         let shared = Arc::new(Shared {
-            found: OnceLock::new(),
-            is_found: watch::Sender::new(false),
+            backend: OnceLock::new(),
+            is_detected: watch::Sender::new(false),
             stopping: CancellationToken::new(),
             tracker: TaskTracker::new(),
         });
-        let asking = Arc::clone(&shared);
+        let prober = Arc::clone(&shared);
         let task = async move {
-            // Nothing is held that would be lost.
+            // Both branches can be dropped at any await: they own no state.
             tokio::select! {
-                () = asking.stopping.cancelled() => {}
+                () = prober.stopping.cancelled() => {}
                 () = async {
-                    let queue = find(&probe, &nats, &stan).await;
+                    let queue = detect_backend(&probe, &nats, &stan).await;
                     let is_jetstream = matches!(queue, Queue::JetStream(_));
-                    let _ = asking.found.set(queue);
-                    asking.is_found.send_replace(true);
+                    let _ = prober.backend.set(queue);
+                    prober.is_detected.send_replace(true);
                     if is_jetstream {
-                        look_out(&probe).await;
+                        warn_on_stan(&probe).await;
                     }
                 } => {}
             }
         };
         shared.tracker.spawn_on(task, &Runtime::current());
-        Ok(Self { shared, own: Arc::default() })
+        Ok(Self { shared, thread_backend: Arc::default() })
     }
 
-    /// The same, for one who asks much of the queue on the current thread and its runtime.
+    /// A handle for a thread that uses the queue often. It must be called on the runtime of that thread.
     pub(super) fn for_thread(&self) -> Self {
-        let thread = Self { shared: Arc::clone(&self.shared), own: Arc::default() };
-        let found = thread.clone();
+        let thread = Self { shared: Arc::clone(&self.shared), thread_backend: Arc::default() };
+        let detector = thread.clone();
         let task = async move {
-            found.until_found().await;
-            if let Some(queue) = found.shared.found.get() {
-                let _ = found.own.set(queue.for_thread());
+            detector.wait_until_detected().await;
+            if let Some(queue) = detector.shared.backend.get() {
+                let _ = detector.thread_backend.set(queue.for_thread());
             }
         };
         let stopping = self.shared.stopping.clone();
         self.shared.tracker.spawn(async move {
-            // It holds nothing.
+            // The task can be dropped at any await: it owns no state.
             tokio::select! {
                 () = stopping.cancelled() => {}
                 () = task => {}
@@ -92,59 +89,63 @@ impl BackendDetector {
         thread
     }
 
-    /// The queue, once it is known.
-    pub(super) fn found(&self) -> Option<&Queue> {
-        self.own.get().or_else(|| self.shared.found.get())
+    /// The detected queue, if any.
+    pub(super) fn detected(&self) -> Option<&Queue> {
+        self.thread_backend.get().or_else(|| self.shared.backend.get())
     }
 
-    /// Waits until the queue is known.
-    pub(super) async fn until_found(&self) {
-        // The sender lives as long as this.
-        let _ = self.shared.is_found.subscribe().wait_for(|found| *found).await;
+    /// Waits until the backend has been detected.
+    pub(super) async fn wait_until_detected(&self) {
+        // The sender lives as long as `self`, so this cannot fail.
+        let _ = self.shared.is_detected.subscribe().wait_for(|detected| *detected).await;
     }
 
-    /// Asks no more.
+    /// Stops probing.
     pub(super) async fn stop(&self) {
         self.shared.stopping.cancel();
         self.shared.tracker.close();
-        let _ = tokio::time::timeout(STOP, self.shared.tracker.wait()).await;
+        let _ = tokio::time::timeout(STOP_TIMEOUT, self.shared.tracker.wait()).await;
     }
 }
 
-/// Whoever keeps the queue.
+/// A backend on NATS.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Kind {
+enum BackendKind {
     JetStream,
     Stan,
 }
 
-/// Who is taken, after NATS Streaming has not been there for so long, while JetStream was. It comes first, since whoever
-/// runs it has queued calls there, and it may be away for a moment; JetStream is certain at once if it has the queue.
-fn choose(seen: ProbeResult, absent: Duration) -> Option<Kind> {
-    match seen {
-        ProbeResult { stan: StanPresence::Present, .. } => Some(Kind::Stan),
-        ProbeResult { has_queue_stream: true, .. } => Some(Kind::JetStream),
-        ProbeResult { jetstream: true, .. } if absent >= PATIENCE => Some(Kind::JetStream),
+/// Chooses the backend. `absent` is the time for which JetStream has answered and NATS Streaming has not.
+///
+/// NATS Streaming is preferred: an operator who runs it has queued calls there, and it may be restarting. JetStream is
+/// chosen immediately if it already has the streams of this gateway.
+fn choose_backend(probed: ProbeResult, absent: Duration) -> Option<BackendKind> {
+    match probed {
+        ProbeResult { stan: StanPresence::Present, .. } => Some(BackendKind::Stan),
+        ProbeResult { has_queue_stream: true, .. } => Some(BackendKind::JetStream),
+        ProbeResult { jetstream: true, .. } if absent >= STAN_ABSENCE_TIMEOUT => {
+            Some(BackendKind::JetStream)
+        }
         _ => None,
     }
 }
 
-async fn find(probe: &Probe, nats: &jetstream::Options, stan: &stan::Options) -> Queue {
-    let (mut absent, mut nobody) = (None, Some(Instant::now()));
+async fn detect_backend(probe: &Probe, nats: &jetstream::Options, stan: &stan::Options) -> Queue {
+    let (mut absent, mut silent_since) = (None, Some(Instant::now()));
     loop {
-        let seen = probe.run().await;
-        let jetstream = seen.is_some_and(|seen| seen.jetstream);
+        let probed = probe.run().await;
+        let jetstream = probed.is_some_and(|probed| probed.jetstream);
         let since = *absent.get_or_insert_with(Instant::now);
         if !jetstream {
             absent = None;
         }
-        let kind = seen.and_then(|seen| choose(seen, since.elapsed()));
+        let kind = probed.and_then(|probed| choose_backend(probed, since.elapsed()));
         let opened = match kind {
-            Some(Kind::Stan) => {
+            Some(BackendKind::Stan) => {
                 Stan::open(nats.clone(), stan.clone()).await.map(|queue| Some(Queue::Stan(queue)))
             }
-            Some(Kind::JetStream) => {
-                tell_of_jetstream(seen);
+            Some(BackendKind::JetStream) => {
+                log_backend(probed);
                 JetStream::open(nats.clone()).await.map(|queue| Some(Queue::JetStream(queue)))
             }
             None => Ok(None),
@@ -154,44 +155,44 @@ async fn find(probe: &Probe, nats: &jetstream::Options, stan: &stan::Options) ->
             Ok(None) => {}
             Err(error) => tracing::error!("The queue cannot be opened: {error:#}"),
         }
-        if !jetstream && nobody.is_some_and(|since| since.elapsed() >= PATIENCE) {
-            nobody = None;
-            // A password may stand before the address.
+        if !jetstream && silent_since.is_some_and(|since| since.elapsed() >= STAN_ABSENCE_TIMEOUT) {
+            silent_since = None;
+            // The address may contain a password.
             let address = |server: &String| server.rsplit(['@', '/']).next().map(str::to_owned);
             let servers: Vec<String> = nats.servers.iter().filter_map(address).collect();
             let servers = servers.join(", ");
             tracing::warn!(
-                "Neither JetStream nor NATS Streaming answers at {servers}: calls are not queued until one does"
+                "Neither JetStream nor NATS Streaming answers at {servers}: no calls are queued until one of them does"
             );
         }
-        tokio::time::sleep(AGAIN).await;
+        tokio::time::sleep(PROBE_INTERVAL).await;
     }
 }
 
-fn tell_of_jetstream(seen: Option<ProbeResult>) {
-    if seen.is_some_and(|seen| seen.stan == StanPresence::Unknown) {
+fn log_backend(probed: Option<ProbeResult>) {
+    if probed.is_some_and(|probed| probed.stan == StanPresence::Unknown) {
         tracing::info!(
-            "Queued calls are kept by JetStream; whether there is NATS Streaming cannot be told, since the server does not \
-             answer, or does not let us ask"
+            "JetStream stores the queued calls. NATS Streaming could not be ruled out: the server does not answer, or \
+             denies the request"
         );
     } else {
-        tracing::info!("Queued calls are kept by JetStream");
+        tracing::info!("JetStream stores the queued calls");
     }
 }
 
-/// Says so if NATS Streaming turns up where JetStream was taken.
-async fn look_out(probe: &Probe) {
+/// Logs a warning if NATS Streaming appears after JetStream has been chosen.
+async fn warn_on_stan(probe: &Probe) {
     loop {
-        tokio::time::sleep(LOOK_OUT).await;
+        tokio::time::sleep(STAN_WATCH_INTERVAL).await;
         match probe.stan_presence().await {
             StanPresence::Present => break,
             StanPresence::Absent => {}
-            // One that may not ask need not ask again.
+            // Permission to ask is missing, so polling is pointless.
             StanPresence::Unknown => return,
         }
     }
     tracing::warn!(
-        "NATS Streaming answers as well, and may have queued calls that nobody makes here: set queue to stan or to jetstream"
+        "NATS Streaming answers as well, and may have queued calls that are not executed: set queue to stan or to jetstream"
     );
 }
 
@@ -200,21 +201,27 @@ mod tests {
     use super::*;
 
     #[test]
-    fn nats_streaming_is_waited_for_unless_jetstream_has_the_queue() {
+    fn nats_streaming_is_preferred_unless_jetstream_has_the_queue() {
         let soon = Duration::ZERO;
         for (stan, jetstream, has_queue_stream, absent, expect) in [
-            (StanPresence::Present, true, true, PATIENCE, Some(Kind::Stan)),
-            (StanPresence::Present, false, false, soon, Some(Kind::Stan)),
-            (StanPresence::Absent, true, true, soon, Some(Kind::JetStream)),
-            (StanPresence::Unknown, true, true, soon, Some(Kind::JetStream)),
+            (StanPresence::Present, true, true, STAN_ABSENCE_TIMEOUT, Some(BackendKind::Stan)),
+            (StanPresence::Present, false, false, soon, Some(BackendKind::Stan)),
+            (StanPresence::Absent, true, true, soon, Some(BackendKind::JetStream)),
+            (StanPresence::Unknown, true, true, soon, Some(BackendKind::JetStream)),
             (StanPresence::Absent, true, false, soon, None),
             (StanPresence::Unknown, true, false, soon, None),
-            (StanPresence::Absent, true, false, PATIENCE, Some(Kind::JetStream)),
-            (StanPresence::Unknown, true, false, PATIENCE, Some(Kind::JetStream)),
-            (StanPresence::Absent, false, false, PATIENCE, None),
+            (StanPresence::Absent, true, false, STAN_ABSENCE_TIMEOUT, Some(BackendKind::JetStream)),
+            (
+                StanPresence::Unknown,
+                true,
+                false,
+                STAN_ABSENCE_TIMEOUT,
+                Some(BackendKind::JetStream),
+            ),
+            (StanPresence::Absent, false, false, STAN_ABSENCE_TIMEOUT, None),
         ] {
-            let seen = ProbeResult { stan, jetstream, has_queue_stream };
-            assert_eq!(choose(seen, absent), expect, "{seen:?} {absent:?}");
+            let probed = ProbeResult { stan, jetstream, has_queue_stream };
+            assert_eq!(choose_backend(probed, absent), expect, "{probed:?} {absent:?}");
         }
     }
 }

@@ -1,31 +1,31 @@
-//! The queue in a file of this process: durable without any other server.
+//! The queue in a file of this process. It is durable without any other server.
 //!
-//! What waits is in the file; in memory are only the numbers of the calls, and what is being made. A process that dies
-//! leaves every call that was not settled: it is made again after the restart.
+//! The file holds all pending calls. Memory holds only their numbers, and the state of running calls. A crash loses no
+//! call that was not settled: it is executed again after the restart.
 
 mod access;
-mod change;
-mod finished;
+mod checksummed;
 #[cfg(any(test, fuzzing))]
 pub(crate) mod fuzz;
-mod guard;
-mod ids;
-mod journal;
-mod look;
-mod newest;
+mod id_codec;
 mod overlay;
+mod packed;
+mod panic_guard;
 mod pressure;
+mod queries;
 mod reserve;
-mod rows;
+mod result_codec;
+mod reverse_scan;
 pub mod salvage;
 mod schedule;
-mod sealed;
+mod state;
 mod store;
 mod tables;
-mod waiting;
+mod wal;
+mod write_txn;
 mod writer;
 
-pub(super) use self::waiting::Lease;
+pub(super) use self::state::Lease;
 
 use std::fs::DirBuilder;
 use std::os::unix::fs::DirBuilderExt;
@@ -39,16 +39,16 @@ use tokio::sync::{Notify, mpsc, oneshot};
 
 use crate::function::Function;
 use crate::queue::call::{QueuedCall, UnixMillis};
-use crate::queue::embedded::guard::{guarded, is_damage};
-use crate::queue::embedded::ids::Ids;
-use crate::queue::embedded::look::following;
-use crate::queue::embedded::pressure::Pressure;
+use crate::queue::embedded::id_codec::CallIdCodec;
+use crate::queue::embedded::packed::PackedBatch;
+use crate::queue::embedded::panic_guard::{catch_panic, is_corruption};
+use crate::queue::embedded::pressure::DiskPressure;
+use crate::queue::embedded::queries::following;
 use crate::queue::embedded::reserve::Reserve;
-use crate::queue::embedded::rows::Row;
-use crate::queue::embedded::schedule::Number;
+use crate::queue::embedded::schedule::CallSeq;
+use crate::queue::embedded::state::{AttemptStart, QueueState};
 use crate::queue::embedded::store::Store;
-use crate::queue::embedded::waiting::{Began, Waiting};
-use crate::queue::embedded::writer::{Incoming, Op, Settled};
+use crate::queue::embedded::writer::{PublishRequest, SettleWrite, WriteOp};
 use crate::queue::reply_batch::{Reply, ReplyChannel};
 use crate::queue::status::{CallRecord, Settlement, StoredResponse};
 use crate::queue::{
@@ -56,125 +56,128 @@ use crate::queue::{
     QueueDepth, now,
 };
 
-/// Changes that wait for the one thread that makes them.
-const WAITING_CHANGES: usize = 4096;
-/// Nobody waits longer than this for the next call without looking again.
-const LOOK_AGAIN: Duration = Duration::from_secs(1);
-/// A disk that takes longer to keep a call is away.
-const PUBLISH: Duration = Duration::from_secs(10);
-/// What the disk gets to close the file.
-const CLOSE: Duration = Duration::from_millis(1500);
-/// The file, in the state directory.
-const FILE: &str = "queue.redb";
-/// The space that is kept for settling calls, beside it.
-const RESERVE: &str = "queue.reserve";
-/// How many calls one look through the file reads.
-const SCAN: usize = 1000;
+/// Maximum number of operations that wait for the writer thread.
+const MAX_QUEUED_OPS: usize = 4096;
+/// Maximum time between two checks for a due call.
+const MAX_IDLE_WAIT: Duration = Duration::from_secs(1);
+/// Time after which a publish fails with `Unreachable`.
+const PUBLISH_TIMEOUT: Duration = Duration::from_secs(10);
+const CLOSE_TIMEOUT: Duration = Duration::from_millis(1500);
+/// Name of the file in the state directory.
+const FILE_NAME: &str = "queue.redb";
+/// Name of the file that reserves disk space for settlements.
+const RESERVE_FILE_NAME: &str = "queue.reserve";
+/// Maximum number of calls that one scan of the file returns.
+const SCAN_BATCH_SIZE: usize = 1000;
 
-/// What a queue keeps, and how much.
+/// Limits of a queue.
 #[derive(Clone, Copy, Debug)]
 pub struct Limits {
-    /// Calls that wait.
+    /// Maximum number of pending calls.
     pub max_pending: usize,
-    /// How long state and answer of a finished call are kept, in milliseconds.
+    /// Time in milliseconds for which records and responses of finished calls are kept.
     pub result_ttl: UnixMillis,
-    /// How long an idempotency key stands for its call.
+    /// Time in milliseconds for which an idempotency key is kept.
     pub idempotency_ttl: UnixMillis,
 }
 
-/// The queue. Cheap to clone; the file is closed when the last clone is gone.
+/// The queue. Cheap to clone. The file is closed when the last clone is dropped.
 #[derive(Clone)]
 pub struct Embedded {
     shared: Arc<Shared>,
-    ops: mpsc::Sender<Op>,
-    /// Where answers are given; they are given one by one where there is none.
-    desk: Option<ReplyChannel>,
+    ops: mpsc::Sender<WriteOp>,
+    /// Delivers replies in batches. Without it, each reply is sent on its own.
+    replies: Option<ReplyChannel>,
 }
 
 struct Shared {
     path: PathBuf,
-    /// `None` while the file cannot be opened again after a failure.
+    /// `None` while the file is being reopened after a failure.
     store: RwLock<Option<Store>>,
-    /// Whether `store` is being opened again, and a notification when it no longer is.
+    /// `true` while `store` is being reopened, and a notification of the change to `false`.
     opening: (Mutex<bool>, Condvar),
-    /// How often the file has been changed, as far as is known here.
-    changes: AtomicU64,
-    pressure: Pressure,
-    /// Whether the last change was made, and in time.
+    /// Number of commits to the file, as far as this process knows.
+    change_count: AtomicU64,
+    pressure: DiskPressure,
+    /// Whether the last write succeeded in time.
     usable: AtomicBool,
-    /// The file is damaged, and is not used any more.
+    /// The file is damaged and no longer used.
     damaged: AtomicBool,
-    waiting: Mutex<Waiting>,
-    /// Somebody may find a call now.
+    state: Mutex<QueueState>,
+    /// Notified when a call may have become runnable.
     ready: Notify,
-    next: AtomicU64,
-    ids: Arc<Ids>,
+    next_number: AtomicU64,
+    ids: Arc<CallIdCodec>,
     limits: Limits,
 }
 
 impl Embedded {
-    /// Opens the queue in `directory`, which is made if it is not there.
+    /// Opens the queue in `directory`, which is created if it does not exist.
     ///
     /// # Errors
-    /// When the file cannot be made, is in use, or is no queue.
+    ///
+    /// When the file cannot be created, is in use by another process, is damaged, or is not a queue. The message names
+    /// the remedy.
     pub fn open(directory: &Path, limits: Limits) -> anyhow::Result<Self> {
         use anyhow::{Context, bail};
-        survive_limits();
-        let path = directory.join(FILE);
+        ignore_file_size_signal();
+        let path = directory.join(FILE_NAME);
         let name = path.display().to_string();
-        // Bodies are nobody else's to read.
+        // The files contain request bodies, which only their owner may read.
         let made = DirBuilder::new().recursive(true).mode(0o700).create(directory);
-        made.with_context(|| format!("cannot make {name}"))?;
-        let reserve = Reserve::open(&directory.join(RESERVE));
-        let pressure = Pressure::new(reserve.with_context(|| format!("cannot open {name}"))?);
+        made.with_context(|| format!("cannot create {name}"))?;
+        let reserve = Reserve::open(&directory.join(RESERVE_FILE_NAME));
+        let pressure = DiskPressure::new(reserve.with_context(|| format!("cannot open {name}"))?);
         let store = match Store::open(&path, &pressure.reserve) {
-            Err(error) if is_damage(&error) => bail!("{}: {error}", access::remedy(&path)),
+            Err(error) if is_corruption(&error) => bail!("{}: {error}", access::remedy(&path)),
             store => store.with_context(|| format!("cannot open the queue {name}"))?,
         };
         let ids = store.ids();
-        let mut waiting = Waiting::default();
-        let next = guarded(|| store.read_all(|call| waiting.found(call)));
+        let mut state = QueueState::default();
+        let next = catch_panic(|| store.read_all(|call| state.restore_call(call)));
         let next = next.with_context(|| format!("cannot read the queue {name}"))?;
-        let mark = store.mark().with_context(|| format!("cannot read the queue {name}"))?;
-        waiting.schedule.put_in_order();
-        let pending = waiting.schedule.waiting();
+        let watermark =
+            store.watermark().with_context(|| format!("cannot read the queue {name}"))?;
+        state.schedule.sort_by_number();
+        let pending = state.schedule.pending();
         if pending > 0 {
-            tracing::info!(pending, "Queued calls found");
+            tracing::info!(pending, "Pending calls found in the queue's file");
         }
         let shared = Arc::new(Shared {
             path,
             store: RwLock::new(Some(store)),
             opening: Default::default(),
-            changes: AtomicU64::new(mark.changes),
+            change_count: AtomicU64::new(watermark.changes),
             pressure,
             usable: AtomicBool::new(true),
             damaged: AtomicBool::new(false),
-            waiting: Mutex::new(waiting),
+            state: Mutex::new(state),
             ready: Notify::new(),
-            next: AtomicU64::new(next),
+            next_number: AtomicU64::new(next),
             ids,
             limits,
         });
-        let (ops, received) = mpsc::channel(WAITING_CHANGES);
+        let (ops, received) = mpsc::channel(MAX_QUEUED_OPS);
         let writes = Arc::clone(&shared);
         std::thread::Builder::new()
             .name("queue".to_owned())
             .spawn(move || writer::run(&writes, received))
             .context("cannot start a thread")?;
-        Ok(Self { shared, ops, desk: None })
+        Ok(Self { shared, ops, replies: None })
     }
 
-    /// This queue, for one who asks much of it on the current thread and its runtime.
+    /// A handle for a thread that uses the queue often. It must be called on the runtime of that thread, where replies
+    /// are then delivered in batches.
     pub(super) fn for_thread(&self) -> Self {
-        Self { desk: Some(ReplyChannel::open()), ..self.clone() }
+        Self { replies: Some(ReplyChannel::open()), ..self.clone() }
     }
 
-    /// Whether the file could be used when it was used last.
+    /// Returns whether the last access to the file succeeded.
     pub(super) fn is_usable(&self) -> bool {
         self.shared.usable.load(Relaxed)
     }
 
-    /// What is wrong with the queue though it can be used.
+    /// Returns the degraded state of the queue, if any.
     pub(super) fn condition(&self) -> Option<Condition> {
         if self.shared.damaged.load(Relaxed) {
             return Some(Condition::Damaged);
@@ -182,92 +185,95 @@ impl Embedded {
         if self.shared.pressure.is_full() {
             return Some(Condition::DiskFull);
         }
-        let set_aside = self.shared.waiting().damaged.len();
+        let set_aside = self.shared.state().damaged.len();
         (set_aside > 0).then_some(Condition::DamagedCalls)
     }
 
-    /// Closes the file once all that was asked for is done: it need not be repaired when it is opened again.
+    /// Closes the file after all pending operations. A file that was closed needs no repair when it is opened again.
     pub async fn close(&self) {
-        let closed = tokio::time::timeout(CLOSE, self.ask(Op::Close)).await;
+        let closed = tokio::time::timeout(CLOSE_TIMEOUT, self.submit(WriteOp::Close)).await;
         if !matches!(closed, Ok(Ok(()))) {
             tracing::warn!("The queue's file could not be closed in time");
         }
     }
 
-    /// An id for a call that is about to be published. Calls with one of these are found without a table of ids.
+    /// Generates an id for a new call. Such an id contains the call's number and needs no entry in the id index.
     pub(super) fn new_call_id(&self) -> String {
-        self.shared.ids.make(self.shared.next_number())
+        self.shared.ids.encode(self.shared.next_number())
     }
 
     pub(super) async fn publish(
         &self,
         call: QueuedCall,
-        room: Option<MemoryPermit>,
+        permit: Option<MemoryPermit>,
     ) -> Result<Published, Error> {
-        let incoming = self.shared.incoming(call, room);
-        let published = self.ask(|reply| Op::Publish(incoming, reply));
-        tokio::time::timeout(PUBLISH, published).await.unwrap_or_else(|_| {
+        let request = self.shared.publish_request(call, permit);
+        let published = self.submit(|reply| WriteOp::Publish(request, reply));
+        tokio::time::timeout(PUBLISH_TIMEOUT, published).await.unwrap_or_else(|_| {
             self.shared.usable.store(false, Relaxed);
             Err(Error::Unreachable)
         })
     }
 
-    pub(super) async fn receive(&self, places: usize) -> Result<Delivery, Error> {
+    pub(super) async fn receive(&self, concurrency: usize) -> Result<Delivery, Error> {
         loop {
-            let (picked, wait) = {
-                let mut waiting = self.shared.waiting();
+            let (selected, wait) = {
+                let mut state = self.shared.state();
                 let now = now();
-                let picked = waiting.pick(now, places);
-                let due = waiting.schedule.next_due().map_or(LOOK_AGAIN, |due| {
-                    Duration::from_millis(due.saturating_sub(now)).min(LOOK_AGAIN)
+                let selected = state.select(now, concurrency);
+                let due = state.schedule.next_due().map_or(MAX_IDLE_WAIT, |due| {
+                    Duration::from_millis(due.saturating_sub(now)).min(MAX_IDLE_WAIT)
                 });
-                (picked, due)
+                (selected, due)
             };
-            match picked {
-                Some((held, stored)) => {
-                    // More may be there than one was told of.
+            match selected {
+                Some((claim, stored)) => {
+                    // Several calls may be runnable for one notification.
                     self.shared.ready.notify_one();
-                    let lease = Lease::new(Arc::clone(&self.shared), held);
+                    let lease = Lease::new(Arc::clone(&self.shared), claim);
                     if let Some(delivery) = self.deliver(lease, stored)? {
                         return Ok(delivery);
                     }
                 }
                 None => {
-                    // Running out is no reason to fail: it is the time to look again.
+                    // After a timeout the schedule is checked again.
                     let _ = tokio::time::timeout(wait, self.shared.ready.notified()).await;
                 }
             }
         }
     }
 
-    /// The call that was picked, of which `stored` was at hand; `None` if it is gone.
+    /// Builds the delivery of a selected call. `stored` is its encoded form if it was cached. Returns `None` if the
+    /// call is damaged.
     fn deliver(&self, mut lease: Lease, stored: Option<Bytes>) -> Result<Option<Delivery>, Error> {
-        let number = lease.held.picked.number;
+        let number = lease.claim.selected.number;
         let stored = match stored {
             Some(stored) => Some(stored),
-            None => self.shared.read(number)?,
+            None => self.shared.read_call(number)?,
         };
         let call = stored.as_ref().and_then(|stored| QueuedCall::decode(stored).ok());
         let Some(call) = call else {
             let id = stored.and_then(|stored| QueuedCall::extract_id(&stored));
-            let id = id.or_else(|| self.shared.view(|view| view.id_as_it_is(number)).ok()?);
-            let mut waiting = self.shared.waiting();
-            // It is not given back, but it does not run either.
-            waiting.ended(lease.held);
-            waiting.damaged.insert(number);
-            let all = waiting.damaged.len();
+            let id = id.or_else(|| {
+                self.shared.read_snapshot(|snapshot| snapshot.id_unchecked(number)).ok()?
+            });
+            let mut state = self.shared.state();
+            // The call is not requeued, but it no longer runs.
+            state.end_execution(lease.claim);
+            state.damaged.insert(number);
+            let all = state.damaged.len();
             tracing::error!(call_id = id, number, all, "A queued call is damaged and set aside");
             return Ok(None);
         };
-        if lease.held.noted {
-            let progress = self.shared.view(|view| view.progress(number))?;
-            lease.before = progress.map_or((0, None), |known| (known.attempts, known.status));
+        if lease.claim.has_record {
+            let progress = self.shared.read_snapshot(|snapshot| snapshot.record(number))?;
+            lease.previous = progress.map_or((0, None), |record| (record.attempts, record.status));
         }
-        let began = Began { attempts: lease.before.0 + 1, at: lease.at };
-        self.shared.waiting().begin(lease.held, began);
+        let start = AttemptStart { attempts: lease.previous.0 + 1, started_at: lease.started_at };
+        self.shared.state().start_attempt(lease.claim, start);
         Ok(Some(Delivery {
             call,
-            attempts: lease.before.0,
+            attempts: lease.previous.0,
             body_missing: false,
             handle: LeaseHandle::Embedded(lease),
         }))
@@ -279,40 +285,41 @@ impl Embedded {
         call: &QueuedCall,
         settlement: &Settlement,
     ) -> Result<(), Error> {
-        if !self.shared.waiting().is_held(lease.held) {
+        if !self.shared.state().owns(lease.claim) {
             return Err(Error::Gone);
         }
-        let (attempts, status) = lease.before;
+        let (attempts, status) = lease.previous;
         let running = CallRecord { status, ..CallRecord::queued(call) };
-        let running = Began { attempts: attempts + 1, at: lease.at }.of(running);
+        let running =
+            AttemptStart { attempts: attempts + 1, started_at: lease.started_at }.apply_to(running);
         let status = running.settled(settlement, now());
-        let settled = Settled::new(&status, settlement);
-        self.ask(|reply| Op::Settle(lease.held, settled, reply)).await
+        let settled = SettleWrite::new(&status, settlement);
+        self.submit(|reply| WriteOp::Settle(lease.claim, settled, reply)).await
     }
 
     pub(super) async fn status(&self, id: &str) -> Result<Option<CallRecord>, Error> {
         let (shared, id) = (Arc::clone(&self.shared), id.to_owned());
-        shared.blocking(move |shared| shared.status(&id)).await
+        shared.read_blocking(move |shared| shared.status(&id)).await
     }
 
     pub(super) async fn result(&self, id: &str) -> Result<Option<StoredResponse>, Error> {
         let (shared, id) = (Arc::clone(&self.shared), id.to_owned());
         shared
-            .blocking(move |shared| {
-                shared.view(|view| {
-                    let Some(number) = view.number(&id)? else { return Ok(None) };
-                    Ok(view.finished(number)?.and_then(|(_, answer)| answer))
+            .read_blocking(move |shared| {
+                shared.read_snapshot(|snapshot| {
+                    let Some(number) = snapshot.number_of(&id)? else { return Ok(None) };
+                    Ok(snapshot.finished(number)?.and_then(|(_, response)| response))
                 })
             })
             .await
     }
 
     pub(super) async fn cancel(&self, id: &str) -> Result<ChangeOutcome, Error> {
-        self.ask(|reply| Op::Cancel(id.to_owned(), reply)).await
+        self.submit(|reply| WriteOp::Cancel(id.to_owned(), reply)).await
     }
 
     pub(super) async fn redrive(&self, id: &str) -> Result<ChangeOutcome, Error> {
-        self.ask(|reply| Op::Revive(id.to_owned(), reply)).await
+        self.submit(|reply| WriteOp::Redrive(id.to_owned(), reply)).await
     }
 
     pub(super) async fn list(
@@ -324,14 +331,14 @@ impl Embedded {
         let (shared, filter) = (Arc::clone(&self.shared), filter.clone());
         let after = after.map(str::to_owned);
         shared
-            .blocking(move |shared| {
+            .read_blocking(move |shared| {
                 let first = match (&after, filter.order) {
-                    // No call follows one that is not known.
-                    (Some(id), order) => {
-                        shared.view(|view| view.number(id))?.and_then(|last| following(order, last))
-                    }
+                    // An unknown id has no successor.
+                    (Some(id), order) => shared
+                        .read_snapshot(|snapshot| snapshot.number_of(id))?
+                        .and_then(|last| following(order, last)),
                     (None, Order::OldestFirst) => Some(0),
-                    (None, Order::NewestFirst) => Some(Number::MAX),
+                    (None, Order::NewestFirst) => Some(CallSeq::MAX),
                 };
                 let found = shared.find(&filter, first, limit)?;
                 Ok(found.into_iter().map(|(_, status)| status).collect())
@@ -344,91 +351,98 @@ impl Embedded {
         loop {
             let shared = Arc::clone(&self.shared);
             let filter = Filter { order: Order::OldestFirst, ..filter.clone() };
-            let found = shared.blocking(move |shared| shared.find(&filter, first, SCAN)).await?;
+            let found = shared
+                .read_blocking(move |shared| shared.find(&filter, first, SCAN_BATCH_SIZE))
+                .await?;
             let Some((last, _)) = found.last() else { return Ok(purged) };
             first = last.checked_add(1);
             let ids = found.into_iter().map(|(_, status)| status.id).collect();
-            purged += self.ask(|reply| Op::Purge(ids, reply)).await?;
+            purged += self.submit(|reply| WriteOp::Purge(ids, reply)).await?;
         }
     }
 
     pub(super) async fn depths(&self) -> Result<Vec<(Function, QueueDepth)>, Error> {
         let shared = Arc::clone(&self.shared);
-        shared.blocking(|shared| shared.depths()).await
+        shared.read_blocking(|shared| shared.depths()).await
     }
 
-    /// Forgets what has been kept for long enough. To be called every second or so.
+    /// Removes results and idempotency keys whose time to live has passed. The caller runs it about once a second.
     pub async fn sweep_expired(&self) {
-        // A failure has been told where it happened; this is tried again soon.
-        while let Ok(true) = self.ask(Op::Expire).await {}
+        // Failures have been logged, and the next run tries again.
+        while let Ok(true) = self.submit(WriteOp::Expire).await {}
     }
 
-    async fn ask<T: Send + 'static>(&self, op: impl FnOnce(Reply<T>) -> Op) -> Result<T, Error> {
-        let (reply, answer) = oneshot::channel();
-        let reply = Reply::new(reply, self.desk.clone());
+    async fn submit<T: Send + 'static>(
+        &self,
+        op: impl FnOnce(Reply<T>) -> WriteOp,
+    ) -> Result<T, Error> {
+        let (reply, result) = oneshot::channel();
+        let reply = Reply::new(reply, self.replies.clone());
         self.ops.send(op(reply)).await.map_err(|_| Error::Failed)?;
-        answer.await.map_err(|_| Error::Failed)?
+        result.await.map_err(|_| Error::Failed)?
     }
 }
 
-/// Has a file that may grow no further (`ulimit -f`) be an error like a full disk: by default the signal that comes
-/// with it ends the process.
-fn survive_limits() {
+/// Ignores the signal that a write beyond the file size limit (`ulimit -f`) raises and that would end the process. The
+/// write fails with an error, like on a full disk.
+fn ignore_file_size_signal() {
     let exceeded = rustix::process::Signal::XFSZ.as_raw();
-    // Without it, there is only that error less.
+    // If this fails, only that error is lost.
     let _ = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::from_raw(exceeded));
 }
 
 impl Shared {
-    /// Reads the file on a thread that may wait for the disk, and for a file that is being opened again.
-    async fn blocking<T: Send + 'static>(
+    /// Reads the file on a thread that may block, also while the file is being reopened.
+    async fn read_blocking<T: Send + 'static>(
         self: Arc<Self>,
         read: impl FnOnce(&Self) -> Result<T, Error> + Send + 'static,
     ) -> Result<T, Error> {
         let read = move || {
-            self.await_open();
+            self.wait_until_open();
             read(&self)
         };
         tokio::task::spawn_blocking(read).await.map_err(|_| Error::Failed)?
     }
 
-    fn next_number(&self) -> Number {
-        self.next.fetch_add(1, Relaxed)
+    fn next_number(&self) -> CallSeq {
+        self.next_number.fetch_add(1, Relaxed)
     }
 
-    /// `call` as it is written, and nothing else of it.
-    fn incoming(&self, call: QueuedCall, room: Option<MemoryPermit>) -> Incoming {
-        Incoming {
+    /// Converts `call` to the form in which it is written.
+    fn publish_request(&self, call: QueuedCall, permit: Option<MemoryPermit>) -> PublishRequest {
+        PublishRequest {
             label: call.function.to_string(),
             due: call.options.not_before.unwrap_or(0),
             encoded: call.encode(),
-            number: (!call.options.chosen_id).then(|| self.ids.number_in(&call.id)).flatten(),
+            number: (!call.options.chosen_id).then(|| self.ids.decode(&call.id)).flatten(),
             digest: call.options.digest,
             key: call.options.idempotency_key,
             id: call.id,
-            _room: room,
+            _permit: permit,
         }
     }
 
-    /// `call` under an id that is made here; `None` if it cannot be read.
-    fn renamed(&self, call: &Incoming) -> Option<Incoming> {
-        let id = self.ids.make(self.next_number());
+    /// Returns `call` under a generated id, or `None` if it cannot be decoded.
+    fn with_new_id(&self, call: &PublishRequest) -> Option<PublishRequest> {
+        let id = self.ids.encode(self.next_number());
         let renamed = QueuedCall::decode(&call.encoded).ok()?.with_new_id(id);
-        Some(self.incoming(renamed, None))
+        Some(self.publish_request(renamed, None))
     }
 
-    fn waiting(&self) -> MutexGuard<'_, Waiting> {
-        self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
+    fn state(&self) -> MutexGuard<'_, QueueState> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// What is stored of a call. The calls that were taken in with it will be at hand.
-    fn read(&self, number: Number) -> Result<Option<Bytes>, Error> {
-        if let Some(call) = self.view(|view| view.call(number))? {
+    /// Reads an encoded call. Calls that were enqueued in the same batch are cached.
+    fn read_call(&self, number: CallSeq) -> Result<Option<Bytes>, Error> {
+        if let Some(call) = self.read_snapshot(|snapshot| snapshot.stored_call(number))? {
             return Ok(Some(call));
         }
-        let Some(row) = self.view(|view| view.row(number))? else { return Ok(None) };
-        let call = Row::new(&row).get(number).map(|call| row.slice_ref(call));
-        self.waiting().recent.add(row);
+        let Some(batch) = self.read_snapshot(|snapshot| snapshot.pending_batch(number))? else {
+            return Ok(None);
+        };
+        let call = PackedBatch::new(&batch).get(number).map(|call| batch.slice_ref(call));
+        self.state().batch_cache.add(batch);
         Ok(call)
     }
 }

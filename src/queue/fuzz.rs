@@ -1,10 +1,10 @@
-//! What the fuzzer checks of queued calls, whatever keeps them.
+//! Fuzz targets for queued calls of any backend.
 
 use bytes::Bytes;
 
 use crate::queue::call::QueuedCall;
 
-/// A stored call is stored again as the same call.
+/// Checks that a decoded call survives another round of encoding.
 pub(crate) fn call(data: &[u8]) {
     let bytes = Bytes::copy_from_slice(data);
     let _ = (QueuedCall::extract_id(data), QueuedCall::decode_without_body(data).is_ok());

@@ -1,8 +1,8 @@
-//! The memory that the bodies of queued calls take: of requests that are being enqueued, of calls that a worker holds, of
+//! The memory budget for bodies of queued calls: of requests that are being enqueued, of calls that a worker holds, of
 //! their responses until they are stored and reported. All share one budget.
 //!
-//! Large requests wait in a line of their own. The first of them collects free memory, and leaves a share for small ones:
-//! these do not wait until there is room for it.
+//! Large requests wait in a queue of their own. The first of them collects free memory, but leaves a reserve for small
+//! requests, which therefore do not wait until the large one is served.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -13,60 +13,61 @@ use tokio::time::{Instant, timeout_at};
 
 use crate::config::MAX_ASYNC_BODY_BYTES;
 
-/// The unit in which it is counted.
-const UNIT: usize = 1024;
-/// All bodies together.
+/// Bytes per permit of the semaphore.
+const BYTES_PER_PERMIT: usize = 1024;
+/// Budget for all bodies together.
 pub const MAX_TOTAL_BYTES: usize = MAX_ASYNC_BODY_BYTES;
-/// A worker takes no call while less than this is free.
-const LEAST: usize = 64 << 10;
-/// A buffer grows by at most this, or a quarter of its length, more than is needed now.
-const PIECE: usize = 256 << 10;
+/// A worker receives no call while less than this is free.
+const MIN_FREE_BYTES_TO_RECEIVE: usize = 64 << 10;
+/// A buffer grows by up to this, or a quarter of its length, more than is needed now.
+const MAX_EXTRA_GROWTH_BYTES: usize = 256 << 10;
 
-/// A large request that waits leaves this much free.
-const SHARE: usize = MAX_TOTAL_BYTES / 8;
-/// It does so for this time, and then takes all free memory. Otherwise small ones could keep it waiting for ever.
-const SHARES_FOR: Duration = Duration::from_secs(5);
-/// Requests above this size are large.
-const SMALL: usize = SHARE / 16;
+/// Memory that a waiting large request leaves free for small ones.
+const SMALL_REQUEST_RESERVE_BYTES: usize = MAX_TOTAL_BYTES / 8;
+/// Time for which it does so. Then it collects all free memory, since small requests could otherwise delay it without
+/// limit.
+const RESERVE_DURATION: Duration = Duration::from_secs(5);
+/// Requests up to this size are small.
+const MAX_SMALL_REQUEST_BYTES: usize = SMALL_REQUEST_RESERVE_BYTES / 16;
 
 /// The budget. Cheap to clone.
 #[derive(Clone, Debug)]
-pub struct BodyBudget(Arc<Budget>);
+pub struct BodyBudget(Arc<BudgetState>);
 
 #[derive(Debug)]
-struct Budget {
+struct BudgetState {
     free: Arc<Semaphore>,
-    /// One permit: its holder is the first of the large requests that wait.
-    first: Semaphore,
-    freed: Freed,
+    /// Has one permit, which the first of the waiting large requests holds.
+    first_large: Semaphore,
+    freed: FreedNotifier,
 }
 
-/// Tells the first of the large requests that wait, when it is dropped, that there may be more room.
+/// When dropped, wakes the first of the waiting large requests: memory may have been freed.
 #[derive(Clone, Debug, Default)]
-struct Freed(Arc<Notify>);
+struct FreedNotifier(Arc<Notify>);
 
-impl Drop for Freed {
+impl Drop for FreedNotifier {
     fn drop(&mut self) {
         self.0.notify_one();
     }
 }
 
-/// A part of the budget, until it is dropped.
+/// A share of the budget, held until it is dropped.
 #[derive(Debug)]
 pub struct MemoryPermit {
-    // Dropped in this order: there is more room once the permits are back.
+    // The fields are dropped in this order: the permits must be returned before the notification.
     permits: OwnedSemaphorePermit,
-    freed: Freed,
+    freed: FreedNotifier,
 }
 
 impl MemoryPermit {
-    /// Adds `other` to this.
+    /// Adds the share of `other` to this one.
     pub fn merge(&mut self, other: Self) {
         self.permits.merge(other.permits);
     }
 
-    /// Gives back all but `units`.
-    fn keep(&mut self, units: usize) {
+    /// Returns all but `units` to the budget.
+    fn retain_units(&mut self, units: usize) {
         let excess = self.permits.num_permits().saturating_sub(units);
         if excess > 0 {
             drop(self.permits.split(excess));
@@ -77,116 +78,125 @@ impl MemoryPermit {
 
 impl Default for BodyBudget {
     fn default() -> Self {
-        let free = Arc::new(Semaphore::new(MAX_TOTAL_BYTES / UNIT));
-        Self(Arc::new(Budget { free, first: Semaphore::new(1), freed: Freed::default() }))
+        let free = Arc::new(Semaphore::new(MAX_TOTAL_BYTES / BYTES_PER_PERMIT));
+        Self(Arc::new(BudgetState {
+            free,
+            first_large: Semaphore::new(1),
+            freed: FreedNotifier::default(),
+        }))
     }
 }
 
 impl BodyBudget {
     fn units(bytes: usize) -> u32 {
-        // What is larger than all there is gets all there is.
-        u32::try_from(bytes.min(MAX_TOTAL_BYTES).div_ceil(UNIT)).unwrap_or(u32::MAX)
+        // A request above the limit gets the whole budget.
+        u32::try_from(bytes.min(MAX_TOTAL_BYTES).div_ceil(BYTES_PER_PERMIT)).unwrap_or(u32::MAX)
     }
 
-    fn reservation(&self, permits: OwnedSemaphorePermit) -> MemoryPermit {
+    fn permit(&self, permits: OwnedSemaphorePermit) -> MemoryPermit {
         MemoryPermit { permits, freed: self.0.freed.clone() }
     }
 
     fn try_units(&self, units: u32) -> Option<MemoryPermit> {
         let permits = Arc::clone(&self.0.free).try_acquire_many_owned(units);
-        permits.ok().map(|permits| self.reservation(permits))
+        permits.ok().map(|permits| self.permit(permits))
     }
 
-    /// Room for `bytes`, if there is as much.
+    /// Reserves `bytes` without waiting. Returns `None` if they are not available.
     pub fn try_reserve(&self, bytes: usize) -> Option<MemoryPermit> {
         let units = Self::units(bytes);
-        // A large request must not overtake those that wait, nor use the share of the small ones.
-        let is_line = bytes > SMALL && self.0.first.available_permits() == 0;
-        if is_line && self.0.free.available_permits() < units as usize + SHARE / UNIT {
+        // A large request must neither overtake those that wait nor use the reserve for small ones.
+        let must_wait =
+            bytes > MAX_SMALL_REQUEST_BYTES && self.0.first_large.available_permits() == 0;
+        if must_wait
+            && self.0.free.available_permits()
+                < units as usize + SMALL_REQUEST_RESERVE_BYTES / BYTES_PER_PERMIT
+        {
             return None;
         }
         self.try_units(units)
     }
 
-    /// Waits for room for `bytes`. Cancel-safe.
+    /// Reserves `bytes`, waiting until they are available. Cancel-safe.
     pub async fn reserve(&self, bytes: usize) -> Option<MemoryPermit> {
         let units = Self::units(bytes);
-        if bytes > SMALL {
+        if bytes > MAX_SMALL_REQUEST_BYTES {
             return self.collect(units).await;
         }
-        // Dropped behind the permits if this is cancelled when it has been given them.
+        // Dropped after the permits if this future is cancelled when it already has them.
         let freed = self.0.freed.clone();
-        // The semaphores are never closed.
+        // The semaphores are never closed, so this cannot fail.
         let permits = Arc::clone(&self.0.free).acquire_many_owned(units).await.ok()?;
         Some(MemoryPermit { permits, freed })
     }
 
-    /// Waits for `units` behind the large requests that came before.
+    /// Collects `units` after the large requests that came before.
     async fn collect(&self, units: u32) -> Option<MemoryPermit> {
-        let _first = self.0.first.acquire().await.ok()?;
+        let _first_large = self.0.first_large.acquire().await.ok()?;
         let mut collected = self.try_units(0)?;
-        let shares_until = Instant::now() + SHARES_FOR;
+        let reserves_until = Instant::now() + RESERVE_DURATION;
         loop {
             let missing = (units as usize).saturating_sub(collected.permits.num_permits());
             if missing == 0 {
                 return Some(collected);
             }
             let free = self.0.free.available_permits();
-            let shares = Instant::now() < shares_until;
-            let share = if shares { SHARE / UNIT } else { 0 };
-            let takes = if free >= missing { missing } else { free.saturating_sub(share) };
-            if takes == 0 {
-                // What was freed since then has left its notification.
+            let reserves = Instant::now() < reserves_until;
+            let reserve = if reserves { SMALL_REQUEST_RESERVE_BYTES / BYTES_PER_PERMIT } else { 0 };
+            let take = if free >= missing { missing } else { free.saturating_sub(reserve) };
+            if take == 0 {
+                // Memory freed since the check has stored its notification.
                 let freed = self.0.freed.0.notified();
-                if shares {
-                    let _ = timeout_at(shares_until, freed).await;
+                if reserves {
+                    let _ = timeout_at(reserves_until, freed).await;
                 } else {
                     freed.await;
                 }
                 continue;
             }
-            // Another may have taken it by now; then there is less.
-            if let Some(more) = self.try_units(u32::try_from(takes).unwrap_or(u32::MAX)) {
+            // Another request may have taken the memory in between.
+            if let Some(more) = self.try_units(u32::try_from(take).unwrap_or(u32::MAX)) {
                 collected.merge(more);
             }
         }
     }
 
-    /// Waits until another call may be taken. Cancel-safe.
+    /// Waits until enough memory for another delivery is free. Cancel-safe.
     pub async fn wait_until_available(&self) {
-        drop(self.reserve(LEAST).await);
+        drop(self.reserve(MIN_FREE_BYTES_TO_RECEIVE).await);
     }
 }
 
-/// Gives back what `room` has beyond `bytes`.
-pub fn shrink_permit(room: &mut Option<MemoryPermit>, bytes: usize) {
-    if let Some(reservation) = room {
-        reservation.keep(BodyBudget::units(bytes) as usize);
+/// Returns the memory of `permit` beyond `bytes` to the budget.
+pub fn shrink_permit(permit: &mut Option<MemoryPermit>, bytes: usize) {
+    if let Some(permit) = permit {
+        permit.retain_units(BodyBudget::units(bytes) as usize);
     }
 }
 
-/// A body that is being read, and its room.
+/// A body that is being read, with its memory permit.
 pub struct BodyBuffer<'a> {
     budget: &'a BodyBudget,
     bytes: Vec<u8>,
-    room: Option<MemoryPermit>,
+    permit: Option<MemoryPermit>,
 }
 
 impl<'a> BodyBuffer<'a> {
     pub fn new(budget: &'a BodyBudget) -> Self {
-        Self { budget, bytes: Vec::new(), room: None }
+        Self { budget, bytes: Vec::new(), permit: None }
     }
 
     pub fn length(&self) -> usize {
         self.bytes.len()
     }
 
-    /// Adds `data`; `false` if there is no room for it.
+    /// Appends `data`. Returns `false` if there is not enough memory.
     pub fn try_add(&mut self, data: &[u8]) -> bool {
         if let Some(needed) = self.growth(data) {
-            // The more there is, the more is likely to come. What is only announced gets no room.
+            // Growth is proportional to the length, since a longer body is likely to go on. A `Content-Length` alone
+            // reserves nothing.
             let length = self.bytes.len();
-            let ahead = needed.max(length.min(PIECE.max(length / 4)));
+            let ahead = needed.max(length.min(MAX_EXTRA_GROWTH_BYTES.max(length / 4)));
             let reserve = |growth| Some((self.budget.try_reserve(growth)?, growth));
             let Some((more, growth)) = reserve(ahead).or_else(|| reserve(needed)) else {
                 return false;
@@ -197,7 +207,7 @@ impl<'a> BodyBuffer<'a> {
         true
     }
 
-    /// Adds `data` as soon as there is room for it; `false` if there is none by `deadline`.
+    /// Appends `data` when there is enough memory. Returns `false` if that does not happen before `deadline`.
     pub async fn add_before(&mut self, data: &[u8], deadline: Instant) -> bool {
         if self.try_add(data) {
             return true;
@@ -211,8 +221,8 @@ impl<'a> BodyBuffer<'a> {
         true
     }
 
-    /// Waits until there is room for `length` bytes, which are about to come. If there is none by `deadline`, they get
-    /// what there is when they come.
+    /// Waits until `length` bytes can be reserved for a body that is about to be read. After `deadline`, the body is
+    /// read without a reservation.
     pub async fn reserve_expected(&mut self, length: usize, deadline: Instant) {
         let growth = length.saturating_sub(self.bytes.capacity());
         if growth > 0
@@ -222,7 +232,7 @@ impl<'a> BodyBuffer<'a> {
         }
     }
 
-    /// By how much the buffer must grow to take `data`, if at all.
+    /// Bytes by which the buffer must grow to append `data`.
     fn growth(&self, data: &[u8]) -> Option<usize> {
         let (needs, has) = (self.bytes.len() + data.len(), self.bytes.capacity());
         needs.checked_sub(has).filter(|growth| *growth > 0)
@@ -231,15 +241,15 @@ impl<'a> BodyBuffer<'a> {
     fn grow(&mut self, more: MemoryPermit, by: usize) {
         let capacity = self.bytes.capacity() + by;
         self.bytes.reserve_exact(capacity - self.bytes.len());
-        match &mut self.room {
-            Some(room) => room.merge(more),
-            None => self.room = Some(more),
+        match &mut self.permit {
+            Some(permit) => permit.merge(more),
+            None => self.permit = Some(more),
         }
     }
 
-    /// What was read. It has its room until that is dropped.
+    /// Returns the body and its permit.
     pub fn finish(self) -> (Bytes, Option<MemoryPermit>) {
-        (self.bytes.into(), self.room)
+        (self.bytes.into(), self.permit)
     }
 }
 
@@ -248,25 +258,25 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_read_is_counted_until_its_room_is_dropped() {
+    fn a_body_is_counted_until_its_permit_is_dropped() {
         let budget = BodyBudget::default();
-        let free = || budget.0.free.available_permits() * UNIT;
+        let free = || budget.0.free.available_permits() * BYTES_PER_PERMIT;
         let mut buffer = BodyBuffer::new(&budget);
         for _ in 0..1000 {
             assert!(buffer.try_add(&[b'x'; 10_000]));
         }
-        let (bytes, mut room) = buffer.finish();
+        let (bytes, mut permit) = buffer.finish();
         assert_eq!(bytes.len(), 10_000_000);
         let taken = MAX_TOTAL_BYTES - free();
         assert!((10_000_000..13_000_000).contains(&taken), "{taken}");
-        shrink_permit(&mut room, 2000);
+        shrink_permit(&mut permit, 2000);
         assert_eq!(MAX_TOTAL_BYTES - free(), 2048);
-        drop(room);
+        drop(permit);
         assert_eq!(free(), MAX_TOTAL_BYTES);
     }
 
     #[tokio::test(start_paused = true)]
-    async fn who_finds_no_room_waits_for_a_while() {
+    async fn a_buffer_waits_for_memory_until_its_deadline() {
         let budget = BodyBudget::default();
         let all = budget.try_reserve(MAX_TOTAL_BYTES + 1).unwrap();
         assert!(budget.try_reserve(1).is_none());
@@ -284,7 +294,7 @@ mod tests {
 
     const MIB: usize = 1 << 20;
 
-    /// Polls `future` until it waits; what it returned, if it did.
+    /// Polls `future` once and returns its output if it is ready.
     async fn poll_once<F: Future + Unpin>(future: &mut F) -> Option<F::Output> {
         tokio::select! {
             biased;
@@ -299,14 +309,14 @@ mod tests {
         let held = budget.try_reserve(MAX_TOTAL_BYTES - 40 * MIB).unwrap();
         let mut large = std::pin::pin!(budget.reserve(100 * MIB));
         assert!(poll_once(&mut large).await.is_none());
-        let small: Vec<_> = (0..10).map(|_| budget.try_reserve(SMALL)).collect();
+        let small: Vec<_> = (0..10).map(|_| budget.try_reserve(MAX_SMALL_REQUEST_BYTES)).collect();
         assert!(small.iter().all(Option::is_some));
-        let mut waits = std::pin::pin!(budget.reserve(SMALL));
+        let mut waits = std::pin::pin!(budget.reserve(MAX_SMALL_REQUEST_BYTES));
         assert!(poll_once(&mut waits).await.is_some());
-        // Small ones have a share of freed memory, too.
+        // Small requests get a share of freed memory as well.
         drop(held);
         let held = large.await.unwrap();
-        assert_eq!(held.permits.num_permits() * UNIT, 100 * MIB);
+        assert_eq!(held.permits.num_permits() * BYTES_PER_PERMIT, 100 * MIB);
     }
 
     #[tokio::test(start_paused = true)]
@@ -320,8 +330,8 @@ mod tests {
                 break served;
             }
             drop(held.pop().expect("it is served before the others are gone"));
-            // There are always some of them, and none is refused.
-            small.push_back(budget.try_reserve(SMALL).expect("its share"));
+            // There is always a small request, and none is refused.
+            small.push_back(budget.try_reserve(MAX_SMALL_REQUEST_BYTES).expect("its share"));
             if small.len() > 10 {
                 small.pop_front();
             }
@@ -337,41 +347,41 @@ mod tests {
         let (first, second) = (budget.reserve(150 * MIB), budget.reserve(90 * MIB));
         let (gave_up, served) = tokio::join!(timeout_at(later, first), second);
         assert!(gave_up.is_err());
-        assert_eq!(served.unwrap().permits.num_permits() * UNIT, 90 * MIB);
-        assert_eq!(budget.0.free.available_permits() * UNIT, 100 * MIB);
+        assert_eq!(served.unwrap().permits.num_permits() * BYTES_PER_PERMIT, 90 * MIB);
+        assert_eq!(budget.0.free.available_permits() * BYTES_PER_PERMIT, 100 * MIB);
         drop(held);
         assert!(budget.reserve(MAX_TOTAL_BYTES).await.is_some());
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_large_request_that_does_not_wait_leaves_the_share_of_small_ones() {
+    async fn a_large_try_reserve_leaves_the_reserve_for_small_requests() {
         let budget = BodyBudget::default();
         let held = budget.try_reserve(MAX_TOTAL_BYTES - 40 * MIB).unwrap();
         let mut large = std::pin::pin!(budget.reserve(100 * MIB));
         assert!(poll_once(&mut large).await.is_none());
-        assert!(budget.try_reserve(SMALL + 1).is_none());
-        assert!(budget.try_reserve(SMALL).is_some());
+        assert!(budget.try_reserve(MAX_SMALL_REQUEST_BYTES + 1).is_none());
+        assert!(budget.try_reserve(MAX_SMALL_REQUEST_BYTES).is_some());
         drop(held);
         assert!(large.await.is_some());
-        assert!(budget.try_reserve(SMALL + 1).is_some());
+        assert!(budget.try_reserve(MAX_SMALL_REQUEST_BYTES + 1).is_some());
     }
 
     #[tokio::test(start_paused = true)]
-    async fn the_largest_request_is_served_though_small_ones_overlap() {
+    async fn the_largest_request_is_served_despite_overlapping_small_ones() {
         let budget = BodyBudget::default();
-        let mut small = budget.try_reserve(SMALL);
+        let mut small = budget.try_reserve(MAX_SMALL_REQUEST_BYTES);
         let mut large = std::pin::pin!(budget.reserve(MAX_TOTAL_BYTES));
         for _ in 0..4 {
             assert!(poll_once(&mut large).await.is_none());
-            let next = budget.try_reserve(SMALL);
+            let next = budget.try_reserve(MAX_SMALL_REQUEST_BYTES);
             assert!(next.is_some());
             small = next;
             tokio::time::advance(Duration::from_secs(1)).await;
         }
-        tokio::time::advance(SHARES_FOR).await;
-        // From now on it takes all freed memory.
+        tokio::time::advance(RESERVE_DURATION).await;
+        // From now on the large request takes all freed memory.
         assert!(poll_once(&mut large).await.is_none());
-        assert!(budget.try_reserve(SMALL).is_none());
+        assert!(budget.try_reserve(MAX_SMALL_REQUEST_BYTES).is_none());
         drop(small);
         assert!(large.await.is_some());
     }

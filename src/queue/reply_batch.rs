@@ -1,78 +1,81 @@
-//! Answers, handed out on the thread that waits for them: to wake a task of another thread is a system call, and one
-//! wakes all for whom there is an answer at the same time.
+//! Replies to callers on other threads, delivered in batches: to wake a task of another thread is a system call, and
+//! one wake-up serves all replies of a batch.
 
 use tokio::sync::{mpsc, oneshot};
 
 use crate::queue::Error;
 
-/// An answer, about to be given.
+/// Sends one reply.
 type Completion = Box<dyn FnOnce() + Send>;
 
-/// So many deliveries wait for a thread that is busy.
-const WAITING: usize = 16;
+/// Maximum number of batches that wait for a busy thread.
+const MAX_WAITING_BATCHES: usize = 16;
 
-/// Where a thread gets its answers.
+/// Delivers batches of replies to one thread.
 #[derive(Clone)]
 pub(super) struct ReplyChannel(mpsc::Sender<Vec<Completion>>);
 
 impl ReplyChannel {
-    /// One on the current runtime, where it stays open as long as somebody may have an answer for it.
+    /// Opens a channel on the current runtime. It stays open until the last sender is gone.
     #[expect(clippy::disallowed_methods, reason = "it ends with its runtime, and holds nothing")]
     pub(super) fn open() -> Self {
-        let (parcels, mut delivered) = mpsc::channel::<Vec<Completion>>(WAITING);
+        let (completions, mut batches) = mpsc::channel::<Vec<Completion>>(MAX_WAITING_BATCHES);
         tokio::spawn(async move {
-            while let Some(parcels) = delivered.recv().await {
-                parcels.into_iter().for_each(|parcel| parcel());
+            while let Some(completions) = batches.recv().await {
+                completions.into_iter().for_each(|completion| completion());
             }
         });
-        Self(parcels)
+        Self(completions)
     }
 }
 
-/// Whom to answer, and where.
+/// The recipient of one reply.
 pub(super) struct Reply<T> {
-    to: oneshot::Sender<Result<T, Error>>,
-    desk: Option<ReplyChannel>,
+    sender: oneshot::Sender<Result<T, Error>>,
+    channel: Option<ReplyChannel>,
 }
 
 impl<T: Send + 'static> Reply<T> {
-    pub(super) fn new(to: oneshot::Sender<Result<T, Error>>, desk: Option<ReplyChannel>) -> Self {
-        Self { to, desk }
+    pub(super) fn new(
+        sender: oneshot::Sender<Result<T, Error>>,
+        channel: Option<ReplyChannel>,
+    ) -> Self {
+        Self { sender, channel }
     }
 
-    /// Whether nobody waits any more.
+    /// Returns whether the recipient has gone.
     pub(super) fn is_closed(&self) -> bool {
-        self.to.is_closed()
+        self.sender.is_closed()
     }
 
-    /// Gives the answer at once.
-    pub(super) fn send(self, answer: Result<T, Error>) {
-        // Whoever does not wait any more need not hear of it.
-        let _ = self.to.send(answer);
+    /// Sends the result immediately, not in a batch.
+    pub(super) fn send(self, result: Result<T, Error>) {
+        // The recipient may have gone.
+        let _ = self.sender.send(result);
     }
 }
 
-/// Answers that are given together.
+/// Replies that are sent together.
 #[derive(Default)]
 pub(super) struct ReplyBatch {
-    by_desk: Vec<(ReplyChannel, Vec<Completion>)>,
+    by_channel: Vec<(ReplyChannel, Vec<Completion>)>,
 }
 
 impl ReplyBatch {
-    pub(super) fn push<T: Send + 'static>(&mut self, reply: Reply<T>, answer: Result<T, Error>) {
-        let Some(desk) = reply.desk.clone() else { return reply.send(answer) };
-        let parcel: Completion = Box::new(move || reply.send(answer));
-        match self.by_desk.iter_mut().find(|(known, _)| known.0.same_channel(&desk.0)) {
-            Some((_, parcels)) => parcels.push(parcel),
-            None => self.by_desk.push((desk, vec![parcel])),
+    pub(super) fn push<T: Send + 'static>(&mut self, reply: Reply<T>, result: Result<T, Error>) {
+        let Some(channel) = reply.channel.clone() else { return reply.send(result) };
+        let completion: Completion = Box::new(move || reply.send(result));
+        match self.by_channel.iter_mut().find(|(open, _)| open.0.same_channel(&channel.0)) {
+            Some((_, completions)) => completions.push(completion),
+            None => self.by_channel.push((channel, vec![completion])),
         }
     }
 
     pub(super) fn send(self) {
-        for (desk, parcels) in self.by_desk {
-            // A thread that has not come to its last answers has them given from here.
-            if let Err(full) = desk.0.try_send(parcels) {
-                full.into_inner().into_iter().for_each(|parcel| parcel());
+        for (channel, completions) in self.by_channel {
+            // If the channel is full, the replies are sent from here.
+            if let Err(full) = channel.0.try_send(completions) {
+                full.into_inner().into_iter().for_each(|completion| completion());
             }
         }
     }

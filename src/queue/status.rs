@@ -1,22 +1,22 @@
-//! What became of a queued call. No I/O.
+//! The record of a queued call: state, attempts, response. No I/O.
 
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 
 use crate::queue::call::{DecodeError, QueuedCall, UnixMillis};
 
-/// Where a call is on its way.
+/// What is known about a call. It is stored as JSON.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum CallState {
-    /// Waits for its turn, or for its time.
+    /// Waits to be executed, possibly until a given time.
     #[default]
     Queued,
     Running,
-    /// Has failed and will be tried again.
+    /// An attempt failed. The call will be retried.
     Retrying,
     Succeeded,
-    /// Will not be tried again by itself.
+    /// Failed or expired. The call is not retried automatically.
     Failed,
     Cancelled,
 }
@@ -34,13 +34,13 @@ pub struct CallRecord {
     /// `NAME.NAMESPACE`
     pub function: String,
     pub state: CallState,
-    /// How often it has been made.
+    /// Number of executions.
     #[serde(default)]
     pub attempts: u32,
-    /// What the function said last.
+    /// HTTP status of the last response.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub status: Option<u16>,
-    /// Why there is none, or what else is to be said.
+    /// Reason why there is no response, or a remark about it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub reason: Option<String>,
     pub submitted_at: UnixMillis,
@@ -50,91 +50,95 @@ pub struct CallRecord {
     pub finished_at: Option<UnixMillis>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub next_attempt_at: Option<UnixMillis>,
-    /// The caller chose the id, so that knowing it proves nothing.
+    /// The client chose the id, so that knowing the id does not authorize a request.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub chosen_id: bool,
-    /// It failed for good and is kept: it can be tried again on request.
-    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    /// The call failed permanently and is kept as a dead letter. It can be redriven.
+    #[serde(rename = "dead", default, skip_serializing_if = "std::ops::Not::not")]
     pub dead_letter: bool,
-    /// Tells the call from others under the same id; not known of calls that an older gateway took in.
+    /// Digest of the call, which distinguishes calls with the same id. Missing in records of older gateways.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub digest: Option<String>,
 }
 
-/// The stored answer of a call.
+/// The stored response of a call.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct StoredResponse {
     pub status: u16,
     pub headers: Vec<(String, String)>,
     pub body: Bytes,
-    /// The body was larger than is kept.
+    /// The body exceeded the limit and was cut off.
     pub truncated: bool,
 }
 
-/// How a call that was taken goes on.
+/// Outcome of a delivery.
 #[derive(Clone, Debug)]
 pub enum Settlement {
-    /// It is over. Its state, and its answer if there is one, can be asked for a while.
+    /// The call is finished. Its record and response are kept for a limited time.
     Finished {
         state: CallState,
         status: Option<u16>,
         reason: Option<String>,
         response: Option<StoredResponse>,
-        /// `false`: it was over before this attempt, which does not count.
+        /// `false` if the delivery ended without an execution. It does not count as an attempt.
         executed: bool,
     },
-    /// It is tried again, not before `at`.
+    /// The call is retried at the time `at` or later.
     Retry { at: UnixMillis, status: Option<u16>, reason: Option<String> },
-    /// It has failed for good, and is kept until somebody decides.
+    /// The call failed permanently. It is kept as a dead letter until it is redriven or deleted.
     DeadLetter { status: Option<u16>, reason: Option<String>, response: Option<StoredResponse> },
 }
 
 impl Settlement {
-    /// The same without the answer, which is too large to be kept.
+    /// Returns the settlement without its response, which is too large to be stored. The reason says so.
     #[must_use]
     pub fn without_response(self) -> Self {
-        const TOO_LARGE: &str = "the answer is too large for the queue to keep";
-        let note = |reason: Option<String>| {
-            Some(reason.map_or_else(|| TOO_LARGE.to_owned(), |it| format!("{it}; {TOO_LARGE}")))
-        };
+        const TOO_LARGE: &str = "the response is too large for the queue to store";
+        let add_remark =
+            |reason: Option<String>| {
+                Some(reason.map_or_else(
+                    || TOO_LARGE.to_owned(),
+                    |reason| format!("{reason}; {TOO_LARGE}"),
+                ))
+            };
         match self {
             Self::Finished { state, status, reason, executed: made, response: Some(_) } => {
                 Self::Finished {
                     state,
                     status,
-                    reason: note(reason),
+                    reason: add_remark(reason),
                     executed: made,
                     response: None,
                 }
             }
             Self::DeadLetter { status, reason, response: Some(_) } => {
-                Self::DeadLetter { status, reason: note(reason), response: None }
+                Self::DeadLetter { status, reason: add_remark(reason), response: None }
             }
             other => other,
         }
     }
 
-    /// How long the body of the answer is that it holds.
+    /// Length of the response body in bytes; 0 without a response.
     pub fn response_length(&self) -> usize {
         match self {
-            Self::Finished { response: answer, .. } | Self::DeadLetter { response: answer, .. } => {
-                answer.as_ref().map_or(0, |answer| answer.body.len())
+            Self::Finished { response, .. } | Self::DeadLetter { response, .. } => {
+                response.as_ref().map_or(0, |response| response.body.len())
             }
             Self::Retry { .. } => 0,
         }
     }
 
-    /// Whether it holds an answer.
+    /// Returns whether the settlement has a response.
     pub fn has_response(&self) -> bool {
         match self {
-            Self::Finished { response: answer, .. } | Self::DeadLetter { response: answer, .. } => {
-                answer.is_some()
+            Self::Finished { response, .. } | Self::DeadLetter { response, .. } => {
+                response.is_some()
             }
             Self::Retry { .. } => false,
         }
     }
 
-    /// The state that it leads to, and the function's answer.
+    /// The resulting state, and the HTTP status of the response.
     pub fn outcome(&self) -> (CallState, Option<u16>) {
         match self {
             Self::Finished { state, status, .. } => (*state, *status),
@@ -145,7 +149,7 @@ impl Settlement {
 }
 
 impl CallRecord {
-    /// The status of a call that has not been made yet.
+    /// The record of a call that has not been executed.
     pub fn queued(call: &QueuedCall) -> Self {
         Self {
             id: call.id.clone(),
@@ -158,21 +162,22 @@ impl CallRecord {
         }
     }
 
-    /// Whether a call under the same id is this one once more, and not another.
+    /// Returns whether a call with the same id is a duplicate of this one. An unknown digest matches every digest.
     pub fn is_same_call(&self, function: &str, digest: Option<&str>) -> bool {
-        let known = self.digest.as_deref().zip(digest);
-        self.function == function && known.is_none_or(|(first, second)| first == second)
+        let digests = self.digest.as_deref().zip(digest);
+        self.function == function && digests.is_none_or(|(first, second)| first == second)
     }
 
-    /// The status of a stored call that has not been made yet.
+    /// The record of an encoded call that has not been executed.
     ///
     /// # Errors
-    /// When `stored` holds no call.
+    ///
+    /// When `stored` is not a call.
     pub fn from_stored(stored: &[u8]) -> Result<Self, DecodeError> {
         Ok(Self::queued(&QueuedCall::decode_without_body(stored)?))
     }
 
-    /// What the status of a running call becomes when it is settled at `now`.
+    /// Returns the record of a running call after its settlement at `now`.
     #[must_use]
     pub fn settled(mut self, settlement: &Settlement, now: UnixMillis) -> Self {
         match settlement {
@@ -205,7 +210,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_call_that_expires_keeps_what_is_known_of_its_attempts() {
+    fn an_expired_call_keeps_its_attempts_and_status() {
         let settlement = Settlement::Finished {
             state: CallState::Failed,
             status: None,
@@ -224,24 +229,21 @@ mod tests {
     }
 
     #[test]
-    fn an_answer_that_is_too_large_is_left_out_and_missed() {
+    fn a_response_that_is_too_large_is_dropped_with_a_reason() {
         let body = Bytes::from_static(b"large");
-        let answer =
+        let response =
             Some(StoredResponse { status: 500, headers: Vec::new(), body, truncated: false });
-        let dead = Settlement::DeadLetter {
-            status: Some(500),
-            reason: Some("a".to_owned()),
-            response: answer,
-        };
+        let dead =
+            Settlement::DeadLetter { status: Some(500), reason: Some("a".to_owned()), response };
         assert!(dead.has_response());
         let settled = CallRecord::default().settled(&dead.clone().without_response(), 1);
         assert!(!dead.without_response().has_response());
         let reason = settled.reason.unwrap();
-        assert_eq!(reason, "a; the answer is too large for the queue to keep");
+        assert_eq!(reason, "a; the response is too large for the queue to store");
     }
 
     #[test]
-    fn a_call_of_which_too_little_is_known_is_taken_for_the_same() {
+    fn a_call_without_digest_matches_every_digest() {
         let (one, two) = (Some("1"), Some("2"));
         for (function, first, second, repeated) in [
             ("a.fn", one, one, true),

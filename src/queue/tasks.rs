@@ -1,4 +1,4 @@
-//! What goes on beside the calls to a queue.
+//! Background tasks of a queue.
 
 use tokio::runtime::Handle as Runtime;
 use tokio_util::sync::CancellationToken;
@@ -6,7 +6,7 @@ use tokio_util::task::TaskTracker;
 
 use crate::shutdown::supervise;
 
-/// The tasks, and the one signal that ends them.
+/// The tasks, and the signal that stops them.
 pub(super) struct Tasks {
     tracker: TaskTracker,
     pub(super) stopping: CancellationToken,
@@ -34,8 +34,8 @@ impl Tasks {
         self.tracker.spawn_on(task, &self.runtime);
     }
 
-    /// Runs what others rely on until it ends or the queue is stopped: if it breaks, it is begun anew, since nobody
-    /// else would notice that it is gone.
+    /// Runs `task` until it ends or the queue is stopped, and restarts it after a panic: other parts of the queue
+    /// depend on it.
     pub(super) fn supervise<F>(&self, name: &'static str, task: impl Fn() -> F + Send + 'static)
     where
         F: Future<Output = ()> + Send + 'static,
@@ -43,7 +43,7 @@ impl Tasks {
         self.spawn(supervise(name, self.stopping.clone(), task));
     }
 
-    /// The same for what has something to do when the queue is stopped, and ends by itself then.
+    /// As [`Self::supervise`], for a task that has work to do when the queue is stopped. It must end by itself then.
     pub(super) fn supervise_to_end<F>(
         &self,
         name: &'static str,
@@ -54,18 +54,18 @@ impl Tasks {
         self.spawn_to_completion(supervise(name, self.stopping.clone(), task));
     }
 
-    /// Runs `task`, which ends soon by itself. Who stops the queue waits for it.
+    /// Runs `task` to its end, also while the queue is stopped. It must be short.
     pub(super) fn spawn_to_completion(&self, task: impl Future<Output = ()> + Send + 'static) {
         self.tracker.spawn_on(task, &self.runtime);
     }
 
-    /// Asks all to end.
+    /// Signals all tasks to stop.
     pub(super) fn stop(&self) {
         self.stopping.cancel();
         self.tracker.close();
     }
 
-    /// Waits until all have ended.
+    /// Waits until all tasks have ended.
     pub(super) async fn wait(&self) {
         self.tracker.wait().await;
     }
@@ -79,7 +79,7 @@ mod tests {
     use super::*;
 
     #[tokio::test(start_paused = true)]
-    async fn a_task_that_breaks_is_begun_anew_and_ends_with_the_queue() {
+    async fn a_panicking_task_is_restarted_and_ends_with_the_queue() {
         let tasks = Tasks::new();
         let begun = Arc::new(AtomicUsize::new(0));
         let counts = Arc::clone(&begun);

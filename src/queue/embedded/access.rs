@@ -1,4 +1,4 @@
-//! How the queue's file is read and changed, and what happens when that fails.
+//! Access to the queue's file, and recovery from failures.
 
 use std::path::Path;
 use std::sync::PoisonError;
@@ -7,11 +7,11 @@ use std::time::Duration;
 
 use crate::queue::Error;
 use crate::queue::embedded::Shared;
-use crate::queue::embedded::change::Change;
-use crate::queue::embedded::guard::{drop_guarded, guarded, is_damage};
-use crate::queue::embedded::store::{self, Mark, Store, View};
+use crate::queue::embedded::panic_guard::{catch_panic, drop_catching_panic, is_corruption};
+use crate::queue::embedded::store::{self, Snapshot, Store, Watermark};
+use crate::queue::embedded::write_txn::WriteTxn;
 
-/// What is wrong with the file at `path`, and what to do about it.
+/// Describes the damage of the file at `path` and its remedy.
 pub(super) fn remedy(path: &Path) -> String {
     let file = path.display();
     format!(
@@ -21,27 +21,30 @@ pub(super) fn remedy(path: &Path) -> String {
     )
 }
 
-/// How long a reader waits for a file that is being opened again.
-const OPENED_WITHIN: Duration = Duration::from_secs(10);
+/// Time for which a reader waits for a file that is being reopened.
+const OPEN_TIMEOUT: Duration = Duration::from_secs(10);
 
 impl Shared {
-    pub(super) fn view<T>(&self, read: impl FnOnce(&View) -> store::Result<T>) -> Result<T, Error> {
+    pub(super) fn read_snapshot<T>(
+        &self,
+        read: impl FnOnce(&Snapshot) -> store::Result<T>,
+    ) -> Result<T, Error> {
         if self.damaged.load(Relaxed) {
             return Err(Error::Failed);
         }
         let read = {
             let store = self.store.read().unwrap_or_else(PoisonError::into_inner);
             let store = store.as_ref().ok_or(Error::Failed)?;
-            guarded(|| read(&store.view()?))
+            catch_panic(|| read(&store.snapshot()?))
         };
-        read.map_err(|error| self.failed(&error))
+        read.map_err(|error| self.to_queue_error(&error))
     }
 
-    /// Waits while the file is opened again after a failure, for a limited time: then reading it fails.
-    pub(super) fn await_open(&self) {
+    /// Waits while the file is being reopened after a failure. After a timeout, reading it fails.
+    pub(super) fn wait_until_open(&self) {
         let (opening, ended) = &self.opening;
         let opening = opening.lock().unwrap_or_else(PoisonError::into_inner);
-        drop(ended.wait_timeout_while(opening, OPENED_WITHIN, |opening| *opening));
+        drop(ended.wait_timeout_while(opening, OPEN_TIMEOUT, |opening| *opening));
     }
 
     fn set_opening(&self, is_opening: bool) {
@@ -52,60 +55,60 @@ impl Shared {
         }
     }
 
-    /// Changes the file; opens it again if it has failed before. Called by one thread alone.
-    pub(super) fn change<T>(
+    /// Runs a write transaction. Reopens the file first if it failed before. Only the writer thread calls this.
+    pub(super) fn write<T>(
         &self,
-        change: impl FnOnce(&mut Change<'_>) -> store::Result<T>,
+        txn: impl FnOnce(&mut WriteTxn<'_>) -> store::Result<T>,
     ) -> Result<T, Error> {
         self.reopen()?;
-        let count = self.changes.load(Relaxed) + 1;
-        let mark = Mark { changes: count, next: self.next.load(Relaxed) };
+        let count = self.change_count.load(Relaxed) + 1;
+        let watermark = Watermark { changes: count, next: self.next_number.load(Relaxed) };
         let changed = {
             let store = self.store.read().unwrap_or_else(PoisonError::into_inner);
             let store = store.as_ref().ok_or(Error::Failed)?;
-            guarded(|| store.change(mark, change))
+            catch_panic(|| store.write(watermark, txn))
         };
         self.usable.store(changed.is_ok(), Relaxed);
         match changed {
             Ok(changed) => {
-                self.changes.store(count, Relaxed);
+                self.change_count.store(count, Relaxed);
                 Ok(changed)
             }
             Err(error) => {
-                // After a failure redb refuses everything until the file is opened again.
+                // After a failure redb refuses all access until the file is reopened.
                 self.close();
-                Err(self.failed(&error))
+                Err(self.to_queue_error(&error))
             }
         }
     }
 
-    /// Compacts the file. Nobody reads it meanwhile.
+    /// Compacts the file. Readers are locked out meanwhile.
     pub(super) fn compact(&self) {
         let compacted = {
             let mut store = self.store.write().unwrap_or_else(PoisonError::into_inner);
-            guarded(|| Ok(store.as_mut().map(Store::compact)))
+            catch_panic(|| Ok(store.as_mut().map(Store::compact)))
         };
         let failure = match compacted {
             Ok(None | Some(Ok(()))) => return,
             Ok(Some(Err(error))) => error.into(),
             Err(error) => error,
         };
-        self.failed(&failure);
+        self.to_queue_error(&failure);
         self.close();
-        // If it fails, the next change tries again.
+        // If this fails, the next write tries again.
         let _ = self.reopen();
     }
 
-    /// Closes the file. The writer opens it again at once, or with the next change.
+    /// Closes the file. The writer reopens it, at the latest for the next write.
     pub(super) fn close(&self) {
-        drop_guarded(self.take_store());
+        drop_catching_panic(self.take_store());
     }
 
-    /// Closes the file for good.
-    pub(super) fn end(&self) {
-        let closed = guarded(|| self.take_store().map_or(Ok(()), Store::close));
+    /// Closes the file; it is not reopened.
+    pub(super) fn close_finally(&self) {
+        let closed = catch_panic(|| self.take_store().map_or(Ok(()), Store::close));
         if let Err(error) = closed {
-            // The journal has what the file lacks.
+            // The log has what the file lacks.
             tracing::warn!(%error, "The queue's file could not be closed: it is repaired at the next start");
         }
         self.set_opening(false);
@@ -116,7 +119,8 @@ impl Shared {
         self.store.write().unwrap_or_else(PoisonError::into_inner).take()
     }
 
-    /// Opens the file if it is closed. A change that failed may be in it all the same: then all is read again.
+    /// Reopens the file if it is closed. A failed commit may be in it nevertheless: then all state is rebuilt from the
+    /// file.
     pub(super) fn reopen(&self) -> Result<(), Error> {
         let opened = self.open_if_closed();
         self.set_opening(false);
@@ -128,19 +132,19 @@ impl Shared {
             self.close();
             return Err(Error::Failed);
         }
-        // Who reads for long must not hold up every change.
+        // A read lock is enough here: a long read must not delay every write.
         if self.store.read().unwrap_or_else(PoisonError::into_inner).is_some() {
             return Ok(());
         }
-        let failed = |error: redb::Error| self.failed(&error);
+        let failed = |error: redb::Error| self.to_queue_error(&error);
         let store = Store::open(&self.path, &self.pressure.reserve).map_err(failed)?;
-        let changes = guarded(|| store.mark()).map_err(failed)?.changes;
-        if changes != self.changes.load(Relaxed) {
-            let mut found = Vec::new();
-            let next = guarded(|| store.read_all(|call| found.push(call))).map_err(failed)?;
-            self.next.fetch_max(next, Relaxed);
-            self.waiting().rebuild(found);
-            self.changes.store(changes, Relaxed);
+        let changes = catch_panic(|| store.watermark()).map_err(failed)?.changes;
+        if changes != self.change_count.load(Relaxed) {
+            let mut calls = Vec::new();
+            let next = catch_panic(|| store.read_all(|call| calls.push(call))).map_err(failed)?;
+            self.next_number.fetch_max(next, Relaxed);
+            self.state().rebuild(calls);
+            self.change_count.store(changes, Relaxed);
         }
         *self.store.write().unwrap_or_else(PoisonError::into_inner) = Some(store);
         tracing::info!("The queue's file is open again");
@@ -148,17 +152,17 @@ impl Shared {
         Ok(())
     }
 
-    /// What to say of a failure. A file that is damaged is not used any more.
-    fn failed(&self, error: &redb::Error) -> Error {
+    /// Converts a storage error, and logs it. A damaged file is not used any more.
+    fn to_queue_error(&self, error: &redb::Error) -> Error {
         use std::io::ErrorKind::{FileTooLarge, QuotaExceeded, StorageFull};
-        if is_damage(error) {
+        if is_corruption(error) {
             self.usable.store(false, Relaxed);
             if !self.damaged.swap(true, Relaxed) {
                 tracing::error!(%error, "{}", remedy(&self.path));
             }
             return Error::Failed;
         }
-        tracing::error!(%error, "The queue's file failed");
+        tracing::error!(%error, "Access to the queue's file failed");
         match error {
             redb::Error::Io(error)
                 if matches!(error.kind(), StorageFull | QuotaExceeded | FileTooLarge) =>

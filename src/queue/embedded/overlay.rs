@@ -1,4 +1,4 @@
-//! A queue's file that is looked at and not changed: what its journal has, and what redb writes, is laid over it.
+//! A read-only view of a queue's file: the pages of its log and the writes of redb are kept in memory.
 
 use std::collections::BTreeMap;
 use std::fs::{File, TryLockError};
@@ -11,43 +11,43 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use redb::{BackendError, StorageBackend};
 
-use crate::queue::embedded::journal::record::{BLOCK, Header, records};
+use crate::queue::embedded::wal::record::{BLOCK_BYTES, FileHeader, records};
 
-/// With what each file begins.
+/// The start of each redb file.
 const MAGIC: [u8; 9] = *b"redb\x1a\x0a\xa9\x0d\x0a";
-/// In a file's header: how it was left.
-const STATE: usize = MAGIC.len();
-/// Of that: it was not closed, and a commit of another process is not on the disk.
-const UNCLEAN: u8 = 2 | 8;
-/// Of that: which of the two last commits is the last.
-const LAST: u8 = 1;
-/// The most reads that lead to an entry: a deeper tree has a cycle.
-const READS: usize = 1000;
+/// Offset of the state byte in the header.
+const STATE_OFFSET: usize = MAGIC.len();
+/// Bits of the state: the file was not closed, and a commit of another process is not on the disk.
+const UNCLEAN_BITS: u8 = 2 | 8;
+/// Bit of the state: which of the two commit slots is the latest.
+const LAST_COMMIT_BIT: u8 = 1;
+/// Maximum number of reads per entry. A deeper tree has a cycle.
+const MAX_READS_PER_ENTRY: usize = 1000;
 
-/// The file.
+/// The file, with its overlaid blocks.
 #[derive(Debug)]
 pub(super) struct Overlay {
     file: File,
     length: AtomicU64,
     blocks: Mutex<BTreeMap<u64, Vec<u8>>>,
-    reads: Option<Arc<Reads>>,
-    /// Nothing of the file's last commit is missing.
-    is_whole: bool,
+    read_budget: Option<Arc<ReadBudget>>,
+    /// The file's last commit is complete.
+    is_complete: bool,
 }
 
-/// How often the file may be read before the next entry must have been found.
+/// Number of reads since the last entry was found.
 #[derive(Debug, Default)]
-pub(super) struct Reads(AtomicUsize);
+pub(super) struct ReadBudget(AtomicUsize);
 
-impl Reads {
-    /// An entry was found.
-    pub(super) fn begin(&self) {
+impl ReadBudget {
+    /// Called when an entry was found.
+    pub(super) fn reset(&self) {
         self.0.store(0, Relaxed);
     }
 }
 
 impl Overlay {
-    /// The file at `path` as redb would find it.
+    /// Opens the file at `path`, with the records of its log.
     pub(super) fn open(path: &Path) -> io::Result<Self> {
         let file = File::open(path)?;
         if let Err(TryLockError::WouldBlock) = file.try_lock_shared() {
@@ -55,41 +55,44 @@ impl Overlay {
             return Err(io::Error::new(io::ErrorKind::ResourceBusy, text));
         }
         let length = file.metadata()?.len();
-        let is_closed = Header::of(&file)?.is_closed();
+        let is_closed = FileHeader::of(&file)?.is_closed();
         let overlay = Self {
             file,
             length: AtomicU64::new(length),
             blocks: Mutex::default(),
-            reads: None,
-            is_whole: is_closed,
+            read_budget: None,
+            is_complete: is_closed,
         };
         let has_records = match File::open(path.with_extension("journal")) {
             Ok(journal) => overlay.add_journal(&journal)?,
             Err(error) if error.kind() == io::ErrorKind::NotFound => false,
             Err(error) => return Err(error),
         };
-        Ok(Self { is_whole: is_closed || has_records, ..overlay })
+        Ok(Self { is_complete: is_closed || has_records, ..overlay })
     }
 
-    /// Whether nothing of the file's last commit is missing, as when the queue is opened: redb must not undo that.
-    pub(super) fn is_whole(&self) -> bool {
-        self.is_whole
+    /// Returns whether the file's last commit is complete, so that redb must not roll it back.
+    pub(super) fn is_complete(&self) -> bool {
+        self.is_complete
     }
 
-    /// The same, for who reads it however it was left and whatever is wrong with it; `before_last`: without the last
-    /// commit.
-    pub(super) fn open_as_it_is(path: &Path, before_last: bool) -> io::Result<(Self, Arc<Reads>)> {
-        let (overlay, reads) = (Self::open(path)?, Arc::<Reads>::default());
-        let mut header = vec![0; BLOCK];
+    /// As [`Self::open`], but marks the file as closed, so that damaged files can be read. `before_last` selects the
+    /// commit before the last one.
+    pub(super) fn open_unchecked(
+        path: &Path,
+        before_last: bool,
+    ) -> io::Result<(Self, Arc<ReadBudget>)> {
+        let (overlay, read_budget) = (Self::open(path)?, Arc::<ReadBudget>::default());
+        let mut header = vec![0; BLOCK_BYTES];
         overlay.read_at(0, &mut header)?;
-        header[..STATE].copy_from_slice(&MAGIC);
-        header[STATE] &= !UNCLEAN;
-        header[STATE] ^= if before_last { LAST } else { 0 };
+        header[..STATE_OFFSET].copy_from_slice(&MAGIC);
+        header[STATE_OFFSET] &= !UNCLEAN_BITS;
+        header[STATE_OFFSET] ^= if before_last { LAST_COMMIT_BIT } else { 0 };
         overlay.write_at(0, &header)?;
-        Ok((Self { reads: Some(Arc::clone(&reads)), ..overlay }, reads))
+        Ok((Self { read_budget: Some(Arc::clone(&read_budget)), ..overlay }, read_budget))
     }
 
-    /// Lays what the journal has over the file; whether there was anything.
+    /// Overlays the pages of the log. Returns whether there were any.
     fn add_journal(&self, journal: &File) -> io::Result<bool> {
         let Some(records) = records(journal, &self.file)? else { return Ok(false) };
         self.length.store(records.length, Relaxed);
@@ -98,13 +101,13 @@ impl Overlay {
     }
 
     fn read_at(&self, offset: u64, out: &mut [u8]) -> io::Result<()> {
-        // What lies behind the file's own end is in the journal, or was never written.
+        // Data beyond the end of the file is in the log, or was never written.
         let own = self.file.metadata()?.len().saturating_sub(offset);
         let own = usize::try_from(own).unwrap_or(usize::MAX).min(out.len());
         self.file.read_exact_at(&mut out[..own], offset)?;
         out[own..].fill(0);
         let blocks = self.blocks.lock().unwrap_or_else(PoisonError::into_inner);
-        let (size, end) = (BLOCK as u64, offset + out.len() as u64);
+        let (size, end) = (BLOCK_BYTES as u64, offset + out.len() as u64);
         for (start, block) in blocks.range(offset / size * size..end) {
             let from = offset.max(*start);
             let to = end.min(start + size);
@@ -116,13 +119,13 @@ impl Overlay {
     }
 
     fn write_at(&self, mut offset: u64, mut data: &[u8]) -> io::Result<()> {
-        let size = BLOCK as u64;
+        let size = BLOCK_BYTES as u64;
         while !data.is_empty() {
             let start = offset / size * size;
             let at = usize::try_from(offset - start).unwrap_or(0);
-            let (piece, rest) = data.split_at(data.len().min(BLOCK - at));
-            let mut block = vec![0; BLOCK];
-            if piece.len() < BLOCK {
+            let (piece, rest) = data.split_at(data.len().min(BLOCK_BYTES - at));
+            let mut block = vec![0; BLOCK_BYTES];
+            if piece.len() < BLOCK_BYTES {
                 self.read_at(start, &mut block)?;
             }
             block[at..at + piece.len()].copy_from_slice(piece);
@@ -139,10 +142,10 @@ impl StorageBackend for Overlay {
     }
 
     fn read(&self, offset: u64, out: &mut [u8]) -> io::Result<()> {
-        if let Some(reads) = &self.reads
-            && reads.0.fetch_add(1, Relaxed) >= READS
+        if let Some(read_budget) = &self.read_budget
+            && read_budget.0.fetch_add(1, Relaxed) >= MAX_READS_PER_ENTRY
         {
-            return Err(io::Error::new(io::ErrorKind::InvalidData, "a tree that has no end"));
+            return Err(io::Error::new(io::ErrorKind::InvalidData, "the tree has a cycle"));
         }
         let end = offset.checked_add(out.len() as u64);
         if end.is_none_or(|end| end > self.length.load(Relaxed)) {

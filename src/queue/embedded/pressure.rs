@@ -1,5 +1,5 @@
-//! What the thread that writes does while the disk is full: it enqueues nothing, writes little at a time, and finds out
-//! when there is room again.
+//! Handling of a full disk by the writer thread: it enqueues nothing, commits in small chunks, and detects when there
+//! is space again.
 
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
@@ -10,124 +10,125 @@ use bytes::Bytes;
 
 use crate::queue::embedded::reserve::Reserve;
 use crate::queue::embedded::store::Store;
-use crate::queue::embedded::writer::{Op, Settled};
-use crate::queue::embedded::{Shared, finished, journal};
+use crate::queue::embedded::writer::{SettleWrite, WriteOp};
+use crate::queue::embedded::{Shared, result_codec, wal};
 
-/// Nothing is enqueued for at least this time after the disk was full.
-const PAUSE: Duration = Duration::from_secs(1);
-/// How often the disk is looked at while it is full.
-const LOOK_EVERY: Duration = Duration::from_millis(200);
-/// The shortest pause between two compactions, and the longest. While calls wait, it is the longest: their settlements
-/// reuse the space inside the file.
-const COMPACT_AFTER: Duration = Duration::from_secs(2);
-const COMPACT_AT_LEAST_AFTER: Duration = Duration::from_secs(60);
-/// A compaction is followed by a pause of this many times its own duration, so that it takes a small part of the time.
-const PAUSE_FACTOR: u32 = 20;
-/// The number of results that are removed at once to make room.
-const FORGET_AT_ONCE: usize = 500;
-/// A record of at most this length is kept as it is, however little room there is.
-const SMALL: usize = 4 << 10;
+/// Minimum time without enqueueing after the disk was full.
+const MIN_FULL_DURATION: Duration = Duration::from_secs(1);
+/// Interval of checks while the disk is full.
+const CHECK_INTERVAL: Duration = Duration::from_millis(200);
+/// Minimum and maximum interval between compactions. While calls are pending, the maximum applies: their settlements
+/// reuse space inside the file.
+const MIN_COMPACTION_INTERVAL: Duration = Duration::from_secs(2);
+const MAX_COMPACTION_INTERVAL: Duration = Duration::from_secs(60);
+/// The pause after a compaction is at least this multiple of its duration, so that compactions take a small part of the
+/// time.
+const COMPACTION_REST_FACTOR: u32 = 20;
+/// Maximum number of results that are evicted at a time.
+const MAX_EVICTED_RESULTS: usize = 500;
+/// Results up to this length are kept even if the reserve is low.
+const SMALL_RESULT_BYTES: usize = 4 << 10;
 
-/// What is known of a disk that is full.
-pub(super) struct Pressure {
+/// State of a full disk.
+pub(super) struct DiskPressure {
     pub(super) reserve: Arc<Reserve>,
     full: AtomicBool,
-    state: Mutex<State>,
+    state: Mutex<PressureState>,
 }
 
-struct State {
-    /// Room that must be there before calls are enqueued again.
-    wanted: u64,
+struct PressureState {
+    /// Free bytes that are required before calls are enqueued again.
+    required_bytes: u64,
     not_before: Instant,
-    looked_at: Instant,
+    checked_at: Instant,
     compacted_at: Instant,
-    /// How long the last compaction took, and how long to wait before the next while no calls wait.
-    took: Duration,
+    /// Duration of the last compaction, and pause before the next one while no calls are pending.
+    last_compaction: Duration,
     pause: Duration,
-    /// Results have been left out or forgotten since the disk is full.
+    /// Number of results dropped since the disk is full.
     results_dropped: u64,
 }
 
-impl Pressure {
+impl DiskPressure {
     pub(super) fn new(reserve: Reserve) -> Self {
         let now = Instant::now();
-        let state = State {
-            wanted: 0,
+        let state = PressureState {
+            required_bytes: 0,
             not_before: now,
-            looked_at: now,
+            checked_at: now,
             compacted_at: now,
-            took: Duration::ZERO,
-            pause: COMPACT_AFTER,
+            last_compaction: Duration::ZERO,
+            pause: MIN_COMPACTION_INTERVAL,
             results_dropped: 0,
         };
         let (reserve, full) = (Arc::new(reserve), AtomicBool::new(false));
         Self { reserve, full, state: Mutex::new(state) }
     }
 
-    /// Whether nothing is enqueued, since the disk is full.
+    /// Returns whether the disk is full, so that nothing is enqueued.
     pub(super) fn is_full(&self) -> bool {
         self.full.load(Relaxed)
     }
 
-    /// The disk had no room for `bytes` that were to be enqueued, or the reserve is in use.
-    pub(super) fn begin(&self, bytes: usize) {
+    /// Enters the state: the disk had no space for `bytes` to enqueue, or the reserve is in use.
+    pub(super) fn enter(&self, bytes: usize) {
         let mut state = self.state();
         let bytes = u64::try_from(bytes).unwrap_or(u64::MAX).saturating_mul(2);
-        state.wanted = bytes.clamp(self.reserve.margin(), self.reserve.target());
-        state.not_before = Instant::now() + PAUSE;
-        (state.pause, state.compacted_at) = (COMPACT_AFTER, Instant::now());
-        (state.took, state.results_dropped) = (Duration::ZERO, 0);
+        state.required_bytes = bytes.clamp(self.reserve.margin(), self.reserve.target());
+        state.not_before = Instant::now() + MIN_FULL_DURATION;
+        (state.pause, state.compacted_at) = (MIN_COMPACTION_INTERVAL, Instant::now());
+        (state.last_compaction, state.results_dropped) = (Duration::ZERO, 0);
         if !self.full.swap(true, Relaxed) {
             tracing::warn!(
                 available = self.reserve.available(),
-                "The disk of the queue is full: no calls are queued until there is room"
+                "The disk of the queue is full: no calls are queued until there is free space"
             );
         }
     }
 
-    fn end(&self) {
+    fn leave(&self) {
         if self.full.swap(false, Relaxed) {
             let results_dropped = self.state().results_dropped;
-            tracing::info!(results_dropped, "The disk of the queue has room again");
+            tracing::info!(results_dropped, "The disk of the queue has free space again");
         }
     }
 
-    fn state(&self) -> MutexGuard<'_, State> {
+    fn state(&self) -> MutexGuard<'_, PressureState> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Takes the first of `ops` that are small enough to be written together, at least one; `None` at the end. Large
-    /// results that there is no room for are left out: the calls are settled all the same. Whether there is room is
-    /// judged for each piece, since those before it may have used the reserve.
-    pub(super) fn next_piece(&self, ops: &mut VecDeque<Op>) -> Option<Vec<Op>> {
-        let part = self.reserve.part();
-        let longest = if self.reserve.is_low() { SMALL } else { part };
-        let (mut piece, mut length) = (Vec::new(), 0);
+    /// Removes the first operations of `ops` that fit into one commit, at least one. Returns `None` at the end. Large
+    /// results are dropped if the reserve is low; their calls are settled nevertheless. This is checked for each chunk,
+    /// since earlier ones may have used the reserve.
+    pub(super) fn next_chunk(&self, ops: &mut VecDeque<WriteOp>) -> Option<Vec<WriteOp>> {
+        let max_bytes = self.reserve.max_commit_bytes();
+        let max_record_bytes = if self.reserve.is_low() { SMALL_RESULT_BYTES } else { max_bytes };
+        let (mut chunk, mut length) = (Vec::new(), 0);
         while let Some(op) = ops.front_mut() {
-            if shorten(op, longest) {
+            if drop_large_result(op, max_record_bytes) {
                 self.state().results_dropped += 1;
             }
             length += op.length();
-            if length > part && !piece.is_empty() {
+            if length > max_bytes && !chunk.is_empty() {
                 break;
             }
-            piece.extend(ops.pop_front());
+            chunk.extend(ops.pop_front());
         }
-        (!piece.is_empty()).then_some(piece)
+        (!chunk.is_empty()).then_some(chunk)
     }
 }
 
-/// Leaves out the result that `op` would keep if its record is longer than `longest`; whether it has.
-fn shorten(op: &mut Op, longest: usize) -> bool {
-    let Op::Settle(_, settled, _) = op else { return false };
+/// Drops the response in `op` if its record exceeds the limit. Returns whether it did.
+fn drop_large_result(op: &mut WriteOp, max_record_bytes: usize) -> bool {
+    let WriteOp::Settle(_, settled, _) = op else { return false };
     match settled {
-        Settled::Over { record, .. } if record.len() > longest => {
-            let Some(shorter) = finished::without_result(record) else { return false };
+        SettleWrite::Finished { record, .. } if record.len() > max_record_bytes => {
+            let Some(shorter) = result_codec::without_result(record) else { return false };
             *record = shorter.into();
         }
-        Settled::Dead { record, .. } if record.len() > longest => {
+        SettleWrite::DeadLetter { record, .. } if record.len() > max_record_bytes => {
             let whole = Bytes::copy_from_slice(record);
-            let Some(shorter) = finished::without_result(&whole) else { return false };
+            let Some(shorter) = result_codec::without_result(&whole) else { return false };
             *record = shorter;
         }
         _ => return false,
@@ -136,41 +137,44 @@ fn shorten(op: &mut Op, longest: usize) -> bool {
 }
 
 impl Shared {
-    /// Whether nothing can be enqueued. Looks whether there is room again; called by the thread that writes.
-    pub(super) fn has_no_room(&self) -> bool {
+    /// Returns whether the disk is full. Checks from time to time whether there is space again. Only the writer thread
+    /// calls this.
+    pub(super) fn is_disk_full(&self) -> bool {
         let pressure = &self.pressure;
         if !pressure.is_full() {
             if pressure.reserve.is_full() {
                 return false;
             }
-            pressure.begin(0);
+            pressure.enter(0);
         }
         let due = {
             let mut state = pressure.state();
-            let due = state.looked_at.elapsed() >= LOOK_EVERY;
+            let due = state.checked_at.elapsed() >= CHECK_INTERVAL;
             if due {
-                state.looked_at = Instant::now();
+                state.checked_at = Instant::now();
             }
             due
         };
         if due {
-            self.look_for_room();
+            self.try_recover();
         }
         pressure.is_full()
     }
 
-    /// Fills the reserve, compacts the file if that may help, and ends the pressure if there is room.
-    fn look_for_room(&self) {
+    /// Refills the reserve, compacts the file if that may help, and leaves the state if there is enough space.
+    fn try_recover(&self) {
         let pressure = &self.pressure;
-        if self.refill() {
+        if self.refill_reserve() {
             return;
         }
-        let busy = self.waiting().schedule.waiting() > 0;
+        let busy = self.state().schedule.pending() > 0;
         let began = Instant::now();
         {
             let state = pressure.state();
-            let pause = if busy { COMPACT_AT_LEAST_AFTER } else { state.pause };
-            if began < state.compacted_at + pause.max(state.took * PAUSE_FACTOR) {
+            let pause = if busy { MAX_COMPACTION_INTERVAL } else { state.pause };
+            if began
+                < state.compacted_at + pause.max(state.last_compaction * COMPACTION_REST_FACTOR)
+            {
                 return;
             }
         }
@@ -178,58 +182,59 @@ impl Shared {
         self.compact();
         {
             let mut state = pressure.state();
-            (state.compacted_at, state.took) = (Instant::now(), began.elapsed());
+            (state.compacted_at, state.last_compaction) = (Instant::now(), began.elapsed());
             let gained = pressure.reserve.available() > before;
-            let longer = if gained { COMPACT_AFTER } else { state.pause * 2 };
-            state.pause = longer.min(COMPACT_AT_LEAST_AFTER);
+            let longer = if gained { MIN_COMPACTION_INTERVAL } else { state.pause * 2 };
+            state.pause = longer.min(MAX_COMPACTION_INTERVAL);
         }
-        self.refill();
+        self.refill_reserve();
     }
 
-    /// Fills the reserve; whether that, and what is left, is enough to enqueue calls again.
-    fn refill(&self) -> bool {
+    /// Refills the reserve. Leaves the state, and returns `true`, if there is enough space to enqueue calls.
+    fn refill_reserve(&self) -> bool {
         let pressure = &self.pressure;
         let filled = pressure.reserve.fill().unwrap_or_else(|error| {
-            tracing::warn!(%error, "The space that is kept for settling calls cannot be allocated");
+            tracing::warn!(%error, "The disk space reserved for settling calls cannot be allocated");
             false
         });
-        let (wanted, not_before) = {
+        let (required_bytes, not_before) = {
             let state = pressure.state();
-            (state.wanted, state.not_before)
+            (state.required_bytes, state.not_before)
         };
-        let enough =
-            filled && Instant::now() >= not_before && pressure.reserve.available() >= wanted;
+        let enough = filled
+            && Instant::now() >= not_before
+            && pressure.reserve.available() >= required_bytes;
         if enough {
-            self.restore_journal();
-            pressure.end();
+            self.reopen_with_wal();
+            pressure.leave();
         }
         enough
     }
 
-    /// Opens the file again if it has lost its journal to the reserve, and there is room for both.
-    fn restore_journal(&self) {
+    /// Reopens the file with a log if it had given up its log to the reserve, and there is space for both.
+    fn reopen_with_wal(&self) {
         let store = self.store.read().unwrap_or_else(PoisonError::into_inner);
-        let has_journal = store.as_ref().is_none_or(Store::has_journal);
+        let has_wal = store.as_ref().is_none_or(Store::has_wal);
         drop(store);
-        if !has_journal && self.pressure.reserve.available() >= 2 * journal::LENGTH {
+        if !has_wal && self.pressure.reserve.available() >= 2 * wal::WAL_BYTES {
             self.close();
-            // If it fails, the next change tries again.
+            // If this fails, the next write tries again.
             let _ = self.reopen();
         }
     }
 
-    /// A call was settled or removed: a compaction may free space.
-    pub(super) fn made_progress(&self) {
-        self.pressure.state().pause = COMPACT_AFTER;
+    /// Called when a call was settled or deleted: a compaction may free space.
+    pub(super) fn on_space_freed(&self) {
+        self.pressure.state().pause = MIN_COMPACTION_INTERVAL;
     }
 
-    /// Forgets the oldest results before their time if space is so short that calls might not be settled.
-    pub(super) fn forget_results(&self) {
+    /// Evicts the oldest results before they expire if the reserve is low, so that calls can still be settled.
+    pub(super) fn evict_results(&self) {
         if !self.pressure.reserve.is_low() {
             return;
         }
-        // A failure has been reported where it happened. What follows may succeed all the same.
-        if let Ok(forgotten) = self.change(|change| change.forget_oldest(FORGET_AT_ONCE)) {
+        // A failure has been logged. The following commits may succeed nevertheless.
+        if let Ok(forgotten) = self.write(|txn| txn.evict_oldest_results(MAX_EVICTED_RESULTS)) {
             self.pressure.state().results_dropped += forgotten;
         }
     }

@@ -1,4 +1,4 @@
-//! What can be read of a queue's file that is damaged, counted or copied.
+//! Checks a queue's file, and copies everything that can be read of a damaged one.
 
 use std::collections::{HashMap, HashSet};
 use std::path::Path;
@@ -10,44 +10,45 @@ use bytes::Bytes;
 use redb::{ConcurrencyMode, Database, ReadOnlyDatabase, ReadableDatabase, ReadableTable};
 
 use crate::queue::call::UnixMillis;
-use crate::queue::embedded::change::Change;
-use crate::queue::embedded::guard::guarded;
-use crate::queue::embedded::ids::Ids;
-use crate::queue::embedded::overlay::{Overlay, Reads};
+use crate::queue::embedded::id_codec::CallIdCodec;
+use crate::queue::embedded::overlay::{Overlay, ReadBudget};
+use crate::queue::embedded::packed::{Bitmap, PackedBatch};
+use crate::queue::embedded::panic_guard::catch_panic;
 use crate::queue::embedded::reserve::Reserve;
-use crate::queue::embedded::rows::{Marks, Row};
-use crate::queue::embedded::schedule::Number;
-use crate::queue::embedded::store::{self, Mark, Store, Stored, parse};
+use crate::queue::embedded::schedule::CallSeq;
+use crate::queue::embedded::store::{self, CallTable, Store, Watermark, parse_record};
 use crate::queue::embedded::tables::{
-    ABOUT, BATCHES, CALLS, ENDED, FINISHED, KEYS, OVER, PROGRESS, SECRET,
+    CALLS, DONE_BITMAPS, FINISHED, FINISHED_BATCHES, ID_SECRET, IDEMPOTENCY_KEYS, META,
+    PENDING_BATCHES, PROGRESS,
 };
-use crate::queue::embedded::{finished, sealed};
+use crate::queue::embedded::write_txn::WriteTxn;
+use crate::queue::embedded::{checksummed, result_codec};
 use crate::queue::now;
 use crate::queue::status::CallRecord;
 
-/// How long a copied result is kept: when it was to go may not be readable.
-const KEPT: UnixMillis = 60 * 60 * 1000;
-/// So much is written to the copy at once.
-const TOGETHER: usize = 512;
-const LENGTH_TOGETHER: usize = 4 << 20;
-/// Memory for pages of a file that is checked.
-const CACHE: usize = 4 << 20;
+/// Time to live of copied results, since their time of expiry may be unreadable.
+const RESULT_TTL_MILLIS: UnixMillis = 60 * 60 * 1000;
+/// Maximum number of items, and of bytes, per commit to the copy.
+const MAX_ITEMS_PER_COMMIT: usize = 512;
+const MAX_COMMIT_BYTES: usize = 4 << 20;
+/// Page cache for the file that is checked.
+const CACHE_BYTES: usize = 4 << 20;
 
-/// What was found.
+/// Result of a check or a copy.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct SalvageReport {
-    /// Why redb does not open the file.
+    /// Error of redb when opening the file.
     pub open_error: Option<String>,
-    /// Calls that wait, or have failed for good.
+    /// Number of pending calls and dead letters.
     pub calls: u64,
     pub damaged_calls: u64,
     pub results: u64,
     pub damaged_results: u64,
-    /// Pieces of the file that cannot be read; what was in them is not counted.
+    /// Number of unreadable ranges of the file. Their entries are not counted.
     pub unreadable_ranges: u64,
-    /// The last change did not reach the disk, and is undone when the queue is opened.
+    /// The last commit did not reach the disk, and is rolled back when the queue is opened.
     pub last_commit_rolled_back: bool,
-    /// It could not be read which calls are over: some of `calls` may have been executed.
+    /// The table of finished calls is unreadable: some of `calls` may have been executed.
     pub completion_unknown: bool,
 }
 
@@ -58,104 +59,106 @@ impl SalvageReport {
     }
 }
 
-/// Something that can be copied.
+/// An item to copy.
 enum Item {
-    Call { number: Number, status: CallRecord, stored: Bytes },
-    Result { number: Number, status: CallRecord, record: Bytes },
-    Progress { number: Number, json: Vec<u8> },
+    Call { number: CallSeq, status: CallRecord, stored: Bytes },
+    Result { number: CallSeq, status: CallRecord, record: Bytes },
+    Progress { number: CallSeq, json: Vec<u8> },
     Key { key: String, id: String, until: UnixMillis },
 }
 
-/// Looks at all that is in the file at `path`, which is not changed.
+/// Reads the whole file at `path` without changing it.
 ///
 /// # Errors
-/// When it is in use, or nothing of it can be read.
+///
+/// When the file is in use, or nothing in it can be read.
 pub fn check(path: &Path) -> anyhow::Result<SalvageReport> {
     let undone = Arc::<AtomicBool>::default();
-    let refused = guarded(|| {
+    let refused = catch_panic(|| {
         let overlay = Overlay::open(path)?;
-        let (is_whole, undoes) = (overlay.is_whole(), Arc::clone(&undone));
+        let (is_complete, undoes) = (overlay.is_complete(), Arc::clone(&undone));
         let mut builder = Database::builder();
-        builder.set_check_integrity_on_open(true).set_cache_size(CACHE);
-        // As when the queue is opened: without a journal, the last change may not have reached the disk.
-        builder.set_repair_callback(move |repair| match store::rolls_back(repair) {
-            true if is_whole => repair.abort(),
-            rolls_back => _ = undoes.fetch_or(rolls_back, Relaxed),
+        builder.set_check_integrity_on_open(true).set_cache_size(CACHE_BYTES);
+        // Like opening the queue: without a log, the last commit may be incomplete and is rolled back.
+        builder.set_repair_callback(move |repair| match store::is_rollback(repair) {
+            true if is_complete => repair.abort(),
+            is_rollback => _ = undoes.fetch_or(is_rollback, Relaxed),
         });
         builder.create_with_backend(overlay)?;
         Ok(())
     });
     let refused = refused.err().map(|error| error.to_string());
     let undone = undone.load(Relaxed) && refused.is_none();
-    let states: &[State] = match undone {
-        true => &[State::BeforeLast],
-        false => &State::ALL,
+    let versions: &[FileVersion] = match undone {
+        true => &[FileVersion::Previous],
+        false => &FileVersion::ALL,
     };
-    let mut found = Remains::open(path, states)?.read(&mut |_| Ok(()))?;
-    (found.open_error, found.last_commit_rolled_back) = (refused, undone);
-    Ok(found)
+    let mut report = DamagedFile::open(path, versions)?.read(&mut |_| Ok(()))?;
+    (report.open_error, report.last_commit_rolled_back) = (refused, undone);
+    Ok(report)
 }
 
-/// Copies what can be read of the file at `path` to a new one at `out`.
+/// Copies everything that can be read of the file at `path` to a new file at `out`.
 ///
 /// # Errors
-/// When nothing can be read, or the copy cannot be written.
+///
+/// When `out` exists, nothing can be read, or the copy cannot be written. An incomplete copy must be removed.
 pub fn salvage(path: &Path, out: &Path) -> anyhow::Result<SalvageReport> {
     if out.exists() {
         bail!("{} exists already", out.display());
     }
-    let remains = Remains::open(path, &State::ALL)?;
+    let file = DamagedFile::open(path, &FileVersion::ALL)?;
     let beside = ["journal", "reserve"].map(|name| out.with_extension(name));
-    let found = remains.copy(out, &beside[1]).with_context(|| {
+    let report = file.copy(out, &beside[1]).with_context(|| {
         let out = out.display();
         format!("the copy {out} is incomplete: remove it, its .journal and its .reserve")
     })?;
-    // The copy was closed, and is whole without them.
+    // The copy was closed, and is complete without these files.
     for path in beside {
         std::fs::remove_file(&path).with_context(|| format!("cannot remove {}", path.display()))?;
     }
-    Ok(found)
+    Ok(report)
 }
 
-/// Which of the two states that a file has is read.
+/// The two commits that a file contains.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum State {
+enum FileVersion {
     Last,
-    /// Without the last change.
-    BeforeLast,
+    /// The commit before the last one.
+    Previous,
 }
 
-impl State {
-    /// The state before the last change is better than nothing.
-    const ALL: [Self; 2] = [Self::Last, Self::BeforeLast];
+impl FileVersion {
+    /// The previous commit is better than nothing.
+    const ALL: [Self; 2] = [Self::Last, Self::Previous];
 }
 
-/// A file that is read as it is.
-struct Remains {
+/// A possibly damaged file, read without repair.
+struct DamagedFile {
     database: ReadOnlyDatabase,
-    reads: Arc<Reads>,
+    read_budget: Arc<ReadBudget>,
 }
 
-impl Remains {
-    /// Opens the first of `states` that can be opened.
-    fn open(path: &Path, states: &[State]) -> anyhow::Result<Self> {
+impl DamagedFile {
+    /// Opens the first of `versions` that can be opened.
+    fn open(path: &Path, versions: &[FileVersion]) -> anyhow::Result<Self> {
         let mut last = None;
-        for state in states {
-            let opened = guarded(|| {
-                let before_last = *state == State::BeforeLast;
-                let (overlay, reads) = Overlay::open_as_it_is(path, before_last)?;
+        for version in versions {
+            let opened = catch_panic(|| {
+                let previous = *version == FileVersion::Previous;
+                let (overlay, read_budget) = Overlay::open_unchecked(path, previous)?;
                 let mut builder = Database::builder();
-                // In this mode redb needs the trees alone. Without a cache each of its reads is counted.
+                // In this mode redb only needs the trees. Without a cache, each of its reads is counted.
                 builder.set_concurrency_mode(ConcurrencyMode::SingleWriter).set_cache_size(0);
                 let database = builder.open_read_only_with_backend(overlay)?;
                 let read = database.begin_read()?;
-                reads.begin();
-                read.open_table(ABOUT)?;
+                read_budget.reset();
+                read.open_table(META)?;
                 drop(read);
-                Ok(Self { database, reads })
+                Ok(Self { database, read_budget })
             });
             match opened {
-                Ok(remains) => return Ok(remains),
+                Ok(file) => return Ok(file),
                 Err(error) => last = last.or(Some(error)),
             }
         }
@@ -163,116 +166,117 @@ impl Remains {
         bail!("nothing of {} can be read: {error}", path.display())
     }
 
-    /// Copies all that can be read to a new file at `out`, with a reserve at `reserve`.
+    /// Copies everything that can be read to a new file at `out`, with a reserve at `reserve`.
     fn copy(&self, out: &Path, reserve: &Path) -> anyhow::Result<SalvageReport> {
         let reserve = Arc::new(Reserve::open(reserve)?);
-        let mut copy = Copy {
+        let mut copy = CopyWriter {
             store: Store::open_with(out, &reserve, self.ids())?,
-            // Ids say which number a call has only if they were made with the same secret.
+            // Ids contain a call's number only if they were generated with the same secret.
             chosen: self.ids().is_none(),
-            mark: Mark::default(),
-            together: Vec::new(),
+            watermark: Watermark::default(),
+            items: Vec::new(),
             length: 0,
         };
-        let found = self.read(&mut |item| copy.add(item))?;
+        let report = self.read(&mut |item| copy.add(item))?;
         copy.flush()?;
-        // Until it is closed, a part of it may be in its journal alone.
-        guarded(|| copy.store.close())?;
-        Ok(found)
+        // Until it is closed, parts of it may be in its log only.
+        catch_panic(|| copy.store.close())?;
+        Ok(report)
     }
 
-    /// The ids that the file gave its calls.
-    fn ids(&self) -> Option<Ids> {
-        let secret = guarded(|| {
-            self.reads.begin();
-            let about = self.database.begin_read()?.open_table(ABOUT)?;
-            Ok(about.get(SECRET)?.map(|secret| secret.value().to_vec()))
+    /// The id codec of the file.
+    fn ids(&self) -> Option<CallIdCodec> {
+        let secret = catch_panic(|| {
+            self.read_budget.reset();
+            let about = self.database.begin_read()?.open_table(META)?;
+            Ok(about.get(ID_SECRET)?.map(|secret| secret.value().to_vec()))
         });
-        Ids::from_secret(&secret.ok()??)
+        CallIdCodec::from_secret(&secret.ok()??)
     }
 
-    /// Gives all that can be read to `take`, results first.
+    /// Passes everything that can be read to `sink`, results first.
     fn read(
         &self,
-        take: &mut dyn FnMut(Item) -> store::Result<()>,
+        sink: &mut dyn FnMut(Item) -> store::Result<()>,
     ) -> anyhow::Result<SalvageReport> {
-        let mut found = SalvageReport::default();
+        let mut report = SalvageReport::default();
         let mut over = HashMap::new();
-        let missing = self.walk(OVER, &mut |key, marks| {
-            over.insert(key, Marks::new(marks));
+        let missing = self.scan(DONE_BITMAPS, &mut |key, bitmap| {
+            over.insert(key, Bitmap::new(bitmap));
             Ok(())
         })?;
-        (found.completion_unknown, found.unreadable_ranges) = (missing > 0, missing);
+        (report.completion_unknown, report.unreadable_ranges) = (missing > 0, missing);
         let mut finished = HashSet::new();
-        for (table, in_rows) in [(FINISHED, false), (ENDED, true)] {
-            found.unreadable_ranges += self.walk(table, &mut |key, value| {
-                for (number, stored) in entries(in_rows, key, value) {
+        for (table, packed) in [(FINISHED, false), (FINISHED_BATCHES, true)] {
+            report.unreadable_ranges += self.scan(table, &mut |key, value| {
+                for (number, stored) in entries(packed, key, value) {
                     let record = stored.map(Bytes::copy_from_slice);
                     let Some((record, (status, _))) = record
-                        .and_then(|record| Some((record.clone(), finished::decode(&record)?)))
+                        .and_then(|record| Some((record.clone(), result_codec::decode(&record)?)))
                     else {
-                        found.damaged_results += 1;
+                        report.damaged_results += 1;
                         continue;
                     };
-                    found.results += 1;
+                    report.results += 1;
                     if !status.dead_letter {
                         finished.insert(number);
                     }
-                    take(Item::Result { number, status, record })?;
+                    sink(Item::Result { number, status, record })?;
                 }
                 Ok(())
             })?;
         }
         let mut waiting = HashSet::new();
-        for (table, in_rows) in [(CALLS, false), (BATCHES, true)] {
-            found.unreadable_ranges += self.walk(table, &mut |key, value| {
-                let marks = over.get(&key).filter(|_| in_rows);
-                for (index, (number, stored)) in entries(in_rows, key, value).enumerate() {
-                    if finished.contains(&number) || marks.is_some_and(|it| it.has(index)) {
+        for (table, packed) in [(CALLS, false), (PENDING_BATCHES, true)] {
+            report.unreadable_ranges += self.scan(table, &mut |key, value| {
+                let bitmap = over.get(&key).filter(|_| packed);
+                for (index, (number, stored)) in entries(packed, key, value).enumerate() {
+                    if finished.contains(&number) || bitmap.is_some_and(|bitmap| bitmap.has(index))
+                    {
                         continue;
                     }
                     let status = stored.and_then(|stored| CallRecord::from_stored(stored).ok());
                     let (Some(stored), Some(status)) = (stored, status) else {
-                        found.damaged_calls += 1;
+                        report.damaged_calls += 1;
                         continue;
                     };
-                    found.calls += 1;
+                    report.calls += 1;
                     waiting.insert(number);
-                    take(Item::Call { number, status, stored: Bytes::copy_from_slice(stored) })?;
+                    sink(Item::Call { number, status, stored: Bytes::copy_from_slice(stored) })?;
                 }
                 Ok(())
             })?;
         }
-        found.unreadable_ranges += self.walk(PROGRESS, &mut |number, json| {
-            if waiting.contains(&number) && parse(json).is_some() {
-                take(Item::Progress { number, json: json.to_vec() })?;
+        report.unreadable_ranges += self.scan(PROGRESS, &mut |number, json| {
+            if waiting.contains(&number) && parse_record(json).is_some() {
+                sink(Item::Progress { number, json: json.to_vec() })?;
             }
             Ok(())
         })?;
-        found.unreadable_ranges += self.keys(take)?;
-        Ok(found)
+        report.unreadable_ranges += self.keys(sink)?;
+        Ok(report)
     }
 
-    /// Shows each entry of `table` that can be read to `see`; how many pieces of it cannot be read.
-    fn walk(
+    /// Passes each readable entry of `table` to `visit`. Returns the number of unreadable ranges.
+    fn scan(
         &self,
-        table: Stored,
-        see: &mut dyn FnMut(Number, &[u8]) -> store::Result<()>,
+        table: CallTable,
+        visit: &mut dyn FnMut(CallSeq, &[u8]) -> store::Result<()>,
     ) -> anyhow::Result<u64> {
         let (mut start, mut gaps) = (0, 0);
         loop {
             let mut failed = None;
-            let walked = guarded(|| {
-                self.reads.begin();
+            let walked = catch_panic(|| {
+                self.read_budget.reset();
                 let read = self.database.begin_read()?.open_table(table)?;
                 for entry in read.range(start..)? {
                     let (number, value) = entry?;
-                    self.reads.begin();
+                    self.read_budget.reset();
                     if number.value() < start {
-                        return Err(redb::Error::Corrupted("a tree that is not in order".into()));
+                        return Err(redb::Error::Corrupted("the tree is not sorted".into()));
                     }
                     start = number.value().saturating_add(1);
-                    if let Err(error) = see(number.value(), value.value()) {
+                    if let Err(error) = visit(number.value(), value.value()) {
                         failed = Some(error);
                         return Ok(());
                     }
@@ -283,7 +287,7 @@ impl Remains {
                 return Err(error.into());
             }
             match walked {
-                // A file of an older gateway has no rows.
+                // Files of older gateways have no packed batches.
                 Ok(()) | Err(redb::Error::TableDoesNotExist(_)) => return Ok(gaps),
                 Err(_) => gaps += 1,
             }
@@ -294,28 +298,28 @@ impl Remains {
         }
     }
 
-    /// Whether the first entry of `table` from `from` on can be read, if there is one.
-    fn is_readable(&self, table: Stored, from: Number) -> bool {
-        let found = guarded(|| {
-            self.reads.begin();
+    /// Returns whether the first entry of `table` at or after `from` can be read, or there is none.
+    fn is_readable(&self, table: CallTable, from: CallSeq) -> bool {
+        let first_is_valid = catch_panic(|| {
+            self.read_budget.reset();
             let read = self.database.begin_read()?.open_table(table)?;
             let first = read.range(from..)?.next().transpose()?;
             Ok(first.is_none_or(|(number, _)| number.value() >= from))
         });
-        found.unwrap_or(false)
+        first_is_valid.unwrap_or(false)
     }
 
-    /// Idempotency keys, up to the first that cannot be read.
-    fn keys(&self, take: &mut dyn FnMut(Item) -> store::Result<()>) -> anyhow::Result<u64> {
+    /// Passes idempotency keys to `sink`, up to the first unreadable one.
+    fn keys(&self, sink: &mut dyn FnMut(Item) -> store::Result<()>) -> anyhow::Result<u64> {
         let mut failed = None;
-        let walked = guarded(|| {
-            self.reads.begin();
-            for entry in self.database.begin_read()?.open_table(KEYS)?.iter()? {
+        let walked = catch_panic(|| {
+            self.read_budget.reset();
+            for entry in self.database.begin_read()?.open_table(IDEMPOTENCY_KEYS)?.iter()? {
                 let (key, stored) = entry?;
-                self.reads.begin();
+                self.read_budget.reset();
                 let Some((id, until)) = stored.value().split_once('\n') else { continue };
                 let (Ok(until), key) = (until.parse(), key.value().to_owned()) else { continue };
-                if let Err(error) = take(Item::Key { key, id: id.to_owned(), until }) {
+                if let Err(error) = sink(Item::Key { key, id: id.to_owned(), until }) {
                     failed = Some(error);
                     return Ok(());
                 }
@@ -329,20 +333,20 @@ impl Remains {
     }
 }
 
-/// What is under `key`: a row, or one entry; `None` for what is damaged.
+/// The entries under `key`: of a packed batch, or a single one. Damaged ones are `None`.
 fn entries<'a>(
-    in_rows: bool,
-    key: Number,
+    packed: bool,
+    key: CallSeq,
     value: &'a [u8],
-) -> Box<dyn Iterator<Item = (Number, Option<&'a [u8]>)> + 'a> {
-    if in_rows {
-        return Box::new(Row::new(value).all());
+) -> Box<dyn Iterator<Item = (CallSeq, Option<&'a [u8]>)> + 'a> {
+    if packed {
+        return Box::new(PackedBatch::new(value).all());
     }
-    Box::new(std::iter::once((key, sealed::open(value).ok())))
+    Box::new(std::iter::once((key, checksummed::open(value).ok())))
 }
 
-/// The first number above `bad` from which on something can be read again.
-fn next_readable(bad: Number, is_readable: impl Fn(Number) -> bool) -> Option<Number> {
+/// The first number above `bad` at which the table is readable again.
+fn next_readable(bad: CallSeq, is_readable: impl Fn(CallSeq) -> bool) -> Option<CallSeq> {
     let (mut low, mut step) = (bad, 1_u64);
     let mut high = loop {
         let at = bad.checked_add(step)?;
@@ -363,58 +367,58 @@ fn next_readable(bad: Number, is_readable: impl Fn(Number) -> bool) -> Option<Nu
     Some(high)
 }
 
-/// The copy that is being made.
-struct Copy {
+/// Writes the copy.
+struct CopyWriter {
     store: Store,
     chosen: bool,
-    mark: Mark,
-    together: Vec<Item>,
+    watermark: Watermark,
+    items: Vec<Item>,
     length: usize,
 }
 
-impl Copy {
+impl CopyWriter {
     fn add(&mut self, item: Item) -> store::Result<()> {
         if let Item::Call { number, .. } | Item::Result { number, .. } = &item {
-            self.mark.next = self.mark.next.max(number + 1);
+            self.watermark.next = self.watermark.next.max(number + 1);
         }
         self.length += match &item {
             Item::Call { stored, .. } => stored.len(),
             Item::Result { record, .. } => record.len(),
             Item::Progress { .. } | Item::Key { .. } => 0,
         };
-        self.together.push(item);
-        if self.together.len() < TOGETHER && self.length < LENGTH_TOGETHER {
+        self.items.push(item);
+        if self.items.len() < MAX_ITEMS_PER_COMMIT && self.length < MAX_COMMIT_BYTES {
             return Ok(());
         }
         self.flush()
     }
 
     fn flush(&mut self) -> store::Result<()> {
-        let (items, chosen) = (std::mem::take(&mut self.together), self.chosen);
-        (self.length, self.mark.changes) = (0, self.mark.changes + 1);
+        let (items, chosen) = (std::mem::take(&mut self.items), self.chosen);
+        (self.length, self.watermark.changes) = (0, self.watermark.changes + 1);
         self.store
-            .change(self.mark, |change| items.iter().try_for_each(|item| put(change, item, chosen)))
+            .write(self.watermark, |txn| items.iter().try_for_each(|item| put(txn, item, chosen)))
     }
 }
 
-fn put(change: &mut Change<'_>, item: &Item, chosen: bool) -> store::Result<()> {
+fn put(txn: &mut WriteTxn<'_>, item: &Item, chosen: bool) -> store::Result<()> {
     match item {
         Item::Call { number, status, stored } => {
-            let chosen = chosen || status.chosen_id || !Ids::looks_numbered(&status.id);
-            change.add(*number, &status.id, chosen, stored)
+            let chosen = chosen || status.chosen_id || !CallIdCodec::may_contain_number(&status.id);
+            txn.add(*number, &status.id, chosen, stored)
         }
         Item::Result { number, status, record } if status.dead_letter => {
-            change.keep_answer(*number, &serde_json::to_vec(status).unwrap_or_default(), record)
+            txn.store_dead_letter(*number, &serde_json::to_vec(status).unwrap_or_default(), record)
         }
         Item::Result { number, status, record } => {
-            let chosen = chosen || status.chosen_id || !Ids::looks_numbered(&status.id);
+            let chosen = chosen || status.chosen_id || !CallIdCodec::may_contain_number(&status.id);
             if chosen {
-                change.number(&status.id, *number)?;
+                txn.index_id(&status.id, *number)?;
             }
-            change.finish(*number, record.clone(), chosen, now() + KEPT, false).map(drop)
+            txn.finish(*number, record.clone(), chosen, now() + RESULT_TTL_MILLIS, false).map(drop)
         }
-        Item::Progress { number, json } => change.note(*number, json),
-        Item::Key { key, id, until } => change.remember_key(key, id, *until),
+        Item::Progress { number, json } => txn.store_record(*number, json),
+        Item::Key { key, id, until } => txn.store_key(key, id, *until),
     }
 }
 
@@ -423,7 +427,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_readable_again_is_found() {
+    fn the_next_readable_number_is_found() {
         for (bad, good) in [(0, 1), (0, 1000), (5, 6), (100, 100_000)] {
             assert_eq!(next_readable(bad, |from| from >= good), Some(good.max(bad + 1)));
         }

@@ -1,4 +1,4 @@
-//! Which call is next: fair between functions, and no sooner than its time. No I/O.
+//! Selects the next call to execute: fair between functions, and not before the call is due. No I/O.
 
 use std::cmp::Reverse;
 use std::collections::{BinaryHeap, HashMap, HashSet, VecDeque};
@@ -7,261 +7,261 @@ use std::sync::Arc;
 use crate::queue::call::UnixMillis;
 use crate::queue::fair_share::may_start;
 
-/// A call's number: calls are numbered as they are taken in.
-pub(super) type Number = u64;
+/// Sequence number of a call, in the order of enqueueing.
+pub(super) type CallSeq = u64;
 
-/// The numbers of all calls that wait, in memory: 8 to 16 bytes each.
+/// The numbers of all pending calls, in memory: 8 to 16 bytes each.
 #[derive(Debug, Default)]
 pub(super) struct Schedule {
-    functions: Vec<Line>,
-    /// Places in `functions` that no function has.
-    free: Vec<usize>,
+    functions: Vec<FunctionQueue>,
+    /// Unused indexes of `functions`.
+    free_indexes: Vec<usize>,
     by_label: HashMap<Arc<str>, usize>,
-    /// Functions with calls that can be made now, each once, in turn.
-    turn: VecDeque<usize>,
-    /// Calls whose time has not come.
-    delayed: BinaryHeap<Reverse<(UnixMillis, Number, u32)>>,
-    /// Waiting calls that were taken back. They are skipped when their turn comes.
-    dropped: HashSet<Number>,
-    /// What is due by now is in its line, what is due later is delayed.
+    /// Indexes of functions with runnable calls, each at most once, in round-robin order.
+    round_robin: VecDeque<usize>,
+    /// Calls that are not due yet.
+    delayed: BinaryHeap<Reverse<(UnixMillis, CallSeq, u32)>>,
+    /// Cancelled calls. They are skipped when they are selected.
+    tombstones: HashSet<CallSeq>,
+    /// The latest time seen. Calls due by then are in the queue of their function, others are delayed.
     clock: UnixMillis,
-    /// Calls that have a place.
-    placed: usize,
-    waiting: usize,
-    /// How many functions had calls when that was last looked at.
-    kept: usize,
+    /// Execution slots in use.
+    used_slots: usize,
+    pending: usize,
+    /// Number of functions with calls at the last garbage collection.
+    busy_functions: usize,
 }
 
-/// So many functions are kept though they may have no calls.
-const MANY: usize = 1024;
+/// Number of functions below which none are removed, even without calls.
+const MIN_FUNCTIONS_BEFORE_GC: usize = 1024;
 
 /// The calls of one function.
 #[derive(Debug, Default)]
-struct Line {
+struct FunctionQueue {
     label: Arc<str>,
-    ready: VecDeque<Number>,
-    /// So many of `ready` were taken back.
-    dropped: usize,
-    /// Calls whose time has not come, without those that were taken back.
+    ready: VecDeque<CallSeq>,
+    /// Number of cancelled calls in `ready`.
+    tombstoned: usize,
+    /// Calls that are not due yet, without cancelled ones.
     delayed: usize,
     running: usize,
-    /// So many of those that run have a place; the others have been made, and that is being noted.
-    placed: usize,
-    in_turn: bool,
+    /// Execution slots in use. Running calls without a slot have been executed and are being settled.
+    used_slots: usize,
+    in_round_robin: bool,
 }
 
-impl Line {
+impl FunctionQueue {
     fn is_empty(&self) -> bool {
-        self.ready.is_empty() && self.delayed == 0 && self.running == 0 && !self.in_turn
+        self.ready.is_empty() && self.delayed == 0 && self.running == 0 && !self.in_round_robin
     }
 }
 
-/// A call that was picked.
+/// A call selected for execution.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Picked {
-    pub(super) number: Number,
-    pub(super) line: usize,
+pub(super) struct Selected {
+    pub(super) number: CallSeq,
+    pub(super) queue: usize,
 }
 
 impl Schedule {
-    /// The line of the function called `label`.
-    pub(super) fn line(&mut self, label: &str) -> usize {
-        if let Some(line) = self.by_label.get(label) {
-            return *line;
+    /// Returns the index of the queue of the function `label`, which is created if necessary.
+    pub(super) fn queue_index(&mut self, label: &str) -> usize {
+        if let Some(index) = self.by_label.get(label) {
+            return *index;
         }
-        // Names are not checked while the provider is away: they must not add up for ever.
-        if self.by_label.len() >= MANY.max(2 * self.kept) {
-            self.forget_empty();
+        // Function names are not validated while the provider is unavailable, so unused ones must be removed.
+        if self.by_label.len() >= MIN_FUNCTIONS_BEFORE_GC.max(2 * self.busy_functions) {
+            self.remove_idle_functions();
         }
         let label: Arc<str> = label.into();
-        let line = Line { label: Arc::clone(&label), ..Line::default() };
-        let place = match self.free.pop() {
-            Some(place) => {
-                self.functions[place] = line;
-                place
+        let queue = FunctionQueue { label: Arc::clone(&label), ..FunctionQueue::default() };
+        let index = match self.free_indexes.pop() {
+            Some(index) => {
+                self.functions[index] = queue;
+                index
             }
             None => {
-                self.functions.push(line);
+                self.functions.push(queue);
                 self.functions.len() - 1
             }
         };
-        self.by_label.insert(label, place);
-        place
+        self.by_label.insert(label, index);
+        index
     }
 
-    /// Lets go of functions without calls.
-    fn forget_empty(&mut self) {
-        let (functions, free) = (&self.functions, &mut self.free);
-        self.by_label.retain(|_, place| {
-            let keep = !functions[*place].is_empty();
+    /// Removes functions without calls.
+    fn remove_idle_functions(&mut self) {
+        let (functions, free) = (&self.functions, &mut self.free_indexes);
+        self.by_label.retain(|_, index| {
+            let keep = !functions[*index].is_empty();
             if !keep {
-                free.push(*place);
+                free.push(*index);
             }
             keep
         });
-        self.kept = self.by_label.len();
+        self.busy_functions = self.by_label.len();
     }
 
-    /// Adds a call that can be made from `due` on.
-    pub(super) fn add(&mut self, line: usize, number: Number, due: UnixMillis, now: UnixMillis) {
-        self.ripen(now);
-        self.waiting += 1;
+    /// Adds a call that is due at `due`.
+    pub(super) fn add(&mut self, index: usize, number: CallSeq, due: UnixMillis, now: UnixMillis) {
+        self.promote_due(now);
+        self.pending += 1;
         if due > self.clock {
-            self.functions[line].delayed += 1;
-            self.delayed.push(Reverse((due, number, u32::try_from(line).unwrap_or(u32::MAX))));
+            self.functions[index].delayed += 1;
+            self.delayed.push(Reverse((due, number, u32::try_from(index).unwrap_or(u32::MAX))));
         } else {
-            self.functions[line].ready.push_back(number);
-            self.queue_up(line);
+            self.functions[index].ready.push_back(number);
+            self.mark_runnable(index);
         }
     }
 
-    /// Has the calls of each function be made in the order in which they were numbered.
-    pub(super) fn put_in_order(&mut self) {
-        for line in &mut self.functions {
-            line.ready.make_contiguous().sort_unstable();
+    /// Sorts the runnable calls of each function by number.
+    pub(super) fn sort_by_number(&mut self) {
+        for queue in &mut self.functions {
+            queue.ready.make_contiguous().sort_unstable();
         }
     }
 
-    /// A call that does not run any more comes back, since it was not made: it is first in its line.
-    pub(super) fn give_back(&mut self, picked: Picked) {
-        self.waiting += 1;
-        self.functions[picked.line].ready.push_front(picked.number);
-        self.queue_up(picked.line);
+    /// Requeues a call that was selected but not executed, as the first of its function.
+    pub(super) fn requeue_first(&mut self, selected: Selected) {
+        self.pending += 1;
+        self.functions[selected.queue].ready.push_front(selected.number);
+        self.mark_runnable(selected.queue);
     }
 
-    /// A call that was picked leaves its place to another.
-    pub(super) fn leaves(&mut self, line: usize) {
-        self.placed -= 1;
-        self.functions[line].placed -= 1;
+    /// Releases the slot of a running call.
+    pub(super) fn release_slot(&mut self, index: usize) {
+        self.used_slots -= 1;
+        self.functions[index].used_slots -= 1;
     }
 
-    /// A call that was picked, and has left its place, does not run any more.
-    pub(super) fn ended(&mut self, line: usize) {
-        self.functions[line].running -= 1;
+    /// Ends a running call whose slot has been released.
+    pub(super) fn finish_execution(&mut self, index: usize) {
+        self.functions[index].running -= 1;
     }
 
-    /// Forgets all calls that wait; those that run go on.
+    /// Removes all pending calls. Running ones are not affected.
     pub(super) fn clear(&mut self) {
-        for line in &mut self.functions {
-            line.ready.clear();
-            (line.dropped, line.delayed, line.in_turn) = (0, 0, false);
+        for queue in &mut self.functions {
+            queue.ready.clear();
+            (queue.tombstoned, queue.delayed, queue.in_round_robin) = (0, 0, false);
         }
-        self.turn.clear();
+        self.round_robin.clear();
         self.delayed.clear();
-        self.dropped.clear();
-        self.waiting = 0;
+        self.tombstones.clear();
+        self.pending = 0;
     }
 
-    /// A call that waits, and was to be made from `due` on, is not to be made.
-    pub(super) fn drop_waiting(&mut self, line: usize, number: Number, due: UnixMillis) {
-        self.waiting = self.waiting.saturating_sub(1);
-        self.dropped.insert(number);
-        let line = &mut self.functions[line];
+    /// Removes a pending call that was due at `due`.
+    pub(super) fn tombstone(&mut self, index: usize, number: CallSeq, due: UnixMillis) {
+        self.pending = self.pending.saturating_sub(1);
+        self.tombstones.insert(number);
+        let queue = &mut self.functions[index];
         if due > self.clock {
-            line.delayed = line.delayed.saturating_sub(1);
+            queue.delayed = queue.delayed.saturating_sub(1);
         } else {
-            line.dropped += 1;
+            queue.tombstoned += 1;
         }
     }
 
-    /// A call that was dropped is to be made after all.
-    pub(super) fn restore(&mut self, line: usize, number: Number, due: UnixMillis) {
-        if !self.dropped.remove(&number) {
-            // Its turn has come meanwhile, and it was skipped.
-            return self.add(line, number, due, self.clock);
+    /// Restores a call that was removed by [`Self::tombstone`].
+    pub(super) fn restore(&mut self, index: usize, number: CallSeq, due: UnixMillis) {
+        if !self.tombstones.remove(&number) {
+            // The call was skipped and its tombstone removed meanwhile.
+            return self.add(index, number, due, self.clock);
         }
-        self.waiting += 1;
-        let line = &mut self.functions[line];
+        self.pending += 1;
+        let queue = &mut self.functions[index];
         if due > self.clock {
-            line.delayed += 1;
+            queue.delayed += 1;
         } else {
-            line.dropped = line.dropped.saturating_sub(1);
+            queue.tombstoned = queue.tombstoned.saturating_sub(1);
         }
     }
 
-    /// The next call to make, if any can be made at `now` by one who makes at most `places` at a time.
+    /// Selects the next call that is runnable at `now`, for a receiver with `concurrency` slots.
     ///
-    /// The functions take turns, and each has its share of the places.
-    pub(super) fn pick(&mut self, now: UnixMillis, places: usize) -> Option<Picked> {
-        self.ripen(now);
-        for _ in 0..self.turn.len() {
-            let line = self.turn.pop_front()?;
-            if !may_start(self.functions[line].placed, self.placed, places) {
-                self.turn.push_back(line);
+    /// Functions take turns, and each has its fair share of the slots.
+    pub(super) fn select(&mut self, now: UnixMillis, concurrency: usize) -> Option<Selected> {
+        self.promote_due(now);
+        for _ in 0..self.round_robin.len() {
+            let index = self.round_robin.pop_front()?;
+            if !may_start(self.functions[index].used_slots, self.used_slots, concurrency) {
+                self.round_robin.push_back(index);
                 continue;
             }
-            let function = &mut self.functions[line];
-            function.in_turn = false;
+            let queue = &mut self.functions[index];
+            queue.in_round_robin = false;
             let next = loop {
-                match function.ready.pop_front() {
-                    Some(number) if self.dropped.remove(&number) => {
-                        function.dropped = function.dropped.saturating_sub(1);
+                match queue.ready.pop_front() {
+                    Some(number) if self.tombstones.remove(&number) => {
+                        queue.tombstoned = queue.tombstoned.saturating_sub(1);
                     }
                     next => break next,
                 }
             };
-            let more = !function.ready.is_empty();
+            let more = !queue.ready.is_empty();
             if more {
-                self.queue_up(line);
+                self.mark_runnable(index);
             } else {
-                self.functions[line].ready.shrink_to(64);
+                self.functions[index].ready.shrink_to(64);
             }
             if let Some(number) = next {
-                let function = &mut self.functions[line];
-                function.running += 1;
-                function.placed += 1;
-                self.placed += 1;
-                self.waiting = self.waiting.saturating_sub(1);
-                return Some(Picked { number, line });
+                let queue = &mut self.functions[index];
+                queue.running += 1;
+                queue.used_slots += 1;
+                self.used_slots += 1;
+                self.pending = self.pending.saturating_sub(1);
+                return Some(Selected { number, queue: index });
             }
         }
         None
     }
 
-    /// When the next delayed call can be made.
+    /// Due time of the next delayed call.
     pub(super) fn next_due(&self) -> Option<UnixMillis> {
         self.delayed.peek().map(|Reverse((due, ..))| *due)
     }
 
-    /// How many calls wait, delayed ones among them.
-    pub(super) fn waiting(&self) -> usize {
-        self.waiting
+    /// Number of pending calls, including delayed ones.
+    pub(super) fn pending(&self) -> usize {
+        self.pending
     }
 
-    /// For each function: its label, calls that could be made, calls that are delayed, calls that run, and the oldest
-    /// of the first.
-    pub(super) fn counts(
+    /// For each function: its label, the numbers of runnable, delayed and running calls, and the oldest runnable call.
+    pub(super) fn function_counts(
         &self,
-    ) -> impl Iterator<Item = (&str, usize, usize, usize, Option<Number>)> {
-        self.by_label.values().map(|place| {
-            let line = &self.functions[*place];
-            let oldest = line.ready.iter().find(|number| !self.dropped.contains(number)).copied();
-            let ready = line.ready.len().saturating_sub(line.dropped);
-            (&*line.label, ready, line.delayed, line.running, oldest)
+    ) -> impl Iterator<Item = (&str, usize, usize, usize, Option<CallSeq>)> {
+        self.by_label.values().map(|index| {
+            let queue = &self.functions[*index];
+            let oldest =
+                queue.ready.iter().find(|number| !self.tombstones.contains(number)).copied();
+            let ready = queue.ready.len().saturating_sub(queue.tombstoned);
+            (&*queue.label, ready, queue.delayed, queue.running, oldest)
         })
     }
 
-    fn ripen(&mut self, now: UnixMillis) {
-        // The clock of the system may be set back; what has ripened stays so.
+    fn promote_due(&mut self, now: UnixMillis) {
+        // The system clock may be set back. Calls that were due stay due.
         self.clock = self.clock.max(now);
-        while let Some(Reverse((due, number, line))) = self.delayed.peek().copied()
+        while let Some(Reverse((due, number, index))) = self.delayed.peek().copied()
             && due <= self.clock
         {
             self.delayed.pop();
-            let line = line as usize;
-            if !self.dropped.remove(&number) {
-                let delayed = &mut self.functions[line].delayed;
+            let index = index as usize;
+            if !self.tombstones.remove(&number) {
+                let delayed = &mut self.functions[index].delayed;
                 *delayed = delayed.saturating_sub(1);
-                self.functions[line].ready.push_back(number);
-                self.queue_up(line);
+                self.functions[index].ready.push_back(number);
+                self.mark_runnable(index);
             }
         }
     }
 
-    fn queue_up(&mut self, line: usize) {
-        if !self.functions[line].in_turn {
-            self.functions[line].in_turn = true;
-            self.turn.push_back(line);
+    fn mark_runnable(&mut self, index: usize) {
+        if !self.functions[index].in_round_robin {
+            self.functions[index].in_round_robin = true;
+            self.round_robin.push_back(index);
         }
     }
 }
@@ -270,132 +270,136 @@ impl Schedule {
 mod tests {
     use super::*;
 
-    const PLACES: usize = 8;
+    const CONCURRENCY: usize = 8;
 
-    fn picks(schedule: &mut Schedule, now: UnixMillis) -> Vec<Number> {
-        std::iter::from_fn(|| schedule.pick(now, PLACES)).map(|picked| picked.number).collect()
+    fn select_all(schedule: &mut Schedule, now: UnixMillis) -> Vec<CallSeq> {
+        std::iter::from_fn(|| schedule.select(now, CONCURRENCY))
+            .map(|selected| selected.number)
+            .collect()
     }
 
     #[test]
     fn functions_take_turns() {
         let mut schedule = Schedule::default();
-        let (a, b) = (schedule.line("a"), schedule.line("b"));
+        let (a, b) = (schedule.queue_index("a"), schedule.queue_index("b"));
         for number in [1, 2, 3] {
             schedule.add(a, number, 0, 0);
         }
         schedule.add(b, 4, 0, 0);
-        assert_eq!(schedule.waiting(), 4);
-        assert_eq!(picks(&mut schedule, 0), [1, 4, 2, 3]);
-        assert_eq!(schedule.waiting(), 0);
+        assert_eq!(schedule.pending(), 4);
+        assert_eq!(select_all(&mut schedule, 0), [1, 4, 2, 3]);
+        assert_eq!(schedule.pending(), 0);
     }
 
     #[test]
-    fn names_without_calls_do_not_add_up() {
+    fn functions_without_calls_are_removed() {
         let mut schedule = Schedule::default();
-        let kept = schedule.line("kept");
+        let kept = schedule.queue_index("kept");
         schedule.add(kept, 0, 1_000_000, 0);
         for number in 1..100_000 {
-            let line = schedule.line(&number.to_string());
-            schedule.add(line, number, 0, 0);
-            assert_eq!(picks(&mut schedule, 0), [number]);
-            schedule.leaves(line);
-            schedule.ended(line);
+            let index = schedule.queue_index(&number.to_string());
+            schedule.add(index, number, 0, 0);
+            assert_eq!(select_all(&mut schedule, 0), [number]);
+            schedule.release_slot(index);
+            schedule.finish_execution(index);
         }
-        assert!(schedule.functions.len() <= MANY + 1);
-        let (label, .., delayed, _, _) = schedule.counts().find(|line| line.2 > 0).unwrap();
+        assert!(schedule.functions.len() <= MIN_FUNCTIONS_BEFORE_GC + 1);
+        let (label, .., delayed, _, _) =
+            schedule.function_counts().find(|counts| counts.2 > 0).unwrap();
         assert_eq!((label, delayed), ("kept", 1));
-        assert_eq!(picks(&mut schedule, 1_000_000), [0]);
+        assert_eq!(select_all(&mut schedule, 1_000_000), [0]);
     }
 
     #[test]
-    fn one_function_never_takes_all_places() {
+    fn one_function_never_uses_all_slots() {
         let mut schedule = Schedule::default();
-        let (slow, quick) = (schedule.line("slow"), schedule.line("quick"));
+        let (slow, quick) = (schedule.queue_index("slow"), schedule.queue_index("quick"));
         for number in 0..100 {
             schedule.add(slow, number, 0, 0);
         }
-        let taken = picks(&mut schedule, 0).len();
-        assert!((PLACES / 2..PLACES).contains(&taken), "{taken}");
+        let taken = select_all(&mut schedule, 0).len();
+        assert!((CONCURRENCY / 2..CONCURRENCY).contains(&taken), "{taken}");
         schedule.add(quick, 100, 0, 0);
-        assert_eq!(picks(&mut schedule, 0), [100]);
-        // A place that is free again is kept for others, not for the one that has most.
-        schedule.leaves(slow);
-        assert_eq!(picks(&mut schedule, 0), [] as [Number; 0]);
+        assert_eq!(select_all(&mut schedule, 0), [100]);
+        // A free slot is kept for other functions, not given to the one that uses most.
+        schedule.release_slot(slow);
+        assert_eq!(select_all(&mut schedule, 0), [] as [CallSeq; 0]);
         schedule.add(quick, 101, 0, 0);
-        assert_eq!(picks(&mut schedule, 0), [101]);
-        // Those that have left their places run until that is noted.
-        let running = |schedule: &Schedule| schedule.counts().map(|line| line.3).sum::<usize>();
+        assert_eq!(select_all(&mut schedule, 0), [101]);
+        // Calls whose slot was released count as running until they are settled.
+        let running =
+            |schedule: &Schedule| schedule.function_counts().map(|counts| counts.3).sum::<usize>();
         assert_eq!(running(&schedule), taken + 2);
-        schedule.ended(slow);
+        schedule.finish_execution(slow);
         assert_eq!(running(&schedule), taken + 1);
     }
 
     #[test]
-    fn of_few_places_one_stays_free() {
-        for places in 2..6 {
+    fn one_of_few_slots_stays_free() {
+        for concurrency in 2..6 {
             let mut schedule = Schedule::default();
-            let line = schedule.line("slow");
+            let index = schedule.queue_index("slow");
             for number in 0..10 {
-                schedule.add(line, number, 0, 0);
+                schedule.add(index, number, 0, 0);
             }
-            let taken = std::iter::from_fn(|| schedule.pick(0, places)).count();
-            assert!((places / 2..places).contains(&taken), "{taken} of {places}");
+            let taken = std::iter::from_fn(|| schedule.select(0, concurrency)).count();
+            assert!((concurrency / 2..concurrency).contains(&taken), "{taken} of {concurrency}");
         }
     }
 
     #[test]
-    fn a_call_that_is_taken_back_but_never_waited_upsets_no_count() {
+    fn a_tombstone_for_an_unknown_call_leaves_counts_intact() {
         let mut schedule = Schedule::default();
-        let line = schedule.line("a");
-        schedule.drop_waiting(line, 1, 0);
-        schedule.drop_waiting(line, 2, 50);
-        assert_eq!(schedule.waiting(), 0);
-        assert_eq!(schedule.counts().next().unwrap(), ("a", 0, 0, 0, None));
-        schedule.add(line, 3, 0, 0);
-        assert_eq!((schedule.waiting(), picks(&mut schedule, 0)), (1, vec![3]));
+        let index = schedule.queue_index("a");
+        schedule.tombstone(index, 1, 0);
+        schedule.tombstone(index, 2, 50);
+        assert_eq!(schedule.pending(), 0);
+        assert_eq!(schedule.function_counts().next().unwrap(), ("a", 0, 0, 0, None));
+        schedule.add(index, 3, 0, 0);
+        assert_eq!((schedule.pending(), select_all(&mut schedule, 0)), (1, vec![3]));
     }
 
     #[test]
-    fn a_lone_place_is_used() {
+    fn a_single_slot_is_used() {
         let mut schedule = Schedule::default();
-        let line = schedule.line("a");
-        schedule.add(line, 1, 0, 0);
-        assert!(schedule.pick(0, 1).is_some());
+        let index = schedule.queue_index("a");
+        schedule.add(index, 1, 0, 0);
+        assert!(schedule.select(0, 1).is_some());
     }
 
     #[test]
-    fn a_delayed_call_waits_for_its_time() {
+    fn a_delayed_call_waits_until_it_is_due() {
         let mut schedule = Schedule::default();
-        let line = schedule.line("a");
-        schedule.add(line, 1, 20, 10);
-        schedule.add(line, 2, 15, 10);
-        assert_eq!((picks(&mut schedule, 10), schedule.next_due()), (vec![], Some(15)));
-        assert_eq!(picks(&mut schedule, 20), [2, 1]);
+        let index = schedule.queue_index("a");
+        schedule.add(index, 1, 20, 10);
+        schedule.add(index, 2, 15, 10);
+        assert_eq!((select_all(&mut schedule, 10), schedule.next_due()), (vec![], Some(15)));
+        assert_eq!(select_all(&mut schedule, 20), [2, 1]);
         assert_eq!(schedule.next_due(), None);
     }
 
     #[test]
-    fn what_comes_back_is_first_and_what_was_dropped_is_skipped() {
+    fn requeued_calls_are_first_and_cancelled_ones_are_skipped() {
         let mut schedule = Schedule::default();
-        let line = schedule.line("a");
+        let index = schedule.queue_index("a");
         for number in [1, 2, 3] {
-            schedule.add(line, number, 0, 0);
+            schedule.add(index, number, 0, 0);
         }
-        schedule.add(line, 4, 50, 0);
-        let first = schedule.pick(0, PLACES).unwrap();
-        schedule.drop_waiting(line, 2, 0);
-        schedule.drop_waiting(line, 4, 50);
-        let (_, ready, delayed, running, oldest) = schedule.counts().next().unwrap();
+        schedule.add(index, 4, 50, 0);
+        let first = schedule.select(0, CONCURRENCY).unwrap();
+        schedule.tombstone(index, 2, 0);
+        schedule.tombstone(index, 4, 50);
+        let (_, ready, delayed, running, oldest) = schedule.function_counts().next().unwrap();
         assert_eq!((ready, delayed, running, oldest), (1, 0, 1, Some(3)));
-        schedule.leaves(line);
-        schedule.ended(line);
-        schedule.give_back(first);
-        schedule.restore(line, 2, 0);
-        schedule.drop_waiting(line, 2, 0);
-        assert_eq!(picks(&mut schedule, 0), [1, 3]);
-        schedule.restore(line, 2, 0);
-        assert_eq!((schedule.waiting(), picks(&mut schedule, 0)), (1, vec![2]));
-        assert_eq!(picks(&mut schedule, 60), [] as [Number; 0]);
-        assert_eq!(schedule.waiting(), 0);
+        schedule.release_slot(index);
+        schedule.finish_execution(index);
+        schedule.requeue_first(first);
+        schedule.restore(index, 2, 0);
+        schedule.tombstone(index, 2, 0);
+        assert_eq!(select_all(&mut schedule, 0), [1, 3]);
+        schedule.restore(index, 2, 0);
+        assert_eq!((schedule.pending(), select_all(&mut schedule, 0)), (1, vec![2]));
+        assert_eq!(select_all(&mut schedule, 60), [] as [CallSeq; 0]);
+        assert_eq!(schedule.pending(), 0);
     }
 }

@@ -1,4 +1,4 @@
-//! The file of the embedded queue: what is in it, and how it is read. One thread alone writes.
+//! Reads and writes the file of the embedded queue. Only the writer thread writes.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -11,145 +11,156 @@ use redb::{
 
 use crate::queue::Filter;
 use crate::queue::call::{QueuedCall, UnixMillis};
-use crate::queue::embedded::change::Change;
-use crate::queue::embedded::guard::guarded;
-use crate::queue::embedded::ids::Ids;
-use crate::queue::embedded::journal::Journaled;
+use crate::queue::embedded::id_codec::CallIdCodec;
+use crate::queue::embedded::packed::{Bitmap, MAX_KEY_SPAN, PackedBatch};
+use crate::queue::embedded::panic_guard::catch_panic;
 use crate::queue::embedded::reserve::Reserve;
-use crate::queue::embedded::rows::{Marks, Row, SPAN};
-use crate::queue::embedded::schedule::Number;
+use crate::queue::embedded::schedule::CallSeq;
 use crate::queue::embedded::tables::{
-    ABOUT, BATCHES, CALLS, CHANGES, ENDED, FINISHED, NUMBERS, OVER, PROGRESS, SECRET,
+    CALLS, DONE_BITMAPS, FINISHED, FINISHED_BATCHES, ID_INDEX, ID_SECRET, META, PENDING_BATCHES,
+    PROGRESS, WATERMARK,
 };
-use crate::queue::embedded::{finished, sealed};
+use crate::queue::embedded::wal::WalBackend;
+use crate::queue::embedded::write_txn::WriteTxn;
+use crate::queue::embedded::{checksummed, result_codec};
 use crate::queue::status::{CallRecord, CallState, StoredResponse};
 
-/// Memory for pages of the file.
-const CACHE: usize = 12 << 20;
+/// Page cache of redb.
+const CACHE_BYTES: usize = 12 << 20;
 
 pub(super) type Result<T, E = redb::Error> = std::result::Result<T, E>;
 
 /// The open file.
 pub(super) struct Store {
     database: Database,
-    ids: Arc<Ids>,
-    has_journal: bool,
+    ids: Arc<CallIdCodec>,
+    has_wal: bool,
 }
 
-/// Whether redb is about to undo the last commit, since something of it is missing or damaged.
-pub(super) fn rolls_back(repair: &RepairSession) -> bool {
-    // It tells its steps by how far it has come.
+/// Returns whether redb is about to roll back the last commit, because it is incomplete or damaged.
+pub(super) fn is_rollback(repair: &RepairSession) -> bool {
+    // redb reports the step only as a progress value.
     (repair.progress() - 0.3).abs() < 0.01
 }
 
-/// A call that is in the file when it is opened.
+/// A call found in the file when it was opened.
 #[derive(Default)]
-pub(super) struct Found {
-    pub(super) number: Number,
+pub(super) struct RecoveredCall {
+    pub(super) number: CallSeq,
     pub(super) label: String,
     pub(super) due: UnixMillis,
     pub(super) dead: bool,
-    /// Something is noted of it: it has been made before.
-    pub(super) noted: bool,
-    /// It cannot be read; nothing else is known of it.
+    /// The call has a record in the file: it has been executed before.
+    pub(super) has_record: bool,
+    /// The call cannot be decoded. All other fields but the number are unset.
     pub(super) damaged: bool,
 }
 
-/// How far the file has come.
+/// Position of the file: stored with each commit, so that a reopened file shows whether a failed commit is in it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(super) struct Mark {
-    /// How often it has been changed.
+pub(super) struct Watermark {
+    /// Number of commits.
     pub(super) changes: u64,
-    /// No call has this number, nor any above it.
-    pub(super) next: Number,
+    /// All calls have lower numbers.
+    pub(super) next: CallSeq,
 }
 
 impl Store {
-    /// Opens the file, or makes it.
+    /// Opens the file, or creates it.
     pub(super) fn open(path: &Path, reserve: &Arc<Reserve>) -> Result<Self> {
-        guarded(|| Self::open_with(path, reserve, None))
+        catch_panic(|| Self::open_with(path, reserve, None))
     }
 
-    /// The same; `ids` are those that a new file gives its calls.
-    pub(super) fn open_with(path: &Path, reserve: &Arc<Reserve>, ids: Option<Ids>) -> Result<Self> {
-        let file = Journaled::open(path, reserve)?;
-        let (has_journal, is_whole) = (file.has_journal(), file.is_whole());
+    /// As [`Self::open`]. A new file uses the id codec `ids`.
+    pub(super) fn open_with(
+        path: &Path,
+        reserve: &Arc<Reserve>,
+        ids: Option<CallIdCodec>,
+    ) -> Result<Self> {
+        let file = WalBackend::open(path, reserve)?;
+        let (has_wal, is_complete) = (file.has_wal(), file.is_complete());
         let mut builder = Database::builder();
-        // Without the check, redb trusts what it reads, and may panic long after.
-        builder.set_cache_size(CACHE).set_check_integrity_on_open(true);
+        // Without the check, redb trusts its file, and may panic long after opening it.
+        builder.set_cache_size(CACHE_BYTES).set_check_integrity_on_open(true);
         builder.set_repair_callback(move |repair| {
-            if is_whole && rolls_back(repair) {
+            if is_complete && is_rollback(repair) {
                 repair.abort();
             }
         });
         let database = builder.create_with_backend(file)?;
-        let known = known_ids(&database)?;
-        let is_whole = known.is_some() && has_rows(&database)?;
-        let ids = Arc::new(known.or(ids).unwrap_or_else(Ids::fresh));
-        // A file that is whole is not written: on a disk that is full, what is there can be read all the same.
-        if !is_whole {
-            make_tables(&database, &ids)?;
+        let existing = existing_ids(&database)?;
+        let is_complete = existing.is_some() && has_all_tables(&database)?;
+        let ids = Arc::new(existing.or(ids).unwrap_or_else(CallIdCodec::random));
+        // A complete file is not written when it is opened, so that it can be read on a full disk.
+        if !is_complete {
+            create_tables(&database, &ids)?;
         }
-        Ok(Self { database, ids, has_journal })
+        Ok(Self { database, ids, has_wal })
     }
 
-    /// Whether commits go through a journal.
-    pub(super) fn has_journal(&self) -> bool {
-        self.has_journal
+    /// Returns whether commits use the write-ahead log.
+    pub(super) fn has_wal(&self) -> bool {
+        self.has_wal
     }
 
-    /// Moves what is in the file together, and gives the rest of its space back to the disk.
+    /// Compacts the file, and returns the free space to the disk.
     pub(super) fn compact(&mut self) -> Result<(), redb::CompactionError> {
         self.database.compact().map(drop)
     }
 
-    /// Closes the file; an error says that a part of it may not be on the disk.
+    /// Closes the file.
+    ///
+    /// # Errors
+    ///
+    /// When a part of the file may not be on the disk. The log has what is missing.
     pub(super) fn close(self) -> Result<()> {
         Ok(self.database.close()?)
     }
 
-    /// How far the file has come.
-    pub(super) fn mark(&self) -> Result<Mark> {
-        let about = self.database.begin_read()?.open_table(ABOUT)?;
-        let stored = about.get(CHANGES)?;
-        Ok(stored.map_or(Mark::default(), |stored| Mark::read(stored.value())))
+    pub(super) fn watermark(&self) -> Result<Watermark> {
+        let about = self.database.begin_read()?.open_table(META)?;
+        let stored = about.get(WATERMARK)?;
+        Ok(stored.map_or(Watermark::default(), |stored| Watermark::read(stored.value())))
     }
 
-    /// The ids that this file gives its calls.
-    pub(super) fn ids(&self) -> Arc<Ids> {
+    /// The codec for ids of calls in this file.
+    pub(super) fn ids(&self) -> Arc<CallIdCodec> {
         Arc::clone(&self.ids)
     }
 
-    /// All calls that are not over, and the next number.
-    pub(super) fn read_all(&self, mut found: impl FnMut(Found)) -> Result<Number> {
+    /// Passes all calls that are not finished to `found`. Returns the next free number.
+    pub(super) fn read_all(&self, mut found: impl FnMut(RecoveredCall)) -> Result<CallSeq> {
         let read = self.database.begin_read()?;
         let progress = read.open_table(PROGRESS)?;
         let last = read.open_table(FINISHED)?.last()?.map_or(0, |(number, _)| number.value());
-        let mut next = self.mark()?.next.max(last + 1);
-        let mut see = |number: Number, stored: Option<&[u8]>, raw: Option<&[u8]>| -> Result<()> {
+        let mut next = self.watermark()?.next.max(last + 1);
+        let mut visit = |number: CallSeq,
+                         stored: Option<&[u8]>,
+                         raw: Option<&[u8]>|
+         -> Result<()> {
             next = next.max(number + 1);
             let Some(stored) = stored else {
                 let id = raw.and_then(QueuedCall::extract_id);
                 tracing::error!(call_id = id, number, "A queued call is damaged and set aside");
-                found(Found { number, damaged: true, ..Found::default() });
+                found(RecoveredCall { number, damaged: true, ..RecoveredCall::default() });
                 return Ok(());
             };
             let call = match CallRecord::from_stored(stored) {
                 Ok(call) => call,
                 Err(error) => {
-                    // One of a version to come stays where it is.
+                    // The call may be of a later version. It stays in the file.
                     let id = QueuedCall::extract_id(stored);
                     tracing::error!(call_id = id, number, %error, "A queued call cannot be read");
                     return Ok(());
                 }
             };
-            let status = progress.get(number)?.and_then(|json| parse(json.value()));
+            let status = progress.get(number)?.and_then(|json| parse_record(json.value()));
             let due = status.as_ref().and_then(|status| status.next_attempt_at);
-            found(Found {
+            found(RecoveredCall {
                 number,
                 label: call.function,
                 due: due.or(call.next_attempt_at).unwrap_or(0),
-                noted: status.is_some(),
+                has_record: status.is_some(),
                 dead: status.is_some_and(|status| status.dead_letter),
                 damaged: false,
             });
@@ -158,45 +169,45 @@ impl Store {
         for entry in read.open_table(CALLS)?.iter()? {
             let (number, stored) = entry?;
             let raw = stored.value();
-            see(number.value(), sealed::open(raw).ok(), Some(sealed::peek(raw)))?;
+            visit(number.value(), checksummed::open(raw).ok(), Some(checksummed::peek(raw)))?;
         }
-        let over = read.open_table(OVER)?;
-        for entry in read.open_table(BATCHES)?.iter()? {
-            let (key, row) = entry?;
-            let marks = over.get(key.value())?.map(|marks| Marks::new(marks.value()));
-            let marks = marks.unwrap_or_default();
-            let row = Row::new(row.value());
-            for (index, (number, stored)) in row.all().enumerate() {
-                if !marks.has(index) {
-                    see(number, stored, row.unchecked(index))?;
+        let over = read.open_table(DONE_BITMAPS)?;
+        for entry in read.open_table(PENDING_BATCHES)?.iter()? {
+            let (key, batch) = entry?;
+            let bitmap = over.get(key.value())?.map(|bitmap| Bitmap::new(bitmap.value()));
+            let bitmap = bitmap.unwrap_or_default();
+            let batch = PackedBatch::new(batch.value());
+            for (index, (number, stored)) in batch.all().enumerate() {
+                if !bitmap.has(index) {
+                    visit(number, stored, batch.unchecked(index))?;
                 }
             }
         }
         Ok(next)
     }
 
-    /// A view of the file as it is now.
-    pub(super) fn view(&self) -> Result<View> {
-        Ok(View { read: self.database.begin_read()?, ids: Arc::clone(&self.ids) })
+    /// A snapshot of the file as it is now.
+    pub(super) fn snapshot(&self) -> Result<Snapshot> {
+        Ok(Snapshot { read: self.database.begin_read()?, ids: Arc::clone(&self.ids) })
     }
 
-    /// Carries out `change`, after which the file has come to `mark`, and returns when it is on the disk.
-    pub(super) fn change<T>(
+    /// Runs `txn` in a transaction that also stores `watermark`. Returns when the commit is on the disk.
+    pub(super) fn write<T>(
         &self,
-        mark: Mark,
-        change: impl FnOnce(&mut Change<'_>) -> Result<T>,
+        watermark: Watermark,
+        txn: impl FnOnce(&mut WriteTxn<'_>) -> Result<T>,
     ) -> Result<T> {
         let transaction = self.database.begin_write()?;
-        let mut batch = Change::new(&transaction, Arc::clone(&self.ids));
-        let changed = change(&mut batch)?;
-        batch.finish_up()?;
-        transaction.open_table(ABOUT)?.insert(CHANGES, &mark.bytes()[..])?;
+        let mut batch = WriteTxn::new(&transaction, Arc::clone(&self.ids));
+        let changed = txn(&mut batch)?;
+        batch.flush()?;
+        transaction.open_table(META)?.insert(WATERMARK, &watermark.bytes()[..])?;
         transaction.commit()?;
         Ok(changed)
     }
 }
 
-impl Mark {
+impl Watermark {
     fn read(stored: &[u8]) -> Self {
         let (changes, next) = stored.split_at(stored.len().min(8));
         let number = |bytes: &[u8]| bytes.try_into().map_or(0, u64::from_be_bytes);
@@ -208,208 +219,216 @@ impl Mark {
     }
 }
 
-/// The ids of a file that has given some.
-fn known_ids(database: &Database) -> Result<Option<Ids>> {
+/// The id codec of an existing file.
+fn existing_ids(database: &Database) -> Result<Option<CallIdCodec>> {
     let read = database.begin_read()?;
-    let about = match read.open_table(ABOUT) {
+    let about = match read.open_table(META) {
         Ok(about) => about,
         Err(TableError::TableDoesNotExist(_)) => return Ok(None),
         Err(error) => return Err(error.into()),
     };
-    let secret = about.get(SECRET)?;
-    Ok(secret.and_then(|secret| Ids::from_secret(secret.value())))
+    let secret = about.get(ID_SECRET)?;
+    Ok(secret.and_then(|secret| CallIdCodec::from_secret(secret.value())))
 }
 
-/// Whether all tables are there: a file that an older gateway made has no rows.
-fn has_rows(database: &Database) -> Result<bool> {
-    match database.begin_read()?.open_table(ENDED) {
+/// Returns whether all tables exist. Files of older gateways have no packed batches.
+fn has_all_tables(database: &Database) -> Result<bool> {
+    match database.begin_read()?.open_table(FINISHED_BATCHES) {
         Ok(_) => Ok(true),
         Err(TableError::TableDoesNotExist(_)) => Ok(false),
         Err(error) => Err(error.into()),
     }
 }
 
-fn make_tables(database: &Database, ids: &Arc<Ids>) -> Result<()> {
-    let change = database.begin_write()?;
-    change.open_table(ABOUT)?.insert(SECRET, &ids.secret()[..])?;
-    Change::new(&change, Arc::clone(ids)).make_tables()?;
-    Ok(change.commit()?)
+fn create_tables(database: &Database, ids: &Arc<CallIdCodec>) -> Result<()> {
+    let txn = database.begin_write()?;
+    txn.open_table(META)?.insert(ID_SECRET, &ids.secret()[..])?;
+    WriteTxn::new(&txn, Arc::clone(ids)).create_tables()?;
+    Ok(txn.commit()?)
 }
 
-/// What a table holds.
-type Value<'t> = AccessGuard<'t, &'static [u8]>;
+/// A value in a table.
+type ValueGuard<'t> = AccessGuard<'t, &'static [u8]>;
 
-/// The row in `table` that has `number`, with its key.
-pub(super) fn row_with<'t>(
-    table: &'t impl ReadableTable<Number, &'static [u8]>,
-    number: Number,
-) -> Result<Option<(Number, Value<'t>)>> {
-    let keys = number.saturating_sub(SPAN - 1)..=number;
+/// The batch in `table` that contains `number`, with its key.
+pub(super) fn find_batch<'t>(
+    table: &'t impl ReadableTable<CallSeq, &'static [u8]>,
+    number: CallSeq,
+) -> Result<Option<(CallSeq, ValueGuard<'t>)>> {
+    let keys = number.saturating_sub(MAX_KEY_SPAN - 1)..=number;
     for entry in table.range(keys)?.rev() {
-        let (key, row) = entry?;
-        if Row::new(row.value()).find(number).is_some() {
-            return Ok(Some((key.value(), row)));
+        let (key, batch) = entry?;
+        if PackedBatch::new(batch.value()).find(number).is_some() {
+            return Ok(Some((key.value(), batch)));
         }
     }
     Ok(None)
 }
 
-/// What is in the file at one moment.
-pub(super) struct View {
+/// A consistent view of the file.
+pub(super) struct Snapshot {
     pub(super) read: redb::ReadTransaction,
-    ids: Arc<Ids>,
+    ids: Arc<CallIdCodec>,
 }
 
-impl View {
-    pub(super) fn number(&self, id: &str) -> Result<Option<Number>> {
-        if let Some(number) = self.ids.number_in(id)
+impl Snapshot {
+    pub(super) fn number_of(&self, id: &str) -> Result<Option<CallSeq>> {
+        if let Some(number) = self.ids.decode(id)
             && self.id(number)?.as_deref() == Some(id)
         {
             return Ok(Some(number));
         }
-        Ok(self.read.open_table(NUMBERS)?.get(id)?.map(|number| number.value()))
+        Ok(self.read.open_table(ID_INDEX)?.get(id)?.map(|number| number.value()))
     }
 
     /// The id of the call with this number.
-    fn id(&self, number: Number) -> Result<Option<String>> {
-        if let Some(call) = self.queued(number)? {
+    fn id(&self, number: CallSeq) -> Result<Option<String>> {
+        if let Some(call) = self.pending_record(number)? {
             return Ok(Some(call.id));
         }
         Ok(self.finished(number)?.map(|(status, _)| status.id))
     }
 
-    /// The id of a call that is damaged, as far as it can be read.
-    pub(super) fn id_as_it_is(&self, number: Number) -> Result<Option<String>> {
+    /// The id of a damaged call, if it can be read.
+    pub(super) fn id_unchecked(&self, number: CallSeq) -> Result<Option<String>> {
         if let Some(stored) = self.read.open_table(CALLS)?.get(number)? {
-            return Ok(QueuedCall::extract_id(sealed::peek(stored.value())));
+            return Ok(QueuedCall::extract_id(checksummed::peek(stored.value())));
         }
-        let batches = self.read.open_table(BATCHES)?;
-        let in_row = row_with(&batches, number)?.and_then(|(_, row)| {
-            let row = Row::new(row.value());
-            QueuedCall::extract_id(row.unchecked(row.find(number)?)?)
+        let batches = self.read.open_table(PENDING_BATCHES)?;
+        let in_batch = find_batch(&batches, number)?.and_then(|(_, batch)| {
+            let batch = PackedBatch::new(batch.value());
+            QueuedCall::extract_id(batch.unchecked(batch.find(number)?)?)
         });
-        let known = || Ok(self.progress(number)?.map(|status| status.id));
-        in_row.map_or_else(known, |id| Ok(Some(id)))
+        let existing = || Ok(self.record(number)?.map(|status| status.id));
+        in_batch.map_or_else(existing, |id| Ok(Some(id)))
     }
 
-    /// What is stored of the call with this number alone.
-    pub(super) fn call(&self, number: Number) -> Result<Option<Bytes>> {
+    /// The encoded call with this number, if it is stored unpacked.
+    pub(super) fn stored_call(&self, number: CallSeq) -> Result<Option<Bytes>> {
         let stored = self.read.open_table(CALLS)?.get(number)?;
-        let stored = stored.as_ref().and_then(|stored| sealed::open(stored.value()).ok());
+        let stored = stored.as_ref().and_then(|stored| checksummed::open(stored.value()).ok());
         Ok(stored.map(Bytes::copy_from_slice))
     }
 
-    /// The row that has the call with this number.
-    pub(super) fn row(&self, number: Number) -> Result<Option<Bytes>> {
-        let batches = self.read.open_table(BATCHES)?;
-        let row = row_with(&batches, number)?;
-        Ok(row.map(|(_, row)| Bytes::copy_from_slice(row.value())))
+    /// The batch that contains the call with this number.
+    pub(super) fn pending_batch(&self, number: CallSeq) -> Result<Option<Bytes>> {
+        let batches = self.read.open_table(PENDING_BATCHES)?;
+        let batch = find_batch(&batches, number)?;
+        Ok(batch.map(|(_, batch)| Bytes::copy_from_slice(batch.value())))
     }
 
-    /// The status of a call as if nothing had been noted of it.
-    pub(super) fn queued(&self, number: Number) -> Result<Option<CallRecord>> {
+    /// The record of a pending call as it was before its first attempt.
+    pub(super) fn pending_record(&self, number: CallSeq) -> Result<Option<CallRecord>> {
         if let Some(stored) = self.read.open_table(CALLS)?.get(number)? {
-            return Ok(CallRecord::from_stored(sealed::peek(stored.value())).ok());
+            return Ok(CallRecord::from_stored(checksummed::peek(stored.value())).ok());
         }
-        let batches = self.read.open_table(BATCHES)?;
-        let Some((key, row)) = row_with(&batches, number)? else { return Ok(None) };
-        let row = Row::new(row.value());
-        let Some(index) = row.find(number) else { return Ok(None) };
-        let marks = self.read.open_table(OVER)?.get(key)?;
-        if marks.is_some_and(|marks| Marks::new(marks.value()).has(index)) {
+        let batches = self.read.open_table(PENDING_BATCHES)?;
+        let Some((key, batch)) = find_batch(&batches, number)? else { return Ok(None) };
+        let batch = PackedBatch::new(batch.value());
+        let Some(index) = batch.find(number) else { return Ok(None) };
+        let bitmap = self.read.open_table(DONE_BITMAPS)?.get(key)?;
+        if bitmap.is_some_and(|bitmap| Bitmap::new(bitmap.value()).has(index)) {
             return Ok(None);
         }
-        // As with a call that is kept alone: one that is damaged has a status, and can be cancelled.
-        Ok(row.unchecked(index).and_then(|stored| CallRecord::from_stored(stored).ok()))
+        // As for unpacked calls: a damaged call has a record and can be cancelled.
+        Ok(batch.unchecked(index).and_then(|stored| CallRecord::from_stored(stored).ok()))
     }
 
-    /// What has been noted of a call that is not over.
-    pub(super) fn progress(&self, number: Number) -> Result<Option<CallRecord>> {
+    /// The stored record of a call that is not finished.
+    pub(super) fn record(&self, number: CallSeq) -> Result<Option<CallRecord>> {
         let json = self.read.open_table(PROGRESS)?.get(number)?;
-        Ok(json.and_then(|json| parse(json.value())))
+        Ok(json.and_then(|json| parse_record(json.value())))
     }
 
     pub(super) fn finished(
         &self,
-        number: Number,
+        number: CallSeq,
     ) -> Result<Option<(CallRecord, Option<StoredResponse>)>> {
         if let Some(stored) = self.read.open_table(FINISHED)?.get(number)? {
-            let stored = sealed::open(stored.value()).ok();
-            return Ok(stored.and_then(|it| finished::decode(&Bytes::copy_from_slice(it))));
+            let stored = checksummed::open(stored.value()).ok();
+            return Ok(
+                stored.and_then(|stored| result_codec::decode(&Bytes::copy_from_slice(stored)))
+            );
         }
-        let ended = self.read.open_table(ENDED)?;
-        let Some((_, row)) = row_with(&ended, number)? else { return Ok(None) };
-        let stored = Row::new(row.value()).get(number);
-        Ok(stored.and_then(|stored| finished::decode(&Bytes::copy_from_slice(stored))))
+        let ended = self.read.open_table(FINISHED_BATCHES)?;
+        let Some((_, batch)) = find_batch(&ended, number)? else { return Ok(None) };
+        let stored = PackedBatch::new(batch.value()).get(number);
+        Ok(stored.and_then(|stored| result_codec::decode(&Bytes::copy_from_slice(stored))))
     }
 
-    /// At most `most` numbers of the calls that are on one of `shelves`, from `first` on, in order.
+    /// At most `limit` numbers of calls in `groups`, from `first` upwards, in ascending order.
     pub(super) fn numbers_from(
         &self,
-        shelves: &[Shelf],
-        first: Number,
-        most: usize,
-    ) -> Result<Vec<Number>> {
+        groups: &[TableGroup],
+        first: CallSeq,
+        limit: usize,
+    ) -> Result<Vec<CallSeq>> {
         let mut numbers = Vec::new();
-        for shelf in shelves {
-            for entry in self.read.open_table(shelf.single())?.range(first..)?.take(most) {
+        for group in groups {
+            for entry in self.read.open_table(group.unpacked_table())?.range(first..)?.take(limit) {
                 numbers.push(entry?.0.value());
             }
-            match shelf {
-                Shelf::Calls => self.numbers_in(BATCHES, true, first, most, &mut numbers)?,
-                Shelf::Finished => self.numbers_in(ENDED, false, first, most, &mut numbers)?,
-                Shelf::Progress => {}
+            match group {
+                TableGroup::Calls => {
+                    self.packed_numbers_from(PENDING_BATCHES, true, first, limit, &mut numbers)?
+                }
+                TableGroup::Finished => {
+                    self.packed_numbers_from(FINISHED_BATCHES, false, first, limit, &mut numbers)?
+                }
+                TableGroup::Progress => {}
             }
         }
         numbers.sort_unstable();
-        // A dead call is in both.
+        // A dead letter is in two groups.
         numbers.dedup();
-        numbers.truncate(most);
+        numbers.truncate(limit);
         Ok(numbers)
     }
 
-    /// The same of the calls in the rows of `table`; `marked`: some of them may be over.
-    fn numbers_in(
+    /// Adds the numbers of calls in the batches of `table`. `marked`: some of the calls may be finished.
+    fn packed_numbers_from(
         &self,
-        table: Stored,
+        table: CallTable,
         marked: bool,
-        first: Number,
-        most: usize,
-        numbers: &mut Vec<Number>,
+        first: CallSeq,
+        limit: usize,
+        numbers: &mut Vec<CallSeq>,
     ) -> Result<()> {
-        let (over, start) = (self.read.open_table(OVER)?, numbers.len());
-        for entry in self.read.open_table(table)?.range(first.saturating_sub(SPAN - 1)..)? {
-            // What is less than `SPAN` behind this row's first can be in a row to come, what is before it cannot.
-            if numbers.len() - start >= most.saturating_add(SPAN as usize) {
+        let (over, start) = (self.read.open_table(DONE_BITMAPS)?, numbers.len());
+        for entry in self.read.open_table(table)?.range(first.saturating_sub(MAX_KEY_SPAN - 1)..)? {
+            // Batches overlap: numbers less than `MAX_KEY_SPAN` above this key may also be in later batches, lower ones
+            // cannot.
+            if numbers.len() - start >= limit.saturating_add(MAX_KEY_SPAN as usize) {
                 break;
             }
-            let (key, row) = entry?;
-            let marks = if marked { over.get(key.value())? } else { None };
-            let marks = marks.map(|marks| Marks::new(marks.value())).unwrap_or_default();
-            let found = Row::new(row.value()).numbers().enumerate();
-            let found = found.filter(|(index, number)| *number >= first && !marks.has(*index));
-            numbers.extend(found.map(|(_, number)| number));
+            let (key, batch) = entry?;
+            let bitmap = if marked { over.get(key.value())? } else { None };
+            let bitmap = bitmap.map(|bitmap| Bitmap::new(bitmap.value())).unwrap_or_default();
+            let entries = PackedBatch::new(batch.value()).numbers().enumerate();
+            let entries = entries.filter(|(index, number)| *number >= first && !bitmap.has(*index));
+            numbers.extend(entries.map(|(_, number)| number));
         }
         Ok(())
     }
 }
 
-/// Where in the file a call is.
+/// A group of tables, by the state of the calls in it.
 #[derive(Clone, Copy, Debug)]
-pub(super) enum Shelf {
-    /// Not over, or dead.
+pub(super) enum TableGroup {
+    /// Pending calls and dead letters.
     Calls,
-    /// Has been made, and is not over or is dead.
+    /// Executed calls that are not finished, and dead letters.
     Progress,
-    /// Over, or dead.
+    /// Finished calls and dead letters.
     Finished,
 }
 
-pub(super) type Stored = TableDefinition<'static, Number, &'static [u8]>;
+pub(super) type CallTable = TableDefinition<'static, CallSeq, &'static [u8]>;
 
-impl Shelf {
-    /// The shelves with all that `filter` can mean. To look for a handful of dead calls must not read a million others.
-    pub(super) fn with(filter: &Filter) -> &'static [Self] {
+impl TableGroup {
+    /// The groups that may contain matches of `filter`. A search for a few dead letters must not read a million other
+    /// calls.
+    pub(super) fn for_filter(filter: &Filter) -> &'static [Self] {
         match (filter.dead_letter, filter.state) {
             (Some(true), _) | (_, Some(CallState::Retrying)) => &[Self::Progress],
             (_, Some(CallState::Queued | CallState::Running)) => &[Self::Calls],
@@ -420,8 +439,8 @@ impl Shelf {
         }
     }
 
-    /// The table of those that are kept one by one.
-    pub(super) fn single(self) -> Stored {
+    /// The table of the group's unpacked entries.
+    pub(super) fn unpacked_table(self) -> CallTable {
         match self {
             Self::Calls => CALLS,
             Self::Progress => PROGRESS,
@@ -430,6 +449,6 @@ impl Shelf {
     }
 }
 
-pub(super) fn parse(json: &[u8]) -> Option<CallRecord> {
+pub(super) fn parse_record(json: &[u8]) -> Option<CallRecord> {
     serde_json::from_slice(json).ok()
 }

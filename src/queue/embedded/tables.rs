@@ -1,39 +1,41 @@
-//! The tables of the file.
+//! The tables of the file. Their stored names are part of the file format.
 
 use redb::TableDefinition;
 
 use crate::queue::call::UnixMillis;
-use crate::queue::embedded::schedule::Number;
+use crate::queue::embedded::schedule::CallSeq;
 
-/// Calls that are not over, and those that failed for good: as `Call::encode` writes them. Long ones, and those of a file
-/// that an older gateway wrote.
-pub(super) const CALLS: TableDefinition<'_, Number, &[u8]> = TableDefinition::new("calls");
-/// All others of these, in rows of those that were taken in together.
-pub(super) const BATCHES: TableDefinition<'_, Number, &[u8]> = TableDefinition::new("batches");
-/// Which calls of a row are over; it goes when all are.
-pub(super) const OVER: TableDefinition<'_, Number, &[u8]> = TableDefinition::new("over");
-/// By id, of calls whose caller chose it. All others have their number in their id: to keep these, too, a table in the
-/// order of random ids would be half of what a call costs.
-pub(super) const NUMBERS: TableDefinition<'_, &str, Number> = TableDefinition::new("numbers");
-/// `Status` as JSON, of calls that have been made but are not over, and of dead ones.
-pub(super) const PROGRESS: TableDefinition<'_, Number, &[u8]> = TableDefinition::new("progress");
-/// `Status` and answer of calls that are over: those with a long answer or a chosen id, and dead ones.
-pub(super) const FINISHED: TableDefinition<'_, Number, &[u8]> = TableDefinition::new("finished");
-/// The same of all others, in rows of those that ended together.
-pub(super) const ENDED: TableDefinition<'_, Number, &[u8]> = TableDefinition::new("ended");
-/// By idempotency key: the id that it stands for, and until when, on a line of its own.
-pub(super) const KEYS: TableDefinition<'_, &str, &str> = TableDefinition::new("keys");
-/// When what is kept for a while goes, and what it is.
+/// Pending calls and dead letters, as [`QueuedCall::encode`](crate::queue::call::QueuedCall::encode) writes them: those
+/// that are too long for a batch, and those that an older gateway wrote.
+pub(super) const CALLS: TableDefinition<'_, CallSeq, &[u8]> = TableDefinition::new("calls");
+/// All other pending calls and dead letters, in batches of calls that were enqueued together.
+pub(super) const PENDING_BATCHES: TableDefinition<'_, CallSeq, &[u8]> =
+    TableDefinition::new("batches");
+/// Bitmap of the finished calls of a batch. It is removed with the batch, when all its calls are finished.
+pub(super) const DONE_BITMAPS: TableDefinition<'_, CallSeq, &[u8]> = TableDefinition::new("over");
+/// Numbers of calls by id, for ids that the client chose. Generated ids contain the number: an index in the order of
+/// random ids would cost half as much as all other work for a call.
+pub(super) const ID_INDEX: TableDefinition<'_, &str, CallSeq> = TableDefinition::new("numbers");
+/// `CallRecord` as JSON, of executed calls that are not finished, and of dead letters.
+pub(super) const PROGRESS: TableDefinition<'_, CallSeq, &[u8]> = TableDefinition::new("progress");
+/// Record and response of finished calls with a long response or a chosen id, and of dead letters.
+pub(super) const FINISHED: TableDefinition<'_, CallSeq, &[u8]> = TableDefinition::new("finished");
+/// Record and response of all other finished calls, in batches of calls that finished together.
+pub(super) const FINISHED_BATCHES: TableDefinition<'_, CallSeq, &[u8]> =
+    TableDefinition::new("ended");
+/// By idempotency key: the id of its call and, on a second line, the time of expiry.
+pub(super) const IDEMPOTENCY_KEYS: TableDefinition<'_, &str, &str> = TableDefinition::new("keys");
+/// Times of expiry, each with the entry that expires.
 pub(super) const EXPIRY: TableDefinition<'_, (UnixMillis, &str), ()> =
     TableDefinition::new("expiry");
 
-/// What the file needs to know of itself.
-pub(super) const ABOUT: TableDefinition<'_, &str, &[u8]> = TableDefinition::new("about");
-/// In `ABOUT`: what hides the numbers in ids.
-pub(super) const SECRET: &str = "secret";
-/// In `ABOUT`: how often the file has been changed, and a number that no call has, nor any above it.
-pub(super) const CHANGES: &str = "changes";
-/// An entry of `EXPIRY` for an idempotency key starts so, one for a row of `ENDED` in the other way; one for a finished
-/// call is its number.
-pub(super) const KEY: &str = "k:";
-pub(super) const ROW: &str = "r:";
+/// Metadata of the file.
+pub(super) const META: TableDefinition<'_, &str, &[u8]> = TableDefinition::new("about");
+/// In `META`: the secret of the id codec.
+pub(super) const ID_SECRET: &str = "secret";
+/// In `META`: the number of commits, and a number above that of each call.
+pub(super) const WATERMARK: &str = "changes";
+/// Prefixes of entries of `EXPIRY`: for an idempotency key, and for a batch of `FINISHED_BATCHES`. The entry of a
+/// single finished call is its number.
+pub(super) const KEY_EXPIRY_PREFIX: &str = "k:";
+pub(super) const BATCH_EXPIRY_PREFIX: &str = "r:";

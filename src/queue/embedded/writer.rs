@@ -1,4 +1,5 @@
-//! The one thread that changes the file. What comes while it writes is written together next: one `fsync` for all.
+//! The thread that writes the file. Operations that arrive during a commit form the next one: one `fsync` for all
+//! (group commit).
 
 use std::collections::{HashSet, VecDeque};
 use std::sync::Arc;
@@ -9,112 +10,115 @@ use bytes::Bytes;
 use tokio::sync::mpsc;
 
 use crate::queue::call::UnixMillis;
-use crate::queue::embedded::change::Change;
-use crate::queue::embedded::ids::Ids;
-use crate::queue::embedded::schedule::Number;
+use crate::queue::embedded::id_codec::CallIdCodec;
+use crate::queue::embedded::schedule::CallSeq;
+use crate::queue::embedded::state::{Claim, QueueState};
 use crate::queue::embedded::store::Result as StoreResult;
-use crate::queue::embedded::waiting::{Held, Waiting};
-use crate::queue::embedded::{Shared, finished};
+use crate::queue::embedded::write_txn::WriteTxn;
+use crate::queue::embedded::{Shared, result_codec};
 use crate::queue::reply_batch::{Reply, ReplyBatch};
 use crate::queue::status::{CallRecord, CallState, Settlement};
 use crate::queue::{ChangeOutcome, Error, MemoryPermit, Published, now};
 
-/// So many changes are made durable together, at most.
-const TOGETHER: usize = 512;
-/// A commit has a price of its own, and those who were answered together ask again together: if there are far fewer than
-/// the last time, so long is waited for the others.
-const GATHER: Duration = Duration::from_micros(100);
-/// So much of what has expired is forgotten at once.
-const EXPIRE_AT_ONCE: usize = 1000;
+/// Maximum number of operations per commit.
+const MAX_OPS_PER_COMMIT: usize = 512;
+/// Clients whose operations were committed together often send the next ones together. If far fewer operations have
+/// arrived than in the last commit, the writer waits this long for more.
+const BATCH_WAIT: Duration = Duration::from_micros(100);
+/// Maximum number of expired entries that are removed per commit.
+const MAX_EXPIRED_PER_COMMIT: usize = 1000;
 
-/// A call as it is taken in.
-pub(super) struct Incoming {
+/// A call to enqueue.
+pub(super) struct PublishRequest {
     pub(super) id: String,
-    /// The number that was given out with the id; none if its caller chose it.
-    pub(super) number: Option<Number>,
+    /// The number contained in the id; `None` if the client chose the id.
+    pub(super) number: Option<CallSeq>,
     pub(super) key: Option<String>,
     pub(super) label: String,
     pub(super) digest: Option<String>,
     pub(super) due: UnixMillis,
     pub(super) encoded: Bytes,
-    /// Held until the call is written or refused, however long that takes and whoever still waits for it.
-    pub(super) _room: Option<MemoryPermit>,
+    /// Held until the call is written or refused, even if the client has gone.
+    pub(super) _permit: Option<MemoryPermit>,
 }
 
-/// How a call goes on, as it is written.
-pub(super) enum Settled {
-    /// With what is kept of it. `chosen`: it has no number in its id.
-    Over {
+/// A settlement in the form in which it is written.
+pub(super) enum SettleWrite {
+    /// `record`: the encoded record and response. `chosen`: the id does not contain the number.
+    Finished {
         record: Bytes,
         chosen: bool,
     },
     Retry {
-        note: Vec<u8>,
+        record_json: Vec<u8>,
         at: UnixMillis,
     },
-    Dead {
-        note: Vec<u8>,
+    DeadLetter {
+        record_json: Vec<u8>,
         record: Vec<u8>,
         label: String,
     },
 }
 
-impl Settled {
-    /// `settlement`, by which a call comes to `status`.
+impl SettleWrite {
+    /// Encodes `settlement`, after which the record of the call is `status`.
     pub(super) fn new(status: &CallRecord, settlement: &Settlement) -> Self {
-        let note = || serde_json::to_vec(status).unwrap_or_default();
+        let record_json = || serde_json::to_vec(status).unwrap_or_default();
         match settlement {
-            Settlement::Finished { response: answer, .. } => Self::Over {
-                record: finished::encode(status, answer.as_ref()).into(),
-                chosen: is_chosen(status),
+            Settlement::Finished { response, .. } => Self::Finished {
+                record: result_codec::encode(status, response.as_ref()).into(),
+                chosen: needs_id_index(status),
             },
-            Settlement::Retry { at, .. } => Self::Retry { note: note(), at: *at },
-            Settlement::DeadLetter { response: answer, .. } => Self::Dead {
-                note: note(),
-                record: finished::encode(status, answer.as_ref()),
+            Settlement::Retry { at, .. } => Self::Retry { record_json: record_json(), at: *at },
+            Settlement::DeadLetter { response, .. } => Self::DeadLetter {
+                record_json: record_json(),
+                record: result_codec::encode(status, response.as_ref()),
                 label: status.function.clone(),
             },
         }
     }
 }
 
-/// Whether a call is found by a table of ids, since its own has no number in it.
-fn is_chosen(status: &CallRecord) -> bool {
-    status.chosen_id || !Ids::looks_numbered(&status.id)
+/// Returns whether the call needs an entry in the id index, since its id does not contain its number.
+fn needs_id_index(status: &CallRecord) -> bool {
+    status.chosen_id || !CallIdCodec::may_contain_number(&status.id)
 }
 
-/// A change of the file.
-pub(super) enum Op {
-    Publish(Incoming, Reply<Published>),
-    Settle(Held, Settled, Reply<()>),
+/// An operation of the writer.
+pub(super) enum WriteOp {
+    Publish(PublishRequest, Reply<Published>),
+    Settle(Claim, SettleWrite, Reply<()>),
     Cancel(String, Reply<ChangeOutcome>),
-    Revive(String, Reply<ChangeOutcome>),
-    /// Removes calls that do not run, all trace of them.
+    Redrive(String, Reply<ChangeOutcome>),
+    /// Deletes calls that do not run, and their results.
     Purge(Vec<String>, Reply<u64>),
-    /// Forgets what has been kept for long enough, or some of it; whether there is more.
+    /// Removes some expired entries. The reply says whether there are more.
     Expire(Reply<bool>),
-    /// Closes the file; nothing comes after it.
+    /// Closes the file and ends the writer.
     Close(Reply<()>),
 }
 
-impl Op {
-    /// How much it writes, roughly.
+impl WriteOp {
+    /// Approximate number of bytes that the operation writes.
     pub(super) fn length(&self) -> usize {
-        const KEYS: usize = 256;
-        KEYS + match self {
-            Self::Publish(call, _) => call.encoded.len(),
-            Self::Settle(_, Settled::Over { record, .. }, _) => record.len(),
-            Self::Settle(_, Settled::Retry { note, .. }, _) => note.len(),
-            Self::Settle(_, Settled::Dead { note, record, .. }, _) => note.len() + record.len(),
-            _ => 0,
-        }
+        const IDEMPOTENCY_KEYS: usize = 256;
+        IDEMPOTENCY_KEYS
+            + match self {
+                Self::Publish(call, _) => call.encoded.len(),
+                Self::Settle(_, SettleWrite::Finished { record, .. }, _) => record.len(),
+                Self::Settle(_, SettleWrite::Retry { record_json, .. }, _) => record_json.len(),
+                Self::Settle(_, SettleWrite::DeadLetter { record_json, record, .. }, _) => {
+                    record_json.len() + record.len()
+                }
+                _ => 0,
+            }
     }
 
-    fn fails(self, error: Error) {
+    fn fail(self, error: Error) {
         match self {
             Self::Publish(_, reply) => reply.send(Err(error)),
             Self::Settle(.., reply) => reply.send(Err(error)),
-            Self::Cancel(_, reply) | Self::Revive(_, reply) => reply.send(Err(error)),
+            Self::Cancel(_, reply) | Self::Redrive(_, reply) => reply.send(Err(error)),
             Self::Purge(_, reply) => reply.send(Err(error)),
             Self::Expire(reply) => reply.send(Err(error)),
             Self::Close(reply) => reply.send(Err(error)),
@@ -122,56 +126,56 @@ impl Op {
     }
 }
 
-/// Writes until nobody is left who could ask for it.
-pub(super) fn run(shared: &Arc<Shared>, mut ops: mpsc::Receiver<Op>) {
-    let _end = End(shared);
-    let mut usual = 0;
+/// Runs the writer until all senders are gone or the file is closed.
+pub(super) fn run(shared: &Arc<Shared>, mut ops: mpsc::Receiver<WriteOp>) {
+    let _end = PanicGuard(shared);
+    let mut last_batch_size = 0;
     while let Some(first) = ops.blocking_recv() {
-        let mut batch = Gathered::default();
+        let mut batch = OpBatch::default();
         batch.add(first);
-        batch.add_all(&mut ops);
-        if batch.together.len() * 2 < usual && batch.closing.is_none() {
-            std::thread::sleep(GATHER);
-            batch.add_all(&mut ops);
+        batch.drain_ready(&mut ops);
+        if batch.ops.len() * 2 < last_batch_size && batch.closing.is_none() {
+            std::thread::sleep(BATCH_WAIT);
+            batch.drain_ready(&mut ops);
         }
-        usual = batch.together.len();
-        write(shared, batch.together);
+        last_batch_size = batch.ops.len();
+        write(shared, batch.ops);
         if let Some(reply) = batch.closing {
-            shared.end();
+            shared.close_finally();
             return reply.send(Ok(()));
         }
     }
 }
 
-/// What is written together.
+/// Operations of one commit.
 #[derive(Default)]
-struct Gathered {
-    together: Vec<Op>,
-    /// The file is to be closed then.
+struct OpBatch {
+    ops: Vec<WriteOp>,
+    /// Set if the file is to be closed after the commit.
     closing: Option<Reply<()>>,
 }
 
-impl Gathered {
-    fn add(&mut self, op: Op) {
+impl OpBatch {
+    fn add(&mut self, op: WriteOp) {
         match op {
-            Op::Close(reply) => self.closing = Some(reply),
-            op => self.together.push(op),
+            WriteOp::Close(reply) => self.closing = Some(reply),
+            op => self.ops.push(op),
         }
     }
 
-    /// Adds what has come, as far as there is room.
-    fn add_all(&mut self, ops: &mut mpsc::Receiver<Op>) {
-        while self.together.len() < TOGETHER && self.closing.is_none() {
+    /// Adds operations that have arrived, up to the limit.
+    fn drain_ready(&mut self, ops: &mut mpsc::Receiver<WriteOp>) {
+        while self.ops.len() < MAX_OPS_PER_COMMIT && self.closing.is_none() {
             let Ok(op) = ops.try_recv() else { break };
             self.add(op);
         }
     }
 }
 
-/// Says so when the thread ends by a panic: from then on nothing is taken in, until the process starts anew.
-struct End<'a>(&'a Shared);
+/// Logs a panic of the thread. After that the process must be restarted to enqueue calls.
+struct PanicGuard<'a>(&'a Shared);
 
-impl Drop for End<'_> {
+impl Drop for PanicGuard<'_> {
     fn drop(&mut self) {
         if std::thread::panicking() {
             self.0.usable.store(false, Relaxed);
@@ -182,300 +186,301 @@ impl Drop for End<'_> {
     }
 }
 
-fn write(shared: &Arc<Shared>, mut ops: Vec<Op>) {
-    // Nobody has heard that these were taken in, and nobody would.
-    ops.retain(|op| !matches!(op, Op::Publish(_, reply) if reply.is_closed()));
-    let full = shared.has_no_room();
-    let refused = ops.extract_if(.., |op| full && matches!(op, Op::Publish(..)));
-    refused.for_each(|op| op.fails(Error::NoSpace));
+fn write(shared: &Arc<Shared>, mut ops: Vec<WriteOp>) {
+    // These clients have gone and would never learn that their call was enqueued.
+    ops.retain(|op| !matches!(op, WriteOp::Publish(_, reply) if reply.is_closed()));
+    let full = shared.is_disk_full();
+    let refused = ops.extract_if(.., |op| full && matches!(op, WriteOp::Publish(..)));
+    refused.for_each(|op| op.fail(Error::NoSpace));
     if !full {
-        return write_together(shared, ops);
+        return commit(shared, ops);
     }
-    let (mut ops, mut has_forgotten) = (VecDeque::from(ops), false);
+    let (mut ops, mut has_evicted) = (VecDeque::from(ops), false);
     while !ops.is_empty() {
-        // Pieces that were written before may have used the reserve.
-        if !has_forgotten && shared.pressure.reserve.is_low() {
-            shared.forget_results();
-            has_forgotten = true;
+        // Earlier chunks may have used the reserve.
+        if !has_evicted && shared.pressure.reserve.is_low() {
+            shared.evict_results();
+            has_evicted = true;
         }
-        if let Some(piece) = shared.pressure.next_piece(&mut ops) {
-            write_together(shared, piece);
+        if let Some(chunk) = shared.pressure.next_chunk(&mut ops) {
+            commit(shared, chunk);
         }
     }
 }
 
-/// Writes `ops` in one change.
-fn write_together(shared: &Arc<Shared>, mut ops: Vec<Op>) {
+/// Writes `ops` in one transaction.
+fn commit(shared: &Arc<Shared>, mut ops: Vec<WriteOp>) {
     if ops.is_empty() {
         return;
     }
-    let length: usize = ops.iter().map(Op::length).sum();
-    let enqueues = ops.iter().any(|op| matches!(op, Op::Publish(..)));
-    let settles = ops.iter().any(|op| !matches!(op, Op::Publish(..) | Op::Expire(_)));
+    let length: usize = ops.iter().map(WriteOp::length).sum();
+    let enqueues = ops.iter().any(|op| matches!(op, WriteOp::Publish(..)));
+    let settles = ops.iter().any(|op| !matches!(op, WriteOp::Publish(..) | WriteOp::Expire(_)));
     let full = shared.pressure.is_full();
-    // The reserve is for calls that are queued already. A large change could use up all of it and fail all the same, and
-    // the space would belong to the queue's file from then on. It is repeated in pieces once the disk is known to be full.
-    let is_small = length <= shared.pressure.reserve.part();
-    shared.pressure.reserve.allow(!enqueues && (full || is_small));
+    // The reserve is for calls that are queued already. A large commit could use all of it and fail nevertheless, and
+    // the queue's file would keep the space. Once the disk is known to be full, the commit is repeated in chunks.
+    let is_small = length <= shared.pressure.reserve.max_commit_bytes();
+    shared.pressure.reserve.set_usable(!enqueues && (full || is_small));
     let now = now();
-    let mut withdrawn = Vec::new();
-    let changed = shared.change(|change| {
-        let withdrawn = &mut withdrawn;
-        let mut batch = Batch { shared, now, added: HashSet::new(), withdrawn, change };
-        ops.iter().map(|op| batch.apply(op)).collect::<StoreResult<Vec<Applied>>>()
+    let mut cancelled = Vec::new();
+    let changed = shared.write(|txn| {
+        let cancelled = &mut cancelled;
+        let mut batch = Transaction { shared, now, added: HashSet::new(), cancelled, txn };
+        ops.iter().map(|op| batch.apply(op)).collect::<StoreResult<Vec<OpResult>>>()
     });
-    shared.pressure.reserve.allow(true);
+    shared.pressure.reserve.set_usable(true);
     match changed {
         Ok(applied) => {
-            let (mut waiting, mut outbox) = (shared.waiting(), ReplyBatch::default());
+            let (mut state, mut replies) = (shared.state(), ReplyBatch::default());
             for (op, applied) in ops.into_iter().zip(applied) {
-                applied.take_effect(op, &mut waiting, &mut outbox);
+                applied.apply_in_memory(op, &mut state, &mut replies);
             }
-            drop(waiting);
-            outbox.send();
+            drop(state);
+            replies.send();
             shared.ready.notify_one();
             if full && settles {
-                shared.made_progress();
+                shared.on_space_freed();
             }
         }
         Err(error) => {
             tracing::error!(%error, calls = ops.len(), "The queue's file cannot be written");
-            let mut waiting = shared.waiting();
-            for (number, status) in withdrawn {
-                waiting.restore(number, &status);
+            let mut state = shared.state();
+            for (number, status) in cancelled {
+                state.undo_cancel(number, &status);
             }
-            drop(waiting);
+            drop(state);
             let has_filled = error == Error::NoSpace && !full;
             if has_filled {
-                shared.pressure.begin(if enqueues { length } else { 0 });
-                // To open the file again takes its time, and does not help these.
-                let refused = ops.extract_if(.., |op| matches!(op, Op::Publish(..)));
-                refused.for_each(|op| op.fails(Error::NoSpace));
+                shared.pressure.enter(if enqueues { length } else { 0 });
+                // Reopening the file takes time and does not help these calls.
+                let refused = ops.extract_if(.., |op| matches!(op, WriteOp::Publish(..)));
+                refused.for_each(|op| op.fail(Error::NoSpace));
             }
-            // What is there can be read meanwhile. If that fails, the next change tries again.
+            // Reads need the file. If this fails, the next write tries again.
             let _ = shared.reopen();
             if has_filled {
-                // What enqueues nothing has the reserve, and frees space.
+                // Operations that enqueue nothing may use the reserve, and free space.
                 return write(shared, ops);
             }
-            ops.into_iter().for_each(|op| op.fails(error.clone()));
+            ops.into_iter().for_each(|op| op.fail(error.clone()));
         }
     }
 }
 
-/// Changes that become durable together.
-struct Batch<'a, 't> {
+/// The operations of one commit.
+struct Transaction<'a, 't> {
     shared: &'a Shared,
     now: UnixMillis,
-    /// Calls that wait once this batch is durable, and not before.
-    added: HashSet<Number>,
-    /// Calls that are not handed out any more. They are again if this batch fails.
-    withdrawn: &'a mut Vec<(Number, CallRecord)>,
-    change: &'a mut Change<'t>,
+    /// Calls that become pending when the transaction is committed.
+    added: HashSet<CallSeq>,
+    /// Calls removed from the schedule. They are restored if the commit fails.
+    cancelled: &'a mut Vec<(CallSeq, CallRecord)>,
+    txn: &'a mut WriteTxn<'t>,
 }
 
-/// What to answer, and what changes in memory, once the batch is durable.
-enum Applied {
+/// The reply to an operation and its effect in memory, applied after the commit.
+enum OpResult {
     Published(Result<Published, Error>),
     Added {
-        number: Number,
+        number: CallSeq,
         id: String,
     },
-    /// `ended`: by that, and not before.
+    /// `ended`: the call was pending until this settlement.
     Settled {
         ended: bool,
     },
     ChangeOutcome(ChangeOutcome),
     Cancelled {
-        number: Number,
+        number: CallSeq,
         label: String,
         was_dead: bool,
     },
-    Revived {
-        number: Number,
+    Redriven {
+        number: CallSeq,
         label: String,
     },
-    Purged(Vec<(Number, String, bool)>),
+    Purged(Vec<(CallSeq, String, bool)>),
     Expired {
         more: bool,
     },
 }
 
-impl Batch<'_, '_> {
-    fn apply(&mut self, op: &Op) -> StoreResult<Applied> {
+impl Transaction<'_, '_> {
+    fn apply(&mut self, op: &WriteOp) -> StoreResult<OpResult> {
         match op {
-            Op::Publish(call, _) => self.publish(call),
-            Op::Settle(held, settled, _) => {
-                let ended = self.settle(held.picked.number, settled)?;
-                Ok(Applied::Settled { ended })
+            WriteOp::Publish(call, _) => self.publish(call),
+            WriteOp::Settle(claim, settled, _) => {
+                let ended = self.settle(claim.selected.number, settled)?;
+                Ok(OpResult::Settled { ended })
             }
-            Op::Cancel(id, _) => self.cancel(id),
-            Op::Revive(id, _) => self.redrive(id),
-            Op::Purge(ids, _) => self.purge(ids),
-            Op::Close(_) => unreachable!("it is no change"),
-            Op::Expire(_) => {
-                let more = self.change.sweep_expired(self.now, EXPIRE_AT_ONCE)?;
-                Ok(Applied::Expired { more })
+            WriteOp::Cancel(id, _) => self.cancel(id),
+            WriteOp::Redrive(id, _) => self.redrive(id),
+            WriteOp::Purge(ids, _) => self.purge(ids),
+            WriteOp::Close(_) => unreachable!("it is no change"),
+            WriteOp::Expire(_) => {
+                let more = self.txn.sweep_expired(self.now, MAX_EXPIRED_PER_COMMIT)?;
+                Ok(OpResult::Expired { more })
             }
         }
     }
 
-    fn publish(&mut self, call: &Incoming) -> StoreResult<Applied> {
-        let repeated = |id| Ok(Applied::Published(Ok(Published { id, duplicate: true })));
+    fn publish(&mut self, call: &PublishRequest) -> StoreResult<OpResult> {
+        let repeated = |id| Ok(OpResult::Published(Ok(Published { id, duplicate: true })));
         if let Some(key) = &call.key
-            && let Some(id) = self.change.keyed(key)?
+            && let Some(id) = self.txn.id_for_key(key)?
         {
             return repeated(id);
         }
-        // A caller may choose the id of a call that is there, made here or not.
-        let first = if call.number.is_none() { self.change.find(&call.id)? } else { None };
+        // A client may choose the id of an existing call.
+        let first = if call.number.is_none() { self.txn.find(&call.id)? } else { None };
         let renamed = match first {
             Some((_, first)) if first.is_same_call(&call.label, call.digest.as_deref()) => {
                 return repeated(first.id);
             }
-            Some(_) => Some(self.shared.renamed(call)),
+            Some(_) => Some(self.shared.with_new_id(call)),
             None => None,
         };
         let call = match &renamed {
-            Some(None) => return Ok(Applied::Published(Err(Error::Failed))),
+            Some(None) => return Ok(OpResult::Published(Err(Error::Failed))),
             Some(Some(renamed)) => renamed,
             None => call,
         };
-        if self.shared.waiting().schedule.waiting() + self.added.len()
+        if self.shared.state().schedule.pending() + self.added.len()
             >= self.shared.limits.max_pending
         {
-            return Ok(Applied::Published(Err(Error::Full)));
+            return Ok(OpResult::Published(Err(Error::Full)));
         }
         let number = call.number.unwrap_or_else(|| self.shared.next_number());
         self.added.insert(number);
-        self.change.add(number, &call.id, call.number.is_none(), &call.encoded)?;
+        self.txn.add(number, &call.id, call.number.is_none(), &call.encoded)?;
         if let Some(key) = &call.key {
-            self.change.remember_key(
-                key,
-                &call.id,
-                self.now + self.shared.limits.idempotency_ttl,
-            )?;
+            self.txn.store_key(key, &call.id, self.now + self.shared.limits.idempotency_ttl)?;
         }
-        Ok(Applied::Added { number, id: call.id.clone() })
+        Ok(OpResult::Added { number, id: call.id.clone() })
     }
 
-    fn settle(&mut self, number: Number, settled: &Settled) -> StoreResult<bool> {
+    fn settle(&mut self, number: CallSeq, settled: &SettleWrite) -> StoreResult<bool> {
         match settled {
-            Settled::Over { record, chosen } => {
+            SettleWrite::Finished { record, chosen } => {
                 let until = self.now + self.shared.limits.result_ttl;
-                let noted = self.shared.waiting().is_noted(number);
-                self.change.finish(number, record.clone(), *chosen, until, noted)
+                let has_record = self.shared.state().has_record(number);
+                self.txn.finish(number, record.clone(), *chosen, until, has_record)
             }
-            Settled::Retry { note, .. } => self.change.note(number, note).map(|()| false),
-            Settled::Dead { note, record, .. } => {
-                self.change.keep_answer(number, note, record).map(|()| false)
+            SettleWrite::Retry { record_json, .. } => {
+                self.txn.store_record(number, record_json).map(|()| false)
+            }
+            SettleWrite::DeadLetter { record_json, record, .. } => {
+                self.txn.store_dead_letter(number, record_json, record).map(|()| false)
             }
         }
     }
 
-    fn cancel(&mut self, id: &str) -> StoreResult<Applied> {
-        let Some((number, mut status)) = self.change.find(id)? else {
-            return self.cancel_unreadable(id);
+    fn cancel(&mut self, id: &str) -> StoreResult<OpResult> {
+        let Some((number, mut status)) = self.txn.find(id)? else {
+            return self.cancel_undecodable(id);
         };
         if status.state.is_final() && !status.dead_letter {
-            return Ok(Applied::ChangeOutcome(ChangeOutcome::WrongState(status.state)));
+            return Ok(OpResult::ChangeOutcome(ChangeOutcome::WrongState(status.state)));
         }
-        // From here on nobody takes it.
-        if !status.dead_letter && !self.withdraw(number, &status) {
-            return Ok(Applied::ChangeOutcome(ChangeOutcome::WrongState(CallState::Running)));
+        // From here on the call is not delivered.
+        if !status.dead_letter && !self.cancel_pending(number, &status) {
+            return Ok(OpResult::ChangeOutcome(ChangeOutcome::WrongState(CallState::Running)));
         }
         let was_dead = std::mem::take(&mut status.dead_letter);
         (status.state, status.finished_at) = (CallState::Cancelled, Some(self.now));
         status.next_attempt_at = None;
         let until = self.now + self.shared.limits.result_ttl;
-        let record = finished::encode(&status, None);
-        self.change.finish(number, record.into(), is_chosen(&status), until, true)?;
-        Ok(Applied::Cancelled { number, label: status.function, was_dead })
+        let record = result_codec::encode(&status, None);
+        self.txn.finish(number, record.into(), needs_id_index(&status), until, true)?;
+        Ok(OpResult::Cancelled { number, label: status.function, was_dead })
     }
 
-    /// Removes a call that is set aside and whose head cannot be read: nothing is left that could be kept of it.
-    fn cancel_unreadable(&mut self, id: &str) -> StoreResult<Applied> {
-        let number = self.shared.ids.number_in(id);
-        let set_aside = number.filter(|it| self.shared.waiting().damaged.contains(it));
-        let Some(number) = set_aside else {
-            return Ok(Applied::ChangeOutcome(ChangeOutcome::NotFound));
+    /// Deletes a damaged call whose envelope cannot be decoded. No record of it is kept.
+    fn cancel_undecodable(&mut self, id: &str) -> StoreResult<OpResult> {
+        let number = self.shared.ids.decode(id);
+        let damaged_number = number.filter(|number| self.shared.state().damaged.contains(number));
+        let Some(number) = damaged_number else {
+            return Ok(OpResult::ChangeOutcome(ChangeOutcome::NotFound));
         };
-        self.change.remove(number, id)?;
-        Ok(Applied::Cancelled { number, label: String::new(), was_dead: false })
+        self.txn.remove(number, id)?;
+        Ok(OpResult::Cancelled { number, label: String::new(), was_dead: false })
     }
 
-    /// Sees to it that a waiting call is not handed out; `false` if it runs, or is only about to wait.
-    fn withdraw(&mut self, number: Number, status: &CallRecord) -> bool {
-        if self.added.contains(&number) || !self.shared.waiting().withdraw(number, status) {
+    /// Removes a pending call from the schedule. Returns `false` if it runs, or was enqueued by this transaction.
+    fn cancel_pending(&mut self, number: CallSeq, status: &CallRecord) -> bool {
+        if self.added.contains(&number) || !self.shared.state().cancel_pending(number, status) {
             return false;
         }
-        self.withdrawn.push((number, status.clone()));
+        self.cancelled.push((number, status.clone()));
         true
     }
 
-    fn redrive(&mut self, id: &str) -> StoreResult<Applied> {
-        let Some((number, status)) = self.change.find(id)? else {
-            return Ok(Applied::ChangeOutcome(ChangeOutcome::NotFound));
+    fn redrive(&mut self, id: &str) -> StoreResult<OpResult> {
+        let Some((number, status)) = self.txn.find(id)? else {
+            return Ok(OpResult::ChangeOutcome(ChangeOutcome::NotFound));
         };
         if !status.dead_letter {
-            return Ok(Applied::ChangeOutcome(ChangeOutcome::WrongState(
-                self.shared.waiting().state(number, &status),
+            return Ok(OpResult::ChangeOutcome(ChangeOutcome::WrongState(
+                self.shared.state().call_state(number, &status),
             )));
         }
-        self.change.forget_progress(number)?;
-        self.change.drop_answer(number)?;
+        self.txn.remove_record(number)?;
+        self.txn.remove_result(number)?;
         self.added.insert(number);
-        Ok(Applied::Revived { number, label: status.function })
+        Ok(OpResult::Redriven { number, label: status.function })
     }
 
-    fn purge(&mut self, ids: &[String]) -> StoreResult<Applied> {
+    fn purge(&mut self, ids: &[String]) -> StoreResult<OpResult> {
         let mut purged = Vec::new();
         for id in ids {
-            let Some((number, status)) = self.change.find(id)? else { continue };
+            let Some((number, status)) = self.txn.find(id)? else { continue };
             let waits = !status.dead_letter && !status.state.is_final();
-            if waits && !self.withdraw(number, &status) {
+            if waits && !self.cancel_pending(number, &status) {
                 continue;
             }
-            self.change.remove(number, id)?;
+            self.txn.remove(number, id)?;
             purged.push((number, status.function, status.dead_letter));
         }
-        Ok(Applied::Purged(purged))
+        Ok(OpResult::Purged(purged))
     }
 }
 
-impl Applied {
-    fn take_effect(self, op: Op, waiting: &mut Waiting, outbox: &mut ReplyBatch) {
+impl OpResult {
+    fn apply_in_memory(self, op: WriteOp, state: &mut QueueState, replies: &mut ReplyBatch) {
         match (op, self) {
-            (Op::Publish(_, reply), Self::Published(answer)) => outbox.push(reply, answer),
-            (Op::Publish(call, reply), Self::Added { number, id }) => {
-                waiting.add(&call.label, number, call.due);
-                outbox.push(reply, Ok(Published { id, duplicate: false }));
+            (WriteOp::Publish(_, reply), Self::Published(result)) => replies.push(reply, result),
+            (WriteOp::Publish(call, reply), Self::Added { number, id }) => {
+                state.enqueue(&call.label, number, call.due);
+                replies.push(reply, Ok(Published { id, duplicate: false }));
             }
-            (Op::Settle(held, settled, reply), Self::Settled { ended }) => {
-                waiting.settled(held, &settled, ended);
-                outbox.push(reply, Ok(()));
+            (WriteOp::Settle(claim, settled, reply), Self::Settled { ended }) => {
+                state.apply_settlement(claim, &settled, ended);
+                replies.push(reply, Ok(()));
             }
-            (Op::Cancel(_, reply) | Op::Revive(_, reply), Self::ChangeOutcome(changed)) => {
-                outbox.push(reply, Ok(changed));
+            (
+                WriteOp::Cancel(_, reply) | WriteOp::Redrive(_, reply),
+                Self::ChangeOutcome(changed),
+            ) => {
+                replies.push(reply, Ok(changed));
             }
-            (Op::Cancel(_, reply), Self::Cancelled { number, label, was_dead }) => {
-                waiting.forget(number);
-                waiting.buried(&label, was_dead);
-                outbox.push(reply, Ok(ChangeOutcome::Applied));
+            (WriteOp::Cancel(_, reply), Self::Cancelled { number, label, was_dead }) => {
+                state.forget_record(number);
+                state.remove_dead_letter(&label, was_dead);
+                replies.push(reply, Ok(ChangeOutcome::Applied));
             }
-            (Op::Revive(_, reply), Self::Revived { number, label }) => {
-                waiting.buried(&label, true);
-                waiting.add(&label, number, 0);
-                outbox.push(reply, Ok(ChangeOutcome::Applied));
+            (WriteOp::Redrive(_, reply), Self::Redriven { number, label }) => {
+                state.remove_dead_letter(&label, true);
+                state.enqueue(&label, number, 0);
+                replies.push(reply, Ok(ChangeOutcome::Applied));
             }
-            (Op::Purge(_, reply), Self::Purged(purged)) => {
+            (WriteOp::Purge(_, reply), Self::Purged(purged)) => {
                 for (number, label, was_dead) in &purged {
-                    waiting.forget(*number);
-                    waiting.buried(label, *was_dead);
+                    state.forget_record(*number);
+                    state.remove_dead_letter(label, *was_dead);
                 }
-                outbox.push(reply, Ok(purged.len() as u64));
+                replies.push(reply, Ok(purged.len() as u64));
             }
-            (Op::Expire(reply), Self::Expired { more }) => outbox.push(reply, Ok(more)),
+            (WriteOp::Expire(reply), Self::Expired { more }) => replies.push(reply, Ok(more)),
             _ => unreachable!("each change has its own effect"),
         }
     }

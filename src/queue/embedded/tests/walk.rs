@@ -1,10 +1,10 @@
-//! Long walks through a queue's life, beside a list of what should be in it.
+//! A model-based test: random operations on a queue, compared with a list of the expected calls.
 
 use std::collections::BTreeMap;
 
 use super::*;
 
-/// What may happen next, chosen by a generator that starts anew from each seed.
+/// A deterministic random number generator.
 struct Dice(u64);
 
 impl Dice {
@@ -21,7 +21,7 @@ struct Walk {
     directory: TempDir,
     queue: Embedded,
     dice: Dice,
-    /// All calls that should be known, and as what.
+    /// Expected calls with their states.
     known: BTreeMap<String, CallState>,
     dead: Vec<String>,
 }
@@ -49,7 +49,7 @@ impl Walk {
             }
             calls.push(call);
         }
-        // Late ones have numbers from long before.
+        // Calls published later may have lower numbers.
         if self.dice.roll(2) == 0 {
             calls.reverse();
         }
@@ -62,7 +62,7 @@ impl Walk {
     }
 
     async fn work(&mut self) {
-        let waiting = self.queue.shared.waiting().schedule.waiting();
+        let waiting = self.queue.shared.state().schedule.pending();
         let mut taken = Vec::new();
         for _ in 0..self.dice.roll(60).min(waiting) {
             taken.push(self.queue.receive(1000).await.unwrap());
@@ -78,7 +78,7 @@ impl Walk {
                     self.dead.push(id.clone());
                     (dead(), CallState::Failed)
                 }
-                // Given back.
+                // The call is requeued.
                 2 => continue,
                 _ => (succeeded(), CallState::Succeeded),
             };
@@ -127,7 +127,7 @@ impl Walk {
         self.queue = Embedded::open(self.directory.path(), LIMITS).unwrap();
     }
 
-    /// All calls that `filter` means, read in pages of `limit` from the newest on.
+    /// All calls that match `filter`, read in pages of `limit`, newest first.
     async fn newest_first(&self, filter: &Filter, limit: usize) -> Vec<CallRecord> {
         let filter = Filter { order: Order::NewestFirst, ..filter.clone() };
         let mut all: Vec<CallRecord> = Vec::new();
@@ -173,7 +173,7 @@ fn filter_of(state: CallState) -> Filter {
 }
 
 #[tokio::test]
-async fn whatever_happens_each_call_is_where_it_belongs() {
+async fn random_operations_match_the_model() {
     for seed in 0..5 {
         let mut walk = Walk::begin(seed);
         for _ in 0..60 {

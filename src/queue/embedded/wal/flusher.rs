@@ -1,4 +1,4 @@
-//! Writes the queue's file to the disk while commits go on.
+//! Syncs the queue's file in the background.
 
 use std::fs::File;
 use std::io;
@@ -7,13 +7,13 @@ use std::sync::mpsc::{SyncSender, sync_channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 
-/// A thread that does so when it is asked to.
+/// A thread that syncs the file on request.
 #[derive(Debug)]
 pub(super) struct Flusher {
-    /// `None` once the thread is to end.
-    asks: Option<SyncSender<()>>,
+    /// `None` when the thread is to end.
+    requests: Option<SyncSender<()>>,
     failed: Arc<AtomicBool>,
-    /// Locked by the thread while it writes the file to the disk.
+    /// Locked by the thread during a sync.
     syncing: Arc<Mutex<()>>,
     thread: Option<JoinHandle<()>>,
 }
@@ -21,57 +21,61 @@ pub(super) struct Flusher {
 impl Flusher {
     pub(super) fn start(file: &File) -> io::Result<Self> {
         let (file, failed) = (file.try_clone()?, Arc::<AtomicBool>::default());
-        let (asks, asked) = sync_channel(1);
+        let (requests, asked) = sync_channel(1);
         let fails = Arc::clone(&failed);
         let syncing = Arc::<Mutex<()>>::default();
         let syncs = Arc::clone(&syncing);
         let flush = move || {
             while asked.recv().is_ok() {
                 let _syncing = syncs.lock().unwrap_or_else(PoisonError::into_inner);
-                // The system reports a page that it could not write once, and this was the report.
+                // The kernel reports a failed page write only once, so the error must be remembered.
                 if let Err(error) = file.sync_data() {
-                    tracing::error!(%error, "The queue's file cannot be written to the disk");
+                    tracing::error!(%error, "The queue's file cannot be synced to the disk");
                     fails.store(true, Relaxed);
                 }
             }
         };
         let thread = std::thread::Builder::new().name("queue-flush".to_owned()).spawn(flush)?;
-        Ok(Self { asks: Some(asks), failed, syncing, thread: Some(thread) })
+        Ok(Self { requests: Some(requests), failed, syncing, thread: Some(thread) })
     }
 
-    /// Asks for it, and does not wait.
+    /// Requests a sync and does not wait for it.
     pub(super) fn flush(&self) {
-        if let Some(asks) = &self.asks {
-            // If it has been asked for before, that is enough.
-            let _ = asks.try_send(());
+        if let Some(requests) = &self.requests {
+            // One pending request is enough.
+            let _ = requests.try_send(());
         }
     }
 
-    /// Waits for a sync that is in progress: its error may be one that no other sync of the file returns.
+    /// Waits for a sync in progress: its error may be reported to no other sync.
     ///
     /// # Errors
+    ///
     /// As [`Self::check`].
-    pub(super) fn finish(&self) -> io::Result<()> {
+    pub(super) fn wait_for_sync(&self) -> io::Result<()> {
         drop(self.syncing.lock().unwrap_or_else(PoisonError::into_inner));
         self.check()
     }
 
+    /// Returns the result of earlier syncs.
+    ///
     /// # Errors
-    /// When something could not be written. What the journal has is needed then.
+    ///
+    /// When a sync failed. The log must be kept then.
     pub(super) fn check(&self) -> io::Result<()> {
         match self.failed.load(Relaxed) {
-            true => Err(io::Error::other("the file could not be written to the disk")),
+            true => Err(io::Error::other("the file could not be synced to the disk")),
             false => Ok(()),
         }
     }
 }
 
 impl Drop for Flusher {
-    /// Waits for the thread: it has the file open, and so locked.
+    /// Waits for the thread: it holds the file open, and thereby its lock.
     fn drop(&mut self) {
-        self.asks = None;
+        self.requests = None;
         if let Some(thread) = self.thread.take() {
-            // A thread that panicked has been heard of.
+            // A panic has been logged.
             let _ = thread.join();
         }
     }

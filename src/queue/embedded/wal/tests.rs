@@ -7,21 +7,21 @@ use tempfile::TempDir;
 use super::*;
 
 const TABLE: TableDefinition<'_, u64, &[u8]> = TableDefinition::new("t");
-/// A journal that is soon full.
-const SHORT: u64 = 1 << 20;
+/// A log that is soon full.
+const TEST_WAL_BYTES: u64 = 1 << 20;
 
-/// What is on a disk, or would be.
+/// The files of a queue.
 struct Disk(TempDir);
 
 impl Disk {
-    /// With a file that has a table, and was closed.
+    /// With a closed file that has one table.
     fn new() -> Self {
         let disk = Self(TempDir::new().unwrap());
         add(&disk.open().unwrap(), 0, 100);
         disk
     }
 
-    /// With what a failure leaves.
+    /// With the files that a failure leaves.
     fn with(file: &[u8], journal: &[u8]) -> Self {
         let disk = Self(TempDir::new().unwrap());
         std::fs::write(disk.path(), file).unwrap();
@@ -47,7 +47,7 @@ impl Disk {
 
     fn open(&self) -> Result<Database, String> {
         let reserve = Reserve::open(&self.0.path().join("q.reserve")).unwrap();
-        let journaled = Journaled::open_with(&self.path(), SHORT, &Arc::new(reserve));
+        let journaled = WalBackend::open_with(&self.path(), TEST_WAL_BYTES, &Arc::new(reserve));
         let journaled = journaled.map_err(|error| error.to_string())?;
         let opened = Database::builder().create_with_backend(journaled);
         opened.map_err(|error| error.to_string())
@@ -80,19 +80,19 @@ fn remove(database: &Database, number: u64) {
 }
 
 #[test]
-fn what_the_file_has_lost_is_in_the_journal() {
+fn lost_pages_are_restored_from_the_log() {
     let disk = Disk::new();
     let database = disk.open().unwrap();
     let before = disk.file();
     (1..12).for_each(|number| add(&database, number, 3000));
     let failed = Disk::with(&before, &disk.journal());
     assert_eq!(failed.numbers().unwrap(), (0..12).collect::<Vec<_>>());
-    // And again: what was looked after once is there for good.
+    // The second time, the pages must already be in the file.
     assert_eq!(failed.numbers().unwrap(), (0..12).collect::<Vec<_>>());
 }
 
 #[test]
-fn a_record_that_is_not_whole_never_was() {
+fn an_incomplete_record_is_ignored() {
     let disk = Disk::new();
     let database = disk.open().unwrap();
     let before = disk.file();
@@ -106,24 +106,24 @@ fn a_record_that_is_not_whole_never_was() {
 }
 
 #[test]
-fn a_full_journal_begins_anew_and_its_last_round_is_over() {
+fn a_full_log_starts_a_new_epoch() {
     let disk = Disk::new();
     let database = disk.open().unwrap();
     let (mut number, mut rounds) = (0, 0);
     let mut journal = disk.journal();
     while rounds < 5 {
         number += 1;
-        // Now and then more than fits.
+        // Some commits exceed a record.
         add(&database, number, if number % 7 == 0 { 700_000 } else { 60_000 });
         let now = disk.journal();
         if number > 2 && now[..8] != journal[..8] {
             rounds += 1;
-            // The first blocks of the new round are not on the disk yet, others are; the file was synced before.
+            // The first blocks of the new epoch are not on the disk yet, others are. The file was synced before.
             for missing in [1, 2, 3] {
                 let mut torn = now.clone();
-                torn[..missing * BLOCK].copy_from_slice(&journal[..missing * BLOCK]);
-                let empty = vec![0; BLOCK];
-                torn[..BLOCK].copy_from_slice(&empty);
+                torn[..missing * BLOCK_BYTES].copy_from_slice(&journal[..missing * BLOCK_BYTES]);
+                let empty = vec![0; BLOCK_BYTES];
+                torn[..BLOCK_BYTES].copy_from_slice(&empty);
                 let found = Disk::with(&disk.file(), &torn).numbers().unwrap();
                 assert!(found.len() as u64 >= number, "{found:?} of {number}");
             }
@@ -135,7 +135,7 @@ fn a_full_journal_begins_anew_and_its_last_round_is_over() {
 }
 
 #[test]
-fn what_a_killed_process_left_is_on_the_disk_before_it_is_built_upon() {
+fn pages_of_a_killed_process_are_synced_before_new_commits() {
     let disk = Disk::new();
     let database = disk.open().unwrap();
     let (before, journal) = (disk.file(), disk.journal());
@@ -150,26 +150,26 @@ fn what_a_killed_process_left_is_on_the_disk_before_it_is_built_upon() {
 }
 
 #[test]
-fn a_journal_is_its_files_alone() {
+fn a_log_of_another_file_is_ignored() {
     let disk = Disk::new();
     let database = disk.open().unwrap();
     (1..20).for_each(|number| add(&database, number, 3000));
     let (file, journal) = (disk.file(), disk.journal());
-    // A program that knows no journal has changed the file.
+    // A program without a log has changed the file.
     let changed = Disk::with(&file, &journal);
     let old = Database::builder().create(changed.path()).unwrap();
     (1..20).for_each(|number| remove(&old, number));
     add(&old, 100, 10);
     drop(old);
     assert_eq!(changed.numbers().unwrap(), [0, 100]);
-    // The file was removed, and another begun.
+    // The file was removed, and a new one created.
     let removed = Disk::with(&[], &journal);
     add(&removed.open().unwrap(), 7, 10);
     assert_eq!(removed.numbers().unwrap(), [7]);
 }
 
 #[test]
-fn one_process_has_the_file() {
+fn a_file_is_opened_by_one_process_only() {
     let disk = Disk::new();
     let _open = disk.open().unwrap();
     let error = disk.open().unwrap_err();
@@ -177,13 +177,13 @@ fn one_process_has_the_file() {
 }
 
 #[test]
-fn a_file_that_was_closed_needs_no_journal() {
+fn a_closed_file_needs_no_log() {
     let disk = Disk::new();
     std::fs::remove_file(disk.journal_path()).unwrap();
     assert_eq!(disk.numbers().unwrap(), [0]);
 }
 
-/// Numbers that look like chance, the same each time.
+/// A deterministic random number generator.
 fn dice() -> impl FnMut(usize) -> usize {
     let mut seed = 11_u64;
     move |sides| {
@@ -193,13 +193,13 @@ fn dice() -> impl FnMut(usize) -> usize {
 }
 
 #[test]
-fn a_power_failure_loses_nothing_whatever_has_reached_the_disk() {
+fn a_power_failure_loses_no_commit() {
     let mut roll = dice();
     for _ in 0..2 {
         let disk = Disk::new();
         let database = disk.open().unwrap();
         let mut known = BTreeSet::from([0]);
-        // All that a block of the file can be since the file was synced last.
+        // All states that a block of the file may have had since the last sync.
         let mut versions = vec![disk.file()];
         for number in 1..40 {
             let (was, before, earlier) = (known.clone(), disk.journal(), disk.file());
@@ -217,28 +217,29 @@ fn a_power_failure_loses_nothing_whatever_has_reached_the_disk() {
             if synced {
                 versions = vec![file.clone()];
             }
-            // Whole, or as far as the disk came with it.
+            // The log is either complete or torn.
             let mut torn = before.clone();
             if synced {
-                torn[..BLOCK].fill(0);
+                torn[..BLOCK_BYTES].fill(0);
             }
-            for block in 0..torn.len() / BLOCK {
-                let bytes = block * BLOCK..(block + 1) * BLOCK;
+            for block in 0..torn.len() / BLOCK_BYTES {
+                let bytes = block * BLOCK_BYTES..(block + 1) * BLOCK_BYTES;
                 if roll(2) == 0 {
                     torn[bytes.clone()].copy_from_slice(&after[bytes]);
                 }
             }
             for (journal, is_torn) in [(&after, false), (&torn, true)] {
                 let mut main = file.clone();
-                for block in 0..main.len() / BLOCK {
-                    let bytes = block * BLOCK..(block + 1) * BLOCK;
+                for block in 0..main.len() / BLOCK_BYTES {
+                    let bytes = block * BLOCK_BYTES..(block + 1) * BLOCK_BYTES;
                     let version = &versions[roll(versions.len())];
-                    let old = version.get(bytes.clone()).map_or(vec![0; BLOCK], <[u8]>::to_vec);
+                    let old =
+                        version.get(bytes.clone()).map_or(vec![0; BLOCK_BYTES], <[u8]>::to_vec);
                     main[bytes].copy_from_slice(&old);
                 }
                 if is_torn {
-                    // The header comes after the record.
-                    main[..BLOCK].copy_from_slice(&earlier[..BLOCK]);
+                    // The header is written after the record.
+                    main[..BLOCK_BYTES].copy_from_slice(&earlier[..BLOCK_BYTES]);
                 }
                 let found: BTreeSet<u64> =
                     Disk::with(&main, journal).numbers().unwrap().into_iter().collect();

@@ -1,47 +1,47 @@
-//! What is stored of a call that is over: the length of the JSON, the JSON, the body of the answer. No I/O.
+//! Encoding of finished calls: length of the head, head as JSON, body of the response. No I/O.
 
 use bytes::{BufMut, Bytes};
 use serde::{Deserialize, Serialize};
 
 use crate::queue::status::{CallRecord, StoredResponse};
 
-/// The head of a stored answer.
+/// Status and headers of a stored response.
 #[derive(Serialize, Deserialize)]
-struct AnswerHead {
+struct ResponseHead {
     status: u16,
     headers: Vec<(String, String)>,
     #[serde(default)]
     truncated: bool,
 }
 
-/// The head of an answer that is about to be stored.
+/// As [`ResponseHead`], borrowed for encoding.
 #[derive(Serialize)]
-struct AnswerHeadRef<'a> {
+struct ResponseHeadRef<'a> {
     status: u16,
     headers: &'a [(String, String)],
     truncated: bool,
 }
 
-/// All but the answer's body.
+/// The head: record and response head.
 #[derive(Serialize, Deserialize)]
-struct Head<S, A> {
+struct RecordHead<S, A> {
     status: S,
-    #[serde(default = "none", skip_serializing_if = "Option::is_none")]
-    answer: Option<A>,
+    #[serde(rename = "answer", default = "none", skip_serializing_if = "Option::is_none")]
+    response: Option<A>,
 }
 
 fn none<A>() -> Option<A> {
     None
 }
 
-pub(super) fn encode(status: &CallRecord, answer: Option<&StoredResponse>) -> Vec<u8> {
-    let head = answer.map(|answer| AnswerHeadRef {
-        status: answer.status,
-        headers: &answer.headers,
-        truncated: answer.truncated,
+pub(super) fn encode(status: &CallRecord, response: Option<&StoredResponse>) -> Vec<u8> {
+    let head = response.map(|response| ResponseHeadRef {
+        status: response.status,
+        headers: &response.headers,
+        truncated: response.truncated,
     });
-    let head = Head { status, answer: head };
-    let body = answer.map_or(&[][..], |answer| &answer.body);
+    let head = RecordHead { status, response: head };
+    let body = response.map_or(&[][..], |response| &response.body);
     let mut bytes = Vec::with_capacity(512 + body.len());
     bytes.put_u32(0);
     // Writing to memory does not fail.
@@ -52,7 +52,7 @@ pub(super) fn encode(status: &CallRecord, answer: Option<&StoredResponse>) -> Ve
     bytes
 }
 
-/// `record` without the result's body and headers.
+/// Encodes `record` again without its response.
 pub(super) fn without_result(record: &Bytes) -> Option<Vec<u8>> {
     let (status, _) = decode(record)?;
     Some(encode(&status, None))
@@ -61,13 +61,14 @@ pub(super) fn without_result(record: &Bytes) -> Option<Vec<u8>> {
 pub(super) fn decode(bytes: &Bytes) -> Option<(CallRecord, Option<StoredResponse>)> {
     let (length, rest) = bytes.split_first_chunk::<4>()?;
     let length = u32::from_be_bytes(*length) as usize;
-    let head: Head<CallRecord, AnswerHead> = serde_json::from_slice(rest.get(..length)?).ok()?;
+    let head: RecordHead<CallRecord, ResponseHead> =
+        serde_json::from_slice(rest.get(..length)?).ok()?;
     let body = bytes.slice(4 + length..);
-    let answer = head.answer.map(|answer| StoredResponse {
-        status: answer.status,
-        headers: answer.headers,
+    let response = head.response.map(|response| StoredResponse {
+        status: response.status,
+        headers: response.headers,
         body,
-        truncated: answer.truncated,
+        truncated: response.truncated,
     });
-    Some((head.status, answer))
+    Some((head.status, response))
 }

@@ -1,20 +1,22 @@
-//! Builds journals for the fuzzer: their heads and checksums are right, what follows is not.
+//! Builds logs for the fuzzer: headers and checksums are correct, the content is not.
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 
 use bytes::Buf;
 
-use crate::queue::embedded::journal::record::{Header, Record, replay};
 use crate::queue::embedded::reserve::Reserve;
+use crate::queue::embedded::wal::record::{FileHeader, Record, replay};
 
-/// The longest file that a fuzzed record names: a sparse file may not fill the memory that stands for the disk.
-const LONGEST_FILE: u64 = 1 << 20;
+/// Maximum file length in a fuzzed record, since a sparse file must not fill the memory that backs it.
+const MAX_FILE_BYTES: u64 = 1 << 20;
 
-/// Replays a journal of one record that holds pages cut out of `data`.
+/// Replays a log with one record whose pages are taken from `data`.
 pub(in crate::queue::embedded) fn replay_payload(journal: &File, file: &File, mut data: &[u8]) {
-    let Ok(length) = data.try_get_u32().map(|it| u64::from(it) % LONGEST_FILE) else { return };
-    let Ok(header) = Header::of(file) else { return };
+    let Ok(length) = data.try_get_u32().map(|length| u64::from(length) % MAX_FILE_BYTES) else {
+        return;
+    };
+    let Ok(header) = FileHeader::of(file) else { return };
     let mut record = Record::default();
     while let (Ok(offset), Ok(size)) = (data.try_get_u32(), data.try_get_u8()) {
         let (page, rest) = data.split_at(usize::from(size).min(data.len()));
@@ -32,6 +34,6 @@ pub(in crate::queue::embedded) fn replay_payload(journal: &File, file: &File, mu
     if let Err(error) = replayed {
         panic!("{error}");
     }
-    let now = file.metadata().map_or(0, |it| it.len());
+    let now = file.metadata().map_or(0, |metadata| metadata.len());
     assert!(now >= length, "the file has {now} bytes, not {length}");
 }
