@@ -1,19 +1,19 @@
-//! Scales functions by their load: up within seconds, down when a whole window was calm, to zero when nobody calls.
+//! Scales functions by their load: up within seconds, down after a calm window, and to zero without calls.
 //!
-//! Every gateway samples what it sees twice a second and, where there is NATS, tells the others. One of them acts: it
-//! asks the provider every two seconds what there is, decides ([`decide`]), and has the provider change what is to be
-//! changed. Waking what is at zero is not done here.
+//! Every gateway samples its own load twice a second and publishes it on NATS, if that is configured. One gateway is
+//! the leader: every two seconds it lists the functions, computes the desired replicas of each ([`decide`]), and sends
+//! the changes to the provider. Functions at zero are scaled up by requests, not here.
 
 pub mod alerts;
+pub mod cluster_view;
 pub mod decide;
-pub mod exchange;
+pub mod gossip;
 pub mod loads;
+mod managed;
 pub mod peers;
 pub mod policy;
-pub mod round;
+pub mod reconciler;
 pub mod sampler;
-mod tended;
-pub mod view;
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -23,168 +23,181 @@ use tokio::time::MissedTickBehavior;
 use tokio_util::sync::CancellationToken;
 
 use crate::async_api::QueueIngress;
-use crate::autoscale::decide::{Millis, Rules};
-use crate::autoscale::exchange::{Ear, Exchange};
+use crate::autoscale::cluster_view::{ClusterView, Leadership, Sample};
+use crate::autoscale::decide::{AutoscaleRules, MonotonicMillis};
+use crate::autoscale::gossip::{LoadPublisher, LoadSubscriber};
 use crate::autoscale::peers::Peers;
-use crate::autoscale::round::Rounds;
+use crate::autoscale::reconciler::Reconciler;
 use crate::autoscale::sampler::Sampler;
-use crate::autoscale::view::{Sampled, Standing, View};
 use crate::function::Function;
 use crate::metrics::Metrics;
 use crate::metrics::autoscale::AutoscaleMetrics;
 use crate::metrics::poller::ProviderPoller;
 
-/// Between looks at what is in flight; so many make a sample.
-const LOOK_EVERY: Duration = Duration::from_millis(125);
-const LOOKS: u32 = 4;
-/// So many samples from one round to the next, unless load has doubled.
-const ROUND: u64 = 4;
-/// Between looks for functions that are no more, in samples.
-const TIDY: u64 = 120;
+/// Interval between polls of the calls in flight, and polls per sample.
+const POLL_INTERVAL: Duration = Duration::from_millis(125);
+const POLLS_PER_SAMPLE: u32 = 4;
+/// Samples per reconciliation, unless load has doubled.
+const SAMPLES_PER_ROUND: u64 = 4;
+/// Interval between removals of functions that no longer exist, in samples.
+const GC_EVERY_SAMPLES: u64 = 120;
 
-/// What an autoscaler is made from.
-pub struct Parts {
-    /// Asks the provider.
-    pub poll: ProviderPoller,
+/// Dependencies of the autoscaler.
+pub struct AutoscalerDeps {
+    /// Lists functions, and sends changes to the provider.
+    pub poller: ProviderPoller,
     pub gauges: AutoscaleMetrics,
     pub ingress: Option<Arc<QueueIngress>>,
-    pub rules: Rules,
-    /// The other gateways.
-    pub exchange: Option<(Exchange, Ear)>,
+    pub rules: AutoscaleRules,
+    /// Exchange of loads with other gateways.
+    pub gossip: Option<(LoadPublisher, LoadSubscriber)>,
 }
 
 /// Scales functions until `stopping`.
-pub async fn run(parts: Parts, stopping: CancellationToken) {
-    let Parts { poll, gauges, ingress, rules, exchange } = parts;
-    let began = Instant::now();
-    let (exchange, ear) = exchange.unzip();
-    let peers = exchange.as_ref().map(|exchange| Peers::new(exchange.id.clone(), 0));
-    let view = Arc::new(Mutex::new(View::new(rules.window, peers, 0)));
-    let metrics = Arc::clone(&poll.metrics);
-    let (beats, beat) = watch::channel(0);
-    let watcher = Watcher {
+pub async fn run(deps: AutoscalerDeps, stopping: CancellationToken) {
+    let AutoscalerDeps { poller, gauges, ingress, rules, gossip: publisher } = deps;
+    let started_at = Instant::now();
+    let (publisher, subscriber) = publisher.unzip();
+    let peers = publisher.as_ref().map(|publisher| Peers::new(publisher.id.clone(), 0));
+    let view = Arc::new(Mutex::new(ClusterView::new(rules.window, peers, 0)));
+    let metrics = Arc::clone(&poller.metrics);
+    let (samples, sample) = watch::channel(0);
+    let sample_loop = SampleLoop {
         sampler: Sampler::new(Arc::clone(&metrics), ingress.clone(), 0),
         metrics,
-        exchange,
+        publisher,
         view: Arc::clone(&view),
-        beats,
-        began,
+        samples,
+        started_at,
     };
-    let rounds = Rounds::new(poll, gauges, ingress, rules, Arc::clone(&view), began);
-    let (goes, stays) = (watcher.run(stopping.clone()), async {
-        tokio::join!(listen(ear, &view, began), act(rounds, beat));
+    let reconciler = Reconciler::new(poller, gauges, ingress, rules, Arc::clone(&view), started_at);
+    let (sampling, reconciling) = (sample_loop.run(stopping.clone()), async {
+        tokio::join!(
+            receive_reports(subscriber, &view, started_at),
+            run_rounds(reconciler, sample)
+        );
     });
-    // What is cut here is known to the provider or not, and decided anew by whoever comes next.
+    // A request to the provider that is cut here may have taken effect. The next leader decides from the listed
+    // replicas.
     tokio::select! {
-        () = goes => {}
-        () = stays => {}
+        () = sampling => {}
+        () = reconciling => {}
     }
 }
 
-/// Tells gateways what a process does that is none, until `stopping`.
-pub async fn tell(metrics: Arc<Metrics>, exchange: Exchange, stopping: CancellationToken) {
-    let view = Arc::new(Mutex::new(View::new(0, None, 0)));
-    let watcher = Watcher {
+/// Publishes the load of a process that never becomes the leader, until `stopping`.
+pub async fn publish_load_only(
+    metrics: Arc<Metrics>,
+    publisher: LoadPublisher,
+    stopping: CancellationToken,
+) {
+    let view = Arc::new(Mutex::new(ClusterView::new(0, None, 0)));
+    let sample_loop = SampleLoop {
         sampler: Sampler::new(Arc::clone(&metrics), None, 0),
         metrics,
-        exchange: Some(exchange),
+        publisher: Some(publisher),
         view,
-        beats: watch::channel(0).0,
-        began: Instant::now(),
+        samples: watch::channel(0).0,
+        started_at: Instant::now(),
     };
-    watcher.run(stopping).await;
+    sample_loop.run(stopping).await;
 }
 
-/// Samples, and tells.
-struct Watcher {
+/// Takes samples and publishes them.
+struct SampleLoop {
     sampler: Sampler,
     metrics: Arc<Metrics>,
-    exchange: Option<Exchange>,
-    view: Arc<Mutex<View>>,
-    /// The number of the last sample.
-    beats: watch::Sender<u64>,
-    began: Instant,
+    publisher: Option<LoadPublisher>,
+    view: Arc<Mutex<ClusterView>>,
+    /// Number of the last sample.
+    samples: watch::Sender<u64>,
+    started_at: Instant,
 }
 
-impl Watcher {
+impl SampleLoop {
     async fn run(mut self, stopping: CancellationToken) {
-        let mut looks = tokio::time::interval(LOOK_EVERY);
-        looks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut polls = tokio::time::interval(POLL_INTERVAL);
+        polls.set_missed_tick_behavior(MissedTickBehavior::Delay);
         for number in 1.. {
             // Both branches are cancel-safe.
             tokio::select! {
                 () = stopping.cancelled() => break,
-                _ = looks.tick() => {}
+                _ = polls.tick() => {}
             }
-            match number % LOOKS {
-                0 => self.sample(u64::from(number / LOOKS)).await,
-                _ => self.sampler.look(),
+            match number % POLLS_PER_SAMPLE {
+                0 => self.sample(u64::from(number / POLLS_PER_SAMPLE)).await,
+                _ => self.sampler.poll(),
             }
         }
-        if let Some(exchange) = &self.exchange {
-            exchange.leave().await;
+        if let Some(publisher) = &self.publisher {
+            publisher.leave().await;
         }
     }
 
-    async fn sample(&mut self, beat: u64) {
-        let now = millis(self.began);
+    async fn sample(&mut self, sample: u64) {
+        let now = elapsed_millis(self.started_at);
         let (span, own) = self.sampler.sample(now);
-        if let Some(exchange) = &self.exchange {
-            exchange.tell(beat, &own).await;
+        if let Some(publisher) = &self.publisher {
+            publisher.publish(sample, &own).await;
         }
         let exists = |label: &str| {
             Function::parse(label, "")
                 .is_some_and(|function| self.metrics.function_registry.contains(&function))
         };
-        let connected = self.exchange.as_ref().is_some_and(Exchange::is_connected);
-        let knows_queue = self.sampler.knows_queue();
+        let connected = self.publisher.as_ref().is_some_and(LoadPublisher::is_connected);
+        let queue_depth_known = self.sampler.queue_depth_known();
         let mut view = lock(&self.view);
-        view.sampled(Sampled { now, span, own, connected, knows_queue }, exists);
-        if beat.is_multiple_of(TIDY) {
+        view.add_sample(Sample { now, span, own, connected, queue_depth_known }, exists);
+        if sample.is_multiple_of(GC_EVERY_SAMPLES) {
             view.retain(exists);
-            self.sampler.forget();
+            self.sampler.forget_removed();
         }
         drop(view);
-        self.beats.send_replace(beat);
+        self.samples.send_replace(sample);
     }
 }
 
-/// Hears what the others say, if there is a way.
-async fn listen(ear: Option<Ear>, view: &Mutex<View>, began: Instant) {
-    let Some(mut ear) = ear else { return };
+/// Receives the reports of other gateways, if there is a subscription.
+async fn receive_reports(
+    subscriber: Option<LoadSubscriber>,
+    view: &Mutex<ClusterView>,
+    started_at: Instant,
+) {
+    let Some(mut subscriber) = subscriber else { return };
     loop {
-        let message = ear.hear().await;
+        let message = subscriber.recv().await;
         if let Some(peers) = &mut lock(view).peers {
-            peers.hear(message, millis(began));
+            peers.on_report(message, elapsed_millis(started_at));
         }
     }
 }
 
-/// Goes through the rounds, while this gateway is the one that acts.
-async fn act(mut rounds: Rounds, mut beat: watch::Receiver<u64>) {
-    let (mut acted, mut last) = (false, 0);
-    while beat.changed().await.is_ok() {
-        let number = *beat.borrow_and_update();
-        let Standing { acts, gateways } = lock(&rounds.view).stand(millis(rounds.began));
-        rounds.gauges.set_leadership(acts, gateways);
-        match (std::mem::replace(&mut acted, acts), acts) {
-            (false, true) => tracing::info!(gateways, "Scaling functions by their load"),
-            (true, false) => tracing::info!(gateways, "Leaving it to another gateway to scale"),
+/// Reconciles while this gateway is the leader.
+async fn run_rounds(mut reconciler: Reconciler, mut sample: watch::Receiver<u64>) {
+    let (mut was_leader, mut last) = (false, 0);
+    while sample.changed().await.is_ok() {
+        let number = *sample.borrow_and_update();
+        let Leadership { is_leader, members } =
+            lock(&reconciler.view).update_leadership(elapsed_millis(reconciler.started_at));
+        reconciler.gauges.set_leadership(is_leader, members);
+        match (std::mem::replace(&mut was_leader, is_leader), is_leader) {
+            (false, true) => tracing::info!(members, "Scaling functions by load"),
+            (true, false) => tracing::info!(members, "Another gateway scales functions now"),
             (false, false) | (true, true) => {}
         }
-        if !acts {
-            rounds.rest();
-        } else if number - last >= ROUND || rounds.is_urgent() {
+        if !is_leader {
+            reconciler.step_down();
+        } else if number - last >= SAMPLES_PER_ROUND || reconciler.is_urgent() {
             last = number;
-            rounds.round().await;
+            reconciler.reconcile().await;
         }
     }
 }
 
-fn lock(view: &Mutex<View>) -> MutexGuard<'_, View> {
+fn lock(view: &Mutex<ClusterView>) -> MutexGuard<'_, ClusterView> {
     view.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-fn millis(began: Instant) -> Millis {
-    Millis::try_from(began.elapsed().as_millis()).unwrap_or(Millis::MAX)
+fn elapsed_millis(started_at: Instant) -> MonotonicMillis {
+    MonotonicMillis::try_from(started_at.elapsed().as_millis()).unwrap_or(MonotonicMillis::MAX)
 }

@@ -20,7 +20,7 @@ use tokio::sync::Semaphore;
 
 use crate::async_api::QueueIngress;
 use crate::auth::{Credentials, body_error};
-use crate::autoscale::alerts::Ignored;
+use crate::autoscale::alerts::AlertFilter;
 use crate::config::Timeouts;
 use crate::config::base_url::BaseUrl;
 use crate::error::Error;
@@ -57,7 +57,7 @@ pub struct ApiState {
     pub health: Arc<Health>,
     pub invocation_counts: Arc<InvocationCounts>,
     /// Alerts to ignore, if the autoscaler is enabled.
-    pub alert_filter: Option<Arc<Ignored>>,
+    pub alert_filter: Option<Arc<AlertFilter>>,
     /// Enqueues calls, if there is a queue.
     pub queue_ingress: Option<Arc<QueueIngress>>,
     /// One permit per request body buffered for a retry: [`MAX_REPLAY_BODIES`] for all threads.

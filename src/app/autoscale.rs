@@ -4,9 +4,9 @@ use std::sync::Arc;
 
 use crate::app::worker;
 use crate::async_api::QueueIngress;
-use crate::autoscale::decide::{Millis, Rules};
-use crate::autoscale::exchange::Exchange;
-use crate::autoscale::{self, Parts};
+use crate::autoscale::decide::{AutoscaleRules, MonotonicMillis};
+use crate::autoscale::gossip::LoadPublisher;
+use crate::autoscale::{self, AutoscalerDeps};
 use crate::config;
 use crate::config::autoscale::Autoscale;
 use crate::metrics::Metrics;
@@ -22,8 +22,8 @@ pub(super) async fn publish_load_only(
     metrics: Arc<Metrics>,
     tasks: &Tasks,
 ) -> anyhow::Result<()> {
-    let (exchange, _ear) = Exchange::open(&worker::nats_options(queue), true).await?;
-    tasks.spawn(|stopping| autoscale::tell(metrics, exchange, stopping));
+    let (publisher, _subscriber) = LoadPublisher::open(&worker::nats_options(queue), true).await?;
+    tasks.spawn(|stopping| autoscale::publish_load_only(metrics, publisher, stopping));
     Ok(())
 }
 
@@ -40,13 +40,15 @@ pub(super) async fn start(
     ingress: Option<Arc<QueueIngress>>,
     tasks: &Tasks,
 ) -> anyhow::Result<()> {
-    let exchange = match queue.nats.servers.is_empty() {
+    let gossip = match queue.nats.servers.is_empty() {
         true => None,
-        false => Some(Exchange::open(&worker::nats_options(queue), false).await?),
+        false => Some(LoadPublisher::open(&worker::nats_options(queue), false).await?),
     };
     let gauges = poll.metrics.autoscale()?;
-    let window = Millis::try_from(config.window.as_millis()).unwrap_or(Millis::MAX);
-    let parts = Parts { poll, gauges, ingress, rules: Rules { window, may_zero }, exchange };
-    tasks.spawn(|stopping| autoscale::run(parts, stopping));
+    let window =
+        MonotonicMillis::try_from(config.window.as_millis()).unwrap_or(MonotonicMillis::MAX);
+    let rules = AutoscaleRules { window, zero_allowed: may_zero };
+    let deps = AutoscalerDeps { poller: poll, gauges, ingress, rules, gossip };
+    tasks.spawn(|stopping| autoscale::run(deps, stopping));
     Ok(())
 }

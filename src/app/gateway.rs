@@ -17,7 +17,7 @@ use crate::app::worker::{DepthPolling, QueueRole};
 use crate::app::{autoscale, worker};
 use crate::async_api::QueueIngress;
 use crate::auth::Credentials;
-use crate::autoscale::alerts::Ignored;
+use crate::autoscale::alerts::AlertFilter;
 use crate::config::{AccessLogMode, Backend, Serve, Timeouts, TracingConfig};
 use crate::health::Health;
 use crate::invoke::operators::Operators;
@@ -77,7 +77,7 @@ struct GatewayDeps {
     invocation_counts: Arc<InvocationCounts>,
     ingress: Option<Arc<QueueIngress>>,
     activator: Option<Arc<Activator>>,
-    alert_filter: Option<Arc<Ignored>>,
+    alert_filter: Option<Arc<AlertFilter>>,
     namespace: Arc<str>,
     tls: Tls,
     /// Client that background tasks use for the provider.

@@ -220,7 +220,7 @@ pub(super) fn nats_options(config: &config::Queue) -> Options {
         (None, None, None, Some((user, password))) => {
             Auth::Password { user: user.clone(), password: password.clone() }
         }
-        (None, None, None, None) => Auth::Nobody,
+        (None, None, None, None) => Auth::Anonymous,
     };
     let scheme = if nats.tls { "tls" } else { "nats" };
     Options {

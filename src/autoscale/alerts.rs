@@ -1,4 +1,4 @@
-//! Alerts of functions that are scaled by their load: they are ignored, which is said once for each.
+//! Suppresses alerts for functions that are scaled by load; logs that once per function.
 
 use std::collections::HashSet;
 use std::sync::{Mutex, PoisonError};
@@ -7,26 +7,26 @@ use crate::autoscale::policy;
 use crate::function::Function;
 use crate::provider::types::FunctionSummary;
 
-/// Functions that something was said of.
-const MOST: usize = 10_000;
+/// Maximum number of functions for which the suppression is logged.
+const MAX_LOGGED_FUNCTIONS: usize = 10_000;
 
-/// Tells which alerts mean nothing. One for the process, where functions are scaled by their load.
+/// Decides which alerts are ignored. One per process, only if functions are scaled by load.
 #[derive(Debug, Default)]
-pub struct Ignored {
-    told: Mutex<HashSet<Function>>,
+pub struct AlertFilter {
+    logged: Mutex<HashSet<Function>>,
 }
 
-impl Ignored {
-    /// Whether an alert of `function` is to be ignored.
+impl AlertFilter {
+    /// Returns whether an alert of `function` is ignored.
     pub fn ignores(&self, function: &Function, status: &FunctionSummary) -> bool {
-        if !status.labels.as_ref().is_some_and(policy::owns) {
+        if !status.labels.as_ref().is_some_and(policy::is_managed) {
             return false;
         }
-        let mut told = self.told.lock().unwrap_or_else(PoisonError::into_inner);
-        if told.len() < MOST && told.insert(function.clone()) {
+        let mut logged = self.logged.lock().unwrap_or_else(PoisonError::into_inner);
+        if logged.len() < MAX_LOGGED_FUNCTIONS && logged.insert(function.clone()) {
             tracing::info!(
                 function = %function,
-                "Alerts of {function} are ignored: it is scaled by its load"
+                "Alerts for {function} are ignored: it is scaled by load"
             );
         }
         true

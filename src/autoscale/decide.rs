@@ -1,173 +1,186 @@
-//! How many replicas a function should have, from what was seen of it. No I/O and no clock: the same sight and memory
+//! Computes the desired replicas of a function from observations. No I/O and no clock: the same observation and state
 //! give the same decision.
 //!
-//! Load is that of all replicas together: what one has, times how many there are. So it does not matter how soon a
-//! provider tells of replicas that have just begun.
+//! Load is the sum over all replicas, so it does not matter when a provider lists replicas that have just started.
 
 use std::collections::VecDeque;
 use std::time::Duration;
 
 use crate::autoscale::policy::Policy;
 
-/// Milliseconds since this process began to watch.
-pub type Millis = u64;
+/// Milliseconds since this process started to sample.
+pub type MonotonicMillis = u64;
 
-/// A request is not repeated for so long while the provider does not show that it was heard.
-const ASK_AGAIN: Millis = 10_000;
+/// A request is repeated after this time if the provider does not list its effect.
+const REQUEST_RETRY_INTERVAL: MonotonicMillis = 10_000;
 
-/// Nothing is asked for so long when a request has failed: a little less than a round, so that the next one asks.
-const PAUSE: Millis = 1500;
+/// Pause after a failed request: slightly less than a round, so that the next round retries.
+const FAILURE_PAUSE: MonotonicMillis = 1500;
 
-/// What is seen of a function at one moment.
+/// Observation of a function at one moment.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Seen {
-    pub now: Millis,
-    /// Replicas that the provider was told to have.
+pub struct Observation {
+    pub now: MonotonicMillis,
+    /// Replicas that the provider was asked to have.
     pub wanted: u64,
-    /// The mean load over the stable window; `None`: it is not known.
-    pub stable: Option<f64>,
-    /// The load of late: the mean over the panic window, or more if that has held for a moment.
-    pub sudden: Option<f64>,
-    /// Calls run, or wait to be made.
+    /// Mean load over the stable window; `None` if unknown.
+    pub stable_load: Option<f64>,
+    /// Recent load: the mean over the panic window, or a higher load that was sustained for a moment.
+    pub panic_load: Option<f64>,
+    /// Calls are running or queued.
     pub busy: bool,
-    /// For how long there has certainly been no call; `None`: that is not known.
-    pub quiet: Option<Duration>,
-    /// Every call has been seen, and what followed from it is remembered, for a stable window. Otherwise no replica is
-    /// taken away, but for all of them when it is quiet.
-    pub whole: bool,
+    /// Time that has certainly passed without a call; `None` if unknown.
+    pub idle_for: Option<Duration>,
+    /// All calls, and the decisions that followed from them, are known for a stable window. Otherwise no replica is
+    /// removed, except when an idle function is scaled to zero.
+    pub complete: bool,
 }
 
-/// What holds for all functions.
+/// Configuration of the autoscaler.
 #[derive(Clone, Copy, Debug)]
-pub struct Rules {
-    /// The stable window.
-    pub window: Millis,
-    /// Something wakes functions that are at zero.
-    pub may_zero: bool,
+pub struct AutoscaleRules {
+    /// Stable window.
+    pub window: MonotonicMillis,
+    /// Requests can scale up functions at zero.
+    pub zero_allowed: bool,
 }
 
-/// What is remembered of a function from one decision to the next.
+/// State of a function between decisions.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Memory {
-    /// Load has doubled: no replica goes until then.
-    panic_until: Millis,
-    /// What was recommended and when, each less than the one before it.
-    recommended: VecDeque<(Millis, u64)>,
-    asked: Option<Asked>,
-    /// The provider has not done as it was asked.
-    failed: Option<Millis>,
+pub struct DecisionState {
+    /// The load has doubled: no replica is removed before this time.
+    panic_until: MonotonicMillis,
+    /// Recommendations and their times, in decreasing order of replicas.
+    recommendations: VecDeque<(MonotonicMillis, u64)>,
+    pending: Option<PendingRequest>,
+    /// Time of the last failed request.
+    failed_at: Option<MonotonicMillis>,
 }
 
 /// A request to the provider.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Asked {
-    at: Millis,
+struct PendingRequest {
+    at: MonotonicMillis,
     from: u64,
     to: u64,
 }
 
-/// Why a function should have so many replicas.
+/// Reason of a decision.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Reason {
-    /// It is at zero, and its next call will wake it.
-    Asleep,
-    /// It has more than its most, or less than its least.
+    /// At zero; the next request scales it up.
+    ScaledToZero,
+    /// Outside of the configured minimum and maximum.
     Bounds,
-    /// It was not called for long enough.
+    /// Idle for long enough.
     Idle,
-    /// Its load over the stable window.
+    /// Load over the stable window.
     Load,
-    /// Its load has doubled.
+    /// Doubled load.
     Panic,
-    /// What would go stays, since it may be needed.
-    Held,
+    /// Scale-down is delayed.
+    Stabilized,
 }
 
-/// What should be.
+/// Desired replicas of a function.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Decision {
     pub desired: u64,
     pub reason: Reason,
-    /// The provider is to be told.
-    pub ask: bool,
+    /// A request must be sent to the provider.
+    pub send_request: bool,
 }
 
 impl Reason {
-    /// As metrics and logs write it.
-    pub fn word(self) -> &'static str {
+    /// Returns the name in metrics and logs.
+    pub fn as_str(self) -> &'static str {
         match self {
-            Self::Asleep => "asleep",
+            Self::ScaledToZero => "asleep",
             Self::Bounds => "bounds",
             Self::Idle => "idle",
             Self::Load => "load",
             Self::Panic => "panic",
-            Self::Held => "stabilization",
+            Self::Stabilized => "stabilization",
         }
     }
 }
 
-impl Memory {
-    /// The provider has not done as it was asked.
-    pub fn failed(&mut self, now: Millis) {
-        (self.asked, self.failed) = (None, Some(now));
+impl DecisionState {
+    /// Records that the provider did not carry out the request.
+    pub fn request_failed(&mut self, now: MonotonicMillis) {
+        (self.pending, self.failed_at) = (None, Some(now));
     }
 
-    /// The provider was not asked after all.
-    pub fn dropped(&mut self) {
-        self.asked = None;
+    /// Records that the request was not sent.
+    pub fn request_dropped(&mut self) {
+        self.pending = None;
     }
 }
 
-/// Decides, and says what to remember for the next time.
-pub fn decide(rules: Rules, policy: &Policy, seen: Seen, mut memory: Memory) -> (Decision, Memory) {
-    if seen.wanted == 0 {
-        // Waking is not done here. What was before does not matter then.
-        let decision = Decision { desired: 0, reason: Reason::Asleep, ask: false };
-        return (decision, Memory::default());
+/// Computes the decision and the state for the next one.
+pub fn decide(
+    rules: AutoscaleRules,
+    policy: &Policy,
+    observation: Observation,
+    mut state: DecisionState,
+) -> (Decision, DecisionState) {
+    if observation.wanted == 0 {
+        // Scale-up from zero is not done here, and makes the earlier state obsolete.
+        let decision = Decision { desired: 0, reason: Reason::ScaledToZero, send_request: false };
+        return (decision, DecisionState::default());
     }
-    let (desired, reason) = match may_sleep(rules, policy, seen) {
+    let (desired, reason) = match may_scale_to_zero(rules, policy, observation) {
         true => (0, Reason::Idle),
-        false => by_load(rules, policy, seen, &mut memory),
+        false => by_load(rules, policy, observation, &mut state),
     };
-    let repeated = memory.asked.is_some_and(|asked| {
-        (asked.from, asked.to) == (seen.wanted, desired)
-            && seen.now.saturating_sub(asked.at) < ASK_AGAIN
+    let is_repeated = state.pending.is_some_and(|pending| {
+        (pending.from, pending.to) == (observation.wanted, desired)
+            && observation.now.saturating_sub(pending.at) < REQUEST_RETRY_INTERVAL
     });
-    let pausing = memory.failed.is_some_and(|at| seen.now.saturating_sub(at) < PAUSE);
-    let ask = desired != seen.wanted && !repeated && !pausing;
-    if ask {
-        memory.asked = Some(Asked { at: seen.now, from: seen.wanted, to: desired });
+    let pausing =
+        state.failed_at.is_some_and(|at| observation.now.saturating_sub(at) < FAILURE_PAUSE);
+    let send_request = desired != observation.wanted && !is_repeated && !pausing;
+    if send_request {
+        state.pending =
+            Some(PendingRequest { at: observation.now, from: observation.wanted, to: desired });
     }
-    (Decision { desired, reason, ask }, memory)
+    (Decision { desired, reason, send_request }, state)
 }
 
-/// Whether it goes to zero: it may, and nobody has called it for long enough.
-pub fn may_sleep(rules: Rules, policy: &Policy, seen: Seen) -> bool {
-    let long_enough = |after| seen.quiet.is_some_and(|quiet| quiet >= after);
-    rules.may_zero && !seen.busy && policy.zero_after.is_some_and(long_enough)
+/// Returns whether the function may be scaled to zero now: that is allowed, and the function is idle for long enough.
+pub fn may_scale_to_zero(rules: AutoscaleRules, policy: &Policy, observation: Observation) -> bool {
+    let long_enough = |after| observation.idle_for.is_some_and(|idle_for| idle_for >= after);
+    rules.zero_allowed && !observation.busy && policy.zero_after.is_some_and(long_enough)
 }
 
-fn by_load(rules: Rules, policy: &Policy, seen: Seen, memory: &mut Memory) -> (u64, Reason) {
-    let least = policy.min.max(1);
-    let most = policy.max.max(least);
-    let bounded = |replicas: u64| replicas.clamp(least, most);
-    let wanted = bounded(seen.wanted);
-    // Load that is not known changes nothing.
-    let enough = |load: Option<f64>| bounded(load.map_or(wanted, |load| replicas(policy, load)));
-    let (stable, sudden) = (enough(seen.stable), enough(seen.sudden));
-    if seen.sudden.is_some() && sudden >= wanted.saturating_mul(2) {
-        memory.panic_until = seen.now.saturating_add(rules.window);
+fn by_load(
+    rules: AutoscaleRules,
+    policy: &Policy,
+    observation: Observation,
+    state: &mut DecisionState,
+) -> (u64, Reason) {
+    let min = policy.min.max(1);
+    let max = policy.max.max(min);
+    let bounded = |replicas: u64| replicas.clamp(min, max);
+    let wanted = bounded(observation.wanted);
+    // Unknown load changes nothing.
+    let needed =
+        |load: Option<f64>| bounded(load.map_or(wanted, |load| replicas_for(policy, load)));
+    let (stable_replicas, panic_replicas) =
+        (needed(observation.stable_load), needed(observation.panic_load));
+    if observation.panic_load.is_some() && panic_replicas >= wanted.saturating_mul(2) {
+        state.panic_until = observation.now.saturating_add(rules.window);
     }
-    let panicking = seen.now < memory.panic_until;
-    let recommended = if panicking { stable.max(sudden) } else { stable };
-    let highest = memory.recommend(seen.now, recommended, policy.down_window);
-    let held = if panicking || !seen.whole { wanted } else { highest.min(wanted) };
-    let desired = recommended.max(held);
-    let reason = if desired == wanted && wanted != seen.wanted {
+    let panicking = observation.now < state.panic_until;
+    let recommended = if panicking { stable_replicas.max(panic_replicas) } else { stable_replicas };
+    let highest = state.recommend(observation.now, recommended, policy.down_window);
+    let floor = if panicking || !observation.complete { wanted } else { highest.min(wanted) };
+    let desired = recommended.max(floor);
+    let reason = if desired == wanted && wanted != observation.wanted {
         Reason::Bounds
     } else if desired > recommended {
-        Reason::Held
-    } else if panicking && desired > stable {
+        Reason::Stabilized
+    } else if panicking && desired > stable_replicas {
         Reason::Panic
     } else {
         Reason::Load
@@ -175,9 +188,9 @@ fn by_load(rules: Rules, policy: &Policy, seen: Seen, memory: &mut Memory) -> (u
     (desired, reason)
 }
 
-/// So many that each has its proportion of the target at most.
-fn replicas(policy: &Policy, load: f64) -> u64 {
-    // A hair's breadth over a whole number is the arithmetic's, not the load's.
+/// Returns the number of replicas for which each has at most its share of the target.
+fn replicas_for(policy: &Policy, load: f64) -> u64 {
+    // Tolerance for rounding errors just above a whole number.
     const HAIR: f64 = 1e-9;
     let replicas = (load / (policy.target * policy.proportion) - HAIR).ceil();
     #[expect(
@@ -185,23 +198,23 @@ fn replicas(policy: &Policy, load: f64) -> u64 {
         clippy::cast_sign_loss,
         reason = "what is out of range becomes the nearest that is in it"
     )]
-    let whole = replicas as u64;
-    whole
+    let replicas = replicas as u64;
+    replicas
 }
 
-impl Memory {
-    /// Notes what is recommended now; the highest within `window`, this one among them.
-    fn recommend(&mut self, now: Millis, replicas: u64, window: Duration) -> u64 {
-        // What is not above this one will never be the highest again.
-        while self.recommended.back().is_some_and(|(_, earlier)| *earlier <= replicas) {
-            self.recommended.pop_back();
+impl DecisionState {
+    /// Adds a recommendation. Returns the highest one within `window`, including the new one.
+    fn recommend(&mut self, now: MonotonicMillis, replicas: u64, window: Duration) -> u64 {
+        // Lower or equal recommendations can never become the highest again.
+        while self.recommendations.back().is_some_and(|(_, earlier)| *earlier <= replicas) {
+            self.recommendations.pop_back();
         }
-        self.recommended.push_back((now, replicas));
-        let window = u64::try_from(window.as_millis()).unwrap_or(Millis::MAX);
-        while self.recommended.front().is_some_and(|(at, _)| now.saturating_sub(*at) > window) {
-            self.recommended.pop_front();
+        self.recommendations.push_back((now, replicas));
+        let window = u64::try_from(window.as_millis()).unwrap_or(MonotonicMillis::MAX);
+        while self.recommendations.front().is_some_and(|(at, _)| now.saturating_sub(*at) > window) {
+            self.recommendations.pop_front();
         }
-        self.recommended.front().map_or(replicas, |(_, highest)| *highest)
+        self.recommendations.front().map_or(replicas, |(_, highest)| *highest)
     }
 }
 

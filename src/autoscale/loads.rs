@@ -1,4 +1,4 @@
-//! What functions were doing of late: two samples a second, over all gateways. No I/O.
+//! Recent load of functions: two samples a second, summed over all gateways. No I/O.
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
@@ -6,48 +6,48 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-use crate::autoscale::decide::Millis;
+use crate::autoscale::decide::MonotonicMillis;
 use crate::autoscale::policy::Kind;
 
-/// What a function was doing for a moment.
+/// Load of a function in one sample.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
-pub struct Load {
-    /// Calls that began, in a second.
+pub struct LoadSample {
+    /// Calls started per second.
     pub rps: f64,
-    /// Calls in flight, on average.
+    /// Mean number of calls in flight.
     pub in_flight: f64,
-    /// Queued calls that are made, or could be.
+    /// Queued calls that are running or runnable.
     pub queued: u64,
 }
 
-/// Everything that is remembered, by label.
+/// Load history of all functions, by label.
 #[derive(Debug)]
-pub struct Loads {
-    window: Millis,
-    /// When the watch began.
-    since: Millis,
-    tracks: HashMap<Arc<str>, Track>,
+pub struct LoadHistory {
+    window: MonotonicMillis,
+    /// Start of the history.
+    history_start: MonotonicMillis,
+    functions: HashMap<Arc<str>, FunctionHistory>,
 }
 
 #[derive(Debug, Default)]
-struct Track {
-    samples: VecDeque<Sample>,
-    last_call: Millis,
+struct FunctionHistory {
+    samples: VecDeque<TimedSample>,
+    last_call: MonotonicMillis,
     busy: bool,
 }
 
 #[derive(Clone, Copy, Debug)]
-struct Sample {
-    at: Millis,
-    /// For how long it was so.
-    span: Millis,
-    load: Load,
+struct TimedSample {
+    at: MonotonicMillis,
+    /// Duration of the sample.
+    span: MonotonicMillis,
+    load: LoadSample,
 }
 
-impl Load {
-    /// What counts for `kind`; `None` if it is not seen from here.
-    fn of(&self, kind: Kind) -> Option<f64> {
+impl LoadSample {
+    /// Returns the load measured by `kind`, or `None` if it is not sampled here.
+    fn for_kind(&self, kind: Kind) -> Option<f64> {
         match kind {
             Kind::Rps => Some(self.rps),
             Kind::Capacity => Some(self.in_flight),
@@ -55,17 +55,17 @@ impl Load {
         }
     }
 
-    /// Whether there is a call of any kind.
-    pub fn is_some(&self) -> bool {
+    /// Returns whether there is any call.
+    pub fn is_active(&self) -> bool {
         self.rps > 0.0 || self.in_flight > 0.0 || self.queued > 0
     }
 
-    /// Whether the numbers are numbers. They may come from outside.
-    pub fn is_sound(&self) -> bool {
+    /// Returns whether all values are valid; they may come from another process.
+    pub fn is_valid(&self) -> bool {
         [self.rps, self.in_flight].into_iter().all(|number| number.is_finite() && number >= 0.0)
     }
 
-    /// Adds what another gateway sees. A queue that is shared is seen by all.
+    /// Adds the load seen by another gateway. All gateways see the same queue, so its calls are not summed.
     pub fn add(&mut self, other: &Self) {
         self.rps += other.rps;
         self.in_flight += other.in_flight;
@@ -73,96 +73,113 @@ impl Load {
     }
 }
 
-impl Loads {
-    /// Watches from `now` on, and remembers for `window`.
-    pub fn new(window: Millis, now: Millis) -> Self {
-        Self { window, since: now, tracks: HashMap::new() }
+impl LoadHistory {
+    /// Creates a history that starts at `now` and covers `window`.
+    pub fn new(window: MonotonicMillis, now: MonotonicMillis) -> Self {
+        Self { window, history_start: now, functions: HashMap::new() }
     }
 
-    /// Forgets what was: it does not lead up to `now`.
-    pub fn begin_anew(&mut self, now: Millis) {
-        self.since = now;
-        for track in self.tracks.values_mut() {
-            track.samples.clear();
+    /// Restarts the history at `now`, after a gap.
+    pub fn reset(&mut self, now: MonotonicMillis) {
+        self.history_start = now;
+        for history in self.functions.values_mut() {
+            history.samples.clear();
         }
     }
 
-    /// Notes what was during the `span` before `now`. A function that is not among `loads` did nothing.
-    pub fn add(&mut self, now: Millis, span: Millis, loads: &HashMap<Arc<str>, Load>) {
-        for track in self.tracks.values_mut() {
-            track.busy = false;
+    /// Records the loads during the `span` before `now`. Functions missing in `loads` had none.
+    pub fn record(
+        &mut self,
+        now: MonotonicMillis,
+        span: MonotonicMillis,
+        loads: &HashMap<Arc<str>, LoadSample>,
+    ) {
+        for history in self.functions.values_mut() {
+            history.busy = false;
         }
-        for (label, load) in loads.iter().filter(|(_, load)| load.is_some()) {
-            let track = self.tracks.entry(Arc::clone(label)).or_default();
-            track.samples.push_back(Sample { at: now, span, load: *load });
-            track.last_call = now;
-            track.busy = true;
+        for (label, load) in loads.iter().filter(|(_, load)| load.is_active()) {
+            let history = self.functions.entry(Arc::clone(label)).or_default();
+            history.samples.push_back(TimedSample { at: now, span, load: *load });
+            history.last_call = now;
+            history.busy = true;
         }
-        let forgotten = now.saturating_sub(self.window);
-        for track in self.tracks.values_mut() {
-            while track.samples.front().is_some_and(|sample| sample.at <= forgotten) {
-                track.samples.pop_front();
+        let expired_at = now.saturating_sub(self.window);
+        for history in self.functions.values_mut() {
+            while history.samples.front().is_some_and(|sample| sample.at <= expired_at) {
+                history.samples.pop_front();
             }
         }
     }
 
-    /// There was a call of this function, whatever the samples say.
-    pub fn called(&mut self, label: &Arc<str>, now: Millis) {
-        self.tracks.entry(Arc::clone(label)).or_default().last_call = now;
+    /// Records that a function was called, even if no sample shows it.
+    pub fn record_call(&mut self, label: &Arc<str>, now: MonotonicMillis) {
+        self.functions.entry(Arc::clone(label)).or_default().last_call = now;
     }
 
-    /// Keeps only the functions that `exists` knows.
+    /// Removes functions for which `exists` is false.
     pub fn retain(&mut self, exists: impl Fn(&str) -> bool) {
-        self.tracks.retain(|label, _| exists(label));
+        self.functions.retain(|label, _| exists(label));
     }
 
-    /// The mean load over the last `window`, or since the watch began; `None` before there was anything to see.
-    pub fn mean(&self, label: &str, kind: Kind, window: Millis, now: Millis) -> Option<f64> {
-        Load::default().of(kind)?;
-        let watched = now.saturating_sub(self.since).min(window);
+    /// Returns the mean load over the last `window`, or since the start of the history. `None` if the history is empty.
+    pub fn mean(
+        &self,
+        label: &str,
+        kind: Kind,
+        window: MonotonicMillis,
+        now: MonotonicMillis,
+    ) -> Option<f64> {
+        LoadSample::default().for_kind(kind)?;
+        let watched = now.saturating_sub(self.history_start).min(window);
         if watched == 0 {
             return None;
         }
         let begin = now - watched;
-        let samples = self.tracks.get(label).map(|track| &track.samples);
+        let samples = self.functions.get(label).map(|history| &history.samples);
         #[expect(clippy::cast_precision_loss, reason = "far from 2^53 milliseconds")]
         let sum: f64 = samples
             .into_iter()
             .flatten()
             .filter_map(|sample| {
                 let inside = sample.at.saturating_sub(begin).min(sample.span);
-                Some(sample.load.of(kind)? * inside as f64)
+                Some(sample.load.for_kind(kind)? * inside as f64)
             })
             .sum();
         #[expect(clippy::cast_precision_loss, reason = "far from 2^53 milliseconds")]
         let mean = sum / watched as f64;
-        // The sum of nothing is -0.0, which nobody wants to read.
+        // An empty sum is -0.0; adding 0.0 makes it 0.0 for display.
         Some(mean + 0.0)
     }
 
-    /// The least load over the last `window`: what has held for so long, and was not but a moment's.
-    pub fn least(&self, label: &str, kind: Kind, window: Millis, now: Millis) -> f64 {
+    /// Returns the minimum load over the last `window`: load that was sustained.
+    pub fn min_over(
+        &self,
+        label: &str,
+        kind: Kind,
+        window: MonotonicMillis,
+        now: MonotonicMillis,
+    ) -> f64 {
         let begin = now.saturating_sub(window);
-        let Some(track) = self.tracks.get(label) else { return 0.0 };
-        let (mut least, mut covered) = (f64::INFINITY, 0);
-        // The newest first: older ones than it takes are not looked at.
-        for sample in track.samples.iter().rev().take_while(|sample| sample.at > begin) {
-            least = least.min(sample.load.of(kind).unwrap_or_default());
+        let Some(history) = self.functions.get(label) else { return 0.0 };
+        let (mut min, mut covered) = (f64::INFINITY, 0);
+        // From the newest sample backwards, only as far as needed.
+        for sample in history.samples.iter().rev().take_while(|sample| sample.at > begin) {
+            min = min.min(sample.load.for_kind(kind).unwrap_or_default());
             covered += sample.span;
         }
-        // A sample that is not there was one of nothing. Timers are not exact.
-        if covered * 10 >= window * 9 { least } else { 0.0 }
+        // A missing sample means no load; the tolerance is for inexact timers.
+        if covered * 10 >= window * 9 { min } else { 0.0 }
     }
 
-    /// Whether calls ran or waited at the last sample.
+    /// Returns whether calls were running or queued in the last sample.
     pub fn is_busy(&self, label: &str) -> bool {
-        self.tracks.get(label).is_some_and(|track| track.busy)
+        self.functions.get(label).is_some_and(|history| history.busy)
     }
 
-    /// For how long there has been no call, as far as was watched.
-    pub fn quiet(&self, label: &str, now: Millis) -> Duration {
-        let last = self.tracks.get(label).map_or(0, |track| track.last_call);
-        Duration::from_millis(now.saturating_sub(last.max(self.since)))
+    /// Returns the time without a call, at most since the start of the history.
+    pub fn idle_for(&self, label: &str, now: MonotonicMillis) -> Duration {
+        let last = self.functions.get(label).map_or(0, |history| history.last_call);
+        Duration::from_millis(now.saturating_sub(last.max(self.history_start)))
     }
 }
 
@@ -170,27 +187,33 @@ impl Loads {
 mod tests {
     use super::*;
 
-    fn one(rps: f64, in_flight: f64) -> HashMap<Arc<str>, Load> {
-        HashMap::from([("echo".into(), Load { rps, in_flight, queued: 0 })])
+    fn one(rps: f64, in_flight: f64) -> HashMap<Arc<str>, LoadSample> {
+        HashMap::from([("echo".into(), LoadSample { rps, in_flight, queued: 0 })])
     }
 
     #[track_caller]
-    fn check(loads: &Loads, kind: Kind, window: Millis, now: Millis, expect: f64) {
+    fn check(
+        loads: &LoadHistory,
+        kind: Kind,
+        window: MonotonicMillis,
+        now: MonotonicMillis,
+        expect: f64,
+    ) {
         let mean = loads.mean("echo", kind, window, now).unwrap();
         assert!((mean - expect).abs() < 1e-9, "{mean} is not {expect}");
     }
 
     #[test]
-    fn a_mean_counts_what_was_watched_and_the_silence_in_it() {
-        let mut loads = Loads::new(60_000, 0);
+    fn a_mean_covers_the_history_including_idle_time() {
+        let mut loads = LoadHistory::new(60_000, 0);
         assert_eq!(loads.mean("echo", Kind::Rps, 6000, 0), None);
         for second in 1..=4 {
-            loads.add(second * 1000, 1000, &one(10.0, 2.0));
+            loads.record(second * 1000, 1000, &one(10.0, 2.0));
         }
         check(&loads, Kind::Rps, 6000, 4000, 10.0);
         check(&loads, Kind::Capacity, 6000, 4000, 2.0);
         for second in 5..=8 {
-            loads.add(second * 1000, 1000, &HashMap::new());
+            loads.record(second * 1000, 1000, &HashMap::new());
         }
         check(&loads, Kind::Rps, 6000, 8000, 20.0 / 6.0);
         check(&loads, Kind::Rps, 60_000, 8000, 5.0);
@@ -201,58 +224,58 @@ mod tests {
     }
 
     #[test]
-    fn a_sample_at_the_windows_edge_counts_in_part() {
-        let mut loads = Loads::new(60_000, 0);
-        loads.add(2000, 2000, &one(10.0, 0.0));
-        loads.add(4000, 2000, &HashMap::new());
+    fn a_sample_at_the_edge_of_the_window_counts_partially() {
+        let mut loads = LoadHistory::new(60_000, 0);
+        loads.record(2000, 2000, &one(10.0, 0.0));
+        loads.record(4000, 2000, &HashMap::new());
         check(&loads, Kind::Rps, 3000, 4000, 10.0 / 3.0);
     }
 
     #[test]
-    fn only_what_has_held_counts_as_the_least() {
-        let mut loads = Loads::new(60_000, 0);
-        let add = |loads: &mut Loads, at, rps| loads.add(at, 500, &one(rps, 0.0));
-        let least = |loads: &Loads, now| loads.least("echo", Kind::Rps, 2000, now);
+    fn the_minimum_is_the_sustained_load() {
+        let mut loads = LoadHistory::new(60_000, 0);
+        let add = |loads: &mut LoadHistory, at, rps| loads.record(at, 500, &one(rps, 0.0));
+        let min = |loads: &LoadHistory, now| loads.min_over("echo", Kind::Rps, 2000, now);
         for half in 1..=3 {
             add(&mut loads, half * 500, 9.0);
         }
-        assert!(least(&loads, 1500).abs() < 1e-9, "not for long enough");
+        assert!(min(&loads, 1500).abs() < 1e-9, "not for long enough");
         add(&mut loads, 2000, 7.0);
-        assert!((least(&loads, 2000) - 7.0).abs() < 1e-9);
+        assert!((min(&loads, 2000) - 7.0).abs() < 1e-9);
         add(&mut loads, 2500, 0.0);
         for half in 6..=8 {
             add(&mut loads, half * 500, 9.0);
         }
-        assert!(least(&loads, 4000).abs() < 1e-9, "it paused");
+        assert!(min(&loads, 4000).abs() < 1e-9, "it paused");
         add(&mut loads, 4500, 8.0);
-        assert!((least(&loads, 4500) - 8.0).abs() < 1e-9);
-        assert!(loads.least("other", Kind::Rps, 2000, 4500).abs() < 1e-9);
+        assert!((min(&loads, 4500) - 8.0).abs() < 1e-9);
+        assert!(loads.min_over("other", Kind::Rps, 2000, 4500).abs() < 1e-9);
     }
 
     #[test]
-    fn silence_begins_with_the_last_call_or_with_the_watch() {
-        let mut loads = Loads::new(60_000, 5000);
-        assert_eq!(loads.quiet("echo", 7000), Duration::from_secs(2));
-        loads.add(8000, 1000, &one(1.0, 0.0));
+    fn idle_time_starts_with_the_last_call_or_the_history() {
+        let mut loads = LoadHistory::new(60_000, 5000);
+        assert_eq!(loads.idle_for("echo", 7000), Duration::from_secs(2));
+        loads.record(8000, 1000, &one(1.0, 0.0));
         assert!(loads.is_busy("echo") && !loads.is_busy("other"));
-        loads.add(9000, 1000, &HashMap::new());
+        loads.record(9000, 1000, &HashMap::new());
         assert!(!loads.is_busy("echo"));
-        assert_eq!(loads.quiet("echo", 9000), Duration::from_secs(1));
-        loads.called(&"echo".into(), 9500);
-        assert_eq!(loads.quiet("echo", 10_000), Duration::from_millis(500));
-        // What was before a gap says nothing about the gap.
-        loads.begin_anew(20_000);
-        assert_eq!(loads.quiet("echo", 21_000), Duration::from_secs(1));
+        assert_eq!(loads.idle_for("echo", 9000), Duration::from_secs(1));
+        loads.record_call(&"echo".into(), 9500);
+        assert_eq!(loads.idle_for("echo", 10_000), Duration::from_millis(500));
+        // The time before a gap does not count.
+        loads.reset(20_000);
+        assert_eq!(loads.idle_for("echo", 21_000), Duration::from_secs(1));
     }
 
     #[test]
-    fn what_left_the_window_is_forgotten() {
-        let mut loads = Loads::new(3000, 0);
+    fn samples_outside_the_window_are_removed() {
+        let mut loads = LoadHistory::new(3000, 0);
         for second in 1..=100 {
-            loads.add(second * 1000, 1000, &one(1.0, 1.0));
+            loads.record(second * 1000, 1000, &one(1.0, 1.0));
         }
-        assert_eq!(loads.tracks["echo"].samples.len(), 3);
+        assert_eq!(loads.functions["echo"].samples.len(), 3);
         loads.retain(|_| false);
-        assert!(loads.tracks.is_empty());
+        assert!(loads.functions.is_empty());
     }
 }

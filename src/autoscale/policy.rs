@@ -1,4 +1,4 @@
-//! How a function wants to be scaled, from its labels. No I/O.
+//! Scaling policy of a function, from its labels. No I/O.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -17,16 +17,16 @@ const TARGET: &str = "com.openfaas.scale.target";
 const PROPORTION: &str = "com.openfaas.scale.target-proportion";
 const DOWN_WINDOW: &str = "com.openfaas.scale.down.window";
 
-/// Labels that mean scaling by load, and nothing else.
+/// Labels that only apply to scaling by load.
 const BY_LOAD: [&str; 6] = [ZERO, ZERO_DURATION, TYPE, TARGET, PROPORTION, DOWN_WINDOW];
 
-/// The longest [`DOWN_WINDOW`]: what was recommended is remembered for as long.
-const LONGEST_DOWN_WINDOW: Duration = Duration::from_secs(3600);
+/// Maximum of [`DOWN_WINDOW`]: recommendations are kept for that time.
+const MAX_DOWN_WINDOW: Duration = Duration::from_secs(3600);
 
-/// What a replica's load is measured by.
+/// Measure of the load of a replica.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Kind {
-    /// Calls that begin in a second.
+    /// Calls started per second.
     Rps,
     /// Calls in flight.
     Capacity,
@@ -34,37 +34,38 @@ pub enum Kind {
     Cpu,
 }
 
-/// How a function wants to be scaled.
+/// Scaling policy of a function.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Policy {
     /// `com.openfaas.scale.min`
     pub min: u64,
     /// `com.openfaas.scale.max`, never below `min`.
     pub max: u64,
-    /// `com.openfaas.scale.zero`, `.zero-duration`: how long without a call until it goes to zero, if it may.
+    /// `com.openfaas.scale.zero`, `.zero-duration`: idle time until the function is scaled to zero; `None` if that is
+    /// not allowed.
     pub zero_after: Option<Duration>,
     /// `com.openfaas.scale.type`
     pub kind: Kind,
-    /// `com.openfaas.scale.target`: the load that a replica is meant for.
+    /// `com.openfaas.scale.target`: target load of a replica.
     pub target: f64,
-    /// `com.openfaas.scale.target-proportion`: how much of it is to be used.
+    /// `com.openfaas.scale.target-proportion`: proportion of the target to use.
     pub proportion: f64,
-    /// `com.openfaas.scale.down.window`: replicas go only when they were too many for so long.
+    /// `com.openfaas.scale.down.window`: replicas are removed only if they were not needed for this time.
     pub down_window: Duration,
 }
 
-/// A label whose value means nothing, and what holds instead.
+/// A label with an invalid value, and the value used instead.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
-pub struct BadLabel {
+pub struct InvalidLabel {
     pub label: &'static str,
     pub value: String,
     pub expected: &'static str,
-    pub instead: String,
+    pub fallback: String,
 }
 
 impl Kind {
-    /// As the label and the metrics write it.
-    pub fn word(self) -> &'static str {
+    /// Returns the name in labels and metrics.
+    pub fn as_str(self) -> &'static str {
         match self {
             Self::Rps => "rps",
             Self::Capacity => "capacity",
@@ -88,86 +89,94 @@ impl Default for Policy {
 }
 
 impl Policy {
-    /// Reads labels. One that means nothing counts as absent, and is reported.
-    pub fn from_labels(labels: &Labels) -> (Self, Vec<BadLabel>) {
-        let standard = Self::default();
-        let mut read = Read { labels, bad: Vec::new() };
-        let min = read.label(MIN, "a whole number", "1", |text| text.parse().ok());
-        let min = min.unwrap_or(standard.min);
-        let kind = read.label(TYPE, "rps, capacity or cpu", "rps", |text| match text {
+    /// Reads labels. Invalid ones count as absent, and are returned.
+    pub fn from_labels(labels: &Labels) -> (Self, Vec<InvalidLabel>) {
+        let default = Self::default();
+        let mut reader = LabelReader { labels, invalid: Vec::new() };
+        let min = reader.read(MIN, "a whole number", "1", |text| text.parse().ok());
+        let min = min.unwrap_or(default.min);
+        let kind = reader.read(TYPE, "rps, capacity or cpu", "rps", |text| match text {
             "rps" => Some(Kind::Rps),
             "capacity" => Some(Kind::Capacity),
             "cpu" => Some(Kind::Cpu),
             _ => None,
         });
-        let zero = read.label(ZERO, "true or false", "false", |text| match text {
+        let zero = reader.read(ZERO, "true or false", "false", |text| match text {
             "true" | "1" => Some(true),
             "false" | "0" => Some(false),
             _ => None,
         });
-        let after = read.label(ZERO_DURATION, duration::EXPECTED, "15m", duration::parse);
+        let after = reader.read(ZERO_DURATION, duration::EXPECTED, "15m", duration::parse);
         let after = after.unwrap_or(Duration::from_secs(15 * 60));
-        let target = read.label(TARGET, "a number above 0", "50", |text| {
+        let target = reader.read(TARGET, "a number above 0", "50", |text| {
             text.parse().ok().filter(|target: &f64| target.is_finite() && *target > 0.0)
         });
-        let proportion = read.label(PROPORTION, "a number above 0 and at most 1", "0.90", |text| {
-            text.parse().ok().filter(|part: &f64| *part > 0.0 && *part <= 1.0)
-        });
-        let down = read.label(DOWN_WINDOW, "a duration of at most 1h", "0s", |text| {
-            duration::parse(text).filter(|window| *window <= LONGEST_DOWN_WINDOW)
-        });
-        // A function that may have more than the usual at least may have as many at most.
-        let most = standard.max.max(min);
-        let max =
-            read.label(MAX, "a whole number, and not below the min", &most.to_string(), |t| {
-                t.parse().ok().filter(|max| *max >= min.max(1))
+        let proportion =
+            reader.read(PROPORTION, "a number above 0 and at most 1", "0.90", |text| {
+                text.parse().ok().filter(|part: &f64| *part > 0.0 && *part <= 1.0)
             });
+        let down = reader.read(DOWN_WINDOW, "a duration of at most 1h", "0s", |text| {
+            duration::parse(text).filter(|window| *window <= MAX_DOWN_WINDOW)
+        });
+        // A minimum above the default maximum raises the maximum.
+        let default_max = default.max.max(min);
+        let max = reader.read(
+            MAX,
+            "a whole number, and not below the min",
+            &default_max.to_string(),
+            |t| t.parse().ok().filter(|max| *max >= min.max(1)),
+        );
         let policy = Self {
             min,
-            max: max.unwrap_or(most),
+            max: max.unwrap_or(default_max),
             zero_after: zero.unwrap_or(false).then_some(after),
-            kind: kind.unwrap_or(standard.kind),
-            target: target.unwrap_or(standard.target),
-            proportion: proportion.unwrap_or(standard.proportion),
-            down_window: down.unwrap_or(standard.down_window),
+            kind: kind.unwrap_or(default.kind),
+            target: target.unwrap_or(default.target),
+            proportion: proportion.unwrap_or(default.proportion),
+            down_window: down.unwrap_or(default.down_window),
         };
-        (policy, read.bad)
+        (policy, reader.invalid)
     }
 }
 
-/// Whether a function with these labels is scaled by its load: it says something about scaling, and has room for it.
-/// One that only has bounds and `factor: 0`, which is how alerts are told to leave it alone, is left alone here too.
-pub fn owns(labels: &Labels) -> bool {
+/// Returns whether a function with these labels is scaled by load: a label requests it, and the bounds leave room.
+/// Functions with only bounds and `factor: 0`, which disables scaling by alerts, are not scaled here either.
+pub fn is_managed(labels: &Labels) -> bool {
     let has = |label: &&str| labels.contains_key(*label);
-    let frozen = labels.get(FACTOR).is_some_and(|factor| factor.trim() == "0");
-    let asked = BY_LOAD.iter().any(has) || (!frozen && [MIN, MAX].iter().any(has));
-    if !asked {
+    let disabled = labels.get(FACTOR).is_some_and(|factor| factor.trim() == "0");
+    let requested = BY_LOAD.iter().any(has) || (!disabled && [MIN, MAX].iter().any(has));
+    if !requested {
         return false;
     }
     let (policy, _) = Policy::from_labels(labels);
     policy.max > policy.min || policy.zero_after.is_some()
 }
 
-/// Reads labels, and gathers those that mean nothing.
-struct Read<'a> {
+/// Reads labels and collects invalid ones.
+struct LabelReader<'a> {
     labels: &'a Labels,
-    bad: Vec<BadLabel>,
+    invalid: Vec<InvalidLabel>,
 }
 
-impl Read<'_> {
-    fn label<T>(
+impl LabelReader<'_> {
+    fn read<T>(
         &mut self,
         label: &'static str,
         expected: &'static str,
-        instead: &str,
+        fallback: &str,
         parse: impl FnOnce(&str) -> Option<T>,
     ) -> Option<T> {
         let text = self.labels.get(label)?;
         let parsed = parse(text.trim());
         if parsed.is_none() {
-            // Labels come from whoever deploys; a log line is not the place for all they may write.
+            // Labels are user input, so the logged value is truncated.
             let value = text.chars().take(64).collect();
-            self.bad.push(BadLabel { label, value, expected, instead: instead.to_owned() });
+            self.invalid.push(InvalidLabel {
+                label,
+                value,
+                expected,
+                fallback: fallback.to_owned(),
+            });
         }
         parsed
     }
@@ -185,8 +194,8 @@ mod tests {
     }
 
     #[test]
-    fn labels_say_how_a_function_is_scaled() {
-        let (policy, bad) = Policy::from_labels(&labels(&[
+    fn labels_define_the_policy() {
+        let (policy, invalid) = Policy::from_labels(&labels(&[
             ("min", "2"),
             ("max", " 7 "),
             ("zero", "true"),
@@ -196,7 +205,7 @@ mod tests {
             ("target-proportion", "1"),
             ("down.window", "5m"),
         ]));
-        assert_eq!(bad, []);
+        assert_eq!(invalid, []);
         let expect = Policy {
             min: 2,
             max: 7,
@@ -210,7 +219,7 @@ mod tests {
     }
 
     #[test]
-    fn a_label_that_means_nothing_counts_as_absent_and_is_reported() {
+    fn an_invalid_label_counts_as_absent_and_is_reported() {
         for (name, value) in [
             ("min", "-1"),
             ("min", "two"),
@@ -229,18 +238,18 @@ mod tests {
             ("target-proportion", "NaN"),
             ("down.window", "2h"),
         ] {
-            let (policy, bad) = Policy::from_labels(&labels(&[(name, value)]));
+            let (policy, invalid) = Policy::from_labels(&labels(&[(name, value)]));
             assert_eq!(policy, Policy::default(), "{name}: {value}");
-            let [bad] = &bad[..] else { panic!("{name}: {value} gives {bad:?}") };
-            assert!(bad.label.ends_with(name) && bad.value == value, "{bad:?}");
+            let [invalid] = &invalid[..] else { panic!("{name}: {value} gives {invalid:?}") };
+            assert!(invalid.label.ends_with(name) && invalid.value == value, "{invalid:?}");
         }
     }
 
     #[test]
-    fn the_most_are_never_below_the_least() {
+    fn the_maximum_is_never_below_the_minimum() {
         let bounds = |list: &[(&str, &str)]| {
-            let (policy, bad) = Policy::from_labels(&labels(list));
-            (policy.min, policy.max, bad.len())
+            let (policy, invalid) = Policy::from_labels(&labels(list));
+            (policy.min, policy.max, invalid.len())
         };
         assert_eq!(bounds(&[("min", "3"), ("max", "3")]), (3, 3, 0));
         assert_eq!(bounds(&[("min", "30")]), (30, 30, 0));
@@ -249,7 +258,7 @@ mod tests {
     }
 
     #[test]
-    fn a_function_is_owned_when_it_says_something_and_has_room() {
+    fn a_function_is_managed_when_labels_request_it_and_the_bounds_leave_room() {
         for (list, expect) in [
             (&[][..], false),
             (&[("factor", "20")], false),
@@ -263,7 +272,7 @@ mod tests {
             (&[("max", "5"), ("factor", "0"), ("type", "rps")], true),
             (&[("zero", "true"), ("factor", "0")], true),
         ] {
-            assert_eq!(owns(&labels(list)), expect, "{list:?}");
+            assert_eq!(is_managed(&labels(list)), expect, "{list:?}");
         }
     }
 }

@@ -1,85 +1,101 @@
-//! What this process itself sees of functions, made samples of.
+//! Samples the load that this process sees.
 
 use std::collections::HashMap;
 use std::sync::Arc;
 
 use crate::async_api::QueueIngress;
-use crate::autoscale::decide::Millis;
-use crate::autoscale::loads::Load;
+use crate::autoscale::decide::MonotonicMillis;
+use crate::autoscale::loads::LoadSample;
 use crate::metrics::{FunctionLoad, Metrics};
 
-/// Looks at the metrics several times for each sample: calls in flight come and go.
+/// Polls the metrics several times per sample, since calls in flight come and go.
 pub struct Sampler {
     metrics: Arc<Metrics>,
     ingress: Option<Arc<QueueIngress>>,
-    /// Calls that had begun at the last sample.
+    /// Calls started until the last sample.
     started: HashMap<Arc<str>, u64>,
-    /// Calls in flight, added up over the looks since.
-    in_flight: HashMap<Arc<str>, u64>,
-    looks: u32,
-    last: Millis,
+    /// Calls in flight, summed over the polls since.
+    in_flight_sum: HashMap<Arc<str>, u64>,
+    polls: u32,
+    last_sample: MonotonicMillis,
 }
 
 impl Sampler {
-    pub fn new(metrics: Arc<Metrics>, ingress: Option<Arc<QueueIngress>>, now: Millis) -> Self {
-        let started = metrics.function_loads().into_iter().map(|(label, it)| (label, it.started));
+    pub fn new(
+        metrics: Arc<Metrics>,
+        ingress: Option<Arc<QueueIngress>>,
+        now: MonotonicMillis,
+    ) -> Self {
+        let started =
+            metrics.function_loads().into_iter().map(|(label, load)| (label, load.started));
         let started = started.collect();
-        Self { metrics, ingress, started, in_flight: HashMap::new(), looks: 0, last: now }
-    }
-
-    /// Looks at what is in flight.
-    pub fn look(&mut self) {
-        let activity = self.metrics.function_loads();
-        self.look_at(&activity);
-    }
-
-    fn look_at(&mut self, activity: &HashMap<Arc<str>, FunctionLoad>) {
-        self.looks += 1;
-        for (label, it) in activity.iter().filter(|(_, it)| it.in_flight > 0) {
-            *self.in_flight.entry(Arc::clone(label)).or_default() += it.in_flight;
+        Self {
+            metrics,
+            ingress,
+            started,
+            in_flight_sum: HashMap::new(),
+            polls: 0,
+            last_sample: now,
         }
     }
 
-    /// Looks once more, and says what was since the last sample, and for how long.
-    pub fn sample(&mut self, now: Millis) -> (Millis, HashMap<Arc<str>, Load>) {
+    /// Polls the calls in flight.
+    pub fn poll(&mut self) {
         let activity = self.metrics.function_loads();
-        self.look_at(&activity);
-        let span = now.saturating_sub(self.last).max(1);
+        self.add_poll(&activity);
+    }
+
+    fn add_poll(&mut self, activity: &HashMap<Arc<str>, FunctionLoad>) {
+        self.polls += 1;
+        for (label, load) in activity.iter().filter(|(_, load)| load.in_flight > 0) {
+            *self.in_flight_sum.entry(Arc::clone(label)).or_default() += load.in_flight;
+        }
+    }
+
+    /// Polls once more. Returns the duration since the last sample, and the loads during it.
+    pub fn sample(
+        &mut self,
+        now: MonotonicMillis,
+    ) -> (MonotonicMillis, HashMap<Arc<str>, LoadSample>) {
+        let activity = self.metrics.function_loads();
+        self.add_poll(&activity);
+        let span = now.saturating_sub(self.last_sample).max(1);
         #[expect(clippy::cast_precision_loss, reason = "far from 2^53 milliseconds or calls")]
         let per_second = |calls: u64| calls as f64 * 1000.0 / span as f64;
-        let looks = f64::from(self.looks);
-        let mut loads: HashMap<Arc<str>, Load> = HashMap::new();
-        for (label, it) in activity {
-            let before = self.started.insert(Arc::clone(&label), it.started);
-            // A function that was forgotten meanwhile counts from zero again.
-            let calls = it.started.saturating_sub(before.unwrap_or(0));
+        let polls = f64::from(self.polls);
+        let mut loads: HashMap<Arc<str>, LoadSample> = HashMap::new();
+        for (label, load) in activity {
+            let before = self.started.insert(Arc::clone(&label), load.started);
+            // A function that was removed and added again counts from zero.
+            let calls = load.started.saturating_sub(before.unwrap_or(0));
             if calls > 0 {
                 loads.entry(label).or_default().rps = per_second(calls);
             }
         }
-        for (label, sum) in self.in_flight.drain() {
+        for (label, sum) in self.in_flight_sum.drain() {
             #[expect(clippy::cast_precision_loss, reason = "far from 2^53 calls")]
-            let mean = sum as f64 / looks;
+            let mean = sum as f64 / polls;
             loads.entry(label).or_default().in_flight = mean;
         }
-        if let Some(held) = self.ingress.as_ref().and_then(|ingress| ingress.pending_by_function())
+        if let Some(depths) =
+            self.ingress.as_ref().and_then(|ingress| ingress.pending_by_function())
         {
-            for (label, calls) in held.iter() {
+            for (label, calls) in depths.iter() {
                 loads.entry(Arc::clone(label)).or_default().queued = *calls;
             }
         }
-        (self.looks, self.last) = (0, now);
+        (self.polls, self.last_sample) = (0, now);
         (span, loads)
     }
 
-    /// Whether it is known what the queue holds, where there is one.
-    pub fn knows_queue(&self) -> bool {
+    /// Returns whether the number of queued calls is known; true without a queue.
+    pub fn queue_depth_known(&self) -> bool {
         self.ingress.as_ref().is_none_or(|ingress| ingress.pending_by_function().is_some())
     }
 
-    /// Forgets functions that are counted no more.
-    pub fn forget(&mut self) {
-        let there = self.metrics.function_loads();
-        self.started.retain(|label, _| there.contains_key(label));
+    /// Removes functions that have no metrics any more.
+    pub fn forget_removed(&mut self) {
+        let existing = self.metrics.function_loads();
+        self.started.retain(|label, _| existing.contains_key(label));
     }
 }

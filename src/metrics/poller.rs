@@ -144,7 +144,7 @@ fn replica_gauges(name: &Function, status: &FunctionSummary) -> ReplicaGauges {
         desired: status.replicas,
         ready: status.available_replicas,
         min: policy.min,
-        scaling_type: policy.kind.word().to_owned(),
+        scaling_type: policy.kind.as_str().to_owned(),
         target: policy.target,
     }
 }

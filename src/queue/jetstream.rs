@@ -1,39 +1,40 @@
 //! The queue on a NATS server with JetStream.
 //!
-//! A call is one message from its publish to its end: the message says how often the call was made and when it is due,
-//! and a retry replaces it in one step. So there is no moment at which a call could be lost; at worst it is made twice.
-//! Calls that come at the same time are one message together, until they end or have to go on by themselves.
-//! What is stored beside it (claims, final states, answers, keys) is written before the message goes, never after.
+//! A call is one message from its publish to its end. The message records the number of attempts and the earliest time
+//! of the next one. A retry replaces the message in one step, so a crash never loses a call; at worst the call is
+//! executed twice. Calls of one function that arrive at the same time share one message (a batch) until they finish or
+//! are split out of it. Claims, final states, responses and idempotency keys are stored before the message is removed,
+//! never after.
 
-mod begun;
-mod bundle;
+mod admin;
+mod api;
+mod batch;
+mod batch_consumer;
+mod batch_state;
+mod batcher;
+mod capacity;
+mod chunked_body;
+mod claims;
+mod consumer;
 mod consumers;
-mod dead;
-mod fill;
+mod dead_letters;
+mod dirty_batches;
+mod failure_counts;
 #[cfg(any(test, fuzzing))]
 pub(crate) mod fuzz;
-mod gather;
-mod idle;
+mod gc;
 mod ids;
 mod lease;
-mod lines;
-mod mend;
+mod lookup;
 mod message;
 mod options;
-mod pace;
-mod parts;
+mod prefetch;
 mod publish;
-mod pull;
-mod roll;
-mod server;
-mod state;
+mod pull_scheduler;
+mod rate;
+mod repair;
 mod streams;
 mod subject;
-mod survey;
-mod taken;
-mod together;
-mod tries;
-mod unpack;
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -43,23 +44,23 @@ use tokio::sync::{Notify, OnceCell, Semaphore};
 
 pub(super) use self::lease::Lease;
 pub use self::options::{Auth, Options};
-pub use self::subject::token;
+pub use self::subject::encode_token;
 
 use crate::function::Function;
 use crate::queue::call::QueuedCall;
-use crate::queue::jetstream::begun::Begun;
+use crate::queue::jetstream::api::{JetStreamApi, NatsError};
+use crate::queue::jetstream::batcher::Batcher;
+use crate::queue::jetstream::capacity::Capacity;
+use crate::queue::jetstream::claims::Claims;
+use crate::queue::jetstream::consumer::Received;
 use crate::queue::jetstream::consumers::Consumers;
-use crate::queue::jetstream::fill::Fill;
-use crate::queue::jetstream::gather::Gather;
-use crate::queue::jetstream::idle::IDLE;
-use crate::queue::jetstream::ids::Keys;
-use crate::queue::jetstream::lines::Lines;
-use crate::queue::jetstream::pull::Arrived;
-use crate::queue::jetstream::roll::Roll;
-use crate::queue::jetstream::server::{Fault, Server};
-use crate::queue::jetstream::subject::Names;
-use crate::queue::jetstream::taken::Taken;
-use crate::queue::jetstream::tries::Tries;
+use crate::queue::jetstream::dirty_batches::DirtyBatches;
+use crate::queue::jetstream::failure_counts::FailureCounts;
+use crate::queue::jetstream::gc::CONSUMER_IDLE_TIMEOUT;
+use crate::queue::jetstream::ids::BatchKeys;
+use crate::queue::jetstream::prefetch::Prefetched;
+use crate::queue::jetstream::pull_scheduler::PullScheduler;
+use crate::queue::jetstream::subject::Subjects;
 use crate::queue::reply_batch::ReplyChannel;
 use crate::queue::status::{CallRecord, Settlement, StoredResponse};
 use crate::queue::tasks::Tasks;
@@ -67,188 +68,192 @@ use crate::queue::{
     CallPage, ChangeOutcome, Delivery, Error, Filter, MemoryPermit, Published, QueueDepth,
 };
 
-/// A publish is answered within this time, one of a large body within the other.
-const PUBLISH: Duration = Duration::from_millis(1900);
-const PUBLISH_LARGE: Duration = Duration::from_secs(60);
-/// The same for a question.
-const QUESTION: Duration = Duration::from_millis(1900);
-/// Between looks for bodies that no call has.
-const TIDY: Duration = Duration::from_secs(3600);
-/// How long the tasks may take to end.
-const STOP: Duration = Duration::from_secs(2);
+/// Time limit of a publish: of a small body, and of a body that needs several messages.
+const PUBLISH_TIMEOUT: Duration = Duration::from_millis(1900);
+const LARGE_PUBLISH_TIMEOUT: Duration = Duration::from_secs(60);
+/// Time limit of a status or result query.
+const QUERY_TIMEOUT: Duration = Duration::from_millis(1900);
+/// Interval between two searches for orphaned bodies.
+const GC_INTERVAL: Duration = Duration::from_secs(3600);
+/// Time that background tasks have to end.
+const STOP_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// The queue. Cheap to clone.
+/// The JetStream backend of the queue. Clones share one connection.
 #[derive(Clone)]
 pub struct JetStream {
     shared: Arc<Shared>,
-    /// Where the thread that publishes much gets its answers.
-    desk: Option<ReplyChannel>,
+    /// Delivers the results of publishes to the thread that waits for them; only threads that publish much have one.
+    reply_channel: Option<ReplyChannel>,
 }
 
 struct Shared {
     options: Options,
-    names: Names,
-    server: Server,
-    lines: Mutex<Lines<Arrived>>,
-    begun: Mutex<Begun>,
-    roll: Roll,
-    /// Where calls come that were asked for.
+    subjects: Subjects,
+    api: JetStreamApi,
+    pull_scheduler: Mutex<PullScheduler<Received>>,
+    prefetched: Mutex<Prefetched>,
+    claims: Claims,
+    /// Subject prefix under which pulled messages arrive.
     inbox: OnceCell<String>,
     consumers: Mutex<Consumers>,
-    gather: Gather,
-    keys: Keys,
-    fill: Fill,
-    taken: Mutex<Taken>,
-    /// How often bodies that are not there were looked for.
-    looks: Tries,
-    /// How often calls have made their worker panic.
-    panics: Tries,
-    /// How the calls of a large queue were counted last.
-    counted: Mutex<Option<survey::Counted>>,
-    /// One who has but a call's id has the server look at every subject: one after the other.
-    searching: Semaphore,
-    /// When functions of other gateways were looked for, and over which connection.
-    looked: Mutex<Option<(Instant, u64)>>,
-    tidied: Mutex<Instant>,
-    tidied_to: Mutex<Option<parts::Body>>,
-    /// Somebody may find a call now.
-    ready: Notify,
+    batcher: Batcher,
+    batch_keys: BatchKeys,
+    capacity: Capacity,
+    dirty_batches: Mutex<DirtyBatches>,
+    /// Number of times a body was not found, by call id.
+    missing_body_counts: FailureCounts,
+    /// Number of panics of the worker, by call id.
+    panic_counts: FailureCounts,
+    /// Last estimate of the counts of a large queue.
+    count_estimate: Mutex<Option<admin::CountEstimate>>,
+    /// Serializes searches by id alone: the server then scans every subject.
+    search_slot: Semaphore,
+    /// Time of the last function discovery, and the connection it used.
+    last_discovery: Mutex<Option<(Instant, u64)>>,
+    last_gc: Mutex<Instant>,
+    gc_cursor: Mutex<Option<chunked_body::StoredBody>>,
+    /// Notified when a call may be available.
+    call_available: Notify,
     tasks: Tasks,
 }
 
 impl JetStream {
-    /// Begins to connect. The server may be away: then the queue comes to life when the server does.
+    /// Starts to connect and returns immediately. While the server is unavailable, operations of the queue fail; they
+    /// work once it is reachable.
     ///
     /// # Errors
-    /// When the options cannot be: a file that is not there, an address that is none.
+    /// When a file of the options cannot be read, or a server address is invalid. The caller should report a
+    /// configuration error.
     pub async fn open(options: Options) -> anyhow::Result<Self> {
         if options.in_memory {
             tracing::warn!(
-                "Queued calls are kept in the memory of NATS: they are lost when its servers end"
+                "Queued calls are stored in the memory of NATS: they are lost when its servers stop"
             );
         }
-        let server = Server::open(&options).await?;
+        let api = JetStreamApi::open(&options).await?;
         let shared = Shared {
-            names: Names::new(&options.queue),
+            subjects: Subjects::new(&options.queue),
             options,
-            server,
-            lines: Mutex::new(Lines::new()),
-            begun: Mutex::default(),
-            roll: Roll::new(),
+            api,
+            pull_scheduler: Mutex::new(PullScheduler::new()),
+            prefetched: Mutex::default(),
+            claims: Claims::new(),
             inbox: OnceCell::new(),
             consumers: Mutex::default(),
-            gather: Gather::new(),
-            keys: Keys::new(),
-            fill: Fill::new(),
-            taken: Mutex::default(),
-            looks: Tries::default(),
-            panics: Tries::default(),
-            counted: Mutex::default(),
-            searching: Semaphore::new(1),
-            looked: Mutex::default(),
-            tidied: Mutex::new(Instant::now()),
-            tidied_to: Mutex::default(),
-            ready: Notify::new(),
+            batcher: Batcher::new(),
+            batch_keys: BatchKeys::new(),
+            capacity: Capacity::new(),
+            dirty_batches: Mutex::default(),
+            missing_body_counts: FailureCounts::default(),
+            panic_counts: FailureCounts::default(),
+            count_estimate: Mutex::default(),
+            search_slot: Semaphore::new(1),
+            last_discovery: Mutex::default(),
+            last_gc: Mutex::new(Instant::now()),
+            gc_cursor: Mutex::default(),
+            call_available: Notify::new(),
             tasks: Tasks::new(),
         };
         let shared = Arc::new(shared);
-        Gather::start(&shared);
-        Ok(Self { shared, desk: None })
+        Batcher::start(&shared);
+        Ok(Self { shared, reply_channel: None })
     }
 
-    /// This queue, for one who publishes much on the current thread and its runtime.
+    /// Returns a handle for a thread that publishes much; must be called on that thread's runtime.
     pub(super) fn for_thread(&self) -> Self {
-        Self { shared: Arc::clone(&self.shared), desk: Some(ReplyChannel::open()) }
+        Self { shared: Arc::clone(&self.shared), reply_channel: Some(ReplyChannel::open()) }
     }
 
-    /// An id by which a call of `function` is found quickly.
+    /// Returns a new call id that contains a hash of `function`, so that a lookup queries few functions.
     pub(super) fn new_call_id(function: &Function) -> String {
-        ids::fresh(function)
+        ids::new_call_id(function)
     }
 
-    /// Ends all that goes on by itself: leases are not extended any more, and what was fetched ahead goes back. What
-    /// was dropped before is given back.
+    /// Stops all background tasks: leases are no longer extended, prefetched calls are nak'ed. Waits until leases that
+    /// were dropped earlier are released.
     pub async fn stop(&self) {
         self.shared.tasks.stop();
-        let ahead = self.shared.lines().clear();
-        let begun = self.shared.begun().clear();
-        drop(begun);
-        let back = async {
-            begun::go_back(&self.shared, ahead).await;
+        let buffered = self.shared.pull_scheduler().drain();
+        let claimed = self.shared.prefetched().drain();
+        drop(claimed);
+        let release = async {
+            prefetch::nak_all(&self.shared, buffered).await;
             self.shared.tasks.wait().await;
-            self.shared.roll.leave(&self.shared).await;
-            // What was not sent by now is found out by the server itself.
-            let _ = self.shared.server.client.flush().await;
+            self.shared.claims.publish_empty(&self.shared).await;
+            // A nak that is not sent by now is replaced by the server's ack timeout.
+            let _ = self.shared.api.client.flush().await;
         };
-        let _ = tokio::time::timeout(STOP, back).await;
+        let _ = tokio::time::timeout(STOP_TIMEOUT, release).await;
     }
 
     pub(super) fn reconnects(&self) -> u64 {
-        self.shared.server.reconnects()
+        self.shared.api.reconnects()
     }
 
-    /// Finds out whether the queue can be used.
+    /// Checks whether the server processes requests, and updates `is_reachable`.
     pub(super) async fn probe(&self) {
         if let Ok(shared) = self.shared.ready().await
-            && let Err(error) = shared.server.look(&shared.names).await
+            && let Err(error) = shared.api.probe(&shared.subjects).await
         {
-            tracing::debug!(%error, "The queue's server does not do what it is asked");
+            tracing::debug!(%error, "The NATS server does not process requests");
         }
     }
 
     pub(super) fn is_reachable(&self) -> bool {
-        self.shared.server.is_of_use()
+        self.shared.api.is_usable()
     }
 
-    /// Removes bodies whose calls are over or never came to be: what a process or a server leaves that is killed. To be
-    /// called every hour or so; a body that is younger than `age` stays. So do consumers that were used within `idle`.
+    /// Removes bodies older than `age` that no call refers to, batch records without a batch, and consumers unused for
+    /// `idle`. They are left behind when a process or a server is killed. Call it about every hour. Returns the number
+    /// of removed bodies.
     ///
     /// # Errors
-    /// When the server does not answer.
-    pub async fn tidy(&self, age: Duration, idle: Duration) -> Result<u64, Error> {
+    /// When the server is unavailable or rejects a request. The next run continues where this one stopped.
+    pub async fn collect_garbage(&self, age: Duration, idle: Duration) -> Result<u64, Error> {
         let shared = self.shared.ready().await?;
-        shared.tidy_records(age).await?;
-        let removed = shared.tidy(age).await?;
-        shared.tidy_consumers(idle).await?;
+        shared.collect_records(age).await?;
+        let removed = shared.collect_bodies(age).await?;
+        shared.collect_consumers(idle).await?;
         Ok(removed)
     }
 
-    /// Counts calls and tidies up when it is time. To be called every second or so.
+    /// Recounts the calls, and collects garbage when that is due. Call it about every second.
     pub async fn sweep_expired(&self) {
-        if let Err(error) = self.shared.count_again().await {
-            tracing::debug!(%error, "The calls cannot be counted");
+        if let Err(error) = self.shared.recount_if_old().await {
+            tracing::debug!(%error, "Cannot count the queued calls");
         }
         {
-            let mut tidied = self.shared.tidied.lock().unwrap_or_else(PoisonError::into_inner);
-            if tidied.elapsed() < TIDY && self.shared.tidied_to().is_none() {
+            let mut last_gc = self.shared.last_gc.lock().unwrap_or_else(PoisonError::into_inner);
+            if last_gc.elapsed() < GC_INTERVAL && self.shared.gc_cursor().is_none() {
                 return;
             }
-            *tidied = Instant::now();
+            *last_gc = Instant::now();
         }
-        match self.tidy(TIDY, IDLE).await {
+        match self.collect_garbage(GC_INTERVAL, CONSUMER_IDLE_TIMEOUT).await {
             Ok(0) => {}
-            Ok(removed) => tracing::info!(removed, "Bodies removed that no call has any more"),
-            Err(error) => tracing::debug!(%error, "The queue cannot be tidied up"),
+            Ok(removed) => tracing::info!(removed, "Removed bodies that no call refers to"),
+            Err(error) => tracing::debug!(%error, "Garbage collection of the queue failed"),
         }
     }
 
-    /// Takes `call` in; its body has `room` until that is done, whoever still waits for it.
+    /// Publishes `call`. `room` accounts for the memory of its body and is held until the publish ends, even if the
+    /// caller no longer waits.
     pub(super) async fn publish(
         &self,
         call: QueuedCall,
         room: Option<MemoryPermit>,
     ) -> Result<Published, Error> {
-        match &self.desk {
+        match &self.reply_channel {
             Some(desk) => {
-                let deadline = self.shared.deadline(&call);
-                within(deadline, self.shared.gather.publish(call, room, desk.clone())).await
+                let deadline = self.shared.publish_timeout(&call);
+                with_timeout(deadline, self.shared.batcher.publish(call, room, desk.clone())).await
             }
-            None => Box::pin(self.shared.publish_in_time(&call)).await,
+            None => Box::pin(self.shared.publish_with_timeout(&call)).await,
         }
     }
 
-    pub(super) async fn receive(&self, places: usize) -> Result<Delivery, Error> {
-        begun::take(&self.shared, places).await
+    pub(super) async fn receive(&self, concurrency: usize) -> Result<Delivery, Error> {
+        prefetch::receive(&self.shared, concurrency).await
     }
 
     pub(super) async fn settle(&self, lease: &Lease, settlement: &Settlement) -> Result<(), Error> {
@@ -256,11 +261,13 @@ impl JetStream {
     }
 
     pub(super) async fn status(&self, id: &str) -> Result<Option<CallRecord>, Error> {
-        within(QUESTION, async { Ok(self.shared.ready().await?.status(id).await?) }).await
+        with_timeout(QUERY_TIMEOUT, async { Ok(self.shared.ready().await?.status(id).await?) })
+            .await
     }
 
     pub(super) async fn result(&self, id: &str) -> Result<Option<StoredResponse>, Error> {
-        within(QUESTION, async { Ok(self.shared.ready().await?.answer(id).await?) }).await
+        with_timeout(QUERY_TIMEOUT, async { Ok(self.shared.ready().await?.result(id).await?) })
+            .await
     }
 
     pub(super) async fn cancel(&self, id: &str) -> Result<ChangeOutcome, Error> {
@@ -268,7 +275,7 @@ impl JetStream {
     }
 
     pub(super) async fn redrive(&self, id: &str) -> Result<ChangeOutcome, Error> {
-        Ok(self.shared.ready().await?.revive(id).await?)
+        Ok(self.shared.ready().await?.redrive(id).await?)
     }
 
     pub(super) async fn list(
@@ -281,7 +288,7 @@ impl JetStream {
     }
 
     pub(super) async fn purge(&self, filter: &Filter) -> Result<u64, Error> {
-        Ok(self.shared.ready().await?.purge_all(filter).await?)
+        Ok(self.shared.ready().await?.purge(filter).await?)
     }
 
     pub(super) async fn depths(&self) -> Result<Vec<(Function, QueueDepth)>, Error> {
@@ -290,53 +297,56 @@ impl JetStream {
 }
 
 impl Shared {
-    fn lines(&self) -> MutexGuard<'_, Lines<Arrived>> {
-        self.lines.lock().unwrap_or_else(PoisonError::into_inner)
+    fn pull_scheduler(&self) -> MutexGuard<'_, PullScheduler<Received>> {
+        self.pull_scheduler.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn begun(&self) -> MutexGuard<'_, Begun> {
-        self.begun.lock().unwrap_or_else(PoisonError::into_inner)
+    fn prefetched(&self) -> MutexGuard<'_, Prefetched> {
+        self.prefetched.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn consumers(&self) -> MutexGuard<'_, Consumers> {
         self.consumers.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// This, once the server is there with all that belongs to the queue.
-    async fn ready(&self) -> Result<&Self, Fault> {
-        match self.server.connected() {
-            Some(connection) if self.server.is_prepared(connection) => Ok(self),
-            // On the heap, here and elsewhere: what is rare makes no room for itself in each call's future, which is
-            // moved about.
-            _ => Box::pin(self.prepare()).await,
+    /// Waits until the server is connected and all streams of the queue exist.
+    async fn ready(&self) -> Result<&Self, NatsError> {
+        match self.api.current_connection() {
+            Some(connection) if self.api.is_initialized(connection) => Ok(self),
+            // Boxed, here and elsewhere: a rare branch must not enlarge the future of every call.
+            _ => Box::pin(self.initialize()).await,
         }
     }
 
-    /// Takes a call in, or says after a while that the server is away.
-    async fn publish_in_time(&self, call: &QueuedCall) -> Result<Published, Error> {
-        within(self.deadline(call), self.publish(call)).await
+    /// Publishes a call; fails with [`Error::Unreachable`] after the time limit.
+    async fn publish_with_timeout(&self, call: &QueuedCall) -> Result<Published, Error> {
+        with_timeout(self.publish_timeout(call), self.publish(call)).await
     }
 
-    fn deadline(&self, call: &QueuedCall) -> Duration {
-        if self.server.fits(0, call.body.len()) { PUBLISH } else { PUBLISH_LARGE }
+    fn publish_timeout(&self, call: &QueuedCall) -> Duration {
+        if self.api.fits_in_payload(0, call.body.len()) {
+            PUBLISH_TIMEOUT
+        } else {
+            LARGE_PUBLISH_TIMEOUT
+        }
     }
 
-    async fn prepare(&self) -> Result<&Self, Fault> {
-        let connection = self.server.connection().await?;
-        if !self.server.is_prepared(connection) {
-            // Several may do this at a time: all that is missing is made once.
-            let last = streams::prepare(&self.server, &self.names, &self.options).await?;
-            self.server.prepared(connection, last);
-            self.consumers().forget(connection);
+    async fn initialize(&self) -> Result<&Self, NatsError> {
+        let connection = self.api.wait_connected().await?;
+        if !self.api.is_initialized(connection) {
+            // Several tasks may run this at the same time: stream creation is idempotent.
+            let last = streams::ensure_streams(&self.api, &self.subjects, &self.options).await?;
+            self.api.mark_initialized(connection, last);
+            self.consumers().reset(connection);
         }
         Ok(self)
     }
 }
 
-fn within<T>(
+fn with_timeout<T>(
     deadline: Duration,
     task: impl Future<Output = Result<T, Error>>,
 ) -> impl Future<Output = Result<T, Error>> {
-    // Not `async`: the future of one would be twice as large.
+    // Not `async`: that would double the size of the future.
     tokio::time::timeout(deadline, task).map(|done| done.unwrap_or(Err(Error::Unreachable)))
 }

@@ -1,5 +1,5 @@
-//! The consumers, one for each function: which of them are there, and how they are made. What the server says of a
-//! consumer beside its name costs it a look at every call, so it is asked for that once.
+//! The consumers, one per function: a cache of the existing ones, and their creation. Reading more than the name of a
+//! consumer makes the server scan every message, so the ack timeout of each is read only once.
 
 use std::collections::HashMap;
 use std::time::{Duration, Instant};
@@ -9,56 +9,56 @@ use async_nats::jetstream::stream::ConsumerErrorKind;
 
 use crate::function::Function;
 use crate::queue::jetstream::Shared;
-use crate::queue::jetstream::server::Fault;
+use crate::queue::jetstream::api::NatsError;
 use crate::queue::jetstream::subject::{self, CALLS};
 
-/// A consumer that was not used for so long may have been removed.
-const BELIEVED: Duration = Duration::from_secs(3600);
-/// That a consumer has been made is said within this time.
-const AT_ONCE: Duration = Duration::from_secs(1);
+/// An entry that was not used for this time is no longer trusted: the consumer may have been garbage collected.
+const CACHE_TTL: Duration = Duration::from_secs(3600);
+/// Time limit for the announcement of a new consumer.
+const SEND_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// What is known of the consumers.
+/// Cache of consumers.
 #[derive(Default)]
 pub(super) struct Consumers {
-    /// Those that are there, as of one connection, when they were used or seen last, and when all were listed.
+    /// Existing consumers as of `connection`, with the time of their last use or listing; time of the last listing.
     connection: u64,
-    there: HashMap<Function, Instant>,
-    listed: Option<Instant>,
-    /// For how long a call is its taker's.
+    last_used: HashMap<Function, Instant>,
+    listed_at: Option<Instant>,
+    /// Ack timeouts of the consumers.
     leases: HashMap<Function, Duration>,
-    /// Since which start of the server they were seen to be right.
-    mended: HashMap<Function, String>,
+    /// Server id (new at each start of the server) for which the consumer was repaired.
+    repaired_on: HashMap<Function, String>,
 }
 
 impl Consumers {
-    /// There is a new connection, perhaps to another server.
-    pub(super) fn forget(&mut self, connection: u64) {
-        (self.connection, self.listed) = (connection, None);
-        self.there.clear();
+    /// Clears the cache for a new connection, which may lead to another server.
+    pub(super) fn reset(&mut self, connection: u64) {
+        (self.connection, self.listed_at) = (connection, None);
+        self.last_used.clear();
     }
 
-    /// Whether a consumer is there, which is used now.
-    fn knows(&mut self, function: &Function) -> bool {
-        let Some(used) = self.there.get_mut(function) else { return false };
-        let believed = used.elapsed() < BELIEVED;
+    /// Returns whether the consumer is cached, and marks it as used.
+    fn contains(&mut self, function: &Function) -> bool {
+        let Some(used) = self.last_used.get_mut(function) else { return false };
+        let believed = used.elapsed() < CACHE_TTL;
         if believed {
             *used = Instant::now();
         }
         believed
     }
 
-    /// It may be gone, or may be another.
-    pub(super) fn doubt(&mut self, function: &Function) {
-        self.there.remove(function);
+    /// Removes a consumer that may have been deleted or replaced.
+    pub(super) fn invalidate(&mut self, function: &Function) {
+        self.last_used.remove(function);
         self.leases.remove(function);
     }
 
-    pub(super) fn is_mended(&self, function: &Function, server: &str) -> bool {
-        self.mended.get(function).is_some_and(|mended| mended == server)
+    pub(super) fn is_repaired(&self, function: &Function, server: &str) -> bool {
+        self.repaired_on.get(function).is_some_and(|repaired| repaired == server)
     }
 
-    pub(super) fn mended(&mut self, function: &Function, server: String) {
-        self.mended.insert(function.clone(), server);
+    pub(super) fn mark_repaired(&mut self, function: &Function, server: String) {
+        self.repaired_on.insert(function.clone(), server);
     }
 
     pub(super) fn lease(&self, function: &Function) -> Option<Duration> {
@@ -67,93 +67,98 @@ impl Consumers {
 }
 
 impl Shared {
-    /// The functions with a consumer, as they were not longer than `age` ago, and whether the server was asked now.
-    pub(super) async fn functions(&self, age: Duration) -> Result<(Vec<Function>, bool), Fault> {
-        let connection = self.ready().await?.server.connection().await?;
+    /// Returns the functions with a consumer, at most `age` old, and whether the server was queried for them.
+    pub(super) async fn functions(
+        &self,
+        age: Duration,
+    ) -> Result<(Vec<Function>, bool), NatsError> {
+        let connection = self.ready().await?.api.wait_connected().await?;
         {
             let consumers = self.consumers();
-            let fresh = consumers.listed.is_some_and(|at| at.elapsed() <= age);
+            let fresh = consumers.listed_at.is_some_and(|at| at.elapsed() <= age);
             if fresh && consumers.connection == connection {
-                return Ok((consumers.there.keys().cloned().collect(), false));
+                return Ok((consumers.last_used.keys().cloned().collect(), false));
             }
         }
-        let names = self.server.names(&self.names.calls).await?;
-        let found: Vec<_> = names.iter().filter_map(|name| subject::consumed(name)).collect();
+        let names = self.api.consumer_names(&self.subjects.calls).await?;
+        let found: Vec<_> =
+            names.iter().filter_map(|name| subject::function_of_consumer(name)).collect();
         let mut consumers = self.consumers();
         if consumers.connection == connection {
             let now = Instant::now();
-            consumers.there = found.iter().map(|function| (function.clone(), now)).collect();
-            consumers.listed = Some(now);
+            consumers.last_used = found.iter().map(|function| (function.clone(), now)).collect();
+            consumers.listed_at = Some(now);
         }
         Ok((found, true))
     }
 
-    /// Sees that there is a consumer for `function`.
-    pub(super) async fn consumer(&self, function: &Function) -> Result<(), Fault> {
-        let known = {
+    /// Ensures that the consumer of `function` exists.
+    pub(super) async fn ensure_consumer(&self, function: &Function) -> Result<(), NatsError> {
+        let cached = {
             let mut consumers = self.consumers();
-            self.server.connected() == Some(consumers.connection) && consumers.knows(function)
+            self.api.current_connection() == Some(consumers.connection)
+                && consumers.contains(function)
         };
-        if known { Ok(()) } else { Box::pin(self.find_consumer(function)).await }
+        if cached { Ok(()) } else { Box::pin(self.find_or_create_consumer(function)).await }
     }
 
-    async fn find_consumer(&self, function: &Function) -> Result<(), Fault> {
+    async fn find_or_create_consumer(&self, function: &Function) -> Result<(), NatsError> {
         if !self.functions(Duration::ZERO).await?.0.contains(function) {
-            let connection = self.server.connection().await?;
-            let made = self.ask_consumer(function).await?;
+            let connection = self.api.wait_connected().await?;
+            let lease = self.create_consumer(function).await?;
             {
                 let mut consumers = self.consumers();
                 if consumers.connection == connection {
-                    consumers.there.insert(function.clone(), Instant::now());
+                    consumers.last_used.insert(function.clone(), Instant::now());
                 }
-                consumers.leases.insert(function.clone(), made);
+                consumers.leases.insert(function.clone(), lease);
             }
-            // Takers that miss it find the consumer when they look around.
-            let name = subject::consumer(function).into();
-            let said = self.server.client.publish(self.names.news(), name);
-            let _ = tokio::time::timeout(AT_ONCE, said).await;
+            // Receivers that miss the announcement find the consumer by discovery.
+            let name = subject::consumer_name(function).into();
+            let sent = self.api.client.publish(self.subjects.new_consumers(), name);
+            let _ = tokio::time::timeout(SEND_TIMEOUT, sent).await;
         }
-        if self.lines().add(function) {
-            self.ready.notify_one();
+        if self.pull_scheduler().add(function) {
+            self.call_available.notify_one();
         }
         Ok(())
     }
 
-    /// Sees that there is a consumer for `function`, and that it is known for how long a call is its taker's.
-    pub(super) async fn lease(&self, function: &Function) -> Result<(), Fault> {
-        self.consumer(function).await?;
+    /// Ensures that the consumer of `function` exists and its ack timeout is known.
+    pub(super) async fn ensure_lease(&self, function: &Function) -> Result<(), NatsError> {
+        self.ensure_consumer(function).await?;
         if self.consumers().lease(function).is_none() {
-            let lease = Box::pin(self.ask_consumer(function)).await?;
+            let lease = Box::pin(self.create_consumer(function)).await?;
             self.consumers().leases.insert(function.clone(), lease);
         }
         Ok(())
     }
 
-    /// The consumer of `function`, made if it is not there: for how long a call is its taker's.
-    async fn ask_consumer(&self, function: &Function) -> Result<Duration, Fault> {
-        let (server, names, lease) = (&self.server, &self.names, self.options.lease);
-        let name = subject::consumer(function);
+    /// Gets or creates the consumer of `function`. Returns its ack timeout.
+    async fn create_consumer(&self, function: &Function) -> Result<Duration, NatsError> {
+        let (api, subjects, lease) = (&self.api, &self.subjects, self.options.lease);
+        let name = subject::consumer_name(function);
         let config = pull::Config {
             durable_name: Some(name.clone()),
-            filter_subject: names.of(CALLS, Some(function)),
+            filter_subject: subjects.of_function(CALLS, Some(function)),
             ack_policy: AckPolicy::Explicit,
             ack_wait: lease,
             max_deliver: -1,
-            // Delayed calls count among these, and must not hold up the others.
+            // Delayed calls are unacknowledged as well, and must not block others.
             max_ack_pending: -1,
             ..pull::Config::default()
         };
-        let stream = server.context.get_stream_no_info(&names.calls).await;
-        let stream = stream.map_err(|_| Fault::Away)?;
-        let made: PullConsumer =
+        let stream = api.context.get_stream_no_info(&subjects.calls).await;
+        let stream = stream.map_err(|_| NatsError::Unavailable)?;
+        let created: PullConsumer =
             stream.get_or_create_consumer(&name, config).await.map_err(|error| {
                 match error.kind() {
                     ConsumerErrorKind::JetStream(error) if error.code() != 503 => {
-                        Fault::Refused(error.error_code().0, error.to_string())
+                        NatsError::Rejected(error.error_code().0, error.to_string())
                     }
-                    _ => Fault::Away,
+                    _ => NatsError::Unavailable,
                 }
             })?;
-        Ok(made.cached_info().config.ack_wait.min(lease))
+        Ok(created.cached_info().config.ack_wait.min(lease))
     }
 }

@@ -1,37 +1,37 @@
-//! What the fuzzer checks of what is stored on JetStream, which other programs can write to.
+//! Fuzz targets for data stored in JetStream, which other programs can write to.
 
 use async_nats::HeaderMap;
 use bytes::{Buf, Bytes};
 
 use crate::queue::call::QueuedCall;
-use crate::queue::jetstream::bundle::{self, Record};
-use crate::queue::jetstream::ids::Key;
-use crate::queue::jetstream::message::{self, Message, together_version};
+use crate::queue::jetstream::batch::{self, BatchRecord};
+use crate::queue::jetstream::ids::BatchKey;
+use crate::queue::jetstream::message::{self, Message, check_batch_version};
 use crate::queue::jetstream::subject;
 
-/// A batch is exactly the calls that its key says, or it is refused.
+/// A decoded batch contains exactly the calls of its key; anything else is rejected.
 pub(crate) fn batch(data: &[u8]) {
     let mut rest = data;
     let Ok(length) = rest.try_get_u32() else { return };
     let Some(first) = rest.get(..length as usize) else { return };
     let Ok(head) = QueuedCall::decode_without_body(first) else { return };
-    let Some(key) = Key::of(&head.id) else { return };
-    let decoded = bundle::decode(Bytes::copy_from_slice(data), &head.function, key);
+    let Some(key) = BatchKey::from_id(&head.id) else { return };
+    let decoded = batch::decode(Bytes::copy_from_slice(data), &head.function, key);
     if let Ok(calls) = decoded {
         assert_eq!(calls.len(), key.count());
-        let again = bundle::decode(bundle::encode(&calls), &head.function, key);
-        assert_eq!(again.ok(), Some(calls));
+        let decoded_again = batch::decode(batch::encode(&calls), &head.function, key);
+        assert_eq!(decoded_again.ok(), Some(calls));
     }
 }
 
-/// A record is written as one that says the same.
+/// A decoded record survives encoding and decoding.
 pub(crate) fn record(data: &[u8]) {
-    let Some(record) = Record::decode(Bytes::copy_from_slice(data)) else { return };
-    record.ends().for_each(drop);
-    assert_eq!(Record::decode(record.encode()), Some(record));
+    let Some(record) = BatchRecord::decode(Bytes::copy_from_slice(data)) else { return };
+    record.final_records().for_each(drop);
+    assert_eq!(BatchRecord::decode(record.encode()), Some(record));
 }
 
-/// Headers of any content are those of a call, or are refused.
+/// Headers of any content are those of a call, or are rejected.
 pub(crate) fn message(data: &[u8]) {
     const NAMES: [&str; 8] = [
         "Gateway-Version",
@@ -50,24 +50,32 @@ pub(crate) fn message(data: &[u8]) {
             headers.insert(name, value);
         }
     }
-    let _ = (together_version(Some(&headers)), message::end(&headers));
-    let _ = message::answer_head(&headers).map(|head| head.with(Bytes::new()));
-    let stored = Message::stored(headers, Bytes::from_static(b"body"));
-    let _ = (stored.parts(), stored.was(), stored.dead_before(), stored.is_taken_back());
+    let _ = (check_batch_version(Some(&headers)), message::parse_final_record(&headers));
+    let _ = message::parse_response_head(&headers).map(|head| head.into_response(Bytes::new()));
+    let stored = Message::from_stored(headers, Bytes::from_static(b"body"));
+    let _ = (
+        stored.chunked_body(),
+        stored.previous_seq(),
+        stored.dead_letter_seq(),
+        stored.is_tombstone(),
+    );
     if let Ok(call) = stored.call() {
-        let _ = (stored.due(&call), stored.status(), stored.running(&call, 1));
+        let _ = (stored.due_at(&call), stored.status(), stored.running_status(&call, 1));
         assert_eq!(Message::new(&call).call().ok(), Some(call));
     }
 }
 
-/// A subject names a call or nothing, and tokens lead back to their texts.
+/// A subject names a call or nothing, and an encoded token can be decoded.
 pub(crate) fn subject(data: &[u8]) {
     let Ok(text) = std::str::from_utf8(data) else { return };
-    let _ = (subject::named(text), subject::calls(text), subject::text(text));
-    if let Some(function) = subject::consumed(text) {
-        assert_eq!(subject::consumed(&subject::consumer(&function)), Some(function));
+    let _ = (subject::parse(text), subject::call_count(text), subject::decode_token(text));
+    if let Some(function) = subject::function_of_consumer(text) {
+        assert_eq!(
+            subject::function_of_consumer(&subject::consumer_name(&function)),
+            Some(function)
+        );
     }
-    let token = subject::token(text);
+    let token = subject::encode_token(text);
     assert!(!token.contains(['.', '*', '>', ' ']));
-    assert_eq!(subject::text(&token).as_deref(), Some(text));
+    assert_eq!(subject::decode_token(&token).as_deref(), Some(text));
 }

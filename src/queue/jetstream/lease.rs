@@ -1,4 +1,4 @@
-//! A call that was taken: it is claimed, kept from others while it runs, and settled.
+//! A delivered call: claimed, kept from other receivers while it is executed, and settled.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU8, Ordering::Relaxed};
@@ -7,112 +7,127 @@ use std::time::{Duration, Instant};
 use async_nats::HeaderMap;
 use bytes::Bytes;
 
-use crate::queue::jetstream::bundle::{Closed, Slot};
-use crate::queue::jetstream::message::{AnswerHead, End, Message, answer_headers, end_headers};
-use crate::queue::jetstream::pull::{Arrived, Origin, PAUSE};
-use crate::queue::jetstream::roll::Roll;
-use crate::queue::jetstream::server::Fault;
-use crate::queue::jetstream::subject::{ANSWERS, CALLS, DEAD, ENDS, Named, token};
-use crate::queue::jetstream::unpack::Bundle;
-use crate::queue::jetstream::{Shared, parts};
+use crate::queue::jetstream::api::NatsError;
+use crate::queue::jetstream::batch::{BatchIndex, Outcome};
+use crate::queue::jetstream::batch_consumer::Batch;
+use crate::queue::jetstream::claims::Claims;
+use crate::queue::jetstream::consumer::{RETRY_INTERVAL, Received, Source};
+use crate::queue::jetstream::message::{
+    FinalRecord, Message, ResponseHead, final_headers, response_headers,
+};
+use crate::queue::jetstream::subject::{
+    CALLS, CallSubject, DEAD_LETTERS, FINAL_RECORDS, RESPONSES, encode_token,
+};
+use crate::queue::jetstream::{Shared, chunked_body};
 use crate::queue::now;
 use crate::queue::status::{CallRecord, Settlement, StoredResponse};
 use crate::queue::{Delivery, Error, LeaseHandle};
 
-/// One who takes a call back is done with that within this time, or has died over it.
-const TAKEN_BACK: Duration = Duration::from_secs(1);
-/// A body that is not there may be so for a moment only: so often it is looked for.
-const LOOKS: u32 = 6;
-/// The pause before a call is made again that made its worker panic; it doubles with each time.
-const AFTER_PANIC: Duration = Duration::from_secs(1);
-/// So often it doubles.
-const DOUBLINGS: u32 = 10;
-/// An answer whose body is no larger is stored with the final state.
-const SMALL: usize = 4096;
+/// Redelivery delay of a call that is being cancelled: by then the cancellation has ended, or its process has died.
+const CANCEL_RECHECK_DELAY: Duration = Duration::from_secs(1);
+/// Maximum number of attempts to find a body; it may be missing only temporarily.
+const MAX_BODY_LOOKUPS: u32 = 6;
+/// Redelivery delay of a call that made its worker panic; it doubles with each panic.
+const PANIC_BACKOFF: Duration = Duration::from_secs(1);
+/// Maximum number of doublings.
+const MAX_PANIC_DOUBLINGS: u32 = 10;
+/// Responses up to this size are stored with the final state.
+const MAX_INLINE_RESPONSE_BYTES: usize = 4096;
 
-/// How far a call has come: it was picked, but nobody has taken it.
-const BEGUN: u8 = 0;
-/// It has a place among those that are made.
-const PLACED: u8 = 1;
-/// It has been made.
-const LEFT: u8 = 2;
+/// Stage of a lease: the call is selected, but no receiver has it.
+const CLAIMED: u8 = 0;
+/// Stage of a lease: the call occupies a concurrency slot.
+const EXECUTING: u8 = 1;
+/// Stage of a lease: the call was executed, and its slot is free.
+const EXECUTED: u8 = 2;
 
-/// A call that was picked, and then taken. It is given back when this is dropped unsettled.
+/// A delivered call that this process holds. Dropping it unsettled returns the call to the queue.
 pub(in crate::queue) struct Lease {
     shared: Arc<Shared>,
-    pub(super) line: usize,
-    pub(super) arrived: Arc<Arrived>,
-    /// What it is known by among those that we have.
-    hold: u64,
+    pub(super) function_index: usize,
+    pub(super) received: Arc<Received>,
+    /// Id of the claim.
+    claim_id: u64,
     stage: AtomicU8,
     settled: AtomicBool,
-    /// Its body is not there any more.
+    /// The body no longer exists.
     body_missing: bool,
-    /// When it is given back: not before so long.
-    delay: Option<Duration>,
+    /// Minimum redelivery delay when the lease is dropped.
+    nak_delay: Option<Duration>,
 }
 
 impl Lease {
-    pub(super) fn new(shared: &Arc<Shared>, line: usize, arrived: Arrived) -> Self {
-        let arrived = Arc::new(arrived);
-        let hold = shared.roll.hold(&arrived);
-        Roll::keep(shared);
-        let (stage, settled) = (AtomicU8::new(BEGUN), AtomicBool::new(false));
-        let (shared, delay) = (Arc::clone(shared), Some(PAUSE));
-        Self { shared, line, arrived, hold, stage, settled, body_missing: false, delay }
+    pub(super) fn new(shared: &Arc<Shared>, function_index: usize, received: Received) -> Self {
+        let received = Arc::new(received);
+        let claim_id = shared.claims.track(&received);
+        Claims::supervise_leases(shared);
+        let (stage, settled) = (AtomicU8::new(CLAIMED), AtomicBool::new(false));
+        let (shared, nak_delay) = (Arc::clone(shared), Some(RETRY_INTERVAL));
+        Self {
+            shared,
+            function_index,
+            received,
+            claim_id,
+            stage,
+            settled,
+            body_missing: false,
+            nak_delay,
+        }
     }
 
-    /// Somebody takes it, and there is a place for it.
-    pub(super) fn placed(&self) {
-        self.stage.store(PLACED, Relaxed);
+    /// Marks the call as executing, in a concurrency slot.
+    pub(super) fn start_executing(&self) {
+        self.stage.store(EXECUTING, Relaxed);
     }
 
-    /// Its place is free.
+    /// Releases the concurrency slot, if the call has one.
     pub(in crate::queue) fn release_slot(&self) {
-        let left = self.stage.compare_exchange(PLACED, LEFT, Relaxed, Relaxed);
-        if left.is_ok() {
-            self.shared.lines().leaves(self.line);
-            self.shared.ready.notify_one();
+        let released = self.stage.compare_exchange(EXECUTING, EXECUTED, Relaxed, Relaxed);
+        if released.is_ok() {
+            self.shared.pull_scheduler().release_slot(self.function_index);
+            self.shared.call_available.notify_one();
         }
     }
 
-    /// The call, once it is claimed; `None` if it is not to be made, or not now.
-    pub(super) async fn begin(mut self) -> Result<Option<Delivery>, Fault> {
+    /// Claims the call. Returns `None` if it must not be executed, or not now.
+    pub(super) async fn claim(mut self) -> Result<Option<Delivery>, NatsError> {
         let shared = Arc::clone(&self.shared);
-        // It was settled, but whoever did so died before its message was gone, or the server did.
-        let suspect = self.arrived.came_before() || shared.server.was_found(self.arrived.sequence);
-        if suspect && Box::pin(self.is_over()).await? {
-            if let Origin::Among(bundle, slot) = &self.arrived.origin {
-                bundle.close(&shared, *slot, Closed::Moved, true).await?;
+        // The call may be settled, while its message exists because the settling process or the server died.
+        let suspect =
+            self.received.is_redelivered() || shared.api.predates_restart(self.received.sequence);
+        if suspect && Box::pin(self.is_finished()).await? {
+            if let Source::InBatch(batch, index) = &self.received.source {
+                batch.record_outcome(&shared, *index, Outcome::Splitting, true).await?;
             }
-            self.done().await;
+            self.finish().await;
             return Ok(None);
         }
-        if self.arrived.message.is_taken_back() {
-            let Arrived { call, message, sequence, .. } = &*self.arrived;
-            let named = Named { function: call.function.clone(), id: call.id.clone() };
-            Box::pin(shared.finish_off(&named, message, *sequence)).await?;
-            self.done().await;
+        if self.received.message.is_tombstone() {
+            let Received { call, message, sequence, .. } = &*self.received;
+            let call_subject = CallSubject { function: call.function.clone(), id: call.id.clone() };
+            Box::pin(shared.complete_cancel(&call_subject, message, *sequence)).await?;
+            self.finish().await;
             return Ok(None);
         }
-        let mut call = self.arrived.call.clone();
-        if let Some(parts) = self.arrived.message.parts() {
-            let body = Box::pin(parts::load(&shared.server, &shared.names, &parts)).await?;
+        let mut call = self.received.call.clone();
+        if let Some(chunked_body) = self.received.message.chunked_body() {
+            let body =
+                Box::pin(chunked_body::load(&shared.api, &shared.subjects, &chunked_body)).await?;
             if let Some(body) = body {
-                shared.looks.forget(&call.id);
+                shared.missing_body_counts.reset(&call.id);
                 call.body = body;
-            } else if self.is_lost().await? {
+            } else if self.is_body_lost().await? {
                 self.body_missing = true;
             } else {
                 return Ok(None);
             }
         }
-        if !shared.roll.claim(&shared, self.hold).await? {
-            self.delay = Some(TAKEN_BACK);
+        if !shared.claims.claim(&shared, self.claim_id).await? {
+            self.nak_delay = Some(CANCEL_RECHECK_DELAY);
             return Ok(None);
         }
-        self.delay = None;
-        let attempts = self.arrived.message.progress().map_or(0, |status| status.attempts);
+        self.nak_delay = None;
+        let attempts = self.received.message.stored_status().map_or(0, |status| status.attempts);
         Ok(Some(Delivery {
             call,
             attempts,
@@ -121,19 +136,19 @@ impl Lease {
         }))
     }
 
-    /// Whether the call's body, which is not there, was looked for often enough. If not, it is looked for again later.
-    async fn is_lost(&mut self) -> Result<bool, Fault> {
-        let Arrived { call, .. } = &*self.arrived;
-        let (call_id, function, looks) =
-            (&call.id, &call.function, self.shared.looks.count(&call.id));
-        if looks < LOOKS {
-            tracing::warn!(call_id, %function, looks, "The body of a queued call is not there");
-            self.delay = Some(self.shared.options.lease / 3);
+    /// Returns whether the missing body was looked up often enough. If not, the call is redelivered later.
+    async fn is_body_lost(&mut self) -> Result<bool, NatsError> {
+        let Received { call, .. } = &*self.received;
+        let (call_id, function, lookups) =
+            (&call.id, &call.function, self.shared.missing_body_counts.increment(&call.id));
+        if lookups < MAX_BODY_LOOKUPS {
+            tracing::warn!(call_id, %function, lookups, "The body of a queued call is missing");
+            self.nak_delay = Some(self.shared.options.lease / 3);
             return Ok(false);
         }
-        // Whoever has made it meanwhile has removed the body.
-        if Box::pin(self.is_over()).await? {
-            self.done().await;
+        // The process that executed the call in the meantime has removed the body.
+        if Box::pin(self.is_finished()).await? {
+            self.finish().await;
             return Ok(false);
         }
         tracing::error!(call_id, %function, "The body of a queued call is lost");
@@ -141,181 +156,198 @@ impl Lease {
     }
 
     fn subject(&self, root: &str) -> String {
-        let call = &self.arrived.call;
-        self.shared.names.call(root, &call.function, &call.id)
+        let call = &self.received.call;
+        self.shared.subjects.call(root, &call.function, &call.id)
     }
 
-    /// Whether the message's call has a final state, or a message of its own where this one has several.
-    async fn is_over(&self) -> Result<bool, Fault> {
-        let call = &self.arrived.call;
-        match &self.arrived.origin {
-            Origin::Alone(_) => {
-                self.shared.is_over(&call.function, &call.id, self.arrived.sequence).await
+    /// Returns whether the call has a final state; for a call in a batch, whether it has its own message or a final
+    /// state.
+    async fn is_finished(&self) -> Result<bool, NatsError> {
+        let call = &self.received.call;
+        match &self.received.source {
+            Source::Single(_) => {
+                self.shared.is_finished(&call.function, &call.id, self.received.sequence).await
             }
-            Origin::Among(..) => self.shared.has_trace(call).await,
+            Source::InBatch(..) => self.shared.exists_elsewhere(call).await,
         }
     }
 
-    /// The call's status while it is made.
-    fn status(&self) -> CallRecord {
-        let since = self.shared.roll.since(self.hold).unwrap_or_else(now);
-        let status = self.arrived.message.running(&self.arrived.call, since);
-        // One that is lost is not made once more.
+    /// Returns the state of the call while it is executed.
+    fn running_status(&self) -> CallRecord {
+        let since = self.shared.claims.claimed_at(self.claim_id).unwrap_or_else(now);
+        let status = self.received.message.running_status(&self.received.call, since);
+        // A call without its body is not executed.
         CallRecord { attempts: status.attempts - u32::from(self.body_missing), ..status }
     }
 
-    /// Settles the call. While the server is away this waits as long as the call is ours: a settlement that is lost
-    /// has the call made again.
+    /// Settles the call. While the server is unavailable, retries for the time of the lease: if the settlement is lost,
+    /// the call is executed again.
+    ///
+    /// # Errors
+    /// [`Error::Gone`] when the call is already settled, [`Error::Unreachable`] when the server stays unavailable. The call
+    /// may be executed again then.
     pub(super) async fn settle(&self, settlement: &Settlement) -> Result<(), Error> {
         if self.settled.load(Relaxed) {
             return Err(Error::Gone);
         }
-        let status = self.status().settled(settlement, now());
-        let patience = self.arrived.lease.max(Duration::from_secs(5));
+        let status = self.running_status().settled(settlement, now());
+        let patience = self.received.lease.max(Duration::from_secs(5));
         let start = Instant::now();
         loop {
-            match Box::pin(self.store(&status, settlement)).await {
+            match Box::pin(self.store_settlement(&status, settlement)).await {
                 Ok(()) => return Ok(()),
-                Err(fault) => {
-                    let error = Error::from(fault);
+                Err(error) => {
+                    let error = Error::from(error);
                     if error != Error::Unreachable || start.elapsed() > patience {
                         return Err(error);
                     }
-                    tokio::time::sleep(PAUSE).await;
+                    tokio::time::sleep(RETRY_INTERVAL).await;
                 }
             }
         }
     }
 
-    /// Each step may be done twice; none but the last makes the call's message go.
-    async fn store(&self, status: &CallRecord, settlement: &Settlement) -> Result<(), Fault> {
-        let (shared, arrived) = (&self.shared, &self.arrived);
+    /// Stores a settlement. Each step may be repeated; only the last one removes the message of the call.
+    async fn store_settlement(
+        &self,
+        status: &CallRecord,
+        settlement: &Settlement,
+    ) -> Result<(), NatsError> {
+        let (shared, received) = (&self.shared, &self.received);
         shared.ready().await?;
-        let (server, sequence, message) = (&shared.server, arrived.sequence, &arrived.message);
-        if let Origin::Among(bundle, slot) = &arrived.origin {
-            let slot = *slot;
-            return self.store_among(bundle, slot, status, settlement).await;
+        let (api, sequence, message) = (&shared.api, received.sequence, &received.message);
+        if let Source::InBatch(batch, index) = &received.source {
+            let index = *index;
+            return self.store_in_batch(batch, index, status, settlement).await;
         }
         match settlement {
-            Settlement::Finished { response: answer, .. } => {
-                self.end(status, answer.as_ref()).await?
+            Settlement::Finished { response, .. } => {
+                self.store_final_record(status, response.as_ref()).await?
             }
-            Settlement::DeadLetter { response: answer, .. } => {
-                Box::pin(shared.store_answer(&arrived.call.id, answer.as_ref())).await?;
-                let headers = message.progressed(status, sequence);
-                server.put(self.subject(DEAD), headers, message.body.clone(), None).await?;
+            Settlement::DeadLetter { response, .. } => {
+                Box::pin(shared.store_response(&received.call.id, response.as_ref())).await?;
+                let headers = message.with_status(status, sequence);
+                api.publish(self.subject(DEAD_LETTERS), headers, message.body.clone(), None)
+                    .await?;
             }
             Settlement::Retry { .. } => {
-                let headers = message.progressed(status, sequence);
+                let headers = message.with_status(status, sequence);
                 let (subject, body) = (self.subject(CALLS), message.body.clone());
-                match server.put(subject, headers, body, Some(sequence)).await {
-                    // Done before, or the call is somebody else's by now.
-                    Err(fault) if !fault.is_conflict() => return Err(fault),
+                match api.publish(subject, headers, body, Some(sequence)).await {
+                    // A conflict means that this was done before, or that another process holds the call now.
+                    Err(error) if !error.is_conflict() => return Err(error),
                     _ => {}
                 }
             }
         }
         if !matches!(settlement, Settlement::Retry { .. })
-            && let Some(key) = &arrived.call.options.idempotency_key
+            && let Some(key) = &received.call.options.idempotency_key
         {
-            let call = &arrived.call;
-            Box::pin(shared.remember(key, &call.function, &call.id)).await?;
+            let call = &received.call;
+            Box::pin(shared.store_idempotency(key, &call.function, &call.id)).await?;
         }
-        self.done().await;
+        self.finish().await;
         if matches!(settlement, Settlement::Finished { .. })
-            && let Some(parts) = message.parts()
+            && let Some(chunked_body) = message.chunked_body()
         {
-            Box::pin(shared.forget_parts(Some(&parts))).await;
+            Box::pin(shared.remove_body(Some(&chunked_body))).await;
         }
         Ok(())
     }
 
-    /// The same for a call whose message has others.
-    async fn store_among(
+    /// Stores the settlement of a call in a batch.
+    async fn store_in_batch(
         &self,
-        bundle: &Arc<Bundle>,
-        slot: Slot,
+        batch: &Arc<Batch>,
+        index: BatchIndex,
         status: &CallRecord,
         settlement: &Settlement,
-    ) -> Result<(), Fault> {
-        let (shared, Arrived { call, sequence, .. }) = (&self.shared, &*self.arrived);
+    ) -> Result<(), NatsError> {
+        let (shared, Received { call, sequence, .. }) = (&self.shared, &*self.received);
         match settlement {
-            Settlement::Finished { response: answer, .. } => {
-                let answer = answer.as_ref();
-                if !answer.is_none_or(Closed::holds) {
-                    shared.store_answer(&call.id, answer).await?;
+            Settlement::Finished { response, .. } => {
+                let response = response.as_ref();
+                if !response.is_none_or(Outcome::fits_inline) {
+                    shared.store_response(&call.id, response).await?;
                 }
-                let closed = Closed::ended(*sequence, status.clone(), answer);
-                // Whoever has noted something else has made it as well.
-                bundle.close(shared, slot, closed, false).await?;
+                let outcome = Outcome::finished(*sequence, status.clone(), response);
+                // A process that has recorded something else has executed the call as well.
+                batch.record_outcome(shared, index, outcome, false).await?;
             }
             Settlement::Retry { .. } => {
-                let headers = Message::new(call).progressed(status, *sequence);
-                bundle.move_out(shared, call, slot, headers).await?;
+                let headers = Message::new(call).with_status(status, *sequence);
+                batch.split_out(shared, call, index, headers).await?;
             }
-            Settlement::DeadLetter { response: answer, .. } => {
-                shared.store_answer(&call.id, answer.as_ref()).await?;
-                if bundle.close(shared, slot, Closed::Moved, true).await? {
-                    // It was no message of its own that could be there still.
-                    let headers = Message::new(call).progressed(status, 0);
-                    shared.server.put(self.subject(DEAD), headers, call.body.clone(), None).await?;
-                    bundle.placed(shared, slot);
+            Settlement::DeadLetter { response, .. } => {
+                shared.store_response(&call.id, response.as_ref()).await?;
+                if batch.record_outcome(shared, index, Outcome::Splitting, true).await? {
+                    // The call had no message of its own that could still exist.
+                    let headers = Message::new(call).with_status(status, 0);
+                    shared
+                        .api
+                        .publish(self.subject(DEAD_LETTERS), headers, call.body.clone(), None)
+                        .await?;
+                    batch.mark_split(shared, index);
                 }
             }
         }
-        self.done().await;
+        self.finish().await;
         Ok(())
     }
 
-    /// Stores the final state, with the answer in it if that is small.
-    async fn end(&self, status: &CallRecord, answer: Option<&StoredResponse>) -> Result<(), Fault> {
-        let (shared, arrived) = (&self.shared, &self.arrived);
-        let small = answer.filter(|answer| answer.body.len() <= SMALL);
+    /// Stores the final state, with the response in it if that is small.
+    async fn store_final_record(
+        &self,
+        status: &CallRecord,
+        response: Option<&StoredResponse>,
+    ) -> Result<(), NatsError> {
+        let (shared, received) = (&self.shared, &self.received);
+        let small = response.filter(|response| response.body.len() <= MAX_INLINE_RESPONSE_BYTES);
         if small.is_none() {
-            Box::pin(shared.store_answer(&arrived.call.id, answer)).await?;
+            Box::pin(shared.store_response(&received.call.id, response)).await?;
         }
-        let end = End {
-            sequence: arrived.sequence,
+        let final_record = FinalRecord {
+            sequence: received.sequence,
             status: status.clone(),
-            answer: small.map(|answer| AnswerHead::of(answer, 0)),
+            response: small.map(|response| ResponseHead::new(response, 0)),
         };
-        let body = small.map_or_else(Bytes::new, |answer| answer.body.clone());
-        let subject = self.subject(ENDS);
-        shared.server.put(subject, end_headers(&end), body, None).await?;
-        match arrived.message.dead_before() {
-            Some(number) => {
-                Box::pin(shared.server.delete(&shared.names.dead, number)).await.map(drop)
+        let body = small.map_or_else(Bytes::new, |response| response.body.clone());
+        let subject = self.subject(FINAL_RECORDS);
+        shared.api.publish(subject, final_headers(&final_record), body, None).await?;
+        match received.message.dead_letter_seq() {
+            Some(chunk) => {
+                Box::pin(shared.api.delete(&shared.subjects.dead_letters, chunk)).await.map(drop)
             }
             None => Ok(()),
         }
     }
 
-    /// Has the message removed. Whoever is given it again, should this be lost, sees that it is over.
-    async fn done(&self) {
+    /// Acknowledges the message. If the ack is lost, the next receiver finds the call finished.
+    async fn finish(&self) {
         self.settled.store(true, Relaxed);
-        self.shared.roll.release(&self.shared, self.hold, true);
-        self.arrived.over(&self.shared).await;
+        self.shared.claims.untrack(&self.shared, self.claim_id, true);
+        self.received.finish(&self.shared).await;
     }
 }
 
 impl Shared {
-    /// Stores `response`, or forgets the one that was there.
-    pub(super) async fn store_answer(
+    /// Stores a response, in several messages if it is large.
+    pub(super) async fn store_response(
         &self,
         id: &str,
-        answer: Option<&StoredResponse>,
-    ) -> Result<(), Fault> {
-        let Some(answer) = answer else { return Ok(()) };
-        let size = self.server.client.max_payload() / 2;
-        let count = answer.body.len().div_ceil(size.max(1)).max(1);
-        // The first part comes last: it says that the others are there.
-        for number in (0..count).rev() {
-            let piece =
-                answer.body.len().min(number * size)..answer.body.len().min((number + 1) * size);
+        response: Option<&StoredResponse>,
+    ) -> Result<(), NatsError> {
+        let Some(response) = response else { return Ok(()) };
+        let size = self.api.client.max_payload() / 2;
+        let count = response.body.len().div_ceil(size.max(1)).max(1);
+        // The first chunk is written last: it marks the response as complete.
+        for chunk in (0..count).rev() {
+            let range =
+                response.body.len().min(chunk * size)..response.body.len().min((chunk + 1) * size);
             let headers =
-                if number == 0 { answer_headers(answer, count) } else { HeaderMap::new() };
-            let subject = self.names.part(ANSWERS, &token(id), number);
-            self.server.put(subject, headers, answer.body.slice(piece), None).await?;
+                if chunk == 0 { response_headers(response, count) } else { HeaderMap::new() };
+            let subject = self.subjects.chunk(RESPONSES, &encode_token(id), chunk);
+            self.api.publish(subject, headers, response.body.slice(range), None).await?;
         }
         Ok(())
     }
@@ -324,28 +356,32 @@ impl Shared {
 impl Drop for Lease {
     fn drop(&mut self) {
         let settled = self.settled.load(Relaxed);
-        self.shared.roll.release(&self.shared, self.hold, settled);
-        if self.stage.load(Relaxed) == BEGUN {
-            self.shared.lines().unpick(self.line);
-            self.shared.ready.notify_one();
+        self.shared.claims.untrack(&self.shared, self.claim_id, settled);
+        if self.stage.load(Relaxed) == CLAIMED {
+            self.shared.pull_scheduler().deselect(self.function_index);
+            self.shared.call_available.notify_one();
         }
         self.release_slot();
         if settled {
             return;
         }
-        let (shared, arrived) = (Arc::clone(&self.shared), Arc::clone(&self.arrived));
-        let delay = match std::thread::panicking() {
+        let (shared, received) = (Arc::clone(&self.shared), Arc::clone(&self.received));
+        let nak_delay = match std::thread::panicking() {
             true => Some(
-                AFTER_PANIC * (1 << (shared.panics.count(&arrived.call.id) - 1).min(DOUBLINGS)),
+                PANIC_BACKOFF
+                    * (1 << (shared.panic_counts.increment(&received.call.id) - 1)
+                        .min(MAX_PANIC_DOUBLINGS)),
             ),
-            false => self.delay,
+            false => self.nak_delay,
         };
-        self.shared.tasks.spawn_to_completion(async move { arrived.not_now(&shared, delay).await });
+        self.shared
+            .tasks
+            .spawn_to_completion(async move { received.nak(&shared, nak_delay).await });
     }
 }
 
 impl std::fmt::Debug for Lease {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_tuple("Lease").field(&self.arrived.sequence).finish()
+        f.debug_tuple("Lease").field(&self.received.sequence).finish()
     }
 }

@@ -1,4 +1,4 @@
-//! Where the server is, and how one is let in.
+//! Options of the connection to NATS and of the queue.
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -8,57 +8,58 @@ use async_nats::ConnectOptions;
 
 use crate::queue::embedded::Limits;
 
-/// A server with the first version that does all that is asked of it here.
-pub(super) const OLDEST: (i64, i64, i64) = (2, 9, 0);
-/// How soon after a lost connection the next attempt is, and at the latest.
-const AGAIN: (Duration, Duration) = (Duration::from_millis(50), Duration::from_millis(500));
-/// A server that says nothing for so long is gone.
-const PING: Duration = Duration::from_secs(10);
+/// Minimum version of the server.
+pub(super) const MIN_VERSION: (i64, i64, i64) = (2, 9, 0);
+/// First and maximum delay of a reconnect.
+const RECONNECT_DELAY_RANGE: (Duration, Duration) =
+    (Duration::from_millis(50), Duration::from_millis(500));
+/// Interval of pings; a server that does not respond to them is considered gone.
+const PING_INTERVAL: Duration = Duration::from_secs(10);
 
-/// What is needed to keep a queue on a server.
+/// Options of a queue on a NATS server.
 #[derive(Clone, Debug)]
 pub struct Options {
-    /// `nats://host:port` or `tls://host:port`; any of a cluster.
+    /// `nats://host:port` or `tls://host:port`; any servers of a cluster.
     pub servers: Vec<String>,
     pub auth: Auth,
-    /// Nothing goes over the connection before TLS does.
+    /// Requires TLS from the start of the connection.
     pub tls: bool,
-    /// PEM file of the authorities that are trusted; without it those of the system.
+    /// PEM file of the trusted authorities; defaults to those of the system.
     pub root_ca: Option<PathBuf>,
-    /// What the server's operator sees this client as.
+    /// Name of this client in the server's monitoring.
     pub name: String,
-    /// The queue's name, part of the names of its streams.
+    /// Name of the queue, part of the names of its streams.
     pub queue: String,
-    /// How many servers of a cluster keep each call.
+    /// Number of servers in a cluster that store each call.
     pub replicas: usize,
-    /// They keep it in memory: it is gone when all of them have ended.
+    /// Stores the queue in memory: it is lost when all its servers have stopped.
     pub in_memory: bool,
-    /// A call whose taker has not been heard of for so long is taken again.
+    /// Time without a sign of life from a receiver, after which its calls are redelivered.
     pub lease: Duration,
     pub limits: Limits,
 }
 
-/// Who one is to the server.
+/// Credentials for the server.
 #[derive(Clone, Default)]
 pub enum Auth {
     #[default]
-    Nobody,
+    Anonymous,
     Password {
         user: String,
         password: String,
     },
     Token(String),
-    /// A file with the seed of an nkey.
+    /// File with the seed of an nkey.
     NkeySeed(PathBuf),
-    /// A file with a JWT and the seed to it, as `nsc` writes it.
+    /// File with a JWT and its seed, as written by `nsc`.
     Credentials(PathBuf),
 }
 
 impl std::fmt::Debug for Auth {
-    /// Without the secret.
+    /// Omits the secrets.
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str(match self {
-            Self::Nobody => "Nobody",
+            Self::Anonymous => "Nobody",
             Self::Password { .. } => "Password",
             Self::Token(_) => "Token",
             Self::NkeySeed(_) => "NkeySeed",
@@ -68,14 +69,14 @@ impl std::fmt::Debug for Auth {
 }
 
 impl Options {
-    /// How to connect: for ever anew, and without waiting for the first time.
+    /// Returns connect options that reconnect without limit, and do not wait for the first connection.
     ///
     /// # Errors
-    /// When a file cannot be read or is not what it should be.
+    /// When a file cannot be read or has invalid content. The caller should report a configuration error.
     pub async fn connect_options(&self) -> anyhow::Result<ConnectOptions> {
         let options = ConnectOptions::new();
         let options = match &self.auth {
-            Auth::Nobody => options,
+            Auth::Anonymous => options,
             Auth::Password { user, password } => {
                 options.user_and_password(user.clone(), password.clone())
             }
@@ -92,18 +93,18 @@ impl Options {
         };
         let options = match &self.root_ca {
             Some(file) => {
-                // It is read at each connection; that it is missing is said now.
+                // The file is read at each connection; this reports a missing file at startup.
                 let read = tokio::fs::read(file).await;
                 read.with_context(|| format!("cannot read {}", file.display()))?;
                 options.add_root_certificates(file.clone())
             }
             None => options,
         };
-        let (first, last) = AGAIN;
+        let (first, last) = RECONNECT_DELAY_RANGE;
         Ok(options
             .name(&self.name)
             .require_tls(self.tls)
-            .ping_interval(PING)
+            .ping_interval(PING_INTERVAL)
             .connection_timeout(Duration::from_secs(2))
             .retry_on_initial_connect()
             .max_reconnects(None)

@@ -1,155 +1,168 @@
-//! How a call is taken in: once, whoever tries again.
+//! Publishes a call exactly once, even if the client retries.
 
 use async_nats::HeaderMap;
 use bytes::Bytes;
 
 use crate::function::Function;
 use crate::queue::call::QueuedCall;
-use crate::queue::jetstream::message::{Message, Parts};
-use crate::queue::jetstream::server::Fault;
-use crate::queue::jetstream::subject::{CALLS, Names, consumed, consumer};
-use crate::queue::jetstream::{JetStream, Shared, parts};
+use crate::queue::jetstream::api::NatsError;
+use crate::queue::jetstream::message::{ChunkedBody, Message};
+use crate::queue::jetstream::subject::{CALLS, Subjects, consumer_name, function_of_consumer};
+use crate::queue::jetstream::{JetStream, Shared, chunked_body};
 use crate::queue::{Error, Published};
 
-/// The server takes 64 KiB of headers, and what is noted of a call later goes there as well.
-const MAX_HEAD: usize = 62 << 10;
+/// Maximum size of the headers. The server allows 64 KiB, and later updates of the call add to them.
+const MAX_HEAD_BYTES: usize = 62 << 10;
 
-/// What is noted of a key.
+/// Entry of an idempotency key.
 #[derive(Debug, Default)]
-struct Keyed {
-    /// The call that it stands for. One that was purged is none.
+struct IdempotencyEntry {
+    /// Id of the call; `None` if that was purged.
     id: Option<String>,
-    /// The number of the note; none is 0.
-    note: u64,
+    /// Sequence of the entry; 0 if there is none.
+    revision: u64,
 }
 
-/// Whose call a key stands for, as its consumer is named.
-const FUNCTION: &str = "Gateway-Function";
+/// Function of the call, as the name of its consumer.
+const FUNCTION_HEADER: &str = "Gateway-Function";
 
 impl Shared {
-    /// Takes `call` in.
+    /// Publishes `call`.
+    ///
+    /// # Errors
+    /// [`Error::Full`] without capacity, [`Error::HeadTooLarge`] and [`Error::TooLarge`] for calls beyond the server's
+    /// limits, [`Error::Unreachable`] when the server does not respond: then the call may be stored all the same, and a retry
+    /// with the same id or key is safe.
     pub(super) async fn publish(&self, call: &QueuedCall) -> Result<Published, Error> {
         self.ready().await?;
         let (id, key) = (&call.id, call.options.idempotency_key.as_deref());
-        let keyed = match key {
-            Some(key) => Box::pin(self.keyed(key)).await?,
-            None => Keyed::default(),
+        let entry = match key {
+            Some(key) => Box::pin(self.lookup_idempotency(key)).await?,
+            None => IdempotencyEntry::default(),
         };
-        if let Some(id) = keyed.id {
+        if let Some(id) = entry.id {
             return Ok(Published { id, duplicate: true });
         }
         if call.options.chosen_id {
-            match Box::pin(self.repeats(call)).await? {
+            match Box::pin(self.is_duplicate(call)).await? {
                 Some(true) => return Ok(Published { id: id.clone(), duplicate: true }),
-                Some(false) => return self.publish_renamed(call).await,
+                Some(false) => return self.publish_with_new_id(call).await,
                 None => {}
             }
         }
-        let _taken = self.make_room(1).await?;
-        // First the consumer: without one, nobody would look for the call.
-        self.consumer(&call.function).await?;
+        let _permit = self.reserve(1).await?;
+        // The consumer must exist first: without it no worker would pull the call.
+        self.ensure_consumer(&call.function).await?;
         let mut message = Message::new(call);
-        if message.head() > MAX_HEAD {
-            return Err(Error::HeadTooLarge(MAX_HEAD));
+        if message.head_size() > MAX_HEAD_BYTES {
+            return Err(Error::HeadTooLarge(MAX_HEAD_BYTES));
         }
-        if !self.server.fits(message.head(), call.body.len()) {
-            let parts = parts::store(&self.server, &self.names, id, &call.body);
-            let parts = Box::pin(parts).await?;
-            message = message.with_parts(&parts);
+        if !self.api.fits_in_payload(message.head_size(), call.body.len()) {
+            let body = chunked_body::store(&self.api, &self.subjects, id, &call.body);
+            let body = Box::pin(body).await?;
+            message = message.with_chunked_body(&body);
         }
-        let first = match self.store(call, &message, keyed.note).await {
-            Ok(first) => first,
-            // The message may be there all the same: then its parts are needed.
-            Err(Fault::Away) => return Err(Error::Unreachable),
-            Err(fault) => {
-                Box::pin(self.forget_parts(message.parts().as_ref())).await;
-                return Err(match fault {
-                    Fault::TooLarge => Error::TooLarge(call.body.len()),
-                    fault => fault.into(),
+        let original_id = match self.store_call(call, &message, entry.revision).await {
+            Ok(original_id) => original_id,
+            // The message may be stored nevertheless, and need its chunks.
+            Err(NatsError::Unavailable) => return Err(Error::Unreachable),
+            Err(error) => {
+                Box::pin(self.remove_body(message.chunked_body().as_ref())).await;
+                return Err(match error {
+                    NatsError::TooLarge => Error::TooLarge(call.body.len()),
+                    error => error.into(),
                 });
             }
         };
-        if first.is_some() {
-            Box::pin(self.forget_parts(message.parts().as_ref())).await;
-            // Another call under the same id may have come at the same moment.
-            if first.as_ref() == Some(id) && Box::pin(self.repeats(call)).await? == Some(false) {
-                return self.publish_renamed(call).await;
+        if original_id.is_some() {
+            Box::pin(self.remove_body(message.chunked_body().as_ref())).await;
+            // A different call with the same id may have been published at the same moment.
+            if original_id.as_ref() == Some(id)
+                && Box::pin(self.is_duplicate(call)).await? == Some(false)
+            {
+                return self.publish_with_new_id(call).await;
             }
         }
-        let repeated = first.is_some();
-        let published = Published { id: first.unwrap_or_else(|| id.clone()), duplicate: repeated };
+        let duplicate = original_id.is_some();
+        let published = Published { id: original_id.unwrap_or_else(|| id.clone()), duplicate };
         if let Some(key) = key {
-            let remembered = self.remember_over(key, &call.function, &published.id, keyed.note);
-            Box::pin(remembered).await?;
+            let stored =
+                self.store_idempotency_over(key, &call.function, &published.id, entry.revision);
+            Box::pin(stored).await?;
         }
         Ok(published)
     }
 
-    /// Whether the call under the same id is this one once more; `None` if there is no such call. It is looked for where
-    /// it would be: an id that was chosen says nothing of its function, and two functions may have one under the same.
-    async fn repeats(&self, call: &QueuedCall) -> Result<Option<bool>, Fault> {
+    /// Returns whether a call with the same id is a duplicate of this one, or `None` if there is no such call. Only the
+    /// calls of its function are searched: two functions may have calls with the same chosen id.
+    async fn is_duplicate(&self, call: &QueuedCall) -> Result<Option<bool>, NatsError> {
         let found = self.find_in(Some(&call.function), &call.id).await?;
         let (function, digest) = (call.function.to_string(), call.options.digest.as_deref());
-        Ok(found
-            .map(|first| first.status().is_some_and(|first| first.is_same_call(&function, digest))))
+        Ok(found.map(|original_id| {
+            original_id
+                .status()
+                .is_some_and(|original_id| original_id.is_same_call(&function, digest))
+        }))
     }
 
-    /// Takes another call under a known id in, under one of its own.
-    async fn publish_renamed(&self, call: &QueuedCall) -> Result<Published, Error> {
+    /// Publishes a call whose id is already used by a different call, under a new id.
+    async fn publish_with_new_id(&self, call: &QueuedCall) -> Result<Published, Error> {
         let renamed = call.clone().with_new_id(JetStream::new_call_id(&call.function));
         Box::pin(self.publish(&renamed)).await
     }
 
-    /// Stores the call's message, unless there is one; then the id of that call. `note` is what was noted of its key.
-    async fn store(
+    /// Publishes the message of a call. Returns the id of the existing call if there is one. `revision` is the revision of
+    /// the idempotency entry.
+    async fn store_call(
         &self,
         call: &QueuedCall,
         message: &Message,
-        note: u64,
-    ) -> Result<Option<String>, Fault> {
+        revision: u64,
+    ) -> Result<Option<String>, NatsError> {
         let key = call.options.idempotency_key.as_deref();
-        let subject = self.names.call(CALLS, &call.function, &call.id);
-        // What the server knows a repeated message by takes up room there: an id that was made here comes but once.
+        let subject = self.subjects.call(CALLS, &call.function, &call.id);
+        // Duplicate detection costs the server memory; generated ids are unique and do without.
         let mut headers = match key {
-            Some(key) => message.named(&Names::message_of_key(key, note)),
+            Some(key) => message.with_message_id(&Subjects::idempotent_message_id(key, revision)),
             None if call.options.chosen_id => {
                 let digest = call.options.digest.as_deref().unwrap_or_default();
-                message.named(&format!("id-{subject}-{digest}"))
+                message.with_message_id(&format!("id-{subject}-{digest}"))
             }
-            None => message.fresh(),
+            None => message.original_headers(),
         };
         loop {
             let body = message.body.clone();
-            match self.server.put(subject.clone(), headers, body, Some(0)).await {
+            match self.api.publish(subject.clone(), headers, body, Some(0)).await {
                 Ok(stored) if stored.duplicate => {
-                    let first = Box::pin(self.first(stored.sequence, key, call)).await?;
-                    if first.is_some() {
-                        return Ok(first);
+                    let original_id =
+                        Box::pin(self.original_id(stored.sequence, key, call)).await?;
+                    if original_id.is_some() {
+                        return Ok(original_id);
                     }
-                    // All trace of that call was removed: this one is the first again.
-                    headers = message.fresh();
+                    // The earlier call was removed completely, so this one counts as new.
+                    headers = message.original_headers();
                 }
                 Ok(_) => return Ok(None),
-                Err(fault) if fault.is_conflict() => return Ok(Some(call.id.clone())),
-                Err(fault) => return Err(fault),
+                Err(error) if error.is_conflict() => return Ok(Some(call.id.clone())),
+                Err(error) => return Err(error),
             }
         }
     }
 
-    /// The id of the call that the message `sequence` is or was; `None` if nothing is known of it any more.
-    async fn first(
+    /// Returns the id of the call that has or had the message `sequence`, or `None` if nothing is stored of it.
+    async fn original_id(
         &self,
         sequence: u64,
         key: Option<&str>,
         call: &QueuedCall,
-    ) -> Result<Option<String>, Fault> {
-        if let Some(found) = self.server.at(&self.names.calls, sequence).await?
-            && let Ok(call) = Message::stored(found.headers, found.payload).call()
+    ) -> Result<Option<String>, NatsError> {
+        if let Some(found) = self.api.get(&self.subjects.calls, sequence).await?
+            && let Ok(call) = Message::from_stored(found.headers, found.payload).call()
         {
             return Ok(Some(call.id));
         }
         match key {
-            Some(key) => Ok(self.keyed(key).await?.id),
+            Some(key) => Ok(self.lookup_idempotency(key).await?.id),
             None => {
                 let found = self.find_in(Some(&call.function), &call.id).await?;
                 Ok(found.map(|_| call.id.clone()))
@@ -157,57 +170,65 @@ impl Shared {
         }
     }
 
-    /// What is noted of `key`.
-    async fn keyed(&self, key: &str) -> Result<Keyed, Fault> {
-        let found = self.server.last(&self.names.keys, &self.names.key(key)).await?;
-        let Some(found) = found else { return Ok(Keyed::default()) };
-        let note = found.sequence;
+    /// Loads the entry of an idempotency key.
+    async fn lookup_idempotency(&self, key: &str) -> Result<IdempotencyEntry, NatsError> {
+        let found = self
+            .api
+            .get_last(&self.subjects.idempotency, &self.subjects.idempotency_key(key))
+            .await?;
+        let Some(found) = found else { return Ok(IdempotencyEntry::default()) };
+        let revision = found.sequence;
         let Ok(id) = String::from_utf8(found.payload.into()) else {
-            return Ok(Keyed { id: None, note });
+            return Ok(IdempotencyEntry { id: None, revision });
         };
-        let function = found.headers.get(FUNCTION).and_then(|it| consumed(it.as_str()));
+        let function =
+            found.headers.get(FUNCTION_HEADER).and_then(|name| function_of_consumer(name.as_str()));
         let call = match function {
             Some(function) => self.find_in(Some(&function), &id).await?,
-            // An older gateway has not said whose call it is.
+            // Older gateways have not stored the function.
             None => self.find(&id).await?,
         };
-        Ok(Keyed { id: call.map(|_| id), note })
+        Ok(IdempotencyEntry { id: call.map(|_| id), revision })
     }
 
-    /// Notes which call `key` stands for, unless that is known.
-    pub(super) async fn remember(
+    /// Stores the entry of an idempotency key, unless one exists.
+    pub(super) async fn store_idempotency(
         &self,
         key: &str,
         function: &Function,
         id: &str,
-    ) -> Result<(), Fault> {
-        self.remember_over(key, function, id, 0).await
+    ) -> Result<(), NatsError> {
+        self.store_idempotency_over(key, function, id, 0).await
     }
 
-    /// The same, where the last that was noted of it is the `note`.
-    async fn remember_over(
+    /// Stores the entry of an idempotency key if the last one has this revision.
+    async fn store_idempotency_over(
         &self,
         key: &str,
         function: &Function,
         id: &str,
-        note: u64,
-    ) -> Result<(), Fault> {
+        revision: u64,
+    ) -> Result<(), NatsError> {
         let mut headers = HeaderMap::new();
-        headers.insert(FUNCTION, consumer(function).as_str());
+        headers.insert(FUNCTION_HEADER, consumer_name(function).as_str());
         let id = Bytes::copy_from_slice(id.as_bytes());
-        match self.server.put(self.names.key(key), headers, id, Some(note)).await {
-            Err(fault) if !fault.is_conflict() => Err(fault),
+        match self
+            .api
+            .publish(self.subjects.idempotency_key(key), headers, id, Some(revision))
+            .await
+        {
+            Err(error) if !error.is_conflict() => Err(error),
             _ => Ok(()),
         }
     }
 
-    /// Removes a body that no call has any more. If that fails, it takes up room until somebody tidies up.
-    pub(super) async fn forget_parts(&self, parts: Option<&Parts>) {
-        if let Some(parts) = parts
-            && let Err(error) = parts::remove(&self.server, &self.names, parts).await
+    /// Removes a body that no call refers to. If that fails, garbage collection removes it later.
+    pub(super) async fn remove_body(&self, body: Option<&ChunkedBody>) {
+        if let Some(body) = body
+            && let Err(error) = chunked_body::remove(&self.api, &self.subjects, body).await
         {
-            let body = &parts.name;
-            tracing::warn!(%error, body, "The body of a queued call cannot be removed");
+            let body = &body.name;
+            tracing::warn!(%error, body, "Cannot remove the body of a queued call");
         }
     }
 }

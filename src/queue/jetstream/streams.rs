@@ -1,4 +1,4 @@
-//! The streams of a queue: made when they are missing, never changed.
+//! The streams of a queue. Missing ones are created; existing ones are never changed.
 
 use std::time::Duration;
 
@@ -7,23 +7,23 @@ use async_nats::jetstream::context::GetStreamErrorKind;
 use async_nats::jetstream::stream::{Config, DiscardPolicy, RetentionPolicy, StorageType};
 use serde::{Deserialize, Serialize};
 
+use crate::queue::jetstream::api::{JetStreamApi, NatsError};
 use crate::queue::jetstream::message::json;
-use crate::queue::jetstream::server::{Fault, Server};
 use crate::queue::jetstream::subject::{
-    ANSWERS, BODIES, CALLS, CLAIMS, DEAD, ENDS, KEYS, Names, OPEN,
+    BATCHES, BODIES, CALLS, CLAIMS, DEAD_LETTERS, FINAL_RECORDS, IDEMPOTENCY, RESPONSES, Subjects,
 };
-use crate::queue::jetstream::{Options, roll};
+use crate::queue::jetstream::{Options, claims};
 
-/// For so long the server knows a repeated publish by itself; later it is known by what is stored.
-const REPEATS: Duration = Duration::from_secs(120);
-/// The server takes no shorter age.
-const SHORTEST: Duration = Duration::from_millis(100);
+/// Time during which the server detects duplicate publishes. Later ones are detected by stored data.
+const MAX_DUPLICATE_WINDOW: Duration = Duration::from_secs(120);
+/// Minimum `max_age` that the server accepts.
+const MIN_MAX_AGE: Duration = Duration::from_millis(100);
 
-/// All streams of the queue.
-fn wanted(names: &Names, options: &Options) -> Vec<Config> {
+/// Returns the configuration of all streams.
+fn stream_configs(subjects: &Subjects, options: &Options) -> Vec<Config> {
     let stream = |name: &str, roots: &[&str], max_age: Duration| Config {
         name: name.to_owned(),
-        subjects: roots.iter().map(|root| names.all(root)).collect(),
+        subjects: roots.iter().map(|root| subjects.all(root)).collect(),
         retention: RetentionPolicy::Limits,
         storage: if options.in_memory { StorageType::Memory } else { StorageType::File },
         num_replicas: options.replicas.max(1),
@@ -33,135 +33,142 @@ fn wanted(names: &Names, options: &Options) -> Vec<Config> {
         max_age,
         ..Config::default()
     };
-    let kept = |millis| Duration::from_millis(millis).max(SHORTEST);
-    // Somebody may be given a message again whose call is over, and sees that by its final state: it is there for longer
-    // than that may take, even if nobody else sees it by then.
-    let results = kept(options.limits.result_ttl).max(options.lease * 2 + roll::HEEDED);
+    let kept = |millis| Duration::from_millis(millis).max(MIN_MAX_AGE);
+    // A finished call may be redelivered, and is recognized by its final state. So that must outlive the lease and a
+    // cancellation.
+    let results =
+        kept(options.limits.result_ttl).max(options.lease * 2 + claims::CANCEL_MARKER_TTL);
     let keys = kept(options.limits.idempotency_ttl);
     let calls = Config {
         retention: RetentionPolicy::WorkQueue,
         discard: DiscardPolicy::New,
-        // More than there may be calls: each of those in a message with others may come to have its own.
+        // More than the limit of calls: each call of a batch may get its own message.
         max_messages: i64::try_from(options.limits.max_pending * 2 + 1024).unwrap_or(i64::MAX),
-        duplicate_window: keys.min(REPEATS),
-        ..stream(&names.calls, &[CALLS], Duration::ZERO)
+        duplicate_window: keys.min(MAX_DUPLICATE_WINDOW),
+        ..stream(&subjects.calls, &[CALLS], Duration::ZERO)
     };
     vec![
         calls,
-        stream(&names.dead, &[DEAD], Duration::ZERO),
-        stream(&names.notes, &[ENDS, ANSWERS], results),
-        stream(&names.keys, &[KEYS], keys),
-        // A taker that dies leaves its list: it goes when others may have taken its calls. A mark is heeded for as long
-        // as somebody may have the call who has not looked at it.
-        stream(&names.claims, &[CLAIMS], options.lease * 2 + roll::HEEDED),
-        stream(&names.bodies, &[BODIES], Duration::ZERO),
-        stream(&names.open, &[OPEN], Duration::ZERO),
+        stream(&subjects.dead_letters, &[DEAD_LETTERS], Duration::ZERO),
+        stream(&subjects.results, &[FINAL_RECORDS, RESPONSES], results),
+        stream(&subjects.idempotency, &[IDEMPOTENCY], keys),
+        // The list of a receiver that died expires when others may have received its calls. A cancel marker must
+        // outlive the time for which a receiver can hold a call without a claim.
+        stream(&subjects.claims, &[CLAIMS], options.lease * 2 + claims::CANCEL_MARKER_TTL),
+        stream(&subjects.bodies, &[BODIES], Duration::ZERO),
+        stream(&subjects.batches, &[BATCHES], Duration::ZERO),
     ]
 }
 
-/// The first that was seen of a server since it was started.
+/// Identifies one run of the server, as the first client has seen it.
 #[derive(Serialize, Deserialize)]
-struct Seen {
-    /// Another one each time it is started.
+struct RestartMarker {
+    /// Server id; it changes with each start.
     server: String,
-    /// The last call that was there then.
+    /// Sequence of the last call at that time.
     last: u64,
 }
 
-/// Sees that all streams are there; the number of the last call that was stored before the server was started.
-pub(super) async fn prepare(
-    server: &Server,
-    names: &Names,
+/// Ensures that all streams exist. Returns the sequence of the last call that was stored before the server was started.
+pub(super) async fn ensure_streams(
+    api: &JetStreamApi,
+    subjects: &Subjects,
     options: &Options,
-) -> Result<u64, Fault> {
+) -> Result<u64, NatsError> {
     let mut last = 0;
-    for config in wanted(names, options) {
-        let found = match server.context.get_stream(&config.name).await {
+    for config in stream_configs(subjects, options) {
+        let found = match api.context.get_stream(&config.name).await {
             Ok(stream) => {
                 let info = stream.cached_info();
-                if config.name == names.calls {
+                if config.name == subjects.calls {
                     last = info.state.last_sequence;
                 }
                 info.config.clone()
             }
             Err(error) => match error.kind() {
                 GetStreamErrorKind::JetStream(error) if error.code() == 404 => {
-                    create(server, config).await?;
+                    create_stream(api, config).await?;
                     continue;
                 }
                 GetStreamErrorKind::JetStream(error) if error.code() != 503 => {
-                    return Err(Fault::Refused(error.error_code().0, error.to_string()));
+                    return Err(NatsError::Rejected(error.error_code().0, error.to_string()));
                 }
-                _ => return Err(Fault::Away),
+                _ => return Err(NatsError::Unavailable),
             },
         };
-        let differing = differing(&config, &found);
+        let differing = config_drift(&config, &found);
         if !differing.is_empty() {
             tracing::warn!(
                 stream = config.name,
                 settings = differing.join(", "),
-                "A stream of the queue is not set up as it should be; it stays as it is"
+                "The settings of a stream differ from the configuration and are not changed"
             );
         }
     }
-    before_start(server, names, last).await
+    last_before_restart(api, subjects, last).await
 }
 
-/// Which calls the server had when it was started: if it was killed, it may have forgotten that some are over. Whoever
-/// connects first notes that for all, so that others need not doubt what came later. In a cluster the one that is asked
-/// need not be the one that was started, so there all calls that are there, up to `last`, are doubted.
-async fn before_start(server: &Server, names: &Names, last: u64) -> Result<u64, Fault> {
-    let info = server.client.server_info();
+/// Returns the sequence of the last call before the start of the server: a killed server may have lost the removal of
+/// those. The first client that connects stores it, so that others need not suspect later calls. In a cluster, another
+/// server than the connected one may have been restarted; so all calls up to `last` are suspected there.
+async fn last_before_restart(
+    api: &JetStreamApi,
+    subjects: &Subjects,
+    last: u64,
+) -> Result<u64, NatsError> {
+    let info = api.client.server_info();
     if info.cluster.is_some() {
         return Ok(last);
     }
-    let subject = names.seen();
-    let found = server.last(&names.dead, &subject).await?;
-    let seen = found.as_ref().and_then(|found| serde_json::from_slice::<Seen>(&found.payload).ok());
-    if let Some(seen) = seen.filter(|seen| seen.server == info.server_id) {
-        return Ok(seen.last);
+    let subject = subjects.restart_marker();
+    let found = api.get_last(&subjects.dead_letters, &subject).await?;
+    let marker = found
+        .as_ref()
+        .and_then(|found| serde_json::from_slice::<RestartMarker>(&found.payload).ok());
+    if let Some(marker) = marker.filter(|marker| marker.server == info.server_id) {
+        return Ok(marker.last);
     }
-    let seen = json(&Seen { server: info.server_id, last });
+    let marker = json(&RestartMarker { server: info.server_id, last });
     let before = found.map_or(0, |found| found.sequence);
-    match server.put(subject, HeaderMap::new(), seen.into(), Some(before)).await {
-        // Somebody else was faster; what is there now is a little more than there was then.
-        Err(fault) if !fault.is_conflict() => Err(fault),
+    match api.publish(subject, HeaderMap::new(), marker.into(), Some(before)).await {
+        // Another client was faster; its value differs only by calls since then.
+        Err(error) if !error.is_conflict() => Err(error),
         _ => Ok(last),
     }
 }
 
-async fn create(server: &Server, config: Config) -> Result<(), Fault> {
+async fn create_stream(api: &JetStreamApi, config: Config) -> Result<(), NatsError> {
     use async_nats::jetstream::context::CreateStreamErrorKind;
     let name = config.name.clone();
-    match server.context.create_stream(config).await {
+    match api.context.create_stream(config).await {
         Ok(_) => {
-            tracing::info!(stream = name, "Stream made");
+            tracing::info!(stream = name, "Stream created");
             Ok(())
         }
         Err(error) => match error.kind() {
             CreateStreamErrorKind::JetStream(error) if error.code() != 503 => {
-                Err(Fault::Refused(error.error_code().0, error.to_string()))
+                Err(NatsError::Rejected(error.error_code().0, error.to_string()))
             }
-            _ => Err(Fault::Away),
+            _ => Err(NatsError::Unavailable),
         },
     }
 }
 
-/// Which settings that matter differ.
-fn differing(wanted: &Config, found: &Config) -> Vec<&'static str> {
+/// Returns the names of relevant settings that differ.
+fn config_drift(expected: &Config, found: &Config) -> Vec<&'static str> {
     let limit = |number: i64| if number <= 0 { -1 } else { number };
     let checks = [
-        ("subjects", wanted.subjects == found.subjects),
-        ("retention", wanted.retention == found.retention),
-        ("storage", wanted.storage == found.storage),
-        ("replicas", wanted.num_replicas == found.num_replicas),
-        ("max_msgs", limit(wanted.max_messages) == limit(found.max_messages)),
+        ("subjects", expected.subjects == found.subjects),
+        ("retention", expected.retention == found.retention),
+        ("storage", expected.storage == found.storage),
+        ("replicas", expected.num_replicas == found.num_replicas),
+        ("max_msgs", limit(expected.max_messages) == limit(found.max_messages)),
         (
             "max_msgs_per_subject",
-            limit(wanted.max_messages_per_subject) == limit(found.max_messages_per_subject),
+            limit(expected.max_messages_per_subject) == limit(found.max_messages_per_subject),
         ),
-        ("max_age", wanted.max_age == found.max_age),
-        ("discard", wanted.discard == found.discard),
+        ("max_age", expected.max_age == found.max_age),
+        ("discard", expected.discard == found.discard),
     ];
     checks.into_iter().filter_map(|(name, same)| (!same).then_some(name)).collect()
 }
@@ -173,12 +180,12 @@ mod tests {
     use crate::queue::jetstream::Auth;
 
     #[test]
-    fn all_streams_are_where_they_are_wanted() {
+    fn all_streams_have_the_configured_storage() {
         for (in_memory, storage) in [(false, StorageType::File), (true, StorageType::Memory)] {
             let limits = Limits { max_pending: 1, result_ttl: 1, idempotency_ttl: 1 };
             let options = Options {
                 servers: Vec::new(),
-                auth: Auth::Nobody,
+                auth: Auth::Anonymous,
                 tls: false,
                 root_ca: None,
                 name: String::new(),
@@ -188,7 +195,7 @@ mod tests {
                 lease: Duration::from_secs(30),
                 limits,
             };
-            let streams = wanted(&Names::new("q"), &options);
+            let streams = stream_configs(&Subjects::new("q"), &options);
             assert!(streams.iter().all(|stream| stream.storage == storage), "{in_memory}");
         }
     }

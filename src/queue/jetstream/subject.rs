@@ -1,154 +1,154 @@
-//! Names of streams, subjects and consumers on the server. No I/O.
+//! Names of streams, subjects and consumers. No I/O.
 
 use crate::function::Function;
-use crate::queue::jetstream::ids::Key;
+use crate::queue::jetstream::ids::BatchKey;
 
-/// The names that belong to one queue.
+/// The names of one queue.
 #[derive(Clone, Debug)]
-pub(super) struct Names {
-    /// The queue's name as a token.
+pub(super) struct Subjects {
+    /// Name of the queue as a token.
     queue: String,
     pub(super) calls: String,
-    pub(super) dead: String,
-    /// Final states and answers.
-    pub(super) notes: String,
-    pub(super) keys: String,
-    /// Who makes which calls at this moment, and which are being taken back.
+    pub(super) dead_letters: String,
+    /// Final states and responses.
+    pub(super) results: String,
+    pub(super) idempotency: String,
+    /// Running lists and cancel markers.
     pub(super) claims: String,
-    /// Bodies that are too large for one message.
+    /// Bodies larger than one message.
     pub(super) bodies: String,
-    /// Which calls of messages that are there with several are over.
-    pub(super) open: String,
+    /// Records of unfinished batches.
+    pub(super) batches: String,
 }
 
-/// A function and a call's id, as a subject says them.
+/// Function and call id of a subject.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Named {
+pub(super) struct CallSubject {
     pub(super) function: Function,
     pub(super) id: String,
 }
 
-impl Names {
+impl Subjects {
     pub(super) fn new(queue: &str) -> Self {
-        let queue = token(queue);
+        let queue = encode_token(queue);
         let stream = |what| format!("gateway-{queue}-{what}");
         Self {
             calls: stream("calls"),
-            dead: stream("dead"),
-            notes: stream("notes"),
-            keys: stream("keys"),
+            dead_letters: stream("dead"),
+            results: stream("notes"),
+            idempotency: stream("keys"),
             claims: stream("claims"),
             bodies: stream("bodies"),
-            open: stream("open"),
+            batches: stream("open"),
             queue,
         }
     }
 
-    /// All subjects of the kind `root`.
+    /// Returns the wildcard for all subjects of the kind `root`.
     pub(super) fn all(&self, root: &str) -> String {
         format!("{root}.{}.>", self.queue)
     }
 
-    /// The subject of a call. Its last three tokens say which one it is, whatever the kind.
+    /// Returns the subject of a call. Its last three tokens identify the call, in every kind.
     pub(super) fn call(&self, root: &str, function: &Function, id: &str) -> String {
-        format!("{root}.{}.{}.{}", self.queue, tokens(function), token(id))
+        format!("{root}.{}.{}.{}", self.queue, function_tokens(function), encode_token(id))
     }
 
-    /// The subject of several calls together.
-    pub(super) fn together(&self, root: &str, function: &Function, key: Key) -> String {
-        format!("{root}.{}.{}.{}", self.queue, tokens(function), key.token())
+    /// Returns the subject of a batch.
+    pub(super) fn batch(&self, root: &str, function: &Function, key: BatchKey) -> String {
+        format!("{root}.{}.{}.{}", self.queue, function_tokens(function), key.token())
     }
 
-    /// The subject of the record of the calls under `subject`.
-    pub(super) fn record_of(&self, subject: &str) -> Option<String> {
+    /// Returns the subject of the record of the batch on `subject`.
+    pub(super) fn batch_record(&self, subject: &str) -> Option<String> {
         let rest = subject.strip_prefix(CALLS)?;
-        Some(format!("{OPEN}{rest}"))
+        Some(format!("{BATCHES}{rest}"))
     }
 
-    /// A subject that means those, whatever their function.
-    pub(super) fn by_key(&self, root: &str, key: Key) -> String {
+    /// Returns the wildcard for the batch `key` of any function.
+    pub(super) fn by_key(&self, root: &str, key: BatchKey) -> String {
         format!("{root}.{}.*.*.{}", self.queue, key.token())
     }
 
-    /// A subject that means the call with `id`, whatever its function.
+    /// Returns the wildcard for the call `id` of any function.
     pub(super) fn by_id(&self, root: &str, id: &str) -> String {
-        format!("{root}.{}.*.*.{}", self.queue, token(id))
+        format!("{root}.{}.*.*.{}", self.queue, encode_token(id))
     }
 
-    /// The subjects of all calls of `function`, or of every function.
-    pub(super) fn of(&self, root: &str, function: Option<&Function>) -> String {
+    /// Returns the wildcard for all calls of `function`, or of all functions.
+    pub(super) fn of_function(&self, root: &str, function: Option<&Function>) -> String {
         match function {
-            Some(function) => format!("{root}.{}.{}.*", self.queue, tokens(function)),
+            Some(function) => format!("{root}.{}.{}.*", self.queue, function_tokens(function)),
             None => format!("{root}.{}.*.*.*", self.queue),
         }
     }
 
-    /// What the server knows a repeated publish with a key by. `note` is the number of what was noted of the key before,
-    /// of a call that was purged: the next one is another. No token has a dot.
-    pub(super) fn message_of_key(key: &str, note: u64) -> String {
-        match note {
-            0 => format!("key-{}", token(key)),
-            note => format!("key-{}.{note}", token(key)),
+    /// Returns the message id of a publish with an idempotency key. `revision` is the revision of an earlier entry whose
+    /// call was purged; it makes the id differ. Tokens contain no dot.
+    pub(super) fn idempotent_message_id(key: &str, revision: u64) -> String {
+        match revision {
+            0 => format!("key-{}", encode_token(key)),
+            revision => format!("key-{}.{revision}", encode_token(key)),
         }
     }
 
-    pub(super) fn key(&self, key: &str) -> String {
-        format!("{KEYS}.{}.{}", self.queue, token(key))
+    pub(super) fn idempotency_key(&self, key: &str) -> String {
+        format!("{IDEMPOTENCY}.{}.{}", self.queue, encode_token(key))
     }
 
-    /// The list of the calls that `taker` makes.
-    pub(super) fn list(&self, taker: &str) -> String {
-        format!("{CLAIMS}.{}.by.{taker}", self.queue)
+    /// Returns the subject of the running list of a receiver.
+    pub(super) fn running_list(&self, receiver_id: &str) -> String {
+        format!("{CLAIMS}.{}.by.{receiver_id}", self.queue)
     }
 
-    /// The mark on the call at `place` that it is taken back; of any call for `*`.
-    pub(super) fn mark(&self, place: impl std::fmt::Display) -> String {
-        format!("{CLAIMS}.{}.not.{place}", self.queue)
+    /// Returns the subject of the cancel marker of a call; of all calls for `*`.
+    pub(super) fn cancel_marker(&self, call_ref: impl std::fmt::Display) -> String {
+        format!("{CLAIMS}.{}.not.{call_ref}", self.queue)
     }
 
-    /// What is stored to see whether that can be done. It is neither a list nor a mark.
-    pub(super) fn look(&self) -> String {
+    /// Returns the subject of probes. It is neither a running list nor a cancel marker.
+    pub(super) fn probe(&self) -> String {
         format!("{CLAIMS}.{}.look", self.queue)
     }
 
-    /// What is noted of the server. Nothing that means dead calls means this.
-    pub(super) fn seen(&self) -> String {
-        format!("{DEAD}.{}.server", self.queue)
+    /// Returns the subject of the restart marker. No wildcard for dead letters matches it.
+    pub(super) fn restart_marker(&self) -> String {
+        format!("{DEAD_LETTERS}.{}.server", self.queue)
     }
 
-    /// Where it is said that there is a consumer for one more function.
-    pub(super) fn news(&self) -> String {
-        format!("{NEWS}.{}", self.queue)
+    /// Returns the subject on which new consumers are announced.
+    pub(super) fn new_consumers(&self) -> String {
+        format!("{EVENTS}.{}", self.queue)
     }
 
-    /// Where it is said that a call is taken out of a message with others.
-    pub(super) fn taken(&self) -> String {
-        format!("{NEWS}.{}.taken", self.queue)
+    /// Returns the subject on which changes of batches are announced.
+    pub(super) fn dirty_batches(&self) -> String {
+        format!("{EVENTS}.{}.taken", self.queue)
     }
 
-    /// The part `number` of what is stored in parts under `name`.
-    pub(super) fn part(&self, root: &str, name: &str, number: impl std::fmt::Display) -> String {
+    /// Returns the subject of a chunk of `name`.
+    pub(super) fn chunk(&self, root: &str, name: &str, number: impl std::fmt::Display) -> String {
         format!("{root}.{}.{name}.{number}", self.queue)
     }
 }
 
-/// Kinds of subjects. The first is what an operator sees; no two overlap.
+/// Kinds of subjects. Operators see the first one; no two overlap.
 pub(super) const CALLS: &str = "faas";
-pub(super) const DEAD: &str = "faas-dead";
-pub(super) const ENDS: &str = "faas-end";
-pub(super) const ANSWERS: &str = "faas-answer";
-pub(super) const KEYS: &str = "faas-key";
+pub(super) const DEAD_LETTERS: &str = "faas-dead";
+pub(super) const FINAL_RECORDS: &str = "faas-end";
+pub(super) const RESPONSES: &str = "faas-answer";
+pub(super) const IDEMPOTENCY: &str = "faas-key";
 pub(super) const CLAIMS: &str = "faas-claim";
 pub(super) const BODIES: &str = "faas-body";
-pub(super) const OPEN: &str = "faas-open";
-/// No stream has these.
-const NEWS: &str = "faas-new";
+pub(super) const BATCHES: &str = "faas-open";
+/// No stream stores these.
+const EVENTS: &str = "faas-new";
 
-/// `text` as one token of a subject: what may not stand there becomes `=` and two hexadecimal digits.
-pub fn token(text: &str) -> String {
+/// Encodes `text` as one token of a subject: other bytes become `=` and two hexadecimal digits.
+pub fn encode_token(text: &str) -> String {
     use std::fmt::Write as _;
     if text.is_empty() {
-        // No byte is written so: no other text has this token.
+        // No byte is encoded like this, so the token is unique.
         return "=".to_owned();
     }
     let mut token = String::with_capacity(text.len());
@@ -156,64 +156,64 @@ pub fn token(text: &str) -> String {
         if byte.is_ascii_alphanumeric() || byte == b'-' || byte == b'_' {
             token.push(byte as char);
         } else {
-            // Writing to a string does not fail.
+            // Writing to a string cannot fail.
             let _ = write!(token, "={byte:02X}");
         }
     }
     token
 }
 
-/// The text that has become `token`.
-pub(super) fn text(token: &str) -> Option<String> {
+/// Decodes a token.
+pub(super) fn decode_token(token: &str) -> Option<String> {
     if token == "=" {
         return Some(String::new());
     }
     let mut bytes = Vec::with_capacity(token.len());
     let mut rest = token.as_bytes();
-    while let Some((first, behind)) = rest.split_first() {
-        rest = behind;
+    while let Some((first, tail)) = rest.split_first() {
+        rest = tail;
         if *first != b'=' {
             bytes.push(*first);
             continue;
         }
-        let (digits, behind) = rest.split_first_chunk::<2>()?;
+        let (digits, tail) = rest.split_first_chunk::<2>()?;
         bytes.push(u8::from_str_radix(std::str::from_utf8(digits).ok()?, 16).ok()?);
-        rest = behind;
+        rest = tail;
     }
     String::from_utf8(bytes).ok()
 }
 
-fn tokens(function: &Function) -> String {
-    format!("{}.{}", token(&function.namespace), token(&function.name))
+fn function_tokens(function: &Function) -> String {
+    format!("{}.{}", encode_token(&function.namespace), encode_token(&function.name))
 }
 
-/// The key of the calls that are together under this subject; `None` for that of a call alone.
-pub(super) fn key(subject: &str) -> Option<Key> {
-    Key::of_token(subject.rsplit('.').next()?)
+/// Returns the key of the batch on this subject, or `None` for a single call.
+pub(super) fn batch_key(subject: &str) -> Option<BatchKey> {
+    BatchKey::from_token(subject.rsplit('.').next()?)
 }
 
-/// How many calls are under this subject.
-pub(super) fn calls(subject: &str) -> usize {
-    key(subject).map_or(1, Key::count)
+/// Returns the number of calls on this subject.
+pub(super) fn call_count(subject: &str) -> usize {
+    batch_key(subject).map_or(1, BatchKey::count)
 }
 
-/// What a call's subject says.
-pub(super) fn named(subject: &str) -> Option<Named> {
+/// Parses the subject of a call.
+pub(super) fn parse(subject: &str) -> Option<CallSubject> {
     let mut tokens = subject.rsplit('.');
     let (id, name, namespace) = (tokens.next()?, tokens.next()?, tokens.next()?);
-    let function = Function { name: text(name)?, namespace: text(namespace)? };
-    Some(Named { function, id: text(id)? })
+    let function = Function { name: decode_token(name)?, namespace: decode_token(namespace)? };
+    Some(CallSubject { function, id: decode_token(id)? })
 }
 
-/// The name of the consumer of `function`. A comma stands in no token.
-pub(super) fn consumer(function: &Function) -> String {
-    format!("{},{}", token(&function.namespace), token(&function.name))
+/// Returns the name of the consumer of `function`. Tokens contain no comma.
+pub(super) fn consumer_name(function: &Function) -> String {
+    format!("{},{}", encode_token(&function.namespace), encode_token(&function.name))
 }
 
-/// The function whose consumer has this name.
-pub(super) fn consumed(consumer: &str) -> Option<Function> {
+/// Returns the function of a consumer.
+pub(super) fn function_of_consumer(consumer: &str) -> Option<Function> {
     let (namespace, name) = consumer.split_once(',')?;
-    let function = Function { name: text(name)?, namespace: text(namespace)? };
+    let function = Function { name: decode_token(name)?, namespace: decode_token(namespace)? };
     (!function.name.is_empty()).then_some(function)
 }
 
@@ -226,26 +226,29 @@ mod tests {
     }
 
     #[test]
-    fn a_token_leads_back_to_its_text() {
+    fn a_token_can_be_decoded() {
         for text_ in ["", "a", "a.b", "=", "*", ">", "a b\r\n", "ä", "a=41", "A_b-9"] {
-            let token = token(text_);
+            let token = encode_token(text_);
             assert!(!token.is_empty() && !token.contains(['.', '*', '>', ' ', '\r', ',']));
-            assert_eq!(text(&token).as_deref(), Some(text_), "{token}");
+            assert_eq!(decode_token(&token).as_deref(), Some(text_), "{token}");
         }
-        assert_eq!((text("=4"), text("=XY"), text("=FF")), (None, None, None));
+        assert_eq!(
+            (decode_token("=4"), decode_token("=XY"), decode_token("=FF")),
+            (None, None, None)
+        );
     }
 
     #[test]
-    fn a_subject_says_which_call_it_is() {
-        let names = Names::new("faas.request");
+    fn a_subject_identifies_its_call() {
+        let subjects = Subjects::new("faas.request");
         for function in [function("a.b", "dev"), function("a", "")] {
-            let subject = names.call(CALLS, &function, "id.1");
+            let subject = subjects.call(CALLS, &function, "id.1");
             let id = "id.1".to_owned();
-            assert_eq!(named(&subject), Some(Named { function: function.clone(), id }));
-            assert_eq!(consumed(&consumer(&function)), Some(function));
+            assert_eq!(parse(&subject), Some(CallSubject { function: function.clone(), id }));
+            assert_eq!(function_of_consumer(&consumer_name(&function)), Some(function));
         }
-        let subject = names.call(CALLS, &function("echo", "fn"), "1");
+        let subject = subjects.call(CALLS, &function("echo", "fn"), "1");
         assert_eq!(subject, "faas.faas=2Erequest.fn.echo.1");
-        assert_eq!(names.by_id(CALLS, "1"), "faas.faas=2Erequest.*.*.1");
+        assert_eq!(subjects.by_id(CALLS, "1"), "faas.faas=2Erequest.*.*.1");
     }
 }

@@ -144,7 +144,7 @@ async fn alerts_for_autoscaled_functions_are_ignored() {
     assert_eq!(gateway.post("/system/alert", &alert("resolved")).await.status(), 200);
     assert_eq!(script.scale_requests("other"), [11, 1]);
     script.assert_not_scaled("f");
-    assert_eq!(log_count(&gateway, "Alerts of f.fn are ignored"), 1);
+    assert_eq!(log_count(&gateway, "Alerts for f.fn are ignored"), 1);
 }
 
 #[tokio::test]

@@ -69,7 +69,7 @@ async fn a_server_without_jetstream_is_no_queue() {
     let provider = replying_with(&[200], "done");
     let gateway = on_jetstream(&nats, Gateway::builder()).provider(&provider);
     let gateway = gateway.var("nats_user", "a").var("nats_password", "b").start().await;
-    gateway.wait_for_log("The queue's server is there").await;
+    gateway.wait_for_log("Connected to the NATS server").await;
     eventually("the function is ready", async || gateway.is_ready().await).await;
     assert_serves_without_queue(&gateway).await;
 }

@@ -129,7 +129,7 @@ async fn an_existing_stream_is_not_reconfigured() {
         gateway.send_async("echo", &[], "").await.status() == 202
     })
     .await;
-    gateway.wait_for_log("A stream of the queue is not set up as it should be").await;
+    gateway.wait_for_log("The settings of a stream differ from the configuration").await;
     let log = gateway.log().concat();
     assert!(log.contains("gateway-faas-request-calls") && log.contains("max_msgs"), "{log}");
 }

@@ -25,7 +25,7 @@ pub(crate) const REFUSAL_TIMEOUT: Duration = Duration::from_secs(10);
 pub(crate) fn options(nats: &Nats) -> Options {
     Options {
         servers: vec![nats.url()],
-        auth: Auth::Nobody,
+        auth: Auth::Anonymous,
         tls: false,
         root_ca: None,
         name: "gateway-test".to_owned(),
@@ -91,7 +91,7 @@ impl TestQueue {
         age: Duration,
         idle: Duration,
     ) -> Result<u64, Error> {
-        self.jetstream.tidy(age, idle).await
+        self.jetstream.collect_garbage(age, idle).await
     }
 
     pub(crate) async fn unfinished(&self) -> u64 {

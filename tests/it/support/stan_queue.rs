@@ -77,7 +77,7 @@ pub(crate) async fn open_worker(nats: &Nats, host: &str) -> Queue {
 pub(crate) async fn open_worker_at(url: String, host: &str) -> Queue {
     let connection = jetstream::Options {
         servers: vec![url],
-        auth: jetstream::Auth::Nobody,
+        auth: jetstream::Auth::Anonymous,
         tls: false,
         root_ca: None,
         name: "gateway-test".to_owned(),
