@@ -1,14 +1,14 @@
-//! Entry points for the fuzzer: every pure parser of bytes that come from outside, with what must hold for any input.
+//! Fuzz targets: every pure parser of external input, with properties that must hold for any input.
 //!
-//! `fuzz/` runs them under libFuzzer. The test below replays `fuzz/seeds/`, so that a stable toolchain checks every input
-//! that is kept there. Compiled for tests and fuzzing only.
+//! `fuzz/` runs them under libFuzzer. The test below replays `fuzz/seeds/` on every test run. Compiled only for tests
+//! and fuzzing.
 
 use crate::{config, proxy, queue, routes, serve, stack, trace, worker};
 
 /// Parses the bytes, and panics when a property of the parser does not hold.
 pub type Target = fn(&[u8]);
 
-/// Every target by name, which is the name of its file of seeds.
+/// All targets by name, which is the name of the seed file.
 pub const TARGETS: &[(&str, Target)] = &[
     ("allow_list", config::fuzz::allow_list),
     ("base_url", config::fuzz::base_url),
@@ -32,16 +32,16 @@ pub const TARGETS: &[(&str, Target)] = &[
     ("trace_context", trace::fuzz::trace_context),
 ];
 
-/// The target called `name`.
+/// Returns the target called `name`.
 pub fn target(name: &str) -> Option<Target> {
     TARGETS.iter().find(|(known, _)| *known == name).map(|(_, target)| *target)
 }
 
-/// The inputs in a file of seeds: one a line, with `\r`, `\n`, `\t`, `\\` and `\xNN` for bytes that a line cannot hold.
-/// Lines that start with `#` are comments.
+/// Parses a seed file: one input per line, with `\r`, `\n`, `\t`, `\\` and `\xNN` as escapes. Lines that start with `#`
+/// are comments.
 ///
 /// # Errors
-/// The line that has another escape.
+/// The first line with an invalid escape.
 pub fn seeds(file: &str) -> Result<Vec<Vec<u8>>, String> {
     let lines = file.lines().filter(|line| !line.starts_with('#'));
     lines.map(|line| unescape(line).ok_or_else(|| line.to_owned())).collect()
@@ -49,22 +49,22 @@ pub fn seeds(file: &str) -> Result<Vec<Vec<u8>>, String> {
 
 fn unescape(line: &str) -> Option<Vec<u8>> {
     let (mut bytes, mut rest) = (Vec::with_capacity(line.len()), line.as_bytes());
-    while let Some((byte, behind)) = rest.split_first() {
-        rest = behind;
+    while let Some((byte, after)) = rest.split_first() {
+        rest = after;
         if *byte != b'\\' {
             bytes.push(*byte);
             continue;
         }
-        let (escape, behind) = rest.split_first()?;
-        rest = behind;
+        let (escape, after) = rest.split_first()?;
+        rest = after;
         bytes.push(match escape {
             b'r' => b'\r',
             b'n' => b'\n',
             b't' => b'\t',
             b'\\' => b'\\',
             b'x' => {
-                let (digits, behind) = rest.split_first_chunk::<2>()?;
-                rest = behind;
+                let (digits, after) = rest.split_first_chunk::<2>()?;
+                rest = after;
                 u8::from_str_radix(std::str::from_utf8(digits).ok()?, 16).ok()?
             }
             _ => return None,
@@ -86,7 +86,7 @@ mod tests {
     }
 
     #[test]
-    fn every_target_holds_for_its_seeds_and_for_every_prefix_of_them() {
+    fn every_target_accepts_its_seeds_and_their_prefixes() {
         for (name, target) in TARGETS {
             let seeds = seeds(&read(&format!("{name}.txt"))).unwrap();
             assert!(seeds.len() >= 5, "{name} has {} seeds", seeds.len());
@@ -97,7 +97,7 @@ mod tests {
     }
 
     #[test]
-    fn every_file_of_seeds_has_a_target() {
+    fn every_seed_file_has_a_target() {
         let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("fuzz/seeds");
         for entry in fs::read_dir(directory).unwrap() {
             let name = entry.unwrap().file_name().into_string().unwrap();
@@ -107,7 +107,7 @@ mod tests {
     }
 
     #[test]
-    fn seeds_hold_any_byte() {
+    fn seeds_can_contain_any_byte() {
         let read = seeds("# a comment\na\\r\\n\\t\\\\\\x00\\xffb\n\n").unwrap();
         assert_eq!(read, [b"a\r\n\t\\\x00\xffb".to_vec(), Vec::new()]);
         assert_eq!(seeds("fine\n\\q"), Err("\\q".to_owned()));

@@ -8,13 +8,13 @@ use anyhow::{Context, anyhow, bail, ensure};
 
 use crate::config::base_url::BaseUrl;
 
-/// A probe that takes longer has failed.
+/// Limit for connecting, and for each read and write.
 const PROBE_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Asks `url`.
+/// Requests `url` once.
 ///
 /// # Errors
-/// When nothing answers there, or not with 2xx.
+/// There is no response in time, or its status is not 2xx.
 pub fn run(url: &str) -> anyhow::Result<()> {
     probe(url, PROBE_TIMEOUT)
 }
@@ -34,7 +34,7 @@ fn probe(url: &str, timeout: Duration) -> anyhow::Result<()> {
     tcp.set_write_timeout(Some(timeout))?;
     let host = &parsed.authority;
     write!(tcp, "GET {path} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n")?;
-    // The status line is all that matters.
+    // Reads only the start of the status line.
     let mut status_line = [0; 12];
     tcp.read_exact(&mut status_line).map_err(|error| read_error(error, timeout))?;
     let status = String::from_utf8_lossy(&status_line[9..]).into_owned();
@@ -44,11 +44,11 @@ fn probe(url: &str, timeout: Duration) -> anyhow::Result<()> {
 
 fn read_error(error: io::Error, timeout: Duration) -> anyhow::Error {
     match error.kind() {
-        // The system calls it "try again", which tells nobody what happened.
+        // The system's message for this error is "try again".
         io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => {
-            anyhow!("no answer within {timeout:?}")
+            anyhow!("no response within {timeout:?}")
         }
-        _ => anyhow::Error::new(error).context("no answer"),
+        _ => anyhow::Error::new(error).context("no response"),
     }
 }
 
@@ -59,11 +59,11 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_probe_that_is_not_answered_says_for_how_long_it_waited() {
-        // The system takes connections for it, as it does for a process that hangs.
+    fn the_error_of_a_probe_without_response_has_the_timeout() {
+        // The kernel accepts connections for the listener, as for a process that hangs.
         let hanging = TcpListener::bind("127.0.0.1:0").unwrap();
         let url = format!("http://{}/_/healthz", hanging.local_addr().unwrap());
         let error = probe(&url, Duration::from_millis(50)).unwrap_err();
-        assert_eq!(format!("{error:#}"), "no answer within 50ms");
+        assert_eq!(format!("{error:#}"), "no response within 50ms");
     }
 }

@@ -68,8 +68,8 @@ impl Provider {
         self.summary(function, false, Duration::ZERO).await
     }
 
-    /// `GET /system/function/NAME` with `Prefer: wait` (RFC 7240): the provider may delay the response until the function
-    /// is ready, for at most `max_wait`. A provider without support for this responds immediately.
+    /// `GET /system/function/NAME` with `Prefer: wait` (RFC 7240): the provider may delay the response until the
+    /// function is ready, for at most `max_wait`. A provider without support for this responds immediately.
     ///
     /// # Errors
     /// `NoSuchFunction` if the provider responds 404; other errors as in `functions`.
@@ -185,13 +185,13 @@ pub async fn send_and_collect(
 ) -> Result<(StatusCode, Bytes), Error> {
     let deadlines = Arc::new(Deadlines::new());
     deadlines.set_exchange_deadline(Instant::now() + timeout);
-    let answered = async {
+    let exchange = async {
         let (status, _, body) =
             collect_response(client.send(origin, request, &deadlines).await?).await?;
         Ok((status, body))
     };
-    match tokio::time::timeout(timeout, answered).await {
-        Ok(answered) => answered,
+    match tokio::time::timeout(timeout, exchange).await {
+        Ok(exchange) => exchange,
         Err(_) => Err(Error::Upstream(crate::proxy::client::Error::Timeout)),
     }
 }

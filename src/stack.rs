@@ -1,5 +1,5 @@
-//! OpenFaaS stack files: the functions that they describe, ready to be deployed, and all that is wrong with them. No
-//! I/O: variables and other files come in as functions.
+//! Parses OpenFaaS stack files into deployments, and collects all errors. No I/O: closures look up variables and read
+//! other files.
 
 mod fields;
 mod function;
@@ -20,36 +20,36 @@ use crate::provider::types::FunctionDeployment;
 use crate::stack::fields::FieldReader;
 pub use crate::stack::shell::single_quoted;
 
-/// What a stack file is read with.
+/// Access to the environment of a stack file.
 pub struct Source<'a> {
-    /// The directory of the file, absolute: paths and commands in it are relative to this.
+    /// Absolute directory of the file. Paths and commands in the file are relative to it.
     pub directory: &'a Path,
-    /// Looks a variable up.
+    /// Looks up a variable.
     pub var: &'a dyn Fn(&str) -> Option<String>,
     /// Reads another file.
     pub read: &'a dyn Fn(&Path) -> io::Result<String>,
 }
 
-/// What a stack file says.
+/// A parsed stack file.
 #[derive(Debug, Default)]
 pub struct Stack {
-    /// The functions that nothing is wrong with, in the order of their names.
+    /// The valid functions, sorted by name.
     pub functions: Vec<FunctionDeployment>,
-    /// The names of those that something is wrong with.
+    /// The names of functions with errors.
     pub invalid: BTreeSet<String>,
-    /// Everything that is wrong, in the order of the lines.
+    /// All errors, sorted by line.
     pub errors: Vec<StackError>,
-    /// The line that each function begins on.
+    /// The first line of each function.
     pub lines: BTreeMap<String, usize>,
-    /// Whether the functions could be read at all. If not, the file says nothing about which there are.
+    /// Whether the list of functions could be read. If not, it is unknown which functions the file has.
     pub is_readable: bool,
 }
 
-/// Something wrong in a stack file, and what to do about it.
+/// An error in a stack file, with its remedy.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct StackError {
     pub line: usize,
-    /// Such as `functions.echo.fprocess`; empty for the file as a whole.
+    /// Path of the key, such as `functions.echo.fprocess`; empty for the whole file.
     pub key: String,
     pub text: String,
 }
@@ -63,7 +63,7 @@ impl fmt::Display for StackError {
     }
 }
 
-/// Reads a stack file.
+/// Parses a stack file.
 pub fn parse(text: &str, source: &Source<'_>) -> Stack {
     let root = match yaml::parse(text) {
         Ok(root) => root,
@@ -81,18 +81,18 @@ pub fn parse(text: &str, source: &Source<'_>) -> Stack {
     }
     let mut stack = Stack::default();
     if let Some(node) = top.get("functions") {
-        let before = reader.errors.len();
+        let error_count = reader.errors.len();
         let functions = reader.map("functions", node);
-        let doubled: BTreeSet<String> = reader.errors[before..]
+        let duplicates: BTreeSet<String> = reader.errors[error_count..]
             .iter()
             .filter_map(|error| error.key.strip_prefix("functions.").map(str::to_owned))
             .collect();
         for (key, node) in functions.entries() {
-            let before = reader.errors.len();
+            let error_count = reader.errors.len();
             stack.lines.insert(key.name.clone(), key.line);
             let function = function::read_function(&mut reader, source, &key.name, key.line, node);
-            // Of two under one name, either may be meant.
-            if reader.errors.len() > before || doubled.contains(&key.name) {
+            // With a duplicate name it is unknown which of the two is meant.
+            if reader.errors.len() > error_count || duplicates.contains(&key.name) {
                 stack.invalid.insert(key.name.clone());
             } else {
                 stack.functions.push(function);
@@ -100,7 +100,7 @@ pub fn parse(text: &str, source: &Source<'_>) -> Stack {
         }
     }
     if stack.functions.is_empty() && stack.invalid.is_empty() {
-        let text = "it has no functions: add a map `functions`, such as `functions: {echo: {fprocess: cat}}`";
+        let text = "the file has no functions: add a map `functions`, such as `functions: {echo: {fprocess: cat}}`";
         reader.error(root.line, "", text);
     } else {
         stack.is_readable = true;

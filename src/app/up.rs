@@ -19,13 +19,14 @@ use crate::config::base_url::BaseUrl;
 use crate::provider::process::{ProcessProvider, SecretsSnapshot};
 use crate::shutdown::{Event, OnHangup, ShutdownPhases, Signals, Tasks};
 
-/// Where functions live when nobody says otherwise.
+/// Default namespace of functions.
 const DEFAULT_NAMESPACE: &str = "openfaas-fn";
 
-/// How often the stack file and the secrets are looked at.
+/// Interval of checks for changes of the stack file and secrets.
 const POLL_INTERVAL: Duration = Duration::from_secs(1);
 
-/// `once`: the stack file is not followed. `var` looks up the variables that it names.
+/// Runs gateway and provider until a signal. With `once`, changes of the stack file are ignored. `var` looks up
+/// variables of the stack file.
 pub(super) fn run(
     mut config: Up,
     once: bool,
@@ -33,22 +34,22 @@ pub(super) fn run(
 ) -> anyhow::Result<()> {
     resolve_paths(&mut config)?;
     if let Some(path) = &config.stack {
-        // Before anything is started or created.
+        // Checked before anything is started or created.
         std::fs::metadata(path)
             .with_context(|| format!("cannot read the stack file {}", path.display()))?;
     }
     super::block_on(build_runtime()?, up(config, once, var))
 }
 
-/// Makes the paths absolute. Where things are kept belongs to the stack file, wherever the command is typed.
+/// Makes the paths absolute. State directories are relative to the stack file, not to the current directory.
 fn resolve_paths(config: &mut Up) -> anyhow::Result<()> {
-    let here = "cannot find the current directory";
+    let message = "cannot find the current directory";
     let base = match &mut config.stack {
         Some(path) => {
-            *path = std::path::absolute(&path).context(here)?;
+            *path = std::path::absolute(&path).context(message)?;
             path.parent().unwrap_or(Path::new("/")).to_owned()
         }
-        None => std::env::current_dir().context(here)?,
+        None => std::env::current_dir().context(message)?,
     };
     for directory in [&mut config.provider.state_dir, &mut config.serve.queue.state_dir] {
         *directory = base.join(&directory);
@@ -65,9 +66,9 @@ async fn up(
         tracing::warn!("{warning}");
     }
     let mut signals = Signals::listen().context("cannot listen for signals")?;
+    // Kept only in memory: no other client uses this provider.
     let (tasks, provider_tasks, phases) =
         (Tasks::default(), Tasks::default(), ShutdownPhases::default());
-    // Kept in memory alone: only this gateway gives orders to this provider.
     let credentials = Credentials::generate()?;
     let opened =
         ProviderServer::open(&config.provider, Some(Arc::clone(&credentials)), &provider_tasks)
@@ -85,7 +86,7 @@ async fn up(
         }
         provider.serve(&provider_tasks);
         let url = format!("http://{}", provider.address);
-        let Some(url) = BaseUrl::parse(&url) else { bail!("{url} is no URL") };
+        let Some(url) = BaseUrl::parse(&url) else { bail!("{url} is not a URL") };
         (config.serve.provider, config.serve.logs_provider) = (url.clone(), url);
         if config.serve.namespace.is_empty() {
             DEFAULT_NAMESPACE.clone_into(&mut config.serve.namespace);
@@ -114,9 +115,9 @@ async fn up(
         };
         match (event, &mut stack) {
             (Event::Stop(signal), _) => break signal,
-            (Event::Reload, None) => tracing::info!("SIGHUP: there is no stack file to read again"),
+            (Event::Reload, None) => tracing::info!("SIGHUP: there is no stack file to reload"),
             (Event::Reload, Some(stack)) => {
-                tracing::info!("SIGHUP: the stack file is read again");
+                tracing::info!("SIGHUP: reloading the stack file");
                 stack.apply().await;
             }
         }
@@ -130,11 +131,11 @@ async fn up(
     };
     tokio::select! {
         () = stop => Ok(()),
-        signal = signals.next_termination() => bail!("ended at once by a second signal, {signal}"),
+        signal = signals.next_termination() => bail!("stopped immediately by a second signal, {signal}"),
     }
 }
 
-/// Follows secrets that other processes write, and the stack file.
+/// Applies changes of secrets and of the stack file.
 async fn poll_changes(
     process: &Arc<ProcessProvider>,
     secrets: &mut SecretsSnapshot,
@@ -142,7 +143,7 @@ async fn poll_changes(
     once: bool,
 ) {
     if let Err(error) = block_in_place(|| process.refresh_changed_secrets(secrets)) {
-        tracing::warn!(%error, "Secrets cannot be read again");
+        tracing::warn!(%error, "Cannot reload secrets");
     }
     let Some(stack) = stack else { return };
     stack.deploy_waiting().await;
@@ -151,7 +152,7 @@ async fn poll_changes(
     }
 }
 
-/// Says where things are, in lines that can be pasted.
+/// Prints the addresses, and commands to try.
 fn print_banner(
     gateway: &Gateway,
     provider: &ProviderServer,
@@ -169,7 +170,7 @@ fn print_banner(
             println!("  curl {base}/function/{first} -d 'hello'");
         }
         None => {
-            println!("Deploy a function, and call it:");
+            println!("Deploy a function and call it:");
             println!(
                 "  curl {base}/system/functions -H 'Content-Type: application/json' \
                  -d '{{\"service\":\"echo\",\"envProcess\":\"cat\"}}'"
@@ -178,12 +179,12 @@ fn print_banner(
         }
     }
     let name = function.unwrap_or("echo");
-    println!("Have it called later, and ask what became of it (the id is in X-Call-Id):");
+    println!("Queue a call and query its state (the id is in X-Call-Id):");
     println!("  curl -i {base}/async-function/{name} -d 'hello'");
     println!("  curl {base}/async-function/ID");
-    println!("List functions, and follow a log:");
+    println!("List functions and read a log:");
     println!("  curl {base}/system/functions");
     println!("  curl '{base}/system/logs?name={name}&tail=10'");
     println!();
-    println!("Ctrl-C stops it.");
+    println!("Press Ctrl-C to stop.");
 }

@@ -82,7 +82,7 @@ pub const DEFAULT_NAMESPACE: &str = "openfaas-fn";
 /// Maximum number of processes of one function.
 const MAX_PROCESSES_PER_FUNCTION: u64 = 1000;
 
-/// The provider.
+/// The process provider with its functions.
 #[derive(Debug)]
 pub struct ProcessProvider {
     store: Store,
@@ -101,8 +101,8 @@ impl ProcessProvider {
         Self::open_in(config, tasks, false).await
     }
 
-    /// Does the same as `open`, and makes this process adopt orphans of functions. This requires that the process has no
-    /// child processes besides the provider's.
+    /// Does the same as `open`, and makes this process adopt orphans of functions. This requires that the process has
+    /// no child processes besides the provider's.
     ///
     /// # Errors
     /// The errors of `open`.
@@ -136,16 +136,16 @@ impl ProcessProvider {
         orphans.containment.log_method();
         let environment = config.environment.clone();
         let launcher = Arc::new(ProcessLauncher::new(tasks, orphans, secrets, mounts, environment));
-        let process = Arc::new(Self {
+        let provider = Arc::new(Self {
             table: FunctionTable::new(store.namespaces()?),
             store,
             launcher: launcher,
             change_lock: Mutex::default(),
         });
-        for (function, saved) in process.store.functions()? {
-            process.restore(function, saved)?;
+        for (function, saved) in provider.store.functions()? {
+            provider.restore(function, saved)?;
         }
-        Ok(process)
+        Ok(provider)
     }
 
     /// Deploys a function, or replaces the function of the same name.
@@ -153,9 +153,9 @@ impl ProcessProvider {
     /// # Errors
     /// `ApiError::Invalid` with the reason if the deployment cannot run here.
     pub async fn deploy(self: &Arc<Self>, deployment: FunctionDeployment) -> Result<(), ApiError> {
-        self.run_exclusively(move |process| {
-            let function = process.validate(&deployment)?;
-            process.save_and_start(&function, deployment)
+        self.run_exclusively(move |provider| {
+            let function = provider.validate(&deployment)?;
+            provider.save_and_start(&function, deployment)
         })
         .await
     }
@@ -169,13 +169,17 @@ impl ProcessProvider {
         self: &Arc<Self>,
         deployment: FunctionDeployment,
     ) -> Result<bool, ApiError> {
-        self.run_exclusively(move |process| {
-            let function = process.validate(&deployment)?;
-            if process.table.get(&function).is_some_and(|entry| entry.is_deployed_as(&deployment)) {
+        self.run_exclusively(move |provider| {
+            let function = provider.validate(&deployment)?;
+            if provider
+                .table
+                .get(&function)
+                .is_some_and(|deployed| deployed.is_deployed_as(&deployment))
+            {
                 tracing::info!(function = %function, "{function} is unchanged");
                 return Ok(false);
             }
-            process.save_and_start(&function, deployment).map(|()| true)
+            provider.save_and_start(&function, deployment).map(|()| true)
         })
         .await
     }
@@ -185,24 +189,24 @@ impl ProcessProvider {
         self: &Arc<Self>,
         deployment: FunctionDeployment,
     ) -> Result<(), ApiError> {
-        self.run_exclusively(move |process| {
+        self.run_exclusively(move |provider| {
             let function = function_of(&deployment);
-            process.find(&function)?;
-            process.validate(&deployment)?;
-            process.save_and_start(&function, deployment)
+            provider.find(&function)?;
+            provider.validate(&deployment)?;
+            provider.save_and_start(&function, deployment)
         })
         .await
     }
 
     /// Removes a function. Its processes finish their calls first.
     pub(crate) async fn delete(self: &Arc<Self>, function: Function) -> Result<(), ApiError> {
-        self.run_exclusively(move |process| {
-            process.find(&function)?;
-            process.store.remove_function(&function)?;
-            if let Some(entry) = process.table.remove(&function) {
-                entry.retire();
+        self.run_exclusively(move |provider| {
+            provider.find(&function)?;
+            provider.store.remove_function(&function)?;
+            if let Some(deployed) = provider.table.remove(&function) {
+                deployed.retire();
             }
-            process.launcher.secrets.remove_view(&function)?;
+            provider.launcher.secrets.remove_view(&function)?;
             tracing::info!(function = %function, "Deleted {function}");
             Ok(())
         })
@@ -215,11 +219,11 @@ impl ProcessProvider {
         function: Function,
         replicas: u64,
     ) -> Result<(), ApiError> {
-        self.run_exclusively(move |process| {
-            let entry = process.find(&function)?;
-            check_replicas(&entry.workload.spec, replicas)?;
-            process.store.save_function(&function, &entry.saved(replicas))?;
-            entry.scale(replicas);
+        self.run_exclusively(move |provider| {
+            let deployed = provider.find(&function)?;
+            check_replicas(&deployed.workload.spec, replicas)?;
+            provider.store.save_function(&function, &deployed.saved(replicas))?;
+            deployed.scale(replicas);
             tracing::info!(function = %function, replicas, "Scaled {function} to {replicas}");
             Ok(())
         })
@@ -230,8 +234,8 @@ impl ProcessProvider {
     pub(crate) fn list(&self, namespace: &str) -> Vec<FunctionStatus> {
         let entries = self.table.functions();
         let in_namespace =
-            |entry: &&Arc<DeployedFunction>| entry.workload.function.namespace == namespace;
-        entries.iter().filter(in_namespace).map(|entry| entry.status()).collect()
+            |deployed: &&Arc<DeployedFunction>| deployed.workload.function.namespace == namespace;
+        entries.iter().filter(in_namespace).map(|deployed| deployed.status()).collect()
     }
 
     /// Stops all processes: sends SIGTERM, and SIGKILL to those that still run after `grace`.
@@ -251,10 +255,10 @@ impl ProcessProvider {
         self: &Arc<Self>,
         change: impl FnOnce(&Self) -> Result<T, ApiError> + Send + 'static,
     ) -> Result<T, ApiError> {
-        let process = Arc::clone(self);
+        let provider = Arc::clone(self);
         let changing = tokio::task::spawn_blocking(move || {
-            let _one_at_a_time = lock_unpoisoned(&process.change_lock);
-            change(&process)
+            let _change_lock = lock_unpoisoned(&provider.change_lock);
+            change(&provider)
         });
         changing.await.map_err(|error| ApiError::Internal(error.into()))?
     }
@@ -320,11 +324,11 @@ impl ProcessProvider {
             deployment,
             replicas: match &old {
                 // A function at zero stays at zero; the next call starts the new version.
-                Some(before) if before.replicas() == 0 => 0,
-                Some(before) => before.replicas().max(initial),
+                Some(old) if old.replicas() == 0 => 0,
+                Some(old) => old.replicas().max(initial),
                 None => initial,
             },
-            created_at: old.as_ref().map_or_else(current_time, |before| before.created_at.clone()),
+            created_at: old.as_ref().map_or_else(current_time, |old| old.created_at.clone()),
         };
         let spec = FunctionSpec::parse(&saved.deployment).map_err(ApiError::Invalid)?;
         // The old version may be in fork mode, where the number of replicas is not limited.
@@ -341,11 +345,11 @@ impl ProcessProvider {
     fn restore(&self, function: Function, mut saved: SavedFunction) -> anyhow::Result<()> {
         let spec = FunctionSpec::parse(&saved.deployment).map_err(anyhow::Error::msg);
         let spec = spec.with_context(|| format!("the state of function {function} is damaged"))?;
-        if let Err(refusal) = check_replicas(&spec, saved.replicas) {
+        if let Err(error) = check_replicas(&spec, saved.replicas) {
             tracing::warn!(
                 function = %function,
                 replicas = saved.replicas,
-                "Starting {function} with {MAX_PROCESSES_PER_FUNCTION} replicas: {refusal}"
+                "Starting {function} with {MAX_PROCESSES_PER_FUNCTION} replicas: {error}"
             );
             saved.replicas = MAX_PROCESSES_PER_FUNCTION;
         }
@@ -365,16 +369,15 @@ impl ProcessProvider {
         let workload = Arc::new(Workload {
             function: function.clone(),
             spec,
-            logs: old
-                .map_or_else(|| Arc::new(Logs::new()), |before| Arc::clone(&before.workload.logs)),
-            activity: old.map_or_else(Arc::default, |before| Arc::clone(&before.workload.activity)),
+            logs: old.map_or_else(|| Arc::new(Logs::new()), |old| Arc::clone(&old.workload.logs)),
+            activity: old.map_or_else(Arc::default, |old| Arc::clone(&old.workload.activity)),
         });
-        let entry = Arc::new(DeployedFunction::new(saved, workload, &self.launcher));
-        entry.scale(replicas);
-        if let Some(before) = old {
-            entry.replace(before, &self.launcher);
+        let deployed = Arc::new(DeployedFunction::new(saved, workload, &self.launcher));
+        deployed.scale(replicas);
+        if let Some(old) = old {
+            deployed.replace(old, &self.launcher);
         }
-        self.table.insert(entry);
+        self.table.insert(deployed);
     }
 }
 

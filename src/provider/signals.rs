@@ -1,7 +1,7 @@
 //! Response headers that a provider sends to the gateway. docs/PROVIDER.md specifies them for other providers. No I/O.
 //!
-//! A provider that forwards all headers of its functions lets a function forge them. So the gateway may shorten a wait or
-//! change a response because of these headers, but it never retries a request based on them alone.
+//! A provider that forwards all headers of its functions lets a function forge them. So the gateway may shorten a wait
+//! or change a response because of these headers, but it never retries a request based on them alone.
 
 use http::{HeaderMap, HeaderName, HeaderValue};
 

@@ -168,7 +168,7 @@ pub struct Secret {
     pub raw_value: String,
 }
 
-/// Body of the `/system/namespace/NAME` calls.
+/// Body of `/system/namespace/NAME` requests.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Namespace {

@@ -1,4 +1,4 @@
-//! Reads maps of a stack file, and gathers every mistake on the way. No I/O.
+//! Reads typed fields from YAML nodes, and collects all errors. No I/O.
 
 use std::collections::BTreeMap;
 use std::rc::Rc;
@@ -7,15 +7,15 @@ use crate::stack::StackError;
 use crate::stack::substitute::substitute;
 use crate::stack::yaml::{Key, Node, Value};
 
-/// What is read so far, and what was wrong with it.
+/// Reads fields and collects errors.
 pub(super) struct FieldReader<'a> {
     pub(super) var: &'a dyn Fn(&str) -> Option<String>,
     pub(super) errors: Vec<StackError>,
 }
 
-/// One map, whose keys are known.
+/// A YAML map with unique keys.
 pub(super) struct Map<'n> {
-    /// Where it is, such as `functions.echo`.
+    /// Path in the file, such as `functions.echo`.
     pub(super) path: String,
     entries: Vec<(&'n Key, &'n Node)>,
 }
@@ -42,15 +42,15 @@ impl FieldReader<'_> {
         self.errors.push(StackError { line, key: key.to_owned(), text: text.into() });
     }
 
-    /// The map that `node` is; empty if it is something else, and then a mistake says so. A key that comes twice counts
-    /// once, and is a mistake.
+    /// Reads a map; empty, with an error, if `node` is not a map. Of a duplicate key the first value is used, with an
+    /// error.
     pub(super) fn map<'n>(&mut self, path: &str, node: &'n Node) -> Map<'n> {
         let mut map = Map { path: path.to_owned(), entries: Vec::new() };
         let entries: &[(Key, Rc<Node>)] = match &node.value {
             Value::Map(entries) => entries,
             Value::Null => return map,
             other => {
-                let text = format!("this is {}, and must be a map of keys to values", other.kind());
+                let text = format!("this is {}, but must be a map of keys to values", other.kind());
                 self.error(node.line, path, text);
                 return map;
             }
@@ -59,7 +59,7 @@ impl FieldReader<'_> {
             match map.entries.iter().find(|(known, _)| known.name == key.name) {
                 Some((first, _)) => {
                     let text = format!(
-                        "comes twice, first on line {}: remove or rename one of them",
+                        "duplicate key, first on line {}: remove or rename one of them",
                         first.line
                     );
                     self.error(key.line, &map.child_path(&key.name), text);
@@ -70,7 +70,7 @@ impl FieldReader<'_> {
         map
     }
 
-    /// Has every key of `map` that is not among `known` be a mistake. Keys that begin with `x-` are for other tools.
+    /// Adds an error for every key of `map` that is not in `known`. Keys that begin with `x-` are for other tools.
     pub(super) fn reject_unknown_keys(&mut self, map: &Map<'_>, known: &[&str]) {
         for (key, _) in map.entries() {
             if known.contains(&key.name.as_str()) || key.name.starts_with("x-") {
@@ -88,7 +88,7 @@ impl FieldReader<'_> {
         }
     }
 
-    /// The text that `node` is, with its variables replaced; `None` for nothing.
+    /// Reads a string and substitutes its variables; `None` if it is missing, null or invalid.
     pub(super) fn text(&mut self, path: &str, node: Option<&Node>) -> Option<String> {
         let node = node?;
         match &node.value {
@@ -102,14 +102,14 @@ impl FieldReader<'_> {
             },
             other => {
                 let text =
-                    format!("this is {}, and must be a text: put it in quotes", other.kind());
+                    format!("this is {}, but must be a string: put it in quotes", other.kind());
                 self.error(node.line, path, text);
                 None
             }
         }
     }
 
-    /// The list of texts that `node` is; a single text counts as a list of one.
+    /// Reads a list of strings; a single string counts as a list of one.
     pub(super) fn text_list(&mut self, path: &str, node: Option<&Node>) -> Option<Vec<String>> {
         let node = node?;
         match &node.value {
@@ -120,13 +120,13 @@ impl FieldReader<'_> {
             }
             Value::Text(_) => Some(self.text(path, Some(node)).into_iter().collect()),
             Value::Map(_) => {
-                self.error(node.line, path, "this is a map, and must be a list, such as [a, b]");
+                self.error(node.line, path, "this is a map, but must be a list, such as [a, b]");
                 None
             }
         }
     }
 
-    /// The map of texts that `node` is.
+    /// Reads a map of strings.
     pub(super) fn text_map(
         &mut self,
         path: &str,

@@ -1,4 +1,4 @@
-//! A function's entry in a stack file. No I/O.
+//! Reads a function of a stack file. No I/O.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -9,7 +9,7 @@ use crate::stack::fields::{FieldReader, Map};
 use crate::stack::shell;
 use crate::stack::yaml::{self, Node};
 
-/// Keys that concern the building of an image are known, and left alone.
+/// Known keys of a function. Those for building an image are ignored.
 const KEYS: &[&str] = &[
     "annotations",
     "build_args",
@@ -35,7 +35,7 @@ const KEYS: &[&str] = &[
     "skip_build",
 ];
 
-/// What `node` describes, under `name`. What is wrong with it is among the mistakes of `reader`.
+/// Reads the function `name` from `node`. Adds errors to `reader`.
 pub(super) fn read_function(
     reader: &mut FieldReader<'_>,
     source: &Source<'_>,
@@ -76,40 +76,44 @@ fn text(reader: &mut FieldReader<'_>, map: &Map<'_>, name: &str) -> String {
 
 fn check_name(reader: &mut FieldReader<'_>, map: &Map<'_>, name: &str, line: usize) {
     let plain = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-';
-    let fits = (1..=63).contains(&name.len()) && name.bytes().all(plain);
-    if !fits || name.starts_with('-') || name.ends_with('-') {
+    let is_valid = (1..=63).contains(&name.len()) && name.bytes().all(plain);
+    if !is_valid || name.starts_with('-') || name.ends_with('-') {
         let text =
             "not a function's name: use at most 63 of a-z, 0-9 and -, none of them - at either end";
         reader.error(line, &map.path, text);
     }
 }
 
-/// The command, which no shell reads.
+/// Reads the command, which is run without a shell.
 fn read_command(reader: &mut FieldReader<'_>, map: &Map<'_>, line: usize) -> String {
     let names = ["fprocess", "envProcess"].into_iter().filter(|name| map.get(name).is_some());
     let names: Vec<_> = names.collect();
     let Some(name) = names.first() else {
-        let text = "missing: here a function is a command, such as `fprocess: cat`";
+        let text = "missing: a function of this provider is a command, such as `fprocess: cat`";
         reader.error(line, &map.child_path("fprocess"), text);
         return String::new();
     };
     let (key, node) = (map.child_path(name), map.get(name));
     let line = node.map_or(line, |node| node.line);
     if names.len() > 1 {
-        reader.error(line, &key, "given beside envProcess, which means the same: remove one");
+        reader.error(line, &key, "duplicate of envProcess, which has the same meaning: remove one");
     }
-    let before = reader.errors.len();
+    let error_count = reader.errors.len();
     let command = reader.text(&key, node).unwrap_or_default();
-    if reader.errors.len() > before {
+    if reader.errors.len() > error_count {
         return command;
     }
     if command.trim().is_empty() {
-        reader.error(line, &key, "empty: here a function is a command, such as `fprocess: cat`");
+        reader.error(
+            line,
+            &key,
+            "empty: a function of this provider is a command, such as `fprocess: cat`",
+        );
     } else if let Some(operator) = shell::shell_operator(&command) {
-        // As it is written: the value of a variable is none of the log's business.
+        // Before substitution: the message must not contain values of variables.
         let written = node.map_or("", |node| node.value.as_written()).trim();
         let text = format!(
-            "{operator} needs a shell, and none reads this command: write sh -c {}, or put {operator} in quotes",
+            "{operator} needs a shell, but the command runs without one: write sh -c {}, or put {operator} in quotes",
             shell::single_quoted(written)
         );
         reader.error(line, &key, text);
@@ -123,7 +127,7 @@ fn read_resources(reader: &mut FieldReader<'_>, map: &Map<'_>, name: &str) -> Op
     Some(Resources { memory: text(reader, &map, "memory"), cpu: text(reader, &map, "cpu") })
 }
 
-/// The variables in the files that `environment_file` names, the last of which wins.
+/// Reads the variables in the files listed in `environment_file`. Later files override earlier ones.
 fn read_environment_files(
     reader: &mut FieldReader<'_>,
     source: &Source<'_>,
@@ -150,8 +154,9 @@ fn read_environment_file(
     let text = (source.read)(&path).map_err(|error| {
         format!("cannot read {name} ({error}): the path is relative to the stack file")
     })?;
-    let root = yaml::parse(&text).map_err(|it| format!("{name}: line {}: {}", it.line, it.text))?;
-    // A reader of its own, since lines and keys are those of the other file.
+    let root = yaml::parse(&text)
+        .map_err(|error| format!("{name}: line {}: {}", error.line, error.text))?;
+    // A separate reader, since lines and keys refer to the other file.
     let mut inner = FieldReader { var: reader.var, errors: Vec::new() };
     let top = inner.map("", &root);
     inner.reject_unknown_keys(&top, &["environment"]);
@@ -159,8 +164,8 @@ fn read_environment_file(
     match inner.errors.as_slice() {
         [] => found.ok_or_else(|| format!("{name} has no map `environment`")),
         errors => {
-            let told: Vec<_> = errors.iter().map(ToString::to_string).collect();
-            Err(format!("{name}: {}", told.join("; ")))
+            let messages: Vec<_> = errors.iter().map(ToString::to_string).collect();
+            Err(format!("{name}: {}", messages.join("; ")))
         }
     }
 }

@@ -1,11 +1,11 @@
-//! What the fuzzer checks of stack files.
+//! Fuzz target of stack files.
 
 use std::io;
 use std::path::Path;
 
 use crate::stack::{Source, parse};
 
-/// A stack file is read, or refused with messages that say something: nothing of it is left out without a word.
+/// Checks that a stack file is parsed, or rejected with error messages: no part is ignored silently.
 pub(crate) fn stack_file(data: &[u8]) {
     let Ok(text) = std::str::from_utf8(data) else { return };
     let var = |name: &str| (name == "HOME").then(|| "/home".to_owned());

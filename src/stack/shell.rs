@@ -1,6 +1,6 @@
-//! What a command line would need a shell for. No I/O.
+//! Detects shell syntax in a command line. No I/O.
 
-/// The first thing in `line`, outside of quotes, that only a shell would understand.
+/// Returns the first unquoted operator or expansion in `line` that requires a shell.
 pub(super) fn shell_operator(line: &str) -> Option<String> {
     let mut chars = line.chars().peekable();
     while let Some(c) = chars.next() {
@@ -42,7 +42,7 @@ pub(super) fn shell_operator(line: &str) -> Option<String> {
     None
 }
 
-/// `line` as one word in single quotes.
+/// Returns `line` as one shell word in single quotes.
 pub fn single_quoted(line: &str) -> String {
     format!("'{}'", line.replace('\'', r"'\''"))
 }
@@ -52,7 +52,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_needs_a_shell_is_found_outside_of_quotes_alone() {
+    fn only_unquoted_shell_syntax_is_detected() {
         for (line, expect) in [
             ("cat", None),
             ("cat | wc -l", Some("|")),

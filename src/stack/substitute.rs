@@ -1,6 +1,9 @@
-//! `${NAME}` and `${NAME:-default}` in a stack file's texts. No I/O.
+//! Substitutes `${NAME}` and `${NAME:-default}` in strings of a stack file. No I/O.
 
-/// `text` with its variables replaced; an error says what is wrong and what to write instead. `$${` stands for `${`.
+/// Replaces the variables in `text`. `$${` stands for `${`.
+///
+/// # Errors
+/// A message with the problem and its remedy.
 pub(super) fn substitute(
     text: &str,
     var: &dyn Fn(&str) -> Option<String>,
@@ -15,25 +18,28 @@ pub(super) fn substitute(
             continue;
         }
         done.push_str(before);
-        let Some((inside, behind)) = from[2..].split_once('}') else {
+        let Some((expression, after)) = from[2..].split_once('}') else {
             return Err("${ has no closing brace; $${ stands for a plain ${".to_owned());
         };
-        done.push_str(&variable_value(inside, var)?);
-        rest = behind;
+        done.push_str(&variable_value(expression, var)?);
+        rest = after;
     }
     done.push_str(rest);
     Ok(done)
 }
 
-fn variable_value(inside: &str, var: &dyn Fn(&str) -> Option<String>) -> Result<String, String> {
-    let (name, default) = match inside.split_once(":-") {
+fn variable_value(
+    expression: &str,
+    var: &dyn Fn(&str) -> Option<String>,
+) -> Result<String, String> {
+    let (name, default) = match expression.split_once(":-") {
         Some((name, default)) => (name, Some(default)),
-        None => (inside, None),
+        None => (expression, None),
     };
-    let first = name.bytes().next().is_some_and(|b| b.is_ascii_alphabetic() || b == b'_');
-    if !first || !name.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'_') {
+    let valid_start = name.bytes().next().is_some_and(|b| b.is_ascii_alphabetic() || b == b'_');
+    if !valid_start || !name.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'_') {
         return Err(format!(
-            "${{{inside}}} is not understood: write ${{NAME}} or ${{NAME:-default}}, or $${{ for a plain ${{"
+            "${{{expression}}} is invalid: write ${{NAME}} or ${{NAME:-default}}, or $${{ for a plain ${{"
         ));
     }
     let set = var(name).filter(|value| default.is_none() || !value.is_empty());
@@ -47,7 +53,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn variables_are_replaced_or_refused_with_what_to_write() {
+    fn variables_are_replaced_or_rejected_with_a_remedy() {
         let var = |name: &str| match name {
             "A" => Some("one".to_owned()),
             "EMPTY" => Some(String::new()),
@@ -65,9 +71,9 @@ mod tests {
         for (text, expect) in [
             ("${B}", "the variable B is not set: set it, or write ${B:-default}"),
             ("${A", "no closing brace"),
-            ("${A:=x}", "${A:=x} is not understood"),
-            ("${}", "not understood"),
-            ("${1A}", "not understood"),
+            ("${A:=x}", "${A:=x} is invalid"),
+            ("${}", "is invalid"),
+            ("${1A}", "is invalid"),
         ] {
             let error = substitute(text, &var).unwrap_err();
             assert!(error.contains(expect), "{text}: {error}");

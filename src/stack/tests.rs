@@ -17,7 +17,7 @@ fn errors(text: &str) -> Vec<String> {
 }
 
 #[test]
-fn a_stack_file_as_faas_cli_writes_it_is_read() {
+fn a_stack_file_of_faas_cli_is_parsed() {
     let stack = read(
         "version: 1.0\n\
          provider:\n  name: openfaas\n  gateway: http://127.0.0.1:8080\n\
@@ -42,7 +42,7 @@ fn a_stack_file_as_faas_cli_writes_it_is_read() {
 }
 
 #[test]
-fn variables_and_environment_files_are_understood() {
+fn variables_and_environment_files_are_applied() {
     let stack = read(
         "functions:\n  f:\n    fprocess: echo ${WHO} ${NOBODY:-nobody}\n    environment: {a: 1, b: 2}\n    \
          environment_file: [one.yml, sub/two.yml]\n",
@@ -59,7 +59,7 @@ fn variables_and_environment_files_are_understood() {
 }
 
 #[test]
-fn all_mistakes_are_named_in_one_run_with_line_key_and_remedy() {
+fn all_errors_are_reported_with_line_key_and_remedy() {
     let stack = read(
         "version: 1.0\n\
          provder: {name: openfaas}\n\
@@ -76,7 +76,7 @@ fn all_mistakes_are_named_in_one_run_with_line_key_and_remedy() {
          \x20 Bad_Name: {fprocess: cat}\n",
         &[],
     );
-    let told: Vec<_> = stack.errors.iter().map(ToString::to_string).collect();
+    let messages: Vec<_> = stack.errors.iter().map(ToString::to_string).collect();
     let expected = [
         ("line 2: provder: ", "did you mean provider?"),
         ("line 7: functions.typo.environement: ", "did you mean environment?"),
@@ -85,23 +85,24 @@ fn all_mistakes_are_named_in_one_run_with_line_key_and_remedy() {
         ("line 15: functions.unset.environment.key: ", "NOT_SET is not set"),
         ("line 16: functions.twice: ", "first on line 10"),
         ("line 19: functions.file.environment_file: ", "cannot read none.yml"),
-        ("line 20: functions.kinds.fprocess: ", "must be a text"),
+        ("line 20: functions.kinds.fprocess: ", "must be a string"),
         ("line 20: functions.kinds.secrets: ", "must be a list"),
         ("line 20: functions.kinds.labels: ", "must be a map"),
         ("line 20: functions.kinds.readonly_root_filesystem: ", "\"maybe\" is not true or false"),
         ("line 21: functions.Bad_Name: ", "a-z, 0-9 and -"),
     ];
-    assert_eq!(told.len(), expected.len(), "{told:#?}");
+    assert_eq!(messages.len(), expected.len(), "{messages:#?}");
     for (place, remedy) in expected {
-        let named = told.iter().any(|it| it.starts_with(place) && it.contains(remedy));
-        assert!(named, "{place} {remedy}: {told:#?}");
+        let found =
+            messages.iter().any(|message| message.starts_with(place) && message.contains(remedy));
+        assert!(found, "{place} {remedy}: {messages:#?}");
     }
     assert!(stack.is_readable && stack.functions.iter().map(|f| &f.service).eq(["good"]));
     assert_eq!(stack.invalid.len(), 8, "{:?}", stack.invalid);
 }
 
 #[test]
-fn a_file_that_says_nothing_about_functions_is_not_readable() {
+fn a_file_without_functions_is_not_readable() {
     for text in
         ["", "version: 1.0\n", "functions:\n", "functions: {}", "functions: [", "functions: 5"]
     {
@@ -113,7 +114,7 @@ fn a_file_that_says_nothing_about_functions_is_not_readable() {
 }
 
 #[test]
-fn a_mistake_in_an_environment_file_is_named_with_its_file() {
+fn an_error_in_an_environment_file_has_the_name_of_the_file() {
     let text = "functions: {f: {fprocess: cat, environment_file: e.yml}}";
     for (file, expect) in [
         ("environment: [", "e.yml: line"),
@@ -123,8 +124,8 @@ fn a_mistake_in_an_environment_file_is_named_with_its_file() {
         ("environment: {a: '${NONE}'}", "e.yml: line 1: environment.a: the variable NONE"),
     ] {
         let stack = read(text, &[("e.yml", file)]);
-        let told = stack.errors[0].to_string();
-        assert!(told.starts_with("line 1: functions.f.environment_file: "), "{told}");
-        assert!(told.contains(expect), "{file}: {told}");
+        let message = stack.errors[0].to_string();
+        assert!(message.starts_with("line 1: functions.f.environment_file: "), "{message}");
+        assert!(message.contains(expect), "{file}: {message}");
     }
 }

@@ -1,16 +1,16 @@
-//! YAML as a tree that knows its lines, so that a mistake can be named by its place. No I/O.
+//! Parses YAML into a tree with line numbers, for error messages. No I/O.
 
 use std::collections::HashMap;
 use std::rc::Rc;
 
 use saphyr_parser::{Event, Parser, ScalarStyle, ScanError};
 
-/// Nodes of one file, those that aliases repeat included, and how deep they may lie: a file of a few lines can
-/// describe billions of nodes.
+/// Maximum number of nodes in a file, including those repeated by aliases, and maximum depth: by aliases, a file of a
+/// few lines can expand to billions of nodes.
 const MAX_NODES: usize = 100_000;
 const MAX_DEPTH: usize = 32;
 
-/// A value, and the line that it begins on.
+/// A value and its first line.
 #[derive(Clone, Debug)]
 pub(super) struct Node {
     pub(super) line: usize,
@@ -19,12 +19,12 @@ pub(super) struct Node {
 
 #[derive(Clone, Debug)]
 pub(super) enum Value {
-    /// Nothing, `~` or `null`.
+    /// An empty scalar, `~` or `null`.
     Null,
-    /// Any other scalar, as it is written: a variable's value is text, even if it looks like a number.
+    /// Any other scalar as written, including numbers: values of variables are strings.
     Text(String),
     List(Vec<Rc<Node>>),
-    /// In the order of the file; the same key may come twice.
+    /// In the order of the file; may contain duplicate keys.
     Map(Vec<(Key, Rc<Node>)>),
 }
 
@@ -34,7 +34,7 @@ pub(super) struct Key {
     pub(super) name: String,
 }
 
-/// What is wrong, on which line.
+/// A syntax error with its line.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct YamlError {
     pub(super) line: usize,
@@ -47,7 +47,7 @@ impl YamlError {
     }
 }
 
-/// What the parser says of `text`. Tabs in an indentation it takes for a part of the line before.
+/// Converts an error of the parser. Detects tabs in the indentation, which the parser reports on the wrong line.
 fn syntax_error(text: &str, error: &ScanError) -> YamlError {
     let marker = error.marker();
     let from = marker.line().saturating_sub(1);
@@ -62,7 +62,7 @@ fn syntax_error(text: &str, error: &ScanError) -> YamlError {
 }
 
 impl Value {
-    /// The text as it stands in the file.
+    /// Returns the scalar as written in the file; empty for other values.
     pub(super) fn as_written(&self) -> &str {
         match self {
             Self::Text(text) => text,
@@ -70,18 +70,18 @@ impl Value {
         }
     }
 
-    /// What it is, for a message.
+    /// Returns the kind of the value for error messages.
     pub(super) fn kind(&self) -> &'static str {
         match self {
             Self::Null => "empty",
-            Self::Text(_) => "a text",
+            Self::Text(_) => "a string",
             Self::List(_) => "a list",
             Self::Map(_) => "a map",
         }
     }
 }
 
-/// Reads the one document in `text`; an empty one is `Null`.
+/// Parses `text` as a single document; an empty one is `Null`.
 pub(super) fn parse(text: &str) -> Result<Rc<Node>, YamlError> {
     let mut builder =
         TreeBuilder { text, events: Parser::new_from_str(text), anchors: HashMap::new(), nodes: 0 };
@@ -92,7 +92,7 @@ pub(super) fn parse(text: &str) -> Result<Rc<Node>, YamlError> {
             Event::DocumentStart(_) if root.is_some() => {
                 return Err(YamlError::new(
                     line,
-                    "a second document begins: one file has one stack",
+                    "a second document starts here: a file must have only one",
                 ));
             }
             Event::DocumentStart(_) => {}
@@ -105,7 +105,7 @@ pub(super) fn parse(text: &str) -> Result<Rc<Node>, YamlError> {
 struct TreeBuilder<'a> {
     text: &'a str,
     events: Parser<'a, saphyr_parser::StrInput<'a>>,
-    /// What an alias can mean, and how many nodes that is.
+    /// The nodes of anchors, with the number of their descendants.
     anchors: HashMap<usize, (Rc<Node>, usize)>,
     nodes: usize,
 }
@@ -119,7 +119,7 @@ impl<'a> TreeBuilder<'a> {
         }
     }
 
-    /// The node that `event` begins, and how many nodes it has.
+    /// Builds the node that starts with `event`. Returns it with its number of nodes.
     fn node(
         &mut self,
         event: Event<'a>,
@@ -137,7 +137,7 @@ impl<'a> TreeBuilder<'a> {
             Event::MappingStart(anchor, _) => (self.map(line, depth)?, anchor),
             Event::Alias(anchor) => {
                 let Some((node, size)) = self.anchors.get(&anchor).cloned() else {
-                    return Err(YamlError::new(line, "an alias inside of what it means"));
+                    return Err(YamlError::new(line, "an alias inside of its own anchor"));
                 };
                 self.count(size, line)?;
                 return Ok((node, size + 1));
@@ -180,7 +180,7 @@ impl<'a> TreeBuilder<'a> {
                 None => return Err(YamlError::new(line, "not YAML: the map has no end")),
             };
             let Value::Text(name) = &key.value else {
-                let text = format!("a key is {}, and must be a text", key.value.kind());
+                let text = format!("a key is {}, but must be a string", key.value.kind());
                 return Err(YamlError::new(key_line, text));
             };
             let Some((event, value_line)) = self.next()? else {
@@ -193,7 +193,7 @@ impl<'a> TreeBuilder<'a> {
                 entries.push((Key { line: key_line, name: name.clone() }, value));
             }
         }
-        // What stands in the map itself wins over what is merged into it.
+        // The map's own keys override merged ones.
         for (key, value) in merged {
             if !entries.iter().any(|(known, _)| known.name == key.name) {
                 entries.push((key, value));
@@ -203,20 +203,20 @@ impl<'a> TreeBuilder<'a> {
     }
 }
 
-/// Adds the entries that `<<: value` stands for.
+/// Adds the entries of a merge key, `<<: value`.
 fn merge(value: &Node, merged: &mut Vec<(Key, Rc<Node>)>) -> Result<(), YamlError> {
     match &value.value {
         Value::Map(entries) => merged.extend(entries.iter().cloned()),
         Value::List(maps) => {
             for map in maps {
                 let Value::Map(entries) = &map.value else {
-                    return Err(YamlError::new(map.line, "<< takes a map or a list of maps"));
+                    return Err(YamlError::new(map.line, "<< requires a map or a list of maps"));
                 };
                 merged.extend(entries.iter().cloned());
             }
         }
         Value::Null | Value::Text(_) => {
-            return Err(YamlError::new(value.line, "<< takes a map or a list of maps"));
+            return Err(YamlError::new(value.line, "<< requires a map or a list of maps"));
         }
     }
     Ok(())
@@ -234,7 +234,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn values_keep_their_lines_and_doubled_keys() {
+    fn values_have_line_numbers_and_duplicate_keys_are_kept() {
         let root = parse("a: 1\nb:\n  - x\n  - 'null'\na: ~\n").unwrap();
         let Value::Map(entries) = &root.value else { panic!("{root:?}") };
         let lines: Vec<_> = entries.iter().map(|(key, _)| (key.name.as_str(), key.line)).collect();
@@ -246,7 +246,7 @@ mod tests {
     }
 
     #[test]
-    fn aliases_and_merges_are_followed_within_bounds() {
+    fn aliases_and_merges_are_expanded_within_limits() {
         let root = parse("a: &a {x: 1, y: 2}\nb: {<<: *a, y: 3}\n").unwrap();
         let Value::Map(entries) = &root.value else { panic!("{root:?}") };
         let Value::Map(merged) = &entries[1].1.value else { panic!("{entries:?}") };
@@ -263,7 +263,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_yaml_is_refused_with_its_line() {
+    fn invalid_yaml_is_rejected_with_its_line() {
         for (text, line) in
             [("a: 1\nb: [\n", 3), ("a: 1\n\tb: 2\n", 2), ("a\n---\nb\n", 2), ("{[a]: 1}", 1)]
         {

@@ -122,7 +122,7 @@ async fn no_process_outlives_its_call_with_cgroups() {
     let stack = stack(&workspace);
     let up = workspace.up(&stack, &[]).await;
     let log = workspace.log();
-    let way = "What functions start is ended by";
+    let way = "Processes started by functions are";
     // Without cgroups v2, the other way is used.
     assert_eq!(log.matches(way).count(), 1, "{log}");
     assert_nothing_outlives_its_call(&workspace, up).await;
@@ -134,14 +134,14 @@ async fn no_process_outlives_its_call_without_cgroups() {
     let stack = stack(&workspace);
     let up = workspace.up_without_cgroups(&stack).await;
     let log = workspace.log();
-    assert!(log.contains("ended by this process, which adopts it"), "{log}");
+    assert!(log.contains("adopted and killed by this process"), "{log}");
     assert_nothing_outlives_its_call(&workspace, up).await;
 }
 
 /// The directory of a provider's cgroups; `None` where none can be created.
 fn cgroups(workspace: &Workspace) -> Option<std::path::PathBuf> {
     let log = workspace.log();
-    let (_, line) = log.split_once("is ended by a cgroup of each call")?;
+    let (_, line) = log.split_once("are killed with the cgroup of their call")?;
     Some(line.split_once("path=")?.1.split_whitespace().next()?.into())
 }
 

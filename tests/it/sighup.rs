@@ -26,12 +26,12 @@ async fn without_a_terminal_sighup_reloads_the_stack_file() {
     let up = Up::start(directory.path(), "functions: {a: {fprocess: echo one}}", &["--once"]).await;
     up.write("functions: {b: {fprocess: echo two}}");
     up.signal(Signal::HUP);
-    up.says("SIGHUP: the stack file is read again").await;
+    up.says("SIGHUP: reloading the stack file").await;
     up.answers("b", "two\n").await;
     up.answers("a", "404").await;
     up.write("functions: [");
     up.signal(Signal::HUP);
-    up.says("Nothing of the stack file").await;
+    up.says("is not applied: its functions").await;
     assert_eq!(up.call("b").await, "two\n");
 }
 
@@ -47,7 +47,7 @@ if child == 0:
     os.dup2(file, 1)
     os.dup2(file, 2)
     os.execv(program[0], program)
-while b'Ctrl-C stops it.' not in open(out, 'rb').read():
+while b'Press Ctrl-C to stop.' not in open(out, 'rb').read():
     assert os.waitpid(child, os.WNOHANG) == (0, 0), open(out).read()
     time.sleep(0.02)
 print(child, flush=True)
@@ -157,7 +157,7 @@ async fn an_ignored_hangup_stays_ignored() {
     let says = |name: &str, what: &str| {
         std::fs::read_to_string(directory.path().join(name)).unwrap().contains(what)
     };
-    eventually("the process runs", async || says("out", "Ctrl-C stops it.")).await;
+    eventually("the process runs", async || says("out", "Press Ctrl-C to stop.")).await;
     let id = Pid::from_raw(child.id().unwrap().try_into().unwrap()).unwrap();
     kill_process(id, Signal::HUP).unwrap();
     kill_process(id, Signal::TERM).unwrap();

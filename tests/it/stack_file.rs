@@ -141,10 +141,10 @@ async fn an_empty_or_incomplete_stack_file_removes_nothing() {
     let up =
         Up::start(directory.path(), &stack(&[("a", "echo one"), ("b", "echo one")]), &[]).await;
     for nothing in ["", "functions: {a: {fpro", "functions:\n"] {
-        let before = up.log().matches("Nothing of the stack file").count();
+        let before = up.log().matches("is not applied: its functions").count();
         up.write(nothing);
         eventually("the call is refused", async || {
-            up.log().matches("Nothing of the stack file").count() > before
+            up.log().matches("is not applied: its functions").count() > before
         })
         .await;
         assert_eq!((up.call("a").await, up.call("b").await), ("one\n".into(), "one\n".into()));
@@ -155,9 +155,9 @@ async fn an_empty_or_incomplete_stack_file_removes_nothing() {
     up.answers("c", "new\n").await;
     assert_eq!(up.call("a").await, "one\n");
     up.says("line 2: functions.a.fprocess: | needs a shell").await;
-    up.says("Function a stays as it is").await;
+    up.says("Function a remains unchanged").await;
     std::fs::remove_file(directory.path().join("stack.yaml")).unwrap();
-    up.says("cannot be read: its functions stay as they are").await;
+    up.says("Cannot read the stack file").await;
     assert_eq!(up.call("a").await, "one\n");
 }
 
@@ -203,7 +203,7 @@ async fn a_reverted_change_no_longer_waits_for_its_secret() {
     let first = stack(&[("a", "echo one")]);
     let up = Up::start(directory.path(), &first, &[]).await;
     up.write(&format!("functions:\n{}", late("a")));
-    up.says("is not deployed before its secrets exist").await;
+    up.says("is not deployed until its secrets exist").await;
     // The other function is deployed after this one, and shows that the secret was read.
     up.write(&format!("{}{}", stack(&[("a", "echo one"), ("b", "echo one")]), late("c")));
     up.answers("b", "one\n").await;
@@ -270,7 +270,7 @@ async fn all_errors_of_the_stack_file_are_reported_together() {
     for expect in [
         "line 2: functions.a.fproces: unknown key: did you mean fprocess?",
         "line 3: functions.b: envProcess: \"no-such-program\" is not a program",
-        "line 4: functions.a: comes twice, first on line 2",
+        "line 4: functions.a: duplicate key, first on line 2",
         "line 5: functions.c: envVars: mode",
         "line 6: functions.d.fprocess: > needs a shell",
     ] {

@@ -1,4 +1,4 @@
-//! Which functions a stack file has had, so that those it has no more are removed after a restart, too.
+//! Records the functions of a stack file, so that functions removed from the file are deleted even after a restart.
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::function::Function;
 
-/// What a stack file has deployed, as `stack.json` in the state directory says.
+/// The functions deployed from a stack file, stored as `stack.json` in the state directory.
 pub(super) struct StackRecord {
     pub(super) state_dir: PathBuf,
     stack_file: PathBuf,
@@ -22,7 +22,7 @@ struct StoredRecord {
 }
 
 impl StackRecord {
-    /// What is known of `stack_file`: nothing if the directory was used with another one last.
+    /// Loads the record of `stack_file`; empty if the state directory was last used with another file.
     pub(super) fn load(state_dir: &Path, stack_file: &Path) -> Self {
         let stored = std::fs::read(path(state_dir)).ok();
         let stored = stored.and_then(|json| serde_json::from_slice::<StoredRecord>(&json).ok());
@@ -37,7 +37,7 @@ impl StackRecord {
         }
     }
 
-    /// Writes down what the file has now.
+    /// Stores the current functions of the file.
     pub(super) fn save(&mut self, functions: BTreeSet<Function>) {
         self.functions = functions;
         let pair = |function: &Function| (function.namespace.clone(), function.name.clone());
@@ -53,7 +53,7 @@ impl StackRecord {
                 std::fs::rename(&unfinished, &path)
             });
         if let Err(error) = written {
-            tracing::warn!(%error, "{} cannot be written: a function that is removed from the stack file while nothing runs stays", path.display());
+            tracing::warn!(%error, "Cannot write {}: a function that is removed from the stack file while the gateway is stopped remains deployed", path.display());
         }
     }
 }
@@ -67,7 +67,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_record_is_of_one_stack_file() {
+    fn a_record_belongs_to_one_stack_file() {
         let state = tempfile::tempdir().unwrap();
         let function = Function { name: "f".to_owned(), namespace: "ns".to_owned() };
         let mut record = StackRecord::load(state.path(), Path::new("/a.yaml"));

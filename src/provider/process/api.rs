@@ -22,7 +22,7 @@ use crate::provider::types::{DeleteFunction, FunctionDeployment, FunctionStatus,
 const MAX_STATUS_WAIT: Duration = Duration::from_secs(30);
 
 /// Returns the routes of the whole API. The server adds authentication.
-pub fn router(process: Arc<ProcessProvider>) -> Router {
+pub fn router(provider: Arc<ProcessProvider>) -> Router {
     Router::new()
         .route("/function/{*path}", any(invoke))
         .route("/system/functions", get(list).post(deploy).put(update).delete(delete))
@@ -43,7 +43,7 @@ pub fn router(process: Arc<ProcessProvider>) -> Router {
         .route("/healthz", get(healthz))
         .fallback(|| async { ApiError::NotFound("no such path".to_owned()) })
         .method_not_allowed_fallback(method_not_allowed)
-        .with_state(process)
+        .with_state(provider)
 }
 
 /// The router adds the `Allow` header.
@@ -55,7 +55,7 @@ fn namespace_routes() -> MethodRouter<Arc<ProcessProvider>> {
     get(namespaces::get).post(namespaces::create).put(namespaces::update).delete(namespaces::delete)
 }
 
-async fn invoke(State(process): State<Arc<ProcessProvider>>, request: Request) -> Response {
+async fn invoke(State(provider): State<Arc<ProcessProvider>>, request: Request) -> Response {
     let started = Instant::now();
     // The raw path: the router's parameters are percent-decoded.
     let path = request.uri().path();
@@ -66,70 +66,73 @@ async fn invoke(State(process): State<Arc<ProcessProvider>>, request: Request) -
     };
     let function = match parse_function(name, "") {
         Ok(function) => function,
-        Err(refusal) => return refusal.into_response(),
+        Err(error) => return error.into_response(),
     };
-    let Some(entry) = process.table.get(&function) else {
+    let Some(deployed) = provider.table.get(&function) else {
         return InvocationError::NotFound(function).into_response();
     };
     let (head, body) = request.into_parts();
-    entry.invoke(&process.launcher, Invocation { head, body, path, started }).await.into_response()
+    deployed
+        .invoke(&provider.launcher, Invocation { head, body, path, started })
+        .await
+        .into_response()
 }
 
 async fn list(
-    State(process): State<Arc<ProcessProvider>>,
+    State(provider): State<Arc<ProcessProvider>>,
     Query(query): Query<NamespaceQuery>,
 ) -> Json<Vec<FunctionStatus>> {
-    Json(process.list(&query.namespace_or_default()))
+    Json(provider.list(&query.namespace_or_default()))
 }
 
 async fn deploy(
-    State(process): State<Arc<ProcessProvider>>,
+    State(provider): State<Arc<ProcessProvider>>,
     body: Body,
 ) -> Result<StatusCode, ApiError> {
     let deployment: FunctionDeployment = read_json(body).await?;
-    process.deploy(deployment).await.map(|()| StatusCode::ACCEPTED)
+    provider.deploy(deployment).await.map(|()| StatusCode::ACCEPTED)
 }
 
 async fn update(
-    State(process): State<Arc<ProcessProvider>>,
+    State(provider): State<Arc<ProcessProvider>>,
     body: Body,
 ) -> Result<StatusCode, ApiError> {
     let deployment: FunctionDeployment = read_json(body).await?;
-    process.update(deployment).await.map(|()| StatusCode::ACCEPTED)
+    provider.update(deployment).await.map(|()| StatusCode::ACCEPTED)
 }
 
 async fn delete(
-    State(process): State<Arc<ProcessProvider>>,
+    State(provider): State<Arc<ProcessProvider>>,
     Query(query): Query<NamespaceQuery>,
     body: Body,
 ) -> Result<StatusCode, ApiError> {
-    let named: DeleteFunction = read_json(body).await?;
-    if named.function_name.is_empty() {
+    let target: DeleteFunction = read_json(body).await?;
+    if target.function_name.is_empty() {
         return Err(ApiError::Invalid("functionName is missing".to_owned()));
     }
-    let function = match named.namespace.as_str() {
-        "" => query.parse_function(&named.function_name)?,
-        namespace => parse_function(&named.function_name, namespace)?,
+    let function = match target.namespace.as_str() {
+        "" => query.parse_function(&target.function_name)?,
+        namespace => parse_function(&target.function_name, namespace)?,
     };
-    process.delete(function).await.map(|()| StatusCode::ACCEPTED)
+    provider.delete(function).await.map(|()| StatusCode::ACCEPTED)
 }
 
 async fn status(
-    State(process): State<Arc<ProcessProvider>>,
+    State(provider): State<Arc<ProcessProvider>>,
     Path(name): Path<String>,
     Query(query): Query<StatusQuery>,
     headers: HeaderMap,
 ) -> Result<Json<FunctionStatus>, ApiError> {
     let function = query.parse_function(&name)?;
-    let mut entry = process.find(&function)?;
-    if let Some(patience) = preferred_wait(&headers) {
-        entry.wait_available(patience).await;
+    let mut deployed = provider.find(&function)?;
+    if let Some(max_wait) = preferred_wait(&headers) {
+        deployed.wait_available(max_wait).await;
         // The function may have been replaced or deleted during the wait.
-        entry = process.find(&function)?;
+        deployed = provider.find(&function)?;
     }
-    let mut status = entry.status();
+    let mut status = deployed.status();
     if query.wants_usage() {
-        status.usage = Some(entry.workload.activity.usage().await);
+        status.usage = Some(deployed.workload.activity.usage().await);
     }
     Ok(Json(status))
 }
@@ -143,13 +146,13 @@ fn preferred_wait(headers: &HeaderMap) -> Option<Duration> {
 }
 
 async fn scale(
-    State(process): State<Arc<ProcessProvider>>,
+    State(provider): State<Arc<ProcessProvider>>,
     Path(name): Path<String>,
     Query(query): Query<NamespaceQuery>,
     body: Body,
 ) -> Result<StatusCode, ApiError> {
     let wanted: ScaleRequest = read_json(body).await?;
-    process.scale(query.parse_function(&name)?, wanted.replicas).await?;
+    provider.scale(query.parse_function(&name)?, wanted.replicas).await?;
     Ok(StatusCode::ACCEPTED)
 }
 

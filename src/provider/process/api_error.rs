@@ -1,11 +1,11 @@
-//! Why the provider does not do what its API was asked for.
+//! Errors of the provider's API.
 
 use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
 
 use crate::provider::signals::{NO_SUCH_FUNCTION, X_GATEWAY_REASON};
 
-/// A refusal. Its text is the answer's body, so it says what to change.
+/// An error response of the API. Its text is the response body.
 #[derive(Debug, thiserror::Error)]
 pub enum ApiError {
     #[error("{0}")]
@@ -18,14 +18,14 @@ pub enum ApiError {
     Conflict(String),
     #[error("the body is larger than {0} bytes")]
     TooLarge(usize),
-    #[error("the body did not come in time")]
+    #[error("the body did not arrive in time")]
     TooSlow,
     #[error("{0:#}")]
     Internal(#[from] anyhow::Error),
 }
 
 impl ApiError {
-    /// The namespace that was named is not there.
+    /// The namespace does not exist.
     pub(super) fn no_such_namespace(namespace: &str) -> Self {
         Self::NotFound(format!("namespace {namespace} does not exist"))
     }
@@ -54,12 +54,12 @@ impl IntoResponse for ApiError {
             Self::Internal(error) => {
                 tracing::error!(error = format!("{error:#}"), "Request failed")
             }
-            refusal => tracing::debug!(%refusal, "Request refused"),
+            error => tracing::debug!(%error, "Request rejected"),
         }
-        let mut answer = (self.status(), format!("{self}\n")).into_response();
+        let mut response = (self.status(), format!("{self}\n")).into_response();
         if matches!(self, Self::NoSuchFunction(_)) {
-            answer.headers_mut().insert(X_GATEWAY_REASON, NO_SUCH_FUNCTION);
+            response.headers_mut().insert(X_GATEWAY_REASON, NO_SUCH_FUNCTION);
         }
-        answer
+        response
     }
 }

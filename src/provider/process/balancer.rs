@@ -1,22 +1,22 @@
-//! Which replica gets a call. No I/O.
+//! Selects the replica for a call. No I/O.
 
-/// What to do with a call.
+/// Result of the selection.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Selection {
-    /// All replicas that are ready have as many calls as they may.
+    /// All ready replicas are at their limit.
     Busy,
     NoneReady,
     Replica(usize),
 }
 
-/// The replica with the fewest calls in flight. `loads` has each replica's, `None` for one that is not ready; `limit`
-/// is how many each may have, 0 for any number.
+/// Selects the replica with the fewest calls in flight. `loads` has the calls in flight of each replica, `None` if it
+/// is not ready. `limit` is the maximum for each replica; 0 means unlimited.
 pub(super) fn least_loaded(loads: impl IntoIterator<Item = Option<u64>>, limit: u64) -> Selection {
-    let ready = loads.into_iter().enumerate().filter_map(|(at, load)| Some((load?, at)));
+    let ready = loads.into_iter().enumerate().filter_map(|(index, load)| Some((load?, index)));
     match ready.min() {
         None => Selection::NoneReady,
         Some((load, _)) if limit != 0 && load >= limit => Selection::Busy,
-        Some((_, at)) => Selection::Replica(at),
+        Some((_, index)) => Selection::Replica(index),
     }
 }
 
@@ -30,7 +30,7 @@ mod tests {
     }
 
     #[test]
-    fn the_least_loaded_replica_that_is_ready_is_picked() {
+    fn the_least_loaded_ready_replica_is_selected() {
         check(&[], 0, Selection::NoneReady);
         check(&[None, None], 5, Selection::NoneReady);
         check(&[Some(0), Some(0)], 0, Selection::Replica(0));

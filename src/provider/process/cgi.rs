@@ -66,8 +66,8 @@ fn variable_name(header: &str) -> String {
     name
 }
 
-/// Joins all values of a header, by commas as in RFC 9110, 5.3. Cookies are joined by semicolons, since their values may
-/// contain commas.
+/// Joins all values of a header, by commas as in RFC 9110, 5.3. Cookies are joined by semicolons, since their values
+/// may contain commas.
 fn joined_values(headers: &HeaderMap, name: &HeaderName) -> OsString {
     let separator: &[u8] = if name == COOKIE { b"; " } else { b", " };
     let values: Vec<_> = headers.get_all(name).iter().map(|value| value.as_bytes()).collect();

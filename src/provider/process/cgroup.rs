@@ -1,4 +1,4 @@
-//! Cgroups (version 2) of the provider's own, one for each process that a function runs as.
+//! Cgroups (version 2) of the provider, one for each process of a function.
 
 use std::fs::{self, File, TryLockError};
 use std::io;
@@ -16,34 +16,35 @@ use tokio::time::{sleep, timeout};
 use crate::provider::process::command::find_program;
 use crate::provider::process::sync::lock_unpoisoned;
 
-/// How the names of providers' directories begin.
+/// Prefix of the names of providers' root directories.
 const DIRECTORY_PREFIX: &str = "gateway-provider-";
-/// How often a directory is created, in case another provider that starts removes it before it is locked.
+/// Attempts to create the root directory: another provider that starts may remove it before it is locked.
 const MAX_CREATE_ATTEMPTS: usize = 10;
-/// Cgroups that are kept for the next call. To create one costs little, but the kernel takes time to forget it.
+/// Maximum number of empty cgroups kept for reuse. Creating one is cheap, but the kernel frees a removed one slowly.
 const MAX_IDLE_CGROUPS: usize = 64;
-/// How many kept ones are looked at for one that is empty.
+/// Number of idle cgroups checked for an empty one.
 const MAX_IDLE_CHECKS: usize = 4;
-/// How long killed processes may take to be gone.
+/// Limit for killed processes to exit.
 const KILL_TIMEOUT: Duration = Duration::from_secs(5);
+/// Interval of checks whether a cgroup is empty.
 const EMPTY_POLL_INTERVAL: Duration = Duration::from_millis(2);
-/// How long trying it out may take.
+/// Limit for the probe of the kernel's support.
 const PROBE_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// The provider's cgroups, below one directory.
+/// The provider's cgroups, below one root directory.
 #[derive(Debug)]
 pub(super) struct Cgroups {
     root: PathBuf,
-    /// The directory, locked: nobody else removes it while this process lives.
+    /// Lock on the root directory: other providers do not remove it while this process runs.
     _lock: File,
-    /// Names the directory for the next provider, should this one be killed.
+    /// File with the path of the root directory, for the next provider if this one is killed.
     record_path: PathBuf,
     created: AtomicU64,
     idle: Mutex<Vec<PathBuf>>,
     warned: AtomicBool,
 }
 
-/// A cgroup with a process in it.
+/// A cgroup that contains a process.
 #[derive(Debug)]
 pub(super) struct Cgroup {
     path: PathBuf,
@@ -51,16 +52,16 @@ pub(super) struct Cgroup {
 }
 
 impl Cgroups {
-    /// Creates a directory and finds out whether a process can be put there and killed; an error says why not. Kills
-    /// what an earlier provider, which has written `record_path`, has left in its own, and removes the empty ones that other
-    /// providers have left.
+    /// Creates the root directory and probes whether a process can be moved into a cgroup and killed there; an error
+    /// has the reason. Kills processes of the earlier provider that wrote the file `record`, and removes empty root
+    /// directories of other providers that were killed.
     pub(super) async fn open(record: PathBuf, path: &str) -> anyhow::Result<Arc<Self>> {
         kill_leftovers(&record).await;
         let mounts = fs::read_to_string("/proc/self/mountinfo").context("no mountinfo")?;
         let own = fs::read_to_string("/proc/self/cgroup").context("no cgroup")?;
-        let home = own_cgroup_path(&mounts, &own).context("no cgroup of version 2 is mounted")?;
-        let (root, lock) = create_root(&home)?;
-        remove_abandoned(&home);
+        let parent = own_cgroup_path(&mounts, &own).context("no cgroup of version 2 is mounted")?;
+        let (root, lock) = create_root(&parent)?;
+        remove_abandoned(&parent);
         let cgroups = Arc::new(Self {
             root,
             _lock: lock,
@@ -70,12 +71,12 @@ impl Cgroups {
             warned: AtomicBool::new(false),
         });
         cgroups.probe(path).await?;
-        let shown = cgroups.root.display().to_string();
-        fs::write(&cgroups.record_path, shown).context("cannot write to the state directory")?;
+        let path = cgroups.root.display().to_string();
+        fs::write(&cgroups.record_path, path).context("cannot write to the state directory")?;
         Ok(cgroups)
     }
 
-    /// Removes the directory. What cannot be removed is left for the next provider to clear.
+    /// Removes the root directory. If that fails, the next provider removes it.
     pub(super) fn close(&self) {
         if remove_root(&self.root) {
             let _ = fs::remove_file(&self.record_path);
@@ -86,25 +87,25 @@ impl Cgroups {
         &self.root
     }
 
-    /// Puts a process that has just been started into a cgroup of its own; `None` if that fails.
+    /// Moves a new process into its own cgroup; `None` if that fails.
     ///
-    /// It runs already: what it has started before belongs there, too. The system offers to start a process in a
-    /// cgroup, but not without `unsafe`.
+    /// The process runs already, so its existing children are moved as well. Starting a process inside of a cgroup
+    /// would require `unsafe`.
     pub(super) fn contain(self: &Arc<Self>, pid: u32) -> Option<Cgroup> {
-        let held = self.acquire().and_then(|cgroup| {
+        let cgroup = self.acquire().and_then(|cgroup| {
             cgroup.add(pid)?;
             Ok(cgroup)
         });
-        let held = held.inspect_err(|error| self.warn_once(error)).ok()?;
-        held.add_descendants(pid, children);
-        Some(held)
+        let cgroup = cgroup.inspect_err(|error| self.warn_once(error)).ok()?;
+        cgroup.add_descendants(pid, children);
+        Some(cgroup)
     }
 
-    /// Logs the first failure to put a process into a cgroup. A process that has ended is no failure.
+    /// Logs the first failure to move a process into a cgroup. A process that has exited is not a failure.
     fn warn_once(&self, error: &io::Error) {
         let ended = error.raw_os_error() == Some(rustix::io::Errno::SRCH.raw_os_error());
         if !ended && !self.warned.swap(true, Relaxed) {
-            tracing::warn!(%error, "A process cannot be put into a cgroup");
+            tracing::warn!(%error, "Cannot move a process into a cgroup");
         }
     }
 
@@ -129,11 +130,14 @@ impl Cgroups {
         command.arg("60").stdin(Stdio::null()).stdout(Stdio::null()).kill_on_drop(true);
         let mut child = command.spawn()?;
         let cgroup = self.acquire()?;
-        cgroup.add(child.id().context("the process has no id")?).context("it takes no process")?;
-        fs::write(cgroup.path.join("cgroup.kill"), "1").context("it cannot be killed")?;
+        cgroup
+            .add(child.id().context("the process has no id")?)
+            .context("no process can be moved into it")?;
+        fs::write(cgroup.path.join("cgroup.kill"), "1")
+            .context("its processes cannot be killed")?;
         let ended =
-            timeout(PROBE_TIMEOUT, child.wait()).await.context("what is in it does not end")??;
-        ensure!(!ended.success(), "what is in it was not killed");
+            timeout(PROBE_TIMEOUT, child.wait()).await.context("its processes do not exit")??;
+        ensure!(!ended.success(), "its processes were not killed");
         Ok(())
     }
 }
@@ -149,7 +153,7 @@ impl Cgroup {
         fs::write(self.path.join("cgroup.procs"), pid.to_string())
     }
 
-    /// Adds all that `pid`, which is in here, had started before. Any of it may end meanwhile: that must not end `pid`.
+    /// Moves all descendants of `pid` into this cgroup. They may exit meanwhile; that is not an error of `pid`.
     fn add_descendants(&self, pid: u32, children: impl Fn(u32) -> Vec<u32>) {
         let mut pids = children(pid);
         while let Some(pid) = pids.pop() {
@@ -160,16 +164,16 @@ impl Cgroup {
         }
     }
 
-    /// Kills all that is in it.
+    /// Kills all processes in this cgroup.
     pub(super) fn kill(&self) {
         if !is_empty(&self.path)
             && let Err(error) = fs::write(self.path.join("cgroup.kill"), "1")
         {
-            tracing::warn!(%error, "A cgroup cannot be killed");
+            tracing::warn!(%error, "Cannot kill a cgroup");
         }
     }
 
-    /// Waits until all that is in it is gone, which has been killed.
+    /// Kills all processes in this cgroup and waits until they have exited, for at most `KILL_TIMEOUT`.
     pub(super) async fn kill_and_wait(&self) {
         self.kill();
         let emptied = async {
@@ -178,7 +182,7 @@ impl Cgroup {
             }
         };
         if timeout(KILL_TIMEOUT, emptied).await.is_err() {
-            tracing::warn!(path = %self.path.display(), "Killed processes do not end");
+            tracing::warn!(path = %self.path.display(), "Killed processes do not exit");
         }
     }
 }
@@ -188,7 +192,7 @@ impl Drop for Cgroup {
         self.kill();
         let path = std::mem::take(&mut self.path);
         let mut idle = lock_unpoisoned(&self.cgroups.idle);
-        // One that is not empty yet cannot be removed, and is looked at again.
+        // A cgroup that is not empty yet cannot be removed; it stays in the list.
         if idle.len() < MAX_IDLE_CGROUPS || fs::remove_dir(&path).is_err() {
             idle.push(path);
         }
@@ -197,21 +201,21 @@ impl Drop for Cgroup {
 
 fn is_empty(path: &Path) -> bool {
     let events = fs::read_to_string(path.join("cgroup.events"));
-    // One that is not there holds nothing.
+    // A cgroup that does not exist counts as empty.
     events.map_or(true, |events| events.lines().any(|line| line == "populated 0"))
 }
 
-/// The children of a process that its threads have started, as far as the kernel tells.
+/// Returns the children of a process; empty if the kernel does not list them.
 fn children(pid: u32) -> Vec<u32> {
     let listed = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children"));
     listed.unwrap_or_default().split_whitespace().filter_map(|pid| pid.parse().ok()).collect()
 }
 
-/// Where this process may create cgroups: its own cgroup, as it is mounted. `None` without version 2.
+/// Returns the directory of this process's own cgroup, in which it may create others. `None` without version 2.
 fn own_cgroup_path(mountinfo: &str, own: &str) -> Option<PathBuf> {
     let own = own.lines().find_map(|line| line.strip_prefix("0::"))?;
     mountinfo.lines().find_map(|line| {
-        // Fields before the dash: id, parent, device, root, mount point, …; after it: type, source, options.
+        // Format: id, parent, device, root, mount point, …, dash, type, source, options.
         let (place, kind) = line.split_once(" - ")?;
         let mut fields = place.split(' ').skip(3);
         let (root, point) = (fields.next()?, fields.next()?);
@@ -224,9 +228,9 @@ fn own_cgroup_path(mountinfo: &str, own: &str) -> Option<PathBuf> {
 }
 
 /// Creates a provider's directory in `own_cgroup_path`, and locks it.
-fn create_root(home: &Path) -> anyhow::Result<(PathBuf, File)> {
+fn create_root(parent: &Path) -> anyhow::Result<(PathBuf, File)> {
     for _ in 0..MAX_CREATE_ATTEMPTS {
-        let root = home.join(format!("{DIRECTORY_PREFIX}{}", uuid::Uuid::new_v4().simple()));
+        let root = parent.join(format!("{DIRECTORY_PREFIX}{}", uuid::Uuid::new_v4().simple()));
         fs::create_dir(&root).context("no cgroup can be created")?;
         if let Some(lock) = lock_directory(&root) {
             return Ok((root, lock));
@@ -235,21 +239,21 @@ fn create_root(home: &Path) -> anyhow::Result<(PathBuf, File)> {
     bail!("other providers remove each cgroup that is created")
 }
 
-/// Locks a provider's directory; `None` if another process has locked or removed it.
+/// Locks a root directory; `None` if another process has locked or removed it.
 fn lock_directory(root: &Path) -> Option<File> {
     let directory = File::open(root).ok()?;
     if let Err(TryLockError::WouldBlock) = directory.try_lock() {
         return None;
     }
     let locked = directory.metadata().ok()?;
-    let there = fs::metadata(root).ok()?;
-    (locked.ino() == there.ino()).then_some(directory)
+    let current = fs::metadata(root).ok()?;
+    (locked.ino() == current.ino()).then_some(directory)
 }
 
-/// Removes the directories in `own_cgroup_path` of providers that were killed, unless a process is in them. A provider that lives
-/// has locked its own.
-fn remove_abandoned(home: &Path) {
-    for entry in fs::read_dir(home).into_iter().flatten().flatten() {
+/// Removes the root directories in `home` of providers that were killed, unless they contain a process. A running
+/// provider has locked its own.
+fn remove_abandoned(parent: &Path) {
+    for entry in fs::read_dir(parent).into_iter().flatten().flatten() {
         let is_providers = entry.file_name().to_string_lossy().starts_with(DIRECTORY_PREFIX);
         let path = entry.path();
         if is_providers
@@ -261,7 +265,7 @@ fn remove_abandoned(home: &Path) {
     }
 }
 
-/// Kills what is left of an earlier provider.
+/// Kills the processes of an earlier provider.
 async fn kill_leftovers(record: &Path) {
     let Ok(text) = fs::read_to_string(record) else { return };
     let root = Path::new(text.trim());
@@ -275,13 +279,13 @@ async fn kill_leftovers(record: &Path) {
             }
         };
         if timeout(KILL_TIMEOUT, removed).await.is_err() {
-            tracing::warn!(path = %root.display(), "Processes of an earlier provider do not end");
+            tracing::warn!(path = %root.display(), "Processes of an earlier provider do not exit");
         }
     }
     let _ = fs::remove_file(record);
 }
 
-/// Removes a directory of cgroups without processes; whether it is gone.
+/// Removes a root directory with its empty cgroups. Returns whether it is removed.
 fn remove_root(root: &Path) -> bool {
     for entry in fs::read_dir(root).into_iter().flatten().flatten() {
         let _ = fs::remove_dir(entry.path());
@@ -298,9 +302,9 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn a_process_outlives_those_that_it_started_before_it_was_put_there() {
+    async fn a_process_is_not_killed_if_its_child_exits_while_they_are_moved() {
         let place = tempfile::tempdir().unwrap();
-        // Not every machine lets this process create cgroups.
+        // Skipped on machines where this process cannot create cgroups.
         let opened = Cgroups::open(place.path().join("cgroup"), "/usr/bin:/bin").await;
         let Ok(cgroups) = opened else { return };
         let start = |program: &str| {
@@ -311,25 +315,25 @@ mod tests {
         let (pid, ended) = (function.id().unwrap(), below.id().unwrap());
         below.wait().await.unwrap();
 
-        let held = cgroups.contain(pid).unwrap();
-        held.add_descendants(pid, |of| if of == pid { vec![ended] } else { Vec::new() });
-        let inside = fs::read_to_string(held.path.join("cgroup.procs")).unwrap();
+        let cgroup = cgroups.contain(pid).unwrap();
+        cgroup.add_descendants(pid, |of| if of == pid { vec![ended] } else { Vec::new() });
+        let inside = fs::read_to_string(cgroup.path.join("cgroup.procs")).unwrap();
         assert_eq!(inside.trim(), pid.to_string());
-        // One that was killed would not get as far as this signal.
+        // A killed process would not end by this signal.
         kill_process(Pid::from_raw(pid.cast_signed()).unwrap(), Signal::TERM).unwrap();
         assert_eq!(function.wait().await.unwrap().signal(), Some(Signal::TERM.as_raw()));
     }
 
     #[tokio::test]
-    async fn only_empty_cgroups_of_providers_that_are_gone_are_removed() {
+    async fn only_empty_cgroups_of_killed_providers_are_removed() {
         let place = tempfile::tempdir().unwrap();
         let open = async |name: &str| Cgroups::open(place.path().join(name), "/usr/bin:/bin").await;
-        // Not every machine lets this process create cgroups.
+        // Skipped on machines where this process cannot create cgroups.
         let Ok(living) = open("living").await else { return };
-        let home = living.root.parent().unwrap();
-        // As a provider leaves them that is killed: after calls, and with a process that it could not end.
+        let parent = living.root.parent().unwrap();
+        // As left by killed providers: one without, one with a running process.
         let left = |name: &str| {
-            let root = home.join(format!("{DIRECTORY_PREFIX}test-{name}-{}", std::process::id()));
+            let root = parent.join(format!("{DIRECTORY_PREFIX}test-{name}-{}", std::process::id()));
             fs::create_dir(&root).unwrap();
             fs::create_dir(root.join("0")).unwrap();
             root
@@ -345,13 +349,13 @@ mod tests {
         process.kill().await.unwrap();
         let roots = [living.root.clone(), next.root.clone(), populated];
         drop((living, next));
-        // The next one to start clears the rest.
+        // The next provider removes the rest.
         drop(open("last").await.unwrap());
         assert!(!roots.iter().any(|root| root.exists()));
     }
 
     #[test]
-    fn cgroups_are_created_below_this_processes_own_as_it_is_mounted() {
+    fn the_path_of_the_own_cgroup_follows_from_its_mount() {
         let unified = "30 23 0:26 / /sys/fs/cgroup rw,nosuid - cgroup2 cgroup2 rw,nsdelegate";
         let hybrid = "29 23 0:25 / /sys/fs/cgroup/cpu rw - cgroup cgroup rw,cpu\n\
                       30 23 0:26 / /sys/fs/cgroup/unified rw shared:9 - cgroup2 none rw";

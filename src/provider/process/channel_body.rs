@@ -1,4 +1,4 @@
-//! A body that comes through a channel of a few chunks, and whose end has to be said.
+//! A response body that is written through a bounded channel and has to be finished explicitly.
 
 use std::io;
 use std::pin::Pin;
@@ -8,7 +8,7 @@ use bytes::Bytes;
 use http_body::{Body, Frame};
 use tokio::sync::mpsc;
 
-/// How many chunks may wait for whoever reads the body.
+/// Maximum number of buffered chunks.
 const CHANNEL_CAPACITY: usize = 4;
 
 #[derive(Debug)]
@@ -17,15 +17,15 @@ enum Chunk {
     End,
 }
 
-/// The writing end. Dropped without `end`, it breaks the body off.
+/// The writing end. Dropping it without `finish` aborts the body.
 #[derive(Clone, Debug)]
 pub(super) struct BodyWriter(mpsc::Sender<Chunk>);
 
-/// Nobody reads the body any more.
+/// The reader has dropped the body.
 #[derive(Debug)]
 pub(super) struct ReaderGone;
 
-/// The body. Whatever `guard` does when dropped happens when the body is.
+/// The body. Dropping it drops its guard.
 #[derive(Debug)]
 pub(super) struct ChannelBody<G> {
     prefix: Option<Bytes>,
@@ -34,30 +34,36 @@ pub(super) struct ChannelBody<G> {
     _guard: G,
 }
 
-/// A body, and the way to write it.
+/// Creates a body and its writer.
 pub(super) fn channel() -> (BodyWriter, ChannelBody<()>) {
     let (writer, chunks) = mpsc::channel(CHANNEL_CAPACITY);
     (BodyWriter(writer), ChannelBody { prefix: None, chunks, finished: false, _guard: () })
 }
 
 impl BodyWriter {
-    /// Waits for room and writes.
+    /// Writes a chunk; waits while the channel is full.
+    ///
+    /// # Errors
+    /// The reader has dropped the body.
     pub(super) async fn write(&self, data: Bytes) -> Result<(), ReaderGone> {
         self.0.send(Chunk::Data(data)).await.map_err(|_| ReaderGone)
     }
 
-    /// Ends the body, so that it counts as whole.
+    /// Marks the body as complete.
+    ///
+    /// # Errors
+    /// The reader has dropped the body.
     pub(super) async fn finish(self) -> Result<(), ReaderGone> {
         self.0.send(Chunk::End).await.map_err(|_| ReaderGone)
     }
 
-    /// Waits until nobody reads the body any more.
+    /// Waits until the reader has dropped the body.
     pub(super) async fn reader_gone(&self) {
         self.0.closed().await;
     }
 }
 
-/// What a reader finds next.
+/// Result of a read from the channel.
 #[derive(Debug, PartialEq)]
 pub(super) enum BodyEvent {
     Data(Bytes),
@@ -66,12 +72,12 @@ pub(super) enum BodyEvent {
 }
 
 impl<G> ChannelBody<G> {
-    /// The next chunk, for one who reads the body in place of a caller. Cancel-safe.
+    /// Reads the next chunk before the body is sent to a client. Cancel-safe.
     pub(super) async fn next(&mut self) -> BodyEvent {
         std::future::poll_fn(|cx| self.poll_next(cx)).await
     }
 
-    /// The rest of this body behind `first`, which has been read before; `guard` lives as long as it does.
+    /// Prepends `prefix`, which has been read before, and attaches `guard` to the body.
     pub(super) fn with_prefix<H>(self, prefix: Bytes, guard: H) -> ChannelBody<H> {
         ChannelBody {
             prefix: Some(prefix),
@@ -110,7 +116,7 @@ impl<G: Unpin> Body for ChannelBody<G> {
         Poll::Ready(match ready!(self.poll_next(cx)) {
             BodyEvent::Data(data) => Some(Ok(Frame::data(data))),
             BodyEvent::End => None,
-            BodyEvent::Aborted => Some(Err(io::Error::other("broken off by its source"))),
+            BodyEvent::Aborted => Some(Err(io::Error::other("aborted by its writer"))),
         })
     }
 
@@ -126,7 +132,7 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn a_body_is_whole_only_if_its_end_was_said() {
+    async fn a_body_is_complete_only_if_its_writer_finished_it() {
         let (writer, stream) = channel();
         writer.write("b".into()).await.unwrap();
         writer.finish().await.unwrap();
@@ -140,7 +146,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_writer_learns_that_nobody_reads() {
+    async fn a_writer_notices_that_the_body_was_dropped() {
         let (writer, stream) = channel();
         drop(stream);
         writer.reader_gone().await;

@@ -1,9 +1,9 @@
-//! Holds together what a function's process has started, so that all of it ends with its call. A process group does not
-//! suffice: `setsid` leaves it.
+//! Contains the descendants of a function's process, so that all of them end with its call. A process group is not
+//! enough: a process leaves it by `setsid`.
 //!
-//! Where a cgroup (version 2) can be created, each process gets one, and the kernel kills all that is in there. Where the
-//! provider can adopt orphans, it kills those whose call has ended. The latter also finds what a process has started
-//! before it was put into its cgroup, which happens a moment after its start.
+//! Where cgroups (version 2) can be created, each process gets one, and the kernel kills all processes in it. Where the
+//! provider can adopt orphans, it kills those whose call has ended. The latter also finds processes that were started
+//! before their parent was moved into its cgroup, which happens shortly after its start.
 
 use std::io;
 use std::sync::Arc;
@@ -13,14 +13,14 @@ use tokio::process::{Child, Command};
 use crate::provider::process::cgroup::{Cgroup, Cgroups};
 use crate::provider::process::descendants::{Descendants, MarkedProcess};
 
-/// How processes are held together, beside their groups.
+/// The available mechanisms of containment, in addition to process groups.
 #[derive(Debug, Default)]
 pub(super) struct Containment {
     pub(super) cgroups: Option<Arc<Cgroups>>,
     pub(super) descendants: Option<Arc<Descendants>>,
 }
 
-/// What one process has started, itself included.
+/// A process and its descendants.
 #[derive(Debug)]
 pub(super) struct ContainedProcess {
     cgroup: Option<Cgroup>,
@@ -28,23 +28,23 @@ pub(super) struct ContainedProcess {
 }
 
 impl Containment {
-    /// Says how processes are held together. To be called once.
+    /// Logs the mechanisms in use. Call once.
     pub(super) fn log_method(&self) {
         match self {
             Self { cgroups: Some(cgroups), .. } => {
                 let path = cgroups.path().display();
-                tracing::info!(%path, "What functions start is ended by a cgroup of each call");
+                tracing::info!(%path, "Processes started by functions are killed with the cgroup of their call");
             }
             Self { descendants: Some(_), .. } => tracing::info!(
-                "What functions start is ended by this process, which adopts it: no cgroup can be created here"
+                "Processes started by functions are adopted and killed by this process: it cannot create cgroups"
             ),
             Self { .. } => tracing::warn!(
-                "What functions start is ended by process groups: a process that leaves its group outlives its call"
+                "Processes started by functions are killed by process group: a process that leaves its group is not killed"
             ),
         }
     }
 
-    /// Starts `command`, and holds all that it starts.
+    /// Starts `command` and contains its descendants.
     pub(super) fn spawn(&self, command: &mut Command) -> io::Result<(Child, ContainedProcess)> {
         let (child, marked) = match &self.descendants {
             Some(descendants) => {
@@ -57,7 +57,7 @@ impl Containment {
         Ok((child, ContainedProcess { cgroup, marked }))
     }
 
-    /// Releases what the system keeps for it. Nothing runs any more.
+    /// Removes the cgroups. Call when no process runs any more.
     pub(super) fn close(&self) {
         if let Some(cgroups) = &self.cgroups {
             cgroups.close();
@@ -66,7 +66,7 @@ impl Containment {
 }
 
 impl ContainedProcess {
-    /// Kills all that can be killed at once.
+    /// Kills the process and its descendants, without waiting.
     pub(super) fn kill(&self) {
         if let Some(cgroup) = &self.cgroup {
             cgroup.kill();
@@ -76,7 +76,7 @@ impl ContainedProcess {
         }
     }
 
-    /// The process itself has ended: kills what it has left, and waits until that is gone.
+    /// Kills the descendants of a process that has exited, and waits until they have exited.
     pub(super) async fn kill_rest_and_wait(&self) {
         if let Some(cgroup) = &self.cgroup {
             cgroup.kill_and_wait().await;

@@ -1,4 +1,4 @@
-//! A function as it is deployed now: what was asked for, and what runs.
+//! A deployed function: its deployment, its replicas, and its replacement by a new version.
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
@@ -20,10 +20,10 @@ use crate::provider::process::workload::Workload;
 use crate::provider::process::{fork, http_mode};
 use crate::provider::types::{FunctionDeployment, FunctionStatus, Resources, StartFailure};
 
-/// The label by which clients find the function that something belongs to. Every function has it.
+/// Label with the function's name, by which clients find it. Added to every function.
 const FUNCTION_LABEL: &str = "faas_function";
 
-/// `deployment` with nothing in place of what is empty, which means the same.
+/// Replaces empty maps, lists and resources of a deployment by `None`, which has the same meaning.
 fn normalized(deployment: FunctionDeployment) -> FunctionDeployment {
     let map = |map: Option<BTreeMap<_, _>>| map.filter(|map| !map.is_empty());
     let list = |list: Option<Vec<_>>| list.filter(|list| !list.is_empty());
@@ -46,16 +46,16 @@ pub(super) struct DeployedFunction {
     /// RFC 3339.
     pub(super) created_at: String,
     replicas: AtomicU64,
-    /// The processes, in HTTP mode.
+    /// The replicas, in HTTP mode.
     pool: Option<Arc<Pool>>,
-    /// The processes of the version before, which take the calls until those of this one can.
+    /// The replicas of the old version, which receive the calls until those of this version are ready.
     old_pool: Mutex<Option<Arc<Pool>>>,
-    /// Cancelled when `old_pool` has been dealt with.
+    /// Cancelled when `old_pool` has been retired or detached.
     replaced: CancellationToken,
 }
 
 impl DeployedFunction {
-    /// An entry whose processes are not started yet.
+    /// Creates a function without starting its processes.
     pub(super) fn new(
         saved: SavedFunction,
         workload: Arc<Workload>,
@@ -78,12 +78,12 @@ impl DeployedFunction {
         }
     }
 
-    /// How many replicas are wanted.
+    /// Returns the number of desired replicas.
     pub(super) fn replicas(&self) -> u64 {
         self.replicas.load(Relaxed)
     }
 
-    /// This function as it is kept on disk, with so many replicas.
+    /// Returns the state of this function for the disk, with the given number of replicas.
     pub(super) fn saved(&self, replicas: u64) -> SavedFunction {
         SavedFunction {
             deployment: self.deployment.clone(),
@@ -92,14 +92,14 @@ impl DeployedFunction {
         }
     }
 
-    /// Whether `deployment`, which names this function, asks for what is deployed already.
+    /// Returns whether `deployment`, of the same function, equals the active deployment.
     pub(super) fn is_deployed_as(&self, deployment: &FunctionDeployment) -> bool {
         let namespace = self.workload.function.namespace.clone();
-        let wanted = FunctionDeployment { namespace, ..deployment.clone() };
-        normalized(wanted) == normalized(self.deployment.clone())
+        let requested = FunctionDeployment { namespace, ..deployment.clone() };
+        normalized(requested) == normalized(self.deployment.clone())
     }
 
-    /// Starts or stops processes until there are as many as wanted.
+    /// Sets the number of desired replicas, and starts or stops processes accordingly.
     pub(super) fn scale(&self, replicas: u64) {
         self.replicas.store(replicas, Relaxed);
         if let Some(pool) = &self.pool {
@@ -110,39 +110,39 @@ impl DeployedFunction {
         }
     }
 
-    /// Takes over from `before`: its processes take the calls until those of this entry can.
-    pub(super) fn replace(self: &Arc<Self>, before: &Self, launcher: &ProcessLauncher) {
-        let Some(old) = before.detach_pool() else { return };
-        // One that cannot be called has nothing to bridge, and would only be started again and again beside this one.
-        let bridges = self.replicas() > 0 && old.ready_count() > 0;
-        let Some(pool) = self.pool.clone().filter(|_| bridges) else {
-            old.scale(0);
+    /// Replaces the version `previous`: its replicas receive the calls until those of this version are ready.
+    pub(super) fn replace(self: &Arc<Self>, previous: &Self, launcher: &ProcessLauncher) {
+        let Some(old_pool) = previous.detach_pool() else { return };
+        // A pool without a ready replica is stopped immediately: it would only keep restarting its processes.
+        let has_ready = self.replicas() > 0 && old_pool.ready_count() > 0;
+        let Some(pool) = self.pool.clone().filter(|_| has_ready) else {
+            old_pool.scale(0);
             return;
         };
-        *lock_unpoisoned(&self.old_pool) = Some(Arc::clone(&old));
-        let entry = Arc::clone(self);
+        *lock_unpoisoned(&self.old_pool) = Some(Arc::clone(&old_pool));
+        let new = Arc::clone(self);
         let stopping = launcher.tasks.stopping.clone();
         launcher.tasks.spawn(async move {
             // All branches are cancel-safe.
             tokio::select! {
-                () = pool.wait_ready(entry.replicas().max(1)) => entry.retire_old_pool(),
-                () = old.wait_failing() => entry.retire_old_pool(),
-                () = entry.replaced.cancelled() => {}
+                () = pool.wait_ready(new.replicas().max(1)) => new.retire_old_pool(),
+                () = old_pool.wait_failing() => new.retire_old_pool(),
+                () = new.replaced.cancelled() => {}
                 () = stopping.cancelled() => {}
             }
         });
     }
 
-    /// Stops all processes, once they have ended their calls.
+    /// Stops all processes after they have finished their calls.
     pub(super) fn retire(&self) {
         self.scale(0);
     }
 
-    /// Carries `invoke` out.
+    /// Executes one call of the function.
     pub(super) async fn invoke(
         &self,
         launcher: &ProcessLauncher,
-        call: Invocation,
+        invocation: Invocation,
     ) -> Result<Response, InvocationError> {
         let function = &self.workload.function;
         if self.replicas() == 0 {
@@ -150,9 +150,11 @@ impl DeployedFunction {
         }
         let limit = self.max_in_flight();
         match &self.workload.spec.mode {
-            Mode::Fork(fork) => fork::invoke(launcher, &self.workload, fork, limit, call).await,
+            Mode::Fork(fork) => {
+                fork::invoke(launcher, &self.workload, fork, limit, invocation).await
+            }
             Mode::Http { .. } => {
-                let seat = || {
+                let acquire = || {
                     self.acquire_permit().map_err(|reason| match reason {
                         AcquireError::Busy => {
                             InvocationError::TooManyInFlight(function.clone(), limit)
@@ -163,34 +165,41 @@ impl DeployedFunction {
                         AcquireError::NoneReady => InvocationError::NotReady(function.clone()),
                     })
                 };
-                let another = |refused: &ReplicaPermit| {
-                    refused.mark_unreachable();
+                let next_permit = |unreachable: &ReplicaPermit| {
+                    unreachable.mark_unreachable();
                     self.update_readiness();
-                    seat()
+                    acquire()
                 };
-                http_mode::invoke(&launcher.tasks, &self.workload, seat()?, another, call).await
+                http_mode::invoke(
+                    &launcher.tasks,
+                    &self.workload,
+                    acquire()?,
+                    next_permit,
+                    invocation,
+                )
+                .await
             }
         }
     }
 
-    /// What the API says of this function, without its usage.
+    /// Returns the status for the API, without the resource usage.
     pub(super) fn status(&self) -> FunctionStatus {
-        let it = self.deployment.clone();
-        let mut labels = it.labels.unwrap_or_default();
-        labels.insert(FUNCTION_LABEL.to_owned(), it.service.clone());
+        let deployment = self.deployment.clone();
+        let mut labels = deployment.labels.unwrap_or_default();
+        labels.insert(FUNCTION_LABEL.to_owned(), deployment.service.clone());
         FunctionStatus {
-            name: it.service,
-            namespace: it.namespace,
-            image: it.image,
-            env_process: it.env_process,
-            env_vars: it.env_vars,
-            constraints: it.constraints,
-            secrets: it.secrets,
+            name: deployment.service,
+            namespace: deployment.namespace,
+            image: deployment.image,
+            env_process: deployment.env_process,
+            env_vars: deployment.env_vars,
+            constraints: deployment.constraints,
+            secrets: deployment.secrets,
             labels: Some(labels),
-            annotations: it.annotations,
-            limits: it.limits,
-            requests: it.requests,
-            read_only_root_filesystem: it.read_only_root_filesystem,
+            annotations: deployment.annotations,
+            limits: deployment.limits,
+            requests: deployment.requests,
+            read_only_root_filesystem: deployment.read_only_root_filesystem,
             invocation_count: None,
             replicas: self.replicas(),
             available_replicas: self.available(),
@@ -200,7 +209,7 @@ impl DeployedFunction {
         }
     }
 
-    /// How the starts of all replicas fail, if they do so again and again and there is nobody to call.
+    /// Returns the last failed start if all replicas fail to start and none is ready.
     fn start_failure(&self) -> Option<StartFailure> {
         let pool = self.pool.as_ref().filter(|_| self.available() == 0)?;
         pool.start_failure()
@@ -212,7 +221,7 @@ impl DeployedFunction {
         }
     }
 
-    /// How many replicas can be called. In fork mode there is nothing to wait for.
+    /// Returns the number of ready replicas. In fork mode all replicas are ready.
     fn available(&self) -> u64 {
         let Some(pool) = &self.pool else { return self.replicas() };
         match pool.ready_count() {
@@ -223,22 +232,22 @@ impl DeployedFunction {
         }
     }
 
-    /// Waits until a replica can be called, for at most `patience`; not at all if none is wanted, or none can be
-    /// started.
-    pub(super) async fn wait_available(&self, patience: Duration) {
+    /// Waits until a replica is ready, for at most `max_wait`. Returns immediately if none is desired, and as soon as
+    /// all replicas fail to start.
+    pub(super) async fn wait_available(&self, max_wait: Duration) {
         if self.replicas() == 0 || self.available() > 0 {
             return;
         }
         if let Some(pool) = &self.pool {
-            // Both branches are cancel-safe: waiting changes nothing.
+            // Both branches are cancel-safe.
             tokio::select! {
-                _ = timeout(patience, pool.wait_ready_or_failing()) => {}
+                _ = timeout(max_wait, pool.wait_ready_or_failing()) => {}
                 () = pool.launcher.tasks.stopping.cancelled() => {}
             }
         }
     }
 
-    /// How many calls may be in flight at once.
+    /// Returns the maximum number of calls in flight.
     fn max_in_flight(&self) -> u64 {
         match self.workload.spec.max_inflight {
             0 => u64::MAX,
@@ -255,7 +264,8 @@ impl DeployedFunction {
         }
     }
 
-    /// The processes that the next version has to replace. Of two, those that can be called.
+    /// Returns the pool that a new version has to replace, and retires the other one: of two pools, the one with ready
+    /// replicas is kept.
     fn detach_pool(&self) -> Option<Arc<Pool>> {
         self.replaced.cancel();
         let previous = lock_unpoisoned(&self.old_pool).take();

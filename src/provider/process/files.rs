@@ -1,14 +1,14 @@
-//! Files that are there whole or not at all, whatever kills the process or the machine.
+//! Atomic, durable changes of files: after a crash a file has either its old or its new content.
 
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, Write};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::Path;
 
-/// What a file is called until it is whole. Nothing that is kept begins with a dot.
+/// Name prefix of a file that is being written. Names of stored files never begin with a dot.
 const TEMPORARY_PREFIX: &str = ".unfinished-";
 
-/// Replaces `path` by a file with `bytes`, which only this user may read. On disk when it returns.
+/// Replaces `path` by a file with `bytes` that only this user may read. Synced to disk on return.
 pub(super) fn replace(path: &Path, bytes: &[u8]) -> io::Result<()> {
     let (Some(directory), Some(name)) = (path.parent(), path.file_name().and_then(|n| n.to_str()))
     else {
@@ -24,13 +24,13 @@ pub(super) fn replace(path: &Path, bytes: &[u8]) -> io::Result<()> {
     sync_directory(directory)
 }
 
-/// Removes `path`. Gone from the disk when it returns.
+/// Removes `path`. Synced to disk on return.
 pub(super) fn remove(path: &Path) -> io::Result<()> {
     fs::remove_file(path)?;
     path.parent().map_or(Ok(()), sync_directory)
 }
 
-/// Creates a directory, and those above it, that only this user may look into.
+/// Creates a directory and its parents, accessible only for this user.
 pub(super) fn create_private_directory(path: &Path) -> io::Result<()> {
     if path.is_dir() {
         return Ok(());
@@ -39,7 +39,7 @@ pub(super) fn create_private_directory(path: &Path) -> io::Result<()> {
     path.parent().map_or(Ok(()), sync_directory)
 }
 
-/// The names of what is in a directory, in order; none if it is not there. What was never finished is removed.
+/// Returns the sorted names of files in a directory; empty if it does not exist. Removes unfinished files.
 pub(super) fn file_names(directory: &Path) -> io::Result<Vec<String>> {
     let entries = match fs::read_dir(directory) {
         Ok(entries) => entries,
@@ -52,7 +52,7 @@ pub(super) fn file_names(directory: &Path) -> io::Result<Vec<String>> {
         match entry.file_name().into_string() {
             Ok(name) if name.starts_with(TEMPORARY_PREFIX) => fs::remove_file(entry.path())?,
             Ok(name) if !name.starts_with('.') => names.push(name),
-            // Not ours.
+            // Not written by this module.
             Ok(_) | Err(_) => {}
         }
     }
@@ -71,7 +71,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_file_is_replaced_whole_and_is_private() {
+    fn a_replaced_file_is_private() {
         let root = tempfile::tempdir().unwrap();
         let path = root.path().join("a/b/file");
         replace(&path, b"one").unwrap();
@@ -85,7 +85,7 @@ mod tests {
     }
 
     #[test]
-    fn what_was_never_finished_is_cleared_away() {
+    fn unfinished_files_are_removed() {
         let root = tempfile::tempdir().unwrap();
         replace(&root.path().join("kept"), b"").unwrap();
         let unfinished = root.path().join(".unfinished-kept");

@@ -1,7 +1,7 @@
-//! Fork mode: one process for each call, with the request on its standard input and the answer on its output.
+//! Fork mode: one process for each call, with the request on its standard input and the response on its output.
 //!
-//! A process that fails is answered 500, and whether it fails is only known when it ends. So output is held back until
-//! then, up to `MAX_BUFFERED_OUTPUT`. Beyond that the answer begins with 200, and breaks off if the process fails after all.
+//! The response has status 500 if the process fails, which is known only when it exits. So the output is buffered until
+//! then, up to `MAX_BUFFERED_OUTPUT`. A longer response starts with 200, and is aborted if the process fails later.
 
 use std::io;
 use std::process::{ExitStatus, Stdio};
@@ -28,51 +28,53 @@ use crate::provider::process::process_group::ProcessGroup;
 use crate::provider::process::spec::ForkOptions;
 use crate::provider::process::workload::Workload;
 
-/// How much output may wait for the process to end.
+/// Maximum output in bytes that is buffered until the process exits.
 const MAX_BUFFERED_OUTPUT: usize = 1 << 20;
 
-/// Runs the function's command for `invoke`, unless `limit` of them run already, or all places are taken.
+/// Runs the function's command for one call. Fails if the function has `limit` calls in flight, or the provider has no
+/// fork permit left.
 ///
-/// The process belongs to a task of its own, so that its deadline holds even while nobody reads the answer. The task
-/// ends it when the caller leaves, which is when this future or the answer's body is dropped.
+/// The process is driven by a separate task, so that its deadline holds even while the client does not read the
+/// response. The task kills it when the client disconnects, that is, when this future or the response body is dropped.
 pub(super) async fn invoke(
     launcher: &ProcessLauncher,
     workload: &Arc<Workload>,
     fork: &ForkOptions,
     limit: u64,
-    call: Invocation,
+    invocation: Invocation,
 ) -> Result<Response, InvocationError> {
     let function = &workload.function;
-    let permit = workload.activity.begin_call(limit);
-    let permit = permit.ok_or_else(|| InvocationError::TooManyInFlight(function.clone(), limit))?;
+    let in_flight = workload.activity.begin_call(limit);
+    let in_flight =
+        in_flight.ok_or_else(|| InvocationError::TooManyInFlight(function.clone(), limit))?;
     let limiter = &launcher.fork_limiter;
-    let place = limiter
+    let fork_permit = limiter
         .try_acquire()
         .ok_or_else(|| InvocationError::ForkLimitReached(function.clone(), limiter.limit))?;
-    let (mut group, output, errors) = start(launcher, workload, fork, &call)
+    let (mut group, output, stderr) = start(launcher, workload, fork, &invocation)
         .map_err(|e| InvocationError::StartFailed(function.clone(), e))?;
     let content_type =
-        fork.content_type.clone().or_else(|| call.head.headers.get(CONTENT_TYPE).cloned());
-    let (writer, stream) = channel_body::channel();
+        fork.content_type.clone().or_else(|| invocation.head.headers.get(CONTENT_TYPE).cloned());
+    let (writer, body) = channel_body::channel();
     let (report, outcome) = oneshot::channel();
-    let left = CancellationToken::new();
-    let driver = ForkSession {
+    let client_gone = CancellationToken::new();
+    let session = ForkSession {
         workload: Arc::clone(workload),
         instance: format!("{}-{}", function.name, group.id()).into(),
-        input: StdinForwarder::new(group.stdin(), call.body),
+        input: StdinForwarder::new(group.stdin(), invocation.body),
         group,
         output,
-        stderr: errors,
+        stderr,
         log_output: fork.write_debug,
-        started: call.started,
-        in_flight: permit,
-        fork_permit: place,
-        client_gone: left.clone(),
+        started: invocation.started,
+        in_flight,
+        fork_permit,
+        client_gone: client_gone.clone(),
     };
     let tasks = launcher.tasks.clone();
-    launcher.tasks.spawn(async move { driver.run(writer, report, &tasks).await });
-    let mut response = respond(workload, stream, outcome, left, content_type).await?;
-    set_duration_header(&mut response, call.started.elapsed());
+    launcher.tasks.spawn(async move { session.run(writer, report, &tasks).await });
+    let mut response = respond(workload, body, outcome, client_gone, content_type).await?;
+    set_duration_header(&mut response, invocation.started.elapsed());
     Ok(response)
 }
 
@@ -80,49 +82,53 @@ fn start(
     launcher: &ProcessLauncher,
     workload: &Workload,
     fork: &ForkOptions,
-    call: &Invocation,
+    invocation: &Invocation,
 ) -> io::Result<(ProcessGroup, pipe::Receiver, Option<ChildStderr>)> {
     let mut command = launcher.command(workload);
     if fork.cgi_headers {
-        command.envs(cgi::variables(&call.head, &call.path, call.body.size_hint().exact()));
+        command.envs(cgi::variables(
+            &invocation.head,
+            &invocation.path,
+            invocation.body.size_hint().exact(),
+        ));
     }
     let (reader, writer) = io::pipe()?;
     if fork.combine_output {
-        // One pipe for both, so that the answer has them in the order in which they were written.
+        // One pipe for both outputs keeps the order in which they were written.
         command.stderr(writer.try_clone()?);
     }
     command.stdin(Stdio::piped()).stdout(writer);
     let mut group = ProcessGroup::start(&mut command, &workload.activity, &launcher.orphans)?;
-    // The command still holds the pipe's other end; while it does, the output would never end.
+    // The command holds the write end of the pipe; until it is dropped, the output has no end.
     drop(command);
-    let errors = group.stderr();
-    Ok((group, pipe::Receiver::from_owned_fd(reader.into())?, errors))
+    let stderr = group.stderr();
+    Ok((group, pipe::Receiver::from_owned_fd(reader.into())?, stderr))
 }
 
-/// Waits for as much output as decides the status.
+/// Waits until the status is known: the process has exited, or its output exceeds the buffer.
 async fn respond(
     workload: &Workload,
-    mut stream: ChannelBody<()>,
+    mut body: ChannelBody<()>,
     outcome: oneshot::Receiver<Outcome>,
-    left: CancellationToken,
+    client_gone: CancellationToken,
     content_type: Option<HeaderValue>,
 ) -> Result<Response, InvocationError> {
-    let guard = left.drop_guard();
-    // Copied together: chunks may be small, and each would keep the whole of its buffer.
-    let mut held = BytesMut::new();
-    while held.len() <= MAX_BUFFERED_OUTPUT {
-        match stream.next().await {
-            BodyEvent::Data(data) => held.extend_from_slice(&data),
+    let guard = client_gone.drop_guard();
+    // Copies the chunks: a small chunk would keep its whole read buffer allocated.
+    let mut buffered = BytesMut::new();
+    while buffered.len() <= MAX_BUFFERED_OUTPUT {
+        match body.next().await {
+            BodyEvent::Data(data) => buffered.extend_from_slice(&data),
             BodyEvent::End | BodyEvent::Aborted => {
                 let status = finish(workload, outcome.await)?;
-                // The process has ended; the task may still be reading what it left of the request.
+                // The process has exited. The task may still discard the rest of the request body.
                 guard.disarm();
-                return Ok(full_response(status, held.freeze(), content_type));
+                return Ok(full_response(status, buffered.freeze(), content_type));
             }
         }
     }
-    let content_type = content_type.unwrap_or_else(|| guess_content_type(&held));
-    let mut response = Body::new(stream.with_prefix(held.freeze(), guard)).into_response();
+    let content_type = content_type.unwrap_or_else(|| guess_content_type(&buffered));
+    let mut response = Body::new(body.with_prefix(buffered.freeze(), guard)).into_response();
     response.headers_mut().insert(CONTENT_TYPE, content_type);
     Ok(response)
 }
@@ -139,12 +145,12 @@ fn finish(
         Ok(Outcome::RequestAborted | Outcome::ClientDisconnected) => {
             Err(InvocationError::RequestAborted(function))
         }
-        // Without a word, the task was ended with its runtime.
+        // The sender was dropped: the runtime is shutting down.
         Ok(Outcome::Stopped) | Err(_) => Err(InvocationError::Stopped(function)),
     }
 }
 
-/// The answer of a process that has ended.
+/// Builds the response of a process that has exited.
 fn full_response(
     status: ExitStatus,
     mut body: Bytes,
@@ -161,9 +167,9 @@ fn full_response(
     (code, [(CONTENT_TYPE, content_type)], body).into_response()
 }
 
-/// What callers of a classic watchdog get when nobody has said what the output is.
+/// Guesses the content type of output without one, like the classic watchdog.
 fn guess_content_type(output: &[u8]) -> HeaderValue {
-    // A character may be cut at the end of what has been read so far.
+    // The last character may be incomplete in the output read so far.
     let text = std::str::from_utf8(output).map_or_else(|e| e.error_len().is_none(), |_| true);
     HeaderValue::from_static(match text && !output.contains(&0) {
         true => "text/plain; charset=utf-8",
@@ -205,12 +211,12 @@ mod tests {
     async fn run(launcher: &ProcessLauncher, workload: &Arc<Workload>) -> Response {
         let Mode::Fork(fork) = &workload.spec.mode else { panic!("not in fork mode") };
         let (head, body) = Request::new(Body::empty()).into_parts();
-        let call = Invocation { head, body, path: "/".to_owned(), started: Instant::now() };
-        invoke(launcher, workload, fork, u64::MAX, call).await.into_response()
+        let invocation = Invocation { head, body, path: "/".to_owned(), started: Instant::now() };
+        invoke(launcher, workload, fork, u64::MAX, invocation).await.into_response()
     }
 
     #[tokio::test]
-    async fn calls_beyond_the_places_of_all_functions_are_answered_503() {
+    async fn calls_beyond_the_fork_limit_get_status_503() {
         let root = tempfile::tempdir().unwrap();
         let orphans = Orphans::open(root.path().join("running")).unwrap();
         let secrets = Secrets::open(root.path().join("secrets")).unwrap();
@@ -220,20 +226,20 @@ mod tests {
         let gate = root.path().join("gate");
         let slow = format!("sh -c 'until [ -e {} ]; do sleep 0.02; done'", gate.display());
         let (slow, quick) = (workload(&slow), workload("true"));
-        let meanwhile = async {
+        let second = async {
             while launcher.fork_limiter.try_acquire().is_some() {
                 tokio::time::sleep(Duration::from_millis(5)).await;
             }
-            let refused = run(&launcher, &quick).await;
+            let rejected = run(&launcher, &quick).await;
             std::fs::write(&gate, "").unwrap();
-            refused
+            rejected
         };
-        let (first, refused) = tokio::join!(run(&launcher, &slow), meanwhile);
+        let (first, rejected) = tokio::join!(run(&launcher, &slow), second);
         assert_eq!(first.status(), StatusCode::OK);
-        assert_eq!(refused.status(), StatusCode::SERVICE_UNAVAILABLE);
-        assert!(refused.headers().contains_key(RETRY_AFTER));
-        assert_eq!(refused.headers()["x-openfaas-internal"], "proxy");
-        // Another finds the place free again.
+        assert_eq!(rejected.status(), StatusCode::SERVICE_UNAVAILABLE);
+        assert!(rejected.headers().contains_key(RETRY_AFTER));
+        assert_eq!(rejected.headers()["x-openfaas-internal"], "proxy");
+        // The permit is free again.
         assert_eq!(run(&launcher, &quick).await.status(), StatusCode::OK);
         launcher.tasks.stop(Duration::from_secs(5)).await;
     }

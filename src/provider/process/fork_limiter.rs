@@ -1,18 +1,18 @@
-//! How many calls may be forked at once, by all functions together. Without a bound a burst of calls would become as
-//! many processes, and the machine would go down with them.
+//! Limits the number of forked calls of all functions. Without a limit, a burst of calls would start as many processes
+//! and exhaust the machine.
 
 use std::sync::Arc;
 
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
-/// Places for forked calls. Nobody waits for one.
+/// Permits for forked calls. Acquiring one never waits.
 #[derive(Debug)]
 pub(super) struct ForkLimiter {
     semaphore: Arc<Semaphore>,
     pub(super) limit: usize,
 }
 
-/// A place that is taken until this is dropped.
+/// A permit, released on drop.
 #[derive(Debug)]
 pub(super) struct ForkPermit {
     _permit: OwnedSemaphorePermit,
@@ -23,7 +23,7 @@ impl ForkLimiter {
         Self { semaphore: Arc::new(Semaphore::new(limit)), limit }
     }
 
-    /// Takes a place; `None` if there is none left.
+    /// Acquires a permit; `None` if the limit is reached.
     pub(super) fn try_acquire(&self) -> Option<ForkPermit> {
         Arc::clone(&self.semaphore)
             .try_acquire_owned()

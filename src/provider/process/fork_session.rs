@@ -1,4 +1,4 @@
-//! A forked process from its start to its end: input, output, deadline, log lines.
+//! One forked process from its start to its exit: input, output, deadline, log lines.
 
 use std::io;
 use std::pin::pin;
@@ -23,12 +23,12 @@ use crate::provider::process::line_splitter::LineSplitter;
 use crate::provider::process::process_group::ProcessGroup;
 use crate::provider::process::workload::Workload;
 
-/// How much output is read at once.
+/// Buffer size for reading output.
 const READ_CHUNK_BYTES: usize = 32 << 10;
-/// How long what a process has started may outlive it, while the output is still open.
+/// Limit for descendants that keep the output open after the process has exited.
 const OUTPUT_LINGER_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// How a process ended.
+/// Result of a forked process.
 #[derive(Debug)]
 pub(super) enum Outcome {
     ClientDisconnected,
@@ -39,25 +39,25 @@ pub(super) enum Outcome {
     Timeout(Duration),
 }
 
-/// Everything about one running process.
+/// State of one running process.
 pub(super) struct ForkSession {
     pub(super) workload: Arc<Workload>,
     pub(super) instance: Arc<str>,
     pub(super) group: ProcessGroup,
     pub(super) input: StdinForwarder,
     pub(super) output: pipe::Receiver,
-    /// Standard error, where it is not part of the answer.
+    /// Standard error, unless it is part of the response.
     pub(super) stderr: Option<ChildStderr>,
     pub(super) log_output: bool,
     pub(super) started: Instant,
     pub(super) in_flight: activity::InFlightGuard,
     pub(super) fork_permit: ForkPermit,
-    /// Cancelled when the caller is gone.
+    /// Cancelled when the client has disconnected.
     pub(super) client_gone: CancellationToken,
 }
 
 impl ForkSession {
-    /// Runs the process to its end, writes the output to `writer` and then says how it ended.
+    /// Drives the process until it has exited, writes the output to `writer`, and sends the outcome to `report`.
     pub(super) async fn run(
         mut self,
         writer: BodyWriter,
@@ -70,13 +70,13 @@ impl ForkSession {
         self.log_end(&outcome, written);
         match &outcome {
             Outcome::Stopped => self.group.terminate(TERMINATION_GRACE, &tasks.force_kill).await,
-            // Nothing outlives its call.
+            // Kills descendants: no process outlives its call.
             _ => self.group.kill_and_wait().await,
         }
-        // Before the caller learns of it: its next call must find room.
+        // Releases the permits before the response ends: the client's next call must not be rejected.
         drop((self.in_flight, self.fork_permit));
         let success = matches!(&outcome, Outcome::Exited(status) if status.success());
-        // Said first: whoever finds the output at its end, or broken off, asks why.
+        // The outcome is sent first: the reader of the output waits for it after the end.
         let _ = report.send(outcome);
         if success {
             let _ = writer.finish().await;
@@ -86,7 +86,7 @@ impl ForkSession {
         self.input.discard().await;
     }
 
-    /// Waits for the process to end, or for a reason to end it.
+    /// Waits for the process to exit, or for a reason to stop it.
     async fn wait_outcome(
         &mut self,
         writer: &BodyWriter,
@@ -94,14 +94,14 @@ impl ForkSession {
         tasks: &ProcessTasks,
     ) -> Outcome {
         let limit = self.workload.spec.exec_timeout;
-        let left = self.client_gone.clone();
+        let client_gone = self.client_gone.clone();
         let deadline = async {
             match limit {
                 Some(limit) => tokio::time::sleep(limit).await,
                 None => std::future::pending().await,
             }
         };
-        // All branches are cancel-safe, or end the process whose state they would lose.
+        // All branches are cancel-safe, or stop the process whose state they would lose.
         tokio::select! {
             ended = self.pump_until_exit(writer, written) => match ended {
                 Ok(Ok(status)) => Outcome::Exited(status),
@@ -109,18 +109,18 @@ impl ForkSession {
                 Err(error) => Outcome::Failed(error),
             },
             () = deadline => Outcome::Timeout(limit.unwrap_or_default()),
-            () = left.cancelled() => Outcome::ClientDisconnected,
+            () = client_gone.cancelled() => Outcome::ClientDisconnected,
             () = tasks.stopping.cancelled() => Outcome::Stopped,
         }
     }
 
-    /// Passes input and output until the process has ended.
+    /// Forwards input and output until the process has exited.
     async fn pump_until_exit(
         &mut self,
         writer: &BodyWriter,
         written: &mut usize,
     ) -> io::Result<Result<ExitStatus, RequestAborted>> {
-        let Self { workload, instance, group, input, output, stderr: errors, log_output, .. } =
+        let Self { workload, instance, group, input, output, stderr: stderr, log_output, .. } =
             self;
         let mut lines = log_output.then(LineSplitter::default);
         let logs = &workload.logs;
@@ -141,8 +141,8 @@ impl ForkSession {
             }
         };
         let log_errors = async {
-            if let Some(errors) = errors.take() {
-                logs.write_all(Arc::clone(instance), errors).await;
+            if let Some(stderr) = stderr.take() {
+                logs.write_all(Arc::clone(instance), stderr).await;
             }
             io::Result::Ok(())
         };
@@ -150,7 +150,7 @@ impl ForkSession {
         let mut input = pin!(input.forward());
         let (mut outputs_done, mut input_done) = (false, false);
         let status = loop {
-            // Cancel-safe: the futures are pinned outside, and `wait_leader` takes nothing.
+            // Cancel-safe: the futures are pinned outside of the loop, and `wait_leader` is cancel-safe.
             tokio::select! {
                 status = group.wait_leader() => break status?,
                 done = &mut outputs, if !outputs_done => {
@@ -163,7 +163,7 @@ impl ForkSession {
                 },
             }
         };
-        // What has left the group may have the output open, too.
+        // A descendant that has left the group may still have the output open.
         if !outputs_done {
             match timeout(OUTPUT_LINGER_TIMEOUT, &mut outputs).await {
                 Ok(done) => outputs_done = done.map(|_| true)?,
@@ -178,12 +178,12 @@ impl ForkSession {
 
     fn log_end(&self, outcome: &Outcome, written: usize) {
         match outcome {
-            Outcome::ClientDisconnected => self.log("Killed: the caller has left".to_owned()),
+            Outcome::ClientDisconnected => self.log("Killed: the client disconnected".to_owned()),
             Outcome::Exited(status) if status.success() => {}
             Outcome::Exited(status) => self.log(format!("Failed: {status}")),
             Outcome::Failed(error) => self.log(format!("Killed: {error}")),
-            Outcome::RequestAborted => self.log("Killed: the request broke off".to_owned()),
-            Outcome::Stopped => self.log("Ended: the provider stops".to_owned()),
+            Outcome::RequestAborted => self.log("Killed: the request was aborted".to_owned()),
+            Outcome::Stopped => self.log("Stopped: the provider is shutting down".to_owned()),
             Outcome::Timeout(limit) => {
                 self.log(format!("Killed: exec_timeout of {limit:?} reached"))
             }

@@ -1,4 +1,4 @@
-//! The functions and namespaces that there are.
+//! Table of the deployed functions and the namespaces.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
@@ -12,12 +12,12 @@ use crate::provider::types::Namespace;
 #[derive(Debug)]
 pub(super) struct FunctionTable {
     by_name: Mutex<BTreeMap<Function, Arc<DeployedFunction>>>,
-    /// The default one is always among them.
+    /// Always contains the default namespace.
     namespaces: Mutex<BTreeMap<String, Namespace>>,
 }
 
 impl FunctionTable {
-    /// A table without functions.
+    /// Creates a table without functions.
     pub(super) fn new(namespaces: Vec<Namespace>) -> Self {
         let default = Namespace { name: DEFAULT_NAMESPACE.to_owned(), ..Namespace::default() };
         let all = std::iter::once(default).chain(namespaces);
@@ -37,7 +37,7 @@ impl FunctionTable {
         lock_unpoisoned(&self.by_name).remove(function)
     }
 
-    /// All functions, in order.
+    /// Returns all functions, sorted by name.
     pub(super) fn functions(&self) -> Vec<Arc<DeployedFunction>> {
         lock_unpoisoned(&self.by_name).values().cloned().collect()
     }
@@ -50,7 +50,7 @@ impl FunctionTable {
         lock_unpoisoned(&self.namespaces).get(name).cloned()
     }
 
-    /// Names of all namespaces, in order.
+    /// Returns the sorted names of all namespaces.
     pub(super) fn namespaces(&self) -> Vec<String> {
         lock_unpoisoned(&self.namespaces).keys().cloned().collect()
     }

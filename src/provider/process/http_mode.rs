@@ -1,4 +1,4 @@
-//! HTTP mode: a call is passed on to a replica, and its answer passed back.
+//! HTTP mode: forwards a call to a replica, and its response to the client.
 
 use std::pin::Pin;
 use std::task::{Context, Poll};
@@ -19,17 +19,17 @@ use crate::provider::process::replica_client::{ReplicaRequest, SendError};
 use crate::provider::process::workload::Workload;
 use crate::provider::signals;
 
-/// An answer that never begins nor goes on, when its function sets no limit. Long enough to be no limit in practice.
+/// Timeout of a function without `exec_timeout`: long enough to be no limit in practice.
 const NO_TIMEOUT: Duration = Duration::from_secs(365 * 24 * 3600);
 
-/// How many replicas one call is offered to, at most.
+/// Maximum number of replicas that are tried for one call.
 const MAX_REPLICA_ATTEMPTS: usize = 8;
 
-/// Passes `call` on to the replica of `seat`. Where nobody accepts connections, nothing of the call has reached a
-/// function: it goes to `another` replica instead.
+/// Forwards the call to the replica of `permit`. If the connection is refused, the function has received nothing of the
+/// call, and another replica from `next_permit` is tried.
 ///
-/// `exec_timeout` bounds the wait for the answer's head, and then between two pieces of its body: a stream that keeps
-/// flowing may go on.
+/// `exec_timeout` limits the wait for the response head, and then the time between two chunks of the body: a stream
+/// that keeps sending data is not limited.
 pub(super) async fn invoke(
     tasks: &ProcessTasks,
     workload: &Workload,
@@ -83,7 +83,7 @@ fn replica_request(
     Ok(request)
 }
 
-/// An answer's body. Its replica is busy with it until it has ended or is dropped.
+/// A response body that holds the permit of its replica until it ends or is dropped.
 struct BodyWithPermit {
     body: Body,
     idle_timer: Pin<Box<Sleep>>,
@@ -106,7 +106,7 @@ impl http_body::Body for BodyWithPermit {
                 {
                     signals::remove_reserved(trailers);
                 }
-                // Before the caller learns of the end: its next call must find room.
+                // Releases the permit before the response ends: the client's next call must not be rejected.
                 if !matches!(frame, Some(Ok(_))) || self.body.is_end_stream() {
                     self.permit = None;
                 }
@@ -115,7 +115,7 @@ impl http_body::Body for BodyWithPermit {
                 Poll::Ready(frame)
             }
             Poll::Pending => self.idle_timer.as_mut().poll(cx).map(|()| {
-                let reason = format!("the function was silent for {:?}", self.exec_timeout);
+                let reason = format!("the function sent no data for {:?}", self.exec_timeout);
                 Some(Err(axum::Error::new(std::io::Error::other(reason))))
             }),
         }

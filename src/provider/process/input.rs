@@ -1,4 +1,4 @@
-//! The request's body on its way to a process's standard input.
+//! Forwards the request body to the standard input of a process.
 
 use std::time::Duration;
 
@@ -8,19 +8,20 @@ use tokio::io::AsyncWriteExt;
 use tokio::process::ChildStdin;
 use tokio::time::timeout;
 
-/// How much of a body that nobody wants is still read, and how long that may take.
+/// Limits in bytes and time for discarding the rest of a request body.
 const MAX_DISCARDED_BYTES: usize = 16 << 20;
 const DISCARD_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// Passes the body on as the process takes it: a chunk is read from the caller when the one before has been written.
+/// Forwards the body with backpressure: it reads the next chunk from the client after the process has read the last
+/// one.
 pub(super) struct StdinForwarder {
-    /// `None` once the process takes no more.
+    /// `None` after the process has closed its standard input.
     stdin: Option<ChildStdin>,
-    /// `None` once it has been read whole.
+    /// `None` after the body has been read to its end.
     body: Option<Body>,
 }
 
-/// The body broke off before its end: what the process has been given is not the request.
+/// The request body was aborted: the process has received only a part of it.
 #[derive(Debug)]
 pub(super) struct RequestAborted;
 
@@ -29,7 +30,7 @@ impl StdinForwarder {
         Self { stdin, body: Some(body) }
     }
 
-    /// Passes on the whole body. A process need not read it; then the rest is only read.
+    /// Forwards the whole body. If the process closes its input, the rest of the body is read and discarded.
     pub(super) async fn forward(&mut self) -> Result<(), RequestAborted> {
         while let Some(body) = &mut self.body {
             let Some(frame) = body.frame().await else {
@@ -43,25 +44,25 @@ impl StdinForwarder {
                 self.stdin = None;
             }
         }
-        // Closed, so that the process sees the end.
+        // Closes the pipe, so that the process reads the end of its input.
         self.stdin = None;
         Ok(())
     }
 
-    /// Reads what is left when the process has ended: a caller that first sends all and then reads the answer would
-    /// find its connection reset instead.
+    /// Discards the rest of the body after the process has exited: a client that sends the whole request before it
+    /// reads the response would otherwise get a connection reset.
     pub(super) async fn discard(mut self) {
         self.stdin = None;
         let Some(mut body) = self.body else { return };
         let discarding = async {
-            let mut left = MAX_DISCARDED_BYTES;
+            let mut remaining = MAX_DISCARDED_BYTES;
             while let Some(Ok(frame)) = body.frame().await {
                 let size = frame.data_ref().map_or(0, |data| data.len());
-                let Some(rest) = left.checked_sub(size) else { return };
-                left = rest;
+                let Some(after) = remaining.checked_sub(size) else { return };
+                remaining = after;
             }
         };
-        // A caller that sends for longer is cut off, which it may be.
+        // Beyond the limits the connection is closed.
         let _ = timeout(DISCARD_TIMEOUT, discarding).await;
     }
 }

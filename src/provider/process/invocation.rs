@@ -34,7 +34,7 @@ pub(super) enum InvocationError {
     ScaledToZero(Function),
     #[error("function {0} has no ready replica")]
     NotReady(Function),
-    #[error("function {0} fails to start")]
+    #[error("function {0} does not start")]
     DoesNotStart(Function),
     #[error("function {0} has {1} calls in flight, the limit of its max_inflight")]
     TooManyInFlight(Function, u64),

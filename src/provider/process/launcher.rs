@@ -1,4 +1,4 @@
-//! What it takes to run processes: the base of their environment, their secrets, and the way they all end.
+//! Builds commands of functions with their environment and secrets, reserves ports, and owns the tasks of processes.
 
 use std::collections::BTreeSet;
 use std::io;
@@ -23,44 +23,43 @@ use crate::provider::process::workload::Workload;
 use crate::proxy::client::Client;
 use crate::shutdown::Tasks;
 
-/// How long a process that was asked to end may take.
+/// Time between SIGTERM and SIGKILL.
 pub(super) const TERMINATION_GRACE: Duration = Duration::from_secs(10);
-/// Connections to replicas that are kept open.
+/// Limits of idle connections to replicas.
 const REPLICA_POOL_LIMITS: PoolLimits = PoolLimits { total: 1024, per_host: 64 };
-/// How long killed processes may take to be gone when the provider stops.
+/// Limit for killed processes to exit when the provider stops.
 const KILL_GRACE: Duration = Duration::from_secs(6);
 
-/// Calls that may be forked at once, by all functions together. A few pipes and some memory each, before what the
-/// function itself needs.
+/// Maximum number of forked calls of all functions. Each needs a few pipes and some memory in the provider.
 const MAX_FORKED_CALLS: usize = 1000;
 
-/// Shared by all functions.
+/// Starts processes. Shared by all functions.
 #[derive(Debug)]
 pub(super) struct ProcessLauncher {
     pub(super) tasks: ProcessTasks,
     pub(super) orphans: Orphans,
     pub(super) secrets: Secrets,
     pub(super) fork_limiter: ForkLimiter,
-    /// `None`: secrets stay in the function's directory, which `secrets_path` names.
+    /// `None` if secrets cannot be mounted: functions read them from the directory in `secrets_path`.
     mounts: Option<Mounts>,
     environment: Vec<(String, String)>,
     reserved_ports: Arc<Mutex<BTreeSet<u16>>>,
 }
 
-/// The tasks that own processes, and the two signals that end them.
+/// The tasks that own processes, and the two signals that stop them.
 #[derive(Clone)]
 pub(super) struct ProcessTasks {
     tasks: Tasks,
     tracker: TaskTracker,
-    /// Processes are to end.
+    /// Cancelled to stop all processes gracefully.
     pub(super) stopping: CancellationToken,
-    /// Those that have not are to be killed.
+    /// Cancelled to kill the processes that still run.
     pub(super) force_kill: CancellationToken,
-    /// Calls replicas.
+    /// Client for replicas.
     pub(super) client: Arc<Client>,
 }
 
-/// A port of this machine that no other replica is given, until this is dropped.
+/// A local port reserved for one replica until this is dropped.
 #[derive(Debug)]
 pub(super) struct ReservedPort {
     pub(super) number: u16,
@@ -88,7 +87,7 @@ impl ProcessLauncher {
         }
     }
 
-    /// A command that runs a function, with its environment and secrets, and nothing of this process's own.
+    /// Returns the command of a function, with its environment and secrets. It inherits no variable of this process.
     pub(super) fn command(&self, workload: &Workload) -> Command {
         let Workload { function, spec, .. } = workload;
         let view = self.secrets.view(function);
@@ -97,7 +96,8 @@ impl ProcessLauncher {
             Some(mounts) => mounts.wrap(&view, &spec.argv),
             None => {
                 let name = &spec.argv[0];
-                // By its path: to look a name up in the child's PATH, the whole process would be forked for it.
+                // Uses the full path: a lookup in the child's PATH would require fork instead of the faster
+                // posix_spawn.
                 let program =
                     find_program(name, self.search_path(spec)).unwrap_or_else(|| name.into());
                 let mut command = Command::new(program);
@@ -119,23 +119,23 @@ impl ProcessLauncher {
         command
     }
 
-    /// The PATH that a function's command is looked up in.
+    /// Returns the PATH for looking up a function's command.
     pub(super) fn search_path<'a>(&'a self, spec: &'a FunctionSpec) -> &'a str {
         let inherited = || self.environment.iter().find(|(name, _)| name == "PATH").map(|(_, v)| v);
         spec.env.get("PATH").or_else(inherited).map_or(DEFAULT_PATH, String::as_str)
     }
 
-    /// A port that is free now. Another program may still take it first; then the replica fails and gets another.
+    /// Reserves an unused port. If another program binds it first, the replica fails and is restarted on another port.
     pub(super) fn reserve_port(&self) -> io::Result<ReservedPort> {
-        // Held until one is found that no replica has been given: the kernel would offer the same again.
-        let mut held = Vec::new();
+        // Keeps listeners on already reserved ports open, so that the kernel does not return the same port again.
+        let mut rejected = Vec::new();
         loop {
             let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
             let number = listener.local_addr()?.port();
             if lock_unpoisoned(&self.reserved_ports).insert(number) {
                 return Ok(ReservedPort { number, reserved: Arc::clone(&self.reserved_ports) });
             }
-            held.push(listener);
+            rejected.push(listener);
         }
     }
 }
@@ -144,7 +144,7 @@ impl ProcessTasks {
     fn new(tasks: Tasks) -> Self {
         let stopping = CancellationToken::new();
         let stop_all = stopping.clone();
-        // Whoever stops the process's tasks means ours too.
+        // Stopping the tasks of the whole process stops these tasks as well.
         tasks.spawn(|asked| async move {
             // Both branches are cancel-safe.
             tokio::select! {
@@ -155,7 +155,7 @@ impl ProcessTasks {
         let client = Client::for_local_processes(REPLICA_POOL_LIMITS);
         let swept = Arc::clone(&client);
         tasks.spawn(|asked| async move {
-            // The sweep holds nothing over an await.
+            // Cancel-safe: the reaper holds no state across an await.
             tokio::select! {
                 () = asked.cancelled() => {}
                 () = swept.run_idle_reaper() => {}
@@ -170,7 +170,7 @@ impl ProcessTasks {
         }
     }
 
-    /// Spawns a task that watches `stopping` and `cut` by itself.
+    /// Spawns a task that reacts to `stopping` and `force_kill` itself.
     pub(super) fn spawn(&self, task: impl Future<Output = ()> + Send + 'static) {
         let running = self.tracker.token();
         self.tasks.spawn(|_| async move {
@@ -179,7 +179,7 @@ impl ProcessTasks {
         });
     }
 
-    /// Ends all processes: asks them to, and kills those that are still there after `grace`.
+    /// Stops all processes gracefully, and kills those that still run after `grace`.
     pub(super) async fn stop(&self, grace: Duration) {
         self.stopping.cancel();
         self.tracker.close();
@@ -192,7 +192,7 @@ impl ProcessTasks {
         );
         self.force_kill.cancel();
         if tokio::time::timeout(KILL_GRACE, self.tracker.wait()).await.is_err() {
-            tracing::error!(tasks = self.tracker.len(), "Killed processes do not end");
+            tracing::error!(tasks = self.tracker.len(), "Killed processes do not exit");
         }
     }
 }

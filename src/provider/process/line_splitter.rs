@@ -1,32 +1,32 @@
-//! Cuts output into lines, with a bound on a line's length. No I/O.
+//! Splits output into lines of bounded length. No I/O.
 
-/// A longer line is cut: whoever writes without ever ending a line must not fill the memory.
+/// Maximum length of a line; longer ones are split. Bounds memory for output without newlines.
 const MAX_LINE_BYTES: usize = 16 << 10;
 
-/// Output whose last line may not be whole yet.
+/// Splits a stream of bytes into lines.
 #[derive(Debug, Default)]
 pub(super) struct LineSplitter {
     partial: Vec<u8>,
 }
 
 impl LineSplitter {
-    /// Takes more output, and hands out every line that is whole now.
+    /// Adds output, and calls `line` for each complete line.
     pub(super) fn push(&mut self, mut bytes: &[u8], mut line: impl FnMut(String)) {
         while !bytes.is_empty() {
-            let room = MAX_LINE_BYTES - self.partial.len();
-            let (taken, end) = match bytes.iter().take(room).position(|b| *b == b'\n') {
+            let space = MAX_LINE_BYTES - self.partial.len();
+            let (length, end) = match bytes.iter().take(space).position(|b| *b == b'\n') {
                 Some(at) => (at, at + 1),
-                None => (bytes.len().min(room), bytes.len().min(room)),
+                None => (bytes.len().min(space), bytes.len().min(space)),
             };
-            self.partial.extend_from_slice(&bytes[..taken]);
+            self.partial.extend_from_slice(&bytes[..length]);
             bytes = &bytes[end..];
-            if end > taken || self.partial.len() == MAX_LINE_BYTES {
+            if end > length || self.partial.len() == MAX_LINE_BYTES {
                 line(self.take_line());
             }
         }
     }
 
-    /// Hands out what has not been ended by a newline.
+    /// Calls `line` for the last line if it has no newline.
     pub(super) fn finish(&mut self, line: impl FnOnce(String)) {
         if !self.partial.is_empty() {
             line(self.take_line());
@@ -57,7 +57,7 @@ mod tests {
     }
 
     #[test]
-    fn lines_are_whole_however_they_come() {
+    fn lines_do_not_depend_on_the_chunks() {
         check(&[], &[]);
         check(&[b"a\nb"], &["a", "b"]);
         check(&[b"a", b"b\n", b"\n", b"c\r", b"\nd"], &["ab", "", "c", "d"]);
@@ -65,7 +65,7 @@ mod tests {
     }
 
     #[test]
-    fn a_line_without_end_is_cut() {
+    fn a_long_line_is_split() {
         let long = vec![b'x'; 2 * MAX_LINE_BYTES + 1];
         let full = "x".repeat(MAX_LINE_BYTES);
         check(&[&long], &[&full, &full, "x"]);

@@ -1,4 +1,4 @@
-//! `/system/logs`: NDJSON, line by line as they are written.
+//! `/system/logs`: streams log lines as NDJSON.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -20,25 +20,25 @@ use crate::provider::process::logs::LogEntry;
 use crate::provider::process::requests::{Query, parse_function};
 use crate::provider::process::{ApiError, ProcessProvider};
 
-/// How long a reader may take for what is still on its way to it when the provider stops.
+/// Limit for a client to read the end of the response.
 const FINISH_TIMEOUT: Duration = Duration::from_secs(1);
 
 pub(super) async fn read(
-    State(process): State<Arc<ProcessProvider>>,
+    State(provider): State<Arc<ProcessProvider>>,
     Query(query): Query<RawLogQuery>,
 ) -> Result<Response, ApiError> {
     if query.name.is_empty() {
         return Err(ApiError::Invalid("name is missing".to_owned()));
     }
-    let entry = process.find(&parse_function(&query.name, &query.namespace)?)?;
+    let deployed = provider.find(&parse_function(&query.name, &query.namespace)?)?;
     let query = query.parse(Timestamp::now()).map_err(ApiError::Invalid)?;
-    let function = entry.workload.function.clone();
-    // Of the logs themselves nothing is kept, so that a reader who follows them learns when the function is deleted.
-    let (lines, live) = entry.workload.logs.read(&query);
+    let function = deployed.workload.function.clone();
+    // Holds no reference to the logs, so that the stream of a follower ends when the function is deleted.
+    let (lines, live) = deployed.workload.logs.read(&query);
     let (writer, stream) = channel_body::channel();
-    let stopping = process.launcher.tasks.stopping.clone();
-    process.launcher.tasks.spawn(async move {
-        // All branches are cancel-safe: nothing is owed to a reader who has left, or whose provider stops.
+    let stopping = provider.launcher.tasks.stopping.clone();
+    provider.launcher.tasks.spawn(async move {
+        // All branches are cancel-safe: log lines may be dropped on disconnect and shutdown.
         tokio::select! {
             _ = send_entries(&writer, &function, lines, live, &query) => {}
             () = writer.reader_gone() => return,
@@ -67,16 +67,15 @@ async fn send_entries(
     Ok(())
 }
 
-/// The next line that is asked for; where lines were lost on this reader, one that says so. `None` when there will be
-/// no more.
+/// Returns the next matching line, or a line with the number of lost lines if the client was too slow. `None` at the
+/// end of the logs.
 async fn next_entry(live: &mut Receiver<Arc<LogEntry>>, query: &LogQuery) -> Option<Arc<LogEntry>> {
     loop {
         match live.recv().await {
             Ok(line) if query.matches(&line) => return Some(line),
             Ok(_) => {}
             Err(RecvError::Lagged(count)) => {
-                let text =
-                    format!("{count} lines are missing: they came faster than they were read");
+                let text = format!("{count} lines are missing: the client read too slowly");
                 return Some(Arc::new(LogEntry {
                     at: Timestamp::now(),
                     instance: "gateway".into(),
@@ -90,7 +89,7 @@ async fn next_entry(live: &mut Receiver<Arc<LogEntry>>, query: &LogQuery) -> Opt
 
 fn ndjson(function: &Function, line: &LogEntry) -> Bytes {
     let mut bytes = BytesMut::new().writer();
-    // Texts only: there is nothing in it that could fail.
+    // Cannot fail: all fields are strings.
     let _ = serde_json::to_writer(&mut bytes, &line.to_log_line(function));
     let mut bytes = bytes.into_inner();
     bytes.put_u8(b'\n');

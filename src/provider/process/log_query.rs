@@ -1,4 +1,4 @@
-//! Which log lines are asked for. No I/O.
+//! Parses and applies the query of `GET /system/logs`. No I/O.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -9,7 +9,7 @@ use serde::Deserialize;
 use crate::config::duration;
 use crate::provider::process::logs::LogEntry;
 
-/// The query of `GET /system/logs`, as it was sent.
+/// The unparsed query parameters.
 #[derive(Debug, Default, Deserialize)]
 #[serde(default)]
 pub(super) struct RawLogQuery {
@@ -21,19 +21,22 @@ pub(super) struct RawLogQuery {
     instance: String,
 }
 
-/// The lines that are asked for.
+/// Selects log lines.
 #[derive(Debug, Default, PartialEq)]
 pub(super) struct LogQuery {
-    /// At most so many of the last lines.
+    /// Maximum number of lines, counted from the end.
     tail: Option<usize>,
     since: Option<Timestamp>,
     instance: Option<String>,
-    /// Whether lines to come are wanted too.
+    /// Whether future lines are included.
     pub(super) follow: bool,
 }
 
 impl RawLogQuery {
-    /// Reads the parameters at the time `now`; an error says what is wrong with them.
+    /// Parses the parameters relative to the time `now`.
+    ///
+    /// # Errors
+    /// Description of the first invalid parameter.
     pub(super) fn parse(self, now: Timestamp) -> Result<LogQuery, String> {
         let wrong = |name: &str, value: &str, expected: &str| {
             format!("{name}: {value:?} is not {expected}")
@@ -42,7 +45,7 @@ impl RawLogQuery {
             "" => None,
             text => {
                 let tail: i64 = text.parse().map_err(|_| wrong("tail", text, "a whole number"))?;
-                // Below zero: all of them, which is what clients send by default.
+                // A negative number, the default of clients, means all lines.
                 usize::try_from(tail).ok()
             }
         };
@@ -64,13 +67,13 @@ impl RawLogQuery {
 }
 
 impl LogQuery {
-    /// Whether `line` is asked for, leaving aside how many are.
+    /// Returns whether `line` matches, without regard to `tail`.
     pub(super) fn matches(&self, line: &LogEntry) -> bool {
         self.since.is_none_or(|since| line.at >= since)
             && self.instance.as_deref().is_none_or(|instance| instance == &*line.instance)
     }
 
-    /// What is asked for of `lines`, oldest first.
+    /// Returns the selected lines, oldest first.
     pub(super) fn select(&self, lines: &VecDeque<Arc<LogEntry>>) -> Vec<Arc<LogEntry>> {
         let wanted = lines.iter().rev().filter(|line| self.matches(line));
         let mut selected: Vec<_> = wanted.take(self.tail.unwrap_or(usize::MAX)).cloned().collect();
@@ -106,7 +109,7 @@ mod tests {
     }
 
     #[test]
-    fn parameters_are_read_as_clients_send_them() {
+    fn parameters_are_parsed_in_the_formats_of_clients() {
         assert_eq!(parse("", "", "").unwrap(), LogQuery::default());
         assert_eq!(parse("", "-1", "0").unwrap(), LogQuery::default());
         assert_eq!(parse("", "0", "").unwrap().tail, Some(0));
@@ -139,7 +142,7 @@ mod tests {
     }
 
     #[test]
-    fn the_last_lines_since_a_time_of_an_instance_are_selected() {
+    fn lines_are_selected_by_count_time_and_instance() {
         check(None, None, None, &["one", "two", "three"]);
         check(Some(2), None, None, &["two", "three"]);
         check(Some(0), None, None, &[]);

@@ -1,5 +1,4 @@
-//! What functions have written lately, and what they write now. Kept in memory, within bounds: a provider that starts
-//! anew starts with empty logs.
+//! Recent and live log lines of functions. Kept in bounded memory: logs are empty after a restart of the provider.
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex};
@@ -14,15 +13,15 @@ use crate::provider::process::log_query::LogQuery;
 use crate::provider::process::sync::lock_unpoisoned;
 use crate::provider::types::LogLine;
 
-/// How many lines of a function are kept, and of how many bytes in all.
+/// Maximum number of lines kept for a function, and their maximum total size in bytes.
 const MAX_LINES: usize = 4000;
 const MAX_LOG_BYTES: usize = 1 << 20;
-/// How far a reader may fall behind before it misses lines.
+/// Number of lines that a follower may fall behind before it misses lines.
 const FOLLOWER_CAPACITY: usize = 512;
-/// How much of a process's output is read at once.
+/// Buffer size for reading output.
 const READ_CHUNK_BYTES: usize = 8 << 10;
 
-/// One line, of a function that is known from the context.
+/// One log line.
 #[derive(Debug)]
 pub(super) struct LogEntry {
     pub(super) at: Timestamp,
@@ -48,18 +47,18 @@ impl Logs {
         Self { buffer: Mutex::default(), live: broadcast::Sender::new(FOLLOWER_CAPACITY) }
     }
 
-    /// Adds a line that `instance` has written.
+    /// Adds a line of `instance`.
     pub(super) fn write(&self, instance: &Arc<str>, text: impl Into<String>) {
         let line =
             LogEntry { at: Timestamp::now(), instance: Arc::clone(instance), text: text.into() };
         let line = Arc::new(line);
         let mut buffer = lock_unpoisoned(&self.buffer);
         buffer.push(Arc::clone(&line));
-        // Sent while locked, so that a follower gets each line either from the kept ones or from here.
+        // Sent under the lock, so that a follower gets each line exactly once: from the buffer or from the channel.
         let _ = self.live.send(line);
     }
 
-    /// Adds whatever comes from `source`, line by line, until it ends.
+    /// Adds the lines of `source` until its end.
     pub(super) async fn write_all(&self, instance: Arc<str>, mut source: impl AsyncRead + Unpin) {
         let mut lines = LineSplitter::default();
         let mut buffer = [0; READ_CHUNK_BYTES];
@@ -69,7 +68,7 @@ impl Logs {
         lines.finish(|line| self.write(&instance, line));
     }
 
-    /// The last line that `instance` has written, blank ones left aside; empty if there is none.
+    /// Returns the last non-blank line of `instance`; empty if there is none.
     pub(super) fn last_line_of(&self, instance: &str) -> String {
         let buffer = lock_unpoisoned(&self.buffer);
         let mut own = buffer.entries.iter().rev().filter(|line| &*line.instance == instance);
@@ -77,7 +76,7 @@ impl Logs {
         last.map(|line| line.text.clone()).unwrap_or_default()
     }
 
-    /// The lines that `query` asks for, and those to come.
+    /// Returns the lines that `query` selects, and a receiver of future lines.
     pub(super) fn read(
         &self,
         query: &LogQuery,
@@ -88,7 +87,7 @@ impl Logs {
 }
 
 impl LogEntry {
-    /// This line as the API gives it out.
+    /// Converts this entry for the API.
     pub(super) fn to_log_line(&self, function: &Function) -> LogLine {
         LogLine {
             name: function.name.clone(),
@@ -116,7 +115,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_oldest_lines_make_room() {
+    fn the_oldest_lines_are_dropped() {
         let logs = Logs::new();
         let instance: Arc<str> = "f-1".into();
         for i in 0..MAX_LINES + 10 {
@@ -133,7 +132,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_follower_misses_no_line_and_sees_none_twice() {
+    async fn a_follower_gets_each_line_once() {
         let logs = Logs::new();
         let instance: Arc<str> = "f-1".into();
         logs.write(&instance, "before");
@@ -145,15 +144,15 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn output_is_taken_line_by_line() {
+    async fn output_is_logged_line_by_line() {
         let logs = Logs::new();
         logs.write_all("f-1".into(), &b"one\ntwo\r\n\nthree"[..]).await;
         let lines = logs.read(&LogQuery::default()).0;
         let texts: Vec<_> = lines.iter().map(|line| line.text.as_str()).collect();
         assert_eq!(texts, ["one", "two", "", "three"]);
         let function = Function { name: "f".to_owned(), namespace: "ns".to_owned() };
-        let shown = lines[0].to_log_line(&function);
-        assert_eq!((shown.name.as_str(), shown.instance.as_str()), ("f", "f-1"));
-        assert!(shown.timestamp.ends_with('Z'), "{}", shown.timestamp);
+        let log_line = lines[0].to_log_line(&function);
+        assert_eq!((log_line.name.as_str(), log_line.instance.as_str()), ("f", "f-1"));
+        assert!(log_line.timestamp.ends_with('Z'), "{}", log_line.timestamp);
     }
 }

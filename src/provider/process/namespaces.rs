@@ -1,5 +1,4 @@
-//! `/system/namespaces`, and `/system/namespace/NAME`: the name stands in the path, or in the body where the path has
-//! none.
+//! `/system/namespaces` and `/system/namespace/NAME`. The name is in the path, or in the body if the path has none.
 
 use std::sync::Arc;
 
@@ -13,21 +12,21 @@ use crate::provider::process::spec::is_dns_label;
 use crate::provider::process::{ApiError, DEFAULT_NAMESPACE, ProcessProvider};
 use crate::provider::types::Namespace;
 
-pub(super) async fn list(State(process): State<Arc<ProcessProvider>>) -> Json<Vec<String>> {
-    Json(process.table.namespaces())
+pub(super) async fn list(State(provider): State<Arc<ProcessProvider>>) -> Json<Vec<String>> {
+    Json(provider.table.namespaces())
 }
 
 pub(super) async fn get(
-    State(process): State<Arc<ProcessProvider>>,
+    State(provider): State<Arc<ProcessProvider>>,
     name: Option<Path<String>>,
     body: Body,
 ) -> Result<Json<Namespace>, ApiError> {
     let Namespace { name, .. } = read_namespace(name, body).await?;
-    process.table.namespace(&name).map(Json).ok_or_else(|| ApiError::no_such_namespace(&name))
+    provider.table.namespace(&name).map(Json).ok_or_else(|| ApiError::no_such_namespace(&name))
 }
 
 pub(super) async fn create(
-    State(process): State<Arc<ProcessProvider>>,
+    State(provider): State<Arc<ProcessProvider>>,
     name: Option<Path<String>>,
     body: Body,
 ) -> Result<StatusCode, ApiError> {
@@ -36,55 +35,55 @@ pub(super) async fn create(
         let reason = format!("{:?} is not a name of at most 63 of a-z, 0-9 and -", namespace.name);
         return Err(ApiError::Invalid(reason));
     }
-    let create = |process: &ProcessProvider| {
-        if process.table.has_namespace(&namespace.name) {
+    let create = |provider: &ProcessProvider| {
+        if provider.table.has_namespace(&namespace.name) {
             let reason = format!("namespace {} exists already", namespace.name);
             return Err(ApiError::Conflict(reason));
         }
-        process.save_namespace(namespace)
+        provider.save_namespace(namespace)
     };
-    process.run_exclusively(create).await.map(|()| StatusCode::CREATED)
+    provider.run_exclusively(create).await.map(|()| StatusCode::CREATED)
 }
 
 pub(super) async fn update(
-    State(process): State<Arc<ProcessProvider>>,
+    State(provider): State<Arc<ProcessProvider>>,
     name: Option<Path<String>>,
     body: Body,
 ) -> Result<StatusCode, ApiError> {
     let namespace = read_namespace(name, body).await?;
-    let update = |process: &ProcessProvider| {
-        if !process.table.has_namespace(&namespace.name) {
+    let update = |provider: &ProcessProvider| {
+        if !provider.table.has_namespace(&namespace.name) {
             return Err(ApiError::no_such_namespace(&namespace.name));
         }
-        process.save_namespace(namespace)
+        provider.save_namespace(namespace)
     };
-    process.run_exclusively(update).await.map(|()| StatusCode::ACCEPTED)
+    provider.run_exclusively(update).await.map(|()| StatusCode::ACCEPTED)
 }
 
 pub(super) async fn delete(
-    State(process): State<Arc<ProcessProvider>>,
+    State(provider): State<Arc<ProcessProvider>>,
     name: Option<Path<String>>,
     body: Body,
 ) -> Result<StatusCode, ApiError> {
     let name = match name {
         Some(Path(name)) => {
-            // Clients send a body; it says nothing that the path does not.
+            // Clients send a body as well, which is ignored.
             requests::read_body(body).await?;
             name
         }
         None => read_namespace(None, body).await?.name,
     };
-    process.run_exclusively(move |process| process.delete_namespace(&name)).await?;
+    provider.run_exclusively(move |provider| provider.delete_namespace(&name)).await?;
     Ok(StatusCode::ACCEPTED)
 }
 
-/// The namespace in the body, under the name in the path if there is one.
+/// Reads the namespace from the body. A name in the path overrides the one in the body.
 async fn read_namespace(name: Option<Path<String>>, body: Body) -> Result<Namespace, ApiError> {
     let sent: Namespace = read_json_or_default(body).await?;
     match name {
         Some(Path(name)) => Ok(Namespace { name, ..sent }),
         None if sent.name.is_empty() => Err(ApiError::Invalid(
-            "the namespace's name is missing: it stands in the path, or in the body as {\"name\":NAME}"
+            "the namespace's name is missing: add it to the path, or to the body as {\"name\":NAME}"
                 .to_owned(),
         )),
         None => Ok(sent),
@@ -98,7 +97,7 @@ impl ProcessProvider {
         Ok(())
     }
 
-    /// Deletes a namespace that nothing lives in.
+    /// Deletes a namespace without functions and secrets.
     fn delete_namespace(&self, name: &str) -> Result<(), ApiError> {
         if !self.table.has_namespace(name) {
             return Err(ApiError::no_such_namespace(name));

@@ -1,4 +1,4 @@
-//! Remembers on disk which processes run, so that those that outlive a killed provider are found by the next one.
+//! Records running processes on disk, so that the next provider can kill those that outlive a killed provider.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -8,16 +8,16 @@ use rustix::process::{Pid, Signal};
 use crate::provider::process::containment::Containment;
 use crate::provider::process::{files, procfs};
 
-/// A directory with one file for each process group that runs, named by its id.
+/// A directory with one file for each running process group, named by its id.
 #[derive(Debug)]
 pub(super) struct Orphans {
     directory: PathBuf,
     boot_id: Option<String>,
-    /// How what processes start is held together while this provider runs.
+    /// Containment of processes while this provider runs.
     pub(super) containment: Containment,
 }
 
-/// A process that is remembered until this is dropped.
+/// The record of a process, removed on drop.
 #[derive(Debug)]
 pub(super) struct ProcessRecord(Option<PathBuf>);
 
@@ -27,14 +27,14 @@ impl Orphans {
         Ok(Self { directory, boot_id: procfs::boot_id(), containment: Containment::default() })
     }
 
-    /// Kills what an earlier provider has left behind; returns how many groups that were.
+    /// Kills process groups left by an earlier provider, and returns their number.
     pub(super) fn kill_all(&self) -> std::io::Result<usize> {
         let mut killed = 0;
         for entry in fs::read_dir(&self.directory)? {
             let path = entry?.path();
             if let Some(pid) = self.running_process(&path) {
                 killed += 1;
-                // It may have ended since; that is as good.
+                // Ignores a group that has exited meanwhile.
                 let _ = rustix::process::kill_process_group(pid, Signal::KILL);
             }
             fs::remove_file(&path)?;
@@ -42,9 +42,10 @@ impl Orphans {
         Ok(killed)
     }
 
-    /// Remembers a process that has just been started as the leader of a group.
+    /// Records a new process, the leader of a group.
     ///
-    /// Not synced to disk: a crash of the machine ends its processes too. A failure is not worth a failed call.
+    /// The record is not synced to disk, since a crash of the machine ends the process as well. An error does not fail
+    /// the call.
     pub(super) fn record(&self, pid: Pid) -> ProcessRecord {
         let pid = pid.as_raw_nonzero().get();
         let path = self.directory.join(pid.to_string());
@@ -52,21 +53,21 @@ impl Orphans {
             return ProcessRecord(None);
         };
         if let Err(error) = fs::write(&path, format!("{boot_id} {}", stat.started)) {
-            tracing::warn!(%error, pid, "Cannot remember a process in the state directory");
+            tracing::warn!(%error, pid, "Cannot record a process in the state directory");
         }
         ProcessRecord(Some(path))
     }
 
-    /// The process that was recorded in `path`, unless it has ended. An id alone proves nothing: the kernel gives
-    /// it away again.
+    /// Returns the process recorded in `path`, unless it has exited. Compares the start time, since process ids are
+    /// reused.
     fn running_process(&self, path: &Path) -> Option<Pid> {
         let pid: i32 = path.file_name()?.to_str()?.parse().ok()?;
         let text = fs::read_to_string(path).ok()?;
         let (boot_id, started) = text.split_once(' ')?;
         let same_boot = self.boot_id.as_deref() == Some(boot_id);
         let stat = procfs::stat(pid)?;
-        let same = same_boot && started.parse() == Ok(stat.started) && stat.group == pid;
-        same.then(|| Pid::from_raw(pid)).flatten()
+        let is_same = same_boot && started.parse() == Ok(stat.started) && stat.group == pid;
+        is_same.then(|| Pid::from_raw(pid)).flatten()
     }
 }
 
@@ -86,7 +87,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_recorded_process_is_killed_and_one_that_only_has_its_id_is_not() {
+    fn only_the_recorded_process_is_killed_not_another_one_with_its_id() {
         let directory = tempfile::tempdir().unwrap();
         let orphans = Orphans::open(directory.path().join("running")).unwrap();
         let mut child = Command::new("sleep").arg("1000").process_group(0).spawn().unwrap();

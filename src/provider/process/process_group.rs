@@ -1,4 +1,4 @@
-//! A process and all it has started: one process group, and what has left it, which end as a whole.
+//! A process with its process group and its other descendants, which are terminated together.
 
 use std::io;
 use std::process::ExitStatus;
@@ -14,38 +14,38 @@ use crate::provider::process::activity::Activity;
 use crate::provider::process::containment::ContainedProcess;
 use crate::provider::process::orphans::{Orphans, ProcessRecord};
 
-/// How long a killed process may take to be gone; it can hang in the kernel.
+/// Limit for a killed process to exit; it can hang in the kernel.
 const KILL_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// How often to look for what the leader has left behind: the kernel tells only of the leader's end.
+/// Interval of checks for remaining processes of the group: the kernel signals only the exit of the leader.
 const GROUP_POLL_INTERVAL: Duration = Duration::from_millis(20);
 
-/// Open files that a process may have until it asks for more. This process has raised its own limit, but some programs
-/// go through all numbers up to theirs, or cannot use those beyond.
+/// Soft limit of open files of a process. The provider's own limit is higher, but some programs iterate over all file
+/// descriptors up to the limit, or cannot use descriptors above 1024.
 const MAX_OPEN_FILES: u64 = 1024;
 
-/// A running process group. Dropped, it is killed.
+/// A running process group. Dropping it kills it.
 #[derive(Debug)]
 pub(super) struct ProcessGroup {
     child: Child,
     pid: Pid,
-    /// Whether there is anything left to kill: beyond that, the id may be somebody else's.
+    /// Whether the group still has processes. Afterwards its id may be reused and must not be signalled.
     is_alive: bool,
     activity: Arc<Activity>,
     _record: ProcessRecord,
-    /// All that it has started, whichever group that is in.
+    /// All descendants, including those in other groups.
     contained: ContainedProcess,
 }
 
 impl ProcessGroup {
-    /// Starts `command` as the leader of a group of its own.
+    /// Starts `command` as the leader of a new group.
     pub(super) fn start(
         command: &mut Command,
         activity: &Arc<Activity>,
         orphans: &Orphans,
     ) -> io::Result<Self> {
         let command = command.process_group(0).kill_on_drop(true);
-        let (child, held) = orphans.containment.spawn(command)?;
+        let (child, contained) = orphans.containment.spawn(command)?;
         let pid = child.id().and_then(|id| Pid::from_raw(i32::try_from(id).ok()?));
         let pid = pid.ok_or_else(|| io::Error::other("the process has no id"))?;
         limit_open_files(pid);
@@ -57,11 +57,11 @@ impl ProcessGroup {
             is_alive: true,
             activity: Arc::clone(activity),
             _record: record,
-            contained: held,
+            contained,
         })
     }
 
-    /// The id of the leader, which is the group's.
+    /// Returns the id of the leader, which is the id of the group.
     pub(super) fn id(&self) -> i32 {
         raw_pid(self.pid)
     }
@@ -78,34 +78,33 @@ impl ProcessGroup {
         self.child.stderr.take()
     }
 
-    /// Waits for the leader to end. Cancel-safe.
+    /// Waits for the leader to exit. Cancel-safe.
     pub(super) async fn wait_leader(&mut self) -> io::Result<ExitStatus> {
         let status = self.child.wait().await?;
-        // The leader's id stays taken while others are in the group. If there are none, it may be given away from
-        // here on, and must not be used.
+        // The id stays reserved while the group has other processes. Without any, it may be reused from here on.
         self.is_alive = rustix::process::test_kill_process_group(self.pid).is_ok();
         Ok(status)
     }
 
-    /// Kills all of the group at once.
+    /// Kills the group and all descendants, without waiting.
     pub(super) fn kill(&mut self) {
         self.signal(Signal::KILL);
         self.is_alive = false;
         self.contained.kill();
     }
 
-    /// Ends the group: asks it to, and kills it after `patience` or once `cut` says so.
-    pub(super) async fn terminate(mut self, patience: Duration, force_kill: &CancellationToken) {
+    /// Sends SIGTERM to the group, and kills it after `grace` or when `force_kill` is cancelled.
+    pub(super) async fn terminate(mut self, grace: Duration, force_kill: &CancellationToken) {
         self.signal(Signal::TERM);
         // Both branches are cancel-safe.
         tokio::select! {
-            _ = timeout(patience, self.wait_all()) => {}
+            _ = timeout(grace, self.wait_all()) => {}
             () = force_kill.cancelled() => {}
         }
         self.kill_and_wait().await;
     }
 
-    /// Waits for the leader, and for the others too: a shell often ends before what it has started.
+    /// Waits for all processes of the group: a shell often exits before its children.
     async fn wait_all(&mut self) -> io::Result<()> {
         self.wait_leader().await?;
         while self.is_alive {
@@ -115,18 +114,18 @@ impl ProcessGroup {
         Ok(())
     }
 
-    /// Kills what is left of the group, and what has left it, and waits until that is gone.
+    /// Kills the group and all descendants, and waits until they have exited.
     pub(super) async fn kill_and_wait(mut self) {
         self.kill();
         if timeout(KILL_TIMEOUT, self.child.wait()).await.is_err() {
-            tracing::warn!(pid = self.id(), "A killed process does not end");
+            tracing::warn!(pid = self.id(), "A killed process does not exit");
         }
         self.contained.kill_rest_and_wait().await;
     }
 
     fn signal(&self, signal: Signal) {
         if self.is_alive {
-            // It may have ended since; that is as good.
+            // Ignores a group that has exited meanwhile.
             let _ = rustix::process::kill_process_group(self.pid, signal);
         }
     }
@@ -139,12 +138,12 @@ impl Drop for ProcessGroup {
     }
 }
 
-/// Lowers the limit that was inherited. The process runs already, if only just: it is set from here since to do so
-/// between fork and exec is `unsafe`.
+/// Lowers the inherited limit of open files. This happens after the start, since setting it between fork and exec would
+/// require `unsafe`.
 fn limit_open_files(pid: Pid) {
     let inherited = getrlimit(Resource::Nofile);
     let current = inherited.current.map_or(MAX_OPEN_FILES, |current| current.min(MAX_OPEN_FILES));
-    // A process that has ended, or may not be touched, keeps what it has.
+    // Ignores a process that has exited or may not be changed.
     let _ = prlimit(Some(pid), Resource::Nofile, Rlimit { current: Some(current), ..inherited });
 }
 

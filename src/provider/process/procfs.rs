@@ -1,29 +1,29 @@
-//! What the kernel tells of processes, from /proc. On a system without it, nothing is told.
+//! Reads information on processes from /proc. On a system without it, there is none.
 
 use std::fs;
 
-/// The fields of `/proc/PID/stat` that are used here.
+/// Some fields of `/proc/PID/stat`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Stat {
     pub(super) pid: i32,
-    /// It has ended, and its parent has not waited for it.
+    /// The process has exited, and its parent has not waited for it.
     pub(super) is_zombie: bool,
     pub(super) parent: i32,
     pub(super) group: i32,
-    /// Clock ticks of CPU time, user and system.
+    /// CPU time in clock ticks, user and system.
     pub(super) ticks: u64,
-    /// Clock ticks from boot to the process's start: with the id it names a process for good.
+    /// Start time in clock ticks since boot. Together with the id it identifies a process uniquely.
     pub(super) started: u64,
-    /// Pages in memory.
+    /// Resident memory in pages.
     pub(super) pages: u64,
 }
 
-/// The process with this id.
+/// Returns the process with this id.
 pub(super) fn stat(pid: i32) -> Option<Stat> {
     parse_stat(&fs::read_to_string(format!("/proc/{pid}/stat")).ok()?)
 }
 
-/// All processes that can be seen.
+/// Returns all visible processes.
 pub(super) fn all() -> Vec<Stat> {
     let Ok(entries) = fs::read_dir("/proc") else { return Vec::new() };
     entries
@@ -33,20 +33,20 @@ pub(super) fn all() -> Vec<Stat> {
         .collect()
 }
 
-/// The children of a process that belong to its first thread; `None` where the kernel does not tell.
+/// Returns the children of a process's first thread; `None` if the kernel does not list them.
 pub(super) fn children(pid: i32) -> Option<Vec<i32>> {
     let listed = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).ok()?;
     Some(listed.split_whitespace().filter_map(|pid| pid.parse().ok()).collect())
 }
 
-/// The limit on a process's time in realtime scheduling, in microseconds; `None` if there is none.
+/// Returns a process's limit of realtime scheduling in microseconds; `None` if it is unlimited.
 pub(super) fn realtime_limit(pid: i32) -> Option<u64> {
     let limits = fs::read_to_string(format!("/proc/{pid}/limits")).ok()?;
     let line = limits.lines().find_map(|line| line.strip_prefix("Max realtime timeout"))?;
     line.split_whitespace().next()?.parse().ok()
 }
 
-/// What the environment that a process was started with says of `name`; `None` if it cannot be read.
+/// Returns a variable of a process's initial environment; `None` if it is missing or cannot be read.
 pub(super) fn environment_variable(pid: i32, name: &str) -> Option<String> {
     let environment = fs::read(format!("/proc/{pid}/environ")).ok()?;
     let value = environment
@@ -55,18 +55,18 @@ pub(super) fn environment_variable(pid: i32, name: &str) -> Option<String> {
     String::from_utf8(value.to_vec()).ok()
 }
 
-/// Differs from one boot of the machine to the next.
+/// Returns the id of the current boot of the machine.
 pub(super) fn boot_id() -> Option<String> {
     let id = fs::read_to_string("/proc/sys/kernel/random/boot_id").ok()?;
     Some(id.trim().to_owned())
 }
 
 fn parse_stat(text: &str) -> Option<Stat> {
-    // The second field is the program's name in parentheses; it may itself hold blanks and parentheses.
+    // The second field is the program's name in parentheses; the name may contain spaces and parentheses.
     let (pid, rest) = text.split_once(" (")?;
     let (_name, rest) = rest.rsplit_once(") ")?;
     let fields: Vec<&str> = rest.split(' ').collect();
-    // proc(5) counts from 1, and these begin at its field 3.
+    // Field numbers of proc(5): `fields` starts with field 3.
     let field = |number: usize| fields.get(number - 3);
     let ticks: u64 = field(14)?.parse().ok()?;
     Some(Stat {
@@ -85,7 +85,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_name_with_blanks_and_parentheses_does_not_shift_the_fields() {
+    fn a_name_with_spaces_and_parentheses_does_not_shift_the_fields() {
         let text =
             "42 (a) (b c)) S 1 40 40 0 -1 4194304 83 0 0 0 7 5 0 0 20 0 1 0 1234 3096576 567 18 1";
         let expect = Stat {

@@ -1,5 +1,5 @@
-//! One replica of a function in HTTP mode: a process that is started, watched, started again when it dies, and in the
-//! end drained and stopped.
+//! One replica of a function in HTTP mode: starts a process, probes it, restarts it when it exits, and finally drains
+//! and stops it.
 
 use std::net::SocketAddr;
 use std::process::ExitStatus;
@@ -22,54 +22,54 @@ use crate::provider::process::start_failure::FailedStarts;
 use crate::provider::process::sync::lock_unpoisoned;
 use crate::provider::types::StartFailure;
 
-/// How long a replica may take until it can be called, before it is started anew.
+/// Limit for a replica to become ready, after which it is restarted.
 const START_TIMEOUT: Duration = Duration::from_secs(300);
-/// How often it is looked at until then: often at first, since callers may wait for it.
+/// Interval of readiness probes: short at first, since clients may be waiting, and doubled up to the maximum.
 const MIN_PROBE_INTERVAL: Duration = Duration::from_millis(2);
 const MAX_PROBE_INTERVAL: Duration = Duration::from_millis(50);
-/// How long it may take to answer.
+/// Limit for one probe.
 const PROBE_TIMEOUT: Duration = Duration::from_secs(2);
-/// How long calls in flight may go on in a replica that is no longer wanted.
+/// Limit for calls in flight on a retired replica.
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(60);
-/// A replica that has run for so long did not fail at its start.
+/// Running time after which the restart delay is reset.
 const STABLE_AFTER: Duration = Duration::from_secs(60);
-/// The pauses between starts.
+/// Delay between restarts, doubled after each failure.
 const MIN_RESTART_DELAY: Duration = Duration::from_millis(100);
 const MAX_RESTART_DELAY: Duration = Duration::from_secs(30);
-/// How long what a dead process has written may take to be logged.
+/// Limit for reading the remaining output of an exited process.
 const LAST_OUTPUT_TIMEOUT: Duration = Duration::from_millis(250);
 
 #[derive(Debug)]
 pub(super) struct Replica {
     state: Mutex<ReplicaState>,
-    /// Told whenever the last call in flight ends.
+    /// Notified when the last call in flight has finished.
     idle: Notify,
-    /// Notified when a connection was refused although the replica counts as ready.
+    /// Notified when a ready replica refused a connection.
     unreachable: Notify,
-    /// Cancelled when it is no longer wanted.
+    /// Cancelled to drain and stop the replica.
     pub(super) retire: CancellationToken,
 }
 
 #[derive(Debug, Default)]
 struct ReplicaState {
-    /// Where it can be called, while it can be.
+    /// The replica's address while it is ready.
     ready: Option<SocketAddr>,
     in_flight: u64,
     failed_starts: FailedStarts,
 }
 
-/// A call in flight in a replica, until this is dropped.
+/// Counts a call as in flight on a replica until it is dropped.
 #[derive(Debug)]
 pub(super) struct ReplicaPermit {
     pub(super) address: SocketAddr,
     replica: Arc<Replica>,
 }
 
-/// Why a replica's process is no more.
+/// Result of one run of a replica's process.
 enum RunEnd {
     Died {
         reason: String,
-        /// How long it could be called.
+        /// Time for which it was ready.
         ready_for: Duration,
         last_output: String,
     },
@@ -77,16 +77,16 @@ enum RunEnd {
 }
 
 impl RunEnd {
-    /// The process could not even be started.
+    /// The process could not be started.
     fn not_started(reason: String) -> Self {
         Self::Died { reason, ready_for: Duration::ZERO, last_output: String::new() }
     }
 }
 
-/// What a process writes, on its way to the logs.
+/// The output of a process that is being copied to the logs.
 struct LoggedOutput {
     instance: Arc<str>,
-    /// Closed when all of it has been logged.
+    /// Closed when all output has been logged.
     logged: mpsc::Receiver<()>,
 }
 
@@ -96,13 +96,13 @@ impl Replica {
         Self { state: Mutex::default(), idle: Notify::new(), unreachable: Notify::new(), retire }
     }
 
-    /// Calls in flight; `None` if it is not ready.
+    /// Returns the number of calls in flight; `None` if the replica is not ready.
     pub(super) fn load(&self) -> Option<u64> {
         let state = lock_unpoisoned(&self.state);
         state.ready.map(|_| state.in_flight)
     }
 
-    /// Counts a call in; `None` if it is not ready.
+    /// Acquires a permit for a call; `None` if the replica is not ready.
     pub(super) fn acquire_permit(self: &Arc<Self>) -> Option<ReplicaPermit> {
         let mut state = lock_unpoisoned(&self.state);
         let address = state.ready?;
@@ -110,18 +110,18 @@ impl Replica {
         Some(ReplicaPermit { address, replica: Arc::clone(self) })
     }
 
-    /// How its starts fail, if they do so again and again.
+    /// Returns the last failed start if the replica fails to start repeatedly.
     pub(super) fn start_failure(&self) -> Option<StartFailure> {
         lock_unpoisoned(&self.state).failed_starts.persistent().cloned()
     }
 
-    /// Whether calls need not wait for it.
+    /// Returns whether the replica is not ready and fails to start repeatedly: calls do not wait for it.
     pub(super) fn does_not_start(&self) -> bool {
         let state = lock_unpoisoned(&self.state);
         state.ready.is_none() && state.failed_starts.persistent().is_some()
     }
 
-    /// No process accepts connections at `address`: no more calls go there until one does.
+    /// The connection to `address` was refused: the replica receives no calls until a probe succeeds.
     pub(super) fn mark_unreachable_at(&self, address: SocketAddr) {
         let mut state = lock_unpoisoned(&self.state);
         if state.ready == Some(address) {
@@ -130,7 +130,7 @@ impl Replica {
         }
     }
 
-    /// Keeps a process running until the replica is not wanted any more, or the provider stops.
+    /// Restarts the process whenever it exits, until the replica is retired or the provider stops.
     pub(super) async fn supervise(self: Arc<Self>, pool: Arc<Pool>) {
         let function = &pool.workload.function;
         let tasks = &pool.launcher.tasks;
@@ -149,11 +149,11 @@ impl Replica {
             self.set_ready(None, &pool);
             failures = if began.elapsed() >= STABLE_AFTER { 1 } else { failures + 1 };
             let pause = restart_delay(failures);
-            tracing::warn!(function = %function, reason, ?pause, "A replica of {function} died");
+            tracing::warn!(function = %function, reason, ?pause, "A replica of {function} exited");
             let name = function.name.as_str().into();
             pool.workload
                 .logs
-                .write(&name, format!("Replica died: {reason}; next try in {pause:?}"));
+                .write(&name, format!("Replica exited: {reason}; restart in {pause:?}"));
             // All branches are cancel-safe.
             tokio::select! {
                 () = tokio::time::sleep(pause) => {}
@@ -163,9 +163,9 @@ impl Replica {
         }
     }
 
-    /// One life of the process.
+    /// Runs the process once, from its start to its exit.
     async fn run_once(&self, pool: &Arc<Pool>) -> RunEnd {
-        // Kept until the process is gone, so that no other replica gets the same.
+        // Reserved until the process has exited, so that no other replica gets the same port.
         let port = match pool.launcher.reserve_port() {
             Ok(port) => port,
             Err(error) => return RunEnd::not_started(format!("no free port: {error}")),
@@ -176,18 +176,18 @@ impl Replica {
         };
         let mut ready_since = None;
         let tasks = &pool.launcher.tasks;
-        // All branches are cancel-safe: the group is ended by whichever comes.
+        // All branches are cancel-safe: the group is stopped in each case.
         let draining = tokio::select! {
             reason = self.wait_exit(&mut group, port.address(), pool, &mut ready_since) => {
                 let ready_for = ready_since.map_or(Duration::ZERO, |at: Instant| at.elapsed());
-                // Nobody is to be sent there any more, which its end must not hold up.
+                // Stops routing calls to it before waiting for its descendants.
                 self.set_ready(None, pool);
                 group.kill_and_wait().await;
                 let last_output = output.last_line(&pool.workload.logs).await;
                 return RunEnd::Died { reason, ready_for, last_output };
             }
             () = self.retire.cancelled() => true,
-            // Nobody calls any more.
+            // The provider has stopped accepting calls.
             () = tasks.stopping.cancelled() => false,
         };
         self.set_ready(None, pool);
@@ -198,8 +198,8 @@ impl Replica {
         RunEnd::Retired
     }
 
-    /// Waits for the process to be ready, and then to die; says why it did. While it refuses connections it is not
-    /// ready. `since` is when it was ready first.
+    /// Probes the process until it is ready, and waits for its exit; returns the reason. While it refuses connections
+    /// it is not ready. Sets `ready_since` to the time when it was first ready.
     async fn wait_exit(
         &self,
         group: &mut ProcessGroup,
@@ -209,7 +209,7 @@ impl Replica {
     ) -> String {
         let path = pool.ready_path();
         loop {
-            // Both branches are cancel-safe: looking changes nothing.
+            // Both branches are cancel-safe: a probe changes nothing.
             tokio::select! {
                 status = group.wait_leader() => return exit_reason(status),
                 ready = timeout(START_TIMEOUT, wait_ready(&pool.launcher.tasks, address, path)) => {
@@ -228,14 +228,14 @@ impl Replica {
         }
     }
 
-    /// Waits for the calls in flight, within bounds.
+    /// Waits for the calls in flight, for at most `DRAIN_TIMEOUT`.
     async fn drain(&self, tasks: &ProcessTasks) {
         let idle = async {
             while lock_unpoisoned(&self.state).in_flight > 0 {
                 self.idle.notified().await;
             }
         };
-        // All branches are cancel-safe: the count is looked at again.
+        // All branches are cancel-safe.
         tokio::select! {
             _ = timeout(DRAIN_TIMEOUT, idle) => {}
             () = tasks.stopping.cancelled() => {}
@@ -259,22 +259,22 @@ impl Drop for ReplicaPermit {
 }
 
 impl ReplicaPermit {
-    /// Nobody accepts connections there.
+    /// The connection to this replica was refused.
     pub(super) fn mark_unreachable(&self) {
         self.replica.mark_unreachable_at(self.address);
     }
 }
 
 impl LoggedOutput {
-    /// The last line that the process has written, which has ended.
+    /// Returns the last line of a process that has exited.
     async fn last_line(mut self, logs: &Logs) -> String {
-        // A process that has inherited its output may keep it open.
+        // A descendant may keep the output open.
         let _ = timeout(LAST_OUTPUT_TIMEOUT, self.logged.recv()).await;
         logs.last_line_of(&self.instance)
     }
 }
 
-/// Starts the process, with its output going to the logs.
+/// Starts the process, and copies its output to the logs.
 fn start(pool: &Pool, port: u16) -> std::io::Result<(ProcessGroup, LoggedOutput)> {
     let workload = &pool.workload;
     let mut command = pool.launcher.command(workload);
@@ -284,7 +284,7 @@ fn start(pool: &Pool, port: u16) -> std::io::Result<(ProcessGroup, LoggedOutput)
     let instance: Arc<str> = format!("{}-{}", workload.function.name, group.id()).into();
     let tasks = &pool.launcher.tasks;
     let (logs, force_kill) = (&workload.logs, &tasks.force_kill);
-    // Nothing is sent: what is waited for is that both have been dropped.
+    // No message is sent: the channel closes when both tasks have dropped their sender.
     let (logging, logged) = mpsc::channel(1);
     if let Some(stdout) = group.stdout() {
         let writing =
@@ -303,14 +303,14 @@ async fn run_logger(writing: impl Future<Output = ()>, _logging: mpsc::Sender<()
     writing.await;
 }
 
-/// Logs what a process writes, until everyone who could write has ended.
+/// Copies output to the logs until all processes that could write it have exited.
 async fn log_output<O: AsyncRead + Unpin>(
     logs: Arc<Logs>,
     instance: Arc<str>,
     output: O,
     force_kill: CancellationToken,
 ) {
-    // Both branches are cancel-safe: what is cut is lost on purpose.
+    // Both branches are cancel-safe: on a forced stop the rest of the output is dropped.
     tokio::select! {
         () = logs.write_all(instance, output) => {}
         () = force_kill.cancelled() => {}
@@ -340,7 +340,7 @@ fn exit_reason(status: std::io::Result<ExitStatus>) -> String {
     status.map_or_else(|error| error.to_string(), |status| status.to_string())
 }
 
-/// How long to wait before the next start, after so many failures in a row: doubled each time, up to a bound.
+/// Returns the delay before the next start after `failures` consecutive failures: doubled each time, up to a maximum.
 fn restart_delay(failures: u32) -> Duration {
     let doubled = 2_u32.saturating_pow(failures.saturating_sub(1));
     MIN_RESTART_DELAY.saturating_mul(doubled).min(MAX_RESTART_DELAY)
@@ -351,7 +351,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn pauses_double_up_to_a_bound() {
+    fn restart_delays_double_up_to_a_maximum() {
         let pauses = [(1, 100), (2, 200), (3, 400), (9, 25_600), (10, 30_000), (u32::MAX, 30_000)];
         for (failures, milliseconds) in pauses {
             assert_eq!(restart_delay(failures), Duration::from_millis(milliseconds), "{failures}");
@@ -359,7 +359,7 @@ mod tests {
     }
 
     #[test]
-    fn a_replica_that_is_not_ready_takes_no_calls() {
+    fn a_replica_that_is_not_ready_has_no_permits() {
         let replica = Arc::new(Replica::new());
         assert!(replica.acquire_permit().is_none() && replica.load().is_none());
         lock_unpoisoned(&replica.state).ready = Some(([127, 0, 0, 1], 1).into());

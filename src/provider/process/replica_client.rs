@@ -1,4 +1,4 @@
-//! HTTP/1.1 to the replicas on this machine.
+//! HTTP/1.1 client for replicas on this machine.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -23,30 +23,30 @@ use crate::proxy::headers;
 use crate::proxy::tunnel::Tunnel;
 use crate::proxy::upstream_body::UpstreamBody;
 
-/// A connection within the machine is there at once, or the replica has more to do than accept it.
+/// Limit for connecting: a local connection is established immediately unless the replica is overloaded.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
-/// A changed protocol on which nothing is said for so long has ended.
+/// Idle time after which a tunnel is closed.
 const TUNNEL_IDLE_TIMEOUT: Duration = Duration::from_secs(3600);
 
-/// A request that is about to be sent to a replica.
+/// A request to a replica.
 pub(super) struct ReplicaRequest {
+    /// The client's connection, if the request asks for an upgrade.
     outgoing: FailoverRequest,
-    /// The caller's connection, if it wants to change protocols.
     upgrade: Option<OnUpgrade>,
-    /// Where the client's connection takes interim responses.
+    /// Queue for interim responses to the client.
     interim: Option<Arc<InterimQueue>>,
 }
 
-/// Why a replica gave no answer.
+/// A request to a replica failed.
 #[derive(Debug)]
 pub(super) enum SendError {
-    /// Nobody accepts connections there, and the request can be sent to another one.
+    /// The connection was refused; the request can be sent to another replica.
     Refused,
     Other(anyhow::Error),
 }
 
 impl ReplicaRequest {
-    /// `request`'s URI is path and query; `host` is for one that names none.
+    /// Prepares `request`, whose URI is path and query. `host` is used if the request has no `Host` header.
     pub(super) fn new(request: Request<Body>, host: SocketAddr) -> anyhow::Result<Self> {
         let mut request = request.map(RequestBody::Api);
         let interim = request.extensions().get::<Arc<InterimQueue>>().cloned();
@@ -58,15 +58,15 @@ impl ReplicaRequest {
         Ok(Self { outgoing: FailoverRequest::new(request), upgrade, interim })
     }
 
-    /// Sends it to the replica at `address`, and returns when the answer's head is there. Bodies stream.
+    /// Sends the request to the replica at `address`, and returns after the response head. Bodies are streamed.
     ///
-    /// The caller sees to deadlines: dropping the future, or the answer, ends the call.
+    /// There is no timeout: drop the future or the response to abort the call.
     pub(super) async fn send(
         &mut self,
         tasks: &ProcessTasks,
         address: SocketAddr,
     ) -> Result<Response<Body>, SendError> {
-        let url = BaseUrl::parse(&format!("http://{address}")).context("no address");
+        let url = BaseUrl::parse(&format!("http://{address}")).context("invalid address");
         let origin = Origin::new(url.map_err(SendError::Other)?);
         let deadlines = Arc::new(Deadlines::new().with_interim(self.interim.clone()));
         let mut answer = match self.outgoing.send(&tasks.client, &origin, &deadlines).await {
@@ -74,22 +74,22 @@ impl ReplicaRequest {
             Err(error) if error.is_connect() => return Err(SendError::Refused),
             Err(error) => return Err(SendError::Other(error.into())),
         };
-        if answer.status() == StatusCode::SWITCHING_PROTOCOLS {
-            self.start_tunnel(tasks, &mut answer).map_err(SendError::Other)?;
+        if response.status() == StatusCode::SWITCHING_PROTOCOLS {
+            self.start_tunnel(tasks, &mut response).map_err(SendError::Other)?;
         }
-        Ok(answer.map(Body::new))
+        Ok(response.map(Body::new))
     }
 
     fn start_tunnel(
         &mut self,
         tasks: &ProcessTasks,
-        answer: &mut Response<UpstreamBody>,
+        response: &mut Response<UpstreamBody>,
     ) -> anyhow::Result<()> {
-        let caller = self.upgrade.take().context("it changed protocols unasked")?;
-        let tunnel = Tunnel::new(caller, answer, TUNNEL_IDLE_TIMEOUT);
+        let client = self.upgrade.take().context("it sent 101 without an upgrade request")?;
+        let tunnel = Tunnel::new(client, response, TUNNEL_IDLE_TIMEOUT);
         let force_kill = tasks.force_kill.clone();
         tasks.spawn(async move {
-            // Both branches are cancel-safe: what is cut is lost on purpose.
+            // Both branches are cancel-safe: a forced stop drops the connection.
             tokio::select! {
                 () = tunnel.run() => {}
                 () = force_kill.cancelled() => {}
@@ -104,7 +104,7 @@ pub(super) async fn connect(address: SocketAddr) -> anyhow::Result<TcpStream> {
     let connecting = timeout(CONNECT_TIMEOUT, TcpStream::connect(address)).await;
     let tcp =
         connecting.context("it accepts no connection")?.context("it accepts no connection")?;
-    // The kernel may connect a port with itself while nobody listens there.
-    anyhow::ensure!(tcp.local_addr()? != tcp.peer_addr()?, "it does not listen yet");
+    // The kernel may connect a port to itself while no process listens on it.
+    anyhow::ensure!(tcp.local_addr()? != tcp.peer_addr()?, "it is not listening yet");
     Ok(tcp)
 }

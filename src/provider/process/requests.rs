@@ -1,4 +1,4 @@
-//! What comes in with requests to the API: JSON bodies, queries, names in paths.
+//! Parses requests to the API: JSON bodies, query parameters, names in paths.
 
 use std::time::Duration;
 
@@ -14,14 +14,14 @@ use tokio::time::timeout;
 use crate::function::Function;
 use crate::provider::process::{ApiError, DEFAULT_NAMESPACE};
 
-/// The largest body of a request, and how long it may take.
+/// Maximum size of a request body, and limit for reading it.
 const MAX_BODY_BYTES: usize = 1 << 20;
 const BODY_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// Parameters of a query. Unlike axum's, a mistake is refused as all others are.
+/// Query parameters. Unlike axum's extractor, it rejects invalid ones with an `ApiError`.
 pub(super) struct Query<T>(pub(super) T);
 
-/// `?namespace=`
+/// The query `?namespace=`.
 #[derive(Debug, Default, Deserialize)]
 #[serde(default)]
 pub(super) struct NamespaceQuery {
@@ -41,7 +41,7 @@ impl NamespaceQuery {
         namespace_or_default(&self.namespace)
     }
 
-    /// The function in a path; the query's namespace wins over one behind a dot.
+    /// Returns the function in a path. A namespace in the query overrides one after a dot in the name.
     pub(super) fn parse_function(&self, name: &str) -> Result<Function, ApiError> {
         parse_function(name, &self.namespace)
     }
@@ -66,12 +66,12 @@ impl<S: Sync, T: DeserializeOwned> FromRequestParts<S> for Query<T> {
     }
 }
 
-/// A namespace, or the default one for none.
+/// Returns `namespace`, or the default namespace if it is empty.
 pub(super) fn namespace_or_default(namespace: &str) -> String {
     if namespace.is_empty() { DEFAULT_NAMESPACE.to_owned() } else { namespace.to_owned() }
 }
 
-/// The function that `name` means when `namespace` is given with it.
+/// Parses `NAME` or `NAME.NAMESPACE`. A non-empty `namespace` overrides the one in `name`.
 pub(super) fn parse_function(name: &str, namespace: &str) -> Result<Function, ApiError> {
     let missing = || ApiError::NoSuchFunction(name.to_owned());
     let function = Function::parse(name, DEFAULT_NAMESPACE).ok_or_else(missing)?;
@@ -81,12 +81,12 @@ pub(super) fn parse_function(name: &str, namespace: &str) -> Result<Function, Ap
     }
 }
 
-/// A body that has to be JSON.
+/// Reads a JSON body.
 pub(super) async fn read_json<T: DeserializeOwned>(body: Body) -> Result<T, ApiError> {
     parse_json(&read_body(body).await?)
 }
 
-/// A body that has to be JSON, if there is one.
+/// Reads a JSON body; an empty body is the default value.
 pub(super) async fn read_json_or_default<T: DeserializeOwned + Default>(
     body: Body,
 ) -> Result<T, ApiError> {
@@ -94,19 +94,19 @@ pub(super) async fn read_json_or_default<T: DeserializeOwned + Default>(
     if bytes.is_empty() { Ok(T::default()) } else { parse_json(&bytes) }
 }
 
-/// A body, up to the limits.
+/// Reads a body within `MAX_BODY_BYTES` and `BODY_TIMEOUT`.
 pub(super) async fn read_body(body: Body) -> Result<Bytes, ApiError> {
     let reading = timeout(BODY_TIMEOUT, Limited::new(body, MAX_BODY_BYTES).collect());
     match reading.await.map_err(|_| ApiError::TooSlow)? {
         Ok(collected) => Ok(collected.to_bytes()),
         Err(error) if error.is::<LengthLimitError>() => Err(ApiError::TooLarge(MAX_BODY_BYTES)),
-        Err(_) => Err(ApiError::Invalid("the body broke off".to_owned())),
+        Err(_) => Err(ApiError::Invalid("the body was aborted".to_owned())),
     }
 }
 
 fn parse_json<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, ApiError> {
     serde_json::from_slice(bytes)
-        .map_err(|error| ApiError::Invalid(format!("the body is not what is expected: {error}")))
+        .map_err(|error| ApiError::Invalid(format!("the body is not the expected JSON: {error}")))
 }
 
 #[cfg(test)]
@@ -120,7 +120,7 @@ mod tests {
     }
 
     #[test]
-    fn the_querys_namespace_wins() {
+    fn the_namespace_in_the_query_overrides_that_in_the_name() {
         check("f", "", Some("f.openfaas-fn"));
         check("f.dev", "", Some("f.dev"));
         check("f.dev", "prod", Some("f.prod"));

@@ -1,4 +1,4 @@
-//! Secrets that are written to the state directory by another process, `gateway secret set`, while the provider runs.
+//! Secrets written to the state directory by another process, `gateway secret set`, while the provider runs.
 
 use std::path::Path;
 use std::time::SystemTime;
@@ -11,14 +11,14 @@ use crate::provider::process::sync::lock_unpoisoned;
 use crate::provider::process::{DEFAULT_NAMESPACE, ProcessProvider, function_of};
 use crate::provider::types::FunctionDeployment;
 
-/// What the stored secrets looked like: namespace, name, size and time of each.
+/// State of the stored secrets: namespace, name, size and modification time of each.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct SecretsSnapshot(Vec<(String, String, u64, Option<SystemTime>)>);
 
-/// Writes a secret into a state directory, whether or not a provider uses it at this moment. Returns whether it is new.
+/// Writes a secret into a state directory, which a running provider may be using. Returns whether the secret is new.
 ///
 /// # Errors
-/// When the names cannot be used, or the file cannot be written.
+/// A name is invalid, or the file cannot be written.
 pub fn set_secret(
     state_dir: &Path,
     namespace: &str,
@@ -32,18 +32,18 @@ pub fn set_secret(
     if !is_dns_label(namespace) {
         bail!("{namespace:?} is not a namespace: use at most 63 of a-z, 0-9 and -");
     }
-    let shown = state_dir.display();
+    let path = state_dir.display();
     let secrets = std::path::absolute(state_dir)
         .and_then(|directory| Secrets::open(directory.join("secrets")))
-        .with_context(|| format!("cannot write to the state directory {shown}"))?;
+        .with_context(|| format!("cannot write to the state directory {path}"))?;
     let is_new = !secrets.has(namespace, name);
     let put = secrets.put(namespace, name, value);
-    put.with_context(|| format!("cannot write secret {name} to the state directory {shown}"))?;
+    put.with_context(|| format!("cannot write secret {name} to the state directory {path}"))?;
     Ok(is_new)
 }
 
 impl ProcessProvider {
-    /// The secrets that a function asks for and that do not exist.
+    /// Returns the sorted names of secrets that a function needs and that do not exist.
     pub fn missing_secrets(&self, deployment: &FunctionDeployment) -> Vec<String> {
         let namespace = function_of(deployment).namespace;
         let wanted = deployment.secrets.iter().flatten();
@@ -54,18 +54,18 @@ impl ProcessProvider {
         missing
     }
 
-    /// Shows functions the secrets as they are now stored, if they are not as in `seen` any more.
+    /// Updates the views of all functions if the stored secrets differ from the snapshot `seen`, and updates `seen`.
     ///
     /// # Errors
-    /// When a file cannot be read or written.
+    /// A file cannot be read or written.
     pub fn refresh_changed_secrets(&self, seen: &mut SecretsSnapshot) -> std::io::Result<()> {
         let stored = self.launcher.secrets.snapshot()?;
         if stored == *seen {
             return Ok(());
         }
-        let _one_at_a_time = lock_unpoisoned(&self.change_lock);
-        for entry in self.table.functions() {
-            let workload = &entry.workload;
+        let _change_lock = lock_unpoisoned(&self.change_lock);
+        for function in self.table.functions() {
+            let workload = &function.workload;
             if !workload.spec.secrets.is_empty() {
                 self.launcher.secrets.refresh_view(&workload.function, &workload.spec.secrets)?;
             }

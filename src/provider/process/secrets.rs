@@ -1,4 +1,4 @@
-//! Secrets: files that only this user may read, and for each function a directory that holds its own.
+//! Stores secrets as files that only this user may read, with a directory of copies for each function.
 
 use std::fs;
 use std::io;
@@ -12,7 +12,7 @@ use crate::provider::process::api_error::ApiError;
 use crate::provider::process::files;
 use crate::provider::types::Secret;
 
-/// All secrets, below one directory: `store/NAMESPACE/SECRET`, and copies in `views/NAMESPACE/FUNCTION/SECRET`.
+/// All secrets below one directory: originals in `store/NAMESPACE/SECRET`, copies in `views/NAMESPACE/FUNCTION/SECRET`.
 #[derive(Debug)]
 pub(super) struct Secrets {
     pub(super) root: PathBuf,
@@ -24,7 +24,7 @@ impl Secrets {
         Ok(Self { root })
     }
 
-    /// Namespaces that have had a secret.
+    /// Returns namespaces that have or had a secret.
     pub(super) fn namespaces(&self) -> io::Result<Vec<String>> {
         files::file_names(&self.root.join("store"))
     }
@@ -33,7 +33,7 @@ impl Secrets {
         fs::metadata(self.namespace_directory(namespace).join(name))
     }
 
-    /// Names of the secrets in `namespace`.
+    /// Returns the names of the secrets in `namespace`.
     pub(super) fn names(&self, namespace: &str) -> io::Result<Vec<String>> {
         files::file_names(&self.namespace_directory(namespace))
     }
@@ -50,15 +50,15 @@ impl Secrets {
         files::remove(&self.namespace_directory(namespace).join(name))
     }
 
-    /// The directory that `function` finds its secrets in.
+    /// Returns the directory with the secrets of `function`.
     pub(super) fn view(&self, function: &Function) -> PathBuf {
         self.root.join("views").join(&function.namespace).join(&function.name)
     }
 
-    /// Brings the function's directory in line with the secrets it names; those that are not there are left out.
+    /// Updates the function's directory to contain the secrets in `wanted` that exist.
     ///
-    /// Copies, since the store is covered up where the function runs; written in place of the old ones one by one,
-    /// so that a process that runs sees the new value at the old path.
+    /// The files are copies, since the store is covered by a mount where the function runs. Each is replaced
+    /// atomically, so that a running process reads the new value at the same path.
     pub(super) fn refresh_view(&self, function: &Function, wanted: &[String]) -> io::Result<()> {
         let view = self.view(function);
         files::create_private_directory(&view)?;
@@ -90,14 +90,14 @@ impl Secrets {
     }
 }
 
-/// Whether `name` can be a file's name here, and a key of a Kubernetes secret elsewhere.
+/// Returns whether `name` is valid as a file name, and as a key of a Kubernetes Secret.
 pub(super) fn is_secret_name(name: &str) -> bool {
     let plain = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b'.');
     (1..=200).contains(&name.len()) && name.bytes().all(plain) && !name.starts_with('.')
 }
 
-/// The bytes of a secret as it was sent. Some clients send a file's content twice, as text and in Base64: the latter is
-/// what holds any bytes.
+/// Returns the bytes of a secret. Some clients send a file as text and as Base64; Base64 takes precedence, since it can
+/// represent any bytes.
 pub(super) fn decode_value(secret: &Secret) -> Result<Vec<u8>, ApiError> {
     if secret.raw_value.is_empty() {
         return Ok(secret.value.as_bytes().to_vec());
@@ -112,7 +112,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_view_follows_the_store_and_holds_only_what_is_named() {
+    fn a_view_has_the_current_values_of_the_wanted_secrets_only() {
         let root = tempfile::tempdir().unwrap();
         let secrets = Secrets::open(root.path().join("secrets")).unwrap();
         let function = Function { name: "f".to_owned(), namespace: "ns".to_owned() };
@@ -144,12 +144,12 @@ mod tests {
         assert_eq!(decode_value(&secret("text", "")).unwrap(), b"text");
         assert_eq!(decode_value(&secret("", "AP8=")).unwrap(), b"\x00\xff");
         assert!(decode_value(&secret("", "%")).unwrap_err().to_string().contains("base64"));
-        // Sent as both: Base64 holds any bytes.
+        // Base64 takes precedence.
         assert_eq!(decode_value(&secret("a", "AP8=")).unwrap(), b"\x00\xff");
     }
 
     #[test]
-    fn a_name_cannot_lead_out_of_the_directory() {
+    fn a_name_cannot_escape_the_directory() {
         assert!(is_secret_name("db-password") && is_secret_name("tls.crt"));
         for name in ["", ".", "..", ".hidden", "a/b", "../a", "a\0", "ä"] {
             assert!(!is_secret_name(name), "{name:?}");

@@ -1,14 +1,17 @@
-//! Splits a command line into words, as a shell would, but without a shell: nothing is expanded. No I/O.
+//! Splits a command line into words with the quoting rules of a shell, without expansions. No I/O.
 
-/// A quote that is not closed, or a backslash at the very end.
+/// An unclosed quote, or a backslash at the end.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{0} without its counterpart")]
 pub(super) struct Unbalanced(&'static str);
 
-/// The words of `line`. Quotes group, a backslash takes the next character as it is, except between single quotes.
+/// Splits `line` into words. Quotes group characters; a backslash escapes the next character, except in single quotes.
+///
+/// # Errors
+/// An unclosed quote, or a backslash at the end.
 pub(super) fn split(line: &str) -> Result<Vec<String>, Unbalanced> {
     let mut words = Vec::new();
-    // `None` between words: `''` is a word, although it is empty.
+    // `None` between words; an empty word such as `''` is `Some`.
     let mut word: Option<String> = None;
     let mut chars = line.chars();
     while let Some(c) = chars.next() {
@@ -37,7 +40,7 @@ fn single_quoted(chars: &mut std::str::Chars<'_>, word: &mut String) -> Result<(
     Err(Unbalanced("a single quote"))
 }
 
-/// Between double quotes a backslash is special only before what it could be needed for, as POSIX has it.
+/// In double quotes, a backslash escapes only `"`, `\`, `$` and a backtick, as in POSIX.
 fn double_quoted(chars: &mut std::str::Chars<'_>, word: &mut String) -> Result<(), Unbalanced> {
     let unbalanced = Unbalanced("a double quote");
     while let Some(c) = chars.next() {
@@ -64,7 +67,7 @@ mod tests {
     }
 
     #[test]
-    fn words_are_split_as_a_shell_splits_them() {
+    fn words_are_split_like_in_a_shell() {
         check("", &[]);
         check("  cat  ", &["cat"]);
         check("a\tb\nc", &["a", "b", "c"]);
@@ -78,7 +81,7 @@ mod tests {
     }
 
     #[test]
-    fn an_open_quote_is_refused() {
+    fn an_unclosed_quote_is_rejected() {
         for line in ["'", "\"", "a 'b", "a \"b", "\"\\", "a\\"] {
             assert!(split(line).is_err(), "{line:?}");
         }

@@ -1,4 +1,4 @@
-//! What a deployment means to this provider: its command, its mode, its limits. No I/O.
+//! Parses a deployment into command, mode and limits. No I/O.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -11,22 +11,21 @@ use crate::config::duration;
 use crate::provider::process::shell_words;
 use crate::provider::types::FunctionDeployment;
 
-/// How long a call may take when its function does not say. The gateway before us mostly gives up sooner; this is for
-/// callers without a deadline of their own.
+/// Default of `exec_timeout`. The gateway usually times out earlier; this limits calls of clients without a timeout.
 const DEFAULT_EXEC_TIMEOUT: Duration = Duration::from_secs(600);
 
-/// A function, ready to be run.
+/// A parsed deployment.
 #[derive(Debug, PartialEq)]
 pub(super) struct FunctionSpec {
     /// The program and its arguments; never empty.
     pub(super) argv: Vec<String>,
-    /// Where it runs; `None`: where the provider does.
+    /// Working directory; `None`: that of the provider.
     pub(super) working_directory: Option<PathBuf>,
     pub(super) env: BTreeMap<String, String>,
     pub(super) secrets: Vec<String>,
-    /// `exec_timeout`; `None` (written as 0): for as long as the caller waits.
+    /// `exec_timeout`; `None` (0 in the deployment): unlimited.
     pub(super) exec_timeout: Option<Duration>,
-    /// `max_inflight`: calls at once for each replica; 0: no limit.
+    /// `max_inflight`: maximum calls in flight per replica; 0: unlimited.
     pub(super) max_inflight: u64,
     pub(super) mode: Mode,
 }
@@ -37,38 +36,42 @@ pub(super) enum Mode {
     Fork(ForkOptions),
     /// Processes that listen on a port.
     Http {
-        /// `ready_path`: answered 200 by a replica that can be called; `None`: whoever accepts can be.
+        /// `ready_path`: path that a ready replica responds to with 200; `None`: a replica that accepts connections is
+        /// ready.
         ready_path: Option<String>,
     },
 }
 
 #[derive(Debug, PartialEq)]
 pub(super) struct ForkOptions {
-    /// `content_type` of every answer.
+    /// `content_type` of all responses.
     pub(super) content_type: Option<HeaderValue>,
-    /// `combine_output`: whether standard error belongs to the answer.
+    /// `combine_output`: whether standard error is part of the response.
     pub(super) combine_output: bool,
-    /// `cgi_headers`: whether the request is told in the environment.
+    /// `cgi_headers`: whether environment variables describe the request.
     pub(super) cgi_headers: bool,
-    /// `write_debug`: whether the output is logged too.
+    /// `write_debug`: whether the output is logged as well.
     pub(super) write_debug: bool,
 }
 
 impl FunctionSpec {
-    /// Reads a deployment; an error says what is wrong with it, for its sender.
+    /// Parses a deployment.
+    ///
+    /// # Errors
+    /// Description of the first invalid field, for the client.
     pub(super) fn parse(deployment: &FunctionDeployment) -> Result<Self, String> {
         let env = deployment.env_vars.clone().unwrap_or_default();
         check_environment(&env)?;
         let mut words = parse_command(&deployment.env_process, &env)?;
         let directory = parse_directory(&deployment.working_directory)?;
-        // The kernel would look for it where the provider runs.
+        // The kernel would resolve a relative path in the provider's directory.
         if let Some(directory) = &directory
             && words[0].contains('/')
         {
             words[0] = directory.join(&words[0]).to_string_lossy().into_owned();
         }
         let mode = match env.get("mode").map_or("fork", |mode| mode.trim()) {
-            // `streaming` and `serializing` are watchdogs' names for ways of forking.
+            // `streaming` and `serializing` are fork modes of OpenFaaS watchdogs.
             "" | "fork" | "streaming" | "serializing" => Mode::Fork(ForkOptions {
                 content_type: parse_variable(&env, "content_type", "a header's value", |text| {
                     HeaderValue::from_str(text).ok()
@@ -103,7 +106,7 @@ impl FunctionSpec {
     }
 }
 
-/// How many replicas a new function begins with.
+/// Returns the initial number of replicas of a new function.
 pub(super) fn initial_replicas(deployment: &FunctionDeployment) -> Result<u64, String> {
     const LABEL: &str = "com.openfaas.scale.min";
     match deployment.labels.as_ref().and_then(|labels| labels.get(LABEL)) {
@@ -115,7 +118,7 @@ pub(super) fn initial_replicas(deployment: &FunctionDeployment) -> Result<u64, S
     }
 }
 
-/// Whether `name` may name a function or a namespace: a DNS label, as Kubernetes would have it.
+/// Returns whether `name` is valid for a function or namespace: a DNS label, as in Kubernetes.
 pub(super) fn is_dns_label(name: &str) -> bool {
     let inner = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-';
     (1..=63).contains(&name.len())
@@ -130,7 +133,7 @@ fn parse_command(env_process: &str, env: &BTreeMap<String, String>) -> Result<Ve
         line => line,
     };
     if line.contains('\0') {
-        return Err("envProcess: a command cannot hold a NUL character".to_owned());
+        return Err("envProcess: a command cannot contain a NUL character".to_owned());
     }
     let words =
         shell_words::split(line).map_err(|error| format!("envProcess: {line:?}: {error}"))?;
@@ -173,7 +176,7 @@ fn parse_boolean(
     Ok(parsed.unwrap_or(default))
 }
 
-/// The variable `name`, if it is there and not empty.
+/// Parses the variable `name`; `None` if it is missing or empty.
 fn parse_variable<T>(
     env: &BTreeMap<String, String>,
     name: &str,
@@ -219,7 +222,7 @@ mod tests {
     }
 
     #[test]
-    fn a_command_alone_is_forked_with_the_defaults_of_a_classic_watchdog() {
+    fn a_command_without_settings_has_the_defaults_of_the_classic_watchdog() {
         let spec = FunctionSpec::parse(&deployment("cat -n", &[])).unwrap();
         assert_eq!(spec.argv, ["cat", "-n"]);
         assert_eq!(spec.exec_timeout, Some(DEFAULT_EXEC_TIMEOUT));
@@ -229,7 +232,7 @@ mod tests {
     }
 
     #[test]
-    fn a_relative_command_is_looked_for_where_it_runs() {
+    fn a_relative_command_is_resolved_in_its_working_directory() {
         let words = |command: &str, directory: &str| {
             let mut deployment = deployment(command, &[]);
             directory.clone_into(&mut deployment.working_directory);
@@ -245,7 +248,7 @@ mod tests {
     }
 
     #[test]
-    fn variables_of_the_watchdogs_are_honoured() {
+    fn variables_of_the_watchdogs_are_supported() {
         let env = [
             ("fprocess", "node index.js"),
             ("mode", "http"),
@@ -263,7 +266,7 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_run_is_refused_with_a_reason() {
+    fn an_invalid_deployment_is_rejected_with_a_reason() {
         refused("", &[], "runs commands, not images");
         refused("''", &[], "runs commands, not images");
         refused("sh -c 'x", &[], "a single quote");
@@ -276,7 +279,7 @@ mod tests {
     }
 
     #[test]
-    fn replicas_begin_at_the_label_or_at_one() {
+    fn the_initial_number_of_replicas_is_the_label_or_one() {
         let mut deployment = deployment("cat", &[]);
         assert_eq!(initial_replicas(&deployment), Ok(1));
         let label =

@@ -1,5 +1,5 @@
-//! The provider's state on disk: one file for each function and namespace, and a lock on all of it.
-//! Secrets are kept by `secrets`.
+//! The provider's state on disk: one file for each function and namespace, and a lock on the state directory.
+//! `secrets` stores the secrets.
 
 use std::fs::{File, OpenOptions};
 use std::path::{Path, PathBuf};
@@ -17,15 +17,15 @@ use crate::provider::types::{FunctionDeployment, Namespace};
 const MAX_LOCK_ATTEMPTS: u32 = 20;
 const LOCK_RETRY_INTERVAL: Duration = Duration::from_millis(25);
 
-/// A state directory that no other provider uses.
+/// A locked state directory.
 #[derive(Debug)]
 pub(super) struct Store {
     pub(super) root: PathBuf,
-    /// Locked while it is open.
+    /// The lock on the directory, held while the file is open.
     _lock: File,
 }
 
-/// A function as it is kept.
+/// State of a function on disk.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub(super) struct SavedFunction {
@@ -36,35 +36,35 @@ pub(super) struct SavedFunction {
 }
 
 impl Store {
-    /// Opens `directory`, creating it if need be.
+    /// Opens and locks `directory`, and creates it if it does not exist.
     pub(super) fn open(directory: &Path) -> anyhow::Result<Self> {
-        let shown = directory.display();
-        // A relative path of one part has an empty parent, which cannot be opened.
+        let path = directory.display();
+        // A relative path with one component has an empty parent, which cannot be opened.
         std::path::absolute(directory)
             .and_then(|directory| files::create_private_directory(&directory))
-            .with_context(|| format!("cannot create the state directory {shown}"))?;
-        // Functions get to see paths below it, wherever they run.
+            .with_context(|| format!("cannot create the state directory {path}"))?;
+        // Functions get absolute paths below it, since they may have another working directory.
         let root = directory
             .canonicalize()
-            .with_context(|| format!("cannot open the state directory {shown}"))?;
+            .with_context(|| format!("cannot open the state directory {path}"))?;
         let lock = OpenOptions::new()
             .write(true)
             .create(true)
             .truncate(false)
             .open(root.join("lock"))
-            .with_context(|| format!("cannot write to the state directory {shown}"))?;
+            .with_context(|| format!("cannot write to the state directory {path}"))?;
         match lock_with_retry(&lock) {
             Ok(()) => Ok(Self { root, _lock: lock }),
             Err(rustix::io::Errno::WOULDBLOCK) => {
-                bail!("the state directory {shown} is in use by another provider")
+                bail!("the state directory {path} is in use by another provider")
             }
             Err(error) => {
-                Err(error).with_context(|| format!("cannot lock the state directory {shown}"))
+                Err(error).with_context(|| format!("cannot lock the state directory {path}"))
             }
         }
     }
 
-    /// All functions, each under the name that its file has.
+    /// Returns all functions; the path of the file has namespace and name.
     pub(super) fn functions(&self) -> anyhow::Result<Vec<(Function, SavedFunction)>> {
         let root = self.root.join("functions");
         let mut functions = Vec::new();
@@ -76,7 +76,7 @@ impl Store {
         Ok(functions)
     }
 
-    /// All namespaces that were created.
+    /// Returns all namespaces except for the default one.
     pub(super) fn namespaces(&self) -> anyhow::Result<Vec<Namespace>> {
         json_files(&self.root.join("namespaces"))?.iter().map(|(_, path)| read(path)).collect()
     }
@@ -115,15 +115,15 @@ fn names(directory: &Path) -> anyhow::Result<Vec<String>> {
     files::file_names(directory).with_context(|| format!("cannot read {}", directory.display()))
 }
 
-/// Name without `.json`, and path.
+/// Returns the name without `.json` and the path of each file.
 fn json_files(directory: &Path) -> anyhow::Result<Vec<(String, PathBuf)>> {
     let names = names(directory)?;
-    let named =
+    let without_extension =
         |name: &String| Some((name.strip_suffix(".json")?.to_owned(), directory.join(name)));
-    Ok(names.iter().filter_map(named).collect())
+    Ok(names.iter().filter_map(without_extension).collect())
 }
 
-/// A file that cannot be read stops the start: to go on without it would silently lose what was deployed.
+/// Reads a state file. An unreadable file stops the startup: ignoring it would silently lose a deployment.
 fn read<T: DeserializeOwned>(path: &Path) -> anyhow::Result<T> {
     let bytes = std::fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
     serde_json::from_slice(&bytes).with_context(|| {
@@ -140,8 +140,7 @@ fn remove(path: &Path) -> anyhow::Result<()> {
     files::remove(path).with_context(|| format!("cannot remove {}", path.display()))
 }
 
-/// Takes the lock, for which it may try a few times: a process that was forked from the provider before holds it, too,
-/// until it has become its command.
+/// Acquires the lock, with retries: a process that was forked by an earlier provider holds it until its `exec`.
 fn lock_with_retry(lock: &File) -> rustix::io::Result<()> {
     let mut locked = Err(rustix::io::Errno::WOULDBLOCK);
     for _ in 0..MAX_LOCK_ATTEMPTS {
@@ -168,7 +167,7 @@ mod tests {
     }
 
     #[test]
-    fn what_was_saved_is_there_for_the_next_provider() {
+    fn saved_state_is_read_after_a_restart() {
         let root = tempfile::tempdir().unwrap();
         let store = Store::open(root.path()).unwrap();
         store.save_function(&function(), &saved()).unwrap();
@@ -193,7 +192,7 @@ mod tests {
     }
 
     #[test]
-    fn a_damaged_file_is_named() {
+    fn the_error_for_a_damaged_file_has_its_path() {
         let root = tempfile::tempdir().unwrap();
         let store = Store::open(root.path()).unwrap();
         store.save_function(&function(), &saved()).unwrap();
@@ -203,7 +202,7 @@ mod tests {
     }
 
     #[test]
-    fn a_state_directory_that_cannot_be_made_is_named() {
+    fn a_state_directory_that_cannot_be_created_is_an_error() {
         let root = tempfile::tempdir().unwrap();
         let file = root.path().join("file");
         std::fs::write(&file, b"").unwrap();

@@ -1,8 +1,8 @@
-//! Locks that are held for a few lines and never across an await.
+//! Mutexes that are held only briefly and never across an await.
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-/// Locks `mutex`. What it guards is never left half changed, so a panic of another holder spoils nothing.
+/// Locks `mutex` and ignores poisoning: a panic never leaves the protected data inconsistent.
 pub(super) fn lock_unpoisoned<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -1,4 +1,4 @@
-//! How much CPU and memory a function's processes use.
+//! Measures CPU and memory usage of a function's processes.
 
 use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
@@ -6,10 +6,10 @@ use std::time::{Duration, Instant};
 use crate::provider::process::procfs::{self, Stat};
 use crate::provider::types::Usage;
 
-/// The shortest time to measure CPU over: the kernel counts in hundredths of a second.
+/// Minimum interval of a CPU measurement: the kernel counts in hundredths of a second.
 pub(super) const MIN_SAMPLE_INTERVAL: Duration = Duration::from_millis(100);
 
-/// What was measured at one moment.
+/// State of the processes at one time.
 #[derive(Clone, Debug)]
 pub(super) struct Sample {
     pub(super) at: Instant,
@@ -17,19 +17,19 @@ pub(super) struct Sample {
 }
 
 impl Sample {
-    /// Looks at the processes of these groups.
+    /// Reads the state of all processes in these groups.
     pub(super) fn take(groups: &BTreeSet<i32>) -> Self {
         let mut processes = procfs::all();
         processes.retain(|process| groups.contains(&process.group));
         Self { at: Instant::now(), processes }
     }
 
-    /// A look that could not be had.
+    /// Returns a sample without processes, for a failed measurement.
     pub(super) fn empty() -> Self {
         Self { at: Instant::now(), processes: Vec::new() }
     }
 
-    /// What was used between `earlier` and this.
+    /// Returns the CPU usage between `earlier` and this sample, and the memory at this sample.
     pub(super) fn usage_since(&self, earlier: &Self) -> Usage {
         let seconds = self.at.duration_since(earlier.at).max(MIN_SAMPLE_INTERVAL).as_secs_f64();
         let ticks: u64 =
@@ -44,11 +44,11 @@ impl Sample {
     }
 }
 
-/// What a process has used since the earlier sample, or since its start when it was not in there.
+/// Returns the CPU time of a process since the earlier sample, or since its start if it started later.
 fn cpu_ticks_since(now: &Stat, earlier: &[Stat]) -> u64 {
-    let before =
-        earlier.iter().find(|before| (before.pid, before.started) == (now.pid, now.started));
-    now.ticks.saturating_sub(before.map_or(0, |before| before.ticks))
+    let previous =
+        earlier.iter().find(|previous| (previous.pid, previous.started) == (now.pid, now.started));
+    now.ticks.saturating_sub(previous.map_or(0, |previous| previous.ticks))
 }
 
 #[cfg(test)]
@@ -69,10 +69,10 @@ mod tests {
     }
 
     #[test]
-    fn cpu_is_counted_between_samples_and_memory_at_the_last() {
+    fn usage_is_cpu_between_samples_and_memory_at_the_last_one() {
         let start = Instant::now();
         let earlier = sample(start, &[(1, 100), (2, 100)]);
-        // One process went on, one ended, one began: 50 + 25 ticks in a second.
+        // One process continued, one exited, one started: 50 + 25 ticks in a second.
         let later = sample(start + Duration::from_secs(1), &[(1, 150), (3, 25)]);
         let usage = later.usage_since(&earlier);
         let tick = 1000.0 / rustix::param::clock_ticks_per_second() as f64;

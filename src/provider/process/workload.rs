@@ -1,4 +1,4 @@
-//! What the processes of a function have in common, in whichever mode they run.
+//! State that the processes of a function share, in both modes.
 
 use std::sync::Arc;
 

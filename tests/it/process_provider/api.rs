@@ -81,7 +81,7 @@ async fn an_invalid_deployment_is_refused_with_a_reason() {
     refused(json!({ "service": "f", "envProcess": "cat", "envVars": env }), "exec_timeout").await;
     let env = json!({ "max_inflight": "many" });
     refused(json!({ "service": "f", "envProcess": "cat", "envVars": env }), "max_inflight").await;
-    refused(json!({ "service": "f", "envProcess": ["cat"] }), "not what is expected").await;
+    refused(json!({ "service": "f", "envProcess": ["cat"] }), "not the expected JSON").await;
     let labels = json!({ "com.openfaas.scale.min": "2000" });
     let env = json!({ "mode": "http" });
     refused(

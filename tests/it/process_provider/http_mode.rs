@@ -57,7 +57,7 @@ async fn a_function_that_is_not_ready_is_a_503() {
     let response = provider.get("/function/f").await;
     assert_eq!(response.status, StatusCode::SERVICE_UNAVAILABLE);
     assert_eq!(response.header("x-openfaas-internal"), Some("proxy"));
-    assert!(response.text().contains("no replica that is ready"), "{}", response.text());
+    assert!(response.text().contains("no ready replica"), "{}", response.text());
     std::fs::write(provider.path("gate"), "").unwrap();
     provider.wait_until_available("f", 1).await;
     assert_eq!(provider.get("/function/f").await.status, StatusCode::OK);
@@ -124,7 +124,7 @@ async fn a_replica_that_dies_is_restarted() {
     assert_eq!(response.status, StatusCode::BAD_GATEWAY);
     // The function has received the call, so the response must not be marked as safe to retry.
     assert_eq!(response.header("x-openfaas-internal"), None);
-    provider.wait_for_log("f", "Replica died: exit status: 1").await;
+    provider.wait_for_log("f", "Replica exited: exit status: 1").await;
     provider.wait_until_available("f", 1).await;
     assert_ne!(pid(&provider, "f").await, before);
     provider.stop().await;
