@@ -1,5 +1,5 @@
-//! The parts of a call that can be timed alone: `cargo bench`. What a call costs as a whole is measured beside nginx
-//! (docs/PERFORMANCE.md); these say which part a change has touched.
+//! Microbenchmarks of single steps of a call, run by `cargo bench`. They show which step a change affects; the cost of a
+//! whole call is measured in comparison with nginx (docs/PERFORMANCE.md).
 
 use std::hint::black_box;
 use std::sync::Arc;
@@ -15,21 +15,21 @@ use http::header::{ACCEPT, CONNECTION, CONTENT_TYPE, DATE, HOST, SERVER, USER_AG
 use http::{HeaderMap, HeaderName, HeaderValue, StatusCode};
 
 const ROUNDS: u32 = 7;
-const A_ROUND: Duration = Duration::from_millis(200);
+const ROUND_DURATION: Duration = Duration::from_millis(200);
 
-/// Prints how long `part` takes, without what `setup` takes: the median over some rounds.
-fn time<T>(name: &str, mut setup: impl FnMut() -> T, mut part: impl FnMut(T)) {
+/// Prints the time of `step` without that of `setup`, as the median of `ROUNDS` rounds.
+fn time<T>(name: &str, mut setup: impl FnMut() -> T, mut step: impl FnMut(T)) {
     let mut rounds: Vec<f64> = (0..ROUNDS)
         .map(|_| {
-            let (start, mut spent, mut times) = (Instant::now(), Duration::ZERO, 0_u32);
-            while start.elapsed() < A_ROUND {
+            let (start, mut spent, mut count) = (Instant::now(), Duration::ZERO, 0_u32);
+            while start.elapsed() < ROUND_DURATION {
                 let batch: Vec<T> = (0..1000).map(|_| setup()).collect();
                 let begin = Instant::now();
-                batch.into_iter().for_each(&mut part);
+                batch.into_iter().for_each(&mut step);
                 spent += begin.elapsed();
-                times += 1000;
+                count += 1000;
             }
-            spent.as_secs_f64() * 1e9 / f64::from(times)
+            spent.as_secs_f64() * 1e9 / f64::from(count)
         })
         .collect();
     rounds.sort_unstable_by(f64::total_cmp);
@@ -45,7 +45,7 @@ fn request() -> HeaderMap {
     ])
 }
 
-fn answer() -> HeaderMap {
+fn response() -> HeaderMap {
     HeaderMap::from_iter([
         (SERVER, HeaderValue::from_static("function")),
         (DATE, HeaderValue::from_static("Mon, 23 Nov 2026 04:00:00 GMT")),
@@ -54,7 +54,7 @@ fn answer() -> HeaderMap {
     ])
 }
 
-/// The shard of a thread before which `functions` functions have been called.
+/// Returns a thread's shard after calls of `functions` functions.
 fn shard(functions: usize) -> Arc<Shard> {
     let metrics = Metrics::new(1, &"openfaas-fn".into()).expect("the metrics are valid");
     let shard = metrics.shard(0);
@@ -68,35 +68,35 @@ fn shard(functions: usize) -> Arc<Shard> {
 }
 
 fn main() {
-    time("stamps", request, |headers| {
+    time("request ids", request, |headers| {
         black_box(RequestIds::from_headers(&headers));
     });
     let (host, peer) =
         (HeaderValue::from_static("provider:8081"), HeaderValue::from_static("10.0.0.9"));
-    let stamps = RequestIds::from_headers(&HeaderMap::new());
-    time("a request's headers, made an upstream's", request, |headers| {
+    let request_ids = RequestIds::from_headers(&HeaderMap::new());
+    time("convert request headers for the upstream", request, |headers| {
         let mut length = 0;
         let put =
             |name: &HeaderName, value: &HeaderValue| length += name.as_str().len() + value.len();
-        to_upstream(&headers, &host, &peer, Some(&stamps), put);
+        to_upstream(&headers, &host, &peer, Some(&request_ids), put);
         black_box(length);
     });
-    time("an answer's headers, made a caller's", answer, |mut headers| {
+    time("convert response headers for the client", response, |mut headers| {
         to_client(&mut headers, false)
     });
     for functions in [1, 5_000] {
         let shard = shard(functions);
-        time(&format!("count a call, {functions} functions known"), Instant::now, |now| {
+        time(&format!("count a call, {functions} registered functions"), Instant::now, |now| {
             let mut call = shard.begin("f0", now).expect("a valid name");
             call.set_status(StatusCode::OK);
             call.finish(Outcome::Complete, now);
         });
     }
     let limit = ConcurrencyLimit::new(10_000, 2);
-    let share = limit.permit_cache(0);
-    time("take a place and give it back", || (), |()| drop(black_box(limit.try_acquire(&share))));
+    let cache = limit.permit_cache(0);
+    time("acquire and release a permit", || (), |()| drop(black_box(limit.try_acquire(&cache))));
     let deadlines = Deadlines::new();
-    time("the deadlines of a call", Instant::now, |now| {
+    time("set the deadlines of a call", Instant::now, |now| {
         deadlines.on_head_started(Duration::from_secs(60));
         deadlines.set_exchange_deadline(deadlines.on_exchange_started() + Duration::from_secs(60));
         deadlines.on_exchange_finished(now, Duration::from_secs(60));

@@ -139,7 +139,7 @@ impl ProcessProvider {
         let provider = Arc::new(Self {
             table: FunctionTable::new(store.namespaces()?),
             store,
-            launcher: launcher,
+            launcher,
             change_lock: Mutex::default(),
         });
         for (function, saved) in provider.store.functions()? {

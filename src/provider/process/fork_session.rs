@@ -120,8 +120,7 @@ impl ForkSession {
         writer: &BodyWriter,
         written: &mut usize,
     ) -> io::Result<Result<ExitStatus, RequestAborted>> {
-        let Self { workload, instance, group, input, output, stderr: stderr, log_output, .. } =
-            self;
+        let Self { workload, instance, group, input, output, stderr, log_output, .. } = self;
         let mut lines = log_output.then(LineSplitter::default);
         let logs = &workload.logs;
         let log = |line: String| logs.write(instance, line);

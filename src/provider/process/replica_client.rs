@@ -30,8 +30,8 @@ const TUNNEL_IDLE_TIMEOUT: Duration = Duration::from_secs(3600);
 
 /// A request to a replica.
 pub(super) struct ReplicaRequest {
-    /// The client's connection, if the request asks for an upgrade.
     outgoing: FailoverRequest,
+    /// The client's connection, if the request asks for an upgrade.
     upgrade: Option<OnUpgrade>,
     /// Queue for interim responses to the client.
     interim: Option<Arc<InterimQueue>>,
@@ -69,8 +69,8 @@ impl ReplicaRequest {
         let url = BaseUrl::parse(&format!("http://{address}")).context("invalid address");
         let origin = Origin::new(url.map_err(SendError::Other)?);
         let deadlines = Arc::new(Deadlines::new().with_interim(self.interim.clone()));
-        let mut answer = match self.outgoing.send(&tasks.client, &origin, &deadlines).await {
-            Ok(answer) => answer,
+        let mut response = match self.outgoing.send(&tasks.client, &origin, &deadlines).await {
+            Ok(response) => response,
             Err(error) if error.is_connect() => return Err(SendError::Refused),
             Err(error) => return Err(SendError::Other(error.into())),
         };

@@ -168,7 +168,7 @@ fn parse_boolean(
     name: &str,
     default: bool,
 ) -> Result<bool, String> {
-    let parsed = parse_variable(&env, name, "true or false", |text| match text {
+    let parsed = parse_variable(env, name, "true or false", |text| match text {
         "true" | "1" => Some(true),
         "false" | "0" => Some(false),
         _ => None,
