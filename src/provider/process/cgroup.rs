@@ -227,7 +227,7 @@ fn own_cgroup_path(mountinfo: &str, own: &str) -> Option<PathBuf> {
     })
 }
 
-/// Creates a provider's directory in `own_cgroup_path`, and locks it.
+/// Creates and locks a root directory in `parent`.
 fn create_root(parent: &Path) -> anyhow::Result<(PathBuf, File)> {
     for _ in 0..MAX_CREATE_ATTEMPTS {
         let root = parent.join(format!("{DIRECTORY_PREFIX}{}", uuid::Uuid::new_v4().simple()));
@@ -250,7 +250,7 @@ fn lock_directory(root: &Path) -> Option<File> {
     (locked.ino() == current.ino()).then_some(directory)
 }
 
-/// Removes the root directories in `home` of providers that were killed, unless they contain a process. A running
+/// Removes the root directories in `parent` of providers that were killed, unless they contain a process. A running
 /// provider has locked its own.
 fn remove_abandoned(parent: &Path) {
     for entry in fs::read_dir(parent).into_iter().flatten().flatten() {

@@ -124,7 +124,7 @@ impl ForkSession {
         let mut lines = log_output.then(LineSplitter::default);
         let logs = &workload.logs;
         let log = |line: String| logs.write(instance, line);
-        let pass_output = async {
+        let forward_output = async {
             let mut buffer = BytesMut::new();
             loop {
                 buffer.reserve(READ_CHUNK_BYTES);
@@ -145,7 +145,7 @@ impl ForkSession {
             }
             io::Result::Ok(())
         };
-        let mut outputs = pin!(async { tokio::try_join!(pass_output, log_errors) });
+        let mut outputs = pin!(async { tokio::try_join!(forward_output, log_errors) });
         let mut input = pin!(input.forward());
         let (mut outputs_done, mut input_done) = (false, false);
         let status = loop {
@@ -156,9 +156,9 @@ impl ForkSession {
                     done?;
                     outputs_done = true;
                 }
-                passed = &mut input, if !input_done => match passed {
+                forwarded = &mut input, if !input_done => match forwarded {
                     Ok(()) => input_done = true,
-                    Err(broken) => return Ok(Err(broken)),
+                    Err(aborted) => return Ok(Err(aborted)),
                 },
             }
         };
