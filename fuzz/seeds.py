@@ -1,4 +1,4 @@
-"""Turns files of seeds into inputs for libFuzzer, and an input back into a line of such a file.
+"""Converts seed files to inputs for libFuzzer, and an input to a line of a seed file.
 
     seeds.py expand seeds/NAME.txt DIRECTORY
     seeds.py line FILE

@@ -10,19 +10,19 @@ pub type Target = fn(&[u8]);
 
 /// All targets by name, which is the name of the seed file.
 pub const TARGETS: &[(&str, Target)] = &[
-    ("allow_list", config::fuzz::allow_list),
     ("base_url", config::fuzz::base_url),
+    ("callback_allowlist", config::fuzz::allow_list),
     ("callback_url", worker::fuzz::callback_url),
     ("chunked_body", proxy::fuzz::chunked_body),
     ("duration", config::fuzz::duration),
+    ("embedded_batch", queue::embedded::fuzz::packed_batch),
     ("embedded_call", queue::fuzz::call),
-    ("embedded_row", queue::embedded::fuzz::packed_batch),
+    ("embedded_wal", queue::embedded::fuzz::wal),
     ("jetstream_batch", queue::jetstream::fuzz::batch),
     ("jetstream_message", queue::jetstream::fuzz::message),
     ("jetstream_record", queue::jetstream::fuzz::record),
     ("jetstream_subject", queue::jetstream::fuzz::subject),
-    ("journal", queue::embedded::fuzz::wal),
-    ("refused_head", serve::refusal::fuzz::refused_head),
+    ("rejected_head", serve::refusal::fuzz::refused_head),
     ("request_head", routes::fuzz::request_head),
     ("response_head", proxy::fuzz::response_head),
     ("retry_after", worker::fuzz::retry_after),

@@ -67,7 +67,7 @@ pub(super) struct ReplicaPermit {
 
 /// Result of one run of a replica's process.
 enum RunEnd {
-    Died {
+    Exited {
         reason: String,
         /// Time for which it was ready.
         ready_for: Duration,
@@ -79,7 +79,7 @@ enum RunEnd {
 impl RunEnd {
     /// The process could not be started.
     fn not_started(reason: String) -> Self {
-        Self::Died { reason, ready_for: Duration::ZERO, last_output: String::new() }
+        Self::Exited { reason, ready_for: Duration::ZERO, last_output: String::new() }
     }
 }
 
@@ -138,7 +138,7 @@ impl Replica {
         loop {
             let began = Instant::now();
             let end = self.run_once(&pool).await;
-            let RunEnd::Died { reason, ready_for, last_output } = end else {
+            let RunEnd::Exited { reason, ready_for, last_output } = end else {
                 return self.set_ready(None, &pool);
             };
             lock_unpoisoned(&self.state).failed_starts.record_exit(
@@ -184,7 +184,7 @@ impl Replica {
                 self.set_ready(None, pool);
                 group.kill_and_wait().await;
                 let last_output = output.last_line(&pool.workload.logs).await;
-                return RunEnd::Died { reason, ready_for, last_output };
+                return RunEnd::Exited { reason, ready_for, last_output };
             }
             () = self.retire.cancelled() => true,
             // The provider has stopped accepting calls.
