@@ -58,7 +58,7 @@ pub struct FunctionInput<'a> {
     pub since: MonotonicMillis,
 }
 
-/// Whether this gateway is the leader, and the number of gateways.
+/// Leadership of this gateway, and the size of the cluster.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Leadership {
     pub is_leader: bool,

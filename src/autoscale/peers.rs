@@ -48,7 +48,7 @@ pub struct Peers {
     /// Time since when this gateway receives reports.
     listening_since: MonotonicMillis,
     alive: BTreeMap<String, Peer>,
-    /// Gateways that fell silent without announcing it, and the times.
+    /// Gateways that fell silent without an announcement, and when.
     missing: BTreeMap<String, MonotonicMillis>,
 }
 

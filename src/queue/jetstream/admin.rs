@@ -304,8 +304,8 @@ impl Shared {
         Ok(())
     }
 
-    /// Returns counts that are estimated from the consumers and the running lists. An estimate takes the server time
-    /// that grows with the queue, so it is repeated only after 100 times its duration.
+    /// Returns counts that are estimated from the consumers and the running lists. The time that an estimate takes on
+    /// the server grows with the queue, so it is repeated only after 100 times its duration.
     async fn count_estimated(&self) -> Result<HashMap<Function, QueueDepth>, NatsError> {
         if let Some(CountEstimate { valid_until, counts }) = &*self.count_estimate()
             && *valid_until > Instant::now()
@@ -382,8 +382,8 @@ impl Shared {
         messages: &[StreamMessage],
     ) -> Result<HashMap<BatchKey, BatchRecord>, NatsError> {
         let (api, subjects) = (&self.api, &self.subjects);
-        let bundled = messages.iter().filter(|found| subject::batch_key(&found.subject).is_some());
-        let records = bundled.filter_map(|found| subjects.batch_record(&found.subject));
+        let batches = messages.iter().filter(|found| subject::batch_key(&found.subject).is_some());
+        let records = batches.filter_map(|found| subjects.batch_record(&found.subject));
         stream::iter(records.collect::<Vec<_>>())
             .map(|subject| async move { api.get_last(&subjects.batches, &subject).await })
             .buffer_unordered(MAX_CONCURRENT_QUERIES)
@@ -411,7 +411,7 @@ fn decode_record(found: StreamMessage) -> Option<(BatchKey, BatchRecord)> {
 fn pending_calls(found: StreamMessage, records: &HashMap<BatchKey, BatchRecord>) -> Vec<Pending> {
     match subject::batch_key(&found.subject) {
         Some(key) => match DecodedBatch::new(found) {
-            Some(bundled) => bundled.pending_calls(records.get(&key)).collect(),
+            Some(batch) => batch.pending_calls(records.get(&key)).collect(),
             None => Vec::new(),
         },
         None => Pending::new(found).into_iter().collect(),

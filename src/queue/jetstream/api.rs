@@ -225,7 +225,7 @@ impl JetStreamApi {
         sequence <= self.last_before_restart.load(Relaxed)
     }
 
-    /// Records that all streams exist on this connection, and the `found` sequence of the last call at the server's start.
+    /// Records that all streams exist. `found` is the sequence of the last call at the start of the server.
     pub(super) fn mark_initialized(&self, connection: u64, found: u64) {
         self.last_before_restart.store(found, Relaxed);
         if !self.client.is_server_compatible(MIN_VERSION.0, MIN_VERSION.1, MIN_VERSION.2) {
@@ -474,7 +474,7 @@ impl JetStreamApi {
         headers: Option<HeaderMap>,
         payload: Bytes,
     ) -> Result<Bytes, NatsError> {
-        // Otherwise the client would buffer the request, and send it after its caller has given up.
+        // While disconnected, the client would buffer the request, and send it after its caller has given up.
         self.wait_connected().await?;
         let mut request = Request::new().payload(payload).timeout(None);
         if let Some(headers) = headers {

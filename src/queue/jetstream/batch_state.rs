@@ -29,7 +29,7 @@ pub(super) enum InBatch {
     Split(Option<Pending>),
     /// Everything stored of the call was removed.
     Purged,
-    /// The batch does not exist, and no record of it.
+    /// Neither the batch nor a record of it exists.
     NotFound,
 }
 

@@ -195,7 +195,7 @@ async fn run(shared: Arc<Shared>) {
 }
 
 async fn send_single(shared: &Shared, pending: PendingPublish) {
-    // If the caller is gone, nobody was told that the call is accepted.
+    // A call whose caller is gone is dropped: its acceptance was never reported.
     if !pending.reply.is_closed() {
         pending.reply.send(shared.publish_with_timeout(&pending.call).await);
     }
@@ -216,7 +216,7 @@ impl FunctionBatch {
 
     /// Removes the calls of the next batch from the pending ones.
     fn next_batch(&mut self) -> Vec<PendingPublish> {
-        // If the caller is gone, nobody was told that the call is accepted.
+        // A call whose caller is gone is dropped: its acceptance was never reported.
         self.pending.retain(|pending| !pending.reply.is_closed());
         let mut size = 0;
         let fits = |pending: &&PendingPublish| {

@@ -87,8 +87,8 @@ impl Shared {
     /// are not seen, so the limit may be exceeded by them.
     ///
     /// # Errors
-    /// [`Error::Full`] when there is no capacity: the client may retry later. [`Error::Unreachable`] when the server does not
-    /// respond.
+    /// [`Error::Full`] when there is no capacity: the client may retry later. [`Error::Unreachable`] when the server
+    /// does not respond.
     pub(super) async fn reserve(&self, calls: usize) -> Result<CapacityPermit<'_>, Error> {
         let (calls, limit) = (calls as u64, self.options.limits.max_pending as u64);
         match self.capacity.try_reserve(calls, limit) {

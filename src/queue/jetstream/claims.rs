@@ -95,7 +95,7 @@ impl Claims {
         Some(Arc::clone(&tracked.received))
     }
 
-    /// Stops to track a call. Unless it is `finished`, the list is updated soon, so that other receivers may claim the
+    /// Stops tracking a call. Unless it is `finished`, the list is updated soon, so that other receivers may claim the
     /// call.
     pub(super) fn untrack(&self, shared: &Arc<Shared>, claim_id: u64, finished: bool) {
         let mut inner = self.inner();

@@ -9,8 +9,8 @@ use crate::queue::jetstream::subject::{CALLS, FINAL_RECORDS};
 use crate::queue::status::CallState;
 
 impl Shared {
-    /// Discards a dead letter, and stores its final state if `store_final` is set. Returns `false` if another process has
-    /// discarded or redriven it.
+    /// Discards a dead letter, and stores its final state if `store_final` is set. Returns `false` if another process
+    /// has discarded or redriven it.
     pub(super) async fn discard(
         &self,
         id: &str,

@@ -74,8 +74,8 @@ impl JetStreamApi {
 
     /// Removes a consumer; a missing one is no error.
     async fn delete_consumer(&self, stream: &str, name: &str) -> Result<(), NatsError> {
-        let what = format!("CONSUMER.DELETE.{stream}.{name}");
-        match self.call_api::<serde_json::Value>(&what, &json!({})).await {
+        let endpoint = format!("CONSUMER.DELETE.{stream}.{name}");
+        match self.call_api::<serde_json::Value>(&endpoint, &json!({})).await {
             Ok(_) | Err(NatsError::Rejected(CONSUMER_NOT_FOUND, _)) => Ok(()),
             Err(error) => Err(error),
         }

@@ -184,8 +184,8 @@ impl Lease {
     /// the call is executed again.
     ///
     /// # Errors
-    /// [`Error::Gone`] when the call is already settled, [`Error::Unreachable`] when the server stays unavailable. The call
-    /// may be executed again then.
+    /// [`Error::Gone`] when the call is already settled, [`Error::Unreachable`] when the server stays unavailable. The
+    /// call may be executed again then.
     pub(super) async fn settle(&self, settlement: &Settlement) -> Result<(), Error> {
         if self.settled.load(Relaxed) {
             return Err(Error::Gone);

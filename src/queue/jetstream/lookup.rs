@@ -121,8 +121,9 @@ impl Pending {
 impl DeadLetter {
     pub(super) fn new(found: StreamMessage) -> Option<Self> {
         let message = Message::from_stored(found.headers, found.payload);
-        let (status, was) = (message.stored_status()?, message.previous_seq().unwrap_or(0));
-        Some(Self { status, message, sequence: found.sequence, previous_seq: was })
+        let (status, previous_seq) =
+            (message.stored_status()?, message.previous_seq().unwrap_or(0));
+        Some(Self { status, message, sequence: found.sequence, previous_seq })
     }
 }
 
@@ -339,8 +340,8 @@ impl Shared {
         Ok(ChangeOutcome::WrongState(CallState::Running))
     }
 
-    /// Removes an unfinished call that no process executes. Stores its final state if `store_final` is set. Returns `None` if
-    /// the call has moved in the meantime.
+    /// Removes an unfinished call that no process executes. Stores its final state if `store_final` is set. Returns
+    /// `None` if the call has moved in the meantime.
     pub(super) async fn cancel_pending(
         &self,
         pending: &Pending,

@@ -69,10 +69,10 @@ impl RunningList {
             Some(index) => {
                 let groups = self.batched.entry(consumer.to_owned()).or_default();
                 let bit = 1_u64.checked_shl(index.into()).unwrap_or_default();
-                let ours = groups
+                let group = groups
                     .iter_mut()
                     .find(|group| (group.0, group.1) == (call_ref.sequence, since));
-                match ours {
+                match group {
                     Some((.., bits)) => *bits |= bit,
                     None => groups.push((call_ref.sequence, since, bit)),
                 }
@@ -155,7 +155,8 @@ impl Message {
         self
     }
 
-    /// Returns the headers of a call after an attempt; `previous_seq` is the sequence of its message during the attempt.
+    /// Returns the headers of a call after an attempt; `previous_seq` is the sequence of its message during the
+    /// attempt.
     pub(super) fn with_status(&self, status: &CallRecord, previous_seq: u64) -> HeaderMap {
         let mut status = status.clone();
         status.reason = status.reason.map(|reason| reason.chars().take(MAX_REASON_CHARS).collect());

@@ -34,7 +34,7 @@ pub struct Options {
     pub replicas: usize,
     /// Stores the queue in memory: it is lost when all its servers have stopped.
     pub in_memory: bool,
-    /// Time without a sign of life from a receiver, after which its calls are redelivered.
+    /// Ack timeout: a call whose receiver sends no ack for this time is redelivered.
     pub lease: Duration,
     pub limits: Limits,
 }

@@ -112,7 +112,7 @@ fn fill(shared: &Arc<Shared>, concurrency: usize) {
     let (selected, wanted) = {
         let prefetched = shared.prefetched();
         let mut scheduler = shared.pull_scheduler();
-        // Claimed calls without a slot leave this number unchanged, so it is computed anew for each call.
+        // Claimed calls without a slot leave this number unchanged, so it is recomputed for each call.
         let select = || {
             (prefetched.wanted(&scheduler, concurrency, now) > 0)
                 .then(|| scheduler.select(concurrency, now))?

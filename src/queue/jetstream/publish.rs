@@ -1,4 +1,4 @@
-//! Publishes a call exactly once, even if the client retries.
+//! Publishes calls, and detects duplicates of clients that retry.
 
 use async_nats::HeaderMap;
 use bytes::Bytes;
@@ -31,8 +31,8 @@ impl Shared {
     ///
     /// # Errors
     /// [`Error::Full`] without capacity, [`Error::HeadTooLarge`] and [`Error::TooLarge`] for calls beyond the server's
-    /// limits, [`Error::Unreachable`] when the server does not respond: then the call may be stored all the same, and a retry
-    /// with the same id or key is safe.
+    /// limits, [`Error::Unreachable`] when the server does not respond: then the call may be stored all the same, and a
+    /// retry with the same id or key is safe.
     pub(super) async fn publish(&self, call: &QueuedCall) -> Result<Published, Error> {
         self.ready().await?;
         let (id, key) = (&call.id, call.options.idempotency_key.as_deref());
@@ -111,8 +111,8 @@ impl Shared {
         Box::pin(self.publish(&renamed)).await
     }
 
-    /// Publishes the message of a call. Returns the id of the existing call if there is one. `revision` is the revision of
-    /// the idempotency entry.
+    /// Publishes the message of a call. Returns the id of the existing call if there is one. `revision` is the revision
+    /// of the idempotency entry.
     async fn store_call(
         &self,
         call: &QueuedCall,

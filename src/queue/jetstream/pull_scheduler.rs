@@ -210,8 +210,8 @@ impl<A> PullScheduler<A> {
             .sum()
     }
 
-    /// Returns whether this number of outcomes that wait for others should be written now: no call is executing that could end
-    /// soon, or they hold up at least half of a small concurrency.
+    /// Returns whether this number of outcomes that wait for others should be written now: no call is executing that
+    /// could end soon, or they hold up at least half of a small concurrency.
     pub(super) fn should_write_outcomes(&self, outcomes: usize) -> bool {
         self.concurrency < MAX_CALLS_PER_BATCH && outcomes * 2 >= self.concurrency
             || self.executing == 0 && self.functions.iter().all(|function| function.selected == 0)

@@ -83,8 +83,8 @@ impl Subjects {
         }
     }
 
-    /// Returns the message id of a publish with an idempotency key. `revision` is the revision of an earlier entry whose
-    /// call was purged; it makes the id differ. Tokens contain no dot.
+    /// Returns the message id of a publish with an idempotency key. `revision` is the revision of an earlier entry
+    /// whose call was purged; it makes the id differ. Tokens contain no dot.
     pub(super) fn idempotent_message_id(key: &str, revision: u64) -> String {
         match revision {
             0 => format!("key-{}", encode_token(key)),
