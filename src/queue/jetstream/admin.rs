@@ -123,11 +123,8 @@ impl Shared {
                 .await?;
             complete &= are_all;
             for found in final_records {
-                if let Some(final_record) = message::parse_final_record(&found.headers) {
-                    all.insert(
-                        final_record.status.id.clone(),
-                        (final_record.sequence, final_record.status),
-                    );
+                if let Some(record) = message::parse_final_record(&found.headers) {
+                    all.insert(record.status.id.clone(), (record.sequence, record.status));
                 } else if let Some((key, record)) = decode_record(found) {
                     archived.insert(key, record);
                 }
@@ -169,11 +166,8 @@ impl Shared {
         for (key, record) in archived {
             records.entry(key).or_insert_with(|| BatchRecord::new(record.sequence)).merge(record);
         }
-        for (_, final_record, _) in records.values().flat_map(BatchRecord::final_records) {
-            all.insert(
-                final_record.status.id.clone(),
-                (final_record.sequence, final_record.status),
-            );
+        for (_, record, _) in records.values().flat_map(BatchRecord::final_records) {
+            all.insert(record.status.id.clone(), (record.sequence, record.status));
         }
         for found in pending {
             for pending in pending_calls(found, &records) {
