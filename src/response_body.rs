@@ -49,7 +49,7 @@ pub struct TrackedBody {
 }
 
 impl TrackedBody {
-    /// Creates a body that ends `in_flight`, if given, and then the exchange of `watch`.
+    /// Creates a body that ends `in_flight`, if given, and then the exchange of `deadlines`.
     pub fn new(
         source: BodySource,
         in_flight: Option<InFlight>,

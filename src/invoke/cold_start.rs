@@ -116,11 +116,11 @@ impl Invoker {
         prepared: &mut OutgoingRequest,
         ready: impl Future<Output = Result<T, Error>>,
     ) -> Result<T, Error> {
-        let watch = &connection.deadlines;
-        watch.clear_exchange_deadline();
-        let has_body = watch.has_outstanding_body();
+        let deadlines = &connection.deadlines;
+        deadlines.clear_exchange_deadline();
+        let has_body = deadlines.has_outstanding_body();
         if has_body {
-            watch.clear_body_deadline();
+            deadlines.clear_body_deadline();
         }
         let mut ready = std::pin::pin!(ready);
         let waited = std::future::poll_fn(|cx| {
@@ -134,9 +134,9 @@ impl Invoker {
         })
         .await;
         let now = Instant::now();
-        watch.set_exchange_deadline(now + self.timeouts.upstream);
-        if has_body && watch.has_outstanding_body() {
-            watch.set_body_deadline(now + self.timeouts.read);
+        deadlines.set_exchange_deadline(now + self.timeouts.upstream);
+        if has_body && deadlines.has_outstanding_body() {
+            deadlines.set_body_deadline(now + self.timeouts.read);
         }
         waited
     }
