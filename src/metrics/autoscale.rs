@@ -25,7 +25,7 @@ pub struct AutoscaleMetrics {
     leader: IntGauge,
     members: IntGauge,
     /// Function and scaling type of the exported gauges.
-    shown: Mutex<HashSet<(String, &'static str)>>,
+    exported: Mutex<HashSet<(String, &'static str)>>,
     /// Function and reason of the exported decision counters.
     counted: Mutex<HashSet<(String, &'static str)>>,
 }
@@ -62,7 +62,7 @@ impl AutoscaleMetrics {
                 "gateway_autoscale_members",
                 "Gateways whose load is added up.",
             )?,
-            shown: Mutex::default(),
+            exported: Mutex::default(),
             counted: Mutex::default(),
         };
         registry.register(Box::new(metrics.desired.clone()))?;
@@ -88,11 +88,11 @@ impl AutoscaleMetrics {
 
     /// Sets the gauges of all managed functions, and removes those of all others.
     pub fn set_functions(&self, all: &[ScaleSample]) {
-        let mut shown = self.shown.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut exported = self.exported.lock().unwrap_or_else(PoisonError::into_inner);
         let now: HashSet<_> =
             all.iter().map(|sample| (sample.label.clone(), sample.kind)).collect();
         let labels: HashSet<&str> = all.iter().map(|sample| sample.label.as_str()).collect();
-        for (label, kind) in shown.difference(&now) {
+        for (label, kind) in exported.difference(&now) {
             // A missing series is no error.
             let _ = self.load.remove_label_values(&[label.as_str(), kind]);
             if !labels.contains(label.as_str()) {
@@ -117,7 +117,7 @@ impl AutoscaleMetrics {
                 }
             }
         }
-        *shown = now;
+        *exported = now;
     }
 }
 

@@ -17,9 +17,11 @@ use crate::metrics::{Metrics, ReplicaGauges};
 use crate::provider::Provider;
 use crate::provider::types::FunctionSummary;
 
+/// Interval between two polls.
 const POLL_INTERVAL: Duration = Duration::from_secs(5);
 /// Interval while the provider is unreachable, so that its recovery is noticed soon.
 const UNREACHABLE_POLL_INTERVAL: Duration = Duration::from_secs(1);
+
 /// Polls the provider's list of functions.
 #[derive(Clone)]
 pub struct ProviderPoller {
@@ -83,11 +85,11 @@ impl ProviderPoller {
         if namespaces.is_empty() {
             return self.provider.functions("").await;
         }
-        let (mut all, mut failure, mut listed) = (Vec::new(), None, false);
+        let (mut all, mut failure, mut any_listed) = (Vec::new(), None, false);
         for namespace in &namespaces {
             match self.provider.functions(namespace).await {
                 Ok(mut functions) => {
-                    listed = true;
+                    any_listed = true;
                     for function in &mut functions {
                         function.namespace.get_or_insert_with(|| namespace.clone());
                     }
@@ -104,7 +106,7 @@ impl ProviderPoller {
             }
         }
         match failure {
-            Some(error) if !listed => Err(error),
+            Some(error) if !any_listed => Err(error),
             _ => Ok(all),
         }
     }

@@ -76,14 +76,14 @@ impl InvocationCounts {
 }
 
 async fn query(client: &Arc<Client>, prometheus: &Origin) -> Result<HashMap<String, u64>, Error> {
-    let question = build_request(
+    let request = build_request(
         Method::GET,
         prometheus,
         QUERY_TARGET,
         HeaderMap::new(),
         bytes::Bytes::new(),
     )?;
-    let (_, body) = send_and_collect(client, prometheus, question, QUERY_TIMEOUT).await?;
+    let (_, body) = send_and_collect(client, prometheus, request, QUERY_TIMEOUT).await?;
     Ok(counts(parse_json(&body)?))
 }
 

@@ -39,7 +39,7 @@ pub struct QueueMetrics {
     publish_seconds: Histogram,
     reconnects: Option<IntCounter>,
     gauges: [IntGaugeVec; 5],
-    shown: Mutex<HashSet<String>>,
+    exported: Mutex<HashSet<String>>,
 }
 
 impl QueueMetrics {
@@ -99,7 +99,7 @@ impl QueueMetrics {
                     "Age of the oldest pending call that is due",
                 )?,
             ],
-            shown: Mutex::default(),
+            exported: Mutex::default(),
         })
     }
 
@@ -141,9 +141,9 @@ impl QueueMetrics {
     pub fn set_depths(&self, mut depths: Vec<DepthGauges>) {
         depths.sort_unstable_by_key(|depth| std::cmp::Reverse(depth.pending + depth.dead_letters));
         depths.truncate(MAX_FUNCTIONS);
-        let mut shown = self.shown.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut exported = self.exported.lock().unwrap_or_else(PoisonError::into_inner);
         let now: HashSet<String> = depths.iter().map(|depth| depth.label.clone()).collect();
-        for removed in shown.difference(&now) {
+        for removed in exported.difference(&now) {
             for gauge in &self.gauges {
                 // A missing series is no error.
                 let _ = gauge.remove_label_values(&[&self.name, removed]);
@@ -162,7 +162,7 @@ impl QueueMetrics {
                 gauge.with_label_values(&[&self.name, &depth.label]).set(value);
             }
         }
-        *shown = now;
+        *exported = now;
     }
 }
 
@@ -182,8 +182,8 @@ mod tests {
             pending: 2,
             ..DepthGauges::default()
         }]);
-        let depth = "queue_worker_pending_messages{function_name=\"echo.fn\",queue_name=\"q\"} 2";
-        assert!(text().contains(depth), "{}", text());
+        let sample = "queue_worker_pending_messages{function_name=\"echo.fn\",queue_name=\"q\"} 2";
+        assert!(text().contains(sample), "{}", text());
         metrics.set_depths(Vec::new());
         assert!(!text().contains("echo.fn"), "{}", text());
         metrics.submitted(Duration::from_millis(1));
