@@ -4,7 +4,7 @@
 import { readFileSync, statSync } from "node:fs";
 import path from "node:path";
 
-import { launch, open, says } from "./browser.mjs";
+import { launch, open, showsText } from "./browser.mjs";
 import { Up } from "./program.mjs";
 
 const FILE = process.argv[2] ?? "docs/images/ui.png";
@@ -16,15 +16,15 @@ const stack = readFileSync(path.join(examples, "stack.yaml"), "utf8").replace("p
 const up = await Up.start(stack);
 const browser = await launch();
 try {
-  await up.becomes(await up.queue("echo"), "succeeded");
-  await up.becomes(await up.queue("sha512"), "succeeded");
+  await up.waitForState(await up.queue("echo"), "succeeded");
+  await up.waitForState(await up.queue("sha512"), "succeeded");
   await up.queue("hello", { "x-delay-seconds": "3600" });
   const { page } = await open(browser, "desktop", `${up.url}/ui/`);
-  await says(page, "#count", /^4$/);
+  await showsText(page, "#count", /^4$/);
   await page.click("#rows tr:first-child .pick");
   await page.fill("#body", "hello");
   await page.click("#send");
-  await says(page, "#summary", /200/);
+  await showsText(page, "#summary", /200/);
   await page.mouse.move(0, 0);
   await page.screenshot({ path: FILE, fullPage: true });
 } finally {
