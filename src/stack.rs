@@ -41,7 +41,7 @@ pub struct Stack {
     pub errors: Vec<StackError>,
     /// The first line of each function.
     pub lines: BTreeMap<String, usize>,
-    /// Whether the list of functions could be read. If not, it is unknown which functions the file has.
+    /// False if the list of functions could not be read: it is unknown then which functions the file has.
     pub is_readable: bool,
 }
 
@@ -67,8 +67,9 @@ impl fmt::Display for StackError {
 pub fn parse(text: &str, source: &Source<'_>) -> Stack {
     let root = match yaml::parse(text) {
         Ok(root) => root,
-        Err(fault) => {
-            let error = StackError { line: fault.line, key: String::new(), text: fault.text };
+        Err(syntax_error) => {
+            let error =
+                StackError { line: syntax_error.line, key: String::new(), text: syntax_error.text };
             return Stack { errors: vec![error], ..Stack::default() };
         }
     };

@@ -267,8 +267,8 @@ mod tests {
         for (text, line) in
             [("a: 1\nb: [\n", 3), ("a: 1\n\tb: 2\n", 2), ("a\n---\nb\n", 2), ("{[a]: 1}", 1)]
         {
-            let fault = parse(text).unwrap_err();
-            assert_eq!(fault.line, line, "{text:?}: {fault:?}");
+            let error = parse(text).unwrap_err();
+            assert_eq!(error.line, line, "{text:?}: {error:?}");
         }
         assert!(matches!(parse("").unwrap().value, Value::Null));
     }

@@ -28,7 +28,7 @@ pub(super) struct LogQuery {
     tail: Option<usize>,
     since: Option<Timestamp>,
     instance: Option<String>,
-    /// Whether future lines are included.
+    /// Includes future lines.
     pub(super) follow: bool,
 }
 

@@ -29,7 +29,7 @@ const MAX_OPEN_FILES: u64 = 1024;
 pub(super) struct ProcessGroup {
     child: Child,
     pid: Pid,
-    /// Whether the group still has processes. Afterwards its id may be reused and must not be signalled.
+    /// True while the group has processes. Afterwards its id may be reused and must not be signalled.
     is_alive: bool,
     activity: Arc<Activity>,
     _record: ProcessRecord,
