@@ -129,7 +129,7 @@ async fn stack_file_changes_are_applied_at_runtime() {
     up.answers("changes", "two\n").await;
     up.answers("goes", "404").await;
     assert_eq!(up.call("stays").await, "one\n");
-    for line in ["Added comes", "Changed changes", "Removed goes"] {
+    for line in ["Added comes", "Changed changes", "Deleted goes"] {
         up.says(line).await;
     }
     assert!(!up.log().contains("Changed stays"), "{}", up.log());
