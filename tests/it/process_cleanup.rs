@@ -209,7 +209,8 @@ async fn a_process_that_cannot_be_killed_does_not_block_other_calls() {
     };
     std::fs::write(workspace.path("leave.sh"), LEAVE).unwrap();
     let up = workspace.up_without_cgroups(STUCK_FUNCTION).await;
-    let warnings = || workspace.log().matches("Killed descendants of a function do not exit").count();
+    let warnings =
+        || workspace.log().matches("Killed descendants of a function do not exit").count();
     let freeze = async {
         freezer.freeze(escaped_pid(&workspace).await);
         std::fs::write(workspace.path("frozen"), "").unwrap();
