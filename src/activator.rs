@@ -22,7 +22,6 @@ use tokio::sync::{Semaphore, SemaphorePermit};
 
 use crate::activator::activation::Activation;
 use crate::activator::cold_start_queue::{ColdStartQueue, PendingWait, Readiness, WaitState};
-use crate::config::ColdStart;
 use crate::error::Error;
 use crate::function::Function;
 use crate::metrics::registry::FunctionRegistry;
@@ -37,6 +36,15 @@ const STATUS_TIMEOUT: Duration = Duration::from_secs(5);
 pub const MAX_REPLAY_BODY: usize = 64 << 10;
 /// Maximum of all buffered request bodies together, in KiB.
 const MAX_REPLAY_TOTAL_KIB: usize = 64 << 10;
+
+/// Limits for calls that wait for a function to become ready.
+#[derive(Clone, Copy, Debug)]
+pub struct ColdStart {
+    /// `cold_start_timeout`
+    pub timeout: Duration,
+    /// `cold_start_queue_limit`: maximum number of calls that wait for one function.
+    pub queue_limit: usize,
+}
 
 /// Coordinates cold starts. One per process.
 pub struct Activator {
@@ -196,8 +204,8 @@ impl Activator {
 impl Activator {
     /// Creates an activator whose provider is unreachable and whose queue holds `limit` requests.
     fn with_unreachable_provider(limit: usize) -> Arc<Self> {
-        use crate::config::PoolLimits;
-        use crate::config::base_url::BaseUrl;
+        use crate::base_url::BaseUrl;
+        use crate::proxy::client::PoolLimits;
         use crate::proxy::client::{Client, Origin, Tls};
 
         let provider = Provider {

@@ -1,11 +1,8 @@
 //! All settings, parsed once into types. No other module parses a duration or URL of a setting. No I/O: the environment
 //! is passed as a function, so that tests can pass a table.
 
-pub mod allowlist;
 pub mod autoscale;
-pub mod base_url;
 pub mod cli;
-pub mod duration;
 #[cfg(any(test, fuzzing))]
 pub(crate) mod fuzz;
 mod help;
@@ -24,15 +21,21 @@ pub mod worker;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use crate::config::allowlist::CallbackAllowlist;
+use crate::activator::ColdStart;
+use crate::base_url::BaseUrl;
 use crate::config::autoscale::Autoscale;
-use crate::config::base_url::BaseUrl;
-use crate::config::listen::{ListenAddress, ListenHost};
+use crate::config::listen::ListenHost;
 pub use crate::config::nats::Nats;
 use crate::config::reader::{ConfigError, SettingsReader};
-pub use crate::config::scaling::ColdStart;
-pub use crate::config::telemetry::{AccessLogMode, LogConfig, TracingConfig};
+pub use crate::config::telemetry::LogConfig;
 pub use crate::config::worker::{Worker, WorkerTarget};
+use crate::provider::process;
+use crate::proxy::client::PoolLimits;
+use crate::queue::MAX_ASYNC_BODY_BYTES;
+use crate::serve::Timeouts;
+use crate::serve::listener::ListenAddress;
+use crate::trace::{AccessLogMode, TracingConfig};
+use crate::worker::callback::allowlist::CallbackAllowlist;
 
 /// Settings of `gateway serve`.
 #[derive(Clone, Debug)]
@@ -75,19 +78,6 @@ pub struct Serve {
     pub shutdown: Shutdown,
 }
 
-/// Timeouts of an exchange with a client.
-#[derive(Clone, Copy, Debug)]
-pub struct Timeouts {
-    /// `read_timeout`: maximum time for receiving a request.
-    pub read: Duration,
-    /// `write_timeout`: maximum time during which a client accepts none of its response.
-    pub write: Duration,
-    /// `upstream_timeout`: from the first byte sent to a function until the last byte of its response.
-    pub upstream: Duration,
-    /// `idle_timeout`: maximum time for which a connection may stay open without a request.
-    pub idle: Duration,
-}
-
 /// Limits of this process.
 #[derive(Clone, Copy, Debug)]
 pub struct Limits {
@@ -98,15 +88,6 @@ pub struct Limits {
     pub connections: usize,
     /// `max_head_memory`
     pub head_memory: usize,
-}
-
-/// Limits of the pool of idle upstream connections.
-#[derive(Clone, Copy, Debug)]
-pub struct PoolLimits {
-    /// `max_idle_conns`
-    pub total: usize,
-    /// `max_idle_conns_per_host`
-    pub per_host: usize,
 }
 
 /// Access control of the API.
@@ -158,9 +139,6 @@ pub enum Backend {
     Nats,
 }
 
-/// Maximum of `max_async_body_bytes`, and of the memory for all bodies that are being stored.
-pub const MAX_ASYNC_BODY_BYTES: usize = 256 << 20;
-
 /// Shutdown of the process.
 #[derive(Clone, Copy, Debug)]
 pub struct Shutdown {
@@ -175,14 +153,12 @@ pub struct Shutdown {
 pub struct Provider {
     /// `provider_address`, `provider_port`
     pub listen: ListenAddress,
-    /// `state_dir`
-    pub state_dir: PathBuf,
+    /// `state_dir`, and the environment variables that functions inherit.
+    pub process: process::Config,
     /// Directory of the credential files, with `basic_auth`; `None`: no credentials.
     pub credentials_dir: Option<PathBuf>,
     /// `shutdown_grace`
     pub shutdown_grace: Duration,
-    /// Environment variables that functions inherit. All others may be secrets and are not inherited.
-    pub environment: Vec<(String, String)>,
 }
 
 /// Settings of `gateway up`.
@@ -207,7 +183,7 @@ impl Serve {
     pub fn parse(mut settings: SettingsReader<'_>) -> Result<Self, Vec<ConfigError>> {
         let provider = settings.url("functions_provider_url");
         if provider.is_none() && settings.text("functions_provider_url").is_empty() {
-            settings.add_error("functions_provider_url", None, base_url::EXPECTED);
+            settings.add_error("functions_provider_url", None, crate::base_url::EXPECTED);
         }
         let host = ListenHost::parse(&mut settings, "listen_address");
         let prometheus = prometheus(&mut settings);
@@ -220,7 +196,7 @@ impl Serve {
         serve.logs_provider = settings.url("logs_provider_url").unwrap_or(serve.logs_provider);
         serve.prometheus = prometheus;
         serve.direct_functions = direct_functions;
-        serve.cold_start = ColdStart::parse_if_enabled(&mut settings);
+        serve.cold_start = scaling::parse_if_enabled(&mut settings);
         serve.autoscale = Autoscale::parse(&mut settings, false);
         settings.finish(serve)
     }
@@ -254,7 +230,7 @@ impl Serve {
             },
             connect_timeout: settings.positive_duration("connect_timeout"),
             limits: Limits {
-                pool: PoolLimits::parse(settings),
+                pool: pool_limits(settings),
                 calls: settings.count("max_calls", 1..=10_000_000),
                 connections: settings.count("max_connections", 1..=10_000_000),
                 head_memory: settings.count("max_head_memory", 1 << 20..=1 << 30),
@@ -265,8 +241,8 @@ impl Serve {
                 proxy_pass_body: settings.boolean("auth_proxy_pass_body"),
             },
             queue,
-            tracing: TracingConfig::parse(settings),
-            access_log: AccessLogMode::parse(settings),
+            tracing: telemetry::tracing(settings),
+            access_log: telemetry::access_log(settings),
             local_only: false,
             shutdown: Shutdown {
                 delay: settings.duration("shutdown_delay"),
@@ -276,12 +252,10 @@ impl Serve {
     }
 }
 
-impl PoolLimits {
-    fn parse(settings: &mut SettingsReader<'_>) -> Self {
-        Self {
-            total: settings.count("max_idle_conns", 0..=1_000_000),
-            per_host: settings.count("max_idle_conns_per_host", 0..=1_000_000),
-        }
+fn pool_limits(settings: &mut SettingsReader<'_>) -> PoolLimits {
+    PoolLimits {
+        total: settings.count("max_idle_conns", 0..=1_000_000),
+        per_host: settings.count("max_idle_conns_per_host", 0..=1_000_000),
     }
 }
 
@@ -330,10 +304,14 @@ impl Queue {
             result_ttl: settings.duration("result_ttl"),
             max_result_body_bytes: settings.count("max_result_body_bytes", 0..=(1 << 30)),
             callback_allowlist: settings
-                .parsed("callback_allowlist", allowlist::EXPECTED, |text| match text {
-                    "auto" => CallbackAllowlist::parse(callbacks),
-                    text => CallbackAllowlist::parse(text),
-                })
+                .parsed(
+                    "callback_allowlist",
+                    crate::worker::callback::allowlist::EXPECTED,
+                    |text| match text {
+                        "auto" => CallbackAllowlist::parse(callbacks),
+                        text => CallbackAllowlist::parse(text),
+                    },
+                )
                 .unwrap_or_default(),
             secrets_dir: PathBuf::from(settings.text("secret_mount_path")),
         }
@@ -363,13 +341,17 @@ impl Provider {
     fn parse_common(settings: &mut SettingsReader<'_>, host: ListenHost) -> Self {
         Self {
             listen: host.with_port(settings, "provider_port"),
-            state_dir: PathBuf::from(settings.text("state_dir")),
+            process: process::Config {
+                state_dir: PathBuf::from(settings.text("state_dir")),
+                environment: INHERITED_VARIABLES
+                    .iter()
+                    .filter_map(|name| {
+                        Some(((*name).to_owned(), settings.environment_variable(name)?))
+                    })
+                    .collect(),
+            },
             credentials_dir: credentials_dir(settings),
             shutdown_grace: settings.duration("shutdown_grace"),
-            environment: INHERITED_VARIABLES
-                .iter()
-                .filter_map(|name| Some(((*name).to_owned(), settings.environment_variable(name)?)))
-                .collect(),
         }
     }
 }
@@ -388,7 +370,7 @@ impl Up {
         let queue = Queue::parse(&mut settings, Backend::Embedded, "loopback", Nats::default());
         let mut serve =
             Serve::parse_common(&mut settings, ListenHost::LOOPBACK, placeholder_url(), queue);
-        serve.cold_start = Some(ColdStart::parse(&mut settings));
+        serve.cold_start = Some(scaling::parse(&mut settings));
         serve.autoscale = Autoscale::parse(&mut settings, true);
         serve.local_only = serve.auth.credentials_dir.is_none() && serve.auth.proxy_url.is_none();
         let warnings = ignored::warnings(&settings);

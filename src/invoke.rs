@@ -12,9 +12,8 @@ use hyper::body::{Body, Incoming};
 
 use crate::activator::Activator;
 use crate::activator::unavailable::{Hop, UnavailableSignal};
+use crate::base_url::BaseUrl;
 use crate::call_id::RequestIds;
-use crate::config::Timeouts;
-use crate::config::base_url::BaseUrl;
 use crate::error::Error;
 use crate::function::Function;
 use crate::invoke::cold_start::{UpstreamTarget, via_provider};
@@ -27,6 +26,7 @@ use crate::proxy::client::{Client, Origin};
 use crate::proxy::tunnel::Tunnel;
 use crate::proxy::{self, RequestContext, UpstreamResponse};
 use crate::response_body::{BodySource, InFlight, TrackedBody};
+use crate::serve::Timeouts;
 use crate::serve::client_connection::ClientConnection;
 use crate::trace::RequestSpan;
 

@@ -4,10 +4,12 @@
 //! ARCHITECTURE.md lists the allowed dependencies.
 
 // Basics that every module may use.
+pub mod base_url;
 pub mod call_id;
 pub mod callback_chain;
 pub mod config;
 pub mod deadlines;
+pub mod duration;
 pub mod error;
 pub mod function;
 pub mod interim;

@@ -29,6 +29,9 @@ use crate::queue::jetstream::JetStream;
 use crate::queue::stan::Stan;
 use crate::queue::status::{CallRecord, CallState, Settlement, StoredResponse};
 
+/// Maximum of `max_async_body_bytes`, and of the memory for all bodies that are being stored.
+pub const MAX_ASYNC_BODY_BYTES: usize = 256 << 20;
+
 /// A queue of calls. Cheap to clone.
 #[derive(Clone)]
 pub enum Queue {

@@ -25,7 +25,6 @@ use tokio::net::TcpStream;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio_util::task::TaskTracker;
 
-use crate::config::Timeouts;
 use crate::serve::client_connection::{ClientConnection, ClientIo};
 use crate::serve::congestion::CongestionControl;
 use crate::serve::connection::Connection;
@@ -38,6 +37,19 @@ const ACCEPT_RETRY_INTERVAL: Duration = Duration::from_millis(100);
 
 /// Interval at which a new connection that waits for a permit checks the eviction of another.
 const EVICTION_POLL_INTERVAL: Duration = Duration::from_millis(50);
+
+/// Timeouts of an exchange with a client.
+#[derive(Clone, Copy, Debug)]
+pub struct Timeouts {
+    /// `read_timeout`: maximum time for receiving a request.
+    pub read: Duration,
+    /// `write_timeout`: maximum time during which a client accepts none of its response.
+    pub write: Duration,
+    /// `upstream_timeout`: from the first byte sent to a function until the last byte of its response.
+    pub upstream: Duration,
+    /// `idle_timeout`: maximum time for which a connection may stay open without a request.
+    pub idle: Duration,
+}
 
 /// State that all listeners of one port share.
 #[derive(Clone)]

@@ -21,8 +21,7 @@ use tokio::sync::Semaphore;
 use crate::async_api::QueueIngress;
 use crate::auth::{Credentials, body_error};
 use crate::autoscale::alerts::AlertFilter;
-use crate::config::Timeouts;
-use crate::config::base_url::BaseUrl;
+use crate::base_url::BaseUrl;
 use crate::error::Error;
 use crate::function::Function;
 use crate::health::Health;
@@ -33,6 +32,7 @@ use crate::provider::{Provider, collect_response, parse_json};
 use crate::proxy::client::{Client, Origin};
 use crate::proxy::upstream_body::UpstreamBody;
 use crate::same_origin::AllowedHosts;
+use crate::serve::Timeouts;
 use crate::serve::client_connection::ClientConnection;
 
 pub use change::change;

@@ -1,5 +1,6 @@
 //! Access log and traces: a log line and spans for each request. Both are off by default, and no call waits for either.
 
+pub mod config;
 pub mod context;
 pub mod exporter;
 #[cfg(any(test, fuzzing))]
@@ -14,10 +15,10 @@ use http::HeaderMap;
 use tokio::sync::mpsc;
 use uuid::Uuid;
 
+pub use self::config::{AccessLogMode, TracingConfig};
 pub use self::request_span::{PublishTiming, RequestSpan};
 
-use crate::config::base_url::BaseUrl;
-use crate::config::{AccessLogMode, TracingConfig};
+use crate::base_url::BaseUrl;
 use crate::metrics::traces::SpansDropped;
 use crate::proxy::client::Client;
 use crate::trace::context::{Context, new_span_id};

@@ -9,10 +9,11 @@ use axum::middleware::from_fn_with_state;
 use tokio_util::sync::CancellationToken;
 
 use crate::auth::{self, Credentials};
-use crate::config::{self, Timeouts};
+use crate::config;
 use crate::provider::process::{self, ProcessProvider};
 use crate::routes;
 use crate::same_origin::{self, AllowedHosts};
+use crate::serve::Timeouts;
 use crate::serve::head_budget::HeadBudget;
 use crate::serve::listener::bind;
 use crate::serve::{Server, raise_file_limit};
@@ -55,7 +56,7 @@ pub(super) fn run(config: config::Provider) -> anyhow::Result<()> {
         };
         let mut provider = ProviderServer::open(&config, credentials, &tasks).await?;
         provider.serve(&tasks);
-        tracing::info!(address = %provider.address, state = %config.state_dir.display(), "Serving");
+        tracing::info!(address = %provider.address, state = %config.process.state_dir.display(), "Serving");
         let signal = loop {
             match signals.next_event(OnHangup::StopWithoutTerminal).await {
                 Event::Stop(signal) => break signal,
@@ -96,7 +97,7 @@ impl ProviderServer {
     ) -> anyhow::Result<Self> {
         let listener = bind(config.listen, 1)?.remove(0);
         raise_file_limit();
-        let process = ProcessProvider::open_adopting_orphans(config, tasks).await?;
+        let process = ProcessProvider::open_adopting_orphans(&config.process, tasks).await?;
         Ok(Self {
             address: listener.local_addr()?,
             process,

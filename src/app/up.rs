@@ -14,8 +14,8 @@ use crate::app::gateway::Gateway;
 use crate::app::provider::{ProviderServer, build_runtime};
 use crate::app::up::stack_file::StackFile;
 use crate::auth::Credentials;
+use crate::base_url::BaseUrl;
 use crate::config::Up;
-use crate::config::base_url::BaseUrl;
 use crate::provider::process::{ProcessProvider, SecretsSnapshot};
 use crate::shutdown::{Event, OnHangup, ShutdownPhases, Signals, Tasks};
 
@@ -51,7 +51,7 @@ fn resolve_paths(config: &mut Up) -> anyhow::Result<()> {
         }
         None => std::env::current_dir().context(message)?,
     };
-    for directory in [&mut config.provider.state_dir, &mut config.serve.queue.state_dir] {
+    for directory in [&mut config.provider.process.state_dir, &mut config.serve.queue.state_dir] {
         *directory = base.join(&directory);
     }
     Ok(())
@@ -75,10 +75,9 @@ async fn up(
             .await;
     let mut provider = opened?;
     let process = Arc::clone(&provider.process);
-    let mut stack = config
-        .stack
-        .as_deref()
-        .map(|path| StackFile::new(path, &config.provider.state_dir, Arc::clone(&process), var));
+    let mut stack = config.stack.as_deref().map(|path| {
+        StackFile::new(path, &config.provider.process.state_dir, Arc::clone(&process), var)
+    });
     let shutdown = config.serve.shutdown;
     let started = async {
         if let Some(stack) = &mut stack {
@@ -102,7 +101,7 @@ async fn up(
     };
     let names = stack.as_ref().map(StackFile::names).unwrap_or_default();
     let first = names.first().copied();
-    block_in_place(|| print_banner(&gateway, &provider, &config.provider.state_dir, first));
+    block_in_place(|| print_banner(&gateway, &provider, &config.provider.process.state_dir, first));
     let mut secrets = SecretsSnapshot::default();
     let signal = loop {
         let event = tokio::select! {

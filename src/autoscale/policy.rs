@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use crate::config::duration;
+use crate::duration;
 
 type Labels = BTreeMap<String, String>;
 

@@ -2,8 +2,8 @@
 
 use std::time::Duration;
 
-use crate::config::duration;
 use crate::config::reader::SettingsReader;
+use crate::duration;
 
 /// Settings of the autoscaler.
 #[derive(Clone, Copy, Debug)]

@@ -2,9 +2,9 @@
 
 use std::net::IpAddr;
 
-use crate::config::allowlist::CallbackAllowlist;
-use crate::config::base_url::BaseUrl;
-use crate::config::duration;
+use crate::base_url::BaseUrl;
+use crate::duration;
+use crate::worker::callback::allowlist::CallbackAllowlist;
 
 /// A list is accepted or rejected; an accepted one decides on any address.
 pub(crate) fn allow_list(data: &[u8]) {

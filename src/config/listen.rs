@@ -3,16 +3,7 @@
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 
 use crate::config::reader::SettingsReader;
-
-/// An address to listen on.
-#[derive(Clone, Copy, Debug)]
-pub struct ListenAddress {
-    pub address: SocketAddr,
-    /// Setting of the port.
-    pub port_setting: &'static str,
-    /// Setting of the IP address; `None`: it is fixed.
-    pub host_setting: Option<&'static str>,
-}
+use crate::serve::listener::ListenAddress;
 
 /// IP address that a role listens on.
 #[derive(Clone, Copy, Debug)]

@@ -4,8 +4,9 @@ use std::fmt;
 use std::net::IpAddr;
 use std::time::Duration;
 
-use crate::config::base_url::{self, BaseUrl};
-use crate::config::{duration, settings};
+use crate::base_url::{self, BaseUrl};
+use crate::config::settings;
+use crate::duration;
 
 /// An invalid or missing setting.
 #[derive(Debug, PartialEq, Eq)]

@@ -3,8 +3,8 @@
 use http::{HeaderMap, HeaderName, HeaderValue};
 use tracing_subscriber::filter::{LevelFilter, Targets};
 
-use crate::config::base_url::BaseUrl;
 use crate::config::reader::{ConfigError, SettingsReader};
+use crate::trace::{AccessLogMode, TracingConfig};
 
 /// Settings of the log, of all roles.
 #[derive(Clone, Debug)]
@@ -43,61 +43,30 @@ fn has_level(part: &str) -> bool {
     !level.is_empty() && level.parse::<LevelFilter>().is_ok()
 }
 
-/// Requests that are logged.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum AccessLogMode {
-    #[default]
-    Off,
-    /// Status 500 and above, and responses that were cut short.
-    Errors,
-    On,
+/// `access_log`
+pub(super) fn access_log(settings: &mut SettingsReader<'_>) -> AccessLogMode {
+    let access = settings.parsed("access_log", "off, on or errors", |text| match text {
+        "off" => Some(AccessLogMode::Off),
+        "errors" => Some(AccessLogMode::Errors),
+        "on" => Some(AccessLogMode::On),
+        _ => None,
+    });
+    access.unwrap_or_default()
 }
 
-impl AccessLogMode {
-    pub(super) fn parse(settings: &mut SettingsReader<'_>) -> Self {
-        let access = settings.parsed("access_log", "off, on or errors", |text| match text {
-            "off" => Some(Self::Off),
-            "errors" => Some(Self::Errors),
-            "on" => Some(Self::On),
-            _ => None,
-        });
-        access.unwrap_or_default()
-    }
-}
-
-/// Settings of traces.
-#[derive(Clone)]
-pub struct TracingConfig {
-    /// `otlp_endpoint`
-    pub endpoint: Option<BaseUrl>,
-    /// `otlp_headers`
-    pub headers: HeaderMap,
-    /// `otlp_sampling_ratio`
-    pub sampling_ratio: f64,
-}
-
-impl std::fmt::Debug for TracingConfig {
-    /// Omits the headers, which contain keys.
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Traces").field("endpoint", &self.endpoint).finish_non_exhaustive()
-    }
-}
-
-impl TracingConfig {
-    pub(super) fn parse(settings: &mut SettingsReader<'_>) -> Self {
-        let sampling = settings.parsed("otlp_sampling_ratio", "a number from 0 to 1", |text| {
-            text.parse().ok().filter(|part| (0.0..=1.0).contains(part))
-        });
-        let headers = settings.text("otlp_headers");
-        let headers = header_map(&headers).unwrap_or_else(|| {
-            // The value is not printed, since it contains keys.
-            let expected = "headers such as NAME=VALUE, separated by commas";
-            settings.add_error("otlp_headers", Some("…".to_owned()), expected);
-            HeaderMap::new()
-        });
-        let endpoint = settings.url("otlp_endpoint");
-        Self { endpoint, headers, sampling_ratio: sampling.unwrap_or_default() }
-    }
+pub(super) fn tracing(settings: &mut SettingsReader<'_>) -> TracingConfig {
+    let sampling = settings.parsed("otlp_sampling_ratio", "a number from 0 to 1", |text| {
+        text.parse().ok().filter(|part| (0.0..=1.0).contains(part))
+    });
+    let headers = settings.text("otlp_headers");
+    let headers = header_map(&headers).unwrap_or_else(|| {
+        // The value is not printed, since it contains keys.
+        let expected = "headers such as NAME=VALUE, separated by commas";
+        settings.add_error("otlp_headers", Some("…".to_owned()), expected);
+        HeaderMap::new()
+    });
+    let endpoint = settings.url("otlp_endpoint");
+    TracingConfig { endpoint, headers, sampling_ratio: sampling.unwrap_or_default() }
 }
 
 /// `NAME=VALUE,NAME=VALUE` as headers.

@@ -3,13 +3,17 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use crate::config::base_url::BaseUrl;
-use crate::config::listen::{ListenAddress, ListenHost};
+use crate::activator::ColdStart;
+use crate::base_url::BaseUrl;
+use crate::config::listen::ListenHost;
 use crate::config::reader::{ConfigError, SettingsReader};
 use crate::config::{
-    Backend, ColdStart, Nats, PoolLimits, Queue, TracingConfig, credentials_dir, metrics_hosts,
-    placeholder_url,
+    Backend, Nats, Queue, credentials_dir, metrics_hosts, placeholder_url, pool_limits, scaling,
+    telemetry,
 };
+use crate::proxy::client::PoolLimits;
+use crate::serve::listener::ListenAddress;
+use crate::trace::TracingConfig;
 
 /// Settings of `gateway worker`.
 #[derive(Clone, Debug)]
@@ -99,11 +103,11 @@ impl Worker {
             namespace: settings.text("function_namespace"),
             upstream_timeout: settings.positive_duration("upstream_timeout"),
             connect_timeout: settings.positive_duration("connect_timeout"),
-            cold_start: ColdStart::parse_if_enabled(&mut settings),
-            pool: PoolLimits::parse(&mut settings),
+            cold_start: scaling::parse_if_enabled(&mut settings),
+            pool: pool_limits(&mut settings),
             credentials_dir: credentials_dir(&mut settings),
             queue: Queue { with_worker: true, ..queue },
-            tracing: TracingConfig::parse(&mut settings),
+            tracing: telemetry::tracing(&mut settings),
             log_bodies: settings.boolean("faas_print_body"),
             log_calls: settings.boolean("write_debug"),
             shutdown_grace: settings.duration("shutdown_grace"),

@@ -56,7 +56,6 @@ use anyhow::Context;
 pub use self::api::router;
 pub use self::api_error::ApiError;
 pub use self::secret_files::{SecretsSnapshot, set_secret};
-use crate::config;
 use crate::function::Function;
 use crate::provider::process::cgroup::Cgroups;
 use crate::provider::process::command::{DEFAULT_PATH, find_program};
@@ -92,12 +91,21 @@ pub struct ProcessProvider {
     change_lock: Mutex<()>,
 }
 
+/// Settings of the provider.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// Directory of functions, secrets and logs.
+    pub state_dir: PathBuf,
+    /// Environment variables that functions inherit. All others may be secrets and are not inherited.
+    pub environment: Vec<(String, String)>,
+}
+
 impl ProcessProvider {
     /// Opens the state directory, kills processes left by an earlier provider, and starts the functions.
     ///
     /// # Errors
     /// The state directory is not writable, is in use by another provider, or is damaged.
-    pub async fn open(config: &config::Provider, tasks: &Tasks) -> anyhow::Result<Arc<Self>> {
+    pub async fn open(config: &Config, tasks: &Tasks) -> anyhow::Result<Arc<Self>> {
         Self::open_in(config, tasks, false).await
     }
 
@@ -107,14 +115,14 @@ impl ProcessProvider {
     /// # Errors
     /// The errors of `open`.
     pub async fn open_adopting_orphans(
-        config: &config::Provider,
+        config: &Config,
         tasks: &Tasks,
     ) -> anyhow::Result<Arc<Self>> {
         Self::open_in(config, tasks, true).await
     }
 
     async fn open_in(
-        config: &config::Provider,
+        config: &Config,
         tasks: &Tasks,
         adopts_orphans: bool,
     ) -> anyhow::Result<Arc<Self>> {
@@ -402,11 +410,7 @@ fn check_replicas(spec: &FunctionSpec, replicas: u64) -> Result<(), ApiError> {
 }
 
 /// Detects which mechanisms can contain the descendants of function processes.
-async fn detect_containment(
-    record: PathBuf,
-    config: &config::Provider,
-    adopts_orphans: bool,
-) -> Containment {
+async fn detect_containment(record: PathBuf, config: &Config, adopts_orphans: bool) -> Containment {
     let cgroups = Cgroups::open(record, search_path(config)).await;
     let cgroups = cgroups.inspect_err(|error| tracing::debug!("No cgroups: {error:#}")).ok();
     let descendants = match adopts_orphans.then(Descendants::adopt) {
@@ -421,13 +425,13 @@ async fn detect_containment(
 }
 
 /// Returns the PATH for looking up the provider's own helper programs.
-fn search_path(config: &config::Provider) -> &str {
+fn search_path(config: &Config) -> &str {
     let path = config.environment.iter().find(|(name, _)| name == "PATH");
     path.map_or(DEFAULT_PATH, |(_, path)| path.as_str())
 }
 
 /// Detects whether secrets can be mounted for functions.
-async fn probe_mounts(secrets: &Secrets, config: &config::Provider) -> Option<Mounts> {
+async fn probe_mounts(secrets: &Secrets, config: &Config) -> Option<Mounts> {
     match Mounts::probe(&secrets.root, search_path(config)).await {
         Ok(mounts) => {
             tracing::info!(

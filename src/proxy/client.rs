@@ -14,8 +14,7 @@ use tokio_rustls::rustls::crypto::ring;
 use tokio_rustls::rustls::pki_types::ServerName;
 use tokio_rustls::rustls::{ClientConfig, RootCertStore};
 
-use crate::config::PoolLimits;
-use crate::config::base_url::BaseUrl;
+use crate::base_url::BaseUrl;
 use crate::deadlines::Deadlines;
 use crate::proxy::body::{RequestBody, RequestBodyError};
 use crate::proxy::buffer_pool;
@@ -38,6 +37,15 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
 const RESOLVE_TIMEOUT: Duration = Duration::from_secs(10);
 /// Time for a TLS handshake.
 const TLS_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Limits of the pool of idle upstream connections.
+#[derive(Clone, Copy, Debug)]
+pub struct PoolLimits {
+    /// `max_idle_conns`
+    pub total: usize,
+    /// `max_idle_conns_per_host`
+    pub per_host: usize,
+}
 
 /// An upstream, with values that every request to it needs.
 #[derive(Clone, Debug)]

@@ -11,7 +11,7 @@ use bytes::Bytes;
 use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
 use tokio::time::{Instant, timeout_at};
 
-use crate::config::MAX_ASYNC_BODY_BYTES;
+use crate::queue::MAX_ASYNC_BODY_BYTES;
 
 /// Bytes per permit of the semaphore.
 const BYTES_PER_PERMIT: usize = 1024;

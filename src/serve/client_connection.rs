@@ -14,9 +14,9 @@ use tokio::net::TcpStream;
 use tokio::sync::OwnedSemaphorePermit;
 use tokio_util::task::TaskTracker;
 
-use crate::config::Timeouts;
 use crate::deadlines::{ConnectionState, Deadlines, Signal};
 use crate::interim::InterimQueue;
+use crate::serve::Timeouts;
 use crate::serve::registry::Registration;
 
 /// The client of a connection, and the deadlines of the connection. Each connection passes one to its service.

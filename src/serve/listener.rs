@@ -6,10 +6,18 @@ use std::net::{SocketAddr, TcpListener};
 
 use socket2::{Domain, Protocol, Socket, Type};
 
-use crate::config::listen::ListenAddress;
-
 /// Maximum number of connections that wait to be accepted. Linux limits it to `net.core.somaxconn`.
 const BACKLOG: i32 = 8192;
+
+/// An address to listen on.
+#[derive(Clone, Copy, Debug)]
+pub struct ListenAddress {
+    pub address: SocketAddr,
+    /// Setting of the port.
+    pub port_setting: &'static str,
+    /// Setting of the IP address; `None`: it is fixed.
+    pub host_setting: Option<&'static str>,
+}
 
 /// A listener could not be bound to its address.
 #[derive(Debug, thiserror::Error)]

@@ -12,8 +12,8 @@ use http_body_util::{BodyExt, Limited};
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
+use crate::base_url::BaseUrl;
 use crate::call_id::USER_AGENT_VALUE;
-use crate::config::base_url::BaseUrl;
 use crate::deadlines::Deadlines;
 use crate::metrics::traces::SpansDropped;
 use crate::proxy::body::RequestBody;

@@ -8,9 +8,9 @@ use http::header::USER_AGENT;
 use http::{HeaderValue, Method, Request, Response, StatusCode};
 
 use crate::call_id::X_CALL_ID;
-use crate::config::AccessLogMode;
 use crate::error::client_closed_request;
 use crate::metrics::calls::Outcome;
+use crate::trace::config::AccessLogMode;
 use crate::trace::context::{Context, new_span_id};
 use crate::trace::span::{Span, SpanKind, truncate};
 use crate::trace::{RequestObserver, Tracer};

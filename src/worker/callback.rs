@@ -4,6 +4,7 @@
 //! denies and to none of the gateway's own. Connections are not reused, redirects are not followed, and only the head
 //! of the receiver's response is read. A callback to a function of the gateway itself needs no connection ([`local`]).
 
+pub mod allowlist;
 mod headers;
 pub mod local;
 pub mod own_addresses;
@@ -21,15 +22,15 @@ use http::{HeaderMap, Method, Request, Response, StatusCode};
 use uuid::Uuid;
 
 use crate::callback_chain;
-use crate::config::PoolLimits;
-use crate::config::allowlist::CallbackAllowlist;
 use crate::deadlines::Deadlines;
 use crate::error::ErrorChain;
 use crate::proxy::body::RequestBody;
+use crate::proxy::client::PoolLimits;
 use crate::proxy::client::{self, Client, Tls};
 use crate::proxy::egress_filter::{AddressDenied, EgressFilter};
 use crate::proxy::upstream_body::UpstreamBody;
 use crate::queue::now;
+use crate::worker::callback::allowlist::CallbackAllowlist;
 use crate::worker::callback::local::{LocalCall, LocalExecutor};
 use crate::worker::callback::own_addresses::{AddressOwner, OwnAddresses};
 use crate::worker::callback::signature::Secret;

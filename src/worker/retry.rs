@@ -5,7 +5,7 @@ use std::time::{Duration, SystemTime};
 
 use http::HeaderValue;
 
-use crate::config::duration;
+use crate::duration;
 
 const ATTEMPTS_ANNOTATION: &str = "com.openfaas.retry.attempts";
 const CODES_ANNOTATION: &str = "com.openfaas.retry.codes";

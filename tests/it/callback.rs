@@ -4,8 +4,8 @@ use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
 use std::time::Duration;
 
 use bytes::Bytes;
-use gateway::config::allowlist::CallbackAllowlist;
 use gateway::proxy::client::Tls;
+use gateway::worker::callback::allowlist::CallbackAllowlist;
 use gateway::worker::callback::own_addresses::OwnAddresses;
 use gateway::worker::callback::signature::Secret;
 use gateway::worker::callback::target::CallbackUrlError;

@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use gateway::config::base_url::BaseUrl;
+use gateway::base_url::BaseUrl;
 use gateway::function::Function;
 use gateway::proxy::client::{Client, Origin, Tls};
 use gateway::queue::call::{CallOptions, QueuedCall};
@@ -69,7 +69,7 @@ const SHORT_TIMING: CacheTiming = CacheTiming {
 fn retry_policies(url: &str, timing: CacheTiming) -> RetryPolicyCache {
     let url = BaseUrl::parse(url).unwrap();
     let client =
-        Client::new(gateway::config::PoolLimits { total: 10, per_host: 10 }, Tls::default());
+        Client::new(gateway::proxy::client::PoolLimits { total: 10, per_host: 10 }, Tls::default());
     let provider = gateway::provider::Provider {
         client,
         origin: Origin::new(url),

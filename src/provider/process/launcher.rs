@@ -11,7 +11,6 @@ use tokio::process::Command;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use crate::config::PoolLimits;
 use crate::provider::process::command::{DEFAULT_PATH, find_program};
 use crate::provider::process::fork_limiter::ForkLimiter;
 use crate::provider::process::mounts::{Mounts, SECRETS_DIRECTORY};
@@ -21,6 +20,7 @@ use crate::provider::process::spec::FunctionSpec;
 use crate::provider::process::sync::lock_unpoisoned;
 use crate::provider::process::workload::Workload;
 use crate::proxy::client::Client;
+use crate::proxy::client::PoolLimits;
 use crate::shutdown::Tasks;
 
 /// Time between SIGTERM and SIGKILL.

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use jiff::Timestamp;
 use serde::Deserialize;
 
-use crate::config::duration;
+use crate::duration;
 use crate::provider::process::logs::LogEntry;
 
 /// The unparsed query parameters.

@@ -12,7 +12,7 @@ use hyper::upgrade::OnUpgrade;
 use tokio::net::TcpStream;
 use tokio::time::timeout;
 
-use crate::config::base_url::BaseUrl;
+use crate::base_url::BaseUrl;
 use crate::deadlines::Deadlines;
 use crate::interim::InterimQueue;
 use crate::provider::process::launcher::ProcessTasks;

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use axum::http::HeaderValue;
 
-use crate::config::duration;
+use crate::duration;
 use crate::provider::process::shell_words;
 use crate::provider::types::FunctionDeployment;
 

@@ -23,7 +23,7 @@ use crate::queue::now;
 const MAX_CONCURRENT_CHUNKS: usize = 4;
 
 /// Maximum size of a body or a response.
-pub(super) const MAX_BODY_BYTES: usize = crate::config::MAX_ASYNC_BODY_BYTES;
+pub(super) const MAX_BODY_BYTES: usize = crate::queue::MAX_ASYNC_BODY_BYTES;
 
 /// A stored body: the id of its call as a token, and the name of the body.
 pub(super) type StoredBody = (String, String);

@@ -15,8 +15,8 @@ use tokio::sync::Semaphore;
 use tokio_util::task::TaskTracker;
 
 use super::*;
-use crate::config::Timeouts;
 use crate::deadlines::Deadlines;
+use crate::serve::Timeouts;
 use crate::serve::head_budget::HeadBudget;
 use crate::serve::registry::{ConnectionRegistry, Registration, Shard};
 

@@ -11,8 +11,8 @@ use std::time::{Duration, Instant};
 use tokio::net::lookup_host;
 use tokio::sync::Semaphore;
 
-use crate::config::allowlist::equivalent_addresses;
-use crate::config::base_url::BaseUrl;
+use crate::base_url::BaseUrl;
+use crate::worker::callback::allowlist::equivalent_addresses;
 
 /// Lifetime of a name's resolved addresses.
 const LOOKUP_TTL: Duration = Duration::from_secs(5);

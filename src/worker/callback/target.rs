@@ -7,7 +7,7 @@ use base64::engine::general_purpose::STANDARD;
 use http::uri::{Authority, Scheme};
 use http::{HeaderValue, Uri};
 
-use crate::config::base_url::BaseUrl;
+use crate::base_url::BaseUrl;
 use crate::proxy::client::Origin;
 
 /// Why a callback URL is rejected.

@@ -7,9 +7,7 @@ use std::time::{Duration, Instant};
 
 use axum::body::Body;
 use bytes::Bytes;
-use gateway::config;
-use gateway::config::listen::ListenAddress;
-use gateway::provider::process::{ProcessProvider, router};
+use gateway::provider::process::{Config, ProcessProvider, router};
 use gateway::shutdown::Tasks;
 use http::{HeaderMap, Method, Request, Response, StatusCode};
 use http_body_util::BodyExt;
@@ -64,7 +62,7 @@ impl Provider {
         Self::start_with(directory, config).await
     }
 
-    pub async fn start_with(directory: Arc<TempDir>, config: config::Provider) -> Self {
+    pub async fn start_with(directory: Arc<TempDir>, config: Config) -> Self {
         let tasks = Tasks::default();
         let process = ProcessProvider::open(&config, &tasks).await.unwrap();
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
@@ -164,19 +162,9 @@ pub fn request(method: Method, path: &str, body: Body) -> Request<Body> {
     Request::builder().method(method).uri(path).header("host", "provider").body(body).unwrap()
 }
 
-pub fn config(state_dir: &Path) -> config::Provider {
+pub fn config(state_dir: &Path) -> Config {
     let path = std::env::var_os("PATH").unwrap().into_string().unwrap();
-    config::Provider {
-        listen: ListenAddress {
-            address: SocketAddr::from(([127, 0, 0, 1], 0)),
-            port_setting: "provider_port",
-            host_setting: None,
-        },
-        state_dir: state_dir.to_owned(),
-        credentials_dir: None,
-        shutdown_grace: Duration::from_secs(1),
-        environment: vec![("PATH".to_owned(), path)],
-    }
+    Config { state_dir: state_dir.to_owned(), environment: vec![("PATH".to_owned(), path)] }
 }
 
 /// Polls until `condition` holds.
