@@ -23,14 +23,14 @@ async fn made_up_function_names_do_not_grow_the_metrics() {
         .start();
     let gateway = Gateway::in_front_of(&provider).await;
     let before = gateway.metrics().await.len();
-    let mut strangers = tokio::task::JoinSet::new();
-    for stranger in 0..4 {
+    let mut tasks = tokio::task::JoinSet::new();
+    for task in 0..4 {
         let mut client = gateway.connect().await;
-        strangers.spawn(async move {
+        tasks.spawn(async move {
             for batch in 0..BATCHES {
                 let mut requests = String::new();
                 for call in 0..CALLS {
-                    let target = format!("/function/made-up-{stranger}-{batch}-{call}.ns{call}");
+                    let target = format!("/function/made-up-{task}-{batch}-{call}.ns{call}");
                     let _ = write!(requests, "{}", get(&target));
                 }
                 client.send(requests).await;
@@ -40,7 +40,7 @@ async fn made_up_function_names_do_not_grow_the_metrics() {
             }
         });
     }
-    strangers.join_all().await;
+    tasks.join_all().await;
     let all = (4 * BATCHES * CALLS) as u64;
     gateway.wait_for_metric("all calls are counted", |m| m.calls("unknown", "404") == all).await;
     let metrics = gateway.metrics().await;

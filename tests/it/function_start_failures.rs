@@ -57,7 +57,7 @@ async fn a_call_to_a_crashing_function_fails_immediately_with_its_reason_for_loc
     // Clients of other machines receive no more than that.
     for headers in ["Origin: https://a.example\r\n", "X-Forwarded-For: 10.0.0.1\r\n"] {
         let response =
-            without_waiting("a stranger's call", up.get("/function/crash", headers)).await;
+            without_waiting("a remote client's call", up.get("/function/crash", headers)).await;
         assert_eq!(response.status(), 503, "{response}");
         assert!(
             response.text().starts_with("function crash.openfaas-fn does not start (call"),
@@ -98,7 +98,7 @@ async fn with_credentials_authorized_clients_receive_the_reason() {
     let secrets = workspace.path("").display().to_string();
     let up =
         workspace.up(CRASHES, &[("basic_auth", "true"), ("secret_mount_path", &secrets)]).await;
-    let response = without_waiting("a stranger's call", up.get("/function/crash", "")).await;
+    let response = without_waiting("a remote client's call", up.get("/function/crash", "")).await;
     assert_eq!(response.status(), 503, "{response}");
     assert!(
         response.text().starts_with("function crash.openfaas-fn does not start (call"),

@@ -129,7 +129,7 @@ async fn play(
     let mut failed = Vec::new();
     for row in &rows {
         if let Some(what) = check(&gateway, &upstream, row).await {
-            failed.push(format!("{}: {}: {what}", row.place, row.name));
+            failed.push(format!("{}: {}: {what}", row.location, row.name));
         }
     }
     println!("{folder}: {} of {} rows hold", rows.len() - failed.len(), rows.len());

@@ -38,7 +38,7 @@ async fn start(guard: Guard, change: impl FnOnce(Builder) -> Builder) -> Setup {
     let auth_service = Provider::builder().api(|head, _| {
         let given = head.header("authorization").map(|value| format!("Authorization: {value}"));
         let status = if given == Some(authorization()) { 200 } else { 403 };
-        Some((status, "the judge's own words".to_owned()))
+        Some((status, "the auth service's own text".to_owned()))
     });
     let auth_service = auth_service.start();
     std::fs::write(state.path().join("basic-auth-user"), "admin").unwrap();

@@ -30,11 +30,11 @@ pub(crate) fn eventually(
     what: &str,
     mut holds: impl AsyncFnMut() -> bool,
 ) -> impl Future<Output = ()> {
-    let place = std::panic::Location::caller();
+    let location = std::panic::Location::caller();
     async move {
         let start = Instant::now();
         while !holds().await {
-            assert!(start.elapsed() < DEADLINE, "never: {what} ({place})");
+            assert!(start.elapsed() < DEADLINE, "never: {what} ({location})");
             tokio::time::sleep(Duration::from_millis(10)).await;
         }
     }
@@ -43,11 +43,11 @@ pub(crate) fn eventually(
 /// Returns the output of `future`. Fails with `what` if it takes longer than [`DEADLINE`].
 #[track_caller]
 pub(crate) fn within<F: Future>(what: &str, future: F) -> impl Future<Output = F::Output> {
-    let place = std::panic::Location::caller();
+    let location = std::panic::Location::caller();
     async move {
         match tokio::time::timeout(DEADLINE, future).await {
             Ok(output) => output,
-            Err(_) => panic!("took too long: {what} ({place})"),
+            Err(_) => panic!("took too long: {what} ({location})"),
         }
     }
 }

@@ -163,10 +163,10 @@ async fn a_function_scaled_up_by_an_operator_stays_up_for_the_idle_time() {
     eventually("the function scales to zero", async || script.replicas("f") == 0).await;
     let lists = script.list_count();
     eventually("the change is seen", async || script.list_count() > lists + 2).await;
-    let woken = Instant::now();
+    let scaled_up = Instant::now();
     script.set_replicas("f", 1);
     eventually("the function scales to zero again", async || script.replicas("f") == 0).await;
-    assert!(woken.elapsed() >= duration, "{:?}", woken.elapsed());
+    assert!(scaled_up.elapsed() >= duration, "{:?}", scaled_up.elapsed());
     assert_eq!(script.scale_requests("f"), [0, 0]);
 }
 

@@ -9,7 +9,7 @@ use crate::hostile::upstream::Message;
 #[derive(Clone, Debug, Default)]
 pub(super) struct Row {
     /// File and line.
-    pub(super) place: String,
+    pub(super) location: String,
     pub(super) name: String,
     /// Bytes that the hostile side sends.
     pub(super) sent: Vec<u8>,
@@ -104,9 +104,9 @@ fn read_file(path: &Path) -> Vec<Row> {
 }
 
 /// The rows of a block: one for each value of its `for` line.
-fn variants(place: &str, block: &[&str]) -> Vec<Row> {
+fn variants(location: &str, block: &[&str]) -> Vec<Row> {
     let Some(values) = block.iter().find_map(|line| line.strip_prefix("for X: ")) else {
-        return vec![row(place, block)];
+        return vec![row(location, block)];
     };
     let lines: Vec<&str> =
         block.iter().copied().filter(|line| !line.starts_with("for X: ")).collect();
@@ -115,13 +115,14 @@ fn variants(place: &str, block: &[&str]) -> Vec<Row> {
         .map(|value| {
             let lines: Vec<String> = lines.iter().map(|line| line.replace("{X}", value)).collect();
             let lines: Vec<&str> = lines.iter().map(String::as_str).collect();
-            row(place, &lines)
+            row(location, &lines)
         })
         .collect()
 }
 
-fn row(place: &str, lines: &[&str]) -> Row {
-    let mut row = Row { place: place.to_owned(), name: lines[0].to_owned(), ..Row::default() };
+fn row(location: &str, lines: &[&str]) -> Row {
+    let mut row =
+        Row { location: location.to_owned(), name: lines[0].to_owned(), ..Row::default() };
     for line in &lines[1..] {
         let (kind, rest) = line.split_once(' ').unwrap_or((line, ""));
         match (kind, rest) {
@@ -132,10 +133,10 @@ fn row(place: &str, lines: &[&str]) -> Row {
             ("<", rest) => expect(&mut row.client, rest),
             ("=", "none") => {}
             ("=", rest) => expect(&mut row.upstream, rest),
-            _ => panic!("{place}: {line:?}"),
+            _ => panic!("{location}: {line:?}"),
         }
     }
-    assert!(!row.sent.is_empty(), "{place} sends nothing");
+    assert!(!row.sent.is_empty(), "{location} sends nothing");
     row
 }
 

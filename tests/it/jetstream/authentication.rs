@@ -84,8 +84,8 @@ async fn a_server_certificate_is_verified() {
     queue.publish(call("a")).await;
     queue.settle(queue.receive().await, succeeded()).await;
     // A client without the CA refuses the server, and a client with it refuses a server without TLS.
-    let stranger = TestQueue::open(over_tls).await;
-    assert_eq!(stranger.inner.publish(call("b")).await, Err(Error::Unreachable));
+    let without_ca = TestQueue::open(over_tls).await;
+    assert_eq!(without_ca.inner.publish(call("b")).await, Err(Error::Unreachable));
     let plain = Nats::start();
     let deceived = TestQueue::open(Options { servers: servers(&plain), ..known }).await;
     assert_eq!(deceived.inner.publish(call("b")).await, Err(Error::Unreachable));

@@ -162,7 +162,7 @@ async fn idle_consumers_are_deleted_and_created_again() {
         queue.collect_garbage(age, Duration::ZERO).await.unwrap();
         assert_eq!(consumers(&nats).await.len(), 1);
         tokio::time::sleep(LEASE).await;
-        assert_eq!(consumers(&nats).await.len(), 1, "nobody makes it anew for nothing");
+        assert_eq!(consumers(&nats).await.len(), 1, "an idle consumer is not created again");
         // A client that has published before assumes that the consumer still exists.
         queue.publish(call_to("gone", "3")).await;
         std::future::pending::<()>().await;

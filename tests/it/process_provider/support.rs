@@ -170,11 +170,11 @@ pub fn config(state_dir: &Path) -> Config {
 /// Polls until `condition` holds.
 #[track_caller]
 pub fn eventually(mut condition: impl AsyncFnMut() -> bool) -> impl Future<Output = ()> {
-    let caller = std::panic::Location::caller();
+    let location = std::panic::Location::caller();
     async move {
         let began = Instant::now();
         while !condition().await {
-            assert!(began.elapsed() < DEADLINE, "not in time: {caller}");
+            assert!(began.elapsed() < DEADLINE, "not in time: {location}");
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
     }
