@@ -163,7 +163,7 @@ impl QueuedCall {
     /// Returns the call under a generated id, because the id that the client chose belongs to another call.
     #[must_use]
     pub fn with_new_id(mut self, id: String) -> Self {
-        // Whoever guesses the idempotency key learns the id, so the id does not authorize a request either.
+        // A client that guesses the idempotency key learns the id, so the id does not authorize a request either.
         self.options.chosen_id = self.options.idempotency_key.is_some();
         Self { id, ..self }
     }
@@ -212,8 +212,8 @@ impl QueuedCall {
     ///
     /// # Errors
     ///
-    /// `DecodeError::InvalidField` when the function, the target or a header is invalid. Whoever can write to the store
-    /// is not trusted.
+    /// `DecodeError::InvalidField` when the function, the target or a header is invalid. Writers to the store are not
+    /// trusted.
     pub fn from_envelope(envelope: Envelope<'_>, body: Bytes) -> Result<Self, DecodeError> {
         if envelope.headers.len() > MAX_HEADERS || !is_valid_target(&envelope.target) {
             return Err(DecodeError::InvalidField);

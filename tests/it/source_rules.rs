@@ -88,7 +88,9 @@ fn there_is_no_mutable_global() {
 
 #[test]
 fn comments_and_documents_avoid_words_with_a_plainer_equivalent() {
-    let comments = files(&root().join("tests/it"), "rs").into_iter().map(|path| {
+    let directories = ["src", "tests/it"].map(|name| root().join(name));
+    let sources = directories.iter().flat_map(|directory| rust_files(directory));
+    let comments = sources.map(|path| {
         let source = fs::read_to_string(&path).unwrap();
         (path, words(&comments(&source)))
     });
