@@ -14,7 +14,7 @@ pub mod unavailable;
 mod wait;
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use tokio::runtime::Handle;
@@ -27,6 +27,7 @@ use crate::function::Function;
 use crate::metrics::registry::FunctionRegistry;
 use crate::provider::Provider;
 use crate::shutdown::Tasks;
+use crate::sync::lock_unpoisoned;
 
 pub use wait::ColdStartWait;
 
@@ -196,7 +197,7 @@ impl Activator {
     }
 
     fn queues(&self) -> MutexGuard<'_, HashMap<Function, Arc<ColdStartQueue>>> {
-        self.queues.lock().unwrap_or_else(PoisonError::into_inner)
+        lock_unpoisoned(&self.queues)
     }
 }
 

@@ -15,7 +15,7 @@ pub mod policy;
 pub mod reconciler;
 pub mod sampler;
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use tokio::sync::watch;
@@ -33,6 +33,7 @@ use crate::function::Function;
 use crate::metrics::Metrics;
 use crate::metrics::autoscale::AutoscaleMetrics;
 use crate::metrics::poller::ProviderPoller;
+use crate::sync::lock_unpoisoned;
 
 /// Interval between polls of the calls in flight, and polls per sample.
 const POLL_INTERVAL: Duration = Duration::from_millis(125);
@@ -146,7 +147,7 @@ impl SampleLoop {
         };
         let connected = self.publisher.as_ref().is_some_and(LoadPublisher::is_connected);
         let queue_depth_known = self.sampler.queue_depth_known();
-        let mut view = lock(&self.view);
+        let mut view = lock_unpoisoned(&self.view);
         view.add_sample(Sample { now, span, own, connected, queue_depth_known }, exists);
         if sample.is_multiple_of(GC_EVERY_SAMPLES) {
             view.retain(exists);
@@ -166,7 +167,7 @@ async fn receive_reports(
     let Some(mut subscriber) = subscriber else { return };
     loop {
         let message = subscriber.recv().await;
-        if let Some(peers) = &mut lock(view).peers {
+        if let Some(peers) = &mut lock_unpoisoned(view).peers {
             peers.on_report(message, elapsed_millis(started_at));
         }
     }
@@ -177,8 +178,8 @@ async fn run_rounds(mut reconciler: Reconciler, mut sample: watch::Receiver<u64>
     let (mut was_leader, mut last) = (false, 0);
     while sample.changed().await.is_ok() {
         let number = *sample.borrow_and_update();
-        let Leadership { is_leader, members } =
-            lock(&reconciler.view).update_leadership(elapsed_millis(reconciler.started_at));
+        let Leadership { is_leader, members } = lock_unpoisoned(&reconciler.view)
+            .update_leadership(elapsed_millis(reconciler.started_at));
         reconciler.gauges.set_leadership(is_leader, members);
         match (std::mem::replace(&mut was_leader, is_leader), is_leader) {
             (false, true) => tracing::info!(members, "Scaling functions by load"),
@@ -192,10 +193,6 @@ async fn run_rounds(mut reconciler: Reconciler, mut sample: watch::Receiver<u64>
             reconciler.reconcile().await;
         }
     }
-}
-
-fn lock(view: &Mutex<ClusterView>) -> MutexGuard<'_, ClusterView> {
-    view.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 fn elapsed_millis(started_at: Instant) -> MonotonicMillis {

@@ -1,7 +1,7 @@
 //! Liveness and readiness of this process, with the reasons.
 
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 
 use axum::Json;
 use axum::extract::{Extension, Request, State};
@@ -15,6 +15,7 @@ use crate::limit::ConcurrencyLimit;
 use crate::queue::Condition;
 use crate::serve::client_connection::ClientConnection;
 use crate::shutdown::ShutdownPhases;
+use crate::sync::lock_unpoisoned;
 use crate::system::{ApiState, stream_response};
 
 /// Inputs of the readiness check.
@@ -102,7 +103,7 @@ impl Health {
 
     /// Sets the state; returns whether it has changed.
     fn set_provider_state(&self, state: ProviderState) -> bool {
-        let mut last = self.provider.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut last = lock_unpoisoned(&self.provider);
         let changed = *last != state;
         *last = state;
         changed
@@ -120,7 +121,7 @@ impl Health {
 
     /// Records a problem of a queue that is reachable, or that it has none.
     pub fn set_queue_condition(&self, condition: Option<Condition>) {
-        *self.queue_condition.lock().unwrap_or_else(PoisonError::into_inner) = condition;
+        *lock_unpoisoned(&self.queue_condition) = condition;
     }
 
     /// Returns the response to a readiness probe: 200 or 503, with a JSON body that lists the reasons.
@@ -143,7 +144,7 @@ impl Health {
         }
         // A provider that responds at all can be called. Errors of the gateway's own queries only degrade: another
         // gateway would have the same provider, so sending clients there does not help.
-        match &*self.provider.lock().unwrap_or_else(PoisonError::into_inner) {
+        match &*lock_unpoisoned(&self.provider) {
             ProviderState::Reachable => {}
             ProviderState::NotPolledYet => {
                 reasons.push("starting: the provider has not been polled yet".to_owned());
@@ -168,7 +169,7 @@ impl Health {
         if self.queue_unreachable.load(Relaxed) {
             degraded.push("queue");
         }
-        let condition = *self.queue_condition.lock().unwrap_or_else(PoisonError::into_inner);
+        let condition = *lock_unpoisoned(&self.queue_condition);
         degraded.extend(condition.map(|condition| match condition {
             Condition::DiskFull => "queue: disk full",
             Condition::DamagedCalls => "queue: damaged calls set aside",

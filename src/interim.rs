@@ -4,8 +4,10 @@
 //! client's stream writes them while hyper has nothing to write. Only the final response must arrive: interim responses
 //! that exceed the limit, or come too late, are dropped.
 
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicU8, Ordering::Relaxed};
-use std::sync::{Mutex, PoisonError};
+
+use crate::sync::lock_unpoisoned;
 
 /// Maximum number of bytes that wait for a client that does not read.
 pub const MAX_QUEUED_BYTES: usize = 64 << 10;
@@ -27,7 +29,7 @@ pub struct InterimQueue {
 impl InterimQueue {
     /// Queues the head of a response, unless the limit is reached.
     pub fn push(&self, head: &[u8]) {
-        let mut heads = self.heads.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut heads = lock_unpoisoned(&self.heads);
         if self.is_final_ready() {
             heads.clear();
         }
@@ -57,7 +59,7 @@ impl InterimQueue {
     /// Removes and returns all queued heads.
     pub fn take(&self) -> Vec<u8> {
         self.state.store(EMPTY, Relaxed);
-        std::mem::take(&mut *self.heads.lock().unwrap_or_else(PoisonError::into_inner))
+        std::mem::take(&mut *lock_unpoisoned(&self.heads))
     }
 }
 

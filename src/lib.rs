@@ -17,6 +17,7 @@ pub mod limit;
 pub mod metrics;
 pub mod self_wake;
 pub mod shutdown;
+pub mod sync;
 pub mod telemetry;
 
 // The provider, upstream connections, and the queue.

@@ -10,7 +10,7 @@ pub mod registry;
 pub mod traces;
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
@@ -28,6 +28,7 @@ use crate::metrics::families::FunctionCollector;
 use crate::metrics::queue::QueueMetrics;
 use crate::metrics::registry::{FunctionRegistry, RETENTION};
 use crate::metrics::traces::SpansDropped;
+use crate::sync::lock_unpoisoned;
 
 /// Prometheus marks a series as stale after this time without a scrape.
 const SCRAPE_TIMEOUT: Duration = Duration::from_secs(300);
@@ -176,7 +177,7 @@ impl Metrics {
 
     /// Returns whether the metrics are being scraped.
     pub fn is_scraped(&self, now: Instant) -> bool {
-        let last_scrape = *self.last_scrape.lock().unwrap_or_else(PoisonError::into_inner);
+        let last_scrape = *lock_unpoisoned(&self.last_scrape);
         last_scrape.is_some_and(|last| now.saturating_duration_since(last) < SCRAPE_TIMEOUT)
     }
 
@@ -185,7 +186,7 @@ impl Metrics {
     /// # Errors
     /// A metric cannot be encoded. No known input leads to this.
     pub fn render(&self) -> Result<String, prometheus::Error> {
-        *self.last_scrape.lock().unwrap_or_else(PoisonError::into_inner) = Some(Instant::now());
+        *lock_unpoisoned(&self.last_scrape) = Some(Instant::now());
         TextEncoder::new().encode_to_string(&self.registry.gather())
     }
 

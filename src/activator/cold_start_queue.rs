@@ -1,13 +1,14 @@
 //! The requests that wait for one function to become ready, and the state that releases them.
 
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use tokio::sync::watch;
 
 use crate::function::Function;
 use crate::provider::types::StartFailure;
+use crate::sync::lock_unpoisoned;
 
 /// Queue of requests that wait for one function, and what the activation knows about it.
 pub(super) struct ColdStartQueue {
@@ -182,11 +183,11 @@ impl ColdStartQueue {
     }
 
     pub(super) fn set_reason(&self, reason: String) {
-        *self.reason.lock().unwrap_or_else(PoisonError::into_inner) = reason;
+        *lock_unpoisoned(&self.reason) = reason;
     }
 
     pub(super) fn reason(&self) -> String {
-        self.reason.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        lock_unpoisoned(&self.reason).clone()
     }
 }
 

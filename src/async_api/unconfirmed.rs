@@ -5,10 +5,11 @@
 //! is limited. No I/O.
 
 use std::collections::HashSet;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard};
 
 use crate::error::Error;
 use crate::function::Function;
+use crate::sync::lock_unpoisoned;
 
 /// Maximum number of different names until the provider answers again. New functions are rarely called for the first
 /// time while it is unavailable.
@@ -38,7 +39,7 @@ impl UnconfirmedFunctions {
     }
 
     fn names(&self) -> MutexGuard<'_, HashSet<Function>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        lock_unpoisoned(&self.0)
     }
 }
 

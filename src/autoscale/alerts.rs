@@ -1,11 +1,12 @@
 //! Suppresses alerts for functions that are scaled by load; logs that once per function.
 
 use std::collections::HashSet;
-use std::sync::{Mutex, PoisonError};
+use std::sync::Mutex;
 
 use crate::autoscale::policy;
 use crate::function::Function;
 use crate::provider::types::FunctionSummary;
+use crate::sync::lock_unpoisoned;
 
 /// Maximum number of functions for which the suppression is logged.
 const MAX_LOGGED_FUNCTIONS: usize = 10_000;
@@ -22,7 +23,7 @@ impl AlertFilter {
         if !status.labels.as_ref().is_some_and(policy::is_managed) {
             return false;
         }
-        let mut logged = self.logged.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut logged = lock_unpoisoned(&self.logged);
         if logged.len() < MAX_LOGGED_FUNCTIONS && logged.insert(function.clone()) {
             tracing::info!(
                 function = %function,

@@ -1,7 +1,7 @@
 //! Reconciliation: lists the functions, decides for each, and sends the changes to the provider.
 
 use std::collections::{HashMap, HashSet};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use futures_util::StreamExt as _;
@@ -16,6 +16,7 @@ use crate::autoscale::policy::{Kind, Policy, is_managed};
 use crate::function::Function;
 use crate::metrics::autoscale::{AutoscaleMetrics, ScaleSample};
 use crate::metrics::poller::ProviderPoller;
+use crate::sync::lock_unpoisoned;
 
 /// Time limit for listing all functions.
 const LIST_TIMEOUT: Duration = Duration::from_secs(5);
@@ -55,7 +56,7 @@ impl Reconciler {
 
     /// Returns whether a function needs more replicas before the next round.
     pub fn is_urgent(&self) -> bool {
-        let (view, now) = (self.view.lock().unwrap_or_else(PoisonError::into_inner), self.now());
+        let (view, now) = (lock_unpoisoned(&self.view), self.now());
         let by_calls =
             |managed: &&ManagedFunction| managed.is_present() && managed.policy.kind != Kind::Cpu;
         self.functions.values().filter(by_calls).any(|managed| {
@@ -156,7 +157,7 @@ impl Reconciler {
     /// Decides for every function. Returns the changes to send.
     fn decide_all(&mut self) -> Vec<Change> {
         let (rules, now) = (self.rules, self.now());
-        let view = self.view.lock().unwrap_or_else(PoisonError::into_inner);
+        let view = lock_unpoisoned(&self.view);
         let (mut changes, mut samples) = (Vec::new(), Vec::new());
         for (function, managed) in
             self.functions.iter_mut().filter(|(_, managed)| managed.is_present())
@@ -251,7 +252,7 @@ impl Reconciler {
         let Some(managed) = self.functions.get(function) else { return true };
         let (label, now) = (managed.label.as_str(), self.now());
         let may_be_idle = {
-            let view = self.view.lock().unwrap_or_else(PoisonError::into_inner);
+            let view = lock_unpoisoned(&self.view);
             let observation =
                 view.observe(managed.input(panic_window(self.rules.window), now), now);
             may_scale_to_zero(self.rules, &managed.policy, observation)

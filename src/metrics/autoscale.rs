@@ -1,9 +1,11 @@
 //! Metrics of the autoscaler.
 
 use std::collections::HashSet;
-use std::sync::{Mutex, PoisonError};
+use std::sync::Mutex;
 
 use prometheus::{GaugeVec, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry};
+
+use crate::sync::lock_unpoisoned;
 
 /// State of one function that the autoscaler manages.
 #[derive(Clone, Debug, PartialEq)]
@@ -82,13 +84,13 @@ impl AutoscaleMetrics {
     /// Counts a change that the provider has accepted.
     pub fn record_decision(&self, label: &str, reason: &'static str) {
         self.decisions.with_label_values(&[label, reason]).inc();
-        let mut counted = self.counted.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut counted = lock_unpoisoned(&self.counted);
         counted.insert((label.to_owned(), reason));
     }
 
     /// Sets the gauges of all managed functions, and removes those of all others.
     pub fn set_functions(&self, all: &[ScaleSample]) {
-        let mut exported = self.exported.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut exported = lock_unpoisoned(&self.exported);
         let now: HashSet<_> =
             all.iter().map(|sample| (sample.label.clone(), sample.kind)).collect();
         let labels: HashSet<&str> = all.iter().map(|sample| sample.label.as_str()).collect();
@@ -99,7 +101,7 @@ impl AutoscaleMetrics {
                 let _ = self.desired.remove_label_values(&[label]);
             }
         }
-        let mut counted = self.counted.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut counted = lock_unpoisoned(&self.counted);
         counted.retain(|(label, reason)| {
             let kept = all.is_empty() || labels.contains(label.as_str());
             if !kept {

@@ -2,7 +2,7 @@
 //! A scrape adds the shards up.
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use foldhash::fast::RandomState;
@@ -11,6 +11,7 @@ use http::StatusCode;
 use crate::error::client_closed_request;
 use crate::function::Function;
 use crate::metrics::registry::{FunctionRegistry, ReadyFlag};
+use crate::sync::lock_unpoisoned;
 
 /// Upper bounds of the duration histogram, in seconds.
 pub const BUCKETS: [f64; 11] = [0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0];
@@ -111,7 +112,7 @@ impl Series {
 
     /// Locks the counters.
     pub fn counters(&self) -> MutexGuard<'_, Counters> {
-        self.counters.lock().unwrap_or_else(PoisonError::into_inner)
+        lock_unpoisoned(&self.counters)
     }
 }
 
@@ -200,7 +201,7 @@ impl Shard {
     }
 
     fn segments(&self) -> MutexGuard<'_, HashMap<Box<str>, Arc<Series>, RandomState>> {
-        self.by_segment.lock().unwrap_or_else(PoisonError::into_inner)
+        lock_unpoisoned(&self.by_segment)
     }
 }
 

@@ -1,7 +1,7 @@
 //! Invocation counts of functions, from Prometheus if configured: it has a longer history than this process.
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use http::{HeaderMap, Method};
@@ -11,6 +11,7 @@ use crate::error::Error;
 use crate::metrics::Metrics;
 use crate::provider::{build_request, parse_json, send_and_collect};
 use crate::proxy::client::{Client, Origin};
+use crate::sync::lock_unpoisoned;
 
 const QUERY_TARGET: &str =
     "/api/v1/query?query=sum%20by%20(function_name)%20(gateway_function_invocation_total)";
@@ -67,11 +68,11 @@ impl InvocationCounts {
     }
 
     fn failed_at(&self) -> Option<Instant> {
-        *self.failed_at.lock().unwrap_or_else(PoisonError::into_inner)
+        *lock_unpoisoned(&self.failed_at)
     }
 
     fn set_failed_at(&self, failed_at: Option<Instant>) {
-        *self.failed_at.lock().unwrap_or_else(PoisonError::into_inner) = failed_at;
+        *lock_unpoisoned(&self.failed_at) = failed_at;
     }
 }
 

@@ -1,12 +1,14 @@
 //! Metrics of queued calls.
 
 use std::collections::HashSet;
-use std::sync::{Mutex, PoisonError};
+use std::sync::Mutex;
 use std::time::Duration;
 
 use prometheus::{
     Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGaugeVec, Opts, Registry,
 };
+
+use crate::sync::lock_unpoisoned;
 
 /// Maximum functions with gauges of their own. Unconfirmed names may be queued while the provider is unreachable.
 const MAX_FUNCTIONS: usize = 1000;
@@ -141,7 +143,7 @@ impl QueueMetrics {
     pub fn set_depths(&self, mut depths: Vec<DepthGauges>) {
         depths.sort_unstable_by_key(|depth| std::cmp::Reverse(depth.pending + depth.dead_letters));
         depths.truncate(MAX_FUNCTIONS);
-        let mut exported = self.exported.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut exported = lock_unpoisoned(&self.exported);
         let now: HashSet<String> = depths.iter().map(|depth| depth.label.clone()).collect();
         for removed in exported.difference(&now) {
             for gauge in &self.gauges {

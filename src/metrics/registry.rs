@@ -3,10 +3,11 @@
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use crate::function::Function;
+use crate::sync::lock_unpoisoned;
 
 /// Time after its last listing or confirmation at which a function and its series are removed.
 pub const RETENTION: Duration = Duration::from_secs(3600);
@@ -160,7 +161,7 @@ impl FunctionRegistry {
     }
 
     fn functions(&self) -> MutexGuard<'_, HashMap<Function, FunctionEntry>> {
-        self.functions.lock().unwrap_or_else(PoisonError::into_inner)
+        lock_unpoisoned(&self.functions)
     }
 }
 

@@ -43,7 +43,6 @@ mod shell_words;
 mod spec;
 mod start_failure;
 mod store;
-mod sync;
 mod usage;
 mod workload;
 
@@ -70,10 +69,10 @@ use crate::provider::process::orphans::Orphans;
 use crate::provider::process::secrets::Secrets;
 use crate::provider::process::spec::{FunctionSpec, Mode, initial_replicas, is_dns_label};
 use crate::provider::process::store::{SavedFunction, Store};
-use crate::provider::process::sync::lock_unpoisoned;
 use crate::provider::process::workload::Workload;
 use crate::provider::types::{FunctionDeployment, FunctionStatus};
 use crate::shutdown::Tasks;
+use crate::sync::lock_unpoisoned;
 
 /// Namespace of functions that are deployed without one.
 pub const DEFAULT_NAMESPACE: &str = "openfaas-fn";

@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 use std::io;
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::time::{Duration, Instant};
 
 use foldhash::fast::RandomState;
@@ -26,6 +26,7 @@ use crate::proxy::request_writer::RequestWriter;
 use crate::proxy::upstream_body::UpstreamBody;
 use crate::proxy::wire::ParseError;
 use crate::proxy::wire::response::ResponseHead;
+use crate::sync::lock_unpoisoned;
 
 /// An idle connection is closed after this time. Most servers close theirs after 60 s or later.
 const MAX_IDLE_TIME: Duration = Duration::from_secs(50);
@@ -348,7 +349,7 @@ impl Client {
     }
 
     fn check_out(&self, pool_key: &str) -> Option<Box<Http1Connection>> {
-        let mut pool = self.pool.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut pool = lock_unpoisoned(&self.pool);
         let connection = pool.idle.get_mut(pool_key)?.pop()?.connection;
         pool.count -= 1;
         Some(connection)
@@ -364,7 +365,7 @@ impl Client {
         if !connection.is_reusable() {
             return;
         }
-        let mut pool = self.pool.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut pool = lock_unpoisoned(&self.pool);
         if pool.count >= self.limits.total {
             return;
         }
@@ -390,7 +391,7 @@ impl Client {
     }
 
     fn reap(&self) {
-        let mut pool = self.pool.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut pool = lock_unpoisoned(&self.pool);
         let Pool { idle, count } = &mut *pool;
         let now = Instant::now();
         idle.retain(|_, connections| {

@@ -1,7 +1,7 @@
 //! The body of a response from an upstream. It drives its connection, and returns it to the pool at the end.
 
 use std::pin::Pin;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
@@ -13,6 +13,7 @@ use crate::proxy::client::Client;
 use crate::proxy::http1_connection::{Http1Connection, ResponseAborted};
 use crate::proxy::request_writer::RequestWriter;
 use crate::proxy::wire::body_decoder::BodyDecoder;
+use crate::sync::lock_unpoisoned;
 
 /// After this many bytes one poll returns `Pending`, so that hyper writes while the bytes are still in the CPU cache.
 const POLL_BUDGET_BYTES: usize = 256 << 10;
@@ -53,9 +54,7 @@ impl ConnectionSlot {
     fn take(&mut self) -> Option<Box<Http1Connection>> {
         match self {
             Self::Owned(connection) => connection.take(),
-            Self::Shared(connection) => {
-                connection.lock().unwrap_or_else(PoisonError::into_inner).take()
-            }
+            Self::Shared(connection) => lock_unpoisoned(connection).take(),
         }
     }
 
@@ -68,7 +67,7 @@ impl ConnectionSlot {
         let connection = match self {
             Self::Owned(connection) => connection,
             Self::Shared(connection) => {
-                shared = connection.lock().unwrap_or_else(PoisonError::into_inner);
+                shared = lock_unpoisoned(connection);
                 &mut *shared
             }
         };
@@ -118,7 +117,7 @@ impl UpstreamBody {
         let shared = Arc::new(Mutex::new(self.connection.take()));
         self.connection = ConnectionSlot::Shared(Arc::clone(&shared));
         move |cx| {
-            if let Some(connection) = &mut *shared.lock().unwrap_or_else(PoisonError::into_inner) {
+            if let Some(connection) = &mut *lock_unpoisoned(&shared) {
                 // The next poll of this body reports errors of the request.
                 let _ = connection.poll_write_request(cx);
             }
@@ -144,9 +143,7 @@ impl UpstreamBody {
         };
         let received = match &self.connection {
             ConnectionSlot::Owned(connection) => received(connection),
-            ConnectionSlot::Shared(connection) => {
-                received(&connection.lock().unwrap_or_else(PoisonError::into_inner))
-            }
+            ConnectionSlot::Shared(connection) => received(&lock_unpoisoned(connection)),
         };
         self.size_hint().exact().is_some_and(|missing| missing <= received)
     }

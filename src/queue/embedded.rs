@@ -31,7 +31,7 @@ use std::fs::DirBuilder;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, RwLock};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -55,6 +55,7 @@ use crate::queue::{
     ChangeOutcome, Condition, Delivery, Error, Filter, LeaseHandle, MemoryPermit, Order, Published,
     QueueDepth, now,
 };
+use crate::sync::lock_unpoisoned;
 
 /// Maximum number of operations that wait for the writer thread.
 const MAX_QUEUED_OPS: usize = 4096;
@@ -430,7 +431,7 @@ impl Shared {
     }
 
     fn state(&self) -> MutexGuard<'_, QueueState> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        lock_unpoisoned(&self.state)
     }
 
     /// Reads an encoded call. Calls that were enqueued in the same batch are cached.

@@ -36,7 +36,7 @@ mod repair;
 mod streams;
 mod subject;
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use futures_util::FutureExt;
@@ -67,6 +67,7 @@ use crate::queue::tasks::Tasks;
 use crate::queue::{
     CallPage, ChangeOutcome, Delivery, Error, Filter, MemoryPermit, Published, QueueDepth,
 };
+use crate::sync::lock_unpoisoned;
 
 /// Time limit of a publish: of a small body, and of a body that needs several messages.
 const PUBLISH_TIMEOUT: Duration = Duration::from_millis(1900);
@@ -223,7 +224,7 @@ impl JetStream {
             tracing::debug!(%error, "Cannot count the queued calls");
         }
         {
-            let mut last_gc = self.shared.last_gc.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut last_gc = lock_unpoisoned(&self.shared.last_gc);
             if last_gc.elapsed() < GC_INTERVAL && self.shared.gc_cursor().is_none() {
                 return;
             }
@@ -298,15 +299,15 @@ impl JetStream {
 
 impl Shared {
     fn pull_scheduler(&self) -> MutexGuard<'_, PullScheduler<Received>> {
-        self.pull_scheduler.lock().unwrap_or_else(PoisonError::into_inner)
+        lock_unpoisoned(&self.pull_scheduler)
     }
 
     fn prefetched(&self) -> MutexGuard<'_, Prefetched> {
-        self.prefetched.lock().unwrap_or_else(PoisonError::into_inner)
+        lock_unpoisoned(&self.prefetched)
     }
 
     fn consumers(&self) -> MutexGuard<'_, Consumers> {
-        self.consumers.lock().unwrap_or_else(PoisonError::into_inner)
+        lock_unpoisoned(&self.consumers)
     }
 
     /// Waits until the server is connected and all streams of the queue exist.

@@ -25,7 +25,7 @@ mod proto;
 mod subscribe;
 
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
 use tokio::sync::Notify;
@@ -44,6 +44,7 @@ use crate::queue::stan::subscribe::{MAX_DELAYED, ReceivedCall};
 use crate::queue::status::Settlement;
 use crate::queue::tasks::Tasks;
 use crate::queue::{Delivery, Error, Published, now};
+use crate::sync::lock_unpoisoned;
 
 /// Options in addition to those of the NATS connection.
 #[derive(Clone, Debug)]
@@ -223,7 +224,7 @@ const ENVELOPE_BYTES: usize = 1024;
 
 impl Shared {
     fn inflight(&self) -> MutexGuard<'_, InflightTable<ReceivedCall>> {
-        self.inflight.lock().unwrap_or_else(PoisonError::into_inner)
+        lock_unpoisoned(&self.inflight)
     }
 
     /// Returns the name of a channel.

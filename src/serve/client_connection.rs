@@ -4,7 +4,7 @@
 use std::io;
 use std::net::SocketAddr;
 use std::pin::Pin;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::task::{Context, Poll, ready};
 
 use bytes::{Buf, Bytes};
@@ -18,6 +18,7 @@ use crate::deadlines::{ConnectionState, Deadlines, Signal};
 use crate::interim::InterimQueue;
 use crate::serve::Timeouts;
 use crate::serve::registry::Registration;
+use crate::sync::lock_unpoisoned;
 
 /// The client of a connection, and the deadlines of the connection. Each connection passes one to its service.
 #[derive(Clone, Debug)]
@@ -66,12 +67,12 @@ impl ClientConnection {
     /// Sets a hook that the task of the connection polls while the response write is blocked. hyper does not poll the
     /// response body then, but the rest of the request must still be sent to the upstream.
     pub fn on_write_blocked(&self, drive: impl FnMut(&mut Context<'_>) + Send + 'static) {
-        let mut slot = self.blocked_write_hook.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut slot = lock_unpoisoned(&self.blocked_write_hook);
         *slot = Some(BlockedWriteHook(Box::new(drive)));
     }
 
     pub(super) fn poll_blocked_write_hook(&self, cx: &mut Context<'_>) {
-        let mut slot = self.blocked_write_hook.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut slot = lock_unpoisoned(&self.blocked_write_hook);
         if let Some(BlockedWriteHook(drive)) = &mut *slot {
             drive(cx);
         }

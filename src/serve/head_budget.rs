@@ -4,10 +4,11 @@
 //! in one read, which are nearly all, are not charged.
 
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::sync::{Arc, Mutex, Weak};
 
 use crate::deadlines::Signal;
 use crate::serve::registry::{Registration, Shard};
+use crate::sync::lock_unpoisoned;
 
 /// The budget of the process.
 #[derive(Debug)]
@@ -39,7 +40,7 @@ impl HeadBudget {
     }
 
     pub(super) fn add_shard(&self, shard: &Arc<Shard>) {
-        let mut shards = self.shards.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut shards = lock_unpoisoned(&self.shards);
         shards.retain(|shard| shard.strong_count() > 0);
         shards.push(Arc::downgrade(shard));
     }
@@ -88,7 +89,7 @@ impl HeadBudget {
     /// Refuses heads, the largest first, until the others are within the budget.
     fn refuse_largest(&self) {
         // One thread at a time: two would refuse too many heads.
-        let shards = self.shards.lock().unwrap_or_else(PoisonError::into_inner);
+        let shards = lock_unpoisoned(&self.shards);
         while self.is_exceeded() {
             let mut largest: Option<(usize, Arc<Shard>, u64)> = None;
             for shard in shards.iter().filter_map(Weak::upgrade) {

@@ -4,12 +4,13 @@
 //! all connections. It keeps those that have been idle longest as candidates for the next evictions.
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::task::Waker;
 use std::time::{Duration, Instant};
 
 use crate::deadlines::{ConnectionState, Deadlines, Signal};
 use crate::serve::head_budget::HeadBudget;
+use crate::sync::lock_unpoisoned;
 
 /// A connection that has been idle for less is not evicted, because its next request may be in transit.
 const IDLE_GRACE: Duration = Duration::from_secs(1);
@@ -100,14 +101,14 @@ impl ConnectionRegistry {
     pub(super) fn add_shard(&self, head_budget: &HeadBudget) -> Arc<Shard> {
         let shard = Arc::<Shard>::default();
         head_budget.add_shard(&shard);
-        lock(&self.shards).push(Arc::clone(&shard));
+        lock_unpoisoned(&self.shards).push(Arc::clone(&shard));
         shard
     }
 
     /// Evicts the connection that has been idle longest, or without one, the connection that has waited longest for the
     /// rest of a head. The connection closes when its task is polled next.
     pub(super) fn evict_one(&self) -> Option<Eviction> {
-        let mut candidates = lock(&self.candidates);
+        let mut candidates = lock_unpoisoned(&self.candidates);
         for refreshed in [false, true] {
             if refreshed {
                 *candidates = self.find_candidates(Instant::now());
@@ -124,7 +125,7 @@ impl ConnectionRegistry {
 
     fn find_candidates(&self, now: Instant) -> Vec<EvictionCandidate> {
         let (mut idle, mut reading_heads) = (Vec::new(), Vec::new());
-        for shard in lock(&self.shards).iter() {
+        for shard in lock_unpoisoned(&self.shards).iter() {
             for (key, entry) in &shard.lock().open {
                 let Some((state, since)) = evictable_since(&entry.deadlines, now) else { continue };
                 let found =
@@ -157,7 +158,7 @@ impl EvictionCandidate {
 
 impl Shard {
     pub(super) fn lock(&self) -> MutexGuard<'_, Connections> {
-        lock(&self.0)
+        lock_unpoisoned(&self.0)
     }
 
     /// Registers a connection that has been accepted.
@@ -210,10 +211,6 @@ impl Drop for RegistrationGuard {
         self.0.head_budget.release(&self.0);
         self.0.shard.lock().open.remove(&self.0.key);
     }
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 #[cfg(test)]

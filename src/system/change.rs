@@ -2,7 +2,7 @@
 //! updated, deleted or scaled is outdated afterwards, and the next call must not rely on it.
 
 use std::pin::Pin;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::task::{Context, Poll};
 
 use axum::body::Body;
@@ -14,6 +14,7 @@ use serde::Deserialize;
 
 use crate::metrics::registry::FunctionRegistry;
 use crate::serve::client_connection::ClientConnection;
+use crate::sync::lock_unpoisoned;
 use crate::system::{ApiState, stream_response};
 
 /// Maximum bytes of a body that are captured: far more than a deployment needs.
@@ -71,7 +72,7 @@ impl Drop for InvalidateOnDrop<'_> {
         match &self.function {
             ChangedFunction::Named(name) => self.registry.invalidate(Some(name)),
             ChangedFunction::InBody(captured) => {
-                let captured = captured.lock().unwrap_or_else(PoisonError::into_inner);
+                let captured = lock_unpoisoned(captured);
                 match serde_json::from_slice::<FunctionReference>(&captured.bytes) {
                     Ok(named) => self.registry.invalidate(Some(&named.service)),
                     // The truncated body may name any function.
@@ -102,7 +103,7 @@ impl http_body::Body for CapturingBody {
         if let Poll::Ready(Some(Ok(frame))) = &polled
             && let Some(data) = frame.data_ref()
         {
-            self.captured.lock().unwrap_or_else(PoisonError::into_inner).capture(data);
+            lock_unpoisoned(&self.captured).capture(data);
         }
         polled
     }

@@ -4,7 +4,7 @@
 //! failing for the same reason.
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
 use tokio::time::{Instant, sleep, timeout};
@@ -13,6 +13,7 @@ use crate::error::Error;
 use crate::function::Function;
 use crate::provider::Provider;
 use crate::queue::call::QueuedCall;
+use crate::sync::lock_unpoisoned;
 use crate::worker::retry::RetryPolicy;
 
 /// Maximum number of cached functions.
@@ -134,7 +135,7 @@ impl RetryPolicyCache {
     }
 
     fn entry(&self, function: &Function) -> Arc<Entry> {
-        let mut entries = self.entries.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut entries = lock_unpoisoned(&self.entries);
         if let Some(entry) = entries.get(function) {
             return Arc::clone(entry);
         }

@@ -1,12 +1,13 @@
 //! Limit on the number of executed calls that await their settlement.
 
 use std::collections::HashMap;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard};
 
 use tokio::sync::Notify;
 
 use crate::function::Function;
 use crate::queue::fair_share::may_start;
+use crate::sync::lock_unpoisoned;
 
 /// Limits unsettled calls in total and gives each function a fair share, so that calls of one function that cannot be
 /// settled do not block others.
@@ -48,7 +49,7 @@ impl SettlementLimiter {
     }
 
     fn lock_usage(&self) -> MutexGuard<'_, Usage> {
-        self.usage.lock().unwrap_or_else(PoisonError::into_inner)
+        lock_unpoisoned(&self.usage)
     }
 }
 

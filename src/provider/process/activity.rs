@@ -3,9 +3,9 @@
 use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex};
 
-use crate::provider::process::sync::lock_unpoisoned;
 use crate::provider::process::usage::{MIN_SAMPLE_INTERVAL, Sample};
 use crate::provider::types::Usage;
+use crate::sync::lock_unpoisoned;
 
 #[derive(Debug, Default)]
 pub(super) struct Activity {

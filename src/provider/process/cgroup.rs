@@ -14,7 +14,7 @@ use tokio::process::Command;
 use tokio::time::{sleep, timeout};
 
 use crate::provider::process::command::find_program;
-use crate::provider::process::sync::lock_unpoisoned;
+use crate::sync::lock_unpoisoned;
 
 /// Prefix of the names of providers' root directories.
 const DIRECTORY_PREFIX: &str = "gateway-provider-";

@@ -15,10 +15,10 @@ use crate::provider::process::pool::{AcquireError, Pool};
 use crate::provider::process::replica::ReplicaPermit;
 use crate::provider::process::spec::Mode;
 use crate::provider::process::store::SavedFunction;
-use crate::provider::process::sync::lock_unpoisoned;
 use crate::provider::process::workload::Workload;
 use crate::provider::process::{fork, http_mode};
 use crate::provider::types::{FunctionDeployment, FunctionStatus, Resources, StartFailure};
+use crate::sync::lock_unpoisoned;
 
 /// Label with the function's name, by which clients find it. Added to every function.
 const FUNCTION_LABEL: &str = "faas_function";

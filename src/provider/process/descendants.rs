@@ -23,7 +23,7 @@ use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
 use crate::provider::process::procfs::{self, Stat};
-use crate::provider::process::sync::lock_unpoisoned;
+use crate::sync::lock_unpoisoned;
 
 /// Environment variable with the mark of a process.
 const MARK_VARIABLE: &str = "GATEWAY_PROCESS";

@@ -6,8 +6,8 @@ use std::sync::{Arc, Mutex};
 use crate::function::Function;
 use crate::provider::process::DEFAULT_NAMESPACE;
 use crate::provider::process::deployed_function::DeployedFunction;
-use crate::provider::process::sync::lock_unpoisoned;
 use crate::provider::types::Namespace;
+use crate::sync::lock_unpoisoned;
 
 #[derive(Debug)]
 pub(super) struct FunctionTable {

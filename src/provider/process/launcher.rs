@@ -17,11 +17,11 @@ use crate::provider::process::mounts::{Mounts, SECRETS_DIRECTORY};
 use crate::provider::process::orphans::Orphans;
 use crate::provider::process::secrets::Secrets;
 use crate::provider::process::spec::FunctionSpec;
-use crate::provider::process::sync::lock_unpoisoned;
 use crate::provider::process::workload::Workload;
 use crate::proxy::client::Client;
 use crate::proxy::client::PoolLimits;
 use crate::shutdown::Tasks;
+use crate::sync::lock_unpoisoned;
 
 /// Time between SIGTERM and SIGKILL.
 pub(super) const TERMINATION_GRACE: Duration = Duration::from_secs(10);

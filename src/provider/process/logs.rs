@@ -10,8 +10,8 @@ use tokio::sync::broadcast;
 use crate::function::Function;
 use crate::provider::process::line_splitter::LineSplitter;
 use crate::provider::process::log_query::LogQuery;
-use crate::provider::process::sync::lock_unpoisoned;
 use crate::provider::types::LogLine;
+use crate::sync::lock_unpoisoned;
 
 /// Maximum number of lines kept for a function, and their maximum total size in bytes.
 const MAX_LINES: usize = 4000;

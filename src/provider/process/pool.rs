@@ -8,9 +8,9 @@ use crate::provider::process::balancer::{Selection, least_loaded};
 use crate::provider::process::launcher::ProcessLauncher;
 use crate::provider::process::replica::{Replica, ReplicaPermit};
 use crate::provider::process::spec::Mode;
-use crate::provider::process::sync::lock_unpoisoned;
 use crate::provider::process::workload::Workload;
 use crate::provider::types::StartFailure;
+use crate::sync::lock_unpoisoned;
 
 #[derive(Debug)]
 pub(super) struct Pool {

@@ -19,8 +19,8 @@ use crate::provider::process::pool::Pool;
 use crate::provider::process::process_group::ProcessGroup;
 use crate::provider::process::replica_client::{self, ReplicaRequest};
 use crate::provider::process::start_failure::FailedStarts;
-use crate::provider::process::sync::lock_unpoisoned;
 use crate::provider::types::StartFailure;
+use crate::sync::lock_unpoisoned;
 
 /// Limit for a replica to become ready, after which it is restarted.
 const START_TIMEOUT: Duration = Duration::from_secs(300);

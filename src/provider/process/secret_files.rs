@@ -7,9 +7,9 @@ use anyhow::{Context, bail};
 
 use crate::provider::process::secrets::{Secrets, is_secret_name};
 use crate::provider::process::spec::is_dns_label;
-use crate::provider::process::sync::lock_unpoisoned;
 use crate::provider::process::{DEFAULT_NAMESPACE, ProcessProvider, function_of};
 use crate::provider::types::FunctionDeployment;
+use crate::sync::lock_unpoisoned;
 
 /// State of the stored secrets: namespace, name, size and modification time of each.
 #[derive(Debug, Default, PartialEq, Eq)]

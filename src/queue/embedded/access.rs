@@ -10,6 +10,7 @@ use crate::queue::embedded::Shared;
 use crate::queue::embedded::panic_guard::{catch_panic, drop_catching_panic, is_corruption};
 use crate::queue::embedded::store::{self, Snapshot, Store, Watermark};
 use crate::queue::embedded::write_txn::WriteTxn;
+use crate::sync::lock_unpoisoned;
 
 /// Describes the damage of the file at `path` and its remedy.
 pub(super) fn remedy(path: &Path) -> String {
@@ -43,13 +44,13 @@ impl Shared {
     /// Waits while the file is being reopened after a failure. After a timeout, reading it fails.
     pub(super) fn wait_until_open(&self) {
         let (opening, ended) = &self.opening;
-        let opening = opening.lock().unwrap_or_else(PoisonError::into_inner);
+        let opening = lock_unpoisoned(opening);
         drop(ended.wait_timeout_while(opening, OPEN_TIMEOUT, |opening| *opening));
     }
 
     fn set_opening(&self, is_opening: bool) {
         let (opening, ended) = &self.opening;
-        *opening.lock().unwrap_or_else(PoisonError::into_inner) = is_opening;
+        *lock_unpoisoned(opening) = is_opening;
         if !is_opening {
             ended.notify_all();
         }

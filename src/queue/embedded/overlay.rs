@@ -7,11 +7,12 @@ use std::ops::Bound;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 
 use redb::{BackendError, StorageBackend};
 
 use crate::queue::embedded::wal::record::{BLOCK_BYTES, FileHeader, records};
+use crate::sync::lock_unpoisoned;
 
 /// The start of each redb file.
 const MAGIC: [u8; 9] = *b"redb\x1a\x0a\xa9\x0d\x0a";
@@ -106,7 +107,7 @@ impl Overlay {
         let own = usize::try_from(own).unwrap_or(usize::MAX).min(out.len());
         self.file.read_exact_at(&mut out[..own], offset)?;
         out[own..].fill(0);
-        let blocks = self.blocks.lock().unwrap_or_else(PoisonError::into_inner);
+        let blocks = lock_unpoisoned(&self.blocks);
         let (size, end) = (BLOCK_BYTES as u64, offset + out.len() as u64);
         for (start, block) in blocks.range(offset / size * size..end) {
             let from = offset.max(*start);
@@ -129,7 +130,7 @@ impl Overlay {
                 self.read_at(start, &mut block)?;
             }
             block[at..at + piece.len()].copy_from_slice(piece);
-            self.blocks.lock().unwrap_or_else(PoisonError::into_inner).insert(start, block);
+            lock_unpoisoned(&self.blocks).insert(start, block);
             (offset, data) = (offset + piece.len() as u64, rest);
         }
         Ok(())

@@ -12,6 +12,7 @@ use crate::queue::embedded::reserve::Reserve;
 use crate::queue::embedded::store::Store;
 use crate::queue::embedded::writer::{SettleWrite, WriteOp};
 use crate::queue::embedded::{Shared, result_codec, wal};
+use crate::sync::lock_unpoisoned;
 
 /// Minimum time without enqueueing after the disk was full.
 const MIN_FULL_DURATION: Duration = Duration::from_secs(1);
@@ -94,7 +95,7 @@ impl DiskPressure {
     }
 
     fn state(&self) -> MutexGuard<'_, PressureState> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        lock_unpoisoned(&self.state)
     }
 
     /// Removes the first operations of `ops` that fit into one commit, at least one. Returns `None` at the end. Large

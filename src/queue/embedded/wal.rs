@@ -19,7 +19,7 @@ use std::io;
 use std::ops::Bound;
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::Path;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use redb::backends::FileBackend;
 use redb::{BackendError, StorageBackend};
@@ -30,6 +30,7 @@ use crate::queue::embedded::wal::flusher::Flusher;
 use crate::queue::embedded::wal::record::{
     BLOCK_BYTES, FileHeader, MAX_RECORD_BYTES, Record, replay,
 };
+use crate::sync::lock_unpoisoned;
 
 /// Length of the log. Nothing is written beyond it, so that its length never has to be synced.
 pub(super) const WAL_BYTES: u64 = 32 << 20;
@@ -116,7 +117,7 @@ impl WalBackend {
 
     fn wal(&self) -> Option<MutexGuard<'_, Wal>> {
         let wal = self.wal.as_ref()?;
-        Some(wal.lock().unwrap_or_else(PoisonError::into_inner))
+        Some(lock_unpoisoned(wal))
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::cmp::Ordering;
 use std::collections::HashMap;
-use std::sync::{MutexGuard, PoisonError};
+use std::sync::MutexGuard;
 use std::time::Instant;
 
 use futures_util::{StreamExt, TryStreamExt, stream};
@@ -23,6 +23,7 @@ use crate::queue::jetstream::subject::{
 use crate::queue::now;
 use crate::queue::status::CallRecord;
 use crate::queue::{CallPage, ChangeOutcome, Filter, Order, QueueDepth};
+use crate::sync::lock_unpoisoned;
 
 /// Maximum number of concurrent requests to the server.
 const MAX_CONCURRENT_QUERIES: usize = 32;
@@ -314,7 +315,7 @@ impl Shared {
     }
 
     fn count_estimate(&self) -> MutexGuard<'_, Option<CountEstimate>> {
-        self.count_estimate.lock().unwrap_or_else(PoisonError::into_inner)
+        lock_unpoisoned(&self.count_estimate)
     }
 
     async fn estimate_counts(

@@ -2,7 +2,7 @@
 //! acknowledged when every call is finished or has its own message.
 
 use std::sync::atomic::{AtomicUsize, Ordering::AcqRel, Ordering::Acquire};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use async_nats::HeaderMap;
@@ -22,6 +22,7 @@ use crate::queue::jetstream::consumer::{
 use crate::queue::jetstream::ids::BatchKey;
 use crate::queue::jetstream::message::Message;
 use crate::queue::jetstream::subject::{BATCHES, CALLS, FINAL_RECORDS};
+use crate::sync::lock_unpoisoned;
 
 /// Maximum number of attempts to update a record that other processes update as well.
 pub(super) const MAX_RECORD_ATTEMPTS: usize = 32;
@@ -96,7 +97,7 @@ impl Batch {
     }
 
     fn inner(&self) -> MutexGuard<'_, Inner> {
-        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+        lock_unpoisoned(&self.inner)
     }
 
     /// Records the outcome of a call. Returns `false` if another process has recorded a different one. Each write of

@@ -3,7 +3,7 @@
 
 use std::collections::HashSet;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use tokio::sync::Semaphore;
@@ -13,6 +13,7 @@ use crate::queue::jetstream::Shared;
 use crate::queue::jetstream::api::NatsError;
 use crate::queue::jetstream::ids;
 use crate::queue::jetstream::subject::{self, BATCHES, CALLS};
+use crate::sync::lock_unpoisoned;
 
 /// After a full count, the next one waits for this multiple of its duration.
 const RECOUNT_PAUSE_FACTOR: u32 = 20;
@@ -66,7 +67,7 @@ impl Capacity {
     }
 
     fn last_count(&self) -> MutexGuard<'_, CallCount> {
-        self.last_count.lock().unwrap_or_else(PoisonError::into_inner)
+        lock_unpoisoned(&self.last_count)
     }
 
     /// Reserves capacity if the last count leaves enough.

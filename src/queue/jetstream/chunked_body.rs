@@ -4,7 +4,7 @@
 
 use std::collections::BTreeSet;
 use std::ops::Bound::{Excluded, Unbounded};
-use std::sync::{MutexGuard, PoisonError};
+use std::sync::MutexGuard;
 use std::time::Duration;
 
 use async_nats::HeaderMap;
@@ -18,6 +18,7 @@ use crate::queue::jetstream::subject::{
     BODIES, CALLS, DEAD_LETTERS, Subjects, decode_token, encode_token,
 };
 use crate::queue::now;
+use crate::sync::lock_unpoisoned;
 
 /// Maximum number of concurrent chunk requests.
 const MAX_CONCURRENT_CHUNKS: usize = 4;
@@ -145,6 +146,6 @@ impl Shared {
 
     /// The last body that an unfinished collection has checked.
     pub(super) fn gc_cursor(&self) -> MutexGuard<'_, Option<StoredBody>> {
-        self.gc_cursor.lock().unwrap_or_else(PoisonError::into_inner)
+        lock_unpoisoned(&self.gc_cursor)
     }
 }

@@ -5,7 +5,7 @@
 //! reads the markers. So at least one of them sees the other, and a cancelled call is never executed.
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use async_nats::HeaderMap;
@@ -20,6 +20,7 @@ use crate::queue::jetstream::consumer::Received;
 use crate::queue::jetstream::message::{RunningList, json};
 use crate::queue::jetstream::prefetch;
 use crate::queue::now;
+use crate::sync::lock_unpoisoned;
 
 /// Lifetime of a cancel marker. A cancellation ends within half of it, and no call stays unclaimed for longer.
 pub(super) const CANCEL_MARKER_TTL: Duration = Duration::from_secs(10);
@@ -70,7 +71,7 @@ impl Claims {
     }
 
     fn inner(&self) -> MutexGuard<'_, Inner> {
-        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+        lock_unpoisoned(&self.inner)
     }
 
     /// Starts to extend the lease of a call. Returns the id of the claim.

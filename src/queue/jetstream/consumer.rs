@@ -1,7 +1,7 @@
 //! Receives calls from the server. Each function has its own consumer, which is pulled only while a receiver waits for
 //! a call.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use async_nats::jetstream::{AckKind, Message as Delivered};
@@ -23,6 +23,7 @@ use crate::queue::jetstream::message::{self, Message};
 use crate::queue::jetstream::pull_scheduler::WantedPull;
 use crate::queue::jetstream::subject::{self, CALLS};
 use crate::queue::now;
+use crate::sync::lock_unpoisoned;
 
 /// Interval between searches for new functions; a receiver that waits checks again after it.
 pub(super) const DISCOVERY_INTERVAL: Duration = Duration::from_secs(1);
@@ -69,7 +70,7 @@ impl AckSubject {
     }
 
     pub(super) fn get(&self) -> String {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        lock_unpoisoned(&self.0).clone()
     }
 }
 
@@ -125,7 +126,7 @@ impl Received {
             Source::Single(ack_subject) => ack_subject,
             Source::InBatch(bundle, _) => &bundle.ack_subject,
         };
-        *ack_subject.0.lock().unwrap_or_else(PoisonError::into_inner) = reply;
+        *lock_unpoisoned(&ack_subject.0) = reply;
     }
 }
 
@@ -137,7 +138,7 @@ pub(super) async fn send_ack(api: &JetStreamApi, reply: &str, kind: AckKind) {
 
 /// Searches for functions whose calls other processes have published, at most once per interval.
 pub(super) fn discover_functions(shared: &Arc<Shared>) {
-    let mut last_discovery = shared.last_discovery.lock().unwrap_or_else(PoisonError::into_inner);
+    let mut last_discovery = lock_unpoisoned(&shared.last_discovery);
     let connection = match *last_discovery {
         Some((at, _)) if at.elapsed() < DISCOVERY_INTERVAL => return,
         Some((_, connection)) => connection,
@@ -151,8 +152,7 @@ pub(super) fn discover_functions(shared: &Arc<Shared>) {
         // search. If the server is unavailable, the next search subscribes.
         let _ = this.inbox.get_or_try_init(|| subscribe_all(&this)).await;
         let Ok((found, connection)) = find_functions(&this, connection).await else { return };
-        *this.last_discovery.lock().unwrap_or_else(PoisonError::into_inner) =
-            Some((Instant::now(), connection));
+        *lock_unpoisoned(&this.last_discovery) = Some((Instant::now(), connection));
         let new = found.iter().filter(|function| this.pull_scheduler().add(function)).count();
         if new > 0 {
             this.call_available.notify_one();

@@ -2,7 +2,7 @@
 //! receiver does not need to load the record of every batch.
 
 use std::collections::HashSet;
-use std::sync::{MutexGuard, PoisonError};
+use std::sync::MutexGuard;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -11,6 +11,7 @@ use crate::queue::jetstream::Shared;
 use crate::queue::jetstream::api::NatsError;
 use crate::queue::jetstream::ids::BatchKey;
 use crate::queue::jetstream::subject::{self, BATCHES};
+use crate::sync::lock_unpoisoned;
 
 /// Time limit for an announcement.
 const SEND_TIMEOUT: Duration = Duration::from_secs(1);
@@ -48,7 +49,7 @@ impl DirtyBatches {
 
 impl Shared {
     pub(super) fn dirty_batches(&self) -> MutexGuard<'_, DirtyBatches> {
-        self.dirty_batches.lock().unwrap_or_else(PoisonError::into_inner)
+        lock_unpoisoned(&self.dirty_batches)
     }
 
     /// Lists the existing records: their announcements may have been sent before this process received on `connection`.

@@ -1,7 +1,9 @@
 //! Counts failures by call id. No I/O.
 
 use std::collections::HashMap;
-use std::sync::{Mutex, PoisonError};
+use std::sync::Mutex;
+
+use crate::sync::lock_unpoisoned;
 
 /// Maximum number of tracked calls; at the limit all counts are reset.
 const MAX_TRACKED_CALLS: usize = 1000;
@@ -12,7 +14,7 @@ pub(super) struct FailureCounts(Mutex<HashMap<String, u32>>);
 impl FailureCounts {
     /// Increments the count of a call and returns it.
     pub(super) fn increment(&self, id: &str) -> u32 {
-        let mut counts = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut counts = lock_unpoisoned(&self.0);
         if counts.len() >= MAX_TRACKED_CALLS && !counts.contains_key(id) {
             counts.clear();
         }
@@ -23,7 +25,7 @@ impl FailureCounts {
 
     /// Resets the count of a call.
     pub(super) fn reset(&self, id: &str) {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).remove(id);
+        lock_unpoisoned(&self.0).remove(id);
     }
 }
 

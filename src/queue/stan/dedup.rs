@@ -8,7 +8,7 @@
 //! [`execution_log`]: crate::queue::stan::execution_log
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
 use futures_util::StreamExt as _;
@@ -28,6 +28,7 @@ use crate::queue::stan::nats::NatsError;
 use crate::queue::stan::proto::{
     Ack, Delivered, START_AT_TIME_DELTA, Subscribe, Subscribed, Unsubscribe,
 };
+use crate::sync::lock_unpoisoned;
 
 /// Timeout for writing a claim and reading it back, after which the message is released. After a start the log of an
 /// hour is read first.
@@ -90,7 +91,7 @@ impl State {
 
 impl Deduplicator {
     fn state(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        lock_unpoisoned(&self.state)
     }
 
     /// Records the end of a step. If the acknowledgement of its message is lost, the message is not executed again.

@@ -5,13 +5,14 @@
 
 use std::io::ErrorKind;
 use std::net::{IpAddr, SocketAddr, UdpSocket};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use tokio::net::lookup_host;
 use tokio::sync::Semaphore;
 
 use crate::base_url::BaseUrl;
+use crate::sync::lock_unpoisoned;
 use crate::worker::callback::allowlist::equivalent_addresses;
 
 /// Lifetime of a name's resolved addresses.
@@ -168,7 +169,7 @@ impl Peer {
         }
         let looked_up =
             tokio::time::timeout(LOOKUP_TIMEOUT, lookup_host((&*self.host, self.port))).await;
-        let mut found = self.last_lookup.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut found = lock_unpoisoned(&self.last_lookup);
         let addresses = match (looked_up, &*found) {
             (Ok(Ok(addresses)), _) => {
                 addresses.flat_map(|address| equivalent_socket_addresses(&address)).collect()
@@ -181,7 +182,7 @@ impl Peer {
     }
 
     fn cached(&self) -> Option<Arc<[SocketAddr]>> {
-        let found = self.last_lookup.lock().unwrap_or_else(PoisonError::into_inner);
+        let found = lock_unpoisoned(&self.last_lookup);
         found
             .as_ref()
             .filter(|(at, _)| at.elapsed() < LOOKUP_TTL)

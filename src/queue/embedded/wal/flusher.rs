@@ -4,8 +4,10 @@ use std::fs::File;
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::mpsc::{SyncSender, sync_channel};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
+
+use crate::sync::lock_unpoisoned;
 
 /// A thread that syncs the file on request.
 #[derive(Debug)]
@@ -27,7 +29,7 @@ impl Flusher {
         let syncs = Arc::clone(&syncing);
         let flush = move || {
             while asked.recv().is_ok() {
-                let _syncing = syncs.lock().unwrap_or_else(PoisonError::into_inner);
+                let _syncing = lock_unpoisoned(&syncs);
                 // The kernel reports a failed page write only once, so the error must be remembered.
                 if let Err(error) = file.sync_data() {
                     tracing::error!(%error, "The queue's file cannot be synced to the disk");
@@ -53,7 +55,7 @@ impl Flusher {
     ///
     /// As [`Self::check`].
     pub(super) fn wait_for_sync(&self) -> io::Result<()> {
-        drop(self.syncing.lock().unwrap_or_else(PoisonError::into_inner));
+        drop(lock_unpoisoned(&self.syncing));
         self.check()
     }
 
