@@ -106,7 +106,7 @@ impl QueueIngress {
 
     /// Returns the maximum size of a call's body in bytes.
     pub fn body_limit(&self) -> usize {
-        self.queue.max_body_bytes().map_or(self.max_body, |most| most.min(self.max_body))
+        self.queue.max_body_bytes().map_or(self.max_body, |max| max.min(self.max_body))
     }
 
     /// Reads `body` completely. The returned memory reservation must be held as long as the body.
@@ -123,16 +123,16 @@ impl QueueIngress {
                 return Err(Error::Overloaded);
             }
         }
-        let (body, mut room) = kept.finish();
-        // The queue makes a copy, for which memory is reserved, too. A body of more than half of the budget gets only
-        // the rest.
+        let (body, mut memory) = kept.finish();
+        // The queue makes a copy, for which memory is reserved, too. If the body takes more than half of the budget,
+        // the copy gets only the rest.
         let copy = body.len().min(MAX_TOTAL_BYTES - body.len());
         let copy = self.budget.try_reserve(copy).ok_or(Error::Overloaded)?;
-        match &mut room {
-            Some(room) => room.merge(copy),
-            None => room = Some(copy),
+        match &mut memory {
+            Some(memory) => memory.merge(copy),
+            None => memory = Some(copy),
         }
-        Ok((body, room))
+        Ok((body, memory))
     }
 }
 
@@ -160,10 +160,10 @@ pub async fn submit(api: &ApiState, caller: &ClientConnection, mut request: Requ
     }
     let ids = RequestIds::from_headers(request.headers());
     let mut response = match enqueue(api, caller, request, &ids, chosen_id).await {
-        Ok((published, took)) => {
+        Ok((published, duration)) => {
             let mut response = StatusCode::ACCEPTED.into_response();
             if !published.duplicate {
-                response.extensions_mut().insert(PublishTiming(took));
+                response.extensions_mut().insert(PublishTiming(duration));
             }
             ids.apply_to_response(response.headers_mut());
             // A duplicate has the id of its first submission. A call whose chosen id belongs to another call gets a
@@ -216,17 +216,17 @@ async fn enqueue(
     }
     check_function_exists(&api.metrics.function_registry, &api.provider, ingress, &function, &id)
         .await?;
-    let (body, room) = ingress.read_body(body).await?;
+    let (body, memory) = ingress.read_body(body).await?;
     let headers = function_headers(&parts.headers, &caller.forwarded_for, ids);
     let mut call = QueuedCall { id, function, target, headers, body, options };
     call.options.digest = Some(call.digest());
-    let began = Instant::now();
-    let published = ingress.queue.publish_with_permit(call, room).await?;
-    let took = began.elapsed();
+    let started = Instant::now();
+    let published = ingress.queue.publish_with_permit(call, memory).await?;
+    let duration = started.elapsed();
     if !published.duplicate {
-        ingress.metrics.submitted(took);
+        ingress.metrics.submitted(duration);
     }
-    Ok((published, took))
+    Ok((published, duration))
 }
 
 /// Returns the headers that the function will receive. The worker sets `Host`; `X-Forwarded-*` are as for any
@@ -255,7 +255,7 @@ pub async fn status(
 ) -> Result<Response, Error> {
     Ok(match authorized_record(&api, &id, request).await? {
         Ok(status) => Json(dto::CallStateDto::of(&status)).into_response(),
-        Err(refusal) => refusal,
+        Err(rejection) => rejection,
     })
 }
 
@@ -273,7 +273,7 @@ pub async fn result(
     }
     let status = match authorized_record(&api, &id, request).await? {
         Ok(status) => status,
-        Err(refusal) => return Ok(refusal),
+        Err(rejection) => return Ok(rejection),
     };
     if !status.state.is_final() {
         return Err(Error::Conflict("the call is not finished".to_owned()));
@@ -292,8 +292,8 @@ pub async fn cancel(
     Path(id): Path<String>,
     request: Request,
 ) -> Result<Response, Error> {
-    if let Err(refusal) = authorized_record(&api, &id, request).await? {
-        return Ok(refusal);
+    if let Err(rejection) = authorized_record(&api, &id, request).await? {
+        return Ok(rejection);
     }
     change_response(ingress(&api)?.queue.cancel(&id).await?, "cancelled")
 }
@@ -379,7 +379,7 @@ pub fn ingress(api: &ApiState) -> Result<&QueueIngress, Error> {
 }
 
 /// Returns the record of the call `id` if the client that sent `request` may access it, otherwise the response that
-/// rejects the request. Used alike for state, result and cancelling.
+/// rejects the request. The same rule applies to state, result and cancelling.
 ///
 /// Only its client knows an id that the gateway has generated, so this id grants access to its call. Any other id can
 /// be guessed: its client must be authorized for the API before it learns whether the call exists.
@@ -392,9 +392,9 @@ async fn authorized_record(
     // Ids that can be guessed are not looked up before authorization: the response time would reveal whether they
     // exist.
     let status = if is_unguessable(id) { queue.status(id).await? } else { None };
-    let opens = status.as_ref().is_some_and(|status| !status.chosen_id);
-    if !opens && let Err(refusal) = auth::authorize(api, request).await? {
-        return Ok(Err(refusal));
+    let grants_access = status.as_ref().is_some_and(|status| !status.chosen_id);
+    if !grants_access && let Err(rejection) = auth::authorize(api, request).await? {
+        return Ok(Err(rejection));
     }
     let status = match status {
         None if !is_unguessable(id) => queue.status(id).await?,
@@ -448,7 +448,10 @@ pub async fn check_function_exists(
             Err(error)
         }
         Err(error) => {
-            tracing::debug!(call_id = id, %function, %error, "The provider could not confirm the function of a queued call");
+            tracing::debug!(
+                call_id = id, %function, %error,
+                "The provider could not confirm the function of a queued call"
+            );
             ingress.unconfirmed.admit(function)
         }
     }

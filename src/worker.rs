@@ -54,7 +54,7 @@ pub struct Worker {
     pub tracer: Option<Tracer>,
 }
 
-/// What is logged of each call in addition to failures.
+/// Details of each call that are logged in addition to failures.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct CallLogging {
     /// The beginning of its body.

@@ -349,7 +349,7 @@ impl GatewayDeps {
         worker::build_worker(config, deps).map(Some)
     }
 
-    /// How an invocation can prove that it comes from an operator.
+    /// Returns the way in which an invocation can prove that it comes from an operator.
     fn operators(&self) -> Operators {
         match &self.credentials {
             // One request to the auth proxy for each invocation of a function that is not ready would be too much.

@@ -160,7 +160,7 @@ pub(super) enum QueueRole {
     Consumer,
 }
 
-/// When the queue's depth is queried.
+/// Condition for querying the queue's depth.
 pub(super) enum DepthPolling {
     /// Always: the autoscaler needs the depth.
     Always,

@@ -204,7 +204,10 @@ impl CallbackSender {
                 Err(last) if last_one => return Err(Error::NotSent { attempts, last }),
                 Err(error) => {
                     let id = &payload.call_id;
-                    tracing::debug!(call_id = id, %target, error = %ErrorChain(&error), attempts, "An attempt to send a callback failed");
+                    tracing::debug!(
+                        call_id = id, %target, error = %ErrorChain(&error), attempts,
+                        "An attempt to send a callback failed"
+                    );
                     Duration::ZERO
                 }
             };

@@ -20,7 +20,7 @@ const MAX_WAIT: Duration = Duration::from_secs(24 * 60 * 60);
 /// Maximum delay that a function can request by `Retry-After`.
 const MAX_RETRY_AFTER: Duration = Duration::from_secs(60 * 60);
 
-/// How often, when, and after which responses a call is retried.
+/// Maximum number of attempts, their delays, and the statuses that are retried.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct RetryPolicy {
     /// Maximum number of attempts, including the first one; never 0.
@@ -105,7 +105,7 @@ pub struct Outcome {
     pub retry_after: Option<Duration>,
 }
 
-/// What is done with the call next.
+/// The next step of a call.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Decision {
     /// It has succeeded.

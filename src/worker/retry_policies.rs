@@ -98,7 +98,10 @@ impl RetryPolicyCache {
                 continue;
             }
             let is_known = cached.policy.is_some();
-            tracing::debug!(call_id = id, %function, %error, is_known, "Using the last known or the default retry policy");
+            tracing::debug!(
+                call_id = id, %function, %error, is_known,
+                "Using the last known or the default retry policy"
+            );
             cached.valid_until = Some(Instant::now() + self.timing.retry_interval);
         }
     }

@@ -43,7 +43,7 @@ enum MessageState {
     Finished,
 }
 
-/// What to do with a message that has been delivered.
+/// The action for a message that has been delivered.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum ArrivalAction {
     /// Accept it for execution.

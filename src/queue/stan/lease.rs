@@ -143,8 +143,8 @@ impl Lease {
             ),
             Err(NatsError::TooLarge) => tracing::error!(
                 call_id = id, %function, reason,
-                "A queued call failed for good, and is too large for the dead-letter channel {dead}: it stays in its channel, and \
-                 is executed again after this worker has stopped"
+                "A queued call failed for good, and is too large for the dead-letter channel {dead}: it stays in its \
+                 channel, and is executed again after this worker has stopped"
             ),
             Err(error) => return Err(queue_error(error, &self.call)),
         }

@@ -64,7 +64,7 @@ pub(super) struct Progress {
     pub(super) not_before: Option<UnixMillis>,
     /// Why it became a dead letter.
     pub(super) reason: Option<String>,
-    /// How often it was moved to another channel, or redriven: distinguishes its messages from their duplicates.
+    /// Number of moves to another channel and of redrives: distinguishes its messages from their duplicates.
     pub(super) moves: u32,
     /// Members of its message that this gateway does not know, but others may.
     pub(super) unknown_members: Map<String, Value>,

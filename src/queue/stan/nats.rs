@@ -39,7 +39,7 @@ pub(super) enum NatsError {
 #[derive(Clone)]
 pub(super) struct NatsConnection {
     client: Client,
-    /// Number of connections made so far.
+    /// Number of connections so far.
     connection_count: watch::Receiver<u64>,
 }
 

@@ -15,7 +15,7 @@ use crate::queue::stan::proto::{Close, Closed, ConnectRequest, ConnectResponse, 
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(2);
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Whether a NATS Streaming server was found.
+/// Presence of a NATS Streaming server.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(in crate::queue) enum StanPresence {
     Present,

@@ -222,7 +222,10 @@ async fn dead_letter_undecodable(
             shared.acknowledge(key).await;
         }
         Err(publish_error) => {
-            tracing::error!(call_id = id, %error, sequence, %publish_error, "A message that cannot be decoded could not be moved to the dead letters");
+            tracing::error!(
+                call_id = id, %error, sequence, %publish_error,
+                "A message that cannot be decoded could not be moved to the dead letters"
+            );
             shared.inflight().release(key);
         }
     }

@@ -126,9 +126,9 @@ impl LocalExecutor {
         )
         .await?;
         call.options.digest = Some(call.digest());
-        let began = Instant::now();
+        let started = Instant::now();
         if !self.ingress.queue.publish(call).await?.duplicate {
-            self.ingress.metrics.submitted(began.elapsed());
+            self.ingress.metrics.submitted(started.elapsed());
         }
         Ok(())
     }
