@@ -149,7 +149,7 @@ pub fn route(method: &Method, path: &str) -> Option<&'static str> {
 }
 
 /// `POST /async-function/NAME…`: answers 202 when the call is stored durably.
-pub async fn submit(api: &ApiState, caller: &ClientConnection, mut request: Request) -> Response {
+pub async fn submit(api: &ApiState, client: &ClientConnection, mut request: Request) -> Response {
     let cross_origin = is_cross_origin(&request);
     let chosen_id = request.headers().get(X_CALL_ID).is_some_and(|id| !id.is_empty());
     if let (Ok(ingress), false) = (ingress(api), chosen_id)
@@ -159,7 +159,7 @@ pub async fn submit(api: &ApiState, caller: &ClientConnection, mut request: Requ
         request.headers_mut().insert(X_CALL_ID, id);
     }
     let ids = RequestIds::from_headers(request.headers());
-    let mut response = match enqueue(api, caller, request, &ids, chosen_id).await {
+    let mut response = match enqueue(api, client, request, &ids, chosen_id).await {
         Ok((published, duration)) => {
             let mut response = StatusCode::ACCEPTED.into_response();
             if !published.duplicate {
@@ -188,7 +188,7 @@ pub async fn submit(api: &ApiState, caller: &ClientConnection, mut request: Requ
 /// Enqueues a call, and returns how long the queue took for it.
 async fn enqueue(
     api: &ApiState,
-    caller: &ClientConnection,
+    client: &ClientConnection,
     request: Request,
     ids: &RequestIds,
     chosen_id: bool,
@@ -217,7 +217,7 @@ async fn enqueue(
     check_function_exists(&api.metrics.function_registry, &api.provider, ingress, &function, &id)
         .await?;
     let (body, memory) = ingress.read_body(body).await?;
-    let headers = function_headers(&parts.headers, &caller.forwarded_for, ids);
+    let headers = function_headers(&parts.headers, &client.forwarded_for, ids);
     let mut call = QueuedCall { id, function, target, headers, body, options };
     call.options.digest = Some(call.digest());
     let started = Instant::now();

@@ -262,18 +262,18 @@ impl Worker {
         {
             reason = Some(failure);
         }
-        let answer = attempt.into_response(self.max_result_body_bytes);
-        let finished = |state, answer: Option<StoredResponse>| Settlement::Finished {
+        let response = attempt.into_response(self.max_result_body_bytes);
+        let finished = |state, response: Option<StoredResponse>| Settlement::Finished {
             state,
             status,
             reason: reason.clone(),
-            response: answer,
+            response,
             executed: true,
         };
         match decision {
-            Decision::Succeeded => finished(CallState::Succeeded, answer),
-            Decision::DeadLetter => Settlement::DeadLetter { status, reason, response: answer },
-            Decision::Failed | Decision::RetryIn(_) => finished(CallState::Failed, answer),
+            Decision::Succeeded => finished(CallState::Succeeded, response),
+            Decision::DeadLetter => Settlement::DeadLetter { status, reason, response },
+            Decision::Failed | Decision::RetryIn(_) => finished(CallState::Failed, response),
         }
     }
 

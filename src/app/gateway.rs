@@ -87,7 +87,7 @@ struct GatewayDeps {
     tracer: Option<Tracer>,
     observer: Option<Arc<RequestObserver>>,
     phases: ShutdownPhases,
-    heads: Arc<HeadBudget>,
+    head_budget: Arc<HeadBudget>,
     /// Permits for bodies of API requests that are kept in memory to be sent again.
     replay_body_permits: Arc<Semaphore>,
 }
@@ -110,7 +110,7 @@ impl Gateway {
             threads => threads,
         };
         let listeners = bind(config.listen, threads)?;
-        let pacing = match &config.congestion_control {
+        let congestion = match &config.congestion_control {
             Some(algorithm) => CongestionControl::fixed(&listeners, algorithm)?,
             None => CongestionControl::from_system(&listeners),
         };
@@ -122,7 +122,7 @@ impl Gateway {
         deps.start_background(metrics_listener, tasks);
         deps.start_autoscale(tasks).await?;
         let mut server = deps.build_server();
-        server.congestion = pacing;
+        server.congestion = congestion;
         let own_addresses = OwnAddresses::default()
             .gateway_port(address.port())
             .port(metrics_address.port())
@@ -152,8 +152,8 @@ fn run_proxy_thread(deps: &GatewayDeps, number: usize, server: Server, listener:
         let served = runtime.block_on(async {
             let client = deps.build_client();
             let service = Arc::new(deps.build_service(number, &client));
-            let serving = server.run(listener, |caller| {
-                let context = Arc::new((Arc::clone(&service), caller));
+            let serving = server.run(listener, |connection| {
+                let context = Arc::new((Arc::clone(&service), connection));
                 service_fn(move |request: Request<Incoming>| {
                     let context = Arc::clone(&context);
                     let accepted = context.0.classify(&context.1, request);
@@ -229,7 +229,7 @@ impl GatewayDeps {
             tls,
             client,
             phases: phases.clone(),
-            heads: Arc::new(HeadBudget::new(config.limits.head_memory)),
+            head_budget: Arc::new(HeadBudget::new(config.limits.head_memory)),
             replay_body_permits: Arc::new(Semaphore::new(MAX_REPLAY_BODIES)),
             config,
         })
@@ -253,8 +253,8 @@ impl GatewayDeps {
                 "max_connections is bounded by the limit on open files"
             );
         }
-        let heads = Arc::clone(&self.heads);
-        Server::new(self.config.timeouts, connections, self.phases.clone(), heads)
+        let head_budget = Arc::clone(&self.head_budget);
+        Server::new(self.config.timeouts, connections, self.phases.clone(), head_budget)
     }
 
     fn start_background(self: &Arc<Self>, metrics_listener: TcpListener, tasks: &Tasks) {
@@ -276,8 +276,8 @@ impl GatewayDeps {
         }
         let hosts = InternalHosts::new(&self.config.metrics_hosts);
         let router = routes::internal(Arc::clone(&self.metrics), hosts);
-        let heads = Arc::clone(&self.heads);
-        serve_metrics(router, metrics_listener, self.config.timeouts, heads, tasks);
+        let head_budget = Arc::clone(&self.head_budget);
+        serve_metrics(router, metrics_listener, self.config.timeouts, head_budget, tasks);
     }
 
     /// Starts the autoscaler, if it is enabled.
@@ -443,13 +443,14 @@ pub(super) fn serve_metrics(
     router: Router,
     listener: TcpListener,
     timeouts: Timeouts,
-    heads: Arc<HeadBudget>,
+    head_budget: Arc<HeadBudget>,
     tasks: &Tasks,
 ) {
-    let server = Server::new(timeouts, MAX_METRICS_CONNECTIONS, ShutdownPhases::default(), heads);
+    let server =
+        Server::new(timeouts, MAX_METRICS_CONNECTIONS, ShutdownPhases::default(), head_budget);
     let serving = async move {
         let served = server
-            .run(listener, |caller| routes::router_service(&router, caller, timeouts.idle))
+            .run(listener, |client| routes::router_service(&router, client, timeouts.idle))
             .await;
         if let Err(error) = served {
             tracing::error!(%error, "The metrics port cannot be served");

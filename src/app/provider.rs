@@ -122,12 +122,12 @@ impl ProviderServer {
             let reloads = self.phases.reloads();
             tasks.spawn(|stopping| credentials.watch_files(stopping, reloads));
         }
-        let heads = Arc::<HeadBudget>::default();
-        let server = Server::new(API_TIMEOUTS, MAX_CONNECTIONS, self.phases.clone(), heads);
+        let head_budget = Arc::<HeadBudget>::default();
+        let server = Server::new(API_TIMEOUTS, MAX_CONNECTIONS, self.phases.clone(), head_budget);
         let drained = self.drained.clone();
         tasks.spawn(|_stopping| async move {
             let _drained = drained.drop_guard();
-            let service = |caller| routes::router_service(&router, caller, API_TIMEOUTS.idle);
+            let service = |client| routes::router_service(&router, client, API_TIMEOUTS.idle);
             if let Err(error) = server.run(listener, service).await {
                 tracing::error!(%error, "The provider's API failed");
             }

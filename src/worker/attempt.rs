@@ -82,16 +82,16 @@ impl FunctionClient {
     ) -> Attempt {
         let started = Instant::now();
         let label = call.function.to_string();
-        let Some(mut counted) = self.calls.begin(&label, started) else {
+        let Some(mut recorder) = self.calls.begin(&label, started) else {
             return Attempt::failed("the function's name is not valid".to_owned(), started);
         };
         let attempt = match self
-            .exchange(call, &label, &mut counted, response_limit, context, retry_policies)
+            .exchange(call, &label, &mut recorder, response_limit, context, retry_policies)
             .await
         {
             Ok(attempt) => attempt,
             Err(error) => {
-                counted.set_status(error.status());
+                recorder.set_status(error.status());
                 // In all other cases the function was unreachable or aborted its response.
                 let has_status = match &error {
                     Error::NoSuchFunction(_) => true,
@@ -104,7 +104,7 @@ impl FunctionClient {
                 Attempt { status, ..Attempt::failed(error.to_string(), started) }
             }
         };
-        counted.finish(Outcome::Complete, Instant::now());
+        recorder.finish(Outcome::Complete, Instant::now());
         attempt
     }
 
@@ -117,20 +117,20 @@ impl FunctionClient {
         &self,
         call: &QueuedCall,
         label: &str,
-        counted: &mut calls::InFlightRecorder,
+        recorder: &mut calls::InFlightRecorder,
         response_limit: usize,
         context: Option<Context>,
         retry_policies: &RetryPolicyCache,
     ) -> Result<Attempt, Error> {
-        let started = counted.began;
+        let started = recorder.began;
         let mut sends = 0;
         let mut cold_start =
             self.activator.as_ref().map(|activator| activator.start_wait(&call.function));
         if let Some(cold_start) = &mut cold_start
             // A call with a single attempt must not use it up on a function that only seems ready.
-            && (!counted.is_warm() || call.options.max_attempts == Some(1))
+            && (!recorder.is_warm() || call.options.max_attempts == Some(1))
         {
-            cold_start.wait_ready(|| counted.confirm(&self.calls)).await?;
+            cold_start.wait_ready(|| recorder.confirm(&self.calls)).await?;
         }
         loop {
             let request = self.request(call, label, context)?;
@@ -145,10 +145,10 @@ impl FunctionClient {
                 Err(error) => ExchangeOutcome::from_error(error),
             };
             sends += u32::from(outcome != ExchangeOutcome::ConnectFailed);
-            if let (Some(cold_start), Some(fault)) =
+            if let (Some(cold_start), Some(signal)) =
                 (&mut cold_start, UnavailableSignal::from_outcome(outcome, Hop::Provider))
             {
-                let repeat = match fault {
+                let retry_safety = match signal {
                     UnavailableSignal::ServiceUnavailable
                         if sends < max_sends(call, retry_policies).await =>
                     {
@@ -159,7 +159,7 @@ impl FunctionClient {
                         RetrySafety::None
                     }
                 };
-                if cold_start.should_retry(fault, repeat, sent_at).await? {
+                if cold_start.should_retry(signal, retry_safety, sent_at).await? {
                     continue;
                 }
             }
@@ -167,10 +167,10 @@ impl FunctionClient {
             if outcome == ExchangeOutcome::UnexpectedUpgrade {
                 return Err(Error::Upstream(client::Error::UnexpectedUpgrade));
             }
-            if counted.is_unregistered() && outcome.confirms_existence() {
-                counted.confirm(&self.calls);
+            if recorder.is_unregistered() && outcome.confirms_existence() {
+                recorder.confirm(&self.calls);
             }
-            counted.set_status(response.status());
+            recorder.set_status(response.status());
             // Waiting for memory must leave time for the function's response.
             let memory_timeout =
                 BODY_MEMORY_TIMEOUT.min(until.saturating_duration_since(Instant::now()) / 2);

@@ -93,8 +93,9 @@ mod tests {
     }
 
     async fn in_time(limiter: &SettlementLimiter, function: &'static Function) -> bool {
-        let room = tokio::time::timeout(Duration::from_millis(20), limiter.acquire(function)).await;
-        room.map(std::mem::forget).is_ok()
+        let permit =
+            tokio::time::timeout(Duration::from_millis(20), limiter.acquire(function)).await;
+        permit.map(std::mem::forget).is_ok()
     }
 
     #[tokio::test]

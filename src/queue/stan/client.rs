@@ -321,10 +321,13 @@ impl Client {
     /// given up.
     async fn wait_responsive(&self) -> Result<(), NatsError> {
         let mut last_contact = self.last_contact.subscribe();
-        let answers =
+        let responsive =
             tokio::time::timeout(RESPONSIVE_TIMEOUT, last_contact.wait_for(is_recent)).await;
         // The sender is never dropped before the client.
-        answers.map_err(|_| NatsError::Unreachable)?.map(drop).map_err(|_| NatsError::Unreachable)
+        responsive
+            .map_err(|_| NatsError::Unreachable)?
+            .map(drop)
+            .map_err(|_| NatsError::Unreachable)
     }
 
     async fn store(

@@ -101,7 +101,7 @@ impl LocalExecutor {
     }
 
     async fn call_function(&self, call: QueuedCall) -> StatusCode {
-        let permit = self.limit.as_ref().map(|(limit, share)| limit.try_acquire(share));
+        let permit = self.limit.as_ref().map(|(limit, cache)| limit.try_acquire(cache));
         if matches!(permit, Some(None)) {
             return Error::Overloaded.status();
         }
