@@ -106,24 +106,11 @@ async fn start(
     let mut worker = worker::build_worker(&config.queue, deps)?;
     worker.logging = CallLogging { bodies: config.log_bodies, calls: config.log_calls };
     let health = Health::new(phases.clone(), ConcurrencyLimit::new(config.queue.max_inflight, 1));
-    let poll = ProviderPoller {
-        provider: provider(
-            Arc::clone(&background_client),
-            config.upstream_timeout.min(gateway::PROVIDER_LIST_TIMEOUT),
-        ),
-        default_namespace: namespace,
-        metrics: Arc::clone(&metrics),
-        health: Arc::clone(&health),
-        // The gateways export these metrics.
-        exports_replicas: false,
-    };
-    tasks.spawn(|stopping| poll.run(stopping));
-    tasks.spawn(|stopping| {
-        gateway::run_until_cancelled(
-            stopping,
-            async move { background_client.run_idle_reaper().await },
-        )
-    });
+    let list_timeout = config.upstream_timeout.min(gateway::PROVIDER_LIST_TIMEOUT);
+    let list_provider = provider(Arc::clone(&background_client), list_timeout);
+    let poller = provider_poller(list_provider, namespace, &metrics, &health);
+    tasks.spawn(|stopping| poller.run(stopping));
+    spawn_idle_reaper(background_client, tasks);
     if let Some(credentials) = credentials {
         tasks.spawn(|stopping| credentials.watch_files(stopping, phases.reloads()));
     }
@@ -141,6 +128,22 @@ async fn start(
     // Runs on the thread that has the connection to the queue: passing work between threads costs more than executing
     // a call.
     Ok(Threads::from_task(async move { worker::run_worker(worker, &phases).await }))
+}
+
+/// Builds the poller of the provider's list. The gateways export the replica metrics.
+fn provider_poller(
+    provider: Provider,
+    default_namespace: Arc<str>,
+    metrics: &Arc<Metrics>,
+    health: &Arc<Health>,
+) -> ProviderPoller {
+    let (metrics, health) = (Arc::clone(metrics), Arc::clone(health));
+    ProviderPoller { provider, default_namespace, metrics, health, exports_replicas: false }
+}
+
+fn spawn_idle_reaper(client: Arc<Client>, tasks: &Tasks) {
+    let reaper = async move { client.run_idle_reaper().await };
+    tasks.spawn(|stopping| gateway::run_until_cancelled(stopping, reaper));
 }
 
 /// Returns the addresses that callbacks must not connect to.
