@@ -4,8 +4,8 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 
-/// A thread caches at most `max / (divisor * threads)` permits at a time, so that few are idle while other threads need
-/// them.
+/// A thread takes permits from the pool in chunks of `max / (divisor * threads)`, so that few are idle while other
+/// threads need them.
 const SHARD_CHUNK_DIVISOR: usize = 64;
 
 /// The limit of one process.

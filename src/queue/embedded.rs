@@ -2,6 +2,10 @@
 //!
 //! The file holds all pending calls. Memory holds only their numbers, and the state of running calls. A crash loses no
 //! call that was not settled: it is executed again after the restart.
+//!
+//! Writes take one path: `writer` collects operations and commits them in one `write_txn`, through the storage backend
+//! in `wal`. Reads go through a snapshot (`store`, `queries`). `schedule` selects the next call, and `state` tracks
+//! running ones. `pressure` and `reserve` handle a full disk, `panic_guard` and `salvage` a damaged file.
 
 mod access;
 mod checksummed;

@@ -1,6 +1,6 @@
-//! A write-ahead log for the queue's file. A commit of redb is slow because its pages are scattered over the file. The
-//! log stores them once more, contiguously, and a commit only waits for that write. The pages themselves reach the disk
-//! when the system writes them, at the latest when the log is full.
+//! A write-ahead log for the queue's file, stored as `queue.journal`. A commit of redb is slow because its pages are
+//! scattered over the file. The log stores them once more, contiguously, and a commit only waits for that write. The
+//! pages themselves reach the disk when the system writes them, at the latest when the log is full.
 //!
 //! Until then a power failure may lose any of them. They are restored from the log before the file is opened. The
 //! file's header is written last, after the log record that contains it, so that it shows whether a log belongs to a
