@@ -129,8 +129,8 @@ impl Embedded {
         let path = directory.join(FILE_NAME);
         let name = path.display().to_string();
         // The files contain request bodies, which only their owner may read.
-        let made = DirBuilder::new().recursive(true).mode(0o700).create(directory);
-        made.with_context(|| format!("cannot create {name}"))?;
+        let created = DirBuilder::new().recursive(true).mode(0o700).create(directory);
+        created.with_context(|| format!("cannot create {name}"))?;
         let reserve = Reserve::open(&directory.join(RESERVE_FILE_NAME));
         let pressure = DiskPressure::new(reserve.with_context(|| format!("cannot open {name}"))?);
         let store = match Store::open(&path, &pressure.reserve) {
@@ -163,10 +163,10 @@ impl Embedded {
             limits,
         });
         let (ops, received) = mpsc::channel(MAX_QUEUED_OPS);
-        let writes = Arc::clone(&shared);
+        let writer_shared = Arc::clone(&shared);
         std::thread::Builder::new()
             .name("queue".to_owned())
-            .spawn(move || writer::run(&writes, received))
+            .spawn(move || writer::run(&writer_shared, received))
             .context("cannot start a thread")?;
         Ok(Self { shared, ops, replies: None })
     }

@@ -73,28 +73,28 @@ enum Item {
 ///
 /// When the file is in use, or nothing in it can be read.
 pub fn check(path: &Path) -> anyhow::Result<SalvageReport> {
-    let undone = Arc::<AtomicBool>::default();
-    let refused = catch_panic(|| {
+    let rolled_back = Arc::<AtomicBool>::default();
+    let open_error = catch_panic(|| {
         let overlay = Overlay::open(path)?;
-        let (is_complete, undoes) = (overlay.is_complete(), Arc::clone(&undone));
+        let (is_complete, sets_rolled_back) = (overlay.is_complete(), Arc::clone(&rolled_back));
         let mut builder = Database::builder();
         builder.set_check_integrity_on_open(true).set_cache_size(CACHE_BYTES);
         // Like opening the queue: without a log, the last commit may be incomplete and is rolled back.
         builder.set_repair_callback(move |repair| match store::is_rollback(repair) {
             true if is_complete => repair.abort(),
-            is_rollback => _ = undoes.fetch_or(is_rollback, Relaxed),
+            is_rollback => _ = sets_rolled_back.fetch_or(is_rollback, Relaxed),
         });
         builder.create_with_backend(overlay)?;
         Ok(())
     });
-    let refused = refused.err().map(|error| error.to_string());
-    let undone = undone.load(Relaxed) && refused.is_none();
-    let versions: &[FileVersion] = match undone {
+    let open_error = open_error.err().map(|error| error.to_string());
+    let rolled_back = rolled_back.load(Relaxed) && open_error.is_none();
+    let versions: &[FileVersion] = match rolled_back {
         true => &[FileVersion::Previous],
         false => &FileVersion::ALL,
     };
     let mut report = DamagedFile::open(path, versions)?.read(&mut |_| Ok(()))?;
-    (report.open_error, report.last_commit_rolled_back) = (refused, undone);
+    (report.open_error, report.last_commit_rolled_back) = (open_error, rolled_back);
     Ok(report)
 }
 
@@ -108,13 +108,13 @@ pub fn salvage(path: &Path, out: &Path) -> anyhow::Result<SalvageReport> {
         bail!("{} exists already", out.display());
     }
     let file = DamagedFile::open(path, &FileVersion::ALL)?;
-    let beside = ["journal", "reserve"].map(|name| out.with_extension(name));
-    let report = file.copy(out, &beside[1]).with_context(|| {
+    let side_files = ["journal", "reserve"].map(|name| out.with_extension(name));
+    let report = file.copy(out, &side_files[1]).with_context(|| {
         let out = out.display();
         format!("the copy {out} is incomplete: remove it, its .journal and its .reserve")
     })?;
     // The copy was closed, and is complete without these files.
-    for path in beside {
+    for path in side_files {
         std::fs::remove_file(&path).with_context(|| format!("cannot remove {}", path.display()))?;
     }
     Ok(report)
@@ -172,7 +172,7 @@ impl DamagedFile {
         let mut copy = CopyWriter {
             store: Store::open_with(out, &reserve, self.ids())?,
             // Ids contain a call's number only if they were generated with the same secret.
-            chosen: self.ids().is_none(),
+            needs_id_index: self.ids().is_none(),
             watermark: Watermark::default(),
             items: Vec::new(),
             length: 0,
@@ -370,7 +370,7 @@ fn next_readable(bad: CallSeq, is_readable: impl Fn(CallSeq) -> bool) -> Option<
 /// Writes the copy.
 struct CopyWriter {
     store: Store,
-    chosen: bool,
+    needs_id_index: bool,
     watermark: Watermark,
     items: Vec<Item>,
     length: usize,
@@ -394,28 +394,32 @@ impl CopyWriter {
     }
 
     fn flush(&mut self) -> store::Result<()> {
-        let (items, chosen) = (std::mem::take(&mut self.items), self.chosen);
+        let (items, needs_id_index) = (std::mem::take(&mut self.items), self.needs_id_index);
         (self.length, self.watermark.changes) = (0, self.watermark.changes + 1);
-        self.store
-            .write(self.watermark, |txn| items.iter().try_for_each(|item| put(txn, item, chosen)))
+        self.store.write(self.watermark, |txn| {
+            items.iter().try_for_each(|item| put(txn, item, needs_id_index))
+        })
     }
 }
 
-fn put(txn: &mut WriteTxn<'_>, item: &Item, chosen: bool) -> store::Result<()> {
+fn put(txn: &mut WriteTxn<'_>, item: &Item, needs_id_index: bool) -> store::Result<()> {
     match item {
         Item::Call { number, status, stored } => {
-            let chosen = chosen || status.chosen_id || !CallIdCodec::may_contain_number(&status.id);
-            txn.add(*number, &status.id, chosen, stored)
+            let needs_id_index =
+                needs_id_index || status.chosen_id || !CallIdCodec::may_contain_number(&status.id);
+            txn.add(*number, &status.id, needs_id_index, stored)
         }
         Item::Result { number, status, record } if status.dead_letter => {
             txn.store_dead_letter(*number, &serde_json::to_vec(status).unwrap_or_default(), record)
         }
         Item::Result { number, status, record } => {
-            let chosen = chosen || status.chosen_id || !CallIdCodec::may_contain_number(&status.id);
-            if chosen {
+            let needs_id_index =
+                needs_id_index || status.chosen_id || !CallIdCodec::may_contain_number(&status.id);
+            if needs_id_index {
                 txn.index_id(&status.id, *number)?;
             }
-            txn.finish(*number, record.clone(), chosen, now() + RESULT_TTL_MILLIS, false).map(drop)
+            txn.finish(*number, record.clone(), needs_id_index, now() + RESULT_TTL_MILLIS, false)
+                .map(drop)
         }
         Item::Progress { number, json } => txn.store_record(*number, json),
         Item::Key { key, id, until } => txn.store_key(key, id, *until),

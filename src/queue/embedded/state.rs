@@ -20,7 +20,7 @@ pub(super) struct QueueState {
     pub(super) schedule: Schedule,
     pub(super) executions: HashMap<CallSeq, Execution>,
     /// Number of executions so far; the id of the latest one.
-    next_execution_id: u64,
+    last_execution_id: u64,
     pub(super) dead_letters: HashMap<String, u64>,
     /// Calls that were released by a panic: how often, and when each is due again.
     panic_backoff: HashMap<CallSeq, (u32, UnixMillis)>,
@@ -144,13 +144,13 @@ impl QueueState {
         concurrency: usize,
     ) -> Option<(Claim, Option<Bytes>)> {
         let selected = self.schedule.select(now, concurrency)?;
-        self.next_execution_id += 1;
+        self.last_execution_id += 1;
         let run =
-            Execution { execution_id: self.next_execution_id, slot_released: false, start: None };
+            Execution { execution_id: self.last_execution_id, slot_released: false, start: None };
         self.executions.insert(selected.number, run);
         let has_record = self.has_record(selected.number);
         Some((
-            Claim { selected, has_record, execution_id: self.next_execution_id },
+            Claim { selected, has_record, execution_id: self.last_execution_id },
             self.batch_cache.get(selected.number),
         ))
     }

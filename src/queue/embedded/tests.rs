@@ -1,5 +1,5 @@
 mod log;
-mod walk;
+mod model;
 
 use bytes::Bytes;
 use http::HeaderMap;

@@ -176,7 +176,7 @@ impl<'t> WriteTxn<'t> {
         &mut self,
         number: CallSeq,
         id: &str,
-        chosen: bool,
+        needs_id_index: bool,
         stored: &Bytes,
     ) -> Result<()> {
         if stored.len() > MAX_PACKED_ENTRY_BYTES {
@@ -184,7 +184,7 @@ impl<'t> WriteTxn<'t> {
         } else {
             self.new_calls.insert(number, stored.clone());
         }
-        if chosen {
+        if needs_id_index {
             self.index_id(id, number)?;
         }
         Ok(())
@@ -221,7 +221,7 @@ impl<'t> WriteTxn<'t> {
         &mut self,
         number: CallSeq,
         record: Bytes,
-        chosen: bool,
+        needs_id_index: bool,
         until: UnixMillis,
         has_record: bool,
     ) -> Result<bool> {
@@ -235,7 +235,7 @@ impl<'t> WriteTxn<'t> {
             // Responses of dead letters are stored unpacked.
             self.finished.get()?.remove(number)?;
         }
-        if chosen || record.len() > MAX_PACKED_ENTRY_BYTES {
+        if needs_id_index || record.len() > MAX_PACKED_ENTRY_BYTES {
             insert_checksummed(self.finished.get()?, number, &record)?;
             self.expiry.get()?.insert((until, number.to_string().as_str()), ())?;
         } else {

@@ -44,10 +44,10 @@ pub(super) struct PublishRequest {
 
 /// A settlement in the form in which it is written.
 pub(super) enum SettleWrite {
-    /// `record`: the encoded record and response. `chosen`: the id does not contain the number.
+    /// `record`: the encoded record and response. `needs_id_index`: the id does not contain the number.
     Finished {
         record: Bytes,
-        chosen: bool,
+        needs_id_index: bool,
     },
     Retry {
         record_json: Vec<u8>,
@@ -67,7 +67,7 @@ impl SettleWrite {
         match settlement {
             Settlement::Finished { response, .. } => Self::Finished {
                 record: result_codec::encode(status, response.as_ref()).into(),
-                chosen: needs_id_index(status),
+                needs_id_index: requires_id_index(status),
             },
             Settlement::Retry { at, .. } => Self::Retry { record_json: record_json(), at: *at },
             Settlement::DeadLetter { response, .. } => Self::DeadLetter {
@@ -80,7 +80,7 @@ impl SettleWrite {
 }
 
 /// Returns whether the call needs an entry in the id index, since its id does not contain its number.
-fn needs_id_index(status: &CallRecord) -> bool {
+fn requires_id_index(status: &CallRecord) -> bool {
     status.chosen_id || !CallIdCodec::may_contain_number(&status.id)
 }
 
@@ -101,8 +101,8 @@ pub(super) enum WriteOp {
 impl WriteOp {
     /// Approximate number of bytes that the operation writes.
     pub(super) fn length(&self) -> usize {
-        const IDEMPOTENCY_KEYS: usize = 256;
-        IDEMPOTENCY_KEYS
+        const KEY_BYTES: usize = 256;
+        KEY_BYTES
             + match self {
                 Self::Publish(call, _) => call.encoded.len(),
                 Self::Settle(_, SettleWrite::Finished { record, .. }, _) => record.len(),
@@ -225,8 +225,8 @@ fn commit(shared: &Arc<Shared>, mut ops: Vec<WriteOp>) {
     let mut cancelled = Vec::new();
     let changed = shared.write(|txn| {
         let cancelled = &mut cancelled;
-        let mut batch = Transaction { shared, now, added: HashSet::new(), cancelled, txn };
-        ops.iter().map(|op| batch.apply(op)).collect::<StoreResult<Vec<OpResult>>>()
+        let mut transaction = Transaction { shared, now, added: HashSet::new(), cancelled, txn };
+        ops.iter().map(|op| transaction.apply(op)).collect::<StoreResult<Vec<OpResult>>>()
     });
     shared.pressure.reserve.set_usable(true);
     match changed {
@@ -249,8 +249,8 @@ fn commit(shared: &Arc<Shared>, mut ops: Vec<WriteOp>) {
                 state.undo_cancel(number, &status);
             }
             drop(state);
-            let has_filled = error == Error::NoSpace && !full;
-            if has_filled {
+            let disk_became_full = error == Error::NoSpace && !full;
+            if disk_became_full {
                 shared.pressure.enter(if enqueues { length } else { 0 });
                 // Reopening the file takes time and does not help these calls.
                 let refused = ops.extract_if(.., |op| matches!(op, WriteOp::Publish(..)));
@@ -258,7 +258,7 @@ fn commit(shared: &Arc<Shared>, mut ops: Vec<WriteOp>) {
             }
             // Reads need the file. If this fails, the next write tries again.
             let _ = shared.reopen();
-            if has_filled {
+            if disk_became_full {
                 // Operations that enqueue nothing may use the reserve, and free space.
                 return write(shared, ops);
             }
@@ -289,7 +289,7 @@ enum OpResult {
     Settled {
         ended: bool,
     },
-    ChangeOutcome(ChangeOutcome),
+    Rejected(ChangeOutcome),
     Cancelled {
         number: CallSeq,
         label: String,
@@ -316,7 +316,7 @@ impl Transaction<'_, '_> {
             WriteOp::Cancel(id, _) => self.cancel(id),
             WriteOp::Redrive(id, _) => self.redrive(id),
             WriteOp::Purge(ids, _) => self.purge(ids),
-            WriteOp::Close(_) => unreachable!("it is no change"),
+            WriteOp::Close(_) => unreachable!("the file is not closed by a transaction"),
             WriteOp::Expire(_) => {
                 let more = self.txn.sweep_expired(self.now, MAX_EXPIRED_PER_COMMIT)?;
                 Ok(OpResult::Expired { more })
@@ -325,17 +325,17 @@ impl Transaction<'_, '_> {
     }
 
     fn publish(&mut self, call: &PublishRequest) -> StoreResult<OpResult> {
-        let repeated = |id| Ok(OpResult::Published(Ok(Published { id, duplicate: true })));
+        let duplicate = |id| Ok(OpResult::Published(Ok(Published { id, duplicate: true })));
         if let Some(key) = &call.key
             && let Some(id) = self.txn.id_for_key(key)?
         {
-            return repeated(id);
+            return duplicate(id);
         }
         // A client may choose the id of an existing call.
         let first = if call.number.is_none() { self.txn.find(&call.id)? } else { None };
         let renamed = match first {
             Some((_, first)) if first.is_same_call(&call.label, call.digest.as_deref()) => {
-                return repeated(first.id);
+                return duplicate(first.id);
             }
             Some(_) => Some(self.shared.with_new_id(call)),
             None => None,
@@ -361,10 +361,10 @@ impl Transaction<'_, '_> {
 
     fn settle(&mut self, number: CallSeq, settled: &SettleWrite) -> StoreResult<bool> {
         match settled {
-            SettleWrite::Finished { record, chosen } => {
+            SettleWrite::Finished { record, needs_id_index } => {
                 let until = self.now + self.shared.limits.result_ttl;
                 let has_record = self.shared.state().has_record(number);
-                self.txn.finish(number, record.clone(), *chosen, until, has_record)
+                self.txn.finish(number, record.clone(), *needs_id_index, until, has_record)
             }
             SettleWrite::Retry { record_json, .. } => {
                 self.txn.store_record(number, record_json).map(|()| false)
@@ -380,18 +380,18 @@ impl Transaction<'_, '_> {
             return self.cancel_undecodable(id);
         };
         if status.state.is_final() && !status.dead_letter {
-            return Ok(OpResult::ChangeOutcome(ChangeOutcome::WrongState(status.state)));
+            return Ok(OpResult::Rejected(ChangeOutcome::WrongState(status.state)));
         }
         // From here on the call is not delivered.
         if !status.dead_letter && !self.cancel_pending(number, &status) {
-            return Ok(OpResult::ChangeOutcome(ChangeOutcome::WrongState(CallState::Running)));
+            return Ok(OpResult::Rejected(ChangeOutcome::WrongState(CallState::Running)));
         }
         let was_dead = std::mem::take(&mut status.dead_letter);
         (status.state, status.finished_at) = (CallState::Cancelled, Some(self.now));
         status.next_attempt_at = None;
         let until = self.now + self.shared.limits.result_ttl;
         let record = result_codec::encode(&status, None);
-        self.txn.finish(number, record.into(), needs_id_index(&status), until, true)?;
+        self.txn.finish(number, record.into(), requires_id_index(&status), until, true)?;
         Ok(OpResult::Cancelled { number, label: status.function, was_dead })
     }
 
@@ -400,7 +400,7 @@ impl Transaction<'_, '_> {
         let number = self.shared.ids.decode(id);
         let damaged_number = number.filter(|number| self.shared.state().damaged.contains(number));
         let Some(number) = damaged_number else {
-            return Ok(OpResult::ChangeOutcome(ChangeOutcome::NotFound));
+            return Ok(OpResult::Rejected(ChangeOutcome::NotFound));
         };
         self.txn.remove(number, id)?;
         Ok(OpResult::Cancelled { number, label: String::new(), was_dead: false })
@@ -417,10 +417,10 @@ impl Transaction<'_, '_> {
 
     fn redrive(&mut self, id: &str) -> StoreResult<OpResult> {
         let Some((number, status)) = self.txn.find(id)? else {
-            return Ok(OpResult::ChangeOutcome(ChangeOutcome::NotFound));
+            return Ok(OpResult::Rejected(ChangeOutcome::NotFound));
         };
         if !status.dead_letter {
-            return Ok(OpResult::ChangeOutcome(ChangeOutcome::WrongState(
+            return Ok(OpResult::Rejected(ChangeOutcome::WrongState(
                 self.shared.state().call_state(number, &status),
             )));
         }
@@ -457,10 +457,7 @@ impl OpResult {
                 state.apply_settlement(claim, &settled, ended);
                 replies.push(reply, Ok(()));
             }
-            (
-                WriteOp::Cancel(_, reply) | WriteOp::Redrive(_, reply),
-                Self::ChangeOutcome(changed),
-            ) => {
+            (WriteOp::Cancel(_, reply) | WriteOp::Redrive(_, reply), Self::Rejected(changed)) => {
                 replies.push(reply, Ok(changed));
             }
             (WriteOp::Cancel(_, reply), Self::Cancelled { number, label, was_dead }) => {
@@ -481,7 +478,7 @@ impl OpResult {
                 replies.push(reply, Ok(purged.len() as u64));
             }
             (WriteOp::Expire(reply), Self::Expired { more }) => replies.push(reply, Ok(more)),
-            _ => unreachable!("each change has its own effect"),
+            _ => unreachable!("each operation has its own result"),
         }
     }
 }

@@ -184,17 +184,17 @@ fn a_closed_file_needs_no_log() {
 }
 
 /// A deterministic random number generator.
-fn dice() -> impl FnMut(usize) -> usize {
+fn random_numbers() -> impl FnMut(usize) -> usize {
     let mut seed = 11_u64;
-    move |sides| {
+    move |limit| {
         seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        (seed >> 33) as usize % sides
+        (seed >> 33) as usize % limit
     }
 }
 
 #[test]
 fn a_power_failure_loses_no_commit() {
-    let mut roll = dice();
+    let mut random_below = random_numbers();
     for _ in 0..2 {
         let disk = Disk::new();
         let database = disk.open().unwrap();
@@ -202,13 +202,17 @@ fn a_power_failure_loses_no_commit() {
         // All states that a block of the file may have had since the last sync.
         let mut versions = vec![disk.file()];
         for number in 1..40 {
-            let (was, before, earlier) = (known.clone(), disk.journal(), disk.file());
-            if roll(4) == 0 && !known.is_empty() {
-                let gone = known.iter().nth(roll(known.len())).copied().unwrap();
+            let (previous, before, earlier) = (known.clone(), disk.journal(), disk.file());
+            if random_below(4) == 0 && !known.is_empty() {
+                let gone = known.iter().nth(random_below(known.len())).copied().unwrap();
                 remove(&database, gone);
                 known.remove(&gone);
             } else {
-                add(&database, number, if roll(9) == 0 { 900_000 } else { roll(20_000) });
+                add(
+                    &database,
+                    number,
+                    if random_below(9) == 0 { 900_000 } else { random_below(20_000) },
+                );
                 known.insert(number);
             }
             let (file, after) = (disk.file(), disk.journal());
@@ -224,7 +228,7 @@ fn a_power_failure_loses_no_commit() {
             }
             for block in 0..torn.len() / BLOCK_BYTES {
                 let bytes = block * BLOCK_BYTES..(block + 1) * BLOCK_BYTES;
-                if roll(2) == 0 {
+                if random_below(2) == 0 {
                     torn[bytes.clone()].copy_from_slice(&after[bytes]);
                 }
             }
@@ -232,7 +236,7 @@ fn a_power_failure_loses_no_commit() {
                 let mut main = file.clone();
                 for block in 0..main.len() / BLOCK_BYTES {
                     let bytes = block * BLOCK_BYTES..(block + 1) * BLOCK_BYTES;
-                    let version = &versions[roll(versions.len())];
+                    let version = &versions[random_below(versions.len())];
                     let old =
                         version.get(bytes.clone()).map_or(vec![0; BLOCK_BYTES], <[u8]>::to_vec);
                     main[bytes].copy_from_slice(&old);
@@ -243,7 +247,7 @@ fn a_power_failure_loses_no_commit() {
                 }
                 let found: BTreeSet<u64> =
                     Disk::with(&main, journal).numbers().unwrap().into_iter().collect();
-                assert!(found == known || is_torn && found == was, "{found:?}, {known:?}");
+                assert!(found == known || is_torn && found == previous, "{found:?}, {known:?}");
             }
         }
     }

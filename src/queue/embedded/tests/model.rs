@@ -5,52 +5,52 @@ use std::collections::BTreeMap;
 use super::*;
 
 /// A deterministic random number generator.
-struct Dice(u64);
+struct Rng(u64);
 
-impl Dice {
-    fn roll(&mut self, sides: usize) -> usize {
+impl Rng {
+    fn below(&mut self, limit: usize) -> usize {
         self.0 =
             self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        (self.0 >> 33) as usize % sides
+        (self.0 >> 33) as usize % limit
     }
 }
 
 const LIMITS: Limits = Limits { max_pending: 100_000, ..super::LIMITS };
 
-struct Walk {
+struct ModelTest {
     directory: TempDir,
     queue: Embedded,
-    dice: Dice,
+    rng: Rng,
     /// Expected calls with their states.
-    known: BTreeMap<String, CallState>,
+    expected: BTreeMap<String, CallState>,
     dead: Vec<String>,
 }
 
-impl Walk {
+impl ModelTest {
     fn begin(seed: u64) -> Self {
         let directory = TempDir::new().unwrap();
         let queue = Embedded::open(directory.path(), LIMITS).unwrap();
-        Self { directory, queue, dice: Dice(seed), known: BTreeMap::new(), dead: Vec::new() }
+        Self { directory, queue, rng: Rng(seed), expected: BTreeMap::new(), dead: Vec::new() }
     }
 
     async fn publish(&mut self) {
-        let count = 1 + self.dice.roll(80);
+        let count = 1 + self.rng.below(80);
         let mut calls = Vec::new();
         for _ in 0..count {
-            let chosen_id = self.dice.roll(10) == 0;
+            let chosen_id = self.rng.below(10) == 0;
             let id = match chosen_id {
                 true => format!("chosen-{}", self.queue.shared.next_number()),
                 false => self.queue.new_call_id(),
             };
             let mut call = call(&id);
             call.options.chosen_id = chosen_id;
-            if self.dice.roll(10) == 0 {
-                call.body = vec![b'x'; 20_000 + self.dice.roll(50_000)].into();
+            if self.rng.below(10) == 0 {
+                call.body = vec![b'x'; 20_000 + self.rng.below(50_000)].into();
             }
             calls.push(call);
         }
         // Calls published later may have lower numbers.
-        if self.dice.roll(2) == 0 {
+        if self.rng.below(2) == 0 {
             calls.reverse();
         }
         let ids: Vec<_> = calls.iter().map(|call| call.id.clone()).collect();
@@ -58,18 +58,18 @@ impl Walk {
         for published in futures_util::future::try_join_all(published).await.unwrap() {
             assert!(!published.duplicate);
         }
-        self.known.extend(ids.into_iter().map(|id| (id, CallState::Queued)));
+        self.expected.extend(ids.into_iter().map(|id| (id, CallState::Queued)));
     }
 
     async fn work(&mut self) {
         let waiting = self.queue.shared.state().schedule.pending();
         let mut taken = Vec::new();
-        for _ in 0..self.dice.roll(60).min(waiting) {
+        for _ in 0..self.rng.below(60).min(waiting) {
             taken.push(self.queue.receive(1000).await.unwrap());
         }
         for delivery in taken {
             let id = delivery.call.id.clone();
-            let (settlement, state) = match self.dice.roll(8) {
+            let (settlement, state) = match self.rng.below(8) {
                 0 => {
                     let retry = Settlement::Retry { at: 0, status: Some(503), reason: None };
                     (retry, CallState::Retrying)
@@ -83,20 +83,21 @@ impl Walk {
                 _ => (succeeded(), CallState::Succeeded),
             };
             settle(&self.queue, delivery, settlement).await;
-            self.known.insert(id, state);
+            self.expected.insert(id, state);
         }
     }
 
     async fn change(&mut self) {
-        let place = self.dice.roll(self.known.len().max(1));
-        let Some((id, state)) = self.known.iter().nth(place).map(|(id, it)| (id.clone(), *it))
+        let position = self.rng.below(self.expected.len().max(1));
+        let Some((id, state)) =
+            self.expected.iter().nth(position).map(|(id, state)| (id.clone(), *state))
         else {
             return;
         };
         let dead = self.dead.iter().position(|dead| *dead == id);
-        if dead.is_some() && self.dice.roll(2) == 0 {
+        if dead.is_some() && self.rng.below(2) == 0 {
             assert_eq!(self.queue.redrive(&id).await.unwrap(), ChangeOutcome::Applied);
-            self.known.insert(id, CallState::Queued);
+            self.expected.insert(id, CallState::Queued);
         } else {
             let expect = match (state.is_final(), dead) {
                 (true, None) => ChangeOutcome::WrongState(state),
@@ -104,7 +105,7 @@ impl Walk {
             };
             assert_eq!(self.queue.cancel(&id).await.unwrap(), expect, "{id} {state:?}");
             if expect == ChangeOutcome::Applied {
-                self.known.insert(id, CallState::Cancelled);
+                self.expected.insert(id, CallState::Cancelled);
             }
         }
         dead.map(|dead| self.dead.swap_remove(dead));
@@ -113,16 +114,16 @@ impl Walk {
     async fn purge(&mut self) {
         const STATES: [CallState; 4] =
             [CallState::Cancelled, CallState::Retrying, CallState::Queued, CallState::Succeeded];
-        let state = STATES[self.dice.roll(STATES.len())];
+        let state = STATES[self.rng.below(STATES.len())];
         let filter = Filter { state: Some(state), ..Filter::default() };
-        let gone: Vec<_> = self.known.extract_if(.., |_, it| *it == state).collect();
+        let gone: Vec<_> = self.expected.extract_if(.., |_, kept| *kept == state).collect();
         assert_eq!(self.queue.purge(&filter).await.unwrap(), gone.len() as u64, "{state:?}");
         for (id, _) in gone.iter().take(5) {
             assert_eq!(self.queue.status(id).await.unwrap(), None, "{id}");
         }
     }
 
-    fn open_again(&mut self) {
+    fn reopen(&mut self) {
         *self.queue.shared.store.write().unwrap() = None;
         self.queue = Embedded::open(self.directory.path(), LIMITS).unwrap();
     }
@@ -143,11 +144,11 @@ impl Walk {
     }
 
     async fn check(&self) {
-        for (id, state) in &self.known {
+        for (id, state) in &self.expected {
             let status = self.queue.status(id).await.unwrap();
             assert_eq!(status.map(|status| status.state), Some(*state), "{id}");
-            let answer = self.queue.result(id).await.unwrap();
-            assert_eq!(answer.is_some(), *state == CallState::Succeeded, "{id} {state:?}");
+            let response = self.queue.result(id).await.unwrap();
+            assert_eq!(response.is_some(), *state == CallState::Succeeded, "{id} {state:?}");
         }
         let listed = self.queue.list(&Filter::default(), None, usize::MAX / 2).await.unwrap();
         let mut newest_first = self.newest_first(&Filter::default(), 97).await;
@@ -157,13 +158,14 @@ impl Walk {
         let mut over = self.newest_first(&filter_of(CallState::Succeeded), 7).await;
         over.reverse();
         assert!(over.iter().eq(listed.iter().filter(|status| is_over(status))));
-        let mut listed: Vec<_> = listed.into_iter().map(|it| (it.id, it.state)).collect();
+        let mut listed: Vec<_> =
+            listed.into_iter().map(|record| (record.id, record.state)).collect();
         listed.sort_unstable_by(|a, b| a.0.cmp(&b.0));
-        let known: Vec<_> = self.known.clone().into_iter().collect();
-        assert!(listed == known, "{} listed, {} known", listed.len(), known.len());
+        let expected: Vec<_> = self.expected.clone().into_iter().collect();
+        assert!(listed == expected, "{} listed, {} expected", listed.len(), expected.len());
         let counts = self.queue.depths().await.unwrap().pop().map(|(_, counts)| counts);
         let counts = counts.unwrap_or_default();
-        let waiting = known.iter().filter(|(_, it)| !it.is_final()).count() as u64;
+        let waiting = expected.iter().filter(|(_, state)| !state.is_final()).count() as u64;
         assert_eq!((counts.pending, counts.dead_letters), (waiting, self.dead.len() as u64));
     }
 }
@@ -175,18 +177,18 @@ fn filter_of(state: CallState) -> Filter {
 #[tokio::test]
 async fn random_operations_match_the_model() {
     for seed in 0..5 {
-        let mut walk = Walk::begin(seed);
+        let mut test = ModelTest::begin(seed);
         for _ in 0..60 {
-            match walk.dice.roll(12) {
-                0..4 => walk.publish().await,
-                4..8 => walk.work().await,
-                8..10 => walk.change().await,
-                10 => walk.purge().await,
-                _ => walk.open_again(),
+            match test.rng.below(12) {
+                0..4 => test.publish().await,
+                4..8 => test.work().await,
+                8..10 => test.change().await,
+                10 => test.purge().await,
+                _ => test.reopen(),
             }
         }
-        walk.check().await;
-        walk.open_again();
-        walk.check().await;
+        test.check().await;
+        test.reopen();
+        test.check().await;
     }
 }
