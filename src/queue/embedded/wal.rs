@@ -83,8 +83,8 @@ impl WalBackend {
 
     fn open_with(path: &Path, length: u64, reserve: &Arc<Reserve>) -> io::Result<Self> {
         let file = open(path)?;
-        let beside = path.with_extension("journal");
-        let journal = open(&beside)?;
+        let journal_path = path.with_extension("journal");
+        let journal = open(&journal_path)?;
         let is_complete = replay(&journal, &file, reserve)? || FileHeader::of(&file)?.is_closed();
         // A process that was killed may have left unsynced pages in the file.
         reserve.retry_with(|| file.sync_all())?;
@@ -93,7 +93,7 @@ impl WalBackend {
             journal.set_len(0)?;
             reserve.fill()?;
         }
-        let wal = if preallocate(&journal, &beside, length)? {
+        let wal = if preallocate(&journal, &journal_path, length)? {
             Some(Mutex::new(Wal::start(journal, length, &file, reserve)?))
         } else {
             tracing::warn!(

@@ -225,8 +225,8 @@ impl<'t> WriteTxn<'t> {
         until: UnixMillis,
         has_record: bool,
     ) -> Result<bool> {
-        let was_there = self.remove_pending(number)?;
-        if !was_there {
+        let was_pending = self.remove_pending(number)?;
+        if !was_pending {
             // Its worker was interrupted while the result was on its way, or the call was a dead letter.
             self.remove_from_finished_batch(number)?;
         }
@@ -241,17 +241,17 @@ impl<'t> WriteTxn<'t> {
         } else {
             self.finished_batch.insert(number, (until, record));
         }
-        Ok(was_there)
+        Ok(was_pending)
     }
 
     /// Stores a dead letter: its record as JSON, and its encoded record and response.
     pub(super) fn store_dead_letter(
         &mut self,
         number: CallSeq,
-        note: &[u8],
+        record_json: &[u8],
         record: &[u8],
     ) -> Result<()> {
-        self.store_record(number, note)?;
+        self.store_record(number, record_json)?;
         insert_checksummed(self.finished.get()?, number, record)
     }
 
@@ -282,16 +282,16 @@ impl<'t> WriteTxn<'t> {
 
     /// Removes entries from a batch. The others keep their key and time of expiry.
     fn rewrite_finished_batch(&mut self, key: CallSeq, removed: &BTreeSet<CallSeq>) -> Result<()> {
-        let ended = self.finished_batches.get()?;
-        let left = ended.get(key)?.and_then(|batch| {
+        let batches = self.finished_batches.get()?;
+        let left = batches.get(key)?.and_then(|batch| {
             let left = PackedBatch::new(batch.value())
                 .entries()
                 .filter(|(number, _)| !removed.contains(number));
             pack(left).into_iter().next()
         });
         match left {
-            Some((_, batch)) => ended.insert(key, &*batch)?,
-            None => ended.remove(key)?,
+            Some((_, batch)) => batches.insert(key, &*batch)?,
+            None => batches.remove(key)?,
         };
         Ok(())
     }
@@ -301,8 +301,8 @@ impl<'t> WriteTxn<'t> {
         if self.new_calls.remove(&number).is_some() {
             return Ok(true);
         }
-        if let Some(was_there) = self.mark_done(number) {
-            return Ok(was_there);
+        if let Some(was_pending) = self.mark_done(number) {
+            return Ok(was_pending);
         }
         let found = find_batch(self.pending_batches.get()?, number)?;
         let found =
@@ -320,9 +320,9 @@ impl<'t> WriteTxn<'t> {
         let keys = number.saturating_sub(MAX_KEY_SPAN - 1)..=number;
         self.dirty.range_mut(keys).rev().find_map(|(_, batch)| {
             let index = batch.numbers.binary_search(&number).ok()?;
-            let was_there = !batch.done.has(index);
+            let was_pending = !batch.done.has(index);
             batch.done.set(index);
-            Some(was_there)
+            Some(was_pending)
         })
     }
 
