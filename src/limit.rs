@@ -95,14 +95,14 @@ mod tests {
     fn a_small_limit_is_exact() {
         let limit = ConcurrencyLimit::new(3, 2);
         let (a, b) = (limit.permit_cache(0), limit.permit_cache(1));
-        let places: Vec<_> =
+        let permits: Vec<_> =
             [&a, &b, &a].into_iter().map(|cache| limit.try_acquire(cache).unwrap()).collect();
         assert!(limit.try_acquire(&a).is_none() && limit.try_acquire(&b).is_none());
         assert!(limit.is_exhausted());
-        drop(places);
+        drop(permits);
         assert_eq!(limit.in_flight(), 0);
-        let places: Vec<_> = std::iter::from_fn(|| limit.try_acquire(&b)).collect();
-        assert_eq!(places.len(), 3);
+        let permits: Vec<_> = std::iter::from_fn(|| limit.try_acquire(&b)).collect();
+        assert_eq!(permits.len(), 3);
     }
 
     #[test]
@@ -110,10 +110,10 @@ mod tests {
         let limit = ConcurrencyLimit::new(10_000, 2);
         let (a, b) = (limit.permit_cache(0), limit.permit_cache(1));
         drop(limit.try_acquire(&b));
-        let places: Vec<_> = std::iter::from_fn(|| limit.try_acquire(&a)).collect();
-        assert!(places.len() > 9_600 && places.len() <= 10_000, "{}", places.len());
+        let permits: Vec<_> = std::iter::from_fn(|| limit.try_acquire(&a)).collect();
+        assert!(permits.len() > 9_600 && permits.len() <= 10_000, "{}", permits.len());
         assert!(limit.is_exhausted());
-        drop(places);
+        drop(permits);
         assert_eq!(limit.in_flight(), 0);
     }
 }
