@@ -37,7 +37,7 @@ pub enum ConnectionState {
 pub enum Expired {
     /// No response can be sent any more: close the connection.
     Connection,
-    /// The connection has been idle for [`HIBERNATE_AFTER`]: drop its buffers.
+    /// The connection has been idle for `HIBERNATE_AFTER`: drop its buffers.
     HibernateDelay,
     /// The deadline of the exchange or of the request body. Its flag has been set: poll the code that waits.
     Exchange,
@@ -61,7 +61,7 @@ pub enum BodyState {
 /// The deadlines and states of one connection and its current exchange.
 ///
 /// All users except those that call [`Deadlines::signal`] run in the task of the connection. The atomics only make this
-/// type `Sync`; they order nothing. Times are stored as nanoseconds since `base`, [`NEVER`] means no deadline.
+/// type `Sync`; they order nothing. Times are stored as nanoseconds since `base`, `NEVER` means no deadline.
 #[derive(Debug)]
 pub struct Deadlines {
     base: Instant,

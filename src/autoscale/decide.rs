@@ -95,7 +95,7 @@ impl Reason {
     /// Returns the name in metrics and logs.
     pub fn as_str(self) -> &'static str {
         match self {
-            Self::ScaledToZero => "asleep",
+            Self::ScaledToZero => "scaled_to_zero",
             Self::Bounds => "bounds",
             Self::Idle => "idle",
             Self::Load => "load",
