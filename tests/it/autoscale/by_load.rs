@@ -105,6 +105,7 @@ async fn nothing_is_scaled_while_the_provider_fails() {
     eventually("one replica per call", async || script.replicas("f") == 3).await;
     // After each refusal the autoscaler waits for most of a round.
     assert!(back.elapsed() >= Duration::from_millis(2900), "{:?}", back.elapsed());
+    gateway.wait_for_log("f.fn cannot be scaled").await;
     assert_eq!(log_count(&gateway, "f.fn cannot be scaled"), 1);
     held.release().await;
 }
@@ -118,11 +119,9 @@ async fn an_invalid_label_is_logged_once_and_its_default_is_used() {
     let lists = script.list_count();
     eventually("the autoscaler polls again", async || script.list_count() > lists + 2).await;
     for label in ["scale.type", "scale.max"] {
-        assert_eq!(
-            log_count(&gateway, &format!("Label com.openfaas.{label} of f.fn")),
-            1,
-            "{label}"
-        );
+        let text = format!("Label com.openfaas.{label} of f.fn");
+        gateway.wait_for_log(&text).await;
+        assert_eq!(log_count(&gateway, &text), 1, "{label}");
     }
     let metrics = gateway.metrics().await;
     let labels = [("function_name", "f.fn"), ("scaling_type", "rps")];
@@ -144,6 +143,7 @@ async fn alerts_for_autoscaled_functions_are_ignored() {
     assert_eq!(gateway.post("/system/alert", &alert("resolved")).await.status(), 200);
     assert_eq!(script.scale_requests("other"), [11, 1]);
     script.assert_not_scaled("f");
+    gateway.wait_for_log("Alerts for f.fn are ignored").await;
     assert_eq!(log_count(&gateway, "Alerts for f.fn are ignored"), 1);
 }
 
