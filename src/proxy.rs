@@ -55,7 +55,9 @@ pub const MAX_SENDS: u32 = 3;
 pub struct RequestContext<'a> {
     /// The IP address of the client, for `X-Forwarded-For`.
     pub client_address: &'a HeaderValue,
+    /// The deadlines of the exchange; the exchange ends when they expire.
     pub deadlines: &'a Arc<Deadlines>,
+    /// Start of the exchange.
     pub started_at: Instant,
     /// Maximum time from `started_at` to the last byte of the response; for a streaming response the longest pause.
     pub timeout: Duration,
@@ -118,9 +120,11 @@ impl OutgoingRequest {
 
 /// A response of an upstream, with a tunnel if both sides change protocols.
 pub struct UpstreamResponse {
+    /// The response without hop-by-hop headers.
     pub response: Response<UpstreamBody>,
     /// The outcome according to the response head.
     pub outcome: ExchangeOutcome,
+    /// To be run as a task, if both sides change protocols.
     pub tunnel: Option<Tunnel>,
 }
 

@@ -105,6 +105,7 @@ pub struct WakeCheckpoint {
 }
 
 impl WakeCheckpoint {
+    /// A checkpoint at this point of the current poll.
     pub fn now() -> Self {
         Self { woken: WOKEN_DURING_POLL.get() }
     }

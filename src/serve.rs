@@ -1,5 +1,5 @@
 //! The HTTP server: accepts connections and serves them until they end, with limits, deadlines and graceful shutdown.
-//! A service passed by the caller produces the responses.
+//! A service, passed to [`Server::run`], produces the responses.
 
 pub mod client_connection;
 pub mod congestion;
@@ -54,10 +54,13 @@ pub struct Timeouts {
 /// State that all listeners of one port share.
 #[derive(Clone)]
 pub struct Server {
+    /// Timeouts of each connection.
     pub timeouts: Timeouts,
     /// One permit for each open connection.
     pub connection_permits: Arc<Semaphore>,
+    /// Phases of the shutdown, which end accept loop and connections.
     pub phases: ShutdownPhases,
+    /// Congestion control of accepted connections.
     pub congestion: CongestionControl,
     /// The memory budget for incomplete heads.
     head_budget: Arc<HeadBudget>,

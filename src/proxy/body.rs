@@ -23,6 +23,7 @@ pub enum RequestBody {
 }
 
 impl RequestBody {
+    /// A body of length zero.
     pub fn empty() -> Self {
         Self::Full(None)
     }
@@ -107,6 +108,7 @@ pub struct ClientBody {
 }
 
 impl ClientBody {
+    /// Wraps a body of hyper. `deadlines` are those of its connection.
     pub fn new(inner: Incoming, deadlines: Arc<Deadlines>) -> Self {
         let finished = inner.is_end_stream();
         if !finished {

@@ -51,6 +51,7 @@ pub struct PoolLimits {
 /// An upstream, with values that every request to it needs.
 #[derive(Clone, Debug)]
 pub struct Origin {
+    /// Base URL of the upstream.
     pub url: Arc<BaseUrl>,
     /// The URL as text: the key of its idle connections in the pool.
     pub(super) pool_key: Arc<str>,
@@ -59,6 +60,7 @@ pub struct Origin {
 }
 
 impl Origin {
+    /// Precomputes the pool key and the `Host` header of `url`.
     pub fn new(url: BaseUrl) -> Self {
         let host = HeaderValue::from_str(url.authority.as_str())
             .unwrap_or_else(|_| HeaderValue::from_static("upstream"));

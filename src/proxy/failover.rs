@@ -14,6 +14,7 @@ use crate::proxy::upstream_body::UpstreamBody;
 pub struct FailoverRequest(RequestWriter);
 
 impl FailoverRequest {
+    /// Serializes the head of `request`.
     pub fn new(request: Request<RequestBody>) -> Self {
         let (head, body) = request.into_parts();
         Self(RequestWriter::new(&head, body))

@@ -23,10 +23,13 @@ use crate::sync::lock_unpoisoned;
 /// The client of a connection, and the deadlines of the connection. Each connection passes one to its service.
 #[derive(Clone, Debug)]
 pub struct ClientConnection {
+    /// The address of the client.
     pub address: SocketAddr,
     /// The address without its port, for `X-Forwarded-For`.
     pub forwarded_for: HeaderValue,
+    /// The deadlines of the connection and its current exchange.
     pub deadlines: Arc<Deadlines>,
+    /// Tracks all connections and tunnels of the listener.
     tasks: TaskTracker,
     /// The permit of this connection among `max_connections`.
     permit: Arc<OwnedSemaphorePermit>,
