@@ -83,16 +83,15 @@ impl Batch {
         record: Revisioned,
         remaining: usize,
     ) -> Arc<Self> {
-        let inner = Inner {
+        let inner = Mutex::new(Inner {
             record,
             archived: false,
             pending: Vec::new(),
             writing: false,
             write_scheduled: false,
             last_progress: Instant::now(),
-        };
-        let remaining = AtomicUsize::new(remaining);
-        let (received_at, inner) = (Instant::now(), Mutex::new(inner));
+        });
+        let (received_at, remaining) = (Instant::now(), AtomicUsize::new(remaining));
         Arc::new(Self { batch_ref, ack_subject, received_at, lease, remaining, inner })
     }
 
