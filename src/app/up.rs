@@ -122,7 +122,7 @@ async fn up(
         }
         phases.reload();
     };
-    tracing::info!(signal, "Stopping: calls in flight may finish");
+    tracing::info!(signal, "Stopping: waiting for requests in flight");
     let stop = async {
         super::drain(gateway.threads, &phases, shutdown).await;
         provider.stop(&provider_tasks).await;

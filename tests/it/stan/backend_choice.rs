@@ -14,7 +14,7 @@ async fn nats_streaming_that_is_briefly_unavailable_is_awaited() {
     let gateway = on_stan(&nats, Gateway::builder()).provider(&provider).var("queue", "auto");
     let gateway = gateway.start().await;
     eventually("NATS Streaming was probed", async || {
-        gateway.log().iter().any(|line| line.contains("Connected to theNATS server"))
+        gateway.log().iter().any(|line| line.contains("Connected to the NATS server"))
     })
     .await;
     assert_eq!(gateway.send_async("echo", &[], "").await.status(), 503);
@@ -44,12 +44,12 @@ async fn jetstream_is_chosen_if_nats_streaming_may_not_be_queried() {
         first.send_async("echo", &[], "").await.status() == 202
     })
     .await;
-    first.wait_for_log("whether there is NATS Streaming cannot be told").await;
+    first.wait_for_log("NATS Streaming could not be ruled out").await;
     eventually("the call is executed", async || provider.call_count() == 1).await;
     // JetStream was chosen before, so it is found immediately; NATS Streaming that appears later is noticed.
     drop(first);
     let second = login(Gateway::worker()).start().await;
-    second.wait_for_log("kept by JetStream").await;
+    second.wait_for_log("JetStream stores the queued calls").await;
 }
 
 #[tokio::test]
@@ -64,7 +64,7 @@ async fn nats_streaming_found_after_the_choice_is_logged() {
     .await;
     let auto = on_stan(&nats, Gateway::worker()).provider(&provider).var("queue", "auto");
     let auto = auto.start().await;
-    auto.wait_for_log("kept by JetStream").await;
+    auto.wait_for_log("JetStream stores the queued calls").await;
     stan.restart().await;
     auto.wait_for_log("NATS Streaming answers as well").await;
 }

@@ -36,7 +36,7 @@ async fn publisher(server: &NatsStreaming, provider: &Provider) -> Gateway {
         .provider(provider)
         .var("with_worker", "false");
     let gateway = gateway.start().await;
-    gateway.wait_for_log("Registered withNATS Streaming").await;
+    gateway.wait_for_log("Registered with NATS Streaming").await;
     gateway
 }
 
@@ -79,7 +79,7 @@ async fn a_call_published_again_with_its_id_is_executed_once() {
     let gateway = publisher(&server, &provider).await;
     let worker = || on_nats_streaming(&server, Gateway::worker()).provider(&provider).start();
     let running = worker().await;
-    running.wait_for_log("Registered withNATS Streaming").await;
+    running.wait_for_log("Registered with NATS Streaming").await;
     let send = || gateway.send_async("echo", &["X-Call-Id: a"], "body");
     eventually("calls are sent before the gateway notices", async || {
         server.freeze();
@@ -117,7 +117,7 @@ async fn a_call_published_again_with_its_id_is_executed_once() {
     let running = worker().await;
     server.wait_until_drained(stored + 2).await;
     assert_eq!(provider.call_count(), 1);
-    running.wait_for_log("this duplicate is notexecuted").await;
+    running.wait_for_log("this duplicate is not executed").await;
     // A different call with the same id is another call.
     assert_eq!(gateway.send_async("echo", &["X-Call-Id: a"], "other").await.status(), 202);
     server.wait_until_drained(stored + 3).await;
@@ -259,6 +259,6 @@ async fn calls_are_executed_if_the_server_refuses_the_execution_log() {
     stan.store_message(CHANNEL, r#"{"Function":"echo"}"#);
     wait_until_acknowledged(&stan, CHANNEL).await;
     eventually("the call is retried", async || provider.call_count() == 2).await;
-    let is_refusal = |line: &&String| line.contains("no place for the channel");
+    let is_refusal = |line: &&String| line.contains("rejects the channel");
     assert_eq!(worker.log().iter().filter(is_refusal).count(), 1);
 }

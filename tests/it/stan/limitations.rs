@@ -41,7 +41,7 @@ async fn unsupported_operations_are_a_501() {
     let gateway =
         on_stan(&nats, Gateway::builder()).provider(&provider).var("with_worker", "false");
     let gateway = gateway.start().await;
-    gateway.wait_for_log("Registered withNATS Streaming").await;
+    gateway.wait_for_log("Registered with NATS Streaming").await;
     gateway.wait_for_log("states, results, lists, cancelling").await;
     let id = gateway.enqueue("echo", &[], "").await;
     for (method, target) in [

@@ -21,7 +21,7 @@ async fn a_call_that_the_server_refuses_is_logged_with_its_id() {
     let stan = FakeStan::start(&nats).await;
     let builder = on_stan(&nats, Gateway::builder()).provider(&provider).var("log_level", "debug");
     let gateway = builder.var("with_worker", "false").start().await;
-    gateway.wait_for_log("Registered withNATS Streaming").await;
+    gateway.wait_for_log("Registered with NATS Streaming").await;
     stan.refuse(CHANNEL, 1);
     let response = gateway.send_async("echo", &[], "").await;
     let id = response.header("x-call-id").unwrap();

@@ -31,7 +31,7 @@ pub(crate) fn on_stan(nats: &Nats, builder: Builder) -> Builder {
 pub(crate) async fn start_gateway(nats: &Nats, provider: &Provider) -> Gateway {
     let gateway = on_stan(nats, Gateway::builder()).provider(provider).start().await;
     eventually("both its clients are registered", async || {
-        gateway.log().iter().filter(|line| line.contains("Registered withNATS Streaming")).count()
+        gateway.log().iter().filter(|line| line.contains("Registered with NATS Streaming")).count()
             == 2
     })
     .await;
