@@ -110,9 +110,9 @@ async fn a_misspelled_setting_is_reported() {
         .var("PORTS", "1")
         .var("UPSTREAM_TIMEOUT", "1s");
     let gateway = gateway.start().await;
-    gateway.wait_for_log("variable upstream_timeot is no setting").await;
+    gateway.wait_for_log("variable upstream_timeot is not a setting").await;
     let warnings: Vec<_> =
-        gateway.log().into_iter().filter(|line| line.contains("is no setting")).collect();
+        gateway.log().into_iter().filter(|line| line.contains("is not a setting")).collect();
     assert!(warnings.len() == 1 && warnings[0].contains("upstream_timeout"), "{warnings:?}");
     assert!(!warnings[0].contains("secret"), "{warnings:?}");
 }
