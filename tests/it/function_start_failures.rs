@@ -25,7 +25,7 @@ async fn without_waiting<T>(what: &str, response: impl Future<Output = T>) -> T 
 }
 
 async fn wait_for_three_crashes(up: &Up<'_>) {
-    up.wait_for_log("crash", "next try in 400ms").await;
+    up.wait_for_log("crash", "restart in 400ms").await;
 }
 
 #[tokio::test]
@@ -191,7 +191,7 @@ async fn a_restart_leaves_unchanged_functions_alone() {
     assert_eq!(up.post("/function/other", "").await.text(), "2\n");
     // Each restart loop uses each pause once.
     wait_for_three_crashes(&up).await;
-    let first = |line: &String| line.contains("next try in 100ms");
+    let first = |line: &String| line.contains("restart in 100ms");
     assert_eq!(up.logs("crash").await.iter().filter(|line| first(line)).count(), 1);
     assert_eq!(workspace.line_count("served"), 2, "started once by each");
     up.terminate_and_wait().await;

@@ -90,7 +90,7 @@ impl Drop for Killed {
 async fn processes_of_a_killed_provider_are_ended_and_its_state_is_intact() {
     let directory = Arc::new(tempfile::tempdir().unwrap());
     let child = Command::new(std::env::current_exe().unwrap())
-        .args(["helper_a_provider_that_runs_until_it_is_killed", "--nocapture"])
+        .args(["helper_run_a_provider_until_it_is_killed", "--nocapture"])
         .env(CHILD, directory.path())
         .stdout(Stdio::null())
         .spawn()
