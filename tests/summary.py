@@ -25,7 +25,7 @@ ESCAPES = re.compile(r"\x1b\[[0-9;]*m")
 RUNNING = re.compile(r"^\s*Running (?:unittests )?(\S+\.rs) \(")
 RESULT = re.compile(r"^test result: \S+ (\d+) passed; (\d+) failed; (\d+) ignored;.* finished in ([\d.]+)s")
 IGNORED = re.compile(r"^test (\S+) \.\.\. ignored(?:, (.*))?$")
-SKIPPED = re.compile(r"SKIPPED: ([^:]+): (.*)$")
+SKIPPED = re.compile(r"SKIPPED: (.+?): (.*)$")
 CONFORMANCE = re.compile(r"CONFORMANCE: (\d+) cases passed$")
 COUNTS = re.compile(r"^(\d+) passed, (\d+) failed$")
 
