@@ -30,6 +30,17 @@ const PORTS: [(&str, &str); 4] = [
     ("worker_metrics_port", ":8083"),
 ];
 
+/// Returns free ports below the range from which the system assigns ports to connections. No other test uses these, so
+/// that a port is still free when a server starts.
+fn free_ports(count: usize) -> Vec<u16> {
+    let range = fs::read_to_string("/proc/sys/net/ipv4/ip_local_port_range").unwrap();
+    let first: u16 = range.split_whitespace().next().unwrap().parse().unwrap();
+    let is_free = |port: &u16| TcpListener::bind(("127.0.0.1", *port)).is_ok();
+    let ports: Vec<u16> = (10_000..first).rev().filter(is_free).take(count).collect();
+    assert_eq!(ports.len(), count, "no free ports below {first}");
+    ports
+}
+
 /// A folder in which the blocks of one page run, one after the other.
 pub(super) struct Workspace {
     folder: TempDir,
@@ -43,9 +54,7 @@ impl Workspace {
         fs::create_dir(folder.path().join("bin")).unwrap();
         symlink(env!("CARGO_BIN_EXE_gateway"), folder.path().join("bin/gateway")).unwrap();
         symlink(root.join("examples"), folder.path().join("examples")).unwrap();
-        let listeners = PORTS.map(|_| TcpListener::bind(("127.0.0.1", 0)).unwrap());
-        let ports = listeners.iter().map(|listener| listener.local_addr().unwrap().port());
-        Self { ports: ports.collect(), folder, server: None }
+        Self { ports: free_ports(PORTS.len()), folder, server: None }
     }
 
     /// # Errors
