@@ -11,10 +11,10 @@ use serde::Deserialize;
 
 use crate::error::Error;
 use crate::function::Function;
+use crate::functions::bounds::ScaleBounds;
 use crate::proxy::client;
 use crate::system::{ApiState, MAX_BODY, read_body};
 
-pub use step::ScaleBounds;
 use step::{AlertStatus, replicas_after};
 
 /// The used fields of a notification.

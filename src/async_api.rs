@@ -1,10 +1,8 @@
 //! `/async-function/…`: enqueues calls, and returns their state and their results.
 
-use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use arc_swap::ArcSwapOption;
 use axum::Json;
 use axum::body::Body;
 use axum::extract::{Path, Request, State};
@@ -12,128 +10,57 @@ use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 use bytes::Bytes;
 use futures_util::StreamExt;
-use http::header::{ACCESS_CONTROL_REQUEST_METHOD, ALLOW, CONTENT_LENGTH, HOST, ORIGIN};
-use http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, Uri};
+use http::header::{ACCESS_CONTROL_REQUEST_METHOD, ALLOW, CONTENT_LENGTH, ORIGIN};
+use http::{HeaderMap, HeaderValue, Method, StatusCode, Uri};
 
-use crate::async_api::call_options::{
-    X_DELAY_SECONDS, X_EXPIRES_SECONDS, X_MAX_ATTEMPTS, call_options, name_text,
-};
-use crate::async_api::unconfirmed::UnconfirmedFunctions;
+use crate::async_api::call_options::{call_options, name_text};
 use crate::auth::body_error;
-use crate::call_id::{RequestIds, X_CALL_ID};
+use crate::call_id::RequestIds;
 use crate::error::Error;
 use crate::function::Function;
-use crate::metrics::queue::{DepthGauges, QueueMetrics};
-use crate::metrics::registry::FunctionRegistry;
-use crate::provider::Provider;
-use crate::proxy::headers::to_upstream;
+use crate::functions::exists::check_function_exists;
+use crate::names::X_CALL_ID;
 use crate::queue::call::QueuedCall;
-use crate::queue::memory::{BodyBudget, BodyBuffer, MAX_TOTAL_BYTES};
+use crate::queue::ingress::{QueueIngress, function_headers};
+use crate::queue::memory::{BodyBuffer, MAX_TOTAL_BYTES};
 use crate::queue::status::CallRecord;
-use crate::queue::{self, ChangeOutcome, MemoryPermit, Queue, QueueDepth, now};
+use crate::queue::{self, ChangeOutcome, MemoryPermit, now};
 use crate::serve::client_connection::ClientConnection;
 use crate::system::ApiState;
 use crate::trace::PublishTiming;
-use crate::{auth, callback_chain, same_origin};
+use crate::{allowed_hosts, auth, callback_chain};
 
 pub mod admin;
 pub(crate) mod call_options;
 pub mod dto;
-mod unconfirmed;
 
-/// Timeout for asking the provider whether a function exists. After it the provider counts as unavailable.
-const FUNCTION_CHECK_TIMEOUT: Duration = Duration::from_secs(2);
-
-/// The queue with what is needed to enqueue calls. One for the process; threads that use it much have a clone.
-#[derive(Clone)]
-pub struct QueueIngress {
-    pub queue: Queue,
-    pub max_body: usize,
-    pub metrics: Arc<QueueMetrics>,
-    /// Memory for bodies that wait for the queue or that a worker holds.
-    pub budget: BodyBudget,
-    /// Runnable and running calls by function, as of the last count.
-    pending_counts: Arc<ArcSwapOption<HashMap<Arc<str>, u64>>>,
-    unconfirmed: Arc<UnconfirmedFunctions>,
-}
-
-impl QueueIngress {
-    pub fn new(queue: Queue, max_body: usize, metrics: QueueMetrics) -> Arc<Self> {
-        let (budget, metrics) = (BodyBudget::default(), Arc::new(metrics));
-        let (pending_counts, unconfirmed) = (Arc::default(), Arc::default());
-        Arc::new(Self { queue, max_body, metrics, budget, pending_counts, unconfirmed })
-    }
-
-    /// Returns a clone for the current thread and its runtime.
-    #[must_use]
-    pub fn for_thread(&self) -> Arc<Self> {
-        Arc::new(Self { queue: self.queue.for_thread(), ..self.clone() })
-    }
-
-    /// Queries the queue's depth and updates the metrics.
-    ///
-    /// # Errors
-    /// When the queue cannot be queried. The previous values remain; the caller tries again later.
-    pub async fn update_depths(&self) -> Result<(), queue::Error> {
-        let now = now();
-        let counts = match self.queue.depths().await {
-            // A queue that does not support counting is treated as empty.
-            Err(queue::Error::Unsupported(_)) => Vec::new(),
-            counts => counts?,
-        };
-        let pending_counts =
-            counts.iter().filter(|(_, counts)| counts.pending + counts.running > 0);
-        let pending_counts = pending_counts.map(|(function, counts)| {
-            (function.to_string().into(), counts.pending + counts.running)
-        });
-        self.pending_counts.store(Some(Arc::new(pending_counts.collect())));
-        let gauges = |(function, counts): (Function, QueueDepth)| DepthGauges {
-            label: function.to_string(),
-            pending: counts.pending,
-            running: counts.running,
-            delayed: counts.delayed,
-            dead_letters: counts.dead_letters,
-            oldest_age: Duration::from_millis(counts.oldest.map_or(0, |at| now.saturating_sub(at))),
-        };
-        self.metrics.set_depths(counts.into_iter().map(gauges).collect());
-        Ok(())
-    }
-
-    /// Runnable and running calls by function as of the last count; `None` before the first one.
-    pub fn pending_by_function(&self) -> Option<Arc<HashMap<Arc<str>, u64>>> {
-        self.pending_counts.load_full()
-    }
-
-    /// Returns the maximum size of a call's body in bytes.
-    pub fn body_limit(&self) -> usize {
-        self.queue.max_body_bytes().map_or(self.max_body, |max| max.min(self.max_body))
-    }
-
-    /// Reads `body` completely. The returned memory reservation must be held as long as the body.
-    async fn read_body(&self, body: Body) -> Result<(Bytes, Option<MemoryPermit>), Error> {
-        let limit = self.body_limit();
-        let mut kept = BodyBuffer::new(&self.budget);
-        let mut frames = body.into_data_stream();
-        while let Some(data) = frames.next().await {
-            let data = data.map_err(|error| body_error(&error, limit))?;
-            if data.len() > limit - kept.length() {
-                return Err(Error::TooLarge(limit));
-            }
-            if !kept.try_add(&data) {
-                return Err(Error::Overloaded);
-            }
+/// Reads `body` completely. The returned memory reservation must be held as long as the body.
+async fn read_body(
+    ingress: &QueueIngress,
+    body: Body,
+) -> Result<(Bytes, Option<MemoryPermit>), Error> {
+    let limit = ingress.body_limit();
+    let mut kept = BodyBuffer::new(&ingress.budget);
+    let mut frames = body.into_data_stream();
+    while let Some(data) = frames.next().await {
+        let data = data.map_err(|error| body_error(&error, limit))?;
+        if data.len() > limit - kept.length() {
+            return Err(Error::TooLarge(limit));
         }
-        let (body, mut memory) = kept.finish();
-        // The queue makes a copy, for which memory is reserved, too. If the body takes more than half of the budget,
-        // the copy gets only the rest.
-        let copy = body.len().min(MAX_TOTAL_BYTES - body.len());
-        let copy = self.budget.try_reserve(copy).ok_or(Error::Overloaded)?;
-        match &mut memory {
-            Some(memory) => memory.merge(copy),
-            None => memory = Some(copy),
+        if !kept.try_add(&data) {
+            return Err(Error::Overloaded);
         }
-        Ok((body, memory))
     }
+    let (body, mut memory) = kept.finish();
+    // The queue makes a copy, for which memory is reserved, too. If the body takes more than half of the budget,
+    // the copy gets only the rest.
+    let copy = body.len().min(MAX_TOTAL_BYTES - body.len());
+    let copy = ingress.budget.try_reserve(copy).ok_or(Error::Overloaded)?;
+    match &mut memory {
+        Some(memory) => memory.merge(copy),
+        None => memory = Some(copy),
+    }
+    Ok((body, memory))
 }
 
 /// Returns the route label (for metrics) of a request that enqueues a call; `None` for other requests.
@@ -195,7 +122,7 @@ async fn enqueue(
 ) -> Result<(queue::Published, Duration), Error> {
     let ingress = ingress(api)?;
     let (parts, body) = request.into_parts();
-    same_origin::check_async_request(&parts.headers, api.allowed_hosts)
+    allowed_hosts::check_async_request(&parts.headers, api.allowed_hosts)
         .map_err(Error::Forbidden)?;
     if callback_chain::length(&parts.headers) > callback_chain::MAX_LENGTH {
         return Err(Error::CallbackLoop);
@@ -216,7 +143,7 @@ async fn enqueue(
     }
     check_function_exists(&api.metrics.function_registry, &api.provider, ingress, &function, &id)
         .await?;
-    let (body, memory) = ingress.read_body(body).await?;
+    let (body, memory) = read_body(ingress, body).await?;
     let headers = function_headers(&parts.headers, &client.forwarded_for, ids);
     let mut call = QueuedCall { id, function, target, headers, body, options };
     call.options.digest = Some(call.digest());
@@ -227,21 +154,6 @@ async fn enqueue(
         ingress.metrics.submitted(duration);
     }
     Ok((published, duration))
-}
-
-/// Returns the headers that the function will receive. The worker sets `Host`; `X-Forwarded-*` are as for any
-/// invocation.
-pub fn function_headers(headers: &HeaderMap, peer: &HeaderValue, ids: &RequestIds) -> HeaderMap {
-    const NOT_PASSED_ON: [HeaderName; 5] =
-        [HOST, CONTENT_LENGTH, X_DELAY_SECONDS, X_MAX_ATTEMPTS, X_EXPIRES_SECONDS];
-    let mut kept = HeaderMap::with_capacity(headers.len() + 4);
-    let put = |name: &HeaderName, value: &HeaderValue| {
-        if !NOT_PASSED_ON.contains(name) {
-            kept.append(name, value.clone());
-        }
-    };
-    to_upstream(headers, &HeaderValue::from_static("queued"), peer, Some(ids), put);
-    kept
 }
 
 /// `GET /async-function/CALL-ID`
@@ -415,46 +327,6 @@ fn parse_target(uri: &Uri, default_namespace: &str) -> Result<(Function, String)
     let end = rest.find(['/', '?']).unwrap_or(rest.len());
     let function = Function::parse(&rest[..end], default_namespace).ok_or(Error::NoSuchPath)?;
     Ok((function, rest[end..].to_owned()))
-}
-
-/// Checks that `function` exists.
-///
-/// While the provider is unavailable, calls of unconfirmed functions are accepted, up to a limit on the number of
-/// different names.
-///
-/// # Errors
-/// When the provider answers that the function does not exist, or when the limit is reached.
-pub async fn check_function_exists(
-    registry: &FunctionRegistry,
-    provider: &Provider,
-    ingress: &QueueIngress,
-    function: &Function,
-    id: &str,
-) -> Result<(), Error> {
-    if registry.contains(function) {
-        return Ok(());
-    }
-    let timeout = provider.timeout.min(FUNCTION_CHECK_TIMEOUT);
-    let provider = Provider { timeout, ..provider.clone() };
-    // Boxed: this future is rarely needed, and large.
-    match Box::pin(provider.status(function)).await {
-        Ok(_) => {
-            ingress.unconfirmed.clear();
-            registry.confirm(function);
-            Ok(())
-        }
-        Err(error @ Error::NoSuchFunction(_)) => {
-            ingress.unconfirmed.clear();
-            Err(error)
-        }
-        Err(error) => {
-            tracing::debug!(
-                call_id = id, %function, %error,
-                "The provider could not confirm the function of a queued call"
-            );
-            ingress.unconfirmed.admit(function)
-        }
-    }
 }
 
 #[cfg(test)]

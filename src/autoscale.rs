@@ -11,7 +11,6 @@ pub mod gossip;
 pub mod loads;
 mod managed;
 pub mod peers;
-pub mod policy;
 pub mod reconciler;
 pub mod sampler;
 
@@ -22,7 +21,6 @@ use tokio::sync::watch;
 use tokio::time::MissedTickBehavior;
 use tokio_util::sync::CancellationToken;
 
-use crate::async_api::QueueIngress;
 use crate::autoscale::cluster_view::{ClusterView, Leadership, Sample};
 use crate::autoscale::decide::{AutoscaleRules, MonotonicMillis};
 use crate::autoscale::gossip::{LoadPublisher, LoadSubscriber};
@@ -33,6 +31,7 @@ use crate::function::Function;
 use crate::metrics::Metrics;
 use crate::metrics::autoscale::AutoscaleMetrics;
 use crate::metrics::poller::ProviderPoller;
+use crate::queue::ingress::QueueIngress;
 use crate::sync::lock_unpoisoned;
 
 /// Interval between polls of the calls in flight, and polls per sample.

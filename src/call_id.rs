@@ -3,12 +3,10 @@
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use bytes::Bytes;
-use http::{HeaderMap, HeaderName, HeaderValue};
+use http::{HeaderMap, HeaderValue};
 use uuid::Uuid;
 
-pub const X_CALL_ID: HeaderName = HeaderName::from_static("x-call-id");
-pub const X_START_TIME: HeaderName = HeaderName::from_static("x-start-time");
-const X_SERVED_BY: HeaderName = HeaderName::from_static("x-served-by");
+use crate::names::{X_CALL_ID, X_SERVED_BY, X_START_TIME};
 
 /// `<product>/<version>`
 pub const USER_AGENT_VALUE: HeaderValue =

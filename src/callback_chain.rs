@@ -1,12 +1,10 @@
 //! Headers that mark callbacks and count how many callbacks in a row have led to a request. No I/O.
 
-use http::{HeaderMap, HeaderName, HeaderValue};
+use http::{HeaderMap, HeaderValue};
 
-/// Marks a callback. The API rejects requests that have this header, whatever its value.
-pub const X_GATEWAY_CALLBACK: HeaderName = HeaderName::from_static("x-gateway-callback");
-/// Number of callbacks in a row that have led to a request.
-pub const X_GATEWAY_CALLBACKS: HeaderName = HeaderName::from_static("x-gateway-callbacks");
-/// Value of [`X_GATEWAY_CALLBACK`].
+use crate::names::X_GATEWAY_CALLBACKS;
+
+/// Value of [`X_GATEWAY_CALLBACK`](crate::names::X_GATEWAY_CALLBACK).
 pub const CALLBACK_MARK: HeaderValue = HeaderValue::from_static("1");
 
 /// Maximum number of callbacks in a row. Stops functions that call each other in an endless loop.

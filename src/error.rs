@@ -1,29 +1,28 @@
 //! The only place that maps failures to a status and a text for the client.
 
-use std::fmt;
 use std::sync::Arc;
 
 use http::header::{ALLOW, CONNECTION, CONTENT_TYPE, RETRY_AFTER};
 use http::{HeaderMap, HeaderValue, Response, StatusCode};
 
 use crate::callback_chain;
+use crate::error_chain::ErrorChain;
 use crate::function::Function;
-use crate::provider::signals::{DOES_NOT_START, X_GATEWAY_REASON};
+use crate::names::X_GATEWAY_REASON;
+use crate::provider;
+use crate::provider::signals::DOES_NOT_START;
 use crate::provider::types::StartFailure;
 use crate::proxy::body::RequestBodyError;
 use crate::proxy::client;
 use crate::proxy::codings::CodingError;
 use crate::proxy::upstream_body::ResponseBodyError;
 use crate::queue;
-use crate::serve::refusal::HeadError;
 
 /// Why a request fails. The text contains no address and no secret.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     #[error("{0}")]
     BadRequest(String),
-    #[error(transparent)]
-    Head(#[from] HeadError),
     #[error("{0}")]
     TransferCoding(CodingError),
     #[error("method not allowed; allowed methods: {0}")]
@@ -83,7 +82,6 @@ impl Error {
             Self::BadRequest(_) | Self::Body(RequestBodyError::Malformed) => {
                 StatusCode::BAD_REQUEST
             }
-            Self::Head(error) => head_status(*error),
             Self::TransferCoding(CodingError::Unsupported) => StatusCode::NOT_IMPLEMENTED,
             Self::TransferCoding(CodingError::NotChunked | CodingError::ChunkedTwice) => {
                 StatusCode::BAD_REQUEST
@@ -130,10 +128,7 @@ impl Error {
                 headers.insert(RETRY_AFTER, HeaderValue::from_static("1"));
             }
             // The end of the body is unknown, and so is the start of the next request.
-            Self::TransferCoding(_) | Self::Head(_) => {
-                if matches!(self, Self::Head(HeadError::OutOfMemory)) {
-                    headers.insert(RETRY_AFTER, HeaderValue::from_static("1"));
-                }
+            Self::TransferCoding(_) => {
                 headers.insert(CONNECTION, HeaderValue::from_static("close"));
             }
             Self::MethodNotAllowed(allow) => {
@@ -189,48 +184,22 @@ impl Error {
     }
 }
 
-/// Displays an error with its chain of causes, for logs only: causes may be confidential.
-pub struct ErrorChain<'a>(pub &'a (dyn std::error::Error + 'static));
-
-impl fmt::Display for ErrorChain<'_> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let mut text = self.0.to_string();
-        let mut next = self.0.source();
-        while let Some(cause) = next {
-            let cause_text = cause.to_string();
-            // Some errors already end in the text of their cause.
-            if !text.ends_with(&cause_text) {
-                text.push_str(": ");
-                text.push_str(&cause_text);
-            }
-            next = cause.source();
+impl From<provider::Error> for Error {
+    fn from(error: provider::Error) -> Self {
+        match error {
+            provider::Error::NoSuchFunction(function) => Self::NoSuchFunction(function),
+            provider::Error::InvalidPath(path) => Self::BadRequest(format!("no such path: {path}")),
+            provider::Error::CredentialsRefused(status) => Self::CredentialsRefused(status),
+            provider::Error::Response(text) => Self::Provider(text),
+            provider::Error::Upstream(error) => Self::Upstream(error),
+            provider::Error::ResponseBody(error) => Self::ResponseBody(error),
         }
-        f.write_str(&text)
     }
 }
 
 /// Returns 499 (nginx): the client closed the connection before the response.
 pub fn client_closed_request() -> StatusCode {
     StatusCode::from_u16(499).unwrap_or(StatusCode::BAD_REQUEST)
-}
-
-fn head_status(error: HeadError) -> StatusCode {
-    match error {
-        HeadError::TooLarge | HeadError::TooManyHeaders => {
-            StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE
-        }
-        HeadError::OutOfMemory => StatusCode::SERVICE_UNAVAILABLE,
-        HeadError::TargetTooLong => StatusCode::URI_TOO_LONG,
-        HeadError::UnsupportedVersion => StatusCode::HTTP_VERSION_NOT_SUPPORTED,
-        HeadError::Version
-        | HeadError::Method
-        | HeadError::Target
-        | HeadError::Header
-        | HeadError::ContentLength
-        | HeadError::TransferEncoding
-        | HeadError::TransferEncodingInHttp10
-        | HeadError::Malformed => StatusCode::BAD_REQUEST,
-    }
 }
 
 fn upstream_status(error: &client::Error) -> StatusCode {

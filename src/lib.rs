@@ -4,17 +4,22 @@
 //! ARCHITECTURE.md lists the allowed dependencies.
 
 // Basics that every module may use.
+pub mod allowed_hosts;
 pub mod base_url;
 pub mod call_id;
 pub mod callback_chain;
 pub mod config;
+pub mod credentials;
 pub mod deadlines;
 pub mod duration;
 pub mod error;
+pub mod error_chain;
 pub mod function;
+pub mod functions;
 pub mod interim;
 pub mod limit;
 pub mod metrics;
+pub mod names;
 pub mod self_wake;
 pub mod shutdown;
 pub mod sync;
@@ -26,6 +31,7 @@ pub mod auth;
 pub mod provider;
 pub mod proxy;
 pub mod queue;
+pub mod readiness;
 pub mod trace;
 
 // Request handling and background services.

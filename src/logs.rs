@@ -9,7 +9,8 @@ use http::StatusCode;
 use serde::Deserialize;
 
 use crate::error::Error;
-use crate::provider::signals::{NO_SUCH_FUNCTION, X_GATEWAY_REASON};
+use crate::names::X_GATEWAY_REASON;
+use crate::provider::signals::NO_SUCH_FUNCTION;
 use crate::serve::client_connection::ClientConnection;
 use crate::system::{ApiState, stream_response};
 

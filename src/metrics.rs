@@ -5,7 +5,6 @@ pub mod calls;
 mod families;
 pub mod poller;
 pub mod query;
-pub mod queue;
 pub mod registry;
 pub mod traces;
 
@@ -25,9 +24,9 @@ pub use families::ReplicaGauges;
 use crate::metrics::autoscale::AutoscaleMetrics;
 use crate::metrics::calls::Shard;
 use crate::metrics::families::FunctionCollector;
-use crate::metrics::queue::QueueMetrics;
 use crate::metrics::registry::{FunctionRegistry, RETENTION};
 use crate::metrics::traces::SpansDropped;
+use crate::queue::metrics::QueueMetrics;
 use crate::sync::lock_unpoisoned;
 
 /// Prometheus marks a series as stale after this time without a scrape.

@@ -15,20 +15,38 @@ use http_body_util::{BodyExt, LengthLimitError, Limited};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-use crate::auth::Credentials;
-use crate::auth::attempts::{CredentialAttempts, is_refusal};
+use crate::credentials::Credentials;
+use crate::credentials::attempts::{CredentialAttempts, is_refusal};
 use crate::deadlines::Deadlines;
-use crate::error::Error;
 use crate::function::Function;
 use crate::provider::types::{FunctionSummary, ScaleRequest, Usage};
 use crate::proxy::body::RequestBody;
-use crate::proxy::client::{Client, Origin};
+use crate::proxy::client::{self, Client, Origin};
 use crate::proxy::upstream_body::{ResponseBodyError, UpstreamBody};
 
 /// The header of a client's preferences (RFC 7240).
 const PREFER: HeaderName = HeaderName::from_static("prefer");
 /// Maximum size of a response body that is read into memory: about 10 000 functions with long labels.
 const MAX_RESPONSE_BYTES: usize = 32 << 20;
+
+/// Why a request to the provider fails. The text contains no address and no secret.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    #[error("function {0} not found")]
+    NoSuchFunction(Function),
+    #[error("no such path: {0}")]
+    InvalidPath(String),
+    /// The provider responded 401 or 403 to all known credentials.
+    #[error("the provider rejects the gateway's credentials: {0}")]
+    CredentialsRefused(StatusCode),
+    /// The provider responded, but not with the expected status or body.
+    #[error("{0}")]
+    Response(String),
+    #[error(transparent)]
+    Upstream(#[from] client::Error),
+    #[error(transparent)]
+    ResponseBody(#[from] ResponseBodyError),
+}
 
 /// Client of one provider.
 #[derive(Clone)]
@@ -192,7 +210,7 @@ pub async fn send_and_collect(
     };
     match tokio::time::timeout(timeout, exchange).await {
         Ok(exchange) => exchange,
-        Err(_) => Err(Error::Upstream(crate::proxy::client::Error::Timeout)),
+        Err(_) => Err(Error::Upstream(client::Error::Timeout)),
     }
 }
 
@@ -212,8 +230,8 @@ pub fn build_request(
     *request.headers_mut() = headers;
     request.headers_mut().insert(HOST, origin.host.clone());
     request.headers_mut().insert(http::header::USER_AGENT, crate::call_id::USER_AGENT_VALUE);
-    let uri = target.parse().map_err(|_| Error::BadRequest(format!("no such path: {target}")))?;
-    *request.uri_mut() = origin.target(&uri).map_err(crate::proxy::client::Error::InvalidTarget)?;
+    let uri = target.parse().map_err(|_| Error::InvalidPath(target.to_owned()))?;
+    *request.uri_mut() = origin.target(&uri).map_err(client::Error::InvalidTarget)?;
     Ok(request)
 }
 
@@ -231,7 +249,7 @@ pub async fn collect_response(
             Ok(failure) => Error::ResponseBody(*failure),
             Err(error) => {
                 debug_assert!(error.is::<LengthLimitError>());
-                Error::Provider(format!(
+                Error::Response(format!(
                     "the provider's response exceeds {MAX_RESPONSE_BYTES} bytes"
                 ))
             }
@@ -242,14 +260,14 @@ pub async fn collect_response(
 /// Parses a response body of the provider.
 ///
 /// # Errors
-/// `Error::Provider` if the body is not the expected JSON; the cause is logged at level debug.
+/// `Error::Response` if the body is not the expected JSON; the cause is logged at level debug.
 pub fn parse_json<T: DeserializeOwned>(body: &[u8]) -> Result<T, Error> {
     serde_json::from_slice(body).map_err(|error| {
         tracing::debug!(
             error = &error as &dyn StdError,
             "The provider's response is not the expected JSON"
         );
-        Error::Provider("the provider's response is not the expected JSON".to_owned())
+        Error::Response("the provider's response is not the expected JSON".to_owned())
     })
 }
 
@@ -257,7 +275,7 @@ fn unexpected_status(status: StatusCode) -> Error {
     if is_refusal(status) {
         return Error::CredentialsRefused(status);
     }
-    Error::Provider(format!("the provider responded {status}"))
+    Error::Response(format!("the provider responded {status}"))
 }
 
 fn namespace_query(function: &Function) -> String {

@@ -10,12 +10,15 @@ pub mod embedded;
 pub(crate) mod fair_share;
 #[cfg(any(test, fuzzing))]
 pub(crate) mod fuzz;
+pub mod ingress;
 pub mod jetstream;
 pub mod memory;
+pub mod metrics;
 mod reply_batch;
 pub mod stan;
 pub mod status;
 mod tasks;
+pub mod unconfirmed;
 
 pub use self::memory::MemoryPermit;
 

@@ -21,17 +21,17 @@ use hyper::body::{Body, Incoming};
 use hyper::service::{Service, service_fn};
 use tower::ServiceExt;
 
+use crate::allowed_hosts::InternalHosts;
 use crate::async_api::{admin, unsupported_method};
 use crate::deadlines::BodyState;
 use crate::error::Error;
 use crate::function::has_dot_segment;
-use crate::health::Health;
 use crate::invoke::{self, Invoker};
 use crate::metrics::Metrics;
 use crate::proxy::body::ClientBody;
+use crate::readiness::Readiness;
 use crate::response_body::{BodySource, TrackedBody, early};
 use crate::routes::request::{EarlyResponse, adapt_to_http_1_0, check, set_connection_close};
-use crate::same_origin::InternalHosts;
 use crate::serve::client_connection::ClientConnection;
 use crate::shutdown::ShutdownPhases;
 use crate::system::{self, ApiState};
@@ -128,8 +128,9 @@ pub fn internal(metrics: Arc<Metrics>, hosts: InternalHosts) -> Router {
 }
 
 /// Router of a worker's port.
-pub fn worker(metrics: Arc<Metrics>, hosts: InternalHosts, health: Arc<Health>) -> Router {
-    internal(metrics, hosts).route("/_/ready", get(|| async move { health.response() }))
+pub fn worker(metrics: Arc<Metrics>, hosts: InternalHosts, readiness: Arc<Readiness>) -> Router {
+    internal(metrics, hosts)
+        .route("/_/ready", get(|| async move { health::readiness_response(&readiness) }))
 }
 
 async fn scrape(State(metrics): State<Arc<Metrics>>) -> Response {

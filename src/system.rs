@@ -18,20 +18,21 @@ use http_body_util::{BodyExt, Limited};
 use serde_json::{Value, json};
 use tokio::sync::Semaphore;
 
-use crate::async_api::QueueIngress;
-use crate::auth::{Credentials, body_error};
+use crate::allowed_hosts::AllowedHosts;
+use crate::auth::body_error;
 use crate::autoscale::alerts::AlertFilter;
 use crate::base_url::BaseUrl;
+use crate::credentials::Credentials;
 use crate::error::Error;
 use crate::function::Function;
-use crate::health::Health;
 use crate::metrics::Metrics;
 use crate::metrics::query::InvocationCounts;
 use crate::provider::types::ScaleRequest;
 use crate::provider::{Provider, collect_response, parse_json};
 use crate::proxy::client::{Client, Origin};
 use crate::proxy::upstream_body::UpstreamBody;
-use crate::same_origin::AllowedHosts;
+use crate::queue::ingress::QueueIngress;
+use crate::readiness::Readiness;
 use crate::serve::Timeouts;
 use crate::serve::client_connection::ClientConnection;
 
@@ -54,7 +55,7 @@ pub struct ApiState {
     pub timeouts: Timeouts,
     pub default_namespace: Arc<str>,
     pub metrics: Arc<Metrics>,
-    pub health: Arc<Health>,
+    pub readiness: Arc<Readiness>,
     pub invocation_counts: Arc<InvocationCounts>,
     /// Alerts to ignore, if the autoscaler is enabled.
     pub alert_filter: Option<Arc<AlertFilter>>,
@@ -166,7 +167,8 @@ impl ApiState {
         for name in [ACCEPT_ENCODING, IF_MODIFIED_SINCE, IF_NONE_MATCH, IF_RANGE, RANGE] {
             request.headers_mut().remove(name);
         }
-        collect_response(self.send(connection, &self.provider.origin, request).await?).await
+        let response = self.send(connection, &self.provider.origin, request).await?;
+        Ok(collect_response(response).await?)
     }
 }
 

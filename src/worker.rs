@@ -16,10 +16,10 @@ use http::HeaderMap;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio_util::task::TaskTracker;
 
-use crate::async_api::QueueIngress;
 use crate::callback_chain;
-use crate::error::ErrorChain;
+use crate::error_chain::ErrorChain;
 use crate::queue::call::{QueuedCall, UnixMillis};
+use crate::queue::ingress::QueueIngress;
 use crate::queue::status::{CallState, Settlement, StoredResponse};
 use crate::queue::{Delivery, Error, MemoryPermit, memory, now};
 use crate::shutdown::ShutdownPhases;

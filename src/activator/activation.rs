@@ -9,7 +9,7 @@ use crate::activator::Activator;
 use crate::activator::cold_start_queue::{ActivationError, ColdStartQueue, Readiness};
 use crate::activator::step::{ReplicaCounts, Step, next_step};
 use crate::activator::unavailable::STARTUP_WINDOW;
-use crate::error::Error;
+use crate::provider::Error;
 
 /// Interval between two status queries: initial and maximum.
 const MIN_POLL_INTERVAL: Duration = Duration::from_millis(25);

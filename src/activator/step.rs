@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use crate::alerts::ScaleBounds;
+use crate::functions::bounds::ScaleBounds;
 use crate::provider::types::FunctionSummary;
 
 /// Replica counts of a function, as the provider reports them.

@@ -3,7 +3,6 @@
 use std::sync::Arc;
 
 use crate::app::worker;
-use crate::async_api::QueueIngress;
 use crate::autoscale::decide::{AutoscaleRules, MonotonicMillis};
 use crate::autoscale::gossip::LoadPublisher;
 use crate::autoscale::{self, AutoscalerDeps};
@@ -11,6 +10,7 @@ use crate::config;
 use crate::config::autoscale::Autoscale;
 use crate::metrics::Metrics;
 use crate::metrics::poller::ProviderPoller;
+use crate::queue::ingress::QueueIngress;
 use crate::shutdown::Tasks;
 
 /// Publishes the load that a worker generates to the gateways, which make the scaling decisions.

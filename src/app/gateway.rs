@@ -12,14 +12,13 @@ use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 
 use crate::activator::Activator;
+use crate::allowed_hosts::{AllowedHosts, InternalHosts};
 use crate::app::threads::{ThreadMain, Threads};
 use crate::app::worker::{DepthPolling, QueueRole};
 use crate::app::{autoscale, worker};
-use crate::async_api::QueueIngress;
-use crate::auth::Credentials;
 use crate::autoscale::alerts::AlertFilter;
 use crate::config::{Backend, Serve};
-use crate::health::Health;
+use crate::credentials::Credentials;
 use crate::invoke::operators::Operators;
 use crate::invoke::{Invoker, Route};
 use crate::limit::ConcurrencyLimit;
@@ -28,8 +27,9 @@ use crate::metrics::poller::ProviderPoller;
 use crate::metrics::query::InvocationCounts;
 use crate::provider::Provider;
 use crate::proxy::client::{Client, Origin, Tls};
+use crate::queue::ingress::QueueIngress;
+use crate::readiness::Readiness;
 use crate::routes::{self, GatewayService};
-use crate::same_origin::{AllowedHosts, InternalHosts};
 use crate::serve::Timeouts;
 use crate::serve::congestion::CongestionControl;
 use crate::serve::head_budget::HeadBudget;
@@ -75,7 +75,7 @@ struct GatewayDeps {
     provider_credentials: Option<Arc<Credentials>>,
     limit: Arc<ConcurrencyLimit>,
     metrics: Arc<Metrics>,
-    health: Arc<Health>,
+    readiness: Arc<Readiness>,
     invocation_counts: Arc<InvocationCounts>,
     ingress: Option<Arc<QueueIngress>>,
     activator: Option<Arc<Activator>>,
@@ -219,7 +219,7 @@ impl GatewayDeps {
             credentials,
             provider_credentials,
             metrics,
-            health: Health::new(phases.clone(), Arc::clone(&limit)),
+            readiness: Readiness::new(phases.clone(), Arc::clone(&limit)),
             ingress,
             activator,
             alert_filter: config.autoscale.map(|_| Arc::default()),
@@ -269,9 +269,9 @@ impl GatewayDeps {
             tasks.spawn(|stopping| credentials.watch_files(stopping, reloads));
         }
         if let Some(ingress) = self.ingress.clone() {
-            let health = Arc::clone(&self.health);
+            let readiness = Arc::clone(&self.readiness);
             tasks.spawn(|stopping| {
-                worker::run_queue_maintenance(ingress, health, DepthPolling::Always, stopping)
+                worker::run_queue_maintenance(ingress, readiness, DepthPolling::Always, stopping)
             });
         }
         let hosts = InternalHosts::new(&self.config.metrics_hosts);
@@ -295,7 +295,7 @@ impl GatewayDeps {
             provider: Provider { timeout, ..self.provider(client) },
             default_namespace: Arc::clone(&self.namespace),
             metrics: Arc::clone(&self.metrics),
-            health: Arc::clone(&self.health),
+            readiness: Arc::clone(&self.readiness),
             exports_replicas: true,
         }
     }
@@ -396,7 +396,7 @@ impl GatewayDeps {
             timeouts: self.config.timeouts,
             default_namespace: Arc::clone(&self.namespace),
             metrics: Arc::clone(&self.metrics),
-            health: Arc::clone(&self.health),
+            readiness: Arc::clone(&self.readiness),
             invocation_counts: Arc::clone(&self.invocation_counts),
             alert_filter: self.alert_filter.clone(),
             queue_ingress: self.ingress.as_ref().map(|ingress| ingress.for_thread()),

@@ -8,11 +8,13 @@ use anyhow::{Context, bail};
 use axum::middleware::from_fn_with_state;
 use tokio_util::sync::CancellationToken;
 
-use crate::auth::{self, Credentials};
+use crate::allowed_hosts::AllowedHosts;
+use crate::auth;
 use crate::config;
+use crate::credentials::Credentials;
 use crate::provider::process::{self, ProcessProvider};
 use crate::routes;
-use crate::same_origin::{self, AllowedHosts};
+use crate::same_origin;
 use crate::serve::Timeouts;
 use crate::serve::head_budget::HeadBudget;
 use crate::serve::listener::bind;

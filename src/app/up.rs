@@ -13,9 +13,9 @@ use tokio::task::block_in_place;
 use crate::app::gateway::Gateway;
 use crate::app::provider::{ProviderServer, build_runtime};
 use crate::app::up::stack_file::StackFile;
-use crate::auth::Credentials;
 use crate::base_url::BaseUrl;
 use crate::config::Up;
+use crate::credentials::Credentials;
 use crate::provider::process::{ProcessProvider, SecretsSnapshot};
 use crate::shutdown::{Event, OnHangup, ShutdownPhases, Signals, Tasks};
 

@@ -7,20 +7,20 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, bail};
 use tokio_util::sync::CancellationToken;
 
-use crate::async_api::QueueIngress;
 use crate::config::{self, Backend};
-use crate::health::Health;
 use crate::limit::{ConcurrencyLimit, PermitCache};
 use crate::metrics::Metrics;
-use crate::metrics::queue::{GATEWAY_RECONNECTS, WORKER_RECONNECTS};
 use crate::metrics::registry::FunctionRegistry;
 use crate::provider::Provider;
 use crate::proxy::client::Tls;
 use crate::queue::Queue;
 use crate::queue::detector::BackendDetector;
 use crate::queue::embedded::{Embedded, Limits};
+use crate::queue::ingress::QueueIngress;
 use crate::queue::jetstream::{Auth, JetStream, Options};
+use crate::queue::metrics::{GATEWAY_RECONNECTS, WORKER_RECONNECTS};
 use crate::queue::stan::{self, Stan};
+use crate::readiness::Readiness;
 use crate::shutdown::{ShutdownPhases, supervise};
 use crate::trace::Tracer;
 use crate::worker::attempt::FunctionClient;
@@ -252,15 +252,15 @@ fn stan_options(nats: &config::Nats, default_namespace: &str, role: QueueRole) -
 /// metrics, and reports whether the queue is reachable.
 pub(super) async fn run_queue_maintenance(
     ingress: Arc<QueueIngress>,
-    health: Arc<Health>,
+    readiness: Arc<Readiness>,
     depth_polling: DepthPolling,
     stopping: CancellationToken,
 ) {
-    // The loops are independent: a slow depth query or a hanging disk must not delay the health check.
+    // The loops are independent: a slow depth query or a hanging disk must not delay the readiness check.
     let probe = run_periodically(PROBE_INTERVAL, "queue probe", &stopping, || async {
         let _ = tokio::time::timeout(PROBE_TIMEOUT, ingress.queue.probe()).await;
-        health.set_queue_reachable(ingress.queue.is_reachable());
-        health.set_queue_condition(ingress.queue.condition());
+        readiness.set_queue_reachable(ingress.queue.is_reachable());
+        readiness.set_queue_condition(ingress.queue.condition());
         ingress.metrics.reconnected(ingress.queue.reconnects());
     });
     let expire = run_periodically(EXPIRY_INTERVAL, "queue expiry", &stopping, || async {

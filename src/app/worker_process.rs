@@ -5,19 +5,19 @@ use std::sync::Arc;
 use anyhow::{Context, bail};
 
 use crate::activator::Activator;
+use crate::allowed_hosts::InternalHosts;
 use crate::app::threads::Threads;
 use crate::app::worker::{DepthPolling, QueueRole};
 use crate::app::{autoscale, gateway, run_until_signal, worker};
-use crate::auth::Credentials;
 use crate::config::{self, Shutdown, WorkerTarget};
-use crate::health::Health;
+use crate::credentials::Credentials;
 use crate::limit::ConcurrencyLimit;
 use crate::metrics::Metrics;
 use crate::metrics::poller::ProviderPoller;
 use crate::provider::Provider;
 use crate::proxy::client::{Client, Origin, Tls};
+use crate::readiness::Readiness;
 use crate::routes;
-use crate::same_origin::InternalHosts;
 use crate::serve::listener::bind;
 use crate::serve::raise_file_limit;
 use crate::shutdown::{ShutdownPhases, Signals, Tasks};
@@ -105,10 +105,11 @@ async fn start(
     };
     let mut worker = worker::build_worker(&config.queue, deps)?;
     worker.logging = CallLogging { bodies: config.log_bodies, calls: config.log_calls };
-    let health = Health::new(phases.clone(), ConcurrencyLimit::new(config.queue.max_inflight, 1));
+    let readiness =
+        Readiness::new(phases.clone(), ConcurrencyLimit::new(config.queue.max_inflight, 1));
     let list_timeout = config.upstream_timeout.min(gateway::PROVIDER_LIST_TIMEOUT);
     let list_provider = provider(Arc::clone(&background_client), list_timeout);
-    let poller = provider_poller(list_provider, namespace, &metrics, &health);
+    let poller = provider_poller(list_provider, namespace, &metrics, &readiness);
     tasks.spawn(|stopping| poller.run(stopping));
     spawn_idle_reaper(background_client, tasks);
     if let Some(credentials) = credentials {
@@ -118,10 +119,10 @@ async fn start(
         autoscale::publish_load_only(&config.queue, Arc::clone(&metrics), tasks).await?;
     }
     let (checked, depth_polling) =
-        (Arc::clone(&health), DepthPolling::WhileScraped(Arc::clone(&metrics)));
+        (Arc::clone(&readiness), DepthPolling::WhileScraped(Arc::clone(&metrics)));
     tasks
         .spawn(|stopping| worker::run_queue_maintenance(ingress, checked, depth_polling, stopping));
-    let router = routes::worker(metrics, InternalHosts::new(&config.metrics_hosts), health);
+    let router = routes::worker(metrics, InternalHosts::new(&config.metrics_hosts), readiness);
     gateway::serve_metrics(router, listener, gateway::ADMIN_TIMEOUTS, Arc::default(), tasks);
     tracing::info!(metrics = %address, calls = %url, "Executing queued calls");
     let phases = phases.clone();
@@ -135,10 +136,10 @@ fn provider_poller(
     provider: Provider,
     default_namespace: Arc<str>,
     metrics: &Arc<Metrics>,
-    health: &Arc<Health>,
+    readiness: &Arc<Readiness>,
 ) -> ProviderPoller {
-    let (metrics, health) = (Arc::clone(metrics), Arc::clone(health));
-    ProviderPoller { provider, default_namespace, metrics, health, exports_replicas: false }
+    let (metrics, readiness) = (Arc::clone(metrics), Arc::clone(readiness));
+    ProviderPoller { provider, default_namespace, metrics, readiness, exports_replicas: false }
 }
 
 fn spawn_idle_reaper(client: Arc<Client>, tasks: &Tasks) {

@@ -12,6 +12,7 @@ use serde_json::json;
 use crate::async_api::{change_response, dto, ingress};
 use crate::error::Error;
 use crate::function::Function;
+use crate::names::X_TRUNCATED;
 use crate::queue::{Filter, Order, now};
 use crate::system::ApiState;
 
@@ -109,7 +110,7 @@ pub async fn calls(
     let states: Vec<_> = found.calls.iter().map(dto::CallStateDto::of).collect();
     let mut response = Json(states).into_response();
     if !found.complete {
-        response.headers_mut().insert(dto::X_TRUNCATED, HeaderValue::from_static("true"));
+        response.headers_mut().insert(X_TRUNCATED, HeaderValue::from_static("true"));
     }
     Ok(response)
 }

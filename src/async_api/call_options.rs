@@ -3,14 +3,11 @@
 use http::{HeaderMap, HeaderName, HeaderValue};
 
 use crate::error::Error;
+use crate::names::{
+    IDEMPOTENCY_KEY, X_CALLBACK_URL, X_DELAY_SECONDS, X_EXPIRES_SECONDS, X_MAX_ATTEMPTS,
+};
 use crate::queue::call::{CallOptions, UnixMillis};
 use crate::worker::callback::target::CallbackTarget;
-
-pub(crate) const X_CALLBACK_URL: HeaderName = HeaderName::from_static("x-callback-url");
-pub(crate) const X_DELAY_SECONDS: HeaderName = HeaderName::from_static("x-delay-seconds");
-pub(crate) const X_MAX_ATTEMPTS: HeaderName = HeaderName::from_static("x-max-attempts");
-pub(crate) const X_EXPIRES_SECONDS: HeaderName = HeaderName::from_static("x-expires-seconds");
-pub(crate) const IDEMPOTENCY_KEY: HeaderName = HeaderName::from_static("idempotency-key");
 
 /// Maximum length of a chosen call id or idempotency key.
 const MAX_NAME_BYTES: usize = 256;

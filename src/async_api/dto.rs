@@ -6,13 +6,9 @@ use http::{HeaderName, HeaderValue, StatusCode};
 use jiff::Timestamp;
 use serde::Serialize;
 
+use crate::names::{X_FUNCTION_STATUS, X_TRUNCATED};
 use crate::queue::call::UnixMillis;
 use crate::queue::status::{self, CallRecord, StoredResponse};
-
-/// Response header with the function's status code.
-const X_FUNCTION_STATUS: HeaderName = HeaderName::from_static("x-function-status");
-/// Response header: the stored body is truncated.
-pub(super) const X_TRUNCATED: HeaderName = HeaderName::from_static("x-truncated");
 
 /// A call's state as JSON. Times are in RFC 3339.
 #[derive(Debug, Serialize)]

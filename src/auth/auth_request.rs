@@ -4,11 +4,11 @@ use http::header::{CONNECTION, CONTENT_LENGTH, HOST, UPGRADE};
 use http::request::Parts;
 use http::{HeaderMap, HeaderName, HeaderValue};
 
+use crate::names::X_FORWARDED_HOST;
 use crate::proxy::headers::keep_end_to_end;
 
 const X_FORWARDED_METHOD: HeaderName = HeaderName::from_static("x-forwarded-method");
 const X_FORWARDED_URI: HeaderName = HeaderName::from_static("x-forwarded-uri");
-const X_FORWARDED_HOST: HeaderName = HeaderName::from_static("x-forwarded-host");
 
 /// Returns the client's headers, and the method, path, query and host of its request.
 pub(super) fn headers(request: &Parts) -> HeaderMap {

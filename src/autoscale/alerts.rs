@@ -3,8 +3,8 @@
 use std::collections::HashSet;
 use std::sync::Mutex;
 
-use crate::autoscale::policy;
 use crate::function::Function;
+use crate::functions::policy;
 use crate::provider::types::FunctionSummary;
 use crate::sync::lock_unpoisoned;
 

@@ -7,7 +7,7 @@ use std::time::Duration;
 use crate::autoscale::decide::{MonotonicMillis, Observation};
 use crate::autoscale::loads::{LoadHistory, LoadSample};
 use crate::autoscale::peers::{PEER_TIMEOUT, Peers};
-use crate::autoscale::policy::{Kind, Policy};
+use crate::functions::policy::{Kind, Policy};
 
 /// Minimum panic window; the default is a tenth of the stable window.
 const MIN_PANIC_WINDOW: MonotonicMillis = 2000;

@@ -6,7 +6,7 @@
 use std::collections::VecDeque;
 use std::time::Duration;
 
-use crate::autoscale::policy::Policy;
+use crate::functions::policy::Policy;
 
 /// Milliseconds since this process started to sample.
 pub type MonotonicMillis = u64;

@@ -7,7 +7,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 use crate::autoscale::decide::MonotonicMillis;
-use crate::autoscale::policy::Kind;
+use crate::functions::policy::Kind;
 
 /// Load of a function in one sample.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]

@@ -6,9 +6,9 @@ use crate::autoscale::cluster_view::FunctionInput;
 use crate::autoscale::decide::{
     AutoscaleRules, Decision, DecisionState, MonotonicMillis, Observation,
 };
-use crate::autoscale::policy::{InvalidLabel, Policy};
-use crate::error::Error;
 use crate::function::Function;
+use crate::functions::policy::{InvalidLabel, Policy};
+use crate::provider::Error;
 
 /// Retention of a function that is no longer listed; its namespace may be temporarily unavailable.
 const MISSING_RETENTION: MonotonicMillis = 10 * 60_000;

@@ -8,14 +8,14 @@ use futures_util::StreamExt as _;
 use futures_util::stream;
 use tokio::time::timeout;
 
-use crate::async_api::QueueIngress;
 use crate::autoscale::cluster_view::{ClusterView, panic_window};
 use crate::autoscale::decide::{AutoscaleRules, MonotonicMillis, decide, may_scale_to_zero};
 use crate::autoscale::managed::{Change, ManagedFunction, Warning};
-use crate::autoscale::policy::{Kind, Policy, is_managed};
 use crate::function::Function;
+use crate::functions::policy::{Kind, Policy, is_managed};
 use crate::metrics::autoscale::{AutoscaleMetrics, ScaleSample};
 use crate::metrics::poller::ProviderPoller;
+use crate::queue::ingress::QueueIngress;
 use crate::sync::lock_unpoisoned;
 
 /// Time limit for listing all functions.

@@ -3,10 +3,10 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use crate::async_api::QueueIngress;
 use crate::autoscale::decide::MonotonicMillis;
 use crate::autoscale::loads::LoadSample;
 use crate::metrics::{FunctionLoad, Metrics};
+use crate::queue::ingress::QueueIngress;
 
 /// Polls the metrics several times per sample, since calls in flight come and go.
 pub struct Sampler {

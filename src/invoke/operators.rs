@@ -5,8 +5,8 @@ use std::sync::Arc;
 
 use http::HeaderMap;
 
-use crate::auth::Credentials;
-use crate::same_origin::is_local_request;
+use crate::allowed_hosts::is_local_request;
+use crate::credentials::Credentials;
 
 /// How requests of operators are recognized.
 #[derive(Clone)]

@@ -8,14 +8,13 @@ use std::time::{Duration, Instant};
 use http::StatusCode;
 use tokio_util::sync::CancellationToken;
 
-use crate::auth::Credentials;
-use crate::autoscale::policy::Policy;
-use crate::error::Error;
+use crate::credentials::Credentials;
 use crate::function::Function;
-use crate::health::Health;
+use crate::functions::policy::Policy;
 use crate::metrics::{Metrics, ReplicaGauges};
-use crate::provider::Provider;
 use crate::provider::types::FunctionSummary;
+use crate::provider::{Error, Provider};
+use crate::readiness::Readiness;
 
 /// Interval between two polls.
 const POLL_INTERVAL: Duration = Duration::from_secs(5);
@@ -28,7 +27,7 @@ pub struct ProviderPoller {
     pub provider: Provider,
     pub default_namespace: Arc<str>,
     pub metrics: Arc<Metrics>,
-    pub health: Arc<Health>,
+    pub readiness: Arc<Readiness>,
     /// Whether replica gauges are exported.
     pub exports_replicas: bool,
 }
@@ -58,12 +57,12 @@ impl ProviderPoller {
         match self.functions().await {
             Ok(functions) => {
                 let stale = credentials.is_some_and(Credentials::provider_accepts_replaced_only);
-                self.health.record_provider_success(stale);
+                self.readiness.record_provider_success(stale);
                 self.record(&functions, queried_at);
                 POLL_INTERVAL
             }
             Err(error) => {
-                self.health.record_provider_failure(&error);
+                self.readiness.record_provider_failure(&error);
                 UNREACHABLE_POLL_INTERVAL
             }
         }
@@ -77,7 +76,7 @@ impl ProviderPoller {
         let namespaces = match self.provider.namespaces().await {
             Ok(namespaces) => namespaces,
             // Namespaces are optional, but the provider must respond.
-            Err(Error::Provider(_) | Error::CredentialsRefused(StatusCode::FORBIDDEN)) => {
+            Err(Error::Response(_) | Error::CredentialsRefused(StatusCode::FORBIDDEN)) => {
                 Vec::new()
             }
             Err(error) => return Err(error),
@@ -97,7 +96,7 @@ impl ProviderPoller {
                 }
                 // The provider responded: a namespace that cannot be listed is no evidence about the others.
                 Err(
-                    error @ (Error::Provider(_) | Error::CredentialsRefused(StatusCode::FORBIDDEN)),
+                    error @ (Error::Response(_) | Error::CredentialsRefused(StatusCode::FORBIDDEN)),
                 ) => {
                     tracing::debug!(namespace, %error, "The functions of {namespace} cannot be listed");
                     failure = Some(error);

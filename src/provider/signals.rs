@@ -5,23 +5,17 @@
 
 use http::{HeaderMap, HeaderName, HeaderValue};
 
-/// Marks an error response that was created by the provider, not by the function.
-pub const X_OPENFAAS_INTERNAL: HeaderName = HeaderName::from_static("x-openfaas-internal");
-/// Machine-readable reason of an error response of a provider or gateway.
-pub const X_GATEWAY_REASON: HeaderName = HeaderName::from_static("x-gateway-reason");
+use crate::names::{RESERVED_HEADER_PREFIX, X_OPENFAAS_INTERNAL};
 
 /// Value of `X-Gateway-Reason`: the function's processes exit during startup.
 pub const DOES_NOT_START: HeaderValue = HeaderValue::from_static("does-not-start");
 /// Value of `X-Gateway-Reason`: the function does not exist.
 pub const NO_SUCH_FUNCTION: HeaderValue = HeaderValue::from_static("no-such-function");
 
-/// Prefix of headers that only providers and gateways may set.
-const RESERVED_PREFIX: &str = "x-gateway-";
-
 /// Removes headers of a function's response that only a provider or gateway may set.
 pub fn remove_reserved(headers: &mut HeaderMap) {
     let is_signal = |name: &HeaderName| {
-        *name == X_OPENFAAS_INTERNAL || name.as_str().starts_with(RESERVED_PREFIX)
+        *name == X_OPENFAAS_INTERNAL || name.as_str().starts_with(RESERVED_HEADER_PREFIX)
     };
     // Few responses have any.
     let found: Vec<HeaderName> = headers.keys().filter(|name| is_signal(name)).cloned().collect();

@@ -2,7 +2,7 @@
 
 use http::{Response, StatusCode};
 
-use crate::provider::signals::X_OPENFAAS_INTERNAL;
+use crate::names::X_OPENFAAS_INTERNAL;
 use crate::proxy::client::Error;
 use crate::proxy::upstream_body::ResponseBodyError;
 

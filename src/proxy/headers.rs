@@ -9,12 +9,11 @@ use http::header::{
 };
 use http::{HeaderMap, HeaderName, HeaderValue};
 
-use crate::call_id::{RequestIds, USER_AGENT_VALUE, X_CALL_ID, X_START_TIME};
+use crate::call_id::{RequestIds, USER_AGENT_VALUE};
+use crate::names::{X_CALL_ID, X_FORWARDED_FOR, X_FORWARDED_HOST, X_START_TIME};
 
 const KEEP_ALIVE: HeaderName = HeaderName::from_static("keep-alive");
 const PROXY_CONNECTION: HeaderName = HeaderName::from_static("proxy-connection");
-const X_FORWARDED_FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
-const X_FORWARDED_HOST: HeaderName = HeaderName::from_static("x-forwarded-host");
 
 /// Headers that `Connection` cannot remove: the gateway sets or handles them itself.
 static PROTECTED: [HeaderName; 5] = [AUTHORIZATION, HOST, TRAILER, X_CALL_ID, X_START_TIME];

@@ -7,8 +7,8 @@ use http::{HeaderMap, HeaderName, HeaderValue};
 use ring::digest;
 use serde::{Deserialize, Serialize};
 
-use crate::callback_chain::{X_GATEWAY_CALLBACK, X_GATEWAY_CALLBACKS};
 use crate::function::{Function, has_dot_segment};
+use crate::names::{X_GATEWAY_CALLBACK, X_GATEWAY_CALLBACKS};
 
 /// Milliseconds since 1970.
 pub type UnixMillis = u64;

@@ -10,8 +10,8 @@ use std::ops::Range;
 use std::time::SystemTime;
 
 use bytes::Bytes;
+use http::StatusCode;
 
-use crate::error::Error;
 use crate::serve::client_connection::DEFAULT_MAX_HEADERS;
 use crate::serve::connection::{MAX_HEAD_BYTES, MAX_HEADERS};
 
@@ -49,6 +49,31 @@ pub enum HeadError {
     TransferEncodingInHttp10,
     #[error("the head of the request is malformed")]
     Malformed,
+}
+
+impl HeadError {
+    /// Returns the status of the error response.
+    pub fn status(self) -> StatusCode {
+        match self {
+            Self::TooLarge | Self::TooManyHeaders => StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE,
+            Self::OutOfMemory => StatusCode::SERVICE_UNAVAILABLE,
+            Self::TargetTooLong => StatusCode::URI_TOO_LONG,
+            Self::UnsupportedVersion => StatusCode::HTTP_VERSION_NOT_SUPPORTED,
+            Self::Version
+            | Self::Method
+            | Self::Target
+            | Self::Header
+            | Self::ContentLength
+            | Self::TransferEncoding
+            | Self::TransferEncodingInHttp10
+            | Self::Malformed => StatusCode::BAD_REQUEST,
+        }
+    }
+
+    /// Returns whether the same request may succeed later.
+    pub fn may_retry(self) -> bool {
+        matches!(self, Self::OutOfMemory)
+    }
 }
 
 /// How to proceed with a request head that hyper has refused.
@@ -171,20 +196,17 @@ fn classify_too_large(unparsed: &[u8]) -> HeadOutcome {
 
 /// Returns the response for `error` as bytes; without a body in reply to HEAD (`to_head`; RFC 9110, 9.3.2).
 pub(super) fn response(error: HeadError, to_head: bool) -> Bytes {
-    let (head, body) = Error::Head(error).response(None).into_parts();
-    let reason = head.status.canonical_reason().unwrap_or_default();
-    let date = httpdate::fmt_http_date(SystemTime::now());
-    let mut text = format!("HTTP/1.1 {} {reason}\r\n", head.status.as_str()).into_bytes();
-    for (name, value) in &head.headers {
-        text.extend_from_slice(name.as_str().as_bytes());
-        text.extend_from_slice(b": ");
-        text.extend_from_slice(value.as_bytes());
-        text.extend_from_slice(b"\r\n");
-    }
-    let length = body.len();
-    text.extend_from_slice(format!("content-length: {length}\r\ndate: {date}\r\n\r\n").as_bytes());
+    let (status, body) = (error.status(), format!("{error}\n"));
+    tracing::debug!(%status, %error, "Request failed");
+    let (code, reason) = (status.as_str(), status.canonical_reason().unwrap_or_default());
+    let retry_after = if error.may_retry() { "retry-after: 1\r\n" } else { "" };
+    let (length, date) = (body.len(), httpdate::fmt_http_date(SystemTime::now()));
+    let mut text = format!(
+        "HTTP/1.1 {code} {reason}\r\ncontent-type: text/plain; charset=utf-8\r\n{retry_after}connection: close\r\n\
+         content-length: {length}\r\ndate: {date}\r\n\r\n"
+    );
     if !to_head {
-        text.extend_from_slice(body.as_bytes());
+        text.push_str(&body);
     }
     text.into()
 }

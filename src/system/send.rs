@@ -12,7 +12,7 @@ use http::header::{AUTHORIZATION, CONTENT_LENGTH};
 use http::{HeaderMap, Response};
 use http_body::Body as _;
 
-use crate::auth::attempts::CredentialAttempts;
+use crate::credentials::attempts::CredentialAttempts;
 use crate::error::Error;
 use crate::proxy::body::RequestBody;
 use crate::proxy::client::Origin;

@@ -7,9 +7,9 @@ use std::time::{Duration, Instant, SystemTime};
 use http::header::USER_AGENT;
 use http::{HeaderValue, Method, Request, Response, StatusCode};
 
-use crate::call_id::X_CALL_ID;
 use crate::error::client_closed_request;
 use crate::metrics::calls::Outcome;
+use crate::names::X_CALL_ID;
 use crate::trace::config::AccessLogMode;
 use crate::trace::context::{Context, new_span_id};
 use crate::trace::span::{Span, SpanKind, truncate};

@@ -23,7 +23,7 @@ use uuid::Uuid;
 
 use crate::callback_chain;
 use crate::deadlines::Deadlines;
-use crate::error::ErrorChain;
+use crate::error_chain::ErrorChain;
 use crate::proxy::body::RequestBody;
 use crate::proxy::client::PoolLimits;
 use crate::proxy::client::{self, Client, Tls};

@@ -9,9 +9,8 @@ use std::time::Duration;
 
 use tokio::time::{Instant, sleep, timeout};
 
-use crate::error::Error;
 use crate::function::Function;
-use crate::provider::Provider;
+use crate::provider::{Error, Provider};
 use crate::queue::call::QueuedCall;
 use crate::sync::lock_unpoisoned;
 use crate::worker::retry::RetryPolicy;
@@ -124,7 +123,7 @@ impl RetryPolicyCache {
         function: &Function,
     ) -> Result<RetryPolicy, Error> {
         let response = timeout(self.timing.query_timeout, self.provider.status(function)).await;
-        let status = response.unwrap_or(Err(Error::Provider("no response in time".to_owned())))?;
+        let status = response.unwrap_or(Err(Error::Response("no response in time".to_owned())))?;
         let annotations = status.annotations.unwrap_or_default();
         let (policy, warnings) = RetryPolicy::default()
             .with_annotations(|name| annotations.get(name).map(String::as_str));

@@ -1,7 +1,7 @@
 use proptest::prelude::*;
 
 use super::*;
-use crate::autoscale::policy::Kind;
+use crate::functions::policy::Kind;
 
 const RULES: AutoscaleRules = AutoscaleRules { window: 60_000, zero_allowed: true };
 

@@ -3,7 +3,8 @@
 use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
 
-use crate::provider::signals::{NO_SUCH_FUNCTION, X_GATEWAY_REASON};
+use crate::names::X_GATEWAY_REASON;
+use crate::provider::signals::NO_SUCH_FUNCTION;
 
 /// An error response of the API. Its text is the response body.
 #[derive(Debug, thiserror::Error)]

@@ -6,15 +6,12 @@ use std::time::{Duration, Instant};
 use axum::body::Body;
 use axum::http::header::RETRY_AFTER;
 use axum::http::request::Parts;
-use axum::http::{HeaderName, HeaderValue, StatusCode};
+use axum::http::{HeaderValue, StatusCode};
 use axum::response::{IntoResponse, Response};
 
 use crate::function::Function;
-use crate::provider::signals::{
-    DOES_NOT_START, INTERNAL, NO_SUCH_FUNCTION, X_GATEWAY_REASON, X_OPENFAAS_INTERNAL,
-};
-
-const X_DURATION_SECONDS: HeaderName = HeaderName::from_static("x-duration-seconds");
+use crate::names::{X_DURATION_SECONDS, X_GATEWAY_REASON, X_OPENFAAS_INTERNAL};
+use crate::provider::signals::{DOES_NOT_START, INTERNAL, NO_SUCH_FUNCTION};
 
 /// A request for a function.
 pub(super) struct Invocation {

@@ -11,8 +11,8 @@ use futures_util::stream::FuturesUnordered;
 use tokio::sync::mpsc::error::TrySendError;
 use tokio::sync::{Mutex as AsyncMutex, mpsc, oneshot};
 
-use crate::call_id::X_CALL_ID;
 use crate::function::Function;
+use crate::names::X_CALL_ID;
 use crate::queue::call::QueuedCall;
 use crate::queue::jetstream::batch::{
     self, MAX_BATCH_BYTES, MAX_BATCHED_BODY_BYTES, MAX_CALLS_PER_BATCH, MIN_SERVER_PAYLOAD_BYTES,

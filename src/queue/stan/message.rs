@@ -14,20 +14,16 @@ use http::header::{CONTENT_LENGTH, HOST};
 use http::{HeaderMap, HeaderName, HeaderValue};
 use serde_json::{Map, Value};
 
-use crate::call_id::{X_CALL_ID, X_START_TIME};
 use crate::function::{Function, has_dot_segment};
+use crate::names::{
+    X_CALL_ID, X_CALLBACK_URL, X_DELAY_SECONDS, X_EXPIRES_SECONDS, X_FORWARDED_HOST,
+    X_MAX_ATTEMPTS, X_START_TIME,
+};
 use crate::proxy::headers::keep_end_to_end;
 use crate::queue::call::{CallOptions, MAX_HEADERS, QueuedCall, UnixMillis};
 use crate::queue::stan::callback::{CallbackUrl, percent_encode};
 use crate::queue::stan::payload::{Payload, canonical_header_name};
 
-const X_FORWARDED_HOST: HeaderName = HeaderName::from_static("x-forwarded-host");
-const X_CALLBACK_URL: HeaderName = HeaderName::from_static("x-callback-url");
-/// Call options that clients request. This gateway evaluates them before it enqueues a call; Go gateways only pass
-/// them on.
-const X_DELAY_SECONDS: HeaderName = HeaderName::from_static("x-delay-seconds");
-const X_EXPIRES_SECONDS: HeaderName = HeaderName::from_static("x-expires-seconds");
-const X_MAX_ATTEMPTS: HeaderName = HeaderName::from_static("x-max-attempts");
 const OPTION_HEADERS: [HeaderName; 3] = [X_DELAY_SECONDS, X_EXPIRES_SECONDS, X_MAX_ATTEMPTS];
 /// Maximum delay and time to expiry that can be requested, in seconds, and maximum number of attempts.
 const MAX_SECONDS: u64 = 366 * 24 * 3600;

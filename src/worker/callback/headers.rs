@@ -6,22 +6,21 @@ use http::header::{
 };
 use http::{HeaderMap, HeaderName, HeaderValue};
 
-use crate::async_api::call_options::{
-    IDEMPOTENCY_KEY, X_CALLBACK_URL, X_DELAY_SECONDS, X_EXPIRES_SECONDS, X_MAX_ATTEMPTS,
+use crate::call_id::USER_AGENT_VALUE;
+use crate::callback_chain::CALLBACK_MARK;
+use crate::names::{
+    IDEMPOTENCY_KEY, X_CALL_ID, X_CALLBACK_URL, X_DELAY_SECONDS, X_DURATION_SECONDS,
+    X_EXPIRES_SECONDS, X_FUNCTION_STATUS, X_GATEWAY_CALLBACK, X_GATEWAY_CALLBACKS, X_MAX_ATTEMPTS,
+    X_TRUNCATED,
 };
-use crate::call_id::{USER_AGENT_VALUE, X_CALL_ID};
-use crate::callback_chain::{CALLBACK_MARK, X_GATEWAY_CALLBACK, X_GATEWAY_CALLBACKS};
 use crate::proxy::headers::to_client;
 use crate::trace::context::{TRACEPARENT, TRACESTATE};
 use crate::worker::callback::CallbackPayload;
 use crate::worker::callback::target::CallbackTarget;
 
-const X_DURATION_SECONDS: HeaderName = HeaderName::from_static("x-duration-seconds");
-const X_FUNCTION_STATUS: HeaderName = HeaderName::from_static("x-function-status");
 const X_FUNCTION_NAME: HeaderName = HeaderName::from_static("x-function-name");
 const X_RETRY: HeaderName = HeaderName::from_static("x-retry");
 const X_RETRY_MAX: HeaderName = HeaderName::from_static("x-retry-max");
-const X_TRUNCATED: HeaderName = HeaderName::from_static("x-truncated");
 
 /// Response headers that would have another meaning in a request: they frame the body, control a gateway, carry
 /// credentials, or describe the request's origin.

@@ -9,14 +9,15 @@ use std::time::Instant;
 use bytes::Bytes;
 use http::{HeaderMap, HeaderValue, StatusCode};
 
-use crate::async_api::{QueueIngress, check_function_exists, function_headers};
 use crate::call_id::RequestIds;
 use crate::error::Error;
 use crate::function::{Function, has_dot_segment};
+use crate::functions::exists::check_function_exists;
 use crate::limit::{ConcurrencyLimit, PermitCache};
 use crate::metrics::registry::FunctionRegistry;
 use crate::provider::Provider;
 use crate::queue::call::{CallOptions, QueuedCall};
+use crate::queue::ingress::{QueueIngress, function_headers};
 use crate::queue::now;
 use crate::worker::attempt::FunctionClient;
 use crate::worker::callback::target::CallbackTarget;

@@ -46,7 +46,10 @@ pub struct QueueMetrics {
 
 impl QueueMetrics {
     /// Registers the metrics of the queue `name`. `reconnects`: name of its counter of reconnections, if it has one.
-    pub(super) fn register(
+    ///
+    /// # Errors
+    /// The registry has a metric of the same name already.
+    pub fn register(
         registry: &Registry,
         name: &str,
         reconnects: Option<&str>,

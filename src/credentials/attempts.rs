@@ -8,8 +8,8 @@ use std::time::Instant;
 
 use http::{HeaderValue, StatusCode};
 
-use crate::auth::Credentials;
-use crate::auth::credential_set::BasicCredentials;
+use crate::credentials::Credentials;
+use crate::credentials::credential_set::BasicCredentials;
 
 /// Returns whether `status` means that the provider rejected the credentials.
 pub fn is_refusal(status: StatusCode) -> bool {

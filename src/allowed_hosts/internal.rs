@@ -4,15 +4,11 @@
 
 use std::fs;
 use std::net::IpAddr;
-use std::sync::Arc;
 
-use axum::extract::{Request, State};
-use axum::middleware::Next;
-use axum::response::{IntoResponse, Response};
+use http::HeaderMap;
 use http::header::HOST;
 
-use crate::error::Error;
-use crate::same_origin::{AllowedHosts, Rejection, check, without_port};
+use crate::allowed_hosts::{AllowedHosts, Rejection, check, without_port};
 
 /// Domains that cannot be registered on the internet, so that no web page can have such a name: reserved (RFC 6761, 6762,
 /// 8375, ICANN's `internal`), or used by Kubernetes.
@@ -64,6 +60,22 @@ impl InternalHosts {
                 name.strip_suffix(domain.as_str()).is_some_and(|before| before.ends_with('.'))
             })
     }
+
+    /// Checks that no web page of another origin can have sent a request with these headers. `authority`: that of its
+    /// target, if it has one.
+    ///
+    /// # Errors
+    /// The reason of the rejection, for the client.
+    pub fn check(&self, headers: &HeaderMap, authority: Option<&str>) -> Result<(), &'static str> {
+        // A `Host` that is not ASCII text is not accepted.
+        let host = authority.or_else(|| Some(headers.get(HOST)?.to_str().unwrap_or("?.?")));
+        match host {
+            Some(host) if !self.allows(host) => Err(
+                "this host name is not allowed on the metrics port: use an IP address, or add the name to metrics_hosts",
+            ),
+            _ => check(headers, AllowedHosts::Any).map_err(Rejection::reason),
+        }
+    }
 }
 
 /// Returns the search domains of this machine. Domains of one label are left out: they would be a whole top-level
@@ -74,28 +86,6 @@ fn search_domains(resolver: &str) -> impl Iterator<Item = &str> {
         matches!(words.next(), Some("search" | "domain")).then_some(words)
     });
     lines.flatten().map(|domain| domain.trim_matches('.')).filter(|domain| domain.contains('.'))
-}
-
-/// Rejects requests that a web page of another origin can have sent.
-pub async fn guard_internal(
-    State(hosts): State<Arc<InternalHosts>>,
-    request: Request,
-    next: Next,
-) -> Response {
-    let headers = request.headers();
-    let host = request.uri().authority().map(http::uri::Authority::as_str);
-    // A `Host` that is not ASCII text is not accepted.
-    let host = host.or_else(|| Some(headers.get(HOST)?.to_str().unwrap_or("?.?")));
-    let checked = match host {
-        Some(host) if !hosts.allows(host) => Err(
-            "this host name is not allowed on the metrics port: use an IP address, or add the name to metrics_hosts",
-        ),
-        _ => check(headers, AllowedHosts::Any).map_err(Rejection::reason),
-    };
-    match checked {
-        Ok(()) => next.run(request).await,
-        Err(reason) => Error::Forbidden(reason).into_response(),
-    }
 }
 
 #[cfg(test)]

@@ -7,34 +7,30 @@
 use std::collections::HashSet;
 use std::sync::{Mutex, MutexGuard};
 
-use crate::error::Error;
 use crate::function::Function;
 use crate::sync::lock_unpoisoned;
 
 /// Maximum number of different names until the provider answers again. New functions are rarely called for the first
 /// time while it is unavailable.
-const MAX_UNCONFIRMED: usize = 1000;
+pub const MAX_UNCONFIRMED: usize = 1000;
 
 /// The unconfirmed names since the provider's last response. One for the process.
 #[derive(Debug, Default)]
-pub(super) struct UnconfirmedFunctions(Mutex<HashSet<Function>>);
+pub struct UnconfirmedFunctions(Mutex<HashSet<Function>>);
 
 impl UnconfirmedFunctions {
-    /// Accepts `function` without confirmation.
-    ///
-    /// # Errors
-    /// `Unverified` when the maximum number of other names has been accepted.
-    pub(super) fn admit(&self, function: &Function) -> Result<(), Error> {
+    /// Accepts `function` without confirmation; returns `false` if [`MAX_UNCONFIRMED`] other names have been accepted.
+    pub fn admit(&self, function: &Function) -> bool {
         let mut names = self.names();
         if names.len() >= MAX_UNCONFIRMED && !names.contains(function) {
-            return Err(Error::UnconfirmedLimit(function.clone(), MAX_UNCONFIRMED));
+            return false;
         }
         names.insert(function.clone());
-        Ok(())
+        true
     }
 
     /// Removes all names, because the provider has answered.
-    pub(super) fn clear(&self) {
+    pub fn clear(&self) {
         self.names().clear();
     }
 
@@ -51,7 +47,7 @@ mod tests {
     fn the_number_of_unconfirmed_names_is_limited_until_the_provider_answers() {
         let unconfirmed = UnconfirmedFunctions::default();
         let numbered = |number: usize| Function::parse(&format!("f{number}"), "fn").unwrap();
-        let admits = |number| unconfirmed.admit(&numbered(number)).is_ok();
+        let admits = |number| unconfirmed.admit(&numbered(number));
         assert!((0..MAX_UNCONFIRMED).all(admits));
         assert!(!admits(MAX_UNCONFIRMED) && admits(0));
         unconfirmed.clear();
