@@ -6,7 +6,7 @@ use std::fmt;
 
 pub use path::has_dot_segment;
 
-/// Name and namespace of a function. Parsed in `routes`: no later code handles a function's name as a string.
+/// Name and namespace of a function. Parsed when a request is routed: no later code handles a function's name as a string.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Function {
     /// The name without its namespace.

@@ -3,7 +3,7 @@
 //! `fuzz/` runs them under libFuzzer. The test below replays `fuzz/seeds/` on every test run. Compiled only for tests
 //! and fuzzing.
 
-use crate::{config, proxy, queue, routes, serve, stack, trace, worker};
+use crate::{config, proxy, queue, serve, service, stack, trace, worker};
 
 /// Parses the bytes, and panics when a property of the parser does not hold.
 pub type Target = fn(&[u8]);
@@ -23,7 +23,7 @@ pub const TARGETS: &[(&str, Target)] = &[
     ("jetstream_record", queue::jetstream::fuzz::record),
     ("jetstream_subject", queue::jetstream::fuzz::subject),
     ("rejected_head", serve::refusal::fuzz::refused_head),
-    ("request_head", routes::fuzz::request_head),
+    ("request_head", service::fuzz::request_head),
     ("response_head", proxy::fuzz::response_head),
     ("retry_after", worker::fuzz::retry_after),
     ("stack_file", stack::fuzz::stack_file),

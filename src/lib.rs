@@ -49,9 +49,10 @@ pub mod worker;
 // Entry points: listeners, routes, command-line roles.
 pub mod app;
 pub mod healthcheck;
-pub mod routes;
+pub mod router;
 pub mod same_origin;
 pub mod serve;
+pub mod service;
 pub mod stack;
 
 #[cfg(any(test, fuzzing))]

@@ -29,12 +29,13 @@ use crate::provider::Provider;
 use crate::proxy::client::{Client, Origin, Tls};
 use crate::queue::ingress::QueueIngress;
 use crate::readiness::Readiness;
-use crate::routes::{self, GatewayService};
+use crate::router::{self, ApiService};
 use crate::serve::Timeouts;
 use crate::serve::congestion::CongestionControl;
 use crate::serve::head_budget::HeadBudget;
 use crate::serve::listener::bind;
 use crate::serve::{Server, raise_file_limit};
+use crate::service::{GatewayService, router_service};
 use crate::shutdown::{ShutdownPhases, Tasks};
 use crate::system::{ApiState, AuthProxy, MAX_REPLAY_BODIES};
 use crate::trace::{AccessLogMode, TracingConfig};
@@ -275,7 +276,7 @@ impl GatewayDeps {
             });
         }
         let hosts = InternalHosts::new(&self.config.metrics_hosts);
-        let router = routes::internal(Arc::clone(&self.metrics), hosts);
+        let router = router::internal(Arc::clone(&self.metrics), hosts);
         let head_budget = Arc::clone(&self.head_budget);
         serve_metrics(router, metrics_listener, self.config.timeouts, head_budget, tasks);
     }
@@ -361,7 +362,7 @@ impl GatewayDeps {
     }
 
     /// Builds the HTTP service of one thread. Must be called on that thread's runtime.
-    fn build_service(&self, thread: usize, client: &Arc<Client>) -> GatewayService {
+    fn build_service(&self, thread: usize, client: &Arc<Client>) -> GatewayService<ApiService> {
         let provider = self.provider(client);
         let route = match &self.config.direct_functions {
             Some(suffix) => Route::Direct {
@@ -402,11 +403,9 @@ impl GatewayDeps {
             queue_ingress: self.ingress.as_ref().map(|ingress| ingress.for_thread()),
             replay_permits: Arc::clone(&self.replay_body_permits),
         };
-        let api = Arc::new(api);
         GatewayService {
             invoker,
-            router: routes::api(Arc::clone(&api)),
-            api,
+            fallback: ApiService::new(api),
             phases: self.phases.clone(),
             observer: self.observer.clone(),
         }
@@ -449,9 +448,8 @@ pub(super) fn serve_metrics(
     let server =
         Server::new(timeouts, MAX_METRICS_CONNECTIONS, ShutdownPhases::default(), head_budget);
     let serving = async move {
-        let served = server
-            .run(listener, |client| routes::router_service(&router, client, timeouts.idle))
-            .await;
+        let served =
+            server.run(listener, |client| router_service(&router, client, timeouts.idle)).await;
         if let Err(error) = served {
             tracing::error!(%error, "The metrics port cannot be served");
         }

@@ -13,12 +13,12 @@ use crate::auth;
 use crate::config;
 use crate::credentials::Credentials;
 use crate::provider::process::{self, ProcessProvider};
-use crate::routes;
 use crate::same_origin;
 use crate::serve::Timeouts;
 use crate::serve::head_budget::HeadBudget;
 use crate::serve::listener::bind;
 use crate::serve::{Server, raise_file_limit};
+use crate::service::router_service;
 use crate::shutdown::{Event, OnHangup, ShutdownPhases, Signals, Tasks};
 
 /// Timeouts of the provider's API. Its clients are gateways, which have their own deadlines.
@@ -129,7 +129,7 @@ impl ProviderServer {
         let drained = self.drained.clone();
         tasks.spawn(|_stopping| async move {
             let _drained = drained.drop_guard();
-            let service = |client| routes::router_service(&router, client, API_TIMEOUTS.idle);
+            let service = |client| router_service(&router, client, API_TIMEOUTS.idle);
             if let Err(error) = server.run(listener, service).await {
                 tracing::error!(%error, "The provider's API failed");
             }

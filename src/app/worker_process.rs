@@ -17,7 +17,7 @@ use crate::metrics::poller::ProviderPoller;
 use crate::provider::Provider;
 use crate::proxy::client::{Client, Origin, Tls};
 use crate::readiness::Readiness;
-use crate::routes;
+use crate::router;
 use crate::serve::listener::bind;
 use crate::serve::raise_file_limit;
 use crate::shutdown::{ShutdownPhases, Signals, Tasks};
@@ -122,7 +122,7 @@ async fn start(
         (Arc::clone(&readiness), DepthPolling::WhileScraped(Arc::clone(&metrics)));
     tasks
         .spawn(|stopping| worker::run_queue_maintenance(ingress, checked, depth_polling, stopping));
-    let router = routes::worker(metrics, InternalHosts::new(&config.metrics_hosts), readiness);
+    let router = router::worker(metrics, InternalHosts::new(&config.metrics_hosts), readiness);
     gateway::serve_metrics(router, listener, gateway::ADMIN_TIMEOUTS, Arc::default(), tasks);
     tracing::info!(metrics = %address, calls = %url, "Executing queued calls");
     let phases = phases.clone();

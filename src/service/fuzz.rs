@@ -5,7 +5,7 @@ use http::{Method, Request, Version};
 use http_body_util::Empty;
 
 use crate::function::has_dot_segment;
-use crate::routes::request::check;
+use crate::service::request::check;
 
 /// A request that passes the check is read in the same way by every HTTP implementation.
 pub(crate) fn request_head(data: &[u8]) {

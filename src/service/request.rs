@@ -9,14 +9,12 @@ use http::{HeaderMap, HeaderValue, Method, Request, StatusCode, Uri, Version};
 use hyper::body::Body;
 
 use crate::error::Error;
+use crate::names::FUNCTION_PREFIX;
 use crate::proxy::codings;
-use crate::routes::host::is_host;
+use crate::service::host::is_host;
 
 /// The methods of the gateway itself. Functions may define others.
 const METHODS: &str = "GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS";
-/// Requests below this path are forwarded to functions.
-const FUNCTION_PREFIX: &str = "/function/";
-
 /// Response to a request that is not routed.
 #[derive(Debug)]
 pub(super) enum EarlyResponse {

@@ -1,5 +1,4 @@
-//! The URL tables of the public and the internal port, and the service of a proxy thread. The tables are the API
-//! reference.
+//! The HTTP service of a proxy thread: checks a request, classifies it, and returns its response.
 
 #[cfg(any(test, fuzzing))]
 pub(crate) mod fuzz;
@@ -11,149 +10,39 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use axum::Router;
-use axum::extract::State;
-use axum::middleware::{from_fn, from_fn_with_state};
 use axum::response::{IntoResponse, Response};
-use axum::routing::{delete, get, options, post};
 use http::header::UPGRADE;
-use http::{Method, Request, StatusCode, Version};
+use http::{Request, StatusCode, Version};
 use hyper::body::{Body, Incoming};
 use hyper::service::{Service, service_fn};
 use tower::ServiceExt;
 
-use crate::allowed_hosts::InternalHosts;
-use crate::async_api::{admin, unsupported_method};
 use crate::deadlines::BodyState;
 use crate::error::Error;
 use crate::function::has_dot_segment;
 use crate::invoke::{self, Invoker};
-use crate::metrics::Metrics;
+use crate::names::FUNCTION_PREFIX;
 use crate::proxy::body::ClientBody;
-use crate::readiness::Readiness;
 use crate::response_body::{BodySource, TrackedBody, early};
-use crate::routes::request::{EarlyResponse, adapt_to_http_1_0, check, set_connection_close};
 use crate::serve::client_connection::ClientConnection;
+use crate::service::request::{EarlyResponse, adapt_to_http_1_0, check, set_connection_close};
 use crate::shutdown::ShutdownPhases;
-use crate::system::{self, ApiState};
 use crate::trace::{RequestObserver, RequestSpan};
-use crate::{alerts, async_api, auth, health, logs, metrics, same_origin, ui};
 
-/// Router of the public port. Requests to functions and calls to enqueue are matched before, in
-/// [`GatewayService::classify`].
-pub fn api(api: Arc<ApiState>) -> Router {
-    let system = Router::new()
-        .route(
-            "/system/functions",
-            get(system::list).post(system::change).put(system::change).delete(system::change),
-        )
-        .route("/system/function/{name}", get(system::proxy_named))
-        .route("/system/scale-function/{name}", post(system::scale))
-        .route(
-            "/system/secrets",
-            get(system::proxy).post(system::proxy).put(system::proxy).delete(system::proxy),
-        )
-        .route("/system/namespaces", get(system::proxy))
-        // The name is in the body.
-        .route(
-            "/system/namespace/",
-            get(system::proxy).post(system::proxy).put(system::proxy).delete(system::proxy),
-        )
-        .route(
-            "/system/namespace/{name}",
-            get(system::proxy_named)
-                .post(system::proxy_named)
-                .put(system::proxy_named)
-                .delete(system::proxy_named),
-        )
-        .route("/system/info", get(system::info))
-        .route("/system/telemetry", get(system::proxy))
-        .route("/system/logs", get(logs::logs))
-        .route("/system/alert", post(alerts::alert))
-        .route("/system/queues", get(admin::queues))
-        .route("/system/queues/purge", post(admin::purge))
-        .route("/system/calls", get(admin::calls))
-        .route("/system/calls/{id}", delete(admin::cancel))
-        .route("/system/calls/{id}/retry", post(admin::retry))
-        .route_layer(from_fn_with_state(Arc::clone(&api), auth::guard))
-        .route_layer(from_fn_with_state(api.allowed_hosts, same_origin::guard))
-        .route_layer(from_fn_with_state(Arc::clone(&api.metrics), metrics::count_request));
-    let page = Router::new()
-        .route("/ui/", get(ui::page))
-        .route("/ui/{file}", get(ui::file))
-        .route_layer(from_fn_with_state(Arc::clone(&api), auth::guard));
-    let calls = get(async_api::status).delete(async_api::cancel).options(async_api::preflight);
-    let results = get(async_api::result).options(async_api::preflight);
-    let queued = Router::new()
-        .route(
-            "/async-function/{name}",
-            calls.fallback(|| unsupported_method("POST, GET, HEAD, DELETE, OPTIONS")),
-        )
-        .route(
-            "/async-function/{name}/",
-            options(async_api::preflight).fallback(|| unsupported_method("POST, OPTIONS")),
-        )
-        .route(
-            "/async-function/{name}/{*rest}",
-            results.fallback(|| unsupported_method("POST, GET, HEAD, OPTIONS")),
-        )
-        .route_layer(from_fn(async_api::cors))
-        .route_layer(from_fn_with_state(Arc::clone(&api.metrics), metrics::count_request));
-    let public = Router::new()
-        .route("/", get(ui::redirect))
-        .route("/ui", get(ui::redirect))
-        .route("/healthz", get(health::provider))
-        .route("/_/healthz", get(health::live))
-        .route("/_/ready", get(health::ready));
-    Router::new()
-        .merge(system)
-        .merge(page)
-        .merge(queued)
-        .merge(public)
-        .fallback(|| async { Error::NoSuchPath })
-        .method_not_allowed_fallback(method_not_allowed)
-        .with_state(api)
-}
-
-/// Router of the internal (metrics) port.
-pub fn internal(metrics: Arc<Metrics>, hosts: InternalHosts) -> Router {
-    Router::new()
-        .route("/metrics", get(scrape))
-        .route_layer(from_fn_with_state(Arc::new(hosts), same_origin::guard_internal))
-        .route("/healthz", get(|| async { "OK" }))
-        // For probes: this port responds when the public one has reached its connection limit.
-        .route("/_/healthz", get(health::live))
-        .fallback(|| async { Error::NoSuchPath })
-        .method_not_allowed_fallback(method_not_allowed)
-        .with_state(metrics)
-}
-
-/// Router of a worker's port.
-pub fn worker(metrics: Arc<Metrics>, hosts: InternalHosts, readiness: Arc<Readiness>) -> Router {
-    internal(metrics, hosts)
-        .route("/_/ready", get(|| async move { health::readiness_response(&readiness) }))
-}
-
-async fn scrape(State(metrics): State<Arc<Metrics>>) -> Response {
-    const TEXT: &str = "text/plain; version=0.0.4; charset=utf-8";
-    match metrics.render() {
-        Ok(text) => ([(http::header::CONTENT_TYPE, TEXT)], text).into_response(),
-        Err(error) => {
-            Error::Provider(format!("cannot render the metrics: {error}")).into_response()
-        }
-    }
-}
-
-/// The router adds `Allow`.
-async fn method_not_allowed() -> (StatusCode, &'static str) {
-    (StatusCode::METHOD_NOT_ALLOWED, "method not allowed\n")
+/// Handles requests that are no synchronous calls.
+pub trait Fallback {
+    /// Returns the response to a request whose head has been checked.
+    fn respond(
+        &self,
+        connection: &ClientConnection,
+        request: Request<axum::body::Body>,
+    ) -> impl Future<Output = Response> + Send;
 }
 
 /// HTTP service of the public port. One per proxy thread.
-pub struct GatewayService {
+pub struct GatewayService<F> {
     pub invoker: Invoker,
-    pub api: Arc<ApiState>,
-    /// The router made by [`api`].
-    pub router: Router,
+    pub fallback: F,
     pub phases: ShutdownPhases,
     /// Access log and traces, if enabled.
     pub observer: Option<Arc<RequestObserver>>,
@@ -170,14 +59,12 @@ pub struct AcceptedRequest {
 /// What handles a request.
 enum Dispatch {
     Invoke(invoke::PreparedInvocation),
-    /// Enqueue a call; the route under which it is counted.
-    Enqueue(Box<Request<Incoming>>, &'static str),
-    /// A request to the API, whose head has been checked.
-    Api(Box<Request<Incoming>>),
+    /// Any other request, whose head has been checked.
+    Fallback(Box<Request<Incoming>>),
     Reject(Box<http::Response<TrackedBody>>),
 }
 
-impl GatewayService {
+impl<F: Fallback> GatewayService<F> {
     /// Checks and classifies a request. Does not wait.
     pub fn classify(
         &self,
@@ -207,7 +94,7 @@ impl GatewayService {
             connection.deadlines.set_body_deadline(began + self.invoker.timeouts.read);
         }
         let checked = check(&mut request).and_then(|()| check_path(request.uri().path()));
-        let is_call = request.uri().path().starts_with("/function/");
+        let is_call = request.uri().path().starts_with(FUNCTION_PREFIX);
         match checked {
             Err(EarlyResponse::Error(error)) if is_call => {
                 Dispatch::Reject(self.invoker.reject(connection, &error, request.headers()))
@@ -219,10 +106,7 @@ impl GatewayService {
                 .invoker
                 .prepare(connection, request, began)
                 .map_or_else(Dispatch::Reject, Dispatch::Invoke),
-            Ok(()) => match async_api::route(request.method(), request.uri().path()) {
-                Some(route) => Dispatch::Enqueue(Box::new(request), route),
-                None => Dispatch::Api(Box::new(request)),
-            },
+            Ok(()) => Dispatch::Fallback(Box::new(request)),
         }
     }
 
@@ -238,10 +122,10 @@ impl GatewayService {
                 self.invoker.execute(connection, prepared, &mut span).await
             }
             // Boxed, so that the rare case does not enlarge the future of every invocation.
-            Dispatch::Enqueue(request, route) => self
-                .track_body(connection, Box::pin(self.enqueue(connection, *request, route)).await),
-            Dispatch::Api(request) => {
-                self.track_body(connection, Box::pin(self.call_api(connection, *request)).await)
+            Dispatch::Fallback(request) => {
+                let request = fallback_request(connection, *request);
+                let response = Box::pin(self.fallback.respond(connection, request)).await;
+                self.track_body(connection, response)
             }
             Dispatch::Reject(response) => *response,
         };
@@ -268,30 +152,6 @@ impl GatewayService {
         Ok(response)
     }
 
-    async fn enqueue(
-        &self,
-        connection: &ClientConnection,
-        request: Request<Incoming>,
-        route: &'static str,
-    ) -> Response {
-        let began = Instant::now();
-        let response =
-            async_api::submit(&self.api, connection, api_request(connection, request)).await;
-        let metrics = &self.api.metrics;
-        metrics.record_api_request(&Method::POST, route, response.status(), began.elapsed());
-        response
-    }
-
-    async fn call_api(
-        &self,
-        connection: &ClientConnection,
-        request: Request<Incoming>,
-    ) -> Response {
-        let mut request = api_request(connection, request);
-        request.extensions_mut().insert(connection.clone());
-        self.router.clone().oneshot(request).await.unwrap_or_else(|never| match never {})
-    }
-
     fn track_body(
         &self,
         connection: &ClientConnection,
@@ -303,13 +163,13 @@ impl GatewayService {
     }
 }
 
-fn api_request(
+fn fallback_request(
     connection: &ClientConnection,
     request: Request<Incoming>,
 ) -> Request<axum::body::Body> {
     let deadlines = Arc::clone(&connection.deadlines);
     let mut request = request.map(|body| axum::body::Body::new(ClientBody::new(body, deadlines)));
-    // The API supports no change of protocols.
+    // Only functions support a change of protocols.
     request.headers_mut().remove(UPGRADE);
     request
 }
