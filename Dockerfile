@@ -19,18 +19,27 @@ RUN source /target.sh; \
 
 # Builds the dependencies alone: this layer is cached until they change.
 COPY Cargo.toml Cargo.lock ./
+COPY crates/api/Cargo.toml crates/api/
+COPY crates/autoscaler/Cargo.toml crates/autoscaler/
+COPY crates/base/Cargo.toml crates/base/
+COPY crates/http/Cargo.toml crates/http/
+COPY crates/provider/Cargo.toml crates/provider/
+COPY crates/proxy/Cargo.toml crates/proxy/
+COPY crates/queue/Cargo.toml crates/queue/
+COPY crates/worker/Cargo.toml crates/worker/
 RUN mkdir -p src benches tests/it; \
     echo 'fn main() {}' | tee src/main.rs benches/call.rs > tests/it/main.rs; \
-    touch src/lib.rs; \
+    for crate in . crates/*; do mkdir -p "$crate/src"; touch "$crate/src/lib.rs"; done; \
     cargo build --release --locked; \
-    rm -r src
+    rm -r src crates
 
 # The commit that /system/info reports; the build context has no git repository.
 ARG REVISION=unknown
 ENV GATEWAY_COMMIT=$REVISION
 COPY build.rs ./
 COPY src src
-RUN find src build.rs -name '*.rs' -exec touch {} +; \
+COPY crates crates
+RUN find src crates build.rs -name '*.rs' -exec touch {} +; \
     cargo build --release --locked; \
     cp target/*/release/gateway /gateway
 

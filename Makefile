@@ -29,18 +29,18 @@ needs:
 	fi
 
 fmt:
-	cargo fmt --check
+	cargo fmt --all --check
 
 lint:
-	cargo clippy --locked --all-targets -- -D warnings
+	cargo clippy --locked --workspace --all-targets -- -D warnings
 
 # Unit, integration and conformance tests, with real sockets, processes and the real binary. Some tests send SIGHUP,
 # which `nohup` would have set to be ignored.
 unit:
-	env --default-signal=HUP cargo test --locked
+	env --default-signal=HUP cargo test --locked --workspace
 
 docs:
-	RUSTDOCFLAGS="-D warnings" cargo doc --locked --no-deps --document-private-items
+	RUSTDOCFLAGS="-D warnings" cargo doc --locked --workspace --no-deps --document-private-items
 
 # Checks the Dockerfile, the chart, plain manifests, rules and dashboards, and runs them on this machine:
 # tests/manifests/check.py lists the checks.

@@ -5,12 +5,12 @@ use std::hint::black_box;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use gateway::call_id::RequestIds;
-use gateway::deadlines::Deadlines;
-use gateway::limit::ConcurrencyLimit;
-use gateway::metrics::calls::Outcome;
-use gateway::metrics::{Metrics, calls::Shard};
-use gateway::proxy::headers::{to_client, to_upstream};
+use gateway_http::call_id::RequestIds;
+use gateway_http::client::headers::{to_client, to_upstream};
+use gateway_http::deadlines::Deadlines;
+use gateway_http::limit::ConcurrencyLimit;
+use gateway_proxy::metrics::calls::Outcome;
+use gateway_proxy::metrics::{Metrics, calls::Shard};
 use http::header::{ACCEPT, CONNECTION, CONTENT_TYPE, DATE, HOST, SERVER, USER_AGENT};
 use http::{HeaderMap, HeaderName, HeaderValue, StatusCode};
 

@@ -5,9 +5,10 @@
 use std::sync::OnceLock;
 
 use gateway::fuzzing;
+use gateway_base::fuzzing::Target;
 use libfuzzer_sys::fuzz_target;
 
-static TARGET: OnceLock<fuzzing::Target> = OnceLock::new();
+static TARGET: OnceLock<Target> = OnceLock::new();
 
 fuzz_target!(|data: &[u8]| {
     let target = TARGET.get_or_init(|| {

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs every fuzz target, or those given as arguments, for FUZZ_SECONDS each (60 by default), on the stable toolchain.
+# Runs every fuzz target, or those given as arguments (CRATE/TARGET), for FUZZ_SECONDS each (60 by default), on the stable toolchain.
 # An input that violates a property fails its target. It is printed as a line for fuzz/seeds/, which the tests replay.
 set -euo pipefail
 cd "$(dirname "$0")"
@@ -15,12 +15,13 @@ export RUSTFLAGS="--cfg fuzzing -Cpasses=sancov-module -Cllvm-args=-sanitizer-co
 cargo build --release --locked --target "$target" --target-dir "$out/build"
 parsers=$out/build/$target/release/parsers
 
-[ $# -gt 0 ] || set -- $(cd seeds && ls -- *.txt | sed 's/\.txt$//')
+[ $# -gt 0 ] || set -- $(cd seeds && ls -- */*.txt | sed 's/\.txt$//')
 passed=0 failed=0
-for name in "$@"; do
+for seeds in "$@"; do
+  name=${seeds#*/}
   corpus=$out/corpus/$name found=$out/findings/$name
   rm -rf "$found"; mkdir -p "$corpus" "$found"
-  python3 seeds.py expand "seeds/$name.txt" "$corpus"
+  python3 seeds.py expand "seeds/$seeds.txt" "$corpus"
   log=$out/$name.log
   if FUZZ_TARGET=$name "$parsers" -max_total_time="$seconds" -max_len=8192 -timeout=5 -rss_limit_mb=1024 \
       -artifact_prefix="$found/" "$corpus" >"$log" 2>&1; then
@@ -31,7 +32,7 @@ for name in "$@"; do
   else
     tail -n 25 "$log"
     for input in "$found"/*; do
-      printf '%s: add this line to fuzz/seeds/%s.txt:\n%s\n' "$input" "$name" "$(python3 seeds.py line "$input")"
+      printf '%s: add this line to fuzz/seeds/%s.txt:\n%s\n' "$input" "$seeds" "$(python3 seeds.py line "$input")"
     done
     failed=$((failed + 1))
   fi

@@ -23,8 +23,17 @@ use crate::config::cli::{CommandLine, Subcommand};
 use crate::config::reader::{ConfigError, SettingsReader};
 use crate::config::settings::Role;
 use crate::config::{self, LogConfig, Shutdown, typos};
-use crate::shutdown::{Event, OnHangup, ShutdownPhases, Signals, Tasks};
-use crate::{healthcheck, telemetry};
+use crate::healthcheck;
+use crate::telemetry;
+use gateway_base::build_info::BuildInfo;
+use gateway_base::shutdown::{Event, OnHangup, ShutdownPhases, Signals, Tasks};
+
+/// Version of this program.
+pub(crate) const BUILD: BuildInfo = BuildInfo {
+    release: env!("CARGO_PKG_VERSION"),
+    commit: env!("GATEWAY_COMMIT"),
+    commit_message: env!("GATEWAY_COMMIT_MESSAGE"),
+};
 
 /// Exit status when the command line or a setting is invalid (EX_USAGE).
 pub const USAGE: u8 = 64;

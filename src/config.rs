@@ -3,8 +3,6 @@
 
 pub mod autoscale;
 pub mod cli;
-#[cfg(any(test, fuzzing))]
-pub(crate) mod fuzz;
 mod help;
 mod ignored;
 pub mod listen;
@@ -21,21 +19,21 @@ pub mod worker;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use crate::activator::ColdStart;
-use crate::base_url::BaseUrl;
 use crate::config::autoscale::Autoscale;
 use crate::config::listen::ListenHost;
 pub use crate::config::nats::Nats;
 use crate::config::reader::{ConfigError, SettingsReader};
 pub use crate::config::telemetry::LogConfig;
 pub use crate::config::worker::{Worker, WorkerTarget};
-use crate::provider::process;
-use crate::proxy::client::PoolLimits;
-use crate::queue::MAX_ASYNC_BODY_BYTES;
-use crate::serve::Timeouts;
-use crate::serve::listener::ListenAddress;
-use crate::trace::{AccessLogMode, TracingConfig};
-use crate::worker::callback::allowlist::CallbackAllowlist;
+use gateway_base::base_url::BaseUrl;
+use gateway_http::client::PoolLimits;
+use gateway_http::server::Timeouts;
+use gateway_http::server::listener::ListenAddress;
+use gateway_provider::process;
+use gateway_proxy::activator::ColdStart;
+use gateway_proxy::trace::{AccessLogMode, TracingConfig};
+use gateway_queue::MAX_ASYNC_BODY_BYTES;
+use gateway_worker::callback::allowlist::CallbackAllowlist;
 
 /// Settings of `gateway serve`.
 #[derive(Clone, Debug)]
@@ -183,7 +181,7 @@ impl Serve {
     pub fn parse(mut settings: SettingsReader<'_>) -> Result<Self, Vec<ConfigError>> {
         let provider = settings.url("functions_provider_url");
         if provider.is_none() && settings.text("functions_provider_url").is_empty() {
-            settings.add_error("functions_provider_url", None, crate::base_url::EXPECTED);
+            settings.add_error("functions_provider_url", None, gateway_base::base_url::EXPECTED);
         }
         let host = ListenHost::parse(&mut settings, "listen_address");
         let prometheus = prometheus(&mut settings);
@@ -306,7 +304,7 @@ impl Queue {
             callback_allowlist: settings
                 .parsed(
                     "callback_allowlist",
-                    crate::worker::callback::allowlist::EXPECTED,
+                    gateway_worker::callback::allowlist::EXPECTED,
                     |text| match text {
                         "auto" => CallbackAllowlist::parse(callbacks),
                         text => CallbackAllowlist::parse(text),

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use anyhow::{Context, anyhow, bail, ensure};
 
-use crate::base_url::BaseUrl;
+use gateway_base::base_url::BaseUrl;
 
 /// Limit for connecting, and for each read and write.
 const PROBE_TIMEOUT: Duration = Duration::from_secs(5);

@@ -16,9 +16,9 @@ use std::fmt;
 use std::io;
 use std::path::Path;
 
-use crate::provider::types::FunctionDeployment;
 use crate::stack::fields::FieldReader;
 pub use crate::stack::shell::single_quoted;
+use gateway_provider::types::FunctionDeployment;
 
 /// Access to the environment of a stack file.
 pub struct Source<'a> {

@@ -3,15 +3,15 @@
 use std::sync::Arc;
 
 use crate::app::worker;
-use crate::autoscale::decide::{AutoscaleRules, MonotonicMillis};
-use crate::autoscale::gossip::LoadPublisher;
-use crate::autoscale::{self, AutoscalerDeps};
 use crate::config;
 use crate::config::autoscale::Autoscale;
-use crate::metrics::Metrics;
-use crate::metrics::poller::ProviderPoller;
-use crate::queue::ingress::QueueIngress;
-use crate::shutdown::Tasks;
+use gateway_autoscaler::decide::{AutoscaleRules, MonotonicMillis};
+use gateway_autoscaler::gossip::LoadPublisher;
+use gateway_autoscaler::{self as autoscale, AutoscalerDeps};
+use gateway_base::shutdown::Tasks;
+use gateway_proxy::metrics::Metrics;
+use gateway_proxy::metrics::poller::ProviderPoller;
+use gateway_queue::ingress::QueueIngress;
 
 /// Publishes the load that a worker generates to the gateways, which make the scaling decisions.
 ///

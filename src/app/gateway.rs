@@ -11,38 +11,39 @@ use hyper::service::service_fn;
 use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 
-use crate::activator::Activator;
-use crate::allowed_hosts::{AllowedHosts, InternalHosts};
+use crate::app::BUILD;
 use crate::app::threads::{ThreadMain, Threads};
 use crate::app::worker::{DepthPolling, QueueRole};
 use crate::app::{autoscale, worker};
-use crate::autoscale::alerts::AlertFilter;
 use crate::config::{Backend, Serve};
-use crate::credentials::Credentials;
-use crate::invoke::operators::Operators;
-use crate::invoke::{Invoker, Route};
-use crate::limit::ConcurrencyLimit;
-use crate::metrics::Metrics;
-use crate::metrics::poller::ProviderPoller;
-use crate::metrics::query::InvocationCounts;
-use crate::provider::Provider;
-use crate::proxy::client::{Client, Origin, Tls};
-use crate::queue::ingress::QueueIngress;
-use crate::readiness::Readiness;
-use crate::router::{self, ApiService};
-use crate::serve::Timeouts;
-use crate::serve::congestion::CongestionControl;
-use crate::serve::head_budget::HeadBudget;
-use crate::serve::listener::bind;
-use crate::serve::{Server, raise_file_limit};
-use crate::service::{GatewayService, router_service};
-use crate::shutdown::{ShutdownPhases, Tasks};
-use crate::system::{ApiState, AuthProxy, MAX_REPLAY_BODIES};
-use crate::trace::{AccessLogMode, TracingConfig};
-use crate::trace::{RequestObserver, Tracer};
-use crate::worker::Worker;
-use crate::worker::attempt::FunctionClient;
-use crate::worker::callback::own_addresses::OwnAddresses;
+use gateway_api::router::{self, ApiService};
+use gateway_api::system::{ApiState, AuthProxy, MAX_REPLAY_BODIES};
+use gateway_autoscaler::alerts::AlertFilter;
+use gateway_base::shutdown::{ShutdownPhases, Tasks};
+use gateway_http::allowed_hosts::{AllowedHosts, InternalHosts};
+use gateway_http::client::{Client, Origin, Tls};
+use gateway_http::credentials::Credentials;
+use gateway_http::limit::ConcurrencyLimit;
+use gateway_http::server::Timeouts;
+use gateway_http::server::congestion::CongestionControl;
+use gateway_http::server::head_budget::HeadBudget;
+use gateway_http::server::listener::bind;
+use gateway_http::server::{Server, raise_file_limit};
+use gateway_provider::Provider;
+use gateway_proxy::activator::Activator;
+use gateway_proxy::invoke::operators::Operators;
+use gateway_proxy::invoke::{Invoker, Route};
+use gateway_proxy::metrics::Metrics;
+use gateway_proxy::metrics::poller::ProviderPoller;
+use gateway_proxy::metrics::query::InvocationCounts;
+use gateway_proxy::readiness::Readiness;
+use gateway_proxy::service::{GatewayService, router_service};
+use gateway_proxy::trace::{AccessLogMode, TracingConfig};
+use gateway_proxy::trace::{RequestObserver, Tracer};
+use gateway_queue::ingress::QueueIngress;
+use gateway_worker::Worker;
+use gateway_worker::attempt::FunctionClient;
+use gateway_worker::callback::own_addresses::OwnAddresses;
 
 /// File descriptors reserved for other uses than client and upstream connections.
 const RESERVED_FILES: usize = 128;
@@ -396,6 +397,7 @@ impl GatewayDeps {
             },
             timeouts: self.config.timeouts,
             default_namespace: Arc::clone(&self.namespace),
+            build: BUILD,
             metrics: Arc::clone(&self.metrics),
             readiness: Arc::clone(&self.readiness),
             invocation_counts: Arc::clone(&self.invocation_counts),

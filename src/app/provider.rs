@@ -8,18 +8,18 @@ use anyhow::{Context, bail};
 use axum::middleware::from_fn_with_state;
 use tokio_util::sync::CancellationToken;
 
-use crate::allowed_hosts::AllowedHosts;
-use crate::auth;
 use crate::config;
-use crate::credentials::Credentials;
-use crate::provider::process::{self, ProcessProvider};
-use crate::same_origin;
-use crate::serve::Timeouts;
-use crate::serve::head_budget::HeadBudget;
-use crate::serve::listener::bind;
-use crate::serve::{Server, raise_file_limit};
-use crate::service::router_service;
-use crate::shutdown::{Event, OnHangup, ShutdownPhases, Signals, Tasks};
+use gateway_api::auth;
+use gateway_api::same_origin;
+use gateway_base::shutdown::{Event, OnHangup, ShutdownPhases, Signals, Tasks};
+use gateway_http::allowed_hosts::AllowedHosts;
+use gateway_http::credentials::Credentials;
+use gateway_http::server::Timeouts;
+use gateway_http::server::head_budget::HeadBudget;
+use gateway_http::server::listener::bind;
+use gateway_http::server::{Server, raise_file_limit};
+use gateway_provider::process::{self, ProcessProvider};
+use gateway_proxy::service::router_service;
 
 /// Timeouts of the provider's API. Its clients are gateways, which have their own deadlines.
 const API_TIMEOUTS: Timeouts = Timeouts {
@@ -117,7 +117,7 @@ impl ProviderServer {
         let Some(listener) = self.listener.take() else { return };
         let local_only = self.address.ip().is_loopback() && !self.is_public;
         let allowed_hosts = if local_only { AllowedHosts::Local } else { AllowedHosts::Any };
-        let router = process::router(Arc::clone(&self.process))
+        let router = process::router(Arc::clone(&self.process), crate::app::BUILD)
             .layer(from_fn_with_state(self.credentials.clone(), auth::guard_provider))
             .layer(from_fn_with_state(allowed_hosts, same_origin::guard));
         if let Some(credentials) = self.credentials.clone() {

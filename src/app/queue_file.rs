@@ -6,7 +6,7 @@ use std::path::Path;
 
 use anyhow::{Context, bail};
 
-use crate::queue::embedded::salvage::{self, SalvageReport};
+use gateway_queue::embedded::salvage::{self, SalvageReport};
 
 /// Prints what `file` contains.
 ///

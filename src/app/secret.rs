@@ -5,7 +5,7 @@ use std::path::Path;
 
 use anyhow::{Context, bail};
 
-use crate::provider::process;
+use gateway_provider::process;
 
 /// Maximum size of a secret's value.
 const MAX_VALUE_BYTES: u64 = 1 << 20;

@@ -13,11 +13,11 @@ use tokio::task::block_in_place;
 use crate::app::gateway::Gateway;
 use crate::app::provider::{ProviderServer, build_runtime};
 use crate::app::up::stack_file::StackFile;
-use crate::base_url::BaseUrl;
 use crate::config::Up;
-use crate::credentials::Credentials;
-use crate::provider::process::{ProcessProvider, SecretsSnapshot};
-use crate::shutdown::{Event, OnHangup, ShutdownPhases, Signals, Tasks};
+use gateway_base::base_url::BaseUrl;
+use gateway_base::shutdown::{Event, OnHangup, ShutdownPhases, Signals, Tasks};
+use gateway_http::credentials::Credentials;
+use gateway_provider::process::{ProcessProvider, SecretsSnapshot};
 
 /// Default namespace of functions.
 const DEFAULT_NAMESPACE: &str = "openfaas-fn";

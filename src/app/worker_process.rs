@@ -4,26 +4,26 @@ use std::sync::Arc;
 
 use anyhow::{Context, bail};
 
-use crate::activator::Activator;
-use crate::allowed_hosts::InternalHosts;
 use crate::app::threads::Threads;
 use crate::app::worker::{DepthPolling, QueueRole};
 use crate::app::{autoscale, gateway, run_until_signal, worker};
 use crate::config::{self, Shutdown, WorkerTarget};
-use crate::credentials::Credentials;
-use crate::limit::ConcurrencyLimit;
-use crate::metrics::Metrics;
-use crate::metrics::poller::ProviderPoller;
-use crate::provider::Provider;
-use crate::proxy::client::{Client, Origin, Tls};
-use crate::readiness::Readiness;
-use crate::router;
-use crate::serve::listener::bind;
-use crate::serve::raise_file_limit;
-use crate::shutdown::{ShutdownPhases, Signals, Tasks};
-use crate::worker::CallLogging;
-use crate::worker::attempt::FunctionClient;
-use crate::worker::callback::own_addresses::OwnAddresses;
+use gateway_api::router;
+use gateway_base::shutdown::{ShutdownPhases, Signals, Tasks};
+use gateway_http::allowed_hosts::InternalHosts;
+use gateway_http::client::{Client, Origin, Tls};
+use gateway_http::credentials::Credentials;
+use gateway_http::limit::ConcurrencyLimit;
+use gateway_http::server::listener::bind;
+use gateway_http::server::raise_file_limit;
+use gateway_provider::Provider;
+use gateway_proxy::activator::Activator;
+use gateway_proxy::metrics::Metrics;
+use gateway_proxy::metrics::poller::ProviderPoller;
+use gateway_proxy::readiness::Readiness;
+use gateway_worker::CallLogging;
+use gateway_worker::attempt::FunctionClient;
+use gateway_worker::callback::own_addresses::OwnAddresses;
 
 /// `gateway worker`
 pub(super) fn run(config: config::Worker) -> anyhow::Result<()> {

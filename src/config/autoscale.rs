@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use crate::config::reader::SettingsReader;
-use crate::duration;
+use gateway_base::duration;
 
 /// Settings of the autoscaler.
 #[derive(Clone, Copy, Debug)]

@@ -3,7 +3,7 @@
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 
 use crate::config::reader::SettingsReader;
-use crate::serve::listener::ListenAddress;
+use gateway_http::server::listener::ListenAddress;
 
 /// IP address that a role listens on.
 #[derive(Clone, Copy, Debug)]

@@ -4,9 +4,9 @@ use std::fmt;
 use std::net::IpAddr;
 use std::time::Duration;
 
-use crate::base_url::{self, BaseUrl};
 use crate::config::settings;
-use crate::duration;
+use gateway_base::base_url::{self, BaseUrl};
+use gateway_base::duration;
 
 /// An invalid or missing setting.
 #[derive(Debug, PartialEq, Eq)]

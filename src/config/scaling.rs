@@ -1,7 +1,7 @@
 //! Settings of scaling from zero. No I/O.
 
-use crate::activator::ColdStart;
 use crate::config::reader::SettingsReader;
+use gateway_proxy::activator::ColdStart;
 
 pub(super) fn parse(settings: &mut SettingsReader<'_>) -> ColdStart {
     ColdStart {

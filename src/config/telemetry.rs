@@ -4,7 +4,7 @@ use http::{HeaderMap, HeaderName, HeaderValue};
 use tracing_subscriber::filter::{LevelFilter, Targets};
 
 use crate::config::reader::{ConfigError, SettingsReader};
-use crate::trace::{AccessLogMode, TracingConfig};
+use gateway_proxy::trace::{AccessLogMode, TracingConfig};
 
 /// Settings of the log, of all roles.
 #[derive(Clone, Debug)]

@@ -3,17 +3,17 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use crate::activator::ColdStart;
-use crate::base_url::BaseUrl;
 use crate::config::listen::ListenHost;
 use crate::config::reader::{ConfigError, SettingsReader};
 use crate::config::{
     Backend, Nats, Queue, credentials_dir, metrics_hosts, placeholder_url, pool_limits, scaling,
     telemetry,
 };
-use crate::proxy::client::PoolLimits;
-use crate::serve::listener::ListenAddress;
-use crate::trace::TracingConfig;
+use gateway_base::base_url::BaseUrl;
+use gateway_http::client::PoolLimits;
+use gateway_http::server::listener::ListenAddress;
+use gateway_proxy::activator::ColdStart;
+use gateway_proxy::trace::TracingConfig;
 
 /// Settings of `gateway worker`.
 #[derive(Clone, Debug)]

@@ -3,11 +3,11 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use crate::provider::types::{FunctionDeployment, Resources};
 use crate::stack::Source;
 use crate::stack::fields::{FieldReader, Map};
 use crate::stack::shell;
 use crate::stack::yaml::{self, Node};
+use gateway_provider::types::{FunctionDeployment, Resources};
 
 /// Known keys of a function. Those for building an image are ignored.
 const KEYS: &[&str] = &[

@@ -4,12 +4,12 @@ use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
 use std::time::Duration;
 
 use bytes::Bytes;
-use gateway::proxy::client::Tls;
-use gateway::worker::callback::allowlist::CallbackAllowlist;
-use gateway::worker::callback::own_addresses::OwnAddresses;
-use gateway::worker::callback::signature::Secret;
-use gateway::worker::callback::target::CallbackUrlError;
-use gateway::worker::callback::{CallbackPayload, CallbackRetry, CallbackSender, Error};
+use gateway_http::client::Tls;
+use gateway_worker::callback::allowlist::CallbackAllowlist;
+use gateway_worker::callback::own_addresses::OwnAddresses;
+use gateway_worker::callback::signature::Secret;
+use gateway_worker::callback::target::CallbackUrlError;
+use gateway_worker::callback::{CallbackPayload, CallbackRetry, CallbackSender, Error};
 use http::{HeaderMap, HeaderName, HeaderValue, StatusCode};
 
 use crate::support::provider::{Invocation, Provider};

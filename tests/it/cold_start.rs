@@ -24,7 +24,7 @@ pub(crate) async fn start_with_function_list(provider: &Provider) -> Gateway {
 
 #[tokio::test]
 async fn a_thousand_requests_to_a_function_at_zero_need_one_scale_request() {
-    gateway::serve::raise_file_limit();
+    gateway_http::server::raise_file_limit();
     let replicas = ScalableFunction::with_replicas(0, 0);
     replicas.with(|state| state.queries_until_ready = 5);
     let provider = replicas.provider().start();

@@ -3,6 +3,7 @@
 mod console;
 mod page;
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -99,46 +100,63 @@ fn tests_named_in_the_readme_exist() {
     }
 }
 
-/// Filters of the log name modules, such as `gateway::queue=debug`.
+/// Filters of the log name crates and modules, such as `gateway_queue=debug`.
 #[test]
 fn modules_named_in_log_filters_exist() {
     for page in pages() {
-        for rest in page.text.split("gateway::").skip(1) {
-            let module: String =
-                rest.chars().take_while(|c| c.is_alphanumeric() || *c == '_').collect();
-            let file = root().join("src").join(&module).with_extension("rs");
-            assert!(file.exists(), "{} names gateway::{module}", page.name);
+        for filter in
+            page.text.split("gateway_").skip(1).filter_map(|rest| rest.split_once("=debug"))
+        {
+            let (name, _) = filter;
+            if !name.chars().all(|c| c.is_alphanumeric() || c == '_' || c == ':') {
+                continue;
+            }
+            let (package, module) = name.split_once("::").unwrap_or((name, "lib"));
+            let source = root().join("crates").join(package).join("src");
+            let file = source.join(module).with_extension("rs");
+            assert!(file.exists(), "{} names gateway_{name}", page.name);
         }
     }
 }
 
-/// The table of modules in ARCHITECTURE.md lists all modules and no others.
+/// The table in ARCHITECTURE.md lists all modules of all crates and no others.
 #[test]
 fn the_table_of_modules_is_complete() {
     let text = fs::read_to_string(root().join("ARCHITECTURE.md")).unwrap();
-    let first_cells = text.lines().filter_map(|line| line.strip_prefix("| `")?.split(" | ").next());
-    let listed: Vec<&str> = first_cells
-        .flat_map(|cell| cell.split("`, `").map(|name| name.trim_matches('`')))
-        .collect();
-    for name in &listed {
-        assert!(
-            root().join("src").join(name).with_extension("rs").exists(),
-            "there is no module {name}"
-        );
+    let table = text.split("## Crates").nth(1).unwrap().split("\n## ").next().unwrap();
+    let mut listed = BTreeSet::new();
+    for row in table.lines().filter(|line| line.contains(" | `")) {
+        let mut cells = row.trim_matches('|').split(" | ").map(str::trim);
+        let package = cells.next().unwrap().to_owned();
+        for module in cells.next().unwrap().split(", ") {
+            listed.insert((package.clone(), module.trim_matches('`').to_owned()));
+        }
     }
-    let lib = fs::read_to_string(root().join("src/lib.rs")).unwrap();
-    let modules = lib.lines().filter_map(|line| line.strip_prefix("pub mod ")?.strip_suffix(';'));
-    for module in modules.filter(|module| !["fuzzing", "healthcheck", "telemetry"].contains(module))
-    {
-        assert!(listed.contains(&module), "ARCHITECTURE.md does not list {module}");
+    let packages = fs::read_dir(root().join("crates")).unwrap().map(|entry| entry.unwrap().path());
+    let mut existing = BTreeSet::new();
+    for package in packages.chain([root().to_owned()]) {
+        let name = match package == root() {
+            true => "gateway".to_owned(),
+            false => package.file_name().unwrap().to_string_lossy().into_owned(),
+        };
+        let lib = fs::read_to_string(package.join("src/lib.rs")).unwrap();
+        for line in lib.lines().filter(|line| !line.contains("mod fuzz")) {
+            let line = line.trim_start_matches("pub(crate) ").trim_start_matches("pub ");
+            if let Some(module) = line.strip_prefix("mod ").and_then(|line| line.strip_suffix(';'))
+            {
+                existing.insert((name.clone(), module.to_owned()));
+            }
+        }
     }
+    listed.remove(&("base".to_owned(), "fuzzing".to_owned()));
+    assert_eq!(listed, existing);
 }
 
 /// The recipes of CONTRIBUTING.md name files in backticks.
 #[test]
 fn paths_named_for_contributors_exist() {
     let text = fs::read_to_string(root().join("CONTRIBUTING.md")).unwrap();
-    let prefixes = ["src/", "tests/", "docs/", "chart/", "fuzz/"];
+    let prefixes = ["src/", "crates/", "tests/", "docs/", "chart/", "fuzz/"];
     let named = text.split('`').skip(1).step_by(2);
     for path in named.filter(|name| prefixes.iter().any(|prefix| name.starts_with(prefix))) {
         assert!(root().join(path).exists(), "CONTRIBUTING.md names {path}");

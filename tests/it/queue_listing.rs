@@ -1,8 +1,8 @@
 //! `GET /system/calls`: the order of the list and its pages.
 
 use futures_util::StreamExt;
-use gateway::queue::embedded::Limits;
-use gateway::queue::jetstream::Options;
+use gateway_queue::embedded::Limits;
+use gateway_queue::jetstream::Options;
 
 use crate::jetstream::processes::{on_jetstream, wait_for_queue};
 use crate::support::gateway::Gateway;

@@ -3,12 +3,12 @@
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use gateway::base_url::BaseUrl;
-use gateway::function::Function;
-use gateway::proxy::client::{Client, Origin, Tls};
-use gateway::queue::call::{CallOptions, QueuedCall};
-use gateway::worker::retry::RetryPolicy;
-use gateway::worker::retry_policies::{CacheTiming, RetryPolicyCache};
+use gateway_base::base_url::BaseUrl;
+use gateway_base::function::Function;
+use gateway_http::client::{Client, Origin, Tls};
+use gateway_queue::call::{CallOptions, QueuedCall};
+use gateway_worker::retry::RetryPolicy;
+use gateway_worker::retry_policies::{CacheTiming, RetryPolicyCache};
 use http::HeaderMap;
 
 use crate::support::provider::{self, Provider};
@@ -27,7 +27,7 @@ fn single_attempt_provider() -> provider::Builder {
 async fn a_single_attempt_policy_holds_when_the_provider_dies() {
     let (state, mut provider) = (tempfile::tempdir().unwrap(), single_attempt_provider().start());
     let gateway = with_embedded_queue(&provider, state.path());
-    let gateway = gateway.var("log_level", "info,gateway::worker=debug").start().await;
+    let gateway = gateway.var("log_level", "info,gateway_worker=debug").start().await;
     let id = gateway.enqueue("echo", &[], "").await;
     let mut call = provider.next_call().await;
     call.read_body().await.unwrap();
@@ -69,8 +69,8 @@ const SHORT_TIMING: CacheTiming = CacheTiming {
 fn retry_policies(url: &str, timing: CacheTiming) -> RetryPolicyCache {
     let url = BaseUrl::parse(url).unwrap();
     let client =
-        Client::new(gateway::proxy::client::PoolLimits { total: 10, per_host: 10 }, Tls::default());
-    let provider = gateway::provider::Provider {
+        Client::new(gateway_http::client::PoolLimits { total: 10, per_host: 10 }, Tls::default());
+    let provider = gateway_provider::Provider {
         client,
         origin: Origin::new(url),
         credentials: None,

@@ -1,5 +1,6 @@
 //! Rules that hold for all sources of the project.
 
+use std::collections::HashMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -52,16 +53,33 @@ fn root() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))
 }
 
+/// Returns the directories of all packages.
+fn packages() -> impl Iterator<Item = PathBuf> {
+    let crates = fs::read_dir(root().join("crates")).unwrap().map(|entry| entry.unwrap().path());
+    crates.chain([root().to_owned()])
+}
+
+/// Returns the Rust files of all packages, without those of tests in directories of their own.
+fn package_files() -> Vec<PathBuf> {
+    packages().flat_map(|directory| rust_files(&directory.join("src"))).collect()
+}
+
+fn source_files() -> Vec<PathBuf> {
+    let tests = rust_files(&root().join("tests/it"));
+    package_files().into_iter().chain(tests).collect()
+}
+
 #[test]
 fn no_source_file_exceeds_the_line_limit() {
-    let directories = ["src", "tests/it"].map(|name| root().join(name));
-    for path in directories.iter().flat_map(|directory| rust_files(directory)) {
+    for path in source_files() {
         let lines = fs::read_to_string(&path).unwrap().lines().count();
         assert!(lines <= MAX_LINES, "{} has {lines} lines", path.display());
     }
-    for (path, limit) in [("src/main.rs", 60), ("src/lib.rs", 60), ("ARCHITECTURE.md", 200)] {
-        let lines = fs::read_to_string(root().join(path)).unwrap().lines().count();
-        assert!(lines <= limit, "{path} has {lines} lines");
+    let crates = packages().map(|directory| directory.join("src/lib.rs"));
+    let tables = crates.chain([root().join("src/main.rs")]).map(|path| (path, 60));
+    for (path, limit) in tables.chain([(root().join("ARCHITECTURE.md"), 200)]) {
+        let lines = fs::read_to_string(&path).unwrap().lines().count();
+        assert!(lines <= limit, "{} has {lines} lines", path.display());
     }
 }
 
@@ -70,7 +88,7 @@ fn no_source_file_exceeds_the_line_limit() {
 #[test]
 fn there_is_no_mutable_global() {
     const ALLOWED: &[&str] = &["ALLOCATOR", "CURRENT_POLL", "WOKEN_DURING_POLL", "POOL"];
-    for path in rust_files(&root().join("src")) {
+    for path in package_files() {
         let source = fs::read_to_string(&path).unwrap();
         for line in source.lines().map(str::trim_start) {
             let item = line.split_once("static ").filter(|(before, _)| {
@@ -86,11 +104,49 @@ fn there_is_no_mutable_global() {
     }
 }
 
+/// The rows of the picture of crates in ARCHITECTURE.md, from top to bottom.
+fn crate_rows() -> Vec<Vec<String>> {
+    let text = fs::read_to_string(root().join("ARCHITECTURE.md")).unwrap();
+    let picture = text.split("## Crates\n\n```\n").nth(1).unwrap().split("```").next().unwrap();
+    let names = |line: &str| {
+        let line = line.split("    ").next().unwrap_or_default().to_owned();
+        line.split_whitespace().map(str::to_owned).collect()
+    };
+    picture.lines().map(names).collect()
+}
+
+#[test]
+fn a_crate_depends_only_on_crates_in_rows_below_its_own() {
+    let output = std::process::Command::new(env!("CARGO"))
+        .args(["metadata", "--format-version", "1", "--no-deps", "--offline", "--locked"])
+        .current_dir(root())
+        .output()
+        .unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let metadata: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    let rows = crate_rows();
+    let row_of: HashMap<&str, usize> = rows
+        .iter()
+        .enumerate()
+        .flat_map(|(row, names)| names.iter().map(move |name| (name.as_str(), row)))
+        .collect();
+    let packages = metadata["packages"].as_array().unwrap();
+    assert_eq!(packages.len(), row_of.len(), "the picture has other crates: {rows:?}");
+    for package in packages {
+        let name = package["name"].as_str().unwrap().trim_start_matches("gateway-");
+        let row = row_of.get(name).unwrap_or_else(|| panic!("the picture has no crate {name}"));
+        for dependency in package["dependencies"].as_array().unwrap() {
+            let dependency = dependency["name"].as_str().unwrap();
+            if let Some(below) = dependency.strip_prefix("gateway-") {
+                assert!(row_of[below] > *row, "{name} depends on {below}");
+            }
+        }
+    }
+}
+
 #[test]
 fn comments_and_documents_avoid_words_with_a_plainer_equivalent() {
-    let directories = ["src", "tests/it"].map(|name| root().join(name));
-    let sources = directories.iter().flat_map(|directory| rust_files(directory));
-    let comments = sources.map(|path| {
+    let comments = source_files().into_iter().map(|path| {
         let source = fs::read_to_string(&path).unwrap();
         (path, words(&comments(&source)))
     });

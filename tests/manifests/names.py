@@ -21,7 +21,8 @@ WORDS = set(
 
 def in_source():
     """Every metric that the program may export."""
-    texts = [path.read_text() for path in (ROOT / "src").rglob("*.rs") if "metrics" in path.parts or path.stem == "metrics"]
+    sources = [path for top in ("src", "crates") for path in (ROOT / top).rglob("*.rs")]
+    texts = [path.read_text() for path in sources if "metrics" in path.parts or path.stem == "metrics"]
     texts = [text.split("#[cfg(test)]")[0] for text in texts]
     return {name for text in texts for name in re.findall(rf'"({PREFIX}_[a-z_]+)"', text)}
 

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use crate::function::Function;
+use gateway_base::function::Function;
 
 /// The functions deployed from a stack file, stored as `stack.json` in the state directory.
 pub(super) struct StackRecord {

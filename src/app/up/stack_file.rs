@@ -11,10 +11,10 @@ use std::sync::Arc;
 use anyhow::{Context, bail};
 
 use crate::app::up::record::StackRecord;
-use crate::function::Function;
-use crate::provider::process::{ApiError, ProcessProvider};
-use crate::provider::types::FunctionDeployment;
 use crate::stack::{self, Source, Stack};
+use gateway_base::function::Function;
+use gateway_provider::process::{ApiError, ProcessProvider};
+use gateway_provider::types::FunctionDeployment;
 
 /// Identifies a file's content: inode, length, modification time. `None`: there is no regular file.
 type Fingerprint = Option<(u64, u64, i64, i64)>;

@@ -2,8 +2,8 @@
 
 use std::path::{Path, PathBuf};
 
-use gateway::queue::Error;
-use gateway::queue::jetstream::{Auth, JetStream, Options};
+use gateway_queue::Error;
+use gateway_queue::jetstream::{Auth, JetStream, Options};
 
 use crate::support::eventually;
 use crate::support::jetstream_queue::{TestQueue, call, options, succeeded};

@@ -3,11 +3,11 @@
 use std::collections::BTreeMap;
 
 use bytes::Bytes;
-use gateway::queue::call::QueuedCall;
-use gateway::queue::embedded::Limits;
-use gateway::queue::jetstream::Options;
-use gateway::queue::status::{CallState, Settlement, StoredResponse};
-use gateway::queue::{Error, Filter};
+use gateway_queue::call::QueuedCall;
+use gateway_queue::embedded::Limits;
+use gateway_queue::jetstream::Options;
+use gateway_queue::status::{CallState, Settlement, StoredResponse};
+use gateway_queue::{Error, Filter};
 
 use crate::support::jetstream_batch::{CALLS, id_set, message_count, new_call};
 use crate::support::jetstream_queue::{

@@ -4,10 +4,10 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use gateway::queue::Filter;
-use gateway::queue::embedded::Limits;
-use gateway::queue::jetstream::Options;
-use gateway::queue::status::CallState;
+use gateway_queue::Filter;
+use gateway_queue::embedded::Limits;
+use gateway_queue::jetstream::Options;
+use gateway_queue::status::CallState;
 
 use crate::support::eventually;
 use crate::support::jetstream_batch::{CALLS, id_set, new_call};

@@ -1,10 +1,10 @@
 //! Dead letters: calls that have used up their attempts.
 
 use bytes::Bytes;
-use gateway::queue::call::QueuedCall;
-use gateway::queue::jetstream::{Auth, Options};
-use gateway::queue::status::CallState;
-use gateway::queue::{ChangeOutcome, Filter};
+use gateway_queue::call::QueuedCall;
+use gateway_queue::jetstream::{Auth, Options};
+use gateway_queue::status::CallState;
+use gateway_queue::{ChangeOutcome, Filter};
 
 use crate::support::eventually;
 use crate::support::jetstream_queue::{

@@ -4,9 +4,9 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use futures_util::TryStreamExt;
-use gateway::queue::call::QueuedCall;
-use gateway::queue::status::{CallState, Settlement};
-use gateway::queue::{ChangeOutcome, Error};
+use gateway_queue::call::QueuedCall;
+use gateway_queue::status::{CallState, Settlement};
+use gateway_queue::{ChangeOutcome, Error};
 use http::{HeaderName, HeaderValue};
 
 use crate::support::jetstream_queue::{

@@ -1,7 +1,7 @@
 //! Messages that no gateway wrote, and messages that cannot be deleted.
 
-use gateway::queue::status::CallState;
-use gateway::queue::{ChangeOutcome, Error, Filter};
+use gateway_queue::status::CallState;
+use gateway_queue::{ChangeOutcome, Error, Filter};
 
 use crate::support::eventually;
 use crate::support::jetstream_queue::{

@@ -2,9 +2,9 @@
 
 use std::time::{Duration, Instant};
 
-use gateway::queue::embedded::Limits;
-use gateway::queue::jetstream::Options;
-use gateway::queue::status::CallState;
+use gateway_queue::embedded::Limits;
+use gateway_queue::jetstream::Options;
+use gateway_queue::status::CallState;
 
 use crate::support::jetstream_queue::{
     CONCURRENCY, LEASE, LIMITS, TestQueue, call, call_to, options, stream, succeeded,

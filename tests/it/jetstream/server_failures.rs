@@ -3,10 +3,10 @@
 use std::collections::BTreeMap;
 use std::time::Instant;
 
-use gateway::queue::Error;
-use gateway::queue::embedded::Limits;
-use gateway::queue::jetstream::Options;
-use gateway::queue::status::CallState;
+use gateway_queue::Error;
+use gateway_queue::embedded::Limits;
+use gateway_queue::jetstream::Options;
+use gateway_queue::status::CallState;
 
 use crate::support::eventually;
 use crate::support::gateway::Gateway;

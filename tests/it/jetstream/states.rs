@@ -1,10 +1,10 @@
 //! The states of a call, the lists of calls, and the limits of the queue.
 
-use gateway::queue::call::{QueuedCall, UnixMillis};
-use gateway::queue::embedded::Limits;
-use gateway::queue::jetstream::Options;
-use gateway::queue::status::CallState;
-use gateway::queue::{ChangeOutcome, Error, Filter, Order, Published};
+use gateway_queue::call::{QueuedCall, UnixMillis};
+use gateway_queue::embedded::Limits;
+use gateway_queue::jetstream::Options;
+use gateway_queue::status::CallState;
+use gateway_queue::{ChangeOutcome, Error, Filter, Order, Published};
 
 use crate::support::eventually;
 use crate::support::jetstream_queue::{

@@ -3,9 +3,9 @@ use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::time::Duration;
 
-use gateway::provider::process::ProcessProvider;
-use gateway::provider::types::FunctionDeployment;
-use gateway::shutdown::Tasks;
+use gateway_base::shutdown::Tasks;
+use gateway_provider::process::ProcessProvider;
+use gateway_provider::types::FunctionDeployment;
 use http::Method;
 use serde_json::{Value, json};
 

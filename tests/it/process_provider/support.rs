@@ -7,8 +7,9 @@ use std::time::{Duration, Instant};
 
 use axum::body::Body;
 use bytes::Bytes;
-use gateway::provider::process::{Config, ProcessProvider, router};
-use gateway::shutdown::Tasks;
+use gateway_base::build_info::BuildInfo;
+use gateway_base::shutdown::Tasks;
+use gateway_provider::process::{Config, ProcessProvider, router};
 use http::{HeaderMap, Method, Request, Response, StatusCode};
 use http_body_util::BodyExt;
 use hyper::body::Incoming;
@@ -67,7 +68,7 @@ impl Provider {
         let process = ProcessProvider::open(&config, &tasks).await.unwrap();
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
-        let router = router(Arc::clone(&process));
+        let router = router(Arc::clone(&process), BuildInfo::default());
         tasks.spawn(|stopping| async move {
             let serving = axum::serve(listener, router);
             serving.with_graceful_shutdown(stopping.cancelled_owned()).await.unwrap();

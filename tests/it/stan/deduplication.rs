@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use gateway::queue::Queue;
+use gateway_queue::Queue;
 use serde_json::json;
 
 use crate::support::eventually;

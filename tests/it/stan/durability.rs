@@ -4,8 +4,8 @@ use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use gateway::queue::Queue;
-use gateway::queue::status::Settlement;
+use gateway_queue::Queue;
+use gateway_queue::status::Settlement;
 
 use crate::support::fake_stan::{CHANNEL, FakeStan};
 use crate::support::gateway::Gateway;
@@ -32,7 +32,7 @@ async fn second_worker(queue: Queue, executed: Arc<Mutex<HashMap<String, usize>>
             ("fails", 1..) => {
                 Settlement::DeadLetter { status: Some(500), reason: None, response: None }
             }
-            _ => Settlement::Retry { at: gateway::queue::now() + 100, status: None, reason: None },
+            _ => Settlement::Retry { at: gateway_queue::now() + 100, status: None, reason: None },
         };
         while queue.settle(&delivery, &settlement).await.is_err() {
             tokio::time::sleep(Duration::from_millis(100)).await;

@@ -3,8 +3,8 @@
 use std::time::Duration;
 
 use bytes::Bytes;
-use gateway::function::Function;
-use gateway::queue::call::{CallOptions, QueuedCall};
+use gateway_base::function::Function;
+use gateway_queue::call::{CallOptions, QueuedCall};
 use http::HeaderMap;
 
 use crate::support::eventually;

@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 
-use gateway::queue::call::QueuedCall;
+use gateway_queue::call::QueuedCall;
 
 use crate::support::jetstream_queue::{TestQueue, call, stream};
 use crate::support::nats::Nats;

@@ -3,12 +3,12 @@
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use bytes::Bytes;
-use gateway::function::Function;
-use gateway::queue::call::{CallOptions, QueuedCall, UnixMillis};
-use gateway::queue::embedded::Limits;
-use gateway::queue::jetstream::{Auth, JetStream, Options};
-use gateway::queue::status::{CallState, Settlement, StoredResponse};
-use gateway::queue::{Delivery, Error, Published, Queue};
+use gateway_base::function::Function;
+use gateway_queue::call::{CallOptions, QueuedCall, UnixMillis};
+use gateway_queue::embedded::Limits;
+use gateway_queue::jetstream::{Auth, JetStream, Options};
+use gateway_queue::status::{CallState, Settlement, StoredResponse};
+use gateway_queue::{Delivery, Error, Published, Queue};
 use http::HeaderMap;
 
 use crate::support::nats::Nats;

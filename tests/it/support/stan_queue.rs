@@ -2,9 +2,9 @@
 
 use std::time::Duration;
 
-use gateway::queue::embedded::Limits;
-use gateway::queue::status::{CallState, Settlement};
-use gateway::queue::{Delivery, Queue, jetstream, stan};
+use gateway_queue::embedded::Limits;
+use gateway_queue::status::{CallState, Settlement};
+use gateway_queue::{Delivery, Queue, jetstream, stan};
 use serde_json::Value;
 
 use crate::support::fake_stan::{CHANNEL, CLUSTER, FakeStan};

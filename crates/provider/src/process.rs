@@ -1,0 +1,456 @@
+//! The process provider: runs functions as processes of this machine.
+//!
+//! It implements the REST API of providers. It does not include authentication, a listener, or isolation: functions run
+//! as the user of the provider. Only functions with secrets are separated from the secrets of others.
+
+mod activity;
+mod api;
+mod api_error;
+mod balancer;
+mod cgi;
+mod cgroup;
+mod channel_body;
+mod command;
+mod containment;
+mod deployed_function;
+mod descendants;
+mod files;
+mod fork;
+mod fork_limiter;
+mod fork_session;
+mod function_table;
+mod http_mode;
+mod input;
+mod invocation;
+mod launcher;
+mod line_splitter;
+mod log_api;
+mod log_query;
+mod logs;
+mod mounts;
+mod namespaces;
+mod orphans;
+mod pool;
+mod process_group;
+mod procfs;
+mod replica;
+mod replica_client;
+mod requests;
+mod secret_api;
+mod secret_files;
+mod secrets;
+mod shell_words;
+mod spec;
+mod start_failure;
+mod store;
+mod usage;
+mod workload;
+
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use anyhow::Context;
+
+pub use self::api::router;
+pub use self::api_error::ApiError;
+pub use self::secret_files::{SecretsSnapshot, set_secret};
+use crate::process::cgroup::Cgroups;
+use crate::process::command::{DEFAULT_PATH, find_program};
+use crate::process::containment::Containment;
+use crate::process::deployed_function::DeployedFunction;
+use crate::process::descendants::Descendants;
+use crate::process::function_table::FunctionTable;
+use crate::process::launcher::ProcessLauncher;
+use crate::process::logs::Logs;
+use crate::process::mounts::{Mounts, SECRETS_DIRECTORY};
+use crate::process::orphans::Orphans;
+use crate::process::secrets::Secrets;
+use crate::process::spec::{FunctionSpec, Mode, initial_replicas, is_dns_label};
+use crate::process::store::{SavedFunction, Store};
+use crate::process::workload::Workload;
+use crate::types::{FunctionDeployment, FunctionStatus};
+use gateway_base::function::Function;
+use gateway_base::shutdown::Tasks;
+use gateway_base::sync::lock_unpoisoned;
+
+/// Namespace of functions that are deployed without one.
+pub const DEFAULT_NAMESPACE: &str = "openfaas-fn";
+
+/// Maximum number of processes of one function.
+const MAX_PROCESSES_PER_FUNCTION: u64 = 1000;
+
+/// The process provider with its functions.
+#[derive(Debug)]
+pub struct ProcessProvider {
+    store: Store,
+    table: FunctionTable,
+    launcher: Arc<ProcessLauncher>,
+    /// Held during each change, so that files and function table stay consistent.
+    change_lock: Mutex<()>,
+}
+
+/// Settings of the provider.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// Directory of functions, secrets and logs.
+    pub state_dir: PathBuf,
+    /// Environment variables that functions inherit. All others may be secrets and are not inherited.
+    pub environment: Vec<(String, String)>,
+}
+
+impl ProcessProvider {
+    /// Opens the state directory, kills processes left by an earlier provider, and starts the functions.
+    ///
+    /// # Errors
+    /// The state directory is not writable, is in use by another provider, or is damaged.
+    pub async fn open(config: &Config, tasks: &Tasks) -> anyhow::Result<Arc<Self>> {
+        Self::open_in(config, tasks, false).await
+    }
+
+    /// Does the same as `open`, and makes this process adopt orphans of functions. This requires that the process has
+    /// no child processes besides the provider's.
+    ///
+    /// # Errors
+    /// The errors of `open`.
+    pub async fn open_adopting_orphans(
+        config: &Config,
+        tasks: &Tasks,
+    ) -> anyhow::Result<Arc<Self>> {
+        Self::open_in(config, tasks, true).await
+    }
+
+    async fn open_in(
+        config: &Config,
+        tasks: &Tasks,
+        adopts_orphans: bool,
+    ) -> anyhow::Result<Arc<Self>> {
+        let store = Store::open(&config.state_dir)?;
+        let root = &store.root;
+        let mut orphans = Orphans::open(root.join("running"))?;
+        let killed =
+            orphans.kill_all().context("cannot kill the processes of an earlier provider")?;
+        if killed > 0 {
+            tracing::warn!(processes = killed, "Killed processes left by an earlier provider");
+        }
+        let secrets = Secrets::open(root.join("secrets"))?;
+        let mounts = probe_mounts(&secrets, config).await;
+        // From here on, only the containment starts processes: an unknown child is an orphan.
+        orphans.containment = detect_containment(root.join("cgroup"), config, adopts_orphans).await;
+        if let Some(descendants) = orphans.containment.descendants.clone() {
+            tasks.spawn(|stopping| descendants.run(stopping));
+        }
+        orphans.containment.log_method();
+        let environment = config.environment.clone();
+        let launcher = Arc::new(ProcessLauncher::new(tasks, orphans, secrets, mounts, environment));
+        let provider = Arc::new(Self {
+            table: FunctionTable::new(store.namespaces()?),
+            store,
+            launcher,
+            change_lock: Mutex::default(),
+        });
+        for (function, saved) in provider.store.functions()? {
+            provider.restore(function, saved)?;
+        }
+        Ok(provider)
+    }
+
+    /// Deploys a function, or replaces the function of the same name.
+    ///
+    /// # Errors
+    /// `ApiError::Invalid` with the reason if the deployment cannot run here.
+    pub async fn deploy(self: &Arc<Self>, deployment: FunctionDeployment) -> Result<(), ApiError> {
+        self.run_exclusively(move |provider| {
+            let function = provider.validate(&deployment)?;
+            provider.save_and_start(&function, deployment)
+        })
+        .await
+    }
+
+    /// Deploys a function unless the same deployment is active already, which then continues undisturbed.
+    /// Returns whether anything has changed.
+    ///
+    /// # Errors
+    /// `ApiError::Invalid` with the reason if the deployment cannot run here.
+    pub async fn deploy_if_changed(
+        self: &Arc<Self>,
+        deployment: FunctionDeployment,
+    ) -> Result<bool, ApiError> {
+        self.run_exclusively(move |provider| {
+            let function = provider.validate(&deployment)?;
+            if provider
+                .table
+                .get(&function)
+                .is_some_and(|deployed| deployed.is_deployed_as(&deployment))
+            {
+                tracing::info!(function = %function, "{function} is unchanged");
+                return Ok(false);
+            }
+            provider.save_and_start(&function, deployment).map(|()| true)
+        })
+        .await
+    }
+
+    /// Replaces an existing function.
+    pub(crate) async fn update(
+        self: &Arc<Self>,
+        deployment: FunctionDeployment,
+    ) -> Result<(), ApiError> {
+        self.run_exclusively(move |provider| {
+            let function = function_of(&deployment);
+            provider.find(&function)?;
+            provider.validate(&deployment)?;
+            provider.save_and_start(&function, deployment)
+        })
+        .await
+    }
+
+    /// Removes a function. Its processes finish their calls first.
+    pub async fn delete(self: &Arc<Self>, function: Function) -> Result<(), ApiError> {
+        self.run_exclusively(move |provider| {
+            provider.find(&function)?;
+            provider.store.remove_function(&function)?;
+            if let Some(deployed) = provider.table.remove(&function) {
+                deployed.retire();
+            }
+            provider.launcher.secrets.remove_view(&function)?;
+            tracing::info!(function = %function, "Deleted {function}");
+            Ok(())
+        })
+        .await
+    }
+
+    /// Sets the number of replicas of a function.
+    pub(crate) async fn scale(
+        self: &Arc<Self>,
+        function: Function,
+        replicas: u64,
+    ) -> Result<(), ApiError> {
+        self.run_exclusively(move |provider| {
+            let deployed = provider.find(&function)?;
+            check_replicas(&deployed.workload.spec, replicas)?;
+            provider.store.save_function(&function, &deployed.saved(replicas))?;
+            deployed.scale(replicas);
+            tracing::info!(function = %function, replicas, "Scaled {function} to {replicas}");
+            Ok(())
+        })
+        .await
+    }
+
+    /// Returns the functions of a namespace, ordered by name.
+    pub(crate) fn list(&self, namespace: &str) -> Vec<FunctionStatus> {
+        let entries = self.table.functions();
+        let in_namespace =
+            |deployed: &&Arc<DeployedFunction>| deployed.workload.function.namespace == namespace;
+        entries.iter().filter(in_namespace).map(|deployed| deployed.status()).collect()
+    }
+
+    /// Stops all processes: sends SIGTERM, and SIGKILL to those that still run after `grace`.
+    pub async fn stop(&self, grace: Duration) {
+        self.launcher.tasks.stop(grace).await;
+        self.launcher.orphans.containment.close();
+    }
+
+    fn find(&self, function: &Function) -> Result<Arc<DeployedFunction>, ApiError> {
+        let missing = || ApiError::NoSuchFunction(function.to_string());
+        self.table.get(function).ok_or_else(missing)
+    }
+
+    /// Runs a change of files and function table. Changes run one at a time on a blocking thread, since they wait for
+    /// the disk. A client that disconnects does not abort a change.
+    async fn run_exclusively<T: Send + 'static>(
+        self: &Arc<Self>,
+        change: impl FnOnce(&Self) -> Result<T, ApiError> + Send + 'static,
+    ) -> Result<T, ApiError> {
+        let provider = Arc::clone(self);
+        let changing = tokio::task::spawn_blocking(move || {
+            let _change_lock = lock_unpoisoned(&provider.change_lock);
+            change(&provider)
+        });
+        changing.await.map_err(|error| ApiError::Internal(error.into()))?
+    }
+
+    /// Validates a deployment, including its references to secrets.
+    fn validate(&self, deployment: &FunctionDeployment) -> Result<Function, ApiError> {
+        let function = self.validate_except_secrets(deployment)?;
+        let missing = self.missing_secrets(deployment);
+        if !missing.is_empty() {
+            return Err(ApiError::Invalid(format!(
+                "secrets that do not exist in namespace {}: {missing:?}",
+                function.namespace
+            )));
+        }
+        Ok(function)
+    }
+
+    /// Validates a deployment, except for the existence of its secrets.
+    ///
+    /// # Errors
+    /// `ApiError::Invalid` with the reason.
+    pub fn validate_except_secrets(
+        &self,
+        deployment: &FunctionDeployment,
+    ) -> Result<Function, ApiError> {
+        let function = function_of(deployment);
+        if !is_dns_label(&function.name) {
+            return Err(ApiError::Invalid(format!(
+                "service: {:?} is not a name of at most 63 of a-z, 0-9 and -",
+                function.name
+            )));
+        }
+        if !self.table.has_namespace(&function.namespace) {
+            let reason = format!("namespace {} does not exist", function.namespace);
+            return Err(ApiError::Invalid(reason));
+        }
+        let spec = FunctionSpec::parse(deployment).map_err(ApiError::Invalid)?;
+        if let Some(directory) = spec.working_directory.as_ref().filter(|path| !path.is_dir()) {
+            let reason = format!("workingDirectory: {} is not a directory", directory.display());
+            return Err(ApiError::Invalid(reason));
+        }
+        let path = self.launcher.search_path(&spec);
+        if find_program(&spec.argv[0], path).is_none() {
+            return Err(ApiError::Invalid(format!(
+                "envProcess: {:?} is not a program that can be run (PATH: {path})",
+                spec.argv[0]
+            )));
+        }
+        check_replicas(&spec, initial_replicas(deployment).map_err(ApiError::Invalid)?)?;
+        Ok(function)
+    }
+
+    /// Saves and starts a function. A replaced function keeps its number of replicas, its logs and its creation time.
+    fn save_and_start(
+        &self,
+        function: &Function,
+        mut deployment: FunctionDeployment,
+    ) -> Result<(), ApiError> {
+        deployment.namespace.clone_from(&function.namespace);
+        let initial = initial_replicas(&deployment).map_err(ApiError::Invalid)?;
+        let old = self.table.get(function);
+        let saved = SavedFunction {
+            deployment,
+            replicas: match &old {
+                // A function at zero stays at zero; the next call starts the new version.
+                Some(old) if old.replicas() == 0 => 0,
+                Some(old) => old.replicas().max(initial),
+                None => initial,
+            },
+            created_at: old.as_ref().map_or_else(current_time, |old| old.created_at.clone()),
+        };
+        let spec = FunctionSpec::parse(&saved.deployment).map_err(ApiError::Invalid)?;
+        // The old version may be in fork mode, where the number of replicas is not limited.
+        check_replicas(&spec, saved.replicas)?;
+        self.launcher.secrets.refresh_view(function, &spec.secrets)?;
+        self.store.save_function(function, &saved)?;
+        self.start(function, spec, saved, old.as_deref());
+        tracing::info!(function = %function, "Deployed {function}");
+        Ok(())
+    }
+
+    /// Starts a function from the state directory. If a program or directory that it needs is missing, its calls fail
+    /// with the reason.
+    fn restore(&self, function: Function, mut saved: SavedFunction) -> anyhow::Result<()> {
+        let spec = FunctionSpec::parse(&saved.deployment).map_err(anyhow::Error::msg);
+        let spec = spec.with_context(|| format!("the state of function {function} is damaged"))?;
+        if let Err(error) = check_replicas(&spec, saved.replicas) {
+            tracing::warn!(
+                function = %function,
+                replicas = saved.replicas,
+                "Starting {function} with {MAX_PROCESSES_PER_FUNCTION} replicas: {error}"
+            );
+            saved.replicas = MAX_PROCESSES_PER_FUNCTION;
+        }
+        self.launcher.secrets.refresh_view(&function, &spec.secrets)?;
+        self.start(&function, spec, saved, None);
+        Ok(())
+    }
+
+    fn start(
+        &self,
+        function: &Function,
+        spec: FunctionSpec,
+        saved: SavedFunction,
+        old: Option<&DeployedFunction>,
+    ) {
+        let replicas = saved.replicas;
+        let workload = Arc::new(Workload {
+            function: function.clone(),
+            spec,
+            logs: old.map_or_else(|| Arc::new(Logs::new()), |old| Arc::clone(&old.workload.logs)),
+            activity: old.map_or_else(Arc::default, |old| Arc::clone(&old.workload.activity)),
+        });
+        let deployed = Arc::new(DeployedFunction::new(saved, workload, &self.launcher));
+        deployed.scale(replicas);
+        if let Some(old) = old {
+            deployed.replace(old, &self.launcher);
+        }
+        self.table.insert(deployed);
+    }
+}
+
+/// Returns name and namespace of the function in a deployment.
+fn function_of(deployment: &FunctionDeployment) -> Function {
+    let namespace = match deployment.namespace.as_str() {
+        "" => DEFAULT_NAMESPACE,
+        namespace => namespace,
+    };
+    Function { name: deployment.service.clone(), namespace: namespace.to_owned() }
+}
+
+fn check_replicas(spec: &FunctionSpec, replicas: u64) -> Result<(), ApiError> {
+    match spec.mode {
+        Mode::Http { .. } if replicas > MAX_PROCESSES_PER_FUNCTION => {
+            Err(ApiError::Invalid(format!(
+                "{replicas} replicas are more than the {MAX_PROCESSES_PER_FUNCTION} processes that a function may have"
+            )))
+        }
+        Mode::Http { .. } | Mode::Fork(_) => Ok(()),
+    }
+}
+
+/// Detects which mechanisms can contain the descendants of function processes.
+async fn detect_containment(record: PathBuf, config: &Config, adopts_orphans: bool) -> Containment {
+    let cgroups = Cgroups::open(record, search_path(config)).await;
+    let cgroups = cgroups.inspect_err(|error| tracing::debug!("No cgroups: {error:#}")).ok();
+    let descendants = match adopts_orphans.then(Descendants::adopt) {
+        Some(Ok(descendants)) => Some(descendants),
+        Some(Err(error)) => {
+            tracing::warn!(%error, "This process cannot adopt orphans");
+            None
+        }
+        None => None,
+    };
+    Containment { cgroups, descendants }
+}
+
+/// Returns the PATH for looking up the provider's own helper programs.
+fn search_path(config: &Config) -> &str {
+    let path = config.environment.iter().find(|(name, _)| name == "PATH");
+    path.map_or(DEFAULT_PATH, |(_, path)| path.as_str())
+}
+
+/// Detects whether secrets can be mounted for functions.
+async fn probe_mounts(secrets: &Secrets, config: &Config) -> Option<Mounts> {
+    match Mounts::probe(&secrets.root, search_path(config)).await {
+        Ok(mounts) => {
+            tracing::info!(
+                can_be_undone = !mounts.are_protected(),
+                "Secrets are mounted at {SECRETS_DIRECTORY} for each function that uses secrets"
+            );
+            Some(mounts)
+        }
+        Err(error) => {
+            tracing::info!(
+                reason = format!("{error:#}"),
+                "Functions read their secrets from the directory in secrets_path: {SECRETS_DIRECTORY} cannot be mounted"
+            );
+            None
+        }
+    }
+}
+
+/// Returns the current time in RFC 3339, in whole seconds.
+fn current_time() -> String {
+    let now = jiff::Timestamp::now();
+    jiff::Timestamp::from_second(now.as_second()).unwrap_or(now).to_string()
+}

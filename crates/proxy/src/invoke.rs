@@ -1,0 +1,401 @@
+//! Invocation of a function: prepare, forward, record. One [`Invoker`] per proxy thread.
+
+mod cold_start;
+pub mod operators;
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use http::uri::PathAndQuery;
+use http::{HeaderMap, HeaderValue, Request, Response, Uri};
+use hyper::body::{Body, Incoming};
+
+use crate::activator::Activator;
+use crate::activator::unavailable::{Hop, UnavailableSignal};
+use crate::error::Error;
+use crate::invoke::cold_start::{UpstreamTarget, via_provider};
+use crate::invoke::operators::Operators;
+use crate::metrics::calls::{InFlightRecorder, Outcome, Shard};
+use crate::response_body::{BodySource, InFlight, TrackedBody};
+use crate::trace::RequestSpan;
+use gateway_base::base_url::BaseUrl;
+use gateway_base::function::Function;
+use gateway_http::call_id::RequestIds;
+use gateway_http::client::body::{ClientBody, RequestBody};
+use gateway_http::client::tunnel::Tunnel;
+use gateway_http::client::{self, RequestContext, UpstreamResponse};
+use gateway_http::client::{Client, Origin};
+use gateway_http::limit::{ConcurrencyLimit, PermitCache};
+use gateway_http::server::Timeouts;
+use gateway_http::server::client_connection::ClientConnection;
+use gateway_provider::Provider;
+
+/// Where functions listen when they are called directly.
+const DIRECT_PORT: u16 = 8080;
+
+/// Dependencies of a proxy thread.
+pub struct Invoker {
+    pub client: Arc<Client>,
+    pub shard: Arc<Shard>,
+    pub limit: Arc<ConcurrencyLimit>,
+    pub permit_cache: Arc<PermitCache>,
+    pub timeouts: Timeouts,
+    /// How requests are sent to functions.
+    pub route: Route,
+    /// Confirms that functions called directly exist.
+    pub provider: Provider,
+    /// Cold starts, if enabled.
+    pub activator: Option<Arc<Activator>>,
+    /// Which clients may see why a function does not start.
+    pub operators: Operators,
+}
+
+/// How requests are routed to functions.
+pub enum Route {
+    /// To the provider, with the path of the client's request.
+    Provider(Origin),
+    /// To the function itself, at `http://NAME.SUFFIX:8080`, with the path after the name.
+    Direct { suffix: String, default_namespace: Arc<str> },
+}
+
+/// Naming of functions that are called directly.
+#[derive(Clone, Copy)]
+struct DirectNaming<'a> {
+    suffix: &'a str,
+    default_namespace: &'a str,
+}
+
+/// An invocation that is ready to be executed.
+pub struct PreparedInvocation {
+    state: ForwardState,
+    ids: RequestIds,
+    in_flight: InFlight,
+    /// The client is an operator. Checked only for functions that are not ready; false for others.
+    from_operator: bool,
+}
+
+impl PreparedInvocation {
+    /// Returns the id of the call.
+    pub fn call_id(&self) -> &HeaderValue {
+        &self.ids.call_id
+    }
+}
+
+/// How the request is forwarded.
+enum ForwardState {
+    Provider(client::OutgoingRequest),
+    /// Directly to the function, whose origin is not resolved yet. `None` once the request has been taken.
+    Direct(Option<Box<Request<RequestBody>>>),
+    /// The request is not forwarded: it could not be prepared. `None` once the error has been taken.
+    Failed(Option<Error>),
+}
+
+impl Invoker {
+    /// Prepares the invocation of the function in the path of `request`.
+    ///
+    /// All work that does not wait is done here, and `request` is dropped at the end. So an invocation that waits for its
+    /// response holds little memory: a thousand of them fit into the processor's cache.
+    ///
+    /// # Errors
+    /// The response, if the path names no function or the concurrency limit is reached.
+    pub fn prepare(
+        &self,
+        connection: &ClientConnection,
+        request: Request<Incoming>,
+        began: Instant,
+    ) -> Result<PreparedInvocation, Box<Response<TrackedBody>>> {
+        let Some(mut recorder) = self.shard.begin(function_segment(request.uri().path()), began)
+        else {
+            return Err(self.reject(connection, &Error::NoSuchPath, request.headers()));
+        };
+        let Some(permit) = self.limit.try_acquire(&self.permit_cache) else {
+            recorder.set_status(Error::Overloaded.status());
+            recorder.finish(Outcome::Complete, Instant::now());
+            return Err(self.reject(connection, &Error::Overloaded, request.headers()));
+        };
+        let ids = RequestIds::from_headers(request.headers());
+        let from_operator = self.activator.is_some()
+            && !recorder.is_warm()
+            && self.operators.include(request.headers(), connection.address.ip());
+        let request = request.map(|body| client_body(body, connection));
+        let state = match &self.route {
+            Route::Provider(origin) => {
+                let context = self.request_context(connection, began);
+                let prepared = client::prepare(origin, request, Some(&ids), context);
+                prepared.map_or_else(
+                    |error| ForwardState::Failed(Some(error.into())),
+                    ForwardState::Provider,
+                )
+            }
+            Route::Direct { .. } => ForwardState::Direct(Some(Box::new(request))),
+        };
+        Ok(PreparedInvocation {
+            state,
+            ids,
+            in_flight: InFlight { recorder, permit },
+            from_operator,
+        })
+    }
+
+    /// Executes the invocation and returns the response of the function, or an error response. After a change of
+    /// protocols (101), `span` is moved into the tunnel and ends with it.
+    pub async fn execute(
+        &self,
+        connection: &ClientConnection,
+        prepared: PreparedInvocation,
+        span: &mut Option<Box<RequestSpan>>,
+    ) -> Response<TrackedBody> {
+        let PreparedInvocation { mut state, ids, mut in_flight, from_operator } = prepared;
+        let (mut response, tunnel) =
+            match self.forward(connection, &mut in_flight.recorder, &ids, &mut state).await {
+                Ok(UpstreamResponse { response: upstream, tunnel, .. }) => {
+                    (upstream.map(BodySource::Upstream), tunnel)
+                }
+                Err(error) => (error_response(&error, Some(&ids.call_id), from_operator), None),
+            };
+        in_flight.recorder.set_status(response.status());
+        ids.apply_to_response(response.headers_mut());
+        if let Some(tunnel) = tunnel {
+            let mut span = span.take();
+            if let Some(span) = &mut span {
+                span.on_response(&response);
+            }
+            connection.spawn(run_tunnel(tunnel, in_flight, span));
+            return response.map(|source| self.track_body(connection, source, None));
+        }
+        response.map(|source| self.track_body(connection, source, Some(in_flight)))
+    }
+
+    async fn forward(
+        &self,
+        connection: &ClientConnection,
+        recorder: &mut InFlightRecorder,
+        ids: &RequestIds,
+        state: &mut ForwardState,
+    ) -> Result<UpstreamResponse, Error> {
+        let mut with_activation = true;
+        let mut forwarded = match (&mut *state, &self.route) {
+            (ForwardState::Provider(prepared), Route::Provider(origin)) => match &self.activator {
+                Some(activator) if !recorder.is_warm() => {
+                    // Boxed, so that the rare case does not enlarge the future of every invocation.
+                    Box::pin(self.forward_with_activation(
+                        activator,
+                        connection,
+                        recorder,
+                        via_provider(origin),
+                        prepared,
+                        None,
+                    ))
+                    .await?
+                }
+                _ => {
+                    with_activation = false;
+                    let context = self.request_context(connection, recorder.began);
+                    client::send(&self.client, origin, prepared, context).await?
+                }
+            },
+            (ForwardState::Direct(request), Route::Direct { suffix, default_namespace }) => {
+                let Some(request) = request.take() else {
+                    unreachable!("a direct request is sent once")
+                };
+                let naming = DirectNaming { suffix, default_namespace };
+                Box::pin(self.forward_direct(connection, recorder, ids, naming, *request)).await?
+            }
+            (ForwardState::Failed(error), _) => {
+                return Err(error.take().unwrap_or(Error::NoSuchPath));
+            }
+            (ForwardState::Provider(_) | ForwardState::Direct(_), _) => {
+                unreachable!("there is one route")
+            }
+        };
+        if !with_activation
+            && let Some(activator) = &self.activator
+            && UnavailableSignal::from_outcome(forwarded.outcome, Hop::Provider).is_some()
+            && let (ForwardState::Provider(prepared), Route::Provider(origin)) =
+                (state, &self.route)
+        {
+            let result = Some(Ok(forwarded));
+            let target = via_provider(origin);
+            forwarded = Box::pin(self.forward_with_activation(
+                activator, connection, recorder, target, prepared, result,
+            ))
+            .await?;
+        }
+        if connection.deadlines.has_outstanding_body() && forwarded.tunnel.is_none() {
+            connection.on_write_blocked(forwarded.response.body_mut().background_writer());
+        }
+        if recorder.is_unregistered() && forwarded.outcome.confirms_existence() {
+            recorder.confirm(&self.shard);
+        }
+        Ok(forwarded)
+    }
+
+    async fn forward_direct(
+        &self,
+        connection: &ClientConnection,
+        recorder: &mut InFlightRecorder,
+        ids: &RequestIds,
+        naming: DirectNaming<'_>,
+        mut request: Request<RequestBody>,
+    ) -> Result<UpstreamResponse, Error> {
+        *request.uri_mut() = path_after_function(request.uri());
+        let context = self.request_context(connection, recorder.began);
+        let Some(activator) = &self.activator else {
+            let origin = self.resolve_direct(recorder, naming).await?;
+            let mut prepared = client::prepare(&origin, request, Some(ids), context)?;
+            return Ok(client::send(&self.client, &origin, &mut prepared, context).await?);
+        };
+        let origin = direct_origin(recorder.function(), naming)?;
+        let mut prepared = client::prepare(&origin, request, Some(ids), context)?;
+        let mut result = None;
+        if recorder.is_warm() {
+            result = Some(client::send(&self.client, &origin, &mut prepared, context).await);
+        }
+        let target = UpstreamTarget { origin: &origin, hop: Hop::Function };
+        self.forward_with_activation(activator, connection, recorder, target, &mut prepared, result)
+            .await
+    }
+
+    fn request_context<'a>(
+        &self,
+        connection: &'a ClientConnection,
+        began: Instant,
+    ) -> RequestContext<'a> {
+        let timeout = self.timeouts.upstream;
+        RequestContext {
+            client_address: &connection.forwarded_for,
+            deadlines: &connection.deadlines,
+            started_at: began,
+            timeout,
+            is_client_request: true,
+        }
+    }
+
+    /// Returns the origin of the function, after the provider has confirmed that it exists.
+    async fn resolve_direct(
+        &self,
+        recorder: &mut InFlightRecorder,
+        naming: DirectNaming<'_>,
+    ) -> Result<Origin, Error> {
+        if recorder.is_unregistered() {
+            // Without this check, a name could lead to any host.
+            self.provider.status(recorder.function()).await?;
+            recorder.confirm(&self.shard);
+        }
+        direct_origin(recorder.function(), naming)
+    }
+
+    /// Returns the error response to a request that is not forwarded.
+    pub fn reject(
+        &self,
+        connection: &ClientConnection,
+        error: &Error,
+        request: &HeaderMap,
+    ) -> Box<Response<TrackedBody>> {
+        let ids = RequestIds::from_headers(request);
+        let mut response = error_response(error, Some(&ids.call_id), false);
+        ids.apply_to_response(response.headers_mut());
+        Box::new(response.map(|source| self.track_body(connection, source, None)))
+    }
+
+    fn track_body(
+        &self,
+        connection: &ClientConnection,
+        source: BodySource,
+        in_flight: Option<InFlight>,
+    ) -> TrackedBody {
+        TrackedBody::new(source, in_flight, Arc::clone(&connection.deadlines), self.timeouts.idle)
+    }
+}
+
+/// Runs a tunnel after a change of protocols. The invocation is in flight until the tunnel ends.
+async fn run_tunnel(tunnel: Tunnel, in_flight: InFlight, span: Option<Box<RequestSpan>>) {
+    tunnel.run().await;
+    if let Some(span) = span {
+        span.finish(Outcome::Complete);
+    }
+    in_flight.recorder.finish(Outcome::Complete, Instant::now());
+}
+
+fn error_response(
+    error: &Error,
+    call_id: Option<&HeaderValue>,
+    from_operator: bool,
+) -> Response<BodySource> {
+    error.response_for(call_id, from_operator).map(|text| BodySource::Full(Some(text.into())))
+}
+
+/// Returns the segment after `/function/`.
+fn function_segment(path: &str) -> &str {
+    let rest = path.strip_prefix("/function/").unwrap_or_default();
+    rest.split_once('/').map_or(rest, |(segment, _)| segment)
+}
+
+/// Returns the path after the function's name, and the query: what a function called directly receives.
+fn path_after_function(uri: &Uri) -> Uri {
+    let whole = uri.path_and_query().map_or("/", PathAndQuery::as_str);
+    let rest = &whole["/function/".len() + function_segment(uri.path()).len()..];
+    let rest = if rest.starts_with('/') { rest.to_owned() } else { format!("/{rest}") };
+    // A suffix of a valid path is valid.
+    rest.parse().unwrap_or_default()
+}
+
+fn client_body(body: Incoming, connection: &ClientConnection) -> RequestBody {
+    if body.is_end_stream() {
+        RequestBody::empty()
+    } else {
+        RequestBody::Client(ClientBody::new(body, Arc::clone(&connection.deadlines)))
+    }
+}
+
+/// Returns the origin `http://NAME.SUFFIX:8080`. If the suffix begins with the default namespace, that part is replaced
+/// by the function's namespace.
+fn direct_origin(function: &Function, naming: DirectNaming<'_>) -> Result<Origin, Error> {
+    let DirectNaming { suffix, default_namespace } = naming;
+    let host = match suffix.strip_prefix(default_namespace) {
+        _ if suffix.is_empty() => function.name.clone(),
+        Some(rest)
+            if !default_namespace.is_empty() && (rest.is_empty() || rest.starts_with('.')) =>
+        {
+            format!("{}.{}{rest}", function.name, function.namespace)
+        }
+        _ => format!("{}.{suffix}", function.name),
+    };
+    BaseUrl::parse(&format!("http://{host}:{DIRECT_PORT}"))
+        .map(Origin::new)
+        .ok_or_else(|| Error::NoSuchFunction(function.clone()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_function_segment_ends_at_the_next_slash() {
+        assert_eq!(function_segment("/function/echo"), "echo");
+        assert_eq!(function_segment("/function/echo.dev/a/b"), "echo.dev");
+        assert_eq!(function_segment("/function/"), "");
+        assert_eq!(function_segment("/function//x"), "");
+    }
+
+    #[test]
+    fn a_direct_call_receives_the_path_after_the_name() {
+        let rest = |uri: &str| path_after_function(&uri.parse().unwrap()).to_string();
+        assert_eq!(rest("/function/echo"), "/");
+        assert_eq!(rest("/function/echo?q=1"), "/?q=1");
+        assert_eq!(rest("/function/echo/a%2Fb//c?q"), "/a%2Fb//c?q");
+    }
+
+    #[test]
+    fn a_direct_function_is_called_in_its_own_namespace() {
+        let host = |name: &str, suffix: &str| {
+            let function = Function::parse(name, "fn").unwrap();
+            let naming = DirectNaming { suffix, default_namespace: "fn" };
+            direct_origin(&function, naming).unwrap().url.to_string()
+        };
+        assert_eq!(host("echo", ""), "http://echo:8080");
+        assert_eq!(host("echo", "fn.svc.cluster.local"), "http://echo.fn.svc.cluster.local:8080");
+        assert_eq!(host("echo.dev", "fn.svc"), "http://echo.dev.svc:8080");
+        assert_eq!(host("echo.dev", "fnord.svc"), "http://echo.fnord.svc:8080");
+    }
+}

@@ -1,0 +1,353 @@
+//! The queue on a NATS server with JetStream.
+//!
+//! A call is one message from its publish to its end. The message records the number of attempts and the earliest time
+//! of the next one. A retry replaces the message in one step, so a crash never loses a call; at worst the call is
+//! executed twice. Calls of one function that arrive at the same time share one message (a batch) until they finish or
+//! are split out of it. Claims, final states, responses and idempotency keys are stored before the message is removed,
+//! never after.
+
+mod admin;
+mod api;
+mod batch;
+mod batch_consumer;
+mod batch_state;
+mod batcher;
+mod capacity;
+mod chunked_body;
+mod claims;
+mod consumer;
+mod consumers;
+mod dead_letters;
+mod dirty_batches;
+mod failure_counts;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzz;
+mod gc;
+mod ids;
+mod lease;
+mod lookup;
+mod message;
+mod options;
+mod prefetch;
+mod publish;
+mod pull_scheduler;
+mod rate;
+mod repair;
+mod streams;
+mod subject;
+
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::{Duration, Instant};
+
+use futures_util::FutureExt;
+use tokio::sync::{Notify, OnceCell, Semaphore};
+
+pub(super) use self::lease::Lease;
+pub use self::options::{Auth, Options};
+pub use self::subject::encode_token;
+
+use crate::call::QueuedCall;
+use crate::jetstream::api::{JetStreamApi, NatsError};
+use crate::jetstream::batcher::Batcher;
+use crate::jetstream::capacity::Capacity;
+use crate::jetstream::claims::Claims;
+use crate::jetstream::consumer::Received;
+use crate::jetstream::consumers::Consumers;
+use crate::jetstream::dirty_batches::DirtyBatches;
+use crate::jetstream::failure_counts::FailureCounts;
+use crate::jetstream::gc::CONSUMER_IDLE_TIMEOUT;
+use crate::jetstream::ids::BatchKeys;
+use crate::jetstream::prefetch::Prefetched;
+use crate::jetstream::pull_scheduler::PullScheduler;
+use crate::jetstream::subject::Subjects;
+use crate::reply_batch::ReplyChannel;
+use crate::status::{CallRecord, Settlement, StoredResponse};
+use crate::tasks::Tasks;
+use crate::{
+    CallPage, ChangeOutcome, Delivery, Error, Filter, MemoryPermit, Published, QueueDepth,
+};
+use gateway_base::function::Function;
+use gateway_base::sync::lock_unpoisoned;
+
+/// Time limit of a publish: of a small body, and of a body that needs several messages.
+const PUBLISH_TIMEOUT: Duration = Duration::from_millis(1900);
+const LARGE_PUBLISH_TIMEOUT: Duration = Duration::from_secs(60);
+/// Time limit of a status or result query.
+const QUERY_TIMEOUT: Duration = Duration::from_millis(1900);
+/// Interval between two searches for orphaned bodies.
+const GC_INTERVAL: Duration = Duration::from_secs(3600);
+/// Time that background tasks have to end.
+const STOP_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// The JetStream backend of the queue. Clones share one connection.
+#[derive(Clone)]
+pub struct JetStream {
+    shared: Arc<Shared>,
+    /// Delivers the results of publishes to the thread that waits for them; only threads that publish much have one.
+    reply_channel: Option<ReplyChannel>,
+}
+
+struct Shared {
+    options: Options,
+    subjects: Subjects,
+    api: JetStreamApi,
+    pull_scheduler: Mutex<PullScheduler<Received>>,
+    prefetched: Mutex<Prefetched>,
+    claims: Claims,
+    /// Subject prefix under which pulled messages arrive.
+    inbox: OnceCell<String>,
+    consumers: Mutex<Consumers>,
+    batcher: Batcher,
+    batch_keys: BatchKeys,
+    capacity: Capacity,
+    dirty_batches: Mutex<DirtyBatches>,
+    /// Number of times a body was not found, by call id.
+    missing_body_counts: FailureCounts,
+    /// Number of panics of the worker, by call id.
+    panic_counts: FailureCounts,
+    /// Last estimate of the counts of a large queue.
+    count_estimate: Mutex<Option<admin::CountEstimate>>,
+    /// Serializes searches by id alone: the server then scans every subject.
+    search_slot: Semaphore,
+    /// Time of the last function discovery, and the connection it used.
+    last_discovery: Mutex<Option<(Instant, u64)>>,
+    last_gc: Mutex<Instant>,
+    gc_cursor: Mutex<Option<chunked_body::StoredBody>>,
+    /// Notified when a call may be available.
+    call_available: Notify,
+    tasks: Tasks,
+}
+
+impl JetStream {
+    /// Starts to connect and returns immediately. While the server is unavailable, operations of the queue fail; they
+    /// work once it is reachable.
+    ///
+    /// # Errors
+    /// When a file of the options cannot be read, or a server address is invalid. The caller should report a
+    /// configuration error.
+    pub async fn open(options: Options) -> anyhow::Result<Self> {
+        if options.in_memory {
+            tracing::warn!(
+                "Queued calls are stored in the memory of NATS: they are lost when its servers stop"
+            );
+        }
+        let api = JetStreamApi::open(&options).await?;
+        let shared = Shared {
+            subjects: Subjects::new(&options.queue),
+            options,
+            api,
+            pull_scheduler: Mutex::new(PullScheduler::new()),
+            prefetched: Mutex::default(),
+            claims: Claims::new(),
+            inbox: OnceCell::new(),
+            consumers: Mutex::default(),
+            batcher: Batcher::new(),
+            batch_keys: BatchKeys::new(),
+            capacity: Capacity::new(),
+            dirty_batches: Mutex::default(),
+            missing_body_counts: FailureCounts::default(),
+            panic_counts: FailureCounts::default(),
+            count_estimate: Mutex::default(),
+            search_slot: Semaphore::new(1),
+            last_discovery: Mutex::default(),
+            last_gc: Mutex::new(Instant::now()),
+            gc_cursor: Mutex::default(),
+            call_available: Notify::new(),
+            tasks: Tasks::new(),
+        };
+        let shared = Arc::new(shared);
+        Batcher::start(&shared);
+        Ok(Self { shared, reply_channel: None })
+    }
+
+    /// Returns a handle for a thread that publishes much; must be called on that thread's runtime.
+    pub(super) fn for_thread(&self) -> Self {
+        Self { shared: Arc::clone(&self.shared), reply_channel: Some(ReplyChannel::open()) }
+    }
+
+    /// Returns a new call id that contains a hash of `function`, so that a lookup queries few functions.
+    pub(super) fn new_call_id(function: &Function) -> String {
+        ids::new_call_id(function)
+    }
+
+    /// Stops all background tasks: leases are no longer extended, prefetched calls are nak'ed. Waits until leases that
+    /// were dropped earlier are released.
+    pub async fn stop(&self) {
+        self.shared.tasks.stop();
+        let buffered = self.shared.pull_scheduler().drain();
+        let claimed = self.shared.prefetched().drain();
+        drop(claimed);
+        let release = async {
+            prefetch::nak_all(&self.shared, buffered).await;
+            self.shared.tasks.wait().await;
+            self.shared.claims.publish_empty(&self.shared).await;
+            // A nak that is not sent by now is replaced by the server's ack timeout.
+            let _ = self.shared.api.client.flush().await;
+        };
+        let _ = tokio::time::timeout(STOP_TIMEOUT, release).await;
+    }
+
+    pub(super) fn reconnects(&self) -> u64 {
+        self.shared.api.reconnects()
+    }
+
+    /// Checks whether the server processes requests, and updates `is_reachable`.
+    pub(super) async fn probe(&self) {
+        if let Ok(shared) = self.shared.ready().await
+            && let Err(error) = shared.api.probe(&shared.subjects).await
+        {
+            tracing::debug!(%error, "The NATS server does not process requests");
+        }
+    }
+
+    pub(super) fn is_reachable(&self) -> bool {
+        self.shared.api.is_usable()
+    }
+
+    /// Removes bodies older than `age` that no call refers to, batch records without a batch, and consumers unused for
+    /// `idle`. They are left behind when a process or a server is killed. Call it about every hour. Returns the number
+    /// of removed bodies.
+    ///
+    /// # Errors
+    /// When the server is unavailable or rejects a request. The next run continues where this one stopped.
+    pub async fn collect_garbage(&self, age: Duration, idle: Duration) -> Result<u64, Error> {
+        let shared = self.shared.ready().await?;
+        shared.collect_records(age).await?;
+        let removed = shared.collect_bodies(age).await?;
+        shared.collect_consumers(idle).await?;
+        Ok(removed)
+    }
+
+    /// Recounts the calls, and collects garbage when that is due. Call it about every second.
+    pub async fn sweep_expired(&self) {
+        if let Err(error) = self.shared.recount_if_old().await {
+            tracing::debug!(%error, "Cannot count the queued calls");
+        }
+        {
+            let mut last_gc = lock_unpoisoned(&self.shared.last_gc);
+            if last_gc.elapsed() < GC_INTERVAL && self.shared.gc_cursor().is_none() {
+                return;
+            }
+            *last_gc = Instant::now();
+        }
+        match self.collect_garbage(GC_INTERVAL, CONSUMER_IDLE_TIMEOUT).await {
+            Ok(0) => {}
+            Ok(removed) => tracing::info!(removed, "Removed bodies that no call refers to"),
+            Err(error) => tracing::debug!(%error, "Garbage collection of the queue failed"),
+        }
+    }
+
+    /// Publishes `call`. `room` accounts for the memory of its body and is held until the publish ends, even if the
+    /// caller no longer waits.
+    pub(super) async fn publish(
+        &self,
+        call: QueuedCall,
+        room: Option<MemoryPermit>,
+    ) -> Result<Published, Error> {
+        match &self.reply_channel {
+            Some(desk) => {
+                let deadline = self.shared.publish_timeout(&call);
+                with_timeout(deadline, self.shared.batcher.publish(call, room, desk.clone())).await
+            }
+            None => Box::pin(self.shared.publish_with_timeout(&call)).await,
+        }
+    }
+
+    pub(super) async fn receive(&self, concurrency: usize) -> Result<Delivery, Error> {
+        prefetch::receive(&self.shared, concurrency).await
+    }
+
+    pub(super) async fn settle(&self, lease: &Lease, settlement: &Settlement) -> Result<(), Error> {
+        lease.settle(settlement).await
+    }
+
+    pub(super) async fn status(&self, id: &str) -> Result<Option<CallRecord>, Error> {
+        with_timeout(QUERY_TIMEOUT, async { Ok(self.shared.ready().await?.status(id).await?) })
+            .await
+    }
+
+    pub(super) async fn result(&self, id: &str) -> Result<Option<StoredResponse>, Error> {
+        with_timeout(QUERY_TIMEOUT, async { Ok(self.shared.ready().await?.result(id).await?) })
+            .await
+    }
+
+    pub(super) async fn cancel(&self, id: &str) -> Result<ChangeOutcome, Error> {
+        Ok(self.shared.ready().await?.cancel(id).await?)
+    }
+
+    pub(super) async fn redrive(&self, id: &str) -> Result<ChangeOutcome, Error> {
+        Ok(self.shared.ready().await?.redrive(id).await?)
+    }
+
+    pub(super) async fn list(
+        &self,
+        filter: &Filter,
+        after: Option<&str>,
+        limit: usize,
+    ) -> Result<CallPage, Error> {
+        Ok(self.shared.ready().await?.list(filter, after, limit).await?)
+    }
+
+    pub(super) async fn purge(&self, filter: &Filter) -> Result<u64, Error> {
+        Ok(self.shared.ready().await?.purge(filter).await?)
+    }
+
+    pub(super) async fn depths(&self) -> Result<Vec<(Function, QueueDepth)>, Error> {
+        Ok(self.shared.ready().await?.counts().await?)
+    }
+}
+
+impl Shared {
+    fn pull_scheduler(&self) -> MutexGuard<'_, PullScheduler<Received>> {
+        lock_unpoisoned(&self.pull_scheduler)
+    }
+
+    fn prefetched(&self) -> MutexGuard<'_, Prefetched> {
+        lock_unpoisoned(&self.prefetched)
+    }
+
+    fn consumers(&self) -> MutexGuard<'_, Consumers> {
+        lock_unpoisoned(&self.consumers)
+    }
+
+    /// Waits until the server is connected and all streams of the queue exist.
+    async fn ready(&self) -> Result<&Self, NatsError> {
+        match self.api.current_connection() {
+            Some(connection) if self.api.is_initialized(connection) => Ok(self),
+            // Boxed, here and elsewhere: a rare branch must not enlarge the future of every call.
+            _ => Box::pin(self.initialize()).await,
+        }
+    }
+
+    /// Publishes a call; fails with [`Error::Unreachable`] after the time limit.
+    async fn publish_with_timeout(&self, call: &QueuedCall) -> Result<Published, Error> {
+        with_timeout(self.publish_timeout(call), self.publish(call)).await
+    }
+
+    fn publish_timeout(&self, call: &QueuedCall) -> Duration {
+        if self.api.fits_in_payload(0, call.body.len()) {
+            PUBLISH_TIMEOUT
+        } else {
+            LARGE_PUBLISH_TIMEOUT
+        }
+    }
+
+    async fn initialize(&self) -> Result<&Self, NatsError> {
+        let connection = self.api.wait_connected().await?;
+        if !self.api.is_initialized(connection) {
+            // Several tasks may run this at the same time: stream creation is idempotent.
+            let last = streams::ensure_streams(&self.api, &self.subjects, &self.options).await?;
+            self.api.mark_initialized(connection, last);
+            self.consumers().reset(connection);
+        }
+        Ok(self)
+    }
+}
+
+fn with_timeout<T>(
+    deadline: Duration,
+    task: impl Future<Output = Result<T, Error>>,
+) -> impl Future<Output = Result<T, Error>> {
+    // Not `async`: that would double the size of the future.
+    tokio::time::timeout(deadline, task).map(|done| done.unwrap_or(Err(Error::Unreachable)))
+}

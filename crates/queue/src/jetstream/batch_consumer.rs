@@ -1,0 +1,500 @@
+//! A delivered batch. Its calls are executed individually, and their outcomes are recorded together. The batch is
+//! acknowledged when every call is finished or has its own message.
+
+use std::sync::atomic::{AtomicUsize, Ordering::AcqRel, Ordering::Acquire};
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::{Duration, Instant};
+
+use async_nats::HeaderMap;
+use async_nats::jetstream::AckKind;
+use bytes::Bytes;
+use tokio::sync::oneshot;
+
+use crate::call::QueuedCall;
+use crate::jetstream::Shared;
+use crate::jetstream::api::NatsError;
+use crate::jetstream::batch::{self, BatchIndex, BatchRecord, Outcome};
+use crate::jetstream::claims::Claims;
+use crate::jetstream::consumer::{
+    AckSubject, RETRY_INTERVAL, Received, Source, UNDECODABLE_RETRY, reject_undecodable, send_ack,
+};
+use crate::jetstream::ids::BatchKey;
+use crate::jetstream::message::Message;
+use crate::jetstream::subject::{BATCHES, CALLS, FINAL_RECORDS};
+use gateway_base::function::Function;
+use gateway_base::sync::lock_unpoisoned;
+
+/// Maximum number of attempts to update a record that other processes update as well.
+pub(super) const MAX_RECORD_ATTEMPTS: usize = 32;
+/// Maximum time that the outcome of a call waits to be recorded together with others.
+const MAX_OUTCOME_DELAY: Duration = Duration::from_millis(2);
+/// Maximum number of attempts to release a call.
+const MAX_RELEASE_ATTEMPTS: usize = 5;
+/// Minimum interval between two in-progress acks of a batch.
+const PROGRESS_INTERVAL: Duration = Duration::from_millis(100);
+
+/// A stored record and its sequence; the sequence is 0 if none is stored.
+pub(super) type Revisioned = (BatchRecord, u64);
+
+/// Identifies a batch.
+#[derive(Clone, Debug)]
+pub(super) struct BatchRef {
+    pub(super) function: Function,
+    pub(super) key: BatchKey,
+    pub(super) sequence: u64,
+}
+
+/// A batch that this process holds.
+pub(super) struct Batch {
+    pub(super) batch_ref: BatchRef,
+    pub(super) ack_subject: AckSubject,
+    /// Time of the delivery, and the lease that it granted.
+    received_at: Instant,
+    lease: Duration,
+    /// Number of calls that this process still holds.
+    remaining: AtomicUsize,
+    inner: Mutex<Inner>,
+}
+
+struct Inner {
+    record: Revisioned,
+    /// The record is stored with the final states.
+    archived: bool,
+    pending: Vec<OutcomeUpdate>,
+    /// A task is storing the record.
+    writing: bool,
+    /// A task will store the record after a delay.
+    write_scheduled: bool,
+    last_progress: Instant,
+}
+
+/// An outcome to be recorded, and the task that waits for it.
+struct OutcomeUpdate {
+    index: BatchIndex,
+    outcome: Outcome,
+    done: oneshot::Sender<Result<bool, NatsError>>,
+}
+
+impl Batch {
+    fn new(
+        batch_ref: BatchRef,
+        ack_subject: AckSubject,
+        lease: Duration,
+        record: Revisioned,
+        remaining: usize,
+    ) -> Arc<Self> {
+        let inner = Mutex::new(Inner {
+            record,
+            archived: false,
+            pending: Vec::new(),
+            writing: false,
+            write_scheduled: false,
+            last_progress: Instant::now(),
+        });
+        let (received_at, remaining) = (Instant::now(), AtomicUsize::new(remaining));
+        Arc::new(Self { batch_ref, ack_subject, received_at, lease, remaining, inner })
+    }
+
+    fn inner(&self) -> MutexGuard<'_, Inner> {
+        lock_unpoisoned(&self.inner)
+    }
+
+    /// Records the outcome of a call. Returns `false` if another process has recorded a different one. Each write of
+    /// the record costs a message: unless `immediately`, it is delayed for the outcomes of other calls of the batch.
+    pub(super) async fn record_outcome(
+        self: &Arc<Self>,
+        shared: &Arc<Shared>,
+        index: BatchIndex,
+        outcome: Outcome,
+        immediately: bool,
+    ) -> Result<bool, NatsError> {
+        let (done, recorded) = oneshot::channel();
+        {
+            let mut inner = self.inner();
+            inner.pending.push(OutcomeUpdate { index, outcome, done });
+            self.schedule_write(&mut inner, shared, immediately);
+        }
+        recorded.await.unwrap_or(Err(NatsError::Unavailable))
+    }
+
+    /// Schedules a write of the pending outcomes; immediately if no more can be expected for now.
+    fn schedule_write(
+        self: &Arc<Self>,
+        inner: &mut Inner,
+        shared: &Arc<Shared>,
+        immediately: bool,
+    ) {
+        if self.remaining.load(Acquire) == 0 {
+            // The record is archived, or about to be: no task waits for these.
+            inner.pending.clear();
+            return;
+        }
+        let all = inner.pending.len() + inner.record.0.outcome_count()
+            >= self.batch_ref.key.count()
+            || shared.pull_scheduler().should_write_outcomes(inner.pending.len());
+        if inner.writing || (inner.write_scheduled && !all && !immediately) {
+            return;
+        }
+        let (shared, this) = (Arc::clone(shared), Arc::clone(self));
+        let tasks = Arc::clone(&shared);
+        if all || immediately {
+            inner.writing = true;
+            tasks.tasks.spawn_to_completion(async move { this.write_pending(&shared).await });
+        } else {
+            inner.write_scheduled = true;
+            tasks.tasks.spawn_to_completion(async move {
+                tokio::time::sleep(MAX_OUTCOME_DELAY).await;
+                let mut inner = this.inner();
+                inner.write_scheduled = false;
+                if !inner.pending.is_empty() {
+                    this.schedule_write(&mut inner, &shared, true);
+                }
+            });
+        }
+    }
+
+    /// Stores the pending outcomes.
+    async fn write_pending(self: &Arc<Self>, shared: &Arc<Shared>) {
+        let (pending, (record, revision)) = {
+            let mut inner = self.inner();
+            (std::mem::take(&mut inner.pending), inner.record.clone())
+        };
+        let (outcomes, senders): (Vec<_>, Vec<_>) = pending
+            .into_iter()
+            .map(|OutcomeUpdate { index, outcome, done }| ((index, outcome), done))
+            .unzip();
+        let recorded = self.store_outcomes(shared, record, revision, &outcomes).await;
+        let accepted = {
+            let mut inner = self.inner();
+            inner.writing = false;
+            let accepted = recorded.map(|(record, accepted, archived)| {
+                (inner.record, inner.archived) = (record, archived);
+                accepted
+            });
+            if !inner.pending.is_empty() {
+                self.schedule_write(&mut inner, shared, false);
+            }
+            accepted
+        };
+        for (number, done) in senders.into_iter().enumerate() {
+            // The receiver may have been dropped.
+            let _ =
+                done.send(accepted.as_ref().map(|accepted| accepted[number]).map_err(Clone::clone));
+        }
+    }
+
+    /// Stores outcomes. A record that is final is archived immediately; the last value tells whether it was.
+    async fn store_outcomes(
+        &self,
+        shared: &Shared,
+        record: BatchRecord,
+        revision: u64,
+        outcomes: &[(BatchIndex, Outcome)],
+    ) -> Result<(Revisioned, Vec<bool>, bool), NatsError> {
+        let mut next = record.clone();
+        let accepted: Vec<bool> = outcomes
+            .iter()
+            .map(|(index, outcome)| next.set_outcome(*index, outcome.clone()))
+            .collect();
+        if next.is_final(self.batch_ref.key) && !accepted.contains(&false) {
+            shared.archive_record(&self.batch_ref, &next).await?;
+            return Ok(((next, revision), accepted, true));
+        }
+        let mut current = (record, revision);
+        if revision == 0 {
+            // Another process may receive this message as if it were the first delivery.
+            shared.announce_dirty(self.batch_ref.key).await?;
+            // The lease may have expired, and another process may have finished the batch.
+            if self.received_at.elapsed() > self.lease / 2 {
+                current = shared.load_record(&self.batch_ref, true).await?;
+            }
+        }
+        let (record, accepted) =
+            shared.update_record(&self.batch_ref, current, outcomes, None).await?;
+        Ok((record, accepted, false))
+    }
+
+    /// Gives a call its own message, so that any worker can receive it. If that fails, the server redelivers the batch
+    /// after its lease.
+    pub(super) async fn release(
+        self: &Arc<Self>,
+        shared: &Arc<Shared>,
+        call: &QueuedCall,
+        index: BatchIndex,
+    ) {
+        let headers = Message::new(call).original_headers();
+        for pause in [RETRY_INTERVAL; MAX_RELEASE_ATTEMPTS] {
+            match self.split_out(shared, call, index, headers.clone()).await {
+                Ok(()) => return self.call_done(shared).await,
+                Err(error) => {
+                    tracing::debug!(%error, call_id = call.id, "Cannot split out a call");
+                    tokio::time::sleep(pause).await;
+                }
+            }
+        }
+    }
+
+    /// Gives a call its own message with these headers, unless it has an outcome.
+    pub(super) async fn split_out(
+        self: &Arc<Self>,
+        shared: &Arc<Shared>,
+        call: &QueuedCall,
+        index: BatchIndex,
+        headers: HeaderMap,
+    ) -> Result<(), NatsError> {
+        // A process that receives the batch later checks whether the new message exists.
+        if self.record_outcome(shared, index, Outcome::Splitting, true).await? {
+            shared.publish_split(call, headers).await?;
+            self.mark_split(shared, index);
+        }
+        Ok(())
+    }
+
+    /// Records that the call has its own message. This needs no write of its own: it is stored with the next outcome.
+    pub(super) fn mark_split(self: &Arc<Self>, shared: &Arc<Shared>, index: BatchIndex) {
+        let (done, _) = oneshot::channel();
+        let mut inner = self.inner();
+        inner.pending.push(OutcomeUpdate { index, outcome: Outcome::Split, done });
+        self.schedule_write(&mut inner, shared, false);
+    }
+
+    /// Counts down one call of the batch; the last one finishes it.
+    pub(super) async fn call_done(&self, shared: &Shared) {
+        if self.remaining.fetch_sub(1, AcqRel) == 1 {
+            self.finish(shared).await;
+        }
+    }
+
+    /// Archives the record and acknowledges the batch. If the ack is lost, the next receiver finds the batch finished.
+    pub(super) async fn finish(&self, shared: &Shared) {
+        let ((mut record, revision), archived) = {
+            let inner = self.inner();
+            (inner.record.clone(), inner.archived)
+        };
+        record.mark_all_split();
+        if !archived && let Err(error) = shared.archive_record(&self.batch_ref, &record).await {
+            tracing::debug!(%error, "Cannot archive a batch record");
+            return;
+        }
+        send_ack(&shared.api, &self.ack_subject.get(), AckKind::Ack).await;
+        shared.dirty_batches().remove(self.batch_ref.key);
+        if revision > 0
+            && let Err(error) = shared.api.delete(&shared.subjects.batches, revision).await
+        {
+            // Garbage collection removes it later.
+            tracing::debug!(%error, "Cannot remove the record of a finished batch");
+        }
+    }
+
+    /// Extends the lease of the batch, unless that happened a moment ago.
+    pub(super) async fn in_progress(&self, shared: &Shared) {
+        {
+            let mut inner = self.inner();
+            if inner.last_progress.elapsed() < PROGRESS_INTERVAL {
+                return;
+            }
+            inner.last_progress = Instant::now();
+        }
+        send_ack(&shared.api, &self.ack_subject.get(), AckKind::Progress).await;
+    }
+}
+
+/// A batch as it was delivered.
+pub(super) struct BatchDelivery {
+    pub(super) batch_ref: BatchRef,
+    pub(super) function_index: usize,
+    /// Number of deliveries so far, to any process.
+    pub(super) deliveries: u32,
+    pub(super) consumer: Arc<str>,
+    pub(super) lease: Duration,
+    pub(super) payload: Bytes,
+}
+
+impl BatchDelivery {
+    /// Decodes the batch and buffers its unfinished calls.
+    pub(super) async fn unpack(self, shared: &Arc<Shared>, ack_subject: AckSubject) {
+        let Self { batch_ref, function_index, deliveries, consumer, lease, payload } = self;
+        let calls = match batch::decode(payload, &batch_ref.function, batch_ref.key) {
+            Ok(calls) => calls,
+            Err(error) => {
+                let subject = shared.subjects.batch(CALLS, &batch_ref.function, batch_ref.key);
+                let reply = ack_subject.get();
+                return reject_undecodable(shared, batch_ref.sequence, &subject, &reply, &error)
+                    .await;
+            }
+        };
+        // Before the first delivery, only a cancellation or a purge can have changed the record.
+        let suspect = deliveries > 1 || shared.api.predates_restart(batch_ref.sequence);
+        let dirty = suspect
+            || shared.dirty_batches().may_be_dirty(batch_ref.key, shared.api.current_connection());
+        let record = match dirty {
+            true => shared.load_record(&batch_ref, suspect).await,
+            false => Ok((BatchRecord::new(batch_ref.sequence), 0)),
+        };
+        let record = match record {
+            Ok(record) => record,
+            Err(error) => {
+                tracing::debug!(%error, "Cannot load the record of a delivered batch");
+                // An undecodable record was written by a newer version.
+                let delay = if matches!(error, NatsError::UnexpectedResponse) {
+                    UNDECODABLE_RETRY
+                } else {
+                    RETRY_INTERVAL
+                };
+                return send_ack(&shared.api, &ack_subject.get(), AckKind::Nak(Some(delay))).await;
+            }
+        };
+        let sequence = batch_ref.sequence;
+        let unfinished = (0..)
+            .zip(calls)
+            .filter(|(index, _)| matches!(record.0.get(*index), None | Some(Outcome::Splitting)));
+        let (splitting, unfinished): (Vec<_>, Vec<_>) =
+            unfinished.partition(|(index, _)| record.0.get(*index).is_some());
+        let batch =
+            Batch::new(batch_ref, ack_subject, lease, record, splitting.len() + unfinished.len());
+        if splitting.is_empty() && unfinished.is_empty() {
+            return batch.finish(shared).await;
+        }
+        {
+            let (mut scheduler, now) = (shared.pull_scheduler(), Instant::now());
+            for (index, call) in unfinished {
+                // A call in a batch has no headers of its own yet.
+                let message = Message::from_stored(HeaderMap::new(), call.body.clone());
+                let source = Source::InBatch(batch.clone(), index);
+                let consumer = Arc::clone(&consumer);
+                let received =
+                    Received { call, message, sequence, deliveries, source, consumer, lease };
+                scheduler.push(function_index, received, now);
+            }
+        }
+        shared.call_available.notify_one();
+        Claims::supervise_leases(shared);
+        for (index, call) in splitting {
+            // The process that split the call out may have died before it published the new message.
+            let published = async {
+                if shared.exists_elsewhere(&call).await? {
+                    return Ok(());
+                }
+                shared.publish_split(&call, Message::new(&call).original_headers()).await
+            };
+            match published.await {
+                Ok(()) => {
+                    batch.mark_split(shared, index);
+                    batch.call_done(shared).await;
+                }
+                Err(error) => {
+                    tracing::debug!(%error, call_id = call.id, "Cannot split out a call");
+                }
+            }
+        }
+    }
+}
+
+impl Shared {
+    /// Loads the record of a batch. `archived` adds the archived record: the batch may be finished, or about to be.
+    pub(super) async fn load_record(
+        &self,
+        batch_ref: &BatchRef,
+        archived: bool,
+    ) -> Result<Revisioned, NatsError> {
+        let BatchRef { function, key, sequence } = batch_ref;
+        let open =
+            self.load_record_at(&self.subjects.batch(BATCHES, function, *key), false).await?;
+        let (mut record, revision) = open.unwrap_or_else(|| (BatchRecord::new(*sequence), 0));
+        if record.sequence != *sequence {
+            // It belongs to an earlier message.
+            record = BatchRecord::new(*sequence);
+        }
+        if archived {
+            let subject = self.subjects.batch(FINAL_RECORDS, function, *key);
+            if let Some((archived, _)) = self.load_record_at(&subject, true).await? {
+                record.merge(archived);
+            }
+        }
+        Ok((record, revision))
+    }
+
+    /// Loads the record on `subject`, which may contain wildcards.
+    pub(super) async fn load_record_at(
+        &self,
+        subject: &str,
+        archived: bool,
+    ) -> Result<Option<Revisioned>, NatsError> {
+        let stream = if archived { &self.subjects.results } else { &self.subjects.batches };
+        let Some(found) = self.api.get_last(stream, subject).await? else { return Ok(None) };
+        let record = BatchRecord::decode(found.payload).ok_or(NatsError::UnexpectedResponse)?;
+        Ok(Some((record, found.sequence)))
+    }
+
+    /// Updates the record of a batch with optimistic concurrency. Returns for each outcome whether it is now the
+    /// recorded one. Does not start an attempt after `deadline`.
+    pub(super) async fn update_record(
+        &self,
+        batch_ref: &BatchRef,
+        current: Revisioned,
+        outcomes: &[(BatchIndex, Outcome)],
+        deadline: Option<Instant>,
+    ) -> Result<(Revisioned, Vec<bool>), NatsError> {
+        let (mut record, mut revision) = current;
+        for _ in 0..MAX_RECORD_ATTEMPTS {
+            if deadline.is_some_and(|deadline| Instant::now() > deadline) {
+                return Err(NatsError::Unavailable);
+            }
+            let mut next = record.clone();
+            let mut accepted = Vec::with_capacity(outcomes.len());
+            for (index, outcome) in outcomes {
+                // An earlier write may have succeeded although its response was lost.
+                accepted.push(
+                    next.set_outcome(*index, outcome.clone()) || next.get(*index) == Some(outcome),
+                );
+            }
+            if next == record {
+                return Ok(((record, revision), accepted));
+            }
+            match self.store_record(batch_ref, &next, revision).await {
+                Ok(revision) => return Ok(((next, revision), accepted)),
+                Err(error) if error.is_conflict() => {
+                    (record, revision) = self.load_record(batch_ref, true).await?;
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        Err(NatsError::Unavailable)
+    }
+
+    /// Stores a record that replaces the one with the sequence `replaces`.
+    async fn store_record(
+        &self,
+        batch_ref: &BatchRef,
+        record: &BatchRecord,
+        replaces: u64,
+    ) -> Result<u64, NatsError> {
+        let subject = self.subjects.batch(BATCHES, &batch_ref.function, batch_ref.key);
+        let stored =
+            self.api.publish(subject, HeaderMap::new(), record.encode(), Some(replaces)).await?;
+        Ok(stored.sequence)
+    }
+
+    /// Stores the outcomes of a batch that is about to be removed, for as long as results are kept.
+    pub(super) async fn archive_record(
+        &self,
+        batch_ref: &BatchRef,
+        record: &BatchRecord,
+    ) -> Result<(), NatsError> {
+        let subject = self.subjects.batch(FINAL_RECORDS, &batch_ref.function, batch_ref.key);
+        self.api.publish(subject, HeaderMap::new(), record.encode(), None).await.map(drop)
+    }
+
+    /// Publishes a call of a batch as its own message, unless that exists.
+    pub(super) async fn publish_split(
+        &self,
+        call: &QueuedCall,
+        headers: HeaderMap,
+    ) -> Result<(), NatsError> {
+        let subject = self.subjects.call(CALLS, &call.function, &call.id);
+        match self.api.publish(subject, headers, call.body.clone(), Some(0)).await {
+            Err(error) if !error.is_conflict() => Err(error),
+            _ => Ok(()),
+        }
+    }
+}

@@ -1,0 +1,337 @@
+//! Tracks which process executes which calls. Each receiver publishes one list of the calls that it has claimed. Claims
+//! that arrive while the list is being written are added to the next version, so one write covers many calls.
+//!
+//! To cancel a call, a process writes a cancel marker and then reads the lists. A receiver writes its list and then
+//! reads the markers. So at least one of them sees the other, and a cancelled call is never executed.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::{Duration, Instant};
+
+use async_nats::HeaderMap;
+use futures_util::{StreamExt, TryStreamExt, stream};
+use tokio::sync::oneshot;
+
+use crate::call::UnixMillis;
+use crate::jetstream::Shared;
+use crate::jetstream::api::NatsError;
+use crate::jetstream::batch::CallRef;
+use crate::jetstream::consumer::Received;
+use crate::jetstream::message::{RunningList, json};
+use crate::jetstream::prefetch;
+use crate::now;
+use gateway_base::sync::lock_unpoisoned;
+
+/// Lifetime of a cancel marker. A cancellation ends within half of it, and no call stays unclaimed for longer.
+pub(super) const CANCEL_MARKER_TTL: Duration = Duration::from_secs(10);
+/// Maximum number of concurrent requests to the server.
+const MAX_CONCURRENT_QUERIES: usize = 32;
+
+/// The calls that this process holds.
+pub(super) struct Claims {
+    /// Identifies the list of this process.
+    receiver_id: String,
+    inner: Mutex<Inner>,
+}
+
+#[derive(Default)]
+struct Inner {
+    tracked: HashMap<u64, TrackedCall>,
+    /// The last id given to a tracked call.
+    last_id: u64,
+    /// Claims that wait for the next write of the list.
+    pending_claims: Vec<(u64, oneshot::Sender<Result<bool, NatsError>>)>,
+    /// A task is writing the list.
+    writing: bool,
+    /// The published list contains a call that this process no longer holds, and must be updated soon.
+    stale: bool,
+    /// The last published list was not empty.
+    list_not_empty: bool,
+    /// Time of the last write, and its connection.
+    last_write: Option<(Instant, u64)>,
+    /// Sequence of the latest cancel marker, and the time when this process first saw it.
+    latest_marker: Option<(u64, Instant)>,
+    /// All markers up to this sequence were seen.
+    markers_seen_to: u64,
+    /// A task extends the leases.
+    supervised: bool,
+}
+
+struct TrackedCall {
+    received: Arc<Received>,
+    /// Time when the call was added to the list.
+    claimed_at: Option<UnixMillis>,
+    /// Time of the last in-progress ack.
+    last_progress: Instant,
+}
+
+impl Claims {
+    pub(super) fn new() -> Self {
+        Self { receiver_id: uuid::Uuid::new_v4().simple().to_string(), inner: Mutex::default() }
+    }
+
+    fn inner(&self) -> MutexGuard<'_, Inner> {
+        lock_unpoisoned(&self.inner)
+    }
+
+    /// Starts to extend the lease of a call. Returns the id of the claim.
+    pub(super) fn track(&self, received: &Arc<Received>) -> u64 {
+        let mut inner = self.inner();
+        inner.last_id += 1;
+        let claim_id = inner.last_id;
+        let tracked = TrackedCall {
+            received: Arc::clone(received),
+            claimed_at: None,
+            last_progress: Instant::now(),
+        };
+        inner.tracked.insert(claim_id, tracked);
+        claim_id
+    }
+
+    /// Returns the held call of the message `sequence`, if there is one.
+    pub(super) fn tracked(&self, sequence: u64) -> Option<Arc<Received>> {
+        let inner = self.inner();
+        let tracked =
+            inner.tracked.values().find(|tracked| tracked.received.sequence == sequence)?;
+        Some(Arc::clone(&tracked.received))
+    }
+
+    /// Stops tracking a call. Unless it is `finished`, the list is updated soon, so that other receivers may claim the
+    /// call.
+    pub(super) fn untrack(&self, shared: &Arc<Shared>, claim_id: u64, finished: bool) {
+        let mut inner = self.inner();
+        let listed =
+            inner.tracked.remove(&claim_id).is_some_and(|tracked| tracked.claimed_at.is_some());
+        if listed && !finished {
+            inner.stale = true;
+            self.schedule_write(&mut inner, shared);
+        }
+    }
+
+    /// Returns the time when the call was added to the list.
+    pub(super) fn claimed_at(&self, claim_id: u64) -> Option<UnixMillis> {
+        self.inner().tracked.get(&claim_id)?.claimed_at
+    }
+
+    /// Adds a call to the published list. Returns `false` if the call is being cancelled.
+    pub(super) async fn claim(
+        &self,
+        shared: &Arc<Shared>,
+        claim_id: u64,
+    ) -> Result<bool, NatsError> {
+        let (done, claimed) = oneshot::channel();
+        {
+            let mut inner = self.inner();
+            inner.pending_claims.push((claim_id, done));
+            self.schedule_write(&mut inner, shared);
+        }
+        // The sender is dropped when the queue is stopped.
+        claimed.await.unwrap_or(Err(NatsError::Unavailable))
+    }
+
+    fn schedule_write(&self, inner: &mut Inner, shared: &Arc<Shared>) {
+        if inner.writing {
+            return;
+        }
+        inner.writing = true;
+        let shared = Arc::clone(shared);
+        let tasks = Arc::clone(&shared);
+        tasks.tasks.spawn(async move { shared.claims.write_while_changed(&shared).await });
+    }
+
+    /// Writes the list until no change is left.
+    async fn write_while_changed(&self, shared: &Shared) {
+        loop {
+            let (pending, new, list) = {
+                let mut inner = self.inner();
+                let pending = std::mem::take(&mut inner.pending_claims);
+                if pending.is_empty() && !inner.stale {
+                    inner.writing = false;
+                    return;
+                }
+                inner.stale = false;
+                inner.list_not_empty = true;
+                let new: Vec<CallRef> =
+                    pending.iter().map(|(claim_id, _)| inner.add_to_list(*claim_id)).collect();
+                (pending, new, inner.running_list())
+            };
+            let cancelled = self.publish_list(shared, &list, &new).await;
+            let results = pending.into_iter().zip(new).map(|((_, done), call_ref)| {
+                let accepted = cancelled.as_ref().map(|cancelled| !cancelled.contains(&call_ref));
+                (done, accepted.map_err(Clone::clone))
+            });
+            for (done, accepted) in results {
+                // The receiver may have been dropped.
+                let _ = done.send(accepted);
+            }
+        }
+    }
+
+    /// Publishes the list. Returns those of the `new` calls that are being cancelled.
+    async fn publish_list(
+        &self,
+        shared: &Shared,
+        list: &RunningList,
+        new: &[CallRef],
+    ) -> Result<Vec<CallRef>, NatsError> {
+        let connection = shared.ready().await?.api.wait_connected().await?;
+        let subject = shared.subjects.running_list(&self.receiver_id);
+        let stored = shared.api.publish(subject, HeaderMap::new(), json(list).into(), None).await?;
+        let no_other_writes = {
+            let mut inner = self.inner();
+            inner.last_write = Some((Instant::now(), connection));
+            inner.list_not_empty = !list.is_empty();
+            inner.markers_seen_to + 1 == stored.sequence
+        };
+        if new.is_empty() && !no_other_writes {
+            return Ok(Vec::new());
+        }
+        if !no_other_writes {
+            let (claims, marker) = (&shared.subjects.claims, shared.subjects.cancel_marker("*"));
+            let latest = shared.api.get_last(claims, &marker).await?.map(|found| found.sequence);
+            let mut inner = self.inner();
+            if inner.latest_marker.map(|(marker, _)| marker) != latest {
+                inner.latest_marker = latest.map(|marker| (marker, Instant::now()));
+            }
+        }
+        let marker = {
+            let mut inner = self.inner();
+            inner.markers_seen_to = stored.sequence;
+            inner.latest_marker
+        };
+        match marker {
+            // Older markers were written before any call that this process holds was delivered.
+            Some((_, at)) if at.elapsed() <= CANCEL_MARKER_TTL => {
+                self.with_cancel_marker(shared, new).await
+            }
+            _ => Ok(Vec::new()),
+        }
+    }
+
+    /// Returns those of the calls that have a cancel marker.
+    async fn with_cancel_marker(
+        &self,
+        shared: &Shared,
+        calls: &[CallRef],
+    ) -> Result<Vec<CallRef>, NatsError> {
+        let (api, subjects) = (&shared.api, &shared.subjects);
+        stream::iter(calls.to_vec())
+            .map(|call| async move {
+                let found = api.get_last(&subjects.claims, &subjects.cancel_marker(call)).await?;
+                Ok(found.map(|_| call))
+            })
+            .buffer_unordered(MAX_CONCURRENT_QUERIES)
+            .try_filter_map(|call| std::future::ready(Ok(call)))
+            .try_collect()
+            .await
+    }
+
+    /// Starts the task that extends leases and naks expired prefetched calls; it runs while this process holds calls.
+    pub(super) fn supervise_leases(shared: &Arc<Shared>) {
+        if std::mem::replace(&mut shared.claims.inner().supervised, true) {
+            return;
+        }
+        let shared = Arc::clone(shared);
+        let tasks = Arc::clone(&shared);
+        tasks.tasks.supervise("leases", move || Self::run_supervisor(Arc::clone(&shared)));
+    }
+
+    async fn run_supervisor(shared: Arc<Shared>) {
+        let lease = shared.options.lease;
+        loop {
+            tokio::time::sleep((lease / 6).min(prefetch::PREFETCH_TTL / 2)).await;
+            prefetch::release_expired(&shared).await;
+            let due = shared.claims.inner().due_for_progress(lease / 3);
+            for received in due {
+                received.in_progress(&shared).await;
+            }
+            shared.claims.republish_if_old(&shared, lease / 3).await;
+            let nothing_prefetched = prefetch::is_empty(&shared);
+            let mut inner = shared.claims.inner();
+            if inner.tracked.is_empty() && nothing_prefetched {
+                inner.supervised = false;
+                if inner.list_not_empty {
+                    // Finished calls may still be on the list.
+                    inner.stale = true;
+                    shared.claims.schedule_write(&mut inner, &shared);
+                }
+                return;
+            }
+        }
+    }
+
+    /// Publishes an empty list: this process executes no more calls.
+    pub(super) async fn publish_empty(&self, shared: &Shared) {
+        if !self.inner().list_not_empty {
+            return;
+        }
+        if let Err(error) = self.publish_list(shared, &RunningList::default(), &[]).await {
+            tracing::debug!(%error, "Cannot publish an empty list of running calls");
+        }
+    }
+
+    /// Publishes the list again if it would expire, or if the connection has changed.
+    async fn republish_if_old(&self, shared: &Arc<Shared>, age: Duration) {
+        let connection = shared.api.wait_connected().await.ok();
+        let mut inner = self.inner();
+        let listed = inner.tracked.values().any(|tracked| tracked.claimed_at.is_some());
+        let fresh = inner
+            .last_write
+            .is_some_and(|(at, used)| at.elapsed() < age && Some(used) == connection);
+        if listed && !fresh {
+            inner.stale = true;
+            self.schedule_write(&mut inner, shared);
+        }
+    }
+}
+
+impl Inner {
+    fn running_list(&self) -> RunningList {
+        let mut list = RunningList::default();
+        for TrackedCall { received, claimed_at, .. } in self.tracked.values() {
+            if let Some(claimed_at) = claimed_at {
+                list.add(&received.consumer, received.call_ref(), *claimed_at);
+            }
+        }
+        list
+    }
+
+    /// Adds a call to the list.
+    fn add_to_list(&mut self, claim_id: u64) -> CallRef {
+        // The caller of a claim that is no longer tracked is gone.
+        let Some(tracked) = self.tracked.get_mut(&claim_id) else { return CallRef::single(0) };
+        tracked.claimed_at = Some(now());
+        tracked.received.call_ref()
+    }
+
+    /// Returns the calls without an in-progress ack for `time`, and resets their timers.
+    fn due_for_progress(&mut self, time: Duration) -> Vec<Arc<Received>> {
+        let old =
+            self.tracked.values_mut().filter(|tracked| tracked.last_progress.elapsed() >= time);
+        old.map(|tracked| {
+            tracked.last_progress = Instant::now();
+            Arc::clone(&tracked.received)
+        })
+        .collect()
+    }
+}
+
+impl Shared {
+    /// Returns all claimed calls of all receivers, and the times of their claims.
+    pub(super) async fn running_calls(&self) -> Result<HashMap<CallRef, UnixMillis>, NatsError> {
+        Ok(self.running_lists().await?.iter().flat_map(RunningList::call_refs).collect())
+    }
+
+    /// Returns the running lists of all receivers.
+    pub(super) async fn running_lists(&self) -> Result<Vec<RunningList>, NatsError> {
+        let (api, subjects) = (&self.api, &self.subjects);
+        let lists = api.subjects(&subjects.claims, &subjects.running_list("*"), usize::MAX).await?;
+        let lists: Vec<_> = stream::iter(lists)
+            .map(|list| async move { api.get_last(&subjects.claims, &list).await })
+            .buffer_unordered(MAX_CONCURRENT_QUERIES)
+            .try_collect()
+            .await?;
+        let lists = lists.into_iter().flatten();
+        Ok(lists.filter_map(|list| serde_json::from_slice(&list.payload).ok()).collect())
+    }
+}

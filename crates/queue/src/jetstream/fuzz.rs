@@ -1,0 +1,81 @@
+//! Fuzz targets for data stored in JetStream, which other programs can write to.
+
+use async_nats::HeaderMap;
+use bytes::{Buf, Bytes};
+
+use crate::call::QueuedCall;
+use crate::jetstream::batch::{self, BatchRecord};
+use crate::jetstream::ids::BatchKey;
+use crate::jetstream::message::{self, Message, check_batch_version};
+use crate::jetstream::subject;
+
+/// A decoded batch contains exactly the calls of its key; anything else is rejected.
+pub(crate) fn batch(data: &[u8]) {
+    let mut rest = data;
+    let Ok(length) = rest.try_get_u32() else { return };
+    let Some(first) = rest.get(..length as usize) else { return };
+    let Ok(head) = QueuedCall::decode_without_body(first) else { return };
+    let Some(key) = BatchKey::from_id(&head.id) else { return };
+    let decoded = batch::decode(Bytes::copy_from_slice(data), &head.function, key);
+    if let Ok(calls) = decoded {
+        assert_eq!(calls.len(), key.count());
+        let decoded_again = batch::decode(batch::encode(&calls), &head.function, key);
+        assert_eq!(decoded_again.ok(), Some(calls));
+    }
+}
+
+/// A decoded record survives encoding and decoding.
+pub(crate) fn record(data: &[u8]) {
+    let Some(record) = BatchRecord::decode(Bytes::copy_from_slice(data)) else { return };
+    record.final_records().for_each(drop);
+    assert_eq!(BatchRecord::decode(record.encode()), Some(record));
+}
+
+/// Headers of any content are those of a call, or are rejected.
+pub(crate) fn message(data: &[u8]) {
+    const NAMES: [&str; 8] = [
+        "Gateway-Version",
+        "Gateway-Call",
+        "Gateway-Progress",
+        "Gateway-Body",
+        "Gateway-Was",
+        "Gateway-Revived",
+        "Gateway-End",
+        "Gateway-Answer",
+    ];
+    let Ok(text) = std::str::from_utf8(data) else { return };
+    let mut headers = HeaderMap::new();
+    for (name, value) in NAMES.into_iter().zip(text.split('\n')) {
+        if !value.contains('\r') && !value.is_empty() {
+            headers.insert(name, value);
+        }
+    }
+    let _ = (check_batch_version(Some(&headers)), message::parse_final_record(&headers));
+    let _ = message::parse_response_head(&headers).map(|head| head.into_response(Bytes::new()));
+    let stored = Message::from_stored(headers, Bytes::from_static(b"body"));
+    let _ = (
+        stored.chunked_body(),
+        stored.previous_seq(),
+        stored.dead_letter_seq(),
+        stored.is_tombstone(),
+    );
+    if let Ok(call) = stored.call() {
+        let _ = (stored.due_at(&call), stored.status(), stored.running_status(&call, 1));
+        assert_eq!(Message::new(&call).call().ok(), Some(call));
+    }
+}
+
+/// A subject names a call or nothing, and an encoded token can be decoded.
+pub(crate) fn subject(data: &[u8]) {
+    let Ok(text) = std::str::from_utf8(data) else { return };
+    let _ = (subject::parse(text), subject::call_count(text), subject::decode_token(text));
+    if let Some(function) = subject::function_of_consumer(text) {
+        assert_eq!(
+            subject::function_of_consumer(&subject::consumer_name(&function)),
+            Some(function)
+        );
+    }
+    let token = subject::encode_token(text);
+    assert!(!token.contains(['.', '*', '>', ' ']));
+    assert_eq!(subject::decode_token(&token).as_deref(), Some(text));
+}

@@ -1,0 +1,497 @@
+//! Lookup, result and cancellation of a single call.
+//!
+//! The message of a call decides: while it exists, the call is unfinished, unless a final state names its sequence.
+
+use std::time::{Duration, Instant};
+
+use async_nats::HeaderMap;
+use async_nats::jetstream::message::StreamMessage;
+use bytes::{Bytes, BytesMut};
+use futures_util::{StreamExt, TryStreamExt, stream};
+
+use crate::ChangeOutcome;
+use crate::call::UnixMillis;
+use crate::jetstream::api::NatsError;
+use crate::jetstream::batch::{BatchIndex, CallRef};
+use crate::jetstream::batch_consumer::BatchRef;
+use crate::jetstream::batch_state::InBatch;
+use crate::jetstream::chunked_body::MAX_BODY_BYTES;
+use crate::jetstream::claims::CANCEL_MARKER_TTL;
+use crate::jetstream::ids::BatchKey;
+use crate::jetstream::message::{self, FinalRecord, Message, final_headers, parse_response_head};
+use crate::jetstream::subject::{
+    self, CALLS, CallSubject, DEAD_LETTERS, FINAL_RECORDS, RESPONSES, encode_token, parse,
+};
+use crate::jetstream::{Shared, ids};
+use crate::now;
+use crate::status::{CallRecord, CallState, StoredResponse};
+use gateway_base::function::Function;
+
+/// Maximum number of functions that are queried for one call; for more, all subjects are searched.
+const MAX_FUNCTIONS_QUERIED: usize = 32;
+/// Maximum age of the list of functions.
+const FUNCTION_LIST_TTL: Duration = Duration::from_secs(1);
+/// Maximum time to wait for the search slot.
+const SEARCH_SLOT_TIMEOUT: Duration = Duration::from_secs(1);
+/// Up to this number of messages a search of all subjects is cheap.
+const MAX_SEARCHED_MESSAGES: u64 = 10_000;
+/// Maximum number of lookups while the call moves between streams.
+const MAX_LOOKUPS: usize = 3;
+
+/// Location of a call.
+pub(super) enum CallLocation {
+    /// The call is unfinished.
+    Pending(Pending),
+    DeadLetter(DeadLetter),
+    Finished(Finished),
+}
+
+/// A finished call.
+pub(super) struct Finished {
+    pub(super) final_record: FinalRecord,
+    /// Body of the response, if it is stored with the final state.
+    pub(super) body: Bytes,
+    /// The batch in which the call was published, and its index there.
+    pub(super) in_batch: Option<(BatchRef, BatchIndex)>,
+}
+
+/// An unfinished call.
+pub(super) struct Pending {
+    pub(super) subject: CallSubject,
+    pub(super) sequence: u64,
+    pub(super) message: Message,
+    /// Time of the claim, if the call is claimed.
+    pub(super) claimed_at: Option<UnixMillis>,
+    /// The batch that contains the call, and its index there.
+    pub(super) in_batch: Option<(BatchRef, BatchIndex)>,
+}
+
+/// A call that failed for good.
+pub(super) struct DeadLetter {
+    pub(super) status: CallRecord,
+    pub(super) message: Message,
+    pub(super) sequence: u64,
+    /// Sequence of the original message of the call.
+    pub(super) previous_seq: u64,
+}
+
+impl CallLocation {
+    /// Returns the stored state of the call.
+    pub(super) fn status(&self) -> Option<CallRecord> {
+        match self {
+            Self::Pending(pending) => pending.status(None),
+            Self::DeadLetter(dead) => Some(dead.status.clone()),
+            Self::Finished(finished) => Some(finished.final_record.status.clone()),
+        }
+    }
+}
+
+impl Pending {
+    /// Returns `None` if the message is not that of a single call.
+    pub(super) fn new(found: StreamMessage) -> Option<Self> {
+        if subject::batch_key(&found.subject).is_some() {
+            return None;
+        }
+        let message = Message::from_stored(found.headers, found.payload);
+        let (call_subject, sequence) = (parse(&found.subject)?, found.sequence);
+        Some(Self { subject: call_subject, sequence, message, claimed_at: None, in_batch: None })
+    }
+
+    pub(super) fn index(&self) -> Option<BatchIndex> {
+        self.in_batch.as_ref().map(|(_, index)| *index)
+    }
+
+    pub(super) fn call_ref(&self) -> CallRef {
+        CallRef { sequence: self.sequence, index: self.index() }
+    }
+
+    /// Returns the state of the call; running if it was claimed at `claimed_at`.
+    pub(super) fn status(&self, claimed_at: Option<UnixMillis>) -> Option<CallRecord> {
+        match claimed_at {
+            Some(claimed_at) => {
+                Some(self.message.running_status(&self.message.call().ok()?, claimed_at))
+            }
+            None => self.message.status(),
+        }
+    }
+}
+
+impl DeadLetter {
+    pub(super) fn new(found: StreamMessage) -> Option<Self> {
+        let message = Message::from_stored(found.headers, found.payload);
+        let (status, previous_seq) =
+            (message.stored_status()?, message.previous_seq().unwrap_or(0));
+        Some(Self { status, message, sequence: found.sequence, previous_seq })
+    }
+}
+
+impl Shared {
+    /// Finds the call with `id`.
+    pub(super) async fn find(&self, id: &str) -> Result<Option<CallLocation>, NatsError> {
+        let filter = ids::function_filter(id);
+        let matches = |function: &Function| filter.as_ref().is_none_or(|matches| matches(function));
+        let mut checked = Vec::new();
+        // Another process may have created a consumer since the last listing.
+        for age in [FUNCTION_LIST_TTL, Duration::ZERO] {
+            let (functions, queried) = self.functions(age).await?;
+            let unchecked: Vec<_> = functions
+                .into_iter()
+                .filter(|function| matches(function) && !checked.contains(function))
+                .collect();
+            if unchecked.len() > MAX_FUNCTIONS_QUERIED {
+                return self.search(id).await;
+            }
+            let found = stream::iter(unchecked.clone())
+                .map(|function| async move { self.find_in(Some(&function), id).await })
+                .buffer_unordered(MAX_FUNCTIONS_QUERIED)
+                .try_filter_map(|found| std::future::ready(Ok(found)));
+            if let Some(found) = std::pin::pin!(found).try_next().await? {
+                return Ok(Some(found));
+            }
+            if queried {
+                break;
+            }
+            checked.extend(unchecked);
+        }
+        // The consumer may have been garbage collected. A small queue is searched completely.
+        let is_small = self.api.message_count(&self.subjects.calls).await? <= MAX_SEARCHED_MESSAGES
+            && self.api.message_count(&self.subjects.results).await? <= MAX_SEARCHED_MESSAGES;
+        if is_small { self.search(id).await } else { Ok(None) }
+    }
+
+    /// Finds a call by its id alone.
+    async fn search(&self, id: &str) -> Result<Option<CallLocation>, NatsError> {
+        let slot = tokio::time::timeout(SEARCH_SLOT_TIMEOUT, self.search_slot.acquire()).await;
+        let _slot = slot.map_err(|_| NatsError::Unavailable)?;
+        self.find_in(None, id).await
+    }
+
+    /// Finds the call of `function` with `id`.
+    pub(super) async fn find_in(
+        &self,
+        function: Option<&Function>,
+        id: &str,
+    ) -> Result<Option<CallLocation>, NatsError> {
+        let Some(key) = BatchKey::from_id(id) else { return self.find_single(function, id).await };
+        let moving = match Box::pin(self.find_in_batch(function, key, id)).await? {
+            InBatch::Found(found) => return Ok(Some(found)),
+            InBatch::Purged => return Ok(None),
+            InBatch::Split(moving) => moving,
+            InBatch::NotFound => None,
+        };
+        let single = self.find_single(function, id).await?;
+        Ok(single.or(moving.map(CallLocation::Pending)))
+    }
+
+    /// Finds a call that has its own message. Locations are read in the reverse order of writing, so a call that moves
+    /// is found at one of them. A killed server may have lost removals: the sequence numbers show which location is the
+    /// latest.
+    pub(super) async fn find_single(
+        &self,
+        function: Option<&Function>,
+        id: &str,
+    ) -> Result<Option<CallLocation>, NatsError> {
+        let (api, subjects) = (&self.api, &self.subjects);
+        let subject = |root| match function {
+            Some(function) => subjects.call(root, function, id),
+            None => subjects.by_id(root, id),
+        };
+        // A second pass, since the call may have returned to a location that was already read.
+        for _ in 0..2 {
+            let pending = api.get_last(&subjects.calls, &subject(CALLS)).await?;
+            let mut pending = pending.and_then(Pending::new);
+            if let Some(pending) = &mut pending {
+                pending.claimed_at = self.running_calls().await?.get(&pending.call_ref()).copied();
+            }
+            let (dead, final_record) = (subject(DEAD_LETTERS), subject(FINAL_RECORDS));
+            let (dead, final_record) = tokio::try_join!(
+                api.get_last(&subjects.dead_letters, &dead),
+                api.get_last(&subjects.results, &final_record)
+            )?;
+            let dead = dead.and_then(DeadLetter::new);
+            let final_record = final_record.and_then(|found| {
+                Some((message::parse_final_record(&found.headers)?, found.payload))
+            });
+            let latest = [
+                pending.as_ref().map_or(0, |pending| pending.sequence),
+                dead.as_ref().map_or(0, |dead| dead.previous_seq),
+                final_record.as_ref().map_or(0, |(record, _)| record.sequence),
+            ];
+            let latest = latest.into_iter().max().unwrap_or(0);
+            if let Some(dead) = dead.filter(|dead| dead.previous_seq == latest) {
+                return Ok(Some(CallLocation::DeadLetter(dead)));
+            }
+            if let Some((final_record, body)) =
+                final_record.filter(|(final_record, _)| final_record.sequence == latest)
+            {
+                let kept = self.is_retained(&final_record.status);
+                return Ok(kept.then_some(CallLocation::Finished(Finished {
+                    final_record,
+                    body,
+                    in_batch: None,
+                })));
+            }
+            if let Some(pending) = pending {
+                return Ok(Some(CallLocation::Pending(pending)));
+            }
+        }
+        Ok(None)
+    }
+
+    /// Returns whether a final state is still visible.
+    pub(super) fn is_retained(&self, status: &CallRecord) -> bool {
+        let kept = self.options.limits.result_ttl;
+        status.finished_at.is_none_or(|at| at.saturating_add(kept) > now())
+    }
+
+    pub(super) async fn status(&self, id: &str) -> Result<Option<CallRecord>, NatsError> {
+        Ok(self.find(id).await?.and_then(|found| match found {
+            CallLocation::Pending(pending) => pending.status(pending.claimed_at),
+            CallLocation::DeadLetter(DeadLetter { status, .. })
+            | CallLocation::Finished(Finished {
+                final_record: FinalRecord { status, .. }, ..
+            }) => Some(status),
+        }))
+    }
+
+    /// Returns whether the call with the message `sequence` has a final state.
+    pub(super) async fn is_finished(
+        &self,
+        function: &Function,
+        id: &str,
+        sequence: u64,
+    ) -> Result<bool, NatsError> {
+        let (api, subjects) = (&self.api, &self.subjects);
+        let (dead, final_record) =
+            (subjects.call(DEAD_LETTERS, function, id), subjects.call(FINAL_RECORDS, function, id));
+        let (dead, final_record) = tokio::try_join!(
+            api.get_last(&subjects.dead_letters, &dead),
+            api.get_last(&subjects.results, &final_record)
+        )?;
+        let dead = dead.and_then(DeadLetter::new).map(|dead| dead.previous_seq);
+        let final_record = final_record
+            .and_then(|final_record| message::parse_final_record(&final_record.headers));
+        Ok(dead == Some(sequence)
+            || final_record.is_some_and(|final_record| final_record.sequence == sequence))
+    }
+
+    pub(super) async fn result(&self, id: &str) -> Result<Option<StoredResponse>, NatsError> {
+        let chunk = |number: usize| self.subjects.chunk(RESPONSES, &encode_token(id), number);
+        let first = match self.find(id).await? {
+            None | Some(CallLocation::Pending(_)) => return Ok(None),
+            Some(CallLocation::Finished(Finished {
+                final_record: FinalRecord { response: Some(head), .. },
+                body,
+                ..
+            })) => {
+                return Ok(Some(head.into_response(body)));
+            }
+            Some(_) => self.api.get_last(&self.subjects.results, &chunk(0)).await?,
+        };
+        let Some(first) = first else { return Ok(None) };
+        let Some(head) = parse_response_head(&first.headers) else { return Ok(None) };
+        if head.chunks <= 1 {
+            return Ok(Some(head.into_response(first.payload)));
+        }
+        let mut body = BytesMut::from(&first.payload[..]);
+        for number in 1..head.chunks {
+            let next = self.api.get_last(&self.subjects.results, &chunk(number)).await?;
+            let next = next.filter(|next| body.len() + next.payload.len() <= MAX_BODY_BYTES);
+            let Some(next) = next else { return Ok(None) };
+            body.extend_from_slice(&next.payload);
+        }
+        Ok(Some(head.into_response(body.freeze())))
+    }
+
+    pub(super) async fn cancel(&self, id: &str) -> Result<ChangeOutcome, NatsError> {
+        let mut tried_again = false;
+        for _ in 0..MAX_LOOKUPS {
+            match self.find(id).await? {
+                None => return Ok(ChangeOutcome::NotFound),
+                Some(CallLocation::Finished(Finished { final_record, .. }))
+                    if tried_again && final_record.status.state == CallState::Cancelled =>
+                {
+                    return Ok(ChangeOutcome::Applied);
+                }
+                Some(CallLocation::Finished(Finished { final_record, .. })) => {
+                    return Ok(ChangeOutcome::WrongState(final_record.status.state));
+                }
+                Some(CallLocation::DeadLetter(dead)) => {
+                    if self.discard(id, dead, true).await? {
+                        return Ok(ChangeOutcome::Applied);
+                    }
+                    tried_again = true;
+                }
+                // The cancelling process has died before the end of the cancellation.
+                Some(CallLocation::Pending(pending)) if pending.message.is_tombstone() => {
+                    self.complete_cancel(&pending.subject, &pending.message, pending.sequence)
+                        .await?;
+                    return Ok(ChangeOutcome::Applied);
+                }
+                Some(CallLocation::Pending(pending)) => {
+                    if let Some(changed) = self.cancel_pending(&pending, true).await? {
+                        return Ok(changed);
+                    }
+                }
+            }
+        }
+        Ok(ChangeOutcome::WrongState(CallState::Running))
+    }
+
+    /// Removes an unfinished call that no process executes. Stores its final state if `store_final` is set. Returns
+    /// `None` if the call has moved in the meantime.
+    pub(super) async fn cancel_pending(
+        &self,
+        pending: &Pending,
+        store_final: bool,
+    ) -> Result<Option<ChangeOutcome>, NatsError> {
+        let (api, call_ref) = (&self.api, pending.call_ref());
+        let start = Instant::now();
+        // From here on no receiver can claim the call. One that claimed it earlier has it on its running list.
+        let marker = api.publish(
+            self.subjects.cancel_marker(call_ref),
+            HeaderMap::new(),
+            Bytes::new(),
+            Some(0),
+        );
+        let marker = match marker.await {
+            Ok(stored) => stored.sequence,
+            // Another process is cancelling the call, or has done so.
+            Err(error) if error.is_conflict() => return Ok(None),
+            Err(error) => return Err(error),
+        };
+        let changed = match self.running_calls().await {
+            Ok(runs) if runs.contains_key(&call_ref) => {
+                Ok(Some(ChangeOutcome::WrongState(CallState::Running)))
+            }
+            Ok(_) => self.remove_pending(pending, store_final, start).await,
+            Err(error) => Err(error),
+        };
+        match changed {
+            // The marker stays, for receivers that hold the call but have not claimed it.
+            Ok(Some(ChangeOutcome::Applied)) => {
+                self.remove_body(pending.message.chunked_body().as_ref()).await
+            }
+            // Otherwise the marker expires.
+            Ok(_) => drop(api.delete(&self.subjects.claims, marker).await),
+            // The cancellation may have succeeded nevertheless.
+            Err(_) => {}
+        }
+        changed
+    }
+
+    /// Removes a call whose cancel marker was written after `start`.
+    async fn remove_pending(
+        &self,
+        pending: &Pending,
+        store_final: bool,
+        start: Instant,
+    ) -> Result<Option<ChangeOutcome>, NatsError> {
+        let Pending { subject: CallSubject { function, id }, sequence, message, .. } = pending;
+        if let Some((batch_ref, index)) = &pending.in_batch {
+            let status = message.status().filter(|_| store_final).map(cancelled);
+            let removed = self
+                .remove_from_batch(batch_ref, *index, status, start + CANCEL_MARKER_TTL / 2)
+                .await?;
+            return Ok(removed.then_some(ChangeOutcome::Applied));
+        }
+        // The call may have been executed before the marker was written.
+        let subject = self.subjects.call(CALLS, function, id);
+        let still = self.api.get_last(&self.subjects.calls, &subject).await?;
+        if still.is_none_or(|still| still.sequence != *sequence)
+            || self.is_finished(function, id, *sequence).await?
+        {
+            return Ok(None);
+        }
+        if start.elapsed() > CANCEL_MARKER_TTL / 2 {
+            // The marker could expire before the removal ends.
+            return Err(NatsError::Unavailable);
+        }
+        let status = match message.status() {
+            Some(status) if store_final => status,
+            _ => {
+                self.api.delete(&self.subjects.calls, *sequence).await?;
+                return Ok(Some(ChangeOutcome::Applied));
+            }
+        };
+        // This single step prevents the execution, even if this process dies afterwards. Any process can complete the
+        // rest.
+        let headers = message.tombstone(&cancelled(status), *sequence);
+        let put = self.api.publish(subject, headers.clone(), Bytes::new(), Some(*sequence)).await;
+        let stored = match put {
+            Ok(stored) => stored.sequence,
+            Err(error) if error.is_conflict() => return Ok(None),
+            Err(error) => return Err(error),
+        };
+        let message = Message::from_stored(headers, Bytes::new());
+        if let Err(error) = self.complete_cancel(&pending.subject, &message, stored).await {
+            tracing::warn!(%error, call_id = id, "A cancelled call is not removed yet");
+        }
+        Ok(Some(ChangeOutcome::Applied))
+    }
+
+    /// Stores the final state of a cancelled call and removes its tombstone.
+    pub(super) async fn complete_cancel(
+        &self,
+        call_subject: &CallSubject,
+        message: &Message,
+        sequence: u64,
+    ) -> Result<(), NatsError> {
+        let Some(status) = message.stored_status() else { return Ok(()) };
+        self.store_final_record(&call_subject.function, status, sequence).await?;
+        if let Ok(Some(key)) = message.call().map(|call| call.options.idempotency_key) {
+            self.store_idempotency(&key, &call_subject.function, &call_subject.id).await?;
+        }
+        self.api.delete(&self.subjects.calls, sequence).await.map(drop)
+    }
+
+    async fn store_final_record(
+        &self,
+        function: &Function,
+        status: CallRecord,
+        sequence: u64,
+    ) -> Result<(), NatsError> {
+        self.store_final_record_over(function, status, sequence, None).await
+    }
+
+    /// Stores a final state. With `last`, only if the previous one has that sequence.
+    pub(super) async fn store_final_record_over(
+        &self,
+        function: &Function,
+        status: CallRecord,
+        sequence: u64,
+        last: Option<u64>,
+    ) -> Result<(), NatsError> {
+        let subject = self.subjects.call(FINAL_RECORDS, function, &status.id);
+        let headers = final_headers(&FinalRecord { sequence, status, response: None });
+        self.api.publish(subject, headers, Bytes::new(), last).await.map(drop)
+    }
+
+    /// Returns the sequence of a response that is stored beside the final state.
+    pub(super) async fn response_sequence(&self, id: &str) -> Result<Option<u64>, NatsError> {
+        let first = self.subjects.chunk(RESPONSES, &encode_token(id), 0);
+        Ok(self.api.get_last(&self.subjects.results, &first).await?.map(|found| found.sequence))
+    }
+
+    /// Removes a response up to this sequence, but no later one.
+    pub(super) async fn remove_response(
+        &self,
+        id: &str,
+        response: Option<u64>,
+    ) -> Result<(), NatsError> {
+        // A purge makes the server scan every subject.
+        let Some(response) = response else { return Ok(()) };
+        let parts = self.subjects.chunk(RESPONSES, &encode_token(id), "*");
+        self.api.purge(&self.subjects.results, &parts, response).await
+    }
+}
+
+pub(super) fn cancelled(status: CallRecord) -> CallRecord {
+    CallRecord {
+        state: CallState::Cancelled,
+        finished_at: Some(now()),
+        next_attempt_at: None,
+        dead_letter: false,
+        ..status
+    }
+}

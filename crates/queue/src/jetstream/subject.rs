@@ -1,0 +1,254 @@
+//! Names of streams, subjects and consumers. No I/O.
+
+use crate::jetstream::ids::BatchKey;
+use gateway_base::function::Function;
+
+/// The names of one queue.
+#[derive(Clone, Debug)]
+pub(super) struct Subjects {
+    /// Name of the queue as a token.
+    queue: String,
+    pub(super) calls: String,
+    pub(super) dead_letters: String,
+    /// Final states and responses.
+    pub(super) results: String,
+    pub(super) idempotency: String,
+    /// Running lists and cancel markers.
+    pub(super) claims: String,
+    /// Bodies larger than one message.
+    pub(super) bodies: String,
+    /// Records of unfinished batches.
+    pub(super) batches: String,
+}
+
+/// Function and call id of a subject.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct CallSubject {
+    pub(super) function: Function,
+    pub(super) id: String,
+}
+
+impl Subjects {
+    pub(super) fn new(queue: &str) -> Self {
+        let queue = encode_token(queue);
+        let stream = |what| format!("gateway-{queue}-{what}");
+        Self {
+            calls: stream("calls"),
+            dead_letters: stream("dead"),
+            results: stream("notes"),
+            idempotency: stream("keys"),
+            claims: stream("claims"),
+            bodies: stream("bodies"),
+            batches: stream("open"),
+            queue,
+        }
+    }
+
+    /// Returns the wildcard for all subjects of the kind `root`.
+    pub(super) fn all(&self, root: &str) -> String {
+        format!("{root}.{}.>", self.queue)
+    }
+
+    /// Returns the subject of a call. Its last three tokens identify the call, in every kind.
+    pub(super) fn call(&self, root: &str, function: &Function, id: &str) -> String {
+        format!("{root}.{}.{}.{}", self.queue, function_tokens(function), encode_token(id))
+    }
+
+    /// Returns the subject of a batch.
+    pub(super) fn batch(&self, root: &str, function: &Function, key: BatchKey) -> String {
+        format!("{root}.{}.{}.{}", self.queue, function_tokens(function), key.token())
+    }
+
+    /// Returns the subject of the record of the batch on `subject`.
+    pub(super) fn batch_record(&self, subject: &str) -> Option<String> {
+        let rest = subject.strip_prefix(CALLS)?;
+        Some(format!("{BATCHES}{rest}"))
+    }
+
+    /// Returns the wildcard for the batch `key` of any function.
+    pub(super) fn by_key(&self, root: &str, key: BatchKey) -> String {
+        format!("{root}.{}.*.*.{}", self.queue, key.token())
+    }
+
+    /// Returns the wildcard for the call `id` of any function.
+    pub(super) fn by_id(&self, root: &str, id: &str) -> String {
+        format!("{root}.{}.*.*.{}", self.queue, encode_token(id))
+    }
+
+    /// Returns the wildcard for all calls of `function`, or of all functions.
+    pub(super) fn of_function(&self, root: &str, function: Option<&Function>) -> String {
+        match function {
+            Some(function) => format!("{root}.{}.{}.*", self.queue, function_tokens(function)),
+            None => format!("{root}.{}.*.*.*", self.queue),
+        }
+    }
+
+    /// Returns the message id of a publish with an idempotency key. `revision` is the revision of an earlier entry
+    /// whose call was purged; it makes the id differ. Tokens contain no dot.
+    pub(super) fn idempotent_message_id(key: &str, revision: u64) -> String {
+        match revision {
+            0 => format!("key-{}", encode_token(key)),
+            revision => format!("key-{}.{revision}", encode_token(key)),
+        }
+    }
+
+    pub(super) fn idempotency_key(&self, key: &str) -> String {
+        format!("{IDEMPOTENCY}.{}.{}", self.queue, encode_token(key))
+    }
+
+    /// Returns the subject of the running list of a receiver.
+    pub(super) fn running_list(&self, receiver_id: &str) -> String {
+        format!("{CLAIMS}.{}.by.{receiver_id}", self.queue)
+    }
+
+    /// Returns the subject of the cancel marker of a call; of all calls for `*`.
+    pub(super) fn cancel_marker(&self, call_ref: impl std::fmt::Display) -> String {
+        format!("{CLAIMS}.{}.not.{call_ref}", self.queue)
+    }
+
+    /// Returns the subject of probes. It is neither a running list nor a cancel marker.
+    pub(super) fn probe(&self) -> String {
+        format!("{CLAIMS}.{}.look", self.queue)
+    }
+
+    /// Returns the subject of the restart marker. No wildcard for dead letters matches it.
+    pub(super) fn restart_marker(&self) -> String {
+        format!("{DEAD_LETTERS}.{}.server", self.queue)
+    }
+
+    /// Returns the subject on which new consumers are announced.
+    pub(super) fn new_consumers(&self) -> String {
+        format!("{EVENTS}.{}", self.queue)
+    }
+
+    /// Returns the subject on which changes of batches are announced.
+    pub(super) fn dirty_batches(&self) -> String {
+        format!("{EVENTS}.{}.taken", self.queue)
+    }
+
+    /// Returns the subject of a chunk of `name`.
+    pub(super) fn chunk(&self, root: &str, name: &str, number: impl std::fmt::Display) -> String {
+        format!("{root}.{}.{name}.{number}", self.queue)
+    }
+}
+
+/// Kinds of subjects. Operators see the first one; no two overlap.
+pub(super) const CALLS: &str = "faas";
+pub(super) const DEAD_LETTERS: &str = "faas-dead";
+pub(super) const FINAL_RECORDS: &str = "faas-end";
+pub(super) const RESPONSES: &str = "faas-answer";
+pub(super) const IDEMPOTENCY: &str = "faas-key";
+pub(super) const CLAIMS: &str = "faas-claim";
+pub(super) const BODIES: &str = "faas-body";
+pub(super) const BATCHES: &str = "faas-open";
+/// No stream stores these.
+const EVENTS: &str = "faas-new";
+
+/// Encodes `text` as one token of a subject: other bytes become `=` and two hexadecimal digits.
+pub fn encode_token(text: &str) -> String {
+    use std::fmt::Write as _;
+    if text.is_empty() {
+        // No byte is encoded like this, so the token is unique.
+        return "=".to_owned();
+    }
+    let mut token = String::with_capacity(text.len());
+    for byte in text.bytes() {
+        if byte.is_ascii_alphanumeric() || byte == b'-' || byte == b'_' {
+            token.push(byte as char);
+        } else {
+            // Writing to a string cannot fail.
+            let _ = write!(token, "={byte:02X}");
+        }
+    }
+    token
+}
+
+/// Decodes a token.
+pub(super) fn decode_token(token: &str) -> Option<String> {
+    if token == "=" {
+        return Some(String::new());
+    }
+    let mut bytes = Vec::with_capacity(token.len());
+    let mut rest = token.as_bytes();
+    while let Some((first, tail)) = rest.split_first() {
+        rest = tail;
+        if *first != b'=' {
+            bytes.push(*first);
+            continue;
+        }
+        let (digits, tail) = rest.split_first_chunk::<2>()?;
+        bytes.push(u8::from_str_radix(std::str::from_utf8(digits).ok()?, 16).ok()?);
+        rest = tail;
+    }
+    String::from_utf8(bytes).ok()
+}
+
+fn function_tokens(function: &Function) -> String {
+    format!("{}.{}", encode_token(&function.namespace), encode_token(&function.name))
+}
+
+/// Returns the key of the batch on this subject, or `None` for a single call.
+pub(super) fn batch_key(subject: &str) -> Option<BatchKey> {
+    BatchKey::from_token(subject.rsplit('.').next()?)
+}
+
+/// Returns the number of calls on this subject.
+pub(super) fn call_count(subject: &str) -> usize {
+    batch_key(subject).map_or(1, BatchKey::count)
+}
+
+/// Parses the subject of a call.
+pub(super) fn parse(subject: &str) -> Option<CallSubject> {
+    let mut tokens = subject.rsplit('.');
+    let (id, name, namespace) = (tokens.next()?, tokens.next()?, tokens.next()?);
+    let function = Function { name: decode_token(name)?, namespace: decode_token(namespace)? };
+    Some(CallSubject { function, id: decode_token(id)? })
+}
+
+/// Returns the name of the consumer of `function`. Tokens contain no comma.
+pub(super) fn consumer_name(function: &Function) -> String {
+    format!("{},{}", encode_token(&function.namespace), encode_token(&function.name))
+}
+
+/// Returns the function of a consumer.
+pub(super) fn function_of_consumer(consumer: &str) -> Option<Function> {
+    let (namespace, name) = consumer.split_once(',')?;
+    let function = Function { name: decode_token(name)?, namespace: decode_token(namespace)? };
+    (!function.name.is_empty()).then_some(function)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn function(name: &str, namespace: &str) -> Function {
+        Function { name: name.to_owned(), namespace: namespace.to_owned() }
+    }
+
+    #[test]
+    fn a_token_can_be_decoded() {
+        for text_ in ["", "a", "a.b", "=", "*", ">", "a b\r\n", "ä", "a=41", "A_b-9"] {
+            let token = encode_token(text_);
+            assert!(!token.is_empty() && !token.contains(['.', '*', '>', ' ', '\r', ',']));
+            assert_eq!(decode_token(&token).as_deref(), Some(text_), "{token}");
+        }
+        assert_eq!(
+            (decode_token("=4"), decode_token("=XY"), decode_token("=FF")),
+            (None, None, None)
+        );
+    }
+
+    #[test]
+    fn a_subject_identifies_its_call() {
+        let subjects = Subjects::new("faas.request");
+        for function in [function("a.b", "dev"), function("a", "")] {
+            let subject = subjects.call(CALLS, &function, "id.1");
+            let id = "id.1".to_owned();
+            assert_eq!(parse(&subject), Some(CallSubject { function: function.clone(), id }));
+            assert_eq!(function_of_consumer(&consumer_name(&function)), Some(function));
+        }
+        let subject = subjects.call(CALLS, &function("echo", "fn"), "1");
+        assert_eq!(subject, "faas.faas=2Erequest.fn.echo.1");
+        assert_eq!(subjects.by_id(CALLS, "1"), "faas.faas=2Erequest.*.*.1");
+    }
+}

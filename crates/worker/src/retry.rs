@@ -1,0 +1,303 @@
+//! Decides after an attempt whether the call is finished or retried, and when. No I/O and no clock; random numbers are
+//! passed in.
+
+use std::time::{Duration, SystemTime};
+
+use http::HeaderValue;
+
+use gateway_base::duration;
+
+const ATTEMPTS_ANNOTATION: &str = "com.openfaas.retry.attempts";
+const CODES_ANNOTATION: &str = "com.openfaas.retry.codes";
+const MIN_WAIT_ANNOTATION: &str = "com.openfaas.retry.min_wait";
+const MAX_WAIT_ANNOTATION: &str = "com.openfaas.retry.max_wait";
+
+/// Maximum number of attempts that an annotation can set: more would keep a worker busy with a failing call.
+const MAX_ATTEMPTS: u32 = 100;
+/// Minimum of a configurable delay: a function that fails immediately must not be called in a tight loop.
+const MIN_WAIT: Duration = Duration::from_millis(100);
+const MAX_WAIT: Duration = Duration::from_secs(24 * 60 * 60);
+/// Maximum delay that a function can request by `Retry-After`.
+const MAX_RETRY_AFTER: Duration = Duration::from_secs(60 * 60);
+
+/// Maximum number of attempts, their delays, and the statuses that are retried.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RetryPolicy {
+    /// Maximum number of attempts, including the first one; never 0.
+    pub attempts: u32,
+    /// Status codes after which the call is retried.
+    pub codes: Vec<u16>,
+    /// Maximum of the first delay.
+    pub min_wait: Duration,
+    /// Maximum of all delays, unless `Retry-After` asks for a longer one.
+    pub max_wait: Duration,
+}
+
+impl Default for RetryPolicy {
+    fn default() -> Self {
+        Self {
+            attempts: 5,
+            codes: vec![408, 429, 500, 502, 503, 504],
+            min_wait: Duration::from_secs(10),
+            max_wait: Duration::from_secs(120),
+        }
+    }
+}
+
+impl RetryPolicy {
+    /// Returns this policy with the values in a function's annotations, and a warning for each invalid value. Values
+    /// outside the limits are clamped; 0 attempts count as one.
+    #[must_use]
+    pub fn with_annotations<'a>(
+        mut self,
+        annotation: impl Fn(&str) -> Option<&'a str>,
+    ) -> (Self, Vec<String>) {
+        let mut warnings = Vec::new();
+        let value = |name| annotation(name).map(str::trim).filter(|value| !value.is_empty());
+        let mut warn = |name: &str, value: &str, expected: &str| {
+            warnings.push(format!("{name}: {value:?} is not {expected}"));
+        };
+        if let Some(text) = value(ATTEMPTS_ANNOTATION) {
+            match text.parse::<u32>() {
+                Ok(attempts) => self.attempts = attempts.clamp(1, MAX_ATTEMPTS),
+                Err(_) => warn(ATTEMPTS_ANNOTATION, text, "a number of attempts"),
+            }
+        }
+        if let Some(text) = value(CODES_ANNOTATION) {
+            let mut codes = Vec::new();
+            for part in text.split(',').map(str::trim).filter(|part| !part.is_empty()) {
+                match part.parse() {
+                    Ok(code) if (400..600).contains(&code) => codes.push(code),
+                    _ => warn(CODES_ANNOTATION, part, "a status from 400 to 599"),
+                }
+            }
+            if !codes.is_empty() {
+                self.codes = codes;
+            }
+        }
+        for (name, wait) in
+            [(MIN_WAIT_ANNOTATION, &mut self.min_wait), (MAX_WAIT_ANNOTATION, &mut self.max_wait)]
+        {
+            let Some(text) = value(name) else { continue };
+            match duration::parse(text) {
+                Some(parsed) => *wait = parsed.clamp(MIN_WAIT, MAX_WAIT),
+                None => warn(name, text, duration::EXPECTED),
+            }
+        }
+        self.max_wait = self.max_wait.max(self.min_wait);
+        (self, warnings)
+    }
+
+    /// Returns this policy with at most `attempts` attempts.
+    #[must_use]
+    pub fn capped(mut self, attempts: Option<u32>) -> Self {
+        self.attempts = self.attempts.min(attempts.unwrap_or(u32::MAX)).max(1);
+        self
+    }
+}
+
+/// The result of an attempt.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Outcome {
+    /// Status of the response; `None` if the function was unreachable.
+    pub status: Option<u16>,
+    /// Delay that the function requests by `Retry-After`.
+    pub retry_after: Option<Duration>,
+}
+
+/// The next step of a call.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Decision {
+    /// It has succeeded.
+    Succeeded,
+    /// It has failed: the response is an error that another attempt would not change.
+    Failed,
+    /// It is retried, not before this delay has passed.
+    RetryIn(Duration),
+    /// It becomes a dead letter: its last attempt has failed.
+    DeadLetter,
+}
+
+/// Decides what to do after the last of `attempts_made` attempts, which ended with `outcome`.
+///
+/// A response below 400 is a success, including redirects, which the client may interpret.
+pub fn decide(policy: &RetryPolicy, attempts_made: u32, outcome: Outcome, random: f64) -> Decision {
+    match outcome.status {
+        Some(status) if policy.codes.contains(&status) => {}
+        Some(..400) => return Decision::Succeeded,
+        Some(_) => return Decision::Failed,
+        None => {}
+    }
+    if attempts_made >= policy.attempts {
+        return Decision::DeadLetter;
+    }
+    let floor = outcome.retry_after.unwrap_or_default().min(MAX_RETRY_AFTER);
+    let delay = backoff(policy.min_wait, policy.max_wait, attempts_made, random);
+    Decision::RetryIn(delay.max(floor))
+}
+
+/// Returns the delay after the attempt number `attempts_made`: full jitter, that is the fraction `random` (0 to 1) of
+/// a ceiling that doubles from `min` to `max`, but at least a tenth of `min`.
+pub fn backoff(min: Duration, max: Duration, attempts_made: u32, random: f64) -> Duration {
+    let doublings = attempts_made.saturating_sub(1).min(31);
+    let ceiling = min.saturating_mul(1 << doublings).min(max);
+    let jittered = Duration::try_from_secs_f64(ceiling.as_secs_f64() * random).unwrap_or(ceiling);
+    jittered.min(ceiling).max(min / 10)
+}
+
+/// Parses `Retry-After`, in seconds or as a date. A date in the past is a delay of zero.
+pub fn parse_retry_after(value: &HeaderValue, now: SystemTime) -> Option<Duration> {
+    let text = value.to_str().ok()?.trim();
+    if !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit()) {
+        return Some(Duration::from_secs(text.parse().unwrap_or(u64::MAX)));
+    }
+    let date = httpdate::parse_http_date(text).ok()?;
+    Some(date.duration_since(now).unwrap_or_default())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SECOND: Duration = Duration::from_secs(1);
+
+    #[track_caller]
+    fn check(attempts_made: u32, status: Option<u16>, expect: Decision) {
+        let outcome = Outcome { status, retry_after: None };
+        assert_eq!(
+            decide(&RetryPolicy::default(), attempts_made, outcome, 1.0),
+            expect,
+            "{status:?}"
+        );
+    }
+
+    #[test]
+    fn the_status_decides_whether_a_call_is_retried() {
+        check(1, Some(200), Decision::Succeeded);
+        check(1, Some(302), Decision::Succeeded);
+        check(5, Some(202), Decision::Succeeded);
+        for status in [400, 404, 409, 501] {
+            check(1, Some(status), Decision::Failed);
+        }
+        for status in [408, 429, 500, 502, 503, 504] {
+            check(1, Some(status), Decision::RetryIn(10 * SECOND));
+        }
+        check(1, None, Decision::RetryIn(10 * SECOND));
+    }
+
+    #[test]
+    fn no_retry_follows_the_last_attempt() {
+        check(4, Some(500), Decision::RetryIn(80 * SECOND));
+        check(5, Some(500), Decision::DeadLetter);
+        check(6, None, Decision::DeadLetter);
+        check(5, Some(404), Decision::Failed);
+    }
+
+    #[test]
+    fn delays_double_up_to_the_maximum() {
+        let (min, max) = (10 * SECOND, 120 * SECOND);
+        for (attempts_made, seconds) in
+            [(0, 10), (1, 10), (2, 20), (3, 40), (4, 80), (5, 120), (60, 120), (u32::MAX, 120)]
+        {
+            assert_eq!(backoff(min, max, attempts_made, 1.0), seconds * SECOND, "{attempts_made}");
+        }
+    }
+
+    #[test]
+    fn jitter_leaves_at_least_a_tenth_of_the_minimum_delay() {
+        let delay = |random| backoff(10 * SECOND, 120 * SECOND, 2, random);
+        for (random, expect) in [
+            (0.0, SECOND),
+            (0.01, SECOND),
+            (0.25, 5 * SECOND),
+            (0.5, 10 * SECOND),
+            (1.0, 20 * SECOND),
+            // Out of range, but must not panic.
+            (f64::NAN, 20 * SECOND),
+            (-1.0, 20 * SECOND),
+            (7.0, 20 * SECOND),
+        ] {
+            assert_eq!(delay(random), expect, "{random}");
+        }
+    }
+
+    #[test]
+    fn retry_after_extends_the_delay_up_to_an_hour() {
+        for (asked, expect) in [(0, 10), (5, 10), (300, 300), (3600, 3600), (u64::MAX, 3600)] {
+            let retry_after = Some(Duration::from_secs(asked));
+            let outcome = Outcome { status: Some(503), retry_after };
+            let got = decide(&RetryPolicy::default(), 1, outcome, 1.0);
+            assert_eq!(got, Decision::RetryIn(expect * SECOND), "{asked}");
+        }
+    }
+
+    #[test]
+    fn each_annotation_overrides_one_value() {
+        let read = |pairs: &[(&str, &'static str)]| {
+            let find = |name: &str| {
+                pairs.iter().find(|(n, _)| name == format!("com.openfaas.retry.{n}")).map(|p| p.1)
+            };
+            let (policy, warnings) = RetryPolicy::default().with_annotations(find);
+            let RetryPolicy { attempts, codes, min_wait, max_wait } = policy;
+            (attempts, codes, min_wait.as_millis(), max_wait.as_millis(), warnings.len())
+        };
+        let default_codes = vec![408, 429, 500, 502, 503, 504];
+        let cases: [(&[_], _); 10] = [
+            (&[], (5, default_codes.clone(), 10_000, 120_000, 0)),
+            (
+                &[
+                    ("attempts", "3"),
+                    ("codes", "404, 503"),
+                    ("min_wait", "1s"),
+                    ("max_wait", "1m30s"),
+                ],
+                (3, vec![404, 503], 1000, 90_000, 0),
+            ),
+            (&[("attempts", "0")], (1, default_codes.clone(), 10_000, 120_000, 0)),
+            (&[("attempts", "1000000")], (100, default_codes.clone(), 10_000, 120_000, 0)),
+            (
+                &[("attempts", "-1"), ("min_wait", "2s")],
+                (5, default_codes.clone(), 2000, 120_000, 1),
+            ),
+            (&[("codes", "200,x,418,,700")], (5, vec![418], 10_000, 120_000, 3)),
+            (&[("codes", "soon")], (5, default_codes.clone(), 10_000, 120_000, 1)),
+            (
+                &[("min_wait", "0s"), ("max_wait", "soon")],
+                (5, default_codes.clone(), 100, 120_000, 1),
+            ),
+            (&[("min_wait", "5m")], (5, default_codes.clone(), 300_000, 300_000, 0)),
+            (&[("max_wait", "9999h"), ("codes", " ")], (5, default_codes, 10_000, 86_400_000, 0)),
+        ];
+        for (annotations, expect) in cases {
+            assert_eq!(read(annotations), expect, "{annotations:?}");
+        }
+    }
+
+    #[test]
+    fn the_lower_maximum_of_attempts_applies() {
+        for (asked, expect) in [(None, 5), (Some(2), 2), (Some(9), 5), (Some(0), 1)] {
+            assert_eq!(RetryPolicy::default().capped(asked).attempts, expect, "{asked:?}");
+        }
+    }
+
+    #[test]
+    fn retry_after_is_seconds_or_a_date() {
+        // Sun, 06 Nov 1994 08:49:37 GMT
+        let now = SystemTime::UNIX_EPOCH + 784_111_777 * SECOND;
+        for (text, expect) in [
+            ("0", Some(0)),
+            (" 120 ", Some(120)),
+            ("99999999999999999999999", Some(u64::MAX)),
+            ("Sun, 06 Nov 1994 08:50:37 GMT", Some(60)),
+            ("Sun, 06 Nov 1994 08:00:00 GMT", Some(0)),
+            ("", None),
+            ("-1", None),
+            ("1.5", None),
+            ("soon", None),
+        ] {
+            let value = HeaderValue::from_static(text);
+            let expect = expect.map(Duration::from_secs);
+            assert_eq!(parse_retry_after(&value, now), expect, "{text:?}");
+        }
+    }
+}
