@@ -31,6 +31,7 @@ use gateway_http::server::listener::bind;
 use gateway_http::server::{Server, raise_file_limit};
 use gateway_provider::Provider;
 use gateway_proxy::activator::Activator;
+use gateway_proxy::invoke::dispatcher::Dispatcher;
 use gateway_proxy::invoke::operators::Operators;
 use gateway_proxy::invoke::{Invoker, Route};
 use gateway_proxy::metrics::Metrics;
@@ -42,8 +43,8 @@ use gateway_proxy::trace::{AccessLogMode, TracingConfig};
 use gateway_proxy::trace::{RequestObserver, Tracer};
 use gateway_queue::ingress::QueueIngress;
 use gateway_worker::Worker;
-use gateway_worker::attempt::FunctionClient;
 use gateway_worker::callback::own_addresses::OwnAddresses;
+use gateway_worker::function_client::FunctionClient;
 
 /// File descriptors reserved for other uses than client and upstream connections.
 const RESERVED_FILES: usize = 128;
@@ -332,9 +333,8 @@ impl GatewayDeps {
         let function_client = FunctionClient {
             client: Arc::clone(&client),
             origin: self.provider.clone(),
-            calls: self.metrics.shard(number),
+            dispatcher: self.dispatcher(number),
             timeout: self.config.timeouts.upstream,
-            activator: self.activator.clone(),
             budget: ingress.budget.clone(),
         };
         let deps = worker::WorkerDeps {
@@ -362,6 +362,11 @@ impl GatewayDeps {
         }
     }
 
+    /// Returns the dispatcher of the thread `number`.
+    fn dispatcher(&self, number: usize) -> Dispatcher {
+        Dispatcher { activator: self.activator.clone(), shard: self.metrics.shard(number) }
+    }
+
     /// Builds the HTTP service of one thread. Must be called on that thread's runtime.
     fn build_service(&self, thread: usize, client: &Arc<Client>) -> GatewayService<ApiService> {
         let provider = self.provider(client);
@@ -374,13 +379,12 @@ impl GatewayDeps {
         };
         let invoker = Invoker {
             client: Arc::clone(client),
-            shard: self.metrics.shard(thread),
+            dispatcher: self.dispatcher(thread),
             limit: Arc::clone(&self.limit),
             permit_cache: self.limit.permit_cache(thread),
             timeouts: self.config.timeouts,
             route,
             provider: provider.clone(),
-            activator: self.activator.clone(),
             operators: self.operators(),
         };
         let auth = &self.config.auth;

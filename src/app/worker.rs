@@ -23,11 +23,11 @@ use gateway_queue::ingress::QueueIngress;
 use gateway_queue::jetstream::{Auth, JetStream, Options};
 use gateway_queue::metrics::{GATEWAY_RECONNECTS, WORKER_RECONNECTS};
 use gateway_queue::stan::{self, Stan};
-use gateway_worker::attempt::FunctionClient;
 use gateway_worker::callback::local::LocalExecutor;
 use gateway_worker::callback::own_addresses::OwnAddresses;
 use gateway_worker::callback::signature::Secret;
 use gateway_worker::callback::{CallbackRetry, CallbackSender};
+use gateway_worker::function_client::FunctionClient;
 use gateway_worker::retry_policies::RetryPolicyCache;
 use gateway_worker::{CallLogging, Worker};
 

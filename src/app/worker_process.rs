@@ -18,12 +18,13 @@ use gateway_http::server::listener::bind;
 use gateway_http::server::raise_file_limit;
 use gateway_provider::Provider;
 use gateway_proxy::activator::Activator;
+use gateway_proxy::invoke::dispatcher::Dispatcher;
 use gateway_proxy::metrics::Metrics;
 use gateway_proxy::metrics::poller::ProviderPoller;
 use gateway_proxy::readiness::Readiness;
 use gateway_worker::CallLogging;
-use gateway_worker::attempt::FunctionClient;
 use gateway_worker::callback::own_addresses::OwnAddresses;
+use gateway_worker::function_client::FunctionClient;
 
 /// `gateway worker`
 pub(super) fn run(config: config::Worker) -> anyhow::Result<()> {
@@ -55,7 +56,7 @@ async fn start(
     };
     let namespace: Arc<str> = config.namespace.as_str().into();
     let metrics = Metrics::new(1, &namespace)?;
-    let (url, calls) = match &config.target {
+    let (url, shard) = match &config.target {
         WorkerTarget::Provider(url) => (url, metrics.shard(0)),
         // The gateway counts these invocations. The worker's own counters go to a registry that is not scraped.
         WorkerTarget::Gateway(url) => (url, Metrics::new(1, &namespace)?.shard(0)),
@@ -83,9 +84,8 @@ async fn start(
     let function_client = FunctionClient {
         client: Arc::clone(&worker_client),
         origin: origin.clone(),
-        calls,
+        dispatcher: Dispatcher { activator, shard },
         timeout: config.upstream_timeout,
-        activator,
         budget: ingress.budget.clone(),
     };
     let policy_source = provider(worker_client, config.upstream_timeout);

@@ -1,6 +1,7 @@
 //! Invocation of a function: prepare, forward, record. One [`Invoker`] per proxy thread.
 
-mod cold_start;
+mod client_request;
+pub mod dispatcher;
 pub mod operators;
 
 use std::sync::Arc;
@@ -10,12 +11,12 @@ use http::uri::PathAndQuery;
 use http::{HeaderMap, HeaderValue, Request, Response, Uri};
 use hyper::body::{Body, Incoming};
 
-use crate::activator::Activator;
-use crate::activator::unavailable::{Hop, UnavailableSignal};
+use crate::activator::unavailable::Hop;
 use crate::error::Error;
-use crate::invoke::cold_start::{UpstreamTarget, via_provider};
+use crate::invoke::client_request::ClientRequest;
+use crate::invoke::dispatcher::{Dispatcher, UpstreamTarget};
 use crate::invoke::operators::Operators;
-use crate::metrics::calls::{InFlightRecorder, Outcome, Shard};
+use crate::metrics::calls::{InFlightRecorder, Outcome};
 use crate::response_body::{BodySource, InFlight, TrackedBody};
 use crate::trace::RequestSpan;
 use gateway_base::base_url::BaseUrl;
@@ -23,8 +24,7 @@ use gateway_base::function::Function;
 use gateway_http::call_id::RequestIds;
 use gateway_http::client::body::{ClientBody, RequestBody};
 use gateway_http::client::tunnel::Tunnel;
-use gateway_http::client::{self, RequestContext, UpstreamResponse};
-use gateway_http::client::{Client, Origin};
+use gateway_http::client::{self, Client, Origin, RequestContext, UpstreamResponse};
 use gateway_http::limit::{ConcurrencyLimit, PermitCache};
 use gateway_http::server::Timeouts;
 use gateway_http::server::client_connection::ClientConnection;
@@ -36,7 +36,7 @@ const DIRECT_PORT: u16 = 8080;
 /// Dependencies of a proxy thread.
 pub struct Invoker {
     pub client: Arc<Client>,
-    pub shard: Arc<Shard>,
+    pub dispatcher: Dispatcher,
     pub limit: Arc<ConcurrencyLimit>,
     pub permit_cache: Arc<PermitCache>,
     pub timeouts: Timeouts,
@@ -44,8 +44,6 @@ pub struct Invoker {
     pub route: Route,
     /// Confirms that functions called directly exist.
     pub provider: Provider,
-    /// Cold starts, if enabled.
-    pub activator: Option<Arc<Activator>>,
     /// Which clients may see why a function does not start.
     pub operators: Operators,
 }
@@ -104,7 +102,8 @@ impl Invoker {
         request: Request<Incoming>,
         began: Instant,
     ) -> Result<PreparedInvocation, Box<Response<TrackedBody>>> {
-        let Some(mut recorder) = self.shard.begin(function_segment(request.uri().path()), began)
+        let Some(mut recorder) =
+            self.dispatcher.shard.begin(function_segment(request.uri().path()), began)
         else {
             return Err(self.reject(connection, &Error::NoSuchPath, request.headers()));
         };
@@ -114,7 +113,7 @@ impl Invoker {
             return Err(self.reject(connection, &Error::Overloaded, request.headers()));
         };
         let ids = RequestIds::from_headers(request.headers());
-        let from_operator = self.activator.is_some()
+        let from_operator = self.dispatcher.activator.is_some()
             && !recorder.is_warm()
             && self.operators.include(request.headers(), connection.address.ip());
         let request = request.map(|body| client_body(body, connection));
@@ -173,27 +172,11 @@ impl Invoker {
         ids: &RequestIds,
         state: &mut ForwardState,
     ) -> Result<UpstreamResponse, Error> {
-        let mut with_activation = true;
-        let mut forwarded = match (&mut *state, &self.route) {
-            (ForwardState::Provider(prepared), Route::Provider(origin)) => match &self.activator {
-                Some(activator) if !recorder.is_warm() => {
-                    // Boxed, so that the rare case does not enlarge the future of every invocation.
-                    Box::pin(self.forward_with_activation(
-                        activator,
-                        connection,
-                        recorder,
-                        via_provider(origin),
-                        prepared,
-                        None,
-                    ))
-                    .await?
-                }
-                _ => {
-                    with_activation = false;
-                    let context = self.request_context(connection, recorder.began);
-                    client::send(&self.client, origin, prepared, context).await?
-                }
-            },
+        let mut response = match (state, &self.route) {
+            (ForwardState::Provider(prepared), Route::Provider(origin)) => {
+                let target = UpstreamTarget { origin, hop: Hop::Provider };
+                self.dispatch(connection, recorder, target, prepared).await?
+            }
             (ForwardState::Direct(request), Route::Direct { suffix, default_namespace }) => {
                 let Some(request) = request.take() else {
                     unreachable!("a direct request is sent once")
@@ -208,26 +191,22 @@ impl Invoker {
                 unreachable!("there is one route")
             }
         };
-        if !with_activation
-            && let Some(activator) = &self.activator
-            && UnavailableSignal::from_outcome(forwarded.outcome, Hop::Provider).is_some()
-            && let (ForwardState::Provider(prepared), Route::Provider(origin)) =
-                (state, &self.route)
-        {
-            let result = Some(Ok(forwarded));
-            let target = via_provider(origin);
-            forwarded = Box::pin(self.forward_with_activation(
-                activator, connection, recorder, target, prepared, result,
-            ))
-            .await?;
+        if connection.deadlines.has_outstanding_body() && response.tunnel.is_none() {
+            connection.on_write_blocked(response.response.body_mut().background_writer());
         }
-        if connection.deadlines.has_outstanding_body() && forwarded.tunnel.is_none() {
-            connection.on_write_blocked(forwarded.response.body_mut().background_writer());
-        }
-        if recorder.is_unregistered() && forwarded.outcome.confirms_existence() {
-            recorder.confirm(&self.shard);
-        }
-        Ok(forwarded)
+        Ok(response)
+    }
+
+    async fn dispatch(
+        &self,
+        connection: &ClientConnection,
+        recorder: &mut InFlightRecorder,
+        target: UpstreamTarget<'_>,
+        prepared: &mut client::OutgoingRequest,
+    ) -> Result<UpstreamResponse, Error> {
+        let started_at = Some(recorder.began);
+        let mut request = ClientRequest { invoker: self, connection, prepared, started_at };
+        self.dispatcher.dispatch(recorder, target, &mut request, false).await
     }
 
     async fn forward_direct(
@@ -239,21 +218,15 @@ impl Invoker {
         mut request: Request<RequestBody>,
     ) -> Result<UpstreamResponse, Error> {
         *request.uri_mut() = path_after_function(request.uri());
-        let context = self.request_context(connection, recorder.began);
-        let Some(activator) = &self.activator else {
-            let origin = self.resolve_direct(recorder, naming).await?;
-            let mut prepared = client::prepare(&origin, request, Some(ids), context)?;
-            return Ok(client::send(&self.client, &origin, &mut prepared, context).await?);
+        let origin = match &self.dispatcher.activator {
+            None => self.resolve_direct(recorder, naming).await?,
+            // The activator confirms that the function exists.
+            Some(_) => direct_origin(recorder.function(), naming)?,
         };
-        let origin = direct_origin(recorder.function(), naming)?;
+        let context = self.request_context(connection, recorder.began);
         let mut prepared = client::prepare(&origin, request, Some(ids), context)?;
-        let mut result = None;
-        if recorder.is_warm() {
-            result = Some(client::send(&self.client, &origin, &mut prepared, context).await);
-        }
         let target = UpstreamTarget { origin: &origin, hop: Hop::Function };
-        self.forward_with_activation(activator, connection, recorder, target, &mut prepared, result)
-            .await
+        self.dispatch(connection, recorder, target, &mut prepared).await
     }
 
     fn request_context<'a>(
@@ -280,7 +253,7 @@ impl Invoker {
         if recorder.is_unregistered() {
             // Without this check, a name could lead to any host.
             self.provider.status(recorder.function()).await?;
-            recorder.confirm(&self.shard);
+            recorder.confirm(&self.dispatcher.shard);
         }
         direct_origin(recorder.function(), naming)
     }

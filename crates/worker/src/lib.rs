@@ -1,7 +1,8 @@
 //! Executes queued calls: receives, invokes, retries, calls back, settles.
 
-pub mod attempt;
+pub mod attempt_result;
 pub mod callback;
+pub mod function_client;
 #[cfg(any(test, fuzzing))]
 pub(crate) mod fuzz;
 #[cfg(any(test, fuzzing))]

@@ -8,8 +8,9 @@ use http::HeaderMap;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio_util::task::TaskTracker;
 
-use crate::attempt::{self, Attempt, FunctionClient};
+use crate::attempt_result::AttemptResult;
 use crate::callback::{CallbackPayload, CallbackSender, random};
+use crate::function_client::{FunctionClient, MAX_CALLBACK_BODY_BYTES};
 use crate::retry::{self, Decision, Outcome, decide};
 use crate::retry_policies::RetryPolicyCache;
 use crate::settlement_limit::SettlementLimiter;
@@ -130,10 +131,10 @@ impl Worker {
         // Held until the response is stored.
         let mut response_memory: Option<MemoryPermit> = None;
         let mut settlement = if delivery.body_missing {
-            let reason = Box::pin(self.skip(&delivery, &Attempt::body_missing())).await;
+            let reason = Box::pin(self.skip(&delivery, &AttemptResult::body_missing())).await;
             Settlement::DeadLetter { status: None, reason, response: None }
         } else if call.options.expires_at.is_some_and(|at| at <= now()) {
-            let reason = Box::pin(self.skip(&delivery, &Attempt::expired())).await;
+            let reason = Box::pin(self.skip(&delivery, &AttemptResult::expired())).await;
             let (state, status) = (CallState::Failed, None);
             Settlement::Finished { state, status, reason, response: None, executed: false }
         } else {
@@ -179,11 +180,11 @@ impl Worker {
 
     /// Executes the call. Meanwhile fetches its retry policy if it is not cached: if the call crashes the provider,
     /// the policy is not available afterwards.
-    async fn attempt(&self, call: &QueuedCall, context: Option<Context>) -> Attempt {
+    async fn attempt(&self, call: &QueuedCall, context: Option<Context>) -> AttemptResult {
         self.ingress.metrics.attempted();
         let prefetch = async {
             self.retry_policies.prefetch(&call.function).await;
-            std::future::pending::<Attempt>().await
+            std::future::pending::<AttemptResult>().await
         };
         // A fetch that is cancelled here is repeated if the policy is needed.
         tokio::select! {
@@ -224,14 +225,14 @@ impl Worker {
     /// Returns how many bytes of the response are read: the maximum for a callback, if there is one, or for storage.
     fn response_limit(&self, call: &QueuedCall) -> usize {
         let callback_limit =
-            if call.options.callback.is_some() { attempt::MAX_CALLBACK_BODY_BYTES } else { 0 };
+            if call.options.callback.is_some() { MAX_CALLBACK_BODY_BYTES } else { 0 };
         self.max_result_body_bytes.max(callback_limit)
     }
 
     async fn settlement(
         &self,
         delivery: &Delivery,
-        attempt: Attempt,
+        attempt: AttemptResult,
         context: Option<Context>,
     ) -> Settlement {
         let call = &delivery.call;
@@ -270,7 +271,7 @@ impl Worker {
     }
 
     /// Returns why a call is not executed (the reason in `attempt`), after it has sent the callback.
-    async fn skip(&self, delivery: &Delivery, attempt: &Attempt) -> Option<String> {
+    async fn skip(&self, delivery: &Delivery, attempt: &AttemptResult) -> Option<String> {
         let (call, attempts_made) = (&delivery.call, delivery.attempts);
         let reason = attempt.reason.clone();
         if call.options.callback.is_none() {
@@ -288,7 +289,7 @@ impl Worker {
     async fn send_callback(
         &self,
         call: &QueuedCall,
-        attempt: &Attempt,
+        attempt: &AttemptResult,
         attempts: u32,
         max_attempts: u32,
         context: Option<Context>,
@@ -321,7 +322,7 @@ impl Worker {
     }
 }
 
-fn end_span(mut span: ActiveSpan, attempt: &Attempt) {
+fn end_span(mut span: ActiveSpan, attempt: &AttemptResult) {
     if let Some(status) = attempt.status {
         span.set_attribute("http.response.status_code", status);
     }

@@ -9,8 +9,8 @@ use std::time::Instant;
 use bytes::Bytes;
 use http::{HeaderMap, HeaderValue, StatusCode};
 
-use crate::attempt::FunctionClient;
 use crate::callback::target::CallbackTarget;
+use crate::function_client::FunctionClient;
 use crate::retry_policies::RetryPolicyCache;
 use gateway_base::function::{Function, has_dot_segment};
 use gateway_http::call_id::RequestIds;
