@@ -25,6 +25,7 @@ use gateway_http::names::X_CALL_ID;
 use gateway_http::server::client_connection::ClientConnection;
 use gateway_proxy::error::Error;
 use gateway_proxy::functions::exists::check_function_exists;
+use gateway_proxy::routing::RouteMatch;
 use gateway_proxy::trace::PublishTiming;
 use gateway_queue::call::QueuedCall;
 use gateway_queue::ingress::{QueueIngress, function_headers};
@@ -65,30 +66,34 @@ async fn read_body(
     Ok((body, memory))
 }
 
-/// Returns the route label (for metrics) of a request that enqueues a call; `None` for other requests.
-pub fn route(method: &Method, path: &str) -> Option<&'static str> {
-    let rest = path.strip_prefix("/async-function/").filter(|_| method == Method::POST)?;
-    match rest.split_once('/') {
-        None if rest.is_empty() => None,
-        None => Some("/async-function/{name}"),
-        Some(("", _)) => None,
-        Some((_, "")) => Some("/async-function/{name}/"),
-        Some(_) => Some("/async-function/{name}/{*rest}"),
+/// Returns the label (for metrics) of a request that enqueues a call; `None` for other requests to the queue.
+pub fn enqueue_label(method: &Method, path: &str, route: RouteMatch) -> Option<&'static str> {
+    match (route.name(path), route.rest(path)) {
+        _ if method != Method::POST => None,
+        ("", _) => None,
+        (_, "") => Some("/async-function/{name}"),
+        (_, "/") => Some("/async-function/{name}/"),
+        _ => Some("/async-function/{name}/{*rest}"),
     }
 }
 
 /// `POST /async-function/NAME…`: answers 202 when the call is stored durably.
-pub async fn submit(api: &ApiState, client: &ClientConnection, mut request: Request) -> Response {
+pub async fn submit(
+    api: &ApiState,
+    client: &ClientConnection,
+    mut request: Request,
+    route: RouteMatch,
+) -> Response {
     let cross_origin = is_cross_origin(&request);
     let chosen_id = request.headers().get(X_CALL_ID).is_some_and(|id| !id.is_empty());
     if let (Ok(ingress), false) = (ingress(api), chosen_id)
-        && let Ok((function, _)) = parse_target(request.uri(), &api.default_namespace)
+        && let Ok((function, _)) = parse_target(request.uri(), route, &api.default_namespace)
         && let Ok(id) = HeaderValue::try_from(ingress.queue.new_call_id(&function))
     {
         request.headers_mut().insert(X_CALL_ID, id);
     }
     let ids = RequestIds::from_headers(request.headers());
-    let mut response = match enqueue(api, client, request, &ids, chosen_id).await {
+    let mut response = match enqueue(api, client, request, route, &ids, chosen_id).await {
         Ok((published, duration)) => {
             let mut response = StatusCode::ACCEPTED.into_response();
             if !published.duplicate {
@@ -119,6 +124,7 @@ async fn enqueue(
     api: &ApiState,
     client: &ClientConnection,
     request: Request,
+    route: RouteMatch,
     ids: &RequestIds,
     chosen_id: bool,
 ) -> Result<(queue::Published, Duration), Error> {
@@ -129,7 +135,7 @@ async fn enqueue(
     if callback_chain::length(&parts.headers) > callback_chain::MAX_LENGTH {
         return Err(Error::CallbackLoop);
     }
-    let (function, target) = parse_target(&parts.uri, &api.default_namespace)?;
+    let (function, target) = parse_target(&parts.uri, route, &api.default_namespace)?;
     let mut options = call_options(&parts.headers, chosen_id, now())?;
     if let Some(key) = &mut options.idempotency_key {
         // Idempotency keys are scoped to the function. Like a chosen id, a key can be guessed.
@@ -323,12 +329,14 @@ fn is_unguessable(id: &str) -> bool {
 }
 
 /// Returns the function in the path, and the path and query after its name.
-fn parse_target(uri: &Uri, default_namespace: &str) -> Result<(Function, String), Error> {
+fn parse_target(
+    uri: &Uri,
+    route: RouteMatch,
+    default_namespace: &str,
+) -> Result<(Function, String), Error> {
     let path = uri.path_and_query().map_or("", |path| path.as_str());
-    let rest = path.strip_prefix("/async-function/").ok_or(Error::NoSuchPath)?;
-    let end = rest.find(['/', '?']).unwrap_or(rest.len());
-    let function = Function::parse(&rest[..end], default_namespace).ok_or(Error::NoSuchPath)?;
-    Ok((function, rest[end..].to_owned()))
+    let function = Function::parse(route.name(path), default_namespace).ok_or(Error::NoSuchPath)?;
+    Ok((function, route.rest(path).to_owned()))
 }
 
 #[cfg(test)]
@@ -347,15 +355,16 @@ mod tests {
 
     #[test]
     fn path_and_query_after_the_name_are_kept_unchanged() {
+        let parse = |uri: &str| parse_target(&uri.parse().unwrap(), RouteMatch::of(uri), "fn");
         let check = |uri: &str, name: &str, target: &str| {
-            let (function, rest) = parse_target(&uri.parse().unwrap(), "fn").unwrap();
+            let (function, rest) = parse(uri).unwrap();
             assert_eq!((function.to_string().as_str(), rest.as_str()), (name, target), "{uri}");
         };
         check("/async-function/echo", "echo.fn", "");
         check("/async-function/echo.dev/", "echo.dev", "/");
         check("/async-function/echo/a%2Fb//c?x=%20", "echo.fn", "/a%2Fb//c?x=%20");
         check("/async-function/echo?x=1/2", "echo.fn", "?x=1/2");
-        assert!(parse_target(&"/async-function/".parse().unwrap(), "fn").is_err());
-        assert!(parse_target(&"/async-function/a%20b".parse().unwrap(), "fn").is_err());
+        assert!(parse("/async-function/").is_err());
+        assert!(parse("/async-function/a%20b").is_err());
     }
 }

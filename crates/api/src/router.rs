@@ -27,6 +27,7 @@ use gateway_proxy::error::Error;
 use gateway_proxy::metrics;
 use gateway_proxy::metrics::Metrics;
 use gateway_proxy::readiness::Readiness;
+use gateway_proxy::routing::{Destination, RouteMatch};
 use gateway_proxy::service::Fallback;
 
 /// Handles all requests of the public port that are no synchronous calls. One per proxy thread.
@@ -46,21 +47,30 @@ impl ApiService {
         &self,
         connection: &ClientConnection,
         request: Request<Body>,
-        route: &'static str,
+        route: RouteMatch,
+        label: &'static str,
     ) -> Response {
         let began = Instant::now();
-        let response = async_api::submit(&self.api, connection, request).await;
+        let response = async_api::submit(&self.api, connection, request, route).await;
         let (metrics, status) = (&self.api.metrics, response.status());
-        metrics.record_api_request(&Method::POST, route, status, began.elapsed());
+        metrics.record_api_request(&Method::POST, label, status, began.elapsed());
         response
     }
 }
 
 impl Fallback for ApiService {
-    async fn respond(&self, connection: &ClientConnection, mut request: Request<Body>) -> Response {
+    async fn respond(
+        &self,
+        connection: &ClientConnection,
+        mut request: Request<Body>,
+        route: RouteMatch,
+    ) -> Response {
         // Calls to enqueue skip the router, whose matching costs more than one comparison.
-        if let Some(route) = async_api::route(request.method(), request.uri().path()) {
-            return self.enqueue(connection, request, route).await;
+        if route.destination == Destination::Queue
+            && let Some(label) =
+                async_api::enqueue_label(request.method(), request.uri().path(), route)
+        {
+            return self.enqueue(connection, request, route, label).await;
         }
         request.extensions_mut().insert(connection.clone());
         self.router.clone().oneshot(request).await.unwrap_or_else(|never| match never {})

@@ -7,8 +7,7 @@ pub mod operators;
 use std::sync::Arc;
 use std::time::Instant;
 
-use http::uri::PathAndQuery;
-use http::{HeaderMap, HeaderValue, Request, Response, Uri};
+use http::{HeaderMap, HeaderValue, Request, Response};
 use hyper::body::{Body, Incoming};
 
 use crate::activator::unavailable::Hop;
@@ -18,6 +17,7 @@ use crate::invoke::dispatcher::{Dispatcher, UpstreamTarget};
 use crate::invoke::operators::Operators;
 use crate::metrics::calls::{InFlightRecorder, Outcome};
 use crate::response_body::{BodySource, InFlight, TrackedBody};
+use crate::routing::RouteMatch;
 use crate::trace::RequestSpan;
 use gateway_base::base_url::BaseUrl;
 use gateway_base::function::Function;
@@ -82,7 +82,7 @@ impl PreparedInvocation {
 /// How the request is forwarded.
 enum ForwardState {
     Provider(client::OutgoingRequest),
-    /// Directly to the function, whose origin is not resolved yet. `None` once the request has been taken.
+    /// Directly to the function, whose origin is not resolved yet, with the path that it receives. `None` once the request has been taken.
     Direct(Option<Box<Request<RequestBody>>>),
     /// The request is not forwarded: it could not be prepared. `None` once the error has been taken.
     Failed(Option<Error>),
@@ -100,10 +100,11 @@ impl Invoker {
         &self,
         connection: &ClientConnection,
         request: Request<Incoming>,
+        route: RouteMatch,
         began: Instant,
     ) -> Result<PreparedInvocation, Box<Response<TrackedBody>>> {
         let Some(mut recorder) =
-            self.dispatcher.shard.begin(function_segment(request.uri().path()), began)
+            self.dispatcher.shard.begin(route.name(request.uri().path()), began)
         else {
             return Err(self.reject(connection, &Error::NoSuchPath, request.headers()));
         };
@@ -126,7 +127,11 @@ impl Invoker {
                     ForwardState::Provider,
                 )
             }
-            Route::Direct { .. } => ForwardState::Direct(Some(Box::new(request))),
+            Route::Direct { .. } => {
+                let mut request = Box::new(request);
+                *request.uri_mut() = route.function_target(request.uri());
+                ForwardState::Direct(Some(request))
+            }
         };
         Ok(PreparedInvocation {
             state,
@@ -215,9 +220,8 @@ impl Invoker {
         recorder: &mut InFlightRecorder,
         ids: &RequestIds,
         naming: DirectNaming<'_>,
-        mut request: Request<RequestBody>,
+        request: Request<RequestBody>,
     ) -> Result<UpstreamResponse, Error> {
-        *request.uri_mut() = path_after_function(request.uri());
         let origin = match &self.dispatcher.activator {
             None => self.resolve_direct(recorder, naming).await?,
             // The activator confirms that the function exists.
@@ -298,21 +302,6 @@ fn error_response(
     error.response_for(call_id, from_operator).map(|text| BodySource::Full(Some(text.into())))
 }
 
-/// Returns the segment after `/function/`.
-fn function_segment(path: &str) -> &str {
-    let rest = path.strip_prefix("/function/").unwrap_or_default();
-    rest.split_once('/').map_or(rest, |(segment, _)| segment)
-}
-
-/// Returns the path after the function's name, and the query: what a function called directly receives.
-fn path_after_function(uri: &Uri) -> Uri {
-    let whole = uri.path_and_query().map_or("/", PathAndQuery::as_str);
-    let rest = &whole["/function/".len() + function_segment(uri.path()).len()..];
-    let rest = if rest.starts_with('/') { rest.to_owned() } else { format!("/{rest}") };
-    // A suffix of a valid path is valid.
-    rest.parse().unwrap_or_default()
-}
-
 fn client_body(body: Incoming, connection: &ClientConnection) -> RequestBody {
     if body.is_end_stream() {
         RequestBody::empty()
@@ -342,22 +331,6 @@ fn direct_origin(function: &Function, naming: DirectNaming<'_>) -> Result<Origin
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn the_function_segment_ends_at_the_next_slash() {
-        assert_eq!(function_segment("/function/echo"), "echo");
-        assert_eq!(function_segment("/function/echo.dev/a/b"), "echo.dev");
-        assert_eq!(function_segment("/function/"), "");
-        assert_eq!(function_segment("/function//x"), "");
-    }
-
-    #[test]
-    fn a_direct_call_receives_the_path_after_the_name() {
-        let rest = |uri: &str| path_after_function(&uri.parse().unwrap()).to_string();
-        assert_eq!(rest("/function/echo"), "/");
-        assert_eq!(rest("/function/echo?q=1"), "/?q=1");
-        assert_eq!(rest("/function/echo/a%2Fb//c?q"), "/a%2Fb//c?q");
-    }
 
     #[test]
     fn a_direct_function_is_called_in_its_own_namespace() {

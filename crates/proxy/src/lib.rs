@@ -9,5 +9,6 @@ pub mod invoke;
 pub mod metrics;
 pub mod readiness;
 pub mod response_body;
+pub mod routing;
 pub mod service;
 pub mod trace;

@@ -20,13 +20,13 @@ use tower::ServiceExt;
 use crate::error::Error;
 use crate::invoke::{self, Invoker};
 use crate::response_body::{BodySource, TrackedBody, early};
+use crate::routing::RouteMatch;
 use crate::service::request::{EarlyResponse, adapt_to_http_1_0, check, set_connection_close};
 use crate::trace::{RequestObserver, RequestSpan};
 use gateway_base::function::has_dot_segment;
 use gateway_base::shutdown::ShutdownPhases;
 use gateway_http::client::body::ClientBody;
 use gateway_http::deadlines::BodyState;
-use gateway_http::names::FUNCTION_PREFIX;
 use gateway_http::server::client_connection::ClientConnection;
 
 /// Handles requests that are no synchronous calls.
@@ -36,6 +36,7 @@ pub trait Fallback {
         &self,
         connection: &ClientConnection,
         request: Request<axum::body::Body>,
+        route: RouteMatch,
     ) -> impl Future<Output = Response> + Send;
 }
 
@@ -64,7 +65,7 @@ pub struct AcceptedRequest {
 enum Dispatch {
     Invoke(invoke::PreparedInvocation),
     /// Any other request, whose head has been checked.
-    Fallback(Box<Request<Incoming>>),
+    Fallback(Box<Request<Incoming>>, RouteMatch),
     Reject(Box<http::Response<TrackedBody>>),
 }
 
@@ -77,10 +78,11 @@ impl<F: Fallback> GatewayService<F> {
     ) -> AcceptedRequest {
         let began = connection.deadlines.on_exchange_started();
         let is_http_1_0 = request.version() < Version::HTTP_11;
+        let route = RouteMatch::of(request.uri().path());
         let observer = self.observer.as_ref();
-        let mut span =
-            observer.and_then(|observer| observer.start(connection.address, &mut request, began));
-        let dispatch = self.dispatch(connection, request, began);
+        let mut span = observer
+            .and_then(|observer| observer.start(connection.address, &mut request, route, began));
+        let dispatch = self.dispatch(connection, request, route, began);
         if let (Dispatch::Invoke(prepared), Some(span)) = (&dispatch, &mut span) {
             span.on_invocation(prepared.call_id());
         }
@@ -91,26 +93,27 @@ impl<F: Fallback> GatewayService<F> {
         &self,
         connection: &ClientConnection,
         mut request: Request<Incoming>,
+        route: RouteMatch,
         began: Instant,
     ) -> Dispatch {
         if !request.body().is_end_stream() {
             connection.deadlines.on_body_announced();
             connection.deadlines.set_body_deadline(began + self.invoker.timeouts.read);
         }
-        let checked = check(&mut request).and_then(|()| check_path(request.uri().path()));
-        let is_call = request.uri().path().starts_with(FUNCTION_PREFIX);
+        let checked =
+            check(&mut request, route.is_call()).and_then(|()| check_path(request.uri().path()));
         match checked {
-            Err(EarlyResponse::Error(error)) if is_call => {
+            Err(EarlyResponse::Error(error)) if route.is_call() => {
                 Dispatch::Reject(self.invoker.reject(connection, &error, request.headers()))
             }
             Err(early) => {
                 Dispatch::Reject(Box::new(self.track_body(connection, early.into_response())))
             }
-            Ok(()) if is_call => self
+            Ok(()) if route.is_call() => self
                 .invoker
-                .prepare(connection, request, began)
+                .prepare(connection, request, route, began)
                 .map_or_else(Dispatch::Reject, Dispatch::Invoke),
-            Ok(()) => Dispatch::Fallback(Box::new(request)),
+            Ok(()) => Dispatch::Fallback(Box::new(request), route),
         }
     }
 
@@ -126,9 +129,9 @@ impl<F: Fallback> GatewayService<F> {
                 self.invoker.execute(connection, prepared, &mut span).await
             }
             // Boxed, so that the rare case does not enlarge the future of every invocation.
-            Dispatch::Fallback(request) => {
+            Dispatch::Fallback(request, route) => {
                 let request = fallback_request(connection, *request);
-                let response = Box::pin(self.fallback.respond(connection, request)).await;
+                let response = Box::pin(self.fallback.respond(connection, request, route)).await;
                 self.track_body(connection, response)
             }
             Dispatch::Reject(response) => *response,
@@ -194,7 +197,8 @@ pub fn router_service(
     service_fn(move |mut request: Request<Incoming>| {
         connection.deadlines.on_exchange_started();
         let is_http_1_0 = request.version() < Version::HTTP_11;
-        let checked = check(&mut request);
+        // No function is called on these ports.
+        let checked = check(&mut request, false);
         let (router, deadlines) = (router.clone(), Arc::clone(&connection.deadlines));
         async move {
             let mut request = request

@@ -4,13 +4,15 @@ use http::header::HOST;
 use http::{Method, Request, Version};
 use http_body_util::Empty;
 
+use crate::routing::RouteMatch;
 use crate::service::request::check;
 use gateway_base::function::has_dot_segment;
 
 /// A request that passes the check is read in the same way by every HTTP implementation.
 pub(crate) fn request_head(data: &[u8]) {
     let Some(mut request) = parse(data) else { return };
-    if check(&mut request).is_err() {
+    let is_call = RouteMatch::of(request.uri().path()).is_call();
+    if check(&mut request, is_call).is_err() {
         return;
     }
     let hosts = request.headers().get_all(HOST).iter().count();

@@ -11,7 +11,6 @@ use hyper::body::Body;
 use crate::error::Error;
 use crate::service::host::is_host;
 use gateway_http::client::codings;
-use gateway_http::names::FUNCTION_PREFIX;
 
 /// The methods of the gateway itself. Functions may define others.
 const METHODS: &str = "GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS";
@@ -40,11 +39,11 @@ impl IntoResponse for EarlyResponse {
     }
 }
 
-/// Checks and normalizes `request`.
+/// Checks and normalizes `request`. `is_call`: it calls a function.
 ///
 /// # Errors
 /// The response, if the request is not to be routed.
-pub(super) fn check<B: Body>(request: &mut Request<B>) -> Result<(), EarlyResponse> {
+pub(super) fn check<B: Body>(request: &mut Request<B>, is_call: bool) -> Result<(), EarlyResponse> {
     let body = request.body();
     // A body without a length has transfer codings. hyper has checked only the last line of them.
     if !body.is_end_stream() && body.size_hint().exact().is_none() {
@@ -65,10 +64,8 @@ pub(super) fn check<B: Body>(request: &mut Request<B>) -> Result<(), EarlyRespon
         apply_authority(request)?;
     }
     match *request.method() {
-        Method::TRACE if request.uri().path().starts_with(FUNCTION_PREFIX) => {
-            Err(Error::MethodNotAllowed(METHODS).into())
-        }
-        Method::OPTIONS => check_options(request),
+        Method::TRACE if is_call => Err(Error::MethodNotAllowed(METHODS).into()),
+        Method::OPTIONS => check_options(request, is_call),
         _ if request.uri().path() == "*" => bad_request("the target * is for OPTIONS only"),
         _ => Ok(()),
     }
@@ -109,12 +106,11 @@ fn origin_form(url: &Uri) -> PathAndQuery {
 }
 
 /// Handles OPTIONS for the gateway itself, and `Max-Forwards` (RFC 9110, 7.6.2).
-fn check_options<B>(request: &mut Request<B>) -> Result<(), EarlyResponse> {
-    let path = request.uri().path();
-    if path == "*" {
+fn check_options<B>(request: &mut Request<B>, is_call: bool) -> Result<(), EarlyResponse> {
+    if request.uri().path() == "*" {
         return Err(EarlyResponse::AllowedMethods);
     }
-    if !path.starts_with(FUNCTION_PREFIX) {
+    if !is_call {
         return Ok(());
     }
     let mut values = request.headers().get_all(MAX_FORWARDS).iter();
@@ -224,7 +220,7 @@ mod tests {
         ] {
             let mut request = Request::get(url).body(String::new()).unwrap();
             request.headers_mut().insert(HOST, HeaderValue::from_static("other"));
-            check(&mut request).unwrap();
+            check(&mut request, false).unwrap();
             assert_eq!(
                 (request.uri().to_string().as_str(), request.uri().path()),
                 (expect, expect.split('?').next().unwrap()),

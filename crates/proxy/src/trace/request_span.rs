@@ -9,11 +9,12 @@ use http::{HeaderValue, Method, Request, Response, StatusCode};
 
 use crate::error::client_closed_request;
 use crate::metrics::calls::Outcome;
+use crate::routing::{Destination, RouteMatch};
 use crate::trace::config::AccessLogMode;
 use crate::trace::context::{Context, new_span_id};
 use crate::trace::span::{Span, SpanKind, truncate};
 use crate::trace::{RequestObserver, Tracer};
-use gateway_http::names::X_CALL_ID;
+use gateway_http::names::{SYSTEM_PREFIX, X_CALL_ID};
 
 /// Maximum bytes of values that a client controls.
 const MAX_PATH_BYTES: usize = 2048;
@@ -25,6 +26,7 @@ pub struct RequestSpan {
     observer: Arc<RequestObserver>,
     method: Method,
     path: String,
+    route: RouteMatch,
     peer: SocketAddr,
     user_agent: Option<HeaderValue>,
     began: Instant,
@@ -61,14 +63,6 @@ struct InnerSpan {
 #[derive(Clone, Copy, Debug)]
 pub struct PublishTiming(pub Duration);
 
-/// Kind of route of a path.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum RouteKind<'a> {
-    Function(&'a str),
-    Queue(&'a str),
-    Other(&'static str),
-}
-
 impl RequestObserver {
     /// Starts the record of `request`, received at `began`; `None` if neither access log nor tracing applies to it.
     /// Sets the trace context of the request.
@@ -76,9 +70,10 @@ impl RequestObserver {
         self: &Arc<Self>,
         peer: SocketAddr,
         request: &mut Request<B>,
+        route: RouteMatch,
         began: Instant,
     ) -> Option<Box<RequestSpan>> {
-        let ids = self.tracer.as_ref().and_then(|tracer| SpanIds::start(tracer, request));
+        let ids = self.tracer.as_ref().and_then(|tracer| SpanIds::start(tracer, request, route));
         if ids.is_none() && self.access_log == AccessLogMode::Off {
             return None;
         }
@@ -86,6 +81,7 @@ impl RequestObserver {
             observer: Arc::clone(self),
             method: request.method().clone(),
             path: truncate(request.uri().path(), MAX_PATH_BYTES).to_owned(),
+            route,
             peer,
             user_agent: request.headers().get(USER_AGENT).cloned(),
             began,
@@ -101,12 +97,12 @@ impl RequestObserver {
 }
 
 impl SpanIds {
-    fn start<B>(tracer: &Tracer, request: &mut Request<B>) -> Option<Self> {
+    fn start<B>(tracer: &Tracer, request: &mut Request<B>, route: RouteMatch) -> Option<Self> {
         let (context, continued) = tracer.context_for(request.headers());
         let (server, inner) = (new_span_id(), new_span_id());
         // Downstream spans need a parent that is exported.
-        let parent = match (context.sampled, RouteKind::from_path(request.uri().path())) {
-            (true, RouteKind::Other(_)) => server,
+        let parent = match (context.sampled, route.destination) {
+            (true, Destination::Api) => server,
             (true, _) => inner,
             (false, _) if continued => return None,
             (false, _) => server,
@@ -202,7 +198,7 @@ impl RequestSpan {
     }
 
     fn export_spans(&self, ids: &SpanIds, failure: Option<&str>) {
-        let route_kind = RouteKind::from_path(&self.path);
+        let template = route_template(self.route.destination, &self.path);
         let mut attributes = vec![
             ("http.request.method", method(&self.method).into()),
             ("url.path", self.path.as_str().into()),
@@ -216,13 +212,13 @@ impl RequestSpan {
             id: ids.server,
             parent: ids.context.span,
             kind: SpanKind::Server,
-            name: format!("{} {}", method(&self.method), route_kind.route()).into(),
+            name: format!("{} {}", method(&self.method), template).into(),
             began: self.started_at,
             took: self.began.elapsed(),
             failure: failure.map(str::to_owned),
             attributes,
         };
-        if let (Some(inner), Some((kind, name, function))) = (&self.inner, route_kind.inner_span())
+        if let (Some(inner), Some((kind, name))) = (&self.inner, inner_span(self.route.destination))
         {
             let mut inner_span = Span {
                 id: ids.inner,
@@ -233,10 +229,10 @@ impl RequestSpan {
                 took: inner.took.unwrap_or_else(|| inner.began.elapsed()),
                 ..server_span.clone()
             };
-            inner_span.attributes.push(("faas.invoked_name", function.into()));
+            inner_span.attributes.push(("faas.invoked_name", self.route.name(&self.path).into()));
             ids.tracer.export(inner_span);
         }
-        server_span.attributes.push(("http.route", route_kind.route().into()));
+        server_span.attributes.push(("http.route", template.into()));
         server_span.attributes.push(("client.address", self.peer.ip().to_string().as_str().into()));
         ids.tracer.export(server_span);
     }
@@ -252,35 +248,23 @@ impl Drop for RequestSpan {
     }
 }
 
-impl<'a> RouteKind<'a> {
-    fn from_path(path: &'a str) -> Self {
-        let name = |rest: &'a str| rest.split('/').next().unwrap_or_default();
-        if let Some(rest) = path.strip_prefix("/function/") {
-            return Self::Function(name(rest));
-        }
-        if let Some(rest) = path.strip_prefix("/async-function/") {
-            return Self::Queue(name(rest));
-        }
-        let others = ["/system/", "/ui/", "/_/", "/healthz"];
-        let other = others.into_iter().find(|start| path.starts_with(start));
-        Self::Other(other.unwrap_or("/"))
+/// Returns the inner span of a request: kind and name.
+fn inner_span(destination: Destination) -> Option<(SpanKind, &'static str)> {
+    match destination {
+        Destination::Function => Some((SpanKind::Client, "call")),
+        Destination::Queue => Some((SpanKind::Producer, "publish")),
+        Destination::Api => None,
     }
+}
 
-    /// Returns the inner span of such a request: kind, name, and the function's name.
-    fn inner_span(self) -> Option<(SpanKind, &'static str, &'a str)> {
-        match self {
-            Self::Function(name) => Some((SpanKind::Client, "call", name)),
-            Self::Queue(name) => Some((SpanKind::Producer, "publish", name)),
-            Self::Other(_) => None,
-        }
-    }
-
-    /// Returns the route template.
-    fn route(self) -> &'static str {
-        match self {
-            Self::Function(_) => "/function/{name}",
-            Self::Queue(_) => "/async-function/{name}",
-            Self::Other(route) => route,
+/// Returns the route template of `path`.
+fn route_template(destination: Destination, path: &str) -> &'static str {
+    match destination {
+        Destination::Function => "/function/{name}",
+        Destination::Queue => "/async-function/{name}",
+        Destination::Api => {
+            let known = [SYSTEM_PREFIX, "/ui/", "/_/", "/healthz"];
+            known.into_iter().find(|start| path.starts_with(start)).unwrap_or("/")
         }
     }
 }
@@ -304,10 +288,11 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_path_has_a_route_kind() {
-        assert_eq!(RouteKind::from_path("/function/echo.fn/a/b"), RouteKind::Function("echo.fn"));
-        assert_eq!(RouteKind::from_path("/async-function/echo"), RouteKind::Queue("echo"));
-        assert_eq!(RouteKind::from_path("/system/functions"), RouteKind::Other("/system/"));
-        assert_eq!(RouteKind::from_path("/anything/else"), RouteKind::Other("/"));
+    fn the_template_of_a_route_is_bounded() {
+        let template = |path| route_template(RouteMatch::of(path).destination, path);
+        assert_eq!(template("/function/echo.fn/a/b"), "/function/{name}");
+        assert_eq!(template("/async-function/echo"), "/async-function/{name}");
+        assert_eq!(template("/system/functions"), "/system/");
+        assert_eq!(template("/anything/else"), "/");
     }
 }

@@ -19,6 +19,7 @@ use gateway_provider::Provider;
 use gateway_proxy::error::Error;
 use gateway_proxy::functions::exists::check_function_exists;
 use gateway_proxy::metrics::registry::FunctionRegistry;
+use gateway_proxy::routing::{Destination, RouteMatch};
 use gateway_queue::call::{CallOptions, QueuedCall};
 use gateway_queue::ingress::{QueueIngress, function_headers};
 use gateway_queue::now;
@@ -41,8 +42,10 @@ pub struct LocalExecutor {
 pub(super) struct LocalCall<'a> {
     /// The call is enqueued instead of executed immediately.
     queued: bool,
-    /// The part of the path after `/function/` or `/async-function/`, and the query.
-    rest: &'a str,
+    /// Name of the function, and possibly its namespace.
+    name: &'a str,
+    /// The path and query after the name.
+    target: &'a str,
 }
 
 impl<'a> LocalCall<'a> {
@@ -52,15 +55,13 @@ impl<'a> LocalCall<'a> {
         if target.origin.url.tls || has_dot_segment(target.uri.path()) {
             return None;
         }
-        let called = whole.strip_prefix("/function/").map(|rest| Self { queued: false, rest });
-        let queued = || whole.strip_prefix("/async-function/");
-        called.or_else(|| queued().map(|rest| Self { queued: true, rest }))
-    }
-
-    fn function(&self, default_namespace: &str) -> Option<(Function, &'a str)> {
-        let (name, target) =
-            self.rest.split_at(self.rest.find(['/', '?']).unwrap_or(self.rest.len()));
-        Some((Function::parse(name, default_namespace)?, target))
+        let route = RouteMatch::of(whole);
+        let queued = match route.destination {
+            Destination::Function => false,
+            Destination::Queue => true,
+            Destination::Api => return None,
+        };
+        Some(Self { queued, name: route.name(whole), target: route.rest(whole) })
     }
 }
 
@@ -75,7 +76,8 @@ impl LocalExecutor {
         body: Bytes,
         id: &mut Option<String>,
     ) -> StatusCode {
-        let Some((function, target)) = local_call.function(&self.default_namespace) else {
+        let LocalCall { queued, name, target } = *local_call;
+        let Some(function) = Function::parse(name, &self.default_namespace) else {
             return StatusCode::NOT_FOUND;
         };
         let call = |id: HeaderValue| {
@@ -90,7 +92,7 @@ impl LocalExecutor {
                 options: CallOptions { submitted_at: now(), ..CallOptions::default() },
             }
         };
-        if local_call.queued {
+        if queued {
             // Not the id of the call that this callback reports, which has not finished yet.
             let id = id.get_or_insert_with(|| self.ingress.queue.new_call_id(&function));
             let Ok(id) = HeaderValue::try_from(id.as_str()) else { return StatusCode::BAD_REQUEST };
@@ -144,7 +146,8 @@ mod tests {
         let local_call = |url: &str| {
             let target = CallbackTarget::parse(url).unwrap();
             let local_call = LocalCall::parse(&target)?;
-            let named = local_call.function("fn").map(|(name, rest)| format!("{name} {rest}"));
+            let function = Function::parse(local_call.name, "fn");
+            let named = function.map(|function| format!("{function} {}", local_call.target));
             Some((local_call.queued, named.unwrap_or_default()))
         };
         let some = |queued, named: &str| Some((queued, named.to_owned()));
