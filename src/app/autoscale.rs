@@ -9,8 +9,8 @@ use gateway_autoscaler::decide::{AutoscaleRules, MonotonicMillis};
 use gateway_autoscaler::gossip::LoadPublisher;
 use gateway_autoscaler::{self as autoscale, AutoscalerDeps};
 use gateway_base::shutdown::Tasks;
+use gateway_proxy::functions::source::ProviderPoller;
 use gateway_proxy::metrics::Metrics;
-use gateway_proxy::metrics::poller::ProviderPoller;
 use gateway_queue::ingress::QueueIngress;
 
 /// Publishes the load that a worker generates to the gateways, which make the scaling decisions.

@@ -12,8 +12,8 @@ use gateway_base::shutdown::{ShutdownPhases, supervise};
 use gateway_http::client::Tls;
 use gateway_http::limit::{ConcurrencyLimit, PermitCache};
 use gateway_provider::Provider;
+use gateway_proxy::functions::registry::FunctionRegistry;
 use gateway_proxy::metrics::Metrics;
-use gateway_proxy::metrics::registry::FunctionRegistry;
 use gateway_proxy::readiness::Readiness;
 use gateway_proxy::trace::Tracer;
 use gateway_queue::Queue;
@@ -28,7 +28,7 @@ use gateway_worker::callback::own_addresses::OwnAddresses;
 use gateway_worker::callback::signature::Secret;
 use gateway_worker::callback::{CallbackRetry, CallbackSender};
 use gateway_worker::function_client::FunctionClient;
-use gateway_worker::retry_policies::RetryPolicyCache;
+use gateway_worker::retry_policies::RetryPolicies;
 use gateway_worker::{CallLogging, Worker};
 
 /// Files in `secret_mount_path` with the secrets that sign callbacks. The second one is for key rotation: while both
@@ -102,7 +102,7 @@ pub(super) fn build_worker(config: &config::Queue, deps: WorkerDeps) -> anyhow::
         limit,
     } = deps;
     let function_client = Arc::new(function_client);
-    let retry_policies = Arc::new(RetryPolicyCache::new(provider.clone()));
+    let retry_policies = Arc::new(RetryPolicies::new(Arc::clone(&registry), provider.clone()));
     let local = LocalExecutor {
         function_client: Arc::clone(&function_client),
         retry_policies: Arc::clone(&retry_policies),

@@ -1,14 +1,15 @@
 //! Retry policies of functions hold while the provider cannot be queried.
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use gateway_base::base_url::BaseUrl;
 use gateway_base::function::Function;
 use gateway_http::client::{Client, Origin, Tls};
+use gateway_proxy::functions::policy::retry::RetryPolicy;
 use gateway_queue::call::{CallOptions, QueuedCall};
-use gateway_worker::retry::RetryPolicy;
-use gateway_worker::retry_policies::{CacheTiming, RetryPolicyCache};
+use gateway_worker::retry_policies::{QueryTiming, RetryPolicies};
 use http::HeaderMap;
 
 use crate::support::provider::{self, Provider};
@@ -59,14 +60,13 @@ async fn the_retry_policy_is_queried_before_a_retry() {
     assert_eq!(provider.call_count(), 0);
 }
 
-const SHORT_TIMING: CacheTiming = CacheTiming {
-    ttl: Duration::ZERO,
-    query_timeout: Duration::from_secs(10),
+const SHORT_TIMING: QueryTiming = QueryTiming {
+    timeout: Duration::from_secs(10),
     retry_interval: Duration::from_millis(10),
     give_up_after: Duration::from_millis(300),
 };
 
-fn retry_policies(url: &str, timing: CacheTiming) -> RetryPolicyCache {
+fn retry_policies(url: &str, timing: QueryTiming) -> RetryPolicies {
     let url = BaseUrl::parse(url).unwrap();
     let client =
         Client::new(gateway_http::client::PoolLimits { total: 10, per_host: 10 }, Tls::default());
@@ -76,7 +76,7 @@ fn retry_policies(url: &str, timing: CacheTiming) -> RetryPolicyCache {
         credentials: None,
         timeout: Duration::from_secs(60),
     };
-    RetryPolicyCache::with_timing(provider, timing)
+    RetryPolicies::with_timing(Arc::default(), provider, timing)
 }
 
 fn call() -> QueuedCall {
@@ -117,7 +117,7 @@ async fn the_wait_for_a_first_policy_is_limited() {
 async fn an_unresponsive_provider_does_not_delay_retries() {
     // Connections to it are established, and never accepted.
     let silent = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let timing = CacheTiming { query_timeout: Duration::from_millis(50), ..SHORT_TIMING };
+    let timing = QueryTiming { timeout: Duration::from_millis(50), ..SHORT_TIMING };
     let retry_policies =
         retry_policies(&format!("http://{}", silent.local_addr().unwrap()), timing);
     assert_eq!(within("a retry policy", retry_policies.get(&call())).await, RetryPolicy::default());
@@ -126,10 +126,7 @@ async fn an_unresponsive_provider_does_not_delay_retries() {
 #[tokio::test]
 async fn a_function_has_one_policy_query_at_a_time() {
     let provider = fast_retry().start();
-    let retry_policies = retry_policies(
-        &provider.url(),
-        CacheTiming { ttl: Duration::from_secs(60), ..SHORT_TIMING },
-    );
+    let retry_policies = retry_policies(&provider.url(), SHORT_TIMING);
     let call = call();
     let heard = futures_util::future::join_all((0..50).map(|_| retry_policies.get(&call))).await;
     assert!(heard.iter().all(|policy| policy.attempts == 3));

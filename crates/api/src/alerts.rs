@@ -13,7 +13,6 @@ use crate::system::{ApiState, MAX_BODY, read_body};
 use gateway_base::function::Function;
 use gateway_http::client;
 use gateway_proxy::error::Error;
-use gateway_proxy::functions::bounds::ScaleBounds;
 
 use step::{AlertStatus, replicas_after};
 
@@ -84,11 +83,11 @@ async fn apply_alert(api: &ApiState, alert: &Alert) -> Result<(), Error> {
         other => return Err(Error::BadRequest(format!("an alert's status is {other:?}"))),
     };
     let status = api.provider.status(&function).await?;
-    if api.alert_filter.as_ref().is_some_and(|filter| filter.ignores(&function, &status)) {
+    let policy = api.metrics.function_registry.record_status(&function, &status);
+    if api.alert_filter.as_ref().is_some_and(|filter| filter.ignores(&function, &policy)) {
         return Ok(());
     }
-    let bounds = ScaleBounds::from_labels(&status.labels.unwrap_or_default());
-    let Some(replicas) = replicas_after(alert_status, status.replicas, bounds) else {
+    let Some(replicas) = replicas_after(alert_status, status.replicas, &policy.scaling) else {
         return Ok(());
     };
     let scaled = api.provider.scale(&function, replicas).await;

@@ -5,8 +5,7 @@ use std::sync::Mutex;
 
 use gateway_base::function::Function;
 use gateway_base::sync::lock_unpoisoned;
-use gateway_provider::types::FunctionSummary;
-use gateway_proxy::functions::policy;
+use gateway_proxy::functions::policy::FunctionPolicy;
 
 /// Maximum number of functions for which the suppression is logged.
 const MAX_LOGGED_FUNCTIONS: usize = 10_000;
@@ -19,8 +18,8 @@ pub struct AlertFilter {
 
 impl AlertFilter {
     /// Returns whether an alert of `function` is ignored.
-    pub fn ignores(&self, function: &Function, status: &FunctionSummary) -> bool {
-        if !status.labels.as_ref().is_some_and(policy::is_managed) {
+    pub fn ignores(&self, function: &Function, policy: &FunctionPolicy) -> bool {
+        if !policy.scaled_by_load {
             return false;
         }
         let mut logged = lock_unpoisoned(&self.logged);

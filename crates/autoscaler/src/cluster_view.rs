@@ -7,7 +7,7 @@ use std::time::Duration;
 use crate::decide::{MonotonicMillis, Observation};
 use crate::loads::{LoadHistory, LoadSample};
 use crate::peers::{PEER_TIMEOUT, Peers};
-use gateway_proxy::functions::policy::{Kind, Policy};
+use gateway_proxy::functions::policy::scaling::{Kind, ScalingPolicy};
 
 /// Minimum panic window; the default is a tenth of the stable window.
 const MIN_PANIC_WINDOW: MonotonicMillis = 2000;
@@ -49,7 +49,7 @@ pub struct Sample {
 #[derive(Clone, Copy, Debug)]
 pub struct FunctionInput<'a> {
     pub label: &'a str,
-    pub policy: &'a Policy,
+    pub policy: &'a ScalingPolicy,
     /// Replicas that the provider was asked to have.
     pub wanted: u64,
     /// Mean CPU of all replicas in millicores, over the stable and the panic window.
@@ -209,15 +209,15 @@ mod tests {
         }
 
         fn observation(&self) -> Observation {
-            self.observation_with(&Policy::default(), 0)
+            self.observation_with(&ScalingPolicy::default(), 0)
         }
 
-        fn observation_with(&self, policy: &Policy, since: MonotonicMillis) -> Observation {
+        fn observation_with(&self, policy: &ScalingPolicy, since: MonotonicMillis) -> Observation {
             self.view.observe(FunctionInput { policy, since, ..input("echo", policy) }, self.now)
         }
     }
 
-    fn input<'a>(label: &'a str, policy: &'a Policy) -> FunctionInput<'a> {
+    fn input<'a>(label: &'a str, policy: &'a ScalingPolicy) -> FunctionInput<'a> {
         FunctionInput { label, policy, wanted: 1, cpu: (None, None), since: 0 }
     }
 
@@ -241,7 +241,7 @@ mod tests {
         // Ten in the last half of 1.5 seconds.
         let panic_load = gateway.observation().panic_load.unwrap();
         assert!((panic_load - 10.0 / 3.0).abs() < 1e-9, "{panic_load}");
-        let strange = gateway.view.observe(input("stranger", &Policy::default()), 1500);
+        let strange = gateway.view.observe(input("stranger", &ScalingPolicy::default()), 1500);
         assert_eq!((strange.panic_load, strange.busy), (Some(0.0), false));
     }
 
@@ -288,7 +288,7 @@ mod tests {
     fn a_new_or_changed_function_is_neither_idle_nor_complete() {
         let mut gateway = Gateway::new(false);
         (0..30).for_each(|_| gateway.second(0.0, false));
-        let standard = Policy::default();
+        let standard = ScalingPolicy::default();
         let observation = |since| gateway.observation_with(&standard, since);
         assert!(observation(20_000).complete && !observation(20_001).complete);
         assert_eq!(observation(25_000).idle_for, Some(Duration::from_secs(5)));
@@ -299,7 +299,8 @@ mod tests {
     #[test]
     fn completeness_covers_a_longer_down_window() {
         let mut gateway = Gateway::new(false);
-        let slow = Policy { down_window: Duration::from_secs(15), ..Policy::default() };
+        let slow =
+            ScalingPolicy { down_window: Duration::from_secs(15), ..ScalingPolicy::default() };
         (0..14).for_each(|_| gateway.second(1.0, false));
         assert!(gateway.observation().complete && !gateway.observation_with(&slow, 0).complete);
         (0..2).for_each(|_| gateway.second(1.0, false));

@@ -6,7 +6,7 @@
 use std::collections::VecDeque;
 use std::time::Duration;
 
-use gateway_proxy::functions::policy::Policy;
+use gateway_proxy::functions::policy::scaling::ScalingPolicy;
 
 /// Milliseconds since this process started to sample.
 pub type MonotonicMillis = u64;
@@ -120,7 +120,7 @@ impl DecisionState {
 /// Computes the decision and the state for the next one.
 pub fn decide(
     rules: AutoscaleRules,
-    policy: &Policy,
+    policy: &ScalingPolicy,
     observation: Observation,
     mut state: DecisionState,
 ) -> (Decision, DecisionState) {
@@ -148,14 +148,18 @@ pub fn decide(
 }
 
 /// Returns whether the function may be scaled to zero now: that is allowed, and the function is idle for long enough.
-pub fn may_scale_to_zero(rules: AutoscaleRules, policy: &Policy, observation: Observation) -> bool {
+pub fn may_scale_to_zero(
+    rules: AutoscaleRules,
+    policy: &ScalingPolicy,
+    observation: Observation,
+) -> bool {
     let long_enough = |after| observation.idle_for.is_some_and(|idle_for| idle_for >= after);
     rules.zero_allowed && !observation.busy && policy.zero_after.is_some_and(long_enough)
 }
 
 fn by_load(
     rules: AutoscaleRules,
-    policy: &Policy,
+    policy: &ScalingPolicy,
     observation: Observation,
     state: &mut DecisionState,
 ) -> (u64, Reason) {
@@ -189,7 +193,7 @@ fn by_load(
 }
 
 /// Returns the number of replicas for which each has at most its share of the target.
-fn replicas_for(policy: &Policy, load: f64) -> u64 {
+fn replicas_for(policy: &ScalingPolicy, load: f64) -> u64 {
     // Tolerance for rounding errors just above a whole number.
     const HAIR: f64 = 1e-9;
     let replicas = (load / (policy.target * policy.proportion) - HAIR).ceil();

@@ -7,7 +7,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 use crate::decide::MonotonicMillis;
-use gateway_proxy::functions::policy::Kind;
+use gateway_proxy::functions::policy::scaling::Kind;
 
 /// Load of a function in one sample.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]

@@ -6,7 +6,7 @@ use crate::cluster_view::FunctionInput;
 use crate::decide::{AutoscaleRules, Decision, DecisionState, MonotonicMillis, Observation};
 use gateway_base::function::Function;
 use gateway_provider::Error;
-use gateway_proxy::functions::policy::{InvalidLabel, Policy};
+use gateway_proxy::functions::policy::scaling::ScalingPolicy;
 
 /// Retention of a function that is no longer listed; its namespace may be temporarily unavailable.
 const MISSING_RETENTION: MonotonicMillis = 10 * 60_000;
@@ -17,7 +17,7 @@ const MAX_ABSENCE: MonotonicMillis = 10_000;
 #[derive(Debug, Default)]
 pub(super) struct ManagedFunction {
     pub(super) label: String,
-    pub(super) policy: Policy,
+    pub(super) policy: ScalingPolicy,
     pub(super) wanted: u64,
     /// Time since when the function is known, and its replicas were changed only by this gateway.
     pub(super) since: MonotonicMillis,
@@ -37,7 +37,6 @@ pub(super) struct ManagedFunction {
 /// A warning that is logged once.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(super) enum Warning {
-    InvalidLabel(InvalidLabel),
     NeverScaledToZero,
     NoCpuUsage,
     ScaleFailed,
@@ -114,26 +113,11 @@ impl ManagedFunction {
         }
     }
 
-    pub(super) fn warn_of_labels(
+    pub(super) fn warn_if_never_scaled_to_zero(
         &mut self,
         function: &Function,
-        invalid: Vec<InvalidLabel>,
         rules: AutoscaleRules,
     ) {
-        // A label that was fixed may become invalid again.
-        self.warnings.retain(|managed| match managed {
-            Warning::InvalidLabel(label) => invalid.contains(label),
-            _ => true,
-        });
-        for managed in invalid {
-            self.warn_once(Warning::InvalidLabel(managed.clone()), || {
-                tracing::warn!(
-                    function = %function, label = managed.label, value = managed.value,
-                    "Label {} of {function} is {:?}, expected {}: using {}",
-                    managed.label, managed.value, managed.expected, managed.fallback
-                );
-            });
-        }
         if self.policy.zero_after.is_some() && !rules.zero_allowed {
             self.warn_once(Warning::NeverScaledToZero, || {
                 tracing::warn!(

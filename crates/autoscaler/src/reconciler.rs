@@ -13,9 +13,9 @@ use crate::decide::{AutoscaleRules, MonotonicMillis, decide, may_scale_to_zero};
 use crate::managed::{Change, ManagedFunction, Warning};
 use gateway_base::function::Function;
 use gateway_base::sync::lock_unpoisoned;
-use gateway_proxy::functions::policy::{Kind, Policy, is_managed};
+use gateway_proxy::functions::policy::scaling::Kind;
+use gateway_proxy::functions::source::ProviderPoller;
 use gateway_proxy::metrics::autoscale::{AutoscaleMetrics, ScaleSample};
-use gateway_proxy::metrics::poller::ProviderPoller;
 use gateway_queue::ingress::QueueIngress;
 
 /// Time limit for listing all functions.
@@ -80,23 +80,27 @@ impl Reconciler {
     pub async fn reconcile(&mut self) {
         match timeout(LIST_TIMEOUT, self.poller.functions()).await {
             Ok(Ok(listed)) => {
+                let registry = &self.poller.metrics.function_registry;
                 let listed: HashMap<Function, _> = listed
-                    .into_iter()
-                    .filter_map(|status| Some((self.poller.function_of(&status)?, status)))
-                    .filter(|(_, status)| status.labels.as_ref().is_some_and(is_managed))
+                    .iter()
+                    .filter_map(|status| Some((self.poller.function_of(status)?, status)))
+                    .map(|(function, status)| {
+                        let policy = registry.record_status(&function, status);
+                        (function, (policy, status.replicas))
+                    })
+                    .filter(|(_, (policy, _))| policy.scaled_by_load)
                     .collect();
                 let now = self.now();
                 let has_room = self.functions.len() < MAX_REMEMBERED_FUNCTIONS;
                 self.functions.retain(|function, managed| {
                     listed.contains_key(function) || (managed.on_missing(now) && has_room)
                 });
-                for (function, status) in listed {
-                    let labels = status.labels.unwrap_or_default();
-                    let (policy, invalid) = Policy::from_labels(&labels);
+                for (function, (policy, replicas)) in listed {
                     let managed = self.functions.entry(function.clone()).or_default();
-                    (managed.label, managed.policy) = (function.to_string(), policy);
-                    managed.on_listed(status.replicas, now);
-                    managed.warn_of_labels(&function, invalid, self.rules);
+                    managed.label = function.to_string();
+                    managed.policy = policy.scaling.clone();
+                    managed.on_listed(replicas, now);
+                    managed.warn_if_never_scaled_to_zero(&function, self.rules);
                 }
             }
             // The provider poller logs the failure.

@@ -1,6 +1,6 @@
 //! Cold starts: holds requests of a function that is not ready, scales it up, and releases them when it is ready.
 //!
-//! For a ready function a request only reads a flag (`metrics::registry::ReadyFlag`), which the provider poller
+//! For a ready function a request only reads a flag (`functions::registry::FunctionState`), which the provider poller
 //! updates. This module handles all other requests. Each function that is not ready has one queue of waiting requests
 //! and one activation task, which polls the provider and scales the function. So the provider receives one status query
 //! at a time and one scale request, however many requests wait on however many threads.
@@ -23,7 +23,7 @@ use tokio::sync::{Semaphore, SemaphorePermit};
 use crate::activator::activation::Activation;
 use crate::activator::cold_start_queue::{ColdStartQueue, PendingWait, Readiness, WaitState};
 use crate::error::Error;
-use crate::metrics::registry::FunctionRegistry;
+use crate::functions::registry::FunctionRegistry;
 use gateway_base::function::Function;
 use gateway_base::shutdown::Tasks;
 use gateway_base::sync::lock_unpoisoned;

@@ -1,5 +1,6 @@
 //! What the gateway knows about functions.
 
-pub mod bounds;
 pub mod exists;
 pub mod policy;
+pub mod registry;
+pub mod source;

@@ -115,7 +115,7 @@ impl Invoker {
         };
         let ids = RequestIds::from_headers(request.headers());
         let from_operator = self.dispatcher.activator.is_some()
-            && !recorder.is_warm()
+            && !recorder.is_ready()
             && self.operators.include(request.headers(), connection.address.ip());
         let request = request.map(|body| client_body(body, connection));
         let state = match &self.route {

@@ -3,9 +3,7 @@
 pub mod autoscale;
 pub mod calls;
 mod families;
-pub mod poller;
 pub mod query;
-pub mod registry;
 pub mod traces;
 
 use std::collections::HashMap;
@@ -21,10 +19,10 @@ use prometheus::{HistogramOpts, HistogramVec, IntCounterVec, Opts, Registry, Tex
 
 pub use families::ReplicaGauges;
 
+use crate::functions::registry::{FunctionRegistry, RETENTION};
 use crate::metrics::autoscale::AutoscaleMetrics;
 use crate::metrics::calls::Shard;
 use crate::metrics::families::FunctionCollector;
-use crate::metrics::registry::{FunctionRegistry, RETENTION};
 use crate::metrics::traces::SpansDropped;
 use gateway_base::sync::lock_unpoisoned;
 use gateway_queue::metrics::QueueMetrics;
@@ -137,7 +135,7 @@ impl Metrics {
                 let counters = series.counters();
                 (counters.started, counters.in_flight)
             };
-            let sum = sums.entry(Arc::clone(&series.label)).or_default();
+            let sum = sums.entry(Arc::clone(&series.handle.label)).or_default();
             sum.started += started;
             // The counters of two threads are read at different times, so the sum may be negative.
             sum.in_flight += u64::try_from(in_flight).unwrap_or_default();

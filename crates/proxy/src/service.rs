@@ -197,8 +197,8 @@ pub fn router_service(
     service_fn(move |mut request: Request<Incoming>| {
         connection.deadlines.on_exchange_started();
         let is_http_1_0 = request.version() < Version::HTTP_11;
-        // No function is called on these ports.
-        let checked = check(&mut request, false);
+        let is_call = RouteMatch::of(request.uri().path()).is_call();
+        let checked = check(&mut request, is_call);
         let (router, deadlines) = (router.clone(), Arc::clone(&connection.deadlines));
         async move {
             let mut request = request

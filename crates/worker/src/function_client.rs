@@ -9,7 +9,7 @@ use tokio::sync::SemaphorePermit;
 use tokio::time::timeout_at;
 
 use crate::attempt_result::{AttemptResult, read_response};
-use crate::retry_policies::RetryPolicyCache;
+use crate::retry_policies::RetryPolicies;
 use gateway_http::client::body::RequestBody;
 use gateway_http::client::exchange_outcome::ExchangeOutcome;
 use gateway_http::client::{self, Client, Origin, UpstreamResponse};
@@ -56,7 +56,7 @@ impl FunctionClient {
         call: &QueuedCall,
         response_limit: usize,
         context: Option<Context>,
-        retry_policies: &RetryPolicyCache,
+        retry_policies: &RetryPolicies,
     ) -> AttemptResult {
         let started = Instant::now();
         let label = call.function.to_string();
@@ -120,7 +120,7 @@ struct QueuedRequest<'a> {
     /// The function's name in the path.
     label: &'a str,
     context: Option<Context>,
-    retry_policies: &'a RetryPolicyCache,
+    retry_policies: &'a RetryPolicies,
     /// Number of requests that the function may have received.
     sends: u32,
     /// End of the last exchange.

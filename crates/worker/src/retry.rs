@@ -5,96 +5,10 @@ use std::time::{Duration, SystemTime};
 
 use http::HeaderValue;
 
-use gateway_base::duration;
+use gateway_proxy::functions::policy::retry::RetryPolicy;
 
-const ATTEMPTS_ANNOTATION: &str = "com.openfaas.retry.attempts";
-const CODES_ANNOTATION: &str = "com.openfaas.retry.codes";
-const MIN_WAIT_ANNOTATION: &str = "com.openfaas.retry.min_wait";
-const MAX_WAIT_ANNOTATION: &str = "com.openfaas.retry.max_wait";
-
-/// Maximum number of attempts that an annotation can set: more would keep a worker busy with a failing call.
-const MAX_ATTEMPTS: u32 = 100;
-/// Minimum of a configurable delay: a function that fails immediately must not be called in a tight loop.
-const MIN_WAIT: Duration = Duration::from_millis(100);
-const MAX_WAIT: Duration = Duration::from_secs(24 * 60 * 60);
 /// Maximum delay that a function can request by `Retry-After`.
 const MAX_RETRY_AFTER: Duration = Duration::from_secs(60 * 60);
-
-/// Maximum number of attempts, their delays, and the statuses that are retried.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct RetryPolicy {
-    /// Maximum number of attempts, including the first one; never 0.
-    pub attempts: u32,
-    /// Status codes after which the call is retried.
-    pub codes: Vec<u16>,
-    /// Maximum of the first delay.
-    pub min_wait: Duration,
-    /// Maximum of all delays, unless `Retry-After` asks for a longer one.
-    pub max_wait: Duration,
-}
-
-impl Default for RetryPolicy {
-    fn default() -> Self {
-        Self {
-            attempts: 5,
-            codes: vec![408, 429, 500, 502, 503, 504],
-            min_wait: Duration::from_secs(10),
-            max_wait: Duration::from_secs(120),
-        }
-    }
-}
-
-impl RetryPolicy {
-    /// Returns this policy with the values in a function's annotations, and a warning for each invalid value. Values
-    /// outside the limits are clamped; 0 attempts count as one.
-    #[must_use]
-    pub fn with_annotations<'a>(
-        mut self,
-        annotation: impl Fn(&str) -> Option<&'a str>,
-    ) -> (Self, Vec<String>) {
-        let mut warnings = Vec::new();
-        let value = |name| annotation(name).map(str::trim).filter(|value| !value.is_empty());
-        let mut warn = |name: &str, value: &str, expected: &str| {
-            warnings.push(format!("{name}: {value:?} is not {expected}"));
-        };
-        if let Some(text) = value(ATTEMPTS_ANNOTATION) {
-            match text.parse::<u32>() {
-                Ok(attempts) => self.attempts = attempts.clamp(1, MAX_ATTEMPTS),
-                Err(_) => warn(ATTEMPTS_ANNOTATION, text, "a number of attempts"),
-            }
-        }
-        if let Some(text) = value(CODES_ANNOTATION) {
-            let mut codes = Vec::new();
-            for part in text.split(',').map(str::trim).filter(|part| !part.is_empty()) {
-                match part.parse() {
-                    Ok(code) if (400..600).contains(&code) => codes.push(code),
-                    _ => warn(CODES_ANNOTATION, part, "a status from 400 to 599"),
-                }
-            }
-            if !codes.is_empty() {
-                self.codes = codes;
-            }
-        }
-        for (name, wait) in
-            [(MIN_WAIT_ANNOTATION, &mut self.min_wait), (MAX_WAIT_ANNOTATION, &mut self.max_wait)]
-        {
-            let Some(text) = value(name) else { continue };
-            match duration::parse(text) {
-                Some(parsed) => *wait = parsed.clamp(MIN_WAIT, MAX_WAIT),
-                None => warn(name, text, duration::EXPECTED),
-            }
-        }
-        self.max_wait = self.max_wait.max(self.min_wait);
-        (self, warnings)
-    }
-
-    /// Returns this policy with at most `attempts` attempts.
-    #[must_use]
-    pub fn capped(mut self, attempts: Option<u32>) -> Self {
-        self.attempts = self.attempts.min(attempts.unwrap_or(u32::MAX)).max(1);
-        self
-    }
-}
 
 /// The result of an attempt.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -228,55 +142,6 @@ mod tests {
             let outcome = Outcome { status: Some(503), retry_after };
             let got = decide(&RetryPolicy::default(), 1, outcome, 1.0);
             assert_eq!(got, Decision::RetryIn(expect * SECOND), "{asked}");
-        }
-    }
-
-    #[test]
-    fn each_annotation_overrides_one_value() {
-        let read = |pairs: &[(&str, &'static str)]| {
-            let find = |name: &str| {
-                pairs.iter().find(|(n, _)| name == format!("com.openfaas.retry.{n}")).map(|p| p.1)
-            };
-            let (policy, warnings) = RetryPolicy::default().with_annotations(find);
-            let RetryPolicy { attempts, codes, min_wait, max_wait } = policy;
-            (attempts, codes, min_wait.as_millis(), max_wait.as_millis(), warnings.len())
-        };
-        let default_codes = vec![408, 429, 500, 502, 503, 504];
-        let cases: [(&[_], _); 10] = [
-            (&[], (5, default_codes.clone(), 10_000, 120_000, 0)),
-            (
-                &[
-                    ("attempts", "3"),
-                    ("codes", "404, 503"),
-                    ("min_wait", "1s"),
-                    ("max_wait", "1m30s"),
-                ],
-                (3, vec![404, 503], 1000, 90_000, 0),
-            ),
-            (&[("attempts", "0")], (1, default_codes.clone(), 10_000, 120_000, 0)),
-            (&[("attempts", "1000000")], (100, default_codes.clone(), 10_000, 120_000, 0)),
-            (
-                &[("attempts", "-1"), ("min_wait", "2s")],
-                (5, default_codes.clone(), 2000, 120_000, 1),
-            ),
-            (&[("codes", "200,x,418,,700")], (5, vec![418], 10_000, 120_000, 3)),
-            (&[("codes", "soon")], (5, default_codes.clone(), 10_000, 120_000, 1)),
-            (
-                &[("min_wait", "0s"), ("max_wait", "soon")],
-                (5, default_codes.clone(), 100, 120_000, 1),
-            ),
-            (&[("min_wait", "5m")], (5, default_codes.clone(), 300_000, 300_000, 0)),
-            (&[("max_wait", "9999h"), ("codes", " ")], (5, default_codes, 10_000, 86_400_000, 0)),
-        ];
-        for (annotations, expect) in cases {
-            assert_eq!(read(annotations), expect, "{annotations:?}");
-        }
-    }
-
-    #[test]
-    fn the_lower_maximum_of_attempts_applies() {
-        for (asked, expect) in [(None, 5), (Some(2), 2), (Some(9), 5), (Some(0), 1)] {
-            assert_eq!(RetryPolicy::default().capped(asked).attempts, expect, "{asked:?}");
         }
     }
 

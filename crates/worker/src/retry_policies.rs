@@ -1,41 +1,41 @@
-//! Cache of the functions' retry policies, which are read from their annotations.
+//! Retry policies of the functions of queued calls. The registry of functions knows those that the provider has listed;
+//! this module queries the provider for others.
 //!
 //! While the provider is unavailable, the last known policy applies: a function that must not be executed twice may be
 //! failing for the same reason.
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use tokio::time::{Instant, sleep, timeout};
 
-use crate::retry::RetryPolicy;
 use gateway_base::function::Function;
 use gateway_base::sync::lock_unpoisoned;
 use gateway_provider::{Error, Provider};
+use gateway_proxy::functions::policy::FunctionPolicy;
+use gateway_proxy::functions::policy::retry::RetryPolicy;
+use gateway_proxy::functions::registry::FunctionRegistry;
 use gateway_queue::call::QueuedCall;
 
-/// Maximum number of cached functions.
-const MAX_CACHED_FUNCTIONS: usize = 10_000;
+/// Maximum number of functions whose policy could not be queried, and is not queried again for a while.
+const MAX_FAILING_FUNCTIONS: usize = 10_000;
 
 /// Timing of the requests to the provider.
 #[derive(Clone, Copy, Debug)]
-pub struct CacheTiming {
-    /// Lifetime of a cached policy. A changed annotation takes effect after this time.
-    pub ttl: Duration,
+pub struct QueryTiming {
     /// Timeout of one request.
-    pub query_timeout: Duration,
+    pub timeout: Duration,
     /// Delay before a failed request is retried.
     pub retry_interval: Duration,
-    /// Time after which a function whose policy was never fetched gets the default policy.
+    /// Time after which a function whose policy was never reported gets the default policy.
     pub give_up_after: Duration,
 }
 
-impl Default for CacheTiming {
+impl Default for QueryTiming {
     fn default() -> Self {
         Self {
-            ttl: Duration::from_secs(10),
-            query_timeout: Duration::from_secs(5),
+            timeout: Duration::from_secs(5),
             retry_interval: Duration::from_secs(1),
             give_up_after: Duration::from_secs(30),
         }
@@ -43,120 +43,105 @@ impl Default for CacheTiming {
 }
 
 /// Retry policies by function.
-pub struct RetryPolicyCache {
+pub struct RetryPolicies {
+    registry: Arc<FunctionRegistry>,
     provider: Provider,
-    timing: CacheTiming,
-    entries: Mutex<HashMap<Function, Arc<Entry>>>,
+    timing: QueryTiming,
+    /// Functions whose policy is being queried, or could not be queried.
+    queries: Mutex<HashMap<Function, Arc<Query>>>,
 }
 
 /// Locked during a request to the provider, so that there is one at a time for each function.
-type Entry = tokio::sync::Mutex<CachedPolicy>;
+type Query = tokio::sync::Mutex<QueryState>;
 
-/// The cached policy of one function.
+/// Failures of the queries of one function.
 #[derive(Default)]
-struct CachedPolicy {
-    /// The last fetched policy, however old.
-    policy: Option<RetryPolicy>,
-    /// No request is sent before this time.
-    valid_until: Option<Instant>,
-    /// Time of the first failure since the last success.
+struct QueryState {
+    /// Time of the first failure.
     failing_since: Option<Instant>,
+    /// The default policy applies until this time, without a query.
+    default_until: Option<Instant>,
 }
 
-impl RetryPolicyCache {
-    /// Creates a cache with the default timing.
-    pub fn new(provider: Provider) -> Self {
-        Self::with_timing(provider, CacheTiming::default())
+impl RetryPolicies {
+    /// Returns the policies in `registry`, and those that `provider` reports.
+    pub fn new(registry: Arc<FunctionRegistry>, provider: Provider) -> Self {
+        Self::with_timing(registry, provider, QueryTiming::default())
     }
 
-    /// Creates a cache with the given timing.
-    pub fn with_timing(provider: Provider, timing: CacheTiming) -> Self {
-        let provider = Provider { timeout: provider.timeout.min(timing.query_timeout), ..provider };
-        Self { provider, timing, entries: Mutex::default() }
+    /// Does the same as `new`, with the given timing.
+    pub fn with_timing(
+        registry: Arc<FunctionRegistry>,
+        provider: Provider,
+        timing: QueryTiming,
+    ) -> Self {
+        let provider = Provider { timeout: provider.timeout.min(timing.timeout), ..provider };
+        Self { registry, provider, timing, queries: Mutex::default() }
     }
 
-    /// Returns the retry policy of the function of `call`. If the provider is unavailable, returns the last known
-    /// policy. If there is none, retries for a while, then returns the default policy.
+    /// Returns the retry policy of the function of `call`. If the provider has not reported it and is unavailable,
+    /// retries for a while, then returns the default policy.
     pub async fn get(&self, call: &QueuedCall) -> RetryPolicy {
-        let entry = self.entry(&call.function);
-        let mut cached = entry.lock().await;
+        let function = &call.function;
+        if let Some(policy) = self.registry.policy(function) {
+            return policy.retry.clone();
+        }
+        let query = self.query_of(function);
+        let mut state = query.lock().await;
         loop {
-            if cached.valid_until.is_some_and(|valid_until| Instant::now() < valid_until) {
-                return cached.policy.clone().unwrap_or_default();
+            // The task that held the lock may have queried it.
+            if let Some(policy) = self.registry.policy(function) {
+                return policy.retry.clone();
             }
-            let error = match Box::pin(self.fetch(&mut cached, &call.function)).await {
-                Ok(policy) => return policy,
+            if state.default_until.is_some_and(|until| Instant::now() < until) {
+                return RetryPolicy::default();
+            }
+            let error = match Box::pin(self.fetch(function)).await {
+                Ok(policy) => {
+                    lock_unpoisoned(&self.queries).remove(function);
+                    return policy.retry.clone();
+                }
                 Err(error) => error,
             };
-            let (id, function) = (&call.id, &call.function);
-            let failing_since = *cached.failing_since.get_or_insert_with(Instant::now);
-            let may_retry = cached.policy.is_none() && !matches!(error, Error::NoSuchFunction(_));
-            if may_retry && failing_since.elapsed() < self.timing.give_up_after {
+            let (id, failing_since) =
+                (&call.id, *state.failing_since.get_or_insert_with(Instant::now));
+            if !matches!(error, Error::NoSuchFunction(_))
+                && failing_since.elapsed() < self.timing.give_up_after
+            {
                 tracing::info!(call_id = id, %function, %error, "The retry policy of a queued call is not known yet");
                 sleep(self.timing.retry_interval).await;
                 continue;
             }
-            let is_known = cached.policy.is_some();
-            tracing::debug!(
-                call_id = id, %function, %error, is_known,
-                "Using the last known or the default retry policy"
-            );
-            cached.valid_until = Some(Instant::now() + self.timing.retry_interval);
+            tracing::debug!(call_id = id, %function, %error, "Using the default retry policy");
+            state.default_until = Some(Instant::now() + self.timing.retry_interval);
         }
     }
 
-    /// Fetches the policy of `function` if it was never fetched: the provider may be unavailable when it is needed.
+    /// Queries the policy of `function` if it was never reported: the provider may be unavailable when it is needed.
     pub async fn prefetch(&self, function: &Function) {
-        let entry = self.entry(function);
-        // The task that holds the lock is fetching the policy.
-        if let Ok(mut cached) = entry.try_lock()
-            && cached.policy.is_none()
-            && let Err(error) = Box::pin(self.fetch(&mut cached, function)).await
-        {
+        if self.registry.policy(function).is_some() {
+            return;
+        }
+        let query = self.query_of(function);
+        // The task that holds the lock is querying the policy.
+        let Ok(_state) = query.try_lock() else { return };
+        if let Err(error) = Box::pin(self.fetch(function)).await {
             tracing::debug!(%function, %error, "The retry policy of a function cannot be fetched");
         }
     }
 
-    async fn fetch(
-        &self,
-        cached: &mut CachedPolicy,
-        function: &Function,
-    ) -> Result<RetryPolicy, Error> {
-        let response = timeout(self.timing.query_timeout, self.provider.status(function)).await;
+    async fn fetch(&self, function: &Function) -> Result<Arc<FunctionPolicy>, Error> {
+        let response = timeout(self.timing.timeout, self.provider.status(function)).await;
         let status = response.unwrap_or(Err(Error::Response("no response in time".to_owned())))?;
-        let annotations = status.annotations.unwrap_or_default();
-        let (policy, warnings) = RetryPolicy::default()
-            .with_annotations(|name| annotations.get(name).map(String::as_str));
-        for warning in warnings {
-            tracing::warn!(%function, warning, "Ignoring an invalid annotation");
-        }
         tracing::debug!(%function, "The retry policy of a function was fetched");
-        let valid_until = Some(Instant::now() + self.timing.ttl);
-        *cached = CachedPolicy { policy: Some(policy.clone()), valid_until, failing_since: None };
-        Ok(policy)
+        Ok(self.registry.record_status(function, &status))
     }
 
-    fn entry(&self, function: &Function) -> Arc<Entry> {
-        let mut entries = lock_unpoisoned(&self.entries);
-        if let Some(entry) = entries.get(function) {
-            return Arc::clone(entry);
+    fn query_of(&self, function: &Function) -> Arc<Query> {
+        let mut queries = lock_unpoisoned(&self.queries);
+        if queries.len() >= MAX_FAILING_FUNCTIONS && !queries.contains_key(function) {
+            queries.retain(|_, query| Arc::strong_count(query) > 1);
         }
-        if entries.len() >= MAX_CACHED_FUNCTIONS {
-            evict(&mut entries);
-        }
-        Arc::clone(entries.entry(function.clone()).or_default())
-    }
-}
-
-/// Removes functions with the default policy; if that is not enough, all that are not in use.
-fn evict(entries: &mut MutexGuard<'_, HashMap<Function, Arc<Entry>>>) {
-    entries.retain(|_, entry| match entry.try_lock() {
-        Ok(cached) => {
-            cached.policy.as_ref().is_some_and(|policy| *policy != RetryPolicy::default())
-        }
-        Err(_) => true,
-    });
-    if entries.len() >= MAX_CACHED_FUNCTIONS {
-        entries.retain(|_, entry| Arc::strong_count(entry) > 1);
+        Arc::clone(queries.entry(function.clone()).or_default())
     }
 }

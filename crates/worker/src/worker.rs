@@ -11,12 +11,13 @@ use tokio_util::task::TaskTracker;
 use crate::attempt_result::AttemptResult;
 use crate::callback::{CallbackPayload, CallbackSender, random};
 use crate::function_client::{FunctionClient, MAX_CALLBACK_BODY_BYTES};
-use crate::retry::{self, Decision, Outcome, decide};
-use crate::retry_policies::RetryPolicyCache;
+use crate::retry::{Decision, Outcome, decide};
+use crate::retry_policies::RetryPolicies;
 use crate::settlement_limit::SettlementLimiter;
 use gateway_base::error_chain::ErrorChain;
 use gateway_base::shutdown::ShutdownPhases;
 use gateway_http::callback_chain;
+use gateway_proxy::functions::policy::retry::RetryPolicy;
 use gateway_proxy::trace::context::{Context, TRACEPARENT, TRACESTATE};
 use gateway_proxy::trace::span::SpanKind;
 use gateway_proxy::trace::{ActiveSpan, Tracer};
@@ -38,7 +39,7 @@ pub struct Worker {
     /// Maximum number of parallel executions. A call releases its slot before it is settled.
     pub concurrency: usize,
     pub function_client: Arc<FunctionClient>,
-    pub retry_policies: Arc<RetryPolicyCache>,
+    pub retry_policies: Arc<RetryPolicies>,
     pub callbacks: CallbackSender,
     /// Maximum number of bytes of a response body that are stored.
     pub max_result_body_bytes: usize,
@@ -239,7 +240,7 @@ impl Worker {
         let attempts_made = delivery.attempts + 1;
         // A success without a callback needs no policy, and thus no request to the provider.
         let policy = match attempt.status {
-            Some(..400) if call.options.callback.is_none() => retry::RetryPolicy::default(),
+            Some(..400) if call.options.callback.is_none() => RetryPolicy::default(),
             _ => Box::pin(self.retry_policies.get(call)).await,
         };
         let policy = policy.capped(call.options.max_attempts);

@@ -1,6 +1,6 @@
 //! Effect of an alert on the replicas of a function. No I/O.
 
-use gateway_proxy::functions::bounds::ScaleBounds;
+use gateway_proxy::functions::policy::scaling::ScalingPolicy;
 
 /// Status of an alert.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -13,17 +13,17 @@ pub(super) enum AlertStatus {
 pub(super) fn replicas_after(
     status: AlertStatus,
     replicas: u64,
-    bounds: ScaleBounds,
+    policy: &ScalingPolicy,
 ) -> Option<u64> {
-    if bounds.factor == 0 {
+    if policy.factor == 0 {
         return None;
     }
     let wanted = match status {
         AlertStatus::Firing => {
-            let step = bounds.max.saturating_mul(bounds.factor).div_ceil(100);
-            replicas.saturating_add(step).min(bounds.max)
+            let step = policy.max.saturating_mul(policy.factor).div_ceil(100);
+            replicas.saturating_add(step).min(policy.max)
         }
-        AlertStatus::Resolved => bounds.min,
+        AlertStatus::Resolved => policy.min,
     };
     (wanted != replicas).then_some(wanted)
 }
@@ -41,7 +41,8 @@ mod tests {
         factor: u64,
         expect: Option<u64>,
     ) {
-        assert_eq!(replicas_after(status, replicas, ScaleBounds { min, max, factor }), expect);
+        let policy = ScalingPolicy { min, max, factor, ..ScalingPolicy::default() };
+        assert_eq!(replicas_after(status, replicas, &policy), expect);
     }
 
     #[test]

@@ -15,7 +15,7 @@ use serde::Deserialize;
 use crate::system::{ApiState, stream_response};
 use gateway_base::sync::lock_unpoisoned;
 use gateway_http::server::client_connection::ClientConnection;
-use gateway_proxy::metrics::registry::FunctionRegistry;
+use gateway_proxy::functions::registry::FunctionRegistry;
 
 /// Maximum bytes of a body that are captured: far more than a deployment needs.
 const MAX_CAPTURED_BYTES: usize = 64 << 10;
@@ -127,23 +127,25 @@ impl CapturedBody {
 
 #[cfg(test)]
 mod tests {
-    use std::collections::HashMap;
+    use std::collections::BTreeMap;
     use std::time::Instant;
 
     use super::*;
     use gateway_base::function::Function;
+    use gateway_provider::types::FunctionSummary;
 
     /// Returns whether `echo` and `other` are invalidated by a request with `body`.
     fn changes(body: &[u8]) -> (bool, bool) {
         let registry = FunctionRegistry::default();
         let functions = ["echo", "other"].map(|name| Function::parse(name, "fn").unwrap());
-        let listed: HashMap<_, _> = functions.iter().map(|f| (f.clone(), true)).collect();
+        let summary = FunctionSummary { available_replicas: 1, ..FunctionSummary::default() };
+        let listed: BTreeMap<_, _> = functions.iter().map(|f| (f.clone(), &summary)).collect();
         registry.apply_listing(&listed, Instant::now());
-        let ready = functions.map(|function| registry.ready_flag(&function));
+        let handles = functions.map(|function| registry.handle(&function));
         let captured = Arc::<Mutex<CapturedBody>>::default();
         body.chunks(1000).for_each(|piece| captured.lock().unwrap().capture(piece));
         drop(InvalidateOnDrop { registry: &registry, function: ChangedFunction::InBody(captured) });
-        (!ready[0].is_warm(), !ready[1].is_warm())
+        (!handles[0].is_ready(), !handles[1].is_ready())
     }
 
     #[test]

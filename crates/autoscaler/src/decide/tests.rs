@@ -1,13 +1,19 @@
 use proptest::prelude::*;
 
 use super::*;
-use gateway_proxy::functions::policy::Kind;
+use gateway_proxy::functions::policy::scaling::Kind;
 
 const RULES: AutoscaleRules = AutoscaleRules { window: 60_000, zero_allowed: true };
 
 /// 1 to 10 replicas of 10 calls each.
-fn policy() -> Policy {
-    Policy { max: 10, kind: Kind::Capacity, target: 10.0, proportion: 1.0, ..Policy::default() }
+fn policy() -> ScalingPolicy {
+    ScalingPolicy {
+        max: 10,
+        kind: Kind::Capacity,
+        target: 10.0,
+        proportion: 1.0,
+        ..ScalingPolicy::default()
+    }
 }
 
 fn observation(now: u64, wanted: u64, stable_load: f64, panic_load: f64) -> Observation {
@@ -23,14 +29,14 @@ fn observation(now: u64, wanted: u64, stable_load: f64, panic_load: f64) -> Obse
 }
 
 #[track_caller]
-fn check(policy: &Policy, observation: Observation, expect: (u64, Reason)) {
+fn check(policy: &ScalingPolicy, observation: Observation, expect: (u64, Reason)) {
     let (decision, _) = decide(RULES, policy, observation, DecisionState::default());
     assert_eq!((decision.desired, decision.reason), expect, "{observation:?}");
     assert_eq!(decision.send_request, decision.desired != observation.wanted);
 }
 
 /// Decides second by second; each decision becomes the next `wanted`.
-fn run(policy: &Policy, wanted: u64, loads: &[(u64, f64, f64)]) -> Vec<u64> {
+fn run(policy: &ScalingPolicy, wanted: u64, loads: &[(u64, f64, f64)]) -> Vec<u64> {
     let (mut wanted, mut state) = (wanted, DecisionState::default());
     let mut all = Vec::new();
     for (now, stable_load, panic_load) in loads {
@@ -51,14 +57,14 @@ fn each_replica_gets_its_share_of_the_load() {
     check(&policy, observation(0, 3, 0.0, 0.0), (1, Reason::Load));
     check(&policy, observation(0, 9, 1e300, 90.0), (10, Reason::Load));
     // 3 × 15 is more than 5 × 10 × 0.8.
-    let partial = Policy { proportion: 0.8, ..policy };
+    let partial = ScalingPolicy { proportion: 0.8, ..policy };
     check(&partial, observation(0, 3, 45.0, 45.0), (6, Reason::Load));
     check(&partial, observation(0, 3, 40.0, 40.0), (5, Reason::Load));
 }
 
 #[test]
 fn rounding_adds_no_replica() {
-    let policy = Policy { target: 10.0, proportion: 0.9, ..policy() };
+    let policy = ScalingPolicy { target: 10.0, proportion: 0.9, ..policy() };
     for replicas in 1..=10_u32 {
         let load = 9.0 * f64::from(replicas);
         check(
@@ -95,7 +101,7 @@ fn no_replica_is_removed_after_the_load_has_doubled() {
 
 #[test]
 fn replicas_are_kept_for_the_down_window() {
-    let policy = Policy { down_window: Duration::from_secs(30), ..policy() };
+    let policy = ScalingPolicy { down_window: Duration::from_secs(30), ..policy() };
     let loads =
         [(0, 50.0, 50.0), (10, 40.0, 40.0), (20, 10.0, 10.0), (31, 10.0, 10.0), (41, 10.0, 10.0)];
     assert_eq!(run(&policy, 5, &loads), [5, 5, 5, 4, 1]);
@@ -103,7 +109,7 @@ fn replicas_are_kept_for_the_down_window() {
 
 #[test]
 fn replicas_out_of_bounds_are_corrected() {
-    let policy = Policy { min: 2, max: 4, ..policy() };
+    let policy = ScalingPolicy { min: 2, max: 4, ..policy() };
     check(&policy, observation(0, 1, 0.0, 0.0), (2, Reason::Bounds));
     check(&policy, observation(0, 9, 35.0, 35.0), (4, Reason::Bounds));
     check(&policy, observation(0, 9, 25.0, 25.0), (3, Reason::Load));
@@ -137,7 +143,7 @@ fn an_incomplete_observation_removes_no_replica() {
 
 #[test]
 fn an_idle_function_is_scaled_to_zero_if_allowed() {
-    let zero = Policy { zero_after: Some(Duration::from_secs(60)), ..policy() };
+    let zero = ScalingPolicy { zero_after: Some(Duration::from_secs(60)), ..policy() };
     let idle_for = |seconds| Some(Duration::from_secs(seconds));
     let idle = Observation { busy: false, idle_for: idle_for(60), ..observation(0, 3, 0.0, 0.0) };
     check(&zero, idle, (0, Reason::Idle));
@@ -152,7 +158,7 @@ fn an_idle_function_is_scaled_to_zero_if_allowed() {
 
 #[test]
 fn a_function_at_zero_is_not_changed() {
-    let policy = Policy { min: 3, ..policy() };
+    let policy = ScalingPolicy { min: 3, ..policy() };
     check(&policy, observation(0, 0, 500.0, 500.0), (0, Reason::ScaledToZero));
 }
 
@@ -193,10 +199,11 @@ prop_compose! {
         target in 0.1_f64..100.0,
         proportion in 0.01_f64..=1.0,
         down_window in 0_u64..100,
-    ) -> Policy {
-        Policy {
+    ) -> ScalingPolicy {
+        ScalingPolicy {
             min,
             max: min.max(1) + room,
+            factor: 10,
             zero_after: zero_after.map(Duration::from_secs),
             kind: Kind::Rps,
             target,
@@ -223,7 +230,7 @@ prop_compose! {
 
 /// Runs through observations in which other clients sometimes change the replicas.
 fn each(
-    policy: &Policy,
+    policy: &ScalingPolicy,
     all: &[(u64, Option<u64>, Observation)],
     mut check_each: impl FnMut(Observation, &DecisionState, Decision) -> Result<(), TestCaseError>,
 ) -> Result<(), TestCaseError> {

@@ -78,7 +78,10 @@ impl Activation {
         let function = &queue.function;
         let hold = if self.not_ready { LONG_POLL } else { Duration::ZERO };
         let (replicas, failure) = match activator.provider.status_wait_ready(function, hold).await {
-            Ok(status) => (ReplicaCounts::from(&status), status.start_failure),
+            Ok(status) => {
+                let policy = activator.registry.record_status(function, &status);
+                (ReplicaCounts::new(&status, policy.scaling.min), status.start_failure)
+            }
             Err(Error::NoSuchFunction(_)) => {
                 activator.registry.set_ready(function, false, queried_at);
                 self.finish(ActivationError::NoSuchFunction);
@@ -91,7 +94,6 @@ impl Activation {
             }
             Err(error) => return Err(error),
         };
-        activator.registry.confirm(function);
         queue.set_confirmed();
         // A failure of a function at zero replicas may be fixed by now: try to start it first.
         if let Some(failure) = failure.filter(|_| replicas.available == 0 && replicas.desired > 0) {

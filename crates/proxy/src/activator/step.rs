@@ -1,8 +1,5 @@
 //! Next step of an activation. No I/O.
 
-use std::collections::BTreeMap;
-
-use crate::functions::bounds::ScaleBounds;
 use gateway_provider::types::FunctionSummary;
 
 /// Replica counts of a function, as the provider reports them.
@@ -23,11 +20,10 @@ pub enum Step {
     Wait,
 }
 
-impl From<&FunctionSummary> for ReplicaCounts {
-    fn from(status: &FunctionSummary) -> Self {
-        let none = BTreeMap::new();
-        let bounds = ScaleBounds::from_labels(status.labels.as_ref().unwrap_or(&none));
-        Self { desired: status.replicas, available: status.available_replicas, min: bounds.min }
+impl ReplicaCounts {
+    /// Returns the counts in `status` of a function with the minimum `min`.
+    pub fn new(status: &FunctionSummary, min: u64) -> Self {
+        Self { desired: status.replicas, available: status.available_replicas, min }
     }
 }
 
@@ -76,16 +72,5 @@ mod tests {
     fn the_same_replicas_are_not_requested_twice() {
         check((0, 0, 1), true, Step::Wait);
         check((1, 0, 1), true, Step::Wait);
-    }
-
-    #[test]
-    fn the_minimum_is_read_from_the_label() {
-        let min = |text: &str| {
-            let labels = BTreeMap::from([("com.openfaas.scale.min".to_owned(), text.to_owned())]);
-            let status = FunctionSummary { labels: Some(labels), ..FunctionSummary::default() };
-            ReplicaCounts::from(&status).min
-        };
-        assert_eq!((min("3"), min("0"), min("many")), (3, 0, 1));
-        assert_eq!(ReplicaCounts::from(&FunctionSummary::default()).min, 1);
     }
 }

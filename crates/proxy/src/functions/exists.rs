@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use crate::error::Error;
-use crate::metrics::registry::FunctionRegistry;
+use crate::functions::registry::FunctionRegistry;
 use gateway_base::function::Function;
 use gateway_provider::{self as provider, Provider};
 use gateway_queue::ingress::QueueIngress;

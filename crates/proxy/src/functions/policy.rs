@@ -1,184 +1,93 @@
-//! Scaling policy of a function, from its labels. No I/O.
+//! Policies of a function, from its labels and annotations. The only parser of these. No I/O.
+
+pub mod retry;
+pub mod scaling;
 
 use std::collections::BTreeMap;
-use std::time::Duration;
 
-use gateway_base::duration;
+use self::retry::RetryPolicy;
+use self::scaling::ScalingPolicy;
 
-type Labels = BTreeMap<String, String>;
+/// Labels or annotations.
+pub type Values = BTreeMap<String, String>;
 
-const MIN: &str = "com.openfaas.scale.min";
-const MAX: &str = "com.openfaas.scale.max";
-const FACTOR: &str = "com.openfaas.scale.factor";
-const ZERO: &str = "com.openfaas.scale.zero";
-const ZERO_DURATION: &str = "com.openfaas.scale.zero-duration";
-const TYPE: &str = "com.openfaas.scale.type";
-const TARGET: &str = "com.openfaas.scale.target";
-const PROPORTION: &str = "com.openfaas.scale.target-proportion";
-const DOWN_WINDOW: &str = "com.openfaas.scale.down.window";
+/// Prefix of the names that have a meaning for the gateway.
+pub(super) const PREFIX: &str = "com.openfaas.";
 
-/// Labels that only apply to scaling by load.
-const BY_LOAD: [&str; 6] = [ZERO, ZERO_DURATION, TYPE, TARGET, PROPORTION, DOWN_WINDOW];
-
-/// Maximum of [`DOWN_WINDOW`]: recommendations are kept for that time.
-const MAX_DOWN_WINDOW: Duration = Duration::from_secs(3600);
-
-/// Measure of the load of a replica.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Kind {
-    /// Calls started per second.
-    Rps,
-    /// Calls in flight.
-    Capacity,
-    /// Millicores, as the provider reports them.
-    Cpu,
+/// Policies of a function.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct FunctionPolicy {
+    pub scaling: ScalingPolicy,
+    /// The function is scaled by load, not by alerts.
+    pub scaled_by_load: bool,
+    pub retry: RetryPolicy,
 }
 
-/// Scaling policy of a function.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Policy {
-    /// `com.openfaas.scale.min`
-    pub min: u64,
-    /// `com.openfaas.scale.max`, never below `min`.
-    pub max: u64,
-    /// `com.openfaas.scale.zero`, `.zero-duration`: idle time until the function is scaled to zero; `None` if that is
-    /// not allowed.
-    pub zero_after: Option<Duration>,
-    /// `com.openfaas.scale.type`
-    pub kind: Kind,
-    /// `com.openfaas.scale.target`: target load of a replica.
-    pub target: f64,
-    /// `com.openfaas.scale.target-proportion`: proportion of the target to use.
-    pub proportion: f64,
-    /// `com.openfaas.scale.down.window`: replicas are removed only if they were not needed for this time.
-    pub down_window: Duration,
-}
-
-/// A label with an invalid value, and the value used instead.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
-pub struct InvalidLabel {
-    pub label: &'static str,
+/// A label or annotation with an invalid value, and the value used instead.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct InvalidValue {
+    /// `Label` or `Annotation`
+    pub kind: &'static str,
+    pub name: &'static str,
     pub value: String,
     pub expected: &'static str,
     pub fallback: String,
 }
 
-impl Kind {
-    /// Returns the name in labels and metrics.
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Self::Rps => "rps",
-            Self::Capacity => "capacity",
-            Self::Cpu => "cpu",
-        }
-    }
-}
-
-impl Default for Policy {
-    fn default() -> Self {
-        Self {
-            min: 1,
-            max: 20,
-            zero_after: None,
-            kind: Kind::Rps,
-            target: 50.0,
-            proportion: 0.9,
-            down_window: Duration::ZERO,
-        }
-    }
-}
-
-impl Policy {
-    /// Reads labels. Invalid ones count as absent, and are returned.
-    pub fn from_labels(labels: &Labels) -> (Self, Vec<InvalidLabel>) {
-        let default = Self::default();
-        let mut reader = LabelReader { labels, invalid: Vec::new() };
-        let min = reader.read(MIN, "a whole number", "1", |text| text.parse().ok());
-        let min = min.unwrap_or(default.min);
-        let kind = reader.read(TYPE, "rps, capacity or cpu", "rps", |text| match text {
-            "rps" => Some(Kind::Rps),
-            "capacity" => Some(Kind::Capacity),
-            "cpu" => Some(Kind::Cpu),
-            _ => None,
-        });
-        let zero = reader.read(ZERO, "true or false", "false", |text| match text {
-            "true" | "1" => Some(true),
-            "false" | "0" => Some(false),
-            _ => None,
-        });
-        let after = reader.read(ZERO_DURATION, duration::EXPECTED, "15m", duration::parse);
-        let after = after.unwrap_or(Duration::from_secs(15 * 60));
-        let target = reader.read(TARGET, "a number above 0", "50", |text| {
-            text.parse().ok().filter(|target: &f64| target.is_finite() && *target > 0.0)
-        });
-        let proportion =
-            reader.read(PROPORTION, "a number above 0 and at most 1", "0.90", |text| {
-                text.parse().ok().filter(|part: &f64| *part > 0.0 && *part <= 1.0)
-            });
-        let down = reader.read(DOWN_WINDOW, "a duration of at most 1h", "0s", |text| {
-            duration::parse(text).filter(|window| *window <= MAX_DOWN_WINDOW)
-        });
-        // A minimum above the default maximum raises the maximum.
-        let default_max = default.max.max(min);
-        let max = reader.read(
-            MAX,
-            "a whole number, and not below the min",
-            &default_max.to_string(),
-            |t| t.parse().ok().filter(|max| *max >= min.max(1)),
-        );
+impl FunctionPolicy {
+    /// Reads labels and annotations. Invalid values count as absent, and are returned.
+    pub fn parse(labels: &Values, annotations: &Values) -> (Self, Vec<InvalidValue>) {
+        let (mut labels_reader, mut annotations_reader) =
+            (ValueReader::new("Label", labels), ValueReader::new("Annotation", annotations));
+        let scaling = ScalingPolicy::read(&mut labels_reader);
         let policy = Self {
-            min,
-            max: max.unwrap_or(default_max),
-            zero_after: zero.unwrap_or(false).then_some(after),
-            kind: kind.unwrap_or(default.kind),
-            target: target.unwrap_or(default.target),
-            proportion: proportion.unwrap_or(default.proportion),
-            down_window: down.unwrap_or(default.down_window),
+            scaled_by_load: scaling::is_managed(labels, &scaling),
+            scaling,
+            retry: RetryPolicy::read(&mut annotations_reader),
         };
-        (policy, reader.invalid)
+        let mut invalid = labels_reader.invalid;
+        invalid.append(&mut annotations_reader.invalid);
+        (policy, invalid)
     }
 }
 
-/// Returns whether a function with these labels is scaled by load: a label requests it, and the bounds leave room.
-/// Functions with only bounds and `factor: 0`, which disables scaling by alerts, are not scaled here either.
-pub fn is_managed(labels: &Labels) -> bool {
-    let has = |label: &&str| labels.contains_key(*label);
-    let disabled = labels.get(FACTOR).is_some_and(|factor| factor.trim() == "0");
-    let requested = BY_LOAD.iter().any(has) || (!disabled && [MIN, MAX].iter().any(has));
-    if !requested {
-        return false;
+/// Reads values and collects invalid ones.
+struct ValueReader<'a> {
+    kind: &'static str,
+    values: &'a Values,
+    invalid: Vec<InvalidValue>,
+}
+
+impl<'a> ValueReader<'a> {
+    fn new(kind: &'static str, values: &'a Values) -> Self {
+        Self { kind, values, invalid: Vec::new() }
     }
-    let (policy, _) = Policy::from_labels(labels);
-    policy.max > policy.min || policy.zero_after.is_some()
-}
 
-/// Reads labels and collects invalid ones.
-struct LabelReader<'a> {
-    labels: &'a Labels,
-    invalid: Vec<InvalidLabel>,
-}
+    /// Returns the value called `name` without surrounding spaces.
+    fn text(&self, name: &str) -> Option<&'a str> {
+        self.values.get(name).map(|text| text.trim())
+    }
 
-impl LabelReader<'_> {
     fn read<T>(
         &mut self,
-        label: &'static str,
+        name: &'static str,
         expected: &'static str,
         fallback: &str,
         parse: impl FnOnce(&str) -> Option<T>,
     ) -> Option<T> {
-        let text = self.labels.get(label)?;
-        let parsed = parse(text.trim());
+        let text = self.text(name)?;
+        let parsed = parse(text);
         if parsed.is_none() {
-            // Labels are user input, so the logged value is truncated.
-            let value = text.chars().take(64).collect();
-            self.invalid.push(InvalidLabel {
-                label,
-                value,
-                expected,
-                fallback: fallback.to_owned(),
-            });
+            self.reject(name, text, expected, fallback);
         }
         parsed
+    }
+
+    fn reject(&mut self, name: &'static str, text: &str, expected: &'static str, fallback: &str) {
+        // Values are user input, so the logged part is limited.
+        let value = text.chars().take(64).collect();
+        let (kind, fallback) = (self.kind, fallback.to_owned());
+        self.invalid.push(InvalidValue { kind, name, value, expected, fallback });
     }
 }
 
@@ -186,93 +95,16 @@ impl LabelReader<'_> {
 mod tests {
     use super::*;
 
-    fn labels(list: &[(&str, &str)]) -> Labels {
-        let label = |(name, value): &(&str, &str)| {
-            (format!("com.openfaas.scale.{name}"), (*value).to_owned())
-        };
-        list.iter().map(label).collect()
-    }
-
     #[test]
-    fn labels_define_the_policy() {
-        let (policy, invalid) = Policy::from_labels(&labels(&[
-            ("min", "2"),
-            ("max", " 7 "),
-            ("zero", "true"),
-            ("zero-duration", "90s"),
-            ("type", "capacity"),
-            ("target", "2.5"),
-            ("target-proportion", "1"),
-            ("down.window", "5m"),
-        ]));
-        assert_eq!(invalid, []);
-        let expect = Policy {
-            min: 2,
-            max: 7,
-            zero_after: Some(Duration::from_secs(90)),
-            kind: Kind::Capacity,
-            target: 2.5,
-            proportion: 1.0,
-            down_window: Duration::from_secs(300),
-        };
-        assert_eq!(policy, expect);
-    }
-
-    #[test]
-    fn an_invalid_label_counts_as_absent_and_is_reported() {
-        for (name, value) in [
-            ("min", "-1"),
-            ("min", "two"),
-            ("max", ""),
-            ("max", "0"),
-            ("max", "1.5"),
-            ("zero", "yes"),
-            ("zero-duration", "soon"),
-            ("type", "memory"),
-            ("target", "0"),
-            ("target", "NaN"),
-            ("target", "inf"),
-            ("target", "-3"),
-            ("target-proportion", "1.5"),
-            ("target-proportion", "0"),
-            ("target-proportion", "NaN"),
-            ("down.window", "2h"),
-        ] {
-            let (policy, invalid) = Policy::from_labels(&labels(&[(name, value)]));
-            assert_eq!(policy, Policy::default(), "{name}: {value}");
-            let [invalid] = &invalid[..] else { panic!("{name}: {value} gives {invalid:?}") };
-            assert!(invalid.label.ends_with(name) && invalid.value == value, "{invalid:?}");
-        }
-    }
-
-    #[test]
-    fn the_maximum_is_never_below_the_minimum() {
-        let bounds = |list: &[(&str, &str)]| {
-            let (policy, invalid) = Policy::from_labels(&labels(list));
-            (policy.min, policy.max, invalid.len())
-        };
-        assert_eq!(bounds(&[("min", "3"), ("max", "3")]), (3, 3, 0));
-        assert_eq!(bounds(&[("min", "30")]), (30, 30, 0));
-        assert_eq!(bounds(&[("min", "5"), ("max", "2")]), (5, 20, 1));
-        assert_eq!(bounds(&[("min", "30"), ("max", "2")]), (30, 30, 1));
-    }
-
-    #[test]
-    fn a_function_is_managed_when_labels_request_it_and_the_bounds_leave_room() {
-        for (list, expect) in [
-            (&[][..], false),
-            (&[("factor", "20")], false),
-            (&[("max", "5")], true),
-            (&[("min", "2")], true),
-            (&[("type", "capacity")], true),
-            (&[("max", "1")], false),
-            (&[("min", "4"), ("max", "4")], false),
-            (&[("min", "4"), ("max", "4"), ("zero", "true")], true),
-            (&[("max", "5"), ("factor", "0")], false),
-            (&[("max", "5"), ("factor", "0"), ("type", "rps")], true),
-            (&[("zero", "true"), ("factor", "0")], true),
-        ] {
-            assert_eq!(is_managed(&labels(list)), expect, "{list:?}");
-        }
+    fn invalid_labels_and_annotations_are_reported_with_what_is_used_instead() {
+        let values = |name: &str| Values::from([(name.to_owned(), "many".to_owned())]);
+        let (policy, invalid) = FunctionPolicy::parse(
+            &values("com.openfaas.scale.max"),
+            &values("com.openfaas.retry.attempts"),
+        );
+        assert_eq!(policy, FunctionPolicy { scaled_by_load: true, ..FunctionPolicy::default() });
+        let found: Vec<_> =
+            invalid.iter().map(|invalid| (invalid.kind, invalid.fallback.as_str())).collect();
+        assert_eq!(found, [("Label", "20"), ("Annotation", "5")]);
     }
 }

@@ -97,7 +97,7 @@ impl Dispatcher {
             None => request.send(target.origin).await?,
             Some(activator) => {
                 let mut result = None;
-                if recorder.is_warm() && !needs_confirmed_readiness {
+                if recorder.is_ready() && !needs_confirmed_readiness {
                     result = Some(request.send(target.origin).await);
                 }
                 match result {

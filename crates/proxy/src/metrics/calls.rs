@@ -9,7 +9,7 @@ use foldhash::fast::RandomState;
 use http::StatusCode;
 
 use crate::error::client_closed_request;
-use crate::metrics::registry::{FunctionRegistry, ReadyFlag};
+use crate::functions::registry::{FunctionHandle, FunctionRegistry, FunctionState};
 use gateway_base::function::Function;
 use gateway_base::sync::lock_unpoisoned;
 
@@ -48,11 +48,8 @@ pub enum Outcome {
 /// Counters of one function on one thread.
 #[derive(Debug)]
 pub struct Series {
-    pub function: Function,
-    /// `function_name`: name and namespace.
-    pub label: Arc<str>,
-    /// Readiness flag of the function, shared by all threads.
-    ready: Arc<ReadyFlag>,
+    /// What all threads know about the function.
+    pub handle: FunctionHandle,
     counters: Mutex<Counters>,
 }
 
@@ -105,9 +102,8 @@ impl DurationHistogram {
 }
 
 impl Series {
-    fn new(function: Function, ready: Arc<ReadyFlag>) -> Arc<Self> {
-        let label = function.to_string().into();
-        Arc::new(Self { function, label, ready, counters: Mutex::default() })
+    fn new(handle: FunctionHandle) -> Arc<Self> {
+        Arc::new(Self { handle, counters: Mutex::default() })
     }
 
     /// Locks the counters.
@@ -131,7 +127,7 @@ impl Shard {
         let unknown = Function { name: UNKNOWN_FUNCTION.to_owned(), namespace: String::new() };
         Self {
             by_segment: Mutex::default(),
-            unknown: Series::new(unknown, Arc::default()),
+            unknown: Series::new(FunctionState::new(unknown)),
             registry,
             default_namespace,
         }
@@ -179,7 +175,7 @@ impl Shard {
             let counters = series.counters();
             counters.in_flight > 0
                 || counters.last_started.is_some_and(|began| began > active)
-                || self.registry.contains(&series.function)
+                || self.registry.contains(&series.handle.function)
         });
     }
 
@@ -190,8 +186,7 @@ impl Shard {
         let series = match segments.get(label.as_str()) {
             Some(series) => Arc::clone(series),
             None => {
-                let ready = self.registry.ready_flag(&function);
-                let series = Series::new(function, ready);
+                let series = Series::new(self.registry.handle(&function));
                 segments.insert(label.into(), Arc::clone(&series));
                 series
             }
@@ -227,7 +222,9 @@ impl InFlightRecorder {
 
     /// Returns the called function.
     pub fn function(&self) -> &Function {
-        self.unregistered.as_ref().map_or(&self.series.function, |unregistered| &unregistered.1)
+        self.unregistered
+            .as_ref()
+            .map_or(&self.series.handle.function, |unregistered| &unregistered.1)
     }
 
     /// Returns whether the function is unregistered.
@@ -236,8 +233,8 @@ impl InFlightRecorder {
     }
 
     /// Returns whether the function is ready.
-    pub fn is_warm(&self) -> bool {
-        self.series.ready.is_warm()
+    pub fn is_ready(&self) -> bool {
+        self.series.handle.is_ready()
     }
 
     /// Sets the status of the response.

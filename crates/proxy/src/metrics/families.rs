@@ -61,7 +61,7 @@ impl FunctionCollector {
         let mut sums: BTreeMap<Arc<str>, Counters> = BTreeMap::new();
         for series in self.shards.iter().flat_map(|shard| shard.series()) {
             let counters = series.counters().clone();
-            let sum = sums.entry(Arc::clone(&series.label)).or_default();
+            let sum = sums.entry(Arc::clone(&series.handle.label)).or_default();
             sum.started += counters.started;
             sum.in_flight += counters.in_flight;
             for (code, durations) in counters.by_code {

@@ -11,14 +11,14 @@ use http::{HeaderMap, HeaderValue, StatusCode};
 
 use crate::callback::target::CallbackTarget;
 use crate::function_client::FunctionClient;
-use crate::retry_policies::RetryPolicyCache;
+use crate::retry_policies::RetryPolicies;
 use gateway_base::function::{Function, has_dot_segment};
 use gateway_http::call_id::RequestIds;
 use gateway_http::limit::{ConcurrencyLimit, PermitCache};
 use gateway_provider::Provider;
 use gateway_proxy::error::Error;
 use gateway_proxy::functions::exists::check_function_exists;
-use gateway_proxy::metrics::registry::FunctionRegistry;
+use gateway_proxy::functions::registry::FunctionRegistry;
 use gateway_proxy::routing::{Destination, RouteMatch};
 use gateway_queue::call::{CallOptions, QueuedCall};
 use gateway_queue::ingress::{QueueIngress, function_headers};
@@ -27,7 +27,7 @@ use gateway_queue::now;
 /// Executes such callbacks.
 pub struct LocalExecutor {
     pub function_client: Arc<FunctionClient>,
-    pub retry_policies: Arc<RetryPolicyCache>,
+    pub retry_policies: Arc<RetryPolicies>,
     pub ingress: Arc<QueueIngress>,
     /// Confirms that the function of a call to enqueue exists.
     pub provider: Provider,

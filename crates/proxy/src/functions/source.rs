@@ -1,14 +1,14 @@
-//! Polls the provider's list of functions. Source of the replica gauges, of the function registry, and of the
+//! Feeds the registry: polls the provider's list of functions. Source of the replica gauges, of the function registry, and of the
 //! provider's health.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use http::StatusCode;
 use tokio_util::sync::CancellationToken;
 
-use crate::functions::policy::Policy;
+use crate::functions::policy::scaling::ScalingPolicy;
 use crate::metrics::{Metrics, ReplicaGauges};
 use crate::readiness::Readiness;
 use gateway_base::function::Function;
@@ -114,12 +114,13 @@ impl ProviderPoller {
         // A provider without namespaces lists the same functions for each namespace.
         let named: BTreeMap<Function, &FunctionSummary> =
             functions.iter().filter_map(|f| Some((self.function_of(f)?, f))).collect();
-        let ready: HashMap<Function, bool> =
-            named.iter().map(|(name, f)| (name.clone(), f.available_replicas > 0)).collect();
-        self.metrics.function_registry.apply_listing(&ready, queried_at);
+        self.metrics.function_registry.apply_listing(&named, queried_at);
         self.metrics.remove_deleted(Instant::now());
         if self.exports_replicas {
-            let replicas = named.iter().map(|(name, f)| replica_gauges(name, f));
+            let registry = &self.metrics.function_registry;
+            let policy = |name| registry.policy(name).unwrap_or_default();
+            let replicas =
+                named.iter().map(|(name, f)| replica_gauges(name, f, &policy(name).scaling));
             self.metrics.set_replicas(replicas.collect());
         }
     }
@@ -137,9 +138,11 @@ impl ProviderPoller {
     }
 }
 
-fn replica_gauges(name: &Function, status: &FunctionSummary) -> ReplicaGauges {
-    let labels = status.labels.clone().unwrap_or_default();
-    let (policy, _) = Policy::from_labels(&labels);
+fn replica_gauges(
+    name: &Function,
+    status: &FunctionSummary,
+    policy: &ScalingPolicy,
+) -> ReplicaGauges {
     ReplicaGauges {
         label: name.to_string(),
         desired: status.replicas,
