@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use gateway_http::call_id::RequestIds;
 use gateway_http::client::headers::{to_client, to_upstream};
-use gateway_http::deadlines::Deadlines;
+use gateway_http::deadlines::ConnectionDeadlines;
 use gateway_http::limit::ConcurrencyLimit;
 use gateway_proxy::metrics::calls::Outcome;
 use gateway_proxy::metrics::{Metrics, calls::Shard};
@@ -95,10 +95,12 @@ fn main() {
     let limit = ConcurrencyLimit::new(10_000, 2);
     let cache = limit.permit_cache(0);
     time("acquire and release a permit", || (), |()| drop(black_box(limit.try_acquire(&cache))));
-    let deadlines = Deadlines::new();
+    let deadlines = ConnectionDeadlines::new();
     time("set the deadlines of a call", Instant::now, |now| {
         deadlines.on_head_started(Duration::from_secs(60));
-        deadlines.set_exchange_deadline(deadlines.on_exchange_started() + Duration::from_secs(60));
+        deadlines
+            .exchange()
+            .set_deadline(deadlines.on_exchange_started() + Duration::from_secs(60));
         deadlines.on_exchange_finished(now, Duration::from_secs(60));
     });
 }

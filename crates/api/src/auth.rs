@@ -87,14 +87,14 @@ async fn ask_auth_proxy(
     *subrequest.headers_mut() = auth_request::headers(&parts);
     let context = RequestContext {
         client_address: &connection.forwarded_for,
-        deadlines: &connection.deadlines,
+        deadlines: connection.deadlines.exchange(),
         started_at: Instant::now(),
         timeout: api.timeouts.upstream,
         is_client_request: false,
     };
     let response = forward(&api.client, &proxy.origin, subrequest, context).await?.response;
     if response.status().is_success() {
-        connection.deadlines.clear_exchange_deadline();
+        connection.deadlines.exchange().clear_deadline();
         return Ok(Ok(Request::from_parts(parts, body)));
     }
     let (status, headers, text) = collect_response(response).await?;

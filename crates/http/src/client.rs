@@ -37,7 +37,7 @@ use crate::client::tunnel::Tunnel;
 use crate::client::upstream_body::UpstreamBody;
 use crate::client::wire::request::{path_and_query, write_header, write_request_line};
 pub use crate::client::{Client, Error, Origin};
-use crate::deadlines::Deadlines;
+use crate::deadlines::ExchangeDeadlines;
 
 /// Content types of responses without an end in sight. Their timeout applies to each pause, not to the whole response.
 const STREAMING_CONTENT_TYPES: [&str; 5] = [
@@ -58,7 +58,7 @@ pub struct RequestContext<'a> {
     /// The IP address of the client, for `X-Forwarded-For`.
     pub client_address: &'a HeaderValue,
     /// The deadlines of the exchange; the exchange ends when they expire.
-    pub deadlines: &'a Arc<Deadlines>,
+    pub deadlines: &'a Arc<ExchangeDeadlines>,
     /// Start of the exchange.
     pub started_at: Instant,
     /// Maximum time from `started_at` to the last byte of the response; for a streaming response the longest pause.
@@ -140,7 +140,7 @@ pub fn prepare(
     request_ids: Option<&RequestIds>,
     context: RequestContext<'_>,
 ) -> Result<OutgoingRequest, Error> {
-    context.deadlines.set_exchange_deadline(context.started_at + context.timeout);
+    context.deadlines.set_deadline(context.started_at + context.timeout);
     if !origin.path().is_empty() {
         origin.target(request.uri())?;
     }

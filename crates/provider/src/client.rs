@@ -18,7 +18,7 @@ use gateway_http::client::upstream_body::{ResponseBodyError, UpstreamBody};
 use gateway_http::client::{self, Client, Origin};
 use gateway_http::credentials::Credentials;
 use gateway_http::credentials::attempts::{CredentialAttempts, is_refusal};
-use gateway_http::deadlines::Deadlines;
+use gateway_http::deadlines::ExchangeDeadlines;
 
 /// The header of a client's preferences (RFC 7240).
 const PREFER: HeaderName = HeaderName::from_static("prefer");
@@ -197,8 +197,8 @@ pub async fn send_and_collect(
     request: Request<RequestBody>,
     timeout: Duration,
 ) -> Result<(StatusCode, Bytes), Error> {
-    let deadlines = Arc::new(Deadlines::new());
-    deadlines.set_exchange_deadline(Instant::now() + timeout);
+    let deadlines = Arc::new(ExchangeDeadlines::new());
+    deadlines.set_deadline(Instant::now() + timeout);
     let exchange = async {
         let (status, _, body) =
             collect_response(client.send(origin, request, &deadlines).await?).await?;

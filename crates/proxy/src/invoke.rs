@@ -196,7 +196,7 @@ impl Invoker {
                 unreachable!("there is one route")
             }
         };
-        if connection.deadlines.has_outstanding_body() && response.tunnel.is_none() {
+        if connection.deadlines.exchange().has_outstanding_body() && response.tunnel.is_none() {
             connection.on_write_blocked(response.response.body_mut().background_writer());
         }
         Ok(response)
@@ -241,7 +241,7 @@ impl Invoker {
         let timeout = self.timeouts.upstream;
         RequestContext {
             client_address: &connection.forwarded_for,
-            deadlines: &connection.deadlines,
+            deadlines: connection.deadlines.exchange(),
             started_at: began,
             timeout,
             is_client_request: true,
@@ -306,7 +306,7 @@ fn client_body(body: Incoming, connection: &ClientConnection) -> RequestBody {
     if body.is_end_stream() {
         RequestBody::empty()
     } else {
-        RequestBody::Client(ClientBody::new(body, Arc::clone(&connection.deadlines)))
+        RequestBody::Client(ClientBody::new(body, Arc::clone(connection.deadlines.exchange())))
     }
 }
 

@@ -16,7 +16,7 @@ use crate::metrics::calls::{InFlightRecorder, Outcome};
 use crate::trace::RequestSpan;
 use gateway_http::client::exchange_outcome::ExchangeOutcome;
 use gateway_http::client::upstream_body::UpstreamBody;
-use gateway_http::deadlines::Deadlines;
+use gateway_http::deadlines::ConnectionDeadlines;
 use gateway_http::limit::Permit;
 
 type BoxError = Box<dyn Error + Send + Sync>;
@@ -41,7 +41,7 @@ pub struct InFlight {
 pub struct TrackedBody {
     source: BodySource,
     in_flight: Option<InFlight>,
-    deadlines: Arc<Deadlines>,
+    deadlines: Arc<ConnectionDeadlines>,
     /// Idle timeout of the client's connection after this response.
     idle_timeout: Duration,
     outcome: Outcome,
@@ -53,7 +53,7 @@ impl TrackedBody {
     pub fn new(
         source: BodySource,
         in_flight: Option<InFlight>,
-        deadlines: Arc<Deadlines>,
+        deadlines: Arc<ConnectionDeadlines>,
         idle_timeout: Duration,
     ) -> Self {
         Self {

@@ -97,8 +97,8 @@ impl<F: Fallback> GatewayService<F> {
         began: Instant,
     ) -> Dispatch {
         if !request.body().is_end_stream() {
-            connection.deadlines.on_body_announced();
-            connection.deadlines.set_body_deadline(began + self.invoker.timeouts.read);
+            connection.deadlines.exchange().on_body_announced();
+            connection.deadlines.exchange().set_body_deadline(began + self.invoker.timeouts.read);
         }
         let checked =
             check(&mut request, route.is_call()).and_then(|()| check_path(request.uri().path()));
@@ -136,12 +136,12 @@ impl<F: Fallback> GatewayService<F> {
             }
             Dispatch::Reject(response) => *response,
         };
-        if connection.deadlines.body_state() != BodyState::Complete
+        if connection.deadlines.exchange().body_state() != BodyState::Complete
             && early::must_close(&connection.deadlines, &mut response).await
         {
             set_connection_close(response.headers_mut());
         }
-        if let Some(interim) = connection.deadlines.interim() {
+        if let Some(interim) = connection.deadlines.exchange().interim() {
             // No await follows: interim responses that come later are no longer written.
             interim.final_response_ready();
         }
@@ -174,8 +174,8 @@ fn fallback_request(
     connection: &ClientConnection,
     request: Request<Incoming>,
 ) -> Request<axum::body::Body> {
-    let deadlines = Arc::clone(&connection.deadlines);
-    let mut request = request.map(|body| axum::body::Body::new(ClientBody::new(body, deadlines)));
+    let exchange = Arc::clone(connection.deadlines.exchange());
+    let mut request = request.map(|body| axum::body::Body::new(ClientBody::new(body, exchange)));
     // Only functions support a change of protocols.
     request.headers_mut().remove(UPGRADE);
     request
@@ -201,9 +201,10 @@ pub fn router_service(
         let checked = check(&mut request, is_call);
         let (router, deadlines) = (router.clone(), Arc::clone(&connection.deadlines));
         async move {
-            let mut request = request
-                .map(|body| axum::body::Body::new(ClientBody::new(body, Arc::clone(&deadlines))));
-            if let Some(interim) = deadlines.interim().filter(|_| !is_http_1_0) {
+            let mut request = request.map(|body| {
+                axum::body::Body::new(ClientBody::new(body, Arc::clone(deadlines.exchange())))
+            });
+            if let Some(interim) = deadlines.exchange().interim().filter(|_| !is_http_1_0) {
                 // For functions that the handlers call.
                 request.extensions_mut().insert(Arc::clone(interim));
             }
@@ -214,12 +215,12 @@ pub fn router_service(
             .map(|body| {
                 TrackedBody::new(BodySource::Api(body), None, Arc::clone(&deadlines), idle)
             });
-            if deadlines.body_state() != BodyState::Complete
+            if deadlines.exchange().body_state() != BodyState::Complete
                 && early::must_close(&deadlines, &mut response).await
             {
                 set_connection_close(response.headers_mut());
             }
-            if let Some(interim) = deadlines.interim() {
+            if let Some(interim) = deadlines.exchange().interim() {
                 // No await follows, as in [`GatewayService::respond`].
                 interim.final_response_ready();
             }

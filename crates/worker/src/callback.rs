@@ -34,7 +34,7 @@ use gateway_http::client::body::RequestBody;
 use gateway_http::client::egress_filter::{AddressDenied, EgressFilter};
 use gateway_http::client::upstream_body::UpstreamBody;
 use gateway_http::client::{self, Client, Tls};
-use gateway_http::deadlines::Deadlines;
+use gateway_http::deadlines::ExchangeDeadlines;
 use gateway_queue::now;
 
 /// Connections are not reused: the address filter checks each new connection.
@@ -245,8 +245,8 @@ impl CallbackSender {
         *request.method_mut() = Method::POST;
         *request.uri_mut() = target.uri.clone();
         *request.headers_mut() = headers;
-        let deadlines = Arc::new(Deadlines::new());
-        deadlines.set_exchange_deadline(Instant::now() + self.retry.timeout);
+        let deadlines = Arc::new(ExchangeDeadlines::new());
+        deadlines.set_deadline(Instant::now() + self.retry.timeout);
         let sent = self.client.send(&target.origin, request, &deadlines);
         match tokio::time::timeout(self.retry.timeout, sent).await {
             Ok(sent) => sent,

@@ -13,7 +13,7 @@ use crate::retry_policies::RetryPolicies;
 use gateway_http::client::body::RequestBody;
 use gateway_http::client::exchange_outcome::ExchangeOutcome;
 use gateway_http::client::{self, Client, Origin, UpstreamResponse};
-use gateway_http::deadlines::Deadlines;
+use gateway_http::deadlines::ExchangeDeadlines;
 use gateway_http::names::FUNCTION_PREFIX;
 use gateway_proxy::activator::Activator;
 use gateway_proxy::activator::unavailable::{Hop, MAX_SENDS, RetrySafety, UnavailableSignal};
@@ -131,8 +131,8 @@ impl InvocationRequest for QueuedRequest<'_> {
     async fn send(&mut self, origin: &Origin) -> SendResult {
         let request = self.build()?;
         self.deadline = Instant::now() + self.function_client.timeout;
-        let deadlines = Arc::new(Deadlines::new());
-        deadlines.set_exchange_deadline(self.deadline);
+        let deadlines = Arc::new(ExchangeDeadlines::new());
+        deadlines.set_deadline(self.deadline);
         let sending = self.function_client.client.send(origin, request, &deadlines);
         let sent = timeout_at(self.deadline.into(), sending).await;
         let result = sent.unwrap_or(Err(client::Error::Timeout)).and_then(|response| {

@@ -93,7 +93,7 @@ impl ApiState {
         }
         let context = RequestContext {
             client_address: &connection.forwarded_for,
-            deadlines: &connection.deadlines,
+            deadlines: connection.deadlines.exchange(),
             started_at: Instant::now(),
             timeout: self.timeouts.upstream,
             is_client_request: true,

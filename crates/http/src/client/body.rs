@@ -9,7 +9,7 @@ use bytes::Bytes;
 use http_body::{Body, Frame, SizeHint};
 use hyper::body::Incoming;
 
-use crate::deadlines::{BodyState, Deadlines};
+use crate::deadlines::{BodyState, ExchangeDeadlines};
 use crate::self_wake::WakeCheckpoint;
 
 /// The body of a request to an upstream.
@@ -102,14 +102,14 @@ impl RequestBodyError {
 #[derive(Debug)]
 pub struct ClientBody {
     inner: Incoming,
-    deadlines: Arc<Deadlines>,
+    deadlines: Arc<ExchangeDeadlines>,
     /// The body has been read completely. From then on `deadlines` may belong to the next request.
     finished: bool,
 }
 
 impl ClientBody {
     /// Wraps a body of hyper. `deadlines` are those of its connection.
-    pub fn new(inner: Incoming, deadlines: Arc<Deadlines>) -> Self {
+    pub fn new(inner: Incoming, deadlines: Arc<ExchangeDeadlines>) -> Self {
         let finished = inner.is_end_stream();
         if !finished {
             deadlines.on_body_started();
@@ -188,7 +188,7 @@ mod tests {
 
     /// Responds with the body of the request.
     async fn echo_body(request: Request<Incoming>) -> Result<Response<Full<Bytes>>, Infallible> {
-        let body = ClientBody::new(request.into_body(), Arc::new(Deadlines::new()));
+        let body = ClientBody::new(request.into_body(), Arc::new(ExchangeDeadlines::new()));
         Ok(Response::new(Full::new(body.collect().await.unwrap().to_bytes())))
     }
 

@@ -8,7 +8,7 @@ use crate::client::body::RequestBody;
 use crate::client::request_writer::RequestWriter;
 use crate::client::upstream_body::UpstreamBody;
 use crate::client::{Client, Error, Origin};
-use crate::deadlines::Deadlines;
+use crate::deadlines::ExchangeDeadlines;
 
 /// A request whose headers are not changed any more.
 pub struct FailoverRequest(RequestWriter);
@@ -30,7 +30,7 @@ impl FailoverRequest {
         &mut self,
         client: &Arc<Client>,
         origin: &Origin,
-        deadlines: &Arc<Deadlines>,
+        deadlines: &Arc<ExchangeDeadlines>,
     ) -> Result<Response<UpstreamBody>, Error> {
         client.send_request(origin, &mut self.0, deadlines).await
     }

@@ -22,7 +22,7 @@ use crate::client::wire::ParseError;
 use crate::client::wire::body_decoder::BodyDecoder;
 use crate::client::wire::interim;
 use crate::client::wire::response::{MAX_HEAD_BYTES, ResponseHead, parse_head};
-use crate::deadlines::Deadlines;
+use crate::deadlines::ExchangeDeadlines;
 
 /// Size of the first read. Later reads are larger as long as the upstream fills them, up to `MAX_READ_BYTES`. This
 /// keeps the data that waits for a slow client within about 2 MiB.
@@ -90,12 +90,12 @@ impl Http1Connection {
     pub(super) async fn send_request(
         &mut self,
         request: &mut RequestWriter,
-        deadlines: &Deadlines,
+        deadlines: &ExchangeDeadlines,
     ) -> Result<ResponseHead, ExchangeError> {
         self.request = std::mem::take(request);
         self.interim_budget = interim::InterimBudget::default();
         std::future::poll_fn(|cx| {
-            if deadlines.exchange_expired() {
+            if deadlines.is_expired() {
                 return Poll::Ready(Err(ExchangeError::Expired));
             }
             self.poll_send_request(cx, deadlines)
@@ -106,7 +106,7 @@ impl Http1Connection {
     fn poll_send_request(
         &mut self,
         cx: &mut Context<'_>,
-        deadlines: &Deadlines,
+        deadlines: &ExchangeDeadlines,
     ) -> Poll<Result<ResponseHead, ExchangeError>> {
         if self.request.has_started() {
             if let Poll::Ready(result) = self.poll_read_head(cx, deadlines) {
@@ -128,7 +128,7 @@ impl Http1Connection {
     fn poll_read_head(
         &mut self,
         cx: &mut Context<'_>,
-        deadlines: &Deadlines,
+        deadlines: &ExchangeDeadlines,
     ) -> Poll<Result<ResponseHead, ExchangeError>> {
         loop {
             if may_be_complete(&self.read_buffer, self.scanned) {
@@ -175,7 +175,7 @@ impl Http1Connection {
     }
 
     /// Queues an interim response for the client, if a client accepts it.
-    fn forward_interim(&self, head: &Response<()>, deadlines: &Deadlines) {
+    fn forward_interim(&self, head: &Response<()>, deadlines: &ExchangeDeadlines) {
         if let Some(interim) = deadlines.interim().filter(|_| self.request.forwards_interim())
             && let Some(text) = interim::encode(head)
         {

@@ -24,7 +24,7 @@ use crate::client::request_writer::RequestWriter;
 use crate::client::upstream_body::UpstreamBody;
 use crate::client::wire::ParseError;
 use crate::client::wire::response::ResponseHead;
-use crate::deadlines::Deadlines;
+use crate::deadlines::ExchangeDeadlines;
 use gateway_base::base_url::BaseUrl;
 use gateway_base::sync::lock_unpoisoned;
 
@@ -238,7 +238,7 @@ impl Client {
         self: &Arc<Self>,
         origin: &Origin,
         request: Request<RequestBody>,
-        deadlines: &Arc<Deadlines>,
+        deadlines: &Arc<ExchangeDeadlines>,
     ) -> Result<Response<UpstreamBody>, Error> {
         let (head, body) = request.into_parts();
         self.send_request(origin, &mut RequestWriter::new(&head, body), deadlines).await
@@ -253,7 +253,7 @@ impl Client {
         self: &Arc<Self>,
         origin: &Origin,
         request: &mut RequestWriter,
-        deadlines: &Arc<Deadlines>,
+        deadlines: &Arc<ExchangeDeadlines>,
     ) -> Result<Response<UpstreamBody>, Error> {
         let safe_to_resend = request.is_safe_to_resend();
         let mut closed = None;
@@ -304,7 +304,7 @@ impl Client {
         origin: &Origin,
         connection: Box<Http1Connection>,
         head: ResponseHead,
-        deadlines: &Arc<Deadlines>,
+        deadlines: &Arc<ExchangeDeadlines>,
     ) -> Response<UpstreamBody> {
         let (client, pool_key, deadlines) =
             (Arc::clone(self), Arc::clone(&origin.pool_key), Arc::clone(deadlines));
@@ -315,11 +315,11 @@ impl Client {
     async fn connect(
         &self,
         origin: &Origin,
-        deadlines: &Deadlines,
+        deadlines: &ExchangeDeadlines,
     ) -> Result<Box<Http1Connection>, Error> {
         let mut connect = std::pin::pin!(self.open_stream(&origin.url));
         let stream = std::future::poll_fn(|cx| {
-            if deadlines.exchange_expired() {
+            if deadlines.is_expired() {
                 return std::task::Poll::Ready(Err(Error::Timeout));
             }
             connect.as_mut().poll(cx).map_err(classify_connect_error)

@@ -12,7 +12,7 @@ use crate::client::Client;
 use crate::client::http1_connection::{Http1Connection, ResponseAborted};
 use crate::client::request_writer::RequestWriter;
 use crate::client::wire::body_decoder::BodyDecoder;
-use crate::deadlines::Deadlines;
+use crate::deadlines::ExchangeDeadlines;
 use gateway_base::sync::lock_unpoisoned;
 
 /// After this many bytes one poll returns `Pending`, so that hyper writes while the bytes are still in the CPU cache.
@@ -36,7 +36,7 @@ pub struct UpstreamBody {
     client: Arc<Client>,
     /// The pool entry to which the connection is returned.
     pool_key: Arc<str>,
-    deadlines: Arc<Deadlines>,
+    deadlines: Arc<ExchangeDeadlines>,
     /// For a streaming response: the longest pause between two frames.
     idle_timeout: Option<Duration>,
     /// Bytes returned since the last poll that returned `Pending`.
@@ -83,7 +83,7 @@ impl UpstreamBody {
         connection: Box<Http1Connection>,
         client: Arc<Client>,
         pool_key: Arc<str>,
-        deadlines: Arc<Deadlines>,
+        deadlines: Arc<ExchangeDeadlines>,
     ) -> Self {
         Self {
             decoder,
@@ -99,7 +99,7 @@ impl UpstreamBody {
 
     /// Replaces the deadline of the exchange by one for each pause between frames.
     pub fn set_idle_timeout(&mut self, idle_timeout: Duration) {
-        self.deadlines.set_exchange_deadline(Instant::now() + idle_timeout);
+        self.deadlines.set_deadline(Instant::now() + idle_timeout);
         self.idle_timeout = Some(idle_timeout);
     }
 
@@ -183,7 +183,7 @@ impl Body for UpstreamBody {
         if let Some(failure) = self.pending_error.take() {
             return Poll::Ready(Some(Err(failure)));
         }
-        if self.deadlines.exchange_expired() {
+        if self.deadlines.is_expired() {
             self.connection.take();
             return Poll::Ready(Some(Err(ResponseBodyError::TimedOut)));
         }
@@ -201,7 +201,7 @@ impl Body for UpstreamBody {
             Some(Ok(frame)) => {
                 this.polled_bytes += frame.data_ref().map_or(0, Bytes::len);
                 if let Some(idle_timeout) = self.idle_timeout {
-                    self.deadlines.set_exchange_deadline(Instant::now() + idle_timeout);
+                    self.deadlines.set_deadline(Instant::now() + idle_timeout);
                 }
                 Poll::Ready(Some(Ok(frame)))
             }

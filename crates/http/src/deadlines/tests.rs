@@ -1,36 +1,38 @@
 //! Tests of the deadlines of a connection.
 
+use std::time::Instant;
+
 use super::*;
 
 const SECOND: Duration = Duration::from_secs(1);
 
 #[test]
 fn the_earliest_deadline_counts() {
-    let deadlines = Deadlines::new();
+    let deadlines = ConnectionDeadlines::new();
     assert_eq!(deadlines.next_deadline(), None);
     let start = deadlines.on_exchange_started();
-    deadlines.set_exchange_deadline(start + 3 * SECOND);
-    deadlines.set_body_deadline(start + 2 * SECOND);
+    deadlines.exchange().set_deadline(start + 3 * SECOND);
+    deadlines.exchange().set_body_deadline(start + 2 * SECOND);
     assert_eq!(deadlines.next_deadline(), Some(start + 2 * SECOND));
-    deadlines.on_body_finished();
+    deadlines.exchange().on_body_finished();
     assert_eq!(deadlines.next_deadline(), Some(start + 3 * SECOND));
 }
 
 #[test]
 fn an_expired_exchange_is_flagged_first_and_its_connection_closed_later() {
-    let deadlines = Deadlines::new();
+    let deadlines = ConnectionDeadlines::new();
     let start = deadlines.on_exchange_started();
-    deadlines.set_exchange_deadline(start + SECOND);
+    deadlines.exchange().set_deadline(start + SECOND);
     assert_eq!(deadlines.fire_expired(start), None);
     assert_eq!(deadlines.fire_expired(start + SECOND), Some(Expired::Exchange));
-    assert!(deadlines.exchange_expired() && !deadlines.body_expired());
+    assert!(deadlines.exchange().is_expired() && !deadlines.exchange().body_expired());
     assert_eq!(deadlines.fire_expired(start + 2 * SECOND), None);
     assert_eq!(deadlines.fire_expired(start + 7 * SECOND), Some(Expired::Connection));
 }
 
 #[test]
 fn an_idle_connection_and_a_slow_head_are_closed() {
-    let deadlines = Deadlines::new();
+    let deadlines = ConnectionDeadlines::new();
     let now = Instant::now();
     deadlines.on_exchange_finished(now, SECOND);
     assert_eq!(deadlines.fire_expired(now + 2 * SECOND), Some(Expired::Connection));
@@ -45,7 +47,7 @@ fn an_idle_connection_and_a_slow_head_are_closed() {
 
 #[test]
 fn a_connection_with_a_blocked_write_is_closed_unless_the_write_progresses() {
-    let deadlines = Deadlines::new();
+    let deadlines = ConnectionDeadlines::new();
     deadlines.on_write_blocked(SECOND);
     deadlines.on_write_progress(SECOND);
     assert_eq!(deadlines.fire_expired(Instant::now()), None);
@@ -55,12 +57,12 @@ fn a_connection_with_a_blocked_write_is_closed_unless_the_write_progresses() {
 
 #[test]
 fn a_connection_hibernates_only_when_its_request_is_complete() {
-    let deadlines = Deadlines::new();
+    let deadlines = ConnectionDeadlines::new();
     let start = deadlines.on_exchange_started();
-    deadlines.on_body_started();
+    deadlines.exchange().on_body_started();
     deadlines.on_exchange_finished(start, 60 * SECOND);
     assert_eq!(deadlines.fire_expired(start + 3 * SECOND), None);
-    deadlines.on_body_finished();
+    deadlines.exchange().on_body_finished();
     deadlines.on_exchange_finished(start, 60 * SECOND);
     assert_eq!(deadlines.fire_expired(start + 3 * SECOND), Some(Expired::HibernateDelay));
     deadlines.on_exchange_started();
@@ -70,7 +72,7 @@ fn a_connection_hibernates_only_when_its_request_is_complete() {
 
 #[test]
 fn a_connection_with_a_blocked_write_is_not_idle() {
-    let deadlines = Deadlines::new();
+    let deadlines = ConnectionDeadlines::new();
     deadlines.on_exchange_started();
     deadlines.on_write_blocked(10 * SECOND);
     let ended = Instant::now();

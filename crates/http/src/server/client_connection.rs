@@ -14,7 +14,7 @@ use tokio::net::TcpStream;
 use tokio::sync::OwnedSemaphorePermit;
 use tokio_util::task::TaskTracker;
 
-use crate::deadlines::{ConnectionState, Deadlines, Signal};
+use crate::deadlines::{ConnectionDeadlines, ConnectionState, Signal};
 use crate::interim::InterimQueue;
 use crate::server::Timeouts;
 use crate::server::registry::Registration;
@@ -28,7 +28,7 @@ pub struct ClientConnection {
     /// The address without its port, for `X-Forwarded-For`.
     pub forwarded_for: HeaderValue,
     /// The deadlines of the connection and its current exchange.
-    pub deadlines: Arc<Deadlines>,
+    pub deadlines: Arc<ConnectionDeadlines>,
     /// Tracks all connections and tunnels of the listener.
     tasks: TaskTracker,
     /// The permit of this connection among `max_connections`.
@@ -55,7 +55,7 @@ impl ClientConnection {
         let ip = address.ip().to_canonical();
         let forwarded_for = HeaderValue::from_str(&ip.to_string())
             .unwrap_or_else(|_| HeaderValue::from_static("unknown"));
-        let deadlines = Arc::new(Deadlines::new().with_interim(Some(Arc::default())));
+        let deadlines = Arc::new(ConnectionDeadlines::new().with_interim(Arc::default()));
         let permit = Arc::new(permit);
         Self {
             address,
@@ -118,7 +118,7 @@ pub struct ClientIo {
     /// The part of `head_bytes` that has been charged to the head budget.
     counted_bytes: usize,
     registration: Arc<Registration>,
-    deadlines: Arc<Deadlines>,
+    deadlines: Arc<ConnectionDeadlines>,
     timeouts: Timeouts,
 }
 
@@ -161,11 +161,11 @@ fn count_lines(read: &[u8]) -> usize {
 impl ClientIo {
     pub(super) fn new(
         tcp: TcpStream,
-        deadlines: Arc<Deadlines>,
+        deadlines: Arc<ConnectionDeadlines>,
         timeouts: Timeouts,
         registration: Arc<Registration>,
     ) -> Self {
-        let interim = deadlines.interim().cloned().unwrap_or_default();
+        let interim = deadlines.exchange().interim().cloned().unwrap_or_default();
         Self {
             tcp: tcp.take(MAX_READ_BYTES),
             pushed_back: Bytes::new(),
@@ -371,7 +371,8 @@ impl AsyncRead for ClientIo {
             buf.put_slice(&self.pushed_back.split_to(count));
             return Poll::Ready(Ok(()));
         }
-        let (stage, in_body) = (self.deadlines.state(), self.deadlines.has_outstanding_body());
+        let (stage, in_body) =
+            (self.deadlines.state(), self.deadlines.exchange().has_outstanding_body());
         if stage == ConnectionState::ReadingHead
             && self.head_bytes > UNCOUNTED_HEAD_BYTES
             && !self.count_head()

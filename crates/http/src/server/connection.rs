@@ -154,7 +154,7 @@ where
             Some(HeadOutcome::Refused(error)) => {
                 self.refuse_head(stream, error, &unparsed);
             }
-            None if self.client.deadlines.body_state() != BodyState::Complete => {
+            None if self.client.deadlines.exchange().body_state() != BodyState::Complete => {
                 self.start_linger(stream);
             }
             None => {}

@@ -120,14 +120,14 @@ impl HeadBudget {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::deadlines::Deadlines;
+    use crate::deadlines::ConnectionDeadlines;
     use crate::server::registry::{ConnectionRegistry, RegistrationGuard};
 
     #[test]
     fn a_completed_head_clears_its_refusal() {
         let (registry, heads) = (ConnectionRegistry::default(), Arc::new(HeadBudget::new(100)));
         let shard = registry.add_shard(&heads);
-        let deadlines = [(); 2].map(|()| Arc::new(Deadlines::new()));
+        let deadlines = [(); 2].map(|()| Arc::new(ConnectionDeadlines::new()));
         let registrations = deadlines
             .each_ref()
             .map(|deadlines| RegistrationGuard(shard.register(deadlines, &heads)));
@@ -147,7 +147,7 @@ mod tests {
     fn the_largest_heads_are_refused_until_the_rest_is_within_the_budget() {
         let (registry, heads) = (ConnectionRegistry::default(), Arc::new(HeadBudget::new(100)));
         let shards = [registry.add_shard(&heads), registry.add_shard(&heads)];
-        let deadlines: Vec<_> = (0..4).map(|_| Arc::new(Deadlines::new())).collect();
+        let deadlines: Vec<_> = (0..4).map(|_| Arc::new(ConnectionDeadlines::new())).collect();
         let mut registrations: Vec<_> = (0..4)
             .map(|number| {
                 RegistrationGuard(shards[number % 2].register(&deadlines[number], &heads))

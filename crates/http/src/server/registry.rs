@@ -1,6 +1,6 @@
 //! The registry of open connections of a port, from which idle connections are evicted when there is no permit left.
 //!
-//! Nothing is stored here while a connection is used: its [`Deadlines`] contain its state. Only an eviction inspects
+//! Nothing is stored here while a connection is used: its [`ConnectionDeadlines`] contain its state. Only an eviction inspects
 //! all connections. It keeps those that have been idle longest as candidates for the next evictions.
 
 use std::collections::HashMap;
@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use std::task::Waker;
 use std::time::{Duration, Instant};
 
-use crate::deadlines::{ConnectionState, Deadlines, Signal};
+use crate::deadlines::{ConnectionDeadlines, ConnectionState, Signal};
 use crate::server::head_budget::HeadBudget;
 use gateway_base::sync::lock_unpoisoned;
 
@@ -67,7 +67,7 @@ pub(super) struct Connections {
 
 #[derive(Debug)]
 pub(super) struct Entry {
-    pub(super) deadlines: Arc<Deadlines>,
+    pub(super) deadlines: Arc<ConnectionDeadlines>,
     /// Wakes the task of the connection; set by its first poll.
     waker: Option<Waker>,
     /// Size of its incomplete head as charged to the head budget.
@@ -88,7 +88,7 @@ impl Entry {
 
 /// Returns the state of an evictable connection, and since when it waits; `None` if it must not be evicted.
 pub(super) fn evictable_since(
-    deadlines: &Deadlines,
+    deadlines: &ConnectionDeadlines,
     now: Instant,
 ) -> Option<(ConnectionState, Instant)> {
     let (state, since) = deadlines.waiting_since()?;
@@ -164,7 +164,7 @@ impl Shard {
     /// Registers a connection that has been accepted.
     pub(super) fn register(
         self: &Arc<Self>,
-        deadlines: &Arc<Deadlines>,
+        deadlines: &Arc<ConnectionDeadlines>,
         head_budget: &Arc<HeadBudget>,
     ) -> Arc<Registration> {
         let mut connections = self.lock();
@@ -217,13 +217,14 @@ impl Drop for RegistrationGuard {
 mod tests {
     use super::*;
 
-    fn idle_deadlines(idle_for: Duration) -> Arc<Deadlines> {
-        let deadlines = Arc::new(Deadlines::with_base(Instant::now() - Duration::from_secs(3600)));
+    fn idle_deadlines(idle_for: Duration) -> Arc<ConnectionDeadlines> {
+        let deadlines =
+            Arc::new(ConnectionDeadlines::with_base(Instant::now() - Duration::from_secs(3600)));
         deadlines.on_exchange_finished(Instant::now() - idle_for, Duration::from_secs(7200));
         deadlines
     }
 
-    fn is_signalled(deadlines: &Deadlines) -> bool {
+    fn is_signalled(deadlines: &ConnectionDeadlines) -> bool {
         deadlines.take_signal(Signal::Evict)
     }
 
@@ -279,7 +280,8 @@ mod tests {
         let (registry, heads) = (ConnectionRegistry::default(), Arc::new(HeadBudget::new(1 << 20)));
         let shard = registry.add_shard(&heads);
         let young = idle_deadlines(Duration::from_millis(10));
-        let head = Arc::new(Deadlines::with_base(Instant::now() - Duration::from_secs(3600)));
+        let head =
+            Arc::new(ConnectionDeadlines::with_base(Instant::now() - Duration::from_secs(3600)));
         head.on_head_started_at(Instant::now() - 2 * HEAD_GRACE, Duration::from_secs(60));
         let registrations =
             [&young, &head].map(|deadlines| RegistrationGuard(shard.register(deadlines, &heads)));

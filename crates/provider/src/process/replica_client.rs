@@ -20,7 +20,7 @@ use gateway_http::client::failover::FailoverRequest;
 use gateway_http::client::headers;
 use gateway_http::client::tunnel::Tunnel;
 use gateway_http::client::upstream_body::UpstreamBody;
-use gateway_http::deadlines::Deadlines;
+use gateway_http::deadlines::ExchangeDeadlines;
 use gateway_http::interim::InterimQueue;
 
 /// Limit for connecting: a local connection is established immediately unless the replica is overloaded.
@@ -68,7 +68,7 @@ impl ReplicaRequest {
     ) -> Result<Response<Body>, SendError> {
         let url = BaseUrl::parse(&format!("http://{address}")).context("invalid address");
         let origin = Origin::new(url.map_err(SendError::Other)?);
-        let deadlines = Arc::new(Deadlines::new().with_interim(self.interim.clone()));
+        let deadlines = Arc::new(ExchangeDeadlines::new().with_interim(self.interim.clone()));
         let mut response = match self.outgoing.send(&tasks.client, &origin, &deadlines).await {
             Ok(response) => response,
             Err(error) if error.is_connect() => return Err(SendError::Refused),

@@ -43,8 +43,8 @@ impl InvocationRequest for ClientRequest<'_> {
         &mut self,
         ready: impl Future<Output = Result<T, Error>> + Send,
     ) -> Result<T, Error> {
-        let deadlines = &self.connection.deadlines;
-        deadlines.clear_exchange_deadline();
+        let deadlines = self.connection.deadlines.exchange();
+        deadlines.clear_deadline();
         let has_body = deadlines.has_outstanding_body();
         if has_body {
             deadlines.clear_body_deadline();
@@ -62,7 +62,7 @@ impl InvocationRequest for ClientRequest<'_> {
         })
         .await;
         let (now, timeouts) = (Instant::now(), &self.invoker.timeouts);
-        deadlines.set_exchange_deadline(now + timeouts.upstream);
+        deadlines.set_deadline(now + timeouts.upstream);
         if has_body && deadlines.has_outstanding_body() {
             deadlines.set_body_deadline(now + timeouts.read);
         }

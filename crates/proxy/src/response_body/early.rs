@@ -7,16 +7,19 @@ use std::task::Poll;
 use http::{Response, StatusCode};
 
 use crate::response_body::{BodySource, TrackedBody};
-use gateway_http::deadlines::{BodyState, Deadlines};
+use gateway_http::deadlines::{BodyState, ConnectionDeadlines};
 
 /// Returns whether `response` must have `Connection: close`, because the rest of the request will not be read. Call
 /// this only if the request body has not been read to its end.
-pub async fn must_close(deadlines: &Deadlines, response: &mut Response<TrackedBody>) -> bool {
+pub async fn must_close(
+    deadlines: &ConnectionDeadlines,
+    response: &mut Response<TrackedBody>,
+) -> bool {
     // In a 101, `Connection` names the new protocol.
     if response.status() == StatusCode::SWITCHING_PROTOCOLS {
         return false;
     }
-    if deadlines.body_state() == BodyState::Unread {
+    if deadlines.exchange().body_state() == BodyState::Unread {
         // hyper notices in its next poll that the body is not wanted. If the rest has been received, it reads it;
         // otherwise it adds `Connection: close` itself.
         let mut polls = 0;
@@ -30,7 +33,7 @@ pub async fn must_close(deadlines: &Deadlines, response: &mut Response<TrackedBo
         })
         .await;
     }
-    match deadlines.body_state() {
+    match deadlines.exchange().body_state() {
         BodyState::Complete | BodyState::Unread => false,
         BodyState::Aborted => true,
         // The body is still being forwarded. An error response, or a response that is complete, will not wait for the

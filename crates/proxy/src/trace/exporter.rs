@@ -18,7 +18,7 @@ use gateway_base::base_url::BaseUrl;
 use gateway_http::call_id::USER_AGENT_VALUE;
 use gateway_http::client::body::RequestBody;
 use gateway_http::client::{Client, Origin};
-use gateway_http::deadlines::Deadlines;
+use gateway_http::deadlines::ExchangeDeadlines;
 
 /// Maximum spans that wait for export.
 pub(super) const QUEUE_CAPACITY: usize = 8192;
@@ -143,7 +143,7 @@ impl Exporter {
         headers.insert(USER_AGENT, USER_AGENT_VALUE);
         headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
         headers.extend(self.headers.clone());
-        let deadlines = Arc::new(Deadlines::new());
+        let deadlines = Arc::new(ExchangeDeadlines::new());
         let exchange = async {
             let response = self.client.send(&origin, request, &deadlines).await?;
             let status = response.status();

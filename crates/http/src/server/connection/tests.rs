@@ -15,7 +15,7 @@ use tokio::sync::Semaphore;
 use tokio_util::task::TaskTracker;
 
 use super::*;
-use crate::deadlines::Deadlines;
+use crate::deadlines::ConnectionDeadlines;
 use crate::server::Timeouts;
 use crate::server::head_budget::HeadBudget;
 use crate::server::registry::{ConnectionRegistry, Registration, Shard};
@@ -27,7 +27,7 @@ type HelloResponse = Ready<Result<Response<String>, Infallible>>;
 
 /// Responds `hello` to every request.
 #[derive(Clone)]
-struct Hello(Arc<Deadlines>);
+struct Hello(Arc<ConnectionDeadlines>);
 
 impl Service<Request<Incoming>> for Hello {
     type Response = Response<String>;
@@ -55,7 +55,7 @@ struct ManualConnection {
     connection: Pin<Box<Connection<Hello>>>,
     woken: Arc<Woken>,
     client: TcpStream,
-    deadlines: Arc<Deadlines>,
+    deadlines: Arc<ConnectionDeadlines>,
     closing: CancellationToken,
     head_budget: Arc<HeadBudget>,
     shard: Arc<Shard>,
@@ -79,7 +79,7 @@ impl ManualConnection {
         }
 
         let long_ago = Instant::now().checked_sub(LONG).unwrap();
-        let deadlines = Arc::new(Deadlines::with_base(long_ago));
+        let deadlines = Arc::new(ConnectionDeadlines::with_base(long_ago));
         deadlines.on_exchange_finished(long_ago, 2 * LONG);
         let permit = Arc::new(Semaphore::new(1)).try_acquire_owned().unwrap();
         let mut handle = ClientConnection::new(address, TaskTracker::new(), permit);
@@ -280,7 +280,7 @@ async fn a_refused_head_is_released_while_its_connection_lingers() {
     test.send(b"\r\nmalformed\r\n\r\n").await;
     assert!(!test.ends());
     assert!(test.until("malformed\n").await.starts_with("HTTP/1.1 400 "));
-    let other = Arc::new(Deadlines::new());
+    let other = Arc::new(ConnectionDeadlines::new());
     let registration = RegistrationGuard(test.shard.register(&other, &test.head_budget));
     assert!(test.head_budget.charge(&registration.0, SIZE));
     assert!(!test.deadlines.has_signal(Signal::RefuseHead));
