@@ -6,8 +6,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use gateway_http::call_id::RequestIds;
-use gateway_http::client::headers::{to_client, to_upstream};
 use gateway_http::deadlines::ConnectionDeadlines;
+use gateway_http::headers::{to_client, to_upstream};
 use gateway_http::limit::ConcurrencyLimit;
 use gateway_proxy::metrics::calls::Outcome;
 use gateway_proxy::metrics::{Metrics, calls::Shard};

@@ -1,5 +1,6 @@
 //! Forwards the request of a client to an upstream, and the response to the client. Bodies are streamed, not collected.
 
+pub mod balancer;
 pub mod body;
 mod buffer_pool;
 pub mod codings;
@@ -9,15 +10,12 @@ pub mod exchange_outcome;
 pub mod failover;
 #[cfg(any(test, fuzzing))]
 pub(crate) mod fuzz;
-pub mod headers;
-mod http1_connection;
+pub(crate) mod http1;
 mod io;
 mod pool;
-mod request_writer;
 mod sniff;
 pub mod tunnel;
 pub mod upstream_body;
-mod wire;
 
 pub use self::pool::*;
 
@@ -32,12 +30,12 @@ use hyper::upgrade::OnUpgrade;
 use crate::call_id::RequestIds;
 use crate::client::body::{RequestBody, RequestBodyError};
 use crate::client::exchange_outcome::ExchangeOutcome;
-use crate::client::request_writer::RequestWriter;
+use crate::client::http1::request_writer::RequestWriter;
+use crate::client::http1::wire::request::{path_and_query, write_header, write_request_line};
 use crate::client::tunnel::Tunnel;
 use crate::client::upstream_body::UpstreamBody;
-use crate::client::wire::request::{path_and_query, write_header, write_request_line};
-pub use crate::client::{Client, Error, Origin};
 use crate::deadlines::ExchangeDeadlines;
+use crate::headers;
 
 /// Content types of responses without an end in sight. Their timeout applies to each pause, not to the whole response.
 const STREAMING_CONTENT_TYPES: [&str; 5] = [

@@ -8,6 +8,7 @@ pub mod credentials;
 pub mod deadlines;
 #[cfg(any(test, fuzzing))]
 pub mod fuzzing;
+pub mod headers;
 pub mod interim;
 pub mod limit;
 pub mod names;

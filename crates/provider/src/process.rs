@@ -6,7 +6,6 @@
 mod activity;
 mod api;
 mod api_error;
-mod balancer;
 mod cgi;
 mod cgroup;
 mod channel_body;

@@ -14,7 +14,7 @@ use crate::unconfirmed::UnconfirmedFunctions;
 use crate::{Error, Queue, QueueDepth, now};
 use gateway_base::function::Function;
 use gateway_http::call_id::RequestIds;
-use gateway_http::client::headers::to_upstream;
+use gateway_http::headers::to_upstream;
 use gateway_http::names::{X_DELAY_SECONDS, X_EXPIRES_SECONDS, X_MAX_ATTEMPTS};
 
 /// The queue with what is needed to enqueue calls. One for the process; threads that use it much have a clone.

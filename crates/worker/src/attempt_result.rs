@@ -9,8 +9,8 @@ use http_body::Body;
 use http_body_util::BodyExt;
 
 use crate::retry::parse_retry_after;
-use gateway_http::client::headers::to_client;
 use gateway_http::client::upstream_body::{ResponseBodyError, UpstreamBody};
+use gateway_http::headers::to_client;
 use gateway_proxy::error::Error;
 use gateway_queue::MemoryPermit;
 use gateway_queue::memory::BodyBuffer;

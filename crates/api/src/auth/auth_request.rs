@@ -4,7 +4,7 @@ use http::header::{CONNECTION, CONTENT_LENGTH, HOST, UPGRADE};
 use http::request::Parts;
 use http::{HeaderMap, HeaderName, HeaderValue};
 
-use gateway_http::client::headers::keep_end_to_end;
+use gateway_http::headers::keep_end_to_end;
 use gateway_http::names::X_FORWARDED_HOST;
 
 const X_FORWARDED_METHOD: HeaderName = HeaderName::from_static("x-forwarded-method");

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use http::{Request, Response};
 
 use crate::client::body::RequestBody;
-use crate::client::request_writer::RequestWriter;
+use crate::client::http1::request_writer::RequestWriter;
 use crate::client::upstream_body::UpstreamBody;
 use crate::client::{Client, Error, Origin};
 use crate::deadlines::ExchangeDeadlines;

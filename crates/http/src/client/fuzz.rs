@@ -3,9 +3,9 @@
 use bytes::BytesMut;
 use http::HeaderMap;
 
-use crate::client::wire::ParseError;
-use crate::client::wire::body_decoder::BodyDecoder;
-use crate::client::wire::response::parse_final_head;
+use crate::client::http1::wire::ParseError;
+use crate::client::http1::wire::body_decoder::BodyDecoder;
+use crate::client::http1::wire::response::parse_final_head;
 
 /// A head is parsed to the same result however its bytes are split.
 pub(crate) fn response_head(data: &[u8]) {
@@ -19,7 +19,7 @@ pub(crate) fn response_head(data: &[u8]) {
         match (parse_final_head(&mut pieces, to_head), &whole_result) {
             (Ok(None), _) => {}
             (Ok(Some(got)), Ok(Some(head))) => {
-                let summary = |head: &crate::client::wire::response::ResponseHead| {
+                let summary = |head: &crate::client::http1::wire::response::ResponseHead| {
                     format!("{:?}", (&head.response, head.body, head.keep_alive))
                 };
                 assert_eq!(summary(&got), summary(head));

@@ -18,12 +18,12 @@ use crate::client::body::{RequestBody, RequestBodyError};
 use crate::client::buffer_pool;
 use crate::client::dial::dial;
 use crate::client::egress_filter::{AddressDenied, EgressFilter};
-use crate::client::http1_connection::{ExchangeError, Http1Connection};
+use crate::client::http1::connection::{ExchangeError, Http1Connection};
+use crate::client::http1::request_writer::RequestWriter;
+use crate::client::http1::wire::ParseError;
+use crate::client::http1::wire::response::ResponseHead;
 use crate::client::io::MaybeTlsStream;
-use crate::client::request_writer::RequestWriter;
 use crate::client::upstream_body::UpstreamBody;
-use crate::client::wire::ParseError;
-use crate::client::wire::response::ResponseHead;
 use crate::deadlines::ExchangeDeadlines;
 use gateway_base::base_url::BaseUrl;
 use gateway_base::sync::lock_unpoisoned;
@@ -53,18 +53,20 @@ pub struct PoolLimits {
 pub struct Origin {
     /// Base URL of the upstream.
     pub url: Arc<BaseUrl>,
-    /// The URL as text: the key of its idle connections in the pool.
-    pub(super) pool_key: Arc<str>,
+    /// Scheme and address: the key of idle connections in the pool. Base URLs with different paths share connections.
+    pub(super) endpoint: Arc<str>,
     /// Value of the `Host` header.
     pub host: HeaderValue,
 }
 
 impl Origin {
-    /// Precomputes the pool key and the `Host` header of `url`.
+    /// Precomputes the endpoint and the `Host` header of `url`.
     pub fn new(url: BaseUrl) -> Self {
         let host = HeaderValue::from_str(url.authority.as_str())
             .unwrap_or_else(|_| HeaderValue::from_static("upstream"));
-        Self { pool_key: url.to_string().into(), url: Arc::new(url), host }
+        let scheme = if url.tls { "https" } else { "http" };
+        let endpoint = format!("{scheme}://{}:{}", url.host(), url.port()).into();
+        Self { endpoint, url: Arc::new(url), host }
     }
 
     /// Prefix of all paths at this upstream; usually empty.
@@ -257,7 +259,7 @@ impl Client {
     ) -> Result<Response<UpstreamBody>, Error> {
         let safe_to_resend = request.is_safe_to_resend();
         let mut closed = None;
-        while let Some(mut connection) = self.check_out(&origin.pool_key) {
+        while let Some(mut connection) = self.check_out(&origin.endpoint) {
             if self.checks_before_use && connection.is_readable() {
                 continue;
             }
@@ -306,10 +308,10 @@ impl Client {
         head: ResponseHead,
         deadlines: &Arc<ExchangeDeadlines>,
     ) -> Response<UpstreamBody> {
-        let (client, pool_key, deadlines) =
-            (Arc::clone(self), Arc::clone(&origin.pool_key), Arc::clone(deadlines));
+        let (client, endpoint, deadlines) =
+            (Arc::clone(self), Arc::clone(&origin.endpoint), Arc::clone(deadlines));
         head.response
-            .map(|()| UpstreamBody::new(head.body, connection, client, pool_key, deadlines))
+            .map(|()| UpstreamBody::new(head.body, connection, client, endpoint, deadlines))
     }
 
     async fn connect(
@@ -350,9 +352,9 @@ impl Client {
         Ok(MaybeTlsStream::Tls(Box::new(tls)))
     }
 
-    fn check_out(&self, pool_key: &str) -> Option<Box<Http1Connection>> {
+    fn check_out(&self, endpoint: &str) -> Option<Box<Http1Connection>> {
         let mut pool = lock_unpoisoned(&self.pool);
-        let connection = pool.idle.get_mut(pool_key)?.pop()?.connection;
+        let connection = pool.idle.get_mut(endpoint)?.pop()?.connection;
         pool.count -= 1;
         Some(connection)
     }
@@ -360,7 +362,7 @@ impl Client {
     /// Returns a connection to the pool after the end of its response, if it is reusable.
     pub(super) fn check_in(
         &self,
-        pool_key: &Arc<str>,
+        endpoint: &Arc<str>,
         connection: Box<Http1Connection>,
         now: Instant,
     ) {
@@ -371,9 +373,9 @@ impl Client {
         if pool.count >= self.limits.total {
             return;
         }
-        let idle = match pool.idle.get_mut(&**pool_key) {
+        let idle = match pool.idle.get_mut(&**endpoint) {
             Some(idle) => idle,
-            None => pool.idle.entry(Arc::clone(pool_key)).or_default(),
+            None => pool.idle.entry(Arc::clone(endpoint)).or_default(),
         };
         if idle.len() < self.limits.per_host {
             idle.push(IdleConnection { connection, idle_since: now });

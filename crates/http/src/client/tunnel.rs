@@ -13,7 +13,7 @@ use hyper::upgrade::{OnUpgrade, Upgraded};
 use hyper_util::rt::TokioIo;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf, copy_bidirectional};
 
-use crate::client::http1_connection::Http1Connection;
+use crate::client::http1::connection::Http1Connection;
 use crate::client::upstream_body::UpstreamBody;
 
 /// The connections to the client and to the function, both about to change protocols.

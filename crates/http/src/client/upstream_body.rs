@@ -9,9 +9,9 @@ use bytes::Bytes;
 use http_body::{Body, Frame, SizeHint};
 
 use crate::client::Client;
-use crate::client::http1_connection::{Http1Connection, ResponseAborted};
-use crate::client::request_writer::RequestWriter;
-use crate::client::wire::body_decoder::BodyDecoder;
+use crate::client::http1::connection::{Http1Connection, ResponseAborted};
+use crate::client::http1::request_writer::RequestWriter;
+use crate::client::http1::wire::body_decoder::BodyDecoder;
 use crate::deadlines::ExchangeDeadlines;
 use gateway_base::sync::lock_unpoisoned;
 
@@ -35,7 +35,7 @@ pub struct UpstreamBody {
     pending_error: Option<ResponseBodyError>,
     client: Arc<Client>,
     /// The pool entry to which the connection is returned.
-    pool_key: Arc<str>,
+    endpoint: Arc<str>,
     deadlines: Arc<ExchangeDeadlines>,
     /// For a streaming response: the longest pause between two frames.
     idle_timeout: Option<Duration>,
@@ -82,7 +82,7 @@ impl UpstreamBody {
         decoder: BodyDecoder,
         connection: Box<Http1Connection>,
         client: Arc<Client>,
-        pool_key: Arc<str>,
+        endpoint: Arc<str>,
         deadlines: Arc<ExchangeDeadlines>,
     ) -> Self {
         Self {
@@ -90,7 +90,7 @@ impl UpstreamBody {
             connection: ConnectionSlot::Owned(Some(connection)),
             pending_error: None,
             client,
-            pool_key,
+            endpoint,
             deadlines,
             idle_timeout: None,
             polled_bytes: 0,
@@ -108,7 +108,7 @@ impl UpstreamBody {
         if let Some(connection) = self.connection.take()
             && self.is_end_stream()
         {
-            self.client.check_in(&self.pool_key, connection, now);
+            self.client.check_in(&self.endpoint, connection, now);
         }
     }
 

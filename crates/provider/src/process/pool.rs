@@ -4,13 +4,13 @@ use std::sync::{Arc, Mutex};
 
 use tokio::sync::watch;
 
-use crate::process::balancer::{Selection, least_loaded};
 use crate::process::launcher::ProcessLauncher;
 use crate::process::replica::{Replica, ReplicaPermit};
 use crate::process::spec::Mode;
 use crate::process::workload::Workload;
 use crate::types::StartFailure;
 use gateway_base::sync::lock_unpoisoned;
+use gateway_http::client::balancer::{Selection, least_loaded};
 
 #[derive(Debug)]
 pub(super) struct Pool {

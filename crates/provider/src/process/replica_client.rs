@@ -17,10 +17,10 @@ use gateway_base::base_url::BaseUrl;
 use gateway_http::client::Origin;
 use gateway_http::client::body::RequestBody;
 use gateway_http::client::failover::FailoverRequest;
-use gateway_http::client::headers;
 use gateway_http::client::tunnel::Tunnel;
 use gateway_http::client::upstream_body::UpstreamBody;
 use gateway_http::deadlines::ExchangeDeadlines;
+use gateway_http::headers;
 use gateway_http::interim::InterimQueue;
 
 /// Limit for connecting: a local connection is established immediately unless the replica is overloaded.

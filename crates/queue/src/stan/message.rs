@@ -18,7 +18,7 @@ use crate::call::{CallOptions, MAX_HEADERS, QueuedCall, UnixMillis};
 use crate::stan::callback::{CallbackUrl, percent_encode};
 use crate::stan::payload::{Payload, canonical_header_name};
 use gateway_base::function::{Function, has_dot_segment};
-use gateway_http::client::headers::keep_end_to_end;
+use gateway_http::headers::keep_end_to_end;
 use gateway_http::names::{
     X_CALL_ID, X_CALLBACK_URL, X_DELAY_SECONDS, X_EXPIRES_SECONDS, X_FORWARDED_HOST,
     X_MAX_ATTEMPTS, X_START_TIME,

@@ -10,7 +10,7 @@ use crate::callback::CallbackPayload;
 use crate::callback::target::CallbackTarget;
 use gateway_http::call_id::USER_AGENT_VALUE;
 use gateway_http::callback_chain::CALLBACK_MARK;
-use gateway_http::client::headers::to_client;
+use gateway_http::headers::to_client;
 use gateway_http::names::{
     IDEMPOTENCY_KEY, X_CALL_ID, X_CALLBACK_URL, X_DELAY_SECONDS, X_DURATION_SECONDS,
     X_EXPIRES_SECONDS, X_FUNCTION_STATUS, X_GATEWAY_CALLBACK, X_GATEWAY_CALLBACKS, X_MAX_ATTEMPTS,

@@ -15,7 +15,7 @@ use tokio::io::AsyncWrite;
 
 use crate::client::MAX_SENDS;
 use crate::client::body::{RequestBody, RequestBodyError};
-use crate::client::wire::request::{
+use crate::client::http1::wire::request::{
     Framing, path_and_query, write_chunk_size, write_head_end, write_header, write_last_chunk,
     write_request_line,
 };
@@ -35,7 +35,7 @@ pub(super) enum WriteError {
 
 /// A request that is being sent: its head as bytes, and its body. The default value is a request that has been sent.
 #[derive(Default)]
-pub(super) struct RequestWriter {
+pub struct RequestWriter {
     /// Data to write, of which the first `written` bytes have been written.
     buffer: Vec<u8>,
     written: usize,
@@ -66,7 +66,7 @@ pub(super) struct RequestWriter {
 
 impl RequestWriter {
     /// Creates a request from `head`, which is sent unchanged, and `body`.
-    pub(super) fn new(head: &Parts, body: RequestBody) -> Self {
+    pub fn new(head: &Parts, body: RequestBody) -> Self {
         Self::with_head(&head.method, &head.headers, body, |out| {
             write_request_line(out, &head.method, ["", path_and_query(&head.uri)]);
             head.headers.iter().for_each(|(name, value)| write_header(out, name, value));
@@ -75,7 +75,7 @@ impl RequestWriter {
 
     /// Creates a request with this method and body. `headers` are those received from the client; they determine the
     /// framing. `write_head` writes the head without its end.
-    pub(super) fn with_head(
+    pub fn with_head(
         method: &Method,
         headers: &HeaderMap,
         body: RequestBody,
@@ -109,7 +109,7 @@ impl RequestWriter {
     }
 
     /// Discards interim responses to this request.
-    pub(super) fn discard_interim(&mut self) {
+    pub fn discard_interim(&mut self) {
         self.forwards_interim = false;
     }
 
@@ -119,18 +119,18 @@ impl RequestWriter {
     }
 
     /// Returns whether the request has no body and an idempotent method, so that it can be sent again at any time.
-    pub(super) fn is_safe_to_resend(&self) -> bool {
+    pub fn is_safe_to_resend(&self) -> bool {
         self.safe_to_resend
     }
 
     /// Keeps the bytes of the request for a replay, as long as there are at most `limit` bytes. A small request that is
     /// received in one piece is kept in any case, because that costs nothing.
-    pub(super) fn enable_replay(&mut self, limit: usize) {
+    pub fn enable_replay(&mut self, limit: usize) {
         self.replay_limit = limit;
     }
 
     /// Returns the length of the remaining body in bytes, if known.
-    pub(super) fn remaining_body_length(&self) -> Option<u64> {
+    pub fn remaining_body_length(&self) -> Option<u64> {
         self.body.as_ref().map_or(Some(0), |body| body.size_hint().exact())
     }
 
@@ -143,10 +143,7 @@ impl RequestWriter {
 
     /// Reads the body into the replay buffer before the request is sent. Ready when the body ends or the buffer is
     /// full.
-    pub(super) fn poll_buffer_body(
-        &mut self,
-        cx: &mut Context<'_>,
-    ) -> Poll<Result<(), RequestBodyError>> {
+    pub fn poll_buffer_body(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), RequestBodyError>> {
         while self.replay_limit > 0 && self.body.is_some() && self.frame.is_empty() {
             if let Err(error) = ready!(self.poll_read_body(cx)) {
                 (self.body, self.body_error) = (None, Some(error));

@@ -9,12 +9,12 @@ use httparse::Status;
 use hyper::ext::ReasonPhrase;
 
 use crate::client::codings::is_chunked;
-use crate::client::headers::{
-    HeaderKind, connection_options, remove_connection_named, set_upgrade,
+use crate::client::http1::wire::ParseError;
+use crate::client::http1::wire::body_decoder::BodyDecoder;
+use crate::client::http1::wire::space_before_colon::{
+    may_precede_colon, remove_space_before_colons,
 };
-use crate::client::wire::ParseError;
-use crate::client::wire::body_decoder::BodyDecoder;
-use crate::client::wire::space_before_colon::{may_precede_colon, remove_space_before_colons};
+use crate::headers::{HeaderKind, connection_options, remove_connection_named, set_upgrade};
 
 /// Maximum number of headers in a response.
 const MAX_HEADERS: usize = 100;

@@ -5,9 +5,11 @@ use http::{HeaderMap, HeaderName, HeaderValue};
 use http_body::{Frame, SizeHint};
 use httparse::Status;
 
-use crate::client::headers::is_allowed_trailer;
-use crate::client::wire::ParseError;
-use crate::client::wire::space_before_colon::{may_precede_colon, remove_space_before_colons};
+use crate::client::http1::wire::ParseError;
+use crate::client::http1::wire::space_before_colon::{
+    may_precede_colon, remove_space_before_colons,
+};
+use crate::headers::is_allowed_trailer;
 
 /// Maximum length of a chunk-size line with its extensions, and of all trailers.
 const MAX_LINE_BYTES: usize = 16 << 10;

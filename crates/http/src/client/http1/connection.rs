@@ -16,12 +16,12 @@ use tokio_util::io::poll_read_buf;
 
 use crate::client::body::RequestBodyError;
 use crate::client::buffer_pool;
+use crate::client::http1::request_writer::{self, RequestWriter};
+use crate::client::http1::wire::ParseError;
+use crate::client::http1::wire::body_decoder::BodyDecoder;
+use crate::client::http1::wire::interim;
+use crate::client::http1::wire::response::{MAX_HEAD_BYTES, ResponseHead, parse_head};
 use crate::client::io::MaybeTlsStream;
-use crate::client::request_writer::{self, RequestWriter};
-use crate::client::wire::ParseError;
-use crate::client::wire::body_decoder::BodyDecoder;
-use crate::client::wire::interim;
-use crate::client::wire::response::{MAX_HEAD_BYTES, ResponseHead, parse_head};
 use crate::deadlines::ExchangeDeadlines;
 
 /// Size of the first read. Later reads are larger as long as the upstream fills them, up to `MAX_READ_BYTES`. This
@@ -31,7 +31,7 @@ const MIN_READ_BYTES: usize = 4 << 10;
 const MAX_READ_BYTES: usize = buffer_pool::BUFFER_BYTES;
 
 /// An HTTP/1.1 connection to an upstream, with at most one exchange at a time.
-pub(super) struct Http1Connection {
+pub(in crate::client) struct Http1Connection {
     stream: MaybeTlsStream,
     request: RequestWriter,
     /// Data received and not yet parsed.
@@ -49,7 +49,7 @@ pub(super) struct Http1Connection {
 }
 
 /// Why an exchange failed before its response head was received.
-pub(super) enum ExchangeError {
+pub enum ExchangeError {
     /// The deadline of the exchange expired.
     Expired,
     /// The connection was closed before any of the request was written: it can be sent over another connection.
@@ -73,7 +73,7 @@ pub enum ResponseAborted {
 }
 
 impl Http1Connection {
-    pub(super) fn new(stream: MaybeTlsStream) -> Self {
+    pub(in crate::client) fn new(stream: MaybeTlsStream) -> Self {
         Self {
             stream,
             request: RequestWriter::default(),
@@ -87,7 +87,7 @@ impl Http1Connection {
     }
 
     /// Takes `request`, sends it, and returns when the head of the response has been received.
-    pub(super) async fn send_request(
+    pub(in crate::client) async fn send_request(
         &mut self,
         request: &mut RequestWriter,
         deadlines: &ExchangeDeadlines,
@@ -196,29 +196,29 @@ impl Http1Connection {
     }
 
     /// Returns whether the whole request has been sent.
-    pub(super) fn is_request_sent(&self) -> bool {
+    pub(in crate::client) fn is_request_sent(&self) -> bool {
         !self.write_closed && self.request.is_complete()
     }
 
     /// Returns whether the request sent over this connection can be recovered.
-    pub(super) fn can_recover_request(&self) -> bool {
+    pub(in crate::client) fn can_recover_request(&self) -> bool {
         self.request.can_rewind()
     }
 
     /// Returns the request so that it can be sent again, after a response that shows that it was not executed.
-    pub(super) fn recover_request(&mut self) -> RequestWriter {
+    pub(in crate::client) fn recover_request(&mut self) -> RequestWriter {
         // An incomplete request will never be completed, so the connection cannot be reused.
         self.write_closed |= !self.request.is_complete();
         self.request.rewind()
     }
 
     /// Returns the request so that it can be sent over another connection.
-    pub(super) fn into_request(mut self) -> RequestWriter {
+    pub(in crate::client) fn into_request(mut self) -> RequestWriter {
         self.request.rewind()
     }
 
     /// Returns the next frame of the response body, and continues to send the request.
-    pub(super) fn poll_frame(
+    pub(in crate::client) fn poll_frame(
         &mut self,
         cx: &mut Context<'_>,
         decoder: &mut BodyDecoder,
@@ -244,7 +244,7 @@ impl Http1Connection {
     }
 
     /// Continues to send the request.
-    pub(super) fn poll_write_request(
+    pub(in crate::client) fn poll_write_request(
         &mut self,
         cx: &mut Context<'_>,
     ) -> Result<(), RequestBodyError> {
@@ -295,17 +295,17 @@ impl Http1Connection {
     }
 
     /// Data received and not yet parsed.
-    pub(super) fn buffered_input(&self) -> &[u8] {
+    pub(in crate::client) fn buffered_input(&self) -> &[u8] {
         &self.read_buffer
     }
 
     /// Returns whether the connection can be used for another exchange after the end of this response.
-    pub(super) fn is_reusable(&self) -> bool {
+    pub(in crate::client) fn is_reusable(&self) -> bool {
         self.keep_alive && self.is_request_sent() && self.read_buffer.is_empty()
     }
 
     /// Frees buffers that an idle connection does not need. Returns whether the connection is still open and silent.
-    pub(super) fn prepare_idle(&mut self) -> bool {
+    pub(in crate::client) fn prepare_idle(&mut self) -> bool {
         self.read_size = MIN_READ_BYTES;
         self.request = RequestWriter::default();
         self.read_buffer = BytesMut::with_capacity(1);
@@ -320,12 +320,12 @@ impl Http1Connection {
     }
 
     /// Returns whether the socket of this idle connection has unexpected data or has been closed.
-    pub(super) fn is_readable(&self) -> bool {
+    pub(in crate::client) fn is_readable(&self) -> bool {
         self.stream.is_readable()
     }
 
     /// Returns the stream and the data received and not yet parsed.
-    pub(super) fn into_parts(self) -> (MaybeTlsStream, Bytes) {
+    pub(in crate::client) fn into_parts(self) -> (MaybeTlsStream, Bytes) {
         (self.stream, self.read_buffer.freeze())
     }
 }

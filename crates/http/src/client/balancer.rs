@@ -1,17 +1,17 @@
-//! Selects the replica for a call. No I/O.
+//! Selects one of the replicas of an upstream for a request. No I/O.
 
 /// Result of the selection.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) enum Selection {
+pub enum Selection {
     /// All ready replicas are at their limit.
     Busy,
     NoneReady,
     Replica(usize),
 }
 
-/// Selects the replica with the fewest calls in flight. `loads` has the calls in flight of each replica, `None` if it
+/// Selects the replica with the fewest requests in flight. `loads` has the requests in flight of each replica, `None` if it
 /// is not ready. `limit` is the maximum for each replica; 0 means unlimited.
-pub(super) fn least_loaded(loads: impl IntoIterator<Item = Option<u64>>, limit: u64) -> Selection {
+pub fn least_loaded(loads: impl IntoIterator<Item = Option<u64>>, limit: u64) -> Selection {
     let ready = loads.into_iter().enumerate().filter_map(|(index, load)| Some((load?, index)));
     match ready.min() {
         None => Selection::NoneReady,

@@ -5,10 +5,10 @@
 
 use crate::client::codings::CodingError;
 
-pub(super) mod body_decoder;
+pub(in crate::client) mod body_decoder;
 pub(super) mod interim;
-pub(super) mod request;
-pub(super) mod response;
+pub(in crate::client) mod request;
+pub(in crate::client) mod response;
 mod space_before_colon;
 
 /// Why a message of an upstream is not valid HTTP, or cannot be forwarded safely.

@@ -7,7 +7,7 @@ use http::uri::PathAndQuery;
 use http::{HeaderMap, HeaderName, HeaderValue, Method, Uri};
 use http_body::Body;
 
-use crate::client::headers::is_allowed_trailer;
+use crate::headers::is_allowed_trailer;
 
 /// The framing of a request body: how the upstream finds its end.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

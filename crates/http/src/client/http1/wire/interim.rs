@@ -63,7 +63,7 @@ mod tests {
     use bytes::BytesMut;
 
     use super::*;
-    use crate::client::wire::response::parse_head;
+    use crate::client::http1::wire::response::parse_head;
 
     #[track_caller]
     fn check(sent: &str, expect: Option<&str>) {
