@@ -5,9 +5,6 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use axum::Router;
-use hyper::Request;
-use hyper::body::Incoming;
-use hyper::service::service_fn;
 use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 
@@ -38,7 +35,7 @@ use gateway_proxy::invoke::{Invoker, Route};
 use gateway_proxy::metrics::Metrics;
 use gateway_proxy::metrics::query::InvocationCounts;
 use gateway_proxy::readiness::Readiness;
-use gateway_proxy::service::{GatewayService, router_service};
+use gateway_proxy::service::{GatewayService, serve_router};
 use gateway_proxy::trace::{AccessLogMode, TracingConfig};
 use gateway_proxy::trace::{RequestObserver, Tracer};
 use gateway_queue::ingress::QueueIngress;
@@ -155,14 +152,7 @@ fn run_proxy_thread(deps: &GatewayDeps, number: usize, server: Server, listener:
         let served = runtime.block_on(async {
             let client = deps.build_client();
             let service = Arc::new(deps.build_service(number, &client));
-            let serving = server.run(listener, |connection| {
-                let context = Arc::new((Arc::clone(&service), connection));
-                service_fn(move |request: Request<Incoming>| {
-                    let context = Arc::clone(&context);
-                    let accepted = context.0.classify(&context.1, request);
-                    async move { context.0.respond(&context.1, accepted).await }
-                })
-            });
+            let serving = service.serve(server, listener);
             // Cancel-safe: the idle reaper holds nothing across an await.
             tokio::select! {
                 served = serving => served,
@@ -368,7 +358,7 @@ impl GatewayDeps {
     }
 
     /// Builds the HTTP service of one thread. Must be called on that thread's runtime.
-    fn build_service(&self, thread: usize, client: &Arc<Client>) -> GatewayService<ApiService> {
+    fn build_service(&self, thread: usize, client: &Arc<Client>) -> GatewayService {
         let provider = self.provider(client);
         let route = match &self.config.direct_functions {
             Some(suffix) => Route::Direct {
@@ -411,7 +401,7 @@ impl GatewayDeps {
         };
         GatewayService {
             invoker,
-            fallback: ApiService::new(api),
+            fallback: Box::new(ApiService::new(api)),
             phases: self.phases.clone(),
             observer: self.observer.clone(),
         }
@@ -454,9 +444,7 @@ pub(super) fn serve_metrics(
     let server =
         Server::new(timeouts, MAX_METRICS_CONNECTIONS, ShutdownPhases::default(), head_budget);
     let serving = async move {
-        let served =
-            server.run(listener, |client| router_service(&router, client, timeouts.idle)).await;
-        if let Err(error) = served {
+        if let Err(error) = serve_router(router, server, listener).await {
             tracing::error!(%error, "The metrics port cannot be served");
         }
     };

@@ -19,7 +19,7 @@ use gateway_http::server::head_budget::HeadBudget;
 use gateway_http::server::listener::bind;
 use gateway_http::server::{Server, raise_file_limit};
 use gateway_provider::process::{self, ProcessProvider};
-use gateway_proxy::service::router_service;
+use gateway_proxy::service::serve_router;
 
 /// Timeouts of the provider's API. Its clients are gateways, which have their own deadlines.
 const API_TIMEOUTS: Timeouts = Timeouts {
@@ -129,8 +129,7 @@ impl ProviderServer {
         let drained = self.drained.clone();
         tasks.spawn(|_stopping| async move {
             let _drained = drained.drop_guard();
-            let service = |client| router_service(&router, client, API_TIMEOUTS.idle);
-            if let Err(error) = server.run(listener, service).await {
+            if let Err(error) = serve_router(router, server, listener).await {
                 tracing::error!(%error, "The provider's API failed");
             }
         });

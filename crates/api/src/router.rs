@@ -9,6 +9,7 @@ use axum::extract::State;
 use axum::middleware::{from_fn, from_fn_with_state};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{delete, get, options, post};
+use futures_util::future::BoxFuture;
 use http::{Method, Request, StatusCode};
 use tower::ServiceExt;
 
@@ -59,21 +60,22 @@ impl ApiService {
 }
 
 impl Fallback for ApiService {
-    async fn respond(
-        &self,
-        connection: &ClientConnection,
+    fn respond<'a>(
+        &'a self,
+        connection: &'a ClientConnection,
         mut request: Request<Body>,
         route: RouteMatch,
-    ) -> Response {
+    ) -> BoxFuture<'a, Response> {
         // Calls to enqueue skip the router, whose matching costs more than one comparison.
         if route.destination == Destination::Queue
             && let Some(label) =
                 async_api::enqueue_label(request.method(), request.uri().path(), route)
         {
-            return self.enqueue(connection, request, route, label).await;
+            return Box::pin(self.enqueue(connection, request, route, label));
         }
         request.extensions_mut().insert(connection.clone());
-        self.router.clone().oneshot(request).await.unwrap_or_else(|never| match never {})
+        let response = self.router.clone().oneshot(request);
+        Box::pin(async { response.await.unwrap_or_else(|never| match never {}) })
     }
 }
 

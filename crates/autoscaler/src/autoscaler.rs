@@ -4,6 +4,7 @@
 //! the leader: every two seconds it lists the functions, computes the desired replicas of each ([`decide`]), and sends
 //! the changes to the provider. Functions at zero are scaled up by requests, not here.
 
+use futures_util::future::BoxFuture;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -44,53 +45,58 @@ pub struct AutoscalerDeps {
 }
 
 /// Scales functions until `stopping`.
-pub async fn run(deps: AutoscalerDeps, stopping: CancellationToken) {
-    let AutoscalerDeps { poller, gauges, ingress, rules, gossip: publisher } = deps;
-    let started_at = Instant::now();
-    let (publisher, subscriber) = publisher.unzip();
-    let peers = publisher.as_ref().map(|publisher| Peers::new(publisher.id.clone(), 0));
-    let view = Arc::new(Mutex::new(ClusterView::new(rules.window, peers, 0)));
-    let metrics = Arc::clone(&poller.metrics);
-    let (samples, sample) = watch::channel(0);
-    let sample_loop = SampleLoop {
-        sampler: Sampler::new(Arc::clone(&metrics), ingress.clone(), 0),
-        metrics,
-        publisher,
-        view: Arc::clone(&view),
-        samples,
-        started_at,
-    };
-    let reconciler = Reconciler::new(poller, gauges, ingress, rules, Arc::clone(&view), started_at);
-    let (sampling, reconciling) = (sample_loop.run(stopping.clone()), async {
-        tokio::join!(
-            receive_reports(subscriber, &view, started_at),
-            run_rounds(reconciler, sample)
-        );
-    });
-    // A request to the provider that is cut here may have taken effect. The next leader decides from the listed
-    // replicas.
-    tokio::select! {
-        () = sampling => {}
-        () = reconciling => {}
-    }
+pub fn run(deps: AutoscalerDeps, stopping: CancellationToken) -> BoxFuture<'static, ()> {
+    Box::pin(async move {
+        let AutoscalerDeps { poller, gauges, ingress, rules, gossip: publisher } = deps;
+        let started_at = Instant::now();
+        let (publisher, subscriber) = publisher.unzip();
+        let peers = publisher.as_ref().map(|publisher| Peers::new(publisher.id.clone(), 0));
+        let view = Arc::new(Mutex::new(ClusterView::new(rules.window, peers, 0)));
+        let metrics = Arc::clone(&poller.metrics);
+        let (samples, sample) = watch::channel(0);
+        let sample_loop = SampleLoop {
+            sampler: Sampler::new(Arc::clone(&metrics), ingress.clone(), 0),
+            metrics,
+            publisher,
+            view: Arc::clone(&view),
+            samples,
+            started_at,
+        };
+        let reconciler =
+            Reconciler::new(poller, gauges, ingress, rules, Arc::clone(&view), started_at);
+        let (sampling, reconciling) = (sample_loop.run(stopping.clone()), async {
+            tokio::join!(
+                receive_reports(subscriber, &view, started_at),
+                run_rounds(reconciler, sample)
+            );
+        });
+        // A request to the provider that is cut here may have taken effect. The next leader decides from the listed
+        // replicas.
+        tokio::select! {
+            () = sampling => {}
+            () = reconciling => {}
+        }
+    })
 }
 
 /// Publishes the load of a process that never becomes the leader, until `stopping`.
-pub async fn publish_load_only(
+pub fn publish_load_only(
     metrics: Arc<Metrics>,
     publisher: LoadPublisher,
     stopping: CancellationToken,
-) {
-    let view = Arc::new(Mutex::new(ClusterView::new(0, None, 0)));
-    let sample_loop = SampleLoop {
-        sampler: Sampler::new(Arc::clone(&metrics), None, 0),
-        metrics,
-        publisher: Some(publisher),
-        view,
-        samples: watch::channel(0).0,
-        started_at: Instant::now(),
-    };
-    sample_loop.run(stopping).await;
+) -> BoxFuture<'static, ()> {
+    Box::pin(async move {
+        let view = Arc::new(Mutex::new(ClusterView::new(0, None, 0)));
+        let sample_loop = SampleLoop {
+            sampler: Sampler::new(Arc::clone(&metrics), None, 0),
+            metrics,
+            publisher: Some(publisher),
+            view,
+            samples: watch::channel(0).0,
+            started_at: Instant::now(),
+        };
+        sample_loop.run(stopping).await;
+    })
 }
 
 /// Takes samples and publishes them.

@@ -3,6 +3,7 @@
 pub mod attempts;
 mod credential_set;
 
+use futures_util::future::BoxFuture;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -101,43 +102,45 @@ impl Credentials {
     }
 
     /// Applies changes of the files until `stopping`. `reloads` triggers an immediate read.
-    pub async fn watch_files(
+    pub fn watch_files(
         self: Arc<Self>,
         stopping: CancellationToken,
         mut reloads: watch::Receiver<u64>,
-    ) {
-        let Some(directory) = &self.directory else { return };
-        let (mut was_readable, mut candidate) = (true, None);
-        loop {
-            let pause = if candidate.is_some() { CONFIRMATION_DELAY } else { REREAD_INTERVAL };
-            // All branches are cancel-safe. A reload does not shorten the confirmation delay.
-            tokio::select! {
-                () = stopping.cancelled() => return,
-                Ok(()) = reloads.changed(), if candidate.is_none() => {}
-                () = tokio::time::sleep(pause) => {}
-            }
-            self.update(|set| set.without_expired(Instant::now()));
-            match read_credentials(directory) {
-                Ok(pair) if pair == **self.set.load().current() => {
-                    (was_readable, candidate) = (true, None);
+    ) -> BoxFuture<'static, ()> {
+        Box::pin(async move {
+            let Some(directory) = &self.directory else { return };
+            let (mut was_readable, mut candidate) = (true, None);
+            loop {
+                let pause = if candidate.is_some() { CONFIRMATION_DELAY } else { REREAD_INTERVAL };
+                // All branches are cancel-safe. A reload does not shorten the confirmation delay.
+                tokio::select! {
+                    () = stopping.cancelled() => return,
+                    Ok(()) = reloads.changed(), if candidate.is_none() => {}
+                    () = tokio::time::sleep(pause) => {}
                 }
-                Ok(pair) if candidate.as_ref() == Some(&pair) => {
-                    (was_readable, candidate) = (true, None);
-                    self.replace(pair);
-                }
-                Ok(pair) => candidate = Some(pair),
-                Err(error) => {
-                    candidate = None;
-                    if std::mem::take(&mut was_readable) {
-                        let error = &error as &dyn std::error::Error;
-                        tracing::warn!(
-                            error,
-                            "Cannot read the credentials; the previous ones stay in use"
-                        );
+                self.update(|set| set.without_expired(Instant::now()));
+                match read_credentials(directory) {
+                    Ok(pair) if pair == **self.set.load().current() => {
+                        (was_readable, candidate) = (true, None);
+                    }
+                    Ok(pair) if candidate.as_ref() == Some(&pair) => {
+                        (was_readable, candidate) = (true, None);
+                        self.replace(pair);
+                    }
+                    Ok(pair) => candidate = Some(pair),
+                    Err(error) => {
+                        candidate = None;
+                        if std::mem::take(&mut was_readable) {
+                            let error = &error as &dyn std::error::Error;
+                            tracing::warn!(
+                                error,
+                                "Cannot read the credentials; the previous ones stay in use"
+                            );
+                        }
                     }
                 }
             }
-        }
+        })
     }
 
     fn replace(&self, pair: BasicCredentials) {

@@ -6,11 +6,14 @@ mod host;
 mod request;
 
 use std::convert::Infallible;
+use std::io;
+use std::net::TcpListener;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use axum::Router;
 use axum::response::{IntoResponse, Response};
+use futures_util::future::{BoxFuture, LocalBoxFuture};
 use http::header::UPGRADE;
 use http::{Request, StatusCode, Version};
 use hyper::body::{Body, Incoming};
@@ -27,30 +30,32 @@ use gateway_base::function::has_dot_segment;
 use gateway_base::shutdown::ShutdownPhases;
 use gateway_http::client::body::ClientBody;
 use gateway_http::deadlines::BodyState;
+use gateway_http::server::Server;
 use gateway_http::server::client_connection::ClientConnection;
 
 /// Handles requests that are no synchronous calls.
-pub trait Fallback {
-    /// Returns the response to a request whose head has been checked.
-    fn respond(
-        &self,
-        connection: &ClientConnection,
+pub trait Fallback: Send + Sync {
+    /// Returns the response to a request whose head has been checked. Boxed, so that the rare case does not enlarge the
+    /// future of every invocation.
+    fn respond<'a>(
+        &'a self,
+        connection: &'a ClientConnection,
         request: Request<axum::body::Body>,
         route: RouteMatch,
-    ) -> impl Future<Output = Response> + Send;
+    ) -> BoxFuture<'a, Response>;
 }
 
 /// HTTP service of the public port. One per proxy thread.
-pub struct GatewayService<F> {
+pub struct GatewayService {
     pub invoker: Invoker,
-    pub fallback: F,
+    pub fallback: Box<dyn Fallback>,
     pub phases: ShutdownPhases,
     /// Access log and traces, if enabled.
     pub observer: Option<Arc<RequestObserver>>,
 }
 
 /// A classified request, before its response.
-pub struct AcceptedRequest {
+struct AcceptedRequest {
     dispatch: Dispatch,
     /// The client uses HTTP/1.0.
     is_http_1_0: bool,
@@ -69,9 +74,28 @@ enum Dispatch {
     Reject(Box<http::Response<TrackedBody>>),
 }
 
-impl<F: Fallback> GatewayService<F> {
+impl GatewayService {
+    /// Serves `listener` with `server` until shutdown. Boxed, so that this crate compiles all of the connection's code.
+    ///
+    /// # Errors
+    /// When the listener cannot be registered with the runtime: nothing is served.
+    pub fn serve(
+        self: Arc<Self>,
+        server: Server,
+        listener: TcpListener,
+    ) -> LocalBoxFuture<'static, io::Result<()>> {
+        Box::pin(server.run(listener, move |connection| {
+            let context = Arc::new((Arc::clone(&self), connection));
+            service_fn(move |request: Request<Incoming>| {
+                let context = Arc::clone(&context);
+                let accepted = context.0.classify(&context.1, request);
+                async move { context.0.respond(&context.1, accepted).await }
+            })
+        }))
+    }
+
     /// Checks and classifies a request. Does not wait.
-    pub fn classify(
+    fn classify(
         &self,
         connection: &ClientConnection,
         mut request: Request<Incoming>,
@@ -118,7 +142,7 @@ impl<F: Fallback> GatewayService<F> {
     }
 
     /// Executes the request and returns the response.
-    pub async fn respond(
+    async fn respond(
         &self,
         connection: &ClientConnection,
         accepted: AcceptedRequest,
@@ -128,10 +152,9 @@ impl<F: Fallback> GatewayService<F> {
             Dispatch::Invoke(prepared) => {
                 self.invoker.execute(connection, prepared, &mut span).await
             }
-            // Boxed, so that the rare case does not enlarge the future of every invocation.
             Dispatch::Fallback(request, route) => {
                 let request = fallback_request(connection, *request);
-                let response = Box::pin(self.fallback.respond(connection, request, route)).await;
+                let response = self.fallback.respond(connection, request, route).await;
                 self.track_body(connection, response)
             }
             Dispatch::Reject(response) => *response,
@@ -181,8 +204,22 @@ fn fallback_request(
     request
 }
 
+/// Serves `listener` with `server` until shutdown. All requests are handled by `router`. Boxed as in
+/// [`GatewayService::serve`].
+///
+/// # Errors
+/// When the listener cannot be registered with the runtime: nothing is served.
+pub fn serve_router(
+    router: Router,
+    server: Server,
+    listener: TcpListener,
+) -> BoxFuture<'static, io::Result<()>> {
+    let idle = server.timeouts.idle;
+    Box::pin(server.run(listener, move |connection| router_service(&router, connection, idle)))
+}
+
 /// Returns a service that handles all requests of a connection with `router` only.
-pub fn router_service(
+fn router_service(
     router: &Router,
     connection: ClientConnection,
     idle: Duration,

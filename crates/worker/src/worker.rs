@@ -1,5 +1,6 @@
 //! The worker: receives queued calls, executes them, decides about retries, sends callbacks, and settles.
 
+use futures_util::future::BoxFuture;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -60,31 +61,34 @@ pub struct CallLogging {
 impl Worker {
     /// Executes calls until `phases.draining`, then waits for the running ones, or drops them unsettled at
     /// `phases.forced`.
-    pub async fn run(self: Arc<Self>, phases: &ShutdownPhases) {
-        let slots = Arc::new(Semaphore::new(self.concurrency));
-        let limiter =
-            Arc::new(SettlementLimiter::new(self.concurrency.saturating_mul(UNSETTLED_PER_SLOT)));
-        let running = TaskTracker::new();
-        // Cancel-safe: a permit or a call that was not returned here is released.
-        while let Some(next) = tokio::select! {
-            () = phases.draining.cancelled() => None,
-            next = self.receive(&slots) => Some(next),
-        } {
-            let (slot_permit, delivery, body_memory) = next;
-            let (worker, limiter) = (Arc::clone(&self), Arc::clone(&limiter));
-            running.spawn(async move {
-                worker.process(delivery, slot_permit, body_memory, &limiter).await
-            });
-        }
-        self.ingress.queue.stop_receiving();
-        running.close();
-        // Calls that are aborted here are dropped unsettled, so the queue delivers them again.
-        tokio::select! {
-            () = running.wait() => {}
-            () = phases.forced.cancelled() => {
-                tracing::warn!(calls = running.len(), "Queued calls aborted at the end of shutdown_grace");
+    pub fn run(self: Arc<Self>, phases: &ShutdownPhases) -> BoxFuture<'_, ()> {
+        Box::pin(async move {
+            let slots = Arc::new(Semaphore::new(self.concurrency));
+            let limiter = Arc::new(SettlementLimiter::new(
+                self.concurrency.saturating_mul(UNSETTLED_PER_SLOT),
+            ));
+            let running = TaskTracker::new();
+            // Cancel-safe: a permit or a call that was not returned here is released.
+            while let Some(next) = tokio::select! {
+                () = phases.draining.cancelled() => None,
+                next = self.receive(&slots) => Some(next),
+            } {
+                let (slot_permit, delivery, body_memory) = next;
+                let (worker, limiter) = (Arc::clone(&self), Arc::clone(&limiter));
+                running.spawn(async move {
+                    worker.process(delivery, slot_permit, body_memory, &limiter).await
+                });
             }
-        }
+            self.ingress.queue.stop_receiving();
+            running.close();
+            // Calls that are aborted here are dropped unsettled, so the queue delivers them again.
+            tokio::select! {
+                () = running.wait() => {}
+                () = phases.forced.cancelled() => {
+                    tracing::warn!(calls = running.len(), "Queued calls aborted at the end of shutdown_grace");
+                }
+            }
+        })
     }
 
     /// Waits for an execution slot, a call, and memory for its body.

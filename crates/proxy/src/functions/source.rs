@@ -1,6 +1,7 @@
 //! Feeds the registry: polls the provider's list of functions. Source of the replica gauges, of the function registry, and of the
 //! provider's health.
 
+use futures_util::future::BoxFuture;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -34,18 +35,20 @@ pub struct ProviderPoller {
 
 impl ProviderPoller {
     /// Polls until `stopping` is cancelled.
-    pub async fn run(self, stopping: CancellationToken) {
-        loop {
-            // Both branches are cancel-safe: a cancelled poll has changed nothing.
-            let pause = tokio::select! {
-                () = stopping.cancelled() => return,
-                pause = self.poll_once() => pause,
-            };
-            tokio::select! {
-                () = stopping.cancelled() => return,
-                () = tokio::time::sleep(pause) => {}
+    pub fn run(self, stopping: CancellationToken) -> BoxFuture<'static, ()> {
+        Box::pin(async move {
+            loop {
+                // Both branches are cancel-safe: a cancelled poll has changed nothing.
+                let pause = tokio::select! {
+                    () = stopping.cancelled() => return,
+                    pause = self.poll_once() => pause,
+                };
+                tokio::select! {
+                    () = stopping.cancelled() => return,
+                    () = tokio::time::sleep(pause) => {}
+                }
             }
-        }
+        })
     }
 
     /// Polls once; returns the time until the next poll.

@@ -1,6 +1,7 @@
 //! Exports spans to a collector by OTLP over HTTP with JSON. Spans that the collector does not accept are dropped: no
 //! call waits for it, and memory is bounded.
 
+use futures_util::future::BoxFuture;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -47,30 +48,32 @@ pub struct Exporter {
 
 impl Exporter {
     /// Exports spans until `stopping`, then flushes the queue.
-    pub async fn run(mut self, stopping: CancellationToken) {
-        let mut failing = false;
-        loop {
-            let mut batch = Vec::new();
-            // Cancel-safe: received spans are in `batch`.
-            let ended = tokio::select! {
-                () = stopping.cancelled() => true,
-                received = self.collect_batch(&mut batch) => !received,
-            };
-            if ended {
-                return self.flush(batch).await;
+    pub fn run(mut self, stopping: CancellationToken) -> BoxFuture<'static, ()> {
+        Box::pin(async move {
+            let mut failing = false;
+            loop {
+                let mut batch = Vec::new();
+                // Cancel-safe: received spans are in `batch`.
+                let ended = tokio::select! {
+                    () = stopping.cancelled() => true,
+                    received = self.collect_batch(&mut batch) => !received,
+                };
+                if ended {
+                    return self.flush(batch).await;
+                }
+                let deadline = async {
+                    stopping.cancelled().await;
+                    tokio::time::sleep(FLUSH_TIMEOUT).await;
+                };
+                // At shutdown, a request in progress has the same timeout as the flush. It is not repeated, as it may have
+                // been received.
+                let sent = tokio::select! {
+                    () = deadline => return,
+                    sent = self.send(&batch) => sent,
+                };
+                failing = self.record_result(sent, batch.len(), failing);
             }
-            let deadline = async {
-                stopping.cancelled().await;
-                tokio::time::sleep(FLUSH_TIMEOUT).await;
-            };
-            // At shutdown, a request in progress has the same timeout as the flush. It is not repeated, as it may have
-            // been received.
-            let sent = tokio::select! {
-                () = deadline => return,
-                sent = self.send(&batch) => sent,
-            };
-            failing = self.record_result(sent, batch.len(), failing);
-        }
+        })
     }
 
     /// Fills `batch`; returns `false` when the channel is closed.
