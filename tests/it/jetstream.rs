@@ -13,4 +13,5 @@ mod large_bodies;
 mod leases;
 pub(crate) mod processes;
 mod server_failures;
+mod server_limits;
 mod states;

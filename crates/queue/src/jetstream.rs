@@ -19,6 +19,7 @@ mod consumer;
 mod consumers;
 mod dead_letters;
 mod dirty_batches;
+mod error;
 mod failure_counts;
 #[cfg(any(test, fuzzing))]
 pub(crate) mod fuzz;
@@ -47,13 +48,14 @@ pub use self::options::{Auth, Options};
 pub use self::subject::encode_token;
 
 use crate::call::QueuedCall;
-use crate::jetstream::api::{JetStreamApi, NatsError};
+use crate::jetstream::api::JetStreamApi;
 use crate::jetstream::batcher::Batcher;
 use crate::jetstream::capacity::Capacity;
 use crate::jetstream::claims::Claims;
 use crate::jetstream::consumer::Received;
 use crate::jetstream::consumers::Consumers;
 use crate::jetstream::dirty_batches::DirtyBatches;
+use crate::jetstream::error::NatsError;
 use crate::jetstream::failure_counts::FailureCounts;
 use crate::jetstream::gc::CONSUMER_IDLE_TIMEOUT;
 use crate::jetstream::ids::BatchKeys;

@@ -10,9 +10,9 @@ use futures_util::{StreamExt, TryStreamExt, stream};
 use async_nats::jetstream::message::StreamMessage;
 
 use crate::jetstream::Shared;
-use crate::jetstream::api::NatsError;
 use crate::jetstream::batch::BatchRecord;
 use crate::jetstream::batch_state::DecodedBatch;
+use crate::jetstream::error::NatsError;
 use crate::jetstream::ids::BatchKey;
 use crate::jetstream::lookup::{CallLocation, DeadLetter, Finished, Pending};
 use crate::jetstream::message;

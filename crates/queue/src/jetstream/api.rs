@@ -17,7 +17,9 @@ use serde::{Deserialize, Deserializer};
 use serde_json::json;
 use tokio::sync::watch;
 
-use crate::Error;
+use crate::jetstream::error::{
+    ErrorResponse, MESSAGE_NOT_FOUND, NatsError, STORE_FAILED, STREAM_NOT_FOUND, UNAVAILABLE_CODES,
+};
 use crate::jetstream::options::{MIN_VERSION, Options};
 use crate::jetstream::subject::Subjects;
 
@@ -28,53 +30,6 @@ const REQUEST_TIMEOUT: Duration = Duration::from_millis(1000);
 const CONNECTION_POLL_INTERVAL: Duration = Duration::from_millis(50);
 /// Connection number that means "not connected"; numbers of connections start at 1.
 const NO_CONNECTION: u64 = 0;
-
-/// Error codes of the NATS server.
-const MESSAGE_NOT_FOUND: u64 = 10037;
-const WRONG_SEQUENCE: u64 = 10071;
-const NOT_STORED: u64 = 10077;
-const STREAM_NOT_FOUND: u64 = 10059;
-const HEADERS_TOO_LARGE: u64 = 10097;
-const UNAVAILABLE_CODES: [u64; 4] = [10008, 10009, 10004, STREAM_NOT_FOUND];
-const NO_SPACE_CODES: [u64; 4] = [10023, 10028, 10047, 10077];
-
-/// Failure of a request to the NATS server.
-#[derive(Clone, Debug, thiserror::Error)]
-pub(super) enum NatsError {
-    #[error("the NATS server does not respond")]
-    Unavailable,
-    #[error("the message exceeds the server's maximum size")]
-    TooLarge,
-    #[error("the NATS server rejected the request: {1} ({0})")]
-    Rejected(u64, String),
-    #[error("unexpected response of the NATS server")]
-    UnexpectedResponse,
-}
-
-impl NatsError {
-    /// Returns whether the expected last sequence was wrong: another client has changed the subject.
-    pub(super) fn is_conflict(&self) -> bool {
-        matches!(self, Self::Rejected(WRONG_SEQUENCE, _))
-    }
-}
-
-impl From<NatsError> for Error {
-    fn from(error: NatsError) -> Self {
-        match &error {
-            NatsError::Unavailable => Self::Unreachable,
-            NatsError::Rejected(code, _) if UNAVAILABLE_CODES.contains(code) => Self::Unreachable,
-            NatsError::Rejected(NOT_STORED, text) if text.contains("maximum messages") => {
-                Self::Full
-            }
-            NatsError::Rejected(code, _) if NO_SPACE_CODES.contains(code) => Self::NoSpace,
-            NatsError::TooLarge | NatsError::Rejected(HEADERS_TOO_LARGE, _) => Self::TooLarge(0),
-            NatsError::Rejected(..) | NatsError::UnexpectedResponse => {
-                tracing::error!(error = %error, "A request to the NATS server failed");
-                Self::Failed
-            }
-        }
-    }
-}
 
 /// Connection to the NATS server. It reconnects automatically.
 pub(super) struct JetStreamApi {
@@ -126,17 +81,23 @@ fn stream_sequence<'de, D: Deserializer<'de>>(deserializer: D) -> Result<u64, D:
     Ok(Position::deserialize(deserializer)?.stream_seq)
 }
 
+/// Limits of a stream, and how much of them is used.
 #[derive(Deserialize)]
-struct ErrorResponse {
-    error: Option<ApiError>,
+struct StreamUsage {
+    config: StreamLimits,
+    state: StreamSize,
 }
 
 #[derive(Deserialize)]
-struct ApiError {
+struct StreamLimits {
+    /// Not positive for no limit.
     #[serde(default)]
-    err_code: u64,
-    #[serde(default)]
-    description: String,
+    max_msgs: i64,
+}
+
+#[derive(Deserialize)]
+struct StreamSize {
+    messages: u64,
 }
 
 impl JetStreamApi {
@@ -258,7 +219,33 @@ impl JetStreamApi {
         if let Some(last) = last {
             headers.insert("Nats-Expected-Last-Subject-Sequence", last.to_string());
         }
-        self.request_json(subject, Some(headers), body).await
+        let response = self.request(subject, Some(headers), body).await?;
+        match self.parse_response(&response) {
+            Err(NatsError::Rejected(STORE_FAILED, text)) => {
+                Err(Box::pin(self.explain_store_failure(&response, text)).await)
+            }
+            parsed => parsed,
+        }
+    }
+
+    /// Returns why the server has not stored a message. It reports [`STORE_FAILED`] for all reasons, so the stream is
+    /// queried.
+    async fn explain_store_failure(&self, response: &[u8], text: String) -> NatsError {
+        #[derive(Deserialize)]
+        struct Rejection {
+            stream: String,
+        }
+        let rejected = NatsError::Rejected(STORE_FAILED, text);
+        let Ok(Rejection { stream }) = serde_json::from_slice(response) else { return rejected };
+        match self.stream_usage(&stream).await {
+            Ok(StreamUsage { config, state })
+                if u64::try_from(config.max_msgs)
+                    .is_ok_and(|max| max > 0 && state.messages >= max) =>
+            {
+                NatsError::StreamFull
+            }
+            _ => rejected,
+        }
     }
 
     /// Returns the last message of `stream` on `subject`, which may contain wildcards.
@@ -333,16 +320,11 @@ impl JetStreamApi {
     }
 
     pub(super) async fn message_count(&self, stream: &str) -> Result<u64, NatsError> {
-        #[derive(Deserialize)]
-        struct Info {
-            state: State,
-        }
-        #[derive(Deserialize)]
-        struct State {
-            messages: u64,
-        }
-        let info: Info = self.call_api(&format!("STREAM.INFO.{stream}"), &json!({})).await?;
-        Ok(info.state.messages)
+        Ok(self.stream_usage(stream).await?.state.messages)
+    }
+
+    async fn stream_usage(&self, stream: &str) -> Result<StreamUsage, NatsError> {
+        self.call_api(&format!("STREAM.INFO.{stream}"), &json!({})).await
     }
 
     /// Returns the subjects of `stream` that match `filter`. Stops after the page that reaches `max` subjects.
@@ -430,20 +412,20 @@ impl JetStreamApi {
         endpoint: &str,
         request: &serde_json::Value,
     ) -> Result<T, NatsError> {
-        self.request_json(format!("$JS.API.{endpoint}"), None, request.to_string().into()).await
+        let payload = request.to_string().into();
+        let response = self.request(format!("$JS.API.{endpoint}"), None, payload).await?;
+        self.parse_response(&response)
     }
 
-    async fn request_json<T: DeserializeOwned>(
-        &self,
-        subject: String,
-        headers: Option<HeaderMap>,
-        payload: Bytes,
-    ) -> Result<T, NatsError> {
-        let response = self.request(subject, headers, payload).await?;
+    /// Parses a response of the server.
+    ///
+    /// # Errors
+    /// [`NatsError::Rejected`] if the response is an error.
+    fn parse_response<T: DeserializeOwned>(&self, response: &[u8]) -> Result<T, NatsError> {
         // Few responses are errors; this avoids parsing each response twice.
-        if memchr::memmem::find(&response, b"\"error\"").is_some() {
+        if memchr::memmem::find(response, b"\"error\"").is_some() {
             let body: ErrorResponse =
-                serde_json::from_slice(&response).map_err(|_| NatsError::UnexpectedResponse)?;
+                serde_json::from_slice(response).map_err(|_| NatsError::UnexpectedResponse)?;
             if let Some(reason) = body.error {
                 if UNAVAILABLE_CODES.contains(&reason.err_code) {
                     self.responsive.store(false, Relaxed);
@@ -451,13 +433,13 @@ impl JetStreamApi {
                 if reason.err_code == STREAM_NOT_FOUND {
                     self.reset_initialized();
                 }
-                return Err(NatsError::Rejected(reason.err_code, reason.description));
+                return Err(reason.into());
             }
         }
-        serde_json::from_slice(&response).map_err(|_| NatsError::UnexpectedResponse)
+        serde_json::from_slice(response).map_err(|_| NatsError::UnexpectedResponse)
     }
 
-    pub(super) async fn request(
+    async fn request(
         &self,
         subject: String,
         headers: Option<HeaderMap>,

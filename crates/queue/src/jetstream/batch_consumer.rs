@@ -12,12 +12,12 @@ use tokio::sync::oneshot;
 
 use crate::call::QueuedCall;
 use crate::jetstream::Shared;
-use crate::jetstream::api::NatsError;
 use crate::jetstream::batch::{self, BatchIndex, BatchRecord, Outcome};
 use crate::jetstream::claims::Claims;
 use crate::jetstream::consumer::{
     AckSubject, RETRY_INTERVAL, Received, Source, UNDECODABLE_RETRY, reject_undecodable, send_ack,
 };
+use crate::jetstream::error::NatsError;
 use crate::jetstream::ids::BatchKey;
 use crate::jetstream::message::Message;
 use crate::jetstream::subject::{BATCHES, CALLS, FINAL_RECORDS};

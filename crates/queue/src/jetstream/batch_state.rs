@@ -9,9 +9,9 @@ use async_nats::jetstream::message::StreamMessage;
 
 use crate::call::QueuedCall;
 use crate::jetstream::Shared;
-use crate::jetstream::api::NatsError;
 use crate::jetstream::batch::{self, BatchIndex, BatchRecord, Outcome};
 use crate::jetstream::batch_consumer::{BatchRef, MAX_RECORD_ATTEMPTS};
+use crate::jetstream::error::NatsError;
 use crate::jetstream::ids::BatchKey;
 use crate::jetstream::lookup::{CallLocation, Finished, Pending};
 use crate::jetstream::message::Message;

@@ -10,7 +10,7 @@ use tokio::sync::Semaphore;
 
 use crate::Error;
 use crate::jetstream::Shared;
-use crate::jetstream::api::NatsError;
+use crate::jetstream::error::NatsError;
 use crate::jetstream::ids;
 use crate::jetstream::subject::{self, BATCHES, CALLS};
 use gateway_base::sync::lock_unpoisoned;

@@ -12,7 +12,8 @@ use bytes::{Bytes, BytesMut};
 use futures_util::{StreamExt, TryStreamExt, stream};
 
 use crate::jetstream::Shared;
-use crate::jetstream::api::{JetStreamApi, NatsError};
+use crate::jetstream::api::JetStreamApi;
+use crate::jetstream::error::NatsError;
 use crate::jetstream::message::{ChunkedBody, Message};
 use crate::jetstream::subject::{
     BODIES, CALLS, DEAD_LETTERS, Subjects, decode_token, encode_token,

@@ -14,9 +14,9 @@ use tokio::sync::oneshot;
 
 use crate::call::UnixMillis;
 use crate::jetstream::Shared;
-use crate::jetstream::api::NatsError;
 use crate::jetstream::batch::CallRef;
 use crate::jetstream::consumer::Received;
+use crate::jetstream::error::NatsError;
 use crate::jetstream::message::{RunningList, json};
 use crate::jetstream::prefetch;
 use crate::now;

@@ -13,10 +13,11 @@ use tokio::sync::Mutex as AsyncMutex;
 
 use crate::call::{DecodeError, QueuedCall};
 use crate::jetstream::Shared;
-use crate::jetstream::api::{JetStreamApi, NatsError};
+use crate::jetstream::api::JetStreamApi;
 use crate::jetstream::batch::{BatchIndex, CallRef};
 use crate::jetstream::batch_consumer::{Batch, BatchDelivery, BatchRef};
 use crate::jetstream::claims::Claims;
+use crate::jetstream::error::NatsError;
 use crate::jetstream::ids::BatchKey;
 use crate::jetstream::message::{self, Message};
 use crate::jetstream::pull_scheduler::WantedPull;

@@ -8,7 +8,7 @@ use async_nats::jetstream::consumer::{AckPolicy, PullConsumer, pull};
 use async_nats::jetstream::stream::ConsumerErrorKind;
 
 use crate::jetstream::Shared;
-use crate::jetstream::api::NatsError;
+use crate::jetstream::error::NatsError;
 use crate::jetstream::subject::{self, CALLS};
 use gateway_base::function::Function;
 

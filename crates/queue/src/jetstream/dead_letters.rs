@@ -2,7 +2,7 @@
 
 use crate::ChangeOutcome;
 use crate::jetstream::Shared;
-use crate::jetstream::api::NatsError;
+use crate::jetstream::error::NatsError;
 use crate::jetstream::lookup::{CallLocation, DeadLetter, Finished, cancelled};
 use crate::jetstream::subject::{CALLS, FINAL_RECORDS};
 use crate::status::CallState;

@@ -8,7 +8,7 @@ use std::time::Duration;
 use bytes::Bytes;
 
 use crate::jetstream::Shared;
-use crate::jetstream::api::NatsError;
+use crate::jetstream::error::NatsError;
 use crate::jetstream::ids::BatchKey;
 use crate::jetstream::subject::{self, BATCHES};
 use gateway_base::sync::lock_unpoisoned;

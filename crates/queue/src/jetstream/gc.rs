@@ -7,8 +7,9 @@ use async_nats::jetstream::consumer::Info;
 use serde_json::json;
 
 use crate::jetstream::Shared;
-use crate::jetstream::api::{JetStreamApi, NatsError};
+use crate::jetstream::api::JetStreamApi;
 use crate::jetstream::consumer::MAX_SCANNED_MESSAGES;
+use crate::jetstream::error::{CONSUMER_NOT_FOUND, NatsError};
 use crate::jetstream::subject::{CALLS, function_of_consumer};
 use crate::now;
 use gateway_base::function::Function;
@@ -16,9 +17,6 @@ use gateway_base::function::Function;
 /// A consumer is removed after this time without a call. It is far longer than an entry of the consumer cache is
 /// trusted.
 pub(super) const CONSUMER_IDLE_TIMEOUT: Duration = Duration::from_secs(7 * 24 * 3600);
-
-/// Error code of the server for a missing consumer.
-const CONSUMER_NOT_FOUND: u64 = 10014;
 
 impl Shared {
     /// Removes consumers that have delivered nothing for `age` and have nothing pending. Returns the number of removed

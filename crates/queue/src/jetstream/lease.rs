@@ -7,11 +7,11 @@ use std::time::{Duration, Instant};
 use async_nats::HeaderMap;
 use bytes::Bytes;
 
-use crate::jetstream::api::NatsError;
 use crate::jetstream::batch::{BatchIndex, Outcome};
 use crate::jetstream::batch_consumer::Batch;
 use crate::jetstream::claims::Claims;
 use crate::jetstream::consumer::{RETRY_INTERVAL, Received, Source};
+use crate::jetstream::error::NatsError;
 use crate::jetstream::message::{
     FinalRecord, Message, ResponseHead, final_headers, response_headers,
 };

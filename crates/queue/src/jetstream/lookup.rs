@@ -11,12 +11,12 @@ use futures_util::{StreamExt, TryStreamExt, stream};
 
 use crate::ChangeOutcome;
 use crate::call::UnixMillis;
-use crate::jetstream::api::NatsError;
 use crate::jetstream::batch::{BatchIndex, CallRef};
 use crate::jetstream::batch_consumer::BatchRef;
 use crate::jetstream::batch_state::InBatch;
 use crate::jetstream::chunked_body::MAX_BODY_BYTES;
 use crate::jetstream::claims::CANCEL_MARKER_TTL;
+use crate::jetstream::error::NatsError;
 use crate::jetstream::ids::BatchKey;
 use crate::jetstream::message::{self, FinalRecord, Message, final_headers, parse_response_head};
 use crate::jetstream::subject::{

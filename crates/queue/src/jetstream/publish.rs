@@ -4,7 +4,7 @@ use async_nats::HeaderMap;
 use bytes::Bytes;
 
 use crate::call::QueuedCall;
-use crate::jetstream::api::NatsError;
+use crate::jetstream::error::NatsError;
 use crate::jetstream::message::{ChunkedBody, Message};
 use crate::jetstream::subject::{CALLS, Subjects, consumer_name, function_of_consumer};
 use crate::jetstream::{JetStream, Shared, chunked_body};

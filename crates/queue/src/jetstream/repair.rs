@@ -12,8 +12,8 @@ use bytes::Bytes;
 use futures_util::{StreamExt, TryStreamExt, stream};
 
 use crate::jetstream::Shared;
-use crate::jetstream::api::NatsError;
 use crate::jetstream::batch_state::DecodedBatch;
+use crate::jetstream::error::NatsError;
 use crate::jetstream::lookup::Pending;
 use crate::jetstream::subject::{CALLS, consumer_name};
 use gateway_base::function::Function;
@@ -61,7 +61,7 @@ impl Shared {
             let (sequence, id) = (pending.sequence, &pending.subject.id);
             if self.is_finished(function, id, sequence).await? {
                 api.delete(&subjects.calls, sequence).await?;
-                return Ok(1);
+                return Ok::<_, NatsError>(1);
             }
             Ok(0)
         });

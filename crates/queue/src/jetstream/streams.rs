@@ -7,7 +7,8 @@ use async_nats::jetstream::context::GetStreamErrorKind;
 use async_nats::jetstream::stream::{Config, DiscardPolicy, RetentionPolicy, StorageType};
 use serde::{Deserialize, Serialize};
 
-use crate::jetstream::api::{JetStreamApi, NatsError};
+use crate::jetstream::api::JetStreamApi;
+use crate::jetstream::error::NatsError;
 use crate::jetstream::message::json;
 use crate::jetstream::subject::{
     BATCHES, BODIES, CALLS, CLAIMS, DEAD_LETTERS, FINAL_RECORDS, IDEMPOTENCY, RESPONSES, Subjects,

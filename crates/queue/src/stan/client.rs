@@ -15,8 +15,8 @@ use uuid::Uuid;
 
 use crate::stan::nats::{NatsConnection, NatsError};
 use crate::stan::proto::{
-    Close, Closed, ConnectRequest, ConnectResponse, PROTOCOL_VERSION, Ping, Pong, Publish,
-    Published,
+    Close, Closed, ConnectRequest, ConnectResponse, ID_IN_USE, PROTOCOL_VERSION, Ping, Pong,
+    Publish, Published,
 };
 
 /// Timeout of the registration. If the id is in use, the server first waits for a response of the client that has it.
@@ -47,8 +47,6 @@ const UNRESPONSIVE_AFTER: Duration = Duration::from_millis(1500);
 const RESPONSIVE_TIMEOUT: Duration = Duration::from_secs(3);
 /// Minimum interval between two updates of the last contact.
 const CONTACT_RESOLUTION: Duration = Duration::from_millis(50);
-/// Part of the server's error when another client has the id.
-const ID_IN_USE: &str = "already registered";
 
 /// A client and its session.
 pub(super) struct Client {
@@ -168,7 +166,7 @@ impl Client {
     fn log_error(&self, error: &NatsError) {
         let client = &self.id;
         match error {
-            NatsError::Rejected(text) if text.contains(ID_IN_USE) => tracing::warn!(
+            NatsError::Rejected(text) if text == ID_IN_USE => tracing::warn!(
                 client,
                 "NATS Streaming has another client with this id: waiting for it to disconnect"
             ),

@@ -23,7 +23,9 @@ use crate::stan::execution_log::{self, ClaimState, ExecutionLog, Owner, RETENTIO
 use crate::stan::inflight::MessageKey;
 use crate::stan::message::Progress;
 use crate::stan::nats::NatsError;
-use crate::stan::proto::{Ack, Delivered, START_AT_TIME_DELTA, Subscribe, Subscribed, Unsubscribe};
+use crate::stan::proto::{
+    Ack, Delivered, START_AT_TIME_DELTA, Subscribe, Subscribed, UNKNOWN_CLIENT, Unsubscribe,
+};
 use gateway_base::sync::lock_unpoisoned;
 
 /// Timeout for writing a claim and reading it back, after which the message is released. After a start the log of an
@@ -187,7 +189,8 @@ pub(super) async fn run_writer(shared: &Shared) {
             };
             match stored {
                 Ok(()) => dedup.state().records_in_flight = 0,
-                Err(NatsError::Rejected(error)) if !is_unregistered(&error) => {
+                // A client that the server does not know any more registers again.
+                Err(NatsError::Rejected(error)) if error != UNKNOWN_CLIENT => {
                     dedup.state().records_in_flight = 0;
                     disable_log(shared, &NatsError::Rejected(error));
                 }
@@ -219,12 +222,6 @@ fn next_batch(dedup: &Deduplicator) -> Option<Vec<Record>> {
     records.extend(state.pending_ends.drain(..ends));
     state.records_in_flight = records.len();
     Some(records).filter(|records| !records.is_empty())
-}
-
-/// Returns whether the server rejected a publish because it does not know the client any more, which then registers
-/// again.
-fn is_unregistered(error: &str) -> bool {
-    error.contains("invalid publish request")
 }
 
 /// Continues without the log.

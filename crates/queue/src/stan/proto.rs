@@ -10,6 +10,12 @@ pub(super) const START_AT_TIME_DELTA: i32 = 3;
 /// `startPosition`: all messages of the channel.
 pub(super) const START_AT_FIRST: i32 = 4;
 
+/// Errors of the server. The protocol has no error codes: these texts are part of it, and clients compare them.
+/// The server does not know the client, which must register.
+pub(super) const UNKNOWN_CLIENT: &str = "stan: invalid publish request";
+/// Another client has registered with the same id.
+pub(super) const ID_IN_USE: &str = "stan: clientID already registered";
+
 /// Registers a client.
 #[derive(Clone, PartialEq, Eq, Message)]
 pub(super) struct ConnectRequest {
