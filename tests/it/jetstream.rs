@@ -15,3 +15,4 @@ pub(crate) mod processes;
 mod server_failures;
 mod server_limits;
 mod states;
+mod undecodable;

@@ -10,8 +10,10 @@ mod admin;
 mod api;
 mod batch;
 mod batch_consumer;
+mod batch_records;
 mod batch_state;
 mod batcher;
+mod cancel;
 mod capacity;
 mod chunked_body;
 mod claims;
@@ -36,6 +38,7 @@ mod rate;
 mod repair;
 mod streams;
 mod subject;
+mod undecodable;
 
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};

@@ -1,5 +1,7 @@
 //! Messages that no gateway wrote, and messages that cannot be deleted.
 
+use std::collections::BTreeSet;
+
 use gateway_queue::status::CallState;
 use gateway_queue::{ChangeOutcome, Error, Filter};
 
@@ -16,13 +18,13 @@ async fn an_invalid_message_does_not_block_other_calls() {
     queue.publish(call("a")).await;
     let foreign = foreign_client(&nats).await;
     let names = vec![r#"["h","1"]"#; 5_000];
-    let meta = |headers: &str, target: &str| {
-        let names = r#""id":"x","name":"echo","namespace":"fn""#;
+    let meta = |id: &str, headers: &str, target: &str| {
+        let names = format!(r#""id":"{id}","name":"echo","namespace":"fn""#);
         format!(r#"{{{names},"headers":[{headers}],"target":"{target}"}}"#)
     };
     // More headers than allowed, a path outside of the function, and a body without end.
-    let crowd = meta(&names.join(","), "");
-    let (dots, large) = (meta("", "/%2e%2e/x"), meta("", ""));
+    let crowd = meta("x", &names.join(","), "");
+    let (dots, large) = (meta("y", "", "/%2e%2e/x"), meta("z", "", ""));
     let parts = format!(r#"{{"name":"x","count":{}}}"#, usize::MAX);
     for (id, call, body) in [("x", &crowd, None), ("y", &dots, None), ("z", &large, Some(parts))] {
         let mut headers = async_nats::HeaderMap::new();
@@ -41,6 +43,10 @@ async fn an_invalid_message_does_not_block_other_calls() {
         queue.settle(delivery, succeeded()).await;
     }
     assert!(queue.receives_nothing(LEASE).await);
+    let dead = Filter { dead_letter: Some(true), ..Filter::default() };
+    let dead = queue.inner.list(&dead, None, 9).await.unwrap().calls;
+    let dead: BTreeSet<_> = dead.into_iter().map(|record| record.id).collect();
+    assert_eq!(dead, BTreeSet::from(["x".to_owned(), "y".to_owned()]));
     assert!(
         queue.inner.depths().await.is_ok()
             && queue.inner.list(&Filter::default(), None, 9).await.is_ok()

@@ -226,6 +226,11 @@ impl BatchRecord {
         bytes.freeze()
     }
 
+    /// Returns the sequence of the batch of an encoded record, even if the rest cannot be decoded.
+    pub(super) fn decode_sequence(mut bytes: &[u8]) -> Option<u64> {
+        bytes.try_get_u64().ok()
+    }
+
     /// Decodes a record. Returns `None` for a truncated record or one with unknown tags, which a newer version has
     /// written.
     pub(super) fn decode(mut bytes: Bytes) -> Option<Self> {

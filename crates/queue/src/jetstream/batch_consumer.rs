@@ -7,34 +7,27 @@ use std::time::{Duration, Instant};
 
 use async_nats::HeaderMap;
 use async_nats::jetstream::AckKind;
-use bytes::Bytes;
 use tokio::sync::oneshot;
 
 use crate::call::QueuedCall;
 use crate::jetstream::Shared;
-use crate::jetstream::batch::{self, BatchIndex, BatchRecord, Outcome};
+use crate::jetstream::batch::{BatchIndex, BatchRecord, Outcome};
+use crate::jetstream::batch_records::Revisioned;
 use crate::jetstream::claims::Claims;
-use crate::jetstream::consumer::{
-    AckSubject, RETRY_INTERVAL, Received, Source, UNDECODABLE_RETRY, reject_undecodable, send_ack,
-};
+use crate::jetstream::consumer::{AckSubject, RETRY_INTERVAL, Received, Source, send_ack};
 use crate::jetstream::error::NatsError;
 use crate::jetstream::ids::BatchKey;
-use crate::jetstream::message::Message;
-use crate::jetstream::subject::{BATCHES, CALLS, FINAL_RECORDS};
+use crate::jetstream::message::{self, Message};
+use crate::jetstream::undecodable::{RawMessage, Reason};
 use gateway_base::function::Function;
 use gateway_base::sync::lock_unpoisoned;
 
-/// Maximum number of attempts to update a record that other processes update as well.
-pub(super) const MAX_RECORD_ATTEMPTS: usize = 32;
 /// Maximum time that the outcome of a call waits to be recorded together with others.
 const MAX_OUTCOME_DELAY: Duration = Duration::from_millis(2);
 /// Maximum number of attempts to release a call.
 const MAX_RELEASE_ATTEMPTS: usize = 5;
 /// Minimum interval between two in-progress acks of a batch.
 const PROGRESS_INTERVAL: Duration = Duration::from_millis(100);
-
-/// A stored record and its sequence; the sequence is 0 if none is stored.
-pub(super) type Revisioned = (BatchRecord, u64);
 
 /// Identifies a batch.
 #[derive(Clone, Debug)]
@@ -301,30 +294,29 @@ impl Batch {
 
 /// A batch as it was delivered.
 pub(super) struct BatchDelivery {
-    pub(super) batch_ref: BatchRef,
+    pub(super) raw: RawMessage,
+    pub(super) key: BatchKey,
     pub(super) function_index: usize,
-    /// Number of deliveries so far, to any process.
-    pub(super) deliveries: u32,
     pub(super) consumer: Arc<str>,
     pub(super) lease: Duration,
-    pub(super) payload: Bytes,
 }
 
 impl BatchDelivery {
-    /// Decodes the batch and buffers its unfinished calls.
+    /// Decodes the batch and buffers its unfinished calls. A batch that cannot be decoded becomes a dead letter.
     pub(super) async fn unpack(self, shared: &Arc<Shared>, ack_subject: AckSubject) {
-        let Self { batch_ref, function_index, deliveries, consumer, lease, payload } = self;
-        let calls = match batch::decode(payload, &batch_ref.function, batch_ref.key) {
+        let Self { raw, key, function_index, consumer, lease } = self;
+        let (sequence, deliveries) = (raw.sequence, raw.deliveries);
+        let batch_ref = BatchRef { function: raw.function.clone(), key, sequence };
+        let calls = match raw.message.batch(&batch_ref.function, key) {
             Ok(calls) => calls,
             Err(error) => {
-                let subject = shared.subjects.batch(CALLS, &batch_ref.function, batch_ref.key);
-                let reply = ack_subject.get();
-                return reject_undecodable(shared, batch_ref.sequence, &subject, &reply, &error)
-                    .await;
+                let newer = message::is_newer(&error, true);
+                let reason = Reason { text: error.to_string(), newer };
+                return raw.reject(shared, &ack_subject.get(), &reason).await;
             }
         };
         // Before the first delivery, only a cancellation or a purge can have changed the record.
-        let suspect = deliveries > 1 || shared.api.predates_restart(batch_ref.sequence);
+        let suspect = deliveries > 1 || shared.api.predates_restart(sequence);
         let dirty = suspect
             || shared.dirty_batches().may_be_dirty(batch_ref.key, shared.api.current_connection());
         let record = match dirty {
@@ -333,18 +325,18 @@ impl BatchDelivery {
         };
         let record = match record {
             Ok(record) => record,
+            Err(error @ NatsError::UnreadableRecord) => {
+                // The record may be damaged, or of a newer version.
+                let text = format!("{error}: some of its calls may have been executed");
+                let reason = Reason { text, newer: true };
+                return raw.reject(shared, &ack_subject.get(), &reason).await;
+            }
             Err(error) => {
                 tracing::debug!(%error, "Cannot load the record of a delivered batch");
-                // An undecodable record was written by a newer version.
-                let delay = if matches!(error, NatsError::UnexpectedResponse) {
-                    UNDECODABLE_RETRY
-                } else {
-                    RETRY_INTERVAL
-                };
-                return send_ack(&shared.api, &ack_subject.get(), AckKind::Nak(Some(delay))).await;
+                let nak = AckKind::Nak(Some(RETRY_INTERVAL));
+                return send_ack(&shared.api, &ack_subject.get(), nak).await;
             }
         };
-        let sequence = batch_ref.sequence;
         let unfinished = (0..)
             .zip(calls)
             .filter(|(index, _)| matches!(record.0.get(*index), None | Some(Outcome::Splitting)));
@@ -386,115 +378,6 @@ impl BatchDelivery {
                     tracing::debug!(%error, call_id = call.id, "Cannot split out a call");
                 }
             }
-        }
-    }
-}
-
-impl Shared {
-    /// Loads the record of a batch. `archived` adds the archived record: the batch may be finished, or about to be.
-    pub(super) async fn load_record(
-        &self,
-        batch_ref: &BatchRef,
-        archived: bool,
-    ) -> Result<Revisioned, NatsError> {
-        let BatchRef { function, key, sequence } = batch_ref;
-        let open =
-            self.load_record_at(&self.subjects.batch(BATCHES, function, *key), false).await?;
-        let (mut record, revision) = open.unwrap_or_else(|| (BatchRecord::new(*sequence), 0));
-        if record.sequence != *sequence {
-            // It belongs to an earlier message.
-            record = BatchRecord::new(*sequence);
-        }
-        if archived {
-            let subject = self.subjects.batch(FINAL_RECORDS, function, *key);
-            if let Some((archived, _)) = self.load_record_at(&subject, true).await? {
-                record.merge(archived);
-            }
-        }
-        Ok((record, revision))
-    }
-
-    /// Loads the record on `subject`, which may contain wildcards.
-    pub(super) async fn load_record_at(
-        &self,
-        subject: &str,
-        archived: bool,
-    ) -> Result<Option<Revisioned>, NatsError> {
-        let stream = if archived { &self.subjects.results } else { &self.subjects.batches };
-        let Some(found) = self.api.get_last(stream, subject).await? else { return Ok(None) };
-        let record = BatchRecord::decode(found.payload).ok_or(NatsError::UnexpectedResponse)?;
-        Ok(Some((record, found.sequence)))
-    }
-
-    /// Updates the record of a batch with optimistic concurrency. Returns for each outcome whether it is now the
-    /// recorded one. Does not start an attempt after `deadline`.
-    pub(super) async fn update_record(
-        &self,
-        batch_ref: &BatchRef,
-        current: Revisioned,
-        outcomes: &[(BatchIndex, Outcome)],
-        deadline: Option<Instant>,
-    ) -> Result<(Revisioned, Vec<bool>), NatsError> {
-        let (mut record, mut revision) = current;
-        for _ in 0..MAX_RECORD_ATTEMPTS {
-            if deadline.is_some_and(|deadline| Instant::now() > deadline) {
-                return Err(NatsError::Unavailable);
-            }
-            let mut next = record.clone();
-            let mut accepted = Vec::with_capacity(outcomes.len());
-            for (index, outcome) in outcomes {
-                // An earlier write may have succeeded although its response was lost.
-                accepted.push(
-                    next.set_outcome(*index, outcome.clone()) || next.get(*index) == Some(outcome),
-                );
-            }
-            if next == record {
-                return Ok(((record, revision), accepted));
-            }
-            match self.store_record(batch_ref, &next, revision).await {
-                Ok(revision) => return Ok(((next, revision), accepted)),
-                Err(error) if error.is_conflict() => {
-                    (record, revision) = self.load_record(batch_ref, true).await?;
-                }
-                Err(error) => return Err(error),
-            }
-        }
-        Err(NatsError::Unavailable)
-    }
-
-    /// Stores a record that replaces the one with the sequence `replaces`.
-    async fn store_record(
-        &self,
-        batch_ref: &BatchRef,
-        record: &BatchRecord,
-        replaces: u64,
-    ) -> Result<u64, NatsError> {
-        let subject = self.subjects.batch(BATCHES, &batch_ref.function, batch_ref.key);
-        let stored =
-            self.api.publish(subject, HeaderMap::new(), record.encode(), Some(replaces)).await?;
-        Ok(stored.sequence)
-    }
-
-    /// Stores the outcomes of a batch that is about to be removed, for as long as results are kept.
-    pub(super) async fn archive_record(
-        &self,
-        batch_ref: &BatchRef,
-        record: &BatchRecord,
-    ) -> Result<(), NatsError> {
-        let subject = self.subjects.batch(FINAL_RECORDS, &batch_ref.function, batch_ref.key);
-        self.api.publish(subject, HeaderMap::new(), record.encode(), None).await.map(drop)
-    }
-
-    /// Publishes a call of a batch as its own message, unless that exists.
-    pub(super) async fn publish_split(
-        &self,
-        call: &QueuedCall,
-        headers: HeaderMap,
-    ) -> Result<(), NatsError> {
-        let subject = self.subjects.call(CALLS, &call.function, &call.id);
-        match self.api.publish(subject, headers, call.body.clone(), Some(0)).await {
-            Err(error) if !error.is_conflict() => Err(error),
-            _ => Ok(()),
         }
     }
 }

@@ -10,7 +10,8 @@ use async_nats::jetstream::message::StreamMessage;
 use crate::call::QueuedCall;
 use crate::jetstream::Shared;
 use crate::jetstream::batch::{self, BatchIndex, BatchRecord, Outcome};
-use crate::jetstream::batch_consumer::{BatchRef, MAX_RECORD_ATTEMPTS};
+use crate::jetstream::batch_consumer::BatchRef;
+use crate::jetstream::batch_records::MAX_RECORD_ATTEMPTS;
 use crate::jetstream::error::NatsError;
 use crate::jetstream::ids::BatchKey;
 use crate::jetstream::lookup::{CallLocation, Finished, Pending};
@@ -109,9 +110,10 @@ impl Shared {
         let sequence = message.as_ref().map(|message| message.batch_ref.sequence);
         let is_of_message =
             |record: &BatchRecord| sequence.is_none_or(|sequence| record.sequence == sequence);
-        let open = self.load_record_at(&subject(BATCHES), false).await?;
+        let open = self.load_record_at(&subject(BATCHES), false, sequence).await?;
         let mut record = open.map(|(record, _)| record).filter(is_of_message);
-        if let Some((archived, _)) = self.load_record_at(&subject(FINAL_RECORDS), true).await?
+        if let Some((archived, _)) =
+            self.load_record_at(&subject(FINAL_RECORDS), true, sequence).await?
             && is_of_message(&archived)
         {
             match &mut record {
@@ -197,7 +199,8 @@ impl Shared {
         for (root, archived) in [(BATCHES, false), (FINAL_RECORDS, true)] {
             let subject = subjects.batch(root, &batch_ref.function, batch_ref.key);
             for attempt in 1.. {
-                let found = self.load_record_at(&subject, archived).await?;
+                let found =
+                    self.load_record_at(&subject, archived, Some(batch_ref.sequence)).await?;
                 let found = found.filter(|(record, _)| record.sequence == batch_ref.sequence);
                 let Some((mut record, revision)) = found else { break };
                 record.purge(index);
@@ -221,7 +224,7 @@ impl Shared {
         let record = match self.load_record(batch_ref, true).await {
             Ok((record, _)) => record,
             // A newer version wrote this record.
-            Err(NatsError::UnexpectedResponse) => return Ok(false),
+            Err(NatsError::UnreadableRecord) => return Ok(false),
             Err(error) => return Err(error),
         };
         if !record.is_complete(batch_ref.key) {

@@ -171,8 +171,11 @@ impl Shared {
             stored.iter().filter_map(|subject| subjects.batch_record(subject)).collect();
         let mut finished = 0;
         for subject in open.iter().filter(|subject| existing.contains(*subject)) {
-            let record = self.load_record_at(subject, false).await?;
-            finished += record.map_or(0, |(record, _)| record.outcome_count());
+            finished += match self.load_record_at(subject, false, None).await {
+                Ok(Some((record, _))) => record.outcome_count(),
+                Ok(None) | Err(NatsError::UnreadableRecord) => 0,
+                Err(error) => return Err(error),
+            };
         }
         Ok((all.saturating_sub(finished) as u64, true))
     }

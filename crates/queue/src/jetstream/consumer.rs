@@ -11,17 +11,18 @@ use futures_util::StreamExt;
 use serde_json::json;
 use tokio::sync::Mutex as AsyncMutex;
 
-use crate::call::{DecodeError, QueuedCall};
+use crate::call::{QueuedCall, UnixMillis};
 use crate::jetstream::Shared;
 use crate::jetstream::api::JetStreamApi;
 use crate::jetstream::batch::{BatchIndex, CallRef};
-use crate::jetstream::batch_consumer::{Batch, BatchDelivery, BatchRef};
+use crate::jetstream::batch_consumer::{Batch, BatchDelivery};
 use crate::jetstream::claims::Claims;
 use crate::jetstream::error::NatsError;
 use crate::jetstream::ids::BatchKey;
 use crate::jetstream::message::{self, Message};
 use crate::jetstream::pull_scheduler::WantedPull;
 use crate::jetstream::subject::{self, CALLS};
+use crate::jetstream::undecodable::{RawMessage, Reason};
 use crate::now;
 use gateway_base::function::Function;
 use gateway_base::sync::lock_unpoisoned;
@@ -34,8 +35,6 @@ const SEND_TIMEOUT: Duration = Duration::from_secs(1);
 pub(super) const MAX_SCANNED_MESSAGES: u64 = 10_000;
 /// Pause after a failure.
 pub(super) const RETRY_INTERVAL: Duration = Duration::from_millis(200);
-/// Redelivery delay of a message that cannot be decoded.
-pub(super) const UNDECODABLE_RETRY: Duration = Duration::from_secs(60);
 /// Maximum delay of one nak; a call with a longer delay is nak'ed again.
 const MAX_NAK_DELAY: Duration = Duration::from_secs(24 * 3600);
 
@@ -326,6 +325,8 @@ async fn on_message(shared: &Arc<Shared>, message: async_nats::Message) {
     let Ok(info) = delivered.info() else { return };
     let sequence = info.stream_sequence;
     let deliveries = u32::try_from(info.delivered).unwrap_or(1);
+    let stored_at =
+        UnixMillis::try_from(info.published.unix_timestamp_nanos() / 1_000_000).unwrap_or(0);
     let consumer: Arc<str> = info.consumer.into();
     let Some(function) = subject::function_of_consumer(&consumer) else { return };
     let Some(function_index) = shared.pull_scheduler().index_of(&function) else { return };
@@ -344,23 +345,23 @@ async fn on_message(shared: &Arc<Shared>, message: async_nats::Message) {
     let lease = shared.consumers().lease(&function);
     let lease = lease.unwrap_or(shared.options.lease);
     let delivered = delivered.message;
+    let message = Message::from_stored(delivered.headers.unwrap_or_default(), delivered.payload);
     if let Some(key) = key {
-        if let Err(error) = message::check_batch_version(delivered.headers.as_ref()) {
-            return reject_undecodable(shared, sequence, &delivered.subject, &reply, &error).await;
-        }
-        let batch_ref = BatchRef { function, key, sequence };
-        let payload = delivered.payload;
-        let delivery =
-            BatchDelivery { batch_ref, function_index, deliveries, consumer, lease, payload };
+        let subject = delivered.subject;
+        let raw = RawMessage { message, subject, function, sequence, deliveries, stored_at };
+        let delivery = BatchDelivery { raw, key, function_index, consumer, lease };
         let (this, tasks) = (Arc::clone(shared), Arc::clone(shared));
         tasks.tasks.spawn(async move { delivery.unpack(&this, AckSubject::new(reply)).await });
         return;
     }
-    let message = Message::from_stored(delivered.headers.unwrap_or_default(), delivered.payload);
-    let call = match message.call() {
+    let call = match decode_call(shared, &message, &delivered.subject) {
         Ok(call) => call,
-        Err(error) => {
-            return reject_undecodable(shared, sequence, &delivered.subject, &reply, &error).await;
+        Err(reason) => {
+            let subject = delivered.subject;
+            let raw = RawMessage { message, subject, function, sequence, deliveries, stored_at };
+            let (this, tasks) = (Arc::clone(shared), Arc::clone(shared));
+            tasks.tasks.spawn(async move { raw.reject(&this, &reply, &reason).await });
+            return;
         }
     };
     let remaining = message.due_at(&call).saturating_sub(now());
@@ -377,17 +378,17 @@ async fn on_message(shared: &Arc<Shared>, message: async_nats::Message) {
     Claims::supervise_leases(shared);
 }
 
-/// Leaves a message that cannot be decoded for newer versions: naks it with a long delay.
-pub(super) async fn reject_undecodable(
-    shared: &Shared,
-    sequence: u64,
-    subject: &str,
-    reply: &str,
-    error: &DecodeError,
-) {
-    // A batch has no single call id.
-    let is_single = subject::batch_key(subject).is_none();
-    let call_id = subject::parse(subject).filter(|_| is_single).map(|call_subject| call_subject.id);
-    tracing::error!(sequence, call_id, %error, "Cannot decode a queued call");
-    send_ack(&shared.api, reply, AckKind::Nak(Some(UNDECODABLE_RETRY))).await;
+/// Decodes a call that has its own message. Its subject must be that of the call: otherwise another call could be
+/// replaced or settled in its place.
+fn decode_call(shared: &Shared, message: &Message, subject: &str) -> Result<QueuedCall, Reason> {
+    let call = message.call().map_err(|error| Reason {
+        newer: message::is_newer(&error, false),
+        text: error.to_string(),
+    })?;
+    if shared.subjects.call(CALLS, &call.function, &call.id) == subject {
+        Ok(call)
+    } else {
+        let text = format!("the message has the subject of another call: {subject}");
+        Err(Reason { text, newer: false })
+    }
 }

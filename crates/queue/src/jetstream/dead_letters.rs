@@ -2,9 +2,10 @@
 
 use crate::ChangeOutcome;
 use crate::jetstream::Shared;
+use crate::jetstream::cancel::cancelled;
 use crate::jetstream::error::NatsError;
-use crate::jetstream::lookup::{CallLocation, DeadLetter, Finished, cancelled};
-use crate::jetstream::subject::{CALLS, FINAL_RECORDS};
+use crate::jetstream::lookup::{CallLocation, DeadLetter, Finished};
+use crate::jetstream::subject::FINAL_RECORDS;
 use crate::status::CallState;
 use gateway_base::function::Function;
 
@@ -17,8 +18,11 @@ impl Shared {
         dead_letter: DeadLetter,
         store_final: bool,
     ) -> Result<bool, NatsError> {
+        let Some(function) = Function::parse(&dead_letter.status.function, "") else {
+            return Ok(false);
+        };
+        let call_subject = dead_letter.call_subject(&self.subjects, &function);
         let DeadLetter { status, message, sequence, previous_seq } = dead_letter;
-        let Some(function) = Function::parse(&status.function, "") else { return Ok(false) };
         let (api, subjects) = (&self.api, &self.subjects);
         let (response, final_subject) =
             (self.response_sequence(id).await?, subjects.call(FINAL_RECORDS, &function, id));
@@ -53,7 +57,7 @@ impl Shared {
         }
         // A redrive publishes the call before it removes the dead letter, and cancels the call if the dead letter was
         // already removed.
-        if api.get_last(&subjects.calls, &subjects.call(CALLS, &function, id)).await?.is_some() {
+        if api.get_last(&subjects.calls, &call_subject).await?.is_some() {
             return Ok(false);
         }
         if !store_final && final_seq > 0 {
@@ -65,7 +69,7 @@ impl Shared {
     }
 
     pub(super) async fn redrive(&self, id: &str) -> Result<ChangeOutcome, NatsError> {
-        let DeadLetter { status, message, sequence, previous_seq } = match self.find(id).await? {
+        let dead_letter = match self.find(id).await? {
             None => return Ok(ChangeOutcome::NotFound),
             Some(CallLocation::Finished(Finished { final_record, .. })) => {
                 return Ok(ChangeOutcome::WrongState(final_record.status.state));
@@ -78,13 +82,14 @@ impl Shared {
             }
             Some(CallLocation::DeadLetter(dead_letter)) => dead_letter,
         };
-        let Some(function) = Function::parse(&status.function, "") else {
+        let Some(function) = Function::parse(&dead_letter.status.function, "") else {
             return Ok(ChangeOutcome::NotFound);
         };
+        let subject = dead_letter.call_subject(&self.subjects, &function);
+        let DeadLetter { message, sequence, previous_seq, .. } = dead_letter;
         self.ensure_consumer(&function).await?;
         // The original message may still exist: the process that settled the call, or the server, died too early.
         self.remove_original(previous_seq).await?;
-        let subject = self.subjects.call(CALLS, &function, id);
         let response = self.response_sequence(id).await?;
         if self.api.get(&self.subjects.dead_letters, sequence).await?.is_none() {
             // Another process has redriven the call, and it may be finished.

@@ -34,6 +34,8 @@ pub(super) enum NatsError {
     Rejected(u64, String),
     #[error("unexpected response of the NATS server")]
     UnexpectedResponse,
+    #[error("the record of a batch cannot be decoded")]
+    UnreadableRecord,
 }
 
 impl NatsError {
@@ -51,7 +53,9 @@ impl From<NatsError> for Error {
             NatsError::Rejected(code, _) if UNAVAILABLE_CODES.contains(code) => Self::Unreachable,
             NatsError::Rejected(code, _) if NO_SPACE_CODES.contains(code) => Self::NoSpace,
             NatsError::TooLarge => Self::TooLarge(0),
-            NatsError::Rejected(..) | NatsError::UnexpectedResponse => {
+            NatsError::Rejected(..)
+            | NatsError::UnexpectedResponse
+            | NatsError::UnreadableRecord => {
                 tracing::error!(error = %error, "A request to the NATS server failed");
                 Self::Failed
             }

@@ -1,30 +1,27 @@
-//! Lookup, result and cancellation of a single call.
+//! Lookup and result of a single call.
 //!
 //! The message of a call decides: while it exists, the call is unfinished, unless a final state names its sequence.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use async_nats::HeaderMap;
 use async_nats::jetstream::message::StreamMessage;
 use bytes::{Bytes, BytesMut};
 use futures_util::{StreamExt, TryStreamExt, stream};
 
-use crate::ChangeOutcome;
 use crate::call::UnixMillis;
 use crate::jetstream::batch::{BatchIndex, CallRef};
 use crate::jetstream::batch_consumer::BatchRef;
 use crate::jetstream::batch_state::InBatch;
 use crate::jetstream::chunked_body::MAX_BODY_BYTES;
-use crate::jetstream::claims::CANCEL_MARKER_TTL;
 use crate::jetstream::error::NatsError;
 use crate::jetstream::ids::BatchKey;
 use crate::jetstream::message::{self, FinalRecord, Message, final_headers, parse_response_head};
 use crate::jetstream::subject::{
-    self, CALLS, CallSubject, DEAD_LETTERS, FINAL_RECORDS, RESPONSES, encode_token, parse,
+    self, CALLS, CallSubject, DEAD_LETTERS, FINAL_RECORDS, RESPONSES, Subjects, encode_token, parse,
 };
 use crate::jetstream::{Shared, ids};
 use crate::now;
-use crate::status::{CallRecord, CallState, StoredResponse};
+use crate::status::{CallRecord, StoredResponse};
 use gateway_base::function::Function;
 
 /// Maximum number of functions that are queried for one call; for more, all subjects are searched.
@@ -35,8 +32,6 @@ const FUNCTION_LIST_TTL: Duration = Duration::from_secs(1);
 const SEARCH_SLOT_TIMEOUT: Duration = Duration::from_secs(1);
 /// Up to this number of messages a search of all subjects is cheap.
 const MAX_SEARCHED_MESSAGES: u64 = 10_000;
-/// Maximum number of lookups while the call moves between streams.
-const MAX_LOOKUPS: usize = 3;
 
 /// Location of a call.
 pub(super) enum CallLocation {
@@ -123,6 +118,15 @@ impl DeadLetter {
             (message.stored_status()?, message.previous_seq().unwrap_or(0));
         Some(Self { status, message, sequence: found.sequence, previous_seq })
     }
+
+    /// Returns the subject on which the message is published again.
+    pub(super) fn call_subject(&self, subjects: &Subjects, function: &Function) -> String {
+        match self.message.raw_subject() {
+            // Other programs can write dead letters, too.
+            Some(subject) if subjects.is_message_of(function, subject) => subject.to_owned(),
+            _ => subjects.call(CALLS, function, &self.status.id),
+        }
+    }
 }
 
 impl Shared {
@@ -196,6 +200,13 @@ impl Shared {
             Some(function) => subjects.call(root, function, id),
             None => subjects.by_id(root, id),
         };
+        // A client may have chosen the same id for a call. It must not hide the dead letter.
+        if let Some(subject) = subjects.letter(function, id)
+            && let Some(found) = api.get_last(&subjects.dead_letters, &subject).await?
+            && let Some(letter) = DeadLetter::new(found)
+        {
+            return Ok(Some(CallLocation::DeadLetter(letter)));
+        }
         // A second pass, since the call may have returned to a location that was already read.
         for _ in 0..2 {
             let pending = api.get_last(&subjects.calls, &subject(CALLS)).await?;
@@ -303,149 +314,8 @@ impl Shared {
         Ok(Some(head.into_response(body.freeze())))
     }
 
-    pub(super) async fn cancel(&self, id: &str) -> Result<ChangeOutcome, NatsError> {
-        let mut tried_again = false;
-        for _ in 0..MAX_LOOKUPS {
-            match self.find(id).await? {
-                None => return Ok(ChangeOutcome::NotFound),
-                Some(CallLocation::Finished(Finished { final_record, .. }))
-                    if tried_again && final_record.status.state == CallState::Cancelled =>
-                {
-                    return Ok(ChangeOutcome::Applied);
-                }
-                Some(CallLocation::Finished(Finished { final_record, .. })) => {
-                    return Ok(ChangeOutcome::WrongState(final_record.status.state));
-                }
-                Some(CallLocation::DeadLetter(dead)) => {
-                    if self.discard(id, dead, true).await? {
-                        return Ok(ChangeOutcome::Applied);
-                    }
-                    tried_again = true;
-                }
-                // The cancelling process has died before the end of the cancellation.
-                Some(CallLocation::Pending(pending)) if pending.message.is_tombstone() => {
-                    self.complete_cancel(&pending.subject, &pending.message, pending.sequence)
-                        .await?;
-                    return Ok(ChangeOutcome::Applied);
-                }
-                Some(CallLocation::Pending(pending)) => {
-                    if let Some(changed) = self.cancel_pending(&pending, true).await? {
-                        return Ok(changed);
-                    }
-                }
-            }
-        }
-        Ok(ChangeOutcome::WrongState(CallState::Running))
-    }
-
-    /// Removes an unfinished call that no process executes. Stores its final state if `store_final` is set. Returns
-    /// `None` if the call has moved in the meantime.
-    pub(super) async fn cancel_pending(
-        &self,
-        pending: &Pending,
-        store_final: bool,
-    ) -> Result<Option<ChangeOutcome>, NatsError> {
-        let (api, call_ref) = (&self.api, pending.call_ref());
-        let start = Instant::now();
-        // From here on no receiver can claim the call. One that claimed it earlier has it on its running list.
-        let marker = api.publish(
-            self.subjects.cancel_marker(call_ref),
-            HeaderMap::new(),
-            Bytes::new(),
-            Some(0),
-        );
-        let marker = match marker.await {
-            Ok(stored) => stored.sequence,
-            // Another process is cancelling the call, or has done so.
-            Err(error) if error.is_conflict() => return Ok(None),
-            Err(error) => return Err(error),
-        };
-        let changed = match self.running_calls().await {
-            Ok(runs) if runs.contains_key(&call_ref) => {
-                Ok(Some(ChangeOutcome::WrongState(CallState::Running)))
-            }
-            Ok(_) => self.remove_pending(pending, store_final, start).await,
-            Err(error) => Err(error),
-        };
-        match changed {
-            // The marker stays, for receivers that hold the call but have not claimed it.
-            Ok(Some(ChangeOutcome::Applied)) => {
-                self.remove_body(pending.message.chunked_body().as_ref()).await
-            }
-            // Otherwise the marker expires.
-            Ok(_) => drop(api.delete(&self.subjects.claims, marker).await),
-            // The cancellation may have succeeded nevertheless.
-            Err(_) => {}
-        }
-        changed
-    }
-
-    /// Removes a call whose cancel marker was written after `start`.
-    async fn remove_pending(
-        &self,
-        pending: &Pending,
-        store_final: bool,
-        start: Instant,
-    ) -> Result<Option<ChangeOutcome>, NatsError> {
-        let Pending { subject: CallSubject { function, id }, sequence, message, .. } = pending;
-        if let Some((batch_ref, index)) = &pending.in_batch {
-            let status = message.status().filter(|_| store_final).map(cancelled);
-            let removed = self
-                .remove_from_batch(batch_ref, *index, status, start + CANCEL_MARKER_TTL / 2)
-                .await?;
-            return Ok(removed.then_some(ChangeOutcome::Applied));
-        }
-        // The call may have been executed before the marker was written.
-        let subject = self.subjects.call(CALLS, function, id);
-        let still = self.api.get_last(&self.subjects.calls, &subject).await?;
-        if still.is_none_or(|still| still.sequence != *sequence)
-            || self.is_finished(function, id, *sequence).await?
-        {
-            return Ok(None);
-        }
-        if start.elapsed() > CANCEL_MARKER_TTL / 2 {
-            // The marker could expire before the removal ends.
-            return Err(NatsError::Unavailable);
-        }
-        let status = match message.status() {
-            Some(status) if store_final => status,
-            _ => {
-                self.api.delete(&self.subjects.calls, *sequence).await?;
-                return Ok(Some(ChangeOutcome::Applied));
-            }
-        };
-        // This single step prevents the execution, even if this process dies afterwards. Any process can complete the
-        // rest.
-        let headers = message.tombstone(&cancelled(status), *sequence);
-        let put = self.api.publish(subject, headers.clone(), Bytes::new(), Some(*sequence)).await;
-        let stored = match put {
-            Ok(stored) => stored.sequence,
-            Err(error) if error.is_conflict() => return Ok(None),
-            Err(error) => return Err(error),
-        };
-        let message = Message::from_stored(headers, Bytes::new());
-        if let Err(error) = self.complete_cancel(&pending.subject, &message, stored).await {
-            tracing::warn!(%error, call_id = id, "A cancelled call is not removed yet");
-        }
-        Ok(Some(ChangeOutcome::Applied))
-    }
-
-    /// Stores the final state of a cancelled call and removes its tombstone.
-    pub(super) async fn complete_cancel(
-        &self,
-        call_subject: &CallSubject,
-        message: &Message,
-        sequence: u64,
-    ) -> Result<(), NatsError> {
-        let Some(status) = message.stored_status() else { return Ok(()) };
-        self.store_final_record(&call_subject.function, status, sequence).await?;
-        if let Ok(Some(key)) = message.call().map(|call| call.options.idempotency_key) {
-            self.store_idempotency(&key, &call_subject.function, &call_subject.id).await?;
-        }
-        self.api.delete(&self.subjects.calls, sequence).await.map(drop)
-    }
-
-    async fn store_final_record(
+    /// Stores a final state.
+    pub(super) async fn store_final_record(
         &self,
         function: &Function,
         status: CallRecord,
@@ -483,15 +353,5 @@ impl Shared {
         let Some(response) = response else { return Ok(()) };
         let parts = self.subjects.chunk(RESPONSES, &encode_token(id), "*");
         self.api.purge(&self.subjects.results, &parts, response).await
-    }
-}
-
-pub(super) fn cancelled(status: CallRecord) -> CallRecord {
-    CallRecord {
-        state: CallState::Cancelled,
-        finished_at: Some(now()),
-        next_attempt_at: None,
-        dead_letter: false,
-        ..status
     }
 }

@@ -7,8 +7,10 @@ use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 
 use crate::call::{DecodeError, Envelope, QueuedCall, UnixMillis};
-use crate::jetstream::batch::CallRef;
+use crate::jetstream::batch::{self, CallRef};
+use crate::jetstream::ids::BatchKey;
 use crate::status::{CallRecord, CallState, StoredResponse};
+use gateway_base::function::Function;
 
 /// The call without its body.
 const CALL_HEADER: &str = "Gateway-Call";
@@ -25,6 +27,11 @@ const BODY_REF_HEADER: &str = "Gateway-Body";
 const PREVIOUS_SEQ_HEADER: &str = "Gateway-Was";
 /// Of a redriven call: sequence of the dead letter.
 const REDRIVEN_FROM_HEADER: &str = "Gateway-Revived";
+/// Of a dead letter that could not be decoded: subject of the original message. All other headers that are not named
+/// here are those of the message.
+const RAW_SUBJECT_HEADER: &str = "Gateway-Subject";
+/// Headers with this prefix are instructions to the server.
+const SERVER_HEADER_PREFIX: &str = "nats-";
 /// The server detects duplicate messages by this header.
 const MESSAGE_ID_HEADER: &str = "Nats-Msg-Id";
 /// [`FinalRecord`].
@@ -169,10 +176,48 @@ impl Message {
         headers
     }
 
+    /// Returns the headers of the dead letter of a message that cannot be decoded.
+    pub(super) fn undecodable_letter(
+        &self,
+        status: &CallRecord,
+        previous_seq: u64,
+        subject: &str,
+    ) -> HeaderMap {
+        let mut headers = self.foreign_headers();
+        headers.insert(STATUS_HEADER, json(status).as_str());
+        headers.insert(PREVIOUS_SEQ_HEADER, previous_seq.to_string());
+        headers.insert(RAW_SUBJECT_HEADER, subject);
+        headers
+    }
+
+    /// Of the dead letter of a message that could not be decoded: returns the subject of the message.
+    pub(super) fn raw_subject(&self) -> Option<&str> {
+        Some(self.headers.get(RAW_SUBJECT_HEADER)?.as_str())
+    }
+
+    /// Returns the headers without those for the server and those of a dead letter.
+    fn foreign_headers(&self) -> HeaderMap {
+        let added = [STATUS_HEADER, PREVIOUS_SEQ_HEADER, RAW_SUBJECT_HEADER, REDRIVEN_FROM_HEADER];
+        let mut headers = HeaderMap::new();
+        for (name, values) in self.headers.iter() {
+            let name_text: &str = name.as_ref();
+            let is_for_server = name_text
+                .get(..SERVER_HEADER_PREFIX.len())
+                .is_some_and(|prefix| prefix.eq_ignore_ascii_case(SERVER_HEADER_PREFIX));
+            if !is_for_server && !added.contains(&name_text) {
+                values.iter().for_each(|value| headers.append(name.clone(), value.clone()));
+            }
+        }
+        headers
+    }
+
     /// Returns the headers of a redriven call, which starts with no attempts. `number` is the sequence of the dead
     /// letter.
     pub(super) fn redriven(&self, number: u64) -> HeaderMap {
-        let mut headers = self.original_headers();
+        let mut headers = match self.raw_subject() {
+            Some(_) => self.foreign_headers(),
+            None => self.original_headers(),
+        };
         headers.insert(REDRIVEN_FROM_HEADER, number.to_string());
         headers
     }
@@ -234,6 +279,19 @@ impl Message {
         QueuedCall::from_envelope(meta, self.body.clone())
     }
 
+    /// Decodes the batch `key` of `function`.
+    ///
+    /// # Errors
+    /// When the version is missing or different, or the payload is not that of this batch.
+    pub(super) fn batch(
+        &self,
+        function: &Function,
+        key: BatchKey,
+    ) -> Result<Vec<QueuedCall>, DecodeError> {
+        check_version(&self.headers, BATCH_VERSION)?;
+        batch::decode(self.body.clone(), function, key)
+    }
+
     /// Returns the state of the call while no process executes it.
     pub(super) fn status(&self) -> Option<CallRecord> {
         self.stored_status().or_else(|| self.call().ok().map(|call| CallRecord::queued(&call)))
@@ -270,12 +328,10 @@ pub(super) fn batch_headers() -> HeaderMap {
     headers
 }
 
-/// Checks that a batch has the supported version.
-///
-/// # Errors
-/// When the version is missing or different. The batch must be left to newer gateways.
-pub(super) fn check_batch_version(headers: Option<&HeaderMap>) -> Result<(), DecodeError> {
-    check_version(headers.ok_or(DecodeError::Truncated)?, BATCH_VERSION)
+/// Returns whether a newer gateway may be able to decode the headers of a call, or of a batch.
+pub(super) fn is_newer(error: &DecodeError, is_batch: bool) -> bool {
+    let supported = if is_batch { BATCH_VERSION } else { VERSION };
+    matches!(error, DecodeError::UnsupportedVersion(version) if *version > supported)
 }
 
 fn check_version(headers: &HeaderMap, supported: u8) -> Result<(), DecodeError> {
@@ -331,7 +387,6 @@ mod tests {
 
     use super::*;
     use crate::call::CallOptions;
-    use gateway_base::function::Function;
 
     fn call() -> QueuedCall {
         let mut headers = http::HeaderMap::new();
@@ -391,6 +446,32 @@ mod tests {
         assert_eq!((read.count("fn,echo"), read.count("other")), ((4, 2), (0, 0)));
         let before: RunningList = serde_json::from_str(r#"{"calls":{"fn,echo":[[7,1]]}}"#).unwrap();
         assert_eq!(before.call_refs().collect::<Vec<_>>(), [(CallRef::single(7), 1)]);
+    }
+
+    #[test]
+    fn an_undecodable_message_keeps_its_headers_as_a_dead_letter() {
+        let mut headers = HeaderMap::new();
+        for (name, value) in [
+            (VERSION_HEADER, "9"),
+            ("Of-Tomorrow", "1"),
+            ("Of-Tomorrow", "2"),
+            ("nats-msg-id", "x"),
+            (PREVIOUS_SEQ_HEADER, "3"),
+        ] {
+            headers.append(name, value);
+        }
+        let message = Message::from_stored(headers, Bytes::from_static(b"raw"));
+        let status = CallRecord::queued(&call());
+        let letter = message.undecodable_letter(&status, 7, "faas.q.fn.echo.1");
+        let letter = Message::from_stored(letter, message.body);
+        assert_eq!((letter.stored_status(), letter.previous_seq()), (Some(status), Some(7)));
+        assert_eq!(letter.raw_subject(), Some("faas.q.fn.echo.1"));
+        let redriven = Message::from_stored(letter.redriven(8), letter.body);
+        assert_eq!((redriven.stored_status(), redriven.raw_subject()), (None, None));
+        assert_eq!(redriven.dead_letter_seq(), Some(8));
+        assert_eq!(redriven.headers.get_all("Of-Tomorrow").count(), 2);
+        assert_eq!(redriven.headers.get("nats-msg-id"), None);
+        assert!(is_newer(&redriven.call().unwrap_err(), false));
     }
 
     #[test]

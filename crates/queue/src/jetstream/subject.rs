@@ -65,6 +65,26 @@ impl Subjects {
         Some(format!("{BATCHES}{rest}"))
     }
 
+    /// Returns the subject of a dead letter that is named by [`letter_id`] or by a batch key, or `None` for the id of a
+    /// call. `None` as the function stands for any.
+    pub(super) fn letter(&self, function: Option<&Function>, id: &str) -> Option<String> {
+        // No id of a call is encoded with this character.
+        let name = id.strip_prefix('+')?;
+        let valid = !name.is_empty() && name.bytes().all(|byte| byte.is_ascii_alphanumeric());
+        let function = function.map_or_else(|| "*.*".to_owned(), function_tokens);
+        valid.then(|| format!("{DEAD_LETTERS}.{}.{function}.{id}", self.queue))
+    }
+
+    /// Returns whether `subject` is that of one message of `function` in the queue.
+    pub(super) fn is_message_of(&self, function: &Function, subject: &str) -> bool {
+        let prefix = format!("{CALLS}.{}.{}.", self.queue, function_tokens(function));
+        subject.strip_prefix(&prefix).is_some_and(|token| {
+            !token.is_empty()
+                && !token.contains(['.', '*', '>'])
+                && !token.contains(char::is_whitespace)
+        })
+    }
+
     /// Returns the wildcard for the batch `key` of any function.
     pub(super) fn by_key(&self, root: &str, key: BatchKey) -> String {
         format!("{root}.{}.*.*.{}", self.queue, key.token())
@@ -187,6 +207,11 @@ fn function_tokens(function: &Function) -> String {
     format!("{}.{}", encode_token(&function.namespace), encode_token(&function.name))
 }
 
+/// Returns the id of a dead letter whose message names no call.
+pub(super) fn letter_id(sequence: u64) -> String {
+    format!("+n{sequence}")
+}
+
 /// Returns the key of the batch on this subject, or `None` for a single call.
 pub(super) fn batch_key(subject: &str) -> Option<BatchKey> {
     BatchKey::from_token(subject.rsplit('.').next()?)
@@ -250,5 +275,31 @@ mod tests {
         let subject = subjects.call(CALLS, &function("echo", "fn"), "1");
         assert_eq!(subject, "faas.faas=2Erequest.fn.echo.1");
         assert_eq!(subjects.by_id(CALLS, "1"), "faas.faas=2Erequest.*.*.1");
+    }
+
+    #[test]
+    fn a_dead_letter_of_a_message_never_has_the_subject_of_a_call() {
+        let (subjects, echo) = (Subjects::new("q"), function("echo", "fn"));
+        let id = letter_id(7);
+        let subject = subjects.letter(Some(&echo), &id).unwrap();
+        assert_eq!(subject, "faas-dead.q.fn.echo.+n7");
+        assert_eq!(subjects.letter(None, &id).unwrap(), "faas-dead.q.*.*.+n7");
+        assert_ne!(subject, subjects.call(DEAD_LETTERS, &echo, &id));
+        for id in ["id", "+", "+a.b", "+*", "+>", "+a b", "++a"] {
+            assert_eq!(subjects.letter(Some(&echo), id), None, "{id}");
+        }
+    }
+
+    #[test]
+    fn only_messages_of_the_function_belong_to_it() {
+        let (subjects, echo) = (Subjects::new("q"), function("echo", "fn"));
+        for subject in ["faas.q.fn.echo.1", "faas.q.fn.echo.+000000000001", "faas.q.fn.echo.=ZZ"] {
+            assert!(subjects.is_message_of(&echo, subject), "{subject}");
+        }
+        for subject in
+            ["faas.q.fn.echo.", "faas.q.fn.echo.*", "faas.q.fn.echo.1.2", "faas.q.fn.b.1", "x"]
+        {
+            assert!(!subjects.is_message_of(&echo, subject), "{subject}");
+        }
     }
 }
