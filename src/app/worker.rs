@@ -180,7 +180,8 @@ impl DepthPolling {
 /// Opens the configured queue; `None` if there is none.
 ///
 /// # Errors
-/// When the queue's file cannot be opened, the NATS options are invalid, or a metric is registered twice.
+/// When the queue's file cannot be opened, the NATS options are invalid, a stream on NATS has settings that the queue
+/// cannot work with, or a metric is registered twice.
 pub(super) async fn open_queue(
     config: &config::Queue,
     metrics: &Metrics,
@@ -193,7 +194,11 @@ pub(super) async fn open_queue(
     let queue = match config.backend {
         Backend::None => return Ok(None),
         Backend::Embedded => Queue::Embedded(Embedded::open(&config.state_dir, limits)?),
-        Backend::JetStream => Queue::JetStream(JetStream::open(nats()).await?),
+        Backend::JetStream => {
+            let queue = JetStream::open(nats()).await?;
+            queue.check_streams().await?;
+            Queue::JetStream(queue)
+        }
         Backend::Stan => Queue::Stan(Stan::open(nats(), stan()).await?),
         Backend::Nats => Queue::Detected(BackendDetector::open(nats(), stan()).await?),
     };

@@ -15,4 +15,5 @@ pub(crate) mod processes;
 mod server_failures;
 mod server_limits;
 mod states;
+mod stream_settings;
 mod undecodable;

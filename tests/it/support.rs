@@ -7,6 +7,7 @@ pub(crate) mod fake_stan;
 pub(crate) mod gateway;
 pub(crate) mod jetstream_batch;
 pub(crate) mod jetstream_queue;
+pub(crate) mod jetstream_users;
 pub(crate) mod metrics;
 pub(crate) mod nats;
 pub(crate) mod nats_streaming;

@@ -81,6 +81,8 @@ const LARGE_PUBLISH_TIMEOUT: Duration = Duration::from_secs(60);
 const QUERY_TIMEOUT: Duration = Duration::from_millis(1900);
 /// Interval between two searches for orphaned bodies.
 const GC_INTERVAL: Duration = Duration::from_secs(3600);
+/// Interval between two checks of streams that could not be used.
+const INCOMPATIBLE_RECHECK: Duration = Duration::from_secs(5);
 /// Time that background tasks have to end.
 const STOP_TIMEOUT: Duration = Duration::from_secs(2);
 
@@ -116,6 +118,8 @@ struct Shared {
     search_slot: Semaphore,
     /// Time of the last function discovery, and the connection it used.
     last_discovery: Mutex<Option<(Instant, u64)>>,
+    /// Why a stream could not be used, and the time at which that was found.
+    incompatible: Mutex<Option<(Instant, Arc<str>)>>,
     last_gc: Mutex<Instant>,
     gc_cursor: Mutex<Option<chunked_body::StoredBody>>,
     /// Notified when a call may be available.
@@ -155,6 +159,7 @@ impl JetStream {
             count_estimate: Mutex::default(),
             search_slot: Semaphore::new(1),
             last_discovery: Mutex::default(),
+            incompatible: Mutex::default(),
             last_gc: Mutex::new(Instant::now()),
             gc_cursor: Mutex::default(),
             call_available: Notify::new(),
@@ -163,6 +168,18 @@ impl JetStream {
         let shared = Arc::new(shared);
         Batcher::start(&shared);
         Ok(Self { shared, reply_channel: None })
+    }
+
+    /// Waits for the server for a moment, and checks that the streams of the queue can be used.
+    ///
+    /// # Errors
+    /// When a stream has settings that the queue cannot work with. The text names the setting and the remedy. An
+    /// unavailable server is no error.
+    pub async fn check_streams(&self) -> anyhow::Result<()> {
+        match self.shared.ready().await {
+            Err(error @ NatsError::Incompatible(_)) => Err(error.into()),
+            Ok(_) | Err(_) => Ok(()),
+        }
     }
 
     /// Returns a handle for a thread that publishes much; must be called on that thread's runtime.
@@ -340,12 +357,28 @@ impl Shared {
     async fn initialize(&self) -> Result<&Self, NatsError> {
         let connection = self.api.wait_connected().await?;
         if !self.api.is_initialized(connection) {
-            // Several tasks may run this at the same time: stream creation is idempotent.
-            let last = streams::ensure_streams(&self.api, &self.subjects, &self.options).await?;
+            if let Some((at, reason)) = &*lock_unpoisoned(&self.incompatible)
+                && at.elapsed() < INCOMPATIBLE_RECHECK
+            {
+                return Err(NatsError::Incompatible(Arc::clone(reason)));
+            }
+            // Several tasks may run this at the same time: it is idempotent.
+            let last = streams::ensure_streams(&self.api, &self.subjects, &self.options).await;
+            let last = last.inspect_err(|error| self.note_incompatible(error))?;
             self.api.mark_initialized(connection, last);
             self.consumers().reset(connection);
         }
         Ok(self)
+    }
+
+    /// Logs that a stream cannot be used, and delays the next check.
+    fn note_incompatible(&self, error: &NatsError) {
+        let NatsError::Incompatible(reason) = error else { return };
+        let mut incompatible = lock_unpoisoned(&self.incompatible);
+        if incompatible.as_ref().is_none_or(|(_, logged)| logged != reason) {
+            tracing::error!("The queue cannot be used: {reason}");
+        }
+        *incompatible = Some((Instant::now(), Arc::clone(reason)));
     }
 }
 

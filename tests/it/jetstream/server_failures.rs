@@ -108,7 +108,7 @@ async fn a_server_unavailable_at_startup_is_used_later() {
 }
 
 #[tokio::test]
-async fn an_existing_stream_is_not_reconfigured() {
+async fn limits_of_an_existing_stream_are_not_lowered() {
     let nats = Nats::start();
     drop(TestQueue::connected(&nats).await);
     let limits = Limits { max_pending: 7, ..LIMITS };
@@ -129,7 +129,7 @@ async fn an_existing_stream_is_not_reconfigured() {
         gateway.send_async("echo", &[], "").await.status() == 202
     })
     .await;
-    gateway.wait_for_log("The settings of a stream differ from the configuration").await;
+    gateway.wait_for_log("A stream of the queue differs from the settings").await;
     let log = gateway.log().concat();
     assert!(log.contains("gateway-faas-request-calls") && log.contains("max_msgs"), "{log}");
 }

@@ -7,13 +7,12 @@ use async_nats::HeaderMap;
 use async_nats::jetstream::consumer::PullConsumer;
 use async_nats::jetstream::{AckKind, message::StreamMessage};
 use futures_util::StreamExt;
-use gateway_queue::jetstream::{Auth, Options};
 use gateway_queue::status::{CallRecord, CallState};
 use gateway_queue::{ChangeOutcome, Filter};
 
 use crate::support::jetstream_batch::{CALLS, id_set, message_count, new_call};
 use crate::support::jetstream_queue::{
-    CONCURRENCY, LEASE, TestQueue, call, foreign_client, options, stream, succeeded,
+    CONCURRENCY, LEASE, TestQueue, call, foreign_client, stream, succeeded,
 };
 use crate::support::nats::Nats;
 use crate::support::{eventually, within};
@@ -209,31 +208,9 @@ async fn a_message_of_a_newer_version_is_left_for_newer_gateways_for_a_while() {
     assert_eq!(&stored_letter(&nats, "newer").await.payload[..], b"raw");
 }
 
-/// A client without the permission to publish to `denied`.
-async fn restricted(denied: &str) -> (tempfile::TempDir, Nats, TestQueue, TestQueue) {
-    let directory = tempfile::TempDir::new().unwrap();
-    let path = directory.path().join("nats.conf");
-    let permissions = format!("{{ publish: {{ deny: \"{denied}\" }} }}");
-    let users = format!(
-        "users = [ {{ user: restricted, password: p, permissions: {permissions} }}, \
-         {{ user: other, password: p }} ]"
-    );
-    let config = format!("authorization {{ {users} }}\nno_auth_user: other");
-    std::fs::write(&path, config).unwrap();
-    let nats = Nats::start_with(&["-c", path.to_str().unwrap()]);
-    let open = async |user: &str| {
-        let auth = Auth::Password { user: user.to_owned(), password: "p".to_owned() };
-        let queue = TestQueue::open(Options { auth, ..options(&nats) }).await;
-        eventually("the server responds", async || queue.inner.status("x").await.is_ok()).await;
-        queue
-    };
-    let (first, second) = (open("restricted").await, open("other").await);
-    (directory, nats, first, second)
-}
-
 #[tokio::test]
 async fn a_message_whose_ack_is_lost_becomes_one_dead_letter() {
-    let (_directory, nats, queue, other) = restricted("$JS.ACK.>").await;
+    let (_directory, nats, queue, other) = TestQueue::restricted("$JS.ACK.>").await;
     publish_foreign(&nats, "broken", &[], "raw").await;
     // Delivered again and again, as its acks are lost.
     assert!(queue.receives_nothing(LEASE * 3).await);
@@ -249,7 +226,8 @@ async fn a_message_whose_ack_is_lost_becomes_one_dead_letter() {
 
 #[tokio::test]
 async fn a_message_is_not_acknowledged_before_its_dead_letter_is_stored() {
-    let (_directory, nats, queue, other) = restricted("faas-dead.faas-request.fn.>").await;
+    let (_directory, nats, queue, other) =
+        TestQueue::restricted("faas-dead.faas-request.fn.>").await;
     publish_foreign(&nats, "broken", &[], "raw").await;
     assert!(queue.receives_nothing(LEASE + Duration::from_secs(2)).await);
     assert_eq!((message_count(&nats, "calls").await, dead_letters(&other).await.len()), (1, 0));

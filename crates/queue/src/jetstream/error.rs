@@ -1,6 +1,8 @@
 //! Errors of requests to the NATS server. They are distinguished by the server's error codes; its texts are only logged.
 //! No I/O.
 
+use std::sync::Arc;
+
 use serde::Deserialize;
 
 use crate::Error;
@@ -32,6 +34,9 @@ pub(super) enum NatsError {
     /// Error code and text of the server.
     #[error("the NATS server rejected the request: {1} ({0})")]
     Rejected(u64, String),
+    /// A stream has settings that the queue cannot work with. The text names the setting and the remedy.
+    #[error("{0}")]
+    Incompatible(Arc<str>),
     #[error("unexpected response of the NATS server")]
     UnexpectedResponse,
     #[error("the record of a batch cannot be decoded")]
@@ -48,7 +53,8 @@ impl NatsError {
 impl From<NatsError> for Error {
     fn from(error: NatsError) -> Self {
         match &error {
-            NatsError::Unavailable => Self::Unreachable,
+            // Incompatible streams are logged when they are found.
+            NatsError::Unavailable | NatsError::Incompatible(_) => Self::Unreachable,
             NatsError::StreamFull => Self::Full,
             NatsError::Rejected(code, _) if UNAVAILABLE_CODES.contains(code) => Self::Unreachable,
             NatsError::Rejected(code, _) if NO_SPACE_CODES.contains(code) => Self::NoSpace,
