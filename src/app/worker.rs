@@ -16,13 +16,13 @@ use gateway_proxy::functions::registry::FunctionRegistry;
 use gateway_proxy::metrics::Metrics;
 use gateway_proxy::readiness::Readiness;
 use gateway_proxy::trace::Tracer;
-use gateway_queue::Queue;
 use gateway_queue::detector::BackendDetector;
 use gateway_queue::embedded::{Embedded, Limits};
 use gateway_queue::ingress::QueueIngress;
 use gateway_queue::jetstream::{Auth, JetStream, Options};
 use gateway_queue::metrics::{GATEWAY_RECONNECTS, WORKER_RECONNECTS};
 use gateway_queue::stan::{self, Stan};
+use gateway_queue::{self as queue, JobQueue as _, Queue};
 use gateway_worker::callback::local::LocalExecutor;
 use gateway_worker::callback::own_addresses::OwnAddresses;
 use gateway_worker::callback::signature::Secret;
@@ -193,13 +193,15 @@ pub(super) async fn open_queue(
     let stan = || stan_options(&config.nats, default_namespace, role);
     let queue = match config.backend {
         Backend::None => return Ok(None),
-        Backend::Embedded => Queue::Embedded(Embedded::open(&config.state_dir, limits)?),
-        Backend::JetStream => {
-            let queue = JetStream::open(nats()).await?;
-            queue.check_streams().await?;
-            Queue::JetStream(queue)
+        Backend::Embedded => {
+            Queue::Known(queue::Backend::Embedded(Embedded::open(&config.state_dir, limits)?))
         }
-        Backend::Stan => Queue::Stan(Stan::open(nats(), stan()).await?),
+        Backend::JetStream => {
+            let jetstream = JetStream::open(nats()).await?;
+            jetstream.check_streams().await?;
+            Queue::Known(queue::Backend::JetStream(jetstream))
+        }
+        Backend::Stan => Queue::Known(queue::Backend::Stan(Stan::open(nats(), stan()).await?)),
         Backend::Nats => Queue::Detected(BackendDetector::open(nats(), stan()).await?),
     };
     let (name, reconnects) = match (config.backend, role) {
@@ -290,7 +292,7 @@ pub(super) async fn run_queue_maintenance(
         _ = maintenance => {}
     }
     // By now all received calls have been settled or dropped.
-    ingress.queue.stop().await;
+    ingress.queue.close().await;
 }
 
 /// Runs `work` after each `pause`, forever. A panic ends one iteration only.

@@ -31,7 +31,7 @@ use gateway_queue::call::QueuedCall;
 use gateway_queue::ingress::{QueueIngress, function_headers};
 use gateway_queue::memory::{BodyBuffer, MAX_TOTAL_BYTES};
 use gateway_queue::status::CallRecord;
-use gateway_queue::{self as queue, ChangeOutcome, MemoryPermit, now};
+use gateway_queue::{self as queue, ChangeOutcome, JobQueue as _, JobStore, MemoryPermit, now};
 
 pub mod admin;
 pub(crate) mod call_options;
@@ -155,8 +155,11 @@ async fn enqueue(
     let headers = function_headers(&parts.headers, &client.forwarded_for, ids);
     let mut call = QueuedCall { id, function, target, headers, body, options };
     call.options.digest = Some(call.digest());
+    if call.options.idempotency_key.is_some() {
+        store(ingress, DUPLICATES_UNSUPPORTED)?;
+    }
     let started = Instant::now();
-    let published = ingress.queue.publish_with_permit(call, memory).await?;
+    let published = ingress.queue.publish(call, memory).await?;
     let duration = started.elapsed();
     if !published.duplicate {
         ingress.metrics.submitted(duration);
@@ -198,7 +201,7 @@ pub async fn result(
     if !status.state.is_final() {
         return Err(Error::Conflict("the call is not finished".to_owned()));
     }
-    let response = ingress(&api)?.queue.result(&id).await?;
+    let response = store(ingress(&api)?, RECORDS_UNSUPPORTED)?.result(&id).await?;
     let response = response.ok_or(Error::NotFound("the call has no result"))?;
     Ok(dto::result_response(response))
 }
@@ -215,7 +218,7 @@ pub async fn cancel(
     if let Err(rejection) = authorized_record(&api, &id, request).await? {
         return Ok(rejection);
     }
-    change_response(ingress(&api)?.queue.cancel(&id).await?, "cancelled")
+    change_response(store(ingress(&api)?, CHANGES_UNSUPPORTED)?.cancel(&id).await?, "cancelled")
 }
 
 /// Converts the result of a change to a response. `done` is the past participle of the change, for the error text.
@@ -298,6 +301,23 @@ pub fn ingress(api: &ApiState) -> Result<&QueueIngress, Error> {
     })
 }
 
+/// What a queue on NATS Streaming does not offer, for the text of the error response.
+const RECORDS_UNSUPPORTED: &str = "NATS Streaming does not store the state of calls";
+const CHANGES_UNSUPPORTED: &str = "NATS Streaming cannot change queued calls";
+const LISTING_UNSUPPORTED: &str = "NATS Streaming cannot list queued calls";
+const DUPLICATES_UNSUPPORTED: &str = "NATS Streaming does not detect duplicates";
+
+/// Returns the stored calls of the queue. `missing`: what a queue without a store does not offer.
+///
+/// # Errors
+/// Not implemented when the queue has no store; unavailable while it is not known whether it has one.
+fn store<'a>(ingress: &'a QueueIngress, missing: &str) -> Result<&'a dyn JobStore, Error> {
+    ingress
+        .queue
+        .store()?
+        .ok_or_else(|| Error::NotImplemented(format!("the queue does not support this: {missing}")))
+}
+
 /// Returns the record of the call `id` if the client that sent `request` may access it, otherwise the response that
 /// rejects the request. The same rule applies to state, result and cancelling.
 ///
@@ -308,16 +328,17 @@ async fn authorized_record(
     id: &str,
     request: Request,
 ) -> Result<Result<CallRecord, Response>, Error> {
-    let queue = &ingress(api)?.queue;
+    let ingress = ingress(api)?;
+    let find = async || Ok::<_, Error>(store(ingress, RECORDS_UNSUPPORTED)?.status(id).await?);
     // Ids that can be guessed are not looked up before authorization: the response time would reveal whether they
     // exist.
-    let status = if is_unguessable(id) { queue.status(id).await? } else { None };
+    let status = if is_unguessable(id) { find().await? } else { None };
     let grants_access = status.as_ref().is_some_and(|status| !status.chosen_id);
     if !grants_access && let Err(rejection) = auth::authorize(api, request).await? {
         return Ok(Err(rejection));
     }
     let status = match status {
-        None if !is_unguessable(id) => queue.status(id).await?,
+        None if !is_unguessable(id) => find().await?,
         status => status,
     };
     status.ok_or(NO_SUCH_CALL).map(Ok)

@@ -230,7 +230,6 @@ fn queue_status(error: &queue::Error) -> StatusCode {
         queue::Error::Gone => StatusCode::NOT_FOUND,
         queue::Error::TooLarge(_) => StatusCode::PAYLOAD_TOO_LARGE,
         queue::Error::HeadTooLarge(_) => StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE,
-        queue::Error::Unsupported(_) => StatusCode::NOT_IMPLEMENTED,
     }
 }
 

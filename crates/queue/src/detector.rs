@@ -8,8 +8,8 @@ use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use crate::Queue;
 use crate::jetstream::{self, JetStream};
+use crate::queue::Backend;
 use crate::stan::probe::{Probe, ProbeResult, StanPresence};
 use crate::stan::{self, Stan};
 
@@ -24,11 +24,11 @@ const STOP_TIMEOUT: Duration = Duration::from_secs(1);
 pub struct BackendDetector {
     shared: Arc<Shared>,
     /// Handle of the detected queue for one thread.
-    thread_backend: Arc<OnceLock<Queue>>,
+    thread_backend: Arc<OnceLock<Backend>>,
 }
 
 struct Shared {
-    backend: OnceLock<Queue>,
+    backend: OnceLock<Backend>,
     is_detected: watch::Sender<bool>,
     stopping: CancellationToken,
     tracker: TaskTracker,
@@ -55,7 +55,7 @@ impl BackendDetector {
                 () = prober.stopping.cancelled() => {}
                 () = async {
                     let queue = detect_backend(&probe, &nats, &stan).await;
-                    let is_jetstream = matches!(queue, Queue::JetStream(_));
+                    let is_jetstream = matches!(queue, Backend::JetStream(_));
                     let _ = prober.backend.set(queue);
                     prober.is_detected.send_replace(true);
                     if is_jetstream {
@@ -90,7 +90,7 @@ impl BackendDetector {
     }
 
     /// The detected queue, if any.
-    pub(super) fn detected(&self) -> Option<&Queue> {
+    pub(super) fn detected(&self) -> Option<&Backend> {
         self.thread_backend.get().or_else(|| self.shared.backend.get())
     }
 
@@ -130,7 +130,7 @@ fn choose_backend(probed: ProbeResult, absent: Duration) -> Option<BackendKind> 
     }
 }
 
-async fn detect_backend(probe: &Probe, nats: &jetstream::Options, stan: &stan::Options) -> Queue {
+async fn detect_backend(probe: &Probe, nats: &jetstream::Options, stan: &stan::Options) -> Backend {
     let (mut absent, mut silent_since) = (None, Some(Instant::now()));
     loop {
         let probed = probe.run().await;
@@ -142,11 +142,11 @@ async fn detect_backend(probe: &Probe, nats: &jetstream::Options, stan: &stan::O
         let kind = probed.and_then(|probed| choose_backend(probed, since.elapsed()));
         let opened = match kind {
             Some(BackendKind::Stan) => {
-                Stan::open(nats.clone(), stan.clone()).await.map(|queue| Some(Queue::Stan(queue)))
+                Stan::open(nats.clone(), stan.clone()).await.map(|queue| Some(Backend::Stan(queue)))
             }
             Some(BackendKind::JetStream) => {
                 log_backend(probed);
-                JetStream::open(nats.clone()).await.map(|queue| Some(Queue::JetStream(queue)))
+                JetStream::open(nats.clone()).await.map(|queue| Some(Backend::JetStream(queue)))
             }
             None => Ok(None),
         };

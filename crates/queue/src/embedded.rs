@@ -12,6 +12,8 @@ mod checksummed;
 #[cfg(any(test, fuzzing))]
 pub(crate) mod fuzz;
 mod id_codec;
+mod job_store;
+mod lease;
 mod overlay;
 mod packed;
 mod panic_guard;
@@ -29,7 +31,7 @@ mod wal;
 mod write_txn;
 mod writer;
 
-pub(super) use self::state::Lease;
+pub(super) use self::lease::Lease;
 
 use std::fs::DirBuilder;
 use std::os::unix::fs::DirBuilderExt;
@@ -46,18 +48,13 @@ use crate::embedded::id_codec::CallIdCodec;
 use crate::embedded::packed::PackedBatch;
 use crate::embedded::panic_guard::{catch_panic, is_corruption};
 use crate::embedded::pressure::DiskPressure;
-use crate::embedded::queries::following;
 use crate::embedded::reserve::Reserve;
 use crate::embedded::schedule::CallSeq;
 use crate::embedded::state::{AttemptStart, QueueState};
 use crate::embedded::store::Store;
-use crate::embedded::writer::{PublishRequest, SettleWrite, WriteOp};
+use crate::embedded::writer::{PublishRequest, WriteOp};
 use crate::reply_batch::{Reply, ReplyChannel};
-use crate::status::{CallRecord, Settlement, StoredResponse};
-use crate::{
-    ChangeOutcome, Condition, Delivery, Error, Filter, LeaseHandle, MemoryPermit, Order, Published,
-    QueueDepth, now,
-};
+use crate::{Condition, Delivery, Error, JobQueue, JobStore, MemoryPermit, Published, now};
 use gateway_base::function::Function;
 use gateway_base::sync::lock_unpoisoned;
 
@@ -171,83 +168,6 @@ impl Embedded {
         Ok(Self { shared, ops, replies: None })
     }
 
-    /// A handle for a thread that uses the queue often. It must be called on the runtime of that thread, where replies
-    /// are then delivered in batches.
-    pub(super) fn for_thread(&self) -> Self {
-        Self { replies: Some(ReplyChannel::open()), ..self.clone() }
-    }
-
-    /// Returns whether the last access to the file succeeded.
-    pub(super) fn is_usable(&self) -> bool {
-        self.shared.usable.load(Relaxed)
-    }
-
-    /// Returns the degraded state of the queue, if any.
-    pub(super) fn condition(&self) -> Option<Condition> {
-        if self.shared.damaged.load(Relaxed) {
-            return Some(Condition::Damaged);
-        }
-        if self.shared.pressure.is_full() {
-            return Some(Condition::DiskFull);
-        }
-        let set_aside = self.shared.state().damaged.len();
-        (set_aside > 0).then_some(Condition::DamagedCalls)
-    }
-
-    /// Closes the file after all pending operations. A file that was closed needs no repair when it is opened again.
-    pub async fn close(&self) {
-        let closed = tokio::time::timeout(CLOSE_TIMEOUT, self.submit(WriteOp::Close)).await;
-        if !matches!(closed, Ok(Ok(()))) {
-            tracing::warn!("The queue's file could not be closed in time");
-        }
-    }
-
-    /// Generates an id for a new call. Such an id contains the call's number and needs no entry in the id index.
-    pub(super) fn new_call_id(&self) -> String {
-        self.shared.ids.encode(self.shared.next_number())
-    }
-
-    pub(super) async fn publish(
-        &self,
-        call: QueuedCall,
-        permit: Option<MemoryPermit>,
-    ) -> Result<Published, Error> {
-        let request = self.shared.publish_request(call, permit);
-        let published = self.submit(|reply| WriteOp::Publish(request, reply));
-        tokio::time::timeout(PUBLISH_TIMEOUT, published).await.unwrap_or_else(|_| {
-            self.shared.usable.store(false, Relaxed);
-            Err(Error::Unreachable)
-        })
-    }
-
-    pub(super) async fn receive(&self, concurrency: usize) -> Result<Delivery, Error> {
-        loop {
-            let (selected, wait) = {
-                let mut state = self.shared.state();
-                let now = now();
-                let selected = state.select(now, concurrency);
-                let due = state.schedule.next_due().map_or(MAX_IDLE_WAIT, |due| {
-                    Duration::from_millis(due.saturating_sub(now)).min(MAX_IDLE_WAIT)
-                });
-                (selected, due)
-            };
-            match selected {
-                Some((claim, stored)) => {
-                    // Several calls may be runnable for one notification.
-                    self.shared.ready.notify_one();
-                    let lease = Lease::new(Arc::clone(&self.shared), claim);
-                    if let Some(delivery) = self.deliver(lease, stored)? {
-                        return Ok(delivery);
-                    }
-                }
-                None => {
-                    // After a timeout the schedule is checked again.
-                    let _ = tokio::time::timeout(wait, self.shared.ready.notified()).await;
-                }
-            }
-        }
-    }
-
     /// Builds the delivery of a selected call. `stored` is its encoded form if it was cached. Returns `None` if the
     /// call is damaged.
     fn deliver(&self, mut lease: Lease, stored: Option<Bytes>) -> Result<Option<Delivery>, Error> {
@@ -280,101 +200,8 @@ impl Embedded {
             call,
             attempts: lease.previous.0,
             body_missing: false,
-            handle: LeaseHandle::Embedded(lease),
+            lease: crate::Lease::Embedded(lease),
         }))
-    }
-
-    pub(super) async fn settle(
-        &self,
-        lease: &Lease,
-        call: &QueuedCall,
-        settlement: &Settlement,
-    ) -> Result<(), Error> {
-        if !self.shared.state().owns(lease.claim) {
-            return Err(Error::Gone);
-        }
-        let (attempts, status) = lease.previous;
-        let running = CallRecord { status, ..CallRecord::queued(call) };
-        let running =
-            AttemptStart { attempts: attempts + 1, started_at: lease.started_at }.apply_to(running);
-        let status = running.settled(settlement, now());
-        let settled = SettleWrite::new(&status, settlement);
-        self.submit(|reply| WriteOp::Settle(lease.claim, settled, reply)).await
-    }
-
-    pub(super) async fn status(&self, id: &str) -> Result<Option<CallRecord>, Error> {
-        let (shared, id) = (Arc::clone(&self.shared), id.to_owned());
-        shared.read_blocking(move |shared| shared.status(&id)).await
-    }
-
-    pub(super) async fn result(&self, id: &str) -> Result<Option<StoredResponse>, Error> {
-        let (shared, id) = (Arc::clone(&self.shared), id.to_owned());
-        shared
-            .read_blocking(move |shared| {
-                shared.read_snapshot(|snapshot| {
-                    let Some(number) = snapshot.number_of(&id)? else { return Ok(None) };
-                    Ok(snapshot.finished(number)?.and_then(|(_, response)| response))
-                })
-            })
-            .await
-    }
-
-    pub(super) async fn cancel(&self, id: &str) -> Result<ChangeOutcome, Error> {
-        self.submit(|reply| WriteOp::Cancel(id.to_owned(), reply)).await
-    }
-
-    pub(super) async fn redrive(&self, id: &str) -> Result<ChangeOutcome, Error> {
-        self.submit(|reply| WriteOp::Redrive(id.to_owned(), reply)).await
-    }
-
-    pub(super) async fn list(
-        &self,
-        filter: &Filter,
-        after: Option<&str>,
-        limit: usize,
-    ) -> Result<Vec<CallRecord>, Error> {
-        let (shared, filter) = (Arc::clone(&self.shared), filter.clone());
-        let after = after.map(str::to_owned);
-        shared
-            .read_blocking(move |shared| {
-                let first = match (&after, filter.order) {
-                    // An unknown id has no successor.
-                    (Some(id), order) => shared
-                        .read_snapshot(|snapshot| snapshot.number_of(id))?
-                        .and_then(|last| following(order, last)),
-                    (None, Order::OldestFirst) => Some(0),
-                    (None, Order::NewestFirst) => Some(CallSeq::MAX),
-                };
-                let found = shared.find(&filter, first, limit)?;
-                Ok(found.into_iter().map(|(_, status)| status).collect())
-            })
-            .await
-    }
-
-    pub(super) async fn purge(&self, filter: &Filter) -> Result<u64, Error> {
-        let (mut purged, mut first) = (0, Some(0));
-        loop {
-            let shared = Arc::clone(&self.shared);
-            let filter = Filter { order: Order::OldestFirst, ..filter.clone() };
-            let found = shared
-                .read_blocking(move |shared| shared.find(&filter, first, SCAN_BATCH_SIZE))
-                .await?;
-            let Some((last, _)) = found.last() else { return Ok(purged) };
-            first = last.checked_add(1);
-            let ids = found.into_iter().map(|(_, status)| status.id).collect();
-            purged += self.submit(|reply| WriteOp::Purge(ids, reply)).await?;
-        }
-    }
-
-    pub(super) async fn depths(&self) -> Result<Vec<(Function, QueueDepth)>, Error> {
-        let shared = Arc::clone(&self.shared);
-        shared.read_blocking(|shared| shared.depths()).await
-    }
-
-    /// Removes results and idempotency keys whose time to live has passed. The caller runs it about once a second.
-    pub async fn sweep_expired(&self) {
-        // Failures have been logged, and the next run tries again.
-        while let Ok(true) = self.submit(WriteOp::Expire).await {}
     }
 
     async fn submit<T: Send + 'static>(
@@ -385,6 +212,91 @@ impl Embedded {
         let reply = Reply::new(reply, self.replies.clone());
         self.ops.send(op(reply)).await.map_err(|_| Error::Failed)?;
         result.await.map_err(|_| Error::Failed)?
+    }
+}
+
+impl JobQueue for Embedded {
+    fn for_thread(&self) -> Self {
+        Self { replies: Some(ReplyChannel::open()), ..self.clone() }
+    }
+
+    /// Such an id contains the call's number and needs no entry in the id index.
+    fn new_call_id(&self, _function: &Function) -> String {
+        self.shared.ids.encode(self.shared.next_number())
+    }
+
+    async fn publish(
+        &self,
+        call: QueuedCall,
+        permit: Option<MemoryPermit>,
+    ) -> Result<Published, Error> {
+        let request = self.shared.publish_request(call, permit);
+        let published = self.submit(|reply| WriteOp::Publish(request, reply));
+        tokio::time::timeout(PUBLISH_TIMEOUT, published).await.unwrap_or_else(|_| {
+            self.shared.usable.store(false, Relaxed);
+            Err(Error::Unreachable)
+        })
+    }
+
+    async fn receive(&self, concurrency: usize) -> Result<Delivery, Error> {
+        loop {
+            let (selected, wait) = {
+                let mut state = self.shared.state();
+                let now = now();
+                let selected = state.select(now, concurrency);
+                let due = state.schedule.next_due().map_or(MAX_IDLE_WAIT, |due| {
+                    Duration::from_millis(due.saturating_sub(now)).min(MAX_IDLE_WAIT)
+                });
+                (selected, due)
+            };
+            match selected {
+                Some((claim, stored)) => {
+                    // Several calls may be runnable for one notification.
+                    self.shared.ready.notify_one();
+                    let lease = Lease::new(self.clone(), claim);
+                    if let Some(delivery) = self.deliver(lease, stored)? {
+                        return Ok(delivery);
+                    }
+                }
+                None => {
+                    // After a timeout the schedule is checked again.
+                    let _ = tokio::time::timeout(wait, self.shared.ready.notified()).await;
+                }
+            }
+        }
+    }
+
+    fn store(&self) -> Result<Option<&dyn JobStore>, Error> {
+        Ok(Some(self))
+    }
+
+    /// Returns whether the last access to the file succeeded.
+    fn is_reachable(&self) -> bool {
+        self.shared.usable.load(Relaxed)
+    }
+
+    fn condition(&self) -> Option<Condition> {
+        if self.shared.damaged.load(Relaxed) {
+            return Some(Condition::Damaged);
+        }
+        if self.shared.pressure.is_full() {
+            return Some(Condition::DiskFull);
+        }
+        let set_aside = self.shared.state().damaged.len();
+        (set_aside > 0).then_some(Condition::DamagedCalls)
+    }
+
+    async fn sweep_expired(&self) {
+        // Failures have been logged, and the next run tries again.
+        while let Ok(true) = self.submit(WriteOp::Expire).await {}
+    }
+
+    /// Closes the file after all pending operations. A file that was closed needs no repair when it is opened again.
+    async fn close(&self) {
+        let closed = tokio::time::timeout(CLOSE_TIMEOUT, self.submit(WriteOp::Close)).await;
+        if !matches!(closed, Ok(Ok(()))) {
+            tracing::warn!("The queue's file could not be closed in time");
+        }
     }
 }
 

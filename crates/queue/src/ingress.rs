@@ -11,7 +11,7 @@ use http::{HeaderMap, HeaderName, HeaderValue};
 use crate::memory::BodyBudget;
 use crate::metrics::{DepthGauges, QueueMetrics};
 use crate::unconfirmed::UnconfirmedFunctions;
-use crate::{Error, Queue, QueueDepth, now};
+use crate::{Error, JobQueue as _, Queue, QueueDepth, now};
 use gateway_base::function::Function;
 use gateway_http::call_id::RequestIds;
 use gateway_http::headers::to_upstream;
@@ -50,10 +50,10 @@ impl QueueIngress {
     /// When the queue cannot be queried. The previous values remain; the caller tries again later.
     pub async fn update_depths(&self) -> Result<(), Error> {
         let now = now();
-        let counts = match self.queue.depths().await {
-            // A queue that does not support counting is treated as empty.
-            Err(Error::Unsupported(_)) => Vec::new(),
-            counts => counts?,
+        let counts = match self.queue.store()? {
+            Some(store) => store.depths().await?,
+            // A queue that cannot be counted is treated as empty.
+            None => Vec::new(),
         };
         let pending_counts =
             counts.iter().filter(|(_, counts)| counts.pending + counts.running > 0);

@@ -27,6 +27,7 @@ mod failure_counts;
 pub(crate) mod fuzz;
 mod gc;
 mod ids;
+mod job_store;
 mod lease;
 mod lookup;
 mod message;
@@ -66,11 +67,8 @@ use crate::jetstream::prefetch::Prefetched;
 use crate::jetstream::pull_scheduler::PullScheduler;
 use crate::jetstream::subject::Subjects;
 use crate::reply_batch::ReplyChannel;
-use crate::status::{CallRecord, Settlement, StoredResponse};
 use crate::tasks::Tasks;
-use crate::{
-    CallPage, ChangeOutcome, Delivery, Error, Filter, MemoryPermit, Published, QueueDepth,
-};
+use crate::{Delivery, Error, JobQueue, JobStore, MemoryPermit, Published};
 use gateway_base::function::Function;
 use gateway_base::sync::lock_unpoisoned;
 
@@ -182,50 +180,6 @@ impl JetStream {
         }
     }
 
-    /// Returns a handle for a thread that publishes much; must be called on that thread's runtime.
-    pub(super) fn for_thread(&self) -> Self {
-        Self { shared: Arc::clone(&self.shared), reply_channel: Some(ReplyChannel::open()) }
-    }
-
-    /// Returns a new call id that contains a hash of `function`, so that a lookup queries few functions.
-    pub(super) fn new_call_id(function: &Function) -> String {
-        ids::new_call_id(function)
-    }
-
-    /// Stops all background tasks: leases are no longer extended, prefetched calls are nak'ed. Waits until leases that
-    /// were dropped earlier are released.
-    pub async fn stop(&self) {
-        self.shared.tasks.stop();
-        let buffered = self.shared.pull_scheduler().drain();
-        let claimed = self.shared.prefetched().drain();
-        drop(claimed);
-        let release = async {
-            prefetch::nak_all(&self.shared, buffered).await;
-            self.shared.tasks.wait().await;
-            self.shared.claims.publish_empty(&self.shared).await;
-            // A nak that is not sent by now is replaced by the server's ack timeout.
-            let _ = self.shared.api.client.flush().await;
-        };
-        let _ = tokio::time::timeout(STOP_TIMEOUT, release).await;
-    }
-
-    pub(super) fn reconnects(&self) -> u64 {
-        self.shared.api.reconnects()
-    }
-
-    /// Checks whether the server processes requests, and updates `is_reachable`.
-    pub(super) async fn probe(&self) {
-        if let Ok(shared) = self.shared.ready().await
-            && let Err(error) = shared.api.probe(&shared.subjects).await
-        {
-            tracing::debug!(%error, "The NATS server does not process requests");
-        }
-    }
-
-    pub(super) fn is_reachable(&self) -> bool {
-        self.shared.api.is_usable()
-    }
-
     /// Removes bodies older than `age` that no call refers to, batch records without a batch, and consumers unused for
     /// `idle`. They are left behind when a process or a server is killed. Call it about every hour. Returns the number
     /// of removed bodies.
@@ -239,9 +193,60 @@ impl JetStream {
         shared.collect_consumers(idle).await?;
         Ok(removed)
     }
+}
 
-    /// Recounts the calls, and collects garbage when that is due. Call it about every second.
-    pub async fn sweep_expired(&self) {
+impl JobQueue for JetStream {
+    fn for_thread(&self) -> Self {
+        Self { shared: Arc::clone(&self.shared), reply_channel: Some(ReplyChannel::open()) }
+    }
+
+    /// The id contains a hash of `function`, so that a lookup queries few functions.
+    fn new_call_id(&self, function: &Function) -> String {
+        ids::new_call_id(function)
+    }
+
+    async fn publish(
+        &self,
+        call: QueuedCall,
+        permit: Option<MemoryPermit>,
+    ) -> Result<Published, Error> {
+        match &self.reply_channel {
+            Some(channel) => {
+                let deadline = self.shared.publish_timeout(&call);
+                let published = self.shared.batcher.publish(call, permit, channel.clone());
+                with_timeout(deadline, published).await
+            }
+            None => Box::pin(self.shared.publish_with_timeout(&call)).await,
+        }
+    }
+
+    async fn receive(&self, concurrency: usize) -> Result<Delivery, Error> {
+        prefetch::receive(&self.shared, concurrency).await
+    }
+
+    fn store(&self) -> Result<Option<&dyn JobStore>, Error> {
+        Ok(Some(self))
+    }
+
+    fn is_reachable(&self) -> bool {
+        self.shared.api.is_usable()
+    }
+
+    /// Checks whether the server processes requests.
+    async fn probe(&self) {
+        if let Ok(shared) = self.shared.ready().await
+            && let Err(error) = shared.api.probe(&shared.subjects).await
+        {
+            tracing::debug!(%error, "The NATS server does not process requests");
+        }
+    }
+
+    fn reconnects(&self) -> u64 {
+        self.shared.api.reconnects()
+    }
+
+    /// Recounts the calls, and collects garbage when that is due.
+    async fn sweep_expired(&self) {
         if let Err(error) = self.shared.recount_if_old().await {
             tracing::debug!(%error, "Cannot count the queued calls");
         }
@@ -259,63 +264,21 @@ impl JetStream {
         }
     }
 
-    /// Publishes `call`. `room` accounts for the memory of its body and is held until the publish ends, even if the
-    /// caller no longer waits.
-    pub(super) async fn publish(
-        &self,
-        call: QueuedCall,
-        room: Option<MemoryPermit>,
-    ) -> Result<Published, Error> {
-        match &self.reply_channel {
-            Some(desk) => {
-                let deadline = self.shared.publish_timeout(&call);
-                with_timeout(deadline, self.shared.batcher.publish(call, room, desk.clone())).await
-            }
-            None => Box::pin(self.shared.publish_with_timeout(&call)).await,
-        }
-    }
-
-    pub(super) async fn receive(&self, concurrency: usize) -> Result<Delivery, Error> {
-        prefetch::receive(&self.shared, concurrency).await
-    }
-
-    pub(super) async fn settle(&self, lease: &Lease, settlement: &Settlement) -> Result<(), Error> {
-        lease.settle(settlement).await
-    }
-
-    pub(super) async fn status(&self, id: &str) -> Result<Option<CallRecord>, Error> {
-        with_timeout(QUERY_TIMEOUT, async { Ok(self.shared.ready().await?.status(id).await?) })
-            .await
-    }
-
-    pub(super) async fn result(&self, id: &str) -> Result<Option<StoredResponse>, Error> {
-        with_timeout(QUERY_TIMEOUT, async { Ok(self.shared.ready().await?.result(id).await?) })
-            .await
-    }
-
-    pub(super) async fn cancel(&self, id: &str) -> Result<ChangeOutcome, Error> {
-        Ok(self.shared.ready().await?.cancel(id).await?)
-    }
-
-    pub(super) async fn redrive(&self, id: &str) -> Result<ChangeOutcome, Error> {
-        Ok(self.shared.ready().await?.redrive(id).await?)
-    }
-
-    pub(super) async fn list(
-        &self,
-        filter: &Filter,
-        after: Option<&str>,
-        limit: usize,
-    ) -> Result<CallPage, Error> {
-        Ok(self.shared.ready().await?.list(filter, after, limit).await?)
-    }
-
-    pub(super) async fn purge(&self, filter: &Filter) -> Result<u64, Error> {
-        Ok(self.shared.ready().await?.purge(filter).await?)
-    }
-
-    pub(super) async fn depths(&self) -> Result<Vec<(Function, QueueDepth)>, Error> {
-        Ok(self.shared.ready().await?.counts().await?)
+    /// Stops all background tasks: leases are no longer extended, prefetched calls are nak'ed. Waits until leases that
+    /// were dropped earlier are released.
+    async fn close(&self) {
+        self.shared.tasks.stop();
+        let buffered = self.shared.pull_scheduler().drain();
+        let claimed = self.shared.prefetched().drain();
+        drop(claimed);
+        let release = async {
+            prefetch::nak_all(&self.shared, buffered).await;
+            self.shared.tasks.wait().await;
+            self.shared.claims.publish_empty(&self.shared).await;
+            // A nak that is not sent by now is replaced by the server's ack timeout.
+            let _ = self.shared.api.client.flush().await;
+        };
+        let _ = tokio::time::timeout(STOP_TIMEOUT, release).await;
     }
 }
 

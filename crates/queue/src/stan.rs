@@ -41,9 +41,9 @@ use crate::stan::inflight::{Capacity, InflightTable};
 use crate::stan::message::Progress;
 use crate::stan::nats::{NatsConnection, NatsError};
 use crate::stan::subscribe::{MAX_DELAYED, ReceivedCall};
-use crate::status::Settlement;
 use crate::tasks::Tasks;
-use crate::{Delivery, Error, Published, now};
+use crate::{Delivery, Error, JobQueue, JobStore, MemoryPermit, Published, now};
+use gateway_base::function::Function;
 use gateway_base::sync::lock_unpoisoned;
 
 /// Options in addition to those of the NATS connection.
@@ -138,29 +138,8 @@ impl Stan {
         Ok(Self { shared })
     }
 
-    /// Closes the sessions. The server immediately redelivers unsettled calls to other workers.
-    pub async fn stop(&self) {
-        self.shared.dedup.flush().await;
-        self.shared.tasks.stop();
-        let _ = tokio::time::timeout(STOP_TIMEOUT, self.shared.tasks.wait()).await;
-        self.shared.nats.flush().await;
-    }
-
-    /// Returns whether all required connections and sessions are usable.
-    pub(super) fn is_reachable(&self) -> bool {
-        let Shared { nats, publisher, worker, options, worker_started, .. } = &*self.shared;
-        nats.is_connected()
-            && (!options.publishes || publisher.is_usable())
-            && (!worker_started.load(Relaxed) || worker.is_usable())
-    }
-
-    /// Returns how often the connection has been re-established.
-    pub(super) fn reconnects(&self) -> u64 {
-        self.shared.nats.connection_count().borrow().saturating_sub(1)
-    }
-
     /// Returns the maximum size of a body whose message has headers of ordinary size.
-    pub(super) fn max_body_bytes(&self) -> usize {
+    fn payload_limit(&self) -> usize {
         let whole = self.shared.nats.max_payload();
         // Base64 encodes three bytes as four.
         (whole - whole / 16).saturating_sub(ENVELOPE_BYTES) / 4 * 3
@@ -169,17 +148,13 @@ impl Stan {
     /// Enqueues `call`. Returns when the server has stored it.
     ///
     /// # Errors
-    /// `Away` and `TooLarge`: the call is not stored. `Unconfirmed`: it may be stored; if it is sent again with the
-    /// same id, it is executed once. `Failed`: the server rejected it, or its response was invalid. `Unsupported`: it
-    /// has an idempotency key.
-    pub(super) async fn publish(&self, call: QueuedCall) -> Result<Published, Error> {
-        if call.options.idempotency_key.is_some() {
-            return Err(Error::Unsupported("NATS Streaming does not detect duplicates"));
-        }
+    /// `Unreachable` and `TooLarge`: the call is not stored. `Unconfirmed`: it may be stored; if it is sent again with
+    /// the same id, it is executed once. `Failed`: the server rejected it, or its response was invalid.
+    async fn publish_call(&self, call: QueuedCall) -> Result<Published, Error> {
         let not_before = call.options.not_before;
         let data = message::encode(&call, &Progress { not_before, ..Progress::default() });
         if data.len() + ENVELOPE_BYTES > self.shared.nats.max_payload() {
-            return Err(Error::TooLarge(self.max_body_bytes()));
+            return Err(Error::TooLarge(self.payload_limit()));
         }
         let channel = match not_before {
             Some(at) => Channel::for_delay(at.saturating_sub(now())),
@@ -190,28 +165,62 @@ impl Stan {
         let client = if options.publishes { publisher } else { worker };
         let stored = client.publish(self.shared.channel(channel), data).await;
         stored.map_err(|error| match error {
-            NatsError::TooLarge => Error::TooLarge(self.max_body_bytes()),
+            NatsError::TooLarge => Error::TooLarge(self.payload_limit()),
             error => queue_error(error, &call),
         })?;
         Ok(Published { id: call.id, duplicate: false })
     }
+}
 
-    /// Waits for the next runnable call.
-    pub(super) async fn receive(&self, concurrency: usize) -> Result<Delivery, Error> {
+impl JobQueue for Stan {
+    fn new_call_id(&self, _function: &Function) -> String {
+        uuid::Uuid::new_v4().to_string()
+    }
+
+    async fn publish(
+        &self,
+        call: QueuedCall,
+        _permit: Option<MemoryPermit>,
+    ) -> Result<Published, Error> {
+        // Boxed: this future is larger than those of the other backends, which are part of the future of each call.
+        Box::pin(self.publish_call(call)).await
+    }
+
+    async fn receive(&self, concurrency: usize) -> Result<Delivery, Error> {
         subscribe::receive(&self.shared, concurrency).await
     }
 
-    /// Stops receiving: the server redelivers pending calls to other workers.
-    pub(super) fn stop_receiving(&self) {
+    /// The server redelivers pending calls to other workers.
+    fn stop_receiving(&self) {
         self.shared.inflight().close();
     }
 
-    pub(super) async fn claim(&self, lease: &Lease) -> Result<bool, Error> {
-        lease.claim().await
+    fn store(&self) -> Result<Option<&dyn JobStore>, Error> {
+        Ok(None)
     }
 
-    pub(super) async fn settle(&self, lease: &Lease, settlement: &Settlement) -> Result<(), Error> {
-        lease.settle(settlement).await
+    /// Returns whether all required connections and sessions are usable.
+    fn is_reachable(&self) -> bool {
+        let Shared { nats, publisher, worker, options, worker_started, .. } = &*self.shared;
+        nats.is_connected()
+            && (!options.publishes || publisher.is_usable())
+            && (!worker_started.load(Relaxed) || worker.is_usable())
+    }
+
+    fn reconnects(&self) -> u64 {
+        self.shared.nats.connection_count().borrow().saturating_sub(1)
+    }
+
+    fn max_body_bytes(&self) -> Option<usize> {
+        Some(self.payload_limit())
+    }
+
+    /// Closes the sessions. The server immediately redelivers unsettled calls to other workers.
+    async fn close(&self) {
+        self.shared.dedup.flush().await;
+        self.shared.tasks.stop();
+        let _ = tokio::time::timeout(STOP_TIMEOUT, self.shared.tasks.wait()).await;
+        self.shared.nats.flush().await;
     }
 }
 

@@ -25,7 +25,7 @@ use gateway_proxy::trace::{ActiveSpan, Tracer};
 use gateway_queue::call::{QueuedCall, UnixMillis};
 use gateway_queue::ingress::QueueIngress;
 use gateway_queue::status::{CallState, Settlement, StoredResponse};
-use gateway_queue::{Delivery, Error, MemoryPermit, memory, now};
+use gateway_queue::{Delivery, Error, JobQueue as _, MemoryPermit, memory, now};
 
 /// Delay before a failed queue operation is retried.
 const QUEUE_RETRY_INTERVAL: Duration = Duration::from_secs(1);
@@ -124,7 +124,7 @@ impl Worker {
         limiter: &SettlementLimiter,
     ) {
         let call = &delivery.call;
-        match self.ingress.queue.claim(&delivery).await {
+        match delivery.claim().await {
             Ok(true) => {}
             Ok(false) => return,
             // Dropped unsettled, so the queue delivers it again.
@@ -160,11 +160,11 @@ impl Worker {
         memory::shrink_permit(&mut response_memory, 2 * settlement.response_length());
         let (id, function) = (&delivery.call.id, &delivery.call.function);
         let _settlement_permit = limiter.acquire(function).await;
-        self.ingress.queue.release_slot(&delivery);
+        delivery.release_slot();
         drop(slot_permit);
         // A call that cannot be settled is not dropped: the queue would deliver it again, and it would be executed
         // again.
-        while let Err(error) = self.ingress.queue.settle(&delivery, &settlement).await {
+        while let Err(error) = delivery.settle(&settlement).await {
             tracing::warn!(call_id = id, %function, %error, "A queued call cannot be settled");
             if error == Error::Gone {
                 return;

@@ -2,8 +2,8 @@
 
 use std::path::{Path, PathBuf};
 
-use gateway_queue::Error;
 use gateway_queue::jetstream::{Auth, JetStream, Options};
+use gateway_queue::{Error, JobQueue as _, JobStore as _};
 
 use crate::support::eventually;
 use crate::support::jetstream_queue::{TestQueue, call, options, succeeded};
@@ -19,7 +19,7 @@ async fn password_and_token_authentication_work() {
     let queue = TestQueue::open(auth("secret")).await;
     eventually("the server responds", async || queue.inner.status("x").await.is_ok()).await;
     let other = TestQueue::open(auth("wrong")).await;
-    assert_eq!(other.inner.publish(call("a")).await, Err(Error::Unreachable));
+    assert_eq!(other.inner.publish(call("a"), None).await, Err(Error::Unreachable));
     assert!(!format!("{:?}", auth("secret")).contains("secret"));
 
     let nats = Nats::start_with(&["--auth", "a-token"]);
@@ -68,7 +68,7 @@ async fn credentials_file_authentication_works() {
     queue.publish(call("a")).await;
     queue.settle(queue.receive().await, succeeded()).await;
     let other = TestQueue::open(options(&nats)).await;
-    assert_eq!(other.inner.publish(call("b")).await, Err(Error::Unreachable));
+    assert_eq!(other.inner.publish(call("b"), None).await, Err(Error::Unreachable));
 }
 
 #[tokio::test]
@@ -85,8 +85,8 @@ async fn a_server_certificate_is_verified() {
     queue.settle(queue.receive().await, succeeded()).await;
     // A client without the CA refuses the server, and a client with it refuses a server without TLS.
     let without_ca = TestQueue::open(over_tls).await;
-    assert_eq!(without_ca.inner.publish(call("b")).await, Err(Error::Unreachable));
+    assert_eq!(without_ca.inner.publish(call("b"), None).await, Err(Error::Unreachable));
     let plain = Nats::start();
     let deceived = TestQueue::open(Options { servers: servers(&plain), ..known }).await;
-    assert_eq!(deceived.inner.publish(call("b")).await, Err(Error::Unreachable));
+    assert_eq!(deceived.inner.publish(call("b"), None).await, Err(Error::Unreachable));
 }

@@ -7,7 +7,7 @@ use gateway_queue::call::QueuedCall;
 use gateway_queue::embedded::Limits;
 use gateway_queue::jetstream::Options;
 use gateway_queue::status::{CallState, Settlement, StoredResponse};
-use gateway_queue::{Error, Filter};
+use gateway_queue::{Error, Filter, JobQueue as _, JobStore as _};
 
 use crate::support::jetstream_batch::{CALLS, id_set, message_count, new_call};
 use crate::support::jetstream_queue::{
@@ -52,7 +52,7 @@ async fn only_small_due_calls_without_chosen_ids_are_batched() {
                 _ => {}
             }
         }
-        let published = calls.iter().map(|call| publisher.publish(call.clone()));
+        let published = calls.iter().map(|call| publisher.publish(call.clone(), None));
         let published = futures_util::future::try_join_all(published).await.unwrap();
         let ids: Vec<_> = published.into_iter().map(|published| published.id).collect();
         assert_eq!(ids, [format!("{number}a"), format!("{number}b")]);
@@ -67,7 +67,7 @@ async fn each_function_has_its_own_batch() {
     let publisher = queue.inner.for_thread();
     let names = ["a", "b"];
     let calls = (0..CALLS).map(|number| call_to(names[number % 2], &number.to_string()));
-    let published = calls.map(|call| publisher.publish(call));
+    let published = calls.map(|call| publisher.publish(call, None));
     let published = futures_util::future::try_join_all(published).await.unwrap();
     for name in names {
         assert_eq!(queue.depths(&format!("{name}.fn")).await.0, CALLS as u64 / 2);
@@ -91,7 +91,7 @@ async fn a_full_queue_refuses_batched_calls() {
     eventually("the server responds", async || queue.inner.status("x").await.is_ok()).await;
     queue.publish_batch(CALLS, new_call).await;
     let publisher = queue.inner.for_thread();
-    let published = (0..CALLS).map(|_| publisher.publish(new_call()));
+    let published = (0..CALLS).map(|_| publisher.publish(new_call(), None));
     let published = within("publish", futures_util::future::join_all(published)).await;
     let refused = published.iter().filter(|result| **result == Err(Error::Full)).count();
     assert!((CALLS - 10..CALLS).contains(&refused), "{refused} refused");

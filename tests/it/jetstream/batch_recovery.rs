@@ -4,10 +4,10 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use gateway_queue::Filter;
 use gateway_queue::embedded::Limits;
 use gateway_queue::jetstream::Options;
 use gateway_queue::status::CallState;
+use gateway_queue::{Filter, JobQueue as _, JobStore as _};
 
 use crate::support::eventually;
 use crate::support::jetstream_batch::{CALLS, id_set, new_call};
@@ -39,7 +39,7 @@ async fn another_worker_executes_the_rest_of_a_dead_workers_batch() {
     let dead = queue.inner.list(&filter, None, 9).await.unwrap().calls[0].id.clone();
     let running = queue.receive().await;
     let died = running.call.id.clone();
-    queue.inner.stop().await;
+    queue.inner.close().await;
     std::mem::forget(running);
     let mut executed = BTreeMap::new();
     while executed.len() < CALLS - done.len() - 1 {
@@ -115,7 +115,7 @@ async fn a_stopping_worker_releases_unstarted_calls_immediately() {
     let delivery = queue.receive().await;
     let mut executed = BTreeSet::from([delivery.call.id.clone()]);
     queue.settle(delivery, succeeded()).await;
-    queue.inner.stop().await;
+    queue.inner.close().await;
     while executed.len() < CALLS {
         let delivery = other.receive().await;
         assert!(executed.insert(delivery.call.id.clone()));
@@ -139,7 +139,7 @@ async fn no_batched_call_is_lost_when_the_server_is_killed() {
             let delivery = queue.inner.receive(CONCURRENCY).await.unwrap();
             *executed.lock().unwrap().entry(delivery.call.id.clone()).or_insert(0) += 1;
             // A call that cannot be settled is redelivered.
-            let _ = queue.inner.settle(&delivery, &succeeded()).await;
+            let _ = delivery.settle(&succeeded()).await;
         }
     };
     let trouble = async {

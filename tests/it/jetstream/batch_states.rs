@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use gateway_queue::status::CallState;
-use gateway_queue::{ChangeOutcome, Filter};
+use gateway_queue::{ChangeOutcome, Filter, JobStore as _};
 
 use crate::support::eventually;
 use crate::support::jetstream_batch::{CALLS, id_set, message_count, new_call};

@@ -4,7 +4,7 @@ use bytes::Bytes;
 use gateway_queue::call::QueuedCall;
 use gateway_queue::jetstream::{Auth, Options};
 use gateway_queue::status::CallState;
-use gateway_queue::{ChangeOutcome, Filter};
+use gateway_queue::{ChangeOutcome, Filter, JobStore as _};
 
 use crate::support::eventually;
 use crate::support::jetstream_queue::{

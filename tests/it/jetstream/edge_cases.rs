@@ -6,7 +6,7 @@ use bytes::Bytes;
 use futures_util::TryStreamExt;
 use gateway_queue::call::QueuedCall;
 use gateway_queue::status::{CallState, Settlement};
-use gateway_queue::{ChangeOutcome, Error};
+use gateway_queue::{ChangeOutcome, Error, JobQueue as _, JobStore as _};
 use http::{HeaderName, HeaderValue};
 
 use crate::support::jetstream_queue::{
@@ -29,13 +29,14 @@ fn call_with_headers(id: &str, size: usize) -> QueuedCall {
 async fn headers_above_the_server_limit_are_refused_and_long_ones_pass() {
     let nats = Nats::start();
     let queue = TestQueue::connected(&nats).await;
-    let refused = within("publish", queue.inner.publish(call_with_headers("large", 64_000))).await;
+    let refused =
+        within("publish", queue.inner.publish(call_with_headers("large", 64_000), None)).await;
     assert!(matches!(refused, Err(Error::HeadTooLarge(63_488))), "{refused:?}");
     assert_eq!(queue.state("large").await, None);
     // Smaller calls would be batched at this rate.
     let publisher = queue.inner.for_thread();
-    let sent =
-        (0..CALLS).map(|number| publisher.publish(call_with_headers(&number.to_string(), 50_000)));
+    let sent = (0..CALLS)
+        .map(|number| publisher.publish(call_with_headers(&number.to_string(), 50_000), None));
     within("publish", futures_util::future::try_join_all(sent)).await.unwrap();
     for attempts in [0; CALLS].into_iter().chain([1; CALLS]) {
         let delivery = queue.receive().await;

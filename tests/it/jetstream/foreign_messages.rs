@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 
 use gateway_queue::status::CallState;
-use gateway_queue::{ChangeOutcome, Error, Filter};
+use gateway_queue::{ChangeOutcome, Error, Filter, JobQueue as _, JobStore as _};
 
 use crate::support::eventually;
 use crate::support::jetstream_queue::{

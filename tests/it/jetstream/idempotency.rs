@@ -1,6 +1,6 @@
 //! Call ids and idempotency keys: which calls are duplicates.
 
-use gateway_queue::{Filter, Published};
+use gateway_queue::{Filter, JobStore as _, Published};
 
 use crate::support::eventually;
 use crate::support::jetstream_queue::{TestQueue, call, call_to, dead_lettered, succeeded};

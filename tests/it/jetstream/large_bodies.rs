@@ -3,9 +3,9 @@
 use std::time::Duration;
 
 use bytes::Bytes;
-use gateway_queue::ChangeOutcome;
 use gateway_queue::call::QueuedCall;
 use gateway_queue::status::{CallState, Settlement, StoredResponse};
+use gateway_queue::{ChangeOutcome, JobStore as _};
 
 use crate::support::jetstream_queue::{
     LEASE, TestQueue, call, call_to, dead_lettered, retry, stream, unix_millis,

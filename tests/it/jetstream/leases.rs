@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 use gateway_queue::embedded::Limits;
 use gateway_queue::jetstream::Options;
 use gateway_queue::status::CallState;
+use gateway_queue::{JobQueue as _, JobStore as _};
 
 use crate::support::jetstream_queue::{
     CONCURRENCY, LEASE, LIMITS, TestQueue, call, call_to, options, stream, succeeded,

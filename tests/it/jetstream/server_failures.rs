@@ -3,10 +3,10 @@
 use std::collections::BTreeMap;
 use std::time::Instant;
 
-use gateway_queue::Error;
 use gateway_queue::embedded::Limits;
 use gateway_queue::jetstream::Options;
 use gateway_queue::status::CallState;
+use gateway_queue::{Error, JobQueue as _, JobStore as _};
 
 use crate::support::eventually;
 use crate::support::gateway::Gateway;
@@ -60,7 +60,7 @@ async fn no_call_is_lost_when_the_server_is_killed_during_execution() {
             let delivery = queue.receive().await;
             *executed.entry(delivery.call.id.clone()).or_insert(0) += 1;
             // A call that cannot be settled is redelivered.
-            let _ = queue.inner.settle(&delivery, &succeeded()).await;
+            let _ = delivery.settle(&succeeded()).await;
         }
         executed
     };
@@ -71,7 +71,7 @@ async fn no_call_is_lost_when_the_server_is_killed_during_execution() {
         .await;
         nats.kill();
         let start = Instant::now();
-        assert_eq!(queue.inner.publish(call("away")).await, Err(Error::Unreachable));
+        assert_eq!(queue.inner.publish(call("away"), None).await, Err(Error::Unreachable));
         assert!(start.elapsed() < REFUSAL_TIMEOUT, "{:?}", start.elapsed());
         assert_eq!(queue.inner.status("5").await, Err(Error::Unreachable));
         assert!(!queue.inner.is_reachable());
@@ -92,15 +92,17 @@ async fn a_server_unavailable_at_startup_is_used_later() {
     let queue = TestQueue::open(options(&nats)).await;
     for _ in 0..2 {
         let start = Instant::now();
-        assert_eq!(queue.inner.publish(call("a")).await, Err(Error::Unreachable));
+        assert_eq!(queue.inner.publish(call("a"), None).await, Err(Error::Unreachable));
         assert!(start.elapsed() < REFUSAL_TIMEOUT, "{:?}", start.elapsed());
     }
     assert!(!queue.inner.is_reachable());
     let taker = async { queue.receive().await };
     let later = async {
         nats.restart();
-        eventually("the call is published", async || queue.inner.publish(call("a")).await.is_ok())
-            .await;
+        eventually("the call is published", async || {
+            queue.inner.publish(call("a"), None).await.is_ok()
+        })
+        .await;
     };
     let (delivery, ()) = tokio::join!(taker, later);
     assert_eq!(delivery.call.id, "a");
@@ -146,8 +148,10 @@ async fn deleted_consumers_and_streams_are_created_again() {
     assert_eq!(other.receive().await.call.id, "a");
     client.delete_stream("gateway-faas-request-calls").await.unwrap();
     client.delete_stream("gateway-faas-request-claims").await.unwrap();
-    eventually("the call is published", async || queue.inner.publish(call("b")).await.is_ok())
-        .await;
+    eventually("the call is published", async || {
+        queue.inner.publish(call("b"), None).await.is_ok()
+    })
+    .await;
     assert_eq!(queue.receive().await.call.id, "b");
 }
 
@@ -160,7 +164,7 @@ async fn accepted_calls_are_executed_while_the_server_is_killed_repeatedly() {
         for number in 0..CALLS {
             let call = call_to(["a", "b"][number % 2], &number.to_string());
             eventually("the call is accepted", async || {
-                queue.inner.publish(call.clone()).await.is_ok()
+                queue.inner.publish(call.clone(), None).await.is_ok()
             })
             .await;
         }
@@ -174,7 +178,7 @@ async fn accepted_calls_are_executed_while_the_server_is_killed_repeatedly() {
             let first = delivery.attempts == 0;
             let settlement = if first { retry(unix_millis() + 50) } else { succeeded() };
             // A failed settlement may have been applied; the state tells.
-            let _ = worker.inner.settle(&delivery, &settlement).await;
+            let _ = delivery.settle(&settlement).await;
         }
     };
     let trouble = async {

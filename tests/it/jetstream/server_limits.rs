@@ -2,9 +2,9 @@
 
 use async_nats::jetstream::stream::Config;
 use bytes::Bytes;
-use gateway_queue::Error;
 use gateway_queue::call::QueuedCall;
 use gateway_queue::jetstream::{Auth, Options};
+use gateway_queue::{Error, JobQueue as _, JobStore as _};
 
 use crate::support::eventually;
 use crate::support::jetstream_queue::{
@@ -26,7 +26,7 @@ async fn a_stream_with_its_maximum_number_of_messages_is_full() {
     let queue = TestQueue::connected(&nats).await;
     queue.publish(call("a")).await;
     change_calls(&nats, |config| config.max_messages = 1).await;
-    assert_eq!(queue.inner.publish(call("b")).await, Err(Error::Full));
+    assert_eq!(queue.inner.publish(call("b"), None).await, Err(Error::Full));
     // A retry replaces the message of the call, so it needs no space.
     queue.settle(queue.receive().await, retry(unix_millis())).await;
     queue.settle(queue.receive().await, succeeded()).await;
@@ -41,7 +41,7 @@ async fn a_stream_with_its_maximum_number_of_bytes_has_no_space() {
     queue.publish(call("a")).await;
     change_calls(&nats, |config| config.max_bytes = 1000).await;
     let large = QueuedCall { body: Bytes::from(vec![0; 2000]), ..call("b") };
-    assert_eq!(queue.inner.publish(large).await, Err(Error::NoSpace));
+    assert_eq!(queue.inner.publish(large, None).await, Err(Error::NoSpace));
 }
 
 #[tokio::test]
@@ -50,7 +50,7 @@ async fn a_message_above_the_maximum_of_the_stream_is_too_large() {
     let queue = TestQueue::connected(&nats).await;
     change_calls(&nats, |config| config.max_message_size = 1000).await;
     let large = QueuedCall { body: Bytes::from(vec![0; 2000]), ..call("a") };
-    assert_eq!(queue.inner.publish(large).await, Err(Error::TooLarge(2000)));
+    assert_eq!(queue.inner.publish(large, None).await, Err(Error::TooLarge(2000)));
     queue.publish(call("b")).await;
 }
 
@@ -69,7 +69,7 @@ async fn an_account_without_storage_has_no_space() {
     let mut refused = None;
     for id in ["b", "c", "d", "e"] {
         let large = QueuedCall { body: Bytes::from(vec![0; 2000]), ..call(id) };
-        refused = queue.inner.publish(large).await.err();
+        refused = queue.inner.publish(large, None).await.err();
         if refused.is_some() {
             break;
         }

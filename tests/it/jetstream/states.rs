@@ -4,7 +4,7 @@ use gateway_queue::call::{QueuedCall, UnixMillis};
 use gateway_queue::embedded::Limits;
 use gateway_queue::jetstream::Options;
 use gateway_queue::status::CallState;
-use gateway_queue::{ChangeOutcome, Error, Filter, Order, Published};
+use gateway_queue::{ChangeOutcome, Error, Filter, JobQueue as _, JobStore as _, Order, Published};
 
 use crate::support::eventually;
 use crate::support::jetstream_queue::{
@@ -49,7 +49,7 @@ async fn a_full_queue_refuses_calls() {
     for number in 0..limits.max_pending {
         queue.publish(call(&number.to_string())).await;
     }
-    assert_eq!(queue.inner.publish(call("more")).await, Err(Error::Full));
+    assert_eq!(queue.inner.publish(call("more"), None).await, Err(Error::Full));
     assert_eq!(queue.inner.cancel("0").await, Ok(ChangeOutcome::Applied));
     queue.publish(call("more")).await;
     assert_eq!(queue.state("0").await, Some(CallState::Cancelled));

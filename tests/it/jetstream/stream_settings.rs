@@ -3,9 +3,9 @@
 use std::time::Duration;
 
 use async_nats::jetstream::stream::{Config, DiscardPolicy, RetentionPolicy};
-use gateway_queue::Error;
 use gateway_queue::embedded::Limits;
 use gateway_queue::jetstream::{JetStream, Options};
+use gateway_queue::{Error, JobQueue as _};
 
 use crate::jetstream::processes::on_jetstream;
 use crate::support::eventually;
@@ -85,10 +85,11 @@ async fn a_stream_with_another_retention_is_refused_until_it_is_removed() {
         "{reason}"
     );
     let queue = TestQueue::open(options(&nats)).await;
-    assert_eq!(queue.inner.publish(call("a")).await, Err(Error::Unreachable));
+    assert_eq!(queue.inner.publish(call("a"), None).await, Err(Error::Unreachable));
     assert!(!queue.inner.is_reachable());
     foreign_client(&nats).await.delete_stream(CALLS).await.unwrap();
-    eventually("the queue works", async || queue.inner.publish(call("a")).await.is_ok()).await;
+    eventually("the queue works", async || queue.inner.publish(call("a"), None).await.is_ok())
+        .await;
 }
 
 #[tokio::test]

@@ -8,7 +8,7 @@ use async_nats::jetstream::consumer::PullConsumer;
 use async_nats::jetstream::{AckKind, message::StreamMessage};
 use futures_util::StreamExt;
 use gateway_queue::status::{CallRecord, CallState};
-use gateway_queue::{ChangeOutcome, Filter};
+use gateway_queue::{ChangeOutcome, Filter, JobQueue as _, JobStore as _};
 
 use crate::support::jetstream_batch::{CALLS, id_set, message_count, new_call};
 use crate::support::jetstream_queue::{

@@ -4,7 +4,8 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use gateway_queue::Queue;
+use gateway_queue::JobQueue as _;
+use gateway_queue::stan::Stan;
 use serde_json::json;
 
 use crate::support::eventually;
@@ -125,12 +126,12 @@ async fn a_call_published_again_with_its_id_is_executed_once() {
 }
 
 /// Executes and counts calls as a worker of another machine does.
-async fn count(queue: Queue, executed: Arc<Mutex<HashMap<String, usize>>>) {
+async fn count(queue: Stan, executed: Arc<Mutex<HashMap<String, usize>>>) {
     loop {
         let Ok(delivery) = queue.receive(4).await else { continue };
-        if queue.claim(&delivery).await == Ok(true) {
+        if delivery.claim().await == Ok(true) {
             *executed.lock().unwrap().entry(delivery.call.id.clone()).or_default() += 1;
-            while queue.settle(&delivery, &succeeded()).await.is_err() {}
+            while delivery.settle(&succeeded()).await.is_err() {}
         }
     }
 }
@@ -173,20 +174,20 @@ async fn a_call_of_a_dead_worker_is_executed_once_by_another() {
     let one = open_registered_worker(&nats, &stan, "one").await;
     stan.store_message(CHANNEL, message.clone());
     let delivery = receive(&one).await;
-    assert_eq!(one.claim(&delivery).await, Ok(true));
+    assert_eq!(delivery.claim().await, Ok(true));
     // The worker may have executed the call, and has told no other worker.
     drop(delivery);
-    one.stop().await;
+    one.close().await;
     let two = open_registered_worker(&nats, &stan, "two").await;
     let delivery = receive(&two).await;
-    assert_eq!(two.claim(&delivery).await, Ok(true));
-    two.settle(&delivery, &succeeded()).await.unwrap();
+    assert_eq!(delivery.claim().await, Ok(true));
+    delivery.settle(&succeeded()).await.unwrap();
     wait_until_acknowledged(&stan, CHANNEL).await;
-    two.stop().await;
+    two.close().await;
     let three = open_registered_worker(&nats, &stan, "three").await;
     stan.store_message(CHANNEL, message);
     let delivery = receive(&three).await;
-    assert_eq!(three.claim(&delivery).await, Ok(false));
+    assert_eq!(delivery.claim().await, Ok(false));
     wait_until_acknowledged(&stan, CHANNEL).await;
     // A dead letter that is published again is executed again.
     let dead = json!({
@@ -195,8 +196,8 @@ async fn a_call_of_a_dead_worker_is_executed_once_by_another() {
     });
     stan.store_message(CHANNEL, dead.to_string());
     let delivery = receive(&three).await;
-    assert_eq!((three.claim(&delivery).await, delivery.attempts), (Ok(true), 0));
-    three.settle(&delivery, &succeeded()).await.unwrap();
+    assert_eq!((delivery.claim().await, delivery.attempts), (Ok(true), 0));
+    delivery.settle(&succeeded()).await.unwrap();
     wait_until_acknowledged(&stan, CHANNEL).await;
 }
 
@@ -207,14 +208,14 @@ async fn a_lost_ack_of_a_dead_worker_repeats_no_call() {
     let one = open_registered_worker(&nats, &stan, "one").await;
     stan.store_message(CHANNEL, r#"{"Function":"echo","Header":{"X-Call-Id":["a"]}}"#);
     let delivery = receive(&one).await;
-    assert_eq!(one.claim(&delivery).await, Ok(true));
+    assert_eq!(delivery.claim().await, Ok(true));
     stan.lose_acks(CHANNEL, true);
-    one.settle(&delivery, &succeeded()).await.unwrap();
-    one.stop().await;
+    delivery.settle(&succeeded()).await.unwrap();
+    one.close().await;
     stan.lose_acks(CHANNEL, false);
     let two = open_registered_worker(&nats, &stan, "two").await;
     let delivery = receive(&two).await;
-    assert_eq!(two.claim(&delivery).await, Ok(false));
+    assert_eq!(delivery.claim().await, Ok(false));
     wait_until_acknowledged(&stan, CHANNEL).await;
 }
 
@@ -231,7 +232,7 @@ async fn a_delayed_call_is_executed_once_if_its_ack_is_lost() {
     eventually("the call is moved", async || stan.message_count(DELAYED) == 1).await;
     // The log contains the claim and the end of the message.
     eventually("the log contains the entries", async || stan.message_count(LOG) >= 2).await;
-    one.stop().await;
+    one.close().await;
     stan.lose_acks(CHANNEL, false);
     // Until then the message would be moved again and recognized as a duplicate.
     tokio::time::sleep((DELAY + Duration::from_millis(50)).saturating_sub(stored.elapsed())).await;
@@ -239,9 +240,9 @@ async fn a_delayed_call_is_executed_once_if_its_ack_is_lost() {
     let mut executions = 0;
     for _ in 0..2 {
         let delivery = receive(&two).await;
-        if two.claim(&delivery).await == Ok(true) {
+        if delivery.claim().await == Ok(true) {
             executions += 1;
-            two.settle(&delivery, &succeeded()).await.unwrap();
+            delivery.settle(&succeeded()).await.unwrap();
         }
     }
     assert_eq!(executions, 1);

@@ -4,7 +4,8 @@ use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use gateway_queue::Queue;
+use gateway_queue::JobQueue as _;
+use gateway_queue::stan::Stan;
 use gateway_queue::status::Settlement;
 
 use crate::support::fake_stan::{CHANNEL, FakeStan};
@@ -18,10 +19,10 @@ use crate::support::{eventually, within};
 
 /// Receives calls as a worker of another machine does: it executes those of `echo`, retries others, and dead-letters
 /// them.
-async fn second_worker(queue: Queue, executed: Arc<Mutex<HashMap<String, usize>>>) {
+async fn second_worker(queue: Stan, executed: Arc<Mutex<HashMap<String, usize>>>) {
     loop {
         let Ok(delivery) = queue.receive(4).await else { continue };
-        if !matches!(queue.claim(&delivery).await, Ok(true)) {
+        if !matches!(delivery.claim().await, Ok(true)) {
             continue;
         }
         let settlement = match (delivery.call.function.name.as_str(), delivery.attempts) {
@@ -34,7 +35,7 @@ async fn second_worker(queue: Queue, executed: Arc<Mutex<HashMap<String, usize>>
             }
             _ => Settlement::Retry { at: gateway_queue::now() + 100, status: None, reason: None },
         };
-        while queue.settle(&delivery, &settlement).await.is_err() {
+        while delivery.settle(&settlement).await.is_err() {
             tokio::time::sleep(Duration::from_millis(100)).await;
         }
     }

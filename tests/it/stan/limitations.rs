@@ -44,21 +44,30 @@ async fn unsupported_operations_are_a_501() {
     gateway.wait_for_log("Registered with NATS Streaming").await;
     gateway.wait_for_log("states, results, lists, cancelling").await;
     let id = gateway.enqueue("echo", &[], "").await;
-    for (method, target) in [
-        ("GET", format!("/async-function/{id}")),
-        ("GET", format!("/async-function/{id}/result")),
-        ("DELETE", format!("/async-function/{id}")),
-        ("GET", "/system/queues".to_owned()),
-        ("GET", "/system/calls".to_owned()),
-        ("POST", format!("/system/calls/{id}/retry")),
-        ("DELETE", format!("/system/calls/{id}")),
-        ("POST", "/system/queues/purge?state=dead".to_owned()),
+    let (state, change, list) = (
+        "does not store the state of calls",
+        "cannot change queued calls",
+        "cannot list queued calls",
+    );
+    for (method, target, text) in [
+        ("GET", format!("/async-function/{id}"), state),
+        ("GET", format!("/async-function/{id}/result"), state),
+        ("DELETE", format!("/async-function/{id}"), state),
+        ("GET", "/system/queues".to_owned(), list),
+        ("GET", "/system/calls".to_owned(), list),
+        ("POST", format!("/system/calls/{id}/retry"), change),
+        ("DELETE", format!("/system/calls/{id}"), change),
+        ("POST", "/system/queues/purge?state=dead".to_owned(), list),
     ] {
         let response = gateway.request(method, &target, &[]).await;
         assert_eq!(response.status(), 501, "{method} {target}: {response}");
-        assert!(response.text().contains("NATS Streaming"), "{response}");
+        let text = format!("the queue does not support this: NATS Streaming {text}\n");
+        assert_eq!(response.text(), text, "{method} {target}");
     }
-    assert_eq!(gateway.send_async("echo", &["Idempotency-Key: a"], "").await.status(), 501);
+    let keyed = gateway.send_async("echo", &["Idempotency-Key: a"], "").await;
+    assert_eq!(keyed.status(), 501);
+    let text = "the queue does not support this: NATS Streaming does not detect duplicates (call ";
+    assert!(keyed.text().starts_with(text), "{keyed}");
     assert_eq!(stan.messages(CHANNEL).len(), 1);
     // A body above the server's limit is refused before it is sent.
     let large = gateway.send_async("echo", &[], &"x".repeat(700_000)).await;

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use gateway_base::function::Function;
+use gateway_queue::JobQueue as _;
 use gateway_queue::call::{CallOptions, QueuedCall};
 use http::HeaderMap;
 
@@ -55,7 +56,8 @@ async fn a_redelivered_call_is_not_executed_while_its_owner_runs() {
         body: Bytes::from_static(b"body"),
         options: CallOptions { expires_at: Some(7), ..CallOptions::default() },
     };
-    eventually("the call is accepted", async || one.publish(call.clone()).await.is_ok()).await;
+    eventually("the call is accepted", async || one.publish(call.clone(), None).await.is_ok())
+        .await;
     let (delivery, other) = tokio::select! {
         delivery = receive(&one) => (delivery, &two),
         delivery = receive(&two) => (delivery, &one),
@@ -68,19 +70,18 @@ async fn a_redelivered_call_is_not_executed_while_its_owner_runs() {
         stan.deliveries_and_pending(CHANNEL).0 >= 5
     })
     .await;
-    let owner = if std::ptr::eq(other, &two) { &one } else { &two };
-    owner.settle(&delivery, &succeeded()).await.unwrap();
+    delivery.settle(&succeeded()).await.unwrap();
     wait_until_acknowledged(&stan, CHANNEL).await;
     // The calls of a worker that dies are executed by the other.
-    one.publish(call).await.unwrap();
+    one.publish(call, None).await.unwrap();
     let (delivery, owner, other) = tokio::select! {
         delivery = receive(&one) => (delivery, &one, &two),
         delivery = receive(&two) => (delivery, &two, &one),
     };
     drop(delivery);
-    owner.stop().await;
+    owner.close().await;
     let delivery = receive(other).await;
-    other.settle(&delivery, &succeeded()).await.unwrap();
+    delivery.settle(&succeeded()).await.unwrap();
     wait_until_acknowledged(&stan, CHANNEL).await;
 }
 
@@ -100,7 +101,7 @@ async fn an_unregistered_worker_still_answers_ownership_queries() {
     })
     .await;
     assert!(!stan.client_ids().contains(&"faas-worker-one".to_owned()));
-    one.settle(&delivery, &succeeded()).await.unwrap();
+    delivery.settle(&succeeded()).await.unwrap();
     // The other worker learns that the call has finished when it is redelivered.
     wait_until_acknowledged(&stan, CHANNEL).await;
 }
@@ -124,10 +125,10 @@ async fn a_stopping_worker_receives_no_more_calls() {
     stan.store_message(CHANNEL, r#"{"Function":"echo"}"#);
     for _ in 0..4 {
         let delivery = receive(&two).await;
-        two.settle(&delivery, &succeeded()).await.unwrap();
+        delivery.settle(&succeeded()).await.unwrap();
     }
     // The stopping worker finishes its running call.
-    one.settle(&running, &succeeded()).await.unwrap();
+    running.settle(&succeeded()).await.unwrap();
     wait_until_acknowledged(&stan, CHANNEL).await;
 }
 

@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 
 use gateway_queue::call::QueuedCall;
+use gateway_queue::{JobQueue as _, JobStore as _};
 
 use crate::support::jetstream_queue::{TestQueue, call, stream};
 use crate::support::nats::Nats;
@@ -19,7 +20,7 @@ impl TestQueue {
         call: impl Fn() -> QueuedCall,
     ) -> Vec<String> {
         let queue = self.inner.for_thread();
-        let published = (0..count).map(|_| queue.publish(call()));
+        let published = (0..count).map(|_| queue.publish(call(), None));
         let published = within("publish", futures_util::future::try_join_all(published)).await;
         published.unwrap().into_iter().map(|published| published.id).collect()
     }

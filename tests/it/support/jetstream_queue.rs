@@ -8,7 +8,7 @@ use gateway_queue::call::{CallOptions, QueuedCall, UnixMillis};
 use gateway_queue::embedded::Limits;
 use gateway_queue::jetstream::{Auth, JetStream, Options};
 use gateway_queue::status::{CallState, Settlement, StoredResponse};
-use gateway_queue::{Delivery, Error, Published, Queue};
+use gateway_queue::{Delivery, Error, JobQueue as _, JobStore as _, Published};
 use http::HeaderMap;
 
 use crate::support::nats::Nats;
@@ -39,14 +39,12 @@ pub(crate) fn options(nats: &Nats) -> Options {
 
 /// One client of the queue.
 pub(crate) struct TestQueue {
-    jetstream: JetStream,
-    pub(crate) inner: Queue,
+    pub(crate) inner: JetStream,
 }
 
 impl TestQueue {
     pub(crate) async fn open(options: Options) -> Self {
-        let jetstream = JetStream::open(options).await.unwrap();
-        Self { inner: Queue::JetStream(jetstream.clone()), jetstream }
+        Self { inner: JetStream::open(options).await.unwrap() }
     }
 
     /// A queue that is connected to its server.
@@ -66,7 +64,7 @@ impl TestQueue {
     }
 
     pub(crate) async fn publish(&self, call: QueuedCall) -> Published {
-        within("publish", self.inner.publish(call)).await.unwrap()
+        within("publish", self.inner.publish(call, None)).await.unwrap()
     }
 
     pub(crate) async fn receive(&self) -> Delivery {
@@ -74,7 +72,7 @@ impl TestQueue {
     }
 
     pub(crate) async fn settle(&self, delivery: Delivery, settlement: Settlement) {
-        within("settle", self.inner.settle(&delivery, &settlement)).await.unwrap();
+        within("settle", delivery.settle(&settlement)).await.unwrap();
     }
 
     pub(crate) async fn state(&self, id: &str) -> Option<CallState> {
@@ -91,7 +89,7 @@ impl TestQueue {
         age: Duration,
         idle: Duration,
     ) -> Result<u64, Error> {
-        self.jetstream.collect_garbage(age, idle).await
+        self.inner.collect_garbage(age, idle).await
     }
 
     pub(crate) async fn unfinished(&self) -> u64 {
@@ -115,7 +113,7 @@ impl TestQueue {
 
     /// Simulates a killed process: the received calls are neither settled nor released.
     pub(crate) async fn crash(self, taken: Vec<Delivery>) {
-        self.jetstream.stop().await;
+        self.inner.close().await;
         taken.into_iter().for_each(std::mem::forget);
     }
 }

@@ -1,5 +1,6 @@
 //! Queues of users with different permissions.
 
+use gateway_queue::JobStore as _;
 use gateway_queue::jetstream::{Auth, Options};
 use tempfile::TempDir;
 

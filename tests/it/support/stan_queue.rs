@@ -3,8 +3,9 @@
 use std::time::Duration;
 
 use gateway_queue::embedded::Limits;
+use gateway_queue::stan::{self, Stan};
 use gateway_queue::status::{CallState, Settlement};
-use gateway_queue::{Delivery, Queue, jetstream, stan};
+use gateway_queue::{Delivery, JobQueue as _, jetstream};
 use serde_json::Value;
 
 use crate::support::fake_stan::{CHANNEL, CLUSTER, FakeStan};
@@ -69,12 +70,12 @@ pub(crate) fn logs_call(process: &Gateway, text: &str, id: &str) -> bool {
 }
 
 /// A worker in this process that acts as the machine `host`.
-pub(crate) async fn open_worker(nats: &Nats, host: &str) -> Queue {
+pub(crate) async fn open_worker(nats: &Nats, host: &str) -> Stan {
     open_worker_at(nats.url(), host).await
 }
 
 /// The same on the server at `url`.
-pub(crate) async fn open_worker_at(url: String, host: &str) -> Queue {
+pub(crate) async fn open_worker_at(url: String, host: &str) -> Stan {
     let connection = jetstream::Options {
         servers: vec![url],
         auth: jetstream::Auth::Anonymous,
@@ -95,10 +96,10 @@ pub(crate) async fn open_worker_at(url: String, host: &str) -> Queue {
         default_namespace: "fn".to_owned(),
         publishes: true,
     };
-    Queue::Stan(stan::Stan::open(connection, options).await.unwrap())
+    Stan::open(connection, options).await.unwrap()
 }
 
-pub(crate) async fn receive(queue: &Queue) -> Delivery {
+pub(crate) async fn receive(queue: &Stan) -> Delivery {
     within("receive a call", queue.receive(4)).await.unwrap()
 }
 
@@ -113,7 +114,7 @@ pub(crate) fn succeeded() -> Settlement {
 }
 
 /// A worker that is registered, and has received nothing yet.
-pub(crate) async fn open_registered_worker(nats: &Nats, stan: &FakeStan, host: &str) -> Queue {
+pub(crate) async fn open_registered_worker(nats: &Nats, stan: &FakeStan, host: &str) -> Stan {
     let worker = open_worker(nats, host).await;
     assert!(tokio::time::timeout(Duration::from_millis(1), worker.receive(4)).await.is_err());
     let id = format!("faas-worker-{host}");

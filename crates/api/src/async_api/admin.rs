@@ -9,7 +9,9 @@ use http::HeaderValue;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
-use crate::async_api::{change_response, dto, ingress};
+use crate::async_api::{
+    CHANGES_UNSUPPORTED, LISTING_UNSUPPORTED, change_response, dto, ingress, store,
+};
 use crate::system::ApiState;
 use gateway_base::function::Function;
 use gateway_http::names::X_TRUNCATED;
@@ -84,7 +86,7 @@ struct QueueRow {
 /// When the queue cannot be queried.
 pub async fn queues(State(api): State<Arc<ApiState>>) -> Result<Response, Error> {
     let now = now();
-    let counts = ingress(&api)?.queue.depths().await?;
+    let counts = store(ingress(&api)?, LISTING_UNSUPPORTED)?.depths().await?;
     let rows = counts.into_iter().map(|(function, counts)| QueueRow {
         function: function.to_string(),
         pending: counts.pending,
@@ -106,7 +108,8 @@ pub async fn calls(
 ) -> Result<Response, Error> {
     let filter = query.filter(&api.default_namespace)?;
     let limit = query.limit.unwrap_or(DEFAULT_LIST_LIMIT).min(MAX_LIST_LIMIT);
-    let found = ingress(&api)?.queue.list(&filter, query.after.as_deref(), limit).await?;
+    let store = store(ingress(&api)?, LISTING_UNSUPPORTED)?;
+    let found = store.list(&filter, query.after.as_deref(), limit).await?;
     let states: Vec<_> = found.calls.iter().map(dto::CallStateDto::of).collect();
     let mut response = Json(states).into_response();
     if !found.complete {
@@ -123,7 +126,8 @@ pub async fn retry(
     State(api): State<Arc<ApiState>>,
     Path(id): Path<String>,
 ) -> Result<Response, Error> {
-    change_response(ingress(&api)?.queue.redrive(&id).await?, "tried again")
+    let store = store(ingress(&api)?, CHANGES_UNSUPPORTED)?;
+    change_response(store.redrive(&id).await?, "tried again")
 }
 
 /// `DELETE /system/calls/CALL-ID`: cancels a pending call, or discards a dead letter.
@@ -134,7 +138,8 @@ pub async fn cancel(
     State(api): State<Arc<ApiState>>,
     Path(id): Path<String>,
 ) -> Result<Response, Error> {
-    change_response(ingress(&api)?.queue.cancel(&id).await?, "cancelled")
+    let store = store(ingress(&api)?, CHANGES_UNSUPPORTED)?;
+    change_response(store.cancel(&id).await?, "cancelled")
 }
 
 /// `POST /system/queues/purge?function=&state=`: deletes calls that are not running, with their records.
@@ -150,6 +155,6 @@ pub async fn purge(
     if filter.function.is_none() && filter.state.is_none() && filter.dead_letter.is_none() {
         return Err(Error::BadRequest("name a function or a state to be purged".to_owned()));
     }
-    let purged = ingress(&api)?.queue.purge(&filter).await?;
+    let purged = store(ingress(&api)?, LISTING_UNSUPPORTED)?.purge(&filter).await?;
     Ok(Json(json!({ "purged": purged })).into_response())
 }

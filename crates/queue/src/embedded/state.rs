@@ -1,12 +1,10 @@
 //! The state of the queue in memory: pending and running calls.
 
 use std::collections::{HashMap, HashSet};
-use std::sync::Arc;
 
 use bytes::Bytes;
 
 use crate::call::UnixMillis;
-use crate::embedded::Shared;
 use crate::embedded::packed::BatchCache;
 use crate::embedded::schedule::{CallSeq, Schedule, Selected};
 use crate::embedded::store::RecoveredCall;
@@ -64,29 +62,6 @@ impl AttemptStart {
             reason: None,
             finished_at: None,
             ..record
-        }
-    }
-}
-
-/// A received call. It is requeued when the lease is dropped unsettled.
-pub(crate) struct Lease {
-    pub(super) shared: Arc<Shared>,
-    pub(super) claim: Claim,
-    pub(super) started_at: UnixMillis,
-    /// Number of earlier attempts, and the HTTP status of the last one.
-    pub(super) previous: (u32, Option<u16>),
-}
-
-impl Lease {
-    pub(super) fn new(shared: Arc<Shared>, claim: Claim) -> Self {
-        Self { shared, claim, started_at: now(), previous: (0, None) }
-    }
-
-    /// Releases the call's concurrency slot.
-    pub(crate) fn release_slot(&self) {
-        let released = self.shared.state().release_slot(self.claim);
-        if released {
-            self.shared.ready.notify_one();
         }
     }
 }
@@ -166,7 +141,7 @@ impl QueueState {
     }
 
     /// Releases the slot of a call. Returns `false` if it had been released before.
-    fn release_slot(&mut self, claim: Claim) -> bool {
+    pub(super) fn release_slot(&mut self, claim: Claim) -> bool {
         let run = self
             .executions
             .get_mut(&claim.selected.number)
@@ -225,7 +200,7 @@ impl QueueState {
 
     /// Requeues a call whose execution ended unsettled. After a panic it is delayed, since it may make the worker panic
     /// again.
-    fn requeue(&mut self, selected: Selected, panicking: bool) {
+    pub(super) fn requeue(&mut self, selected: Selected, panicking: bool) {
         if !panicking {
             return self.schedule.requeue_first(selected);
         }
@@ -292,23 +267,5 @@ impl QueueState {
                 self.dead_letters.remove(label);
             }
         }
-    }
-}
-
-impl Drop for Lease {
-    /// Requeues the call if it was not settled.
-    fn drop(&mut self) {
-        let mut state = self.shared.state();
-        if state.end_execution(self.claim) {
-            state.requeue(self.claim.selected, std::thread::panicking());
-            drop(state);
-            self.shared.ready.notify_one();
-        }
-    }
-}
-
-impl std::fmt::Debug for Lease {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_tuple("Lease").field(&self.claim.selected.number).finish()
     }
 }

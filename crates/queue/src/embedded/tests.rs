@@ -6,11 +6,13 @@ use http::HeaderMap;
 use tempfile::TempDir;
 
 use super::*;
-use crate::Order;
 use crate::call::CallOptions;
+use crate::embedded::state::Claim;
 use crate::embedded::store::Watermark;
 use crate::embedded::write_txn::WriteTxn;
-use crate::status::CallState;
+use crate::embedded::writer::SettleWrite;
+use crate::status::{CallRecord, CallState, Settlement, StoredResponse};
+use crate::{ChangeOutcome, Filter, Order};
 
 const LIMITS: Limits = Limits { max_pending: 5, result_ttl: 3_600_000, idempotency_ttl: 3_600_000 };
 const CONCURRENCY: usize = 10;
@@ -19,10 +21,14 @@ fn open(directory: &TempDir) -> Embedded {
     Embedded::open(directory.path(), LIMITS).unwrap()
 }
 
+fn echo() -> Function {
+    Function { name: "echo".to_owned(), namespace: "fn".to_owned() }
+}
+
 fn call(id: &str) -> QueuedCall {
     QueuedCall {
         id: id.to_owned(),
-        function: Function { name: "echo".to_owned(), namespace: "fn".to_owned() },
+        function: echo(),
         target: String::new(),
         headers: HeaderMap::new(),
         body: Bytes::from_static(b"body"),
@@ -30,9 +36,13 @@ fn call(id: &str) -> QueuedCall {
     }
 }
 
-async fn settle(queue: &Embedded, delivery: Delivery, settlement: Settlement) {
-    let LeaseHandle::Embedded(lease) = &delivery.handle else { panic!("of another queue") };
-    queue.settle(lease, &delivery.call, &settlement).await.unwrap();
+fn claim_of(delivery: &Delivery) -> Claim {
+    let crate::Lease::Embedded(lease) = &delivery.lease else { panic!("not embedded") };
+    lease.claim
+}
+
+async fn settle(delivery: Delivery, settlement: Settlement) {
+    delivery.settle(&settlement).await.unwrap();
 }
 
 fn succeeded() -> Settlement {
@@ -71,7 +81,7 @@ async fn a_call_goes_through_its_states() {
     assert_eq!((&delivery.call, delivery.attempts), (&call_at("a", &delivery), 0));
     assert_eq!(state(&queue, "a").await, Some(CallState::Running));
     assert_eq!(queue.cancel("a").await.unwrap(), ChangeOutcome::WrongState(CallState::Running));
-    settle(&queue, delivery, succeeded()).await;
+    settle(delivery, succeeded()).await;
     let status = queue.status("a").await.unwrap().unwrap();
     assert_eq!(
         (status.state, status.attempts, status.status),
@@ -106,10 +116,10 @@ async fn unsettled_calls_survive_a_restart() {
     for id in ["done", "retried", "dead", "running", "waiting"] {
         queue.publish(call(id), None).await.unwrap();
     }
-    settle(&queue, queue.receive(CONCURRENCY).await.unwrap(), succeeded()).await;
+    settle(queue.receive(CONCURRENCY).await.unwrap(), succeeded()).await;
     let retry = Settlement::Retry { at: now(), status: Some(503), reason: None };
-    settle(&queue, queue.receive(CONCURRENCY).await.unwrap(), retry).await;
-    settle(&queue, queue.receive(CONCURRENCY).await.unwrap(), dead()).await;
+    settle(queue.receive(CONCURRENCY).await.unwrap(), retry).await;
+    settle(queue.receive(CONCURRENCY).await.unwrap(), dead()).await;
     let running = queue.receive(CONCURRENCY).await.unwrap();
     // The lease is leaked, as when the process is killed.
     std::mem::forget(running);
@@ -121,7 +131,7 @@ async fn unsettled_calls_survive_a_restart() {
     for _ in 0..3 {
         let delivery = queue.receive(CONCURRENCY).await.unwrap();
         again.push((delivery.call.id.clone(), delivery.attempts));
-        settle(&queue, delivery, succeeded()).await;
+        settle(delivery, succeeded()).await;
     }
     again.sort_unstable();
     let expect = [("retried", 1), ("running", 0), ("waiting", 0)];
@@ -171,17 +181,17 @@ async fn a_dead_letter_is_kept_until_it_is_redriven() {
     let directory = TempDir::new().unwrap();
     let queue = open(&directory);
     queue.publish(call("a"), None).await.unwrap();
-    settle(&queue, queue.receive(CONCURRENCY).await.unwrap(), dead()).await;
+    settle(queue.receive(CONCURRENCY).await.unwrap(), dead()).await;
     let counts = queue.depths().await.unwrap();
     assert_eq!((counts[0].0.to_string(), counts[0].1.dead_letters), ("echo.fn".to_owned(), 1));
     let filter = Filter { dead_letter: Some(true), ..Filter::default() };
-    let listed = queue.list(&filter, None, 10).await.unwrap();
+    let listed = queue.list(&filter, None, 10).await.unwrap().calls;
     assert_eq!(listed.iter().map(|status| &*status.id).collect::<Vec<_>>(), ["a"]);
     assert_eq!(queue.redrive("a").await.unwrap(), ChangeOutcome::Applied);
     let delivery = queue.receive(CONCURRENCY).await.unwrap();
     assert_eq!((delivery.call.id.as_str(), delivery.attempts), ("a", 0));
     assert_eq!(queue.redrive("a").await.unwrap(), ChangeOutcome::WrongState(CallState::Running));
-    settle(&queue, delivery, dead()).await;
+    settle(delivery, dead()).await;
     assert_eq!(queue.purge(&filter).await.unwrap(), 1);
     assert_eq!(queue.status("a").await.unwrap(), None);
     assert_eq!(queue.depths().await.unwrap(), []);
@@ -205,7 +215,7 @@ async fn expired_results_and_keys_are_removed() {
     let mut first = call("a");
     first.options.idempotency_key = Some("k".to_owned());
     queue.publish(first, None).await.unwrap();
-    settle(&queue, queue.receive(CONCURRENCY).await.unwrap(), succeeded()).await;
+    settle(queue.receive(CONCURRENCY).await.unwrap(), succeeded()).await;
     tokio::time::sleep(Duration::from_millis(5)).await;
     queue.sweep_expired().await;
     let mut second = call("b");
@@ -218,7 +228,7 @@ async fn expired_results_and_keys_are_removed() {
 async fn a_call_is_found_by_its_generated_id() {
     let directory = TempDir::new().unwrap();
     let queue = open(&directory);
-    let mut made = call(&queue.new_call_id());
+    let mut made = call(&queue.new_call_id(&echo()));
     made.options.chosen_id = false;
     queue.publish(made.clone(), None).await.unwrap();
     assert_eq!(state(&queue, &made.id).await, Some(CallState::Queued));
@@ -228,7 +238,7 @@ async fn a_call_is_found_by_its_generated_id() {
     assert_eq!(state(&queue, &guessed).await, None);
     // A client that chooses the id gets the existing call.
     assert!(queue.publish(call(&made.id), None).await.unwrap().duplicate);
-    settle(&queue, queue.receive(CONCURRENCY).await.unwrap(), succeeded()).await;
+    settle(queue.receive(CONCURRENCY).await.unwrap(), succeeded()).await;
     assert_eq!(state(&queue, &made.id).await, Some(CallState::Succeeded));
 }
 
@@ -258,7 +268,7 @@ async fn a_selected_call_cannot_be_cancelled() {
     let queue = open(&directory);
     queue.publish(call("a"), None).await.unwrap();
     let (claim, stored) = queue.shared.state().select(now(), CONCURRENCY).unwrap();
-    let lease = Lease::new(Arc::clone(&queue.shared), claim);
+    let lease = Lease::new(queue.clone(), claim);
     assert_eq!(queue.cancel("a").await.unwrap(), ChangeOutcome::WrongState(CallState::Running));
     drop(queue.deliver(lease, stored).unwrap().unwrap());
     assert_eq!(queue.cancel("a").await.unwrap(), ChangeOutcome::Applied);
@@ -271,14 +281,13 @@ async fn an_old_lease_does_not_requeue_a_running_call() {
     let queue = open(&directory);
     queue.publish(call("a"), None).await.unwrap();
     let first = queue.receive(CONCURRENCY).await.unwrap();
-    let LeaseHandle::Embedded(lease) = &first.handle else { panic!("not embedded") };
     let retry = Settlement::Retry { at: now(), status: Some(503), reason: None };
-    queue.settle(lease, &first.call, &retry).await.unwrap();
+    first.settle(&retry).await.unwrap();
     let second = queue.receive(CONCURRENCY).await.unwrap();
-    assert_eq!(queue.settle(lease, &first.call, &retry).await, Err(Error::Gone));
+    assert_eq!(first.settle(&retry).await, Err(Error::Gone));
     drop(first);
     assert_eq!(state(&queue, "a").await, Some(CallState::Running));
-    settle(&queue, second, succeeded()).await;
+    settle(second, succeeded()).await;
     assert_eq!(state(&queue, "a").await, Some(CallState::Succeeded));
 }
 
@@ -288,8 +297,7 @@ async fn a_late_settlement_does_not_affect_another_execution() {
     let queue = open(&directory);
     queue.publish(call("a"), None).await.unwrap();
     let first = queue.receive(CONCURRENCY).await.unwrap();
-    let LeaseHandle::Embedded(lease) = &first.handle else { panic!("not embedded") };
-    let claim = lease.claim;
+    let claim = claim_of(&first);
     // The worker was interrupted while its settlement was on its way.
     drop(first);
     let second = queue.receive(CONCURRENCY).await.unwrap();
@@ -298,7 +306,7 @@ async fn a_late_settlement_does_not_affect_another_execution() {
     let settled = SettleWrite::new(&status, &retry);
     queue.shared.state().apply_settlement(claim, &settled, false);
     assert_eq!(state(&queue, "a").await, Some(CallState::Running));
-    settle(&queue, second, succeeded()).await;
+    settle(second, succeeded()).await;
     assert_eq!(queue.depths().await.unwrap(), []);
 }
 
@@ -310,10 +318,9 @@ async fn a_call_settled_after_it_was_requeued_is_not_executed_again() {
         queue.publish(call(id), None).await.unwrap();
     }
     let first = queue.receive(CONCURRENCY).await.unwrap();
-    let LeaseHandle::Embedded(lease) = &first.handle else { panic!("not embedded") };
     let status = CallRecord::queued(&first.call).settled(&succeeded(), now());
     let settled = SettleWrite::new(&status, &succeeded());
-    let claim = lease.claim;
+    let claim = claim_of(&first);
     // The worker was interrupted while its settlement was on its way.
     drop(first);
     queue.submit(|reply| WriteOp::Settle(claim, settled, reply)).await.unwrap();
@@ -322,19 +329,18 @@ async fn a_call_settled_after_it_was_requeued_is_not_executed_again() {
     // The same for a call that is executed again by then.
     let second = queue.receive(CONCURRENCY).await.unwrap();
     assert_eq!(second.call.id, "b");
-    let LeaseHandle::Embedded(lease) = &second.handle else { panic!("not embedded") };
-    let (claim, again) = (lease.claim, second.call.clone());
+    let (claim, again) = (claim_of(&second), second.call.clone());
     drop(second);
     let third = queue.receive(CONCURRENCY).await.unwrap();
     let status = CallRecord::queued(&again).settled(&succeeded(), now());
     let settled = SettleWrite::new(&status, &succeeded());
     queue.submit(|reply| WriteOp::Settle(claim, settled, reply)).await.unwrap();
-    settle(&queue, third, succeeded()).await;
+    settle(third, succeeded()).await;
     assert_eq!(queue.purge(&Filter::default()).await.unwrap(), 3);
     for id in ["a", "b", "c"] {
         assert_eq!(state(&queue, id).await, None, "{id}");
     }
-    assert_eq!(queue.list(&Filter::default(), None, 10).await.unwrap(), []);
+    assert_eq!(queue.list(&Filter::default(), None, 10).await.unwrap().calls, []);
 }
 
 #[tokio::test]
@@ -369,7 +375,7 @@ async fn all_expired_results_are_removed_in_one_sweep() {
         tokio::task::yield_now().await;
     }
     queue.sweep_expired().await;
-    assert_eq!(queue.list(&Filter::default(), None, 10).await.unwrap(), []);
+    assert_eq!(queue.list(&Filter::default(), None, 10).await.unwrap().calls, []);
 }
 
 #[tokio::test]
@@ -379,14 +385,14 @@ async fn calls_are_listed_by_state_and_in_pages() {
     for id in ["done", "dead", "retried", "running", "waiting"] {
         queue.publish(call(id), None).await.unwrap();
     }
-    settle(&queue, queue.receive(CONCURRENCY).await.unwrap(), succeeded()).await;
-    settle(&queue, queue.receive(CONCURRENCY).await.unwrap(), dead()).await;
+    settle(queue.receive(CONCURRENCY).await.unwrap(), succeeded()).await;
+    settle(queue.receive(CONCURRENCY).await.unwrap(), dead()).await;
     let retry = Settlement::Retry { at: now() + 60_000, status: Some(503), reason: None };
-    settle(&queue, queue.receive(CONCURRENCY).await.unwrap(), retry).await;
+    settle(queue.receive(CONCURRENCY).await.unwrap(), retry).await;
     let _running = queue.receive(CONCURRENCY).await.unwrap();
     let find = async |state, dead, after: Option<&str>| -> Vec<String> {
         let filter = Filter { state, dead_letter: dead, ..Filter::default() };
-        let found = queue.list(&filter, after, 10).await.unwrap();
+        let found = queue.list(&filter, after, 10).await.unwrap().calls;
         found.into_iter().map(|status| status.id).collect()
     };
     let all = ["done", "dead", "retried", "running", "waiting"];
@@ -412,7 +418,7 @@ async fn a_failed_commit_that_is_in_the_file_takes_effect_after_reopening() {
     for id in ["dead", "gone", "running"] {
         queue.publish(call(id), None).await.unwrap();
     }
-    settle(&queue, queue.receive(CONCURRENCY).await.unwrap(), dead()).await;
+    settle(queue.receive(CONCURRENCY).await.unwrap(), dead()).await;
     let (shared, number) = (&queue.shared, queue.shared.next_number());
     // The commit is on the disk, although the client was told that it failed.
     let watermark = Watermark { changes: shared.change_count.load(Relaxed) + 1, next: number + 1 };
@@ -433,7 +439,7 @@ async fn a_failed_commit_that_is_in_the_file_takes_effect_after_reopening() {
     for _ in 0..3 {
         let delivery = queue.receive(CONCURRENCY).await.unwrap();
         taken.push(delivery.call.id.clone());
-        settle(&queue, delivery, succeeded()).await;
+        settle(delivery, succeeded()).await;
     }
     assert_eq!(taken, ["dead", "running", "unheard"]);
     assert_eq!(queue.depths().await.unwrap(), []);

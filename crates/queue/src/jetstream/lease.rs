@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use async_nats::HeaderMap;
 use bytes::Bytes;
 
+use crate::call::QueuedCall;
 use crate::jetstream::batch::{BatchIndex, Outcome};
 use crate::jetstream::batch_consumer::Batch;
 use crate::jetstream::claims::Claims;
@@ -21,7 +22,7 @@ use crate::jetstream::subject::{
 use crate::jetstream::{Shared, chunked_body};
 use crate::now;
 use crate::status::{CallRecord, Settlement, StoredResponse};
-use crate::{Delivery, Error, LeaseHandle};
+use crate::{Delivery, Error, Settle};
 
 /// Redelivery delay of a call that is being cancelled: by then the cancellation has ended, or its process has died.
 const CANCEL_RECHECK_DELAY: Duration = Duration::from_secs(1);
@@ -56,6 +57,23 @@ pub(crate) struct Lease {
     nak_delay: Option<Duration>,
 }
 
+/// A call that has been claimed and that no receiver has yet.
+pub(super) struct ClaimedCall {
+    call: QueuedCall,
+    attempts: u32,
+    lease: Box<Lease>,
+}
+
+impl ClaimedCall {
+    /// Delivers the call to a receiver, which executes it in a concurrency slot.
+    pub(super) fn deliver(self) -> Delivery {
+        let Self { call, attempts, lease } = self;
+        lease.stage.store(EXECUTING, Relaxed);
+        let body_missing = lease.body_missing;
+        Delivery { call, attempts, body_missing, lease: crate::Lease::JetStream(lease) }
+    }
+}
+
 impl Lease {
     pub(super) fn new(shared: &Arc<Shared>, function_index: usize, received: Received) -> Self {
         let received = Arc::new(received);
@@ -75,22 +93,8 @@ impl Lease {
         }
     }
 
-    /// Marks the call as executing, in a concurrency slot.
-    pub(super) fn start_executing(&self) {
-        self.stage.store(EXECUTING, Relaxed);
-    }
-
-    /// Releases the concurrency slot, if the call has one.
-    pub(crate) fn release_slot(&self) {
-        let released = self.stage.compare_exchange(EXECUTING, EXECUTED, Relaxed, Relaxed);
-        if released.is_ok() {
-            self.shared.pull_scheduler().release_slot(self.function_index);
-            self.shared.call_available.notify_one();
-        }
-    }
-
     /// Claims the call. Returns `None` if it must not be executed, or not now.
-    pub(super) async fn claim(mut self) -> Result<Option<Delivery>, NatsError> {
+    pub(super) async fn claim(mut self) -> Result<Option<ClaimedCall>, NatsError> {
         let shared = Arc::clone(&self.shared);
         // The call may be settled, while its message exists because the settling process or the server died.
         let suspect =
@@ -128,12 +132,7 @@ impl Lease {
         }
         self.nak_delay = None;
         let attempts = self.received.message.stored_status().map_or(0, |status| status.attempts);
-        Ok(Some(Delivery {
-            call,
-            attempts,
-            body_missing: self.body_missing,
-            handle: LeaseHandle::JetStream(Box::new(self)),
-        }))
+        Ok(Some(ClaimedCall { call, attempts, lease: Box::new(self) }))
     }
 
     /// Returns whether the missing body was looked up often enough. If not, the call is redelivered later.
@@ -178,33 +177,6 @@ impl Lease {
         let status = self.received.message.running_status(&self.received.call, since);
         // A call without its body is not executed.
         CallRecord { attempts: status.attempts - u32::from(self.body_missing), ..status }
-    }
-
-    /// Settles the call. While the server is unavailable, retries for the time of the lease: if the settlement is lost,
-    /// the call is executed again.
-    ///
-    /// # Errors
-    /// [`Error::Gone`] when the call is already settled, [`Error::Unreachable`] when the server stays unavailable. The
-    /// call may be executed again then.
-    pub(super) async fn settle(&self, settlement: &Settlement) -> Result<(), Error> {
-        if self.settled.load(Relaxed) {
-            return Err(Error::Gone);
-        }
-        let status = self.running_status().settled(settlement, now());
-        let patience = self.received.lease.max(Duration::from_secs(5));
-        let start = Instant::now();
-        loop {
-            match Box::pin(self.store_settlement(&status, settlement)).await {
-                Ok(()) => return Ok(()),
-                Err(error) => {
-                    let error = Error::from(error);
-                    if error != Error::Unreachable || start.elapsed() > patience {
-                        return Err(error);
-                    }
-                    tokio::time::sleep(RETRY_INTERVAL).await;
-                }
-            }
-        }
     }
 
     /// Stores a settlement. Each step may be repeated; only the last one removes the message of the call.
@@ -327,6 +299,44 @@ impl Lease {
         self.settled.store(true, Relaxed);
         self.shared.claims.untrack(&self.shared, self.claim_id, true);
         self.received.finish(&self.shared).await;
+    }
+}
+
+impl Settle for Lease {
+    /// Releases the concurrency slot, if the call has one.
+    fn release_slot(&self) {
+        let released = self.stage.compare_exchange(EXECUTING, EXECUTED, Relaxed, Relaxed);
+        if released.is_ok() {
+            self.shared.pull_scheduler().release_slot(self.function_index);
+            self.shared.call_available.notify_one();
+        }
+    }
+
+    /// Settles the call. While the server is unavailable, retries for the time of the lease: if the settlement is lost,
+    /// the call is executed again.
+    ///
+    /// # Errors
+    /// [`Error::Gone`] when the call is already settled, [`Error::Unreachable`] when the server stays unavailable. The
+    /// call may be executed again then.
+    async fn settle(&self, _call: &QueuedCall, settlement: &Settlement) -> Result<(), Error> {
+        if self.settled.load(Relaxed) {
+            return Err(Error::Gone);
+        }
+        let status = self.running_status().settled(settlement, now());
+        let patience = self.received.lease.max(Duration::from_secs(5));
+        let start = Instant::now();
+        loop {
+            match Box::pin(self.store_settlement(&status, settlement)).await {
+                Ok(()) => return Ok(()),
+                Err(error) => {
+                    let error = Error::from(error);
+                    if error != Error::Unreachable || start.elapsed() > patience {
+                        return Err(error);
+                    }
+                    tokio::time::sleep(RETRY_INTERVAL).await;
+                }
+            }
+        }
     }
 }
 

@@ -9,10 +9,10 @@ use futures_util::{StreamExt, stream};
 
 use crate::jetstream::Shared;
 use crate::jetstream::consumer::{DISCOVERY_INTERVAL, Received, discover_functions, pull_calls};
-use crate::jetstream::lease::Lease;
+use crate::jetstream::lease::{ClaimedCall, Lease};
 use crate::jetstream::pull_scheduler::PullScheduler;
 use crate::jetstream::rate::ArrivalRate;
-use crate::{Delivery, Error, LeaseHandle};
+use crate::{Delivery, Error};
 
 /// Maximum time that a prefetched call waits for a receiver.
 pub(super) const PREFETCH_TTL: Duration = Duration::from_secs(1);
@@ -23,7 +23,7 @@ const MAX_CONCURRENT_NAKS: usize = 32;
 #[derive(Default)]
 pub(super) struct Prefetched {
     /// Calls with the time of their claim and the index of their function.
-    ready: VecDeque<(Instant, usize, Delivery)>,
+    ready: VecDeque<(Instant, usize, ClaimedCall)>,
     /// Number of waiting receivers.
     receivers: usize,
     /// Rate at which calls are received.
@@ -51,17 +51,14 @@ impl Prefetched {
             .ready
             .iter()
             .position(|(_, function_index, _)| scheduler.has_slot(*function_index, concurrency))?;
-        let (_, function_index, delivery) = self.ready.remove(next)?;
+        let (_, function_index, claimed) = self.ready.remove(next)?;
         scheduler.occupy_slot(function_index);
-        if let LeaseHandle::JetStream(lease) = &delivery.handle {
-            lease.start_executing();
-        }
         self.rate.record(Instant::now());
-        Some(delivery)
+        Some(claimed.deliver())
     }
 
-    pub(super) fn drain(&mut self) -> Vec<Delivery> {
-        self.ready.drain(..).map(|(.., delivery)| delivery).collect()
+    pub(super) fn drain(&mut self) -> Vec<ClaimedCall> {
+        self.ready.drain(..).map(|(.., claimed)| claimed).collect()
     }
 }
 
@@ -129,8 +126,8 @@ fn fill(shared: &Arc<Shared>, concurrency: usize) {
 async fn claim(shared: Arc<Shared>, lease: Lease) {
     let (function_index, received) = (lease.function_index, Arc::clone(&lease.received));
     match lease.claim().await {
-        Ok(Some(delivery)) => {
-            shared.prefetched().ready.push_back((Instant::now(), function_index, delivery))
+        Ok(Some(claimed)) => {
+            shared.prefetched().ready.push_back((Instant::now(), function_index, claimed))
         }
         Ok(None) => {}
         Err(error) => {

@@ -5,9 +5,10 @@ use bytes::Bytes;
 
 use crate::call::QueuedCall;
 use crate::jetstream::error::NatsError;
+use crate::jetstream::ids::new_call_id;
 use crate::jetstream::message::{ChunkedBody, Message};
 use crate::jetstream::subject::{CALLS, Subjects, consumer_name, function_of_consumer};
-use crate::jetstream::{JetStream, Shared, chunked_body};
+use crate::jetstream::{Shared, chunked_body};
 use crate::{Error, Published};
 use gateway_base::function::Function;
 
@@ -107,7 +108,7 @@ impl Shared {
 
     /// Publishes a call whose id is already used by a different call, under a new id.
     async fn publish_with_new_id(&self, call: &QueuedCall) -> Result<Published, Error> {
-        let renamed = call.clone().with_new_id(JetStream::new_call_id(&call.function));
+        let renamed = call.clone().with_new_id(new_call_id(&call.function));
         Box::pin(self.publish(&renamed)).await
     }
 

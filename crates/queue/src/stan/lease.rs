@@ -12,7 +12,7 @@ use crate::stan::nats::NatsError;
 use crate::stan::subscribe::ReceivedCall;
 use crate::stan::{Shared, dedup, queue_error};
 use crate::status::{CallState, Settlement};
-use crate::{Error, now};
+use crate::{Error, Settle, now};
 
 /// A received call and its message. Dropping it unsettled releases the message, which the server redelivers.
 pub(crate) struct Lease {
@@ -47,7 +47,7 @@ impl Lease {
     ///
     /// # Errors
     /// When this cannot be determined. The caller drops the lease, and the server redelivers the message.
-    pub(super) async fn claim(&self) -> Result<bool, Error> {
+    async fn claim_step(&self) -> Result<bool, Error> {
         let (call, key) = (&self.call, self.key);
         let step = dedup::next_step(&self.shared, call, &self.progress);
         let is_first = dedup::claim(&self.shared, key, step).await;
@@ -71,7 +71,7 @@ impl Lease {
     /// # Errors
     /// `Gone` when it is settled already. After other errors nothing is acknowledged, and the caller tries again
     /// later.
-    pub(super) async fn settle(&self, settlement: &Settlement) -> Result<(), Error> {
+    async fn store_settlement(&self, settlement: &Settlement) -> Result<(), Error> {
         if self.settled.load(Relaxed) {
             return Err(Error::Gone);
         }
@@ -163,6 +163,20 @@ impl Lease {
             .worker
             .publish_in_background(channel, message::encode(&self.call, progress))
             .await
+    }
+}
+
+// The futures are boxed: they are larger than those of the other backends, which are part of the future of each call.
+impl Settle for Lease {
+    async fn claim(&self) -> Result<bool, Error> {
+        Box::pin(self.claim_step()).await
+    }
+
+    /// Does nothing: the server limits unacknowledged messages itself.
+    fn release_slot(&self) {}
+
+    async fn settle(&self, _call: &QueuedCall, settlement: &Settlement) -> Result<(), Error> {
+        Box::pin(self.store_settlement(settlement)).await
     }
 }
 

@@ -17,7 +17,7 @@ use crate::stan::message::{self, DecodeError, Progress};
 use crate::stan::nats::NatsError;
 use crate::stan::proto::{Ack, Delivered, START_AT_FIRST, Subscribe, Subscribed};
 use crate::stan::{Shared, dedup, ownership, parking};
-use crate::{Delivery, Error, LeaseHandle, now};
+use crate::{Delivery, Error, now};
 
 /// Timeout of a subscription request.
 const SUBSCRIBE_TIMEOUT: Duration = Duration::from_secs(5);
@@ -49,7 +49,7 @@ pub(super) async fn receive(shared: &Arc<Shared>, concurrency: usize) -> Result<
                     call,
                     attempts,
                     body_missing: false,
-                    handle: LeaseHandle::Stan(Box::new(lease)),
+                    lease: crate::Lease::Stan(Box::new(lease)),
                 });
             }
             NextCall::NotBefore(at) => Duration::from_millis(at.saturating_sub(now()) + 1),

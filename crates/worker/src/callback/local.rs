@@ -22,7 +22,7 @@ use gateway_proxy::functions::registry::FunctionRegistry;
 use gateway_proxy::routing::{Destination, RouteMatch};
 use gateway_queue::call::{CallOptions, QueuedCall};
 use gateway_queue::ingress::{QueueIngress, function_headers};
-use gateway_queue::now;
+use gateway_queue::{JobQueue as _, now};
 
 /// Executes such callbacks.
 pub struct LocalExecutor {
@@ -130,7 +130,7 @@ impl LocalExecutor {
         .await?;
         call.options.digest = Some(call.digest());
         let started = Instant::now();
-        if !self.ingress.queue.publish(call).await?.duplicate {
+        if !self.ingress.queue.publish(call, None).await?.duplicate {
             self.ingress.metrics.submitted(started.elapsed());
         }
         Ok(())

@@ -40,7 +40,7 @@ impl ModelTest {
             let chosen_id = self.rng.below(10) == 0;
             let id = match chosen_id {
                 true => format!("chosen-{}", self.queue.shared.next_number()),
-                false => self.queue.new_call_id(),
+                false => self.queue.new_call_id(&echo()),
             };
             let mut call = call(&id);
             call.options.chosen_id = chosen_id;
@@ -82,7 +82,7 @@ impl ModelTest {
                 2 => continue,
                 _ => (succeeded(), CallState::Succeeded),
             };
-            settle(&self.queue, delivery, settlement).await;
+            settle(delivery, settlement).await;
             self.expected.insert(id, state);
         }
     }
@@ -134,7 +134,7 @@ impl ModelTest {
         let mut all: Vec<CallRecord> = Vec::new();
         loop {
             let after = all.last().map(|status| status.id.as_str());
-            let page = self.queue.list(&filter, after, limit).await.unwrap();
+            let page = self.queue.list(&filter, after, limit).await.unwrap().calls;
             assert!(page.len() <= limit);
             if page.is_empty() {
                 return all;
@@ -150,7 +150,7 @@ impl ModelTest {
             let response = self.queue.result(id).await.unwrap();
             assert_eq!(response.is_some(), *state == CallState::Succeeded, "{id} {state:?}");
         }
-        let listed = self.queue.list(&Filter::default(), None, usize::MAX / 2).await.unwrap();
+        let listed = self.queue.list(&Filter::default(), None, usize::MAX / 2).await.unwrap().calls;
         let mut newest_first = self.newest_first(&Filter::default(), 97).await;
         newest_first.reverse();
         assert!(newest_first == listed, "{} and {}", newest_first.len(), listed.len());
