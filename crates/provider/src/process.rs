@@ -205,6 +205,9 @@ impl ProcessProvider {
     }
 
     /// Removes a function. Its processes finish their calls first.
+    ///
+    /// # Errors
+    /// `ApiError::NoSuchFunction` if there is none, and an internal error when its files cannot be removed.
     pub async fn delete(self: &Arc<Self>, function: Function) -> Result<(), ApiError> {
         self.run_exclusively(move |provider| {
             provider.find(&function)?;

@@ -143,6 +143,9 @@ impl RequestWriter {
 
     /// Reads the body into the replay buffer before the request is sent. Ready when the body ends or the buffer is
     /// full.
+    ///
+    /// # Errors
+    /// When the client's body ends early, is malformed, or exceeds its deadline. The request must not be sent then.
     pub fn poll_buffer_body(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), RequestBodyError>> {
         while self.replay_limit > 0 && self.body.is_some() && self.frame.is_empty() {
             if let Err(error) = ready!(self.poll_read_body(cx)) {
