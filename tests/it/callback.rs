@@ -4,6 +4,7 @@ use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
 use std::time::Duration;
 
 use bytes::Bytes;
+use gateway_base::backoff::Backoff;
 use gateway_http::client::Tls;
 use gateway_worker::callback::allowlist::CallbackAllowlist;
 use gateway_worker::callback::own_addresses::OwnAddresses;
@@ -19,8 +20,7 @@ use crate::support::{eventually, webhook, within};
 const FAST_RETRY: CallbackRetry = CallbackRetry {
     attempts: 3,
     timeout: Duration::from_secs(10),
-    min_wait: Duration::from_millis(1),
-    max_wait: Duration::from_millis(2),
+    backoff: Backoff::new(Duration::from_millis(1), Duration::from_millis(2)),
 };
 
 fn sender(allow: &str, secret: Option<&str>) -> CallbackSender {

@@ -1,5 +1,6 @@
 //! Basics without HTTP: names of functions, durations, shutdown, locks.
 
+pub mod backoff;
 pub mod base_url;
 pub mod build_info;
 pub mod duration;

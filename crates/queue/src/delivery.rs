@@ -1,8 +1,15 @@
 //! A received call, from its receipt to its settlement.
 
+use std::time::Duration;
+
 use crate::call::QueuedCall;
 use crate::status::Settlement;
 use crate::{Error, embedded, jetstream, stan};
+use gateway_base::backoff::Backoff;
+
+/// Delay before a call is delivered again that made its worker panic: it may do so again.
+pub(crate) const PANIC_BACKOFF: Backoff =
+    Backoff::new(Duration::from_secs(1), Duration::from_secs(1024));
 
 /// A call that a worker has received. If it is dropped without being settled, the queue delivers it again.
 #[derive(Debug)]

@@ -27,7 +27,7 @@ mod tasks;
 pub mod unconfirmed;
 
 pub use crate::delivery::Delivery;
-pub(crate) use crate::delivery::{Lease, Settle};
+pub(crate) use crate::delivery::{Lease, PANIC_BACKOFF, Settle};
 pub use crate::error::{Condition, Error};
 pub use crate::memory::MemoryPermit;
 pub use crate::queue::{Backend, JobQueue, MAX_ASYNC_BODY_BYTES, Published, Queue, now};

@@ -19,7 +19,6 @@ use bytes::Bytes;
 use futures_util::future::BoxFuture;
 use http::header::RETRY_AFTER;
 use http::{HeaderMap, Method, Request, Response, StatusCode};
-use uuid::Uuid;
 
 use crate::callback::allowlist::CallbackAllowlist;
 use crate::callback::local::{LocalCall, LocalExecutor};
@@ -27,6 +26,7 @@ use crate::callback::own_addresses::{AddressOwner, OwnAddresses};
 use crate::callback::signature::Secret;
 use crate::callback::target::{CallbackTarget, CallbackUrlError};
 use crate::retry;
+use gateway_base::backoff::Backoff;
 use gateway_base::error_chain::ErrorChain;
 use gateway_http::callback_chain;
 use gateway_http::client::PoolLimits;
@@ -71,9 +71,8 @@ pub struct CallbackRetry {
     pub attempts: u32,
     /// Timeout of one attempt, from the name resolution to the head of the response.
     pub timeout: Duration,
-    /// Minimum and maximum of the delay between attempts, which doubles and has jitter.
-    pub min_wait: Duration,
-    pub max_wait: Duration,
+    /// Delays between attempts, which have jitter.
+    pub backoff: Backoff,
 }
 
 impl Default for CallbackRetry {
@@ -81,8 +80,7 @@ impl Default for CallbackRetry {
         Self {
             attempts: 6,
             timeout: Duration::from_secs(10),
-            min_wait: Duration::from_secs(1),
-            max_wait: Duration::from_secs(30),
+            backoff: Backoff::new(Duration::from_secs(1), Duration::from_secs(30)),
         }
     }
 }
@@ -211,9 +209,9 @@ impl CallbackSender {
                     Duration::ZERO
                 }
             };
-            let CallbackRetry { min_wait, max_wait, .. } = self.retry;
-            let delay = retry::backoff(min_wait, max_wait, attempts, random());
-            tokio::time::sleep(delay.max(requested.min(max_wait))).await;
+            let backoff = self.retry.backoff;
+            let delay = backoff.jittered(attempts, fastrand::f64());
+            tokio::time::sleep(delay.max(requested.min(backoff.max))).await;
         }
         unreachable!("the loop returns at the last attempt")
     }
@@ -281,14 +279,6 @@ fn requested_delay(response: &Response<UpstreamBody>) -> Duration {
     value.and_then(|v| retry::parse_retry_after(v, SystemTime::now())).unwrap_or_default()
 }
 
-/// Returns a random number from 0 up to, but excluding, 1.
-pub fn random() -> f64 {
-    const BITS: u32 = 53;
-    // The last 62 bits of a version 4 UUID are random.
-    let random = Uuid::new_v4().as_u128() & ((1 << BITS) - 1);
-    random as f64 / (1_u64 << BITS) as f64
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -311,14 +301,5 @@ mod tests {
         ] {
             assert_eq!(verdict(StatusCode::from_u16(status).unwrap()), expect, "{status}");
         }
-    }
-
-    #[test]
-    fn random_numbers_are_between_0_and_1() {
-        let random: Vec<f64> = (0..100).map(|_| random()).collect();
-        assert!(random.iter().all(|random| (0.0..1.0).contains(random)), "{random:?}");
-        assert!(
-            random.iter().any(|random| *random < 0.5) && random.iter().any(|random| *random > 0.5)
-        );
     }
 }

@@ -5,6 +5,7 @@ use std::time::{Duration, SystemTime};
 
 use http::HeaderValue;
 
+use gateway_base::backoff::Backoff;
 use gateway_proxy::functions::policy::retry::RetryPolicy;
 
 /// Maximum delay that a function can request by `Retry-After`.
@@ -46,17 +47,9 @@ pub fn decide(policy: &RetryPolicy, attempts_made: u32, outcome: Outcome, random
         return Decision::DeadLetter;
     }
     let floor = outcome.retry_after.unwrap_or_default().min(MAX_RETRY_AFTER);
-    let delay = backoff(policy.min_wait, policy.max_wait, attempts_made, random);
+    let backoff = Backoff::new(policy.min_wait, policy.max_wait);
+    let delay = backoff.jittered(attempts_made, random);
     Decision::RetryIn(delay.max(floor))
-}
-
-/// Returns the delay after the attempt number `attempts_made`: full jitter, that is the fraction `random` (0 to 1) of
-/// a ceiling that doubles from `min` to `max`, but at least a tenth of `min`.
-pub fn backoff(min: Duration, max: Duration, attempts_made: u32, random: f64) -> Duration {
-    let doublings = attempts_made.saturating_sub(1).min(31);
-    let ceiling = min.saturating_mul(1 << doublings).min(max);
-    let jittered = Duration::try_from_secs_f64(ceiling.as_secs_f64() * random).unwrap_or(ceiling);
-    jittered.min(ceiling).max(min / 10)
 }
 
 /// Parses `Retry-After`, in seconds or as a date. A date in the past is a delay of zero.
@@ -105,34 +98,6 @@ mod tests {
         check(5, Some(500), Decision::DeadLetter);
         check(6, None, Decision::DeadLetter);
         check(5, Some(404), Decision::Failed);
-    }
-
-    #[test]
-    fn delays_double_up_to_the_maximum() {
-        let (min, max) = (10 * SECOND, 120 * SECOND);
-        for (attempts_made, seconds) in
-            [(0, 10), (1, 10), (2, 20), (3, 40), (4, 80), (5, 120), (60, 120), (u32::MAX, 120)]
-        {
-            assert_eq!(backoff(min, max, attempts_made, 1.0), seconds * SECOND, "{attempts_made}");
-        }
-    }
-
-    #[test]
-    fn jitter_leaves_at_least_a_tenth_of_the_minimum_delay() {
-        let delay = |random| backoff(10 * SECOND, 120 * SECOND, 2, random);
-        for (random, expect) in [
-            (0.0, SECOND),
-            (0.01, SECOND),
-            (0.25, 5 * SECOND),
-            (0.5, 10 * SECOND),
-            (1.0, 20 * SECOND),
-            // Out of range, but must not panic.
-            (f64::NAN, 20 * SECOND),
-            (-1.0, 20 * SECOND),
-            (7.0, 20 * SECOND),
-        ] {
-            assert_eq!(delay(random), expect, "{random}");
-        }
     }
 
     #[test]

@@ -10,7 +10,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio_util::task::TaskTracker;
 
 use crate::attempt_result::AttemptResult;
-use crate::callback::{CallbackPayload, CallbackSender, random};
+use crate::callback::{CallbackPayload, CallbackSender};
 use crate::function_client::{FunctionClient, MAX_CALLBACK_BODY_BYTES};
 use crate::retry::{Decision, Outcome, decide};
 use crate::retry_policies::RetryPolicies;
@@ -249,7 +249,7 @@ impl Worker {
         };
         let policy = policy.capped(call.options.max_attempts);
         let outcome = Outcome { status: attempt.status, retry_after: attempt.retry_after };
-        let decision = decide(&policy, attempts_made, outcome, random());
+        let decision = decide(&policy, attempts_made, outcome, fastrand::f64());
         let (status, mut reason) = (attempt.status, attempt.reason.clone());
         if let Decision::RetryIn(delay) = decision {
             let at = now() + UnixMillis::try_from(delay.as_millis()).unwrap_or(UnixMillis::MAX / 2);

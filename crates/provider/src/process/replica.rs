@@ -20,13 +20,13 @@ use crate::process::process_group::ProcessGroup;
 use crate::process::replica_client::{self, ReplicaRequest};
 use crate::process::start_failure::FailedStarts;
 use crate::types::StartFailure;
+use gateway_base::backoff::Backoff;
 use gateway_base::sync::lock_unpoisoned;
 
 /// Limit for a replica to become ready, after which it is restarted.
 const START_TIMEOUT: Duration = Duration::from_secs(300);
 /// Interval of readiness probes: short at first, since clients may be waiting, and doubled up to the maximum.
-const MIN_PROBE_INTERVAL: Duration = Duration::from_millis(2);
-const MAX_PROBE_INTERVAL: Duration = Duration::from_millis(50);
+const PROBE_BACKOFF: Backoff = Backoff::new(Duration::from_millis(2), Duration::from_millis(50));
 /// Limit for one probe.
 const PROBE_TIMEOUT: Duration = Duration::from_secs(2);
 /// Limit for calls in flight on a retired replica.
@@ -34,8 +34,7 @@ const DRAIN_TIMEOUT: Duration = Duration::from_secs(60);
 /// Running time after which the restart delay is reset.
 const STABLE_AFTER: Duration = Duration::from_secs(60);
 /// Delay between restarts, doubled after each failure.
-const MIN_RESTART_DELAY: Duration = Duration::from_millis(100);
-const MAX_RESTART_DELAY: Duration = Duration::from_secs(30);
+const RESTART_BACKOFF: Backoff = Backoff::new(Duration::from_millis(100), Duration::from_secs(30));
 /// Limit for reading the remaining output of an exited process.
 const LAST_OUTPUT_TIMEOUT: Duration = Duration::from_millis(250);
 
@@ -148,7 +147,7 @@ impl Replica {
             );
             self.set_ready(None, &pool);
             failures = if began.elapsed() >= STABLE_AFTER { 1 } else { failures + 1 };
-            let pause = restart_delay(failures);
+            let pause = RESTART_BACKOFF.after(failures);
             tracing::warn!(function = %function, reason, ?pause, "A replica of {function} exited");
             let name = function.name.as_str().into();
             pool.workload
@@ -318,10 +317,10 @@ async fn log_output<O: AsyncRead + Unpin>(
 }
 
 async fn wait_ready(tasks: &ProcessTasks, address: SocketAddr, path: Option<&str>) {
-    let mut pause = MIN_PROBE_INTERVAL;
+    let mut pause = PROBE_BACKOFF.min;
     while !timeout(PROBE_TIMEOUT, is_ready(tasks, address, path)).await.unwrap_or(false) {
         tokio::time::sleep(pause).await;
-        pause = (pause * 2).min(MAX_PROBE_INTERVAL);
+        pause = PROBE_BACKOFF.next(pause);
     }
 }
 
@@ -340,23 +339,9 @@ fn exit_reason(status: std::io::Result<ExitStatus>) -> String {
     status.map_or_else(|error| error.to_string(), |status| status.to_string())
 }
 
-/// Returns the delay before the next start after `failures` consecutive failures: doubled each time, up to a maximum.
-fn restart_delay(failures: u32) -> Duration {
-    let doubled = 2_u32.saturating_pow(failures.saturating_sub(1));
-    MIN_RESTART_DELAY.saturating_mul(doubled).min(MAX_RESTART_DELAY)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn restart_delays_double_up_to_a_maximum() {
-        let pauses = [(1, 100), (2, 200), (3, 400), (9, 25_600), (10, 30_000), (u32::MAX, 30_000)];
-        for (failures, milliseconds) in pauses {
-            assert_eq!(restart_delay(failures), Duration::from_millis(milliseconds), "{failures}");
-        }
-    }
 
     #[test]
     fn a_replica_that_is_not_ready_has_no_permits() {

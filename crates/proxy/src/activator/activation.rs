@@ -9,11 +9,11 @@ use crate::activator::Activator;
 use crate::activator::cold_start_queue::{ActivationError, ColdStartQueue, Readiness};
 use crate::activator::step::{ReplicaCounts, Step, next_step};
 use crate::activator::unavailable::STARTUP_WINDOW;
+use gateway_base::backoff::Backoff;
 use gateway_provider::Error;
 
 /// Interval between two status queries: initial and maximum.
-const MIN_POLL_INTERVAL: Duration = Duration::from_millis(25);
-const MAX_POLL_INTERVAL: Duration = Duration::from_millis(100);
+const POLL_BACKOFF: Backoff = Backoff::new(Duration::from_millis(25), Duration::from_millis(100));
 /// Long-poll time of a status query: a provider that supports it delays its response until the function is ready, for
 /// at most this time.
 const LONG_POLL: Duration = Duration::from_secs(2);
@@ -52,7 +52,7 @@ impl Activation {
             no_replica_at: None,
             scaled_at: None,
             failing_since: None,
-            poll_interval: MIN_POLL_INTERVAL,
+            poll_interval: POLL_BACKOFF.min,
         }
     }
 
@@ -67,7 +67,7 @@ impl Activation {
             self.finish_if_unused(queried_at);
             if !self.finished {
                 sleep(self.poll_interval.saturating_sub(queried_at.elapsed())).await;
-                self.poll_interval = (self.poll_interval * 2).min(MAX_POLL_INTERVAL);
+                self.poll_interval = POLL_BACKOFF.next(self.poll_interval);
             }
         }
     }
@@ -130,7 +130,7 @@ impl Activation {
     async fn on_ready(&mut self, queried_at: Instant) {
         if std::mem::take(&mut self.not_ready) {
             self.ready_since = Some(Instant::now());
-            self.poll_interval = MIN_POLL_INTERVAL;
+            self.poll_interval = POLL_BACKOFF.min;
         }
         self.scaled_at = None;
         let is_accepted = self.queue.mark_ready(Readiness {

@@ -11,12 +11,12 @@ use crate::activator::unavailable::{
 };
 use crate::activator::{Activator, Admission};
 use crate::error::Error;
+use gateway_base::backoff::Backoff;
 use gateway_base::function::Function;
 
 /// Delay before the third and later attempts: minimum and maximum. A provider that rejects requests of a function it
 /// reports as ready may be overloaded.
-const MIN_RETRY_DELAY: Duration = Duration::from_millis(25);
-const MAX_RETRY_DELAY: Duration = Duration::from_millis(400);
+const RETRY_BACKOFF: Backoff = Backoff::new(Duration::from_millis(25), Duration::from_millis(400));
 
 /// A request that waits for its function, several times if necessary, until its deadline.
 pub struct ColdStartWait {
@@ -80,8 +80,7 @@ impl ColdStartWait {
                 let retry = is_retried(signal, safety, report);
                 if retry {
                     sleep(self.retry_delay).await;
-                    self.retry_delay =
-                        (self.retry_delay * 2).clamp(MIN_RETRY_DELAY, MAX_RETRY_DELAY);
+                    self.retry_delay = RETRY_BACKOFF.next(self.retry_delay);
                 }
                 Ok(retry)
             }

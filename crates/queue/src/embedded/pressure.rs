@@ -12,6 +12,7 @@ use crate::embedded::reserve::Reserve;
 use crate::embedded::store::Store;
 use crate::embedded::writer::{SettleWrite, WriteOp};
 use crate::embedded::{Shared, result_codec, wal};
+use gateway_base::backoff::Backoff;
 use gateway_base::sync::lock_unpoisoned;
 
 /// Minimum time without enqueueing after the disk was full.
@@ -20,8 +21,7 @@ const MIN_FULL_DURATION: Duration = Duration::from_secs(1);
 const CHECK_INTERVAL: Duration = Duration::from_millis(200);
 /// Minimum and maximum interval between compactions. While calls are pending, the maximum applies: their settlements
 /// reuse space inside the file.
-const MIN_COMPACTION_INTERVAL: Duration = Duration::from_secs(2);
-const MAX_COMPACTION_INTERVAL: Duration = Duration::from_secs(60);
+const COMPACTION_BACKOFF: Backoff = Backoff::new(Duration::from_secs(2), Duration::from_secs(60));
 /// The pause after a compaction is at least this multiple of its duration, so that compactions take a small part of the
 /// time.
 const COMPACTION_REST_FACTOR: u32 = 20;
@@ -59,7 +59,7 @@ impl DiskPressure {
             checked_at: now,
             compacted_at: now,
             last_compaction: Duration::ZERO,
-            pause: MIN_COMPACTION_INTERVAL,
+            pause: COMPACTION_BACKOFF.min,
             results_dropped: 0,
         };
         let (reserve, full) = (Arc::new(reserve), AtomicBool::new(false));
@@ -77,7 +77,7 @@ impl DiskPressure {
         let bytes = u64::try_from(bytes).unwrap_or(u64::MAX).saturating_mul(2);
         state.required_bytes = bytes.clamp(self.reserve.margin(), self.reserve.target());
         state.not_before = Instant::now() + MIN_FULL_DURATION;
-        (state.pause, state.compacted_at) = (MIN_COMPACTION_INTERVAL, Instant::now());
+        (state.pause, state.compacted_at) = (COMPACTION_BACKOFF.min, Instant::now());
         (state.last_compaction, state.results_dropped) = (Duration::ZERO, 0);
         if !self.full.swap(true, Relaxed) {
             tracing::warn!(
@@ -172,7 +172,7 @@ impl Shared {
         let began = Instant::now();
         {
             let state = pressure.state();
-            let pause = if busy { MAX_COMPACTION_INTERVAL } else { state.pause };
+            let pause = if busy { COMPACTION_BACKOFF.max } else { state.pause };
             if began
                 < state.compacted_at + pause.max(state.last_compaction * COMPACTION_REST_FACTOR)
             {
@@ -185,8 +185,10 @@ impl Shared {
             let mut state = pressure.state();
             (state.compacted_at, state.last_compaction) = (Instant::now(), began.elapsed());
             let gained = pressure.reserve.available() > before;
-            let longer = if gained { MIN_COMPACTION_INTERVAL } else { state.pause * 2 };
-            state.pause = longer.min(MAX_COMPACTION_INTERVAL);
+            state.pause = match gained {
+                true => COMPACTION_BACKOFF.min,
+                false => COMPACTION_BACKOFF.next(state.pause),
+            };
         }
         self.refill_reserve();
     }
@@ -226,7 +228,7 @@ impl Shared {
 
     /// Called when a call was settled or deleted: a compaction may free space.
     pub(super) fn on_space_freed(&self) {
-        self.pressure.state().pause = MIN_COMPACTION_INTERVAL;
+        self.pressure.state().pause = COMPACTION_BACKOFF.min;
     }
 
     /// Evicts the oldest results before they expire if the reserve is low, so that calls can still be settled.

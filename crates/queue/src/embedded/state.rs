@@ -9,8 +9,8 @@ use crate::embedded::packed::BatchCache;
 use crate::embedded::schedule::{CallSeq, Schedule, Selected};
 use crate::embedded::store::RecoveredCall;
 use crate::embedded::writer::SettleWrite;
-use crate::now;
 use crate::status::{CallRecord, CallState};
+use crate::{PANIC_BACKOFF, now};
 
 /// The state of the queue in memory.
 #[derive(Default)]
@@ -28,10 +28,6 @@ pub(super) struct QueueState {
     pub(super) damaged: HashSet<CallSeq>,
     pub(super) batch_cache: BatchCache,
 }
-
-/// Back-off after the first panic. It doubles with each further one.
-const PANIC_BACKOFF_MILLIS: UnixMillis = 1000;
-const MAX_BACKOFF_DOUBLINGS: u32 = 10;
 
 /// A running call.
 pub(super) struct Execution {
@@ -206,8 +202,10 @@ impl QueueState {
         }
         let (times, due) = self.panic_backoff.entry(selected.number).or_default();
         let now = now();
-        *due = now + (PANIC_BACKOFF_MILLIS << (*times).min(MAX_BACKOFF_DOUBLINGS));
-        *times += 1;
+        *times = times.saturating_add(1);
+        *due = now
+            + UnixMillis::try_from(PANIC_BACKOFF.after(*times).as_millis())
+                .unwrap_or(UnixMillis::MAX / 2);
         self.schedule.add(selected.queue, selected.number, *due, now);
     }
 

@@ -22,16 +22,12 @@ use crate::jetstream::subject::{
 use crate::jetstream::{Shared, chunked_body};
 use crate::now;
 use crate::status::{CallRecord, Settlement, StoredResponse};
-use crate::{Delivery, Error, Settle};
+use crate::{Delivery, Error, PANIC_BACKOFF, Settle};
 
 /// Redelivery delay of a call that is being cancelled: by then the cancellation has ended, or its process has died.
 const CANCEL_RECHECK_DELAY: Duration = Duration::from_secs(1);
 /// Maximum number of attempts to find a body; it may be missing only temporarily.
 const MAX_BODY_LOOKUPS: u32 = 6;
-/// Redelivery delay of a call that made its worker panic; it doubles with each panic.
-const PANIC_BACKOFF: Duration = Duration::from_secs(1);
-/// Maximum number of doublings.
-const MAX_PANIC_DOUBLINGS: u32 = 10;
 /// Responses up to this size are stored with the final state.
 const MAX_INLINE_RESPONSE_BYTES: usize = 4096;
 
@@ -377,11 +373,7 @@ impl Drop for Lease {
         }
         let (shared, received) = (Arc::clone(&self.shared), Arc::clone(&self.received));
         let nak_delay = match std::thread::panicking() {
-            true => Some(
-                PANIC_BACKOFF
-                    * (1 << (shared.panic_counts.increment(&received.call.id) - 1)
-                        .min(MAX_PANIC_DOUBLINGS)),
-            ),
+            true => Some(PANIC_BACKOFF.after(shared.panic_counts.increment(&received.call.id))),
             false => self.nak_delay,
         };
         self.shared

@@ -7,12 +7,13 @@ use anyhow::Context as _;
 use async_nats::ConnectOptions;
 
 use crate::embedded::Limits;
+use gateway_base::backoff::Backoff;
 
 /// Minimum version of the server.
 pub(super) const MIN_VERSION: (i64, i64, i64) = (2, 9, 0);
 /// First and maximum delay of a reconnect.
-const RECONNECT_DELAY_RANGE: (Duration, Duration) =
-    (Duration::from_millis(50), Duration::from_millis(500));
+const RECONNECT_BACKOFF: Backoff =
+    Backoff::new(Duration::from_millis(50), Duration::from_millis(500));
 /// Interval of pings; a server that does not respond to them is considered gone.
 const PING_INTERVAL: Duration = Duration::from_secs(10);
 
@@ -100,7 +101,6 @@ impl Options {
             }
             None => options,
         };
-        let (first, last) = RECONNECT_DELAY_RANGE;
         Ok(options
             .name(&self.name)
             .require_tls(self.tls)
@@ -108,9 +108,8 @@ impl Options {
             .connection_timeout(Duration::from_secs(2))
             .retry_on_initial_connect()
             .max_reconnects(None)
-            .reconnect_delay_callback(move |attempts| {
-                let doublings = u32::try_from(attempts.saturating_sub(1)).unwrap_or(u32::MAX);
-                first.saturating_mul(1 << doublings.min(10)).min(last)
+            .reconnect_delay_callback(|attempts| {
+                RECONNECT_BACKOFF.after(u32::try_from(attempts).unwrap_or(u32::MAX))
             }))
     }
 }

@@ -18,6 +18,7 @@ use crate::stan::proto::{
     Close, Closed, ConnectRequest, ConnectResponse, ID_IN_USE, PROTOCOL_VERSION, Ping, Pong,
     Publish, Published,
 };
+use gateway_base::backoff::Backoff;
 
 /// Timeout of the registration. If the id is in use, the server first waits for a response of the client that has it.
 const REGISTER_TIMEOUT: Duration = Duration::from_secs(5);
@@ -29,8 +30,8 @@ const PUBLISH_TIMEOUT: Duration = Duration::from_secs(5);
 const BACKGROUND_PUBLISH_TIMEOUT: Duration = Duration::from_secs(60);
 /// Time to wait for a connection and a session before a publish fails.
 const SESSION_TIMEOUT: Duration = Duration::from_millis(800);
-/// Delay before the second attempt to register, doubled after each further attempt.
-const MIN_REGISTER_BACKOFF: Duration = Duration::from_millis(100);
+/// Delay before the second attempt to register.
+const MIN_REGISTER_DELAY: Duration = Duration::from_millis(100);
 /// A session that lasts this long counts as stable.
 const STABLE_SESSION_AFTER: Duration = Duration::from_secs(1);
 /// Maximum number of concurrent publishes.
@@ -53,8 +54,8 @@ pub(super) struct Client {
     nats: NatsConnection,
     cluster: String,
     id: String,
-    /// Maximum delay between attempts to register.
-    max_register_backoff: Duration,
+    /// Delays between attempts to register.
+    register_backoff: Backoff,
     session: watch::Sender<Option<Arc<Session>>>,
     /// Notified after a failure that may be due to a lost session, to ping the server early.
     ping_requested: Notify,
@@ -84,13 +85,13 @@ impl Client {
         nats: NatsConnection,
         cluster: &str,
         id: String,
-        max_register_backoff: Duration,
+        max_register_delay: Duration,
     ) -> Self {
         Self {
             nats,
             cluster: cluster.to_owned(),
             id,
-            max_register_backoff,
+            register_backoff: Backoff::new(MIN_REGISTER_DELAY, max_register_delay),
             session: watch::Sender::new(None),
             ping_requested: Notify::new(),
             unconfirmed: Semaphore::new(MAX_UNCONFIRMED_PUBLISHES),
@@ -128,7 +129,7 @@ impl Client {
     ) where
         W: Future<Output = NatsError>,
     {
-        let (mut backoff, mut last_logged, mut was_stable) = (MIN_REGISTER_BACKOFF, None, true);
+        let (mut delay, mut last_logged, mut was_stable) = (MIN_REGISTER_DELAY, None, true);
         while !stopping.is_cancelled() {
             let error = tokio::select! {
                 // The server drops an interrupted registration by itself.
@@ -143,7 +144,7 @@ impl Client {
                         // A session that ends immediately is logged once, and the backoff goes on.
                         was_stable = started.elapsed() >= STABLE_SESSION_AFTER;
                         if was_stable {
-                            (backoff, last_logged) = (MIN_REGISTER_BACKOFF, None);
+                            (delay, last_logged) = (MIN_REGISTER_DELAY, None);
                         }
                         error
                     }
@@ -157,9 +158,9 @@ impl Client {
             }
             tokio::select! {
                 () = stopping.cancelled() => {}
-                () = tokio::time::sleep(backoff) => {}
+                () = tokio::time::sleep(delay) => {}
             }
-            backoff = (backoff * 2).min(self.max_register_backoff);
+            delay = self.register_backoff.next(delay);
         }
     }
 

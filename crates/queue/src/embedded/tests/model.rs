@@ -4,23 +4,12 @@ use std::collections::BTreeMap;
 
 use super::*;
 
-/// A deterministic random number generator.
-struct Rng(u64);
-
-impl Rng {
-    fn below(&mut self, limit: usize) -> usize {
-        self.0 =
-            self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        (self.0 >> 33) as usize % limit
-    }
-}
-
 const LIMITS: Limits = Limits { max_pending: 100_000, ..super::LIMITS };
 
 struct ModelTest {
     directory: TempDir,
     queue: Embedded,
-    rng: Rng,
+    rng: fastrand::Rng,
     /// Expected calls with their states.
     expected: BTreeMap<String, CallState>,
     dead: Vec<String>,
@@ -30,27 +19,33 @@ impl ModelTest {
     fn begin(seed: u64) -> Self {
         let directory = TempDir::new().unwrap();
         let queue = Embedded::open(directory.path(), LIMITS).unwrap();
-        Self { directory, queue, rng: Rng(seed), expected: BTreeMap::new(), dead: Vec::new() }
+        Self {
+            directory,
+            queue,
+            rng: fastrand::Rng::with_seed(seed),
+            expected: BTreeMap::new(),
+            dead: Vec::new(),
+        }
     }
 
     async fn publish(&mut self) {
-        let count = 1 + self.rng.below(80);
+        let count = 1 + self.rng.usize(..80);
         let mut calls = Vec::new();
         for _ in 0..count {
-            let chosen_id = self.rng.below(10) == 0;
+            let chosen_id = self.rng.usize(..10) == 0;
             let id = match chosen_id {
                 true => format!("chosen-{}", self.queue.shared.next_number()),
                 false => self.queue.new_call_id(&echo()),
             };
             let mut call = call(&id);
             call.options.chosen_id = chosen_id;
-            if self.rng.below(10) == 0 {
-                call.body = vec![b'x'; 20_000 + self.rng.below(50_000)].into();
+            if self.rng.usize(..10) == 0 {
+                call.body = vec![b'x'; 20_000 + self.rng.usize(..50_000)].into();
             }
             calls.push(call);
         }
         // Calls published later may have lower numbers.
-        if self.rng.below(2) == 0 {
+        if self.rng.usize(..2) == 0 {
             calls.reverse();
         }
         let ids: Vec<_> = calls.iter().map(|call| call.id.clone()).collect();
@@ -64,12 +59,12 @@ impl ModelTest {
     async fn work(&mut self) {
         let waiting = self.queue.shared.state().schedule.pending();
         let mut taken = Vec::new();
-        for _ in 0..self.rng.below(60).min(waiting) {
+        for _ in 0..self.rng.usize(..60).min(waiting) {
             taken.push(self.queue.receive(1000).await.unwrap());
         }
         for delivery in taken {
             let id = delivery.call.id.clone();
-            let (settlement, state) = match self.rng.below(8) {
+            let (settlement, state) = match self.rng.usize(..8) {
                 0 => {
                     let retry = Settlement::Retry { at: 0, status: Some(503), reason: None };
                     (retry, CallState::Retrying)
@@ -88,14 +83,14 @@ impl ModelTest {
     }
 
     async fn change(&mut self) {
-        let position = self.rng.below(self.expected.len().max(1));
+        let position = self.rng.usize(..self.expected.len().max(1));
         let Some((id, state)) =
             self.expected.iter().nth(position).map(|(id, state)| (id.clone(), *state))
         else {
             return;
         };
         let dead = self.dead.iter().position(|dead| *dead == id);
-        if dead.is_some() && self.rng.below(2) == 0 {
+        if dead.is_some() && self.rng.usize(..2) == 0 {
             assert_eq!(self.queue.redrive(&id).await.unwrap(), ChangeOutcome::Applied);
             self.expected.insert(id, CallState::Queued);
         } else {
@@ -114,7 +109,7 @@ impl ModelTest {
     async fn purge(&mut self) {
         const STATES: [CallState; 4] =
             [CallState::Cancelled, CallState::Retrying, CallState::Queued, CallState::Succeeded];
-        let state = STATES[self.rng.below(STATES.len())];
+        let state = STATES[self.rng.usize(..STATES.len())];
         let filter = Filter { state: Some(state), ..Filter::default() };
         let gone: Vec<_> = self.expected.extract_if(.., |_, kept| *kept == state).collect();
         assert_eq!(self.queue.purge(&filter).await.unwrap(), gone.len() as u64, "{state:?}");
@@ -179,7 +174,7 @@ async fn random_operations_match_the_model() {
     for seed in 0..5 {
         let mut test = ModelTest::begin(seed);
         for _ in 0..60 {
-            match test.rng.below(12) {
+            match test.rng.usize(..12) {
                 0..4 => test.publish().await,
                 4..8 => test.work().await,
                 8..10 => test.change().await,

@@ -183,18 +183,10 @@ fn a_closed_file_needs_no_log() {
     assert_eq!(disk.numbers().unwrap(), [0]);
 }
 
-/// A deterministic random number generator.
-fn random_numbers() -> impl FnMut(usize) -> usize {
-    let mut seed = 11_u64;
-    move |limit| {
-        seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        (seed >> 33) as usize % limit
-    }
-}
-
 #[test]
 fn a_power_failure_loses_no_commit() {
-    let mut random_below = random_numbers();
+    let mut random = fastrand::Rng::with_seed(11);
+    let mut random_below = |limit| random.usize(..limit);
     for _ in 0..2 {
         let disk = Disk::new();
         let database = disk.open().unwrap();
