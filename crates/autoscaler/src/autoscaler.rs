@@ -1,7 +1,7 @@
 //! Scales functions by their load: up within seconds, down after a calm window, and to zero without calls.
 //!
 //! Every gateway samples its own load twice a second and publishes it on NATS, if that is configured. One gateway is
-//! the leader: every two seconds it lists the functions, computes the desired replicas of each ([`decide`]), and sends
+//! the leader: every two seconds it lists the functions, computes the desired replicas of each ([`decide`](crate::decide)), and sends
 //! the changes to the provider. Functions at zero are scaled up by requests, not here.
 
 use futures_util::future::BoxFuture;
