@@ -42,7 +42,8 @@ pub(super) fn shell_operator(line: &str) -> Option<String> {
     None
 }
 
-/// Returns `line` as one shell word in single quotes.
+/// Returns `line` as one shell word in single quotes. Unlike the crate `shlex`, which chooses the quotes by the content,
+/// so messages print every command in the same way.
 pub fn single_quoted(line: &str) -> String {
     format!("'{}'", line.replace('\'', r"'\''"))
 }

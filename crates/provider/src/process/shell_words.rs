@@ -1,4 +1,8 @@
 //! Splits a command line into words with the quoting rules of a shell, without expansions. No I/O.
+//!
+//! The crate `shlex` is not used, because its results differ for users: it takes a word that begins with `#` for a
+//! comment and drops the rest of the line, it does not separate words at a carriage return, and its error does not say
+//! which quote is open.
 
 /// An unclosed quote, or a backslash at the end.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]

@@ -3,16 +3,18 @@
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
+use ipnet::{IpNet, Ipv4Net, Ipv6Net};
+
 /// Format that [`CallbackAllowlist::parse`] accepts, for messages.
 pub const EXPECTED: &str = "a list such as loopback, 169.254.1.0/24, 10.0.0.1, hooks.internal or *";
 
 /// Networks that are denied unless they are listed. Private networks are not denied: a cluster's services are there.
-const DENIED_NETWORKS: [Network; 16] = [
+const DENIED_NETWORKS: [IpNet; 16] = [
     // Unspecified addresses, which reach this host, and their network; loopback.
     v4(0, 0, 0, 0, 8),
     v4(127, 0, 0, 0, 8),
-    Network(IpAddr::V6(Ipv6Addr::UNSPECIFIED), 128),
-    Network(IpAddr::V6(Ipv6Addr::LOCALHOST), 128),
+    v6(0, 0, 0, 128),
+    v6(0, 0, 1, 128),
     // Link-local; most metadata services are there.
     v4(169, 254, 0, 0, 16),
     v6(0xfe80, 0, 0, 10),
@@ -31,58 +33,35 @@ const DENIED_NETWORKS: [Network; 16] = [
     v6(0xfec0, 0, 0, 10),
 ];
 
-const LOOPBACK_NETWORKS: [Network; 2] =
-    [v4(127, 0, 0, 0, 8), Network(IpAddr::V6(Ipv6Addr::LOCALHOST), 128)];
+const LOOPBACK_NETWORKS: [IpNet; 2] = [v4(127, 0, 0, 0, 8), v6(0, 0, 1, 128)];
 
-const ALL_ADDRESSES: [Network; 2] = [v4(0, 0, 0, 0, 0), v6(0, 0, 0, 0)];
+const ALL_ADDRESSES: [IpNet; 2] = [v4(0, 0, 0, 0, 0), v6(0, 0, 0, 0)];
 
 /// Exceptions from the denied networks. The default has none.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct CallbackAllowlist {
-    networks: Vec<Network>,
+    networks: Vec<IpNet>,
     /// In lower case. A listed name is permitted at any address that it resolves to.
     hosts: Vec<String>,
 }
 
-/// An address and the length of its prefix.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Network(IpAddr, u8);
-
-const fn v4(a: u8, b: u8, c: u8, d: u8, bits: u8) -> Network {
-    Network(IpAddr::V4(Ipv4Addr::new(a, b, c, d)), bits)
+const fn v4(a: u8, b: u8, c: u8, d: u8, bits: u8) -> IpNet {
+    IpNet::V4(Ipv4Net::new_assert(Ipv4Addr::new(a, b, c, d), bits))
 }
 
 /// `first:second::last/bits`
-const fn v6(first: u16, second: u16, last: u16, bits: u8) -> Network {
-    Network(IpAddr::V6(Ipv6Addr::new(first, second, 0, 0, 0, 0, 0, last)), bits)
+const fn v6(first: u16, second: u16, last: u16, bits: u8) -> IpNet {
+    IpNet::V6(Ipv6Net::new_assert(Ipv6Addr::new(first, second, 0, 0, 0, 0, 0, last), bits))
 }
 
-impl Network {
-    /// Parses `10.0.0.0/8`, `fd00::/8`, or an address. An IPv6 address may be in brackets.
-    fn parse(text: &str) -> Option<Self> {
-        let (address, bits) = match text.split_once('/') {
-            Some((address, bits)) => (address, Some(bits.parse().ok()?)),
-            None => (text, None),
-        };
-        let bare = address.strip_prefix('[').and_then(|rest| rest.strip_suffix(']'));
-        let address: IpAddr = bare.unwrap_or(address).parse().ok()?;
-        let max_bits = if address.is_ipv4() { 32 } else { 128 };
-        let bits = bits.unwrap_or(max_bits);
-        (bits <= max_bits).then_some(Self(address, bits))
-    }
-
-    fn contains(self, address: IpAddr) -> bool {
-        let (ours, theirs, unused) = match (self.0, address) {
-            (IpAddr::V4(ours), IpAddr::V4(theirs)) => {
-                (u128::from(ours.to_bits()), u128::from(theirs.to_bits()), 32 - self.1)
-            }
-            (IpAddr::V6(ours), IpAddr::V6(theirs)) => {
-                (ours.to_bits(), theirs.to_bits(), 128 - self.1)
-            }
-            _ => return false,
-        };
-        (ours ^ theirs).checked_shr(u32::from(unused)).unwrap_or(0) == 0
-    }
+/// Parses `10.0.0.0/8`, `fd00::/8`, or an address. An IPv6 address may be in brackets.
+fn parse_network(text: &str) -> Option<IpNet> {
+    let unbracketed = text.strip_prefix('[').and_then(|rest| {
+        let (address, bits) = rest.split_once(']')?;
+        (bits.is_empty() || bits.starts_with('/')).then(|| format!("{address}{bits}"))
+    });
+    let text = unbracketed.as_deref().unwrap_or(text);
+    text.parse().ok().or_else(|| Some(IpNet::from(text.parse::<IpAddr>().ok()?)))
 }
 
 impl CallbackAllowlist {
@@ -95,7 +74,7 @@ impl CallbackAllowlist {
                 allow.networks.extend(ALL_ADDRESSES);
             } else if entry.eq_ignore_ascii_case("loopback") {
                 allow.networks.extend(LOOPBACK_NETWORKS);
-            } else if let Some(network) = Network::parse(entry) {
+            } else if let Some(network) = parse_network(entry) {
                 allow.networks.push(network);
             } else {
                 allow.hosts.push(host_name(entry)?);
@@ -114,7 +93,7 @@ impl CallbackAllowlist {
     }
 
     fn permits_address(&self, address: IpAddr) -> bool {
-        let contains_address = |network: &Network| network.contains(address);
+        let contains_address = |network: &IpNet| network.contains(&address);
         !DENIED_NETWORKS.iter().any(contains_address) || self.networks.iter().any(contains_address)
     }
 }
@@ -304,6 +283,9 @@ mod tests {
             "a:80",
             "*.a",
             "[::1",
+            "::1]",
+            "[::1]x",
+            "[10.0.0.1]8",
             "127.1",
         ] {
             assert_eq!(CallbackAllowlist::parse(text), None, "{text:?}");
