@@ -26,8 +26,8 @@ impl Delivery {
     /// Claims the execution of the call. Returns `false` if the call must not be executed: NATS Streaming may have
     /// stored it several times, and then only one of its messages is executed. The others are finished by this.
     ///
-    /// If the future is dropped, drop the delivery too: the claim may have been recorded, and the call is delivered
-    /// again.
+    /// If the future is dropped, the claim may be recorded or not. Drop the delivery then: the call is delivered again,
+    /// and a recorded claim does not prevent its execution.
     ///
     /// # Errors
     ///
@@ -52,9 +52,9 @@ impl Delivery {
 
     /// Settles the call. Returns when the settlement is durable.
     ///
-    /// If the future is dropped, the settlement may be stored or not. Settle again while the delivery is held: `Gone`
-    /// then means that the first one was stored, or that the lease was lost. If the delivery is dropped as well, a
-    /// call whose settlement was not stored is delivered again.
+    /// If the future is dropped, the settlement may be stored or not. Drop the delivery then, and do not settle it again:
+    /// the first settlement may still be on its way. The call is delivered again unless the settlement was stored in
+    /// time, so it may be executed twice; it is never lost.
     ///
     /// # Errors
     ///

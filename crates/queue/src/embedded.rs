@@ -225,6 +225,8 @@ impl JobQueue for Embedded {
         self.shared.ids.encode(self.shared.next_number())
     }
 
+    /// If the future is dropped, the writer still has the call. It drops calls whose client has gone when it begins a
+    /// commit; a call of a commit that has begun is enqueued. The permit is held until then.
     async fn publish(
         &self,
         call: QueuedCall,
@@ -238,6 +240,8 @@ impl JobQueue for Embedded {
         })
     }
 
+    /// If the future is dropped while it waits, nothing is lost: tokio passes a notification on that it has received.
+    /// A selected call is held by its lease from then on, whose drop requeues it.
     async fn receive(&self, concurrency: usize) -> Result<Delivery, Error> {
         loop {
             let (selected, wait) = {

@@ -177,6 +177,8 @@ impl JobQueue for Stan {
         uuid::Uuid::new_v4().to_string()
     }
 
+    /// If the future is dropped after the message was sent, the server stores it: the call is executed, although its
+    /// client does not learn that.
     async fn publish(
         &self,
         call: QueuedCall,
@@ -186,6 +188,8 @@ impl JobQueue for Stan {
         Box::pin(self.publish_call(call)).await
     }
 
+    /// If the future is dropped, nothing is lost: a call leaves the table of messages when it is returned, without an
+    /// await in between.
     async fn receive(&self, concurrency: usize) -> Result<Delivery, Error> {
         subscribe::receive(&self.shared, concurrency).await
     }

@@ -31,6 +31,10 @@ impl Settle for Lease {
         }
     }
 
+    /// If the future is dropped, the settlement is written nevertheless, unless the queue of the writer was full and it
+    /// still waited for a place there. If the lease is dropped before the write, the call is requeued; a write that
+    /// finishes it then removes it again, unless another worker has received it. After a retry or a dead letter that is
+    /// written so late, the call is executed once more.
     async fn settle(&self, call: &QueuedCall, settlement: &Settlement) -> Result<(), Error> {
         if !self.queue.shared.state().owns(self.claim) {
             return Err(Error::Gone);

@@ -168,6 +168,8 @@ impl Lease {
 
 // The futures are boxed: they are larger than those of the other backends, which are part of the future of each call.
 impl Settle for Lease {
+    /// If the future is dropped, the claim may be written to the log. It names the message and not the worker, so the
+    /// worker that receives the message next may execute it.
     async fn claim(&self) -> Result<bool, Error> {
         Box::pin(self.claim_step()).await
     }
@@ -175,6 +177,9 @@ impl Settle for Lease {
     /// Does nothing: the server limits unacknowledged messages itself.
     fn release_slot(&self) {}
 
+    /// If the future is dropped, a retry or dead letter may be stored in its channel while the message is not
+    /// acknowledged. The drop of the lease then releases the message, and the server redelivers it: the attempt is
+    /// executed again. A retry that is stored twice is executed once, because both messages claim the same step.
     async fn settle(&self, _call: &QueuedCall, settlement: &Settlement) -> Result<(), Error> {
         Box::pin(self.store_settlement(settlement)).await
     }
