@@ -23,8 +23,7 @@ use crate::config::cli::{CommandLine, Subcommand};
 use crate::config::reader::{ConfigError, SettingsReader};
 use crate::config::settings::Role;
 use crate::config::{self, LogConfig, Shutdown, typos};
-use crate::healthcheck;
-use crate::telemetry;
+use crate::{healthcheck, telemetry};
 use gateway_base::build_info::BuildInfo;
 use gateway_base::shutdown::{Event, OnHangup, ShutdownPhases, Signals, Tasks};
 

@@ -12,9 +12,8 @@ mod tests;
 mod yaml;
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fmt;
-use std::io;
 use std::path::Path;
+use std::{fmt, io};
 
 use crate::stack::fields::FieldReader;
 pub use crate::stack::shell::single_quoted;

@@ -9,15 +9,13 @@ use axum::middleware::from_fn_with_state;
 use tokio_util::sync::CancellationToken;
 
 use crate::config;
-use gateway_api::auth;
-use gateway_api::same_origin;
+use gateway_api::{auth, same_origin};
 use gateway_base::shutdown::{Event, OnHangup, ShutdownPhases, Signals, Tasks};
 use gateway_http::allowed_hosts::AllowedHosts;
 use gateway_http::credentials::Credentials;
-use gateway_http::server::Timeouts;
 use gateway_http::server::head_budget::HeadBudget;
 use gateway_http::server::listener::bind;
-use gateway_http::server::{Server, raise_file_limit};
+use gateway_http::server::{Server, Timeouts, raise_file_limit};
 use gateway_provider::process::{self, ProcessProvider};
 use gateway_proxy::service::serve_router;
 

@@ -3,10 +3,9 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use crate::stack::Source;
 use crate::stack::fields::{FieldReader, Map};
-use crate::stack::shell;
 use crate::stack::yaml::{self, Node};
+use crate::stack::{Source, shell};
 use gateway_provider::types::{FunctionDeployment, Resources};
 
 /// Known keys of a function. Those for building an image are ignored.

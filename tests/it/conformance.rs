@@ -6,8 +6,7 @@ use std::sync::{Mutex, PoisonError};
 
 use crate::support::fake_stan::CLUSTER;
 use crate::support::nats::free_port;
-use crate::support::nats_streaming;
-use crate::support::report;
+use crate::support::{nats_streaming, report};
 
 /// Suites whose every case passes. The last one leaves a list of functions behind in the scripted provider.
 const SUITES: [&str; 7] = ["proxy", "system", "auth", "scale", "metrics", "hardening", "async"];

@@ -13,15 +13,9 @@ use futures_util::future::BoxFuture;
 use http::{Method, Request, StatusCode};
 use tower::ServiceExt;
 
-use crate::alerts;
-use crate::async_api;
 use crate::async_api::{admin, unsupported_method};
-use crate::auth;
-use crate::health;
-use crate::logs;
-use crate::same_origin;
 use crate::system::{self, ApiState};
-use crate::ui;
+use crate::{alerts, async_api, auth, health, logs, same_origin, ui};
 use gateway_http::allowed_hosts::InternalHosts;
 use gateway_http::server::client_connection::ClientConnection;
 use gateway_proxy::error::Error;

@@ -206,8 +206,7 @@ impl Activator {
     /// Creates an activator whose provider is unreachable and whose queue holds `limit` requests.
     fn with_unreachable_provider(limit: usize) -> Arc<Self> {
         use gateway_base::base_url::BaseUrl;
-        use gateway_http::client::PoolLimits;
-        use gateway_http::client::{Client, Origin, Tls};
+        use gateway_http::client::{Client, Origin, PoolLimits, Tls};
 
         let provider = Provider {
             client: Client::new(PoolLimits { total: 0, per_host: 0 }, Tls::default()),

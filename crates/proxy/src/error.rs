@@ -7,12 +7,11 @@ use http::{HeaderMap, HeaderValue, Response, StatusCode};
 
 use gateway_base::error_chain::ErrorChain;
 use gateway_base::function::Function;
-use gateway_http::callback_chain;
-use gateway_http::client;
 use gateway_http::client::body::RequestBodyError;
 use gateway_http::client::codings::CodingError;
 use gateway_http::client::upstream_body::ResponseBodyError;
 use gateway_http::names::X_GATEWAY_REASON;
+use gateway_http::{callback_chain, client};
 use gateway_provider as provider;
 use gateway_provider::signals::DOES_NOT_START;
 use gateway_provider::types::StartFailure;

@@ -33,7 +33,6 @@ use tokio::sync::Notify;
 pub(super) use self::lease::Lease;
 
 use crate::call::QueuedCall;
-use crate::jetstream;
 use crate::stan::channels::{CHANNEL_COUNT, Channel};
 use crate::stan::client::Client;
 use crate::stan::dedup::Deduplicator;
@@ -42,7 +41,7 @@ use crate::stan::message::Progress;
 use crate::stan::nats::{NatsConnection, NatsError};
 use crate::stan::subscribe::{MAX_DELAYED, ReceivedCall};
 use crate::tasks::Tasks;
-use crate::{Delivery, Error, JobQueue, JobStore, MemoryPermit, Published, now};
+use crate::{Delivery, Error, JobQueue, JobStore, MemoryPermit, Published, jetstream, now};
 use gateway_base::function::Function;
 use gateway_base::sync::lock_unpoisoned;
 

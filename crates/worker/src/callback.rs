@@ -29,11 +29,10 @@ use crate::retry;
 use gateway_base::backoff::Backoff;
 use gateway_base::error_chain::ErrorChain;
 use gateway_http::callback_chain;
-use gateway_http::client::PoolLimits;
 use gateway_http::client::body::RequestBody;
 use gateway_http::client::egress_filter::{AddressDenied, EgressFilter};
 use gateway_http::client::upstream_body::UpstreamBody;
-use gateway_http::client::{self, Client, Tls};
+use gateway_http::client::{self, Client, PoolLimits, Tls};
 use gateway_http::deadlines::ExchangeDeadlines;
 use gateway_queue::now;
 

@@ -1,8 +1,7 @@
 //! Raw HTTP/1.1: one end of a connection, for tests that depend on framing and on the time at which bytes arrive.
 
-use std::fmt;
-use std::io;
 use std::net::SocketAddr;
+use std::{fmt, io};
 
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;

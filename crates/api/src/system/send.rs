@@ -13,10 +13,9 @@ use http::{HeaderMap, Response};
 use http_body::Body as _;
 
 use crate::system::{ApiState, MAX_BODY, read_body};
-use gateway_http::client::Origin;
 use gateway_http::client::body::RequestBody;
 use gateway_http::client::upstream_body::UpstreamBody;
-use gateway_http::client::{RequestContext, forward};
+use gateway_http::client::{Origin, RequestContext, forward};
 use gateway_http::credentials::attempts::CredentialAttempts;
 use gateway_http::server::client_connection::ClientConnection;
 use gateway_proxy::error::Error;

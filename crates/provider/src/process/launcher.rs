@@ -20,8 +20,7 @@ use crate::process::spec::FunctionSpec;
 use crate::process::workload::Workload;
 use gateway_base::shutdown::Tasks;
 use gateway_base::sync::lock_unpoisoned;
-use gateway_http::client::Client;
-use gateway_http::client::PoolLimits;
+use gateway_http::client::{Client, PoolLimits};
 
 /// Time between SIGTERM and SIGKILL.
 pub(super) const TERMINATION_GRACE: Duration = Duration::from_secs(10);

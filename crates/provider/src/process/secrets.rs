@@ -1,8 +1,7 @@
 //! Stores secrets as files that only this user may read, with a directory of copies for each function.
 
-use std::fs;
-use std::io;
 use std::path::{Path, PathBuf};
+use std::{fs, io};
 
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;

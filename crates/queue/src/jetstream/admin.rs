@@ -9,19 +9,17 @@ use futures_util::{StreamExt, TryStreamExt, stream};
 
 use async_nats::jetstream::message::StreamMessage;
 
-use crate::jetstream::Shared;
 use crate::jetstream::batch::BatchRecord;
 use crate::jetstream::batch_state::DecodedBatch;
 use crate::jetstream::error::NatsError;
 use crate::jetstream::ids::BatchKey;
 use crate::jetstream::lookup::{CallLocation, DeadLetter, Finished, Pending};
-use crate::jetstream::message;
 use crate::jetstream::subject::{
     self, CALLS, DEAD_LETTERS, FINAL_RECORDS, function_of_consumer, parse,
 };
-use crate::now;
+use crate::jetstream::{Shared, message};
 use crate::status::CallRecord;
-use crate::{CallPage, ChangeOutcome, Filter, Order, QueueDepth};
+use crate::{CallPage, ChangeOutcome, Filter, Order, QueueDepth, now};
 use gateway_base::function::Function;
 use gateway_base::sync::lock_unpoisoned;
 

@@ -8,15 +8,14 @@ use std::time::Instant;
 use async_nats::HeaderMap;
 use bytes::Bytes;
 
-use crate::ChangeOutcome;
 use crate::jetstream::Shared;
 use crate::jetstream::claims::CANCEL_MARKER_TTL;
 use crate::jetstream::error::NatsError;
 use crate::jetstream::lookup::{CallLocation, Finished, Pending};
 use crate::jetstream::message::Message;
 use crate::jetstream::subject::{CALLS, CallSubject};
-use crate::now;
 use crate::status::{CallRecord, CallState};
+use crate::{ChangeOutcome, now};
 
 /// Maximum number of lookups while the call moves between streams.
 const MAX_LOOKUPS: usize = 3;

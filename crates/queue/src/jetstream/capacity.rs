@@ -9,10 +9,9 @@ use std::time::{Duration, Instant};
 use tokio::sync::Semaphore;
 
 use crate::Error;
-use crate::jetstream::Shared;
 use crate::jetstream::error::NatsError;
-use crate::jetstream::ids;
 use crate::jetstream::subject::{self, BATCHES, CALLS};
+use crate::jetstream::{Shared, ids};
 use gateway_base::sync::lock_unpoisoned;
 
 /// After a full count, the next one waits for this multiple of its duration.

@@ -13,12 +13,11 @@ use futures_util::{StreamExt, TryStreamExt, stream};
 use tokio::sync::oneshot;
 
 use crate::call::UnixMillis;
-use crate::jetstream::Shared;
 use crate::jetstream::batch::CallRef;
 use crate::jetstream::consumer::Received;
 use crate::jetstream::error::NatsError;
 use crate::jetstream::message::{RunningList, json};
-use crate::jetstream::prefetch;
+use crate::jetstream::{Shared, prefetch};
 use crate::now;
 use gateway_base::sync::lock_unpoisoned;
 

@@ -20,9 +20,8 @@ use crate::jetstream::subject::{
     CALLS, CallSubject, DEAD_LETTERS, FINAL_RECORDS, RESPONSES, encode_token,
 };
 use crate::jetstream::{Shared, chunked_body};
-use crate::now;
 use crate::status::{CallRecord, Settlement, StoredResponse};
-use crate::{Delivery, Error, PANIC_BACKOFF, Settle};
+use crate::{Delivery, Error, PANIC_BACKOFF, Settle, now};
 
 /// Redelivery delay of a call that is being cancelled: by then the cancellation has ended, or its process has died.
 const CANCEL_RECHECK_DELAY: Duration = Duration::from_secs(1);

@@ -17,10 +17,9 @@ use tokio_util::io::poll_read_buf;
 use crate::client::body::RequestBodyError;
 use crate::client::buffer_pool;
 use crate::client::http1::request_writer::{self, RequestWriter};
-use crate::client::http1::wire::ParseError;
 use crate::client::http1::wire::body_decoder::BodyDecoder;
-use crate::client::http1::wire::interim;
 use crate::client::http1::wire::response::{MAX_HEAD_BYTES, ResponseHead, parse_head};
+use crate::client::http1::wire::{ParseError, interim};
 use crate::client::io::MaybeTlsStream;
 use crate::deadlines::ExchangeDeadlines;
 
