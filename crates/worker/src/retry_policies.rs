@@ -98,7 +98,7 @@ impl RetryPolicies {
             }
             let error = match Box::pin(self.fetch(function)).await {
                 Ok(policy) => {
-                    lock_unpoisoned(&self.queries).remove(function);
+                    self.forget_query(function);
                     return policy.retry.clone();
                 }
                 Err(error) => error,
@@ -125,8 +125,11 @@ impl RetryPolicies {
         let query = self.query_of(function);
         // The task that holds the lock is querying the policy.
         let Ok(_state) = query.try_lock() else { return };
-        if let Err(error) = Box::pin(self.fetch(function)).await {
-            tracing::debug!(%function, %error, "The retry policy of a function cannot be fetched");
+        match Box::pin(self.fetch(function)).await {
+            Ok(_) => self.forget_query(function),
+            Err(error) => {
+                tracing::debug!(%function, %error, "The retry policy of a function cannot be fetched");
+            }
         }
     }
 
@@ -135,6 +138,11 @@ impl RetryPolicies {
         let status = response.unwrap_or(Err(Error::Response("no response in time".to_owned())))?;
         tracing::debug!(%function, "The retry policy of a function was fetched");
         Ok(self.registry.record_status(function, &status))
+    }
+
+    /// Removes the state of the queries of a function whose policy is in the registry now.
+    fn forget_query(&self, function: &Function) {
+        lock_unpoisoned(&self.queries).remove(function);
     }
 
     fn query_of(&self, function: &Function) -> Arc<Query> {

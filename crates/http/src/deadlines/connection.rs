@@ -7,7 +7,6 @@ use std::time::{Duration, Instant};
 use crate::deadlines::exchange::{ExchangeDeadlines, ExpiredExchange};
 use crate::deadlines::signals::{Signal, SignalSet};
 use crate::deadlines::{NEVER, nanos};
-use crate::interim::InterimQueue;
 
 /// Idle time after which a connection hibernates. Busy connections never reach it; idle ones do not keep buffers for
 /// long.
@@ -82,16 +81,11 @@ impl ConnectionDeadlines {
             head_started_at: AtomicU64::new(0),
             response_unflushed: AtomicBool::new(false),
             signals: SignalSet::default(),
-            exchange: Arc::new(ExchangeDeadlines::with_base(base)),
+            // The client may get interim responses.
+            exchange: Arc::new(
+                ExchangeDeadlines::with_base(base).with_interim(Some(Arc::default())),
+            ),
         }
-    }
-
-    /// Sets the queue of interim responses for the client.
-    #[must_use]
-    pub fn with_interim(mut self, interim: Arc<InterimQueue>) -> Self {
-        let exchange = ExchangeDeadlines::with_base(self.base).with_interim(Some(interim));
-        self.exchange = Arc::new(exchange);
-        self
     }
 
     /// Returns the deadlines of the current exchange, or of the last one.

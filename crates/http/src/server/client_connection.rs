@@ -55,7 +55,7 @@ impl ClientConnection {
         let ip = address.ip().to_canonical();
         let forwarded_for = HeaderValue::from_str(&ip.to_string())
             .unwrap_or_else(|_| HeaderValue::from_static("unknown"));
-        let deadlines = Arc::new(ConnectionDeadlines::new().with_interim(Arc::default()));
+        let deadlines = Arc::new(ConnectionDeadlines::new());
         let permit = Arc::new(permit);
         Self {
             address,
