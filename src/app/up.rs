@@ -17,10 +17,7 @@ use crate::config::Up;
 use gateway_base::base_url::BaseUrl;
 use gateway_base::shutdown::{Event, OnHangup, ShutdownPhases, Signals, Tasks};
 use gateway_http::credentials::Credentials;
-use gateway_provider::process::{ProcessProvider, SecretsSnapshot};
-
-/// Default namespace of functions.
-const DEFAULT_NAMESPACE: &str = "openfaas-fn";
+use gateway_provider::process::{DEFAULT_NAMESPACE, ProcessProvider, SecretsSnapshot};
 
 /// Interval of checks for changes of the stack file and secrets.
 const POLL_INTERVAL: Duration = Duration::from_secs(1);

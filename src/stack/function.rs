@@ -6,6 +6,7 @@ use std::path::Path;
 use crate::stack::fields::{FieldReader, Map};
 use crate::stack::yaml::{self, Node};
 use crate::stack::{Source, shell};
+use gateway_base::function::{DNS_LABEL_RULE, is_dns_label};
 use gateway_provider::types::{FunctionDeployment, Resources};
 
 /// Known keys of a function. Those for building an image are ignored.
@@ -74,12 +75,8 @@ fn text(reader: &mut FieldReader<'_>, map: &Map<'_>, name: &str) -> String {
 }
 
 fn check_name(reader: &mut FieldReader<'_>, map: &Map<'_>, name: &str, line: usize) {
-    let plain = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-';
-    let is_valid = (1..=63).contains(&name.len()) && name.bytes().all(plain);
-    if !is_valid || name.starts_with('-') || name.ends_with('-') {
-        let text =
-            "not a function's name: use at most 63 of a-z, 0-9 and -, none of them - at either end";
-        reader.error(line, &map.path, text);
+    if !is_dns_label(name) {
+        reader.error(line, &map.path, format!("not a function's name: use {DNS_LABEL_RULE}"));
     }
 }
 

@@ -44,6 +44,18 @@ pub fn is_name_byte(byte: u8) -> bool {
     byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_' | b'.')
 }
 
+/// Description of a DNS label, for errors.
+pub const DNS_LABEL_RULE: &str = "at most 63 of a-z, 0-9 and -, none of them - at either end";
+
+/// Returns whether `name` is valid for a function or namespace: a DNS label, as in Kubernetes.
+pub fn is_dns_label(name: &str) -> bool {
+    let inner = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-';
+    (1..=63).contains(&name.len())
+        && name.bytes().all(inner)
+        && !name.starts_with('-')
+        && !name.ends_with('-')
+}
+
 impl fmt::Display for Function {
     /// `name.namespace`, or the name alone if there is no namespace: the form used in paths and metrics.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -96,5 +108,15 @@ mod tests {
         let label = |name: &str, ns: &str| Function::parse(name, ns).unwrap().to_string();
         assert_eq!(label("figlet", "dev"), "figlet.dev");
         assert_eq!(label("figlet", ""), "figlet");
+    }
+
+    #[test]
+    fn names_are_dns_labels() {
+        for name in ["a", "figlet", "a-1", "0", &"x".repeat(63)] {
+            assert!(is_dns_label(name), "{name}");
+        }
+        for name in ["", "-a", "a-", "A", "a_b", "a.b", "..", "a/b", "ä", &"x".repeat(64)] {
+            assert!(!is_dns_label(name), "{name}");
+        }
     }
 }

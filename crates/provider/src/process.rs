@@ -1,11 +1,10 @@
 //! The process provider: runs functions as processes of this machine.
 //!
-//! It implements the REST API of providers. It does not include authentication, a listener, or isolation: functions run
-//! as the user of the provider. Only functions with secrets are separated from the secrets of others.
+//! It is a backend of the provider's REST server. It does not isolate functions: they run as the user of the provider.
+//! Only functions with secrets are separated from the secrets of others.
 
 mod activity;
-mod api;
-mod api_error;
+mod backend;
 mod cgi;
 mod cgroup;
 mod channel_body;
@@ -23,19 +22,18 @@ mod input;
 mod invocation;
 mod launcher;
 mod line_splitter;
-mod log_api;
-mod log_query;
+mod log_filter;
+mod log_stream;
 mod logs;
 mod mounts;
-mod namespaces;
+mod namespace_changes;
 mod orphans;
 mod pool;
 mod process_group;
 mod procfs;
 mod replica;
 mod replica_client;
-mod requests;
-mod secret_api;
+mod secret_changes;
 mod secret_files;
 mod secrets;
 mod shell_words;
@@ -51,9 +49,8 @@ use std::time::Duration;
 
 use anyhow::Context;
 
-pub use self::api::router;
-pub use self::api_error::ApiError;
 pub use self::secret_files::{SecretsSnapshot, set_secret};
+use crate::error::ApiError;
 use crate::process::cgroup::Cgroups;
 use crate::process::command::{DEFAULT_PATH, find_program};
 use crate::process::containment::Containment;
@@ -65,11 +62,12 @@ use crate::process::logs::Logs;
 use crate::process::mounts::{Mounts, SECRETS_DIRECTORY};
 use crate::process::orphans::Orphans;
 use crate::process::secrets::Secrets;
-use crate::process::spec::{FunctionSpec, Mode, initial_replicas, is_dns_label};
+use crate::process::spec::{FunctionSpec, Mode, initial_replicas};
 use crate::process::store::{SavedFunction, Store};
 use crate::process::workload::Workload;
 use crate::types::{FunctionDeployment, FunctionStatus};
-use gateway_base::function::Function;
+use gateway_base::build_info::BuildInfo;
+use gateway_base::function::{DNS_LABEL_RULE, Function, is_dns_label};
 use gateway_base::shutdown::Tasks;
 use gateway_base::sync::lock_unpoisoned;
 
@@ -96,6 +94,13 @@ pub struct Config {
     pub state_dir: PathBuf,
     /// Environment variables that functions inherit. All others may be secrets and are not inherited.
     pub environment: Vec<(String, String)>,
+}
+
+/// Returns the REST API of `provider`. The caller adds authentication.
+///
+/// Compiles the server for this backend here, so that the program's own crate need not.
+pub fn router(provider: Arc<ProcessProvider>, build: BuildInfo) -> axum::Router {
+    crate::server::router(provider, build)
 }
 
 impl ProcessProvider {
@@ -296,7 +301,7 @@ impl ProcessProvider {
         let function = function_of(deployment);
         if !is_dns_label(&function.name) {
             return Err(ApiError::Invalid(format!(
-                "service: {:?} is not a name of at most 63 of a-z, 0-9 and -",
+                "service: {:?} is not a name of {DNS_LABEL_RULE}",
                 function.name
             )));
         }

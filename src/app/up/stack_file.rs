@@ -13,7 +13,8 @@ use anyhow::{Context, bail};
 use crate::app::up::record::StackRecord;
 use crate::stack::{self, Source, Stack};
 use gateway_base::function::Function;
-use gateway_provider::process::{ApiError, ProcessProvider};
+use gateway_provider::error::ApiError;
+use gateway_provider::process::{DEFAULT_NAMESPACE, ProcessProvider};
 use gateway_provider::types::FunctionDeployment;
 
 /// Identifies a file's content: inode, length, modification time. `None`: there is no regular file.
@@ -226,7 +227,7 @@ impl<'a> StackFile<'a> {
         let mut text = format!("{function} starts when its secrets exist. Create them:\n");
         for secret in missing {
             let namespace = match function.namespace.as_str() {
-                super::DEFAULT_NAMESPACE => String::new(),
+                DEFAULT_NAMESPACE => String::new(),
                 namespace => format!(" --namespace {namespace}"),
             };
             text.push_str(&format!(
@@ -285,7 +286,7 @@ fn read_bounded(path: &Path) -> io::Result<String> {
 
 fn function_of(deployment: &FunctionDeployment) -> Function {
     let namespace = match deployment.namespace.as_str() {
-        "" => super::DEFAULT_NAMESPACE,
+        "" => DEFAULT_NAMESPACE,
         namespace => namespace,
     };
     Function { name: deployment.service.clone(), namespace: namespace.to_owned() }

@@ -9,7 +9,8 @@ use axum::response::Response;
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
-use crate::process::invocation::{Invocation, InvocationError};
+use crate::backend::Invocation;
+use crate::process::invocation::InvocationError;
 use crate::process::launcher::ProcessLauncher;
 use crate::process::pool::{AcquireError, Pool};
 use crate::process::replica::ReplicaPermit;

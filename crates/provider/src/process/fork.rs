@@ -18,11 +18,12 @@ use tokio::process::ChildStderr;
 use tokio::sync::oneshot;
 use tokio_util::sync::CancellationToken;
 
+use crate::backend::Invocation;
 use crate::process::cgi;
 use crate::process::channel_body::{self, BodyEvent, ChannelBody};
 use crate::process::fork_session::{ForkSession, Outcome};
 use crate::process::input::StdinForwarder;
-use crate::process::invocation::{Invocation, InvocationError, set_duration_header};
+use crate::process::invocation::{InvocationError, set_duration_header};
 use crate::process::launcher::ProcessLauncher;
 use crate::process::process_group::ProcessGroup;
 use crate::process::spec::ForkOptions;

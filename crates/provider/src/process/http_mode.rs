@@ -12,7 +12,8 @@ use bytes::Bytes;
 use http_body::{Frame, SizeHint};
 use tokio::time::{Instant, Sleep, timeout};
 
-use crate::process::invocation::{Invocation, InvocationError, set_duration_header};
+use crate::backend::Invocation;
+use crate::process::invocation::{InvocationError, set_duration_header};
 use crate::process::launcher::ProcessTasks;
 use crate::process::replica::ReplicaPermit;
 use crate::process::replica_client::{ReplicaRequest, SendError};

@@ -1,26 +1,15 @@
-//! An invocation of a function, and its errors.
+//! Errors of invocations.
 
 use std::io;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use axum::body::Body;
 use axum::http::header::RETRY_AFTER;
-use axum::http::request::Parts;
 use axum::http::{HeaderValue, StatusCode};
 use axum::response::{IntoResponse, Response};
 
 use crate::signals::{DOES_NOT_START, INTERNAL, NO_SUCH_FUNCTION};
 use gateway_base::function::Function;
 use gateway_http::names::{X_DURATION_SECONDS, X_GATEWAY_REASON, X_OPENFAAS_INTERNAL};
-
-/// A request for a function.
-pub(super) struct Invocation {
-    pub(super) head: Parts,
-    pub(super) body: Body,
-    /// The path after the function's name; at least `/`.
-    pub(super) path: String,
-    pub(super) started: Instant,
-}
 
 /// An invocation that has no response of its function.
 #[derive(Debug, thiserror::Error)]

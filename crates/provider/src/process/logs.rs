@@ -7,8 +7,9 @@ use jiff::Timestamp;
 use tokio::io::{AsyncRead, AsyncReadExt};
 use tokio::sync::broadcast;
 
+use crate::backend::LogQuery;
 use crate::process::line_splitter::LineSplitter;
-use crate::process::log_query::LogQuery;
+use crate::process::log_filter;
 use crate::types::LogLine;
 use gateway_base::function::Function;
 use gateway_base::sync::lock_unpoisoned;
@@ -82,7 +83,7 @@ impl Logs {
         query: &LogQuery,
     ) -> (Vec<Arc<LogEntry>>, broadcast::Receiver<Arc<LogEntry>>) {
         let buffer = lock_unpoisoned(&self.buffer);
-        (query.select(&buffer.entries), self.live.subscribe())
+        (log_filter::select(query, &buffer.entries), self.live.subscribe())
     }
 }
 

@@ -6,9 +6,9 @@ use std::time::SystemTime;
 use anyhow::{Context, bail};
 
 use crate::process::secrets::{Secrets, is_secret_name};
-use crate::process::spec::is_dns_label;
 use crate::process::{DEFAULT_NAMESPACE, ProcessProvider, function_of};
 use crate::types::FunctionDeployment;
+use gateway_base::function::{DNS_LABEL_RULE, is_dns_label};
 use gateway_base::sync::lock_unpoisoned;
 
 /// State of the stored secrets: namespace, name, size and modification time of each.
@@ -30,7 +30,7 @@ pub fn set_secret(
     }
     let namespace = if namespace.is_empty() { DEFAULT_NAMESPACE } else { namespace };
     if !is_dns_label(namespace) {
-        bail!("{namespace:?} is not a namespace: use at most 63 of a-z, 0-9 and -");
+        bail!("{namespace:?} is not a namespace: use {DNS_LABEL_RULE}");
     }
     let path = state_dir.display();
     let secrets = std::path::absolute(state_dir)

@@ -3,12 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::{fs, io};
 
-use base64::Engine;
-use base64::engine::general_purpose::STANDARD;
-
-use crate::process::api_error::ApiError;
 use crate::process::files;
-use crate::types::Secret;
 use gateway_base::function::Function;
 
 /// All secrets below one directory: originals in `store/NAMESPACE/SECRET`, copies in `views/NAMESPACE/FUNCTION/SECRET`.
@@ -95,17 +90,6 @@ pub(super) fn is_secret_name(name: &str) -> bool {
     (1..=200).contains(&name.len()) && name.bytes().all(plain) && !name.starts_with('.')
 }
 
-/// Returns the bytes of a secret. Some clients send a file as text and as Base64; Base64 takes precedence, since it can
-/// represent any bytes.
-pub(super) fn decode_value(secret: &Secret) -> Result<Vec<u8>, ApiError> {
-    if secret.raw_value.is_empty() {
-        return Ok(secret.value.as_bytes().to_vec());
-    }
-    STANDARD
-        .decode(&secret.raw_value)
-        .map_err(|error| ApiError::Invalid(format!("rawValue is not base64: {error}")))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -131,20 +115,6 @@ mod tests {
         secrets.remove_view(&function).unwrap();
         secrets.remove_view(&function).unwrap();
         assert!(!view.exists());
-    }
-
-    #[test]
-    fn a_value_is_text_or_base64() {
-        let secret = |value: &str, raw_value: &str| Secret {
-            value: value.to_owned(),
-            raw_value: raw_value.to_owned(),
-            ..Secret::default()
-        };
-        assert_eq!(decode_value(&secret("text", "")).unwrap(), b"text");
-        assert_eq!(decode_value(&secret("", "AP8=")).unwrap(), b"\x00\xff");
-        assert!(decode_value(&secret("", "%")).unwrap_err().to_string().contains("base64"));
-        // Base64 takes precedence.
-        assert_eq!(decode_value(&secret("a", "AP8=")).unwrap(), b"\x00\xff");
     }
 
     #[test]

@@ -118,15 +118,6 @@ pub(super) fn initial_replicas(deployment: &FunctionDeployment) -> Result<u64, S
     }
 }
 
-/// Returns whether `name` is valid for a function or namespace: a DNS label, as in Kubernetes.
-pub(super) fn is_dns_label(name: &str) -> bool {
-    let inner = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-';
-    (1..=63).contains(&name.len())
-        && name.bytes().all(inner)
-        && !name.starts_with('-')
-        && !name.ends_with('-')
-}
-
 fn parse_command(env_process: &str, env: &BTreeMap<String, String>) -> Result<Vec<String>, String> {
     let line = match env_process.trim() {
         "" => env.get("fprocess").map_or("", |line| line.trim()),
@@ -288,15 +279,5 @@ mod tests {
         assert_eq!(initial_replicas(&deployment), Ok(3));
         deployment.labels = label("many");
         assert!(initial_replicas(&deployment).unwrap_err().contains("com.openfaas.scale.min"));
-    }
-
-    #[test]
-    fn names_are_dns_labels() {
-        for name in ["a", "figlet", "a-1", "0", &"x".repeat(63)] {
-            assert!(is_dns_label(name), "{name}");
-        }
-        for name in ["", "-a", "a-", "A", "a_b", "a.b", "..", "a/b", "ä", &"x".repeat(64)] {
-            assert!(!is_dns_label(name), "{name}");
-        }
     }
 }

@@ -11,7 +11,8 @@ use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use tokio::time::timeout;
 
-use crate::process::{ApiError, DEFAULT_NAMESPACE};
+use crate::backend::Backend;
+use crate::error::ApiError;
 use gateway_base::function::Function;
 
 /// Maximum size of a request body, and limit for reading it.
@@ -25,33 +26,18 @@ pub(super) struct Query<T>(pub(super) T);
 #[derive(Debug, Default, Deserialize)]
 #[serde(default)]
 pub(super) struct NamespaceQuery {
-    namespace: String,
+    pub(super) namespace: String,
 }
 
 /// The query of `GET /system/function/NAME`.
 #[derive(Debug, Default, Deserialize)]
 #[serde(default)]
 pub(super) struct StatusQuery {
-    namespace: String,
+    pub(super) namespace: String,
     usage: String,
 }
 
-impl NamespaceQuery {
-    pub(super) fn namespace_or_default(&self) -> String {
-        namespace_or_default(&self.namespace)
-    }
-
-    /// Returns the function in a path. A namespace in the query overrides one after a dot in the name.
-    pub(super) fn parse_function(&self, name: &str) -> Result<Function, ApiError> {
-        parse_function(name, &self.namespace)
-    }
-}
-
 impl StatusQuery {
-    pub(super) fn parse_function(&self, name: &str) -> Result<Function, ApiError> {
-        parse_function(name, &self.namespace)
-    }
-
     pub(super) fn wants_usage(&self) -> bool {
         matches!(self.usage.to_ascii_lowercase().as_str(), "1" | "t" | "true")
     }
@@ -67,14 +53,18 @@ impl<S: Sync, T: DeserializeOwned> FromRequestParts<S> for Query<T> {
 }
 
 /// Returns `namespace`, or the default namespace if it is empty.
-pub(super) fn namespace_or_default(namespace: &str) -> String {
-    if namespace.is_empty() { DEFAULT_NAMESPACE.to_owned() } else { namespace.to_owned() }
+pub(super) fn namespace_or_default<B: Backend>(namespace: String, backend: &B) -> String {
+    if namespace.is_empty() { backend.default_namespace().to_owned() } else { namespace }
 }
 
 /// Parses `NAME` or `NAME.NAMESPACE`. A non-empty `namespace` overrides the one in `name`.
-pub(super) fn parse_function(name: &str, namespace: &str) -> Result<Function, ApiError> {
+pub(super) fn parse_function(
+    name: &str,
+    namespace: &str,
+    default_namespace: &str,
+) -> Result<Function, ApiError> {
     let missing = || ApiError::NoSuchFunction(name.to_owned());
-    let function = Function::parse(name, DEFAULT_NAMESPACE).ok_or_else(missing)?;
+    let function = Function::parse(name, default_namespace).ok_or_else(missing)?;
     match namespace {
         "" => Ok(function),
         namespace => Ok(Function { namespace: namespace.to_owned(), ..function }),
@@ -115,7 +105,8 @@ mod tests {
 
     #[track_caller]
     fn check(name: &str, namespace: &str, expect: Option<&str>) {
-        let function = parse_function(name, namespace).ok().map(|function| function.to_string());
+        let function = parse_function(name, namespace, "openfaas-fn");
+        let function = function.ok().map(|function| function.to_string());
         assert_eq!(function.as_deref(), expect);
     }
 

@@ -1,35 +1,54 @@
-//! Parses and applies the query of `GET /system/logs`. No I/O.
+//! `/system/logs`: streams log lines as NDJSON.
 
-use std::collections::VecDeque;
-use std::sync::Arc;
-
+use axum::body::Body;
+use axum::extract::State;
+use axum::http::header::CONTENT_TYPE;
+use axum::response::{IntoResponse, Response};
+use bytes::{BufMut, Bytes, BytesMut};
+use futures_util::StreamExt;
 use jiff::Timestamp;
 use serde::Deserialize;
 
-use crate::process::logs::LogEntry;
+use crate::backend::{Backend, LogQuery};
+use crate::error::ApiError;
+use crate::server::requests::{Query, parse_function};
+use crate::types::LogLine;
 use gateway_base::duration;
 
 /// The unparsed query parameters.
 #[derive(Debug, Default, Deserialize)]
 #[serde(default)]
 pub(super) struct RawLogQuery {
-    pub(super) name: String,
-    pub(super) namespace: String,
+    name: String,
+    namespace: String,
     tail: String,
     since: String,
     follow: String,
     instance: String,
 }
 
-/// Selects log lines.
-#[derive(Debug, Default, PartialEq)]
-pub(super) struct LogQuery {
-    /// Maximum number of lines, counted from the end.
-    tail: Option<usize>,
-    since: Option<Timestamp>,
-    instance: Option<String>,
-    /// Includes future lines.
-    pub(super) follow: bool,
+pub(super) async fn read<B: Backend>(
+    State(backend): State<B>,
+    Query(query): Query<RawLogQuery>,
+) -> Result<Response, ApiError> {
+    if query.name.is_empty() {
+        return Err(ApiError::Invalid("name is missing".to_owned()));
+    }
+    let function = parse_function(&query.name, &query.namespace, backend.default_namespace())?;
+    let query = query.parse(Timestamp::now()).map_err(ApiError::Invalid)?;
+    let lines = backend.logs(&function, query).await?;
+    let body =
+        Body::from_stream(lines.map(|line| Ok::<_, std::convert::Infallible>(ndjson(&line))));
+    Ok(([(CONTENT_TYPE, "application/x-ndjson")], body).into_response())
+}
+
+fn ndjson(line: &LogLine) -> Bytes {
+    let mut bytes = BytesMut::new().writer();
+    // Cannot fail: all fields are strings.
+    let _ = serde_json::to_writer(&mut bytes, line);
+    let mut bytes = bytes.into_inner();
+    bytes.put_u8(b'\n');
+    bytes.freeze()
 }
 
 impl RawLogQuery {
@@ -37,7 +56,7 @@ impl RawLogQuery {
     ///
     /// # Errors
     /// Description of the first invalid parameter.
-    pub(super) fn parse(self, now: Timestamp) -> Result<LogQuery, String> {
+    fn parse(self, now: Timestamp) -> Result<LogQuery, String> {
         let wrong = |name: &str, value: &str, expected: &str| {
             format!("{name}: {value:?} is not {expected}")
         };
@@ -63,22 +82,6 @@ impl RawLogQuery {
         };
         let instance = Some(self.instance).filter(|instance| !instance.is_empty());
         Ok(LogQuery { tail, since, instance, follow })
-    }
-}
-
-impl LogQuery {
-    /// Returns whether `line` matches, without regard to `tail`.
-    pub(super) fn matches(&self, line: &LogEntry) -> bool {
-        self.since.is_none_or(|since| line.at >= since)
-            && self.instance.as_deref().is_none_or(|instance| instance == &*line.instance)
-    }
-
-    /// Returns the selected lines, oldest first.
-    pub(super) fn select(&self, lines: &VecDeque<Arc<LogEntry>>) -> Vec<Arc<LogEntry>> {
-        let wanted = lines.iter().rev().filter(|line| self.matches(line));
-        let mut selected: Vec<_> = wanted.take(self.tail.unwrap_or(usize::MAX)).cloned().collect();
-        selected.reverse();
-        selected
     }
 }
 
@@ -123,32 +126,5 @@ mod tests {
         for (since, tail, follow) in [("noon", "", ""), ("", "many", ""), ("", "", "maybe")] {
             assert!(parse(since, tail, follow).unwrap_err().contains("is not"));
         }
-    }
-
-    #[track_caller]
-    fn check(tail: Option<usize>, since: Option<i64>, instance: Option<&str>, expect: &[&str]) {
-        let line = |at: Timestamp, instance: &str, text: &str| {
-            Arc::new(LogEntry { at, instance: instance.into(), text: text.to_owned() })
-        };
-        let lines = VecDeque::from([
-            line(at(1), "a", "one"),
-            line(at(2), "b", "two"),
-            line(at(3), "a", "three"),
-        ]);
-        let instance = instance.map(str::to_owned);
-        let query = LogQuery { tail, since: since.map(at), instance, follow: false };
-        let selected = query.select(&lines);
-        assert_eq!(selected.iter().map(|line| line.text.as_str()).collect::<Vec<_>>(), expect);
-    }
-
-    #[test]
-    fn lines_are_selected_by_count_time_and_instance() {
-        check(None, None, None, &["one", "two", "three"]);
-        check(Some(2), None, None, &["two", "three"]);
-        check(Some(0), None, None, &[]);
-        check(Some(9), Some(2), None, &["two", "three"]);
-        check(None, Some(4), None, &[]);
-        check(Some(1), None, Some("b"), &["two"]);
-        check(Some(1), Some(1), Some("a"), &["three"]);
     }
 }

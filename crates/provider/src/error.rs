@@ -1,4 +1,4 @@
-//! Errors of the provider's API.
+//! Errors of backends, and their responses.
 
 use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
@@ -6,7 +6,7 @@ use axum::response::{IntoResponse, Response};
 use crate::signals::NO_SUCH_FUNCTION;
 use gateway_http::names::X_GATEWAY_REASON;
 
-/// An error response of the API. Its text is the response body.
+/// Why a request to a provider failed. The text is the response body.
 #[derive(Debug, thiserror::Error)]
 pub enum ApiError {
     #[error("{0}")]
@@ -27,7 +27,7 @@ pub enum ApiError {
 
 impl ApiError {
     /// The namespace does not exist.
-    pub(super) fn no_such_namespace(namespace: &str) -> Self {
+    pub(crate) fn no_such_namespace(namespace: &str) -> Self {
         Self::NotFound(format!("namespace {namespace} does not exist"))
     }
 
