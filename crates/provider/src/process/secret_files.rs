@@ -5,8 +5,9 @@ use std::time::SystemTime;
 
 use anyhow::{Context, bail};
 
+use crate::process::deploy::function_of;
 use crate::process::secrets::{Secrets, is_secret_name};
-use crate::process::{DEFAULT_NAMESPACE, ProcessProvider, function_of};
+use crate::process::{DEFAULT_NAMESPACE, ProcessProvider};
 use crate::types::FunctionDeployment;
 use gateway_base::function::{DNS_LABEL_RULE, is_dns_label};
 use gateway_base::sync::lock_unpoisoned;
