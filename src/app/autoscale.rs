@@ -9,7 +9,7 @@ use gateway_autoscaler::decide::{AutoscaleRules, MonotonicMillis};
 use gateway_autoscaler::gossip::LoadPublisher;
 use gateway_autoscaler::{self as autoscale, AutoscalerDeps};
 use gateway_base::shutdown::Tasks;
-use gateway_proxy::functions::source::ProviderPoller;
+use gateway_proxy::function_source::ProviderPoller;
 use gateway_proxy::metrics::Metrics;
 use gateway_queue::ingress::QueueIngress;
 

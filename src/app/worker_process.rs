@@ -18,7 +18,7 @@ use gateway_http::server::listener::bind;
 use gateway_http::server::raise_file_limit;
 use gateway_provider::Provider;
 use gateway_proxy::activator::Activator;
-use gateway_proxy::functions::source::ProviderPoller;
+use gateway_proxy::function_source::ProviderPoller;
 use gateway_proxy::invoke::dispatcher::Dispatcher;
 use gateway_proxy::metrics::Metrics;
 use gateway_proxy::readiness::Readiness;

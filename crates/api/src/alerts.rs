@@ -9,7 +9,8 @@ use axum::extract::{Request, State};
 use http::StatusCode;
 use serde::Deserialize;
 
-use crate::system::{ApiState, MAX_BODY, read_body};
+use crate::body::{MAX_BODY, read_body};
+use crate::state::ApiState;
 use gateway_base::function::Function;
 use gateway_http::client;
 use gateway_proxy::error::Error;

@@ -15,8 +15,8 @@ use http::{HeaderMap, HeaderValue, Method, StatusCode, Uri};
 
 use crate::async_api::call_options::{call_options, name_text};
 use crate::auth;
-use crate::auth::body_error;
-use crate::system::ApiState;
+use crate::body::body_error;
+use crate::state::ApiState;
 use gateway_base::function::Function;
 use gateway_http::call_id::RequestIds;
 use gateway_http::names::X_CALL_ID;

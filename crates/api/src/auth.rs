@@ -11,7 +11,8 @@ use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 use http::header::{CONTENT_TYPE, WWW_AUTHENTICATE};
 
-use crate::system::{ApiState, read_body};
+use crate::body::read_body;
+use crate::state::ApiState;
 use gateway_http::client::body::RequestBody;
 use gateway_http::client::{RequestContext, forward};
 use gateway_http::credentials::Credentials;
@@ -110,13 +111,4 @@ async fn ask_auth_proxy(
         refusal.headers_mut().insert(http::header::LOCATION, location.clone());
     }
     Ok(Err(refusal))
-}
-
-/// Maps the error of reading a body of at most `limit` bytes.
-pub fn body_error(error: &(dyn std::error::Error + 'static), limit: usize) -> Error {
-    if error.is::<http_body_util::LengthLimitError>() {
-        return Error::TooLarge(limit);
-    }
-    use gateway_http::client::body::RequestBodyError;
-    Error::Body(RequestBodyError::find_in_chain(error).unwrap_or(RequestBodyError::Malformed))
 }

@@ -8,7 +8,8 @@ use axum::response::{IntoResponse, Response};
 use http::StatusCode;
 use http::header::RETRY_AFTER;
 
-use crate::system::{ApiState, stream_response};
+use crate::state::ApiState;
+use crate::system::stream_response;
 use gateway_http::server::client_connection::ClientConnection;
 use gateway_proxy::readiness::Readiness;
 

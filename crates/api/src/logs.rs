@@ -8,7 +8,8 @@ use axum::response::{IntoResponse, Response};
 use http::StatusCode;
 use serde::Deserialize;
 
-use crate::system::{ApiState, stream_response};
+use crate::state::ApiState;
+use crate::system::stream_response;
 use gateway_http::names::X_GATEWAY_REASON;
 use gateway_http::server::client_connection::ClientConnection;
 use gateway_provider::signals::NO_SUCH_FUNCTION;

@@ -14,7 +14,8 @@ use http::{Method, Request, StatusCode};
 use tower::ServiceExt;
 
 use crate::async_api::{admin, unsupported_method};
-use crate::system::{self, ApiState};
+use crate::state::ApiState;
+use crate::system;
 use crate::{alerts, async_api, auth, health, logs, same_origin, ui};
 use gateway_http::allowed_hosts::InternalHosts;
 use gateway_http::server::client_connection::ClientConnection;

@@ -13,77 +13,21 @@ use bytes::Bytes;
 use http::header::{
     ACCEPT_ENCODING, CONTENT_TYPE, IF_MODIFIED_SINCE, IF_NONE_MATCH, IF_RANGE, RANGE,
 };
-use http::{HeaderMap, Method, StatusCode, Uri};
-use http_body_util::{BodyExt, Limited};
+use http::{HeaderMap, Method, StatusCode};
 use serde_json::{Value, json};
-use tokio::sync::Semaphore;
 
-use crate::auth::body_error;
-use gateway_autoscaler::alerts::AlertFilter;
-use gateway_base::base_url::BaseUrl;
-use gateway_base::build_info::BuildInfo;
+use crate::body::{MAX_BODY, read_body};
+use crate::state::ApiState;
 use gateway_base::function::Function;
-use gateway_http::allowed_hosts::AllowedHosts;
 use gateway_http::client::upstream_body::UpstreamBody;
-use gateway_http::client::{Client, Origin};
-use gateway_http::credentials::Credentials;
-use gateway_http::server::Timeouts;
 use gateway_http::server::client_connection::ClientConnection;
 use gateway_provider::types::ScaleRequest;
-use gateway_provider::{Provider, collect_response, parse_json};
+use gateway_provider::{collect_response, parse_json};
 use gateway_proxy::error::Error;
-use gateway_proxy::metrics::Metrics;
-use gateway_proxy::metrics::query::InvocationCounts;
-use gateway_proxy::readiness::Readiness;
-use gateway_queue::ingress::QueueIngress;
 
 pub use change::change;
 pub use list::list;
 pub use send::MAX_REPLAY_BODIES;
-
-/// Maximum bytes of the body of an alert or a scale request.
-pub const MAX_BODY: usize = 1 << 20;
-
-/// State of the API's handlers. One per proxy thread.
-pub struct ApiState {
-    pub client: Arc<Client>,
-    pub provider: Provider,
-    pub logs: Origin,
-    pub credentials: Option<Arc<Credentials>>,
-    pub auth_proxy: Option<AuthProxy>,
-    /// Host names under which the API may be called.
-    pub allowed_hosts: AllowedHosts,
-    pub timeouts: Timeouts,
-    pub default_namespace: Arc<str>,
-    pub build: BuildInfo,
-    pub metrics: Arc<Metrics>,
-    pub readiness: Arc<Readiness>,
-    pub invocation_counts: Arc<InvocationCounts>,
-    /// Alerts to ignore, if the autoscaler is enabled.
-    pub alert_filter: Option<Arc<AlertFilter>>,
-    /// Enqueues calls, if there is a queue.
-    pub queue_ingress: Option<Arc<QueueIngress>>,
-    /// One permit per request body buffered for a retry: [`MAX_REPLAY_BODIES`] for all threads.
-    pub replay_permits: Arc<Semaphore>,
-}
-
-/// The setting `auth_proxy_url`, and whether request bodies are sent to it.
-#[derive(Clone)]
-pub struct AuthProxy {
-    /// The URL without the path.
-    pub origin: Origin,
-    /// The path, which is requested unchanged.
-    pub target: Uri,
-    pub pass_body: bool,
-}
-
-impl AuthProxy {
-    /// Splits `url` into origin and path.
-    pub fn new(mut url: BaseUrl, pass_body: bool) -> Self {
-        let target = std::mem::take(&mut url.path).parse().unwrap_or_default();
-        Self { origin: Origin::new(url), target, pass_body }
-    }
-}
 
 /// Proxies a request unchanged.
 pub async fn proxy(
@@ -182,15 +126,4 @@ pub fn stream_response(response: http::Response<UpstreamBody>) -> Response {
 /// Returns a 200 with a JSON body.
 pub fn json_response(body: Vec<u8>) -> Response {
     (StatusCode::OK, [(CONTENT_TYPE, "application/json")], body).into_response()
-}
-
-/// Reads a body of at most `limit` bytes.
-///
-/// # Errors
-/// The body is longer, or the client aborted it.
-pub async fn read_body(body: Body, limit: usize) -> Result<Bytes, Error> {
-    match Limited::new(body, limit).collect().await {
-        Ok(collected) => Ok(collected.to_bytes()),
-        Err(error) => Err(body_error(&*error, limit)),
-    }
 }

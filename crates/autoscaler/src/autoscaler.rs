@@ -20,7 +20,7 @@ use crate::reconciler::Reconciler;
 use crate::sampler::Sampler;
 use gateway_base::function::Function;
 use gateway_base::sync::lock_unpoisoned;
-use gateway_proxy::functions::source::ProviderPoller;
+use gateway_proxy::function_source::ProviderPoller;
 use gateway_proxy::metrics::Metrics;
 use gateway_proxy::metrics::autoscale::AutoscaleMetrics;
 use gateway_queue::ingress::QueueIngress;

@@ -12,8 +12,8 @@ use crate::decide::{AutoscaleRules, MonotonicMillis, decide, may_scale_to_zero};
 use crate::managed::{Change, ManagedFunction, Warning};
 use gateway_base::function::Function;
 use gateway_base::sync::lock_unpoisoned;
+use gateway_proxy::function_source::ProviderPoller;
 use gateway_proxy::functions::policy::scaling::Kind;
-use gateway_proxy::functions::source::ProviderPoller;
 use gateway_proxy::metrics::autoscale::{AutoscaleMetrics, ScaleSample};
 use gateway_queue::ingress::QueueIngress;
 

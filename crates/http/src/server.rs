@@ -4,6 +4,7 @@
 pub mod client_connection;
 pub mod congestion;
 mod connection;
+mod connection_shard;
 pub mod head_budget;
 mod linger;
 pub mod listener;
@@ -122,7 +123,7 @@ impl Server {
             // The first request must start soon after the connection.
             let first = self.timeouts.idle.min(self.timeouts.read);
             client.deadlines.on_exchange_finished(Instant::now(), first);
-            let registration = shard.register(&client.deadlines, &self.head_budget);
+            let registration = registry::register(&shard, &client.deadlines, &self.head_budget);
             let stream = ClientIo::new(
                 tcp,
                 Arc::clone(&client.deadlines),

@@ -3,4 +3,3 @@
 pub mod exists;
 pub mod policy;
 pub mod registry;
-pub mod source;

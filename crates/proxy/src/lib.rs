@@ -2,6 +2,7 @@
 
 pub mod activator;
 pub mod error;
+pub mod function_source;
 pub mod functions;
 #[cfg(any(test, fuzzing))]
 pub mod fuzzing;

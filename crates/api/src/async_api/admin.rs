@@ -12,7 +12,7 @@ use serde_json::json;
 use crate::async_api::{
     CHANGES_UNSUPPORTED, LISTING_UNSUPPORTED, change_response, dto, ingress, store,
 };
-use crate::system::ApiState;
+use crate::state::ApiState;
 use gateway_base::function::Function;
 use gateway_http::names::X_TRUNCATED;
 use gateway_proxy::error::Error;

@@ -12,7 +12,8 @@ use bytes::Bytes;
 use http_body::{Frame, SizeHint};
 use serde::Deserialize;
 
-use crate::system::{ApiState, stream_response};
+use crate::state::ApiState;
+use crate::system::stream_response;
 use gateway_base::sync::lock_unpoisoned;
 use gateway_http::server::client_connection::ClientConnection;
 use gateway_proxy::functions::registry::FunctionRegistry;

@@ -7,7 +7,8 @@ use axum::extract::{Extension, Request, State};
 use axum::response::{IntoResponse, Response};
 use serde_json::{Map, Value};
 
-use crate::system::{ApiState, json_response};
+use crate::state::ApiState;
+use crate::system::json_response;
 use gateway_http::server::client_connection::ClientConnection;
 use gateway_provider::parse_json;
 use gateway_proxy::error::Error;

@@ -12,7 +12,8 @@ use http::header::{AUTHORIZATION, CONTENT_LENGTH};
 use http::{HeaderMap, Response};
 use http_body::Body as _;
 
-use crate::system::{ApiState, MAX_BODY, read_body};
+use crate::body::{MAX_BODY, read_body};
+use crate::state::ApiState;
 use gateway_http::client::body::RequestBody;
 use gateway_http::client::upstream_body::UpstreamBody;
 use gateway_http::client::{Origin, RequestContext, forward};

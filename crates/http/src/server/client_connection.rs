@@ -307,7 +307,7 @@ impl ClientIo {
     fn on_head_started(&mut self, read: usize) {
         if self.deadlines.take_signal(Signal::CountedHead) {
             // The previous head was completed in the same poll.
-            self.registration.head_budget.release(&self.registration);
+            self.registration.release_head();
         }
         self.deadlines.on_head_started(self.timeouts.read);
         (self.head_lines, self.head_bytes, self.counted_bytes) = (0, read, 0);
@@ -320,7 +320,7 @@ impl ClientIo {
         }
         self.counted_bytes = self.head_bytes;
         self.deadlines.signal(Signal::CountedHead);
-        self.registration.head_budget.charge(&self.registration, self.head_bytes)
+        self.registration.charge_head(self.head_bytes)
     }
 
     /// Waits until data or a close can be read.

@@ -181,7 +181,7 @@ where
     fn start_linger(&mut self, stream: ClientIo) {
         if self.client.deadlines.take_signal(Signal::CountedHead) {
             // The buffer of the head has been dropped.
-            self.registration.0.head_budget.release(&self.registration.0);
+            self.registration.0.release_head();
         }
         // An earlier eviction was meant for an idle connection, and would cut off the response.
         self.client.deadlines.take_signal(Signal::Evict);
@@ -228,7 +228,7 @@ where
 
     /// Registers this task to be woken by signals and by `closing`. Each poll checks for signals set earlier.
     fn register_wakers(&mut self, cx: &mut Context<'_>) {
-        self.registration.0.set_waker(cx.waker());
+        self.registration.0.connection.set_waker(cx.waker());
         // If it is ready, shutdown has started, which each poll checks.
         let _ = self.closing_signal.as_mut().poll(cx);
         self.wakers_registered = true;
@@ -273,7 +273,7 @@ where
             && deadlines.state() != ConnectionState::ReadingHead
         {
             deadlines.take_signal(Signal::CountedHead);
-            self.registration.0.head_budget.release(&self.registration.0);
+            self.registration.0.release_head();
         }
         if deadlines.take_signal(Signal::RefuseHead)
             && deadlines.state() == ConnectionState::ReadingHead
@@ -282,7 +282,7 @@ where
             if let Some((stream, _, unparsed)) = self.detach_hyper() {
                 self.refuse_head(stream, HeadError::OutOfMemory, &unparsed);
             }
-            self.registration.0.head_budget.release(&self.registration.0);
+            self.registration.0.release_head();
             return true;
         }
         if deadlines.has_signal(Signal::Evict) {

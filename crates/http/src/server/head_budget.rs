@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, Weak};
 
 use crate::deadlines::Signal;
-use crate::server::registry::{Registration, Shard};
+use crate::server::connection_shard::{ConnectionKey, Shard};
 use gateway_base::sync::lock_unpoisoned;
 
 /// The budget of the process.
@@ -47,10 +47,10 @@ impl HeadBudget {
 
     /// Records that the incomplete head of a connection has `size` bytes now. If the budget is exceeded, refuses the
     /// largest heads until the others are within it. Returns whether this head may grow.
-    pub(super) fn charge(&self, registration: &Registration, size: usize) -> bool {
+    pub(super) fn charge(&self, connection: &ConnectionKey, size: usize) -> bool {
         {
-            let mut connections = registration.shard.lock();
-            let Some(entry) = connections.open.get_mut(&registration.key) else { return true };
+            let mut connections = connection.shard.lock();
+            let Some(entry) = connections.open.get_mut(&connection.key) else { return true };
             if entry.head_refused {
                 return false;
             }
@@ -61,18 +61,13 @@ impl HeadBudget {
             return true;
         }
         self.refuse_largest();
-        registration
-            .shard
-            .lock()
-            .open
-            .get(&registration.key)
-            .is_none_or(|entry| !entry.head_refused)
+        connection.shard.lock().open.get(&connection.key).is_none_or(|entry| !entry.head_refused)
     }
 
     /// Records that the head of a connection is complete, or that the connection ends.
-    pub(super) fn release(&self, registration: &Registration) {
-        let mut connections = registration.shard.lock();
-        let Some(entry) = connections.open.get_mut(&registration.key) else { return };
+    pub(super) fn release(&self, connection: &ConnectionKey) {
+        let mut connections = connection.shard.lock();
+        let Some(entry) = connections.open.get_mut(&connection.key) else { return };
         let head = std::mem::take(&mut entry.head_bytes);
         self.used.fetch_sub(head, Relaxed);
         if std::mem::take(&mut entry.head_refused) {
@@ -121,7 +116,7 @@ impl HeadBudget {
 mod tests {
     use super::*;
     use crate::deadlines::ConnectionDeadlines;
-    use crate::server::registry::{ConnectionRegistry, RegistrationGuard};
+    use crate::server::registry::{ConnectionRegistry, RegistrationGuard, register};
 
     #[test]
     fn a_completed_head_clears_its_refusal() {
@@ -130,16 +125,17 @@ mod tests {
         let deadlines = [(); 2].map(|()| Arc::new(ConnectionDeadlines::new()));
         let registrations = deadlines
             .each_ref()
-            .map(|deadlines| RegistrationGuard(shard.register(deadlines, &heads)));
-        assert!(heads.charge(&registrations[0].0, 60));
-        assert!(heads.charge(&registrations[1].0, 50));
+            .map(|deadlines| RegistrationGuard(register(&shard, deadlines, &heads)));
+        assert!(heads.charge(&registrations[0].0.connection, 60));
+        assert!(heads.charge(&registrations[1].0.connection, 50));
         assert!(deadlines[0].has_signal(Signal::RefuseHead));
-        heads.release(&registrations[0].0);
+        heads.release(&registrations[0].0.connection);
         assert!(!deadlines[0].has_signal(Signal::RefuseHead), "the next head would be refused");
         // The next head is refused only for its own size.
-        assert!(heads.charge(&registrations[0].0, 50));
+        assert!(heads.charge(&registrations[0].0.connection, 50));
         assert!(
-            !heads.charge(&registrations[0].0, 51) && deadlines[0].has_signal(Signal::RefuseHead)
+            !heads.charge(&registrations[0].0.connection, 51)
+                && deadlines[0].has_signal(Signal::RefuseHead)
         );
     }
 
@@ -150,28 +146,28 @@ mod tests {
         let deadlines: Vec<_> = (0..4).map(|_| Arc::new(ConnectionDeadlines::new())).collect();
         let mut registrations: Vec<_> = (0..4)
             .map(|number| {
-                RegistrationGuard(shards[number % 2].register(&deadlines[number], &heads))
+                RegistrationGuard(register(&shards[number % 2], &deadlines[number], &heads))
             })
             .collect();
         let refused = || {
             (0..4).filter(|n| deadlines[*n].take_signal(Signal::RefuseHead)).collect::<Vec<usize>>()
         };
-        assert!(heads.charge(&registrations[0].0, 40));
-        assert!(heads.charge(&registrations[1].0, 50));
-        assert!(heads.charge(&registrations[2].0, 10));
+        assert!(heads.charge(&registrations[0].0.connection, 40));
+        assert!(heads.charge(&registrations[1].0.connection, 50));
+        assert!(heads.charge(&registrations[2].0.connection, 10));
         assert_eq!(refused(), [0; 0]);
         // A larger head is refused instead of this one.
-        assert!(heads.charge(&registrations[3].0, 5));
+        assert!(heads.charge(&registrations[3].0.connection, 5));
         assert_eq!(refused(), [1]);
         // A refused head does not count, even before it is released.
-        assert!(heads.charge(&registrations[2].0, 40));
-        assert!(!heads.charge(&registrations[1].0, 60), "it has been refused");
+        assert!(heads.charge(&registrations[2].0.connection, 40));
+        assert!(!heads.charge(&registrations[1].0.connection, 60), "it has been refused");
         // The growing head is the largest.
-        assert!(!heads.charge(&registrations[3].0, 80));
+        assert!(!heads.charge(&registrations[3].0.connection, 80));
         assert_eq!(refused(), [3]);
         registrations.truncate(1);
-        assert!(heads.charge(&registrations[0].0, 100));
-        heads.release(&registrations[0].0);
+        assert!(heads.charge(&registrations[0].0.connection, 100));
+        heads.release(&registrations[0].0.connection);
         assert_eq!((heads.used.load(Relaxed), heads.being_refused.load(Relaxed)), (0, 0));
         drop(registrations);
         assert_eq!((heads.used.load(Relaxed), heads.being_refused.load(Relaxed)), (0, 0));

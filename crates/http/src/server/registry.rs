@@ -3,12 +3,11 @@
 //! Nothing is stored here while a connection is used: its [`ConnectionDeadlines`] contain its state. Only an eviction inspects
 //! all connections. It keeps those that have been idle longest as candidates for the next evictions.
 
-use std::collections::HashMap;
-use std::sync::{Arc, Mutex, MutexGuard};
-use std::task::Waker;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use crate::deadlines::{ConnectionDeadlines, ConnectionState, Signal};
+use crate::server::connection_shard::{ConnectionKey, Entry, Shard};
 use crate::server::head_budget::HeadBudget;
 use gateway_base::sync::lock_unpoisoned;
 
@@ -52,37 +51,6 @@ impl Eviction {
         let is_evicted = |entry: &Entry| entry.deadlines.has_signal(Signal::Evict);
         self.signalled_at.elapsed() < Self::TIMEOUT
             && self.shard.lock().open.get(&self.key).is_some_and(is_evicted)
-    }
-}
-
-/// The connections of one thread.
-#[derive(Debug, Default)]
-pub(super) struct Shard(Mutex<Connections>);
-
-#[derive(Debug, Default)]
-pub(super) struct Connections {
-    next: u64,
-    pub(super) open: HashMap<u64, Entry>,
-}
-
-#[derive(Debug)]
-pub(super) struct Entry {
-    pub(super) deadlines: Arc<ConnectionDeadlines>,
-    /// Wakes the task of the connection; set by its first poll.
-    waker: Option<Waker>,
-    /// Size of its incomplete head as charged to the head budget.
-    pub(super) head_bytes: usize,
-    /// The head has been refused.
-    pub(super) head_refused: bool,
-}
-
-impl Entry {
-    /// Sets `signal`, and wakes the task of the connection.
-    pub(super) fn signal(&self, signal: Signal) {
-        self.deadlines.signal(signal);
-        if let Some(waker) = &self.waker {
-            waker.wake_by_ref();
-        }
     }
 }
 
@@ -156,49 +124,32 @@ impl EvictionCandidate {
     }
 }
 
-impl Shard {
-    pub(super) fn lock(&self) -> MutexGuard<'_, Connections> {
-        lock_unpoisoned(&self.0)
-    }
-
-    /// Registers a connection that has been accepted.
-    pub(super) fn register(
-        self: &Arc<Self>,
-        deadlines: &Arc<ConnectionDeadlines>,
-        head_budget: &Arc<HeadBudget>,
-    ) -> Arc<Registration> {
-        let mut connections = self.lock();
-        let key = connections.next;
-        connections.next += 1;
-        let entry = Entry {
-            deadlines: Arc::clone(deadlines),
-            waker: None,
-            head_bytes: 0,
-            head_refused: false,
-        };
-        connections.open.insert(key, entry);
-        Arc::new(Registration {
-            shard: Arc::clone(self),
-            head_budget: Arc::clone(head_budget),
-            key,
-        })
-    }
+/// Registers a connection that has been accepted.
+pub(super) fn register(
+    shard: &Arc<Shard>,
+    deadlines: &Arc<ConnectionDeadlines>,
+    head_budget: &Arc<HeadBudget>,
+) -> Arc<Registration> {
+    let connection = shard.insert(deadlines);
+    Arc::new(Registration { connection, head_budget: Arc::clone(head_budget) })
 }
 
-/// The identity of a connection in the registry.
+/// A registered connection, and the budget to which its head is charged.
 #[derive(Debug)]
 pub(super) struct Registration {
-    pub(super) shard: Arc<Shard>,
-    pub(super) head_budget: Arc<HeadBudget>,
-    pub(super) key: u64,
+    pub(super) connection: ConnectionKey,
+    head_budget: Arc<HeadBudget>,
 }
 
 impl Registration {
-    /// Sets the waker that signals to the connection wake.
-    pub(super) fn set_waker(&self, waker: &Waker) {
-        if let Some(entry) = self.shard.lock().open.get_mut(&self.key) {
-            entry.waker = Some(waker.clone());
-        }
+    /// Charges the incomplete head of the connection; see [`HeadBudget::charge`].
+    pub(super) fn charge_head(&self, size: usize) -> bool {
+        self.head_budget.charge(&self.connection, size)
+    }
+
+    /// Releases the head of the connection; see [`HeadBudget::release`].
+    pub(super) fn release_head(&self) {
+        self.head_budget.release(&self.connection);
     }
 }
 
@@ -208,8 +159,9 @@ pub(super) struct RegistrationGuard(pub(super) Arc<Registration>);
 
 impl Drop for RegistrationGuard {
     fn drop(&mut self) {
-        self.0.head_budget.release(&self.0);
-        self.0.shard.lock().open.remove(&self.0.key);
+        self.0.release_head();
+        let ConnectionKey { shard, key } = &self.0.connection;
+        shard.lock().open.remove(key);
     }
 }
 
@@ -236,7 +188,7 @@ mod tests {
         let deadlines = ages.map(idle_deadlines);
         let registrations: Vec<_> = (0..4)
             .map(|number| {
-                RegistrationGuard(shards[number % 2].register(&deadlines[number], &heads))
+                RegistrationGuard(register(&shards[number % 2], &deadlines[number], &heads))
             })
             .collect();
         for expect in [1, 3, 0, 2] {
@@ -263,7 +215,7 @@ mod tests {
         let deadlines = [60, 50, 40].map(|seconds| idle_deadlines(Duration::from_secs(seconds)));
         let registrations = deadlines
             .each_ref()
-            .map(|deadlines| RegistrationGuard(shard.register(deadlines, &heads)));
+            .map(|deadlines| RegistrationGuard(register(&shard, deadlines, &heads)));
         registry.evict_one();
         assert!(is_signalled(&deadlines[0]));
         deadlines[1].on_exchange_started();
@@ -284,7 +236,7 @@ mod tests {
             Arc::new(ConnectionDeadlines::with_base(Instant::now() - Duration::from_secs(3600)));
         head.on_head_started_at(Instant::now() - 2 * HEAD_GRACE, Duration::from_secs(60));
         let registrations =
-            [&young, &head].map(|deadlines| RegistrationGuard(shard.register(deadlines, &heads)));
+            [&young, &head].map(|deadlines| RegistrationGuard(register(&shard, deadlines, &heads)));
         registry.evict_one();
         assert!(!is_signalled(&young) && is_signalled(&head));
         drop(registrations);

@@ -15,7 +15,7 @@ use tokio::time::{Instant, Sleep, timeout};
 use crate::backend::Invocation;
 use crate::process::invocation::{InvocationError, set_duration_header};
 use crate::process::launcher::ProcessTasks;
-use crate::process::replica::ReplicaPermit;
+use crate::process::pool::ReplicaPermit;
 use crate::process::replica_client::{ReplicaRequest, SendError};
 use crate::process::workload::Workload;
 use crate::signals;

@@ -9,8 +9,8 @@ use tokio::sync::broadcast::error::RecvError;
 use tokio_util::sync::CancellationToken;
 
 use crate::backend::LogQuery;
-use crate::process::log_filter;
-use crate::process::logs::{LogEntry, Logs};
+use crate::process::log_entry::LogEntry;
+use crate::process::logs::Logs;
 use crate::types::LogLine;
 use gateway_base::function::Function;
 
@@ -41,7 +41,7 @@ pub(super) fn stream(
 async fn next_entry(live: &mut Receiver<Arc<LogEntry>>, query: &LogQuery) -> Option<Arc<LogEntry>> {
     loop {
         match live.recv().await {
-            Ok(line) if log_filter::matches(query, &line) => return Some(line),
+            Ok(line) if line.matches(query) => return Some(line),
             Ok(_) => {}
             Err(RecvError::Lagged(count)) => {
                 let text = format!("{count} lines are missing: the client read too slowly");

@@ -9,9 +9,7 @@ use tokio::sync::broadcast;
 
 use crate::backend::LogQuery;
 use crate::process::line_splitter::LineSplitter;
-use crate::process::log_filter;
-use crate::types::LogLine;
-use gateway_base::function::Function;
+use crate::process::log_entry::{LogEntry, select};
 use gateway_base::sync::lock_unpoisoned;
 
 /// Maximum number of lines kept for a function, and their maximum total size in bytes.
@@ -21,14 +19,6 @@ const MAX_LOG_BYTES: usize = 1 << 20;
 const FOLLOWER_CAPACITY: usize = 512;
 /// Buffer size for reading output.
 const READ_CHUNK_BYTES: usize = 8 << 10;
-
-/// One log line.
-#[derive(Debug)]
-pub(super) struct LogEntry {
-    pub(super) at: Timestamp,
-    pub(super) instance: Arc<str>,
-    pub(super) text: String,
-}
 
 /// The logs of one function.
 #[derive(Debug)]
@@ -83,20 +73,7 @@ impl Logs {
         query: &LogQuery,
     ) -> (Vec<Arc<LogEntry>>, broadcast::Receiver<Arc<LogEntry>>) {
         let buffer = lock_unpoisoned(&self.buffer);
-        (log_filter::select(query, &buffer.entries), self.live.subscribe())
-    }
-}
-
-impl LogEntry {
-    /// Converts this entry for the API.
-    pub(super) fn to_log_line(&self, function: &Function) -> LogLine {
-        LogLine {
-            name: function.name.clone(),
-            namespace: function.namespace.clone(),
-            instance: self.instance.to_string(),
-            timestamp: self.at.to_string(),
-            text: self.text.clone(),
-        }
+        (select(query, &buffer.entries), self.live.subscribe())
     }
 }
 
@@ -113,6 +90,8 @@ impl LogBuffer {
 
 #[cfg(test)]
 mod tests {
+    use gateway_base::function::Function;
+
     use super::*;
 
     #[test]

@@ -1,16 +1,21 @@
 //! The replicas of one version of a function in HTTP mode.
 
+mod replica;
+mod supervisor;
+
 use std::sync::{Arc, Mutex};
 
 use tokio::sync::watch;
 
 use crate::process::launcher::ProcessLauncher;
-use crate::process::replica::{Replica, ReplicaPermit};
+use crate::process::pool::replica::Replica;
 use crate::process::spec::Mode;
 use crate::process::workload::Workload;
 use crate::types::StartFailure;
 use gateway_base::sync::lock_unpoisoned;
 use gateway_http::client::balancer::{Selection, least_loaded};
+
+pub(super) use self::replica::ReplicaPermit;
 
 #[derive(Debug)]
 pub(super) struct Pool {

@@ -17,8 +17,9 @@ use tokio_util::task::TaskTracker;
 use super::*;
 use crate::deadlines::ConnectionDeadlines;
 use crate::server::Timeouts;
+use crate::server::connection_shard::Shard;
 use crate::server::head_budget::HeadBudget;
-use crate::server::registry::{ConnectionRegistry, Registration, Shard};
+use crate::server::registry::{ConnectionRegistry, Registration};
 
 const LONG: Duration = Duration::from_secs(3600);
 const TIMEOUTS: Timeouts = Timeouts { read: LONG, write: LONG, idle: LONG, upstream: LONG };
@@ -87,7 +88,7 @@ impl ManualConnection {
         let (head_budget, registry) =
             (Arc::new(HeadBudget::new(budget)), ConnectionRegistry::default());
         let shard = registry.add_shard(&head_budget);
-        let registration = shard.register(&deadlines, &head_budget);
+        let registration = registry::register(&shard, &deadlines, &head_budget);
         let stream =
             ClientIo::new(tcp, Arc::clone(&deadlines), TIMEOUTS, Arc::clone(&registration));
         let closing = CancellationToken::new();
@@ -138,7 +139,7 @@ impl ManualConnection {
 
     /// Sends `signal` to the connection, as another task does.
     fn signal(&self, signal: Signal) {
-        self.shard.lock().open[&self.registration.key].signal(signal);
+        self.shard.lock().open[&self.registration.connection.key].signal(signal);
     }
 
     /// Polls whenever the task is woken, until the client has received data that ends with `end`.
@@ -281,7 +282,8 @@ async fn a_refused_head_is_released_while_its_connection_lingers() {
     assert!(!test.ends());
     assert!(test.until("malformed\n").await.starts_with("HTTP/1.1 400 "));
     let other = Arc::new(ConnectionDeadlines::new());
-    let registration = RegistrationGuard(test.shard.register(&other, &test.head_budget));
-    assert!(test.head_budget.charge(&registration.0, SIZE));
+    let registration =
+        RegistrationGuard(registry::register(&test.shard, &other, &test.head_budget));
+    assert!(registration.0.charge_head(SIZE));
     assert!(!test.deadlines.has_signal(Signal::RefuseHead));
 }

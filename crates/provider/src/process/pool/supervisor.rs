@@ -1,27 +1,24 @@
-//! One replica of a function in HTTP mode: starts a process, probes it, restarts it when it exits, and finally drains
-//! and stops it.
+//! Runs the process of one replica: starts it, probes it, restarts it when it exits, and finally drains and stops it.
 
 use std::net::SocketAddr;
 use std::process::ExitStatus;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use axum::body::Body;
 use axum::http::{Request, StatusCode};
 use tokio::io::AsyncRead;
-use tokio::sync::{Notify, mpsc};
+use tokio::sync::mpsc;
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
 use crate::process::launcher::{ProcessTasks, TERMINATION_GRACE};
 use crate::process::logs::Logs;
 use crate::process::pool::Pool;
+use crate::process::pool::replica::Replica;
 use crate::process::process_group::ProcessGroup;
 use crate::process::replica_client::{self, ReplicaRequest};
-use crate::process::start_failure::FailedStarts;
-use crate::types::StartFailure;
 use gateway_base::backoff::Backoff;
-use gateway_base::sync::lock_unpoisoned;
 
 /// Limit for a replica to become ready, after which it is restarted.
 const START_TIMEOUT: Duration = Duration::from_secs(300);
@@ -37,32 +34,6 @@ const STABLE_AFTER: Duration = Duration::from_secs(60);
 const RESTART_BACKOFF: Backoff = Backoff::new(Duration::from_millis(100), Duration::from_secs(30));
 /// Limit for reading the remaining output of an exited process.
 const LAST_OUTPUT_TIMEOUT: Duration = Duration::from_millis(250);
-
-#[derive(Debug)]
-pub(super) struct Replica {
-    state: Mutex<ReplicaState>,
-    /// Notified when the last call in flight has finished.
-    idle: Notify,
-    /// Notified when a ready replica refused a connection.
-    unreachable: Notify,
-    /// Cancelled to drain and stop the replica.
-    pub(super) retire: CancellationToken,
-}
-
-#[derive(Debug, Default)]
-struct ReplicaState {
-    /// The replica's address while it is ready.
-    ready: Option<SocketAddr>,
-    in_flight: u64,
-    failed_starts: FailedStarts,
-}
-
-/// Counts a call as in flight on a replica until it is dropped.
-#[derive(Debug)]
-pub(super) struct ReplicaPermit {
-    pub(super) address: SocketAddr,
-    replica: Arc<Replica>,
-}
 
 /// Result of one run of a replica's process.
 enum RunEnd {
@@ -90,45 +61,6 @@ struct LoggedOutput {
 }
 
 impl Replica {
-    pub(super) fn new() -> Self {
-        let retire = CancellationToken::new();
-        Self { state: Mutex::default(), idle: Notify::new(), unreachable: Notify::new(), retire }
-    }
-
-    /// Returns the number of calls in flight; `None` if the replica is not ready.
-    pub(super) fn load(&self) -> Option<u64> {
-        let state = lock_unpoisoned(&self.state);
-        state.ready.map(|_| state.in_flight)
-    }
-
-    /// Acquires a permit for a call; `None` if the replica is not ready.
-    pub(super) fn acquire_permit(self: &Arc<Self>) -> Option<ReplicaPermit> {
-        let mut state = lock_unpoisoned(&self.state);
-        let address = state.ready?;
-        state.in_flight += 1;
-        Some(ReplicaPermit { address, replica: Arc::clone(self) })
-    }
-
-    /// Returns the last failed start if the replica fails to start repeatedly.
-    pub(super) fn start_failure(&self) -> Option<StartFailure> {
-        lock_unpoisoned(&self.state).failed_starts.persistent().cloned()
-    }
-
-    /// Returns whether the replica is not ready and fails to start repeatedly: calls do not wait for it.
-    pub(super) fn does_not_start(&self) -> bool {
-        let state = lock_unpoisoned(&self.state);
-        state.ready.is_none() && state.failed_starts.persistent().is_some()
-    }
-
-    /// The connection to `address` was refused: the replica receives no calls until a probe succeeds.
-    pub(super) fn mark_unreachable_at(&self, address: SocketAddr) {
-        let mut state = lock_unpoisoned(&self.state);
-        if state.ready == Some(address) {
-            state.ready = None;
-            self.unreachable.notify_one();
-        }
-    }
-
     /// Restarts the process whenever it exits, until the replica is retired or the provider stops.
     pub(super) async fn supervise(self: Arc<Self>, pool: Arc<Pool>) {
         let function = &pool.workload.function;
@@ -138,14 +70,10 @@ impl Replica {
             let began = Instant::now();
             let end = self.run_once(&pool).await;
             let RunEnd::Exited { reason, ready_for, last_output } = end else {
-                return self.set_ready(None, &pool);
+                return self.report_ready(None, &pool);
             };
-            lock_unpoisoned(&self.state).failed_starts.record_exit(
-                ready_for,
-                &reason,
-                &last_output,
-            );
-            self.set_ready(None, &pool);
+            self.record_exit(ready_for, &reason, &last_output);
+            self.report_ready(None, &pool);
             failures = if began.elapsed() >= STABLE_AFTER { 1 } else { failures + 1 };
             let pause = RESTART_BACKOFF.after(failures);
             tracing::warn!(function = %function, reason, ?pause, "A replica of {function} exited");
@@ -180,7 +108,7 @@ impl Replica {
             reason = self.wait_exit(&mut group, port.address(), pool, &mut ready_since) => {
                 let ready_for = ready_since.map_or(Duration::ZERO, |at: Instant| at.elapsed());
                 // Stops routing calls to it before waiting for its descendants.
-                self.set_ready(None, pool);
+                self.report_ready(None, pool);
                 group.kill_and_wait().await;
                 let last_output = output.last_line(&pool.workload.logs).await;
                 return RunEnd::Exited { reason, ready_for, last_output };
@@ -189,7 +117,7 @@ impl Replica {
             // The provider has stopped accepting calls.
             () = tasks.stopping.cancelled() => false,
         };
-        self.set_ready(None, pool);
+        self.report_ready(None, pool);
         if draining {
             self.drain(tasks).await;
         }
@@ -218,49 +146,27 @@ impl Replica {
                 }
             }
             let began = *ready_since.get_or_insert_with(Instant::now);
-            self.set_ready(Some(address), pool);
+            self.report_ready(Some(address), pool);
             // Both branches are cancel-safe.
             tokio::select! {
                 status = group.wait_leader() => return exit_reason(status),
-                () = self.unreachable.notified() => lock_unpoisoned(&self.state).failed_starts.record_ready(began.elapsed()),
+                () = self.wait_unreachable() => self.record_ready(began.elapsed()),
             }
         }
     }
 
     /// Waits for the calls in flight, for at most `DRAIN_TIMEOUT`.
     async fn drain(&self, tasks: &ProcessTasks) {
-        let idle = async {
-            while lock_unpoisoned(&self.state).in_flight > 0 {
-                self.idle.notified().await;
-            }
-        };
         // All branches are cancel-safe.
         tokio::select! {
-            _ = timeout(DRAIN_TIMEOUT, idle) => {}
+            _ = timeout(DRAIN_TIMEOUT, self.wait_idle()) => {}
             () = tasks.stopping.cancelled() => {}
         }
     }
 
-    fn set_ready(&self, ready: Option<SocketAddr>, pool: &Pool) {
-        lock_unpoisoned(&self.state).ready = ready;
+    fn report_ready(&self, ready: Option<SocketAddr>, pool: &Pool) {
+        self.set_ready(ready);
         pool.update_readiness();
-    }
-}
-
-impl Drop for ReplicaPermit {
-    fn drop(&mut self) {
-        let mut state = lock_unpoisoned(&self.replica.state);
-        state.in_flight -= 1;
-        if state.in_flight == 0 {
-            self.replica.idle.notify_one();
-        }
-    }
-}
-
-impl ReplicaPermit {
-    /// The connection to this replica was refused.
-    pub(super) fn mark_unreachable(&self) {
-        self.replica.mark_unreachable_at(self.address);
     }
 }
 
@@ -337,20 +243,4 @@ async fn is_ready(tasks: &ProcessTasks, address: SocketAddr, path: Option<&str>)
 
 fn exit_reason(status: std::io::Result<ExitStatus>) -> String {
     status.map_or_else(|error| error.to_string(), |status| status.to_string())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_replica_that_is_not_ready_has_no_permits() {
-        let replica = Arc::new(Replica::new());
-        assert!(replica.acquire_permit().is_none() && replica.load().is_none());
-        lock_unpoisoned(&replica.state).ready = Some(([127, 0, 0, 1], 1).into());
-        let permit = replica.acquire_permit().unwrap();
-        assert_eq!(replica.load(), Some(1));
-        drop(permit);
-        assert_eq!(replica.load(), Some(0));
-    }
 }

@@ -1,20 +1,44 @@
-//! Selects log lines by a query. No I/O.
+//! Log lines, and their selection by a query. No I/O.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
 
-use crate::backend::LogQuery;
-use crate::process::logs::LogEntry;
+use jiff::Timestamp;
 
-/// Returns whether `entry` matches, without regard to `tail`.
-pub(super) fn matches(query: &LogQuery, entry: &LogEntry) -> bool {
-    query.since.is_none_or(|since| entry.at >= since)
-        && query.instance.as_deref().is_none_or(|instance| instance == &*entry.instance)
+use crate::backend::LogQuery;
+use crate::types::LogLine;
+use gateway_base::function::Function;
+
+/// One log line.
+#[derive(Debug)]
+pub(super) struct LogEntry {
+    pub(super) at: Timestamp,
+    pub(super) instance: Arc<str>,
+    pub(super) text: String,
+}
+
+impl LogEntry {
+    /// Converts this entry for the API.
+    pub(super) fn to_log_line(&self, function: &Function) -> LogLine {
+        LogLine {
+            name: function.name.clone(),
+            namespace: function.namespace.clone(),
+            instance: self.instance.to_string(),
+            timestamp: self.at.to_string(),
+            text: self.text.clone(),
+        }
+    }
+
+    /// Returns whether `query` selects this line, without regard to `tail`.
+    pub(super) fn matches(&self, query: &LogQuery) -> bool {
+        query.since.is_none_or(|since| self.at >= since)
+            && query.instance.as_deref().is_none_or(|instance| instance == &*self.instance)
+    }
 }
 
 /// Returns the selected entries, oldest first.
 pub(super) fn select(query: &LogQuery, entries: &VecDeque<Arc<LogEntry>>) -> Vec<Arc<LogEntry>> {
-    let matching = entries.iter().rev().filter(|entry| matches(query, entry));
+    let matching = entries.iter().rev().filter(|entry| entry.matches(query));
     let mut selected: Vec<_> = matching.take(query.tail.unwrap_or(usize::MAX)).cloned().collect();
     selected.reverse();
     selected
@@ -22,8 +46,6 @@ pub(super) fn select(query: &LogQuery, entries: &VecDeque<Arc<LogEntry>>) -> Vec
 
 #[cfg(test)]
 mod tests {
-    use jiff::Timestamp;
-
     use super::*;
 
     fn at(second: i64) -> Timestamp {
