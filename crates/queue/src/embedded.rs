@@ -24,6 +24,7 @@ mod result_codec;
 mod reverse_scan;
 pub mod salvage;
 mod schedule;
+mod settle_write;
 mod state;
 mod store;
 mod tables;

@@ -5,6 +5,7 @@
 //! published to the next one before it is acknowledged in the previous one. NATS Streaming cannot look up a message,
 //! so this backend supports no states, results, lists or cancelling.
 
+mod accept;
 mod callback;
 mod channels;
 mod client;
@@ -20,6 +21,7 @@ mod nats;
 mod ownership;
 mod parking;
 mod payload;
+mod pending;
 pub(super) mod probe;
 mod proto;
 mod subscribe;
@@ -39,7 +41,8 @@ use crate::stan::dedup::Deduplicator;
 use crate::stan::inflight::{Capacity, InflightTable};
 use crate::stan::message::Progress;
 use crate::stan::nats::{NatsConnection, NatsError};
-use crate::stan::subscribe::{MAX_DELAYED, ReceivedCall};
+use crate::stan::pending::ReceivedCall;
+use crate::stan::subscribe::MAX_DELAYED;
 use crate::tasks::Tasks;
 use crate::{Delivery, Error, JobQueue, JobStore, MemoryPermit, Published, jetstream, now};
 use gateway_base::function::Function;

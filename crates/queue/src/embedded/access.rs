@@ -8,7 +8,8 @@ use std::time::Duration;
 use crate::Error;
 use crate::embedded::Shared;
 use crate::embedded::panic_guard::{catch_panic, drop_catching_panic, is_corruption};
-use crate::embedded::store::{self, Snapshot, Store, Watermark};
+use crate::embedded::store::{Snapshot, Store, Watermark};
+use crate::embedded::tables;
 use crate::embedded::write_txn::WriteTxn;
 use gateway_base::sync::lock_unpoisoned;
 
@@ -28,7 +29,7 @@ const OPEN_TIMEOUT: Duration = Duration::from_secs(10);
 impl Shared {
     pub(super) fn read_snapshot<T>(
         &self,
-        read: impl FnOnce(&Snapshot) -> store::Result<T>,
+        read: impl FnOnce(&Snapshot) -> tables::Result<T>,
     ) -> Result<T, Error> {
         if self.damaged.load(Relaxed) {
             return Err(Error::Failed);
@@ -59,7 +60,7 @@ impl Shared {
     /// Runs a write transaction. Reopens the file first if it failed before. Only the writer thread calls this.
     pub(super) fn write<T>(
         &self,
-        txn: impl FnOnce(&mut WriteTxn<'_>) -> store::Result<T>,
+        txn: impl FnOnce(&mut WriteTxn<'_>) -> tables::Result<T>,
     ) -> Result<T, Error> {
         self.reopen()?;
         let count = self.change_count.load(Relaxed) + 1;

@@ -2,8 +2,9 @@
 
 use crate::call::{QueuedCall, UnixMillis};
 use crate::embedded::Embedded;
+use crate::embedded::settle_write::SettleWrite;
 use crate::embedded::state::{AttemptStart, Claim};
-use crate::embedded::writer::{SettleWrite, WriteOp};
+use crate::embedded::writer::WriteOp;
 use crate::status::{CallRecord, Settlement};
 use crate::{Error, Settle, now};
 

@@ -5,7 +5,7 @@ use std::any::Any;
 use std::io::ErrorKind;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
-use crate::embedded::store::Result;
+use crate::embedded::tables::Result;
 
 /// Calls `access` and converts a panic into a corruption error. After that, values that `access` modified may only be
 /// dropped.

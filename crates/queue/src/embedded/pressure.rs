@@ -9,8 +9,9 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 
 use crate::embedded::reserve::Reserve;
+use crate::embedded::settle_write::SettleWrite;
 use crate::embedded::store::Store;
-use crate::embedded::writer::{SettleWrite, WriteOp};
+use crate::embedded::writer::WriteOp;
 use crate::embedded::{Shared, result_codec, wal};
 use gateway_base::backoff::Backoff;
 use gateway_base::sync::lock_unpoisoned;

@@ -3,7 +3,8 @@
 use std::collections::HashMap;
 
 use crate::embedded::schedule::CallSeq;
-use crate::embedded::store::{self, Snapshot, TableGroup};
+use crate::embedded::store::{Snapshot, TableGroup};
+use crate::embedded::tables;
 use crate::embedded::{SCAN_BATCH_SIZE, Shared};
 use crate::status::CallRecord;
 use crate::{Error, Filter, Order, QueueDepth};
@@ -25,7 +26,11 @@ impl Shared {
         })
     }
 
-    fn status_of(&self, snapshot: &Snapshot, number: CallSeq) -> store::Result<Option<CallRecord>> {
+    fn status_of(
+        &self,
+        snapshot: &Snapshot,
+        number: CallSeq,
+    ) -> tables::Result<Option<CallRecord>> {
         let start = self.state().executions.get(&number).and_then(|run| run.start);
         let record = match snapshot.record(number)? {
             Some(record) => Some(record),

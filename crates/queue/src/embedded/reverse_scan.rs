@@ -2,7 +2,8 @@
 
 use crate::embedded::packed::{Bitmap, MAX_KEY_SPAN, PackedBatch};
 use crate::embedded::schedule::CallSeq;
-use crate::embedded::store::{CallTable, Result, Snapshot, TableGroup};
+use crate::embedded::store::{CallTable, Snapshot, TableGroup};
+use crate::embedded::tables::Result;
 use crate::embedded::tables::{DONE_BITMAPS, FINISHED_BATCHES, PENDING_BATCHES};
 
 impl Snapshot {

@@ -16,7 +16,8 @@ use crate::embedded::packed::{Bitmap, PackedBatch};
 use crate::embedded::panic_guard::catch_panic;
 use crate::embedded::reserve::Reserve;
 use crate::embedded::schedule::CallSeq;
-use crate::embedded::store::{self, CallTable, Store, Watermark, parse_record};
+use crate::embedded::store::{self, CallTable, Store, Watermark};
+use crate::embedded::tables::{self, parse_record};
 use crate::embedded::tables::{
     CALLS, DONE_BITMAPS, FINISHED, FINISHED_BATCHES, ID_SECRET, IDEMPOTENCY_KEYS, META,
     PENDING_BATCHES, PROGRESS,
@@ -197,7 +198,7 @@ impl DamagedFile {
     /// Passes everything that can be read to `sink`, results first.
     fn read(
         &self,
-        sink: &mut dyn FnMut(Item) -> store::Result<()>,
+        sink: &mut dyn FnMut(Item) -> tables::Result<()>,
     ) -> anyhow::Result<SalvageReport> {
         let mut report = SalvageReport::default();
         let mut over = HashMap::new();
@@ -261,7 +262,7 @@ impl DamagedFile {
     fn scan(
         &self,
         table: CallTable,
-        visit: &mut dyn FnMut(CallSeq, &[u8]) -> store::Result<()>,
+        visit: &mut dyn FnMut(CallSeq, &[u8]) -> tables::Result<()>,
     ) -> anyhow::Result<u64> {
         let (mut start, mut gaps) = (0, 0);
         loop {
@@ -310,7 +311,7 @@ impl DamagedFile {
     }
 
     /// Passes idempotency keys to `sink`, up to the first unreadable one.
-    fn keys(&self, sink: &mut dyn FnMut(Item) -> store::Result<()>) -> anyhow::Result<u64> {
+    fn keys(&self, sink: &mut dyn FnMut(Item) -> tables::Result<()>) -> anyhow::Result<u64> {
         let mut failed = None;
         let walked = catch_panic(|| {
             self.read_budget.reset();
@@ -377,7 +378,7 @@ struct CopyWriter {
 }
 
 impl CopyWriter {
-    fn add(&mut self, item: Item) -> store::Result<()> {
+    fn add(&mut self, item: Item) -> tables::Result<()> {
         if let Item::Call { number, .. } | Item::Result { number, .. } = &item {
             self.watermark.next = self.watermark.next.max(number + 1);
         }
@@ -393,7 +394,7 @@ impl CopyWriter {
         self.flush()
     }
 
-    fn flush(&mut self) -> store::Result<()> {
+    fn flush(&mut self) -> tables::Result<()> {
         let (items, needs_id_index) = (std::mem::take(&mut self.items), self.needs_id_index);
         (self.length, self.watermark.changes) = (0, self.watermark.changes + 1);
         self.store.write(self.watermark, |txn| {
@@ -402,7 +403,7 @@ impl CopyWriter {
     }
 }
 
-fn put(txn: &mut WriteTxn<'_>, item: &Item, needs_id_index: bool) -> store::Result<()> {
+fn put(txn: &mut WriteTxn<'_>, item: &Item, needs_id_index: bool) -> tables::Result<()> {
     match item {
         Item::Call { number, status, stored } => {
             let needs_id_index =

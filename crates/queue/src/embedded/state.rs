@@ -7,8 +7,8 @@ use bytes::Bytes;
 use crate::call::UnixMillis;
 use crate::embedded::packed::BatchCache;
 use crate::embedded::schedule::{CallSeq, Schedule, Selected};
+use crate::embedded::settle_write::SettleWrite;
 use crate::embedded::store::RecoveredCall;
-use crate::embedded::writer::SettleWrite;
 use crate::status::{CallRecord, CallState};
 use crate::{PANIC_BACKOFF, now};
 

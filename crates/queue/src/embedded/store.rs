@@ -4,10 +4,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use bytes::Bytes;
-use redb::{
-    AccessGuard, Database, ReadableDatabase, ReadableTable, RepairSession, TableDefinition,
-    TableError,
-};
+use redb::{Database, ReadableDatabase, ReadableTable, RepairSession, TableDefinition, TableError};
 
 use crate::Filter;
 use crate::call::{QueuedCall, UnixMillis};
@@ -18,7 +15,7 @@ use crate::embedded::reserve::Reserve;
 use crate::embedded::schedule::CallSeq;
 use crate::embedded::tables::{
     CALLS, DONE_BITMAPS, FINISHED, FINISHED_BATCHES, ID_INDEX, ID_SECRET, META, PENDING_BATCHES,
-    PROGRESS, WATERMARK,
+    PROGRESS, Result, WATERMARK, find_batch, parse_record,
 };
 use crate::embedded::wal::WalBackend;
 use crate::embedded::write_txn::WriteTxn;
@@ -27,8 +24,6 @@ use crate::status::{CallRecord, CallState, StoredResponse};
 
 /// Page cache of redb.
 const CACHE_BYTES: usize = 12 << 20;
-
-pub(super) type Result<T, E = redb::Error> = std::result::Result<T, E>;
 
 /// The open file.
 pub(super) struct Store {
@@ -247,24 +242,6 @@ fn create_tables(database: &Database, ids: &Arc<CallIdCodec>) -> Result<()> {
     Ok(txn.commit()?)
 }
 
-/// A value in a table.
-type ValueGuard<'t> = AccessGuard<'t, &'static [u8]>;
-
-/// The batch in `table` that contains `number`, with its key.
-pub(super) fn find_batch<'t>(
-    table: &'t impl ReadableTable<CallSeq, &'static [u8]>,
-    number: CallSeq,
-) -> Result<Option<(CallSeq, ValueGuard<'t>)>> {
-    let keys = number.saturating_sub(MAX_KEY_SPAN - 1)..=number;
-    for entry in table.range(keys)?.rev() {
-        let (key, batch) = entry?;
-        if PackedBatch::new(batch.value()).find(number).is_some() {
-            return Ok(Some((key.value(), batch)));
-        }
-    }
-    Ok(None)
-}
-
 /// A consistent view of the file.
 pub(super) struct Snapshot {
     pub(super) read: redb::ReadTransaction,
@@ -447,8 +424,4 @@ impl TableGroup {
             Self::Finished => FINISHED,
         }
     }
-}
-
-pub(super) fn parse_record(json: &[u8]) -> Option<CallRecord> {
-    serde_json::from_slice(json).ok()
 }

@@ -1,9 +1,14 @@
 //! The tables of the file. Their stored names are part of the file format.
 
-use redb::TableDefinition;
+use redb::{AccessGuard, ReadableTable, TableDefinition};
 
 use crate::call::UnixMillis;
+use crate::embedded::packed::{MAX_KEY_SPAN, PackedBatch};
 use crate::embedded::schedule::CallSeq;
+use crate::status::CallRecord;
+
+/// Result of an access to the file.
+pub(super) type Result<T, E = redb::Error> = std::result::Result<T, E>;
 
 /// Pending calls and dead letters, as [`QueuedCall::encode`](crate::call::QueuedCall::encode) writes them: those
 /// that are too long for a batch, and those that an older gateway wrote.
@@ -39,3 +44,26 @@ pub(super) const WATERMARK: &str = "changes";
 /// single finished call is its number.
 pub(super) const KEY_EXPIRY_PREFIX: &str = "k:";
 pub(super) const BATCH_EXPIRY_PREFIX: &str = "r:";
+
+/// A value in a table.
+type ValueGuard<'t> = AccessGuard<'t, &'static [u8]>;
+
+/// The batch in `table` that contains `number`, with its key.
+pub(super) fn find_batch<'t>(
+    table: &'t impl ReadableTable<CallSeq, &'static [u8]>,
+    number: CallSeq,
+) -> Result<Option<(CallSeq, ValueGuard<'t>)>> {
+    let keys = number.saturating_sub(MAX_KEY_SPAN - 1)..=number;
+    for entry in table.range(keys)?.rev() {
+        let (key, batch) = entry?;
+        if PackedBatch::new(batch.value()).find(number).is_some() {
+            return Ok(Some((key.value(), batch)));
+        }
+    }
+    Ok(None)
+}
+
+/// Parses a record stored as JSON.
+pub(super) fn parse_record(json: &[u8]) -> Option<CallRecord> {
+    serde_json::from_slice(json).ok()
+}

@@ -7,10 +7,10 @@ use tempfile::TempDir;
 
 use super::*;
 use crate::call::CallOptions;
+use crate::embedded::settle_write::SettleWrite;
 use crate::embedded::state::Claim;
 use crate::embedded::store::Watermark;
 use crate::embedded::write_txn::WriteTxn;
-use crate::embedded::writer::SettleWrite;
 use crate::status::{CallRecord, CallState, Settlement, StoredResponse};
 use crate::{ChangeOutcome, Filter, Order};
 

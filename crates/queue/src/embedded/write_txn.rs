@@ -10,11 +10,11 @@ use crate::call::UnixMillis;
 use crate::embedded::id_codec::CallIdCodec;
 use crate::embedded::packed::{Bitmap, MAX_KEY_SPAN, MAX_PACKED_ENTRY_BYTES, PackedBatch, pack};
 use crate::embedded::schedule::CallSeq;
-use crate::embedded::store::{Result, find_batch, parse_record};
 use crate::embedded::tables::{
     BATCH_EXPIRY_PREFIX, CALLS, DONE_BITMAPS, EXPIRY, FINISHED, FINISHED_BATCHES, ID_INDEX,
     IDEMPOTENCY_KEYS, KEY_EXPIRY_PREFIX, PENDING_BATCHES, PROGRESS,
 };
+use crate::embedded::tables::{Result, find_batch, parse_record};
 use crate::embedded::{checksummed, result_codec};
 use crate::status::CallRecord;
 

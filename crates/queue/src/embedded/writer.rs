@@ -10,14 +10,14 @@ use bytes::Bytes;
 use tokio::sync::mpsc;
 
 use crate::call::UnixMillis;
-use crate::embedded::id_codec::CallIdCodec;
 use crate::embedded::schedule::CallSeq;
+use crate::embedded::settle_write::{SettleWrite, requires_id_index};
 use crate::embedded::state::{Claim, QueueState};
-use crate::embedded::store::Result as StoreResult;
+use crate::embedded::tables::Result as StoreResult;
 use crate::embedded::write_txn::WriteTxn;
 use crate::embedded::{Shared, result_codec};
 use crate::reply_batch::{Reply, ReplyBatch};
-use crate::status::{CallRecord, CallState, Settlement};
+use crate::status::{CallRecord, CallState};
 use crate::{ChangeOutcome, Error, MemoryPermit, Published, now};
 
 /// Maximum number of operations per commit.
@@ -40,48 +40,6 @@ pub(super) struct PublishRequest {
     pub(super) encoded: Bytes,
     /// Held until the call is written or refused, even if the client has gone.
     pub(super) _permit: Option<MemoryPermit>,
-}
-
-/// A settlement in the form in which it is written.
-pub(super) enum SettleWrite {
-    /// `record`: the encoded record and response. `needs_id_index`: the id does not contain the number.
-    Finished {
-        record: Bytes,
-        needs_id_index: bool,
-    },
-    Retry {
-        record_json: Vec<u8>,
-        at: UnixMillis,
-    },
-    DeadLetter {
-        record_json: Vec<u8>,
-        record: Vec<u8>,
-        label: String,
-    },
-}
-
-impl SettleWrite {
-    /// Encodes `settlement`, after which the record of the call is `status`.
-    pub(super) fn new(status: &CallRecord, settlement: &Settlement) -> Self {
-        let record_json = || serde_json::to_vec(status).unwrap_or_default();
-        match settlement {
-            Settlement::Finished { response, .. } => Self::Finished {
-                record: result_codec::encode(status, response.as_ref()).into(),
-                needs_id_index: requires_id_index(status),
-            },
-            Settlement::Retry { at, .. } => Self::Retry { record_json: record_json(), at: *at },
-            Settlement::DeadLetter { response, .. } => Self::DeadLetter {
-                record_json: record_json(),
-                record: result_codec::encode(status, response.as_ref()),
-                label: status.function.clone(),
-            },
-        }
-    }
-}
-
-/// Returns whether the call needs an entry in the id index, since its id does not contain its number.
-fn requires_id_index(status: &CallRecord) -> bool {
-    status.chosen_id || !CallIdCodec::may_contain_number(&status.id)
 }
 
 /// An operation of the writer.

@@ -9,7 +9,7 @@ use crate::stan::execution_log::Step;
 use crate::stan::inflight::MessageKey;
 use crate::stan::message::{self, Progress};
 use crate::stan::nats::NatsError;
-use crate::stan::subscribe::ReceivedCall;
+use crate::stan::pending::ReceivedCall;
 use crate::stan::{Shared, dedup, queue_error};
 use crate::status::{CallState, Settlement};
 use crate::{Error, Settle, now};

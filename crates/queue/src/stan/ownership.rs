@@ -13,9 +13,9 @@ use futures_util::StreamExt as _;
 use prost::Message;
 
 use crate::stan::Shared;
+use crate::stan::accept::accept;
 use crate::stan::channels::Channel;
 use crate::stan::inflight::MessageKey;
-use crate::stan::subscribe::accept;
 
 /// Time to wait for the owner's response.
 const QUERY_TIMEOUT: Duration = Duration::from_secs(1);

@@ -9,7 +9,7 @@ use crate::stan::channels::Channel;
 use crate::stan::inflight::MessageKey;
 use crate::stan::message::{self, Progress};
 use crate::stan::nats::NatsError;
-use crate::stan::subscribe::ReceivedCall;
+use crate::stan::pending::ReceivedCall;
 use crate::stan::{Shared, dedup};
 
 /// Interval of checks for calls that have waited long, and delay after a failed attempt to park one.

@@ -1,22 +1,20 @@
-//! The worker's subscriptions: receives calls and keeps them until a slot is free.
+//! The worker's subscriptions: receives messages, and returns calls that are due.
 
 use std::sync::Arc;
 use std::time::Duration;
 
-use bytes::Bytes;
 use futures_util::StreamExt as _;
 use futures_util::future::join_all;
 use prost::Message as _;
 
-use crate::call::{QueuedCall, UnixMillis};
 use crate::stan::channels::Channel;
 use crate::stan::client::Session;
 use crate::stan::inflight::{ArrivalAction, MessageKey, NextCall};
 use crate::stan::lease::Lease;
-use crate::stan::message::{self, DecodeError, Progress};
 use crate::stan::nats::NatsError;
-use crate::stan::proto::{Ack, Delivered, START_AT_FIRST, Subscribe, Subscribed};
-use crate::stan::{Shared, dedup, ownership, parking};
+use crate::stan::pending::ReceivedCall;
+use crate::stan::proto::{Delivered, START_AT_FIRST, Subscribe, Subscribed};
+use crate::stan::{Shared, accept, dedup, ownership};
 use crate::{Delivery, Error, now};
 
 /// Timeout of a subscription request.
@@ -25,13 +23,6 @@ const SUBSCRIBE_TIMEOUT: Duration = Duration::from_secs(5);
 const SUBSCRIBE_RETRY_INTERVAL: Duration = Duration::from_secs(5);
 /// Maximum number of delayed calls of one channel in memory; the others stay in the channel.
 pub(super) const MAX_DELAYED: usize = 256;
-
-/// A received call that waits for its execution.
-#[derive(Debug)]
-pub(super) struct ReceivedCall {
-    pub(super) call: QueuedCall,
-    pub(super) progress: Progress,
-}
 
 /// Waits for the next runnable call.
 pub(super) async fn receive(shared: &Arc<Shared>, concurrency: usize) -> Result<Delivery, Error> {
@@ -158,7 +149,7 @@ async fn consume(shared: &Arc<Shared>, channel: Channel, mut subscription: Subsc
         let arrival =
             shared.inflight().on_message(key, redelivered, data.len(), &subscription.ack_subject);
         match arrival {
-            ArrivalAction::Accept => accept(shared, key, data),
+            ArrivalAction::Accept => accept::accept(shared, key, data),
             ArrivalAction::CheckOwner => {
                 let querying = Arc::clone(shared);
                 shared.tasks.spawn_to_completion(async move {
@@ -167,87 +158,6 @@ async fn consume(shared: &Arc<Shared>, channel: Channel, mut subscription: Subsc
             }
             ArrivalAction::Ignore => {}
             ArrivalAction::AckAgain => shared.acknowledge(key).await,
-        }
-    }
-}
-
-/// Decodes a message and adds it to the pending calls.
-pub(super) fn accept(shared: &Arc<Shared>, key: MessageKey, data: Bytes) {
-    let options = &shared.options;
-    // The message may lack the time of submission; the time of storage replaces it.
-    let stored_at = UnixMillis::try_from(key.timestamp / 1_000_000).unwrap_or_default();
-    let decoded = message::decode(&data, &options.default_namespace, new_call_id, stored_at);
-    let (call, progress) = match decoded {
-        Ok(decoded) => decoded,
-        Err(error) => {
-            // The end of the session does not interrupt this.
-            let moving = Arc::clone(shared);
-            return shared.tasks.spawn_to_completion(async move {
-                dead_letter_undecodable(&moving, key, data, &error).await
-            });
-        }
-    };
-    if key.channel.is_delayed() {
-        let at = progress.not_before.unwrap_or_default().max(1);
-        return shared.enqueue(key, at, ReceivedCall { call, progress });
-    }
-    // A call in the main channel was not executed yet, whatever its headers say, which clients can write, too. Only a
-    // redriven dead letter has a reason, and it counts as another call than before.
-    let moves = progress.reason.as_ref().map_or(0, |_| progress.moves.saturating_add(1));
-    let progress =
-        Progress { moves, unknown_members: progress.unknown_members, ..Progress::default() };
-    match call.options.not_before.filter(|at| *at > now()) {
-        Some(at) => parking::move_to_delayed(shared, key, at, ReceivedCall { call, progress }),
-        None => shared.enqueue(key, now(), ReceivedCall { call, progress }),
-    }
-}
-
-fn new_call_id() -> String {
-    uuid::Uuid::new_v4().to_string()
-}
-
-/// Moves a message that cannot be decoded to the dead-letter channel.
-async fn dead_letter_undecodable(
-    shared: &Shared,
-    key: MessageKey,
-    data: Bytes,
-    error: &DecodeError,
-) {
-    let (id, sequence) = (message::call_id_in(&data), key.sequence);
-    let kept = shared.worker.publish_in_background(&shared.dead_channel, data).await;
-    match kept {
-        Ok(()) => {
-            let dead = &shared.dead_channel;
-            tracing::error!(call_id = id, %error, sequence, "A message that cannot be decoded was moved to {dead}");
-            shared.acknowledge(key).await;
-        }
-        Err(publish_error) => {
-            tracing::error!(
-                call_id = id, %error, sequence, %publish_error,
-                "A message that cannot be decoded could not be moved to the dead letters"
-            );
-            shared.inflight().release(key);
-        }
-    }
-}
-
-impl Shared {
-    /// Adds a call that is due at `at` to the pending ones.
-    pub(super) fn enqueue(&self, key: MessageKey, at: UnixMillis, received: ReceivedCall) {
-        self.inflight().enqueue(key, received.call.function.clone(), at, received);
-        self.ready.notify_one();
-        self.congested[key.channel.number()].notify_one();
-    }
-
-    /// Acknowledges a message. If the acknowledgement is lost, the server redelivers the message.
-    pub(super) async fn acknowledge(&self, key: MessageKey) {
-        let ack_subject = self.inflight().finish(key);
-        // Its function may have a free slot now.
-        self.ready.notify_one();
-        if let Some(ack_subject) = ack_subject {
-            let channel = self.channel(key.channel).to_owned();
-            let ack = Ack { channel, sequence: key.sequence };
-            let _ = self.nats.send(ack_subject, ack.encode_to_vec().into()).await;
         }
     }
 }
