@@ -9,37 +9,23 @@
 mod admin;
 mod api;
 mod batch;
-mod batch_consumer;
-mod batch_records;
-mod batch_state;
-mod batcher;
 mod cancel;
-mod capacity;
-mod chunked_body;
-mod claims;
-mod consumer;
+mod consume;
 mod consumers;
 mod dead_letters;
-mod dirty_batches;
 mod error;
 mod failure_counts;
 #[cfg(any(test, fuzzing))]
 pub(crate) mod fuzz;
 mod gc;
-mod ids;
 mod job_store;
-mod lease;
 mod lookup;
-mod message;
 mod options;
-mod prefetch;
 mod publish;
-mod pull_scheduler;
-mod rate;
 mod repair;
 mod streams;
-mod subject;
 mod undecodable;
+mod wire;
 
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
@@ -47,25 +33,26 @@ use std::time::{Duration, Instant};
 use futures_util::FutureExt;
 use tokio::sync::{Notify, OnceCell, Semaphore};
 
-pub(super) use self::lease::Lease;
+pub(super) use self::consume::lease::Lease;
 pub use self::options::{Auth, Options};
-pub use self::subject::encode_token;
+pub use self::wire::subjects::encode_token;
 
 use crate::call::QueuedCall;
 use crate::jetstream::api::JetStreamApi;
-use crate::jetstream::batcher::Batcher;
-use crate::jetstream::capacity::Capacity;
-use crate::jetstream::claims::Claims;
-use crate::jetstream::consumer::Received;
+use crate::jetstream::batch::dirty_batches::DirtyBatches;
+use crate::jetstream::consume::claims::Claims;
+use crate::jetstream::consume::consumer::Received;
+use crate::jetstream::consume::prefetch::{self, Prefetched};
+use crate::jetstream::consume::pull_scheduler::PullScheduler;
 use crate::jetstream::consumers::Consumers;
-use crate::jetstream::dirty_batches::DirtyBatches;
 use crate::jetstream::error::NatsError;
 use crate::jetstream::failure_counts::FailureCounts;
 use crate::jetstream::gc::CONSUMER_IDLE_TIMEOUT;
-use crate::jetstream::ids::BatchKeys;
-use crate::jetstream::prefetch::Prefetched;
-use crate::jetstream::pull_scheduler::PullScheduler;
-use crate::jetstream::subject::Subjects;
+use crate::jetstream::publish::batcher::Batcher;
+use crate::jetstream::publish::capacity::Capacity;
+use crate::jetstream::publish::chunked_body::StoredBody;
+use crate::jetstream::wire::ids::{self, BatchKeys};
+use crate::jetstream::wire::subjects::Subjects;
 use crate::reply_batch::ReplyChannel;
 use crate::tasks::Tasks;
 use crate::{Delivery, Error, JobQueue, JobStore, MemoryPermit, Published};
@@ -119,7 +106,7 @@ struct Shared {
     /// Why a stream could not be used, and the time at which that was found.
     incompatible: Mutex<Option<(Instant, Arc<str>)>>,
     last_gc: Mutex<Instant>,
-    gc_cursor: Mutex<Option<chunked_body::StoredBody>>,
+    gc_cursor: Mutex<Option<StoredBody>>,
     /// Notified when a call may be available.
     call_available: Notify,
     tasks: Tasks,

@@ -9,15 +9,16 @@ use futures_util::{StreamExt, TryStreamExt, stream};
 
 use async_nats::jetstream::message::StreamMessage;
 
-use crate::jetstream::batch::BatchRecord;
-use crate::jetstream::batch_state::DecodedBatch;
+use crate::jetstream::Shared;
+use crate::jetstream::batch::state::DecodedBatch;
 use crate::jetstream::error::NatsError;
-use crate::jetstream::ids::BatchKey;
 use crate::jetstream::lookup::{CallLocation, DeadLetter, Finished, Pending};
-use crate::jetstream::subject::{
+use crate::jetstream::wire::batch::BatchRecord;
+use crate::jetstream::wire::ids::BatchKey;
+use crate::jetstream::wire::message;
+use crate::jetstream::wire::subjects::{
     self, CALLS, DEAD_LETTERS, FINAL_RECORDS, function_of_consumer, parse,
 };
-use crate::jetstream::{Shared, message};
 use crate::status::CallRecord;
 use crate::{CallPage, ChangeOutcome, Filter, Order, QueueDepth, now};
 use gateway_base::function::Function;
@@ -51,7 +52,7 @@ impl Shared {
         let (found, mut calls) = (all.len(), 0);
         let subjects = all.into_iter().take_while(|subject| {
             let before = calls;
-            calls += subject::call_count(subject);
+            calls += subjects::call_count(subject);
             before < max
         });
         let subjects: Vec<_> = subjects.collect();
@@ -363,7 +364,7 @@ impl Shared {
         {
             let Some(call_subject) = parse(&subject) else { continue };
             let (calls, messages) = batch_sizes.entry(call_subject.function).or_default();
-            *calls += subject::call_count(&subject) as u64;
+            *calls += subjects::call_count(&subject) as u64;
             *messages += 1;
         }
         Ok(batch_sizes)
@@ -375,7 +376,7 @@ impl Shared {
         messages: &[StreamMessage],
     ) -> Result<HashMap<BatchKey, BatchRecord>, NatsError> {
         let (api, subjects) = (&self.api, &self.subjects);
-        let batches = messages.iter().filter(|found| subject::batch_key(&found.subject).is_some());
+        let batches = messages.iter().filter(|found| subjects::batch_key(&found.subject).is_some());
         let records = batches.filter_map(|found| subjects.batch_record(&found.subject));
         stream::iter(records.collect::<Vec<_>>())
             .map(|subject| async move { api.get_last(&subjects.batches, &subject).await })
@@ -397,12 +398,12 @@ fn compare(order: Order, a: &CallRecord, b: &CallRecord) -> Ordering {
 
 /// Decodes a batch record, and the key of its batch.
 fn decode_record(found: StreamMessage) -> Option<(BatchKey, BatchRecord)> {
-    Some((subject::batch_key(&found.subject)?, BatchRecord::decode(found.payload)?))
+    Some((subjects::batch_key(&found.subject)?, BatchRecord::decode(found.payload)?))
 }
 
 /// Returns the calls of a message that have no outcome in `records`.
 fn pending_calls(found: StreamMessage, records: &HashMap<BatchKey, BatchRecord>) -> Vec<Pending> {
-    match subject::batch_key(&found.subject) {
+    match subjects::batch_key(&found.subject) {
         Some(key) => match DecodedBatch::new(found) {
             Some(batch) => batch.pending_calls(records.get(&key)).collect(),
             None => Vec::new(),

@@ -21,7 +21,7 @@ use crate::jetstream::error::{
     ErrorResponse, MESSAGE_NOT_FOUND, NatsError, STORE_FAILED, STREAM_NOT_FOUND, UNAVAILABLE_CODES,
 };
 use crate::jetstream::options::{MIN_VERSION, Options};
-use crate::jetstream::subject::Subjects;
+use crate::jetstream::wire::subjects::Subjects;
 
 /// Time to wait for a connection, and for a response.
 const CONNECT_TIMEOUT: Duration = Duration::from_millis(800);

@@ -9,11 +9,11 @@ use async_nats::HeaderMap;
 use bytes::Bytes;
 
 use crate::jetstream::Shared;
-use crate::jetstream::claims::CANCEL_MARKER_TTL;
+use crate::jetstream::consume::claims::CANCEL_MARKER_TTL;
 use crate::jetstream::error::NatsError;
 use crate::jetstream::lookup::{CallLocation, Finished, Pending};
-use crate::jetstream::message::Message;
-use crate::jetstream::subject::{CALLS, CallSubject};
+use crate::jetstream::wire::message::Message;
+use crate::jetstream::wire::subjects::{CALLS, CallSubject};
 use crate::status::{CallRecord, CallState};
 use crate::{ChangeOutcome, now};
 

@@ -9,7 +9,7 @@ use async_nats::jetstream::stream::ConsumerErrorKind;
 
 use crate::jetstream::Shared;
 use crate::jetstream::error::NatsError;
-use crate::jetstream::subject::{self, CALLS};
+use crate::jetstream::wire::subjects::{self, CALLS};
 use gateway_base::function::Function;
 
 /// An entry that was not used for this time is no longer trusted: the consumer may have been garbage collected.
@@ -82,7 +82,7 @@ impl Shared {
         }
         let names = self.api.consumer_names(&self.subjects.calls).await?;
         let found: Vec<_> =
-            names.iter().filter_map(|name| subject::function_of_consumer(name)).collect();
+            names.iter().filter_map(|name| subjects::function_of_consumer(name)).collect();
         let mut consumers = self.consumers();
         if consumers.connection == connection {
             let now = Instant::now();
@@ -114,7 +114,7 @@ impl Shared {
                 consumers.leases.insert(function.clone(), lease);
             }
             // Receivers that miss the announcement find the consumer by discovery.
-            let name = subject::consumer_name(function).into();
+            let name = subjects::consumer_name(function).into();
             let sent = self.api.client.publish(self.subjects.new_consumers(), name);
             let _ = tokio::time::timeout(SEND_TIMEOUT, sent).await;
         }
@@ -137,7 +137,7 @@ impl Shared {
     /// Gets or creates the consumer of `function`. Returns its ack timeout.
     async fn create_consumer(&self, function: &Function) -> Result<Duration, NatsError> {
         let (api, subjects, lease) = (&self.api, &self.subjects, self.options.lease);
-        let name = subject::consumer_name(function);
+        let name = subjects::consumer_name(function);
         let config = pull::Config {
             durable_name: Some(name.clone()),
             filter_subject: subjects.of_function(CALLS, Some(function)),

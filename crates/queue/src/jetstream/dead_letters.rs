@@ -5,7 +5,7 @@ use crate::jetstream::Shared;
 use crate::jetstream::cancel::cancelled;
 use crate::jetstream::error::NatsError;
 use crate::jetstream::lookup::{CallLocation, DeadLetter, Finished};
-use crate::jetstream::subject::FINAL_RECORDS;
+use crate::jetstream::wire::subjects::FINAL_RECORDS;
 use crate::status::CallState;
 use gateway_base::function::Function;
 

@@ -4,10 +4,10 @@ use async_nats::HeaderMap;
 use bytes::{Buf, Bytes};
 
 use crate::call::QueuedCall;
-use crate::jetstream::batch::{self, BatchRecord};
-use crate::jetstream::ids::BatchKey;
-use crate::jetstream::message::{self, Message};
-use crate::jetstream::subject;
+use crate::jetstream::wire::batch::{self, BatchRecord};
+use crate::jetstream::wire::ids::BatchKey;
+use crate::jetstream::wire::message::{self, Message};
+use crate::jetstream::wire::subjects;
 use crate::status::CallRecord;
 
 /// A decoded batch contains exactly the calls of its key; anything else is rejected.
@@ -74,14 +74,14 @@ pub(crate) fn message(data: &[u8]) {
 /// A subject names a call or nothing, and an encoded token can be decoded.
 pub(crate) fn subject(data: &[u8]) {
     let Ok(text) = std::str::from_utf8(data) else { return };
-    let _ = (subject::parse(text), subject::call_count(text), subject::decode_token(text));
-    if let Some(function) = subject::function_of_consumer(text) {
+    let _ = (subjects::parse(text), subjects::call_count(text), subjects::decode_token(text));
+    if let Some(function) = subjects::function_of_consumer(text) {
         assert_eq!(
-            subject::function_of_consumer(&subject::consumer_name(&function)),
+            subjects::function_of_consumer(&subjects::consumer_name(&function)),
             Some(function)
         );
     }
-    let token = subject::encode_token(text);
+    let token = subjects::encode_token(text);
     assert!(!token.contains(['.', '*', '>', ' ']));
-    assert_eq!(subject::decode_token(&token).as_deref(), Some(text));
+    assert_eq!(subjects::decode_token(&token).as_deref(), Some(text));
 }

@@ -8,9 +8,9 @@ use serde_json::json;
 
 use crate::jetstream::Shared;
 use crate::jetstream::api::JetStreamApi;
-use crate::jetstream::consumer::MAX_SCANNED_MESSAGES;
+use crate::jetstream::consume::consumer::MAX_SCANNED_MESSAGES;
 use crate::jetstream::error::{CONSUMER_NOT_FOUND, NatsError};
-use crate::jetstream::subject::{CALLS, function_of_consumer};
+use crate::jetstream::wire::subjects::{CALLS, function_of_consumer};
 use crate::now;
 use gateway_base::function::Function;
 

@@ -9,17 +9,20 @@ use bytes::{Bytes, BytesMut};
 use futures_util::{StreamExt, TryStreamExt, stream};
 
 use crate::call::UnixMillis;
-use crate::jetstream::batch::{BatchIndex, CallRef};
-use crate::jetstream::batch_consumer::BatchRef;
-use crate::jetstream::batch_state::InBatch;
-use crate::jetstream::chunked_body::MAX_BODY_BYTES;
+use crate::jetstream::Shared;
+use crate::jetstream::batch::held::BatchRef;
+use crate::jetstream::batch::state::InBatch;
 use crate::jetstream::error::NatsError;
-use crate::jetstream::ids::BatchKey;
-use crate::jetstream::message::{self, FinalRecord, Message, final_headers, parse_response_head};
-use crate::jetstream::subject::{
+use crate::jetstream::publish::chunked_body::MAX_BODY_BYTES;
+use crate::jetstream::wire::batch::{BatchIndex, CallRef};
+use crate::jetstream::wire::ids;
+use crate::jetstream::wire::ids::BatchKey;
+use crate::jetstream::wire::message::{
+    self, FinalRecord, Message, final_headers, parse_response_head,
+};
+use crate::jetstream::wire::subjects::{
     self, CALLS, CallSubject, DEAD_LETTERS, FINAL_RECORDS, RESPONSES, Subjects, encode_token, parse,
 };
-use crate::jetstream::{Shared, ids};
 use crate::now;
 use crate::status::{CallRecord, StoredResponse};
 use gateway_base::function::Function;
@@ -84,7 +87,7 @@ impl CallLocation {
 impl Pending {
     /// Returns `None` if the message is not that of a single call.
     pub(super) fn new(found: StreamMessage) -> Option<Self> {
-        if subject::batch_key(&found.subject).is_some() {
+        if subjects::batch_key(&found.subject).is_some() {
             return None;
         }
         let message = Message::from_stored(found.headers, found.payload);

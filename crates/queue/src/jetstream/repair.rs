@@ -12,10 +12,10 @@ use bytes::Bytes;
 use futures_util::{StreamExt, TryStreamExt, stream};
 
 use crate::jetstream::Shared;
-use crate::jetstream::batch_state::DecodedBatch;
+use crate::jetstream::batch::state::DecodedBatch;
 use crate::jetstream::error::NatsError;
 use crate::jetstream::lookup::Pending;
-use crate::jetstream::subject::{CALLS, consumer_name};
+use crate::jetstream::wire::subjects::{CALLS, consumer_name};
 use gateway_base::function::Function;
 
 /// Maximum number of delivered messages that are checked: running and delayed calls.

@@ -10,13 +10,14 @@ use async_nats::jetstream::context::{CreateStreamErrorKind, GetStreamErrorKind};
 use async_nats::jetstream::stream::{Config, DiscardPolicy, RetentionPolicy, StorageType};
 use serde::{Deserialize, Serialize};
 
+use crate::jetstream::Options;
 use crate::jetstream::api::JetStreamApi;
+use crate::jetstream::consume::claims;
 use crate::jetstream::error::NatsError;
-use crate::jetstream::message::json;
-use crate::jetstream::subject::{
+use crate::jetstream::wire::message::json;
+use crate::jetstream::wire::subjects::{
     BATCHES, BODIES, CALLS, CLAIMS, DEAD_LETTERS, FINAL_RECORDS, IDEMPOTENCY, RESPONSES, Subjects,
 };
-use crate::jetstream::{Options, claims};
 
 /// Time during which the server detects duplicate publishes. Later ones are detected by stored data.
 const MAX_DUPLICATE_WINDOW: Duration = Duration::from_secs(120);

@@ -12,11 +12,11 @@ use async_nats::jetstream::AckKind;
 
 use crate::call::UnixMillis;
 use crate::jetstream::Shared;
-use crate::jetstream::consumer::send_ack;
+use crate::jetstream::consume::consumer::send_ack;
 use crate::jetstream::error::NatsError;
 use crate::jetstream::lookup::DeadLetter;
-use crate::jetstream::message::Message;
-use crate::jetstream::subject::{self, CallSubject, DEAD_LETTERS, Subjects};
+use crate::jetstream::wire::message::Message;
+use crate::jetstream::wire::subjects::{self, CallSubject, DEAD_LETTERS, Subjects};
 use crate::now;
 use crate::status::{CallRecord, CallState};
 use gateway_base::function::Function;
@@ -132,14 +132,14 @@ impl RawMessage {
     /// is in use, the sequence.
     fn letter_names(&self, subjects: &Subjects) -> Vec<(String, String)> {
         let function = &self.function;
-        let named = match subject::batch_key(&self.subject) {
+        let named = match subjects::batch_key(&self.subject) {
             Some(key) => Some((key.token(), subjects.batch(DEAD_LETTERS, function, key))),
-            None => subject::parse(&self.subject).map(|CallSubject { id, .. }| {
+            None => subjects::parse(&self.subject).map(|CallSubject { id, .. }| {
                 let subject = subjects.call(DEAD_LETTERS, function, &id);
                 (id, subject)
             }),
         };
-        let id = subject::letter_id(self.sequence);
+        let id = subjects::letter_id(self.sequence);
         let by_sequence = subjects.letter(Some(function), &id).map(|subject| (id, subject));
         named.into_iter().chain(by_sequence).collect()
     }

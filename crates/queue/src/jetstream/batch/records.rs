@@ -6,20 +6,20 @@ use async_nats::HeaderMap;
 
 use crate::call::QueuedCall;
 use crate::jetstream::Shared;
-use crate::jetstream::batch::{BatchIndex, BatchRecord, Outcome};
-use crate::jetstream::batch_consumer::BatchRef;
+use crate::jetstream::batch::held::BatchRef;
 use crate::jetstream::error::NatsError;
-use crate::jetstream::subject::{BATCHES, CALLS, FINAL_RECORDS};
+use crate::jetstream::wire::batch::{BatchIndex, BatchRecord, Outcome};
+use crate::jetstream::wire::subjects::{BATCHES, CALLS, FINAL_RECORDS};
 
 /// Maximum number of attempts to update a record that other processes update as well.
-pub(super) const MAX_RECORD_ATTEMPTS: usize = 32;
+pub(in crate::jetstream) const MAX_RECORD_ATTEMPTS: usize = 32;
 
 /// A stored record and its sequence; the sequence is 0 if none is stored.
-pub(super) type Revisioned = (BatchRecord, u64);
+pub(in crate::jetstream) type Revisioned = (BatchRecord, u64);
 
 impl Shared {
     /// Loads the record of a batch. `archived` adds the archived record: the batch may be finished, or about to be.
-    pub(super) async fn load_record(
+    pub(in crate::jetstream) async fn load_record(
         &self,
         batch_ref: &BatchRef,
         archived: bool,
@@ -46,7 +46,7 @@ impl Shared {
 
     /// Loads the record on `subject`, which may contain wildcards. If it cannot be decoded but belongs to another
     /// message than `sequence`, it counts as empty.
-    pub(super) async fn load_record_at(
+    pub(in crate::jetstream) async fn load_record_at(
         &self,
         subject: &str,
         archived: bool,
@@ -64,7 +64,7 @@ impl Shared {
 
     /// Updates the record of a batch with optimistic concurrency. Returns for each outcome whether it is now the
     /// recorded one. Does not start an attempt after `deadline`.
-    pub(super) async fn update_record(
+    pub(in crate::jetstream) async fn update_record(
         &self,
         batch_ref: &BatchRef,
         current: Revisioned,
@@ -112,7 +112,7 @@ impl Shared {
     }
 
     /// Stores the outcomes of a batch that is about to be removed, for as long as results are kept.
-    pub(super) async fn archive_record(
+    pub(in crate::jetstream) async fn archive_record(
         &self,
         batch_ref: &BatchRef,
         record: &BatchRecord,
@@ -122,7 +122,7 @@ impl Shared {
     }
 
     /// Publishes a call of a batch as its own message, unless that exists.
-    pub(super) async fn publish_split(
+    pub(in crate::jetstream) async fn publish_split(
         &self,
         call: &QueuedCall,
         headers: HeaderMap,

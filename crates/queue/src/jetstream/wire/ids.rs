@@ -17,34 +17,34 @@ const TAG_SINGLE: u16 = 0x6a73;
 const TAG_BATCHED: u16 = 0x6a74;
 
 /// Maximum number of calls that a batch key can encode.
-pub(super) const MAX_KEY_CALLS: usize = 1 << 6;
+pub(in crate::jetstream) const MAX_KEY_CALLS: usize = 1 << 6;
 
 /// Common prefix of the ids of all calls in a batch, 48 bits: 30 bits of the time in milliseconds, 12 bits of the node,
 /// and 6 bits of the number of calls minus one. 42 other bits of each id are random, so an id does not reveal those of
 /// other calls.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub(super) struct BatchKey([u8; 6]);
+pub(in crate::jetstream) struct BatchKey([u8; 6]);
 
 /// Generates batch keys; a key is not repeated for some days.
-pub(super) struct BatchKeys {
+pub(in crate::jetstream) struct BatchKeys {
     node: AtomicU64,
     last: AtomicU64,
 }
 
 impl BatchKeys {
-    pub(super) fn new() -> Self {
+    pub(in crate::jetstream) fn new() -> Self {
         let keys = Self { node: AtomicU64::new(0), last: AtomicU64::new(0) };
         keys.change_node();
         keys
     }
 
     /// Picks another node number, since another process uses the same.
-    pub(super) fn change_node(&self) {
+    pub(in crate::jetstream) fn change_node(&self) {
         self.node.store(Uuid::new_v4().as_u64_pair().1 % (1 << 12), Relaxed);
     }
 
     /// Returns a new key for `count` calls, at most [`MAX_KEY_CALLS`].
-    pub(super) fn next(&self, count: usize, now: UnixMillis) -> BatchKey {
+    pub(in crate::jetstream) fn next(&self, count: usize, now: UnixMillis) -> BatchKey {
         let after = |last: u64| Some(now.max(last + 1));
         let last = self.last.fetch_update(Relaxed, Relaxed, after).unwrap_or_default();
         let count = count.clamp(1, MAX_KEY_CALLS) as u64 - 1;
@@ -64,31 +64,31 @@ impl BatchKey {
     }
 
     /// Returns the number of calls in the batch.
-    pub(super) fn count(self) -> usize {
+    pub(in crate::jetstream) fn count(self) -> usize {
         self.bits() as usize % MAX_KEY_CALLS + 1
     }
 
     /// Returns an id for a call of the batch.
-    pub(super) fn new_call_id(self, function: &Function) -> String {
+    pub(in crate::jetstream) fn new_call_id(self, function: &Function) -> String {
         let mut bytes = *Uuid::new_v4().as_bytes();
         bytes[..6].copy_from_slice(&self.0);
         encode_id(bytes, function, TAG_BATCHED)
     }
 
     /// Returns the key in `id`, if the call was published in a batch.
-    pub(super) fn from_id(id: &str) -> Option<Self> {
+    pub(in crate::jetstream) fn from_id(id: &str) -> Option<Self> {
         let uuid = Uuid::try_parse(id).ok()?;
         let key = uuid.as_bytes().first_chunk().copied()?;
         (decode_tag(&uuid)? as u16 == TAG_BATCHED).then_some(Self(key))
     }
 
     /// Formats the key as one token of a subject. It differs from the token of any id.
-    pub(super) fn token(self) -> String {
+    pub(in crate::jetstream) fn token(self) -> String {
         format!("+{:012x}", self.bits())
     }
 
     /// Parses a token.
-    pub(super) fn from_token(token: &str) -> Option<Self> {
+    pub(in crate::jetstream) fn from_token(token: &str) -> Option<Self> {
         let digits = token.strip_prefix('+').filter(|digits| digits.len() == 12)?;
         let key = u64::from_str_radix(digits, 16).ok().map(Self::from_bits)?;
         // Rejects other spellings of the same number.
@@ -97,7 +97,7 @@ impl BatchKey {
 }
 
 /// Returns a new id for a call of `function` that has its own message.
-pub(super) fn new_call_id(function: &Function) -> String {
+pub(in crate::jetstream) fn new_call_id(function: &Function) -> String {
     encode_id(*Uuid::new_v4().as_bytes(), function, TAG_SINGLE)
 }
 
@@ -108,7 +108,9 @@ fn encode_id(mut bytes: [u8; 16], function: &Function, tag: u16) -> String {
 }
 
 /// Returns a filter for the functions that the call `id` may belong to, or `None` if the id was chosen by a client.
-pub(super) fn function_filter(id: &str) -> Option<impl Fn(&Function) -> bool + use<>> {
+pub(in crate::jetstream) fn function_filter(
+    id: &str,
+) -> Option<impl Fn(&Function) -> bool + use<>> {
     let encoded = decode_tag(&Uuid::try_parse(id).ok()?)?;
     let [high, low] = [encoded >> 16, encoded & 0xffff].map(|half| half as u16);
     let tag = [TAG_SINGLE, TAG_BATCHED].contains(&low);

@@ -7,8 +7,8 @@ use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 
 use crate::call::{DecodeError, Envelope, QueuedCall, UnixMillis};
-use crate::jetstream::batch::{self, CallRef};
-use crate::jetstream::ids::BatchKey;
+use crate::jetstream::wire::batch::{self, CallRef};
+use crate::jetstream::wire::ids::BatchKey;
 use crate::status::{CallRecord, CallState, StoredResponse};
 use gateway_base::function::Function;
 
@@ -43,31 +43,36 @@ const MAX_REASON_CHARS: usize = 1000;
 
 /// Reference to a body that is stored in chunks.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub(super) struct ChunkedBody {
-    pub(super) name: String,
-    pub(super) count: usize,
+pub(in crate::jetstream) struct ChunkedBody {
+    pub(in crate::jetstream) name: String,
+    pub(in crate::jetstream) count: usize,
 }
 
 /// Message of a call.
 #[derive(Clone, Debug)]
-pub(super) struct Message {
+pub(in crate::jetstream) struct Message {
     headers: HeaderMap,
-    pub(super) body: Bytes,
+    pub(in crate::jetstream) body: Bytes,
 }
 
 /// The calls that one receiver has claimed.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
-pub(super) struct RunningList {
+pub(in crate::jetstream) struct RunningList {
     /// By consumer name: sequence of each call's message, and time of the claim.
-    pub(super) calls: BTreeMap<String, Vec<(u64, UnixMillis)>>,
+    pub(in crate::jetstream) calls: BTreeMap<String, Vec<(u64, UnixMillis)>>,
     /// The same for calls in batches, with a bit set of their indexes.
     #[serde(default, rename = "together", skip_serializing_if = "BTreeMap::is_empty")]
-    pub(super) batched: BTreeMap<String, Vec<(u64, UnixMillis, u64)>>,
+    pub(in crate::jetstream) batched: BTreeMap<String, Vec<(u64, UnixMillis, u64)>>,
 }
 
 impl RunningList {
     /// Adds a call that was claimed at `since`.
-    pub(super) fn add(&mut self, consumer: &str, call_ref: CallRef, since: UnixMillis) {
+    pub(in crate::jetstream) fn add(
+        &mut self,
+        consumer: &str,
+        call_ref: CallRef,
+        since: UnixMillis,
+    ) {
         match call_ref.index {
             None => {
                 let calls = self.calls.entry(consumer.to_owned()).or_default();
@@ -87,12 +92,12 @@ impl RunningList {
         }
     }
 
-    pub(super) fn is_empty(&self) -> bool {
+    pub(in crate::jetstream) fn is_empty(&self) -> bool {
         self.calls.is_empty() && self.batched.is_empty()
     }
 
     /// Returns all calls and the times of their claims.
-    pub(super) fn call_refs(&self) -> impl Iterator<Item = (CallRef, UnixMillis)> {
+    pub(in crate::jetstream) fn call_refs(&self) -> impl Iterator<Item = (CallRef, UnixMillis)> {
         let single = self.calls.values().flatten();
         let single = single.map(|(sequence, since)| (CallRef::single(*sequence), *since));
         let in_batch = self.batched.values().flatten().flat_map(|(sequence, since, bits)| {
@@ -103,7 +108,7 @@ impl RunningList {
     }
 
     /// Returns the number of calls of a consumer, and the number of their messages.
-    pub(super) fn count(&self, consumer: &str) -> (usize, usize) {
+    pub(in crate::jetstream) fn count(&self, consumer: &str) -> (usize, usize) {
         let single = self.calls.get(consumer).map_or(0, Vec::len);
         let groups = self.batched.get(consumer).map_or(&[][..], Vec::as_slice);
         let in_batch: u32 = groups.iter().map(|(.., bits)| bits.count_ones()).sum();
@@ -114,41 +119,41 @@ impl RunningList {
 
 /// Final state of a call.
 #[derive(Clone, Debug, Serialize, Deserialize)]
-pub(super) struct FinalRecord {
+pub(in crate::jetstream) struct FinalRecord {
     /// Sequence of the call's message.
-    pub(super) sequence: u64,
-    pub(super) status: CallRecord,
+    pub(in crate::jetstream) sequence: u64,
+    pub(in crate::jetstream) status: CallRecord,
     /// Head of the response whose body is the payload of this message.
     #[serde(default, rename = "answer", skip_serializing_if = "Option::is_none")]
-    pub(super) response: Option<ResponseHead>,
+    pub(in crate::jetstream) response: Option<ResponseHead>,
 }
 
 /// Head of a stored response.
 #[derive(Clone, Debug, Serialize, Deserialize)]
-pub(super) struct ResponseHead {
+pub(in crate::jetstream) struct ResponseHead {
     status: u16,
     headers: Vec<(String, String)>,
     #[serde(default)]
     truncated: bool,
     #[serde(rename = "parts")]
-    pub(super) chunks: usize,
+    pub(in crate::jetstream) chunks: usize,
 }
 
 impl Message {
     /// Returns the message of a call that was not executed yet.
-    pub(super) fn new(call: &QueuedCall) -> Self {
+    pub(in crate::jetstream) fn new(call: &QueuedCall) -> Self {
         let mut headers = HeaderMap::new();
         headers.insert(VERSION_HEADER, VERSION.to_string());
         headers.insert(CALL_HEADER, json(&call.envelope()).as_str());
         Self { headers, body: call.body.clone() }
     }
 
-    pub(super) fn from_stored(headers: HeaderMap, body: Bytes) -> Self {
+    pub(in crate::jetstream) fn from_stored(headers: HeaderMap, body: Bytes) -> Self {
         Self { headers, body }
     }
 
     /// Returns the headers with a message id for duplicate detection.
-    pub(super) fn with_message_id(&self, id: &str) -> HeaderMap {
+    pub(in crate::jetstream) fn with_message_id(&self, id: &str) -> HeaderMap {
         let mut headers = self.headers.clone();
         headers.insert(MESSAGE_ID_HEADER, id);
         headers
@@ -156,7 +161,7 @@ impl Message {
 
     /// Returns the message with a reference to its body instead of the body.
     #[must_use]
-    pub(super) fn with_chunked_body(mut self, parts: &ChunkedBody) -> Self {
+    pub(in crate::jetstream) fn with_chunked_body(mut self, parts: &ChunkedBody) -> Self {
         self.headers.insert(BODY_REF_HEADER, json(parts).as_str());
         self.body = Bytes::new();
         self
@@ -164,7 +169,11 @@ impl Message {
 
     /// Returns the headers of a call after an attempt; `previous_seq` is the sequence of its message during the
     /// attempt.
-    pub(super) fn with_status(&self, status: &CallRecord, previous_seq: u64) -> HeaderMap {
+    pub(in crate::jetstream) fn with_status(
+        &self,
+        status: &CallRecord,
+        previous_seq: u64,
+    ) -> HeaderMap {
         let mut status = status.clone();
         status.reason = status.reason.map(|reason| reason.chars().take(MAX_REASON_CHARS).collect());
         let mut headers = self.original_headers();
@@ -177,7 +186,7 @@ impl Message {
     }
 
     /// Returns the headers of the dead letter of a message that cannot be decoded.
-    pub(super) fn undecodable_letter(
+    pub(in crate::jetstream) fn undecodable_letter(
         &self,
         status: &CallRecord,
         previous_seq: u64,
@@ -191,7 +200,7 @@ impl Message {
     }
 
     /// Of the dead letter of a message that could not be decoded: returns the subject of the message.
-    pub(super) fn raw_subject(&self) -> Option<&str> {
+    pub(in crate::jetstream) fn raw_subject(&self) -> Option<&str> {
         Some(self.headers.get(RAW_SUBJECT_HEADER)?.as_str())
     }
 
@@ -213,7 +222,7 @@ impl Message {
 
     /// Returns the headers of a redriven call, which starts with no attempts. `number` is the sequence of the dead
     /// letter.
-    pub(super) fn redriven(&self, number: u64) -> HeaderMap {
+    pub(in crate::jetstream) fn redriven(&self, number: u64) -> HeaderMap {
         let mut headers = match self.raw_subject() {
             Some(_) => self.foreign_headers(),
             None => self.original_headers(),
@@ -223,24 +232,28 @@ impl Message {
     }
 
     /// Returns the sequence of the dead letter to remove when the redriven call is finished.
-    pub(super) fn dead_letter_seq(&self) -> Option<u64> {
+    pub(in crate::jetstream) fn dead_letter_seq(&self) -> Option<u64> {
         self.headers.get(REDRIVEN_FROM_HEADER)?.as_str().parse().ok()
     }
 
     /// Returns the headers of a cancelled call: no receiver executes it.
-    pub(super) fn tombstone(&self, status: &CallRecord, previous_seq: u64) -> HeaderMap {
+    pub(in crate::jetstream) fn tombstone(
+        &self,
+        status: &CallRecord,
+        previous_seq: u64,
+    ) -> HeaderMap {
         let mut headers = self.with_status(status, previous_seq);
         headers.insert(BODY_REF_HEADER, "");
         headers
     }
 
     /// Returns whether the call is cancelled and must not be executed.
-    pub(super) fn is_tombstone(&self) -> bool {
+    pub(in crate::jetstream) fn is_tombstone(&self) -> bool {
         self.stored_status().is_some_and(|status| status.state == CallState::Cancelled)
     }
 
     /// Returns the headers of the call without the traces of attempts.
-    pub(super) fn original_headers(&self) -> HeaderMap {
+    pub(in crate::jetstream) fn original_headers(&self) -> HeaderMap {
         let mut headers = HeaderMap::new();
         for name in [VERSION_HEADER, CALL_HEADER, BODY_REF_HEADER] {
             if let Some(value) = self.headers.get(name) {
@@ -251,20 +264,20 @@ impl Message {
     }
 
     /// Returns the approximate size of the headers in bytes.
-    pub(super) fn head_size(&self) -> usize {
+    pub(in crate::jetstream) fn head_size(&self) -> usize {
         self.headers.get(CALL_HEADER).map_or(0, |meta| meta.as_str().len()) + 512
     }
 
-    pub(super) fn chunked_body(&self) -> Option<ChunkedBody> {
+    pub(in crate::jetstream) fn chunked_body(&self) -> Option<ChunkedBody> {
         serde_json::from_str(self.headers.get(BODY_REF_HEADER)?.as_str()).ok()
     }
 
-    pub(super) fn stored_status(&self) -> Option<CallRecord> {
+    pub(in crate::jetstream) fn stored_status(&self) -> Option<CallRecord> {
         serde_json::from_str(self.headers.get(STATUS_HEADER)?.as_str()).ok()
     }
 
     /// Of a dead letter: returns the sequence of the original message.
-    pub(super) fn previous_seq(&self) -> Option<u64> {
+    pub(in crate::jetstream) fn previous_seq(&self) -> Option<u64> {
         self.headers.get(PREVIOUS_SEQ_HEADER)?.as_str().parse().ok()
     }
 
@@ -272,7 +285,7 @@ impl Message {
     ///
     /// # Errors
     /// When the headers are missing or invalid, or of a newer version. The call must be left to newer gateways.
-    pub(super) fn call(&self) -> Result<QueuedCall, DecodeError> {
+    pub(in crate::jetstream) fn call(&self) -> Result<QueuedCall, DecodeError> {
         check_version(&self.headers, VERSION)?;
         let meta = self.headers.get(CALL_HEADER).ok_or(DecodeError::Truncated)?;
         let meta: Envelope<'_> = serde_json::from_str(meta.as_str())?;
@@ -283,7 +296,7 @@ impl Message {
     ///
     /// # Errors
     /// When the version is missing or different, or the payload is not that of this batch.
-    pub(super) fn batch(
+    pub(in crate::jetstream) fn batch(
         &self,
         function: &Function,
         key: BatchKey,
@@ -293,12 +306,16 @@ impl Message {
     }
 
     /// Returns the state of the call while no process executes it.
-    pub(super) fn status(&self) -> Option<CallRecord> {
+    pub(in crate::jetstream) fn status(&self) -> Option<CallRecord> {
         self.stored_status().or_else(|| self.call().ok().map(|call| CallRecord::queued(&call)))
     }
 
     /// Returns the state of `call` while it is executed.
-    pub(super) fn running_status(&self, call: &QueuedCall, since: UnixMillis) -> CallRecord {
+    pub(in crate::jetstream) fn running_status(
+        &self,
+        call: &QueuedCall,
+        since: UnixMillis,
+    ) -> CallRecord {
         let (attempts, status) = self
             .stored_status()
             .map_or((0, None), |supported| (supported.attempts, supported.status));
@@ -312,7 +329,7 @@ impl Message {
     }
 
     /// Returns the earliest time at which the call may be executed.
-    pub(super) fn due_at(&self, call: &QueuedCall) -> UnixMillis {
+    pub(in crate::jetstream) fn due_at(&self, call: &QueuedCall) -> UnixMillis {
         match self.stored_status() {
             Some(CallRecord { state: CallState::Cancelled, .. }) => 0,
             Some(CallRecord { next_attempt_at: Some(again), .. }) => again,
@@ -322,14 +339,14 @@ impl Message {
 }
 
 /// Returns the headers of a batch.
-pub(super) fn batch_headers() -> HeaderMap {
+pub(in crate::jetstream) fn batch_headers() -> HeaderMap {
     let mut headers = HeaderMap::new();
     headers.insert(VERSION_HEADER, BATCH_VERSION.to_string());
     headers
 }
 
 /// Returns whether a newer gateway may be able to decode the headers of a call, or of a batch.
-pub(super) fn is_newer(error: &DecodeError, is_batch: bool) -> bool {
+pub(in crate::jetstream) fn is_newer(error: &DecodeError, is_batch: bool) -> bool {
     let supported = if is_batch { BATCH_VERSION } else { VERSION };
     matches!(error, DecodeError::UnsupportedVersion(version) if *version > supported)
 }
@@ -343,41 +360,41 @@ fn check_version(headers: &HeaderMap, supported: u8) -> Result<(), DecodeError> 
 }
 
 /// Returns the headers of a response whose body is stored in `parts` chunks.
-pub(super) fn response_headers(response: &StoredResponse, parts: usize) -> HeaderMap {
+pub(in crate::jetstream) fn response_headers(response: &StoredResponse, parts: usize) -> HeaderMap {
     let mut headers = HeaderMap::new();
     headers.insert(RESPONSE_HEADER, json(&ResponseHead::new(response, parts)).as_str());
     headers
 }
 
 /// Returns the headers of a final state.
-pub(super) fn final_headers(end: &FinalRecord) -> HeaderMap {
+pub(in crate::jetstream) fn final_headers(end: &FinalRecord) -> HeaderMap {
     let mut headers = HeaderMap::new();
     headers.insert(FINAL_HEADER, json(end).as_str());
     headers
 }
 
-pub(super) fn parse_final_record(headers: &HeaderMap) -> Option<FinalRecord> {
+pub(in crate::jetstream) fn parse_final_record(headers: &HeaderMap) -> Option<FinalRecord> {
     serde_json::from_str(headers.get(FINAL_HEADER)?.as_str()).ok()
 }
 
-pub(super) fn parse_response_head(headers: &HeaderMap) -> Option<ResponseHead> {
+pub(in crate::jetstream) fn parse_response_head(headers: &HeaderMap) -> Option<ResponseHead> {
     serde_json::from_str(headers.get(RESPONSE_HEADER)?.as_str()).ok()
 }
 
 impl ResponseHead {
-    pub(super) fn new(response: &StoredResponse, parts: usize) -> Self {
+    pub(in crate::jetstream) fn new(response: &StoredResponse, parts: usize) -> Self {
         let StoredResponse { status, headers, truncated, .. } = response;
         Self { status: *status, headers: headers.clone(), truncated: *truncated, chunks: parts }
     }
 
-    pub(super) fn into_response(self, body: Bytes) -> StoredResponse {
+    pub(in crate::jetstream) fn into_response(self, body: Bytes) -> StoredResponse {
         let Self { status, headers, truncated, .. } = self;
         StoredResponse { status, headers, body, truncated }
     }
 }
 
 /// Serializes `value` as one line: JSON escapes line breaks.
-pub(super) fn json(value: &impl Serialize) -> String {
+pub(in crate::jetstream) fn json(value: &impl Serialize) -> String {
     serde_json::to_string(value).unwrap_or_default()
 }
 

@@ -14,8 +14,8 @@ use futures_util::{StreamExt, TryStreamExt, stream};
 use crate::jetstream::Shared;
 use crate::jetstream::api::JetStreamApi;
 use crate::jetstream::error::NatsError;
-use crate::jetstream::message::{ChunkedBody, Message};
-use crate::jetstream::subject::{
+use crate::jetstream::wire::message::{ChunkedBody, Message};
+use crate::jetstream::wire::subjects::{
     BODIES, CALLS, DEAD_LETTERS, Subjects, decode_token, encode_token,
 };
 use crate::now;
@@ -25,10 +25,10 @@ use gateway_base::sync::lock_unpoisoned;
 const MAX_CONCURRENT_CHUNKS: usize = 4;
 
 /// Maximum size of a body or a response.
-pub(super) const MAX_BODY_BYTES: usize = crate::MAX_ASYNC_BODY_BYTES;
+pub(in crate::jetstream) const MAX_BODY_BYTES: usize = crate::MAX_ASYNC_BODY_BYTES;
 
 /// A stored body: the id of its call as a token, and the name of the body.
-pub(super) type StoredBody = (String, String);
+pub(in crate::jetstream) type StoredBody = (String, String);
 
 /// Size of a chunk in bytes.
 fn chunk_size(api: &JetStreamApi) -> usize {
@@ -36,7 +36,7 @@ fn chunk_size(api: &JetStreamApi) -> usize {
 }
 
 /// Stores `body` in chunks, under a name that starts with the call's id.
-pub(super) async fn store(
+pub(in crate::jetstream) async fn store(
     api: &JetStreamApi,
     subjects: &Subjects,
     id: &str,
@@ -57,7 +57,7 @@ pub(super) async fn store(
 }
 
 /// Loads a body. Returns `None` if a chunk is missing, or if the body exceeds the maximum size.
-pub(super) async fn load(
+pub(in crate::jetstream) async fn load(
     api: &JetStreamApi,
     subjects: &Subjects,
     body: &ChunkedBody,
@@ -79,7 +79,7 @@ pub(super) async fn load(
 }
 
 /// Removes all chunks of a body.
-pub(super) async fn remove(
+pub(in crate::jetstream) async fn remove(
     api: &JetStreamApi,
     subjects: &Subjects,
     body: &ChunkedBody,
@@ -90,7 +90,10 @@ pub(super) async fn remove(
 
 impl Shared {
     /// Removes bodies older than `age` that no call refers to. Returns the number of removed bodies.
-    pub(super) async fn collect_bodies(&self, age: Duration) -> Result<u64, NatsError> {
+    pub(in crate::jetstream) async fn collect_bodies(
+        &self,
+        age: Duration,
+    ) -> Result<u64, NatsError> {
         let (api, subjects) = (&self.api, &self.subjects);
         let found = api.subjects(&subjects.bodies, &subjects.all(BODIES), usize::MAX).await?;
         // Subjects are `root.queue.id.name.number`.
@@ -146,7 +149,7 @@ impl Shared {
     }
 
     /// The last body that an unfinished collection has checked.
-    pub(super) fn gc_cursor(&self) -> MutexGuard<'_, Option<StoredBody>> {
+    pub(in crate::jetstream) fn gc_cursor(&self) -> MutexGuard<'_, Option<StoredBody>> {
         lock_unpoisoned(&self.gc_cursor)
     }
 }

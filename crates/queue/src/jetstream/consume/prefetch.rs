@@ -8,20 +8,22 @@ use std::time::{Duration, Instant};
 use futures_util::{StreamExt, stream};
 
 use crate::jetstream::Shared;
-use crate::jetstream::consumer::{DISCOVERY_INTERVAL, Received, discover_functions, pull_calls};
-use crate::jetstream::lease::{ClaimedCall, Lease};
-use crate::jetstream::pull_scheduler::PullScheduler;
-use crate::jetstream::rate::ArrivalRate;
+use crate::jetstream::consume::consumer::{
+    DISCOVERY_INTERVAL, Received, discover_functions, pull_calls,
+};
+use crate::jetstream::consume::lease::{ClaimedCall, Lease};
+use crate::jetstream::consume::pull_scheduler::PullScheduler;
+use crate::jetstream::consume::rate::ArrivalRate;
 use crate::{Delivery, Error};
 
 /// Maximum time that a prefetched call waits for a receiver.
-pub(super) const PREFETCH_TTL: Duration = Duration::from_secs(1);
+pub(in crate::jetstream) const PREFETCH_TTL: Duration = Duration::from_secs(1);
 /// Maximum number of concurrent naks.
 const MAX_CONCURRENT_NAKS: usize = 32;
 
 /// Claimed calls that no receiver has yet.
 #[derive(Default)]
-pub(super) struct Prefetched {
+pub(in crate::jetstream) struct Prefetched {
     /// Calls with the time of their claim and the index of their function.
     ready: VecDeque<(Instant, usize, ClaimedCall)>,
     /// Number of waiting receivers.
@@ -57,7 +59,7 @@ impl Prefetched {
         Some(claimed.deliver())
     }
 
-    pub(super) fn drain(&mut self) -> Vec<ClaimedCall> {
+    pub(in crate::jetstream) fn drain(&mut self) -> Vec<ClaimedCall> {
         self.ready.drain(..).map(|(.., claimed)| claimed).collect()
     }
 }
@@ -79,7 +81,10 @@ impl Drop for Receiver<'_> {
 }
 
 /// Waits for the next call that is due.
-pub(super) async fn receive(shared: &Arc<Shared>, concurrency: usize) -> Result<Delivery, Error> {
+pub(in crate::jetstream) async fn receive(
+    shared: &Arc<Shared>,
+    concurrency: usize,
+) -> Result<Delivery, Error> {
     let _receiver = Receiver::new(shared);
     loop {
         // Created before the check, so that no notification is missed in between.
@@ -139,7 +144,7 @@ async fn claim(shared: Arc<Shared>, lease: Lease) {
 }
 
 /// Returns calls to the queue that have waited too long for a receiver.
-pub(super) async fn release_expired(shared: &Arc<Shared>) {
+pub(in crate::jetstream) async fn release_expired(shared: &Arc<Shared>) {
     let Some(before) = Instant::now().checked_sub(PREFETCH_TTL.min(shared.options.lease / 3))
     else {
         return;
@@ -157,7 +162,7 @@ pub(super) async fn release_expired(shared: &Arc<Shared>) {
 }
 
 /// Naks calls that no receiver takes here.
-pub(super) async fn nak_all(shared: &Arc<Shared>, calls: Vec<Received>) {
+pub(in crate::jetstream) async fn nak_all(shared: &Arc<Shared>, calls: Vec<Received>) {
     let calls = stream::iter(calls);
     calls
         .for_each_concurrent(MAX_CONCURRENT_NAKS, async |received| received.nak(shared, None).await)
@@ -165,6 +170,6 @@ pub(super) async fn nak_all(shared: &Arc<Shared>, calls: Vec<Received>) {
 }
 
 /// Returns whether no call waits for a receiver.
-pub(super) fn is_empty(shared: &Shared) -> bool {
+pub(in crate::jetstream) fn is_empty(shared: &Shared) -> bool {
     shared.pull_scheduler().is_empty() && shared.prefetched().ready.is_empty()
 }

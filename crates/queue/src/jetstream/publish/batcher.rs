@@ -12,12 +12,12 @@ use tokio::sync::mpsc::error::TrySendError;
 use tokio::sync::{Mutex as AsyncMutex, mpsc, oneshot};
 
 use crate::call::QueuedCall;
-use crate::jetstream::batch::{
+use crate::jetstream::publish::capacity::CapacityPermit;
+use crate::jetstream::wire::batch::{
     self, MAX_BATCH_BYTES, MAX_BATCHED_BODY_BYTES, MAX_CALLS_PER_BATCH, MIN_SERVER_PAYLOAD_BYTES,
 };
-use crate::jetstream::capacity::CapacityPermit;
-use crate::jetstream::message::batch_headers;
-use crate::jetstream::subject::CALLS;
+use crate::jetstream::wire::message::batch_headers;
+use crate::jetstream::wire::subjects::CALLS;
 use crate::jetstream::{PUBLISH_TIMEOUT, Shared, with_timeout};
 use crate::reply_batch::{Reply, ReplyBatch, ReplyChannel};
 use crate::{Error, MemoryPermit, Published, now};
@@ -41,7 +41,7 @@ const MAX_METADATA_BYTES: usize = 16 << 10;
 const FIXED_METADATA_BYTES: usize = 256;
 
 /// Collects the calls of all threads. One task on the runtime of the connection sends them.
-pub(super) struct Batcher {
+pub(in crate::jetstream) struct Batcher {
     sender: mpsc::Sender<PendingPublish>,
     receiver: Arc<AsyncMutex<mpsc::Receiver<PendingPublish>>>,
 }
@@ -76,19 +76,19 @@ enum BatcherEvent {
 }
 
 impl Batcher {
-    pub(super) fn new() -> Self {
+    pub(in crate::jetstream) fn new() -> Self {
         let (sender, receiver) = mpsc::channel(QUEUE_CAPACITY);
         Self { sender, receiver: Arc::new(AsyncMutex::new(receiver)) }
     }
 
     /// Starts the batcher; it runs until the queue is stopped.
-    pub(super) fn start(shared: &Arc<Shared>) {
+    pub(in crate::jetstream) fn start(shared: &Arc<Shared>) {
         let all = Arc::clone(shared);
         shared.tasks.supervise("publishing", move || run(Arc::clone(&all)));
     }
 
     /// Publishes a call through the batcher. The result is delivered through `reply_channel`.
-    pub(super) async fn publish(
+    pub(in crate::jetstream) async fn publish(
         &self,
         call: QueuedCall,
         permit: Option<MemoryPermit>,

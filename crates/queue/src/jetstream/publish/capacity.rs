@@ -9,9 +9,10 @@ use std::time::{Duration, Instant};
 use tokio::sync::Semaphore;
 
 use crate::Error;
+use crate::jetstream::Shared;
 use crate::jetstream::error::NatsError;
-use crate::jetstream::subject::{self, BATCHES, CALLS};
-use crate::jetstream::{Shared, ids};
+use crate::jetstream::wire::ids;
+use crate::jetstream::wire::subjects::{self, BATCHES, CALLS};
 use gateway_base::sync::lock_unpoisoned;
 
 /// After a full count, the next one waits for this multiple of its duration.
@@ -24,7 +25,7 @@ const MAX_COUNT_AGE: Duration = Duration::from_secs(2);
 const RESERVE_TIMEOUT: Duration = Duration::from_millis(500);
 
 /// The last count and the calls added since.
-pub(super) struct Capacity {
+pub(in crate::jetstream) struct Capacity {
     last_count: Mutex<CallCount>,
     /// Calls that this process has published since the count, or is publishing.
     added: AtomicU64,
@@ -43,7 +44,7 @@ struct CallCount {
 }
 
 /// Reserved capacity for calls that are in flight.
-pub(super) struct CapacityPermit<'a> {
+pub(in crate::jetstream) struct CapacityPermit<'a> {
     capacity: &'a Capacity,
     calls: u64,
 }
@@ -55,7 +56,7 @@ impl Drop for CapacityPermit<'_> {
 }
 
 impl Capacity {
-    pub(super) fn new() -> Self {
+    pub(in crate::jetstream) fn new() -> Self {
         let count = Mutex::new(CallCount { upper_bound: 0, times: None });
         Self {
             last_count: count,
@@ -89,7 +90,10 @@ impl Shared {
     /// # Errors
     /// [`Error::Full`] when there is no capacity: the client may retry later. [`Error::Unreachable`] when the server
     /// does not respond.
-    pub(super) async fn reserve(&self, calls: usize) -> Result<CapacityPermit<'_>, Error> {
+    pub(in crate::jetstream) async fn reserve(
+        &self,
+        calls: usize,
+    ) -> Result<CapacityPermit<'_>, Error> {
         let (calls, limit) = (calls as u64, self.options.limits.max_pending as u64);
         match self.capacity.try_reserve(calls, limit) {
             Some(permit) => Ok(permit),
@@ -122,7 +126,7 @@ impl Shared {
     }
 
     /// Refreshes an old count, since other gateways publish as well. Call it about every second.
-    pub(super) async fn recount_if_old(&self) -> Result<(), NatsError> {
+    pub(in crate::jetstream) async fn recount_if_old(&self) -> Result<(), NatsError> {
         let times = self.capacity.last_count().times;
         let due =
             times.is_some_and(|(at, next)| at.elapsed() > MAX_COUNT_AGE && next < Instant::now());
@@ -158,7 +162,7 @@ impl Shared {
         }
         let stored =
             api.subjects(&subjects.calls, &subjects.of_function(CALLS, None), usize::MAX).await?;
-        let all: usize = stored.iter().map(|subject| subject::call_count(subject)).sum();
+        let all: usize = stored.iter().map(|subject| subjects::call_count(subject)).sum();
         if (all as u64) < limit || api.message_count(&subjects.batches).await? > MAX_RECORDS_READ {
             return Ok((all as u64, true));
         }

@@ -9,8 +9,8 @@ use bytes::Bytes;
 
 use crate::jetstream::Shared;
 use crate::jetstream::error::NatsError;
-use crate::jetstream::ids::BatchKey;
-use crate::jetstream::subject::{self, BATCHES};
+use crate::jetstream::wire::ids::BatchKey;
+use crate::jetstream::wire::subjects::{self, BATCHES};
 use gateway_base::sync::lock_unpoisoned;
 
 /// Time limit for an announcement.
@@ -20,7 +20,7 @@ const MAX_TRACKED_KEYS: usize = 100_000;
 
 /// Batches that may have a record.
 #[derive(Default)]
-pub(super) struct DirtyBatches {
+pub(in crate::jetstream) struct DirtyBatches {
     /// Connection on which all records were listed and announcements are received since; 0 for none.
     connection: u64,
     keys: HashSet<BatchKey>,
@@ -28,12 +28,16 @@ pub(super) struct DirtyBatches {
 
 impl DirtyBatches {
     /// Returns whether a record of the batch `key` may exist, as far as this process knows on `connection`.
-    pub(super) fn may_be_dirty(&self, key: BatchKey, connection: Option<u64>) -> bool {
+    pub(in crate::jetstream) fn may_be_dirty(
+        &self,
+        key: BatchKey,
+        connection: Option<u64>,
+    ) -> bool {
         connection != Some(self.connection) || self.keys.contains(&key)
     }
 
     /// Adds a batch whose change was announced.
-    pub(super) fn mark_dirty(&mut self, key: BatchKey) {
+    pub(in crate::jetstream) fn mark_dirty(&mut self, key: BatchKey) {
         if self.keys.len() < MAX_TRACKED_KEYS {
             self.keys.insert(key);
         } else {
@@ -42,31 +46,37 @@ impl DirtyBatches {
     }
 
     /// Removes a finished batch.
-    pub(super) fn remove(&mut self, key: BatchKey) {
+    pub(in crate::jetstream) fn remove(&mut self, key: BatchKey) {
         self.keys.remove(&key);
     }
 }
 
 impl Shared {
-    pub(super) fn dirty_batches(&self) -> MutexGuard<'_, DirtyBatches> {
+    pub(in crate::jetstream) fn dirty_batches(&self) -> MutexGuard<'_, DirtyBatches> {
         lock_unpoisoned(&self.dirty_batches)
     }
 
     /// Lists the existing records: their announcements may have been sent before this process received on `connection`.
-    pub(super) async fn load_dirty_batches(&self, connection: u64) -> Result<(), NatsError> {
+    pub(in crate::jetstream) async fn load_dirty_batches(
+        &self,
+        connection: u64,
+    ) -> Result<(), NatsError> {
         let (api, subjects) = (&self.api, &self.subjects);
         let records = api
             .subjects(&subjects.batches, &subjects.of_function(BATCHES, None), MAX_TRACKED_KEYS)
             .await?;
         let mut dirty = self.dirty_batches();
-        dirty.keys.extend(records.iter().filter_map(|subject| subject::batch_key(subject)));
+        dirty.keys.extend(records.iter().filter_map(|subject| subjects::batch_key(subject)));
         dirty.connection = if dirty.keys.len() < MAX_TRACKED_KEYS { connection } else { 0 };
         Ok(())
     }
 
     /// Announces that a call of the batch `key` is about to be removed. A receiver that gets this too late sees the
     /// cancel marker.
-    pub(super) async fn announce_dirty(&self, key: BatchKey) -> Result<(), NatsError> {
+    pub(in crate::jetstream) async fn announce_dirty(
+        &self,
+        key: BatchKey,
+    ) -> Result<(), NatsError> {
         let sent = self.api.client.publish(self.subjects.dirty_batches(), Bytes::from(key.token()));
         let sent = tokio::time::timeout(SEND_TIMEOUT, sent).await;
         sent.ok().and_then(Result::ok).ok_or(NatsError::Unavailable)
@@ -76,7 +86,7 @@ impl Shared {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::jetstream::ids::BatchKeys;
+    use crate::jetstream::wire::ids::BatchKeys;
 
     #[test]
     fn a_batch_may_be_dirty_while_announcements_are_missed() {

@@ -11,7 +11,7 @@ const MAX_PREFETCH: usize = 64;
 
 /// Arrival rate of one function.
 #[derive(Debug, Default)]
-pub(super) struct ArrivalRate {
+pub(in crate::jetstream) struct ArrivalRate {
     /// Start of the current window, and the number of calls in it.
     window_start: Option<Instant>,
     count: u32,
@@ -22,7 +22,7 @@ pub(super) struct ArrivalRate {
 
 impl ArrivalRate {
     /// Records the arrival of a call.
-    pub(super) fn record(&mut self, now: Instant) {
+    pub(in crate::jetstream) fn record(&mut self, now: Instant) {
         let since = *self.window_start.get_or_insert(now);
         self.count += 1;
         self.last_arrival = Some(now);
@@ -34,12 +34,12 @@ impl ArrivalRate {
     }
 
     /// Returns whether a call arrived recently.
-    pub(super) fn is_active(&self, now: Instant) -> bool {
+    pub(in crate::jetstream) fn is_active(&self, now: Instant) -> bool {
         self.last_arrival.is_some_and(|last| now.saturating_duration_since(last) < 3 * WINDOW)
     }
 
     /// Returns the number of calls to prefetch beyond the free slots.
-    pub(super) fn prefetch(&self, now: Instant) -> usize {
+    pub(in crate::jetstream) fn prefetch(&self, now: Instant) -> usize {
         if !self.is_active(now) {
             return 0;
         }

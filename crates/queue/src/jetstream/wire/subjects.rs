@@ -1,35 +1,35 @@
 //! Names of streams, subjects and consumers. No I/O.
 
-use crate::jetstream::ids::BatchKey;
+use crate::jetstream::wire::ids::BatchKey;
 use gateway_base::function::Function;
 
 /// The names of one queue.
 #[derive(Clone, Debug)]
-pub(super) struct Subjects {
+pub(in crate::jetstream) struct Subjects {
     /// Name of the queue as a token.
     queue: String,
-    pub(super) calls: String,
-    pub(super) dead_letters: String,
+    pub(in crate::jetstream) calls: String,
+    pub(in crate::jetstream) dead_letters: String,
     /// Final states and responses.
-    pub(super) results: String,
-    pub(super) idempotency: String,
+    pub(in crate::jetstream) results: String,
+    pub(in crate::jetstream) idempotency: String,
     /// Running lists and cancel markers.
-    pub(super) claims: String,
+    pub(in crate::jetstream) claims: String,
     /// Bodies larger than one message.
-    pub(super) bodies: String,
+    pub(in crate::jetstream) bodies: String,
     /// Records of unfinished batches.
-    pub(super) batches: String,
+    pub(in crate::jetstream) batches: String,
 }
 
 /// Function and call id of a subject.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct CallSubject {
-    pub(super) function: Function,
-    pub(super) id: String,
+pub(in crate::jetstream) struct CallSubject {
+    pub(in crate::jetstream) function: Function,
+    pub(in crate::jetstream) id: String,
 }
 
 impl Subjects {
-    pub(super) fn new(queue: &str) -> Self {
+    pub(in crate::jetstream) fn new(queue: &str) -> Self {
         let queue = encode_token(queue);
         let stream = |what| format!("gateway-{queue}-{what}");
         Self {
@@ -45,29 +45,38 @@ impl Subjects {
     }
 
     /// Returns the wildcard for all subjects of the kind `root`.
-    pub(super) fn all(&self, root: &str) -> String {
+    pub(in crate::jetstream) fn all(&self, root: &str) -> String {
         format!("{root}.{}.>", self.queue)
     }
 
     /// Returns the subject of a call. Its last three tokens identify the call, in every kind.
-    pub(super) fn call(&self, root: &str, function: &Function, id: &str) -> String {
+    pub(in crate::jetstream) fn call(&self, root: &str, function: &Function, id: &str) -> String {
         format!("{root}.{}.{}.{}", self.queue, function_tokens(function), encode_token(id))
     }
 
     /// Returns the subject of a batch.
-    pub(super) fn batch(&self, root: &str, function: &Function, key: BatchKey) -> String {
+    pub(in crate::jetstream) fn batch(
+        &self,
+        root: &str,
+        function: &Function,
+        key: BatchKey,
+    ) -> String {
         format!("{root}.{}.{}.{}", self.queue, function_tokens(function), key.token())
     }
 
     /// Returns the subject of the record of the batch on `subject`.
-    pub(super) fn batch_record(&self, subject: &str) -> Option<String> {
+    pub(in crate::jetstream) fn batch_record(&self, subject: &str) -> Option<String> {
         let rest = subject.strip_prefix(CALLS)?;
         Some(format!("{BATCHES}{rest}"))
     }
 
     /// Returns the subject of a dead letter that is named by [`letter_id`] or by a batch key, or `None` for the id of a
     /// call. `None` as the function stands for any.
-    pub(super) fn letter(&self, function: Option<&Function>, id: &str) -> Option<String> {
+    pub(in crate::jetstream) fn letter(
+        &self,
+        function: Option<&Function>,
+        id: &str,
+    ) -> Option<String> {
         // No id of a call is encoded with this character.
         let name = id.strip_prefix('+')?;
         let valid = !name.is_empty() && name.bytes().all(|byte| byte.is_ascii_alphanumeric());
@@ -76,7 +85,7 @@ impl Subjects {
     }
 
     /// Returns whether `subject` is that of one message of `function` in the queue.
-    pub(super) fn is_message_of(&self, function: &Function, subject: &str) -> bool {
+    pub(in crate::jetstream) fn is_message_of(&self, function: &Function, subject: &str) -> bool {
         let prefix = format!("{CALLS}.{}.{}.", self.queue, function_tokens(function));
         subject.strip_prefix(&prefix).is_some_and(|token| {
             !token.is_empty()
@@ -86,17 +95,21 @@ impl Subjects {
     }
 
     /// Returns the wildcard for the batch `key` of any function.
-    pub(super) fn by_key(&self, root: &str, key: BatchKey) -> String {
+    pub(in crate::jetstream) fn by_key(&self, root: &str, key: BatchKey) -> String {
         format!("{root}.{}.*.*.{}", self.queue, key.token())
     }
 
     /// Returns the wildcard for the call `id` of any function.
-    pub(super) fn by_id(&self, root: &str, id: &str) -> String {
+    pub(in crate::jetstream) fn by_id(&self, root: &str, id: &str) -> String {
         format!("{root}.{}.*.*.{}", self.queue, encode_token(id))
     }
 
     /// Returns the wildcard for all calls of `function`, or of all functions.
-    pub(super) fn of_function(&self, root: &str, function: Option<&Function>) -> String {
+    pub(in crate::jetstream) fn of_function(
+        &self,
+        root: &str,
+        function: Option<&Function>,
+    ) -> String {
         match function {
             Some(function) => format!("{root}.{}.{}.*", self.queue, function_tokens(function)),
             None => format!("{root}.{}.*.*.*", self.queue),
@@ -105,62 +118,67 @@ impl Subjects {
 
     /// Returns the message id of a publish with an idempotency key. `revision` is the revision of an earlier entry
     /// whose call was purged; it makes the id differ. Tokens contain no dot.
-    pub(super) fn idempotent_message_id(key: &str, revision: u64) -> String {
+    pub(in crate::jetstream) fn idempotent_message_id(key: &str, revision: u64) -> String {
         match revision {
             0 => format!("key-{}", encode_token(key)),
             revision => format!("key-{}.{revision}", encode_token(key)),
         }
     }
 
-    pub(super) fn idempotency_key(&self, key: &str) -> String {
+    pub(in crate::jetstream) fn idempotency_key(&self, key: &str) -> String {
         format!("{IDEMPOTENCY}.{}.{}", self.queue, encode_token(key))
     }
 
     /// Returns the subject of the running list of a receiver.
-    pub(super) fn running_list(&self, receiver_id: &str) -> String {
+    pub(in crate::jetstream) fn running_list(&self, receiver_id: &str) -> String {
         format!("{CLAIMS}.{}.by.{receiver_id}", self.queue)
     }
 
     /// Returns the subject of the cancel marker of a call; of all calls for `*`.
-    pub(super) fn cancel_marker(&self, call_ref: impl std::fmt::Display) -> String {
+    pub(in crate::jetstream) fn cancel_marker(&self, call_ref: impl std::fmt::Display) -> String {
         format!("{CLAIMS}.{}.not.{call_ref}", self.queue)
     }
 
     /// Returns the subject of probes. It is neither a running list nor a cancel marker.
-    pub(super) fn probe(&self) -> String {
+    pub(in crate::jetstream) fn probe(&self) -> String {
         format!("{CLAIMS}.{}.look", self.queue)
     }
 
     /// Returns the subject of the restart marker. No wildcard for dead letters matches it.
-    pub(super) fn restart_marker(&self) -> String {
+    pub(in crate::jetstream) fn restart_marker(&self) -> String {
         format!("{DEAD_LETTERS}.{}.server", self.queue)
     }
 
     /// Returns the subject on which new consumers are announced.
-    pub(super) fn new_consumers(&self) -> String {
+    pub(in crate::jetstream) fn new_consumers(&self) -> String {
         format!("{EVENTS}.{}", self.queue)
     }
 
     /// Returns the subject on which changes of batches are announced.
-    pub(super) fn dirty_batches(&self) -> String {
+    pub(in crate::jetstream) fn dirty_batches(&self) -> String {
         format!("{EVENTS}.{}.taken", self.queue)
     }
 
     /// Returns the subject of a chunk of `name`.
-    pub(super) fn chunk(&self, root: &str, name: &str, number: impl std::fmt::Display) -> String {
+    pub(in crate::jetstream) fn chunk(
+        &self,
+        root: &str,
+        name: &str,
+        number: impl std::fmt::Display,
+    ) -> String {
         format!("{root}.{}.{name}.{number}", self.queue)
     }
 }
 
 /// Kinds of subjects. Operators see the first one; no two overlap.
-pub(super) const CALLS: &str = "faas";
-pub(super) const DEAD_LETTERS: &str = "faas-dead";
-pub(super) const FINAL_RECORDS: &str = "faas-end";
-pub(super) const RESPONSES: &str = "faas-answer";
-pub(super) const IDEMPOTENCY: &str = "faas-key";
-pub(super) const CLAIMS: &str = "faas-claim";
-pub(super) const BODIES: &str = "faas-body";
-pub(super) const BATCHES: &str = "faas-open";
+pub(in crate::jetstream) const CALLS: &str = "faas";
+pub(in crate::jetstream) const DEAD_LETTERS: &str = "faas-dead";
+pub(in crate::jetstream) const FINAL_RECORDS: &str = "faas-end";
+pub(in crate::jetstream) const RESPONSES: &str = "faas-answer";
+pub(in crate::jetstream) const IDEMPOTENCY: &str = "faas-key";
+pub(in crate::jetstream) const CLAIMS: &str = "faas-claim";
+pub(in crate::jetstream) const BODIES: &str = "faas-body";
+pub(in crate::jetstream) const BATCHES: &str = "faas-open";
 /// No stream stores these.
 const EVENTS: &str = "faas-new";
 
@@ -184,7 +202,7 @@ pub fn encode_token(text: &str) -> String {
 }
 
 /// Decodes a token.
-pub(super) fn decode_token(token: &str) -> Option<String> {
+pub(in crate::jetstream) fn decode_token(token: &str) -> Option<String> {
     if token == "=" {
         return Some(String::new());
     }
@@ -208,22 +226,22 @@ fn function_tokens(function: &Function) -> String {
 }
 
 /// Returns the id of a dead letter whose message names no call.
-pub(super) fn letter_id(sequence: u64) -> String {
+pub(in crate::jetstream) fn letter_id(sequence: u64) -> String {
     format!("+n{sequence}")
 }
 
 /// Returns the key of the batch on this subject, or `None` for a single call.
-pub(super) fn batch_key(subject: &str) -> Option<BatchKey> {
+pub(in crate::jetstream) fn batch_key(subject: &str) -> Option<BatchKey> {
     BatchKey::from_token(subject.rsplit('.').next()?)
 }
 
 /// Returns the number of calls on this subject.
-pub(super) fn call_count(subject: &str) -> usize {
+pub(in crate::jetstream) fn call_count(subject: &str) -> usize {
     batch_key(subject).map_or(1, BatchKey::count)
 }
 
 /// Parses the subject of a call.
-pub(super) fn parse(subject: &str) -> Option<CallSubject> {
+pub(in crate::jetstream) fn parse(subject: &str) -> Option<CallSubject> {
     let mut tokens = subject.rsplit('.');
     let (id, name, namespace) = (tokens.next()?, tokens.next()?, tokens.next()?);
     let function = Function { name: decode_token(name)?, namespace: decode_token(namespace)? };
@@ -231,12 +249,12 @@ pub(super) fn parse(subject: &str) -> Option<CallSubject> {
 }
 
 /// Returns the name of the consumer of `function`. Tokens contain no comma.
-pub(super) fn consumer_name(function: &Function) -> String {
+pub(in crate::jetstream) fn consumer_name(function: &Function) -> String {
     format!("{},{}", encode_token(&function.namespace), encode_token(&function.name))
 }
 
 /// Returns the function of a consumer.
-pub(super) fn function_of_consumer(consumer: &str) -> Option<Function> {
+pub(in crate::jetstream) fn function_of_consumer(consumer: &str) -> Option<Function> {
     let (namespace, name) = consumer.split_once(',')?;
     let function = Function { name: decode_token(name)?, namespace: decode_token(namespace)? };
     (!function.name.is_empty()).then_some(function)

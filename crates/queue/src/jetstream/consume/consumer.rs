@@ -14,47 +14,47 @@ use tokio::sync::Mutex as AsyncMutex;
 use crate::call::{QueuedCall, UnixMillis};
 use crate::jetstream::Shared;
 use crate::jetstream::api::JetStreamApi;
-use crate::jetstream::batch::{BatchIndex, CallRef};
-use crate::jetstream::batch_consumer::{Batch, BatchDelivery};
-use crate::jetstream::claims::Claims;
+use crate::jetstream::batch::held::{Batch, BatchDelivery};
+use crate::jetstream::consume::claims::Claims;
+use crate::jetstream::consume::pull_scheduler::WantedPull;
 use crate::jetstream::error::NatsError;
-use crate::jetstream::ids::BatchKey;
-use crate::jetstream::message::{self, Message};
-use crate::jetstream::pull_scheduler::WantedPull;
-use crate::jetstream::subject::{self, CALLS};
 use crate::jetstream::undecodable::{RawMessage, Reason};
+use crate::jetstream::wire::batch::{BatchIndex, CallRef};
+use crate::jetstream::wire::ids::BatchKey;
+use crate::jetstream::wire::message::{self, Message};
+use crate::jetstream::wire::subjects::{self, CALLS};
 use crate::now;
 use gateway_base::function::Function;
 use gateway_base::sync::lock_unpoisoned;
 
 /// Interval between searches for new functions; a receiver that waits checks again after it.
-pub(super) const DISCOVERY_INTERVAL: Duration = Duration::from_secs(1);
+pub(in crate::jetstream) const DISCOVERY_INTERVAL: Duration = Duration::from_secs(1);
 /// Time limit for sending an ack or a pull.
 const SEND_TIMEOUT: Duration = Duration::from_secs(1);
 /// Maximum number of messages in a queue that is scanned for functions without a consumer.
-pub(super) const MAX_SCANNED_MESSAGES: u64 = 10_000;
+pub(in crate::jetstream) const MAX_SCANNED_MESSAGES: u64 = 10_000;
 /// Pause after a failure.
-pub(super) const RETRY_INTERVAL: Duration = Duration::from_millis(200);
+pub(in crate::jetstream) const RETRY_INTERVAL: Duration = Duration::from_millis(200);
 /// Maximum delay of one nak; a call with a longer delay is nak'ed again.
 const MAX_NAK_DELAY: Duration = Duration::from_secs(24 * 3600);
 
 /// A call that was delivered to this process.
-pub(super) struct Received {
-    pub(super) call: QueuedCall,
+pub(in crate::jetstream) struct Received {
+    pub(in crate::jetstream) call: QueuedCall,
     /// The message of the call; for a call in a batch, the message that it would have on its own.
-    pub(super) message: Message,
-    pub(super) sequence: u64,
+    pub(in crate::jetstream) message: Message,
+    pub(in crate::jetstream) sequence: u64,
     /// Number of deliveries of the message so far, to any process.
-    pub(super) deliveries: u32,
-    pub(super) source: Source,
+    pub(in crate::jetstream) deliveries: u32,
+    pub(in crate::jetstream) source: Source,
     /// Name of the consumer that delivered the message.
-    pub(super) consumer: Arc<str>,
+    pub(in crate::jetstream) consumer: Arc<str>,
     /// Time until the server redelivers the message without an in-progress ack.
-    pub(super) lease: Duration,
+    pub(in crate::jetstream) lease: Duration,
 }
 
 /// The message that contains the call.
-pub(super) enum Source {
+pub(in crate::jetstream) enum Source {
     /// A message of its own.
     Single(AckSubject),
     /// A batch, and the index of the call within it.
@@ -62,25 +62,25 @@ pub(super) enum Source {
 }
 
 /// Subject for acks of a message; each redelivery replaces it.
-pub(super) struct AckSubject(Mutex<String>);
+pub(in crate::jetstream) struct AckSubject(Mutex<String>);
 
 impl AckSubject {
-    pub(super) fn new(reply: String) -> Self {
+    pub(in crate::jetstream) fn new(reply: String) -> Self {
         Self(Mutex::new(reply))
     }
 
-    pub(super) fn get(&self) -> String {
+    pub(in crate::jetstream) fn get(&self) -> String {
         lock_unpoisoned(&self.0).clone()
     }
 }
 
 impl Received {
     /// Returns whether the message was delivered before, to any process.
-    pub(super) fn is_redelivered(&self) -> bool {
+    pub(in crate::jetstream) fn is_redelivered(&self) -> bool {
         self.deliveries > 1
     }
 
-    pub(super) fn call_ref(&self) -> CallRef {
+    pub(in crate::jetstream) fn call_ref(&self) -> CallRef {
         match &self.source {
             Source::Single(_) => CallRef::single(self.sequence),
             Source::InBatch(_, index) => CallRef::in_batch(self.sequence, *index),
@@ -88,7 +88,7 @@ impl Received {
     }
 
     /// Acknowledges the call: it is finished or has another message.
-    pub(super) async fn finish(&self, shared: &Shared) {
+    pub(in crate::jetstream) async fn finish(&self, shared: &Shared) {
         match &self.source {
             Source::Single(ack_subject) => {
                 send_ack(&shared.api, &ack_subject.get(), AckKind::Ack).await
@@ -98,7 +98,7 @@ impl Received {
     }
 
     /// Returns the call to the queue; it is redelivered after `delay`.
-    pub(super) async fn nak(&self, shared: &Arc<Shared>, delay: Option<Duration>) {
+    pub(in crate::jetstream) async fn nak(&self, shared: &Arc<Shared>, delay: Option<Duration>) {
         match &self.source {
             Source::Single(ack_subject) => {
                 send_ack(&shared.api, &ack_subject.get(), AckKind::Nak(delay)).await;
@@ -111,7 +111,7 @@ impl Received {
         }
     }
 
-    pub(super) async fn in_progress(&self, shared: &Shared) {
+    pub(in crate::jetstream) async fn in_progress(&self, shared: &Shared) {
         match &self.source {
             Source::Single(ack_subject) => {
                 send_ack(&shared.api, &ack_subject.get(), AckKind::Progress).await;
@@ -121,7 +121,7 @@ impl Received {
     }
 
     /// Replaces the ack subject after a redelivery.
-    pub(super) fn update_ack_subject(&self, reply: String) {
+    pub(in crate::jetstream) fn update_ack_subject(&self, reply: String) {
         let ack_subject = match &self.source {
             Source::Single(ack_subject) => ack_subject,
             Source::InBatch(bundle, _) => &bundle.ack_subject,
@@ -131,13 +131,13 @@ impl Received {
 }
 
 /// Sends an ack, nak or in-progress ack. If it is lost, the server redelivers the message after the lease.
-pub(super) async fn send_ack(api: &JetStreamApi, reply: &str, kind: AckKind) {
+pub(in crate::jetstream) async fn send_ack(api: &JetStreamApi, reply: &str, kind: AckKind) {
     let sent = api.client.publish(reply.to_owned(), Bytes::from(kind));
     let _ = tokio::time::timeout(SEND_TIMEOUT, sent).await;
 }
 
 /// Searches for functions whose calls other processes have published, at most once per interval.
-pub(super) fn discover_functions(shared: &Arc<Shared>) {
+pub(in crate::jetstream) fn discover_functions(shared: &Arc<Shared>) {
     let mut last_discovery = lock_unpoisoned(&shared.last_discovery);
     let connection = match *last_discovery {
         Some((at, _)) if at.elapsed() < DISCOVERY_INTERVAL => return,
@@ -175,17 +175,17 @@ async fn find_functions(shared: &Shared, last: u64) -> Result<(Vec<Function>, u6
         }
         if api.message_count(&subjects.calls).await? <= MAX_SCANNED_MESSAGES {
             let calls = api.subjects(&subjects.calls, &all_calls, usize::MAX).await?;
-            found.extend(calls.iter().filter_map(|call| Some(subject::parse(call)?.function)));
+            found.extend(calls.iter().filter_map(|call| Some(subjects::parse(call)?.function)));
         }
     }
     // A call that no consumer delivers eventually becomes the oldest message.
     let oldest = api.get_next(&subjects.calls, &all_calls, 1).await?;
-    found.extend(oldest.and_then(|call| Some(subject::parse(&call.subject)?.function)));
+    found.extend(oldest.and_then(|call| Some(subjects::parse(&call.subject)?.function)));
     Ok((found, connection))
 }
 
 /// Pulls calls of a function.
-pub(super) async fn pull_calls(shared: Arc<Shared>, wanted: WantedPull) {
+pub(in crate::jetstream) async fn pull_calls(shared: Arc<Shared>, wanted: WantedPull) {
     if let Err(error) = send_pull(&shared, &wanted).await {
         tracing::debug!(%error, function = %wanted.function, "Cannot pull calls");
         retry_pull(&shared, wanted.function_index, wanted.number, &wanted.function).await;
@@ -197,7 +197,7 @@ async fn send_pull(shared: &Arc<Shared>, wanted: &WantedPull) -> Result<(), Nats
     shared.ensure_lease(&wanted.function).await?;
     shared.repair_consumer(&wanted.function).await?;
     let inbox = shared.inbox.get_or_try_init(|| subscribe_all(shared)).await?;
-    let consumer = subject::consumer_name(&wanted.function);
+    let consumer = subjects::consumer_name(&wanted.function);
     let subject = format!("$JS.API.CONSUMER.MSG.NEXT.{}.{consumer}", subjects.calls);
     let reply = format!("{inbox}.{}.{}", wanted.function_index, wanted.number);
     let request =
@@ -301,7 +301,7 @@ async fn receive_new_consumers(shared: Arc<Shared>, new_consumers: SharedSubscri
     let mut new_consumers = new_consumers.lock().await;
     while let Some(message) = new_consumers.next().await {
         let name = std::str::from_utf8(&message.payload).ok();
-        let function = name.and_then(subject::function_of_consumer);
+        let function = name.and_then(subjects::function_of_consumer);
         if let Some(function) = function {
             shared.pull_scheduler().on_consumer_created(&function);
             shared.call_available.notify_one();
@@ -328,12 +328,12 @@ async fn on_message(shared: &Arc<Shared>, message: async_nats::Message) {
     let stored_at =
         UnixMillis::try_from(info.published.unix_timestamp_nanos() / 1_000_000).unwrap_or(0);
     let consumer: Arc<str> = info.consumer.into();
-    let Some(function) = subject::function_of_consumer(&consumer) else { return };
+    let Some(function) = subjects::function_of_consumer(&consumer) else { return };
     let Some(function_index) = shared.pull_scheduler().index_of(&function) else { return };
-    let key = subject::batch_key(&delivered.subject);
+    let key = subjects::batch_key(&delivered.subject);
     shared.pull_scheduler().on_message(
         function_index,
-        subject::call_count(&delivered.subject),
+        subjects::call_count(&delivered.subject),
         Instant::now(),
     );
     // The lease has expired, but this process still holds the call: it must not be executed a second time.

@@ -13,21 +13,22 @@ use futures_util::{StreamExt, TryStreamExt, stream};
 use tokio::sync::oneshot;
 
 use crate::call::UnixMillis;
-use crate::jetstream::batch::CallRef;
-use crate::jetstream::consumer::Received;
+use crate::jetstream::Shared;
+use crate::jetstream::consume::consumer::Received;
+use crate::jetstream::consume::prefetch;
 use crate::jetstream::error::NatsError;
-use crate::jetstream::message::{RunningList, json};
-use crate::jetstream::{Shared, prefetch};
+use crate::jetstream::wire::batch::CallRef;
+use crate::jetstream::wire::message::{RunningList, json};
 use crate::now;
 use gateway_base::sync::lock_unpoisoned;
 
 /// Lifetime of a cancel marker. A cancellation ends within half of it, and no call stays unclaimed for longer.
-pub(super) const CANCEL_MARKER_TTL: Duration = Duration::from_secs(10);
+pub(in crate::jetstream) const CANCEL_MARKER_TTL: Duration = Duration::from_secs(10);
 /// Maximum number of concurrent requests to the server.
 const MAX_CONCURRENT_QUERIES: usize = 32;
 
 /// The calls that this process holds.
-pub(super) struct Claims {
+pub(in crate::jetstream) struct Claims {
     /// Identifies the list of this process.
     receiver_id: String,
     inner: Mutex<Inner>,
@@ -65,7 +66,7 @@ struct TrackedCall {
 }
 
 impl Claims {
-    pub(super) fn new() -> Self {
+    pub(in crate::jetstream) fn new() -> Self {
         Self { receiver_id: uuid::Uuid::new_v4().simple().to_string(), inner: Mutex::default() }
     }
 
@@ -74,7 +75,7 @@ impl Claims {
     }
 
     /// Starts to extend the lease of a call. Returns the id of the claim.
-    pub(super) fn track(&self, received: &Arc<Received>) -> u64 {
+    pub(in crate::jetstream) fn track(&self, received: &Arc<Received>) -> u64 {
         let mut inner = self.inner();
         inner.last_id += 1;
         let claim_id = inner.last_id;
@@ -88,7 +89,7 @@ impl Claims {
     }
 
     /// Returns the held call of the message `sequence`, if there is one.
-    pub(super) fn tracked(&self, sequence: u64) -> Option<Arc<Received>> {
+    pub(in crate::jetstream) fn tracked(&self, sequence: u64) -> Option<Arc<Received>> {
         let inner = self.inner();
         let tracked =
             inner.tracked.values().find(|tracked| tracked.received.sequence == sequence)?;
@@ -97,7 +98,12 @@ impl Claims {
 
     /// Stops tracking a call. Unless it is `finished`, the list is updated soon, so that other receivers may claim the
     /// call.
-    pub(super) fn untrack(&self, shared: &Arc<Shared>, claim_id: u64, finished: bool) {
+    pub(in crate::jetstream) fn untrack(
+        &self,
+        shared: &Arc<Shared>,
+        claim_id: u64,
+        finished: bool,
+    ) {
         let mut inner = self.inner();
         let listed =
             inner.tracked.remove(&claim_id).is_some_and(|tracked| tracked.claimed_at.is_some());
@@ -108,12 +114,12 @@ impl Claims {
     }
 
     /// Returns the time when the call was added to the list.
-    pub(super) fn claimed_at(&self, claim_id: u64) -> Option<UnixMillis> {
+    pub(in crate::jetstream) fn claimed_at(&self, claim_id: u64) -> Option<UnixMillis> {
         self.inner().tracked.get(&claim_id)?.claimed_at
     }
 
     /// Adds a call to the published list. Returns `false` if the call is being cancelled.
-    pub(super) async fn claim(
+    pub(in crate::jetstream) async fn claim(
         &self,
         shared: &Arc<Shared>,
         claim_id: u64,
@@ -226,7 +232,7 @@ impl Claims {
     }
 
     /// Starts the task that extends leases and naks expired prefetched calls; it runs while this process holds calls.
-    pub(super) fn supervise_leases(shared: &Arc<Shared>) {
+    pub(in crate::jetstream) fn supervise_leases(shared: &Arc<Shared>) {
         if std::mem::replace(&mut shared.claims.inner().supervised, true) {
             return;
         }
@@ -260,7 +266,7 @@ impl Claims {
     }
 
     /// Publishes an empty list: this process executes no more calls.
-    pub(super) async fn publish_empty(&self, shared: &Shared) {
+    pub(in crate::jetstream) async fn publish_empty(&self, shared: &Shared) {
         if !self.inner().list_not_empty {
             return;
         }
@@ -317,12 +323,14 @@ impl Inner {
 
 impl Shared {
     /// Returns all claimed calls of all receivers, and the times of their claims.
-    pub(super) async fn running_calls(&self) -> Result<HashMap<CallRef, UnixMillis>, NatsError> {
+    pub(in crate::jetstream) async fn running_calls(
+        &self,
+    ) -> Result<HashMap<CallRef, UnixMillis>, NatsError> {
         Ok(self.running_lists().await?.iter().flat_map(RunningList::call_refs).collect())
     }
 
     /// Returns the running lists of all receivers.
-    pub(super) async fn running_lists(&self) -> Result<Vec<RunningList>, NatsError> {
+    pub(in crate::jetstream) async fn running_lists(&self) -> Result<Vec<RunningList>, NatsError> {
         let (api, subjects) = (&self.api, &self.subjects);
         let lists = api.subjects(&subjects.claims, &subjects.running_list("*"), usize::MAX).await?;
         let lists: Vec<_> = stream::iter(lists)

@@ -8,18 +8,19 @@ use async_nats::HeaderMap;
 use bytes::Bytes;
 
 use crate::call::QueuedCall;
-use crate::jetstream::batch::{BatchIndex, Outcome};
-use crate::jetstream::batch_consumer::Batch;
-use crate::jetstream::claims::Claims;
-use crate::jetstream::consumer::{RETRY_INTERVAL, Received, Source};
+use crate::jetstream::Shared;
+use crate::jetstream::batch::held::Batch;
+use crate::jetstream::consume::claims::Claims;
+use crate::jetstream::consume::consumer::{RETRY_INTERVAL, Received, Source};
 use crate::jetstream::error::NatsError;
-use crate::jetstream::message::{
+use crate::jetstream::publish::chunked_body;
+use crate::jetstream::wire::batch::{BatchIndex, Outcome};
+use crate::jetstream::wire::message::{
     FinalRecord, Message, ResponseHead, final_headers, response_headers,
 };
-use crate::jetstream::subject::{
+use crate::jetstream::wire::subjects::{
     CALLS, CallSubject, DEAD_LETTERS, FINAL_RECORDS, RESPONSES, encode_token,
 };
-use crate::jetstream::{Shared, chunked_body};
 use crate::status::{CallRecord, Settlement, StoredResponse};
 use crate::{Delivery, Error, PANIC_BACKOFF, Settle, now};
 
@@ -40,8 +41,8 @@ const EXECUTED: u8 = 2;
 /// A delivered call that this process holds. Dropping it unsettled returns the call to the queue.
 pub(crate) struct Lease {
     shared: Arc<Shared>,
-    pub(super) function_index: usize,
-    pub(super) received: Arc<Received>,
+    pub(in crate::jetstream) function_index: usize,
+    pub(in crate::jetstream) received: Arc<Received>,
     /// Id of the claim.
     claim_id: u64,
     stage: AtomicU8,
@@ -53,7 +54,7 @@ pub(crate) struct Lease {
 }
 
 /// A call that has been claimed and that no receiver has yet.
-pub(super) struct ClaimedCall {
+pub(in crate::jetstream) struct ClaimedCall {
     call: QueuedCall,
     attempts: u32,
     lease: Box<Lease>,
@@ -61,7 +62,7 @@ pub(super) struct ClaimedCall {
 
 impl ClaimedCall {
     /// Delivers the call to a receiver, which executes it in a concurrency slot.
-    pub(super) fn deliver(self) -> Delivery {
+    pub(in crate::jetstream) fn deliver(self) -> Delivery {
         let Self { call, attempts, lease } = self;
         lease.stage.store(EXECUTING, Relaxed);
         let body_missing = lease.body_missing;
@@ -70,7 +71,11 @@ impl ClaimedCall {
 }
 
 impl Lease {
-    pub(super) fn new(shared: &Arc<Shared>, function_index: usize, received: Received) -> Self {
+    pub(in crate::jetstream) fn new(
+        shared: &Arc<Shared>,
+        function_index: usize,
+        received: Received,
+    ) -> Self {
         let received = Arc::new(received);
         let claim_id = shared.claims.track(&received);
         Claims::supervise_leases(shared);
@@ -89,7 +94,7 @@ impl Lease {
     }
 
     /// Claims the call. Returns `None` if it must not be executed, or not now.
-    pub(super) async fn claim(mut self) -> Result<Option<ClaimedCall>, NatsError> {
+    pub(in crate::jetstream) async fn claim(mut self) -> Result<Option<ClaimedCall>, NatsError> {
         let shared = Arc::clone(&self.shared);
         // The call may be settled, while its message exists because the settling process or the server died.
         let suspect =
@@ -337,7 +342,7 @@ impl Settle for Lease {
 
 impl Shared {
     /// Stores a response, in several messages if it is large.
-    pub(super) async fn store_response(
+    pub(in crate::jetstream) async fn store_response(
         &self,
         id: &str,
         response: Option<&StoredResponse>,

@@ -9,14 +9,14 @@ use async_nats::jetstream::message::StreamMessage;
 
 use crate::call::QueuedCall;
 use crate::jetstream::Shared;
-use crate::jetstream::batch::{self, BatchIndex, BatchRecord, Outcome};
-use crate::jetstream::batch_consumer::BatchRef;
-use crate::jetstream::batch_records::MAX_RECORD_ATTEMPTS;
+use crate::jetstream::batch::held::BatchRef;
+use crate::jetstream::batch::records::MAX_RECORD_ATTEMPTS;
 use crate::jetstream::error::NatsError;
-use crate::jetstream::ids::BatchKey;
 use crate::jetstream::lookup::{CallLocation, Finished, Pending};
-use crate::jetstream::message::Message;
-use crate::jetstream::subject::{
+use crate::jetstream::wire::batch::{self, BatchIndex, BatchRecord, Outcome};
+use crate::jetstream::wire::ids::BatchKey;
+use crate::jetstream::wire::message::Message;
+use crate::jetstream::wire::subjects::{
     self, BATCHES, CALLS, CallSubject, DEAD_LETTERS, FINAL_RECORDS, parse,
 };
 use crate::now;
@@ -24,7 +24,7 @@ use crate::status::CallRecord;
 use gateway_base::function::Function;
 
 /// Location of a call that was published in a batch.
-pub(super) enum InBatch {
+pub(in crate::jetstream) enum InBatch {
     Found(CallLocation),
     /// The call has its own message, or is about to get it: then it is still in the batch, too.
     Split(Option<Pending>),
@@ -35,22 +35,22 @@ pub(super) enum InBatch {
 }
 
 /// A decoded batch.
-pub(super) struct DecodedBatch {
-    pub(super) batch_ref: BatchRef,
-    pub(super) calls: Vec<QueuedCall>,
+pub(in crate::jetstream) struct DecodedBatch {
+    pub(in crate::jetstream) batch_ref: BatchRef,
+    pub(in crate::jetstream) calls: Vec<QueuedCall>,
 }
 
 impl DecodedBatch {
     /// Returns `None` if the message is no batch, or cannot be decoded.
-    pub(super) fn new(found: StreamMessage) -> Option<Self> {
-        let key = subject::batch_key(&found.subject)?;
+    pub(in crate::jetstream) fn new(found: StreamMessage) -> Option<Self> {
+        let key = subjects::batch_key(&found.subject)?;
         let function = parse(&found.subject)?.function;
         let calls = batch::decode(found.payload, &function, key).ok()?;
         Some(Self { batch_ref: BatchRef { function, key, sequence: found.sequence }, calls })
     }
 
     /// Returns the calls without an outcome in `record`.
-    pub(super) fn pending_calls(
+    pub(in crate::jetstream) fn pending_calls(
         self,
         record: Option<&BatchRecord>,
     ) -> impl Iterator<Item = Pending> {
@@ -76,7 +76,10 @@ fn pending_call(batch_ref: &BatchRef, index: BatchIndex, call: &QueuedCall) -> P
 
 impl Shared {
     /// Returns whether the call has or had its own message: in the queue, as a dead letter, or as a final state.
-    pub(super) async fn exists_elsewhere(&self, call: &QueuedCall) -> Result<bool, NatsError> {
+    pub(in crate::jetstream) async fn exists_elsewhere(
+        &self,
+        call: &QueuedCall,
+    ) -> Result<bool, NatsError> {
         let (api, subjects) = (&self.api, &self.subjects);
         let locations = [
             (&subjects.calls, CALLS),
@@ -93,7 +96,7 @@ impl Shared {
     }
 
     /// Finds the call `id` of the batch `key`. The message is read first: if it is gone, the record is complete.
-    pub(super) async fn find_in_batch(
+    pub(in crate::jetstream) async fn find_in_batch(
         &self,
         function: Option<&Function>,
         key: BatchKey,
@@ -163,7 +166,7 @@ impl Shared {
 
     /// Removes a call that no process executes, and that none can claim before `deadline`. Records its final state if
     /// `status` is given. Returns `false` if the call already has an outcome.
-    pub(super) async fn remove_from_batch(
+    pub(in crate::jetstream) async fn remove_from_batch(
         &self,
         batch_ref: &BatchRef,
         index: BatchIndex,
@@ -190,7 +193,7 @@ impl Shared {
     }
 
     /// Removes the final state of a call.
-    pub(super) async fn purge_from_batch(
+    pub(in crate::jetstream) async fn purge_from_batch(
         &self,
         batch_ref: &BatchRef,
         index: BatchIndex,
@@ -219,7 +222,10 @@ impl Shared {
 
     /// Returns whether a batch exists only because a killed server lost its removal: each of its calls is finished or
     /// has its own message. Its consumer may regard the batch as acknowledged and never deliver it.
-    pub(super) async fn is_stale(&self, batch: &DecodedBatch) -> Result<bool, NatsError> {
+    pub(in crate::jetstream) async fn is_stale(
+        &self,
+        batch: &DecodedBatch,
+    ) -> Result<bool, NatsError> {
         let DecodedBatch { batch_ref, calls } = batch;
         let record = match self.load_record(batch_ref, true).await {
             Ok((record, _)) => record,
@@ -241,7 +247,10 @@ impl Shared {
     }
 
     /// Removes records older than `age` whose batches are gone. Returns the number of removed records.
-    pub(super) async fn collect_records(&self, age: Duration) -> Result<u64, NatsError> {
+    pub(in crate::jetstream) async fn collect_records(
+        &self,
+        age: Duration,
+    ) -> Result<u64, NatsError> {
         let (api, subjects) = (&self.api, &self.subjects);
         let mut removed = 0;
         for subject in api
@@ -250,7 +259,7 @@ impl Shared {
         {
             let Some(found) = api.get_last(&subjects.batches, &subject).await? else { continue };
             let born = u128::try_from(found.time.unix_timestamp_nanos()).unwrap_or(0) / 1_000_000;
-            let (key, call_subject) = (subject::batch_key(&subject), parse(&subject));
+            let (key, call_subject) = (subjects::batch_key(&subject), parse(&subject));
             let (Some(key), Some(call_subject)) = (key, call_subject) else { continue };
             if u128::from(now()).saturating_sub(born) < age.as_millis() {
                 continue;

@@ -7,8 +7,8 @@ use std::collections::{HashMap, VecDeque};
 use std::time::{Duration, Instant};
 
 use crate::fair_share::may_start;
-use crate::jetstream::batch::MAX_CALLS_PER_BATCH;
-use crate::jetstream::rate::ArrivalRate;
+use crate::jetstream::consume::rate::ArrivalRate;
+use crate::jetstream::wire::batch::MAX_CALLS_PER_BATCH;
 use gateway_base::function::Function;
 
 /// Maximum number of calls per pull.
@@ -24,7 +24,7 @@ const ACTIVE_PULL_EXPIRY: Duration = Duration::from_secs(1);
 const RESPONSE_GRACE: Duration = Duration::from_millis(500);
 
 /// All functions with a consumer, and their buffered calls.
-pub(super) struct PullScheduler<A> {
+pub(in crate::jetstream) struct PullScheduler<A> {
     functions: Vec<FunctionPull<A>>,
     by_function: HashMap<Function, usize>,
     /// Index of the function that is next in the round robin.
@@ -62,20 +62,20 @@ struct PullRequest {
 }
 
 /// A pull to send.
-pub(super) struct WantedPull {
-    pub(super) function_index: usize,
-    pub(super) function: Function,
+pub(in crate::jetstream) struct WantedPull {
+    pub(in crate::jetstream) function_index: usize,
+    pub(in crate::jetstream) function: Function,
     /// Maximum number of messages.
-    pub(super) max_messages: usize,
+    pub(in crate::jetstream) max_messages: usize,
     /// Number of the pull.
-    pub(super) number: u64,
+    pub(in crate::jetstream) number: u64,
     /// The function has had calls recently.
-    pub(super) active: bool,
+    pub(in crate::jetstream) active: bool,
 }
 
 impl WantedPull {
     /// Expiry of the pull on the server.
-    pub(super) fn expiry(&self) -> Duration {
+    pub(in crate::jetstream) fn expiry(&self) -> Duration {
         pull_expiry(self.active)
     }
 }
@@ -85,7 +85,7 @@ fn pull_expiry(active: bool) -> Duration {
 }
 
 impl<A> PullScheduler<A> {
-    pub(super) fn new() -> Self {
+    pub(in crate::jetstream) fn new() -> Self {
         Self {
             functions: Vec::new(),
             by_function: HashMap::new(),
@@ -97,7 +97,7 @@ impl<A> PullScheduler<A> {
     }
 
     /// Adds a function; returns `false` if it is already active.
-    pub(super) fn add(&mut self, function: &Function) -> bool {
+    pub(in crate::jetstream) fn add(&mut self, function: &Function) -> bool {
         if let Some(index) = self.by_function.get(function) {
             return std::mem::take(&mut self.functions[*index].retired);
         }
@@ -115,16 +115,16 @@ impl<A> PullScheduler<A> {
         true
     }
 
-    pub(super) fn index_of(&self, function: &Function) -> Option<usize> {
+    pub(in crate::jetstream) fn index_of(&self, function: &Function) -> Option<usize> {
         self.by_function.get(function).copied()
     }
 
-    pub(super) fn function(&self, index: usize) -> Option<Function> {
+    pub(in crate::jetstream) fn function(&self, index: usize) -> Option<Function> {
         Some(self.functions.get(index)?.function.clone())
     }
 
     /// Records the arrival of a message, before its calls are decoded.
-    pub(super) fn on_message(&mut self, index: usize, calls: usize, now: Instant) {
+    pub(in crate::jetstream) fn on_message(&mut self, index: usize, calls: usize, now: Instant) {
         let function = &mut self.functions[index];
         (0..calls).for_each(|_| function.rate.record(now));
         let size = function.mean_batch_size.unwrap_or(calls as f64);
@@ -135,7 +135,7 @@ impl<A> PullScheduler<A> {
     }
 
     /// Handles a new consumer of `function`: pulls from an earlier one deliver nothing.
-    pub(super) fn on_consumer_created(&mut self, function: &Function) {
+    pub(in crate::jetstream) fn on_consumer_created(&mut self, function: &Function) {
         self.add(function);
         if let Some(index) = self.index_of(function) {
             self.functions[index].pull = None;
@@ -143,20 +143,24 @@ impl<A> PullScheduler<A> {
     }
 
     /// Stops pulls of a function until it is added again.
-    pub(super) fn retire(&mut self, index: usize) {
+    pub(in crate::jetstream) fn retire(&mut self, index: usize) {
         if let Some(function) = self.functions.get_mut(index) {
             (function.retired, function.pull) = (true, None);
         }
     }
 
     /// Buffers a runnable call.
-    pub(super) fn push(&mut self, index: usize, call: A, now: Instant) {
+    pub(in crate::jetstream) fn push(&mut self, index: usize, call: A, now: Instant) {
         self.functions[index].buffered.push_back((now, call));
     }
 
     /// Selects the next call to claim, for a receiver with this concurrency. Functions take turns. Of each
     /// function, calls are selected for its free slots, and for those expected to become free soon.
-    pub(super) fn select(&mut self, concurrency: usize, now: Instant) -> Option<(usize, A)> {
+    pub(in crate::jetstream) fn select(
+        &mut self,
+        concurrency: usize,
+        now: Instant,
+    ) -> Option<(usize, A)> {
         self.concurrency = concurrency;
         for step in 0..self.functions.len() {
             let index = (self.next_turn + step) % self.functions.len();
@@ -179,30 +183,30 @@ impl<A> PullScheduler<A> {
     }
 
     /// Returns whether a selected call has a free slot.
-    pub(super) fn has_slot(&self, index: usize, concurrency: usize) -> bool {
+    pub(in crate::jetstream) fn has_slot(&self, index: usize, concurrency: usize) -> bool {
         self.free_slots(index, concurrency, 1) == 1
     }
 
     /// Gives a slot to a selected call.
-    pub(super) fn occupy_slot(&mut self, index: usize) {
+    pub(in crate::jetstream) fn occupy_slot(&mut self, index: usize) {
         self.deselect(index);
         self.executing += 1;
         self.functions[index].executing += 1;
     }
 
     /// Drops a selected call without execution.
-    pub(super) fn deselect(&mut self, index: usize) {
+    pub(in crate::jetstream) fn deselect(&mut self, index: usize) {
         self.functions[index].selected -= 1;
     }
 
     /// Releases the slot of a call.
-    pub(super) fn release_slot(&mut self, index: usize) {
+    pub(in crate::jetstream) fn release_slot(&mut self, index: usize) {
         self.executing -= 1;
         self.functions[index].executing -= 1;
     }
 
     /// Returns the number of selected calls that have a free slot.
-    pub(super) fn runnable(&self, concurrency: usize) -> usize {
+    pub(in crate::jetstream) fn runnable(&self, concurrency: usize) -> usize {
         let selected =
             self.functions.iter().enumerate().filter(|(_, function)| function.selected > 0);
         selected
@@ -212,14 +216,18 @@ impl<A> PullScheduler<A> {
 
     /// Returns whether this number of outcomes that wait for others should be written now: no call is executing that
     /// could end soon, or they hold up at least half of a small concurrency.
-    pub(super) fn should_write_outcomes(&self, outcomes: usize) -> bool {
+    pub(in crate::jetstream) fn should_write_outcomes(&self, outcomes: usize) -> bool {
         self.concurrency < MAX_CALLS_PER_BATCH && outcomes * 2 >= self.concurrency
             || self.executing == 0 && self.functions.iter().all(|function| function.selected == 0)
     }
 
     /// Returns the pulls to send. An inactive function is asked for one message, an active one for its free slots and
     /// its prefetch.
-    pub(super) fn plan_pulls(&mut self, concurrency: usize, now: Instant) -> Vec<WantedPull> {
+    pub(in crate::jetstream) fn plan_pulls(
+        &mut self,
+        concurrency: usize,
+        now: Instant,
+    ) -> Vec<WantedPull> {
         let mut wanted = Vec::new();
         for index in 0..self.functions.len() {
             let function = &self.functions[index];
@@ -262,7 +270,7 @@ impl<A> PullScheduler<A> {
     }
 
     /// Removes the pull `number`: it has ended.
-    pub(super) fn pull_completed(&mut self, index: usize, number: u64) {
+    pub(in crate::jetstream) fn pull_completed(&mut self, index: usize, number: u64) {
         if let Some(function) = self.functions.get_mut(index)
             && function.pull.as_ref().is_some_and(|pull| pull.number == number)
         {
@@ -271,16 +279,16 @@ impl<A> PullScheduler<A> {
     }
 
     /// Removes all pulls.
-    pub(super) fn reset_pulls(&mut self) {
+    pub(in crate::jetstream) fn reset_pulls(&mut self) {
         self.functions.iter_mut().for_each(|function| function.pull = None);
     }
 
-    pub(super) fn is_empty(&self) -> bool {
+    pub(in crate::jetstream) fn is_empty(&self) -> bool {
         self.functions.iter().all(|function| function.buffered.is_empty())
     }
 
     /// Removes and returns the calls that arrived before `time`.
-    pub(super) fn remove_older(&mut self, time: Instant) -> Vec<A> {
+    pub(in crate::jetstream) fn remove_older(&mut self, time: Instant) -> Vec<A> {
         let mut old = Vec::new();
         for function in &mut self.functions {
             while function.buffered.front().is_some_and(|(arrived_at, _)| *arrived_at < time) {
@@ -291,7 +299,7 @@ impl<A> PullScheduler<A> {
     }
 
     /// Removes and returns all buffered calls.
-    pub(super) fn drain(&mut self) -> Vec<A> {
+    pub(in crate::jetstream) fn drain(&mut self) -> Vec<A> {
         let arrived = self.functions.iter_mut().flat_map(|function| function.buffered.drain(..));
         arrived.map(|(_, call)| call).collect()
     }

@@ -11,14 +11,14 @@ use tokio::sync::oneshot;
 
 use crate::call::QueuedCall;
 use crate::jetstream::Shared;
-use crate::jetstream::batch::{BatchIndex, BatchRecord, Outcome};
-use crate::jetstream::batch_records::Revisioned;
-use crate::jetstream::claims::Claims;
-use crate::jetstream::consumer::{AckSubject, RETRY_INTERVAL, Received, Source, send_ack};
+use crate::jetstream::batch::records::Revisioned;
+use crate::jetstream::consume::claims::Claims;
+use crate::jetstream::consume::consumer::{AckSubject, RETRY_INTERVAL, Received, Source, send_ack};
 use crate::jetstream::error::NatsError;
-use crate::jetstream::ids::BatchKey;
-use crate::jetstream::message::{self, Message};
 use crate::jetstream::undecodable::{RawMessage, Reason};
+use crate::jetstream::wire::batch::{BatchIndex, BatchRecord, Outcome};
+use crate::jetstream::wire::ids::BatchKey;
+use crate::jetstream::wire::message::{self, Message};
 use gateway_base::function::Function;
 use gateway_base::sync::lock_unpoisoned;
 
@@ -31,16 +31,16 @@ const PROGRESS_INTERVAL: Duration = Duration::from_millis(100);
 
 /// Identifies a batch.
 #[derive(Clone, Debug)]
-pub(super) struct BatchRef {
-    pub(super) function: Function,
-    pub(super) key: BatchKey,
-    pub(super) sequence: u64,
+pub(in crate::jetstream) struct BatchRef {
+    pub(in crate::jetstream) function: Function,
+    pub(in crate::jetstream) key: BatchKey,
+    pub(in crate::jetstream) sequence: u64,
 }
 
 /// A batch that this process holds.
-pub(super) struct Batch {
-    pub(super) batch_ref: BatchRef,
-    pub(super) ack_subject: AckSubject,
+pub(in crate::jetstream) struct Batch {
+    pub(in crate::jetstream) batch_ref: BatchRef,
+    pub(in crate::jetstream) ack_subject: AckSubject,
     /// Time of the delivery, and the lease that it granted.
     received_at: Instant,
     lease: Duration,
@@ -94,7 +94,7 @@ impl Batch {
 
     /// Records the outcome of a call. Returns `false` if another process has recorded a different one. Each write of
     /// the record costs a message: unless `immediately`, it is delayed for the outcomes of other calls of the batch.
-    pub(super) async fn record_outcome(
+    pub(in crate::jetstream) async fn record_outcome(
         self: &Arc<Self>,
         shared: &Arc<Shared>,
         index: BatchIndex,
@@ -209,7 +209,7 @@ impl Batch {
 
     /// Gives a call its own message, so that any worker can receive it. If that fails, the server redelivers the batch
     /// after its lease.
-    pub(super) async fn release(
+    pub(in crate::jetstream) async fn release(
         self: &Arc<Self>,
         shared: &Arc<Shared>,
         call: &QueuedCall,
@@ -228,7 +228,7 @@ impl Batch {
     }
 
     /// Gives a call its own message with these headers, unless it has an outcome.
-    pub(super) async fn split_out(
+    pub(in crate::jetstream) async fn split_out(
         self: &Arc<Self>,
         shared: &Arc<Shared>,
         call: &QueuedCall,
@@ -244,7 +244,11 @@ impl Batch {
     }
 
     /// Records that the call has its own message. This needs no write of its own: it is stored with the next outcome.
-    pub(super) fn mark_split(self: &Arc<Self>, shared: &Arc<Shared>, index: BatchIndex) {
+    pub(in crate::jetstream) fn mark_split(
+        self: &Arc<Self>,
+        shared: &Arc<Shared>,
+        index: BatchIndex,
+    ) {
         let (done, _) = oneshot::channel();
         let mut inner = self.inner();
         inner.pending.push(OutcomeUpdate { index, outcome: Outcome::Split, done });
@@ -252,14 +256,14 @@ impl Batch {
     }
 
     /// Counts down one call of the batch; the last one finishes it.
-    pub(super) async fn call_done(&self, shared: &Shared) {
+    pub(in crate::jetstream) async fn call_done(&self, shared: &Shared) {
         if self.remaining.fetch_sub(1, AcqRel) == 1 {
             self.finish(shared).await;
         }
     }
 
     /// Archives the record and acknowledges the batch. If the ack is lost, the next receiver finds the batch finished.
-    pub(super) async fn finish(&self, shared: &Shared) {
+    pub(in crate::jetstream) async fn finish(&self, shared: &Shared) {
         let ((mut record, revision), archived) = {
             let inner = self.inner();
             (inner.record.clone(), inner.archived)
@@ -280,7 +284,7 @@ impl Batch {
     }
 
     /// Extends the lease of the batch, unless that happened a moment ago.
-    pub(super) async fn in_progress(&self, shared: &Shared) {
+    pub(in crate::jetstream) async fn in_progress(&self, shared: &Shared) {
         {
             let mut inner = self.inner();
             if inner.last_progress.elapsed() < PROGRESS_INTERVAL {
@@ -293,17 +297,17 @@ impl Batch {
 }
 
 /// A batch as it was delivered.
-pub(super) struct BatchDelivery {
-    pub(super) raw: RawMessage,
-    pub(super) key: BatchKey,
-    pub(super) function_index: usize,
-    pub(super) consumer: Arc<str>,
-    pub(super) lease: Duration,
+pub(in crate::jetstream) struct BatchDelivery {
+    pub(in crate::jetstream) raw: RawMessage,
+    pub(in crate::jetstream) key: BatchKey,
+    pub(in crate::jetstream) function_index: usize,
+    pub(in crate::jetstream) consumer: Arc<str>,
+    pub(in crate::jetstream) lease: Duration,
 }
 
 impl BatchDelivery {
     /// Decodes the batch and buffers its unfinished calls. A batch that cannot be decoded becomes a dead letter.
-    pub(super) async fn unpack(self, shared: &Arc<Shared>, ack_subject: AckSubject) {
+    pub(in crate::jetstream) async fn unpack(self, shared: &Arc<Shared>, ack_subject: AckSubject) {
         let Self { raw, key, function_index, consumer, lease } = self;
         let (sequence, deliveries) = (raw.sequence, raw.deliveries);
         let batch_ref = BatchRef { function: raw.function.clone(), key, sequence };
