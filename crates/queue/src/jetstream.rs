@@ -6,6 +6,7 @@
 //! are split out of it. Claims, final states, responses and idempotency keys are stored before the message is removed,
 //! never after.
 
+mod ack;
 mod admin;
 mod api;
 mod batch;
@@ -18,11 +19,15 @@ mod failure_counts;
 #[cfg(any(test, fuzzing))]
 pub(crate) mod fuzz;
 mod gc;
+mod job_queue;
 mod job_store;
+mod location;
 mod lookup;
 mod options;
 mod publish;
 mod repair;
+mod results;
+mod running_calls;
 mod streams;
 mod undecodable;
 mod wire;
@@ -35,28 +40,27 @@ use tokio::sync::{Notify, OnceCell, Semaphore};
 
 pub(super) use self::consume::lease::Lease;
 pub use self::options::{Auth, Options};
-pub use self::wire::subjects::encode_token;
+pub use self::wire::tokens::encode_token;
 
 use crate::call::QueuedCall;
+use crate::jetstream::admin::counts::CountEstimate;
 use crate::jetstream::api::JetStreamApi;
 use crate::jetstream::batch::dirty_batches::DirtyBatches;
 use crate::jetstream::consume::claims::Claims;
-use crate::jetstream::consume::consumer::Received;
-use crate::jetstream::consume::prefetch::{self, Prefetched};
+use crate::jetstream::consume::prefetch::Prefetched;
 use crate::jetstream::consume::pull_scheduler::PullScheduler;
+use crate::jetstream::consume::received::Received;
 use crate::jetstream::consumers::Consumers;
 use crate::jetstream::error::NatsError;
 use crate::jetstream::failure_counts::FailureCounts;
-use crate::jetstream::gc::CONSUMER_IDLE_TIMEOUT;
+use crate::jetstream::gc::bodies::StoredBody;
 use crate::jetstream::publish::batcher::Batcher;
 use crate::jetstream::publish::capacity::Capacity;
-use crate::jetstream::publish::chunked_body::StoredBody;
-use crate::jetstream::wire::ids::{self, BatchKeys};
+use crate::jetstream::wire::ids::BatchKeys;
 use crate::jetstream::wire::subjects::Subjects;
 use crate::reply_batch::ReplyChannel;
 use crate::tasks::Tasks;
-use crate::{Delivery, Error, JobQueue, JobStore, MemoryPermit, Published};
-use gateway_base::function::Function;
+use crate::{Error, Published};
 use gateway_base::sync::lock_unpoisoned;
 
 /// Time limit of a publish: of a small body, and of a body that needs several messages.
@@ -64,12 +68,8 @@ const PUBLISH_TIMEOUT: Duration = Duration::from_millis(1900);
 const LARGE_PUBLISH_TIMEOUT: Duration = Duration::from_secs(60);
 /// Time limit of a status or result query.
 const QUERY_TIMEOUT: Duration = Duration::from_millis(1900);
-/// Interval between two searches for orphaned bodies.
-const GC_INTERVAL: Duration = Duration::from_secs(3600);
 /// Interval between two checks of streams that could not be used.
 const INCOMPATIBLE_RECHECK: Duration = Duration::from_secs(5);
-/// Time that background tasks have to end.
-const STOP_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// The JetStream backend of the queue. Clones share one connection.
 #[derive(Clone)]
@@ -98,7 +98,7 @@ struct Shared {
     /// Number of panics of the worker, by call id.
     panic_counts: FailureCounts,
     /// Last estimate of the counts of a large queue.
-    count_estimate: Mutex<Option<admin::CountEstimate>>,
+    count_estimate: Mutex<Option<CountEstimate>>,
     /// Serializes searches by id alone: the server then scans every subject.
     search_slot: Semaphore,
     /// Time of the last function discovery, and the connection it used.
@@ -179,93 +179,6 @@ impl JetStream {
         let removed = shared.collect_bodies(age).await?;
         shared.collect_consumers(idle).await?;
         Ok(removed)
-    }
-}
-
-impl JobQueue for JetStream {
-    fn for_thread(&self) -> Self {
-        Self { shared: Arc::clone(&self.shared), reply_channel: Some(ReplyChannel::open()) }
-    }
-
-    /// The id contains a hash of `function`, so that a lookup queries few functions.
-    fn new_call_id(&self, function: &Function) -> String {
-        ids::new_call_id(function)
-    }
-
-    async fn publish(
-        &self,
-        call: QueuedCall,
-        permit: Option<MemoryPermit>,
-    ) -> Result<Published, Error> {
-        match &self.reply_channel {
-            Some(channel) => {
-                let deadline = self.shared.publish_timeout(&call);
-                let published = self.shared.batcher.publish(call, permit, channel.clone());
-                with_timeout(deadline, published).await
-            }
-            None => Box::pin(self.shared.publish_with_timeout(&call)).await,
-        }
-    }
-
-    async fn receive(&self, concurrency: usize) -> Result<Delivery, Error> {
-        prefetch::receive(&self.shared, concurrency).await
-    }
-
-    fn store(&self) -> Result<Option<&dyn JobStore>, Error> {
-        Ok(Some(self))
-    }
-
-    fn is_reachable(&self) -> bool {
-        self.shared.api.is_usable()
-    }
-
-    /// Checks whether the server processes requests.
-    async fn probe(&self) {
-        if let Ok(shared) = self.shared.ready().await
-            && let Err(error) = shared.api.probe(&shared.subjects).await
-        {
-            tracing::debug!(%error, "The NATS server does not process requests");
-        }
-    }
-
-    fn reconnects(&self) -> u64 {
-        self.shared.api.reconnects()
-    }
-
-    /// Recounts the calls, and collects garbage when that is due.
-    async fn sweep_expired(&self) {
-        if let Err(error) = self.shared.recount_if_old().await {
-            tracing::debug!(%error, "Cannot count the queued calls");
-        }
-        {
-            let mut last_gc = lock_unpoisoned(&self.shared.last_gc);
-            if last_gc.elapsed() < GC_INTERVAL && self.shared.gc_cursor().is_none() {
-                return;
-            }
-            *last_gc = Instant::now();
-        }
-        match self.collect_garbage(GC_INTERVAL, CONSUMER_IDLE_TIMEOUT).await {
-            Ok(0) => {}
-            Ok(removed) => tracing::info!(removed, "Removed bodies that no call refers to"),
-            Err(error) => tracing::debug!(%error, "Garbage collection of the queue failed"),
-        }
-    }
-
-    /// Stops all background tasks: leases are no longer extended, prefetched calls are nak'ed. Waits until leases that
-    /// were dropped earlier are released.
-    async fn close(&self) {
-        self.shared.tasks.stop();
-        let buffered = self.shared.pull_scheduler().drain();
-        let claimed = self.shared.prefetched().drain();
-        drop(claimed);
-        let release = async {
-            prefetch::nak_all(&self.shared, buffered).await;
-            self.shared.tasks.wait().await;
-            self.shared.claims.publish_empty(&self.shared).await;
-            // A nak that is not sent by now is replaced by the server's ack timeout.
-            let _ = self.shared.api.client.flush().await;
-        };
-        let _ = tokio::time::timeout(STOP_TIMEOUT, release).await;
     }
 }
 

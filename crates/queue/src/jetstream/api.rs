@@ -1,25 +1,21 @@
 //! Client of the JetStream API: the connection and its requests. Each request fails with [`NatsError::Unavailable`]
 //! after a short timeout ([`CONNECT_TIMEOUT`], [`REQUEST_TIMEOUT`]).
 
-use std::collections::HashMap;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
+pub(super) mod consumers;
+pub(super) mod messages;
+use std::sync::atomic::Ordering::Relaxed;
+use std::sync::atomic::{AtomicBool, AtomicU64};
 use std::time::Duration;
 
 use anyhow::Context as _;
 use async_nats::connection::State as Connection;
 use async_nats::jetstream::context::ContextBuilder;
-use async_nats::jetstream::message::StreamMessage;
-use async_nats::jetstream::stream::RawMessage;
 use async_nats::{Client, Event, HeaderMap, Request, RequestErrorKind, jetstream};
 use bytes::Bytes;
 use serde::de::DeserializeOwned;
-use serde::{Deserialize, Deserializer};
-use serde_json::json;
 use tokio::sync::watch;
 
-use crate::jetstream::error::{
-    ErrorResponse, MESSAGE_NOT_FOUND, NatsError, STORE_FAILED, STREAM_NOT_FOUND, UNAVAILABLE_CODES,
-};
+use crate::jetstream::error::{ErrorResponse, NatsError, STREAM_NOT_FOUND, UNAVAILABLE_CODES};
 use crate::jetstream::options::{MIN_VERSION, Options};
 use crate::jetstream::wire::subjects::Subjects;
 
@@ -43,61 +39,6 @@ pub(super) struct JetStreamApi {
     last_before_restart: AtomicU64,
     /// The last request succeeded. A connected server may still not process requests.
     responsive: AtomicBool,
-}
-
-/// Response to a publish.
-#[derive(Clone, Copy, Debug, Deserialize)]
-pub(super) struct PubAck {
-    #[serde(rename = "seq")]
-    pub(super) sequence: u64,
-    /// The server has seen the same message id before, at `sequence`.
-    #[serde(default)]
-    pub(super) duplicate: bool,
-}
-
-#[derive(Deserialize)]
-pub(super) struct ConsumerState {
-    pub(super) name: String,
-    /// Messages that were never delivered.
-    #[serde(default, rename = "num_pending")]
-    pub(super) pending: u64,
-    /// Messages that were delivered, but not acknowledged.
-    #[serde(default, rename = "num_ack_pending")]
-    pub(super) ack_pending: u64,
-    /// All messages up to this sequence are acknowledged.
-    #[serde(rename = "ack_floor", deserialize_with = "stream_sequence")]
-    pub(super) ack_floor: u64,
-    /// All messages up to this sequence were delivered.
-    #[serde(deserialize_with = "stream_sequence")]
-    pub(super) delivered: u64,
-}
-
-/// Reads the stream sequence of a consumer position.
-fn stream_sequence<'de, D: Deserializer<'de>>(deserializer: D) -> Result<u64, D::Error> {
-    #[derive(Deserialize)]
-    struct Position {
-        stream_seq: u64,
-    }
-    Ok(Position::deserialize(deserializer)?.stream_seq)
-}
-
-/// Limits of a stream, and how much of them is used.
-#[derive(Deserialize)]
-struct StreamUsage {
-    config: StreamLimits,
-    state: StreamSize,
-}
-
-#[derive(Deserialize)]
-struct StreamLimits {
-    /// Not positive for no limit.
-    #[serde(default)]
-    max_msgs: i64,
-}
-
-#[derive(Deserialize)]
-struct StreamSize {
-    messages: u64,
 }
 
 impl JetStreamApi {
@@ -206,205 +147,6 @@ impl JetStreamApi {
         // Headers that the server adds, and those that later updates of the call add.
         const SPARE: usize = 4096;
         headers.saturating_add(body).saturating_add(SPARE) <= self.client.max_payload()
-    }
-
-    /// Publishes a message. With `last`, only if the last message of the subject has that sequence.
-    pub(super) async fn publish(
-        &self,
-        subject: String,
-        mut headers: HeaderMap,
-        body: Bytes,
-        last: Option<u64>,
-    ) -> Result<PubAck, NatsError> {
-        if let Some(last) = last {
-            headers.insert("Nats-Expected-Last-Subject-Sequence", last.to_string());
-        }
-        let response = self.request(subject, Some(headers), body).await?;
-        match self.parse_response(&response) {
-            Err(NatsError::Rejected(STORE_FAILED, text)) => {
-                Err(Box::pin(self.explain_store_failure(&response, text)).await)
-            }
-            parsed => parsed,
-        }
-    }
-
-    /// Returns why the server has not stored a message. It reports [`STORE_FAILED`] for all reasons, so the stream is
-    /// queried.
-    async fn explain_store_failure(&self, response: &[u8], text: String) -> NatsError {
-        #[derive(Deserialize)]
-        struct Rejection {
-            stream: String,
-        }
-        let rejected = NatsError::Rejected(STORE_FAILED, text);
-        let Ok(Rejection { stream }) = serde_json::from_slice(response) else { return rejected };
-        match self.stream_usage(&stream).await {
-            Ok(StreamUsage { config, state })
-                if u64::try_from(config.max_msgs)
-                    .is_ok_and(|max| max > 0 && state.messages >= max) =>
-            {
-                NatsError::StreamFull
-            }
-            _ => rejected,
-        }
-    }
-
-    /// Returns the last message of `stream` on `subject`, which may contain wildcards.
-    pub(super) async fn get_last(
-        &self,
-        stream: &str,
-        subject: &str,
-    ) -> Result<Option<StreamMessage>, NatsError> {
-        self.request_message(stream, json!({ "last_by_subj": subject })).await
-    }
-
-    pub(super) async fn get(
-        &self,
-        stream: &str,
-        number: u64,
-    ) -> Result<Option<StreamMessage>, NatsError> {
-        self.request_message(stream, json!({ "seq": number })).await
-    }
-
-    async fn request_message(
-        &self,
-        stream: &str,
-        request: serde_json::Value,
-    ) -> Result<Option<StreamMessage>, NatsError> {
-        #[derive(Deserialize)]
-        struct Got {
-            message: RawMessage,
-        }
-        match self.call_api::<Got>(&format!("STREAM.MSG.GET.{stream}"), &request).await {
-            Ok(got) => got.message.try_into().map(Some).map_err(|_| NatsError::UnexpectedResponse),
-            Err(NatsError::Rejected(MESSAGE_NOT_FOUND, _)) => Ok(None),
-            Err(error) => Err(error),
-        }
-    }
-
-    /// Removes a message. Returns whether it existed; a message that is already gone is no error.
-    pub(super) async fn delete(&self, stream: &str, number: u64) -> Result<bool, NatsError> {
-        let request = json!({ "seq": number, "no_erase": true });
-        let endpoint = format!("STREAM.MSG.DELETE.{stream}");
-        match self.call_api::<serde_json::Value>(&endpoint, &request).await {
-            Ok(_) => Ok(true),
-            // The error code for an unknown sequence differs between server versions.
-            Err(NatsError::Rejected(code, text)) => match self.get(stream, number).await? {
-                Some(_) => Err(NatsError::Rejected(code, text)),
-                None => Ok(false),
-            },
-            Err(error) => Err(error),
-        }
-    }
-
-    /// Removes all messages on `subject` (which may contain wildcards), up to and including the sequence `last`.
-    pub(super) async fn purge(
-        &self,
-        stream: &str,
-        subject: &str,
-        last: u64,
-    ) -> Result<(), NatsError> {
-        let request = json!({ "filter": subject, "seq": last.saturating_add(1) });
-        self.call_api::<serde_json::Value>(&format!("STREAM.PURGE.{stream}"), &request)
-            .await
-            .map(drop)
-    }
-
-    /// Returns the first message of `stream` on `subject`, at or after the sequence `from`.
-    pub(super) async fn get_next(
-        &self,
-        stream: &str,
-        subject: &str,
-        from: u64,
-    ) -> Result<Option<StreamMessage>, NatsError> {
-        self.request_message(stream, json!({ "seq": from, "next_by_subj": subject })).await
-    }
-
-    pub(super) async fn message_count(&self, stream: &str) -> Result<u64, NatsError> {
-        Ok(self.stream_usage(stream).await?.state.messages)
-    }
-
-    async fn stream_usage(&self, stream: &str) -> Result<StreamUsage, NatsError> {
-        self.call_api(&format!("STREAM.INFO.{stream}"), &json!({})).await
-    }
-
-    /// Returns the subjects of `stream` that match `filter`. Stops after the page that reaches `max` subjects.
-    pub(super) async fn subjects(
-        &self,
-        stream: &str,
-        filter: &str,
-        max: usize,
-    ) -> Result<Vec<String>, NatsError> {
-        #[derive(Deserialize)]
-        struct Page {
-            #[serde(default)]
-            total: usize,
-            state: Listed,
-        }
-        #[derive(Deserialize)]
-        struct Listed {
-            subjects: Option<HashMap<String, u64>>,
-        }
-        let mut subjects = Vec::new();
-        loop {
-            let request = json!({ "subjects_filter": filter, "offset": subjects.len() });
-            let page: Page = self.call_api(&format!("STREAM.INFO.{stream}"), &request).await?;
-            let found = page.state.subjects.unwrap_or_default();
-            let empty = found.is_empty();
-            subjects.extend(found.into_keys());
-            if empty || subjects.len() >= page.total.min(max) {
-                return Ok(subjects);
-            }
-        }
-    }
-
-    /// Returns the state of a consumer. The server scans every message for this.
-    pub(super) async fn consumer_state(
-        &self,
-        stream: &str,
-        name: &str,
-    ) -> Result<ConsumerState, NatsError> {
-        self.call_api(&format!("CONSUMER.INFO.{stream}.{name}"), &json!({})).await
-    }
-
-    pub(super) async fn consumer_names(&self, stream: &str) -> Result<Vec<String>, NatsError> {
-        #[derive(Deserialize)]
-        struct Page {
-            #[serde(default)]
-            total: usize,
-            consumers: Option<Vec<String>>,
-        }
-        let mut names = Vec::new();
-        loop {
-            let request = json!({ "offset": names.len() });
-            let page: Page = self.call_api(&format!("CONSUMER.NAMES.{stream}"), &request).await?;
-            let found = page.consumers.unwrap_or_default();
-            let empty = found.is_empty();
-            names.extend(found);
-            if empty || names.len() >= page.total {
-                return Ok(names);
-            }
-        }
-    }
-
-    /// Returns the states of all consumers of `stream`. The server scans every message for each of them.
-    pub(super) async fn consumers(&self, stream: &str) -> Result<Vec<ConsumerState>, NatsError> {
-        #[derive(Deserialize)]
-        struct Page {
-            #[serde(default)]
-            total: usize,
-            consumers: Option<Vec<ConsumerState>>,
-        }
-        let mut consumers = Vec::new();
-        loop {
-            let request = json!({ "offset": consumers.len() });
-            let page: Page = self.call_api(&format!("CONSUMER.LIST.{stream}"), &request).await?;
-            let found = page.consumers.unwrap_or_default();
-            let empty = found.is_empty();
-            consumers.extend(found);
-            if empty || consumers.len() >= page.total {
-                return Ok(consumers);
-            }
-        }
     }
 
     pub(super) async fn call_api<T: DeserializeOwned>(

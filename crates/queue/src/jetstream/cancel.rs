@@ -2,20 +2,20 @@
 //!
 //! A cancel marker is written first, and then the running lists are read. A receiver writes its list first, and then
 //! reads the markers (`claims`). So at least one of them sees the other, and a cancelled call is never executed.
-
 use std::time::Instant;
 
 use async_nats::HeaderMap;
 use bytes::Bytes;
 
+use crate::ChangeOutcome;
 use crate::jetstream::Shared;
-use crate::jetstream::consume::claims::CANCEL_MARKER_TTL;
 use crate::jetstream::error::NatsError;
-use crate::jetstream::lookup::{CallLocation, Finished, Pending};
+use crate::jetstream::location::{CallLocation, Finished, Pending};
+use crate::jetstream::results::cancelled;
+use crate::jetstream::wire::claims::CANCEL_MARKER_TTL;
 use crate::jetstream::wire::message::Message;
 use crate::jetstream::wire::subjects::{CALLS, CallSubject};
-use crate::status::{CallRecord, CallState};
-use crate::{ChangeOutcome, now};
+use crate::status::CallState;
 
 /// Maximum number of lookups while the call moves between streams.
 const MAX_LOOKUPS: usize = 3;
@@ -162,15 +162,5 @@ impl Shared {
             self.store_idempotency(&key, &call_subject.function, &call_subject.id).await?;
         }
         self.api.delete(&self.subjects.calls, sequence).await.map(drop)
-    }
-}
-
-pub(super) fn cancelled(status: CallRecord) -> CallRecord {
-    CallRecord {
-        state: CallState::Cancelled,
-        finished_at: Some(now()),
-        next_attempt_at: None,
-        dead_letter: false,
-        ..status
     }
 }

@@ -1,8 +1,13 @@
 //! Receives calls, claims them and settles them.
 
+mod arrival;
 pub(super) mod claims;
-pub(super) mod consumer;
+mod consumer;
+mod discovery;
 pub(super) mod lease;
 pub(super) mod prefetch;
 pub(super) mod pull_scheduler;
-pub(super) mod rate;
+mod rate;
+pub(super) mod receive;
+pub(super) mod received;
+mod supervisor;

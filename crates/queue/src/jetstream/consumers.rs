@@ -1,6 +1,5 @@
 //! The consumers, one per function: a cache of the existing ones, and their creation. Reading more than the name of a
 //! consumer makes the server scan every message, so the ack timeout of each is read only once.
-
 use std::collections::HashMap;
 use std::time::{Duration, Instant};
 
@@ -14,6 +13,8 @@ use gateway_base::function::Function;
 
 /// An entry that was not used for this time is no longer trusted: the consumer may have been garbage collected.
 const CACHE_TTL: Duration = Duration::from_secs(3600);
+/// Maximum number of messages in a queue that is scanned for functions without a consumer.
+pub(super) const MAX_SCANNED_MESSAGES: u64 = 10_000;
 /// Time limit for the announcement of a new consumer.
 const SEND_TIMEOUT: Duration = Duration::from_secs(1);
 
@@ -160,5 +161,15 @@ impl Shared {
                 }
             })?;
         Ok(created.cached_info().config.ack_wait.min(lease))
+    }
+}
+
+impl Shared {
+    /// Returns whether calls of a function exist, delivered or not.
+    pub(super) async fn has_calls(&self, function: &Function) -> Result<bool, NatsError> {
+        let (api, subjects) = (&self.api, &self.subjects);
+        let first =
+            api.get_next(&subjects.calls, &subjects.of_function(CALLS, Some(function)), 1).await?;
+        Ok(first.is_some())
     }
 }

@@ -1,10 +1,9 @@
 //! Dead letters: calls that failed for good. They can be discarded or redriven.
-
 use crate::ChangeOutcome;
 use crate::jetstream::Shared;
-use crate::jetstream::cancel::cancelled;
 use crate::jetstream::error::NatsError;
-use crate::jetstream::lookup::{CallLocation, DeadLetter, Finished};
+use crate::jetstream::location::{CallLocation, DeadLetter, Finished};
+use crate::jetstream::results::cancelled;
 use crate::jetstream::wire::subjects::FINAL_RECORDS;
 use crate::status::CallState;
 use gateway_base::function::Function;

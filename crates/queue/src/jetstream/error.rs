@@ -1,6 +1,5 @@
 //! Errors of requests to the NATS server. They are distinguished by the server's error codes; its texts are only logged.
 //! No I/O.
-
 use std::sync::Arc;
 
 use serde::Deserialize;

@@ -1,5 +1,4 @@
 //! Counts failures by call id. No I/O.
-
 use std::collections::HashMap;
 use std::sync::Mutex;
 

@@ -1,13 +1,14 @@
 //! Fuzz targets for data stored in JetStream, which other programs can write to.
-
 use async_nats::HeaderMap;
 use bytes::{Buf, Bytes};
 
 use crate::call::QueuedCall;
-use crate::jetstream::wire::batch::{self, BatchRecord};
+use crate::jetstream::wire::final_record::{parse_final_record, parse_response_head};
 use crate::jetstream::wire::ids::BatchKey;
-use crate::jetstream::wire::message::{self, Message};
-use crate::jetstream::wire::subjects;
+use crate::jetstream::wire::message::Message;
+use crate::jetstream::wire::records::BatchRecord;
+use crate::jetstream::wire::tokens::{decode_token, encode_token};
+use crate::jetstream::wire::{batch, subjects};
 use crate::status::CallRecord;
 
 /// A decoded batch contains exactly the calls of its key; anything else is rejected.
@@ -51,8 +52,8 @@ pub(crate) fn message(data: &[u8]) {
             headers.insert(name, value);
         }
     }
-    let _ = message::parse_final_record(&headers);
-    let _ = message::parse_response_head(&headers).map(|head| head.into_response(Bytes::new()));
+    let _ = parse_final_record(&headers);
+    let _ = parse_response_head(&headers).map(|head| head.into_response(Bytes::new()));
     let stored = Message::from_stored(headers, Bytes::from_static(b"body"));
     let _ = (
         stored.chunked_body(),
@@ -74,14 +75,14 @@ pub(crate) fn message(data: &[u8]) {
 /// A subject names a call or nothing, and an encoded token can be decoded.
 pub(crate) fn subject(data: &[u8]) {
     let Ok(text) = std::str::from_utf8(data) else { return };
-    let _ = (subjects::parse(text), subjects::call_count(text), subjects::decode_token(text));
+    let _ = (subjects::parse(text), subjects::call_count(text), decode_token(text));
     if let Some(function) = subjects::function_of_consumer(text) {
         assert_eq!(
             subjects::function_of_consumer(&subjects::consumer_name(&function)),
             Some(function)
         );
     }
-    let token = subjects::encode_token(text);
+    let token = encode_token(text);
     assert!(!token.contains(['.', '*', '>', ' ']));
-    assert_eq!(subjects::decode_token(&token).as_deref(), Some(text));
+    assert_eq!(decode_token(&token).as_deref(), Some(text));
 }

@@ -1,18 +1,17 @@
 //! Garbage collection of consumers without recent calls. Functions come and go, and each consumer makes discovery more
 //! expensive.
 
+pub(super) mod bodies;
+mod records;
 use std::time::Duration;
 
 use async_nats::jetstream::consumer::Info;
-use serde_json::json;
 
 use crate::jetstream::Shared;
-use crate::jetstream::api::JetStreamApi;
-use crate::jetstream::consume::consumer::MAX_SCANNED_MESSAGES;
-use crate::jetstream::error::{CONSUMER_NOT_FOUND, NatsError};
-use crate::jetstream::wire::subjects::{CALLS, function_of_consumer};
+use crate::jetstream::consumers::MAX_SCANNED_MESSAGES;
+use crate::jetstream::error::NatsError;
+use crate::jetstream::wire::subjects::function_of_consumer;
 use crate::now;
-use gateway_base::function::Function;
 
 /// A consumer is removed after this time without a call. It is far longer than an entry of the consumer cache is
 /// trusted.
@@ -49,34 +48,6 @@ impl Shared {
             }
         }
         Ok(removed)
-    }
-
-    /// Returns whether calls of a function exist, delivered or not.
-    pub(super) async fn has_calls(&self, function: &Function) -> Result<bool, NatsError> {
-        let (api, subjects) = (&self.api, &self.subjects);
-        let first =
-            api.get_next(&subjects.calls, &subjects.of_function(CALLS, Some(function)), 1).await?;
-        Ok(first.is_some())
-    }
-}
-
-impl JetStreamApi {
-    /// Returns the state of a consumer, or `None` if it does not exist.
-    async fn consumer_info(&self, stream: &str, name: &str) -> Result<Option<Info>, NatsError> {
-        match self.call_api(&format!("CONSUMER.INFO.{stream}.{name}"), &json!({})).await {
-            Ok(info) => Ok(Some(info)),
-            Err(NatsError::Rejected(CONSUMER_NOT_FOUND, _)) => Ok(None),
-            Err(error) => Err(error),
-        }
-    }
-
-    /// Removes a consumer; a missing one is no error.
-    async fn delete_consumer(&self, stream: &str, name: &str) -> Result<(), NatsError> {
-        let endpoint = format!("CONSUMER.DELETE.{stream}.{name}");
-        match self.call_api::<serde_json::Value>(&endpoint, &json!({})).await {
-            Ok(_) | Err(NatsError::Rejected(CONSUMER_NOT_FOUND, _)) => Ok(()),
-            Err(error) => Err(error),
-        }
     }
 }
 

@@ -1,5 +1,4 @@
 //! Queries and changes of stored calls.
-
 use futures_util::future::BoxFuture;
 
 use crate::jetstream::{JetStream, QUERY_TIMEOUT, with_timeout};

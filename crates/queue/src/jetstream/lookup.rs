@@ -1,29 +1,20 @@
 //! Lookup and result of a single call.
 //!
 //! The message of a call decides: while it exists, the call is unfinished, unless a final state names its sequence.
-
 use std::time::Duration;
 
-use async_nats::jetstream::message::StreamMessage;
-use bytes::{Bytes, BytesMut};
+use bytes::BytesMut;
 use futures_util::{StreamExt, TryStreamExt, stream};
 
-use crate::call::UnixMillis;
+use crate::MAX_ASYNC_BODY_BYTES;
 use crate::jetstream::Shared;
-use crate::jetstream::batch::held::BatchRef;
-use crate::jetstream::batch::state::InBatch;
+use crate::jetstream::batch::lookup::InBatch;
 use crate::jetstream::error::NatsError;
-use crate::jetstream::publish::chunked_body::MAX_BODY_BYTES;
-use crate::jetstream::wire::batch::{BatchIndex, CallRef};
-use crate::jetstream::wire::ids;
-use crate::jetstream::wire::ids::BatchKey;
-use crate::jetstream::wire::message::{
-    self, FinalRecord, Message, final_headers, parse_response_head,
-};
-use crate::jetstream::wire::subjects::{
-    self, CALLS, CallSubject, DEAD_LETTERS, FINAL_RECORDS, RESPONSES, Subjects, encode_token, parse,
-};
-use crate::now;
+use crate::jetstream::location::{CallLocation, DeadLetter, Finished, Pending};
+use crate::jetstream::wire::final_record::{FinalRecord, parse_final_record, parse_response_head};
+use crate::jetstream::wire::ids::{self, BatchKey};
+use crate::jetstream::wire::subjects::{CALLS, DEAD_LETTERS, FINAL_RECORDS, RESPONSES};
+use crate::jetstream::wire::tokens::encode_token;
 use crate::status::{CallRecord, StoredResponse};
 use gateway_base::function::Function;
 
@@ -35,102 +26,6 @@ const FUNCTION_LIST_TTL: Duration = Duration::from_secs(1);
 const SEARCH_SLOT_TIMEOUT: Duration = Duration::from_secs(1);
 /// Up to this number of messages a search of all subjects is cheap.
 const MAX_SEARCHED_MESSAGES: u64 = 10_000;
-
-/// Location of a call.
-pub(super) enum CallLocation {
-    /// The call is unfinished.
-    Pending(Pending),
-    DeadLetter(DeadLetter),
-    Finished(Finished),
-}
-
-/// A finished call.
-pub(super) struct Finished {
-    pub(super) final_record: FinalRecord,
-    /// Body of the response, if it is stored with the final state.
-    pub(super) body: Bytes,
-    /// The batch in which the call was published, and its index there.
-    pub(super) in_batch: Option<(BatchRef, BatchIndex)>,
-}
-
-/// An unfinished call.
-pub(super) struct Pending {
-    pub(super) subject: CallSubject,
-    pub(super) sequence: u64,
-    pub(super) message: Message,
-    /// Time of the claim, if the call is claimed.
-    pub(super) claimed_at: Option<UnixMillis>,
-    /// The batch that contains the call, and its index there.
-    pub(super) in_batch: Option<(BatchRef, BatchIndex)>,
-}
-
-/// A call that failed for good.
-pub(super) struct DeadLetter {
-    pub(super) status: CallRecord,
-    pub(super) message: Message,
-    pub(super) sequence: u64,
-    /// Sequence of the original message of the call.
-    pub(super) previous_seq: u64,
-}
-
-impl CallLocation {
-    /// Returns the stored state of the call.
-    pub(super) fn status(&self) -> Option<CallRecord> {
-        match self {
-            Self::Pending(pending) => pending.status(None),
-            Self::DeadLetter(dead) => Some(dead.status.clone()),
-            Self::Finished(finished) => Some(finished.final_record.status.clone()),
-        }
-    }
-}
-
-impl Pending {
-    /// Returns `None` if the message is not that of a single call.
-    pub(super) fn new(found: StreamMessage) -> Option<Self> {
-        if subjects::batch_key(&found.subject).is_some() {
-            return None;
-        }
-        let message = Message::from_stored(found.headers, found.payload);
-        let (call_subject, sequence) = (parse(&found.subject)?, found.sequence);
-        Some(Self { subject: call_subject, sequence, message, claimed_at: None, in_batch: None })
-    }
-
-    pub(super) fn index(&self) -> Option<BatchIndex> {
-        self.in_batch.as_ref().map(|(_, index)| *index)
-    }
-
-    pub(super) fn call_ref(&self) -> CallRef {
-        CallRef { sequence: self.sequence, index: self.index() }
-    }
-
-    /// Returns the state of the call; running if it was claimed at `claimed_at`.
-    pub(super) fn status(&self, claimed_at: Option<UnixMillis>) -> Option<CallRecord> {
-        match claimed_at {
-            Some(claimed_at) => {
-                Some(self.message.running_status(&self.message.call().ok()?, claimed_at))
-            }
-            None => self.message.status(),
-        }
-    }
-}
-
-impl DeadLetter {
-    pub(super) fn new(found: StreamMessage) -> Option<Self> {
-        let message = Message::from_stored(found.headers, found.payload);
-        let (status, previous_seq) =
-            (message.stored_status()?, message.previous_seq().unwrap_or(0));
-        Some(Self { status, message, sequence: found.sequence, previous_seq })
-    }
-
-    /// Returns the subject on which the message is published again.
-    pub(super) fn call_subject(&self, subjects: &Subjects, function: &Function) -> String {
-        match self.message.raw_subject() {
-            // Other programs can write dead letters, too.
-            Some(subject) if subjects.is_message_of(function, subject) => subject.to_owned(),
-            _ => subjects.call(CALLS, function, &self.status.id),
-        }
-    }
-}
 
 impl Shared {
     /// Finds the call with `id`.
@@ -223,9 +118,8 @@ impl Shared {
                 api.get_last(&subjects.results, &final_record)
             )?;
             let dead = dead.and_then(DeadLetter::new);
-            let final_record = final_record.and_then(|found| {
-                Some((message::parse_final_record(&found.headers)?, found.payload))
-            });
+            let final_record = final_record
+                .and_then(|found| Some((parse_final_record(&found.headers)?, found.payload)));
             let latest = [
                 pending.as_ref().map_or(0, |pending| pending.sequence),
                 dead.as_ref().map_or(0, |dead| dead.previous_seq),
@@ -252,12 +146,6 @@ impl Shared {
         Ok(None)
     }
 
-    /// Returns whether a final state is still visible.
-    pub(super) fn is_retained(&self, status: &CallRecord) -> bool {
-        let kept = self.options.limits.result_ttl;
-        status.finished_at.is_none_or(|at| at.saturating_add(kept) > now())
-    }
-
     pub(super) async fn status(&self, id: &str) -> Result<Option<CallRecord>, NatsError> {
         Ok(self.find(id).await?.and_then(|found| match found {
             CallLocation::Pending(pending) => pending.status(pending.claimed_at),
@@ -266,27 +154,6 @@ impl Shared {
                 final_record: FinalRecord { status, .. }, ..
             }) => Some(status),
         }))
-    }
-
-    /// Returns whether the call with the message `sequence` has a final state.
-    pub(super) async fn is_finished(
-        &self,
-        function: &Function,
-        id: &str,
-        sequence: u64,
-    ) -> Result<bool, NatsError> {
-        let (api, subjects) = (&self.api, &self.subjects);
-        let (dead, final_record) =
-            (subjects.call(DEAD_LETTERS, function, id), subjects.call(FINAL_RECORDS, function, id));
-        let (dead, final_record) = tokio::try_join!(
-            api.get_last(&subjects.dead_letters, &dead),
-            api.get_last(&subjects.results, &final_record)
-        )?;
-        let dead = dead.and_then(DeadLetter::new).map(|dead| dead.previous_seq);
-        let final_record = final_record
-            .and_then(|final_record| message::parse_final_record(&final_record.headers));
-        Ok(dead == Some(sequence)
-            || final_record.is_some_and(|final_record| final_record.sequence == sequence))
     }
 
     pub(super) async fn result(&self, id: &str) -> Result<Option<StoredResponse>, NatsError> {
@@ -310,51 +177,10 @@ impl Shared {
         let mut body = BytesMut::from(&first.payload[..]);
         for number in 1..head.chunks {
             let next = self.api.get_last(&self.subjects.results, &chunk(number)).await?;
-            let next = next.filter(|next| body.len() + next.payload.len() <= MAX_BODY_BYTES);
+            let next = next.filter(|next| body.len() + next.payload.len() <= MAX_ASYNC_BODY_BYTES);
             let Some(next) = next else { return Ok(None) };
             body.extend_from_slice(&next.payload);
         }
         Ok(Some(head.into_response(body.freeze())))
-    }
-
-    /// Stores a final state.
-    pub(super) async fn store_final_record(
-        &self,
-        function: &Function,
-        status: CallRecord,
-        sequence: u64,
-    ) -> Result<(), NatsError> {
-        self.store_final_record_over(function, status, sequence, None).await
-    }
-
-    /// Stores a final state. With `last`, only if the previous one has that sequence.
-    pub(super) async fn store_final_record_over(
-        &self,
-        function: &Function,
-        status: CallRecord,
-        sequence: u64,
-        last: Option<u64>,
-    ) -> Result<(), NatsError> {
-        let subject = self.subjects.call(FINAL_RECORDS, function, &status.id);
-        let headers = final_headers(&FinalRecord { sequence, status, response: None });
-        self.api.publish(subject, headers, Bytes::new(), last).await.map(drop)
-    }
-
-    /// Returns the sequence of a response that is stored beside the final state.
-    pub(super) async fn response_sequence(&self, id: &str) -> Result<Option<u64>, NatsError> {
-        let first = self.subjects.chunk(RESPONSES, &encode_token(id), 0);
-        Ok(self.api.get_last(&self.subjects.results, &first).await?.map(|found| found.sequence))
-    }
-
-    /// Removes a response up to this sequence, but no later one.
-    pub(super) async fn remove_response(
-        &self,
-        id: &str,
-        response: Option<u64>,
-    ) -> Result<(), NatsError> {
-        // A purge makes the server scan every subject.
-        let Some(response) = response else { return Ok(()) };
-        let parts = self.subjects.chunk(RESPONSES, &encode_token(id), "*");
-        self.api.purge(&self.subjects.results, &parts, response).await
     }
 }

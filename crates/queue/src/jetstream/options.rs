@@ -1,5 +1,4 @@
 //! Options of the connection to NATS and of the queue.
-
 use std::path::PathBuf;
 use std::time::Duration;
 

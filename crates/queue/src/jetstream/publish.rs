@@ -3,4 +3,7 @@
 pub(super) mod batcher;
 pub(super) mod capacity;
 pub(super) mod chunked_body;
-pub(super) mod single;
+mod function_batch;
+mod idempotency;
+mod send;
+mod single;

@@ -4,7 +4,6 @@
 //! acks of messages that no longer exist: it tries to redeliver each of them before anything new, and proceeds by only
 //! one with each pull. Also, finished messages may reappear that the consumer never delivers, since it regards them as
 //! acknowledged.
-
 use std::collections::HashSet;
 
 use async_nats::jetstream::AckKind;
@@ -12,9 +11,9 @@ use bytes::Bytes;
 use futures_util::{StreamExt, TryStreamExt, stream};
 
 use crate::jetstream::Shared;
-use crate::jetstream::batch::state::DecodedBatch;
+use crate::jetstream::batch::lookup::DecodedBatch;
 use crate::jetstream::error::NatsError;
-use crate::jetstream::lookup::Pending;
+use crate::jetstream::location::Pending;
 use crate::jetstream::wire::subjects::{CALLS, consumer_name};
 use gateway_base::function::Function;
 

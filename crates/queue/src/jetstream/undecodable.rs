@@ -3,7 +3,6 @@
 //! Such a message becomes a dead letter with the reason, and keeps its headers and payload. The dead letter is stored
 //! before the message is acknowledged. A message of a newer version is first left for a newer gateway: during a
 //! rolling upgrade, old and new gateways receive from the same queue.
-
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -12,9 +11,9 @@ use async_nats::jetstream::AckKind;
 
 use crate::call::UnixMillis;
 use crate::jetstream::Shared;
-use crate::jetstream::consume::consumer::send_ack;
+use crate::jetstream::ack::send_ack;
 use crate::jetstream::error::NatsError;
-use crate::jetstream::lookup::DeadLetter;
+use crate::jetstream::location::DeadLetter;
 use crate::jetstream::wire::message::Message;
 use crate::jetstream::wire::subjects::{self, CallSubject, DEAD_LETTERS, Subjects};
 use crate::now;

@@ -1,6 +1,5 @@
 //! Batches changed (cancel, purge) before their first delivery. Each change is announced to all receivers, so a
 //! receiver does not need to load the record of every batch.
-
 use std::collections::HashSet;
 use std::sync::MutexGuard;
 use std::time::Duration;

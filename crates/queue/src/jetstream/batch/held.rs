@@ -1,7 +1,7 @@
 //! A delivered batch. Its calls are executed individually, and their outcomes are recorded together. The batch is
 //! acknowledged when every call is finished or has its own message.
-
-use std::sync::atomic::{AtomicUsize, Ordering::AcqRel, Ordering::Acquire};
+use std::sync::atomic::AtomicUsize;
+use std::sync::atomic::Ordering::{AcqRel, Acquire};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
@@ -11,15 +11,12 @@ use tokio::sync::oneshot;
 
 use crate::call::QueuedCall;
 use crate::jetstream::Shared;
+use crate::jetstream::ack::{AckSubject, RETRY_INTERVAL, send_ack};
 use crate::jetstream::batch::records::Revisioned;
-use crate::jetstream::consume::claims::Claims;
-use crate::jetstream::consume::consumer::{AckSubject, RETRY_INTERVAL, Received, Source, send_ack};
 use crate::jetstream::error::NatsError;
-use crate::jetstream::undecodable::{RawMessage, Reason};
-use crate::jetstream::wire::batch::{BatchIndex, BatchRecord, Outcome};
-use crate::jetstream::wire::ids::BatchKey;
-use crate::jetstream::wire::message::{self, Message};
-use gateway_base::function::Function;
+use crate::jetstream::wire::call_ref::{BatchIndex, BatchRef};
+use crate::jetstream::wire::message::Message;
+use crate::jetstream::wire::records::{BatchRecord, Outcome};
 use gateway_base::sync::lock_unpoisoned;
 
 /// Maximum time that the outcome of a call waits to be recorded together with others.
@@ -28,14 +25,6 @@ const MAX_OUTCOME_DELAY: Duration = Duration::from_millis(2);
 const MAX_RELEASE_ATTEMPTS: usize = 5;
 /// Minimum interval between two in-progress acks of a batch.
 const PROGRESS_INTERVAL: Duration = Duration::from_millis(100);
-
-/// Identifies a batch.
-#[derive(Clone, Debug)]
-pub(in crate::jetstream) struct BatchRef {
-    pub(in crate::jetstream) function: Function,
-    pub(in crate::jetstream) key: BatchKey,
-    pub(in crate::jetstream) sequence: u64,
-}
 
 /// A batch that this process holds.
 pub(in crate::jetstream) struct Batch {
@@ -69,7 +58,7 @@ struct OutcomeUpdate {
 }
 
 impl Batch {
-    fn new(
+    pub(super) fn new(
         batch_ref: BatchRef,
         ack_subject: AckSubject,
         lease: Duration,
@@ -293,95 +282,5 @@ impl Batch {
             inner.last_progress = Instant::now();
         }
         send_ack(&shared.api, &self.ack_subject.get(), AckKind::Progress).await;
-    }
-}
-
-/// A batch as it was delivered.
-pub(in crate::jetstream) struct BatchDelivery {
-    pub(in crate::jetstream) raw: RawMessage,
-    pub(in crate::jetstream) key: BatchKey,
-    pub(in crate::jetstream) function_index: usize,
-    pub(in crate::jetstream) consumer: Arc<str>,
-    pub(in crate::jetstream) lease: Duration,
-}
-
-impl BatchDelivery {
-    /// Decodes the batch and buffers its unfinished calls. A batch that cannot be decoded becomes a dead letter.
-    pub(in crate::jetstream) async fn unpack(self, shared: &Arc<Shared>, ack_subject: AckSubject) {
-        let Self { raw, key, function_index, consumer, lease } = self;
-        let (sequence, deliveries) = (raw.sequence, raw.deliveries);
-        let batch_ref = BatchRef { function: raw.function.clone(), key, sequence };
-        let calls = match raw.message.batch(&batch_ref.function, key) {
-            Ok(calls) => calls,
-            Err(error) => {
-                let newer = message::is_newer(&error, true);
-                let reason = Reason { text: error.to_string(), newer };
-                return raw.reject(shared, &ack_subject.get(), &reason).await;
-            }
-        };
-        // Before the first delivery, only a cancellation or a purge can have changed the record.
-        let suspect = deliveries > 1 || shared.api.predates_restart(sequence);
-        let dirty = suspect
-            || shared.dirty_batches().may_be_dirty(batch_ref.key, shared.api.current_connection());
-        let record = match dirty {
-            true => shared.load_record(&batch_ref, suspect).await,
-            false => Ok((BatchRecord::new(batch_ref.sequence), 0)),
-        };
-        let record = match record {
-            Ok(record) => record,
-            Err(error @ NatsError::UnreadableRecord) => {
-                // The record may be damaged, or of a newer version.
-                let text = format!("{error}: some of its calls may have been executed");
-                let reason = Reason { text, newer: true };
-                return raw.reject(shared, &ack_subject.get(), &reason).await;
-            }
-            Err(error) => {
-                tracing::debug!(%error, "Cannot load the record of a delivered batch");
-                let nak = AckKind::Nak(Some(RETRY_INTERVAL));
-                return send_ack(&shared.api, &ack_subject.get(), nak).await;
-            }
-        };
-        let unfinished = (0..)
-            .zip(calls)
-            .filter(|(index, _)| matches!(record.0.get(*index), None | Some(Outcome::Splitting)));
-        let (splitting, unfinished): (Vec<_>, Vec<_>) =
-            unfinished.partition(|(index, _)| record.0.get(*index).is_some());
-        let batch =
-            Batch::new(batch_ref, ack_subject, lease, record, splitting.len() + unfinished.len());
-        if splitting.is_empty() && unfinished.is_empty() {
-            return batch.finish(shared).await;
-        }
-        {
-            let (mut scheduler, now) = (shared.pull_scheduler(), Instant::now());
-            for (index, call) in unfinished {
-                // A call in a batch has no headers of its own yet.
-                let message = Message::from_stored(HeaderMap::new(), call.body.clone());
-                let source = Source::InBatch(batch.clone(), index);
-                let consumer = Arc::clone(&consumer);
-                let received =
-                    Received { call, message, sequence, deliveries, source, consumer, lease };
-                scheduler.push(function_index, received, now);
-            }
-        }
-        shared.call_available.notify_one();
-        Claims::supervise_leases(shared);
-        for (index, call) in splitting {
-            // The process that split the call out may have died before it published the new message.
-            let published = async {
-                if shared.exists_elsewhere(&call).await? {
-                    return Ok(());
-                }
-                shared.publish_split(&call, Message::new(&call).original_headers()).await
-            };
-            match published.await {
-                Ok(()) => {
-                    batch.mark_split(shared, index);
-                    batch.call_done(shared).await;
-                }
-                Err(error) => {
-                    tracing::debug!(%error, call_id = call.id, "Cannot split out a call");
-                }
-            }
-        }
     }
 }

@@ -1,14 +1,13 @@
 //! Stored records of batches: loading, updating with optimistic concurrency, archiving.
-
 use std::time::Instant;
 
 use async_nats::HeaderMap;
 
 use crate::call::QueuedCall;
 use crate::jetstream::Shared;
-use crate::jetstream::batch::held::BatchRef;
 use crate::jetstream::error::NatsError;
-use crate::jetstream::wire::batch::{BatchIndex, BatchRecord, Outcome};
+use crate::jetstream::wire::call_ref::{BatchIndex, BatchRef};
+use crate::jetstream::wire::records::{BatchRecord, Outcome};
 use crate::jetstream::wire::subjects::{BATCHES, CALLS, FINAL_RECORDS};
 
 /// Maximum number of attempts to update a record that other processes update as well.

@@ -3,7 +3,6 @@
 //!
 //! To cancel a call, a process writes a cancel marker and then reads the lists. A receiver writes its list and then
 //! reads the markers. So at least one of them sees the other, and a cancelled call is never executed.
-
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
@@ -14,16 +13,14 @@ use tokio::sync::oneshot;
 
 use crate::call::UnixMillis;
 use crate::jetstream::Shared;
-use crate::jetstream::consume::consumer::Received;
-use crate::jetstream::consume::prefetch;
+use crate::jetstream::consume::received::Received;
 use crate::jetstream::error::NatsError;
-use crate::jetstream::wire::batch::CallRef;
-use crate::jetstream::wire::message::{RunningList, json};
+use crate::jetstream::wire::call_ref::CallRef;
+use crate::jetstream::wire::claims::{CANCEL_MARKER_TTL, RunningList};
+use crate::jetstream::wire::json;
 use crate::now;
 use gateway_base::sync::lock_unpoisoned;
 
-/// Lifetime of a cancel marker. A cancellation ends within half of it, and no call stays unclaimed for longer.
-pub(in crate::jetstream) const CANCEL_MARKER_TTL: Duration = Duration::from_secs(10);
 /// Maximum number of concurrent requests to the server.
 const MAX_CONCURRENT_QUERIES: usize = 32;
 
@@ -231,38 +228,36 @@ impl Claims {
             .await
     }
 
-    /// Starts the task that extends leases and naks expired prefetched calls; it runs while this process holds calls.
-    pub(in crate::jetstream) fn supervise_leases(shared: &Arc<Shared>) {
-        if std::mem::replace(&mut shared.claims.inner().supervised, true) {
-            return;
-        }
-        let shared = Arc::clone(shared);
-        let tasks = Arc::clone(&shared);
-        tasks.tasks.supervise("leases", move || Self::run_supervisor(Arc::clone(&shared)));
+    /// Returns whether the caller must start the task that extends leases: it does not run.
+    pub(super) fn start_supervision(&self) -> bool {
+        !std::mem::replace(&mut self.inner().supervised, true)
     }
 
-    async fn run_supervisor(shared: Arc<Shared>) {
-        let lease = shared.options.lease;
-        loop {
-            tokio::time::sleep((lease / 6).min(prefetch::PREFETCH_TTL / 2)).await;
-            prefetch::release_expired(&shared).await;
-            let due = shared.claims.inner().due_for_progress(lease / 3);
-            for received in due {
-                received.in_progress(&shared).await;
-            }
-            shared.claims.republish_if_old(&shared, lease / 3).await;
-            let nothing_prefetched = prefetch::is_empty(&shared);
-            let mut inner = shared.claims.inner();
-            if inner.tracked.is_empty() && nothing_prefetched {
-                inner.supervised = false;
-                if inner.list_not_empty {
-                    // Finished calls may still be on the list.
-                    inner.stale = true;
-                    shared.claims.schedule_write(&mut inner, &shared);
-                }
-                return;
+    /// Returns whether the task that extends leases ends: this process holds no call.
+    pub(super) fn end_supervision(&self, shared: &Arc<Shared>, nothing_prefetched: bool) -> bool {
+        let mut inner = self.inner();
+        let ends = inner.tracked.is_empty() && nothing_prefetched;
+        if ends {
+            inner.supervised = false;
+            if inner.list_not_empty {
+                // Finished calls may still be on the list.
+                inner.stale = true;
+                self.schedule_write(&mut inner, shared);
             }
         }
+        ends
+    }
+
+    /// Returns the calls without an in-progress ack for `time`, and resets their timers.
+    pub(super) fn due_for_progress(&self, time: Duration) -> Vec<Arc<Received>> {
+        let mut inner = self.inner();
+        let old =
+            inner.tracked.values_mut().filter(|tracked| tracked.last_progress.elapsed() >= time);
+        old.map(|tracked| {
+            tracked.last_progress = Instant::now();
+            Arc::clone(&tracked.received)
+        })
+        .collect()
     }
 
     /// Publishes an empty list: this process executes no more calls.
@@ -276,7 +271,7 @@ impl Claims {
     }
 
     /// Publishes the list again if it would expire, or if the connection has changed.
-    async fn republish_if_old(&self, shared: &Arc<Shared>, age: Duration) {
+    pub(super) async fn republish_if_old(&self, shared: &Arc<Shared>, age: Duration) {
         let connection = shared.api.wait_connected().await.ok();
         let mut inner = self.inner();
         let listed = inner.tracked.values().any(|tracked| tracked.claimed_at.is_some());
@@ -307,38 +302,5 @@ impl Inner {
         let Some(tracked) = self.tracked.get_mut(&claim_id) else { return CallRef::single(0) };
         tracked.claimed_at = Some(now());
         tracked.received.call_ref()
-    }
-
-    /// Returns the calls without an in-progress ack for `time`, and resets their timers.
-    fn due_for_progress(&mut self, time: Duration) -> Vec<Arc<Received>> {
-        let old =
-            self.tracked.values_mut().filter(|tracked| tracked.last_progress.elapsed() >= time);
-        old.map(|tracked| {
-            tracked.last_progress = Instant::now();
-            Arc::clone(&tracked.received)
-        })
-        .collect()
-    }
-}
-
-impl Shared {
-    /// Returns all claimed calls of all receivers, and the times of their claims.
-    pub(in crate::jetstream) async fn running_calls(
-        &self,
-    ) -> Result<HashMap<CallRef, UnixMillis>, NatsError> {
-        Ok(self.running_lists().await?.iter().flat_map(RunningList::call_refs).collect())
-    }
-
-    /// Returns the running lists of all receivers.
-    pub(in crate::jetstream) async fn running_lists(&self) -> Result<Vec<RunningList>, NatsError> {
-        let (api, subjects) = (&self.api, &self.subjects);
-        let lists = api.subjects(&subjects.claims, &subjects.running_list("*"), usize::MAX).await?;
-        let lists: Vec<_> = stream::iter(lists)
-            .map(|list| async move { api.get_last(&subjects.claims, &list).await })
-            .buffer_unordered(MAX_CONCURRENT_QUERIES)
-            .try_collect()
-            .await?;
-        let lists = lists.into_iter().flatten();
-        Ok(lists.filter_map(|list| serde_json::from_slice(&list.payload).ok()).collect())
     }
 }

@@ -1,5 +1,4 @@
 //! Estimates the arrival rate of calls of a function, and from it the number of calls to prefetch. No I/O.
-
 use std::time::{Duration, Instant};
 
 /// Measuring interval.

@@ -1,8 +1,8 @@
 //! Limits the number of calls in the queue. The server counts messages, which may be batches. A large queue is counted
 //! by its subjects; that takes the server some time, so it is done rarely.
-
 use std::collections::HashSet;
-use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::AtomicU64;
+use std::sync::atomic::Ordering::Relaxed;
 use std::sync::{Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 

@@ -1,32 +1,16 @@
 //! Publishes calls, and detects duplicates of clients that retry.
-
-use async_nats::HeaderMap;
-use bytes::Bytes;
-
 use crate::call::QueuedCall;
 use crate::jetstream::Shared;
 use crate::jetstream::error::NatsError;
 use crate::jetstream::publish::chunked_body;
+use crate::jetstream::publish::idempotency::IdempotencyEntry;
 use crate::jetstream::wire::ids::new_call_id;
-use crate::jetstream::wire::message::{ChunkedBody, Message};
-use crate::jetstream::wire::subjects::{CALLS, Subjects, consumer_name, function_of_consumer};
+use crate::jetstream::wire::message::Message;
+use crate::jetstream::wire::subjects::{CALLS, Subjects};
 use crate::{Error, Published};
-use gateway_base::function::Function;
 
 /// Maximum size of the headers. The server allows 64 KiB, and later updates of the call add to them.
 const MAX_HEAD_BYTES: usize = 62 << 10;
-
-/// Entry of an idempotency key.
-#[derive(Debug, Default)]
-struct IdempotencyEntry {
-    /// Id of the call; `None` if that was purged.
-    id: Option<String>,
-    /// Sequence of the entry; 0 if there is none.
-    revision: u64,
-}
-
-/// Function of the call, as the name of its consumer.
-const FUNCTION_HEADER: &str = "Gateway-Function";
 
 impl Shared {
     /// Publishes `call`.
@@ -172,68 +156,6 @@ impl Shared {
                 let found = self.find_in(Some(&call.function), &call.id).await?;
                 Ok(found.map(|_| call.id.clone()))
             }
-        }
-    }
-
-    /// Loads the entry of an idempotency key.
-    async fn lookup_idempotency(&self, key: &str) -> Result<IdempotencyEntry, NatsError> {
-        let found = self
-            .api
-            .get_last(&self.subjects.idempotency, &self.subjects.idempotency_key(key))
-            .await?;
-        let Some(found) = found else { return Ok(IdempotencyEntry::default()) };
-        let revision = found.sequence;
-        let Ok(id) = String::from_utf8(found.payload.into()) else {
-            return Ok(IdempotencyEntry { id: None, revision });
-        };
-        let function =
-            found.headers.get(FUNCTION_HEADER).and_then(|name| function_of_consumer(name.as_str()));
-        let call = match function {
-            Some(function) => self.find_in(Some(&function), &id).await?,
-            // Older gateways have not stored the function.
-            None => self.find(&id).await?,
-        };
-        Ok(IdempotencyEntry { id: call.map(|_| id), revision })
-    }
-
-    /// Stores the entry of an idempotency key, unless one exists.
-    pub(in crate::jetstream) async fn store_idempotency(
-        &self,
-        key: &str,
-        function: &Function,
-        id: &str,
-    ) -> Result<(), NatsError> {
-        self.store_idempotency_over(key, function, id, 0).await
-    }
-
-    /// Stores the entry of an idempotency key if the last one has this revision.
-    async fn store_idempotency_over(
-        &self,
-        key: &str,
-        function: &Function,
-        id: &str,
-        revision: u64,
-    ) -> Result<(), NatsError> {
-        let mut headers = HeaderMap::new();
-        headers.insert(FUNCTION_HEADER, consumer_name(function).as_str());
-        let id = Bytes::copy_from_slice(id.as_bytes());
-        match self
-            .api
-            .publish(self.subjects.idempotency_key(key), headers, id, Some(revision))
-            .await
-        {
-            Err(error) if !error.is_conflict() => Err(error),
-            _ => Ok(()),
-        }
-    }
-
-    /// Removes a body that no call refers to. If that fails, garbage collection removes it later.
-    pub(in crate::jetstream) async fn remove_body(&self, body: Option<&ChunkedBody>) {
-        if let Some(body) = body
-            && let Err(error) = chunked_body::remove(&self.api, &self.subjects, body).await
-        {
-            let body = &body.name;
-            tracing::warn!(%error, body, "Cannot remove the body of a queued call");
         }
     }
 }

@@ -3,8 +3,8 @@
 //! A subject contains the function and the call id. The server finds a full subject quickly, but scans all subjects if
 //! only the id is known. So the last 32 bits of a generated id encode the function, masked with a hash of the other
 //! bits. Without knowledge of the function, the id looks like a random UUID, and ids cannot be guessed.
-
-use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::AtomicU64;
+use std::sync::atomic::Ordering::Relaxed;
 
 use uuid::Uuid;
 

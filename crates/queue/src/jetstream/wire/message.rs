@@ -1,15 +1,14 @@
 //! Format of stored messages. No I/O.
 
-use std::collections::{BTreeMap, BTreeSet};
-
+mod letters;
 use async_nats::HeaderMap;
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 
 use crate::call::{DecodeError, Envelope, QueuedCall, UnixMillis};
-use crate::jetstream::wire::batch::{self, CallRef};
 use crate::jetstream::wire::ids::BatchKey;
-use crate::status::{CallRecord, CallState, StoredResponse};
+use crate::jetstream::wire::{batch, json};
+use crate::status::{CallRecord, CallState};
 use gateway_base::function::Function;
 
 /// The call without its body.
@@ -34,10 +33,6 @@ const RAW_SUBJECT_HEADER: &str = "Gateway-Subject";
 const SERVER_HEADER_PREFIX: &str = "nats-";
 /// The server detects duplicate messages by this header.
 const MESSAGE_ID_HEADER: &str = "Nats-Msg-Id";
-/// [`FinalRecord`].
-const FINAL_HEADER: &str = "Gateway-End";
-/// Head of a response; only the first chunk has it.
-const RESPONSE_HEADER: &str = "Gateway-Answer";
 /// Failure reasons are truncated to this length, so that a call does not outgrow its message.
 const MAX_REASON_CHARS: usize = 1000;
 
@@ -53,90 +48,6 @@ pub(in crate::jetstream) struct ChunkedBody {
 pub(in crate::jetstream) struct Message {
     headers: HeaderMap,
     pub(in crate::jetstream) body: Bytes,
-}
-
-/// The calls that one receiver has claimed.
-#[derive(Clone, Debug, Default, Serialize, Deserialize)]
-pub(in crate::jetstream) struct RunningList {
-    /// By consumer name: sequence of each call's message, and time of the claim.
-    pub(in crate::jetstream) calls: BTreeMap<String, Vec<(u64, UnixMillis)>>,
-    /// The same for calls in batches, with a bit set of their indexes.
-    #[serde(default, rename = "together", skip_serializing_if = "BTreeMap::is_empty")]
-    pub(in crate::jetstream) batched: BTreeMap<String, Vec<(u64, UnixMillis, u64)>>,
-}
-
-impl RunningList {
-    /// Adds a call that was claimed at `since`.
-    pub(in crate::jetstream) fn add(
-        &mut self,
-        consumer: &str,
-        call_ref: CallRef,
-        since: UnixMillis,
-    ) {
-        match call_ref.index {
-            None => {
-                let calls = self.calls.entry(consumer.to_owned()).or_default();
-                calls.push((call_ref.sequence, since));
-            }
-            Some(index) => {
-                let groups = self.batched.entry(consumer.to_owned()).or_default();
-                let bit = 1_u64.checked_shl(index.into()).unwrap_or_default();
-                let group = groups
-                    .iter_mut()
-                    .find(|group| (group.0, group.1) == (call_ref.sequence, since));
-                match group {
-                    Some((.., bits)) => *bits |= bit,
-                    None => groups.push((call_ref.sequence, since, bit)),
-                }
-            }
-        }
-    }
-
-    pub(in crate::jetstream) fn is_empty(&self) -> bool {
-        self.calls.is_empty() && self.batched.is_empty()
-    }
-
-    /// Returns all calls and the times of their claims.
-    pub(in crate::jetstream) fn call_refs(&self) -> impl Iterator<Item = (CallRef, UnixMillis)> {
-        let single = self.calls.values().flatten();
-        let single = single.map(|(sequence, since)| (CallRef::single(*sequence), *since));
-        let in_batch = self.batched.values().flatten().flat_map(|(sequence, since, bits)| {
-            let indexes = (0..64).filter(move |index| bits >> index & 1 == 1);
-            indexes.map(|index| (CallRef::in_batch(*sequence, index), *since))
-        });
-        single.chain(in_batch)
-    }
-
-    /// Returns the number of calls of a consumer, and the number of their messages.
-    pub(in crate::jetstream) fn count(&self, consumer: &str) -> (usize, usize) {
-        let single = self.calls.get(consumer).map_or(0, Vec::len);
-        let groups = self.batched.get(consumer).map_or(&[][..], Vec::as_slice);
-        let in_batch: u32 = groups.iter().map(|(.., bits)| bits.count_ones()).sum();
-        let messages: BTreeSet<u64> = groups.iter().map(|(sequence, ..)| *sequence).collect();
-        (single + in_batch as usize, single + messages.len())
-    }
-}
-
-/// Final state of a call.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-pub(in crate::jetstream) struct FinalRecord {
-    /// Sequence of the call's message.
-    pub(in crate::jetstream) sequence: u64,
-    pub(in crate::jetstream) status: CallRecord,
-    /// Head of the response whose body is the payload of this message.
-    #[serde(default, rename = "answer", skip_serializing_if = "Option::is_none")]
-    pub(in crate::jetstream) response: Option<ResponseHead>,
-}
-
-/// Head of a stored response.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-pub(in crate::jetstream) struct ResponseHead {
-    status: u16,
-    headers: Vec<(String, String)>,
-    #[serde(default)]
-    truncated: bool,
-    #[serde(rename = "parts")]
-    pub(in crate::jetstream) chunks: usize,
 }
 
 impl Message {
@@ -183,57 +94,6 @@ impl Message {
             headers.insert(REDRIVEN_FROM_HEADER, number.clone());
         }
         headers
-    }
-
-    /// Returns the headers of the dead letter of a message that cannot be decoded.
-    pub(in crate::jetstream) fn undecodable_letter(
-        &self,
-        status: &CallRecord,
-        previous_seq: u64,
-        subject: &str,
-    ) -> HeaderMap {
-        let mut headers = self.foreign_headers();
-        headers.insert(STATUS_HEADER, json(status).as_str());
-        headers.insert(PREVIOUS_SEQ_HEADER, previous_seq.to_string());
-        headers.insert(RAW_SUBJECT_HEADER, subject);
-        headers
-    }
-
-    /// Of the dead letter of a message that could not be decoded: returns the subject of the message.
-    pub(in crate::jetstream) fn raw_subject(&self) -> Option<&str> {
-        Some(self.headers.get(RAW_SUBJECT_HEADER)?.as_str())
-    }
-
-    /// Returns the headers without those for the server and those of a dead letter.
-    fn foreign_headers(&self) -> HeaderMap {
-        let added = [STATUS_HEADER, PREVIOUS_SEQ_HEADER, RAW_SUBJECT_HEADER, REDRIVEN_FROM_HEADER];
-        let mut headers = HeaderMap::new();
-        for (name, values) in self.headers.iter() {
-            let name_text: &str = name.as_ref();
-            let is_for_server = name_text
-                .get(..SERVER_HEADER_PREFIX.len())
-                .is_some_and(|prefix| prefix.eq_ignore_ascii_case(SERVER_HEADER_PREFIX));
-            if !is_for_server && !added.contains(&name_text) {
-                values.iter().for_each(|value| headers.append(name.clone(), value.clone()));
-            }
-        }
-        headers
-    }
-
-    /// Returns the headers of a redriven call, which starts with no attempts. `number` is the sequence of the dead
-    /// letter.
-    pub(in crate::jetstream) fn redriven(&self, number: u64) -> HeaderMap {
-        let mut headers = match self.raw_subject() {
-            Some(_) => self.foreign_headers(),
-            None => self.original_headers(),
-        };
-        headers.insert(REDRIVEN_FROM_HEADER, number.to_string());
-        headers
-    }
-
-    /// Returns the sequence of the dead letter to remove when the redriven call is finished.
-    pub(in crate::jetstream) fn dead_letter_seq(&self) -> Option<u64> {
-        self.headers.get(REDRIVEN_FROM_HEADER)?.as_str().parse().ok()
     }
 
     /// Returns the headers of a cancelled call: no receiver executes it.
@@ -359,53 +219,14 @@ fn check_version(headers: &HeaderMap, supported: u8) -> Result<(), DecodeError> 
     }
 }
 
-/// Returns the headers of a response whose body is stored in `parts` chunks.
-pub(in crate::jetstream) fn response_headers(response: &StoredResponse, parts: usize) -> HeaderMap {
-    let mut headers = HeaderMap::new();
-    headers.insert(RESPONSE_HEADER, json(&ResponseHead::new(response, parts)).as_str());
-    headers
-}
-
-/// Returns the headers of a final state.
-pub(in crate::jetstream) fn final_headers(end: &FinalRecord) -> HeaderMap {
-    let mut headers = HeaderMap::new();
-    headers.insert(FINAL_HEADER, json(end).as_str());
-    headers
-}
-
-pub(in crate::jetstream) fn parse_final_record(headers: &HeaderMap) -> Option<FinalRecord> {
-    serde_json::from_str(headers.get(FINAL_HEADER)?.as_str()).ok()
-}
-
-pub(in crate::jetstream) fn parse_response_head(headers: &HeaderMap) -> Option<ResponseHead> {
-    serde_json::from_str(headers.get(RESPONSE_HEADER)?.as_str()).ok()
-}
-
-impl ResponseHead {
-    pub(in crate::jetstream) fn new(response: &StoredResponse, parts: usize) -> Self {
-        let StoredResponse { status, headers, truncated, .. } = response;
-        Self { status: *status, headers: headers.clone(), truncated: *truncated, chunks: parts }
-    }
-
-    pub(in crate::jetstream) fn into_response(self, body: Bytes) -> StoredResponse {
-        let Self { status, headers, truncated, .. } = self;
-        StoredResponse { status, headers, body, truncated }
-    }
-}
-
-/// Serializes `value` as one line: JSON escapes line breaks.
-pub(in crate::jetstream) fn json(value: &impl Serialize) -> String {
-    serde_json::to_string(value).unwrap_or_default()
-}
-
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use http::HeaderValue;
 
     use super::*;
     use crate::call::CallOptions;
 
-    fn call() -> QueuedCall {
+    pub(in crate::jetstream::wire) fn call() -> QueuedCall {
         let mut headers = http::HeaderMap::new();
         headers.append("x-a", HeaderValue::from_bytes(b"\xff\xfe").unwrap());
         QueuedCall {
@@ -444,51 +265,6 @@ mod tests {
         assert!(
             Message::from_stored(message.original_headers(), Bytes::new()).chunked_body().is_some()
         );
-    }
-
-    #[test]
-    fn a_running_list_contains_calls_and_times_of_their_claims() {
-        let mut list = RunningList::default();
-        let call_refs = [
-            (CallRef::single(7), 1),
-            (CallRef::in_batch(8, 0), 1),
-            (CallRef::in_batch(8, 63), 1),
-            (CallRef::in_batch(8, 5), 2),
-        ];
-        for (call_ref, since) in call_refs {
-            list.add("fn,echo", call_ref, since);
-        }
-        let read: RunningList = serde_json::from_str(&json(&list)).unwrap();
-        assert_eq!(read.call_refs().collect::<BTreeSet<_>>(), BTreeSet::from(call_refs));
-        assert_eq!((read.count("fn,echo"), read.count("other")), ((4, 2), (0, 0)));
-        let before: RunningList = serde_json::from_str(r#"{"calls":{"fn,echo":[[7,1]]}}"#).unwrap();
-        assert_eq!(before.call_refs().collect::<Vec<_>>(), [(CallRef::single(7), 1)]);
-    }
-
-    #[test]
-    fn an_undecodable_message_keeps_its_headers_as_a_dead_letter() {
-        let mut headers = HeaderMap::new();
-        for (name, value) in [
-            (VERSION_HEADER, "9"),
-            ("Of-Tomorrow", "1"),
-            ("Of-Tomorrow", "2"),
-            ("nats-msg-id", "x"),
-            (PREVIOUS_SEQ_HEADER, "3"),
-        ] {
-            headers.append(name, value);
-        }
-        let message = Message::from_stored(headers, Bytes::from_static(b"raw"));
-        let status = CallRecord::queued(&call());
-        let letter = message.undecodable_letter(&status, 7, "faas.q.fn.echo.1");
-        let letter = Message::from_stored(letter, message.body);
-        assert_eq!((letter.stored_status(), letter.previous_seq()), (Some(status), Some(7)));
-        assert_eq!(letter.raw_subject(), Some("faas.q.fn.echo.1"));
-        let redriven = Message::from_stored(letter.redriven(8), letter.body);
-        assert_eq!((redriven.stored_status(), redriven.raw_subject()), (None, None));
-        assert_eq!(redriven.dead_letter_seq(), Some(8));
-        assert_eq!(redriven.headers.get_all("Of-Tomorrow").count(), 2);
-        assert_eq!(redriven.headers.get("nats-msg-id"), None);
-        assert!(is_newer(&redriven.call().unwrap_err(), false));
     }
 
     #[test]

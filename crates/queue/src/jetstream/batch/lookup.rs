@@ -1,26 +1,21 @@
-//! Lookup and changes (cancel, purge) of calls inside a batch.
+//! Lookup of calls inside a batch.
 //!
 //! The record of a batch stores which of its calls have an outcome. It exists as long as the batch. Before the batch is
 //! removed, the record is archived with the final states, and kept as long as they are.
-
-use std::time::{Duration, Instant};
-
 use async_nats::jetstream::message::StreamMessage;
 
 use crate::call::QueuedCall;
 use crate::jetstream::Shared;
-use crate::jetstream::batch::held::BatchRef;
-use crate::jetstream::batch::records::MAX_RECORD_ATTEMPTS;
 use crate::jetstream::error::NatsError;
-use crate::jetstream::lookup::{CallLocation, Finished, Pending};
-use crate::jetstream::wire::batch::{self, BatchIndex, BatchRecord, Outcome};
+use crate::jetstream::location::{CallLocation, Finished, Pending};
+use crate::jetstream::wire::batch;
+use crate::jetstream::wire::call_ref::{BatchIndex, BatchRef};
 use crate::jetstream::wire::ids::BatchKey;
 use crate::jetstream::wire::message::Message;
+use crate::jetstream::wire::records::{BatchRecord, Outcome};
 use crate::jetstream::wire::subjects::{
     self, BATCHES, CALLS, CallSubject, DEAD_LETTERS, FINAL_RECORDS, parse,
 };
-use crate::now;
-use crate::status::CallRecord;
 use gateway_base::function::Function;
 
 /// Location of a call that was published in a batch.
@@ -164,62 +159,6 @@ impl Shared {
         Ok(InBatch::Found(CallLocation::Pending(pending)))
     }
 
-    /// Removes a call that no process executes, and that none can claim before `deadline`. Records its final state if
-    /// `status` is given. Returns `false` if the call already has an outcome.
-    pub(in crate::jetstream) async fn remove_from_batch(
-        &self,
-        batch_ref: &BatchRef,
-        index: BatchIndex,
-        status: Option<CallRecord>,
-        deadline: Instant,
-    ) -> Result<bool, NatsError> {
-        let outcome = match status {
-            Some(status) => Outcome::finished(batch_ref.sequence, status, None),
-            None => Outcome::Purged,
-        };
-        self.announce_dirty(batch_ref.key).await?;
-        let record = self.load_record(batch_ref, true).await?;
-        let recorded =
-            self.update_record(batch_ref, record, &[(index, outcome)], Some(deadline)).await?;
-        let ((record, _), accepted) = recorded;
-        let accepted = accepted == [true];
-        if accepted && record.is_final(batch_ref.key) {
-            // This was the last call. The open record stays until garbage collection: the holder of the batch may not
-            // know yet.
-            self.archive_record(batch_ref, &record).await?;
-            self.api.delete(&self.subjects.calls, batch_ref.sequence).await?;
-        }
-        Ok(accepted)
-    }
-
-    /// Removes the final state of a call.
-    pub(in crate::jetstream) async fn purge_from_batch(
-        &self,
-        batch_ref: &BatchRef,
-        index: BatchIndex,
-    ) -> Result<(), NatsError> {
-        let subjects = &self.subjects;
-        for (root, archived) in [(BATCHES, false), (FINAL_RECORDS, true)] {
-            let subject = subjects.batch(root, &batch_ref.function, batch_ref.key);
-            for attempt in 1.. {
-                let found =
-                    self.load_record_at(&subject, archived, Some(batch_ref.sequence)).await?;
-                let found = found.filter(|(record, _)| record.sequence == batch_ref.sequence);
-                let Some((mut record, revision)) = found else { break };
-                record.purge(index);
-                let headers = async_nats::HeaderMap::new();
-                let stored =
-                    self.api.publish(subject.clone(), headers, record.encode(), Some(revision));
-                match stored.await {
-                    Ok(_) => break,
-                    Err(error) if error.is_conflict() && attempt < MAX_RECORD_ATTEMPTS => {}
-                    Err(error) => return Err(error),
-                }
-            }
-        }
-        Ok(())
-    }
-
     /// Returns whether a batch exists only because a killed server lost its removal: each of its calls is finished or
     /// has its own message. Its consumer may regard the batch as acknowledged and never deliver it.
     pub(in crate::jetstream) async fn is_stale(
@@ -244,32 +183,5 @@ impl Shared {
             }
         }
         Ok(true)
-    }
-
-    /// Removes records older than `age` whose batches are gone. Returns the number of removed records.
-    pub(in crate::jetstream) async fn collect_records(
-        &self,
-        age: Duration,
-    ) -> Result<u64, NatsError> {
-        let (api, subjects) = (&self.api, &self.subjects);
-        let mut removed = 0;
-        for subject in api
-            .subjects(&subjects.batches, &subjects.of_function(BATCHES, None), usize::MAX)
-            .await?
-        {
-            let Some(found) = api.get_last(&subjects.batches, &subject).await? else { continue };
-            let born = u128::try_from(found.time.unix_timestamp_nanos()).unwrap_or(0) / 1_000_000;
-            let (key, call_subject) = (subjects::batch_key(&subject), parse(&subject));
-            let (Some(key), Some(call_subject)) = (key, call_subject) else { continue };
-            if u128::from(now()).saturating_sub(born) < age.as_millis() {
-                continue;
-            }
-            let message = subjects.batch(CALLS, &call_subject.function, key);
-            if api.get_last(&subjects.calls, &message).await?.is_none() {
-                api.delete(&subjects.batches, found.sequence).await?;
-                removed += 1;
-            }
-        }
-        Ok(removed)
     }
 }
