@@ -5,6 +5,9 @@
 //! executed twice. Calls of one function that arrive at the same time share one message (a batch) until they finish or
 //! are split out of it. Claims, final states, responses and idempotency keys are stored before the message is removed,
 //! never after.
+//!
+//! `jetstream/README.md` has the states of a call, the stored formats, the order of all writes, and what a crash after
+//! each of them leaves behind.
 
 mod ack;
 mod admin;

@@ -27,6 +27,9 @@ impl JobQueue for JetStream {
         ids::new_call_id(function)
     }
 
+    /// If the future is dropped, the call may be stored or not. The handle of a thread drops a call that still waits to
+    /// be sent. Without such a handle, chunks of a large body may be left, which garbage collection removes after an
+    /// hour, or a call without the entry of its idempotency key, which is stored when the call ends.
     async fn publish(
         &self,
         call: QueuedCall,
@@ -42,6 +45,8 @@ impl JobQueue for JetStream {
         }
     }
 
+    /// If the future is dropped, nothing is lost. A call that was claimed for it goes to the next receiver of this
+    /// process. Without one, it returns to the queue after about a second, and counts as running until then.
     async fn receive(&self, concurrency: usize) -> Result<Delivery, Error> {
         receive::receive(&self.shared, concurrency).await
     }

@@ -17,10 +17,13 @@ impl JobStore for JetStream {
         Box::pin(with_timeout(QUERY_TIMEOUT, response))
     }
 
+    /// If the future is dropped after the cancel marker was written, other cancellations of the call report for a while
+    /// that it is running. If it is dropped after the tombstone or the outcome was written, the call is never executed.
     fn cancel<'a>(&'a self, id: &'a str) -> BoxFuture<'a, Result<ChangeOutcome, Error>> {
         Box::pin(async { Ok(self.shared.ready().await?.cancel(id).await?) })
     }
 
+    /// If the future is dropped, the call may be enqueued while lists still contain its dead letter.
     fn redrive<'a>(&'a self, id: &'a str) -> BoxFuture<'a, Result<ChangeOutcome, Error>> {
         Box::pin(async { Ok(self.shared.ready().await?.redrive(id).await?) })
     }

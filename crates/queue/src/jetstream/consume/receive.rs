@@ -25,7 +25,7 @@ impl Drop for Receiver<'_> {
     }
 }
 
-/// Waits for the next call that is due.
+/// Waits for the next call that is due. If the future is dropped, calls that were claimed for it stay prefetched.
 pub(in crate::jetstream) async fn receive(
     shared: &Arc<Shared>,
     concurrency: usize,

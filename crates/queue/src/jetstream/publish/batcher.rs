@@ -51,6 +51,8 @@ impl Batcher {
     }
 
     /// Publishes a call through the batcher. The result is delivered through `reply_channel`.
+    ///
+    /// If the future is dropped, a call that waits to be sent is not sent. A call that was sent may be stored.
     pub(in crate::jetstream) async fn publish(
         &self,
         call: QueuedCall,

@@ -59,7 +59,8 @@ impl Shared {
         self.ready().await?.reserve(calls).await
     }
 
-    /// Publishes several calls of `function` as one batch, under new ids.
+    /// Publishes several calls of `function` as one batch, under new ids. If the future is dropped, either all of them
+    /// are stored or none.
     async fn publish_batch(
         &self,
         function: &Function,

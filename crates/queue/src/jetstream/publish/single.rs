@@ -15,6 +15,9 @@ const MAX_HEAD_BYTES: usize = 62 << 10;
 impl Shared {
     /// Publishes `call`.
     ///
+    /// If the future is dropped, what was written stays: chunks of the body without a call, the call, or the call
+    /// without the entry of its idempotency key.
+    ///
     /// # Errors
     /// [`Error::Full`] without capacity, [`Error::HeadTooLarge`] and [`Error::TooLarge`] for calls beyond the server's
     /// limits, [`Error::Unreachable`] when the server does not respond: then the call may be stored all the same, and a

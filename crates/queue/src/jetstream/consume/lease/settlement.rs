@@ -152,6 +152,11 @@ impl Settle for Lease {
     /// Settles the call. While the server is unavailable, retries for the time of the lease: if the settlement is lost,
     /// the call is executed again.
     ///
+    /// If the future is dropped, any of the writes may be stored, in their order (README.md of this backend). Dropping
+    /// the delivery then returns the call to the queue, where it is executed again unless its final state, its dead
+    /// letter or its outcome was stored. The outcome of a call in a batch is written by a task, also without this
+    /// future. A call that was being split out of its batch is always executed again.
+    ///
     /// # Errors
     /// [`Error::Gone`] when the call is already settled, [`Error::Unreachable`] when the server stays unavailable. The
     /// call may be executed again then.
