@@ -17,6 +17,7 @@ mod cancel;
 mod consume;
 mod consumers;
 mod dead_letters;
+mod decide;
 mod error;
 mod failure_counts;
 #[cfg(any(test, fuzzing))]

@@ -9,10 +9,10 @@ use bytes::Bytes;
 
 use crate::ChangeOutcome;
 use crate::jetstream::Shared;
+use crate::jetstream::decide::cancel::{COMPLETION, Completion, Removal, removal, removal_timeout};
 use crate::jetstream::error::NatsError;
 use crate::jetstream::location::{CallLocation, Finished, Pending};
 use crate::jetstream::results::cancelled;
-use crate::jetstream::wire::claims::CANCEL_MARKER_TTL;
 use crate::jetstream::wire::message::Message;
 use crate::jetstream::wire::subjects::{CALLS, CallSubject};
 use crate::status::CallState;
@@ -110,21 +110,18 @@ impl Shared {
         if let Some((batch_ref, index)) = &pending.in_batch {
             let status = message.status().filter(|_| store_final).map(cancelled);
             let removed = self
-                .remove_from_batch(batch_ref, *index, status, start + CANCEL_MARKER_TTL / 2)
+                .remove_from_batch(batch_ref, *index, status, start + removal_timeout())
                 .await?;
             return Ok(removed.then_some(ChangeOutcome::Applied));
         }
-        // The call may have been executed before the marker was written.
         let subject = self.subjects.call(CALLS, function, id);
-        let still = self.api.get_last(&self.subjects.calls, &subject).await?;
-        if still.is_none_or(|still| still.sequence != *sequence)
-            || self.is_finished(function, id, *sequence).await?
-        {
-            return Ok(None);
-        }
-        if start.elapsed() > CANCEL_MARKER_TTL / 2 {
-            // The marker could expire before the removal ends.
-            return Err(NatsError::Unavailable);
+        let stored = self.api.get_last(&self.subjects.calls, &subject).await?;
+        let stored = stored.map(|stored| stored.sequence);
+        let finished = self.is_finished(function, id, *sequence).await?;
+        match removal(*sequence, stored, finished, start.elapsed()) {
+            Removal::Allowed => {}
+            Removal::Moved => return Ok(None),
+            Removal::TooLate => return Err(NatsError::Unavailable),
         }
         let status = match message.status() {
             Some(status) if store_final => status,
@@ -157,10 +154,23 @@ impl Shared {
         sequence: u64,
     ) -> Result<(), NatsError> {
         let Some(status) = message.stored_status() else { return Ok(()) };
-        self.store_final_record(&call_subject.function, status, sequence).await?;
-        if let Ok(Some(key)) = message.call().map(|call| call.options.idempotency_key) {
-            self.store_idempotency(&key, &call_subject.function, &call_subject.id).await?;
+        for step in COMPLETION {
+            match step {
+                Completion::FinalRecord => {
+                    let status = status.clone();
+                    self.store_final_record(&call_subject.function, status, sequence).await?;
+                }
+                Completion::IdempotencyKey => {
+                    if let Ok(Some(key)) = message.call().map(|call| call.options.idempotency_key) {
+                        self.store_idempotency(&key, &call_subject.function, &call_subject.id)
+                            .await?;
+                    }
+                }
+                Completion::RemoveTombstone => {
+                    self.api.delete(&self.subjects.calls, sequence).await?;
+                }
+            }
         }
-        self.api.delete(&self.subjects.calls, sequence).await.map(drop)
+        Ok(())
     }
 }

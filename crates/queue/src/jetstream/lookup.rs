@@ -9,6 +9,7 @@ use futures_util::{StreamExt, TryStreamExt, stream};
 use crate::MAX_ASYNC_BODY_BYTES;
 use crate::jetstream::Shared;
 use crate::jetstream::batch::lookup::InBatch;
+use crate::jetstream::decide::location::{Place, latest};
 use crate::jetstream::error::NatsError;
 use crate::jetstream::location::{CallLocation, DeadLetter, Finished, Pending};
 use crate::jetstream::wire::final_record::{FinalRecord, parse_final_record, parse_response_head};
@@ -120,27 +121,22 @@ impl Shared {
             let dead = dead.and_then(DeadLetter::new);
             let final_record = final_record
                 .and_then(|found| Some((parse_final_record(&found.headers)?, found.payload)));
-            let latest = [
-                pending.as_ref().map_or(0, |pending| pending.sequence),
-                dead.as_ref().map_or(0, |dead| dead.previous_seq),
-                final_record.as_ref().map_or(0, |(record, _)| record.sequence),
-            ];
-            let latest = latest.into_iter().max().unwrap_or(0);
-            if let Some(dead) = dead.filter(|dead| dead.previous_seq == latest) {
-                return Ok(Some(CallLocation::DeadLetter(dead)));
-            }
-            if let Some((final_record, body)) =
-                final_record.filter(|(final_record, _)| final_record.sequence == latest)
-            {
-                let kept = self.is_retained(&final_record.status);
-                return Ok(kept.then_some(CallLocation::Finished(Finished {
-                    final_record,
-                    body,
-                    in_batch: None,
-                })));
-            }
-            if let Some(pending) = pending {
-                return Ok(Some(CallLocation::Pending(pending)));
+            let place = latest(
+                pending.as_ref().map(|pending| pending.sequence),
+                dead.as_ref().map(|dead| dead.previous_seq),
+                final_record.as_ref().map(|(record, _)| record.sequence),
+            );
+            match place {
+                Some(Place::DeadLetter) => return Ok(dead.map(CallLocation::DeadLetter)),
+                Some(Place::FinalRecord) => {
+                    let retained =
+                        final_record.filter(|(record, _)| self.is_retained(&record.status));
+                    return Ok(retained.map(|(final_record, body)| {
+                        CallLocation::Finished(Finished { final_record, body, in_batch: None })
+                    }));
+                }
+                Some(Place::Message) => return Ok(pending.map(CallLocation::Pending)),
+                None => {}
             }
         }
         Ok(None)

@@ -3,6 +3,7 @@ use async_nats::HeaderMap;
 use bytes::Bytes;
 
 use crate::jetstream::Shared;
+use crate::jetstream::decide::location::is_final;
 use crate::jetstream::error::NatsError;
 use crate::jetstream::location::DeadLetter;
 use crate::jetstream::wire::final_record::{
@@ -38,8 +39,7 @@ impl Shared {
         let dead = dead.and_then(DeadLetter::new).map(|dead| dead.previous_seq);
         let final_record =
             final_record.and_then(|final_record| parse_final_record(&final_record.headers));
-        Ok(dead == Some(sequence)
-            || final_record.is_some_and(|final_record| final_record.sequence == sequence))
+        Ok(is_final(sequence, dead, final_record.map(|final_record| final_record.sequence)))
     }
 
     /// Stores a final state.

@@ -10,13 +10,13 @@ use async_nats::jetstream::AckKind;
 use tokio::sync::oneshot;
 
 use crate::call::QueuedCall;
-use crate::jetstream::Shared;
 use crate::jetstream::ack::{AckSubject, RETRY_INTERVAL, send_ack};
 use crate::jetstream::batch::records::Revisioned;
 use crate::jetstream::error::NatsError;
 use crate::jetstream::wire::call_ref::{BatchIndex, BatchRef};
 use crate::jetstream::wire::message::Message;
 use crate::jetstream::wire::records::{BatchRecord, Outcome};
+use crate::jetstream::{Shared, decide};
 use gateway_base::sync::lock_unpoisoned;
 
 /// Maximum time that the outcome of a call waits to be recorded together with others.
@@ -173,23 +173,17 @@ impl Batch {
         revision: u64,
         outcomes: &[(BatchIndex, Outcome)],
     ) -> Result<(Revisioned, Vec<bool>, bool), NatsError> {
-        let mut next = record.clone();
-        let accepted: Vec<bool> = outcomes
-            .iter()
-            .map(|(index, outcome)| next.set_outcome(*index, outcome.clone()))
-            .collect();
-        if next.is_final(self.batch_ref.key) && !accepted.contains(&false) {
-            shared.archive_record(&self.batch_ref, &next).await?;
-            return Ok(((next, revision), accepted, true));
+        if let Some(last) = decide::batch::final_record(&record, self.batch_ref.key, outcomes) {
+            shared.archive_record(&self.batch_ref, &last).await?;
+            return Ok(((last, revision), vec![true; outcomes.len()], true));
         }
         let mut current = (record, revision);
         if revision == 0 {
             // Another process may receive this message as if it were the first delivery.
             shared.announce_dirty(self.batch_ref.key).await?;
-            // The lease may have expired, and another process may have finished the batch.
-            if self.received_at.elapsed() > self.lease / 2 {
-                current = shared.load_record(&self.batch_ref, true).await?;
-            }
+        }
+        if decide::batch::must_load(revision, self.received_at.elapsed(), self.lease) {
+            current = shared.load_record(&self.batch_ref, true).await?;
         }
         let (record, accepted) =
             shared.update_record(&self.batch_ref, current, outcomes, None).await?;
@@ -253,11 +247,11 @@ impl Batch {
 
     /// Archives the record and acknowledges the batch. If the ack is lost, the next receiver finds the batch finished.
     pub(in crate::jetstream) async fn finish(&self, shared: &Shared) {
-        let ((mut record, revision), archived) = {
+        let ((record, revision), archived) = {
             let inner = self.inner();
             (inner.record.clone(), inner.archived)
         };
-        record.mark_all_split();
+        let record = decide::batch::closed(record);
         if !archived && let Err(error) = shared.archive_record(&self.batch_ref, &record).await {
             tracing::debug!(%error, "Cannot archive a batch record");
             return;

@@ -6,6 +6,7 @@ use async_nats::jetstream::message::StreamMessage;
 
 use crate::call::QueuedCall;
 use crate::jetstream::Shared;
+use crate::jetstream::decide::location::{PlaceInBatch, place_in_batch};
 use crate::jetstream::error::NatsError;
 use crate::jetstream::location::{CallLocation, Finished, Pending};
 use crate::jetstream::wire::batch;
@@ -144,12 +145,12 @@ impl Shared {
                 in_batch: Some((batch_ref, index)),
             })));
         }
-        match index.and_then(|index| record.get(index)) {
-            Some(Outcome::Splitting) => Ok(InBatch::Split(in_message)),
-            Some(Outcome::Split) => Ok(InBatch::Split(None)),
-            Some(_) => Ok(InBatch::Purged),
-            None if index.is_some() => self.pending_in_batch(in_message).await,
-            None => Ok(InBatch::Split(None)),
+        let outcome = index.and_then(|index| record.get(index));
+        match place_in_batch(outcome, index.is_some()) {
+            PlaceInBatch::Batch => self.pending_in_batch(in_message).await,
+            PlaceInBatch::Splitting => Ok(InBatch::Split(in_message)),
+            PlaceInBatch::Elsewhere => Ok(InBatch::Split(None)),
+            PlaceInBatch::Purged => Ok(InBatch::Purged),
         }
     }
 

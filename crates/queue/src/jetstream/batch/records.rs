@@ -5,6 +5,7 @@ use async_nats::HeaderMap;
 
 use crate::call::QueuedCall;
 use crate::jetstream::Shared;
+use crate::jetstream::decide::batch::next_record;
 use crate::jetstream::error::NatsError;
 use crate::jetstream::wire::call_ref::{BatchIndex, BatchRef};
 use crate::jetstream::wire::records::{BatchRecord, Outcome};
@@ -75,14 +76,7 @@ impl Shared {
             if deadline.is_some_and(|deadline| Instant::now() > deadline) {
                 return Err(NatsError::Unavailable);
             }
-            let mut next = record.clone();
-            let mut accepted = Vec::with_capacity(outcomes.len());
-            for (index, outcome) in outcomes {
-                // An earlier write may have succeeded although its response was lost.
-                accepted.push(
-                    next.set_outcome(*index, outcome.clone()) || next.get(*index) == Some(outcome),
-                );
-            }
+            let (next, accepted) = next_record(&record, outcomes);
             if next == record {
                 return Ok(((record, revision), accepted));
             }

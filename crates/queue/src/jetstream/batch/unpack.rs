@@ -8,12 +8,14 @@ use crate::call::QueuedCall;
 use crate::jetstream::Shared;
 use crate::jetstream::ack::{AckSubject, RETRY_INTERVAL, send_ack};
 use crate::jetstream::batch::held::Batch;
+use crate::jetstream::decide::batch::{Remaining, remaining};
+use crate::jetstream::decide::claim::may_be_settled;
 use crate::jetstream::error::NatsError;
 use crate::jetstream::undecodable::{RawMessage, Reason};
 use crate::jetstream::wire::call_ref::{BatchIndex, BatchRef};
 use crate::jetstream::wire::ids::BatchKey;
 use crate::jetstream::wire::message::{self, Message};
-use crate::jetstream::wire::records::{BatchRecord, Outcome};
+use crate::jetstream::wire::records::BatchRecord;
 
 /// A batch as it was delivered.
 pub(in crate::jetstream) struct BatchDelivery {
@@ -52,7 +54,7 @@ impl BatchDelivery {
             }
         };
         // Before the first delivery, only a cancellation or a purge can have changed the record.
-        let suspect = deliveries > 1 || shared.api.predates_restart(sequence);
+        let suspect = may_be_settled(deliveries, shared.api.predates_restart(sequence));
         let dirty = suspect
             || shared.dirty_batches().may_be_dirty(batch_ref.key, shared.api.current_connection());
         let record = match dirty {
@@ -75,11 +77,14 @@ impl BatchDelivery {
                 return None;
             }
         };
-        let unfinished = (0..)
-            .zip(calls)
-            .filter(|(index, _)| matches!(record.0.get(*index), None | Some(Outcome::Splitting)));
-        let (splitting, unfinished): (Vec<_>, Vec<_>) =
-            unfinished.partition(|(index, _)| record.0.get(*index).is_some());
+        let (mut unfinished, mut splitting) = (Vec::new(), Vec::new());
+        for (index, call) in (0..).zip(calls) {
+            match remaining(&record.0, index) {
+                Remaining::Execute => unfinished.push((index, call)),
+                Remaining::CompleteSplit => splitting.push((index, call)),
+                Remaining::Nothing => {}
+            }
+        }
         let batch =
             Batch::new(batch_ref, ack_subject, lease, record, splitting.len() + unfinished.len());
         if splitting.is_empty() && unfinished.is_empty() {

@@ -14,9 +14,10 @@ use tokio::sync::oneshot;
 use crate::call::UnixMillis;
 use crate::jetstream::Shared;
 use crate::jetstream::consume::received::Received;
+use crate::jetstream::decide::claim::SeenMarkers;
 use crate::jetstream::error::NatsError;
 use crate::jetstream::wire::call_ref::CallRef;
-use crate::jetstream::wire::claims::{CANCEL_MARKER_TTL, RunningList};
+use crate::jetstream::wire::claims::RunningList;
 use crate::jetstream::wire::json;
 use crate::now;
 use gateway_base::sync::lock_unpoisoned;
@@ -46,10 +47,7 @@ struct Inner {
     list_not_empty: bool,
     /// Time of the last write, and its connection.
     last_write: Option<(Instant, u64)>,
-    /// Sequence of the latest cancel marker, and the time when this process first saw it.
-    latest_marker: Option<(u64, Instant)>,
-    /// All markers up to this sequence were seen.
-    markers_seen_to: u64,
+    markers: SeenMarkers,
     /// A task extends the leases.
     supervised: bool,
 }
@@ -179,34 +177,25 @@ impl Claims {
         let connection = shared.ready().await?.api.wait_connected().await?;
         let subject = shared.subjects.running_list(&self.receiver_id);
         let stored = shared.api.publish(subject, HeaderMap::new(), json(list).into(), None).await?;
-        let no_other_writes = {
+        let must_read = {
             let mut inner = self.inner();
             inner.last_write = Some((Instant::now(), connection));
             inner.list_not_empty = !list.is_empty();
-            inner.markers_seen_to + 1 == stored.sequence
+            inner.markers.must_read(stored.sequence)
         };
-        if new.is_empty() && !no_other_writes {
+        if new.is_empty() && must_read {
             return Ok(Vec::new());
         }
-        if !no_other_writes {
+        if must_read {
             let (claims, marker) = (&shared.subjects.claims, shared.subjects.cancel_marker("*"));
             let latest = shared.api.get_last(claims, &marker).await?.map(|found| found.sequence);
-            let mut inner = self.inner();
-            if inner.latest_marker.map(|(marker, _)| marker) != latest {
-                inner.latest_marker = latest.map(|marker| (marker, Instant::now()));
-            }
+            self.inner().markers.on_read(latest, Instant::now());
         }
-        let marker = {
-            let mut inner = self.inner();
-            inner.markers_seen_to = stored.sequence;
-            inner.latest_marker
-        };
-        match marker {
-            // Older markers were written before any call that this process holds was delivered.
-            Some((_, at)) if at.elapsed() <= CANCEL_MARKER_TTL => {
-                self.with_cancel_marker(shared, new).await
-            }
-            _ => Ok(Vec::new()),
+        let may_be_cancelled =
+            self.inner().markers.may_be_cancelled(stored.sequence, Instant::now());
+        match may_be_cancelled {
+            true => self.with_cancel_marker(shared, new).await,
+            false => Ok(Vec::new()),
         }
     }
 

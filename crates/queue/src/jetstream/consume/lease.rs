@@ -11,6 +11,7 @@ use crate::call::QueuedCall;
 use crate::jetstream::Shared;
 use crate::jetstream::ack::RETRY_INTERVAL;
 use crate::jetstream::consume::received::{Received, Source};
+use crate::jetstream::decide::claim::{Action, action, may_be_settled};
 use crate::jetstream::error::NatsError;
 use crate::jetstream::publish::chunked_body;
 use crate::jetstream::wire::records::Outcome;
@@ -86,22 +87,25 @@ impl Lease {
     /// Claims the call. Returns `None` if it must not be executed, or not now.
     pub(in crate::jetstream) async fn claim(mut self) -> Result<Option<ClaimedCall>, NatsError> {
         let shared = Arc::clone(&self.shared);
-        // The call may be settled, while its message exists because the settling process or the server died.
-        let suspect =
-            self.received.is_redelivered() || shared.api.predates_restart(self.received.sequence);
-        if suspect && Box::pin(self.is_finished()).await? {
-            if let Source::InBatch(batch, index) = &self.received.source {
-                batch.record_outcome(&shared, *index, Outcome::Splitting, true).await?;
+        let Received { call, message, sequence, deliveries, source, .. } = &*self.received;
+        let suspect = may_be_settled(*deliveries, shared.api.predates_restart(*sequence));
+        let finished = suspect && Box::pin(self.is_finished()).await?;
+        match action(finished, message.is_tombstone()) {
+            Action::Finish => {
+                if let Source::InBatch(batch, index) = source {
+                    batch.record_outcome(&shared, *index, Outcome::Splitting, true).await?;
+                }
+                self.finish().await;
+                return Ok(None);
             }
-            self.finish().await;
-            return Ok(None);
-        }
-        if self.received.message.is_tombstone() {
-            let Received { call, message, sequence, .. } = &*self.received;
-            let call_subject = CallSubject { function: call.function.clone(), id: call.id.clone() };
-            Box::pin(shared.complete_cancel(&call_subject, message, *sequence)).await?;
-            self.finish().await;
-            return Ok(None);
+            Action::CompleteCancel => {
+                let (function, id) = (call.function.clone(), call.id.clone());
+                let call_subject = CallSubject { function, id };
+                Box::pin(shared.complete_cancel(&call_subject, message, *sequence)).await?;
+                self.finish().await;
+                return Ok(None);
+            }
+            Action::Claim => {}
         }
         let mut call = self.received.call.clone();
         if let Some(chunked_body) = self.received.message.chunked_body() {

@@ -35,11 +35,6 @@ pub(in crate::jetstream) enum Source {
 }
 
 impl Received {
-    /// Returns whether the message was delivered before, to any process.
-    pub(in crate::jetstream) fn is_redelivered(&self) -> bool {
-        self.deliveries > 1
-    }
-
     pub(in crate::jetstream) fn call_ref(&self) -> CallRef {
         match &self.source {
             Source::Single(_) => CallRef::single(self.sequence),

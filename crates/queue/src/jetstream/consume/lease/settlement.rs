@@ -10,6 +10,7 @@ use crate::jetstream::ack::RETRY_INTERVAL;
 use crate::jetstream::batch::held::Batch;
 use crate::jetstream::consume::lease::{EXECUTED, EXECUTING, Lease};
 use crate::jetstream::consume::received::{Received, Source};
+use crate::jetstream::decide::settle::{BatchStep, Step, batch_steps, steps};
 use crate::jetstream::error::NatsError;
 use crate::jetstream::wire::call_ref::BatchIndex;
 use crate::jetstream::wire::final_record::{FinalRecord, ResponseHead, final_headers};
@@ -36,37 +37,41 @@ impl Lease {
             let index = *index;
             return self.store_in_batch(batch, index, status, settlement).await;
         }
-        match settlement {
-            Settlement::Finished { response, .. } => {
-                self.store_final_record(status, response.as_ref()).await?
-            }
-            Settlement::DeadLetter { response, .. } => {
-                Box::pin(shared.store_response(&received.call.id, response.as_ref())).await?;
-                let headers = message.with_status(status, sequence);
-                api.publish(self.subject(DEAD_LETTERS), headers, message.body.clone(), None)
-                    .await?;
-            }
-            Settlement::Retry { .. } => {
-                let headers = message.with_status(status, sequence);
-                let (subject, body) = (self.subject(CALLS), message.body.clone());
-                match api.publish(subject, headers, body, Some(sequence)).await {
-                    // A conflict means that this was done before, or that another process holds the call now.
-                    Err(error) if !error.is_conflict() => return Err(error),
-                    _ => {}
+        for step in steps(settlement) {
+            match step {
+                Step::Response => self.store_large_response(settlement).await?,
+                Step::FinalRecord => self.store_final_record(status, settlement).await?,
+                Step::RemoveRedriven => {
+                    if let Some(letter) = message.dead_letter_seq() {
+                        let removed = api.delete(&shared.subjects.dead_letters, letter);
+                        Box::pin(removed).await?;
+                    }
+                }
+                Step::DeadLetter => {
+                    let headers = message.with_status(status, sequence);
+                    let (subject, body) = (self.subject(DEAD_LETTERS), message.body.clone());
+                    api.publish(subject, headers, body, None).await?;
+                }
+                Step::NextAttempt => {
+                    let headers = message.with_status(status, sequence);
+                    let (subject, body) = (self.subject(CALLS), message.body.clone());
+                    match api.publish(subject, headers, body, Some(sequence)).await {
+                        // A conflict means that this was done before, or that another process holds the call now.
+                        Err(error) if !error.is_conflict() => return Err(error),
+                        _ => {}
+                    }
+                }
+                Step::IdempotencyKey => {
+                    let call = &received.call;
+                    if let Some(key) = &call.options.idempotency_key {
+                        Box::pin(shared.store_idempotency(key, &call.function, &call.id)).await?;
+                    }
+                }
+                Step::Acknowledge => self.finish().await,
+                Step::RemoveBody => {
+                    Box::pin(shared.remove_body(message.chunked_body().as_ref())).await;
                 }
             }
-        }
-        if !matches!(settlement, Settlement::Retry { .. })
-            && let Some(key) = &received.call.options.idempotency_key
-        {
-            let call = &received.call;
-            Box::pin(shared.store_idempotency(key, &call.function, &call.id)).await?;
-        }
-        self.finish().await;
-        if matches!(settlement, Settlement::Finished { .. })
-            && let Some(chunked_body) = message.chunked_body()
-        {
-            Box::pin(shared.remove_body(Some(&chunked_body))).await;
         }
         Ok(())
     }
@@ -80,63 +85,83 @@ impl Lease {
         settlement: &Settlement,
     ) -> Result<(), NatsError> {
         let (shared, Received { call, sequence, .. }) = (&self.shared, &*self.received);
-        match settlement {
-            Settlement::Finished { response, .. } => {
-                let response = response.as_ref();
-                if !response.is_none_or(Outcome::fits_inline) {
-                    shared.store_response(&call.id, response).await?;
+        for step in batch_steps(settlement) {
+            match step {
+                BatchStep::Response => self.store_large_response(settlement).await?,
+                BatchStep::Finished => {
+                    let response = response_of(settlement);
+                    let outcome = Outcome::finished(*sequence, status.clone(), response);
+                    // A process that has recorded something else has executed the call as well.
+                    batch.record_outcome(shared, index, outcome, false).await?;
                 }
-                let outcome = Outcome::finished(*sequence, status.clone(), response);
-                // A process that has recorded something else has executed the call as well.
-                batch.record_outcome(shared, index, outcome, false).await?;
-            }
-            Settlement::Retry { .. } => {
-                let headers = Message::new(call).with_status(status, *sequence);
-                batch.split_out(shared, call, index, headers).await?;
-            }
-            Settlement::DeadLetter { response, .. } => {
-                shared.store_response(&call.id, response.as_ref()).await?;
-                if batch.record_outcome(shared, index, Outcome::Splitting, true).await? {
+                BatchStep::Splitting => {
+                    if !batch.record_outcome(shared, index, Outcome::Splitting, true).await? {
+                        break;
+                    }
+                }
+                BatchStep::DeadLetter => {
                     // The call had no message of its own that could still exist.
                     let headers = Message::new(call).with_status(status, 0);
-                    shared
-                        .api
-                        .publish(self.subject(DEAD_LETTERS), headers, call.body.clone(), None)
-                        .await?;
-                    batch.mark_split(shared, index);
+                    let (subject, body) = (self.subject(DEAD_LETTERS), call.body.clone());
+                    shared.api.publish(subject, headers, body, None).await?;
                 }
+                BatchStep::OwnMessage => {
+                    let headers = Message::new(call).with_status(status, *sequence);
+                    shared.publish_split(call, headers).await?;
+                }
+                BatchStep::Split => batch.mark_split(shared, index),
             }
         }
         self.finish().await;
         Ok(())
     }
 
+    /// Stores a response that is not stored with the final state.
+    async fn store_large_response(&self, settlement: &Settlement) -> Result<(), NatsError> {
+        let response = response_of(settlement);
+        let is_inline = match (settlement, &self.received.source) {
+            (Settlement::Finished { .. }, Source::Single(_)) => response.is_some_and(fits_inline),
+            (Settlement::Finished { .. }, Source::InBatch(..)) => {
+                response.is_some_and(Outcome::fits_inline)
+            }
+            _ => false,
+        };
+        match is_inline {
+            true => Ok(()),
+            false => Box::pin(self.shared.store_response(&self.received.call.id, response)).await,
+        }
+    }
+
     /// Stores the final state, with the response in it if that is small.
     async fn store_final_record(
         &self,
         status: &CallRecord,
-        response: Option<&StoredResponse>,
+        settlement: &Settlement,
     ) -> Result<(), NatsError> {
-        let (shared, received) = (&self.shared, &self.received);
-        let small = response.filter(|response| response.body.len() <= MAX_INLINE_RESPONSE_BYTES);
-        if small.is_none() {
-            Box::pin(shared.store_response(&received.call.id, response)).await?;
-        }
+        let small = response_of(settlement).filter(|response| fits_inline(response));
         let final_record = FinalRecord {
-            sequence: received.sequence,
+            sequence: self.received.sequence,
             status: status.clone(),
             response: small.map(|response| ResponseHead::new(response, 0)),
         };
         let body = small.map_or_else(Bytes::new, |response| response.body.clone());
         let subject = self.subject(FINAL_RECORDS);
-        shared.api.publish(subject, final_headers(&final_record), body, None).await?;
-        match received.message.dead_letter_seq() {
-            Some(chunk) => {
-                Box::pin(shared.api.delete(&shared.subjects.dead_letters, chunk)).await.map(drop)
-            }
-            None => Ok(()),
-        }
+        self.shared.api.publish(subject, final_headers(&final_record), body, None).await.map(drop)
     }
+}
+
+fn response_of(settlement: &Settlement) -> Option<&StoredResponse> {
+    match settlement {
+        Settlement::Finished { response, .. } | Settlement::DeadLetter { response, .. } => {
+            response.as_ref()
+        }
+        Settlement::Retry { .. } => None,
+    }
+}
+
+/// Returns whether a response is stored with the final state of a call that has its own message.
+fn fits_inline(response: &StoredResponse) -> bool {
+    response.body.len() <= MAX_INLINE_RESPONSE_BYTES
 }
 
 impl Settle for Lease {
