@@ -27,6 +27,8 @@ mod job_queue;
 mod job_store;
 mod location;
 mod lookup;
+#[cfg(test)]
+mod model;
 mod options;
 mod publish;
 mod repair;
