@@ -39,13 +39,13 @@ impl Entry {
 }
 
 impl Shard {
-    pub(super) fn lock(&self) -> MutexGuard<'_, Connections> {
+    pub(super) fn connections(&self) -> MutexGuard<'_, Connections> {
         lock_unpoisoned(&self.0)
     }
 
     /// Adds a connection that has been accepted.
     pub(super) fn insert(self: &Arc<Self>, deadlines: &Arc<ConnectionDeadlines>) -> ConnectionKey {
-        let mut connections = self.lock();
+        let mut connections = self.connections();
         let key = connections.next;
         connections.next += 1;
         let entry = Entry {
@@ -69,7 +69,7 @@ pub(super) struct ConnectionKey {
 impl ConnectionKey {
     /// Sets the waker that signals to the connection wake.
     pub(super) fn set_waker(&self, waker: &Waker) {
-        if let Some(entry) = self.shard.lock().open.get_mut(&self.key) {
+        if let Some(entry) = self.shard.connections().open.get_mut(&self.key) {
             entry.waker = Some(waker.clone());
         }
     }

@@ -49,7 +49,7 @@ impl HeadBudget {
     /// largest heads until the others are within it. Returns whether this head may grow.
     pub(super) fn charge(&self, connection: &ConnectionKey, size: usize) -> bool {
         {
-            let mut connections = connection.shard.lock();
+            let mut connections = connection.shard.connections();
             let Some(entry) = connections.open.get_mut(&connection.key) else { return true };
             if entry.head_refused {
                 return false;
@@ -61,12 +61,13 @@ impl HeadBudget {
             return true;
         }
         self.refuse_largest();
-        connection.shard.lock().open.get(&connection.key).is_none_or(|entry| !entry.head_refused)
+        let connections = connection.shard.connections();
+        connections.open.get(&connection.key).is_none_or(|entry| !entry.head_refused)
     }
 
     /// Records that the head of a connection is complete, or that the connection ends.
     pub(super) fn release(&self, connection: &ConnectionKey) {
-        let mut connections = connection.shard.lock();
+        let mut connections = connection.shard.connections();
         let Some(entry) = connections.open.get_mut(&connection.key) else { return };
         let head = std::mem::take(&mut entry.head_bytes);
         self.used.fetch_sub(head, Relaxed);
@@ -89,7 +90,7 @@ impl HeadBudget {
             let mut largest: Option<(usize, Arc<Shard>, u64)> = None;
             for shard in shards.iter().filter_map(Weak::upgrade) {
                 let found = {
-                    let connections = shard.lock();
+                    let connections = shard.connections();
                     let heads = connections.open.iter().filter(|(_, entry)| !entry.head_refused);
                     heads.map(|(key, entry)| (entry.head_bytes, *key)).max()
                 };
@@ -99,7 +100,7 @@ impl HeadBudget {
                 }
             }
             let Some((_, shard, key)) = largest else { return };
-            let mut connections = shard.lock();
+            let mut connections = shard.connections();
             // The head may be complete by now. Then the next iteration finds another.
             if let Some(entry) = connections.open.get_mut(&key)
                 && entry.head_bytes > 0

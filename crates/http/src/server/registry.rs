@@ -50,7 +50,7 @@ impl Eviction {
     pub(super) fn is_pending(&self) -> bool {
         let is_evicted = |entry: &Entry| entry.deadlines.has_signal(Signal::Evict);
         self.signalled_at.elapsed() < Self::TIMEOUT
-            && self.shard.lock().open.get(&self.key).is_some_and(is_evicted)
+            && self.shard.connections().open.get(&self.key).is_some_and(is_evicted)
     }
 }
 
@@ -94,7 +94,7 @@ impl ConnectionRegistry {
     fn find_candidates(&self, now: Instant) -> Vec<EvictionCandidate> {
         let (mut idle, mut reading_heads) = (Vec::new(), Vec::new());
         for shard in lock_unpoisoned(&self.shards).iter() {
-            for (key, entry) in &shard.lock().open {
+            for (key, entry) in &shard.connections().open {
                 let Some((state, since)) = evictable_since(&entry.deadlines, now) else { continue };
                 let found =
                     if state == ConnectionState::Idle { &mut idle } else { &mut reading_heads };
@@ -114,7 +114,7 @@ impl ConnectionRegistry {
 impl EvictionCandidate {
     /// Evicts the connection if its state has not changed since. Returns whether it was evicted.
     fn evict(&self) -> bool {
-        let connections = self.shard.lock();
+        let connections = self.shard.connections();
         let Some(entry) = connections.open.get(&self.key) else { return false };
         let waits = entry.deadlines.waiting_since().is_some_and(|(_, since)| since == self.since);
         if waits {
@@ -161,7 +161,7 @@ impl Drop for RegistrationGuard {
     fn drop(&mut self) {
         self.0.release_head();
         let ConnectionKey { shard, key } = &self.0.connection;
-        shard.lock().open.remove(key);
+        shard.connections().open.remove(key);
     }
 }
 
@@ -205,7 +205,7 @@ mod tests {
             "a connection in use was evicted"
         );
         drop(registrations);
-        assert!(shards.iter().all(|shard| shard.lock().open.is_empty()));
+        assert!(shards.iter().all(|shard| shard.connections().open.is_empty()));
     }
 
     #[test]

@@ -45,7 +45,7 @@ impl Logs {
         let line = Arc::new(line);
         let mut buffer = lock_unpoisoned(&self.buffer);
         buffer.push(Arc::clone(&line));
-        // Sent under the lock, so that a follower gets each line exactly once: from the buffer or from the channel.
+        // Under the lock: a follower gets the line from the buffer or from the channel.
         let _ = self.live.send(line);
     }
 

@@ -1,7 +1,6 @@
 //! Access to the queue's file, and recovery from failures.
 
 use std::path::Path;
-use std::sync::PoisonError;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::Duration;
 
@@ -11,7 +10,7 @@ use crate::embedded::panic_guard::{catch_panic, drop_catching_panic, is_corrupti
 use crate::embedded::store::{Snapshot, Store, Watermark};
 use crate::embedded::tables;
 use crate::embedded::write_txn::WriteTxn;
-use gateway_base::sync::lock_unpoisoned;
+use gateway_base::sync::{lock_unpoisoned, read_unpoisoned, write_unpoisoned};
 
 /// Describes the damage of the file at `path` and its remedy.
 pub(super) fn remedy(path: &Path) -> String {
@@ -35,7 +34,7 @@ impl Shared {
             return Err(Error::Failed);
         }
         let read = {
-            let store = self.store.read().unwrap_or_else(PoisonError::into_inner);
+            let store = read_unpoisoned(&self.store);
             let store = store.as_ref().ok_or(Error::Failed)?;
             catch_panic(|| read(&store.snapshot()?))
         };
@@ -66,7 +65,7 @@ impl Shared {
         let count = self.change_count.load(Relaxed) + 1;
         let watermark = Watermark { changes: count, next: self.next_number.load(Relaxed) };
         let changed = {
-            let store = self.store.read().unwrap_or_else(PoisonError::into_inner);
+            let store = read_unpoisoned(&self.store);
             let store = store.as_ref().ok_or(Error::Failed)?;
             catch_panic(|| store.write(watermark, txn))
         };
@@ -87,7 +86,7 @@ impl Shared {
     /// Compacts the file. Readers are locked out meanwhile.
     pub(super) fn compact(&self) {
         let compacted = {
-            let mut store = self.store.write().unwrap_or_else(PoisonError::into_inner);
+            let mut store = write_unpoisoned(&self.store);
             catch_panic(|| Ok(store.as_mut().map(Store::compact)))
         };
         let failure = match compacted {
@@ -118,7 +117,7 @@ impl Shared {
 
     fn take_store(&self) -> Option<Store> {
         self.set_opening(!self.damaged.load(Relaxed));
-        self.store.write().unwrap_or_else(PoisonError::into_inner).take()
+        write_unpoisoned(&self.store).take()
     }
 
     /// Reopens the file if it is closed. A failed commit may be in it nevertheless: then all state is rebuilt from the
@@ -135,7 +134,7 @@ impl Shared {
             return Err(Error::Failed);
         }
         // A read lock is enough here: a long read must not delay every write.
-        if self.store.read().unwrap_or_else(PoisonError::into_inner).is_some() {
+        if read_unpoisoned(&self.store).is_some() {
             return Ok(());
         }
         let failed = |error: redb::Error| self.to_queue_error(&error);
@@ -148,7 +147,7 @@ impl Shared {
             self.state().rebuild(calls);
             self.change_count.store(changes, Relaxed);
         }
-        *self.store.write().unwrap_or_else(PoisonError::into_inner) = Some(store);
+        *write_unpoisoned(&self.store) = Some(store);
         tracing::info!("The queue's file is open again");
         self.ready.notify_one();
         Ok(())

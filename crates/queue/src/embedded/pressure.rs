@@ -3,7 +3,7 @@
 
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
@@ -14,7 +14,7 @@ use crate::embedded::store::Store;
 use crate::embedded::writer::WriteOp;
 use crate::embedded::{Shared, result_codec, wal};
 use gateway_base::backoff::Backoff;
-use gateway_base::sync::lock_unpoisoned;
+use gateway_base::sync::{lock_unpoisoned, read_unpoisoned};
 
 /// Minimum time without enqueueing after the disk was full.
 const MIN_FULL_DURATION: Duration = Duration::from_secs(1);
@@ -217,7 +217,7 @@ impl Shared {
 
     /// Reopens the file with a log if it had given up its log to the reserve, and there is space for both.
     fn reopen_with_wal(&self) {
-        let store = self.store.read().unwrap_or_else(PoisonError::into_inner);
+        let store = read_unpoisoned(&self.store);
         let has_wal = store.as_ref().is_none_or(Store::has_wal);
         drop(store);
         if !has_wal && self.pressure.reserve.available() >= 2 * wal::WAL_BYTES {

@@ -139,7 +139,7 @@ impl ManualConnection {
 
     /// Sends `signal` to the connection, as another task does.
     fn signal(&self, signal: Signal) {
-        self.shard.lock().open[&self.registration.connection.key].signal(signal);
+        self.shard.connections().open[&self.registration.connection.key].signal(signal);
     }
 
     /// Polls whenever the task is woken, until the client has received data that ends with `end`.
