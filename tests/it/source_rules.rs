@@ -1,5 +1,7 @@
 //! Rules that hold for all sources of the project.
 
+mod locks;
+
 use std::collections::HashMap;
 use std::fs;
 use std::path::{Path, PathBuf};

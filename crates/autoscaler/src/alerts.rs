@@ -13,6 +13,7 @@ const MAX_LOGGED_FUNCTIONS: usize = 10_000;
 /// Decides which alerts are ignored. One per process, only if functions are scaled by load.
 #[derive(Debug, Default)]
 pub struct AlertFilter {
+    /// Functions whose suppression has been logged. A leaf.
     logged: Mutex<HashSet<Function>>,
 }
 

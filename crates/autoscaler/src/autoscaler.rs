@@ -104,6 +104,7 @@ struct SampleLoop {
     sampler: Sampler,
     metrics: Arc<Metrics>,
     publisher: Option<LoadPublisher>,
+    /// Loads of all gateways. Rank 2: the registry of functions is locked under it.
     view: Arc<Mutex<ClusterView>>,
     /// Number of the last sample.
     samples: watch::Sender<u64>,

@@ -36,6 +36,7 @@ pub struct Reconciler {
     pub gauges: AutoscaleMetrics,
     pub ingress: Option<Arc<QueueIngress>>,
     pub rules: AutoscaleRules,
+    /// The same as `view` of the sample loop.
     pub view: Arc<Mutex<ClusterView>>,
     pub started_at: Instant,
     functions: HashMap<Function, ManagedFunction>,

@@ -23,6 +23,7 @@ const FINAL_READY: u8 = 2;
 #[derive(Debug, Default)]
 pub struct InterimQueue {
     state: AtomicU8,
+    /// The bytes to write. A leaf.
     heads: Mutex<Vec<u8>>,
 }
 

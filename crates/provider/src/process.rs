@@ -84,7 +84,8 @@ pub struct ProcessProvider {
     store: Store,
     table: FunctionTable,
     launcher: Arc<ProcessLauncher>,
-    /// Held during each change, so that files and function table stay consistent.
+    /// Held during each change, so that files and function table stay consistent. Rank 2: acquired first, on a thread
+    /// that may block.
     change_lock: Mutex<()>,
 }
 

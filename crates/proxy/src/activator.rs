@@ -55,6 +55,7 @@ pub struct Activator {
     tasks: Tasks,
     /// Runtime of the activation tasks. A proxy thread may end before requests on other threads have been released.
     runtime: Handle,
+    /// The queues of functions that are not known to be ready. Rank 2: the registry of functions is locked under it.
     queues: Mutex<HashMap<Function, Arc<ColdStartQueue>>>,
     replay_budget: Semaphore,
 }

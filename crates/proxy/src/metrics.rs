@@ -41,7 +41,7 @@ pub struct Metrics {
     requests: IntCounterVec,
     /// `http_request_duration_seconds`: time until the response head.
     request_seconds: HistogramVec,
-    /// Time of the last scrape.
+    /// Time of the last scrape. A leaf.
     last_scrape: Mutex<Option<Instant>>,
 }
 

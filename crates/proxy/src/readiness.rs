@@ -16,8 +16,10 @@ use gateway_queue::Condition;
 pub struct Readiness {
     pub phases: ShutdownPhases,
     pub limit: Arc<ConcurrencyLimit>,
+    /// Result of the last poll of the provider. A leaf.
     provider: Mutex<ProviderState>,
     queue_unreachable: AtomicBool,
+    /// Problem of a queue that is reachable. A leaf.
     queue_condition: Mutex<Option<Condition>>,
 }
 

@@ -95,9 +95,11 @@ pub struct Embedded {
 
 struct Shared {
     path: PathBuf,
-    /// `None` while the file is being reopened after a failure.
+    /// `None` while the file is being reopened after a failure. Rank 2: acquired first. Held during a read of the file
+    /// or a commit, which share it; only opening, closing and compaction lock it for writing.
     store: RwLock<Option<Store>>,
     /// `true` while `store` is being reopened, and a notification of the change to `false`.
+    /// A leaf.
     opening: (Mutex<bool>, Condvar),
     /// Number of commits to the file, as far as this process knows.
     change_count: AtomicU64,
@@ -106,6 +108,7 @@ struct Shared {
     usable: AtomicBool,
     /// The file is damaged and no longer used.
     damaged: AtomicBool,
+    /// The waiting and running calls. A leaf; `store` may be held, and is not locked under it.
     state: Mutex<QueueState>,
     /// Notified when a call may have become runnable.
     ready: Notify,

@@ -89,29 +89,35 @@ struct Shared {
     options: Options,
     subjects: Subjects,
     api: JetStreamApi,
+    /// Buffered calls, and pulls in progress. A leaf; `prefetched` or a batch may be held.
     pull_scheduler: Mutex<PullScheduler<Received>>,
+    /// Claimed calls without a receiver. Rank 2: `pull_scheduler` is locked under it.
     prefetched: Mutex<Prefetched>,
     claims: Claims,
     /// Subject prefix under which pulled messages arrive.
     inbox: OnceCell<String>,
+    /// Cache of the consumers on the server. A leaf.
     consumers: Mutex<Consumers>,
     batcher: Batcher,
     batch_keys: BatchKeys,
     capacity: Capacity,
+    /// A leaf.
     dirty_batches: Mutex<DirtyBatches>,
     /// Number of times a body was not found, by call id.
     missing_body_counts: FailureCounts,
     /// Number of panics of the worker, by call id.
     panic_counts: FailureCounts,
-    /// Last estimate of the counts of a large queue.
+    /// Last estimate of the counts of a large queue. A leaf.
     count_estimate: Mutex<Option<CountEstimate>>,
     /// Serializes searches by id alone: the server then scans every subject.
     search_slot: Semaphore,
-    /// Time of the last function discovery, and the connection it used.
+    /// Time of the last function discovery, and the connection it used. A leaf.
     last_discovery: Mutex<Option<(Instant, u64)>>,
-    /// Why a stream could not be used, and the time at which that was found.
+    /// Why a stream could not be used, and the time at which that was found. A leaf.
     incompatible: Mutex<Option<(Instant, Arc<str>)>>,
+    /// Time of the last garbage collection. Rank 2: `gc_cursor` is locked under it.
     last_gc: Mutex<Instant>,
+    /// The last body that an unfinished collection has checked. A leaf.
     gc_cursor: Mutex<Option<StoredBody>>,
     /// Notified when a call may be available.
     call_available: Notify,

@@ -41,6 +41,7 @@ pub struct QueueMetrics {
     publish_seconds: Histogram,
     reconnects: Option<IntCounter>,
     gauges: [IntGaugeVec; 5],
+    /// Functions with gauges. A leaf.
     exported: Mutex<HashSet<String>>,
 }
 

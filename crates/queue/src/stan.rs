@@ -84,6 +84,7 @@ struct Shared {
     publisher: Client,
     worker: Client,
     worker_started: AtomicBool,
+    /// The messages that this worker holds. A leaf.
     inflight: Mutex<InflightTable<ReceivedCall>>,
     /// Notified when a call may have become runnable.
     ready: Notify,

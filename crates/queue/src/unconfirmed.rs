@@ -14,7 +14,7 @@ use gateway_base::sync::lock_unpoisoned;
 /// time while it is unavailable.
 pub const MAX_UNCONFIRMED: usize = 1000;
 
-/// The unconfirmed names since the provider's last response. One for the process.
+/// The unconfirmed names since the provider's last response. One for the process. The lock is a leaf.
 #[derive(Debug, Default)]
 pub struct UnconfirmedFunctions(Mutex<HashSet<Function>>);
 

@@ -47,11 +47,12 @@ pub struct RetryPolicies {
     registry: Arc<FunctionRegistry>,
     provider: Provider,
     timing: QueryTiming,
-    /// Functions whose policy is being queried, or could not be queried.
+    /// Functions whose policy is being queried, or could not be queried. A leaf; a [`Query`] may be held.
     queries: Mutex<HashMap<Function, Arc<Query>>>,
 }
 
-/// Locked during a request to the provider, so that there is one at a time for each function.
+/// Locked during a request to the provider, so that there is one at a time for each function. Rank 1: acquired
+/// first, and held across awaits.
 type Query = tokio::sync::Mutex<QueryState>;
 
 /// Failures of the queries of one function.

@@ -13,6 +13,7 @@ use gateway_queue::fair_share::may_start;
 /// settled do not block others.
 pub(super) struct SettlementLimiter {
     capacity: usize,
+    /// A leaf.
     usage: Mutex<Usage>,
     /// A permit has been released.
     released: Notify,

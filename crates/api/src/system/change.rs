@@ -44,7 +44,7 @@ pub(super) struct InvalidateOnDrop<'a> {
 
 enum ChangedFunction {
     Named(String),
-    /// The function is named in this body.
+    /// The function is named in this body. Rank 2: the registry of functions is locked under it, when all is captured.
     InBody(Arc<Mutex<CapturedBody>>),
 }
 
@@ -89,6 +89,7 @@ impl Drop for InvalidateOnDrop<'_> {
 /// A body whose first bytes are captured while it is forwarded.
 struct CapturingBody {
     inner: Body,
+    /// The same as in [`ChangedFunction::InBody`].
     captured: Arc<Mutex<CapturedBody>>,
 }
 

@@ -154,6 +154,7 @@ fn public_io_message(error: &io::Error) -> &'static str {
 
 /// Sends requests over pooled connections.
 pub struct Client {
+    /// The idle connections. A leaf: a connection is opened and used without it.
     pool: Mutex<Pool>,
     limits: PoolLimits,
     tls: Tls,

@@ -46,7 +46,8 @@ pub struct UpstreamBody {
 /// The connection of a response body. `None` once the body has failed or been released.
 enum ConnectionSlot {
     Owned(Option<Box<Http1Connection>>),
-    /// The background writer of the request drives the connection, too.
+    /// The background writer of the request drives the connection, too. A leaf, held for one poll; the hook of the
+    /// client's connection may be held.
     Shared(Arc<Mutex<Option<Box<Http1Connection>>>>),
 }
 

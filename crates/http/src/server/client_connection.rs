@@ -33,6 +33,7 @@ pub struct ClientConnection {
     tasks: TaskTracker,
     /// The permit of this connection among `max_connections`.
     permit: Arc<OwnedSemaphorePermit>,
+    /// Rank 2: the hook locks the connection of the response body. Only the task of this connection polls it.
     blocked_write_hook: Arc<Mutex<Option<BlockedWriteHook>>>,
 }
 

@@ -7,7 +7,10 @@ use std::task::Waker;
 use crate::deadlines::{ConnectionDeadlines, Signal};
 use gateway_base::sync::lock_unpoisoned;
 
-/// The connections of one thread.
+/// The connections of one thread. The lock is a leaf; those of [`ConnectionRegistry`] and [`HeadBudget`] may be held.
+///
+/// [`ConnectionRegistry`]: super::registry::ConnectionRegistry
+/// [`HeadBudget`]: super::head_budget::HeadBudget
 #[derive(Debug, Default)]
 pub(super) struct Shard(Mutex<Connections>);
 

@@ -17,7 +17,7 @@ pub struct HeadBudget {
     used: AtomicUsize,
     /// Bytes of heads that have been refused and not yet released.
     being_refused: AtomicUsize,
-    /// The connections of all threads.
+    /// The connections of all threads. Rank 3: each shard is locked under it, one at a time.
     shards: Mutex<Vec<Weak<Shard>>>,
 }
 

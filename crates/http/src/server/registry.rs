@@ -21,8 +21,10 @@ const MAX_CANDIDATES: usize = 256;
 /// The connections of one port, on all threads.
 #[derive(Debug, Default)]
 pub(super) struct ConnectionRegistry {
+    /// The connections of each thread. Rank 3: `candidates` may be held. Each shard is locked under it, one at a time.
     shards: Mutex<Vec<Arc<Shard>>>,
-    /// The connections that had been idle longest at the last inspection, the oldest last.
+    /// The connections that had been idle longest at the last inspection, the oldest last. Rank 2: acquired first, and
+    /// held during an eviction.
     candidates: Mutex<Vec<EvictionCandidate>>,
 }
 

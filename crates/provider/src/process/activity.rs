@@ -9,9 +9,11 @@ use gateway_base::sync::lock_unpoisoned;
 
 #[derive(Debug, Default)]
 pub(super) struct Activity {
+    /// Number of calls in flight. A leaf: the check of the limit and the count are one step.
     in_flight: Mutex<u64>,
+    /// Ids of the process groups that run. A leaf.
     process_groups: Mutex<BTreeSet<i32>>,
-    /// Start of the interval for the next CPU measurement.
+    /// Start of the interval for the next CPU measurement. A leaf.
     last_sample: Mutex<Option<Sample>>,
 }
 

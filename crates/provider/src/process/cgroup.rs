@@ -40,6 +40,7 @@ pub(super) struct Cgroups {
     /// File with the path of the root directory, for the next provider if this one is killed.
     record_path: PathBuf,
     created: AtomicU64,
+    /// Directories without a process, for the next call. A leaf, held for a few file operations.
     idle: Mutex<Vec<PathBuf>>,
     warned: AtomicBool,
 }

@@ -49,7 +49,8 @@ pub(super) struct DeployedFunction {
     replicas: AtomicU64,
     /// The replicas, in HTTP mode.
     pool: Option<Arc<Pool>>,
-    /// The replicas of the old version, which receive the calls until those of this version are ready.
+    /// The replicas of the old version, which receive the calls until those of this version are ready. Rank 3: the
+    /// provider's `change_lock` may be held. A permit of the old pool is acquired under it.
     old_pool: Mutex<Option<Arc<Pool>>>,
     /// Cancelled when `old_pool` has been retired or detached.
     replaced: CancellationToken,

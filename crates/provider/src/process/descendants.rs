@@ -40,10 +40,12 @@ pub(super) struct Descendants {
     own_pid: i32,
     next_mark: AtomicU64,
     /// Held while a process is started: each process inherits its own mark, and a child that is not registered yet is
-    /// not mistaken for an orphan.
+    /// not mistaken for an orphan. Rank 3: `sweep_lock` may be held.
     spawn_lock: Mutex<()>,
+    /// A leaf; `sweep_lock` or `spawn_lock` may be held, or both.
     processes: Mutex<Processes>,
     /// Held during a sweep: a concurrent sweep must not reap a process id that this one is going to kill.
+    /// Rank 2: acquired first.
     sweep_lock: Mutex<()>,
 }
 

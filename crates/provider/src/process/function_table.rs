@@ -11,8 +11,9 @@ use gateway_base::sync::lock_unpoisoned;
 
 #[derive(Debug)]
 pub(super) struct FunctionTable {
+    /// A leaf; the provider's `change_lock` may be held.
     by_name: Mutex<BTreeMap<Function, Arc<DeployedFunction>>>,
-    /// Always contains the default namespace.
+    /// Always contains the default namespace. A leaf; the provider's `change_lock` may be held.
     namespaces: Mutex<BTreeMap<String, Namespace>>,
 }
 

@@ -42,6 +42,7 @@ pub(super) struct ProcessLauncher {
     /// `None` if secrets cannot be mounted: functions read them from the directory in `secrets_path`.
     mounts: Option<Mounts>,
     environment: Vec<(String, String)>,
+    /// The ports of all replicas. A leaf.
     reserved_ports: Arc<Mutex<BTreeSet<u16>>>,
 }
 
@@ -62,6 +63,7 @@ pub(super) struct ProcessTasks {
 #[derive(Debug)]
 pub(super) struct ReservedPort {
     pub(super) number: u16,
+    /// The same as `reserved_ports` of the launcher.
     reserved: Arc<Mutex<BTreeSet<u16>>>,
 }
 

@@ -23,6 +23,7 @@ const READ_CHUNK_BYTES: usize = 8 << 10;
 /// The logs of one function.
 #[derive(Debug)]
 pub(super) struct Logs {
+    /// A leaf. A line is sent to `live` under it, so that a follower gets each line exactly once.
     buffer: Mutex<LogBuffer>,
     live: broadcast::Sender<Arc<LogEntry>>,
 }

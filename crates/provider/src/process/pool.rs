@@ -21,6 +21,8 @@ pub(super) use self::replica::ReplicaPermit;
 pub(super) struct Pool {
     pub(super) workload: Arc<Workload>,
     pub(super) launcher: Arc<ProcessLauncher>,
+    /// Rank 4: `change_lock` of the provider and `old_pool` of the function may be held. The states of the replicas are
+    /// locked under it.
     replicas: Mutex<Vec<Arc<Replica>>>,
     readiness: watch::Sender<Readiness>,
 }

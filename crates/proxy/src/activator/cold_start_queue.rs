@@ -15,7 +15,7 @@ pub(super) struct ColdStartQueue {
     pub(super) function: Function,
     waiting: AtomicUsize,
     state: watch::Sender<State>,
-    /// Latest reason why the function is not ready, for error messages.
+    /// Latest reason why the function is not ready, for error messages. A leaf.
     reason: Mutex<String>,
 }
 

@@ -22,6 +22,8 @@ const MAX_CONFIRMED_FUNCTIONS: usize = 5_000;
 /// The registered functions.
 #[derive(Debug, Default)]
 pub struct FunctionRegistry {
+    /// A leaf. It is locked under several others, so nothing may be locked under it. A call of a known function does
+    /// not lock it.
     functions: Mutex<HashMap<Function, FunctionEntry>>,
 }
 

@@ -26,9 +26,9 @@ pub struct AutoscaleMetrics {
     decisions: IntCounterVec,
     leader: IntGauge,
     members: IntGauge,
-    /// Function and scaling type of the exported gauges.
+    /// Function and scaling type of the exported gauges. Rank 2: `counted` is locked under it.
     exported: Mutex<HashSet<(String, &'static str)>>,
-    /// Function and reason of the exported decision counters.
+    /// Function and reason of the exported decision counters. A leaf; `exported` may be held.
     counted: Mutex<HashSet<(String, &'static str)>>,
 }
 

@@ -50,6 +50,7 @@ pub enum Outcome {
 pub struct Series {
     /// What all threads know about the function.
     pub handle: FunctionHandle,
+    /// Rank 3: `by_segment` may be held. The registry of functions is locked under it when a series is removed.
     counters: Mutex<Counters>,
 }
 
@@ -114,7 +115,8 @@ impl Series {
 
 /// The series of one thread.
 pub struct Shard {
-    /// By path segment. Only registered functions are in it.
+    /// By path segment. Only registered functions are in it. Rank 2: acquired first. Only
+    /// scrapes and the autoscaler contend for it.
     by_segment: Mutex<HashMap<Box<str>, Arc<Series>, RandomState>>,
     unknown: Arc<Series>,
     registry: Arc<FunctionRegistry>,

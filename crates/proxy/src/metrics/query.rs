@@ -23,6 +23,7 @@ const RETRY_AFTER_FAILURE: Duration = Duration::from_secs(10);
 /// Source of invocation counts.
 pub struct InvocationCounts {
     prometheus: Option<Origin>,
+    /// Time of the last failed query. A leaf.
     failed_at: Mutex<Option<Instant>>,
 }
 

@@ -30,6 +30,7 @@ const MAX_READS_PER_ENTRY: usize = 1000;
 pub(super) struct Overlay {
     file: File,
     length: AtomicU64,
+    /// Changed blocks by offset. A leaf; locks of redb may be held.
     blocks: Mutex<BTreeMap<u64, Vec<u8>>>,
     read_budget: Option<Arc<ReadBudget>>,
     /// The file's last commit is complete.

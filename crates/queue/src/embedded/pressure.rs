@@ -35,6 +35,7 @@ const SMALL_RESULT_BYTES: usize = 4 << 10;
 pub(super) struct DiskPressure {
     pub(super) reserve: Arc<Reserve>,
     full: AtomicBool,
+    /// A leaf.
     state: Mutex<PressureState>,
 }
 

@@ -41,7 +41,8 @@ const RETAINED_BUFFER_BYTES: usize = 256 << 10;
 #[derive(Debug)]
 pub(super) struct WalBackend {
     file: FileBackend,
-    /// `None` if there is no disk space for a log.
+    /// `None` if there is no disk space for a log. Rank 3: `store` of the queue and locks of redb may be held. Held
+    /// during a write or a sync.
     wal: Option<Mutex<Wal>>,
     reserve: Arc<Reserve>,
     /// The file's last commit is complete.

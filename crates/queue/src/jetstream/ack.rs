@@ -14,7 +14,7 @@ pub(super) const SEND_TIMEOUT: Duration = Duration::from_secs(1);
 /// Pause after a failure.
 pub(super) const RETRY_INTERVAL: Duration = Duration::from_millis(200);
 
-/// Subject for acks of a message; each redelivery replaces it.
+/// Subject for acks of a message; each redelivery replaces it. The lock is a leaf.
 pub(super) struct AckSubject(Mutex<String>);
 
 impl AckSubject {

@@ -7,6 +7,7 @@ use gateway_base::sync::lock_unpoisoned;
 /// Maximum number of tracked calls; at the limit all counts are reset.
 const MAX_TRACKED_CALLS: usize = 1000;
 
+/// Counts by call id. The lock is a leaf.
 #[derive(Default)]
 pub(super) struct FailureCounts(Mutex<HashMap<String, u32>>);
 

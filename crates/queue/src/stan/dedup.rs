@@ -51,6 +51,7 @@ const FLUSH_POLL_INTERVAL: Duration = Duration::from_millis(20);
 /// The claims of this process, and the log as far as it has been read.
 #[derive(Default)]
 pub(super) struct Deduplicator {
+    /// A leaf.
     state: Mutex<State>,
     /// Notified when there are records to write.
     unwritten: Notify,

@@ -122,7 +122,7 @@ fn is_local(mut address: SocketAddr) -> bool {
 struct Peer {
     host: String,
     port: u16,
-    /// Time and result of the last name resolution.
+    /// Time and result of the last name resolution. A leaf: not held during one.
     last_lookup: Mutex<Option<(Instant, Arc<[SocketAddr]>)>>,
     /// Limits name resolutions to one at a time.
     lookup_permit: Semaphore,

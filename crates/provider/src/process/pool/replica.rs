@@ -13,6 +13,7 @@ use gateway_base::sync::lock_unpoisoned;
 
 #[derive(Debug)]
 pub(super) struct Replica {
+    /// A leaf; `replicas` of the pool may be held.
     state: Mutex<ReplicaState>,
     /// Notified when the last call in flight has finished.
     idle: Notify,

@@ -15,7 +15,7 @@ pub(super) struct Flusher {
     /// `None` when the thread is to end.
     requests: Option<SyncSender<()>>,
     failed: Arc<AtomicBool>,
-    /// Locked by the thread during a sync.
+    /// Locked by the thread during a sync. A leaf; `wal` may be held, to wait for a sync in progress.
     syncing: Arc<Mutex<()>>,
     thread: Option<JoinHandle<()>>,
 }

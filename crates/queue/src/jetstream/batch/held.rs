@@ -35,6 +35,7 @@ pub(in crate::jetstream) struct Batch {
     lease: Duration,
     /// Number of calls that this process still holds.
     remaining: AtomicUsize,
+    /// Outcomes of the calls. Rank 2: `pull_scheduler` of the queue is locked under it.
     inner: Mutex<Inner>,
 }
 

@@ -29,6 +29,7 @@ const MAX_CONCURRENT_QUERIES: usize = 32;
 pub(in crate::jetstream) struct Claims {
     /// Identifies the list of this process.
     receiver_id: String,
+    /// The calls, and the state of their list. A leaf.
     inner: Mutex<Inner>,
 }
 

@@ -74,7 +74,7 @@ pub(super) async fn subscribe_all(shared: &Arc<Shared>) -> Result<String, NatsEr
     Ok(inbox)
 }
 
-/// A subscription that a restarted task takes over.
+/// A subscription that a restarted task takes over. Rank 1: a task locks it until it ends.
 type SharedSubscriber = Arc<AsyncMutex<Subscriber>>;
 
 async fn receive_calls(shared: Arc<Shared>, calls: SharedSubscriber) {

@@ -76,7 +76,6 @@ impl Shared {
         Ok(false)
     }
 
-    /// The last body that an unfinished collection has checked.
     pub(in crate::jetstream) fn gc_cursor(&self) -> MutexGuard<'_, Option<StoredBody>> {
         lock_unpoisoned(&self.gc_cursor)
     }

@@ -25,6 +25,7 @@ const BATCH_WAIT: Duration = Duration::from_micros(500);
 /// Collects the calls of all threads. One task on the runtime of the connection sends them.
 pub(in crate::jetstream) struct Batcher {
     sender: mpsc::Sender<PendingPublish>,
+    /// Rank 1: locked by the task that sends, until it ends. A restarted task takes over.
     receiver: Arc<AsyncMutex<mpsc::Receiver<PendingPublish>>>,
 }
 

@@ -26,6 +26,7 @@ const RESERVE_TIMEOUT: Duration = Duration::from_millis(500);
 
 /// The last count and the calls added since.
 pub(in crate::jetstream) struct Capacity {
+    /// A leaf. A permit is counted in `added` and `in_flight` under it, so that both belong to the same count.
     last_count: Mutex<CallCount>,
     /// Calls that this process has published since the count, or is publishing.
     added: AtomicU64,
