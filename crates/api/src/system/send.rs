@@ -21,7 +21,7 @@ use gateway_http::credentials::attempts::CredentialAttempts;
 use gateway_http::server::client_connection::ClientConnection;
 use gateway_proxy::error::Error;
 
-/// Maximum bodies, of at most [`MAX_BODY`] bytes each, that are buffered at a time, over all threads.
+/// Maximum bodies, of at most `MAX_BODY` bytes each, that are buffered at a time, over all threads.
 pub const MAX_REPLAY_BODIES: usize = 64;
 
 impl ApiState {
