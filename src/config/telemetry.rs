@@ -9,7 +9,7 @@ use gateway_proxy::trace::{AccessLogMode, TracingConfig};
 /// Settings of the log, of all roles.
 #[derive(Clone, Debug)]
 pub struct LogConfig {
-    /// `log_level`: a filter in the syntax of `tracing_subscriber::EnvFilter`.
+    /// `log_level`: a filter in the syntax of `tracing_subscriber::filter::Targets`.
     pub filter: String,
     /// `log_format`
     pub json: bool,
