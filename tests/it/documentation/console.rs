@@ -84,7 +84,7 @@ impl Workspace {
     }
 
     fn with_ports(&self, text: &str) -> String {
-        let text = text.replace("target/release/gateway", "gateway");
+        let text = text.replace("target/quick/gateway", "gateway");
         let text = text.replace("make up", "gateway up examples/stack.yaml");
         let pairs = PORTS.iter().zip(&self.ports);
         pairs.fold(text, |text, ((_, default), port)| text.replace(default, &format!(":{port}")))
